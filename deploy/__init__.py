@@ -1,0 +1,1 @@
+"""Where a training job runs: launchers that share one protocol."""

@@ -1,0 +1,55 @@
+"""Errors meant for people: what is wrong, where, and what to do about it.
+
+Each class carries the exit code of the command line: 2 usage or recipe, 3 data gate, 4 a stage failed,
+5 promotion refused. The command line prints the message as one line; the traceback goes to the log.
+"""
+
+
+class DpoError(Exception):
+    """Base of every expected failure.
+
+    Args:
+        problem: what is wrong and where (file, row, field), without a trailing full stop.
+        remedy: what the reader can do about it; an imperative.
+    """
+
+    exit_code = 4
+
+    def __init__(self, problem: str, remedy: str = "") -> None:
+        # Both go to Exception so that the error survives pickling between processes.
+        super().__init__(problem, remedy)
+        self.problem = problem
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.problem}. {self.remedy}" if self.remedy else self.problem
+
+
+class RecipeError(DpoError):
+    """The recipe, an override or a command-line argument cannot be used."""
+
+    exit_code = 2
+
+
+class DataError(DpoError):
+    """A data file cannot be read or understood."""
+
+    exit_code = 2
+
+
+class ModelError(DpoError):
+    """A model or tokenizer cannot be used for what the recipe asks."""
+
+    exit_code = 2
+
+
+class GateRefused(DpoError):
+    """The data gate found a critical fault; nothing downstream ran."""
+
+    exit_code = 3
+
+
+class StageFailed(DpoError):
+    """A stage broke while it ran; the run can be resumed."""
+
+    exit_code = 4

@@ -1,0 +1,1 @@
+"""The data gate: Great Expectations suites as Python builders with typed thresholds."""

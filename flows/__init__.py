@@ -1,0 +1,1 @@
+"""Composition only: the alignment flow, its recipes and the command line."""
