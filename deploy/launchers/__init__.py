@@ -1,0 +1,6 @@
+"""How a training job is started, watched and stopped, wherever it runs."""
+
+from deploy.launchers.base import Launcher, State
+from deploy.launchers.local import LocalLauncher
+
+__all__ = ["Launcher", "LocalLauncher", "State"]

@@ -1,0 +1,318 @@
+"""Rows out of files: JSON lines, JSON, CSV, Parquet and Arrow, plain or compressed, or a hub data set.
+
+Everything is streamed in chunks, so that a million rows never lie in memory as Python objects.
+"""
+
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dpo_core.errors import DataError
+
+Row = dict[str, Any]
+CHUNK_ROWS = 50_000
+CHUNK_BYTES = 64 * 2**20
+BLOCK_CHARS = 4 * 2**20
+# What `datasets.save_to_disk` writes beside the data; it holds no rows.
+SIDE_FILES = {"dataset_info.json", "state.json", "dataset_dict.json"}
+
+
+def read_rows(path: str, split: str = "train") -> Iterator[tuple[int, list[Row]]]:
+    """Yields chunks `(number of the first row, rows)`; rows count from 1, without headers and blank lines.
+
+    The files of a folder are read in the order of their names and numbered through. Text is split at
+    line feeds only: U+0085 and U+2028 are ordinary characters inside a line.
+
+    Args:
+        path: a local file or folder; anything else is asked of the Hugging Face hub.
+        split: the split of a hub data set; local files have none.
+
+    Raises:
+        DataError: the file cannot be found, read or parsed, or holds no rows.
+    """
+    first = 1
+    for rows in _chunks(path, split):
+        yield first, rows
+        first += len(rows)
+
+
+def _chunks(path: str, split: str) -> Iterator[list[Row]]:
+    try:
+        local = Path(path).expanduser()
+        if local.is_dir():
+            for file in _files_of(local):
+                yield from _file_chunks(file)
+            return
+        if local.exists():
+            yield from _file_chunks(local)
+            return
+    except PermissionError as error:
+        raise DataError(
+            f"{error.filename or path} may not be read (permission denied)",
+            "Give this user read access: chmod u+r for a file, u+rx for each folder above it",
+        ) from error
+    yield from _hub_chunks(path, split)
+
+
+def _files_of(folder: Path) -> list[Path]:
+    files = sorted(
+        file
+        for file in folder.iterdir()
+        if file.is_file() and file.name not in SIDE_FILES and not file.name.startswith(".") and _parser(file)
+    )
+    if files:
+        return files
+    inside = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
+    has = f"it holds {', '.join(inside[:8])}{' ...' if len(inside) > 8 else ''}" if inside else "it is empty"
+    raise DataError(
+        f"the folder {folder} has no data file directly in it; {has}",
+        f"Point data.path at a file, or at a folder with files that end in {_known()}",
+    )
+
+
+def _file_chunks(path: Path) -> Iterator[list[Row]]:
+    parse = _parser(path)
+    if parse is None:
+        raise DataError(
+            f"{path} has an ending that no reader knows",
+            f"Known are {_known()}, each also with .gz or .zst; convert or rename the file",
+        )
+    if not path.is_file():
+        raise DataError(f"{path} is neither a file nor a folder", "Point data.path at a regular file")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path} is empty (0 bytes)", "Check how it was written or copied")
+    rows: list[Row] = []
+    done = size = 0
+    try:
+        for row, row_bytes in parse(path):
+            rows.append(row)
+            size += row_bytes
+            if len(rows) >= CHUNK_ROWS or size >= CHUNK_BYTES:
+                done += len(rows)
+                yield rows
+                rows, size = [], 0
+    except PermissionError:
+        raise
+    except (EOFError, zlib.error, gzip.BadGzipFile, pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{path} is cut off or damaged after row {done + len(rows)} ({error})",
+            "Copy or download the file again",
+        ) from error
+    if rows:
+        yield rows
+    elif not done:
+        raise DataError(f"{path} holds no rows", "Check how it was written")
+
+
+def _hub_chunks(name: str, split: str) -> Iterator[list[Row]]:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith(".") or _parser(Path(name)):
+        raise DataError(
+            f"there is no file or folder {name}",
+            "Check data.path; a relative one starts where dpo was called",
+        )
+    try:
+        import datasets
+
+        found = datasets.load_dataset(name, split=split).with_format("arrow")
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(
+            f"{name} is no local file or folder, and the hub data set {name} (split {split}) could not be "
+            f"loaded: {type(error).__name__}: {reason}",
+            "Check the name, data.split and the network (HF_HUB_OFFLINE too), or give the path of a local copy",
+        ) from error
+    if not len(found):
+        raise DataError(f"the hub data set {name} (split {split}) holds no rows", "Choose another data.split")
+    for table in found.iter(batch_size=CHUNK_ROWS):
+        for part in _slices(table):
+            yield part.to_pylist()
+
+
+# --- one parser a container: each yields (row, size in bytes) ---------------------------------------------
+
+Parsed = Iterator[tuple[Row, int]]
+
+
+def _json_lines(path: Path) -> Parsed:
+    with _open(path) as stream:
+        for number, line in enumerate(stream, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if text.isspace() or not text:
+                    continue
+                row = json.loads(text)
+            except UnicodeDecodeError as error:
+                raise _not_utf8(path, f"line {number}", error) from error
+            except (ValueError, RecursionError) as error:
+                raise DataError(
+                    f"line {number} of {path} is not valid JSON ({error})", "Correct or delete that line"
+                ) from error
+            yield _checked(row, path, f"line {number}"), len(line)
+
+
+def _json(path: Path) -> Parsed:
+    """One list of rows, `{"data": [rows]}`, or row after row; read piece by piece, never as a whole."""
+    decoder = json.JSONDecoder()
+    number = 0
+    with _open(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
+        try:
+            buffer = text.read(BLOCK_CHARS)
+            opened = re.match(r'\s*(?:\{\s*"data"\s*:\s*)?\[', buffer)
+            at = opened.end() if opened else 0
+            block, ended = BLOCK_CHARS, False
+            while True:
+                at = _skip(buffer, at)
+                try:
+                    if opened and buffer[at : at + 1] == "]":
+                        return
+                    value, end = decoder.raw_decode(buffer, at)
+                except (ValueError, RecursionError) as error:
+                    # Most often the value goes on in the next block; blocks double, so that one long value
+                    # (or an error) costs no more than reading the file twice.
+                    more = "" if ended else text.read(block)
+                    if not more:
+                        if at == len(buffer) and not opened:
+                            return
+                        raise DataError(
+                            f"{path} is not valid JSON at row {number + 1} ({getattr(error, 'msg', error)})",
+                            "Correct that row; if it is the last one, the file may be cut off",
+                        ) from error
+                    ended = len(more) < block
+                    buffer, at, block = buffer[at:] + more, 0, block * 2
+                    continue
+                wrapped = value.get("data") if isinstance(value, dict) and not opened else None
+                for row in wrapped if isinstance(wrapped, list) else [value]:
+                    number += 1
+                    yield _checked(row, path, f"row {number}"), end - at
+                at, block = end, BLOCK_CHARS
+        except UnicodeDecodeError as error:
+            raise _not_utf8(path, f"a row after row {number}", error) from error
+
+
+def _skip(text: str, at: int) -> int:
+    """The next position that is neither white space nor a comma between values."""
+    while text[at : at + 1] in (" ", "\n", "\r", "\t", ","):
+        at += 1
+    return at
+
+
+def _csv(path: Path) -> Parsed:
+    csv.field_size_limit(2**31 - 1)  # an answer may be longer than the module's 128 KiB
+    number = 0
+    with _open(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
+        # strict: an unclosed quote would otherwise swallow the rest of the file as one field.
+        reader = csv.DictReader(text, strict=True)
+        try:
+            names = list(reader.fieldnames or [])
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise DataError(f"{path} has the column {twice[0]!r} twice", "Rename one of the two columns")
+            for number, row in enumerate(reader, 1):  # noqa: B007  (the error messages need it)
+                yield row, sum(len(value) for value in row.values() if value)
+        except csv.Error as error:
+            raise DataError(
+                f"row {number + 1} of {path} (before line {reader.line_num + 1}) is not valid CSV ({error})",
+                "Put quotes around fields with commas, quotes or line breaks, and double the quotes inside",
+            ) from error
+        except UnicodeDecodeError as error:
+            raise _not_utf8(path, f"a row after row {number}", error) from error
+
+
+def _parquet(path: Path) -> Parsed:
+    with pq.ParquetFile(_seekable(path)) as file:
+        for batch in file.iter_batches(batch_size=4096):
+            yield from _table_rows(batch)
+
+
+def _arrow(path: Path) -> Parsed:
+    source = _seekable(path)
+    is_file = source.read(6) == b"ARROW1"  # else the stream form, which `datasets` writes
+    source.seek(0)
+    if is_file:
+        reader = pa.ipc.open_file(source)
+        for index in range(reader.num_record_batches):
+            yield from _table_rows(reader.get_batch(index))
+    else:
+        for batch in pa.ipc.open_stream(source):
+            yield from _table_rows(batch)
+
+
+def _table_rows(table: Any) -> Parsed:
+    for part in _slices(table):
+        each = part.nbytes // max(part.num_rows, 1)
+        for row in part.to_pylist():
+            yield row, each
+
+
+def _slices(table: Any) -> Iterator[Any]:
+    """Cuts a batch so that no slice becomes too many Python objects (wide columns, embeddings)."""
+    step = max(1, min(CHUNK_ROWS, CHUNK_BYTES * max(table.num_rows, 1) // max(table.nbytes, 1)))
+    for start in range(0, table.num_rows, step):
+        yield table.slice(start, step)
+
+
+# --- helpers ----------------------------------------------------------------------------------------------
+
+PARSERS: dict[str, Callable[[Path], Parsed]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+}
+
+
+def _parser(path: Path) -> Callable[[Path], Parsed] | None:
+    name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
+    return PARSERS.get(Path(name).suffix)
+
+
+def _known() -> str:
+    return ", ".join(PARSERS)
+
+
+def _open(path: Path) -> BinaryIO:
+    """The decompressed bytes. The file's first bytes decide, for its ending may be wrong."""
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic[:2] == b"\x1f\x8b":
+        return io.BufferedReader(gzip.open(path), 2**20)  # type: ignore[type-var,return-value]
+    if magic == b"\x28\xb5\x2f\xfd":
+        # Not zstandard's own reader: at a cut-off file that one just ends, without an error.
+        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"), 2**20)
+    return path.open("rb", buffering=2**20)
+
+
+def _seekable(path: Path) -> Any:
+    """A random-access source: the file itself, or the decompressed bytes in memory."""
+    with closing(_open(path)) as stream:
+        if isinstance(getattr(stream, "raw", None), io.FileIO):
+            return pa.memory_map(str(path))
+        return pa.BufferReader(stream.read())
+
+
+def _checked(row: object, path: Path, where: str) -> Row:
+    if not isinstance(row, dict):
+        raise DataError(
+            f"{where} of {path} is a JSON {type(row).__name__}, not an object with named fields",
+            'Write every row as {"field": value, ...}',
+        )
+    return row
+
+
+def _not_utf8(path: Path, where: str, error: UnicodeDecodeError) -> DataError:
+    return DataError(
+        f"{where} of {path} is not UTF-8 text (byte 0x{error.object[error.start]:02x}: {error.reason})",
+        "Save the file as UTF-8, for example: iconv -f UTF-16 -t UTF-8 (or the encoding it really has)",
+    )

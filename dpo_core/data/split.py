@@ -1,0 +1,79 @@
+"""Training and evaluation rows, parted by prompt: a prompt is never on both sides."""
+
+import hashlib
+import json
+import unicodedata
+
+import numpy as np
+import pandas as pd
+
+from dpo_core.errors import DataError
+
+
+def prompt_key(prompt: str, chat: bool = False) -> str:
+    """What makes two prompts the same: their words, whatever the case, width and white space.
+
+    Of a chat the turns' texts count, so that a question is the same as plain text and as a single turn.
+    """
+    text = "\n".join(turn["content"] for turn in json.loads(prompt)) if chat else prompt
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def split_by_prompt(frame: pd.DataFrame, eval_fraction: float, seed: int) -> pd.DataFrame:
+    """The frame with a column `split`: "train" or "eval", the same for all rows of a prompt.
+
+    A hash of the seed and the prompt decides, so that rows added later move no other prompt. (Only where
+    the hash would leave one side without any prompt, the nearest prompt is moved there.) Rows with a fault
+    have no prompt; they are called "train" and counted for nothing.
+
+    Args:
+        frame: a canonical table with columns prompt, chat, fault.
+        eval_fraction: expected share of the distinct prompts in "eval", in (0, 1).
+        seed: another seed gives another split.
+
+    Raises:
+        DataError: fewer than two distinct prompts.
+    """
+    keys = _keys(frame)
+    sound = (frame["fault"] == "").to_numpy(dtype=bool)
+    codes, distinct = pd.factorize(keys[sound])
+    if len(distinct) < 2:
+        raise DataError(
+            f"the data has {len(distinct)} distinct prompt(s) in {int(sound.sum())} usable rows, "
+            "and training and evaluation must not share one",
+            "Add rows with other prompts, or give evaluation data of its own with data.eval_path",
+        )
+    places = np.array([_place(key, seed) for key in distinct])
+    held_out = places < eval_fraction
+    held_out[places.argmin()] = True
+    if held_out.all():
+        held_out[places.argmax()] = False
+    split = np.full(len(frame), "train", dtype=object)
+    split[sound] = np.where(held_out[codes], "eval", "train")
+    return frame.assign(split=pd.array(split, dtype="string[pyarrow]"))
+
+
+def with_eval_frame(train: pd.DataFrame, held_out: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """Joins separate evaluation data as `split` "eval"; also returns the prompts that are on both sides.
+
+    Nothing is removed: whether such a leak is tolerable is for the data gate to say.
+    """
+    sides = [train.assign(split="train"), held_out.assign(split="eval")]
+    joined = pd.concat(sides, ignore_index=True)
+    joined["split"] = joined["split"].astype("string[pyarrow]")
+    seen, leaked = set(_keys(train)[(train["fault"] == "").to_numpy(dtype=bool)]), {}
+    for prompt, key, fault in zip(held_out["prompt"], _keys(held_out), held_out["fault"], strict=True):
+        if not fault and key in seen:
+            leaked.setdefault(key, prompt)
+    return joined, list(leaked.values())
+
+
+def _keys(frame: pd.DataFrame) -> np.ndarray:
+    rows = zip(frame["prompt"], frame["chat"], frame["fault"], strict=True)
+    return np.array(["" if fault else prompt_key(prompt, chat) for prompt, chat, fault in rows], dtype=object)
+
+
+def _place(key: str, seed: int) -> float:
+    """A number in [0, 1) that depends on nothing but the prompt and the seed."""
+    digest = hashlib.blake2b(f"{seed}\n{key}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64

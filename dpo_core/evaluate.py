@@ -1,0 +1,157 @@
+"""Policies side by side on held-out prompts: reward, KL, win rate, length, diversity, preference accuracy.
+
+Every policy answers the same prompts; the unit of resampling is the prompt.
+"""
+
+import json
+from collections.abc import Callable, Sequence as Seq
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from dpo_core import stats
+from dpo_core.config import Config
+from dpo_core.errors import StageFailed
+from dpo_core.generate import SamplingConfig, sample, seed_for
+from dpo_core.logprobs import Precision, autocast, collate, length_batches, token_logps
+from dpo_core.ppo import Scorer
+from dpo_core.stats import Estimate
+from dpo_core.text_metrics import distinct_n
+from dpo_core.tokens import Sequence, TokenPair
+
+
+class EvaluateConfig(Config):
+    """What is measured and how much of it."""
+
+    prompts: int = Field(64, ge=2)
+    """Held-out prompts, at most."""
+    samples_per_prompt: int = Field(4, ge=1)
+    """Completions of each policy for each prompt."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How completions are drawn; temperature 1, or the KL is that of another policy."""
+    precision: Precision = "bf16"
+    """Precision of log-probs."""
+    token_budget: int = Field(2048, ge=64)
+    """Padded tokens in one forward pass."""
+    shown: int = Field(8, ge=0)
+    """Prompts shown side by side on the run page."""
+
+
+@dataclass
+class PolicySamples:
+    """One policy's answers, prompt by prompt, with each one's KL estimates and the policy's entropy."""
+
+    prompt_index: list[int]
+    sequences: list[Sequence]
+    ended: list[bool]
+    rewards: list[float]
+    kl_k1: list[float] = field(default_factory=list)
+    kl_k3: list[float] = field(default_factory=list)
+    entropy: float | None = None
+    """Nats per token: minus the mean log-prob of its own samples."""
+
+
+def sample_policy(
+    model: Any,
+    prompts: Seq[tuple[tuple[int, ...], str]],
+    config: EvaluateConfig,
+    *,
+    scorer: Scorer,
+    eos_id: int,
+    seed: int,
+    progress: Callable[[int], None],
+) -> PolicySamples:
+    """Draw `samples_per_prompt` completions of every prompt and score them. KL is filled in later."""
+    index = [i for i in range(len(prompts)) for _ in range(config.samples_per_prompt)]
+    drawn = sample(
+        model,
+        [prompts[i][0] for i in index],
+        config.sampling,
+        eos_id=eos_id,
+        seed=seed_for(seed, "evaluate"),
+        progress=progress,
+    )
+    sequences = [Sequence(prompts[i][0], c.ids) for i, c in zip(index, drawn, strict=True)]
+    rewards = scorer(sequences, [prompts[i][1] for i in index])
+    return PolicySamples(index, sequences, [c.ended for c in drawn], rewards)
+
+
+@torch.no_grad()
+def sequence_logps(
+    model: Any, sequences: Seq[Sequence], precision: Precision, token_budget: int
+) -> list[torch.Tensor]:
+    """Token log-probs of each sequence's completion, in order."""
+    model.eval()
+    device = next(model.parameters()).device
+    out: list[torch.Tensor] = [torch.empty(0)] * len(sequences)
+    for group in length_batches([len(s) for s in sequences], token_budget):
+        batch = collate([sequences[i] for i in group]).to(device)
+        with autocast(precision, device):
+            logps_BT = token_logps(model, batch).cpu()
+        for row, i in enumerate(group):
+            out[i] = logps_BT[row, len(sequences[i].prompt) : len(sequences[i])]
+    return out
+
+
+def kl_estimates(policy: Seq[torch.Tensor], reference: Seq[torch.Tensor]) -> tuple[list[float], list[float]]:
+    """Per sample: sum over tokens of k1 = log π - log π_ref, and of k3 = e^d - 1 - d with d = -k1 per token."""
+    k1, k3 = [], []
+    for ours, theirs in zip(policy, reference, strict=True):
+        d = (theirs - ours).double()
+        k1.append(float(-d.sum()))
+        k3.append(float((d.exp() - 1 - d).sum()))
+    return k1, k3
+
+
+def summarise(
+    samples: PolicySamples, baseline: PolicySamples | None, *, seed: int, length: int
+) -> dict[str, Any]:
+    """The row of one policy, as plain data. Intervals at 95 %, bootstrap over prompts.
+
+    Args:
+        baseline: the reference's samples; None when `samples` are the reference's own.
+        length: tokens to which completions are cut for distinct-2, the same for every policy.
+    """
+    clusters = samples.prompt_index
+    row: dict[str, Any] = {
+        "reward": _data(stats.bootstrap_mean(samples.rewards, clusters, seed=seed)),
+        "length": _data(stats.bootstrap_mean([len(s.completion) for s in samples.sequences], clusters, seed=seed)),
+        "distinct_2": distinct_n(
+            [s.completion for s in samples.sequences], 2, length=length
+        ),
+        "entropy": samples.entropy,
+        "ended": float(np.mean(samples.ended)),
+    }
+    if baseline is not None:
+        row["kl"] = _data(stats.bootstrap_mean(samples.kl_k1, clusters, seed=seed))
+        row["kl_k3"] = _data(stats.bootstrap_mean(samples.kl_k3, clusters, seed=seed))
+        if baseline.prompt_index != clusters:
+            raise StageFailed("two policies answered different prompts", "Run the evaluation again")
+        row["gain"] = _data(stats.paired_bootstrap(samples.rewards, baseline.rewards, clusters, seed=seed))
+        row["win_rate"] = _data(stats.win_rate(samples.rewards, baseline.rewards, clusters, seed=seed))
+    return row
+
+
+def preference_accuracy(
+    pairs: Seq[TokenPair], policy: Seq[torch.Tensor], reference: Seq[torch.Tensor]
+) -> Estimate:
+    """Share of held-out pairs whose implicit reward prefers the chosen answer (strict), Wilson interval.
+
+    `policy` and `reference` hold token log-probs, chosen and rejected in turn.
+    """
+    ratios = [float(p.double().sum() - r.double().sum()) for p, r in zip(policy, reference, strict=True)]
+    wins = sum(w > loser for w, loser in zip(ratios[0::2], ratios[1::2], strict=True))
+    return stats.wilson(wins, len(pairs))
+
+
+def _data(estimate: Estimate) -> dict[str, Any]:
+    return estimate.model_dump()
+
+
+def save_json(path: Path, value: Any) -> None:
+    """Readable JSON, refusing NaN."""
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))

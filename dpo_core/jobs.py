@@ -1,0 +1,144 @@
+"""What each kind of training job is made of: module, examples, trainer, and how its result is written."""
+
+import json
+from collections.abc import Callable, Sequence as Seq
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from dpo_core.dpo import DpoTrainer
+from dpo_core.errors import StageFailed
+from dpo_core.models import check_context, disable_dropout, load_model, load_tokenizer, save_checkpoint
+from dpo_core.ppo import PpoTrainer, Scorer
+from dpo_core.reference import LogpShard
+from dpo_core.rewards import load_reward
+from dpo_core.sft import Demonstration, SftTrainer
+from dpo_core.tokens import Sequence, Tokenise
+from dpo_core.train import Job
+
+# Given the full trained weights, write the result.
+Export = Callable[[dict[str, Tensor]], None]
+
+
+def build(job: Job) -> tuple[Any, Export]:
+    """The trainer of a job and the function that writes what it trained."""
+    return {"sft": _sft, "dpo": _dpo, "ppo": _ppo, "reward": _reward}[job.kind](job)
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """Rows of a parquet file as dictionaries."""
+    return pd.read_parquet(path).to_dict("records")
+
+
+def _start(job: Job) -> tuple[Any, Any, Tokenise]:
+    tokenizer = load_tokenizer(Path(job.model), job.trust_remote_code)
+    model = load_model(Path(job.model), trust_remote_code=job.trust_remote_code)
+    check_context(model.config, job.tokens.max_length)
+    disable_dropout(model)
+    model.train()
+    return model, tokenizer, Tokenise(tokenizer, job.tokens)
+
+
+def _export_model(model: Any, tokenizer: Any, out: str) -> Export:
+    def export(state: dict[str, Tensor]) -> None:
+        model.load_state_dict(state)
+        save_checkpoint(model, tokenizer, Path(out))
+
+    return export
+
+
+def _sft(job: Job) -> tuple[Any, Export]:
+    model, tokenizer, tokenise = _start(job)
+    examples = []
+    for row in read_rows(job.data):
+        prompt = tokenise.prompt(row["prompt"], row["chat"], job.tokens.max_prompt_length)
+        sequence = tokenise.sequence(prompt, tokenise.completion(row["completion"], row["ended"]))
+        if sequence is not None:
+            examples.append(Demonstration(row["id"], sequence))
+    trainer = SftTrainer(model, examples, job.settings, seed=job.seed, work=Path(job.work))
+    return trainer, _export_model(model, tokenizer, job.out)
+
+
+def _dpo(job: Job) -> tuple[Any, Export]:
+    model, tokenizer, tokenise = _start(job)
+    pairs, _ = tokenise.pairs(read_rows(job.data))
+    if job.reference is None:
+        raise StageFailed("the DPO job names no reference log-probs", "Run the cache stage first")
+    trainer = DpoTrainer(
+        model,
+        pairs,
+        job.settings,
+        reference=LogpShard.open(Path(job.reference)),
+        policy_is_reference=job.policy_is_reference,
+        seed=job.seed,
+        work=Path(job.work),
+    )
+    return trainer, _export_model(model, tokenizer, job.out)
+
+
+def _ppo(job: Job) -> tuple[Any, Export]:
+    policy, tokenizer, tokenise = _start(job)
+    if job.reference is None or job.sampling is None or job.reward_source is None:
+        raise StageFailed("the PPO job lacks its reference, sampling settings or reward", "Write them")
+    budget = min(job.tokens.max_prompt_length, job.tokens.max_length - job.sampling.max_new_tokens)
+    prompts = [
+        (tokenise.prompt(row["prompt"], row["chat"], budget), row["prompt"]) for row in read_rows(job.data)
+    ]
+    trainer = PpoTrainer(
+        policy,
+        load_model(Path(job.reference), trust_remote_code=job.trust_remote_code),
+        prompts,
+        job.settings,
+        job.sampling,
+        scorer=scorer(job.reward_source, tokenizer, job.settings.engine.precision),
+        eos_id=tokenizer.eos_token_id,
+        seed=job.seed,
+        work=Path(job.work),
+    )
+
+    def export(state: dict[str, Tensor]) -> None:
+        prefix = "policy."
+        weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        policy.load_state_dict(weights)
+        save_checkpoint(policy, tokenizer, Path(job.out))
+
+    return trainer, export
+
+
+def _reward(job: Job) -> tuple[Any, Export]:
+    from dpo_core.reward_model import RewardModel
+    from dpo_core.reward_training import RewardTrainer, normalise_on
+
+    model, tokenizer, tokenise = _start(job)
+    pairs, _ = tokenise.pairs(read_rows(job.data))
+    reward_model = RewardModel(model.get_decoder(), torch.Generator().manual_seed(job.seed))
+    trainer = RewardTrainer(reward_model, pairs, job.settings, seed=job.seed, work=Path(job.work))
+
+    def export(state: dict[str, Tensor]) -> None:
+        reward_model.load_state_dict(state)
+        facts = normalise_on(reward_model, pairs, job.settings.engine.precision)
+        reward_model.save(Path(job.out))
+        tokenizer.save_pretrained(job.out)
+        (Path(job.out) / "reward.json").write_text(json.dumps(facts))
+
+    return trainer, export
+
+
+def scorer(source: str, tokenizer: Any, precision: str) -> Scorer:
+    """The reward of finished completions: a reward model's folder, or a name for `load_reward`."""
+    if Path(source, "reward.json").is_file():
+        from dpo_core.reward_model import RewardModel
+        from dpo_core.reward_training import score
+
+        model = RewardModel.load(Path(source))
+        return lambda sequences, prompts: score(model, sequences, precision)
+    reward = load_reward(source)
+
+    def by_text(sequences: Seq[Sequence], prompts: Seq[str]) -> list[float]:
+        texts = tokenizer.batch_decode([list(s.completion) for s in sequences], skip_special_tokens=True)
+        return reward(list(prompts), texts)
+
+    return by_text

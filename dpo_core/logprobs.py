@@ -1,0 +1,157 @@
+"""Log-probabilities of completion tokens: the one definition that every stage uses.
+
+Shapes: B rows, T tokens a row, N completion tokens of the whole batch, V vocabulary, H hidden size.
+
+The trunk runs once; the output head runs in fp32 over completion positions only, in chunks, so that the
+(B, T, V) logits never exist. In training each chunk is recomputed in the backward pass.
+"""
+
+from collections.abc import Sequence as Seq
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from dpo_core.errors import ModelError
+from dpo_core.tokens import Sequence
+
+# Part of every reference-cache key: raise it whenever the numbers below could change.
+DEFINITION_VERSION = 1
+# fp32 logits of one chunk: 512 x 49,152 x 4 bytes is 100 MB.
+CHUNK_TOKENS = 512
+
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded rows. `completion_BT` marks completion tokens; it comes from the tokeniser stage as data."""
+
+    ids_BT: Tensor
+    attention_BT: Tensor
+    completion_BT: Tensor
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return Batch(self.ids_BT.to(device), self.attention_BT.to(device), self.completion_BT.to(device))
+
+
+def collate(sequences: Seq[Sequence], pad_id: int = 0) -> Batch:
+    """Pad to the longest row. The padding id is arbitrary: masks decide, ids do not."""
+    width = max(len(s) for s in sequences)
+    ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
+    attention = torch.zeros_like(ids)
+    completion = torch.zeros_like(ids, dtype=torch.bool)
+    for i, sequence in enumerate(sequences):
+        ids[i, : len(sequence)] = torch.tensor(sequence.prompt + sequence.completion)
+        attention[i, : len(sequence)] = 1
+        completion[i, len(sequence.prompt) : len(sequence)] = True
+    return Batch(ids, attention, completion)
+
+
+def autocast(precision: Precision, device: torch.device | str = "cpu") -> AbstractContextManager[Any]:
+    """bf16 autocast over fp32 weights, or nothing."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(torch.device(device).type, torch.bfloat16)
+
+
+def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
+    """Last hidden states (B,T,H) of the trunk, without the output head."""
+    positions_BT = (batch.attention_BT.cumsum(-1) - 1).clamp(min=0)
+    trunk = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model  # type: ignore[operator]
+    output = trunk(  # type: ignore[operator]
+        input_ids=batch.ids_BT, attention_mask=batch.attention_BT, position_ids=positions_BT, use_cache=False
+    )
+    return output.last_hidden_state
+
+
+def token_logps(
+    model: nn.Module, batch: Batch, *, temperature: float = 1.0, hidden_BTH: Tensor | None = None
+) -> Tensor:
+    """log pi(token | everything before it) at completion tokens, 0 elsewhere: (B,T) fp32.
+
+    The logits at position t score the token at t+1, so column t holds the log-prob of token t itself and
+    column 0 is always 0. With `temperature`, log-probs are of the distribution that is sampled at it.
+    """
+    hidden_BTH = hidden_states(model, batch) if hidden_BTH is None else hidden_BTH
+    predicts_BT = batch.completion_BT[:, 1:]
+    hidden_NH = hidden_BTH[:, :-1][predicts_BT]
+    targets_N = batch.ids_BT[:, 1:][predicts_BT]
+    logps_N = _head_logps(model, hidden_NH, targets_N, temperature)
+    out_BT = torch.zeros(batch.ids_BT.shape, dtype=torch.float32, device=hidden_BTH.device)
+    # Index assignment out of place, so that autograd reaches logps_N.
+    return out_BT.index_put(
+        tuple(index + shift for index, shift in zip(predicts_BT.nonzero(as_tuple=True), (0, 1), strict=True)),
+        logps_N,
+    )
+
+
+def sum_logps(model: nn.Module, batch: Batch) -> Tensor:
+    """log pi(completion | prompt), summed over completion tokens: (B,) fp32."""
+    return token_logps(model, batch).sum(-1)
+
+
+def _head_logps(model: nn.Module, hidden_NH: Tensor, targets_N: Tensor, temperature: float) -> Tensor:
+    weight_VH, bias_V = _head(model)
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+
+    def chunk_logps(hidden_CH: Tensor, targets_C: Tensor) -> Tensor:
+        # fp32 whatever the autocast of the trunk: bf16 logits cost about 0.2 nats over a thousand tokens.
+        with torch.autocast(hidden_CH.device.type, enabled=False):
+            logits_CV = F.linear(hidden_CH.float(), weight_VH.float(), bias_V)
+            if softcap:
+                logits_CV = torch.tanh(logits_CV / softcap) * softcap
+            if temperature != 1.0:
+                logits_CV = logits_CV / temperature
+            return -F.cross_entropy(logits_CV, targets_C, reduction="none")
+
+    pieces = []
+    for start in range(0, len(targets_N), CHUNK_TOKENS):
+        piece = hidden_NH[start : start + CHUNK_TOKENS], targets_N[start : start + CHUNK_TOKENS]
+        if torch.is_grad_enabled():
+            pieces.append(checkpoint(chunk_logps, *piece, use_reentrant=False))
+        else:
+            pieces.append(chunk_logps(*piece))
+    return torch.cat(pieces) if pieces else hidden_NH.new_zeros(0, dtype=torch.float32)
+
+
+def _head(model: nn.Module) -> tuple[Tensor, Tensor | None]:
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return head.weight, head.bias.float() if getattr(head, "bias", None) is not None else None
+
+
+@torch.no_grad()
+def check_definition(model: nn.Module, batch: Batch, tolerance: float = 1e-3) -> None:
+    """Refuse an architecture whose own logits differ from trunk + head (scaled or shifted logits).
+
+    Raises:
+        ModelError: the log-probs of the model's own forward differ by more than `tolerance` nats.
+    """
+    ours_BT = token_logps(model, batch)
+    logits_BTV = model(input_ids=batch.ids_BT, attention_mask=batch.attention_BT).logits.float()
+    theirs_BT = torch.log_softmax(logits_BTV[:, :-1], -1).gather(-1, batch.ids_BT[:, 1:, None]).squeeze(-1)
+    gap = (ours_BT[:, 1:] - theirs_BT)[batch.completion_BT[:, 1:]].abs().max().item()
+    if not gap <= tolerance:
+        raise ModelError(
+            f"the model computes its logits in a way this project does not know (log-probs differ by {gap:.2g})",
+            "Use a model whose output head is a plain linear layer",
+        )
+
+
+def length_batches(lengths: Seq[int], token_budget: int) -> list[list[int]]:
+    """Indices grouped by length, each group at most `token_budget` padded tokens (always at least one row).
+
+    Longest first, so that a batch that does not fit in memory fails at once and not after an hour.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    groups: list[list[int]] = []
+    for index in order:
+        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= token_budget:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups

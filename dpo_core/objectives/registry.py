@@ -1,0 +1,132 @@
+"""The registry of objectives: what each is called, needs, reads and is worth at the reference."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from dpo_core.errors import RecipeError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Parameter(NamedTuple):
+    """One number that an objective reads."""
+
+    default: float
+    low: float
+    """The smallest allowed value, itself allowed."""
+    high: float
+    """The largest allowed value, itself allowed."""
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A registered objective.
+
+    The function takes one dataclass of tensors (`PairLogps` for `data="pairs"`) and its parameters by
+    keyword, and returns one loss per example. The reduction belongs to the trainer: the mean over the
+    examples of the GLOBAL batch.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    citation: str
+    """Authors, title, venue and identifier of the paper."""
+    needs_reference: bool
+    """False: the reference log-probs are not read and may be zeros."""
+    data: Literal["pairs", "unpaired"]
+    parameters: Mapping[str, Parameter]
+    value_at_reference: Callable[[Mapping[str, float]], float] | None
+    """The exact loss when policy and reference are the same model; None where no such value exists."""
+    needs_full_vocabulary: bool = False
+    """True: the function reads whole next-token distributions, so cached log-probs do not suffice."""
+    reward_scale: str | None = "beta"
+    """The parameter that turns a log-ratio into the implicit reward of `pair_metrics`; None: scale 1."""
+
+    def resolve(self, given: Mapping[str, float]) -> dict[str, float]:
+        """Fill in the defaults and check names and ranges.
+
+        Raises:
+            RecipeError: a parameter that this objective does not read, or a value outside its range.
+        """
+        for name, value in given.items():
+            if name not in self.parameters:
+                known = ", ".join(self.parameters) or "none"
+                raise RecipeError(
+                    f"objective '{self.name}' does not read the parameter '{name}'",
+                    f"Remove it; the parameters of '{self.name}' are: {known}.",
+                )
+            _, low, high, meaning = self.parameters[name]
+            if not low <= value <= high:  # also refuses NaN
+                raise RecipeError(
+                    f"{name}={value} is outside the range of objective '{self.name}'",
+                    f"Choose {name} ({meaning}) in [{low:g}, {high:g}].",
+                )
+        return {
+            name: float(given.get(name, parameter.default)) for name, parameter in self.parameters.items()
+        }
+
+
+_OBJECTIVES: dict[str, Objective] = {}
+
+
+def objective(
+    name: str,
+    *,
+    citation: str,
+    data: Literal["pairs", "unpaired"],
+    parameters: Mapping[str, Parameter],
+    value_at_reference: Callable[[Mapping[str, float]], float] | None,
+    needs_reference: bool = True,
+    needs_full_vocabulary: bool = False,
+    reward_scale: str | None = "beta",
+) -> Callable[[Function], Function]:
+    """Register the decorated function under `name`; the function itself is returned unchanged.
+
+    Raises:
+        ValueError: the name is taken, or the declared parameters are not exactly the keyword-only arguments
+            of the function (a parameter that is accepted and never read is the fault this prevents).
+    """
+
+    def register(function: Function) -> Function:
+        if name in _OBJECTIVES:
+            raise ValueError(f"an objective named '{name}' is already registered")
+        arguments = inspect.signature(function).parameters.values()
+        read = {argument.name for argument in arguments if argument.kind is argument.KEYWORD_ONLY}
+        if read != set(parameters):
+            raise ValueError(f"'{name}' declares {sorted(parameters)} but its function reads {sorted(read)}")
+        if reward_scale is not None and reward_scale not in parameters:
+            raise ValueError(f"the reward scale '{reward_scale}' of '{name}' is not among its parameters")
+        _OBJECTIVES[name] = Objective(
+            name=name,
+            function=function,
+            citation=citation,
+            needs_reference=needs_reference,
+            data=data,
+            parameters=MappingProxyType(dict(parameters)),
+            value_at_reference=value_at_reference,
+            needs_full_vocabulary=needs_full_vocabulary,
+            reward_scale=reward_scale,
+        )
+        return function
+
+    return register
+
+
+def names() -> list[str]:
+    """The registered names, sorted."""
+    return sorted(_OBJECTIVES)
+
+
+def get(name: str) -> Objective:
+    """The objective called `name`.
+
+    Raises:
+        RecipeError: there is none; the message lists those there are.
+    """
+    if name not in _OBJECTIVES:
+        raise RecipeError(f"there is no objective '{name}'", f"Choose one of: {', '.join(names())}.")
+    return _OBJECTIVES[name]

@@ -1,0 +1,292 @@
+"""The arithmetic of PPO for language models, without models and without loops over updates.
+
+Shapes: B responses, T response tokens, padded on the right. `mask_BT` is True on real tokens, EOS included.
+Whatever stands in a masked position, NaN included, contributes exactly 0 to every value and gradient.
+
+Sources: Schulman et al. 2017 (arXiv 1707.06347), GAE (1506.02438), Ziegler et al. 2019 (1909.08593), and the
+N+ implementation details (2403.17031).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dpo_core.errors import StageFailed
+
+Reduce = Callable[[Tensor], Tensor]
+"""Sums a tensor over all ranks (an all-reduce) and returns the sum."""
+
+# exp of more is meaningless as a probability ratio, and its overflow would turn a clipped gradient into NaN.
+_MAX_LOG_RATIO = 20.0
+
+
+def _zero_masked(values: Tensor, mask: Tensor) -> Tensor:
+    # Not values * mask: 0 * NaN is NaN.
+    return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
+
+
+def masked_mean(
+    values: Tensor, mask: Tensor, n_tokens: float | Tensor | None = None, reduce: Reduce | None = None
+) -> Tensor:
+    """Mean over the True positions of `mask`, a scalar; 0 for an empty mask.
+
+    Args:
+        values: any shape.
+        mask: bool, the same shape.
+        n_tokens: divide by this count instead of the mask's own; with the count of the whole minibatch the
+            means of its micro-batches add up to the mean of the minibatch.
+        reduce: mean over the positions of all ranks; carries no gradient.
+    """
+    total = _zero_masked(values, mask).sum()
+    count = mask.sum()
+    if reduce is not None:
+        total, count = reduce(torch.stack([total.detach().double(), count.double()]))
+        total = total.to(values.dtype)
+    return total / (count.clamp(min=1) if n_tokens is None else n_tokens)
+
+
+@torch.no_grad()
+def masked_whiten(
+    values_BT: Tensor,
+    mask_BT: Tensor,
+    shift_mean: bool = True,
+    reduce: Reduce | None = None,
+    eps: float = 1e-8,
+) -> Tensor:
+    """(x - mean)/sqrt(var + eps) over the mask, (B,T); masked positions are 0.
+
+    The variance is biased (divided by n), as in lm-human-preferences. `shift_mean=False` adds the mean back
+    (rewards are scaled, not centred). With `reduce` mean and variance are those of all ranks together.
+    """
+
+    def mean(x_BT: Tensor) -> Tensor:
+        sums = torch.stack([_zero_masked(x_BT, mask_BT).sum(), mask_BT.sum().double()])
+        total, count = sums if reduce is None else reduce(sums)
+        return total / count.clamp(min=1)
+
+    wide_BT = values_BT.double()
+    center = mean(wide_BT)
+    variance = mean((wide_BT - center) ** 2)  # two passes: a difference of large sums would cancel
+    whitened_BT = (wide_BT - center) / torch.sqrt(variance + eps)
+    if not shift_mean:
+        whitened_BT = whitened_BT + center
+    return _zero_masked(whitened_BT, mask_BT).to(values_BT.dtype)
+
+
+def k1(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """log π - log π_ref per token: unbiased for KL(π‖π_ref), may be negative. Any shape."""
+    return logps - ref_logps
+
+
+def k2(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """½(log π - log π_ref)² per token: biased, never negative; as a loss its gradient is that of the KL."""
+    return 0.5 * (logps - ref_logps) ** 2
+
+
+def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """e^d - 1 - d with d = log π_ref - log π, per token: unbiased, never negative. Never apply it to sums."""
+    d = ref_logps - logps
+    return torch.expm1(d) - d
+
+
+KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
+KlEstimator = Literal["k1", "k2", "k3"]
+
+
+def kl_per_token(logps_BT: Tensor, ref_logps_BT: Tensor, mask_BT: Tensor, estimator: KlEstimator) -> Tensor:
+    """The chosen estimator (Schulman, "Approximating KL divergence") per token (B,T), 0 where masked.
+
+    It estimates KL(π‖π_ref) only for tokens sampled from π itself, at the temperature of the log-probs.
+    """
+    logps_BT, ref_logps_BT = _zero_masked(logps_BT, mask_BT), _zero_masked(ref_logps_BT, mask_BT)
+    return KL_ESTIMATORS[estimator](logps_BT, ref_logps_BT)
+
+
+def last_token_index(mask_BT: Tensor) -> Tensor:
+    """Index of each response's last real token, (B,) int64.
+
+    Raises:
+        ValueError: a row has no real token, or real tokens after padding.
+    """
+    lengths_B = mask_BT.sum(dim=1)
+    right_padded_BT = torch.arange(mask_BT.shape[1], device=mask_BT.device) < lengths_B[:, None]
+    bad_B = (lengths_B == 0) | (right_padded_BT != mask_BT).any(dim=1)
+    if bad_B.any():
+        rows = bad_B.nonzero().flatten().tolist()
+        raise ValueError(f"rows {rows} of the response mask are empty or not padded on the right")
+    return lengths_B - 1
+
+
+@torch.no_grad()
+def per_token_rewards(
+    logps_BT: Tensor,
+    ref_logps_BT: Tensor,
+    mask_BT: Tensor,
+    scores_B: Tensor,
+    kl_coef: float,
+    *,
+    estimator: KlEstimator = "k1",
+) -> Tensor:
+    """-kl_coef·KL_t, plus the score at the last real token, (B,T), without gradient.
+
+    With k1 the undiscounted sum of a row is score - kl_coef·Σ(log π - log π_ref). The log-probs are those of
+    the rollout. TRL puts the score one position later, on the first pad.
+
+    Raises:
+        ValueError: see `last_token_index`.
+    """
+    rewards_BT = -kl_coef * kl_per_token(logps_BT, ref_logps_BT, mask_BT, estimator)
+    last_B1 = last_token_index(mask_BT)[:, None]
+    return rewards_BT.scatter_add(1, last_B1, scores_B[:, None].to(rewards_BT.dtype))
+
+
+@torch.no_grad()
+def gae(
+    rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, gamma: float = 1.0, lam: float = 0.95
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation: (advantages_BT, returns_BT), both 0 where masked.
+
+    δ_t = r_t + γV_{t+1} - V_t with V = 0 after the last real token; A_t = δ_t + γλA_{t+1}; return = A_t + V_t
+    from the advantages before any whitening. V_t is the value of the state in which token t is chosen.
+    """
+    rewards_BT, values_BT = _zero_masked(rewards_BT, mask_BT), _zero_masked(values_BT, mask_BT)
+    advantages_BT = torch.zeros_like(values_BT)
+    advantage_B = torch.zeros_like(values_BT[:, 0])
+    next_value_B = torch.zeros_like(values_BT[:, 0])
+    # Padding lies to the right with reward and value 0, so that every row starts its recursion from zero.
+    for t in range(values_BT.shape[1] - 1, -1, -1):
+        delta_B = rewards_BT[:, t] + gamma * next_value_B - values_BT[:, t]
+        advantage_B = delta_B + gamma * lam * advantage_B
+        advantages_BT[:, t] = advantage_B
+        next_value_B = values_BT[:, t]
+    return advantages_BT, advantages_BT + values_BT
+
+
+def policy_loss(
+    logps_BT: Tensor,
+    old_logps_BT: Tensor,
+    advantages_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    clip: float = 0.2,
+    n_tokens: float | Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped surrogate: mean over the mask of max(-Aρ, -A·clip(ρ, 1 ± clip)), ρ = exp(logp - old logp).
+
+    Args:
+        n_tokens: see `masked_mean`; affects the loss only.
+
+    Returns:
+        The loss (scalar) and detached scalars over this call's mask: `val/ratio`, `val/ratio_var` (biased
+        variance over tokens), `policy/clipfrac_avg` (share of tokens whose clipped term is the larger one),
+        `policy/approxkl_avg` = ½ mean (logp - old logp)². TRL dilutes the last one by padding.
+    """
+    log_ratio_BT = _zero_masked(logps_BT, mask_BT) - _zero_masked(old_logps_BT, mask_BT)
+    ratio_BT = log_ratio_BT.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
+    advantages_BT = _zero_masked(advantages_BT, mask_BT)
+    plain_BT = -advantages_BT * ratio_BT
+    clipped_BT = -advantages_BT * ratio_BT.clamp(1 - clip, 1 + clip)
+    loss = masked_mean(torch.maximum(plain_BT, clipped_BT), mask_BT, n_tokens)
+    with torch.no_grad():
+        mean_ratio = masked_mean(ratio_BT, mask_BT)
+        stats = {
+            "val/ratio": mean_ratio,
+            "val/ratio_var": masked_mean((ratio_BT - mean_ratio) ** 2, mask_BT),
+            "policy/clipfrac_avg": masked_mean((clipped_BT > plain_BT).to(ratio_BT.dtype), mask_BT),
+            "policy/approxkl_avg": 0.5 * masked_mean(log_ratio_BT**2, mask_BT),
+        }
+    return loss, stats
+
+
+def value_loss(
+    values_BT: Tensor,
+    old_values_BT: Tensor,
+    returns_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    clip: float = 0.2,
+    n_tokens: float | Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """½ mean over the mask of max((V-R)², (V_clipped-R)²), V_clipped within ± clip of the rollout's value.
+
+    Args:
+        n_tokens: see `masked_mean`; affects the loss only.
+
+    Returns:
+        The loss (scalar) and `val/clipfrac_avg`, the share of tokens whose clipped error is the larger one.
+    """
+    values_BT, old_values_BT = _zero_masked(values_BT, mask_BT), _zero_masked(old_values_BT, mask_BT)
+    returns_BT = _zero_masked(returns_BT, mask_BT)
+    kept_BT = values_BT.clamp(min=old_values_BT - clip, max=old_values_BT + clip)
+    plain_BT = (values_BT - returns_BT) ** 2
+    clipped_BT = (kept_BT - returns_BT) ** 2
+    loss = 0.5 * masked_mean(torch.maximum(plain_BT, clipped_BT), mask_BT, n_tokens)
+    with torch.no_grad():
+        clipfrac = masked_mean((clipped_BT > plain_BT).to(values_BT.dtype), mask_BT)
+    return loss, {"val/clipfrac_avg": clipfrac}
+
+
+def truncate_at_eos(ids_BT: Tensor, eos_ids: int | Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Where a freshly sampled response ends: (mask_BT, finished_B), both bool.
+
+    The mask is True up to and including the first stop token, everywhere if there is none; `finished` says
+    whether there is one. Reads positions, not the pad id, so that pad may equal EOS.
+    """
+    stops = [eos_ids] if isinstance(eos_ids, int) else list(eos_ids)
+    is_stop_BT = torch.isin(ids_BT, torch.tensor(stops, dtype=ids_BT.dtype, device=ids_BT.device))
+    stops_before_BT = is_stop_BT.cumsum(dim=1) - is_stop_BT.long()
+    return stops_before_BT == 0, is_stop_BT.any(dim=1)
+
+
+def eos_penalty(scores_B: Tensor, finished_B: Tensor, penalty: float = 1.0, replace: bool = False) -> Tensor:
+    """Scores (B,) in which unfinished responses pay: score - penalty, or -penalty itself with `replace`.
+
+    Subtracting is TRL's `missing_eos_penalty`; replacing is what the N+ code does.
+    """
+    punished_B = torch.full_like(scores_B, -penalty) if replace else scores_B - penalty
+    return torch.where(finished_B, scores_B, punished_B)
+
+
+@dataclass
+class AdaptiveKL:
+    """The KL coefficient that steers towards a target (Ziegler et al. 2019, §2.2).
+
+    e = clip(KL/target - 1, ±0.2); value ← value·(1 + e·episodes/horizon).
+    """
+
+    value: float
+    target: float = 6.0
+    """Nats per response."""
+    horizon: float = 10_000.0
+    """Episodes."""
+
+    def update(self, kl: float, n_episodes: int) -> float:
+        """Take the mean over `n_episodes` episodes (of ALL ranks) of the summed KL; returns the new value.
+
+        Raises:
+            StageFailed: the KL is not finite.
+        """
+        if not math.isfinite(kl):
+            raise StageFailed(
+                f"the KL to the reference is {kl}, so the KL coefficient cannot be adapted",
+                "Look for non-finite log-probs in the rollouts; a smaller learning rate often helps.",
+            )
+        error = min(max(kl / self.target - 1, -0.2), 0.2)
+        self.value *= 1 + error * n_episodes / self.horizon
+        return self.value
+
+    def state_dict(self) -> dict[str, float]:
+        """Everything that a resumed run needs."""
+        return {"value": self.value, "target": self.target, "horizon": self.horizon}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Take over a saved state.
+
+        Raises:
+            KeyError: the state lacks an entry.
+        """
+        self.value, self.target, self.horizon = state["value"], state["target"], state["horizon"]

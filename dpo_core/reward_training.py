@@ -1,0 +1,103 @@
+"""Training a Bradley-Terry reward model on pairs, and scoring with it."""
+
+from collections.abc import Callable, Sequence as Seq
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dpo_core.engine import EngineConfig, OptimConfig
+from dpo_core.logprobs import autocast, collate, length_batches
+from dpo_core.reward_model import RewardModel, bradley_terry_loss
+from dpo_core.tokens import Sequence, TokenPair
+from dpo_core.training import LoopConfig, Trainer
+
+
+class RewardModelConfig(LoopConfig):
+    """The learned reward, for recipes without a known one."""
+
+    centring: float = Field(0.01, ge=0)
+    """Weight of (r_chosen + r_rejected)^2, which keeps rewards near zero."""
+    optim: OptimConfig = OptimConfig(learning_rate=2e-5)
+    """Optimiser and schedule; it ends at zero."""
+    engine: EngineConfig = EngineConfig()
+    """Precision, ZeRO stage, ranks, checkpoints."""
+
+
+class RewardTrainer(Trainer[TokenPair]):
+    """Mean over the pairs of the global batch of the Bradley-Terry loss."""
+
+    module: RewardModel
+    config: RewardModelConfig
+
+    def length(self, example: TokenPair) -> int:
+        return max(len(example.chosen), len(example.rejected))
+
+    def tokens(self, example: TokenPair) -> int:
+        return len(example.chosen) + len(example.rejected)
+
+    def weight(self, example: TokenPair) -> float:
+        return 1.0
+
+    def losses(self, batch: Seq[TokenPair]) -> tuple[Tensor, dict[str, Tensor]]:
+        sequences = [e.chosen for e in batch] + [e.rejected for e in batch]
+        rewards_2B = reward_of(self.module, sequences, self.config.engine.precision)
+        chosen_B, rejected_B = rewards_2B.chunk(2)
+        losses_B = bradley_terry_loss(chosen_B, rejected_B, centring=self.config.centring)
+        with torch.no_grad():
+            metrics = {
+                "rewards/chosen": chosen_B.sum(),
+                "rewards/rejected": rejected_B.sum(),
+                "rewards/margins": (chosen_B - rejected_B).sum(),
+                "rewards/accuracies": (chosen_B > rejected_B).float().sum(),
+            }
+        return losses_B.sum(), metrics
+
+
+def reward_of(model: RewardModel, sequences: Seq[Sequence], precision: str) -> Tensor:
+    """Rewards (B,) of sequences in one forward pass, read at each one's last token."""
+    device = next(model.parameters()).device
+    batch = collate(sequences).to(device)
+    last_B = torch.tensor([len(s) - 1 for s in sequences], device=device)
+    with autocast(precision, device):  # type: ignore[arg-type]
+        return model(batch.ids_BT, batch.attention_BT, last_B)
+
+
+@torch.no_grad()
+def score(
+    model: RewardModel,
+    sequences: Seq[Sequence],
+    precision: str,
+    token_budget: int = 4096,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[float]:
+    """Rewards of any number of sequences, in order, batched by length."""
+    model.eval()
+    rewards = [0.0] * len(sequences)
+    done = 0
+    for group in length_batches([len(s) for s in sequences], token_budget):
+        values = reward_of(model, [sequences[i] for i in group], precision)
+        for index, value in zip(group, values.tolist(), strict=True):
+            rewards[index] = value
+        done += len(group)
+        progress(done)
+    return rewards
+
+
+def normalise_on(
+    model: RewardModel, pairs: Seq[TokenPair], precision: str, most: int = 256
+) -> dict[str, float]:
+    """Set the model's gain and bias so that rewards of training answers have mean 0 and deviation 1.
+
+    Returns the accuracy on these pairs before and after, which normalising must not change.
+    """
+    some = list(pairs)[:most]
+    raw = torch.tensor(score(model, [s for p in some for s in (p.chosen, p.rejected)], precision))
+    model.normalise(raw)
+    return {"accuracy": float((raw[0::2] > raw[1::2]).float().mean())}
+
+
+def save_reward_model(model: RewardModel, folder: Path) -> None:
+    """Write the trained reward model (safetensors)."""
+    model.save(folder)

@@ -1,0 +1,155 @@
+"""Reward functions of text: the built-in one, and those that a recipe names.
+
+A reward function takes N prompts and N completions and returns N finite numbers, larger meaning better.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol, runtime_checkable
+
+from dpo_core.errors import RecipeError, StageFailed
+
+_FORMS = "Write 'sentiment', 'package.module:callable' or 'path/to/file.py:callable'."
+
+
+@runtime_checkable
+class RewardFunction(Protocol):
+    """What the pipeline calls to score text."""
+
+    name: str
+
+    def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
+        """One finite number per completion, in order."""
+        ...
+
+
+class SentimentReward:
+    """The VADER compound score of the completion alone, in [-1, 1]; 0 for text without any known word.
+
+    A lexicon, not a model: deterministic, fast, and easy to please. Hutto and Gilbert, ICWSM 2014.
+    """
+
+    name = "sentiment"
+
+    def __init__(self) -> None:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+        self._analyzer = SentimentIntensityAnalyzer()
+
+    def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
+        return [float(self._analyzer.polarity_scores(text)["compound"]) for text in completions]
+
+
+class CheckedReward:
+    """A reward function whose answers are checked before anybody trains on them."""
+
+    def __init__(self, function: Callable[..., Any], name: str) -> None:
+        self.function = function
+        self.name = name
+
+    def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
+        """One finite float per completion.
+
+        Raises:
+            StageFailed: the function raised, returned another number of scores, or a score that is not a
+                finite number; the row (counted from 0) is named.
+            ValueError: prompts and completions differ in number.
+        """
+        if len(prompts) != len(completions):
+            raise ValueError(f"{len(prompts)} prompts for {len(completions)} completions")
+        if not completions:
+            return []
+        try:
+            # Lists of its own: a function that edits its arguments must not edit the caller's.
+            scores = list(self.function(list(prompts), list(completions)))
+        except Exception as error:
+            raise StageFailed(
+                f"the reward '{self.name}' failed on {len(completions)} completions: "
+                f"{type(error).__name__}: {error}",
+                "It must take (prompts, completions) and return a list of numbers.",
+            ) from error
+        if len(scores) != len(completions):
+            raise StageFailed(
+                f"the reward '{self.name}' returned {len(scores)} scores for {len(completions)} completions",
+                "Return exactly one score per completion, in order.",
+            )
+        return [self._number(score, row, completions[row]) for row, score in enumerate(scores)]
+
+    def _number(self, score: Any, row: int, completion: str) -> float:
+        try:
+            # float("0.5") would work; a reward that returns text is more likely broken than meant.
+            number = math.nan if isinstance(score, str) else float(score)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise StageFailed(
+                f"the reward '{self.name}' returned {score!r} for row {row} (completion {completion[:60]!r})",
+                "Return a finite number for every completion, the empty one included.",
+            )
+        return number
+
+
+def load_reward(spec: str) -> RewardFunction:
+    """The reward function that a recipe names, with its answers checked on every call.
+
+    Args:
+        spec: "sentiment", "package.module:callable" or "path/to/file.py:callable" (relative to the current
+            folder). A class is instantiated without arguments.
+
+    Raises:
+        RecipeError: nothing of that name can be loaded, or it is not callable.
+    """
+    if spec == SentimentReward.name:
+        return CheckedReward(SentimentReward(), spec)
+    place, colon, attribute = spec.rpartition(":")
+    if not (colon and place and attribute):
+        raise RecipeError(f"'{spec}' does not name a reward function", _FORMS)
+    module = _load_file(Path(place), spec) if place.endswith(".py") else _load_module(place, spec)
+    if not hasattr(module, attribute):
+        raise RecipeError(f"the reward '{spec}' is not there: '{place}' defines no '{attribute}'", _FORMS)
+    found = getattr(module, attribute)
+    if inspect.isclass(found):
+        try:
+            found = found()
+        except Exception as error:
+            raise _cannot_load(spec, error) from error
+    if not callable(found):
+        raise RecipeError(f"the reward '{spec}' is {type(found).__name__}, which cannot be called", _FORMS)
+    name = getattr(found, "name", None)
+    return CheckedReward(found, name if isinstance(name, str) else attribute)
+
+
+def _load_module(name: str, spec: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except Exception as error:  # a user's module may fail in any way while it is imported
+        raise _cannot_load(spec, error) from error
+
+
+def _load_file(path: Path, spec: str) -> ModuleType:
+    if not path.is_file():
+        raise RecipeError(f"the reward '{spec}' is not there: no file '{path}'", _FORMS)
+    # A name per path: two files called reward.py must not replace each other.
+    name = f"dpo_reward_{sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
+    location = importlib.util.spec_from_file_location(name, path)
+    assert location is not None, "a path that ends in .py always has a loader"
+    assert location.loader is not None
+    module = importlib.util.module_from_spec(location)
+    sys.modules[name] = module  # dataclasses and pickle look the module up while and after it runs
+    try:
+        location.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise _cannot_load(spec, error) from error
+    return module
+
+
+def _cannot_load(spec: str, error: Exception) -> RecipeError:
+    return RecipeError(f"the reward '{spec}' cannot be loaded: {type(error).__name__}: {error}", _FORMS)

@@ -1,0 +1,123 @@
+"""The training job that torchrun starts: `python -m dpo_core.train --config job.json`.
+
+The job file says what to train, from what, with which settings, and where to write. The same file runs on one
+process, on many, and on a cluster. At the end `out` holds a checkpoint folder (or a reward model) and
+`work/result.json` the last metrics. Exit status: 0 done, 2 bad input, 4 failed, 75 stopped on purpose.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any, Literal
+
+from dpo_core.config import Config
+from dpo_core.dpo import DpoConfig
+from dpo_core.errors import DpoError, StageFailed
+from dpo_core.generate import SamplingConfig
+from dpo_core.ppo import PpoConfig
+from dpo_core.reward_training import RewardModelConfig
+from dpo_core.sft import SftConfig
+from dpo_core.tokens import TokenConfig
+
+STOPPED = 75  # EX_TEMPFAIL: run again and it goes on
+
+
+class Job(Config):
+    """One training job."""
+
+    kind: Literal["sft", "dpo", "ppo", "reward"]
+    """What to train."""
+    model: str
+    """Checkpoint folder that training starts from."""
+    data: str
+    """Parquet file: demonstrations, pairs or prompts, by kind."""
+    out: str
+    """Folder of the finished model."""
+    work: str
+    """Folder for checkpoints, metrics and the result; survives a kill."""
+    tokens: TokenConfig
+    """How text becomes tokens."""
+    seed: int
+    """Order of examples and sampling."""
+    sft: SftConfig | None = None
+    """Settings of kind sft."""
+    dpo: DpoConfig | None = None
+    """Settings of kind dpo."""
+    ppo: PpoConfig | None = None
+    """Settings of kind ppo."""
+    reward: RewardModelConfig | None = None
+    """Settings of kind reward."""
+    sampling: SamplingConfig | None = None
+    """How PPO samples."""
+    reward_source: str | None = None
+    """PPO's reward: a name for `rewards.load_reward`, or the folder of a reward model."""
+    reference: str | None = None
+    """DPO: shard of reference log-probs. PPO: checkpoint folder of the reference."""
+    policy_is_reference: bool = True
+    """DPO: the policy starts as the reference, so that the first loss is known."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the model."""
+
+    @property
+    def settings(self) -> Any:
+        """The settings of this job's kind."""
+        settings = getattr(self, self.kind)
+        if settings is None:
+            raise StageFailed(f"the job of kind {self.kind} carries no settings for it", "Write them")
+        return settings
+
+
+def run(job: Job) -> dict[str, float]:
+    """Train, write the model, write the result. Every rank calls this."""
+    from dpo_core.engine import start_distributed
+    from dpo_core.jobs import build
+    from dpo_core.training import write_result
+
+    start_distributed(job.settings.engine)
+    trainer, export = build(job)
+    metrics = trainer.train()
+    state = trainer.engine.full_state()
+    if trainer.engine.rank == 0:
+        export(state)
+        write_result(Path(job.work), {"metrics": metrics})
+    trainer.engine.barrier()
+    return metrics
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of each rank."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True, help="the job file (JSON)")
+    job = Job.model_validate(json.loads(Path(parser.parse_args(argv).config).read_text()))
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    from dpo_core.engine import Stopped
+
+    try:
+        run(job)
+    except Stopped:
+        # torchrun hides the exit status of its ranks; this file tells a stop from a failure.
+        (Path(job.work) / "stopped").touch()
+        return STOPPED
+    except Exception as error:
+        traceback.print_exc()
+        _report(Path(job.work), error)
+        return error.exit_code if isinstance(error, DpoError) else 4
+    return 0
+
+
+def _report(work: Path, error: Exception) -> None:
+    """Leave the error where the launcher's caller finds it: ranks share no exception with it."""
+    known = isinstance(error, DpoError)
+    problem = error.problem if known else f"{type(error).__name__}: {error}"
+    remedy = error.remedy if known else ""
+    text = json.dumps({"problem": problem, "remedy": remedy, "exit_code": getattr(error, "exit_code", 4)})
+    if os.environ.get("RANK", "0") == "0" or not (work / "error.json").exists():
+        (work / "error.json").write_text(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""The two rules that need tokens: rows over the budget, and answers that truncation makes equal.
+
+Tokenising a million rows costs minutes; bytes decide nearly all of them. A token spells at least one byte, so
+a row whose bytes fit the budget fits it in tokens, and two answers can keep equal tokens only if they begin
+with at least that many equal bytes. What is left is tokenised exactly as training would, or, where it is too
+many, for a seeded sample of the rows. The bounds hold for lossless tokenizers (byte-level or byte-fallback
+BPE); one that maps different texts to one unknown token can hide a pair from the second rule.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+import pandas as pd
+
+from expectations.features import Budget, Features, Subject, _Array
+
+
+class Tokens(Protocol):
+    """How training turns text into ids; `dpo_core.tokens.Tokenise` is one."""
+
+    def prompt(self, text: str, chat: bool, budget: int | None = None) -> Sequence[int]:
+        """Ids of a prompt, at most `budget` of them."""
+        ...
+
+    def completion(self, text: str, ended: bool) -> Sequence[int]:
+        """Ids of an answer, with the end token where it ended."""
+        ...
+
+
+class PlainTokens:
+    """`Tokens` from a function text -> ids: a chat counts as its JSON, prompts are cut from the left."""
+
+    def __init__(self, encode: Callable[[str], Sequence[int]], eos: int = -1) -> None:
+        self.encode = encode
+        self.eos = eos
+
+    def prompt(self, text: str, chat: bool, budget: int | None = None) -> Sequence[int]:
+        ids = self.encode(text)
+        return ids if budget is None else ids[max(len(ids) - budget, 0) :]
+
+    def completion(self, text: str, ended: bool) -> Sequence[int]:
+        return [*self.encode(text), *([self.eos] if ended else [])]
+
+
+def _judge_row(tokens: Tokens, row: dict[str, object], budget: Budget, subject: Subject) -> tuple[bool, bool]:
+    """(over the budget, answers equal after truncation) of one row."""
+    limit = budget.limit(subject)
+    assert limit is not None
+    text, chat = str(row["prompt"]), bool(row["chat"])
+    prompt = tokens.prompt(text, chat)
+    if subject == "prompts":
+        return len(prompt) > limit, False
+    chosen, rejected = (
+        tokens.completion(str(row[side]), bool(row[f"{side}_ended"])) for side in ("chosen", "rejected")
+    )
+    if len(prompt) + max(len(chosen), len(rejected)) <= limit:
+        return False, False
+    if budget.max_prompt_length is not None:
+        prompt = tokens.prompt(text, chat, budget.max_prompt_length)
+    kept = max(limit - len(prompt), 0)
+    return True, list(chosen[:kept]) == list(rejected[:kept])
+
+
+def token_flags(
+    frame: pd.DataFrame,
+    features: Features,
+    tokens: Tokens,
+    budget: Budget,
+    subject: Subject,
+    *,
+    max_candidates: int,
+    seed: int,
+) -> tuple[dict[str, _Array], dict[str, int]]:
+    """Columns over_long and, for pairs, identical_after_truncation: 1 offends, 0 does not, NaN not looked at.
+
+    With more than `max_candidates` undecided rows a seeded share of ALL rows is looked at, the decided ones
+    included, so that the rate over the rows looked at is an unbiased estimate of the set's.
+
+    Returns:
+        The columns, each (rows,) float32, and for each estimated one how many rows the estimate rests on.
+    """
+    wanted = {"over_long": features.maybe_over}
+    if subject == "pairs":
+        wanted["identical_after_truncation"] = features.maybe_equal
+    columns: dict[str, _Array] = {}
+    estimated: dict[str, int] = {}
+    for name, maybe in wanted.items():
+        columns[name] = np.zeros(len(frame), dtype=np.float32)
+        count = int(maybe.sum())
+        if count > max_candidates:
+            looked = np.random.default_rng(seed).random(len(frame)) < max_candidates / count
+            columns[name][~looked] = np.nan
+            estimated[name] = int(looked.sum())
+    look = np.zeros(len(frame), dtype=bool)
+    for name, maybe in wanted.items():
+        look |= maybe & ~np.isnan(columns[name])
+    positions = np.flatnonzero(look)
+    for at, row in zip(positions.tolist(), frame.iloc[positions].to_dict("records"), strict=True):
+        for name, hit in zip(wanted, _judge_row(tokens, row, budget, subject), strict=False):
+            if hit and not np.isnan(columns[name][at]):
+                columns[name][at] = 1.0
+    return columns, estimated

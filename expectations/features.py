@@ -1,0 +1,292 @@
+"""Feature columns: one column a rule, computed once and vectorised, on which the suites then expect.
+
+A row-level column is True where the row offends its rule; the two token columns are floats (0, 1, NaN = not
+looked at). Texts are worked on in slices, so that memory stays near the size of the frame itself.
+"""
+
+import json
+import operator
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dpo_core.data.split import prompt_key
+
+Subject = Literal["prompts", "pairs"]
+TEXTS: dict[Subject, list[str]] = {"pairs": ["prompt", "chosen", "rejected"], "prompts": ["prompt"]}
+SLICE = 50_000
+
+# Control tokens of well-known chat templates (ChatML, Llama 2 and 3, Gemma, Mistral, GPT-2, Phi, DeepSeek).
+TEMPLATE_TOKENS: tuple[str, ...] = (
+    "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>",
+    "<|start_header_id|>", "<|end_header_id|>", "[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "<s>", "</s>",
+    "<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>", "<|system|>", "<|user|>", "<|assistant|>",
+    "<|end|>", "<|return|>", "<|channel|>", "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>",
+)  # fmt: skip
+
+_CONTROL = r"[\x00-\x08\x0B\x0C\x0E-\x1F\x7F-\x{9F}\x{FFFD}]"
+# The same as JSON escapes, after an even number of backslashes (an odd one would be an escaped backslash).
+_CONTROL_JSON = (
+    r"(?:^|[^\\])(?:\\\\)*\\(?:[bf]|u(?:00(?:0[0-8bBcCeEfF]|1[0-9a-fA-F]|7[fF]|[89][0-9a-fA-F])|[fF]{3}[dD]))"
+)
+# A message whose content has anything but whitespace; quotes inside contents are escaped: it cannot be faked.
+_CHAT_CONTENT = r'"content": ?"(?:\s|\\[nrt])*(?:[^"\s\\]|\\[^nrt])'
+_CONTENT_KEY = '"content":"'
+# A chat template may add a system turn of its own; its tokens are not in the row's bytes.
+_TEMPLATE_SLACK = 128
+
+_Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The token budget: `max_length` for prompt and completion, `max_prompt_length` when both do not fit."""
+
+    max_length: int | None = None
+    max_prompt_length: int | None = None
+
+    def limit(self, subject: Subject) -> int | None:
+        """Tokens above which a row of `subject` is cut; None = no limit."""
+        if subject == "pairs":
+            return self.max_length
+        return self.max_prompt_length if self.max_prompt_length is not None else self.max_length
+
+
+@dataclass(frozen=True)
+class Features:
+    """`flags`: what the suites judge, indexed by source row number. `keys`: hashes that rows are compared by.
+    `maybe_over`, `maybe_equal`: rows whose token rules cannot be decided from bytes alone."""
+
+    flags: pd.DataFrame
+    keys: pd.DataFrame
+    maybe_over: _Array
+    maybe_equal: _Array
+
+
+def _as_text(series: pd.Series) -> tuple[list[str], _Array]:
+    """Python strings ("" in place of anything else), and which values were something else."""
+    values = series.to_list()
+    foreign = np.fromiter((type(v) is not str for v in values), bool, len(values))
+    if foreign.any():
+        values = [v if type(v) is str else "" for v in values]
+    return values, foreign
+
+
+def _arrow(texts: list[str]) -> Any:
+    try:
+        return pa.array(texts, type=pa.large_string())
+    except UnicodeEncodeError:  # lone surrogates are not text; as U+FFFD the control-character rule sees them
+        mended = [t.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for t in texts]
+        return pa.array(mended, type=pa.large_string())
+
+
+def _matches(array: Any, pattern: str) -> _Array:
+    return pc.match_substring_regex(array, pattern).to_numpy(zero_copy_only=False)
+
+
+def _hash(texts: Iterable[str]) -> _Array:
+    """64-bit hashes: among a million different texts, two share one with probability 3e-8."""
+    values = np.array([t.encode("utf-8", "surrogatepass") for t in texts] or [b""], dtype=object)
+    return pd.util.hash_array(values, categorize=False)[: len(values)]
+
+
+def _mix(first: _Array, *others: _Array) -> _Array:
+    """One hash of several, order-sensitive: a sum with odd multipliers, modulo 2^64."""
+    total = first.copy()
+    for other, odd in zip(others, (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F), strict=False):
+        total = total * np.uint64(0x165667B19E3779F9) + other * np.uint64(odd)
+    return total
+
+
+def tokens_pattern(tokens: Sequence[str]) -> str | None:
+    """One regular expression for literal tokens, as plain text and as JSON escapes; None when none is left.
+
+    Tokens shorter than three characters (some tokenizers pad with "!") are ordinary text and are skipped.
+    """
+    forms = {form for t in tokens if len(t.strip()) > 2 for form in (t, json.dumps(t)[1:-1])}
+    return "|".join(re.escape(form) for form in sorted(forms)) or None
+
+
+def _repeats(prompt: str, chat: bool, answers: tuple[str, ...], least: int) -> bool:
+    """Whether an answer begins with the prompt; for a chat, with its first or last message."""
+    if not chat:
+        start = prompt.strip()
+        return len(start) >= least and any(a.startswith(start) for a in answers)
+    # Most rows part within the first letters of a message: only the others are worth parsing.
+    for at in (prompt.find(_CONTENT_KEY), prompt.rfind(_CONTENT_KEY)):
+        head = prompt[at + len(_CONTENT_KEY) :][:8]
+        unsure = at < 0 or "\\" in head or '"' in head or head != head.lstrip()
+        if unsure or any(a.startswith(head) for a in answers):
+            break
+    else:
+        return False
+    try:
+        contents = [str(turn["content"]).strip() for turn in json.loads(prompt)]
+    except (ValueError, KeyError, TypeError):
+        return False
+    starts = [c for c in {*contents[:1], *contents[-1:]} if len(c) >= least]
+    return any(a.startswith(s) for a in answers for s in starts)
+
+
+def _normal(prompt: str, chat: bool, usable: bool) -> str:
+    """The splitter's key: one definition of "the same prompt" for splitting and for finding leaks."""
+    if not usable:
+        return ""
+    try:
+        return prompt_key(prompt, chat)
+    except (ValueError, KeyError, TypeError):  # not the JSON of messages that it claims to be
+        return prompt_key(prompt)
+
+
+def _equal_start(chosen: str, rejected: str, kept: int) -> bool:
+    """Whether two answers can keep the same `kept` tokens: each token spells at least one byte of text."""
+    if chosen[: kept // 4] != rejected[: kept // 4]:  # a character has at most four bytes
+        return False
+    return (
+        chosen[:kept].encode("utf-8", "replace")[:kept] == rejected[:kept].encode("utf-8", "replace")[:kept]
+    )
+
+
+def _slice_features(
+    part: pd.DataFrame, subject: Subject, *, own: str | None, known: str, budget: Budget, least: int
+) -> dict[str, _Array]:
+    """All features of one slice that need no other row. Names with a leading "_" are not for the suites."""
+    texts: dict[str, list[str]] = {}
+    foreign = np.zeros(len(part), dtype=bool)
+    for column in TEXTS[subject]:
+        texts[column], bad = _as_text(part[column])
+        foreign |= bad
+    fault = part["fault"].fillna("").astype(str).to_numpy() != ""
+    chat = part["chat"].to_numpy(dtype=bool)
+    chats = chat.tolist()
+    usable = ~fault & ~foreign
+    arrays = {column: _arrow(values) for column, values in texts.items()}
+    bare = {column: [t.strip() for t in values] for column, values in texts.items()}
+    full = {column: np.fromiter(map(bool, values), bool, len(part)) for column, values in bare.items()}
+    full["prompt"] &= ~chat | _matches(arrays["prompt"], _CHAT_CONTENT)
+    size = {c: pc.binary_length(a).to_numpy(zero_copy_only=False).astype(np.int64) for c, a in arrays.items()}
+
+    def anywhere(pattern: str | None) -> _Array:
+        hits = np.zeros(len(part), dtype=bool)
+        for array in arrays.values() if pattern else ():
+            hits |= _matches(array, pattern or "")
+        return hits & usable
+
+    split = part["split"].astype(str).to_numpy()
+    control = anywhere(_CONTROL)
+    if chat.any():
+        control |= chat & usable & _matches(arrays["prompt"], _CONTROL_JSON)
+    out = {
+        "fault": fault,
+        "type": foreign & ~fault,
+        "split": ~np.isin(split, ["train", "eval"]),
+        "empty_prompt": usable & ~full["prompt"],
+        "control_characters": control,
+        "template_tokens": anywhere(known),
+        "special_tokens": anywhere(own),
+        "_usable": usable,
+        "_eval": split == "eval",
+        "_prompt": _hash(bare["prompt"]),
+        "_normal": _hash(map(_normal, texts["prompt"], chats, usable.tolist())),
+    }
+    prompt_bound = size["prompt"] + np.where(chat, _TEMPLATE_SLACK, 2)
+    limit = budget.limit(subject)
+    if subject == "prompts":
+        out["_maybe_over"] = usable & (prompt_bound > limit if limit else np.zeros(len(part), dtype=bool))
+        out["_maybe_equal"] = np.zeros(len(part), dtype=bool)
+        return out
+
+    chosen, rejected = bare["chosen"], bare["rejected"]
+    both = usable & full["chosen"] & full["rejected"]
+    same = np.fromiter(map(operator.eq, chosen, rejected), bool, len(part))
+    lengths = [np.fromiter(map(len, texts[c]), np.float64, len(part)) for c in ("chosen", "rejected")]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = np.log(lengths[0]) - np.log(lengths[1])
+    repeats = map(lambda p, c, a, b: _repeats(p, c, (a, b), least), texts["prompt"], chats, chosen, rejected)
+    # Tokens <= bytes (plus a begin or end token and a leading-space piece), so these rows surely fit.
+    answers = np.maximum(size["chosen"], size["rejected"]) + 2
+    over = usable & (prompt_bound + answers > limit if limit else np.zeros(len(part), dtype=bool))
+    equal = over & both & ~same
+    if limit:
+        most = prompt_bound if budget.max_prompt_length is None else budget.max_prompt_length
+        kept = np.maximum(limit - np.minimum(prompt_bound, most) - 2, 0)
+        for at in np.flatnonzero(equal).tolist():
+            equal[at] = _equal_start(texts["chosen"][at], texts["rejected"][at], int(kept[at]))
+    return out | {
+        "empty_chosen": usable & ~full["chosen"],
+        "empty_rejected": usable & ~full["rejected"],
+        "identical": both & same,
+        "prompt_repeated": both & np.fromiter(repeats, bool, len(part)),
+        "length_skew": np.where(both, (np.sign(ratio) + 1) / 2, np.nan),
+        "length_ratio": np.where(both, ratio, np.nan),
+        "_chosen": _hash(chosen),
+        "_rejected": _hash(rejected),
+        "_maybe_over": over,
+        "_maybe_equal": equal,
+    }
+
+
+def relations(keys: pd.DataFrame, subject: Subject) -> dict[str, _Array]:
+    """The rules that compare rows: duplicates (but the first), contradictions (both), leaks (train side)."""
+    usable = keys["usable"].to_numpy()
+    evals = keys["eval"].to_numpy()
+    normal = keys["normal"]
+    out = {"leakage": usable & ~evals & normal.isin(normal[usable & evals].unique()).to_numpy()}
+    duplicate = np.zeros(len(keys), dtype=bool)
+    duplicate[usable] = keys["row_key"][usable].duplicated(keep="first").to_numpy()
+    out["duplicate"] = duplicate
+    if subject == "pairs":
+        ordered = usable & (keys["row_key"] != keys["turned_key"]).to_numpy()
+        turned = keys["turned_key"][ordered].unique()
+        out["contradiction"] = ordered & keys["row_key"].isin(turned).to_numpy()
+    return out
+
+
+def compute(
+    frame: pd.DataFrame,
+    subject: Subject,
+    *,
+    special_tokens: Sequence[str] = (),
+    budget: Budget | None = None,
+    echo_min_chars: int = 20,
+    tick: Callable[[int], None] | None = None,
+) -> Features:
+    """Features of a frame whose schema was found right.
+
+    Args:
+        frame: the canonical columns; its index is ignored, source rows are in `row`.
+        special_tokens: the tokenizer's own special tokens.
+        budget: token budget; without one no row is a candidate of the token rules.
+        echo_min_chars: shortest prompt (or message) looked for at the start of an answer.
+        tick: called with the number of rows done after each slice.
+    """
+    own, known = tokens_pattern(special_tokens), tokens_pattern(TEMPLATE_TOKENS)
+    assert known is not None
+    parts: dict[str, list[_Array]] = {}
+    for start in range(0, max(len(frame), 1), SLICE):
+        part = frame.iloc[start : start + SLICE]
+        done = _slice_features(
+            part, subject, own=own, known=known, budget=budget or Budget(), least=echo_min_chars
+        )
+        for name, values in done.items():
+            parts.setdefault(name, []).append(values)
+        if tick:
+            tick(min(start + SLICE, len(frame)))
+    columns = {name: np.concatenate(pieces)[: len(frame)] for name, pieces in parts.items()}
+    hidden = {name[1:]: columns.pop(name) for name in list(columns) if name.startswith("_")}
+    keys = {name: hidden[name] for name in ("usable", "eval", "normal")}
+    if subject == "pairs":
+        prompt, chosen, rejected = hidden["prompt"], hidden["chosen"], hidden["rejected"]
+        keys["row_key"] = _mix(prompt, chosen, rejected)
+        keys["turned_key"] = _mix(prompt, rejected, chosen)
+    else:
+        keys["row_key"] = hidden["prompt"]
+    table = pd.DataFrame(keys)
+    flags = pd.DataFrame(columns | relations(table, subject), index=pd.Index(frame["row"], name="row"))
+    return Features(flags, table, hidden["maybe_over"], hidden["maybe_equal"])

@@ -1,0 +1,325 @@
+"""The data gate: judges prompts or preference pairs, and refuses, drops or lets them through.
+
+Great Expectations decides: every finding's verdict, count and rows are read from its validation result. The
+result is kept as Data Docs (static HTML) under the folder given.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from expectations.budget import Tokens, token_flags
+from expectations.config import BandRule, DistanceRule, GateConfig, RateRule, Severity
+from expectations.drift import Profile, distance, profile, read_profile
+from expectations.features import TEXTS, Budget, Features, Subject, compute, relations
+from expectations.report import Finding, GateReport, to_do
+from expectations.suites import RULES, RULES_OF, content_suite, schema_frame, schema_suite
+
+_ROWS_SHOWN = 10
+# Great Expectations keeps its current project in a global: two gates in threads of one process take turns.
+_ONE_AT_A_TIME = threading.Lock()
+
+
+class _Expectations:
+    """One file-based Great Expectations project under `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")  # read when the package is imported
+        import great_expectations as gx
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self.context: Any = gx.get_context(mode="file", project_root_dir=folder)
+        self.context.variables.progress_bars = {"globally": False, "metric_calculations": False}
+        self.context.variables.save()
+        self.index = folder / "gx" / "uncommitted" / "data_docs" / "local_site" / "index.html"
+
+    def run(self, suite: Any, frame: pd.DataFrame) -> list[dict[str, Any]]:
+        """Validates `frame` against `suite`, builds the Data Docs, and returns the results as plain dicts."""
+        import great_expectations as gx
+        from great_expectations.checkpoint import UpdateDataDocsAction
+
+        name = suite.name
+        context = self.context
+        asset = context.data_sources.add_or_update_pandas(name).add_dataframe_asset(name)
+        batch = asset.add_batch_definition_whole_dataframe("all")
+        suite = context.suites.add_or_update(suite)
+        definition = context.validation_definitions.add_or_update(
+            gx.ValidationDefinition(name=name, data=batch, suite=suite)
+        )
+        checkpoint = context.checkpoints.add_or_update(
+            gx.Checkpoint(
+                name=name,
+                validation_definitions=[definition],
+                actions=[UpdateDataDocsAction(name="data_docs")],
+                result_format={"result_format": "SUMMARY"},
+            )
+        )
+        outcome = checkpoint.run(batch_parameters={"dataframe": frame})
+        return [result.to_json_dict() for run in outcome.run_results.values() for result in run.results]
+
+
+def _exception(result: dict[str, Any]) -> str:
+    """The message of an expectation that could not be evaluated, or ""."""
+    info = result.get("exception_info") or {}
+    for entry in [info, *(v for v in info.values() if isinstance(v, dict))]:
+        if entry.get("raised_exception"):
+            return str(entry.get("exception_message"))
+    return ""
+
+
+def _finding(result: dict[str, Any], subject: Subject, config: GateConfig, notes: dict[str, str]) -> Finding:
+    """One validation result as a finding; `notes` holds what a rule's message says in brackets."""
+    name = result["expectation_config"]["meta"]["rule"]
+    severity: Severity = result["expectation_config"]["severity"]
+    rule = RateRule(max_rate=config.max_dropped_rate) if name == "dropped" else config.rule(name)
+    what, remedy = RULES[name]
+    passed = bool(result["success"])
+    values = result["result"]
+    count, rate, observed, rows = 0, 0.0, None, []
+    if broken := _exception(result):
+        passed, said = False, f"the expectation could not be evaluated ({broken})"
+    elif isinstance(rule, RateRule):
+        judged = values["element_count"] - values.get("missing_count", 0)
+        count = int(values["unexpected_count"])
+        rate = count / judged if judged else 0.0
+        rows = [int(at["row"]) for at in values.get("partial_unexpected_index_list") or []][:_ROWS_SHOWN]
+        said = f"{count} of {judged} rows ({rate:.2%}) {what}; tolerated {rule.max_rate:.2%}"
+        if count and name in notes:
+            said += f" ({notes[name]})"
+        if rows:
+            said += f"; source rows {', '.join(map(str, rows))}{', …' if count > len(rows) else ''}"
+    else:
+        observed = float(values["observed_value"])
+        if isinstance(rule, BandRule):
+            said = f"the {what} is {observed:.3f}, accepted {rule.low:g} to {rule.high:g}"
+        elif isinstance(rule, DistanceRule):
+            said = f"the {what} is {observed:.3f}, accepted up to {rule.max_distance:g}"
+        else:
+            said = f"the {what} is {observed:.0f}, at least {rule.min_rows} are needed"
+    remedy = "" if passed else remedy
+    return Finding(
+        rule=f"{subject}/{name}",
+        severity=severity,
+        passed=passed,
+        count=count,
+        rate=rate,
+        observed=observed,
+        threshold=rule.threshold,
+        rows=rows,
+        message=said + to_do(remedy),
+        remedy=remedy,
+    )
+
+
+def _schema_finding(results: list[dict[str, Any]], subject: Subject) -> Finding:
+    wrong = []
+    for result in results:
+        if result["success"]:
+            continue
+        kwargs, values = result["expectation_config"]["kwargs"], result["result"]
+        if "column" in kwargs:
+            is_now = (values.get("partial_unexpected_list") or ["unknown"])[0]
+            wrong.append(f"column {kwargs['column']} is {is_now}, not {kwargs['value_set'][0]}")
+        else:
+            absent = [c for c in kwargs["column_set"] if c not in values["observed_value"]]
+            wrong.append(f"missing: {', '.join(absent)}")
+    remedy = RULES["schema"][1] if wrong else ""
+    return Finding(
+        rule=f"{subject}/schema",
+        severity="critical",
+        passed=not wrong,
+        count=len(wrong),
+        message=("; ".join(wrong) or "all columns are there and of the right type") + to_do(remedy),
+        remedy=remedy,
+    )
+
+
+def _skipped(
+    subject: Subject, config: GateConfig, flags: pd.DataFrame, reasons: dict[str, str]
+) -> list[Finding]:
+    """A finding for each rule that is on but has no feature column in this run."""
+    return [
+        Finding(
+            rule=f"{subject}/{name}",
+            severity=config.rule(name).severity,
+            passed=True,
+            skipped=True,
+            threshold=config.rule(name).threshold,
+            message=f"not judged: {reasons[name]}",
+        )
+        for name in RULES_OF[subject]
+        if name in reasons and name not in flags.columns and config.rule(name).severity != "off"
+    ]
+
+
+def _critical_hits(
+    flags: pd.DataFrame, keys: pd.DataFrame, subject: Subject, config: GateConfig
+) -> pd.DataFrame:
+    """The rows that the quarantine drops, one boolean column a critical row-level rule."""
+    names = [
+        name
+        for name in RULES_OF[subject]
+        if name in flags and isinstance(rule := config.rule(name), RateRule) and rule.severity == "critical"
+    ]
+    hits = pd.DataFrame({name: flags[name].to_numpy() == 1 for name in names}, index=keys.index)
+    if "duplicate" in hits:
+        # The first of several equal rows stays unless another rule takes it: judge repeats among the others.
+        stay = ~hits.drop(columns="duplicate").any(axis=1)
+        hits["duplicate"] = False
+        hits.loc[stay, "duplicate"] = relations(keys[stay], subject)["duplicate"]
+    return hits
+
+
+def _reasons(fault: pd.Series) -> str:
+    """The two commonest reasons why rows could not be read, with their counts."""
+    common = fault[fault.fillna("") != ""].value_counts().head(2)
+    return "; ".join(f"{count}: {reason}" for reason, count in common.items())
+
+
+class _Judge:
+    """What the runs before and after quarantine share."""
+
+    def __init__(
+        self, subject: Subject, config: GateConfig, docs: _Expectations, baseline: Profile | None
+    ) -> None:
+        self.subject, self.config, self.docs, self.baseline = subject, config, docs, baseline
+        self.notes: dict[str, str] = {}
+        self.reasons: dict[str, str] = {}
+
+    def run(
+        self, frame: pd.DataFrame, flags: pd.DataFrame, usable: Any, name: str
+    ) -> tuple[list[Finding], Profile]:
+        """Adds the columns that concern the whole set, runs the suite, and reads its findings."""
+        columns, config = TEXTS[self.subject], self.config
+        seen = profile(frame, usable, columns, rows=config.profile_rows, seed=config.seed)
+        reasons = dict(self.reasons)
+        if self.baseline is None:
+            reasons |= dict.fromkeys(
+                ("script_drift", "language_drift"),
+                "no baseline was given; this run's profile can serve as the next one's",
+            )
+        else:
+            flags = flags.assign(
+                script_drift=distance(seen.scripts, self.baseline.scripts),
+                language_drift=distance(seen.languages, self.baseline.languages),
+            )
+        empty = [c for c in flags.columns if flags[c].isna().all()]  # such as no usable pair
+        reasons |= dict.fromkeys(empty, "no row could be measured")
+        flags = flags.drop(columns=empty)
+        notes = self.notes | {"fault": _reasons(frame["fault"])}
+        results = self.docs.run(content_suite(self.subject, self.config, flags, name), flags)
+        findings = [_finding(result, self.subject, self.config, notes) for result in results]
+        return findings + _skipped(self.subject, self.config, flags, reasons), seen
+
+
+def judge(
+    frame: pd.DataFrame,
+    *,
+    subject: Subject,
+    config: GateConfig,
+    docs_dir: Path,
+    tokens: Tokens | None = None,
+    max_length: int | None = None,
+    max_prompt_length: int | None = None,
+    special_tokens: Sequence[str] = (),
+    baseline: dict[str, object] | None = None,
+    tick: Callable[[int], None] | None = None,
+) -> tuple[GateReport, pd.DataFrame]:
+    """Judges a frame of canonical prompts or pairs.
+
+    Args:
+        frame: one row an example; columns as in `expectations.suites.SCHEMA`, more are allowed.
+        docs_dir: folder for the Great Expectations project and its Data Docs; nothing is written elsewhere.
+        tokens: how training tokenises (`dpo_core.tokens.Tokenise`, or `PlainTokens` round a function); with
+            `max_length` it turns on the two token rules.
+        max_length: most tokens of prompt and answer together.
+        max_prompt_length: most tokens of the prompt when both do not fit; for prompts the budget itself.
+        special_tokens: the tokenizer's own special tokens, which no text may hold.
+        baseline: the `profile` of an earlier report, for the drift rules.
+        tick: called with the number of rows whose features are done, for a progress bar.
+
+    Returns:
+        The report, and the rows that go on (all of them unless the quarantine dropped some).
+
+    Raises:
+        DataError: the baseline is not a profile. A refusal is not raised: see `GateReport.raise_if_refused`.
+    """
+    earlier = None if baseline is None else read_profile(baseline)
+    with _ONE_AT_A_TIME:
+        docs = _Expectations(Path(docs_dir))
+        kinds = schema_frame(frame, subject)
+        schema = _schema_finding(docs.run(schema_suite(subject, list(kinds.columns)), kinds), subject)
+        if not schema.passed:
+            return _report(subject, len(frame), docs, [schema], Profile()), frame
+
+        judged = _Judge(subject, config, docs, earlier)
+        budget = Budget(max_length, max_prompt_length)
+        features = compute(
+            frame,
+            subject,
+            special_tokens=special_tokens,
+            budget=budget,
+            echo_min_chars=config.echo_min_chars,
+            tick=tick,
+        )
+        flags, usable = features.flags, features.keys["usable"].to_numpy()
+        if tokens is None or budget.limit(subject) is None:
+            without = "no tokenizer or token budget was given"
+            judged.reasons = dict.fromkeys(("over_long", "identical_after_truncation"), without)
+        else:
+            columns, estimated = token_flags(
+                frame,
+                features,
+                tokens,
+                budget,
+                subject,
+                max_candidates=config.max_candidates,
+                seed=config.seed,
+            )
+            flags = flags.assign(**columns)
+            judged.notes = {name: f"estimated from {n} rows" for name, n in estimated.items()}
+        if config.quarantine == "refuse":
+            findings, seen = judged.run(frame, flags, usable, subject)
+            return _report(subject, len(frame), docs, [schema, *findings], seen), frame
+        return _quarantine(frame, flags, features, judged, schema)
+
+
+def _quarantine(
+    frame: pd.DataFrame, flags: pd.DataFrame, features: Features, judged: _Judge, schema: Finding
+) -> tuple[GateReport, pd.DataFrame]:
+    """Judges, drops the rows hit by critical rules, and judges what is left."""
+    subject, keys = judged.subject, features.keys
+    hits = _critical_hits(flags, keys, subject, judged.config)
+    out = hits.any(axis=1).to_numpy()
+    usable = keys["usable"].to_numpy()
+    before, seen = judged.run(frame, flags.assign(dropped=out), usable, subject)
+    if not out.any():
+        return _report(subject, len(frame), judged.docs, [schema, *before], seen), frame
+    share = [f for f in before if f.rule == f"{subject}/dropped"]
+    kept = frame[~out].reset_index(drop=True)
+    again = flags[~out].assign(**relations(keys[~out], subject))
+    findings, seen = judged.run(kept, again, usable[~out], f"{subject}-after-quarantine")
+    report = _report(subject, len(frame), judged.docs, [schema, *share, *findings], seen)
+    counts = {f"{subject}/{name}": int(n) for name, n in hits.sum().items() if n}
+    return report.model_copy(
+        update={"dropped": int(np.sum(out)), "dropped_by": counts, "before": before}
+    ), kept
+
+
+def _report(
+    subject: Subject, rows: int, docs: _Expectations, findings: list[Finding], seen: Profile
+) -> GateReport:
+    refused = any(f.severity == "critical" and not f.passed for f in findings)
+    return GateReport(
+        subject=subject,
+        rows=rows,
+        refused=refused,
+        findings=findings,
+        docs_index=str(docs.index),
+        profile=seen,
+    )

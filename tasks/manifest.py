@@ -1,0 +1,169 @@
+"""Manifests: what one stage hands to the next in place of models, tensors or tables.
+
+A manifest names an artifact (a folder of files) by the digest of its content and says where it came from.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import unquote, urlsplit
+
+from pydantic import AwareDatetime, BaseModel, Field, JsonValue
+
+from dpo_core.config import Config
+from dpo_core.errors import StageFailed
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+# hashlib releases the GIL, and a SHA-256 unit outruns most disks: more threads than this gain nothing.
+HASH_THREADS = 2
+
+
+class FileEntry(Config):
+    """One file of an artifact."""
+
+    sha256: Sha256
+    """Digest of the file's content."""
+    bytes: int = Field(ge=0)
+    """Size of the file."""
+
+
+class Manifest(Config):
+    """What an artifact is, where it lies and what it was made from; JSON-able and immutable."""
+
+    kind: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """What the artifact holds: dataset, model, reference, report, ..."""
+    uri: str
+    """Absolute `file://` URI of the artifact's folder."""
+    sha256: Sha256
+    """Digest of the folder: see `digest_entries`."""
+    schema_version: int = Field(ge=1)
+    """Version of the layout of the files inside."""
+    rows: int | None = Field(default=None, ge=0)
+    """Number of rows, for data."""
+    parameters: int | None = Field(default=None, ge=0)
+    """Number of parameters, for models."""
+    parents: tuple[Sha256, ...] = ()
+    """Digests of the artifacts that this one was made from."""
+    stage: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """The stage that made it."""
+    stage_version: int = Field(ge=0)
+    """Version of that stage's code; raising it makes the stage run again."""
+    config_digest: Sha256
+    """Digest of the slice of the recipe that the stage read."""
+    created_at: AwareDatetime = Field(default_factory=lambda: datetime.now(UTC))
+    """When it was committed (UTC)."""
+    extra: dict[str, JsonValue] = Field(default_factory=dict)
+    """Small facts: metrics, counts. Not part of the digest."""
+    files: dict[str, FileEntry] = Field(default_factory=dict)
+    """Path inside the folder (with `/`) to size and digest."""
+
+    @property
+    def path(self) -> Path:
+        """The artifact's folder on this machine.
+
+        Raises:
+            StageFailed: the URI is not a local one.
+        """
+        parts = urlsplit(self.uri)
+        if parts.scheme != "file" or parts.netloc:
+            raise StageFailed(f"the {self.kind} at {self.uri} is not a folder on this machine")
+        return Path(unquote(parts.path))
+
+
+def digest_config(config: Any) -> str:
+    """SHA-256 of the canonical JSON of a configuration.
+
+    Keys are sorted and spacing is fixed, so that neither the order of a recipe's lines nor its comments
+    count. Takes a pydantic model or anything of dicts, lists, strings, numbers, booleans, None and paths.
+
+    Raises:
+        TypeError: a value has no JSON form.
+        ValueError: a number is NaN or infinite.
+    """
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, BaseModel):
+            return value.model_dump(mode="json")
+        if isinstance(value, os.PathLike):
+            return os.fspath(value)
+        raise TypeError(f"a {type(value).__name__} cannot be part of a configuration digest")
+
+    text = json.dumps(
+        config, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=plain
+    )
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def digest_file(path: Path | str) -> str:
+    """SHA-256 of a file's content, read in blocks of 2 MB whatever the file's size."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(2 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def list_files(folder: Path | str) -> dict[str, Path]:
+    """Every file below a folder, by its relative path with `/`, sorted. Empty sub-folders do not count.
+
+    Raises:
+        StageFailed: there is a symbolic link, socket or device: its content is not the folder's own.
+        OSError: the folder cannot be read.
+    """
+    found: dict[str, Path] = {}
+    pending = [Path(folder)]
+    while pending:
+        with os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                path = Path(entry.path)
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(path)
+                elif entry.is_file(follow_symlinks=False):
+                    found[path.relative_to(folder).as_posix()] = path
+                else:
+                    raise StageFailed(
+                        f"{path} is a symbolic link or a special file, which an artifact cannot hold",
+                        "Write a copy of the file instead.",
+                    )
+    return dict(sorted(found.items()))
+
+
+def digest_files(files: Mapping[str, Path]) -> dict[str, FileEntry]:
+    """Size and digest of each file, two files at a time."""
+
+    def entry(path: Path) -> FileEntry:
+        return FileEntry(sha256=digest_file(path), bytes=path.stat().st_size)
+
+    if len(files) < 2:
+        return {name: entry(path) for name, path in files.items()}
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        return dict(zip(files, pool.map(entry, files.values()), strict=True))
+
+
+def digest_entries(files: Mapping[str, FileEntry]) -> str:
+    """Digest of an artifact: SHA-256 over the sorted pairs (relative path, SHA-256 of the file)."""
+    return digest_config([[name, files[name].sha256] for name in sorted(files)])
+
+
+def digest_folder(folder: Path | str) -> str:
+    """Digest of a folder as an artifact: the same content under the same relative names, the same digest."""
+    return digest_entries(digest_files(list_files(folder)))
+
+
+def stage_key(
+    stage: str, stage_version: int, config_digest: str, inputs: Mapping[str, str] | Iterable[str]
+) -> str:
+    """The name under which a stage's result is looked up.
+
+    Args:
+        inputs: digests of all that the stage reads. A plain list is taken without order; where roles
+            matter (policy and reference of one kind), give a mapping from role to digest.
+    """
+    given = dict(inputs) if isinstance(inputs, Mapping) else sorted(inputs)
+    return digest_config([stage, stage_version, config_digest, given])

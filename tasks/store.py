@@ -1,0 +1,463 @@
+"""The content-addressed store of artifacts that makes a stage run once.
+
+    <workspace>/store/objects/<kind>/<sha256[:2]>/<sha256>/   the artifact's files, never changed in place
+    <workspace>/store/index/<stage>/<key>.json                the manifest of what a stage made
+    <workspace>/store/locks/                                  one lock a key, so that two runs share the work
+    <workspace>/store/tmp/                                    everything unfinished; see `Store.sweep`
+    <workspace>/work/<stage>/<key[:16]>/                      a stage's scratch; survives a kill
+
+Nothing is written in place: files and folders are completed beside and renamed, and the index entry comes
+last. A kill therefore leaves a whole artifact or none.
+"""
+
+import errno
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import psutil
+from filelock import FileLock, Timeout
+from pydantic import JsonValue, ValidationError
+
+from dpo_core.errors import DpoError, RecipeError, StageFailed
+from tasks.manifest import (
+    HASH_THREADS,
+    FileEntry,
+    Manifest,
+    digest_config,
+    digest_entries,
+    digest_file,
+    digest_files,
+    list_files,
+)
+
+log = logging.getLogger(__name__)
+
+# A file written this recently may change again within the resolution of its time stamp: hash it again.
+_SETTLED_SECONDS = 2.0
+# Unfinished folders of another machine cannot be asked for their process; past this age nobody waits.
+_FOREIGN_TMP_SECONDS = 24 * 3600.0
+_WAIT_LINE_SECONDS = 60.0
+
+# Digests already computed in this process, by (path, size, mtime_ns, inode).
+_known: dict[tuple[str, int, int, int], str] = {}
+
+
+def open_workspace(workspace: str | Path) -> Path:
+    """The workspace as an absolute path.
+
+    Raises:
+        RecipeError: it is a remote URL, or a file stands there.
+    """
+    text = os.fspath(workspace)
+    if text.startswith("file://"):
+        text = unquote(urlsplit(text).path)
+    if re.match(r"^[A-Za-z][A-Za-z0-9+.-]+://", text):
+        raise RecipeError(
+            f"workspace {text} is a remote URL, and the store works on mounted folders only so far",
+            "Give a local path, or mount the bucket and give the mount point.",
+        )
+    path = Path(text).expanduser().absolute()
+    if path.exists() and not path.is_dir():
+        raise RecipeError(f"workspace {path} is a file", "Give a folder.")
+    return path
+
+
+@contextmanager
+def _disk(path: Path, doing: str) -> Iterator[None]:
+    """Turns an OSError into a sentence with the path and what to do."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or path
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StageFailed(
+                f"the disk that holds {path} is full ({doing}); nothing half-written was kept",
+                "Free some space there, then resume the run.",
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise RecipeError(
+                f"no access to {where} ({doing}): {error.strerror}",
+                "Make the workspace writable for this user, or choose another workspace.",
+            ) from error
+        raise StageFailed(
+            f"{doing} failed at {where}: {error.strerror or error}", "Resume the run."
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    """Flush a file, or a folder's list of names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _digest_known(path: Path) -> str:
+    stat = path.stat()
+    mark = (str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    if mark in _known:
+        return _known[mark]
+    digest = digest_file(path)
+    if time.time() - stat.st_mtime > _SETTLED_SECONDS:
+        _known[mark] = digest
+    return digest
+
+
+def find_damage(folder: Path, files: Mapping[str, FileEntry]) -> str | None:
+    """The first way in which a folder differs from the files that its manifest lists, in words; else None.
+
+    Raises:
+        PermissionError: a file may not be read: that is no damage.
+    """
+    try:
+        present = list_files(folder)
+        sizes = {name: path.stat().st_size for name, path in present.items()}
+        for name in sorted(files.keys() | sizes.keys()):
+            fault = _fault(sizes.get(name), files.get(name))
+            if fault:
+                return f"file {name}: {fault}"
+        with ThreadPoolExecutor(HASH_THREADS) as pool:
+            digests = pool.map(_digest_known, present.values())
+            for name, digest in zip(present, digests, strict=True):
+                if digest != files[name].sha256:
+                    return f"file {name}: content {digest[:12]} instead of {files[name].sha256[:12]}"
+    except PermissionError:
+        raise
+    except FileNotFoundError as error:
+        fault = f"file {error.filename}: gone"
+    except (OSError, DpoError) as error:
+        fault = f"unreadable: {error}"
+    else:
+        fault = None
+    return fault
+
+
+def _fault(size: int | None, entry: FileEntry | None) -> str | None:
+    """What is wrong with a file before its content is read: its size on the disk against its entry."""
+    if size is None:
+        return "missing"
+    if entry is None:
+        return "not part of the artifact"
+    return None if size == entry.bytes else f"{size} bytes instead of {entry.bytes}"
+
+
+class Store:
+    """The artifacts of one workspace. Creating the object touches nothing on the disk.
+
+    Args:
+        workspace: folder that holds `store/` and `work/`; a path or a `file://` URI.
+
+    Raises:
+        RecipeError: the workspace is a remote URL or not a folder.
+    """
+
+    def __init__(self, workspace: str | Path) -> None:
+        self.workspace = open_workspace(workspace)
+        self.root = self.workspace / "store"
+
+    def lookup(self, stage: str, key: str, *, verify: bool = True) -> Manifest | None:
+        """What a stage made for this key, or None if it has to run.
+
+        The artifact is compared with its manifest first: every name, size and digest. A damaged or missing
+        one is reported in one line of the log and forgotten. `verify=False` trusts the disk.
+
+        Raises:
+            RecipeError: the store may not be read.
+        """
+        index = self._index(stage, key)
+        with _disk(index, "reading the store"):
+            manifest = self._read_index(index)
+            if manifest is None:
+                return None
+            damage = self._damage(manifest) if verify else None
+            if damage is None:
+                return manifest
+            log.warning(
+                "artifact %s of stage %s is damaged (%s); it will be rebuilt", manifest.sha256, stage, damage
+            )
+            # A workspace that cannot be written still answers; the commit will say why it cannot go on.
+            with suppress(OSError), self._object_lock(manifest.sha256):
+                if self._damage(manifest) is not None:  # nobody rebuilt it meanwhile
+                    index.unlink(missing_ok=True)
+                    self._discard(manifest.path)
+        return None
+
+    def begin(self, stage: str, key: str) -> Path:
+        """The stage's scratch folder: the same for a key, so that a killed stage finds its checkpoints."""
+        self._index(stage, key)
+        scratch = self._scratch(stage, key)
+        with _disk(scratch, f"making the working folder of stage {stage}"):
+            scratch.mkdir(parents=True, exist_ok=True)
+        return scratch
+
+    def commit(
+        self,
+        stage: str,
+        key: str,
+        source: Path | str | Mapping[str, Path | str],
+        *,
+        kind: str,
+        stage_version: int,
+        config_digest: str,
+        parents: Sequence[str] = (),
+        schema_version: int = 1,
+        rows: int | None = None,
+        parameters: int | None = None,
+        extra: Mapping[str, JsonValue] | None = None,
+        keep_work: bool = False,
+    ) -> Manifest:
+        """Store what a stage made and remember it under the key; then remove the stage's scratch folder.
+
+        Args:
+            source: the folder to store, or the files to store by their name inside the artifact. What lies in
+                the stage's scratch is moved; anything else is copied and left as it was.
+            keep_work: leave the scratch folder (and what was stored from it) in place.
+
+        Returns:
+            The manifest. The same content committed again gives the same artifact.
+
+        Raises:
+            StageFailed: nothing to store, or the disk is full or broken.
+            RecipeError: the workspace cannot be written.
+        """
+        index, scratch = self._index(stage, key), self._scratch(stage, key)
+        doing = f"storing the result of stage {stage}"
+        with _disk(self.root, doing):
+            folder = None if isinstance(source, Mapping) else Path(source).absolute()
+            files = list_files(folder) if folder else _named_files(source)  # type: ignore[arg-type]
+            if not files:
+                raise StageFailed(f"stage {stage} made no files in {folder or scratch}")
+            entries = digest_files(files)
+            sha256 = digest_entries(entries)
+            target = self.root / "objects" / kind / sha256[:2] / sha256
+            manifest = Manifest(
+                kind=kind,
+                uri=target.as_uri(),
+                sha256=sha256,
+                schema_version=schema_version,
+                rows=rows,
+                parameters=parameters,
+                parents=tuple(parents),
+                stage=stage,
+                stage_version=stage_version,
+                config_digest=config_digest,
+                extra=_finite(dict(extra or {})),
+                files=entries,
+            )
+            target.parent.mkdir(parents=True, exist_ok=True)
+            index.parent.mkdir(parents=True, exist_ok=True)
+            # One lock over object and index, so that no check of the same content removes it in between.
+            with self._object_lock(sha256), self._temporary() as temporary:
+                # All that needs room on the disk comes first; what follows are renames.
+                entry = self._write_entry(temporary / index.name, manifest)
+                if target.exists() and find_damage(target, entries) is not None:
+                    self._discard(target)
+                if not target.exists():
+                    own = None if keep_work else scratch
+                    os.rename(self._stage_files(files, folder, own, temporary), target)
+                    _sync(target.parent)
+                os.replace(entry, index)
+                _sync(index.parent)
+        if not keep_work:
+            shutil.rmtree(scratch, ignore_errors=True)
+        return manifest
+
+    @contextmanager
+    def lock(self, stage: str, key: str) -> Iterator[None]:
+        """Hold a stage and key, so that of two runs at once one works and the other finds the result.
+
+        Waiting is announced in the log with the holder's process. A killed holder lets go by itself. Do not
+        take the same lock twice in one thread.
+        """
+        self._index(stage, key)
+        path = self.root / "locks" / f"{stage}-{key}.lock"
+        holder = path.with_suffix(".holder")
+        with _disk(path, "locking the store"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(path, poll_interval=0.2)
+            patience = 0.0
+            while not lock.is_locked:
+                try:
+                    lock.acquire(timeout=patience)
+                except Timeout:
+                    patience = _WAIT_LINE_SECONDS
+                    try:
+                        who = holder.read_text()
+                    except OSError:
+                        who = "another process"
+                    log.info("stage %s (key %s) is being done by %s; waiting", stage, key[:16], who)
+            with suppress(OSError):  # only a courtesy to those who wait
+                started = time.strftime("%Y-%m-%d %H:%M:%S")
+                holder.write_text(f"process {os.getpid()} on {socket.gethostname()} since {started}")
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                holder.unlink(missing_ok=True)
+            lock.release()
+
+    def sweep(self) -> int:
+        """Remove what killed processes left unfinished; returns the number of folders removed."""
+        removed = 0
+        for folder in self._children(self.root / "tmp"):
+            if not _has_owner(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                removed += not folder.exists()
+        return removed
+
+    def usage(self) -> dict[str, int]:
+        """Bytes on the disk by kind of artifact, and of the stages' scratch folders as `work`."""
+        places = {folder.name: folder for folder in self._children(self.root / "objects")}
+        places["work"] = self.workspace / "work"
+        sizes = dict.fromkeys(places, 0)
+        for name, folder in places.items():
+            for where, _, files in os.walk(folder):
+                for file in files:
+                    with suppress(FileNotFoundError):  # a run at work may remove its scratch
+                        sizes[name] += os.lstat(os.path.join(where, file)).st_size
+        return sizes
+
+    def _index(self, stage: str, key: str) -> Path:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", stage) or not re.fullmatch(r"[0-9a-f]{64}", key):
+            raise ValueError(f"stage {stage!r} and key {key!r} are not a stage name and a SHA-256")
+        return self.root / "index" / stage / f"{key}.json"
+
+    def _scratch(self, stage: str, key: str) -> Path:
+        return self.workspace / "work" / stage / key[:16]
+
+    def _damage(self, manifest: Manifest) -> str | None:
+        if digest_entries(manifest.files) != manifest.sha256:
+            return "its list of files does not match its digest"
+        return find_damage(manifest.path, manifest.files)
+
+    def _read_index(self, index: Path) -> Manifest | None:
+        try:
+            entry = json.loads(index.read_bytes())
+            if digest_config(entry["manifest"]) != entry["sha256"]:
+                raise ValueError("its digest does not match")
+            manifest = Manifest.model_validate(entry["manifest"])
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (ValueError, KeyError, TypeError, ValidationError) as error:
+            log.warning("index entry %s is damaged (%s); its stage will run again", index, error)
+            with suppress(OSError):
+                index.unlink(missing_ok=True)
+            return None
+        # The entry holds the path inside the store, so that a workspace may be moved.
+        return manifest.model_copy(update={"uri": (self.root / manifest.uri).as_uri()})
+
+    def _write_entry(self, path: Path, manifest: Manifest) -> Path:
+        inside = manifest.path.relative_to(self.root).as_posix()
+        facts = manifest.model_copy(update={"uri": inside}).model_dump(mode="json")
+        path.write_text(json.dumps({"sha256": digest_config(facts), "manifest": facts}, indent=1))
+        _sync(path)
+        return path
+
+    def _stage_files(
+        self, files: Mapping[str, Path], folder: Path | None, own: Path | None, temporary: Path
+    ) -> Path:
+        """A complete, flushed folder on the store's file system, ready for its rename.
+
+        `own` is the scratch whose files may be taken over; None copies everything.
+        """
+        if folder and own and folder.is_relative_to(own) and _same_device(folder, temporary):
+            staged, parts = folder, files
+        else:
+            staged, parts = temporary / "artifact", {}
+            for name, path in files.items():
+                part = parts[name] = staged / name
+                part.parent.mkdir(parents=True, exist_ok=True)
+                # A link costs nothing and leaves the scratch whole until the artifact is safe.
+                if own and path.is_relative_to(own) and _same_device(path, temporary):
+                    os.link(path, part)
+                else:
+                    shutil.copyfile(path, part)
+        for path in parts.values():
+            _sync(path)
+        for where in {place for path in parts.values() for place in path.parents}:
+            if where.is_relative_to(staged):
+                _sync(where)
+        return staged
+
+    def _discard(self, folder: Path) -> None:
+        """Remove an object: out of sight in one step first, so that a kill leaves no half of it."""
+        with self._temporary() as temporary, suppress(FileNotFoundError):
+            os.rename(folder, temporary / "discarded")
+
+    @contextmanager
+    def _object_lock(self, sha256: str) -> Iterator[None]:
+        path = self.root / "locks" / f"object-{sha256[:8]}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path, poll_interval=0.05):
+            yield
+
+    @contextmanager
+    def _temporary(self) -> Iterator[Path]:
+        """A folder of this process under `store/tmp`, removed at the end whatever happens."""
+        born = int(psutil.Process().create_time())
+        name = f"{socket.gethostname()}+{os.getpid()}+{born}+{uuid.uuid4().hex[:8]}"
+        folder = self.root / "tmp" / name
+        folder.mkdir(parents=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    @staticmethod
+    def _children(folder: Path) -> list[Path]:
+        try:
+            return sorted(folder.iterdir())
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+
+def _finite(value: Any) -> Any:
+    """JSON without NaN and infinity, which become None: a strange metric must not cost the artifact."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _named_files(source: Mapping[str, Path | str]) -> dict[str, Path]:
+    files = {}
+    for name, path in sorted(source.items()):
+        pure = PurePosixPath(name)
+        if pure.is_absolute() or ".." in pure.parts or pure.as_posix() != name or name == ".":
+            raise ValueError(f"{name!r} is not a plain relative path inside an artifact")
+        # Resolved, so that a symbolic link is stored as the content that it points to.
+        files[name] = Path(path).resolve(strict=True)
+    return files
+
+
+def _same_device(first: Path, second: Path) -> bool:
+    return first.stat().st_dev == second.stat().st_dev
+
+
+def _has_owner(temporary: Path) -> bool:
+    """Whether the process that made a folder under `store/tmp` still lives."""
+    try:
+        host, pid, born, _ = temporary.name.split("+")
+        if host != socket.gethostname():
+            return time.time() - temporary.stat().st_mtime < _FOREIGN_TMP_SECONDS
+        # The time of birth tells a process from a later one that got the same number.
+        return abs(psutil.Process(int(pid)).create_time() - int(born)) < 2
+    except (ValueError, FileNotFoundError, psutil.NoSuchProcess):
+        return False
+    except psutil.AccessDenied:
+        return True

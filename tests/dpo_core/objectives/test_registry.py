@@ -1,0 +1,96 @@
+"""The registry: lookup, ranges, and that nothing can be declared without being read."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from dpo_core.errors import RecipeError
+from dpo_core.objectives import Parameter, get, names, objective
+from dpo_core.objectives.registry import _OBJECTIVES
+
+
+def test_every_objective_is_complete() -> None:
+    assert {"dpo", "cdpo", "robust", "ipo_sum", "ipo_mean", "hinge"} <= set(names())
+    for name in names():
+        found = get(name)
+        assert found.name == name
+        assert found.citation
+        assert found.function.__doc__
+        for parameter in found.parameters.values():
+            assert parameter.low <= parameter.default <= parameter.high
+            assert parameter.meaning
+
+
+def test_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(RecipeError) as caught:
+        get("dpoo")
+    assert "dpoo" in caught.value.problem
+    assert all(name in caught.value.remedy for name in names())
+
+
+def test_resolve_fills_defaults() -> None:
+    assert get("cdpo").resolve({"beta": 1}) == {"beta": 1.0, "label_smoothing": 0.1}
+    assert get("ipo_mean").resolve({}) == {"tau": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "fragment"),
+    [
+        ("dpo", {"tau": 0.1}, "does not read the parameter 'tau'"),
+        ("dpo", {"beta": 0.0}, "beta=0.0 is outside"),
+        ("dpo", {"beta": float("nan")}, "beta=nan is outside"),
+        ("robust", {"label_smoothing": 0.5}, "label_smoothing=0.5 is outside"),
+    ],
+)
+def test_resolve_refuses(name: str, given: dict[str, float], fragment: str) -> None:
+    with pytest.raises(RecipeError, match=fragment):
+        get(name).resolve(given)
+
+
+def _register(name: str, function: Any, reward_scale: str | None = "beta", **parameters: Parameter) -> None:
+    objective(
+        name,
+        citation="test",
+        data="unpaired",
+        parameters=parameters,
+        value_at_reference=None,
+        needs_reference=False,
+        reward_scale=reward_scale,
+    )(function)
+
+
+def test_a_new_family_registers_without_touching_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(_OBJECTIVES, "new", raising=False)
+
+    def new(inputs: Any, *, gamma: float) -> Any:
+        return inputs * gamma
+
+    _register("new", new, reward_scale=None, gamma=Parameter(1.0, 0.0, 2.0, "a test"))
+    try:
+        found = get("new")
+        assert found.function is new
+        assert found.data == "unpaired"
+        assert not found.needs_reference
+        assert found.value_at_reference is None
+    finally:
+        del _OBJECTIVES["new"]
+
+
+def test_declarations_must_match_what_the_function_reads() -> None:
+    def reads_beta(inputs: Any, *, beta: float) -> Any:
+        return inputs * beta
+
+    beta = Parameter(1.0, 0.0, 2.0, "a test")
+    with pytest.raises(ValueError, match="reads \\['beta'\\]"):
+        _register("unread", reads_beta, beta=beta, gamma=beta)
+    with pytest.raises(ValueError, match="already registered"):
+        _register("dpo", reads_beta, beta=beta)
+    with pytest.raises(ValueError, match="reward scale 'tau'"):
+        _register("scale", reads_beta, reward_scale="tau", beta=beta)
+
+
+def test_reading_names_and_ranges_does_not_import_torch() -> None:
+    code = "import sys, dpo_core.objectives as o; o.get('dpo').resolve({}); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

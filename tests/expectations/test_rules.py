@@ -1,0 +1,269 @@
+"""Every rule broken on purpose in one row of a clean frame: it, and nothing else, must fail and name the row."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from expectations.budget import PlainTokens
+from expectations.config import GateConfig
+from expectations.drift import Profile
+from expectations.suites import RULES_OF
+
+BAD = 7  # the broken row, in the train split
+Gate = Frame = Failed = Callable[..., Any]
+
+
+def words(text: str) -> list[int]:
+    """A lossless toy tokenizer: one token a character."""
+    return [ord(c) for c in text]
+
+
+# Without tolerance each broken row must show, and the rules that are warnings by default must refuse.
+STRICT = GateConfig.model_validate(
+    {
+        name: {"severity": "critical", "max_rate": 0.0}
+        for name in ("duplicate", "template_tokens", "control_characters", "prompt_repeated", "over_long")
+    }
+)
+
+
+def put(**values: Any) -> Callable[[pd.DataFrame], pd.DataFrame]:
+    def change(frame: pd.DataFrame) -> pd.DataFrame:
+        frame = frame.copy()
+        for name, value in values.items():
+            if not isinstance(value, str):
+                frame[name] = frame[name].astype(object)
+            frame.loc[BAD, name] = value
+        return frame
+
+    return change
+
+
+def copy_of(frame: pd.DataFrame, source: int, **changes: Any) -> pd.DataFrame:
+    """Row BAD becomes row `source` with changes; id, row and split stay its own."""
+    frame = frame.copy()
+    for name in frame.columns.difference(["id", "row", "split"]):
+        frame.loc[BAD, name] = changes.get(name, frame.loc[source, name])
+    return frame
+
+
+def turned(frame: pd.DataFrame) -> pd.DataFrame:
+    return copy_of(frame, 8, chosen=frame.loc[8, "rejected"], rejected=frame.loc[8, "chosen"])
+
+
+PAIR_BREAKS: dict[str, tuple[str, Callable[[pd.DataFrame], pd.DataFrame], list[int]]] = {
+    "fault": ("fault", put(fault="field rejected is missing", prompt="", chosen="", rejected=""), [BAD]),
+    "a bool for text": ("type", put(chosen=True), [BAD]),
+    "null for text": ("type", put(rejected=None), [BAD]),
+    "unknown split": ("split", put(split="test"), [BAD]),
+    "empty prompt": ("empty_prompt", put(prompt=" \n"), [BAD]),
+    "empty chosen": ("empty_chosen", put(chosen=""), [BAD]),
+    "whitespace chosen": ("empty_chosen", put(chosen="\u00a0\t"), [BAD]),
+    "empty rejected": ("empty_rejected", put(rejected="  "), [BAD]),
+    "identical": ("identical", put(chosen="The same here.", rejected=" The same here.\n"), [BAD]),
+    "contradiction": ("contradiction", turned, [BAD, 8]),
+    "duplicate": ("duplicate", lambda f: copy_of(f, 3), [BAD]),
+    "leakage": ("leakage", put(prompt="  what DO you know about\nthe rivers of town number 0?"), [BAD]),
+    "own special token": ("special_tokens", put(rejected="Then <|mine|> is not text, is it?"), [BAD]),
+    "template token": ("template_tokens", put(chosen="It is all well.<|eot_id|> Is it not so?"), [BAD]),
+    "non-ascii template token": ("template_tokens", put(prompt="Is <｜end▁of▁sentence｜> a word?"), [BAD]),
+    "NUL": ("control_characters", put(chosen="It is \x00 and that is all there is to it."), [BAD]),
+    "C1": ("control_characters", put(rejected="It is \x85 and that is all there is to it."), [BAD]),
+    "replacement character": ("control_characters", put(prompt="What is caf\ufffd to you?"), [BAD]),
+    "lone surrogate": ("control_characters", put(prompt="What is \ud83d to you?"), [BAD]),
+    "prompt in the answer": (
+        "prompt_repeated",
+        put(chosen="What do you know about the clocks of town number 7? Not a lot."),
+        [BAD],
+    ),
+    "over long": ("over_long", put(rejected="It is far. " * 30), [BAD]),
+    "equal when cut": (
+        "identical_after_truncation over_long",
+        put(chosen="It is far. " * 30 + "A", rejected="It is far. " * 30 + "B"),
+        [BAD],
+    ),
+}
+
+
+def test_a_clean_frame_passes(gate: Gate, clean_pairs: Frame, failed: Failed) -> None:
+    options = {"tokens": PlainTokens(words), "max_length": 160, "max_prompt_length": 60}
+    first, kept = gate(clean_pairs(), **options)
+    report, _ = gate(clean_pairs(), baseline=first.profile.model_dump(), **options)
+    assert not report.refused
+    assert not failed(report)
+    assert kept.equals(clean_pairs())
+    judged = {f.rule for f in report.findings if not f.skipped}
+    assert judged == {"pairs/schema", *(f"pairs/{name}" for name in RULES_OF["pairs"])}
+
+
+@pytest.mark.parametrize("case", PAIR_BREAKS)
+def test_a_broken_pair_is_found(
+    gate: Gate, case: str, clean_pairs: Frame, failed: Failed, row_number: Any
+) -> None:
+    rules, break_it, rows = PAIR_BREAKS[case]
+    report, _ = gate(
+        break_it(clean_pairs()),
+        config=STRICT,
+        special_tokens=["<|mine|>", "!"],
+        tokens=PlainTokens(words),
+        max_length=160,
+        max_prompt_length=60,
+    )
+    assert report.refused
+    assert set(failed(report)) == set(rules.split())
+    for finding in failed(report).values():
+        assert finding.rows == [row_number(i) for i in rows]
+        assert finding.count == len(rows)
+        assert finding.rate == pytest.approx(len(rows) / 40)
+        assert finding.severity == "critical"
+        assert finding.remedy
+        assert finding.remedy in finding.message
+
+
+CHAT_BREAKS = {
+    "no message": ("empty_prompt", []),
+    "blank message": ("empty_prompt", [{"role": "user", "content": " \n\t "}]),
+    "escaped NUL": ("control_characters", [{"role": "user", "content": "What is \x00 to you?"}]),
+    "escaped replacement": ("control_characters", [{"role": "user", "content": "Is it \ufffd to you?"}]),
+    "last message repeated": (
+        "prompt_repeated",
+        [
+            {"role": "user", "content": "Hello there, you."},
+            {"role": "assistant", "content": 'Say "that".'},
+            {"role": "user", "content": "I do not know what to say"},
+        ],
+    ),
+    "leakage": (
+        "leakage",
+        [{"role": "user", "content": "What do you  know about the\nRIVERS of town number 0?"}],
+    ),
+}
+
+
+@pytest.mark.parametrize("ascii_only", [False, True])
+@pytest.mark.parametrize("case", CHAT_BREAKS)
+def test_a_broken_chat_prompt_is_found(
+    gate: Gate, case: str, ascii_only: bool, clean_pairs: Frame, failed: Failed, row_number: Any
+) -> None:
+    rule, turns = CHAT_BREAKS[case]
+    frame = clean_pairs(chat=True)
+    frame.loc[BAD, "prompt"] = json.dumps(turns, ensure_ascii=ascii_only, separators=(",", ":"))
+    frame.loc[BAD, "chosen"] = "I do not know what to say about that, but it may be so."
+    report, _ = gate(frame, config=STRICT)
+    assert {name: f.rows for name, f in failed(report).items()} == {rule: [row_number(BAD)]}
+
+
+def test_text_about_control_characters_is_not_one(gate: Gate, clean_pairs: Frame, failed: Failed) -> None:
+    frame = clean_pairs(chat=True)
+    turns = [{"role": "user", "content": 'Why is "\\u0000" or C:\\bin in a file, and "content":" too?'}]
+    frame.loc[BAD, "prompt"] = json.dumps(turns, separators=(",", ":"))
+    assert not failed(gate(frame, config=STRICT)[0])
+
+
+@pytest.mark.parametrize(
+    "case", ["unknown split", "empty prompt", "leakage", "duplicate", "replacement character"]
+)
+def test_a_broken_prompt_is_found(
+    gate: Gate, case: str, clean_prompts: Frame, failed: Failed, row_number: Any
+) -> None:
+    rule, break_it, rows = PAIR_BREAKS[case]
+    report, _ = gate(break_it(clean_prompts()), subject="prompts", config=STRICT)
+    assert {name: f.rows for name, f in failed(report).items()} == {rule: [row_number(i) for i in rows]}
+    assert report.refused
+
+
+def test_an_over_long_prompt_is_found(
+    gate: Gate, clean_prompts: Frame, failed: Failed, row_number: Any
+) -> None:
+    frame = put(prompt="What is it? " * 20)(clean_prompts())
+    report, _ = gate(
+        frame,
+        subject="prompts",
+        config=STRICT,
+        tokens=PlainTokens(words),
+        max_length=400,
+        max_prompt_length=90,
+    )
+    assert {name: f.rows for name, f in failed(report).items()} == {"over_long": [row_number(BAD)]}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda f: f.drop(columns=["rejected", "split"]), "missing: rejected, split"),
+        (lambda f: f.assign(agreement="high"), "column agreement is str, not number"),
+        (lambda f: f.assign(chat=0), "column chat is integer, not bool"),
+        (lambda f: f.assign(row=f["row"] + 0.5), "column row is number, not integer"),
+        (lambda f: f.assign(chosen=1), "column chosen is integer, not text"),
+    ],
+)
+@pytest.mark.parametrize("quarantine", ["refuse", "drop"])
+def test_a_wrong_schema_is_refused(
+    gate: Gate, change: Any, says: str, quarantine: str, clean_pairs: Frame, failed: Failed
+) -> None:
+    report, _ = gate(change(clean_pairs()), config=GateConfig(quarantine=quarantine))
+    assert report.refused
+    assert says in failed(report)["schema"].message
+
+
+def test_too_few_rows(gate: Gate, clean_pairs: Frame, failed: Failed) -> None:
+    report, _ = gate(clean_pairs(19))
+    assert failed(report)["too_few"].observed == 19
+    assert report.refused
+    assert not gate(clean_pairs(20))[0].refused
+
+
+def test_no_rows_at_all(gate: Gate, clean_pairs: Frame, failed: Failed) -> None:
+    report, kept = gate(clean_pairs().iloc[:0], config=GateConfig(quarantine="drop"))
+    assert set(failed(report)) == {"too_few"}
+    assert len(kept) == 0
+
+
+@pytest.mark.parametrize("longer", ["chosen", "rejected"])
+def test_length_skew_and_ratio(gate: Gate, longer: str, clean_pairs: Frame, failed: Failed) -> None:
+    frame = clean_pairs()
+    frame[longer] = frame[longer] + " And there is more to say than that." * 3
+    found = failed(gate(frame)[0])
+    assert set(found) == {"length_skew", "length_ratio"}
+    assert found["length_skew"].observed == (1.0 if longer == "chosen" else 0.0)
+    assert (found["length_ratio"].observed or 0) * (1 if longer == "chosen" else -1) > 0.5
+
+
+def test_script_and_language_drift(gate: Gate, clean_pairs: Frame, failed: Failed) -> None:
+    baseline = gate(clean_pairs())[0].profile.model_dump()
+    french = "Je ne sais pas ce que vous en pensez, mais c'est la vie que nous avons avec le numéro {}."
+    frame = clean_pairs()
+    frame.loc[:19, "chosen"] = [french.format(i) for i in range(20)]
+    frame.loc[:19, "rejected"] = [french.format(i)[:-9] + "ça." for i in range(20)]
+    found = failed(gate(frame, baseline=baseline)[0])
+    assert set(found) == {"language_drift"}
+    assert found["language_drift"].observed == pytest.approx(0.5)
+    frame.loc[:19, ["chosen", "rejected"]] = [["Я не знаю, что сказать об этом.", "Мне нечего сказать."]] * 20
+    found = failed(gate(frame, baseline=baseline)[0])
+    assert "script_drift" in found
+    assert found["script_drift"].severity == "warning"
+
+
+def test_without_a_baseline_drift_is_skipped_and_the_profile_given(gate: Gate, clean_pairs: Frame) -> None:
+    report, _ = gate(clean_pairs())
+    skipped = {f.rule for f in report.findings if f.skipped}
+    assert {"pairs/script_drift", "pairs/language_drift"} <= skipped
+    assert report.profile.scripts == {"Latin": 1.0}
+    assert report.profile.languages == {"en": 1.0}
+    assert Profile.model_validate_json(report.profile.model_dump_json()) == report.profile
+
+
+def test_nothing_is_written_beside_the_docs(
+    gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clean_pairs: Frame
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(home)
+    gate(clean_pairs())
+    assert not list(home.iterdir())
+    assert {p.name for p in tmp_path.iterdir()} == {"home", "docs"}

@@ -1,0 +1,153 @@
+"""The run page in a real browser: nothing overflows, nothing is invisible, both themes can be read.
+
+The screenshots lie in pytest's temporary folder (`--basetemp` chooses it).
+"""
+
+import base64
+import runpy
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.page import render
+
+pytestmark = pytest.mark.slow
+
+FLAGS = (
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--no-first-run", "--hide-scrollbars",
+)  # fmt: skip
+WIDTHS = {"phone": 390, "desktop": 1280}
+
+# The sibling test file builds the reports; test modules are no package that could be imported from.
+REPORTS = runpy.run_path(str(Path(__file__).with_name("test_page.py")))
+
+# Every text node's colour against the nearest painted background, as WCAG contrast; the lowest ones first.
+CONTRAST = """
+const rgb = text => text.match(/[\\d.]+/g).map(Number);
+const light = ([r, g, b]) => [r, g, b].map(v => v / 255)
+  .map(v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+  .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+const ground = node => {
+  for (let e = node; e; e = e.parentElement) {
+    const colour = rgb(getComputedStyle(e).backgroundColor);
+    if (colour.length < 4 || colour[3] > 0) return colour;
+  }
+  return matchMedia("(prefers-color-scheme: dark)").matches ? [0, 0, 0] : [255, 255, 255];
+};
+const found = [];
+const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+while (walk.nextNode()) {
+  const element = walk.currentNode.parentElement, text = walk.currentNode.data.trim();
+  if (!text || !element.getClientRects().length || element.closest("title, desc")) continue;
+  const style = getComputedStyle(element);
+  const colour = element.namespaceURI.endsWith("svg") ? style.fill : style.color;
+  const [a, b] = [light(rgb(colour)), light(ground(element))];
+  found.push([(Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05), text.slice(0, 40)]);
+}
+return found.sort((x, y) => x[0] - y[0]);
+"""
+
+# Drawn text that leaves its own figure by more than two pixels, or lies on other text of the figure.
+BAD_LABELS = """
+const bad = [];
+for (const chart of document.querySelectorAll("svg.chart")) {
+  const frame = chart.getBoundingClientRect();
+  const boxes = [...chart.querySelectorAll("text")].map(t => [t.textContent, t.getBoundingClientRect()]);
+  boxes.forEach(([text, box], i) => {
+    if (box.left < frame.left - 2 || box.right > frame.right + 2 || box.top < frame.top - 2
+        || box.bottom > frame.bottom + 2) bad.push("outside: " + text);
+    for (const [other, o] of boxes.slice(i + 1))
+      if (box.left < o.right - 1 && o.left < box.right - 1
+          && box.top < o.bottom - 1 && o.top < box.bottom - 1)
+        bad.push(`overlap: ${text} / ${other}`);
+  });
+}
+return bad;
+"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    chromedriver = shutil.which("chromedriver")
+    if not chromium or not chromedriver:
+        pytest.skip("chromium and chromedriver are not installed (apt-get install chromium chromium-driver)")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in FLAGS:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
+    yield driver
+    driver.quit()
+
+
+def _open(driver: Any, file: Path, width: int, theme: str) -> None:
+    metrics = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": width < 600}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    media = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+    driver.get(file.as_uri())
+
+
+def _screenshot(driver: Any, file: Path) -> None:
+    shot = driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "format": "png"})
+    file.write_bytes(base64.b64decode(shot["data"]))
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("run_page")
+    reports = {
+        "usual": REPORTS["example"](),
+        "hostile": REPORTS["hostile"](),
+        "alarming": REPORTS["alarming"](),
+        "bare": REPORTS["RunReport"](run=REPORTS["example"](steps=2).run),
+    }
+    for name, report in reports.items():
+        (folder / f"{name}.html").write_text(render(report), encoding="utf-8")
+    return {name: folder / f"{name}.html" for name in reports}
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("size", WIDTHS)
+@pytest.mark.parametrize("name", ["usual", "alarming", "hostile", "bare"])
+def test_page_in_a_browser(browser: Any, pages: dict[str, Path], name: str, size: str, theme: str) -> None:
+    _open(browser, pages[name], WIDTHS[size], theme)
+    _screenshot(browser, pages[name].with_name(f"{name}-{size}-{theme}.png"))
+
+    assert [entry for entry in browser.get_log("browser") if entry["level"] != "DEBUG"] == []
+    assert browser.execute_script("return innerWidth") == WIDTHS[size]
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= WIDTHS[size]
+    boxes = browser.execute_script(
+        "return [...document.querySelectorAll('svg.chart')].map(s => s.getBoundingClientRect())"
+        ".map(b => [b.width, b.height])"
+    )
+    assert len(boxes) == {"usual": 13, "alarming": 13, "hostile": 7, "bare": 0}[name]
+    assert all(width > 250 and height > 150 for width, height in boxes)
+    assert browser.execute_script(BAD_LABELS) == []
+    contrast = browser.execute_script(CONTRAST)
+    assert len(contrast) > 10
+    assert contrast[0][0] >= 4.5, contrast[:5]
+    ground = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert (ground == "rgb(255, 255, 255)") == (theme == "light")
+
+
+def test_one_click_selects_a_whole_digest(browser: Any, pages: dict[str, Path]) -> None:
+    _open(browser, pages["usual"], 1280, "light")
+    code = browser.find_element("css selector", "#lineage table .digest")
+    code.click()
+    assert browser.execute_script("return getSelection().toString()") == code.get_attribute("title")
+    assert len(code.get_attribute("title")) == 64
+
+
+def test_no_markup_of_a_completion_becomes_an_element(browser: Any, pages: dict[str, Path]) -> None:
+    _open(browser, pages["hostile"], 1280, "light")
+    assert browser.execute_script("return document.querySelectorAll('script, img, iframe').length") == 0
+    assert "<script>alert(1)</script>" in browser.find_element("css selector", ".prompt").text
