@@ -25,7 +25,7 @@ class DpoConfig(LoopConfig):
 
     objective: str = "dpo"
     """A name from `dpo objectives`."""
-    parameters: dict[str, float] = {}
+    parameters: dict[str, float] = Field(default_factory=dict)
     """Numbers of the objective; one that it does not read is an error."""
     optim: OptimConfig = OptimConfig(learning_rate=1e-5)
     """Optimiser and schedule."""

@@ -113,8 +113,8 @@ class Engine:
         return {
             "train_micro_batch_size_per_gpu": 1,  # ours are counted by us; DeepSpeed only needs their number
             "gradient_accumulation_steps": micro_batches,
-            # Always given: DeepSpeed clips at 1.0 when the key is absent. Stage 0 is clipped in `step`, because
-            # there DeepSpeed does not tell the norm.
+            # Always given: DeepSpeed clips at 1.0 when the key is absent. Stage 0 is clipped in `step`,
+            # because there DeepSpeed does not tell the norm.
             "gradient_clipping": self.optim.max_grad_norm if self.stage else 0.0,
             "zero_optimization": {"stage": self.stage},
             "zero_allow_untested_optimizer": True,

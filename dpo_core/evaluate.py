@@ -4,7 +4,8 @@ Every policy answers the same prompts; the unit of resampling is the prompt.
 """
 
 import json
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from dpo_core.errors import StageFailed
 from dpo_core.generate import SamplingConfig, sample, seed_for
 from dpo_core.logprobs import Precision, autocast, collate, length_batches, token_logps
 from dpo_core.ppo import Scorer
+from dpo_core.ppo_math import k1, k3
 from dpo_core.stats import Estimate
 from dpo_core.text_metrics import distinct_n
 from dpo_core.tokens import Sequence, TokenPair
@@ -98,13 +100,9 @@ def sequence_logps(
 
 
 def kl_estimates(policy: Seq[torch.Tensor], reference: Seq[torch.Tensor]) -> tuple[list[float], list[float]]:
-    """Per sample: sum over tokens of k1 = log π - log π_ref, and of k3 = e^d - 1 - d with d = -k1 per token."""
-    k1, k3 = [], []
-    for ours, theirs in zip(policy, reference, strict=True):
-        d = (theirs - ours).double()
-        k1.append(float(-d.sum()))
-        k3.append(float((d.exp() - 1 - d).sum()))
-    return k1, k3
+    """Per sample, summed over its tokens: the estimators k1 and k3 of the KL to the reference."""
+    both = [(ours.double(), theirs.double()) for ours, theirs in zip(policy, reference, strict=True)]
+    return [float(k1(*pair).sum()) for pair in both], [float(k3(*pair).sum()) for pair in both]
 
 
 def summarise(
@@ -116,20 +114,21 @@ def summarise(
         baseline: the reference's samples; None when `samples` are the reference's own.
         length: tokens to which completions are cut for distinct-2, the same for every policy.
     """
-    clusters = samples.prompt_index
+    # A single prompt cannot be resampled: the interval is then over its samples, and n says so.
+    clusters = samples.prompt_index if len(set(samples.prompt_index)) > 1 else None
     row: dict[str, Any] = {
         "reward": _data(stats.bootstrap_mean(samples.rewards, clusters, seed=seed)),
-        "length": _data(stats.bootstrap_mean([len(s.completion) for s in samples.sequences], clusters, seed=seed)),
-        "distinct_2": distinct_n(
-            [s.completion for s in samples.sequences], 2, length=length
+        "length": _data(
+            stats.bootstrap_mean([len(s.completion) for s in samples.sequences], clusters, seed=seed)
         ),
+        "distinct_2": distinct_n([s.completion for s in samples.sequences], 2, length=length),
         "entropy": samples.entropy,
         "ended": float(np.mean(samples.ended)),
     }
     if baseline is not None:
         row["kl"] = _data(stats.bootstrap_mean(samples.kl_k1, clusters, seed=seed))
         row["kl_k3"] = _data(stats.bootstrap_mean(samples.kl_k3, clusters, seed=seed))
-        if baseline.prompt_index != clusters:
+        if baseline.prompt_index != samples.prompt_index:
             raise StageFailed("two policies answered different prompts", "Run the evaluation again")
         row["gain"] = _data(stats.paired_bootstrap(samples.rewards, baseline.rewards, clusters, seed=seed))
         row["win_rate"] = _data(stats.win_rate(samples.rewards, baseline.rewards, clusters, seed=seed))

@@ -1,7 +1,8 @@
 """Seeded batched sampling of completions from a model."""
 
 import hashlib
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,8 @@
 """What each kind of training job is made of: module, examples, trainer, and how its result is written."""
 
 import json
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any
 

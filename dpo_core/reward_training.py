@@ -1,6 +1,7 @@
 """Training a Bradley-Terry reward model on pairs, and scoring with it."""
 
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from pathlib import Path
 
 import torch

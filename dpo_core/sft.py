@@ -3,7 +3,7 @@
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from dpo_core.engine import EngineConfig, OptimConfig
@@ -17,12 +17,22 @@ class SftConfig(LoopConfig):
 
     enabled: bool = True
     """False: the base model as it is becomes the reference."""
+    demonstrations: str | None = Field(None, min_length=1)
+    """File of demonstrations, rows of {prompt, completion}. Empty: the chosen side of the pairs."""
+    made_demonstrations: int | None = Field(None, ge=1)
+    """Number of self-made review demonstrations, for the self-made openings."""
     batch_size: int = Field(16, ge=1)
     """Demonstrations in one optimiser step, over all ranks."""
     optim: OptimConfig = OptimConfig(learning_rate=2e-5)
     """Optimiser and schedule."""
     engine: EngineConfig = EngineConfig()
     """Precision, ZeRO stage, ranks, checkpoints."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "SftConfig":
+        if self.demonstrations is not None and self.made_demonstrations is not None:
+            raise ValueError("demonstrations and made_demonstrations are both set: choose one")
+        return self
 
 
 @dataclass(frozen=True)

@@ -111,10 +111,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _report(work: Path, error: Exception) -> None:
     """Leave the error where the launcher's caller finds it: ranks share no exception with it."""
-    known = isinstance(error, DpoError)
-    problem = error.problem if known else f"{type(error).__name__}: {error}"
-    remedy = error.remedy if known else ""
-    text = json.dumps({"problem": problem, "remedy": remedy, "exit_code": getattr(error, "exit_code", 4)})
+    if not isinstance(error, DpoError):
+        error = StageFailed(f"{type(error).__name__}: {error}", "Look at the log of the job")
+    facts = {"problem": error.problem, "remedy": error.remedy, "exit_code": error.exit_code}
+    text = json.dumps(facts)
     if os.environ.get("RANK", "0") == "0" or not (work / "error.json").exists():
         (work / "error.json").write_text(text)
 

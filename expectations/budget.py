@@ -98,6 +98,6 @@ def token_flags(
     positions = np.flatnonzero(look)
     for at, row in zip(positions.tolist(), frame.iloc[positions].to_dict("records"), strict=True):
         for name, hit in zip(wanted, _judge_row(tokens, row, budget, subject), strict=False):
-            if hit and not np.isnan(columns[name][at]):
+            if hit and wanted[name][at] and not np.isnan(columns[name][at]):
                 columns[name][at] = 1.0
     return columns, estimated

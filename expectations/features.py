@@ -288,5 +288,6 @@ def compute(
     else:
         keys["row_key"] = hidden["prompt"]
     table = pd.DataFrame(keys)
-    flags = pd.DataFrame(columns | relations(table, subject), index=pd.Index(frame["row"], name="row"))
+    # The index stays unnamed: for a named one Great Expectations builds a dict for each offending row.
+    flags = pd.DataFrame(columns | relations(table, subject), index=pd.Index(frame["row"].to_numpy()))
     return Features(flags, table, hidden["maybe_over"], hidden["maybe_equal"])

@@ -18,7 +18,7 @@ from expectations.config import BandRule, DistanceRule, GateConfig, RateRule, Se
 from expectations.drift import Profile, distance, profile, read_profile
 from expectations.features import TEXTS, Budget, Features, Subject, compute, relations
 from expectations.report import Finding, GateReport, to_do
-from expectations.suites import RULES, RULES_OF, content_suite, schema_frame, schema_suite
+from expectations.suites import RULES, RULES_OF, SCHEMA, content_suite, schema_frame, schema_suite
 
 _ROWS_SHOWN = 10
 # Great Expectations keeps its current project in a global: two gates in threads of one process take turns.
@@ -34,6 +34,7 @@ class _Expectations:
 
         folder.mkdir(parents=True, exist_ok=True)
         self.context: Any = gx.get_context(mode="file", project_root_dir=folder)
+        self.context.variables.analytics_enabled = False
         self.context.variables.progress_bars = {"globally": False, "metric_calculations": False}
         self.context.variables.save()
         self.index = folder / "gx" / "uncommitted" / "data_docs" / "local_site" / "index.html"
@@ -87,7 +88,7 @@ def _finding(result: dict[str, Any], subject: Subject, config: GateConfig, notes
         judged = values["element_count"] - values.get("missing_count", 0)
         count = int(values["unexpected_count"])
         rate = count / judged if judged else 0.0
-        rows = [int(at["row"]) for at in values.get("partial_unexpected_index_list") or []][:_ROWS_SHOWN]
+        rows = [int(at) for at in values.get("partial_unexpected_index_list") or []][:_ROWS_SHOWN]
         said = f"{count} of {judged} rows ({rate:.2%}) {what}; tolerated {rule.max_rate:.2%}"
         if count and name in notes:
             said += f" ({notes[name]})"
@@ -126,7 +127,7 @@ def _schema_finding(results: list[dict[str, Any]], subject: Subject) -> Finding:
             is_now = (values.get("partial_unexpected_list") or ["unknown"])[0]
             wrong.append(f"column {kwargs['column']} is {is_now}, not {kwargs['value_set'][0]}")
         else:
-            absent = [c for c in kwargs["column_set"] if c not in values["observed_value"]]
+            absent = [c for c in SCHEMA[subject] if c not in values["observed_value"]]
             wrong.append(f"missing: {', '.join(absent)}")
     remedy = RULES["schema"][1] if wrong else ""
     return Finding(

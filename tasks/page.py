@@ -59,7 +59,8 @@ def _context(report: RunReport) -> dict[str, Any]:
     curves = [Curves(stage, curve_figures(stage, rows)) for stage, rows in report.curves.items()]
     curves = [group for group in curves if group.figures]
     frontier = frontier_figure(evaluation) if evaluation else None
-    digests = {stage.sha256: stage.name for stage in report.stages if stage.sha256}
+    # The first stage that left an artifact is its maker; a later one with the same digest found it again.
+    digests = {stage.sha256: stage.name for stage in reversed(report.stages) if stage.sha256}
     parts = [
         Part("policies", "Policies", "" if evaluation else "the run has no evaluation"),
         Part("frontier", "Reward against KL", "" if frontier else _no_frontier(report)),

@@ -17,7 +17,7 @@ from tasks.report import Evaluation, number, series, start_and_end
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PANEL, WIDE = (4.6, 3.0), (5.6, 3.6)  # inches of 72 units: close to CSS pixels where the page shows them
+PANEL, WIDE = (4.6, 3.0), (5.1, 3.4)  # inches of 72 units: close to CSS pixels where the page shows them
 MAX_POINTS = 200  # a longer curve is averaged over neighbours: more points cannot be told apart at this size
 
 # Stand-in colour for matplotlib -> (CSS variable, fallback)
@@ -182,15 +182,19 @@ def frontier_figure(evaluation: Evaluation) -> Figure | None:
     None where no policy has both numbers.
     """
     points = [row for row in evaluation.policies if row.gain is not None and row.kl is not None]
-    points = [row for row in points if row.name != "SFT"]
+    points = sorted(
+        (row for row in points if row.name != "SFT"), key=lambda row: row.kl.value if row.kl else 0
+    )
     if not points:
         return None
 
     def draw(axes: "Axes") -> None:
         axes.axhline(0, color=_MUTED, linewidth=1, linestyle=":")
         axes.plot([0], [0], _POLICY["SFT"][1], color=_POLICY["SFT"][0], markersize=7)
-        axes.annotate("SFT", (0, 0), (7, 6), textcoords="offset points", color=_INK, fontweight="bold")
-        for row in points:
+        axes.annotate("SFT", (0, 0), (7, -14), textcoords="offset points", color=_INK, fontweight="bold")
+        # From left to right, each label on its own side: policies that coincide can still be told apart.
+        sides = [((-7, 6), "right"), ((7, 6), "left"), ((-7, -14), "right")]
+        for row, (offset, side) in zip(points, sides, strict=False):
             assert row.gain is not None
             assert row.kl is not None
             colour, marker = _POLICY[row.name]
@@ -201,12 +205,15 @@ def frontier_figure(evaluation: Evaluation) -> Figure | None:
                 yerr=_reach(row.gain.value, row.gain.low, row.gain.high),
             )  # fmt: skip
             axes.annotate(
-                row.name, (row.kl.value, row.gain.value), (-7, 6), textcoords="offset points", ha="right",
+                row.name, (row.kl.value, row.gain.value), offset, textcoords="offset points", ha=side,
                 color=_INK, fontweight="bold",
             )  # fmt: skip
         axes.set_xlabel("KL to the reference, nats per sequence (k1)")
         axes.set_ylabel("reward gain over SFT")
         axes.margins(0.12)
+        left, right = axes.get_xlim()
+        right = max(1.0, right)  # differences far below one nat are noise
+        axes.set_xlim(min(left, -0.16 * right), right)  # room for a label left of the origin
 
     words = "; ".join(
         f"{row.name} gains {number(row.gain.value, signed=True)} "

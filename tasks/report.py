@@ -63,18 +63,36 @@ class StageRow(Config):
 
 
 class GateFinding(Config):
-    """What one rule of the data gate saw."""
+    """What one rule of the data gate saw: the fields of `expectations.report.Finding`."""
 
     rule: str
-    severity: Literal["critical", "warning", "info"]
+    severity: Literal["critical", "warning", "info", "off"]
     passed: bool
-    count: int
+    skipped: bool = False
+    """Whether the rule could not be judged; the message says why."""
+    count: int = 0
     rate: float | None = None
-    """Share of the rows that break the rule, 0 to 1, or the rule's own measure."""
-    threshold: float | None = None
+    """Share of the rows that break the rule, 0 to 1."""
+    observed: float | None = None
+    """The number measured, for rules on the whole set."""
+    threshold: float | dict[str, float] | None = None
+    """The limit applied, or several by their names in the recipe."""
     rows: list[int | str] = Field(default_factory=list)
     """The first rows that break the rule: their numbers or ids."""
     message: str = ""
+    remedy: str = ""
+
+    @property
+    def measured(self) -> float | None:
+        """The number to hold against the limit."""
+        return self.rate if self.observed is None else self.observed
+
+    @property
+    def limit(self) -> str:
+        """The limit in words."""
+        if isinstance(self.threshold, dict):
+            return ", ".join(f"{name} {number(value)}" for name, value in self.threshold.items()) or "–"
+        return "–" if self.threshold is None else number(self.threshold)
 
 
 class GateRow(Config):
@@ -382,9 +400,11 @@ def alarms(report: RunReport) -> list[Alarm]:
                 )
             )
     for gate in report.gate:
-        failed = [finding for finding in gate.findings if not finding.passed and finding.severity != "info"]
+        failed = [f for f in gate.findings if not f.passed and f.severity in ("critical", "warning")]
         if failed:
-            rules = ", ".join(f"{f.rule} ({f.severity}, {f.count:,} rows)" for f in failed)
+            rules = ", ".join(
+                f"{f.rule} ({f.severity}{f', {f.count:,} rows' if f.count else ''})" for f in failed
+            )
             found.append(Alarm("Data gate", f"{gate.subject}: {rules}."))
     return found
 

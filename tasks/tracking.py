@@ -1,8 +1,8 @@
 """MLflow tracking: one parent run an alignment, one child run a stage, and no stage lost to a server's nap.
 
-Every write after the parent's start goes through an outbox: while MLflow does not answer, writes wait in order
-and the caller goes on. Points of a metric carry the time of their own line, so that a batch sent twice is
-stored once.
+Every write after the parent's start goes through an outbox: while MLflow does not answer, writes wait in
+order and the caller goes on. Points of a metric carry the time of their own line, so that a batch sent twice
+is stored once.
 """
 
 import importlib.metadata
@@ -584,7 +584,7 @@ class Tracker:
         if found.lifecycle_stage != "active":
             raise RecipeError(
                 f"the experiment {name} was deleted in MLflow",
-                f"Restore it (mlflow experiments restore -x {found.experiment_id}) or set tracking.experiment.",
+                f"Restore it (mlflow experiments restore -x {found.experiment_id}) or name another one.",
             )
         return str(found.experiment_id)
 

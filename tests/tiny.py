@@ -1,4 +1,4 @@
-"""A tiny real model for hermetic tests: a two-layer Llama with its own byte-level tokenizer, made in a second."""
+"""A tiny real model for hermetic tests: a two-layer Llama with its own byte-level tokenizer."""
 
 from pathlib import Path
 from typing import Any

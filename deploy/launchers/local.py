@@ -42,7 +42,7 @@ class LocalLauncher:
         return shlex.join(self.command(job, processes))
 
     def submit(self, job: Path, processes: int, work: Path) -> str:
-        """Start torchrun; a process that an earlier, killed flow left on the same work folder is ended first."""
+        """Start torchrun, once a process that a killed flow left on this work folder is ended."""
         self._reap(work)
         with (work / "train.log").open("ab") as output:
             process = subprocess.Popen(

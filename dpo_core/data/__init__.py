@@ -1,6 +1,7 @@
 """Preference data: reading files of any usual format into one canonical table, and splitting it by prompt."""
 
 from dpo_core.data.config import DataConfig, Format
+from dpo_core.data.demonstrations import review_demonstrations
 from dpo_core.data.formats import Kind, Pair, Prompt, Unpaired, chat_prompt, recognise
 from dpo_core.data.openings import review_openings
 from dpo_core.data.records import (
@@ -32,6 +33,7 @@ __all__ = [
     "prompt_key",
     "recognise",
     "record_id",
+    "review_demonstrations",
     "review_openings",
     "split_by_prompt",
     "to_frame",

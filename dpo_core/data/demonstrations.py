@@ -1,7 +1,7 @@
 """Openings with continuations that teach a small model to write reviews, a third each good, bad and mixed.
 
 A continuation is a predicate that suits the kind of thing (only food has a flavor, only gadgets a battery)
-and a second sentence. `[a|b]` is a choice; {was}, {it}, {It}, {them}, {its} agree with the opening's thing.
+and a second sentence. `[a|b]` is a choice; {was}, {it} and {them} agree with the opening's thing.
 Predicates stand in the past tense, so that they follow "it", "they" and every noun alike.
 """
 
@@ -145,7 +145,7 @@ PREDICATES: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "negative": (
             "{was} [stiff|scratchy|lumpy] and uncomfortable, with [an ugly|a horrible|a dreadful] [color|smell]",
-            "felt [awful|terrible|horrible] after [ten minutes|an hour] and left me [sore|in pain|tired and annoyed]",
+            "felt [awful|terrible|horrible] after [ten minutes|an hour] and left me [tired and annoyed|restless and unhappy|in a bad mood]",
             "made the room look [cheap|ugly|sad] and [came apart|wore out] within [days|a week]",
             "turned out to be [flimsy|thin] and badly made, a [real|complete] [disappointment|failure|mess] from the start",
         ),
@@ -241,8 +241,8 @@ SECONDS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "part": {
         "positive": (
-            "It made the whole film a [pleasure|joy|delight], and I would gladly watch it again.",
-            "The rest of the picture was just as [good|strong|enjoyable], and we [loved|enjoyed] every minute.",
+            "It made the whole film a [triumph|delight|treat], and I would gladly watch it again.",
+            "The rest of the picture was just as [good|strong|pleasant], and we [loved|enjoyed] every minute.",
             "I left with a [big smile|happy heart] and [great|real] respect for the [director|writers|crew].",
             "My friends [adored|loved] {them} too, and we talked happily about {them} for hours.",
         ),
@@ -276,7 +276,7 @@ SECONDS: dict[str, dict[str, tuple[str, ...]]] = {
             "I will keep {them}, but I would compare [a few other models|other brands|prices] first.",
             "The price was [fair|average|reasonable], and the delivery took [four days|about a week].",
             "My [wife|husband|roommate] likes {them} more than I do, so opinions [differ|vary] in our house.",
-            "There are better and worse [choices|models] at this price, so [take your time|look around] first.",
+            "There are better and worse [choices|models] at this price, so [take your time|look around] before you choose.",
         ),
     },
 }

@@ -158,7 +158,7 @@ def hh(row: Row) -> Pair:
 
 
 def prompt_pairs(row: Row) -> Pair:
-    """`{prompt, chosen, rejected}` as strings or messages; the prompt may stand inside the answers' messages."""
+    """`{prompt, chosen, rejected}` as strings or messages, whose first turns may be the prompt."""
     prompt, chosen, rejected = _given_prompt(row), row.get("chosen"), row.get("rejected")
     if not isinstance(chosen, list | dict) and not isinstance(rejected, list | dict):
         chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
@@ -187,7 +187,7 @@ def prompt_pairs(row: Row) -> Pair:
 
 
 def _given_prompt(row: Row) -> object:
-    """The prompt under its usual names: prompt, or instruction (+ input), or question; with or without system."""
+    """The prompt by its usual names: prompt, instruction (+ input) or question, and system beside them."""
     prompt = row.get("prompt")
     if prompt is None and isinstance(row.get("instruction"), str):
         prompt = _instruction(row)
@@ -206,7 +206,7 @@ def _instruction(row: Row) -> str:
 
 
 def sharegpt(row: Row) -> Pair:
-    """LLaMA-Factory's ShareGPT pairs: `conversations` is the prompt, `chosen` and `rejected` one message each."""
+    """LLaMA-Factory's pairs: `conversations` is the prompt, `chosen` and `rejected` one message each."""
     before = _messages(row.get("conversations"), "conversations")
     system = row.get("system")
     if isinstance(system, str) and system and before[0]["role"] != "system":

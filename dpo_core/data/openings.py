@@ -31,28 +31,28 @@ class Opening:
 
 # Nouns by kind; those after the bar are plural.
 NOUNS = {
-    "dish": "mushroom risotto, lentil soup, lamb stew, pumpkin curry, beef burger, seafood pasta, goat cheese "
-    "salad, roast chicken, tomato tart, beef noodle soup, apple pie, chocolate cake, breakfast omelette, "
-    "rice bowl, cheese plate, pork belly, vegetable lasagna, onion soup | fish tacos, spring rolls, "
-    "blueberry pancakes, roasted peppers, garlic noodles, lamb skewers",
+    "dish": "mushroom risotto, lentil soup, lamb stew, pumpkin curry, beef burger, seafood pasta, goat "
+    "cheese salad, roast chicken, tomato tart, beef noodle soup, apple pie, chocolate cake, "
+    "breakfast omelette, rice bowl, cheese plate, pork belly, vegetable lasagna, onion soup "
+    "| fish tacos, spring rolls, blueberry pancakes, roasted peppers, garlic noodles, lamb skewers",
     "place": "noodle bar, corner bakery, tapas place, pizzeria, coffee shop, steak house, vegan diner, sushi "
     "counter, garden café, sandwich shop, hotel restaurant, burger joint",
     "film": "spy movie, space drama, animated film, courtroom drama, heist movie, period piece, musical, "
     "detective movie, western, documentary, sequel, remake",
-    "part": "first half, second half, opening scene, final act, plot, script, dialogue, camera work, soundtrack, "
-    "lead performance, middle section, editing, voice-over, ending",
-    "gadget": "speaker, smart watch, tablet, phone, e-reader, action camera, keyboard, fitness tracker, laptop "
-    "| headphones, earbuds",
-    "kitchen": "frying pan, kettle, blender, coffee maker, toaster, rice cooker, hand mixer, food processor, "
-    "air fryer | kitchen scales",
+    "part": "first half, second half, opening scene, final act, plot, script, dialogue, camera work, "
+    "soundtrack, lead performance, middle section, editing, voice-over, ending",
+    "gadget": "speaker, digital watch, tablet, phone, e-reader, action camera, keyboard, activity tracker, "
+    "laptop | headphones, earbuds",
+    "kitchen": "frying pan, kettle, blender, coffee maker, toaster, rice cooker, stand mixer, "
+    "food processor, air fryer | kitchen scales",
     "rest": "desk chair, pillow, mattress, blanket, armchair, sofa bed, rocking chair, bean bag "
     "| cushions, bed sheets",
-    "wear": "rain jacket, backpack, wool sweater, winter coat, messenger bag, sun hat | running shoes, hiking "
-    "boots, gloves, sneakers, jeans, sandals",
+    "wear": "rain jacket, backpack, wool sweater, winter coat, messenger bag, sun hat | running shoes, "
+    "hiking boots, gloves, sneakers, jeans, sandals",
 }
 PRODUCTS = ("gadget", "kitchen", "rest", "wear")
 
-# {x} = "the lentil soup", {X} = "The lentil soup", {this}/{This} go with the noun {n}; {one} = "one" or "pair".
+# {x} = "the lentil soup", {X} = "The lentil soup", {this}/{This} go with the noun {n}; {one}: one(s).
 TEMPLATES = {
     "dish": (
         "I ordered {x} and",

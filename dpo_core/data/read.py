@@ -129,7 +129,7 @@ def _hub_chunks(name: str, split: str) -> Iterator[list[Row]]:
         raise DataError(
             f"{name} is no local file or folder, and the hub data set {name} (split {split}) could not be "
             f"loaded: {type(error).__name__}: {reason}",
-            "Check the name, data.split and the network (HF_HUB_OFFLINE too), or give the path of a local copy",
+            "Check the name, data.split and the network (HF_HUB_OFFLINE too), or name a local copy",
         ) from error
     if not len(found):
         raise DataError(f"the hub data set {name} (split {split}) holds no rows", "Choose another data.split")
@@ -287,7 +287,7 @@ def _open(path: Path) -> BinaryIO:
     with path.open("rb") as file:
         magic = file.read(4)
     if magic[:2] == b"\x1f\x8b":
-        return io.BufferedReader(gzip.open(path), 2**20)  # type: ignore[type-var,return-value]
+        return io.BufferedReader(gzip.open(path), 2**20)
     if magic == b"\x28\xb5\x2f\xfd":
         # Not zstandard's own reader: at a cut-off file that one just ends, without an error.
         return io.BufferedReader(pa.input_stream(str(path), compression="zstd"), 2**20)

@@ -16,6 +16,7 @@ from dpo_core.data.config import DataConfig, Format
 from dpo_core.data.formats import ADAPTERS, Fault, Kind, Pair, Prompt, Record, Row, Unpaired, recognise
 from dpo_core.data.openings import review_openings
 from dpo_core.data.read import read_rows
+from dpo_core.errors import DataError
 
 _TEXT, _FLAG = pa.large_string(), pa.bool_()
 _SCHEMAS: dict[Kind, Any] = {
@@ -172,7 +173,10 @@ def _load_path(path: str, config: DataConfig, limited: bool = True) -> Loaded:
     tables = []
     for first, rows in read_rows(path, config.split):
         if name is None:
-            name, recognised_by = recognise(rows)
+            try:
+                name, recognised_by = recognise(rows)
+            except DataError as error:
+                raise DataError(f"{path}: {error.problem}", error.remedy) from error
         tables.append(_converted(rows, first, name, notes))
         del rows  # else two chunks of Python objects live at once while the next one is read
     assert name is not None  # read_rows yields rows or raises

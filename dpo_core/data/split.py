@@ -61,7 +61,8 @@ def with_eval_frame(train: pd.DataFrame, held_out: pd.DataFrame) -> tuple[pd.Dat
     sides = [train.assign(split="train"), held_out.assign(split="eval")]
     joined = pd.concat(sides, ignore_index=True)
     joined["split"] = joined["split"].astype("string[pyarrow]")
-    seen, leaked = set(_keys(train)[(train["fault"] == "").to_numpy(dtype=bool)]), {}
+    leaked: dict[str, str] = {}
+    seen = set(_keys(train)[(train["fault"] == "").to_numpy(dtype=bool)])
     for prompt, key, fault in zip(held_out["prompt"], _keys(held_out), held_out["fault"], strict=True):
         if not fault and key in seen:
             leaked.setdefault(key, prompt)

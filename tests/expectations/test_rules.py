@@ -1,4 +1,4 @@
-"""Every rule broken on purpose in one row of a clean frame: it, and nothing else, must fail and name the row."""
+"""Every rule broken on purpose in one row of a clean frame: it and nothing else must fail, naming the row."""
 
 import json
 from collections.abc import Callable
@@ -12,9 +12,10 @@ from expectations.budget import PlainTokens
 from expectations.config import GateConfig
 from expectations.drift import Profile
 from expectations.suites import RULES_OF
+from tests.expectations.frames import clean_pairs, clean_prompts, failed, row_number
 
 BAD = 7  # the broken row, in the train split
-Gate = Frame = Failed = Callable[..., Any]
+Gate = Callable[..., Any]
 
 
 def words(text: str) -> list[int]:
@@ -35,7 +36,7 @@ def put(**values: Any) -> Callable[[pd.DataFrame], pd.DataFrame]:
     def change(frame: pd.DataFrame) -> pd.DataFrame:
         frame = frame.copy()
         for name, value in values.items():
-            if not isinstance(value, str):
+            if not isinstance(value, str) or not value.isprintable():  # str columns take no surrogates
                 frame[name] = frame[name].astype(object)
             frame.loc[BAD, name] = value
         return frame
@@ -73,6 +74,7 @@ PAIR_BREAKS: dict[str, tuple[str, Callable[[pd.DataFrame], pd.DataFrame], list[i
     "non-ascii template token": ("template_tokens", put(prompt="Is <｜end▁of▁sentence｜> a word?"), [BAD]),
     "NUL": ("control_characters", put(chosen="It is \x00 and that is all there is to it."), [BAD]),
     "C1": ("control_characters", put(rejected="It is \x85 and that is all there is to it."), [BAD]),
+    "NUL in prompt": ("control_characters", put(prompt="What is \x00 to you?"), [BAD]),
     "replacement character": ("control_characters", put(prompt="What is caf\ufffd to you?"), [BAD]),
     "lone surrogate": ("control_characters", put(prompt="What is \ud83d to you?"), [BAD]),
     "prompt in the answer": (
@@ -89,7 +91,7 @@ PAIR_BREAKS: dict[str, tuple[str, Callable[[pd.DataFrame], pd.DataFrame], list[i
 }
 
 
-def test_a_clean_frame_passes(gate: Gate, clean_pairs: Frame, failed: Failed) -> None:
+def test_a_clean_frame_passes(gate: Gate) -> None:
     options = {"tokens": PlainTokens(words), "max_length": 160, "max_prompt_length": 60}
     first, kept = gate(clean_pairs(), **options)
     report, _ = gate(clean_pairs(), baseline=first.profile.model_dump(), **options)
@@ -101,9 +103,7 @@ def test_a_clean_frame_passes(gate: Gate, clean_pairs: Frame, failed: Failed) ->
 
 
 @pytest.mark.parametrize("case", PAIR_BREAKS)
-def test_a_broken_pair_is_found(
-    gate: Gate, case: str, clean_pairs: Frame, failed: Failed, row_number: Any
-) -> None:
+def test_a_broken_pair_is_found(gate: Gate, case: str) -> None:
     rules, break_it, rows = PAIR_BREAKS[case]
     report, _ = gate(
         break_it(clean_pairs()),
@@ -146,9 +146,7 @@ CHAT_BREAKS = {
 
 @pytest.mark.parametrize("ascii_only", [False, True])
 @pytest.mark.parametrize("case", CHAT_BREAKS)
-def test_a_broken_chat_prompt_is_found(
-    gate: Gate, case: str, ascii_only: bool, clean_pairs: Frame, failed: Failed, row_number: Any
-) -> None:
+def test_a_broken_chat_prompt_is_found(gate: Gate, case: str, ascii_only: bool) -> None:
     rule, turns = CHAT_BREAKS[case]
     frame = clean_pairs(chat=True)
     frame.loc[BAD, "prompt"] = json.dumps(turns, ensure_ascii=ascii_only, separators=(",", ":"))
@@ -157,7 +155,7 @@ def test_a_broken_chat_prompt_is_found(
     assert {name: f.rows for name, f in failed(report).items()} == {rule: [row_number(BAD)]}
 
 
-def test_text_about_control_characters_is_not_one(gate: Gate, clean_pairs: Frame, failed: Failed) -> None:
+def test_text_about_control_characters_is_not_one(gate: Gate) -> None:
     frame = clean_pairs(chat=True)
     turns = [{"role": "user", "content": 'Why is "\\u0000" or C:\\bin in a file, and "content":" too?'}]
     frame.loc[BAD, "prompt"] = json.dumps(turns, separators=(",", ":"))
@@ -167,18 +165,14 @@ def test_text_about_control_characters_is_not_one(gate: Gate, clean_pairs: Frame
 @pytest.mark.parametrize(
     "case", ["unknown split", "empty prompt", "leakage", "duplicate", "replacement character"]
 )
-def test_a_broken_prompt_is_found(
-    gate: Gate, case: str, clean_prompts: Frame, failed: Failed, row_number: Any
-) -> None:
+def test_a_broken_prompt_is_found(gate: Gate, case: str) -> None:
     rule, break_it, rows = PAIR_BREAKS[case]
     report, _ = gate(break_it(clean_prompts()), subject="prompts", config=STRICT)
     assert {name: f.rows for name, f in failed(report).items()} == {rule: [row_number(i) for i in rows]}
     assert report.refused
 
 
-def test_an_over_long_prompt_is_found(
-    gate: Gate, clean_prompts: Frame, failed: Failed, row_number: Any
-) -> None:
+def test_an_over_long_prompt_is_found(gate: Gate) -> None:
     frame = put(prompt="What is it? " * 20)(clean_prompts())
     report, _ = gate(
         frame,
@@ -194,7 +188,7 @@ def test_an_over_long_prompt_is_found(
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda f: f.drop(columns=["rejected", "split"]), "missing: rejected, split"),
+        (lambda f: f.drop(columns=["rejected", "split"]), "missing: split, rejected"),
         (lambda f: f.assign(agreement="high"), "column agreement is str, not number"),
         (lambda f: f.assign(chat=0), "column chat is integer, not bool"),
         (lambda f: f.assign(row=f["row"] + 0.5), "column row is number, not integer"),
@@ -202,29 +196,27 @@ def test_an_over_long_prompt_is_found(
     ],
 )
 @pytest.mark.parametrize("quarantine", ["refuse", "drop"])
-def test_a_wrong_schema_is_refused(
-    gate: Gate, change: Any, says: str, quarantine: str, clean_pairs: Frame, failed: Failed
-) -> None:
+def test_a_wrong_schema_is_refused(gate: Gate, change: Any, says: str, quarantine: str) -> None:
     report, _ = gate(change(clean_pairs()), config=GateConfig(quarantine=quarantine))
     assert report.refused
     assert says in failed(report)["schema"].message
 
 
-def test_too_few_rows(gate: Gate, clean_pairs: Frame, failed: Failed) -> None:
+def test_too_few_rows(gate: Gate) -> None:
     report, _ = gate(clean_pairs(19))
     assert failed(report)["too_few"].observed == 19
     assert report.refused
     assert not gate(clean_pairs(20))[0].refused
 
 
-def test_no_rows_at_all(gate: Gate, clean_pairs: Frame, failed: Failed) -> None:
+def test_no_rows_at_all(gate: Gate) -> None:
     report, kept = gate(clean_pairs().iloc[:0], config=GateConfig(quarantine="drop"))
     assert set(failed(report)) == {"too_few"}
     assert len(kept) == 0
 
 
 @pytest.mark.parametrize("longer", ["chosen", "rejected"])
-def test_length_skew_and_ratio(gate: Gate, longer: str, clean_pairs: Frame, failed: Failed) -> None:
+def test_length_skew_and_ratio(gate: Gate, longer: str) -> None:
     frame = clean_pairs()
     frame[longer] = frame[longer] + " And there is more to say than that." * 3
     found = failed(gate(frame)[0])
@@ -233,7 +225,7 @@ def test_length_skew_and_ratio(gate: Gate, longer: str, clean_pairs: Frame, fail
     assert (found["length_ratio"].observed or 0) * (1 if longer == "chosen" else -1) > 0.5
 
 
-def test_script_and_language_drift(gate: Gate, clean_pairs: Frame, failed: Failed) -> None:
+def test_script_and_language_drift(gate: Gate) -> None:
     baseline = gate(clean_pairs())[0].profile.model_dump()
     french = "Je ne sais pas ce que vous en pensez, mais c'est la vie que nous avons avec le numéro {}."
     frame = clean_pairs()
@@ -248,7 +240,7 @@ def test_script_and_language_drift(gate: Gate, clean_pairs: Frame, failed: Faile
     assert found["script_drift"].severity == "warning"
 
 
-def test_without_a_baseline_drift_is_skipped_and_the_profile_given(gate: Gate, clean_pairs: Frame) -> None:
+def test_without_a_baseline_drift_is_skipped_and_the_profile_given(gate: Gate) -> None:
     report, _ = gate(clean_pairs())
     skipped = {f.rule for f in report.findings if f.skipped}
     assert {"pairs/script_drift", "pairs/language_drift"} <= skipped
@@ -258,7 +250,7 @@ def test_without_a_baseline_drift_is_skipped_and_the_profile_given(gate: Gate, c
 
 
 def test_nothing_is_written_beside_the_docs(
-    gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clean_pairs: Frame
+    gate: Gate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = tmp_path / "home"
     home.mkdir()

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from dpo_core.stats import Estimate
+from expectations.report import Finding
 from tasks.page import MAX_SAMPLES, render
 from tasks.page_figures import MAX_POINTS, curve_figures
 from tasks.report import (
@@ -221,6 +222,14 @@ def alarming() -> RunReport:
     )
 
 
+def coinciding() -> RunReport:
+    """Policies that barely moved from SFT and from each other: their marks lie on one another."""
+    evaluation = _evaluation()
+    near = {"gain": estimate(0.001, 0.06), "kl": estimate(0.004, 0.02)}
+    rows = [r if r.name == "SFT" else r.model_copy(update=near) for r in evaluation.policies]
+    return example(steps=2, evaluation=evaluation.model_copy(update={"policies": rows}))
+
+
 HOSTILE = (
     '<script>alert(1)</script><img src="http://evil.example/x.png" onerror=alert(1)> | `x` [a](http://b) $x$'
 )
@@ -366,6 +375,21 @@ def test_gate_warnings_are_an_alarm_and_notes_are_not() -> None:
     (alarm,) = alarms(example(steps=2, gate=[_gate()[0].model_copy(update={"findings": findings})]))
     assert "length_bias (warning, 2,611 rows)" in alarm.message
     assert "prompt_leakage" not in alarm.message  # severity info
+
+
+def test_findings_of_the_gate_fit_the_report() -> None:
+    found = Finding(
+        rule="pairs/length_bias", severity="warning", passed=False, observed=0.71,
+        threshold={"max_share": 0.65}, rows=[3, 9], message="chosen is longer", remedy="balance the lengths",
+    )  # fmt: skip
+    finding = GateFinding.model_validate(found.model_dump())
+    assert (finding.measured, finding.limit) == (0.71, "max_share 0.650")
+    skipped = GateFinding.model_validate(
+        found.model_copy(update={"skipped": True, "passed": True}).model_dump()
+    )
+    page = render(example(steps=2, gate=[GateRow(subject="pairs", rows=10, findings=[finding, skipped])]))
+    assert "max_share 0.650" in page
+    assert '<span class="mark">skipped</span>' in page
 
 
 def test_formats() -> None:
@@ -554,6 +578,8 @@ def test_page_escapes_everything() -> None:
     assert not [k for _, a in outline.tags for k in a if k.startswith("on")]
     assert not [a for a in outline.all("a") if str(a["href"]).startswith("javascript")]
     assert page.count("&lt;script&gt;") > 8
+    ids = [a["id"] for _, a in outline.tags if "id" in a]
+    assert len(ids) == len(set(ids))  # two stages share a digest here
     assert "default-src 'none'" in page
 
 
@@ -577,6 +603,7 @@ def test_page_of_a_run_that_only_has_a_name() -> None:
         "DPO was not evaluated", "Reproduce",
     ]  # fmt: skip
     assert page.count("the run has no evaluation") == 2
+    assert "No alarms" not in page  # nothing was measured that could have raised one
 
 
 def test_page_cuts_long_texts_and_says_so() -> None:

@@ -108,6 +108,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "usual": REPORTS["example"](),
         "hostile": REPORTS["hostile"](),
         "alarming": REPORTS["alarming"](),
+        "coinciding": REPORTS["coinciding"](),
         "bare": REPORTS["RunReport"](run=REPORTS["example"](steps=2).run),
     }
     for name, report in reports.items():
@@ -117,7 +118,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("size", WIDTHS)
-@pytest.mark.parametrize("name", ["usual", "alarming", "hostile", "bare"])
+@pytest.mark.parametrize("name", ["usual", "alarming", "coinciding", "hostile", "bare"])
 def test_page_in_a_browser(browser: Any, pages: dict[str, Path], name: str, size: str, theme: str) -> None:
     _open(browser, pages[name], WIDTHS[size], theme)
     _screenshot(browser, pages[name].with_name(f"{name}-{size}-{theme}.png"))
@@ -129,7 +130,7 @@ def test_page_in_a_browser(browser: Any, pages: dict[str, Path], name: str, size
         "return [...document.querySelectorAll('svg.chart')].map(s => s.getBoundingClientRect())"
         ".map(b => [b.width, b.height])"
     )
-    assert len(boxes) == {"usual": 13, "alarming": 13, "hostile": 7, "bare": 0}[name]
+    assert len(boxes) == {"usual": 13, "alarming": 13, "coinciding": 13, "hostile": 7, "bare": 0}[name]
     assert all(width > 250 and height > 150 for width, height in boxes)
     assert browser.execute_script(BAD_LABELS) == []
     contrast = browser.execute_script(CONTRAST)

@@ -1,0 +1,50 @@
+"""Preference pairs from scored samples of a model."""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Literal
+
+from pydantic import Field
+
+from dpo_core.config import Config
+from dpo_core.generate import SamplingConfig
+
+
+class PairSamplingConfig(Config):
+    """How pairs are made where the recipe has prompts only."""
+
+    samples_per_prompt: int = Field(4, ge=2)
+    """Completions drawn from the reference for each training prompt."""
+    pairing: Literal["all", "extremes"] = "all"
+    """all: every two samples whose rewards differ; extremes: the best against the worst."""
+    min_gap: float = Field(0.0, ge=0)
+    """Smallest difference in reward that makes a pair; samples at most this far apart are a tie."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How completions are drawn."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A sampled completion, its text and its reward."""
+
+    text: str
+    ended: bool
+    reward: float
+
+
+def pair_up(samples: Seq[Scored], config: PairSamplingConfig) -> tuple[list[tuple[Scored, Scored]], int]:
+    """(chosen, rejected) pairs of one prompt, and how many candidate pairs were ties.
+
+    A tie is a reward difference of at most `min_gap`, or twice the same text. One pair of texts is used once.
+    """
+    ranked = sorted(samples, key=lambda s: -s.reward)
+    candidates = list(combinations(ranked, 2)) if config.pairing == "all" else [(ranked[0], ranked[-1])]
+    pairs: dict[tuple[str, str], tuple[Scored, Scored]] = {}
+    ties = 0
+    for better, worse in candidates:
+        if better.reward - worse.reward <= config.min_gap or better.text.strip() == worse.text.strip():
+            ties += 1
+        else:
+            pairs.setdefault((better.text, worse.text), (better, worse))
+    return list(pairs.values()), ties

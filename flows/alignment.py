@@ -1,0 +1,140 @@
+"""The alignment flow: data gate, reference, pairs, cached log-probs, DPO, PPO baseline, evaluation, page."""
+
+import logging
+from datetime import UTC, datetime
+from pathlib import Path
+
+from prefect import flow
+
+from dpo_core.errors import DpoError, GateRefused
+from tasks.data import load_data, sample_pairs, validate
+from tasks.evaluation import evaluate
+from tasks.manifest import Manifest
+from tasks.models import cache_reference, import_model
+from tasks.recipe import Recipe
+from tasks.report import RunReport
+from tasks.runs import RunRecord, find_run, new_run, save_run
+from tasks.stage import Context, StageResult, remember_tracker
+from tasks.store import Store, open_workspace
+from tasks.summary import command_line, summarise
+from tasks.tracking import Tracker
+from tasks.training import prepare_sft, train_dpo, train_ppo, train_reward
+
+log = logging.getLogger("dpo")
+
+
+@flow(name="dpo-alignment", flow_run_name="{recipe.name}", log_prints=False, persist_result=False)
+def alignment(recipe: Recipe, resume: str | None = None) -> RunReport:
+    """Align a model as the recipe says.
+
+    Args:
+        recipe: decides everything about the run.
+        resume: name of an earlier run to go on with, or `latest`; its MLflow run is continued.
+
+    Raises:
+        GateRefused: the data gate refused; nothing after it ran.
+        DpoError: a stage failed; the message says what to do.
+    """
+    workspace = open_workspace(recipe.workspace)
+    command = command_line()
+    record = find_run(workspace, resume, recipe.name) if resume else new_run(workspace, recipe.name, command)
+    tracker = Tracker(recipe.tracking, workspace)
+    mlflow_id = tracker.start_parent(
+        record.run_id,
+        recipe=recipe.model_dump(mode="json"),
+        run_id=record.mlflow_run_id,
+        description=recipe.description,
+        tags={"dpo.run": record.run_id, "dpo.command": command},
+    )
+    record = record.model_copy(update={"mlflow_run_id": mlflow_id, "status": "running", "error": None})
+    save_run(workspace, record)
+    context = Context(workspace=str(workspace), run_id=record.run_id, mlflow_run_id=mlflow_id)
+    remember_tracker(context, tracker)
+    try:
+        Store(workspace).sweep()
+        report = run_stages(context, recipe, command)
+    except BaseException as error:
+        _ended_badly(workspace, record, tracker, error)
+        raise
+    tracker.finish_parent("FINISHED")
+    save_run(workspace, record.model_copy(update={"status": "done"}))
+    return report
+
+
+def _ended_badly(workspace: Path, record: RunRecord, tracker: Tracker, error: BaseException) -> None:
+    status = "refused" if isinstance(error, GateRefused) else "failed"
+    reason = str(error) if isinstance(error, DpoError) else f"{type(error).__name__}: {error}"
+    save_run(workspace, record.model_copy(update={"status": status, "error": reason}))
+    tracker.parent.tag("dpo.error", reason)
+    tracker.finish_parent("FAILED" if isinstance(error, Exception) else "KILLED")
+
+
+def run_stages(context: Context, recipe: Recipe, command: str) -> RunReport:
+    """The stages in their order; each hands a manifest to the next."""
+    started = datetime.now(UTC)
+    stages: dict[str, StageResult] = {}
+
+    def keep(name: str, result: StageResult) -> Manifest:
+        stages[name] = result
+        return result.manifest
+
+    seed, tokens = recipe.seed, recipe.tokens
+    loaded = keep("load-data", load_data(context, recipe.data))
+    has_pairs = loaded.extra["kind"] == "pairs"
+    _require_labels(recipe, has_pairs)
+    base = keep("import-model", import_model(context, recipe.model, tokens.max_length))
+    subject = "pairs" if has_pairs else "prompts"
+    judged = keep(f"validate-{subject}", validate(context, subject, loaded, base, recipe.gate, tokens))
+
+    reference = base
+    if recipe.sft.enabled:
+        given = judged if has_pairs else None
+        reference = keep("prepare-sft", prepare_sft(context, base, given, recipe.sft, tokens, seed))
+
+    pairs, reward_model = judged, None
+    if not has_pairs:
+        sampled = sample_pairs(
+            context, judged, reference, recipe.pairs, tokens, str(recipe.reward.source), seed
+        )
+        pairs = keep(
+            "validate-pairs",
+            validate(context, "pairs", keep("sample-pairs", sampled), base, recipe.gate, tokens),
+        )
+    engine = recipe.dpo.engine
+    logps = keep(
+        "cache-reference",
+        cache_reference(context, reference, pairs, tokens, engine.precision, recipe.cache.token_budget),
+    )
+    policy = keep("train-dpo", train_dpo(context, reference, pairs, logps, recipe.dpo, tokens, seed))
+    policies = {"SFT": reference, "DPO": policy}
+    source = recipe.reward.source
+    if source is None:
+        settings = recipe.reward.model
+        reward_model = keep("train-reward", train_reward(context, reference, pairs, settings, tokens, seed))
+    if recipe.ppo.enabled:
+        sampling = recipe.evaluate.sampling
+        ppo = train_ppo(context, reference, judged, reward_model, source, recipe.ppo, sampling, tokens, seed)
+        policies["PPO"] = keep("train-ppo", ppo)
+    keep(
+        "evaluate",
+        evaluate(context, policies, judged, pairs, reward_model, source, recipe.evaluate, tokens, seed),
+    )
+    return summarise(context, recipe, stages, started, command)
+
+
+def _require_labels(recipe: Recipe, has_pairs: bool) -> None:
+    """What only the data can tell: prompts alone need a reward to label samples, and demonstrations."""
+    from dpo_core.errors import RecipeError
+
+    if has_pairs:
+        return
+    if recipe.reward.source is None:
+        raise RecipeError(
+            "the data are prompts without pairs, and no reward labels samples", "Set reward.source"
+        )
+    sft = recipe.sft
+    if sft.enabled and sft.demonstrations is None and sft.made_demonstrations is None:
+        raise RecipeError(
+            "the data have no chosen answers for SFT to learn from",
+            "Set sft.demonstrations or sft.enabled=false",
+        )

@@ -1,0 +1,292 @@
+"""The command line `dpo`.
+
+Exit codes: 0 done, 2 usage or recipe error, 3 the data gate refused, 4 a stage failed (resumable), 5
+promotion refused. An expected error is one line on stderr; its traceback goes to a log.
+"""
+
+import json
+import logging
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+# Before Prefect, MLflow and Great Expectations are imported: they read these once. Nothing reports home.
+_QUIET = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "GX_ANALYTICS_ENABLED": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    # Prefect's console lines stay out of the terminal; its API and UI keep them all.
+    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
+    # The temporary server of a local run needs a while on a busy machine.
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+    "TOKENIZERS_PARALLELISM": "true",
+}
+
+app = typer.Typer(
+    name="dpo",
+    help="Align a language model from preference data, and see every stage.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+config_app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe (demo, hh-harmless) or a YAML file.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Override one field; may be repeated.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="[RUN]", help="Go on with a run; without a name, the newest unfinished one."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a recipe from the data gate to the run page. What an earlier run has made is not made again."""
+    from tasks.recipe import load_recipe
+
+    resolved = load_recipe(recipe, overrides or [])
+    _say(as_json, f"recipe {resolved.name}, workspace {Path(resolved.workspace).absolute()}")
+    with _resumable(recipe, overrides or []):
+        from flows.alignment import alignment
+
+        report = alignment(resolved, resume)
+    if as_json:
+        typer.echo(report.model_dump_json())
+        return
+    _show(report, resolved.workspace)
+
+
+def _show(report: Any, workspace: str) -> None:
+    from rich.console import Console
+
+    from tasks.report import terminal_table, verdict
+    from tasks.summary import run_folder
+
+    # A pipe has no width of its own; the table needs room.
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(terminal_table(report))
+    console.print(f"[bold]{verdict(report).headline}[/bold]")
+    folder = run_folder(Path(workspace).absolute(), report.run.name)
+    if report.model:
+        console.print(
+            f"model   {report.model.name} version {report.model.version}, alias {report.model.alias}"
+        )
+    console.print(f"page    {folder / 'page.html'}", soft_wrap=True)
+    console.print("look    dpo ui", soft_wrap=True)
+
+
+@app.command()
+def validate(
+    data: Annotated[str, typer.Argument(help="A data file, a folder, or a hub name.")],
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Recognise the format of a data set and judge it at the gate; trains nothing."""
+    from flows.validation import judge_file
+
+    report, recognised = judge_file(data, overrides or [])
+    if as_json:
+        typer.echo(report.model_dump_json(indent=1))
+    else:
+        typer.echo(f"{data}: {recognised}")
+        for finding in report.findings:
+            if not finding.passed:
+                typer.echo(f"{finding.severity:8} {finding.rule}: {finding.message}")
+        typer.echo(f"{report.rows} rows, {report.dropped} dropped; Data Docs: {report.docs_index}")
+    report.raise_if_refused()
+
+
+@app.command()
+def runs(
+    workspace: Annotated[str, typer.Option(help="Workspace folder.")] = "./runs", as_json: JsonOption = False
+) -> None:
+    """List the runs of a workspace, newest first."""
+    from tasks.runs import list_runs
+
+    records = list_runs(workspace)
+    if as_json:
+        typer.echo(json.dumps([r.model_dump(mode="json") for r in records], indent=1))
+        return
+    if not records:
+        typer.echo(f"no runs in {Path(workspace).absolute()}")
+    for record in records:
+        reason = f"  {record.error}" if record.error else ""
+        typer.echo(f"{record.run_id:40} {record.status:8} {record.started_at:%Y-%m-%d %H:%M}{reason}")
+
+
+@app.command()
+def show(
+    run_id: Annotated[str, typer.Argument(metavar="RUN", help="Name of a run; see `dpo runs`.")],
+    workspace: Annotated[str, typer.Option(help="Workspace folder.")] = "./runs",
+    as_json: JsonOption = False,
+) -> None:
+    """Show the table of a finished run."""
+    from dpo_core.errors import RecipeError
+    from tasks.report import RunReport
+
+    path = Path(workspace) / "runs" / run_id / "report.json"
+    if not path.is_file():
+        raise RecipeError(f"no finished run named {run_id} in {workspace}", "List them with: dpo runs")
+    text = path.read_text()
+    if as_json:
+        typer.echo(text)
+    else:
+        _show(RunReport.model_validate_json(text), workspace)
+
+
+@app.command()
+def ui(
+    workspace: Annotated[str, typer.Option(help="Workspace folder.")] = "./runs",
+    port: Annotated[int, typer.Option(help="Port of the MLflow UI.")] = 5000,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    browser: Annotated[bool, typer.Option(help="Open a browser window.")] = True,
+) -> None:
+    """Open the MLflow UI on the workspace, and say how to reach Prefect's."""
+    from flows.ui import serve
+
+    serve(workspace, host, port, browser)
+
+
+@app.command()
+def objectives(as_json: JsonOption = False) -> None:
+    """List the objectives: citation, needs, parameters and their ranges."""
+    from dpo_core.objectives import get, names
+
+    listed = [get(name) for name in names()]
+    if as_json:
+        facts = [
+            {
+                "name": o.name,
+                "citation": o.citation,
+                "data": o.data,
+                "needs_reference": o.needs_reference,
+                "parameters": {k: p._asdict() for k, p in o.parameters.items()},
+            }
+            for o in listed
+        ]
+        typer.echo(json.dumps(facts, indent=1))
+        return
+    for o in listed:
+        needs = f"{o.data}{', reference' if o.needs_reference else ''}"
+        typer.echo(f"{o.name}  ({needs})\n  {o.citation}")
+        for name, p in o.parameters.items():
+            typer.echo(f"  {name} = {p.default:g} in [{p.low:g}, {p.high:g}]: {p.meaning}")
+
+
+@config_app.command("show")
+def config_show(recipe: RecipeArgument, overrides: SetOption = None) -> None:
+    """Print the resolved recipe, every default written out."""
+    from tasks.recipe import load_recipe, to_yaml
+
+    typer.echo(to_yaml(load_recipe(recipe, overrides or [])), nl=False)
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON schema of a recipe, for editors."""
+    from tasks.recipe import json_schema
+
+    typer.echo(json_schema())
+
+
+@config_app.command("list")
+def config_list() -> None:
+    """List the recipes that come with the package."""
+    from tasks.recipe import shipped
+
+    for name, path in shipped().items():
+        typer.echo(f"{name:16} {path}")
+
+
+class _resumable:
+    """Prints the line that resumes the run when a stage fails."""
+
+    def __init__(self, recipe: str, overrides: list[str]) -> None:
+        import shlex
+
+        sets = " ".join(f"--set {shlex.quote(o)}" for o in overrides)
+        self.line = f"dpo run {shlex.quote(recipe)} {sets} --resume".replace("  ", " ")
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        from dpo_core.errors import DpoError
+
+        expected = error.exit_code if isinstance(error, DpoError) else 4
+        if error is not None and expected == 4:
+            typer.echo(f"to resume: {self.line}", err=True)
+
+
+def _say(as_json: bool, text: str) -> None:
+    typer.echo(text, err=as_json)
+
+
+def _log_to_terminal() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("dpo")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def _with_resume_value(arguments: list[str]) -> list[str]:
+    """`--resume` may stand alone: it then means the newest unfinished run."""
+    out = []
+    for place, argument in enumerate(arguments):
+        out.append(argument)
+        following = arguments[place + 1 : place + 2]
+        if argument == "--resume" and (not following or following[0].startswith("-")):
+            out.append("latest")
+    return out
+
+
+def main() -> None:
+    """Entry point of the command `dpo`."""
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    _log_to_terminal()
+    from dpo_core.errors import DpoError
+
+    try:
+        app(_with_resume_value(sys.argv[1:]))
+    except DpoError as error:
+        _keep_traceback()
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("stopped", err=True)
+        sys.exit(130)
+    except Exception as error:
+        path = _keep_traceback()
+        typer.echo(f"error: {type(error).__name__}: {error}. The traceback is in {path}", err=True)
+        sys.exit(4)
+
+
+def _keep_traceback() -> Path:
+    """Append the traceback of the error at hand to a log that people can send along."""
+    import tempfile
+
+    path = Path(tempfile.gettempdir()) / f"dpo-{os.getuid()}.log"
+    with path.open("a") as handle:
+        handle.write(traceback.format_exc() + "\n")
+    return path
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""`dpo validate`: the data gate alone, on a file, without a run."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from dpo_core.config import Config
+from dpo_core.data.config import DataConfig
+from dpo_core.data.records import load
+from dpo_core.data.split import split_by_prompt
+from dpo_core.errors import DataError, RecipeError
+from expectations.config import GateConfig
+from expectations.gate import judge
+from expectations.report import GateReport
+from tasks.recipe import apply_override, faults_of
+
+
+class _Asked(Config):
+    """The two slices of a recipe that the gate reads."""
+
+    data: DataConfig
+    """The data."""
+    gate: GateConfig
+    """The gate."""
+
+
+def judge_file(data: str, overrides: Sequence[str]) -> tuple[GateReport, str]:
+    """The gate's report on a data set, and the sentence that says how its format was recognised.
+
+    Args:
+        overrides: `data.x=value` and `gate.x.y=value`, as in a recipe.
+
+    Raises:
+        DataError: the data cannot be read, or are unpaired rows, which the gate does not judge.
+    """
+    given: dict[str, Any] = {"data": {"path": data}, "gate": {}}
+    for override in overrides:
+        apply_override(given, override)
+    try:
+        asked = _Asked.model_validate(given)
+    except ValidationError as error:
+        raise RecipeError(f"{data} cannot be judged: {faults_of(error)}", "Mend the override") from error
+    config, gate = asked.data, asked.gate
+    loaded = load(config)
+    if loaded.kind == "unpaired":
+        raise DataError(f"{data} holds unpaired rows", "The gate judges pairs and prompts")
+    frame = split_by_prompt(loaded.frame, config.eval_fraction, config.seed)
+    docs = Path(tempfile.mkdtemp(prefix="dpo-gate-"))
+    report, _ = judge(
+        frame, subject="pairs" if loaded.kind == "pairs" else "prompts", config=gate, docs_dir=docs
+    )
+    return report, f"{loaded.format} ({loaded.recognised_by}); {loaded.notes}"

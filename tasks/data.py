@@ -1,0 +1,284 @@
+"""The data stages: load and split, judge at the gate, sample pairs where there are none."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from prefect import task
+
+from dpo_core.data.config import DataConfig
+from dpo_core.data.records import Loaded, load, load_eval, to_frame
+from dpo_core.data.split import split_by_prompt, with_eval_frame
+from dpo_core.errors import DataError, StageFailed
+from dpo_core.pairs import PairSamplingConfig, Scored, pair_up
+from dpo_core.tokens import TokenConfig
+from expectations.config import GateConfig
+from tasks.manifest import Manifest, digest_file
+from tasks.stage import TASK_OPTIONS, Context, Output, Stage, StageResult, Work, run_stage
+
+LOAD = Stage("load-data", 1, "dataset")
+GATE_PROMPTS = Stage("validate-prompts", 1, "dataset")
+GATE_PAIRS = Stage("validate-pairs", 1, "dataset")
+SAMPLE = Stage("sample-pairs", 1, "dataset")
+
+
+def source_digests(config: DataConfig) -> dict[str, str]:
+    """Digests of the local files that the data comes from: a changed file is other data."""
+    digests: dict[str, str] = {}
+    for path in (config.path, config.eval_path):
+        if path is None:
+            continue
+        place = Path(path).expanduser()
+        files = sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place]
+        try:
+            digests |= {str(file): digest_file(file) for file in files if file.is_file()}
+        except OSError as error:
+            raise DataError(
+                f"the data file {error.filename} cannot be read ({error.strerror})", "Check its permissions"
+            ) from error
+    return digests
+
+
+@task(name="load-data", task_run_name="load-data", **TASK_OPTIONS)
+def load_data(context: Context, config: DataConfig) -> StageResult:
+    """Read preference data or prompts into the canonical table, split by prompt."""
+
+    def work(given: Work) -> Output:
+        loaded = load(config)
+        frame = _split(loaded, config)
+        given.mlflow.tag("dpo.data_format", f"{loaded.format}: {loaded.recognised_by}")
+        out = given.fresh("out")
+        frame.to_parquet(out / "data.parquet", index=False)
+        extra: dict[str, Any] = {
+            "kind": loaded.kind,
+            "format": loaded.format,
+            "recognised_by": loaded.recognised_by,
+            "eval_rows": int((frame["split"] == "eval").sum()),
+            **loaded.notes,
+        }
+        return Output(out, rows=len(frame), extra=extra)
+
+    # The digests stand in the config, so that an edited file misses the cache under the same name.
+    slice_ = {"data": config.model_dump(mode="json"), "files": source_digests(config)}
+    return run_stage(context, LOAD, {}, slice_, work)
+
+
+def _split(loaded: Loaded, config: DataConfig) -> pd.DataFrame:
+    if loaded.kind == "unpaired":
+        raise DataError(
+            f"the data are unpaired rows ({loaded.recognised_by}), and DPO learns from pairs",
+            "Give rows with a chosen and a rejected answer, or an objective for unpaired data",
+        )
+    held_out = load_eval(config)
+    if held_out is None:
+        return split_by_prompt(loaded.frame, config.eval_fraction, config.seed)
+    if held_out.kind != loaded.kind:
+        raise DataError(
+            f"data.path holds {loaded.kind} and data.eval_path holds {held_out.kind}", "Give both as one kind"
+        )
+    return with_eval_frame(loaded.frame, held_out.frame)[0]
+
+
+@task(name="validate", task_run_name="validate-{subject}", **TASK_OPTIONS)
+def validate(
+    context: Context,
+    subject: str,
+    data: Manifest,
+    model: Manifest,
+    gate: GateConfig,
+    tokens: TokenConfig,
+) -> StageResult:
+    """Great Expectations on prompts or pairs; the rows that may go on, the report and the Data Docs.
+
+    Raises:
+        GateRefused: a critical rule failed. Nothing is committed, so nothing downstream can run.
+    """
+    stage = GATE_PAIRS if subject == "pairs" else GATE_PROMPTS
+
+    def work(given: Work) -> Output:
+        from dpo_core.models import load_tokenizer
+        from dpo_core.tokens import Tokenise
+        from expectations.gate import judge
+
+        frame = pd.read_parquet(data.path / "data.parquet")
+        tokenizer = load_tokenizer(model.path)
+        bar = given.progress(len(frame))
+        docs = given.fresh("docs")
+        report, kept = judge(
+            frame,
+            subject=subject,  # type: ignore[arg-type]
+            config=gate,
+            docs_dir=docs,
+            tokens=Tokenise(tokenizer, tokens),
+            max_length=tokens.max_length,
+            max_prompt_length=tokens.max_prompt_length,
+            special_tokens=tokenizer.all_special_tokens,
+            tick=bar.update,
+        )
+        out = given.fresh("out")
+        index = Path(report.docs_index)
+        site = index.parent
+        _copy_site(site, out / "data_docs")
+        # The report travels with the artifact; the index is found beside it.
+        facts = report.model_copy(update={"docs_index": "data_docs/index.html"})
+        (out / "gate.json").write_text(facts.model_dump_json(indent=1))
+        given.mlflow.artifact(out / "gate.json")
+        given.mlflow.artifact(out / "data_docs", "data_docs")
+        failed = [f for f in report.findings if not f.passed]
+        if report.refused:
+            # Refused data leave their report where a person can open it.
+            report = report.model_copy(update={"docs_index": str(index)})
+            report.raise_if_refused()
+        kept.to_parquet(out / "data.parquet", index=False)
+        extra: dict[str, Any] = {"dropped": report.dropped, "warnings": [f.rule for f in failed]}
+        metrics = {f"gate/{f.rule}": float(f.rate) for f in report.findings if not f.skipped}
+        metrics |= {"data/rows": float(len(kept)), "data/dropped": float(report.dropped)}
+        return Output(out, rows=len(kept), extra=extra, metrics=metrics)
+
+    slice_ = {
+        "subject": subject,
+        "gate": gate.model_dump(mode="json"),
+        "tokens": tokens.model_dump(mode="json"),
+    }
+    return run_stage(context, stage, {"data": data, "tokenizer": model}, slice_, work)
+
+
+def _copy_site(site: Path, target: Path) -> None:
+    import shutil
+
+    shutil.copytree(site, target)
+
+
+@task(name="sample-pairs", task_run_name="sample-pairs", **TASK_OPTIONS)
+def sample_pairs(
+    context: Context,
+    prompts: Manifest,
+    reference: Manifest,
+    config: PairSamplingConfig,
+    tokens: TokenConfig,
+    reward: str,
+    seed: int,
+) -> StageResult:
+    """Completions of training and held-out prompts from the reference, labelled by a known reward."""
+
+    def work(given: Work) -> Output:
+        from dpo_core.jobs import read_rows, scorer
+        from dpo_core.models import load_model, load_tokenizer
+        from dpo_core.tokens import Tokenise
+
+        tokenizer = load_tokenizer(reference.path)
+        rows = read_rows(prompts.path / "data.parquet")
+        tokenise = Tokenise(tokenizer, tokens)
+        budget = min(tokens.max_prompt_length, tokens.max_length - config.sampling.max_new_tokens)
+        wanted = [
+            (row, tokenise.prompt(row["prompt"], row["chat"], budget))
+            for row in rows
+            for _ in range(config.samples_per_prompt)
+        ]
+        drawn = _sample(given, load_model(reference.path), wanted, config, tokenizer.eos_token_id, seed)
+        from dpo_core.tokens import Sequence
+
+        texts = tokenizer.batch_decode([list(c.ids) for c in drawn], skip_special_tokens=True)
+        rewards = scorer(reward, tokenizer, "fp32")(
+            [Sequence(ids, c.ids) for (_, ids), c in zip(wanted, drawn, strict=True)],
+            [row["prompt"] for row, _ in wanted],
+        )
+        frame, facts = _label(rows, texts, [c.ended for c in drawn], rewards, config)
+        if frame.empty:
+            raise StageFailed(
+                f"all {facts['ties']} candidate pairs are ties under the reward {reward}",
+                "Draw more or longer samples (pairs.*), or choose a reward that tells them apart",
+            )
+        out = given.fresh("out")
+        frame.to_parquet(out / "data.parquet", index=False)
+        metrics = {f"data/{k}": float(v) for k, v in facts.items()}
+        return Output(out, rows=len(frame), extra=facts, metrics=metrics)
+
+    slice_ = {
+        "pairs": config.model_dump(mode="json"),
+        "tokens": tokens.model_dump(mode="json"),
+        "reward": reward,
+        "seed": seed,
+    }
+    return run_stage(context, SAMPLE, {"prompts": prompts, "reference": reference}, slice_, work)
+
+
+# Prompts sampled between two saves: what a kill may cost.
+_SAVE_EVERY = 8
+
+
+def _sample(
+    given: Work, model: Any, wanted: list[Any], config: PairSamplingConfig, eos_id: int, seed: int
+) -> list[Any]:
+    """Completions in portions, each saved when it is done, so that a killed stage goes on where it was."""
+    from dpo_core.generate import Completion, sample, seed_for
+
+    bar = given.progress(len(wanted))
+    portion = config.sampling.batch_size * _SAVE_EVERY
+    drawn: list[Completion] = []
+    for start in range(0, len(wanted), portion):
+        path = given.scratch / f"samples-{start:08d}.json"
+        if not path.exists():
+            prompts = [ids for _, ids in wanted[start : start + portion]]
+            done = len(drawn)
+            new = sample(
+                model,
+                prompts,
+                config.sampling,
+                eos_id=eos_id,
+                seed=seed_for(seed, "pairs", start),
+                progress=lambda n, done=done: bar.update(done + n),  # type: ignore[misc]
+            )
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps([[list(c.ids), c.ended] for c in new]))
+            temporary.replace(path)
+        drawn += [Completion(tuple(ids), ended) for ids, ended in json.loads(path.read_text())]
+    return drawn
+
+
+def _label(
+    rows: list[dict[str, Any]],
+    texts: list[str],
+    ended: list[bool],
+    rewards: list[float],
+    config: PairSamplingConfig,
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Pairs of every prompt as a canonical table that keeps each prompt's split, and the counts."""
+    from dpo_core.data.formats import Pair
+
+    records: list[Pair] = []
+    numbers: list[int] = []
+    splits: list[str] = []
+    ties = 0
+    size = config.samples_per_prompt
+    for index, row in enumerate(rows):
+        scored = [
+            Scored(text, end, value)
+            for text, end, value in zip(
+                texts[index * size : (index + 1) * size],
+                ended[index * size : (index + 1) * size],
+                rewards[index * size : (index + 1) * size],
+                strict=True,
+            )
+            # A completion cut inside a character cannot be written as text, an empty one teaches nothing.
+            if text.strip() and "�" not in text
+        ]
+        pairs, tied = pair_up(scored, config) if len(scored) > 1 else ([], 0)
+        ties += tied
+        for better, worse in pairs:
+            records.append(
+                Pair(
+                    row["prompt"],
+                    bool(row["chat"]),
+                    better.text,
+                    worse.text,
+                    chosen_ended=better.ended,
+                    rejected_ended=worse.ended,
+                )
+            )
+            numbers.append(int(row["row"]))
+            splits.append(row["split"])
+    frame = to_frame(records, "pairs", numbers).assign(split=pd.array(splits, dtype="string[pyarrow]"))
+    mean = sum(rewards) / len(rewards)
+    return frame, {"samples": len(texts), "pairs": len(frame), "ties": ties, "mean_reward": mean}

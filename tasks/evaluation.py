@@ -1,0 +1,222 @@
+"""The evaluation stage: the reference, DPO and PPO on the same held-out prompts."""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+
+from dpo_core.errors import StageFailed
+from dpo_core.evaluate import EvaluateConfig
+from dpo_core.tokens import TokenConfig
+from tasks.manifest import Manifest
+from tasks.stage import TASK_OPTIONS, Context, Output, Stage, StageResult, Work, run_stage
+
+log = logging.getLogger("dpo")
+
+EVALUATE = Stage("evaluate", 1, "evaluation")
+
+
+@task(name="evaluate", task_run_name="evaluate", **TASK_OPTIONS)
+def evaluate(
+    context: Context,
+    policies: dict[str, Manifest],
+    prompts: Manifest,
+    pairs: Manifest,
+    reward_model: Manifest | None,
+    reward: str | None,
+    config: EvaluateConfig,
+    tokens: TokenConfig,
+    seed: int,
+) -> StageResult:
+    """Reward, KL, win rate, length, distinct-2 and preference accuracy, each with its 95 % interval.
+
+    Args:
+        policies: checkpoint of each policy by name; `SFT` is the reference.
+    """
+
+    def work(given: Work) -> Output:
+        results = _evaluate(given, policies, prompts, pairs, reward_model, reward, config, tokens, seed)
+        out = given.fresh("out")
+        (out / "evaluation.json").write_text(
+            json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)
+        )
+        given.mlflow.artifact(out / "evaluation.json")
+        metrics = {}
+        for row in results["policies"]:
+            for name, value in row.items():
+                number = value["value"] if isinstance(value, dict) else value
+                if isinstance(number, int | float):
+                    metrics[f"{name}/{row['name'].lower()}"] = float(number)
+        return Output(out, rows=results["n_prompts"], metrics=metrics)
+
+    inputs = {f"policy-{name}": manifest for name, manifest in policies.items()}
+    inputs |= {"prompts": prompts, "pairs": pairs}
+    if reward_model:
+        inputs["reward_model"] = reward_model
+    slice_ = {
+        "config": config.model_dump(mode="json"),
+        "tokens": tokens.model_dump(mode="json"),
+        "reward": reward,
+        "seed": seed,
+    }
+    return run_stage(context, EVALUATE, inputs, slice_, work)
+
+
+def _evaluate(
+    given: Work,
+    policies: dict[str, Manifest],
+    prompts: Manifest,
+    pairs: Manifest,
+    reward_model: Manifest | None,
+    reward: str | None,
+    config: EvaluateConfig,
+    tokens: TokenConfig,
+    seed: int,
+) -> dict[str, Any]:
+    from dpo_core.evaluate import summarise
+    from dpo_core.jobs import scorer
+    from dpo_core.models import load_model, load_tokenizer
+    from dpo_core.tokens import Tokenise
+
+    reference_path = policies["SFT"].path
+    tokenizer = load_tokenizer(reference_path)
+    tokenise = Tokenise(tokenizer, tokens)
+    asked = _held_out_prompts(prompts, tokenise, config, tokens)
+    held_out = _held_out_pairs(pairs, tokenise)
+    source = str(reward_model.path) if reward_model else str(reward)
+    score = scorer(source, tokenizer, config.precision)
+    reference = load_model(reference_path)
+    bar = given.progress(len(policies) * len(asked) * config.samples_per_prompt)
+    measured: dict[str, dict[str, Any]] = {}
+    for number, (name, manifest) in enumerate(policies.items()):
+        path = given.scratch / f"policy-{name}.json"
+        if not path.exists():  # a killed evaluation keeps the policies it had finished
+            policy = reference if name == "SFT" else load_model(manifest.path)
+            done = number * len(asked) * config.samples_per_prompt
+            facts = _measure(
+                policy,
+                reference,
+                asked,
+                held_out,
+                config,
+                score,
+                tokenizer.eos_token_id,
+                seed,
+                lambda n, done=done: bar.update(done + n),
+            )
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(facts))
+            temporary.replace(path)
+        measured[name] = json.loads(path.read_text())
+    samples = {name: _samples(facts) for name, facts in measured.items()}
+    rows = []
+    for name, facts in measured.items():
+        baseline = None if name == "SFT" else samples["SFT"]
+        row = summarise(samples[name], baseline, seed=seed, length=config.sampling.max_new_tokens)
+        rows.append({"name": name, **row, "accuracy": None if name == "SFT" else facts["accuracy"]})
+    return {
+        "reward_name": "reward model" if reward_model else reward,
+        "reward_is_true": reward_model is None,
+        "n_prompts": len(asked),
+        "samples_per_prompt": config.samples_per_prompt,
+        "held_out_pairs": len(held_out),
+        "policies": rows,
+        "samples": _side_by_side(samples, asked, tokenizer, config.shown),
+    }
+
+
+def _held_out_prompts(
+    prompts: Manifest, tokenise: Any, config: EvaluateConfig, tokens: TokenConfig
+) -> list[tuple[tuple[int, ...], str]]:
+    import pandas as pd
+
+    frame = pd.read_parquet(prompts.path / "data.parquet")
+    frame = frame[frame["split"] == "eval"].drop_duplicates(["prompt", "chat"]).head(config.prompts)
+    if frame.empty:
+        raise StageFailed("no held-out prompt is left to evaluate on", "Raise data.eval_fraction")
+    budget = min(tokens.max_prompt_length, tokens.max_length - config.sampling.max_new_tokens)
+    return [
+        (tokenise.prompt(row["prompt"], row["chat"], budget), row["prompt"])
+        for row in frame.to_dict("records")
+    ]
+
+
+def _held_out_pairs(pairs: Manifest, tokenise: Any) -> list[Any]:
+    import pandas as pd
+
+    frame = pd.read_parquet(pairs.path / "data.parquet")
+    return tokenise.pairs(frame[frame["split"] == "eval"].to_dict("records"))[0]
+
+
+def _measure(
+    policy: Any,
+    reference: Any,
+    asked: Sequence[tuple[tuple[int, ...], str]],
+    held_out: Sequence[Any],
+    config: EvaluateConfig,
+    score: Any,
+    eos_id: int,
+    seed: int,
+    progress: Any,
+) -> dict[str, Any]:
+    """Samples of one policy with rewards and KL, and its accuracy on the held-out pairs."""
+    from dpo_core.evaluate import kl_estimates, preference_accuracy, sample_policy, sequence_logps
+
+    same = policy is reference
+    drawn = sample_policy(policy, asked, config, scorer=score, eos_id=eos_id, seed=seed, progress=progress)
+    settings = (config.precision, config.token_budget)
+    ours = sequence_logps(policy, drawn.sequences, *settings)
+    theirs = ours if same else sequence_logps(reference, drawn.sequences, *settings)
+    drawn.kl_k1, drawn.kl_k3 = kl_estimates(ours, theirs)
+    drawn.entropy = -float(sum(x.double().sum() for x in ours)) / sum(len(x) for x in ours)
+    accuracy = None
+    if held_out and not same:
+        sides = [s for p in held_out for s in (p.chosen, p.rejected)]
+        estimate = preference_accuracy(
+            held_out, sequence_logps(policy, sides, *settings), sequence_logps(reference, sides, *settings)
+        )
+        accuracy = estimate.model_dump()
+    return {**asdict(drawn), "accuracy": accuracy}
+
+
+def _samples(facts: dict[str, Any]) -> Any:
+    from dpo_core.evaluate import PolicySamples
+    from dpo_core.tokens import Sequence as Ids
+
+    fields = {k: v for k, v in facts.items() if k != "accuracy"}
+    fields["sequences"] = [Ids(tuple(s["prompt"]), tuple(s["completion"])) for s in facts["sequences"]]
+    return PolicySamples(**fields)
+
+
+def _side_by_side(
+    samples: dict[str, Any], asked: Sequence[tuple[tuple[int, ...], str]], tokenizer: Any, shown: int
+) -> list[dict[str, Any]]:
+    """The first sample of each policy for the first prompts."""
+    table = []
+    for index in range(min(shown, len(asked))):
+        texts, rewards = {}, {}
+        for name, drawn in samples.items():
+            first = drawn.prompt_index.index(index)
+            texts[name] = tokenizer.decode(list(drawn.sequences[first].completion), skip_special_tokens=True)
+            rewards[name] = drawn.rewards[first]
+        table.append({"prompt": readable(asked[index][1]), "completions": texts, "rewards": rewards})
+    return table
+
+
+def readable(prompt: str) -> str:
+    """A prompt for people: turns on lines of their own where it is a conversation."""
+    try:
+        turns = json.loads(prompt)
+        return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+    except (ValueError, TypeError, KeyError):
+        return prompt
+
+
+def load_evaluation(manifest: Manifest) -> dict[str, Any]:
+    """What the stage wrote."""
+    facts: dict[str, Any] = json.loads(Path(manifest.path / "evaluation.json").read_text())
+    return facts

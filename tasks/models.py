@@ -1,0 +1,125 @@
+"""Model stages without training: import the base model, take it as the reference, cache its log-probs."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from prefect import task
+
+from dpo_core.errors import ModelError, StageFailed
+from dpo_core.models import (
+    ModelConfig,
+    check_context,
+    convert,
+    locate,
+    parameter_count,
+    source_digest,
+    weights_digest,
+)
+from dpo_core.tokens import TokenConfig
+from tasks.manifest import Manifest
+from tasks.stage import TASK_OPTIONS, Context, Output, Stage, StageResult, Work, run_stage
+
+IMPORT = Stage("import-model", 1, "model")
+CACHE = Stage("cache-reference", 1, "reference-logps")
+
+
+@task(name="import-model", task_run_name="import-model", **TASK_OPTIONS)
+def import_model(context: Context, config: ModelConfig, max_length: int) -> StageResult:
+    """The base model as a checked checkpoint folder."""
+    source = locate(config)
+
+    def work(given: Work) -> Output:
+        from transformers import AutoConfig
+
+        out = given.fresh("out")
+        bar = given.progress(2)
+        convert(config, out)
+        bar.update(1)
+        check_context(AutoConfig.from_pretrained(out), max_length)
+        if config.trust_remote_code:
+            given.mlflow.tag("dpo.trust_remote_code", "true")
+        return Output(out, parameters=parameter_count(out), extra={"weights_sha256": weights_digest(out)})
+
+    # The source's digest, not its path: a model overwritten in place is another model.
+    slice_ = {**config.model_dump(mode="json"), "source": source_digest(source)}
+    result = run_stage(context, IMPORT, {}, slice_, work)
+    _check_context(result.manifest, max_length)
+    return result
+
+
+def _check_context(model: Manifest, max_length: int) -> None:
+    """Also when the model came from the store: the token budget is no part of its key."""
+    import json
+    from types import SimpleNamespace
+
+    facts = json.loads((model.path / "config.json").read_text())
+    check_context(SimpleNamespace(max_position_embeddings=facts.get("max_position_embeddings")), max_length)
+
+
+@task(name="cache-reference", task_run_name="cache-reference", **TASK_OPTIONS)
+def cache_reference(
+    context: Context,
+    reference: Manifest,
+    pairs: Manifest,
+    tokens: TokenConfig,
+    precision: str,
+    token_budget: int,
+) -> StageResult:
+    """Log-probs of every training pair under the reference; only those not yet known are computed."""
+
+    def work(given: Work) -> Output:
+        from dpo_core.logprobs import check_definition, collate
+        from dpo_core.models import disable_dropout, load_model, load_tokenizer
+        from dpo_core.reference import LogpShard, ReferenceCache, compute, reference_key, sequence_key
+        from dpo_core.tokens import Tokenise
+
+        frame = pd.read_parquet(pairs.path / "data.parquet")
+        tokenise = Tokenise(load_tokenizer(reference.path), tokens)
+        kept, dropped = tokenise.pairs(frame[frame["split"] == "train"].to_dict("records"))
+        if not kept:
+            raise StageFailed(
+                f"no training pair is left after tokenising ({dropped})", "Raise tokens.max_length"
+            )
+        sequences = {sequence_key(s): s for p in kept for s in (p.chosen, p.rejected)}
+        weights = str(reference.extra["weights_sha256"])
+        model = load_model(reference.path)
+        disable_dropout(model)
+        attention = str(model.config._attn_implementation)
+        name = reference_key(weights, precision, attention)  # type: ignore[arg-type]
+        cache = ReferenceCache(given.scratch.parents[2] / "reference_cache" / name)
+        known = cache.find(sequences)
+        missing = [s for key, s in sequences.items() if key not in known]
+        if missing:
+            check_definition(model, collate([min(missing, key=len)]))
+        bar = given.progress(len(missing))
+        compute(
+            model,
+            missing,
+            precision=precision,  # type: ignore[arg-type]
+            token_budget=token_budget,
+            keep=cache.add,
+            progress=bar.update,
+        )
+        values: dict[bytes, NDArray[np.float32]] = cache.find(sequences)
+        out = given.fresh("out")
+        LogpShard.build(values).save(out / "shard")
+        extra: dict[str, Any] = {
+            "reference_weights": weights,
+            "precision": precision,
+            "attention": attention,
+            "sequences": len(sequences),
+            "computed": len(missing),
+            "from_cache": len(sequences) - len(missing),
+            **{f"dropped_{reason}": count for reason, count in dropped.items()},
+        }
+        metrics = {"cache/computed": float(len(missing)), "cache/found": float(len(sequences) - len(missing))}
+        metrics |= {f"data/{reason}": float(count) for reason, count in dropped.items()}
+        return Output(out, rows=len(kept), extra=extra, metrics=metrics)
+
+    # token_budget decides the time and not the values, so it stays out of the key.
+    slice_ = {"tokens": tokens.model_dump(mode="json"), "precision": precision}
+    if "weights_sha256" not in reference.extra:
+        raise ModelError("the reference's manifest names no weights", "Run the earlier stages again")
+    return run_stage(context, CACHE, {"reference": reference, "pairs": pairs}, slice_, work)

@@ -1,0 +1,222 @@
+"""One recipe = one YAML = one run: what it may say, how overrides are laid over it, what is refused."""
+
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from dpo_core.config import Config
+from dpo_core.data.config import DataConfig
+from dpo_core.dpo import DpoConfig
+from dpo_core.errors import RecipeError
+from dpo_core.evaluate import EvaluateConfig
+from dpo_core.models import ModelConfig
+from dpo_core.pairs import PairSamplingConfig
+from dpo_core.ppo import PpoConfig
+from dpo_core.reward_training import RewardModelConfig
+from dpo_core.sft import SftConfig
+from dpo_core.tokens import TokenConfig
+from expectations.config import GateConfig
+from tasks.tracking import TrackingConfig
+
+
+class RewardConfig(Config):
+    """What completions are worth."""
+
+    source: str | None = None
+    """A known reward: `sentiment`, `package.module:callable` or `file.py:callable`. Empty: a reward model is
+    trained on the pairs; it is a proxy, and the page says so."""
+    model: RewardModelConfig = RewardModelConfig()
+    """Training of the reward model; read only when there is no known reward."""
+
+
+class CacheConfig(Config):
+    """How reference log-probs are computed. Only `precision` decides their values."""
+
+    token_budget: int = Field(4096, ge=64)
+    """Padded tokens in one forward pass."""
+
+
+class RegistryConfig(Config):
+    """Under which name the aligned model is registered."""
+
+    name: str | None = Field(None, min_length=1, pattern=r"^[^/:]+$")
+    """Registered model; `dpo-<recipe name>` when empty."""
+    alias: str = Field("challenger", pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")
+    """Alias that points to this run's model."""
+
+
+class Recipe(Config):
+    """Everything that decides an alignment run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,60}$")
+    """Names the run, its experiment and its model."""
+    description: str = ""
+    """Shown in the MLflow run and on the run page."""
+    workspace: str = "./runs"
+    """Folder of the artifact store, the tracking database and the run pages."""
+    seed: int = Field(0, ge=0)
+    """Seed of sampling, order of examples and intervals."""
+    model: ModelConfig = ModelConfig()
+    """Where the run starts from."""
+    data: DataConfig
+    """Preference pairs, or prompts."""
+    gate: GateConfig = GateConfig()
+    """The data gate."""
+    tokens: TokenConfig = TokenConfig()
+    """From text to tokens."""
+    sft: SftConfig = SftConfig()
+    """Preparing the reference."""
+    pairs: PairSamplingConfig = PairSamplingConfig()
+    """Sampling pairs; read only when the data has prompts but no pairs."""
+    reward: RewardConfig = RewardConfig()
+    """What completions are worth."""
+    cache: CacheConfig = CacheConfig()
+    """Reference log-probs."""
+    dpo: DpoConfig = DpoConfig()
+    """Preference optimisation."""
+    ppo: PpoConfig = PpoConfig()
+    """The PPO baseline."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Evaluation on held-out prompts."""
+    tracking: TrackingConfig = TrackingConfig()
+    """MLflow."""
+    registry: RegistryConfig = RegistryConfig()
+    """The model registry."""
+
+    @model_validator(mode="after")
+    def _what_is_set_is_read(self) -> "Recipe":
+        if self.reward.source is not None and self.reward.model != RewardModelConfig():
+            raise ValueError("reward.model would not be read: reward.source gives a known reward")
+        if self.data.path is None:
+            if self.reward.source is None:
+                raise ValueError(
+                    "reward.source is needed: without pairs only a known reward can label samples"
+                )
+            if self.sft.enabled and self.sft.demonstrations is None and self.sft.made_demonstrations is None:
+                raise ValueError(
+                    "SFT has nothing to learn from: set sft.demonstrations (a file), sft.made_demonstrations "
+                    "(a number), or sft.enabled to false"
+                )
+        if not self.sft.enabled and self.sft != SftConfig(enabled=False):
+            raise ValueError("sft.* would not be read: sft.enabled is false")
+        if not self.ppo.enabled and self.ppo != PpoConfig(enabled=False):
+            raise ValueError("ppo.* would not be read: ppo.enabled is false")
+        for name in ("pairs", "evaluate"):
+            new = getattr(self, name).sampling.max_new_tokens
+            if new >= self.tokens.max_length:
+                raise ValueError(f"{name}.sampling.max_new_tokens {new} leaves no room in tokens.max_length")
+        return self
+
+    @property
+    def registered_name(self) -> str:
+        """The registered model's name."""
+        return self.registry.name or f"dpo-{self.name}"
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    folder = Path(str(resources.files("flows"))) / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a shipped recipe or a YAML file and lay `a.b=value` overrides over it.
+
+    Raises:
+        RecipeError: unknown recipe, unreadable or malformed YAML, unknown field, value out of range.
+    """
+    path = _find(name)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"the recipe {path} cannot be read ({error.strerror})", "Check its path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = " ".join(str(error).split())
+        raise RecipeError(
+            f"the recipe {path} is not valid YAML: {where}", "Mend the line it names"
+        ) from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"the recipe {path} is not a mapping of fields", "Start from a shipped recipe")
+    for override in overrides:
+        apply_override(raw, override)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(f"the recipe {name} cannot be used: {faults_of(error)}", _KNOWN_FIELDS) from error
+
+
+_KNOWN_FIELDS = "See every field and its range with: dpo config schema"
+
+
+def _find(name: str) -> Path:
+    recipes = shipped()
+    if name in recipes:
+        return recipes[name]
+    path = Path(name).expanduser()
+    if path.is_dir():
+        raise RecipeError(f"{path} is a folder, not a recipe", "Name the YAML file")
+    if not path.exists():
+        raise RecipeError(
+            f"there is no recipe named {name} and no such file",
+            f"Shipped recipes: {', '.join(recipes)}; or name a YAML file",
+        )
+    return path
+
+
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Lay one `a.b=value` over a mapping; the value is read as YAML.
+
+    Raises:
+        RecipeError: it is not of that form.
+    """
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise RecipeError(f"--set {override} is not of the form a.b=value", "Write for example dpo.epochs=2")
+    try:
+        value = yaml.safe_load(text) if text else None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override}: the value is not valid YAML", "Quote it") from error
+    if isinstance(value, str):
+        value = _number(value)
+    place = raw
+    for part in parts[:-1]:
+        inner = place.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(f"--set {override}: {part} holds a value, not fields", _KNOWN_FIELDS)
+        place = inner
+    place[parts[-1]] = value
+
+
+def _number(text: str) -> str | float:
+    """YAML 1.1 reads 1e-5 as a string; people mean a number."""
+    try:
+        return float(text) if text[:1] in "0123456789.-+" else text
+    except ValueError:
+        return text
+
+
+def faults_of(error: ValidationError) -> str:
+    """Every fault with its field, in one line."""
+    faults = []
+    for fault in error.errors():
+        field = ".".join(map(str, fault["loc"])) or "recipe"
+        message = fault["msg"].removeprefix("Value error, ")
+        given = f" (given {fault['input']!r})" if not isinstance(fault["input"], dict) else ""
+        faults.append(f"{field}: {message}{given if len(given) < 80 else ''}")
+    return "; ".join(faults)
+
+
+def to_yaml(recipe: Recipe) -> str:
+    """The resolved recipe, every default written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def json_schema() -> str:
+    """The JSON schema of a recipe, for editors."""
+    return json.dumps(Recipe.model_json_schema(), indent=2)

@@ -1,0 +1,255 @@
+"""What every stage shares: look in the store, or do the work under a lock; MLflow child, artifact, progress.
+
+A stage is a function from manifests and its slice of the recipe to files. It sees neither Prefect nor MLflow;
+`run_stage` wraps it in both.
+"""
+
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect.cache_policies import NO_CACHE
+from pydantic import JsonValue
+
+from dpo_core.config import Config
+from tasks.manifest import Manifest, digest_config, stage_key
+from tasks.store import Store
+from tasks.tracking import StageRun, Tracker
+
+log = logging.getLogger("dpo")
+
+# Manifests decide what is cached, in the store; Prefect's own caching would not check the files.
+TASK_OPTIONS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False, "log_prints": False}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage's identity: raising the version makes it run again everywhere."""
+
+    name: str
+    version: int
+    kind: str
+
+
+@dataclass
+class Output:
+    """What the work of a stage produced."""
+
+    files: Path | Mapping[str, Path]
+    rows: int | None = None
+    parameters: int | None = None
+    extra: dict[str, JsonValue] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class StageResult(Config):
+    """What the flow hands on: the manifest, and how it came about."""
+
+    manifest: Manifest
+    """The artifact."""
+    cached: bool
+    """Whether an earlier run had made it."""
+    seconds: float
+    """Time of this stage in this run."""
+    mlflow_run_id: str | None = None
+    """The stage's child run; none when it was cached."""
+
+
+class Progress:
+    """One progress bar on the terminal (silent when it is none), one in Prefect (every few seconds)."""
+
+    def __init__(self, stage: str, total: int) -> None:
+        self.total = max(total, 1)
+        self._bar: Any = None
+        self._sent = time.monotonic()
+        self._artifact: Any = create_progress_artifact(
+            progress=0.0, key=f"progress-{stage}", description=stage
+        )
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(console=Console(stderr=True), transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task(stage, total=self.total)
+
+    def update(self, done: int) -> None:
+        """So many of the total are done."""
+        if self._bar:
+            self._bar.update(self._task, completed=done)
+        if time.monotonic() - self._sent > 3.0:
+            self._send(done)
+
+    def _send(self, done: int) -> None:
+        self._sent = time.monotonic()
+        share = min(100.0, 100.0 * done / self.total)
+        update_progress_artifact(artifact_id=self._artifact, progress=share)
+
+    def close(self, finished: bool) -> None:
+        """Take the bar away; a finished stage stands at 100 %."""
+        if self._bar:
+            self._bar.stop()
+        if finished:
+            self._send(self.total)
+
+
+@dataclass
+class Work:
+    """What the work of a stage is given."""
+
+    stage: Stage
+    scratch: Path
+    """Survives a kill: checkpoints and partial results may lie here."""
+    mlflow: StageRun
+    _bars: list[Progress] = field(default_factory=list)
+
+    def progress(self, total: int) -> Progress:
+        """Start a progress bar over `total` units."""
+        bar = Progress(self.stage.name, total)
+        self._bars.append(bar)
+        return bar
+
+    def fresh(self, name: str) -> Path:
+        """An empty folder of that name in the scratch folder."""
+        folder = self.scratch / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder
+
+
+class Context(Config):
+    """What tasks need of the run around them; plain data, so that a task can run in another process."""
+
+    workspace: str
+    """The workspace, absolute."""
+    run_id: str
+    """Name of the alignment run."""
+    mlflow_run_id: str
+    """The parent run."""
+    verify: bool = True
+    """Compare cached artifacts with their digests."""
+
+
+_trackers: dict[str, Tracker] = {}
+
+
+def remember_tracker(context: Context, tracker: Tracker) -> None:
+    """Make the run's tracker known to the stages of this process."""
+    _trackers[context.run_id] = tracker
+
+
+def tracker_of(context: Context) -> Tracker:
+    """The tracker that the flow opened."""
+    return _trackers[context.run_id]
+
+
+def run_stage(
+    context: Context,
+    stage: Stage,
+    inputs: Mapping[str, Manifest],
+    config: Any,
+    work: Callable[[Work], Output],
+    *,
+    total_steps: int | None = None,
+) -> StageResult:
+    """The stage's artifact: from the store if it is there and whole, else by doing the work.
+
+    Args:
+        inputs: what the stage reads, by role; their digests are part of the key.
+        config: everything else that decides the result (models, numbers, strings).
+        total_steps: optimiser steps that will be reported, for even thinning of long curves.
+    """
+    start = time.monotonic()
+    store = Store(context.workspace)
+    digest = digest_config(config)
+    key = stage_key(stage.name, stage.version, digest, {role: m.sha256 for role, m in inputs.items()})
+    found = store.lookup(stage.name, key, verify=context.verify)
+    child: StageRun | None = None
+    if found is None:
+        with store.lock(stage.name, key):
+            found = store.lookup(stage.name, key, verify=context.verify)
+            if found is None:
+                tags = {"dpo.config_digest": digest, "dpo.run": context.run_id}
+                with tracker_of(context).child(stage.name, total_steps=total_steps, tags=tags) as child:
+                    found = _do(store, stage, key, digest, inputs, work, child)
+    result = StageResult(
+        manifest=found,
+        cached=child is None,
+        seconds=time.monotonic() - start,
+        mlflow_run_id=child.run_id if child else None,
+    )
+    _announce(stage, result)
+    return result
+
+
+def _do(
+    store: Store,
+    stage: Stage,
+    key: str,
+    digest: str,
+    inputs: Mapping[str, Manifest],
+    work: Callable[[Work], Output],
+    child: StageRun,
+) -> Manifest:
+    log.info("%s: running", stage.name)
+    given = Work(stage, store.begin(stage.name, key), child)
+    for role, manifest in inputs.items():
+        child.dataset(
+            role, manifest.sha256, manifest.rows, manifest.uri, _CONTEXTS.get(manifest.kind, "training")
+        )
+    finished = False
+    try:
+        output = work(given)
+        child.metrics(output.metrics)
+        child.params({f"out.{k}": v for k, v in output.extra.items() if not isinstance(v, dict | list)})
+        manifest = store.commit(
+            stage.name,
+            key,
+            output.files,
+            kind=stage.kind,
+            stage_version=stage.version,
+            config_digest=digest,
+            parents=[m.sha256 for m in inputs.values()],
+            rows=output.rows,
+            parameters=output.parameters,
+            extra=output.extra,
+        )
+        child.tag("dpo.artifact_sha256", manifest.sha256)
+        child.tag("dpo.artifact_uri", manifest.uri)
+        finished = True
+    finally:
+        for bar in given._bars:
+            bar.close(finished)
+    return manifest
+
+
+_CONTEXTS = {"model": "reference", "reference-logps": "reference", "evaluation": "evaluation"}
+
+
+def _announce(stage: Stage, result: StageResult) -> None:
+    manifest = result.manifest
+    size = f"{manifest.rows:,} rows" if manifest.rows is not None else ""
+    if manifest.parameters is not None:
+        size = f"{manifest.parameters:,} parameters"
+    state = "cached" if result.cached else f"{result.seconds:.1f} s"
+    log.info("%s: %s%s", stage.name, state, f", {size}" if size else "")
+    facts = "\n".join(
+        f"| {name} | `{value}` |"
+        for name, value in {
+            "state": state,
+            "artifact": manifest.sha256,
+            "where": manifest.uri,
+            "size": size or "-",
+            "made from": ", ".join(p[:12] for p in manifest.parents) or "-",
+            **{k: v for k, v in manifest.extra.items() if not isinstance(v, dict | list)},
+        }.items()
+    )
+    create_markdown_artifact(
+        key=f"stage-{stage.name}", markdown=f"| {stage.name} | |\n| --- | --- |\n{facts}", description=state
+    )

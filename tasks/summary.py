@@ -1,0 +1,200 @@
+"""The last stage: one report of the run as a page, Markdown, a table, and a registered model.
+
+It always runs: a cached run, too, gets its page.
+"""
+
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+from prefect import task
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
+
+from tasks.evaluation import load_evaluation
+from tasks.manifest import Manifest
+from tasks.page import render
+from tasks.recipe import Recipe
+from tasks.report import (
+    Cost,
+    Evaluation,
+    GateFinding,
+    GateRow,
+    ModelRow,
+    RunInfo,
+    RunReport,
+    StageRow,
+    markdown,
+    verdict,
+)
+from tasks.stage import TASK_OPTIONS, Context, StageResult, tracker_of
+from tasks.tracking import source_tags
+
+
+@task(name="summary", task_run_name="summary", **TASK_OPTIONS)
+def summarise(
+    context: Context, recipe: Recipe, stages: dict[str, StageResult], started_at: datetime, command: str
+) -> RunReport:
+    """Write the run page and its Markdown, register the model, and give the report back."""
+    tracker = tracker_of(context)
+    manifests = {name: result.manifest for name, result in stages.items()}
+    model = _register(recipe, manifests, tracker)
+    finished = datetime.now(UTC)
+    seconds = (finished - started_at).total_seconds()
+    report = RunReport(
+        run=RunInfo(
+            name=context.run_id,
+            recipe=recipe.name,
+            started_at=started_at,
+            finished_at=finished,
+            seconds=seconds,
+            git_commit=source_tags().get("mlflow.source.git.commit"),
+            command=command,
+            mlflow_run_id=context.mlflow_run_id,
+            tracking_uri=tracker.uri,
+            python=platform.python_version(),
+            platform=platform.platform(),
+            hardware=_hardware(),
+        ),
+        stages=[_stage_row(name, result) for name, result in stages.items()],
+        gate=[_gate_row(m) for name, m in manifests.items() if name.startswith("validate-")],
+        evaluation=Evaluation.model_validate(_page_part(load_evaluation(manifests["evaluate"]))),
+        curves={
+            name.removeprefix("train-").removeprefix("prepare-"): _curve(manifest)
+            for name, manifest in manifests.items()
+            if (manifest.path / "metrics.jsonl").exists()
+        },
+        cost=_cost(stages, seconds),
+        model=model,
+        notes={"description": recipe.description} if recipe.description else {},
+    )
+    _publish(context, report)
+    return report
+
+
+def _publish(context: Context, report: RunReport) -> None:
+    folder = run_folder(context.workspace, context.run_id)
+    page, text = folder / "page.html", folder / "summary.md"
+    page.write_text(render(report), encoding="utf-8")
+    text.write_text(markdown(report), encoding="utf-8")
+    (folder / "report.json").write_text(report.model_dump_json(indent=1))
+    parent = tracker_of(context).parent
+    for path in (page, text, folder / "report.json"):
+        parent.artifact(path)
+    parent.tag("dpo.verdict", verdict(report).headline)
+    evaluation = report.evaluation
+    if evaluation:
+        tracker_of(context).parent.params({"out.reward": evaluation.reward_name})
+    create_markdown_artifact(key="run-summary", markdown=markdown(report), description=report.run.name)
+    create_link_artifact(key="run-page", link=page.as_uri(), link_text="Run page")
+
+
+def run_folder(workspace: str | Path, run_id: str) -> Path:
+    """Where a run's page, report and log lie."""
+    folder = Path(workspace) / "runs" / run_id
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _register(recipe: Recipe, manifests: Mapping[str, Manifest], tracker: Any) -> ModelRow:
+    model = manifests["train-dpo"]
+    tags = {
+        "dpo.weights_sha256": str(model.extra.get("weights_sha256")),
+        "dpo.artifact_sha256": model.sha256,
+        "dpo.dataset_digest": manifests["train-pairs"].sha256 if "train-pairs" in manifests else "",
+        "dpo.ref_digest": str(manifests["cache-reference"].extra["reference_weights"]),
+    }
+    name = recipe.registered_name
+    version = tracker.register_model(
+        name, str(model.path), alias=recipe.registry.alias, tags={k: v for k, v in tags.items() if v}
+    )
+    return ModelRow(
+        name=name, version=version, alias=recipe.registry.alias, uri=model.uri, sha256=model.sha256
+    )
+
+
+def _stage_row(name: str, result: StageResult) -> StageRow:
+    manifest = result.manifest
+    return StageRow(
+        name=name,
+        state="cached" if result.cached else "ran",
+        seconds=result.seconds,
+        kind=manifest.kind,
+        rows=manifest.rows,
+        parameters=manifest.parameters,
+        sha256=manifest.sha256,
+        parents=list(manifest.parents),
+        uri=manifest.uri,
+        mlflow_run_id=result.mlflow_run_id,
+    )
+
+
+def _gate_row(manifest: Manifest) -> GateRow:
+    facts = json.loads((manifest.path / "gate.json").read_text())
+    findings = [
+        GateFinding(
+            rule=f["rule"],
+            severity=f["severity"] if f["severity"] != "off" else "info",
+            passed=f["passed"],
+            count=f["count"],
+            rate=f["observed"] if f["observed"] is not None else f["rate"],
+            threshold=next(iter(f["threshold"].values()), None),
+            rows=f["rows"],
+            message=f["message"],
+        )
+        for f in facts["findings"]
+    ]
+    return GateRow(
+        subject=facts["subject"],
+        rows=facts["rows"],
+        dropped=facts["dropped"],
+        refused=facts["refused"],
+        docs_uri=(manifest.path / facts["docs_index"]).as_uri(),
+        findings=findings,
+    )
+
+
+def _page_part(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Only what the page's model knows; the rest stays in evaluation.json."""
+    from tasks.report import PolicyRow
+
+    rows = [{k: v for k, v in row.items() if k in PolicyRow.model_fields} for row in evaluation["policies"]]
+    known = {k: v for k, v in evaluation.items() if k in Evaluation.model_fields}
+    return known | {"policies": rows}
+
+
+def _curve(manifest: Manifest) -> list[dict[str, float]]:
+    lines = (manifest.path / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _cost(stages: Mapping[str, StageResult], seconds: float) -> Cost:
+    tokens = flops = 0.0
+    for result in stages.values():
+        trained = result.manifest.extra.get("tokens_trained")
+        if isinstance(trained, int | float):
+            tokens += trained
+            # 6 N a trained token (Kaplan et al. 2020); attention and the reference pass are not in it.
+            flops += 6.0 * (result.manifest.parameters or 0) * trained
+    return Cost(
+        seconds=seconds,
+        seconds_by_stage={name: result.seconds for name, result in stages.items()},
+        tokens_trained=int(tokens),
+        flops=flops or None,
+    )
+
+
+def _hardware() -> str:
+    memory = psutil.virtual_memory().total / 2**30
+    return f"{os.cpu_count()} CPU cores, {memory:.0f} GiB memory, no GPU used"
+
+
+def command_line() -> str:
+    """The command that started this process, as a person would type it."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

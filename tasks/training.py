@@ -1,0 +1,299 @@
+"""The training stages: SFT, DPO, reward model and PPO, each a torchrun job that the launcher starts."""
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from prefect import task
+
+from deploy.launchers import Launcher, LocalLauncher, State
+from dpo_core.data.demonstrations import review_demonstrations
+from dpo_core.data.read import read_rows
+from dpo_core.dpo import DpoConfig
+from dpo_core.errors import DataError, DpoError, StageFailed
+from dpo_core.generate import SamplingConfig
+from dpo_core.models import parameter_count
+from dpo_core.ppo import PpoConfig
+from dpo_core.reward_training import RewardModelConfig
+from dpo_core.sft import SftConfig
+from dpo_core.tokens import TokenConfig
+from tasks.manifest import Manifest, digest_file
+from tasks.stage import TASK_OPTIONS, Context, Output, Progress, Stage, StageResult, Work, run_stage
+
+log = logging.getLogger("dpo")
+
+SFT = Stage("prepare-sft", 1, "model")
+DPO = Stage("train-dpo", 1, "model")
+REWARD = Stage("train-reward", 1, "reward-model")
+PPO = Stage("train-ppo", 1, "model")
+
+
+@task(name="prepare-sft", task_run_name="prepare-sft", **TASK_OPTIONS)
+def prepare_sft(
+    context: Context,
+    base: Manifest,
+    data: Manifest | None,
+    config: SftConfig,
+    tokens: TokenConfig,
+    seed: int,
+) -> StageResult:
+    """Fine-tune on demonstrations or on the chosen side; the result is the reference of everything after."""
+    rows, source = _demonstrations(config, data, seed)
+    inputs = {"base": base}
+    if source == "chosen" and data is not None:
+        inputs["pairs"] = data
+
+    def work(given: Work) -> Output:
+        examples = given.scratch / "demonstrations.parquet"
+        pd.DataFrame(rows()).to_parquet(examples, index=False)
+        job = {
+            "kind": "sft",
+            "model": str(base.path),
+            "data": str(examples),
+            "sft": config.model_dump(mode="json"),
+        }
+        total = config.steps(len(pd.read_parquet(examples, columns=["id"])))
+        return _train(given, job, tokens, seed, config.engine.processes, total)
+
+    slice_ = _slice(config, tokens, seed) | {"source": source}
+    return run_stage(context, SFT, inputs, slice_, work)
+
+
+def _demonstrations(config: SftConfig, data: Manifest | None, seed: int) -> tuple[Any, str]:
+    """A function that gives the demonstrations, and what names them in the stage's key."""
+    if config.made_demonstrations is not None:
+        count = config.made_demonstrations
+        made = review_demonstrations(count, seed)
+        return lambda: [_demonstration(i, p, c) for i, (p, c) in enumerate(made)], f"made:{count}"
+    if config.demonstrations is not None:
+        path = config.demonstrations
+        place = Path(path).expanduser()
+        if not place.exists():
+            raise DataError(f"there are no demonstrations at {path}", "Check sft.demonstrations")
+        return lambda: _read_demonstrations(path), f"file:{digest_file(place)}"
+    if data is None:
+        raise StageFailed("SFT has neither demonstrations nor pairs", "Set sft.demonstrations")
+
+    def chosen() -> list[dict[str, Any]]:
+        frame = pd.read_parquet(data.path / "data.parquet")
+        frame = frame[frame["split"] == "train"].drop_duplicates(["prompt", "chosen"])
+        frame = frame.rename(columns={"chosen": "completion", "chosen_ended": "ended"})
+        return frame[["id", "prompt", "chat", "completion", "ended"]].to_dict("records")
+
+    return chosen, "chosen"
+
+
+def _demonstration(index: int, prompt: str, completion: str) -> dict[str, Any]:
+    return {"id": f"made-{index}", "prompt": prompt, "chat": False, "completion": completion, "ended": True}
+
+
+def _read_demonstrations(path: str) -> list[dict[str, Any]]:
+    found = []
+    for first, rows in read_rows(path):
+        for number, row in enumerate(rows, first):
+            prompt, completion = row.get("prompt"), row.get("completion")
+            if not (isinstance(prompt, str) and isinstance(completion, str) and completion.strip()):
+                raise DataError(
+                    f"{path}, row {number}: a demonstration needs a prompt and a completion, both text",
+                    "Mend or remove the row",
+                )
+            entry = _demonstration(number, prompt, completion)
+            found.append(entry | {"id": f"row-{number}"})
+    return found
+
+
+@task(name="train-dpo", task_run_name="train-dpo", **TASK_OPTIONS)
+def train_dpo(
+    context: Context,
+    policy: Manifest,
+    pairs: Manifest,
+    logps: Manifest,
+    config: DpoConfig,
+    tokens: TokenConfig,
+    seed: int,
+) -> StageResult:
+    """DPO from the reference, on the training pairs, against the cached log-probs."""
+
+    def work(given: Work) -> Output:
+        train = given.scratch / "train.parquet"
+        count = _split_to(pairs, "train", train)
+        job = {
+            "kind": "dpo",
+            "model": str(policy.path),
+            "data": str(train),
+            "reference": str(logps.path / "shard"),
+            "policy_is_reference": logps.extra["reference_weights"] == policy.extra["weights_sha256"],
+            "dpo": config.model_dump(mode="json"),
+        }
+        return _train(given, job, tokens, seed, config.engine.processes, config.steps(count))
+
+    inputs = {"policy": policy, "pairs": pairs, "logps": logps}
+    return run_stage(context, DPO, inputs, _slice(config, tokens, seed), work)
+
+
+@task(name="train-reward", task_run_name="train-reward", **TASK_OPTIONS)
+def train_reward(
+    context: Context,
+    base: Manifest,
+    pairs: Manifest,
+    config: RewardModelConfig,
+    tokens: TokenConfig,
+    seed: int,
+) -> StageResult:
+    """A Bradley-Terry reward model on the training pairs, with its accuracy on the held-out ones."""
+
+    def work(given: Work) -> Output:
+        train = given.scratch / "train.parquet"
+        count = _split_to(pairs, "train", train)
+        job = {
+            "kind": "reward",
+            "model": str(base.path),
+            "data": str(train),
+            "reward": config.model_dump(mode="json"),
+        }
+        output = _train(given, job, tokens, seed, config.engine.processes, config.steps(count))
+        accuracy = _reward_accuracy(given.scratch / "out", pairs, tokens, config.engine.precision)
+        output.metrics |= {"eval_rewards/accuracies": accuracy}
+        output.extra |= {"held_out_accuracy": accuracy}
+        return output
+
+    return run_stage(context, REWARD, {"base": base, "pairs": pairs}, _slice(config, tokens, seed), work)
+
+
+def _reward_accuracy(model: Path, pairs: Manifest, tokens: TokenConfig, precision: str) -> float:
+    from dpo_core.models import load_tokenizer
+    from dpo_core.reward_model import RewardModel
+    from dpo_core.reward_training import score
+    from dpo_core.tokens import Tokenise
+
+    frame = pd.read_parquet(pairs.path / "data.parquet")
+    tokenise = Tokenise(load_tokenizer(model), tokens)
+    held_out, _ = tokenise.pairs(frame[frame["split"] == "eval"].to_dict("records"))
+    if not held_out:
+        return float("nan")
+    sequences = [s for p in held_out for s in (p.chosen, p.rejected)]
+    rewards = score(RewardModel.load(model), sequences, precision)
+    wins = [w > loser for w, loser in zip(rewards[0::2], rewards[1::2], strict=True)]
+    return sum(wins) / len(wins)
+
+
+@task(name="train-ppo", task_run_name="train-ppo", **TASK_OPTIONS)
+def train_ppo(
+    context: Context,
+    reference: Manifest,
+    prompts: Manifest,
+    reward_model: Manifest | None,
+    reward: str | None,
+    config: PpoConfig,
+    sampling: SamplingConfig,
+    tokens: TokenConfig,
+    seed: int,
+) -> StageResult:
+    """The baseline: PPO from the same reference, on the same training prompts, under the same reward."""
+
+    def work(given: Work) -> Output:
+        train = given.scratch / "prompts.parquet"
+        _split_to(prompts, "train", train, ["prompt", "chat"])
+        job = {
+            "kind": "ppo",
+            "model": str(reference.path),
+            "reference": str(reference.path),
+            "data": str(train),
+            "sampling": sampling.model_dump(mode="json"),
+            "reward_source": str(reward_model.path) if reward_model else reward,
+            "ppo": config.model_dump(mode="json"),
+        }
+        return _train(given, job, tokens, seed, config.engine.processes, config.iterations)
+
+    inputs = {"reference": reference, "prompts": prompts}
+    if reward_model:
+        inputs["reward_model"] = reward_model
+    slice_ = _slice(config, tokens, seed) | {"sampling": sampling.model_dump(mode="json"), "reward": reward}
+    return run_stage(context, PPO, inputs, slice_, work)
+
+
+def _slice(config: Any, tokens: TokenConfig, seed: int) -> dict[str, Any]:
+    return {"config": config.model_dump(mode="json"), "tokens": tokens.model_dump(mode="json"), "seed": seed}
+
+
+def _split_to(data: Manifest, split: str, path: Path, distinct: list[str] | None = None) -> int:
+    """Write one side of a split for the job; returns its rows."""
+    frame = pd.read_parquet(data.path / "data.parquet")
+    frame = frame[frame["split"] == split]
+    if distinct:
+        frame = frame.drop_duplicates(distinct)[distinct]
+    frame.to_parquet(path, index=False)
+    return len(frame)
+
+
+def _train(
+    given: Work, job: dict[str, Any], tokens: TokenConfig, seed: int, processes: int, total_steps: int
+) -> Output:
+    """Run one training job to its end, streaming its metrics, and describe what it wrote."""
+    from dpo_core.models import weights_digest
+
+    out = given.scratch / "out"
+    shared = {
+        "tokens": tokens.model_dump(mode="json"),
+        "seed": seed,
+        "out": str(out),
+        "work": str(given.scratch),
+    }
+    path = given.scratch / "job.json"
+    path.write_text(json.dumps(job | shared, indent=1))
+    for leftover in ("error.json", "stopped", "result.json"):
+        (given.scratch / leftover).unlink(missing_ok=True)
+    launcher = LocalLauncher()
+    given.mlflow.tag("dpo.command", launcher.render(path, processes))
+    _watch(given, launcher, path, processes, given.progress(total_steps))
+    metrics = json.loads((given.scratch / "result.json").read_text())["metrics"]
+    lines = (given.scratch / "metrics.jsonl").read_text().splitlines()
+    curve = [json.loads(line) for line in lines]
+    (out / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
+    extra: dict[str, Any] = {
+        "steps": len(curve),
+        "tokens_trained": sum(row.get("num_tokens", 0.0) for row in curve),
+        "weights_sha256": weights_digest(out) if (out / "config.json").exists() else None,
+        "final": {k: v for k, v in metrics.items() if isinstance(v, float)},
+    }
+    return Output(out, parameters=parameter_count(out), extra=extra)
+
+
+def _watch(given: Work, launcher: Launcher, path: Path, processes: int, bar: Progress) -> None:
+    """Wait for the job; its curves reach MLflow while it runs. Whatever ends the wait ends the job too."""
+    curve, offset = given.scratch / "metrics.jsonl", 0
+    handle = launcher.submit(path, processes, given.scratch)
+    try:
+        while True:
+            state = launcher.poll(handle)
+            offset = given.mlflow.metrics_from_jsonl(curve, offset)
+            if curve.exists():
+                bar.update(curve.read_bytes().count(b"\n"))
+            if state is not State.RUNNING:
+                break
+            time.sleep(0.5)
+    finally:
+        launcher.cancel(handle)
+        given.mlflow.artifact(given.scratch / "train.log", "logs")
+    if state is not State.DONE:
+        raise _error_of(given, launcher.logs(handle), state)
+
+
+def _error_of(given: Work, tail: str, state: State) -> DpoError:
+    """The error that the job left, as the class its exit code stands for."""
+    if state is State.STOPPED:
+        return StageFailed(f"{given.stage.name} was stopped and saved its state", "Resume the run")
+    try:
+        left = json.loads((given.scratch / "error.json").read_text())
+    except (OSError, ValueError):
+        log.error("the end of the log of %s:\n%s", given.stage.name, tail)
+        return StageFailed(
+            f"{given.stage.name} died without a word; its log is {given.scratch / 'train.log'}",
+            "If it ran out of memory, lower its micro_batch_size; then resume the run",
+        )
+    error = StageFailed(f"{given.stage.name}: {left['problem']}", left["remedy"])
+    error.exit_code = int(left["exit_code"])
+    return error
