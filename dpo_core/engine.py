@@ -94,6 +94,7 @@ class Engine:
             betas=optim.betas,
             eps=optim.epsilon,
             weight_decay=optim.weight_decay,
+            fused=True,
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _Schedule(optim, total_steps))
         self.engine, self.optimizer, _, self.schedule = deepspeed.initialize(

@@ -33,8 +33,8 @@ class EvaluateConfig(Config):
     """Held-out prompts, at most."""
     samples_per_prompt: int = Field(4, ge=1)
     """Completions of each policy for each prompt."""
-    sampling: SamplingConfig = SamplingConfig()
-    """How completions are drawn; temperature 1, or the KL is that of another policy."""
+    sampling: SamplingConfig = SamplingConfig(precision="fp32")
+    """How completions are drawn; at temperature 1 and in fp32, or the KL is that of another policy."""
     precision: Precision = "bf16"
     """Precision of log-probs."""
     token_budget: int = Field(2048, ge=64)

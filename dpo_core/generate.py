@@ -1,12 +1,16 @@
 """Seeded batched sampling of completions from a model."""
 
+import copy
 import hashlib
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import Literal
 
+import numpy as np
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from dpo_core.config import Config
 
@@ -20,6 +24,9 @@ class SamplingConfig(Config):
     """Sampling temperature. KL estimates need 1.0."""
     batch_size: int = Field(64, ge=1)
     """Completions drawn at once."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Weights while sampling. bf16 samples from a rounded policy, half again as fast on a CPU; log-probs are
+    always computed anew from the fp32 weights."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +55,8 @@ def sample(
 ) -> list[Completion]:
     """One completion a prompt (repeat a prompt to get more).
 
-    Deterministic for the same prompts in the same order, config and seed. The global random state is left as
-    it was.
+    Every completion has random numbers of its own, drawn from the seed and its place in `prompts`: the batch
+    size does not decide what is sampled, and the global random state is neither read nor moved.
 
     Args:
         model: a transformers causal language model in eval mode.
@@ -57,18 +64,21 @@ def sample(
         eos_id: the token that ends a completion.
         progress: called with the number of completions drawn so far.
     """
-    device = next(model.parameters()).device
+    sampler = copy.deepcopy(model).to(torch.bfloat16) if config.precision == "bf16" else model
     results: list[Completion | None] = [None] * len(prompts)
     # Neighbours in length share a batch, so that little of it is padding.
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     done = 0
     for start in range(0, len(order), config.batch_size):
         indices = order[start : start + config.batch_size]
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed_for(seed, "sample", start))
-            drawn = _generate(model, [prompts[i] for i in indices], config, eos_id, device)
-        for index, completion in zip(indices, drawn, strict=True):
-            results[index] = completion
+        uniforms_BT = np.stack(
+            [np.random.default_rng((seed, index)).random(config.max_new_tokens) for index in indices]
+        )
+        drawn = _generate(
+            sampler, [prompts[i] for i in indices], config, eos_id, torch.from_numpy(uniforms_BT)
+        )
+        for index, ids in zip(indices, drawn, strict=True):
+            results[index] = Completion(tuple(ids), ids[-1] == eos_id)
         done += len(indices)
         progress(done)
     return [result for result in results if result is not None]
@@ -79,33 +89,50 @@ def _generate(
     prompts: list[tuple[int, ...]],
     config: SamplingConfig,
     eos_id: int,
-    device: torch.device,
-) -> list[Completion]:
-    from transformers import GenerationConfig
+    uniforms_BT: Tensor,
+) -> list[list[int]]:
+    """Ids of each completion, end-of-sequence included. Finished rows leave the batch."""
+    from transformers import DynamicCache
 
+    device = next(model.parameters()).device
     width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), eos_id, dtype=torch.long, device=device)
-    attention = torch.zeros_like(ids)
+    ids_BT = torch.full((len(prompts), width), eos_id, dtype=torch.long)
+    attention_BT = torch.zeros_like(ids_BT)
     for i, prompt in enumerate(prompts):
         # Left padding: all rows end where their completion begins.
-        ids[i, width - len(prompt) :] = torch.tensor(prompt, device=device)
-        attention[i, width - len(prompt) :] = 1
-    generation = GenerationConfig(
-        do_sample=True,
-        temperature=config.temperature,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=config.max_new_tokens,
-        eos_token_id=eos_id,
-        pad_token_id=eos_id,
-        bos_token_id=None,
-    )
-    output = model.generate(input_ids=ids, attention_mask=attention, generation_config=generation)  # type: ignore[operator]
-    return [_cut(row, eos_id) for row in output[:, width:].tolist()]
+        ids_BT[i, width - len(prompt) :] = torch.tensor(prompt)
+        attention_BT[i, width - len(prompt) :] = 1
+    ids_BT, attention_BT = ids_BT.to(device), attention_BT.to(device)
+    completions: list[list[int]] = [[] for _ in prompts]
+    live_B = torch.arange(len(prompts))
+    cache = DynamicCache()
+    for step in range(config.max_new_tokens):
+        output = model(
+            input_ids=ids_BT,
+            attention_mask=attention_BT,
+            position_ids=(attention_BT.cumsum(-1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        next_B = _draw(output.logits[:, -1], config.temperature, uniforms_BT[live_B, step].to(device))
+        for row, token in zip(live_B.tolist(), next_B.tolist(), strict=True):
+            completions[row].append(token)
+        going_B = (next_B != eos_id).cpu()
+        if not going_B.any():
+            break
+        if not going_B.all():
+            keep = going_B.nonzero().squeeze(-1).to(device)
+            cache.batch_select_indices(keep)
+            attention_BT, next_B, live_B = attention_BT[keep], next_B[keep], live_B[going_B]
+        ids_BT = next_B[:, None]
+        attention_BT = torch.cat([attention_BT, torch.ones_like(ids_BT)], dim=1)
+    return completions
 
 
-def _cut(ids: list[int], eos_id: int) -> Completion:
-    """Everything up to and with the first end-of-sequence token; what follows is padding."""
-    if eos_id in ids:
-        return Completion(tuple(ids[: ids.index(eos_id) + 1]), True)
-    return Completion(tuple(ids), False)
+def _draw(logits_BV: Tensor, temperature: float, uniforms_B: Tensor) -> Tensor:
+    """One token a row by inverting the cumulative distribution at a uniform number in [0, 1)."""
+    cdf_BV = torch.softmax(logits_BV.float() / temperature, dim=-1).double().cumsum(-1)
+    # The last entry is 1 but for rounding; scaling by it keeps every draw inside the vocabulary.
+    picked_B = torch.searchsorted(cdf_BV, (uniforms_B * cdf_BV[:, -1])[:, None], right=True).squeeze(-1)
+    return picked_B.clamp(max=logits_BV.shape[-1] - 1)

@@ -3,7 +3,7 @@
 Shapes: B rows, T tokens a row, N completion tokens of the whole batch, V vocabulary, H hidden size.
 
 The trunk runs once; the output head runs in fp32 over completion positions only, in chunks, so that the
-(B, T, V) logits never exist. In training each chunk is recomputed in the backward pass.
+(B, T, V) logits never exist. In training, large batches recompute each chunk in the backward pass.
 """
 
 from collections.abc import Sequence as Seq
@@ -23,6 +23,8 @@ from dpo_core.tokens import Sequence
 DEFINITION_VERSION = 1
 # fp32 logits of one chunk: 512 x 49,152 x 4 bytes is 100 MB.
 CHUNK_TOKENS = 512
+# Logits above this size are recomputed in the backward pass; smaller ones are kept, a quarter faster.
+KEEP_LOGITS_BYTES = 1 << 29
 
 Precision = Literal["fp32", "bf16"]
 
@@ -109,10 +111,11 @@ def _head_logps(model: nn.Module, hidden_NH: Tensor, targets_N: Tensor, temperat
                 logits_CV = logits_CV / temperature
             return -F.cross_entropy(logits_CV, targets_C, reduction="none")
 
+    recompute = torch.is_grad_enabled() and len(targets_N) * len(weight_VH) * 4 > KEEP_LOGITS_BYTES
     pieces = []
     for start in range(0, len(targets_N), CHUNK_TOKENS):
         piece = hidden_NH[start : start + CHUNK_TOKENS], targets_N[start : start + CHUNK_TOKENS]
-        if torch.is_grad_enabled():
+        if recompute:
             pieces.append(checkpoint(chunk_logps, *piece, use_reentrant=False))
         else:
             pieces.append(chunk_logps(*piece))

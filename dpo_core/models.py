@@ -7,6 +7,7 @@ installed package that carries one, and a hub name are turned into such a folder
 import hashlib
 import importlib.util
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -302,8 +303,11 @@ def _first_line(error: Exception) -> str:
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Keep transformers' own progress bars and advice out of the terminal; errors are raised anyway."""
+    import torch
     from transformers.utils import logging
 
+    # transformers imports DeepSpeed, which warns when it has to guess.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     verbosity = logging.get_verbosity()
     bars = logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -26,6 +26,8 @@ _QUIET = {
     # The temporary server of a local run needs a while on a busy machine.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "TOKENIZERS_PARALLELISM": "true",
+    # Our own bars show what is worth waiting for.
+    "TQDM_DISABLE": "1",
 }
 
 app = typer.Typer(

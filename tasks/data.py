@@ -1,6 +1,7 @@
 """The data stages: load and split, judge at the gate, sample pairs where there are none."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,10 @@ def validate(
         frame = pd.read_parquet(data.path / "data.parquet")
         tokenizer = load_tokenizer(model.path)
         bar = given.progress(len(frame))
-        docs = given.fresh("docs")
+        # Beside the store and not in it: pages with times and random names would give every run of the same
+        # data another digest.
+        docs = Path(context.workspace) / "data_docs" / f"{subject}-{given.scratch.name}"
+        shutil.rmtree(docs, ignore_errors=True)
         report, kept = judge(
             frame,
             subject=subject,  # type: ignore[arg-type]
@@ -117,19 +121,13 @@ def validate(
             tick=bar.update,
         )
         out = given.fresh("out")
-        index = Path(report.docs_index)
-        site = index.parent
-        _copy_site(site, out / "data_docs")
-        # The report travels with the artifact; the index is found beside it.
-        facts = report.model_copy(update={"docs_index": "data_docs/index.html"})
+        index = Path(report.docs_index).relative_to(context.workspace)
+        facts = report.model_copy(update={"docs_index": str(index)})
         (out / "gate.json").write_text(facts.model_dump_json(indent=1))
         given.mlflow.artifact(out / "gate.json")
-        given.mlflow.artifact(out / "data_docs", "data_docs")
+        given.mlflow.artifact(Path(report.docs_index).parent, "data_docs")
         failed = [f for f in report.findings if not f.passed]
-        if report.refused:
-            # Refused data leave their report where a person can open it.
-            report = report.model_copy(update={"docs_index": str(index)})
-            report.raise_if_refused()
+        report.raise_if_refused()
         kept.to_parquet(out / "data.parquet", index=False)
         extra: dict[str, Any] = {"dropped": report.dropped, "warnings": [f.rule for f in failed]}
         metrics = {f"gate/{f.rule}": float(f.rate) for f in report.findings if not f.skipped}
@@ -142,12 +140,6 @@ def validate(
         "tokens": tokens.model_dump(mode="json"),
     }
     return run_stage(context, stage, {"data": data, "tokenizer": model}, slice_, work)
-
-
-def _copy_site(site: Path, target: Path) -> None:
-    import shutil
-
-    shutil.copytree(site, target)
 
 
 @task(name="sample-pairs", task_run_name="sample-pairs", **TASK_OPTIONS)

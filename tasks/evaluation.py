@@ -77,7 +77,7 @@ def _evaluate(
     tokens: TokenConfig,
     seed: int,
 ) -> dict[str, Any]:
-    from dpo_core.evaluate import summarise
+    from dpo_core.evaluate import sequence_logps, summarise
     from dpo_core.jobs import scorer
     from dpo_core.models import load_model, load_tokenizer
     from dpo_core.tokens import Tokenise
@@ -91,6 +91,8 @@ def _evaluate(
     score = scorer(source, tokenizer, config.precision)
     reference = load_model(reference_path)
     bar = given.progress(len(policies) * len(asked) * config.samples_per_prompt)
+    sides = [s for p in held_out for s in (p.chosen, p.rejected)]
+    known = sequence_logps(reference, sides, config.precision, config.token_budget)
     measured: dict[str, dict[str, Any]] = {}
     for number, (name, manifest) in enumerate(policies.items()):
         path = given.scratch / f"policy-{name}.json"
@@ -101,7 +103,7 @@ def _evaluate(
                 policy,
                 reference,
                 asked,
-                held_out,
+                (held_out, sides, known),
                 config,
                 score,
                 tokenizer.eos_token_id,
@@ -156,14 +158,18 @@ def _measure(
     policy: Any,
     reference: Any,
     asked: Sequence[tuple[tuple[int, ...], str]],
-    held_out: Sequence[Any],
+    held_out: tuple[Sequence[Any], Sequence[Any], Sequence[Any]],
     config: EvaluateConfig,
     score: Any,
     eos_id: int,
     seed: int,
     progress: Any,
 ) -> dict[str, Any]:
-    """Samples of one policy with rewards and KL, and its accuracy on the held-out pairs."""
+    """Samples of one policy with rewards and KL, and its accuracy on the held-out pairs.
+
+    Args:
+        held_out: the pairs, their sequences (chosen and rejected in turn) and these under the reference.
+    """
     from dpo_core.evaluate import kl_estimates, preference_accuracy, sample_policy, sequence_logps
 
     same = policy is reference
@@ -174,12 +180,10 @@ def _measure(
     drawn.kl_k1, drawn.kl_k3 = kl_estimates(ours, theirs)
     drawn.entropy = -float(sum(x.double().sum() for x in ours)) / sum(len(x) for x in ours)
     accuracy = None
-    if held_out and not same:
-        sides = [s for p in held_out for s in (p.chosen, p.rejected)]
-        estimate = preference_accuracy(
-            held_out, sequence_logps(policy, sides, *settings), sequence_logps(reference, sides, *settings)
-        )
-        accuracy = estimate.model_dump()
+    pairs, sides, known = held_out
+    if pairs and not same:
+        ours = sequence_logps(policy, sides, *settings)
+        accuracy = preference_accuracy(pairs, ours, known).model_dump()
     return {**asdict(drawn), "accuracy": accuracy}
 
 

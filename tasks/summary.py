@@ -63,7 +63,9 @@ def summarise(
             hardware=_hardware(),
         ),
         stages=[_stage_row(name, result) for name, result in stages.items()],
-        gate=[_gate_row(m) for name, m in manifests.items() if name.startswith("validate-")],
+        gate=[
+            _gate_row(context.workspace, m) for name, m in manifests.items() if name.startswith("validate-")
+        ],
         evaluation=Evaluation.model_validate(_page_part(load_evaluation(manifests["evaluate"]))),
         curves={
             name.removeprefix("train-").removeprefix("prepare-"): _curve(manifest)
@@ -135,7 +137,7 @@ def _stage_row(name: str, result: StageResult) -> StageRow:
     )
 
 
-def _gate_row(manifest: Manifest) -> GateRow:
+def _gate_row(workspace: str, manifest: Manifest) -> GateRow:
     facts = json.loads((manifest.path / "gate.json").read_text())
     findings = [
         GateFinding(
@@ -155,7 +157,7 @@ def _gate_row(manifest: Manifest) -> GateRow:
         rows=facts["rows"],
         dropped=facts["dropped"],
         refused=facts["refused"],
-        docs_uri=(manifest.path / facts["docs_index"]).as_uri(),
+        docs_uri=(Path(workspace) / facts["docs_index"]).as_uri(),
         findings=findings,
     )
 

@@ -252,7 +252,7 @@ def _train(
     metrics = json.loads((given.scratch / "result.json").read_text())["metrics"]
     lines = (given.scratch / "metrics.jsonl").read_text().splitlines()
     curve = [json.loads(line) for line in lines]
-    (out / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
+    (out / "metrics.jsonl").write_text("".join(json.dumps(_timeless(row)) + "\n" for row in curve))
     extra: dict[str, Any] = {
         "steps": len(curve),
         "tokens_trained": sum(row.get("num_tokens", 0.0) for row in curve),
@@ -260,6 +260,11 @@ def _train(
         "final": {k: v for k, v in metrics.items() if isinstance(v, float)},
     }
     return Output(out, parameters=parameter_count(out), extra=extra)
+
+
+def _timeless(row: dict[str, float]) -> dict[str, float]:
+    """A line of the curve without clock times, so that the same training gives the same artifact."""
+    return {k: v for k, v in row.items() if k not in {"time", "seconds_per_step", "tokens_per_second"}}
 
 
 def _watch(given: Work, launcher: Launcher, path: Path, processes: int, bar: Progress) -> None:

@@ -4,6 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
+import yaml
+
+from tests.tiny import make_tiny_model
+from tests.tiny_run import Bench, tiny_recipe
 
 # Set before any test imports the packages that read them.
 os.environ.setdefault("DO_NOT_TRACK", "1")
@@ -22,3 +26,19 @@ def shared() -> Path:
     if not (folder / "data").is_dir():
         pytest.skip(f"the shared data sets are not at {folder}; set DPO_SHARED to their folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """An empty workspace with the tiny recipe."""
+    folder = tmp_path_factory.mktemp("flows") / "base"
+    folder.mkdir()
+    model = make_tiny_model(folder.parent / "model")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny_recipe(model, folder / "runs")))
+    return Bench(folder)
+
+
+@pytest.fixture(scope="session")
+def finished(bench: Bench) -> tuple[Bench, dict]:
+    """The workspace after one whole run, and its report."""
+    return bench, bench.run()

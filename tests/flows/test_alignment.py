@@ -1,0 +1,157 @@
+"""The whole run on a tiny model, through the real command line, Prefect, MLflow and torchrun."""
+
+import json
+import time
+
+import yaml
+
+STAGES = [
+    "load-data",
+    "import-model",
+    "validate-prompts",
+    "prepare-sft",
+    "sample-pairs",
+    "validate-pairs",
+    "cache-reference",
+    "train-dpo",
+    "train-ppo",
+    "evaluate",
+]
+
+
+def test_every_stage_runs_and_leaves_its_artifact(finished):
+    bench, report = finished
+    assert [stage["name"] for stage in report["stages"]] == STAGES
+    assert set(bench.states(report).values()) == {"ran"}
+    for stage in report["stages"]:
+        folder = stage["uri"].removeprefix("file://")
+        assert stage["sha256"] in folder
+    assert [row["name"] for row in report["evaluation"]["policies"]] == ["SFT", "DPO", "PPO"]
+    dpo = report["evaluation"]["policies"][1]
+    assert dpo["gain"]["low"] <= dpo["gain"]["value"] <= dpo["gain"]["high"]
+    assert report["model"]["alias"] == "challenger"
+
+
+def test_the_page_and_the_record_are_there(finished):
+    bench, report = finished
+    folder = bench.workspace / "runs" / report["run"]["name"]
+    page = (folder / "page.html").read_text()
+    assert report["run"]["name"] in page
+    assert json.loads((folder / "run.json").read_text())["status"] == "done"
+
+
+def test_tracking_has_one_parent_and_one_child_a_stage(finished):
+    from mlflow import MlflowClient
+
+    bench, report = finished
+    client = MlflowClient(f"sqlite:///{bench.workspace / 'mlflow.db'}")
+    parent = client.get_run(report["run"]["mlflow_run_id"])
+    assert parent.info.status == "FINISHED"
+    query = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    children = client.search_runs([parent.info.experiment_id], query)
+    assert sorted(c.info.run_name for c in children) == sorted(STAGES)
+    assert {c.info.status for c in children} == {"FINISHED"}
+    trained = next(c for c in children if c.info.run_name == "train-dpo")
+    history = client.get_metric_history(trained.info.run_id, "rewards/margins")
+    assert [m.step for m in sorted(history, key=lambda m: m.step)] == [1, 2, 3]
+    assert abs(history[0].value) < 1e-4, "at the first step policy and reference are one"
+    assert {i.dataset.name for i in trained.inputs.dataset_inputs} == {"policy", "pairs", "logps"}
+    version = client.get_model_version_by_alias("dpo-tiny", "challenger")
+    assert version.tags["dpo.weights_uri"] == report["model"]["uri"]
+
+
+def test_a_second_run_does_nothing_and_is_quick(finished):
+    bench, first = finished
+    index = bench.index()
+    start = time.monotonic()
+    again = bench.run()
+    seconds = time.monotonic() - start
+    assert set(bench.states(again).values()) == {"cached"}
+    assert bench.index() == index
+    assert again["evaluation"] == first["evaluation"]
+    assert seconds < 30, f"a cached run took {seconds:.0f} s"
+
+
+def test_another_learning_rate_runs_again_from_training_on(finished):
+    bench, _ = finished
+    report = bench.run("--set", "dpo.optim.learning_rate=3e-5")
+    ran = {name for name, state in bench.states(report).items() if state == "ran"}
+    assert ran == {"train-dpo", "evaluate"}
+
+
+def test_a_changed_row_recomputes_only_its_own_log_probs(finished):
+    bench, _ = finished
+    own = bench.copy("one-row")
+    rows = [
+        {"prompt": f"The soup of day {i} was", "chosen": " good and warm.", "rejected": f" bad and cold {i}."}
+        for i in range(30)
+    ]
+    data = own.folder / "pairs.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    recipe = yaml.safe_load(own.recipe.read_text())
+    recipe["data"] = {"path": str(data), "eval_fraction": 0.2}
+    recipe["sft"] = {"enabled": False}
+    recipe["ppo"] = {"enabled": False}
+    del recipe["pairs"]
+    own.recipe.write_text(yaml.safe_dump(recipe))
+    before = own.run()
+    train_rows = _pairs(before)
+    changed = next(i for i, row in enumerate(rows) if row["prompt"] in train_rows)
+    rows[changed]["chosen"] = " good, warm and large."
+    data.write_text("\n".join(map(json.dumps, rows)))
+    after = own.run()
+    facts = _manifest(own, after, "cache-reference")["extra"]
+    assert facts["computed"] == 1, "one new answer, one forward pass"
+    assert facts["from_cache"] == facts["sequences"] - 1
+
+
+def _pairs(report: dict) -> set[str]:
+    import pandas as pd
+
+    stage = next(s for s in report["stages"] if s["name"] == "validate-pairs")
+    frame = pd.read_parquet(stage["uri"].removeprefix("file://") + "/data.parquet")
+    return set(frame[frame["split"] == "train"]["prompt"])
+
+
+def _manifest(bench, report: dict, name: str) -> dict:
+    sha256 = next(s["sha256"] for s in report["stages"] if s["name"] == name)
+    for path in (bench.workspace / "store" / "index" / name).glob("*.json"):
+        manifest = json.loads(path.read_text())["manifest"]
+        if manifest["sha256"] == sha256:
+            return manifest
+    raise AssertionError(f"no manifest of {name}")
+
+
+def test_a_damaged_artifact_is_rebuilt(finished):
+    bench, first = finished
+    own = bench.copy("damaged")
+    stage = next(s for s in first["stages"] if s["name"] == "train-dpo")
+    weights = own.workspace / "store" / stage["uri"].split("/store/")[1] / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    done = own.dpo("run", str(own.recipe), "--json")
+    assert done.returncode == 0, done.stderr
+    assert "is damaged" in done.stderr
+    report = json.loads(done.stdout)
+    ran = {name for name, state in own.states(report).items() if state == "ran"}
+    assert ran == {"train-dpo"}, "rebuilt bit for bit, so that nothing after it has to run"
+
+
+def test_a_refusal_stops_everything_after_it(finished):
+    bench, _ = finished
+    own = bench.copy("refused")
+    rows = [{"prompt": f"Question {i}", "chosen": "the same", "rejected": "the same"} for i in range(30)]
+    data = own.folder / "same.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    recipe = yaml.safe_load(own.recipe.read_text())
+    recipe["data"] = {"path": str(data)}
+    del recipe["pairs"], recipe["sft"]["made_demonstrations"]
+    own.recipe.write_text(yaml.safe_dump(recipe))
+    before = own.index()
+    done = own.dpo("run", str(own.recipe))
+    assert done.returncode == 3, done.stderr
+    assert "pairs/identical" in done.stderr
+    assert "30" in done.stderr
+    new = {name.split("/")[0] for name in own.index().keys() - before.keys()}
+    assert new == {"load-data"}, "nothing downstream of the gate ran"

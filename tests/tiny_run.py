@@ -1,0 +1,101 @@
+"""A tiny real run: a two-layer model, the self-made openings, every stage, the real command line."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+ENGINE = {"precision": "fp32", "threads": 1, "save_every": 1}
+
+
+def tiny_recipe(model: Path, workspace: Path) -> dict:
+    """All stages in their smallest real form; the reward is one that a random model can move."""
+    reward = Path(__file__).with_name("vowels.py")
+    return {
+        "name": "tiny",
+        "workspace": str(workspace),
+        "model": {"name": str(model)},
+        "data": {"openings": 24, "eval_fraction": 0.3},
+        "tokens": {"max_length": 96, "max_prompt_length": 64},
+        "sft": {
+            "made_demonstrations": 16,
+            "batch_size": 8,
+            "micro_batch_size": 8,
+            "engine": ENGINE,
+        },
+        "pairs": {"samples_per_prompt": 2, "sampling": {"max_new_tokens": 12, "precision": "fp32"}},
+        "reward": {"source": f"{reward}:vowels"},
+        "dpo": {"batch_size": 8, "micro_batch_size": 8, "max_steps": 3, "engine": ENGINE},
+        "ppo": {"iterations": 2, "episodes": 8, "micro_batch_size": 8, "epochs": 1, "engine": ENGINE},
+        "evaluate": {
+            "prompts": 6,
+            "samples_per_prompt": 2,
+            "sampling": {"max_new_tokens": 12, "precision": "fp32"},
+            "precision": "fp32",
+        },
+    }
+
+
+@dataclass
+class Bench:
+    """A workspace with a recipe, and the command line on it."""
+
+    folder: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.folder / "tiny.yaml"
+
+    @property
+    def workspace(self) -> Path:
+        return self.folder / "runs"
+
+    def environment(self) -> dict[str, str]:
+        # One Prefect home for all runs of the session: its database is made once.
+        home = self.folder.parent / "prefect"
+        return os.environ | {"PREFECT_HOME": str(home), "CUDA_VISIBLE_DEVICES": "", "MLFLOW_TRACKING_URI": ""}
+
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, "-m", "flows.cli", *arguments]
+
+    def dpo(self, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.command(*arguments),
+            env=self.environment(),
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    def run(self, *arguments: str) -> dict:
+        """`dpo run` on the recipe; its report."""
+        done = self.dpo("run", str(self.recipe), "--json", *arguments)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    def copy(self, name: str) -> "Bench":
+        """The same state in another folder: a store may be moved."""
+        target = self.folder.with_name(name)
+        shutil.copytree(self.folder, target)
+        recipe = yaml.safe_load(self.recipe.read_text())
+        recipe["workspace"] = str(target / "runs")
+        (target / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+        return Bench(target)
+
+    def states(self, report: dict) -> dict[str, str]:
+        return {stage["name"]: stage["state"] for stage in report["stages"]}
+
+    def index(self) -> dict[str, str]:
+        """Stage and key of everything in the store, with the artifact's digest."""
+        root = self.workspace / "store" / "index"
+        return {
+            f"{path.parent.name}/{path.stem}": json.loads(path.read_text())["manifest"]["sha256"]
+            for path in sorted(root.glob("*/*.json"))
+        }
