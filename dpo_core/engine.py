@@ -9,6 +9,7 @@ import os
 import random
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -284,7 +285,9 @@ class MetricsFile:
             path.write_text("".join(f"{line}\n" for line in lines))
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        line = json.dumps({"step": step, **{k: float(v) for k, v in values.items()}})
+        """Append a step with the time of its end, in seconds since 1970."""
+        numbers = {k: float(v) for k, v in values.items()}
+        line = json.dumps({"step": step, "time": time.time(), **numbers})
         with self.path.open("a") as handle:
             handle.write(line + "\n")
 

@@ -31,6 +31,8 @@ class EvaluateConfig(Config):
 
     prompts: int = Field(64, ge=2)
     """Held-out prompts, at most."""
+    pairs: int = Field(256, ge=1)
+    """Held-out pairs for the preference accuracy, at most; a seeded choice."""
     samples_per_prompt: int = Field(4, ge=1)
     """Completions of each policy for each prompt."""
     sampling: SamplingConfig = SamplingConfig(precision="fp32")

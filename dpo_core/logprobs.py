@@ -42,7 +42,13 @@ class Batch:
 
 
 def collate(sequences: Seq[Sequence], pad_id: int = 0) -> Batch:
-    """Pad to the longest row. The padding id is arbitrary: masks decide, ids do not."""
+    """Pad to the longest row. The padding id is arbitrary: masks decide, ids do not.
+
+    Raises:
+        ValueError: a sequence has no prompt, so that nothing predicts its first token.
+    """
+    if not all(s.prompt for s in sequences):
+        raise ValueError("a sequence needs at least one prompt token")
     width = max(len(s) for s in sequences)
     ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
     attention = torch.zeros_like(ids)

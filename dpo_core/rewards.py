@@ -126,6 +126,18 @@ def load_reward(spec: str) -> RewardFunction:
     return CheckedReward(found, name if isinstance(name, str) else attribute)
 
 
+def check_reward(spec: str) -> None:
+    """Load a reward and ask it for two scores, one of the empty completion, before anything is trained.
+
+    Raises:
+        RecipeError: it cannot be loaded, or its answers cannot be used.
+    """
+    try:
+        load_reward(spec)(["The film was", "The film was"], [" long and good.", ""])
+    except StageFailed as error:
+        raise RecipeError(f"a first trial of reward.source: {error.problem}", error.remedy) from error
+
+
 def _load_module(name: str, spec: str) -> ModuleType:
     try:
         return importlib.import_module(name)

@@ -38,7 +38,7 @@ class TokenConfig(Config):
 
 @dataclass(frozen=True)
 class Sequence:
-    """One prompt with one completion. `completion` holds at least one id."""
+    """One prompt with one completion. Each holds at least one id."""
 
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
@@ -76,9 +76,10 @@ class Tokenise:
         messages: list[dict[str, str]] = json.loads(text)
         ids = self._render(messages)
         while budget is not None and len(ids) > budget and _can_drop_turn(messages):
-            del messages[_first_turn(messages)]
+            _drop_turn(messages)
             ids = self._render(messages)
-        return tuple(ids if budget is None else _keep_end(ids, budget, 0))
+        begins = len(self._begin) if ids[: len(self._begin)] == self._begin else 0
+        return tuple(ids if budget is None else _keep_end(ids, budget, begins))
 
     def completion(self, text: str, ended: bool) -> tuple[int, ...]:
         """Completion ids; an answer that ended carries the end-of-sequence token, a cut one does not."""
@@ -87,11 +88,12 @@ class Tokenise:
     def sequence(self, prompt: tuple[int, ...], completion: tuple[int, ...]) -> Sequence | None:
         """Join and cut the completion from the right to `max_length`; None when nothing of it is left.
 
-        A cut answer ends where it was cut: no end-of-sequence token is written over it.
+        A cut answer ends where it was cut: no end-of-sequence token is written over it. Also None without a
+        prompt: nothing would predict the first token.
         """
         room = self.config.max_length - len(prompt)
         kept = completion[: max(room, 0)]
-        return Sequence(prompt, kept, len(kept) < len(completion)) if kept else None
+        return Sequence(prompt, kept, len(kept) < len(completion)) if prompt and kept else None
 
     def pair(self, row: dict[str, Any]) -> TokenPair | str:
         """A pair of a canonical row, or the reason why it cannot be used."""
@@ -127,8 +129,8 @@ class Tokenise:
 
     def _render(self, messages: list[dict[str, str]]) -> list[int]:
         if self.config.template == "transcript":
-            names = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": "\n\nSystem: "}
-            text = "".join(names[m["role"]] + m["content"] for m in messages) + "\n\nAssistant:"
+            text = "".join(f"\n\n{_SPEAKERS[m['role']]}: {m['content']}" for m in messages)
+            text += "\n\nAssistant:"
             return self._begin + self._encode(text)
         if self.config.template == "plain":
             return self._begin + self._encode("\n\n".join(m["content"] for m in messages))
@@ -137,12 +139,30 @@ class Tokenise:
                 "the prompts are conversations and the tokenizer has no chat template",
                 "Set tokens.template to transcript, or model.chat_template to a template file",
             )
-        rendered = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+        try:
+            rendered = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
+        except Exception as error:  # a template may refuse roles or their order, or be broken
+            roles = ", ".join(m["role"] for m in messages[:8])
+            raise ModelError(
+                f"the chat template cannot write a conversation of the roles {roles}: {error}",
+                "Set tokens.template to transcript, or model.chat_template to another template",
+            ) from error
         return list(rendered["input_ids"] if hasattr(rendered, "keys") else rendered)
+
+
+_SPEAKERS = {"user": "Human", "assistant": "Assistant", "system": "System", "tool": "Tool"}
 
 
 def _first_turn(messages: list[dict[str, str]]) -> int:
     return 1 if messages[0]["role"] == "system" else 0
+
+
+def _drop_turn(messages: list[dict[str, str]]) -> None:
+    """Drop the oldest turn, and the answer to it: many templates refuse a conversation opened by one."""
+    first = _first_turn(messages)
+    del messages[first]
+    if _can_drop_turn(messages) and messages[first]["role"] == "assistant":
+        del messages[first]
 
 
 def _can_drop_turn(messages: list[dict[str, str]]) -> bool:

@@ -133,7 +133,7 @@ class GateConfig(Config):
     """Distance of the distribution of letters over Unicode scripts to the baseline's."""
     language_drift: DistanceRule = DistanceRule(severity="warning", max_distance=0.15)
     """Distance of the distribution of rows over guessed languages to the baseline's."""
-    too_few: CountRule = CountRule()
+    too_few: CountRule = CountRule(severity="warning")
     """Number of rows, after quarantine."""
 
     @model_validator(mode="before")

@@ -1,5 +1,6 @@
 """The alignment flow: data gate, reference, pairs, cached log-probs, DPO, PPO baseline, evaluation, page."""
 
+import contextlib
 import logging
 from datetime import UTC, datetime
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from prefect import flow
 
 from dpo_core.errors import DpoError, GateRefused
+from tasks.ahead import check_ahead
 from tasks.data import load_data, sample_pairs, validate
 from tasks.evaluation import evaluate
 from tasks.manifest import Manifest
@@ -15,10 +17,11 @@ from tasks.recipe import Recipe
 from tasks.report import RunReport
 from tasks.runs import RunRecord, find_run, new_run, save_run
 from tasks.stage import Context, StageResult, remember_tracker
-from tasks.store import Store, open_workspace
+from tasks.store import Store
 from tasks.summary import command_line, summarise
 from tasks.tracking import Tracker
 from tasks.training import prepare_sft, train_dpo, train_ppo, train_reward
+from tasks.workspace import disk_errors, open_workspace
 
 log = logging.getLogger("dpo")
 
@@ -35,6 +38,7 @@ def alignment(recipe: Recipe, resume: str | None = None) -> RunReport:
         GateRefused: the data gate refused; nothing after it ran.
         DpoError: a stage failed; the message says what to do.
     """
+    check_ahead(recipe, resume)
     workspace = open_workspace(recipe.workspace)
     command = command_line()
     record = find_run(workspace, resume, recipe.name) if resume else new_run(workspace, recipe.name, command)
@@ -64,7 +68,8 @@ def alignment(recipe: Recipe, resume: str | None = None) -> RunReport:
 def _ended_badly(workspace: Path, record: RunRecord, tracker: Tracker, error: BaseException) -> None:
     status = "refused" if isinstance(error, GateRefused) else "failed"
     reason = str(error) if isinstance(error, DpoError) else f"{type(error).__name__}: {error}"
-    save_run(workspace, record.model_copy(update={"status": status, "error": reason}))
+    with contextlib.suppress(DpoError):  # a full disk must not hide why the run ended
+        save_run(workspace, record.model_copy(update={"status": status, "error": reason}))
     tracker.parent.tag("dpo.error", reason)
     tracker.finish_parent("FAILED" if isinstance(error, Exception) else "KILLED")
 
@@ -85,6 +90,7 @@ def run_stages(context: Context, recipe: Recipe, command: str) -> RunReport:
     base = keep("import-model", import_model(context, recipe.model, tokens.max_length))
     subject = "pairs" if has_pairs else "prompts"
     judged = keep(f"validate-{subject}", validate(context, subject, loaded, base, recipe.gate, tokens))
+    _require_answers(recipe, judged)
 
     reference = base
     if recipe.sft.enabled:
@@ -119,7 +125,19 @@ def run_stages(context: Context, recipe: Recipe, command: str) -> RunReport:
         "evaluate",
         evaluate(context, policies, judged, pairs, reward_model, source, recipe.evaluate, tokens, seed),
     )
-    return summarise(context, recipe, stages, started, command)
+    with disk_errors(Path(context.workspace), "writing the run page"):
+        return summarise(context, recipe, stages, started, command)
+
+
+def _require_answers(recipe: Recipe, judged: Manifest) -> None:
+    """An interval needs two answers; the evaluation would say so only after the training."""
+    from dpo_core.errors import RecipeError
+
+    if judged.extra.get("held_out_prompts") == recipe.evaluate.samples_per_prompt == 1:
+        raise RecipeError(
+            "one held-out prompt and one sample of it give no interval to compare the policies by",
+            "Set evaluate.samples_per_prompt to 2 or more, or hold out more prompts",
+        )
 
 
 def _require_labels(recipe: Recipe, has_pairs: bool) -> None:

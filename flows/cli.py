@@ -62,21 +62,48 @@ def run(
 
     resolved = load_recipe(recipe, overrides or [])
     _say(as_json, f"recipe {resolved.name}, workspace {Path(resolved.workspace).absolute()}")
+    from tasks.ahead import check_ahead
+
+    # Before the flow, which checks again: Prefect's server takes seconds to start.
+    check_ahead(resolved, resume)
     with _resumable(recipe, overrides or []):
         from flows.alignment import alignment
 
-        report = alignment(resolved, resume)
+        try:
+            report = alignment(resolved, resume)
+        except RuntimeError as error:
+            raise _prefect_away(error) from error
     if as_json:
         typer.echo(report.model_dump_json())
         return
     _show(report, resolved.workspace)
 
 
+def _prefect_away(error: RuntimeError) -> Exception:
+    """Prefect says in a bare RuntimeError that its API cannot be reached; other errors stay what they are."""
+    from prefect.settings import PREFECT_API_URL
+
+    from dpo_core.errors import RecipeError
+
+    if "Failed to reach API" not in str(error) and "ephemeral Prefect API" not in str(error):
+        return error
+    where = PREFECT_API_URL.value()
+    if where is None:
+        return RecipeError(
+            f"Prefect's own server did not start ({error})", "Run again, or set PREFECT_API_URL"
+        )
+    return RecipeError(
+        f"the Prefect API at {where} does not answer",
+        "Start it with: prefect server start; or unset PREFECT_API_URL, and the run starts one of its own",
+    )
+
+
 def _show(report: Any, workspace: str) -> None:
     from rich.console import Console
 
-    from tasks.report import terminal_table, verdict
-    from tasks.summary import run_folder
+    from tasks.report_text import terminal_table
+    from tasks.report_verdict import verdict
+    from tasks.workspace import run_folder
 
     # A pipe has no width of its own; the table needs room.
     console = Console(width=None if sys.stdout.isatty() else 120)
@@ -143,17 +170,23 @@ def show(
     path = Path(workspace) / "runs" / run_id / "report.json"
     if not path.is_file():
         raise RecipeError(f"no finished run named {run_id} in {workspace}", "List them with: dpo runs")
-    text = path.read_text()
+    try:
+        report = RunReport.model_validate_json(path.read_bytes())
+    except ValueError as error:
+        raise RecipeError(
+            f"the report {path} is damaged or of another version",
+            f"Run again: dpo run RECIPE --resume {run_id}",
+        ) from error
     if as_json:
-        typer.echo(text)
+        typer.echo(report.model_dump_json())
     else:
-        _show(RunReport.model_validate_json(text), workspace)
+        _show(report, workspace)
 
 
 @app.command()
 def ui(
     workspace: Annotated[str, typer.Option(help="Workspace folder.")] = "./runs",
-    port: Annotated[int, typer.Option(help="Port of the MLflow UI.")] = 5000,
+    port: Annotated[int, typer.Option(help="Port of the MLflow UI.", min=1, max=65535)] = 5000,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     browser: Annotated[bool, typer.Option(help="Open a browser window.")] = True,
 ) -> None:
@@ -242,7 +275,7 @@ def _log_to_terminal() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("dpo")
-    logger.addHandler(handler)
+    logger.handlers = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
 
@@ -269,23 +302,33 @@ def main() -> None:
         app(_with_resume_value(sys.argv[1:]))
     except DpoError as error:
         _keep_traceback()
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {_one_line(error)}", err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         typer.echo("stopped", err=True)
         sys.exit(130)
     except Exception as error:
         path = _keep_traceback()
-        typer.echo(f"error: {type(error).__name__}: {error}. The traceback is in {path}", err=True)
+        typer.echo(f"error: {type(error).__name__}: {_one_line(error)}. The traceback is in {path}", err=True)
         sys.exit(4)
+
+
+def _one_line(error: Exception) -> str:
+    """Messages of libraries have line breaks, and lists of whatever they were given."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"
+
+
+_LONGEST = 2000
 
 
 def _keep_traceback() -> Path:
     """Append the traceback of the error at hand to a log that people can send along."""
+    import contextlib
     import tempfile
 
     path = Path(tempfile.gettempdir()) / f"dpo-{os.getuid()}.log"
-    with path.open("a") as handle:
+    with contextlib.suppress(OSError), path.open("a") as handle:  # a full disk must not hide the error
         handle.write(traceback.format_exc() + "\n")
     return path
 

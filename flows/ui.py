@@ -1,6 +1,8 @@
 """`dpo ui`: the MLflow UI on a workspace, in the foreground."""
 
+import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -9,17 +11,26 @@ import time
 import urllib.error
 import urllib.request
 import webbrowser
+from contextlib import suppress
+from pathlib import Path
 
 from dpo_core.errors import RecipeError, StageFailed
-from tasks.store import open_workspace
 from tasks.tracking import TrackingConfig, resolve_uri
+from tasks.workspace import open_workspace
+
+# Runners of jobs that this pipeline never gives to MLflow: ten processes and two gigabytes.
+_SERVER = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+_GRACE_SECONDS = 10.0
+# MLflow's UI begins with prompts and traces; this asks it for what concerns trained models.
+_TRAINING = "#/experiments?workflowType=machine_learning"
 
 
 def serve(workspace: str, host: str, port: int, browser: bool) -> None:
-    """Serve until interrupted. A tracking server that is set in the environment is opened as it is.
+    """Serve until interrupted, then leave no process. A server that the environment names is only opened.
 
     Raises:
         RecipeError: nothing was tracked there yet, or the port is taken.
+        StageFailed: the MLflow UI ended by itself.
     """
     place = open_workspace(workspace)
     uri = resolve_uri(TrackingConfig(), place)
@@ -32,22 +43,38 @@ def serve(workspace: str, host: str, port: int, browser: bool) -> None:
     if not (place / "mlflow.db").exists() and uri.startswith("sqlite"):
         raise RecipeError(f"nothing was tracked in {place} yet", "Run a recipe first, or name --workspace")
     _require_free(host, port)
-    address = f"http://{host}:{port}"
     command = [
         sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri,
         "--default-artifact-root", (place / "mlartifacts").as_uri(),
         "--host", host, "--port", str(port), "--workers", "1",
+        "--uvicorn-opts", "--log-level warning",
     ]  # fmt: skip
-    process = subprocess.Popen(command, env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"})
-    threading.Thread(target=_announce, args=(process, address, browser), daemon=True).start()
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, signal.default_int_handler)
+    # A session of its own, so that all of the server can be stopped, whoever is asked to stop.
+    process = subprocess.Popen(command, env={**os.environ, **_SERVER}, start_new_session=True)
     try:
+        told = (process, place, f"http://{host}:{port}", browser)
+        threading.Thread(target=_announce, args=told, daemon=True).start()
         code = process.wait()
     except KeyboardInterrupt:
-        process.terminate()
-        process.wait()
         return
-    if code:
-        raise StageFailed(f"the MLflow UI ended with status {code}", "Its last lines above say why")
+    finally:
+        _stop(process)
+    raise StageFailed(f"the MLflow UI ended with status {code}", "Its last lines above say why")
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    """End the server and the processes that it started: politely, then by force."""
+    deadline = time.monotonic() + _GRACE_SECONDS
+    with suppress(ProcessLookupError):  # nobody of the group is left
+        os.killpg(process.pid, signal.SIGTERM)
+        while time.monotonic() < deadline:
+            process.poll()  # else the ended server stays in its own group
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _require_free(host: str, port: int) -> None:
@@ -59,15 +86,36 @@ def _require_free(host: str, port: int) -> None:
             raise RecipeError(f"{host}:{port} cannot be used ({error.strerror})", "Choose --port") from error
 
 
-def _announce(process: "subprocess.Popen[bytes]", address: str, browser: bool) -> None:
-    """Say where the UI is once it answers."""
+def _announce(process: "subprocess.Popen[bytes]", place: Path, address: str, browser: bool) -> None:
+    """Say where the UI is once it answers, and where the newest run is in it."""
     while process.poll() is None:
         try:
             urllib.request.urlopen(f"{address}/health", timeout=2)
         except (urllib.error.URLError, OSError):
             time.sleep(0.5)
             continue
-        print(f"mlflow   {address}", flush=True)
+        print(f"mlflow   {address}/{_TRAINING}", flush=True)
+        run, page = _newest_run(place, address)
+        if run:
+            print(f"newest   {run}", flush=True)
+        if page:
+            print(f"page     {page}", flush=True)
         if browser:
-            webbrowser.open(address)
+            webbrowser.open(run or f"{address}/{_TRAINING}")
         return
+
+
+def _newest_run(place: Path, address: str) -> tuple[str | None, str | None]:
+    """Where the newest run is in the UI, and the address of its run page; None for what there is not."""
+    from tasks.runs import list_runs
+
+    newest = next((record for record in list_runs(place) if record.mlflow_run_id), None)
+    if newest is None:
+        return None, None
+    page = place / "runs" / newest.run_id / "page.html"
+    run = None
+    query = f"{address}/api/2.0/mlflow/runs/get?run_id={newest.mlflow_run_id}"
+    with suppress(OSError, ValueError, KeyError), urllib.request.urlopen(query, timeout=10) as reply:
+        experiment = json.load(reply)["run"]["info"]["experiment_id"]
+        run = f"{address}/{_TRAINING}".replace("?", f"/{experiment}/runs/{newest.mlflow_run_id}?")
+    return run, page.as_uri() if page.is_file() else None

@@ -9,9 +9,10 @@ import pandas as pd
 from prefect import task
 
 from dpo_core.data.config import DataConfig
+from dpo_core.data.read import check_source
 from dpo_core.data.records import Loaded, load, load_eval, to_frame
 from dpo_core.data.split import split_by_prompt, with_eval_frame
-from dpo_core.errors import DataError, StageFailed
+from dpo_core.errors import DataError, GateRefused, ModelError, StageFailed
 from dpo_core.pairs import PairSamplingConfig, Scored, pair_up
 from dpo_core.tokens import TokenConfig
 from expectations.config import GateConfig
@@ -30,14 +31,13 @@ def source_digests(config: DataConfig) -> dict[str, str]:
     for path in (config.path, config.eval_path):
         if path is None:
             continue
-        place = Path(path).expanduser()
-        files = sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place]
         try:
+            place = Path(path).expanduser()
+            files = sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place]
             digests |= {str(file): digest_file(file) for file in files if file.is_file()}
-        except OSError as error:
-            raise DataError(
-                f"the data file {error.filename} cannot be read ({error.strerror})", "Check its permissions"
-            ) from error
+        except (OSError, RuntimeError) as error:
+            check_source(path)  # says it better where it can
+            raise DataError(f"{path} cannot be read ({error})", "Check its permissions") from error
     return digests
 
 
@@ -104,6 +104,8 @@ def validate(
 
         frame = pd.read_parquet(data.path / "data.parquet")
         tokenizer = load_tokenizer(model.path)
+        tokenise = Tokenise(tokenizer, tokens)
+        _check_template(frame, tokenise)
         bar = given.progress(len(frame))
         # Beside the store and not in it: pages with times and random names would give every run of the same
         # data another digest.
@@ -114,7 +116,7 @@ def validate(
             subject=subject,  # type: ignore[arg-type]
             config=gate,
             docs_dir=docs,
-            tokens=Tokenise(tokenizer, tokens),
+            tokens=tokenise,
             max_length=tokens.max_length,
             max_prompt_length=tokens.max_prompt_length,
             special_tokens=tokenizer.all_special_tokens,
@@ -128,8 +130,14 @@ def validate(
         given.mlflow.artifact(Path(report.docs_index).parent, "data_docs")
         failed = [f for f in report.findings if not f.passed]
         report.raise_if_refused()
+        _require_sides(kept, report.dropped, sampled=data.stage == SAMPLE.name)
         kept.to_parquet(out / "data.parquet", index=False)
-        extra: dict[str, Any] = {"dropped": report.dropped, "warnings": [f.rule for f in failed]}
+        held_out = kept[kept["split"] == "eval"].drop_duplicates(["prompt", "chat"])
+        extra: dict[str, Any] = {
+            "dropped": report.dropped,
+            "warnings": [f.rule for f in failed],
+            "held_out_prompts": len(held_out),
+        }
         metrics = {f"gate/{f.rule}": float(f.rate) for f in report.findings if not f.skipped}
         metrics |= {"data/rows": float(len(kept)), "data/dropped": float(report.dropped)}
         return Output(out, rows=len(kept), extra=extra, metrics=metrics)
@@ -140,6 +148,31 @@ def validate(
         "tokens": tokens.model_dump(mode="json"),
     }
     return run_stage(context, stage, {"data": data, "tokenizer": model}, slice_, work)
+
+
+def _check_template(frame: pd.DataFrame, tokenise: Any) -> None:
+    """Write one conversation of each order of roles, so that no template fails later, in the training."""
+    seen: set[tuple[str, ...]] = set()
+    sound = frame[frame["chat"] & (frame["fault"] == "")]
+    for number, prompt in zip(sound["row"], sound["prompt"], strict=True):
+        roles = tuple(turn["role"] for turn in json.loads(prompt))
+        if roles in seen:
+            continue
+        seen.add(roles)
+        try:
+            tokenise.prompt(prompt, True)
+        except ModelError as error:
+            raise ModelError(f"row {number} of the data: {error.problem}", error.remedy) from error
+
+
+def _require_sides(kept: pd.DataFrame, dropped: int, *, sampled: bool) -> None:
+    """Both sides of the split must hold something; sampled pairs may lack held-out ones."""
+    for side, use in {"train": "training", "eval": "evaluation"}.items():
+        if not (kept["split"] == side).any() and not (sampled and side == "eval"):
+            raise GateRefused(
+                f"no row is left for {use}: the gate dropped {dropped} rows and kept {len(kept)} others",
+                "Mend the rows that it names, or add data",
+            )
 
 
 @task(name="sample-pairs", task_run_name="sample-pairs", **TASK_OPTIONS)
@@ -179,7 +212,8 @@ def sample_pairs(
         frame, facts = _label(rows, texts, [c.ended for c in drawn], rewards, config)
         if frame.empty:
             raise StageFailed(
-                f"all {facts['ties']} candidate pairs are ties under the reward {reward}",
+                f"no pair could be made of {facts['samples']} samples: {facts['ties']} candidate pairs are "
+                f"ties under the reward {reward}, the other samples are empty or no valid text",
                 "Draw more or longer samples (pairs.*), or choose a reward that tells them apart",
             )
         out = given.fresh("out")

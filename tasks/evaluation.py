@@ -86,7 +86,7 @@ def _evaluate(
     tokenizer = load_tokenizer(reference_path)
     tokenise = Tokenise(tokenizer, tokens)
     asked = _held_out_prompts(prompts, tokenise, config, tokens)
-    held_out = _held_out_pairs(pairs, tokenise)
+    held_out = _held_out_pairs(pairs, tokenise, config.pairs, seed)
     source = str(reward_model.path) if reward_model else str(reward)
     score = scorer(source, tokenizer, config.precision)
     reference = load_model(reference_path)
@@ -147,11 +147,14 @@ def _held_out_prompts(
     ]
 
 
-def _held_out_pairs(pairs: Manifest, tokenise: Any) -> list[Any]:
+def _held_out_pairs(pairs: Manifest, tokenise: Any, most: int, seed: int) -> list[Any]:
     import pandas as pd
 
     frame = pd.read_parquet(pairs.path / "data.parquet")
-    return tokenise.pairs(frame[frame["split"] == "eval"].to_dict("records"))[0]
+    frame = frame[frame["split"] == "eval"]
+    if len(frame) > most:
+        frame = frame.sample(most, random_state=seed)
+    return tokenise.pairs(frame.to_dict("records"))[0]
 
 
 def _measure(

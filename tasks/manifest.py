@@ -6,6 +6,7 @@ A manifest names an artifact (a folder of files) by the digest of its content an
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -16,12 +17,18 @@ from urllib.parse import unquote, urlsplit
 from pydantic import AwareDatetime, BaseModel, Field, JsonValue
 
 from dpo_core.config import Config
-from dpo_core.errors import StageFailed
+from dpo_core.errors import DpoError, StageFailed
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 # hashlib releases the GIL, and a SHA-256 unit outruns most disks: more threads than this gain nothing.
 HASH_THREADS = 2
+
+# A file written this recently may change again within the resolution of its time stamp: hash it again.
+_SETTLED_SECONDS = 2.0
+
+# Digests already computed in this process, by (path, size, mtime_ns, inode).
+_known: dict[tuple[str, int, int, int], str] = {}
 
 
 class FileEntry(Config):
@@ -154,6 +161,55 @@ def digest_entries(files: Mapping[str, FileEntry]) -> str:
 def digest_folder(folder: Path | str) -> str:
     """Digest of a folder as an artifact: the same content under the same relative names, the same digest."""
     return digest_entries(digest_files(list_files(folder)))
+
+
+def _digest_known(path: Path) -> str:
+    stat = path.stat()
+    mark = (str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    if mark in _known:
+        return _known[mark]
+    digest = digest_file(path)
+    if time.time() - stat.st_mtime > _SETTLED_SECONDS:
+        _known[mark] = digest
+    return digest
+
+
+def find_damage(folder: Path, files: Mapping[str, FileEntry]) -> str | None:
+    """The first way in which a folder differs from the files that its manifest lists, in words; else None.
+
+    Raises:
+        PermissionError: a file may not be read: that is no damage.
+    """
+    try:
+        present = list_files(folder)
+        sizes = {name: path.stat().st_size for name, path in present.items()}
+        for name in sorted(files.keys() | sizes.keys()):
+            fault = _fault(sizes.get(name), files.get(name))
+            if fault:
+                return f"file {name}: {fault}"
+        with ThreadPoolExecutor(HASH_THREADS) as pool:
+            digests = pool.map(_digest_known, present.values())
+            for name, digest in zip(present, digests, strict=True):
+                if digest != files[name].sha256:
+                    return f"file {name}: content {digest[:12]} instead of {files[name].sha256[:12]}"
+    except PermissionError:
+        raise
+    except FileNotFoundError as error:
+        fault = f"file {error.filename}: gone"
+    except (OSError, DpoError) as error:
+        fault = f"unreadable: {error}"
+    else:
+        fault = None
+    return fault
+
+
+def _fault(size: int | None, entry: FileEntry | None) -> str | None:
+    """What is wrong with a file before its content is read: its size on the disk against its entry."""
+    if size is None:
+        return "missing"
+    if entry is None:
+        return "not part of the artifact"
+    return None if size == entry.bytes else f"{size} bytes instead of {entry.bytes}"
 
 
 def stage_key(

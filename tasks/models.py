@@ -1,5 +1,6 @@
 """Model stages without training: import the base model, take it as the reference, cache its log-probs."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,11 @@ from dpo_core.errors import ModelError, StageFailed
 from dpo_core.models import (
     ModelConfig,
     check_context,
+    check_source_context,
     convert,
     locate,
     parameter_count,
+    read_template,
     source_digest,
     weights_digest,
 )
@@ -29,6 +32,7 @@ CACHE = Stage("cache-reference", 1, "reference-logps")
 def import_model(context: Context, config: ModelConfig, max_length: int) -> StageResult:
     """The base model as a checked checkpoint folder."""
     source = locate(config)
+    check_source_context(source, max_length)
 
     def work(given: Work) -> Output:
         from transformers import AutoConfig
@@ -42,11 +46,22 @@ def import_model(context: Context, config: ModelConfig, max_length: int) -> Stag
             given.mlflow.tag("dpo.trust_remote_code", "true")
         return Output(out, parameters=parameter_count(out), extra={"weights_sha256": weights_digest(out)})
 
-    # The source's digest, not its path: a model overwritten in place is another model.
-    slice_ = {**config.model_dump(mode="json"), "source": source_digest(source)}
+    # Digests and contents, not paths: a model or template overwritten in place is another one.
+    slice_ = {**config.model_dump(mode="json"), "source": _digest(source)}
+    if config.chat_template:
+        slice_["chat_template"] = read_template(config.chat_template)
     result = run_stage(context, IMPORT, {}, slice_, work)
     _check_context(result.manifest, max_length)
     return result
+
+
+def _digest(source: Path) -> str:
+    try:
+        return source_digest(source)
+    except OSError as error:
+        raise ModelError(
+            f"the model file {error.filename} cannot be read ({error.strerror})", "Check its permissions"
+        ) from error
 
 
 def _check_context(model: Manifest, max_length: int) -> None:

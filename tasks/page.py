@@ -4,17 +4,10 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from tasks.page_figures import Figure, curve_figures, frontier_figure
-from tasks.report import (
-    RunReport,
-    alarms,
-    duration,
-    number,
-    percent,
-    policy_metrics,
-    scaled,
-    stage_size,
-    verdict,
-)
+from tasks.report import RunReport
+from tasks.report_numbers import duration, number, percent, scaled
+from tasks.report_text import policy_metrics, stage_size
+from tasks.report_verdict import alarms, verdict
 
 MAX_SAMPLES = 12
 MAX_TEXT = 1500  # characters of a prompt or completion that are shown

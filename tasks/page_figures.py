@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from markupsafe import Markup, escape
 
-from tasks.report import Evaluation, number, series, start_and_end
+from tasks.report import Evaluation
+from tasks.report_numbers import number
+from tasks.report_verdict import series, start_and_end
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

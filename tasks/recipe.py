@@ -148,6 +148,8 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         return Recipe.model_validate(raw)
     except ValidationError as error:
         raise RecipeError(f"the recipe {name} cannot be used: {faults_of(error)}", _KNOWN_FIELDS) from error
+    except RecipeError as error:  # of the objective, which says itself what may be chosen
+        raise RecipeError(f"the recipe {name} cannot be used: dpo: {error.problem}", error.remedy) from error
 
 
 _KNOWN_FIELDS = "See every field and its range with: dpo config schema"

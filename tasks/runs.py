@@ -10,8 +10,7 @@ from pydantic import AwareDatetime, ValidationError
 
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError
-from tasks.store import open_workspace
-from tasks.summary import run_folder
+from tasks.workspace import disk_errors, open_workspace, run_folder
 
 
 class RunRecord(Config):
@@ -46,10 +45,14 @@ def new_run(workspace: str | Path, recipe_name: str, command: str) -> RunRecord:
 
 def save_run(workspace: str | Path, record: RunRecord) -> None:
     """Write the record, whole or not at all."""
-    folder = run_folder(workspace, record.run_id)
-    temporary = folder / "run.json.tmp"
-    temporary.write_text(record.model_dump_json(indent=1))
-    os.replace(temporary, folder / "run.json")
+    with disk_errors(Path(workspace), "writing the record of the run"):
+        folder = run_folder(workspace, record.run_id)
+        temporary = folder / "run.json.tmp"
+        try:
+            temporary.write_text(record.model_dump_json(indent=1))
+            os.replace(temporary, folder / "run.json")
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def list_runs(workspace: str | Path) -> list[RunRecord]:

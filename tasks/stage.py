@@ -18,9 +18,12 @@ from prefect.cache_policies import NO_CACHE
 from pydantic import JsonValue
 
 from dpo_core.config import Config
+from dpo_core.errors import DpoError
 from tasks.manifest import Manifest, digest_config, stage_key
 from tasks.store import Store
-from tasks.tracking import StageRun, Tracker
+from tasks.tracking import Tracker
+from tasks.tracking_run import StageRun, flatten
+from tasks.workspace import disk_full, is_disk_full
 
 log = logging.getLogger("dpo")
 
@@ -177,7 +180,13 @@ def run_stage(
             if found is None:
                 tags = {"dpo.config_digest": digest, "dpo.run": context.run_id}
                 with tracker_of(context).child(stage.name, total_steps=total_steps, tags=tags) as child:
+                    child.params(_as_params(config))
                     found = _do(store, stage, key, digest, inputs, work, child)
+                    child.metrics({"cost/seconds": time.monotonic() - start})
+    if stage.name.startswith("validate-"):
+        # What passed the gate is what the whole alignment learns from: the parent shows it.
+        name = stage.name.removeprefix("validate-")
+        tracker_of(context).parent.dataset(name, found.sha256, found.rows, found.uri, "training")
     result = StageResult(
         manifest=found,
         cached=child is None,
@@ -186,6 +195,14 @@ def run_stage(
     )
     _announce(stage, result)
     return result
+
+
+def _as_params(config: Any) -> dict[str, Any]:
+    """A stage's slice of the recipe as parameters of its run, named as in the recipe."""
+    given = dict(config) if isinstance(config, Mapping) else {}
+    own = given.pop("config", {})
+    given.pop("files", None)  # digests under paths: in the stage's key, and no parameters
+    return {key: value for key, value in flatten({**own, **given}).items() if value is not None}
 
 
 def _do(
@@ -223,6 +240,12 @@ def _do(
         child.tag("dpo.artifact_sha256", manifest.sha256)
         child.tag("dpo.artifact_uri", manifest.uri)
         finished = True
+    except DpoError:
+        raise
+    except Exception as error:
+        if is_disk_full(error, store.workspace):
+            raise disk_full(store.workspace, f"stage {stage.name}") from error
+        raise
     finally:
         for bar in given._bars:
             bar.close(finished)

@@ -10,7 +10,6 @@ Nothing is written in place: files and folders are completed beside and renamed,
 last. A kill therefore leaves a whole artifact or none.
 """
 
-import errno
 import json
 import logging
 import math
@@ -21,138 +20,30 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import psutil
 from filelock import FileLock, Timeout
 from pydantic import JsonValue, ValidationError
 
-from dpo_core.errors import DpoError, RecipeError, StageFailed
+from dpo_core.errors import StageFailed
 from tasks.manifest import (
-    HASH_THREADS,
-    FileEntry,
     Manifest,
     digest_config,
     digest_entries,
-    digest_file,
     digest_files,
+    find_damage,
     list_files,
 )
+from tasks.workspace import disk_errors, open_workspace, sync
 
 log = logging.getLogger(__name__)
 
-# A file written this recently may change again within the resolution of its time stamp: hash it again.
-_SETTLED_SECONDS = 2.0
 # Unfinished folders of another machine cannot be asked for their process; past this age nobody waits.
 _FOREIGN_TMP_SECONDS = 24 * 3600.0
 _WAIT_LINE_SECONDS = 60.0
-
-# Digests already computed in this process, by (path, size, mtime_ns, inode).
-_known: dict[tuple[str, int, int, int], str] = {}
-
-
-def open_workspace(workspace: str | Path) -> Path:
-    """The workspace as an absolute path.
-
-    Raises:
-        RecipeError: it is a remote URL, or a file stands there.
-    """
-    text = os.fspath(workspace)
-    if text.startswith("file://"):
-        text = unquote(urlsplit(text).path)
-    if re.match(r"^[A-Za-z][A-Za-z0-9+.-]+://", text):
-        raise RecipeError(
-            f"workspace {text} is a remote URL, and the store works on mounted folders only so far",
-            "Give a local path, or mount the bucket and give the mount point.",
-        )
-    path = Path(text).expanduser().absolute()
-    if path.exists() and not path.is_dir():
-        raise RecipeError(f"workspace {path} is a file", "Give a folder.")
-    return path
-
-
-@contextmanager
-def _disk(path: Path, doing: str) -> Iterator[None]:
-    """Turns an OSError into a sentence with the path and what to do."""
-    try:
-        yield
-    except OSError as error:
-        where = error.filename or path
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StageFailed(
-                f"the disk that holds {path} is full ({doing}); nothing half-written was kept",
-                "Free some space there, then resume the run.",
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise RecipeError(
-                f"no access to {where} ({doing}): {error.strerror}",
-                "Make the workspace writable for this user, or choose another workspace.",
-            ) from error
-        raise StageFailed(
-            f"{doing} failed at {where}: {error.strerror or error}", "Resume the run."
-        ) from error
-
-
-def _sync(path: Path) -> None:
-    """Flush a file, or a folder's list of names, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _digest_known(path: Path) -> str:
-    stat = path.stat()
-    mark = (str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)
-    if mark in _known:
-        return _known[mark]
-    digest = digest_file(path)
-    if time.time() - stat.st_mtime > _SETTLED_SECONDS:
-        _known[mark] = digest
-    return digest
-
-
-def find_damage(folder: Path, files: Mapping[str, FileEntry]) -> str | None:
-    """The first way in which a folder differs from the files that its manifest lists, in words; else None.
-
-    Raises:
-        PermissionError: a file may not be read: that is no damage.
-    """
-    try:
-        present = list_files(folder)
-        sizes = {name: path.stat().st_size for name, path in present.items()}
-        for name in sorted(files.keys() | sizes.keys()):
-            fault = _fault(sizes.get(name), files.get(name))
-            if fault:
-                return f"file {name}: {fault}"
-        with ThreadPoolExecutor(HASH_THREADS) as pool:
-            digests = pool.map(_digest_known, present.values())
-            for name, digest in zip(present, digests, strict=True):
-                if digest != files[name].sha256:
-                    return f"file {name}: content {digest[:12]} instead of {files[name].sha256[:12]}"
-    except PermissionError:
-        raise
-    except FileNotFoundError as error:
-        fault = f"file {error.filename}: gone"
-    except (OSError, DpoError) as error:
-        fault = f"unreadable: {error}"
-    else:
-        fault = None
-    return fault
-
-
-def _fault(size: int | None, entry: FileEntry | None) -> str | None:
-    """What is wrong with a file before its content is read: its size on the disk against its entry."""
-    if size is None:
-        return "missing"
-    if entry is None:
-        return "not part of the artifact"
-    return None if size == entry.bytes else f"{size} bytes instead of {entry.bytes}"
 
 
 class Store:
@@ -179,7 +70,7 @@ class Store:
             RecipeError: the store may not be read.
         """
         index = self._index(stage, key)
-        with _disk(index, "reading the store"):
+        with disk_errors(index, "reading the store"):
             manifest = self._read_index(index)
             if manifest is None:
                 return None
@@ -200,7 +91,7 @@ class Store:
         """The stage's scratch folder: the same for a key, so that a killed stage finds its checkpoints."""
         self._index(stage, key)
         scratch = self._scratch(stage, key)
-        with _disk(scratch, f"making the working folder of stage {stage}"):
+        with disk_errors(scratch, f"making the working folder of stage {stage}"):
             scratch.mkdir(parents=True, exist_ok=True)
         return scratch
 
@@ -236,7 +127,7 @@ class Store:
         """
         index, scratch = self._index(stage, key), self._scratch(stage, key)
         doing = f"storing the result of stage {stage}"
-        with _disk(self.root, doing):
+        with disk_errors(self.root, doing):
             folder = None if isinstance(source, Mapping) else Path(source).absolute()
             files = list_files(folder) if folder else _named_files(source)  # type: ignore[arg-type]
             if not files:
@@ -269,9 +160,9 @@ class Store:
                 if not target.exists():
                     own = None if keep_work else scratch
                     os.rename(self._stage_files(files, folder, own, temporary), target)
-                    _sync(target.parent)
+                    sync(target.parent)
                 os.replace(entry, index)
-                _sync(index.parent)
+                sync(index.parent)
         if not keep_work:
             shutil.rmtree(scratch, ignore_errors=True)
         return manifest
@@ -286,7 +177,7 @@ class Store:
         self._index(stage, key)
         path = self.root / "locks" / f"{stage}-{key}.lock"
         holder = path.with_suffix(".holder")
-        with _disk(path, "locking the store"):
+        with disk_errors(path, "locking the store"):
             path.parent.mkdir(parents=True, exist_ok=True)
             lock = FileLock(path, poll_interval=0.2)
             patience = 0.0
@@ -364,7 +255,7 @@ class Store:
         inside = manifest.path.relative_to(self.root).as_posix()
         facts = manifest.model_copy(update={"uri": inside}).model_dump(mode="json")
         path.write_text(json.dumps({"sha256": digest_config(facts), "manifest": facts}, indent=1))
-        _sync(path)
+        sync(path)
         return path
 
     def _stage_files(
@@ -387,10 +278,10 @@ class Store:
                 else:
                     shutil.copyfile(path, part)
         for path in parts.values():
-            _sync(path)
+            sync(path)
         for where in {place for path in parts.values() for place in path.parents}:
             if where.is_relative_to(staged):
-                _sync(where)
+                sync(where)
         return staged
 
     def _discard(self, folder: Path) -> None:

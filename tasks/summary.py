@@ -20,6 +20,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from tasks.evaluation import load_evaluation
 from tasks.manifest import Manifest
 from tasks.page import render
+from tasks.provenance import source_tags
 from tasks.recipe import Recipe
 from tasks.report import (
     Cost,
@@ -27,14 +28,15 @@ from tasks.report import (
     GateFinding,
     GateRow,
     ModelRow,
+    PolicyRow,
     RunInfo,
     RunReport,
     StageRow,
-    markdown,
-    verdict,
 )
+from tasks.report_text import markdown, note
+from tasks.report_verdict import alarms, verdict
 from tasks.stage import TASK_OPTIONS, Context, StageResult, tracker_of
-from tasks.tracking import source_tags
+from tasks.workspace import run_folder
 
 
 @task(name="summary", task_run_name="summary", **TASK_OPTIONS)
@@ -89,19 +91,29 @@ def _publish(context: Context, report: RunReport) -> None:
     parent = tracker_of(context).parent
     for path in (page, text, folder / "report.json"):
         parent.artifact(path)
+    parent.metrics(headline_metrics(report))
     parent.tag("dpo.verdict", verdict(report).headline)
-    evaluation = report.evaluation
-    if evaluation:
-        tracker_of(context).parent.params({"out.reward": evaluation.reward_name})
+    if raised := alarms(report):
+        parent.tag("dpo.alarms", ", ".join(sorted({alarm.name for alarm in raised})))
+    parent.tag("mlflow.note.content", note(report, "the artifact `page.html` of this run."))
+    if report.model and report.model.version:
+        brief = note(report, "the artifact `page.html` of the source run.")
+        tracker_of(context).describe_version(report.model.name, report.model.version, brief)
     create_markdown_artifact(key="run-summary", markdown=markdown(report), description=report.run.name)
     create_link_artifact(key="run-page", link=page.as_uri(), link_text="Run page")
 
 
-def run_folder(workspace: str | Path, run_id: str) -> Path:
-    """Where a run's page, report and log lie."""
-    folder = Path(workspace) / "runs" / run_id
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def headline_metrics(report: RunReport) -> dict[str, float]:
+    """The numbers by which whole runs are compared, named as the evaluation names them: `gain/dpo`."""
+    metrics: dict[str, float] = {}
+    for row in report.evaluation.policies if report.evaluation else []:
+        for key in ("reward", "gain", "win_rate", "kl", "accuracy", "length"):
+            estimate = getattr(row, key)
+            if estimate is not None:
+                metrics[f"{key}/{row.name.lower()}"] = estimate.value
+    if report.cost:
+        metrics |= {"cost/seconds": report.cost.seconds, "cost/tokens_trained": report.cost.tokens_trained}
+    return metrics
 
 
 def _register(recipe: Recipe, manifests: Mapping[str, Manifest], tracker: Any) -> ModelRow:
@@ -109,7 +121,7 @@ def _register(recipe: Recipe, manifests: Mapping[str, Manifest], tracker: Any) -
     tags = {
         "dpo.weights_sha256": str(model.extra.get("weights_sha256")),
         "dpo.artifact_sha256": model.sha256,
-        "dpo.dataset_digest": manifests["train-pairs"].sha256 if "train-pairs" in manifests else "",
+        "dpo.dataset_digest": manifests["validate-pairs"].sha256,
         "dpo.ref_digest": str(manifests["cache-reference"].extra["reference_weights"]),
     }
     name = recipe.registered_name
@@ -164,8 +176,6 @@ def _gate_row(workspace: str, manifest: Manifest) -> GateRow:
 
 def _page_part(evaluation: dict[str, Any]) -> dict[str, Any]:
     """Only what the page's model knows; the rest stays in evaluation.json."""
-    from tasks.report import PolicyRow
-
     rows = [{k: v for k, v in row.items() if k in PolicyRow.model_fields} for row in evaluation["policies"]]
     known = {k: v for k, v in evaluation.items() if k in Evaluation.model_fields}
     return known | {"policies": rows}

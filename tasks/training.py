@@ -11,7 +11,7 @@ from prefect import task
 
 from deploy.launchers import Launcher, LocalLauncher, State
 from dpo_core.data.demonstrations import review_demonstrations
-from dpo_core.data.read import read_rows
+from dpo_core.data.read import check_source, read_rows
 from dpo_core.dpo import DpoConfig
 from dpo_core.errors import DataError, DpoError, StageFailed
 from dpo_core.generate import SamplingConfig
@@ -22,6 +22,7 @@ from dpo_core.sft import SftConfig
 from dpo_core.tokens import TokenConfig
 from tasks.manifest import Manifest, digest_file
 from tasks.stage import TASK_OPTIONS, Context, Output, Progress, Stage, StageResult, Work, run_stage
+from tasks.workspace import disk_full, is_disk_full
 
 log = logging.getLogger("dpo")
 
@@ -70,9 +71,7 @@ def _demonstrations(config: SftConfig, data: Manifest | None, seed: int) -> tupl
         return lambda: [_demonstration(i, p, c) for i, (p, c) in enumerate(made)], f"made:{count}"
     if config.demonstrations is not None:
         path = config.demonstrations
-        place = Path(path).expanduser()
-        if not place.exists():
-            raise DataError(f"there are no demonstrations at {path}", "Check sft.demonstrations")
+        place = check_demonstrations(path)
         return lambda: _read_demonstrations(path), f"file:{digest_file(place)}"
     if data is None:
         raise StageFailed("SFT has neither demonstrations nor pairs", "Set sft.demonstrations")
@@ -84,6 +83,19 @@ def _demonstrations(config: SftConfig, data: Manifest | None, seed: int) -> tupl
         return frame[["id", "prompt", "chat", "completion", "ended"]].to_dict("records")
 
     return chosen, "chosen"
+
+
+def check_demonstrations(path: str) -> Path:
+    """The file of demonstrations, which is there and can be read.
+
+    Raises:
+        DataError: it is not, or it is not one file.
+    """
+    check_source(path)
+    place = Path(path).expanduser()
+    if not place.is_file():
+        raise DataError(f"there is no file of demonstrations {path}", "Name one file in sft.demonstrations")
+    return place
 
 
 def _demonstration(index: int, prompt: str, completion: str) -> dict[str, Any]:
@@ -294,11 +306,15 @@ def _error_of(given: Work, tail: str, state: State) -> DpoError:
     try:
         left = json.loads((given.scratch / "error.json").read_text())
     except (OSError, ValueError):
+        if is_disk_full(tail, given.scratch):
+            return disk_full(given.scratch, f"stage {given.stage.name}")
         log.error("the end of the log of %s:\n%s", given.stage.name, tail)
         return StageFailed(
             f"{given.stage.name} died without a word; its log is {given.scratch / 'train.log'}",
             "If it ran out of memory, lower its micro_batch_size; then resume the run",
         )
+    if is_disk_full(left["problem"], given.scratch):
+        return disk_full(given.scratch, f"stage {given.stage.name}")
     error = StageFailed(f"{given.stage.name}: {left['problem']}", left["remedy"])
     error.exit_code = int(left["exit_code"])
     return error

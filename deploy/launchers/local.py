@@ -11,7 +11,8 @@ import psutil
 
 from deploy.launchers.base import State
 
-STOPPED_FILE = "stopped"
+MODULE = "dpo_core.train"
+RESULT, ERROR, STOPPED = "result.json", "error.json", "stopped"
 
 
 class LocalLauncher:
@@ -22,7 +23,7 @@ class LocalLauncher:
     """
 
     def __init__(self) -> None:
-        self._jobs: dict[str, tuple[subprocess.Popen[bytes], Path]] = {}
+        self._jobs: dict[str, tuple[subprocess.Popen[bytes], Path, Path]] = {}
 
     def command(self, job: Path, processes: int) -> list[str]:
         """The torchrun command line of a job."""
@@ -33,7 +34,7 @@ class LocalLauncher:
             "--standalone",
             f"--nproc-per-node={processes}",
             "-m",
-            "dpo_core.train",
+            MODULE,
             "--config",
             str(job),
         ]
@@ -42,61 +43,66 @@ class LocalLauncher:
         return shlex.join(self.command(job, processes))
 
     def submit(self, job: Path, processes: int, work: Path) -> str:
-        """Start torchrun, once a process that a killed flow left on this work folder is ended."""
-        self._reap(work)
+        """Start torchrun, once whatever a killed flow left running on this job is ended."""
+        job = job.absolute()
+        # Two trainers on one folder would ruin its checkpoints.
+        _end(_processes_of(job), grace=10.0)
+        for leftover in (RESULT, ERROR, STOPPED):
+            (work / leftover).unlink(missing_ok=True)
         with (work / "train.log").open("ab") as output:
             process = subprocess.Popen(
                 self.command(job, processes), stdout=output, stderr=subprocess.STDOUT, env=_environment()
             )
         handle = str(process.pid)
-        (work / "pid").write_text(f"{handle} {psutil.Process(process.pid).create_time()}")
-        self._jobs[handle] = (process, work)
+        self._jobs[handle] = (process, job, work)
         return handle
 
     def poll(self, handle: str) -> State:
-        process, work = self._jobs[handle]
-        code = process.poll()
-        if code is None:
+        process, _, work = self._jobs[handle]
+        if process.poll() is None:
             return State.RUNNING
-        (work / "pid").unlink(missing_ok=True)
-        if (work / "result.json").exists():
+        if (work / RESULT).exists():
             return State.DONE
         # torchrun answers 1 whatever its ranks said; files tell a stop from a failure.
-        stopped = not (work / "error.json").exists() and (work / STOPPED_FILE).exists()
+        stopped = not (work / ERROR).exists() and (work / STOPPED).exists()
         return State.STOPPED if stopped else State.FAILED
 
     def cancel(self, handle: str, grace: float = 25.0) -> None:
-        process, _ = self._jobs[handle]
-        _end_tree(process.pid, grace)
+        process, job, _ = self._jobs[handle]
+        _end(_processes_of(job), grace)
         process.wait()
 
     def logs(self, handle: str, lines: int = 50) -> str:
-        _, work = self._jobs[handle]
+        _, _, work = self._jobs[handle]
         text = (work / "train.log").read_text(errors="replace")
         return "\n".join(text.splitlines()[-lines:])
 
-    @staticmethod
-    def _reap(work: Path) -> None:
-        """End what a killed flow left running here: two trainers on one folder would ruin its checkpoints."""
-        try:
-            pid, born = (work / "pid").read_text().split()
-            alive = abs(psutil.Process(int(pid)).create_time() - float(born)) < 1
-        except (OSError, ValueError, psutil.NoSuchProcess):
-            alive = False
-        if alive:
-            _end_tree(int(pid), grace=10.0)
-        (work / "pid").unlink(missing_ok=True)
+
+def _processes_of(job: Path) -> list[psutil.Process]:
+    """torchrun and the ranks of a job, told by their command lines, and their children; torchrun first.
+
+    Not by parenthood alone: torchrun gives each rank a session of its own, so that ranks outlive a torchrun
+    that was killed and then hang below process 1.
+    """
+    named = [
+        process
+        for process in psutil.process_iter(["cmdline", "create_time"])
+        if {MODULE, str(job)} <= set(process.info["cmdline"] or ())
+    ]
+    named.sort(key=lambda process: process.info["create_time"])
+    family = dict.fromkeys(named)
+    for process in named:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family |= dict.fromkeys(process.children(recursive=True))
+    return list(family)
 
 
-def _end_tree(pid: int, grace: float) -> None:
-    """SIGTERM to the root, which hands it on; SIGKILL to whoever lives after the grace time."""
-    try:
-        root = psutil.Process(pid)
-        everyone = [root, *root.children(recursive=True)]
-        root.terminate()
-    except psutil.NoSuchProcess:
-        return
-    _, alive = psutil.wait_procs(everyone, timeout=grace)
+def _end(processes: list[psutil.Process], grace: float) -> None:
+    """SIGTERM to the first, which hands it on; SIGKILL to whoever lives after the grace time."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in processes[:1]:
+            process.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=grace)
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()

@@ -10,7 +10,7 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -46,22 +46,48 @@ def read_rows(path: str, split: str = "train") -> Iterator[tuple[int, list[Row]]
         first += len(rows)
 
 
+def check_source(path: str) -> None:
+    """Refuse at once what `read_rows` would refuse before its first row; a hub name is not asked for.
+
+    Raises:
+        DataError: nothing is there, it may not be read, it is empty, or no reader knows its ending.
+    """
+    with _readable(path):
+        files = _local_files(path)
+        if files is None:
+            _require_hub_name(path)
+        for file in files or ():
+            _check_file(file)
+
+
 def _chunks(path: str, split: str) -> Iterator[list[Row]]:
+    with _readable(path):
+        files = _local_files(path)
+        for file in files or ():
+            yield from _file_chunks(file)
+    if files is None:
+        yield from _hub_chunks(path, split)
+
+
+def _local_files(path: str) -> list[Path] | None:
+    """The files of a local source; None where nothing local is there."""
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return _files_of(local)
+    return [local] if local.exists() else None
+
+
+@contextmanager
+def _readable(path: str) -> Iterator[None]:
     try:
-        local = Path(path).expanduser()
-        if local.is_dir():
-            for file in _files_of(local):
-                yield from _file_chunks(file)
-            return
-        if local.exists():
-            yield from _file_chunks(local)
-            return
+        yield
     except PermissionError as error:
         raise DataError(
             f"{error.filename or path} may not be read (permission denied)",
             "Give this user read access: chmod u+r for a file, u+rx for each folder above it",
         ) from error
-    yield from _hub_chunks(path, split)
+    except (OSError, RuntimeError) as error:  # a name that is too long; ~ of an unknown user
+        raise DataError(f"{path[:200]} cannot be read ({error})"[:400], "Check the path") from error
 
 
 def _files_of(folder: Path) -> list[Path]:
@@ -80,7 +106,8 @@ def _files_of(folder: Path) -> list[Path]:
     )
 
 
-def _file_chunks(path: Path) -> Iterator[list[Row]]:
+def _check_file(path: Path) -> Callable[[Path], "Parsed"]:
+    """The parser of a file that is there, may be read and is not empty."""
     parse = _parser(path)
     if parse is None:
         raise DataError(
@@ -91,6 +118,12 @@ def _file_chunks(path: Path) -> Iterator[list[Row]]:
         raise DataError(f"{path} is neither a file nor a folder", "Point data.path at a regular file")
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty (0 bytes)", "Check how it was written or copied")
+    path.open("rb").close()  # says now whether it may be read
+    return parse
+
+
+def _file_chunks(path: Path) -> Iterator[list[Row]]:
+    parse = _check_file(path)
     rows: list[Row] = []
     done = size = 0
     try:
@@ -114,12 +147,16 @@ def _file_chunks(path: Path) -> Iterator[list[Row]]:
         raise DataError(f"{path} holds no rows", "Check how it was written")
 
 
-def _hub_chunks(name: str, split: str) -> Iterator[list[Row]]:
+def _require_hub_name(name: str) -> None:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith(".") or _parser(Path(name)):
         raise DataError(
             f"there is no file or folder {name}",
-            "Check data.path; a relative one starts where dpo was called",
+            "Check the path; a relative one starts where dpo was called",
         )
+
+
+def _hub_chunks(name: str, split: str) -> Iterator[list[Row]]:
+    _require_hub_name(name)
     try:
         import datasets
 

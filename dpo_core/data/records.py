@@ -181,6 +181,11 @@ def _load_path(path: str, config: DataConfig, limited: bool = True) -> Loaded:
         del rows  # else two chunks of Python objects live at once while the next one is read
     assert name is not None  # read_rows yields rows or raises
     frame = _frame(tables)
+    if frame.empty:
+        raise DataError(
+            f"all {notes['rows_read']} rows of {path} are ties, which prefer neither answer",
+            "Give rows in which a majority of the annotators prefers one answer",
+        )
     if limited and config.limit is not None and config.limit < len(frame):
         keep = np.random.default_rng(config.seed).permutation(len(frame))[: config.limit]
         notes["left_by_limit"] = len(frame) - config.limit

@@ -32,10 +32,16 @@ def split_by_prompt(frame: pd.DataFrame, eval_fraction: float, seed: int) -> pd.
         seed: another seed gives another split.
 
     Raises:
-        DataError: fewer than two distinct prompts.
+        DataError: no usable row, or fewer than two distinct prompts.
     """
     keys = _keys(frame)
     sound = (frame["fault"] == "").to_numpy(dtype=bool)
+    if len(frame) and not sound.any():
+        why = frame["fault"].value_counts().index[0]
+        raise DataError(
+            f"none of the {len(frame)} rows can be used; most often: {why}",
+            "Mend the rows, or set data.format if they were taken for the wrong format",
+        )
     codes, distinct = pd.factorize(keys[sound])
     if len(distinct) < 2:
         raise DataError(

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from dpo_core.data import DataConfig, load, split_by_prompt
 from dpo_core.errors import DataError, GateRefused
-from expectations.config import GateConfig, RateRule
+from expectations.config import CountRule, GateConfig, RateRule
 from expectations.report import GateReport
 from tests.expectations.frames import clean_pairs, clean_prompts, failed, row_number
 
@@ -73,9 +73,12 @@ def test_drop_refuses_when_it_drops_too_much(gate: Gate) -> None:
 
 
 def test_drop_refuses_when_it_leaves_too_few(gate: Gate) -> None:
-    report, _ = gate(broken(23), config=DROP)
+    strict = DROP.model_copy(update={"too_few": CountRule()})
+    report, _ = gate(broken(23), config=strict)
     assert set(failed(report)) == {"too_few"}
     assert failed(report)["too_few"].observed == 19
+    assert report.refused
+    assert not gate(broken(23), config=DROP)[0].refused  # by default a warning
 
 
 def test_drop_with_nothing_to_drop_returns_the_frame(gate: Gate) -> None:

@@ -4,8 +4,6 @@ The screenshots lie in pytest's temporary folder (`--basetemp` chooses it).
 """
 
 import base64
-import runpy
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,17 +11,13 @@ from typing import Any
 import pytest
 
 from tasks.page import render
+from tasks.report import RunReport
+from tests.browser import chromium
+from tests.tasks.reports import alarming, coinciding, example, hostile
 
 pytestmark = pytest.mark.slow
 
-FLAGS = (
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--no-first-run", "--hide-scrollbars",
-)  # fmt: skip
 WIDTHS = {"phone": 390, "desktop": 1280}
-
-# The sibling test file builds the reports; test modules are no package that could be imported from.
-REPORTS = runpy.run_path(str(Path(__file__).with_name("test_page.py")))
 
 # Every text node's colour against the nearest painted background, as WCAG contrast; the lowest ones first.
 CONTRAST = """
@@ -72,20 +66,8 @@ return bad;
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    chromedriver = shutil.which("chromedriver")
-    if not chromium or not chromedriver:
-        pytest.skip("chromium and chromedriver are not installed (apt-get install chromium chromium-driver)")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in FLAGS:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(chromedriver))
-    yield driver
-    driver.quit()
+    with chromium() as driver:
+        yield driver
 
 
 def _open(driver: Any, file: Path, width: int, theme: str) -> None:
@@ -105,11 +87,11 @@ def _screenshot(driver: Any, file: Path) -> None:
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("run_page")
     reports = {
-        "usual": REPORTS["example"](),
-        "hostile": REPORTS["hostile"](),
-        "alarming": REPORTS["alarming"](),
-        "coinciding": REPORTS["coinciding"](),
-        "bare": REPORTS["RunReport"](run=REPORTS["example"](steps=2).run),
+        "usual": example(),
+        "hostile": hostile(),
+        "alarming": alarming(),
+        "coinciding": coinciding(),
+        "bare": RunReport(run=example(steps=2).run),
     }
     for name, report in reports.items():
         (folder / f"{name}.html").write_text(render(report), encoding="utf-8")

@@ -1,0 +1,74 @@
+"""What a look can refuse, before a server is started, a run is recorded or a model is loaded."""
+
+import sqlite3
+import tempfile
+from pathlib import Path
+
+from dpo_core.data.read import check_source
+from dpo_core.errors import RecipeError
+from dpo_core.models import check_source_context, locate, read_template
+from dpo_core.rewards import check_reward
+from tasks.recipe import Recipe
+from tasks.runs import find_run
+from tasks.tracking import resolve_uri
+from tasks.training import check_demonstrations
+from tasks.workspace import open_workspace, require_writable
+
+_TRACKED = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
+
+
+def check_ahead(recipe: Recipe, resume: str | None = None) -> None:
+    """Refuse a recipe whose workspace, files, reward, model or tracking database cannot be used.
+
+    Only what costs no more than seconds is looked at; a model on the hub is fetched here.
+
+    Raises:
+        DpoError: the first fault found; nothing was written but the empty workspace.
+    """
+    workspace = open_workspace(recipe.workspace)
+    require_writable(workspace)
+    if resume:
+        find_run(workspace, resume, recipe.name)
+    _check_database(resolve_uri(recipe.tracking, workspace))
+    for path in (recipe.data.path, recipe.data.eval_path):
+        if path is not None:
+            check_source(path)
+    if recipe.sft.demonstrations is not None:
+        check_demonstrations(recipe.sft.demonstrations)
+    if recipe.reward.source is not None:
+        check_reward(recipe.reward.source)
+    if recipe.model.chat_template is not None:
+        read_template(recipe.model.chat_template)
+    check_source_context(locate(recipe.model), recipe.tokens.max_length)
+
+
+def _check_database(uri: str) -> None:
+    """A tracking database that is a local file can be opened and written; MLflow would wait for it."""
+    kind = uri.partition(":")[0].partition("+")[0]
+    if kind not in _TRACKED:
+        raise RecipeError(
+            f"MLflow knows no tracking URI like {uri}",
+            f"Set tracking.uri to one of {', '.join(_TRACKED)}, or leave it out",
+        )
+    if not uri.startswith("sqlite:///"):
+        return
+    path = Path(uri.removeprefix("sqlite:///"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            tempfile.TemporaryFile(dir=path.parent).close()
+            return
+        database = sqlite3.connect(path, timeout=0)
+        try:
+            database.execute("begin immediate").execute("select count(*) from sqlite_master")
+            database.rollback()
+        finally:
+            database.close()
+    except (OSError, sqlite3.Error) as error:
+        if "locked" in str(error):  # another run is writing; MLflow waits for its turn
+            return
+        why = getattr(error, "strerror", None) or error
+        raise RecipeError(
+            f"the tracking database {path} cannot be used ({why})",
+            "Make it writable, or set tracking.uri to another one",
+        ) from error

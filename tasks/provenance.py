@@ -1,0 +1,45 @@
+"""Where a run's numbers come from: the code that ran, the packages, the machine."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def source_tags() -> dict[str, str]:
+    """Which code ran: commit, branch and dirty flag from git, else the commit in $DPO_GIT_COMMIT."""
+    here = Path(__file__)
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here.parent), "--no-optional-locks", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    tags = {"mlflow.source.name": "dpo", "mlflow.source.type": "LOCAL"}
+    try:
+        # An installed package may lie in a folder that belongs to some other repository.
+        git("ls-files", "--error-unmatch", here.name)
+        tags["mlflow.source.git.commit"] = git("rev-parse", "HEAD")
+        tags["mlflow.source.git.branch"] = git("rev-parse", "--abbrev-ref", "HEAD")
+        tags["mlflow.source.git.dirty"] = str(bool(git("status", "--porcelain", "-uno"))).lower()
+    except (OSError, subprocess.SubprocessError):
+        if commit := os.environ.get("DPO_GIT_COMMIT"):
+            tags["mlflow.source.git.commit"] = commit
+    return tags
+
+
+def environment() -> dict[str, Any]:
+    """Python, packages and machine; PyTorch is asked only where it is loaded anyway."""
+    torch = sys.modules.get("torch")
+    packages = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads() if torch else None,
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "packages": dict(sorted(packages.items(), key=lambda item: str(item[0]).lower())),
+    }

@@ -1,0 +1,70 @@
+"""How numbers are written for people: the same digits in the page, the terminal and Markdown."""
+
+import math
+from typing import NamedTuple
+
+from dpo_core.stats import Estimate
+
+
+def number(value: float, signed: bool = False, scale: float | None = None) -> str:
+    """Three significant digits, thousands grouped: 0.0123, 1.23, 12.3, 1,234, 1.2e-05.
+
+    `scale` sets the decimals of numbers that stand together: with 0.118 beside it, 0.066 is 0.066.
+    """
+    scale = abs(value) if scale is None else scale
+    if scale == 0:
+        return "0"
+    sign = "+" if signed else ""
+    if scale < 1e-4 or scale >= 1e9:
+        return f"{value:{sign}.1e}"
+    decimals = max(0, 2 - math.floor(math.log10(scale)))
+    return f"{value:{sign},.{min(decimals, 4)}f}"
+
+
+def percent(value: float) -> str:
+    """0.613 becomes 61.3%."""
+    return f"{100 * value:.1f}%"
+
+
+def duration(seconds: float) -> str:
+    """3.2 s, 4 min 05 s, 2 h 07 min."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def scaled(value: float, unit: str, base: int = 1000) -> str:
+    """A large amount with its prefix: 3.2 GiB (base 1024), 1.4 PFLOP (base 1000)."""
+    prefixes = ["", "k", "M", "G", "T", "P", "E", "Z"]
+    power = min(int(math.log(max(value, 1), base)), len(prefixes) - 1)
+    infix = "i" if base == 1024 and power else ""
+    prefix = prefixes[power].upper() if infix else prefixes[power]
+    return f"{value / base**power:.3g} {prefix}{infix}{unit}"
+
+
+class Cell(NamedTuple):
+    """One estimate in words: "1.24" and "1.02 to 1.46"."""
+
+    value: str
+    interval: str = ""
+    n: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.value} [{self.interval}]" if self.interval else self.value
+
+
+def cell(key: str, value: Estimate | float | None) -> Cell:
+    """An estimate, number or gap of the policy table, written as its metric `key` asks for."""
+
+    def show(v: float, scale: float | None = None) -> str:
+        return percent(v) if key in ("win_rate", "accuracy") else number(v, key == "gain", scale)
+
+    if value is None:
+        return Cell("–")
+    if isinstance(value, Estimate):
+        widest = max(abs(value.low), abs(value.high))
+        return Cell(
+            show(value.value, widest), f"{show(value.low, widest)} to {show(value.high, widest)}", value.n
+        )
+    return Cell(show(value))

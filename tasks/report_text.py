@@ -1,0 +1,136 @@
+"""A run's report in 80 columns of a terminal, and as GitHub Markdown."""
+
+import re
+from typing import NamedTuple
+
+from rich.table import Table
+from rich.text import Text
+
+from tasks.report import Evaluation, RunReport, StageRow
+from tasks.report_numbers import Cell, cell, duration
+from tasks.report_verdict import alarms, verdict
+
+
+class Metric(NamedTuple):
+    """One line of the policy table."""
+
+    key: str
+    label: str
+    hint: str
+    cells: list[Cell]
+
+
+_METRICS = (
+    ("reward", "Reward", "mean score per prompt"),
+    ("gain", "Gain over SFT", "paired difference on the same prompts"),
+    ("win_rate", "Win rate", "against SFT; a tie counts half"),
+    ("kl", "KL (k1), nats", "per sequence, to the reference; unbiased, may be negative"),
+    ("kl_k3", "KL (k3), nats", "the same distance; estimator that is never negative"),
+    ("accuracy", "Preference accuracy", "implicit reward on held-out pairs"),
+    ("length", "Length, tokens", "mean completion"),
+    ("distinct_2", "distinct-2", "share of word pairs that are unique; low is repetitive"),
+    ("entropy", "Entropy, nats", "mean per token"),
+)
+
+
+def policy_metrics(evaluation: Evaluation) -> list[Metric]:
+    """The policy table by line, one cell a policy; lines that nobody measured are left out."""
+    lines = []
+    for key, label, hint in _METRICS:
+        values = [getattr(row, key) for row in evaluation.policies]
+        if any(value is not None for value in values):
+            lines.append(Metric(key, label, hint, [cell(key, value) for value in values]))
+    return lines
+
+
+def stage_size(stage: StageRow) -> str:
+    """What the artifact holds: "1,200 rows", "134,515,008 parameters", or an en dash."""
+    sizes = [(stage.rows, "rows"), (stage.parameters, "parameters")]
+    return ", ".join(f"{count:,} {unit}" for count, unit in sizes if count is not None) or "–"
+
+
+def terminal_table(report: RunReport) -> Table:
+    """The end of a run in 80 columns: verdict, stages with times, policies, alarms."""
+    headline, kind, reasons = verdict(report)
+    page = Table.grid(padding=(0, 0))
+    colour = {"good": "green", "bad": "red", "unclear": "yellow"}[kind]
+    page.add_row(Text(headline, style=f"bold {colour}"))
+    page.add_row(Text(reasons[0]))
+    stages = Table(title=Text(f"Stages of {report.run.name}"), title_justify="left")
+    for name in ("Stage", "State", "Time", "Artifact"):
+        stages.add_column(name, justify="right" if name == "Time" else "left")
+    for stage in report.stages:
+        stages.add_row(Text(stage.name), stage.state, duration(stage.seconds), stage_size(stage))
+    stages.add_section()
+    stages.add_row("total", "", duration(report.run.seconds), "")
+    page.add_row(stages)
+    if report.evaluation:
+        policies = Table(title="Policies (95% interval)", title_justify="left")
+        policies.add_column("")
+        for row in report.evaluation.policies:
+            policies.add_column(row.name, justify="right")
+        for metric in policy_metrics(report.evaluation):
+            policies.add_row(
+                metric.label,
+                *(Text(f"{c.value}\n{c.interval}".strip()) for c in metric.cells),
+                end_section=True,
+            )
+        page.add_row(policies)
+    for alarm in alarms(report):
+        page.add_row(Text(f"! {alarm.name}: {alarm.message}", style="yellow"))
+    return page
+
+
+def _plain(text: object) -> str:
+    """Text that Markdown shows as it is, on one line: no markup, no HTML, no cell border."""
+    flat = " ".join(str(text).split())
+    return re.sub(r"([\\`*_{}\[\]<>|#~$])", r"\\\1", flat.replace("&", "&amp;"))
+
+
+def _markdown_table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *([_plain(cell) for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _findings(report: RunReport) -> list[str]:
+    """Paragraphs: the verdict with its reasons, the alarms, the policies side by side."""
+    headline, _, reasons = verdict(report)
+    raised = [f"**{_plain(alarm.name)}**: {_plain(alarm.message)}" for alarm in alarms(report)]
+    parts = [f"# {_plain(headline)}", "\n".join(f"- {_plain(reason)}" for reason in reasons)]
+    if raised:
+        parts += ["## Alarms", "\n".join(f"- {line}" for line in raised)]
+    if report.evaluation:
+        lines = [[metric.label, *map(str, metric.cells)] for metric in policy_metrics(report.evaluation)]
+        parts += ["## Policies", "Brackets hold 95% intervals, resampled by prompt."]
+        parts.append(_markdown_table(["", *(row.name for row in report.evaluation.policies)], lines))
+    return parts
+
+
+def note(report: RunReport, page: str) -> str:
+    """The report in brief, as the Markdown description of a tracked run. `page` names its run page."""
+    about = str(report.notes.get("description", ""))
+    parts = [*_findings(report), *([_plain(about)] if about else [])]
+    return "\n\n".join([*parts, f"Curves, samples, stages and lineage: {page}"]) + "\n"
+
+
+def markdown(report: RunReport) -> str:
+    """The report as GitHub Markdown, for a Prefect artifact: no samples, no curves."""
+    parts = _findings(report)
+    if report.stages:
+        stages = [
+            [stage.name, stage.state, duration(stage.seconds), stage_size(stage), (stage.sha256 or "–")[:12]]
+            for stage in report.stages
+        ]
+        parts += ["## Stages", _markdown_table(["Stage", "State", "Time", "Artifact", "Digest"], stages)]
+    if report.gate:
+        gate = [
+            [row.subject, f"{row.rows:,}", f"{row.dropped:,}", "refused" if row.refused else "passed", rule]
+            for row in report.gate
+            for rule in [", ".join(f.rule for f in row.findings if not f.passed) or "none"]
+        ]
+        head = ["Data", "Rows", "Dropped", "Gate", "Rules not met"]
+        parts += ["## Data gate", _markdown_table(head, gate)]
+    # The fence must be longer than any run of backticks inside it.
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", report.run.command)), default=0))
+    parts += ["## Reproduce", f"{fence}sh\n{report.run.command}\n{fence}"]
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,192 @@
+"""The local launcher with real torchrun jobs: states, logs, and that nothing is left running."""
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from deploy.launchers import Launcher, LocalLauncher, State, local
+from tests.training_jobs import wait_until
+
+# A job of one rank that does what its job file says. Ranks are told by this module's name and the job's path.
+MODULE = "stand_in_trainer"
+SOURCE = """
+import pathlib, signal, subprocess, sys, time
+job = pathlib.Path(sys.argv[2])
+work = job.parent
+what = job.read_text()
+if what == "done":
+    (work / "result.json").write_text("{}")
+    sys.exit(0)
+if what == "fail":
+    print("a line of the log", flush=True)
+    raise SystemExit("the last words of a rank")
+if what == "stubborn":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    child = subprocess.Popen([sys.executable, "-c", deaf])
+    (work / "child").write_text(str(child.pid))
+if what == "polite":
+    def stop(*_):
+        (work / "stopped").touch()
+        sys.exit(75)
+    signal.signal(signal.SIGTERM, stop)
+(work / "ready").touch()
+while True:
+    time.sleep(0.05)
+"""
+
+
+@pytest.fixture
+def launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalLauncher]:
+    """The real launcher and the real torchrun; only the module that torchrun starts stands in."""
+    (tmp_path / f"{MODULE}.py").write_text(SOURCE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(local, "MODULE", MODULE)
+    yield LocalLauncher()
+    for process in left_over(tmp_path):
+        process.kill()
+
+
+def make_job(tmp_path: Path, what: str, name: str = "work") -> Path:
+    work = tmp_path / name
+    work.mkdir(exist_ok=True)
+    (work / "job").write_text(what)
+    return work / "job"
+
+
+def left_over(tmp_path: Path) -> list[psutil.Process]:
+    """Every live process of this test's jobs: by command line, and a rank's own child."""
+    children = {int(p.read_text()) for p in tmp_path.glob("*/child")}
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        command = " ".join(process.info["cmdline"] or [])
+        alive = process.info["status"] != psutil.STATUS_ZOMBIE
+        if alive and (str(tmp_path) in command or (process.pid in children and "SIG_IGN" in command)):
+            found.append(process)
+    return found
+
+
+def ranks(tmp_path: Path) -> list[psutil.Process]:
+    return [p for p in left_over(tmp_path) if "-u" in p.cmdline()]
+
+
+def started(job: Path) -> bool:
+    return (job.parent / "ready").exists()
+
+
+def test_render_is_the_command_and_starts_nothing(tmp_path: Path) -> None:
+    job = tmp_path / "a folder" / "job.json"
+    assert shlex.split(LocalLauncher().render(job, 2)) == [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "-m",
+        "dpo_core.train",
+        "--config",
+        str(job),
+    ]
+    assert not list(tmp_path.iterdir())
+    protocol: Launcher = LocalLauncher()
+    assert protocol
+
+
+def test_a_job_that_ends_well_is_done(launcher: LocalLauncher, tmp_path: Path) -> None:
+    job = make_job(tmp_path, "done")
+    handle = launcher.submit(job, 1, job.parent)
+    assert launcher.poll(handle) is State.RUNNING
+    wait_until(lambda: launcher.poll(handle) is not State.RUNNING, "the end")
+    assert launcher.poll(handle) is State.DONE
+    launcher.cancel(handle)  # after the end: nothing to do, and no error
+    assert launcher.poll(handle) is State.DONE
+
+
+def test_a_job_that_fails_shows_the_end_of_its_log(launcher: LocalLauncher, tmp_path: Path) -> None:
+    job = make_job(tmp_path, "fail")
+    # What an earlier job left on this folder says nothing about this one.
+    for name in ("result.json", "stopped", "error.json"):
+        (job.parent / name).write_text("{}")
+    handle = launcher.submit(job, 1, job.parent)
+    wait_until(lambda: launcher.poll(handle) is not State.RUNNING, "the end")
+    assert launcher.poll(handle) is State.FAILED
+    log = launcher.logs(handle, lines=1000)
+    assert "a line of the log" in log
+    assert "the last words of a rank" in log
+    assert launcher.logs(handle, lines=2) == "\n".join(log.splitlines()[-2:])
+
+
+def test_a_polite_job_stops_on_purpose(launcher: LocalLauncher, tmp_path: Path) -> None:
+    job = make_job(tmp_path, "polite")
+    handle = launcher.submit(job, 2, job.parent)
+    wait_until(lambda: started(job) and len(ranks(tmp_path)) == 2, "two ranks")
+    launcher.cancel(handle, grace=20)
+    assert launcher.poll(handle) is State.STOPPED
+    assert not left_over(tmp_path)
+
+
+def test_nothing_of_a_stubborn_job_survives_the_grace_time(launcher: LocalLauncher, tmp_path: Path) -> None:
+    job = make_job(tmp_path, "stubborn")
+    handle = launcher.submit(job, 2, job.parent)
+    wait_until(lambda: started(job) and len(ranks(tmp_path)) == 2, "two ranks")
+    assert len(left_over(tmp_path)) >= 4, "torchrun, two ranks, and a child that is deaf too"
+    launcher.cancel(handle, grace=0.5)
+    assert not left_over(tmp_path)
+    assert launcher.poll(handle) is State.FAILED
+
+
+def test_ranks_that_outlive_torchrun_are_ended_too(launcher: LocalLauncher, tmp_path: Path) -> None:
+    job = make_job(tmp_path, "stubborn")
+    handle = launcher.submit(job, 1, job.parent)
+    wait_until(lambda: started(job), "a rank")
+    psutil.Process(int(handle)).kill()
+    wait_until(lambda: launcher.poll(handle) is not State.RUNNING, "the end of torchrun")
+    assert ranks(tmp_path), "torchrun gives its ranks a session of their own"
+    launcher.cancel(handle, grace=0.5)
+    assert not left_over(tmp_path)
+
+
+@pytest.mark.parametrize("torchrun_too", [False, True])
+def test_the_orphans_of_a_killed_flow_are_reaped_by_the_next_submit(
+    launcher: LocalLauncher, tmp_path: Path, torchrun_too: bool
+) -> None:
+    job = make_job(tmp_path, "wait")
+    bystander = make_job(tmp_path, "wait", name="other")
+    flow = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, time; from pathlib import Path; from deploy.launchers import local\n"
+            f"local.MODULE = {MODULE!r}\n"
+            f"for job in (Path({str(job)!r}), Path({str(bystander)!r})):\n"
+            "    print(local.LocalLauncher().submit(job, 1, job.parent), flush=True)\n"
+            "time.sleep(600)",
+        ],
+        stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).resolve().parents[2]}"},
+    )
+    assert flow.stdout is not None
+    torchrun = psutil.Process(int(flow.stdout.readline()))
+    wait_until(lambda: started(job) and started(bystander), "both jobs")
+    flow.kill()
+    flow.wait()
+    if torchrun_too:
+        torchrun.kill()
+    orphans = {p.pid for p in left_over(tmp_path) if str(job.parent) in " ".join(p.cmdline())}
+    others = {p.pid for p in left_over(tmp_path) if str(bystander) in p.cmdline()}
+    assert len(orphans) == (1 if torchrun_too else 2)
+
+    (job.parent / "ready").unlink()
+    make_job(tmp_path, "done")
+    handle = launcher.submit(job, 1, job.parent)
+    alive = {p.pid for p in left_over(tmp_path)}
+    assert not alive & orphans
+    assert others <= alive, "the job of another folder is left alone"
+    wait_until(lambda: launcher.poll(handle) is not State.RUNNING, "the end")
+    assert launcher.poll(handle) is State.DONE

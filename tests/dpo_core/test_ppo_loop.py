@@ -1,0 +1,203 @@
+"""The PPO loop on a tiny model and a reward that it can learn: known first round, learning, exact resume."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+from deploy.launchers import LocalLauncher, State
+from dpo_core import train
+from dpo_core.logprobs import collate
+from dpo_core.models import load_model
+from dpo_core.ppo import ActorCritic, PpoConfig, to_response
+from dpo_core.tokens import Sequence
+from tests.training_jobs import curve, launch, text, wait_until, write_job
+
+ROUNDS = 12
+PROMPTS = [{"prompt": text(i, 3), "chat": False} for i in range(12)]
+# Counts a letter; a file beside it makes the reward call of that number wait to be killed.
+REWARD = """
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+calls = 0
+
+
+def count_o(prompts, completions):
+    global calls
+    calls += 1
+    while (HERE / f"wait-{calls}").exists():
+        (HERE / "waiting").touch()
+        time.sleep(0.01)
+    return [float(c.count("o") + c.count("e")) for c in completions]
+"""
+
+
+def ppo_job(work: Path, tiny: Path, **changes: Any) -> Path:
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "reward.py").write_text(REWARD)
+    engine = {"precision": "fp32", "threads": 1, "save_every": 2} | changes.pop("engine", {})
+    ppo = {
+        "iterations": ROUNDS,
+        "episodes": 32,
+        "epochs": 2,
+        "minibatches": 2,
+        "micro_batch_size": 8,
+        "kl_coef": 0.02,
+        "target_kl": 3.0,
+        "kl_horizon": 500.0,
+        "optim": {"learning_rate": 1e-2, "schedule": "linear", "warmup_fraction": 0.0, "epsilon": 1e-5},
+    }
+    return write_job(
+        work,
+        "ppo",
+        tiny,
+        PROMPTS,
+        reference=str(tiny),
+        reward_source=f"{work / 'reward.py'}:count_o",
+        sampling={"max_new_tokens": 8, "batch_size": 16, "precision": "fp32"},
+        ppo=ppo | changes | {"engine": engine},
+    )
+
+
+@pytest.fixture(scope="module")
+def straight(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The work folder of an uninterrupted run under torchrun."""
+    work = tmp_path_factory.mktemp("ppo")
+    assert launch(ppo_job(work, tiny)) is State.DONE
+    return work
+
+
+def test_the_first_round_has_known_values(straight: Path) -> None:
+    first = curve(straight)[0]
+    assert first["objective/kl"] == 0.0, "the policy is still the reference"
+    assert first["objective/non_score_reward"] == 0.0
+    assert first["objective/rlhf_reward"] == first["objective/scores"]
+    assert first["objective/entropy"] > 0
+    assert 1 <= first["completions/mean_length"] <= 8
+
+
+def test_every_round_starts_at_a_ratio_of_exactly_one(straight: Path) -> None:
+    """In fp32 the rows are scored and trained on with the same arithmetic: any other ratio is a fault."""
+    lines = curve(straight)
+    assert [line["val/ratio_first"] for line in lines] == [1.0] * ROUNDS
+    assert any(line["val/ratio"] != 1.0 for line in lines), "later steps of a round do move"
+
+
+def test_a_reward_that_can_be_learnt_is_learnt(straight: Path) -> None:
+    lines = curve(straight)
+    scores = [line["objective/scores"] for line in lines]
+    assert np.mean(scores[-3:]) > np.mean(scores[:2]) + 0.5
+    assert np.mean(scores[-3:]) > 2 * np.mean(scores[:2])
+    assert lines[-1]["objective/kl"] > 0.5, "it has left the reference"
+    assert lines[-1]["episode"] == ROUNDS * 32
+    for line in lines:
+        assert line["objective/rlhf_reward"] == pytest.approx(
+            line["objective/scores"] - line["objective/kl_coef"] * line["objective/kl"], abs=1e-5
+        )
+
+
+def test_the_kl_weight_is_steered(straight: Path) -> None:
+    lines = curve(straight)
+    for now, following in pairwise(lines):
+        error = float(np.clip(now["objective/kl"] / 3.0 - 1, -0.2, 0.2))
+        wanted = now["objective/kl_coef"] * (1 + error * 32 / 500)
+        assert following["objective/kl_coef"] == pytest.approx(wanted)
+
+
+TIMES = ("seconds_per_step", "time")
+
+
+def timeless(work: Path) -> list[dict[str, float]]:
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in curve(work)]
+
+
+def test_a_killed_run_goes_on_bit_for_bit(straight: Path, tiny: Path, tmp_path: Path) -> None:
+    job = ppo_job(tmp_path, tiny)
+    # A round is four reward calls; the fourth round is killed in its second.
+    hold = tmp_path / "wait-14"
+    hold.touch()
+    launcher = LocalLauncher()
+    handle = launcher.submit(job, 1, tmp_path)
+    wait_until((tmp_path / "waiting").exists, "the fourteenth reward")
+    launcher.cancel(handle, grace=0)
+    assert [line["step"] for line in curve(tmp_path)] == [1, 2, 3]
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+    hold.unlink()
+    assert launch(job) is State.DONE
+    assert timeless(tmp_path) == timeless(straight)
+    ours, theirs = (load_file(w / "out" / "model.safetensors") for w in (tmp_path, straight))
+    for name, tensor in theirs.items():
+        assert ours[name].equal(tensor), name
+
+
+def test_two_ranks_share_the_episodes(tiny: Path, tmp_path: Path) -> None:
+    job = ppo_job(tmp_path, tiny, iterations=2, engine={"processes": 2})
+    assert launch(job, processes=2) is State.DONE
+    lines = curve(tmp_path)
+    assert lines[0]["objective/kl"] == 0.0
+    assert [line["val/ratio_first"] for line in lines] == [1.0, 1.0]
+    assert lines[-1]["episode"] == 64
+
+
+def test_the_value_of_a_token_is_read_before_it_is_chosen(model: Any) -> None:
+    """Column t of the values must not change with token t, only with those before it."""
+    critic = ActorCritic(model)
+    with torch.no_grad():
+        critic.value_head.weight.normal_(generator=torch.Generator().manual_seed(0))
+        _, one = critic(collate([Sequence((5, 6), (7, 8, 9))]), 1.0)
+        _, other = critic(collate([Sequence((5, 6), (7, 3, 9))]), 1.0)
+    assert one[0, 1:4].equal(other[0, 1:4])
+    assert one[0, 4] != other[0, 4]
+
+
+def test_values_start_at_zero(model: Any) -> None:
+    _, values_BT = ActorCritic(model)(collate([Sequence((5, 6), (7, 8))]), 1.0)
+    assert not values_BT.any()
+
+
+def test_the_response_part_by_hand() -> None:
+    values_BT = torch.tensor([[0.0, 1, 2, 3, 4], [5, 6, 7, 8, 9]])
+    first_B = torch.tensor([1, 3])
+    mask_BR = torch.tensor([[True, True, True], [True, True, False]])
+    assert to_response(values_BT, first_B, mask_BR).tolist() == [[1, 2, 3], [8, 9, 0]]
+
+
+def test_a_reward_that_fails_stops_the_run_with_its_words(alone: None, tiny: Path, tmp_path: Path) -> None:
+    job = ppo_job(tmp_path, tiny)
+    (tmp_path / "reward.py").write_text("def count_o(prompts, completions):\n    return [float('nan')] * 8\n")
+    assert train.main(["--config", str(job)]) == 4
+    error = json.loads((tmp_path / "error.json").read_text())
+    assert "the reward 'count_o' returned nan for row 0" in error["problem"]
+
+
+def test_no_prompts_are_told(alone: None, tiny: Path, tmp_path: Path) -> None:
+    from dpo_core.errors import StageFailed
+    from dpo_core.generate import SamplingConfig
+    from dpo_core.ppo import PpoTrainer
+
+    model = load_model(tiny)
+    with pytest.raises(StageFailed, match="no prompts"):
+        PpoTrainer(
+            model,
+            model,
+            [],
+            PpoConfig(),
+            SamplingConfig(),
+            scorer=lambda sequences, prompts: [],
+            eos_id=0,
+            seed=0,
+            work=tmp_path,
+        )
+
+
+def test_episodes_must_divide() -> None:
+    with pytest.raises(ValidationError, match=r"episodes 10 is not a multiple of .* = 8"):
+        PpoConfig(episodes=10, minibatches=2, micro_batch_size=4)

@@ -1,0 +1,235 @@
+"""The reference cache: what its keys see, what it refuses, what it computes again."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dpo_core import reference
+from dpo_core.errors import StageFailed
+from dpo_core.logprobs import collate, token_logps
+from dpo_core.models import load_model, weights_digest
+from dpo_core.reference import LogpShard, ReferenceCache, compute, reference_key, sequence_key
+from dpo_core.tokens import Sequence
+from tests.dpo_core.test_logprobs import random_sequences
+from tests.tiny import make_tiny_model
+
+Entries = dict[bytes, np.ndarray]
+
+
+@pytest.fixture
+def sequences() -> list[Sequence]:
+    return random_sequences(40, 386, seed=9)
+
+
+def test_the_key_of_a_sequence_sees_tokens_and_where_the_prompt_ends() -> None:
+    base = Sequence((1, 2), (3, 4))
+    others = [
+        Sequence((1, 2), (3, 5)),
+        Sequence((9, 2), (3, 4)),
+        Sequence((1,), (2, 3, 4)),
+        Sequence((1, 2, 3), (4,)),
+        Sequence((1, 2), (3,)),
+        Sequence((1, 2), (3, 4, 0)),
+        Sequence((1, 2), (4, 3)),
+    ]
+    assert len({sequence_key(s) for s in [base, *others]}) == 8
+    # Equal ids are equal, whichever way they came to be.
+    assert sequence_key(Sequence((1, 2), (3, 4), truncated=True)) == sequence_key(base)
+    assert len(sequence_key(base)) == 16
+
+
+def test_the_key_of_a_cache_sees_weights_precision_attention_and_definition(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    base = reference_key("a", "fp32", "sdpa")
+    assert reference_key("a", "fp32", "sdpa") == base
+    others = [
+        reference_key("b", "fp32", "sdpa"),
+        reference_key("a", "bf16", "sdpa"),
+        reference_key("a", "fp32", "eager"),
+    ]
+    monkeypatch.setattr(reference, "DEFINITION_VERSION", reference.DEFINITION_VERSION + 1)
+    others.append(reference_key("a", "fp32", "sdpa"))
+    assert len({base, *others}) == 5
+
+
+def test_the_weights_digest_sees_one_weight_and_nothing_beside_the_model(tiny: Path, tmp_path: Path) -> None:
+    same = make_tiny_model(tmp_path / "same")
+    (same / "notes.txt").write_text("anything")
+    (same / "tokenizer_config.json").unlink()
+    assert weights_digest(same) == weights_digest(tiny)
+    weights = same / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert weights_digest(same) != weights_digest(tiny)
+    assert weights_digest(make_tiny_model(tmp_path / "other", rope_theta=500.0)) != weights_digest(tiny)
+
+
+def test_values_are_those_of_each_sequence_alone(model: Any, sequences: list[Sequence]) -> None:
+    entries: Entries = {}
+    seen: list[int] = []
+    before = torch.get_rng_state()
+    compute(
+        model,
+        sequences,
+        precision="fp32",
+        token_budget=64,
+        keep=entries.update,
+        progress=seen.append,
+        keep_every=2,
+    )
+    assert torch.get_rng_state().equal(before)
+    assert seen[-1] == len(sequences)
+    assert set(entries) == {sequence_key(s) for s in sequences}
+    with torch.no_grad():
+        for sequence in sequences:
+            alone = token_logps(model, collate([sequence]))[0, len(sequence.prompt) :]
+            np.testing.assert_allclose(entries[sequence_key(sequence)], alone, rtol=0, atol=1e-5)
+
+
+def test_a_shard_gives_back_what_was_put_in(tmp_path: Path, sequences: list[Sequence]) -> None:
+    draw = np.random.default_rng(0)
+    entries = {sequence_key(s): draw.normal(size=len(s.completion)).astype(np.float32) for s in sequences}
+    LogpShard.build(entries).save(tmp_path / "shard")
+    shard = LogpShard.open(tmp_path / "shard")
+    keys = [sequence_key(s) for s in reversed(sequences)]
+    for key, position in zip(keys, shard.positions(keys), strict=True):
+        np.testing.assert_array_equal(shard.tokens(int(position)), entries[key])
+    np.testing.assert_allclose(shard.sums(keys), [entries[k].astype(float).sum() for k in keys], rtol=1e-12)
+    assert [p.name for p in tmp_path.iterdir()] == ["shard"], "nothing temporary is left"
+
+
+def test_a_missing_key_is_refused_with_the_count() -> None:
+    known, unknown = sequence_key(Sequence((1,), (2,))), sequence_key(Sequence((1,), (3,)))
+    shard = LogpShard.build({known: np.float32([-1.5])})
+    assert shard.sums([known]).tolist() == [-1.5]
+    with pytest.raises(StageFailed, match="1 of 2 sequences have no reference log-prob"):
+        shard.sums([known, unknown])
+    with pytest.raises(StageFailed, match="1 of 1"):
+        LogpShard.build({}).sums([known])
+
+
+def test_a_value_that_is_spoilt_spoils_its_own_sum_only() -> None:
+    keys = [bytes([i]) + bytes(15) for i in range(3)]
+    values = np.float32([-1.0, -2.0]), np.float32([-3.0, np.nan]), np.float32([-4.0])
+    sums = LogpShard.build(dict(zip(keys, values, strict=True))).sums(keys)
+    np.testing.assert_array_equal(sums, [-3.0, np.nan, -4.0])
+
+
+def test_keys_that_share_their_first_half_are_never_taken_for_each_other() -> None:
+    first = bytes(8) + b"\1" + bytes(7)
+    second = bytes(8) + b"\2" + bytes(7)
+    shard = LogpShard.build({first: np.float32([-1.0])})
+    assert shard.positions([first, second]).tolist() == [0, -1]
+
+
+@pytest.mark.parametrize("array", ["keys", "offsets", "values"])
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_changed_byte_is_found(tmp_path: Path, array: str, place: int) -> None:
+    LogpShard.build({bytes(16): np.float32([-1.0, -2.0])}).save(tmp_path / "shard")
+    file = tmp_path / "shard" / f"{array}.npy"
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(StageFailed, match=r"not what was written"):
+        LogpShard.open(tmp_path / "shard")
+
+
+@pytest.mark.parametrize("lost", ["shard.json", "values.npy"])
+def test_a_lost_file_is_found(tmp_path: Path, lost: str) -> None:
+    LogpShard.build({bytes(16): np.float32([-1.0])}).save(tmp_path / "shard")
+    (tmp_path / "shard" / lost).unlink()
+    with pytest.raises(StageFailed, match="is damaged"):
+        LogpShard.open(tmp_path / "shard")
+
+
+def test_a_cache_passes_over_half_written_and_damaged_shards(tmp_path: Path) -> None:
+    good, bad = bytes(15) + b"\1", bytes(15) + b"\2"
+    cache = ReferenceCache(tmp_path)
+    cache.add({good: np.float32([-1.0])})
+    cache.add({bad: np.float32([-2.0])})
+    damaged = sorted(tmp_path.glob("shard-000001-*"))[0]
+    (damaged / "values.npy").write_bytes(b"")
+    half = tmp_path / "tmp-0123"
+    half.mkdir()
+    (half / "keys.npy").write_bytes(b"half")
+    again = ReferenceCache(tmp_path)
+    assert list(again.find([good, bad])) == [good]
+    assert not damaged.exists(), "its entries are to be computed again"
+    again.add({bad: np.float32([-2.0])})
+    assert set(ReferenceCache(tmp_path).find([good, bad])) == {good, bad}
+
+
+class Killed(Exception):
+    pass
+
+
+def test_going_on_after_a_kill_gives_the_same_bits(
+    model: Any, sequences: list[Sequence], tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"precision": "fp32", "token_budget": 64, "keep_every": 2}
+    straight: Entries = {}
+    compute(model, sequences, keep=straight.update, **settings)
+    cache = ReferenceCache(tmp_path)
+
+    def keep_once(entries: Entries) -> None:
+        if cache.shards:
+            raise Killed
+        cache.add(entries)
+
+    with pytest.raises(Killed):
+        compute(model, sequences, keep=keep_once, **settings)
+    cache = ReferenceCache(tmp_path)
+    known = cache.find(straight)
+    assert 0 < len(known) < len(straight)
+    missing = [s for s in sequences if sequence_key(s) not in known]
+    counted: list[int] = []
+    compute(model, missing, keep=cache.add, progress=counted.append, **settings)
+    assert counted[-1] == len(missing) < len(sequences)
+    found = ReferenceCache(tmp_path).find(straight)
+    assert set(found) == set(straight)
+    for key, values in straight.items():
+        np.testing.assert_array_equal(found[key], values)
+
+
+def test_only_changed_sequences_are_missing(tmp_path: Path, sequences: list[Sequence]) -> None:
+    cache = ReferenceCache(tmp_path)
+    cache.add({sequence_key(s): np.zeros(len(s.completion), np.float32) for s in sequences})
+    first = sequences[0]
+    changed = [Sequence(first.prompt, (*first.completion[:-1], first.completion[-1] ^ 1)), *sequences[1:]]
+    found = ReferenceCache(tmp_path).find(sequence_key(s) for s in reversed(changed))
+    assert [s for s in changed if sequence_key(s) not in found] == changed[:1]
+
+
+def test_values_that_are_not_finite_are_refused(tiny: Path) -> None:
+    broken = load_model(tiny)
+    with torch.no_grad():
+        broken.get_input_embeddings().weight[7] = float("nan")
+    with pytest.raises(StageFailed, match="not finite"):
+        compute(broken, [Sequence((7,), (5,))], precision="fp32", token_budget=64, keep=lambda entries: None)
+
+
+def test_many_keys_are_looked_up_quickly(tmp_path: Path) -> None:
+    count = 200_000
+    raw = np.random.default_rng(0).integers(0, 2**63, size=(count, 2), dtype=np.uint64).tobytes()
+    keys = [raw[i : i + 16] for i in range(0, len(raw), 16)]
+    value = np.float32([-1.0, -0.5])
+    LogpShard.build(dict.fromkeys(keys, value)).save(tmp_path / "shard")
+    shard = LogpShard.open(tmp_path / "shard")
+    start = time.perf_counter()
+    sums = shard.sums(keys[::-1])
+    seconds = time.perf_counter() - start
+    assert sums.shape == (count,)
+    assert (sums == -1.5).all()
+    assert seconds < 1.0
+
+
+def test_the_shard_says_how_many_entries_it_holds(tmp_path: Path) -> None:
+    LogpShard.build({bytes(16): np.float32([-1.0])}).save(tmp_path / "shard")
+    assert json.loads((tmp_path / "shard" / "shard.json").read_text())["entries"] == 1

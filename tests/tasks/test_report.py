@@ -1,0 +1,227 @@
+"""The run report: its verdict and alarms, its numbers in words, the terminal and Markdown."""
+
+import io
+import math
+import re
+
+import pytest
+from pydantic import ValidationError
+from rich.console import Console
+
+from dpo_core.stats import Estimate
+from expectations.report import Finding
+from tasks.page import render
+from tasks.report import GateFinding, GateRow, RunReport
+from tasks.report_numbers import duration, number, scaled
+from tasks.report_text import markdown, terminal_table
+from tasks.report_verdict import alarms, verdict
+from tests.tasks.reports import (
+    estimate,
+    example,
+    hostile,
+    make_evaluation,
+    make_gate,
+    make_stages,
+    with_policy,
+)
+
+
+def test_report_survives_json() -> None:
+    report = example(steps=20)
+    assert RunReport.model_validate_json(report.model_dump_json()) == report
+
+
+def test_report_is_frozen_and_closed() -> None:
+    report = example(steps=20)
+    with pytest.raises(ValidationError, match="frozen"):
+        report.notes = {}  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="speed"):
+        RunReport(run=report.run, speed=1)  # type: ignore[call-arg]
+
+
+def test_values_that_are_not_finite_are_dropped_from_curves() -> None:
+    rows = [{"step": 1, "loss": 0.7, "grad_norm": math.nan}, {"step": 2, "loss": math.inf, "grad_norm": 2}]
+    report = example(curves={"train_dpo": rows})
+    assert report.curves["train_dpo"] == [{"step": 1, "loss": 0.7}, {"step": 2, "grad_norm": 2}]
+    assert RunReport.model_validate_json(report.model_dump_json()) == report
+    with pytest.raises(ValidationError):
+        example(curves={"train_dpo": [{"step": 1, "loss": "high"}]})
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "kind", "words"),
+    [
+        (0.01, 0.3, "good", "higher"),
+        (-0.3, -0.01, "bad", "lower"),
+        (-0.01, 0.3, "unclear", "No difference"),
+        (0.0, 0.3, "unclear", "No difference"),
+        (-0.3, 0.0, "unclear", "No difference"),
+    ],
+)
+def test_the_interval_of_the_gain_decides(low: float, high: float, kind: str, words: str) -> None:
+    headline, found, reasons = verdict(
+        with_policy("DPO", gain=Estimate(value=(low + high) / 2, low=low, high=high, n=256))
+    )
+    assert found == kind
+    assert words in headline
+    assert "256 prompts" in reasons[0]
+    assert any("contains zero" in reason for reason in reasons) == (kind == "unclear")
+
+
+def test_verdict_without_a_comparison() -> None:
+    assert verdict(example(steps=2, evaluation=None)).kind == "unclear"
+    assert verdict(with_policy("DPO", gain=None)).kind == "unclear"
+    refused = make_gate()[0].model_copy(update={"refused": True})
+    headline, kind, _ = verdict(example(steps=2, gate=[refused], evaluation=None))
+    assert (headline, kind) == ("The data gate refused train pairs", "bad")
+
+
+def test_verdict_names_a_learned_reward() -> None:
+    proxy = make_evaluation().model_copy(update={"reward_is_true": False})
+    assert any("learned proxy" in r for r in verdict(example(steps=2, evaluation=proxy)).reasons)
+    assert not any("learned proxy" in r for r in verdict(example(steps=2)).reasons)
+
+
+def test_a_healthy_run_raises_no_alarm() -> None:
+    assert alarms(example()) == []
+
+
+def _curve(**metrics: list[float]) -> dict[str, list[dict[str, float]]]:
+    length = len(next(iter(metrics.values())))
+    rows = [
+        {"step": float(i), **{k.replace("__", "/"): v[i] for k, v in metrics.items()}} for i in range(length)
+    ]
+    return {"train_dpo": rows}
+
+
+FALLING, RISING = [float(-i) for i in range(20)], [float(i) for i in range(20)]
+BAD_ACCURACY = [0.8] * 10 + [0.6] * 10
+
+
+@pytest.mark.parametrize(
+    ("report", "name"),
+    [
+        (example(curves=_curve(logps__chosen=FALLING, rewards__chosen=FALLING)), "Likelihood displacement"),
+        (with_policy("DPO", kl=estimate(10.1, 1)), "KL run-away"),
+        (with_policy("PPO", kl=estimate(10.1, 1)), "KL run-away"),
+        (with_policy("PPO", kl=estimate(2.0, 0.3)), "KL run-away"),
+        (with_policy("DPO", entropy=1.4), "Diversity collapse"),
+        (with_policy("PPO", distinct_2=0.3), "Diversity collapse"),
+        (with_policy("DPO", length=estimate(66, 2)), "Length drift"),
+        (with_policy("DPO", length=estimate(29, 2)), "Length drift"),
+        (with_policy("DPO", accuracy=estimate(0.45, 0.03)), "Reward without accuracy"),
+        (example(curves=_curve(rewards__accuracies=BAD_ACCURACY)), "Reward without accuracy"),
+    ],
+)
+def test_each_failure_raises_its_own_alarm(report: RunReport, name: str) -> None:
+    assert [alarm.name for alarm in alarms(report)] == [name]
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        # Chosen fell but stays above the reference; chosen is below the reference but did not fall.
+        example(curves=_curve(logps__chosen=FALLING, rewards__chosen=RISING)),
+        example(curves=_curve(logps__chosen=RISING, rewards__chosen=FALLING)),
+        example(curves=_curve(rewards__accuracies=BAD_ACCURACY[::-1])),
+        with_policy("DPO", kl=estimate(9.9, 1)),
+        with_policy("PPO", kl=estimate(2.1, 0.3)),
+        with_policy("DPO", entropy=1.45, distinct_2=0.31, length=estimate(65, 2)),
+    ],
+)
+def test_alarms_stay_quiet_just_inside_the_limits(report: RunReport) -> None:
+    assert alarms(report) == []
+
+
+def test_gate_warnings_are_an_alarm_and_notes_are_not() -> None:
+    findings = [f.model_copy(update={"passed": False}) for f in make_gate()[0].findings]
+    (alarm,) = alarms(example(steps=2, gate=[make_gate()[0].model_copy(update={"findings": findings})]))
+    assert "length_bias (warning, 2,611 rows)" in alarm.message
+    assert "prompt_leakage" not in alarm.message  # severity info
+
+
+def test_findings_of_the_gate_fit_the_report() -> None:
+    found = Finding(
+        rule="pairs/length_bias", severity="warning", passed=False, observed=0.71,
+        threshold={"max_share": 0.65}, rows=[3, 9], message="chosen is longer", remedy="balance the lengths",
+    )  # fmt: skip
+    finding = GateFinding.model_validate(found.model_dump())
+    assert (finding.measured, finding.limit) == (0.71, "max_share 0.650")
+    skipped = GateFinding.model_validate(
+        found.model_copy(update={"skipped": True, "passed": True}).model_dump()
+    )
+    page = render(example(steps=2, gate=[GateRow(subject="pairs", rows=10, findings=[finding, skipped])]))
+    assert "max_share 0.650" in page
+    assert '<span class="mark">skipped</span>' in page
+
+
+def test_formats() -> None:
+    assert [number(v) for v in (0, 0.01234, 1.234, 12.34, 1234.4, -0.5, 1.2e-5)] == [
+        "0", "0.0123", "1.23", "12.3", "1,234", "-0.500", "1.2e-05",
+    ]  # fmt: skip
+    assert (number(0.5, signed=True), number(0.066, scale=0.17), number(0, scale=1)) == (
+        "+0.500", "0.066", "0.00",
+    )  # fmt: skip
+    assert [duration(s) for s in (3.21, 245, 7620, 3599.9)] == [
+        "3.2 s",
+        "4 min 05 s",
+        "2 h 07 min",
+        "1 h 00 min",
+    ]
+    assert (scaled(3.5 * 2**30, "B", 1024), scaled(2.6e15, "FLOP"), scaled(0, "B")) == (
+        "3.5 GiB", "2.6 PFLOP", "0 B",
+    )  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------- terminal, Markdown
+
+
+def _terminal(report: RunReport) -> str:
+    out = io.StringIO()
+    Console(file=out, width=80, color_system=None).print(terminal_table(report))
+    return out.getvalue()
+
+
+def test_terminal_table_fits_80_columns() -> None:
+    text = _terminal(example(steps=20))
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    for stage in make_stages():
+        assert stage.name in text
+    for word in (
+        "DPO scores higher than SFT",
+        "+0.523",
+        "+0.465 to +0.581",
+        "22 min 05 s",
+        "cached",
+        "74.2%",
+    ):
+        assert word in text
+
+
+def test_terminal_shows_alarms_and_does_not_read_markup() -> None:
+    report = with_policy("DPO", kl=estimate(14.0, 1))
+    named = report.run.model_copy(update={"name": "[red]x[/nope]"})
+    text = _terminal(report.model_copy(update={"run": named}))
+    assert "! KL run-away: DPO is 14.0 nats from the reference." in text
+    assert "[red]x[/nope]" in text
+
+
+def test_markdown_tables_keep_their_columns_and_escape_markup() -> None:
+    text = markdown(hostile())
+    outside, command = text.split("## Reproduce")
+    assert "<script" not in outside.replace("\\<", "")
+    tables = re.findall(r"(?:^\|.*\n)+", outside, flags=re.M)
+    assert len(tables) == 3
+    for table in tables:
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
+    fence = re.search(r"^(`+)sh$", command, flags=re.M)
+    assert fence
+    assert len(fence[1]) == 4  # the command holds three
+
+
+def test_markdown_of_the_example() -> None:
+    text = markdown(example(steps=20))
+    assert text.startswith("# DPO scores higher than SFT\n")
+    assert "| Gain over SFT | – | +0.523 \\[+0.465 to +0.581\\] | +0.584 \\[+0.529 to +0.639\\] |" in text
+    assert "dpo run imdb_sentiment --set dpo.beta=0.1 --set seed=7" in text

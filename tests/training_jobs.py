@@ -1,0 +1,101 @@
+"""Job files of the real training entry point, and ways to run them."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from deploy.launchers import LocalLauncher, State
+from dpo_core.models import load_model, load_tokenizer
+from dpo_core.reference import LogpShard, compute
+from dpo_core.tokens import TokenConfig, Tokenise, TokenPair
+
+TOKENS = TokenConfig(max_length=64, max_prompt_length=32)
+WORDS = "the film was long and quiet but bread is good warm cold sad happy love it very boring".split()  # noqa: SIM905
+
+
+def text(seed: int, words: int) -> str:
+    """Some words, the same for the same seed."""
+    return " ".join(WORDS[(seed * 7 + i * (seed % 5 + 1)) % len(WORDS)] for i in range(words))
+
+
+def pair_rows(count: int = 16) -> list[dict[str, Any]]:
+    """Pairs of very unequal lengths; some answers are cut and carry no end-of-sequence token."""
+    return [
+        {
+            "id": f"pair-{i}",
+            "prompt": text(i, 2 + i % 4),
+            "chat": False,
+            "chosen": " " + text(i + 100, 2 + i % 7),
+            "rejected": " " + text(i + 200, 9 - i % 8),
+            "chosen_ended": True,
+            "rejected_ended": i % 3 > 0,
+        }
+        for i in range(count)
+    ]
+
+
+def token_pairs(model: Path, rows: list[dict[str, Any]]) -> list[TokenPair]:
+    """The rows as the training job sees them."""
+    kept, dropped = Tokenise(load_tokenizer(model), TOKENS).pairs(rows)
+    assert not dropped
+    return kept
+
+
+def write_reference(model: Path, rows: list[dict[str, Any]], folder: Path) -> Path:
+    """A shard of the fp32 reference log-probs of both sides of every row."""
+    entries: dict[bytes, Any] = {}
+    sides = [s for pair in token_pairs(model, rows) for s in (pair.chosen, pair.rejected)]
+    compute(load_model(model), sides, precision="fp32", token_budget=256, keep=entries.update)
+    LogpShard.build(entries).save(folder)
+    return folder
+
+
+def write_job(folder: Path, kind: str, model: Path, rows: list[dict[str, Any]], **settings: Any) -> Path:
+    """A job file in `folder`, which becomes its work folder; `settings` are fields of the job."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data = folder / "rows.parquet"
+    pd.DataFrame(rows).to_parquet(data, index=False)
+    job = {
+        "kind": kind,
+        "model": str(model),
+        "data": str(data),
+        "out": str(folder / "out"),
+        "work": str(folder),
+        "tokens": TOKENS.model_dump(mode="json"),
+        "seed": 3,
+    }
+    path = folder / "job.json"
+    path.write_text(json.dumps(job | settings))
+    return path
+
+
+def curve(work: Path) -> list[dict[str, float]]:
+    """The lines of a job's metrics.jsonl; half a line at the end is left out."""
+    path = work / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def wait_until(ready: Callable[[], bool], what: str, seconds: float = 120.0) -> None:
+    """Poll until something holds."""
+    limit = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < limit, f"{what} did not happen in {seconds:g} s"
+        time.sleep(0.005)
+
+
+def launch(job: Path, processes: int = 1) -> State:
+    """Run a job under torchrun to its end, as the pipeline does."""
+    launcher = LocalLauncher()
+    handle = launcher.submit(job, processes, job.parent)
+    try:
+        wait_until(lambda: launcher.poll(handle) is not State.RUNNING, "the end of the job")
+        state = launcher.poll(handle)
+        assert state is not State.FAILED, launcher.logs(handle)
+        return state
+    finally:
+        launcher.cancel(handle, grace=1.0)
