@@ -304,7 +304,7 @@ def disable_dropout(model: "torch.nn.Module") -> None:
 def parameter_count(folder: Path) -> int:
     """Number of stored weight elements of a checkpoint, read from the safetensors headers alone."""
     total = 0
-    for file in folder.glob("*.safetensors"):
+    for file in folder.rglob("*.safetensors"):
         with file.open("rb") as handle:
             header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
         for name, tensor in header.items():

@@ -126,6 +126,22 @@ def load_reward(spec: str) -> RewardFunction:
     return CheckedReward(found, name if isinstance(name, str) else attribute)
 
 
+def reward_identity(spec: str | None) -> str | None:
+    """What names a reward in a stage's key: its spec, and the content of the file that defines it.
+
+    An edited reward under the same name is another reward. What that file imports is not looked at.
+    """
+    if spec is None or spec == SentimentReward.name:
+        return spec
+    place = spec.rpartition(":")[0]
+    if not place.endswith(".py"):
+        found = importlib.util.find_spec(place)
+        place = found.origin or "" if found else ""
+    path = Path(place).expanduser()
+    content = sha256(path.read_bytes()).hexdigest() if path.is_file() else "no source"
+    return f"{spec.rpartition(':')[2]} of {content}"
+
+
 def check_reward(spec: str) -> None:
     """Load a reward and ask it for two scores, one of the empty completion, before anything is trained.
 

@@ -14,6 +14,7 @@ from dpo_core.data.records import Loaded, load, load_eval, to_frame
 from dpo_core.data.split import split_by_prompt, with_eval_frame
 from dpo_core.errors import DataError, GateRefused, ModelError, StageFailed
 from dpo_core.pairs import PairSamplingConfig, Scored, pair_up
+from dpo_core.rewards import reward_identity
 from dpo_core.tokens import TokenConfig
 from expectations.config import GateConfig
 from tasks.manifest import Manifest, digest_file
@@ -224,7 +225,7 @@ def sample_pairs(
     slice_ = {
         "pairs": config.model_dump(mode="json"),
         "tokens": tokens.model_dump(mode="json"),
-        "reward": reward,
+        "reward": reward_identity(reward),
         "seed": seed,
     }
     return run_stage(context, SAMPLE, {"prompts": prompts, "reference": reference}, slice_, work)

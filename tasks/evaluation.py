@@ -11,6 +11,7 @@ from prefect import task
 
 from dpo_core.errors import StageFailed
 from dpo_core.evaluate import EvaluateConfig
+from dpo_core.rewards import reward_identity
 from dpo_core.tokens import TokenConfig
 from tasks.manifest import Manifest
 from tasks.stage import TASK_OPTIONS, Context, Output, Stage, StageResult, Work, run_stage
@@ -60,7 +61,7 @@ def evaluate(
     slice_ = {
         "config": config.model_dump(mode="json"),
         "tokens": tokens.model_dump(mode="json"),
-        "reward": reward,
+        "reward": reward_identity(reward),
         "seed": seed,
     }
     return run_stage(context, EVALUATE, inputs, slice_, work)

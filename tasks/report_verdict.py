@@ -1,6 +1,7 @@
 """What a run's numbers say: the verdict and the alarms, each a reading with its threshold beside it."""
 
 from collections.abc import Iterable
+from statistics import fmean, stdev
 from typing import Literal, NamedTuple
 
 from tasks.report import RunReport
@@ -130,13 +131,21 @@ def alarms(report: RunReport) -> list[Alarm]:
     return found
 
 
+def _clearly_below_zero(values: list[float]) -> bool:
+    """Whether the mean of the last quarter is below zero by two standard errors: batches differ."""
+    last = values[-max(2, len(values) // 4) :]
+    return len(last) > 1 and fmean(last) + 2 * stdev(last) / len(last) ** 0.5 < 0
+
+
 def _training_alarms(report: RunReport) -> list[Alarm]:
     found = []
     dpo = report.evaluation.policy("DPO") if report.evaluation else None
     for rows in report.curves.values():
         chosen = start_and_end(series(rows, "logps/chosen")[1])
-        reward = start_and_end(series(rows, "rewards/chosen")[1])
-        if chosen and reward and chosen[1] < chosen[0] and reward[1] < DISPLACED_REWARD:
+        rewards = series(rows, "rewards/chosen")[1]
+        reward = start_and_end(rewards)
+        fell = chosen and chosen[1] < chosen[0] and _clearly_below_zero(rewards)
+        if chosen and reward and fell and reward[1] < DISPLACED_REWARD:
             found.append(
                 Alarm(
                     "Likelihood displacement",

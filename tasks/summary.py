@@ -36,6 +36,7 @@ from tasks.report import (
 from tasks.report_text import markdown, note
 from tasks.report_verdict import alarms, verdict
 from tasks.stage import TASK_OPTIONS, Context, StageResult, tracker_of
+from tasks.tracking import Tracker
 from tasks.workspace import run_folder
 
 
@@ -78,29 +79,29 @@ def summarise(
         model=model,
         notes={"description": recipe.description} if recipe.description else {},
     )
-    _publish(context, report)
+    page = publish(report, run_folder(context.workspace, context.run_id), tracker)
+    create_markdown_artifact(key="run-summary", markdown=markdown(report), description=report.run.name)
+    create_link_artifact(key="run-page", link=page.as_uri(), link_text="Run page")
     return report
 
 
-def _publish(context: Context, report: RunReport) -> None:
-    folder = run_folder(context.workspace, context.run_id)
+def publish(report: RunReport, folder: Path, tracker: Tracker) -> Path:
+    """Write the report's files into the run's folder and record them in MLflow; returns the page's path."""
     page, text = folder / "page.html", folder / "summary.md"
     page.write_text(render(report), encoding="utf-8")
     text.write_text(markdown(report), encoding="utf-8")
     (folder / "report.json").write_text(report.model_dump_json(indent=1))
-    parent = tracker_of(context).parent
+    parent = tracker.parent
     for path in (page, text, folder / "report.json"):
         parent.artifact(path)
     parent.metrics(headline_metrics(report))
     parent.tag("dpo.verdict", verdict(report).headline)
-    if raised := alarms(report):
-        parent.tag("dpo.alarms", ", ".join(sorted({alarm.name for alarm in raised})))
+    parent.tag("dpo.alarms", ", ".join(sorted({alarm.name for alarm in alarms(report)})) or "none")
     parent.tag("mlflow.note.content", note(report, "the artifact `page.html` of this run."))
     if report.model and report.model.version:
         brief = note(report, "the artifact `page.html` of the source run.")
-        tracker_of(context).describe_version(report.model.name, report.model.version, brief)
-    create_markdown_artifact(key="run-summary", markdown=markdown(report), description=report.run.name)
-    create_link_artifact(key="run-page", link=page.as_uri(), link_text="Run page")
+        tracker.describe_version(report.model.name, report.model.version, brief)
+    return page
 
 
 def headline_metrics(report: RunReport) -> dict[str, float]:
@@ -116,7 +117,7 @@ def headline_metrics(report: RunReport) -> dict[str, float]:
     return metrics
 
 
-def _register(recipe: Recipe, manifests: Mapping[str, Manifest], tracker: Any) -> ModelRow:
+def _register(recipe: Recipe, manifests: Mapping[str, Manifest], tracker: Tracker) -> ModelRow:
     model = manifests["train-dpo"]
     tags = {
         "dpo.weights_sha256": str(model.extra.get("weights_sha256")),

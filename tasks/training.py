@@ -18,6 +18,7 @@ from dpo_core.generate import SamplingConfig
 from dpo_core.models import parameter_count
 from dpo_core.ppo import PpoConfig
 from dpo_core.reward_training import RewardModelConfig
+from dpo_core.rewards import reward_identity
 from dpo_core.sft import SftConfig
 from dpo_core.tokens import TokenConfig
 from tasks.manifest import Manifest, digest_file
@@ -223,7 +224,10 @@ def train_ppo(
     inputs = {"reference": reference, "prompts": prompts}
     if reward_model:
         inputs["reward_model"] = reward_model
-    slice_ = _slice(config, tokens, seed) | {"sampling": sampling.model_dump(mode="json"), "reward": reward}
+    slice_ = _slice(config, tokens, seed) | {
+        "sampling": sampling.model_dump(mode="json"),
+        "reward": reward_identity(reward),
+    }
     return run_stage(context, PPO, inputs, slice_, work)
 
 

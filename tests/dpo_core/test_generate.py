@@ -85,6 +85,19 @@ def test_the_batch_size_decides_nothing(small: Any, prompts: list[tuple[int, ...
     assert {c.ended for c in together} == {True, False}
 
 
+def test_padding_does_not_move_learnt_positions(prompts: list[tuple[int, ...]]) -> None:
+    """Rotary positions are relative and would hide a shift."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_embd=16, n_layer=1, n_head=2, n_positions=32, initializer_range=0.5
+    )
+    model = GPT2LMHeadModel(config).eval()
+    padded = sample(model, prompts, fp32(), eos_id=EOS, seed=2)
+    assert padded == sample(model, prompts, fp32(batch_size=1), eos_id=EOS, seed=2)
+
+
 def test_the_seed_decides_everything(small: Any, prompts: list[tuple[int, ...]]) -> None:
     first = sample(small, prompts, fp32(), eos_id=EOS, seed=2)
     torch.manual_seed(123)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_core.errors import RecipeError, StageFailed
-from dpo_core.rewards import CheckedReward, RewardFunction, SentimentReward, load_reward
+from dpo_core.rewards import CheckedReward, RewardFunction, SentimentReward, load_reward, reward_identity
 
 SENTIMENT = SentimentReward()
 
@@ -164,3 +164,18 @@ def test_a_reward_cannot_edit_the_callers_lists_and_is_not_asked_about_nothing()
     assert CheckedReward(greedy, "greedy")([], []) == []
     with pytest.raises(ValueError, match="1 prompts for 2 completions"):
         CheckedReward(greedy, "greedy")(["p"], completions)
+
+
+def test_an_edited_reward_is_another_reward(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("def score(prompts, completions):\n    return [1.0] * len(completions)\n")
+    before = reward_identity(f"{path}:score")
+    moved = tmp_path / "elsewhere.py"
+    moved.write_bytes(path.read_bytes())
+    assert reward_identity(f"{moved}:score") == before
+    path.write_text("def score(prompts, completions):\n    return [2.0] * len(completions)\n")
+    assert reward_identity(f"{path}:score") != before
+    assert reward_identity("sentiment") == "sentiment"
+    assert reward_identity("dpo_core.rewards:SentimentReward") == reward_identity(
+        "dpo_core.rewards:SentimentReward"
+    )

@@ -123,6 +123,8 @@ def test_each_failure_raises_its_own_alarm(report: RunReport, name: str) -> None
         # Chosen fell but stays above the reference; chosen is below the reference but did not fall.
         example(curves=_curve(logps__chosen=FALLING, rewards__chosen=RISING)),
         example(curves=_curve(logps__chosen=RISING, rewards__chosen=FALLING)),
+        # Chosen ends below the reference, by no more than batches differ.
+        example(curves=_curve(logps__chosen=FALLING, rewards__chosen=[0.1, -0.2, 0.1, 0.2, -0.3] * 4)),
         example(curves=_curve(rewards__accuracies=BAD_ACCURACY[::-1])),
         with_policy("DPO", kl=estimate(9.9, 1)),
         with_policy("PPO", kl=estimate(2.1, 0.3)),

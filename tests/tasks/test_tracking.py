@@ -123,12 +123,14 @@ def test_resume_reopens_the_run_of_a_stage_and_goes_on(
     with tracker.child("validate") as done:
         done.metrics({"rows": 10})
     (first,) = [c for c in children(tracker) if c.data.tags["dpo.stage"] == "validate"]
+    tracker.parent.tag("dpo.error", "killed at step 7")
     tracker.finish_parent("FAILED")
 
     again = Tracker(TrackingConfig(), workspace)
     assert again.start_parent("run", recipe=RECIPE, run_id=tracker.run_id) == tracker.run_id
     assert client(again).get_run(again.run_id).info.status == "RUNNING"
     time.sleep(0.05)
+    assert "dpo.error" not in client(again).get_run(again.run_id).data.tags
     with again.child("validate"):  # found in the store: nothing new
         pass
     # The trainer goes on from the checkpoint of step 5 and writes steps 6 and 7 once more, at other times.
@@ -146,6 +148,36 @@ def test_resume_reopens_the_run_of_a_stage_and_goes_on(
     assert "dpo.error" not in final.data.tags
     (cached,) = [c for c in children(again) if c.data.tags["dpo.stage"] == "validate"]
     assert (cached.info.status, cached.info.end_time) == ("FINISHED", first.info.end_time)
+
+
+def test_the_parent_holds_numbers_and_data_of_its_own(tracker: Tracker, workspace: Path) -> None:
+    tracker.parent.metrics({"gain/dpo": 0.5})
+    tracker.parent.dataset("pairs", "d" * 64, 3, "/data/pairs", "training")
+    tracker.finish_parent()
+    again = Tracker(TrackingConfig(), workspace)
+    again.start_parent("run", recipe=RECIPE, run_id=tracker.run_id)
+    again.parent.metrics({"gain/dpo": 0.5})
+    again.parent.metrics({"gain/dpo": 0.25})
+    run = client(again).get_run(again.run_id)
+    assert run.data.metrics == {"gain/dpo": 0.25}
+    assert len(client(again).get_metric_history(again.run_id, "gain/dpo")) == 2, "the same number once"
+    assert [i.dataset.name for i in run.inputs.dataset_inputs] == ["pairs"]
+
+
+def test_a_child_lasts_as_long_as_its_stage(tracker: Tracker) -> None:
+    began = time.time()
+    with tracker.child("train"):
+        time.sleep(0.3)
+    ended = time.time()
+    info = children(tracker)[0].info
+    assert began - 0.01 <= info.start_time / 1000 <= began + 0.1, "not when MLflow took the run"
+    assert began + 0.29 <= info.end_time / 1000 <= ended
+
+
+def test_a_registered_version_is_described(tracker: Tracker, tmp_path: Path) -> None:
+    version = tracker.register_model("tiny.described", str(tmp_path))
+    tracker.describe_version("tiny.described", version, "# It won")
+    assert client(tracker).get_model_version("tiny.described", version).description == "# It won"
 
 
 def test_resume_of_an_unknown_run(workspace: Path) -> None:
