@@ -274,10 +274,12 @@ def _say(as_json: bool, text: str) -> None:
 def _log_to_terminal() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
-    logger = logging.getLogger("dpo")
-    logger.handlers = [handler]
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
+    # What the run says of itself, and what its rooms warn of (a damaged artifact, MLflow away).
+    for name, level in {"dpo": logging.INFO, "tasks": logging.WARNING, "dpo_core": logging.WARNING}.items():
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.setLevel(level)
+        logger.propagate = False
 
 
 def _with_resume_value(arguments: list[str]) -> list[str]:

@@ -33,7 +33,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """An empty workspace with the tiny recipe."""
     folder = tmp_path_factory.mktemp("flows") / "base"
     folder.mkdir()
-    model = make_tiny_model(folder.parent / "model")
+    model = make_tiny_model(folder.parent / "model", taught=True)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny_recipe(model, folder / "runs")))
     return Bench(folder)
 

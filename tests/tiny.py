@@ -35,8 +35,12 @@ def make_tokenizer() -> Any:
     return fast
 
 
-def make_tiny_model(folder: Path, seed: int = 0, **changes: Any) -> Path:
-    """Write a checkpoint folder of a random two-layer Llama."""
+def make_tiny_model(folder: Path, seed: int = 0, *, taught: bool = False, **changes: Any) -> Path:
+    """Write a checkpoint folder of a random two-layer Llama.
+
+    Args:
+        taught: some steps on `TEXT`, so that its samples are letters and not half characters.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -57,6 +61,20 @@ def make_tiny_model(folder: Path, seed: int = 0, **changes: Any) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = LlamaForCausalLM(LlamaConfig(**(settings | changes)))
+        if taught:
+            _teach(model, tokenizer)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def _teach(model: Any, tokenizer: Any, steps: int = 60) -> None:
+    import torch
+
+    batch = tokenizer(TEXT[:4], return_tensors="pt", padding=True)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(steps):
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()

@@ -28,9 +28,9 @@ def tiny_recipe(model: Path, workspace: Path) -> dict:
             "micro_batch_size": 8,
             "engine": ENGINE,
         },
-        "pairs": {"samples_per_prompt": 2, "sampling": {"max_new_tokens": 12, "precision": "fp32"}},
+        "pairs": {"samples_per_prompt": 4, "sampling": {"max_new_tokens": 12, "precision": "fp32"}},
         "reward": {"source": f"{reward}:vowels"},
-        "dpo": {"batch_size": 8, "micro_batch_size": 8, "max_steps": 3, "engine": ENGINE},
+        "dpo": {"epochs": 50, "max_steps": 3, "batch_size": 8, "micro_batch_size": 8, "engine": ENGINE},
         "ppo": {"iterations": 2, "episodes": 8, "micro_batch_size": 8, "epochs": 1, "engine": ENGINE},
         "evaluate": {
             "prompts": 6,

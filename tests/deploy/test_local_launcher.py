@@ -4,6 +4,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -136,7 +137,10 @@ def test_nothing_of_a_stubborn_job_survives_the_grace_time(launcher: LocalLaunch
     handle = launcher.submit(job, 2, job.parent)
     wait_until(lambda: started(job) and len(ranks(tmp_path)) == 2, "two ranks")
     assert len(left_over(tmp_path)) >= 4, "torchrun, two ranks, and a child that is deaf too"
+    start = time.monotonic()
     launcher.cancel(handle, grace=0.5)
+    # Left to itself torchrun would kill its ranks too, after half a minute.
+    assert time.monotonic() - start < 10
     assert not left_over(tmp_path)
     assert launcher.poll(handle) is State.FAILED
 
