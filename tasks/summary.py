@@ -191,7 +191,7 @@ def _cost(stages: Mapping[str, StageResult], seconds: float) -> Cost:
     tokens = flops = 0.0
     for result in stages.values():
         trained = result.manifest.extra.get("tokens_trained")
-        if isinstance(trained, int | float):
+        if isinstance(trained, int | float) and not result.cached:
             tokens += trained
             # 6 N a trained token (Kaplan et al. 2020); attention and the reference pass are not in it.
             flops += 6.0 * (result.manifest.parameters or 0) * trained
