@@ -86,6 +86,8 @@ class GateConfig(Config):
     max_candidates: int = Field(default=50_000, ge=1_000)
     """Rows that may be tokenised for the two token rules; with more candidates, both are estimated from a
     seeded sample of the rows."""
+    baseline: str | None = Field(default=None, min_length=1)
+    """An earlier run's gate.json, for the drift rules; without one they are skipped."""
     seed: int = 0
     """Seed of the samples (token rules, language profile)."""
     echo_min_chars: int = Field(default=20, ge=1)

@@ -6,6 +6,7 @@ this row in?". Letters are counted by Unicode block; a language is guessed from 
 
 import json
 import re
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -91,6 +92,22 @@ def read_profile(baseline: dict[str, object]) -> Profile:
             f"the gate's baseline is not a profile: {where}: {first['msg']}",
             "Give the `profile` object of an earlier gate report, or none",
         ) from error
+
+
+def load_baseline(path: str) -> dict[str, object]:
+    """The profile in an earlier gate report.
+
+    Raises:
+        DataError: the file cannot be read or holds no profile of this version.
+    """
+    try:
+        report = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"the gate's baseline {path} cannot be read ({error})", "Give the gate.json of an earlier run"
+        ) from error
+    profile = report.get("profile", report) if isinstance(report, dict) else {}
+    return read_profile(profile).model_dump()
 
 
 def _plain(prompt: str, chat: bool) -> str:

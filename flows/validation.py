@@ -13,6 +13,7 @@ from dpo_core.data.records import load
 from dpo_core.data.split import split_by_prompt
 from dpo_core.errors import DataError, RecipeError
 from expectations.config import GateConfig
+from expectations.drift import load_baseline
 from expectations.gate import judge
 from expectations.report import GateReport
 from tasks.recipe import apply_override, faults_of
@@ -48,8 +49,13 @@ def judge_file(data: str, overrides: Sequence[str]) -> tuple[GateReport, str]:
     if loaded.kind == "unpaired":
         raise DataError(f"{data} holds unpaired rows", "The gate judges pairs and prompts")
     frame = split_by_prompt(loaded.frame, config.eval_fraction, config.seed)
+    baseline = load_baseline(gate.baseline) if gate.baseline else None
     docs = Path(tempfile.mkdtemp(prefix="dpo-gate-"))
     report, _ = judge(
-        frame, subject="pairs" if loaded.kind == "pairs" else "prompts", config=gate, docs_dir=docs
+        frame,
+        subject="pairs" if loaded.kind == "pairs" else "prompts",
+        config=gate,
+        docs_dir=docs,
+        baseline=baseline,
     )
     return report, f"{loaded.format} ({loaded.recognised_by}); {loaded.notes}"

@@ -8,6 +8,7 @@ from dpo_core.data.read import check_source
 from dpo_core.errors import RecipeError
 from dpo_core.models import check_source_context, locate, read_template
 from dpo_core.rewards import check_reward
+from expectations.drift import load_baseline
 from tasks.recipe import Recipe
 from tasks.runs import find_run
 from tasks.tracking import resolve_uri
@@ -33,6 +34,8 @@ def check_ahead(recipe: Recipe, resume: str | None = None) -> None:
     for path in (recipe.data.path, recipe.data.eval_path):
         if path is not None:
             check_source(path)
+    if recipe.gate.baseline is not None:
+        load_baseline(recipe.gate.baseline)
     if recipe.sft.demonstrations is not None:
         check_demonstrations(recipe.sft.demonstrations)
     if recipe.reward.source is not None:

@@ -17,6 +17,7 @@ from dpo_core.pairs import PairSamplingConfig, Scored, pair_up
 from dpo_core.rewards import reward_identity
 from dpo_core.tokens import TokenConfig
 from expectations.config import GateConfig
+from expectations.drift import load_baseline
 from tasks.manifest import Manifest, digest_file
 from tasks.stage import TASK_OPTIONS, Context, Output, Stage, StageResult, Work, run_stage
 
@@ -97,6 +98,7 @@ def validate(
         GateRefused: a critical rule failed. Nothing is committed, so nothing downstream can run.
     """
     stage = GATE_PAIRS if subject == "pairs" else GATE_PROMPTS
+    baseline = load_baseline(gate.baseline) if gate.baseline else None
 
     def work(given: Work) -> Output:
         from dpo_core.models import load_tokenizer
@@ -121,6 +123,7 @@ def validate(
             max_length=tokens.max_length,
             max_prompt_length=tokens.max_prompt_length,
             special_tokens=tokenizer.all_special_tokens,
+            baseline=baseline,
             tick=bar.update,
         )
         out = given.fresh("out")
@@ -145,7 +148,9 @@ def validate(
 
     slice_ = {
         "subject": subject,
-        "gate": gate.model_dump(mode="json"),
+        # The baseline by what it says, not by its path.
+        "gate": gate.model_dump(mode="json", exclude={"baseline"}),
+        "baseline": baseline,
         "tokens": tokens.model_dump(mode="json"),
     }
     return run_stage(context, stage, {"data": data, "tokenizer": model}, slice_, work)

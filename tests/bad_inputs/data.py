@@ -274,3 +274,15 @@ def validate_refuses(world: World) -> list[str]:
 @bad(2, "rows.json is not valid JSON at row 2", "may be cut off")
 def validate_a_cut_off_list(world: World) -> list[str]:
     return ["validate", world.file("rows.json", json.dumps(good_rows(2))[:-40])]
+
+
+@bad(2, "the gate's baseline", "absent-gate.json", "Give the gate.json of an earlier run")
+def gate_baseline_missing(world: World) -> list[str]:
+    return world.run(gate={"baseline": str(world.new_folder() / "absent-gate.json")})
+
+
+@bad(2, "the gate's baseline is not a profile", "Give the `profile` object")
+def gate_baseline_of_another_kind(world: World) -> list[str]:
+    path = world.new_folder() / "gate.json"
+    path.write_text('{"profile": {"scripts": "Latin"}}')
+    return world.run(gate={"baseline": str(path)})

@@ -4,6 +4,7 @@ import json
 import time
 
 import yaml
+from mlflow import MlflowClient
 
 STAGES = [
     "load-data",
@@ -41,8 +42,6 @@ def test_the_page_and_the_record_are_there(finished):
 
 
 def test_tracking_has_one_parent_and_one_child_a_stage(finished):
-    from mlflow import MlflowClient
-
     bench, report = finished
     client = MlflowClient(f"sqlite:///{bench.workspace / 'mlflow.db'}")
     parent = client.get_run(report["run"]["mlflow_run_id"])
@@ -155,3 +154,25 @@ def test_a_refusal_stops_everything_after_it(finished):
     assert "30" in done.stderr
     new = {name.split("/")[0] for name in own.index().keys() - before.keys()}
     assert new == {"load-data"}, "nothing downstream of the gate ran"
+    client = MlflowClient(f"sqlite:///{own.workspace / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("dpo/tiny").experiment_id
+    failed = client.search_runs([experiment], "attributes.status = 'FAILED'")
+    assert {run.info.run_name.split("-2")[0] for run in failed} == {"validate-pairs", "tiny"}
+    assert all("pairs/identical" in run.data.tags["dpo.error"] for run in failed)
+
+
+def test_an_earlier_report_is_the_baseline_of_drift(finished):
+    bench, report = finished
+    stage = next(s for s in report["stages"] if s["name"] == "validate-pairs")
+    baseline = stage["uri"].removeprefix("file://") + "/gate.json"
+    russian = bench.folder / "russian.jsonl"
+    rows = [
+        {"prompt": f"Какой был фильм {i}", "chosen": f"Очень хороший {i}", "rejected": f"Плохой фильм {i}"}
+        for i in range(30)
+    ]
+    russian.write_text("\n".join(map(json.dumps, rows)))
+    done = bench.dpo("validate", str(russian), "--json", "--set", f"gate.baseline={baseline}")
+    assert done.returncode == 0, done.stderr
+    findings = {f["rule"]: f for f in json.loads(done.stdout)["findings"]}
+    assert not findings["pairs/script_drift"]["passed"]
+    assert findings["pairs/script_drift"]["severity"] == "warning"
