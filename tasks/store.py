@@ -1,13 +1,13 @@
 """The content-addressed store of artifacts that makes a stage run once.
 
-    <workspace>/store/objects/<kind>/<sha256[:2]>/<sha256>/   the artifact's files, never changed in place
-    <workspace>/store/index/<stage>/<key>.json                the manifest of what a stage made
-    <workspace>/store/locks/                                  one lock a key, so that two runs share the work
-    <workspace>/store/tmp/                                    everything unfinished; see `Store.sweep`
-    <workspace>/work/<stage>/<key[:16]>/                      a stage's scratch; survives a kill
+    store/objects/<kind>/<sha256[:2]>/<sha256>/   the artifact's files, never changed in place
+    store/index/<stage>/<key>.json                the manifest of what a stage made
+    store/locks/                                  one lock a key, so that two runs share the work
+    store/tmp/                                    everything unfinished; see `Store.sweep`
+    work/<stage>/<key[:16]>/                      a stage's scratch; survives a kill
 
-Nothing is written in place: files and folders are completed beside and renamed, and the index entry comes
-last. A kill therefore leaves a whole artifact or none.
+All of it lies in the workspace. Nothing is written in place: files and folders are completed beside and
+renamed, and the index entry comes last. A kill therefore leaves a whole artifact or none.
 """
 
 import json
