@@ -68,6 +68,10 @@ def run(
     check_ahead(resolved, resume)
     with _resumable(recipe, overrides or []):
         from flows.alignment import alignment
+        from flows.orphans import end_orphans, mark_own
+
+        end_orphans()
+        mark_own()
 
         try:
             report = alignment(resolved, resume)
