@@ -284,6 +284,9 @@ def judge(
             )
             flags = flags.assign(**columns)
             judged.notes = {name: f"estimated from {n} rows" for name, n in estimated.items()}
+        if not special_tokens:
+            flags = flags.drop(columns="special_tokens")
+            judged.reasons["special_tokens"] = "no tokenizer was given"
         if config.quarantine == "refuse":
             findings, seen = judged.run(frame, flags, usable, subject)
             return _report(subject, len(frame), docs, [schema, *findings], seen), frame

@@ -139,6 +139,8 @@ def validate(
         for finding in report.findings:
             if not finding.passed:
                 typer.echo(f"{finding.severity:8} {finding.rule}: {finding.message}")
+            elif finding.skipped:
+                typer.echo(f"{'skipped':8} {finding.rule}: {finding.message}")
         typer.echo(f"{report.rows} rows, {report.dropped} dropped; Data Docs: {report.docs_index}")
     report.raise_if_refused()
 

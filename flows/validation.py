@@ -43,7 +43,9 @@ def judge_file(data: str, overrides: Sequence[str]) -> tuple[GateReport, str]:
     try:
         asked = _Asked.model_validate(given)
     except ValidationError as error:
-        raise RecipeError(f"{data} cannot be judged: {faults_of(error)}", "Mend the override") from error
+        raise RecipeError(
+            f"{data} cannot be judged: {faults_of(error, _Asked)}", "Mend the override"
+        ) from error
     config, gate = asked.data, asked.gate
     loaded = load(config)
     if loaded.kind == "unpaired":

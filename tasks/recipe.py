@@ -1,5 +1,6 @@
 """One recipe = one YAML = one run: what it may say, how overrides are laid over it, what is refused."""
 
+import difflib
 import json
 from collections.abc import Sequence
 from importlib import resources
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from dpo_core.config import Config
 from dpo_core.data.config import DataConfig
@@ -203,15 +204,30 @@ def _number(text: str) -> str | float:
         return text
 
 
-def faults_of(error: ValidationError) -> str:
-    """Every fault with its field, in one line."""
+def faults_of(error: ValidationError, root: type[BaseModel] | None = None) -> str:
+    """Every fault with its field, in one line; `root` is the model that was asked, `Recipe` if not given."""
     faults = []
     for fault in error.errors():
         field = ".".join(map(str, fault["loc"])) or "recipe"
+        if fault["type"] == "extra_forbidden":
+            faults.append(f"there is no field {field}{_meant(root or Recipe, fault['loc'])}")
+            continue
         message = fault["msg"].removeprefix("Value error, ")
         given = f" (given {fault['input']!r})" if not isinstance(fault["input"], dict) else ""
         faults.append(f"{field}: {message}{given if len(given) < 80 else ''}")
     return "; ".join(faults)
+
+
+def _meant(model: type[BaseModel], place: tuple[int | str, ...]) -> str:
+    """The nearest name among the fields that stand where a mistyped one was written."""
+    for part in place[:-1]:
+        known = model.model_fields.get(str(part))
+        inner = known.annotation if known else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return ""
+        model = inner
+    near = difflib.get_close_matches(str(place[-1]), model.model_fields, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -204,8 +204,11 @@ def _cost(stages: Mapping[str, StageResult], seconds: float) -> Cost:
 
 
 def _hardware() -> str:
+    import torch
+
     memory = psutil.virtual_memory().total / 2**30
-    return f"{os.cpu_count()} CPU cores, {memory:.0f} GiB memory, no GPU used"
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return f"{os.cpu_count()} CPU cores, {memory:.0f} GiB memory, {', '.join(names) or 'no GPU'}"
 
 
 def command_line() -> str:

@@ -260,7 +260,7 @@ def validate_nothing(world: World) -> list[str]:
     return ["validate", str(world.new_folder() / "absent.csv")]
 
 
-@bad(2, "cannot be judged: data.formt: Extra inputs are not permitted", "Mend the override")
+@bad(2, "there is no field data.formt (did you mean format?)", "Mend the override")
 def validate_with_an_unknown_override(world: World) -> list[str]:
     return ["validate", str(world.folder / "good.jsonl"), "--set", "data.formt=hh"]
 

@@ -92,7 +92,8 @@ PAIR_BREAKS: dict[str, tuple[str, Callable[[pd.DataFrame], pd.DataFrame], list[i
 
 
 def test_a_clean_frame_passes(gate: Gate) -> None:
-    options = {"tokens": PlainTokens(words), "max_length": 160, "max_prompt_length": 60}
+    options: dict[str, Any] = {"tokens": PlainTokens(words), "max_length": 160, "max_prompt_length": 60}
+    options["special_tokens"] = ["<|mine|>"]
     first, kept = gate(clean_pairs(), **options)
     report, _ = gate(clean_pairs(), baseline=first.profile.model_dump(), **options)
     assert not report.refused
