@@ -34,7 +34,10 @@ def serve(workspace: str, host: str, port: int, browser: bool) -> None:
     """
     place = open_workspace(workspace)
     uri = resolve_uri(TrackingConfig(), place)
-    print("prefect  prefect server start   (then http://127.0.0.1:4200; needs PREFECT_API_URL in the runs)")
+    print(
+        "prefect  PREFECT_SERVER_ANALYTICS_ENABLED=false prefect server start   "
+        "(then http://127.0.0.1:4200; needs PREFECT_API_URL in the runs)"
+    )
     if uri.startswith("http"):
         print(f"mlflow   {uri}", flush=True)
         if browser:
