@@ -119,11 +119,11 @@ def _download(name: str, revision: str | None) -> Path:
 def source_digest(source: Path) -> str:
     """sha256 of a model's source files: the .gguf, or every config, tokenizer and weight file of a folder."""
     if source.is_file():
-        return _digest_file(source)
+        return digest_file(source)
     digest = hashlib.sha256()
     for file in sorted(source.iterdir()):
         if file.suffix in {".json", ".safetensors", ".model", ".txt", ".jinja"} and file.is_file():
-            digest.update(f"{file.name}\0{_digest_file(file)}\n".encode())
+            digest.update(f"{file.name}\0{digest_file(file)}\n".encode())
     return digest.hexdigest()
 
 
@@ -134,11 +134,12 @@ def weights_digest(folder: Path) -> str:
     """
     digest = hashlib.sha256()
     for file in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
-        digest.update(f"{file.name}\0{_digest_file(file)}\n".encode())
+        digest.update(f"{file.name}\0{digest_file(file)}\n".encode())
     return digest.hexdigest()
 
 
-def _digest_file(path: Path) -> str:
+def digest_file(path: Path) -> str:
+    """sha256 of a file's content."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 

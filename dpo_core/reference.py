@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from dpo_core.errors import StageFailed
 from dpo_core.logprobs import DEFINITION_VERSION, Precision, autocast, collate, length_batches, token_logps
+from dpo_core.models import digest_file
 from dpo_core.tokens import Sequence
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class LogpShard:
         try:
             facts = json.loads((folder / "shard.json").read_text())
             for name in _ARRAYS if verify else ():
-                if _digest(folder / f"{name}.npy") != facts["sha256"][name]:
+                if digest_file(folder / f"{name}.npy") != facts["sha256"][name]:
                     raise StageFailed(f"{folder / name}.npy is not what was written", "Delete the folder")
             return cls(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS))
         except (OSError, ValueError, KeyError) as error:
@@ -90,7 +91,7 @@ class LogpShard:
         }
         for name, array in arrays.items():
             np.save(temporary / f"{name}.npy", array)
-        digests = {name: _digest(temporary / f"{name}.npy") for name in _ARRAYS}
+        digests = {name: digest_file(temporary / f"{name}.npy") for name in _ARRAYS}
         (temporary / "shard.json").write_text(json.dumps({"entries": len(self.keys_N2), "sha256": digests}))
         os.replace(temporary, folder)
 
@@ -194,8 +195,3 @@ def compute(
         if number % keep_every == 0 or number == len(groups):
             keep(entries)
             entries = {}
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from pathlib import Path
 
 import torch
 from pydantic import Field
@@ -97,8 +96,3 @@ def normalise_on(
     raw = torch.tensor(score(model, [s for p in some for s in (p.chosen, p.rejected)], precision))
     model.normalise(raw)
     return {"accuracy": float((raw[0::2] > raw[1::2]).float().mean())}
-
-
-def save_reward_model(model: RewardModel, folder: Path) -> None:
-    """Write the trained reward model (safetensors)."""
-    model.save(folder)

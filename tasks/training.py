@@ -260,8 +260,6 @@ def _train(
     }
     path = given.scratch / "job.json"
     path.write_text(json.dumps(job | shared, indent=1))
-    for leftover in ("error.json", "stopped", "result.json"):
-        (given.scratch / leftover).unlink(missing_ok=True)
     launcher = LocalLauncher()
     given.mlflow.tag("dpo.command", launcher.render(path, processes))
     _watch(given, launcher, path, processes, given.progress(total_steps))
