@@ -14,7 +14,7 @@ from expectations.features import Subject
 if TYPE_CHECKING:
     import great_expectations as gx
 
-_MEND = "mend these rows, or set quarantine: drop to go on without them"
+_MEND = "mend these rows, or set gate.quarantine=drop to go on without them"
 
 # rule -> (what the offending rows do, or what is measured; what to do about it)
 RULES: dict[str, tuple[str, str]] = {
@@ -31,26 +31,29 @@ RULES: dict[str, tuple[str, str]] = {
     "identical": ("have a chosen answer equal to the rejected one", _MEND),
     "identical_after_truncation": (
         "have answers that are equal within the token budget",
-        "raise the token budget (max_length), or set quarantine: drop to go on without these rows",
+        "raise the token budget (max_length), or set gate.quarantine=drop to go on without these rows",
     ),
     "contradiction": (
         "are contradicted by a row that prefers the same two answers the other way round",
-        "decide which order is right, or set quarantine: drop to go on without both",
+        "decide which order is right, or set gate.quarantine=drop to go on without both",
     ),
     "leakage": (
         "are training rows whose prompt is also in the eval split",
-        "split by prompt, or set quarantine: drop to take them out of the training split",
+        "split by prompt, or set gate.quarantine=drop to take them out of the training split",
     ),
     "duplicate": ("repeat an earlier row", "remove the repeats, or make the rule critical and drop"),
     "special_tokens": (
         "hold a special token of the tokenizer in use, which would be read as a control token",
-        "remove the token from the text, or set quarantine: drop",
+        "remove the token from the text, or set gate.quarantine=drop",
     ),
     "template_tokens": (
         "hold a control token of a chat template",
         "strip the template from the source and give the bare turns",
     ),
-    "control_characters": ("hold control characters or U+FFFD", "read the source in its true encoding"),
+    "control_characters": (
+        "hold control characters or U+FFFD",
+        "read the source in its true encoding; samples end in U+FFFD where cut inside a character",
+    ),
     "prompt_repeated": (
         "have an answer that begins with the prompt",
         "cut the prompt from the answers: an answer holds only the completion",

@@ -1,5 +1,8 @@
 """`dpo validate`: the data gate alone, on a file, without a run."""
 
+import hashlib
+import os
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,10 +52,16 @@ def judge_file(data: str, overrides: Sequence[str]) -> tuple[GateReport, str]:
     config, gate = asked.data, asked.gate
     loaded = load(config)
     if loaded.kind == "unpaired":
-        raise DataError(f"{data} holds unpaired rows", "The gate judges pairs and prompts")
+        raise DataError(
+            f"{data} holds unpaired rows ({loaded.recognised_by})",
+            "Give rows with a chosen and a rejected answer, or prompts alone",
+        )
     frame = split_by_prompt(loaded.frame, config.eval_fraction, config.seed)
     baseline = load_baseline(gate.baseline) if gate.baseline else None
-    docs = Path(tempfile.mkdtemp(prefix="dpo-gate-"))
+    # One folder a data set, so that asking again replaces the last answer.
+    name = hashlib.sha256(os.path.abspath(data).encode()).hexdigest()[:12]
+    docs = Path(tempfile.gettempdir()) / f"dpo-gate-{os.getuid()}" / name
+    shutil.rmtree(docs, ignore_errors=True)
     report, _ = judge(
         frame,
         subject="pairs" if loaded.kind == "pairs" else "prompts",
@@ -60,4 +69,9 @@ def judge_file(data: str, overrides: Sequence[str]) -> tuple[GateReport, str]:
         docs_dir=docs,
         baseline=baseline,
     )
-    return report, f"{loaded.format} ({loaded.recognised_by}); {loaded.notes}"
+    return report, f"{loaded.format} ({loaded.recognised_by}); {_counted(loaded.notes)}"
+
+
+def _counted(notes: dict[str, int]) -> str:
+    """`24 rows read, 1 ties dropped`: the counts that are not zero."""
+    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in notes.items() if count)

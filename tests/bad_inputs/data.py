@@ -151,12 +151,19 @@ def chosen_is_true(world: World) -> list[str]:
     return world.run_on(_with(3, chosen=True))
 
 
-@bad(3, "pairs/fault: 1 of 24", "rejected is missing", "source rows 2", "quarantine: drop", adds="load-data")
+@bad(
+    3,
+    "pairs/fault: 1 of 24",
+    "rejected is missing",
+    "source rows 2",
+    "gate.quarantine=drop",
+    adds="load-data",
+)
 def rejected_is_null(world: World) -> list[str]:
     return world.run_on(_with(1, rejected=None))
 
 
-@bad(3, "pairs/empty_chosen: 1 of 24 rows", "source rows 6", "quarantine: drop", adds="load-data")
+@bad(3, "pairs/empty_chosen: 1 of 24 rows", "source rows 6", "gate.quarantine=drop", adds="load-data")
 def chosen_is_empty(world: World) -> list[str]:
     return world.run_on(_with(5, chosen="  "))
 

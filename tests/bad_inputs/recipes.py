@@ -171,7 +171,7 @@ def override_without_a_value(world: World) -> list[str]:
     return world.run("--set", "dpo.epochs")
 
 
-@bad(2, "dpo.epoch: Extra inputs are not permitted")
+@bad(2, "there is no field dpo.epoch", "did you mean epochs?", "dpo config schema")
 def override_of_an_unknown_field(world: World) -> list[str]:
     return world.run("--set", "dpo.epoch=2")
 

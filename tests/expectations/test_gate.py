@@ -40,7 +40,7 @@ def test_refuse_names_rule_count_rate_rows_and_remedy(gate: Gate) -> None:
     said = str(pickle.loads(pickle.dumps(caught.value)))
     assert "pairs/contradiction: 2 of 40 rows (5.00%)" in said
     assert f"source rows {row_number(8)}, {row_number(9)}" in said
-    assert "quarantine: drop" in said
+    assert "gate.quarantine=drop" in said
     assert report.docs_index in said
     assert "\n" not in said
     assert caught.value.exit_code == 3

@@ -1,5 +1,6 @@
 """kill -9 in every stage of a real run, then `--resume`: the result is that of a run left in peace."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -29,7 +30,8 @@ def _in_the_middle(bench, stage: str, log: Path) -> bool:
     return stage not in TRAINED or any(work.glob("*/checkpoints/step-*"))
 
 
-def _kill_in(bench, stage: str) -> None:
+def _kill_in(bench, stage: str) -> int:
+    """Kills the run in the middle of the stage; returns its process number."""
     log = bench.folder / "killed.log"
     with log.open("w") as output:
         flow = subprocess.Popen(
@@ -46,6 +48,17 @@ def _kill_in(bench, stage: str) -> None:
         time.sleep(0.01)
     os.kill(flow.pid, signal.SIGKILL)
     flow.wait()
+    return flow.pid
+
+
+def _started_by(flow: int) -> list[psutil.Process]:
+    """What still runs of the flow with this number: its trainers and its temporary Prefect server."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if process.environ().get("DPO_FLOW_PID") == str(flow):
+                found.append(process)
+    return found
 
 
 @pytest.mark.faults
@@ -54,15 +67,13 @@ def test_resume_after_a_kill_ends_as_if_nothing_had_happened(finished, stage):
     reference, whole = finished
     own = reference.copy(f"killed-{stage}")
     _forget_from(own, stage)
-    _kill_in(own, stage)
+    flow = _kill_in(own, stage)
     report = own.run("--resume")
     assert own.index() == reference.index(), "every artifact, bit for bit"
     assert report["evaluation"] == whole["evaluation"]
     states = own.states(report)
     assert all(states[s] == "cached" for s in STAGES[: STAGES.index(stage)])
-    assert not [
-        p for p in psutil.process_iter(["cmdline"]) if str(own.folder) in " ".join(p.info["cmdline"] or [])
-    ]
+    assert not _started_by(flow)
 
 
 def test_a_trainer_killed_between_checkpoints_goes_on_exactly(finished):
@@ -70,7 +81,9 @@ def test_a_trainer_killed_between_checkpoints_goes_on_exactly(finished):
     reference, whole = finished
     own = reference.copy("killed-default")
     _forget_from(own, "train-dpo")
-    _kill_in(own, "train-dpo")
+    flow = _kill_in(own, "train-dpo")
+    assert _started_by(flow), "the trainer and the Prefect server outlive the flow"
     report = own.run("--resume")
+    assert not _started_by(flow)
     assert own.index() == reference.index()
     assert report["evaluation"] == whole["evaluation"]
