@@ -1,0 +1,159 @@
+"""Attention inside packs (see `layout`): each token sees its document's prompt and its own branch.
+
+Two ways to the same numbers. On a GPU FlexAttention with a block mask that is built from the documents'
+borders (compiling a mask function over 16,384 tokens hung the compiler for over a minute). Elsewhere each
+document becomes a row for the attention alone, everything else in the model runs on the packed tokens.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dpo_core.errors import ModelError
+from dpo_core.layout import Pack
+
+ROWS = "dpo_document_rows"
+BLOCK = 128
+
+
+@dataclass(frozen=True)
+class DocumentRows:
+    """Where each token goes when documents become rows: D documents of at most L tokens."""
+
+    token_DL: Tensor
+    """Index of the token at each place; padding points at token 0."""
+    place_T: Tensor
+    """Index of each token in the flattened (D, L)."""
+    mask_D1LL: Tensor
+    """True where a query may see a key. Padding sees one key, or its softmax would be of nothing."""
+
+    @classmethod
+    def of(cls, pack: Pack) -> "DocumentRows":
+        counts_D = torch.bincount(pack.document_T)
+        documents, longest = len(counts_D), int(counts_D.max())
+        starts_D = counts_D.cumsum(0) - counts_D
+        inside_T = torch.arange(len(pack.ids_T), device=counts_D.device) - starts_D[pack.document_T]
+        place_T = pack.document_T * longest + inside_T
+        token_DL = torch.zeros(documents * longest, dtype=torch.long, device=counts_D.device)
+        token_DL[place_T] = torch.arange(len(pack.ids_T), device=counts_D.device)
+        branch_DL = torch.full_like(token_DL, -1)
+        branch_DL[place_T] = pack.branch_T
+        branch_DL = branch_DL.view(documents, longest)
+        q, k = branch_DL[:, :, None], branch_DL[:, None, :]
+        causal_LL = torch.ones(longest, longest, dtype=torch.bool, device=counts_D.device).tril()
+        mask_DLL = causal_LL & ((k == 0) | (k == q)) & (q >= 0)
+        mask_DLL[:, :, 0] |= q[:, :, 0] < 0
+        return cls(token_DL.view(documents, longest), place_T, mask_DLL[:, None])
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    rows: DocumentRows,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it: query (1, heads, T, d); key and value may have fewer heads.
+
+    Returns (1, T, heads, d).
+
+    Raises:
+        ModelError: the architecture asks for attention that packs do not offer.
+    """
+    unknown = [name for name in ("s_aux", "head_mask") if others.get(name) is not None]
+    if softcap or dropout or unknown or (sliding_window and sliding_window < rows.token_DL.shape[1]):
+        raise ModelError(
+            "the model's attention (soft cap, sinks, dropout or a short window) cannot run on packs",
+            "Set pack_tokens to null: padded rows serve every model",
+        )
+
+    def as_rows(states_1HTd: Tensor, heads: int) -> Tensor:
+        states_DLHd = states_1HTd[0].transpose(0, 1)[rows.token_DL]
+        states_DHLd = states_DLHd.transpose(1, 2)
+        return states_DHLd.repeat_interleave(heads // states_1HTd.shape[1], dim=1)
+
+    heads = query.shape[1]
+    out_DHLd = F.scaled_dot_product_attention(
+        as_rows(query, heads), as_rows(key, heads), as_rows(value, heads), rows.mask_D1LL, scale=scaling
+    )
+    out_Thd = out_DHLd.transpose(1, 2).flatten(0, 1)[rows.place_T]
+    return out_Thd[None], None
+
+
+@contextmanager
+def _implementation(model: nn.Module, name: str) -> Iterator[None]:
+    """The model attends by the named function inside; its own is back afterwards."""
+    from transformers import AttentionInterface
+
+    if name == ROWS:
+        AttentionInterface.register(ROWS, _attend)
+    config: Any = model.config
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def packed_hidden(model: nn.Module, pack: Pack) -> Tensor:
+    """Last hidden states (T, H) of a pack, without the output head."""
+    trunk: Any = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    inputs: dict[str, Any] = {"input_ids": pack.ids_T[None], "position_ids": pack.positions_T[None]}
+    if pack.ids_T.is_cuda:
+        name, extra = "flex_attention", {"attention_mask": block_mask(pack)}
+    else:
+        name, extra = ROWS, {"rows": DocumentRows.of(pack)}
+    with _implementation(model, name):
+        return trunk(**inputs, **extra, use_cache=False).last_hidden_state[0]
+
+
+def block_mask(pack: Pack) -> Any:
+    """FlexAttention's mask of a pack whose length is a multiple of 128, from the borders of its documents."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    document_T, branch_T = pack.document_T, pack.branch_T
+
+    def visible(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        same = document_T[q] == document_T[k]
+        return same & (k <= q) & ((branch_T[k] == 0) | (branch_T[k] == branch_T[q]))
+
+    partial_QK, full_QK = _blocks(document_T.cpu().numpy(), branch_T.cpu().numpy())
+    tables: list[Tensor] = []
+    for chosen_QK in (partial_QK, full_QK):
+        counts = torch.from_numpy(chosen_QK.sum(1).astype(np.int32))
+        # The chosen blocks first, in order; what follows is not read.
+        indices = torch.from_numpy(np.argsort(~chosen_QK, axis=1, kind="stable").astype(np.int32))
+        tables += [counts[None, None].to(document_T.device), indices[None, None].to(document_T.device)]
+    return BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=BLOCK, mask_mod=visible)
+
+
+def _blocks(document_T: np.ndarray, branch_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(Q, K) blocks that are seen in part, and those seen whole."""
+    if len(document_T) % BLOCK:
+        raise ValueError(f"a pack for FlexAttention has a multiple of {BLOCK} tokens, not {len(document_T)}")
+    documents, branches = document_T.reshape(-1, BLOCK), branch_T.reshape(-1, BLOCK)
+    low, high = documents.min(1), documents.max(1)
+    below = np.tri(len(low), dtype=bool)
+    # Documents lie in order, so two blocks share one exactly when their ranges touch.
+    touching = below & (low[:, None] <= high[None, :]) & (low[None, :] <= high[:, None])
+    one = low == high
+    alone = (branches == branches[:, :1]).all(1)
+    prompt = alone & (branches[:, 0] == 0)
+    same_branch = alone[:, None] & alone[None, :] & (branches[:, None, 0] == branches[None, :, 0])
+    whole = one[:, None] & one[None, :] & (low[:, None] == low[None, :]) & (prompt[None, :] | same_branch)
+    full = touching & whole & ~np.eye(len(low), dtype=bool)
+    return touching & ~full, full

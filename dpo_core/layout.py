@@ -1,0 +1,180 @@
+"""How prompts and completions lie in tensors: packs, with each prompt once, or padded rows, one a completion.
+
+A document is a prompt followed by its branches (chosen and rejected, or one completion). In a pack:
+
+    tokens     p0 p1 p2 | c0 c1 | r0 r1 r2 | next document ...
+    positions   0  1  2    3  4    3  4  5    0 ...
+    branch      0  0  0    1  1    2  2  2    0 ...
+
+A token sees the earlier tokens of its document that are in the prompt or in its own branch, so that each
+completion reads exactly what it would read alone. Both first tokens are predicted from the last prompt token,
+which therefore needs no copy; the last token of a branch predicts nothing and is not fed.
+
+Shapes: T tokens of a pack, N predicted tokens, S branches of all documents, L tokens of the longest branch.
+"""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Document:
+    """A prompt and the completions that share it; none is empty. Its length is what the model is fed."""
+
+    prompt: tuple[int, ...]
+    branches: tuple[tuple[int, ...], ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt) + sum(len(branch) - 1 for branch in self.branches)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What both layouts say of the scored tokens. Indices count the tokens of all rows end to end."""
+
+    predicts_N: Tensor
+    """Index of the token whose hidden state predicts."""
+    targets_N: Tensor
+    """The token that it should predict."""
+    place_N: tuple[Tensor, Tensor]
+    """Branch, and place in the branch, of each predicted token."""
+    lengths_S: Tensor
+    """Tokens of each branch; documents in order, their branches in order."""
+    prompt_predicts_M: Tensor
+    """The same for the prompts' own tokens from the second on, for objectives that score prompts."""
+    prompt_targets_M: Tensor
+    prompt_document_M: Tensor
+
+    def table(self, values_N: Tensor) -> Tensor:
+        """(S, L): the values of each branch in its row, 0 after its end. Differentiable."""
+        shape = len(self.lengths_S), int(self.place_N[1].max()) + 1
+        return values_N.new_zeros(shape).index_put(self.place_N, values_N)
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same layout on another device."""
+        return type(self)(**{name: _moved(value, device) for name, value in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class Pack(Layout):
+    """One row of T tokens."""
+
+    ids_T: Tensor
+    positions_T: Tensor
+    document_T: Tensor
+    """Number of the document of each token; padding counts as one more document."""
+    branch_T: Tensor
+    """0 in a prompt, k in the k-th branch of its document."""
+
+
+@dataclass(frozen=True)
+class PaddedRows(Layout):
+    """S rows of T tokens, right-padded: every branch with its own copy of the prompt."""
+
+    ids_ST: Tensor
+    attention_ST: Tensor
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_moved(part, device) for part in value)
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+def pack(documents: Seq[Document], pad_to: int | None = None) -> Pack:
+    """Lay documents end to end, padded to `pad_to` tokens where a fixed shape is wanted.
+
+    Raises:
+        ValueError: a prompt or a branch is empty, or the documents are longer than `pad_to`.
+    """
+    _require_tokens(documents)
+    ids: list[int] = []
+    positions: list[_Indices] = []
+    branch: list[_Indices] = []
+    predicts: list[_Indices] = []
+    starts: list[int] = []
+    for document in documents:
+        start, end = len(ids), len(document.prompt)
+        starts.append(start)
+        ids.extend(document.prompt)
+        positions.append(np.arange(end))
+        branch.append(np.zeros(end, np.int64))
+        for k, tokens in enumerate(document.branches, 1):
+            fed = len(tokens) - 1
+            # The last prompt token predicts the first token of each branch, the branch's own tokens the rest.
+            predicts.append(np.r_[start + end - 1, np.arange(len(ids), len(ids) + fed)])
+            ids.extend(tokens[:-1])
+            positions.append(np.arange(end, end + fed))
+            branch.append(np.full(fed, k))
+    padding = 0 if pad_to is None else pad_to - len(ids)
+    if padding < 0:
+        raise ValueError(f"{len(ids)} tokens do not fit in a pack of {pad_to}")
+    owner = np.repeat(np.arange(len(documents) + 1), [*(len(d) for d in documents), padding])
+    return Pack(
+        **_scored(documents, predicts, starts),
+        ids_T=torch.tensor(ids + [0] * padding),
+        positions_T=_tensor([*positions, np.arange(padding)]),
+        document_T=torch.from_numpy(owner),
+        branch_T=_tensor([*branch, np.zeros(padding, np.int64)]),
+    )
+
+
+def pad(documents: Seq[Document]) -> PaddedRows:
+    """One row a branch, each with its prompt. The padding id is arbitrary: masks decide, ids do not.
+
+    Raises:
+        ValueError: a prompt or a branch is empty.
+    """
+    _require_tokens(documents)
+    rows = [d.prompt + tokens[:-1] for d in documents for tokens in d.branches]
+    width = max(map(len, rows))
+    ids_ST = torch.zeros((len(rows), width), dtype=torch.long)
+    attention_ST = torch.zeros_like(ids_ST)
+    predicts: list[_Indices] = []
+    starts: list[int] = []
+    row = 0
+    for document in documents:
+        starts.append(row * width)
+        for tokens in document.branches:
+            ids_ST[row, : len(rows[row])] = torch.tensor(rows[row])
+            attention_ST[row, : len(rows[row])] = 1
+            predicts.append(row * width + len(document.prompt) - 1 + np.arange(len(tokens)))
+            row += 1
+    return PaddedRows(**_scored(documents, predicts, starts), ids_ST=ids_ST, attention_ST=attention_ST)
+
+
+_Indices = NDArray[np.int64]
+
+
+def _require_tokens(documents: Seq[Document]) -> None:
+    if not all(d.prompt and d.branches and all(d.branches) for d in documents):
+        raise ValueError("a document needs a prompt and completions of at least one token")
+
+
+def _scored(documents: Seq[Document], predicts: list[_Indices], starts: list[int]) -> dict[str, Any]:
+    """The fields that both layouts share; `starts` is where each document's (first) prompt begins."""
+    branches = [tokens for document in documents for tokens in document.branches]
+    lengths = np.array([len(tokens) for tokens in branches])
+    inner = [len(d.prompt) - 1 for d in documents]
+    return {
+        "predicts_N": _tensor(predicts),
+        "targets_N": torch.tensor([token for tokens in branches for token in tokens]),
+        "place_N": (
+            torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
+            _tensor([np.arange(n) for n in lengths]),
+        ),
+        "lengths_S": torch.from_numpy(lengths),
+        "prompt_predicts_M": _tensor([s + np.arange(n) for s, n in zip(starts, inner, strict=True)]),
+        "prompt_targets_M": torch.tensor([t for d in documents for t in d.prompt[1:]], dtype=torch.long),
+        "prompt_document_M": torch.from_numpy(np.repeat(np.arange(len(documents)), inner)),
+    }
+
+
+def _tensor(pieces: Seq[_Indices]) -> Tensor:
+    return torch.from_numpy(np.concatenate(pieces).astype(np.int64))

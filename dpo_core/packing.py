@@ -1,0 +1,113 @@
+"""Which examples share a pack: the plan of an epoch, made from lengths alone.
+
+Shapes: E examples of the training set.
+"""
+
+import heapq
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpo_core.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class PackPlan:
+    """Which examples lie in which pack, for one epoch. `packs[step * per_step + k]` is pack k of a step."""
+
+    packs: tuple[NDArray[np.int64], ...]
+    steps: int
+    per_step: int
+    length: int
+    """Tokens of the fullest pack: the fixed shape of all."""
+    tokens: int
+    """Tokens of all packs together."""
+
+    @property
+    def waste(self) -> float:
+        """Share of padding if every pack has the plan's length."""
+        return 1 - self.tokens / (self.length * len(self.packs))
+
+    def of_step(self, step: int, rank: int = 0, world: int = 1) -> list[NDArray[np.int64]]:
+        """The packs of one rank in one step of the epoch (0-based)."""
+        first = step * self.per_step
+        return [self.packs[i] for i in range(first + rank, first + self.per_step, world)]
+
+
+def plan_epoch(
+    lengths_E: NDArray[np.int64], batch_size: int, budget: int, *, world: int, seed: int, epoch: int
+) -> PackPlan:
+    """Deal the examples of an epoch into packs of at most `budget` tokens, a whole number of packs a step.
+
+    Every step holds exactly `batch_size` examples (what the last, incomplete batch would hold sits this epoch
+    out; another part does in the next) in the same number of packs. Lengths alone decide, with a seeded
+    shuffle, so that every rank and every resumed run makes the same plan.
+
+    Level packs instead of first-fit-decreasing over the epoch: first-fit fills the first packs with the
+    longest examples and the last with the shortest, so that steps differ in size and in kind. Here sorted
+    examples are dealt to the steps round after round, the longest of a round to the emptiest step, and within
+    a step each goes to the emptiest pack: all packs are alike in tokens and in mix, and the fullest, which is
+    the fixed shape of all, is padded little.
+
+    Raises:
+        RecipeError: an example is longer than the budget, or a batch cannot be shared by the ranks.
+    """
+    generator = np.random.default_rng((seed, epoch))
+    order_E = generator.permutation(len(lengths_E))
+    batch = min(batch_size, len(lengths_E))
+    steps = max(1, len(lengths_E) // batch)
+    chosen = order_E[: steps * batch]
+    longest = int(lengths_E[chosen].max())
+    if longest > budget:
+        raise RecipeError(
+            f"the longest example has {longest} tokens and a pack holds {budget}",
+            f"Raise pack_tokens to {longest} or more, or lower tokens.max_length",
+        )
+    if batch < world:
+        raise RecipeError(
+            f"a batch of {batch} examples cannot be shared by {world} ranks",
+            "Raise batch_size, or start fewer processes",
+        )
+    batches = _deal(lengths_E, chosen, steps, generator)
+    tokens = int(lengths_E[chosen].sum())
+    fewest = -(-tokens // (budget * steps * world))
+    for per_rank in range(max(1, fewest), batch // world + 1):
+        parts = [_level(lengths_E, one, per_rank * world) for one in batches]
+        length = max(load for _, load in parts)
+        if length <= budget:
+            packs = tuple(pack for packs, _ in parts for pack in packs)
+            return PackPlan(packs, steps, per_rank * world, length, tokens)
+    raise RecipeError(
+        f"a batch of {batch} examples leaves some of {world} ranks two that together exceed {budget} tokens",
+        f"Make batch_size a multiple of {world}, or raise pack_tokens",
+    )
+
+
+def _deal(
+    lengths_E: NDArray[np.int64], chosen: NDArray[np.int64], steps: int, generator: np.random.Generator
+) -> NDArray[np.int64]:
+    """(steps, batch): each batch holds one example of every round of like lengths."""
+    # Lengths are blurred a little, so that the same examples do not meet again in every epoch.
+    blurred = lengths_E[chosen] * generator.uniform(0.9, 1.1, len(chosen))
+    rounds = chosen[np.argsort(-blurred, kind="stable")].reshape(-1, steps)
+    loads = np.zeros(steps, np.int64)
+    batches = np.empty((steps, len(rounds)), np.int64)
+    for number, examples in enumerate(rounds):
+        emptiest = np.argsort(loads, kind="stable")
+        batches[emptiest, number] = examples[np.argsort(-lengths_E[examples], kind="stable")]
+        loads += lengths_E[batches[:, number]]
+    return batches[generator.permutation(steps)]
+
+
+def _level(
+    lengths_E: NDArray[np.int64], examples: NDArray[np.int64], packs: int
+) -> tuple[list[NDArray[np.int64]], int]:
+    """Packs of the examples, dealt longest first to the emptiest, and the tokens of the fullest pack."""
+    emptiest = [(0, number) for number in range(packs)]
+    hands: list[list[int]] = [[] for _ in range(packs)]
+    for example in examples[np.argsort(-lengths_E[examples], kind="stable")].tolist():
+        load, number = emptiest[0]
+        hands[number].append(example)
+        heapq.heapreplace(emptiest, (load + int(lengths_E[example]), number))
+    return [np.array(hand, np.int64) for hand in hands], max(load for load, _ in emptiest)

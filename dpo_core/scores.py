@@ -1,0 +1,175 @@
+"""What objectives read of a model: token log-probs of every completion, and what some need besides.
+
+One function for padded rows and for packs: only the trunk's forward differs. The output head runs in fp32, in
+chunks of tokens, over scored positions only; large batches recompute each chunk in the backward pass.
+
+Shapes: S branches, L tokens of the longest, D documents, N scored tokens, C tokens of a chunk, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from dpo_core.attention import BLOCK, packed_hidden
+from dpo_core.errors import ModelError
+from dpo_core.layout import Document, Layout, Pack, PaddedRows, pack, pad
+
+# fp32 logits of one chunk: 512 x 49,152 x 4 bytes is 100 MB.
+CHUNK_TOKENS = 512
+# Logits above this size are recomputed in the backward pass; smaller ones are kept, a quarter faster.
+KEEP_LOGITS_BYTES = 1 << 29
+
+
+@dataclass(frozen=True)
+class BranchScores:
+    """Of every branch; 0 after its end."""
+
+    logps_SL: Tensor
+    """log π(token | prompt and everything before it), fp32."""
+    lengths_S: Tensor
+    kl_SL: Tensor | None = None
+    """KL(reference ‖ policy) of the next-token distributions at each position, over the whole vocabulary."""
+    ref_logps_SL: Tensor | None = None
+    """With a live reference: its log-probs."""
+    sharpness_SL: Tensor | None = None
+    """log π(token) - log Σ_v π(v)², detached."""
+    prompt_D: Tensor | None = None
+    """Summed log-prob of the prompt's tokens from the second on."""
+
+
+def hidden_of(model: nn.Module, layout: Layout) -> Tensor:
+    """Last hidden states of all rows end to end, (tokens, H)."""
+    if isinstance(layout, Pack):
+        return packed_hidden(model, layout)
+    assert isinstance(layout, PaddedRows)
+    positions_ST = (layout.attention_ST.cumsum(-1) - 1).clamp(min=0)
+    trunk: Any = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    output = trunk(
+        input_ids=layout.ids_ST,
+        attention_mask=layout.attention_ST,
+        position_ids=positions_ST,
+        use_cache=False,
+    )
+    return output.last_hidden_state.flatten(0, 1)
+
+
+def branch_scores(
+    model: nn.Module,
+    layout: Layout,
+    *,
+    reference: nn.Module | None = None,
+    sharpness: bool = False,
+    prompts: bool = False,
+    kl: bool = False,
+) -> BranchScores:
+    """Scores of every branch under `model`, differentiable in its weights.
+
+    Args:
+        reference: a live reference, run without gradient; needed for `kl`.
+    """
+    hidden = hidden_of(model, layout)
+    ref_hidden_NH = None
+    if reference is not None:
+        with torch.no_grad():
+            ref_hidden_NH = hidden_of(reference, layout)[layout.predicts_N]
+    columns = token_scores(
+        model,
+        hidden[layout.predicts_N],
+        layout.targets_N,
+        reference=reference,
+        ref_hidden_NH=ref_hidden_NH,
+        kl=kl,
+        sharpness=sharpness,
+    )
+    tables = {f"{name}_SL": layout.table(values_N) for name, values_N in columns.items()}
+    prompt_D = None
+    if prompts:
+        logps_M = token_scores(model, hidden[layout.prompt_predicts_M], layout.prompt_targets_M)["logps"]
+        documents = int(layout.prompt_document_M.max()) + 1
+        prompt_D = logps_M.new_zeros(documents).index_add(0, layout.prompt_document_M, logps_M)
+    return BranchScores(**tables, lengths_S=layout.lengths_S, prompt_D=prompt_D)
+
+
+@torch.no_grad()
+def can_share(model: nn.Module) -> bool:
+    """Whether the architecture gives the same log-probs from packs as from padded rows, tried on small ones.
+
+    Attention that looks beyond masks and positions (ALiBi, state spaces, soft caps, sinks) cannot.
+    """
+    ids = [i % len(_head(model)[0]) for i in range(40)]
+    documents = [
+        Document(tuple(ids[a : a + 5]), (tuple(ids[a : a + 3]), tuple(ids[a + 3 : a + 8]))) for a in (0, 9)
+    ]
+    device = next(model.parameters()).device
+    padded = branch_scores(model, pad(documents).to(device)).logps_SL
+    try:
+        packed = branch_scores(model, pack(documents, pad_to=BLOCK).to(device)).logps_SL
+    except (ModelError, TypeError, AttributeError, RuntimeError):
+        return False
+    return torch.allclose(padded, packed, atol=2e-3)
+
+
+def token_scores(
+    model: nn.Module,
+    hidden_NH: Tensor,
+    targets_N: Tensor,
+    *,
+    temperature: float = 1.0,
+    reference: nn.Module | None = None,
+    ref_hidden_NH: Tensor | None = None,
+    kl: bool = False,
+    sharpness: bool = False,
+) -> dict[str, Tensor]:
+    """`logps` (N,) of the targets and, where asked for, `ref_logps`, `kl` and `sharpness`, each (N,) fp32."""
+
+    def chunk(hidden_CH: Tensor, targets_C: Tensor, ref_CH: Tensor | None) -> tuple[Tensor, ...]:
+        logits_CV = logits(model, hidden_CH) / temperature if temperature != 1 else logits(model, hidden_CH)
+        if reference is None and not sharpness:
+            return (-F.cross_entropy(logits_CV, targets_C, reduction="none"),)
+        logps_CV = torch.log_softmax(logits_CV, -1)
+        found = [logps_CV.gather(-1, targets_C[:, None])[:, 0]]
+        if reference is not None:
+            assert ref_CH is not None
+            with torch.no_grad():
+                ref_logps_CV = torch.log_softmax(logits(reference, ref_CH), -1)
+                found.append(ref_logps_CV.gather(-1, targets_C[:, None])[:, 0])
+            if kl:
+                found.append((ref_logps_CV.exp() * (ref_logps_CV - logps_CV)).sum(-1))
+        if sharpness:
+            with torch.no_grad():
+                found.append(found[0].detach() - torch.logsumexp(2 * logps_CV.detach(), -1))
+        return tuple(found)
+
+    names = ["logps"]
+    names += ["ref_logps"] if reference is not None else []
+    names += ["kl"] if kl and reference is not None else []
+    names += ["sharpness"] if sharpness else []
+    if not len(targets_N):
+        return dict.fromkeys(names, hidden_NH.new_zeros(0, dtype=torch.float32))
+    vocabulary = len(_head(model)[0])
+    recompute = torch.is_grad_enabled() and len(targets_N) * vocabulary * 4 > KEEP_LOGITS_BYTES
+    pieces: list[tuple[Tensor, ...]] = []
+    for start in range(0, len(targets_N), CHUNK_TOKENS):
+        part = slice(start, start + CHUNK_TOKENS)
+        ref_CH = None if ref_hidden_NH is None else ref_hidden_NH[part]
+        inputs = hidden_NH[part], targets_N[part], ref_CH
+        pieces.append(checkpoint(chunk, *inputs, use_reentrant=False) if recompute else chunk(*inputs))
+    return dict(zip(names, map(torch.cat, zip(*pieces, strict=True)), strict=True))
+
+
+def logits(model: nn.Module, hidden_CH: Tensor) -> Tensor:
+    """(C, V) fp32 whatever the trunk's autocast: bf16 logits cost about 0.2 nats over a thousand tokens."""
+    weight_VH, bias_V = _head(model)
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+    with torch.autocast(hidden_CH.device.type, enabled=False):
+        logits_CV = F.linear(hidden_CH.float(), weight_VH.float(), bias_V)
+    return torch.tanh(logits_CV / softcap) * softcap if softcap else logits_CV
+
+
+def _head(model: nn.Module) -> tuple[Tensor, Tensor | None]:
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    return head.weight, head.bias.float() if getattr(head, "bias", None) is not None else None

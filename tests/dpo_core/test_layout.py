@@ -1,0 +1,191 @@
+"""Packs against padded rows: the same log-probs, the same gradients, whatever lies beside."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from dpo_core.attention import DocumentRows, _blocks, _implementation, block_mask
+from dpo_core.layout import Document, pack, pad
+from dpo_core.logprobs import collate, token_logps
+from dpo_core.scores import branch_scores, can_share, hidden_of
+from dpo_core.tokens import Sequence
+
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+
+
+def llama(seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+
+
+def documents(count: int, seed: int, longest: int = 12, branches: int = 2) -> list[Document]:
+    generator = np.random.default_rng(seed)
+
+    def tokens() -> tuple[int, ...]:
+        return tuple(generator.integers(0, 61, generator.integers(1, longest + 1)).tolist())
+
+    return [Document(tokens(), tuple(tokens() for _ in range(branches))) for _ in range(count)]
+
+
+def test_a_pack_holds_each_prompt_once_and_no_last_token():
+    made = pack([Document((1, 2, 3), ((4, 5), (6, 7, 8))), Document((9,), ((10,), (11, 12)))])
+    assert made.ids_T.tolist() == [1, 2, 3, 4, 6, 7, 9, 11]
+    assert made.positions_T.tolist() == [0, 1, 2, 3, 3, 4, 0, 1]
+    assert made.branch_T.tolist() == [0, 0, 0, 1, 2, 2, 0, 2]
+    assert made.document_T.tolist() == [0, 0, 0, 0, 0, 0, 1, 1]
+    assert made.predicts_N.tolist() == [2, 3, 2, 4, 5, 6, 6, 7]
+    assert made.targets_N.tolist() == [4, 5, 6, 7, 8, 10, 11, 12]
+    assert made.lengths_S.tolist() == [2, 3, 1, 2]
+    assert made.prompt_predicts_M.tolist() == [0, 1]
+    assert made.prompt_targets_M.tolist() == [2, 3]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_packs_equal_padded_rows_in_log_probs_and_gradients(family):
+    torch.manual_seed(1)
+    model = llama() if family == "llama" else Qwen2ForCausalLM(Qwen2Config(**SIZES)).eval()
+    chosen = documents(7, seed=3)
+    weights = torch.randn(14, 12)
+
+    def run(layout):
+        model.zero_grad()
+        scores = branch_scores(model, layout)
+        table = torch.zeros(14, 12)
+        table[:, : scores.logps_SL.shape[1]] = scores.logps_SL
+        (table * weights).sum().backward()
+        return table.detach(), [p.grad.clone() for p in model.parameters()]
+
+    packed, padded = run(pack(chosen)), run(pad(chosen))
+    torch.testing.assert_close(packed[0], padded[0], rtol=0, atol=2e-6)
+    for ours, theirs in zip(packed[1], padded[1], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    filled = run(pack(chosen, pad_to=256))
+    torch.testing.assert_close(filled[0], padded[0], rtol=0, atol=2e-6)
+
+
+def test_each_branch_reads_what_it_would_read_alone():
+    model = llama()
+    chosen = documents(5, seed=4, branches=3)
+    with torch.no_grad():
+        scores = branch_scores(model, pack(chosen))
+        for s, (d, tokens) in enumerate((one, t) for one in chosen for t in one.branches):
+            alone = token_logps(model, collate([Sequence(d.prompt, tokens)]))[0, len(d.prompt) :]
+            torch.testing.assert_close(scores.logps_SL[s, : len(tokens)], alone, rtol=0, atol=2e-6)
+            assert scores.logps_SL[s, len(tokens) :].eq(0).all()
+
+
+def test_a_changed_branch_changes_no_other():
+    model = llama()
+    one = Document((1, 2, 3), ((4, 5, 6), (7, 8, 9)))
+    other = Document((1, 2, 3), ((40, 50, 60), (7, 8, 9)))
+    with torch.no_grad():
+        a, b = (branch_scores(model, pack([d, one])).logps_SL for d in (one, other))
+    assert not a[0].equal(b[0])
+    torch.testing.assert_close(a[1:], b[1:], rtol=0, atol=1e-6)
+
+
+def test_the_prompt_is_scored_once_a_document():
+    model = llama()
+    chosen = documents(4, seed=5)
+    with torch.no_grad():
+        packed = branch_scores(model, pack(chosen), prompts=True).prompt_D
+        padded = branch_scores(model, pad(chosen), prompts=True).prompt_D
+        alone = [
+            token_logps(model, collate([Sequence(d.prompt[:1], d.prompt[1:])])).sum() if d.prompt[1:] else 0.0
+            for d in chosen
+        ]
+    torch.testing.assert_close(packed, padded, rtol=0, atol=1e-5)
+    torch.testing.assert_close(packed, torch.tensor(alone), rtol=0, atol=1e-5)
+
+
+def test_live_reference_kl_and_sharpness_are_those_of_the_full_distributions():
+    model, reference = llama(0), llama(1)
+    layout = pack(documents(3, seed=6))
+    scores = branch_scores(model, layout, reference=reference, kl=True, sharpness=True)
+    with torch.no_grad():
+        logps = torch.log_softmax(model.lm_head(hidden_of(model, layout))[layout.predicts_N], -1)
+        ref = torch.log_softmax(reference.lm_head(hidden_of(reference, layout))[layout.predicts_N], -1)
+    kl = torch.nn.functional.kl_div(logps, ref, log_target=True, reduction="none").sum(-1)
+    torch.testing.assert_close(scores.kl_SL, layout.table(kl), rtol=0, atol=1e-6, check_dtype=False)
+    assert scores.kl_SL.requires_grad
+    assert (kl >= 0).all()
+    assert not scores.ref_logps_SL.requires_grad
+    assert not scores.sharpness_SL.requires_grad
+    sharpness = logps.gather(-1, layout.targets_N[:, None])[:, 0] - logps.exp().pow(2).sum(-1).log()
+    torch.testing.assert_close(scores.sharpness_SL, layout.table(sharpness), rtol=0, atol=1e-5)
+    same = branch_scores(model, layout, reference=model, kl=True)
+    assert same.kl_SL.abs().max() < 1e-6
+    assert same.logps_SL.detach().sub(same.ref_logps_SL).abs().max() < 1e-6
+
+
+def test_recomputed_chunks_give_the_same_gradients(monkeypatch):
+    model, reference, layout = llama(0), llama(1), pack(documents(6, seed=7))
+
+    def gradients():
+        model.zero_grad()
+        scores = branch_scores(model, layout, reference=reference, kl=True)
+        (scores.logps_SL.sum() + scores.kl_SL.sum()).backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    kept = gradients()
+    monkeypatch.setattr("dpo_core.scores.KEEP_LOGITS_BYTES", 0)
+    monkeypatch.setattr("dpo_core.scores.CHUNK_TOKENS", 5)
+    for a, b in zip(kept, gradients(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def dense_mask(layout) -> np.ndarray:
+    document, branch = layout.document_T.numpy(), layout.branch_T.numpy()
+    allowed = (document[:, None] == document) & ((branch == 0) | (branch[:, None] == branch))
+    return allowed & np.tri(len(document), dtype=bool)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 6), st.integers(0, 10**6), st.integers(1, 300), st.integers(1, 3))
+def test_blocks_cover_exactly_what_may_be_seen(count, seed, longest, branches):
+    chosen = documents(count, seed, longest, branches)
+    tokens = sum(map(len, chosen))
+    layout = pack(chosen, pad_to=-(-tokens // 128) * 128)
+    partial, full = _blocks(layout.document_T.numpy(), layout.branch_T.numpy())
+    blocks = dense_mask(layout).reshape(len(partial), 128, len(partial), 128).transpose(0, 2, 1, 3)
+    assert not (partial & full).any()
+    assert blocks[full].all(), "a block taken whole is seen whole"
+    assert not blocks[~partial & ~full].any(), "no visible pair lies in a block left out"
+
+
+def test_flex_attention_equals_document_rows():
+    model, layout = llama(), pack(documents(9, seed=8), pad_to=256)
+    trunk = model.get_decoder()
+    inputs = {"input_ids": layout.ids_T[None], "position_ids": layout.positions_T[None], "use_cache": False}
+    with torch.no_grad():
+        rows = hidden_of(model, layout)
+        with _implementation(model, "flex_attention"):
+            flex = trunk(**inputs, attention_mask=block_mask(layout)).last_hidden_state[0]
+    real = layout.document_T < 9
+    torch.testing.assert_close(flex[real], rows[real], rtol=0, atol=2e-6)
+    assert DocumentRows.of(layout).mask_D1LL.any(-1).all(), "no row of the softmax is empty"
+
+
+def test_an_architecture_that_cannot_share_is_found_out():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 2}
+    assert can_share(llama())
+    assert not can_share(BloomForCausalLM(BloomConfig(**sizes)).eval()), "ALiBi reads places, not positions"
