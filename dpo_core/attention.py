@@ -109,9 +109,15 @@ def _implementation(model: nn.Module, name: str) -> Iterator[None]:
         config._attn_implementation = before
 
 
+def trunk_of(model: nn.Module) -> Any:
+    """The model without its output head."""
+    whole: Any = model
+    return whole.get_decoder() if hasattr(model, "get_decoder") else whole.base_model
+
+
 def packed_hidden(model: nn.Module, pack: Pack) -> Tensor:
     """Last hidden states (T, H) of a pack, without the output head."""
-    trunk: Any = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    trunk = trunk_of(model)
     inputs: dict[str, Any] = {"input_ids": pack.ids_T[None], "position_ids": pack.positions_T[None]}
     if pack.ids_T.is_cuda:
         name, extra = "flex_attention", {"attention_mask": block_mask(pack)}
@@ -132,13 +138,15 @@ def block_mask(pack: Pack) -> Any:
         return same & (k <= q) & ((branch_T[k] == 0) | (branch_T[k] == branch_T[q]))
 
     partial_QK, full_QK = _blocks(document_T.cpu().numpy(), branch_T.cpu().numpy())
-    tables: list[Tensor] = []
-    for chosen_QK in (partial_QK, full_QK):
+
+    def table(chosen_QK: np.ndarray) -> tuple[Tensor, Tensor]:
         counts = torch.from_numpy(chosen_QK.sum(1).astype(np.int32))
         # The chosen blocks first, in order; what follows is not read.
         indices = torch.from_numpy(np.argsort(~chosen_QK, axis=1, kind="stable").astype(np.int32))
-        tables += [counts[None, None].to(document_T.device), indices[None, None].to(document_T.device)]
-    return BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=BLOCK, mask_mod=visible)
+        return counts[None, None].to(document_T.device), indices[None, None].to(document_T.device)
+
+    some, whole = table(partial_QK), table(full_QK)
+    return BlockMask.from_kv_blocks(*some, whole[0], whole[1], BLOCK_SIZE=BLOCK, mask_mod=visible)
 
 
 def _blocks(document_T: np.ndarray, branch_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dpo_core.attention import BLOCK, packed_hidden
+from dpo_core.attention import BLOCK, packed_hidden, trunk_of
 from dpo_core.errors import ModelError
 from dpo_core.layout import Document, Layout, Pack, PaddedRows, pack, pad
 
@@ -47,8 +47,7 @@ def hidden_of(model: nn.Module, layout: Layout) -> Tensor:
         return packed_hidden(model, layout)
     assert isinstance(layout, PaddedRows)
     positions_ST = (layout.attention_ST.cumsum(-1) - 1).clamp(min=0)
-    trunk: Any = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
-    output = trunk(
+    output = trunk_of(model)(
         input_ids=layout.ids_ST,
         attention_mask=layout.attention_ST,
         position_ids=positions_ST,
