@@ -109,7 +109,16 @@ def run_stages(context: Context, recipe: Recipe, command: str) -> RunReport:
     engine = recipe.dpo.engine
     logps = keep(
         "cache-reference",
-        cache_reference(context, reference, pairs, tokens, engine.precision, recipe.cache.token_budget),
+        cache_reference(
+            context,
+            reference,
+            pairs,
+            tokens,
+            engine.precision,
+            recipe.cache.token_budget,
+            engine.processes,
+            engine.threads,
+        ),
     )
     policy = keep("train-dpo", train_dpo(context, reference, pairs, logps, recipe.dpo, tokens, seed))
     policies = {"SFT": reference, "DPO": policy}

@@ -3,9 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from prefect import task
 
 from dpo_core.errors import ModelError, StageFailed
@@ -22,6 +20,7 @@ from dpo_core.models import (
 )
 from dpo_core.tokens import TokenConfig
 from tasks.manifest import Manifest
+from tasks.reference_caches import CACHE_FOLDER
 from tasks.stage import TASK_OPTIONS, Context, Output, Stage, StageResult, Work, run_stage
 
 IMPORT = Stage("import-model", 1, "model")
@@ -81,13 +80,14 @@ def cache_reference(
     tokens: TokenConfig,
     precision: str,
     token_budget: int,
+    processes: int = 1,
+    threads: int | None = None,
 ) -> StageResult:
     """Log-probs of every training pair under the reference; only those not yet known are computed."""
 
     def work(given: Work) -> Output:
-        from dpo_core.logprobs import check_definition, collate
-        from dpo_core.models import disable_dropout, load_model, load_tokenizer
-        from dpo_core.reference import LogpShard, ReferenceCache, compute, reference_key, sequence_key
+        from dpo_core.models import load_tokenizer
+        from dpo_core.reference_job import reference_logps
         from dpo_core.tokens import Tokenise
 
         frame = pd.read_parquet(pairs.path / "data.parquet")
@@ -97,43 +97,37 @@ def cache_reference(
             raise StageFailed(
                 f"no training pair is left after tokenising ({dropped})", "Raise tokens.max_length"
             )
-        sequences = {sequence_key(s): s for p in kept for s in (p.chosen, p.rejected)}
         weights = str(reference.extra["weights_sha256"])
-        model = load_model(reference.path)
-        disable_dropout(model)
-        attention = str(model.config._attn_implementation)
-        name = reference_key(weights, precision, attention)  # type: ignore[arg-type]
-        cache = ReferenceCache(given.scratch.parents[2] / "reference_cache" / name)
-        known = cache.find(sequences)
-        missing = [s for key, s in sequences.items() if key not in known]
-        if missing:
-            check_definition(model, collate([min(missing, key=len)]))
-        bar = given.progress(len(missing))
-        compute(
-            model,
-            missing,
+        logps = reference_logps(
+            kept,
+            reference.path,
+            weights,
+            described=f"{reference.stage} of {context.run_id}, {reference.parameters or 0:,} parameters",
             precision=precision,  # type: ignore[arg-type]
             token_budget=token_budget,
-            keep=cache.add,
-            progress=bar.update,
+            caches=Path(context.workspace) / CACHE_FOLDER,
+            work=given.scratch,
+            processes=processes,
+            threads=threads,
+            progress=lambda total: given.progress(total).update,
         )
-        values: dict[bytes, NDArray[np.float32]] = cache.find(sequences)
         out = given.fresh("out")
-        LogpShard.build(values).save(out / "shard")
+        logps.shard.save(out / "shard")
+        found = logps.sequences - logps.computed
         extra: dict[str, Any] = {
             "reference_weights": weights,
             "precision": precision,
-            "attention": attention,
-            "sequences": len(sequences),
-            "computed": len(missing),
-            "from_cache": len(sequences) - len(missing),
+            "attention": logps.attention,
+            "sequences": logps.sequences,
+            "computed": logps.computed,
+            "from_cache": found,
             **{f"dropped_{reason}": count for reason, count in dropped.items()},
         }
-        metrics = {"cache/computed": float(len(missing)), "cache/found": float(len(sequences) - len(missing))}
+        metrics = {"cache/computed": float(logps.computed), "cache/found": float(found)}
         metrics |= {f"data/{reason}": float(count) for reason, count in dropped.items()}
         return Output(out, rows=len(kept), extra=extra, metrics=metrics)
 
-    # token_budget decides the time and not the values, so it stays out of the key.
+    # Token budget, processes and threads decide the time and not the values, so they stay out of the key.
     slice_ = {"tokens": tokens.model_dump(mode="json"), "precision": precision}
     if "weights_sha256" not in reference.extra:
         raise ModelError("the reference's manifest names no weights", "Run the earlier stages again")

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,14 @@ from tests.dpo_core.test_logprobs import random_sequences
 from tests.tiny import make_tiny_model
 
 Entries = dict[bytes, np.ndarray]
+
+
+def held(cache: ReferenceCache, keys: Iterable[bytes]) -> Entries:
+    """Those of the keys that the cache knows, each with its own values."""
+    wanted = list(keys)
+    known = [key for key, there in zip(wanted, cache.has(wanted), strict=True) if there]
+    shard = cache.select(known)
+    return {k: shard.tokens(int(i)) for k, i in zip(known, shard.positions(known), strict=True)}
 
 
 @pytest.fixture
@@ -82,7 +91,7 @@ def test_values_are_those_of_each_sequence_alone(model: Any, sequences: list[Seq
         token_budget=64,
         keep=entries.update,
         progress=seen.append,
-        keep_every=2,
+        keep_seconds=0.0,
     )
     assert torch.get_rng_state().equal(before)
     assert seen[-1] == len(sequences)
@@ -160,10 +169,10 @@ def test_a_cache_passes_over_half_written_and_damaged_shards(tmp_path: Path) -> 
     half.mkdir()
     (half / "keys.npy").write_bytes(b"half")
     again = ReferenceCache(tmp_path)
-    assert list(again.find([good, bad])) == [good]
+    assert list(held(again, [good, bad])) == [good]
     assert not damaged.exists(), "its entries are to be computed again"
     again.add({bad: np.float32([-2.0])})
-    assert set(ReferenceCache(tmp_path).find([good, bad])) == {good, bad}
+    assert set(held(ReferenceCache(tmp_path), [good, bad])) == {good, bad}
 
 
 class Killed(Exception):
@@ -173,7 +182,7 @@ class Killed(Exception):
 def test_going_on_after_a_kill_gives_the_same_bits(
     model: Any, sequences: list[Sequence], tmp_path: Path
 ) -> None:
-    settings: dict[str, Any] = {"precision": "fp32", "token_budget": 64, "keep_every": 2}
+    settings: dict[str, Any] = {"precision": "fp32", "token_budget": 64, "keep_seconds": 0.0}
     straight: Entries = {}
     compute(model, sequences, keep=straight.update, **settings)
     cache = ReferenceCache(tmp_path)
@@ -186,13 +195,13 @@ def test_going_on_after_a_kill_gives_the_same_bits(
     with pytest.raises(Killed):
         compute(model, sequences, keep=keep_once, **settings)
     cache = ReferenceCache(tmp_path)
-    known = cache.find(straight)
+    known = held(cache, straight)
     assert 0 < len(known) < len(straight)
     missing = [s for s in sequences if sequence_key(s) not in known]
     counted: list[int] = []
     compute(model, missing, keep=cache.add, progress=counted.append, **settings)
     assert counted[-1] == len(missing) < len(sequences)
-    found = ReferenceCache(tmp_path).find(straight)
+    found = held(ReferenceCache(tmp_path), straight)
     assert set(found) == set(straight)
     for key, values in straight.items():
         np.testing.assert_array_equal(found[key], values)
@@ -203,7 +212,7 @@ def test_only_changed_sequences_are_missing(tmp_path: Path, sequences: list[Sequ
     cache.add({sequence_key(s): np.zeros(len(s.completion), np.float32) for s in sequences})
     first = sequences[0]
     changed = [Sequence(first.prompt, (*first.completion[:-1], first.completion[-1] ^ 1)), *sequences[1:]]
-    found = ReferenceCache(tmp_path).find(sequence_key(s) for s in reversed(changed))
+    found = held(ReferenceCache(tmp_path), [sequence_key(s) for s in reversed(changed)])
     assert [s for s in changed if sequence_key(s) not in found] == changed[:1]
 
 

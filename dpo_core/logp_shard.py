@@ -1,0 +1,236 @@
+"""A shard: token log-probs of many sequences in one folder of memory-mapped arrays, looked up by key.
+
+`keys` (N,2) uint64, sorted; `offsets` (N+1,) int64; `values` fp32, the log-prob of each completion token, end
+to end; `shard.json` their digests. Shapes: N entries, K keys that are asked for.
+
+Every look-up is vectorised and costs what is asked for, not what is stored; a file is read front to back.
+"""
+
+import json
+import os
+import socket
+import uuid
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from dpo_core.errors import StageFailed
+from dpo_core.models import digest_file
+
+TEMPORARY = "tmp-"
+_ARRAYS = ("keys", "offsets", "values")
+# Tokens handled at a time: what is made of them on the way stays in the processor's cache.
+_BLOCK_TOKENS = 1 << 18
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class LogpShard:
+    """Log-probs looked up by key; opened memory-mapped."""
+
+    keys_N2: NDArray[np.uint64]
+    offsets: Ints
+    values: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.keys_N2)
+
+    @classmethod
+    def build(cls, entries: dict[bytes, NDArray[np.float32]]) -> "LogpShard":
+        """A shard in memory from {key: token log-probs}."""
+        keys_N2 = key_array(list(entries))
+        order_N = sort_order(keys_N2)
+        rows = list(entries.values())
+        lengths = [len(rows[i]) for i in order_N]
+        values = np.concatenate([np.zeros(0, np.float32), *(rows[i] for i in order_N)])
+        return cls(keys_N2[order_N], ends(np.array(lengths, np.int64)), values)
+
+    @classmethod
+    def open(cls, folder: Path, *, verify: bool = True) -> "LogpShard":
+        """Open a shard.
+
+        Args:
+            verify: read all of it and compare it with its digests; otherwise only the shapes are looked at.
+
+        Raises:
+            StageFailed: a file is missing, not what was written, or does not fit the others.
+        """
+        try:
+            facts = json.loads((folder / "shard.json").read_text())
+            for name in _ARRAYS if verify else ():
+                if digest_file(folder / f"{name}.npy") != facts["sha256"][name]:
+                    raise StageFailed(f"{folder / name}.npy is not what was written", "Delete the folder")
+            shard = cls(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS))
+            fault = shard._fault(int(facts["entries"]), verify)
+        except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+            raise StageFailed(f"the reference cache {folder} is damaged ({error})", "Delete it") from error
+        if fault:
+            raise StageFailed(f"the reference cache {folder} is damaged ({fault})", "Delete it")
+        return shard
+
+    def _fault(self, entries: int, thorough: bool) -> str | None:
+        """Why the arrays cannot belong together; digests do not see what was written wrong at the start."""
+        kinds = (self.keys_N2.dtype, self.offsets.dtype, self.values.dtype)
+        if kinds != (np.uint64, np.int64, np.float32) or self.values.ndim != 1:
+            return "its arrays are of other types"
+        if self.keys_N2.shape != (entries, 2) or self.offsets.shape != (entries + 1,):
+            return f"its arrays do not hold {entries} entries"
+        if self.offsets[0] != 0 or self.offsets[-1] != len(self.values):
+            return "its offsets do not span its values"
+        if not thorough or entries == 0:
+            return None
+        if (np.diff(self.offsets) < 0).any():
+            return "its offsets run backwards"
+        first, second = self.keys_N2[:, 0], self.keys_N2[:, 1]
+        rises = (first[1:] > first[:-1]) | ((first[1:] == first[:-1]) & (second[1:] > second[:-1]))
+        return None if rises.all() else "its keys are not sorted"
+
+    def save(self, folder: Path) -> None:
+        """Write beside and rename, so that a kill leaves no half shard."""
+        temporary = temporary_beside(folder)
+        temporary.mkdir(parents=True)
+        arrays: dict[str, NDArray[Any]] = {
+            # By column: a search reads the first halves of the keys, end to end, without a copy of them.
+            "keys": np.asfortranarray(self.keys_N2),
+            "offsets": self.offsets,
+            "values": self.values,
+        }
+        for name, array in arrays.items():
+            np.save(temporary / f"{name}.npy", array)
+        digests = {name: digest_file(temporary / f"{name}.npy") for name in _ARRAYS}
+        facts = {"entries": len(self), "tokens": len(self.values), "sha256": digests}
+        (temporary / "shard.json").write_text(json.dumps(facts))
+        os.replace(temporary, folder)
+
+    def positions(self, keys: Seq[bytes]) -> Ints:
+        """Index of each key, -1 where it is absent: (K,)."""
+        return search(self.keys_N2, key_array(keys))
+
+    def tokens(self, position: int) -> NDArray[np.float32]:
+        """Token log-probs of the entry at a position."""
+        return np.asarray(self.values[self.offsets[position] : self.offsets[position + 1]])
+
+    def tokens_many(
+        self, keys: Seq[bytes], first: ArrayLike | None = None
+    ) -> tuple[NDArray[np.float32], Ints]:
+        """Token log-probs of each key, end to end, and where each begins: (total,) and (K+1,).
+
+        Args:
+            first: only so many tokens of each entry from its start; one number or (K,). None: all.
+
+        Raises:
+            StageFailed: a key is absent: the cache is of other data, another tokenizer or other settings.
+        """
+        starts_K, counts_K = self._spans(keys, first)
+        offsets = ends(counts_K)
+        values = np.empty(int(offsets[-1]), np.float32)
+        copy_rows(self.values, starts_K, counts_K, values, offsets[:-1])
+        return values, offsets
+
+    def sums(self, keys: Seq[bytes], first: ArrayLike | None = None) -> NDArray[np.float64]:
+        """Summed log-prob of each key, in nats: (K,). Arguments and errors as `tokens_many`."""
+        starts_K, counts_K = self._spans(keys, first)
+        sums_K = np.zeros(len(starts_K))
+        # Without the empty spans, to which reduceat would give the value that follows them.
+        order = np.argsort(starts_K)
+        for rows in blocks(order[counts_K[order] > 0], counts_K):
+            sums_K[rows] = _sum_spans(self.values, starts_K[rows], counts_K[rows])
+        return sums_K
+
+    def _spans(self, keys: Seq[bytes], first: ArrayLike | None) -> tuple[Ints, Ints]:
+        """Where the wanted tokens of each key begin in `values`, and how many they are."""
+        positions_K = self.positions(keys)
+        absent = int((positions_K < 0).sum())
+        if absent:
+            raise StageFailed(
+                f"{absent} of {len(keys)} sequences have no reference log-prob",
+                "The cache belongs to other data or another tokenizer: run the cache stage again",
+            )
+        starts_K = self.offsets[positions_K]
+        counts_K = self.offsets[positions_K + 1] - starts_K
+        if first is not None:
+            wanted = np.asarray(first)
+            whole = np.issubdtype(wanted.dtype, np.integer) or not wanted.size
+            if not whole or (wanted < 0).any():
+                raise ValueError("`first` counts tokens: whole numbers from 0 on")
+            if wanted.ndim and wanted.shape != counts_K.shape:
+                raise ValueError(f"`first` holds {wanted.shape} counts for {len(keys)} keys")
+            counts_K = np.minimum(counts_K, wanted).astype(np.int64)
+        return starts_K, counts_K
+
+
+def temporary_beside(folder: Path) -> Path:
+    """An unused name next to a folder for what is not finished; it says which process is at work on it."""
+    return folder.with_name(f"{TEMPORARY}{socket.gethostname()}+{os.getpid()}+{uuid.uuid4().hex}")
+
+
+def key_array(keys: Seq[bytes]) -> NDArray[np.uint64]:
+    """Keys of 16 bytes as (K,2) numbers."""
+    return np.frombuffer(b"".join(keys), np.uint64).reshape(-1, 2)
+
+
+def sort_order(keys_N2: NDArray[np.uint64]) -> Ints:
+    """The order that sorts keys by their first half, then their second; equal keys stay as they come."""
+    return np.lexsort((keys_N2[:, 1], keys_N2[:, 0]))
+
+
+def search(keys_N2: NDArray[np.uint64], wanted_K2: NDArray[np.uint64]) -> Ints:
+    """Index of each wanted key among sorted keys (of equal ones the first), -1 where it is absent."""
+    found_K = np.full(len(wanted_K2), -1, np.int64)
+    first_N, second_N = keys_N2[:, 0], keys_N2[:, 1]
+    # Asked in order, neighbours in the question are neighbours in the file.
+    asked = np.argsort(wanted_K2[:, 0])
+    at = np.searchsorted(first_N, wanted_K2[asked, 0])
+    while len(asked):
+        # Keys that agree in their first half are neighbours; step on until the second half agrees too.
+        near = at < len(keys_N2)
+        at, asked = at[near], asked[near]
+        near = first_N[at] == wanted_K2[asked, 0]
+        at, asked = at[near], asked[near]
+        hit = second_N[at] == wanted_K2[asked, 1]
+        found_K[asked[hit]] = at[hit]
+        at, asked = at[~hit] + 1, asked[~hit]
+    return found_K
+
+
+def ends(counts: Ints) -> Ints:
+    """Offsets of rows laid end to end: (K,) counts to (K+1,), from 0 to their total."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
+
+
+def spread(starts: Ints, counts: Ints) -> Ints:
+    """Index of every element of the spans [start, start + count), one span after the other."""
+    offsets = ends(counts)
+    return np.repeat(starts - offsets[:-1], counts) + np.arange(offsets[-1])
+
+
+def blocks(rows: Ints, counts: Ints) -> Iterator[Ints]:
+    """`rows` in pieces of about `_BLOCK_TOKENS` elements, at least one row each."""
+    if len(rows):
+        block = (np.cumsum(counts[rows]) - counts[rows]) // _BLOCK_TOKENS
+        yield from np.split(rows, np.flatnonzero(np.diff(block)) + 1)
+
+
+def copy_rows(
+    source: NDArray[np.float32], starts: Ints, counts: Ints, out: NDArray[np.float32], out_starts: Ints
+) -> None:
+    """Copy spans of `source` to spans of `out`, reading in the order of the source."""
+    for rows in blocks(np.argsort(starts), counts):
+        out[spread(out_starts[rows], counts[rows])] = source[spread(starts[rows], counts[rows])]
+
+
+def _sum_spans(values: NDArray[np.float32], starts: Ints, counts: Ints) -> NDArray[np.float64]:
+    """Sum of each span; the starts rise and no span is empty."""
+    stops = starts + counts
+    if (starts[1:] >= stops[:-1]).all() and stops[-1] - starts[0] <= 2 * counts.sum():
+        # Little lies between them: read it along, and leave its sums (every second) out.
+        marks = np.column_stack([starts, stops]).ravel()[:-1] - starts[0]
+        between = values[starts[0] : stops[-1]]
+        return np.add.reduceat(between, marks, dtype=np.float64)[::2]
+    return np.add.reduceat(values[spread(starts, counts)], ends(counts)[:-1], dtype=np.float64)

@@ -1,0 +1,240 @@
+"""All reference log-probs that a workspace knows: one folder a reference, shards that are only ever added.
+
+    reference_cache/<reference key>/reference.json   what the key stands for; touched at each use
+    reference_cache/<reference key>/shard-*/         see `logp_shard`
+    reference_cache/<reference key>/tmp-*            unfinished, or out of sight before it is removed
+
+Several processes may read and add at once: a shard appears whole, under a name of its own, by one rename.
+"""
+
+import hashlib
+import logging
+import os
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Sequence as Seq
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+from pydantic import AwareDatetime, Field, ValidationError
+
+from dpo_core.config import Config
+from dpo_core.errors import StageFailed
+from dpo_core.logp_shard import (
+    TEMPORARY,
+    Ints,
+    LogpShard,
+    copy_rows,
+    ends,
+    key_array,
+    search,
+    sort_order,
+    temporary_beside,
+)
+
+log = logging.getLogger(__name__)
+
+FACTS = "reference.json"
+# What another machine left unfinished cannot be asked for its process; past this age nobody waits for it.
+_FOREIGN_SECONDS = 24 * 3600.0
+
+
+class ReferenceFacts(Config):
+    """What a cache folder stands for."""
+
+    weights_sha256: str
+    """Digest of the reference's weight files and architecture."""
+    precision: str
+    """fp32 or bf16."""
+    attention: str
+    """The attention implementation."""
+    definition_version: int
+    """Version of the log-prob definition."""
+    model: str = ""
+    """The reference in words; for people, and no part of the key."""
+    created_at: AwareDatetime = Field(default_factory=lambda: datetime.now(UTC))
+    """When the folder was begun; no part of the key either."""
+
+    @property
+    def key(self) -> str:
+        """Names everything but the text that decides a reference log-prob; the name of the folder."""
+        text = f"{self.weights_sha256}\0{self.precision}\0{self.attention}\0{self.definition_version}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+class ReferenceCache:
+    """All shards computed so far for one reference. Damaged ones are removed, with a line in the log.
+
+    Args:
+        folder: the folder of the reference; made with the first entries or facts.
+        facts: written where they are missing; that they are given counts as a use of the cache.
+    """
+
+    def __init__(self, folder: Path, facts: ReferenceFacts | None = None) -> None:
+        self.folder = folder
+        self._shards: dict[str, LogpShard] = {}
+        self._index: tuple[NDArray[np.uint64], Ints, Ints] | None = None
+        if facts:
+            _write_facts(folder, facts)
+        self.reload()
+
+    @property
+    def shards(self) -> list[LogpShard]:
+        """The shards, oldest name first."""
+        return [self._shards[name] for name in sorted(self._shards)]
+
+    def reload(self) -> None:
+        """Open the shards that other processes have added since."""
+        for path in shard_folders(self.folder):
+            if path.name in self._shards:
+                continue
+            try:
+                self._shards[path.name] = LogpShard.open(path)
+            except StageFailed as error:
+                if path.exists():  # else another process merged or removed it under our hands
+                    log.warning("%s; its entries are computed again", error.problem)
+                    discard(path)
+        self._index = None
+
+    def add(self, entries: dict[bytes, NDArray[np.float32]]) -> None:
+        """Keep new entries, on the disk before this returns."""
+        self._add(LogpShard.build(entries))
+
+    def _add(self, shard: LogpShard) -> str:
+        name = f"shard-{len(shard_folders(self.folder)):06d}-{uuid.uuid4().hex}"
+        shard.save(self.folder / name)
+        # From the file: what is known does not stay in memory.
+        self._shards[name] = LogpShard.open(self.folder / name, verify=False)
+        self._index = None
+        return name
+
+    def has(self, keys: Seq[bytes]) -> NDArray[np.bool_]:
+        """Whether each key is known: (K,)."""
+        return search(self._indexed()[0], key_array(keys)) >= 0
+
+    def select(self, keys: Seq[bytes]) -> LogpShard:
+        """One shard in memory of just these entries, each once.
+
+        Raises:
+            StageFailed: a key is not known.
+        """
+        keys_K2 = key_array(keys)
+        keys_K2 = keys_K2[sort_order(keys_K2)]
+        first_of_its_kind = np.ones(len(keys_K2), bool)
+        first_of_its_kind[1:] = (keys_K2[1:] != keys_K2[:-1]).any(axis=1)
+        keys_K2 = keys_K2[first_of_its_kind]
+        index_N2, shard_N, row_N = self._indexed()
+        at_K = search(index_N2, keys_K2)
+        if (at_K < 0).any():
+            raise StageFailed(
+                f"{int((at_K < 0).sum())} reference log-probs are not in {self.folder}",
+                "Run the cache stage again",
+            )
+        return self._gather(keys_K2, shard_N[at_K], row_N[at_K])
+
+    def _gather(self, keys_K2: NDArray[np.uint64], shard_K: Ints, row_K: Ints) -> LogpShard:
+        counts_K = np.zeros(len(keys_K2), np.int64)
+        starts_K = np.zeros(len(keys_K2), np.int64)
+        by_shard = np.argsort(shard_K, kind="stable")
+        cuts = np.searchsorted(shard_K[by_shard], np.arange(1, len(self._shards)))
+        held = list(zip(self.shards, np.split(by_shard, cuts), strict=False))  # no shards: one empty part
+        for shard, mine in held:
+            starts_K[mine] = shard.offsets[row_K[mine]]
+            counts_K[mine] = shard.offsets[row_K[mine] + 1] - starts_K[mine]
+        offsets = ends(counts_K)
+        values = np.empty(int(offsets[-1]), np.float32)
+        for shard, mine in held:
+            copy_rows(shard.values, starts_K[mine], counts_K[mine], values, offsets[:-1][mine])
+        return LogpShard(keys_K2, offsets, values)
+
+    def merge(self) -> int:
+        """Rewrite all shards as one; returns how many there were. The copies go once the whole is safe."""
+        before = list(self._shards)
+        if len(before) > 1:
+            self._add(self.select([row.tobytes() for row in self._indexed()[0]]))
+            for name in before:
+                del self._shards[name]
+                discard(self.folder / name)
+            self._index = None
+        return len(before)
+
+    def _indexed(self) -> tuple[NDArray[np.uint64], Ints, Ints]:
+        """Keys of all shards, sorted, with the shard's number and the row of each: one search for all."""
+        if self._index is None:
+            shards = self.shards
+            sizes = [len(shard) for shard in shards]
+            keys_N2 = np.concatenate([np.zeros((0, 2), np.uint64), *(shard.keys_N2 for shard in shards)])
+            shard_N = np.repeat(np.arange(len(shards)), sizes)
+            row_N = np.concatenate([np.zeros(0, np.int64), *(np.arange(size) for size in sizes)])
+            order_N = sort_order(keys_N2)
+            self._index = np.asfortranarray(keys_N2[order_N]), shard_N[order_N], row_N[order_N]
+        return self._index
+
+
+def shard_folders(folder: Path) -> list[Path]:
+    """The shards of a cache folder."""
+    return sorted(folder.glob("shard-*"))
+
+
+def read_facts(folder: Path) -> ReferenceFacts | None:
+    """What a cache folder stands for; None where that is not written, or is of another folder."""
+    try:
+        facts = ReferenceFacts.model_validate_json((folder / FACTS).read_bytes())
+    except (OSError, ValueError, ValidationError):
+        return None
+    return facts if facts.key == folder.name else None
+
+
+def last_used(folder: Path) -> datetime:
+    """When the cache was last opened by a stage, or added to."""
+    times = [folder.stat().st_mtime]
+    with suppress(OSError):
+        times.append((folder / FACTS).stat().st_mtime)
+    return datetime.fromtimestamp(max(times), UTC)
+
+
+def _write_facts(folder: Path, facts: ReferenceFacts) -> None:
+    if read_facts(folder):
+        os.utime(folder / FACTS)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_beside(folder / FACTS)
+    temporary.write_text(facts.model_dump_json(indent=1))
+    os.replace(temporary, folder / FACTS)
+
+
+def discard(path: Path) -> None:
+    """Remove a file or folder: out of sight in one step first, so that nobody opens half of it."""
+    hidden = temporary_beside(path)
+    with suppress(FileNotFoundError):
+        os.rename(path, hidden)
+    remove(hidden)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What killed processes left unfinished; what a living one is at work on is not named."""
+    return [path for path in sorted(folder.glob(f"{TEMPORARY}*")) if not _has_owner(path)]
+
+
+def _has_owner(temporary: Path) -> bool:
+    host, _, process = temporary.name.removeprefix(TEMPORARY).rpartition("+")[0].partition("+")
+    try:
+        if time.time() - temporary.stat().st_mtime >= _FOREIGN_SECONDS:
+            return False
+        return host != socket.gethostname() or psutil.pid_exists(int(process))
+    except (FileNotFoundError, ValueError):
+        return False
