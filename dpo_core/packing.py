@@ -36,12 +36,19 @@ class PackPlan:
 
 
 def plan_epoch(
-    lengths_E: NDArray[np.int64], batch_size: int, budget: int, *, world: int, seed: int, epoch: int
+    lengths_E: NDArray[np.int64],
+    batch_size: int,
+    budget: int,
+    *,
+    world: int,
+    seed: int,
+    epoch: int,
+    packs_per_rank: int = 1,
 ) -> PackPlan:
     """Deal the examples of an epoch into packs of at most `budget` tokens, a whole number of packs a step.
 
     Every step holds exactly `batch_size` examples (what the last, incomplete batch would hold sits this epoch
-    out; another part does in the next) in the same number of packs. Lengths alone decide, with a seeded
+    out; another part does in the next) in the same number of packs, at least `packs_per_rank` on each. Lengths alone decide, with a seeded
     shuffle, so that every rank and every resumed run makes the same plan.
 
     Level packs instead of first-fit-decreasing over the epoch: first-fit fills the first packs with the
@@ -72,7 +79,7 @@ def plan_epoch(
     batches = _deal(lengths_E, chosen, steps, generator)
     tokens = int(lengths_E[chosen].sum())
     fewest = -(-tokens // (budget * steps * world))
-    for per_rank in range(max(1, fewest), batch // world + 1):
+    for per_rank in range(max(packs_per_rank, fewest), batch // world + 1):
         parts = [_level(lengths_E, one, per_rank * world) for one in batches]
         length = max(load for _, load in parts)
         if length <= budget:

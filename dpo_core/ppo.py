@@ -24,7 +24,7 @@ from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.generate import SamplingConfig, sample, seed_for
 from dpo_core.logprobs import Batch, autocast, collate, hidden_states, token_logps
 from dpo_core.tokens import Sequence
-from dpo_core.training import Order
+from dpo_core.batches import Order
 
 log = logging.getLogger(__name__)
 

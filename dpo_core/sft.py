@@ -7,12 +7,14 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dpo_core.engine import EngineConfig, OptimConfig
-from dpo_core.logprobs import autocast, collate, token_logps
+from dpo_core.layout import Document
+from dpo_core.logprobs import autocast
+from dpo_core.scores import branch_scores
 from dpo_core.tokens import Sequence
-from dpo_core.training import LoopConfig, Trainer
+from dpo_core.training import PackedLoopConfig, PackedTrainer
 
 
-class SftConfig(LoopConfig):
+class SftConfig(PackedLoopConfig):
     """How the reference is prepared."""
 
     enabled: bool = True
@@ -43,7 +45,7 @@ class Demonstration:
     sequence: Sequence
 
 
-class SftTrainer(Trainer[Demonstration]):
+class SftTrainer(PackedTrainer[Demonstration]):
     """Mean cross-entropy over the completion tokens of the global batch; prompts carry no loss."""
 
     def length(self, example: Demonstration) -> int:
@@ -52,8 +54,10 @@ class SftTrainer(Trainer[Demonstration]):
     def weight(self, example: Demonstration) -> float:
         return float(len(example.sequence.completion))
 
+    def document(self, example: Demonstration) -> Document:
+        return Document(example.sequence.prompt, (example.sequence.completion,))
+
     def losses(self, batch: Seq[Demonstration]) -> tuple[Tensor, dict[str, Tensor]]:
-        rows = collate([e.sequence for e in batch]).to(self.engine.device)
         with autocast(self.config.engine.precision, self.engine.device):
-            logps_BT = token_logps(self.module, rows)
-        return -logps_BT.sum(), {"logps/chosen": logps_BT.sum()}
+            logps_SL = branch_scores(self.module, self.lay_out(batch)).logps_SL
+        return -logps_SL.sum(), {"logps/chosen": logps_SL.sum()}

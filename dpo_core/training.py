@@ -1,4 +1,4 @@
-"""The training loop that SFT, DPO and reward modelling share: order of examples, steps, metrics, resume.
+"""The training loop that SFT, DPO and reward modelling share: steps, metrics, resume.
 
 PPO draws its own data and has its own loop; it uses the same engine.
 """
@@ -17,9 +17,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from dpo_core.attention import BLOCK
+from dpo_core.batches import Batches, PackedBatches, PaddedBatches
 from dpo_core.config import Config
 from dpo_core.engine import Engine, EngineConfig, MetricsFile, OptimConfig, Stopped
-from dpo_core.errors import RecipeError, StageFailed
+from dpo_core.errors import StageFailed
+from dpo_core.layout import Document, Layout, pack, pad
+from dpo_core.scores import can_share
 
 log = logging.getLogger(__name__)
 Example = TypeVar("Example")
@@ -56,29 +60,12 @@ class LoopConfig(Config):
         return min(wanted, self.max_steps or wanted)
 
 
-class Order:
-    """An endless order of example indices: seeded epochs, each a fresh shuffle, end to end.
+class PackedLoopConfig(LoopConfig):
+    """A loop whose examples are prompts with completions, which can be packed."""
 
-    Step k always gets the same indices, whatever came before: the position is the whole state.
-    """
-
-    def __init__(self, examples: int, seed: int) -> None:
-        self.examples, self.seed = examples, seed
-
-    def batch(self, step: int, size: int) -> list[int]:
-        """Indices of the batch of a step (0-based)."""
-        first = step * size
-        return [self._at(position) for position in range(first, first + size)]
-
-    def _at(self, position: int) -> int:
-        epoch, place = divmod(position, self.examples)
-        return int(self._epoch(epoch)[place])
-
-    def _epoch(self, epoch: int) -> np.ndarray:
-        if getattr(self, "_cached", (None,))[0] != epoch:
-            shuffled = np.random.default_rng((self.seed, epoch)).permutation(self.examples)
-            self._cached: tuple[int, np.ndarray] = (epoch, shuffled)
-        return self._cached[1]
+    pack_tokens: int | None = Field(4096, ge=64)
+    """Tokens of one forward pass on one rank: each prompt once with its completions, nothing padded. Empty:
+    padded rows, `micro_batch_size` examples at a time; so also for a model that cannot share a prompt."""
 
 
 class Trainer(ABC, Generic[Example]):
@@ -89,17 +76,10 @@ class Trainer(ABC, Generic[Example]):
     ) -> None:
         if not examples:
             raise StageFailed("there is nothing to train on", "Look at what the data gate dropped and why")
-        world = torch.distributed.get_world_size()
-        if config.batch_size % (config.micro_batch_size * world):
-            raise RecipeError(
-                f"a batch of {config.batch_size} cannot be split into micro-batches of "
-                f"{config.micro_batch_size} on {world} ranks",
-                "Choose a multiple of their product",
-            )
-        self.config, self.examples, self.work = config, examples, work
+        self.config, self.examples, self.work, self.seed = config, examples, work, seed
         self.module = module
-        self.order = Order(len(examples), seed)
         self.total_steps = config.steps(len(examples))
+        self.batches = self.make_batches()
         if config.engine.gradient_checkpointing:
             module.gradient_checkpointing_enable()  # type: ignore[operator]
         self.engine = Engine(
@@ -107,7 +87,7 @@ class Trainer(ABC, Generic[Example]):
             config.optim,
             config.engine,
             total_steps=self.total_steps,
-            micro_batches=config.batch_size // (config.micro_batch_size * world),
+            micro_batches=self.batches.micro_batches,
             work=work,
         )
 
@@ -123,8 +103,32 @@ class Trainer(ABC, Generic[Example]):
     def losses(self, batch: Seq[Example]) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum of the loss over a micro-batch, and sums of metrics over its examples."""
 
+    def make_batches(self) -> Batches:
+        """How the examples become micro-batches."""
+        return PaddedBatches(
+            [self.length(e) for e in self.examples],
+            self.config.batch_size,
+            self.config.micro_batch_size,
+            seed=self.seed,
+            rank=torch.distributed.get_rank(),
+            world=torch.distributed.get_world_size(),
+        )
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the engine's own state."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what `state` gave."""
+
+    def end_step(self, step: int) -> None:
+        """Called after the optimiser stepped (0-based), before a checkpoint is written."""
+
+    def begin_step(self, everyone: Seq[Example]) -> None:
+        """Called with the global batch before its losses, for what couples its examples."""
+
     def tokens(self, example: Example) -> int:
-        """Tokens that go through the model for an example."""
+        """Tokens of an example, prompts counted once a completion."""
         return self.length(example)
 
     def check_start(self) -> None:
@@ -159,15 +163,14 @@ class Trainer(ABC, Generic[Example]):
     def _step(self, step: int) -> dict[str, float]:
         start = time.perf_counter()
         rate = self.engine.learning_rate
-        everyone = [self.examples[i] for i in self.order.batch(step, self.config.batch_size)]
+        batch = self.batches.of_step(step)
+        everyone = [self.examples[i] for i in batch.everyone]
         total = sum(self.weight(e) for e in everyone)
-        # Sorted before it is dealt out, so that ranks get like lengths and micro-batches little padding.
-        everyone.sort(key=self.length)
-        mine = everyone[self.engine.rank :: self.engine.world]
+        self.begin_step(everyone)
         sums: dict[str, Tensor] = {}
         norm: float | None = None
-        for first in range(0, len(mine), self.config.micro_batch_size):
-            micro = mine[first : first + self.config.micro_batch_size]
+        for indices in batch.mine:
+            micro = [self.examples[i] for i in indices]
             loss, numbers = self.losses(micro)
             self._require_finite(loss, step, micro)
             self.engine.backward(loss, total)
@@ -179,7 +182,7 @@ class Trainer(ABC, Generic[Example]):
         return values | {
             "grad_norm": norm or 0.0,
             "learning_rate": rate,
-            "epoch": (step + 1) * self.config.batch_size / len(self.examples),
+            "epoch": (step + 1) * len(everyone) / len(self.examples),
             "num_tokens": float(sum(self.tokens(e) for e in everyone)),
             "tokens_per_second": sum(self.tokens(e) for e in everyone) / seconds,
             "seconds_per_step": seconds,
@@ -199,6 +202,45 @@ class Trainer(ABC, Generic[Example]):
                 f"the loss of step {step + 1} is {loss.item()}; its examples: {', '.join(ids[:8])}",
                 "Look at these rows, or lower the learning rate; the last checkpoint is kept",
             )
+
+
+class PackedTrainer(Trainer[Example]):
+    """A trainer whose examples are prompts with completions: packs where the model can share, else padded rows."""
+
+    config: PackedLoopConfig
+
+    @abstractmethod
+    def document(self, example: Example) -> Document:
+        """The prompt of an example with its completions."""
+
+    def make_batches(self) -> Batches:
+        self.packed = self.config.pack_tokens is not None and can_share(self.module)
+        if not self.packed or self.config.pack_tokens is None:
+            if self.config.pack_tokens is not None:
+                log.warning("the model cannot share a prompt between completions; padded rows instead of packs")
+            return super().make_batches()
+        steps_an_epoch = max(1, len(self.examples) // self.config.batch_size)
+        return PackedBatches(
+            np.array([len(self.document(e)) for e in self.examples]),
+            self.config.batch_size,
+            self.config.pack_tokens,
+            epochs=-(-self.total_steps // steps_an_epoch),
+            seed=self.seed,
+            rank=torch.distributed.get_rank(),
+            world=torch.distributed.get_world_size(),
+        )
+
+    def lay_out(self, examples: Seq[Example]) -> Layout:
+        """A micro-batch as tensors on the device."""
+        documents = [self.document(e) for e in examples]
+        layout = pack(documents, self._fixed_length()) if self.packed else pad(documents)
+        return layout.to(self.engine.device)
+
+    def _fixed_length(self) -> int | None:
+        # Compiled kernels want one shape; a CPU does not, and would only compute on padding.
+        if self.engine.device.type != "cuda" or not isinstance(self.batches, PackedBatches):
+            return None
+        return -(-self.batches.length // BLOCK) * BLOCK
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:

@@ -24,7 +24,8 @@ from dpo_core.logprobs import collate, token_logps
 from dpo_core.models import load_model, load_tokenizer, weights_digest
 from dpo_core.reference import LogpShard, sequence_key
 from dpo_core.tokens import Tokenise
-from dpo_core.training import LoopConfig, Order
+from dpo_core.batches import Order
+from dpo_core.training import LoopConfig
 from tests import training_jobs
 from tests.tiny import make_tiny_model
 from tests.training_jobs import TOKENS, curve, launch, pair_rows, token_pairs, wait_until, write_job
