@@ -204,26 +204,15 @@ def ui(
 
 @app.command()
 def objectives(as_json: JsonOption = False) -> None:
-    """List the objectives: citation, needs, parameters and their ranges."""
+    """List the objectives: needs, citation, parameters and their ranges; --json adds the definitions."""
     from dpo_core.objectives import get, names
 
     listed = [get(name) for name in names()]
     if as_json:
-        facts = [
-            {
-                "name": o.name,
-                "citation": o.citation,
-                "data": o.data,
-                "needs_reference": o.needs_reference,
-                "parameters": {k: p._asdict() for k, p in o.parameters.items()},
-            }
-            for o in listed
-        ]
-        typer.echo(json.dumps(facts, indent=1))
+        typer.echo(json.dumps([o.facts() for o in listed], indent=1, ensure_ascii=False))
         return
     for o in listed:
-        needs = f"{o.data}{', reference' if o.needs_reference else ''}"
-        typer.echo(f"{o.name}  ({needs})\n  {o.citation}")
+        typer.echo(f"{o.name}  ({', '.join(o.needs())})\n  {o.citation}")
         for name, p in o.parameters.items():
             typer.echo(f"  {name} = {p.default:g} in [{p.low:g}, {p.high:g}]: {p.meaning}")
 

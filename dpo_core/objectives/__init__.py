@@ -1,4 +1,4 @@
-"""Preference objectives: one definition each, found by name, used by every path.
+"""Alignment objectives: one definition each, found by name, used by every path.
 
     objective = get("dpo")
     parameters = objective.resolve({"beta": 0.1})
@@ -7,7 +7,34 @@
 A new family is a new file beside `pairs.py` that registers its functions and is imported below.
 """
 
-from dpo_core.objectives.pairs import PairLogps, pair_metrics
-from dpo_core.objectives.registry import Objective, Parameter, get, names, objective
+from dpo_core.objectives import (  # noqa: F401  importing a family registers it
+    classifiers,
+    divergences,
+    pairs,
+    reference_free,
+    regularised,
+    token_level,
+    transport,
+)
+from dpo_core.objectives.inputs import PairLogps, Totals, UnpairedLogps
+from dpo_core.objectives.metrics import class_means, pair_metrics, unpaired_metrics, wpo_weights
+from dpo_core.objectives.registry import Objective, Parameter, Term, combine, get, names, objective
+from dpo_core.objectives.unpaired import z0
 
-__all__ = ["Objective", "PairLogps", "Parameter", "get", "names", "objective", "pair_metrics"]
+__all__ = [
+    "Objective",
+    "PairLogps",
+    "Parameter",
+    "Term",
+    "Totals",
+    "UnpairedLogps",
+    "class_means",
+    "combine",
+    "get",
+    "names",
+    "objective",
+    "pair_metrics",
+    "unpaired_metrics",
+    "wpo_weights",
+    "z0",
+]

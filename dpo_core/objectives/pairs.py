@@ -1,96 +1,20 @@
-"""Objectives on pairs of summed completion log-probs.
+"""DPO and its nearest relatives: functions of the margin D of summed log-ratios (see `inputs.py`).
 
-Notation: w = chosen, l = rejected; h = log π(y|x) - log π_ref(y|x), summed over completion tokens and EOS;
-D = h_w - h_l; u = beta·D. Shapes: B pairs. Each function returns the loss of each pair (B,), never a mean.
+Each function returns the loss of each pair (B,), never a mean.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
+from dpo_core.objectives.common import BETA, SMOOTHING, ln_2, log_sigmoid, ratio_means, smoothed
+from dpo_core.objectives.inputs import PairLogps
 from dpo_core.objectives.registry import Parameter, objective
 
-if TYPE_CHECKING:  # the recipe reads names and ranges from here and should not wait for torch
+if TYPE_CHECKING:
     from torch import Tensor
 
-
-@dataclass(frozen=True)
-class PairLogps:
-    """Log-probs of both members of B pairs, each (B,), float32 or wider.
-
-    Raises:
-        ValueError: the shapes differ (they would broadcast to a wrong loss), or log-probs are narrower than
-            float32 (a sum of hundreds of tokens in bfloat16 is off by whole nats).
-    """
-
-    chosen_B: "Tensor"
-    """Sum over the chosen completion's tokens, EOS included, under the policy."""
-    rejected_B: "Tensor"
-    ref_chosen_B: "Tensor"
-    """The same under the reference; zeros for an objective that needs none."""
-    ref_rejected_B: "Tensor"
-    chosen_tokens_B: "Tensor"
-    """How many tokens the chosen sum runs over."""
-    rejected_tokens_B: "Tensor"
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            tensor = getattr(self, field.name)
-            if tensor.ndim != 1 or tensor.shape != self.chosen_B.shape:
-                raise ValueError(
-                    f"{field.name} has shape {tuple(tensor.shape)}, not {tuple(self.chosen_B.shape)}"
-                )
-            if "tokens" not in field.name and tensor.dtype.itemsize < 4:
-                raise ValueError(f"{field.name} is {tensor.dtype}; log-probs must be float32 or wider")
-
-    @property
-    def chosen_ratio_B(self) -> "Tensor":
-        """h_w: log π/π_ref of the chosen completions."""
-        return self.chosen_B - self.ref_chosen_B
-
-    @property
-    def rejected_ratio_B(self) -> "Tensor":
-        """h_l: log π/π_ref of the rejected completions."""
-        return self.rejected_B - self.ref_rejected_B
-
-    @property
-    def margin_B(self) -> "Tensor":
-        """D = h_w - h_l, before any beta."""
-        return self.chosen_ratio_B - self.rejected_ratio_B
-
-
-def log_sigmoid(x: "Tensor") -> "Tensor":
-    """log σ(x) without overflow at either end; any shape."""
-    from torch.nn import functional
-
-    return functional.logsigmoid(x)
-
-
-def pair_metrics(logps: PairLogps, beta: float) -> dict[str, "Tensor"]:
-    """The field's standard per-pair numbers, each (B,), detached.
-
-    `rewards/*` are the implicit rewards beta·h (nats times beta). Accuracy is strict: a tie counts 0, so that
-    the accuracy at the reference is exactly 0. Names and definitions as in TRL and the original repository.
-    """
-    rewards_chosen_B = beta * logps.chosen_ratio_B.detach()
-    rewards_rejected_B = beta * logps.rejected_ratio_B.detach()
-    return {
-        "rewards/chosen": rewards_chosen_B,
-        "rewards/rejected": rewards_rejected_B,
-        "rewards/margins": rewards_chosen_B - rewards_rejected_B,
-        "rewards/accuracies": (rewards_chosen_B > rewards_rejected_B).to(rewards_chosen_B.dtype),
-        "logps/chosen": logps.chosen_B.detach(),
-        "logps/rejected": logps.rejected_B.detach(),
-    }
-
-
-BETA = Parameter(0.1, 0.001, 10.0, "strength of the pull to the reference; larger stays closer")
 TAU = Parameter(0.1, 0.001, 10.0, "regularisation; the margin is drawn to 1/(2·tau)")
-
-
-def _ln_2(_: Mapping[str, float]) -> float:
-    return math.log(2)
 
 
 def _ipo_at_reference(parameters: Mapping[str, float]) -> float:
@@ -102,7 +26,7 @@ def _ipo_at_reference(parameters: Mapping[str, float]) -> float:
     citation="Rafailov et al., Direct Preference Optimization, NeurIPS 2023, arXiv 2305.18290",
     data="pairs",
     parameters={"beta": BETA},
-    value_at_reference=_ln_2,
+    value_at_reference=ln_2,
 )
 def dpo(logps: PairLogps, *, beta: float) -> "Tensor":
     """-log σ(beta·D) of each pair (B,): Eq. 7 of the paper, its original form.
@@ -116,11 +40,8 @@ def dpo(logps: PairLogps, *, beta: float) -> "Tensor":
     "cdpo",
     citation="Mitchell, A note on DPO with noisy preferences and relationship to IPO, 2023",
     data="pairs",
-    parameters={
-        "beta": BETA,
-        "label_smoothing": Parameter(0.1, 0.0, 0.5, "assumed share of pairs with flipped labels"),
-    },
-    value_at_reference=_ln_2,
+    parameters={"beta": BETA, "label_smoothing": SMOOTHING._replace(default=0.1)},
+    value_at_reference=ln_2,
 )
 def cdpo(logps: PairLogps, *, beta: float, label_smoothing: float) -> "Tensor":
     """-(1-ε)·log σ(u) - ε·log σ(-u) of each pair (B,), ε = label_smoothing.
@@ -128,8 +49,7 @@ def cdpo(logps: PairLogps, *, beta: float, label_smoothing: float) -> "Tensor":
     Conservative DPO as in the original DPO repository. The optimum is finite, u = log((1-ε)/ε), its value
     the entropy H(ε): over-confident pairs are pulled back. ε = 0 is DPO. TRL's `sigmoid` ignores ε.
     """
-    u_B = beta * logps.margin_B
-    return -(1 - label_smoothing) * log_sigmoid(u_B) - label_smoothing * log_sigmoid(-u_B)
+    return smoothed(beta * logps.margin_B, label_smoothing)
 
 
 @objective(
@@ -141,7 +61,7 @@ def cdpo(logps: PairLogps, *, beta: float, label_smoothing: float) -> "Tensor":
         # The loss divides by 1 - 2ε: one half carries no information and has no loss.
         "label_smoothing": Parameter(0.1, 0.0, 0.49, "known share of pairs with flipped labels"),
     },
-    value_at_reference=_ln_2,
+    value_at_reference=ln_2,
 )
 def robust(logps: PairLogps, *, beta: float, label_smoothing: float) -> "Tensor":
     """[-(1-ε)·log σ(u) + ε·log σ(-u)] / (1-2ε) of each pair (B,), ε = label_smoothing.
@@ -188,8 +108,7 @@ def ipo_mean(logps: PairLogps, *, tau: float) -> "Tensor":
 
     Eq. 17 on MEANS over tokens: the variant of TRL and HALOs. `rewards/*` of `pair_metrics` stay on sums.
     """
-    chosen_B = logps.chosen_ratio_B / logps.chosen_tokens_B.clamp(min=1)
-    rejected_B = logps.rejected_ratio_B / logps.rejected_tokens_B.clamp(min=1)
+    chosen_B, rejected_B = ratio_means(logps)
     return (chosen_B - rejected_B - 1 / (2 * tau)) ** 2
 
 
@@ -206,3 +125,70 @@ def hinge(logps: PairLogps, *, beta: float) -> "Tensor":
     No gradient for a pair once beta·D >= 1. Same as TRL `hinge`.
     """
     return (1 - beta * logps.margin_B).relu()
+
+
+@objective(
+    "dpo_norm",
+    citation="Lambert et al., Tülu 3: Pushing Frontiers in Open Language Model Post-Training, 2024, "
+    "arXiv 2411.15124",
+    data="pairs",
+    parameters={"beta": Parameter(5.0, 0.001, 100.0, "strength of the pull to the reference, per token")},
+    value_at_reference=ln_2,
+)
+def dpo_norm(logps: PairLogps, *, beta: float) -> "Tensor":
+    """-log σ(beta·(h_w/n_w - h_l/n_l)) of each pair (B,): length-normalised DPO, on MEANS over tokens.
+
+    TRL `sigmoid_norm`, open-instruct `dpo_norm` with its beta of 5. `rewards/*` stay on sums, as in TRL.
+    """
+    chosen_B, rejected_B = ratio_means(logps)
+    return -log_sigmoid(beta * (chosen_B - rejected_B))
+
+
+def _exo_at_reference(parameters: Mapping[str, float]) -> float:
+    epsilon = parameters["label_smoothing"]
+    return -math.log(2) - math.log(epsilon * (1 - epsilon)) / 2
+
+
+@objective(
+    "exo",
+    citation="Ji et al., Towards Efficient Exact Optimization of Language Model Alignment, ICML 2024, "
+    "arXiv 2402.00856",
+    data="pairs",
+    parameters={
+        "beta": BETA,
+        # The target must leave both sides some probability: its logarithm is taken.
+        "label_smoothing": Parameter(1e-3, 1e-6, 0.5, "probability that the target gives the rejected side"),
+    },
+    value_at_reference=_exo_at_reference,
+)
+def exo(logps: PairLogps, *, beta: float, label_smoothing: float) -> "Tensor":
+    """KL([σ(u), σ(-u)] ‖ [1-ε, ε]) of each pair (B,), ε = label_smoothing: EXO on pairs, TRL `exo_pair`.
+
+    σ(u)·(log σ(u) - log(1-ε)) + σ(-u)·(log σ(-u) - log ε). Zero at u = log((1-ε)/ε). The KL has the
+    policy first and the labels second, the other way round than in cDPO.
+    """
+    u_B = beta * logps.margin_B
+    chosen_B = u_B.sigmoid() * (log_sigmoid(u_B) - math.log(1 - label_smoothing))
+    return chosen_B + (-u_B).sigmoid() * (log_sigmoid(-u_B) - math.log(label_smoothing))
+
+
+@objective(
+    "discopop",
+    citation="Lu et al., Discovering Preference Optimization Algorithms with and for Large Language Models, "
+    "NeurIPS 2024, arXiv 2406.08414",
+    data="pairs",
+    parameters={
+        "beta": BETA,
+        "temperature": Parameter(0.05, 0.001, 0.99, "the paper's τ: how sharply the two losses are blended"),
+    },
+    value_at_reference=lambda _: (math.log(2) + 1) / 2,
+)
+def discopop(logps: PairLogps, *, beta: float, temperature: float) -> "Tensor":
+    """-(1-m)·log σ(u) + m·exp(-u) of each pair (B,), m = σ(u/τ), τ = temperature: log-ratio modulated loss.
+
+    TRL `discopop`, the loss that the authors' search found. Not convex. m·exp(-u) is computed through its
+    logarithm, so that it tends to 0 for u -> -∞ instead of 0·∞; that takes τ < 1.
+    """
+    u_B = beta * logps.margin_B
+    exponential_B = (log_sigmoid(u_B / temperature) - u_B).exp()
+    return -(-u_B / temperature).sigmoid() * log_sigmoid(u_B) + exponential_B

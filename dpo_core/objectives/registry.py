@@ -1,14 +1,20 @@
 """The registry of objectives: what each is called, needs, reads and is worth at the reference."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from dpo_core.errors import RecipeError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dpo_core.objectives.inputs import PairLogps
+
 Function = TypeVar("Function", bound=Callable[..., Any])
+Extra = Literal["kl", "common", "prompt", "sharpness"]
 
 
 class Parameter(NamedTuple):
@@ -26,9 +32,9 @@ class Parameter(NamedTuple):
 class Objective:
     """A registered objective.
 
-    The function takes one dataclass of tensors (`PairLogps` for `data="pairs"`) and its parameters by
-    keyword, and returns one loss per example. The reduction belongs to the trainer: the mean over the
-    examples of the GLOBAL batch.
+    The function takes one dataclass of tensors (`PairLogps` for `data="pairs"`, `UnpairedLogps` for
+    `data="unpaired"`) and its parameters by keyword, and returns one loss per example. The reduction belongs
+    to the trainer: the mean over the examples of the GLOBAL batch.
     """
 
     name: str
@@ -39,12 +45,51 @@ class Objective:
     """False: the reference log-probs are not read and may be zeros."""
     data: Literal["pairs", "unpaired"]
     parameters: Mapping[str, Parameter]
-    value_at_reference: Callable[[Mapping[str, float]], float] | None
-    """The exact loss when policy and reference are the same model; None where no such value exists."""
-    needs_full_vocabulary: bool = False
-    """True: the function reads whole next-token distributions, so cached log-probs do not suffice."""
+    value_at_reference: Callable[[Mapping[str, float]], float | None] | None
+    """The exact loss when policy and reference are the same model (with z_0 and delta 0). None, or a result
+    of None for these parameters, where no such value exists."""
+    extras: frozenset[Extra] = frozenset()
+    """Which optional fields of `PairLogps` the function reads."""
+    batch_coupled: bool = False
+    """True: the function sorts over its batch, so the global batch has to be one forward pass."""
     reward_scale: str | None = "beta"
     """The parameter that turns a log-ratio into the implicit reward of `pair_metrics`; None: scale 1."""
+    rewards_per_token: bool = False
+    """True: `pair_metrics` takes the rewards from mean log-probs, without reference."""
+
+    @property
+    def needs_full_vocabulary(self) -> bool:
+        """True: the function compares whole next-token distributions of policy and reference.
+
+        Cached log-probs do not suffice then: the reference has to be live, in memory beside the policy.
+        """
+        return "kl" in self.extras
+
+    def needs(self) -> list[str]:
+        """In words: the kind of data, which reference, and whether a batch has to stay whole."""
+        live = "live reference" if self.needs_full_vocabulary else "reference"
+        return [
+            self.data,
+            *([live] if self.needs_reference else []),
+            *(["whole batch"] if self.batch_coupled else []),
+        ]
+
+    def facts(self) -> dict[str, Any]:
+        """All that is known of the objective, ready for JSON."""
+        return {
+            "name": self.name,
+            "definition": inspect.getdoc(self.function),
+            "citation": self.citation,
+            "data": self.data,
+            "needs_reference": self.needs_reference,
+            "needs_full_vocabulary": self.needs_full_vocabulary,
+            "batch_coupled": self.batch_coupled,
+            "extras": sorted(self.extras),
+            "reward_scale": self.reward_scale,
+            "rewards_per_token": self.rewards_per_token,
+            "value_at_reference": self.value_at_reference and self.value_at_reference(self.resolve({})),
+            "parameters": {name: parameter._asdict() for name, parameter in self.parameters.items()},
+        }
 
     def resolve(self, given: Mapping[str, float]) -> dict[str, float]:
         """Fill in the defaults and check names and ranges.
@@ -79,10 +124,12 @@ def objective(
     citation: str,
     data: Literal["pairs", "unpaired"],
     parameters: Mapping[str, Parameter],
-    value_at_reference: Callable[[Mapping[str, float]], float] | None,
+    value_at_reference: Callable[[Mapping[str, float]], float | None] | None,
     needs_reference: bool = True,
-    needs_full_vocabulary: bool = False,
+    extras: Collection[Extra] = (),
+    batch_coupled: bool = False,
     reward_scale: str | None = "beta",
+    rewards_per_token: bool = False,
 ) -> Callable[[Function], Function]:
     """Register the decorated function under `name`; the function itself is returned unchanged.
 
@@ -108,8 +155,10 @@ def objective(
             data=data,
             parameters=MappingProxyType(dict(parameters)),
             value_at_reference=value_at_reference,
-            needs_full_vocabulary=needs_full_vocabulary,
+            extras=frozenset(extras),
+            batch_coupled=batch_coupled,
             reward_scale=reward_scale,
+            rewards_per_token=rewards_per_token,
         )
         return function
 
@@ -130,3 +179,24 @@ def get(name: str) -> Objective:
     if name not in _OBJECTIVES:
         raise RecipeError(f"there is no objective '{name}'", f"Choose one of: {', '.join(names())}.")
     return _OBJECTIVES[name]
+
+
+class Term(NamedTuple):
+    """One objective of a weighted sum."""
+
+    name: str
+    weight: float
+    parameters: Mapping[str, float]
+    """What its function reads, as `Objective.resolve` returns it."""
+
+
+def combine(terms: Iterable[Term], logps: "PairLogps") -> "Tensor":
+    """Σ weight·loss of each pair (B,) over terms on pairs: RPO is dpo + α·sft, MPO dpo, bco_pair and sft.
+
+    Raises:
+        ValueError: there is no term.
+    """
+    losses = [weight * get(name).function(logps, **parameters) for name, weight, parameters in terms]
+    if not losses:
+        raise ValueError("a weighted sum needs at least one term")
+    return sum(losses[1:], start=losses[0])

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpo_core.objectives import PairLogps, get, pair_metrics
+from tests.dpo_core.objectives.samples import rows
 
 PAIR_OBJECTIVES = ["dpo", "cdpo", "robust", "ipo_sum", "ipo_mean", "hinge"]
 BETA, EPSILON, TAU = 0.3, 0.1, 0.1
@@ -240,7 +241,7 @@ def test_one_loss_per_pair_whatever_the_rest_of_the_batch(name: str) -> None:
     objective = get(name)
     parameters = objective.resolve({})
     logps = random_pairs()
-    alone = PairLogps(*(getattr(logps, field)[5:6] for field in PairLogps.__dataclass_fields__))
+    alone = rows(logps, slice(5, 6))
     whole_B = objective.function(logps, **parameters)
     assert whole_B.shape == (16,)
     torch.testing.assert_close(objective.function(alone, **parameters), whole_B[5:6], rtol=0, atol=0)

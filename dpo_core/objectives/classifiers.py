@@ -1,0 +1,93 @@
+"""Objectives on pairs that judge each side by itself, not the margin only.
+
+Log-ratios h are SUMS over the completion (see `inputs.py`). Definitions as in TRL's DPO trainer.
+"""
+
+import math
+from typing import TYPE_CHECKING
+
+from dpo_core.objectives.common import BETA, log_sigmoid
+from dpo_core.objectives.inputs import PairLogps
+from dpo_core.objectives.registry import objective
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@objective(
+    "nca",
+    citation="Chen, He, Yuan, Cui, Su, Zhu, Noise Contrastive Alignment of Language Models with Explicit "
+    "Rewards, NeurIPS 2024, arXiv 2402.05369",
+    data="pairs",
+    parameters={"beta": BETA},
+    value_at_reference=lambda _: 2 * math.log(2),
+)
+def nca(logps: PairLogps, *, beta: float) -> "Tensor":
+    """-log σ(beta·h_w) - ½·log σ(-beta·h_w) - ½·log σ(-beta·h_l) of each pair (B,).
+
+    NCA for two completions of one prompt, TRL `nca_pair`. The chosen side alone is best at σ(beta·h_w) = 2/3:
+    its likelihood is held up instead of the margin being all that counts.
+    """
+    chosen_B, rejected_B = beta * logps.chosen_ratio_B, beta * logps.rejected_ratio_B
+    return -log_sigmoid(chosen_B) - 0.5 * log_sigmoid(-chosen_B) - 0.5 * log_sigmoid(-rejected_B)
+
+
+@objective(
+    "bco_pair",
+    citation="Jung, Han, Nam, On, Binary Classifier Optimization for LLM Alignment, 2024, arXiv 2404.04656",
+    data="pairs",
+    parameters={"beta": BETA},
+    value_at_reference=lambda _: 2 * math.log(2),
+)
+def bco_pair(logps: PairLogps, *, beta: float) -> "Tensor":
+    """-log σ(beta·h_w) - log σ(-beta·h_l) of each pair (B,): TRL `bco_pair`.
+
+    BCO on pairs WITHOUT the running shift delta of the paper; `bco` has it. TRL's documentation prints DPO's
+    formula for this loss; its code is what stands here. The quality term of MPO.
+    """
+    return -log_sigmoid(beta * logps.chosen_ratio_B) - log_sigmoid(-beta * logps.rejected_ratio_B)
+
+
+@objective(
+    "sppo_hard",
+    citation="Wu, Sun, Yuan, Ji, Yang, Gu, Self-Play Preference Optimization for Language Model Alignment, "
+    "2024, arXiv 2405.00675",
+    data="pairs",
+    parameters={"beta": BETA},
+    value_at_reference=lambda parameters: 1 / (2 * parameters["beta"] ** 2),
+)
+def sppo_hard(logps: PairLogps, *, beta: float) -> "Tensor":
+    """(h_w - 1/(2·beta))² + (h_l + 1/(2·beta))² of each pair (B,): TRL `sppo_hard`.
+
+    SPPO's squared loss with win probabilities 1 and 0 in place of estimated ones. Each side is drawn to its
+    own target, ±1/(2·beta), and the gradient turns round past it.
+    """
+    target = 1 / (2 * beta)
+    return (logps.chosen_ratio_B - target) ** 2 + (logps.rejected_ratio_B + target) ** 2
+
+
+_APO = (
+    "D'Oosterlinck et al., Anchored Preference Optimization and Contrastive Revisions, 2024, arXiv 2408.06266"
+)
+
+
+@objective(
+    "apo_zero", citation=_APO, data="pairs", parameters={"beta": BETA}, value_at_reference=lambda _: 1.0
+)
+def apo_zero(logps: PairLogps, *, beta: float) -> "Tensor":
+    """(1 - σ(beta·h_w)) + σ(beta·h_l) of each pair (B,), in [0, 2]: APO-zero, TRL `apo_zero`.
+
+    Raises the chosen and lowers the rejected side, each until it saturates: for data better than the model.
+    """
+    return (-beta * logps.chosen_ratio_B).sigmoid() + (beta * logps.rejected_ratio_B).sigmoid()
+
+
+@objective(
+    "apo_down", citation=_APO, data="pairs", parameters={"beta": BETA}, value_at_reference=lambda _: 1.0
+)
+def apo_down(logps: PairLogps, *, beta: float) -> "Tensor":
+    """σ(beta·h_w) + (1 - σ(beta·D)) of each pair (B,), in [0, 2]: APO-down, TRL `apo_down`.
+
+    LOWERS both sides, the rejected one faster: for a model that is better than the data.
+    """
+    return (beta * logps.chosen_ratio_B).sigmoid() + (-beta * logps.margin_B).sigmoid()

@@ -1,0 +1,112 @@
+"""Other divergences than reverse KL: the score s(h) replaces the log-ratio h in DPO's logistic loss.
+
+Log-ratios are SUMS over the completion (see `inputs.py`). `rewards/*` stay beta·h, as in TRL.
+"""
+
+from typing import TYPE_CHECKING
+
+from dpo_core.objectives.common import BETA, ln_2, log_sigmoid
+from dpo_core.objectives.inputs import PairLogps
+from dpo_core.objectives.registry import Parameter, objective
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# e^80 is still a float32 and so is its product with any beta in range: TRL's limit for float32 and bfloat16.
+_LARGEST_EXPONENT = 80.0
+# e^20 times the smallest beta is far beyond the reach of the logistic; larger log-ratios add h, not e^h.
+_LARGEST_CHI_RATIO = 20.0
+
+_F_DPO = (
+    "Wang, Jiang, Yang, Liu, Chen, Beyond Reverse KL: Generalizing DPO with Diverse Divergence Constraints, "
+    "ICLR 2024, arXiv 2309.16240"
+)
+
+
+@objective(
+    "fdpo_forward_kl",
+    citation=_F_DPO,
+    data="pairs",
+    parameters={"beta": BETA},
+    value_at_reference=ln_2,
+)
+def fdpo_forward_kl(logps: PairLogps, *, beta: float) -> "Tensor":
+    """-log σ(beta·(s_w - s_l)) of each pair (B,), s = -exp(-h): f-DPO with the forward KL.
+
+    As TRL `forward_kl`. The slope at the reference is DPO's. The exponent -h stops at 80: a completion that
+    lost more than 80 nats has no gradient any more, and short of that gradients grow as exp(-h).
+    """
+    chosen_B, rejected_B = (
+        -(-ratio_B).clamp(max=_LARGEST_EXPONENT).exp()
+        for ratio_B in (logps.chosen_ratio_B, logps.rejected_ratio_B)
+    )
+    return -log_sigmoid(beta * (chosen_B - rejected_B))
+
+
+@objective(
+    "fdpo_js",
+    citation=_F_DPO,
+    data="pairs",
+    parameters={"beta": BETA},
+    value_at_reference=ln_2,
+)
+def fdpo_js(logps: PairLogps, *, beta: float) -> "Tensor":
+    """-log σ(beta·(s_w - s_l)) of each pair (B,), s = log σ(h): f-DPO with the Jensen-Shannon divergence.
+
+    As TRL `js_divergence`. s saturates at 0, so raising h_w has a bounded value. The gradient at the
+    reference is half of DPO's.
+    """
+    chosen_B, rejected_B = log_sigmoid(logps.chosen_ratio_B), log_sigmoid(logps.rejected_ratio_B)
+    return -log_sigmoid(beta * (chosen_B - rejected_B))
+
+
+@objective(
+    "fdpo_alpha",
+    citation=_F_DPO,
+    data="pairs",
+    parameters={
+        "beta": BETA,
+        # Beyond 1 the derivative f' is finite at 0 and the paper's derivation no longer holds.
+        "alpha": Parameter(0.5, 0.0, 1.0, "0 is the forward KL, 1 the reverse KL (DPO)"),
+    },
+    value_at_reference=ln_2,
+)
+def fdpo_alpha(logps: PairLogps, *, beta: float, alpha: float) -> "Tensor":
+    """-log σ(beta·(s_w - s_l)) of each pair (B,), s = (exp((α-1)·h) - 1)/(α-1): f-DPO's α-divergence.
+
+    As TRL `alpha_divergence`, whose score lacks the -1: it cancels in the difference, but keeps precision as
+    α nears 1, where s = h. The exponent stops at 80 as there; no gradient beyond.
+    """
+
+    def score(ratio_B: "Tensor") -> "Tensor":
+        if alpha == 1:
+            return ratio_B
+        return ((alpha - 1) * ratio_B).clamp(max=_LARGEST_EXPONENT).expm1() / (alpha - 1)
+
+    return -log_sigmoid(beta * (score(logps.chosen_ratio_B) - score(logps.rejected_ratio_B)))
+
+
+@objective(
+    "chi_po",
+    citation="Huang, Zhan, Xie, Lee, Sun, Krishnamurthy, Foster, Correcting the Mythos of KL-Regularization: "
+    "Direct Alignment without Overoptimization via Chi-Squared Preference Optimization, ICLR 2025, "
+    "arXiv 2407.13399",
+    data="pairs",
+    parameters={
+        "beta": BETA,
+        "r_max": Parameter(10.0, 0.1, 1000.0, "largest reward of a completion; the margin stops at twice it"),
+    },
+    value_at_reference=ln_2,
+)
+def chi_po(logps: PairLogps, *, beta: float, r_max: float) -> "Tensor":
+    """-log σ(clip(beta·(φ_w - φ_l), ±2·r_max)) of each pair (B,), φ = exp(h) + h: the paper's χPO.
+
+    The link φ comes from mixing the χ² divergence with KL. The gradient at the reference is twice DPO's. A
+    pair whose margin is clipped, on either side, has no gradient. h is cut at 20 inside the exponential
+    only. Not XPO, which is online DPO with an exploration bonus.
+    """
+    chosen_B, rejected_B = (
+        ratio_B.clamp(max=_LARGEST_CHI_RATIO).exp() + ratio_B
+        for ratio_B in (logps.chosen_ratio_B, logps.rejected_ratio_B)
+    )
+    return -log_sigmoid((beta * (chosen_B - rejected_B)).clamp(-2 * r_max, 2 * r_max))

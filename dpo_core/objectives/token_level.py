@@ -1,0 +1,47 @@
+"""Token-level DPO: the sequential forward KL of both completions enters the margin.
+
+K = Σ_t KL(π_ref(·|x, y_<t) ‖ π(·|x, y_<t)) over the completion's positions and the WHOLE vocabulary. Cached
+log-probs of the sampled tokens do not give it: the reference has to be live. Sums over tokens, never means.
+"""
+
+from typing import TYPE_CHECKING
+
+from dpo_core.objectives.common import BETA, ln_2, log_sigmoid
+from dpo_core.objectives.inputs import PairLogps, required
+from dpo_core.objectives.registry import Parameter, objective
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_TDPO = "Zeng et al., Token-level Direct Preference Optimization, ICML 2024, arXiv 2404.11999"
+
+
+@objective(
+    "tdpo1", citation=_TDPO, data="pairs", parameters={"beta": BETA}, value_at_reference=ln_2, extras={"kl"}
+)
+def tdpo1(logps: PairLogps, *, beta: float) -> "Tensor":
+    """-log σ(beta·(D - (K_l - K_w))) of each pair (B,): TDPO1, gradients through both K.
+
+    At the reference both K are at their minimum, 0, so value and gradient are DPO's. The authors advise it
+    for low learning rates. `rewards/*` are beta·(h + K), as their repository logs.
+    """
+    difference_B = required(logps, "rejected_kl_B") - required(logps, "chosen_kl_B")
+    return -log_sigmoid(beta * (logps.margin_B - difference_B))
+
+
+@objective(
+    "tdpo2",
+    citation=_TDPO,
+    data="pairs",
+    parameters={"beta": BETA, "alpha": Parameter(0.5, 0.0, 10.0, "weight of the difference of the KLs")},
+    value_at_reference=ln_2,
+    extras={"kl"},
+)
+def tdpo2(logps: PairLogps, *, beta: float, alpha: float) -> "Tensor":
+    """-log σ(beta·(D - α·(K_l - sg[K_w]))) of each pair (B,): TDPO2; sg stops the gradient of K_w only.
+
+    α stands inside beta, as in the authors' code. α = 0 is DPO. Their repository's printed TDPO2 command runs
+    TDPO1 unless `if_tdpo2` is set; here the two are two names.
+    """
+    difference_B = required(logps, "rejected_kl_B") - required(logps, "chosen_kl_B").detach()
+    return -log_sigmoid(beta * (logps.margin_B - alpha * difference_B))

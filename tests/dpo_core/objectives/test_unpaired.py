@@ -1,0 +1,151 @@
+"""KTO and BCO: closed forms, the scalars that couple a batch, and the metrics by class."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpo_core.objectives import UnpairedLogps, class_means, get, unpaired_metrics, z0
+from tests.dpo_core.objectives.samples import at_reference, gradients, rows, unpaired_at
+
+BETA = 0.3
+
+
+def examples(*ratios: float, desirable: list[bool], kl: float = 0.0, baseline: float = 0.0) -> UnpairedLogps:
+    h = torch.tensor(ratios, dtype=torch.float64)
+    scalars = [torch.tensor(x, dtype=torch.float64) for x in (kl, baseline)]
+    return UnpairedLogps(h, torch.zeros_like(h), torch.full(h.shape, 5), torch.tensor(desirable), *scalars)
+
+
+def kto(logps: UnpairedLogps, **given_parameters: float) -> Any:
+    objective = get("kto")
+    return objective.function(logps, **objective.resolve({"beta": BETA, **given_parameters}))
+
+
+def test_kto_at_the_reference_is_half_of_each_weight() -> None:
+    loss_B = kto(at_reference(unpaired_at()), desirable_weight=1.5, undesirable_weight=0.8)
+    assert loss_B.tolist() == pytest.approx([0.75, 0.4] * 4)
+    value = get("kto").value_at_reference
+    assert value is not None
+    assert value({"desirable_weight": 3.0, "undesirable_weight": 3.0}) == 1.5
+    assert value({"desirable_weight": 3.0, "undesirable_weight": 1.0}) is None
+
+
+def test_kto_gradient_at_the_reference() -> None:
+    start = at_reference(unpaired_at())
+    (policy,) = gradients(
+        get("kto"), start, "policy_B", beta=BETA, desirable_weight=1.5, undesirable_weight=0.8
+    )
+    assert policy.tolist() == pytest.approx([-1.5 * BETA / 4, 0.8 * BETA / 4] * 4)
+
+
+@given(h=st.floats(-50, 50), kl=st.floats(0, 20))
+def test_kto_classes_mirror_each_other_about_z0(h: float, kl: float) -> None:
+    logps = examples(h, h, desirable=[True, False], kl=kl)
+    desirable, undesirable = kto(logps).tolist()
+    assert desirable + undesirable == pytest.approx(1)
+    assert desirable == pytest.approx(1 - 1 / (1 + math.exp(-BETA * (h - kl))), abs=1e-9)
+
+
+@pytest.mark.parametrize("h", [400.0, -400.0])
+def test_kto_gradient_vanishes_far_from_z0(h: float) -> None:
+    logps = examples(h, h, desirable=[True, False], kl=1.0)
+    (policy,) = gradients(get("kto"), logps, "policy_B", beta=BETA)
+    assert policy.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("label", [True, False])
+def test_a_batch_of_one_class_is_fine(label: bool) -> None:
+    logps = examples(1.0, 2.0, desirable=[label, label])
+    for name in ("kto", "bco"):
+        objective = get(name)
+        loss_B = objective.function(logps, **objective.resolve({}))
+        assert loss_B.isfinite().all()
+    metrics = unpaired_metrics(logps, BETA)
+    means = class_means({key: value.sum().item() for key, value in metrics.items()})
+    there, missing = ("chosen", "rejected") if label else ("rejected", "chosen")
+    assert means[f"rewards/{there}"] == pytest.approx(BETA * 1.5)
+    assert f"rewards/{missing}" not in means
+    assert "rewards/margins" not in means
+
+
+@given(st.lists(st.floats(-30, 30), min_size=2, max_size=12), st.integers(1, 11))
+def test_z0_is_clamped_once_over_all_ranks(ratios: list[float], cut: int) -> None:
+    h = torch.tensor(ratios, dtype=torch.float64, requires_grad=True)
+    found = z0(h.sum(), len(ratios))
+    assert found.item() == pytest.approx(max(0.0, sum(ratios) / len(ratios)), abs=1e-12)
+    assert found.ndim == 0
+    assert not found.requires_grad
+    # Sums of two ranks give the same; a mean of clamped parts would not.
+    parts = h[:cut].sum() + h[cut:].sum()
+    assert z0(parts, torch.tensor(len(ratios))).item() == pytest.approx(found.item(), abs=1e-9)
+
+
+def test_bco_at_the_reference_is_ln_2() -> None:
+    loss_B = get("bco").function(at_reference(unpaired_at()), beta=BETA)
+    assert loss_B.tolist() == pytest.approx([math.log(2)] * 8)
+    (policy,) = gradients(get("bco"), at_reference(unpaired_at()), "policy_B", beta=BETA)
+    assert policy.tolist() == pytest.approx([-BETA / 2, BETA / 2] * 4)
+
+
+@given(shift=st.floats(-20, 20))
+def test_bco_sees_rewards_relative_to_delta(shift: float) -> None:
+    logps = unpaired_at()
+    moved = replace(
+        logps,
+        policy_B=logps.policy_B + shift / BETA,
+        baseline=torch.tensor(0.03 + shift, dtype=torch.float64),
+    )
+    function = get("bco").function
+    torch.testing.assert_close(function(moved, beta=BETA), function(logps, beta=BETA), rtol=1e-9, atol=1e-9)
+
+
+def test_metrics_by_class() -> None:
+    logps = examples(2.0, -1.0, 4.0, desirable=[True, False, True])
+    logps = replace(logps, ref_B=logps.ref_B - 1, policy_B=logps.policy_B.clone().requires_grad_())
+    metrics = unpaired_metrics(logps, 0.5)
+    assert {key: value.tolist() for key, value in metrics.items()} == {
+        "rewards/chosen": [1.5, 0.0, 2.5],
+        "rewards/rejected": [0.0, 0.0, 0.0],
+        "logps/chosen": [2.0, 0.0, 4.0],
+        "logps/rejected": [0.0, -1.0, 0.0],
+        "count/chosen": [1.0, 0.0, 1.0],
+        "count/rejected": [0.0, 1.0, 0.0],
+    }
+    assert not any(value.requires_grad for value in metrics.values())
+    sums = {key: value.sum().item() for key, value in metrics.items()}
+    assert class_means(sums) == {
+        "rewards/chosen": 2.0,
+        "rewards/rejected": 0.0,
+        "logps/chosen": 3.0,
+        "logps/rejected": -1.0,
+        "rewards/margins": 2.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kl": torch.tensor(1.0, requires_grad=True)}, "kl must be one number"),
+        ({"baseline": torch.zeros(8)}, "baseline must be one number"),
+        ({"desirable_B": torch.ones(8)}, "not booleans"),
+        ({"ref_B": torch.zeros(1)}, "ref_B has shape"),
+        ({"policy_B": torch.zeros(8, dtype=torch.float16)}, r"policy_B is torch\.float16"),
+    ],
+)
+def test_inputs_that_would_train_something_else_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(unpaired_at(), **change)
+
+
+def test_the_coupled_scalar_has_to_be_there() -> None:
+    with pytest.raises(ValueError, match="kl is missing"):
+        kto(replace(unpaired_at(), kl=None))
+    with pytest.raises(ValueError, match="baseline is missing"):
+        get("bco").function(replace(unpaired_at(), baseline=None), beta=BETA)
+    # Neither reads the other's.
+    assert kto(replace(rows(unpaired_at(), slice(3)), baseline=None)).shape == (3,)
