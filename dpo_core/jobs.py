@@ -66,13 +66,13 @@ def _sft(job: Job) -> tuple[Any, Export]:
 def _dpo(job: Job) -> tuple[Any, Export]:
     model, tokenizer, tokenise = _start(job)
     pairs, _ = tokenise.pairs(read_rows(job.data))
-    if job.reference is None:
-        raise StageFailed("the DPO job names no reference log-probs", "Run the cache stage first")
+    live = job.live_reference
     trainer = DpoTrainer(
         model,
         pairs,
         job.settings,
-        reference=LogpShard.open(Path(job.reference)),
+        reference=LogpShard.open(Path(job.reference)) if job.reference else None,
+        live_reference=load_model(Path(live), trust_remote_code=job.trust_remote_code) if live else None,
         policy_is_reference=job.policy_is_reference,
         seed=job.seed,
         work=Path(job.work),

@@ -57,6 +57,8 @@ class Job(Config):
     """PPO's reward: a name for `rewards.load_reward`, or the folder of a reward model."""
     reference: str | None = None
     """DPO: shard of reference log-probs. PPO: checkpoint folder of the reference."""
+    live_reference: str | None = None
+    """DPO: checkpoint folder of the reference, for objectives that need it in memory."""
     policy_is_reference: bool = True
     """DPO: the policy starts as the reference, so that the first loss is known."""
     trust_remote_code: bool = False

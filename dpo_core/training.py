@@ -143,19 +143,22 @@ class Trainer(ABC, Generic[Example]):
         """
         state = self.engine.load_latest()
         done = int(state["step"]) if state else 0
-        if not done:
+        if state:
+            self.load_state(state["trainer"])
+        else:
             self.check_start()
         rank0 = self.engine.rank == 0
         metrics = MetricsFile(self.work / "metrics.jsonl", resume_after=done) if rank0 else None
         last: dict[str, float] = dict(state["metrics"]) if state else {}
         for step in range(done, self.total_steps):
             last = self._step(step)
+            self.end_step(step)
             if metrics:
                 metrics.write(step + 1, last)
             stop = self.engine.stop_requested()
             final = step + 1 == self.total_steps
             if stop or final or (step + 1) % self.config.engine.save_every == 0:
-                self.engine.save(step + 1, {"metrics": last})
+                self.engine.save(step + 1, {"metrics": last, "trainer": self.state()})
             if stop and not final:
                 raise Stopped
         return last

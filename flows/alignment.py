@@ -20,7 +20,7 @@ from tasks.stage import Context, StageResult, remember_tracker
 from tasks.store import Store
 from tasks.summary import command_line, summarise
 from tasks.tracking import Tracker
-from tasks.training import prepare_sft, train_dpo, train_ppo, train_reward
+from tasks.training import GUIDE, prepare_sft, train_dpo, train_ppo, train_reward
 from tasks.workspace import disk_errors, open_workspace
 
 log = logging.getLogger("dpo")
@@ -106,21 +106,14 @@ def run_stages(context: Context, recipe: Recipe, command: str) -> RunReport:
             "validate-pairs",
             validate(context, "pairs", keep("sample-pairs", sampled), base, recipe.gate, tokens),
         )
-    engine = recipe.dpo.engine
-    logps = keep(
-        "cache-reference",
-        cache_reference(
-            context,
-            reference,
-            pairs,
-            tokens,
-            engine.precision,
-            recipe.cache.token_budget,
-            engine.processes,
-            engine.threads,
-        ),
-    )
-    policy = keep("train-dpo", train_dpo(context, reference, pairs, logps, recipe.dpo, tokens, seed))
+    guide = reference
+    if recipe.guide is not None:
+        logps = keep("cache-reference", _logps(context, recipe, reference, pairs))
+        guiding = train_dpo(context, reference, reference, pairs, logps, recipe.guide, tokens, seed, GUIDE)
+        guide = keep("train-guide", guiding)
+    logps = keep("cache-guide" if recipe.guide else "cache-reference", _logps(context, recipe, guide, pairs))
+    trained = train_dpo(context, reference, guide, pairs, logps, recipe.dpo, tokens, seed)
+    policy = keep("train-dpo", trained)
     policies = {"SFT": reference, "DPO": policy}
     source = recipe.reward.source
     if source is None:
@@ -136,6 +129,20 @@ def run_stages(context: Context, recipe: Recipe, command: str) -> RunReport:
     )
     with disk_errors(Path(context.workspace), "writing the run page"):
         return summarise(context, recipe, stages, started, command)
+
+
+def _logps(context: Context, recipe: Recipe, reference: Manifest, pairs: Manifest) -> StageResult:
+    engine, budget = recipe.dpo.engine, recipe.cache.token_budget
+    return cache_reference(
+        context,
+        reference,
+        pairs,
+        recipe.tokens,
+        engine.precision,
+        budget,
+        engine.processes,
+        engine.threads,
+    )
 
 
 def _require_answers(recipe: Recipe, judged: Manifest) -> None:

@@ -80,6 +80,9 @@ class Recipe(Config):
     """Reference log-probs."""
     dpo: DpoConfig = DpoConfig()
     """Preference optimisation."""
+    guide: DpoConfig | None = None
+    """Pre-DPO: train a model with these settings first and take it as the reference of `dpo`, which starts
+    again from the SFT model. Empty: the reference is the SFT model."""
     ppo: PpoConfig = PpoConfig()
     """The PPO baseline."""
     evaluate: EvaluateConfig = EvaluateConfig()

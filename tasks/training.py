@@ -27,8 +27,9 @@ from tasks.workspace import disk_full, is_disk_full
 
 log = logging.getLogger("dpo")
 
-SFT = Stage("prepare-sft", 1, "model")
-DPO = Stage("train-dpo", 1, "model")
+SFT = Stage("prepare-sft", 2, "model")
+DPO = Stage("train-dpo", 2, "model")
+GUIDE = Stage("train-guide", 2, "model")
 REWARD = Stage("train-reward", 1, "reward-model")
 PPO = Stage("train-ppo", 1, "model")
 
@@ -118,17 +119,25 @@ def _read_demonstrations(path: str) -> list[dict[str, Any]]:
     return found
 
 
-@task(name="train-dpo", task_run_name="train-dpo", **TASK_OPTIONS)
+@task(name="train-dpo", task_run_name="{stage.name}", **TASK_OPTIONS)
 def train_dpo(
     context: Context,
     policy: Manifest,
+    reference: Manifest,
     pairs: Manifest,
     logps: Manifest,
     config: DpoConfig,
     tokens: TokenConfig,
     seed: int,
+    stage: Stage = DPO,
 ) -> StageResult:
-    """DPO from the reference, on the training pairs, against the cached log-probs."""
+    """Preference optimisation of the policy on the training pairs.
+
+    Args:
+        reference: what the policy is compared with. `logps` are its log-probs; objectives that need it in
+            memory load it.
+        stage: `GUIDE` for the first pass of Pre-DPO.
+    """
 
     def work(given: Work) -> Output:
         train = given.scratch / "train.parquet"
@@ -138,13 +147,22 @@ def train_dpo(
             "model": str(policy.path),
             "data": str(train),
             "reference": str(logps.path / "shard"),
-            "policy_is_reference": logps.extra["reference_weights"] == policy.extra["weights_sha256"],
+            "live_reference": str(reference.path) if config.needs_live_reference else None,
+            "policy_is_reference": reference.extra["weights_sha256"] == policy.extra["weights_sha256"],
             "dpo": config.model_dump(mode="json"),
         }
         return _train(given, job, tokens, seed, config.engine.processes, config.steps(count))
 
+    _require_reference(reference, logps)
     inputs = {"policy": policy, "pairs": pairs, "logps": logps}
-    return run_stage(context, DPO, inputs, _slice(config, tokens, seed), work)
+    return run_stage(context, stage, inputs, _slice(config, tokens, seed), work)
+
+
+def _require_reference(reference: Manifest, logps: Manifest) -> None:
+    if logps.extra["reference_weights"] != reference.extra["weights_sha256"]:
+        raise StageFailed(
+            "the cached log-probs are not those of the reference", "Run the cache stage on this reference"
+        )
 
 
 @task(name="train-reward", task_run_name="train-reward", **TASK_OPTIONS)

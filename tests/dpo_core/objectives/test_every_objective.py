@@ -165,6 +165,11 @@ def plain(logps: Any, i: int) -> Numbers:
     )
 
 
+def test_the_tables_and_the_registry_name_the_same_objectives() -> None:
+    """A family whose file is no longer imported would otherwise vanish unseen."""
+    assert set(FORMULAS) == set(AT_REFERENCE) == set(names())
+
+
 @every_objective
 def test_the_formula_written_a_second_time(name: str) -> None:
     objective = get(name)

@@ -240,7 +240,7 @@ class TestWeightedSums:
 
 
 def test_wpo_weights_are_what_they_should_be_and_carry_no_gradient() -> None:
-    """A policy that is uniform over v tokens: log(1/v) - log(v·1/v²) = 0, so the weight is 1."""
+    """The weight is 1 for a policy uniform over v tokens, whose sharpness is log(1/v) - log(v·1/v²) = 0."""
     nothing, sharp = torch.zeros(2), torch.tensor([-0.5, 0.25], requires_grad=True)
     logps = replace(
         rows(pairs_at(), slice(2)), chosen_sharpness_B=sharp, rejected_sharpness_B=torch.tensor([-0.5, 0.0])
