@@ -20,7 +20,7 @@ class Batch(NamedTuple):
 
 
 class Batches(Protocol):
-    """An endless series of batches. Step k is the same whatever ran before: the position is the whole state."""
+    """A series of batches. Step k is the same whatever ran before: the position is the whole state."""
 
     micro_batches: int
     """Forward passes of a step on each rank."""

@@ -156,7 +156,7 @@ class DpoTrainer(PackedTrainer[TokenPair]):
         parts = self.batches.micro_batches * self.engine.world
         if coupled and parts != 1:
             raise RecipeError(
-                f"objective '{coupled[0]}' compares all pairs of a batch, and the batch is split into {parts}",
+                f"objective '{coupled[0]}' compares all pairs of a batch, and a batch is in {parts} parts",
                 "Train in one process, and raise pack_tokens (or micro_batch_size) until a batch is one pass",
             )
 

@@ -48,8 +48,8 @@ def plan_epoch(
     """Deal the examples of an epoch into packs of at most `budget` tokens, a whole number of packs a step.
 
     Every step holds exactly `batch_size` examples (what the last, incomplete batch would hold sits this epoch
-    out; another part does in the next) in the same number of packs, at least `packs_per_rank` on each. Lengths alone decide, with a seeded
-    shuffle, so that every rank and every resumed run makes the same plan.
+    out; another part does in the next) in the same number of packs, at least `packs_per_rank` on each rank.
+    Lengths alone decide, with a seeded shuffle, so that every rank and every resumed run makes the same plan.
 
     Level packs instead of first-fit-decreasing over the epoch: first-fit fills the first packs with the
     longest examples and the last with the shortest, so that steps differ in size and in kind. Here sorted

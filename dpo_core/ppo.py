@@ -18,13 +18,13 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dpo_core import ppo_math
+from dpo_core.batches import Order
 from dpo_core.config import Config
 from dpo_core.engine import Engine, EngineConfig, MetricsFile, OptimConfig, Stopped
 from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.generate import SamplingConfig, sample, seed_for
 from dpo_core.logprobs import Batch, autocast, collate, hidden_states, token_logps
 from dpo_core.tokens import Sequence
-from dpo_core.batches import Order
 
 log = logging.getLogger(__name__)
 

@@ -199,16 +199,19 @@ class Trainer(ABC, Generic[Example]):
         return {name: value if name == "loss" else value / examples for name, value in values.items()}
 
     def _require_finite(self, loss: Tensor, step: int, micro: Seq[Example]) -> None:
-        if not torch.isfinite(loss):
-            ids = [getattr(e, "id", "?") for e in micro]
-            raise StageFailed(
-                f"the loss of step {step + 1} is {loss.item()}; its examples: {', '.join(ids[:8])}",
-                "Look at these rows, or lower the learning rate; the last checkpoint is kept",
-            )
+        if torch.isfinite(loss):
+            return
+        with torch.no_grad():  # each alone, to name the ones to blame
+            alone = [e for e in micro if not torch.isfinite(self.losses([e])[0])]
+        ids = [str(getattr(e, "id", "?")) for e in alone or micro]
+        raise StageFailed(
+            f"the loss of step {step + 1} is {loss.item()}; its examples: {', '.join(ids[:8])}",
+            "Look at these rows, or lower the learning rate; the last checkpoint is kept",
+        )
 
 
 class PackedTrainer(Trainer[Example]):
-    """A trainer whose examples are prompts with completions: packs where the model can share, else padded rows."""
+    """A trainer of prompts with completions: packs where the model can share, else padded rows."""
 
     config: PackedLoopConfig
 
@@ -220,7 +223,9 @@ class PackedTrainer(Trainer[Example]):
         self.packed = self.config.pack_tokens is not None and can_share(self.module)
         if not self.packed or self.config.pack_tokens is None:
             if self.config.pack_tokens is not None:
-                log.warning("the model cannot share a prompt between completions; padded rows instead of packs")
+                log.warning(
+                    "the model cannot share a prompt between completions; padded rows instead of packs"
+                )
             return super().make_batches()
         steps_an_epoch = max(1, len(self.examples) // self.config.batch_size)
         return PackedBatches(

@@ -7,16 +7,17 @@ from pathlib import Path
 
 from prefect import flow
 
+from dpo_core.dpo import DpoConfig
 from dpo_core.errors import DpoError, GateRefused
 from tasks.ahead import check_ahead
 from tasks.data import load_data, sample_pairs, validate
 from tasks.evaluation import evaluate
 from tasks.manifest import Manifest
-from tasks.models import cache_reference, import_model
+from tasks.models import CACHE, CACHE_GUIDE, cache_reference, import_model
 from tasks.recipe import Recipe
 from tasks.report import RunReport
 from tasks.runs import RunRecord, find_run, new_run, save_run
-from tasks.stage import Context, StageResult, remember_tracker
+from tasks.stage import Context, Stage, StageResult, remember_tracker
 from tasks.store import Store
 from tasks.summary import command_line, summarise
 from tasks.tracking import Tracker
@@ -106,12 +107,28 @@ def run_stages(context: Context, recipe: Recipe, command: str) -> RunReport:
             "validate-pairs",
             validate(context, "pairs", keep("sample-pairs", sampled), base, recipe.gate, tokens),
         )
-    guide = reference
+
+    def logps_of(model: Manifest, config: DpoConfig, stage: Stage) -> Manifest:
+        engine, budget = config.engine, recipe.cache.token_budget
+        cached = cache_reference(
+            context,
+            model,
+            pairs,
+            tokens,
+            engine.precision,
+            budget,
+            engine.processes,
+            engine.threads,
+            stage,
+        )
+        return keep(stage.name, cached)
+
+    guide, cache = reference, CACHE
     if recipe.guide is not None:
-        logps = keep("cache-reference", _logps(context, recipe, reference, pairs))
-        guiding = train_dpo(context, reference, reference, pairs, logps, recipe.guide, tokens, seed, GUIDE)
-        guide = keep("train-guide", guiding)
-    logps = keep("cache-guide" if recipe.guide else "cache-reference", _logps(context, recipe, guide, pairs))
+        logps = logps_of(reference, recipe.guide, CACHE)
+        first = train_dpo(context, reference, reference, pairs, logps, recipe.guide, tokens, seed, GUIDE)
+        guide, cache = keep("train-guide", first), CACHE_GUIDE
+    logps = logps_of(guide, recipe.dpo, cache)
     trained = train_dpo(context, reference, guide, pairs, logps, recipe.dpo, tokens, seed)
     policy = keep("train-dpo", trained)
     policies = {"SFT": reference, "DPO": policy}
@@ -129,20 +146,6 @@ def run_stages(context: Context, recipe: Recipe, command: str) -> RunReport:
     )
     with disk_errors(Path(context.workspace), "writing the run page"):
         return summarise(context, recipe, stages, started, command)
-
-
-def _logps(context: Context, recipe: Recipe, reference: Manifest, pairs: Manifest) -> StageResult:
-    engine, budget = recipe.dpo.engine, recipe.cache.token_budget
-    return cache_reference(
-        context,
-        reference,
-        pairs,
-        recipe.tokens,
-        engine.precision,
-        budget,
-        engine.processes,
-        engine.threads,
-    )
 
 
 def _require_answers(recipe: Recipe, judged: Manifest) -> None:

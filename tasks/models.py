@@ -25,6 +25,7 @@ from tasks.stage import TASK_OPTIONS, Context, Output, Stage, StageResult, Work,
 
 IMPORT = Stage("import-model", 1, "model")
 CACHE = Stage("cache-reference", 1, "reference-logps")
+CACHE_GUIDE = Stage("cache-guide", 1, "reference-logps")
 
 
 @task(name="import-model", task_run_name="import-model", **TASK_OPTIONS)
@@ -72,7 +73,7 @@ def _check_context(model: Manifest, max_length: int) -> None:
     check_context(SimpleNamespace(max_position_embeddings=facts.get("max_position_embeddings")), max_length)
 
 
-@task(name="cache-reference", task_run_name="cache-reference", **TASK_OPTIONS)
+@task(name="cache-reference", task_run_name="{stage.name}", **TASK_OPTIONS)
 def cache_reference(
     context: Context,
     reference: Manifest,
@@ -82,8 +83,13 @@ def cache_reference(
     token_budget: int,
     processes: int = 1,
     threads: int | None = None,
+    stage: Stage = CACHE,
 ) -> StageResult:
-    """Log-probs of every training pair under the reference; only those not yet known are computed."""
+    """Log-probs of every training pair under the reference; only those not yet known are computed.
+
+    Args:
+        stage: `CACHE_GUIDE` for the second reference of Pre-DPO.
+    """
 
     def work(given: Work) -> Output:
         from dpo_core.models import load_tokenizer
@@ -131,4 +137,4 @@ def cache_reference(
     slice_ = {"tokens": tokens.model_dump(mode="json"), "precision": precision}
     if "weights_sha256" not in reference.extra:
         raise ModelError("the reference's manifest names no weights", "Run the earlier stages again")
-    return run_stage(context, CACHE, {"reference": reference, "pairs": pairs}, slice_, work)
+    return run_stage(context, stage, {"reference": reference, "pairs": pairs}, slice_, work)
