@@ -6,7 +6,6 @@ so there is no process group, no DeepSpeed, and a killed rank costs only what it
 """
 
 import argparse
-import contextlib
 import json
 import logging
 import os
@@ -173,18 +172,23 @@ def run_ranks(job: ReferenceJob, processes: int, progress: Callable[[int], None]
         stale.unlink()
     path = work / "reference-job.json"
     path.write_text(job.model_copy(update={"parent": os.getpid()}).model_dump_json(indent=1))
-    ranks = [_start_rank(path, work, rank, processes) for rank in range(processes)]
+    ranks: list[subprocess.Popen[bytes]] = []
+    failed: list[int] = []
     try:
-        while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
+        for rank in range(processes):
+            ranks.append(_start_rank(path, work, rank, processes))
+        while not failed and any(process.poll() is None for process in ranks):
             progress(_done(work))
             time.sleep(0.2)
+            failed = [number for number, process in enumerate(ranks) if process.poll()]
     finally:
-        for rank in ranks:
-            rank.kill()  # shards appear whole or not at all
-            rank.wait()
-    failed = [number for number, rank in enumerate(ranks) if rank.returncode]
+        for process in ranks:
+            process.kill()  # shards appear whole or not at all
+            process.wait()
+    failed = failed or [number for number, process in enumerate(ranks) if process.returncode]
     if failed:
         raise _error_of(work, failed[0], ranks[failed[0]].returncode)
+    progress(_done(work))
 
 
 def _start_rank(path: Path, work: Path, rank: int, world: int) -> subprocess.Popen[bytes]:
@@ -195,11 +199,7 @@ def _start_rank(path: Path, work: Path, rank: int, world: int) -> subprocess.Pop
 
 
 def _done(work: Path) -> int:
-    total = 0
-    for path in work.glob("progress-*"):
-        with contextlib.suppress(ValueError, OSError):  # just being written
-            total += int(path.read_text())
-    return total
+    return sum(int(path.read_text()) for path in work.glob("progress-*"))
 
 
 def _error_of(work: Path, rank: int, status: int) -> DpoError:
@@ -270,7 +270,9 @@ def main(argv: list[str] | None = None) -> int:
     work = Path(job.work)
 
     def progress(done: int) -> None:
-        (work / f"progress-{rank}").write_text(str(done))
+        unread = work / f"new-progress-{rank}"
+        unread.write_text(str(done))
+        os.replace(unread, work / f"progress-{rank}")  # never read half, or the bar would fall back
         if job.parent is not None and os.getppid() != job.parent:
             raise StageFailed("the process that started this rank is gone", "Resume the run")
 
