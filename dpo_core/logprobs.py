@@ -1,9 +1,6 @@
-"""Log-probabilities of completion tokens: the one definition that every stage uses.
+"""Log-probabilities of completion tokens in padded rows; `scores` holds the one definition of the head.
 
-Shapes: B rows, T tokens a row, N completion tokens of the whole batch, V vocabulary, H hidden size.
-
-The trunk runs once; the output head runs in fp32 over completion positions only, in chunks, so that the
-(B, T, V) logits never exist. In training, large batches recompute each chunk in the backward pass.
+Shapes: B rows, T tokens a row, N completion tokens of the whole batch, H hidden size.
 """
 
 from collections.abc import Sequence as Seq
@@ -13,19 +10,14 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
+from dpo_core.attention import trunk_of
 from dpo_core.errors import ModelError
+from dpo_core.scores import token_scores
 from dpo_core.tokens import Sequence
 
 # Part of every reference-cache key: raise it whenever the numbers below could change.
 DEFINITION_VERSION = 1
-# fp32 logits of one chunk: 512 x 49,152 x 4 bytes is 100 MB.
-CHUNK_TOKENS = 512
-# Logits above this size are recomputed in the backward pass; smaller ones are kept, a quarter faster.
-KEEP_LOGITS_BYTES = 1 << 29
-
 Precision = Literal["fp32", "bf16"]
 
 
@@ -70,8 +62,7 @@ def autocast(precision: Precision, device: torch.device | str = "cpu") -> Abstra
 def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
     """Last hidden states (B,T,H) of the trunk, without the output head."""
     positions_BT = (batch.attention_BT.cumsum(-1) - 1).clamp(min=0)
-    trunk = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model  # type: ignore[operator]
-    output = trunk(  # type: ignore[operator]
+    output = trunk_of(model)(
         input_ids=batch.ids_BT, attention_mask=batch.attention_BT, position_ids=positions_BT, use_cache=False
     )
     return output.last_hidden_state
@@ -89,48 +80,13 @@ def token_logps(
     predicts_BT = batch.completion_BT[:, 1:]
     hidden_NH = hidden_BTH[:, :-1][predicts_BT]
     targets_N = batch.ids_BT[:, 1:][predicts_BT]
-    logps_N = _head_logps(model, hidden_NH, targets_N, temperature)
+    logps_N = token_scores(model, hidden_NH, targets_N, temperature=temperature)["logps"]
     out_BT = torch.zeros(batch.ids_BT.shape, dtype=torch.float32, device=hidden_BTH.device)
     # Index assignment out of place, so that autograd reaches logps_N.
     return out_BT.index_put(
         tuple(index + shift for index, shift in zip(predicts_BT.nonzero(as_tuple=True), (0, 1), strict=True)),
         logps_N,
     )
-
-
-def sum_logps(model: nn.Module, batch: Batch) -> Tensor:
-    """log pi(completion | prompt), summed over completion tokens: (B,) fp32."""
-    return token_logps(model, batch).sum(-1)
-
-
-def _head_logps(model: nn.Module, hidden_NH: Tensor, targets_N: Tensor, temperature: float) -> Tensor:
-    weight_VH, bias_V = _head(model)
-    softcap = getattr(model.config, "final_logit_softcapping", None)
-
-    def chunk_logps(hidden_CH: Tensor, targets_C: Tensor) -> Tensor:
-        # fp32 whatever the autocast of the trunk: bf16 logits cost about 0.2 nats over a thousand tokens.
-        with torch.autocast(hidden_CH.device.type, enabled=False):
-            logits_CV = F.linear(hidden_CH.float(), weight_VH.float(), bias_V)
-            if softcap:
-                logits_CV = torch.tanh(logits_CV / softcap) * softcap
-            if temperature != 1.0:
-                logits_CV = logits_CV / temperature
-            return -F.cross_entropy(logits_CV, targets_C, reduction="none")
-
-    recompute = torch.is_grad_enabled() and len(targets_N) * len(weight_VH) * 4 > KEEP_LOGITS_BYTES
-    pieces = []
-    for start in range(0, len(targets_N), CHUNK_TOKENS):
-        piece = hidden_NH[start : start + CHUNK_TOKENS], targets_N[start : start + CHUNK_TOKENS]
-        if recompute:
-            pieces.append(checkpoint(chunk_logps, *piece, use_reentrant=False))
-        else:
-            pieces.append(chunk_logps(*piece))
-    return torch.cat(pieces) if pieces else hidden_NH.new_zeros(0, dtype=torch.float32)
-
-
-def _head(model: nn.Module) -> tuple[Tensor, Tensor | None]:
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    return head.weight, head.bias.float() if getattr(head, "bias", None) is not None else None
 
 
 @torch.no_grad()

@@ -48,11 +48,16 @@ class LoopConfig(Config):
     @model_validator(mode="after")
     def _batches_divide(self) -> "LoopConfig":
         share = self.micro_batch_size * self.engine.processes
-        if self.batch_size % share:
+        if self.rows_are_padded and self.batch_size % share:
             raise ValueError(
                 f"batch_size {self.batch_size} is not a multiple of micro_batch_size x processes = {share}"
             )
         return self
+
+    @property
+    def rows_are_padded(self) -> bool:
+        """Whether `micro_batch_size` decides what shares a forward pass."""
+        return True
 
     def steps(self, examples: int) -> int:
         """Optimiser steps for so many examples."""
@@ -66,6 +71,10 @@ class PackedLoopConfig(LoopConfig):
     pack_tokens: int | None = Field(4096, ge=64)
     """Tokens of one forward pass on one rank: each prompt once with its completions, nothing padded. Empty:
     padded rows, `micro_batch_size` examples at a time; so also for a model that cannot share a prompt."""
+
+    @property
+    def rows_are_padded(self) -> bool:
+        return self.pack_tokens is None
 
 
 class Trainer(ABC, Generic[Example]):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dpo_core import logprobs
+from dpo_core import scores
 from dpo_core.errors import ModelError
 from dpo_core.logprobs import (
     Batch,
@@ -20,7 +20,6 @@ from dpo_core.logprobs import (
     collate,
     hidden_states,
     length_batches,
-    sum_logps,
     token_logps,
 )
 from dpo_core.tokens import Sequence
@@ -64,13 +63,13 @@ def test_four_tokens_by_hand() -> None:
     # P(2 | 1) = 0.3 and P(3 | 2) = 0.25; P(1 | 0) belongs to the prompt and nothing follows token 3.
     wanted = torch.tensor([[0.0, 0.0, math.log(0.3), math.log(0.25)]])
     torch.testing.assert_close(token_logps(Bigram(TABLE), batch), wanted)
-    assert sum_logps(Bigram(TABLE), batch).item() == pytest.approx(math.log(0.3 * 0.25))
+    assert token_logps(Bigram(TABLE), batch).sum(-1).item() == pytest.approx(math.log(0.3 * 0.25))
 
 
 def test_rows_of_unequal_length_by_hand() -> None:
     rows = [Sequence((0,), (3, 0, 0)), Sequence((1,), (0,)), Sequence((2, 2, 3), (0,))]
     wanted = [math.log(0.4 * 0.7 * 0.1), math.log(0.4), math.log(0.7)]
-    assert sum_logps(Bigram(TABLE), collate(rows)).tolist() == pytest.approx(wanted)
+    assert token_logps(Bigram(TABLE), collate(rows)).sum(-1).tolist() == pytest.approx(wanted)
 
 
 def test_temperature_and_softcap_by_hand() -> None:
@@ -185,15 +184,15 @@ def test_recomputed_chunks_give_the_kept_values(
     kept = token_logps(model, batch)
     kept_grad = gradients(model, kept)
     calls: list[int] = []
-    real = logprobs.checkpoint
+    real = scores.checkpoint
 
     def counted(*args: Any, **options: Any) -> Any:
         calls.append(1)
         return real(*args, **options)
 
-    monkeypatch.setattr(logprobs, "checkpoint", counted)
-    monkeypatch.setattr(logprobs, "CHUNK_TOKENS", 5)
-    monkeypatch.setattr(logprobs, "KEEP_LOGITS_BYTES", 0)
+    monkeypatch.setattr(scores, "checkpoint", counted)
+    monkeypatch.setattr(scores, "CHUNK_TOKENS", 5)
+    monkeypatch.setattr(scores, "KEEP_LOGITS_BYTES", 0)
     recomputed = token_logps(model, batch)
     assert len(calls) == math.ceil(int(batch.completion_BT.sum()) / 5) > 1
     torch.testing.assert_close(recomputed, kept, rtol=0, atol=1e-6)
@@ -207,7 +206,7 @@ def test_recomputed_chunks_give_the_kept_values(
 def test_bf16_keeps_the_head_in_fp32(model: Any, rows: list[Sequence]) -> None:
     batch = collate(rows)
     with torch.no_grad():
-        exact = sum_logps(model, batch)
+        exact = token_logps(model, batch).sum(-1)
         with autocast("bf16"):
             hidden_BTH = hidden_states(model, batch)
             rounded_BT = token_logps(model, batch, hidden_BTH=hidden_BTH)

@@ -38,7 +38,7 @@ def loop(**changes: Any) -> dict[str, Any]:
     """Settings of a short fp32 run; every number is the same however the batch is cut."""
     engine = {"precision": "fp32", "threads": 1, "save_every": 5} | changes.pop("engine", {})
     optim = {"learning_rate": 1e-3, "schedule": "cosine", "warmup_fraction": 0.1} | changes.pop("optim", {})
-    sizes = {"batch_size": 8, "micro_batch_size": 2, "epochs": 100.0, "max_steps": STEPS}
+    sizes = {"batch_size": 8, "micro_batch_size": 2, "epochs": 100.0, "max_steps": STEPS, "pack_tokens": None}
     return sizes | changes | {"engine": engine, "optim": optim}
 
 
@@ -138,6 +138,31 @@ def test_accumulation_changes_nothing(
     job = dpo_job(tmp_path, tiny, shard, micro_batch_size=micro)
     assert run_here(job) == 0
     assert_same_course(tmp_path, straight, steps=8)
+
+
+@pytest.mark.parametrize(("pack_tokens", "processes"), [(4096, 1), (128, 1), (128, 2)])
+def test_packs_on_any_number_of_ranks_take_one_course(
+    alone: None, tiny: Path, shard: Path, tmp_path: Path, pack_tokens: int, processes: int
+) -> None:
+    """The batch is the whole set, so that padded rows meet the same pairs in every step."""
+    whole = {"batch_size": 16, "micro_batch_size": 4, "max_steps": 8}
+    assert run_here(dpo_job(tmp_path / "rows", tiny, shard, **whole)) == 0
+    packed = whole | {"pack_tokens": pack_tokens, "engine": {"processes": processes}}
+    work = tmp_path / "packs"
+    job = dpo_job(work, tiny, shard, **packed)
+    assert (launch(job, processes) is State.DONE) if processes > 1 else (run_here(job) == 0)
+    assert_same_course(work, tmp_path / "rows", steps=8)
+    assert curve(work)[-1]["epoch"] == 8
+
+
+def test_packs_of_a_part_are_those_of_the_plan(alone: None, tiny: Path, shard: Path, tmp_path: Path) -> None:
+    """One rank and two see the same pairs in every step, across epochs."""
+    works = [tmp_path / "one", tmp_path / "two"]
+    for work, processes in zip(works, (1, 2), strict=True):
+        settings = {"pack_tokens": 96, "max_steps": 6, "batch_size": 6, "engine": {"processes": processes}}
+        job = dpo_job(work, tiny, shard, **settings)
+        assert (launch(job, processes) is State.DONE) if processes > 1 else (run_here(job) == 0)
+    assert_same_course(works[1], works[0], steps=6)
 
 
 def test_two_ranks_change_nothing(straight: Path, tiny: Path, shard: Path, tmp_path: Path) -> None:

@@ -1,0 +1,80 @@
+"""Ten steps of every pair objective on a tiny model: the trainer that makes them, the file that keeps them.
+
+Run as `python -m tests.dpo_core.golden_objectives` after a definition was changed on purpose.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from dpo_core.dpo import DpoConfig, DpoTrainer
+from dpo_core.engine import start_distributed
+from dpo_core.models import disable_dropout, load_model
+from dpo_core.objectives import get, names
+from dpo_core.reference import LogpShard
+from tests.training_jobs import pair_rows, token_pairs, write_reference
+
+GOLDEN = Path(__file__).with_name("golden") / "objectives.json"
+STEPS = 10
+KEPT = ("loss", "grad_norm", "rewards/margins", "logps/chosen")
+
+
+def trainer_of(
+    name: str,
+    model: Path,
+    rows: list[dict[str, Any]],
+    work: Path,
+    *,
+    shard: Path | None = None,
+    live: Path | None = None,
+    reference_is_start: bool = False,
+    steps: int = STEPS,
+    learning_rate: float = 1e-3,
+    **settings: Any,
+) -> DpoTrainer:
+    """A trainer of one objective in this process, fp32, the whole of `rows` in each batch."""
+    config = DpoConfig(
+        objective=name,
+        **{"batch_size": len(rows), "micro_batch_size": len(rows), "epochs": 100.0, "max_steps": steps}
+        | settings,
+        optim={"learning_rate": learning_rate, "schedule": "constant", "warmup_fraction": 0.0},
+        engine={"precision": "fp32", "threads": 1, "save_every": 100},
+    )
+    start_distributed(config.engine)
+    module = load_model(model)
+    disable_dropout(module)
+    module.train()
+    return DpoTrainer(
+        module,
+        token_pairs(model, rows),
+        config,
+        reference=LogpShard.open(shard) if shard else None,
+        live_reference=load_model(live) if live else None,
+        policy_is_reference=reference_is_start,
+        seed=3,
+        work=work,
+    )
+
+
+def main() -> None:
+    from tests.tiny import make_tiny_model
+
+    rows = pair_rows(12)
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        tiny = make_tiny_model(Path(folder) / "tiny")
+        shard = write_reference(tiny, rows, Path(folder) / "shard")
+        for name in names():
+            if get(name).data != "pairs":
+                continue
+            work = Path(folder) / name
+            trainer_of(name, tiny, rows, work, shard=shard, live=tiny, reference_is_start=True).train()
+            lines = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
+            found[name] = {kept: [float(f"{line[kept]:.7g}") for line in lines] for kept in KEPT}
+    GOLDEN.parent.mkdir(exist_ok=True)
+    GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
