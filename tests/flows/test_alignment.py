@@ -1,7 +1,9 @@
 """The whole run on a tiny model, through the real command line, Prefect, MLflow and torchrun."""
 
 import json
+import math
 import time
+from pathlib import Path
 
 import yaml
 from mlflow import MlflowClient
@@ -76,6 +78,32 @@ def test_another_learning_rate_runs_again_from_training_on(finished):
     report = bench.run("--set", "dpo.optim.learning_rate=3e-5")
     ran = {name for name, state in bench.states(report).items() if state == "ran"}
     assert ran == {"train-dpo", "evaluate"}
+
+
+def test_pre_dpo_trains_a_guide_and_starts_again(finished):
+    """Both passes from the SFT model; the guide is the reference of the second, and nothing else changes."""
+    bench, first = finished
+    guide = "guide={max_steps: 3, batch_size: 8, epochs: 50, engine: {precision: fp32, threads: 1}}"
+    report = bench.run("--set", guide)
+    states = bench.states(report)
+    assert [name for name, state in states.items() if state == "ran"] == [
+        "train-guide",
+        "cache-guide",
+        "train-dpo",
+        "evaluate",
+    ]
+    stages = {stage["name"]: stage for stage in report["stages"]}
+    before = {stage["name"]: stage for stage in first["stages"]}
+    # The guide is trained exactly as the first run's policy was: same start, same pairs, same settings.
+    weights = [
+        Path(s["uri"].removeprefix("file://"), "model.safetensors").read_bytes()
+        for s in (stages["train-guide"], before["train-dpo"])
+    ]
+    assert weights[0] == weights[1]
+    curve = Path(stages["train-dpo"]["uri"].removeprefix("file://"), "metrics.jsonl").read_text()
+    start = json.loads(curve.splitlines()[0])
+    assert start["rewards/margins"] < 0, "the start ranks the pairs less well than its guide"
+    assert start["loss"] > math.log(2)
 
 
 def test_a_changed_row_recomputes_only_its_own_log_probs(finished):
