@@ -54,6 +54,8 @@ class EngineConfig(Config):
     """Ranks on each node."""
     threads: int | None = Field(None, ge=1)
     """CPU threads a rank; all cores shared out when empty."""
+    compile: bool = False
+    """Compile the decoder layers: faster after some minutes of compiling; needs a C++ compiler or a GPU."""
     gradient_checkpointing: bool = False
     """Recompute the layers in the backward pass: less memory, about a third more time."""
     save_every: int = Field(10, ge=1)

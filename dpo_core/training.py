@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from dpo_core.attention import BLOCK
+from dpo_core.attention import BLOCK, trunk_of
 from dpo_core.batches import Batches, PackedBatches, PaddedBatches
 from dpo_core.config import Config
 from dpo_core.engine import Engine, EngineConfig, MetricsFile, OptimConfig, Stopped
@@ -91,6 +91,8 @@ class Trainer(ABC, Generic[Example]):
         self.batches = self.make_batches()
         if config.engine.gradient_checkpointing:
             module.gradient_checkpointing_enable()  # type: ignore[operator]
+        if config.engine.compile:
+            compile_layers(module)
         self.engine = Engine(
             module,
             config.optim,
@@ -258,6 +260,12 @@ class PackedTrainer(Trainer[Example]):
         if self.engine.device.type != "cuda" or not isinstance(self.batches, PackedBatches):
             return None
         return -(-self.batches.length // BLOCK) * BLOCK
+
+
+def compile_layers(module: nn.Module) -> None:
+    """Compile each decoder layer in place; names of weights and checkpoints stay as they are."""
+    for layer in trunk_of(module).layers:
+        layer.compile()
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:

@@ -206,6 +206,14 @@ def ui(
 
 
 @app.command()
+def bench(overrides: SetOption = None, as_json: JsonOption = False) -> None:
+    """Measure training speed and memory beside TRL's: same model, pairs, tokens and optimiser, in turns."""
+    from flows.bench_command import run_bench
+
+    run_bench(overrides or [], as_json)
+
+
+@app.command()
 def objectives(as_json: JsonOption = False) -> None:
     """List the objectives: needs, citation, parameters and their ranges; --json adds the definitions."""
     from dpo_core.objectives import get, names

@@ -1,0 +1,188 @@
+"""Both contenders in turn, each in a process of its own, after their losses were seen to agree."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from dpo_core.bench.contender import Race, write_pairs
+from dpo_core.bench.workloads import Size, Workload, human_pairs, made_pairs, make_model
+from dpo_core.config import Config
+from dpo_core.errors import RecipeError, StageFailed
+
+# How far the losses of single pairs may lie apart: bf16 rounds differently in other batch shapes.
+AGREEMENT = {"fp32": 1e-4, "bf16": 0.1}
+
+
+class Bench(Config):
+    """What is compared."""
+
+    workload: Workload = "hh"
+    """hh: human pairs from `data`. The others: random ids with the lengths that their names say."""
+    data: str | None = None
+    """Preference file of workload hh."""
+    model: str | None = None
+    """Checkpoint folder; its own tokenizer reads the data. Empty: random weights of `size`."""
+    size: Size = "135m"
+    """Shape of the random model."""
+    pairs: int = Field(32, ge=2)
+    """Pairs, each trained on once in every round."""
+    batch_size: int = Field(8, ge=1)
+    """Pairs in an optimiser step."""
+    rounds: int = Field(3, ge=1)
+    """Turns of each contender; the median counts."""
+    ours: dict[str, Any] = Field(default_factory=lambda: {"precision": "bf16"})
+    """Our settings: precision, pack_tokens, compile."""
+    trl: dict[str, Any] | None = Field(default_factory=lambda: {"precision": "bf16"})
+    """TRL's settings: precision, micro_batch_size. null: ours alone."""
+    threads: int | None = None
+    """CPU threads of each."""
+    seed: int = 0
+    """Which pairs."""
+
+
+def compare(bench: Bench, work: Path, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """Run the comparison in the folder `work`; see `Bench`.
+
+    Returns:
+        settings, hardware, and for each contender pairs/s (of all rounds, and their median), tokens/s, peak
+        memory; and the ratios.
+
+    Raises:
+        RecipeError: TRL is not installed, or the workload lacks its data.
+        StageFailed: a contender failed, or the two do not compute the same losses.
+    """
+    if bench.trl is not None:
+        _require_trl()
+    model, tokens = _prepare(bench, work)
+    sides = {"ours": bench.ours} | ({"trl": bench.trl} if bench.trl is not None else {})
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
+    for number in range(bench.rounds):
+        for name, settings in sides.items():
+            found[name].append(_race(name, settings, bench, model, work))
+            rate = _rate(found[name][-1])
+            say(f"round {number + 1} of {bench.rounds}, {name}: {rate:.3f} pairs/s")
+        if number == 0 and len(sides) == 2:
+            _require_agreement(bench, found)
+    results = {name: _summary(rounds, tokens / bench.pairs) for name, rounds in found.items()}
+    if len(results) == 2:
+        results["ratio"] = {
+            "pairs_per_second": results["ours"]["pairs_per_second"] / results["trl"]["pairs_per_second"],
+            "peak_bytes": results["ours"]["peak_bytes"] / results["trl"]["peak_bytes"],
+        }
+    return {"bench": bench.model_dump(mode="json"), "hardware": hardware(), "results": results}
+
+
+def _require_trl() -> None:
+    import importlib.util
+
+    if importlib.util.find_spec("trl") is None:
+        raise RecipeError("TRL is not installed", "pip install 'dpo-pipeline[bench]', or --set trl=null")
+
+
+def _prepare(bench: Bench, work: Path) -> tuple[Path, int]:
+    """Write model and pairs with reference values; returns the model's folder and the tokens of all pairs."""
+    from dpo_core.models import load_model, load_tokenizer
+    from dpo_core.reference import compute, sequence_key
+
+    model = Path(bench.model) if bench.model else work / "model"
+    if bench.model is None:
+        make_model(bench.size, model, bench.seed)
+    if bench.workload == "hh":
+        if bench.data is None or bench.model is None:
+            raise RecipeError(
+                "workload hh needs a preference file and a model with its tokenizer", "Name both"
+            )
+        pairs = human_pairs(bench.data, load_tokenizer(model), bench.pairs, bench.seed)
+    else:
+        vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
+        pairs = made_pairs(bench.workload, vocabulary, bench.pairs, bench.seed)
+    values: dict[bytes, Any] = {}
+    sequences = [s for p in pairs for s in (p.chosen, p.rejected)]
+    compute(load_model(model), sequences, precision="fp32", token_budget=4096, keep=values.update)
+    sums = [float(values[sequence_key(s)].sum()) for s in sequences]
+    # Off the true values by some nats, or every first loss would be ln 2 whatever the log-probs are.
+    off = np.random.default_rng(bench.seed).normal(0, 10, len(sums))
+    shifted = (np.array(sums) + off).tolist()
+    write_pairs(work / "pairs.json", pairs, list(zip(shifted[0::2], shifted[1::2], strict=True)))
+    return model, sum(map(len, sequences))
+
+
+def _race(name: str, settings: dict[str, Any], bench: Bench, model: Path, work: Path) -> dict[str, Any]:
+    out, path = work / "result.json", work / "race.json"
+    out.unlink(missing_ok=True)
+    race = Race.model_validate(
+        {
+            "contender": name,
+            "model": str(model),
+            "pairs": str(work / "pairs.json"),
+            "out": str(out),
+            "batch_size": bench.batch_size,
+            "threads": bench.threads or os.cpu_count(),
+            **settings,
+        }
+    )
+    path.write_text(race.model_dump_json())
+    done = subprocess.run(
+        [sys.executable, "-m", "dpo_core.bench.contender", str(path)],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode or not out.exists():
+        lines = done.stderr.strip().splitlines() or ["no message; perhaps it ran out of memory"]
+        raise StageFailed(f"{name} failed: {lines[-1]}", "Try smaller batches")
+    return json.loads(out.read_text())
+
+
+def _require_agreement(bench: Bench, found: dict[str, list[dict[str, Any]]]) -> None:
+    ours, theirs = (np.array(found[name][0]["first_losses"]) for name in ("ours", "trl"))
+    gap = float(np.abs(ours - theirs).max())
+    both = {bench.ours["precision"], (bench.trl or bench.ours)["precision"]}
+    allowed = AGREEMENT["bf16" if "bf16" in both else "fp32"]
+    if not gap <= allowed:
+        raise StageFailed(
+            f"the two compute different losses for the same pairs (by {gap:.2g}; {allowed} is allowed)",
+            "A time would compare different work; look at the model's attention and precision",
+        )
+
+
+def _rate(result: dict[str, Any]) -> float:
+    # The first step warms up: it allocates, and compiles where that is asked for.
+    return result["pairs_per_step"] / statistics.median(result["seconds"][1:] or result["seconds"])
+
+
+def _summary(rounds: list[dict[str, Any]], tokens_per_pair: float) -> dict[str, Any]:
+    rates = [_rate(result) for result in rounds]
+    middle = statistics.median(rates)
+    return {
+        "pairs_per_second": middle,
+        "rounds": rates,
+        # Tokens of both sides with their prompts, as a person counts them, however often they are computed.
+        "tokens_per_second": middle * tokens_per_pair,
+        "peak_bytes": statistics.median(result["peak_bytes"] for result in rounds),
+    }
+
+
+def hardware() -> dict[str, str]:
+    """What the numbers were measured on."""
+    import torch
+
+    if torch.cuda.is_available():
+        return {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    model = platform.processor() or platform.machine()
+    facts = Path("/proc/cpuinfo")
+    if facts.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in facts.read_text().splitlines() if "model name" in line
+        ]
+        model = names[0] if names else model
+    return {"device": f"{os.cpu_count()} cores, {model}", "torch": torch.__version__}

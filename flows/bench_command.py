@@ -1,0 +1,61 @@
+"""`dpo bench`: speed and memory beside TRL's, on this machine."""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from dpo_core.bench.compare import Bench, compare
+from dpo_core.errors import RecipeError
+from dpo_core.models import ModelConfig, convert
+from tasks.recipe import apply_override, faults_of
+
+
+def run_bench(overrides: Sequence[str], as_json: bool) -> None:
+    """Compare and print.
+
+    Raises:
+        RecipeError: a setting cannot be used, or TRL is not installed.
+        StageFailed: a contender failed, or the losses of the two do not agree.
+    """
+    given: dict[str, Any] = {}
+    for override in overrides:
+        apply_override(given, override)
+    try:
+        bench = Bench.model_validate(given)
+    except ValidationError as error:
+        raise RecipeError(
+            f"the comparison cannot be run: {faults_of(error, Bench)}", "See README.md"
+        ) from error
+    console = Console(stderr=True)
+    with tempfile.TemporaryDirectory(prefix="dpo-bench-") as folder:
+        work = Path(folder)
+        if bench.model is not None and not Path(bench.model, "config.json").exists():
+            convert(ModelConfig(name=bench.model), work / "imported")
+            bench = bench.model_copy(update={"model": str(work / "imported")})
+        found = compare(bench, work, console.print)
+    print(json.dumps(found, indent=1)) if as_json else Console().print(_table(found))
+
+
+def _table(found: dict[str, Any]) -> Table:
+    results, bench = found["results"], found["bench"]
+    what = (bench["model"] and "own model") or bench["size"]
+    table = Table(title=f"{bench['workload']}, {what}, {found['hardware']['device']}")
+    for column in ("", "pairs/s", "rounds", "tokens/s", "peak memory"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name in ("ours", "trl"):
+        if name in results:
+            one = results[name]
+            rounds = " ".join(f"{rate:.3g}" for rate in one["rounds"])
+            memory = f"{one['peak_bytes'] / 2**30:.2f} GiB"
+            rates = f"{one['pairs_per_second']:.3g}", rounds, f"{one['tokens_per_second']:.0f}"
+            table.add_row(f"{name} {bench[name]}", *rates, memory)
+    if "ratio" in results:
+        ratio = results["ratio"]
+        table.add_row("ratio", f"{ratio['pairs_per_second']:.2f}", "", "", f"{ratio['peak_bytes']:.2f}")
+    return table
