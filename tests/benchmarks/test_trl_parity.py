@@ -1,0 +1,132 @@
+"""The same batch in TRL's own trainers: losses and gradients agree to 1e-5 wherever TRL has the objective.
+
+Needs the extra `bench` (trl==1.16.0). fp32, a tiny Llama, another model as the reference, unequal lengths.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dpo_core.models import load_model
+from tests.dpo_core.conftest import _process_group, alone  # noqa: F401  the process group that trainers need
+from tests.dpo_core.golden_objectives import trainer_of
+from tests.tiny import make_tiny_model, make_tokenizer
+from tests.training_jobs import pair_rows, token_pairs, write_reference
+
+pytestmark = pytest.mark.bench
+trl = pytest.importorskip("trl", reason="the extra `bench` is not installed")
+
+ROWS = pair_rows(8)
+BETA = 0.3
+
+# Ours -> (our parameters, TRL's settings). Where TRL's definition is another, both sides say so in the name.
+SAME: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "dpo": ({"beta": BETA}, {"loss_type": ["sigmoid"]}),
+    "hinge": ({"beta": BETA}, {"loss_type": ["hinge"]}),
+    "ipo_mean": ({"tau": BETA}, {"loss_type": ["ipo"]}),
+    "dpo_norm": ({"beta": BETA}, {"loss_type": ["sigmoid_norm"]}),
+    "robust": ({"beta": BETA, "label_smoothing": 0.1}, {"loss_type": ["robust"], "label_smoothing": 0.1}),
+    "exo": ({"beta": BETA, "label_smoothing": 0.01}, {"loss_type": ["exo_pair"], "label_smoothing": 0.01}),
+    "nca": ({"beta": BETA}, {"loss_type": ["nca_pair"]}),
+    "bco_pair": ({"beta": BETA}, {"loss_type": ["bco_pair"]}),
+    "sppo_hard": ({"beta": BETA}, {"loss_type": ["sppo_hard"]}),
+    "apo_zero": ({"beta": BETA}, {"loss_type": ["apo_zero"]}),
+    "apo_down": ({"beta": BETA}, {"loss_type": ["apo_down"]}),
+    "aot": ({"beta": BETA, "label_smoothing": 0.1}, {"loss_type": ["aot"], "label_smoothing": 0.1}),
+    "aot_unpaired": ({"beta": BETA}, {"loss_type": ["aot_unpaired"]}),
+    "discopop": ({"beta": BETA, "temperature": 0.05}, {"loss_type": ["discopop"], "discopop_tau": 0.05}),
+    "sft": ({}, {"loss_type": ["sft"]}),
+    "fdpo_forward_kl": ({"beta": BETA}, {"f_divergence_type": "forward_kl"}),
+    "fdpo_js": ({"beta": BETA}, {"f_divergence_type": "js_divergence"}),
+    "fdpo_alpha": (
+        {"beta": BETA, "alpha": 0.5},
+        {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.5},
+    ),
+    "ld_dpo": ({"beta": BETA, "alpha": 0.4}, {"ld_alpha": 0.4}),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """Policy, reference, and the reference's cached log-probs of `ROWS`."""
+    folder = tmp_path_factory.mktemp("parity")
+    policy, reference = make_tiny_model(folder / "policy"), make_tiny_model(folder / "reference", seed=5)
+    return policy, reference, write_reference(reference, ROWS, folder / "shard")
+
+
+def ours(name: str, models: tuple[Path, Path, Path], work: Path, **settings: Any) -> tuple[float, list]:
+    trainer = trainer_of(name, models[0], ROWS, work, shard=models[2], **settings)
+    trainer.begin_step(trainer.examples)
+    loss, _ = trainer.losses(trainer.examples)
+    (loss / len(ROWS)).backward()
+    return float(loss.detach()) / len(ROWS), [p.grad for p in trainer.module.parameters()]
+
+
+def trl_dpo(models: tuple[Path, Path, Path], work: Path, **settings: Any) -> tuple[float, list]:
+    """TRL's DPO trainer on the same ids, with its reference in memory."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    config = DPOConfig(
+        output_dir=str(work),
+        beta=BETA,
+        per_device_train_batch_size=len(ROWS),
+        bf16=False,
+        gradient_checkpointing=False,
+        max_length=None,
+        report_to=[],
+        use_cpu=True,
+        **settings,
+    )
+    text = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    trainer = DPOTrainer(
+        load_model(models[0]),
+        ref_model=load_model(models[1]),
+        args=config,
+        train_dataset=text,
+        processing_class=make_tokenizer(),
+    )
+    rows = [
+        {
+            "prompt_ids": list(p.chosen.prompt),
+            "chosen_ids": list(p.chosen.completion),
+            "rejected_ids": list(p.rejected.completion),
+        }
+        for p in token_pairs(models[0], ROWS)
+    ]
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(trainer.data_collator(rows)))
+    loss.backward()
+    return loss.item(), [p.grad for p in trainer.model.parameters()]
+
+
+def assert_same(mine: tuple[float, list], theirs: tuple[float, list]) -> None:
+    assert mine[0] == pytest.approx(theirs[0], abs=1e-5, rel=1e-5)
+    scale = max(float(g.abs().max()) for g in theirs[1])
+    assert scale > 1e-4, "a gradient of zeros would agree with anything"
+    for one, other in zip(mine[1], theirs[1], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5 * max(scale, 1.0))
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_losses_and_gradients_are_trls(name, alone, models, tmp_path):  # noqa: F811
+    parameters, settings = SAME[name]
+    mine = ours(name, models, tmp_path / "ours", parameters=parameters)
+    assert_same(mine, trl_dpo(models, tmp_path / "trl", **settings))
+
+
+def test_wpo_weights_are_trls(alone, models, tmp_path):  # noqa: F811
+    mine = ours("dpo", models, tmp_path / "ours", parameters={"beta": BETA}, weighting="wpo")
+    assert_same(mine, trl_dpo(models, tmp_path / "trl", use_weighting=True))
+
+
+def test_weighted_sums_are_trls(alone, models, tmp_path):  # noqa: F811
+    plus = [
+        {"objective": "bco_pair", "weight": 0.2, "parameters": {"beta": BETA}},
+        {"objective": "sft", "weight": 1.0},
+    ]
+    mine = ours("dpo", models, tmp_path / "ours", parameters={"beta": BETA}, weight=0.8, plus=plus)
+    settings = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}
+    assert_same(mine, trl_dpo(models, tmp_path / "trl", **settings))
