@@ -130,3 +130,57 @@ def test_weighted_sums_are_trls(alone, models, tmp_path):  # noqa: F811
     mine = ours("dpo", models, tmp_path / "ours", parameters={"beta": BETA}, weight=0.8, plus=plus)
     settings = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}
     assert_same(mine, trl_dpo(models, tmp_path / "trl", **settings))
+
+
+# Ours, its parameters -> TRL's trainer and settings.
+REFERENCE_FREE: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
+    "cpo": ({"beta": BETA, "nll_weight": 0.7}, "cpo", {"beta": BETA, "cpo_alpha": 0.7}),
+    "simpo": (
+        {"beta": 2.0, "gamma_beta_ratio": 0.25},
+        "cpo",
+        {"beta": 2.0, "loss_type": "simpo", "simpo_gamma": 0.5, "cpo_alpha": 0.0},
+    ),
+    "orpo_full": ({"odds_weight": 0.2}, "orpo", {"beta": 0.2}),
+}
+
+
+def trl_reference_free(kind: str, model: Path, work: Path, **settings: Any) -> tuple[float, list]:
+    """TRL's CPO or ORPO trainer on the same ids."""
+    import importlib
+
+    from datasets import Dataset
+    from torch.nn.utils.rnn import pad_sequence
+
+    module = importlib.import_module(f"trl.experimental.{kind}")
+    config = getattr(module, f"{kind.upper()}Config")(
+        output_dir=str(work),
+        bf16=False,
+        gradient_checkpointing=False,
+        max_length=128,
+        remove_unused_columns=False,
+        report_to=[],
+        use_cpu=True,
+        **settings,
+    )
+    text = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    trainer = getattr(module, f"{kind.upper()}Trainer")(
+        load_model(model), args=config, train_dataset=text, processing_class=make_tokenizer()
+    )
+    batch: dict[str, torch.Tensor] = {}
+    for side in ("chosen", "rejected"):
+        sequences = [getattr(p, side) for p in token_pairs(model, ROWS)]
+        ids = [torch.tensor(s.prompt + s.completion) for s in sequences]
+        labels = [torch.tensor((-100,) * len(s.prompt) + s.completion) for s in sequences]
+        batch[f"{side}_input_ids"] = pad_sequence(ids, batch_first=True)
+        batch[f"{side}_attention_mask"] = pad_sequence([torch.ones_like(i) for i in ids], batch_first=True)
+        batch[f"{side}_labels"] = pad_sequence(labels, batch_first=True, padding_value=-100)
+    loss, _ = trainer.get_batch_loss_metrics(trainer.model.train(), batch)
+    loss.backward()
+    return loss.item(), [p.grad for p in trainer.model.parameters()]
+
+
+@pytest.mark.parametrize("name", REFERENCE_FREE)
+def test_objectives_without_a_reference_are_trls(name, alone, models, tmp_path):  # noqa: F811
+    parameters, kind, settings = REFERENCE_FREE[name]
+    mine = ours(name, models, tmp_path / "ours", parameters=parameters)
+    assert_same(mine, trl_reference_free(kind, models[0], tmp_path / "trl", **settings))
