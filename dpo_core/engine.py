@@ -6,22 +6,23 @@ One process on a laptop and many nodes run the same code; torchrun starts it eve
 import json
 import logging
 import os
-import random
-import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from dpo_core.checkpoints import Checkpoints, Made, load_random_state, save_random_state
 from dpo_core.config import Config
 from dpo_core.errors import StageFailed
 
 log = logging.getLogger(__name__)
+Found = TypeVar("Found")
 
 
 class OptimConfig(Config):
@@ -58,6 +59,8 @@ class EngineConfig(Config):
     """Recompute the layers in the backward pass: less memory, about a third more time."""
     save_every: int = Field(10, ge=1)
     """Steps between checkpoints."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Newest checkpoints that stay on the disk; with one, a damaged checkpoint ends the run."""
 
 
 class Stopped(Exception):
@@ -86,7 +89,7 @@ class Engine:
         import deepspeed
 
         self.config, self.optim = config, optim
-        self.checkpoints = work / "checkpoints"
+        self.checkpoints = Checkpoints(work / "checkpoints", config.keep_checkpoints)
         self.stage = config.zero_stage
         trainable = [p for p in module.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
@@ -165,33 +168,63 @@ class Engine:
     # Checkpoints -------------------------------------------------------------------------------------------
 
     def save(self, step: int, state: dict[str, Any] | None = None) -> None:
-        """Write a whole checkpoint beside the others, rename it into place, then remove older ones."""
-        name, temporary = f"step-{step:08d}", f"tmp-step-{step:08d}"
-        if self.rank == 0:
-            shutil.rmtree(self.checkpoints / temporary, ignore_errors=True)
-        self.barrier()
-        client = {"step": step, "rng": _rng_state(), **(state or {})}
+        """Write a whole checkpoint beside the others, rename it into place, then remove older ones.
+
+        Args:
+            state: what the loop wants back from `load_latest`.
+        """
+        temporary = self._on_rank_0(lambda: self.checkpoints.begin(step))
         self.engine.save_checkpoint(
-            str(self.checkpoints), tag=temporary, client_state=client, save_latest=False
-        )
+            str(temporary.parent), tag=temporary.name, client_state={"step": step, **(state or {})},
+            save_latest=False,
+        )  # fmt: skip
+        save_random_state(temporary, self.rank)
         self.barrier()
-        if self.rank == 0:
-            shutil.rmtree(self.checkpoints / name, ignore_errors=True)
-            os.replace(self.checkpoints / temporary, self.checkpoints / name)
-            for old in sorted(self.checkpoints.glob("step-*"))[:-1]:
-                shutil.rmtree(old)
-        self.barrier()
+        self._on_rank_0(lambda: self.checkpoints.seal(temporary, Made(step, self.world, self.stage)))
 
     def load_latest(self) -> dict[str, Any] | None:
-        """Load the newest whole checkpoint; None when there is none."""
-        found = sorted(self.checkpoints.glob("step-*"))
-        if not found:
+        """Load the newest whole checkpoint, written by any number of ranks; None when there is none.
+
+        Raises:
+            StageFailed: all checkpoints are damaged, or of another ZeRO stage, or not seen by this node.
+        """
+        found = self._on_rank_0(self.checkpoints.newest)
+        if found is None:
             return None
-        path, client = self.engine.load_checkpoint(str(self.checkpoints), tag=found[-1].name)
-        if path is None:
-            raise StageFailed(f"the checkpoint {found[-1]} cannot be loaded", "Delete it and run again")
-        _set_rng_state(client.pop("rng"))
+        folder, made = found
+        if not folder.is_dir():
+            raise StageFailed(
+                f"rank {self.rank} does not see {folder}",
+                "Put the workspace on storage that every node shares",
+            )
+        if made.zero_stage != self.stage:
+            raise StageFailed(
+                f"the checkpoint {folder} is of ZeRO stage {made.zero_stage} and the run of {self.stage}",
+                "Resume with the stage that wrote it",
+            )
+        client = self._load(folder, made)
+        load_random_state(folder, self.rank)
+        log.info("going on from %s", folder)
         return client
+
+    def _load(self, folder: Path, made: Made) -> dict[str, Any]:
+        path, client = self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        if path is None:
+            raise StageFailed(f"DeepSpeed cannot load the checkpoint {folder}", "Delete it and run again")
+        return client
+
+    def _on_rank_0(self, work: Callable[[], Found]) -> Found:
+        """The result of `work`, which only rank 0 does, on every rank; its StageFailed too."""
+        box: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                box = [work()]
+            except StageFailed as error:
+                box = [error]
+        torch.distributed.broadcast_object_list(box, device=self.device)
+        if isinstance(box[0], StageFailed):
+            raise box[0]
+        return box[0]
 
     def stop_requested(self) -> bool:
         """Whether SIGTERM reached any rank; all ranks get the same answer at the same step."""
@@ -255,23 +288,6 @@ def start_distributed(config: EngineConfig) -> None:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // config.processes))
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
-
-
-def _rng_state() -> dict[str, Any]:
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None,
-    }
-
-
-def _set_rng_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None:
-        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 class MetricsFile:
