@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from dpo_core.engine import EngineConfig, OptimConfig
+from dpo_core.engine_config import EngineConfig, OptimConfig
 from dpo_core.errors import StageFailed
 from dpo_core.logprobs import autocast, collate, sum_logps
 from dpo_core.objectives import PairLogps, get, pair_metrics

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dpo_core.dpo import DpoTrainer
+from dpo_core.engine import put_state
 from dpo_core.errors import StageFailed
 from dpo_core.models import check_context, disable_dropout, load_model, load_tokenizer, save_checkpoint
 from dpo_core.ppo import PpoTrainer, Scorer
@@ -45,7 +46,7 @@ def _start(job: Job) -> tuple[Any, Any, Tokenise]:
 
 def _export_model(model: Any, tokenizer: Any, out: str) -> Export:
     def export(state: dict[str, Tensor]) -> None:
-        model.load_state_dict(state)
+        put_state(model, state)
         save_checkpoint(model, tokenizer, Path(out))
 
     return export
@@ -119,7 +120,7 @@ def _reward(job: Job) -> tuple[Any, Export]:
     trainer = RewardTrainer(reward_model, pairs, job.settings, seed=job.seed, work=Path(job.work))
 
     def export(state: dict[str, Tensor]) -> None:
-        reward_model.load_state_dict(state)
+        put_state(reward_model, state)
         facts = normalise_on(reward_model, pairs, job.settings.engine.precision)
         reward_model.save(Path(job.out))
         tokenizer.save_pretrained(job.out)

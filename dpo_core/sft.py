@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from dpo_core.engine import EngineConfig, OptimConfig
+from dpo_core.engine_config import EngineConfig, OptimConfig
 from dpo_core.logprobs import autocast, collate, token_logps
 from dpo_core.tokens import Sequence
 from dpo_core.training import LoopConfig, Trainer

@@ -24,6 +24,7 @@ from dpo_core.sft import SftConfig
 from dpo_core.tokens import TokenConfig
 
 STOPPED = 75  # EX_TEMPFAIL: run again and it goes on
+ERROR = "error.json"
 
 
 class Job(Config):
@@ -73,11 +74,14 @@ class Job(Config):
 
 def run(job: Job) -> dict[str, float]:
     """Train, write the model, write the result. Every rank calls this."""
-    from dpo_core.engine import start_distributed
     from dpo_core.jobs import build
+    from dpo_core.ranks import start_distributed
     from dpo_core.training import write_result
 
     start_distributed(job.settings.engine)
+    if os.environ["RANK"] == "0":
+        # Left by ranks that torchrun has replaced since.
+        (Path(job.work) / ERROR).unlink(missing_ok=True)
     trainer, export = build(job)
     metrics = trainer.train()
     state = trainer.engine.full_state()
@@ -111,12 +115,19 @@ def main(argv: list[str] | None = None) -> int:
 
 def _report(work: Path, error: Exception) -> None:
     """Leave the error where the launcher's caller finds it: ranks share no exception with it."""
-    if not isinstance(error, DpoError):
+    from dpo_core.ranks import lost_peer
+
+    lost = lost_peer(error)
+    if lost:
+        error = lost
+    elif not isinstance(error, DpoError):
         error = StageFailed(f"{type(error).__name__}: {error}", "Look at the log of the job")
-    facts = {"problem": error.problem, "remedy": error.remedy, "exit_code": error.exit_code}
-    text = json.dumps(facts)
-    if os.environ.get("RANK", "0") == "0" or not (work / "error.json").exists():
-        (work / "error.json").write_text(text)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    # The rank that fails by itself says why; those that only miss it do not write over that.
+    first = os.environ.get("RANK", "0") == "0" and not lost
+    if first or not (work / ERROR).exists():
+        facts = {"problem": error.problem, "remedy": error.remedy, "exit_code": error.exit_code}
+        (work / ERROR).write_text(json.dumps(facts))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dpo_core.config import Config
-from dpo_core.engine import Engine, EngineConfig, MetricsFile, OptimConfig, Stopped
+from dpo_core.engine import Engine, MetricsFile, Stopped
+from dpo_core.engine_config import EngineConfig, OptimConfig
 from dpo_core.errors import RecipeError, StageFailed
 
 log = logging.getLogger(__name__)
@@ -140,7 +141,7 @@ class Trainer(ABC, Generic[Example]):
         state = self.engine.load_latest()
         done = int(state["step"]) if state else 0
         if not done:
-            self.check_start()
+            self.engine.run(self.check_start)
         rank0 = self.engine.rank == 0
         metrics = MetricsFile(self.work / "metrics.jsonl", resume_after=done) if rank0 else None
         last: dict[str, float] = dict(state["metrics"]) if state else {}
@@ -168,7 +169,7 @@ class Trainer(ABC, Generic[Example]):
         norm: float | None = None
         for first in range(0, len(mine), self.config.micro_batch_size):
             micro = mine[first : first + self.config.micro_batch_size]
-            loss, numbers = self.losses(micro)
+            loss, numbers = self.engine.run(self.losses, micro)
             self._require_finite(loss, step, micro)
             self.engine.backward(loss, total)
             norm = self.engine.step()
