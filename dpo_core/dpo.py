@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from dpo_core.adapters import LoraConfig
 from dpo_core.engine_config import EngineConfig, OptimConfig
 from dpo_core.errors import StageFailed
 from dpo_core.logprobs import autocast, collate, sum_logps
@@ -31,6 +32,8 @@ class DpoConfig(LoopConfig):
     """Optimiser and schedule."""
     engine: EngineConfig = EngineConfig()
     """Precision, ZeRO stage, ranks, checkpoints."""
+    lora: LoraConfig | None = None
+    """Train low-rank additions only, merged into the result; empty trains every weight."""
     check_rows: int = Field(8, ge=0)
     """Pairs whose cached reference log-probs are computed again before the first step."""
 

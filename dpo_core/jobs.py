@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from dpo_core.adapters import add_lora, merge_lora
 from dpo_core.dpo import DpoTrainer
 from dpo_core.engine import put_state
 from dpo_core.errors import StageFailed
@@ -40,14 +41,19 @@ def _start(job: Job) -> tuple[Any, Any, Tokenise]:
     model = load_model(Path(job.model), trust_remote_code=job.trust_remote_code)
     check_context(model.config, job.tokens.max_length)
     disable_dropout(model)
+    lora = getattr(job.settings, "lora", None)
+    if lora:
+        add_lora(model, lora, job.seed)
     model.train()
     return model, tokenizer, Tokenise(tokenizer, job.tokens)
 
 
-def _export_model(model: Any, tokenizer: Any, out: str) -> Export:
+def _export_model(model: Any, tokenizer: Any, job: Job) -> Export:
     def export(state: dict[str, Tensor]) -> None:
         put_state(model, state)
-        save_checkpoint(model, tokenizer, Path(out))
+        if job.settings.lora:
+            merge_lora(model)
+        save_checkpoint(model, tokenizer, Path(job.out))
 
     return export
 
@@ -61,7 +67,7 @@ def _sft(job: Job) -> tuple[Any, Export]:
         if sequence is not None:
             examples.append(Demonstration(row["id"], sequence))
     trainer = SftTrainer(model, examples, job.settings, seed=job.seed, work=Path(job.work))
-    return trainer, _export_model(model, tokenizer, job.out)
+    return trainer, _export_model(model, tokenizer, job)
 
 
 def _dpo(job: Job) -> tuple[Any, Export]:
@@ -78,7 +84,7 @@ def _dpo(job: Job) -> tuple[Any, Export]:
         seed=job.seed,
         work=Path(job.work),
     )
-    return trainer, _export_model(model, tokenizer, job.out)
+    return trainer, _export_model(model, tokenizer, job)
 
 
 def _ppo(job: Job) -> tuple[Any, Export]:

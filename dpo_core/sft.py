@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from dpo_core.adapters import LoraConfig
 from dpo_core.engine_config import EngineConfig, OptimConfig
 from dpo_core.logprobs import autocast, collate, token_logps
 from dpo_core.tokens import Sequence
@@ -27,6 +28,8 @@ class SftConfig(LoopConfig):
     """Optimiser and schedule."""
     engine: EngineConfig = EngineConfig()
     """Precision, ZeRO stage, ranks, checkpoints."""
+    lora: LoraConfig | None = None
+    """Train low-rank additions only, merged into the result; empty trains every weight."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "SftConfig":
