@@ -24,7 +24,7 @@ from dpo_core.sft import SftConfig
 from dpo_core.tokens import TokenConfig
 
 STOPPED = 75  # EX_TEMPFAIL: run again and it goes on
-ERROR = "error.json"
+ERROR, STOP_FILE = "error.json", "stopped"
 
 
 class Job(Config):
@@ -80,8 +80,9 @@ def run(job: Job) -> dict[str, float]:
 
     start_distributed(job.settings.engine)
     if os.environ["RANK"] == "0":
-        # Left by ranks that torchrun has replaced since.
-        (Path(job.work) / ERROR).unlink(missing_ok=True)
+        # Left by ranks that torchrun has replaced since, or by the run before.
+        for left in (ERROR, STOP_FILE):
+            (Path(job.work) / left).unlink(missing_ok=True)
     trainer, export = build(job)
     metrics = trainer.train()
     state = trainer.engine.full_state()
@@ -104,8 +105,9 @@ def main(argv: list[str] | None = None) -> int:
         run(job)
     except Stopped:
         # torchrun hides the exit status of its ranks; this file tells a stop from a failure.
-        (Path(job.work) / "stopped").touch()
-        return STOPPED
+        (Path(job.work) / STOP_FILE).touch()
+        # Where it replaces lost ranks it would also start again ranks that end with anything but 0.
+        return 0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) else STOPPED
     except Exception as error:
         traceback.print_exc()
         _report(Path(job.work), error)
