@@ -1,5 +1,6 @@
 """One process, two processes and every ZeRO stage take the same course; a run goes on with other ranks."""
 
+import json
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,8 @@ from dpo_core import train
 from dpo_core.engine_config import EngineConfig
 from dpo_core.ppo import PpoConfig
 from dpo_core.ranks import lost_peer
+from dpo_core.reference import LogpShard, sequence_key
+from dpo_core.training import Order
 from tests import training_jobs
 from tests.training_jobs import curve, pair_rows, write_job
 
@@ -181,6 +184,29 @@ def test_offloaded_runs_go_on_with_other_ranks(courses: Lab) -> None:
     courses.run(1, [courses.job(f"{name}-of-1", **how) for name, how in offloaded.items()])
     courses.run(2, [courses.job(f"{name}-of-2", processes=2, **how) for name, how in offloaded.items()])
     moved(courses, offloaded)
+
+
+@pytest.mark.slow
+def test_the_rank_that_fails_by_itself_says_why(lab: Lab) -> None:
+    """A reference value spoilt on disk, in a pair that only rank 1 is dealt; rank 0 merely misses rank 1."""
+    job = lab.job("one-fails", processes=2)
+    pairs = training_jobs.token_pairs(lab.tiny, ROWS)
+    batch = [pairs[i] for i in Order(len(pairs), seed=3).batch(0, 8)]
+    bad = sorted(batch, key=lambda p: max(len(p.chosen), len(p.rejected)))[1]
+    good = LogpShard.open(lab.shard)
+    keys = [sequence_key(s) for p in pairs for s in (p.chosen, p.rejected)]
+    entries = {k: good.tokens(int(i)).copy() for k, i in zip(keys, good.positions(keys), strict=True)}
+    entries[sequence_key(bad.chosen)][0] = float("nan")
+    LogpShard.build(entries).save(lab.folder / "spoilt")
+    settings = json.loads(job.read_text())
+    settings["reference"] = str(lab.folder / "spoilt")
+    settings["dpo"]["check_rows"] = 0
+    job.write_text(json.dumps(settings))
+    with pytest.raises(AssertionError, match="lost another rank"):
+        lab.run(2, [job])
+    error = json.loads((job.parent / "error.json").read_text())
+    assert error["problem"].startswith("the loss of step 1 is nan; its examples: ")
+    assert bad.id in error["problem"]
 
 
 # Refusals ---------------------------------------------------------------------------------------------------
