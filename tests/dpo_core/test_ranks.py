@@ -153,6 +153,26 @@ def test_bf16_differs_by_its_rounding_only(courses: Lab) -> None:
     assert apart["logps/chosen"] > 1e-4, "bf16 was really used"
 
 
+@pytest.mark.slow
+def test_the_reward_model_is_the_same_at_every_stage(lab: Lab) -> None:
+    """Its result is normalised after training, by forward passes without the engine."""
+
+    def job(name: str, **engine: Any) -> Path:
+        settings = json.loads(lab.job(name, **engine).read_text())["dpo"]
+        settings.pop("parameters")
+        return write_job(lab.folder / name, "reward", lab.tiny, ROWS, reward=settings)
+
+    lab.run(1, [job("reward-0", zero_stage=0), job("reward-3", zero_stage=3)])
+    lab.run(2, [job(f"reward-{stage}-of-2", zero_stage=stage, processes=2) for stage in (2, 3)])
+    for name in ("reward-3", "reward-2-of-2", "reward-3-of-2"):
+        for ours, theirs in zip(curve(lab.folder / name), curve(lab.folder / "reward-0"), strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-5)
+        for file in (lab.folder / "reward-0" / "out").rglob("*.safetensors"):
+            other = load_file(lab.folder / name / file.relative_to(lab.folder / "reward-0"))
+            for key, tensor in load_file(file).items():
+                assert float((tensor - other[key]).abs().max()) <= 1e-5, (name, key)
+
+
 # Another number of ranks ------------------------------------------------------------------------------------
 
 

@@ -20,10 +20,7 @@ from tests.faults.nodes import Node, TwoNodes, why_not
 from tests.tiny import make_tiny_model
 from tests.training_jobs import curve, launch, pair_rows, wait_until, write_job
 
-pytestmark = [
-    pytest.mark.faults,
-    pytest.mark.skipif(bool(why_not()), reason=why_not() or ""),
-]
+pytestmark = pytest.mark.faults
 REPOSITORY = Path(__file__).resolve().parents[2]
 ROWS = pair_rows(16)
 STEPS = 60
@@ -44,6 +41,9 @@ def shard(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def _room() -> Iterator[TwoNodes]:
+    reason = why_not()
+    if reason:
+        pytest.skip(reason)
     with TwoNodes() as room:
         yield room
 
