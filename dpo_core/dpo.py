@@ -13,8 +13,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from dpo_core.adapters import LoraConfig
 from dpo_core.config import Config
-from dpo_core.engine import EngineConfig, OptimConfig
+from dpo_core.engine_config import EngineConfig, OptimConfig
 from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.layout import Document
 from dpo_core.logprobs import autocast
@@ -66,6 +67,8 @@ class DpoConfig(PackedLoopConfig):
     """Optimiser and schedule."""
     engine: EngineConfig = EngineConfig()
     """Precision, ZeRO stage, ranks, checkpoints."""
+    lora: LoraConfig | None = None
+    """Train low-rank additions only, merged into the result; empty trains every weight."""
     check_rows: int = Field(8, ge=0)
     """Pairs whose cached reference log-probs are computed again before the first step."""
 
@@ -78,6 +81,8 @@ class DpoConfig(PackedLoopConfig):
             raise ValueError("weight is read only where plus adds other objectives")
         if self.reference_sync and not self.needs_reference:
             raise ValueError(f"objective '{self.objective}' has no reference that reference_sync could move")
+        if self.reference_sync and self.lora:
+            raise ValueError("reference_sync moves whole weights, and lora trains additions: choose one")
         if self.reference_sync and self.engine.zero_stage == 3:
             raise ValueError("reference_sync needs whole weights on each rank: choose zero_stage 0 to 2")
         return self

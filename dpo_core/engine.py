@@ -5,61 +5,24 @@ One process on a laptop and many nodes run the same code; torchrun starts it eve
 
 import json
 import logging
-import os
-import random
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from dpo_core.config import Config
+from dpo_core.checkpoints import Checkpoints, Made, load_random_state, save_random_state, to_universal
+from dpo_core.engine_config import EngineConfig, OptimConfig, Schedule
 from dpo_core.errors import StageFailed
+from dpo_core.ranks import limit_waiting
 
 log = logging.getLogger(__name__)
-
-
-class OptimConfig(Config):
-    """AdamW and its schedule."""
-
-    learning_rate: float = Field(1e-6, gt=0, le=1)
-    """Peak learning rate."""
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """What follows the warm-up: stay, or fall to zero at the last step."""
-    warmup_fraction: float = Field(0.1, ge=0, lt=1)
-    """Share of the steps over which the learning rate rises from zero."""
-    weight_decay: float = Field(0.0, ge=0)
-    """Decoupled weight decay."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of AdamW's two moments."""
-    epsilon: float = Field(1e-8, gt=0)
-    """AdamW's epsilon."""
-    max_grad_norm: float = Field(1.0, ge=0)
-    """Clip the global gradient norm here; 0 never clips."""
-
-
-class EngineConfig(Config):
-    """How the arithmetic is done and how often it is saved."""
-
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """bf16: autocast over fp32 weights and an fp32 head. fp32: everything in fp32."""
-    zero_stage: int = Field(0, ge=0, le=3)
-    """DeepSpeed ZeRO stage. 0 replicates everything and is the fastest in one process."""
-    processes: int = Field(1, ge=1)
-    """Ranks on each node."""
-    threads: int | None = Field(None, ge=1)
-    """CPU threads a rank; all cores shared out when empty."""
-    compile: bool = False
-    """Compile the decoder layers: faster after some minutes of compiling; needs a C++ compiler or a GPU."""
-    gradient_checkpointing: bool = False
-    """Recompute the layers in the backward pass: less memory, about a third more time."""
-    save_every: int = Field(10, ge=1)
-    """Steps between checkpoints."""
+Result = TypeVar("Result")
 
 
 class Stopped(Exception):
@@ -88,7 +51,7 @@ class Engine:
         import deepspeed
 
         self.config, self.optim = config, optim
-        self.checkpoints = work / "checkpoints"
+        self.checkpoints = Checkpoints(work / "checkpoints", config.keep_checkpoints)
         self.stage = config.zero_stage
         trainable = [p for p in module.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
@@ -99,15 +62,15 @@ class Engine:
             weight_decay=optim.weight_decay,
             fused=True,
         )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _Schedule(optim, total_steps))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, Schedule(optim, total_steps))
+        self.module = module
         self.engine, self.optimizer, _, self.schedule = deepspeed.initialize(
-            model=module,
+            model=_Root(module),
             optimizer=optimizer,
             lr_scheduler=schedule,
             config=self._deepspeed_config(micro_batches),
             dist_init_required=False,
         )
-        self.module = module
         self.world = torch.distributed.get_world_size()
         self.rank = torch.distributed.get_rank()
         self._stop = False
@@ -120,15 +83,38 @@ class Engine:
             # Always given: DeepSpeed clips at 1.0 when the key is absent. Stage 0 is clipped in `step`,
             # because there DeepSpeed does not tell the norm.
             "gradient_clipping": self.optim.max_grad_norm if self.stage else 0.0,
-            "zero_optimization": {"stage": self.stage},
+            "zero_optimization": self._zero_config(),
             "zero_allow_untested_optimizer": True,
+            # torch's AdamW steps offloaded state too; DeepSpeed's own would have to be compiled here.
+            "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 2**31,
             "wall_clock_breakdown": False,
         }
 
+    def _zero_config(self) -> dict[str, Any]:
+        zero: dict[str, Any] = {"stage": self.stage}
+        host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        if self.config.offload != "none":
+            zero["offload_optimizer"] = host
+        if self.config.offload == "parameters":
+            zero["offload_param"] = host
+        if self.stage == 3:
+            # Small parameters stay whole: gathering them costs more than they take. Small for this model,
+            # so that little models are cut up as large ones are.
+            largest = max(p.numel() for p in self.module.parameters())
+            zero["stage3_param_persistence_threshold"] = min(100_000, largest // 16)
+        return zero
+
     @property
     def device(self) -> torch.device:
         return self.engine.device
+
+    def run(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        """`work(*arguments)` as the engine's forward pass.
+
+        All that reads the module's parameters belongs in here: outside ZeRO 3 has them cut up.
+        """
+        return self.engine(lambda: work(*arguments))
 
     def backward(self, loss_sum: Tensor, total: float) -> None:
         """Accumulate the gradient of `loss_sum / total`, `total` being counted over the GLOBAL batch.
@@ -167,33 +153,78 @@ class Engine:
     # Checkpoints -------------------------------------------------------------------------------------------
 
     def save(self, step: int, state: dict[str, Any] | None = None) -> None:
-        """Write a whole checkpoint beside the others, rename it into place, then remove older ones."""
-        name, temporary = f"step-{step:08d}", f"tmp-step-{step:08d}"
-        if self.rank == 0:
-            shutil.rmtree(self.checkpoints / temporary, ignore_errors=True)
-        self.barrier()
-        client = {"step": step, "rng": _rng_state(), **(state or {})}
+        """Write a whole checkpoint beside the others, rename it into place, then remove older ones.
+
+        Args:
+            state: what the loop wants back from `load_latest`.
+        """
+        temporary = self._on_rank_0(lambda: self.checkpoints.begin(step))
         self.engine.save_checkpoint(
-            str(self.checkpoints), tag=temporary, client_state=client, save_latest=False
-        )
+            str(temporary.parent), tag=temporary.name, client_state={"step": step, **(state or {})},
+            save_latest=False,
+        )  # fmt: skip
+        save_random_state(temporary, self.rank)
         self.barrier()
-        if self.rank == 0:
-            shutil.rmtree(self.checkpoints / name, ignore_errors=True)
-            os.replace(self.checkpoints / temporary, self.checkpoints / name)
-            for old in sorted(self.checkpoints.glob("step-*"))[:-1]:
-                shutil.rmtree(old)
-        self.barrier()
+        self._on_rank_0(lambda: self.checkpoints.seal(temporary, Made(step, self.world, self.stage)))
 
     def load_latest(self) -> dict[str, Any] | None:
-        """Load the newest whole checkpoint; None when there is none."""
-        found = sorted(self.checkpoints.glob("step-*"))
-        if not found:
-            return None
-        path, client = self.engine.load_checkpoint(str(self.checkpoints), tag=found[-1].name)
-        if path is None:
-            raise StageFailed(f"the checkpoint {found[-1]} cannot be loaded", "Delete it and run again")
-        _set_rng_state(client.pop("rng"))
+        """Load the newest whole checkpoint, written by any number of ranks; None when there is none.
+
+        Raises:
+            StageFailed: all checkpoints are damaged, or of another ZeRO stage, or not seen by this node.
+        """
+        found = self._on_rank_0(self.checkpoints.newest)
+        client = self._load_found(*found) if found else None
+        # Only now: converting may take rank 0 longer than the others are to wait in a step.
+        limit_waiting(self.config.timeout_seconds)
         return client
+
+    def _load_found(self, folder: Path, made: Made) -> dict[str, Any]:
+        if not folder.is_dir():
+            raise StageFailed(
+                f"rank {self.rank} does not see {folder}",
+                "Put the workspace on storage that every node shares",
+            )
+        if made.zero_stage != self.stage:
+            raise StageFailed(
+                f"the checkpoint {folder} is of ZeRO stage {made.zero_stage} and the run of {self.stage}",
+                "Resume with the stage that wrote it",
+            )
+        client = self._load(folder, made)
+        load_random_state(folder, self.rank)
+        log.info("going on from %s", folder)
+        return client
+
+    def _load(self, folder: Path, made: Made) -> dict[str, Any]:
+        # Without ZeRO every rank holds everything and any number of ranks can read the one file.
+        convert = made.ranks != self.world and self.stage > 0
+        if convert:
+            log.info("%s was written by %d ranks; converting it for %d", folder, made.ranks, self.world)
+            source, folder = folder, folder.parent / "tmp-universal" / folder.name
+            self._on_rank_0(lambda: to_universal(source, folder))
+        # The flag also changes how DeepSpeed names files, so that it is set for this one load only.
+        self.engine._config.load_universal_checkpoint = convert
+        path, client = self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        self.engine._config.load_universal_checkpoint = False
+        if path is None:
+            raise StageFailed(f"DeepSpeed cannot load the checkpoint {folder}", "Delete it and run again")
+        self.barrier()
+        if convert:
+            self._on_rank_0(lambda: shutil.rmtree(folder.parent))
+        return client
+
+    def _on_rank_0(self, work: Callable[[], Result]) -> Result:
+        """The result of `work`, which only rank 0 does, on every rank; its StageFailed too."""
+        box: list[Any] = [None]
+        if self.rank == 0:
+            try:
+                box = [work()]
+            except StageFailed as error:
+                box = [error]
+        torch.distributed.broadcast_object_list(box, device=self.device)
+        if isinstance(box[0], StageFailed):
+            raise box[0]
+        return box[0]
 
     def stop_requested(self) -> bool:
         """Whether SIGTERM reached any rank; all ranks get the same answer at the same step."""
@@ -214,66 +245,45 @@ class Engine:
         return values
 
     def full_state(self) -> dict[str, Tensor]:
-        """All weights of the module on rank 0, gathered where ZeRO-3 has cut them up."""
+        """All weights of the module on rank 0, at the end of training; other ranks may get none.
+
+        ZeRO 3 is taken off the module here, so that it can be used as a plain one; see `put_state`.
+        """
         if self.stage < 3:
             return {k: v.detach().cpu() for k, v in self.module.state_dict().items()}
         import deepspeed
 
+        state: dict[str, Tensor] = {}
         with deepspeed.zero.GatheredParameters(list(self.module.parameters()), modifier_rank=None):
-            return {k: v.detach().cpu().clone() for k, v in self.module.state_dict().items()}
+            if self.rank == 0:
+                state = {k: v.detach().cpu().clone() for k, v in self.module.state_dict().items()}
+        self.engine.destroy()
+        return state
 
 
-class _Schedule:
-    """Learning-rate factor of a step (0-based): linear warm-up, then constant, linear or cosine to zero."""
-
-    def __init__(self, optim: OptimConfig, total_steps: int) -> None:
-        self.kind = optim.schedule
-        self.total = max(total_steps, 1)
-        self.warmup = int(optim.warmup_fraction * total_steps)
-
-    def __call__(self, step: int) -> float:
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        if self.kind == "constant":
-            return 1.0
-        progress = min((step - self.warmup) / max(self.total - self.warmup, 1), 1.0)
-        return 1.0 - progress if self.kind == "linear" else 0.5 * (1.0 + float(np.cos(np.pi * progress)))
-
-
-def start_distributed(config: EngineConfig) -> None:
-    """Join the process group that torchrun describes; alone when there is none."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    import deepspeed
-
-    # torch 2.13's cuDNN attention gives NaN gradients in bf16.
-    if torch.cuda.is_available():
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    # Only used by inference; building it needs a C++ compiler and half a minute.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
-        os.environ.setdefault(name, value)
-    if os.environ["WORLD_SIZE"] == "1" and "MASTER_ADDR" not in os.environ:
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // config.processes))
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
-
-
-def _rng_state() -> dict[str, Any]:
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None,
+def put_state(module: nn.Module, state: dict[str, Tensor]) -> None:
+    """Set the tensors of a module to those of `full_state`, also where ZeRO 3 left empty ones."""
+    live: dict[str, Tensor] = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
     }
+    for name, tensor in state.items():
+        live[name].data = tensor.to(live[name].device)
 
 
-def _set_rng_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None:
-        torch.cuda.set_rng_state_all(state["cuda"])
+class _Root(nn.Module):
+    """What DeepSpeed wraps: its forward pass is any function that uses the module.
+
+    Losses read the output head's weight directly. ZeRO 3 gathers a parameter that is read outside of its own
+    layer only within the forward pass of the outermost module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, work: Callable[[], Any]) -> Any:
+        return work()
 
 
 class MetricsFile:

@@ -10,7 +10,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from dpo_core.adapters import add_lora, merge_lora
 from dpo_core.dpo import DpoTrainer
+from dpo_core.engine import put_state
 from dpo_core.errors import StageFailed
 from dpo_core.models import check_context, disable_dropout, load_model, load_tokenizer, save_checkpoint
 from dpo_core.ppo import PpoTrainer, Scorer
@@ -39,14 +41,19 @@ def _start(job: Job) -> tuple[Any, Any, Tokenise]:
     model = load_model(Path(job.model), trust_remote_code=job.trust_remote_code)
     check_context(model.config, job.tokens.max_length)
     disable_dropout(model)
+    lora = getattr(job.settings, "lora", None)
+    if lora:
+        add_lora(model, lora, job.seed)
     model.train()
     return model, tokenizer, Tokenise(tokenizer, job.tokens)
 
 
-def _export_model(model: Any, tokenizer: Any, out: str) -> Export:
+def _export_model(model: Any, tokenizer: Any, job: Job) -> Export:
     def export(state: dict[str, Tensor]) -> None:
-        model.load_state_dict(state)
-        save_checkpoint(model, tokenizer, Path(out))
+        put_state(model, state)
+        if job.settings.lora:
+            merge_lora(model)
+        save_checkpoint(model, tokenizer, Path(job.out))
 
     return export
 
@@ -60,7 +67,7 @@ def _sft(job: Job) -> tuple[Any, Export]:
         if sequence is not None:
             examples.append(Demonstration(row["id"], sequence))
     trainer = SftTrainer(model, examples, job.settings, seed=job.seed, work=Path(job.work))
-    return trainer, _export_model(model, tokenizer, job.out)
+    return trainer, _export_model(model, tokenizer, job)
 
 
 def _dpo(job: Job) -> tuple[Any, Export]:
@@ -77,7 +84,7 @@ def _dpo(job: Job) -> tuple[Any, Export]:
         seed=job.seed,
         work=Path(job.work),
     )
-    return trainer, _export_model(model, tokenizer, job.out)
+    return trainer, _export_model(model, tokenizer, job)
 
 
 def _ppo(job: Job) -> tuple[Any, Export]:
@@ -119,7 +126,7 @@ def _reward(job: Job) -> tuple[Any, Export]:
     trainer = RewardTrainer(reward_model, pairs, job.settings, seed=job.seed, work=Path(job.work))
 
     def export(state: dict[str, Tensor]) -> None:
-        reward_model.load_state_dict(state)
+        put_state(reward_model, state)
         facts = normalise_on(reward_model, pairs, job.settings.engine.precision)
         reward_model.save(Path(job.out))
         tokenizer.save_pretrained(job.out)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from dpo_core import ppo_math
 from dpo_core.batches import Order
 from dpo_core.config import Config
-from dpo_core.engine import Engine, EngineConfig, MetricsFile, OptimConfig, Stopped
+from dpo_core.engine import Engine, MetricsFile, Stopped
+from dpo_core.engine_config import EngineConfig, OptimConfig
 from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.generate import SamplingConfig, sample, seed_for
 from dpo_core.logprobs import Batch, autocast, collate, hidden_states, token_logps
@@ -72,6 +73,8 @@ class PpoConfig(Config):
 
     @model_validator(mode="after")
     def _episodes_divide(self) -> "PpoConfig":
+        if self.engine.zero_stage == 3:
+            raise ValueError("PPO samples from the policy, which ZeRO 3 has cut up: use zero_stage 0 to 2")
         share = self.minibatches * self.micro_batch_size * self.engine.processes
         if self.episodes % share:
             raise ValueError(

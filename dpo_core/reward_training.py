@@ -7,7 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dpo_core.engine import EngineConfig, OptimConfig
+from dpo_core.engine_config import EngineConfig, OptimConfig
 from dpo_core.logprobs import autocast, collate, length_batches
 from dpo_core.reward_model import RewardModel, bradley_terry_loss
 from dpo_core.tokens import Sequence, TokenPair

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from dpo_core.engine import EngineConfig, OptimConfig
+from dpo_core.adapters import LoraConfig
+from dpo_core.engine_config import EngineConfig, OptimConfig
 from dpo_core.layout import Document
 from dpo_core.logprobs import autocast
 from dpo_core.scores import branch_scores
@@ -29,6 +30,8 @@ class SftConfig(PackedLoopConfig):
     """Optimiser and schedule."""
     engine: EngineConfig = EngineConfig()
     """Precision, ZeRO stage, ranks, checkpoints."""
+    lora: LoraConfig | None = None
+    """Train low-rank additions only, merged into the result; empty trains every weight."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "SftConfig":

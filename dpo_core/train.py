@@ -24,6 +24,7 @@ from dpo_core.sft import SftConfig
 from dpo_core.tokens import TokenConfig
 
 STOPPED = 75  # EX_TEMPFAIL: run again and it goes on
+ERROR, STOP_FILE = "error.json", "stopped"
 
 
 class Job(Config):
@@ -75,11 +76,15 @@ class Job(Config):
 
 def run(job: Job) -> dict[str, float]:
     """Train, write the model, write the result. Every rank calls this."""
-    from dpo_core.engine import start_distributed
     from dpo_core.jobs import build
+    from dpo_core.ranks import start_distributed
     from dpo_core.training import write_result
 
     start_distributed(job.settings.engine)
+    if os.environ["RANK"] == "0":
+        # Left by ranks that torchrun has replaced since, or by the run before.
+        for left in (ERROR, STOP_FILE):
+            (Path(job.work) / left).unlink(missing_ok=True)
     trainer, export = build(job)
     metrics = trainer.train()
     state = trainer.engine.full_state()
@@ -102,8 +107,9 @@ def main(argv: list[str] | None = None) -> int:
         run(job)
     except Stopped:
         # torchrun hides the exit status of its ranks; this file tells a stop from a failure.
-        (Path(job.work) / "stopped").touch()
-        return STOPPED
+        (Path(job.work) / STOP_FILE).touch()
+        # Where it replaces lost ranks it would also start again ranks that end with anything but 0.
+        return 0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) else STOPPED
     except Exception as error:
         traceback.print_exc()
         _report(Path(job.work), error)
@@ -113,12 +119,19 @@ def main(argv: list[str] | None = None) -> int:
 
 def _report(work: Path, error: Exception) -> None:
     """Leave the error where the launcher's caller finds it: ranks share no exception with it."""
-    if not isinstance(error, DpoError):
+    from dpo_core.ranks import lost_peer
+
+    lost = lost_peer(error)
+    if lost:
+        error = lost
+    elif not isinstance(error, DpoError):
         error = StageFailed(f"{type(error).__name__}: {error}", "Look at the log of the job")
-    facts = {"problem": error.problem, "remedy": error.remedy, "exit_code": error.exit_code}
-    text = json.dumps(facts)
-    if os.environ.get("RANK", "0") == "0" or not (work / "error.json").exists():
-        (work / "error.json").write_text(text)
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    # The rank that fails by itself says why; those that only miss it do not write over that.
+    first = os.environ.get("RANK", "0") == "0" and not lost
+    if first or not (work / ERROR).exists():
+        facts = {"problem": error.problem, "remedy": error.remedy, "exit_code": error.exit_code}
+        (work / ERROR).write_text(json.dumps(facts))
 
 
 if __name__ == "__main__":

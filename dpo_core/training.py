@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from dpo_core.attention import BLOCK, trunk_of
 from dpo_core.batches import Batches, PackedBatches, PaddedBatches
 from dpo_core.config import Config
-from dpo_core.engine import Engine, EngineConfig, MetricsFile, OptimConfig, Stopped
+from dpo_core.engine import Engine, MetricsFile, Stopped
+from dpo_core.engine_config import EngineConfig, OptimConfig
 from dpo_core.errors import StageFailed
 from dpo_core.layout import Document, Layout, pack, pad
 from dpo_core.scores import can_share
@@ -157,7 +158,7 @@ class Trainer(ABC, Generic[Example]):
         if state:
             self.load_state(state["trainer"])
         else:
-            self.check_start()
+            self.engine.run(self.check_start)
         rank0 = self.engine.rank == 0
         metrics = MetricsFile(self.work / "metrics.jsonl", resume_after=done) if rank0 else None
         last: dict[str, float] = dict(state["metrics"]) if state else {}
@@ -185,7 +186,7 @@ class Trainer(ABC, Generic[Example]):
         norm: float | None = None
         for indices in batch.mine:
             micro = [self.examples[i] for i in indices]
-            loss, numbers = self.losses(micro)
+            loss, numbers = self.engine.run(self.losses, micro)
             self._require_finite(loss, step, micro)
             self.engine.backward(loss, total)
             norm = self.engine.step()
@@ -212,8 +213,10 @@ class Trainer(ABC, Generic[Example]):
     def _require_finite(self, loss: Tensor, step: int, micro: Seq[Example]) -> None:
         if torch.isfinite(loss):
             return
-        with torch.no_grad():  # each alone, to name the ones to blame
-            alone = [e for e in micro if not torch.isfinite(self.losses([e])[0])]
+        alone: list[Example] = []
+        if self.config.engine.zero_stage < 3:  # there a forward pass needs every rank
+            with torch.no_grad():  # each alone, to name the ones to blame
+                alone = [e for e in micro if not torch.isfinite(self.losses([e])[0])]
         ids = [str(getattr(e, "id", "?")) for e in alone or micro]
         raise StageFailed(
             f"the loss of step {step + 1} is {loss.item()}; its examples: {', '.join(ids[:8])}",

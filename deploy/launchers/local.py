@@ -1,17 +1,16 @@
 """Training on this machine: torchrun as a child in the flow's own process group."""
 
 import contextlib
-import os
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import psutil
 
+from deploy.launchers import torchrun
 from deploy.launchers.base import State
 
-MODULE = "dpo_core.train"
+MODULE = torchrun.MODULE
 RESULT, ERROR, STOPPED = "result.json", "error.json", "stopped"
 
 
@@ -27,17 +26,7 @@ class LocalLauncher:
 
     def command(self, job: Path, processes: int) -> list[str]:
         """The torchrun command line of a job."""
-        return [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={processes}",
-            "-m",
-            MODULE,
-            "--config",
-            str(job),
-        ]
+        return torchrun.command(job, processes, module=MODULE)
 
     def render(self, job: Path, processes: int) -> str:
         return shlex.join(self.command(job, processes))
@@ -51,7 +40,10 @@ class LocalLauncher:
             (work / leftover).unlink(missing_ok=True)
         with (work / "train.log").open("ab") as output:
             process = subprocess.Popen(
-                self.command(job, processes), stdout=output, stderr=subprocess.STDOUT, env=_environment()
+                self.command(job, processes),
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=torchrun.environment(),
             )
         handle = str(process.pid)
         self._jobs[handle] = (process, job, work)
@@ -107,13 +99,3 @@ def _end(processes: list[psutil.Process], grace: float) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(alive, timeout=5)
-
-
-def _environment() -> dict[str, str]:
-    """The flow's environment without what would confuse torch or DeepSpeed."""
-    environment = dict(os.environ)
-    # DeepSpeed looks for ninja on PATH even when nothing is built.
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
-    environment.setdefault("TOKENIZERS_PARALLELISM", "false")
-    environment.setdefault("PYTHONUNBUFFERED", "1")
-    return environment

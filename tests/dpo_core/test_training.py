@@ -19,7 +19,8 @@ from deploy.launchers import LocalLauncher, State
 from dpo_core import train
 from dpo_core.batches import Order
 from dpo_core.dpo import DpoConfig
-from dpo_core.engine import MetricsFile, OptimConfig, _Schedule
+from dpo_core.engine import MetricsFile
+from dpo_core.engine_config import OptimConfig, Schedule
 from dpo_core.errors import RecipeError
 from dpo_core.logprobs import collate, token_logps
 from dpo_core.models import load_model, load_tokenizer, weights_digest
@@ -111,8 +112,9 @@ def test_the_learning_rate_follows_its_schedule(straight: Path) -> None:
     )
 
 
-def test_only_the_newest_checkpoint_is_kept(straight: Path) -> None:
-    assert [p.name for p in (straight / "checkpoints").iterdir()] == [f"step-{STEPS:08d}"]
+def test_only_the_two_newest_checkpoints_are_kept(straight: Path) -> None:
+    kept = sorted(p.name for p in (straight / "checkpoints").iterdir())
+    assert kept == [f"step-{STEPS - 5:08d}", f"step-{STEPS:08d}"]
 
 
 # However the batch is cut ---------------------------------------------------------------------------------
@@ -464,7 +466,7 @@ def test_steps_follow_from_epochs(settings: dict[str, Any], examples: int, steps
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
 def test_the_schedule_rises_then_does_what_its_name_says(kind: Any) -> None:
-    factor = _Schedule(OptimConfig(schedule=kind, warmup_fraction=0.2), total_steps=10)
+    factor = Schedule(OptimConfig(schedule=kind, warmup_fraction=0.2), total_steps=10)
     assert [factor(0), factor(1), factor(2)] == [0.5, 1.0, 1.0]
     assert factor(6) == {"constant": 1.0, "linear": 0.5, "cosine": pytest.approx(0.5)}[kind]
     assert factor(10) == (1.0 if kind == "constant" else pytest.approx(0.0))

@@ -1,0 +1,76 @@
+"""The torchrun command line of a training job, on one node or on many."""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+MODULE = "dpo_core.train"
+
+
+@dataclass(frozen=True)
+class Rendezvous:
+    """How the nodes of one job find each other. All run one command but for `host` and `address`.
+
+    The node that hosts the rendezvous store must live as long as the job; any other may be replaced by a new
+    one with the same values while restarts are left.
+    """
+
+    nodes: int
+    """Number of nodes."""
+    endpoint: str
+    """HOST:PORT of the rendezvous store, reachable from every node."""
+    job: str
+    """Name of the job at that endpoint; the same on every node and after a restart."""
+    host: bool
+    """Whether this node holds the store. Said outright: torchrun's guess by host name can be wrong."""
+    address: str
+    """Address by which the other nodes reach this one."""
+    interface: str | None = None
+    """Network interface of that address, for gloo; without it gloo takes what the host name resolves to."""
+    restarts: int = 3
+    """Times that the ranks are started again after one was lost; one incident may need two."""
+
+    def arguments(self) -> list[str]:
+        """torchrun's options."""
+        return [
+            f"--nnodes={self.nodes}",
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={self.endpoint}",
+            f"--rdzv-id={self.job}",
+            f"--rdzv-conf=is_host={int(self.host)}",
+            f"--local-addr={self.address}",
+            f"--max-restarts={self.restarts}",
+        ]
+
+    def environment(self) -> dict[str, str]:
+        """Variables that torchrun and its ranks need beside."""
+        # With the store shared, agents remember where the first ranks met, and a new node never gets there.
+        variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        if self.interface:
+            variables |= {"GLOO_SOCKET_IFNAME": self.interface, "NCCL_SOCKET_IFNAME": self.interface}
+        return variables
+
+
+def command(
+    job: Path, processes: int, rendezvous: Rendezvous | None = None, module: str = MODULE
+) -> list[str]:
+    """The command line that starts a job's ranks on this node.
+
+    Args:
+        processes: ranks on each node.
+        rendezvous: where the nodes meet; None for one node.
+    """
+    meeting = rendezvous.arguments() if rendezvous else ["--standalone"]
+    start = [sys.executable, "-m", "torch.distributed.run", *meeting, f"--nproc-per-node={processes}"]
+    return [*start, "-m", module, "--config", str(job)]
+
+
+def environment(rendezvous: Rendezvous | None = None) -> dict[str, str]:
+    """The caller's environment without what would confuse torch or DeepSpeed."""
+    variables = dict(os.environ)
+    # DeepSpeed looks for ninja on PATH even when nothing is built.
+    variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{variables.get('PATH', '')}"
+    variables.setdefault("TOKENIZERS_PARALLELISM", "false")
+    variables.setdefault("PYTHONUNBUFFERED", "1")
+    return variables | (rendezvous.environment() if rendezvous else {})

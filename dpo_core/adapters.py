@@ -1,0 +1,83 @@
+"""LoRA: train low-rank additions to frozen weights, and write them back as a normal checkpoint.
+
+The additions start at zero, so that the policy starts as the checkpoint that the job names. They are never
+the reference's business: DPO reads cached log-probs of a named, digested checkpoint, and what a job exports
+has the additions merged in. Source: Hu et al. 2021, arXiv 2106.09685.
+"""
+
+import importlib.util
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from dpo_core.config import Config
+from dpo_core.errors import RecipeError
+
+
+class LoraConfig(Config):
+    """Which weights get an addition (alpha / rank) B A, and of what rank. There is no dropout."""
+
+    rank: int = Field(16, ge=1)
+    """Rank of each addition."""
+    alpha: float = Field(32.0, gt=0)
+    """Scale of the additions, before it is divided by the rank."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Names of linear layers, such as q_proj; all but the output head when not given."""
+
+
+def add_lora(model: Any, config: LoraConfig, seed: int) -> None:
+    """Freeze a causal language model in place and put a trainable addition on its linear layers.
+
+    Args:
+        seed: draws A; B is zero.
+
+    Raises:
+        RecipeError: peft is not installed, or the model has no layer of these names.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise RecipeError(
+            "the recipe asks for LoRA and the package peft is not installed",
+            "Install it with: pip install 'dpo-pipeline[lora]'",
+        )
+    import peft
+
+    targets = config.target_modules
+    settings = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=0.0,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        task_type="CAUSAL_LM",
+    )
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            peft.inject_adapter_in_model(settings, model)
+    except ValueError as error:
+        raise RecipeError(
+            f"LoRA cannot be put on this model: {str(error).splitlines()[0]}", "Check lora.target_modules"
+        ) from error
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    if getattr(model, "supports_gradient_checkpointing", False):
+        # Recomputed layers must see an input that needs a gradient; the frozen embedding gives none.
+        model.enable_input_require_grads()
+
+
+def merge_lora(model: Any) -> None:
+    """Add the additions to the weights and take them off again: the model is a plain one afterwards.
+
+    Raises:
+        ValueError: a merged weight is not finite.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            module.merge(safe_merge=True)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    model.requires_grad_(True)

@@ -1,0 +1,194 @@
+"""Checkpoints of a training job on disk: whole or not at all, proven by a digest, the newest few kept.
+
+A checkpoint is a folder `step-00000012` with what DeepSpeed wrote (a shard a rank under ZeRO), one file of
+random states a rank, and `digest.json`: how it was made and the sha256 of each file. It is written under
+another name and renamed, so that a kill leaves a whole checkpoint or none; what a disk or a hand damages
+later is found by the digest. On many nodes the folder must be shared by all of them.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import random
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dpo_core.errors import StageFailed
+from dpo_core.models import digest_file
+
+log = logging.getLogger(__name__)
+
+DIGEST = "digest.json"
+
+
+@dataclass(frozen=True)
+class Made:
+    """How a checkpoint was made."""
+
+    step: int
+    """Steps done."""
+    ranks: int
+    """Ranks that wrote it."""
+    zero_stage: int
+    """Their ZeRO stage."""
+
+
+class Checkpoints:
+    """The checkpoints of one job. Only rank 0 may call its methods.
+
+    Args:
+        folder: where they lie; made when the first one is written.
+        keep: how many of the newest stay.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+
+    def begin(self, step: int) -> Path:
+        """An empty folder to write the checkpoint of a step into; half-written ones are removed."""
+        for left in self.folder.glob("tmp-*"):
+            shutil.rmtree(left)
+        temporary = self.folder / f"tmp-step-{step:08d}"
+        temporary.mkdir(parents=True)
+        return temporary
+
+    def seal(self, temporary: Path, made: Made) -> None:
+        """Add the digest to a checkpoint that all ranks have written, rename it into place, drop older ones.
+
+        Raises:
+            StageFailed: the shard of a rank is missing, so the ranks do not share the folder.
+        """
+        shards = len(list(temporary.glob("*zero_pp_rank_*_optim_states.pt")))
+        if made.zero_stage and shards != made.ranks:
+            raise StageFailed(
+                f"{made.ranks} ranks wrote a checkpoint and {self.folder} holds the shards of {shards}",
+                "Put the workspace on storage that every node shares",
+            )
+        _write_digest(temporary, made)
+        final = self.folder / f"step-{made.step:08d}"
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        # A later step than this one was left behind when a damaged checkpoint was passed over.
+        names = sorted(self.folder.glob("step-*"))
+        kept = [name for name in names if name <= final][-self.keep :]
+        for name in names:
+            if name not in kept:
+                shutil.rmtree(name)
+
+    def newest(self) -> tuple[Path, Made] | None:
+        """The newest whole checkpoint; None when none was ever written.
+
+        Raises:
+            StageFailed: there are checkpoints and all of them are damaged.
+        """
+        damage: list[str] = []
+        for folder in sorted(self.folder.glob("step-*"), reverse=True):
+            try:
+                made = read_digest(folder)
+            except ValueError as error:
+                damage.append(f"{folder.name}: {error}")
+                log.warning("the checkpoint %s is damaged (%s)", folder, error)
+                continue
+            if damage:
+                log.warning("falling back to the checkpoint before: %s", folder)
+            return folder, made
+        if damage:
+            raise StageFailed(
+                f"every checkpoint in {self.folder} is damaged ({'; '.join(damage)})",
+                "Put back a copy of that folder, or delete it to train from the first step",
+            )
+        return None
+
+
+def _write_digest(folder: Path, made: Made) -> None:
+    files = {str(f.relative_to(folder)): digest_file(f) for f in sorted(folder.rglob("*")) if f.is_file()}
+    facts: dict[str, Any] = {"made": asdict(made), "files": files}
+    (folder / DIGEST).write_text(json.dumps(facts | {"sha256": _own_digest(facts)}, indent=1))
+
+
+def read_digest(folder: Path) -> Made:
+    """How a checkpoint was made, once all of it has been read and compared.
+
+    Raises:
+        ValueError: what is damaged, in a few words.
+    """
+    try:
+        facts = json.loads((folder / DIGEST).read_text())
+        own = facts.pop("sha256")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        raise ValueError(f"{DIGEST} is missing or cannot be read") from None
+    if own != _own_digest(facts):
+        raise ValueError(f"{DIGEST} is not what was written")
+    for name, digest in facts["files"].items():
+        if not (folder / name).is_file():
+            raise ValueError(f"{name} is missing")
+        if digest_file(folder / name) != digest:
+            raise ValueError(f"{name} is not what was written")
+    return Made(**facts["made"])
+
+
+def _own_digest(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+# Random states ----------------------------------------------------------------------------------------------
+
+
+def save_random_state(folder: Path, rank: int) -> None:
+    """Write the states of this rank's random generators."""
+    state = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+    torch.save(state, _random_file(folder, rank))
+
+
+def load_random_state(folder: Path, rank: int) -> None:
+    """Set this rank's random generators; a rank that did not exist at the save keeps its own."""
+    file = _random_file(folder, rank)
+    if not file.exists():
+        return
+    # The digest has shown that these bytes are ours: they may be unpickled.
+    state = torch.load(file, weights_only=False)
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _random_file(folder: Path, rank: int) -> Path:
+    return folder / f"random-{rank:05d}.pt"
+
+
+# Another number of ranks ------------------------------------------------------------------------------------
+
+
+def to_universal(checkpoint: Path, out: Path) -> None:
+    """Convert ZeRO shards into DeepSpeed's universal form, which any number of ranks can load.
+
+    Raises:
+        StageFailed: DeepSpeed's converter failed; the end of what it said is in the message.
+    """
+    shutil.rmtree(out, ignore_errors=True)
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(checkpoint), "--output_folder", str(out)]
+    # One worker each: as many as it has cores would hold as many copies of the state.
+    command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no word"])[-1]
+        raise StageFailed(
+            f"the checkpoint {checkpoint} cannot be converted for another number of ranks: {last}",
+            "Resume on the number of ranks that wrote it",
+        )

@@ -1,0 +1,78 @@
+"""What a recipe says about optimiser, schedule, precision, memory, ranks and checkpoints."""
+
+from typing import Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from dpo_core.config import Config
+
+
+class OptimConfig(Config):
+    """AdamW and its schedule."""
+
+    learning_rate: float = Field(1e-6, gt=0, le=1)
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """What follows the warm-up: stay, or fall to zero at the last step."""
+    warmup_fraction: float = Field(0.1, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises from zero."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of AdamW's two moments."""
+    epsilon: float = Field(1e-8, gt=0)
+    """AdamW's epsilon."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Clip the global gradient norm here; 0 never clips."""
+
+
+class EngineConfig(Config):
+    """How the arithmetic is done and how often it is saved."""
+
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """bf16: autocast over fp32 weights and an fp32 head. fp32: everything in fp32."""
+    zero_stage: int = Field(0, ge=0, le=3)
+    """DeepSpeed ZeRO stage. 0 replicates everything and is the fastest in one process."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """What lies in the host's memory: the optimiser's state (ZeRO 1-3), the parameters too (ZeRO 3)."""
+    processes: int = Field(1, ge=1)
+    """Ranks on each node."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads a rank; all cores shared out when empty."""
+    compile: bool = False
+    """Compile the decoder layers: faster after some minutes of compiling; needs a C++ compiler or a GPU."""
+    gradient_checkpointing: bool = False
+    """Recompute the layers in the backward pass: less memory, about a third more time."""
+    save_every: int = Field(10, ge=1)
+    """Steps between checkpoints."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """Newest checkpoints that stay on the disk; with one, a damaged checkpoint ends the run."""
+    timeout_seconds: float = Field(600.0, gt=0)
+    """How long a rank waits for the others before it gives them up; longer than the slowest checkpoint."""
+
+    @model_validator(mode="after")
+    def _offload_needs_shards(self) -> "EngineConfig":
+        needed = {"none": 0, "optimizer": 1, "parameters": 3}[self.offload]
+        if self.zero_stage < needed:
+            raise ValueError(
+                f"offload '{self.offload}' needs zero_stage {needed} or more, not {self.zero_stage}"
+            )
+        return self
+
+
+class Schedule:
+    """Learning-rate factor of a step (0-based): linear warm-up, then constant, linear or cosine to zero."""
+
+    def __init__(self, optim: OptimConfig, total_steps: int) -> None:
+        self.kind = optim.schedule
+        self.total = max(total_steps, 1)
+        self.warmup = int(optim.warmup_fraction * total_steps)
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        if self.kind == "constant":
+            return 1.0
+        progress = min((step - self.warmup) / max(self.total - self.warmup, 1), 1.0)
+        return 1.0 - progress if self.kind == "linear" else 0.5 * (1.0 + float(np.cos(np.pi * progress)))

@@ -1,0 +1,66 @@
+"""The processes of one job: how they find each other, how long they wait, and what a lost one looks like."""
+
+import logging
+import os
+import re
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+
+from dpo_core.errors import StageFailed
+
+if TYPE_CHECKING:
+    from dpo_core.engine_config import EngineConfig
+
+
+def start_distributed(config: "EngineConfig") -> None:
+    """Join the process group that torchrun describes; alone when there is none."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    # torch 2.13's cuDNN attention gives NaN gradients in bf16.
+    if torch.cuda.is_available():
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    # Only used by inference; building it needs a C++ compiler and half a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        os.environ.setdefault(name, value)
+    if os.environ["WORLD_SIZE"] == "1" and "MASTER_ADDR" not in os.environ:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // config.processes))
+    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+
+
+def limit_waiting(seconds: float) -> None:
+    """Let no collective of any process group wait longer for its peers.
+
+    Each group has its own limit, and DeepSpeed makes groups that do not take the one of `init_distributed`.
+    """
+    groups = torch.distributed.distributed_c10d
+    for group in list(groups._world.pg_map):
+        groups._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+# What gloo, NCCL and the rendezvous store say when the other side has died or does not answer.
+_LOST = re.compile(
+    r"connection closed by peer|connection reset by peer|broken pipe|timed out waiting|connectfullmesh"
+    r"|socket timeout|connection refused|no route to host|network is unreachable|wait timeout after"
+    r"|watchdog|remote process exited|failed to recv, got 0 bytes|unbound buffer",
+    re.IGNORECASE,
+)
+
+
+def lost_peer(error: BaseException) -> StageFailed | None:
+    """The error as one about another rank, when it says that one is gone; None when it is of another kind."""
+    if isinstance(error, StageFailed) or not isinstance(error, RuntimeError | OSError):
+        return None
+    if not _LOST.search(str(error)):
+        return None
+    first = str(error).strip().splitlines()[0][:200]
+    return StageFailed(
+        f"rank {os.environ.get('RANK', '0')} lost another rank: a process or node is gone, cut off, or too "
+        f"slow for engine.timeout_seconds ({first})",
+        "Look at the logs of the other nodes, then resume the run: it goes on from its last checkpoint",
+    )

@@ -1,0 +1,127 @@
+"""Two nodes on one machine: network namespaces joined by a cable, each with its own processes.
+
+A node's processes live in a process namespace of their own, so that one kill ends all of them at once, as
+when a machine loses its power. The disk is shared, as it is on a cluster.
+"""
+
+import itertools
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from deploy.launchers import torchrun
+from deploy.launchers.torchrun import Rendezvous
+
+_ports = itertools.count(29500)
+
+
+def why_not() -> str | None:
+    """What this machine lacks for it; None when nothing."""
+    if os.geteuid() != 0:
+        return "two nodes on one machine need root, for network namespaces"
+    missing = [tool for tool in ("ip", "unshare") if shutil.which(tool) is None]
+    if missing:
+        return f"{' and '.join(missing)} not found: install iproute2 and util-linux"
+    name = f"dpo-try-{os.getpid()}"
+    if subprocess.run(["ip", "netns", "add", name], capture_output=True, check=False).returncode:
+        return "network namespaces cannot be made here"
+    subprocess.run(["ip", "netns", "delete", name], check=True)
+    return None
+
+
+@dataclass
+class Node:
+    """A running torchrun in a namespace."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def kill(self) -> None:
+        """Everything on the node, at once, with SIGKILL."""
+        self.process.kill()
+        self.process.wait()
+
+    def torchrun(self) -> psutil.Process:
+        return psutil.Process(self.process.pid).children()[0]
+
+    def worker(self) -> psutil.Process:
+        """The node's one rank."""
+        return next(p for p in self.torchrun().children() if "--config" in p.cmdline())
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+
+@dataclass
+class TwoNodes:
+    """The machine room; a context manager."""
+
+    name: str = field(default_factory=lambda: f"dpo{os.getpid()}")
+    running: list[Node] = field(default_factory=list)
+
+    def __enter__(self) -> "TwoNodes":
+        for end in "ab":
+            self.ip("netns", "add", self.name + end)
+        a, b = (f"{self.name}{end}" for end in "ab")
+        self.ip("link", "add", f"w{a}", "netns", a, "type", "veth", "peer", "name", f"w{b}", "netns", b)
+        for host, space in ((1, a), (2, b)):
+            self.ip("-n", space, "address", "add", f"10.78.0.{host}/24", "dev", f"w{space}")
+            self.ip("-n", space, "link", "set", f"w{space}", "up")
+            self.ip("-n", space, "link", "set", "lo", "up")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+        for end in "ab":
+            self.ip("netns", "delete", self.name + end)
+
+    @staticmethod
+    def ip(*arguments: str) -> None:
+        subprocess.run(["ip", *arguments], check=True)
+
+    def cut(self) -> None:
+        """Pull the cable: packets vanish and nobody is told."""
+        self.ip("-n", self.name + "b", "link", "set", f"w{self.name}b", "down")
+
+    def mend(self) -> None:
+        """Plug the cable in again."""
+        self.ip("-n", self.name + "b", "link", "set", f"w{self.name}b", "up")
+
+    def start(self, end: str, command: list[str], meeting: Rendezvous, log: Path, python_path: Path) -> Node:
+        """A command on node a or b."""
+        prefix = ["ip", "netns", "exec", self.name + end]
+        prefix += ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+        variables = torchrun.environment(meeting)
+        variables |= {"PYTHONPATH": str(python_path), "OMP_NUM_THREADS": "1"}
+        with log.open("ab") as output:
+            process = subprocess.Popen([*prefix, *command], stdout=output, stderr=output, env=variables)
+        node = Node(process, log)
+        self.running.append(node)
+        return node
+
+    def meeting(self, end: str, job: str, port: int, restarts: int) -> Rendezvous:
+        """What torchrun of a node must know; node a hosts the store."""
+        return Rendezvous(
+            nodes=2,
+            endpoint=f"10.78.0.1:{port}",
+            job=job,
+            host=end == "a",
+            address=f"10.78.0.{1 if end == 'a' else 2}",
+            interface=f"w{self.name}{end}",
+            restarts=restarts,
+        )
+
+    @staticmethod
+    def port() -> int:
+        return next(_ports)
+
+    def end(self) -> None:
+        """Kill what still runs."""
+        for node in self.running:
+            if node.process.poll() is None:
+                node.kill()
+        self.running.clear()
