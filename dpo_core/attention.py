@@ -5,8 +5,6 @@ borders (compiling a mask function over 16,384 tokens hung the compiler for over
 document becomes a row for the attention alone, everything else in the model runs on the packed tokens.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +16,7 @@ from torch.nn import functional as F
 from dpo_core.errors import ModelError
 from dpo_core.layout import Pack
 
-ROWS = "dpo_document_rows"
+NAME = "dpo"
 BLOCK = 128
 
 
@@ -57,18 +55,38 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Any,
+    *,
+    rows: DocumentRows | None = None,
+    **settings: Any,
+) -> tuple[Tensor, Any]:
+    """Attention as transformers calls it: query (1, heads, T, d); key and value may have fewer heads.
+
+    One function for packs and for padded rows, chosen by what is handed over: a model keeps it, so that the
+    recomputation of a checkpointed layer in the backward pass attends as its forward pass did.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if rows is not None:
+        return _in_rows(query, key, value, rows, **settings), None
+    own = "flex_attention" if isinstance(attention_mask, BlockMask) else "sdpa"
+    return ALL_ATTENTION_FUNCTIONS[own](module, query, key, value, attention_mask, **settings)
+
+
+def _in_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: DocumentRows,
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
-    rows: DocumentRows,
     sliding_window: int | None = None,
     softcap: float | None = None,
     **others: Any,
-) -> tuple[Tensor, None]:
-    """Attention as transformers calls it: query (1, heads, T, d); key and value may have fewer heads.
-
-    Returns (1, T, heads, d).
+) -> Tensor:
+    """(1, T, heads, d) of a pack.
 
     Raises:
         ModelError: the architecture asks for attention that packs do not offer.
@@ -89,24 +107,25 @@ def _attend(
     out_DHLd = F.scaled_dot_product_attention(
         as_rows(query, heads), as_rows(key, heads), as_rows(value, heads), rows.mask_D1LL, scale=scaling
     )
-    out_Thd = out_DHLd.transpose(1, 2).flatten(0, 1)[rows.place_T]
-    return out_Thd[None], None
+    return out_DHLd.transpose(1, 2).flatten(0, 1)[rows.place_T][None]
 
 
-@contextmanager
-def _implementation(model: nn.Module, name: str) -> Iterator[None]:
-    """The model attends by the named function inside; its own is back afterwards."""
+def _take_over(model: nn.Module) -> None:
+    """Let the model attend by `_attend` from now on; without a pack that is its own SDPA."""
     from transformers import AttentionInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
-    if name == ROWS:
-        AttentionInterface.register(ROWS, _attend)
     config: Any = model.config
-    before = config._attn_implementation
-    config._attn_implementation = name
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
+    if config._attn_implementation == NAME:
+        return
+    if config._attn_implementation != "sdpa":
+        raise ModelError(
+            f"the model attends by {config._attn_implementation}, and packs need sdpa",
+            "Set pack_tokens to null",
+        )
+    AttentionInterface.register(NAME, _attend)
+    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    config._attn_implementation = NAME
 
 
 def trunk_of(model: nn.Module) -> Any:
@@ -120,11 +139,11 @@ def packed_hidden(model: nn.Module, pack: Pack) -> Tensor:
     trunk = trunk_of(model)
     inputs: dict[str, Any] = {"input_ids": pack.ids_T[None], "position_ids": pack.positions_T[None]}
     if pack.ids_T.is_cuda:
-        name, extra = "flex_attention", {"attention_mask": block_mask(pack)}
+        inputs["attention_mask"] = block_mask(pack)
     else:
-        name, extra = ROWS, {"rows": DocumentRows.of(pack)}
-    with _implementation(model, name):
-        return trunk(**inputs, **extra, use_cache=False).last_hidden_state[0]
+        inputs["rows"] = DocumentRows.of(pack)
+    _take_over(model)
+    return trunk(**inputs, use_cache=False).last_hidden_state[0]
 
 
 def block_mask(pack: Pack) -> Any:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from dpo_core.dpo import DpoConfig, DpoTrainer
-from dpo_core.engine import start_distributed
 from dpo_core.models import disable_dropout, load_model
 from dpo_core.objectives import get, names
+from dpo_core.ranks import start_distributed
 from dpo_core.reference import LogpShard
 from tests.training_jobs import pair_rows, token_pairs, write_reference
 

@@ -14,7 +14,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from dpo_core.attention import DocumentRows, _blocks, _implementation, block_mask
+from dpo_core.attention import DocumentRows, _blocks, block_mask
 from dpo_core.layout import Document, pack, pad
 from dpo_core.logprobs import collate, token_logps
 from dpo_core.scores import branch_scores, can_share, hidden_of
@@ -177,11 +177,32 @@ def test_flex_attention_equals_document_rows():
     inputs = {"input_ids": layout.ids_T[None], "position_ids": layout.positions_T[None], "use_cache": False}
     with torch.no_grad():
         rows = hidden_of(model, layout)
-        with _implementation(model, "flex_attention"):
-            flex = trunk(**inputs, attention_mask=block_mask(layout)).last_hidden_state[0]
+        flex = trunk(**inputs, attention_mask=block_mask(layout)).last_hidden_state[0]
     real = layout.document_T < 9
     torch.testing.assert_close(flex[real], rows[real], rtol=0, atol=2e-6)
     assert DocumentRows.of(layout).mask_D1LL.any(-1).all(), "no row of the softmax is empty"
+
+
+def test_checkpointed_layers_attend_in_the_backward_pass_as_before():
+    """Their recomputation happens when the forward pass is long over."""
+    layout, gradients = pack(documents(6, seed=9)), []
+    for recompute in (False, True):
+        model = llama().train()
+        if recompute:
+            model.gradient_checkpointing_enable()
+        branch_scores(model, layout).logps_SL.sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def test_padded_rows_after_a_pack_are_what_they_were_before():
+    model, chosen = llama(), documents(5, seed=10)
+    with torch.no_grad():
+        before = branch_scores(model, pad(chosen)).logps_SL
+        branch_scores(model, pack(chosen))
+        assert branch_scores(model, pad(chosen)).logps_SL.equal(before)
+    assert model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, do_sample=False).shape == (1, 7)
 
 
 def test_an_architecture_that_cannot_share_is_found_out():
