@@ -14,9 +14,14 @@ if TYPE_CHECKING:
     from dpo_core.engine_config import EngineConfig
 
 
+def name_accelerator() -> None:
+    """Tell DeepSpeed what to run on; else it finds out and says so on stdout."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+
 def start_distributed(config: "EngineConfig") -> None:
     """Join the process group that torchrun describes; alone when there is none."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    name_accelerator()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
 

@@ -54,8 +54,15 @@ def _table(found: dict[str, Any]) -> Table:
             rounds = " ".join(f"{rate:.3g}" for rate in one["rounds"])
             memory = f"{one['peak_bytes'] / 2**30:.2f} GiB"
             rates = f"{one['pairs_per_second']:.3g}", rounds, f"{one['tokens_per_second']:.0f}"
-            table.add_row(f"{name} {bench[name]}", *rates, memory)
+            table.add_row(f"{name} ({_said(bench[name])})", *rates, memory)
     if "ratio" in results:
         ratio = results["ratio"]
         table.add_row("ratio", f"{ratio['pairs_per_second']:.2f}", "", "", f"{ratio['peak_bytes']:.2f}")
     return table
+
+
+def _said(settings: dict[str, Any]) -> str:
+    """`bf16, pack_tokens 4096`: what is not off."""
+    words = [settings["precision"]]
+    words += [f"{k} {v}" for k, v in settings.items() if k != "precision" and v is not False]
+    return ", ".join(words).replace("compile True", "compiled")

@@ -17,9 +17,30 @@ from dpo_core.bench.contender import Race, write_pairs
 from dpo_core.bench.workloads import Size, Workload, human_pairs, made_pairs, make_model
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError, StageFailed
+from dpo_core.logprobs import Precision
 
 # How far the losses of single pairs may lie apart: bf16 rounds differently in other batch shapes.
 AGREEMENT = {"fp32": 1e-4, "bf16": 0.1}
+
+
+class OurSettings(Config):
+    """How our side runs."""
+
+    precision: Precision = "bf16"
+    """bf16: autocast over fp32 weights."""
+    pack_tokens: int = Field(4096, ge=64)
+    """Tokens in a forward pass."""
+    compile: bool = False
+    """Compile the decoder layers; the first step, which compiles, is not counted."""
+
+
+class TrlSettings(Config):
+    """How TRL's side runs."""
+
+    precision: Precision = "bf16"
+    """bf16: autocast over fp32 weights."""
+    micro_batch_size: int = Field(8, ge=1)
+    """Pairs in a forward pass."""
 
 
 class Bench(Config):
@@ -39,10 +60,10 @@ class Bench(Config):
     """Pairs in an optimiser step."""
     rounds: int = Field(3, ge=1)
     """Turns of each contender; the median counts."""
-    ours: dict[str, Any] = Field(default_factory=lambda: {"precision": "bf16"})
-    """Our settings: precision, pack_tokens, compile."""
-    trl: dict[str, Any] | None = Field(default_factory=lambda: {"precision": "bf16"})
-    """TRL's settings: precision, micro_batch_size. null: ours alone."""
+    ours: OurSettings = OurSettings()
+    """Our side."""
+    trl: TrlSettings | None = TrlSettings()
+    """TRL's side; null: ours alone."""
     threads: int | None = None
     """CPU threads of each."""
     seed: int = 0
@@ -63,7 +84,9 @@ def compare(bench: Bench, work: Path, say: Callable[[str], None] = lambda line: 
     if bench.trl is not None:
         _require_trl()
     model, tokens = _prepare(bench, work)
-    sides = {"ours": bench.ours} | ({"trl": bench.trl} if bench.trl is not None else {})
+    sides: dict[str, Config] = {"ours": bench.ours}
+    if bench.trl is not None:
+        sides["trl"] = bench.trl
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     for number in range(bench.rounds):
         for name, settings in sides.items():
@@ -91,7 +114,10 @@ def _require_trl() -> None:
 def _prepare(bench: Bench, work: Path) -> tuple[Path, int]:
     """Write model and pairs with reference values; returns the model's folder and the tokens of all pairs."""
     from dpo_core.models import load_model, load_tokenizer
+    from dpo_core.ranks import name_accelerator
     from dpo_core.reference import compute, sequence_key
+
+    name_accelerator()
 
     model = Path(bench.model) if bench.model else work / "model"
     if bench.model is None:
@@ -116,7 +142,7 @@ def _prepare(bench: Bench, work: Path) -> tuple[Path, int]:
     return model, sum(map(len, sequences))
 
 
-def _race(name: str, settings: dict[str, Any], bench: Bench, model: Path, work: Path) -> dict[str, Any]:
+def _race(name: str, settings: Config, bench: Bench, model: Path, work: Path) -> dict[str, Any]:
     out, path = work / "result.json", work / "race.json"
     out.unlink(missing_ok=True)
     race = Race.model_validate(
@@ -127,7 +153,7 @@ def _race(name: str, settings: dict[str, Any], bench: Bench, model: Path, work: 
             "out": str(out),
             "batch_size": bench.batch_size,
             "threads": bench.threads or os.cpu_count(),
-            **settings,
+            **settings.model_dump(),
         }
     )
     path.write_text(race.model_dump_json())
@@ -146,7 +172,7 @@ def _race(name: str, settings: dict[str, Any], bench: Bench, model: Path, work: 
 def _require_agreement(bench: Bench, found: dict[str, list[dict[str, Any]]]) -> None:
     ours, theirs = (np.array(found[name][0]["first_losses"]) for name in ("ours", "trl"))
     gap = float(np.abs(ours - theirs).max())
-    both = {bench.ours["precision"], (bench.trl or bench.ours)["precision"]}
+    both = {bench.ours.precision, (bench.trl or bench.ours).precision}
     allowed = AGREEMENT["bf16" if "bf16" in both else "fp32"]
     if not gap <= allowed:
         raise StageFailed(

@@ -1,0 +1,62 @@
+"""`dpo bench` through the real command line, on a tiny model."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+TINY = [
+    "--set", "size=tiny", "--set", "workload=long-answer", "--set", "pairs=6", "--set", "batch_size=2",
+    "--set", "rounds=1", "--set", "threads=1", "--set", "ours={precision: fp32, pack_tokens: 2048}",
+]  # fmt: skip
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "flows.cli", "bench", *arguments]
+    return subprocess.run(command, check=False, capture_output=True, text=True)
+
+
+def test_ours_alone_is_measured_without_trl():
+    done = bench(*TINY, "--set", "trl=null", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    ours = found["results"]["ours"]
+    assert ours["pairs_per_second"] > 0
+    assert len(ours["rounds"]) == 1
+    # Every pair has two prompts of about 80 and two answers of about 200 tokens.
+    assert 300 < ours["tokens_per_second"] / ours["pairs_per_second"] < 900
+    assert ours["peak_bytes"] > 100e6
+    assert "ratio" not in found["results"]
+    assert found["hardware"]["device"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--set", "workload=hh"], "workload hh needs a preference file and a model with its tokenizer"),
+        (["--set", "rounds=0"], "rounds"),
+        (["--set", "round=2"], "there is no field round (did you mean rounds?)"),
+        (["--set", "ours={precision: fp8}"], "precision"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named(arguments, words):
+    done = bench("--set", "trl=null", *arguments)
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is not None, reason="TRL is installed")
+def test_without_trl_the_extra_is_named():
+    done = bench(*TINY)
+    assert done.returncode == 2
+    assert "pip install 'dpo-pipeline[bench]'" in done.stderr
+
+
+@pytest.mark.bench
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="the extra `bench` is not installed")
+def test_both_compute_the_same_losses_before_they_race():
+    done = bench(*TINY, "--set", "trl={precision: fp32, micro_batch_size: 2}", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["results"]["ratio"]["pairs_per_second"] > 0
