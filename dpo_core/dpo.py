@@ -52,7 +52,8 @@ class DpoConfig(PackedLoopConfig):
     """Which objective, and how it is trained."""
 
     objective: str = "dpo"
-    """A name from `dpo objectives`."""
+    """A name from `dpo objectives`. One for unpaired rows learns from pairs, too: it takes them apart, chosen
+    as desirable and rejected as undesirable, and an example of a batch is then one completion."""
     parameters: dict[str, float] = Field(default_factory=dict)
     """Numbers of the objective; one that it does not read is an error."""
     weight: float = Field(1.0, gt=0)
@@ -74,9 +75,18 @@ class DpoConfig(PackedLoopConfig):
 
     @model_validator(mode="after")
     def _objectives_fit(self) -> "DpoConfig":
-        for term in self.terms:
+        for term in self.terms[1:]:
             if get(term.name).data != "pairs":
-                raise ValueError(f"objective '{term.name}' learns from unpaired rows, not from pairs")
+                raise ValueError(f"objective '{term.name}' learns from unpaired rows and is no part of a sum")
+        for name, unread in (
+            ("plus", self.plus),
+            ("weighting", self.weighting != "none"),
+            ("reference_sync", self.reference_sync),
+        ):
+            if self.unpaired and unread:
+                raise ValueError(
+                    f"{name} is for objectives on pairs, and '{self.objective}' learns from unpaired rows"
+                )
         if self.weight != 1 and not self.plus:
             raise ValueError("weight is read only where plus adds other objectives")
         if self.reference_sync and not self.needs_reference:
@@ -101,6 +111,11 @@ class DpoConfig(PackedLoopConfig):
         return [get(term.name) for term in self.terms]
 
     @property
+    def unpaired(self) -> bool:
+        """Whether the objective learns from single completions, each labelled desirable or not."""
+        return get(self.objective).data == "unpaired"
+
+    @property
     def needs_reference(self) -> bool:
         """Whether any objective reads reference log-probs."""
         return any(o.needs_reference for o in self.objectives)
@@ -113,6 +128,21 @@ class DpoConfig(PackedLoopConfig):
 
 # How far a log-prob of about 50 tokens may move between two batch shapes, in nats.
 _TOLERANCE = {"fp32": 1e-3, "bf16": 0.5}
+
+
+def require_reference_values(gaps_B: Tensor, precision: str) -> None:
+    """Refuse to start where log π/π_ref (B,) of a policy that is its own reference differs from zero.
+
+    Raises:
+        StageFailed: the cached log-probs are not those of this model.
+    """
+    gap, allowed = float(gaps_B.abs().max()), _TOLERANCE[precision]
+    if not gap <= allowed:  # also refuses NaN
+        raise StageFailed(
+            f"before the first step policy and reference differ by {gap:.3g} nats "
+            f"(allowed {allowed}), so the reference log-probs are not those of this model",
+            "Run the cache stage again; if it repeats, the attention or precision of the two differ",
+        )
 
 
 class DpoTrainer(PackedTrainer[TokenPair]):
@@ -259,14 +289,8 @@ class DpoTrainer(PackedTrainer[TokenPair]):
         chosen = np.random.default_rng(0).permutation(len(self.examples))[: self.dpo.check_rows]
         with torch.no_grad():
             logps = self.logps([self.examples[i] for i in chosen])
-        gaps_B = torch.cat([logps.chosen_ratio_B, logps.rejected_ratio_B]).abs()
-        allowed = _TOLERANCE[self.config.engine.precision]
-        if not gaps_B.max() <= allowed:
-            raise StageFailed(
-                f"before the first step policy and reference differ by {gaps_B.max():.3g} nats "
-                f"(allowed {allowed}), so the reference log-probs are not those of this model",
-                "Run the cache stage again; if it repeats, the attention or precision of the two differ",
-            )
+        gaps_2B = torch.cat([logps.chosen_ratio_B, logps.rejected_ratio_B])
+        require_reference_values(gaps_2B, self.config.engine.precision)
 
     def end_step(self, step: int) -> None:
         sync = self.dpo.reference_sync

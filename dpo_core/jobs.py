@@ -21,6 +21,7 @@ from dpo_core.rewards import load_reward
 from dpo_core.sft import Demonstration, SftTrainer
 from dpo_core.tokens import Sequence, Tokenise
 from dpo_core.train import Job
+from dpo_core.unpaired import UnpairedTrainer, unpaired_examples
 
 # Given the full trained weights, write the result.
 Export = Callable[[dict[str, Tensor]], None]
@@ -71,6 +72,8 @@ def _sft(job: Job) -> tuple[Any, Export]:
 
 
 def _dpo(job: Job) -> tuple[Any, Export]:
+    if job.settings.unpaired:
+        return _unpaired(job)
     model, tokenizer, tokenise = _start(job)
     pairs, _ = tokenise.pairs(read_rows(job.data))
     live = job.live_reference
@@ -85,6 +88,21 @@ def _dpo(job: Job) -> tuple[Any, Export]:
         work=Path(job.work),
     )
     return trainer, _export_model(model, tokenizer, job)
+
+
+def _unpaired(job: Job) -> tuple[Any, Export]:
+    model, tokenizer, tokenise = _start(job)
+    examples, _ = unpaired_examples(tokenise, read_rows(job.data))
+    trainer = UnpairedTrainer(
+        model,
+        examples,
+        job.settings,
+        reference=LogpShard.open(Path(job.reference)) if job.reference else None,
+        policy_is_reference=job.policy_is_reference,
+        seed=job.seed,
+        work=Path(job.work),
+    )
+    return trainer, _export_model(model, tokenizer, job.out)
 
 
 def _ppo(job: Job) -> tuple[Any, Export]:

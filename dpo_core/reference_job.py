@@ -28,7 +28,7 @@ from dpo_core.logprobs import Precision, check_definition, collate
 from dpo_core.models import disable_dropout, load_model, quiet_transformers
 from dpo_core.reference import compute, reference_facts, sequence_key, share
 from dpo_core.reference_cache import ReferenceCache
-from dpo_core.tokens import Sequence, TokenPair
+from dpo_core.tokens import Sequence
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class ReferenceJob(Config):
 
 @dataclass(frozen=True)
 class ReferenceLogps:
-    """The log-probs of some pairs, and how they came about."""
+    """The log-probs of some sequences, and how they came about."""
 
     shard: LogpShard
     attention: str
@@ -72,7 +72,7 @@ class ReferenceLogps:
 
 
 def reference_logps(
-    pairs: Seq[TokenPair],
+    sequences: Seq[Sequence],
     model: Path,
     weights_sha256: str,
     *,
@@ -85,7 +85,7 @@ def reference_logps(
     threads: int | None = None,
     progress: Progress = lambda total: lambda done: None,
 ) -> ReferenceLogps:
-    """Log-probs of both sides of all pairs, of which only those that no cache knows are computed.
+    """Log-probs of sequences, of which only those that no cache knows are computed.
 
     Args:
         described: the reference in words, for people who look at the cache.
@@ -95,12 +95,12 @@ def reference_logps(
     Raises:
         StageFailed: a rank failed; what was kept is not computed again.
     """
-    sequences = {sequence_key(s): s for p in pairs for s in (p.chosen, p.rejected)}
+    wanted = {sequence_key(s): s for s in sequences}
     attention = attention_of(model)
     facts = reference_facts(weights_sha256, precision, attention, described)
     cache = ReferenceCache(caches / facts.key, facts)
-    known = cache.has(list(sequences))
-    missing = [s for s, there in zip(sequences.values(), known, strict=True) if not there]
+    known = cache.has(list(wanted))
+    missing = [s for s, there in zip(wanted.values(), known, strict=True) if not there]
     tell = progress(len(missing))
     if missing:
         job = ReferenceJob(
@@ -116,7 +116,7 @@ def reference_logps(
         write_sequences(Path(job.sequences), missing)
         run_ranks(job, processes, tell)
         cache.reload()
-    return ReferenceLogps(cache.select(list(sequences)), attention, len(sequences), len(missing))
+    return ReferenceLogps(cache.select(list(wanted)), attention, len(wanted), len(missing))
 
 
 def attention_of(model: Path) -> str:

@@ -21,7 +21,7 @@ class SftConfig(PackedLoopConfig):
     enabled: bool = True
     """False: the base model as it is becomes the reference."""
     demonstrations: str | None = Field(None, min_length=1)
-    """File of demonstrations, rows of {prompt, completion}. Empty: the chosen side of the pairs."""
+    """File of demonstrations, rows of {prompt, completion}. Empty: the chosen or desirable answers."""
     made_demonstrations: int | None = Field(None, ge=1)
     """Number of self-made review demonstrations, for the self-made openings."""
     batch_size: int = Field(16, ge=1)

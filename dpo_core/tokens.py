@@ -111,6 +111,16 @@ class Tokenise:
             return "identical_after_truncation"
         return TokenPair(row["id"], sides[0], sides[1])
 
+    def single(self, row: dict[str, Any]) -> Sequence | str:
+        """The completion of a canonical unpaired row with its prompt, or the reason why it cannot be used."""
+        completion = self.completion(row["completion"], row["ended"])
+        prompt = self.prompt(row["prompt"], row["chat"])
+        if len(prompt) + len(completion) > self.config.max_length:
+            prompt = self.prompt(row["prompt"], row["chat"], self.config.max_prompt_length)
+        if not prompt:
+            return "empty_prompt"
+        return self.sequence(prompt, completion) or "empty_completion"
+
     def pairs(self, rows: Iterable[dict[str, Any]]) -> tuple[list[TokenPair], dict[str, int]]:
         """All usable pairs, and how many were left out for each reason."""
         kept: list[TokenPair] = []

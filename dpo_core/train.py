@@ -35,7 +35,7 @@ class Job(Config):
     model: str
     """Checkpoint folder that training starts from."""
     data: str
-    """Parquet file: demonstrations, pairs or prompts, by kind."""
+    """Parquet file: demonstrations, pairs (or unpaired rows) or prompts, by kind."""
     out: str
     """Folder of the finished model."""
     work: str

@@ -51,6 +51,9 @@ def _judge_row(tokens: Tokens, row: dict[str, object], budget: Budget, subject: 
     prompt = tokens.prompt(text, chat)
     if subject == "prompts":
         return len(prompt) > limit, False
+    if subject == "unpaired":
+        completion = tokens.completion(str(row["completion"]), bool(row["ended"]))
+        return len(prompt) + len(completion) > limit, False
     chosen, rejected = (
         tokens.completion(str(row[side]), bool(row[f"{side}_ended"])) for side in ("chosen", "rejected")
     )

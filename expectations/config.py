@@ -107,30 +107,37 @@ class GateConfig(Config):
     """Chosen answers that are empty or whitespace only."""
     empty_rejected: RateRule = RateRule()
     """Rejected answers that are empty or whitespace only."""
+    empty_completion: RateRule = RateRule()
+    """Completions of unpaired rows that are empty or whitespace only."""
     identical: RateRule = RateRule()
     """Pairs whose answers are equal, surrounding whitespace aside."""
     identical_after_truncation: RateRule = RateRule()
     """Pairs whose answers differ but keep the same tokens within the token budget."""
     contradiction: RateRule = RateRule()
-    """Pairs that are also there the other way round: A over B and B over A for one prompt."""
+    """Pairs that are also there the other way round: A over B and B over A for one prompt. Unpaired rows
+    that are also there with the other label."""
     leakage: RateRule = RateRule()
     """Training rows whose prompt (letter case, width and whitespace aside) is also in the eval split."""
     special_tokens: RateRule = RateRule()
     """Rows holding a special token of the tokenizer in use: it would be read as a control token."""
     duplicate: RateRule = _warn(0.01)
-    """Rows that repeat an earlier row (pairs: prompt and both answers; prompts: the prompt)."""
+    """Rows that repeat an earlier row (pairs: prompt and both answers; unpaired rows: prompt, completion and
+    label; prompts: the prompt)."""
     template_tokens: RateRule = _warn(0.0)
     """Rows holding a control token of a well-known chat template, such as <|im_start|> or [INST]."""
     control_characters: RateRule = _warn(0.001)
     """Rows holding a C0 or C1 control character (tab, line feed and carriage return aside) or U+FFFD."""
     prompt_repeated: RateRule = _warn(0.01)
-    """Pairs in which an answer begins with its prompt (chat: with the first or last message)."""
+    """Rows in which an answer begins with its prompt (chat: with the first or last message)."""
     over_long: RateRule = _warn(0.05)
     """Rows whose tokens exceed the budget, so that they are truncated."""
     length_skew: BandRule = BandRule(severity="warning", low=0.2, high=0.8)
     """Share of pairs whose chosen answer is the longer one; a tie counts one half."""
     length_ratio: BandRule = BandRule(severity="warning", low=-0.5, high=0.5)
     """Median over pairs of log(characters of chosen / characters of rejected)."""
+    label_balance: BandRule = BandRule(severity="warning", low=0.05, high=0.95)
+    """Share of unpaired rows that are labelled desirable: with one class only, there is nothing to tell
+    apart."""
     script_drift: DistanceRule = DistanceRule(severity="warning")
     """Distance of the distribution of letters over Unicode scripts to the baseline's."""
     language_drift: DistanceRule = DistanceRule(severity="warning", max_distance=0.15)

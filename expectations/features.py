@@ -18,8 +18,12 @@ import pyarrow.compute as pc
 
 from dpo_core.data.split import prompt_key
 
-Subject = Literal["prompts", "pairs"]
-TEXTS: dict[Subject, list[str]] = {"pairs": ["prompt", "chosen", "rejected"], "prompts": ["prompt"]}
+Subject = Literal["prompts", "pairs", "unpaired"]
+TEXTS: dict[Subject, list[str]] = {
+    "pairs": ["prompt", "chosen", "rejected"],
+    "unpaired": ["prompt", "completion"],
+    "prompts": ["prompt"],
+}
 SLICE = 50_000
 
 # Control tokens of well-known chat templates (ChatML, Llama 2 and 3, Gemma, Mistral, GPT-2, Phi, DeepSeek).
@@ -53,7 +57,7 @@ class Budget:
 
     def limit(self, subject: Subject) -> int | None:
         """Tokens above which a row of `subject` is cut; None = no limit."""
-        if subject == "pairs":
+        if subject != "prompts":
             return self.max_length
         return self.max_prompt_length if self.max_prompt_length is not None else self.max_length
 
@@ -201,6 +205,22 @@ def _slice_features(
         out["_maybe_over"] = usable & (prompt_bound > limit if limit else np.zeros(len(part), dtype=bool))
         out["_maybe_equal"] = np.zeros(len(part), dtype=bool)
         return out
+    if subject == "unpaired":
+        completion, filled = bare["completion"], usable & full["completion"]
+        repeats = map(lambda p, c, a: _repeats(p, c, (a,), least), texts["prompt"], chats, completion)
+        over = usable & (
+            prompt_bound + size["completion"] + 2 > limit if limit else np.zeros(len(part), bool)
+        )
+        label = part["label"].to_numpy(dtype=bool)
+        return out | {
+            "empty_completion": usable & ~full["completion"],
+            "prompt_repeated": filled & np.fromiter(repeats, bool, len(part)),
+            "label_balance": np.where(usable, label.astype(np.float64), np.nan),
+            "_completion": _hash(completion),
+            "_label": label.astype(np.uint64),
+            "_maybe_over": over,
+            "_maybe_equal": np.zeros(len(part), dtype=bool),
+        }
 
     chosen, rejected = bare["chosen"], bare["rejected"]
     both = usable & full["chosen"] & full["rejected"]
@@ -241,7 +261,7 @@ def relations(keys: pd.DataFrame, subject: Subject) -> dict[str, _Array]:
     duplicate = np.zeros(len(keys), dtype=bool)
     duplicate[usable] = keys["row_key"][usable].duplicated(keep="first").to_numpy()
     out["duplicate"] = duplicate
-    if subject == "pairs":
+    if subject != "prompts":
         ordered = usable & (keys["row_key"] != keys["turned_key"]).to_numpy()
         turned = keys["turned_key"][ordered].unique()
         out["contradiction"] = ordered & keys["row_key"].isin(turned).to_numpy()
@@ -285,6 +305,10 @@ def compute(
         prompt, chosen, rejected = hidden["prompt"], hidden["chosen"], hidden["rejected"]
         keys["row_key"] = _mix(prompt, chosen, rejected)
         keys["turned_key"] = _mix(prompt, rejected, chosen)
+    elif subject == "unpaired":
+        prompt, completion, label = hidden["prompt"], hidden["completion"], hidden["label"]
+        keys["row_key"] = _mix(prompt, completion, label)
+        keys["turned_key"] = _mix(prompt, completion, 1 - label)
     else:
         keys["row_key"] = hidden["prompt"]
     table = pd.DataFrame(keys)

@@ -1,4 +1,4 @@
-"""The data gate: judges prompts or preference pairs, and refuses, drops or lets them through.
+"""The data gate: judges prompts, preference pairs or unpaired rows, and refuses, drops or lets them through.
 
 Great Expectations decides: every finding's verdict, count and rows are read from its validation result. The
 result is kept as Data Docs (static HTML) under the folder given.
@@ -18,7 +18,7 @@ from expectations.config import BandRule, DistanceRule, GateConfig, RateRule, Se
 from expectations.drift import Profile, distance, profile, read_profile
 from expectations.features import TEXTS, Budget, Features, Subject, compute, relations
 from expectations.report import Finding, GateReport, to_do
-from expectations.suites import RULES, RULES_OF, SCHEMA, content_suite, schema_frame, schema_suite
+from expectations.suites import RULES_OF, SCHEMA, content_suite, schema_frame, schema_suite, words_of
 
 _ROWS_SHOWN = 10
 # Great Expectations keeps its current project in a global: two gates in threads of one process take turns.
@@ -78,7 +78,7 @@ def _finding(result: dict[str, Any], subject: Subject, config: GateConfig, notes
     name = result["expectation_config"]["meta"]["rule"]
     severity: Severity = result["expectation_config"]["severity"]
     rule = RateRule(max_rate=config.max_dropped_rate) if name == "dropped" else config.rule(name)
-    what, remedy = RULES[name]
+    what, remedy = words_of(name, subject)
     passed = bool(result["success"])
     values = result["result"]
     count, rate, observed, rows = 0, 0.0, None, []
@@ -129,7 +129,7 @@ def _schema_finding(results: list[dict[str, Any]], subject: Subject) -> Finding:
         else:
             absent = [c for c in SCHEMA[subject] if c not in values["observed_value"]]
             wrong.append(f"missing: {', '.join(absent)}")
-    remedy = RULES["schema"][1] if wrong else ""
+    remedy = words_of("schema", subject)[1] if wrong else ""
     return Finding(
         rule=f"{subject}/schema",
         severity="critical",
@@ -231,7 +231,7 @@ def judge(
     baseline: dict[str, object] | None = None,
     tick: Callable[[int], None] | None = None,
 ) -> tuple[GateReport, pd.DataFrame]:
-    """Judges a frame of canonical prompts or pairs.
+    """Judges a frame of canonical prompts, pairs or unpaired rows.
 
     Args:
         frame: one row an example; columns as in `expectations.suites.SCHEMA`, more are allowed.

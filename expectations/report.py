@@ -8,6 +8,8 @@ from expectations.config import Severity
 from expectations.drift import Profile
 from expectations.features import Subject
 
+_NAMES = {"unpaired": "unpaired rows"}
+
 
 class Finding(Config):
     """The verdict on one rule."""
@@ -40,7 +42,7 @@ class GateReport(Config):
     """What the gate found. With rows dropped, `findings` judge what is left, `before` what came in."""
 
     subject: Subject
-    """prompts or pairs."""
+    """prompts, pairs or unpaired."""
     rows: int
     """Rows that came in."""
     dropped: int = 0
@@ -66,7 +68,7 @@ class GateReport(Config):
         what = "; ".join(f"{f.rule}: {f.message.removesuffix(to_do(f.remedy))}" for f in failed)
         remedies = "; ".join(dict.fromkeys(f.remedy for f in failed if f.remedy))
         raise GateRefused(
-            f"the data gate refused the {self.subject}: {what}",
+            f"the data gate refused the {_NAMES.get(self.subject, self.subject)}: {what}",
             f"{remedies[:1].upper()}{remedies[1:]}. The full report: {self.docs_index}",
         )
 

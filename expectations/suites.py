@@ -28,6 +28,7 @@ RULES: dict[str, tuple[str, str]] = {
     "empty_prompt": ("have an empty prompt", _MEND),
     "empty_chosen": ("have an empty chosen answer", _MEND),
     "empty_rejected": ("have an empty rejected answer", _MEND),
+    "empty_completion": ("have an empty completion", _MEND),
     "identical": ("have a chosen answer equal to the rejected one", _MEND),
     "identical_after_truncation": (
         "have answers that are equal within the token budget",
@@ -67,6 +68,10 @@ RULES: dict[str, tuple[str, str]] = {
         "median log ratio of the lengths of chosen and rejected",
         "balance the pairs by length, or use a length-normalised objective",
     ),
+    "label_balance": (
+        "share of rows that are labelled desirable",
+        "add rows of the rarer label; the weights of the objective make up for little of it",
+    ),
     "script_drift": (
         "distance of the mix of scripts to the baseline",
         "look for a new source in another script, or take this run's profile as the new baseline",
@@ -79,12 +84,32 @@ RULES: dict[str, tuple[str, str]] = {
     "dropped": ("were left out by the quarantine", "mend the source, or raise max_dropped_rate"),
 }
 
+# What a rule that several subjects share says of unpaired rows.
+_SAID_OF_UNPAIRED: dict[str, tuple[str, str]] = {
+    "contradiction": (
+        "are contradicted by a row with the same answer and the other label",
+        "decide which label is right, or set gate.quarantine=drop to go on without both",
+    ),
+}
+
+
+def words_of(rule: str, subject: Subject) -> tuple[str, str]:
+    """What the offending rows of a subject do, or what is measured; and what to do about it."""
+    own = _SAID_OF_UNPAIRED if subject == "unpaired" else {}
+    return own.get(rule, RULES[rule])
+
+
 _COMMON = ("fault", "type", "split", "empty_prompt", "leakage", "special_tokens", "duplicate",
            "template_tokens", "control_characters", "over_long", "script_drift", "language_drift",
            "too_few")  # fmt: skip
 _OF_PAIRS = ("empty_chosen", "empty_rejected", "identical", "identical_after_truncation", "contradiction",
              "prompt_repeated", "length_skew", "length_ratio")  # fmt: skip
-RULES_OF: dict[Subject, tuple[str, ...]] = {"prompts": _COMMON, "pairs": _COMMON + _OF_PAIRS}
+_OF_UNPAIRED = ("empty_completion", "contradiction", "prompt_repeated", "label_balance")
+RULES_OF: dict[Subject, tuple[str, ...]] = {
+    "prompts": _COMMON,
+    "pairs": _COMMON + _OF_PAIRS,
+    "unpaired": _COMMON + _OF_UNPAIRED,
+}
 
 SCHEMA: dict[Subject, dict[str, str]] = {
     "prompts": {
@@ -95,6 +120,7 @@ SCHEMA["pairs"] = SCHEMA["prompts"] | {
     "chosen": "text", "rejected": "text", "chosen_ended": "bool", "rejected_ended": "bool",
     "agreement": "number",
 }  # fmt: skip
+SCHEMA["unpaired"] = SCHEMA["prompts"] | {"completion": "text", "label": "bool", "ended": "bool"}
 
 
 def schema_frame(frame: pd.DataFrame, subject: Subject) -> pd.DataFrame:
@@ -153,7 +179,7 @@ def _expectation(name: str, rule: Any, subject: Subject, boolean: bool) -> Any:
     import great_expectations as gx
 
     E = gx.expectations
-    what = RULES[name][0]
+    what = words_of(name, subject)[0]
     common = {"severity": rule.severity, "meta": {"rule": name}}
     if isinstance(rule, RateRule):
         # 1 - 0.57 is 0.43000000000000004 in floats; rounded, exactly the tolerated share still passes.
@@ -167,6 +193,7 @@ def _expectation(name: str, rule: Any, subject: Subject, boolean: bool) -> Any:
     if isinstance(rule, BandRule):
         between = {
             "length_skew": E.ExpectColumnMeanToBeBetween,
+            "label_balance": E.ExpectColumnMeanToBeBetween,
             "length_ratio": E.ExpectColumnMedianToBeBetween,
         }
         return between[name](

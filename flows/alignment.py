@@ -8,7 +8,7 @@ from pathlib import Path
 from prefect import flow
 
 from dpo_core.dpo import DpoConfig
-from dpo_core.errors import DpoError, GateRefused
+from dpo_core.errors import DpoError, GateRefused, RecipeError
 from tasks.ahead import check_ahead
 from tasks.data import load_data, sample_pairs, validate
 from tasks.evaluation import evaluate
@@ -86,20 +86,19 @@ def run_stages(context: Context, recipe: Recipe, command: str) -> RunReport:
 
     seed, tokens = recipe.seed, recipe.tokens
     loaded = keep("load-data", load_data(context, recipe.data))
-    has_pairs = loaded.extra["kind"] == "pairs"
-    _require_labels(recipe, has_pairs)
+    kind = str(loaded.extra["kind"])
+    _require_labels(recipe, kind)
     base = keep("import-model", import_model(context, recipe.model, tokens.max_length))
-    subject = "pairs" if has_pairs else "prompts"
-    judged = keep(f"validate-{subject}", validate(context, subject, loaded, base, recipe.gate, tokens))
+    judged = keep(f"validate-{kind}", validate(context, kind, loaded, base, recipe.gate, tokens))
     _require_answers(recipe, judged)
 
     reference = base
     if recipe.sft.enabled:
-        given = judged if has_pairs else None
+        given = None if kind == "prompts" else judged
         reference = keep("prepare-sft", prepare_sft(context, base, given, recipe.sft, tokens, seed))
 
     pairs, reward_model = judged, None
-    if not has_pairs:
+    if kind == "prompts":
         sampled = sample_pairs(
             context, judged, reference, recipe.pairs, tokens, str(recipe.reward.source), seed
         )
@@ -120,6 +119,7 @@ def run_stages(context: Context, recipe: Recipe, command: str) -> RunReport:
             engine.processes,
             engine.threads,
             stage,
+            config,
         )
         return keep(stage.name, cached)
 
@@ -149,28 +149,50 @@ def run_stages(context: Context, recipe: Recipe, command: str) -> RunReport:
 
 
 def _require_answers(recipe: Recipe, judged: Manifest) -> None:
-    """An interval needs two answers; the evaluation would say so only after the training."""
-    from dpo_core.errors import RecipeError
-
+    """What would be missed only after the training: an interval needs two answers, SFT a desirable one."""
     if judged.extra.get("held_out_prompts") == recipe.evaluate.samples_per_prompt == 1:
         raise RecipeError(
             "one held-out prompt and one sample of it give no interval to compare the policies by",
             "Set evaluate.samples_per_prompt to 2 or more, or hold out more prompts",
         )
+    if judged.extra.get("desirable") == 0 and _sft_reads_answers(recipe):
+        raise RecipeError(
+            "no training row is labelled desirable, and SFT learns from the desirable answers",
+            "Set sft.demonstrations or sft.enabled=false",
+        )
 
 
-def _require_labels(recipe: Recipe, has_pairs: bool) -> None:
-    """What only the data can tell: prompts alone need a reward to label samples, and demonstrations."""
-    from dpo_core.errors import RecipeError
+def _sft_reads_answers(recipe: Recipe) -> bool:
+    sft = recipe.sft
+    return sft.enabled and sft.demonstrations is None and sft.made_demonstrations is None
 
-    if has_pairs:
+
+def _require_labels(recipe: Recipe, kind: str) -> None:
+    """What only the data can tell: whether they are of the kind that the recipe learns from.
+
+    Prompts alone need a reward to label samples, and demonstrations; unpaired rows need an objective of their
+    own, and a reward, because a reward model is trained on pairs.
+    """
+    if kind == "unpaired":
+        for name, config in (("guide", recipe.guide), ("dpo", recipe.dpo)):
+            if config is not None and not config.unpaired:
+                raise RecipeError(
+                    f"the data are unpaired rows, and objective '{config.objective}' learns from pairs",
+                    f"Set {name}.objective to kto or bco, or give rows with a chosen and a rejected answer",
+                )
+        if recipe.reward.source is None:
+            raise RecipeError(
+                "the data are unpaired rows, and without reward.source a reward model would be trained on "
+                "pairs",
+                "Set reward.source",
+            )
+    if kind != "prompts":
         return
     if recipe.reward.source is None:
         raise RecipeError(
             "the data are prompts without pairs, and no reward labels samples", "Set reward.source"
         )
-    sft = recipe.sft
-    if sft.enabled and sft.demonstrations is None and sft.made_demonstrations is None:
+    if _sft_reads_answers(recipe):
         raise RecipeError(
             "the data have no chosen answers for SFT to learn from",
             "Set sft.demonstrations or sft.enabled=false",

@@ -14,7 +14,7 @@ from dpo_core.config import Config
 from dpo_core.data.config import DataConfig
 from dpo_core.data.records import load
 from dpo_core.data.split import split_by_prompt
-from dpo_core.errors import DataError, RecipeError
+from dpo_core.errors import RecipeError
 from expectations.config import GateConfig
 from expectations.drift import load_baseline
 from expectations.gate import judge
@@ -38,7 +38,7 @@ def judge_file(data: str, overrides: Sequence[str]) -> tuple[GateReport, str]:
         overrides: `data.x=value` and `gate.x.y=value`, as in a recipe.
 
     Raises:
-        DataError: the data cannot be read, or are unpaired rows, which the gate does not judge.
+        DataError: the data cannot be read.
     """
     given: dict[str, Any] = {"data": {"path": data}, "gate": {}}
     for override in overrides:
@@ -51,11 +51,6 @@ def judge_file(data: str, overrides: Sequence[str]) -> tuple[GateReport, str]:
         ) from error
     config, gate = asked.data, asked.gate
     loaded = load(config)
-    if loaded.kind == "unpaired":
-        raise DataError(
-            f"{data} holds unpaired rows ({loaded.recognised_by})",
-            "Give rows with a chosen and a rejected answer, or prompts alone",
-        )
     frame = split_by_prompt(loaded.frame, config.eval_fraction, config.seed)
     baseline = load_baseline(gate.baseline) if gate.baseline else None
     # One folder a data set, so that asking again replaces the last answer.
@@ -64,7 +59,7 @@ def judge_file(data: str, overrides: Sequence[str]) -> tuple[GateReport, str]:
     shutil.rmtree(docs, ignore_errors=True)
     report, _ = judge(
         frame,
-        subject="pairs" if loaded.kind == "pairs" else "prompts",
+        subject=loaded.kind,
         config=gate,
         docs_dir=docs,
         baseline=baseline,

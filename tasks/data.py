@@ -24,6 +24,8 @@ from tasks.stage import TASK_OPTIONS, Context, Output, Stage, StageResult, Work,
 LOAD = Stage("load-data", 1, "dataset")
 GATE_PROMPTS = Stage("validate-prompts", 1, "dataset")
 GATE_PAIRS = Stage("validate-pairs", 1, "dataset")
+GATE_UNPAIRED = Stage("validate-unpaired", 1, "dataset")
+_GATES = {"prompts": GATE_PROMPTS, "pairs": GATE_PAIRS, "unpaired": GATE_UNPAIRED}
 SAMPLE = Stage("sample-pairs", 1, "dataset")
 
 
@@ -45,7 +47,7 @@ def source_digests(config: DataConfig) -> dict[str, str]:
 
 @task(name="load-data", task_run_name="load-data", **TASK_OPTIONS)
 def load_data(context: Context, config: DataConfig) -> StageResult:
-    """Read preference data or prompts into the canonical table, split by prompt."""
+    """Read pairs, unpaired rows or prompts into the canonical table, split by prompt."""
 
     def work(given: Work) -> Output:
         loaded = load(config)
@@ -68,11 +70,6 @@ def load_data(context: Context, config: DataConfig) -> StageResult:
 
 
 def _split(loaded: Loaded, config: DataConfig) -> pd.DataFrame:
-    if loaded.kind == "unpaired":
-        raise DataError(
-            f"the data are unpaired rows ({loaded.recognised_by}), and DPO learns from pairs",
-            "Give rows with a chosen and a rejected answer, or an objective for unpaired data",
-        )
     held_out = load_eval(config)
     if held_out is None:
         return split_by_prompt(loaded.frame, config.eval_fraction, config.seed)
@@ -92,12 +89,11 @@ def validate(
     gate: GateConfig,
     tokens: TokenConfig,
 ) -> StageResult:
-    """Great Expectations on prompts or pairs; the rows that may go on, the report and the Data Docs.
+    """Great Expectations on prompts, pairs or unpaired rows; the rows that may go on, report and Data Docs.
 
     Raises:
         GateRefused: a critical rule failed. Nothing is committed, so nothing downstream can run.
     """
-    stage = GATE_PAIRS if subject == "pairs" else GATE_PROMPTS
     baseline = load_baseline(gate.baseline) if gate.baseline else None
 
     def work(given: Work) -> Output:
@@ -141,6 +137,7 @@ def validate(
             "dropped": report.dropped,
             "warnings": [f.rule for f in failed],
             "held_out_prompts": len(held_out),
+            **_classes(kept, subject),
         }
         metrics = {f"gate/{f.rule}": float(f.rate) for f in report.findings if not f.skipped}
         metrics |= {"data/rows": float(len(kept)), "data/dropped": float(report.dropped)}
@@ -153,7 +150,15 @@ def validate(
         "baseline": baseline,
         "tokens": tokens.model_dump(mode="json"),
     }
-    return run_stage(context, stage, {"data": data, "tokenizer": model}, slice_, work)
+    return run_stage(context, _GATES[subject], {"data": data, "tokenizer": model}, slice_, work)
+
+
+def _classes(kept: pd.DataFrame, subject: str) -> dict[str, int]:
+    """How many training rows there are of each label."""
+    if subject != "unpaired":
+        return {}
+    label = kept.loc[kept["split"] == "train", "label"]
+    return {"desirable": int(label.sum()), "undesirable": int((~label).sum())}
 
 
 def _check_template(frame: pd.DataFrame, tokenise: Any) -> None:

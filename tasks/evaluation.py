@@ -15,6 +15,7 @@ from dpo_core.rewards import reward_identity
 from dpo_core.tokens import TokenConfig
 from tasks.manifest import Manifest
 from tasks.stage import TASK_OPTIONS, Context, Output, Stage, StageResult, Work, run_stage
+from tasks.unpaired import kind_of
 
 log = logging.getLogger("dpo")
 
@@ -37,6 +38,7 @@ def evaluate(
 
     Args:
         policies: checkpoint of each policy by name; `SFT` is the reference.
+        pairs: what was trained on; the preference accuracy is measured where these are pairs.
     """
 
     def work(given: Work) -> Output:
@@ -55,7 +57,7 @@ def evaluate(
         return Output(out, rows=results["n_prompts"], metrics=metrics)
 
     inputs = {f"policy-{name}": manifest for name, manifest in policies.items()}
-    inputs |= {"prompts": prompts, "pairs": pairs}
+    inputs |= {"prompts": prompts, kind_of(pairs): pairs}
     if reward_model:
         inputs["reward_model"] = reward_model
     slice_ = {
@@ -152,6 +154,8 @@ def _held_out_pairs(pairs: Manifest, tokenise: Any, most: int, seed: int) -> lis
     import pandas as pd
 
     frame = pd.read_parquet(pairs.path / "data.parquet")
+    if "chosen" not in frame:
+        return []  # unpaired rows: there is nothing to prefer
     frame = frame[frame["split"] == "eval"]
     if len(frame) > most:
         frame = frame.sample(most, random_state=seed)

@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 from prefect import task
 
+from dpo_core.dpo import DpoConfig
 from dpo_core.errors import ModelError, StageFailed
 from dpo_core.models import (
     ModelConfig,
@@ -22,6 +23,7 @@ from dpo_core.tokens import TokenConfig
 from tasks.manifest import Manifest
 from tasks.reference_caches import CACHE_FOLDER
 from tasks.stage import TASK_OPTIONS, Context, Output, Stage, StageResult, Work, run_stage
+from tasks.unpaired import kind_of
 
 IMPORT = Stage("import-model", 1, "model")
 CACHE = Stage("cache-reference", 1, "reference-logps")
@@ -84,10 +86,13 @@ def cache_reference(
     processes: int = 1,
     threads: int | None = None,
     stage: Stage = CACHE,
+    config: DpoConfig | None = None,
 ) -> StageResult:
-    """Log-probs of every training pair under the reference; only those not yet known are computed.
+    """Log-probs of every training completion under the reference; only those not yet known are computed.
 
     Args:
+        pairs: pairs, or unpaired rows.
+        config: what will be trained, which decides what is needed; empty: both sides of pairs.
         stage: `CACHE_GUIDE` for the second reference of Pre-DPO.
     """
 
@@ -95,17 +100,19 @@ def cache_reference(
         from dpo_core.models import load_tokenizer
         from dpo_core.reference_job import reference_logps
         from dpo_core.tokens import Tokenise
+        from dpo_core.unpaired import needed_sequences
 
         frame = pd.read_parquet(pairs.path / "data.parquet")
         tokenise = Tokenise(load_tokenizer(reference.path), tokens)
-        kept, dropped = tokenise.pairs(frame[frame["split"] == "train"].to_dict("records"))
-        if not kept:
+        rows = frame[frame["split"] == "train"].to_dict("records")
+        sequences, dropped = needed_sequences(tokenise, rows, config or DpoConfig())
+        if not sequences:
             raise StageFailed(
-                f"no training pair is left after tokenising ({dropped})", "Raise tokens.max_length"
+                f"no training row is left after tokenising ({dropped})", "Raise tokens.max_length"
             )
         weights = str(reference.extra["weights_sha256"])
         logps = reference_logps(
-            kept,
+            sequences,
             reference.path,
             weights,
             described=f"{reference.stage} of {context.run_id}, {reference.parameters or 0:,} parameters",
@@ -131,10 +138,12 @@ def cache_reference(
         }
         metrics = {"cache/computed": float(logps.computed), "cache/found": float(found)}
         metrics |= {f"data/{reason}": float(count) for reason, count in dropped.items()}
-        return Output(out, rows=len(kept), extra=extra, metrics=metrics)
+        return Output(out, rows=len(rows) - sum(dropped.values()), extra=extra, metrics=metrics)
 
     # Token budget, processes and threads decide the time and not the values, so they stay out of the key.
-    slice_ = {"tokens": tokens.model_dump(mode="json"), "precision": precision}
+    slice_: dict[str, Any] = {"tokens": tokens.model_dump(mode="json"), "precision": precision}
+    if config is not None and config.unpaired:
+        slice_["objective"] = config.objective  # KTO needs more than BCO
     if "weights_sha256" not in reference.extra:
         raise ModelError("the reference's manifest names no weights", "Run the earlier stages again")
-    return run_stage(context, stage, {"reference": reference, "pairs": pairs}, slice_, work)
+    return run_stage(context, stage, {"reference": reference, kind_of(pairs): pairs}, slice_, work)

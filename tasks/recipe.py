@@ -65,7 +65,7 @@ class Recipe(Config):
     model: ModelConfig = ModelConfig()
     """Where the run starts from."""
     data: DataConfig
-    """Preference pairs, or prompts."""
+    """Preference pairs, single answers labelled desirable or not, or prompts."""
     gate: GateConfig = GateConfig()
     """The data gate."""
     tokens: TokenConfig = TokenConfig()

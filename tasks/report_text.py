@@ -34,11 +34,14 @@ _METRICS = (
 
 
 def policy_metrics(evaluation: Evaluation) -> list[Metric]:
-    """The policy table by line, one cell a policy; lines that nobody measured are left out."""
+    """The policy table by line, one cell a policy; lines that nobody measured are left out.
+
+    But for the preference accuracy: it stands with dashes where there were no held-out pairs.
+    """
     lines = []
     for key, label, hint in _METRICS:
         values = [getattr(row, key) for row in evaluation.policies]
-        if any(value is not None for value in values):
+        if key == "accuracy" or any(value is not None for value in values):
             lines.append(Metric(key, label, hint, [cell(key, value) for value in values]))
     return lines
 

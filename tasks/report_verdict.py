@@ -121,6 +121,8 @@ def alarms(report: RunReport) -> list[Alarm]:
                     "Length drift", f"{row.name} writes {number(own)} tokens on average, SFT {number(base)}."
                 )
             )
+    if (weights := report.notes.get("Class weights")) is not None:
+        found.append(Alarm("Class weights", str(weights)))
     for gate in report.gate:
         failed = [f for f in gate.findings if not f.passed and f.severity in ("critical", "warning")]
         if failed:

@@ -37,6 +37,7 @@ from tasks.report_text import markdown, note
 from tasks.report_verdict import alarms, verdict
 from tasks.stage import TASK_OPTIONS, Context, StageResult, tracker_of
 from tasks.tracking import Tracker
+from tasks.unpaired import class_facts
 from tasks.workspace import run_folder
 
 
@@ -77,7 +78,8 @@ def summarise(
         },
         cost=_cost(stages, seconds),
         model=model,
-        notes={"description": recipe.description} if recipe.description else {},
+        notes=({"description": recipe.description} if recipe.description else {})
+        | class_facts(recipe.dpo, _trained_on(manifests)),
     )
     page = publish(report, run_folder(context.workspace, context.run_id), tracker)
     create_markdown_artifact(key="run-summary", markdown=markdown(report), description=report.run.name)
@@ -122,7 +124,7 @@ def _register(recipe: Recipe, manifests: Mapping[str, Manifest], tracker: Tracke
     tags = {
         "dpo.weights_sha256": str(model.extra.get("weights_sha256")),
         "dpo.artifact_sha256": model.sha256,
-        "dpo.dataset_digest": manifests["validate-pairs"].sha256,
+        "dpo.dataset_digest": _trained_on(manifests).sha256,
         "dpo.ref_digest": str(manifests["cache-reference"].extra["reference_weights"]),
     }
     name = recipe.registered_name
@@ -132,6 +134,10 @@ def _register(recipe: Recipe, manifests: Mapping[str, Manifest], tracker: Tracke
     return ModelRow(
         name=name, version=version, alias=recipe.registry.alias, uri=model.uri, sha256=model.sha256
     )
+
+
+def _trained_on(manifests: Mapping[str, Manifest]) -> Manifest:
+    return manifests.get("validate-pairs") or manifests["validate-unpaired"]
 
 
 def _stage_row(name: str, result: StageResult) -> StageRow:

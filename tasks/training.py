@@ -23,6 +23,7 @@ from dpo_core.sft import SftConfig
 from dpo_core.tokens import TokenConfig
 from tasks.manifest import Manifest, digest_file
 from tasks.stage import TASK_OPTIONS, Context, Output, Progress, Stage, StageResult, Work, run_stage
+from tasks.unpaired import kind_of, taken_apart
 from tasks.workspace import disk_full, is_disk_full
 
 log = logging.getLogger("dpo")
@@ -43,11 +44,12 @@ def prepare_sft(
     tokens: TokenConfig,
     seed: int,
 ) -> StageResult:
-    """Fine-tune on demonstrations or on the chosen side; the result is the reference of everything after."""
+    """Fine-tune on demonstrations, or on the chosen or desirable answers; the result is the reference of
+    everything after."""
     rows, source = _demonstrations(config, data, seed)
     inputs = {"base": base}
     if source == "chosen" and data is not None:
-        inputs["pairs"] = data
+        inputs[kind_of(data)] = data
 
     def work(given: Work) -> Output:
         examples = given.scratch / "demonstrations.parquet"
@@ -80,8 +82,11 @@ def _demonstrations(config: SftConfig, data: Manifest | None, seed: int) -> tupl
 
     def chosen() -> list[dict[str, Any]]:
         frame = pd.read_parquet(data.path / "data.parquet")
-        frame = frame[frame["split"] == "train"].drop_duplicates(["prompt", "chosen"])
+        frame = frame[frame["split"] == "train"]
+        if kind_of(data) == "unpaired":
+            frame = frame[frame["label"]]
         frame = frame.rename(columns={"chosen": "completion", "chosen_ended": "ended"})
+        frame = frame.drop_duplicates(["prompt", "completion"])
         return frame[["id", "prompt", "chat", "completion", "ended"]].to_dict("records")
 
     return chosen, "chosen"
@@ -131,9 +136,10 @@ def train_dpo(
     seed: int,
     stage: Stage = DPO,
 ) -> StageResult:
-    """Preference optimisation of the policy on the training pairs.
+    """Preference optimisation of the policy on the training pairs or unpaired rows.
 
     Args:
+        pairs: pairs, which an objective on unpaired rows takes apart, or unpaired rows.
         reference: what the policy is compared with. `logps` are its log-probs; objectives that need it in
             memory load it.
         stage: `GUIDE` for the first pass of Pre-DPO.
@@ -142,6 +148,9 @@ def train_dpo(
     def work(given: Work) -> Output:
         train = given.scratch / "train.parquet"
         count = _split_to(pairs, "train", train)
+        if config.unpaired and kind_of(pairs) == "pairs":
+            log.info("%s: %s", stage.name, taken_apart(config, count))
+            count *= 2
         job = {
             "kind": "dpo",
             "model": str(policy.path),
@@ -154,7 +163,7 @@ def train_dpo(
         return _train(given, job, tokens, seed, config.engine.processes, config.steps(count))
 
     _require_reference(reference, logps)
-    inputs = {"policy": policy, "pairs": pairs, "logps": logps}
+    inputs = {"policy": policy, kind_of(pairs): pairs, "logps": logps}
     return run_stage(context, stage, inputs, _slice(config, tokens, seed), work)
 
 

@@ -15,11 +15,23 @@ from pathlib import Path
 
 import pytest
 
-from tests.bad_inputs import CASES, World, data, dpo, good_rows, lines, machine, models, recipes, stage_of
+from tests.bad_inputs import (
+    CASES,
+    World,
+    data,
+    dpo,
+    good_rows,
+    lines,
+    machine,
+    models,
+    recipes,
+    stage_of,
+    unpaired,
+)
 from tests.tiny import make_tiny_model
 
 REPO = Path(__file__).resolve().parents[1]
-TABLE = (recipes, data, models, machine)  # importing them fills it
+TABLE = (recipes, data, unpaired, models, machine)  # importing them fills it
 
 
 @pytest.fixture(scope="module")

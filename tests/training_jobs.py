@@ -11,7 +11,8 @@ import pandas as pd
 from deploy.launchers import LocalLauncher, State
 from dpo_core.models import load_model, load_tokenizer
 from dpo_core.reference import LogpShard, compute
-from dpo_core.tokens import TokenConfig, Tokenise, TokenPair
+from dpo_core.tokens import Sequence, TokenConfig, Tokenise, TokenPair
+from dpo_core.unpaired import UnpairedExample, mismatched, unpaired_examples
 
 TOKENS = TokenConfig(max_length=64, max_prompt_length=32)
 WORDS = "the film was long and quiet but bread is good warm cold sad happy love it very boring".split()  # noqa: SIM905
@@ -38,6 +39,28 @@ def pair_rows(count: int = 16) -> list[dict[str, Any]]:
     ]
 
 
+def unpaired_rows(count: int = 12) -> list[dict[str, Any]]:
+    """Labelled completions of very unequal lengths; two of three are desirable."""
+    return [
+        {
+            "id": f"row-{i}",
+            "prompt": text(i, 2 + i % 4),
+            "chat": False,
+            "completion": " " + text(i + 100, 2 + 2 * i % 9),
+            "label": i % 3 > 0,
+            "ended": i % 4 > 0,
+        }
+        for i in range(count)
+    ]
+
+
+def token_examples(model: Path, rows: list[dict[str, Any]]) -> list[UnpairedExample]:
+    """Unpaired rows, or pairs taken apart, as the training job sees them."""
+    kept, dropped = unpaired_examples(Tokenise(load_tokenizer(model), TOKENS), rows)
+    assert not dropped
+    return kept
+
+
 def token_pairs(model: Path, rows: list[dict[str, Any]]) -> list[TokenPair]:
     """The rows as the training job sees them."""
     kept, dropped = Tokenise(load_tokenizer(model), TOKENS).pairs(rows)
@@ -47,9 +70,20 @@ def token_pairs(model: Path, rows: list[dict[str, Any]]) -> list[TokenPair]:
 
 def write_reference(model: Path, rows: list[dict[str, Any]], folder: Path) -> Path:
     """A shard of the fp32 reference log-probs of both sides of every row."""
+    return _write(
+        model, [s for pair in token_pairs(model, rows) for s in (pair.chosen, pair.rejected)], folder
+    )
+
+
+def write_unpaired_reference(model: Path, rows: list[dict[str, Any]], folder: Path) -> Path:
+    """A shard of the fp32 reference log-probs of every completion and of every mismatched pair."""
+    examples = token_examples(model, rows)
+    return _write(model, [e.sequence for e in examples] + mismatched(examples), folder)
+
+
+def _write(model: Path, sequences: list[Sequence], folder: Path) -> Path:
     entries: dict[bytes, Any] = {}
-    sides = [s for pair in token_pairs(model, rows) for s in (pair.chosen, pair.rejected)]
-    compute(load_model(model), sides, precision="fp32", token_budget=256, keep=entries.update)
+    compute(load_model(model), sequences, precision="fp32", token_budget=256, keep=entries.update)
     LogpShard.build(entries).save(folder)
     return folder
 

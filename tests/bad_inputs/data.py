@@ -107,15 +107,6 @@ def data_of_another_format_than_said(world: World) -> list[str]:
     return world.run_on(good_rows(), data={"format": "hh"})
 
 
-@bad(2, "the data are unpaired rows", "DPO learns from pairs", "Give rows with a chosen and a rejected")
-def data_unpaired(world: World) -> list[str]:
-    rows = [
-        {"prompt": r["prompt"], "completion": r["chosen"], "label": bool(i % 2)}
-        for i, r in enumerate(good_rows())
-    ]
-    return world.run_on(rows)
-
-
 @bad(2, "the data has 1 distinct prompt(s) in 24 usable rows", "data.eval_path")
 def data_of_a_single_prompt(world: World) -> list[str]:
     return world.run_on([row | {"prompt": "The soup"} for row in good_rows()])

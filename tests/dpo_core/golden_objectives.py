@@ -1,4 +1,4 @@
-"""Ten steps of every pair objective on a tiny model: the trainer that makes them, the file that keeps them.
+"""Ten steps of every objective on a tiny model: the trainer that makes them, the file that keeps them.
 
 Run as `python -m tests.dpo_core.golden_objectives` after a definition was changed on purpose.
 """
@@ -13,7 +13,15 @@ from dpo_core.models import disable_dropout, load_model
 from dpo_core.objectives import get, names
 from dpo_core.ranks import start_distributed
 from dpo_core.reference import LogpShard
-from tests.training_jobs import pair_rows, token_pairs, write_reference
+from dpo_core.unpaired import UnpairedTrainer
+from tests.training_jobs import (
+    pair_rows,
+    token_examples,
+    token_pairs,
+    unpaired_rows,
+    write_reference,
+    write_unpaired_reference,
+)
 
 GOLDEN = Path(__file__).with_name("golden") / "objectives.json"
 STEPS = 10
@@ -34,19 +42,9 @@ def trainer_of(
     **settings: Any,
 ) -> DpoTrainer:
     """A trainer of one objective in this process, fp32, the whole of `rows` in each batch."""
-    config = DpoConfig(
-        objective=name,
-        **{"batch_size": len(rows), "micro_batch_size": len(rows), "epochs": 100.0, "max_steps": steps}
-        | settings,
-        optim={"learning_rate": learning_rate, "schedule": "constant", "warmup_fraction": 0.0},
-        engine={"precision": "fp32", "threads": 1, "save_every": 100},
-    )
-    start_distributed(config.engine)
-    module = load_model(model)
-    disable_dropout(module)
-    module.train()
+    config = _config(name, len(rows), steps, learning_rate, settings)
     return DpoTrainer(
-        module,
+        _module(model, config),
         token_pairs(model, rows),
         config,
         reference=LogpShard.open(shard) if shard else None,
@@ -57,19 +55,64 @@ def trainer_of(
     )
 
 
+def unpaired_trainer_of(
+    name: str,
+    model: Path,
+    rows: list[dict[str, Any]],
+    work: Path,
+    *,
+    shard: Path | None,
+    reference_is_start: bool = False,
+    steps: int = STEPS,
+    learning_rate: float = 1e-3,
+    **settings: Any,
+) -> UnpairedTrainer:
+    """The same for an objective on unpaired rows."""
+    config = _config(name, len(rows), steps, learning_rate, settings)
+    return UnpairedTrainer(
+        _module(model, config),
+        token_examples(model, rows),
+        config,
+        reference=LogpShard.open(shard) if shard else None,
+        policy_is_reference=reference_is_start,
+        seed=3,
+        work=work,
+    )
+
+
+def _config(name: str, batch: int, steps: int, learning_rate: float, settings: dict[str, Any]) -> DpoConfig:
+    return DpoConfig(
+        objective=name,
+        **{"batch_size": batch, "micro_batch_size": batch, "epochs": 100.0, "max_steps": steps} | settings,
+        optim={"learning_rate": learning_rate, "schedule": "constant", "warmup_fraction": 0.0},
+        engine={"precision": "fp32", "threads": 1, "save_every": 100},
+    )
+
+
+def _module(model: Path, config: DpoConfig) -> Any:
+    start_distributed(config.engine)
+    module = load_model(model)
+    disable_dropout(module)
+    module.train()
+    return module
+
+
 def main() -> None:
     from tests.tiny import make_tiny_model
 
-    rows = pair_rows(12)
+    rows, singles = pair_rows(12), unpaired_rows(12)
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         tiny = make_tiny_model(Path(folder) / "tiny")
         shard = write_reference(tiny, rows, Path(folder) / "shard")
+        unpaired = write_unpaired_reference(tiny, singles, Path(folder) / "unpaired")
         for name in names():
-            if get(name).data != "pairs":
-                continue
             work = Path(folder) / name
-            trainer_of(name, tiny, rows, work, shard=shard, live=tiny, reference_is_start=True).train()
+            start: dict[str, Any] = {"reference_is_start": True}
+            if get(name).data == "pairs":
+                trainer_of(name, tiny, rows, work, shard=shard, live=tiny, **start).train()
+            else:
+                unpaired_trainer_of(name, tiny, singles, work, shard=unpaired, **start).train()
             lines = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
             found[name] = {kept: [float(f"{line[kept]:.7g}") for line in lines] for kept in KEPT}
     GOLDEN.parent.mkdir(exist_ok=True)

@@ -187,7 +187,10 @@ def test_a_guiding_reference_weighs_pairs_from_the_first_step(alone, tiny, other
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"objective": "kto"}, "learns from unpaired rows"),
+        ({"objective": "kto", "plus": [{"objective": "sft"}]}, "plus is for objectives on pairs"),
+        ({"objective": "kto", "weighting": "wpo"}, "weighting is for objectives on pairs"),
+        ({"objective": "bco", "reference_sync": {}}, "reference_sync is for objectives on pairs"),
+        ({"objective": "kto", "weight": 2.0}, "weight is read only where plus adds"),
         ({"plus": [{"objective": "bco"}]}, "objective 'bco' learns from unpaired rows"),
         ({"weight": 2.0}, "weight is read only where plus adds"),
         ({"objective": "simpo", "reference_sync": {}}, "has no reference that reference_sync could move"),

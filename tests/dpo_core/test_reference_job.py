@@ -72,7 +72,7 @@ def cached(pairs: list[TokenPair], model: Path, folder: Path, precision: Any = "
     work = folder / "work"
     work.mkdir(parents=True, exist_ok=True)
     return reference_logps(
-        pairs,
+        [s for p in pairs for s in (p.chosen, p.rejected)],
         model,
         weights_digest(model),
         described="tiny",

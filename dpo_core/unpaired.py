@@ -1,0 +1,310 @@
+"""Preference learning from single completions, each labelled desirable or not: KTO and BCO.
+
+Both losses depend on one number of the whole batch: KTO's z_0 and BCO's delta. It is computed before the
+losses, in a forward pass of its own without gradient, over all ranks; so the loss does not depend on how a
+batch is split into micro-batches, packs and ranks. That pass costs about a third of a step's time.
+
+Shapes: E training examples, B examples of a micro-batch.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from dpo_core.attention import BLOCK
+from dpo_core.dpo import DpoConfig, require_reference_values
+from dpo_core.errors import DataError, StageFailed
+from dpo_core.layout import Document
+from dpo_core.logprobs import autocast
+from dpo_core.objectives import UnpairedLogps, class_means, get, unpaired_metrics, z0
+from dpo_core.reference import LogpShard, sequence_key
+from dpo_core.scores import branch_scores
+from dpo_core.tokens import Sequence, Tokenise
+from dpo_core.training import PackedTrainer
+
+log = logging.getLogger(__name__)
+
+BALANCED = (1.0, 4 / 3)
+"""Where the KTO paper wants λ_D·n_D / (λ_U·n_U) to lie (Eq. 8 of arXiv 2402.01306)."""
+
+
+@dataclass(frozen=True)
+class UnpairedExample:
+    """A completion that was found desirable, or not."""
+
+    id: str
+    sequence: Sequence
+    desirable: bool
+
+
+def unpaired_examples(
+    tokenise: Tokenise, rows: Seq[dict[str, Any]]
+) -> tuple[list[UnpairedExample], dict[str, int]]:
+    """All usable examples of canonical rows, and how many rows were left out for each reason.
+
+    Pairs are taken apart: chosen is desirable, rejected is not. An answer of several pairs counts as often as
+    it stands there, also with both labels.
+    """
+    if rows and "chosen" in rows[0]:
+        pairs, dropped = tokenise.pairs(rows)
+        sides = [(f"{p.id}/{name}", p, name) for p in pairs for name in ("chosen", "rejected")]
+        return [UnpairedExample(id_, getattr(p, name), name == "chosen") for id_, p, name in sides], dropped
+    kept: list[UnpairedExample] = []
+    dropped = {}
+    for row in rows:
+        found = tokenise.single(row)
+        if isinstance(found, str):
+            dropped[found] = dropped.get(found, 0) + 1
+        else:
+            kept.append(UnpairedExample(row["id"], found, bool(row["label"])))
+    return kept, dropped
+
+
+def reads_mismatched(config: DpoConfig) -> bool:
+    """Whether the objective compares with mismatched pairs, whose reference log-probs it then needs."""
+    return config.objective == "kto"
+
+
+def needed_sequences(
+    tokenise: Tokenise, rows: Seq[dict[str, Any]], config: DpoConfig
+) -> tuple[list[Sequence], dict[str, int]]:
+    """What training on canonical rows, pairs or unpaired, reads reference log-probs of; and rows left out.
+
+    Raises:
+        DataError: KTO with fewer than two different examples.
+    """
+    if not config.unpaired:
+        pairs, dropped = tokenise.pairs(rows)
+        return [s for p in pairs for s in (p.chosen, p.rejected)], dropped
+    examples, dropped = unpaired_examples(tokenise, rows)
+    strangers = mismatched(examples) if examples and reads_mismatched(config) else []
+    return [e.sequence for e in examples] + strangers, dropped
+
+
+def mismatched(examples: Seq[UnpairedExample]) -> list[Sequence]:
+    """For each example its prompt with the completion of another: the pairs of KTO's z_0.
+
+    A rotation over the data set and not over the batch, so that a batch may have any size and order. Examples
+    are put in the order of their content's hash; each takes the completion of the next one that has another
+    prompt and another completion (failing that, another completion; failing that, another prompt). The
+    partners are the same in every run, epoch and process, and a row added changes only its neighbours'.
+    Completions are cut so that nothing gets longer than the longest example.
+
+    Raises:
+        DataError: there are no two different examples.
+    """
+    order_E = np.array(sorted(range(len(examples)), key=lambda i: sequence_key(examples[i].sequence)), int)
+    in_order = [examples[i].sequence for i in order_E]
+    found_E = _next_other(_codes(s.prompt for s in in_order), _codes(s.completion for s in in_order))
+    if not len(found_E) or (found_E < 0).any():
+        raise DataError(
+            "KTO compares each prompt with the answer of another example, and there are no two different "
+            "training examples",
+            "Add rows with other prompts and answers, or choose objective bco",
+        )
+    longest = max(len(s) for s in in_order)
+    pairs: list[Sequence] = [in_order[0]] * len(in_order)
+    for place, (own, other) in enumerate(zip(order_E, found_E, strict=True)):
+        prompt, completion = in_order[place].prompt, in_order[other].completion
+        kept = completion[: longest - len(prompt)]
+        pairs[own] = Sequence(prompt, kept, len(kept) < len(completion))
+    return pairs
+
+
+def _codes(values: Iterable[tuple[int, ...]]) -> NDArray[np.int64]:
+    seen: dict[tuple[int, ...], int] = {}
+    return np.array([seen.setdefault(value, len(seen)) for value in values], np.int64)
+
+
+def _next_other(prompt_E: NDArray[np.int64], completion_E: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Place of each one's partner: the next, round the end, that differs as much as any does; -1: none."""
+    both_E = _codes(zip(prompt_E.tolist(), completion_E.tolist(), strict=True))
+    size = len(prompt_E)
+    same_E = {name: np.bincount(codes)[codes] if size else codes for name, codes in
+              {"prompt": prompt_E, "completion": completion_E, "both": both_E}.items()}  # fmt: skip
+    partner_E = np.full(size, -1)
+    # Which examples have such a partner at all is counted first: the search below ends for those.
+    in_both = size - same_E["prompt"] - same_E["completion"] + same_E["both"] > 0
+    in_completion, in_prompt = size - same_E["completion"] > 0, size - same_E["prompt"] > 0
+    for possible_E, codes in (
+        (in_both, (prompt_E, completion_E)),
+        (in_completion, (completion_E,)),
+        (in_prompt, (prompt_E,)),
+    ):
+        left = np.flatnonzero(possible_E & (partner_E < 0))
+        step = 1
+        while left.size:
+            other = (left + step) % size
+            differs = np.logical_and.reduce([code[left] != code[other] for code in codes])
+            partner_E[left[differs]] = other[differs]
+            left, step = left[~differs], step + 1
+    return partner_E
+
+
+def imbalance(parameters: Mapping[str, float], desirable: int, undesirable: int) -> str | None:
+    """What is wrong with KTO's class weights for so many examples of each class; None if nothing is."""
+    if "desirable_weight" not in parameters:
+        return None
+    if not desirable or not undesirable:
+        missing = "undesirable" if desirable else "desirable"
+        return f"There is no {missing} example: the model learns only what one class teaches."
+    ratio = parameters["desirable_weight"] * desirable / (parameters["undesirable_weight"] * undesirable)
+    low, high = BALANCED
+    if low - 1e-9 <= ratio <= high + 1e-9:
+        return None
+    wanted = min(max(ratio, low), high) / ratio * parameters["desirable_weight"]
+    return (
+        f"desirable_weight·n_D / (undesirable_weight·n_U) is {ratio:.3g} with {desirable:,} desirable and "
+        f"{undesirable:,} undesirable examples; the KTO paper advises 1 to 4/3 (its Eq. 8): set "
+        f"desirable_weight to {wanted:.3g}."
+    )
+
+
+class UnpairedTrainer(PackedTrainer[UnpairedExample]):
+    """Mean over the examples of the global batch of an objective on single completions.
+
+    Args:
+        reference: log-probs under the reference of every example and, for KTO, of every mismatched pair.
+        policy_is_reference: the policy starts as the reference, so the first loss has a known value.
+
+    Raises:
+        DataError: KTO with fewer than two different examples.
+        StageFailed: the reference log-probs lack a sequence.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        examples: Seq[UnpairedExample],
+        config: DpoConfig,
+        *,
+        reference: LogpShard | None,
+        policy_is_reference: bool,
+        seed: int,
+        work: Path,
+    ) -> None:
+        super().__init__(module, examples, config, seed=seed, work=work)
+        if reference is None:
+            raise StageFailed("the job names no reference log-probs", "Run the cache stage first")
+        self.dpo, self.objective = config, get(config.objective)
+        self.parameters = config.terms[0].parameters
+        self.beta = self.parameters["beta"]
+        self.policy_is_reference = policy_is_reference
+        self.longest = max(len(e.sequence) for e in examples)
+        self.strangers: dict[str, UnpairedExample] = {}
+        if reads_mismatched(config):
+            pairs = zip(examples, mismatched(examples), strict=True)
+            self.strangers = {e.id: replace(e, sequence=other) for e, other in pairs}
+        sequences = list({e.sequence: None for e in (*examples, *self.strangers.values())})
+        # A stale or partial cache is refused here, before anything runs.
+        sums = reference.sums([sequence_key(s) for s in sequences]).astype(np.float32)
+        self.reference = dict(zip(sequences, sums.tolist(), strict=True))
+        self.kl: Tensor | None = None
+        self.baseline: Tensor | None = None
+        self.rewards, self.seen = 0.0, 0
+        desirable = sum(e.desirable for e in examples)
+        if (said := imbalance(self.parameters, desirable, len(examples) - desirable)) is not None:
+            log.warning("%s", said)
+
+    def document(self, example: UnpairedExample) -> Document:
+        return Document(example.sequence.prompt, (example.sequence.completion,))
+
+    def length(self, example: UnpairedExample) -> int:
+        return len(example.sequence)
+
+    def weight(self, example: UnpairedExample) -> float:
+        return 1.0
+
+    def begin_step(self, everyone: Seq[UnpairedExample]) -> None:
+        if self.strangers:
+            self.kl = z0(self._ratio_sum([self.strangers[e.id] for e in everyone]), len(everyone))
+            return
+        self.rewards += self.beta * float(self._ratio_sum(everyone))
+        self.seen += len(everyone)
+        self.baseline = torch.tensor(self.rewards / self.seen, device=self.engine.device)
+
+    def losses(self, batch: Seq[UnpairedExample]) -> tuple[Tensor, dict[str, Tensor]]:
+        policy_B, ref_B, tokens_B = self._logps(batch)
+        desirable_B = torch.tensor([e.desirable for e in batch], device=policy_B.device)
+        logps = UnpairedLogps(policy_B, ref_B, tokens_B, desirable_B, kl=self.kl, baseline=self.baseline)
+        losses_B = self.objective.function(logps, **self.parameters)
+        numbers = unpaired_metrics(logps, self.beta)
+        return losses_B.sum(), {name: value_B.sum() for name, value_B in numbers.items()}
+
+    def _logps(self, batch: Seq[UnpairedExample]) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probs under policy and reference, and the completions' tokens, each (B,)."""
+        with autocast(self.config.engine.precision, self.engine.device):
+            scores = branch_scores(self.module, self.lay_out(batch))
+        policy_B = scores.logps_SL.sum(-1)
+        ref_B = torch.tensor([self.reference[e.sequence] for e in batch], device=policy_B.device)
+        return policy_B, ref_B, scores.lengths_S
+
+    @torch.no_grad()
+    def _ratio_sum(self, everyone: Seq[UnpairedExample]) -> Tensor:
+        """Sum of log π/π_ref over the global batch, over all ranks; 0-dim, float64."""
+        order = sorted(everyone, key=self.length, reverse=True)
+        world = self.engine.world
+        shares = [self._passes(order[rank::world]) for rank in range(world)]
+        mine = shares[self.engine.rank]
+        total = torch.zeros((), dtype=torch.float64)
+        for number in range(max(map(len, shares))):
+            # With ZeRO-3 every rank takes part in every pass, so one that is done runs its last pass again.
+            policy_B, ref_B, _ = self._logps(mine[min(number, len(mine) - 1)])
+            if number < len(mine):
+                total += (policy_B.double() - ref_B).sum().cpu()
+        return self.engine.all_sum(total)
+
+    def _passes(self, examples: Seq[UnpairedExample]) -> list[list[UnpairedExample]]:
+        """Examples in groups that fit one forward pass each."""
+        room = self._fixed_length() or self.config.pack_tokens or 0
+        groups: list[list[UnpairedExample]] = [[]]
+        used = 0
+        for example in examples:
+            size = len(self.document(example))
+            full = used + size > room if self.packed else len(groups[-1]) == self.config.micro_batch_size
+            if full and groups[-1]:
+                groups.append([])
+                used = 0
+            groups[-1].append(example)
+            used += size
+        return groups
+
+    def _fixed_length(self) -> int | None:
+        # Mismatched pairs are packed, too, and may be as long as the longest example.
+        fixed = super()._fixed_length()
+        return None if fixed is None else max(fixed, -(-self.longest // BLOCK) * BLOCK)
+
+    def _reduce(self, sums: dict[str, Tensor], examples: int) -> dict[str, float]:
+        totals = super()._reduce(sums, 1)  # sums over the global batch
+        loss = totals.pop("loss")
+        counts = {name: total for name, total in totals.items() if name.startswith("count/")}
+        coupling = {"kl": self.kl, "delta": self.baseline}
+        seen = {name: float(value) for name, value in coupling.items() if value is not None}
+        return {"loss": loss, **class_means(totals), **counts, **seen}
+
+    @torch.no_grad()
+    def check_start(self) -> None:
+        """With policy = reference every log-ratio is zero, of examples and of mismatched pairs."""
+        if not self.policy_is_reference or not self.dpo.check_rows:
+            return
+        chosen = np.random.default_rng(0).permutation(len(self.examples))[: self.dpo.check_rows]
+        some = [self.examples[i] for i in chosen]
+        some += [self.strangers[e.id] for e in some if e.id in self.strangers]
+        found = [self._logps(group) for group in self._passes(some)]
+        gaps_B = torch.cat([policy_B - ref_B for policy_B, ref_B, _ in found])
+        require_reference_values(gaps_B, self.config.engine.precision)
+
+    def state(self) -> dict[str, Any]:
+        return {} if self.strangers else {"rewards": self.rewards, "seen": self.seen}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        if not self.strangers:
+            self.rewards, self.seen = float(state["rewards"]), int(state["seen"])

@@ -1,0 +1,38 @@
+"""What the stages and the run page say of rows that an objective on single answers learns from."""
+
+from typing import Literal
+
+import pandas as pd
+
+from dpo_core.dpo import DpoConfig
+from dpo_core.unpaired import imbalance
+from tasks.data import GATE_UNPAIRED
+from tasks.manifest import Manifest
+
+
+def kind_of(rows: Manifest) -> Literal["pairs", "unpaired"]:
+    """What the rows that a policy is trained on are, and how the stages that read them name this input."""
+    return "unpaired" if rows.stage == GATE_UNPAIRED.name else "pairs"
+
+
+def taken_apart(config: DpoConfig, pairs: int) -> str:
+    """What an objective on unpaired rows makes of pairs, in words."""
+    return (
+        f"objective {config.objective} learns from single answers: {pairs:,} pairs are taken apart, chosen "
+        "as desirable and rejected as undesirable"
+    )
+
+
+def class_facts(config: DpoConfig, rows: Manifest) -> dict[str, str]:
+    """Notes for the run page: how many answers of each label, and class weights that are out of balance."""
+    if not config.unpaired:
+        return {}
+    if kind_of(rows) == "pairs":
+        split = pd.read_parquet(rows.path / "data.parquet", columns=["split"])["split"]
+        good = bad = int((split == "train").sum())
+        notes = {"Training data": taken_apart(config, good)}
+    else:
+        good, bad = int(str(rows.extra["desirable"])), int(str(rows.extra["undesirable"]))
+        notes = {"Training data": f"{good:,} desirable and {bad:,} undesirable answers"}
+    found = imbalance(config.terms[0].parameters, good, bad)
+    return notes | ({"Class weights": found} if found else {})

@@ -1,0 +1,406 @@
+"""KTO and BCO in the real trainer: closed-form first losses, the same step however a batch is cut, resume."""
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from deploy.launchers import State
+from dpo_core import train
+from dpo_core.errors import DataError, StageFailed
+from dpo_core.evaluate import sequence_logps
+from dpo_core.models import load_model, load_tokenizer
+from dpo_core.reference import LogpShard, sequence_key
+from dpo_core.tokens import Sequence, TokenConfig, Tokenise
+from dpo_core.unpaired import UnpairedExample, UnpairedTrainer, imbalance, mismatched, unpaired_examples
+from tests.dpo_core.golden_objectives import GOLDEN, STEPS, unpaired_trainer_of
+from tests.tiny import make_tiny_model
+from tests.training_jobs import (
+    curve,
+    launch,
+    pair_rows,
+    token_examples,
+    unpaired_rows,
+    write_job,
+    write_unpaired_reference,
+)
+
+ROWS = unpaired_rows(12)
+FIRST = {"kto": 0.5, "bco": math.log(2)}
+COUPLING = {"kto": "kl", "bco": "delta"}
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another model: as the reference of a policy it makes every log-ratio differ from 0."""
+    return make_tiny_model(tmp_path_factory.mktemp("other"), seed=5)
+
+
+@pytest.fixture(scope="module")
+def shard(other: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_unpaired_reference(other, ROWS, tmp_path_factory.mktemp("reference") / "shard")
+
+
+@pytest.fixture(scope="module")
+def own(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reference log-probs of the model that training starts from."""
+    return write_unpaired_reference(tiny, ROWS, tmp_path_factory.mktemp("own") / "shard")
+
+
+def lines(work: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
+
+
+# The loss ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_ten_steps_go_where_they_always_went(name: str, alone: None, tiny: Path, own: Path, tmp_path: Path):
+    unpaired_trainer_of(name, tiny, ROWS, tmp_path, shard=own, reference_is_start=True).train()
+    found = lines(tmp_path)
+    assert len(found) == STEPS
+    assert found[0]["loss"] == pytest.approx(FIRST[name], abs=1e-6)
+    assert found[0][COUPLING[name]] == pytest.approx(0, abs=1e-5)
+    assert found[-1]["loss"] < found[0]["loss"]
+    assert found[-1]["rewards/margins"] > 0.05
+    assert (found[0]["count/chosen"], found[0]["count/rejected"]) == (8, 4)
+    for kept, wanted in json.loads(GOLDEN.read_text())[name].items():
+        np.testing.assert_allclose([line[kept] for line in found], wanted, rtol=2e-4, atol=2e-5, err_msg=kept)
+
+
+def ratios(model: Path, reference: Path, sequences: list[Sequence]) -> np.ndarray:
+    """log π/π_ref by the evaluation's own path."""
+    sums = [
+        [float(x.double().sum()) for x in sequence_logps(load_model(m), sequences, "fp32", 256)]
+        for m in (model, reference)
+    ]
+    return np.subtract(*sums)
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def test_the_loss_is_that_of_the_paper_written_out(
+    alone: None, tiny: Path, other: Path, shard: Path, tmp_path
+):
+    """Both losses, z_0 and delta from the models' log-probs alone, with weights that differ."""
+    examples = token_examples(tiny, ROWS)
+    h = ratios(tiny, other, [e.sequence for e in examples])
+    z_0 = max(0.0, float(ratios(tiny, other, mismatched(examples)).mean()))
+    good = np.array([e.desirable for e in examples])
+    weights = {"desirable_weight": 1.5, "undesirable_weight": 0.5}
+    kto = np.where(good, 1.5 * (1 - sigmoid(0.1 * (h - z_0))), 0.5 * (1 - sigmoid(0.1 * (z_0 - h))))
+    delta = 0.1 * h.mean()
+    bco = -np.log(sigmoid(np.where(good, 0.1 * h - delta, delta - 0.1 * h)))
+    for name, wanted, parameters in (("kto", kto, weights), ("bco", bco, {})):
+        work = tmp_path / name
+        trainer = unpaired_trainer_of(name, tiny, ROWS, work, shard=shard, steps=1, parameters=parameters)
+        trainer.train()
+        (line,) = lines(work)
+        assert line["loss"] == pytest.approx(float(wanted.mean()), rel=1e-5)
+        assert line["rewards/chosen"] == pytest.approx(0.1 * h[good].mean(), rel=1e-4)
+        assert line["rewards/rejected"] == pytest.approx(0.1 * h[~good].mean(), rel=1e-4)
+        assert line[COUPLING[name]] == pytest.approx({"kto": z_0, "bco": delta}[name], rel=1e-4, abs=1e-6)
+        assert not h.std() < 0.1, "the case would show nothing"
+
+
+def test_z_0_is_clamped_at_zero_after_the_mean(alone: None, tiny: Path, other: Path, shard: Path, tmp_path):
+    """The mean over mismatched pairs of one of two opposite directions is negative: z_0 is then exactly 0."""
+    backwards = write_unpaired_reference(tiny, ROWS, tmp_path / "shard")
+    found = []
+    for model, reference, folder in ((tiny, shard, "a"), (other, backwards, "b")):
+        trainer = unpaired_trainer_of("kto", model, ROWS, tmp_path / folder, shard=reference, steps=1)
+        trainer.begin_step(trainer.examples)
+        assert not trainer.kl.requires_grad
+        found.append(float(trainer.kl))
+    assert min(found) == 0.0
+    assert max(found) > 0.01
+
+
+# However the batch is cut --------------------------------------------------------------------------------
+
+
+def step_of(trainer: UnpairedTrainer, split: list[list[int]]) -> tuple[float, list[torch.Tensor]]:
+    """Loss and gradient of one global batch, forwarded in the given parts."""
+    examples = trainer.examples
+    trainer.module.zero_grad()
+    trainer.begin_step([examples[i] for part in split for i in part])
+    total = 0.0
+    for part in split:
+        loss, _ = trainer.losses([examples[i] for i in part])
+        (loss / len(ROWS)).backward()
+        total += float(loss.detach()) / len(ROWS)
+    return total, [p.grad.clone() for p in trainer.module.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_layout_order_and_split_change_nothing(
+    name: str, alone: None, tiny: Path, shard: Path, tmp_path: Path
+):
+    """A part without one of the classes is among them."""
+    everyone = list(range(12))
+    bad = [i for i in everyone if not ROWS[i]["label"]]
+    good = [i for i in everyone if ROWS[i]["label"]]
+    cases: dict[str, tuple[dict[str, Any], list[list[int]]]] = {
+        "packs": ({}, [everyone]),
+        "small packs": ({"pack_tokens": 64}, [everyone[::2], everyone[1::2]]),
+        "another order": ({}, [everyone[::-1]]),
+        "one class a part": ({}, [bad, good]),
+        "rows of three": (
+            {"pack_tokens": None, "micro_batch_size": 3},
+            [everyone[i : i + 3] for i in range(0, 12, 3)],
+        ),
+        "rows of one": ({"pack_tokens": None, "micro_batch_size": 1}, [[i] for i in everyone]),
+    }
+    padded = unpaired_trainer_of(name, tiny, ROWS, tmp_path / "padded", shard=shard, pack_tokens=None)
+    wanted = step_of(padded, [everyone])
+    for number, (case, (settings, split)) in enumerate(cases.items()):
+        trainer = unpaired_trainer_of(name, tiny, ROWS, tmp_path / str(number), shard=shard, **settings)
+        loss, gradients = step_of(trainer, split)
+        assert loss == pytest.approx(wanted[0], abs=1e-5), case
+        for got, expected in zip(gradients, wanted[1], strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5, msg=case)
+
+
+JOB = {"epochs": 100.0, "max_steps": 5, "batch_size": 6, "pack_tokens": 96}
+ENGINE = {"precision": "fp32", "threads": 1, "save_every": 2}
+
+
+def job_of(folder: Path, name: str, tiny: Path, shard: Path, **changes: Any) -> Path:
+    engine = ENGINE | changes.pop("engine", {})
+    settings = JOB | {"objective": name, "optim": {"learning_rate": 1e-3}, "engine": engine} | changes
+    return write_job(folder, "dpo", tiny, ROWS, reference=str(shard), policy_is_reference=False, dpo=settings)
+
+
+@pytest.mark.parametrize("name", ["kto", pytest.param("bco", marks=pytest.mark.slow)])
+def test_two_ranks_are_one(name: str, alone: None, tiny: Path, shard: Path, tmp_path: Path) -> None:
+    """Through the real entry point, packs on one rank and on two; means over a class are over both ranks.
+
+    The packs of the two runs differ, and so does the order of sums: hence 1e-5 and not equality.
+    """
+    assert train.main(["--config", str(job_of(tmp_path / "1", name, tiny, shard))]) == 0
+    assert launch(job_of(tmp_path / "2", name, tiny, shard, engine={"processes": 2}), 2) is State.DONE
+    one, two = curve(tmp_path / "1"), curve(tmp_path / "2")
+    assert len(one) == len(two) == 5
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for key in (
+            "loss",
+            COUPLING[name],
+            "rewards/chosen",
+            "rewards/rejected",
+            "count/chosen",
+            "grad_norm",
+        ):
+            assert b[key] == pytest.approx(a[key], abs=1e-5, rel=1e-4), key
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_a_resumed_run_is_the_straight_one(name: str, alone: None, tiny: Path, shard: Path, tmp_path: Path):
+    """Three steps, an end, three more: bit for bit six straight ones, BCO's running mean included."""
+
+    def run(folder: str, steps: int) -> tuple[UnpairedTrainer, list[dict[str, float]]]:
+        trainer = unpaired_trainer_of(
+            name, tiny, ROWS, tmp_path / folder, shard=shard, steps=6, batch_size=4, learning_rate=1e-2
+        )
+        trainer.total_steps = steps
+        trainer.train()
+        return trainer, lines(tmp_path / folder)
+
+    straight, wanted = run("straight", 6)
+    run("parts", 3)
+    resumed, found = run("parts", 6)
+    for key in ("loss", COUPLING[name], "grad_norm"):
+        assert [line[key] for line in found] == [line[key] for line in wanted], key
+    if name == "bco":
+        assert resumed.state() == straight.state()
+        assert resumed.seen == 24
+        # The running mean, from the rewards that the steps logged.
+        sums = [n["rewards/chosen"] * n["count/chosen"] for n in wanted if "rewards/chosen" in n]
+        sums += [n["rewards/rejected"] * n["count/rejected"] for n in wanted if "rewards/rejected" in n]
+        assert wanted[-1]["delta"] == pytest.approx(sum(sums) / 24, rel=1e-4)
+    for key, value in straight.module.state_dict().items():
+        assert value.equal(resumed.module.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_a_batch_of_one_class_is_no_nan(name: str, alone: None, tiny: Path, tmp_path: Path):
+    rows = [row | {"label": True} for row in ROWS]
+    shard = write_unpaired_reference(tiny, rows, tmp_path / "shard")
+    unpaired_trainer_of(name, tiny, rows, tmp_path, shard=shard, steps=3, batch_size=1).train()
+    found = lines(tmp_path)
+    assert all(math.isfinite(value) for line in found for value in line.values())
+    assert all("rewards/rejected" not in line and "rewards/margins" not in line for line in found)
+    assert found[0]["count/rejected"] == 0
+
+
+# The mismatched pairs ------------------------------------------------------------------------------------
+
+
+def example(prompt: int, completion: int, desirable: bool = True) -> UnpairedExample:
+    ids = Sequence((prompt, prompt), (completion,) * 3)
+    return UnpairedExample(f"{prompt}-{completion}-{desirable}", ids, desirable)
+
+
+def test_every_prompt_gets_another_examples_answer() -> None:
+    examples = [example(i // 3, 100 + i) for i in range(60)]
+    known = {e.sequence for e in examples}
+    found = mismatched(examples)
+    assert [s.prompt for s in found] == [e.sequence.prompt for e in examples]
+    assert not known & set(found)
+    assert all(s.completion != e.sequence.completion for s, e in zip(found, examples, strict=True))
+    # A rotation: nearly every answer is given once, so that the mean is over the data's own answers.
+    assert max(np.unique([s.completion[0] for s in found], return_counts=True)[1]) <= 2
+
+
+def test_partners_stay_whatever_the_order_the_label_and_one_more_row() -> None:
+    examples = [example(i, 100 + i) for i in range(40)]
+    found = dict(zip([e.sequence for e in examples], mismatched(examples), strict=True))
+    turned = [example(i, 100 + i, desirable=i % 2 > 0) for i in reversed(range(40))]
+    assert dict(zip([e.sequence for e in turned], mismatched(turned), strict=True)) == found
+    more = [*examples, example(77, 177)]
+    again = dict(zip([e.sequence for e in more], mismatched(more), strict=True))
+    assert sum(again[key] != found[key] for key in found) == 1
+
+
+@pytest.mark.parametrize(
+    ("pairs", "wanted"),
+    [
+        ([(1, 5), (1, 6), (1, 7)], "another completion"),
+        ([(1, 5), (2, 5), (3, 5)], "another prompt"),
+        ([(1, 5), (1, 6), (2, 5)], "another completion"),
+        ([(1, 5)] * 3 + [(2, 6)], "both"),
+    ],
+)
+def test_where_prompts_or_answers_repeat_the_most_different_partner_is_taken(pairs, wanted) -> None:
+    examples = [example(*pair) for pair in pairs]
+    own, found = examples[0].sequence, mismatched(examples)[0]
+    assert found.prompt == own.prompt
+    assert (found.completion != own.completion) is (wanted != "another prompt")
+    if wanted == "both":
+        assert found.completion == (6, 6, 6)
+
+
+def test_mismatched_pairs_are_no_longer_than_the_longest_example() -> None:
+    short, long = Sequence(tuple(range(9)), (1, 2)), Sequence((1,), tuple(range(10)))
+    found = mismatched([UnpairedExample("a", short, True), UnpairedExample("b", long, False)])
+    assert [len(s) for s in found] == [11, 3]
+    assert found[0].completion == (0, 1)
+    assert found[0].truncated
+
+
+@pytest.mark.parametrize("examples", [[], [example(1, 2)], [example(1, 2), example(1, 2, False)]])
+def test_fewer_than_two_different_examples_are_refused(examples) -> None:
+    with pytest.raises(DataError, match="no two different training examples"):
+        mismatched(examples)
+
+
+def test_the_cached_z_0_is_the_recomputed_one(alone: None, tiny: Path, other: Path, shard: Path, tmp_path):
+    """The reference half of z_0 comes from the cache; with the reference in memory it is the same."""
+    trainer = unpaired_trainer_of("kto", tiny, ROWS, tmp_path, shard=shard)
+    pairs = mismatched(trainer.examples)
+    cached = LogpShard.open(shard).sums([sequence_key(s) for s in pairs])
+    again = [float(x.double().sum()) for x in sequence_logps(load_model(other), pairs, "fp32", 64)]
+    np.testing.assert_allclose(cached, again, atol=1e-4)
+    for some in (trainer.examples, trainer.examples[3:8], trainer.examples[:1]):
+        trainer.begin_step(some)
+        places = [trainer.examples.index(e) for e in some]
+        live = ratios(tiny, other, [pairs[i] for i in places]).mean()
+        assert float(trainer.kl) == pytest.approx(max(0.0, float(live)), abs=1e-4)
+
+
+def test_a_cache_without_the_mismatched_pairs_is_refused(alone: None, tiny: Path, tmp_path: Path) -> None:
+    from dpo_core.reference import compute
+
+    entries: dict[bytes, Any] = {}
+    own = [e.sequence for e in token_examples(tiny, ROWS)]
+    compute(load_model(tiny), own, precision="fp32", token_budget=256, keep=entries.update)
+    LogpShard.build(entries).save(tmp_path / "shard")
+    with pytest.raises(StageFailed, match="12 of 24 sequences have no reference log-prob"):
+        unpaired_trainer_of("kto", tiny, ROWS, tmp_path / "kto", shard=tmp_path / "shard")
+    unpaired_trainer_of("bco", tiny, ROWS, tmp_path / "bco", shard=tmp_path / "shard")
+    with pytest.raises(StageFailed, match="names no reference log-probs"):
+        unpaired_trainer_of("bco", tiny, ROWS, tmp_path / "none", shard=None)
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_a_start_off_the_reference_is_refused(
+    name: str, alone: None, tiny: Path, shard: Path, tmp_path: Path
+):
+    with pytest.raises(StageFailed, match="policy and reference differ by"):
+        unpaired_trainer_of(name, tiny, ROWS, tmp_path, shard=shard, reference_is_start=True).train()
+
+
+# Rows, weights -------------------------------------------------------------------------------------------
+
+
+def test_pairs_are_taken_apart(tiny: Path) -> None:
+    tokenise = Tokenise(load_tokenizer(tiny), TokenConfig(max_length=64, max_prompt_length=32))
+    rows = pair_rows(4)
+    found, dropped = unpaired_examples(tokenise, rows)
+    pairs, _ = tokenise.pairs(rows)
+    assert not dropped
+    assert [e.sequence for e in found] == [s for p in pairs for s in (p.chosen, p.rejected)]
+    assert [e.desirable for e in found] == [True, False] * 4
+    assert len({e.id for e in found}) == 8
+
+
+def test_rows_that_leave_nothing_are_counted(tiny: Path) -> None:
+    tokenise = Tokenise(load_tokenizer(tiny), TokenConfig(max_length=12, max_prompt_length=6))
+    long = "word " * 60
+    rows = [ROWS[0] | {"prompt": ""}, ROWS[1] | {"completion": "", "ended": False}]
+    rows.append(ROWS[2] | {"prompt": long, "completion": long})
+    found, dropped = unpaired_examples(tokenise, rows)
+    assert dropped == {"empty_prompt": 1, "empty_completion": 1}
+    (cut,) = found
+    assert (len(cut.sequence.prompt), len(cut.sequence)) == (6, 12)
+    assert cut.sequence.truncated
+    assert cut.sequence.completion[-1] != tokenise.eos
+
+
+def test_real_kto_rows(shared: Path, tiny: Path) -> None:
+    from dpo_core.data.config import DataConfig
+    from dpo_core.data.records import load
+
+    frame = load(
+        DataConfig(path=str(shared / "data" / "preference" / "llamafactory_kto_en_demo.json.gz"))
+    ).frame
+    tokenise = Tokenise(load_tokenizer(tiny), TokenConfig(max_length=512, max_prompt_length=256))
+    found, dropped = unpaired_examples(tokenise, frame.head(60).to_dict("records"))
+    assert not dropped
+    assert sum(e.desirable for e in found) == int(frame.head(60)["label"].sum())
+    pairs = mismatched(found)
+    assert not {e.sequence for e in found} & set(pairs)
+    assert max(map(len, pairs)) <= max(len(e.sequence) for e in found) <= 512
+
+
+@pytest.mark.parametrize(
+    ("weights", "counts", "says"),
+    [
+        ((1.0, 1.0), (10, 10), None),
+        ((1.0, 1.0), (40, 30), None),
+        ((1.0, 1.0), (41, 30), "is 1.37 with 41 desirable and 30 undesirable"),
+        ((1.0, 1.0), (29, 30), "set desirable_weight to 1.03"),
+        ((1.0, 1.0), (10, 100), "set desirable_weight to 10."),
+        ((10.0, 1.0), (10, 100), None),
+        ((1.0, 1.0), (5, 0), "no undesirable example"),
+        ((1.0, 1.0), (0, 5), "no desirable example"),
+    ],
+)
+def test_weights_outside_the_papers_band_are_named(weights, counts, says) -> None:
+    named = dict(zip(("desirable_weight", "undesirable_weight"), weights, strict=True))
+    found = imbalance(named, *counts)
+    assert found is None if says is None else says in f"{found}."
+    assert imbalance({"beta": 0.1}, *counts) is None, "BCO has no class weights"
+
+
+def test_the_trainer_warns_of_them(alone: None, tiny: Path, own: Path, tmp_path: Path, caplog) -> None:
+    with caplog.at_level(logging.WARNING, logger="dpo_core.unpaired"):
+        unpaired_trainer_of("kto", tiny, ROWS, tmp_path, shard=own)
+    assert "is 2 with 8 desirable and 4 undesirable" in caplog.text

@@ -1,0 +1,155 @@
+"""The whole run on single answers labelled desirable or not, through the real command line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.tiny_run import ENGINE, Bench
+
+STAGES = [
+    "load-data",
+    "import-model",
+    "validate-unpaired",
+    "prepare-sft",
+    "cache-reference",
+    "train-dpo",
+    "train-ppo",
+    "evaluate",
+]
+SIZES = {"epochs": 50, "max_steps": 3, "batch_size": 8, "micro_batch_size": 8, "engine": ENGINE}
+
+
+def labelled(count: int = 36) -> list[dict[str, Any]]:
+    """Two of three are desirable."""
+    answers = (" cold and bad.", " good and warm.", " happy and wonderful.")
+    return [
+        {
+            "prompt": f"The soup of day {i} was",
+            "completion": f"{answers[i % 3]} Number {i}.",
+            "label": i % 3 > 0,
+        }
+        for i in range(count)
+    ]
+
+
+def recipe_for(bench: Bench, rows: list[dict[str, Any]], name: str, **dpo: Any) -> dict[str, Any]:
+    """The tiny recipe on rows of one's own."""
+    data = bench.folder / f"{name}.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    recipe = yaml.safe_load(bench.recipe.read_text())
+    recipe |= {
+        "name": name,
+        "data": {"path": str(data), "eval_fraction": 0.2},
+        "sft": {"batch_size": 8, "micro_batch_size": 8, "engine": ENGINE},
+        "dpo": SIZES | dpo,
+    }
+    recipe.pop("pairs", None)
+    return recipe
+
+
+def stage(report: dict[str, Any], name: str) -> Path:
+    return Path(next(s["uri"] for s in report["stages"] if s["name"] == name).removeprefix("file://"))
+
+
+@pytest.fixture(scope="module")
+def unpaired(bench: Bench) -> tuple[Bench, dict[str, Any]]:
+    """A workspace of its own after one whole KTO run, and its report."""
+    own = bench.copy("unpaired")
+    own.recipe.write_text(yaml.safe_dump(recipe_for(own, labelled(), "kto", objective="kto")))
+    return own, own.run()
+
+
+def test_every_stage_runs(unpaired: tuple[Bench, dict[str, Any]]) -> None:
+    bench, report = unpaired
+    assert [s["name"] for s in report["stages"]] == STAGES
+    assert set(bench.states(report).values()) == {"ran"}
+    (gate,) = report["gate"]
+    assert gate["subject"] == "unpaired"
+    policies = {row["name"]: row for row in report["evaluation"]["policies"]}
+    assert list(policies) == ["SFT", "DPO", "PPO"]
+    assert policies["DPO"]["accuracy"] is None
+    assert policies["DPO"]["gain"]["low"] <= policies["DPO"]["gain"]["value"]
+    assert report["model"]["alias"] == "challenger"
+
+
+def test_it_starts_at_one_half_and_logs_what_unpaired_training_has(unpaired) -> None:
+    _, report = unpaired
+    first, *_, last = report["curves"]["dpo"]
+    assert first["loss"] == pytest.approx(0.5, abs=1e-5)
+    assert first["kl"] == pytest.approx(0, abs=1e-4)
+    assert first["count/chosen"] + first["count/rejected"] == 8
+    assert last["kl"] >= 0
+    assert "rewards/accuracies" not in first
+
+
+def test_sft_learns_from_the_desirable_answers_only(unpaired) -> None:
+    """The share of the training rows that is desirable, once each, is what SFT saw in an epoch."""
+    import pandas as pd
+
+    _, report = unpaired
+    frame = pd.read_parquet(stage(report, "validate-unpaired") / "data.parquet")
+    good = int(frame.loc[frame["split"] == "train", "label"].sum())
+    steps = len(report["curves"]["sft"])
+    assert 0 < good < (frame["split"] == "train").sum()
+    assert steps == round(good / 8)
+
+
+def test_the_page_and_the_table_say_what_was_learnt_from(unpaired) -> None:
+    bench, report = unpaired
+    assert "desirable and" in report["notes"]["Training data"]
+    assert "desirable_weight·n_D / (undesirable_weight·n_U) is" in report["notes"]["Class weights"]
+    folder = bench.workspace / "runs" / report["run"]["name"]
+    page, text = (folder / "page.html").read_text(), (folder / "summary.md").read_text()
+    assert "**Class weights**" in text
+    assert "Class weights" in page
+    assert "| Preference accuracy | – | – | – |" in text
+
+
+@pytest.mark.slow
+def test_the_cache_holds_the_mismatched_pairs_for_kto_and_not_for_bco(unpaired) -> None:
+    bench, first = unpaired
+    facts = json.loads((stage(first, "cache-reference") / "shard" / "shard.json").read_text())
+    report = bench.run("--set", "dpo.objective=bco")
+    ran = {name for name, state in bench.states(report).items() if state == "ran"}
+    assert ran == {"cache-reference", "train-dpo", "evaluate"}
+    less = json.loads((stage(report, "cache-reference") / "shard" / "shard.json").read_text())
+    assert facts["entries"] == 2 * less["entries"]
+    assert report["curves"]["dpo"][0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert "Class weights" not in report["notes"], "BCO has none"
+
+
+@pytest.mark.slow
+def test_pairs_are_taken_apart_for_an_objective_on_single_answers(unpaired) -> None:
+    bench, _ = unpaired
+    own = bench.copy("apart")
+    rows = [
+        {"prompt": f"The soup of day {i} was", "chosen": f" good and warm {i}.", "rejected": f" bad {i}."}
+        for i in range(30)
+    ]
+    recipe = recipe_for(own, rows, "apart", objective="kto")
+    own.recipe.write_text(yaml.safe_dump(recipe | {"ppo": {"enabled": False}}))
+    done = own.dpo("run", str(own.recipe), "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert "pairs are taken apart, chosen as desirable and rejected as undesirable" in done.stderr
+    assert "taken apart" in report["notes"]["Training data"]
+    assert "Class weights" not in report["notes"]
+    # Pairs stay pairs for the gate and the evaluation.
+    assert report["gate"][0]["subject"] == "pairs"
+    assert report["evaluation"]["policies"][1]["accuracy"] is not None
+    assert report["curves"]["dpo"][0]["loss"] == pytest.approx(0.5, abs=1e-5)
+
+
+def test_validate_judges_unpaired_rows(unpaired) -> None:
+    bench, _ = unpaired
+    rows = labelled()
+    rows[3] = rows[4] | {"label": not rows[4]["label"]}
+    data = bench.folder / "both.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    done = bench.dpo("validate", str(data), "--json")
+    assert done.returncode == 3, done.stderr
+    findings = {f["rule"]: f for f in json.loads(done.stdout)["findings"]}
+    assert findings["unpaired/contradiction"]["rows"] == [4, 5]
