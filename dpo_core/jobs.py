@@ -102,7 +102,7 @@ def _unpaired(job: Job) -> tuple[Any, Export]:
         seed=job.seed,
         work=Path(job.work),
     )
-    return trainer, _export_model(model, tokenizer, job.out)
+    return trainer, _export_model(model, tokenizer, job)
 
 
 def _ppo(job: Job) -> tuple[Any, Export]:
