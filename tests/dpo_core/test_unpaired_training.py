@@ -168,24 +168,32 @@ def test_layout_order_and_split_change_nothing(
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5, msg=case)
 
 
-JOB = {"epochs": 100.0, "max_steps": 5, "batch_size": 6, "pack_tokens": 96}
-ENGINE = {"precision": "fp32", "threads": 1, "save_every": 2}
-
-
-def job_of(folder: Path, name: str, tiny: Path, shard: Path, **changes: Any) -> Path:
-    engine = ENGINE | changes.pop("engine", {})
-    settings = JOB | {"objective": name, "optim": {"learning_rate": 1e-3}, "engine": engine} | changes
-    return write_job(folder, "dpo", tiny, ROWS, reference=str(shard), policy_is_reference=False, dpo=settings)
-
-
 @pytest.mark.parametrize("name", ["kto", pytest.param("bco", marks=pytest.mark.slow)])
-def test_two_ranks_are_one(name: str, alone: None, tiny: Path, shard: Path, tmp_path: Path) -> None:
+def test_two_ranks_are_one(name: str, alone: None, tiny: Path, other: Path, tmp_path: Path) -> None:
     """Through the real entry point, packs on one rank and on two; means over a class are over both ranks.
 
     The packs of the two runs differ, and so does the order of sums: hence 1e-5 and not equality.
     """
-    assert train.main(["--config", str(job_of(tmp_path / "1", name, tiny, shard))]) == 0
-    assert launch(job_of(tmp_path / "2", name, tiny, shard, engine={"processes": 2}), 2) is State.DONE
+    rows = unpaired_rows(14)
+    shard = write_unpaired_reference(other, rows, tmp_path / "shard")
+    sizes = {"pack_tokens": 80, "batch_size": 14}
+    trainer = unpaired_trainer_of(name, tiny, rows, tmp_path / "sizes", shard=shard, **sizes)
+    order = sorted(trainer.strangers.values() or trainer.examples, key=trainer.length, reverse=True)
+    passes = [len(trainer._passes(order[rank::2])) for rank in (0, 1)]
+    assert passes == [2, 1], "one rank has to wait for the other in the pass before the losses"
+
+    def job(processes: int) -> Path:
+        engine = {"precision": "fp32", "threads": 1, "save_every": 2, "processes": processes}
+        loop = {"epochs": 100.0, "max_steps": 5, "objective": name, "optim": {"learning_rate": 1e-3}}
+        settings = {
+            "policy_is_reference": False,
+            "reference": str(shard),
+            "dpo": {**sizes, **loop, "engine": engine},
+        }
+        return write_job(tmp_path / str(processes), "dpo", tiny, rows, **settings)
+
+    assert train.main(["--config", str(job(1))]) == 0
+    assert launch(job(2), 2) is State.DONE
     one, two = curve(tmp_path / "1"), curve(tmp_path / "2")
     assert len(one) == len(two) == 5
     for a, b in zip(one, two, strict=True):
