@@ -95,7 +95,7 @@ def mismatched(examples: Seq[UnpairedExample]) -> list[Sequence]:
     A rotation over the data set and not over the batch, so that a batch may have any size and order. Examples
     are put in the order of their content's hash; each takes the completion of the next one that has another
     prompt and another completion (failing that, another completion; failing that, another prompt). The
-    partners are the same in every run, epoch and process, and a row added changes only its neighbours'.
+    partners are the same in every run, epoch and process, and an added row changes only its neighbours'.
     Completions are cut so that nothing gets longer than the longest example.
 
     Raises:
@@ -124,22 +124,24 @@ def _codes(values: Iterable[tuple[int, ...]]) -> NDArray[np.int64]:
     return np.array([seen.setdefault(value, len(seen)) for value in values], np.int64)
 
 
+def _times(codes_E: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How often each one's code stands there."""
+    return np.bincount(codes_E)[codes_E] if len(codes_E) else codes_E
+
+
 def _next_other(prompt_E: NDArray[np.int64], completion_E: NDArray[np.int64]) -> NDArray[np.int64]:
     """Place of each one's partner: the next, round the end, that differs as much as any does; -1: none."""
-    both_E = _codes(zip(prompt_E.tolist(), completion_E.tolist(), strict=True))
     size = len(prompt_E)
-    same_E = {name: np.bincount(codes)[codes] if size else codes for name, codes in
-              {"prompt": prompt_E, "completion": completion_E, "both": both_E}.items()}  # fmt: skip
+    as_prompt_E, as_completion_E = _times(prompt_E), _times(completion_E)
+    as_both_E = _times(_codes(zip(prompt_E.tolist(), completion_E.tolist(), strict=True)))
     partner_E = np.full(size, -1)
-    # Which examples have such a partner at all is counted first: the search below ends for those.
-    in_both = size - same_E["prompt"] - same_E["completion"] + same_E["both"] > 0
-    in_completion, in_prompt = size - same_E["completion"] > 0, size - same_E["prompt"] > 0
-    for possible_E, codes in (
-        (in_both, (prompt_E, completion_E)),
-        (in_completion, (completion_E,)),
-        (in_prompt, (prompt_E,)),
+    # How many differ is counted first: only for an example that has such a partner does the search end.
+    for differing_E, codes in (
+        (size - as_prompt_E - as_completion_E + as_both_E, (prompt_E, completion_E)),
+        (size - as_completion_E, (completion_E,)),
+        (size - as_prompt_E, (prompt_E,)),
     ):
-        left = np.flatnonzero(possible_E & (partner_E < 0))
+        left = np.flatnonzero((differing_E > 0) & (partner_E < 0))
         step = 1
         while left.size:
             other = (left + step) % size

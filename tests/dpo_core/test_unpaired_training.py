@@ -37,19 +37,14 @@ COUPLING = {"kto": "kl", "bco": "delta"}
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Another model: as the reference of a policy it makes every log-ratio differ from 0."""
+    """Another model: as a policy beside the tiny reference it makes every log-ratio differ from 0."""
     return make_tiny_model(tmp_path_factory.mktemp("other"), seed=5)
 
 
 @pytest.fixture(scope="module")
-def shard(other: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_unpaired_reference(other, ROWS, tmp_path_factory.mktemp("reference") / "shard")
-
-
-@pytest.fixture(scope="module")
-def own(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The reference log-probs of the model that training starts from."""
-    return write_unpaired_reference(tiny, ROWS, tmp_path_factory.mktemp("own") / "shard")
+def shard(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The reference log-probs, of the tiny model."""
+    return write_unpaired_reference(tiny, ROWS, tmp_path_factory.mktemp("reference") / "shard")
 
 
 def lines(work: Path) -> list[dict[str, float]]:
@@ -60,8 +55,8 @@ def lines(work: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("name", FIRST)
-def test_ten_steps_go_where_they_always_went(name: str, alone: None, tiny: Path, own: Path, tmp_path: Path):
-    unpaired_trainer_of(name, tiny, ROWS, tmp_path, shard=own, reference_is_start=True).train()
+def test_ten_steps_go_where_they_always_went(name: str, alone: None, tiny: Path, shard: Path, tmp_path: Path):
+    unpaired_trainer_of(name, tiny, ROWS, tmp_path, shard=shard, reference_is_start=True).train()
     found = lines(tmp_path)
     assert len(found) == STEPS
     assert found[0]["loss"] == pytest.approx(FIRST[name], abs=1e-6)
@@ -91,8 +86,8 @@ def test_the_loss_is_that_of_the_paper_written_out(
 ):
     """Both losses, z_0 and delta from the models' log-probs alone, with weights that differ."""
     examples = token_examples(tiny, ROWS)
-    h = ratios(tiny, other, [e.sequence for e in examples])
-    z_0 = max(0.0, float(ratios(tiny, other, mismatched(examples)).mean()))
+    h = ratios(other, tiny, [e.sequence for e in examples])
+    z_0 = max(0.0, float(ratios(other, tiny, mismatched(examples)).mean()))
     good = np.array([e.desirable for e in examples])
     weights = {"desirable_weight": 1.5, "undesirable_weight": 0.5}
     kto = np.where(good, 1.5 * (1 - sigmoid(0.1 * (h - z_0))), 0.5 * (1 - sigmoid(0.1 * (z_0 - h))))
@@ -100,27 +95,26 @@ def test_the_loss_is_that_of_the_paper_written_out(
     bco = -np.log(sigmoid(np.where(good, 0.1 * h - delta, delta - 0.1 * h)))
     for name, wanted, parameters in (("kto", kto, weights), ("bco", bco, {})):
         work = tmp_path / name
-        trainer = unpaired_trainer_of(name, tiny, ROWS, work, shard=shard, steps=1, parameters=parameters)
+        trainer = unpaired_trainer_of(name, other, ROWS, work, shard=shard, steps=1, parameters=parameters)
         trainer.train()
         (line,) = lines(work)
         assert line["loss"] == pytest.approx(float(wanted.mean()), rel=1e-5)
         assert line["rewards/chosen"] == pytest.approx(0.1 * h[good].mean(), rel=1e-4)
         assert line["rewards/rejected"] == pytest.approx(0.1 * h[~good].mean(), rel=1e-4)
         assert line[COUPLING[name]] == pytest.approx({"kto": z_0, "bco": delta}[name], rel=1e-4, abs=1e-6)
-        assert not h.std() < 0.1, "the case would show nothing"
+    assert z_0 > 0.03, "clamped, it would not show which pairs it was taken of"
+    assert abs(z_0 - h.mean()) > 0.01
 
 
 def test_z_0_is_clamped_at_zero_after_the_mean(alone: None, tiny: Path, other: Path, shard: Path, tmp_path):
-    """The mean over mismatched pairs of one of two opposite directions is negative: z_0 is then exactly 0."""
-    backwards = write_unpaired_reference(tiny, ROWS, tmp_path / "shard")
-    found = []
-    for model, reference, folder in ((tiny, shard, "a"), (other, backwards, "b")):
-        trainer = unpaired_trainer_of("kto", model, ROWS, tmp_path / folder, shard=reference, steps=1)
-        trainer.begin_step(trainer.examples)
-        assert not trainer.kl.requires_grad
-        found.append(float(trainer.kl))
-    assert min(found) == 0.0
-    assert max(found) > 0.01
+    """With policy and reference exchanged the mean is negative, though single pairs are not."""
+    backwards = write_unpaired_reference(other, ROWS, tmp_path / "shard")
+    trainer = unpaired_trainer_of("kto", tiny, ROWS, tmp_path, shard=backwards, steps=1)
+    h = ratios(tiny, other, mismatched(trainer.examples))
+    assert h.mean() < 0 < h.max()
+    trainer.begin_step(trainer.examples)
+    assert float(trainer.kl) == 0.0
+    assert not trainer.kl.requires_grad
 
 
 # However the batch is cut --------------------------------------------------------------------------------
@@ -141,7 +135,7 @@ def step_of(trainer: UnpairedTrainer, split: list[list[int]]) -> tuple[float, li
 
 @pytest.mark.parametrize("name", FIRST)
 def test_layout_order_and_split_change_nothing(
-    name: str, alone: None, tiny: Path, shard: Path, tmp_path: Path
+    name: str, alone: None, other: Path, shard: Path, tmp_path: Path
 ):
     """A part without one of the classes is among them."""
     everyone = list(range(12))
@@ -158,34 +152,42 @@ def test_layout_order_and_split_change_nothing(
         ),
         "rows of one": ({"pack_tokens": None, "micro_batch_size": 1}, [[i] for i in everyone]),
     }
-    padded = unpaired_trainer_of(name, tiny, ROWS, tmp_path / "padded", shard=shard, pack_tokens=None)
+    padded = unpaired_trainer_of(name, other, ROWS, tmp_path / "padded", shard=shard, pack_tokens=None)
     wanted = step_of(padded, [everyone])
     for number, (case, (settings, split)) in enumerate(cases.items()):
-        trainer = unpaired_trainer_of(name, tiny, ROWS, tmp_path / str(number), shard=shard, **settings)
+        trainer = unpaired_trainer_of(name, other, ROWS, tmp_path / str(number), shard=shard, **settings)
         loss, gradients = step_of(trainer, split)
         assert loss == pytest.approx(wanted[0], abs=1e-5), case
         for got, expected in zip(gradients, wanted[1], strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5, msg=case)
 
 
-JOB = {"epochs": 100.0, "max_steps": 5, "batch_size": 6, "pack_tokens": 96}
-ENGINE = {"precision": "fp32", "threads": 1, "save_every": 2}
-
-
-def job_of(folder: Path, name: str, tiny: Path, shard: Path, **changes: Any) -> Path:
-    engine = ENGINE | changes.pop("engine", {})
-    settings = JOB | {"objective": name, "optim": {"learning_rate": 1e-3}, "engine": engine} | changes
-    return write_job(folder, "dpo", tiny, ROWS, reference=str(shard), policy_is_reference=False, dpo=settings)
-
-
 @pytest.mark.parametrize("name", ["kto", pytest.param("bco", marks=pytest.mark.slow)])
-def test_two_ranks_are_one(name: str, alone: None, tiny: Path, shard: Path, tmp_path: Path) -> None:
+def test_two_ranks_are_one(name: str, alone: None, tiny: Path, other: Path, tmp_path: Path) -> None:
     """Through the real entry point, packs on one rank and on two; means over a class are over both ranks.
 
     The packs of the two runs differ, and so does the order of sums: hence 1e-5 and not equality.
     """
-    assert train.main(["--config", str(job_of(tmp_path / "1", name, tiny, shard))]) == 0
-    assert launch(job_of(tmp_path / "2", name, tiny, shard, engine={"processes": 2}), 2) is State.DONE
+    rows = unpaired_rows(14)
+    shard = write_unpaired_reference(tiny, rows, tmp_path / "shard")
+    sizes = {"pack_tokens": 80, "batch_size": 14}
+    trainer = unpaired_trainer_of(name, other, rows, tmp_path / "sizes", shard=shard, **sizes)
+    order = sorted(trainer.strangers.values() or trainer.examples, key=trainer.length, reverse=True)
+    passes = [len(trainer._passes(order[rank::2])) for rank in (0, 1)]
+    assert passes == [2, 1], "one rank has to wait for the other in the pass before the losses"
+
+    def job(processes: int) -> Path:
+        engine = {"precision": "fp32", "threads": 1, "save_every": 2, "processes": processes}
+        loop = {"epochs": 100.0, "max_steps": 5, "objective": name, "optim": {"learning_rate": 1e-3}}
+        settings = {
+            "policy_is_reference": False,
+            "reference": str(shard),
+            "dpo": {**sizes, **loop, "engine": engine},
+        }
+        return write_job(tmp_path / str(processes), "dpo", other, rows, **settings)
+
+    assert train.main(["--config", str(job(1))]) == 0
+    assert launch(job(2), 2) is State.DONE
     one, two = curve(tmp_path / "1"), curve(tmp_path / "2")
     assert len(one) == len(two) == 5
     for a, b in zip(one, two, strict=True):
@@ -202,12 +204,12 @@ def test_two_ranks_are_one(name: str, alone: None, tiny: Path, shard: Path, tmp_
 
 
 @pytest.mark.parametrize("name", FIRST)
-def test_a_resumed_run_is_the_straight_one(name: str, alone: None, tiny: Path, shard: Path, tmp_path: Path):
+def test_a_resumed_run_is_the_straight_one(name: str, alone: None, other: Path, shard: Path, tmp_path: Path):
     """Three steps, an end, three more: bit for bit six straight ones, BCO's running mean included."""
 
     def run(folder: str, steps: int) -> tuple[UnpairedTrainer, list[dict[str, float]]]:
         trainer = unpaired_trainer_of(
-            name, tiny, ROWS, tmp_path / folder, shard=shard, steps=6, batch_size=4, learning_rate=1e-2
+            name, other, ROWS, tmp_path / folder, shard=shard, steps=6, batch_size=4, learning_rate=1e-2
         )
         trainer.total_steps = steps
         trainer.train()
@@ -303,16 +305,16 @@ def test_fewer_than_two_different_examples_are_refused(examples) -> None:
 
 def test_the_cached_z_0_is_the_recomputed_one(alone: None, tiny: Path, other: Path, shard: Path, tmp_path):
     """The reference half of z_0 comes from the cache; with the reference in memory it is the same."""
-    trainer = unpaired_trainer_of("kto", tiny, ROWS, tmp_path, shard=shard)
+    trainer = unpaired_trainer_of("kto", other, ROWS, tmp_path, shard=shard)
     pairs = mismatched(trainer.examples)
     cached = LogpShard.open(shard).sums([sequence_key(s) for s in pairs])
-    again = [float(x.double().sum()) for x in sequence_logps(load_model(other), pairs, "fp32", 64)]
+    again = [float(x.double().sum()) for x in sequence_logps(load_model(tiny), pairs, "fp32", 64)]
     np.testing.assert_allclose(cached, again, atol=1e-4)
     for some in (trainer.examples, trainer.examples[3:8], trainer.examples[:1]):
         trainer.begin_step(some)
         places = [trainer.examples.index(e) for e in some]
-        live = ratios(tiny, other, [pairs[i] for i in places]).mean()
-        assert float(trainer.kl) == pytest.approx(max(0.0, float(live)), abs=1e-4)
+        live = float(ratios(other, tiny, [pairs[i] for i in places]).mean())
+        assert float(trainer.kl) == pytest.approx(max(0.0, live), abs=1e-4)
 
 
 def test_a_cache_without_the_mismatched_pairs_is_refused(alone: None, tiny: Path, tmp_path: Path) -> None:
@@ -331,10 +333,10 @@ def test_a_cache_without_the_mismatched_pairs_is_refused(alone: None, tiny: Path
 
 @pytest.mark.parametrize("name", FIRST)
 def test_a_start_off_the_reference_is_refused(
-    name: str, alone: None, tiny: Path, shard: Path, tmp_path: Path
+    name: str, alone: None, other: Path, shard: Path, tmp_path: Path
 ):
     with pytest.raises(StageFailed, match="policy and reference differ by"):
-        unpaired_trainer_of(name, tiny, ROWS, tmp_path, shard=shard, reference_is_start=True).train()
+        unpaired_trainer_of(name, other, ROWS, tmp_path, shard=shard, reference_is_start=True).train()
 
 
 # Rows, weights -------------------------------------------------------------------------------------------
@@ -400,7 +402,7 @@ def test_weights_outside_the_papers_band_are_named(weights, counts, says) -> Non
     assert imbalance({"beta": 0.1}, *counts) is None, "BCO has no class weights"
 
 
-def test_the_trainer_warns_of_them(alone: None, tiny: Path, own: Path, tmp_path: Path, caplog) -> None:
+def test_the_trainer_warns_of_them(alone: None, tiny: Path, shard: Path, tmp_path: Path, caplog) -> None:
     with caplog.at_level(logging.WARNING, logger="dpo_core.unpaired"):
-        unpaired_trainer_of("kto", tiny, ROWS, tmp_path, shard=own)
+        unpaired_trainer_of("kto", tiny, ROWS, tmp_path, shard=shard)
     assert "is 2 with 8 desirable and 4 undesirable" in caplog.text

@@ -86,6 +86,15 @@ def test_a_healthy_run_raises_no_alarm() -> None:
     assert alarms(example()) == []
 
 
+def test_the_accuracy_stands_with_dashes_where_there_were_no_pairs() -> None:
+    evaluation = make_evaluation()
+    rows = [row.model_copy(update={"accuracy": None, "entropy": None}) for row in evaluation.policies]
+    text = markdown(example(steps=2, evaluation=evaluation.model_copy(update={"policies": rows})))
+    (line,) = (line for line in text.splitlines() if "Preference accuracy" in line)
+    assert line == "| Preference accuracy |" + " – |" * len(rows)
+    assert "Entropy" not in text, "other lines that nobody measured stay out"
+
+
 def _curve(**metrics: list[float]) -> dict[str, list[dict[str, float]]]:
     length = len(next(iter(metrics.values())))
     rows = [
@@ -111,6 +120,7 @@ BAD_ACCURACY = [0.8] * 10 + [0.6] * 10
         (with_policy("DPO", length=estimate(29, 2)), "Length drift"),
         (with_policy("DPO", accuracy=estimate(0.45, 0.03)), "Reward without accuracy"),
         (example(curves=_curve(rewards__accuracies=BAD_ACCURACY)), "Reward without accuracy"),
+        (example(notes={"Class weights": "the ratio is 2"}), "Class weights"),
     ],
 )
 def test_each_failure_raises_its_own_alarm(report: RunReport, name: str) -> None:
