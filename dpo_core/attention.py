@@ -6,7 +6,7 @@ document becomes a row for the attention alone, everything else in the model run
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,20 +109,34 @@ def _implementation(model: nn.Module, name: str) -> Iterator[None]:
         config._attn_implementation = before
 
 
+def checkpoint_layers(model: nn.Module) -> None:
+    """Recompute the layers in the backward pass, with the attention that the forward pass had.
+
+    The backward pass comes after `packed_hidden` has given the model its own attention back.
+    """
+
+    def contexts() -> tuple[Any, Any]:  # called for each layer, in the forward pass
+        config: Any = model.config
+        return nullcontext(), _implementation(model, config._attn_implementation)
+
+    settings = {"use_reentrant": False, "context_fn": contexts}
+    model.gradient_checkpointing_enable(settings)  # type: ignore[operator]
+
+
 def trunk_of(model: nn.Module) -> Any:
     """The model without its output head."""
     whole: Any = model
     return whole.get_decoder() if hasattr(model, "get_decoder") else whole.base_model
 
 
-def packed_hidden(model: nn.Module, pack: Pack) -> Tensor:
-    """Last hidden states (T, H) of a pack, without the output head."""
+def packed_hidden(model: nn.Module, pack: Pack, rows: DocumentRows | None = None) -> Tensor:
+    """Last hidden states (T, H) of a pack, without the output head; `rows` where they are known already."""
     trunk = trunk_of(model)
     inputs: dict[str, Any] = {"input_ids": pack.ids_T[None], "position_ids": pack.positions_T[None]}
     if pack.ids_T.is_cuda:
         name, extra = "flex_attention", {"attention_mask": block_mask(pack)}
     else:
-        name, extra = ROWS, {"rows": DocumentRows.of(pack)}
+        name, extra = ROWS, {"rows": rows or DocumentRows.of(pack)}
     with _implementation(model, name):
         return trunk(**inputs, **extra, use_cache=False).last_hidden_state[0]
 
