@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from prefect import task
 
 from dpo_core.errors import ModelError, StageFailed
 from dpo_core.models import (
@@ -21,14 +20,14 @@ from dpo_core.models import (
 from dpo_core.tokens import TokenConfig
 from tasks.manifest import Manifest
 from tasks.reference_caches import CACHE_FOLDER
-from tasks.stage import TASK_OPTIONS, Context, Output, Stage, StageResult, Work, run_stage
+from tasks.stage import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 
 IMPORT = Stage("import-model", 1, "model")
 CACHE = Stage("cache-reference", 1, "reference-logps")
 CACHE_GUIDE = Stage("cache-guide", 1, "reference-logps")
 
 
-@task(name="import-model", task_run_name="import-model", **TASK_OPTIONS)
+@stage_task("import-model")
 def import_model(context: Context, config: ModelConfig, max_length: int) -> StageResult:
     """The base model as a checked checkpoint folder."""
     source = locate(config)
@@ -51,7 +50,8 @@ def import_model(context: Context, config: ModelConfig, max_length: int) -> Stag
     if config.chat_template:
         slice_["chat_template"] = read_template(config.chat_template)
     result = run_stage(context, IMPORT, {}, slice_, work)
-    _check_context(result.manifest, max_length)
+    if not result.manifest.planned:
+        _check_context(result.manifest, max_length)
     return result
 
 
@@ -73,7 +73,7 @@ def _check_context(model: Manifest, max_length: int) -> None:
     check_context(SimpleNamespace(max_position_embeddings=facts.get("max_position_embeddings")), max_length)
 
 
-@task(name="cache-reference", task_run_name="{stage.name}", **TASK_OPTIONS)
+@stage_task("cache-reference", "{stage.name}")
 def cache_reference(
     context: Context,
     reference: Manifest,
@@ -135,6 +135,6 @@ def cache_reference(
 
     # Token budget, processes and threads decide the time and not the values, so they stay out of the key.
     slice_ = {"tokens": tokens.model_dump(mode="json"), "precision": precision}
-    if "weights_sha256" not in reference.extra:
+    if "weights_sha256" not in reference.extra and not reference.planned:
         raise ModelError("the reference's manifest names no weights", "Run the earlier stages again")
     return run_stage(context, stage, {"reference": reference, "pairs": pairs}, slice_, work)
