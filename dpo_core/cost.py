@@ -1,8 +1,9 @@
 """What a computation costs in floating-point operations, from a model's configuration and token counts alone.
 
-A matrix weight costs 2 operations a token forward and 4 backward (Kaplan et al. 2020, "6N"); scores and mixing
-of attention cost 4 times the attention's width for each pair of positions and layer. Pairs of positions are
-counted as kernels with a mask compute them: the whole square of a row. Norms and activations count nothing.
+A matrix weight costs 2 operations a token forward and 4 backward (Kaplan et al. 2020, "6N"); scores and
+mixing of attention cost 4 times the attention's width for each pair of positions and layer. Pairs of
+positions are counted as kernels with a mask compute them: the whole square of a row. Norms and activations
+count nothing.
 
 Shapes: T tokens fed, N scored positions (where the output head runs).
 """
