@@ -90,7 +90,7 @@ class Trainer(ABC, Generic[Example]):
         self.total_steps = config.steps(len(examples))
         self.batches = self.make_batches()
         if config.engine.gradient_checkpointing:
-            checkpoint_layers(module)
+            checkpoint_layers(getattr(module, "backbone", module))  # a reward model's layers are its trunk's
         self.engine = Engine(
             module,
             config.optim,

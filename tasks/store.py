@@ -89,8 +89,10 @@ class Store:
 
     def peek(self, stage: str, key: str) -> Manifest | None:
         """`lookup` that leaves no trace: a damaged artifact stays where it is, and is told as None."""
-        manifest = self._read_index(self._index(stage, key), forget=False)
-        return manifest if manifest is not None and self._damage(manifest) is None else None
+        index = self._index(stage, key)
+        with disk_errors(index, "reading the store"):
+            manifest = self._read_index(index, forget=False)
+            return manifest if manifest is not None and self._damage(manifest) is None else None
 
     def history(self, stage: str) -> list[Manifest]:
         """What the stage made in earlier runs, for whatever key; leaves no trace."""
