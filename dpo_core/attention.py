@@ -128,20 +128,26 @@ def _take_over(model: nn.Module) -> None:
     config._attn_implementation = NAME
 
 
+def checkpoint_layers(model: nn.Module) -> None:
+    """Recompute the layers of a language model or of a reward model in the backward pass."""
+    trunk: Any = getattr(model, "backbone", model)
+    trunk.gradient_checkpointing_enable({"use_reentrant": False})
+
+
 def trunk_of(model: nn.Module) -> Any:
     """The model without its output head."""
     whole: Any = model
     return whole.get_decoder() if hasattr(model, "get_decoder") else whole.base_model
 
 
-def packed_hidden(model: nn.Module, pack: Pack) -> Tensor:
-    """Last hidden states (T, H) of a pack, without the output head."""
+def packed_hidden(model: nn.Module, pack: Pack, rows: DocumentRows | None = None) -> Tensor:
+    """Last hidden states (T, H) of a pack, without the output head; `rows` where they are known already."""
     trunk = trunk_of(model)
     inputs: dict[str, Any] = {"input_ids": pack.ids_T[None], "position_ids": pack.positions_T[None]}
     if pack.ids_T.is_cuda:
         inputs["attention_mask"] = block_mask(pack)
     else:
-        inputs["rows"] = DocumentRows.of(pack)
+        inputs["rows"] = rows or DocumentRows.of(pack)
     _take_over(model)
     return trunk(**inputs, use_cache=False).last_hidden_state[0]
 

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from dpo_core.attention import BLOCK, trunk_of
+from dpo_core.attention import BLOCK, checkpoint_layers, trunk_of
 from dpo_core.batches import Batches, PackedBatches, PaddedBatches
 from dpo_core.config import Config
 from dpo_core.engine import Engine, MetricsFile, Stopped
@@ -91,7 +91,7 @@ class Trainer(ABC, Generic[Example]):
         self.total_steps = config.steps(len(examples))
         self.batches = self.make_batches()
         if config.engine.gradient_checkpointing:
-            module.gradient_checkpointing_enable()  # type: ignore[operator]
+            checkpoint_layers(module)
         if config.engine.compile:
             compile_layers(module)
         self.engine = Engine(

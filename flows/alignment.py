@@ -76,9 +76,16 @@ def _ended_badly(workspace: Path, record: RunRecord, tracker: Tracker, error: Ba
 
 
 def run_stages(context: Context, recipe: Recipe, command: str) -> RunReport:
-    """The stages in their order; each hands a manifest to the next."""
+    """All stages, then the run page."""
     started = datetime.now(UTC)
     stages: dict[str, StageResult] = {}
+    compose(context, recipe, stages)
+    with disk_errors(Path(context.workspace), "writing the run page"):
+        return summarise(context, recipe, stages, started, command)
+
+
+def compose(context: Context, recipe: Recipe, stages: dict[str, StageResult]) -> None:
+    """The stages in their order; each hands a manifest to the next. What each came to goes into `stages`."""
 
     def keep(name: str, result: StageResult) -> Manifest:
         stages[name] = result
@@ -144,8 +151,6 @@ def run_stages(context: Context, recipe: Recipe, command: str) -> RunReport:
         "evaluate",
         evaluate(context, policies, judged, pairs, reward_model, source, recipe.evaluate, tokens, seed),
     )
-    with disk_errors(Path(context.workspace), "writing the run page"):
-        return summarise(context, recipe, stages, started, command)
 
 
 def _require_answers(recipe: Recipe, judged: Manifest) -> None:

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from flows.cache_commands import app as cache_app
+from flows.plan_command import plan as plan_command
 
 # Before Prefect, MLflow and Great Expectations are imported: they read these once. Nothing reports home.
 _QUIET = {
@@ -42,6 +43,7 @@ app = typer.Typer(
 config_app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(cache_app, name="cache")
+app.command("plan")(plan_command)
 
 RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe (demo, hh-harmless) or a YAML file.")]
 SetOption = Annotated[

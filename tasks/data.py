@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from prefect import task
 
 from dpo_core.data.config import DataConfig
 from dpo_core.data.read import check_source
@@ -19,7 +18,7 @@ from dpo_core.tokens import TokenConfig
 from expectations.config import GateConfig
 from expectations.drift import load_baseline
 from tasks.manifest import Manifest, digest_file
-from tasks.stage import TASK_OPTIONS, Context, Output, Stage, StageResult, Work, run_stage
+from tasks.stage import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 
 LOAD = Stage("load-data", 1, "dataset")
 GATE_PROMPTS = Stage("validate-prompts", 1, "dataset")
@@ -45,13 +44,13 @@ def source_digests(config: DataConfig) -> dict[str, str]:
     return digests
 
 
-@task(name="load-data", task_run_name="load-data", **TASK_OPTIONS)
+@stage_task("load-data")
 def load_data(context: Context, config: DataConfig) -> StageResult:
     """Read pairs, unpaired rows or prompts into the canonical table, split by prompt."""
 
     def work(given: Work) -> Output:
         loaded = load(config)
-        frame = _split(loaded, config)
+        frame = split(loaded, config)
         given.mlflow.tag("dpo.data_format", f"{loaded.format}: {loaded.recognised_by}")
         out = given.fresh("out")
         frame.to_parquet(out / "data.parquet", index=False)
@@ -66,10 +65,11 @@ def load_data(context: Context, config: DataConfig) -> StageResult:
 
     # The digests stand in the config, so that an edited file misses the cache under the same name.
     slice_ = {"data": config.model_dump(mode="json"), "files": source_digests(config)}
-    return run_stage(context, LOAD, {}, slice_, work)
+    return run_stage(context, LOAD, {}, slice_, work, ahead=lambda: {"kind": load(config).kind})
 
 
-def _split(loaded: Loaded, config: DataConfig) -> pd.DataFrame:
+def split(loaded: Loaded, config: DataConfig) -> pd.DataFrame:
+    """The table with its column `split`, as every later stage reads it."""
     held_out = load_eval(config)
     if held_out is None:
         return split_by_prompt(loaded.frame, config.eval_fraction, config.seed)
@@ -80,7 +80,7 @@ def _split(loaded: Loaded, config: DataConfig) -> pd.DataFrame:
     return with_eval_frame(loaded.frame, held_out.frame)[0]
 
 
-@task(name="validate", task_run_name="validate-{subject}", **TASK_OPTIONS)
+@stage_task("validate", "validate-{subject}")
 def validate(
     context: Context,
     subject: str,
@@ -186,7 +186,7 @@ def _require_sides(kept: pd.DataFrame, dropped: int, *, sampled: bool) -> None:
             )
 
 
-@task(name="sample-pairs", task_run_name="sample-pairs", **TASK_OPTIONS)
+@stage_task("sample-pairs")
 def sample_pairs(
     context: Context,
     prompts: Manifest,

@@ -7,14 +7,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from prefect import task
-
 from dpo_core.errors import StageFailed
 from dpo_core.evaluate import EvaluateConfig
 from dpo_core.rewards import reward_identity
 from dpo_core.tokens import TokenConfig
 from tasks.manifest import Manifest
-from tasks.stage import TASK_OPTIONS, Context, Output, Stage, StageResult, Work, run_stage
+from tasks.stage import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 from tasks.unpaired import kind_of
 
 log = logging.getLogger("dpo")
@@ -22,7 +20,7 @@ log = logging.getLogger("dpo")
 EVALUATE = Stage("evaluate", 1, "evaluation")
 
 
-@task(name="evaluate", task_run_name="evaluate", **TASK_OPTIONS)
+@stage_task("evaluate")
 def evaluate(
     context: Context,
     policies: dict[str, Manifest],

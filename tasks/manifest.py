@@ -19,6 +19,9 @@ from pydantic import AwareDatetime, BaseModel, Field, JsonValue
 from dpo_core.config import Config
 from dpo_core.errors import DpoError, StageFailed
 
+# Stands where a plan cannot know the digest of what is still to be made.
+PLANNED = "0" * 64
+
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 # hashlib releases the GIL, and a SHA-256 unit outruns most disks: more threads than this gain nothing.
@@ -69,6 +72,11 @@ class Manifest(Config):
     """Small facts: metrics, counts. Not part of the digest."""
     files: dict[str, FileEntry] = Field(default_factory=dict)
     """Path inside the folder (with `/`) to size and digest."""
+
+    @property
+    def planned(self) -> bool:
+        """Whether the artifact is only foreseen by a plan, and has no files."""
+        return self.sha256 == PLANNED
 
     @property
     def path(self) -> Path:

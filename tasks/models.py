@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from prefect import task
 
 from dpo_core.dpo import DpoConfig
 from dpo_core.errors import ModelError, StageFailed
@@ -22,7 +21,7 @@ from dpo_core.models import (
 from dpo_core.tokens import TokenConfig
 from tasks.manifest import Manifest
 from tasks.reference_caches import CACHE_FOLDER
-from tasks.stage import TASK_OPTIONS, Context, Output, Stage, StageResult, Work, run_stage
+from tasks.stage import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 from tasks.unpaired import kind_of
 
 IMPORT = Stage("import-model", 1, "model")
@@ -30,7 +29,7 @@ CACHE = Stage("cache-reference", 1, "reference-logps")
 CACHE_GUIDE = Stage("cache-guide", 1, "reference-logps")
 
 
-@task(name="import-model", task_run_name="import-model", **TASK_OPTIONS)
+@stage_task("import-model")
 def import_model(context: Context, config: ModelConfig, max_length: int) -> StageResult:
     """The base model as a checked checkpoint folder."""
     source = locate(config)
@@ -53,7 +52,8 @@ def import_model(context: Context, config: ModelConfig, max_length: int) -> Stag
     if config.chat_template:
         slice_["chat_template"] = read_template(config.chat_template)
     result = run_stage(context, IMPORT, {}, slice_, work)
-    _check_context(result.manifest, max_length)
+    if not result.manifest.planned:
+        _check_context(result.manifest, max_length)
     return result
 
 
@@ -75,7 +75,7 @@ def _check_context(model: Manifest, max_length: int) -> None:
     check_context(SimpleNamespace(max_position_embeddings=facts.get("max_position_embeddings")), max_length)
 
 
-@task(name="cache-reference", task_run_name="{stage.name}", **TASK_OPTIONS)
+@stage_task("cache-reference", "{stage.name}")
 def cache_reference(
     context: Context,
     reference: Manifest,
@@ -144,6 +144,6 @@ def cache_reference(
     slice_: dict[str, Any] = {"tokens": tokens.model_dump(mode="json"), "precision": precision}
     if config is not None and config.unpaired:
         slice_["objective"] = config.objective  # KTO needs more than BCO
-    if "weights_sha256" not in reference.extra:
+    if "weights_sha256" not in reference.extra and not reference.planned:
         raise ModelError("the reference's manifest names no weights", "Run the earlier stages again")
     return run_stage(context, stage, {"reference": reference, kind_of(pairs): pairs}, slice_, work)

@@ -10,16 +10,18 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, Literal, ParamSpec
 
+from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 from pydantic import JsonValue
 
 from dpo_core.config import Config
 from dpo_core.errors import DpoError
-from tasks.manifest import Manifest, digest_config, stage_key
+from tasks.manifest import PLANNED, Manifest, digest_config, stage_key
 from tasks.store import Store
 from tasks.tracking import Tracker
 from tasks.tracking_run import StageRun, flatten
@@ -51,6 +53,11 @@ class Output:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
+# Why a stage would run: it never did here; its settings or its code are not those of earlier runs; it reads
+# other data, or data that are still to be made; what it made is no longer whole.
+Why = Literal["new", "changed", "data", "damaged"]
+
+
 class StageResult(Config):
     """What the flow hands on: the manifest, and how it came about."""
 
@@ -62,6 +69,8 @@ class StageResult(Config):
     """Time of this stage in this run."""
     mlflow_run_id: str | None = None
     """The stage's child run; none when it was cached."""
+    why: Why | None = None
+    """In a plan, why the stage would run."""
 
 
 class Progress:
@@ -137,6 +146,27 @@ class Context(Config):
     """The parent run."""
     verify: bool = True
     """Compare cached artifacts with their digests."""
+    plan: bool = False
+    """Only look what the store holds. A stage that would have to run hands on a `planned` manifest."""
+
+
+P = ParamSpec("P")
+StageFunction = Callable[Concatenate[Context, P], StageResult]
+
+
+def stage_task(name: str, task_run_name: str | None = None) -> Callable[[StageFunction[P]], StageFunction[P]]:
+    """A stage as a Prefect task; in a plan as the plain function, which asks no server."""
+
+    def wrap(function: StageFunction[P]) -> StageFunction[P]:
+        tracked = task(name=name, task_run_name=task_run_name or name, **TASK_OPTIONS)(function)
+
+        @wraps(function)
+        def call(context: Context, *args: P.args, **kwargs: P.kwargs) -> StageResult:
+            return (function if context.plan else tracked)(context, *args, **kwargs)
+
+        return call
+
+    return wrap
 
 
 _trackers: dict[str, Tracker] = {}
@@ -160,6 +190,7 @@ def run_stage(
     work: Callable[[Work], Output],
     *,
     total_steps: int | None = None,
+    ahead: Callable[[], dict[str, JsonValue]] | None = None,
 ) -> StageResult:
     """The stage's artifact: from the store if it is there and whole, else by doing the work.
 
@@ -167,11 +198,14 @@ def run_stage(
         inputs: what the stage reads, by role; their digests are part of the key.
         config: everything else that decides the result (models, numbers, strings).
         total_steps: optimiser steps that will be reported, for even thinning of long curves.
+        ahead: facts of the result that a plan can tell before the work is done.
     """
     start = time.monotonic()
     store = Store(context.workspace)
     digest = digest_config(config)
     key = stage_key(stage.name, stage.version, digest, {role: m.sha256 for role, m in inputs.items()})
+    if context.plan:
+        return _look(store, stage, key, digest, inputs, ahead)
     found = store.lookup(stage.name, key, verify=context.verify)
     child: StageRun | None = None
     if found is None:
@@ -195,6 +229,44 @@ def run_stage(
     )
     _announce(stage, result)
     return result
+
+
+def _look(
+    store: Store,
+    stage: Stage,
+    key: str,
+    digest: str,
+    inputs: Mapping[str, Manifest],
+    ahead: Callable[[], dict[str, JsonValue]] | None,
+) -> StageResult:
+    """What `run_stage` would find, without a trace on the disk."""
+    known = not any(manifest.planned for manifest in inputs.values())
+    found = store.peek(stage.name, key) if known else None
+    if found is not None:
+        return StageResult(manifest=found, cached=True, seconds=0.0)
+    why = _why(store.history(stage.name), stage, digest, tuple(m.sha256 for m in inputs.values()))
+    planned = Manifest(
+        kind=stage.kind,
+        uri=Path("/planned", stage.name).as_uri(),
+        sha256=PLANNED,
+        schema_version=1,
+        stage=stage.name,
+        stage_version=stage.version,
+        config_digest=digest,
+        extra=ahead() if ahead else {},
+    )
+    return StageResult(manifest=planned, cached=False, seconds=0.0, why=why)
+
+
+def _why(earlier: list[Manifest], stage: Stage, digest: str, parents: tuple[str, ...]) -> Why:
+    """Why a stage runs, from what it made in earlier runs."""
+    if not earlier:
+        return "new"
+    same_data = [m for m in earlier if m.parents == parents]
+    same_settings = [m for m in earlier if (m.config_digest, m.stage_version) == (digest, stage.version)]
+    if any(m in same_settings for m in same_data):
+        return "damaged"
+    return "data" if same_settings and not same_data else "changed"
 
 
 def _as_params(config: Any) -> dict[str, Any]:

@@ -87,6 +87,19 @@ class Store:
                     self._discard(manifest.path)
         return None
 
+    def peek(self, stage: str, key: str) -> Manifest | None:
+        """`lookup` that leaves no trace: a damaged artifact stays where it is, and is told as None."""
+        index = self._index(stage, key)
+        with disk_errors(index, "reading the store"):
+            manifest = self._read_index(index, forget=False)
+            return manifest if manifest is not None and self._damage(manifest) is None else None
+
+    def history(self, stage: str) -> list[Manifest]:
+        """What the stage made in earlier runs, for whatever key; leaves no trace."""
+        paths = self._children(self.root / "index" / stage)
+        entries = [self._read_index(path, forget=False) for path in paths]
+        return [manifest for manifest in entries if manifest is not None]
+
     def begin(self, stage: str, key: str) -> Path:
         """The stage's scratch folder: the same for a key, so that a killed stage finds its checkpoints."""
         self._index(stage, key)
@@ -235,7 +248,7 @@ class Store:
             return "its list of files does not match its digest"
         return find_damage(manifest.path, manifest.files)
 
-    def _read_index(self, index: Path) -> Manifest | None:
+    def _read_index(self, index: Path, *, forget: bool = True) -> Manifest | None:
         try:
             entry = json.loads(index.read_bytes())
             if digest_config(entry["manifest"]) != entry["sha256"]:
@@ -244,9 +257,10 @@ class Store:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, KeyError, TypeError, ValidationError) as error:
-            log.warning("index entry %s is damaged (%s); its stage will run again", index, error)
-            with suppress(OSError):
-                index.unlink(missing_ok=True)
+            if forget:
+                log.warning("index entry %s is damaged (%s); its stage will run again", index, error)
+                with suppress(OSError):
+                    index.unlink(missing_ok=True)
             return None
         # The entry holds the path inside the store, so that a workspace may be moved.
         return manifest.model_copy(update={"uri": (self.root / manifest.uri).as_uri()})

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from prefect import task
 
 from deploy.launchers import Launcher, LocalLauncher, State
 from dpo_core.data.demonstrations import review_demonstrations
@@ -22,7 +21,7 @@ from dpo_core.rewards import reward_identity
 from dpo_core.sft import SftConfig
 from dpo_core.tokens import TokenConfig
 from tasks.manifest import Manifest, digest_file
-from tasks.stage import TASK_OPTIONS, Context, Output, Progress, Stage, StageResult, Work, run_stage
+from tasks.stage import Context, Output, Progress, Stage, StageResult, Work, run_stage, stage_task
 from tasks.unpaired import kind_of, taken_apart
 from tasks.workspace import disk_full, is_disk_full
 
@@ -35,7 +34,7 @@ REWARD = Stage("train-reward", 1, "reward-model")
 PPO = Stage("train-ppo", 1, "model")
 
 
-@task(name="prepare-sft", task_run_name="prepare-sft", **TASK_OPTIONS)
+@stage_task("prepare-sft")
 def prepare_sft(
     context: Context,
     base: Manifest,
@@ -46,7 +45,7 @@ def prepare_sft(
 ) -> StageResult:
     """Fine-tune on demonstrations, or on the chosen or desirable answers; the result is the reference of
     everything after."""
-    rows, source = _demonstrations(config, data, seed)
+    rows, source = demonstrations(config, data, seed)
     inputs = {"base": base}
     if source == "chosen" and data is not None:
         inputs[kind_of(data)] = data
@@ -67,7 +66,7 @@ def prepare_sft(
     return run_stage(context, SFT, inputs, slice_, work)
 
 
-def _demonstrations(config: SftConfig, data: Manifest | None, seed: int) -> tuple[Any, str]:
+def demonstrations(config: SftConfig, data: Manifest | None, seed: int) -> tuple[Any, str]:
     """A function that gives the demonstrations, and what names them in the stage's key."""
     if config.made_demonstrations is not None:
         count = config.made_demonstrations
@@ -80,16 +79,17 @@ def _demonstrations(config: SftConfig, data: Manifest | None, seed: int) -> tupl
     if data is None:
         raise StageFailed("SFT has neither demonstrations nor pairs", "Set sft.demonstrations")
 
-    def chosen() -> list[dict[str, Any]]:
-        frame = pd.read_parquet(data.path / "data.parquet")
-        frame = frame[frame["split"] == "train"]
-        if kind_of(data) == "unpaired":
-            frame = frame[frame["label"]]
-        frame = frame.rename(columns={"chosen": "completion", "chosen_ended": "ended"})
-        frame = frame.drop_duplicates(["prompt", "completion"])
-        return frame[["id", "prompt", "chat", "completion", "ended"]].to_dict("records")
+    return lambda: chosen_side(pd.read_parquet(data.path / "data.parquet"), kind_of(data)), "chosen"
 
-    return chosen, "chosen"
+
+def chosen_side(rows: pd.DataFrame, kind: str = "pairs") -> list[dict[str, Any]]:
+    """The chosen or desirable answers of the training rows as demonstrations, each once."""
+    frame = rows[rows["split"] == "train"]
+    if kind == "unpaired":
+        frame = frame[frame["label"]]
+    frame = frame.rename(columns={"chosen": "completion", "chosen_ended": "ended"})
+    frame = frame.drop_duplicates(["prompt", "completion"])
+    return frame[["id", "prompt", "chat", "completion", "ended"]].to_dict("records")
 
 
 def check_demonstrations(path: str) -> Path:
@@ -124,7 +124,7 @@ def _read_demonstrations(path: str) -> list[dict[str, Any]]:
     return found
 
 
-@task(name="train-dpo", task_run_name="{stage.name}", **TASK_OPTIONS)
+@stage_task("train-dpo", "{stage.name}")
 def train_dpo(
     context: Context,
     policy: Manifest,
@@ -168,13 +168,15 @@ def train_dpo(
 
 
 def _require_reference(reference: Manifest, logps: Manifest) -> None:
+    if logps.planned:
+        return
     if logps.extra["reference_weights"] != reference.extra["weights_sha256"]:
         raise StageFailed(
             "the cached log-probs are not those of the reference", "Run the cache stage on this reference"
         )
 
 
-@task(name="train-reward", task_run_name="train-reward", **TASK_OPTIONS)
+@stage_task("train-reward")
 def train_reward(
     context: Context,
     base: Manifest,
@@ -220,7 +222,7 @@ def _reward_accuracy(model: Path, pairs: Manifest, tokens: TokenConfig, precisio
     return sum(wins) / len(wins)
 
 
-@task(name="train-ppo", task_run_name="train-ppo", **TASK_OPTIONS)
+@stage_task("train-ppo")
 def train_ppo(
     context: Context,
     reference: Manifest,

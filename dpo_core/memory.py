@@ -1,0 +1,249 @@
+"""Memory of a training process before it runs: weights, gradients, optimiser, and what a step holds besides.
+
+What a step holds is not guessed from a formula of one architecture. Forward and backward run on fake
+tensors (shapes and dtypes without values, hence without time or memory) of the real widths and the real
+lay-out, while a counter follows every storage from birth to death. Two shallow copies of the model are
+traced; every further layer costs what the second did.
+"""
+
+import copy
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dpo_core.attention import DocumentRows, checkpoint_layers, packed_hidden, trunk_of
+from dpo_core.engine import EngineConfig
+from dpo_core.layout import Layout, Pack
+from dpo_core.logprobs import autocast
+from dpo_core.models import quiet_transformers
+from dpo_core.scores import hidden_of, token_scores
+
+# Resident before the first weight: Python, PyTorch, transformers, DeepSpeed and their libraries (torch 2.13,
+# CPU build). On a GPU none of it counts.
+PROCESS_BYTES = 520 << 20
+# glibc serves blocks below 32 MiB from a heap that it can seldom give back: weights, moments and gradients
+# are born among the activations of a step, and the holes that those leave do not fit the next step's. In
+# packs and padded rows, with and without accumulation, the heap was measured at this much above what lives
+# in it. Larger blocks have pages of their own, and so has a GPU's allocator.
+HEAP_WASTE = 0.45
+_HEAP_BLOCK = 32 << 20
+_FP32 = 4
+# Gradients that DeepSpeed gathers before it reduces them (its reduce_bucket_size, in fp32).
+_BUCKET = 500_000_000 * _FP32
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """An amount, and what of it lies in blocks small enough for the heap."""
+
+    all: int
+    heap: int
+
+    def __add__(self, other: "Bytes") -> "Bytes":
+        return Bytes(self.all + other.all, self.heap + other.heap)
+
+    def __sub__(self, other: "Bytes") -> "Bytes":
+        return Bytes(self.all - other.all, self.heap - other.heap)
+
+    def __mul__(self, factor: float) -> "Bytes":
+        return Bytes(round(self.all * factor), round(self.heap * factor))
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """What a model's training holds, beside the optimiser's multiples of the weights."""
+
+    peak: Bytes
+    """Activations and temporaries at the peak of forward and backward."""
+    layer: Bytes
+    """What each layer keeps of it."""
+    weights: Bytes
+    """All parameters in fp32."""
+    layer_weights: Bytes
+    head: Bytes
+    """Weights of the output head."""
+    layers: int
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes of one training process at its peak, by part."""
+
+    process: int
+    weights: int
+    reference: int
+    gradients: int
+    """Those that stand at the peak: with a single micro-batch a step, not yet all."""
+    optimiser: int
+    step: int
+    """Activations and temporaries."""
+    heap: int
+    """What the allocator cannot give back."""
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        return sum(vars(self).values())
+
+
+class _Living(TorchDispatchMode):
+    """Counts the bytes of storages that were made inside and still live, and their peak."""
+
+    def __init__(self, known: list[Any]) -> None:
+        super().__init__()
+        self.now = self.peak = Bytes(0, 0)
+        self.known = known  # held, so that no other storage gets one of their ids
+        self.sizes = {id(storage): Bytes(0, 0) for storage in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._born(tensor.untyped_storage())
+        return out
+
+    def _born(self, storage: Any) -> None:
+        if id(storage) in self.sizes:
+            return
+        self.sizes[id(storage)] = size = _block(storage.nbytes())
+        self.now = self.now + size
+        if self.now.all > self.peak.all:
+            self.peak = self.now
+        weakref.finalize(storage, self._died, id(storage))
+
+    def _died(self, key: int) -> None:
+        self.now = self.now - self.sizes.pop(key)
+
+
+def _block(size: int) -> Bytes:
+    return Bytes(size, size if size < _HEAP_BLOCK else 0)
+
+
+def step_memory(config: Any, layout: Layout, engine: EngineConfig, *, on_gpu: bool = False) -> StepMemory:
+    """What forward and backward of one micro-batch hold at their peak beside weights and their gradients.
+
+    Args:
+        config: of a transformers causal language model.
+        layout: the fullest micro-batch.
+        on_gpu: packs attend by FlexAttention, which makes no row of each document.
+    """
+    shallow = [_trace(config, layout, engine, layers, on_gpu) for layers in (1, 2)]
+    layers = config.get_text_config().num_hidden_layers
+    layer = shallow[1].peak - shallow[0].peak
+    layer_weights = shallow[1].weights - shallow[0].weights
+    return StepMemory(
+        peak=shallow[0].peak + layer * (layers - 1),
+        layer=layer,
+        weights=shallow[0].weights + layer_weights * (layers - 1),
+        layer_weights=layer_weights,
+        head=shallow[0].head,
+        layers=layers,
+    )
+
+
+@dataclass(frozen=True)
+class _Traced:
+    peak: Bytes
+    weights: Bytes
+    head: Bytes
+
+
+def _trace(config: Any, layout: Layout, engine: EngineConfig, layers: int, on_gpu: bool) -> _Traced:
+    from transformers import AutoModelForCausalLM
+
+    rows = DocumentRows.of(layout) if isinstance(layout, Pack) and not on_gpu else None
+    with quiet_transformers(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        model = AutoModelForCausalLM.from_config(_shallow(config, layers), dtype=torch.float32).train()
+        if engine.gradient_checkpointing:
+            checkpoint_layers(model)
+        known = [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter)
+            known.append(parameter.grad.untyped_storage())
+
+        def fake(value: Any) -> Any:
+            return tuple(map(fake, value)) if isinstance(value, tuple) else mode.from_tensor(value)
+
+        faked = type(layout)(**{name: fake(value) for name, value in vars(layout).items()})
+        rows = DocumentRows(*map(fake, vars(rows).values())) if rows else None
+        with _Living(known) as living:
+            with autocast(engine.precision):
+                hidden = _hidden(model, faked, rows)
+                loss = -token_scores(model, hidden[faked.predicts_N], faked.targets_N)["logps"].sum()
+            del hidden  # as in the trainer, whose forward has returned
+            loss.backward()
+        weights = sum((_block(p.numel() * _FP32) for p in model.parameters()), Bytes(0, 0))
+        head = _block(model.get_output_embeddings().weight.numel() * _FP32)
+    return _Traced(living.peak, weights, head)
+
+
+def _hidden(model: Any, layout: Layout, rows: DocumentRows | None) -> Tensor:
+    if not isinstance(layout, Pack):
+        return hidden_of(model, layout)
+    if rows is not None:
+        return packed_hidden(model, layout, rows)
+    # FlexAttention cannot be traced here; plain causal attention over the pack keeps as much.
+    return trunk_of(model)(input_ids=layout.ids_T[None], use_cache=False).last_hidden_state[0]
+
+
+def _shallow(config: Any, layers: int) -> Any:
+    shallow = copy.deepcopy(config)
+    text = shallow.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    return shallow
+
+
+def training_memory(
+    step: StepMemory,
+    engine: EngineConfig,
+    *,
+    micro_batches: int,
+    references: int = 0,
+    on_gpu: bool = False,
+) -> TrainingMemory:
+    """One rank's peak: resident memory on a CPU, allocated memory on a GPU.
+
+    Args:
+        micro_batches: of one optimiser step. With one, gradients of layers come only as activations go.
+        references: whole models kept beside the policy (a live reference, PPO's reference, a reward model).
+    """
+    weights, gradients, optimiser = _states(step, engine, micro_batches)
+    living = weights + gradients + optimiser + step.peak
+    return TrainingMemory(
+        process=0 if on_gpu else PROCESS_BYTES,
+        weights=weights.all,
+        # Read from mapped files, and never written: no heap.
+        reference=references * step.weights.all,
+        gradients=gradients.all,
+        optimiser=optimiser.all,
+        step=step.peak.all,
+        heap=0 if on_gpu else round(HEAP_WASTE * living.heap),
+    )
+
+
+def _states(step: StepMemory, engine: EngineConfig, micro_batches: int) -> tuple[Bytes, Bytes, Bytes]:
+    """Weights, gradients and moments of one rank.
+
+    Under ZeRO, DeepSpeed keeps an fp32 copy of each rank's share of the weights (stages 1 and 2), and
+    gradients of its share beside those that backward makes. Stage 3 is counted as the plain division.
+    """
+    whole, share = step.weights, step.weights * (1 / engine.processes)
+    if engine.zero_stage == 0:
+        if micro_batches > 1:
+            return whole, whole, whole * 2
+        # The head's gradient is there when all activations are; a layer's takes the place of its activations.
+        growth = step.layer_weights * step.layers if step.layer_weights.all > step.layer.all else Bytes(0, 0)
+        shrink = step.layer * step.layers if growth.all else Bytes(0, 0)
+        born = step.head + growth - shrink
+        return whole, born if born.all < whole.all else whole, whole * 2
+    bucket = whole * min(1.0, _BUCKET / whole.all)
+    weights = share * 2 if engine.zero_stage == 3 else whole + share
+    return weights, share + (whole if engine.zero_stage == 1 else bucket), share * 2

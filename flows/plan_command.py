@@ -1,0 +1,74 @@
+"""`dpo plan`: what a run would do, told without starting anything."""
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe (demo, hh-harmless) or a YAML file.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Override one field; may be repeated.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+
+
+def plan(recipe: RecipeArgument, overrides: SetOption = None, as_json: JsonOption = False) -> None:
+    """Tell what `dpo run` would do: stages, cache, tokens, operations, memory and time. Starts nothing."""
+    from tasks.recipe import load_recipe
+
+    told = plan_recipe(load_recipe(recipe, overrides or []))
+    if as_json:
+        typer.echo(told.model_dump_json(indent=1))
+    else:
+        show(told)
+
+
+def plan_recipe(recipe: Any) -> Any:
+    """The `tasks.plan.Plan` of a recipe; the flow's own composition asks the store, stage by stage."""
+    from flows.alignment import compose
+    from tasks.plan import make_plan
+    from tasks.stage import Context, StageResult
+    from tasks.workspace import open_workspace
+
+    workspace = str(open_workspace(recipe.workspace))
+    stages: dict[str, StageResult] = {}
+    compose(Context(workspace=workspace, run_id="plan", mlflow_run_id="", plan=True), recipe, stages)
+    return make_plan(recipe, workspace, stages)
+
+
+def show(told: Any) -> None:
+    """The plan as a table."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from tasks.report_numbers import duration, scaled
+
+    def amount(value: float, unit: str, base: int = 1000) -> str:
+        return scaled(value, unit, base) if value else ""
+
+    # A pipe has no width of its own; the table needs room.
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    table = Table(title=Text(f"Plan of {told.recipe}"), title_justify="left")
+    for name in ("Stage", "State", "Tokens", "Operations", "Peak memory", "Time"):
+        table.add_column(name, justify="left" if name in {"Stage", "State"} else "right")
+    for row in told.stages:
+        state = f"runs: {row.why}" if row.why else row.state
+        memory = amount(row.memory_bytes or 0, "B", 1024)
+        ranks = f"{row.processes} x " if memory and row.processes > 1 else ""
+        took = f"~{duration(row.seconds)}" if row.state == "runs" else ""
+        cells = amount(row.tokens, ""), amount(row.flops, "FLOP"), ranks + memory, took
+        table.add_row(Text(row.name), state, *cells, style="dim" if row.state == "cached" else "")
+    table.add_section()
+    peak = max((row.memory_bytes or 0 for row in told.stages), default=0)
+    totals = amount(told.tokens, ""), amount(told.flops, "FLOP"), amount(peak, "B", 1024)
+    runs = sum(row.state == "runs" for row in told.stages)
+    table.add_row("total", f"{runs} of {len(told.stages)}", *totals, f"~{duration(told.seconds)}")
+    console.print(table)
+    for note in dict.fromkeys(row.note for row in told.stages if row.note):
+        console.print(Text(f"estimate: {note}"))
+    console.print(Text(f"times from {told.speed}"))
+    memory = amount(told.memory_bytes, "B", 1024)
+    console.print(Text(f"{amount(told.parameters, '')} parameters on {told.device}, {memory} of memory"))
+    for warning in told.warnings:
+        console.print(Text(f"! {warning}", style="yellow"))

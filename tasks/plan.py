@@ -1,0 +1,150 @@
+"""What a run would do: which stages run and why, tokens, operations, memory, time. Nothing is started.
+
+The store answers what is cached; `plan_work` says what a stage would compute; the rest is arithmetic here.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import Field
+
+from dpo_core.config import Config
+from tasks.plan_speed import Speed
+from tasks.plan_work import Work, Workload
+from tasks.recipe import Recipe
+from tasks.stage import StageResult, Why
+
+
+class StagePlan(Config):
+    """One stage of the run to come."""
+
+    name: str
+    state: Literal["cached", "runs"]
+    why: Why | None = None
+    """Why it runs: never done here; other settings or code; other data, or still to be made; not whole."""
+    tokens: int = 0
+    """Tokens through the model; 0 where the stage runs no model."""
+    flops: float = 0.0
+    """Floating-point operations."""
+    seconds: float = 0.0
+    """Rough time; 0 where cached."""
+    memory_bytes: int | None = None
+    """Peak of each training process; none for stages that train nothing."""
+    memory_parts: dict[str, int] = Field(default_factory=dict)
+    """The same by part: process, weights, reference, gradients, optimiser, step."""
+    processes: int = 1
+    """Training processes on this machine."""
+    note: str = ""
+    """What was assumed."""
+
+
+class Plan(Config):
+    """The run to come."""
+
+    recipe: str
+    workspace: str
+    device: str
+    """What would compute."""
+    memory_bytes: int
+    """Its memory."""
+    parameters: int
+    """Of the model."""
+    speed: str
+    """What the times are based on."""
+    stages: list[StagePlan]
+    tokens: int
+    flops: float
+    seconds: float
+    warnings: list[str] = Field(default_factory=list)
+
+
+def make_plan(recipe: Recipe, workspace: str, stages: Mapping[str, StageResult]) -> Plan:
+    """The plan of a recipe.
+
+    Args:
+        stages: what the flow found in the store, in the order of the run.
+    """
+    work = Workload(recipe, stages)
+    speed = Speed.of(workspace)
+    rows = [_stage(name, found, work, speed) for name, found in stages.items()]
+    running = [row for row in rows if row.state == "runs"]
+    return Plan(
+        recipe=recipe.name,
+        workspace=workspace,
+        device=speed.device,
+        memory_bytes=speed.memory_bytes,
+        parameters=work.shape.parameters,
+        speed=speed.source,
+        stages=rows,
+        tokens=sum(row.tokens for row in running),
+        flops=sum(row.flops for row in running),
+        seconds=sum(row.seconds for row in running),
+        warnings=[line for row in running if (line := _too_large(row, recipe, speed))],
+    )
+
+
+def _stage(name: str, found: StageResult, workload: Workload, speed: Speed) -> StagePlan:
+    if found.cached:
+        return StagePlan(name=name, state="cached")
+    work = workload.of(name)
+    parts = _memory(work, workload, speed)
+    return StagePlan(
+        name=name,
+        state="runs",
+        why=found.why,
+        tokens=round(work.tokens),
+        flops=work.flops,
+        seconds=speed.seconds(name, work.flops, work.precision, work.engine.processes if work.engine else 1),
+        memory_bytes=sum(parts.values()) or None,
+        memory_parts=parts,
+        processes=work.engine.processes if work.engine else 1,
+        note=work.note,
+    )
+
+
+def _memory(work: Work, workload: Workload, speed: Speed) -> dict[str, int]:
+    from dpo_core.memory import step_memory, training_memory
+
+    if work.engine is None or work.layout is None:
+        return {}
+    step = step_memory(workload.config, work.layout, work.engine, on_gpu=speed.on_gpu)
+    peak = training_memory(
+        step,
+        work.engine,
+        micro_batches=work.micro_batches,
+        references=work.references,
+        on_gpu=speed.on_gpu,
+    )
+    return dict(vars(peak))
+
+
+def _too_large(row: StagePlan, recipe: Recipe, speed: Speed) -> str:
+    """A warning that names the fields which would help, where a stage does not fit."""
+    # Ranks share a machine's memory; each GPU is one rank's own.
+    needed = (row.memory_bytes or 0) * (1 if speed.on_gpu else row.processes)
+    if needed <= speed.memory_bytes:
+        return ""
+    section = {
+        "prepare-sft": "sft",
+        "train-reward": "reward.model",
+        "train-ppo": "ppo",
+        "train-guide": "guide",
+    }
+    place = section.get(row.name, "dpo")
+    config = getattr(recipe, place, None) if "." not in place else recipe.reward.model
+    remedies = []
+    if row.memory_parts["step"] > row.memory_bytes / 3:  # type: ignore[operator]
+        packed = getattr(config, "pack_tokens", None) is not None
+        remedies.append(f"lower {place}.{'pack_tokens' if packed else 'micro_batch_size'}")
+        if row.name != "train-ppo" and not config.engine.gradient_checkpointing:  # type: ignore[union-attr]
+            remedies.append(f"set {place}.engine.gradient_checkpointing=true")
+    if speed.on_gpu:
+        remedies.append(f"raise {place}.engine.processes and {place}.engine.zero_stage")
+    elif row.processes > 1:
+        remedies.append(f"lower {place}.engine.processes")
+    remedies.append("use a smaller model" if not remedies else "")
+    gib = 2**30
+    return (
+        f"{row.name} needs {needed / gib:.1f} GiB and this machine has {speed.memory_bytes / gib:.1f} GiB: "
+        + ", or ".join(r for r in remedies if r)
+    )

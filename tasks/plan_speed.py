@@ -1,0 +1,125 @@
+"""How fast this machine trains: from earlier runs of the workspace, else from a short timing; rough."""
+
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+from pydantic import ValidationError
+
+from tasks.report import RunReport, StageRow
+from tasks.store import Store
+
+# What a stage takes whatever its size: starting processes, loading the model, writing artifacts.
+_FIXED = {
+    "import-model": 5.0,
+    "evaluate": 5.0,
+    "sample-pairs": 4.0,
+    "cache-reference": 4.0,
+    "cache-guide": 4.0,
+}
+_FIXED_OTHER = {"train": 20.0, "prepare": 20.0, "validate": 5.0}
+# The share of a bare matrix product's speed that a training step reaches.
+_EFFICIENCY = 0.5
+# Earlier stages smaller than this tell of start-up, not of speed.
+_ENOUGH_FLOPS = 1e12
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Operations a second, and what stages took besides."""
+
+    device: str
+    on_gpu: bool
+    memory_bytes: int
+    measured: float | None
+    """Operations a second of earlier trainings."""
+    source: str
+    earlier: dict[str, list[float]] = field(default_factory=dict)
+    """Seconds of earlier runs of each stage."""
+    timed: dict[str, float] = field(default_factory=dict)
+    """Operations a second of a matrix product, by precision; filled when asked for."""
+
+    @classmethod
+    def of(cls, workspace: str) -> "Speed":
+        """What the workspace's reports tell, and the machine."""
+        earlier: dict[str, list[float]] = {}
+        flops = seconds = 0.0
+        count = 0
+        for row in _stages_run(Path(workspace)):
+            earlier.setdefault(row.name, []).append(row.seconds)
+            done = _operations(workspace, row)
+            spent = row.seconds - _fixed(row.name)
+            if done >= _ENOUGH_FLOPS and spent > 0:
+                flops, seconds, count = flops + done, seconds + spent, count + 1
+        gpu = torch.cuda.is_available()
+        return cls(
+            device=torch.cuda.get_device_name(0) if gpu else f"CPU, {torch.get_num_threads()} threads",
+            on_gpu=gpu,
+            memory_bytes=torch.cuda.get_device_properties(0).total_memory
+            if gpu
+            else psutil.virtual_memory().total,
+            measured=flops / seconds if count else None,
+            source=f"{count} earlier training stages in this workspace"
+            if count
+            else "a short timing of matrix products; rough",
+            earlier=earlier,
+        )
+
+    def seconds(self, stage: str, flops: float, precision: str, processes: int) -> float:
+        """Time of a stage."""
+        if not flops:
+            return statistics.median(self.earlier[stage]) if stage in self.earlier else _fixed(stage)
+        rate = self.measured or _EFFICIENCY * self._matmul(precision)
+        # Ranks on one CPU share its cores.
+        return _fixed(stage) + flops / (rate * (processes if self.on_gpu else 1))
+
+    def _matmul(self, precision: str) -> float:
+        if precision not in self.timed:
+            self.timed[precision] = _time_matmul(torch.bfloat16 if precision == "bf16" else torch.float32)
+        return self.timed[precision]
+
+
+def _time_matmul(dtype: torch.dtype, limit: float = 0.5) -> float:
+    """Operations a second of a square matrix product, over at most about `limit` seconds."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    size = 4096 if device.type == "cuda" else 512
+    left = torch.randn(size, size, device=device).to(dtype)
+
+    def product() -> None:
+        result = left @ left
+        result[0, 0].item()  # waits for a GPU
+
+    product()
+    start, rounds = time.perf_counter(), 0
+    while rounds == 0 or time.perf_counter() - start < limit:
+        product()
+        rounds += 1
+    return rounds * 2 * size**3 / (time.perf_counter() - start)
+
+
+def _fixed(stage: str) -> float:
+    return _FIXED.get(stage, _FIXED_OTHER.get(stage.partition("-")[0], 2.0))
+
+
+def _stages_run(workspace: Path) -> Iterator[StageRow]:
+    for path in sorted((workspace / "runs").glob("*/report.json")):
+        try:
+            report = RunReport.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError):
+            continue
+        yield from (row for row in report.stages if row.state == "ran")
+
+
+def _operations(workspace: str, row: StageRow) -> float:
+    """6N a trained token (PPO's tokens are partly only read, and it samples: left out)."""
+    if row.kind != "model" or row.parameters is None or row.name == "train-ppo":
+        return 0.0
+    for manifest in Store(workspace).history(row.name):
+        if manifest.sha256 == row.sha256:
+            tokens = manifest.extra.get("tokens_trained")
+            return 6.0 * row.parameters * tokens if isinstance(tokens, int | float) else 0.0
+    return 0.0

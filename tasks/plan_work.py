@@ -1,0 +1,306 @@
+"""What each stage of a run would compute: tokens, operations, and the fullest micro-batch of a training.
+
+Lengths come from the real rows and the real tokenizer where there are rows; completions that are still to be
+sampled count with their most tokens, and the plan says so.
+"""
+
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from dpo_core import cost
+from dpo_core.batches import PackedBatches, PaddedBatches
+from dpo_core.data.records import load
+from dpo_core.dpo import DpoConfig
+from dpo_core.engine import EngineConfig
+from dpo_core.layout import Document, Layout, pack, pad
+from dpo_core.models import load_tokenizer, locate
+from dpo_core.scores import KEEP_LOGITS_BYTES
+from dpo_core.tokens import Tokenise
+from dpo_core.training import LoopConfig, PackedLoopConfig
+from tasks.data import split
+from tasks.recipe import Recipe
+from tasks.stage import StageResult
+from tasks.training import chosen_side, demonstrations
+
+# Rows that are tokenised; of larger sets this many stand for all.
+SAMPLED_ROWS = 2000
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage computes."""
+
+    tokens: float = 0.0
+    flops: float = 0.0
+    precision: str = "fp32"
+    engine: EngineConfig | None = None
+    """Of a training stage; the fields below are its own too."""
+    layout: Layout | None = None
+    """The fullest micro-batch."""
+    micro_batches: int = 1
+    references: int = 0
+    """Models in memory beside the trained one."""
+    note: str = ""
+    """What was assumed."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Prompts with completions; `documents` stand for `count` of them."""
+
+    documents: list[Document]
+    count: int
+    note: str = ""
+
+    def mean(self, value: Callable[[Document], float]) -> float:
+        """Of one example."""
+        return float(np.mean([value(d) for d in self.documents])) if self.documents else 0.0
+
+
+class Workload:
+    """The work of every stage of a recipe, from what the plan found in the store.
+
+    Args:
+        stages: what `compose` found; artifacts that are there are read.
+    """
+
+    def __init__(self, recipe: Recipe, stages: Mapping[str, StageResult]) -> None:
+        from transformers import AutoConfig
+
+        self.recipe, self.stages = recipe, stages
+        base = stages["import-model"].manifest
+        source = locate(recipe.model) if base.planned else base.path
+        folder, name = (source.parent, source.name) if source.is_file() else (source, None)
+        trust = recipe.model.trust_remote_code
+        self.config = AutoConfig.from_pretrained(folder, gguf_file=name, trust_remote_code=trust)
+        self.shape = cost.Shape.of(self.config)
+        self.tokenise = Tokenise(load_tokenizer(source, trust), recipe.tokens)
+        self.has_pairs = stages["load-data"].manifest.extra["kind"] == "pairs"
+        self.judged = self._rows("validate-pairs" if self.has_pairs else "validate-prompts", "load-data")
+        self.pairs = {side: self._pairs(side) for side in ("train", "eval")}
+
+    def of(self, stage: str) -> Work:
+        """The work of a stage; nothing for those that do not run the model."""
+        work = {
+            "prepare-sft": self._sft,
+            "sample-pairs": self._sampling,
+            "cache-reference": lambda: self._cache(self.recipe.guide or self.recipe.dpo),
+            "cache-guide": lambda: self._cache(self.recipe.dpo),
+            "train-guide": lambda: self._dpo(self.recipe.guide or self.recipe.dpo),
+            "train-dpo": lambda: self._dpo(self.recipe.dpo),
+            "train-reward": self._reward,
+            "train-ppo": self._ppo,
+            "evaluate": self._evaluate,
+        }.get(stage)
+        return work() if work else Work()
+
+    # Examples ----------------------------------------------------------------------------------------------
+
+    def _rows(self, *names: str) -> pd.DataFrame:
+        """The first of these artifacts that is there, else the source itself."""
+        for name in names:
+            found = self.stages.get(name)
+            if found is not None and found.cached:
+                frame = pd.read_parquet(found.manifest.path / "data.parquet")
+                break
+        else:
+            frame = split(load(self.recipe.data), self.recipe.data)
+        return frame[frame["fault"] == ""]
+
+    def _pairs(self, side: str) -> Examples:
+        if not self.has_pairs and not self.stages["validate-pairs"].cached:
+            return self._pairs_to_come(side)
+        frame = self.judged if self.has_pairs else self._rows("validate-pairs")
+        rows = frame[frame["split"] == side]
+        kept, _ = self.tokenise.pairs(_some(rows).to_dict("records"))
+        documents = [Document(p.chosen.prompt, (p.chosen.completion, p.rejected.completion)) for p in kept]
+        return Examples(documents, round(len(rows) * len(kept) / max(len(_some(rows)), 1)))
+
+    def _pairs_to_come(self, side: str) -> Examples:
+        config = self.recipe.pairs
+        prompts, count = self._prompts(side, config.sampling.max_new_tokens)
+        drawn = config.samples_per_prompt
+        each = drawn * (drawn - 1) // 2 if config.pairing == "all" else 1
+        documents = [Document(p, (_unknown(config.sampling.max_new_tokens),) * 2) for p in prompts]
+        note = f"pairs still to be sampled: at most {each} a prompt, each answer of the most tokens"
+        return Examples(documents, count * each, note)
+
+    def _prompts(self, side: str | None, new: int, distinct: bool = False) -> tuple[list[Any], int]:
+        """Ids of (some of) the prompts, and how many there are."""
+        rows = self.judged if side is None else self.judged[self.judged["split"] == side]
+        if distinct:
+            rows = rows.drop_duplicates(["prompt", "chat"])
+        tokens = self.recipe.tokens
+        budget = min(tokens.max_prompt_length, tokens.max_length - new)
+        some = _some(rows)
+        return [
+            self.tokenise.prompt(p, c, budget) for p, c in zip(some["prompt"], some["chat"], strict=True)
+        ], len(rows)
+
+    def _demonstrations(self) -> Examples:
+        config, tokens = self.recipe.sft, self.recipe.tokens
+        if config.made_demonstrations is None and config.demonstrations is None:
+            rows = chosen_side(self.judged)
+        else:
+            rows = demonstrations(config, None, self.recipe.seed)[0]()
+        documents = []
+        for row in rows[:SAMPLED_ROWS]:
+            prompt = self.tokenise.prompt(row["prompt"], row["chat"], tokens.max_prompt_length)
+            found = self.tokenise.sequence(prompt, self.tokenise.completion(row["completion"], row["ended"]))
+            if found:
+                documents.append(Document(found.prompt, (found.completion,)))
+        return Examples(documents, len(rows))
+
+    # Stages ------------------------------------------------------------------------------------------------
+
+    def _sft(self) -> Work:
+        return self._loop(self._demonstrations(), self.recipe.sft)
+
+    def _dpo(self, config: DpoConfig) -> Work:
+        work = self._loop(self.pairs["train"], config)
+        if not config.needs_live_reference:
+            return work
+        trained = cost.training(self.shape, 1, 0, 0)
+        again = work.flops * cost.forward(self.shape, 1, 0, 0) / trained
+        return replace(work, flops=work.flops + again, references=1)
+
+    def _reward(self) -> Work:
+        pairs = self.pairs["train"]
+        # The whole answer is read and only its end is scored.
+        documents = [
+            Document(d.prompt + d.branches[0], tuple(b[-1:] for b in d.branches)) for d in pairs.documents
+        ]
+        return self._loop(Examples(documents, pairs.count, pairs.note), self.recipe.reward.model)
+
+    def _loop(self, examples: Examples, config: LoopConfig) -> Work:
+        """A training over fixed examples."""
+        packed = isinstance(config, PackedLoopConfig) and config.pack_tokens is not None
+        steps = config.steps(examples.count)
+        seen = steps * min(config.batch_size, examples.count)
+        sizes = [_sizes(d, packed) for d in examples.documents]
+        tokens, squares, scored = (float(np.mean(column)) for column in zip(*sizes, strict=True))
+        layout, micro_batches = self._fullest(examples, config, packed)
+        flops = cost.training(
+            self.shape,
+            tokens,
+            squares,
+            scored,
+            checkpointing=config.engine.gradient_checkpointing,
+            head_again=len(layout.targets_N) * self.config.get_text_config().vocab_size * 4
+            > KEEP_LOGITS_BYTES,
+        )
+        return Work(
+            tokens=seen * tokens,
+            flops=seen * flops,
+            precision=config.engine.precision,
+            engine=config.engine,
+            layout=layout,
+            micro_batches=micro_batches,
+            note=examples.note,
+        )
+
+    def _fullest(self, examples: Examples, config: LoopConfig, packed: bool) -> tuple[Layout, int]:
+        """The largest micro-batch of the first epoch on the first rank, and how many a step has."""
+        ranks, seed = config.engine.processes, self.recipe.seed
+        of = np.resize(np.arange(len(examples.documents)), max(examples.count, 1))
+        documents = examples.documents
+        if packed and isinstance(config, PackedLoopConfig) and config.pack_tokens is not None:
+            lengths = np.array([len(d) for d in documents])[of]
+            batches: Any = PackedBatches(
+                lengths, config.batch_size, config.pack_tokens, epochs=1, seed=seed, rank=0, world=ranks
+            )
+            steps = batches.plans[0].steps
+        else:
+            rows = np.array([max(len(d.prompt) + len(b) for b in d.branches) for d in documents])[of]
+            size = config.micro_batch_size
+            batches = PaddedBatches(rows.tolist(), config.batch_size, size, seed=seed, rank=0, world=ranks)
+            lengths, steps = rows, max(1, len(rows) // config.batch_size)
+        micros = [m for step in range(min(steps, config.steps(len(of)))) for m in batches.of_step(step).mine]
+        fullest = max(micros, key=lambda m: (sum if packed else max)(int(lengths[i]) for i in m))
+        chosen = [documents[of[i]] for i in fullest]
+        return (pack if packed else pad)(chosen), batches.micro_batches
+
+    def _sampling(self) -> Work:
+        config = self.recipe.pairs
+        return self._drawn(None, config.sampling.max_new_tokens, config.samples_per_prompt)
+
+    def _drawn(self, side: str | None, new: int, each: int, most: int | None = None) -> Work:
+        """Sampling after every prompt of a side."""
+        prompts, count = self._prompts(side, new, distinct=most is not None)
+        count = min(count, most or count) * each
+        lengths = [len(p) for p in prompts]
+        flops = cost.generation(self.shape, lengths, new) / max(len(lengths), 1)
+        tokens = float(np.mean(lengths)) + new
+        return Work(count * tokens, count * flops, note="every completion of the most tokens")
+
+    def _cache(self, config: DpoConfig) -> Work:
+        pairs = self.pairs["train"]
+        tokens, flops = self._read(pairs)
+        return Work(tokens, flops, config.engine.precision, note=pairs.note)
+
+    def _read(self, examples: Examples) -> tuple[float, float]:
+        """Tokens and operations of one forward pass over all examples, every completion with its prompt."""
+        sizes = [_sizes(d, packed=False) for d in examples.documents] or [(0.0, 0.0, 0.0)]
+        means = [float(np.mean(column)) for column in zip(*sizes, strict=True)]
+        return examples.count * means[0], examples.count * cost.forward(self.shape, *means)
+
+    def _ppo(self) -> Work:
+        config, new = self.recipe.ppo, self.recipe.evaluate.sampling.max_new_tokens
+        prompts, _ = self._prompts("train", new, distinct=True)
+        documents = [Document(p, (_unknown(new),)) for p in prompts]
+        episodes = Examples(documents, config.iterations * config.episodes)
+        drawn = episodes.count * cost.generation(self.shape, map(len, prompts), new) / len(prompts)
+        tokens, once = self._read(episodes)
+        sizes = [_sizes(d, packed=False) for d in documents]
+        trained = cost.training(self.shape, *(float(np.mean(column)) for column in zip(*sizes, strict=True)))
+        learned = self.recipe.reward.source is None
+        longest = sorted(documents, key=len)[-config.micro_batch_size :]
+        ranks = config.engine.processes
+        return Work(
+            tokens=tokens * (1 + config.epochs),
+            flops=drawn + (3 if learned else 2) * once + episodes.count * config.epochs * trained,
+            precision=config.engine.precision,
+            # PPO's loop keeps all activations, whatever the engine is told.
+            engine=config.engine.model_copy(update={"gradient_checkpointing": False}),
+            layout=pad(longest),
+            micro_batches=config.episodes // (config.minibatches * config.micro_batch_size * ranks),
+            references=2 if learned else 1,
+            note="every completion of the most tokens",
+        )
+
+    def _evaluate(self) -> Work:
+        config, new = self.recipe.evaluate, self.recipe.evaluate.sampling.max_new_tokens
+        policies = 3 if self.recipe.ppo.enabled else 2
+        drawn = self._drawn("eval", new, config.samples_per_prompt, config.prompts)
+        held_out = self.pairs["eval"]
+        tokens, read = self._read(replace(held_out, count=min(held_out.count, config.pairs)))
+        # Each policy samples, reads its samples, and the reference reads them too.
+        again = drawn.tokens * cost.forward(self.shape, 1, 0, 0)
+        return replace(
+            drawn,
+            tokens=policies * (drawn.tokens + tokens),
+            flops=policies * (drawn.flops + read) + (2 * policies - 1) * again,
+            precision=config.sampling.precision,
+        )
+
+
+def _some(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows if len(rows) <= SAMPLED_ROWS else rows.sample(SAMPLED_ROWS, random_state=0)
+
+
+def _unknown(tokens: int) -> tuple[int, ...]:
+    """A completion of which only the length counts."""
+    return (0,) * tokens
+
+
+def _sizes(document: Document, packed: bool) -> tuple[float, float, float]:
+    """Tokens fed, squares of the rows of attention, and scored positions."""
+    rows: Seq[int] = [len(document)]
+    if not packed:
+        rows = [len(document.prompt) + len(b) - 1 for b in document.branches]
+    return sum(rows), sum(n * n for n in rows), sum(len(b) for b in document.branches)

@@ -1,0 +1,91 @@
+"""Operations against torch's own counter, on tiny models and real passes."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+from dpo_core import cost, scores
+from dpo_core.attention import checkpoint_layers
+from dpo_core.generate import SamplingConfig, sample
+from dpo_core.layout import Document, pack, pad
+from dpo_core.scores import branch_scores
+
+LLAMA = LlamaConfig(
+    vocab_size=128,
+    hidden_size=64,
+    intermediate_size=160,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    tie_word_embeddings=True,
+)
+UNTIED = LlamaConfig(**{**LLAMA.to_dict(), "tie_word_embeddings": False, "head_dim": 24})
+GPT2 = GPT2Config(
+    vocab_size=128, n_embd=64, n_layer=2, n_head=4, n_positions=128, resid_pdrop=0, attn_pdrop=0, embd_pdrop=0
+)
+CONFIGS = {"llama": LLAMA, "untied": UNTIED, "gpt2": GPT2}
+# Equal lengths, so that rows of attention hold no padding.
+DOCUMENTS = [Document(tuple(range(1, 33)), (tuple(range(1, 25)), tuple(range(2, 26)))) for _ in range(4)]
+
+
+def built(config: Any) -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def counted(function: Any) -> int:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        function()
+    return counter.get_total_flops()
+
+
+def sizes(packed: bool) -> tuple[int, int, int]:
+    """Tokens, squares and scored positions of `DOCUMENTS`."""
+    rows = [len(d) for d in DOCUMENTS] if packed else [32 + 23] * 2 * len(DOCUMENTS)
+    return sum(rows), sum(n * n for n in rows), 48 * len(DOCUMENTS)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_forward_and_training(name):
+    config = CONFIGS[name]
+    model, shape = built(config), cost.Shape.of(config)
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+    packed = name != "gpt2"
+    layout = (pack if packed else pad)(DOCUMENTS)
+    with torch.no_grad():
+        measured = counted(lambda: branch_scores(model, layout))
+    assert cost.forward(shape, *sizes(packed)) == pytest.approx(measured, rel=0.02)
+    measured = counted(lambda: branch_scores(model, layout).logps_SL.sum().backward())
+    assert cost.training(shape, *sizes(packed)) == pytest.approx(measured, rel=0.02)
+
+
+def test_a_shared_prompt_counts_once():
+    shape = cost.Shape.of(LLAMA)
+    saved = cost.training(shape, *sizes(packed=True)) / cost.training(shape, *sizes(packed=False))
+    tokens = sizes(packed=True)[0] / sizes(packed=False)[0]
+    assert tokens < saved < 1.1 * tokens, "of the trunk the share of tokens; the head is the same"
+
+
+def test_what_the_backward_pass_computes_again(monkeypatch):
+    monkeypatch.setattr(scores, "KEEP_LOGITS_BYTES", 0)
+    model, shape = built(LLAMA).train(), cost.Shape.of(LLAMA)
+    checkpoint_layers(model)
+    measured = counted(lambda: branch_scores(model, pack(DOCUMENTS)).logps_SL.sum().backward())
+    told = cost.training(shape, *sizes(packed=True), checkpointing=True, head_again=True)
+    # torch stops each layer's second run where nothing more is needed: its last matrix is left out.
+    last = 2 * 3 * LLAMA.intermediate_size * LLAMA.hidden_size * sizes(packed=True)[0]
+    assert told - last == pytest.approx(measured, rel=0.02)
+    assert told == pytest.approx(measured, rel=0.05)
+
+
+def test_sampling():
+    model, shape = built(LLAMA).eval(), cost.Shape.of(LLAMA)
+    prompts = [tuple(range(1, 21))] * 3
+    config = SamplingConfig(max_new_tokens=10, precision="fp32")
+    # No token 128 exists, so that nothing ends early.
+    measured = counted(lambda: sample(model, prompts, config, eos_id=128, seed=0))
+    assert cost.generation(shape, map(len, prompts), 10) == pytest.approx(measured, rel=0.03)

@@ -1,0 +1,166 @@
+"""`dpo plan` on the tiny recipe: what it foretells is what a run then does, and it leaves no trace."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from dpo_core.errors import ModelError
+from tests.tiny_run import Bench
+
+
+def planned(bench: Bench, *arguments: str) -> dict:
+    """The command line, in this process: importing the libraries again would take most of the time."""
+    from flows.cli import app
+
+    arguments = ("plan", str(bench.recipe), "--json", *arguments)
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def states(plan: dict) -> dict[str, str]:
+    return {stage["name"]: stage["state"] for stage in plan["stages"]}
+
+
+def reasons(plan: dict) -> dict[str, str]:
+    return {stage["name"]: stage["why"] for stage in plan["stages"] if stage["state"] == "runs"}
+
+
+def contents(folder: Path) -> dict[str, tuple[int, bytes | None]]:
+    """Every file and folder with its time of change and its bytes."""
+    return {
+        str(path.relative_to(folder)): (
+            path.stat().st_mtime_ns,
+            path.read_bytes() if path.is_file() else None,
+        )
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def empty(bench: Bench, tmp_path: Path, **changes: object) -> Bench:
+    """The recipe on a workspace that is not there."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    recipe = yaml.safe_load(bench.recipe.read_text()) | {"workspace": str(folder / "runs")} | changes
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    return Bench(folder)
+
+
+def test_in_an_empty_workspace_all_is_new_and_nothing_is_made(bench, tmp_path):
+    own = empty(bench, tmp_path)
+    plan = planned(own)
+    assert not own.workspace.exists()
+    assert set(reasons(plan).values()) == {"new"}
+    assert len(plan["stages"]) == 10
+    stages = {stage["name"]: stage for stage in plan["stages"]}
+    for name in ("prepare-sft", "train-dpo", "train-ppo"):
+        parts = stages[name]["memory_parts"]
+        assert stages[name]["memory_bytes"] == sum(parts.values()) > parts["process"] > 0
+    assert "at most 6 a prompt" in stages["train-dpo"]["note"]
+    # The run has at most six pairs of 24 prompts, 70 % of them in training; 3 steps of 8 pairs are trained.
+    assert 0 < stages["train-dpo"]["tokens"] <= 3 * 8 * 96
+    assert plan["flops"] == sum(stage["flops"] for stage in plan["stages"]) > 0
+    assert plan["warnings"] == []
+
+
+def test_after_a_run_all_is_cached_and_not_a_byte_is_changed(finished):
+    bench, report = finished
+    before = contents(bench.workspace)
+    plan = planned(bench)
+    assert contents(bench.workspace) == before
+    assert list(states(plan)) == [stage["name"] for stage in report["stages"]]
+    assert set(states(plan).values()) == {"cached"}
+    assert (plan["tokens"], plan["flops"], plan["seconds"]) == (0, 0, 0)
+
+
+def test_another_learning_rate_runs_training_and_evaluation(finished):
+    plan = planned(finished[0], "--set", "dpo.optim.learning_rate=6e-5")
+    assert reasons(plan) == {"train-dpo": "changed", "evaluate": "data"}
+
+
+@pytest.mark.slow
+def test_what_a_run_then_does_is_what_was_planned(finished):
+    own = finished[0].copy("plan-rate")
+    change = ("--set", "dpo.optim.learning_rate=7e-5")
+    plan = planned(own, *change)
+    assert reasons(plan) == {"train-dpo": "changed", "evaluate": "data"}
+    report = own.run(*change)
+    told = {name for name, state in states(plan).items() if state == "runs"}
+    assert told == {name for name, state in own.states(report).items() if state == "ran"}
+    assert set(states(planned(own, *change)).values()) == {"cached"}
+    # The pairs were there to be counted, so that the tokens are those of the training itself.
+    manifests = [
+        json.loads(path.read_text())["manifest"]
+        for path in (own.workspace / "store" / "index" / "train-dpo").glob("*.json")
+    ]
+    trained = {m["extra"]["tokens_trained"] for m in manifests}
+    told_tokens = next(s["tokens"] for s in plan["stages"] if s["name"] == "train-dpo")
+    assert 0.4 * max(trained) < told_tokens < max(trained), "prompts are shared, and read once"
+
+
+def test_a_damaged_artifact_is_planned_to_be_made_again_and_left_alone(finished):
+    own = finished[0].copy("plan-damaged")
+    stage = next(s for s in finished[1]["stages"] if s["name"] == "train-dpo")
+    weights = own.workspace / "store" / stage["uri"].split("/store/")[1] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    before = contents(own.workspace)
+    assert reasons(planned(own)) == {"train-dpo": "damaged", "evaluate": "data"}
+    assert contents(own.workspace) == before
+
+
+def test_given_pairs_and_the_objectives_around_them(bench, tmp_path):
+    rows = [
+        {"prompt": f"The soup of day {i} was", "chosen": " good and warm.", "rejected": f" bad and cold {i}."}
+        for i in range(30)
+    ]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    own = empty(
+        bench, tmp_path, data={"path": str(data), "eval_fraction": 0.2}, sft={}, ppo={"enabled": False}
+    )
+    recipe = yaml.safe_load(own.recipe.read_text())
+    del recipe["pairs"], recipe["reward"]
+    own.recipe.write_text(yaml.safe_dump(recipe))
+    plan = planned(own)
+    names = list(states(plan))
+    assert "train-reward" in names
+    assert "sample-pairs" not in names
+    stages = {stage["name"]: stage for stage in plan["stages"]}
+    assert stages["train-dpo"]["note"] == ""
+    # A live reference is one more model in memory, and one more forward pass.
+    live = planned(own, "--set", "dpo.reference_sync={}")
+    moved = {stage["name"]: stage for stage in live["stages"]}["train-dpo"]
+    assert moved["memory_parts"]["reference"] == moved["memory_parts"]["weights"] > 0
+    assert 1.2 < moved["flops"] / stages["train-dpo"]["flops"] < 1.4
+
+
+def test_what_does_not_fit_is_said_with_the_field_to_change(bench, tmp_path, monkeypatch):
+    own = empty(bench, tmp_path)
+    from flows.plan_command import plan_recipe
+    from tasks import plan_speed
+    from tasks.recipe import load_recipe
+
+    class Small:
+        total = 2**20
+
+    monkeypatch.setattr(plan_speed.psutil, "virtual_memory", Small)
+    told = plan_recipe(load_recipe(str(own.recipe), []))
+    assert [line.split()[0] for line in told.warnings] == ["prepare-sft", "train-dpo", "train-ppo"]
+    assert all("GiB and this machine has" in line for line in told.warnings)
+
+
+def test_the_table_and_a_mistake(bench, tmp_path):
+    own = empty(bench, tmp_path)
+    done = own.dpo("plan", str(own.recipe))
+    assert done.returncode == 0, done.stderr
+    for part in ("Plan of tiny", "train-dpo", "runs: new", "Peak memory", "estimate: pairs still to be"):
+        assert part in done.stdout
+    assert not own.workspace.exists()
+    databases = [path for path in tmp_path.rglob("*") if path.suffix in {".db", ".sqlite"}]
+    assert databases == [], "neither Prefect's server nor MLflow's database was started"
+    with pytest.raises(ModelError, match="no model at /nowhere"):
+        planned(own, "--set", "model.name=/nowhere")
+    assert not own.workspace.exists()
