@@ -183,19 +183,6 @@ def test_flex_attention_equals_document_rows():
     assert DocumentRows.of(layout).mask_D1LL.any(-1).all(), "no row of the softmax is empty"
 
 
-def test_checkpointed_layers_attend_in_the_backward_pass_as_before():
-    """Their recomputation happens when the forward pass is long over."""
-    layout, gradients = pack(documents(6, seed=9)), []
-    for recompute in (False, True):
-        model = llama().train()
-        if recompute:
-            model.gradient_checkpointing_enable()
-        branch_scores(model, layout).logps_SL.sum().backward()
-        gradients.append([p.grad for p in model.parameters()])
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
-
-
 def test_padded_rows_after_a_pack_are_what_they_were_before():
     model, chosen = llama(), documents(5, seed=10)
     with torch.no_grad():
