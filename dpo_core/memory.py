@@ -135,10 +135,14 @@ def step_memory(config: Any, layout: Layout, engine: EngineConfig, *, on_gpu: bo
     """
     shallow = [_trace(config, layout, engine, layers, on_gpu) for layers in (1, 2)]
     layers = config.get_text_config().num_hidden_layers
-    layer = shallow[1].peak - shallow[0].peak
+    # With few layers the embedding's gradient, born last, may outweigh what all layers keep until the first
+    # gradient comes; with more it may not. Both are extrapolated, and the larger is the peak.
+    layer = shallow[1].early - shallow[0].early
+    both = [(t.peak for t in shallow), (t.early for t in shallow)]
+    peaks = [one + (two - one) * (layers - 1) for one, two in both]
     layer_weights = shallow[1].weights - shallow[0].weights
     return StepMemory(
-        peak=shallow[0].peak + layer * (layers - 1),
+        peak=max(peaks, key=lambda peak: peak.all),
         layer=layer,
         weights=shallow[0].weights + layer_weights * (layers - 1),
         layer_weights=layer_weights,
@@ -150,6 +154,8 @@ def step_memory(config: Any, layout: Layout, engine: EngineConfig, *, on_gpu: bo
 @dataclass(frozen=True)
 class _Traced:
     peak: Bytes
+    early: Bytes
+    """The peak until the gradient reaches the layers."""
     weights: Bytes
     head: Bytes
 
@@ -176,11 +182,13 @@ def _trace(config: Any, layout: Layout, engine: EngineConfig, layers: int, on_gp
             with autocast(engine.precision):
                 hidden = _hidden(model, faked, rows)
                 loss = -token_scores(model, hidden[faked.predicts_N], faked.targets_N)["logps"].sum()
+            early: list[Bytes] = []
+            hidden.register_hook(lambda _: early.append(living.peak))
             del hidden  # as in the trainer, whose forward has returned
             loss.backward()
         weights = sum((_block(p.numel() * _FP32) for p in model.parameters()), Bytes(0, 0))
         head = _block(model.get_output_embeddings().weight.numel() * _FP32)
-    return _Traced(living.peak, weights, head)
+    return _Traced(living.peak, early[0], weights, head)
 
 
 def _hidden(model: Any, layout: Layout, rows: DocumentRows | None) -> Tensor:
