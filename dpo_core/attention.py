@@ -1,8 +1,8 @@
 """Attention inside packs (see `layout`): each token sees its document's prompt and its own branch.
 
 Two ways to the same numbers. On a GPU FlexAttention with a block mask that is built from the documents'
-borders (compiling a mask function over 16,384 tokens hung the compiler for over a minute). Elsewhere each
-document becomes a row for the attention alone, everything else in the model runs on the packed tokens.
+borders (compiling a mask function over 16,384 tokens hung the compiler for over a minute). Elsewhere the pack
+is cut into its documents for the attention alone; everything else in the model runs on the packed tokens.
 """
 
 from dataclasses import dataclass
@@ -18,36 +18,28 @@ from dpo_core.layout import Pack
 
 NAME = "dpo"
 BLOCK = 128
+SHORT = 1024
 
 
 @dataclass(frozen=True)
-class DocumentRows:
-    """Where each token goes when documents become rows: D documents of at most L tokens."""
+class DocumentParts:
+    """Where a pack is cut for the attention alone, and who sees whom in each part."""
 
-    token_DL: Tensor
-    """Index of the token at each place; padding points at token 0."""
-    place_T: Tensor
-    """Index of each token in the flattened (D, L)."""
-    mask_D1LL: Tensor
-    """True where a query may see a key. Padding sees one key, or its softmax would be of nothing."""
+    lengths: tuple[int, ...]
+    """Tokens of each document, padding being one more."""
+    biases: tuple[Tensor, ...]
+    """(L, L) of each document, added to the scores: 0 where a query may see a key, else minus infinity."""
 
     @classmethod
-    def of(cls, pack: Pack) -> "DocumentRows":
-        counts_D = torch.bincount(pack.document_T)
-        documents, longest = len(counts_D), int(counts_D.max())
-        starts_D = counts_D.cumsum(0) - counts_D
-        inside_T = torch.arange(len(pack.ids_T), device=counts_D.device) - starts_D[pack.document_T]
-        place_T = pack.document_T * longest + inside_T
-        token_DL = torch.zeros(documents * longest, dtype=torch.long, device=counts_D.device)
-        token_DL[place_T] = torch.arange(len(pack.ids_T), device=counts_D.device)
-        branch_DL = torch.full_like(token_DL, -1)
-        branch_DL[place_T] = pack.branch_T
-        branch_DL = branch_DL.view(documents, longest)
-        q, k = branch_DL[:, :, None], branch_DL[:, None, :]
-        causal_LL = torch.ones(longest, longest, dtype=torch.bool, device=counts_D.device).tril()
-        mask_DLL = causal_LL & ((k == 0) | (k == q)) & (q >= 0)
-        mask_DLL[:, :, 0] |= q[:, :, 0] < 0
-        return cls(token_DL.view(documents, longest), place_T, mask_DLL[:, None])
+    def of(cls, pack: Pack) -> "DocumentParts":
+        lengths = torch.bincount(pack.document_T).tolist()
+        return cls(tuple(lengths), tuple(_bias(branch_L) for branch_L in pack.branch_T.split(lengths)))
+
+
+def _bias(branch_L: Tensor) -> Tensor:
+    q, k = branch_L[:, None], branch_L[None, :]
+    seen_LL = ((k == 0) | (k == q)).tril()
+    return torch.zeros(seen_LL.shape, device=seen_LL.device).masked_fill(~seen_LL, float("-inf"))
 
 
 def _attend(
@@ -57,7 +49,7 @@ def _attend(
     value: Tensor,
     attention_mask: Any,
     *,
-    rows: DocumentRows | None = None,
+    parts: DocumentParts | None = None,
     **settings: Any,
 ) -> tuple[Tensor, Any]:
     """Attention as transformers calls it: query (1, heads, T, d); key and value may have fewer heads.
@@ -68,17 +60,18 @@ def _attend(
     from torch.nn.attention.flex_attention import BlockMask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    if rows is not None:
-        return _in_rows(query, key, value, rows, **settings), None
+    if parts is not None:
+        return _by_document(query, key, value, parts, **settings), None
     own = "flex_attention" if isinstance(attention_mask, BlockMask) else "sdpa"
     return ALL_ATTENTION_FUNCTIONS[own](module, query, key, value, attention_mask, **settings)
 
 
-def _in_rows(
+@torch.compiler.disable  # lengths differ in every pack, and each would be compiled anew
+def _by_document(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    rows: DocumentRows,
+    parts: DocumentParts,
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
@@ -92,22 +85,33 @@ def _in_rows(
         ModelError: the architecture asks for attention that packs do not offer.
     """
     unknown = [name for name in ("s_aux", "head_mask") if others.get(name) is not None]
-    if softcap or dropout or unknown or (sliding_window and sliding_window < rows.token_DL.shape[1]):
+    if softcap or dropout or unknown or (sliding_window and sliding_window < max(parts.lengths)):
         raise ModelError(
             "the model's attention (soft cap, sinks, dropout or a short window) cannot run on packs",
             "Set pack_tokens to null: padded rows serve every model",
         )
 
-    def as_rows(states_1HTd: Tensor, heads: int) -> Tensor:
-        states_DLHd = states_1HTd[0].transpose(0, 1)[rows.token_DL]
-        states_DHLd = states_DLHd.transpose(1, 2)
-        return states_DHLd.repeat_interleave(heads // states_1HTd.shape[1], dim=1)
-
     heads = query.shape[1]
-    out_DHLd = F.scaled_dot_product_attention(
-        as_rows(query, heads), as_rows(key, heads), as_rows(value, heads), rows.mask_D1LL, scale=scaling
-    )
-    return out_DHLd.transpose(1, 2).flatten(0, 1)[rows.place_T][None]
+    key, value = (states.repeat_interleave(heads // states.shape[1], dim=1) for states in (key, value))
+    lengths = list(parts.lengths)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    split = (states.split(lengths, dim=2) for states in (query, key, value))
+    pieces = [_one_document(q, k, v, bias, scale) for q, k, v, bias in zip(*split, parts.biases, strict=True)]
+    return torch.cat(pieces, dim=2).transpose(1, 2)
+
+
+def _one_document(query: Tensor, key: Tensor, value: Tensor, bias_LL: Tensor, scale: float) -> Tensor:
+    """(1, heads, L, d)."""
+    device = query.device.type
+    reduced = query.dtype == torch.bfloat16 or torch.is_autocast_enabled(device)
+    if not reduced or len(bias_LL) > SHORT:
+        bias = bias_LL.to(query.dtype)[None, None]
+        return F.scaled_dot_product_attention(query, key, value, bias, scale=scale)
+    # In bf16 the CPU's fused kernel is slower than plain products whose scores and softmax stay fp32.
+    with torch.autocast(device, enabled=False):
+        bias_HLL = bias_LL.expand(query.shape[1], -1, -1)
+        scores_HLL = torch.baddbmm(bias_HLL, query[0].float(), key[0].float().transpose(1, 2), alpha=scale)
+        return torch.bmm(torch.softmax(scores_HLL, -1).bfloat16(), value[0].bfloat16())[None]
 
 
 def _take_over(model: nn.Module) -> None:
@@ -140,14 +144,14 @@ def trunk_of(model: nn.Module) -> Any:
     return whole.get_decoder() if hasattr(model, "get_decoder") else whole.base_model
 
 
-def packed_hidden(model: nn.Module, pack: Pack, rows: DocumentRows | None = None) -> Tensor:
-    """Last hidden states (T, H) of a pack, without the output head; `rows` where they are known already."""
+def packed_hidden(model: nn.Module, pack: Pack, parts: DocumentParts | None = None) -> Tensor:
+    """Last hidden states (T, H) of a pack, without the output head; `parts` where they are known already."""
     trunk = trunk_of(model)
     inputs: dict[str, Any] = {"input_ids": pack.ids_T[None], "position_ids": pack.positions_T[None]}
     if pack.ids_T.is_cuda:
         inputs["attention_mask"] = block_mask(pack)
     else:
-        inputs["rows"] = rows or DocumentRows.of(pack)
+        inputs["parts"] = parts or DocumentParts.of(pack)
     _take_over(model)
     return trunk(**inputs, use_cache=False).last_hidden_state[0]
 

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dpo_core.attention import DocumentRows, checkpoint_layers, packed_hidden, trunk_of
+from dpo_core.attention import DocumentParts, checkpoint_layers, packed_hidden, trunk_of
 from dpo_core.engine import EngineConfig
 from dpo_core.layout import Layout, Pack
 from dpo_core.logprobs import autocast
@@ -163,7 +163,7 @@ class _Traced:
 def _trace(config: Any, layout: Layout, engine: EngineConfig, layers: int, on_gpu: bool) -> _Traced:
     from transformers import AutoModelForCausalLM
 
-    rows = DocumentRows.of(layout) if isinstance(layout, Pack) and not on_gpu else None
+    parts = DocumentParts.of(layout) if isinstance(layout, Pack) and not on_gpu else None
     with quiet_transformers(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         model = AutoModelForCausalLM.from_config(_shallow(config, layers), dtype=torch.float32).train()
         if engine.gradient_checkpointing:
@@ -177,10 +177,10 @@ def _trace(config: Any, layout: Layout, engine: EngineConfig, layers: int, on_gp
             return tuple(map(fake, value)) if isinstance(value, tuple) else mode.from_tensor(value)
 
         faked = type(layout)(**{name: fake(value) for name, value in vars(layout).items()})
-        rows = DocumentRows(*map(fake, vars(rows).values())) if rows else None
+        parts = DocumentParts(parts.lengths, tuple(map(fake, parts.biases))) if parts else None
         with _Living(known) as living:
             with autocast(engine.precision):
-                hidden = _hidden(model, faked, rows)
+                hidden = _hidden(model, faked, parts)
                 loss = -token_scores(model, hidden[faked.predicts_N], faked.targets_N)["logps"].sum()
             early: list[Bytes] = []
             hidden.register_hook(lambda _: early.append(living.peak))
@@ -191,11 +191,11 @@ def _trace(config: Any, layout: Layout, engine: EngineConfig, layers: int, on_gp
     return _Traced(living.peak, early[0], weights, head)
 
 
-def _hidden(model: Any, layout: Layout, rows: DocumentRows | None) -> Tensor:
+def _hidden(model: Any, layout: Layout, parts: DocumentParts | None) -> Tensor:
     if not isinstance(layout, Pack):
         return hidden_of(model, layout)
-    if rows is not None:
-        return packed_hidden(model, layout, rows)
+    if parts is not None:
+        return packed_hidden(model, layout, parts)
     # FlexAttention cannot be traced here; plain causal attention over the pack keeps as much.
     return trunk_of(model)(input_ids=layout.ids_T[None], use_cache=False).last_hidden_state[0]
 
