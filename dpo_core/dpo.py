@@ -287,9 +287,9 @@ class DpoTrainer(PackedTrainer[TokenPair]):
         if not self.policy_is_reference or not self.dpo.check_rows:
             return
         chosen = np.random.default_rng(0).permutation(len(self.examples))[: self.dpo.check_rows]
-        with torch.no_grad():
-            logps = self.logps([self.examples[i] for i in chosen])
-        gaps_2B = torch.cat([logps.chosen_ratio_B, logps.rejected_ratio_B])
+        with torch.no_grad():  # one by one: together they may be more than a pack
+            found = [self.logps([self.examples[i]]) for i in chosen]
+        gaps_2B = torch.cat([ratio_B for p in found for ratio_B in (p.chosen_ratio_B, p.rejected_ratio_B)])
         require_reference_values(gaps_2B, self.config.engine.precision)
 
     def end_step(self, step: int) -> None:

@@ -75,6 +75,9 @@ class PpoConfig(Config):
     def _episodes_divide(self) -> "PpoConfig":
         if self.engine.zero_stage == 3:
             raise ValueError("PPO samples from the policy, which ZeRO 3 has cut up: use zero_stage 0 to 2")
+        for name in ("gradient_checkpointing", "compile"):
+            if getattr(self.engine, name):
+                raise ValueError(f"engine.{name} is not read by PPO: leave it out")
         share = self.minibatches * self.micro_batch_size * self.engine.processes
         if self.episodes % share:
             raise ValueError(

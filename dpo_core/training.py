@@ -267,7 +267,7 @@ class PackedTrainer(Trainer[Example]):
 
 def compile_layers(module: nn.Module) -> None:
     """Compile each decoder layer in place; names of weights and checkpoints stay as they are."""
-    for layer in trunk_of(module).layers:
+    for layer in trunk_of(getattr(module, "backbone", module)).layers:
         layer.compile()
 
 

@@ -75,6 +75,14 @@ def straight(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return work
 
 
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "compile"])
+def test_a_setting_that_ppo_does_not_read_is_refused(name: str) -> None:
+    from dpo_core.ppo import PpoConfig
+
+    with pytest.raises(ValueError, match=f"engine.{name} is not read by PPO"):
+        PpoConfig(engine={name: True})
+
+
 def test_the_first_round_has_known_values(straight: Path) -> None:
     first = curve(straight)[0]
     assert first["objective/kl"] == 0.0, "the policy is still the reference"
