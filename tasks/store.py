@@ -199,10 +199,7 @@ class Store:
                     lock.acquire(timeout=patience)
                 except Timeout:
                     patience = _WAIT_LINE_SECONDS
-                    try:
-                        who = holder.read_text()
-                    except OSError:
-                        who = "another process"
+                    who = _holder_of(holder)
                     log.info("stage %s (key %s) is being done by %s; waiting", stage, key[:16], who)
             with suppress(OSError):  # only a courtesy to those who wait
                 started = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -366,3 +363,13 @@ def _has_owner(temporary: Path) -> bool:
         return False
     except psutil.AccessDenied:
         return True
+
+
+def _holder_of(path: Path) -> str:
+    """Who holds a lock. The holder writes its name just after it took it: a moment is given for that."""
+    for _ in range(10):
+        with suppress(OSError):
+            if who := path.read_text():
+                return who
+        time.sleep(0.05)
+    return "another process"

@@ -83,9 +83,10 @@ def test_another_learning_rate_runs_again_from_training_on(finished):
 def test_pre_dpo_trains_a_guide_and_starts_again(finished):
     """Both passes from the SFT model; the guide is the reference of the second, and nothing else changes."""
     bench, first = finished
+    own = bench.copy("guided")
     guide = "guide={max_steps: 3, batch_size: 8, epochs: 50, engine: {precision: fp32, threads: 1}}"
-    report = bench.run("--set", guide)
-    states = bench.states(report)
+    report = own.run("--set", guide)
+    states = own.states(report)
     assert [name for name, state in states.items() if state == "ran"] == [
         "train-guide",
         "cache-guide",
