@@ -144,6 +144,15 @@ def trunk_of(model: nn.Module) -> Any:
     return whole.get_decoder() if hasattr(model, "get_decoder") else whole.base_model
 
 
+def padded_hidden(model: nn.Module, ids_BT: Tensor, attention_BT: Tensor) -> Tensor:
+    """Last hidden states (B, T, H) of right-padded rows, without the output head."""
+    positions_BT = (attention_BT.cumsum(-1) - 1).clamp(min=0)
+    output = trunk_of(model)(
+        input_ids=ids_BT, attention_mask=attention_BT, position_ids=positions_BT, use_cache=False
+    )
+    return output.last_hidden_state
+
+
 def packed_hidden(model: nn.Module, pack: Pack, parts: DocumentParts | None = None) -> Tensor:
     """Last hidden states (T, H) of a pack, without the output head; `parts` where they are known already."""
     trunk = trunk_of(model)

@@ -99,25 +99,25 @@ class PackedBatches:
         rank: int,
         world: int,
     ) -> None:
-        def plans(packs_per_rank: int) -> list[PackPlan]:
-            return [
-                plan_epoch(
-                    lengths_E,
-                    batch_size,
-                    pack_tokens,
-                    world=world,
-                    seed=seed,
-                    epoch=epoch,
-                    packs_per_rank=packs_per_rank,
-                )
-                for epoch in range(epochs)
-            ]
+        def plan(epoch: int, packs_per_rank: int = 1) -> PackPlan:
+            return plan_epoch(
+                lengths_E,
+                batch_size,
+                pack_tokens,
+                world=world,
+                seed=seed,
+                epoch=epoch,
+                packs_per_rank=packs_per_rank,
+            )
 
         self.rank, self.world = rank, world
-        most = max(plan.per_step for plan in plans(1)) // world
-        self.plans = plans(most)
+        least = [plan(epoch) for epoch in range(epochs)]
+        most = max(one.per_step for one in least) // world
+        self.plans = [
+            one if one.per_step == most * world else plan(epoch, most) for epoch, one in enumerate(least)
+        ]
         self.micro_batches = most
-        self.length = max(plan.length for plan in self.plans)
+        self.length = max(one.length for one in self.plans)
         """Tokens of the fullest pack of all epochs."""
 
     def of_step(self, step: int) -> Batch:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dpo_core.attention import trunk_of
+from dpo_core.attention import padded_hidden
 from dpo_core.errors import ModelError
 from dpo_core.scores import token_scores
 from dpo_core.tokens import Sequence
@@ -61,11 +61,7 @@ def autocast(precision: Precision, device: torch.device | str = "cpu") -> Abstra
 
 def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
     """Last hidden states (B,T,H) of the trunk, without the output head."""
-    positions_BT = (batch.attention_BT.cumsum(-1) - 1).clamp(min=0)
-    output = trunk_of(model)(
-        input_ids=batch.ids_BT, attention_mask=batch.attention_BT, position_ids=positions_BT, use_cache=False
-    )
-    return output.last_hidden_state
+    return padded_hidden(model, batch.ids_BT, batch.attention_BT)
 
 
 def token_logps(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dpo_core.attention import BLOCK, packed_hidden, trunk_of
+from dpo_core.attention import BLOCK, packed_hidden, padded_hidden
 from dpo_core.errors import ModelError
 from dpo_core.layout import Document, Layout, Pack, PaddedRows, pack, pad
 
@@ -46,14 +46,7 @@ def hidden_of(model: nn.Module, layout: Layout) -> Tensor:
     if isinstance(layout, Pack):
         return packed_hidden(model, layout)
     assert isinstance(layout, PaddedRows)
-    positions_ST = (layout.attention_ST.cumsum(-1) - 1).clamp(min=0)
-    output = trunk_of(model)(
-        input_ids=layout.ids_ST,
-        attention_mask=layout.attention_ST,
-        position_ids=positions_ST,
-        use_cache=False,
-    )
-    return output.last_hidden_state.flatten(0, 1)
+    return padded_hidden(model, layout.ids_ST, layout.attention_ST).flatten(0, 1)
 
 
 def branch_scores(

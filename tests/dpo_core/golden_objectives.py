@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from dpo_core.dpo import DpoConfig, DpoTrainer
 from dpo_core.models import disable_dropout, load_model
 from dpo_core.objectives import get, names
@@ -78,6 +80,19 @@ def unpaired_trainer_of(
         seed=3,
         work=work,
     )
+
+
+def step_of(trainer: DpoTrainer | UnpairedTrainer, split: list[list[int]]) -> tuple[float, list[Tensor]]:
+    """Loss and gradient of one global batch, forwarded in the given parts."""
+    examples = trainer.examples
+    trainer.module.zero_grad()
+    trainer.begin_step([examples[i] for part in split for i in part])
+    total = 0.0
+    for part in split:
+        loss, _ = trainer.losses([examples[i] for i in part])
+        (loss / len(examples)).backward()
+        total += float(loss.detach()) / len(examples)
+    return total, [p.grad.clone() for p in trainer.module.parameters() if p.grad is not None]
 
 
 def _config(name: str, batch: int, steps: int, learning_rate: float, settings: dict[str, Any]) -> DpoConfig:

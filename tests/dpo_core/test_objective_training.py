@@ -17,7 +17,7 @@ from dpo_core.errors import RecipeError
 from dpo_core.models import load_model
 from dpo_core.objectives import get, names
 from dpo_core.reference import LogpShard
-from tests.dpo_core.golden_objectives import GOLDEN, STEPS, trainer_of
+from tests.dpo_core.golden_objectives import GOLDEN, STEPS, step_of, trainer_of
 from tests.tiny import make_tiny_model
 from tests.training_jobs import pair_rows, token_pairs, write_reference
 
@@ -40,19 +40,6 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def shard(other: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_reference(other, ROWS, tmp_path_factory.mktemp("reference") / "shard")
-
-
-def step_of(trainer: DpoTrainer, split: list[list[int]]) -> tuple[float, list[torch.Tensor]]:
-    """Loss and gradient of one global batch, forwarded in the given parts."""
-    examples = trainer.examples
-    trainer.module.zero_grad()
-    trainer.begin_step([examples[i] for part in split for i in part])
-    total = 0.0
-    for part in split:
-        loss, _ = trainer.losses([examples[i] for i in part])
-        (loss / len(ROWS)).backward()
-        total += float(loss.detach()) / len(ROWS)
-    return total, [p.grad.clone() for p in trainer.module.parameters() if p.grad is not None]
 
 
 @pytest.mark.parametrize("name", PAIRWISE)

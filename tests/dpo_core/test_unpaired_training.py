@@ -18,7 +18,7 @@ from dpo_core.models import load_model, load_tokenizer
 from dpo_core.reference import LogpShard, sequence_key
 from dpo_core.tokens import Sequence, TokenConfig, Tokenise
 from dpo_core.unpaired import UnpairedExample, UnpairedTrainer, imbalance, mismatched, unpaired_examples
-from tests.dpo_core.golden_objectives import GOLDEN, STEPS, unpaired_trainer_of
+from tests.dpo_core.golden_objectives import GOLDEN, STEPS, step_of, unpaired_trainer_of
 from tests.tiny import make_tiny_model
 from tests.training_jobs import (
     curve,
@@ -118,19 +118,6 @@ def test_z_0_is_clamped_at_zero_after_the_mean(alone: None, tiny: Path, other: P
 
 
 # However the batch is cut --------------------------------------------------------------------------------
-
-
-def step_of(trainer: UnpairedTrainer, split: list[list[int]]) -> tuple[float, list[torch.Tensor]]:
-    """Loss and gradient of one global batch, forwarded in the given parts."""
-    examples = trainer.examples
-    trainer.module.zero_grad()
-    trainer.begin_step([examples[i] for part in split for i in part])
-    total = 0.0
-    for part in split:
-        loss, _ = trainer.losses([examples[i] for i in part])
-        (loss / len(ROWS)).backward()
-        total += float(loss.detach()) / len(ROWS)
-    return total, [p.grad.clone() for p in trainer.module.parameters() if p.grad is not None]
 
 
 @pytest.mark.parametrize("name", FIRST)
