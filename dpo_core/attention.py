@@ -2,10 +2,10 @@
 
 Two ways to the same numbers. On a GPU FlexAttention with a block mask that is built from the documents'
 borders (compiling a mask function over 16,384 tokens hung the compiler for over a minute). Elsewhere the pack
-is cut into its documents for the attention alone; everything else in the model runs on the packed tokens.
+is cut into its documents for the attention alone (`document_attention`); everything else in the model runs on
+the packed tokens.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,33 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dpo_core.document_attention import Bf16Attention, DocumentParts
 from dpo_core.errors import ModelError
 from dpo_core.layout import Pack
 
 NAME = "dpo"
 BLOCK = 128
+# Longer documents are left to SDPA, which keeps no probabilities: they grow with the square of a length.
 SHORT = 1024
-
-
-@dataclass(frozen=True)
-class DocumentParts:
-    """Where a pack is cut for the attention alone, and who sees whom in each part."""
-
-    lengths: tuple[int, ...]
-    """Tokens of each document, padding being one more."""
-    biases: tuple[Tensor, ...]
-    """(L, L) of each document, added to the scores: 0 where a query may see a key, else minus infinity."""
-
-    @classmethod
-    def of(cls, pack: Pack) -> "DocumentParts":
-        lengths = torch.bincount(pack.document_T).tolist()
-        return cls(tuple(lengths), tuple(_bias(branch_L) for branch_L in pack.branch_T.split(lengths)))
-
-
-def _bias(branch_L: Tensor) -> Tensor:
-    q, k = branch_L[:, None], branch_L[None, :]
-    seen_LL = ((k == 0) | (k == q)).tril()
-    return torch.zeros(seen_LL.shape, device=seen_LL.device).masked_fill(~seen_LL, float("-inf"))
 
 
 def _attend(
@@ -91,27 +72,21 @@ def _by_document(
             "Set pack_tokens to null: padded rows serve every model",
         )
 
-    heads = query.shape[1]
-    key, value = (states.repeat_interleave(heads // states.shape[1], dim=1) for states in (key, value))
-    lengths = list(parts.lengths)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    split = (states.split(lengths, dim=2) for states in (query, key, value))
-    pieces = [_one_document(q, k, v, bias, scale) for q, k, v, bias in zip(*split, parts.biases, strict=True)]
-    return torch.cat(pieces, dim=2).transpose(1, 2)
-
-
-def _one_document(query: Tensor, key: Tensor, value: Tensor, bias_LL: Tensor, scale: float) -> Tensor:
-    """(1, heads, L, d)."""
     device = query.device.type
     reduced = query.dtype == torch.bfloat16 or torch.is_autocast_enabled(device)
-    if not reduced or len(bias_LL) > SHORT:
-        bias = bias_LL.to(query.dtype)[None, None]
-        return F.scaled_dot_product_attention(query, key, value, bias, scale=scale)
-    # In bf16 the CPU's fused kernel is slower than plain products whose scores and softmax stay fp32.
-    with torch.autocast(device, enabled=False):
-        bias_HLL = bias_LL.expand(query.shape[1], -1, -1)
-        scores_HLL = torch.baddbmm(bias_HLL, query[0].float(), key[0].float().transpose(1, 2), alpha=scale)
-        return torch.bmm(torch.softmax(scores_HLL, -1).bfloat16(), value[0].bfloat16())[None]
+    if reduced and max(parts.lengths) <= SHORT:
+        with torch.autocast(device, enabled=False):
+            rows = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
+            return Bf16Attention.apply(*rows, parts, scale)[None]
+    heads = query.shape[1]
+    key, value = (states.repeat_interleave(heads // states.shape[1], dim=1) for states in (key, value))
+    split = (states.split(list(parts.lengths), dim=2) for states in (query, key, value))
+    pieces = [
+        F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype)[None, None], scale=scale)
+        for q, k, v, bias in zip(*split, parts.biases, strict=True)
+    ]
+    return torch.cat(pieces, dim=2).transpose(1, 2)
 
 
 def _take_over(model: nn.Module) -> None:

@@ -84,7 +84,7 @@ def training(
 
     Args:
         checkpointing: the layers run forward once more in the backward pass.
-        head_again: so does the head (see `scores.KEEP_LOGITS_BYTES`).
+        head_again: so does the head (see `head.KEEP_LOGITS_BYTES`).
     """
     attention = _attention(shape, squares)
     total = 6 * shape.trunk * tokens + (1 + _ATTENTION_BACKWARD) * attention + 6 * shape.head * scored

@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dpo_core.attention import DocumentParts, checkpoint_layers, packed_hidden, trunk_of
+from dpo_core.attention import checkpoint_layers, packed_hidden, trunk_of
+from dpo_core.document_attention import DocumentParts
 from dpo_core.engine import EngineConfig
 from dpo_core.layout import Layout, Pack
 from dpo_core.logprobs import autocast
@@ -105,10 +106,11 @@ class _Living(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
-                self._born(tensor.untyped_storage())
+                self.born(tensor.untyped_storage())
         return out
 
-    def _born(self, storage: Any) -> None:
+    def born(self, storage: Any) -> None:
+        """Count a storage while it lives."""
         if id(storage) in self.sizes:
             return
         self.sizes[id(storage)] = size = _block(storage.nbytes())
@@ -119,6 +121,11 @@ class _Living(TorchDispatchMode):
 
     def _died(self, key: int) -> None:
         self.now = self.now - self.sizes.pop(key)
+
+    def restart(self) -> Bytes:
+        """The peak so far; from here on it is counted anew."""
+        before, self.peak = self.peak, self.now
+        return before
 
 
 def _block(size: int) -> Bytes:
@@ -135,10 +142,10 @@ def step_memory(config: Any, layout: Layout, engine: EngineConfig, *, on_gpu: bo
     """
     shallow = [_trace(config, layout, engine, layers, on_gpu) for layers in (1, 2)]
     layers = config.get_text_config().num_hidden_layers
-    # With few layers the embedding's gradient, born last, may outweigh what all layers keep until the first
-    # gradient comes; with more it may not. Both are extrapolated, and the larger is the peak.
+    # With few layers the head's or the embedding's gradient may outweigh what the layers hold; with more it
+    # may not. The peaks before and after the gradient reaches the layers are extrapolated, each by itself.
     layer = shallow[1].early - shallow[0].early
-    both = [(t.peak for t in shallow), (t.early for t in shallow)]
+    both = [(t.early for t in shallow), (t.late for t in shallow)]
     peaks = [one + (two - one) * (layers - 1) for one, two in both]
     layer_weights = shallow[1].weights - shallow[0].weights
     return StepMemory(
@@ -153,9 +160,10 @@ def step_memory(config: Any, layout: Layout, engine: EngineConfig, *, on_gpu: bo
 
 @dataclass(frozen=True)
 class _Traced:
-    peak: Bytes
     early: Bytes
     """The peak until the gradient reaches the layers."""
+    late: Bytes
+    """The peak from then on."""
     weights: Bytes
     head: Bytes
 
@@ -179,16 +187,18 @@ def _trace(config: Any, layout: Layout, engine: EngineConfig, layers: int, on_gp
         faked = type(layout)(**{name: fake(value) for name, value in vars(layout).items()})
         parts = DocumentParts(parts.lengths, tuple(map(fake, parts.biases))) if parts else None
         with _Living(known) as living:
+            for bias in parts.biases if parts else ():
+                living.born(bias.untyped_storage())
             with autocast(engine.precision):
                 hidden = _hidden(model, faked, parts)
                 loss = -token_scores(model, hidden[faked.predicts_N], faked.targets_N)["logps"].sum()
             early: list[Bytes] = []
-            hidden.register_hook(lambda _: early.append(living.peak))
+            hidden.register_hook(lambda _: early.append(living.restart()))
             del hidden  # as in the trainer, whose forward has returned
             loss.backward()
         weights = sum((_block(p.numel() * _FP32) for p in model.parameters()), Bytes(0, 0))
         head = _block(model.get_output_embeddings().weight.numel() * _FP32)
-    return _Traced(living.peak, early[0], weights, head)
+    return _Traced(early[0], living.peak, weights, head)
 
 
 def _hidden(model: Any, layout: Layout, parts: DocumentParts | None) -> Tensor:

@@ -1,27 +1,22 @@
 """What objectives read of a model: token log-probs of every completion, and what some need besides.
 
-One function for padded rows and for packs: only the trunk's forward differs. The output head runs in fp32, in
-chunks of tokens, over scored positions only; large batches recompute each chunk in the backward pass.
+One function for padded rows and for packs: only the trunk's forward differs. The output head (see `head`)
+runs in chunks of tokens, over scored positions only; large batches recompute each chunk in the backward pass.
 
 Shapes: S branches, L tokens of the longest, D documents, N scored tokens, C tokens of a chunk, V vocabulary.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from dpo_core import head
 from dpo_core.attention import BLOCK, packed_hidden, padded_hidden
 from dpo_core.errors import ModelError
+from dpo_core.head import head_of, keeps_logits, logits, softcap_of, target_logps
 from dpo_core.layout import Document, Layout, Pack, PaddedRows, pack, pad
-
-# fp32 logits of one chunk: 512 x 49,152 x 4 bytes is 100 MB.
-CHUNK_TOKENS = 512
-# Logits above this size are recomputed in the backward pass; smaller ones are kept, a quarter faster.
-KEEP_LOGITS_BYTES = 1 << 29
 
 
 @dataclass(frozen=True)
@@ -92,7 +87,7 @@ def can_share(model: nn.Module) -> bool:
 
     Attention that looks beyond masks and positions (ALiBi, state spaces, soft caps, sinks) cannot.
     """
-    ids = [i % len(_head(model)[0]) for i in range(40)]
+    ids = [i % len(head_of(model)[0]) for i in range(40)]
     documents = [
         Document(tuple(ids[a : a + 5]), (tuple(ids[a : a + 3]), tuple(ids[a + 3 : a + 8]))) for a in (0, 9)
     ]
@@ -117,12 +112,12 @@ def token_scores(
     sharpness: bool = False,
 ) -> dict[str, Tensor]:
     """`logps` (N,) of the targets and, where asked for, `ref_logps`, `kl` and `sharpness`, each (N,) fp32."""
+    if reference is None and not sharpness and not softcap_of(model):
+        return {"logps": target_logps(model, hidden_NH, targets_N, temperature)}
 
     def chunk(hidden_CH: Tensor, targets_C: Tensor, ref_CH: Tensor | None) -> tuple[Tensor, ...]:
-        logits_CV = logits(model, hidden_CH) / temperature if temperature != 1 else logits(model, hidden_CH)
-        if reference is None and not sharpness:
-            return (-F.cross_entropy(logits_CV, targets_C, reduction="none"),)
-        logps_CV = torch.log_softmax(logits_CV, -1)
+        logits_CV = logits(model, hidden_CH)
+        logps_CV = torch.log_softmax(logits_CV / temperature if temperature != 1 else logits_CV, -1)
         found = [logps_CV.gather(-1, targets_C[:, None])[:, 0]]
         if reference is not None:
             assert ref_CH is not None
@@ -142,26 +137,11 @@ def token_scores(
     names += ["sharpness"] if sharpness else []
     if not len(targets_N):
         return dict.fromkeys(names, hidden_NH.new_zeros(0, dtype=torch.float32))
-    vocabulary = len(_head(model)[0])
-    recompute = torch.is_grad_enabled() and len(targets_N) * vocabulary * 4 > KEEP_LOGITS_BYTES
+    recompute = torch.is_grad_enabled() and not keeps_logits(len(targets_N), len(head_of(model)[0]))
     pieces: list[tuple[Tensor, ...]] = []
-    for start in range(0, len(targets_N), CHUNK_TOKENS):
-        part = slice(start, start + CHUNK_TOKENS)
+    for start in range(0, len(targets_N), head.CHUNK_TOKENS):
+        part = slice(start, start + head.CHUNK_TOKENS)
         ref_CH = None if ref_hidden_NH is None else ref_hidden_NH[part]
         inputs = hidden_NH[part], targets_N[part], ref_CH
         pieces.append(checkpoint(chunk, *inputs, use_reentrant=False) if recompute else chunk(*inputs))
     return dict(zip(names, map(torch.cat, zip(*pieces, strict=True)), strict=True))
-
-
-def logits(model: nn.Module, hidden_CH: Tensor) -> Tensor:
-    """(C, V) fp32 whatever the trunk's autocast: bf16 logits cost about 0.2 nats over a thousand tokens."""
-    weight_VH, bias_V = _head(model)
-    softcap = getattr(model.config, "final_logit_softcapping", None)
-    with torch.autocast(hidden_CH.device.type, enabled=False):
-        logits_CV = F.linear(hidden_CH.float(), weight_VH.float(), bias_V)
-    return torch.tanh(logits_CV / softcap) * softcap if softcap else logits_CV
-
-
-def _head(model: nn.Module) -> tuple[Tensor, Tensor | None]:
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    return head.weight, head.bias.float() if getattr(head, "bias", None) is not None else None

@@ -17,9 +17,9 @@ from dpo_core.batches import PackedBatches, PaddedBatches
 from dpo_core.data.records import load
 from dpo_core.dpo import DpoConfig
 from dpo_core.engine import EngineConfig
+from dpo_core.head import keeps_logits
 from dpo_core.layout import Document, Layout, pack, pad
 from dpo_core.models import load_tokenizer, locate
-from dpo_core.scores import KEEP_LOGITS_BYTES
 from dpo_core.tokens import Tokenise
 from dpo_core.training import LoopConfig, PackedLoopConfig
 from tasks.data import split
@@ -191,8 +191,7 @@ class Workload:
             squares,
             scored,
             checkpointing=config.engine.gradient_checkpointing,
-            head_again=len(layout.targets_N) * self.config.get_text_config().vocab_size * 4
-            > KEEP_LOGITS_BYTES,
+            head_again=not keeps_logits(len(layout.targets_N), self.config.get_text_config().vocab_size),
         )
         return Work(
             tokens=seen * tokens,

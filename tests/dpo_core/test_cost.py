@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from dpo_core import cost, scores
+from dpo_core import cost, head
 from dpo_core.attention import checkpoint_layers
 from dpo_core.generate import SamplingConfig, sample
 from dpo_core.layout import Document, pack, pad
@@ -71,7 +71,7 @@ def test_a_shared_prompt_counts_once():
 
 
 def test_what_the_backward_pass_computes_again(monkeypatch):
-    monkeypatch.setattr(scores, "KEEP_LOGITS_BYTES", 0)
+    monkeypatch.setattr(head, "KEEP_LOGITS_BYTES", 0)
     model, shape = built(LLAMA).train(), cost.Shape.of(LLAMA)
     checkpoint_layers(model)
     measured = counted(lambda: branch_scores(model, pack(DOCUMENTS)).logps_SL.sum().backward())

@@ -146,8 +146,8 @@ def test_recomputed_chunks_give_the_same_gradients(monkeypatch):
         return [p.grad.clone() for p in model.parameters()]
 
     kept = gradients()
-    monkeypatch.setattr("dpo_core.scores.KEEP_LOGITS_BYTES", 0)
-    monkeypatch.setattr("dpo_core.scores.CHUNK_TOKENS", 5)
+    monkeypatch.setattr("dpo_core.head.KEEP_LOGITS_BYTES", 0)
+    monkeypatch.setattr("dpo_core.head.CHUNK_TOKENS", 5)
     for a, b in zip(kept, gradients(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 

@@ -1,0 +1,108 @@
+"""Attention document by document on a CPU, for packs (see `layout`), by products of bf16 matrices.
+
+The CPU's fused kernels are slower in bf16 than plain products, and autograd of plain products spends as long
+on slicing, joining and repeating tensors as on the products. So forward and backward are written out here:
+each document is read from and written to its place in the pack, and the queries that share a key-value head
+are rows of one product, which nothing has to be repeated for.
+
+Numbers are rounded where FlashAttention rounds: scores and softmax are fp32, probabilities and gradients of
+scores enter their products as bf16.
+
+Shapes: T tokens of a pack, L of a document, H query heads, K key-value heads, G = H / K, d size of a head.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_core.layout import Pack
+
+
+@dataclass(frozen=True)
+class DocumentParts:
+    """Where a pack is cut for the attention alone, and who sees whom in each part."""
+
+    lengths: tuple[int, ...]
+    """Tokens of each document, padding being one more."""
+    biases: tuple[Tensor, ...]
+    """(L, L) of each document, added to the scores: 0 where a query may see a key, else minus infinity."""
+
+    @classmethod
+    def of(cls, pack: Pack) -> "DocumentParts":
+        lengths = torch.bincount(pack.document_T).tolist()
+        return cls(tuple(lengths), tuple(_bias(branch_L) for branch_L in pack.branch_T.split(lengths)))
+
+    def slices(self) -> list[slice]:
+        """The tokens of each document."""
+        found, end = [], 0
+        for length in self.lengths:
+            found.append(slice(end, end := end + length))
+        return found
+
+
+def _bias(branch_L: Tensor) -> Tensor:
+    q, k = branch_L[:, None], branch_L[None, :]
+    seen_LL = ((k == 0) | (k == q)).tril()
+    return torch.zeros(seen_LL.shape, device=seen_LL.device).masked_fill(~seen_LL, float("-inf"))
+
+
+class Bf16Attention(torch.autograd.Function):
+    """`apply(query_THd, key_TKd, value_TKd, parts, scale)`: (T, H, d) in bf16, of inputs of any floats."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query_THd: Tensor, key_TKd: Tensor, value_TKd: Tensor, parts: DocumentParts, scale: float
+    ) -> Tensor:
+        query_THd, key_TKd, value_TKd = (one.bfloat16() for one in (query_THd, key_TKd, value_TKd))
+        heads = key_TKd.shape[1]
+        out_THd = torch.empty_like(query_THd, memory_format=torch.contiguous_format)
+        kept = []
+        for here, bias_LL in zip(parts.slices(), parts.biases, strict=True):
+            query_KRd = _rows(query_THd[here], heads)
+            key_KLd, value_KLd = (one[here].transpose(0, 1) for one in (key_TKd, value_TKd))
+            scores_KRL = torch.bmm(query_KRd.float() * scale, key_KLd.float().transpose(1, 2))
+            scores_KRL.view(heads, -1, *bias_LL.shape).add_(bias_LL)
+            probs_KRL = torch.softmax(scores_KRL, -1).bfloat16()
+            out_THd[here] = _tokens(torch.bmm(probs_KRL, value_KLd), len(bias_LL))
+            kept.append(probs_KRL)
+        ctx.save_for_backward(query_THd, key_TKd, value_TKd, out_THd, *kept)
+        ctx.parts, ctx.scale = parts, scale
+        return out_THd
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        query_THd, key_TKd, value_TKd, out_THd, *kept = ctx.saved_tensors
+        d_out_THd = gradients[0].bfloat16()
+        heads = key_TKd.shape[1]
+        d_query_THd, d_key_TKd, d_value_TKd = (
+            torch.empty_like(one, memory_format=torch.contiguous_format)
+            for one in (query_THd, key_TKd, value_TKd)
+        )
+        # Row sums of dP * P, without P: the output has mixed the values by it already.
+        sums_TH1 = (d_out_THd.float() * out_THd.float()).sum(-1, keepdim=True)
+        for here, probs_KRL in zip(ctx.parts.slices(), kept, strict=True):
+            length = here.stop - here.start
+            query_KRd, d_out_KRd, sums_KR1 = (
+                _rows(one[here], heads) for one in (query_THd, d_out_THd, sums_TH1)
+            )
+            key_KLd, value_KLd = (one[here].transpose(0, 1) for one in (key_TKd, value_TKd))
+            d_value_TKd[here] = torch.bmm(probs_KRL.transpose(1, 2), d_out_KRd).transpose(0, 1)
+            d_scores_KRL = torch.bmm(d_out_KRd, value_KLd.transpose(1, 2)).float().sub_(sums_KR1)
+            d_scores_KRL = d_scores_KRL.mul_(probs_KRL).mul_(ctx.scale).bfloat16()
+            d_query_THd[here] = _tokens(torch.bmm(d_scores_KRL, key_KLd), length)
+            d_key_TKd[here] = torch.bmm(d_scores_KRL.transpose(1, 2), query_KRd).transpose(0, 1)
+        return d_query_THd, d_key_TKd, d_value_TKd, None, None
+
+
+def _rows(heads_LHd: Tensor, kv_heads: int) -> Tensor:
+    """(K, G * L, d): the rows of all query heads that read one key-value head."""
+    length, _, size = heads_LHd.shape
+    return heads_LHd.view(length, kv_heads, -1, size).permute(1, 2, 0, 3).reshape(kv_heads, -1, size)
+
+
+def _tokens(rows_KRd: Tensor, length: int) -> Tensor:
+    """(L, H, d): back from `_rows`."""
+    heads, _, size = rows_KRd.shape
+    return rows_KRd.view(heads, -1, length, size).permute(2, 0, 1, 3).flatten(1, 2)
