@@ -3,11 +3,12 @@
 A matrix weight costs 2 operations a token forward and 4 backward (Kaplan et al. 2020, "6N"); scores and
 mixing of attention cost 4 times the attention's width for each pair of positions and layer. Pairs of
 positions are counted as kernels with a mask compute them: the whole square of a row. Norms and activations
-count nothing.
+count nothing. What a machine can do at most is timed.
 
 Shapes: T tokens fed, N scored positions (where the output head runs).
 """
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ class Shape:
     layers: int
     attention: int
     """Width of the attention: heads x size of a head."""
+    vocabulary: int
 
     @classmethod
     def of(cls, config: Any) -> "Shape":
@@ -57,6 +59,7 @@ class Shape:
             head=head.numel(),
             layers=text.num_hidden_layers,
             attention=heads * width,
+            vocabulary=len(head),
         )
 
 
@@ -108,3 +111,22 @@ def generation(shape: Shape, prompts: Iterable[int], new: float) -> float:
 
 def _attention(shape: Shape, squares: float) -> float:
     return 4 * shape.layers * shape.attention * squares
+
+
+def matmul_rate(dtype: Any, seconds: float = 0.5) -> float:
+    """Operations a second of a square matrix product on this machine's GPU or CPU, timed for some seconds."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    size = 8192 if device == "cuda" else 1024
+    left = torch.randn(size, size, device=device).to(dtype)
+
+    def product() -> None:
+        (left @ left)[0, 0].item()  # waits for a GPU
+
+    product()
+    start, rounds = time.perf_counter(), 0
+    while rounds == 0 or time.perf_counter() - start < seconds:
+        product()
+        rounds += 1
+    return rounds * 2 * size**3 / (time.perf_counter() - start)

@@ -45,8 +45,14 @@ def run_bench(overrides: Sequence[str], as_json: bool) -> None:
 def _table(found: dict[str, Any]) -> Table:
     results, bench = found["results"], found["bench"]
     what = (bench["model"] and "own model") or bench["size"]
-    table = Table(title=f"{bench['workload']}, {what}, {found['hardware']['device']}")
-    for column in ("", "pairs/s", "rounds", "tokens/s", "peak memory"):
+    hardware = found["hardware"]
+    peaks = ", ".join(f"{name} {rate:.3g}" for name, rate in hardware["matmul_tflops"].items())
+    table = Table(
+        title=f"{bench['workload']}, {what}, {hardware['device']}",
+        caption=f"TFLOP/s of square matrix products: {peaks}. "
+        "Useful: what the pairs need at least; real: what was computed.",
+    )
+    for column in ("", "pairs/s", "rounds", "tokens/s", "TFLOP/s useful", "real", "peak memory"):
         table.add_column(column, justify="left" if not column else "right")
     for name in ("ours", "trl"):
         if name in results:
@@ -54,10 +60,12 @@ def _table(found: dict[str, Any]) -> Table:
             rounds = " ".join(f"{rate:.3g}" for rate in one["rounds"])
             memory = f"{one['peak_bytes'] / 2**30:.2f} GiB"
             rates = f"{one['pairs_per_second']:.3g}", rounds, f"{one['tokens_per_second']:.0f}"
-            table.add_row(f"{name} ({_said(bench[name])})", *rates, memory)
+            flops = f"{one['useful_tflops']:.3g}", f"{one['real_tflops']:.3g}"
+            table.add_row(f"{name} ({_said(bench[name])})", *rates, *flops, memory)
     if "ratio" in results:
         ratio = results["ratio"]
-        table.add_row("ratio", f"{ratio['pairs_per_second']:.2f}", "", "", f"{ratio['peak_bytes']:.2f}")
+        times = f"{ratio['pairs_per_second']:.2f}"
+        table.add_row("ratio", times, "", "", times, "", f"{ratio['peak_bytes']:.2f}")
     return table
 
 

@@ -1,7 +1,6 @@
 """How fast this machine trains: from earlier runs of the workspace, else from a short timing; rough."""
 
 import statistics
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ import psutil
 import torch
 from pydantic import ValidationError
 
+from dpo_core.cost import matmul_rate
 from tasks.report import RunReport, StageRow
 from tasks.store import Store
 
@@ -79,26 +79,8 @@ class Speed:
 
     def _matmul(self, precision: str) -> float:
         if precision not in self.timed:
-            self.timed[precision] = _time_matmul(torch.bfloat16 if precision == "bf16" else torch.float32)
+            self.timed[precision] = matmul_rate(torch.bfloat16 if precision == "bf16" else torch.float32)
         return self.timed[precision]
-
-
-def _time_matmul(dtype: torch.dtype, limit: float = 0.5) -> float:
-    """Operations a second of a square matrix product, over at most about `limit` seconds."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    size = 4096 if device.type == "cuda" else 512
-    left = torch.randn(size, size, device=device).to(dtype)
-
-    def product() -> None:
-        result = left @ left
-        result[0, 0].item()  # waits for a GPU
-
-    product()
-    start, rounds = time.perf_counter(), 0
-    while rounds == 0 or time.perf_counter() - start < limit:
-        product()
-        rounds += 1
-    return rounds * 2 * size**3 / (time.perf_counter() - start)
 
 
 def _fixed(stage: str) -> float:

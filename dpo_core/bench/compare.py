@@ -13,14 +13,18 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
+from dpo_core import cost
 from dpo_core.bench.contender import Race, write_pairs
 from dpo_core.bench.workloads import Size, Workload, human_pairs, made_pairs, make_model
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError, StageFailed
+from dpo_core.layout import Document
 from dpo_core.logprobs import Precision
+from dpo_core.tokens import TokenPair
 
 # How far the losses of single pairs may lie apart: bf16 rounds differently in other batch shapes.
 AGREEMENT = {"fp32": 1e-4, "bf16": 0.1}
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
 class OurSettings(Config):
@@ -74,8 +78,10 @@ def compare(bench: Bench, work: Path, say: Callable[[str], None] = lambda line: 
     """Run the comparison in the folder `work`; see `Bench`.
 
     Returns:
-        settings, hardware, and for each contender pairs/s (of all rounds, and their median), tokens/s, peak
-        memory; and the ratios.
+        settings; hardware with its rate at square matrix products; for each contender pairs/s (of all rounds,
+        and their median), tokens/s, peak memory, and TFLOP/s, useful and real: the least that the pairs need
+        (each prompt once, nothing padded, nothing computed twice), and what was really computed; and the
+        ratios.
 
     Raises:
         RecipeError: TRL is not installed, or the workload lacks its data.
@@ -83,7 +89,7 @@ def compare(bench: Bench, work: Path, say: Callable[[str], None] = lambda line: 
     """
     if bench.trl is not None:
         _require_trl()
-    model, tokens = _prepare(bench, work)
+    model, pairs = _prepare(bench, work)
     sides: dict[str, Config] = {"ours": bench.ours}
     if bench.trl is not None:
         sides["trl"] = bench.trl
@@ -95,13 +101,15 @@ def compare(bench: Bench, work: Path, say: Callable[[str], None] = lambda line: 
             say(f"round {number + 1} of {bench.rounds}, {name}: {rate:.3f} pairs/s")
         if number == 0 and len(sides) == 2:
             _require_agreement(bench, found)
-    results = {name: _summary(rounds, tokens / bench.pairs) for name, rounds in found.items()}
+    needed = _needed(model, pairs)
+    results = {name: _summary(rounds, pairs, needed) for name, rounds in found.items()}
     if len(results) == 2:
         results["ratio"] = {
             "pairs_per_second": results["ours"]["pairs_per_second"] / results["trl"]["pairs_per_second"],
             "peak_bytes": results["ours"]["peak_bytes"] / results["trl"]["peak_bytes"],
         }
-    return {"bench": bench.model_dump(mode="json"), "hardware": hardware(), "results": results}
+    facts = hardware() | {"matmul_tflops": matmul_tflops()}
+    return {"bench": bench.model_dump(mode="json"), "hardware": facts, "results": results}
 
 
 def _require_trl() -> None:
@@ -111,8 +119,8 @@ def _require_trl() -> None:
         raise RecipeError("TRL is not installed", "pip install 'dpo-pipeline[bench]', or --set trl=null")
 
 
-def _prepare(bench: Bench, work: Path) -> tuple[Path, int]:
-    """Write model and pairs with reference values; returns the model's folder and the tokens of all pairs."""
+def _prepare(bench: Bench, work: Path) -> tuple[Path, list[TokenPair]]:
+    """Write model and pairs with reference values; returns the model's folder and the pairs."""
     from dpo_core.models import load_model, load_tokenizer
     from dpo_core.ranks import name_accelerator
     from dpo_core.reference import compute, sequence_key
@@ -139,7 +147,20 @@ def _prepare(bench: Bench, work: Path) -> tuple[Path, int]:
     off = np.random.default_rng(bench.seed).normal(0, 10, len(sums))
     shifted = (np.array(sums) + off).tolist()
     write_pairs(work / "pairs.json", pairs, list(zip(shifted[0::2], shifted[1::2], strict=True)))
-    return model, sum(map(len, sequences))
+    return model, pairs
+
+
+def _needed(model: Path, pairs: list[TokenPair]) -> float:
+    """Operations that training on a pair takes at least, on average."""
+    from transformers import AutoConfig
+
+    shape = cost.Shape.of(AutoConfig.from_pretrained(model))
+    total = 0.0
+    for pair in pairs:
+        branches = pair.chosen.completion, pair.rejected.completion
+        tokens = len(Document(pair.chosen.prompt, branches))
+        total += cost.training(shape, tokens, tokens**2, sum(map(len, branches)))
+    return total / len(pairs)
 
 
 def _race(name: str, settings: Config, bench: Bench, model: Path, work: Path) -> dict[str, Any]:
@@ -186,19 +207,31 @@ def _rate(result: dict[str, Any]) -> float:
     return result["pairs_per_step"] / statistics.median(result["seconds"][1:] or result["seconds"])
 
 
-def _summary(rounds: list[dict[str, Any]], tokens_per_pair: float) -> dict[str, Any]:
+def _summary(rounds: list[dict[str, Any]], pairs: list[TokenPair], needed: float) -> dict[str, Any]:
     rates = [_rate(result) for result in rounds]
     middle = statistics.median(rates)
+    tokens = sum(len(side) for pair in pairs for side in (pair.chosen, pair.rejected))
+    trained = rounds[0]["pairs_per_step"] * len(rounds[0]["seconds"])
+    flops = statistics.median(result["flops"] for result in rounds) / trained
     return {
         "pairs_per_second": middle,
         "rounds": rates,
         # Tokens of both sides with their prompts, as a person counts them, however often they are computed.
-        "tokens_per_second": middle * tokens_per_pair,
+        "tokens_per_second": middle * tokens / len(pairs),
+        "useful_tflops": middle * needed / 1e12,
+        "real_tflops": middle * flops / 1e12,
         "peak_bytes": statistics.median(result["peak_bytes"] for result in rounds),
     }
 
 
-def hardware() -> dict[str, str]:
+def matmul_tflops() -> dict[str, float]:
+    """What square matrix products reach here, by precision."""
+    import torch
+
+    return {name: cost.matmul_rate(getattr(torch, dtype)) / 1e12 for name, dtype in _DTYPES.items()}
+
+
+def hardware() -> dict[str, Any]:
     """What the numbers were measured on."""
     import torch
 

@@ -1,7 +1,8 @@
 """One side of a comparison, in a process of its own: `python -m dpo_core.bench.contender race.json`.
 
 Both sides train on the same pairs in batches of the same size, each pair once, against the same reference
-values, with the same AdamW. Written as JSON: seconds of every step, losses of the first pairs, peak memory.
+values, with the same AdamW. Written as JSON: seconds of every step, losses of the first pairs, peak memory,
+and the operations that all steps took, those on padding and on repeated prompts included.
 """
 
 import json
@@ -15,7 +16,9 @@ from typing import Any, Literal
 
 import torch
 
+from dpo_core import cost
 from dpo_core.config import Config
+from dpo_core.layout import Layout, Pack, PaddedRows
 from dpo_core.tokens import Sequence, TokenPair
 
 BETA = 0.1
@@ -127,7 +130,28 @@ def _ours(race: Race, rows: list[dict[str, Any]], work: Path) -> dict[str, Any]:
         trainer._step(step)
         _synchronise()
         seconds.append(time.perf_counter() - start)
-    return {"first_losses": first, "seconds": seconds, "pairs_per_step": race.batch_size}
+    shape = cost.Shape.of(module.config)
+    micro_batches = [
+        micro for step in range(trainer.total_steps) for micro in trainer.batches.of_step(step).mine
+    ]
+    flops = sum(layout_flops(shape, trainer.lay_out([pairs[i] for i in micro])) for micro in micro_batches)
+    return {"first_losses": first, "seconds": seconds, "pairs_per_step": race.batch_size, "flops": flops}
+
+
+def layout_flops(shape: cost.Shape, layout: Layout) -> float:
+    """Operations of forward and backward of a layout."""
+    from dpo_core.head import keeps_logits
+
+    if isinstance(layout, Pack):
+        squares = float(torch.bincount(layout.document_T.cpu()).square().sum())
+        tokens = len(layout.ids_T)
+    else:
+        assert isinstance(layout, PaddedRows)
+        rows, width = layout.ids_ST.shape
+        tokens, squares = rows * width, float(rows * width**2)
+    scored = len(layout.targets_N)
+    again = not keeps_logits(scored, shape.vocabulary)
+    return cost.training(shape, tokens, squares, scored, head_again=again)
 
 
 def _trl(race: Race, rows: list[dict[str, Any]], work: Path) -> dict[str, Any]:
@@ -175,6 +199,18 @@ def _trl(race: Race, rows: list[dict[str, Any]], work: Path) -> dict[str, Any]:
             trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch)).item() for batch in batches
         ]
 
+    flops, shape, collate = 0.0, cost.Shape.of(module.config), trainer.data_collator
+
+    def counted(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        nonlocal flops
+        batch = collate(rows)
+        height, width = batch["input_ids"].shape
+        # Its head runs at positions of completions alone, as ours does.
+        scored = float(batch["completion_mask"][:, 1:].sum())
+        flops += cost.training(shape, height * width, height * width**2, scored)
+        return batch
+
+    trainer.data_collator = counted
     seconds: list[float] = []
 
     class Clock(TrainerCallback):
@@ -187,7 +223,7 @@ def _trl(race: Race, rows: list[dict[str, Any]], work: Path) -> dict[str, Any]:
 
     trainer.add_callback(Clock())
     trainer.train()
-    return {"first_losses": first, "seconds": seconds, "pairs_per_step": race.batch_size}
+    return {"first_losses": first, "seconds": seconds, "pairs_per_step": race.batch_size, "flops": flops}
 
 
 def _synchronise() -> None:

@@ -28,6 +28,8 @@ def test_ours_alone_is_measured_without_trl():
     # Every pair has two prompts of about 80 and two answers of about 200 tokens.
     assert 300 < ours["tokens_per_second"] / ours["pairs_per_second"] < 900
     assert ours["peak_bytes"] > 100e6
+    assert 0.9 < ours["useful_tflops"] / ours["real_tflops"] <= 1, "packs compute little more than is needed"
+    assert found["hardware"]["matmul_tflops"]["fp32"] > ours["real_tflops"]
     assert "ratio" not in found["results"]
     assert found["hardware"]["device"]
 
