@@ -259,7 +259,7 @@ class UnpairedTrainer(PackedTrainer[UnpairedExample]):
         total = torch.zeros((), dtype=torch.float64)
         for number in range(max(map(len, shares))):
             # With ZeRO-3 every rank takes part in every pass, so one that is done runs its last pass again.
-            policy_B, ref_B, _ = self._logps(mine[min(number, len(mine) - 1)])
+            policy_B, ref_B, _ = self.engine.run(self._logps, mine[min(number, len(mine) - 1)])
             if number < len(mine):
                 total += (policy_B.double() - ref_B).sum().cpu()
         return self.engine.all_sum(total)
