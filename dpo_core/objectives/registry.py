@@ -56,6 +56,8 @@ class Objective:
     """The parameter that turns a log-ratio into the implicit reward of `pair_metrics`; None: scale 1."""
     rewards_per_token: bool = False
     """True: `pair_metrics` takes the rewards from mean log-probs, without reference."""
+    caveat: str = ""
+    """What its name does not tell: what couples examples, what is left out, what was not verified."""
 
     @property
     def needs_full_vocabulary(self) -> bool:
@@ -78,6 +80,9 @@ class Objective:
         """All that is known of the objective, ready for JSON."""
         return {
             "name": self.name,
+            "setting": f"dpo.objective: {self.name}",
+            "needs": self.needs(),
+            "caveat": self.caveat,
             "definition": inspect.getdoc(self.function),
             "citation": self.citation,
             "data": self.data,
@@ -130,6 +135,7 @@ def objective(
     batch_coupled: bool = False,
     reward_scale: str | None = "beta",
     rewards_per_token: bool = False,
+    caveat: str = "",
 ) -> Callable[[Function], Function]:
     """Register the decorated function under `name`; the function itself is returned unchanged.
 
@@ -159,6 +165,7 @@ def objective(
             batch_coupled=batch_coupled,
             reward_scale=reward_scale,
             rewards_per_token=rewards_per_token,
+            caveat=caveat,
         )
         return function
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         "penalty": Parameter(50.0, 0.0, 1000.0, "the paper's λ: cost of making a chosen answer less likely"),
     },
     value_at_reference=ln_2,
+    caveat="The formula and the default of penalty were not checked against the paper's text.",
 )
 def dpop(logps: PairLogps, *, beta: float, penalty: float) -> "Tensor":
     """-log σ(beta·(D - λ·max(0, -h_w))) of each pair (B,), λ = penalty: the paper's DPO-Positive.
@@ -45,6 +46,7 @@ def dpop(logps: PairLogps, *, beta: float, penalty: float) -> "Tensor":
     },
     # At the reference it is -log σ(α·(n_w - n_l)): it depends on the pairs.
     value_at_reference=None,
+    caveat="The default of alpha is not the paper's.",
 )
 def r_dpo(logps: PairLogps, *, beta: float, alpha: float) -> "Tensor":
     """-log σ(beta·D + α·(n_w - n_l)) of each pair (B,), n = completion tokens: the paper's R-DPO.
