@@ -33,9 +33,9 @@ _F_DPO = (
 def fdpo_forward_kl(logps: PairLogps, *, beta: float) -> "Tensor":
     """-log σ(beta·(s_w - s_l)) of each pair (B,), s = -exp(-h): f-DPO with the forward KL.
 
-    As TRL `forward_kl`, whose 1 in 1 - exp(-h) cancels. The slope at the reference is DPO's. Here the exponent
-    -h stops at 80 (in TRL it overflows): a completion that lost more than 80 nats has no gradient any more,
-    and short of that gradients grow as exp(-h).
+    As TRL `forward_kl`, whose 1 in 1 - exp(-h) cancels. The slope at the reference is DPO's. Here the
+    exponent -h stops at 80 (in TRL it overflows): a completion that lost more than 80 nats has no gradient
+    any more, and short of that gradients grow as exp(-h).
     """
     chosen_B, rejected_B = (
         -(-ratio_B).clamp(max=_LARGEST_EXPONENT).exp()

@@ -181,10 +181,16 @@ def get(name: str) -> Objective:
     """The objective called `name`.
 
     Raises:
-        RecipeError: there is none; the message lists those there are.
+        RecipeError: there is none; the message lists those there are, or says what a variant is set by.
     """
     if name not in _OBJECTIVES:
-        raise RecipeError(f"there is no objective '{name}'", f"Choose one of: {', '.join(names())}.")
+        from dpo_core.objectives.variants import VARIANTS  # which needs this file
+
+        settings = {variant.name: variant.setting for variant in VARIANTS}
+        remedy = f"Choose one of: {', '.join(names())}."
+        if name in settings:
+            remedy = f"It is made of settings; write {settings[name]}"
+        raise RecipeError(f"there is no objective '{name}'", remedy)
     return _OBJECTIVES[name]
 
 

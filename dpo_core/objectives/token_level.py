@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _LIVE = (
-    "Compares whole next-token distributions, which the cache of log-probs does not hold: the reference stays "
-    "in memory beside the policy."
+    "Compares whole next-token distributions, which the cache of log-probs does not hold: the reference "
+    "stays in memory beside the policy."
 )
 _TDPO = "Zeng et al., Token-level Direct Preference Optimization, ICML 2024, arXiv 2404.11999"
 

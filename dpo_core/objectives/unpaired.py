@@ -42,8 +42,8 @@ def _kto_at_reference(parameters: Mapping[str, float]) -> float | None:
         "undesirable_weight": Parameter(1.0, 0.01, 100.0, "the paper's λ_U"),
     },
     value_at_reference=_kto_at_reference,
-    caveat="z_0 couples the examples of a global batch: the loss depends on which share one, not on how it is "
-    "split. Mismatched completions come from the data set; TRL takes them from the same rank's batch.",
+    caveat="z_0 couples the examples of a global batch: the loss depends on which share one, not on how it "
+    "is split. Mismatched completions come from the data set; TRL takes them from the same rank's batch.",
 )
 def kto(logps: UnpairedLogps, *, beta: float, desirable_weight: float, undesirable_weight: float) -> "Tensor":
     """λ_D·(1 - σ(beta·(h - z_0))) if desirable, else λ_U·(1 - σ(beta·(z_0 - h))), of each example (B,).
@@ -63,8 +63,8 @@ def kto(logps: UnpairedLogps, *, beta: float, desirable_weight: float, undesirab
     data="unpaired",
     parameters={"beta": BETA},
     value_at_reference=lambda _: math.log(2),
-    caveat="δ is a running mean over the batches so far: the loss depends on their order, not on how they are "
-    "split. Without the paper's density-ratio weights of undesirable examples.",
+    caveat="δ is a running mean over the batches so far: the loss depends on their order, not on how they "
+    "are split. Without the paper's density-ratio weights of undesirable examples.",
 )
 def bco(logps: UnpairedLogps, *, beta: float) -> "Tensor":
     """-log σ(r - δ) if desirable, else -log σ(δ - r), of each example (B,), r = beta·h.
