@@ -29,6 +29,18 @@ GOLDEN = Path(__file__).with_name("golden") / "objectives.json"
 STEPS = 10
 KEPT = ("loss", "grad_norm", "rewards/margins", "logps/chosen")
 
+# The methods that are settings around an objective; each trains beside the objectives themselves.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "rpo": {"plus": [{"objective": "sft", "weight": 0.5}]},
+    "mpo": {
+        "weight": 0.8,
+        "plus": [{"objective": "bco_pair", "weight": 0.2}, {"objective": "sft", "weight": 1.0}],
+    },
+    "wpo": {"weighting": "wpo"},
+    "tr_dpo": {"reference_sync": {"every": 3, "mix": 0.6}},
+    "pre_dpo": {},  # DPO against another model than the start
+}
+
 
 def trainer_of(
     name: str,
@@ -43,9 +55,10 @@ def trainer_of(
     learning_rate: float = 1e-3,
     **settings: Any,
 ) -> Any:
-    """A trainer of one objective, on pairs or on unpaired rows, in this process: fp32, all `rows` a batch."""
+    """A trainer of an objective or variant, for pairs or unpaired rows, here: fp32, all `rows` a batch."""
+    settings = VARIANTS.get(name, {}) | settings
     config = DpoConfig(
-        objective=name,
+        objective="dpo" if name in VARIANTS else name,
         **{"batch_size": len(rows), "micro_batch_size": len(rows), "epochs": 100.0, "max_steps": steps}
         | settings,
         optim={"learning_rate": learning_rate, "schedule": "constant", "warmup_fraction": 0.0},
@@ -79,20 +92,28 @@ def step_of(trainer: DpoTrainer | UnpairedTrainer, split: list[list[int]]) -> tu
     return total, [p.grad.clone() for p in trainer.module.parameters() if p.grad is not None]
 
 
+def kind_of(name: str) -> str:
+    """Pairs, or unpaired rows."""
+    return "pairs" if name in VARIANTS else get(name).data
+
+
 def main() -> None:
     from tests.tiny import make_tiny_model
 
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         tiny = make_tiny_model(Path(folder) / "tiny")
+        guide = make_tiny_model(Path(folder) / "guide", seed=5)
         data = {"pairs": pair_rows(12), "unpaired": unpaired_rows(12)}
         shards = {
             "pairs": write_reference(tiny, data["pairs"], Path(folder) / "pairs"),
             "unpaired": write_unpaired_reference(tiny, data["unpaired"], Path(folder) / "unpaired"),
+            "pre_dpo": write_reference(guide, data["pairs"], Path(folder) / "guided"),
         }
-        for name in names():
-            work, kind = Path(folder) / name, get(name).data
-            start: dict[str, Any] = {"shard": shards[kind], "live": tiny, "reference_is_start": True}
+        for name in (*names(), *VARIANTS):
+            work, kind = Path(folder) / name, kind_of(name)
+            shard, guided = shards.get(name, shards[kind]), name == "pre_dpo"
+            start: dict[str, Any] = {"shard": shard, "live": tiny, "reference_is_start": not guided}
             trainer_of(name, tiny, data[kind], work, **start).train()
             lines = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
             found[name] = {kept: [float(f"{line[kept]:.7g}") for line in lines] for kept in KEPT}

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -279,6 +279,24 @@ class TestTransport:
         assert means["aot_unpaired"][0] == pytest.approx(means["aot_unpaired"][1], rel=1e-12)
         assert means["aot"][0] != pytest.approx(means["aot"][1], rel=1e-6)
         assert means["dpo"][0] != pytest.approx(means["dpo"][1], rel=1e-6)
+
+    @pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
+    @settings(max_examples=20, deadline=None)
+    @given(seed=seeds)
+    def test_the_mean_is_that_of_sorted_numbers_in_any_order(self, name: str, seed: int) -> None:
+        logps = pairs_at(6, seed)
+        order = torch.randperm(6, generator=torch.Generator().manual_seed(seed))
+        found = get(name).function(rows(logps, order), beta=BETA, label_smoothing=0.1).mean().item()
+        v = {key: getattr(logps, f"{key}_B").tolist() for key in ("chosen", "rejected")}
+        r = {key: getattr(logps, f"ref_{key}_B").tolist() for key in ("chosen", "rejected")}
+        if name == "aot":
+            left = sorted(a - b for a, b in zip(v["chosen"], v["rejected"], strict=True))
+            right = sorted(a - b for a, b in zip(r["chosen"], r["rejected"], strict=True))
+        else:
+            left, right = (sorted(a - b for a, b in zip(v[k], r[k], strict=True)) for k in v)
+        us = [BETA * (a - b) for a, b in zip(left, right, strict=True)]
+        losses = [0.9 * math.log1p(math.exp(-u)) + 0.1 * math.log1p(math.exp(u)) for u in us]
+        assert found == pytest.approx(sum(losses) / 6, rel=1e-9)
 
     @pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
     def test_order_does_not_matter_and_splitting_does(self, name: str) -> None:
