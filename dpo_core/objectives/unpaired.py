@@ -72,7 +72,7 @@ def bco(logps: UnpairedLogps, *, beta: float) -> "Tensor":
     δ is `logps.baseline`, in units of reward: the running mean of r over both classes, taken in before it is
     used and left alone in evaluation, as TRL's BCO trainer did (1.16 has none any more). Without the paper's
     density-ratio weights of undesirable examples, for prompts that differ between the classes; they were an
-    option of that trainer.
+    option of that trainer. The default beta is that trainer's too; the paper trains with 0.01.
     """
     above_B = beta * logps.ratio_B - required(logps, "baseline")
     return -log_sigmoid(above_B.where(logps.desirable_B, -above_B))

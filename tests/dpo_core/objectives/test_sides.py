@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -215,17 +215,19 @@ class TestTokenLevel:
 
 
 class TestWeightedSums:
-    def test_mixed_preference_optimisation(self) -> None:
-        logps = pairs_at()
+    @settings(max_examples=20, deadline=None)
+    @given(seed=st.integers(0, 10_000), weights=st.tuples(*[st.floats(0.001, 10)] * 3))
+    def test_mixed_preference_optimisation(self, seed: int, weights: tuple[float, float, float]) -> None:
+        logps = pairs_at(seed=seed)
         terms = [
-            Term("dpo", 0.8, {"beta": BETA}),
-            Term("bco_pair", 0.2, {"beta": BETA}),
-            Term("sft", 1.0, {}),
+            Term("dpo", weights[0], {"beta": BETA}),
+            Term("bco_pair", weights[1], {"beta": BETA}),
+            Term("sft", weights[2], {}),
         ]
         by_hand = (
-            0.8 * get("dpo").function(logps, beta=BETA)
-            + 0.2 * get("bco_pair").function(logps, beta=BETA)
-            + get("sft").function(logps)
+            weights[0] * get("dpo").function(logps, beta=BETA)
+            + weights[1] * get("bco_pair").function(logps, beta=BETA)
+            + weights[2] * get("sft").function(logps)
         )
         torch.testing.assert_close(combine(terms, logps), by_hand, rtol=1e-12, atol=0)
 
@@ -252,6 +254,21 @@ def test_wpo_weights_are_what_they_should_be_and_carry_no_gradient() -> None:
     assert wpo_weights(uniform).tolist() == [1.0, 1.0]
     with pytest.raises(ValueError, match="rejected_sharpness_B is missing"):
         wpo_weights(replace(logps, rejected_sharpness_B=None))
+
+
+@settings(max_examples=20, deadline=None)
+@given(chosen=st.floats(-20, 3), rejected=st.floats(-20, 3), shift=st.floats(0, 3))
+def test_wpo_weights_grow_with_how_likely_the_policy_writes_either_side(
+    chosen: float, rejected: float, shift: float
+) -> None:
+    def weight(*means: float) -> float:
+        sides = [torch.tensor([x], dtype=torch.float64) for x in means]
+        logps = rows(pairs_at(), slice(1))
+        return wpo_weights(replace(logps, chosen_sharpness_B=sides[0], rejected_sharpness_B=sides[1])).item()
+
+    start = weight(chosen, rejected)
+    assert start == pytest.approx(weight(rejected, chosen), rel=1e-12)
+    assert weight(chosen + shift, rejected) == pytest.approx(start * math.exp(shift), rel=1e-9)
 
 
 def test_rewards_per_token_as_simpo_logs_them() -> None:
