@@ -21,6 +21,10 @@ def z0(ratio_sum: "Tensor", examples: "Tensor | float") -> "Tensor":
 
     Each prompt gets the completion of another example; sum and count are taken over all ranks first, clamping
     comes last. A biased stand-in for KL(π‖π_ref), not an estimate from the policy's own samples.
+
+    TRL turns completions round within the batch of a rank, when the data are prepared; here they come from
+    the whole data set (`unpaired.mismatched`), so that a batch may have any size, order and split. On the
+    same mismatched pairs the two are equal.
     """
     return (ratio_sum.detach() / examples).clamp(min=0)
 

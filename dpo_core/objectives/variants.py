@@ -38,8 +38,8 @@ VARIANTS = (
         "1); Liu et al., Provably Mitigating Overoptimization in RLHF, 2024, arXiv 2405.16436 (weight 0.005)",
         ("pairs", "reference"),
         {"plus.weight": _WEIGHT},
-        "DPO + weight·NLL of the chosen completions, per token of the global batch; Pang et al. divide each "
-        "completion by its own length.",
+        "DPO + weight·NLL of the chosen completions: `sft` is the mean over the tokens of the global batch "
+        "(TRL), `sft_mean` divides each completion by its own length (Pang et al.).",
     ),
     Variant(
         "mpo",

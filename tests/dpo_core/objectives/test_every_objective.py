@@ -89,6 +89,7 @@ FORMULAS: dict[str, Callable[[Any, Any], float]] = {
         )
     ),
     "sft": lambda v, p: -v.chosen / v.T,
+    "sft_mean": lambda v, p: -v.chosen / v.chosen_tokens,
     "tdpo1": lambda v, p: softplus(-p.beta * (v.D - (v.rejected_kl - v.chosen_kl))),
     "tdpo2": lambda v, p: softplus(-p.beta * (v.D - p.alpha * (v.rejected_kl - v.chosen_kl))),
     "cpo": lambda v, p: (
@@ -132,7 +133,7 @@ AT_REFERENCE = {
     "exo": 2.761231,  # ½·log(0.5/0.999) + ½·log(0.5/0.001)
     "discopop": 0.846574,  # ½·ln 2 + ½
     "kto": 0.5,
-    **dict.fromkeys(["r_dpo", "sft", "cpo", "simpo", "orpo", "orpo_full"], None),
+    **dict.fromkeys(["r_dpo", "sft", "sft_mean", "cpo", "simpo", "orpo", "orpo_full"], None),
 }
 
 # Fields that hold a log-prob or divergence under the policy, for gradients.
