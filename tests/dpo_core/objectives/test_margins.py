@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from dpo_core.objectives import PairLogps, get
-from tests.dpo_core.objectives.samples import at_reference, gradients, pairs_at, rows
+from tests.dpo_core.objectives.samples import at_reference, few, gradients, pairs_at, rows
 
 BETA = 0.3
 seeds = st.integers(0, 10_000)
@@ -99,6 +99,7 @@ SAME_AS_DPO: list[tuple[str, dict[str, float], Callable[[PairLogps], PairLogps]]
 
 
 @pytest.mark.parametrize(("name", "parameters", "change"), SAME_AS_DPO)
+@few
 @given(seed=seeds)
 def test_reductions_to_dpo(
     name: str, parameters: dict[str, float], change: Callable[[PairLogps], PairLogps], seed: int
@@ -129,6 +130,7 @@ FALLING = [
 
 
 @pytest.mark.parametrize("name", FALLING)
+@few
 @given(seed=seeds, step=st.floats(0.01, 5))
 def test_a_likelier_chosen_or_a_less_likely_rejected_answer_never_costs(
     name: str, seed: int, step: float
@@ -281,7 +283,7 @@ class TestTransport:
         assert means["dpo"][0] != pytest.approx(means["dpo"][1], rel=1e-6)
 
     @pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
-    @settings(max_examples=20, deadline=None)
+    @few
     @given(seed=seeds)
     def test_the_mean_is_that_of_sorted_numbers_in_any_order(self, name: str, seed: int) -> None:
         logps = pairs_at(6, seed)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpo_core.objectives import PairLogps, get, pair_metrics
+from tests.dpo_core.objectives.samples import few
 
 BETA, EPSILON, TAU = 0.3, 0.1, 0.1
 
@@ -134,6 +135,7 @@ def test_hinge_has_no_gradient_on_satisfied_pairs() -> None:
     assert slope("hinge", 1 / BETA - 0.1, beta=BETA) == pytest.approx(-BETA)
 
 
+@few
 @given(margin=st.floats(-40, 40), epsilon=st.floats(0, 0.45))
 def test_robust_expectation_over_flips_is_the_clean_loss(margin: float, epsilon: float) -> None:
     d = torch.tensor([margin, -margin], dtype=torch.float64)
@@ -160,6 +162,7 @@ def test_robust_never_saturates() -> None:
 
 
 @pytest.mark.parametrize("name", ["dpo", "robust", "cdpo"])
+@few
 @given(margin=st.floats(-300, 300), beta=st.floats(0.01, 5))
 def test_swapping_the_pair(name: str, margin: float, beta: float) -> None:
     """L(D) - L(-D) = -beta·D for DPO; (1-2ε) times that for cDPO; 1/(1-2ε) times it for robust."""
@@ -174,6 +177,7 @@ def test_swapping_the_pair(name: str, margin: float, beta: float) -> None:
 
 
 @pytest.mark.parametrize("name", ["dpo", "cdpo", "robust", "ipo_sum", "hinge"])
+@few
 @given(shift=st.floats(-500, 500), seed=st.integers(0, 1000))
 def test_a_constant_per_prompt_changes_nothing(name: str, shift: float, seed: int) -> None:
     objective = get(name)

@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from dpo_core.errors import RecipeError
 from dpo_core.objectives import PairLogps, Term, Totals, combine, get, pair_metrics, wpo_weights
 from dpo_core.objectives.common import log1mexp
-from tests.dpo_core.objectives.samples import at_reference, gradients, pairs_at, rows, totals_of
+from tests.dpo_core.objectives.samples import at_reference, few, gradients, pairs_at, rows, totals_of
 
 BETA = 0.3
 LN_2 = math.log(2)
@@ -71,6 +71,7 @@ class TestReferenceFree:
         loss = get("cpo").function(pair(-8.0, -8.0), beta=BETA, nll_weight=0.5, label_smoothing=0.0)
         assert loss.item() == pytest.approx(LN_2 + 0.5 * 8 / 4)
 
+    @few
     @given(ratio=st.floats(0, 2), mean=st.floats(-5, -0.01))
     def test_simpo_with_equal_means_is_softplus_of_gamma(self, ratio: float, mean: float) -> None:
         loss = get("simpo").function(pair(4 * mean, 9 * mean), beta=2.5, gamma_beta_ratio=ratio)
@@ -90,6 +91,7 @@ class TestReferenceFree:
         )
         assert (forth - back).item() == pytest.approx(-2.0 * (-1 + 2))
 
+    @few
     @given(mean=st.floats(-8, -0.001), weight=st.floats(0, 2))
     def test_orpo_with_equal_means_is_the_nll_and_ln_2(self, mean: float, weight: float) -> None:
         loss = get("orpo").function(pair(4 * mean, 9 * mean), odds_weight=weight)
@@ -118,6 +120,7 @@ class TestReferenceFree:
         (chosen,) = gradients(get("orpo"), logps, "chosen_B", odds_weight=1.0)
         assert chosen.item() == pytest.approx(-1 / 4)  # the NLL's alone
 
+    @few
     @given(x=st.one_of(st.floats(-60, -1e-7), st.floats(-1e-3, -1e-7)))
     def test_log1mexp_in_float32(self, x: float) -> None:
         """Against float64, where either of the two forms alone loses digits."""
@@ -215,7 +218,7 @@ class TestTokenLevel:
 
 
 class TestWeightedSums:
-    @settings(max_examples=20, deadline=None)
+    @few
     @given(seed=st.integers(0, 10_000), weights=st.tuples(*[st.floats(0.001, 10)] * 3))
     def test_mixed_preference_optimisation(self, seed: int, weights: tuple[float, float, float]) -> None:
         logps = pairs_at(seed=seed)
@@ -256,7 +259,7 @@ def test_wpo_weights_are_what_they_should_be_and_carry_no_gradient() -> None:
         wpo_weights(replace(logps, rejected_sharpness_B=None))
 
 
-@settings(max_examples=20, deadline=None)
+@few
 @given(chosen=st.floats(-20, 3), rejected=st.floats(-20, 3), shift=st.floats(0, 3))
 def test_wpo_weights_grow_with_how_likely_the_policy_writes_either_side(
     chosen: float, rejected: float, shift: float
