@@ -125,7 +125,9 @@ def token_scores(
                 ref_logps_CV = torch.log_softmax(logits(reference, ref_CH), -1)
                 found.append(ref_logps_CV.gather(-1, targets_C[:, None])[:, 0])
             if kl:
-                found.append((ref_logps_CV.exp() * (ref_logps_CV - logps_CV)).sum(-1))
+                ref_CV = ref_logps_CV.exp()
+                # 0·log 0 is 0: a token that the reference cannot write would make it 0·∞.
+                found.append((ref_CV * (ref_logps_CV - logps_CV).masked_fill(ref_CV == 0, 0.0)).sum(-1))
         if sharpness:
             with torch.no_grad():
                 found.append(found[0].detach() - torch.logsumexp(2 * logps_CV.detach(), -1))

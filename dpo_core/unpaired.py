@@ -129,6 +129,13 @@ def _times(codes_E: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.bincount(codes_E)[codes_E] if len(codes_E) else codes_E
 
 
+def _next_change(codes_E: NDArray[np.int64]) -> NDArray[np.int64]:
+    """For each place the next, round the end, with another code: a search may leap over what is alike."""
+    changes = np.flatnonzero(codes_E != np.roll(codes_E, 1))
+    found = np.searchsorted(changes, np.arange(len(codes_E)), side="right")
+    return changes[found % len(changes)]
+
+
 def _next_other(prompt_E: NDArray[np.int64], completion_E: NDArray[np.int64]) -> NDArray[np.int64]:
     """Place of each one's partner: the next, round the end, that differs as much as any does; -1: none."""
     size = len(prompt_E)
@@ -142,12 +149,15 @@ def _next_other(prompt_E: NDArray[np.int64], completion_E: NDArray[np.int64]) ->
         (size - as_prompt_E, (prompt_E,)),
     ):
         left = np.flatnonzero((differing_E > 0) & (partner_E < 0))
-        step = 1
+        if not left.size:
+            continue
+        other, leaps = (left + 1) % size, [_next_change(code) for code in codes]
         while left.size:
-            other = (left + step) % size
             differs = np.logical_and.reduce([code[left] != code[other] for code in codes])
             partner_E[left[differs]] = other[differs]
-            left, step = left[~differs], step + 1
+            left, other = left[~differs], other[~differs]
+            for code, leap in zip(codes, leaps, strict=True):
+                other = np.where(code[left] == code[other], leap[other], other)
     return partner_E
 
 
@@ -259,7 +269,7 @@ class UnpairedTrainer(PackedTrainer[UnpairedExample]):
         total = torch.zeros((), dtype=torch.float64)
         for number in range(max(map(len, shares))):
             # With ZeRO-3 every rank takes part in every pass, so one that is done runs its last pass again.
-            policy_B, ref_B, _ = self._logps(mine[min(number, len(mine) - 1)])
+            policy_B, ref_B, _ = self.engine.run(self._logps, mine[min(number, len(mine) - 1)])
             if number < len(mine):
                 total += (policy_B.double() - ref_B).sum().cpu()
         return self.engine.all_sum(total)

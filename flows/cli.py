@@ -216,18 +216,16 @@ def bench(overrides: SetOption = None, as_json: JsonOption = False) -> None:
 
 
 @app.command()
-def objectives(as_json: JsonOption = False) -> None:
-    """List the objectives: needs, citation, parameters and their ranges; --json adds the definitions."""
-    from dpo_core.objectives import get, names
+def objectives(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Show these alone, each with its whole definition.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the objectives and what is made of them: definition, needs, citation, parameters and ranges."""
+    from flows.objectives_command import list_objectives
 
-    listed = [get(name) for name in names()]
-    if as_json:
-        typer.echo(json.dumps([o.facts() for o in listed], indent=1, ensure_ascii=False))
-        return
-    for o in listed:
-        typer.echo(f"{o.name}  ({', '.join(o.needs())})\n  {o.citation}")
-        for name, p in o.parameters.items():
-            typer.echo(f"  {name} = {p.default:g} in [{p.low:g}, {p.high:g}]: {p.meaning}")
+    list_objectives(names or [], as_json)
 
 
 @config_app.command("show")

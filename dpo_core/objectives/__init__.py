@@ -20,14 +20,17 @@ from dpo_core.objectives.inputs import PairLogps, Totals, UnpairedLogps
 from dpo_core.objectives.metrics import class_means, pair_metrics, unpaired_metrics, wpo_weights
 from dpo_core.objectives.registry import Objective, Parameter, Term, combine, get, names, objective
 from dpo_core.objectives.unpaired import z0
+from dpo_core.objectives.variants import VARIANTS, Variant
 
 __all__ = [
+    "VARIANTS",
     "Objective",
     "PairLogps",
     "Parameter",
     "Term",
     "Totals",
     "UnpairedLogps",
+    "Variant",
     "class_means",
     "combine",
     "get",

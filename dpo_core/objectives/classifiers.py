@@ -38,6 +38,7 @@ def nca(logps: PairLogps, *, beta: float) -> "Tensor":
     data="pairs",
     parameters={"beta": BETA},
     value_at_reference=lambda _: 2 * math.log(2),
+    caveat="Without the paper's running shift delta, which `bco` has.",
 )
 def bco_pair(logps: PairLogps, *, beta: float) -> "Tensor":
     """-log σ(beta·h_w) - log σ(-beta·h_l) of each pair (B,): TRL `bco_pair`.

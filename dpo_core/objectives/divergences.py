@@ -12,7 +12,7 @@ from dpo_core.objectives.registry import Parameter, objective
 if TYPE_CHECKING:
     from torch import Tensor
 
-# e^80 is still a float32 and so is its product with any beta in range: TRL's limit for float32 and bfloat16.
+# e^80 is still a float32 and so is its product with any beta in range: TRL's limit in its α-divergence.
 _LARGEST_EXPONENT = 80.0
 # e^20 times the smallest beta is far beyond the reach of the logistic; larger log-ratios add h, not e^h.
 _LARGEST_CHI_RATIO = 20.0
@@ -33,8 +33,9 @@ _F_DPO = (
 def fdpo_forward_kl(logps: PairLogps, *, beta: float) -> "Tensor":
     """-log σ(beta·(s_w - s_l)) of each pair (B,), s = -exp(-h): f-DPO with the forward KL.
 
-    As TRL `forward_kl`. The slope at the reference is DPO's. The exponent -h stops at 80: a completion that
-    lost more than 80 nats has no gradient any more, and short of that gradients grow as exp(-h).
+    As TRL `forward_kl`, whose 1 in 1 - exp(-h) cancels. The slope at the reference is DPO's. Here the
+    exponent -h stops at 80 (in TRL it overflows): a completion that lost more than 80 nats has no gradient
+    any more, and short of that gradients grow as exp(-h).
     """
     chosen_B, rejected_B = (
         -(-ratio_B).clamp(max=_LARGEST_EXPONENT).exp()
@@ -74,8 +75,8 @@ def fdpo_js(logps: PairLogps, *, beta: float) -> "Tensor":
 def fdpo_alpha(logps: PairLogps, *, beta: float, alpha: float) -> "Tensor":
     """-log σ(beta·(s_w - s_l)) of each pair (B,), s = (exp((α-1)·h) - 1)/(α-1): f-DPO's α-divergence.
 
-    As TRL `alpha_divergence`, whose score lacks the -1: it cancels in the difference, but keeps precision as
-    α nears 1, where s = h. The exponent stops at 80 as there; no gradient beyond.
+    As TRL `alpha_divergence`. The -1 cancels in the difference, but keeps precision as α nears 1, where
+    s = h. The exponent stops at 80 as there; no gradient beyond.
     """
 
     def score(ratio_B: "Tensor") -> "Tensor":
@@ -97,6 +98,7 @@ def fdpo_alpha(logps: PairLogps, *, beta: float, alpha: float) -> "Tensor":
         "r_max": Parameter(10.0, 0.1, 1000.0, "largest reward of a completion; the margin stops at twice it"),
     },
     value_at_reference=ln_2,
+    caveat="The clip at ±2·r_max was not checked against the paper's text.",
 )
 def chi_po(logps: PairLogps, *, beta: float, r_max: float) -> "Tensor":
     """-log σ(clip(beta·(φ_w - φ_l), ±2·r_max)) of each pair (B,), φ = exp(h) + h: the paper's χPO.

@@ -56,6 +56,8 @@ class Objective:
     """The parameter that turns a log-ratio into the implicit reward of `pair_metrics`; None: scale 1."""
     rewards_per_token: bool = False
     """True: `pair_metrics` takes the rewards from mean log-probs, without reference."""
+    caveat: str = ""
+    """What its name does not tell: what couples examples, what is left out, what was not verified."""
 
     @property
     def needs_full_vocabulary(self) -> bool:
@@ -78,6 +80,9 @@ class Objective:
         """All that is known of the objective, ready for JSON."""
         return {
             "name": self.name,
+            "setting": f"dpo.objective: {self.name}",
+            "needs": self.needs(),
+            "caveat": self.caveat,
             "definition": inspect.getdoc(self.function),
             "citation": self.citation,
             "data": self.data,
@@ -130,6 +135,7 @@ def objective(
     batch_coupled: bool = False,
     reward_scale: str | None = "beta",
     rewards_per_token: bool = False,
+    caveat: str = "",
 ) -> Callable[[Function], Function]:
     """Register the decorated function under `name`; the function itself is returned unchanged.
 
@@ -159,6 +165,7 @@ def objective(
             batch_coupled=batch_coupled,
             reward_scale=reward_scale,
             rewards_per_token=rewards_per_token,
+            caveat=caveat,
         )
         return function
 
@@ -174,10 +181,16 @@ def get(name: str) -> Objective:
     """The objective called `name`.
 
     Raises:
-        RecipeError: there is none; the message lists those there are.
+        RecipeError: there is none; the message lists those there are, or says what a variant is set by.
     """
     if name not in _OBJECTIVES:
-        raise RecipeError(f"there is no objective '{name}'", f"Choose one of: {', '.join(names())}.")
+        from dpo_core.objectives.variants import VARIANTS  # which needs this file
+
+        settings = {variant.name: variant.setting for variant in VARIANTS}
+        remedy = f"Choose one of: {', '.join(names())}."
+        if name in settings:
+            remedy = f"It is made of settings; write {settings[name]}"
+        raise RecipeError(f"there is no objective '{name}'", remedy)
     return _OBJECTIVES[name]
 
 

@@ -5,7 +5,7 @@ Log-probs are SUMS over the completion (see `inputs.py`).
 
 from typing import TYPE_CHECKING
 
-from dpo_core.objectives.common import BETA, chosen_nll, ln_2, log_sigmoid
+from dpo_core.objectives.common import BETA, chosen_nll, ln_2, log_sigmoid, token_means
 from dpo_core.objectives.inputs import PairLogps, required
 from dpo_core.objectives.registry import Parameter, objective
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         "penalty": Parameter(50.0, 0.0, 1000.0, "the paper's λ: cost of making a chosen answer less likely"),
     },
     value_at_reference=ln_2,
+    caveat="The formula and the default of penalty were not checked against the paper's text.",
 )
 def dpop(logps: PairLogps, *, beta: float, penalty: float) -> "Tensor":
     """-log σ(beta·(D - λ·max(0, -h_w))) of each pair (B,), λ = penalty: the paper's DPO-Positive.
@@ -45,6 +46,7 @@ def dpop(logps: PairLogps, *, beta: float, penalty: float) -> "Tensor":
     },
     # At the reference it is -log σ(α·(n_w - n_l)): it depends on the pairs.
     value_at_reference=None,
+    caveat="The default of alpha is not the paper's.",
 )
 def r_dpo(logps: PairLogps, *, beta: float, alpha: float) -> "Tensor":
     """-log σ(beta·D + α·(n_w - n_l)) of each pair (B,), n = completion tokens: the paper's R-DPO.
@@ -79,10 +81,15 @@ def ld_dpo(logps: PairLogps, *, beta: float, alpha: float) -> "Tensor":
     return -log_sigmoid(beta * (common_B + alpha * (logps.margin_B - common_B)))
 
 
+_NLL = (
+    "Pang et al., Iterative Reasoning Preference Optimization, NeurIPS 2024, arXiv 2404.19733; "
+    "Wang et al., Mixed Preference Optimization, 2024, arXiv 2411.10442"
+)
+
+
 @objective(
     "sft",
-    citation="Pang et al., Iterative Reasoning Preference Optimization, NeurIPS 2024, arXiv 2404.19733; "
-    "Wang et al., Mixed Preference Optimization, 2024, arXiv 2411.10442",
+    citation=_NLL,
     data="pairs",
     parameters={},
     value_at_reference=None,
@@ -92,7 +99,25 @@ def ld_dpo(logps: PairLogps, *, beta: float, alpha: float) -> "Tensor":
 def sft(logps: PairLogps) -> "Tensor":
     """Each pair's part (B,) of the NLL of the chosen completions; its mean over pairs is Σ-log π / Σ tokens.
 
-    TRL `sft`: a mean over the TOKENS of the batch, here of the global one. Pang et al. divide each completion
-    by its own length instead. Meant as a term of a weighted sum: dpo + α·sft is RPO, with bco_pair too MPO.
+    TRL `sft`: a mean over the TOKENS of the batch, here of the global one; `sft_mean` is Pang et al.'s. Meant
+    as a term of a weighted sum: dpo + α·sft is RPO, with bco_pair too MPO.
     """
     return chosen_nll(logps)
+
+
+@objective(
+    "sft_mean",
+    citation=_NLL,
+    data="pairs",
+    parameters={},
+    value_at_reference=None,
+    needs_reference=False,
+    reward_scale=None,
+)
+def sft_mean(logps: PairLogps) -> "Tensor":
+    """-log π(y_w)/n_w of each pair (B,): every chosen completion counts the same, however long it is.
+
+    The NLL of Pang et al., who divide each completion by its own length; `sft` is TRL's. Meant as a term of a
+    weighted sum: dpo + α·sft_mean is RPO.
+    """
+    return -token_means(logps)[0]

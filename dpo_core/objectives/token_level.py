@@ -13,11 +13,21 @@ from dpo_core.objectives.registry import Parameter, objective
 if TYPE_CHECKING:
     from torch import Tensor
 
+_LIVE = (
+    "Compares whole next-token distributions, which the cache of log-probs does not hold: the reference "
+    "stays in memory beside the policy."
+)
 _TDPO = "Zeng et al., Token-level Direct Preference Optimization, ICML 2024, arXiv 2404.11999"
 
 
 @objective(
-    "tdpo1", citation=_TDPO, data="pairs", parameters={"beta": BETA}, value_at_reference=ln_2, extras={"kl"}
+    "tdpo1",
+    citation=_TDPO,
+    data="pairs",
+    parameters={"beta": BETA},
+    value_at_reference=ln_2,
+    extras={"kl"},
+    caveat=_LIVE,
 )
 def tdpo1(logps: PairLogps, *, beta: float) -> "Tensor":
     """-log σ(beta·(D - (K_l - K_w))) of each pair (B,): TDPO1, gradients through both K.
@@ -36,6 +46,7 @@ def tdpo1(logps: PairLogps, *, beta: float) -> "Tensor":
     parameters={"beta": BETA, "alpha": Parameter(0.5, 0.0, 10.0, "weight of the difference of the KLs")},
     value_at_reference=ln_2,
     extras={"kl"},
+    caveat=_LIVE,
 )
 def tdpo2(logps: PairLogps, *, beta: float, alpha: float) -> "Tensor":
     """-log σ(beta·(D - α·(K_l - sg[K_w]))) of each pair (B,): TDPO2; sg stops the gradient of K_w only.

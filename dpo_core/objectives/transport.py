@@ -14,6 +14,10 @@ from dpo_core.objectives.registry import objective
 if TYPE_CHECKING:
     from torch import Tensor
 
+_SORTS = (
+    "Sorts over the batch, so that the loss depends on which pairs share one: the global batch has to be one "
+    "forward pass in one process."
+)
 _AOT = (
     "Melnyk et al., Distributional Preference Alignment of LLMs via Optimal Transport, NeurIPS 2024, "
     "arXiv 2406.05882"
@@ -27,6 +31,7 @@ _AOT = (
     parameters={"beta": BETA, "label_smoothing": SMOOTHING},
     value_at_reference=ln_2,
     batch_coupled=True,
+    caveat=_SORTS,
 )
 def aot(logps: PairLogps, *, beta: float, label_smoothing: float) -> "Tensor":
     """cDPO's loss of u = beta·(sort(log π(y_w)/π(y_l)) - sort(log π_ref(y_w)/π_ref(y_l))) at each rank (B,).
@@ -45,6 +50,7 @@ def aot(logps: PairLogps, *, beta: float, label_smoothing: float) -> "Tensor":
     parameters={"beta": BETA, "label_smoothing": SMOOTHING},
     value_at_reference=ln_2,
     batch_coupled=True,
+    caveat=_SORTS,
 )
 def aot_unpaired(logps: PairLogps, *, beta: float, label_smoothing: float) -> "Tensor":
     """cDPO's loss of u = beta·(sort(h_w) - sort(h_l)) at each rank (B,): TRL `aot_unpaired`.

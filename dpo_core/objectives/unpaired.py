@@ -21,6 +21,10 @@ def z0(ratio_sum: "Tensor", examples: "Tensor | float") -> "Tensor":
 
     Each prompt gets the completion of another example; sum and count are taken over all ranks first, clamping
     comes last. A biased stand-in for KL(π‖π_ref), not an estimate from the policy's own samples.
+
+    TRL turns completions round within the batch of a rank, when the data are prepared; here they come from
+    the whole data set (`unpaired.mismatched`), so that a batch may have any size, order and split. On the
+    same mismatched pairs the two are equal.
     """
     return (ratio_sum.detach() / examples).clamp(min=0)
 
@@ -42,6 +46,8 @@ def _kto_at_reference(parameters: Mapping[str, float]) -> float | None:
         "undesirable_weight": Parameter(1.0, 0.01, 100.0, "the paper's λ_U"),
     },
     value_at_reference=_kto_at_reference,
+    caveat="z_0 couples the examples of a global batch: the loss depends on which share one, not on how it "
+    "is split. Mismatched completions come from the data set; TRL takes them from the same rank's batch.",
 )
 def kto(logps: UnpairedLogps, *, beta: float, desirable_weight: float, undesirable_weight: float) -> "Tensor":
     """λ_D·(1 - σ(beta·(h - z_0))) if desirable, else λ_U·(1 - σ(beta·(z_0 - h))), of each example (B,).
@@ -61,13 +67,16 @@ def kto(logps: UnpairedLogps, *, beta: float, desirable_weight: float, undesirab
     data="unpaired",
     parameters={"beta": BETA},
     value_at_reference=lambda _: math.log(2),
+    caveat="δ is a running mean over the batches so far: the loss depends on their order, not on how they "
+    "are split. Without the paper's density-ratio weights of undesirable examples.",
 )
 def bco(logps: UnpairedLogps, *, beta: float) -> "Tensor":
     """-log σ(r - δ) if desirable, else -log σ(δ - r), of each example (B,), r = beta·h.
 
     δ is `logps.baseline`, in units of reward: the running mean of r over both classes, taken in before it is
-    used and left alone in evaluation, as TRL's BCO trainer does. Without that trainer's optional weights for
-    prompts that differ between the classes.
+    used and left alone in evaluation, as TRL's BCO trainer did (1.16 has none any more). Without the paper's
+    density-ratio weights of undesirable examples, for prompts that differ between the classes; they were an
+    option of that trainer. The default beta is that trainer's too; the paper trains with 0.01.
     """
     above_B = beta * logps.ratio_B - required(logps, "baseline")
     return -log_sigmoid(above_B.where(logps.desirable_B, -above_B))

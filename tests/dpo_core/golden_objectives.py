@@ -29,6 +29,18 @@ GOLDEN = Path(__file__).with_name("golden") / "objectives.json"
 STEPS = 10
 KEPT = ("loss", "grad_norm", "rewards/margins", "logps/chosen")
 
+# The methods that are settings around an objective; each trains beside the objectives themselves.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "rpo": {"plus": [{"objective": "sft", "weight": 0.5}]},
+    "mpo": {
+        "weight": 0.8,
+        "plus": [{"objective": "bco_pair", "weight": 0.2}, {"objective": "sft", "weight": 1.0}],
+    },
+    "wpo": {"weighting": "wpo"},
+    "tr_dpo": {"reference_sync": {"every": 3, "mix": 0.6}},
+    "pre_dpo": {},  # DPO against another model than the start
+}
+
 
 def trainer_of(
     name: str,
@@ -42,44 +54,29 @@ def trainer_of(
     steps: int = STEPS,
     learning_rate: float = 1e-3,
     **settings: Any,
-) -> DpoTrainer:
-    """A trainer of one objective in this process, fp32, the whole of `rows` in each batch."""
-    config = _config(name, len(rows), steps, learning_rate, settings)
-    return DpoTrainer(
-        _module(model, config),
-        token_pairs(model, rows),
-        config,
-        reference=LogpShard.open(shard) if shard else None,
-        live_reference=load_model(live) if live else None,
-        policy_is_reference=reference_is_start,
-        seed=3,
-        work=work,
+) -> Any:
+    """A trainer of an objective or variant, for pairs or unpaired rows, here: fp32, all `rows` a batch."""
+    settings = VARIANTS.get(name, {}) | settings
+    config = DpoConfig(
+        objective="dpo" if name in VARIANTS else name,
+        **{"batch_size": len(rows), "micro_batch_size": len(rows), "epochs": 100.0, "max_steps": steps}
+        | settings,
+        optim={"learning_rate": learning_rate, "schedule": "constant", "warmup_fraction": 0.0},
+        engine={"precision": "fp32", "threads": 1, "save_every": 100},
     )
-
-
-def unpaired_trainer_of(
-    name: str,
-    model: Path,
-    rows: list[dict[str, Any]],
-    work: Path,
-    *,
-    shard: Path | None,
-    reference_is_start: bool = False,
-    steps: int = STEPS,
-    learning_rate: float = 1e-3,
-    **settings: Any,
-) -> UnpairedTrainer:
-    """The same for an objective on unpaired rows."""
-    config = _config(name, len(rows), steps, learning_rate, settings)
-    return UnpairedTrainer(
-        _module(model, config),
-        token_examples(model, rows),
-        config,
-        reference=LogpShard.open(shard) if shard else None,
-        policy_is_reference=reference_is_start,
-        seed=3,
-        work=work,
-    )
+    start_distributed(config.engine)
+    module = load_model(model)
+    disable_dropout(module)
+    shared: dict[str, Any] = {
+        "reference": LogpShard.open(shard) if shard else None,
+        "policy_is_reference": reference_is_start,
+        "seed": 3,
+        "work": work,
+    }
+    if config.unpaired:
+        return UnpairedTrainer(module.train(), token_examples(model, rows), config, **shared)
+    reference = load_model(live) if live else None
+    return DpoTrainer(module.train(), token_pairs(model, rows), config, live_reference=reference, **shared)
 
 
 def step_of(trainer: DpoTrainer | UnpairedTrainer, split: list[list[int]]) -> tuple[float, list[Tensor]]:
@@ -95,39 +92,29 @@ def step_of(trainer: DpoTrainer | UnpairedTrainer, split: list[list[int]]) -> tu
     return total, [p.grad.clone() for p in trainer.module.parameters() if p.grad is not None]
 
 
-def _config(name: str, batch: int, steps: int, learning_rate: float, settings: dict[str, Any]) -> DpoConfig:
-    return DpoConfig(
-        objective=name,
-        **{"batch_size": batch, "micro_batch_size": batch, "epochs": 100.0, "max_steps": steps} | settings,
-        optim={"learning_rate": learning_rate, "schedule": "constant", "warmup_fraction": 0.0},
-        engine={"precision": "fp32", "threads": 1, "save_every": 100},
-    )
-
-
-def _module(model: Path, config: DpoConfig) -> Any:
-    start_distributed(config.engine)
-    module = load_model(model)
-    disable_dropout(module)
-    module.train()
-    return module
+def kind_of(name: str) -> str:
+    """Pairs, or unpaired rows."""
+    return "pairs" if name in VARIANTS else get(name).data
 
 
 def main() -> None:
     from tests.tiny import make_tiny_model
 
-    rows, singles = pair_rows(12), unpaired_rows(12)
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         tiny = make_tiny_model(Path(folder) / "tiny")
-        shard = write_reference(tiny, rows, Path(folder) / "shard")
-        unpaired = write_unpaired_reference(tiny, singles, Path(folder) / "unpaired")
-        for name in names():
-            work = Path(folder) / name
-            start: dict[str, Any] = {"reference_is_start": True}
-            if get(name).data == "pairs":
-                trainer_of(name, tiny, rows, work, shard=shard, live=tiny, **start).train()
-            else:
-                unpaired_trainer_of(name, tiny, singles, work, shard=unpaired, **start).train()
+        guide = make_tiny_model(Path(folder) / "guide", seed=5)
+        data = {"pairs": pair_rows(12), "unpaired": unpaired_rows(12)}
+        shards = {
+            "pairs": write_reference(tiny, data["pairs"], Path(folder) / "pairs"),
+            "unpaired": write_unpaired_reference(tiny, data["unpaired"], Path(folder) / "unpaired"),
+            "pre_dpo": write_reference(guide, data["pairs"], Path(folder) / "guided"),
+        }
+        for name in (*names(), *VARIANTS):
+            work, kind = Path(folder) / name, kind_of(name)
+            shard, guided = shards.get(name, shards[kind]), name == "pre_dpo"
+            start: dict[str, Any] = {"shard": shard, "live": tiny, "reference_is_start": not guided}
+            trainer_of(name, tiny, data[kind], work, **start).train()
             lines = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
             found[name] = {kept: [float(f"{line[kept]:.7g}") for line in lines] for kept in KEPT}
     GOLDEN.parent.mkdir(exist_ok=True)

@@ -136,6 +136,19 @@ def test_live_reference_kl_and_sharpness_are_those_of_the_full_distributions():
     assert same.logps_SL.detach().sub(same.ref_logps_SL).abs().max() < 1e-6
 
 
+def test_a_token_that_neither_model_can_write_adds_nothing_to_the_kl():
+    """A logit of -inf, as of vocabulary that is padding: 0·log 0 is 0, in the value and in the gradient."""
+    model, reference = llama(0), llama(1)
+    layout = pack([Document((1, 2, 3), ((4, 5), (6, 7, 8)))])
+    for one in (model, reference):
+        one.lm_head.bias = torch.nn.Parameter(torch.zeros(61).index_fill(0, torch.tensor([60]), -torch.inf))
+    kl_SL = branch_scores(model, layout, reference=reference, kl=True).kl_SL
+    kl_SL.sum().backward()
+    assert kl_SL.isfinite().all()
+    assert kl_SL.max() > 1e-4
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_recomputed_chunks_give_the_same_gradients(monkeypatch):
     model, reference, layout = llama(0), llama(1), pack(documents(6, seed=7))
 

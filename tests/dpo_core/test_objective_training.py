@@ -17,13 +17,14 @@ from dpo_core.errors import RecipeError
 from dpo_core.models import load_model
 from dpo_core.objectives import get, names
 from dpo_core.reference import LogpShard
-from tests.dpo_core.golden_objectives import GOLDEN, STEPS, step_of, trainer_of
+from tests.dpo_core.golden_objectives import GOLDEN, STEPS, VARIANTS, step_of, trainer_of
 from tests.tiny import make_tiny_model
 from tests.training_jobs import pair_rows, token_pairs, write_reference
 
 ROWS = pair_rows(12)
 PAIRWISE = [name for name in names() if get(name).data == "pairs"]
 COUPLED = [name for name in PAIRWISE if get(name).batch_coupled]
+EVERY = [*PAIRWISE, *VARIANTS]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ def shard(other: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_reference(other, ROWS, tmp_path_factory.mktemp("reference") / "shard")
 
 
-@pytest.mark.parametrize("name", PAIRWISE)
+@pytest.mark.parametrize("name", EVERY)
 def test_layout_order_and_split_change_nothing(name, alone, tiny, other, shard, tmp_path):
     """Packs, padded rows, another order, other micro-batches, a cached and a live reference."""
     packed = trainer_of(name, tiny, ROWS, tmp_path / "a", shard=shard, live=other)
@@ -63,7 +64,8 @@ def test_layout_order_and_split_change_nothing(name, alone, tiny, other, shard, 
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in PAIRWISE if get(n).needs_reference and "kl" not in get(n).extras]
+    "name",
+    [n for n in PAIRWISE if get(n).needs_reference and "kl" not in get(n).extras] + ["rpo", "mpo", "wpo"],
 )
 def test_a_live_reference_equals_the_cache(name, alone, tiny, other, shard, tmp_path):
     cached = trainer_of(name, tiny, ROWS, tmp_path / "a", shard=shard)
@@ -84,23 +86,27 @@ def test_an_objective_that_compares_the_whole_batch_refuses_a_split_one(name, al
     assert "micro_batch_size" in caught.value.remedy
 
 
-@pytest.mark.parametrize("name", PAIRWISE)
-def test_ten_steps_go_where_they_always_went(name, alone, tmp_path, tiny):
+@pytest.mark.parametrize("name", EVERY)
+def test_ten_steps_go_where_they_always_went(name, alone, tmp_path, tiny, shard):
     golden = json.loads(GOLDEN.read_text())[name]
-    shard = write_reference(tiny, ROWS, tmp_path / "shard")
-    trainer = trainer_of(name, tiny, ROWS, tmp_path / "work", shard=shard, live=tiny, reference_is_start=True)
-    trainer.train()
+    guided = name == "pre_dpo"
+    values = shard if guided else write_reference(tiny, ROWS, tmp_path / "shard")
+    start = {"shard": values, "live": tiny, "reference_is_start": not guided}
+    trainer_of(name, tiny, ROWS, tmp_path / "work", **start).train()
     lines = [json.loads(line) for line in (tmp_path / "work" / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == STEPS
     for name_, wanted in golden.items():
         np.testing.assert_allclose(
             [line[name_] for line in lines], wanted, rtol=2e-4, atol=2e-5, err_msg=name_
         )
-    known = get(name).value_at_reference
+    known = get(name).value_at_reference if name in PAIRWISE else None
     value = known(get(name).resolve({})) if known else None
     if value is not None:
         assert lines[0]["loss"] == pytest.approx(value, rel=1e-5)
     assert lines[-1]["loss"] < lines[0]["loss"], "ten steps at this rate lower every one of them"
+    if name == "tr_dpo":
+        losses = [line["loss"] for line in lines]
+        assert losses[3] > losses[2], "toward ln 2 after the reference has followed"
 
 
 def test_a_weighted_sum_is_the_sum_of_its_terms(alone, tiny, shard, tmp_path):
@@ -169,6 +175,9 @@ def test_a_guiding_reference_weighs_pairs_from_the_first_step(alone, tiny, other
     assert loss == pytest.approx(float(wanted.detach()), rel=1e-5)
     assert abs(loss - np.log(2)) > 1e-4
     guided.check_start()  # nothing to compare: policy and reference differ on purpose
+    itself = write_reference(tiny, ROWS, tmp_path / "itself")
+    unguided = trainer_of("dpo", tiny, ROWS, tmp_path / "unguided", shard=itself, reference_is_start=True)
+    assert step_of(unguided, [list(range(len(ROWS)))])[0] == pytest.approx(np.log(2), abs=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,22 @@ def test_the_reward_model_is_the_same_at_every_stage(lab: Lab) -> None:
                 assert float((tensor - other[key]).abs().max()) <= 1e-5, (name, key)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tdpo2", "orpo_full"])
+def test_more_readers_of_the_output_head_are_the_same_with_all_cut_up(lab: Lab, name: str) -> None:
+    """Beside a whole live reference, and over the prompts."""
+
+    def job(work: str, **engine: Any) -> Path:
+        settings = json.loads(lab.job(work, **engine).read_text())["dpo"]
+        settings |= {"objective": name, "parameters": {}}
+        return write_job(lab.folder / work, "dpo", lab.tiny, ROWS, live_reference=str(lab.tiny), dpo=settings)
+
+    whole, cut_up = f"{name}-whole", f"{name}-cut-up"
+    lab.run(1, [job(whole)])
+    lab.run(2, [job(cut_up, processes=2, zero_stage=3)])
+    lab.assert_same(cut_up, whole, tolerance=1e-5)
+
+
 # Another number of ranks ------------------------------------------------------------------------------------
 
 

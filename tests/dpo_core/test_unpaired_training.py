@@ -9,16 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from deploy.launchers import State
 from dpo_core import train
-from dpo_core.errors import DataError, StageFailed
+from dpo_core.errors import StageFailed
 from dpo_core.evaluate import sequence_logps
 from dpo_core.models import load_model, load_tokenizer
 from dpo_core.reference import LogpShard, sequence_key
 from dpo_core.tokens import Sequence, TokenConfig, Tokenise
-from dpo_core.unpaired import UnpairedExample, UnpairedTrainer, imbalance, mismatched, unpaired_examples
-from tests.dpo_core.golden_objectives import GOLDEN, STEPS, step_of, unpaired_trainer_of
+from dpo_core.unpaired import UnpairedTrainer, imbalance, mismatched, unpaired_examples
+from tests.dpo_core.golden_objectives import GOLDEN, STEPS, step_of, trainer_of
 from tests.tiny import make_tiny_model
 from tests.training_jobs import (
     curve,
@@ -56,7 +57,7 @@ def lines(work: Path) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("name", FIRST)
 def test_ten_steps_go_where_they_always_went(name: str, alone: None, tiny: Path, shard: Path, tmp_path: Path):
-    unpaired_trainer_of(name, tiny, ROWS, tmp_path, shard=shard, reference_is_start=True).train()
+    trainer_of(name, tiny, ROWS, tmp_path, shard=shard, reference_is_start=True).train()
     found = lines(tmp_path)
     assert len(found) == STEPS
     assert found[0]["loss"] == pytest.approx(FIRST[name], abs=1e-6)
@@ -95,7 +96,7 @@ def test_the_loss_is_that_of_the_paper_written_out(
     bco = -np.log(sigmoid(np.where(good, 0.1 * h - delta, delta - 0.1 * h)))
     for name, wanted, parameters in (("kto", kto, weights), ("bco", bco, {})):
         work = tmp_path / name
-        trainer = unpaired_trainer_of(name, other, ROWS, work, shard=shard, steps=1, parameters=parameters)
+        trainer = trainer_of(name, other, ROWS, work, shard=shard, steps=1, parameters=parameters)
         trainer.train()
         (line,) = lines(work)
         assert line["loss"] == pytest.approx(float(wanted.mean()), rel=1e-5)
@@ -109,7 +110,7 @@ def test_the_loss_is_that_of_the_paper_written_out(
 def test_z_0_is_clamped_at_zero_after_the_mean(alone: None, tiny: Path, other: Path, shard: Path, tmp_path):
     """With policy and reference exchanged the mean is negative, though single pairs are not."""
     backwards = write_unpaired_reference(other, ROWS, tmp_path / "shard")
-    trainer = unpaired_trainer_of("kto", tiny, ROWS, tmp_path, shard=backwards, steps=1)
+    trainer = trainer_of("kto", tiny, ROWS, tmp_path, shard=backwards, steps=1)
     h = ratios(tiny, other, mismatched(trainer.examples))
     assert h.mean() < 0 < h.max()
     trainer.begin_step(trainer.examples)
@@ -139,33 +140,46 @@ def test_layout_order_and_split_change_nothing(
         ),
         "rows of one": ({"pack_tokens": None, "micro_batch_size": 1}, [[i] for i in everyone]),
     }
-    padded = unpaired_trainer_of(name, other, ROWS, tmp_path / "padded", shard=shard, pack_tokens=None)
+    padded = trainer_of(name, other, ROWS, tmp_path / "padded", shard=shard, pack_tokens=None)
     wanted = step_of(padded, [everyone])
     for number, (case, (settings, split)) in enumerate(cases.items()):
-        trainer = unpaired_trainer_of(name, other, ROWS, tmp_path / str(number), shard=shard, **settings)
+        trainer = trainer_of(name, other, ROWS, tmp_path / str(number), shard=shard, **settings)
         loss, gradients = step_of(trainer, split)
         assert loss == pytest.approx(wanted[0], abs=1e-5), case
         for got, expected in zip(gradients, wanted[1], strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5, msg=case)
 
 
-@pytest.mark.parametrize("name", ["kto", pytest.param("bco", marks=pytest.mark.slow)])
-def test_two_ranks_are_one(name: str, alone: None, tiny: Path, other: Path, tmp_path: Path) -> None:
+STAGED = [
+    pytest.param(name, stage, marks=[] if (name, stage) == ("kto", 3) else pytest.mark.slow)
+    for name in FIRST
+    for stage in range(4)
+]
+
+
+@pytest.mark.parametrize(("name", "stage"), STAGED)
+def test_two_ranks_at_every_zero_stage_are_one_process(
+    name: str, stage: int, alone: None, tiny: Path, other: Path, tmp_path: Path
+) -> None:
     """Through the real entry point, packs on one rank and on two; means over a class are over both ranks.
 
-    The packs of the two runs differ, and so does the order of sums: hence 1e-5 and not equality.
+    At stage 3 the pass before the losses finds the weights cut up and has to gather them. The packs of the
+    two runs differ, and so does the order of sums: hence 1e-5 and not equality.
     """
     rows = unpaired_rows(14)
     shard = write_unpaired_reference(tiny, rows, tmp_path / "shard")
     sizes = {"pack_tokens": 80, "batch_size": 14}
-    trainer = unpaired_trainer_of(name, other, rows, tmp_path / "sizes", shard=shard, **sizes)
+    trainer = trainer_of(name, other, rows, tmp_path / "sizes", shard=shard, **sizes)
     order = sorted(trainer.strangers.values() or trainer.examples, key=trainer.length, reverse=True)
     passes = [len(trainer._passes(order[rank::2])) for rank in (0, 1)]
     assert passes == [2, 1], "one rank has to wait for the other in the pass before the losses"
 
-    def job(processes: int) -> Path:
-        engine = {"precision": "fp32", "threads": 1, "save_every": 2, "processes": processes}
-        loop = {"epochs": 100.0, "max_steps": 5, "objective": name, "optim": {"learning_rate": 1e-3}}
+    def job(processes: int, zero_stage: int) -> Path:
+        engine = {"precision": "fp32", "threads": 1, "save_every": 2}
+        engine |= {"processes": processes, "zero_stage": zero_stage}
+        # A larger epsilon: Adam would blow the last bit of a gradient near zero up to a whole step.
+        optim = {"learning_rate": 1e-3, "epsilon": 1e-6}
+        loop = {"epochs": 100.0, "max_steps": 5, "objective": name, "optim": optim}
         settings = {
             "policy_is_reference": False,
             "reference": str(shard),
@@ -173,21 +187,18 @@ def test_two_ranks_are_one(name: str, alone: None, tiny: Path, other: Path, tmp_
         }
         return write_job(tmp_path / str(processes), "dpo", other, rows, **settings)
 
-    assert train.main(["--config", str(job(1))]) == 0
-    assert launch(job(2), 2) is State.DONE
+    assert train.main(["--config", str(job(1, 0))]) == 0
+    assert launch(job(2, stage), 2) is State.DONE
     one, two = curve(tmp_path / "1"), curve(tmp_path / "2")
     assert len(one) == len(two) == 5
+    same = ("loss", COUPLING[name], "rewards/chosen", "rewards/rejected", "count/chosen", "grad_norm")
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys()
-        for key in (
-            "loss",
-            COUPLING[name],
-            "rewards/chosen",
-            "rewards/rejected",
-            "count/chosen",
-            "grad_norm",
-        ):
-            assert b[key] == pytest.approx(a[key], abs=1e-5, rel=1e-4), key
+        for key in same:
+            assert b[key] == pytest.approx(a[key], abs=1e-5, rel=1e-5), key
+    ours, theirs = (load_file(tmp_path / n / "out" / "model.safetensors") for n in ("1", "2"))
+    assert ours.keys() == theirs.keys()
+    assert max(float((ours[key] - theirs[key]).abs().max()) for key in ours) <= 1e-5
 
 
 @pytest.mark.parametrize("name", FIRST)
@@ -195,7 +206,7 @@ def test_a_resumed_run_is_the_straight_one(name: str, alone: None, other: Path, 
     """Three steps, an end, three more: bit for bit six straight ones, BCO's running mean included."""
 
     def run(folder: str, steps: int) -> tuple[UnpairedTrainer, list[dict[str, float]]]:
-        trainer = unpaired_trainer_of(
+        trainer = trainer_of(
             name, other, ROWS, tmp_path / folder, shard=shard, steps=6, batch_size=4, learning_rate=1e-2
         )
         trainer.total_steps = steps
@@ -222,77 +233,19 @@ def test_a_resumed_run_is_the_straight_one(name: str, alone: None, other: Path, 
 def test_a_batch_of_one_class_is_no_nan(name: str, alone: None, tiny: Path, tmp_path: Path):
     rows = [row | {"label": True} for row in ROWS]
     shard = write_unpaired_reference(tiny, rows, tmp_path / "shard")
-    unpaired_trainer_of(name, tiny, rows, tmp_path, shard=shard, steps=3, batch_size=1).train()
+    trainer_of(name, tiny, rows, tmp_path, shard=shard, steps=3, batch_size=1).train()
     found = lines(tmp_path)
     assert all(math.isfinite(value) for line in found for value in line.values())
     assert all("rewards/rejected" not in line and "rewards/margins" not in line for line in found)
     assert found[0]["count/rejected"] == 0
 
 
-# The mismatched pairs ------------------------------------------------------------------------------------
-
-
-def example(prompt: int, completion: int, desirable: bool = True) -> UnpairedExample:
-    ids = Sequence((prompt, prompt), (completion,) * 3)
-    return UnpairedExample(f"{prompt}-{completion}-{desirable}", ids, desirable)
-
-
-def test_every_prompt_gets_another_examples_answer() -> None:
-    examples = [example(i // 3, 100 + i) for i in range(60)]
-    known = {e.sequence for e in examples}
-    found = mismatched(examples)
-    assert [s.prompt for s in found] == [e.sequence.prompt for e in examples]
-    assert not known & set(found)
-    assert all(s.completion != e.sequence.completion for s, e in zip(found, examples, strict=True))
-    # A rotation: nearly every answer is given once, so that the mean is over the data's own answers.
-    assert max(np.unique([s.completion[0] for s in found], return_counts=True)[1]) <= 2
-
-
-def test_partners_stay_whatever_the_order_the_label_and_one_more_row() -> None:
-    examples = [example(i, 100 + i) for i in range(40)]
-    found = dict(zip([e.sequence for e in examples], mismatched(examples), strict=True))
-    turned = [example(i, 100 + i, desirable=i % 2 > 0) for i in reversed(range(40))]
-    assert dict(zip([e.sequence for e in turned], mismatched(turned), strict=True)) == found
-    more = [*examples, example(77, 177)]
-    again = dict(zip([e.sequence for e in more], mismatched(more), strict=True))
-    assert sum(again[key] != found[key] for key in found) == 1
-
-
-@pytest.mark.parametrize(
-    ("pairs", "wanted"),
-    [
-        ([(1, 5), (1, 6), (1, 7)], "another completion"),
-        ([(1, 5), (2, 5), (3, 5)], "another prompt"),
-        ([(1, 5), (1, 6), (2, 5)], "another completion"),
-        ([(1, 5)] * 3 + [(2, 6)], "both"),
-    ],
-)
-def test_where_prompts_or_answers_repeat_the_most_different_partner_is_taken(pairs, wanted) -> None:
-    examples = [example(*pair) for pair in pairs]
-    own, found = examples[0].sequence, mismatched(examples)[0]
-    assert found.prompt == own.prompt
-    assert (found.completion != own.completion) is (wanted != "another prompt")
-    if wanted == "both":
-        assert found.completion == (6, 6, 6)
-
-
-def test_mismatched_pairs_are_no_longer_than_the_longest_example() -> None:
-    short, long = Sequence(tuple(range(9)), (1, 2)), Sequence((1,), tuple(range(10)))
-    found = mismatched([UnpairedExample("a", short, True), UnpairedExample("b", long, False)])
-    assert [len(s) for s in found] == [11, 3]
-    assert found[0].completion == (0, 1)
-    assert found[0].truncated
-
-
-@pytest.mark.parametrize("examples", [[], [example(1, 2)], [example(1, 2), example(1, 2, False)]])
-def test_fewer_than_two_different_examples_are_refused(examples) -> None:
-    with pytest.raises(DataError, match="no two different training examples"):
-        mismatched(examples)
+# Its cache ----------------------------------------------------------------------------------------------
 
 
 def test_the_cached_z_0_is_the_recomputed_one(alone: None, tiny: Path, other: Path, shard: Path, tmp_path):
     """The reference half of z_0 comes from the cache; with the reference in memory it is the same."""
-    trainer = unpaired_trainer_of("kto", other, ROWS, tmp_path, shard=shard)
+    trainer = trainer_of("kto", other, ROWS, tmp_path, shard=shard)
     pairs = mismatched(trainer.examples)
     cached = LogpShard.open(shard).sums([sequence_key(s) for s in pairs])
     again = [float(x.double().sum()) for x in sequence_logps(load_model(tiny), pairs, "fp32", 64)]
@@ -312,10 +265,10 @@ def test_a_cache_without_the_mismatched_pairs_is_refused(alone: None, tiny: Path
     compute(load_model(tiny), own, precision="fp32", token_budget=256, keep=entries.update)
     LogpShard.build(entries).save(tmp_path / "shard")
     with pytest.raises(StageFailed, match="12 of 24 sequences have no reference log-prob"):
-        unpaired_trainer_of("kto", tiny, ROWS, tmp_path / "kto", shard=tmp_path / "shard")
-    unpaired_trainer_of("bco", tiny, ROWS, tmp_path / "bco", shard=tmp_path / "shard")
+        trainer_of("kto", tiny, ROWS, tmp_path / "kto", shard=tmp_path / "shard")
+    trainer_of("bco", tiny, ROWS, tmp_path / "bco", shard=tmp_path / "shard")
     with pytest.raises(StageFailed, match="names no reference log-probs"):
-        unpaired_trainer_of("bco", tiny, ROWS, tmp_path / "none", shard=None)
+        trainer_of("bco", tiny, ROWS, tmp_path / "none", shard=None)
 
 
 @pytest.mark.parametrize("name", FIRST)
@@ -323,7 +276,7 @@ def test_a_start_off_the_reference_is_refused(
     name: str, alone: None, other: Path, shard: Path, tmp_path: Path
 ):
     with pytest.raises(StageFailed, match="policy and reference differ by"):
-        unpaired_trainer_of(name, other, ROWS, tmp_path, shard=shard, reference_is_start=True).train()
+        trainer_of(name, other, ROWS, tmp_path, shard=shard, reference_is_start=True).train()
 
 
 # Rows, weights -------------------------------------------------------------------------------------------
@@ -391,5 +344,5 @@ def test_weights_outside_the_papers_band_are_named(weights, counts, says) -> Non
 
 def test_the_trainer_warns_of_them(alone: None, tiny: Path, shard: Path, tmp_path: Path, caplog) -> None:
     with caplog.at_level(logging.WARNING, logger="dpo_core.unpaired"):
-        unpaired_trainer_of("kto", tiny, ROWS, tmp_path, shard=shard)
+        trainer_of("kto", tiny, ROWS, tmp_path, shard=shard)
     assert "is 2 with 8 desirable and 4 undesirable" in caplog.text

@@ -2,36 +2,92 @@
 
 import json
 
+import pytest
+import yaml
 from typer.testing import CliRunner
 
-from dpo_core.objectives import get, names
+from dpo_core.dpo import DpoConfig, ReferenceSync
+from dpo_core.errors import RecipeError
+from dpo_core.objectives import VARIANTS, get, names
 from flows.cli import app
 
+MADE = [variant.name for variant in VARIANTS]
 
-def test_the_list_says_what_each_needs() -> None:
-    result = CliRunner().invoke(app, ["objectives"])
+
+def shown(*arguments: str) -> str:
+    result = CliRunner().invoke(app, ["objectives", *arguments])
     assert result.exit_code == 0
-    lines = result.stdout.splitlines()
-    heads = [line for line in lines if not line.startswith(" ")]
-    assert [head.split()[0] for head in heads] == names()
+    return result.stdout
+
+
+def test_the_list_says_what_each_is_and_needs() -> None:
+    lines = shown().splitlines()
+    heads = [line for line in lines if "  (" in line and not line.startswith(" ")]
+    assert [head.split()[0] for head in heads] == [*names(), *MADE]
     assert "tdpo2  (pairs, live reference)" in heads
     assert "aot  (pairs, reference, whole batch)" in heads
     assert "kto  (unpaired, reference)" in heads
-    assert "simpo  (pairs)" in heads
+    assert "tr_dpo  (pairs, live reference)" in heads
     place = lines.index("simpo  (pairs)")
-    assert "arXiv 2405.14734" in lines[place + 1]
-    assert lines[place + 3].startswith("  gamma_beta_ratio = 0.5 in [0, 5]: ")
+    assert lines[place + 1].startswith("  -log σ(beta·(log π(y_w)/n_w - log π(y_l)/n_l - gamma_beta_ratio))")
+    assert "arXiv 2405.14734" in lines[place + 2]
+    assert lines[place + 5].startswith("  gamma_beta_ratio = 0.5 in [0, 5]: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("aot", "has to be one forward pass in one process"),
+        ("kto", "depends on which share one, not on how it is split"),
+        ("bco", "Without the paper's density-ratio weights"),
+        ("tdpo1", "the reference stays in memory beside the policy"),
+        ("tdpo2", "which the cache of log-probs does not hold"),
+    ],
+)
+def test_what_a_name_does_not_tell_is_in_the_list(name: str, says: str) -> None:
+    entry = shown().split(f"\n{name}  (")[1].split("\n  note: ")[1].splitlines()[0]
+    assert says in entry
+
+
+def test_one_is_shown_with_its_whole_definition() -> None:
+    text = shown("ld_dpo", "wpo")
+    assert "LLaMA-Factory and ms-swift weigh the policy only" in text
+    assert "weighting: wpo" in text
+    assert "simpo" not in text
+    result = CliRunner().invoke(app, ["objectives", "dop"])
+    assert "there is no objective 'dop'" in str(result.exception)
 
 
 def test_json_has_everything() -> None:
-    result = CliRunner().invoke(app, ["objectives", "--json"])
-    assert result.exit_code == 0
-    facts = {fact["name"]: fact for fact in json.loads(result.stdout)}
-    assert sorted(facts) == names()
+    text = shown("--json")
+    assert "Infinity" not in text, "which is no JSON"
+    facts = {fact["name"]: fact for fact in json.loads(text)}
+    assert list(facts) == [*names(), *MADE]
     assert facts["tdpo1"]["needs_full_vocabulary"]
     assert facts["tdpo1"]["extras"] == ["kl"]
     assert facts["aot"]["batch_coupled"]
     assert facts["hinge"]["value_at_reference"] == 1.0
     assert facts["sft"]["value_at_reference"] is None
     assert facts["dpo"]["parameters"]["beta"]["default"] == get("dpo").parameters["beta"].default
-    assert all(fact["citation"] and fact["definition"] for fact in facts.values())
+    for fact in facts.values():
+        assert fact["citation"]
+        assert fact["definition"]
+        assert fact["needs"]
+        assert fact["setting"]
+    assert [fact["name"] for fact in json.loads(shown("cpo", "--json"))] == ["cpo"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=MADE)
+def test_the_settings_of_a_variant_are_those_of_the_recipe(variant) -> None:
+    (settings,) = yaml.safe_load(variant.setting).values()
+    config = DpoConfig(**settings)
+    assert config.needs_live_reference is ("live reference" in variant.needs)
+    if config.reference_sync:
+        defaults = {f"reference_sync.{name}": value for name, value in ReferenceSync().model_dump().items()}
+        assert {name: p.default for name, p in variant.parameters.items()} == defaults
+        assert config.reference_sync == ReferenceSync()
+
+
+def test_a_variant_taken_for_an_objective_is_explained() -> None:
+    with pytest.raises(RecipeError, match=r"made of settings; write dpo: \{objective: dpo, weighting: wpo\}"):
+        DpoConfig(objective="wpo")

@@ -5,9 +5,13 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
+from hypothesis import settings
 from torch import Tensor
 
 from dpo_core.objectives import Objective, PairLogps, Totals, UnpairedLogps
+
+# For property tests: there are many, so a dozen cases each, and no limit on one of them on a busy machine.
+few = settings(max_examples=12, deadline=None)
 
 # A default of zero would leave the parameter's term out of a test.
 NOT_DEFAULT = {

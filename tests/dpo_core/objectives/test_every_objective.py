@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from dpo_core.objectives import get, names
 from tests.dpo_core.objectives.samples import (
     EXTRAS,
     at_reference,
+    few,
     inputs_for,
     loss_of,
     parameters_for,
@@ -26,11 +29,11 @@ LN_2 = math.log(2)
 
 def softplus(x: float) -> float:
     """-log σ(-x)."""
-    return math.log1p(math.exp(x))
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
 
 
 def sigma(x: float) -> float:
-    return 1 / (1 + math.exp(-x))
+    return math.exp(-softplus(-x))
 
 
 def cdpo(u: float, e: float) -> float:
@@ -87,6 +90,7 @@ FORMULAS: dict[str, Callable[[Any, Any], float]] = {
         )
     ),
     "sft": lambda v, p: -v.chosen / v.T,
+    "sft_mean": lambda v, p: -v.chosen / v.chosen_tokens,
     "tdpo1": lambda v, p: softplus(-p.beta * (v.D - (v.rejected_kl - v.chosen_kl))),
     "tdpo2": lambda v, p: softplus(-p.beta * (v.D - p.alpha * (v.rejected_kl - v.chosen_kl))),
     "cpo": lambda v, p: (
@@ -130,7 +134,7 @@ AT_REFERENCE = {
     "exo": 2.761231,  # ½·log(0.5/0.999) + ½·log(0.5/0.001)
     "discopop": 0.846574,  # ½·ln 2 + ½
     "kto": 0.5,
-    **dict.fromkeys(["r_dpo", "sft", "cpo", "simpo", "orpo", "orpo_full"], None),
+    **dict.fromkeys(["r_dpo", "sft", "sft_mean", "cpo", "simpo", "orpo", "orpo_full"], None),
 }
 
 # Fields that hold a log-prob or divergence under the policy, for gradients.
@@ -171,15 +175,21 @@ def test_the_tables_and_the_registry_name_the_same_objectives() -> None:
 
 
 @every_objective
-def test_the_formula_written_a_second_time(name: str) -> None:
+@few
+@given(seed=st.integers(0, 10_000), spread=st.floats(0, 4), data=st.data())
+def test_the_formula_written_a_second_time(name: str, seed: int, spread: float, data: st.DataObject) -> None:
+    """For any batch, and parameters up to halfway from the default to either end of their range."""
     objective = get(name)
-    batch = inputs_for(objective, n=32)
-    parameters = Numbers(**parameters_for(objective))
-    if objective.batch_coupled:
-        found = [loss_of(objective, rows(batch, slice(i, i + 1))).item() for i in range(32)]
-    else:
-        found = loss_of(objective, batch).tolist()
-    assert found == pytest.approx([FORMULAS[name](plain(batch, i), parameters) for i in range(32)], rel=1e-9)
+    batch = inputs_for(objective, n=4, seed=seed, spread=spread)
+    parameters = {
+        key: data.draw(st.floats((p.default + p.low) / 2, (p.default + p.high) / 2), label=key)
+        for key, p in objective.parameters.items()
+    }
+    alone = [rows(batch, slice(i, i + 1)) for i in range(4)]  # a pair that is its own rank
+    parts = alone if objective.batch_coupled else [batch]
+    found = [value for part in parts for value in objective.function(part, **parameters).tolist()]
+    wanted = [FORMULAS[name](plain(batch, i), Numbers(**parameters)) for i in range(4)]
+    assert found == pytest.approx(wanted, rel=1e-9, abs=1e-9)
 
 
 @every_objective
@@ -215,7 +225,7 @@ def test_the_documented_value_follows_the_parameters(name: str) -> None:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_autograd_against_finite_differences(name: str, seed: int) -> None:
     objective = get(name)
-    batch = inputs_for(objective, seed=seed)
+    batch = inputs_for(objective, n=4, seed=seed)
     present = [field for field, _ in tensors(batch) if field in POLICY_FIELDS]
     moving = [field for field in present if field not in STOPPED.get(name, set())]
 

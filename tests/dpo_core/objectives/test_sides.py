@@ -12,7 +12,7 @@ from torch import Tensor
 from dpo_core.errors import RecipeError
 from dpo_core.objectives import PairLogps, Term, Totals, combine, get, pair_metrics, wpo_weights
 from dpo_core.objectives.common import log1mexp
-from tests.dpo_core.objectives.samples import at_reference, gradients, pairs_at, rows, totals_of
+from tests.dpo_core.objectives.samples import at_reference, few, gradients, pairs_at, rows, totals_of
 
 BETA = 0.3
 LN_2 = math.log(2)
@@ -71,6 +71,7 @@ class TestReferenceFree:
         loss = get("cpo").function(pair(-8.0, -8.0), beta=BETA, nll_weight=0.5, label_smoothing=0.0)
         assert loss.item() == pytest.approx(LN_2 + 0.5 * 8 / 4)
 
+    @few
     @given(ratio=st.floats(0, 2), mean=st.floats(-5, -0.01))
     def test_simpo_with_equal_means_is_softplus_of_gamma(self, ratio: float, mean: float) -> None:
         loss = get("simpo").function(pair(4 * mean, 9 * mean), beta=2.5, gamma_beta_ratio=ratio)
@@ -90,6 +91,7 @@ class TestReferenceFree:
         )
         assert (forth - back).item() == pytest.approx(-2.0 * (-1 + 2))
 
+    @few
     @given(mean=st.floats(-8, -0.001), weight=st.floats(0, 2))
     def test_orpo_with_equal_means_is_the_nll_and_ln_2(self, mean: float, weight: float) -> None:
         loss = get("orpo").function(pair(4 * mean, 9 * mean), odds_weight=weight)
@@ -118,6 +120,7 @@ class TestReferenceFree:
         (chosen,) = gradients(get("orpo"), logps, "chosen_B", odds_weight=1.0)
         assert chosen.item() == pytest.approx(-1 / 4)  # the NLL's alone
 
+    @few
     @given(x=st.one_of(st.floats(-60, -1e-7), st.floats(-1e-3, -1e-7)))
     def test_log1mexp_in_float32(self, x: float) -> None:
         """Against float64, where either of the two forms alone loses digits."""
@@ -215,17 +218,19 @@ class TestTokenLevel:
 
 
 class TestWeightedSums:
-    def test_mixed_preference_optimisation(self) -> None:
-        logps = pairs_at()
+    @few
+    @given(seed=st.integers(0, 10_000), weights=st.tuples(*[st.floats(0.001, 10)] * 3))
+    def test_mixed_preference_optimisation(self, seed: int, weights: tuple[float, float, float]) -> None:
+        logps = pairs_at(seed=seed)
         terms = [
-            Term("dpo", 0.8, {"beta": BETA}),
-            Term("bco_pair", 0.2, {"beta": BETA}),
-            Term("sft", 1.0, {}),
+            Term("dpo", weights[0], {"beta": BETA}),
+            Term("bco_pair", weights[1], {"beta": BETA}),
+            Term("sft", weights[2], {}),
         ]
         by_hand = (
-            0.8 * get("dpo").function(logps, beta=BETA)
-            + 0.2 * get("bco_pair").function(logps, beta=BETA)
-            + get("sft").function(logps)
+            weights[0] * get("dpo").function(logps, beta=BETA)
+            + weights[1] * get("bco_pair").function(logps, beta=BETA)
+            + weights[2] * get("sft").function(logps)
         )
         torch.testing.assert_close(combine(terms, logps), by_hand, rtol=1e-12, atol=0)
 
@@ -252,6 +257,21 @@ def test_wpo_weights_are_what_they_should_be_and_carry_no_gradient() -> None:
     assert wpo_weights(uniform).tolist() == [1.0, 1.0]
     with pytest.raises(ValueError, match="rejected_sharpness_B is missing"):
         wpo_weights(replace(logps, rejected_sharpness_B=None))
+
+
+@few
+@given(chosen=st.floats(-20, 3), rejected=st.floats(-20, 3), shift=st.floats(0, 3))
+def test_wpo_weights_grow_with_how_likely_the_policy_writes_either_side(
+    chosen: float, rejected: float, shift: float
+) -> None:
+    def weight(*means: float) -> float:
+        sides = [torch.tensor([x], dtype=torch.float64) for x in means]
+        logps = rows(pairs_at(), slice(1))
+        return wpo_weights(replace(logps, chosen_sharpness_B=sides[0], rejected_sharpness_B=sides[1])).item()
+
+    start = weight(chosen, rejected)
+    assert start == pytest.approx(weight(rejected, chosen), rel=1e-12)
+    assert weight(chosen + shift, rejected) == pytest.approx(start * math.exp(shift), rel=1e-9)
 
 
 def test_rewards_per_token_as_simpo_logs_them() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_core.objectives import UnpairedLogps, class_means, get, unpaired_metrics, z0
-from tests.dpo_core.objectives.samples import at_reference, gradients, rows, unpaired_at
+from tests.dpo_core.objectives.samples import at_reference, few, gradients, rows, unpaired_at
 
 BETA = 0.3
 
@@ -43,6 +43,7 @@ def test_kto_gradient_at_the_reference() -> None:
     assert policy.tolist() == pytest.approx([-1.5 * BETA / 4, 0.8 * BETA / 4] * 4)
 
 
+@few
 @given(h=st.floats(-50, 50), kl=st.floats(0, 20))
 def test_kto_classes_mirror_each_other_about_z0(h: float, kl: float) -> None:
     logps = examples(h, h, desirable=[True, False], kl=kl)
@@ -73,6 +74,7 @@ def test_a_batch_of_one_class_is_fine(label: bool) -> None:
     assert "rewards/margins" not in means
 
 
+@few
 @given(st.lists(st.floats(-30, 30), min_size=2, max_size=12), st.integers(1, 11))
 def test_z0_is_clamped_once_over_all_ranks(ratios: list[float], cut: int) -> None:
     h = torch.tensor(ratios, dtype=torch.float64, requires_grad=True)
@@ -92,6 +94,7 @@ def test_bco_at_the_reference_is_ln_2() -> None:
     assert policy.tolist() == pytest.approx([-BETA / 2, BETA / 2] * 4)
 
 
+@few
 @given(shift=st.floats(-20, 20))
 def test_bco_sees_rewards_relative_to_delta(shift: float) -> None:
     logps = unpaired_at()

@@ -1,0 +1,56 @@
+"""`dpo objectives`: what can be trained with, for people and for scripts."""
+
+import json
+from typing import Any
+
+import typer
+
+from dpo_core.errors import RecipeError
+from dpo_core.objectives import VARIANTS, get, names
+
+_LEGEND = """\
+w = chosen, l = rejected, n = tokens of the completion; log π is summed over the completion, EOS included;
+h = log π - log π_ref; D = h_w - h_l; u = beta·D. The loss is the mean over the global batch (B,).
+Parameters of an objective are set under dpo.parameters.
+"""
+
+
+def list_objectives(wanted: list[str], as_json: bool) -> None:
+    """Print all objectives and variants, or those named.
+
+    Raises:
+        RecipeError: there is no objective or variant of a name.
+    """
+    known = {f["name"]: f for f in [get(name).facts() for name in names()] + [v.facts() for v in VARIANTS]}
+    for name in wanted:
+        if name not in known:
+            raise RecipeError(f"there is no objective '{name}'", f"Choose one of: {', '.join(known)}.")
+    listed = [known[name] for name in wanted or known]
+    if as_json:
+        typer.echo(json.dumps(listed, indent=1, ensure_ascii=False))
+        return
+    typer.echo(_LEGEND)
+    for facts in listed:
+        typer.echo(_text(facts, whole=bool(wanted)))
+    if not wanted:
+        typer.echo("\n`dpo objectives NAME` prints a whole definition.")
+
+
+def _text(facts: dict[str, Any], whole: bool) -> str:
+    definition = facts["definition"].splitlines()
+    first = facts.get("value_at_reference")
+    lines = [
+        *([*definition, ""] if whole else definition[:1]),
+        facts["citation"],
+        f"set {facts['setting']}",
+        *(f"{name} = {_number(p)}" for name, p in facts["parameters"].items()),
+        *([f"first loss {first:.6g} where policy and reference are one"] if first is not None else []),
+        *([f"note: {facts['caveat']}"] if facts.get("caveat") else []),
+    ]
+    head = f"{facts['name']}  ({', '.join(facts['needs'])})"
+    return "\n".join([head, *(f"  {line}".rstrip() for line in lines)])
+
+
+def _number(parameter: dict[str, Any]) -> str:
+    default, low, high, meaning = (parameter[key] for key in ("default", "low", "high", "meaning"))
+    return f"{default:g} in [{low:g}, {'inf' if high is None else f'{high:g}'}]: {meaning}"

@@ -1,0 +1,95 @@
+"""The mismatched pairs of KTO's z_0: which example gives its completion to which prompt."""
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpo_core.errors import DataError
+from dpo_core.tokens import Sequence
+from dpo_core.unpaired import UnpairedExample, _next_other, mismatched
+
+
+def example(prompt: int, completion: int, desirable: bool = True) -> UnpairedExample:
+    ids = Sequence((prompt, prompt), (completion,) * 3)
+    return UnpairedExample(f"{prompt}-{completion}-{desirable}", ids, desirable)
+
+
+def test_every_prompt_gets_another_examples_answer() -> None:
+    examples = [example(i // 3, 100 + i) for i in range(60)]
+    known = {e.sequence for e in examples}
+    found = mismatched(examples)
+    assert [s.prompt for s in found] == [e.sequence.prompt for e in examples]
+    assert not known & set(found)
+    assert all(s.completion != e.sequence.completion for s, e in zip(found, examples, strict=True))
+    # A rotation: nearly every answer is given once, so that the mean is over the data's own answers.
+    assert max(np.unique([s.completion[0] for s in found], return_counts=True)[1]) <= 2
+
+
+def test_partners_stay_whatever_the_order_the_label_and_one_more_row() -> None:
+    examples = [example(i, 100 + i) for i in range(40)]
+    found = dict(zip([e.sequence for e in examples], mismatched(examples), strict=True))
+    turned = [example(i, 100 + i, desirable=i % 2 > 0) for i in reversed(range(40))]
+    assert dict(zip([e.sequence for e in turned], mismatched(turned), strict=True)) == found
+    more = [*examples, example(77, 177)]
+    again = dict(zip([e.sequence for e in more], mismatched(more), strict=True))
+    assert sum(again[key] != found[key] for key in found) == 1
+
+
+@pytest.mark.parametrize(
+    ("pairs", "wanted"),
+    [
+        ([(1, 5), (1, 6), (1, 7)], "another completion"),
+        ([(1, 5), (2, 5), (3, 5)], "another prompt"),
+        ([(1, 5), (1, 6), (2, 5)], "another completion"),
+        ([(1, 5)] * 3 + [(2, 6)], "both"),
+    ],
+)
+def test_where_prompts_or_answers_repeat_the_most_different_partner_is_taken(pairs, wanted) -> None:
+    examples = [example(*pair) for pair in pairs]
+    own, found = examples[0].sequence, mismatched(examples)[0]
+    assert found.prompt == own.prompt
+    assert (found.completion != own.completion) is (wanted != "another prompt")
+    if wanted == "both":
+        assert found.completion == (6, 6, 6)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=24))
+def test_partners_are_those_of_a_plain_search(pairs: list[tuple[int, int]]) -> None:
+    def next_place(place: int) -> int:
+        """The first that differs in both; failing that, in the completion; failing that, in the prompt."""
+        around = [(place + step) % len(pairs) for step in range(1, len(pairs))]
+        differing = [[a != b for a, b in zip(pairs[place], pairs[other], strict=True)] for other in around]
+        for wanted in ([True, True], [False, True], [True, False]):
+            for other, differs in zip(around, differing, strict=True):
+                if all(d or not w for d, w in zip(differs, wanted, strict=True)):
+                    return other
+        return -1
+
+    prompts, completions = (np.array(codes) for codes in zip(*pairs, strict=True))
+    assert _next_other(prompts, completions).tolist() == [next_place(i) for i in range(len(pairs))]
+
+
+def test_the_search_leaps_over_equal_examples() -> None:
+    """A walk step by step would take the square of their number: minutes here."""
+    codes = np.zeros(200_000, np.int64)
+    codes[777] = 1
+    begun = time.perf_counter()
+    assert set(_next_other(codes, codes).tolist()) == {777, 778}
+    assert time.perf_counter() - begun < 5
+
+
+def test_mismatched_pairs_are_no_longer_than_the_longest_example() -> None:
+    short, long = Sequence(tuple(range(9)), (1, 2)), Sequence((1,), tuple(range(10)))
+    found = mismatched([UnpairedExample("a", short, True), UnpairedExample("b", long, False)])
+    assert [len(s) for s in found] == [11, 3]
+    assert found[0].completion == (0, 1)
+    assert found[0].truncated
+
+
+@pytest.mark.parametrize("examples", [[], [example(1, 2)], [example(1, 2), example(1, 2, False)]])
+def test_fewer_than_two_different_examples_are_refused(examples) -> None:
+    with pytest.raises(DataError, match="no two different training examples"):
+        mismatched(examples)
