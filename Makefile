@@ -6,6 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
+# Tests that run at a time; most are one process that computes on one core.
+WORKERS ?= 2
+
 # Nothing reports home, and nothing waits for a hub that may not be there.
 export DO_NOT_TRACK := 1
 
@@ -27,7 +30,7 @@ types: $(VENV)/.test
 	$(BIN)/mypy
 
 fast: $(VENV)/.test
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadgroup
 
 slow: $(VENV)/.test
 	$(BIN)/pytest -m slow
