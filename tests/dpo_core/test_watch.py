@@ -144,7 +144,7 @@ def test_strangers_are_turned_away_and_missing_ranks_are_named() -> None:
 
 def _stranger(port: int) -> None:
     watched, _ = TCPStore("127.0.0.1", port, is_master=False).get("watch").decode().split()
-    with socket.create_connection(("127.0.0.1", int(watched))) as guess:
+    with socket.create_connection(("127.0.0.1", int(watched)), timeout=5) as guess:
         guess.sendall(b"0" * 32 + b"       1")
         assert guess.recv(1) == b"", "closed"
 

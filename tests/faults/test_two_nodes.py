@@ -229,6 +229,22 @@ def test_a_killed_node_is_replaced_and_the_run_goes_on(
     assert_identical(tmp_path, straight)
 
 
+def test_a_link_that_comes_back_in_time_lets_the_run_go_on(
+    room: TwoNodes, straight: Path, model: Path, shard: Path, tmp_path: Path
+) -> None:
+    gang = Gang(room, job(tmp_path, model, shard), restarts=3)
+    gang.until(7)
+    room.cut()
+    wait_until(
+        lambda: all("lost another" in n.text() for n in (gang.a, gang.b)), "the end of both ranks", WAIT
+    )
+    time.sleep(10)
+    room.mend()
+    gang.finish()
+    assert "going on from" in gang.b.text()
+    assert_identical(tmp_path, straight)
+
+
 @pytest.mark.parametrize(("restarts", "told"), [(0, "b"), (3, "b"), (3, "a"), (3, "ab")])
 def test_sigterm_saves_and_ends_both_nodes_and_the_run_resumes_exactly(
     room: TwoNodes, straight: Path, model: Path, shard: Path, tmp_path: Path, restarts: int, told: str
