@@ -26,7 +26,15 @@ Result = TypeVar("Result")
 
 
 class Stopped(Exception):
-    """SIGTERM came: the state is saved and the process may end."""
+    """SIGTERM came: the state is saved and the process may end.
+
+    Args:
+        told: whether it came to this very rank.
+    """
+
+    def __init__(self, told: bool) -> None:
+        super().__init__()
+        self.told = told
 
 
 class Engine:
@@ -73,10 +81,14 @@ class Engine:
         )
         self.world = torch.distributed.get_world_size()
         self.rank = torch.distributed.get_rank()
+<<<<<<< HEAD
         if self.world == 1 and not self.stage:
             # DeepSpeed would copy all gradients into one tensor and back, to sum them with nobody's.
             self.engine.enable_backward_allreduce = False
         self._stop = False
+=======
+        self.told = False
+>>>>>>> wt-nodes
         signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def _deepspeed_config(self, micro_batches: int) -> dict[str, Any]:
@@ -231,12 +243,12 @@ class Engine:
 
     def stop_requested(self) -> bool:
         """Whether SIGTERM reached any rank; all ranks get the same answer at the same step."""
-        flag = torch.tensor([float(self._stop)], device=self.device)
+        flag = torch.tensor([float(self.told)], device=self.device)
         torch.distributed.all_reduce(flag)
         return bool(flag.item())
 
     def _on_sigterm(self, *_: Any) -> None:
-        self._stop = True
+        self.told = True
 
     def barrier(self) -> None:
         torch.distributed.barrier()

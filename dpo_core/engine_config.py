@@ -48,8 +48,12 @@ class EngineConfig(Config):
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(2, ge=1)
     """Newest checkpoints that stay on the disk; with one, a damaged checkpoint ends the run."""
+    lost_after_seconds: float = Field(12.0, ge=1)
+    """How long another rank's node may be silent on the network before the job ends: it is gone or cut off. A
+    slow rank is not silent, whatever it does; its kernel answers for it."""
     timeout_seconds: float = Field(600.0, gt=0)
-    """How long a rank waits for the others before it gives them up; longer than the slowest checkpoint."""
+    """How long a rank waits in a step for the others, as long as they live; longer than the slowest
+    checkpoint."""
 
     @model_validator(mode="after")
     def _offload_needs_shards(self) -> "EngineConfig":

@@ -53,3 +53,7 @@ class StageFailed(DpoError):
     """A stage broke while it ran; the run can be resumed."""
 
     exit_code = 4
+
+
+class RankLost(StageFailed):
+    """This rank is sound but misses another."""

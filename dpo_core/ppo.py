@@ -199,7 +199,7 @@ class PpoTrainer:
             if stop or final or (iteration + 1) % self.config.engine.save_every == 0:
                 self.engine.save(iteration + 1, {"metrics": last, "kl": self.kl.state_dict()})
             if stop and not final:
-                raise Stopped
+                raise Stopped(self.engine.told)
         return last
 
     def _round(self, iteration: int) -> dict[str, float]:

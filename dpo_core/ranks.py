@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dpo_core.errors import StageFailed
+from dpo_core.errors import RankLost, StageFailed
 
 if TYPE_CHECKING:
     from dpo_core.engine_config import EngineConfig
@@ -57,15 +57,19 @@ _LOST = re.compile(
 )
 
 
-def lost_peer(error: BaseException) -> StageFailed | None:
+def lost_peer(error: BaseException) -> RankLost | None:
     """The error as one about another rank, when it says that one is gone; None when it is of another kind."""
     if isinstance(error, StageFailed) or not isinstance(error, RuntimeError | OSError):
         return None
     if not _LOST.search(str(error)):
         return None
-    first = str(error).strip().splitlines()[0][:200]
-    return StageFailed(
-        f"rank {os.environ.get('RANK', '0')} lost another rank: a process or node is gone, cut off, or too "
-        f"slow for engine.timeout_seconds ({first})",
+    return lost_rank("gone, cut off, or too slow for engine.timeout_seconds", str(error))
+
+
+def lost_rank(how: str, detail: str) -> RankLost:
+    """The error of a rank that misses another."""
+    first = detail.strip().splitlines()[0][:200]
+    return RankLost(
+        f"rank {os.environ.get('RANK', '0')} lost another rank: a process or node is {how} ({first})",
         "Look at the logs of the other nodes, then resume the run: it goes on from its last checkpoint",
     )

@@ -9,19 +9,24 @@ import argparse
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dpo_core.config import Config
 from dpo_core.dpo import DpoConfig
-from dpo_core.errors import DpoError, StageFailed
+from dpo_core.errors import DpoError, RankLost, StageFailed
 from dpo_core.generate import SamplingConfig
 from dpo_core.ppo import PpoConfig
 from dpo_core.reward_training import RewardModelConfig
 from dpo_core.sft import SftConfig
 from dpo_core.tokens import TokenConfig
+
+if TYPE_CHECKING:
+    from dpo_core.watch import Watch
 
 STOPPED = 75  # EX_TEMPFAIL: run again and it goes on
 ERROR, STOP_FILE = "error.json", "stopped"
@@ -74,13 +79,15 @@ class Job(Config):
         return settings
 
 
-def run(job: Job) -> dict[str, float]:
+def run(job: Job, watch: "Watch") -> dict[str, float]:
     """Train, write the model, write the result. Every rank calls this."""
     from dpo_core.jobs import build
     from dpo_core.ranks import start_distributed
     from dpo_core.training import write_result
 
-    start_distributed(job.settings.engine)
+    engine = job.settings.engine
+    start_distributed(engine)
+    watch.start(engine.lost_after_seconds, engine.timeout_seconds)
     if os.environ["RANK"] == "0":
         # Left by ranks that torchrun has replaced since, or by the run before.
         for left in (ERROR, STOP_FILE):
@@ -92,6 +99,7 @@ def run(job: Job) -> dict[str, float]:
         export(state)
         write_result(Path(job.work), {"metrics": metrics})
     trainer.engine.barrier()
+    watch.leave()
     return metrics
 
 
@@ -102,19 +110,50 @@ def main(argv: list[str] | None = None) -> int:
     job = Job.model_validate(json.loads(Path(parser.parse_args(argv).config).read_text()))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     from dpo_core.engine import Stopped
+    from dpo_core.watch import Watch
 
+    agent = os.getppid()
+    watch = Watch(lambda what: _end_without(what, Path(job.work)))
     try:
-        run(job)
-    except Stopped:
+        run(job, watch)
+    except Stopped as stop:
+        watch.leave()
         # torchrun hides the exit status of its ranks; this file tells a stop from a failure.
         (Path(job.work) / STOP_FILE).touch()
-        # Where it replaces lost ranks it would also start again ranks that end with anything but 0.
-        return 0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) else STOPPED
+        if not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+            return STOPPED
+        if not stop.told:
+            _pass_on_the_stop(agent)
+        # Where torchrun replaces lost ranks it would also start again ranks that end with anything but 0.
+        return 0
     except Exception as error:
+        watch.stand_down()
         traceback.print_exc()
         _report(Path(job.work), error)
+        watch.close()  # only now: the others do not write over what is there
         return error.exit_code if isinstance(error, DpoError) else 4
     return 0
+
+
+def _end_without(what: str, work: Path) -> None:
+    """End this rank although its main thread may hang in a collective; see `watch.Watch`."""
+    from dpo_core.ranks import lost_rank
+
+    error = lost_rank("gone or cut off", what)
+    # The disk may have been on the lost node: then writing hangs.
+    threading.Timer(5.0, os._exit, [error.exit_code]).start()
+    _report(work, error)
+    os._exit(error.exit_code)
+
+
+def _pass_on_the_stop(agent: int) -> None:
+    """Tell the torchrun of this node, which only saw its ranks end well, that the job was stopped.
+
+    One that has restarts left would wait five minutes for the torchruns that were told, which are gone.
+    """
+    # Once for each node: a second signal would break off its orderly end.
+    if os.environ.get("LOCAL_RANK") == "0" and os.getppid() == agent:
+        os.kill(agent, signal.SIGTERM)
 
 
 def _report(work: Path, error: Exception) -> None:
@@ -128,11 +167,20 @@ def _report(work: Path, error: Exception) -> None:
         error = StageFailed(f"{type(error).__name__}: {error}", "Look at the log of the job")
     print(f"error: {error}", file=sys.stderr, flush=True)
     # The rank that fails by itself says why; those that only miss it do not write over that.
-    first = os.environ.get("RANK", "0") == "0" and not lost
+    rank = os.environ.get("RANK", "0")
+    first = rank == "0" and not isinstance(error, RankLost)
     if first or not (work / ERROR).exists():
         facts = {"problem": error.problem, "remedy": error.remedy, "exit_code": error.exit_code}
-        (work / ERROR).write_text(json.dumps(facts))
+        # Ranks may fail at the same moment; the file is always that of one of them.
+        temporary = work / f"{ERROR}.{rank}.tmp"
+        temporary.write_text(json.dumps(facts))
+        os.replace(temporary, work / ERROR)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status not in (0, STOPPED):
+        # An orderly exit may wait for collectives with ranks that are gone.
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)

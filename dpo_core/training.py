@@ -172,7 +172,7 @@ class Trainer(ABC, Generic[Example]):
             if stop or final or (step + 1) % self.config.engine.save_every == 0:
                 self.engine.save(step + 1, {"metrics": last, "trainer": self.state()})
             if stop and not final:
-                raise Stopped
+                raise Stopped(self.engine.told)
         return last
 
     def _step(self, step: int) -> dict[str, float]:

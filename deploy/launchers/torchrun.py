@@ -61,8 +61,10 @@ def command(
         processes: ranks on each node.
         rendezvous: where the nodes meet; None for one node.
     """
+    # Alone, torchrun has its store at hand and cannot be cut off from it.
+    starter = "dpo_core.agent" if rendezvous else "torch.distributed.run"
     meeting = rendezvous.arguments() if rendezvous else ["--standalone"]
-    start = [sys.executable, "-m", "torch.distributed.run", *meeting, f"--nproc-per-node={processes}"]
+    start = [sys.executable, "-m", starter, *meeting, f"--nproc-per-node={processes}"]
     return [*start, "-m", module, "--config", str(job)]
 
 

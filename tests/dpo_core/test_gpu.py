@@ -41,7 +41,7 @@ def test_packs_equal_padded_rows(compiled):
 
 @pytest.mark.parametrize("lay_out", [lambda d: pack(d, pad_to=256), pad])
 def test_bf16_is_near_fp32_and_its_gradients_are_finite(lay_out):
-    """cuDNN's attention gives NaN gradients in bf16 with torch 2.13 and is switched off where a job starts."""
+    """cuDNN attention gives NaN gradients in bf16 with torch 2.13 and is switched off where a job starts."""
     torch.backends.cuda.enable_cudnn_sdp(False)
     layout = lay_out(documents(7, seed=3))
     exact, gradient = passed(layout)
