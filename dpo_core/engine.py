@@ -81,14 +81,10 @@ class Engine:
         )
         self.world = torch.distributed.get_world_size()
         self.rank = torch.distributed.get_rank()
-<<<<<<< HEAD
         if self.world == 1 and not self.stage:
             # DeepSpeed would copy all gradients into one tensor and back, to sum them with nobody's.
             self.engine.enable_backward_allreduce = False
-        self._stop = False
-=======
         self.told = False
->>>>>>> wt-nodes
         signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def _deepspeed_config(self, micro_batches: int) -> dict[str, Any]:
