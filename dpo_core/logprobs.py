@@ -16,8 +16,6 @@ from dpo_core.errors import ModelError
 from dpo_core.scores import token_scores
 from dpo_core.tokens import Sequence
 
-# Part of every reference-cache key: raise it whenever the numbers below could change.
-DEFINITION_VERSION = 1
 Precision = Literal["fp32", "bf16"]
 
 

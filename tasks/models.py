@@ -98,7 +98,7 @@ def cache_reference(
 
     def work(given: Work) -> Output:
         from dpo_core.models import load_tokenizer
-        from dpo_core.reference_job import reference_logps
+        from dpo_core.reference.job import reference_logps
         from dpo_core.tokens import Tokenise
         from dpo_core.unpaired import needed_sequences
 

@@ -13,8 +13,7 @@ from pydantic import AwareDatetime
 
 from dpo_core.config import Config
 from dpo_core.errors import StageFailed
-from dpo_core.logp_shard import LogpShard
-from dpo_core.reference_cache import (
+from dpo_core.reference.cache import (
     ReferenceCache,
     ReferenceFacts,
     discard,
@@ -24,6 +23,7 @@ from dpo_core.reference_cache import (
     remove,
     shard_folders,
 )
+from dpo_core.reference.shard import LogpShard
 from tasks.workspace import disk_errors, open_workspace
 
 CACHE_FOLDER = "reference_cache"

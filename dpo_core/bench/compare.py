@@ -115,7 +115,8 @@ def _prepare(bench: Bench, work: Path) -> tuple[Path, int]:
     """Write model and pairs with reference values; returns the model's folder and the tokens of all pairs."""
     from dpo_core.models import load_model, load_tokenizer
     from dpo_core.ranks import name_accelerator
-    from dpo_core.reference import compute, sequence_key
+    from dpo_core.reference import sequence_key
+    from dpo_core.reference.compute import compute
 
     name_accelerator()
 

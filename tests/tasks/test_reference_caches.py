@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from dpo_core.errors import StageFailed
-from dpo_core.reference_cache import ReferenceCache, ReferenceFacts, temporary_beside
+from dpo_core.reference.cache import ReferenceCache, ReferenceFacts, temporary_beside
 from flows.cache_commands import app
 from tasks.reference_caches import CACHE_FOLDER, collect_garbage, list_caches, verify_caches
 
@@ -181,7 +181,7 @@ def test_gc_removes_what_killed_processes_left_and_nothing_of_living_ones(
 ) -> None:
     folder = caches[0].folder
     script = (
-        "import sys; from pathlib import Path; from dpo_core.reference_cache import temporary_beside as t;"
+        "import sys; from pathlib import Path; from dpo_core.reference.cache import temporary_beside as t;"
         "p = t(Path(sys.argv[1]) / 'shard'); p.mkdir(); (p / 'values.npy').write_bytes(bytes(1000)); print(p)"
     )
     made = subprocess.run(

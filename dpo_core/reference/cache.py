@@ -1,7 +1,7 @@
 """All reference log-probs that a workspace knows: one folder a reference, shards that are only ever added.
 
     reference_cache/<reference key>/reference.json   what the key stands for; touched at each use
-    reference_cache/<reference key>/shard-*/         see `logp_shard`
+    reference_cache/<reference key>/shard-*/         see `shard`
     reference_cache/<reference key>/tmp-*            unfinished, or out of sight before it is removed
 
 Several processes may read and add at once: a shard appears whole, under a name of its own, by one rename.
@@ -26,7 +26,7 @@ from pydantic import AwareDatetime, Field, ValidationError
 
 from dpo_core.config import Config
 from dpo_core.errors import StageFailed
-from dpo_core.logp_shard import (
+from dpo_core.reference.shard import (
     TEMPORARY,
     Ints,
     LogpShard,

@@ -16,12 +16,11 @@ import pytest
 import torch
 
 from dpo_core.errors import StageFailed
-from dpo_core.logp_shard import LogpShard
 from dpo_core.logprobs import collate, token_logps
 from dpo_core.models import load_model, load_tokenizer, weights_digest
 from dpo_core.reference import ReferenceCache, reference_facts, sequence_key, share
-from dpo_core.reference_cache import read_facts, shard_folders
-from dpo_core.reference_job import (
+from dpo_core.reference.cache import read_facts, shard_folders
+from dpo_core.reference.job import (
     ReferenceJob,
     ReferenceLogps,
     attention_of,
@@ -30,10 +29,11 @@ from dpo_core.reference_job import (
     run_ranks,
     write_sequences,
 )
+from dpo_core.reference.shard import LogpShard
 from dpo_core.tokens import TokenConfig, Tokenise, TokenPair
 from tests.dpo_core.test_logprobs import random_sequences
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 CHAT = json.dumps([{"role": "user", "content": "How was the soup by the sea?"}])
 ROWS = [
     {
@@ -234,7 +234,7 @@ def start_rank(job: ReferenceJob, rank: int, world: int) -> "subprocess.Popen[by
     path = Path(job.work) / "job.json"
     path.write_text(job.model_dump_json())
     place = {"RANK": str(rank), "WORLD_SIZE": str(world), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "dpo_core.reference_job", "--config", str(path)]
+    command = [sys.executable, "-m", "dpo_core.reference.job", "--config", str(path)]
     return subprocess.Popen(command, env=os.environ | place, cwd=REPOSITORY, stderr=subprocess.DEVNULL)
 
 

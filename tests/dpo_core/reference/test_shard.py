@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_core import logp_shard
 from dpo_core.errors import StageFailed
-from dpo_core.logp_shard import LogpShard
 from dpo_core.models import digest_file
+from dpo_core.reference import shard as shard_module
+from dpo_core.reference.shard import LogpShard
 
 Entries = dict[bytes, np.ndarray]
 
@@ -64,7 +64,7 @@ def test_work_done_in_pieces_is_the_same_work(monkeypatch: pytest.MonkeyPatch) -
     asked = [list(entries)[i] for i in draw.integers(0, 60, 300)]
     first = draw.integers(0, 70, 300).tolist()
     for tokens in (1, 7, 100):
-        monkeypatch.setattr(logp_shard, "_BLOCK_TOKENS", tokens)
+        monkeypatch.setattr(shard_module, "_BLOCK_TOKENS", tokens)
         assert_same(shard, entries, asked, first)
 
 
@@ -150,9 +150,9 @@ def synthetic(entries: int, tokens: int) -> LogpShard:
     draw = np.random.default_rng(0)
     keys = draw.integers(0, 2**64, (entries, 2), np.uint64)
     lengths = draw.integers(tokens // 2, tokens * 3 // 2 + 1, entries)
-    offsets = logp_shard.ends(lengths)
+    offsets = shard_module.ends(lengths)
     values = -draw.random(int(offsets[-1]), np.float32)
-    return LogpShard(keys[logp_shard.sort_order(keys)], offsets, values)
+    return LogpShard(keys[shard_module.sort_order(keys)], offsets, values)
 
 
 def resident(kind: str) -> float:
