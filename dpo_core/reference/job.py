@@ -23,7 +23,7 @@ from pydantic import Field
 
 from dpo_core.config import Config
 from dpo_core.errors import DpoError, ModelError, StageFailed
-from dpo_core.logprobs import Precision, check_definition, collate
+from dpo_core.logprobs import Precision, check_definition
 from dpo_core.models import disable_dropout, load_model, quiet_transformers
 from dpo_core.reference.cache import ReferenceCache
 from dpo_core.reference.compute import compute
@@ -53,7 +53,7 @@ class ReferenceJob(Config):
     precision: Precision
     """fp32 or bf16."""
     token_budget: int = Field(4096, ge=1)
-    """Padded tokens in one forward pass."""
+    """Tokens in one forward pass."""
     threads: int | None = Field(None, ge=1)
     """CPU threads a rank; all cores shared out when empty."""
     keep_seconds: float = Field(30.0, ge=0)
@@ -245,7 +245,7 @@ def run_rank(job: ReferenceJob, rank: int, world: int, progress: Callable[[int],
         torch.backends.cuda.enable_cudnn_sdp(False)
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     model.to(device)
-    check_definition(model, collate([min(missing, key=len)]).to(device))
+    check_definition(model, min(missing, key=len))
     compute(
         model,
         missing,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dpo_core.logprobs import Precision
 
 # Part of every key of a cache: raise it whenever the numbers of `compute` could change.
-DEFINITION_VERSION = 1
+DEFINITION_VERSION = 2
 
 
 def sequence_key(sequence: Sequence) -> bytes:
@@ -49,7 +49,11 @@ def reference_key(weights_sha256: str, precision: "Precision", attention: str) -
 def share(sequences: Seq[Sequence], rank: int, world: int) -> list[Sequence]:
     """The sequences that fall to one of `world` processes.
 
-    Decided by each sequence's own key, so that processes that see different parts of the work already done
-    still leave nothing out and do nothing twice.
+    Decided by each prompt's own ids, so that completions of one prompt stay together, and processes that see
+    different parts of the work already done still leave nothing out and do nothing twice.
     """
-    return [s for s in sequences if int.from_bytes(sequence_key(s)[:8], "little") % world == rank]
+
+    def owner(prompt: tuple[int, ...]) -> int:
+        return int.from_bytes(sequence_key(Sequence(prompt, ()))[:8], "little") % world
+
+    return [s for s in sequences if owner(s.prompt) == rank]

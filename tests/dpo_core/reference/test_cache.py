@@ -11,12 +11,11 @@ import pytest
 import torch
 
 from dpo_core.errors import StageFailed
-from dpo_core.logprobs import collate, token_logps
 from dpo_core.models import load_model
 from dpo_core.reference import LogpShard, ReferenceCache, sequence_key
 from dpo_core.reference.compute import compute
 from dpo_core.tokens import Sequence
-from tests.dpo_core.test_logprobs import random_sequences
+from tests.logps import full_logps, random_sequences
 
 Entries = dict[bytes, np.ndarray]
 
@@ -52,7 +51,7 @@ def test_values_are_those_of_each_sequence_alone(model: Any, sequences: list[Seq
     assert set(entries) == {sequence_key(s) for s in sequences}
     with torch.no_grad():
         for sequence in sequences:
-            alone = token_logps(model, collate([sequence]))[0, len(sequence.prompt) :]
+            alone = full_logps(model, sequence)
             np.testing.assert_allclose(entries[sequence_key(sequence)], alone, rtol=0, atol=1e-5)
 
 

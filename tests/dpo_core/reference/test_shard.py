@@ -16,7 +16,7 @@ from dpo_core.models import digest_file
 from dpo_core.reference import sequence_key
 from dpo_core.reference import shard as shard_module
 from dpo_core.reference.shard import LogpShard
-from tests.dpo_core.test_logprobs import random_sequences
+from tests.logps import random_sequences
 
 Entries = dict[bytes, np.ndarray]
 
