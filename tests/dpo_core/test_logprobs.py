@@ -168,11 +168,12 @@ def test_a_model_that_cannot_share_prompts_reads_rows(name: str) -> None:
     if name == "no sharing":
         model: Any = BloomForCausalLM(BloomConfig(vocab_size=386, hidden_size=32, n_layer=2, n_head=2)).eval()
     else:
-        window = 9 if name == "a short window" else 256
+        window = 120 if name == "a short window" else 256
         model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=window)).eval()
     packs: list[bool] = []
     trunk = attention.trunk_of(model)
-    sequences = families(3)
+    long = tuple(range(150))
+    sequences = [*families(3), Sequence(long[:100], long[100:])]
     trunk.register_forward_pre_hook(lambda *a: packs.append("parts" in a[-1]), with_kwargs=True)
     found = {i: x for part in completion_logps(model, sequences, "fp32", 4096) for i, x in part.items()}
     assert packs[-1] == (name == "a long window")
