@@ -45,7 +45,9 @@ def completion_logps(
         return
     model.eval()
     device = next(model.parameters()).device
-    families, shared = _families(sequences, token_budget), can_share(model)
+    families = _families(sequences, token_budget)
+    # Tried only where there is something to share: it costs two small passes.
+    shared = len(families) < len(sequences) and can_share(model)
     window = getattr(model.config, "sliding_window", None)
     if not shared or (window and window < max(len(_document(sequences, family)) for family in families)):
         families, shared = [[i] for i in range(len(sequences))], False
