@@ -18,7 +18,7 @@ from dpo_core import stats
 from dpo_core.config import Config
 from dpo_core.errors import StageFailed
 from dpo_core.generate import SamplingConfig, sample, seed_for
-from dpo_core.logprobs import Precision, autocast, collate, length_batches, token_logps
+from dpo_core.logprobs import Precision, completion_logps
 from dpo_core.ppo import Scorer
 from dpo_core.ppo_math import k1, k3
 from dpo_core.stats import Estimate
@@ -40,7 +40,7 @@ class EvaluateConfig(Config):
     precision: Precision = "bf16"
     """Precision of log-probs."""
     token_budget: int = Field(2048, ge=64)
-    """Padded tokens in one forward pass."""
+    """Tokens in one forward pass."""
     shown: int = Field(8, ge=0)
     """Prompts shown side by side on the run page."""
 
@@ -84,21 +84,14 @@ def sample_policy(
     return PolicySamples(index, sequences, [c.ended for c in drawn], rewards)
 
 
-@torch.no_grad()
 def sequence_logps(
     model: Any, sequences: Seq[Sequence], precision: Precision, token_budget: int
 ) -> list[torch.Tensor]:
     """Token log-probs of each sequence's completion, in order."""
-    model.eval()
-    device = next(model.parameters()).device
-    out: list[torch.Tensor] = [torch.empty(0)] * len(sequences)
-    for group in length_batches([len(s) for s in sequences], token_budget):
-        batch = collate([sequences[i] for i in group]).to(device)
-        with autocast(precision, device):
-            logps_BT = token_logps(model, batch).cpu()
-        for row, i in enumerate(group):
-            out[i] = logps_BT[row, len(sequences[i].prompt) : len(sequences[i])]
-    return out
+    found: dict[int, torch.Tensor] = {}
+    for logps in completion_logps(model, sequences, precision, token_budget):
+        found |= logps
+    return [found[i] for i in range(len(sequences))]
 
 
 def kl_estimates(policy: Seq[torch.Tensor], reference: Seq[torch.Tensor]) -> tuple[list[float], list[float]]:

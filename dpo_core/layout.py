@@ -126,27 +126,33 @@ def pack(documents: Seq[Document], pad_to: int | None = None) -> Pack:
 
 
 def pad(documents: Seq[Document]) -> PaddedRows:
-    """One row a branch, each with its prompt. The padding id is arbitrary: masks decide, ids do not.
+    """One row a branch, each with its prompt.
 
     Raises:
         ValueError: a prompt or a branch is empty.
     """
     _require_tokens(documents)
-    rows = [d.prompt + tokens[:-1] for d in documents for tokens in d.branches]
-    width = max(map(len, rows))
-    ids_ST = torch.zeros((len(rows), width), dtype=torch.long)
-    attention_ST = torch.zeros_like(ids_ST)
+    ids_ST, attention_ST = right_padded([d.prompt + tokens[:-1] for d in documents for tokens in d.branches])
+    width = ids_ST.shape[1]
     predicts: list[_Indices] = []
     starts: list[int] = []
     row = 0
     for document in documents:
         starts.append(row * width)
         for tokens in document.branches:
-            ids_ST[row, : len(rows[row])] = torch.tensor(rows[row])
-            attention_ST[row, : len(rows[row])] = 1
             predicts.append(row * width + len(document.prompt) - 1 + np.arange(len(tokens)))
             row += 1
     return PaddedRows(**_scored(documents, predicts, starts), ids_ST=ids_ST, attention_ST=attention_ST)
+
+
+def right_padded(rows: Seq[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask (S,T) of token rows. The padding id is arbitrary: masks decide, ids do not."""
+    ids_ST = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.long)
+    attention_ST = torch.zeros_like(ids_ST)
+    for row, tokens in enumerate(rows):
+        ids_ST[row, : len(tokens)] = torch.tensor(tokens)
+        attention_ST[row, : len(tokens)] = 1
+    return ids_ST, attention_ST
 
 
 _Indices = NDArray[np.int64]

@@ -1,55 +1,26 @@
-"""Log-probabilities of completion tokens in padded rows; `scores` holds the one definition of the head.
+"""Log-probs of given completions under a frozen model: which share a forward pass, in which precision.
 
-Shapes: B rows, T tokens a row, N completion tokens of the whole batch, H hidden size.
+What a log-prob is stands in `scores`.
 """
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from dpo_core.attention import padded_hidden
+from dpo_core.attention import BLOCK
 from dpo_core.errors import ModelError
-from dpo_core.scores import token_scores
+from dpo_core.layout import Document, pack, pad
+from dpo_core.scores import branch_scores, can_share
 from dpo_core.tokens import Sequence
 
-# Part of every reference-cache key: raise it whenever the numbers below could change.
-DEFINITION_VERSION = 1
 Precision = Literal["fp32", "bf16"]
 
-
-@dataclass(frozen=True)
-class Batch:
-    """Right-padded rows. `completion_BT` marks completion tokens: data from the tokeniser stage."""
-
-    ids_BT: Tensor
-    attention_BT: Tensor
-    completion_BT: Tensor
-
-    def to(self, device: torch.device | str) -> "Batch":
-        return Batch(self.ids_BT.to(device), self.attention_BT.to(device), self.completion_BT.to(device))
-
-
-def collate(sequences: Seq[Sequence], pad_id: int = 0) -> Batch:
-    """Pad to the longest row. The padding id is arbitrary: masks decide, ids do not.
-
-    Raises:
-        ValueError: a sequence has no prompt, so that nothing predicts its first token.
-    """
-    if not all(s.prompt for s in sequences):
-        raise ValueError("a sequence needs at least one prompt token")
-    width = max(len(s) for s in sequences)
-    ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
-    attention = torch.zeros_like(ids)
-    completion = torch.zeros_like(ids, dtype=torch.bool)
-    for i, sequence in enumerate(sequences):
-        ids[i, : len(sequence)] = torch.tensor(sequence.prompt + sequence.completion)
-        attention[i, : len(sequence)] = 1
-        completion[i, len(sequence.prompt) : len(sequence)] = True
-    return Batch(ids, attention, completion)
+# Completions that share one prompt in a pack: attention over more of them costs what the prompt saves.
+SIBLINGS = 4
 
 
 def autocast(precision: Precision, device: torch.device | str = "cpu") -> AbstractContextManager[Any]:
@@ -59,43 +30,73 @@ def autocast(precision: Precision, device: torch.device | str = "cpu") -> Abstra
     return torch.autocast(torch.device(device).type, torch.bfloat16)
 
 
-def hidden_states(model: nn.Module, batch: Batch) -> Tensor:
-    """Last hidden states (B,T,H) of the trunk, without the output head."""
-    return padded_hidden(model, batch.ids_BT, batch.attention_BT)
+def completion_logps(
+    model: nn.Module, sequences: Seq[Sequence], precision: Precision, token_budget: int
+) -> Iterator[dict[int, Tensor]]:
+    """Token log-probs of completions, pass by pass: {index of the sequence: (n,) fp32 on the CPU}.
 
+    eval mode, no gradients, batched by length. A prompt is read once for up to four completions; a model that
+    cannot share it gets padded rows.
 
-def token_logps(
-    model: nn.Module, batch: Batch, *, temperature: float = 1.0, hidden_BTH: Tensor | None = None
-) -> Tensor:
-    """log pi(token | everything before it) at completion tokens, 0 elsewhere: (B,T) fp32.
-
-    The logits at position t score the token at t+1, so column t holds the log-prob of token t itself and
-    column 0 is always 0. With `temperature`, log-probs are of the distribution that is sampled at it.
+    Args:
+        token_budget: tokens in one forward pass; decides the time, not the values.
     """
-    hidden_BTH = hidden_states(model, batch) if hidden_BTH is None else hidden_BTH
-    predicts_BT = batch.completion_BT[:, 1:]
-    hidden_NH = hidden_BTH[:, :-1][predicts_BT]
-    targets_N = batch.ids_BT[:, 1:][predicts_BT]
-    logps_N = token_scores(model, hidden_NH, targets_N, temperature=temperature)["logps"]
-    out_BT = torch.zeros(batch.ids_BT.shape, dtype=torch.float32, device=hidden_BTH.device)
-    # Index assignment out of place, so that autograd reaches logps_N.
-    return out_BT.index_put(
-        tuple(index + shift for index, shift in zip(predicts_BT.nonzero(as_tuple=True), (0, 1), strict=True)),
-        logps_N,
-    )
+    if not sequences:
+        return
+    model.eval()
+    device = next(model.parameters()).device
+    families = _families(sequences, token_budget)
+    # Tried only where there is something to share: it costs two small passes.
+    shared = len(families) < len(sequences) and can_share(model)
+    window = getattr(model.config, "sliding_window", None)
+    if not shared or (window and window < max(len(_document(sequences, family)) for family in families)):
+        families, shared = [[i] for i in range(len(sequences))], False
+    documents = [_document(sequences, family) for family in families]
+    groups = length_batches([len(d) for d in documents], token_budget)
+    # Compiled kernels want one shape; a CPU does not, and would only compute on padding.
+    width = None
+    if shared and device.type == "cuda":
+        width = -(-max(sum(len(documents[d]) for d in group) for group in groups) // BLOCK) * BLOCK
+    for group in groups:
+        chosen = [documents[d] for d in group]
+        layout = (pack(chosen, width) if shared else pad(chosen)).to(device)
+        with torch.no_grad(), autocast(precision, device):
+            scores = branch_scores(model, layout)
+        rows = [i for d in group for i in families[d]]
+        logps = scores.logps_SL.cpu()
+        yield {i: logps_L[: len(sequences[i].completion)] for i, logps_L in zip(rows, logps, strict=True)}
+
+
+def _families(sequences: Seq[Sequence], token_budget: int) -> list[list[int]]:
+    """Indices of sequences with one prompt, at most `SIBLINGS` of them and a pass full together."""
+    families: list[list[int]] = []
+    open_by_prompt: dict[tuple[int, ...], tuple[list[int], int]] = {}
+    for index, sequence in enumerate(sequences):
+        family, tokens = open_by_prompt.get(sequence.prompt, ([], 0))
+        if not family or len(family) == SIBLINGS or tokens + len(sequence.completion) > token_budget:
+            family, tokens = [], len(sequence.prompt)
+            families.append(family)
+        family.append(index)
+        open_by_prompt[sequence.prompt] = family, tokens + len(sequence.completion)
+    return families
+
+
+def _document(sequences: Seq[Sequence], family: Seq[int]) -> Document:
+    return Document(sequences[family[0]].prompt, tuple(sequences[i].completion for i in family))
 
 
 @torch.no_grad()
-def check_definition(model: nn.Module, batch: Batch, tolerance: float = 1e-3) -> None:
+def check_definition(model: nn.Module, sequence: Sequence, tolerance: float = 1e-3) -> None:
     """Refuse an architecture whose own logits differ from trunk + head (scaled or shifted logits).
 
     Raises:
         ModelError: the log-probs of the model's own forward differ by more than `tolerance` nats.
     """
-    ours_BT = token_logps(model, batch)
-    logits_BTV = model(input_ids=batch.ids_BT, attention_mask=batch.attention_BT).logits.float()
-    theirs_BT = torch.log_softmax(logits_BTV[:, :-1], -1).gather(-1, batch.ids_BT[:, 1:, None]).squeeze(-1)
-    gap = (ours_BT[:, 1:] - theirs_BT)[batch.completion_BT[:, 1:]].abs().max().item()
+    rows = pad([_document([sequence], [0])]).to(next(model.parameters()).device)
+    ours_L = branch_scores(model, rows).logps_SL[0]
+    logits_TV = model(input_ids=rows.ids_ST, attention_mask=rows.attention_ST).logits[0].float()
+    theirs_L = torch.log_softmax(logits_TV[rows.predicts_N], -1).gather(-1, rows.targets_N[:, None])[:, 0]
+    gap = (ours_L - theirs_L).abs().max().item()
     if not gap <= tolerance:
         raise ModelError(
             f"the model scales or shifts its logits in an unknown way (log-probs differ by {gap:.2g})",

@@ -1,7 +1,7 @@
 """PPO for RLHF: sample, score, penalise the KL to the reference, estimate advantages, update.
 
-The mathematics is in `ppo_math`; this file is the loop. Shapes: B episodes, T tokens of the padded row,
-R response tokens. Sampling and scoring use one temperature and no truncation of the distribution.
+The mathematics is in `ppo_math`; this file is the loop. Shapes: B episodes, R response tokens of the
+longest, N of all together. Sampling and scoring use one temperature and no truncation of the distribution.
 """
 
 import logging
@@ -24,7 +24,9 @@ from dpo_core.engine import Engine, MetricsFile, Stopped
 from dpo_core.engine_config import EngineConfig, OptimConfig
 from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.generate import SamplingConfig, sample, seed_for
-from dpo_core.logprobs import Batch, autocast, collate, hidden_states, token_logps
+from dpo_core.layout import Document, PaddedRows, pad
+from dpo_core.logprobs import autocast
+from dpo_core.scores import hidden_of, token_scores
 from dpo_core.tokens import Sequence
 
 log = logging.getLogger(__name__)
@@ -97,21 +99,26 @@ class ActorCritic(nn.Module):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
-    def forward(self, batch: Batch, temperature: float) -> tuple[Tensor, Tensor]:
-        """Token log-probs and values (B,T); column t of the values is the state that chooses token t."""
-        hidden_BTH = hidden_states(self.policy, batch)
-        logps_BT = token_logps(self.policy, batch, temperature=temperature, hidden_BTH=hidden_BTH)
-        with torch.autocast(hidden_BTH.device.type, enabled=False):
-            values_BT = self.value_head(hidden_BTH.float()).squeeze(-1)
-        return logps_BT, values_BT.roll(1, dims=1)
+    def forward(self, rows: PaddedRows, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probs and values (B,R) of response tokens; a value is of the state that chooses its token."""
+        hidden_NH, logps_BR = response_logps(self.policy, rows, temperature)
+        with torch.autocast(hidden_NH.device.type, enabled=False):
+            values_N = self.value_head(hidden_NH.float()).squeeze(-1)
+        return logps_BR, rows.table(values_N)
+
+
+def response_logps(model: nn.Module, rows: PaddedRows, temperature: float) -> tuple[Tensor, Tensor]:
+    """Hidden states (N,H) that choose the response tokens, and the tokens' log-probs (B,R)."""
+    hidden_NH = hidden_of(model, rows)[rows.predicts_N]
+    logps_N = token_scores(model, hidden_NH, rows.targets_N, temperature=temperature)["logps"]
+    return hidden_NH, rows.table(logps_N)
 
 
 @dataclass(frozen=True)
 class Rollout:
     """One micro-batch of finished episodes; response-aligned tensors are (B,R), right-padded."""
 
-    batch: Batch
-    first_B: Tensor
+    rows: PaddedRows
     mask_BR: Tensor
     logps_BR: Tensor
     ref_logps_BR: Tensor
@@ -120,13 +127,6 @@ class Rollout:
     ended_B: Tensor
     advantages_BR: Tensor
     returns_BR: Tensor
-
-
-def to_response(values_BT: Tensor, first_B: Tensor, mask_BR: Tensor) -> Tensor:
-    """The response part of full rows: (B,T) to (B,R), zeros beyond each response."""
-    index_BR = first_B[:, None] + torch.arange(mask_BR.shape[1], device=first_B.device)
-    index_BR = index_BR.clamp(max=values_BT.shape[1] - 1)
-    return values_BT.gather(1, index_BR) * mask_BR
 
 
 class PpoTrainer:
@@ -215,7 +215,7 @@ class PpoTrainer:
         means = {name: float(np.mean([s[name] for s in steps])) for name in steps[0]}
         if self.config.target_kl is not None:
             self.kl.update(facts["objective/kl"], self.config.episodes)
-        tokens = sum(int(r.batch.attention_BT.sum()) for r in rollouts) * self.engine.world
+        tokens = sum(int(r.rows.attention_ST.sum()) + len(r.mask_BR) for r in rollouts) * self.engine.world
         seconds = time.perf_counter() - start
         return {
             **facts,
@@ -258,22 +258,19 @@ class PpoTrainer:
         """
         device = self.engine.device
         sequences = [s for s, _, _ in episodes]
-        batch = collate(sequences).to(device)
-        first_B = torch.tensor([len(s.prompt) for s in sequences], device=device)
-        lengths_B = torch.tensor([len(s.completion) for s in sequences], device=device)
-        mask_BR = torch.arange(int(lengths_B.max()), device=device) < lengths_B[:, None]
+        rows = pad([Document(s.prompt, (s.completion,)) for s in sequences]).to(device)
+        mask_BR = torch.arange(int(rows.lengths_S.max()), device=device) < rows.lengths_S[:, None]
         with autocast(self.config.engine.precision, device):
-            logps_BT, values_BT = self.module(batch, self.sampling.temperature)
-            ref_logps_BT = token_logps(self.reference, batch, temperature=self.sampling.temperature)
+            logps_BR, values_BR = self.module(rows, self.sampling.temperature)
+            _, ref_logps_BR = response_logps(self.reference, rows, self.sampling.temperature)
         scores_B = torch.tensor(self.scorer(sequences, [t for _, t, _ in episodes]), device=device).float()
         empty = torch.zeros_like(mask_BR, dtype=torch.float32)
         return Rollout(
-            batch=batch,
-            first_B=first_B,
+            rows=rows,
             mask_BR=mask_BR,
-            logps_BR=to_response(logps_BT, first_B, mask_BR),
-            ref_logps_BR=to_response(ref_logps_BT, first_B, mask_BR),
-            values_BR=to_response(values_BT, first_B, mask_BR),
+            logps_BR=logps_BR,
+            ref_logps_BR=ref_logps_BR,
+            values_BR=values_BR,
             scores_B=scores_B,
             ended_B=torch.tensor([e for _, _, e in episodes], device=device),
             advantages_BR=empty,
@@ -325,9 +322,9 @@ class PpoTrainer:
         self.module.train()
         for rollout in minibatch:
             with autocast(self.config.engine.precision, self.engine.device):
-                logps_BT, values_BT = self.module(rollout.batch, self.sampling.temperature)
+                logps_BR, values_BR = self.module(rollout.rows, self.sampling.temperature)
             policy, policy_stats = ppo_math.policy_loss(
-                to_response(logps_BT, rollout.first_B, rollout.mask_BR),
+                logps_BR,
                 rollout.logps_BR,
                 rollout.advantages_BR,
                 rollout.mask_BR,
@@ -335,7 +332,7 @@ class PpoTrainer:
                 n_tokens=1.0,  # the sum: the mean is over the global minibatch, taken by the engine
             )
             value, value_stats = ppo_math.value_loss(
-                to_response(values_BT, rollout.first_B, rollout.mask_BR),
+                values_BR,
                 rollout.values_BR,
                 rollout.returns_BR,
                 rollout.mask_BR,

@@ -8,7 +8,8 @@ from pydantic import Field
 from torch import Tensor
 
 from dpo_core.engine_config import EngineConfig, OptimConfig
-from dpo_core.logprobs import autocast, collate, length_batches
+from dpo_core.layout import right_padded
+from dpo_core.logprobs import autocast, length_batches
 from dpo_core.reward_model import RewardModel, bradley_terry_loss
 from dpo_core.tokens import Sequence, TokenPair
 from dpo_core.training import LoopConfig, Trainer
@@ -58,10 +59,10 @@ class RewardTrainer(Trainer[TokenPair]):
 def reward_of(model: RewardModel, sequences: Seq[Sequence], precision: str) -> Tensor:
     """Rewards (B,) of sequences in one forward pass, read at each one's last token."""
     device = next(model.parameters()).device
-    batch = collate(sequences).to(device)
+    ids_BT, attention_BT = right_padded([s.prompt + s.completion for s in sequences])
     last_B = torch.tensor([len(s) - 1 for s in sequences], device=device)
     with autocast(precision, device):  # type: ignore[arg-type]
-        return model(batch.ids_BT, batch.attention_BT, last_B)
+        return model(ids_BT.to(device), attention_BT.to(device), last_B)
 
 
 @torch.no_grad()

@@ -31,6 +31,10 @@ def ls(workspace: WorkspaceOption = RUNS, as_json: JsonOption = False) -> None:
             f"used {summary.last_used.astimezone():%Y-%m-%d %H:%M}"
         )
         typer.echo(f"  {_reference(summary.reference)}")
+        if summary.reference and not summary.current:
+            typer.echo(
+                "  of another version, not read by this one; remove with: dpo cache gc --unused-for DAYS"
+            )
         if summary.damaged:
             typer.echo(f"  {_count(summary.damaged, 'shard')} damaged; run: dpo cache verify --repair")
 
@@ -53,7 +57,8 @@ def verify(
     else:
         for damage in told.damaged:
             typer.echo(f"{'removed' if damage.removed else 'damaged'}  {damage.problem}")
-        typer.echo(f"{_count(told.shards, 'shard')} read, {told.entries:,} whole entries")
+        read = f"{_count(told.shards, 'shard')} read, {told.entries:,} whole entries"
+        typer.echo(read if told.shards else f"no reference log-probs in {workspace}")
     if told.damaged and not repair:
         raise StageFailed(
             f"{len(told.damaged)} of {_count(told.shards, 'shard')} of reference log-probs are damaged",

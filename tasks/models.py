@@ -18,6 +18,7 @@ from dpo_core.models import (
     source_digest,
     weights_digest,
 )
+from dpo_core.reference.keys import DEFINITION_VERSION
 from dpo_core.tokens import TokenConfig
 from tasks.manifest import Manifest
 from tasks.reference_caches import CACHE_FOLDER
@@ -98,7 +99,7 @@ def cache_reference(
 
     def work(given: Work) -> Output:
         from dpo_core.models import load_tokenizer
-        from dpo_core.reference_job import reference_logps
+        from dpo_core.reference.job import reference_logps
         from dpo_core.tokens import Tokenise
         from dpo_core.unpaired import needed_sequences
 
@@ -141,7 +142,11 @@ def cache_reference(
         return Output(out, rows=len(rows) - sum(dropped.values()), extra=extra, metrics=metrics)
 
     # Token budget, processes and threads decide the time and not the values, so they stay out of the key.
-    slice_: dict[str, Any] = {"tokens": tokens.model_dump(mode="json"), "precision": precision}
+    slice_: dict[str, Any] = {
+        "tokens": tokens.model_dump(mode="json"),
+        "precision": precision,
+        "definition": DEFINITION_VERSION,
+    }
     if config is not None and config.unpaired:
         slice_["objective"] = config.objective  # KTO needs more than BCO
     if "weights_sha256" not in reference.extra and not reference.planned:

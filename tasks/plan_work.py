@@ -243,8 +243,8 @@ class Workload:
         return Work(tokens, flops, config.engine.precision, note=pairs.note)
 
     def _read(self, examples: Examples) -> tuple[float, float]:
-        """Tokens and operations of one forward pass over all examples, every completion with its prompt."""
-        sizes = [_sizes(d, packed=False) for d in examples.documents] or [(0.0, 0.0, 0.0)]
+        """Tokens and operations of one forward pass over all examples, each prompt once."""
+        sizes = [_sizes(d, packed=True) for d in examples.documents] or [(0.0, 0.0, 0.0)]
         means = [float(np.mean(column)) for column in zip(*sizes, strict=True)]
         return examples.count * means[0], examples.count * cost.forward(self.shape, *means)
 

@@ -39,7 +39,7 @@ class CacheConfig(Config):
     """How reference log-probs are computed. Only `precision` decides their values."""
 
     token_budget: int = Field(4096, ge=64)
-    """Padded tokens in one forward pass."""
+    """Tokens in one forward pass."""
 
 
 class RegistryConfig(Config):

@@ -13,8 +13,7 @@ from pydantic import AwareDatetime
 
 from dpo_core.config import Config
 from dpo_core.errors import StageFailed
-from dpo_core.logp_shard import LogpShard
-from dpo_core.reference_cache import (
+from dpo_core.reference.cache import (
     ReferenceCache,
     ReferenceFacts,
     discard,
@@ -24,6 +23,8 @@ from dpo_core.reference_cache import (
     remove,
     shard_folders,
 )
+from dpo_core.reference.keys import DEFINITION_VERSION
+from dpo_core.reference.shard import LogpShard
 from tasks.workspace import disk_errors, open_workspace
 
 CACHE_FOLDER = "reference_cache"
@@ -44,6 +45,8 @@ class CacheSummary(Config):
     """Bytes on the disk."""
     shards: int
     """Folders that the entries lie in; `gc` makes them one."""
+    current: bool
+    """Whether this version still reads it; else it lies there until `gc --unused-for`."""
     damaged: int
     """Shards that cannot be opened; `verify` also reads the content of the others."""
     last_used: AwareDatetime
@@ -107,9 +110,11 @@ def _summary(folder: Path) -> CacheSummary:
         except StageFailed:
             damaged += 1
     keys = [np.asarray(shard.keys_N2) for shard in opened]
+    facts = read_facts(folder)
     return CacheSummary(
         key=folder.name,
-        reference=read_facts(folder),
+        reference=facts,
+        current=facts is not None and facts.definition_version == DEFINITION_VERSION,
         entries=len(np.unique(np.concatenate(keys), axis=0)) if keys else 0,
         tokens=sum(len(shard.values) for shard in opened),
         bytes=_size(folder),

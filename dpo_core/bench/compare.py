@@ -123,7 +123,8 @@ def _prepare(bench: Bench, work: Path) -> tuple[Path, list[TokenPair]]:
     """Write model and pairs with reference values; returns the model's folder and the pairs."""
     from dpo_core.models import load_model, load_tokenizer
     from dpo_core.ranks import name_accelerator
-    from dpo_core.reference import compute, sequence_key
+    from dpo_core.reference import sequence_key
+    from dpo_core.reference.compute import compute
 
     name_accelerator()
 

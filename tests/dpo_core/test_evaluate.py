@@ -19,10 +19,9 @@ from dpo_core.evaluate import (
     summarise,
 )
 from dpo_core.generate import SamplingConfig
-from dpo_core.logprobs import collate, token_logps
 from dpo_core.models import load_model
 from dpo_core.tokens import Sequence, TokenPair
-from tests.dpo_core.test_logprobs import random_sequences
+from tests.logps import full_logps, random_sequences
 
 
 def made(rewards: list[float], kl: list[float] | None = None) -> PolicySamples:
@@ -99,7 +98,7 @@ def test_sequence_logps_come_in_order_whatever_the_batches(model: Any) -> None:
     for sequence, logps in zip(sequences, found, strict=True):
         assert len(logps) == len(sequence.completion)
         with torch.no_grad():
-            alone = token_logps(model, collate([sequence]))[0, len(sequence.prompt) :]
+            alone = full_logps(model, sequence)
         torch.testing.assert_close(logps, alone, rtol=0, atol=1e-5)
 
 

@@ -16,9 +16,9 @@ from transformers import (
 
 from dpo_core.attention import _blocks, block_mask
 from dpo_core.layout import Document, pack, pad
-from dpo_core.logprobs import collate, token_logps
 from dpo_core.scores import branch_scores, can_share, hidden_of
 from dpo_core.tokens import Sequence
+from tests.logps import full_logps
 
 SIZES = {
     "vocab_size": 61,
@@ -87,7 +87,7 @@ def test_each_branch_reads_what_it_would_read_alone():
     with torch.no_grad():
         scores = branch_scores(model, pack(chosen))
         for s, (d, tokens) in enumerate((one, t) for one in chosen for t in one.branches):
-            alone = token_logps(model, collate([Sequence(d.prompt, tokens)]))[0, len(d.prompt) :]
+            alone = full_logps(model, Sequence(d.prompt, tokens))
             torch.testing.assert_close(scores.logps_SL[s, : len(tokens)], alone, rtol=0, atol=2e-6)
             assert scores.logps_SL[s, len(tokens) :].eq(0).all()
 
@@ -109,7 +109,7 @@ def test_the_prompt_is_scored_once_a_document():
         packed = branch_scores(model, pack(chosen), prompts=True).prompt_D
         padded = branch_scores(model, pad(chosen), prompts=True).prompt_D
         alone = [
-            token_logps(model, collate([Sequence(d.prompt[:1], d.prompt[1:])])).sum() if d.prompt[1:] else 0.0
+            full_logps(model, Sequence(d.prompt[:1], d.prompt[1:])).sum() if d.prompt[1:] else 0.0
             for d in chosen
         ]
     torch.testing.assert_close(packed, padded, rtol=0, atol=1e-5)

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 from deploy.launchers import LocalLauncher, State
 from dpo_core import train
-from dpo_core.logprobs import collate
+from dpo_core.layout import Document, pad
 from dpo_core.models import load_model
-from dpo_core.ppo import ActorCritic, PpoConfig, to_response
-from dpo_core.tokens import Sequence
+from dpo_core.ppo import ActorCritic, PpoConfig
+from tests.logps import full_logps, random_sequences
 from tests.training_jobs import curve, launch, text, wait_until, write_job
 
 ROUNDS = 12
@@ -156,26 +156,32 @@ def test_two_ranks_share_the_episodes(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_the_value_of_a_token_is_read_before_it_is_chosen(model: Any) -> None:
-    """Column t of the values must not change with token t, only with those before it."""
+    """Value t must not change with response token t, only with those before it."""
     critic = ActorCritic(model)
     with torch.no_grad():
         critic.value_head.weight.normal_(generator=torch.Generator().manual_seed(0))
-        _, one = critic(collate([Sequence((5, 6), (7, 8, 9))]), 1.0)
-        _, other = critic(collate([Sequence((5, 6), (7, 3, 9))]), 1.0)
-    assert one[0, 1:4].equal(other[0, 1:4])
-    assert one[0, 4] != other[0, 4]
+        _, one = critic(pad([Document((5, 6), ((7, 8, 9),))]), 1.0)
+        _, other = critic(pad([Document((5, 6), ((7, 3, 9),))]), 1.0)
+    assert one[0, :2].equal(other[0, :2])
+    assert one[0, 2] != other[0, 2]
 
 
 def test_values_start_at_zero(model: Any) -> None:
-    _, values_BT = ActorCritic(model)(collate([Sequence((5, 6), (7, 8))]), 1.0)
-    assert not values_BT.any()
+    _, values_BR = ActorCritic(model)(pad([Document((5, 6), ((7, 8),))]), 1.0)
+    assert values_BR.tolist() == [[0.0, 0.0]]
 
 
-def test_the_response_part_by_hand() -> None:
-    values_BT = torch.tensor([[0.0, 1, 2, 3, 4], [5, 6, 7, 8, 9]])
-    first_B = torch.tensor([1, 3])
-    mask_BR = torch.tensor([[True, True, True], [True, True, False]])
-    assert to_response(values_BT, first_B, mask_BR).tolist() == [[1, 2, 3], [8, 9, 0]]
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_are_of_the_responses_at_the_temperature(model: Any, temperature: float) -> None:
+    sequences = random_sequences(5, 386, seed=8)
+    rows = pad([Document(s.prompt, (s.completion,)) for s in sequences])
+    with torch.no_grad():
+        logps_BR, values_BR = ActorCritic(model)(rows, temperature)
+        assert logps_BR.shape == values_BR.shape == (5, max(len(s.completion) for s in sequences))
+        for sequence, logps_R in zip(sequences, logps_BR, strict=True):
+            wanted = full_logps(model, sequence, temperature)
+            torch.testing.assert_close(logps_R[: len(wanted)], wanted, rtol=0, atol=1e-5)
+            assert not logps_R[len(wanted) :].any()
 
 
 def test_a_reward_that_fails_stops_the_run_with_its_words(alone: None, tiny: Path, tmp_path: Path) -> None:

@@ -22,12 +22,12 @@ from dpo_core.dpo import DpoConfig
 from dpo_core.engine import MetricsFile
 from dpo_core.engine_config import OptimConfig, Schedule
 from dpo_core.errors import RecipeError
-from dpo_core.logprobs import collate, token_logps
 from dpo_core.models import load_model, load_tokenizer, weights_digest
 from dpo_core.reference import LogpShard, sequence_key
 from dpo_core.tokens import Tokenise
 from dpo_core.training import LoopConfig
 from tests import training_jobs
+from tests.logps import full_logps
 from tests.tiny import make_tiny_model
 from tests.training_jobs import TOKENS, curve, launch, pair_rows, token_pairs, wait_until, write_job
 
@@ -97,7 +97,7 @@ def test_training_goes_where_the_pairs_point(straight: Path, tiny: Path) -> None
         model = load_model(folder)
         with torch.no_grad():
             sums = [
-                [float(token_logps(model, collate([s])).sum()) for s in (p.chosen, p.rejected)]
+                [float(full_logps(model, s).sum()) for s in (p.chosen, p.rejected)]
                 for p in token_pairs(tiny, ROWS)
             ]
         margins.append(np.mean([w - r for w, r in sums]))
@@ -202,7 +202,7 @@ def test_the_mean_of_sft_is_over_tokens_whatever_the_micro_batches(
         )
         assert sequence is not None
         with torch.no_grad():
-            total -= float(token_logps(model, collate([sequence])).sum())
+            total -= float(full_logps(model, sequence).sum())
         tokens += len(sequence.completion)
     first = curve(works[0])[0]
     assert first["loss"] == pytest.approx(total / tokens, abs=1e-5)

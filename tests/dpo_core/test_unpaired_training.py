@@ -258,7 +258,7 @@ def test_the_cached_z_0_is_the_recomputed_one(alone: None, tiny: Path, other: Pa
 
 
 def test_a_cache_without_the_mismatched_pairs_is_refused(alone: None, tiny: Path, tmp_path: Path) -> None:
-    from dpo_core.reference import compute
+    from dpo_core.reference.compute import compute
 
     entries: dict[bytes, Any] = {}
     own = [e.sequence for e in token_examples(tiny, ROWS)]

@@ -81,6 +81,12 @@ def test_another_learning_rate_runs_training_and_evaluation(finished):
     assert reasons(plan) == {"train-dpo": "changed", "evaluate": "data"}
 
 
+def test_another_definition_of_log_probs_computes_them_anew(finished, monkeypatch):
+    monkeypatch.setattr("tasks.models.DEFINITION_VERSION", 99)
+    plan = planned(finished[0])
+    assert reasons(plan) == {"cache-reference": "changed", "train-dpo": "data", "evaluate": "data"}
+
+
 @pytest.mark.slow
 def test_what_a_run_then_does_is_what_was_planned(finished):
     own = finished[0].copy("plan-rate")

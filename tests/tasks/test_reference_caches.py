@@ -14,7 +14,8 @@ import pytest
 from typer.testing import CliRunner
 
 from dpo_core.errors import StageFailed
-from dpo_core.reference_cache import ReferenceCache, ReferenceFacts, temporary_beside
+from dpo_core.reference.cache import ReferenceCache, ReferenceFacts, temporary_beside
+from dpo_core.reference.keys import DEFINITION_VERSION
 from flows.cache_commands import app
 from tasks.reference_caches import CACHE_FOLDER, collect_garbage, list_caches, verify_caches
 
@@ -26,7 +27,7 @@ def facts(weights: str) -> ReferenceFacts:
         weights_sha256=weights,
         precision="bf16",
         attention="sdpa",
-        definition_version=1,
+        definition_version=DEFINITION_VERSION,
         model="prepare-sft of demo, 134,515,008 parameters",
     )
 
@@ -83,13 +84,26 @@ def test_ls_says_what_each_cache_is(tmp_path: Path, caches: list[ReferenceCache]
     assert "prepare-sft of demo, 134,515,008 parameters, weights aaaaaaaaaaaaaaaa, bf16, sdpa" in text
 
 
+def test_ls_tells_a_cache_that_this_version_no_longer_reads(tmp_path: Path) -> None:
+    known = facts("a" * 64)
+    old = known.model_copy(update={"definition_version": DEFINITION_VERSION - 1})
+    for one in (known, old):
+        ReferenceCache(tmp_path / CACHE_FOLDER / one.key, one).add(entry(1))
+    assert {one.key: one.current for one in list_caches(tmp_path)} == {known.key: True, old.key: False}
+    lines = call(tmp_path, "ls").stdout.splitlines()
+    told = [i for i, line in enumerate(lines) if "not read by this one" in line]
+    assert len(told) == 1
+    assert lines[told[0] - 2].startswith(old.key[:16])
+
+
 def test_ls_of_an_older_cache_and_of_none(tmp_path: Path, caches: list[ReferenceCache]) -> None:
     (caches[0].folder / "reference.json").unlink()
     # Facts of another key are no facts of this folder.
     (caches[1].folder / "reference.json").write_text(facts("c" * 64).model_dump_json())
     assert [one.reference for one in list_caches(tmp_path)] == [None, None]
     assert "not written down" in call(tmp_path, "ls").stdout
-    assert "no reference log-probs in" in call(tmp_path / "nothing", "ls").stdout
+    for command in ("ls", "verify"):
+        assert "no reference log-probs in" in call(tmp_path / "nothing", command).stdout
     assert not (tmp_path / "nothing").exists(), "a look changes nothing"
 
 
@@ -181,7 +195,7 @@ def test_gc_removes_what_killed_processes_left_and_nothing_of_living_ones(
 ) -> None:
     folder = caches[0].folder
     script = (
-        "import sys; from pathlib import Path; from dpo_core.reference_cache import temporary_beside as t;"
+        "import sys; from pathlib import Path; from dpo_core.reference.cache import temporary_beside as t;"
         "p = t(Path(sys.argv[1]) / 'shard'); p.mkdir(); (p / 'values.npy').write_bytes(bytes(1000)); print(p)"
     )
     made = subprocess.run(

@@ -1,4 +1,4 @@
-"""The reference cache: what its keys see, what it refuses, what it computes again."""
+"""The reference cache: what it computes, what it refuses, what it computes again."""
 
 import json
 import time
@@ -10,14 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_core import reference
 from dpo_core.errors import StageFailed
-from dpo_core.logprobs import collate, token_logps
-from dpo_core.models import load_model, weights_digest
-from dpo_core.reference import LogpShard, ReferenceCache, compute, reference_key, sequence_key
+from dpo_core.models import load_model
+from dpo_core.reference import LogpShard, ReferenceCache, sequence_key
+from dpo_core.reference.compute import compute
 from dpo_core.tokens import Sequence
-from tests.dpo_core.test_logprobs import random_sequences
-from tests.tiny import make_tiny_model
+from tests.logps import full_logps, random_sequences
 
 Entries = dict[bytes, np.ndarray]
 
@@ -33,51 +31,6 @@ def held(cache: ReferenceCache, keys: Iterable[bytes]) -> Entries:
 @pytest.fixture
 def sequences() -> list[Sequence]:
     return random_sequences(40, 386, seed=9)
-
-
-def test_the_key_of_a_sequence_sees_tokens_and_where_the_prompt_ends() -> None:
-    base = Sequence((1, 2), (3, 4))
-    others = [
-        Sequence((1, 2), (3, 5)),
-        Sequence((9, 2), (3, 4)),
-        Sequence((1,), (2, 3, 4)),
-        Sequence((1, 2, 3), (4,)),
-        Sequence((1, 2), (3,)),
-        Sequence((1, 2), (3, 4, 0)),
-        Sequence((1, 2), (4, 3)),
-    ]
-    assert len({sequence_key(s) for s in [base, *others]}) == 8
-    # Equal ids are equal, whichever way they came to be.
-    assert sequence_key(Sequence((1, 2), (3, 4), truncated=True)) == sequence_key(base)
-    assert len(sequence_key(base)) == 16
-
-
-def test_the_key_of_a_cache_sees_weights_precision_attention_and_definition(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    base = reference_key("a", "fp32", "sdpa")
-    assert reference_key("a", "fp32", "sdpa") == base
-    others = [
-        reference_key("b", "fp32", "sdpa"),
-        reference_key("a", "bf16", "sdpa"),
-        reference_key("a", "fp32", "eager"),
-    ]
-    monkeypatch.setattr(reference, "DEFINITION_VERSION", reference.DEFINITION_VERSION + 1)
-    others.append(reference_key("a", "fp32", "sdpa"))
-    assert len({base, *others}) == 5
-
-
-def test_the_weights_digest_sees_one_weight_and_nothing_beside_the_model(tiny: Path, tmp_path: Path) -> None:
-    same = make_tiny_model(tmp_path / "same")
-    (same / "notes.txt").write_text("anything")
-    (same / "tokenizer_config.json").unlink()
-    assert weights_digest(same) == weights_digest(tiny)
-    weights = same / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    assert weights_digest(same) != weights_digest(tiny)
-    assert weights_digest(make_tiny_model(tmp_path / "other", rope_theta=500.0)) != weights_digest(tiny)
 
 
 def test_values_are_those_of_each_sequence_alone(model: Any, sequences: list[Sequence]) -> None:
@@ -98,7 +51,7 @@ def test_values_are_those_of_each_sequence_alone(model: Any, sequences: list[Seq
     assert set(entries) == {sequence_key(s) for s in sequences}
     with torch.no_grad():
         for sequence in sequences:
-            alone = token_logps(model, collate([sequence]))[0, len(sequence.prompt) :]
+            alone = full_logps(model, sequence)
             np.testing.assert_allclose(entries[sequence_key(sequence)], alone, rtol=0, atol=1e-5)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,12 +17,10 @@ import pytest
 import torch
 
 from dpo_core.errors import StageFailed
-from dpo_core.logp_shard import LogpShard
-from dpo_core.logprobs import collate, token_logps
 from dpo_core.models import load_model, load_tokenizer, weights_digest
 from dpo_core.reference import ReferenceCache, reference_facts, sequence_key, share
-from dpo_core.reference_cache import read_facts, shard_folders
-from dpo_core.reference_job import (
+from dpo_core.reference.cache import read_facts, shard_folders
+from dpo_core.reference.job import (
     ReferenceJob,
     ReferenceLogps,
     attention_of,
@@ -30,10 +29,11 @@ from dpo_core.reference_job import (
     run_ranks,
     write_sequences,
 )
-from dpo_core.tokens import TokenConfig, Tokenise, TokenPair
-from tests.dpo_core.test_logprobs import random_sequences
+from dpo_core.reference.shard import LogpShard
+from dpo_core.tokens import Sequence, TokenConfig, Tokenise, TokenPair
+from tests.logps import full_logps, random_sequences
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 CHAT = json.dumps([{"role": "user", "content": "How was the soup by the sea?"}])
 ROWS = [
     {
@@ -197,7 +197,8 @@ def test_the_attention_is_known_without_the_weights(tiny: Path, tmp_path: Path) 
 
 
 def test_shares_leave_nothing_out_and_do_nothing_twice(tmp_path: Path) -> None:
-    sequences = random_sequences(300, 386, seed=4)
+    apart = random_sequences(150, 386, seed=4)
+    sequences = apart + [Sequence(s.prompt, (*s.completion, 1)) for s in apart]
     write_sequences(tmp_path / "all.npz", sequences)
     assert read_sequences(tmp_path / "all.npz") == sequences
     for world in (1, 2, 3, 8):
@@ -206,6 +207,8 @@ def test_shares_leave_nothing_out_and_do_nothing_twice(tmp_path: Path) -> None:
             s.completion for s in sequences
         )
         assert min(map(len, shares)) > 0
+        owners = {s.prompt: rank for rank, part in enumerate(shares) for s in part}
+        assert all(owners[s.prompt] == rank for rank, part in enumerate(shares) for s in part)
         # A rank that starts later, and finds part of the work done, still stands for the same sequences.
         for part, late in zip(shares, [share(sequences[150:], r, world) for r in range(world)], strict=True):
             assert late == [s for s in sequences[150:] if s in part]
@@ -234,8 +237,9 @@ def start_rank(job: ReferenceJob, rank: int, world: int) -> "subprocess.Popen[by
     path = Path(job.work) / "job.json"
     path.write_text(job.model_dump_json())
     place = {"RANK": str(rank), "WORLD_SIZE": str(world), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "dpo_core.reference_job", "--config", str(path)]
-    return subprocess.Popen(command, env=os.environ | place, cwd=REPOSITORY, stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-X", "importtime", "-m", "dpo_core.reference.job", "--config", str(path)]
+    with (Path(job.work) / f"log-{rank}").open("wb") as log:
+        return subprocess.Popen(command, env=os.environ | place, cwd=REPOSITORY, stderr=log)
 
 
 def test_of_two_ranks_one_is_killed_and_nothing_that_was_kept_is_computed_again(
@@ -254,6 +258,9 @@ def test_of_two_ranks_one_is_killed_and_nothing_that_was_kept_is_computed_again(
         time.sleep(0.01)
     ranks[1].send_signal(signal.SIGKILL)
     assert [rank.wait(timeout=120) for rank in ranks] == [0, -signal.SIGKILL]
+    imported = (Path(job.work) / "log-0").read_text()
+    assert re.search(r"\| +transformers$", imported, re.MULTILINE)
+    assert not re.search(r"\| +deepspeed$", imported, re.MULTILINE), "a plain inference job"
 
     cache = ReferenceCache(Path(job.cache))
     assert cache.has(theirs[0]).all(), "the other rank went on to its end"
@@ -272,7 +279,7 @@ def test_of_two_ranks_one_is_killed_and_nothing_that_was_kept_is_computed_again(
     model = load_model(tiny)
     for some in (sequences[:40], sequences[-40:]):
         with torch.no_grad():
-            alone = token_logps(model, collate(some)).sum(-1)
+            alone = [full_logps(model, s).sum() for s in some]
         np.testing.assert_allclose(values.sums([sequence_key(s) for s in some]), alone, rtol=0, atol=1e-4)
 
 

@@ -1,6 +1,6 @@
 """Computing the reference log-probs that a cache lacks, by one process or by all ranks of a machine.
 
-`python -m dpo_core.reference_job --config job.json` is one rank; RANK, WORLD_SIZE and LOCAL_RANK say which,
+`python -m dpo_core.reference.job --config job.json` is one rank; RANK, WORLD_SIZE and LOCAL_RANK say which,
 as torchrun sets them. Ranks never talk: each does its own share of the sequences and adds shards of its own,
 so there is no process group, no DeepSpeed, and a killed rank costs only what it had not yet kept.
 """
@@ -23,11 +23,12 @@ from pydantic import Field
 
 from dpo_core.config import Config
 from dpo_core.errors import DpoError, ModelError, StageFailed
-from dpo_core.logp_shard import LogpShard, ends
-from dpo_core.logprobs import Precision, check_definition, collate
+from dpo_core.logprobs import Precision, check_definition
 from dpo_core.models import disable_dropout, load_model, quiet_transformers
-from dpo_core.reference import compute, reference_facts, sequence_key, share
-from dpo_core.reference_cache import ReferenceCache
+from dpo_core.reference.cache import ReferenceCache
+from dpo_core.reference.compute import compute
+from dpo_core.reference.keys import reference_facts, sequence_key, share
+from dpo_core.reference.shard import LogpShard, ends
 from dpo_core.tokens import Sequence
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class ReferenceJob(Config):
     precision: Precision
     """fp32 or bf16."""
     token_budget: int = Field(4096, ge=1)
-    """Padded tokens in one forward pass."""
+    """Tokens in one forward pass."""
     threads: int | None = Field(None, ge=1)
     """CPU threads a rank; all cores shared out when empty."""
     keep_seconds: float = Field(30.0, ge=0)
@@ -193,7 +194,7 @@ def run_ranks(job: ReferenceJob, processes: int, progress: Callable[[int], None]
 
 def _start_rank(path: Path, work: Path, rank: int, world: int) -> subprocess.Popen[bytes]:
     place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    command = [sys.executable, "-m", "dpo_core.reference_job", "--config", str(path)]
+    command = [sys.executable, "-m", "dpo_core.reference.job", "--config", str(path)]
     with (work / f"rank-{rank}.log").open("wb") as output:
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | place)
 
@@ -244,7 +245,7 @@ def run_rank(job: ReferenceJob, rank: int, world: int, progress: Callable[[int],
         torch.backends.cuda.enable_cudnn_sdp(False)
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     model.to(device)
-    check_definition(model, collate([min(missing, key=len)]).to(device))
+    check_definition(model, min(missing, key=len))
     compute(
         model,
         missing,

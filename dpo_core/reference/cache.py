@@ -1,7 +1,7 @@
 """All reference log-probs that a workspace knows: one folder a reference, shards that are only ever added.
 
     reference_cache/<reference key>/reference.json   what the key stands for; touched at each use
-    reference_cache/<reference key>/shard-*/         see `logp_shard`
+    reference_cache/<reference key>/shard-*/         see `shard`
     reference_cache/<reference key>/tmp-*            unfinished, or out of sight before it is removed
 
 Several processes may read and add at once: a shard appears whole, under a name of its own, by one rename.
@@ -26,12 +26,13 @@ from pydantic import AwareDatetime, Field, ValidationError
 
 from dpo_core.config import Config
 from dpo_core.errors import StageFailed
-from dpo_core.logp_shard import (
+from dpo_core.reference.shard import (
     TEMPORARY,
     Ints,
     LogpShard,
     copy_rows,
     ends,
+    find,
     key_array,
     search,
     sort_order,
@@ -125,12 +126,12 @@ class ReferenceCache:
             StageFailed: a key is not known.
         """
         keys_K2 = key_array(keys)
-        keys_K2 = keys_K2[sort_order(keys_K2)]
+        keys_K2 = keys_K2.take(sort_order(keys_K2), axis=0)
         first_of_its_kind = np.ones(len(keys_K2), bool)
         first_of_its_kind[1:] = (keys_K2[1:] != keys_K2[:-1]).any(axis=1)
         keys_K2 = keys_K2[first_of_its_kind]
         index_N2, shard_N, row_N = self._indexed()
-        at_K = search(index_N2, keys_K2)
+        at_K = find(index_N2, keys_K2)
         if (at_K < 0).any():
             raise StageFailed(
                 f"{int((at_K < 0).sum())} reference log-probs are not in {self.folder}",
@@ -173,7 +174,7 @@ class ReferenceCache:
             shard_N = np.repeat(np.arange(len(shards)), sizes)
             row_N = np.concatenate([np.zeros(0, np.int64), *(np.arange(size) for size in sizes)])
             order_N = sort_order(keys_N2)
-            self._index = np.asfortranarray(keys_N2[order_N]), shard_N[order_N], row_N[order_N]
+            self._index = np.asfortranarray(keys_N2.take(order_N, axis=0)), shard_N[order_N], row_N[order_N]
         return self._index
 
 

@@ -2,6 +2,8 @@
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_core import logp_shard
 from dpo_core.errors import StageFailed
-from dpo_core.logp_shard import LogpShard
 from dpo_core.models import digest_file
+from dpo_core.reference import sequence_key
+from dpo_core.reference import shard as shard_module
+from dpo_core.reference.shard import LogpShard
+from tests.logps import random_sequences
 
 Entries = dict[bytes, np.ndarray]
 
@@ -64,7 +68,7 @@ def test_work_done_in_pieces_is_the_same_work(monkeypatch: pytest.MonkeyPatch) -
     asked = [list(entries)[i] for i in draw.integers(0, 60, 300)]
     first = draw.integers(0, 70, 300).tolist()
     for tokens in (1, 7, 100):
-        monkeypatch.setattr(logp_shard, "_BLOCK_TOKENS", tokens)
+        monkeypatch.setattr(shard_module, "_BLOCK_TOKENS", tokens)
         assert_same(shard, entries, asked, first)
 
 
@@ -150,9 +154,9 @@ def synthetic(entries: int, tokens: int) -> LogpShard:
     draw = np.random.default_rng(0)
     keys = draw.integers(0, 2**64, (entries, 2), np.uint64)
     lengths = draw.integers(tokens // 2, tokens * 3 // 2 + 1, entries)
-    offsets = logp_shard.ends(lengths)
+    offsets = shard_module.ends(lengths)
     values = -draw.random(int(offsets[-1]), np.float32)
-    return LogpShard(keys[logp_shard.sort_order(keys)], offsets, values)
+    return LogpShard(keys[shard_module.sort_order(keys)], offsets, values)
 
 
 def resident(kind: str) -> float:
@@ -167,35 +171,34 @@ def test_an_epoch_of_a_million_pairs_is_looked_up_in_two_seconds(tmp_path: Path)
     synthetic(2_000_000, 60).save(tmp_path / "shard")
     before = resident("Anon"), resident("File")
     times: dict[str, float] = {}
-    used = [time.process_time()]
 
-    def timed(name: str, start: float) -> None:
+    @contextmanager
+    def timed(name: str) -> Iterator[None]:
+        start, used = time.perf_counter(), time.process_time()
+        yield
         times[name] = time.perf_counter() - start
-        used.append(time.process_time())
-        print(f"{name:28} {times[name]:8.4f} s, processor since the line above {used[-1] - used[-2]:.4f} s")
+        print(f"{name:28} {times[name]:7.3f} s, processor {time.process_time() - used:7.3f} s")
 
-    start = time.perf_counter()
-    LogpShard.open(tmp_path / "shard", verify=False)
-    timed("open, shapes only", start)
-    start = time.perf_counter()
-    shard = LogpShard.open(tmp_path / "shard")
-    timed("open, verified", start)
+    with timed("open, shapes only"):
+        LogpShard.open(tmp_path / "shard", verify=False)
+    with timed("open, verified"):
+        shard = LogpShard.open(tmp_path / "shard")
     opened = resident("Anon") - before[0], resident("File") - before[1]
     raw = np.random.default_rng(1).permutation(np.asarray(shard.keys_N2)).tobytes()
     keys = [raw[i : i + 16] for i in range(0, len(raw), 16)]
-    start = time.perf_counter()
-    sums = shard.sums(keys)
-    timed("sums of the epoch", start)
-    start = time.perf_counter()
-    shard.sums(keys, first=20)
-    timed("sums of the first 20 tokens", start)
-    start = time.perf_counter()
-    for i in range(0, 64 * 100, 64):
-        shard.sums(keys[i : i + 64])
-    timed("sums of 100 batches of 64", start)
-    start = time.perf_counter()
-    values, _ = shard.tokens_many(keys)
-    timed("tokens of the epoch", start)
+    with timed("sums of the epoch"):
+        sums = shard.sums(keys)
+    with timed("sums of the first 20 tokens"):
+        shard.sums(keys, first=20)
+    with timed("sums of 100 batches of 64"):
+        for i in range(0, 64 * 100, 64):
+            shard.sums(keys[i : i + 64])
+    with timed("tokens of the epoch"):
+        values, _ = shard.tokens_many(keys)
+    sequences = random_sequences(20_000, 386, seed=1, longest=100)
+    with timed("keys of 20,000 sequences"):
+        for sequence in sequences:
+            sequence_key(sequence)
     print(f"resident after open: {opened[0]:.0f} MB own, {opened[1]:.0f} MB mapped file pages")
     assert np.isclose(sums.sum(), values.sum(dtype=np.float64))
     assert times["sums of the epoch"] < 2.0

@@ -3,7 +3,8 @@
 `keys` (N,2) uint64, sorted; `offsets` (N+1,) int64; `values` fp32, the log-prob of each completion token, end
 to end; `shard.json` their digests. Shapes: N entries, K keys that are asked for.
 
-Every look-up is vectorised and costs what is asked for, not what is stored; a file is read front to back.
+Every look-up is vectorised and costs what is asked for, not what is stored. Keys are sorted once; all that
+follows runs in their order, which is that of the file, so that it is read front to back.
 """
 
 import json
@@ -127,33 +128,36 @@ class LogpShard:
         Raises:
             StageFailed: a key is absent: the cache is of other data, another tokenizer or other settings.
         """
-        starts_K, counts_K = self._spans(keys, first)
-        offsets = ends(counts_K)
+        order_K, starts_K, counts_K = self._spans(keys, first)
+        offsets = ends(_scattered(order_K, counts_K))
         values = np.empty(int(offsets[-1]), np.float32)
-        copy_rows(self.values, starts_K, counts_K, values, offsets[:-1])
+        copy_rows(self.values, starts_K, counts_K, values, offsets[order_K])
         return values, offsets
 
     def sums(self, keys: Seq[bytes], first: ArrayLike | None = None) -> NDArray[np.float64]:
         """Summed log-prob of each key, in nats: (K,). Arguments and errors as `tokens_many`."""
-        starts_K, counts_K = self._spans(keys, first)
-        sums_K = np.zeros(len(starts_K))
+        order_K, starts_K, counts_K = self._spans(keys, first)
+        sums_K = np.zeros(len(order_K))
         # Without the empty spans, to which reduceat would give the value that follows them.
-        order = np.argsort(starts_K)
-        for rows in blocks(order[counts_K[order] > 0], counts_K):
-            sums_K[rows] = _sum_spans(self.values, starts_K[rows], counts_K[rows])
+        held_K = counts_K > 0
+        rows, starts, counts = order_K[held_K], starts_K[held_K], counts_K[held_K]
+        for part in blocks(counts):
+            sums_K[rows[part]] = _sum_spans(self.values, starts[part], counts[part])
         return sums_K
 
-    def _spans(self, keys: Seq[bytes], first: ArrayLike | None) -> tuple[Ints, Ints]:
-        """Where the wanted tokens of each key begin in `values`, and how many they are."""
-        positions_K = self.positions(keys)
-        absent = int((positions_K < 0).sum())
+    def _spans(self, keys: Seq[bytes], first: ArrayLike | None) -> tuple[Ints, Ints, Ints]:
+        """The keys in the order of the file, where the wanted tokens of each begin, and how many they are."""
+        wanted_K2 = key_array(keys)
+        order_K = np.argsort(wanted_K2[:, 0])
+        at_K = find(self.keys_N2, wanted_K2.take(order_K, axis=0))
+        absent = int((at_K < 0).sum())
         if absent:
             raise StageFailed(
                 f"{absent} of {len(keys)} sequences have no reference log-prob",
                 "The cache belongs to other data or another tokenizer: run the cache stage again",
             )
-        starts_K = self.offsets[positions_K]
-        counts_K = self.offsets[positions_K + 1] - starts_K
+        starts_K = self.offsets[at_K]
+        counts_K = self.offsets[at_K + 1] - starts_K
         if first is not None:
             wanted = np.asarray(first)
             whole = np.issubdtype(wanted.dtype, np.integer) or not wanted.size
@@ -161,8 +165,8 @@ class LogpShard:
                 raise ValueError("`first` counts tokens: whole numbers from 0 on")
             if wanted.ndim and wanted.shape != counts_K.shape:
                 raise ValueError(f"`first` holds {wanted.shape} counts for {len(keys)} keys")
-            counts_K = np.minimum(counts_K, wanted).astype(np.int64)
-        return starts_K, counts_K
+            counts_K = np.minimum(counts_K, wanted[order_K] if wanted.ndim else wanted).astype(np.int64)
+        return order_K, starts_K, counts_K
 
 
 def temporary_beside(folder: Path) -> Path:
@@ -177,16 +181,27 @@ def key_array(keys: Seq[bytes]) -> NDArray[np.uint64]:
 
 def sort_order(keys_N2: NDArray[np.uint64]) -> Ints:
     """The order that sorts keys by their first half, then their second; equal keys stay as they come."""
-    return np.lexsort((keys_N2[:, 1], keys_N2[:, 0]))
+    first_N = np.ascontiguousarray(keys_N2[:, 0])
+    order_N = np.argsort(first_N)
+    sorted_N = first_N[order_N]
+    if (sorted_N[1:] == sorted_N[:-1]).any():  # rare among digests, and three times as slow
+        return np.lexsort((keys_N2[:, 1], first_N))
+    return order_N
 
 
 def search(keys_N2: NDArray[np.uint64], wanted_K2: NDArray[np.uint64]) -> Ints:
-    """Index of each wanted key among sorted keys (of equal ones the first), -1 where it is absent."""
-    found_K = np.full(len(wanted_K2), -1, np.int64)
-    first_N, second_N = keys_N2[:, 0], keys_N2[:, 1]
+    """Index of each wanted key among sorted keys (of equal ones the first), -1 where it is absent: (K,)."""
     # Asked in order, neighbours in the question are neighbours in the file.
-    asked = np.argsort(wanted_K2[:, 0])
-    at = np.searchsorted(first_N, wanted_K2[asked, 0])
+    order_K = np.argsort(wanted_K2[:, 0])
+    return _scattered(order_K, find(keys_N2, wanted_K2.take(order_K, axis=0)))
+
+
+def find(keys_N2: NDArray[np.uint64], wanted_K2: NDArray[np.uint64]) -> Ints:
+    """What `search` gives, quickly where the wanted keys are sorted by their first half."""
+    first_N, second_N = keys_N2[:, 0], keys_N2[:, 1]
+    found_K = np.full(len(wanted_K2), -1, np.int64)
+    asked = np.arange(len(wanted_K2))
+    at = np.searchsorted(first_N, wanted_K2[:, 0])
     while len(asked):
         # Keys that agree in their first half are neighbours; step on until the second half agrees too.
         near = at < len(keys_N2)
@@ -197,6 +212,13 @@ def search(keys_N2: NDArray[np.uint64], wanted_K2: NDArray[np.uint64]) -> Ints:
         found_K[asked[hit]] = at[hit]
         at, asked = at[~hit] + 1, asked[~hit]
     return found_K
+
+
+def _scattered(order_K: Ints, values_K: Ints) -> Ints:
+    """The inverse of `values_K[order_K]`."""
+    out_K = np.empty_like(values_K)
+    out_K[order_K] = values_K
+    return out_K
 
 
 def ends(counts: Ints) -> Ints:
@@ -210,23 +232,34 @@ def spread(starts: Ints, counts: Ints) -> Ints:
     return np.repeat(starts - offsets[:-1], counts) + np.arange(offsets[-1])
 
 
-def blocks(rows: Ints, counts: Ints) -> Iterator[Ints]:
-    """`rows` in pieces of about `_BLOCK_TOKENS` elements, at least one row each."""
-    if len(rows):
-        block = (np.cumsum(counts[rows]) - counts[rows]) // _BLOCK_TOKENS
-        yield from np.split(rows, np.flatnonzero(np.diff(block)) + 1)
+def blocks(counts: Ints) -> Iterator[slice]:
+    """Rows laid end to end, in pieces of about `_BLOCK_TOKENS` elements, at least one row each."""
+    stops = np.cumsum(counts)
+    start = 0
+    while start < len(counts):
+        limit = stops[start] - counts[start] + _BLOCK_TOKENS
+        stop = max(start + 1, int(np.searchsorted(stops, limit, side="right")))
+        yield slice(start, stop)
+        start = stop
 
 
 def copy_rows(
     source: NDArray[np.float32], starts: Ints, counts: Ints, out: NDArray[np.float32], out_starts: Ints
 ) -> None:
-    """Copy spans of `source` to spans of `out`, reading in the order of the source."""
-    for rows in blocks(np.argsort(starts), counts):
-        out[spread(out_starts[rows], counts[rows])] = source[spread(starts[rows], counts[rows])]
+    """Copy spans of `source` to spans of `out`; quickest where the starts rise."""
+    for part in blocks(counts):
+        out[_elements(out_starts[part], counts[part])] = source[_elements(starts[part], counts[part])]
+
+
+def _elements(starts: Ints, counts: Ints) -> Ints | slice:
+    """The elements of spans: one slice where they adjoin."""
+    if (starts[1:] == starts[:-1] + counts[:-1]).all():
+        return slice(int(starts[0]), int(starts[-1] + counts[-1]))
+    return spread(starts, counts)
 
 
 def _sum_spans(values: NDArray[np.float32], starts: Ints, counts: Ints) -> NDArray[np.float64]:
-    """Sum of each span; the starts rise and no span is empty."""
+    """Sum of each span, none of which is empty."""
     stops = starts + counts
     if (starts[1:] >= stops[:-1]).all() and stops[-1] - starts[0] <= 2 * counts.sum():
         # Little lies between them: read it along, and leave its sums (every second) out.

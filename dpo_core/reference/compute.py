@@ -1,0 +1,48 @@
+"""Reference log-probs of many sequences in one process: a plain inference pass, batched by length."""
+
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpo_core.errors import StageFailed
+from dpo_core.logprobs import Precision, completion_logps
+from dpo_core.reference.keys import sequence_key
+from dpo_core.tokens import Sequence
+
+
+def compute(
+    model: Any,
+    sequences: Seq[Sequence],
+    *,
+    precision: Precision,
+    token_budget: int,
+    keep: Callable[[dict[bytes, NDArray[np.float32]]], None],
+    progress: Callable[[int], None] = lambda done: None,
+    keep_seconds: float = 30.0,
+) -> None:
+    """Token log-probs of sequences under a frozen model, handed to `keep` from time to time and at the end.
+
+    Args:
+        token_budget: tokens in one forward pass; decides the time, not the values.
+        keep_seconds: how much work a kill may cost; 0 keeps after every batch.
+
+    Raises:
+        StageFailed: a log-prob is not finite.
+    """
+    entries: dict[bytes, NDArray[np.float32]] = {}
+    done, kept_at = 0, time.monotonic()
+    for logps in completion_logps(model, sequences, precision, token_budget):
+        for index, logps_L in logps.items():
+            values = logps_L.numpy().copy()
+            if not np.isfinite(values).all():
+                raise StageFailed("a reference log-prob is not finite", "Check the reference model's weights")
+            entries[sequence_key(sequences[index])] = values
+        done += len(logps)
+        if time.monotonic() - kept_at >= keep_seconds or done == len(sequences):
+            keep(entries)
+            entries, kept_at = {}, time.monotonic()
+        progress(done)
