@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
 from dpo_core.bench.compare import Bench, compare
-from dpo_core.errors import RecipeError
 from dpo_core.models import ModelConfig, convert
-from tasks.recipe import apply_override, faults_of
+from tasks.recipe import overridden
 
 
 def run_bench(overrides: Sequence[str], as_json: bool) -> None:
@@ -23,15 +21,7 @@ def run_bench(overrides: Sequence[str], as_json: bool) -> None:
         RecipeError: a setting cannot be used, or TRL is not installed.
         StageFailed: a contender failed, or the losses of the two do not agree.
     """
-    given: dict[str, Any] = {}
-    for override in overrides:
-        apply_override(given, override)
-    try:
-        bench = Bench.model_validate(given)
-    except ValidationError as error:
-        raise RecipeError(
-            f"the comparison cannot be run: {faults_of(error, Bench)}", "See README.md"
-        ) from error
+    bench = overridden(Bench, {}, overrides, "the comparison cannot be run", "See README.md")
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory(prefix="dpo-bench-") as folder:
         work = Path(folder)

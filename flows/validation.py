@@ -8,18 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from dpo_core.config import Config
 from dpo_core.data.config import DataConfig
 from dpo_core.data.records import load
 from dpo_core.data.split import split_by_prompt
-from dpo_core.errors import RecipeError
 from expectations.config import GateConfig
 from expectations.drift import load_baseline
 from expectations.gate import judge
 from expectations.report import GateReport
-from tasks.recipe import apply_override, faults_of
+from tasks.recipe import overridden
 
 
 class _Asked(Config):
@@ -39,16 +36,10 @@ def judge_file(data: str, overrides: Sequence[str]) -> tuple[GateReport, str]:
 
     Raises:
         DataError: the data cannot be read.
+        RecipeError: an override cannot be used.
     """
     given: dict[str, Any] = {"data": {"path": data}, "gate": {}}
-    for override in overrides:
-        apply_override(given, override)
-    try:
-        asked = _Asked.model_validate(given)
-    except ValidationError as error:
-        raise RecipeError(
-            f"{data} cannot be judged: {faults_of(error, _Asked)}", "Mend the override"
-        ) from error
+    asked = overridden(_Asked, given, overrides, f"{data} cannot be judged", "Mend the override")
     config, gate = asked.data, asked.gate
     loaded = load(config)
     frame = split_by_prompt(loaded.frame, config.eval_fraction, config.seed)

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -23,6 +23,8 @@ from dpo_core.sft import SftConfig
 from dpo_core.tokens import TokenConfig
 from expectations.config import GateConfig
 from tasks.tracking import TrackingConfig
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class RewardConfig(Config):
@@ -146,14 +148,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         ) from error
     if not isinstance(raw, dict):
         raise RecipeError(f"the recipe {path} is not a mapping of fields", "Start from a shipped recipe")
-    for override in overrides:
-        apply_override(raw, override)
-    try:
-        return Recipe.model_validate(raw)
-    except ValidationError as error:
-        raise RecipeError(f"the recipe {name} cannot be used: {faults_of(error)}", _KNOWN_FIELDS) from error
-    except RecipeError as error:  # of the objective, which says itself what may be chosen
-        raise RecipeError(f"the recipe {name} cannot be used: dpo: {error.problem}", error.remedy) from error
+    return overridden(Recipe, raw, overrides, f"the recipe {name} cannot be used", _KNOWN_FIELDS)
 
 
 _KNOWN_FIELDS = "See every field and its range with: dpo config schema"
@@ -174,7 +169,25 @@ def _find(name: str) -> Path:
     return path
 
 
-def apply_override(raw: dict[str, Any], override: str) -> None:
+def overridden(
+    model: type[Model], raw: dict[str, Any], overrides: Sequence[str], unusable: str, remedy: str
+) -> Model:
+    """Settings with `a.b=value` overrides laid over them; `unusable` begins the error if they cannot be used.
+
+    Raises:
+        RecipeError: an override of another form, an unknown field, a value out of range.
+    """
+    for override in overrides:
+        _lay_over(raw, override)
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(f"{unusable}: {_faults_of(error, model)}", remedy) from error
+    except RecipeError as error:  # of the objective, which says itself what may be chosen
+        raise RecipeError(f"{unusable}: dpo: {error.problem}", error.remedy) from error
+
+
+def _lay_over(raw: dict[str, Any], override: str) -> None:
     """Lay one `a.b=value` over a mapping; the value is read as YAML.
 
     Raises:
@@ -207,13 +220,13 @@ def _number(text: str) -> str | float:
         return text
 
 
-def faults_of(error: ValidationError, root: type[BaseModel] | None = None) -> str:
-    """Every fault with its field, in one line; `root` is the model that was asked, `Recipe` if not given."""
+def _faults_of(error: ValidationError, root: type[BaseModel]) -> str:
+    """Every fault with its field, in one line; `root` is the model that was asked."""
     faults = []
     for fault in error.errors():
         field = ".".join(map(str, fault["loc"])) or "recipe"
         if fault["type"] == "extra_forbidden":
-            faults.append(f"there is no field {field}{_meant(root or Recipe, fault['loc'])}")
+            faults.append(f"there is no field {field}{_meant(root, fault['loc'])}")
             continue
         message = fault["msg"].removeprefix("Value error, ")
         given = f" (given {fault['input']!r})" if not isinstance(fault["input"], dict) else ""
