@@ -30,7 +30,7 @@ types: $(VENV)/.test
 	$(BIN)/mypy
 
 fast: $(VENV)/.test
-	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadgroup
+	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 slow: $(VENV)/.test
 	$(BIN)/pytest -m slow

@@ -20,15 +20,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep what shares a costly fixture on one worker, and begin with what takes longest."""
-    for item in items:
-        # The files about whole runs share one (`finished`); elsewhere no fixture is shared between files.
-        folder, file = item.path.parent.name, item.path.stem
-        item.add_marker(pytest.mark.xdist_group("flows" if folder == "flows" else f"{folder}/{file}"))
-    longest = ("flows", "tests/test_bad_input")
-    items.sort(key=lambda item: next(item.iter_markers("xdist_group")).args[0] not in longest)
+    """Begin with the files that take minutes, so that no worker is left alone with one at the end."""
+    longest = ("flows", "test_bad_input.py")
+    items.sort(key=lambda item: item.path.parent.name not in longest and item.path.name not in longest)
 
 
 @pytest.fixture(scope="session")
