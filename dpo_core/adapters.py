@@ -14,6 +14,10 @@ from pydantic import Field
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError
 
+LORA_EXTRA = (
+    "pip install 'dpo-pipeline[lora]' (in a checkout: .venv/bin/pip install -c constraints.txt -e '.[lora]')"
+)
+
 
 class LoraConfig(Config):
     """Which weights get an addition (alpha / rank) B A, and of what rank. There is no dropout."""
@@ -38,7 +42,7 @@ def add_lora(model: Any, config: LoraConfig, seed: int) -> None:
     if importlib.util.find_spec("peft") is None:
         raise RecipeError(
             "the recipe asks for LoRA and the package peft is not installed",
-            "Install it with: pip install 'dpo-pipeline[lora]'",
+            LORA_EXTRA,
         )
     import peft
 

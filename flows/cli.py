@@ -45,7 +45,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(cache_app, name="cache")
 app.command("plan")(plan_command)
 
-RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe (demo, hh-harmless) or a YAML file.")]
+RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe (dpo config list) or a YAML file.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Override one field; may be repeated.")
 ]
@@ -209,7 +209,12 @@ def ui(
 
 @app.command()
 def bench(overrides: SetOption = None, as_json: JsonOption = False) -> None:
-    """Measure training speed and memory beside TRL's: same model, pairs, tokens and optimiser, in turns."""
+    """Measure training speed and memory beside TRL's: same model, pairs, tokens and optimiser, in turns.
+
+    Fields: workload (hh, long-prompt, long-answer, 4k), data and model (for hh), size (tiny, 135m, 360m,
+    1.7b), pairs, batch_size, rounds, threads, seed; ours.precision, ours.pack_tokens, ours.compile;
+    trl.precision, trl.micro_batch_size, or trl=null for ours alone.
+    """
     from flows.bench_command import run_bench
 
     run_bench(overrides or [], as_json)

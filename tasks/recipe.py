@@ -1,6 +1,7 @@
 """One recipe = one YAML = one run: what it may say, how overrides are laid over it, what is refused."""
 
 import difflib
+import importlib.util
 import json
 from collections.abc import Sequence
 from importlib import resources
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from dpo_core.adapters import LORA_EXTRA
 from dpo_core.config import Config
 from dpo_core.data.config import DataConfig
 from dpo_core.dpo import DpoConfig
@@ -112,6 +114,9 @@ class Recipe(Config):
             raise ValueError("sft.* would not be read: sft.enabled is false")
         if not self.ppo.enabled and self.ppo != PpoConfig(enabled=False):
             raise ValueError("ppo.* would not be read: ppo.enabled is false")
+        for name in ("sft", "dpo"):
+            if getattr(self, name).lora and importlib.util.find_spec("peft") is None:
+                raise ValueError(f"{name}.lora needs peft, which is not installed: {LORA_EXTRA}")
         for name in ("pairs", "evaluate"):
             new = getattr(self, name).sampling.max_new_tokens
             if new >= self.tokens.max_length:
