@@ -186,8 +186,9 @@ def _race(name: str, settings: Config, bench: Bench, model: Path, work: Path) ->
         text=True,
     )
     if done.returncode or not out.exists():
-        lines = done.stderr.strip().splitlines() or ["no message"]
-        why = lines[-1] if done.returncode > 0 else f"killed by signal {-done.returncode}, usually for memory"
+        why = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        if done.returncode < 0:
+            why = f"killed by signal {-done.returncode}, usually for memory"
         raise StageFailed(f"{name} failed: {why}", "Try smaller batches")
     return json.loads(out.read_text())
 
