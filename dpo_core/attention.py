@@ -162,6 +162,11 @@ def block_mask(pack: Pack) -> Any:
     return BlockMask.from_kv_blocks(*some, whole[0], whole[1], BLOCK_SIZE=BLOCK, mask_mod=visible)
 
 
+def whole_blocks(tokens: int) -> int:
+    """The least length for FlexAttention that holds so many tokens."""
+    return -(-tokens // BLOCK) * BLOCK
+
+
 def _blocks(document_T: np.ndarray, branch_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(Q, K) blocks that are seen in part, and those seen whole."""
     if len(document_T) % BLOCK:

@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from dpo_core.layout import Document
+
 # Backward of attention: four products of the size of forward's two, with the scores kept from forward.
 _ATTENTION_BACKWARD = 2
 
@@ -61,6 +63,14 @@ class Shape:
             attention=heads * width,
             vocabulary=len(head),
         )
+
+
+def sizes(document: Document, packed: bool) -> tuple[float, float, float]:
+    """Tokens fed, squares of the rows of attention, and scored positions of a document."""
+    rows = [len(document)]
+    if not packed:
+        rows = [len(document.prompt) + len(b) - 1 for b in document.branches]
+    return sum(rows), sum(n * n for n in rows), sum(len(b) for b in document.branches)
 
 
 def forward(shape: Shape, tokens: float, squares: float, scored: float) -> float:

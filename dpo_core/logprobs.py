@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dpo_core.attention import BLOCK
+from dpo_core.attention import whole_blocks
 from dpo_core.errors import ModelError
 from dpo_core.layout import Document, pack, pad
 from dpo_core.scores import branch_scores, can_share
@@ -56,7 +56,7 @@ def completion_logps(
     # Compiled kernels want one shape; a CPU does not, and would only compute on padding.
     width = None
     if shared and device.type == "cuda":
-        width = -(-max(sum(len(documents[d]) for d in group) for group in groups) // BLOCK) * BLOCK
+        width = whole_blocks(max(sum(len(documents[d]) for d in group) for group in groups))
     for group in groups:
         chosen = [documents[d] for d in group]
         layout = (pack(chosen, width) if shared else pad(chosen)).to(device)

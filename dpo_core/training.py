@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from dpo_core.attention import BLOCK, checkpoint_layers, trunk_of
+from dpo_core.attention import checkpoint_layers, trunk_of, whole_blocks
 from dpo_core.batches import Batches, PackedBatches, PaddedBatches
 from dpo_core.config import Config
 from dpo_core.engine import Engine, MetricsFile, Stopped
@@ -262,7 +262,7 @@ class PackedTrainer(Trainer[Example]):
         # Compiled kernels want one shape; a CPU does not, and would only compute on padding.
         if self.engine.device.type != "cuda" or not isinstance(self.batches, PackedBatches):
             return None
-        return -(-self.batches.length // BLOCK) * BLOCK
+        return whole_blocks(self.batches.length)
 
 
 def compile_layers(module: nn.Module) -> None:

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dpo_core.attention import BLOCK
+from dpo_core.attention import whole_blocks
 from dpo_core.dpo import DpoConfig, require_reference_values
 from dpo_core.errors import DataError, StageFailed
 from dpo_core.layout import Document
@@ -292,7 +292,7 @@ class UnpairedTrainer(PackedTrainer[UnpairedExample]):
     def _fixed_length(self) -> int | None:
         # Mismatched pairs are packed, too, and may be as long as the longest example.
         fixed = super()._fixed_length()
-        return None if fixed is None else max(fixed, -(-self.longest // BLOCK) * BLOCK)
+        return None if fixed is None else max(fixed, whole_blocks(self.longest))
 
     def _reduce(self, sums: dict[str, Tensor], examples: int) -> dict[str, float]:
         totals = super()._reduce(sums, 1)  # sums over the global batch

@@ -5,7 +5,6 @@ sampled count with their most tokens, and the plan says so.
 """
 
 from collections.abc import Callable, Mapping
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -182,7 +181,7 @@ class Workload:
         packed = isinstance(config, PackedLoopConfig) and config.pack_tokens is not None
         steps = config.steps(examples.count)
         seen = steps * min(config.batch_size, examples.count)
-        sizes = [_sizes(d, packed) for d in examples.documents]
+        sizes = [cost.sizes(d, packed) for d in examples.documents]
         tokens, squares, scored = (float(np.mean(column)) for column in zip(*sizes, strict=True))
         layout, micro_batches = self._fullest(examples, config, packed)
         flops = cost.training(
@@ -191,7 +190,7 @@ class Workload:
             squares,
             scored,
             checkpointing=config.engine.gradient_checkpointing,
-            head_again=not keeps_logits(len(layout.targets_N), self.config.get_text_config().vocab_size),
+            head_again=not keeps_logits(len(layout.targets_N), self.shape.vocabulary),
         )
         return Work(
             tokens=seen * tokens,
@@ -244,7 +243,7 @@ class Workload:
 
     def _read(self, examples: Examples) -> tuple[float, float]:
         """Tokens and operations of one forward pass over all examples, each prompt once."""
-        sizes = [_sizes(d, packed=True) for d in examples.documents] or [(0.0, 0.0, 0.0)]
+        sizes = [cost.sizes(d, packed=True) for d in examples.documents] or [(0.0, 0.0, 0.0)]
         means = [float(np.mean(column)) for column in zip(*sizes, strict=True)]
         return examples.count * means[0], examples.count * cost.forward(self.shape, *means)
 
@@ -255,7 +254,7 @@ class Workload:
         episodes = Examples(documents, config.iterations * config.episodes)
         drawn = episodes.count * cost.generation(self.shape, map(len, prompts), new) / len(prompts)
         tokens, once = self._read(episodes)
-        sizes = [_sizes(d, packed=False) for d in documents]
+        sizes = [cost.sizes(d, packed=False) for d in documents]
         trained = cost.training(self.shape, *(float(np.mean(column)) for column in zip(*sizes, strict=True)))
         learned = self.recipe.reward.source is None
         longest = sorted(documents, key=len)[-config.micro_batch_size :]
@@ -295,11 +294,3 @@ def _some(rows: pd.DataFrame) -> pd.DataFrame:
 def _unknown(tokens: int) -> tuple[int, ...]:
     """A completion of which only the length counts."""
     return (0,) * tokens
-
-
-def _sizes(document: Document, packed: bool) -> tuple[float, float, float]:
-    """Tokens fed, squares of the rows of attention, and scored positions."""
-    rows: Seq[int] = [len(document)]
-    if not packed:
-        rows = [len(document.prompt) + len(b) - 1 for b in document.branches]
-    return sum(rows), sum(n * n for n in rows), sum(len(b) for b in document.branches)

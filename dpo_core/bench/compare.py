@@ -158,9 +158,8 @@ def _needed(model: Path, pairs: list[TokenPair]) -> float:
     shape = cost.Shape.of(AutoConfig.from_pretrained(model))
     total = 0.0
     for pair in pairs:
-        branches = pair.chosen.completion, pair.rejected.completion
-        tokens = len(Document(pair.chosen.prompt, branches))
-        total += cost.training(shape, tokens, tokens**2, sum(map(len, branches)))
+        document = Document(pair.chosen.prompt, (pair.chosen.completion, pair.rejected.completion))
+        total += cost.training(shape, *cost.sizes(document, packed=True))
     return total / len(pairs)
 
 
