@@ -3,6 +3,7 @@
 import contextlib
 import shlex
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
@@ -35,7 +36,7 @@ class LocalLauncher:
         """Start torchrun, once whatever a killed flow left running on this job is ended."""
         job = job.absolute()
         # Two trainers on one folder would ruin its checkpoints.
-        _end(_processes_of(job), grace=10.0)
+        _end(job, grace=10.0)
         for leftover in (RESULT, ERROR, STOPPED):
             (work / leftover).unlink(missing_ok=True)
         with (work / "train.log").open("ab") as output:
@@ -61,7 +62,7 @@ class LocalLauncher:
 
     def cancel(self, handle: str, grace: float = 25.0) -> None:
         process, job, _ = self._jobs[handle]
-        _end(_processes_of(job), grace)
+        _end(job, grace)
         process.wait()
 
     def logs(self, handle: str, lines: int = 50) -> str:
@@ -82,20 +83,42 @@ def _processes_of(job: Path) -> list[psutil.Process]:
         if {MODULE, str(job)} <= set(process.info["cmdline"] or ())
     ]
     named.sort(key=lambda process: process.info["create_time"])
-    family = dict.fromkeys(named)
-    for process in named:
+    return _with_children(named)
+
+
+def _with_children(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """These processes, in order, and all that they started, each once."""
+    family = dict.fromkeys(processes)
+    for process in list(family):
         with contextlib.suppress(psutil.NoSuchProcess):
             family |= dict.fromkeys(process.children(recursive=True))
     return list(family)
 
 
-def _end(processes: list[psutil.Process], grace: float) -> None:
+def _end(job: Path, grace: float) -> None:
     """SIGTERM to the first, which hands it on; SIGKILL to whoever lives after the grace time."""
+    processes = _processes_of(job)
     with contextlib.suppress(psutil.NoSuchProcess):
         for process in processes[:1]:
             process.terminate()
     _, alive = psutil.wait_procs(processes, timeout=grace)
+    alive = _freeze(alive)
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(alive, timeout=5)
+
+
+def _freeze(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Stop these processes and what they have started meanwhile, until none of them can start another.
+
+    A child that is born after the list was made, and whose parent is then killed, would be nobody's.
+    """
+    frozen: dict[psutil.Process, None] = {}
+    while new := [process for process in _with_children(processes) if process not in frozen]:
+        for process in new:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.suspend()
+        frozen |= dict.fromkeys(new)
+        processes = list(frozen)
+    return processes

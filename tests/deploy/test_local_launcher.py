@@ -31,7 +31,14 @@ if what == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
     child = subprocess.Popen([sys.executable, "-c", deaf])
-    (work / "child").write_text(str(child.pid))
+    (work / f"child-{child.pid}").touch()
+if what == "fertile":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    while True:
+        subprocess.Popen([sys.executable, "-c", deaf, str(work)])
+        (work / "ready").touch()
+        time.sleep(0.02)
 if what == "polite":
     def stop(*_):
         (work / "stopped").touch()
@@ -63,7 +70,7 @@ def make_job(tmp_path: Path, what: str, name: str = "work") -> Path:
 
 def left_over(tmp_path: Path) -> list[psutil.Process]:
     """Every live process of this test's jobs: by command line, and a rank's own child."""
-    children = {int(p.read_text()) for p in tmp_path.glob("*/child")}
+    children = {int(p.name.removeprefix("child-")) for p in tmp_path.glob("*/child-*")}
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
         command = " ".join(process.info["cmdline"] or [])
@@ -143,6 +150,14 @@ def test_nothing_of_a_stubborn_job_survives_the_grace_time(launcher: LocalLaunch
     assert time.monotonic() - start < 10
     assert not left_over(tmp_path)
     assert launcher.poll(handle) is State.FAILED
+
+
+def test_children_born_while_a_job_is_ended_are_ended_too(launcher: LocalLauncher, tmp_path: Path) -> None:
+    job = make_job(tmp_path, "fertile")
+    handle = launcher.submit(job, 1, job.parent)
+    wait_until(lambda: started(job), "a rank")
+    launcher.cancel(handle, grace=0.3)
+    assert not left_over(tmp_path)
 
 
 def test_ranks_that_outlive_torchrun_are_ended_too(launcher: LocalLauncher, tmp_path: Path) -> None:
