@@ -42,9 +42,10 @@ class Order:
     def batch(self, step: int, size: int) -> list[int]:
         """Indices of the batch of a step (0-based)."""
         first = step * size
-        return [self._at(position) for position in range(first, first + size)]
+        return [self.at(position) for position in range(first, first + size)]
 
-    def _at(self, position: int) -> int:
+    def at(self, position: int) -> int:
+        """The index at a position, counted from the start of the first epoch."""
         epoch, place = divmod(position, self.examples)
         return int(self._epoch(epoch)[place])
 

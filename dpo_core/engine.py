@@ -8,7 +8,7 @@ import logging
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,6 +44,8 @@ class Engine:
         module: what is trained; its parameters that require gradients are.
         micro_batches: backward calls before each optimiser step, on every rank.
         work: folder of this job; checkpoints lie in `work/checkpoints`.
+        companions: engines made before this one (a critic), by name; they are saved and loaded with it, in
+            the same checkpoint, so that the two can never be of different steps.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Engine:
         total_steps: int,
         micro_batches: int,
         work: Path,
+        companions: Mapping[str, "Engine"] | None = None,
     ) -> None:
         import deepspeed
 
@@ -84,7 +87,9 @@ class Engine:
         if self.world == 1 and not self.stage:
             # DeepSpeed would copy all gradients into one tensor and back, to sum them with nobody's.
             self.engine.enable_backward_allreduce = False
+        self.companions = dict(companions or {})
         self.told = False
+        # The engine made last hears the signal: the one that has the companions.
         signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def _deepspeed_config(self, micro_batches: int) -> dict[str, Any]:
@@ -174,6 +179,8 @@ class Engine:
             str(temporary.parent), tag=temporary.name, client_state={"step": step, **(state or {})},
             save_latest=False,
         )  # fmt: skip
+        for name, other in self.companions.items():
+            other.engine.save_checkpoint(str(temporary), tag=name, save_latest=False)
         save_random_state(temporary, self.rank)
         self.barrier()
         self._on_rank_0(lambda: self.checkpoints.seal(temporary, Made(step, self.world, self.stage)))
@@ -202,6 +209,8 @@ class Engine:
                 "Resume with the stage that wrote it",
             )
         client = self._load(folder, made)
+        for name, other in self.companions.items():
+            other._load(folder / name, made)
         load_random_state(folder, self.rank)
         log.info("going on from %s", folder)
         return client
@@ -253,6 +262,12 @@ class Engine:
         """Sum over ranks, in place."""
         values = values.to(self.device)
         torch.distributed.all_reduce(values)
+        return values
+
+    def all_max(self, values: Tensor) -> Tensor:
+        """Largest over ranks, in place."""
+        values = values.to(self.device)
+        torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
         return values
 
     def full_state(self) -> dict[str, Tensor]:

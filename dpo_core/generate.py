@@ -4,7 +4,7 @@ import copy
 import hashlib
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -35,6 +35,9 @@ class Completion:
 
     ids: tuple[int, ...]
     ended: bool
+    logps: tuple[float, ...] = field(default=(), compare=False)
+    """Log-prob of each token under the sampler, at the temperature of sampling. What trains computes its own;
+    the difference says how far the two are apart."""
 
 
 def seed_for(seed: int, *parts: object) -> int:
@@ -51,34 +54,38 @@ def sample(
     *,
     eos_id: int,
     seed: int,
+    places: Seq[int] | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Completion]:
     """One completion a prompt (repeat a prompt to get more).
 
-    Every completion has random numbers of its own, drawn from the seed and its place in `prompts`: the batch
-    size does not decide what is sampled, and the global random state is neither read nor moved.
+    Every completion has random numbers of its own, drawn from the seed and its place: neither the batch size
+    nor the number of ranks decides what is sampled, and the global random state is neither read nor moved.
 
     Args:
         model: a transformers causal language model in eval mode.
         prompts: token ids, one tuple a completion wanted.
         eos_id: the token that ends a completion.
+        places: the place of each prompt among those of all ranks; its place in `prompts` when empty.
         progress: called with the number of completions drawn so far.
     """
     sampler = copy.deepcopy(model).to(torch.bfloat16) if config.precision == "bf16" else model
     results: list[Completion | None] = [None] * len(prompts)
+    places = range(len(prompts)) if places is None else places
     # Neighbours in length share a batch, so that little of it is padding.
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     done = 0
     for start in range(0, len(order), config.batch_size):
         indices = order[start : start + config.batch_size]
         uniforms_BT = np.stack(
-            [np.random.default_rng((seed, index)).random(config.max_new_tokens) for index in indices]
+            [np.random.default_rng((seed, places[i])).random(config.max_new_tokens) for i in indices]
         )
         drawn = _generate(
             sampler, [prompts[i] for i in indices], config, eos_id, torch.from_numpy(uniforms_BT)
         )
-        for index, ids in zip(indices, drawn, strict=True):
-            results[index] = Completion(tuple(ids), ids[-1] == eos_id)
+        for index, tokens in zip(indices, drawn, strict=True):
+            ids, logps = zip(*tokens, strict=True)
+            results[index] = Completion(ids, ids[-1] == eos_id, logps)
         done += len(indices)
         progress(done)
     return [result for result in results if result is not None]
@@ -90,8 +97,8 @@ def _generate(
     config: SamplingConfig,
     eos_id: int,
     uniforms_BT: Tensor,
-) -> list[list[int]]:
-    """Ids of each completion, end-of-sequence included. Finished rows leave the batch."""
+) -> list[list[tuple[int, float]]]:
+    """Ids and log-probs of each completion, end-of-sequence included. Finished rows leave the batch."""
     from transformers import DynamicCache
 
     device = next(model.parameters()).device
@@ -103,7 +110,7 @@ def _generate(
         ids_BT[i, width - len(prompt) :] = torch.tensor(prompt)
         attention_BT[i, width - len(prompt) :] = 1
     ids_BT, attention_BT = ids_BT.to(device), attention_BT.to(device)
-    completions: list[list[int]] = [[] for _ in prompts]
+    completions: list[list[tuple[int, float]]] = [[] for _ in prompts]
     live_B = torch.arange(len(prompts))
     cache = DynamicCache()
     for step in range(config.max_new_tokens):
@@ -115,9 +122,10 @@ def _generate(
             use_cache=True,
             logits_to_keep=1,
         )
-        next_B = _draw(output.logits[:, -1], config.temperature, uniforms_BT[live_B, step].to(device))
-        for row, token in zip(live_B.tolist(), next_B.tolist(), strict=True):
-            completions[row].append(token)
+        uniforms_B = uniforms_BT[live_B, step].to(device)
+        next_B, logps_B = _draw(output.logits[:, -1], config.temperature, uniforms_B)
+        for row, token, logp in zip(live_B.tolist(), next_B.tolist(), logps_B.tolist(), strict=True):
+            completions[row].append((token, logp))
         going_B = (next_B != eos_id).cpu()
         if not going_B.any():
             break
@@ -130,9 +138,12 @@ def _generate(
     return completions
 
 
-def _draw(logits_BV: Tensor, temperature: float, uniforms_B: Tensor) -> Tensor:
-    """One token a row by inverting the cumulative distribution at a uniform number in [0, 1)."""
-    cdf_BV = torch.softmax(logits_BV.float() / temperature, dim=-1).double().cumsum(-1)
+def _draw(logits_BV: Tensor, temperature: float, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
+    """One token a row, by inverting the cumulative distribution at a uniform number in [0, 1), with its
+    log-prob."""
+    logps_BV = torch.log_softmax(logits_BV.float() / temperature, dim=-1)
+    cdf_BV = logps_BV.exp().double().cumsum(-1)
     # The last entry is 1 but for rounding; scaling by it keeps every draw inside the vocabulary.
-    picked_B = torch.searchsorted(cdf_BV, (uniforms_B * cdf_BV[:, -1])[:, None], right=True).squeeze(-1)
-    return picked_B.clamp(max=logits_BV.shape[-1] - 1)
+    picked_B1 = torch.searchsorted(cdf_BV, (uniforms_B * cdf_BV[:, -1])[:, None], right=True)
+    picked_B1 = picked_B1.clamp(max=logits_BV.shape[-1] - 1)
+    return picked_B1.squeeze(-1), logps_BV.gather(-1, picked_B1).squeeze(-1)

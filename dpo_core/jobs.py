@@ -10,12 +10,17 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from dpo_core import cost
 from dpo_core.adapters import add_lora, merge_lora
 from dpo_core.dpo import DpoTrainer
 from dpo_core.engine import put_state
 from dpo_core.errors import StageFailed
 from dpo_core.models import check_context, disable_dropout, load_model, load_tokenizer, save_checkpoint
-from dpo_core.ppo import PpoTrainer, Scorer
+from dpo_core.online.group import GroupTrainer
+from dpo_core.online.ppo import PpoTrainer, make_critic
+from dpo_core.online.preferences import OnlineDpoTrainer
+from dpo_core.online.rollouts import Scorer
+from dpo_core.online.rounds import Surroundings
 from dpo_core.reference import LogpShard
 from dpo_core.rewards import load_reward
 from dpo_core.sft import Demonstration, SftTrainer
@@ -29,7 +34,8 @@ Export = Callable[[dict[str, Tensor]], None]
 
 def build(job: Job) -> tuple[Any, Export]:
     """The trainer of a job and the function that writes what it trained."""
-    return {"sft": _sft, "dpo": _dpo, "ppo": _ppo, "reward": _reward}[job.kind](job)
+    builders = {"sft": _sft, "dpo": _dpo, "reward": _reward, "ppo": _ppo, "grpo": _grpo, "online": _online}
+    return builders[job.kind](job)
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
@@ -105,33 +111,66 @@ def _unpaired(job: Job) -> tuple[Any, Export]:
     return trainer, _export_model(model, tokenizer, job)
 
 
-def _ppo(job: Job) -> tuple[Any, Export]:
-    policy, tokenizer, tokenise = _start(job)
+def _around(job: Job, tokenizer: Any, tokenise: Tokenise) -> Surroundings:
+    """What a method that trains on its own samples needs beside its models."""
     if job.reference is None or job.sampling is None or job.reward_source is None:
-        raise StageFailed("the PPO job lacks its reference, sampling settings or reward", "Write them")
+        raise StageFailed(
+            f"the {job.kind} job lacks its reference, sampling settings or reward", "Write them"
+        )
     budget = min(job.tokens.max_prompt_length, job.tokens.max_length - job.sampling.max_new_tokens)
     prompts = [
         (tokenise.prompt(row["prompt"], row["chat"], budget), row["prompt"]) for row in read_rows(job.data)
     ]
-    trainer = PpoTrainer(
-        policy,
-        load_model(Path(job.reference), trust_remote_code=job.trust_remote_code),
-        prompts,
-        job.settings,
-        job.sampling,
-        scorer=scorer(job.reward_source, tokenizer, job.settings.engine.precision),
+    precision = job.settings.engine.precision
+    return Surroundings(
+        prompts=prompts,
+        sampling=job.sampling,
         eos_id=tokenizer.eos_token_id,
+        scorer=scorer(job.reward_source, tokenizer, precision),
+        gold=scorer(job.gold_source, tokenizer, precision) if job.gold_source else None,
+        scoring_flops=scoring_flops(job.reward_source),
         seed=job.seed,
         work=Path(job.work),
     )
 
+
+def _reference(job: Job) -> Any:
+    return load_model(Path(str(job.reference)), trust_remote_code=job.trust_remote_code)
+
+
+def _ppo(job: Job) -> tuple[Any, Export]:
+    from dpo_core.reward_model import RewardModel
+
+    policy, tokenizer, tokenise = _start(job)
+    around = _around(job, tokenizer, tokenise)
+    reference = _reference(job)
+    learned = is_reward_model(str(job.reward_source))
+    critic = RewardModel.load(str(job.reward_source)) if learned else make_critic(reference)
+    disable_dropout(critic)
+    trainer = PpoTrainer(policy, reference, critic, around, job.settings)
+    return trainer, _export_policy(policy, tokenizer, job)
+
+
+def _grpo(job: Job) -> tuple[Any, Export]:
+    policy, tokenizer, tokenise = _start(job)
+    around = _around(job, tokenizer, tokenise)
+    trainer = GroupTrainer(policy, _reference(job), around, job.settings)
+    return trainer, _export_policy(policy, tokenizer, job)
+
+
+def _online(job: Job) -> tuple[Any, Export]:
+    policy, tokenizer, tokenise = _start(job)
+    around = _around(job, tokenizer, tokenise)
+    trainer = OnlineDpoTrainer(policy, _reference(job), around, job.settings)
+    return trainer, _export_policy(policy, tokenizer, job)
+
+
+def _export_policy(policy: Any, tokenizer: Any, job: Job) -> Export:
     def export(state: dict[str, Tensor]) -> None:
-        prefix = "policy."
-        weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        policy.load_state_dict(weights)
+        policy.load_state_dict(state)
         save_checkpoint(policy, tokenizer, Path(job.out))
 
-    return trainer, export
+    return export
 
 
 def _reward(job: Job) -> tuple[Any, Export]:
@@ -155,7 +194,7 @@ def _reward(job: Job) -> tuple[Any, Export]:
 
 def scorer(source: str, tokenizer: Any, precision: str) -> Scorer:
     """The reward of finished completions: a reward model's folder, or a name for `load_reward`."""
-    if Path(source, "reward.json").is_file():
+    if is_reward_model(source):
         from dpo_core.reward_model import RewardModel
         from dpo_core.reward_training import score
 
@@ -168,3 +207,18 @@ def scorer(source: str, tokenizer: Any, precision: str) -> Scorer:
         return reward(list(prompts), texts)
 
     return by_text
+
+
+def is_reward_model(source: str) -> bool:
+    """Whether a reward's source is the folder of a trained reward model."""
+    return Path(source, "reward.json").is_file()
+
+
+def scoring_flops(source: str) -> Callable[[Seq[Sequence]], float]:
+    """Operations of scoring sequences; those of a reward that is no model of ours are unknown and count 0."""
+    if not is_reward_model(source):
+        return lambda sequences: 0.0
+    from transformers import AutoConfig
+
+    shape = cost.Shape.of(AutoConfig.from_pretrained(Path(source, "backbone")))
+    return lambda sequences: sum(cost.forward(shape, len(s), len(s) ** 2, 0) for s in sequences)

@@ -20,7 +20,9 @@ from dpo_core.config import Config
 from dpo_core.dpo import DpoConfig
 from dpo_core.errors import DpoError, RankLost, StageFailed
 from dpo_core.generate import SamplingConfig
-from dpo_core.ppo import PpoConfig
+from dpo_core.online.group import GroupConfig
+from dpo_core.online.ppo import PpoConfig
+from dpo_core.online.preferences import OnlineDpoConfig
 from dpo_core.reward_training import RewardModelConfig
 from dpo_core.sft import SftConfig
 from dpo_core.tokens import TokenConfig
@@ -35,7 +37,7 @@ ERROR, STOP_FILE = "error.json", "stopped"
 class Job(Config):
     """One training job."""
 
-    kind: Literal["sft", "dpo", "ppo", "reward"]
+    kind: Literal["sft", "dpo", "reward", "ppo", "grpo", "online"]
     """What to train."""
     model: str
     """Checkpoint folder that training starts from."""
@@ -55,14 +57,20 @@ class Job(Config):
     """Settings of kind dpo."""
     ppo: PpoConfig | None = None
     """Settings of kind ppo."""
+    grpo: GroupConfig | None = None
+    """Settings of kind grpo."""
+    online: OnlineDpoConfig | None = None
+    """Settings of kind online."""
     reward: RewardModelConfig | None = None
     """Settings of kind reward."""
     sampling: SamplingConfig | None = None
-    """How PPO samples."""
+    """How the kinds that train on their own samples draw them."""
     reward_source: str | None = None
-    """PPO's reward: a name for `rewards.load_reward`, or the folder of a reward model."""
+    """Their reward: a name for `rewards.load_reward`, or the folder of a reward model."""
+    gold_source: str | None = None
+    """A known reward that is logged beside a learned one and never trained on."""
     reference: str | None = None
-    """DPO: shard of reference log-probs. PPO: checkpoint folder of the reference."""
+    """DPO: shard of reference log-probs. Kinds that sample: checkpoint folder of the reference."""
     live_reference: str | None = None
     """DPO: checkpoint folder of the reference, for objectives that need it in memory."""
     policy_is_reference: bool = True

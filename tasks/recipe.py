@@ -18,8 +18,8 @@ from dpo_core.dpo import DpoConfig
 from dpo_core.errors import RecipeError
 from dpo_core.evaluate import EvaluateConfig
 from dpo_core.models import ModelConfig
+from dpo_core.online.ppo import PpoConfig
 from dpo_core.pairs import PairSamplingConfig
-from dpo_core.ppo import PpoConfig
 from dpo_core.reward_training import RewardModelConfig
 from dpo_core.sft import SftConfig
 from dpo_core.tokens import TokenConfig

@@ -15,7 +15,7 @@ from dpo_core.dpo import DpoConfig
 from dpo_core.errors import DataError, DpoError, StageFailed
 from dpo_core.generate import SamplingConfig
 from dpo_core.models import parameter_count
-from dpo_core.ppo import PpoConfig
+from dpo_core.online.ppo import PpoConfig
 from dpo_core.reward_training import RewardModelConfig
 from dpo_core.rewards import reward_identity
 from dpo_core.sft import SftConfig

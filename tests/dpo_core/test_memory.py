@@ -20,7 +20,7 @@ from dpo_core.layout import Document, Layout, pack, pad
 from dpo_core.logprobs import autocast
 from dpo_core.memory import PROCESS_BYTES, _Living, step_memory, training_memory
 from dpo_core.models import load_tokenizer
-from dpo_core.ppo import PpoConfig
+from dpo_core.online.ppo import PpoConfig
 from dpo_core.scores import branch_scores
 from dpo_core.tokens import TokenConfig, Tokenise
 from tests.tiny import make_tiny_model

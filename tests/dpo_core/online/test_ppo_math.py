@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpo_core.errors import StageFailed
-from dpo_core.ppo_math import (
+from dpo_core.online.ppo_math import (
     KL_ESTIMATORS,
     AdaptiveKL,
     KlEstimator,
@@ -424,3 +424,19 @@ def test_adaptive_kl_refuses_a_non_finite_kl() -> None:
     with pytest.raises(StageFailed, match="KL to the reference is nan"):
         controller.update(math.nan, 64)
     assert controller.value == 0.15
+
+
+def test_the_score_may_stand_one_state_later() -> None:
+    """TRL's position: on the state after the last token, where the response leaves room for it."""
+    mask = mask_of([2, 3], 3)
+    states = mask_of([3, 3], 4)  # the second response is as long as may be
+    logps, ref = noise(20, 2, 3), noise(21, 2, 3)
+    scores = torch.tensor([5.0, 7.0], dtype=torch.float64)
+    here = per_token_rewards(poison(logps, mask), ref, mask, scores, 0.1)
+    later = per_token_rewards(poison(logps, mask), ref, mask, scores, 0.1, states_BV=states)
+    assert later.shape == (2, 4)
+    torch.testing.assert_close(later.sum(1), here.sum(1))
+    assert later[0, 2] == 5.0
+    assert here[0, 1] == later[0, 1] + 5.0
+    torch.testing.assert_close(later[1, :3], here[1])
+    assert later[1, 3] == 0.0

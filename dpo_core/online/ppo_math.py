@@ -130,17 +130,24 @@ def per_token_rewards(
     kl_coef: float,
     *,
     estimator: KlEstimator = "k1",
+    states_BV: Tensor | None = None,
 ) -> Tensor:
     """-kl_coef·KL_t, plus the score at the last real token, (B,T), without gradient.
 
     With k1 the undiscounted sum of a row is score - kl_coef·Σ(log π - log π_ref). The log-probs are those of
-    the rollout. TRL puts the score one position later, on the first pad.
+    the rollout.
+
+    Args:
+        states_BV: the score stands on the last of these states, and the result is (B,V). TRL lets the state
+            after the last token have the score, where the response leaves room for it.
 
     Raises:
         ValueError: see `last_token_index`.
     """
     rewards_BT = -kl_coef * kl_per_token(logps_BT, ref_logps_BT, mask_BT, estimator)
-    last_B1 = last_token_index(mask_BT)[:, None]
+    states_BV = mask_BT if states_BV is None else states_BV
+    rewards_BT = torch.nn.functional.pad(rewards_BT, (0, states_BV.shape[1] - mask_BT.shape[1]))
+    last_B1 = last_token_index(states_BV)[:, None]
     return rewards_BT.scatter_add(1, last_B1, scores_B[:, None].to(rewards_BT.dtype))
 
 

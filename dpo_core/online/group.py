@@ -1,0 +1,239 @@
+"""GRPO with its corrections, and RLOO: several samples of each prompt are one another's baseline; no critic.
+
+The arithmetic is in `group_math`, the loop in `rounds`. Shapes: B episodes, T response tokens of the longest.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from dpo_core.logprobs import autocast
+from dpo_core.online import group_math, ppo_math
+from dpo_core.online.group_math import Aggregate, Level, Scale
+from dpo_core.online.rollouts import Rollout, response_logps
+from dpo_core.online.rounds import OnlineTrainer, RoundsConfig, Surroundings
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What tells the variants apart."""
+
+    baseline: Literal["group", "leave_one_out"]
+    scale: Scale
+    level: Level
+    aggregate: Aggregate
+    clip_low: float
+    clip_high: float
+    kl_coef: float
+    kl_in: Literal["loss", "reward"]
+    kl_estimator: ppo_math.KlEstimator
+    dynamic_rounds: int = 0
+
+
+_GRPO = Rules("group", "group", "token", "sequence", 0.2, 0.2, 0.04, "loss", "k3")
+VARIANTS: dict[str, Rules] = {
+    "grpo": _GRPO,
+    "dr_grpo": replace(_GRPO, scale="none", aggregate="constant", kl_coef=0.0),
+    "dapo": replace(_GRPO, aggregate="token", clip_high=0.28, kl_coef=0.0, dynamic_rounds=3),
+    "gspo": replace(_GRPO, level="mean", clip_low=3e-4, clip_high=4e-4, kl_coef=0.0),
+    "rloo": Rules("leave_one_out", "none", "sum", "sequence", 0.2, 0.2, 0.05, "reward", "k1"),
+}
+"""Each as its paper defines it; RLOO with the clip of TRL, which is idle on the first step of a round."""
+
+
+class GroupConfig(RoundsConfig):
+    """A method with a group baseline. Fields that are empty take the variant's own value."""
+
+    variant: Literal["grpo", "dr_grpo", "dapo", "gspo", "rloo"] = "grpo"
+    """grpo (arXiv 2402.03300), dr_grpo (2503.20783), dapo (2503.14476), gspo (2507.18071) or rloo
+    (2402.14740)."""
+    group_size: int = Field(8, ge=2)
+    """Completions of each prompt in a round."""
+    epochs: int = Field(1, ge=1)
+    """Passes over each round's episodes."""
+    scale: Scale | None = None
+    """What centred rewards are divided by: their group's standard deviation, the batch's, or nothing."""
+    sample_std: bool = True
+    """That deviation divides by G - 1 (TRL); false: by G."""
+    level: Level | None = None
+    """Whose ratio is clipped: each token's, the response's geometric mean, or the whole response's."""
+    aggregate: Aggregate | None = None
+    """How token losses become one: mean of response means, mean of tokens, sum over a constant."""
+    clip_low: float | None = Field(None, gt=0, lt=1)
+    """The ratio is clipped from below at 1 minus this."""
+    clip_high: float | None = Field(None, gt=0)
+    """And from above at 1 plus this."""
+    kl_coef: float | None = Field(None, ge=0)
+    """Weight of the KL to the reference."""
+    kl_in: Literal["loss", "reward"] | None = None
+    """loss: per token, with gradient, as GRPO has it; on the policy's own samples the gradient of k3 is that
+    of the forward KL(reference‖policy). reward: subtracted from the score, as RLOO has it; its optimum is
+    that of the reverse KL, which DPO and PPO have too."""
+    kl_estimator: ppo_math.KlEstimator | None = None
+    """Estimator of that KL."""
+    dynamic_rounds: int | None = Field(None, ge=0)
+    """DAPO's dynamic sampling: how often groups that all score the same are replaced by others."""
+    mask_truncated: bool = False
+    """DAPO's overlong filtering: completions that were cut teach nothing."""
+    soft_overlong: int | None = Field(None, ge=1)
+    """DAPO's soft punishment: over so many tokens before max_new_tokens the reward falls to one less."""
+
+    @property
+    def samples_each(self) -> int:
+        return self.group_size
+
+    @property
+    def redraws(self) -> int:
+        return self.rules.dynamic_rounds
+
+    @property
+    def rules(self) -> Rules:
+        """The variant with what this config changes."""
+        given = {name: getattr(self, name) for name in Rules.__dataclass_fields__ if hasattr(self, name)}
+        return replace(VARIANTS[self.variant], **{k: v for k, v in given.items() if v is not None})
+
+    @model_validator(mode="after")
+    def _is_read(self) -> "GroupConfig":
+        leave_one_out = VARIANTS[self.variant].baseline == "leave_one_out"
+        if leave_one_out and self.scale not in (None, "none"):
+            raise ValueError("rloo's advantages are not scaled: leave scale out")
+        if not self.sample_std and self.rules.scale != "group":
+            raise ValueError("sample_std is read only where scale is group")
+        if self.rules.level != "token" and self.rules.aggregate != "sequence":
+            raise ValueError("one ratio for the whole response goes with aggregate sequence")
+        return self
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A micro-batch with its advantages."""
+
+    rollout: Rollout
+    advantages_B: Tensor
+    mask_BT: Tensor
+    """Tokens that are learnt from."""
+
+
+class GroupTrainer(OnlineTrainer[Judged]):
+    """The loop with a group baseline; every group is whole on one rank."""
+
+    def __init__(self, policy: Any, reference: Any, around: Surroundings, config: GroupConfig) -> None:
+        self.config, self.rules = config, config.rules
+        super().__init__(policy, reference, around, config)
+
+    def prepare(self, rollouts: list[Rollout]) -> list[Judged]:
+        """Advantages of the round: groups are spread over micro-batches of like length."""
+        rewards_N = torch.cat([self._paid(r) for r in rollouts])
+        groups_N = torch.cat([r.of("group") for r in rollouts])
+        if self.rules.baseline == "leave_one_out":
+            advantages_N = group_math.leave_one_out(rewards_N, groups_N)
+        else:
+            advantages_N = group_math.group_advantages(
+                rewards_N, groups_N, self.rules.scale, self._batch_std(rewards_N), self.config.sample_std
+            )
+        parts = advantages_N.split([len(r.episodes) for r in rollouts])
+        return [Judged(r, part, self._learnt(r)) for r, part in zip(rollouts, parts, strict=True)]
+
+    def _paid(self, rollout: Rollout) -> Tensor:
+        """Rewards (B,): scores, minus what is charged in the reward."""
+        rewards_B = self.rewards(rollout)
+        if self.config.soft_overlong:
+            longest = self.around.sampling.max_new_tokens
+            rewards_B = rewards_B + group_math.soft_overlong(
+                rollout.lengths_B, longest, self.config.soft_overlong
+            )
+        if self.rules.kl_in == "reward":
+            rewards_B = rewards_B - self.rules.kl_coef * self._kl(rollout, rollout.logps_BR).sum(1)
+        return rewards_B
+
+    def _kl(self, rollout: Rollout, logps_BR: Tensor) -> Tensor:
+        return ppo_math.kl_per_token(logps_BR, rollout.ref_logps_BR, rollout.mask_BR, self.rules.kl_estimator)
+
+    def _batch_std(self, rewards_N: Tensor) -> Tensor:
+        count = self.config.episodes
+        mean = self.engine.all_sum(rewards_N.double().sum()) / count
+        return (self.engine.all_sum(((rewards_N.double() - mean) ** 2).sum()) / (count - 1)).sqrt()
+
+    def _learnt(self, rollout: Rollout) -> Tensor:
+        if not self.config.mask_truncated:
+            return rollout.mask_BR
+        return rollout.mask_BR & rollout.of("ended").bool()[:, None]
+
+    def optimise(self, minibatch: list[Judged]) -> dict[str, float]:
+        """One optimiser step; see `group_math.denominator` for what the loss is a mean over."""
+        counts = torch.tensor(
+            [sum(len(m.advantages_B) for m in minibatch), sum(int(m.mask_BT.sum()) for m in minibatch)],
+            dtype=torch.float64,
+        )
+        responses, tokens = self.engine.all_sum(counts).tolist()
+        longest = self.around.sampling.max_new_tokens
+        total = group_math.denominator(self.rules.aggregate, responses, tokens, longest)
+        sums: dict[str, float] = {}
+        norm = 0.0
+        self.module.train()
+        for micro in minibatch:
+            loss, numbers = self._losses(micro)
+            self.engine.backward(loss, total)
+            norm = self.engine.step() or norm
+            for name, value in numbers.items():
+                sums[name] = sums.get(name, 0.0) + float(value.detach())
+        names = sorted(sums)
+        reduced = dict(
+            zip(names, self.engine.all_sum(torch.tensor([sums[n] for n in names])).tolist(), strict=True)
+        )
+        by_tokens = {name: value / max(tokens, 1.0) for name, value in reduced.items() if name not in _SUMMED}
+        return by_tokens | {name: reduced[name] / total for name in _SUMMED} | {"grad_norm": norm}
+
+    def _losses(self, micro: Judged) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum of the loss over a micro-batch, and sums of metrics over its tokens."""
+        rollout, rules = micro.rollout, self.rules
+        with autocast(self.config.engine.precision, self.engine.device):
+            _, logps_BR = response_logps(self.module, rollout.rows, self.temperature)
+        ratio = group_math.log_ratios(logps_BR, rollout.logps_BR, micro.mask_BT, rules.level)
+        losses, clipped = group_math.clipped_losses(
+            ratio, micro.advantages_B, rules.clip_low, rules.clip_high
+        )
+        mask = micro.mask_BT if rules.level == "token" else micro.mask_BT.any(1, keepdim=True)
+        policy = group_math.aggregate(losses, mask, rules.aggregate)
+        kl_BR = self._kl(rollout, logps_BR)
+        loss = policy
+        if rules.kl_in == "loss" and rules.kl_coef:
+            loss = loss + rules.kl_coef * group_math.aggregate(kl_BR, micro.mask_BT, rules.aggregate)
+        # A ratio of whole responses is that of each of their tokens.
+        over_tokens: Callable[[Tensor], Tensor] = lambda x: torch.where(  # noqa: E731
+            micro.mask_BT, x.to(torch.float32).expand_as(micro.mask_BT), 0.0
+        ).sum()
+        up = micro.advantages_B[:, None] > 0
+        return loss, {
+            "loss": loss,
+            "loss/policy_avg": policy,
+            "kl": over_tokens(kl_BR),
+            "val/ratio": over_tokens(ratio.exp()),
+            "policy/approxkl_avg": over_tokens(0.5 * ratio**2),
+            "clip_ratio/low_mean": over_tokens(clipped & ~up),
+            "clip_ratio/high_mean": over_tokens(clipped & up),
+            "clip_ratio/region_mean": over_tokens(clipped),
+        }
+
+    def facts(self, rollouts: list[Rollout]) -> dict[str, float]:
+        rewards_N = torch.cat([self._paid(r) for r in rollouts]).double()
+        groups_N = torch.cat([r.of("group") for r in rollouts])
+        stds_N = group_math.group_stds(rewards_N, groups_N)
+        flat = group_math.flat_groups(torch.cat([r.of("score") for r in rollouts]), groups_N)
+        groups = self.config.episodes / self.config.group_size
+        sums = self.engine.all_sum(
+            torch.stack([rewards_N.sum(), stds_N.sum(), torch.tensor(float(flat)).double()])
+        ).tolist()
+        return {
+            "reward": sums[0] / self.config.episodes,
+            "reward_std": sums[1] / self.config.episodes,
+            "frac_reward_zero_std": sums[2] / groups,
+        }
+
+
+# Sums that are a part of the loss already; the others are means over the tokens learnt from.
+_SUMMED = ("loss", "loss/policy_avg")

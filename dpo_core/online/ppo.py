@@ -1,0 +1,263 @@
+"""PPO for RLHF: a critic beside the policy, per-token KL in the reward, GAE, clipped updates.
+
+The mathematics is in `ppo_math`, the loop in `rounds`. Shapes: B episodes, R response tokens of the longest,
+V states of the longest: R, or R + 1 where the state after the last token has a value too.
+
+Sources: Ziegler et al. 2019 (arXiv 1909.08593), the N+ implementation details (2403.17031), and for the three
+switches that decide how good the baseline is, Xu et al. 2024 (2404.10719): advantages whitened over the
+global batch (`whiten_advantages`), a large batch (`episodes`), a moving reference (`reference_ema`).
+"""
+
+import copy
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from dpo_core import cost
+from dpo_core.engine import Engine
+from dpo_core.engine_config import OptimConfig
+from dpo_core.layout import Document, PaddedRows, pad
+from dpo_core.logprobs import autocast
+from dpo_core.online import ppo_math
+from dpo_core.online.rollouts import Rollout, response_logps
+from dpo_core.online.rounds import OnlineTrainer, RoundsConfig, Surroundings
+from dpo_core.reward_model import RewardModel
+
+
+class PpoConfig(RoundsConfig):
+    """The PPO baseline."""
+
+    enabled: bool = True
+    """False: no baseline; the page says so."""
+    kl_coef: float = Field(0.05, ge=0)
+    """Weight of the per-token KL penalty in the reward."""
+    kl_estimator: ppo_math.KlEstimator = "k1"
+    """Estimator of that KL: k1 as in most code, k2 or k3."""
+    target_kl: float | None = Field(None, gt=0)
+    """Steer kl_coef towards this KL in nats per response; empty keeps it fixed."""
+    kl_horizon: float = Field(10_000.0, gt=0)
+    """Episodes over which the steering acts."""
+    clip: float = Field(0.2, gt=0)
+    """Clip range of the probability ratio."""
+    value_clip: float = Field(0.2, gt=0)
+    """Clip range of the value update."""
+    gamma: float = Field(1.0, ge=0, le=1)
+    """Discount."""
+    lam: float = Field(0.95, ge=0, le=1)
+    """GAE's lambda."""
+    whiten_advantages: bool = True
+    """Advantages get mean 0 and variance 1 over the global batch."""
+    whiten_rewards: bool = False
+    """Per-token rewards are scaled to variance 1 over the global batch, their mean kept; the N+ details found
+    it harmful."""
+    score_at: Literal["last_token", "after_last"] = "last_token"
+    """Where the score stands: on the last real token, or, as in TRL, one later where the response leaves room
+    within max_new_tokens; the state after the last token then has a value of its own."""
+    critic_optim: OptimConfig = OptimConfig(learning_rate=1e-5, epsilon=1e-5, warmup_fraction=0.0)
+    """Optimiser and schedule of the critic: an engine of its own, started from the reward model where one was
+    trained, else from the reference with a head of zeros."""
+
+
+@dataclass(frozen=True)
+class Estimated:
+    """A micro-batch with what the critic made of it; masked positions hold 0."""
+
+    rollout: Rollout
+    states: PaddedRows
+    """The rows as the critic reads them."""
+    states_BV: Tensor
+    """True on states that have a value."""
+    values_BV: Tensor
+    advantages_BR: Tensor
+    returns_BV: Tensor
+
+
+class PpoTrainer(OnlineTrainer[Estimated]):
+    """The loop with a critic.
+
+    Args:
+        critic: predicts the score from every state; see `make_critic`.
+    """
+
+    def __init__(
+        self, policy: Any, reference: Any, critic: RewardModel, around: Surroundings, config: PpoConfig
+    ) -> None:
+        self.config, self.critic = config, critic
+        self.kl = ppo_math.AdaptiveKL(config.kl_coef, config.target_kl or 1.0, config.kl_horizon)
+        super().__init__(policy, reference, around, config)
+
+    def companions(self) -> dict[str, Engine]:
+        self.critic_engine = self.make_engine(self.critic, self.config.critic_optim)
+        return {"critic": self.critic_engine}
+
+    # Estimates -------------------------------------------------------------------------------------------
+
+    def prepare(self, rollouts: list[Rollout]) -> list[Estimated]:
+        """Values, rewards and GAE of each micro-batch; whitening over the global batch."""
+        self.critic.eval()
+        seen = [self._values(rollout) for rollout in rollouts]
+        masks = [states_BV for _, states_BV, _ in seen]
+        rewards = [self._rewards(r, states_BV) for r, states_BV in zip(rollouts, masks, strict=True)]
+        if self.config.whiten_rewards:
+            rewards = self._white(rewards, masks, shift_mean=False)
+        estimated = []
+        for rollout, (states, states_BV, values_BV), rewards_BV in zip(rollouts, seen, rewards, strict=True):
+            advantages_BV, returns_BV = ppo_math.gae(
+                rewards_BV, values_BV, states_BV, self.config.gamma, self.config.lam
+            )
+            width = rollout.mask_BR.shape[1]
+            advantages_BR = torch.where(rollout.mask_BR, advantages_BV[:, :width], 0.0)
+            estimated.append(Estimated(rollout, states, states_BV, values_BV, advantages_BR, returns_BV))
+        if not self.config.whiten_advantages:
+            return estimated
+        white = self._white([e.advantages_BR for e in estimated], [e.rollout.mask_BR for e in estimated])
+        return [
+            Estimated(e.rollout, e.states, e.states_BV, e.values_BV, white_BR, e.returns_BV)
+            for e, white_BR in zip(estimated, white, strict=True)
+        ]
+
+    @torch.no_grad()
+    def _values(self, rollout: Rollout) -> tuple[PaddedRows, Tensor, Tensor]:
+        """The critic's rows, which states have a value (B,V), and their values."""
+        later = self.config.score_at == "after_last"
+        # The target after the last token is never read: the row only has to hold that token's state.
+        documents = [
+            Document(e.sequence.prompt, (e.sequence.completion + ((0,) if later else ()),))
+            for e in rollout.episodes
+        ]
+        rows = pad(documents).to(self.engine.device)
+        room_B = rollout.lengths_B < self.around.sampling.max_new_tokens
+        count_B = rollout.lengths_B + (room_B.long() if later else 0)
+        states_BV = torch.arange(int(rows.lengths_S.max()), device=count_B.device) < count_B[:, None]
+        with autocast(self.config.engine.precision, self.engine.device):
+            values_BV = state_values(self.critic, rows)
+        return rows, states_BV, torch.where(states_BV, values_BV, 0.0)
+
+    def _rewards(self, rollout: Rollout, states_BV: Tensor) -> Tensor:
+        return ppo_math.per_token_rewards(
+            rollout.logps_BR,
+            rollout.ref_logps_BR,
+            rollout.mask_BR,
+            self.rewards(rollout),
+            self.kl.value,
+            estimator=self.config.kl_estimator,
+            states_BV=states_BV,
+        )
+
+    def _white(self, values: Seq[Tensor], masks: Seq[Tensor], shift_mean: bool = True) -> list[Tensor]:
+        """Whitened over the masked positions of all micro-batches of all ranks."""
+        flat_N = torch.cat([value[mask] for value, mask in zip(values, masks, strict=True)])
+        white_N = ppo_math.masked_whiten(
+            flat_N[None],
+            torch.ones_like(flat_N[None], dtype=torch.bool),
+            shift_mean,
+            reduce=self.engine.all_sum,
+        )[0]
+        parts = white_N.split([int(mask.sum()) for mask in masks])
+        return [
+            torch.zeros_like(value).masked_scatter(mask, part)
+            for value, mask, part in zip(values, masks, parts, strict=True)
+        ]
+
+    # Updates ---------------------------------------------------------------------------------------------
+
+    def optimise(self, minibatch: list[Estimated]) -> dict[str, float]:
+        """One step of policy and critic; each loss is a mean over the global minibatch: over its response
+        tokens, and over its states."""
+        tokens_here = sum(int(m.rollout.mask_BR.sum()) for m in minibatch)
+        states_here = sum(int(m.states_BV.sum()) for m in minibatch)
+        counts = torch.tensor([tokens_here, states_here], dtype=torch.float64)
+        tokens, states = self.engine.all_sum(counts).tolist()
+        sums: dict[str, float] = {}
+        norm = critic_norm = 0.0
+        self.module.train()
+        self.critic.train()
+        for micro in minibatch:
+            policy, stats = self._policy_loss(micro)
+            self.engine.backward(policy, tokens)
+            norm = self.engine.step() or norm
+            value, value_stats = self._value_loss(micro)
+            self.critic_engine.backward(value, states)
+            critic_norm = self.critic_engine.step() or critic_norm
+            share = float(micro.rollout.mask_BR.sum()) / tokens
+            value_share = float(micro.states_BV.sum()) / states
+            numbers = {
+                "loss/policy_avg": float(policy.detach()) / tokens,
+                "loss/value_avg": float(value.detach()) / states,
+                **{k: float(v) * share for k, v in stats.items()},
+                **{k: float(v) * value_share for k, v in value_stats.items()},
+            }
+            for name, number in numbers.items():
+                sums[name] = sums.get(name, 0.0) + number
+        names = sorted(sums)
+        reduced = self.engine.all_sum(torch.tensor([sums[n] for n in names])).tolist()
+        return dict(zip(names, reduced, strict=True)) | {"grad_norm": norm, "critic/grad_norm": critic_norm}
+
+    def _policy_loss(self, micro: Estimated) -> tuple[Tensor, dict[str, Tensor]]:
+        rollout = micro.rollout
+        with autocast(self.config.engine.precision, self.engine.device):
+            _, logps_BR = response_logps(self.module, rollout.rows, self.temperature)
+        return ppo_math.policy_loss(
+            logps_BR,
+            rollout.logps_BR,
+            micro.advantages_BR,
+            rollout.mask_BR,
+            clip=self.config.clip,
+            n_tokens=1.0,  # the sum: the mean is over the global minibatch, taken by the engine
+        )
+
+    def _value_loss(self, micro: Estimated) -> tuple[Tensor, dict[str, Tensor]]:
+        with autocast(self.config.engine.precision, self.engine.device):
+            values_BV = state_values(self.critic, micro.states)
+        return ppo_math.value_loss(
+            values_BV, micro.values_BV, micro.returns_BV, micro.states_BV,
+            clip=self.config.value_clip, n_tokens=1.0,
+        )  # fmt: skip
+
+    # The round -------------------------------------------------------------------------------------------
+
+    def facts(self, rollouts: list[Rollout]) -> dict[str, float]:
+        score_minus = {"objective/kl_coef": self.kl.value}
+        if self.config.target_kl is not None:
+            score_minus["objective/kl_target"] = self.config.target_kl
+        # What the policy is really paid: scores as learnt from, minus the chosen estimator's KL.
+        paid = sum(float(self._rewards(r, r.mask_BR).sum()) for r in rollouts)
+        worth = sum(float(self.rewards(r).sum()) for r in rollouts)
+        totals = self.engine.all_sum(torch.tensor([paid, paid - worth], dtype=torch.float64))
+        total, penalty = (totals / self.config.episodes).tolist()
+        return score_minus | {"objective/rlhf_reward": total, "objective/non_score_reward": penalty}
+
+    def end_round(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        if self.config.target_kl is not None:
+            self.kl.update(metrics["objective/kl"], self.config.episodes)
+
+    def update_flops(self, rollouts: list[Rollout]) -> float:
+        critic = self._passes(rollouts, cost.forward, head=False)
+        critic += self.config.epochs * self._passes(rollouts, cost.training, head=False)
+        return super().update_flops(rollouts) + critic
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | {"kl": self.kl.state_dict()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        super().load_state(state)
+        self.kl.load_state_dict(state["kl"])
+
+
+def make_critic(reference: Any) -> RewardModel:
+    """A critic where no reward model was trained: a copy of the reference's trunk with a head of zeros, so
+    that it starts from the value 0 everywhere (Ziegler et al. 2019)."""
+    critic = RewardModel(copy.deepcopy(reference.get_decoder()))
+    torch.nn.init.zeros_(critic.head.weight)
+    return critic
+
+
+def state_values(critic: RewardModel, rows: PaddedRows) -> Tensor:
+    """Values (B,V): of the state in which each response token is chosen, 0 after a row's end."""
+    values_N = critic.per_token(rows.ids_ST, rows.attention_ST).flatten()[rows.predicts_N]
+    return rows.table(values_N)

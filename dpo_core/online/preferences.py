@@ -1,0 +1,200 @@
+"""Online and iterative DPO: sample, label, train on the pairs, again.
+
+Each round draws several completions of each prompt from the policy as it is, takes the best and the worst by
+the scorer, and makes preference steps on them. Online DPO (Guo et al. 2024, arXiv 2402.04792): many rounds,
+one step each, a fixed reference. Iterative DPO (Xu et al. 2024, 2404.10719): few rounds of many episodes and
+steps, each with the policy that the round began with as its reference.
+
+Shapes: P pairs, S = 2P completions (chosen and rejected in turn).
+"""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from dpo_core import cost
+from dpo_core.layout import Document, PaddedRows, pad
+from dpo_core.logprobs import autocast
+from dpo_core.objectives import PairLogps, Term, Totals, combine, get, pair_metrics
+from dpo_core.online.group_math import flat_groups
+from dpo_core.online.rollouts import Episode, Rollout
+from dpo_core.online.rounds import OnlineTrainer, RoundsConfig, Surroundings, move
+from dpo_core.scores import branch_scores
+
+
+class OnlineDpoConfig(RoundsConfig):
+    """Online or iterative preference optimisation."""
+
+    objective: str = "dpo"
+    """An objective on pairs that reads log-probs of both sides alone; see `dpo objectives`."""
+    parameters: dict[str, float] = Field(default_factory=dict)
+    """Its numbers."""
+    samples_per_prompt: int = Field(2, ge=2)
+    """Completions of each prompt in a round; the best and the worst make the pair."""
+    epochs: int = Field(1, ge=1)
+    """Passes over each round's pairs."""
+    min_gap: float = Field(0.0, ge=0)
+    """A pair whose scores differ by no more is a tie and teaches nothing."""
+    reference: Literal["fixed", "each_round"] = "fixed"
+    """fixed: the SFT reference, as in online DPO; each_round: the policy that the round began with."""
+
+    @property
+    def samples_each(self) -> int:
+        return self.samples_per_prompt
+
+    @property
+    def term(self) -> Term:
+        """The objective with every parameter filled in."""
+        return Term(self.objective, 1.0, get(self.objective).resolve(self.parameters))
+
+    @model_validator(mode="after")
+    def _objective_fits(self) -> "OnlineDpoConfig":
+        objective = get(self.objective)
+        if objective.data != "pairs" or objective.extras or objective.batch_coupled:
+            raise ValueError(
+                f"objective '{self.objective}' reads more than the log-probs of a pair, which is all that a "
+                "round has: choose dpo, ipo_mean, hinge or another such"
+            )
+        if self.reference == "each_round" and self.reference_ema is not None:
+            raise ValueError("reference_ema moves a reference that reference each_round replaces: choose one")
+        pairs = self.episodes // self.samples_per_prompt
+        share = self.minibatches * self.micro_batch_size * self.engine.processes
+        if pairs % share:
+            raise ValueError(
+                f"the {pairs} pairs of a round are not a multiple of minibatches x micro_batch_size x "
+                f"processes = {share}"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A micro-batch of pairs."""
+
+    rows: PaddedRows
+    """2P rows, chosen and rejected in turn."""
+    ref_S: Tensor
+    """Reference log-probs of whole completions."""
+    weight_P: Tensor
+    """1, or 0 for a tie: ties keep their place, so that every rank has as many micro-batches."""
+
+
+class OnlineDpoTrainer(OnlineTrainer[Pairs]):
+    """The loop with preference steps; `micro_batch_size` counts pairs in the updates."""
+
+    def __init__(self, policy: Any, reference: Any, around: Surroundings, config: OnlineDpoConfig) -> None:
+        self.config, self.term = config, config.term
+        scale = get(config.objective).reward_scale
+        self.beta = self.term.parameters[scale] if scale else 1.0
+        super().__init__(policy, reference, around, config)
+
+    @property
+    def temperature(self) -> float:
+        """The policy that a preference loss is about is that at temperature 1, however samples are drawn."""
+        return 1.0
+
+    def micros_of(self, episodes: int) -> int:
+        return episodes // (self.config.samples_per_prompt * self.config.micro_batch_size)
+
+    def prepare(self, rollouts: list[Rollout]) -> list[Pairs]:
+        """The best against the worst of each prompt, neighbours in length together."""
+        groups: dict[int, list[Candidate]] = {}
+        for rollout in rollouts:
+            rewards, references = self.rewards(rollout).tolist(), rollout.ref_logps_BR.sum(1).tolist()
+            for episode, reward, reference in zip(rollout.episodes, rewards, references, strict=True):
+                groups.setdefault(episode.group, []).append(Candidate(episode, reward, reference))
+        pairs = [extremes(groups[group]) for group in sorted(groups)]
+        pairs.sort(key=lambda pair: sum(len(c.episode.sequence) for c in pair))
+        size = self.config.micro_batch_size
+        return [self._lay_out(pairs[i : i + size]) for i in range(0, len(pairs), size)]
+
+    def _lay_out(self, pairs: Seq[tuple["Candidate", "Candidate"]]) -> Pairs:
+        device = self.engine.device
+        sides = [c for pair in pairs for c in pair]
+        documents = [Document(c.episode.sequence.prompt, (c.episode.sequence.completion,)) for c in sides]
+        weights = [float(not self._tied(better, worse)) for better, worse in pairs]
+        return Pairs(
+            rows=pad(documents).to(device),
+            ref_S=torch.tensor([c.ref_logp for c in sides], device=device),
+            weight_P=torch.tensor(weights, device=device),
+        )
+
+    def _tied(self, better: "Candidate", worse: "Candidate") -> bool:
+        same = better.episode.sequence.completion == worse.episode.sequence.completion
+        return same or better.reward - worse.reward <= self.config.min_gap
+
+    def optimise(self, minibatch: list[Pairs]) -> dict[str, float]:
+        """One optimiser step; the loss is the mean over the global minibatch's pairs that are no ties."""
+        counts = torch.stack([m.weight_P.sum().double() for m in minibatch])
+        tokens = sum(float((m.rows.lengths_S[0::2] * m.weight_P).sum()) for m in minibatch)
+        pairs, tokens = self.engine.all_sum(torch.tensor([float(counts.sum()), tokens]).double()).tolist()
+        totals = Totals(pairs=max(pairs, 1.0), chosen_tokens=tokens, prompt_tokens=0.0)
+        sums: dict[str, float] = {}
+        norm = 0.0
+        self.module.train()
+        for micro in minibatch:
+            losses_P, numbers = self._losses(micro, totals)
+            self.engine.backward((losses_P * micro.weight_P).sum(), max(pairs, 1.0))
+            norm = self.engine.step() or norm
+            for name, value_P in {"loss": losses_P.detach(), **numbers}.items():
+                sums[name] = sums.get(name, 0.0) + float((value_P * micro.weight_P).sum())
+        names = sorted(sums)
+        reduced = self.engine.all_sum(torch.tensor([sums[n] for n in names])).tolist()
+        means = {name: value / max(pairs, 1.0) for name, value in zip(names, reduced, strict=True)}
+        return means | {"pairs": pairs, "grad_norm": norm}
+
+    def _losses(self, micro: Pairs, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
+        with autocast(self.config.engine.precision, self.engine.device):
+            scores = branch_scores(self.module, micro.rows)
+        logps_S = scores.logps_SL.sum(-1)
+        logps = PairLogps(
+            logps_S[0::2],
+            logps_S[1::2],
+            micro.ref_S[0::2],
+            micro.ref_S[1::2],
+            scores.lengths_S[0::2],
+            scores.lengths_S[1::2],
+            totals=totals,
+        )
+        per_token = get(self.config.objective).rewards_per_token
+        return combine([self.term], logps), pair_metrics(logps, self.beta, per_token=per_token)
+
+    def facts(self, rollouts: list[Rollout]) -> dict[str, float]:
+        scores_N = torch.cat([r.of("score") for r in rollouts])
+        groups_N = torch.cat([r.of("group") for r in rollouts])
+        flat = flat_groups(scores_N, groups_N)
+        groups = self.config.episodes / self.config.samples_per_prompt
+        return {"frac_reward_zero_std": float(self.engine.all_sum(torch.tensor(float(flat)))) / groups}
+
+    def move_reference(self) -> None:
+        if self.config.reference == "each_round":
+            move(self.reference, self.module, 1.0)
+        super().move_reference()
+
+    def update_flops(self, rollouts: list[Rollout]) -> float:
+        # Two of each prompt's samples are trained on.
+        share = 2 / self.config.samples_per_prompt
+        return self.config.epochs * share * self._passes(rollouts, cost.training)
+
+    def state(self) -> dict[str, Any]:
+        moving = self.config.reference == "each_round"
+        return super().state() | ({"reference": self.reference.state_dict()} if moving else {})
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A sampled completion, what it is worth, and its log-prob under the reference."""
+
+    episode: Episode
+    reward: float
+    ref_logp: float
+
+
+def extremes(candidates: Seq[Candidate]) -> tuple[Candidate, Candidate]:
+    """The best and the worst of a prompt's candidates; of equals the one drawn first is the better."""
+    ranked = sorted(candidates, key=lambda c: -c.reward)
+    return ranked[0], ranked[-1]

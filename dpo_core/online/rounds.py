@@ -1,0 +1,424 @@
+"""The loop over rounds that PPO, GRPO, RLOO and online DPO share: sample, score, read, update, save.
+
+Sampling and reading use one temperature and no truncation of the distribution. A round's samples follow from
+the seed, the round and the number of prompts drawn before, whatever the number of ranks.
+"""
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from dpo_core import cost
+from dpo_core.batches import Order
+from dpo_core.config import Config
+from dpo_core.engine import Engine, MetricsFile, Stopped
+from dpo_core.engine_config import EngineConfig, OptimConfig
+from dpo_core.errors import RecipeError, StageFailed
+from dpo_core.generate import SamplingConfig, seed_for
+from dpo_core.online import ppo_math
+from dpo_core.online.rollouts import (
+    Episode,
+    Prompt,
+    Rollout,
+    Scorer,
+    draw,
+    informative,
+    micro_batches,
+    read,
+    sampler_gap,
+    scored,
+)
+from dpo_core.tokens import Sequence
+
+log = logging.getLogger(__name__)
+Micro = TypeVar("Micro")
+
+
+class RoundsConfig(Config):
+    """What every method that trains on its own samples reads."""
+
+    iterations: int = Field(8, ge=1)
+    """Rounds of sampling and updating."""
+    episodes: int = Field(64, ge=2)
+    """Completions sampled in each round, over all ranks: the large batch of Xu et al. (arXiv 2404.10719)."""
+    epochs: int = Field(2, ge=1)
+    """Passes over each round's episodes."""
+    minibatches: int = Field(1, ge=1)
+    """Optimiser steps in each pass."""
+    micro_batch_size: int = Field(16, ge=1)
+    """Episodes in one forward pass on one rank; the rest of a minibatch is accumulated."""
+    missing_eos_penalty: float | None = Field(None, ge=0)
+    """What a completion that does not end costs; empty: nothing."""
+    missing_eos: Literal["subtract", "replace"] = "subtract"
+    """subtract the penalty from the score (TRL), or replace the score by minus the penalty (N+ details)."""
+    score_clip: float | None = Field(None, gt=0)
+    """Scores are cut to this range around zero before anything is learnt from them; empty: not."""
+    reference_ema: float | None = Field(None, gt=0, le=1)
+    """After each round the reference moves this share of its way to the policy (Xu et al.); empty: fixed."""
+    optim: OptimConfig = OptimConfig(learning_rate=1e-5, epsilon=1e-5, warmup_fraction=0.0)
+    """Optimiser and schedule of the policy."""
+    engine: EngineConfig = EngineConfig(save_every=2)
+    """Precision, ZeRO stage, ranks; `save_every` counts rounds."""
+
+    @property
+    def samples_each(self) -> int:
+        """Completions of each prompt in a round."""
+        return 1
+
+    @property
+    def redraws(self) -> int:
+        """How often prompts whose samples all score the same are replaced by others."""
+        return 0
+
+    @model_validator(mode="after")
+    def _rounds_divide(self) -> "RoundsConfig":
+        if self.engine.zero_stage == 3:
+            raise ValueError("the policy is sampled from, and ZeRO 3 has cut it up: use zero_stage 0 to 2")
+        for name in ("gradient_checkpointing", "compile"):
+            if getattr(self.engine, name):
+                raise ValueError(f"engine.{name} is not read by training on own samples: leave it out")
+        if self.missing_eos == "replace" and self.missing_eos_penalty is None:
+            raise ValueError("missing_eos is read only where missing_eos_penalty is set")
+        shares = {
+            "minibatches x micro_batch_size x processes": self.minibatches
+            * self.micro_batch_size
+            * self.engine.processes
+        }
+        if self.samples_each > 1:
+            shares["samples of a prompt x processes"] = self.samples_each * self.engine.processes
+        for what, share in shares.items():
+            if self.episodes % share:
+                raise ValueError(f"episodes {self.episodes} is not a multiple of {what} = {share}")
+        return self
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a job of rounds samples from, is paid by, and writes to."""
+
+    prompts: Seq[Prompt]
+    """Training prompts."""
+    sampling: SamplingConfig
+    eos_id: int
+    scorer: Scorer
+    """The reward of finished completions."""
+    seed: int
+    work: Path
+    gold: Scorer | None = None
+    """A known reward that is logged beside a learned one."""
+    scoring_flops: Callable[[Seq[Sequence]], float] = lambda sequences: 0.0
+    """Operations of scoring some sequences, where the scorer is a model."""
+
+
+class OnlineTrainer(ABC, Generic[Micro]):
+    """One training job. A subclass says what is learnt from a round's rollouts.
+
+    Args:
+        policy: starts as a copy of the reference.
+        reference: not trained; it moves only where `config.reference_ema` says so.
+    """
+
+    def __init__(self, policy: Any, reference: Any, around: Surroundings, config: RoundsConfig) -> None:
+        if not around.prompts:
+            raise StageFailed("there are no prompts to sample from", "Look at what the data gate dropped")
+        self.rounds, self.around = config, around
+        self.reference = reference.eval().requires_grad_(False)
+        self.module = policy
+        self.shape = cost.Shape.of(policy.config)
+        self.micro_per_step = self._micro_per_step()
+        self.engine = self.make_engine(policy, config.optim, self.companions())
+        self.reference.to(self.engine.device)
+        self.order = Order(len(around.prompts), around.seed)
+        self.drawn = 0
+        """Prompts drawn so far, over all ranks: the sampler's position."""
+
+    def _micro_per_step(self) -> int:
+        world, config = torch.distributed.get_world_size(), self.rounds
+        share = config.minibatches * config.micro_batch_size * world
+        if config.episodes % share or config.episodes % (config.samples_each * world):
+            raise RecipeError(
+                f"{config.episodes} episodes cannot be split over {world} ranks in these minibatches",
+                "Choose a multiple of minibatches x micro_batch_size x ranks, and of the samples of a prompt "
+                "x ranks",
+            )
+        return self.micros_of(config.episodes // world) // config.minibatches
+
+    def micros_of(self, episodes: int) -> int:
+        """Micro-batches that so many episodes of a rank become."""
+        return episodes // self.rounds.micro_batch_size
+
+    def make_engine(
+        self, module: Any, optim: OptimConfig, companions: Mapping[str, Engine] | None = None
+    ) -> Engine:
+        """A DeepSpeed engine that steps as often as the policy's."""
+        config = self.rounds
+        return Engine(
+            module,
+            optim,
+            config.engine,
+            total_steps=config.iterations * config.epochs * config.minibatches,
+            micro_batches=self.micro_per_step,
+            work=self.around.work,
+            companions=companions,
+        )
+
+    # What a subclass says --------------------------------------------------------------------------------
+
+    @abstractmethod
+    def prepare(self, rollouts: list[Rollout]) -> list[Micro]:
+        """Micro-batches to learn from, equally many on every rank."""
+
+    @abstractmethod
+    def optimise(self, minibatch: list[Micro]) -> dict[str, float]:
+        """One optimiser step; returns its metrics over all ranks."""
+
+    def companions(self) -> dict[str, Engine]:
+        """Engines beside the policy's, saved and loaded with it."""
+        return {}
+
+    @property
+    def temperature(self) -> float:
+        """Of the log-probs that are learnt from: that of sampling."""
+        return self.around.sampling.temperature
+
+    def facts(self, rollouts: list[Rollout]) -> dict[str, float]:
+        """Further metrics of a round, before its updates."""
+        return {}
+
+    def end_round(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """Called after a round's updates, before a checkpoint is written."""
+
+    def update_flops(self, rollouts: list[Rollout]) -> float:
+        """Operations of this rank's updates in a round."""
+        return self.rounds.epochs * self._passes(rollouts, cost.training)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the engines' own state."""
+        moving = self.rounds.reference_ema is not None
+        return {"drawn": self.drawn} | ({"reference": self.reference.state_dict()} if moving else {})
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what `state` gave."""
+        self.drawn = int(state["drawn"])
+        if "reference" in state:
+            self.reference.load_state_dict(state["reference"])
+
+    # The loop --------------------------------------------------------------------------------------------
+
+    def train(self) -> dict[str, float]:
+        """Run to the last round, from the newest checkpoint if there is one. Returns its metrics.
+
+        Raises:
+            Stopped: SIGTERM came; the state was saved.
+        """
+        state = self.engine.load_latest()
+        done = int(state["step"]) if state else 0
+        last: dict[str, float] = dict(state["metrics"]) if state else {}
+        if state:
+            self.load_state(state["trainer"])
+        rank0 = self.engine.rank == 0
+        metrics = MetricsFile(self.around.work / "metrics.jsonl", resume_after=done) if rank0 else None
+        for iteration in range(done, self.rounds.iterations):
+            last = self._round(iteration)
+            if metrics:
+                metrics.write(iteration + 1, last)
+            stop = self.engine.stop_requested()
+            final = iteration + 1 == self.rounds.iterations
+            if stop or final or (iteration + 1) % self.rounds.engine.save_every == 0:
+                self.engine.save(iteration + 1, {"metrics": last, "trainer": self.state()})
+            if stop and not final:
+                raise Stopped(self.engine.told)
+        return last
+
+    def _round(self, iteration: int) -> dict[str, float]:
+        start = time.perf_counter()
+        rate = self.engine.learning_rate
+        episodes, asked = self._sample()
+        rollouts = self._read(episodes)
+        facts = self._facts(rollouts) | self.facts(rollouts)
+        micros = self.prepare(rollouts)
+        steps = [
+            self.optimise(minibatch)
+            for epoch in range(self.rounds.epochs)
+            for minibatch in self._minibatches(micros, iteration, epoch)
+        ]
+        means = {name: float(np.mean([s[name] for s in steps])) for name in steps[0]}
+        if "val/ratio" in means:
+            # The first step of a round has the policy that sampled: any ratio but 1 is a fault.
+            means["val/ratio_first"] = steps[0]["val/ratio"]
+        self.move_reference()
+        metrics = facts | means
+        self.end_round(iteration, metrics)
+        return (
+            metrics
+            | self._costs(asked, rollouts)
+            | {
+                "learning_rate": rate,
+                "episode": float((iteration + 1) * self.rounds.episodes),
+                "seconds_per_step": time.perf_counter() - start,
+            }
+        )
+
+    def move_reference(self) -> None:
+        """Where the reference moves, it does so after a round's updates."""
+        rate = self.rounds.reference_ema
+        if rate is not None:
+            move(self.reference, self.module, rate)
+
+    # Sampling --------------------------------------------------------------------------------------------
+
+    def _sample(self) -> tuple[list[Episode], list[Episode]]:
+        """This rank's episodes, and all that were drawn for them: groups without a difference may have been
+        replaced."""
+        wanted = self.rounds.episodes // self.rounds.samples_each
+        everything = episodes = self._draw(wanted)
+        for _ in range(self.rounds.redraws):
+            good = informative(episodes)
+            mine = wanted // self.engine.world
+            if not float(self.engine.all_sum(torch.tensor(float(mine - len(good))))):
+                break
+            more = self._draw(wanted)
+            everything = everything + more
+            episodes = _replaced(episodes, good, more)
+        return episodes, everything
+
+    def _draw(self, wanted: int) -> list[Episode]:
+        """Scored episodes of this rank's share of the next prompts."""
+        places = range(self.drawn, self.drawn + wanted)[self.engine.rank :: self.engine.world]
+        self.drawn += wanted
+        self.module.eval()
+        episodes = draw(
+            self.module,
+            [self.around.prompts[self.order.at(place)] for place in places],
+            places,
+            self.rounds.samples_each,
+            self.around.sampling,
+            eos_id=self.around.eos_id,
+            seed=seed_for(self.around.seed, "online"),
+        )
+        return scored(episodes, self.around.scorer, self.around.gold)
+
+    def _read(self, episodes: list[Episode]) -> list[Rollout]:
+        return [
+            read(
+                group,
+                self.module,
+                self.reference,
+                temperature=self.temperature,
+                precision=self.rounds.engine.precision,
+                device=self.engine.device,
+            )
+            for group in micro_batches(episodes, self.rounds.micro_batch_size)
+        ]
+
+    def rewards(self, rollout: Rollout) -> Tensor:
+        """Scores (B,) as they are learnt from: cut to range, unfinished completions punished."""
+        scores_B, config = rollout.of("score"), self.rounds
+        if config.score_clip is not None:
+            scores_B = scores_B.clamp(-config.score_clip, config.score_clip)
+        if config.missing_eos_penalty is None:
+            return scores_B
+        ended_B = rollout.of("ended").bool()
+        return ppo_math.eos_penalty(
+            scores_B, ended_B, config.missing_eos_penalty, replace=config.missing_eos == "replace"
+        )
+
+    def _minibatches(self, micros: list[Micro], iteration: int, epoch: int) -> list[list[Micro]]:
+        """Micro-batches dealt into minibatches; a fresh shuffle each pass but the first."""
+        order = np.arange(len(micros))
+        if epoch:
+            order = np.random.default_rng((self.around.seed, iteration, epoch)).permutation(order)
+        size = self.micro_per_step
+        return [[micros[i] for i in order[s : s + size]] for s in range(0, len(order), size)]
+
+    # Metrics ---------------------------------------------------------------------------------------------
+
+    def _facts(self, rollouts: list[Rollout]) -> dict[str, float]:
+        """What the round was worth, as means over its episodes on all ranks."""
+
+        def over(value: Callable[[Rollout], Tensor]) -> Tensor:
+            return torch.cat([value(r) for r in rollouts]).double()
+
+        gaps_N, ratios_N = sampler_gap(rollouts)
+        lengths_B = over(lambda r: r.lengths_B)
+        sums = {
+            "objective/kl": over(lambda r: (r.logps_BR - r.ref_logps_BR).sum(1)),
+            "objective/kl_k3": over(lambda r: ppo_math.k3(r.logps_BR, r.ref_logps_BR).sum(1)),
+            "objective/scores": over(lambda r: r.of("score")),
+            "objective/entropy": over(lambda r: -r.logps_BR.sum(1)),
+            "completions/mean_length": lengths_B,
+            "val/num_eos_tokens": over(lambda r: r.of("ended")),
+        }
+        if self.around.gold:
+            sums["objective/gold_scores"] = over(lambda r: r.of("gold"))
+        tokens, gap, ratio, *totals = self.engine.all_sum(
+            torch.stack([lengths_B.sum(), gaps_N.sum(), ratios_N.sum(), *(x.sum() for x in sums.values())])
+        ).tolist()
+        means = {name: x / self.rounds.episodes for name, x in zip(sums, totals, strict=True)}
+        most = self.engine.all_max(
+            torch.stack([lengths_B.max(), -lengths_B.min(), gaps_N.max(), ratios_N.max(), -ratios_N.min()])
+        ).tolist()
+        return means | {
+            # Sampled entropy: minus the log-prob of the policy's own tokens, nats per token.
+            "policy/entropy_avg": means["objective/entropy"] * self.rounds.episodes / tokens,
+            "completions/max_length": most[0],
+            "completions/min_length": -most[1],
+            "completions/clipped_ratio": 1 - means["val/num_eos_tokens"],
+            "sampling/logp_difference/mean": gap / tokens,
+            "sampling/logp_difference/max": most[2],
+            "sampling/importance_sampling_ratio/mean": ratio / tokens,
+            "sampling/importance_sampling_ratio/max": most[3],
+            "sampling/importance_sampling_ratio/min": -most[4],
+        }
+
+    def _costs(self, asked: list[Episode], rollouts: list[Rollout]) -> dict[str, float]:
+        """Tokens and operations of a round: drawing, scoring, reading twice, updating."""
+        sequences = [e.sequence for e in asked]
+        drawing = sum(cost.generation(self.shape, [len(s.prompt)], len(s.completion)) for s in sequences)
+        reading = 2 * self._passes(rollouts, cost.forward)
+        flops = drawing + self.around.scoring_flops(sequences) + reading + self.update_flops(rollouts)
+        tokens = sum(len(e.sequence) for r in rollouts for e in r.episodes)
+        counted = torch.tensor([flops, tokens * (self.rounds.epochs + 1)], dtype=torch.float64)
+        flops, tokens = self.engine.all_sum(counted).tolist()
+        return {"flops": flops, "num_tokens": tokens}
+
+    def _passes(self, rollouts: list[Rollout], count: Callable[..., float], head: bool = True) -> float:
+        """Operations of one pass over the rollouts' padded rows.
+
+        Args:
+            count: `cost.forward` or `cost.training`.
+            head: whether the output head runs on the response tokens.
+        """
+        total = 0.0
+        for rollout in rollouts:
+            rows, width = rollout.rows.ids_ST.shape
+            scored_tokens = len(rollout.rows.targets_N) if head else 0
+            total += count(self.shape, rows * width, rows * width**2, scored_tokens)
+        return total
+
+
+@torch.no_grad()
+def move(reference: Any, policy: Any, share: float) -> None:
+    """reference ← share · policy + (1 - share) · reference, in place."""
+    for theirs, mine in zip(reference.parameters(), policy.parameters(), strict=True):
+        theirs.lerp_(mine.to(theirs.dtype), share)
+
+
+def _replaced(episodes: list[Episode], good: set[int], more: list[Episode]) -> list[Episode]:
+    """Episodes in which groups without a difference are those of `more` that have one, as far as they go."""
+    spare = sorted(informative(more))
+    poor = sorted({e.group for e in episodes} - good)
+    swap = dict(zip(spare, poor, strict=False))
+    gone = set(swap.values())
+    kept = [e for e in episodes if e.group not in gone]
+    return kept + [replace(e, group=swap[e.group]) for e in more if e.group in swap]
