@@ -32,6 +32,11 @@ def render(report: RunReport) -> str:
     Sections without data are left out and named at the end with the reason. At most `MAX_SAMPLES` samples and
     `MAX_TEXT` characters of each text are shown, and the page says what it cut.
     """
+    return fill("run_page.html.j2", _context(report))
+
+
+def fill(template: str, context: dict[str, Any]) -> str:
+    """One of the page templates with its values: everything escaped, nothing undefined."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -40,11 +45,12 @@ def render(report: RunReport) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.filters.update(
         number=number, percent=percent, duration=duration, minus=_minus, clip=_clip, link=_link, scaled=scaled
     )
-    return environment.get_template("run_page.html.j2").render(**_context(report))
+    return environment.get_template(template).render(**context)
 
 
 def _context(report: RunReport) -> dict[str, Any]:

@@ -203,6 +203,6 @@ def test_text_colours_reach_wcag_aa_in_both_themes(page: str) -> None:
     for theme in themes:
         colours = dict(re.findall(r"--(\w+): #([0-9a-f]{6})", theme))
         for ground in ("paper", "raised"):
-            for ink in ("ink", "muted", "blue", "orange", "green", "red", "amber"):
+            for ink in colours.keys() - {"paper", "raised", "rule"}:
                 pair = sorted((_luminance(colours[ink]), _luminance(colours[ground])))
                 assert (pair[1] + 0.05) / (pair[0] + 0.05) >= 4.5, (ink, ground)
