@@ -109,13 +109,13 @@ def _diversity(summary: FrontierSummary, arm: str) -> list[Claim]:
             return [_absent(summary, claim, claimed, arm, "DPO")]
         ranges = [row.relative for row in rows]
         sides = {_at_least(part.low, part.high, limit) for part in ranges}
-        sure = len(sides) == 1 and min(part.seeds for part in ranges) >= SEEDS
+        fewest = min(part.seeds for part in ranges)
         words = "; ".join(
-            f"{row.setting}: {row.relative.value:+.1%} ({row.relative.low:+.1%} to {row.relative.high:+.1%} "
-            f"over {row.relative.seeds} seed{'s' if row.relative.seeds > 1 else ''})"
+            f"{row.setting} {row.relative.value:+.1%} ({row.relative.low:+.1%} to {row.relative.high:+.1%})"
             for row in rows
         )
-        verdict: Verdict = sides.pop() if sure else "undecided"
+        words += f"; ranges over {fewest} seeds" if fewest > 1 else "; one seed"
+        verdict: Verdict = sides.pop() if len(sides) == 1 and fewest >= SEEDS else "undecided"
         found.append(Claim(claim=claim, claimed=claimed, found=words, verdict=verdict))
     return found
 
