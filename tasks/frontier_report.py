@@ -99,8 +99,8 @@ def render(report: FrontierReport) -> str:
     """The whole page as HTML: self-contained, without script, every text escaped."""
     shown = tables(report.study, report.summary)
     parts = [
-        Part("claims", "Claims"),
         Part("frontier", "Frontier", "" if report.study.drawn_arms() else "no arm was measured"),
+        Part("claims", "Claims"),
         *(Part(table.key, table.title) for table in shown),
         Part("stages", "Stages and cost", "" if report.stages else "no stages were recorded"),
         Part("reproduce", "Reproduce"),

@@ -1,5 +1,6 @@
 """The run page: one HTML file that says what a run found, readable without network, script or server."""
 
+import re
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -98,9 +99,8 @@ def _no_frontier(report: RunReport) -> str:
 
 
 def _minus(text: object) -> str:
-    """The typographic minus before a digit; hyphens elsewhere stay."""
-    words = str(text).split(" ")
-    return " ".join("−" + w[1:] if w.startswith("-") and w[1:2].isdigit() else w for w in words)
+    """The typographic minus where a number starts; hyphens elsewhere stay."""
+    return re.sub(r"(?<!\S)(\(?)-(?=\d)", r"\1−", str(text))
 
 
 def _clip(text: str) -> str:
