@@ -1,5 +1,6 @@
 """The run page: one HTML file that says what a run found, readable without network, script or server."""
 
+import re
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -32,6 +33,11 @@ def render(report: RunReport) -> str:
     Sections without data are left out and named at the end with the reason. At most `MAX_SAMPLES` samples and
     `MAX_TEXT` characters of each text are shown, and the page says what it cut.
     """
+    return fill("run_page.html.j2", _context(report))
+
+
+def fill(template: str, context: dict[str, Any]) -> str:
+    """One of the page templates with its values: everything escaped, nothing undefined."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -40,11 +46,12 @@ def render(report: RunReport) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.filters.update(
         number=number, percent=percent, duration=duration, minus=_minus, clip=_clip, link=_link, scaled=scaled
     )
-    return environment.get_template("run_page.html.j2").render(**_context(report))
+    return environment.get_template(template).render(**context)
 
 
 def _context(report: RunReport) -> dict[str, Any]:
@@ -92,9 +99,8 @@ def _no_frontier(report: RunReport) -> str:
 
 
 def _minus(text: object) -> str:
-    """The typographic minus before a digit; hyphens elsewhere stay."""
-    words = str(text).split(" ")
-    return " ".join("−" + w[1:] if w.startswith("-") and w[1:2].isdigit() else w for w in words)
+    """The typographic minus where a number starts; hyphens elsewhere stay."""
+    return re.sub(r"(?<!\S)(\(?)-(?=\d)", r"\1−", str(text))
 
 
 def _clip(text: str) -> str:

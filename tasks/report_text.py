@@ -84,35 +84,42 @@ def terminal_table(report: RunReport) -> Table:
     return page
 
 
-def _plain(text: object) -> str:
+def fenced(command: str) -> str:
+    """A command as a block of code; the fence is longer than any run of backticks inside it."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", command)), default=0))
+    return f"{fence}sh\n{command}\n{fence}"
+
+
+def plain(text: object) -> str:
     """Text that Markdown shows as it is, on one line: no markup, no HTML, no cell border."""
     flat = " ".join(str(text).split())
     return re.sub(r"([\\`*_{}\[\]<>|#~$])", r"\\\1", flat.replace("&", "&amp;"))
 
 
-def _markdown_table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *([_plain(cell) for cell in row] for row in rows)]
+def markdown_table(head: list[str], rows: list[list[str]]) -> str:
+    """A table of GitHub Markdown; the cells are shown as they are."""
+    lines = [head, ["---"] * len(head), *([plain(cell) for cell in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _findings(report: RunReport) -> list[str]:
     """Paragraphs: the verdict with its reasons, the alarms, the policies side by side."""
     headline, _, reasons = verdict(report)
-    raised = [f"**{_plain(alarm.name)}**: {_plain(alarm.message)}" for alarm in alarms(report)]
-    parts = [f"# {_plain(headline)}", "\n".join(f"- {_plain(reason)}" for reason in reasons)]
+    raised = [f"**{plain(alarm.name)}**: {plain(alarm.message)}" for alarm in alarms(report)]
+    parts = [f"# {plain(headline)}", "\n".join(f"- {plain(reason)}" for reason in reasons)]
     if raised:
         parts += ["## Alarms", "\n".join(f"- {line}" for line in raised)]
     if report.evaluation:
         lines = [[metric.label, *map(str, metric.cells)] for metric in policy_metrics(report.evaluation)]
         parts += ["## Policies", "Brackets hold 95% intervals, resampled by prompt."]
-        parts.append(_markdown_table(["", *(row.name for row in report.evaluation.policies)], lines))
+        parts.append(markdown_table(["", *(row.name for row in report.evaluation.policies)], lines))
     return parts
 
 
 def note(report: RunReport, page: str) -> str:
     """The report in brief, as the Markdown description of a tracked run. `page` names its run page."""
     about = str(report.notes.get("description", ""))
-    parts = [*_findings(report), *([_plain(about)] if about else [])]
+    parts = [*_findings(report), *([plain(about)] if about else [])]
     return "\n\n".join([*parts, f"Curves, samples, stages and lineage: {page}"]) + "\n"
 
 
@@ -124,7 +131,7 @@ def markdown(report: RunReport) -> str:
             [stage.name, stage.state, duration(stage.seconds), stage_size(stage), (stage.sha256 or "–")[:12]]
             for stage in report.stages
         ]
-        parts += ["## Stages", _markdown_table(["Stage", "State", "Time", "Artifact", "Digest"], stages)]
+        parts += ["## Stages", markdown_table(["Stage", "State", "Time", "Artifact", "Digest"], stages)]
     if report.gate:
         gate = [
             [row.subject, f"{row.rows:,}", f"{row.dropped:,}", "refused" if row.refused else "passed", rule]
@@ -132,8 +139,6 @@ def markdown(report: RunReport) -> str:
             for rule in [", ".join(f.rule for f in row.findings if not f.passed) or "none"]
         ]
         head = ["Data", "Rows", "Dropped", "Gate", "Rules not met"]
-        parts += ["## Data gate", _markdown_table(head, gate)]
-    # The fence must be longer than any run of backticks inside it.
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", report.run.command)), default=0))
-    parts += ["## Reproduce", f"{fence}sh\n{report.run.command}\n{fence}"]
+        parts += ["## Data gate", markdown_table(head, gate)]
+    parts += ["## Reproduce", fenced(report.run.command)]
     return "\n\n".join(parts) + "\n"

@@ -1,4 +1,4 @@
-"""The run page in a real browser: nothing overflows, nothing is invisible, both themes can be read.
+"""The pages in a real browser: nothing overflows, nothing is invisible, both themes can be read.
 
 The screenshots lie in pytest's temporary folder (`--basetemp` chooses it).
 """
@@ -10,14 +10,20 @@ from typing import Any
 
 import pytest
 
+from tasks.frontier_report import render as render_frontier
 from tasks.page import render
 from tasks.report import RunReport
 from tests.browser import chromium
+from tests.tasks.frontiers import hostile_report, make_report, make_study
 from tests.tasks.reports import alarming, coinciding, example, hostile
 
 pytestmark = pytest.mark.slow
 
 WIDTHS = {"phone": 390, "desktop": 1280}
+FIGURES = {
+    "usual": 13, "alarming": 13, "coinciding": 13, "hostile": 7, "bare": 0,
+    "study": 2, "hostile study": 2, "bare study": 0,
+}  # fmt: skip
 
 # Every text node's colour against the nearest painted background, as WCAG contrast; the lowest ones first.
 CONTRAST = """
@@ -93,14 +99,21 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "coinciding": coinciding(),
         "bare": RunReport(run=example(steps=2).run),
     }
-    for name, report in reports.items():
-        (folder / f"{name}.html").write_text(render(report), encoding="utf-8")
-    return {name: folder / f"{name}.html" for name in reports}
+    studies = {
+        "study": make_report(make_study()),
+        "hostile study": hostile_report(),
+        "bare study": make_report(make_study({})),
+    }
+    pages = {name: render(report) for name, report in reports.items()}
+    pages |= {name: render_frontier(report) for name, report in studies.items()}
+    for name, page in pages.items():
+        (folder / f"{name}.html").write_text(page, encoding="utf-8")
+    return {name: folder / f"{name}.html" for name in pages}
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("size", WIDTHS)
-@pytest.mark.parametrize("name", ["usual", "alarming", "coinciding", "hostile", "bare"])
+@pytest.mark.parametrize("name", FIGURES)
 def test_page_in_a_browser(browser: Any, pages: dict[str, Path], name: str, size: str, theme: str) -> None:
     _open(browser, pages[name], WIDTHS[size], theme)
     _screenshot(browser, pages[name].with_name(f"{name}-{size}-{theme}.png"))
@@ -112,7 +125,7 @@ def test_page_in_a_browser(browser: Any, pages: dict[str, Path], name: str, size
         "return [...document.querySelectorAll('svg.chart')].map(s => s.getBoundingClientRect())"
         ".map(b => [b.width, b.height])"
     )
-    assert len(boxes) == {"usual": 13, "alarming": 13, "coinciding": 13, "hostile": 7, "bare": 0}[name]
+    assert len(boxes) == FIGURES[name]
     assert all(width > 250 and height > 150 for width, height in boxes)
     assert browser.execute_script(BAD_LABELS) == []
     contrast = browser.execute_script(CONTRAST)

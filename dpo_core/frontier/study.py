@@ -1,0 +1,156 @@
+"""What a comparison of many trained policies measured: every arm, setting and seed on the same prompts.
+
+Legend: P prompts, S samples of a prompt. A list that ends in `_P` holds one mean per prompt, over that
+prompt's samples, and all of them name the prompts in the same order.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from itertools import chain
+
+import numpy as np
+from numpy.typing import ArrayLike
+from pydantic import Field, model_validator
+
+from dpo_core.config import Config
+from dpo_core.errors import StageFailed
+
+
+class Cost(Config):
+    """What one policy took after the SFT reference, every stage of its pipeline counted.
+
+    Sampling and labelling pairs, cached log-probs, the reward model, rollouts, training: a stage that several
+    policies share counts in full for each, as if it were the only one.
+    """
+
+    flops: float = Field(ge=0)
+    seconds: float = Field(ge=0)
+    peak_memory_bytes: int | None = Field(None, ge=0)
+
+
+class Point(Config):
+    """One trained policy, measured on the study's prompts."""
+
+    arm: str
+    """The method: "DPO", "PPO", "PPO-GT" (PPO with the known reward), "TDPO1", "DPO, few", …"""
+    setting: str
+    """What varies within the arm, as `name=value`: "beta=0.1"."""
+    seed: int
+    rewards_P: list[float]
+    kl_P: list[float]
+    """Sequence KL to the reference in nats, estimator k1: unbiased, may be negative."""
+    kl_k3_P: list[float]
+    """The same distance, estimator k3: never negative."""
+    entropy: float
+    """Nats per token."""
+    distinct_1: float
+    distinct_2: float
+    length: float
+    """Mean tokens of a completion."""
+    cost: Cost
+    shared_cost: dict[str, float] = Field(default_factory=dict)
+    """FLOPs by stage, of those that other policies use too. They are part of `cost`."""
+
+    def __str__(self) -> str:
+        return f"{self.arm} {self.setting} seed {self.seed}"
+
+
+class BestOf(Config):
+    """The best of n samples of the reference by the known reward: what search reaches without training."""
+
+    n: int = Field(ge=1)
+    rewards_P: list[float]
+    kl_bound: float
+    """log n - (n-1)/n nats, which its KL does not exceed (Beirami et al. 2024)."""
+
+
+class Study(Config):
+    """Arms trained from one reference at several settings and seeds, and what each policy answered."""
+
+    prompts: int = Field(ge=2)
+    samples_per_prompt: int = Field(ge=1)
+    reward_name: str
+    reward_is_true: bool = True
+    """False: the reward is a learned proxy, which a policy can exploit."""
+    reference_rewards_P: list[float]
+    reference_entropy: float
+    reference_distinct_2: float
+    reference_distinct_1: float | None = None
+    reference_length: float | None = None
+    best_of: list[BestOf] = Field(default_factory=list)
+    points: list[Point] = Field(default_factory=list)
+    kl_at: list[float] = Field(default_factory=lambda: [2.0, 5.0, 10.0])
+    """The KLs, in nats, at which rewards are compared. Choose them before the results are seen."""
+    kl_max: float | None = Field(None, gt=0)
+    """Where areas end; the largest of `kl_at` when not given. The same for all arms."""
+    drawn: list[str] | None = None
+    """Arms that the reward-KL figure shows; all when not given. The rest serve a claim only."""
+    resamples: int = Field(2000, ge=100)
+    seed: int = 0
+    """Of the resampling."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Study":
+        lists = chain(
+            [("the reference", self.reference_rewards_P)],
+            ((f"best of {best.n}", best.rewards_P) for best in self.best_of),
+            ((str(p), values) for p in self.points for values in (p.rewards_P, p.kl_P, p.kl_k3_P)),
+        )
+        for name, values in lists:
+            if len(values) != self.prompts:
+                raise ValueError(f"{name} has {len(values)} values, one for each of {self.prompts} prompts")
+        for name, times in Counter(map(str, self.points)).items():
+            if times > 1:
+                raise ValueError(f"{name} is there {times} times; measure it once")
+        if not self.kl_at or min(self.kl_at) <= 0:
+            raise ValueError(f"kl_at {self.kl_at} must name KLs above 0")
+        for arm in set(self.drawn or ()) - {p.arm for p in self.points}:
+            raise ValueError(f"drawn names the arm '{arm}', which has no point")
+        return self
+
+    @property
+    def kl_end(self) -> float:
+        """Where areas end."""
+        return max(self.kl_at) if self.kl_max is None else self.kl_max
+
+    def arms(self) -> list[str]:
+        """In the order of their first point."""
+        return list(dict.fromkeys(point.arm for point in self.points))
+
+    def drawn_arms(self) -> list[str]:
+        """Those of the reward-KL figure."""
+        return [arm for arm in self.arms() if self.drawn is None or arm in self.drawn]
+
+
+def best_of_kl(n: int) -> float:
+    """log n - (n-1)/n: nats that best of n is from its reference at most (equality without ties)."""
+    return math.log(n) - (n - 1) / n
+
+
+def best_of_n(rewards_PS: ArrayLike, ns: Sequence[int]) -> list[BestOf]:
+    """The expected reward of the best of n samples, for each prompt, from its S samples.
+
+    Unbiased: the mean of the maximum over all subsets of n, without replacement. The r-th smallest sample is
+    the largest in C(r-1, n-1) of C(S, n) subsets.
+
+    Raises:
+        StageFailed: an n is above S.
+        ValueError: an n is below 1, or the rewards are not a matrix.
+    """
+    sorted_PS = np.sort(np.asarray(rewards_PS, dtype=np.float64))
+    if sorted_PS.ndim != 2:
+        raise ValueError(f"expected rewards by prompt and sample, got shape {sorted_PS.shape}")
+    samples = sorted_PS.shape[1]
+    found = []
+    for n in ns:
+        if n < 1:
+            raise ValueError(f"best of {n}")
+        if n > samples:
+            raise StageFailed(
+                f"best of {n} needs {n} samples of a prompt, and there are {samples}",
+                "Draw more samples of the reference, or leave that n out.",
+            )
+        share_S = [math.comb(rank - 1, n - 1) / math.comb(samples, n) for rank in range(1, samples + 1)]
+        found.append(BestOf(n=n, rewards_P=(sorted_PS @ share_S).tolist(), kl_bound=best_of_kl(n)))
+    return found

@@ -1,0 +1,144 @@
+"""How figures are drawn: inline SVG in a page's light or dark theme, or one file with a light ground.
+
+matplotlib draws with stand-in colours; each is then replaced by a CSS variable of the page (with a fallback,
+so that a figure cut out of the page still has its colours). One panel is one small figure: it can be read on
+a phone at its natural size, and the page lays the panels out in columns where there is room.
+"""
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from markupsafe import Markup, escape
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+PANEL, WIDE = (4.6, 3.0), (5.1, 3.4)  # inches of 72 units: close to CSS pixels where the page shows them
+
+# Stand-in colour for matplotlib -> (CSS variable, fallback)
+_THEME = {
+    "#010201": ("--ink", "#1c2127"),
+    "#010202": ("--muted", "#59636e"),
+    "#010203": ("--rule", "#d5dae0"),
+    "#010204": ("--blue", "#0a5cab"),
+    "#010205": ("--orange", "#a9480a"),
+    "#010206": ("--green", "#1d7440"),
+    "#010207": ("--purple", "#7b3fb0"),
+    "#010208": ("--pink", "#b0246e"),
+    "#010209": ("--teal", "#0b6b73"),
+}
+INK, MUTED, RULE, BLUE, ORANGE, GREEN, PURPLE, PINK, TEAL = _THEME
+Palette = dict[str, str]  # stand-in colour -> the colour that is drawn
+THEMED: Palette = {colour: colour for colour in _THEME}
+LIGHT: Palette = {colour: fallback for colour, (_, fallback) in _THEME.items()}
+
+_STYLE: dict[str, object] = {
+    "svg.fonttype": "none",  # real text: small, searchable, in the page's own font
+    "font.size": 12,
+    "text.color": INK,
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "axes.formatter.limits": (-3, 4),
+    "grid.color": RULE,
+    "grid.linewidth": 0.7,
+    "xtick.color": RULE,
+    "ytick.color": RULE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "ytick.major.size": 0,
+    "legend.frameon": False,
+    "legend.labelcolor": INK,
+    "legend.fontsize": 12,
+    "lines.linewidth": 1.6,
+}
+
+
+class Figure(NamedTuple):
+    """One drawn panel: its title, the SVG, and one line of numbers below it."""
+
+    title: str
+    svg: Markup
+    note: str
+
+
+def svg(
+    key: str, title: str, description: str, draw: Callable[["Axes"], None], size: tuple[float, float] = PANEL
+) -> Markup:
+    """Draw one panel. The same input gives the same text, byte for byte; ids are unique by `key`."""
+    text = _draw([draw], size, {**_STYLE, "svg.hashsalt": key})
+    return Markup(_inline(text.decode(), key, title, description))
+
+
+def picture(file: Path, draws: Sequence[Callable[["Axes"], None]], size: tuple[float, float]) -> None:
+    """Panels side by side as one file on a light ground, PNG or SVG by its name; they draw in `LIGHT`.
+
+    Letters are outlines there: a viewer of the file has no page to take a font from.
+    """
+    light = {
+        key: LIGHT.get(value, value) if isinstance(value, str) else value for key, value in _STYLE.items()
+    }
+    style = {**light, "svg.fonttype": "path", "svg.hashsalt": file.name, "figure.facecolor": "#ffffff"}
+    file.write_bytes(_draw(draws, size, style, form=file.suffix[1:]))
+
+
+def _draw(
+    draws: Sequence[Callable[["Axes"], None]],
+    size: tuple[float, float],
+    settings: dict[str, object],
+    form: str = "svg",
+) -> bytes:
+    import matplotlib
+    from matplotlib import style
+    from matplotlib.figure import Figure as Canvas
+
+    buffer = io.BytesIO()
+    # "default" first: a matplotlibrc on the machine must not change the page.
+    with style.context("default"), matplotlib.rc_context(settings):
+        canvas = Canvas(figsize=size, layout="constrained")
+        for axes, draw in zip(canvas.subplots(1, len(draws), squeeze=False)[0], draws, strict=True):
+            draw(axes)
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type") if form == "svg" else ("Software",))
+        transparent = "figure.facecolor" not in settings
+        canvas.savefig(buffer, format=form, transparent=transparent, dpi=160, metadata=nothing)
+    return buffer.getvalue()
+
+
+def reach(value: float, low: float, high: float) -> list[list[float]]:
+    # A percentile interval may miss its own estimate by a hair; matplotlib refuses a negative length.
+    return [[max(0.0, value - low)], [max(0.0, high - value)]]
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "stage"
+
+
+def _inline(document: str, key: str, title: str, description: str) -> str:
+    """A matplotlib SVG document as an element of a page: themed, named, without what leaks into the page."""
+    view_box = re.search(r'viewBox="[^"]+"', document)
+    assert view_box, "matplotlib always writes a viewBox"
+    body = document[document.index(">", view_box.end()) + 1 : document.rindex("</svg>")]
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.S)
+    body = re.sub(r"<style.*?</style>", "", body, flags=re.S)  # its `*` selector would reach the whole page
+    body = re.sub(r" font-family: [^;\"]+;?", "", body)
+    used = set(re.findall(r'xlink:href="#([^"]+)"|url\(#([^)]+)\)', body))
+    kept = {name for pair in used for name in pair if name}
+    body = re.sub(r' id="([^"]+)"', lambda m: f' id="{key}-{m[1]}"' if m[1] in kept else "", body)
+    body = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{key}-", body).replace("xlink:href", "href")
+    # A tenth of a unit is below one device pixel. Inside tags only: tick labels are text and stay.
+    body = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\d+\.\d)\d+", r"\1", tag[0]), body)
+    for stand_in, (variable, fallback) in _THEME.items():
+        body = body.replace(stand_in, f"var({variable}, {fallback})")
+    body = re.sub(r"\s*\n\s*", " ", body).replace("> <", "><")
+    return (
+        f'<svg class="chart" {view_box[0]} xmlns="http://www.w3.org/2000/svg" role="img" '
+        f'aria-labelledby="{key}-title {key}-desc"><title id="{key}-title">{escape(title)}</title>'
+        f'<desc id="{key}-desc">{escape(description)}</desc>{body}</svg>'
+    )

@@ -1,0 +1,235 @@
+"""A study's two figures: the reward that each arm buys with KL, and with compute.
+
+Colour and shape tell the arms apart, each arm's the same in both figures. One mark is one setting, the mean
+of its seeds.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from dpo_core.frontier import ArmRow, FrontierSummary, Study
+from tasks.drawing import (
+    BLUE,
+    GREEN,
+    INK,
+    LIGHT,
+    MUTED,
+    ORANGE,
+    PINK,
+    PURPLE,
+    TEAL,
+    THEMED,
+    WIDE,
+    Figure,
+    Palette,
+    picture,
+    reach,
+    svg,
+)
+from tasks.report_numbers import number, scaled
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+
+# The arms of every run look as they do on its page; others take what is left, in their order.
+_KNOWN = {"DPO": (BLUE, "o"), "PPO": (ORANGE, "^"), "GRPO": (GREEN, "D")}
+_LEFT = ((PURPLE, "v"), (PINK, "P"), (TEAL, "X"), (INK, "p"))
+_MORE = ((BLUE, "<"), (ORANGE, ">"), (GREEN, "h"), (PURPLE, "d"), (PINK, "8"), (TEAL, "*"))
+_LONGEST_NAME = 16  # letters in a legend; three columns of these fit
+
+
+class Look(NamedTuple):
+    """Colour and shape of an arm's marks."""
+
+    colour: str
+    marker: str
+
+
+def looks(arms: Sequence[str]) -> dict[str, Look]:
+    """A look for each arm; all differ up to ten arms besides DPO, PPO and GRPO, then they recur."""
+    rest = [*_LEFT, *_MORE]
+    others = [arm for arm in arms if arm not in _KNOWN]
+    chosen = {arm: rest[i % len(rest)] for i, arm in enumerate(others)}
+    return {arm: Look(*(_KNOWN.get(arm) or chosen[arm])) for arm in arms}
+
+
+def figures(study: Study, summary: FrontierSummary) -> list[Figure]:
+    """Reward against KL, and reward against compute; none where no arm is drawn."""
+    arms = study.drawn_arms()
+    if not arms:
+        return []
+    kl_words, flops_words = _kl_words(study, summary), _flops_words(study, summary)
+    return [
+        Figure(
+            "Reward against KL",
+            svg(
+                "reward-kl", "Reward against KL to the reference", kl_words, _kl(study, summary, THEMED), WIDE
+            ),
+            "Up is better, left is closer to the reference. Bars: 95% intervals. Lines: what mixtures of an "
+            "arm's policies reach; dotted beyond the farthest one.",
+        ),
+        Figure(
+            "Reward against compute",
+            svg("reward-flops", "Reward against compute", flops_words, _flops(study, summary, THEMED), WIDE),
+            "Up is better, left is cheaper. Bars: 95% intervals. Lines: the most reward for at most so many "
+            "FLOPs.",
+        ),
+    ]
+
+
+def write_picture(study: Study, summary: FrontierSummary, file: Path) -> None:
+    """Both figures side by side in one file, PNG or SVG by its name, on a light ground."""
+    picture(file, [_kl(study, summary, LIGHT), _flops(study, summary, LIGHT)], (2 * WIDE[0], WIDE[1] + 0.3))
+
+
+# ------------------------------------------------------------------------------------------------ drawing
+
+
+def _kl(study: Study, summary: FrontierSummary, palette: Palette) -> Callable[["Axes"], None]:
+    rows = _drawn(study, summary)
+    end = max([summary.kl_end, *(row.reach for row in rows)])
+
+    def draw(axes: "Axes") -> None:
+        look = looks(study.arms())
+        handles: list[tuple[str, Artist]] = []
+        for row in rows:
+            colour, marker = palette[look[row.arm].colour], look[row.arm].marker
+            for x, y, style in _envelope_lines(row, end):
+                axes.plot(x, y, style, color=colour, linewidth=1.4, zorder=2)
+            for setting in summary.rows(row.arm):
+                axes.errorbar(
+                    setting.kl.value, setting.reward.value, fmt=marker, color=colour, markersize=6,
+                    elinewidth=1, zorder=3, xerr=reach(setting.kl.value, setting.kl.low, setting.kl.high),
+                    yerr=reach(setting.reward.value, setting.reward.low, setting.reward.high),
+                )  # fmt: skip
+            handles.append((row.arm, axes.plot([], [], f"-{marker}", color=colour, markersize=6)[0]))
+        if summary.best_of:
+            best = sorted((best.kl_bound, best.reward.value) for best in summary.best_of)
+            line = axes.plot(
+                [kl for kl, _ in best], [reward for _, reward in best], "--.", color=palette[MUTED],
+                linewidth=1.4, markersize=5, zorder=1,
+            )[0]  # fmt: skip
+            handles.append((f"best of {max(best.n for best in summary.best_of)}", line))
+        reference = summary.reference.value
+        handles.append(
+            ("SFT", axes.plot([0], [reference], "s", color=palette[MUTED], markersize=7, zorder=4)[0])
+        )
+        axes.set_xlabel("KL to the reference, nats per sequence (k1)")
+        axes.set_ylabel("reward")
+        axes.margins(0.04, 0.08)
+        _legend(axes, handles)
+
+    return draw
+
+
+def _envelope_lines(row: ArmRow, end: float) -> list[tuple[list[float], list[float], str]]:
+    """The envelope as far as a policy went, and dotted from there."""
+    corners = row.envelope
+    top, far = corners[-1][1], max(row.reach, corners[-1][0])
+    solid = [*corners, (far, top)]
+    lines = [([x for x, _ in solid], [y for _, y in solid], "-")]
+    return [*lines, ([far, end], [top, top], ":")] if far < end else lines
+
+
+def _flops(study: Study, summary: FrontierSummary, palette: Palette) -> Callable[["Axes"], None]:
+    rows = _drawn(study, summary)
+    # A logarithmic axis has no place for a cost of 0.
+    costs = [s.cost.flops for row in rows for s in summary.rows(row.arm) if s.cost.flops > 0] or [1.0]
+
+    def draw(axes: "Axes") -> None:
+        look = looks(study.arms())
+        handles: list[tuple[str, Artist]] = []
+        for row in rows:
+            colour, marker = palette[look[row.arm].colour], look[row.arm].marker
+            stairs = _stairs(row, summary.reference.value, max(costs))
+            axes.plot(
+                [x for x, _ in stairs], [y for _, y in stairs], color=colour, linewidth=1, alpha=0.5,
+                zorder=2, drawstyle="steps-post",
+            )  # fmt: skip
+            for setting in summary.rows(row.arm):
+                if setting.cost.flops > 0:
+                    axes.errorbar(
+                        setting.cost.flops, setting.reward.value, fmt=marker, color=colour, markersize=6,
+                        elinewidth=1, zorder=3,
+                        yerr=reach(setting.reward.value, setting.reward.low, setting.reward.high),
+                    )  # fmt: skip
+            handles.append((row.arm, axes.plot([], [], f"-{marker}", color=colour, markersize=6)[0]))
+        reference = axes.axhline(summary.reference.value, color=palette[MUTED], linewidth=1.2, linestyle=":")
+        handles.append(("SFT", reference))
+        axes.set_xlabel("compute after SFT, FLOPs (T: 10¹², P: 10¹⁵, E: 10¹⁸)")
+        axes.set_ylabel("reward")
+        axes.margins(y=0.08)
+        _log_axis(axes, min(costs), max(costs))
+        _legend(axes, handles)
+
+    return draw
+
+
+def _stairs(row: ArmRow, reference: float, dearest: float) -> list[tuple[float, float]]:
+    """The arm's staircase, up from the reference and on to the right; a cost of 0 has no place there."""
+    steps = [step for step in row.staircase if step[0] > 0]
+    return [(steps[0][0], reference), *steps, (dearest, steps[-1][1])] if steps else []
+
+
+def _log_axis(axes: "Axes", low: float, high: float) -> None:
+    """From a little under `low` to a little over `high`, with two to five labels however narrow that is."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    margin = max(1.3, (6 / (high / low)) ** 0.5)
+    low, high = low / margin, high * margin
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    narrow = high / low < 40
+    axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5) if narrow else (1,), numticks=5))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: scaled(value, "")))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _legend(axes: "Axes", handles: Sequence[tuple[str, "Artist"]]) -> None:
+    names = [name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…" for name, _ in handles]
+    legend = axes.legend(
+        [handle for _, handle in handles], names, loc="lower left", bbox_to_anchor=(0, 1), ncols=3,
+        borderaxespad=0, handlelength=1.8, columnspacing=1.1, handletextpad=0.5,
+    )  # fmt: skip
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a dollar in the name of an arm is a dollar
+
+
+def _drawn(study: Study, summary: FrontierSummary) -> list[ArmRow]:
+    drawn = study.drawn_arms()
+    return [row for row in summary.arms if row.arm in drawn]
+
+
+# ------------------------------------------------------------------------------------------------ in words
+
+
+def _kl_words(study: Study, summary: FrontierSummary) -> str:
+    parts = [f"SFT has reward {number(summary.reference.value)} at KL 0"]
+    for row in _drawn(study, summary):
+        heights = ", ".join(
+            f"{number(at.reward.value)} ({number(at.reward.low)} to {number(at.reward.high)}) at KL {at.kl:g}"
+            + ("" if at.reached else ", which it does not reach")
+            for at in row.at_kl
+        )
+        parts.append(f"{row.arm}, {_settings(row)} to KL {number(row.reach)}: {heights}")
+    parts += [
+        f"the best of {best.n} of SFT has {number(best.reward.value)} at KL {number(best.kl_bound)} or less"
+        for best in summary.best_of
+    ]
+    return "; ".join(parts)
+
+
+def _flops_words(study: Study, summary: FrontierSummary) -> str:
+    parts = [f"SFT has reward {number(summary.reference.value)}"]
+    for row in _drawn(study, summary):
+        stairs = ", ".join(
+            f"{number(reward)} for {scaled(flops, 'FLOP')}" for flops, reward in row.staircase if flops > 0
+        )
+        parts.append(f"{row.arm}, {_settings(row)}: {stairs or 'no compute was recorded'}")
+    return "; ".join(parts)
+
+
+def _settings(row: ArmRow) -> str:
+    return f"{row.settings} setting{'s' if row.settings > 1 else ''}"

@@ -1,0 +1,170 @@
+"""The report of a comparison study: a self-contained page, Markdown, and the end of a run in a terminal."""
+
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from pydantic import Field, JsonValue
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from dpo_core.config import Config
+from dpo_core.frontier import Claim, FrontierSummary, Study, claims, summarise
+from tasks.frontier_figures import figures, write_picture
+from tasks.frontier_tables import (
+    CLAIMS_HEAD,
+    VERDICT_KIND,
+    Table,
+    arms_table,
+    claims_rows,
+    measured_on,
+    settings_table,
+    tables,
+)
+from tasks.page import Part, fill
+from tasks.report import Cost, RunInfo, StageRow
+from tasks.report_text import fenced, markdown_table, plain, stage_size
+
+
+class FrontierReport(Config):
+    """Everything that the page, the terminal tables and the Markdown show."""
+
+    run: RunInfo
+    study: Study
+    summary: FrontierSummary
+    claims: list[Claim]
+    stages: list[StageRow] = Field(default_factory=list)
+    cost: Cost | None = None
+    """What the whole study used."""
+    notes: dict[str, JsonValue] = Field(default_factory=dict)
+
+
+class Headline(NamedTuple):
+    text: str
+    kind: Literal["good", "bad", "unclear", "plain"]
+
+
+def frontier_report(
+    study: Study,
+    run: RunInfo,
+    stages: list[StageRow] | None = None,
+    cost: Cost | None = None,
+    notes: dict[str, JsonValue] | None = None,
+) -> FrontierReport:
+    """Summarise the study, judge the claims, and put both beside the run's facts."""
+    summary = summarise(study)
+    return FrontierReport(
+        run=run, study=study, summary=summary, claims=claims(study, summary), stages=stages or [], cost=cost,
+        notes=notes or {},
+    )  # fmt: skip
+
+
+def write_report(report: FrontierReport, folder: Path) -> Path:
+    """Write `page.html`, `summary.md`, `report.json` and, where arms are drawn, `frontier.png`; the page."""
+    folder.mkdir(parents=True, exist_ok=True)
+    page = folder / "page.html"
+    page.write_text(render(report), encoding="utf-8")
+    (folder / "summary.md").write_text(markdown(report), encoding="utf-8")
+    (folder / "report.json").write_text(report.model_dump_json(indent=1), encoding="utf-8")
+    if report.study.drawn_arms():
+        write_picture(report.study, report.summary, folder / "frontier.png")
+    return page
+
+
+def headline(report: FrontierReport) -> Headline:
+    """What the study says of its first claim, or else what it compares."""
+    first = report.claims[0]
+    if first.verdict == "not measured":
+        arms = report.study.drawn_arms()
+        return Headline(f"Reward against KL: {', '.join(arms) or 'no arm was measured'}", "plain")
+    words = {
+        "supported": first.claim,
+        "contradicted": "DPO's reward-KL frontier does not dominate PPO's",
+        "undecided": "Whether DPO's reward-KL frontier dominates PPO's is undecided",
+    }
+    kinds: dict[str, Literal["good", "bad", "unclear"]] = {
+        "supported": "good", "contradicted": "bad", "undecided": "unclear",
+    }  # fmt: skip
+    return Headline(words[first.verdict], kinds[first.verdict])
+
+
+def _reward_words(study: Study) -> str:
+    nature = "the task's true objective" if study.reward_is_true else "a learned proxy that can be exploited"
+    return f"Reward: {study.reward_name}, {nature}."
+
+
+# ---------------------------------------------------------------------------------------------------- page
+
+
+def render(report: FrontierReport) -> str:
+    """The whole page as HTML: self-contained, without script, every text escaped."""
+    shown = tables(report.study, report.summary)
+    parts = [
+        Part("frontier", "Frontier", "" if report.study.drawn_arms() else "no arm was measured"),
+        Part("claims", "Claims"),
+        *(Part(table.key, table.title) for table in shown),
+        Part("stages", "Stages and cost", "" if report.stages else "no stages were recorded"),
+        Part("reproduce", "Reproduce"),
+    ]
+    return fill(
+        "frontier.html.j2",
+        {
+            "report": report,
+            "headline": headline(report),
+            "measured_on": measured_on(report.study, report.summary),
+            "reward": _reward_words(report.study),
+            "kinds": VERDICT_KIND,
+            "figures": figures(report.study, report.summary),
+            "tables": shown,
+            "parts": {part.key: part for part in parts if not part.absent},
+            "left_out": [part for part in parts if part.absent],
+            "stage_size": stage_size,
+            "seconds_by_stage": report.cost.seconds_by_stage if report.cost else {},
+            "total_seconds": report.cost.seconds if report.cost else report.run.seconds,
+        },
+    )
+
+
+# -------------------------------------------------------------------------------------- Markdown, terminal
+
+
+def markdown(report: FrontierReport) -> str:
+    """The report as GitHub Markdown: every table, no figure."""
+    parts = [
+        f"# {plain(headline(report).text)}",
+        plain(f"{measured_on(report.study, report.summary)} {_reward_words(report.study)}"),
+        "## Claims",
+        markdown_table(CLAIMS_HEAD, claims_rows(report.claims)),
+    ]
+    for table in tables(report.study, report.summary):
+        rows = [[str(cell) for cell in row] for row in table.rows]
+        parts += [f"## {plain(table.title)}", plain(table.caption), markdown_table(table.head, rows)]
+    return "\n\n".join([*parts, "## Reproduce", fenced(report.run.command)]) + "\n"
+
+
+def terminal_table(report: FrontierReport) -> RichTable:
+    """The end of a run in 80 columns: headline, claims, arms, settings."""
+    page = RichTable.grid(padding=(0, 0))
+    colours = {"good": "green", "bad": "red", "unclear": "yellow", "plain": "default"}
+    text, kind = headline(report)
+    page.add_row(Text(text, style=f"bold {colours[kind]}"))
+    page.add_row(Text(measured_on(report.study, report.summary)))
+    judged = RichTable(title="Claims", title_justify="left")
+    for name in ("Claim", "Verdict", "Found"):
+        judged.add_column(name, ratio={"Claim": 2, "Found": 3}.get(name), no_wrap=name == "Verdict")
+    for claim in report.claims:
+        verdict = Text(claim.verdict, style=colours[VERDICT_KIND[claim.verdict]])
+        judged.add_row(Text(f"{claim.claim} ({claim.claimed})"), verdict, Text(claim.found), end_section=True)
+    page.add_row(judged)
+    for table in (arms_table(report.summary), settings_table(report.study, report.summary, brief=True)):
+        if table.rows:
+            page.add_row(_rich(table))
+    return page
+
+
+def _rich(table: Table) -> RichTable:
+    shown = RichTable(title=Text(table.title), title_justify="left")
+    for index, name in enumerate(table.head):
+        shown.add_column(Text(name), justify="left" if index < table.labels else "right")
+    for row in table.rows:
+        shown.add_row(*(Text(f"{cell.value}\n{cell.interval}".strip()) for cell in row), end_section=True)
+    return shown
