@@ -61,6 +61,8 @@ class Job(Config):
     """How PPO samples."""
     reward_source: str | None = None
     """PPO's reward: a name for `rewards.load_reward`, or the folder of a reward model."""
+    gold_source: str | None = None
+    """PPO: a known reward that is logged beside the learned one and never trained on."""
     reference: str | None = None
     """DPO: shard of reference log-probs. PPO: checkpoint folder of the reference."""
     live_reference: str | None = None
