@@ -33,8 +33,9 @@ class RewardConfig(Config):
     """What completions are worth."""
 
     source: str | None = None
-    """A known reward: `sentiment`, `package.module:callable` or `file.py:callable`. Empty: a reward model is
-    trained on the pairs; it is a proxy, and the page says so."""
+    """A known reward: `sentiment`, `package.module:callable`, `file.py:callable` or the address of a server
+    (`http://…`, `https://…`). Empty: a reward model is trained on the pairs; it is a proxy, and the page says
+    so."""
     optimise: Literal["source", "model"] = "source"
     """What PPO learns from where a reward is known: that, or a reward model trained on the pairs, while
     evaluation still measures with the known one. Without a known reward it is always the model."""
