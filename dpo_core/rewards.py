@@ -14,9 +14,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
-from dpo_core.errors import RecipeError, StageFailed
+from dpo_core.errors import DpoError, RecipeError, StageFailed
+from dpo_core.http_reward import HttpReward, is_url
 
-_FORMS = "Write 'sentiment', 'package.module:callable' or 'path/to/file.py:callable'."
+_FORMS = (
+    "Write 'sentiment', 'package.module:callable', 'path/to/file.py:callable' or 'http(s)://host:port/path'."
+)
 
 
 @runtime_checkable
@@ -69,6 +72,8 @@ class CheckedReward:
         try:
             # Lists of its own: a function that edits its arguments must not edit the caller's.
             scores = list(self.function(list(prompts), list(completions)))
+        except DpoError:  # says itself what to do
+            raise
         except Exception as error:
             raise StageFailed(
                 f"the reward '{self.name}' failed on {len(completions)} completions: "
@@ -100,14 +105,16 @@ def load_reward(spec: str) -> RewardFunction:
     """The reward function that a recipe names, with its answers checked on every call.
 
     Args:
-        spec: "sentiment", "package.module:callable" or "path/to/file.py:callable" (relative to the current
-            folder). A class is instantiated without arguments.
+        spec: "sentiment", "package.module:callable", "path/to/file.py:callable" (relative to the current
+            folder) or the address of a server (see `http_reward`). A class is instantiated without arguments.
 
     Raises:
         RecipeError: nothing of that name can be loaded, or it is not callable.
     """
     if spec == SentimentReward.name:
         return CheckedReward(SentimentReward(), spec)
+    if is_url(spec):
+        return CheckedReward(HttpReward(spec), spec)
     place, colon, attribute = spec.rpartition(":")
     if not (colon and place and attribute):
         raise RecipeError(f"'{spec}' does not name a reward function", _FORMS)
@@ -129,9 +136,10 @@ def load_reward(spec: str) -> RewardFunction:
 def reward_identity(spec: str | None) -> str | None:
     """What names a reward in a stage's key: its spec, and the content of the file that defines it.
 
-    An edited reward under the same name is another reward. What that file imports is not looked at.
+    An edited reward under the same name is another reward. What that file imports is not looked at, and a
+    server is its address: whoever changes what it answers gives it another one (`/v2`).
     """
-    if spec is None or spec == SentimentReward.name:
+    if spec is None or spec == SentimentReward.name or is_url(spec):
         return spec
     place = spec.rpartition(":")[0]
     if not place.endswith(".py"):
@@ -148,8 +156,10 @@ def check_reward(spec: str) -> None:
     Raises:
         RecipeError: it cannot be loaded, or its answers cannot be used.
     """
+    # A server that is not there is said within seconds; in a run it has longer to come back.
+    reward = CheckedReward(HttpReward(spec, attempts=2), spec) if is_url(spec) else load_reward(spec)
     try:
-        load_reward(spec)(["The film was", "The film was"], [" long and good.", ""])
+        reward(["The film was", "The film was"], [" long and good.", ""])
     except StageFailed as error:
         raise RecipeError(f"a first trial of reward.source: {error.problem}", error.remedy) from error
 

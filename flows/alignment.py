@@ -140,17 +140,19 @@ def compose(context: Context, recipe: Recipe, stages: dict[str, StageResult]) ->
     policy = keep("train-dpo", trained)
     policies = {"SFT": reference, "DPO": policy}
     source = recipe.reward.source
-    if source is None:
+    if recipe.reward.learned:
         settings = recipe.reward.model
         reward_model = keep("train-reward", train_reward(context, reference, pairs, settings, tokens, seed))
     if recipe.ppo.enabled:
+        known, gold = (None, source) if reward_model else (source, None)
         sampling = recipe.evaluate.sampling
-        ppo = train_ppo(context, reference, judged, reward_model, source, recipe.ppo, sampling, tokens, seed)
+        ppo = train_ppo(
+            context, reference, judged, reward_model, known, recipe.ppo, sampling, tokens, seed, gold
+        )
         policies["PPO"] = keep("train-ppo", ppo)
-    keep(
-        "evaluate",
-        evaluate(context, policies, judged, pairs, reward_model, source, recipe.evaluate, tokens, seed),
-    )
+    # A known reward measures also where PPO learned from the model: that is what shows over-optimisation.
+    proxy = reward_model if source is None else None
+    keep("evaluate", evaluate(context, policies, judged, pairs, proxy, source, recipe.evaluate, tokens, seed))
 
 
 def _require_answers(recipe: Recipe, judged: Manifest) -> None:
@@ -190,6 +192,11 @@ def _require_labels(recipe: Recipe, kind: str) -> None:
                 "the data are unpaired rows, and without reward.source a reward model would be trained on "
                 "pairs",
                 "Set reward.source",
+            )
+        if recipe.reward.learned:
+            raise RecipeError(
+                "the data are unpaired rows, and the reward model of reward.optimise is trained on pairs",
+                "Set reward.optimise to source",
             )
     if kind != "prompts":
         return

@@ -256,7 +256,7 @@ class Workload:
         tokens, once = self._read(episodes)
         sizes = [cost.sizes(d, packed=False) for d in documents]
         trained = cost.training(self.shape, *(float(np.mean(column)) for column in zip(*sizes, strict=True)))
-        learned = self.recipe.reward.source is None
+        learned = self.recipe.reward.learned
         longest = sorted(documents, key=len)[-config.micro_batch_size :]
         ranks = config.engine.processes
         return Work(

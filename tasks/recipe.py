@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -33,10 +33,19 @@ class RewardConfig(Config):
     """What completions are worth."""
 
     source: str | None = None
-    """A known reward: `sentiment`, `package.module:callable` or `file.py:callable`. Empty: a reward model is
-    trained on the pairs; it is a proxy, and the page says so."""
+    """A known reward: `sentiment`, `package.module:callable`, `file.py:callable` or the address of a server
+    (`http://…`, `https://…`). Empty: a reward model is trained on the pairs; it is a proxy, and the page says
+    so."""
+    optimise: Literal["source", "model"] = "source"
+    """What PPO learns from where a reward is known: that, or a reward model trained on the pairs, while
+    evaluation still measures with the known one. Without a known reward it is always the model."""
     model: RewardModelConfig = RewardModelConfig()
-    """Training of the reward model; read only when there is no known reward."""
+    """Training of the reward model; read only when one is trained."""
+
+    @property
+    def learned(self) -> bool:
+        """Whether a reward model is trained."""
+        return self.source is None or self.optimise == "model"
 
 
 class CacheConfig(Config):
@@ -98,8 +107,16 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _what_is_set_is_read(self) -> "Recipe":
-        if self.reward.source is not None and self.reward.model != RewardModelConfig():
-            raise ValueError("reward.model would not be read: reward.source gives a known reward")
+        if not self.reward.learned and self.reward.model != RewardModelConfig():
+            raise ValueError(
+                "reward.model would not be read: reward.source gives a known reward; reward.optimise=model "
+                "lets PPO learn from a reward model all the same"
+            )
+        if self.reward.source is not None and self.reward.optimise == "model" and not self.ppo.enabled:
+            raise ValueError(
+                "reward.optimise would not be read: ppo.enabled is false, and evaluation measures with "
+                "reward.source"
+            )
         if self.data.path is None:
             if self.reward.source is None:
                 raise ValueError(

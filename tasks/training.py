@@ -233,8 +233,14 @@ def train_ppo(
     sampling: SamplingConfig,
     tokens: TokenConfig,
     seed: int,
+    gold: str | None = None,
 ) -> StageResult:
-    """The baseline: PPO from the same reference, on the same training prompts, under the same reward."""
+    """The baseline: PPO from the same reference, on the same training prompts.
+
+    Args:
+        reward: the known reward that PPO learns from; none where it learns from the reward model.
+        gold: a known reward that is logged beside the reward model and never trained on.
+    """
 
     def work(given: Work) -> Output:
         train = given.scratch / "prompts.parquet"
@@ -248,6 +254,8 @@ def train_ppo(
             "reward_source": str(reward_model.path) if reward_model else reward,
             "ppo": config.model_dump(mode="json"),
         }
+        if gold is not None:
+            job["gold_source"] = gold
         return _train(given, job, tokens, seed, config.engine.processes, config.iterations)
 
     inputs = {"reference": reference, "prompts": prompts}
@@ -257,6 +265,8 @@ def train_ppo(
         "sampling": sampling.model_dump(mode="json"),
         "reward": reward_identity(reward),
     }
+    if gold is not None:
+        slice_["gold"] = reward_identity(gold)
     return run_stage(context, PPO, inputs, slice_, work)
 
 

@@ -125,6 +125,11 @@ def two_rewards(world: World) -> list[str]:
     return world.run(reward={"model": {"centring": 0.5}})
 
 
+@bad(2, "reward.optimise would not be read: ppo.enabled is false")
+def a_learned_reward_that_nobody_learns_from(world: World) -> list[str]:
+    return world.run(reward={"optimise": "model"})
+
+
 @bad(2, "sft.* would not be read: sft.enabled is false")
 def sft_set_and_disabled(world: World) -> list[str]:
     return world.run(sft={"epochs": 3})

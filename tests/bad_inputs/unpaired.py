@@ -38,6 +38,14 @@ def unpaired_without_a_reward(world: World) -> list[str]:
 
 
 @bad(
+    2, "the data are unpaired rows", "reward.optimise is trained on pairs", "Set reward.optimise to source",
+    adds="load-data",
+)  # fmt: skip
+def unpaired_for_a_learned_reward(world: World) -> list[str]:
+    return world.run_on(labelled(), dpo=KTO, reward={"optimise": "model"}, ppo={"enabled": True})
+
+
+@bad(
     2, "no training row is labelled desirable, and SFT learns from", "Set sft.demonstrations",
     adds="load-data validate-unpaired",
 )  # fmt: skip

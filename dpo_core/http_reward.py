@@ -1,0 +1,209 @@
+"""A reward that a server answers.
+
+Each request is `POST {"prompts": [...], "completions": [...]}` as JSON, the answer `{"rewards": [...]}` or
+the list alone: one number for each completion, in order. The prompt of a conversation is the JSON of its
+messages.
+"""
+
+import http.client
+import json
+import logging
+import os
+import ssl
+import time
+from email.message import Message
+from typing import IO, Any
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
+
+from dpo_core.errors import RecipeError, StageFailed
+
+log = logging.getLogger(__name__)
+
+TOKEN = "DPO_REWARD_TOKEN"
+"""Environment variable of the bearer token; it stands in no recipe, no artifact and no log."""
+_LONGEST_WAIT = 30.0
+_SHOWN = 160  # characters of an answer that an error quotes
+
+
+def is_url(spec: str) -> bool:
+    """Whether a recipe's reward is a server's address."""
+    return spec.lower().startswith(("http://", "https://"))
+
+
+class HttpReward:
+    """Asks a server in batches; what may pass (no connection, 429, 5xx) is tried again, each time later.
+
+    Args:
+        batch_size: completions in one request.
+        timeout: seconds without a byte after which a request counts as failed.
+        attempts: how often a batch is asked for in all.
+        first_wait: seconds before the second attempt; doubled before each further one.
+
+    Raises:
+        RecipeError: the address cannot be used.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        batch_size: int = 64,
+        timeout: float = 60.0,
+        attempts: int = 6,
+        first_wait: float = 1.0,
+    ) -> None:
+        _check_address(url)
+        self.name = url
+        self.batch_size, self.timeout = batch_size, timeout
+        self.attempts, self.first_wait = attempts, first_wait
+
+    def __call__(self, prompts: list[str], completions: list[str]) -> list[Any]:
+        """What the server answered, one entry per completion; `CheckedReward` looks at the entries.
+
+        Raises:
+            StageFailed: the server is not there, refuses, or answers something else than rewards.
+        """
+        rewards: list[Any] = []
+        for start in range(0, len(completions), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            rewards += self._ask(prompts[part], completions[part])
+        return rewards
+
+    def _ask(self, prompts: list[str], completions: list[str]) -> list[Any]:
+        body = json.dumps({"prompts": prompts, "completions": completions}).encode()
+        for attempt in range(1, self.attempts + 1):
+            try:
+                return self._rewards(self._once(body), len(completions))
+            except _MayPassError as error:
+                if attempt == self.attempts:
+                    raise StageFailed(
+                        f"the reward at {self.name} failed {attempt} times, at last because it {error.why}",
+                        "See that the server runs and can keep up, then run again: finished stages are kept",
+                    ) from error
+                wait = min(max(self.first_wait * 2 ** (attempt - 1), error.wait), _LONGEST_WAIT)
+                log.warning("the reward at %s %s; trying again in %.1f s", self.name, error.why, wait)
+                time.sleep(wait)
+        raise AssertionError("the last attempt returns or raises")
+
+    def _once(self, body: bytes) -> bytes:
+        request = Request(self.name, data=body, headers=_headers(), method="POST")
+        try:
+            with _OPENER.open(request, timeout=self.timeout) as answer:
+                content: bytes = answer.read()
+                return content
+        except HTTPError as error:
+            with error:
+                raise self._of_status(error) from error
+        except (URLError, OSError, http.client.HTTPException) as error:
+            reason = error.reason if isinstance(error, URLError) else error
+            if isinstance(reason, ssl.SSLCertVerificationError):
+                raise StageFailed(
+                    f"the certificate of the reward at {self.name} is not trusted ({reason.verify_message})",
+                    "Name its authority in SSL_CERT_FILE, or ask the server by another address",
+                ) from error
+            if isinstance(reason, TimeoutError):
+                raise _MayPassError(f"did not answer within {self.timeout:g} s") from error
+            raise _MayPassError(f"could not be reached ({reason or type(reason).__name__})") from error
+
+    def _of_status(self, error: HTTPError) -> Exception:
+        said = f"answered {error.code} {error.reason}"
+        if error.code == 429 or error.code >= 500:
+            return _MayPassError(said, _seconds(error.headers.get("Retry-After")))
+        if 300 <= error.code < 400:
+            remedy = (
+                f"Set reward.source to where it leads: {error.headers.get('Location', 'it does not say')}"
+            )
+        elif error.code in (401, 403):
+            remedy = f"Put a valid token into the environment variable {TOKEN}"
+        else:
+            remedy = "Check the address in reward.source, and what the server expects"
+        return StageFailed(f"the reward at {self.name} {said}{_quoted(_read(error))}", remedy)
+
+    def _rewards(self, content: bytes, wanted: int) -> list[Any]:
+        try:
+            answer = json.loads(content)
+        except ValueError:
+            answer = None
+        rewards = answer.get("rewards") if isinstance(answer, dict) else answer
+        if not isinstance(rewards, list):
+            raise StageFailed(
+                f"the reward at {self.name} answered no rewards{_quoted(content)}",
+                'Answer the JSON {"rewards": [numbers]}, one number for each completion',
+            )
+        # Counted in each request: one short and one long answer must not shift the rewards between rows.
+        if len(rewards) != wanted:
+            raise StageFailed(
+                f"the reward at {self.name} answered {len(rewards)} rewards for {wanted} completions",
+                "Answer exactly one number for each completion, in order",
+            )
+        return rewards
+
+
+class _MayPassError(Exception):
+    """A failure that another attempt may not meet."""
+
+    def __init__(self, why: str, wait: float = 0.0) -> None:
+        super().__init__(why)
+        self.why, self.wait = why, wait
+
+
+class _StayHere(HTTPRedirectHandler):
+    """Follows no redirect: that would send the texts as a GET, and the token to another server."""
+
+    def redirect_request(
+        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
+    ) -> None:
+        return None
+
+
+_OPENER = build_opener(_StayHere)
+
+
+def _check_address(url: str) -> None:
+    try:
+        parts = urlsplit(url)
+        usable = parts.hostname and (parts.port is None or parts.port > 0)
+    except ValueError:
+        usable = None
+    if not usable or not url.isascii() or any(c <= " " for c in url):
+        raise RecipeError(f"the reward {url!r} is no address of a server", "Write http://host:port/path")
+    if parts.username is not None or parts.password is not None:
+        # Not repeated here: the message is logged.
+        raise RecipeError(
+            f"the address of the reward at {parts.hostname} holds credentials, which every record would show",
+            f"Take them out, and put a token into the environment variable {TOKEN}",
+        )
+
+
+def _headers() -> dict[str, str]:
+    token = os.environ.get(TOKEN, "").strip()
+    # The error of http.client would quote it.
+    if not (token.isascii() and token.isprintable()):
+        raise RecipeError(f"the token in {TOKEN} holds characters that no header may", "Set it again")
+    headers = {"Content-Type": "application/json", "Accept": "application/json"}
+    return headers | ({"Authorization": f"Bearer {token}"} if token else {})
+
+
+def _read(error: HTTPError) -> bytes:
+    try:
+        return error.read(4 * _SHOWN)
+    except (OSError, http.client.HTTPException):
+        return b""
+
+
+def _quoted(content: bytes) -> str:
+    """The beginning of an answer for an error, without the token should the server repeat it."""
+    text = " ".join(content[: 4 * _SHOWN].decode(errors="replace").split())
+    token = os.environ.get(TOKEN, "").strip()
+    text = text.replace(token, "…") if token else text
+    return f": {text[:_SHOWN]!r}" if text else ""
+
+
+def _seconds(text: str | None) -> float:
+    """A Retry-After header in seconds; its other form, a date, is passed over."""
+    try:
+        return max(float(text or 0), 0.0)
+    except ValueError:
+        return 0.0

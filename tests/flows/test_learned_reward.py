@@ -1,0 +1,57 @@
+"""PPO under a learned reward while a known one measures, through the real command line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from tests.flows.test_plan import planned, reasons
+from tests.tiny_run import ENGINE, Bench
+
+MODEL = {"max_steps": 2, "batch_size": 8, "micro_batch_size": 8, "engine": ENGINE}
+LEARNED = ("--set", "reward.optimise=model", "--set", f"reward.model={json.dumps(MODEL)}")
+
+
+@pytest.fixture(scope="module")
+def learned(finished: tuple[Bench, dict[str, Any]]) -> tuple[Bench, dict[str, Any], dict[str, str]]:
+    """The workspace of a finished run after a second one under a learned reward, its report and its plan."""
+    own = finished[0].copy("learned")
+    foretold = reasons(planned(own, *LEARNED))
+    return own, own.run(*LEARNED), foretold
+
+
+def test_only_what_reads_the_learned_reward_runs_again(learned) -> None:
+    bench, report, foretold = learned
+    ran = [name for name, state in bench.states(report).items() if state == "ran"]
+    assert ran == ["train-reward", "train-ppo", "evaluate"]
+    assert foretold == {"train-reward": "new", "train-ppo": "changed", "evaluate": "data"}
+    assert set(reasons(planned(bench, *LEARNED))) == set()
+
+
+def test_ppo_learns_from_the_model_and_the_known_reward_measures(learned, finished) -> None:
+    bench, report, _ = learned
+    client = MlflowClient(f"sqlite:///{bench.workspace / 'mlflow.db'}")
+    runs = {s["name"]: client.get_run(s["mlflow_run_id"]) for s in report["stages"] if s["state"] == "ran"}
+    read = {i.dataset.name for i in runs["train-ppo"].inputs.dataset_inputs}
+    assert read == {"reference", "prompts", "reward_model"}
+    params = runs["train-ppo"].data.params
+    assert "reward" not in params
+    assert params["gold"].startswith("vowels of ")
+    read = {i.dataset.name for i in runs["evaluate"].inputs.dataset_inputs}
+    assert "reward_model" not in read
+    assert report["evaluation"]["reward_name"].endswith("vowels.py:vowels")
+    assert report["evaluation"]["reward_is_true"] is True
+    # The same first samples as in the run that learned from the known reward, and other scores for them.
+    before, now = (r["curves"]["ppo"][0] for r in (finished[1], report))
+    assert now["completions/mean_length"] == before["completions/mean_length"]
+    assert now["objective/scores"] != before["objective/scores"]
+
+
+def test_the_plan_counts_the_reward_model_in_ppos_memory(bench: Bench, tmp_path: Path) -> None:
+    def memory(*changes: str) -> dict[str, int]:
+        plan = planned(bench, "--set", f"workspace={tmp_path / 'none'}", *changes)
+        return next(s["memory_parts"] for s in plan["stages"] if s["name"] == "train-ppo")
+
+    assert memory(*LEARNED)["reference"] == 2 * memory()["reference"] > 0
