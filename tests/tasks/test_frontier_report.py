@@ -18,6 +18,7 @@ from tasks.frontier_report import (
     terminal_table,
     write_report,
 )
+from tasks.frontier_tables import tables
 from tests.dpo_core.frontier.studies import point
 from tests.tasks.frontiers import ARMS, RUN, hostile_report, make_report, make_study
 from tests.tasks.outline import Outline
@@ -240,6 +241,16 @@ def test_markdown_holds_every_number_of_a_setting(report: FrontierReport) -> Non
         assert word in line
     assert text.startswith("# DPO's reward-KL frontier dominates PPO's\n")
     assert "| 7.00 |" in text
+
+
+def test_tables_compare_the_drawn_arms_and_mark_what_an_arm_does_not_reach(report: FrontierReport) -> None:
+    made = {table.key: table for table in tables(report.study, report.summary)}
+    for key in ("differences", "compute-ratio", "diversity"):
+        assert made[key].rows
+        assert "few" not in str(made[key].rows)
+    last = {row[0].value: row[-1].value for row in made["arms"].rows}
+    assert last["DPO, few"].endswith("*"), "its KL is below 2"
+    assert not last["DPO"].endswith("*")
 
 
 def test_terminal_fits_80_columns() -> None:

@@ -206,3 +206,15 @@ def test_two_thousand_resamples_of_a_hundred_policies_take_seconds() -> None:
     start = time.perf_counter()
     summarise(made)
     assert time.perf_counter() - start < 20  # 1.5 s on one quiet core
+
+
+def test_intervals_at_fixed_kls_widen_with_their_number() -> None:
+    """They hold together, so that the one that tells the most may be pointed at."""
+
+    def width(kl_at: list[float]) -> float:
+        made = noisy({"DPO": CURVE, "PPO": LOWER}, resamples=4000, kl_at=kl_at)
+        reward = summarise(made).differences[0].at_kl[0].reward
+        return reward.high - reward.low
+
+    # Normal quantiles: 2.576 for five at 95 % together, 1.960 for one.
+    assert width([1.0, 2.0, 3.0, 4.0, 5.0]) / width([1.0]) == pytest.approx(2.576 / 1.960, rel=0.08)
