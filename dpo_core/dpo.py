@@ -70,6 +70,8 @@ class DpoConfig(PackedLoopConfig):
     """Precision, ZeRO stage, ranks, checkpoints."""
     lora: LoraConfig | None = None
     """Train low-rank additions only, merged into the result; empty trains every weight."""
+    limit: int | None = Field(None, ge=1)
+    """Train on so many of the pairs only, a seeded choice: for studies of few samples. Empty: on all."""
     check_rows: int = Field(8, ge=0)
     """Pairs whose cached reference log-probs are computed again before the first step."""
 

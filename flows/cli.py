@@ -73,13 +73,14 @@ def run(
     check_ahead(resolved, resume)
     with _resumable(recipe, overrides or []):
         from flows.alignment import alignment
+        from flows.frontier import frontier
         from flows.orphans import end_orphans, mark_own
 
         end_orphans()
         mark_own()
 
         try:
-            report = alignment(resolved, resume)
+            report = (frontier if resolved.frontier else alignment)(resolved, resume)
         except RuntimeError as error:
             raise _prefect_away(error) from error
     if as_json:
@@ -110,16 +111,20 @@ def _prefect_away(error: RuntimeError) -> Exception:
 def _show(report: Any, workspace: str) -> None:
     from rich.console import Console
 
+    from tasks import frontier_report
+    from tasks.report import RunReport
     from tasks.report_text import terminal_table
     from tasks.report_verdict import verdict
     from tasks.workspace import run_folder
 
     # A pipe has no width of its own; the table needs room.
     console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(terminal_table(report))
-    console.print(f"[bold]{verdict(report).headline}[/bold]")
+    one_run = isinstance(report, RunReport)
+    console.print(terminal_table(report) if one_run else frontier_report.terminal_table(report))
+    if one_run:
+        console.print(f"[bold]{verdict(report).headline}[/bold]")
     folder = run_folder(Path(workspace).absolute(), report.run.name)
-    if report.model:
+    if one_run and report.model:
         console.print(
             f"model   {report.model.name} version {report.model.version}, alias {report.model.alias}"
         )
@@ -176,13 +181,16 @@ def show(
 ) -> None:
     """Show the table of a finished run."""
     from dpo_core.errors import RecipeError
+    from tasks.frontier_report import FrontierReport
     from tasks.report import RunReport
 
     path = Path(workspace) / "runs" / run_id / "report.json"
     if not path.is_file():
         raise RecipeError(f"no finished run named {run_id} in {workspace}", "List them with: dpo runs")
     try:
-        report = RunReport.model_validate_json(path.read_bytes())
+        text = path.read_bytes()
+        kind = FrontierReport if "study" in json.loads(text) else RunReport
+        report = kind.model_validate_json(text)
     except ValueError as error:
         raise RecipeError(
             f"the report {path} is damaged or of another version",

@@ -25,15 +25,17 @@ def plan(recipe: RecipeArgument, overrides: SetOption = None, as_json: JsonOptio
 
 def plan_recipe(recipe: Any) -> Any:
     """The `tasks.plan.Plan` of a recipe; the flow's own composition asks the store, stage by stage."""
-    from flows.alignment import compose
+    from flows import alignment, frontier
     from tasks.plan import make_plan
     from tasks.stage import Context, StageResult
     from tasks.workspace import open_workspace
 
     workspace = str(open_workspace(recipe.workspace))
     stages: dict[str, StageResult] = {}
+    compose = frontier.compose if recipe.frontier else alignment.compose
     compose(Context(workspace=workspace, run_id="plan", mlflow_run_id="", plan=True), recipe, stages)
-    return make_plan(recipe, workspace, stages)
+    configs = {spec.label: spec.config for spec in frontier.specs(recipe)} if recipe.frontier else {}
+    return make_plan(recipe, workspace, stages, configs)
 
 
 def show(told: Any) -> None:

@@ -86,7 +86,7 @@ def _evaluate(
     reference_path = policies["SFT"].path
     tokenizer = load_tokenizer(reference_path)
     tokenise = Tokenise(tokenizer, tokens)
-    asked = _held_out_prompts(prompts, tokenise, config, tokens)
+    asked = held_out_prompts(prompts, tokenise, config, tokens)
     held_out = _held_out_pairs(pairs, tokenise, config.pairs, seed)
     source = str(reward_model.path) if reward_model else str(reward)
     score = scorer(source, tokenizer, config.precision)
@@ -132,7 +132,7 @@ def _evaluate(
     }
 
 
-def _held_out_prompts(
+def held_out_prompts(
     prompts: Manifest, tokenise: Any, config: EvaluateConfig, tokens: TokenConfig
 ) -> list[tuple[tuple[int, ...], str]]:
     import pandas as pd

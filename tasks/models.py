@@ -76,7 +76,7 @@ def _check_context(model: Manifest, max_length: int) -> None:
     check_context(SimpleNamespace(max_position_embeddings=facts.get("max_position_embeddings")), max_length)
 
 
-@stage_task("cache-reference", "{stage.name}")
+@stage_task("cache-reference", "{stage.name}{context.label}")
 def cache_reference(
     context: Context,
     reference: Manifest,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from tasks.drawing import BLUE, GREEN, INK, MUTED, ORANGE, WIDE, Figure, reach, slug, svg
+from tasks.drawing import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, WIDE, Figure, reach, slug, svg
 from tasks.report import Evaluation
 from tasks.report_numbers import number
 from tasks.report_verdict import series, start_and_end
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 MAX_POINTS = 200  # a longer curve is averaged over neighbours: more points cannot be told apart at this size
 
-_POLICY = {"SFT": (MUTED, "s"), "DPO": (BLUE, "o"), "PPO": (ORANGE, "^"), "GRPO": (GREEN, "D")}
+_POLICY = {"SFT": (MUTED, "s"), "DPO": (BLUE, "o"), "PPO": (ORANGE, "^"), "Online DPO": (PURPLE, "v")}
+_GROUP_METHOD = (GREEN, "D")  # GRPO, a variant of it, or RLOO: a run has one of them
 
 
 class Panel(NamedTuple):
@@ -143,11 +144,11 @@ def frontier_figure(evaluation: Evaluation) -> Figure | None:
         axes.plot([0], [0], _POLICY["SFT"][1], color=_POLICY["SFT"][0], markersize=7)
         axes.annotate("SFT", (0, 0), (7, -14), textcoords="offset points", color=INK, fontweight="bold")
         # From left to right, each label on its own side: policies that coincide can still be told apart.
-        sides = [((-7, 6), "right"), ((7, 6), "left"), ((-7, -14), "right")]
+        sides = [((-7, 6), "right"), ((7, 6), "left"), ((-7, -14), "right"), ((7, -14), "left")]
         for row, (offset, side) in zip(points, sides, strict=False):
             assert row.gain is not None
             assert row.kl is not None
-            colour, marker = _POLICY[row.name]
+            colour, marker = _POLICY.get(row.name, _GROUP_METHOD)
             axes.errorbar(
                 row.kl.value, row.gain.value, fmt=marker, color=colour, markersize=7, elinewidth=1.4,
                 capsize=3,

@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field
 
 from dpo_core.config import Config
+from tasks.frontier_arms import Settings
 from tasks.plan_speed import Speed
 from tasks.plan_work import Work, Workload
 from tasks.recipe import Recipe
@@ -58,13 +59,19 @@ class Plan(Config):
     warnings: list[str] = Field(default_factory=list)
 
 
-def make_plan(recipe: Recipe, workspace: str, stages: Mapping[str, StageResult]) -> Plan:
+def make_plan(
+    recipe: Recipe,
+    workspace: str,
+    stages: Mapping[str, StageResult],
+    configs: Mapping[str, Settings] | None = None,
+) -> Plan:
     """The plan of a recipe.
 
     Args:
         stages: what the flow found in the store, in the order of the run.
+        configs: see `Workload`.
     """
-    work = Workload(recipe, stages)
+    work = Workload(recipe, stages, configs)
     speed = Speed.of(workspace)
     rows = [_stage(name, found, work, speed) for name, found in stages.items()]
     running = [row for row in rows if row.state == "runs"]

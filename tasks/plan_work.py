@@ -19,9 +19,13 @@ from dpo_core.engine import EngineConfig
 from dpo_core.head import keeps_logits
 from dpo_core.layout import Document, Layout, pack, pad
 from dpo_core.models import load_tokenizer, locate
+from dpo_core.online.group import GroupConfig
+from dpo_core.online.ppo import PpoConfig
+from dpo_core.online.preferences import OnlineDpoConfig
 from dpo_core.tokens import Tokenise
 from dpo_core.training import LoopConfig, PackedLoopConfig
 from tasks.data import split
+from tasks.frontier_arms import Settings
 from tasks.recipe import Recipe
 from tasks.stage import StageResult
 from tasks.training import chosen_side, demonstrations
@@ -66,12 +70,18 @@ class Workload:
 
     Args:
         stages: what `compose` found; artifacts that are there are read.
+        configs: for stages of a comparison study, by their label, the settings that differ from the recipe's.
     """
 
-    def __init__(self, recipe: Recipe, stages: Mapping[str, StageResult]) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        stages: Mapping[str, StageResult],
+        configs: Mapping[str, Settings] | None = None,
+    ) -> None:
         from transformers import AutoConfig
 
-        self.recipe, self.stages = recipe, stages
+        self.recipe, self.stages, self.configs = recipe, stages, configs or {}
         base = stages["import-model"].manifest
         source = locate(recipe.model) if base.planned else base.path
         folder, name = (source.parent, source.name) if source.is_file() else (source, None)
@@ -85,17 +95,23 @@ class Workload:
 
     def of(self, stage: str) -> Work:
         """The work of a stage; nothing for those that do not run the model."""
+        name, space, label = stage.partition(" ")
+        recipe, own = self.recipe, self.configs.get(space + label)
+        dpo = own if isinstance(own, DpoConfig) else recipe.dpo
         work = {
             "prepare-sft": self._sft,
             "sample-pairs": self._sampling,
-            "cache-reference": lambda: self._cache(self.recipe.guide or self.recipe.dpo),
-            "cache-guide": lambda: self._cache(self.recipe.dpo),
-            "train-guide": lambda: self._dpo(self.recipe.guide or self.recipe.dpo),
-            "train-dpo": lambda: self._dpo(self.recipe.dpo),
+            "cache-reference": lambda: self._cache(recipe.guide or dpo),
+            "cache-guide": lambda: self._cache(dpo),
+            "train-guide": lambda: self._dpo(dpo if own else recipe.guide or dpo),
+            "train-dpo": lambda: self._dpo(dpo),
             "train-reward": self._reward,
-            "train-ppo": self._ppo,
-            "evaluate": self._evaluate,
-        }.get(stage)
+            "train-ppo": lambda: self._online(own or recipe.ppo),
+            "train-grpo": lambda: self._online(own or recipe.grpo or GroupConfig()),
+            "train-online": lambda: self._online(own or recipe.online or OnlineDpoConfig()),
+            "evaluate": lambda: self._evaluate(2 + len(recipe.online_methods())),
+            "measure": lambda: self._evaluate(1),
+        }.get(name)
         return work() if work else Work()
 
     # Examples ----------------------------------------------------------------------------------------------
@@ -247,8 +263,9 @@ class Workload:
         means = [float(np.mean(column)) for column in zip(*sizes, strict=True)]
         return examples.count * means[0], examples.count * cost.forward(self.shape, *means)
 
-    def _ppo(self) -> Work:
-        config, new = self.recipe.ppo, self.recipe.evaluate.sampling.max_new_tokens
+    def _online(self, config: Any) -> Work:
+        """Rounds of sampling, reading twice, scoring and updating; PPO's critic reads and learns too."""
+        new = self.recipe.evaluate.sampling.max_new_tokens
         prompts, _ = self._prompts("train", new, distinct=True)
         documents = [Document(p, (_unknown(new),)) for p in prompts]
         episodes = Examples(documents, config.iterations * config.episodes)
@@ -256,24 +273,28 @@ class Workload:
         tokens, once = self._read(episodes)
         sizes = [cost.sizes(d, packed=False) for d in documents]
         trained = cost.training(self.shape, *(float(np.mean(column)) for column in zip(*sizes, strict=True)))
-        learned = self.recipe.reward.learned
+        learned, critic = self.recipe.reward.learned, isinstance(config, PpoConfig)
+        # Of a prompt's samples, online DPO trains on the best and the worst.
+        share = 2 / config.samples_each if isinstance(config, OnlineDpoConfig) else 1
         longest = sorted(documents, key=len)[-config.micro_batch_size :]
-        ranks = config.engine.processes
+        updates = config.iterations * config.epochs * config.minibatches
+        shared = config.micro_batch_size * config.engine.processes
         return Work(
-            tokens=tokens * (1 + config.epochs),
-            flops=drawn + (3 if learned else 2) * once + episodes.count * config.epochs * trained,
+            tokens=tokens * (1 + config.epochs * share),
+            flops=drawn
+            + (2 + learned + critic) * once
+            + (1 + critic) * share * episodes.count * config.epochs * trained,
             precision=config.engine.precision,
-            # PPO's loop keeps all activations, whatever the engine is told.
-            engine=config.engine.model_copy(update={"gradient_checkpointing": False}),
+            engine=config.engine,
             layout=pad(longest),
-            micro_batches=config.episodes // (config.minibatches * config.micro_batch_size * ranks),
-            references=2 if learned else 1,
+            micro_batches=max(1, round(share * episodes.count * config.epochs / (updates * shared))),
+            # The critic is in memory with its gradients and the two moments of its optimiser.
+            references=1 + learned + 4 * critic,
             note="every completion of the most tokens",
         )
 
-    def _evaluate(self) -> Work:
+    def _evaluate(self, policies: int) -> Work:
         config, new = self.recipe.evaluate, self.recipe.evaluate.sampling.max_new_tokens
-        policies = 3 if self.recipe.ppo.enabled else 2
         drawn = self._drawn("eval", new, config.samples_per_prompt, config.prompts)
         held_out = self.pairs["eval"]
         tokens, read = self._read(replace(held_out, count=min(held_out.count, config.pairs)))

@@ -18,12 +18,15 @@ from dpo_core.dpo import DpoConfig
 from dpo_core.errors import RecipeError
 from dpo_core.evaluate import EvaluateConfig
 from dpo_core.models import ModelConfig
+from dpo_core.online.group import GroupConfig
 from dpo_core.online.ppo import PpoConfig
+from dpo_core.online.preferences import OnlineDpoConfig
 from dpo_core.pairs import PairSamplingConfig
 from dpo_core.reward_training import RewardModelConfig
 from dpo_core.sft import SftConfig
 from dpo_core.tokens import TokenConfig
 from expectations.config import GateConfig
+from tasks.frontier_arms import ArmConfig, FrontierConfig, Settings
 from tasks.tracking import TrackingConfig
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -98,6 +101,12 @@ class Recipe(Config):
     again from the SFT model. Empty: the reference is the SFT model."""
     ppo: PpoConfig = PpoConfig()
     """The PPO baseline."""
+    grpo: GroupConfig | None = None
+    """GRPO, Dr. GRPO, DAPO, GSPO or RLOO as a further baseline. Empty: none."""
+    online: OnlineDpoConfig | None = None
+    """Online or iterative DPO beside the others. Empty: none."""
+    frontier: FrontierConfig | None = None
+    """A comparison study instead of one alignment: arms, settings and seeds from one SFT reference."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """Evaluation on held-out prompts."""
     tracking: TrackingConfig = TrackingConfig()
@@ -107,7 +116,7 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _what_is_set_is_read(self) -> "Recipe":
-        if not self.reward.learned and self.reward.model != RewardModelConfig():
+        if not (self.reward.learned or self.frontier) and self.reward.model != RewardModelConfig():
             raise ValueError(
                 "reward.model would not be read: reward.source gives a known reward; reward.optimise=model "
                 "lets PPO learn from a reward model all the same"
@@ -134,11 +143,51 @@ class Recipe(Config):
         for name in ("sft", "dpo"):
             if getattr(self, name).lora and importlib.util.find_spec("peft") is None:
                 raise ValueError(f"{name}.lora needs peft, which is not installed: {LORA_EXTRA}")
+        self._check_frontier()
         for name in ("pairs", "evaluate"):
             new = getattr(self, name).sampling.max_new_tokens
             if new >= self.tokens.max_length:
                 raise ValueError(f"{name}.sampling.max_new_tokens {new} leaves no room in tokens.max_length")
         return self
+
+    def _check_frontier(self) -> None:
+        """Every arm's settings are valid before anything runs, and what they learn from is there."""
+        if self.frontier is None:
+            return
+        if self.reward.source is None:
+            raise ValueError("frontier compares true rewards: set reward.source")
+        learned = any(arm.reward == "model" for arm in self.frontier.arms)
+        if not learned and self.reward.model != RewardModelConfig():
+            raise ValueError("reward.model would not be read: no arm of the frontier has reward: model")
+        for arm in self.frontier.arms:
+            for setting in arm.settings:
+                try:
+                    self.arm_config(arm, setting)
+                except ValidationError as error:
+                    first = error.errors()[0]
+                    field = ".".join(map(str, first["loc"]))
+                    raise ValueError(
+                        f"arm '{arm.name}', setting {arm.label(setting)}: {field}: {first['msg']}"
+                    ) from error
+
+    def arm_config(self, arm: ArmConfig, setting: dict[str, Any]) -> Settings:
+        """The settings of an arm's method at one of its points."""
+        section = getattr(self, arm.method)
+        if arm.method == "ppo" and not section.enabled:
+            section = None
+        return arm.config(section, setting)
+
+    def online_methods(self) -> list[tuple[Any, Any, Any]]:
+        """Of an alignment: (kind of job, name in the tables, settings) of each method that samples."""
+        names = {"dr_grpo": "Dr. GRPO"}
+        found: list[tuple[Any, Any, Any]] = []
+        if self.ppo.enabled:
+            found.append(("ppo", "PPO", self.ppo))
+        if self.grpo is not None:
+            found.append(("grpo", names.get(self.grpo.variant, self.grpo.variant.upper()), self.grpo))
+        if self.online is not None:
+            found.append(("online", "Online DPO", self.online))
+        return found
 
     @property
     def registered_name(self) -> str:

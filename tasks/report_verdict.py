@@ -71,8 +71,8 @@ def verdict(report: RunReport) -> Verdict:
         reasons.append("The interval contains zero: this run can neither show nor exclude an improvement.")
     if dpo.win_rate:
         reasons.append(f"Win rate against SFT {cell('win_rate', dpo.win_rate)}.")
-    for other in (evaluation.policy("PPO"), evaluation.policy("GRPO")):
-        if other and other.gain:
+    for other in evaluation.policies:
+        if other.name not in ("SFT", "DPO") and other.gain:
             at_kl = f" at KL {number(other.kl.value)} nats" if other.kl else ""
             own = f" (DPO: KL {number(dpo.kl.value)} nats)" if dpo.kl else ""
             reasons.append(f"{other.name} gains {cell('gain', other.gain)}{at_kl}{own}.")

@@ -5,6 +5,7 @@ A stage is a function from manifests and its slice of the recipe to files. It se
 """
 
 import logging
+import re
 import shutil
 import sys
 import time
@@ -81,7 +82,7 @@ class Progress:
         self._bar: Any = None
         self._sent = time.monotonic()
         self._artifact: Any = create_progress_artifact(
-            progress=0.0, key=f"progress-{stage}", description=stage
+            progress=0.0, key=f"progress-{slug(stage)}", description=stage
         )
         if sys.stderr.isatty():
             from rich.console import Console
@@ -116,6 +117,8 @@ class Work:
     """What the work of a stage is given."""
 
     stage: Stage
+    name: str
+    """The stage's, with its label."""
     scratch: Path
     """Survives a kill: checkpoints and partial results may lie here."""
     mlflow: StageRun
@@ -123,7 +126,7 @@ class Work:
 
     def progress(self, total: int) -> Progress:
         """Start a progress bar over `total` units."""
-        bar = Progress(self.stage.name, total)
+        bar = Progress(self.name, total)
         self._bars.append(bar)
         return bar
 
@@ -146,6 +149,8 @@ class Context(Config):
     """The parent run."""
     verify: bool = True
     """Compare cached artifacts with their digests."""
+    label: str = ""
+    """What tells this stage from others of its name in the run: " DPO beta=0.1 seed 0"."""
     plan: bool = False
     """Only look what the store holds. A stage that would have to run hands on a `planned` manifest."""
 
@@ -167,6 +172,11 @@ def stage_task(name: str, task_run_name: str | None = None) -> Callable[[StageFu
         return call
 
     return wrap
+
+
+def slug(name: str) -> str:
+    """A name as Prefect wants the key of an artifact: small letters, digits, single dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 _trackers: dict[str, Tracker] = {}
@@ -201,6 +211,7 @@ def run_stage(
         ahead: facts of the result that a plan can tell before the work is done.
     """
     start = time.monotonic()
+    name = stage.name + context.label
     store = Store(context.workspace)
     digest = digest_config(config)
     key = stage_key(stage.name, stage.version, digest, {role: m.sha256 for role, m in inputs.items()})
@@ -213,21 +224,21 @@ def run_stage(
             found = store.lookup(stage.name, key, verify=context.verify)
             if found is None:
                 tags = {"dpo.config_digest": digest, "dpo.run": context.run_id}
-                with tracker_of(context).child(stage.name, total_steps=total_steps, tags=tags) as child:
+                with tracker_of(context).child(name, total_steps=total_steps, tags=tags) as child:
                     child.params(_as_params(config))
-                    found = _do(store, stage, key, digest, inputs, work, child)
+                    found = _do(store, stage, name, key, digest, inputs, work, child)
                     child.metrics({"cost/seconds": time.monotonic() - start})
     if stage.name.startswith("validate-"):
         # What passed the gate is what the whole alignment learns from: the parent shows it.
-        name = stage.name.removeprefix("validate-")
-        tracker_of(context).parent.dataset(name, found.sha256, found.rows, found.uri, "training")
+        subject = stage.name.removeprefix("validate-")
+        tracker_of(context).parent.dataset(subject, found.sha256, found.rows, found.uri, "training")
     result = StageResult(
         manifest=found,
         cached=child is None,
         seconds=time.monotonic() - start,
         mlflow_run_id=child.run_id if child else None,
     )
-    _announce(stage, result)
+    _announce(name, result)
     return result
 
 
@@ -280,14 +291,16 @@ def _as_params(config: Any) -> dict[str, Any]:
 def _do(
     store: Store,
     stage: Stage,
+    name: str,
     key: str,
     digest: str,
     inputs: Mapping[str, Manifest],
     work: Callable[[Work], Output],
     child: StageRun,
 ) -> Manifest:
-    log.info("%s: running", stage.name)
-    given = Work(stage, store.begin(stage.name, key), child)
+    log.info("%s: running", name)
+    start = time.monotonic()
+    given = Work(stage, name, store.begin(stage.name, key), child)
     for role, manifest in inputs.items():
         child.dataset(
             role, manifest.sha256, manifest.rows, manifest.uri, _CONTEXTS.get(manifest.kind, "training")
@@ -295,6 +308,7 @@ def _do(
     finished = False
     try:
         output = work(given)
+        output.extra.setdefault("seconds", time.monotonic() - start)
         child.metrics(output.metrics)
         child.params({f"out.{k}": v for k, v in output.extra.items() if not isinstance(v, dict | list)})
         manifest = store.commit(
@@ -327,13 +341,13 @@ def _do(
 _CONTEXTS = {"model": "reference", "reference-logps": "reference", "evaluation": "evaluation"}
 
 
-def _announce(stage: Stage, result: StageResult) -> None:
+def _announce(name: str, result: StageResult) -> None:
     manifest = result.manifest
     size = f"{manifest.rows:,} rows" if manifest.rows is not None else ""
     if manifest.parameters is not None:
         size = f"{manifest.parameters:,} parameters"
     state = "cached" if result.cached else f"{result.seconds:.1f} s"
-    log.info("%s: %s%s", stage.name, state, f", {size}" if size else "")
+    log.info("%s: %s%s", name, state, f", {size}" if size else "")
     facts = "\n".join(
         f"| {name} | `{value}` |"
         for name, value in {
@@ -346,5 +360,5 @@ def _announce(stage: Stage, result: StageResult) -> None:
         }.items()
     )
     create_markdown_artifact(
-        key=f"stage-{stage.name}", markdown=f"| {stage.name} | |\n| --- | --- |\n{facts}", description=state
+        key=f"stage-{slug(name)}", markdown=f"| {name} | |\n| --- | --- |\n{facts}", description=state
     )

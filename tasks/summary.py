@@ -49,24 +49,10 @@ def summarise(
     tracker = tracker_of(context)
     manifests = {name: result.manifest for name, result in stages.items()}
     model = _register(recipe, manifests, tracker)
-    finished = datetime.now(UTC)
-    seconds = (finished - started_at).total_seconds()
+    info = run_info(context, recipe, tracker, started_at, command)
     report = RunReport(
-        run=RunInfo(
-            name=context.run_id,
-            recipe=recipe.name,
-            started_at=started_at,
-            finished_at=finished,
-            seconds=seconds,
-            git_commit=source_tags().get("mlflow.source.git.commit"),
-            command=command,
-            mlflow_run_id=context.mlflow_run_id,
-            tracking_uri=tracker.uri,
-            python=platform.python_version(),
-            platform=platform.platform(),
-            hardware=_hardware(),
-        ),
-        stages=[_stage_row(name, result) for name, result in stages.items()],
+        run=info,
+        stages=[stage_row(name, result) for name, result in stages.items()],
         gate=[
             _gate_row(context.workspace, m) for name, m in manifests.items() if name.startswith("validate-")
         ],
@@ -76,7 +62,7 @@ def summarise(
             for name, manifest in manifests.items()
             if (manifest.path / "metrics.jsonl").exists()
         },
-        cost=_cost(stages, seconds),
+        cost=cost_of(stages, info.seconds),
         model=model,
         notes=({"description": recipe.description} if recipe.description else {})
         | class_facts(recipe.dpo, _trained_on(manifests)),
@@ -85,6 +71,27 @@ def summarise(
     create_markdown_artifact(key="run-summary", markdown=markdown(report), description=report.run.name)
     create_link_artifact(key="run-page", link=page.as_uri(), link_text="Run page")
     return report
+
+
+def run_info(
+    context: Context, recipe: Recipe, tracker: Tracker, started_at: datetime, command: str
+) -> RunInfo:
+    """Which run this is, up to now."""
+    finished = datetime.now(UTC)
+    return RunInfo(
+        name=context.run_id,
+        recipe=recipe.name,
+        started_at=started_at,
+        finished_at=finished,
+        seconds=(finished - started_at).total_seconds(),
+        git_commit=source_tags().get("mlflow.source.git.commit"),
+        command=command,
+        mlflow_run_id=context.mlflow_run_id,
+        tracking_uri=tracker.uri,
+        python=platform.python_version(),
+        platform=platform.platform(),
+        hardware=_hardware(),
+    )
 
 
 def publish(report: RunReport, folder: Path, tracker: Tracker) -> Path:
@@ -140,7 +147,8 @@ def _trained_on(manifests: Mapping[str, Manifest]) -> Manifest:
     return manifests.get("validate-pairs") or manifests["validate-unpaired"]
 
 
-def _stage_row(name: str, result: StageResult) -> StageRow:
+def stage_row(name: str, result: StageResult) -> StageRow:
+    """A stage as reports list it."""
     manifest = result.manifest
     return StageRow(
         name=name,
@@ -193,7 +201,8 @@ def _curve(manifest: Manifest) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines]
 
 
-def _cost(stages: Mapping[str, StageResult], seconds: float) -> Cost:
+def cost_of(stages: Mapping[str, StageResult], seconds: float) -> Cost:
+    """What a run used; stages that were found in the store cost it nothing."""
     tokens = flops = 0.0
     for result in stages.values():
         trained = result.manifest.extra.get("tokens_trained")

@@ -1,4 +1,5 @@
-"""The training stages: SFT, DPO, reward model and PPO, each a torchrun job that the launcher starts."""
+"""The training stages on given data: SFT, DPO and the reward model, each a torchrun job that the launcher
+starts. Those that sample their own are in `online`."""
 
 import json
 import logging
@@ -13,11 +14,8 @@ from dpo_core.data.demonstrations import review_demonstrations
 from dpo_core.data.read import check_source, read_rows
 from dpo_core.dpo import DpoConfig
 from dpo_core.errors import DataError, DpoError, StageFailed
-from dpo_core.generate import SamplingConfig
 from dpo_core.models import parameter_count
-from dpo_core.online.ppo import PpoConfig
 from dpo_core.reward_training import RewardModelConfig
-from dpo_core.rewards import reward_identity
 from dpo_core.sft import SftConfig
 from dpo_core.tokens import TokenConfig
 from tasks.manifest import Manifest, digest_file
@@ -31,7 +29,6 @@ SFT = Stage("prepare-sft", 2, "model")
 DPO = Stage("train-dpo", 2, "model")
 GUIDE = Stage("train-guide", 2, "model")
 REWARD = Stage("train-reward", 1, "reward-model")
-PPO = Stage("train-ppo", 1, "model")
 
 
 @stage_task("prepare-sft")
@@ -60,9 +57,9 @@ def prepare_sft(
             "sft": config.model_dump(mode="json"),
         }
         total = config.steps(len(pd.read_parquet(examples, columns=["id"])))
-        return _train(given, job, tokens, seed, config.engine.processes, total)
+        return train(given, job, tokens, seed, config.engine.processes, total)
 
-    slice_ = _slice(config, tokens, seed) | {"source": source}
+    slice_ = settings_of(config, tokens, seed) | {"source": source}
     return run_stage(context, SFT, inputs, slice_, work)
 
 
@@ -124,7 +121,7 @@ def _read_demonstrations(path: str) -> list[dict[str, Any]]:
     return found
 
 
-@stage_task("train-dpo", "{stage.name}")
+@stage_task("train-dpo", "{stage.name}{context.label}")
 def train_dpo(
     context: Context,
     policy: Manifest,
@@ -146,25 +143,25 @@ def train_dpo(
     """
 
     def work(given: Work) -> Output:
-        train = given.scratch / "train.parquet"
-        count = _split_to(pairs, "train", train)
+        rows = given.scratch / "train.parquet"
+        count = split_to(pairs, "train", rows, limit=config.limit, seed=seed)
         if config.unpaired and kind_of(pairs) == "pairs":
             log.info("%s: %s", stage.name, taken_apart(config, count))
             count *= 2
         job = {
             "kind": "dpo",
             "model": str(policy.path),
-            "data": str(train),
+            "data": str(rows),
             "reference": str(logps.path / "shard"),
             "live_reference": str(reference.path) if config.needs_live_reference else None,
             "policy_is_reference": reference.extra["weights_sha256"] == policy.extra["weights_sha256"],
             "dpo": config.model_dump(mode="json"),
         }
-        return _train(given, job, tokens, seed, config.engine.processes, config.steps(count))
+        return train(given, job, tokens, seed, config.engine.processes, config.steps(count))
 
     _require_reference(reference, logps)
     inputs = {"policy": policy, kind_of(pairs): pairs, "logps": logps}
-    return run_stage(context, stage, inputs, _slice(config, tokens, seed), work)
+    return run_stage(context, stage, inputs, settings_of(config, tokens, seed), work)
 
 
 def _require_reference(reference: Manifest, logps: Manifest) -> None:
@@ -176,7 +173,7 @@ def _require_reference(reference: Manifest, logps: Manifest) -> None:
         )
 
 
-@stage_task("train-reward")
+@stage_task("train-reward", "train-reward{context.label}")
 def train_reward(
     context: Context,
     base: Manifest,
@@ -188,21 +185,21 @@ def train_reward(
     """A Bradley-Terry reward model on the training pairs, with its accuracy on the held-out ones."""
 
     def work(given: Work) -> Output:
-        train = given.scratch / "train.parquet"
-        count = _split_to(pairs, "train", train)
+        rows = given.scratch / "train.parquet"
+        count = split_to(pairs, "train", rows)
         job = {
             "kind": "reward",
             "model": str(base.path),
-            "data": str(train),
+            "data": str(rows),
             "reward": config.model_dump(mode="json"),
         }
-        output = _train(given, job, tokens, seed, config.engine.processes, config.steps(count))
+        output = train(given, job, tokens, seed, config.engine.processes, config.steps(count))
         accuracy = _reward_accuracy(given.scratch / "out", pairs, tokens, config.engine.precision)
         output.metrics |= {"eval_rewards/accuracies": accuracy}
         output.extra |= {"held_out_accuracy": accuracy}
         return output
 
-    return run_stage(context, REWARD, {"base": base, "pairs": pairs}, _slice(config, tokens, seed), work)
+    return run_stage(context, REWARD, {"base": base, "pairs": pairs}, settings_of(config, tokens, seed), work)
 
 
 def _reward_accuracy(model: Path, pairs: Manifest, tokens: TokenConfig, precision: str) -> float:
@@ -222,69 +219,31 @@ def _reward_accuracy(model: Path, pairs: Manifest, tokens: TokenConfig, precisio
     return sum(wins) / len(wins)
 
 
-@stage_task("train-ppo")
-def train_ppo(
-    context: Context,
-    reference: Manifest,
-    prompts: Manifest,
-    reward_model: Manifest | None,
-    reward: str | None,
-    config: PpoConfig,
-    sampling: SamplingConfig,
-    tokens: TokenConfig,
-    seed: int,
-    gold: str | None = None,
-) -> StageResult:
-    """The baseline: PPO from the same reference, on the same training prompts.
-
-    Args:
-        reward: the known reward that PPO learns from; none where it learns from the reward model.
-        gold: a known reward that is logged beside the reward model and never trained on.
-    """
-
-    def work(given: Work) -> Output:
-        train = given.scratch / "prompts.parquet"
-        _split_to(prompts, "train", train, ["prompt", "chat"])
-        job = {
-            "kind": "ppo",
-            "model": str(reference.path),
-            "reference": str(reference.path),
-            "data": str(train),
-            "sampling": sampling.model_dump(mode="json"),
-            "reward_source": str(reward_model.path) if reward_model else reward,
-            "ppo": config.model_dump(mode="json"),
-        }
-        if gold is not None:
-            job["gold_source"] = gold
-        return _train(given, job, tokens, seed, config.engine.processes, config.iterations)
-
-    inputs = {"reference": reference, "prompts": prompts}
-    if reward_model:
-        inputs["reward_model"] = reward_model
-    slice_ = _slice(config, tokens, seed) | {
-        "sampling": sampling.model_dump(mode="json"),
-        "reward": reward_identity(reward),
-    }
-    if gold is not None:
-        slice_["gold"] = reward_identity(gold)
-    return run_stage(context, PPO, inputs, slice_, work)
-
-
-def _slice(config: Any, tokens: TokenConfig, seed: int) -> dict[str, Any]:
+def settings_of(config: Any, tokens: TokenConfig, seed: int) -> dict[str, Any]:
     return {"config": config.model_dump(mode="json"), "tokens": tokens.model_dump(mode="json"), "seed": seed}
 
 
-def _split_to(data: Manifest, split: str, path: Path, distinct: list[str] | None = None) -> int:
-    """Write one side of a split for the job; returns its rows."""
+def split_to(
+    data: Manifest,
+    split: str,
+    path: Path,
+    *,
+    distinct: list[str] | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> int:
+    """Write one side of a split for the job, or a seeded choice of its rows; returns how many."""
     frame = pd.read_parquet(data.path / "data.parquet")
     frame = frame[frame["split"] == split]
     if distinct:
         frame = frame.drop_duplicates(distinct)[distinct]
+    if limit is not None and len(frame) > limit:
+        frame = frame.sample(limit, random_state=seed)
     frame.to_parquet(path, index=False)
     return len(frame)
 
 
-def _train(
+def train(
     given: Work, job: dict[str, Any], tokens: TokenConfig, seed: int, processes: int, total_steps: int
 ) -> Output:
     """Run one training job to its end, streaming its metrics, and describe what it wrote."""

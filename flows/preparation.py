@@ -1,0 +1,145 @@
+"""From the recipe's data and model to a reference and judged pairs: the stages that every run begins with."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dpo_core.dpo import DpoConfig
+from dpo_core.errors import RecipeError
+from tasks.data import load_data, sample_pairs, validate
+from tasks.manifest import Manifest
+from tasks.models import CACHE, CACHE_GUIDE, cache_reference, import_model
+from tasks.recipe import Recipe
+from tasks.stage import Context, Stage, StageResult
+from tasks.training import DPO, GUIDE, prepare_sft, train_dpo
+
+Keep = Callable[[str, StageResult], Manifest]
+"""Enters what a stage came to under a name, and hands on its manifest."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What training starts from."""
+
+    reference: Manifest
+    judged: Manifest
+    """The rows that passed the gate, whose prompts are sampled and evaluated on."""
+    pairs: Manifest
+    """Pairs, or unpaired rows, that passed the gate."""
+
+
+def prepare(context: Context, recipe: Recipe, keep: Keep) -> Prepared:
+    """Load, import, judge, fine-tune, and where the data are prompts sample pairs and judge those."""
+    seed, tokens = recipe.seed, recipe.tokens
+    loaded = keep("load-data", load_data(context, recipe.data))
+    kind = str(loaded.extra["kind"])
+    _require_labels(recipe, kind)
+    base = keep("import-model", import_model(context, recipe.model, tokens.max_length))
+    judged = keep(f"validate-{kind}", validate(context, kind, loaded, base, recipe.gate, tokens))
+    _require_answers(recipe, judged)
+
+    reference = base
+    if recipe.sft.enabled:
+        given = None if kind == "prompts" else judged
+        reference = keep("prepare-sft", prepare_sft(context, base, given, recipe.sft, tokens, seed))
+    pairs = judged
+    if kind == "prompts":
+        source = str(recipe.reward.source)
+        sampled = sample_pairs(context, judged, reference, recipe.pairs, tokens, source, seed)
+        sampled_rows = keep("sample-pairs", sampled)
+        pairs = keep("validate-pairs", validate(context, "pairs", sampled_rows, base, recipe.gate, tokens))
+    return Prepared(reference, judged, pairs)
+
+
+def cached(
+    context: Context, recipe: Recipe, config: DpoConfig, model: Manifest, pairs: Manifest, stage: Stage
+) -> StageResult:
+    """Reference log-probs of the pairs under a model."""
+    engine, budget = config.engine, recipe.cache.token_budget
+    return cache_reference(
+        context,
+        model,
+        pairs,
+        recipe.tokens,
+        engine.precision,
+        budget,
+        engine.processes,
+        engine.threads,
+        stage,
+        config,
+    )
+
+
+def align_on_pairs(
+    context: Context,
+    recipe: Recipe,
+    prepared: Prepared,
+    keep: Keep,
+    config: DpoConfig,
+    guide: DpoConfig | None,
+    seed: int,
+) -> Manifest:
+    """DPO or a relative on the pairs, with its cached log-probs; with a guide, Pre-DPO's two passes."""
+    reference, pairs, tokens = prepared.reference, prepared.pairs, recipe.tokens
+    opponent, cache = reference, CACHE
+    if guide is not None:
+        logps = keep(CACHE.name, cached(context, recipe, guide, reference, pairs, CACHE))
+        first = train_dpo(context, reference, reference, pairs, logps, guide, tokens, seed, GUIDE)
+        opponent, cache = keep(GUIDE.name, first), CACHE_GUIDE
+    logps = keep(cache.name, cached(context, recipe, config, opponent, pairs, cache))
+    return keep(DPO.name, train_dpo(context, reference, opponent, pairs, logps, config, tokens, seed))
+
+
+def _require_answers(recipe: Recipe, judged: Manifest) -> None:
+    """What would be missed only after the training: an interval needs two answers, SFT a desirable one."""
+    if judged.extra.get("held_out_prompts") == recipe.evaluate.samples_per_prompt == 1:
+        raise RecipeError(
+            "one held-out prompt and one sample of it give no interval to compare the policies by",
+            "Set evaluate.samples_per_prompt to 2 or more, or hold out more prompts",
+        )
+    if judged.extra.get("desirable") == 0 and _sft_reads_answers(recipe):
+        raise RecipeError(
+            "no training row is labelled desirable, and SFT learns from the desirable answers",
+            "Set sft.demonstrations or sft.enabled=false",
+        )
+
+
+def _sft_reads_answers(recipe: Recipe) -> bool:
+    sft = recipe.sft
+    return sft.enabled and sft.demonstrations is None and sft.made_demonstrations is None
+
+
+def _require_labels(recipe: Recipe, kind: str) -> None:
+    """What only the data can tell: whether they are of the kind that the recipe learns from.
+
+    Prompts alone need a reward to label samples, and demonstrations; unpaired rows need an objective of their
+    own, and a reward, because a reward model is trained on pairs.
+    """
+    if kind == "unpaired":
+        for name, config in (("guide", recipe.guide), ("dpo", recipe.dpo)):
+            if config is not None and not config.unpaired:
+                raise RecipeError(
+                    f"the data are unpaired rows, and objective '{config.objective}' learns from pairs",
+                    f"Set {name}.objective to kto or bco, or give rows with a chosen and a rejected answer",
+                )
+        if recipe.reward.source is None:
+            raise RecipeError(
+                "the data are unpaired rows, and without reward.source a reward model would be trained on "
+                "pairs",
+                "Set reward.source",
+            )
+        if recipe.reward.learned:
+            raise RecipeError(
+                "the data are unpaired rows, and the reward model of reward.optimise is trained on pairs",
+                "Set reward.optimise to source",
+            )
+    if kind != "prompts":
+        return
+    if recipe.reward.source is None:
+        raise RecipeError(
+            "the data are prompts without pairs, and no reward labels samples", "Set reward.source"
+        )
+    if _sft_reads_answers(recipe):
+        raise RecipeError(
+            "the data have no chosen answers for SFT to learn from",
+            "Set sft.demonstrations or sft.enabled=false",
+        )

@@ -1,0 +1,144 @@
+"""One policy of a comparison study on its held-out prompts: rewards, KLs, entropy, diversity."""
+
+import json
+from typing import Any
+
+import numpy as np
+
+from dpo_core.evaluate import EvaluateConfig
+from dpo_core.frontier import Cost, Point
+from dpo_core.rewards import reward_identity
+from dpo_core.tokens import TokenConfig
+from tasks.evaluation import held_out_prompts
+from tasks.manifest import Manifest
+from tasks.stage import Context, Output, Stage, StageResult, Work, run_stage, stage_task
+
+MEASURE = Stage("measure", 1, "measurement")
+
+
+@stage_task("measure", "measure{context.label}")
+def measure(
+    context: Context,
+    policy: Manifest,
+    reference: Manifest,
+    prompts: Manifest,
+    reward: str,
+    config: EvaluateConfig,
+    tokens: TokenConfig,
+    seed: int,
+) -> StageResult:
+    """Sample a policy on the held-out prompts, score it with the known reward, and estimate its KL.
+
+    Args:
+        seed: of the samples; the same for every policy, so that differences are paired.
+    """
+
+    def work(given: Work) -> Output:
+        facts = _measured(given, policy, reference, prompts, reward, config, tokens, seed)
+        out = given.fresh("out")
+        (out / "measurement.json").write_text(json.dumps(facts, allow_nan=False))
+        metrics = {
+            "reward": float(np.mean(facts["rewards_PS"])),
+            "kl": float(np.mean(facts["kl_P"])),
+            "kl_k3": float(np.mean(facts["kl_k3_P"])),
+            **{name: float(facts[name]) for name in ("entropy", "distinct_1", "distinct_2", "length")},
+        }
+        return Output(out, rows=len(facts["kl_P"]), metrics=metrics)
+
+    inputs = {"policy": policy, "reference": reference, "prompts": prompts}
+    slice_ = {
+        "config": config.model_dump(mode="json", exclude={"pairs", "shown"}),
+        "tokens": tokens.model_dump(mode="json"),
+        "reward": reward_identity(reward),
+        "seed": seed,
+    }
+    return run_stage(context, MEASURE, inputs, slice_, work)
+
+
+def _measured(
+    given: Work,
+    policy: Manifest,
+    reference: Manifest,
+    prompts: Manifest,
+    reward: str,
+    config: EvaluateConfig,
+    tokens: TokenConfig,
+    seed: int,
+) -> dict[str, Any]:
+    from dpo_core.evaluate import kl_estimates, sample_policy, sequence_logps
+    from dpo_core.jobs import scorer
+    from dpo_core.models import load_model, load_tokenizer
+    from dpo_core.text_metrics import distinct_n
+    from dpo_core.tokens import Tokenise
+
+    tokenizer = load_tokenizer(reference.path)
+    asked = held_out_prompts(prompts, Tokenise(tokenizer, tokens), config, tokens)
+    bar = given.progress(len(asked) * config.samples_per_prompt)
+    own = load_model(policy.path)
+    drawn = sample_policy(
+        own,
+        asked,
+        config,
+        scorer=scorer(reward, tokenizer, config.precision),
+        eos_id=tokenizer.eos_token_id,
+        seed=seed,
+        progress=bar.update,
+    )
+    settings = (config.precision, config.token_budget)
+    ours = sequence_logps(own, drawn.sequences, *settings)
+    base = own if policy.sha256 == reference.sha256 else load_model(reference.path)
+    theirs = ours if base is own else sequence_logps(base, drawn.sequences, *settings)
+    k1, k3 = kl_estimates(ours, theirs)
+
+    def by_prompt(values: list[float]) -> np.ndarray:
+        # Samples of a prompt lie side by side.
+        return np.asarray(values, dtype=np.float64).reshape(len(asked), config.samples_per_prompt)
+
+    completions = [s.completion for s in drawn.sequences]
+    length = config.sampling.max_new_tokens
+    return {
+        "rewards_PS": by_prompt(drawn.rewards).tolist(),
+        "kl_P": by_prompt(k1).mean(1).tolist(),
+        "kl_k3_P": by_prompt(k3).mean(1).tolist(),
+        "entropy": -float(sum(x.double().sum() for x in ours)) / sum(len(x) for x in ours),
+        "distinct_1": distinct_n(completions, 1, length=length),
+        "distinct_2": distinct_n(completions, 2, length=length),
+        "length": float(np.mean([len(c) for c in completions])),
+    }
+
+
+def read_measurement(manifest: Manifest) -> dict[str, Any]:
+    """What the stage wrote."""
+    facts: dict[str, Any] = json.loads((manifest.path / "measurement.json").read_text())
+    return facts
+
+
+def point_of(arm: str, setting: str, seed: int, measured: Manifest, made_by: dict[str, Manifest]) -> Point:
+    """A policy as a point of the study.
+
+    Args:
+        made_by: every stage that the policy needed after the SFT reference, by name.
+    """
+    facts = read_measurement(measured)
+    rewards = facts.pop("rewards_PS")
+    extras: list[dict[str, Any]] = [manifest.extra for manifest in made_by.values()]
+    memory = [int(e["peak_memory_bytes"]) for e in extras if e.get("peak_memory_bytes")]
+    cost = Cost(
+        flops=sum(float(e.get("flops") or 0.0) for e in extras),
+        seconds=sum(float(e.get("seconds") or 0.0) for e in extras),
+        peak_memory_bytes=max(memory, default=None),
+    )
+    shared = {
+        name: extra.get("flops") or 0.0
+        for name, extra in zip(made_by, extras, strict=True)
+        if not name.startswith(("train-dpo", "train-ppo", "train-grpo", "train-online"))
+    }
+    return Point(
+        arm=arm,
+        setting=setting,
+        seed=seed,
+        rewards_P=np.mean(rewards, axis=1).tolist(),
+        cost=cost,
+        shared_cost=shared,
+        **facts,
+    )
