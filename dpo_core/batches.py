@@ -17,6 +17,8 @@ class Batch(NamedTuple):
     """The global batch, over all ranks."""
     mine: list[list[int]]
     """The micro-batches of this rank, equally many on every rank and in every step."""
+    passes: list[list[int]]
+    """The micro-batches of all ranks."""
 
 
 class Batches(Protocol):
@@ -76,9 +78,12 @@ class PaddedBatches:
     def of_step(self, step: int) -> Batch:
         # Sorted before it is dealt out, so that ranks get like lengths and micro-batches little padding.
         everyone = sorted(self.order.batch(step, self.batch_size), key=lambda i: self.lengths[i])
-        mine = everyone[self.rank :: self.world]
+        ranks = [self._micro_batches(everyone[rank :: self.world]) for rank in range(self.world)]
+        return Batch(everyone, ranks[self.rank], [micro for share in ranks for micro in share])
+
+    def _micro_batches(self, share: list[int]) -> list[list[int]]:
         size = self.micro_batch_size
-        return Batch(everyone, [mine[first : first + size] for first in range(0, len(mine), size)])
+        return [share[first : first + size] for first in range(0, len(share), size)]
 
 
 class PackedBatches:
@@ -125,5 +130,6 @@ class PackedBatches:
         # Every epoch has the same number of steps: it follows from the number of examples.
         epoch, place = divmod(step, self.plans[0].steps)
         plan = self.plans[epoch]
-        everyone = [int(i) for pack in plan.of_step(place) for i in pack]
-        return Batch(everyone, [pack.tolist() for pack in plan.of_step(place, self.rank, self.world)])
+        packs = [pack.tolist() for pack in plan.of_step(place)]
+        mine = [pack.tolist() for pack in plan.of_step(place, self.rank, self.world)]
+        return Batch([index for pack in packs for index in pack], mine, packs)

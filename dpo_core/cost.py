@@ -10,8 +10,9 @@ Shapes: T tokens fed, N scored positions (where the output head runs).
 
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from dpo_core.layout import Document
 
@@ -33,44 +34,99 @@ class Shape:
     attention: int
     """Width of the attention: heads x size of a head."""
     vocabulary: int
+    """Rows of the output head; 1 for a reward model's."""
+    frozen_trunk: int = 0
+    """Of the trunk's weights, those that are not trained: they need no gradient of their own."""
+    frozen_head: int = 0
+    """The same of the output head."""
 
     @classmethod
     def of(cls, config: Any) -> "Shape":
-        """Read off a model that is built without memory, so that any architecture counts as it is.
-
-        Experts count by the share of them that a token meets.
-        """
+        """Read off a causal language model that is built without memory, so that any architecture counts."""
         import torch
         from transformers import AutoModelForCausalLM
 
         from dpo_core.models import quiet_transformers
 
         with quiet_transformers(), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-        text = config.get_text_config()
-        head = model.get_output_embeddings().weight
-        embeddings = {m.weight for m in model.modules() if isinstance(m, torch.nn.Embedding)} | {head}
+            return cls.of_module(AutoModelForCausalLM.from_config(config))
+
+    @classmethod
+    def of_module(cls, module: Any) -> "Shape":
+        """Read off a causal language model or a reward model, as long as ZeRO 3 has not cut its weights up.
+
+        Experts count by the share of them that a token meets.
+        """
+        import torch
+
+        trunk = getattr(module, "backbone", module)
+        head = (module.get_output_embeddings() if trunk is module else module.head).weight
+        text = trunk.config.get_text_config()
+        embeddings = {m.weight for m in module.modules() if isinstance(m, torch.nn.Embedding)} | {head}
         experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 1
         met = getattr(text, "num_experts_per_tok", None) or experts
-        matrices = [p for p in model.parameters() if p.ndim >= 2 and p not in embeddings]
+
+        def count(weights: Iterable[Any]) -> int:
+            return sum(p.numel() * met // experts if p.ndim == 3 else p.numel() for p in weights)
+
+        matrices = [p for p in module.parameters() if p.ndim >= 2 and p not in embeddings]
         heads = text.num_attention_heads
         width = getattr(text, "head_dim", None) or text.hidden_size // heads
         return cls(
-            parameters=sum(p.numel() for p in model.parameters()),
-            trunk=sum(p.numel() * met // experts if p.ndim == 3 else p.numel() for p in matrices),
+            parameters=sum(p.numel() for p in module.parameters()),
+            trunk=count(matrices),
             head=head.numel(),
             layers=text.num_hidden_layers,
             attention=heads * width,
             vocabulary=len(head),
+            frozen_trunk=count(p for p in matrices if not p.requires_grad),
+            frozen_head=0 if head.requires_grad else head.numel(),
         )
 
+    def as_reward_model(self) -> "Shape":
+        """The same trunk with a head of one row."""
+        return replace(self, head=self.head // self.vocabulary, vocabulary=1)
 
-def sizes(document: Document, packed: bool) -> tuple[float, float, float]:
-    """Tokens fed, squares of the rows of attention, and scored positions of a document."""
+
+class Sizes(NamedTuple):
+    """What decides the cost of a forward pass, or a document's part in it."""
+
+    tokens: float
+    """Fed to the trunk; a shared prompt counts once, padding like any other."""
+    squares: float
+    """Sum over the rows of attention of their length squared."""
+    scored: float
+    """Positions where the head runs."""
+
+
+def sizes(document: Document, packed: bool) -> Sizes:
+    """Of a document by itself, without padding."""
     rows = [len(document)]
     if not packed:
         rows = [len(document.prompt) + len(b) - 1 for b in document.branches]
-    return sum(rows), sum(n * n for n in rows), sum(len(b) for b in document.branches)
+    return Sizes(sum(rows), sum(n * n for n in rows), sum(len(b) for b in document.branches))
+
+
+def pass_sizes(documents: Seq[Document], *, packed: bool, length: int | None = None) -> Sizes:
+    """Of documents in one forward pass, as `layout.pack` and `layout.pad` lay them out.
+
+    Args:
+        length: tokens to which a pack is padded; its padding attends to itself, like one more document.
+    """
+    parts = [sizes(document, packed) for document in documents]
+    scored = sum(part.scored for part in parts)
+    if packed:
+        tokens = sum(part.tokens for part in parts)
+        padding = max(length - tokens, 0) if length else 0
+        return Sizes(tokens + padding, sum(part.squares for part in parts) + padding**2, scored)
+    rows = [len(d.prompt) + len(b) - 1 for d in documents for b in d.branches]
+    return padded_sizes(rows, scored)
+
+
+def padded_sizes(rows: Seq[int], scored: float) -> Sizes:
+    """Of rows of these lengths in one forward pass: all are as long as the longest."""
+    width = max(rows)
+    return Sizes(len(rows) * width, len(rows) * width**2, scored)
 
 
 def forward(shape: Shape, tokens: float, squares: float, scored: float) -> float:
@@ -93,14 +149,15 @@ def training(
     checkpointing: bool = False,
     head_again: bool = False,
 ) -> float:
-    """Operations of forward and backward.
+    """Operations of forward and backward; frozen weights pass the gradient on and get none.
 
     Args:
         checkpointing: the layers run forward once more in the backward pass.
         head_again: so does the head (see `head.KEEP_LOGITS_BYTES`).
     """
     attention = _attention(shape, squares)
-    total = 6 * shape.trunk * tokens + (1 + _ATTENTION_BACKWARD) * attention + 6 * shape.head * scored
+    trunk, head = 6 * shape.trunk - 2 * shape.frozen_trunk, 6 * shape.head - 2 * shape.frozen_head
+    total = trunk * tokens + (1 + _ATTENTION_BACKWARD) * attention + head * scored
     if checkpointing:
         total += 2 * shape.trunk * tokens + attention
     return total + (2 * shape.head * scored if head_again else 0)
@@ -117,6 +174,14 @@ def generation(shape: Shape, prompts: Iterable[int], new: float) -> float:
         seen = prompt**2 + (new - 1) * prompt + new * (new - 1) / 2
         total += forward(shape, prompt + new - 1, seen, new)
     return total
+
+
+def sampling(shape: Shape, drawn: Iterable[tuple[int, int]]) -> float:
+    """Operations of sampling completions of any lengths: (tokens of the prompt, tokens drawn) of each.
+
+    Without the padding of prompts that are sampled together: neighbours in length share a batch.
+    """
+    return sum(generation(shape, [prompt], new) for prompt, new in drawn)
 
 
 def _attention(shape: Shape, squares: float) -> float:

@@ -13,10 +13,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from dpo_core import cost
 from dpo_core.adapters import LoraConfig
 from dpo_core.config import Config
 from dpo_core.engine_config import EngineConfig, OptimConfig
 from dpo_core.errors import RecipeError, StageFailed
+from dpo_core.head import keeps_logits
 from dpo_core.layout import Document
 from dpo_core.logprobs import autocast
 from dpo_core.objectives import Objective, PairLogps, Term, Totals, combine, get, pair_metrics, wpo_weights
@@ -182,6 +184,7 @@ class DpoTrainer(PackedTrainer[TokenPair]):
         self.live = live_reference if config.needs_live_reference else None
         if self.live is not None:
             self.live.to(self.engine.device).eval().requires_grad_(False)
+            self.live_shape = cost.Shape.of_module(self.live)
         elif config.needs_reference:
             if reference is None:
                 raise StageFailed("the DPO job names no reference log-probs", "Run the cache stage first")
@@ -227,6 +230,18 @@ class DpoTrainer(PackedTrainer[TokenPair]):
             chosen_tokens=sum(len(e.chosen.completion) for e in everyone),
             prompt_tokens=sum(len(e.chosen.prompt) - 1 for e in everyone),
         )
+
+    def micro_flops(self, micro: Seq[TokenPair]) -> float:
+        sizes = self.sizes(micro)
+        total = self.trained_flops(sizes)
+        if "prompt" in self.extras:
+            total += self.trained_flops(cost.Sizes(0, 0, sum(len(e.chosen.prompt) - 1 for e in micro)))
+        if self.live is not None:
+            total += cost.forward(self.live_shape, *sizes)
+            # The KL's backward pass reads the reference's distribution: computed again where the policy's is.
+            if "kl" in self.extras and not keeps_logits(round(sizes.scored), self.shape.vocabulary):
+                total += cost.forward(self.live_shape, 0, 0, sizes.scored)
+        return total
 
     def losses(self, batch: Seq[TokenPair]) -> tuple[Tensor, dict[str, Tensor]]:
         logps = self.logps(batch)

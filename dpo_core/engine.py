@@ -330,6 +330,11 @@ class MetricsFile:
             handle.write(line + "\n")
 
 
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a `metrics.jsonl`."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])

@@ -220,5 +220,7 @@ def scoring_flops(source: str) -> Callable[[Seq[Sequence]], float]:
         return lambda sequences: 0.0
     from transformers import AutoConfig
 
-    shape = cost.Shape.of(AutoConfig.from_pretrained(Path(source, "backbone")))
-    return lambda sequences: sum(cost.forward(shape, len(s), len(s) ** 2, 0) for s in sequences)
+    from dpo_core import reward_training
+
+    shape = cost.Shape.of(AutoConfig.from_pretrained(Path(source, "backbone"))).as_reward_model()
+    return lambda sequences: reward_training.scoring_flops(shape, sequences)

@@ -6,11 +6,13 @@ What a log-prob is stands in `scores`.
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from dpo_core import cost
 from dpo_core.attention import whole_blocks
 from dpo_core.errors import ModelError
 from dpo_core.layout import Document, pack, pad
@@ -45,6 +47,40 @@ def completion_logps(
         return
     model.eval()
     device = next(model.parameters()).device
+    plan = _plan(model, sequences, token_budget)
+    for group in plan.groups:
+        chosen = [plan.documents[d] for d in group]
+        layout = (pack(chosen, plan.width) if plan.shared else pad(chosen)).to(device)
+        with torch.no_grad(), autocast(precision, device):
+            scores = branch_scores(model, layout)
+        rows = [i for d in group for i in plan.families[d]]
+        logps = scores.logps_SL.cpu()
+        yield {i: logps_L[: len(sequences[i].completion)] for i, logps_L in zip(rows, logps, strict=True)}
+
+
+def read_flops(model: nn.Module, sequences: Seq[Sequence], token_budget: int) -> float:
+    """Operations of `completion_logps`, counted from lengths."""
+    if not sequences:
+        return 0.0
+    shape, plan = cost.Shape.of_module(model), _plan(model, sequences, token_budget)
+    passes = [[plan.documents[d] for d in group] for group in plan.groups]
+    sizes = [cost.pass_sizes(one, packed=plan.shared, length=plan.width) for one in passes]
+    return sum(cost.forward(shape, *one) for one in sizes)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which completions share a prompt, and which prompts a forward pass."""
+
+    families: list[list[int]]
+    documents: list[Document]
+    groups: list[list[int]]
+    """Numbers of the documents of each pass."""
+    shared: bool
+    width: int | None
+
+
+def _plan(model: nn.Module, sequences: Seq[Sequence], token_budget: int) -> _Plan:
     families = _families(sequences, token_budget)
     # Tried only where there is something to share: it costs two small passes.
     shared = len(families) < len(sequences) and can_share(model)
@@ -55,16 +91,9 @@ def completion_logps(
     groups = length_batches([len(d) for d in documents], token_budget)
     # Compiled kernels want one shape; a CPU does not, and would only compute on padding.
     width = None
-    if shared and device.type == "cuda":
+    if shared and next(model.parameters()).is_cuda:
         width = whole_blocks(max(sum(len(documents[d]) for d in group) for group in groups))
-    for group in groups:
-        chosen = [documents[d] for d in group]
-        layout = (pack(chosen, width) if shared else pad(chosen)).to(device)
-        with torch.no_grad(), autocast(precision, device):
-            scores = branch_scores(model, layout)
-        rows = [i for d in group for i in families[d]]
-        logps = scores.logps_SL.cpu()
-        yield {i: logps_L[: len(sequences[i].completion)] for i, logps_L in zip(rows, logps, strict=True)}
+    return _Plan(families, documents, groups, shared, width)
 
 
 def _families(sequences: Seq[Sequence], token_budget: int) -> list[list[int]]:

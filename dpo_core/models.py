@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -187,7 +188,7 @@ def load_model(source: Path, *, trust_remote_code: bool = False) -> "PreTrainedM
         folder = source
         _require_safetensors(folder)
     try:
-        with quiet_transformers():
+        with _LOADING, quiet_transformers():
             model, info = AutoModelForCausalLM.from_pretrained(
                 str(folder), output_loading_info=True, **arguments
             )
@@ -203,6 +204,8 @@ def load_model(source: Path, *, trust_remote_code: bool = False) -> "PreTrainedM
     return model.eval()
 
 
+# transformers changes how modules are made for all threads while it loads one; two at once lose weights.
+_LOADING = threading.Lock()
 _LOAD_REMEDY = "Use a complete checkpoint of a causal language model that transformers knows"
 _GGUF_REMEDY = "The file is damaged or no GGUF model: download it again"
 

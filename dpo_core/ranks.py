@@ -3,6 +3,8 @@
 import logging
 import os
 import re
+import resource
+import sys
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -46,6 +48,23 @@ def limit_waiting(seconds: float) -> None:
     groups = torch.distributed.distributed_c10d
     for group in list(groups._world.pg_map):
         groups._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def peak_bytes() -> int:
+    """This process's peak so far: allocated on its GPU, resident where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    # Linux counts the resident set in KiB, macOS in bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_memory() -> int:
+    """Peak of the job so far: of all ranks together on CPUs, which they may share; of the fullest GPU."""
+    on_gpu = torch.cuda.is_available()
+    peak = torch.tensor(peak_bytes(), device="cuda" if on_gpu else "cpu")
+    reduce = torch.distributed.ReduceOp
+    torch.distributed.all_reduce(peak, reduce.MAX if on_gpu else reduce.SUM)
+    return int(peak)
 
 
 # What gloo, NCCL and the rendezvous store say when the other side has died or does not answer.

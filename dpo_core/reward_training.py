@@ -7,6 +7,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from dpo_core import cost
 from dpo_core.engine_config import EngineConfig, OptimConfig
 from dpo_core.layout import right_padded
 from dpo_core.logprobs import autocast, length_batches
@@ -41,6 +42,9 @@ class RewardTrainer(Trainer[TokenPair]):
     def weight(self, example: TokenPair) -> float:
         return 1.0
 
+    def sizes(self, batch: Seq[TokenPair]) -> cost.Sizes:
+        return read_sizes([s for e in batch for s in (e.chosen, e.rejected)])
+
     def losses(self, batch: Seq[TokenPair]) -> tuple[Tensor, dict[str, Tensor]]:
         sequences = [e.chosen for e in batch] + [e.rejected for e in batch]
         rewards_2B = reward_of(self.module, sequences, self.config.engine.precision)
@@ -54,6 +58,11 @@ class RewardTrainer(Trainer[TokenPair]):
                 "rewards/accuracies": (chosen_B > rejected_B).float().sum(),
             }
         return losses_B.sum(), metrics
+
+
+def read_sizes(sequences: Seq[Sequence]) -> cost.Sizes:
+    """What `reward_of` computes, from lengths alone; the head reads one position of each."""
+    return cost.padded_sizes([len(s) for s in sequences], len(sequences))
 
 
 def reward_of(model: RewardModel, sequences: Seq[Sequence], precision: str) -> Tensor:
@@ -84,6 +93,12 @@ def score(
         done += len(group)
         progress(done)
     return rewards
+
+
+def scoring_flops(shape: cost.Shape, sequences: Seq[Sequence], token_budget: int = 4096) -> float:
+    """Operations of `score`, of a reward model of this shape."""
+    groups = length_batches([len(s) for s in sequences], token_budget)
+    return sum(cost.forward(shape, *read_sizes([sequences[i] for i in group])) for group in groups)
 
 
 def normalise_on(

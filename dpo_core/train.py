@@ -2,7 +2,8 @@
 
 The job file says what to train, from what, with which settings, and where to write. The same file runs on one
 process, on many, and on a cluster. At the end `out` holds a checkpoint folder (or a reward model) and
-`work/result.json` the last metrics. Exit status: 0 done, 2 bad input, 4 failed, 75 stopped on purpose.
+`work/result.json` the last metrics, the operations of all steps and the peak memory. Exit status: 0 done,
+2 bad input, 4 failed, 75 stopped on purpose.
 """
 
 import argparse
@@ -89,8 +90,9 @@ class Job(Config):
 
 def run(job: Job, watch: "Watch") -> dict[str, float]:
     """Train, write the model, write the result. Every rank calls this."""
+    from dpo_core.engine import read_metrics
     from dpo_core.jobs import build
-    from dpo_core.ranks import start_distributed
+    from dpo_core.ranks import peak_memory, start_distributed
     from dpo_core.training import write_result
 
     engine = job.settings.engine
@@ -102,10 +104,13 @@ def run(job: Job, watch: "Watch") -> dict[str, float]:
             (Path(job.work) / left).unlink(missing_ok=True)
     trainer, export = build(job)
     metrics = trainer.train()
+    peak = peak_memory()
     state = trainer.engine.full_state()
     if trainer.engine.rank == 0:
         export(state)
-        write_result(Path(job.work), {"metrics": metrics})
+        # All lines, so that what was computed before a resume is in it.
+        flops = sum(line.get("flops", 0.0) for line in read_metrics(Path(job.work) / "metrics.jsonl"))
+        write_result(Path(job.work), {"metrics": metrics, "flops": flops, "peak_memory_bytes": peak})
     trainer.engine.barrier()
     watch.leave()
     return metrics

@@ -17,12 +17,14 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from dpo_core import cost
 from dpo_core.attention import checkpoint_layers, trunk_of, whole_blocks
-from dpo_core.batches import Batches, PackedBatches, PaddedBatches
+from dpo_core.batches import Batch, Batches, PackedBatches, PaddedBatches
 from dpo_core.config import Config
 from dpo_core.engine import Engine, MetricsFile, Stopped
 from dpo_core.engine_config import EngineConfig, OptimConfig
 from dpo_core.errors import StageFailed
+from dpo_core.head import keeps_logits
 from dpo_core.layout import Document, Layout, pack, pad
 from dpo_core.scores import can_share
 
@@ -90,6 +92,7 @@ class Trainer(ABC, Generic[Example]):
         self.module = module
         self.total_steps = config.steps(len(examples))
         self.batches = self.make_batches()
+        self.shape = cost.Shape.of_module(module)  # before ZeRO cuts the weights up
         if config.engine.gradient_checkpointing:
             checkpoint_layers(module)
         if config.engine.compile:
@@ -114,6 +117,27 @@ class Trainer(ABC, Generic[Example]):
     @abstractmethod
     def losses(self, batch: Seq[Example]) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum of the loss over a micro-batch, and sums of metrics over its examples."""
+
+    @abstractmethod
+    def sizes(self, batch: Seq[Example]) -> cost.Sizes:
+        """What the forward pass of a micro-batch computes, from lengths alone."""
+
+    def flops(self, batch: Batch) -> float:
+        """Operations of a step over all ranks, those on padding and those done again included."""
+        return sum(self.micro_flops([self.examples[i] for i in micro]) for micro in batch.passes)
+
+    def micro_flops(self, micro: Seq[Example]) -> float:
+        """Operations of forward and backward of a micro-batch."""
+        return self.trained_flops(self.sizes(micro))
+
+    def trained_flops(self, sizes: cost.Sizes) -> float:
+        """Operations of forward and backward of the trained model."""
+        return cost.training(
+            self.shape,
+            *sizes,
+            checkpointing=self.config.engine.gradient_checkpointing,
+            head_again=not keeps_logits(round(sizes.scored), self.shape.vocabulary),
+        )
 
     def make_batches(self) -> Batches:
         """How the examples become micro-batches."""
@@ -199,6 +223,7 @@ class Trainer(ABC, Generic[Example]):
             "learning_rate": rate,
             "epoch": (step + 1) * len(everyone) / len(self.examples),
             "num_tokens": float(sum(self.tokens(e) for e in everyone)),
+            "flops": self.flops(batch),
             "tokens_per_second": sum(self.tokens(e) for e in everyone) / seconds,
             "seconds_per_step": seconds,
         }
@@ -251,6 +276,10 @@ class PackedTrainer(Trainer[Example]):
             rank=torch.distributed.get_rank(),
             world=torch.distributed.get_world_size(),
         )
+
+    def sizes(self, batch: Seq[Example]) -> cost.Sizes:
+        length = self._fixed_length() if self.packed else None
+        return cost.pass_sizes([self.document(e) for e in batch], packed=self.packed, length=length)
 
     def lay_out(self, examples: Seq[Example]) -> Layout:
         """A micro-batch as tensors on the device."""

@@ -19,7 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from dpo_core import cost
 from dpo_core.attention import whole_blocks
+from dpo_core.batches import Batch
 from dpo_core.dpo import DpoConfig, require_reference_values
 from dpo_core.errors import DataError, StageFailed
 from dpo_core.layout import Document
@@ -236,12 +238,19 @@ class UnpairedTrainer(PackedTrainer[UnpairedExample]):
         return 1.0
 
     def begin_step(self, everyone: Seq[UnpairedExample]) -> None:
+        total = self._ratio_sum(self._coupling_examples(everyone))
         if self.strangers:
-            self.kl = z0(self._ratio_sum([self.strangers[e.id] for e in everyone]), len(everyone))
+            self.kl = z0(total, len(everyone))
             return
-        self.rewards += self.beta * float(self._ratio_sum(everyone))
+        self.rewards += self.beta * float(total)
         self.seen += len(everyone)
         self.baseline = torch.tensor(self.rewards / self.seen, device=self.engine.device)
+
+    def flops(self, batch: Batch) -> float:
+        coupling = self._coupling_examples([self.examples[i] for i in batch.everyone])
+        shares = self._shares(coupling)
+        passes = [share[min(n, len(share) - 1)] for n in range(max(map(len, shares))) for share in shares]
+        return super().flops(batch) + sum(cost.forward(self.shape, *self.sizes(one)) for one in passes)
 
     def losses(self, batch: Seq[UnpairedExample]) -> tuple[Tensor, dict[str, Tensor]]:
         policy_B, ref_B, tokens_B = self._logps(batch)
@@ -259,12 +268,14 @@ class UnpairedTrainer(PackedTrainer[UnpairedExample]):
         ref_B = torch.tensor([self.reference[e.sequence] for e in batch], device=policy_B.device)
         return policy_B, ref_B, scores.lengths_S
 
+    def _coupling_examples(self, everyone: Seq[UnpairedExample]) -> Seq[UnpairedExample]:
+        """What the number that couples a batch is computed of: KTO's mismatched pairs, else the examples."""
+        return [self.strangers[e.id] for e in everyone] if self.strangers else everyone
+
     @torch.no_grad()
     def _ratio_sum(self, everyone: Seq[UnpairedExample]) -> Tensor:
         """Sum of log π/π_ref over the global batch, over all ranks; 0-dim, float64."""
-        order = sorted(everyone, key=self.length, reverse=True)
-        world = self.engine.world
-        shares = [self._passes(order[rank::world]) for rank in range(world)]
+        shares = self._shares(everyone)
         mine = shares[self.engine.rank]
         total = torch.zeros((), dtype=torch.float64)
         for number in range(max(map(len, shares))):
@@ -273,6 +284,12 @@ class UnpairedTrainer(PackedTrainer[UnpairedExample]):
             if number < len(mine):
                 total += (policy_B.double() - ref_B).sum().cpu()
         return self.engine.all_sum(total)
+
+    def _shares(self, everyone: Seq[UnpairedExample]) -> list[list[list[UnpairedExample]]]:
+        """The forward passes of each rank."""
+        order = sorted(everyone, key=self.length, reverse=True)
+        world = self.engine.world
+        return [self._passes(order[rank::world]) for rank in range(world)]
 
     def _passes(self, examples: Seq[UnpairedExample]) -> list[list[UnpairedExample]]:
         """Examples in groups that fit one forward pass each."""

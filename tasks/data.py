@@ -199,6 +199,7 @@ def sample_pairs(
     """Completions of training and held-out prompts from the reference, labelled by a known reward."""
 
     def work(given: Work) -> Output:
+        from dpo_core import cost
         from dpo_core.jobs import read_rows, scorer
         from dpo_core.models import load_model, load_tokenizer
         from dpo_core.tokens import Tokenise
@@ -212,7 +213,8 @@ def sample_pairs(
             for row in rows
             for _ in range(config.samples_per_prompt)
         ]
-        drawn = _sample(given, load_model(reference.path), wanted, config, tokenizer.eos_token_id, seed)
+        model = load_model(reference.path)
+        drawn = _sample(given, model, wanted, config, tokenizer.eos_token_id, seed)
         from dpo_core.tokens import Sequence
 
         texts = tokenizer.batch_decode([list(c.ids) for c in drawn], skip_special_tokens=True)
@@ -230,7 +232,10 @@ def sample_pairs(
         out = given.fresh("out")
         frame.to_parquet(out / "data.parquet", index=False)
         metrics = {f"data/{k}": float(v) for k, v in facts.items()}
-        return Output(out, rows=len(frame), extra=facts, metrics=metrics)
+        lengths = [(len(ids), len(c.ids)) for (_, ids), c in zip(wanted, drawn, strict=True)]
+        flops = cost.sampling(cost.Shape.of_module(model), lengths)
+        extra = facts | {"flops": flops}
+        return Output(out, rows=len(frame), extra=extra, metrics=metrics | {"cost/flops": flops})
 
     slice_ = {
         "pairs": config.model_dump(mode="json"),

@@ -40,19 +40,21 @@ def evaluate(
     """
 
     def work(given: Work) -> Output:
-        results = _evaluate(given, policies, prompts, pairs, reward_model, reward, config, tokens, seed)
+        results, flops = _evaluate(
+            given, policies, prompts, pairs, reward_model, reward, config, tokens, seed
+        )
         out = given.fresh("out")
         (out / "evaluation.json").write_text(
             json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)
         )
         given.mlflow.artifact(out / "evaluation.json")
-        metrics = {}
+        metrics = {"cost/flops": flops}
         for row in results["policies"]:
             for name, value in row.items():
                 number = value["value"] if isinstance(value, dict) else value
                 if isinstance(number, int | float):
                     metrics[f"{name}/{row['name'].lower()}"] = float(number)
-        return Output(out, rows=results["n_prompts"], metrics=metrics)
+        return Output(out, rows=results["n_prompts"], extra={"flops": flops}, metrics=metrics)
 
     inputs = {f"policy-{name}": manifest for name, manifest in policies.items()}
     inputs |= {"prompts": prompts, kind_of(pairs): pairs}
@@ -77,9 +79,11 @@ def _evaluate(
     config: EvaluateConfig,
     tokens: TokenConfig,
     seed: int,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], float]:
+    """What the policies were measured at, and the operations that it took."""
     from dpo_core.evaluate import sequence_logps, summarise
     from dpo_core.jobs import scorer
+    from dpo_core.logprobs import read_flops
     from dpo_core.models import load_model, load_tokenizer
     from dpo_core.tokens import Tokenise
 
@@ -111,6 +115,7 @@ def _evaluate(
                 seed,
                 lambda n, done=done: bar.update(done + n),
             )
+            facts["flops"] += _scoring_flops(reference, facts) if reward_model else 0.0
             temporary = path.with_suffix(".tmp")
             temporary.write_text(json.dumps(facts))
             temporary.replace(path)
@@ -121,7 +126,8 @@ def _evaluate(
         baseline = None if name == "SFT" else samples["SFT"]
         row = summarise(samples[name], baseline, seed=seed, length=config.sampling.max_new_tokens)
         rows.append({"name": name, **row, "accuracy": None if name == "SFT" else facts["accuracy"]})
-    return {
+    flops = read_flops(reference, sides, config.token_budget) + sum(f["flops"] for f in measured.values())
+    results = {
         "reward_name": "reward model" if reward_model else reward,
         "reward_is_true": reward_model is None,
         "n_prompts": len(asked),
@@ -130,6 +136,7 @@ def _evaluate(
         "policies": rows,
         "samples": _side_by_side(samples, asked, tokenizer, config.shown),
     }
+    return results, flops
 
 
 def held_out_prompts(
@@ -171,12 +178,14 @@ def _measure(
     seed: int,
     progress: Any,
 ) -> dict[str, Any]:
-    """Samples of one policy with rewards and KL, and its accuracy on the held-out pairs.
+    """Samples of one policy with rewards and KL, its accuracy on the held-out pairs, and the operations.
 
     Args:
         held_out: the pairs, their sequences (chosen and rejected in turn) and these under the reference.
     """
+    from dpo_core import cost
     from dpo_core.evaluate import kl_estimates, preference_accuracy, sample_policy, sequence_logps
+    from dpo_core.logprobs import read_flops
 
     same = policy is reference
     drawn = sample_policy(policy, asked, config, scorer=score, eos_id=eos_id, seed=seed, progress=progress)
@@ -185,19 +194,31 @@ def _measure(
     theirs = ours if same else sequence_logps(reference, drawn.sequences, *settings)
     drawn.kl_k1, drawn.kl_k3 = kl_estimates(ours, theirs)
     drawn.entropy = -float(sum(x.double().sum() for x in ours)) / sum(len(x) for x in ours)
+    lengths = [(len(s.prompt), len(s.completion)) for s in drawn.sequences]
+    flops = cost.sampling(cost.Shape.of_module(policy), lengths)
+    flops += read_flops(policy, drawn.sequences, config.token_budget) * (1 if same else 2)
     accuracy = None
     pairs, sides, known = held_out
     if pairs and not same:
+        flops += read_flops(policy, sides, config.token_budget)
         ours = sequence_logps(policy, sides, *settings)
         accuracy = preference_accuracy(pairs, ours, known).model_dump()
-    return {**asdict(drawn), "accuracy": accuracy}
+    return {**asdict(drawn), "accuracy": accuracy, "flops": flops}
+
+
+def _scoring_flops(reference: Any, facts: dict[str, Any]) -> float:
+    """Operations of a reward model, which was made of the reference, on the samples."""
+    from dpo_core.cost import Shape
+    from dpo_core.reward_training import scoring_flops
+
+    return scoring_flops(Shape.of_module(reference).as_reward_model(), _samples(facts).sequences)
 
 
 def _samples(facts: dict[str, Any]) -> Any:
     from dpo_core.evaluate import PolicySamples
     from dpo_core.tokens import Sequence as Ids
 
-    fields = {k: v for k, v in facts.items() if k != "accuracy"}
+    fields = {k: v for k, v in facts.items() if k not in ("accuracy", "flops")}
     fields["sequences"] = [Ids(tuple(s["prompt"]), tuple(s["completion"])) for s in facts["sequences"]]
     return PolicySamples(**fields)
 

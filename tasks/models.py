@@ -135,9 +135,11 @@ def cache_reference(
             "sequences": logps.sequences,
             "computed": logps.computed,
             "from_cache": found,
+            "flops": logps.flops,
             **{f"dropped_{reason}": count for reason, count in dropped.items()},
         }
         metrics = {"cache/computed": float(logps.computed), "cache/found": float(found)}
+        metrics["cost/flops"] = logps.flops
         metrics |= {f"data/{reason}": float(count) for reason, count in dropped.items()}
         return Output(out, rows=len(rows) - sum(dropped.values()), extra=extra, metrics=metrics)
 

@@ -97,11 +97,11 @@ def _stages_run(workspace: Path) -> Iterator[StageRow]:
 
 
 def _operations(workspace: str, row: StageRow) -> float:
-    """6N a trained token (PPO's tokens are partly only read, and it samples: left out)."""
-    if row.kind != "model" or row.parameters is None or row.name == "train-ppo":
+    """What a training counted (PPO samples as well, which is slower: left out)."""
+    if row.kind != "model" or row.name == "train-ppo":
         return 0.0
     for manifest in Store(workspace).history(row.name):
         if manifest.sha256 == row.sha256:
-            tokens = manifest.extra.get("tokens_trained")
-            return 6.0 * row.parameters * tokens if isinstance(tokens, int | float) else 0.0
+            flops = manifest.extra.get("flops")
+            return flops if isinstance(flops, int | float) else 0.0
     return 0.0

@@ -259,7 +259,7 @@ class Workload:
 
     def _read(self, examples: Examples) -> tuple[float, float]:
         """Tokens and operations of one forward pass over all examples, each prompt once."""
-        sizes = [cost.sizes(d, packed=True) for d in examples.documents] or [(0.0, 0.0, 0.0)]
+        sizes = [cost.sizes(d, packed=True) for d in examples.documents] or [cost.Sizes(0.0, 0.0, 0.0)]
         means = [float(np.mean(column)) for column in zip(*sizes, strict=True)]
         return examples.count * means[0], examples.count * cost.forward(self.shape, *means)
 

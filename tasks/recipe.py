@@ -163,12 +163,12 @@ class Recipe(Config):
             for setting in arm.settings:
                 try:
                     self.arm_config(arm, setting)
-                except ValidationError as error:
-                    first = error.errors()[0]
-                    field = ".".join(map(str, first["loc"]))
-                    raise ValueError(
-                        f"arm '{arm.name}', setting {arm.label(setting)}: {field}: {first['msg']}"
-                    ) from error
+                except (ValidationError, RecipeError) as error:
+                    what = str(error)
+                    if isinstance(error, ValidationError):
+                        first = error.errors()[0]
+                        what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+                    raise ValueError(f"arm '{arm.name}', setting {arm.label(setting)}: {what}") from error
 
     def arm_config(self, arm: ArmConfig, setting: dict[str, Any]) -> Settings:
         """The settings of an arm's method at one of its points."""

@@ -142,7 +142,9 @@ class Cost(Config):
     seconds_by_stage: dict[str, float] = Field(default_factory=dict)
     tokens_trained: int = 0
     flops: float | None = None
+    """Floating-point operations, as each stage counted its own."""
     peak_memory_bytes: int | None = None
+    """Of the training job that took most."""
 
 
 class ModelRow(Config):

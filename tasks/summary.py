@@ -121,8 +121,10 @@ def headline_metrics(report: RunReport) -> dict[str, float]:
             estimate = getattr(row, key)
             if estimate is not None:
                 metrics[f"{key}/{row.name.lower()}"] = estimate.value
-    if report.cost:
-        metrics |= {"cost/seconds": report.cost.seconds, "cost/tokens_trained": report.cost.tokens_trained}
+    for name in ("seconds", "tokens_trained", "flops", "peak_memory_bytes"):
+        value = getattr(report.cost, name, None)
+        if value is not None:
+            metrics[f"cost/{name}"] = value
     return metrics
 
 
@@ -202,19 +204,18 @@ def _curve(manifest: Manifest) -> list[dict[str, float]]:
 
 
 def cost_of(stages: Mapping[str, StageResult], seconds: float) -> Cost:
-    """What a run used; stages that were found in the store cost it nothing."""
-    tokens = flops = 0.0
-    for result in stages.values():
-        trained = result.manifest.extra.get("tokens_trained")
-        if isinstance(trained, int | float) and not result.cached:
-            tokens += trained
-            # 6 N a trained token (Kaplan et al. 2020); attention and the reference pass are not in it.
-            flops += 6.0 * (result.manifest.parameters or 0) * trained
+    """What the stages that ran counted; those found in the store cost nothing."""
+
+    def counted(name: str) -> list[float]:
+        found = [result.manifest.extra.get(name) for result in stages.values() if not result.cached]
+        return [value for value in found if isinstance(value, int | float)]
+
     return Cost(
         seconds=seconds,
         seconds_by_stage={name: result.seconds for name, result in stages.items()},
-        tokens_trained=int(tokens),
-        flops=flops or None,
+        tokens_trained=int(sum(counted("tokens_trained"))),
+        flops=sum(counted("flops")) or None,
+        peak_memory_bytes=int(max(counted("peak_memory_bytes"), default=0)) or None,
     )
 
 

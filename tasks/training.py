@@ -261,7 +261,7 @@ def train(
     launcher = LocalLauncher()
     given.mlflow.tag("dpo.command", launcher.render(path, processes))
     _watch(given, launcher, path, processes, given.progress(total_steps))
-    metrics = json.loads((given.scratch / "result.json").read_text())["metrics"]
+    result = json.loads((given.scratch / "result.json").read_text())
     lines = (given.scratch / "metrics.jsonl").read_text().splitlines()
     curve = [json.loads(line) for line in lines]
     (out / "metrics.jsonl").write_text("".join(json.dumps(_timeless(row)) + "\n" for row in curve))
@@ -269,9 +269,13 @@ def train(
         "steps": len(curve),
         "tokens_trained": sum(row.get("num_tokens", 0.0) for row in curve),
         "weights_sha256": weights_digest(out) if (out / "config.json").exists() else None,
-        "final": {k: v for k, v in metrics.items() if isinstance(v, float)},
+        "final": {k: v for k, v in result["metrics"].items() if isinstance(v, float)},
+        "flops": result["flops"],
+        "peak_memory_bytes": result["peak_memory_bytes"],
+        "seconds": sum(row.get("seconds_per_step", 0.0) for row in curve),
     }
-    return Output(out, parameters=parameter_count(out), extra=extra)
+    costs = {f"cost/{name}": float(result[name]) for name in ("flops", "peak_memory_bytes")}
+    return Output(out, parameters=parameter_count(out), extra=extra, metrics=costs)
 
 
 def _timeless(row: dict[str, float]) -> dict[str, float]:

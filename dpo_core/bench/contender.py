@@ -7,7 +7,6 @@ and the operations that all steps took, those on padding and on repeated prompts
 
 import json
 import logging
-import resource
 import sys
 import tempfile
 import time
@@ -18,7 +17,7 @@ import torch
 
 from dpo_core import cost
 from dpo_core.config import Config
-from dpo_core.layout import Layout, Pack, PaddedRows
+from dpo_core.ranks import peak_bytes
 from dpo_core.tokens import Sequence, TokenPair
 
 BETA = 0.1
@@ -74,10 +73,7 @@ def run(race: Race) -> dict[str, Any]:
     rows = json.loads(Path(race.pairs).read_text())
     with tempfile.TemporaryDirectory() as work:
         result = {"ours": _ours, "trl": _trl}[race.contender](race, rows, Path(work))
-    cuda = torch.cuda.is_available()
-    # Linux counts the resident set in KiB.
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return result | {"peak_bytes": torch.cuda.max_memory_allocated() if cuda else resident}
+    return result | {"peak_bytes": peak_bytes()}
 
 
 def _ours(race: Race, rows: list[dict[str, Any]], work: Path) -> dict[str, Any]:
@@ -124,34 +120,13 @@ def _ours(race: Race, rows: list[dict[str, Any]], work: Path) -> dict[str, Any]:
     )
     with torch.no_grad():
         first = [trainer.losses([pair])[0].item() for pair in pairs[:COMPARED]]
-    seconds = []
+    seconds, flops = [], 0.0
     for step in range(trainer.total_steps):
         start = time.perf_counter()
-        trainer._step(step)
+        flops += trainer._step(step)["flops"]
         _synchronise()
         seconds.append(time.perf_counter() - start)
-    shape = cost.Shape.of(module.config)
-    micro_batches = [
-        micro for step in range(trainer.total_steps) for micro in trainer.batches.of_step(step).mine
-    ]
-    flops = sum(layout_flops(shape, trainer.lay_out([pairs[i] for i in micro])) for micro in micro_batches)
     return {"first_losses": first, "seconds": seconds, "pairs_per_step": race.batch_size, "flops": flops}
-
-
-def layout_flops(shape: cost.Shape, layout: Layout) -> float:
-    """Operations of forward and backward of a layout."""
-    from dpo_core.head import keeps_logits
-
-    if isinstance(layout, Pack):
-        squares = float(torch.bincount(layout.document_T.cpu()).square().sum())
-        tokens = len(layout.ids_T)
-    else:
-        assert isinstance(layout, PaddedRows)
-        rows, width = layout.ids_ST.shape
-        tokens, squares = rows * width, float(rows * width**2)
-    scored = len(layout.targets_N)
-    again = not keeps_logits(scored, shape.vocabulary)
-    return cost.training(shape, tokens, squares, scored, head_again=again)
 
 
 def _trl(race: Race, rows: list[dict[str, Any]], work: Path) -> dict[str, Any]:

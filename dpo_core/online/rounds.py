@@ -134,7 +134,7 @@ class OnlineTrainer(ABC, Generic[Micro]):
         self.rounds, self.around = config, around
         self.reference = reference.eval().requires_grad_(False)
         self.module = policy
-        self.shape = cost.Shape.of(policy.config)
+        self.shape = cost.Shape.of_module(policy)
         self.micro_per_step = self._micro_per_step()
         self.engine = self.make_engine(policy, config.optim, self.companions())
         self.reference.to(self.engine.device)
@@ -384,7 +384,7 @@ class OnlineTrainer(ABC, Generic[Micro]):
     def _costs(self, asked: list[Episode], rollouts: list[Rollout]) -> dict[str, float]:
         """Tokens and operations of a round: drawing, scoring, reading twice, updating."""
         sequences = [e.sequence for e in asked]
-        drawing = sum(cost.generation(self.shape, [len(s.prompt)], len(s.completion)) for s in sequences)
+        drawing = cost.sampling(self.shape, [(len(s.prompt), len(s.completion)) for s in sequences])
         reading = 2 * self._passes(rollouts, cost.forward)
         flops = drawing + self.around.scoring_flops(sequences) + reading + self.update_flops(rollouts)
         tokens = sum(len(e.sequence) for r in rollouts for e in r.episodes)

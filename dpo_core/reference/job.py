@@ -17,13 +17,14 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from pydantic import Field
 
 from dpo_core.config import Config
 from dpo_core.errors import DpoError, ModelError, StageFailed
-from dpo_core.logprobs import Precision, check_definition
+from dpo_core.logprobs import Precision, check_definition, read_flops
 from dpo_core.models import disable_dropout, load_model, quiet_transformers
 from dpo_core.reference.cache import ReferenceCache
 from dpo_core.reference.compute import compute
@@ -70,6 +71,8 @@ class ReferenceLogps:
     attention: str
     sequences: int
     computed: int
+    flops: float
+    """Operations of what was computed."""
 
 
 def reference_logps(
@@ -103,6 +106,7 @@ def reference_logps(
     known = cache.has(list(wanted))
     missing = [s for s, there in zip(wanted.values(), known, strict=True) if not there]
     tell = progress(len(missing))
+    flops = 0.0
     if missing:
         job = ReferenceJob(
             model=str(model),
@@ -115,9 +119,9 @@ def reference_logps(
             threads=threads,
         )
         write_sequences(Path(job.sequences), missing)
-        run_ranks(job, processes, tell)
+        flops = run_ranks(job, processes, tell)
         cache.reload()
-    return ReferenceLogps(cache.select(list(wanted)), attention, len(wanted), len(missing))
+    return ReferenceLogps(cache.select(list(wanted)), attention, len(wanted), len(missing), flops)
 
 
 def attention_of(model: Path) -> str:
@@ -158,18 +162,19 @@ def read_sequences(path: Path) -> list[Sequence]:
     ]
 
 
-def run_ranks(job: ReferenceJob, processes: int, progress: Callable[[int], None]) -> None:
+def run_ranks(job: ReferenceJob, processes: int, progress: Callable[[int], None]) -> float:
     """Compute the job's sequences: here where one process on CPUs does it, else in a child process a rank.
+
+    Returns the operations that it took.
 
     A GPU is only ever used by children: what this process took of its memory the trainer would lack.
     """
     import torch
 
     if processes == 1 and not torch.cuda.is_available():
-        run_rank(job, 0, 1, progress)
-        return
+        return run_rank(job, 0, 1, progress).flops
     work = Path(job.work)
-    for stale in [*work.glob("progress-*"), *work.glob("error-*.json")]:
+    for stale in [*work.glob("progress-*"), *work.glob("computed-*.json"), *work.glob("error-*.json")]:
         stale.unlink()
     path = work / "reference-job.json"
     path.write_text(job.model_copy(update={"parent": os.getpid()}).model_dump_json(indent=1))
@@ -190,6 +195,7 @@ def run_ranks(job: ReferenceJob, processes: int, progress: Callable[[int], None]
     if failed:
         raise _error_of(work, failed[0], ranks[failed[0]].returncode)
     progress(_done(work))
+    return sum(json.loads(path.read_text())["flops"] for path in work.glob("computed-*.json"))
 
 
 def _start_rank(path: Path, work: Path, rank: int, world: int) -> subprocess.Popen[bytes]:
@@ -217,8 +223,15 @@ def _error_of(work: Path, rank: int, status: int) -> DpoError:
     return error
 
 
-def run_rank(job: ReferenceJob, rank: int, world: int, progress: Callable[[int], None]) -> int:
-    """Compute and keep one rank's share of what the cache lacks; returns how many sequences that were.
+class Computed(NamedTuple):
+    """What a rank did."""
+
+    sequences: int
+    flops: float
+
+
+def run_rank(job: ReferenceJob, rank: int, world: int, progress: Callable[[int], None]) -> Computed:
+    """Compute and keep one rank's share of what the cache lacks.
 
     Raises:
         StageFailed: a log-prob is not finite, or the model does not run as the cache's key says.
@@ -231,7 +244,7 @@ def run_rank(job: ReferenceJob, rank: int, world: int, progress: Callable[[int],
     known = cache.has([sequence_key(s) for s in mine])
     missing = [s for s, there in zip(mine, known, strict=True) if not there]
     if not missing:
-        return 0
+        return Computed(0, 0.0)
     model = load_model(Path(job.model))
     if model.config._attn_implementation != job.attention:
         raise StageFailed(
@@ -255,7 +268,7 @@ def run_rank(job: ReferenceJob, rank: int, world: int, progress: Callable[[int],
         progress=progress,
         keep_seconds=job.keep_seconds,
     )
-    return len(missing)
+    return Computed(len(missing), read_flops(model, missing, job.token_budget))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -278,7 +291,9 @@ def main(argv: list[str] | None = None) -> int:
             raise StageFailed("the process that started this rank is gone", "Resume the run")
 
     try:
-        log.info("rank %d of %d computed %d sequences", rank, world, run_rank(job, rank, world, progress))
+        done = run_rank(job, rank, world, progress)
+        (work / f"computed-{rank}.json").write_text(json.dumps(done._asdict()))
+        log.info("rank %d of %d computed %d sequences", rank, world, done.sequences)
     except Exception as error:
         traceback.print_exc()
         expected = isinstance(error, DpoError)

@@ -61,6 +61,35 @@ def test_tracking_has_one_parent_and_one_child_a_stage(finished):
     assert version.tags["dpo.weights_uri"] == report["model"]["uri"]
 
 
+def test_what_was_computed_is_counted_and_stands_on_the_page(finished):
+    bench, report = finished
+    extras = {stage["name"]: _manifest(bench, report, stage["name"])["extra"] for stage in report["stages"]}
+    counted = {name: extra["flops"] for name, extra in extras.items() if "flops" in extra}
+    read = {"sample-pairs", "cache-reference", "evaluate"}
+    trained = {"prepare-sft", "train-dpo", "train-ppo"}
+    assert counted.keys() == read | trained
+    assert all(counted[name] > 0 for name in counted.keys() - {"train-ppo"})
+    assert report["cost"]["flops"] == sum(counted.values())
+    peaks = [extras[name]["peak_memory_bytes"] for name in trained]
+    assert report["cost"]["peak_memory_bytes"] == max(peaks) > 200 << 20
+    assert 0 < extras["train-dpo"]["seconds"] < 60
+    # Three forward passes of training are one of reading: each pair is trained on once in a while.
+    assert 0.1 < counted["train-dpo"] / (3 * counted["cache-reference"]) < 10
+    page = (bench.workspace / "runs" / report["run"]["name"] / "page.html").read_text()
+    assert "<dt>Compute</dt>" in page
+    assert "<dt>Peak memory</dt>" in page
+    client = MlflowClient(f"sqlite:///{bench.workspace / 'mlflow.db'}")
+    assert (
+        client.get_run(report["run"]["mlflow_run_id"]).data.metrics["cost/flops"] == report["cost"]["flops"]
+    )
+    runs = {stage["name"]: stage["mlflow_run_id"] for stage in report["stages"]}
+    for name in ("train-dpo", "evaluate"):
+        assert client.get_run(runs[name]).data.metrics["cost/flops"] == counted[name]
+    curve = Path(report["stages"][STAGES.index("train-dpo")]["uri"].removeprefix("file://"), "metrics.jsonl")
+    names = set(json.loads(curve.read_text().splitlines()[0]))
+    assert not names & {"time", "seconds_per_step", "tokens_per_second"}, "the same training, the same bytes"
+
+
 def test_a_second_run_does_nothing_and_is_quick(finished):
     bench, first = finished
     index = bench.index()
