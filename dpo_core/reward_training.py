@@ -2,13 +2,16 @@
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from dpo_core import cost
 from dpo_core.engine_config import EngineConfig, OptimConfig
+from dpo_core.errors import RecipeError
 from dpo_core.layout import right_padded
 from dpo_core.logprobs import autocast, length_batches
 from dpo_core.reward_model import RewardModel, bradley_terry_loss
@@ -21,10 +24,27 @@ class RewardModelConfig(LoopConfig):
 
     centring: float = Field(0.01, ge=0)
     """Weight of (r_chosen + r_rejected)^2, which keeps rewards near zero."""
+    margin: Literal["none", "agreement"] = "none"
+    """agreement: the chosen answer must win by more where more of the votes were for it; a pair without votes
+    asks for no margin."""
+    margin_scale: float = Field(1.0, gt=0)
+    """The margin is this times (2 * agreement - 1): nothing for a tie, all of it where everybody agreed."""
     optim: OptimConfig = OptimConfig(learning_rate=2e-5)
     """Optimiser and schedule; it ends at zero."""
     engine: EngineConfig = EngineConfig()
     """Precision, ZeRO stage, ranks, checkpoints."""
+
+    @model_validator(mode="after")
+    def _scale_is_read(self) -> "RewardModelConfig":
+        if self.margin == "none" and self.margin_scale != 1.0:
+            raise ValueError("margin_scale would not be read: margin is none")
+        return self
+
+    def margin_of(self, pair: TokenPair) -> float:
+        """By how much the chosen answer's reward must be the larger one."""
+        if self.margin == "none" or pair.agreement is None:
+            return 0.0
+        return self.margin_scale * (2 * pair.agreement - 1)
 
 
 class RewardTrainer(Trainer[TokenPair]):
@@ -32,6 +52,19 @@ class RewardTrainer(Trainer[TokenPair]):
 
     module: RewardModel
     config: RewardModelConfig
+
+    def __init__(
+        self,
+        module: RewardModel,
+        examples: Seq[TokenPair],
+        config: RewardModelConfig,
+        *,
+        seed: int,
+        work: Path,
+    ) -> None:
+        if config.margin == "agreement" and all(e.agreement is None for e in examples):
+            raise no_agreement()
+        super().__init__(module, examples, config, seed=seed, work=work)
 
     def length(self, example: TokenPair) -> int:
         return max(len(example.chosen), len(example.rejected))
@@ -49,7 +82,8 @@ class RewardTrainer(Trainer[TokenPair]):
         sequences = [e.chosen for e in batch] + [e.rejected for e in batch]
         rewards_2B = reward_of(self.module, sequences, self.config.engine.precision)
         chosen_B, rejected_B = rewards_2B.chunk(2)
-        losses_B = bradley_terry_loss(chosen_B, rejected_B, centring=self.config.centring)
+        margins_B = chosen_B.new_tensor([self.config.margin_of(e) for e in batch])
+        losses_B = bradley_terry_loss(chosen_B, rejected_B, margins_B, self.config.centring)
         with torch.no_grad():
             metrics = {
                 "rewards/chosen": chosen_B.sum(),
@@ -63,6 +97,14 @@ class RewardTrainer(Trainer[TokenPair]):
 def read_sizes(sequences: Seq[Sequence]) -> cost.Sizes:
     """What `reward_of` computes, from lengths alone; the head reads one position of each."""
     return cost.padded_sizes([len(s) for s in sequences], len(sequences))
+
+
+def no_agreement() -> RecipeError:
+    """What stops a margin by agreement on data of which no row knows any."""
+    return RecipeError(
+        "reward.model.margin is agreement, and no training pair says what share of the votes its label had",
+        "Give the pairs a field agreement (0 to 1), or set reward.model.margin to none",
+    )
 
 
 def reward_of(model: RewardModel, sequences: Seq[Sequence], precision: str) -> Tensor:
@@ -106,7 +148,7 @@ def normalise_on(
 ) -> dict[str, float]:
     """Set the model's gain and bias so that rewards of training answers have mean 0 and deviation 1.
 
-    Returns the accuracy on these pairs before and after, which normalising must not change.
+    Returns the accuracy on these pairs, which normalising does not change.
     """
     some = list(pairs)[:most]
     raw = torch.tensor(score(model, [s for p in some for s in (p.chosen, p.rejected)], precision))

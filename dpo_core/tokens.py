@@ -5,8 +5,9 @@ rejected agree on the prompt to the token. Nothing later infers a mask from toke
 """
 
 import json
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
@@ -55,6 +56,8 @@ class TokenPair:
     id: str
     chosen: Sequence
     rejected: Sequence
+    agreement: float | None = field(default=None, kw_only=True)
+    """Share of votes for the chosen answer; None where nobody counted."""
 
 
 class Tokenise:
@@ -109,7 +112,9 @@ class Tokenise:
             return "empty_completion"
         if sides[0].completion == sides[1].completion:
             return "identical_after_truncation"
-        return TokenPair(row["id"], sides[0], sides[1])
+        agreement = row.get("agreement")
+        known = agreement is not None and not math.isnan(agreement)  # parquet gives NaN for an empty field
+        return TokenPair(row["id"], sides[0], sides[1], agreement=agreement if known else None)
 
     def single(self, row: dict[str, Any]) -> Sequence | str:
         """The completion of a canonical unpaired row with its prompt, or the reason why it cannot be used."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from dpo_core.dpo import DpoConfig
 from dpo_core.errors import RecipeError
+from dpo_core.reward_training import no_agreement
 from tasks.data import load_data, sample_pairs, validate
 from tasks.manifest import Manifest
 from tasks.models import CACHE, CACHE_GUIDE, cache_reference, import_model
@@ -96,6 +97,8 @@ def _require_answers(recipe: Recipe, judged: Manifest) -> None:
             "one held-out prompt and one sample of it give no interval to compare the policies by",
             "Set evaluate.samples_per_prompt to 2 or more, or hold out more prompts",
         )
+    if recipe.reward.margin_by_agreement and judged.extra.get("with_agreement") == 0:
+        raise no_agreement()
     if judged.extra.get("desirable") == 0 and _sft_reads_answers(recipe):
         raise RecipeError(
             "no training row is labelled desirable, and SFT learns from the desirable answers",
@@ -138,6 +141,8 @@ def _require_labels(recipe: Recipe, kind: str) -> None:
         raise RecipeError(
             "the data are prompts without pairs, and no reward labels samples", "Set reward.source"
         )
+    if recipe.reward.margin_by_agreement:  # nobody votes on sampled pairs
+        raise no_agreement()
     if _sft_reads_answers(recipe):
         raise RecipeError(
             "the data have no chosen answers for SFT to learn from",

@@ -20,12 +20,12 @@ from expectations.drift import load_baseline
 from tasks.manifest import Manifest, digest_file
 from tasks.stage import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 
-LOAD = Stage("load-data", 1, "dataset")
+LOAD = Stage("load-data", 2, "dataset")
 GATE_PROMPTS = Stage("validate-prompts", 1, "dataset")
 GATE_PAIRS = Stage("validate-pairs", 1, "dataset")
 GATE_UNPAIRED = Stage("validate-unpaired", 1, "dataset")
 _GATES = {"prompts": GATE_PROMPTS, "pairs": GATE_PAIRS, "unpaired": GATE_UNPAIRED}
-SAMPLE = Stage("sample-pairs", 1, "dataset")
+SAMPLE = Stage("sample-pairs", 2, "dataset")
 
 
 def source_digests(config: DataConfig) -> dict[str, str]:
@@ -137,7 +137,7 @@ def validate(
             "dropped": report.dropped,
             "warnings": [f.rule for f in failed],
             "held_out_prompts": len(held_out),
-            **_classes(kept, subject),
+            **_labels(kept, subject),
         }
         metrics = {f"gate/{f.rule}": float(f.rate) for f in report.findings if not f.skipped}
         metrics |= {"data/rows": float(len(kept)), "data/dropped": float(report.dropped)}
@@ -153,11 +153,14 @@ def validate(
     return run_stage(context, _GATES[subject], {"data": data, "tokenizer": model}, slice_, work)
 
 
-def _classes(kept: pd.DataFrame, subject: str) -> dict[str, int]:
-    """How many training rows there are of each label."""
-    if subject != "unpaired":
+def _labels(kept: pd.DataFrame, subject: str) -> dict[str, int]:
+    """How many training rows there are of each label, or how many pairs say how sure theirs is."""
+    train = kept[kept["split"] == "train"]
+    if subject == "pairs":
+        return {"with_agreement": int(train["agreement"].notna().sum())}
+    if subject == "prompts":
         return {}
-    label = kept.loc[kept["split"] == "train", "label"]
+    label = train["label"]
     return {"desirable": int(label.sum()), "undesirable": int((~label).sum())}
 
 

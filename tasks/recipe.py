@@ -50,6 +50,11 @@ class RewardConfig(Config):
         """Whether a reward model is trained."""
         return self.source is None or self.optimise == "model"
 
+    @property
+    def margin_by_agreement(self) -> bool:
+        """Whether the reward model's margins are read from the pairs."""
+        return self.learned and self.model.margin == "agreement"
+
 
 class CacheConfig(Config):
     """How reference log-probs are computed. Only `precision` decides their values."""

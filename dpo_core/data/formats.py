@@ -4,6 +4,7 @@ An adapter raises `Fault` for a row that it cannot use; the reader of records ke
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -22,7 +23,8 @@ class Fault(Exception):
 
 
 class Pair(NamedTuple):
-    """A prompt with a better and a worse answer. `*_ended`: the answer is complete, not cut off."""
+    """A prompt with a better and a worse answer. `*_ended`: the answer is complete, not cut off. `agreement`:
+    share of votes for the better answer, None where nobody counted."""
 
     prompt: str
     chat: bool
@@ -30,7 +32,7 @@ class Pair(NamedTuple):
     rejected: str
     chosen_ended: bool = True
     rejected_ended: bool = True
-    agreement: float = 1.0
+    agreement: float | None = None
     fault: str = ""
 
 
@@ -158,7 +160,26 @@ def hh(row: Row) -> Pair:
 
 
 def prompt_pairs(row: Row) -> Pair:
-    """`{prompt, chosen, rejected}` as strings or messages, whose first turns may be the prompt."""
+    """`{prompt, chosen, rejected}` as strings or messages, whose first turns may be the prompt; `agreement`
+    may stand beside them."""
+    return _prompt_pair(row)._replace(agreement=_agreement(row))
+
+
+def _agreement(row: Row) -> float | None:
+    """The share of votes for the chosen answer where it is given; CSV files hold it as text."""
+    given = row.get("agreement")
+    try:
+        share = -1.0 if isinstance(given, bool) else float("nan" if given in (None, "") else given)
+    except (TypeError, ValueError):
+        share = -1.0
+    if math.isnan(share):  # a field left empty
+        return None
+    if not 0 <= share <= 1:
+        raise Fault(f"agreement is {str(given)[:20]!r}, not a share of votes from 0 to 1")
+    return share
+
+
+def _prompt_pair(row: Row) -> Pair:
     prompt, chosen, rejected = _given_prompt(row), row.get("chosen"), row.get("rejected")
     if not isinstance(chosen, list | dict) and not isinstance(rejected, list | dict):
         chosen, rejected = _text(row, "chosen"), _text(row, "rejected")

@@ -51,7 +51,7 @@ _SCHEMAS: dict[Kind, Any] = {
 PAIR_COLUMNS: list[str] = _SCHEMAS["pairs"].names
 """id (sha256 of the content), row (source row, from 1), prompt (text, or compact JSON messages if chat),
 chat, chosen, rejected, *_ended (the answer is complete, so EOS follows it), agreement (share of votes for
-the chosen answer), fault ("" = none)."""
+the chosen answer, empty where nobody counted), fault ("" = none)."""
 UNPAIRED_COLUMNS: list[str] = _SCHEMAS["unpaired"].names
 PROMPT_COLUMNS: list[str] = _SCHEMAS["prompts"].names
 _EMPTY: dict[Kind, Record] = {

@@ -125,6 +125,18 @@ def two_rewards(world: World) -> list[str]:
     return world.run(reward={"model": {"centring": 0.5}})
 
 
+@bad(2, "reward.model.margin is agreement, and no training pair says", "Give the pairs a field agreement")
+def a_margin_by_votes_that_nobody_counted(world: World) -> list[str]:
+    return world.run(reward={"source": None, "model": {"margin": "agreement"}})
+
+
+@bad(2, "reward.model.margin is agreement, and no training pair says", adds="load-data")
+def a_margin_by_votes_on_sampled_pairs(world: World) -> list[str]:
+    prompts = lines([{"prompt": row["prompt"]} for row in good_rows()])
+    learned = {"optimise": "model", "model": {"margin": "agreement"}}
+    return world.run_with("votes.jsonl", prompts, reward=learned, ppo={"enabled": True})
+
+
 @bad(2, "reward.optimise would not be read: ppo.enabled is false")
 def a_learned_reward_that_nobody_learns_from(world: World) -> list[str]:
     return world.run(reward={"optimise": "model"})

@@ -202,18 +202,21 @@ def test_no_server_there(monkeypatch: pytest.MonkeyPatch) -> None:
         assert time.monotonic() - start < 10
 
 
-def test_a_server_that_closes_without_a_word_is_asked_again() -> None:
+def test_a_server_that_closes_without_a_word_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    whole = b"HTTP/1.0 200 OK\r\n\r\n[0.5]"
+    answers = [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\n[1.0", whole]
     served = []
 
     def serve(listening: socket.socket) -> None:
-        for answer in (
-            b"",
-            b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\n[1.0",
-            b"HTTP/1.0 200 OK\r\n\r\n[0.5]",
-        ):
+        for answer in answers:
             connection, _ = listening.accept()
-            with connection:
-                served.append(connection.recv(65536))
+            with connection, connection.makefile("rb") as request:
+                size = 0
+                while (line := request.readline()) != b"\r\n":
+                    if line.lower().startswith(b"content-length:"):
+                        size = int(line.split(b":")[1])
+                served.append(request.read(size))  # all of it: closing on unread bytes would reset
                 connection.sendall(answer)
 
     with socket.create_server(("127.0.0.1", 0)) as listening:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
@@ -47,6 +48,31 @@ def test_ppo_learns_from_the_model_and_the_known_reward_measures(learned, finish
     before, now = (r["curves"]["ppo"][0] for r in (finished[1], report))
     assert now["completions/mean_length"] == before["completions/mean_length"]
     assert now["objective/scores"] != before["objective/scores"]
+
+
+def test_the_quality_of_the_model_is_on_the_page_and_in_tracking(learned) -> None:
+    bench, report, _ = learned
+    quality = report["reward_model"]
+    client = MlflowClient(f"sqlite:///{bench.workspace / 'mlflow.db'}")
+    stage = next(s for s in report["stages"] if s["name"] == "train-reward")
+    metrics = client.get_run(stage["mlflow_run_id"]).data.metrics
+    assert metrics["eval_rewards/accuracies"] == quality["accuracy"]["value"]
+    assert metrics["eval_calibration/ece"] == quality["ece"]
+    assert metrics["eval_calibration/brier"] == quality["brier"]
+    assert metrics["eval_calibration/nll"] == quality["nll"]
+    assert metrics.get("eval_calibration/temperature") == quality["temperature"]
+    assert metrics.get("eval_length/spearman") == quality["length_spearman"]
+    assert quality["pairs"] == _held_out(report)
+    # Two steps on random weights: probabilities near a half, whatever the normalised rewards look like.
+    assert quality["nll"] == pytest.approx(0.693, abs=0.15)
+    page = (bench.workspace / "runs" / report["run"]["name"] / "page.html").read_text()
+    assert f"{quality['pairs']} held-out pairs. PPO learned from it." in page
+
+
+def _held_out(report: dict[str, Any]) -> int:
+    uri = next(s["uri"] for s in report["stages"] if s["name"] == "validate-pairs")
+    frame = pd.read_parquet(uri.removeprefix("file://") + "/data.parquet")
+    return int((frame["split"] == "eval").sum())
 
 
 def test_the_plan_counts_the_reward_model_in_ppos_memory(bench: Bench, tmp_path: Path) -> None:

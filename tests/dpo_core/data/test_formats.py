@@ -95,6 +95,21 @@ GOOD_ROWS = {
         },
         Pair(SYSTEM_CHAT, True, "yes", "no"),
     ),
+    "prompt-pairs with votes": (
+        "prompt-pairs",
+        {"prompt": "Hi", "chosen": "yes", "rejected": "no", "agreement": 0.75},
+        Pair("Hi", False, "yes", "no", agreement=0.75),
+    ),
+    "prompt-pairs with votes from csv": (
+        "prompt-pairs",
+        {"prompt": "Hi", "chosen": "yes", "rejected": "no", "agreement": "1"},
+        Pair("Hi", False, "yes", "no", agreement=1.0),
+    ),
+    "prompt-pairs with an empty field of votes": (
+        "prompt-pairs",
+        {"prompt": "Hi", "chosen": "yes", "rejected": "no", "agreement": ""},
+        Pair("Hi", False, "yes", "no"),
+    ),
     "pandalm": ("pandalm", PANDA, Pair("Do\n\nit", False, "y", "x", agreement=2 / 3)),
     "pandalm from csv": (
         "pandalm",
@@ -197,6 +212,16 @@ BAD_ROWS = {
     "content no string": (prompts, {"prompt": [{"role": "user", "content": [1]}]}, "content is not a string"),
     "strange role": (prompts, {"prompt": [{"role": "narrator", "content": "x"}]}, "role is not one of"),
     "message no object": (prompts, {"prompt": ["x"]}, "holds a string"),
+    "votes in percent": (
+        prompt_pairs,
+        {"prompt": "p", "chosen": "a", "rejected": "b", "agreement": 75},
+        "agreement is '75', not a share of votes from 0 to 1",
+    ),
+    "votes in words": (
+        prompt_pairs,
+        {"prompt": "p", "chosen": "a", "rejected": "b", "agreement": "high"},
+        "agreement is 'high'",
+    ),
     "two chosen messages": (
         sharegpt,
         {"conversations": [USER], "chosen": [GOOD, GOOD], "rejected": BAD},
