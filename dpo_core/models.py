@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_core.config import Config
 from dpo_core.errors import ModelError
+from dpo_core.scratch import ScratchConfig, make_from_scratch, new_tokenizer, scratch_shape
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +39,9 @@ class ModelConfig(Config):
     """A file with a Jinja chat template, for a tokenizer that has none."""
     trust_remote_code: bool = False
     """Run Python code that ships with the model. Off; recorded in the run when on."""
+    scratch: ScratchConfig | None = None
+    """Start from random weights in a shape of your own, of some million parameters, for small studies; `name`
+    gives architecture, tokenizer, vocabulary and context."""
 
 
 def locate(config: ModelConfig) -> Path:
@@ -156,10 +160,39 @@ def convert(config: ModelConfig, out: Path) -> None:
         tokenizer = load_tokenizer(source, config.trust_remote_code)
         if config.chat_template:
             tokenizer.chat_template = read_template(config.chat_template)
-        model = load_model(source, trust_remote_code=config.trust_remote_code)
+        trust = config.trust_remote_code
+        if config.scratch:
+            tokenizer = new_tokenizer(tokenizer, config.scratch)
+            model = make_from_scratch(
+                _config_in(source, trust), config.scratch, tokenizer, trust_remote_code=trust
+            )
+        else:
+            model = load_model(source, trust_remote_code=trust)
         check_tokenizer_fits(model, tokenizer)
         check_finite(model, str(source))
         save_checkpoint(model, tokenizer, out)
+
+
+def read_config(config: ModelConfig) -> Any:
+    """The transformers config of the model that `convert` would write, without reading weights.
+
+    Raises:
+        ModelError: there is no such model, or `scratch` asks for one that cannot be made.
+    """
+    found = _config_in(locate(config), config.trust_remote_code)
+    return scratch_shape(found, config.scratch) if config.scratch else found
+
+
+def _config_in(source: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    folder, name = (source.parent, source.name) if source.is_file() else (source, None)
+    try:
+        with quiet_transformers():
+            return AutoConfig.from_pretrained(folder, gguf_file=name, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        remedy = _GGUF_REMEDY if source.is_file() else _LOAD_REMEDY
+        raise ModelError(f"the config in {source} cannot be read: {_first_line(error)}", remedy) from error
 
 
 def save_checkpoint(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", out: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dpo_core.data.read import check_source
 from dpo_core.errors import RecipeError
-from dpo_core.models import check_source_context, locate, read_template
+from dpo_core.models import check_source_context, locate, read_config, read_template
 from dpo_core.rewards import check_reward
 from expectations.drift import load_baseline
 from tasks.recipe import Recipe
@@ -43,6 +43,8 @@ def check_ahead(recipe: Recipe, resume: str | None = None) -> None:
     if recipe.model.chat_template is not None:
         read_template(recipe.model.chat_template)
     check_source_context(locate(recipe.model), recipe.tokens.max_length)
+    if recipe.model.scratch is not None:
+        read_config(recipe.model)
 
 
 def _check_database(uri: str) -> None:

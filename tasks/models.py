@@ -50,6 +50,8 @@ def import_model(context: Context, config: ModelConfig, max_length: int) -> Stag
 
     # Digests and contents, not paths: a model or template overwritten in place is another one.
     slice_ = {**config.model_dump(mode="json"), "source": _digest(source)}
+    if config.scratch is None:
+        del slice_["scratch"]  # as before there was any, so that models in the store stay found
     if config.chat_template:
         slice_["chat_template"] = read_template(config.chat_template)
     result = run_stage(context, IMPORT, {}, slice_, work)

@@ -18,7 +18,7 @@ from dpo_core.dpo import DpoConfig
 from dpo_core.engine import EngineConfig
 from dpo_core.head import keeps_logits
 from dpo_core.layout import Document, Layout, pack, pad
-from dpo_core.models import load_tokenizer, locate
+from dpo_core.models import ModelConfig, load_tokenizer, locate, read_config
 from dpo_core.online.group import GroupConfig
 from dpo_core.online.ppo import PpoConfig
 from dpo_core.online.preferences import OnlineDpoConfig
@@ -79,14 +79,12 @@ class Workload:
         stages: Mapping[str, StageResult],
         configs: Mapping[str, Settings] | None = None,
     ) -> None:
-        from transformers import AutoConfig
-
         self.recipe, self.stages, self.configs = recipe, stages, configs or {}
         base = stages["import-model"].manifest
-        source = locate(recipe.model) if base.planned else base.path
-        folder, name = (source.parent, source.name) if source.is_file() else (source, None)
         trust = recipe.model.trust_remote_code
-        self.config = AutoConfig.from_pretrained(folder, gguf_file=name, trust_remote_code=trust)
+        source = locate(recipe.model) if base.planned else base.path
+        made = ModelConfig(name=str(base.path), trust_remote_code=trust)
+        self.config = read_config(recipe.model if base.planned else made)
         self.shape = cost.Shape.of(self.config)
         self.tokenise = Tokenise(load_tokenizer(source, trust), recipe.tokens)
         self.has_pairs = stages["load-data"].manifest.extra["kind"] == "pairs"

@@ -50,6 +50,18 @@ def model_in_a_package_without_one(world: World) -> list[str]:
     return world.run(model={"name": "package:json"})
 
 
+@bad(2, "model.scratch", "hidden_size 100 is not a multiple of heads 3")
+def model_from_scratch_with_heads_that_do_not_divide(world: World) -> list[str]:
+    return world.run(model={"scratch": {"hidden_size": 100, "heads": 3}})
+
+
+@bad(2, "architecture mixtral cannot be made from scratch", "Name a plain decoder")
+def model_from_scratch_with_experts(world: World) -> list[str]:
+    model = make_tiny_model(world.new_folder() / "model")
+    _edit(model / "config.json", model_type="mixtral", num_local_experts=4)
+    return world.run(model={"name": str(model), "scratch": {}})
+
+
 @bad(2, "holds no config.json", "Name the folder of a Hugging Face checkpoint")
 def model_without_a_config(world: World) -> list[str]:
     return world.run_model(lambda model: (model / "config.json").unlink())

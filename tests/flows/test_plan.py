@@ -8,6 +8,7 @@ import yaml
 from typer.testing import CliRunner
 
 from dpo_core.errors import ModelError
+from tests.tiny import make_tokenizer
 from tests.tiny_run import Bench
 
 
@@ -105,6 +106,37 @@ def test_what_a_run_then_does_is_what_was_planned(finished):
     trained = {m["extra"]["tokens_trained"] for m in manifests}
     told_tokens = next(s["tokens"] for s in plan["stages"] if s["name"] == "train-dpo")
     assert 0.4 * max(trained) < told_tokens < max(trained), "prompts are shared, and read once"
+
+
+SCRATCH = "model.scratch={layers: 3, hidden_size: 48, heads: 4}"
+
+
+def test_a_model_from_scratch_is_planned_in_its_own_size(finished):
+    bench = finished[0]
+    plan = planned(bench, "--set", SCRATCH)
+    assert reasons(plan)["import-model"] == "changed"
+    layer = 4 * 48 * 48 + 3 * 48 * 192 + 2 * 48
+    tokens = len(make_tokenizer())
+    assert plan["parameters"] == 3 * layer + 48 + 48 * tokens
+    smaller = planned(bench, "--set", SCRATCH.replace("layers: 3", "layers: 1"))
+    assert smaller["parameters"] == plan["parameters"] - 2 * layer
+    flops = [{s["name"]: s["flops"] for s in p["stages"]}["prepare-sft"] for p in (smaller, plan)]
+    assert flops[0] < flops[1]
+
+
+@pytest.mark.slow
+def test_a_run_from_scratch(finished):
+    """From random weights to a verdict; the settings are part of the key, and the plan knows the model."""
+    own = finished[0].copy("scratch")
+    settings = ("--set", SCRATCH, "--set", "sft.epochs=40", "--set", "sft.optim.learning_rate=5e-3")
+    report = own.run(*settings)
+    size = next(s["parameters"] for s in report["stages"] if s["name"] == "import-model")
+    again = planned(own, *settings)
+    assert again["parameters"] == size
+    assert set(states(again).values()) == {"cached"}
+    other = planned(own, *settings, "--set", "model.scratch.seed=1")
+    assert states(other)["load-data"] == "cached"
+    assert states(other)["import-model"] == "runs"
 
 
 def test_a_damaged_artifact_is_planned_to_be_made_again_and_left_alone(finished):

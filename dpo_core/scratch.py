@@ -1,0 +1,139 @@
+"""A new model: random weights in a small shape of a named model's architecture, for quick studies."""
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, model_validator
+
+from dpo_core.config import Config
+from dpo_core.data.demonstrations import review_demonstrations
+from dpo_core.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_TEXTS = 4000  # reviews that a new tokenizer is trained on
+_WIDTHS = ("intermediate_size", "n_inner", "ffn_dim")
+_REMEDY = (
+    "Name a plain decoder such as Llama, Qwen, Mistral or GPT-2 in model.name, or leave model.scratch out"
+)
+
+
+class ScratchConfig(Config):
+    """Random weights in this shape, not the named model's; its context stays, and so does its tokenizer."""
+
+    layers: int = Field(4, ge=1)
+    """Decoder layers."""
+    hidden_size: int = Field(256, ge=2)
+    """Width of the layers; a multiple of `heads`."""
+    heads: int = Field(4, ge=1)
+    """Attention heads, each with keys and values of its own."""
+    intermediate_size: int | None = Field(None, ge=1)
+    """Width of the feed-forward layers; empty: four times `hidden_size`, in whole 64s."""
+    vocabulary: int | None = Field(None, ge=300)
+    """Train the named model's kind of tokenizer anew, on the self-made reviews, for so many tokens: with a
+    large vocabulary the output head is most of what a small model computes. Empty: its own tokenizer."""
+    seed: int = Field(0, ge=0)
+    """Draws the weights."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "ScratchConfig":
+        if self.hidden_size % self.heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of heads {self.heads}")
+        if self.hidden_size // self.heads % 2:
+            raise ValueError(
+                f"a head of {self.hidden_size // self.heads} numbers cannot be turned by its position: make "
+                "hidden_size / heads even"
+            )
+        return self
+
+    @property
+    def feed_forward(self) -> int:
+        """Width of the feed-forward layers."""
+        return self.intermediate_size or -(-4 * self.hidden_size // 64) * 64
+
+
+def scratch_shape(source: Any, scratch: ScratchConfig) -> Any:
+    """A transformers config of the source's architecture in the new shape.
+
+    Raises:
+        ModelError: the architecture has more sizes than these (experts, several towers, an encoder).
+    """
+    config = copy.deepcopy(source)
+    width = next((name for name in _WIDTHS if hasattr(config, name)), None)
+    needed = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+    odd = [
+        name for name in ("num_local_experts", "num_experts", "q_lora_rank") if getattr(config, name, None)
+    ]
+    plain = config.get_text_config() is config and not getattr(config, "is_encoder_decoder", False)
+    if not plain or odd or width is None or not all(hasattr(config, name) for name in needed):
+        raise ModelError(
+            f"a model of the architecture {config.model_type} cannot be made from scratch: it has sizes that "
+            "model.scratch does not tell",
+            _REMEDY,
+        )
+    config.num_hidden_layers, config.hidden_size = scratch.layers, scratch.hidden_size
+    config.num_attention_heads = scratch.heads
+    config.vocab_size = scratch.vocabulary or config.vocab_size
+    setattr(config, width, scratch.feed_forward)
+    for name, value in {
+        "num_key_value_heads": scratch.heads,
+        "head_dim": scratch.hidden_size // scratch.heads,
+    }.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
+    for name in ("layer_types", "no_rope_layers"):
+        if getattr(config, name, None):
+            setattr(config, name, getattr(config, name)[: scratch.layers])
+    return config
+
+
+def new_tokenizer(tokenizer: Any, scratch: ScratchConfig) -> Any:
+    """The tokenizer of the new model: the given one, or one of its kind trained on the self-made reviews.
+
+    Raises:
+        ModelError: it cannot be trained anew.
+    """
+    if scratch.vocabulary is None:
+        return tokenizer
+    if not hasattr(tokenizer, "train_new_from_iterator"):
+        raise ModelError(
+            f"{type(tokenizer).__name__} cannot be trained anew for model.scratch.vocabulary", _REMEDY
+        )
+    texts = [prompt + answer for prompt, answer in review_demonstrations(_TEXTS, scratch.seed)]
+    return tokenizer.train_new_from_iterator(texts, scratch.vocabulary)
+
+
+def make_from_scratch(
+    source: Any, scratch: ScratchConfig, tokenizer: Any, *, trust_remote_code: bool
+) -> "PreTrainedModel":
+    """A model in fp32 and eval mode with random weights, as the architecture draws them; the same for a seed.
+
+    Args:
+        source: the named model's config.
+        tokenizer: of the new model; see `new_tokenizer`.
+
+    Raises:
+        ModelError: the architecture cannot be built in this shape.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = scratch_shape(source, scratch)
+    if scratch.vocabulary is not None:
+        config.vocab_size = len(tokenizer)  # a small text may not fill the vocabulary asked for
+        for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
+            setattr(config, name, getattr(tokenizer, name))
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(scratch.seed)
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:
+        raise ModelError(
+            f"a model of the architecture {config.model_type} cannot be made in the shape of model.scratch: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            _REMEDY,
+        ) from error
+    return model.eval()
