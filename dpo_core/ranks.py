@@ -36,8 +36,19 @@ def start_distributed(config: "EngineConfig") -> None:
         os.environ.setdefault(name, value)
     if os.environ["WORLD_SIZE"] == "1" and "MASTER_ADDR" not in os.environ:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // config.processes))
+    share_cores(config.processes)
+    if config.threads:
+        torch.set_num_threads(config.threads)
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+
+
+def share_cores(processes: int) -> None:
+    """Let this process compute on its share of the cores only.
+
+    Threads of one computation wait for each other by spinning: two that want all cores at once are slower by
+    far than one after the other.
+    """
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
 
 
 def limit_waiting(seconds: float) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from prefect import flow
 
 from dpo_core.dpo import DpoConfig
+from dpo_core.ranks import share_cores
 from flows.preparation import Keep, Prepared, align_on_pairs, prepare
 from flows.recorded import recorded
 from tasks.frontier_arms import ArmConfig, Settings
@@ -78,6 +79,8 @@ def compose(context: Context, recipe: Recipe, stages: dict[str, StageResult]) ->
 
     study = recipe.frontier
     assert study is not None
+    if not context.plan:
+        share_cores(study.parallel)
     prepared = prepare(context, recipe, keep)
     most = max([*study.best_of, recipe.evaluate.samples_per_prompt])
     measured = _measure(context, recipe, prepared, prepared.reference, " SFT", most)

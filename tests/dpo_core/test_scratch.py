@@ -130,20 +130,3 @@ def test_a_vocabulary_of_its_own(tiny: Path, tmp_path: Path) -> None:
     for file in ("model.safetensors", "tokenizer.json", "config.json"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
     assert read_config(config).vocab_size == 500
-
-
-def test_a_vocabulary_of_its_own(tiny: Path, tmp_path: Path) -> None:
-    """A tokenizer of the same kind, trained on the self-made reviews; the same bytes for a seed."""
-    config = ModelConfig(name=str(tiny), scratch=ScratchConfig(**SHAPE, vocabulary=500))
-    for name in ("one", "two"):
-        convert(config, tmp_path / name)
-    tokenizer, model = load_tokenizer(tmp_path / "one"), load_model(tmp_path / "one")
-    assert len(tokenizer) == model.config.vocab_size == 500
-    assert model.config.eos_token_id == tokenizer.eos_token_id
-    text = "The soup was wonderful, and the staff were friendly."
-    ids = tokenizer(text)["input_ids"]
-    assert tokenizer.decode(ids) == text
-    assert len(ids) < len(load_tokenizer(tiny)(text)["input_ids"]), "it knows the words of reviews"
-    for file in ("model.safetensors", "tokenizer.json", "config.json"):
-        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
-    assert read_config(config).vocab_size == 500
