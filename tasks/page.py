@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 from tasks.page_figures import Figure, curve_figures, frontier_figure
 from tasks.report import RunReport
 from tasks.report_numbers import duration, number, percent, scaled
-from tasks.report_text import policy_metrics, stage_size
+from tasks.report_text import policy_metrics, reward_metrics, reward_use, stage_size
 from tasks.report_verdict import alarms, verdict
 
 MAX_SAMPLES = 12
@@ -57,6 +57,7 @@ def _context(report: RunReport) -> dict[str, Any]:
     parts = [
         Part("policies", "Policies", "" if evaluation else "the run has no evaluation"),
         Part("frontier", "Reward against KL", "" if frontier else _no_frontier(report)),
+        Part("reward", "Reward model", "" if report.reward_model else _no_reward_model(report)),
         Part("training", "Training", "" if curves else "no training metrics were recorded"),
         Part("gate", "Data gate", "" if report.gate else "no data gate result was recorded"),
         Part(
@@ -78,6 +79,8 @@ def _context(report: RunReport) -> dict[str, Any]:
         "left_out": left_out,
         "metrics": policy_metrics(evaluation) if evaluation else [],
         "frontier": frontier,
+        "reward_metrics": reward_metrics(report.reward_model) if report.reward_model else [],
+        "reward_use": reward_use(report),
         "curves": curves,
         "samples": evaluation.samples[:MAX_SAMPLES] if evaluation else [],
         "stage_size": stage_size,
@@ -89,6 +92,11 @@ def _context(report: RunReport) -> dict[str, Any]:
 
 def _no_frontier(report: RunReport) -> str:
     return "no policy has both a gain and a KL" if report.evaluation else "the run has no evaluation"
+
+
+def _no_reward_model(report: RunReport) -> str:
+    trained = any(stage.name == "train-reward" for stage in report.stages)
+    return "no pairs were held out to measure it" if trained else "the run trained none"
 
 
 def _minus(text: object) -> str:

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, JsonValue, field_validator
 
 from dpo_core.config import Config
+from dpo_core.reward_quality import RewardQuality
 from dpo_core.stats import Estimate
 from tasks.report_numbers import number
 
@@ -162,6 +163,8 @@ class RunReport(Config):
     stages: list[StageRow] = Field(default_factory=list)
     gate: list[GateRow] = Field(default_factory=list)
     evaluation: Evaluation | None = None
+    reward_model: RewardQuality | None = None
+    """The learned reward on held-out pairs, where one was trained and pairs were held out."""
     curves: dict[str, list[dict[str, float]]] = Field(default_factory=dict)
     """By stage: rows of `step` and metrics. Values that are not finite are dropped: JSON cannot hold them."""
     cost: Cost | None = None

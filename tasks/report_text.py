@@ -6,6 +6,8 @@ from typing import NamedTuple
 from rich.table import Table
 from rich.text import Text
 
+from dpo_core.reward_quality import RewardQuality
+from dpo_core.stats import Estimate
 from tasks.report import Evaluation, RunReport, StageRow
 from tasks.report_numbers import Cell, cell, duration
 from tasks.report_verdict import alarms, verdict
@@ -44,6 +46,31 @@ def policy_metrics(evaluation: Evaluation) -> list[Metric]:
         if key == "accuracy" or any(value is not None for value in values):
             lines.append(Metric(key, label, hint, [cell(key, value) for value in values]))
     return lines
+
+
+def reward_metrics(quality: RewardQuality) -> list[Metric]:
+    """The quality of the learned reward by line, one cell each."""
+    known: list[tuple[str, str, str, Estimate | float | None]] = [
+        ("accuracy", "Accuracy", "share of held-out pairs ranked as labelled", quality.accuracy),
+        ("ece", "Calibration error", "ECE, ten equal bins; too high where pairs are few", quality.ece),
+        ("brier", "Brier score", "a coin gets 0.25", quality.brier),
+        ("nll", "NLL, nats", "a coin gets 0.693", quality.nll),
+        ("temperature", "Best temperature", "above 1 too sure; none if all or no pairs are told apart",
+         quality.temperature),
+        ("length", "Spearman with length", "reward against tokens of the answer", quality.length_spearman),
+        ("gap", "Spearman of the gaps", "gap of rewards against gap of lengths", quality.gap_spearman),
+    ]  # fmt: skip
+    return [Metric(key, label, hint, [cell(key, value)]) for key, label, hint, value in known]
+
+
+def reward_use(report: RunReport) -> str:
+    """What the learned reward was for, in a sentence or two."""
+    evaluation = report.evaluation
+    if evaluation is None:
+        return ""
+    learned = "PPO learned from it. " if evaluation.policy("PPO") else ""
+    measure = f"{evaluation.reward_name}, not with it" if evaluation.reward_is_true else "it"
+    return f"{learned}The policies were measured with {measure}."
 
 
 def stage_size(stage: StageRow) -> str:
@@ -96,7 +123,7 @@ def _markdown_table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _findings(report: RunReport) -> list[str]:
-    """Paragraphs: the verdict with its reasons, the alarms, the policies side by side."""
+    """Paragraphs: the verdict with its reasons, the alarms, the policies side by side, the learned reward."""
     headline, _, reasons = verdict(report)
     raised = [f"**{_plain(alarm.name)}**: {_plain(alarm.message)}" for alarm in alarms(report)]
     parts = [f"# {_plain(headline)}", "\n".join(f"- {_plain(reason)}" for reason in reasons)]
@@ -106,6 +133,13 @@ def _findings(report: RunReport) -> list[str]:
         lines = [[metric.label, *map(str, metric.cells)] for metric in policy_metrics(report.evaluation)]
         parts += ["## Policies", "Brackets hold 95% intervals, resampled by prompt."]
         parts.append(_markdown_table(["", *(row.name for row in report.evaluation.policies)], lines))
+    if report.reward_model:
+        lines = [[m.label, str(m.cells[0]), m.hint] for m in reward_metrics(report.reward_model)]
+        parts += [
+            "## Reward model",
+            _plain(f"{report.reward_model.pairs:,} held-out pairs. {reward_use(report)}"),
+        ]
+        parts.append(_markdown_table(["", "Value", ""], lines))
     return parts
 
 

@@ -17,6 +17,7 @@ import psutil
 from prefect import task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
+from dpo_core.reward_quality import RewardQuality
 from tasks.evaluation import load_evaluation
 from tasks.manifest import Manifest
 from tasks.page import render
@@ -71,6 +72,7 @@ def summarise(
             _gate_row(context.workspace, m) for name, m in manifests.items() if name.startswith("validate-")
         ],
         evaluation=Evaluation.model_validate(_page_part(load_evaluation(manifests["evaluate"]))),
+        reward_model=_reward_quality(manifests),
         curves={
             name.removeprefix("train-").removeprefix("prepare-"): _curve(manifest)
             for name, manifest in manifests.items()
@@ -186,6 +188,11 @@ def _page_part(evaluation: dict[str, Any]) -> dict[str, Any]:
     rows = [{k: v for k, v in row.items() if k in PolicyRow.model_fields} for row in evaluation["policies"]]
     known = {k: v for k, v in evaluation.items() if k in Evaluation.model_fields}
     return known | {"policies": rows}
+
+
+def _reward_quality(manifests: Mapping[str, Manifest]) -> RewardQuality | None:
+    quality = manifests["train-reward"].extra["quality"] if "train-reward" in manifests else None
+    return None if quality is None else RewardQuality.model_validate(quality)
 
 
 def _curve(manifest: Manifest) -> list[dict[str, float]]:

@@ -16,6 +16,7 @@ from dpo_core.errors import DataError, DpoError, StageFailed
 from dpo_core.generate import SamplingConfig
 from dpo_core.models import parameter_count
 from dpo_core.ppo import PpoConfig
+from dpo_core.reward_quality import RewardQuality, reward_quality
 from dpo_core.reward_training import RewardModelConfig
 from dpo_core.rewards import reward_identity
 from dpo_core.sft import SftConfig
@@ -30,7 +31,7 @@ log = logging.getLogger("dpo")
 SFT = Stage("prepare-sft", 2, "model")
 DPO = Stage("train-dpo", 2, "model")
 GUIDE = Stage("train-guide", 2, "model")
-REWARD = Stage("train-reward", 1, "reward-model")
+REWARD = Stage("train-reward", 2, "reward-model")
 PPO = Stage("train-ppo", 1, "model")
 
 
@@ -185,7 +186,7 @@ def train_reward(
     tokens: TokenConfig,
     seed: int,
 ) -> StageResult:
-    """A Bradley-Terry reward model on the training pairs, with its accuracy on the held-out ones."""
+    """A Bradley-Terry reward model on the training pairs, with its quality on the held-out ones."""
 
     def work(given: Work) -> Output:
         train = given.scratch / "train.parquet"
@@ -197,15 +198,18 @@ def train_reward(
             "reward": config.model_dump(mode="json"),
         }
         output = _train(given, job, tokens, seed, config.engine.processes, config.steps(count))
-        accuracy = _reward_accuracy(given.scratch / "out", pairs, tokens, config.engine.precision)
-        output.metrics |= {"eval_rewards/accuracies": accuracy}
-        output.extra |= {"held_out_accuracy": accuracy}
+        quality = _reward_quality(given.scratch / "out", pairs, tokens, config.engine.precision, seed)
+        output.extra |= {"quality": quality.model_dump() if quality else None}
+        output.metrics |= _quality_metrics(quality) if quality else {}
         return output
 
     return run_stage(context, REWARD, {"base": base, "pairs": pairs}, _slice(config, tokens, seed), work)
 
 
-def _reward_accuracy(model: Path, pairs: Manifest, tokens: TokenConfig, precision: str) -> float:
+def _reward_quality(
+    model: Path, pairs: Manifest, tokens: TokenConfig, precision: str, seed: int
+) -> RewardQuality | None:
+    """What the held-out pairs say about a reward model; None where there are none."""
     from dpo_core.models import load_tokenizer
     from dpo_core.reward_model import RewardModel
     from dpo_core.reward_training import score
@@ -215,11 +219,27 @@ def _reward_accuracy(model: Path, pairs: Manifest, tokens: TokenConfig, precisio
     tokenise = Tokenise(load_tokenizer(model), tokens)
     held_out, _ = tokenise.pairs(frame[frame["split"] == "eval"].to_dict("records"))
     if not held_out:
-        return float("nan")
+        return None
+    reward_model = RewardModel.load(model)
     sequences = [s for p in held_out for s in (p.chosen, p.rejected)]
-    rewards = score(RewardModel.load(model), sequences, precision)
-    wins = [w > loser for w, loser in zip(rewards[0::2], rewards[1::2], strict=True)]
-    return sum(wins) / len(wins)
+    rewards = score(reward_model, sequences, precision)
+    lengths = [len(s.completion) for s in sequences]
+    # The gain made the rewards one standard deviation wide, whatever the loss had taught them.
+    scale = float(reward_model.gain)
+    return reward_quality(rewards[0::2], rewards[1::2], lengths[0::2], lengths[1::2], scale=scale, seed=seed)
+
+
+def _quality_metrics(quality: RewardQuality) -> dict[str, float]:
+    metrics = {
+        "eval_rewards/accuracies": quality.accuracy.value,
+        "eval_calibration/ece": quality.ece,
+        "eval_calibration/brier": quality.brier,
+        "eval_calibration/nll": quality.nll,
+        "eval_calibration/temperature": quality.temperature,
+        "eval_length/spearman": quality.length_spearman,
+        "eval_length/gap_spearman": quality.gap_spearman,
+    }
+    return {name: value for name, value in metrics.items() if value is not None}
 
 
 @stage_task("train-ppo")

@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from typing import Any
 
+from dpo_core.reward_quality import RewardQuality
 from dpo_core.stats import Estimate
 from tasks.report import (
     Cost,
@@ -127,6 +128,14 @@ def make_evaluation() -> Evaluation:
     )  # fmt: skip
 
 
+def make_quality(**changes: Any) -> RewardQuality:
+    known: dict[str, Any] = {
+        "pairs": 512, "accuracy": estimate(0.684, 0.04, 512), "ece": 0.0413, "brier": 0.207, "nll": 0.601,
+        "temperature": 1.37, "length_spearman": 0.312, "gap_spearman": -0.084,
+    }  # fmt: skip
+    return RewardQuality(**(known | changes))
+
+
 def make_gate() -> list[GateRow]:
     finding = GateFinding
     return [
@@ -195,6 +204,7 @@ def alarming() -> RunReport:
     rows = [row.model_copy(update=changes.get(row.name, {})) for row in evaluation.policies]
     failed = [finding.model_copy(update={"passed": False}) for finding in make_gate()[0].findings]
     return example(
+        reward_model=make_quality(),
         evaluation=evaluation.model_copy(update={"policies": rows, "reward_is_true": False}),
         curves=curves,
         gate=[make_gate()[0].model_copy(update={"findings": failed})],

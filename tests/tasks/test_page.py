@@ -9,7 +9,15 @@ import pytest
 from tasks.page import MAX_SAMPLES, render
 from tasks.page_figures import MAX_POINTS, curve_figures
 from tasks.report import RunReport, Sample
-from tests.tasks.reports import digest, example, hostile, make_curves, make_evaluation
+from tests.tasks.reports import (
+    digest,
+    example,
+    hostile,
+    make_curves,
+    make_evaluation,
+    make_quality,
+    make_stages,
+)
 
 
 class Outline(HTMLParser):
@@ -206,3 +214,20 @@ def test_text_colours_reach_wcag_aa_in_both_themes(page: str) -> None:
             for ink in ("ink", "muted", "blue", "orange", "green", "red", "amber"):
                 pair = sorted((_luminance(colours[ink]), _luminance(colours[ground])))
                 assert (pair[1] + 0.05) / (pair[0] + 0.05) >= 4.5, (ink, ground)
+
+
+def test_the_learned_reward_has_a_part_of_its_own() -> None:
+    page = render(example(steps=2, reward_model=make_quality()))
+    headings = [text for level, text in Outline(page).headings if level == 2]
+    assert headings[2:4] == ["Reward model", "Training"]
+    part = page[page.index('<section id="reward"') : page.index('<section id="training"')]
+    for word in ("512 held-out pairs", "68.4%", "64.4% to 72.4%", "0.0413", "1.37", "0.312", "−0.0840",
+                 "PPO learned from it.", "measured with vader_compound, not with it"):  # fmt: skip
+        assert word in part, word
+
+
+def test_the_page_says_why_it_shows_no_learned_reward() -> None:
+    assert "Reward model (the run trained none)" in render(example(steps=2))
+    stages = [s.model_copy(update={"name": "train-reward"}) if s.name == "sft" else s for s in make_stages()]
+    page = render(example(steps=2, stages=stages))
+    assert "Reward model (no pairs were held out to measure it)" in page

@@ -21,6 +21,7 @@ from tests.tasks.reports import (
     hostile,
     make_evaluation,
     make_gate,
+    make_quality,
     make_stages,
     with_policy,
 )
@@ -237,3 +238,18 @@ def test_markdown_of_the_example() -> None:
     assert text.startswith("# DPO scores higher than SFT\n")
     assert "| Gain over SFT | – | +0.523 \\[+0.465 to +0.581\\] | +0.584 \\[+0.529 to +0.639\\] |" in text
     assert "dpo run imdb_sentiment --set dpo.beta=0.1 --set seed=7" in text
+
+
+def test_markdown_shows_the_reward_model_and_what_it_was_for() -> None:
+    report = example(steps=2, reward_model=make_quality(temperature=None))
+    text = markdown(report)
+    about = "512 held-out pairs. PPO learned from it. The policies were measured with "
+    about += "vader\\_compound, not with it."
+    assert f"## Reward model\n\n{about}\n" in text
+    assert "| Accuracy | 68.4% \\[64.4% to 72.4%\\] |" in text
+    assert "| Calibration error | 0.0413 |" in text
+    assert "| Best temperature | – |" in text
+    assert "| Spearman of the gaps | -0.0840 |" in text
+    proxy = make_evaluation().model_copy(update={"reward_is_true": False})
+    assert "The policies were measured with it." in markdown(report.model_copy(update={"evaluation": proxy}))
+    assert "Reward model" not in markdown(example(steps=2))
