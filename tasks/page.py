@@ -6,9 +6,10 @@ from urllib.parse import urlsplit
 
 from tasks.page_figures import Figure, curve_figures, frontier_figure
 from tasks.report import RunReport
+from tasks.report_alarms import alarms
 from tasks.report_numbers import duration, number, percent, scaled
 from tasks.report_text import policy_metrics, reward_metrics, reward_use, stage_size
-from tasks.report_verdict import alarms, verdict
+from tasks.report_verdict import verdict
 
 MAX_SAMPLES = 12
 MAX_TEXT = 1500  # characters of a prompt or completion that are shown

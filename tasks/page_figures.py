@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tasks.drawing import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, WIDE, Figure, reach, slug, svg
 from tasks.report import Evaluation
+from tasks.report_curves import series, start_and_end
 from tasks.report_numbers import number
-from tasks.report_verdict import series, start_and_end
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,6 +40,7 @@ PANELS = (
     Panel(
         "Score", "reward", (("objective/scores", "score"), ("objective/rlhf_reward", "score minus KL cost"))
     ),
+    Panel("Known reward, not trained on", "reward", (("objective/gold_scores", "known reward"),)),
     Panel("KL to the reference", "nats", (("objective/kl", "KL"),), 0.0),
     Panel("Probability ratio", "new / old", (("val/ratio", "ratio"),), 1.0),
     Panel("Approximate KL of an update", "nats", (("policy/approxkl_avg", "KL"),), 0.0),

@@ -9,8 +9,9 @@ from rich.text import Text
 from dpo_core.reward_quality import RewardQuality
 from dpo_core.stats import Estimate
 from tasks.report import Evaluation, RunReport, StageRow
+from tasks.report_alarms import alarms
 from tasks.report_numbers import Cell, cell, duration
-from tasks.report_verdict import alarms, verdict
+from tasks.report_verdict import verdict
 
 
 class Metric(NamedTuple):

@@ -34,8 +34,9 @@ from tasks.report import (
     RunReport,
     StageRow,
 )
+from tasks.report_alarms import alarms
 from tasks.report_text import markdown, note
-from tasks.report_verdict import alarms, verdict
+from tasks.report_verdict import verdict
 from tasks.stage import TASK_OPTIONS, Context, StageResult, tracker_of
 from tasks.tracking import Tracker
 from tasks.unpaired import class_facts

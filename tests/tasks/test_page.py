@@ -195,3 +195,9 @@ def test_the_page_says_why_it_shows_no_learned_reward() -> None:
     stages = [s.model_copy(update={"name": "train-reward"}) if s.name == "sft" else s for s in make_stages()]
     page = render(example(steps=2, stages=stages))
     assert "Reward model (no pairs were held out to measure it)" in page
+
+
+def test_the_known_reward_of_a_learned_one_has_its_own_chart() -> None:
+    rows = [{"step": i, "objective/scores": i / 9, "objective/gold_scores": -i / 9} for i in range(1, 20)]
+    titles = [figure.title for figure in curve_figures("ppo", rows)]
+    assert titles == ["Score", "Known reward, not trained on"]

@@ -2,6 +2,7 @@
 
 import io
 import math
+import random
 import re
 
 import pytest
@@ -12,9 +13,10 @@ from dpo_core.stats import Estimate
 from expectations.report import Finding
 from tasks.page import render
 from tasks.report import GateFinding, GateRow, RunReport
+from tasks.report_alarms import alarms
 from tasks.report_numbers import duration, number, scaled
 from tasks.report_text import markdown, terminal_table
-from tasks.report_verdict import alarms, verdict
+from tasks.report_verdict import verdict
 from tests.tasks.reports import (
     estimate,
     example,
@@ -144,6 +146,76 @@ def test_each_failure_raises_its_own_alarm(report: RunReport, name: str) -> None
 )
 def test_alarms_stay_quiet_just_inside_the_limits(report: RunReport) -> None:
     assert alarms(report) == []
+
+
+def _ppo(steps: int = 40, seed: int = 0, spread: float = 0.1, **means: tuple[float, float]) -> RunReport:
+    """PPO whose metrics go in a line from one mean to another, with noise."""
+    rng = random.Random(seed)
+    known = {"objective/scores": (0.0, 0.0)} | {k.replace("__", "/"): v for k, v in means.items()}
+    rows = [
+        {"step": float(i)}
+        | {k: a + (b - a) * i / (steps - 1) + rng.gauss(0, spread) for k, (a, b) in known.items()}
+        for i in range(steps)
+    ]
+    return example(steps=2, curves={"ppo": rows})
+
+
+LENGTH = {"completions__mean_length": (20.0, 20.0)}
+
+
+@pytest.mark.parametrize(
+    ("report", "name", "words"),
+    [
+        (_ppo(objective__scores=(0, 1), objective__gold_scores=(0.5, 0.1)), "Over-optimisation",
+         ("ppo: the learned reward rose from 0.1", "while the known reward fell from 0.4")),
+        (_ppo(8, spread=0.02, objective__scores=(0, 1), objective__gold_scores=(0.5, -0.5)),
+         "Over-optimisation", ()),
+        (_ppo(objective__kl=(0, 14)), "KL run-away", ("ppo: the policy was 12.", "nats from the reference")),
+        (_ppo(objective__kl=(0, 8), objective__kl_target=(2, 2), spread=0.0), "KL run-away",
+         ("ppo: the policy was 7.08 nats", "for a target of 2.00")),
+        (_ppo(objective__entropy=(50, 15), **LENGTH), "Entropy collapse",
+         ("ppo: the entropy of a token fell from 2.4", "to 0.8")),
+        (_ppo(policy__entropy_avg=(3, 1)), "Entropy collapse", ("ppo: the entropy of a token fell from",)),
+    ],
+)  # fmt: skip
+def test_each_failure_of_on_policy_training_raises_its_own_alarm(report, name, words) -> None:
+    (alarm,) = alarms(report)
+    assert alarm.name == name
+    for word in words:
+        assert word in alarm.message
+    assert alarm.message in " ".join(markdown(report).split())
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        # Both rewards rise; the known one falls by less than batches differ; the learned one does not rise.
+        _ppo(objective__scores=(0, 1), objective__gold_scores=(0, 0.3)),
+        _ppo(objective__scores=(0, 1), objective__gold_scores=(0.5, 0.49)),
+        _ppo(objective__scores=(0, 0), objective__gold_scores=(0.5, 0)),
+        _ppo(3, objective__scores=(0, 1), objective__gold_scores=(1, 0)),
+        # Far for a moment, and within three times the target.
+        _ppo(objective__kl=(20, 0)),
+        _ppo(objective__kl=(0, 6), objective__kl_target=(2, 2)),
+        # Shorter answers have less entropy each, and as much a token.
+        _ppo(objective__entropy=(50, 15), completions__mean_length=(20, 6), spread=0.0),
+        _ppo(objective__entropy=(50, 30), **LENGTH),
+        # Not a policy's own samples.
+        example(curves=_curve(objective__kl=[20.0] * 20)),
+    ],
+)
+def test_on_policy_alarms_stay_quiet_where_nothing_is_shown(report: RunReport) -> None:
+    assert alarms(report) == []
+
+
+@pytest.mark.parametrize("steps", [8, 40])
+def test_noise_raises_no_alarm_of_on_policy_training(steps: int) -> None:
+    flat = {
+        "objective__gold_scores": (0.2, 0.2), "objective__kl": (4.0, 4.0), "objective__kl_target": (4.0, 4.0),
+        "objective__entropy": (40.0, 40.0), "policy__entropy_avg": (2.0, 2.0), **LENGTH,
+    }  # fmt: skip
+    raised = [alarms(_ppo(steps, seed, 0.3, **flat)) for seed in range(100)]
+    assert sum(map(len, raised)) == 0
 
 
 def test_gate_warnings_are_an_alarm_and_notes_are_not() -> None:

@@ -1,0 +1,156 @@
+"""Signs of the known failures of preference training, each with the numbers that raised it."""
+
+from statistics import fmean, stdev
+from typing import NamedTuple
+
+from tasks.report import RunReport
+from tasks.report_curves import clear_change, quarters, series, start_and_end
+from tasks.report_numbers import cell, number, percent
+
+KL_LIMIT_NATS = (
+    10.0  # beyond this the reward of every direct method has been seen to degrade (arXiv 2406.02900)
+)
+KL_TIMES_PPO = 3.0  # DPO this many times as far from the reference as PPO pays too much for its reward
+KL_FLOOR_NATS = 1.0  # below one nat the ratio of two KLs is mostly noise
+COLLAPSE_SHARE = 0.5  # entropy or distinct-2 under this share of SFT's
+LENGTH_DRIFT = 1.5  # mean length longer than SFT's by this factor, or shorter by it
+DISPLACED_REWARD = -0.05  # implicit reward of the chosen answers; nearer to 0 it is mostly noise
+ACCURACY_DROP = 0.05  # fall of the mean accuracy between the two halves of training
+KL_TIMES_TARGET = 3.0  # the steering of the KL coefficient has lost it
+
+
+class Alarm(NamedTuple):
+    name: str
+    message: str
+
+
+def alarms(report: RunReport) -> list[Alarm]:
+    """Signs of the known failures of preference training, each with the numbers that raised it."""
+    found = _training_alarms(report)
+    evaluation = report.evaluation
+    sft = evaluation.policy("SFT") if evaluation else None
+    trained = [row for row in evaluation.policies if row.name != "SFT"] if evaluation else []
+    ppo = evaluation.policy("PPO") if evaluation else None
+    for row in trained:
+        kl = row.kl.value if row.kl else 0.0
+        if kl > KL_LIMIT_NATS:
+            found.append(Alarm("KL run-away", f"{row.name} is {number(kl)} nats from the reference."))
+        elif row.name == "DPO" and ppo and ppo.kl and kl > max(KL_TIMES_PPO * ppo.kl.value, KL_FLOOR_NATS):
+            found.append(
+                Alarm(
+                    "KL run-away", f"DPO is {number(kl)} nats from the reference, PPO {number(ppo.kl.value)}."
+                )
+            )
+        if sft is None:
+            continue
+        for label, own, base in (
+            ("entropy", row.entropy, sft.entropy),
+            ("distinct-2", row.distinct_2, sft.distinct_2),
+        ):
+            if own is not None and base is not None and own < COLLAPSE_SHARE * base:
+                found.append(
+                    Alarm(
+                        "Diversity collapse", f"{row.name}'s {label} is {number(own)}, SFT's {number(base)}."
+                    )
+                )
+        own, base = row.length.value, sft.length.value
+        if own > LENGTH_DRIFT * base or own * LENGTH_DRIFT < base:
+            found.append(
+                Alarm(
+                    "Length drift", f"{row.name} writes {number(own)} tokens on average, SFT {number(base)}."
+                )
+            )
+    if (weights := report.notes.get("Class weights")) is not None:
+        found.append(Alarm("Class weights", str(weights)))
+    for gate in report.gate:
+        failed = [f for f in gate.findings if not f.passed and f.severity in ("critical", "warning")]
+        if failed:
+            rules = ", ".join(
+                f"{f.rule} ({f.severity}{f', {f.count:,} rows' if f.count else ''})" for f in failed
+            )
+            found.append(Alarm("Data gate", f"{gate.subject}: {rules}."))
+    return found
+
+
+def _clearly_below_zero(values: list[float]) -> bool:
+    """Whether the mean of the last quarter is below zero by two standard errors: batches differ."""
+    last = values[-max(2, len(values) // 4) :]
+    return len(last) > 1 and fmean(last) + 2 * stdev(last) / len(last) ** 0.5 < 0
+
+
+def _training_alarms(report: RunReport) -> list[Alarm]:
+    found: list[Alarm] = []
+    dpo = report.evaluation.policy("DPO") if report.evaluation else None
+    for stage, rows in report.curves.items():
+        found += _on_policy_alarms(stage, rows)
+        chosen = start_and_end(series(rows, "logps/chosen")[1])
+        rewards = series(rows, "rewards/chosen")[1]
+        reward = start_and_end(rewards)
+        fell = chosen and chosen[1] < chosen[0] and _clearly_below_zero(rewards)
+        if chosen and reward and fell and reward[1] < DISPLACED_REWARD:
+            found.append(
+                Alarm(
+                    "Likelihood displacement",
+                    f"log p(chosen) fell from {number(chosen[0])} to {number(chosen[1])} and ended below "
+                    f"the reference (implicit reward {number(reward[1])}): preferred answers became rarer.",
+                )
+            )
+        accuracies = series(rows, "eval_rewards/accuracies")[1] or series(rows, "rewards/accuracies")[1]
+        half = len(accuracies) // 2
+        if half and dpo and dpo.gain and dpo.gain.value > 0:
+            early, late = sum(accuracies[:half]) / half, sum(accuracies[half:]) / (len(accuracies) - half)
+            if late < early - ACCURACY_DROP:
+                message = f"The reward rose while accuracy fell from {percent(early)} to {percent(late)}."
+                found.append(Alarm("Reward without accuracy", message))
+    if dpo and dpo.accuracy and dpo.gain and dpo.gain.value > 0 and dpo.accuracy.high < 0.5:
+        message = f"The reward rose, yet held-out preference accuracy is {cell('accuracy', dpo.accuracy)}."
+        found.append(Alarm("Reward without accuracy", message))
+    return found
+
+
+def _on_policy_alarms(stage: str, rows: list[dict[str, float]]) -> list[Alarm]:
+    """What only a stage shows that samples from its own policy."""
+    if not series(rows, "objective/scores")[1]:
+        return []
+    messages = {
+        "Over-optimisation": _over_optimised(rows),
+        "KL run-away": _kl_ran_away(rows),
+        "Entropy collapse": _entropy_collapsed(rows),
+    }
+    return [Alarm(name, f"{stage}: {message}") for name, message in messages.items() if message]
+
+
+def _over_optimised(rows: list[dict[str, float]]) -> str:
+    both = [row for row in rows if "objective/scores" in row and "objective/gold_scores" in row]
+    before, after, rise = clear_change([row["objective/scores"] for row in both])
+    known_before, known_after, change = clear_change([row["objective/gold_scores"] for row in both])
+    if rise != 1 or change != -1:
+        return ""
+    return (
+        f"the learned reward rose from {number(before)} to {number(after)} while the known reward fell from "
+        f"{number(known_before)} to {number(known_after)} (first and last quarter of training)."
+    )
+
+
+def _kl_ran_away(rows: list[dict[str, float]]) -> str:
+    found = quarters(series(rows, "objective/kl")[1])
+    if found is None:
+        return ""
+    kl, targets = fmean(found[1]), series(rows, "objective/kl_target")[1]
+    far = f"the policy was {number(kl)} nats from the reference in the last quarter of training"
+    if targets and kl > KL_TIMES_TARGET * targets[-1]:
+        return f"{far}, for a target of {number(targets[-1])}."
+    return f"{far}." if kl > KL_LIMIT_NATS else ""
+
+
+def _entropy_collapsed(rows: list[dict[str, float]]) -> str:
+    """By the entropy of a token: that of a response also falls where answers become short."""
+    values = series(rows, "policy/entropy_avg")[1] or [
+        row["objective/entropy"] / row["completions/mean_length"]
+        for row in rows
+        if "objective/entropy" in row and row.get("completions/mean_length", 0) > 0
+    ]
+    found = start_and_end(values)
+    if found is None or found[1] >= COLLAPSE_SHARE * found[0]:
+        return ""
+    return f"the entropy of a token fell from {number(found[0])} to {number(found[1])} nats during training."
