@@ -118,6 +118,11 @@ def _require_labels(recipe: Recipe, kind: str) -> None:
     own, and a reward, because a reward model is trained on pairs.
     """
     if kind == "unpaired":
+        if recipe.frontier is not None:
+            raise RecipeError(
+                "the data are unpaired rows, and the arms of a comparison study share pairs",
+                "Give rows with a chosen and a rejected answer, or prompts",
+            )
         for name, config in (("guide", recipe.guide), ("dpo", recipe.dpo)):
             if config is not None and not config.unpaired:
                 raise RecipeError(

@@ -161,6 +161,10 @@ class Recipe(Config):
             return
         if self.reward.source is None:
             raise ValueError("frontier compares true rewards: set reward.source")
+        if self.guide is not None or self.reward.optimise != "source":
+            raise ValueError(
+                "guide and reward.optimise would not be read: the arms of the frontier say guided and reward"
+            )
         learned = any(arm.reward == "model" for arm in self.frontier.arms)
         if not learned and self.reward.model != RewardModelConfig():
             raise ValueError("reward.model would not be read: no arm of the frontier has reward: model")

@@ -1,0 +1,45 @@
+"""The whole comparison study at demo size, as a user runs it: every policy measured, in under an hour."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_run import Bench
+
+pytestmark = [pytest.mark.bench, pytest.mark.timeout(4500)]
+LIMIT_MINUTES = 60
+
+
+def test_the_frontier_at_demo_size(tmp_path: Path) -> None:
+    bench = Bench(tmp_path / "study")
+    bench.folder.mkdir()
+    start = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.cli", "run", "frontier", "--json"],
+        env=bench.environment(),
+        cwd=bench.folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    minutes = (time.monotonic() - start) / 60
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads(done.stdout)
+    points = report["study"]["points"]
+    print(f"\n{len(points)} policies in {minutes:.0f} minutes")
+    for arm in ("DPO", "PPO", "PPO-GT", "GRPO"):
+        settings = {p["setting"] for p in points if p["arm"] == arm}
+        assert len(settings) >= 3, arm
+        assert {p["seed"] for p in points if p["arm"] == arm} == {0, 1, 2}
+    for claim in report["claims"]:
+        print(f"{claim['verdict']:12} {claim['claim']}: {claim['found']}")
+        assert claim["verdict"] != "not measured", claim
+    # What must hold whatever the study finds: training on the known reward raises it.
+    reference = report["study"]["reference_rewards_P"]
+    best = max(sum(p["rewards_P"]) / len(p["rewards_P"]) for p in points if p["arm"] == "PPO-GT")
+    assert best > sum(reference) / len(reference) + 0.1
+    assert minutes < LIMIT_MINUTES
