@@ -18,7 +18,7 @@ from dpo_core.errors import StageFailed
 from dpo_core.generate import SamplingConfig, sample, seed_for
 from dpo_core.logprobs import Precision, completion_logps
 from dpo_core.online.ppo_math import k1, k3
-from dpo_core.online.rollouts import Scorer
+from dpo_core.online.sampler import Scorer
 from dpo_core.stats import Estimate
 from dpo_core.text_metrics import distinct_n
 from dpo_core.tokens import Sequence, TokenPair

@@ -19,8 +19,7 @@ from dpo_core.models import check_context, disable_dropout, load_model, load_tok
 from dpo_core.online.group import GroupTrainer
 from dpo_core.online.ppo import PpoTrainer, make_critic
 from dpo_core.online.preferences import OnlineDpoTrainer
-from dpo_core.online.rollouts import Scorer
-from dpo_core.online.rounds import Surroundings
+from dpo_core.online.sampler import Scorer, Surroundings
 from dpo_core.reference import LogpShard
 from dpo_core.rewards import load_reward
 from dpo_core.sft import Demonstration, SftTrainer

@@ -15,7 +15,8 @@ from dpo_core.logprobs import autocast
 from dpo_core.online import group_math, ppo_math
 from dpo_core.online.group_math import Aggregate, Level, Scale
 from dpo_core.online.rollouts import Rollout, response_logps
-from dpo_core.online.rounds import OnlineTrainer, RoundsConfig, Surroundings
+from dpo_core.online.rounds import OnlineTrainer, RoundsConfig
+from dpo_core.online.sampler import Surroundings
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from dpo_core.layout import Document, PaddedRows, pad
 from dpo_core.logprobs import autocast
 from dpo_core.online import ppo_math
 from dpo_core.online.rollouts import Rollout, response_logps
-from dpo_core.online.rounds import OnlineTrainer, RoundsConfig, Surroundings
+from dpo_core.online.rounds import OnlineTrainer, RoundsConfig
+from dpo_core.online.sampler import Surroundings
 from dpo_core.reward_model import RewardModel
 
 

@@ -22,7 +22,8 @@ from dpo_core.logprobs import autocast
 from dpo_core.objectives import PairLogps, Term, Totals, combine, get, pair_metrics
 from dpo_core.online.group_math import flat_groups
 from dpo_core.online.rollouts import Episode, Rollout
-from dpo_core.online.rounds import OnlineTrainer, RoundsConfig, Surroundings, move
+from dpo_core.online.rounds import OnlineTrainer, RoundsConfig, move
+from dpo_core.online.sampler import Surroundings
 from dpo_core.scores import branch_scores
 
 

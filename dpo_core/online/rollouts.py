@@ -3,25 +3,16 @@
 Shapes: B episodes of a micro-batch, R response tokens of the longest.
 """
 
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpo_core.generate import SamplingConfig, sample
 from dpo_core.layout import Document, PaddedRows, pad
 from dpo_core.logprobs import Precision, autocast
 from dpo_core.scores import hidden_of, token_scores
 from dpo_core.tokens import Sequence
-
-# Scores of completions: token sequences and the prompt texts they answer, in order.
-Scorer = Callable[[Seq[Sequence], Seq[str]], list[float]]
-
-# A prompt's token ids and its text.
-Prompt = tuple[tuple[int, ...], str]
 
 
 @dataclass(frozen=True)
@@ -68,43 +59,6 @@ def response_logps(model: nn.Module, rows: PaddedRows, temperature: float) -> tu
     return hidden_NH, rows.table(logps_N)
 
 
-def draw(
-    policy: nn.Module,
-    prompts: Seq[Prompt],
-    places: Seq[int],
-    each: int,
-    sampling: SamplingConfig,
-    *,
-    eos_id: int,
-    seed: int,
-) -> list[Episode]:
-    """`each` completions of every prompt, not scored yet.
-
-    Args:
-        places: of the prompts among those that all ranks ever draw; a place decides what is sampled.
-    """
-    drawn = sample(
-        policy,
-        [ids for ids, _ in prompts for _ in range(each)],
-        sampling,
-        eos_id=eos_id,
-        seed=seed,
-        places=[place * each + k for place in places for k in range(each)],
-    )
-    return [
-        Episode(Sequence(prompts[i // each][0], c.ids), prompts[i // each][1], i // each, c.ended, c.logps)
-        for i, c in enumerate(drawn)
-    ]
-
-
-def scored(episodes: Seq[Episode], scorer: Scorer, gold: Scorer | None) -> list[Episode]:
-    """The same episodes with their scores."""
-    asked = [e.sequence for e in episodes], [e.prompt for e in episodes]
-    scores = scorer(*asked)
-    golds: Seq[float | None] = gold(*asked) if gold else [None] * len(scores)
-    return [replace(e, score=s, gold=g) for e, s, g in zip(episodes, scores, golds, strict=True)]
-
-
 @torch.no_grad()
 def read(
     episodes: list[Episode],
@@ -142,11 +96,3 @@ def sampler_gap(rollouts: Seq[Rollout]) -> tuple[Tensor, Tensor]:
     """
     gaps_N = torch.cat([(r.logps_BR - r.sampler_logps_BR)[r.mask_BR] for r in rollouts])
     return gaps_N.abs(), gaps_N.exp()
-
-
-def informative(episodes: Seq[Episode]) -> set[int]:
-    """Groups whose scores differ: only these have advantages (DAPO's dynamic sampling keeps them)."""
-    scores: dict[int, list[float]] = {}
-    for episode in episodes:
-        scores.setdefault(episode.group, []).append(episode.score)
-    return {group for group, found in scores.items() if np.ptp(found) > 0}

@@ -8,9 +8,6 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
@@ -19,26 +16,13 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dpo_core import cost
-from dpo_core.batches import Order
 from dpo_core.config import Config
 from dpo_core.engine import Engine, MetricsFile, Stopped
 from dpo_core.engine_config import EngineConfig, OptimConfig
-from dpo_core.errors import RecipeError, StageFailed
-from dpo_core.generate import SamplingConfig, seed_for
+from dpo_core.errors import RecipeError
 from dpo_core.online import ppo_math
-from dpo_core.online.rollouts import (
-    Episode,
-    Prompt,
-    Rollout,
-    Scorer,
-    draw,
-    informative,
-    micro_batches,
-    read,
-    sampler_gap,
-    scored,
-)
-from dpo_core.tokens import Sequence
+from dpo_core.online.rollouts import Episode, Rollout, micro_batches, read, sampler_gap
+from dpo_core.online.sampler import Sampler, Surroundings
 
 log = logging.getLogger(__name__)
 Micro = TypeVar("Micro")
@@ -102,24 +86,6 @@ class RoundsConfig(Config):
         return self
 
 
-@dataclass(frozen=True)
-class Surroundings:
-    """What a job of rounds samples from, is paid by, and writes to."""
-
-    prompts: Seq[Prompt]
-    """Training prompts."""
-    sampling: SamplingConfig
-    eos_id: int
-    scorer: Scorer
-    """The reward of finished completions."""
-    seed: int
-    work: Path
-    gold: Scorer | None = None
-    """A known reward that is logged beside a learned one."""
-    scoring_flops: Callable[[Seq[Sequence]], float] = lambda sequences: 0.0
-    """Operations of scoring some sequences, where the scorer is a model."""
-
-
 class OnlineTrainer(ABC, Generic[Micro]):
     """One training job. A subclass says what is learnt from a round's rollouts.
 
@@ -129,8 +95,6 @@ class OnlineTrainer(ABC, Generic[Micro]):
     """
 
     def __init__(self, policy: Any, reference: Any, around: Surroundings, config: RoundsConfig) -> None:
-        if not around.prompts:
-            raise StageFailed("there are no prompts to sample from", "Look at what the data gate dropped")
         self.rounds, self.around = config, around
         self.reference = reference.eval().requires_grad_(False)
         self.module = policy
@@ -138,9 +102,10 @@ class OnlineTrainer(ABC, Generic[Micro]):
         self.micro_per_step = self._micro_per_step()
         self.engine = self.make_engine(policy, config.optim, self.companions())
         self.reference.to(self.engine.device)
-        self.order = Order(len(around.prompts), around.seed)
-        self.drawn = 0
-        """Prompts drawn so far, over all ranks: the sampler's position."""
+        each = config.samples_each
+        self.sampler = Sampler(
+            policy, around, self.engine, prompts=config.episodes // each, each=each, redraws=config.redraws
+        )
 
     def _micro_per_step(self) -> int:
         world, config = torch.distributed.get_world_size(), self.rounds
@@ -205,11 +170,11 @@ class OnlineTrainer(ABC, Generic[Micro]):
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps beside the engines' own state."""
         moving = self.rounds.reference_ema is not None
-        return {"drawn": self.drawn} | ({"reference": self.reference.state_dict()} if moving else {})
+        return {"drawn": self.sampler.drawn} | ({"reference": self.reference.state_dict()} if moving else {})
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take back what `state` gave."""
-        self.drawn = int(state["drawn"])
+        self.sampler.drawn = int(state["drawn"])
         if "reference" in state:
             self.reference.load_state_dict(state["reference"])
 
@@ -243,7 +208,7 @@ class OnlineTrainer(ABC, Generic[Micro]):
     def _round(self, iteration: int) -> dict[str, float]:
         start = time.perf_counter()
         rate = self.engine.learning_rate
-        episodes, asked = self._sample()
+        episodes, asked = self.sampler.round()
         rollouts = self._read(episodes)
         facts = self._facts(rollouts) | self.facts(rollouts)
         micros = self.prepare(rollouts)
@@ -275,38 +240,7 @@ class OnlineTrainer(ABC, Generic[Micro]):
         if rate is not None:
             move(self.reference, self.module, rate)
 
-    # Sampling --------------------------------------------------------------------------------------------
-
-    def _sample(self) -> tuple[list[Episode], list[Episode]]:
-        """This rank's episodes, and all that were drawn for them: groups without a difference may have been
-        replaced."""
-        wanted = self.rounds.episodes // self.rounds.samples_each
-        everything = episodes = self._draw(wanted)
-        for _ in range(self.rounds.redraws):
-            good = informative(episodes)
-            mine = wanted // self.engine.world
-            if not float(self.engine.all_sum(torch.tensor(float(mine - len(good))))):
-                break
-            more = self._draw(wanted)
-            everything = everything + more
-            episodes = _replaced(episodes, good, more)
-        return episodes, everything
-
-    def _draw(self, wanted: int) -> list[Episode]:
-        """Scored episodes of this rank's share of the next prompts."""
-        places = range(self.drawn, self.drawn + wanted)[self.engine.rank :: self.engine.world]
-        self.drawn += wanted
-        self.module.eval()
-        episodes = draw(
-            self.module,
-            [self.around.prompts[self.order.at(place)] for place in places],
-            places,
-            self.rounds.samples_each,
-            self.around.sampling,
-            eos_id=self.around.eos_id,
-            seed=seed_for(self.around.seed, "online"),
-        )
-        return scored(episodes, self.around.scorer, self.around.gold)
+    # Reading ---------------------------------------------------------------------------------------------
 
     def _read(self, episodes: list[Episode]) -> list[Rollout]:
         return [
@@ -412,13 +346,3 @@ def move(reference: Any, policy: Any, share: float) -> None:
     """reference ← share · policy + (1 - share) · reference, in place."""
     for theirs, mine in zip(reference.parameters(), policy.parameters(), strict=True):
         theirs.lerp_(mine.to(theirs.dtype), share)
-
-
-def _replaced(episodes: list[Episode], good: set[int], more: list[Episode]) -> list[Episode]:
-    """Episodes in which groups without a difference are those of `more` that have one, as far as they go."""
-    spare = sorted(informative(more))
-    poor = sorted({e.group for e in episodes} - good)
-    swap = dict(zip(spare, poor, strict=False))
-    gone = set(swap.values())
-    kept = [e for e in episodes if e.group not in gone]
-    return kept + [replace(e, group=swap[e.group]) for e in more if e.group in swap]

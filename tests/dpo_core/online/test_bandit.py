@@ -22,7 +22,7 @@ from dpo_core.objectives import PairLogps, Term, combine, get
 from dpo_core.online.group import GroupConfig, GroupTrainer
 from dpo_core.online.ppo import PpoConfig, PpoTrainer, make_critic
 from dpo_core.online.rollouts import response_logps
-from dpo_core.online.rounds import Surroundings
+from dpo_core.online.sampler import Surroundings
 from tests.tiny import make_tiny_model
 
 VOCABULARY, PROMPT, BETA = 5, (1, 2), 0.5

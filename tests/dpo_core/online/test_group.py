@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from deploy.launchers import State
 from dpo_core import train
 from dpo_core.online.rollouts import Episode
-from dpo_core.online.rounds import _replaced
+from dpo_core.online.sampler import replaced
 from dpo_core.tokens import Sequence
 from tests.dpo_core.online.online_jobs import kill_in_round, online_job, timeless
 from tests.training_jobs import curve, launch
@@ -106,7 +106,7 @@ def test_dynamic_sampling_replaces_groups_without_a_difference() -> None:
 
     episodes = group(0, 1, 1) + group(1, 1, 0) + group(2, 3, 3)
     more = group(0, 2, 2) + group(1, 5, 4) + group(2, 0, 0)
-    found = _replaced(episodes, {1}, more)
+    found = replaced(episodes, {1}, more)
     assert sorted((e.group, e.score) for e in found) == [(0, 4), (0, 5), (1, 0), (1, 1), (2, 3), (2, 3)]
 
 

@@ -18,7 +18,7 @@ from dpo_core.layout import Document, pad
 from dpo_core.models import load_model, load_tokenizer
 from dpo_core.online.ppo import PpoConfig, PpoTrainer, make_critic, state_values
 from dpo_core.online.rollouts import Episode, response_logps
-from dpo_core.online.rounds import Surroundings
+from dpo_core.online.sampler import Surroundings
 from dpo_core.reward_model import RewardModel
 from dpo_core.tokens import Sequence
 from tests.dpo_core.online.online_jobs import kill_in_round, online_job, timeless
@@ -127,6 +127,24 @@ def test_two_ranks_take_the_steps_of_one(straight: Path, tiny: Path, tmp_path: P
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3), name
     for name in ("objective/kl", "loss/policy_avg", "policy/approxkl_avg"):
         assert lines[1][name] == pytest.approx(wanted[1][name], abs=1e-3), name
+
+
+def test_shards_of_two_ranks_go_on_in_one(tiny: Path, tmp_path: Path) -> None:
+    """Policy and critic under ZeRO 2, saved by two ranks, both converted for one."""
+    optim = {"learning_rate": 1e-2, "schedule": "constant", "warmup_fraction": 0.0, "epsilon": 1e-5}
+    both = {"optim": optim, "critic_optim": optim, "minibatches": 1}
+    two = {"zero_stage": 2, "processes": 2, "save_every": 1}
+    job = ppo_job(tmp_path, tiny, iterations=2, engine=two, **both)
+    assert launch(job, processes=2) is State.DONE
+    job = ppo_job(tmp_path, tiny, iterations=4, engine=two | {"processes": 1}, **both)
+    assert launch(job) is State.DONE
+    straight = ppo_job(tmp_path / "straight", tiny, iterations=4, **both)
+    assert launch(straight) is State.DONE
+    lines, wanted = curve(tmp_path), curve(straight.parent)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    for name in ("objective/scores", "objective/kl_coef", "grad_norm", "critic/grad_norm"):
+        for ours, theirs in zip(lines, wanted, strict=True):
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-2), (name, ours["step"])
 
 
 def test_sampler_and_trainer_are_the_same_policy(straight: Path) -> None:

@@ -1,0 +1,154 @@
+"""The rollout engine: which prompts a round samples, what is drawn for them, and what it is worth.
+
+The position among the prompts is the whole state: with the seed it decides every completion, whatever the
+number of ranks and wherever a run was cut off.
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dpo_core.batches import Order
+from dpo_core.engine import Engine
+from dpo_core.errors import StageFailed
+from dpo_core.generate import SamplingConfig, sample, seed_for
+from dpo_core.online.rollouts import Episode
+from dpo_core.tokens import Sequence
+
+# Scores of completions: token sequences and the prompt texts they answer, in order.
+Scorer = Callable[[Seq[Sequence], Seq[str]], list[float]]
+
+# A prompt's token ids and its text.
+Prompt = tuple[tuple[int, ...], str]
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a job of rounds samples from, is paid by, and writes to."""
+
+    prompts: Seq[Prompt]
+    """Training prompts."""
+    sampling: SamplingConfig
+    eos_id: int
+    scorer: Scorer
+    """The reward of finished completions."""
+    seed: int
+    work: Path
+    gold: Scorer | None = None
+    """A known reward that is logged beside a learned one."""
+    scoring_flops: Callable[[Seq[Sequence]], float] = lambda sequences: 0.0
+    """Operations of scoring some sequences, where the scorer is a model."""
+
+
+class Sampler:
+    """Draws the rounds of one job on this rank; every prompt's completions stay on one rank.
+
+    Args:
+        prompts: of a round, over all ranks.
+        each: completions of every prompt.
+        redraws: how often prompts whose completions all score the same are replaced by the next ones.
+
+    Raises:
+        StageFailed: there are no prompts.
+    """
+
+    def __init__(
+        self, policy: Any, around: Surroundings, engine: Engine, *, prompts: int, each: int, redraws: int
+    ) -> None:
+        if not around.prompts:
+            raise StageFailed("there are no prompts to sample from", "Look at what the data gate dropped")
+        self.policy, self.around, self.engine = policy, around, engine
+        self.prompts, self.each, self.redraws = prompts, each, redraws
+        self.order = Order(len(around.prompts), around.seed)
+        self.drawn = 0
+        """Prompts drawn so far, over all ranks."""
+
+    def round(self) -> tuple[list[Episode], list[Episode]]:
+        """This rank's episodes, and all that were drawn for them."""
+        everything = episodes = self._draw()
+        for _ in range(self.redraws):
+            good = informative(episodes)
+            missing = self.prompts // self.engine.world - len(good)
+            if not float(self.engine.all_sum(torch.tensor(float(missing)))):
+                break
+            more = self._draw()
+            everything = everything + more
+            episodes = replaced(episodes, good, more)
+        return episodes, everything
+
+    def _draw(self) -> list[Episode]:
+        """Scored episodes of this rank's share of the next prompts."""
+        places = range(self.drawn, self.drawn + self.prompts)[self.engine.rank :: self.engine.world]
+        self.drawn += self.prompts
+        self.policy.eval()
+        episodes = draw(
+            self.policy,
+            [self.around.prompts[self.order.at(place)] for place in places],
+            places,
+            self.each,
+            self.around.sampling,
+            eos_id=self.around.eos_id,
+            seed=seed_for(self.around.seed, "online"),
+        )
+        return scored(episodes, self.around.scorer, self.around.gold)
+
+
+def draw(
+    policy: nn.Module,
+    prompts: Seq[Prompt],
+    places: Seq[int],
+    each: int,
+    sampling: SamplingConfig,
+    *,
+    eos_id: int,
+    seed: int,
+) -> list[Episode]:
+    """`each` completions of every prompt, not scored yet.
+
+    Args:
+        places: of the prompts among those that all ranks ever draw; a place decides what is sampled.
+    """
+    drawn = sample(
+        policy,
+        [ids for ids, _ in prompts for _ in range(each)],
+        sampling,
+        eos_id=eos_id,
+        seed=seed,
+        places=[place * each + k for place in places for k in range(each)],
+    )
+    return [
+        Episode(Sequence(prompts[i // each][0], c.ids), prompts[i // each][1], i // each, c.ended, c.logps)
+        for i, c in enumerate(drawn)
+    ]
+
+
+def scored(episodes: Seq[Episode], scorer: Scorer, gold: Scorer | None) -> list[Episode]:
+    """The same episodes with their scores."""
+    asked = [e.sequence for e in episodes], [e.prompt for e in episodes]
+    scores = scorer(*asked)
+    golds: Seq[float | None] = gold(*asked) if gold else [None] * len(scores)
+    return [replace(e, score=s, gold=g) for e, s, g in zip(episodes, scores, golds, strict=True)]
+
+
+def informative(episodes: Seq[Episode]) -> set[int]:
+    """Groups whose scores differ: only these have advantages (DAPO's dynamic sampling keeps them)."""
+    scores: dict[int, list[float]] = {}
+    for episode in episodes:
+        scores.setdefault(episode.group, []).append(episode.score)
+    return {group for group, found in scores.items() if np.ptp(found) > 0}
+
+
+def replaced(episodes: list[Episode], good: set[int], more: list[Episode]) -> list[Episode]:
+    """Episodes in which groups without a difference are those of `more` that have one, as far as they go."""
+    spare = sorted(informative(more))
+    poor = sorted({e.group for e in episodes} - good)
+    swap = dict(zip(spare, poor, strict=False))
+    gone = set(swap.values())
+    kept = [e for e in episodes if e.group not in gone]
+    return kept + [replace(e, group=swap[e.group]) for e in more if e.group in swap]
