@@ -12,15 +12,11 @@ from tests.tiny_run import ENGINE, Bench
 
 MODEL = {"max_steps": 2, "batch_size": 8, "micro_batch_size": 8, "engine": ENGINE}
 ROUNDS = {"iterations": 2, "episodes": 8, "micro_batch_size": 8, "epochs": 1, "engine": ENGINE}
-ONLINE = {**ROUNDS, "micro_batch_size": 4}
 ARMS: list[dict[str, Any]] = [
     {"name": "DPO", "method": "dpo", "settings": [{"parameters.beta": 0.1}, {"parameters.beta": 0.5}]},
     {"name": "PPO", "method": "ppo", "reward": "model", "settings": [{"kl_coef": 0.1}]},
     {"name": "PPO-GT", "method": "ppo", "settings": [{"kl_coef": 0.1}]},
     {"name": "GRPO", "method": "grpo", "base": {**ROUNDS, "group_size": 4}, "settings": [{"kl_coef": 0.1}]},
-    {"name": "Online DPO", "method": "online", "base": ONLINE, "settings": [{"parameters.beta": 0.1}]},
-    {"name": "DPO, few", "method": "dpo", "base": {"limit": 8}, "settings": [{"parameters.beta": 0.1}],
-     "drawn": False},
     {"name": "Pre-DPO, few", "method": "dpo", "base": {"limit": 8}, "guided": True, "drawn": False,
      "settings": [{"parameters.beta": 0.1}]},
 ]  # fmt: skip
@@ -50,7 +46,7 @@ def test_every_policy_is_measured_on_the_same_prompts(studied) -> None:
     _, _, report = studied
     study = report["study"]
     points = {(p["arm"], p["setting"], p["seed"]) for p in study["points"]}
-    assert len(points) == 2 * sum(len(arm["settings"]) for arm in ARMS) == 16
+    assert len(points) == 2 * sum(len(arm["settings"]) for arm in ARMS) == 12
     assert ("DPO", "beta=0.5", 1) in points
     for point in study["points"]:
         assert len(point["rewards_P"]) == study["prompts"] == 6
@@ -58,7 +54,7 @@ def test_every_policy_is_measured_on_the_same_prompts(studied) -> None:
         assert point["cost"]["seconds"] > 0
         assert point["cost"]["peak_memory_bytes"] > 0
     assert [b["n"] for b in study["best_of"]] == [2, 4]
-    assert study["drawn"] == ["DPO", "PPO", "PPO-GT", "GRPO", "Online DPO"]
+    assert study["drawn"] == ["DPO", "PPO", "PPO-GT", "GRPO"]
 
 
 def test_the_cost_of_a_policy_is_that_of_all_it_needed(studied) -> None:
@@ -84,7 +80,7 @@ def test_the_page_the_picture_and_mlflow_have_it(studied) -> None:
     assert {"page.html", "frontier.png", "report.json"} <= names
     query = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
     children = {r.info.run_name for r in client.search_runs([parent.info.experiment_id], query)}
-    assert {"train-ppo PPO kl_coef=0.1 seed 1", "measure Online DPO beta=0.1 seed 0"} <= children
+    assert {"train-ppo PPO kl_coef=0.1 seed 1", "measure GRPO kl_coef=0.1 seed 0"} <= children
 
 
 def test_a_second_study_runs_nothing_and_says_the_same(studied) -> None:
@@ -103,7 +99,7 @@ def test_the_plan_knows_every_policy(studied) -> None:
     coming = [row for row in rows if row["state"] == "runs"]
     assert all(row["name"].endswith("seed 2") for row in coming)
     trained = [row for row in coming if row["name"].startswith("train-")]
-    assert len(trained) == 1 + 9
+    assert len(trained) == 1 + 7
     assert all(row["flops"] > 0 and row["memory_bytes"] for row in trained)
 
 
