@@ -181,11 +181,19 @@ def to_universal(checkpoint: Path, out: Path) -> None:
         StageFailed: DeepSpeed's converter failed; the end of what it said is in the message.
     """
     shutil.rmtree(out, ignore_errors=True)
+    # The converter looks through folders below, where the checkpoint of a critic may lie.
+    alone = out.with_name(f"alone-{out.name}")
+    shutil.rmtree(alone, ignore_errors=True)
+    alone.mkdir(parents=True)
+    for file in checkpoint.iterdir():
+        if file.is_file():
+            (alone / file.name).symlink_to(file.resolve())
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
-    command += ["--input_folder", str(checkpoint), "--output_folder", str(out)]
+    command += ["--input_folder", str(alone), "--output_folder", str(out)]
     # One worker each: as many as it has cores would hold as many copies of the state.
     command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
+    shutil.rmtree(alone)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no word"])[-1]
         raise StageFailed(

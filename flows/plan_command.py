@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe (demo, hh-harmless) or a YAML file.")]
+RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe (dpo config list) or a YAML file.")]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Override one field; may be repeated.")
 ]

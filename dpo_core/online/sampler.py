@@ -30,7 +30,11 @@ Prompt = tuple[tuple[int, ...], str]
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a job of rounds samples from, is paid by, and writes to."""
+    """What a job of rounds samples from, is paid by, and writes to.
+
+    Raises:
+        StageFailed: there are no prompts.
+    """
 
     prompts: Seq[Prompt]
     """Training prompts."""
@@ -45,6 +49,10 @@ class Surroundings:
     scoring_flops: Callable[[Seq[Sequence]], float] = lambda sequences: 0.0
     """Operations of scoring some sequences, where the scorer is a model."""
 
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise StageFailed("there are no prompts to sample from", "Look at what the data gate dropped")
+
 
 class Sampler:
     """Draws the rounds of one job on this rank; every prompt's completions stay on one rank.
@@ -53,16 +61,11 @@ class Sampler:
         prompts: of a round, over all ranks.
         each: completions of every prompt.
         redraws: how often prompts whose completions all score the same are replaced by the next ones.
-
-    Raises:
-        StageFailed: there are no prompts.
     """
 
     def __init__(
         self, policy: Any, around: Surroundings, engine: Engine, *, prompts: int, each: int, redraws: int
     ) -> None:
-        if not around.prompts:
-            raise StageFailed("there are no prompts to sample from", "Look at what the data gate dropped")
         self.policy, self.around, self.engine = policy, around, engine
         self.prompts, self.each, self.redraws = prompts, each, redraws
         self.order = Order(len(around.prompts), around.seed)

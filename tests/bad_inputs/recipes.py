@@ -7,7 +7,7 @@ from tests.bad_inputs import World, bad, good_rows, lines
 # --- the file ---------------------------------------------------------------------------------------------
 
 
-@bad(2, "no recipe named nowhere", "no such file", "demo, hh-harmless", "name a YAML file")
+@bad(2, "no recipe named nowhere", "no such file", "demo", "hh-harmless", "name a YAML file")
 def recipe_not_found(world: World) -> list[str]:
     return ["run", "nowhere"]
 

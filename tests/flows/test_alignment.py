@@ -103,7 +103,8 @@ def test_a_second_run_does_nothing_and_is_quick(finished):
 
 
 def test_another_learning_rate_runs_again_from_training_on(finished):
-    bench, _ = finished
+    # In a copy: other tests compare their stores with this one.
+    bench = finished[0].copy("rate")
     report = bench.run("--set", "dpo.optim.learning_rate=3e-5")
     ran = {name for name, state in bench.states(report).items() if state == "ran"}
     assert ran == {"train-dpo", "evaluate"}

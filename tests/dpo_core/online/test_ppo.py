@@ -16,7 +16,7 @@ from dpo_core import train
 from dpo_core.jobs import build
 from dpo_core.layout import Document, pad
 from dpo_core.models import load_model, load_tokenizer
-from dpo_core.online.ppo import PpoConfig, PpoTrainer, make_critic, state_values
+from dpo_core.online.ppo import PpoConfig, make_critic, state_values
 from dpo_core.online.rollouts import Episode, response_logps
 from dpo_core.online.sampler import Surroundings
 from dpo_core.reward_model import RewardModel
@@ -280,17 +280,14 @@ def test_a_reward_that_fails_stops_the_run_with_its_words(alone: None, tiny: Pat
     assert "the reward 'count_o' returned nan for row 0" in error["problem"]
 
 
-def test_no_prompts_are_told(alone: None, tiny: Path, tmp_path: Path) -> None:
-
+def test_no_prompts_are_told(tmp_path: Path) -> None:
     from dpo_core.errors import StageFailed
     from dpo_core.generate import SamplingConfig
 
-    model = load_model(tiny)
-    around = Surroundings(
-        prompts=[], sampling=SamplingConfig(), eos_id=0, scorer=lambda s, p: [], seed=0, work=tmp_path
-    )
     with pytest.raises(StageFailed, match="no prompts"):
-        PpoTrainer(model, model, make_critic(model), around, PpoConfig())
+        Surroundings(
+            prompts=[], sampling=SamplingConfig(), eos_id=0, scorer=lambda s, p: [], seed=0, work=tmp_path
+        )
 
 
 def test_episodes_must_divide() -> None:
