@@ -58,7 +58,13 @@ class Bench:
     def environment(self) -> dict[str, str]:
         # One Prefect home for all runs of the session: its database is made once.
         home = self.folder.parent / "prefect"
-        return os.environ | {"PREFECT_HOME": str(home), "CUDA_VISIBLE_DEVICES": "", "MLFLOW_TRACKING_URI": ""}
+        return os.environ | {
+            "PREFECT_HOME": str(home),
+            "CUDA_VISIBLE_DEVICES": "",
+            "MLFLOW_TRACKING_URI": "",
+            # Tests run side by side; threads that wait for each other on busy cores spin.
+            "OMP_NUM_THREADS": "1",
+        }
 
     def command(self, *arguments: str) -> list[str]:
         return [sys.executable, "-m", "flows.cli", *arguments]

@@ -2,7 +2,7 @@
 
 import json
 import math
-import time
+import resource
 from pathlib import Path
 
 import yaml
@@ -90,16 +90,22 @@ def test_what_was_computed_is_counted_and_stands_on_the_page(finished):
     assert not names & {"time", "seconds_per_step", "tokens_per_second"}, "the same training, the same bytes"
 
 
+def cpu_seconds() -> float:
+    """Of all processes that this one has waited for: other tests on the same cores do not count."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_a_second_run_does_nothing_and_is_quick(finished):
     bench, first = finished
     index = bench.index()
-    start = time.monotonic()
+    start = cpu_seconds()
     again = bench.run()
-    seconds = time.monotonic() - start
+    seconds = cpu_seconds() - start
     assert set(bench.states(again).values()) == {"cached"}
     assert bench.index() == index
     assert again["evaluation"] == first["evaluation"]
-    assert seconds < 30, f"a cached run took {seconds:.0f} s"
+    assert seconds < 30, f"a cached run took {seconds:.0f} s of processor time"
 
 
 def test_another_learning_rate_runs_again_from_training_on(finished):
