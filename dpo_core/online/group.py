@@ -182,10 +182,7 @@ class GroupTrainer(OnlineTrainer[Judged]):
             norm = self.engine.step() or norm
             for name, value in numbers.items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach())
-        names = sorted(sums)
-        reduced = dict(
-            zip(names, self.engine.all_sum(torch.tensor([sums[n] for n in names])).tolist(), strict=True)
-        )
+        reduced = self.over_ranks(sums)
         by_tokens = {name: value / max(tokens, 1.0) for name, value in reduced.items() if name not in _SUMMED}
         return by_tokens | {name: reduced[name] / total for name in _SUMMED} | {"grad_norm": norm}
 

@@ -195,9 +195,7 @@ class PpoTrainer(OnlineTrainer[Estimated]):
             }
             for name, number in numbers.items():
                 sums[name] = sums.get(name, 0.0) + number
-        names = sorted(sums)
-        reduced = self.engine.all_sum(torch.tensor([sums[n] for n in names])).tolist()
-        return dict(zip(names, reduced, strict=True)) | {"grad_norm": norm, "critic/grad_norm": critic_norm}
+        return self.over_ranks(sums) | {"grad_norm": norm, "critic/grad_norm": critic_norm}
 
     def _policy_loss(self, micro: Estimated) -> tuple[Tensor, dict[str, Tensor]]:
         rollout = micro.rollout

@@ -143,9 +143,7 @@ class OnlineDpoTrainer(OnlineTrainer[Pairs]):
             norm = self.engine.step() or norm
             for name, value_P in {"loss": losses_P.detach(), **numbers}.items():
                 sums[name] = sums.get(name, 0.0) + float((value_P * micro.weight_P).sum())
-        names = sorted(sums)
-        reduced = self.engine.all_sum(torch.tensor([sums[n] for n in names])).tolist()
-        means = {name: value / max(pairs, 1.0) for name, value in zip(names, reduced, strict=True)}
+        means = {name: value / max(pairs, 1.0) for name, value in self.over_ranks(sums).items()}
         return means | {"pairs": pairs, "grad_norm": norm}
 
     def _losses(self, micro: Pairs, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:

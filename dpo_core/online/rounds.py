@@ -147,6 +147,13 @@ class OnlineTrainer(ABC, Generic[Micro]):
     def optimise(self, minibatch: list[Micro]) -> dict[str, float]:
         """One optimiser step; returns its metrics over all ranks."""
 
+    def over_ranks(self, sums: Mapping[str, float]) -> dict[str, float]:
+        """The same names with their sums over all ranks."""
+        names = sorted(sums)
+        return dict(
+            zip(names, self.engine.all_sum(torch.tensor([sums[n] for n in names])).tolist(), strict=True)
+        )
+
     def companions(self) -> dict[str, Engine]:
         """Engines beside the policy's, saved and loaded with it."""
         return {}
