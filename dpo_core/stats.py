@@ -114,18 +114,31 @@ def win_rate(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> Estimate:
-    """Share of items in which a's score beats b's, a tie counting one half.
+    """Share of items in which a's score beats b's, a tie counting one half. Interval and errors: `share`."""
+    scores = (np.sign(_paired_difference(a, b)) + 1) / 2
+    return share(scores, clusters, n_resamples=n_resamples, seed=seed, confidence=confidence)
 
-    The interval is Wilson's where every item is its own prompt and none is tied, else a bootstrap over
-    prompts. Where all prompts have the same share (all won, all tied) a bootstrap would claim certainty;
+
+def share(
+    values: ArrayLike,
+    clusters: Sequence[Hashable] | None = None,
+    *,
+    n_resamples: int = 10_000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> Estimate:
+    """Mean of values in [0, 1] (right or wrong, a win or half of one), with an interval that stays in it.
+
+    The interval is Wilson's where every value is its own prompt and either 0 or 1, else a bootstrap over
+    prompts. Where all prompts have the same share (all right, all tied) a bootstrap would claim certainty;
     Wilson on the number of prompts stands in. Arguments and errors: `bootstrap_mean`.
     """
-    scores = (np.sign(_paired_difference(a, b)) + 1) / 2
-    sums, sizes = _cluster_sums(scores, clusters)
-    one_each = len(sums) == len(scores)
-    if len(sums) and ((one_each and not (scores == 0.5).any()) or np.ptp(sums / sizes) == 0):
-        return wilson(float(scores.mean()) * len(sums), len(sums), confidence)
-    return bootstrap_mean(scores, clusters, n_resamples=n_resamples, seed=seed, confidence=confidence)
+    x = _finite(values)
+    sums, sizes = _cluster_sums(x, clusters)
+    plain = len(sums) == len(x) and bool(np.isin(x, (0.0, 1.0)).all())
+    if len(sums) and (plain or np.ptp(sums / sizes) == 0):
+        return wilson(float(x.mean()) * len(sums), len(sums), confidence)
+    return bootstrap_mean(x, clusters, n_resamples=n_resamples, seed=seed, confidence=confidence)
 
 
 def _finite(values: ArrayLike) -> Floats:

@@ -1,0 +1,71 @@
+"""The model that a suite asks: a checkpoint with its tokenizer, loaded once for all suites."""
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dpo_core.generate import SamplingConfig, sample
+from dpo_core.models import load_model, load_tokenizer, weights_digest
+from dpo_core.tokens import TokenConfig, Tokenise
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Asked(NamedTuple):
+    """A prompt for generation: text, or the JSON of its messages where `chat`."""
+
+    prompt: str
+    chat: bool
+
+
+@dataclass
+class Subject:
+    """A model under evaluation.
+
+    Args:
+        path: a checkpoint folder as `dpo_core.models.convert` leaves it.
+        name: as the user named it, for tables.
+    """
+
+    path: Path
+    name: str
+    tokens: TokenConfig = field(default_factory=TokenConfig)
+
+    @cached_property
+    def model(self) -> Any:
+        """The fp32 model in eval mode, read on first use."""
+        return load_model(self.path)
+
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        return load_tokenizer(self.path)
+
+    @cached_property
+    def tokenise(self) -> Tokenise:
+        return Tokenise(self.tokenizer, self.tokens)
+
+    @cached_property
+    def weights(self) -> str:
+        """sha256 of the weights."""
+        return weights_digest(self.path)
+
+    def answers(
+        self,
+        asked: Seq[Asked],
+        sampling: SamplingConfig,
+        *,
+        seed: int,
+        progress: Callable[[int], None] = lambda done: None,
+    ) -> list[str]:
+        """One sampled answer a prompt, as text without special tokens; repeat a prompt to get more.
+
+        A prompt is cut from the left to what `tokens.max_length` leaves beside the answer.
+        """
+        budget = self.tokens.max_length - sampling.max_new_tokens
+        prompts = [self.tokenise.prompt(one.prompt, one.chat, budget) for one in asked]
+        drawn = sample(self.model, prompts, sampling, eos_id=self.tokenise.eos, seed=seed, progress=progress)
+        return [self.tokenizer.decode(list(c.ids), skip_special_tokens=True) for c in drawn]

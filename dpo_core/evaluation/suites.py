@@ -1,0 +1,78 @@
+"""The suites by name: what each measures, which file it reads, and the function that runs it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from dpo_core.config import Config
+from dpo_core.errors import RecipeError
+from dpo_core.evaluation.results import Outcome
+from dpo_core.evaluation.subject import Subject
+from dpo_core.generate import SamplingConfig
+from dpo_core.logprobs import Precision
+
+
+class SuiteConfig(Config):
+    """How suites are run; a suite reads what it needs."""
+
+    limit: int | None = Field(None, ge=1)
+    """Items of each suite, at most: a seeded choice of whole prompts. Empty: all."""
+    seed: int = 0
+    precision: Precision = "bf16"
+    """Precision of log-probs."""
+    token_budget: int = Field(2048, ge=64)
+    """Tokens in one forward pass."""
+    sampling: SamplingConfig = SamplingConfig(max_new_tokens=256, temperature=1.0)
+    """How answers are drawn where a suite does not fix it."""
+    samples: int = Field(1, ge=1)
+    """Answers to each prompt, for refusals and pass@k."""
+    run_code: bool = False
+    """Whether code that the model wrote may be run, in a sandbox. HumanEval and MBPP need it."""
+    classifier: str | None = None
+    """What judges whether an answer is safe: a checkpoint folder with a classification head,
+    `package.module:callable`, `file.py:callable` or the address of a server. It must not be a reward that the
+    model was trained on."""
+    chat: Literal["auto", "always", "never"] = "auto"
+    """Whether questions are put as a user's turn: where the tokenizer has a chat template, always, never."""
+
+
+Run = Callable[[Subject, list[dict[str, Any]], SuiteConfig, Callable[[int, int], None]], Outcome]
+"""Subject, rows of the file, settings, and a function that is told how many of how many units are done."""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """One suite."""
+
+    name: str
+    title: str
+    """One line for `dpo evaluate --help` and the page."""
+    files: tuple[str, ...]
+    """Usual names of its data file, looked for in the data folder and one level below it."""
+    source: str
+    """Where the file comes from, for the message that it is missing."""
+    run: Run
+    read: Callable[[Path], list[dict[str, Any]]]
+    version: int = 1
+    """Raised when what it measures changes: results of other versions are not compared."""
+
+
+def find(name: str) -> Suite:
+    """The suite of that name.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    known = suites()
+    if name not in known:
+        raise RecipeError(f"there is no suite '{name}'", f"Suites: {', '.join(known)}")
+    return known[name]
+
+
+def suites() -> dict[str, Suite]:
+    """All suites by name. Each room is imported here, so that listing them loads no model library."""
+    found: list[Suite] = []
+    return {suite.name: suite for suite in found}
