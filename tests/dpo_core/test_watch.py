@@ -21,8 +21,8 @@ from dpo_core.watch import Watch
 FORK = get_context("fork")
 """The children have torch already; all that they do is talk over sockets.
 
-They leave by os._exit: what an earlier test has left to be done at the interpreter's end (Prefect's queues) is of
-threads that a forked child does not have.
+They leave by os._exit: what an earlier test has left to be done at the interpreter's end (Prefect's queues)
+is of threads that a forked child does not have.
 """
 LOST, WELL = 4, 0
 Work = Callable[[], object]
