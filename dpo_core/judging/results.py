@@ -1,0 +1,35 @@
+"""What a comparison of two sets of answers to the same prompts comes to."""
+
+from pydantic import Field
+
+from dpo_core.config import Config
+from dpo_core.stats import Estimate
+
+
+class WinRate(Config):
+    """How often the answers of `a` beat those of `b`, a tie counting one half."""
+
+    a: str
+    b: str
+    judge: str
+    """`sentiment`, `reward model`, or the name of the language model that judged."""
+    rate: Estimate
+    """Resampled by prompt."""
+    wins: int = Field(ge=0)
+    ties: int = Field(ge=0)
+    losses: int = Field(ge=0)
+    unjudged: int = Field(0, ge=0)
+    """Comparisons without a usable verdict; they are in no rate."""
+    position_consistency: float | None = None
+    """Share of comparisons whose verdict did not change when the answers changed places; None where one order
+    suffices, as for a reward."""
+    length_controlled: Estimate | None = None
+    """The rate at equal lengths (Dubois et al. 2024), without the instructions' difficulty."""
+    length_a: float
+    """Mean characters of an answer."""
+    length_b: float
+    cost: float | None = None
+    """What the judge was paid for this comparison, in the currency of the prices that were set."""
+    requests: int = 0
+    cached: int = 0
+    """Judgements found from earlier times, which cost nothing."""
