@@ -128,7 +128,7 @@ def summarise(
         if baseline.prompt_index != samples.prompt_index:
             raise StageFailed("two policies answered different prompts", "Run the evaluation again")
         row["gain"] = _data(stats.paired_bootstrap(samples.rewards, baseline.rewards, clusters, seed=seed))
-        row["win_rate"] = _data(stats.win_rate(samples.rewards, baseline.rewards, clusters, seed=seed))
+        row["win_rate"] = _data(stats.win_rate(samples.rewards, baseline.rewards, clusters))
     return row
 
 

@@ -142,5 +142,5 @@ def estimate(items: Sequence[Item], spec: MeasureSpec, seed: int = 0) -> Estimat
                 f"item {wrong[0].id} has {spec.name} {wrong[0].values[spec.name]}, which is no share",
                 "Give shares between 0 and 1",
             )
-        return stats.share(values, clusters, seed=seed)
+        return stats.share(values, clusters)
     return stats.bootstrap_mean(values, clusters, seed=seed)
