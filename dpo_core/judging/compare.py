@@ -1,0 +1,77 @@
+"""The win rate of one set of answers over another, whichever the judge."""
+
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+
+from dpo_core.errors import RecipeError
+from dpo_core.judging.judge import JudgeConfig, judge_answers, judge_by_scores, win_rate
+from dpo_core.judging.results import WinRate
+from dpo_core.tokens import TokenConfig
+
+
+def compare_answers(
+    config: JudgeConfig,
+    prompts: Sequence[str],
+    answers_a: Sequence[str],
+    answers_b: Sequence[str],
+    *,
+    a: str,
+    b: str,
+    chat: Sequence[bool] | None = None,
+    clusters: Sequence[Hashable] | None = None,
+    tokens: TokenConfig | None = None,
+    cache: Path | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> WinRate:
+    """Judge answers of two models to the same prompts.
+
+    Args:
+        prompts: text, or the JSON of a conversation's messages.
+        chat: which are conversations; only a reward model needs to be told.
+        a, b: names of the models.
+        clusters: the prompt of each comparison; None: the prompts' texts, so that several answers to one
+            prompt are resampled together.
+        tokens: how a reward model is shown text.
+        cache: the folder of a language model's earlier replies.
+
+    Raises:
+        StageFailed, RecipeError, ModelError: the judge cannot be used, or fails.
+    """
+    if config.kind == "llm":
+        judgements = judge_answers(config, prompts, answers_a, answers_b, cache=cache, progress=progress)
+    else:
+        told = list(chat) if chat is not None else [False] * len(prompts)
+        both = _rewards(
+            config, [*prompts, *prompts], [*answers_a, *answers_b], told * 2, tokens or TokenConfig()
+        )
+        judgements = judge_by_scores(both[: len(prompts)], both[len(prompts) :])
+    names = list(prompts) if clusters is None else clusters
+    return win_rate(judgements, answers_a, answers_b, a=a, b=b, judge=config.name, clusters=names, seed=seed)
+
+
+def _rewards(
+    config: JudgeConfig, prompts: list[str], answers: list[str], chat: list[bool], tokens: TokenConfig
+) -> list[float]:
+    if config.kind == "reward":
+        from dpo_core.rewards import load_reward
+
+        return load_reward(config.source)(prompts, answers)
+    from dpo_core.jobs import is_reward_model, scorer
+    from dpo_core.models import load_tokenizer
+    from dpo_core.tokens import Sequence as Tokens
+    from dpo_core.tokens import Tokenise
+
+    if not is_reward_model(config.source):
+        raise RecipeError(
+            f"'{config.source}' is not the folder of a trained reward model",
+            "Name the folder that holds its reward.json, or set the judge's kind to reward",
+        )
+    tokenizer = load_tokenizer(Path(config.source))
+    tokenise = Tokenise(tokenizer, tokens)
+    sequences = []
+    for prompt, answer, is_chat in zip(prompts, answers, chat, strict=True):
+        completion = tokenise.completion(answer, ended=True)[: tokens.max_length - 1]
+        budget = max(tokens.max_length - len(completion), 1)
+        sequences.append(Tokens(tokenise.prompt(prompt, is_chat, budget), completion))
+    return scorer(config.source, tokenizer, "fp32")(sequences, prompts)
