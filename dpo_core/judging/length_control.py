@@ -55,7 +55,7 @@ def length_controlled(
     if prompts < 2 * FOLDS or (np.ptp(longer) == 0 and longer[0] != 0):
         return None
     if np.ptp(scores) == 0:
-        return stats.share(scores, names, seed=seed, confidence=confidence)
+        return stats.share(scores, names, confidence=confidence)
     strength = _strength(scores, longer, prompt_N)
     generator = np.random.default_rng(seed)
     rates = np.empty(resamples)
