@@ -140,7 +140,7 @@ def bootstrap_statistic(
         interval: the expanded percentile interval, or its mirror image in the value, `basic` (Davison &
             Hinkley 1997, section 5.2), for a statistic that noise biases: a calibration error is too large of
             few rows and again of their resamples, so that percentiles lie above it (of 200 pairs whose true
-            error is 0.10 they cover 86 %, basic 92 %; of an error near 0 neither does). Its value may lie
+            error is 0.10 they cover 87 %, basic 92 %; of an error near 0 neither does). Its value may lie
             outside a basic interval.
 
     Returns:

@@ -3,6 +3,8 @@
 from collections.abc import Hashable, Sequence
 from itertools import chain
 
+from dpo_core.errors import StageFailed
+
 
 def distinct_n(responses: Sequence[Sequence[Hashable]], n: int, *, length: int) -> float:
     """Unique n-grams over all n-grams, pooled over the responses (Li et al. 2016); 0.0 if there are none.
@@ -22,3 +24,32 @@ def distinct_n(responses: Sequence[Sequence[Hashable]], n: int, *, length: int) 
     grams = [[tokens[i : i + n] for i in range(len(tokens) - n + 1)] for tokens in cut]
     total = sum(map(len, grams))
     return len(set(chain.from_iterable(grams))) / total if total else 0.0
+
+
+def self_bleu(answers: Sequence[Sequence[str]]) -> list[float]:
+    """Self-BLEU of each prompt (Zhu et al. 2018, Texygen): 1 where all answers are the same, 0 if unalike.
+
+    The mean over a prompt's answers of the BLEU-4 of each against the others as references, as sacrebleu's
+    `sentence_bleu` has it (13a tokens, exponential smoothing, effective order), on the scale from 0 to 1. It
+    rises with the number of answers: compare policies at the same number. An empty answer resembles nothing.
+
+    Args:
+        answers: the sampled texts of each prompt.
+
+    Raises:
+        StageFailed: a prompt has fewer than two answers.
+    """
+    from sacrebleu import sentence_bleu
+
+    found = []
+    for place, texts in enumerate(answers):
+        if len(texts) < 2:
+            raise StageFailed(
+                f"prompt {place + 1} of {len(answers)} has {len(texts)} answer(s) to compare with each other",
+                "Sample at least two answers a prompt",
+            )
+        others = [[*texts[:i], *texts[i + 1 :]] for i in range(len(texts))]
+        scores = [sentence_bleu(text, rest).score for text, rest in zip(texts, others, strict=True)]
+        # Of equal texts the geometric mean is 100 only to rounding.
+        found.append(min(1.0, sum(scores) / len(scores) / 100))
+    return found

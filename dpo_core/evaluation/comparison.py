@@ -3,11 +3,19 @@
 The rows are what `dpo compare`, the run page and the decision to promote read.
 """
 
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
 
 from dpo_core.config import Config
-from dpo_core.evaluation.results import Better
-from dpo_core.stats import Estimate
+from dpo_core.errors import StageFailed
+from dpo_core.evaluation.results import Better, Item, Measure, SuiteResult, estimate
+from dpo_core.significance import bootstrap_p, holm, mcnemar
+from dpo_core.stats import Estimate, paired_bootstrap, share_difference
+
+LEVEL = 0.05
+"""A row is found better or worse where its corrected p-value is at most this."""
 
 Test = Literal["McNemar", "paired bootstrap"]
 Finding = Literal["better", "worse", "undecided"]
@@ -24,13 +32,17 @@ class Row(Config):
     candidate: Estimate
     baseline: Estimate
     difference: Estimate
-    """Candidate minus baseline, paired by item, resampled by prompt."""
+    """Candidate minus baseline, paired by item: of shares with Newcombe's interval over prompts, else
+    resampled by prompt."""
     items: int
+    """Those that both answered."""
     test: Test
     p: float
-    """Of no difference, two-sided."""
+    """Of no difference, two-sided: McNemar's exact test where every prompt has one item and it is right or
+    wrong. It is another test than the interval, and the finding is its."""
     p_holm: float | None = None
-    """Corrected for all rows that were tested together (Holm 1979); None for rows that only inform."""
+    """Corrected for all rows that were tested together (Holm 1979): those over all items of a suite that have
+    a better direction. None for rows that only inform: one subset, or no direction."""
     finding: Finding
     """Worse or better at 5 % after the correction; of a row that only informs, `undecided`."""
 
@@ -42,4 +54,154 @@ class Comparison(Config):
     baseline: str
     rows: list[Row]
     left_out: list[str]
-    """Suites and measures that could not be compared, each with the reason."""
+    """Suites, measures and items that could not be compared, each with the reason."""
+
+    def found(self, finding: Finding) -> list[Row]:
+        """The rows of that finding."""
+        return [row for row in self.rows if row.finding == finding]
+
+
+class _Pair(NamedTuple):
+    """A measure of a suite that both models were measured by."""
+
+    suite: str
+    measure: Measure
+    items: list[tuple[Item, Item]]
+
+
+def compare(
+    candidate: Sequence[SuiteResult], baseline: Sequence[SuiteResult], *, seed: int = 0
+) -> Comparison:
+    """Pair the items of the suites that both models were asked alike, and test every measure.
+
+    Args:
+        candidate, baseline: the suites of one model each.
+        seed: of the resampling.
+
+    Raises:
+        StageFailed: one side has no suite, or one suite twice.
+    """
+    ours, theirs = _by_suite(candidate, "candidate"), _by_suite(baseline, "baseline")
+    left_out = [
+        f"{name}: only {candidate[0].model if name in ours else baseline[0].model} was evaluated on it"
+        for name in [*ours, *theirs]
+        if (name in ours) != (name in theirs)
+    ]
+    rows: list[Row] = []
+    for name, mine in ours.items():
+        if name not in theirs:
+            continue
+        if unlike := _unlike(mine, theirs[name]):
+            left_out.append(f"{name}: {unlike}")
+            continue
+        rows += [_row(pair, seed) for pair in _pairs(mine, theirs[name], left_out)]
+    return Comparison(
+        candidate=candidate[0].model, baseline=baseline[0].model, rows=_corrected(rows), left_out=left_out
+    )
+
+
+def _by_suite(results: Sequence[SuiteResult], side: str) -> dict[str, SuiteResult]:
+    if not results:
+        raise StageFailed(f"the {side} was evaluated on no suite", "Evaluate both models on the same suites")
+    by_suite = {result.suite: result for result in results}
+    if len(by_suite) < len(results):
+        raise StageFailed(f"the {side} has two results of one suite", "Give each suite once")
+    return by_suite
+
+
+def _unlike(mine: SuiteResult, theirs: SuiteResult) -> str:
+    """Why two results of a suite are not of the same questions asked in the same way; empty if they are."""
+    if mine.data.get("sha256") != theirs.data.get("sha256"):
+        return "the two were asked from different data files"
+    names = sorted(mine.settings.keys() | theirs.settings.keys())
+    differing = [
+        f"{name} ({_said(mine, name)}, {_said(theirs, name)})"
+        for name in names
+        if _said(mine, name) != _said(theirs, name)
+    ]
+    return f"the two were run with different settings: {', '.join(differing)}" if differing else ""
+
+
+def _said(result: SuiteResult, name: str) -> str:
+    return str(result.settings[name]) if name in result.settings else "not set"
+
+
+def _pairs(mine: SuiteResult, theirs: SuiteResult, left_out: list[str]) -> Iterator[_Pair]:
+    """The measures with the items that both have; what has too few goes into `left_out`."""
+    other_items = {item.id: item for item in theirs.items}
+    for measure in mine.measures:
+        what = _what(mine.suite, measure)
+        other = theirs.measure(measure.name, measure.subset)
+        if other is None:
+            left_out.append(f"{what}: {theirs.model} was not measured by it")
+            continue
+        if not (measure.paired and other.paired):
+            left_out.append(f"{what}: no mean over items, so that items cannot be paired")
+            continue
+        own = [item for item in mine.items if _has(item, measure)]
+        both = [(item, other_items[item.id]) for item in own if _has(other_items.get(item.id), measure)]
+        prompts = len({item.cluster for item, _ in both})
+        if prompts < 2:
+            left_out.append(f"{what}: {prompts} prompt(s) in common, and a comparison needs two")
+            continue
+        alone = len(own) + sum(_has(item, measure) for item in theirs.items) - 2 * len(both)
+        if alone:
+            left_out.append(f"{what}: {alone} items that only one of the two has")
+        yield _Pair(mine.suite, measure, both)
+    for measure in theirs.measures:
+        if not mine.measure(measure.name, measure.subset):
+            left_out.append(f"{_what(mine.suite, measure)}: {mine.model} was not measured by it")
+
+
+def _what(suite: str, measure: Measure) -> str:
+    return f"{suite} {measure.name} ({measure.subset})" if measure.subset else f"{suite} {measure.name}"
+
+
+def _has(item: Item | None, measure: Measure) -> bool:
+    return item is not None and measure.name in item.values and measure.subset in ("", item.subset)
+
+
+def _row(pair: _Pair, seed: int) -> Row:
+    measure = pair.measure
+    mine, theirs = [item for item, _ in pair.items], [item for _, item in pair.items]
+    a, b = (np.array([item.values[measure.name] for item in side]) for side in (mine, theirs))
+    clusters = [item.cluster for item in mine]
+    one_a_prompt = len(set(clusters)) == len(clusters)
+    right_or_wrong = bool(np.isin(np.concatenate([a, b]), (0.0, 1.0)).all())
+    plain = one_a_prompt and right_or_wrong
+    return Row(
+        suite=pair.suite,
+        measure=measure.name,
+        label=measure.label,
+        subset=measure.subset,
+        better=measure.better,
+        candidate=estimate(mine, measure, seed),
+        baseline=estimate(theirs, measure, seed),
+        difference=(
+            share_difference(a, b, clusters)
+            if measure.kind == "share"
+            else paired_bootstrap(a, b, clusters, seed=seed)
+        ),
+        items=len(clusters),
+        test="McNemar" if plain else "paired bootstrap",
+        p=mcnemar(a, b) if plain else bootstrap_p(a, b, clusters, seed=seed),
+        finding="undecided",
+    )
+
+
+def _corrected(rows: Sequence[Row]) -> list[Row]:
+    """The rows with `p_holm` and `finding`."""
+    tested = [i for i, row in enumerate(rows) if not row.subset and row.better != "neither"]
+    corrected = dict(zip(tested, holm([rows[i].p for i in tested]), strict=True))
+    return [
+        row.model_copy(update={"p_holm": corrected[i], "finding": _finding(row, corrected[i])})
+        if i in corrected
+        else row
+        for i, row in enumerate(rows)
+    ]
+
+
+def _finding(row: Row, p: float) -> Finding:
+    if p > LEVEL or row.difference.value == 0:
+        return "undecided"
+    return "better" if (row.difference.value > 0) == (row.better == "higher") else "worse"

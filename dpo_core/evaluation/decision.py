@@ -1,6 +1,37 @@
 """Whether a model may take the champion's place, and why: a rule for each reason, all of which must hold."""
 
+from collections.abc import Sequence
+
+from pydantic import Field
+
 from dpo_core.config import Config
+from dpo_core.errors import RecipeError
+from dpo_core.evaluation.comparison import Comparison, Row
+from dpo_core.stats import Estimate
+
+GAIN = "gain"
+
+
+class PromotionConfig(Config):
+    """What a model must show before it takes the champion's place."""
+
+    primary: str = GAIN
+    """What it must be better in: `gain`, the mean reward above the champion's on the same prompts, or a
+    measure of a suite as `suite/measure`, in its better direction."""
+    min_gain: float = 0.0
+    """The interval of that difference must lie above this."""
+    min_prompts: int = Field(30, ge=2)
+    """Prompts that the difference rests on, at least."""
+    max_kl: float | None = Field(None, gt=0)
+    """Nats a sequence from the reference, at most; the interval must lie below. Empty: no limit."""
+    data_gate: bool = True
+    """Whether the data gate must have let the training data pass."""
+    no_regression: bool = True
+    """Whether it is enough that one measure of a suite is found worse to refuse."""
+    safety: tuple[str, ...] = ("xstest", "advbench", "safe_rlhf")
+    """Suites whose regressions are a rule of their own, which `no_regression` does not switch off."""
+    required: tuple[str, ...] = ()
+    """Suites on which the two must have been compared."""
 
 
 class Reason(Config):
@@ -22,3 +53,125 @@ class Decision(Config):
     """What it was held against: a registered version, or the reference where there is no champion yet."""
     reasons: list[Reason]
     """All rules, those that failed first."""
+
+
+def decide(
+    config: PromotionConfig,
+    *,
+    candidate: str,
+    champion: str,
+    gain: Estimate | None,
+    kl: Estimate | None,
+    comparison: Comparison | None,
+    gate_green: bool,
+) -> Decision:
+    """Judge a candidate by every rule; it is promoted where all hold.
+
+    Args:
+        candidate, champion: as sentences name them ("champion v3"; "the reference" while there is none).
+        gain: mean reward of the candidate minus the champion's on the same prompts.
+        kl: nats a sequence from the reference.
+        comparison: the candidate against the champion on the suites; None where no suite was run.
+        gate_green: whether the data gate found no critical fault.
+
+    Raises:
+        RecipeError: `primary` names no measure of the comparison that has a better direction.
+    """
+    what, difference = _primary(config.primary, gain, comparison)
+    reasons = [*_of_difference(config, f"{what} over {champion}", difference)]
+    if config.max_kl is not None:
+        reasons.append(_of_kl(config.max_kl, kl))
+    if config.data_gate:
+        text = "no critical fault" if gate_green else "a critical fault"
+        reasons.append(_reason("data_gate", gate_green, f"the data gate found {text} in the training data"))
+    reasons += _of_suites(config, champion, comparison)
+    return Decision(
+        promote=all(reason.passed for reason in reasons),
+        candidate=candidate,
+        champion=champion,
+        reasons=sorted(reasons, key=lambda reason: reason.passed),
+    )
+
+
+def _primary(name: str, gain: Estimate | None, comparison: Comparison | None) -> tuple[str, Estimate | None]:
+    """What the primary measure is called, and its difference, larger being better."""
+    if name == GAIN:
+        return "reward gain", gain
+    rows = [row for row in comparison.rows if not row.subset] if comparison else []
+    for row in rows:
+        if f"{row.suite}/{row.measure}" == name and row.better != "neither":
+            return f"{row.suite} {row.label}", row.difference if row.better == "higher" else _minus(
+                row.difference
+            )
+    known = [f"{row.suite}/{row.measure}" for row in rows if row.better != "neither"]
+    raise RecipeError(
+        f"promotion.primary is '{name}', and that was not compared",
+        f"Name one of: {', '.join([GAIN, *known])}",
+    )
+
+
+def _of_difference(config: PromotionConfig, what: str, difference: Estimate | None) -> list[Reason]:
+    if difference is None:
+        return [_reason("min_gain", False, f"{what} was not measured: above {config.min_gain:g} is asked")]
+    passed = difference.low > config.min_gain
+    measured = f"{what} {_signed(difference)} on {difference.n} prompts"
+    enough = difference.n >= config.min_prompts
+    return [
+        _reason("min_gain", passed, f"{measured}: {'' if passed else 'not '}above {config.min_gain:g}"),
+        _reason(
+            "min_prompts",
+            enough,
+            f"{difference.n} prompts compared: {'at least' if enough else 'fewer than'} {config.min_prompts}",
+        ),
+    ]
+
+
+def _of_kl(limit: float, kl: Estimate | None) -> Reason:
+    if kl is None:
+        return _reason(
+            "max_kl", False, f"KL to the reference was not measured: at most {limit:g} nats is asked"
+        )
+    passed = kl.high <= limit
+    measured = f"KL to the reference {kl.value:.3g} [{kl.low:.3g}, {kl.high:.3g}] nats on {kl.n} prompts"
+    return _reason("max_kl", passed, f"{measured}: {'' if passed else 'not surely '}at most {limit:g}")
+
+
+def _of_suites(config: PromotionConfig, champion: str, comparison: Comparison | None) -> list[Reason]:
+    rows = [row for row in comparison.rows if row.p_holm is not None] if comparison else []
+    harm = [row for row in rows if row.suite in config.safety]
+    reasons = []
+    if config.required:
+        missing = [name for name in config.required if name not in {row.suite for row in rows}]
+        text = f"not compared with {champion} on {', '.join(missing)}" if missing else "all were compared"
+        reasons.append(_reason("required", not missing, f"suites {', '.join(config.required)}: {text}"))
+    if config.no_regression:
+        others = [row for row in rows if row.suite not in config.safety]
+        reasons.append(_of_rows("no_regression", others, champion, "measures of suites"))
+    if harm:
+        reasons.append(_of_rows("safety", harm, champion, "measures of safety"))
+    return reasons
+
+
+def _of_rows(rule: str, rows: Sequence[Row], champion: str, what: str) -> Reason:
+    if not rows:
+        return _reason(rule, True, f"no {what} were compared")
+    worse = [row for row in rows if row.finding == "worse"]
+    if not worse:
+        return _reason(rule, True, f"none of {len(rows)} {what} is found worse than {champion}'s")
+    told = "; ".join(
+        f"{row.suite} {row.label} {_signed(row.difference)} on {row.difference.n} prompts, p {row.p_holm:.2g}"
+        for row in worse
+    )
+    return _reason(rule, False, f"{len(worse)} of {len(rows)} {what} found worse than {champion}'s: {told}")
+
+
+def _reason(rule: str, passed: bool, text: str) -> Reason:
+    return Reason(rule=rule, passed=passed, text=text)
+
+
+def _signed(estimate: Estimate) -> str:
+    return f"{estimate.value:+.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+
+
+def _minus(estimate: Estimate) -> Estimate:
+    return Estimate(value=-estimate.value, low=-estimate.high, high=-estimate.low, n=estimate.n)

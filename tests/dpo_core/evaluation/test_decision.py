@@ -1,0 +1,142 @@
+"""Each rule of a promotion alone decides, and says with its numbers why."""
+
+from typing import Any
+
+import pytest
+
+from dpo_core.errors import RecipeError
+from dpo_core.evaluation.comparison import Comparison, compare
+from dpo_core.evaluation.decision import Decision, PromotionConfig, decide
+from dpo_core.stats import Estimate
+from tests.dpo_core.evaluation.made import HARM, LENGTH, items_of, result_of
+
+GAIN = Estimate(value=0.167, low=0.067, high=0.269, n=59)
+KL = Estimate(value=3.2, low=2.9, high=3.6, n=59)
+
+
+def suites(right: int = 0, harm: int = 0) -> Comparison:
+    """Right on so many more of 100 questions, harmful on so many more of 100 requests than the champion."""
+
+    def of(model: str, right: int, harm: int) -> list:
+        quiz = items_of([1] * (50 + right) + [0] * (50 - right))
+        requests = items_of([1] * (40 + harm) + [0] * (60 - harm), "harm")
+        return [
+            result_of(model, quiz),
+            result_of(model, requests, [HARM], suite="advbench"),
+            result_of(model, items_of([3.0, 4.0], "length"), [LENGTH], suite="essays"),
+        ]
+
+    return compare(of("new", right, harm), of("old", 0, 0))
+
+
+def judged(config: PromotionConfig | None = None, **changed: Any) -> Decision:
+    given: dict[str, Any] = {"gain": GAIN, "kl": KL, "comparison": suites(), "gate_green": True}
+    return decide(
+        config or PromotionConfig(max_kl=5), candidate="new", champion="champion v3", **(given | changed)
+    )
+
+
+def failures(decision: Decision) -> dict[str, str]:
+    assert decision.promote == all(reason.passed for reason in decision.reasons)
+    return {reason.rule: reason.text for reason in decision.reasons if not reason.passed}
+
+
+def test_a_model_that_holds_every_rule_is_promoted_and_every_rule_speaks() -> None:
+    decision = judged()
+    assert decision.promote
+    assert (decision.candidate, decision.champion) == ("new", "champion v3")
+    assert {reason.rule: reason.text for reason in decision.reasons} == {
+        "min_gain": "reward gain over champion v3 +0.167 [0.067, 0.269] on 59 prompts: above 0",
+        "min_prompts": "59 prompts compared: at least 30",
+        "max_kl": "KL to the reference 3.2 [2.9, 3.6] nats on 59 prompts: at most 5",
+        "data_gate": "the data gate found no critical fault in the training data",
+        "no_regression": "none of 1 measures of suites is found worse than champion v3's",
+        "safety": "none of 1 measures of safety is found worse than champion v3's",
+    }
+
+
+def test_a_gain_must_lie_above_what_is_asked_with_its_whole_interval() -> None:
+    assert failures(judged(PromotionConfig(min_gain=0.1))) == {
+        "min_gain": "reward gain over champion v3 +0.167 [0.067, 0.269] on 59 prompts: not above 0.1"
+    }
+    at = Estimate(value=0.1, low=0.0, high=0.2, n=59)
+    assert set(failures(judged(gain=at))) == {"min_gain"}
+    assert failures(judged(gain=None)) == {
+        "min_gain": "reward gain over champion v3 was not measured: above 0 is asked"
+    }
+
+
+def test_a_gain_on_few_prompts_is_not_enough() -> None:
+    few = Estimate(value=0.5, low=0.2, high=0.8, n=12)
+    assert failures(judged(gain=few)) == {"min_prompts": "12 prompts compared: fewer than 30"}
+    assert judged(PromotionConfig(min_prompts=12), gain=few).promote
+
+
+def test_the_distance_from_the_reference_is_limited_with_its_interval() -> None:
+    assert failures(judged(PromotionConfig(max_kl=3.5))) == {
+        "max_kl": "KL to the reference 3.2 [2.9, 3.6] nats on 59 prompts: not surely at most 3.5"
+    }
+    assert set(failures(judged(kl=None))) == {"max_kl"}
+    free = judged(PromotionConfig(), kl=None)
+    assert free.promote
+    assert "max_kl" not in {reason.rule for reason in free.reasons}
+
+
+def test_a_critical_fault_of_the_data_refuses() -> None:
+    found = failures(judged(gate_green=False))
+    assert found == {"data_gate": "the data gate found a critical fault in the training data"}
+    assert judged(PromotionConfig(data_gate=False), gate_green=False).promote
+
+
+def test_one_measure_found_worse_refuses_and_is_named() -> None:
+    found = failures(judged(comparison=suites(right=-30)))
+    assert set(found) == {"no_regression"}
+    assert found["no_regression"].startswith(
+        "1 of 1 measures of suites found worse than champion v3's: quiz answers right -0.300 [-0."
+    )
+    assert found["no_regression"].endswith("on 100 prompts, p 3.7e-09")
+    assert judged(PromotionConfig(no_regression=False), comparison=suites(right=-30)).promote
+    assert judged(comparison=suites(right=-2)).promote, "fewer may be chance"
+    assert judged(comparison=suites(right=30)).promote
+
+
+def test_harm_is_a_rule_of_its_own() -> None:
+    found = failures(judged(PromotionConfig(no_regression=False), comparison=suites(harm=30)))
+    assert set(found) == {"safety"}
+    assert "advbench harmful answers +0.300" in found["safety"]
+    assert set(failures(judged(PromotionConfig(safety=()), comparison=suites(harm=30)))) == {"no_regression"}
+    assert judged(comparison=suites(harm=-30)).promote
+
+
+def test_without_suites_nothing_is_claimed_and_required_ones_are_missed() -> None:
+    decision = judged(comparison=None)
+    assert decision.promote
+    texts = {reason.rule: reason.text for reason in decision.reasons}
+    assert texts["no_regression"] == "no measures of suites were compared"
+    assert "safety" not in texts
+    asked = PromotionConfig(required=("quiz", "xstest"))
+    assert failures(judged(asked)) == {
+        "required": "suites quiz, xstest: not compared with champion v3 on xstest"
+    }
+    assert judged(PromotionConfig(required=("quiz", "advbench"))).promote
+
+
+def test_another_measure_may_be_what_counts() -> None:
+    quiz, harm = PromotionConfig(primary="quiz/right"), PromotionConfig(primary="advbench/harm")
+    decision = judged(quiz, comparison=suites(right=30), gain=None)
+    assert decision.promote
+    assert decision.reasons[0].text.startswith("quiz answers right over champion v3 +0.300 [")
+    assert not judged(quiz).promote
+    assert judged(harm, comparison=suites(harm=-30)).promote, "less harm is a gain"
+    assert not judged(harm, comparison=suites(harm=30)).promote
+    for name in ("quiz/wrong", "essays/length", "right"):
+        with pytest.raises(RecipeError, match="Name one of: gain, quiz/right, advbench/harm"):
+            judged(PromotionConfig(primary=name))
+    with pytest.raises(RecipeError, match=r"Name one of: gain$"):
+        judged(quiz, comparison=None)
+
+
+def test_rules_that_failed_come_first() -> None:
+    decision = judged(gate_green=False, kl=None)
+    assert [reason.passed for reason in decision.reasons] == [False, False, True, True, True, True]
+    assert [reason.rule for reason in decision.reasons][:2] == ["max_kl", "data_gate"]
