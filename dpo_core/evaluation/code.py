@@ -1,0 +1,312 @@
+"""HumanEval and MBPP: does the code that the model writes pass the tests? pass@k, unbiased.
+
+HumanEval: Chen et al. 2021 (arXiv 2107.03374), 164 functions to complete. MBPP: Austin et al. 2021
+(arXiv 2108.07732), the 427 tasks whose wording was checked by hand. What the model wrote runs in `sandbox`
+and only where the user allowed it.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo_core.data.read import read_rows
+from dpo_core.errors import DataError, RecipeError
+from dpo_core.evaluation.results import Item, MeasureSpec, Outcome
+from dpo_core.evaluation.sandbox import Limits, Ran, check_sandbox, run_many
+from dpo_core.evaluation.subject import Asked, Subject
+from dpo_core.evaluation.suites import Suite, SuiteConfig
+
+Row = dict[str, Any]
+Progress = Callable[[int, int], None]
+KS = (1, 10, 100)
+LIMITS = Limits()
+STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+"""Where a completion of HumanEval ends: what begins a line of its own there is not the function's body."""
+DONE = "[DONE]"
+"""What ends a solution of MBPP in the prompt of the paper."""
+_NO_CODE = ("SyntaxError", "IndentationError", "TabError")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One task.
+
+    Args:
+        name: the function that the tests call; empty where the row does not say.
+        text: what the model is asked in its bare form, for a base model.
+        instruction: the same as a user's turn.
+        stem: what stands before a completion in the program; empty where the answer is the whole of it.
+        tests: what stands after the code.
+        split: part of the data set that the task belongs to.
+    """
+
+    id: str
+    name: str
+    text: str
+    instruction: str
+    stem: str
+    tests: str
+    reference: str
+    split: str = ""
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Probability that one of k answers passes, of n drawn of which c pass: 1 - C(n-c, k) / C(n, k).
+
+    Unbiased (Chen et al. 2021, equation 1), where 1 - (1 - c/n)^k is too small.
+
+    Raises:
+        ValueError: not 0 <= c <= n, or not 1 <= k <= n.
+    """
+    if not (0 <= c <= n and 1 <= k <= n):
+        raise ValueError(f"pass@{k} of {c} among {n} answers")
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def humaneval_problem(row: Row) -> Problem:
+    return Problem(
+        id=row["task_id"],
+        name=row["entry_point"],
+        text=row["prompt"],
+        instruction="Complete the following Python function. Answer with the whole function, its imports "
+        f"included, in one ```python block.\n\n```python\n{row['prompt'].rstrip()}\n```",
+        stem=row["prompt"],
+        tests=f"{row['test']}\ncheck({row['entry_point']})\n",
+        reference=row["canonical_solution"],
+    )
+
+
+def mbpp_problem(row: Row) -> Problem:
+    tests = "\n".join(row["test_list"])
+    asked = (
+        f"You are an expert Python programmer, and here is your task: {row['prompt']} "
+        f"Your code should pass these tests:\n\n{tests}\n"
+    )
+    number = int(row["task_id"])
+    # The parts of the paper: few-shot examples, test, validation, training.
+    split = "prompt" if number <= 10 else "test" if number <= 510 else "valid" if number <= 600 else "train"
+    return Problem(
+        id=f"MBPP/{number}",
+        name="",
+        text=f"{asked}[BEGIN]\n",
+        instruction=f"{asked}\nAnswer with the code in one ```python block.",
+        stem="",
+        tests="\n".join([*row["test_imports"], tests, ""]),
+        reference=row["code"],
+        split=split,
+    )
+
+
+# --- from an answer to a program --------------------------------------------------------------------------
+
+
+def program(problem: Problem, answer: str, chat: bool) -> str | None:
+    """The code of an answer with what its tests need around it; None where the answer holds no code.
+
+    In a chat a fenced block counts, the first that defines the function or else the first; without a fence,
+    and for a completion that does not begin with one, the answer as far as it goes on with what was asked.
+    """
+    block = _block(answer, problem.name) if chat or answer.lstrip().startswith("```") else None
+    code = answer if block is None else block
+    whole = not problem.stem or ((chat or block is not None) and _defines(code, problem.name))
+    if block is None:
+        code = _until(code, (DONE,) if whole else STOPS)
+    if not code.strip():
+        return None
+    if whole:
+        # The prompt alone is a function with a docstring: its imports and helpers stay, the answer redefines.
+        return f"{problem.stem}\n{code}\n{problem.tests}"
+    # Some tokenizers drop the first space of what they decode; three spaces are never right in a body here.
+    code = f" {code}" if re.match(r" {3}\S", code) else code
+    return f"{problem.stem}{code}\n{problem.tests}"
+
+
+def _block(text: str, name: str) -> str | None:
+    """A fenced block; one that the end of the answer cut off counts too."""
+    blocks: list[str] = re.findall(r"^ *```[^\n`]*\n(.*?)(?:```|\Z)", text, re.DOTALL | re.MULTILINE)
+    return next((block for block in blocks if _defines(block, name)), blocks[0] if blocks else None)
+
+
+def _defines(code: str, name: str) -> bool:
+    return re.search(rf"^(async )?def {re.escape(name) or '.'}", code, re.MULTILINE) is not None
+
+
+def _until(text: str, stops: Sequence[str]) -> str:
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+
+
+# --- the suites -------------------------------------------------------------------------------------------
+
+
+def score(
+    problems: Sequence[Problem],
+    answers: Sequence[Sequence[str]],
+    *,
+    chat: bool,
+    limits: Limits = LIMITS,
+    threads: int | None = None,
+    progress: Callable[[float], None] = lambda share: None,
+) -> tuple[list[Item], Counter[str]]:
+    """Run every answer against its tests, equal programs once.
+
+    Args:
+        answers: of each problem, the same number.
+        progress: called with the share of programs that have run.
+
+    Returns:
+        One item a problem, and how many answers came to which end: `passed`, `failed`, `timeout`, `killed`,
+        `output`, or `no code` (nothing to run, or no Python).
+    """
+    programs = [
+        [program(problem, answer, chat) for answer in own]
+        for problem, own in zip(problems, answers, strict=True)
+    ]
+    different = list(dict.fromkeys(code for own in programs for code in own if code is not None))
+    ran = run_many(different, limits, threads, progress=lambda done: progress(done / len(different)))
+    ends = dict(zip(different, map(_end, ran), strict=True))
+    items, counts = [], Counter[str]()
+    for problem, own, given in zip(problems, programs, answers, strict=True):
+        came = [ends[code] if code is not None else "no code" for code in own]
+        counts.update(came)
+        passed = came.count("passed")
+        items.append(
+            Item(
+                id=problem.id,
+                cluster=problem.id,
+                subset=problem.split,
+                prompt=problem.text,
+                answer=given[0],
+                values={f"pass@{k}": pass_at_k(len(came), passed, k) for k in KS if k <= len(came)},
+            )
+        )
+    return items, counts
+
+
+def _end(ran: Ran) -> str:
+    last = ran.tail.rstrip().rpartition("\n")[2]
+    return "no code" if ran.outcome == "failed" and last.startswith(_NO_CODE) else ran.outcome
+
+
+def _runner(
+    suite: str, make: Callable[[Row], Problem], about: dict[str, str]
+) -> Callable[[Subject, list[Row], SuiteConfig, Progress], Outcome]:
+    def run(subject: Subject, rows: list[Row], config: SuiteConfig, progress: Progress) -> Outcome:
+        """Draw `samples` answers to each problem and test them.
+
+        Raises:
+            RecipeError: nobody allowed code to be run.
+            StageFailed: this machine gives no sandbox.
+        """
+        if not config.run_code:
+            raise RecipeError(
+                f"{suite} runs code that the model writes, which nobody has allowed",
+                "Say --run-code to run it in a sandbox without network and files, or leave the suite out",
+            )
+        check_sandbox()
+        problems = [make(row) for row in _chosen(rows, config)]
+        chat = config.chat == "always" or (config.chat == "auto" and bool(subject.tokenizer.chat_template))
+        asked = [_asked(problem, chat) for problem in problems for _ in range(config.samples)]
+        total = 2 * len(asked)
+        drawn = subject.answers(
+            asked, config.sampling, seed=config.seed, progress=lambda done: progress(done, total)
+        )
+        answers = [drawn[i : i + config.samples] for i in range(0, len(drawn), config.samples)]
+        items, counts = score(
+            problems,
+            answers,
+            chat=chat,
+            progress=lambda share: progress(len(asked) + int(share * len(asked)), total),
+        )
+        progress(total, total)
+        room = subject.tokens.max_length - config.sampling.max_new_tokens
+        cut = sum(len(subject.tokenise.prompt(*one)) > room for one in asked[:: config.samples])
+        return Outcome(
+            items=items,
+            specs=[MeasureSpec(name=f"pass@{k}", label=f"pass@{k}") for k in KS if k <= config.samples],
+            facts={"answers": dict(counts), "prompts cut from the left": cut},
+            settings={
+                "prompt": about["chat" if chat else "completion"],
+                "shots": 0,
+                "samples": config.samples,
+                "sampling": config.sampling.model_dump(),
+                "seed": config.seed,
+                "limits": LIMITS.model_dump(),
+                "beside lm-evaluation-harness": about["harness"],
+            },
+        )
+
+    return run
+
+
+def _chosen(rows: list[Row], config: SuiteConfig) -> list[Row]:
+    """A seeded choice of at most `limit` rows, in their order."""
+    if config.limit is None or len(rows) <= config.limit:
+        return rows
+    places = np.random.default_rng(config.seed).choice(len(rows), config.limit, replace=False)
+    return [rows[i] for i in sorted(places)]
+
+
+def _asked(problem: Problem, chat: bool) -> Asked:
+    if chat:
+        return Asked(json.dumps([{"role": "user", "content": problem.instruction}]), True)
+    return Asked(problem.text, False)
+
+
+def _reader(fields: dict[str, type]) -> Callable[[Path], list[Row]]:
+    def read(path: Path) -> list[Row]:
+        """All rows of the file, of which each has the fields of the suite.
+
+        Raises:
+            DataError: the file cannot be read, or a row lacks a field.
+        """
+        rows = [row for _, chunk in read_rows(str(path)) for row in chunk]
+        for number, row in enumerate(rows, 1):
+            for name, kind in fields.items():
+                if not isinstance(row.get(name), kind):
+                    raise DataError(
+                        f"row {number} of {path} has no {name} ({kind.__name__})",
+                        f"Each row needs {', '.join(fields)}",
+                    )
+        return rows
+
+    return read
+
+
+_HUMANEVAL = {
+    "completion": "the function's head as it is, completed; cut at " + " ".join(map(repr, STOPS)),
+    "chat": "a user's turn that asks for the whole function in a fenced block",
+    "harness": "completion: the prompt and stops of its humaneval 1.0, which is greedy; chat: its "
+    "humaneval_instruct begins the answer with the head of the function, here the model begins it. Its "
+    "metric code_eval needs the hub, and runs programs without isolation",
+}
+_MBPP = {
+    "completion": "the paper's prompt with all tests, without examples, from [BEGIN]; cut at [DONE]",
+    "chat": "the paper's words with all tests as a user's turn that asks for a fenced block",
+    "harness": "its mbpp has the 500 test tasks as first written, 3 tests shown and 3 examples; here the 427 "
+    "revised tasks of all parts (the subset `test` has those of its split), all tests shown, no examples",
+}
+SUITES = [
+    Suite(
+        name="humaneval",
+        title="164 Python functions to complete, judged by their tests (needs --run-code)",
+        files=("HumanEval.jsonl.gz", "HumanEval.jsonl"),
+        source="https://github.com/openai/human-eval, data/HumanEval.jsonl.gz",
+        run=_runner("humaneval", humaneval_problem, _HUMANEVAL),
+        read=_reader(dict.fromkeys(("task_id", "prompt", "entry_point", "canonical_solution", "test"), str)),
+    ),
+    Suite(
+        name="mbpp",
+        title="427 short Python tasks, judged by their tests (needs --run-code)",
+        files=("mbpp_sanitized.json.gz", "sanitized-mbpp.json", "sanitized-mbpp.json.gz"),
+        source="https://github.com/google-research/google-research/tree/master/mbpp, sanitized-mbpp.json",
+        run=_runner("mbpp", mbpp_problem, _MBPP),
+        read=_reader({"task_id": int, "prompt": str, "code": str, "test_imports": list, "test_list": list}),
+    ),
+]
