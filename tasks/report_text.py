@@ -16,6 +16,7 @@ from tasks.report_alarms import alarms
 from tasks.report_numbers import Cell, cell, duration
 from tasks.report_tables import (
     COMPARISON_HEAD,
+    FINDINGS,
     WIN_RATE_HEAD,
     comparison_table,
     flat,
@@ -43,8 +44,8 @@ _METRICS = (
     ("kl_k3", "KL (k3), nats", "the same distance; estimator that is never negative"),
     ("accuracy", "Preference accuracy", "implicit reward on held-out pairs"),
     ("length", "Length, tokens", "mean completion"),
+    ("distinct_1", "distinct-1", "share of words that are unique; low is repetitive"),
     ("distinct_2", "distinct-2", "share of word pairs that are unique; low is repetitive"),
-    ("distinct_1", "distinct-1", "share of words that are unique"),
     ("self_bleu", "Self-BLEU", "against other completions of the prompt; high is repetitive"),
     ("entropy", "Entropy, nats", "mean per token, of the tokens that were sampled"),
     ("predictive_entropy", "Predictive entropy, nats", "mean per token, exact over the vocabulary"),
@@ -104,9 +105,18 @@ def _say(page: Table, said: Verdict, reasons: int) -> None:
 
 
 def terminal_measured(
-    page: Table, win_rates: Sequence[WinRate], suites: Sequence[SuiteRow], comparisons: Sequence[Comparison]
+    page: Table,
+    win_rates: Sequence[WinRate],
+    suites: Sequence[SuiteRow],
+    comparisons: Sequence[Comparison],
+    *,
+    undecided: bool = True,
 ) -> None:
-    """Win rates, suites and comparisons as rows of a page; subsets and rows that only inform stay out."""
+    """Win rates, suites and comparisons as rows of a page; subsets and rows that only inform stay out.
+
+    Args:
+        undecided: whether differences are listed that are neither better nor worse; they are counted anyhow.
+    """
     if win_rates:
         keep = [0, 1, 2]
         lines = [line._replace(cells=[line.cells[i] for i in keep]) for line in win_rate_lines(win_rates)]
@@ -119,8 +129,9 @@ def terminal_measured(
         made = comparison_table(comparison, suites)
         title = f"{made.candidate} against {made.baseline}: {made.outcome}"
         keep = [0, 5, 1]
-        lines = [line._replace(cells=[line.cells[i] for i in keep]) for line in made.tested]
-        page.add_row(rich_table(title, [COMPARISON_HEAD[i] for i in keep], lines))
+        shown = [line for line in made.tested if undecided or line.cells[1] != FINDINGS["undecided"]]
+        lines = [line._replace(cells=[line.cells[i] for i in keep]) for line in shown]
+        page.add_row(rich_table(title, [COMPARISON_HEAD[i] for i in keep], lines) if lines else Text(title))
 
 
 def terminal_table(report: RunReport) -> Table:
@@ -150,7 +161,7 @@ def terminal_table(report: RunReport) -> Table:
                 end_section=True,
             )
         page.add_row(policies)
-    terminal_measured(page, report.win_rates, report.suites, report.comparisons)
+    terminal_measured(page, report.win_rates, report.suites, report.comparisons, undecided=False)
     for alarm in alarms(report):
         page.add_row(Text(f"! {alarm.name}: {alarm.message}", style="yellow"))
     return page

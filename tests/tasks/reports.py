@@ -22,6 +22,7 @@ from tasks.report import (
 )
 from tests.tasks.measured import (
     hostile_measured,
+    make_comparison,
     make_comparisons,
     make_decision,
     make_suites,
@@ -249,6 +250,36 @@ def coinciding() -> RunReport:
     near = {"gain": estimate(0.001, 0.06), "kl": estimate(0.004, 0.02)}
     rows = [r if r.name == "SFT" else r.model_copy(update=near) for r in evaluation.policies]
     return example(steps=2, evaluation=evaluation.model_copy(update={"policies": rows}))
+
+
+def crowded() -> RunReport:
+    """Many suites, policies, judges and subsets with long names, and estimates without any width."""
+    policies = ("SFT", "DPO", "PPO", "Online DPO", "GRPO", "champion")
+    base, comparison, rate = make_suites(("SFT",)), make_comparison("champion"), make_win_rates()[1]
+    names = [f"a subset of questions with a long name, number {i}" for i in range(57)]
+    subsets = [m.model_copy(update={"subset": n}) for m in base[1].measures[:1] for n in names]
+    suites = [row.model_copy(update={"policy": policy}) for row in base for policy in policies]
+    suites += [
+        row.model_copy(update={"suite": "many", "title": "A suite of many subsets", "measures": subsets})
+        for row in suites[: len(policies)]
+    ]
+    rows = [
+        row.model_copy(update={"subset": names[i], "label": "Words that would refuse, though harmless"})
+        for row in comparison.rows[:2]
+        for i in range(20)
+    ]
+    certain = Estimate(value=0.5, low=0.5, high=0.5, n=1)
+    rates = [
+        rate.model_copy(update={"a": "Online DPO", "b": b, "judge": f"a-judge-with-a-long-name-{i}-instruct"})
+        for b in ("SFT", "champion")
+        for i in range(6)
+    ]
+    return example(
+        steps=2,
+        suites=suites,
+        comparisons=[comparison.model_copy(update={"rows": rows})],
+        win_rates=[*rates, rate.model_copy(update={"rate": certain, "length_controlled": certain})],
+    )
 
 
 HOSTILE = (

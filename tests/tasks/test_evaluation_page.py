@@ -96,5 +96,6 @@ def test_markdown_and_terminal_of_an_evaluation() -> None:
     Console(file=out, width=80, color_system=None).print(terminal_table(report))
     shown = out.getvalue()
     assert max(map(len, shown.splitlines())) <= 80
+    assert shown.count("○ undecided") == 7
     assert "13 min 32 s on 1 × accelerator" in shown
     assert f"champion: weights {report.models[1].sha256[:12]}" in shown

@@ -17,13 +17,14 @@ from tasks.report import RunReport
 from tests.browser import axe_violations, chromium, requested
 from tests.tasks.evaluations import make_evaluation_report
 from tests.tasks.frontiers import hostile_report, make_report, make_study
-from tests.tasks.reports import alarming, coinciding, decided, example, hostile, make_quality
+from tests.tasks.reports import alarming, coinciding, crowded, decided, example, hostile, make_quality
 
 pytestmark = pytest.mark.slow
 
 WIDTHS = {"phone": 390, "desktop": 1280}
 FIGURES = {
-    "usual": 18, "promoted": 18, "alarming": 18, "coinciding": 18, "hostile": 9, "bare": 0, "evaluation": 3,
+    "usual": 18, "promoted": 18, "alarming": 18, "coinciding": 18, "crowded": 15, "hostile": 9, "bare": 0,
+    "evaluation": 3,
     "study": 2, "hostile study": 2, "bare study": 0,
 }  # fmt: skip
 
@@ -117,6 +118,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "alarming": alarming(),
         "promoted": decided(promote=True, reward_model=make_quality()),
         "coinciding": coinciding(),
+        "crowded": crowded(),
         "bare": RunReport(run=example(steps=2).run),
     }
     studies = {

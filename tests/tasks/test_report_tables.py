@@ -135,6 +135,7 @@ def test_the_terminal_shows_tasks_comparisons_and_win_rates_in_80_columns() -> N
         "+7.5 pp",
     ):
         assert words in text, words
+    assert "○ undecided" not in text, "the end of a run is brief: the title counts them"
 
 
 # ------------------------------------------------------------------------------------------------- lineage
