@@ -29,8 +29,9 @@ _THEME = {
     "#010207": ("--purple", "#7b3fb0"),
     "#010208": ("--pink", "#b0246e"),
     "#010209": ("--teal", "#0b6b73"),
+    "#010210": ("--red", "#b3261e"),
 }
-INK, MUTED, RULE, BLUE, ORANGE, GREEN, PURPLE, PINK, TEAL = _THEME
+INK, MUTED, RULE, BLUE, ORANGE, GREEN, PURPLE, PINK, TEAL, RED = _THEME
 Palette = dict[str, str]  # stand-in colour -> the colour that is drawn
 THEMED: Palette = {colour: colour for colour in _THEME}
 LIGHT: Palette = {colour: fallback for colour, (_, fallback) in _THEME.items()}

@@ -20,7 +20,7 @@ from tasks.frontier_tables import (
     settings_table,
     tables,
 )
-from tasks.page import Part, fill
+from tasks.page import Part, cost_facts, fill
 from tasks.report import Cost, RunInfo, StageRow
 from tasks.report_text import fenced, markdown_table, plain, stage_size
 
@@ -117,6 +117,7 @@ def render(report: FrontierReport) -> str:
             "tables": shown,
             "parts": {part.key: part for part in parts if not part.absent},
             "left_out": [part for part in parts if part.absent],
+            "cost": cost_facts(report.cost),
             "stage_size": stage_size,
             "seconds_by_stage": report.cost.seconds_by_stage if report.cost else {},
             "total_seconds": report.cost.seconds if report.cost else report.run.seconds,

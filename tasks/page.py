@@ -1,15 +1,28 @@
 """The run page: one HTML file that says what a run found, readable without network, script or server."""
 
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from dpo_core.evaluation.comparison import Comparison
+from dpo_core.judging.results import WinRate
 from tasks.page_figures import Figure, curve_figures, frontier_figure
-from tasks.report import RunReport
+from tasks.page_forest import difference_figures, win_rate_figure
+from tasks.report import Cost, RunReport, Sample, SuiteRow
 from tasks.report_alarms import alarms
+from tasks.report_lineage import chain
 from tasks.report_numbers import duration, number, percent, scaled
+from tasks.report_tables import (
+    COMPARISON_HEAD,
+    WIN_RATE_HEAD,
+    ComparisonTable,
+    comparison_table,
+    suite_table,
+    win_rate_lines,
+)
 from tasks.report_text import policy_metrics, reward_metrics, reward_use, stage_size
-from tasks.report_verdict import verdict
+from tasks.report_verdict import finding, verdict
 
 MAX_SAMPLES = 12
 MAX_TEXT = 1500  # characters of a prompt or completion that are shown
@@ -26,6 +39,21 @@ class Part(NamedTuple):
 class Curves(NamedTuple):
     stage: str
     figures: list[Figure]
+
+
+class Compared(NamedTuple):
+    """A candidate against one baseline: its table and its figures."""
+
+    table: ComparisonTable
+    figures: list[Figure]
+
+
+class Fact(NamedTuple):
+    """One number of the cost."""
+
+    label: str
+    value: str
+    more: str = ""
 
 
 def render(report: RunReport) -> str:
@@ -63,15 +91,16 @@ def _context(report: RunReport) -> dict[str, Any]:
     # The first stage that left an artifact is its maker; a later one with the same digest found it again.
     digests = {stage.sha256: stage.name for stage in reversed(report.stages) if stage.sha256}
     parts = [
-        Part("policies", "Policies", "" if evaluation else "the run has no evaluation"),
         Part("frontier", "Reward against KL", "" if frontier else _no_frontier(report)),
+        Part("policies", "Policies", "" if evaluation else "the run has no evaluation"),
+        *measured_parts(report.win_rates, report.suites, report.comparisons),
         Part("reward", "Reward model", "" if report.reward_model else _no_reward_model(report)),
         Part("training", "Training", "" if curves else "no training metrics were recorded"),
         Part("gate", "Data gate", "" if report.gate else "no data gate result was recorded"),
         Part(
             "samples", "Samples", "" if evaluation and evaluation.samples else "no completions were recorded"
         ),
-        Part("stages", "Stages and cost", "" if report.stages else "no stages were recorded"),
+        Part("cost", "Cost", "" if report.cost or report.stages else "no cost was recorded"),
         Part("lineage", "Lineage", "" if digests or report.model else "no artifact digests were recorded"),
         Part("reproduce", "Reproduce"),
     ]
@@ -79,9 +108,13 @@ def _context(report: RunReport) -> dict[str, Any]:
     left_out = [part for part in parts if part.absent]
     if evaluation and "PPO" not in names:
         left_out.append(Part("ppo", "PPO baseline", "the run did not evaluate one"))
+    if report.decision is None:
+        left_out.append(Part("decision", "Decision to promote", "the run did not ask for one"))
     return {
         "report": report,
         "verdict": verdict(report),
+        "decision": report.decision,
+        "finding": finding(report) if report.decision and (evaluation or report.gate) else None,
         "alarms": alarms(report),
         "parts": {part.key: part for part in parts if not part.absent},
         "left_out": left_out,
@@ -90,12 +123,73 @@ def _context(report: RunReport) -> dict[str, Any]:
         "reward_metrics": reward_metrics(report.reward_model) if report.reward_model else [],
         "reward_use": reward_use(report),
         "curves": curves,
-        "samples": evaluation.samples[:MAX_SAMPLES] if evaluation else [],
+        "cost": cost_facts(report.cost, report.win_rates),
+        "chain": chain(report),
         "stage_size": stage_size,
         "producer": digests,
         "seconds_by_stage": report.cost.seconds_by_stage if report.cost else {},
         "total_seconds": report.cost.seconds if report.cost else report.run.seconds,
+        **measured_context(report.win_rates, report.suites, report.comparisons),
+        **sample_context(evaluation.samples if evaluation else []),
     }
+
+
+def measured_parts(
+    win_rates: Sequence[WinRate], suites: Sequence[SuiteRow], comparisons: Sequence[Comparison]
+) -> list[Part]:
+    """The sections that the page of a run and that of an evaluation share."""
+    return [
+        Part("win-rates", "Win rates", "" if win_rates else "no judge compared answers"),
+        Part("suites", "Tasks", "" if suites else "no suite was run"),
+        Part("comparisons", "Comparisons", "" if comparisons else "no two models were compared on a suite"),
+    ]
+
+
+def measured_context(
+    win_rates: Sequence[WinRate], suites: Sequence[SuiteRow], comparisons: Sequence[Comparison]
+) -> dict[str, Any]:
+    """What the templates of those sections read."""
+    return {
+        "win_rate_figure": win_rate_figure(win_rates),
+        "win_rate_head": WIN_RATE_HEAD,
+        "win_rate_lines": win_rate_lines(win_rates),
+        "suites": suite_table(suites),
+        "comparison_head": COMPARISON_HEAD,
+        "comparisons": [
+            Compared(comparison_table(found, suites), difference_figures(found, suites))
+            for found in comparisons
+        ],
+    }
+
+
+def sample_context(samples: Sequence[Sample]) -> dict[str, Any]:
+    """The samples that are shown, and how many there are."""
+    return {"samples": samples[:MAX_SAMPLES], "samples_recorded": len(samples)}
+
+
+def cost_facts(cost: Cost | None, win_rates: Sequence[WinRate] = ()) -> list[Fact]:
+    """What was used, as far as it was counted; the judge's pay is the sum over the win rates."""
+    facts = []
+    if cost:
+        facts += [
+            Fact("Wall-clock time", duration(cost.seconds)),
+            Fact("Tokens trained", scaled(cost.tokens_trained, "")),
+        ]
+        if cost.flops is not None:
+            facts.append(Fact("Compute", scaled(cost.flops, "FLOP")))
+        if cost.peak_memory_bytes is not None:
+            facts.append(Fact("Peak memory", scaled(cost.peak_memory_bytes, "B", 1024)))
+    return facts + judge_facts(win_rates)
+
+
+def judge_facts(win_rates: Sequence[WinRate]) -> list[Fact]:
+    """What judging cost, where a judge was paid or asked."""
+    paid = [rate.cost for rate in win_rates if rate.cost is not None]
+    requests, cached = sum(rate.requests for rate in win_rates), sum(rate.cached for rate in win_rates)
+    if not paid and not requests:
+        return []
+    value = f"{sum(paid):,.2f}" if paid else "no price set"
+    return [Fact("Judge", value, f"{requests:,} requests, {cached:,} cached")]
 
 
 def _no_frontier(report: RunReport) -> str:

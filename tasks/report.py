@@ -7,6 +7,10 @@ from typing import Literal
 from pydantic import Field, JsonValue, field_validator
 
 from dpo_core.config import Config
+from dpo_core.evaluation.comparison import Comparison
+from dpo_core.evaluation.decision import Decision
+from dpo_core.evaluation.results import Measure
+from dpo_core.judging.results import WinRate
 from dpo_core.reward_quality import RewardQuality
 from dpo_core.stats import Estimate
 from tasks.report_numbers import number
@@ -109,7 +113,12 @@ class PolicyRow(Config):
     accuracy: Estimate | None = None
     """Preference accuracy of the implicit reward on held-out pairs."""
     entropy: float | None = None
-    """Nats per token."""
+    """Nats per token, of the tokens that were sampled."""
+    distinct_1: float | None = None
+    self_bleu: Estimate | None = None
+    """Of a completion against the others to the same prompt; high is repetitive."""
+    predictive_entropy: Estimate | None = None
+    """Nats per token, exact over the vocabulary at sampled positions."""
 
 
 class Sample(Config):
@@ -134,6 +143,19 @@ class Evaluation(Config):
     def policy(self, name: str) -> PolicyRow | None:
         """The row of that name, None where it was not evaluated."""
         return next((row for row in self.policies if row.name == name), None)
+
+
+class SuiteRow(Config):
+    """One model on one suite, without the items."""
+
+    suite: str
+    title: str
+    policy: str
+    """A policy of the run, `champion`, or a checkpoint as the user named it."""
+    items: int
+    contaminated: int = 0
+    """Items that stand in the training data; 0 also where that was not looked for."""
+    measures: list[Measure]
 
 
 class Cost(Config):
@@ -165,6 +187,12 @@ class RunReport(Config):
     stages: list[StageRow] = Field(default_factory=list)
     gate: list[GateRow] = Field(default_factory=list)
     evaluation: Evaluation | None = None
+    decision: Decision | None = None
+    """Whether the model may take the champion's place; the page's headline where it was asked."""
+    win_rates: list[WinRate] = Field(default_factory=list)
+    suites: list[SuiteRow] = Field(default_factory=list)
+    comparisons: list[Comparison] = Field(default_factory=list)
+    """Against the reference, and against the champion where there is one."""
     reward_model: RewardQuality | None = None
     """The learned reward on held-out pairs, where one was trained and pairs were held out."""
     curves: dict[str, list[dict[str, float]]] = Field(default_factory=dict)

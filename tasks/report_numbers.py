@@ -43,12 +43,21 @@ def scaled(value: float, unit: str, base: int = 1000) -> str:
     return f"{value / base**power:.3g} {prefix}{infix}{unit}"
 
 
+def p_value(p: float) -> str:
+    """0.032, or < 0.001: more digits than a resampling can give say nothing."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
 class Cell(NamedTuple):
     """One estimate in words: "1.24" and "1.02 to 1.46"."""
 
     value: str
     interval: str = ""
     n: int | None = None
+    more: str = ""
+    """A remark below the interval."""
+    tone: str = ""
+    """The page's colour for it: good, bad, unclear, plain; the words say the same."""
 
     def __str__(self) -> str:
         return f"{self.value} [{self.interval}]" if self.interval else self.value
@@ -68,3 +77,21 @@ def cell(key: str, value: Estimate | float | None) -> Cell:
             show(value.value, widest), f"{show(value.low, widest)} to {show(value.high, widest)}", value.n
         )
     return Cell(show(value))
+
+
+def share(value: Estimate, more: str = "") -> Cell:
+    """A share with its interval: 61.3% [58.0% to 64.5%]."""
+    return Cell(percent(value.value), f"{percent(value.low)} to {percent(value.high)}", value.n, more)
+
+
+def measured(value: Estimate, kind: str, *, difference: bool = False, more: str = "") -> Cell:
+    """A measure of a suite, or a difference of two; shares in per cent, their differences in points (pp)."""
+    if kind == "share" and not difference:
+        return share(value, more)
+    widest = max(abs(value.low), abs(value.high), abs(value.value))
+
+    def show(v: float) -> str:
+        return f"{100 * v:+.1f}" if kind == "share" else number(v, difference, widest)
+
+    unit = " pp" if kind == "share" else ""
+    return Cell(f"{show(value.value)}{unit}", f"{show(value.low)} to {show(value.high)}", value.n, more)

@@ -1,17 +1,30 @@
 """A run's report in 80 columns of a terminal, and as GitHub Markdown."""
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from rich.table import Table
 from rich.text import Text
 
+from dpo_core.evaluation.comparison import Comparison
+from dpo_core.judging.results import WinRate
 from dpo_core.reward_quality import RewardQuality
 from dpo_core.stats import Estimate
-from tasks.report import Evaluation, RunReport, StageRow
+from tasks.report import Evaluation, RunReport, StageRow, SuiteRow
 from tasks.report_alarms import alarms
 from tasks.report_numbers import Cell, cell, duration
-from tasks.report_verdict import verdict
+from tasks.report_tables import (
+    COMPARISON_HEAD,
+    FINDINGS,
+    WIN_RATE_HEAD,
+    comparison_table,
+    flat,
+    rich_table,
+    suite_table,
+    win_rate_lines,
+)
+from tasks.report_verdict import Verdict, finding, verdict
 
 
 class Metric(NamedTuple):
@@ -31,8 +44,11 @@ _METRICS = (
     ("kl_k3", "KL (k3), nats", "the same distance; estimator that is never negative"),
     ("accuracy", "Preference accuracy", "implicit reward on held-out pairs"),
     ("length", "Length, tokens", "mean completion"),
+    ("distinct_1", "distinct-1", "share of words that are unique; low is repetitive"),
     ("distinct_2", "distinct-2", "share of word pairs that are unique; low is repetitive"),
-    ("entropy", "Entropy, nats", "mean per token"),
+    ("self_bleu", "Self-BLEU", "against other completions of the prompt; high is repetitive"),
+    ("entropy", "Entropy, nats", "mean per token, of the tokens that were sampled"),
+    ("predictive_entropy", "Predictive entropy, nats", "mean per token, exact over the vocabulary"),
 )
 
 
@@ -80,13 +96,51 @@ def stage_size(stage: StageRow) -> str:
     return ", ".join(f"{count:,} {unit}" for count, unit in sizes if count is not None) or "–"
 
 
+def _say(page: Table, said: Verdict, reasons: int) -> None:
+    """A headline in its colour, and the first of its reasons."""
+    colour = {"good": "green", "bad": "red", "unclear": "yellow"}[said.kind]
+    page.add_row(Text(said.headline, style=f"bold {colour}"))
+    for reason in said.reasons[:reasons]:
+        page.add_row(Text(reason))
+
+
+def terminal_measured(
+    page: Table,
+    win_rates: Sequence[WinRate],
+    suites: Sequence[SuiteRow],
+    comparisons: Sequence[Comparison],
+    *,
+    undecided: bool = True,
+) -> None:
+    """Win rates, suites and comparisons as rows of a page; subsets and rows that only inform stay out.
+
+    Args:
+        undecided: whether differences are listed that are neither better nor worse; they are counted anyhow.
+    """
+    if win_rates:
+        keep = [0, 1, 2]
+        lines = [line._replace(cells=[line.cells[i] for i in keep]) for line in win_rate_lines(win_rates)]
+        page.add_row(rich_table("Win rates", [WIN_RATE_HEAD[i] for i in keep], lines))
+    if suites:
+        table = suite_table(suites)
+        lines = [line._replace(cells=line.cells[:-1]) for line in table.lines]
+        page.add_row(rich_table("Tasks (95% interval)", table.head[:-1], lines))
+    for comparison in comparisons:
+        made = comparison_table(comparison, suites)
+        title = f"{made.candidate} against {made.baseline}: {made.outcome}"
+        keep = [0, 5, 1]
+        shown = [line for line in made.tested if undecided or line.cells[1] != FINDINGS["undecided"]]
+        lines = [line._replace(cells=[line.cells[i] for i in keep]) for line in shown]
+        page.add_row(rich_table(title, [COMPARISON_HEAD[i] for i in keep], lines) if lines else Text(title))
+
+
 def terminal_table(report: RunReport) -> Table:
     """The end of a run in 80 columns: verdict, stages with times, policies, alarms."""
-    headline, kind, reasons = verdict(report)
     page = Table.grid(padding=(0, 0))
-    colour = {"good": "green", "bad": "red", "unclear": "yellow"}[kind]
-    page.add_row(Text(headline, style=f"bold {colour}"))
-    page.add_row(Text(reasons[0]))
+    found = finding(report)
+    if report.decision:
+        _say(page, verdict(report), 1 + len(report.decision.reasons))
+    _say(page, found, 1)
     stages = Table(title=Text(f"Stages of {report.run.name}"), title_justify="left")
     for name in ("Stage", "State", "Time", "Artifact"):
         stages.add_column(name, justify="right" if name == "Time" else "left")
@@ -107,6 +161,7 @@ def terminal_table(report: RunReport) -> Table:
                 end_section=True,
             )
         page.add_row(policies)
+    terminal_measured(page, report.win_rates, report.suites, report.comparisons, undecided=False)
     for alarm in alarms(report):
         page.add_row(Text(f"! {alarm.name}: {alarm.message}", style="yellow"))
     return page
@@ -130,17 +185,53 @@ def markdown_table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def _listed(reasons: Sequence[str]) -> str:
+    return "\n".join(f"- {plain(reason)}" for reason in reasons)
+
+
+def markdown_measured(
+    win_rates: Sequence[WinRate], suites: Sequence[SuiteRow], comparisons: Sequence[Comparison]
+) -> list[str]:
+    """Win rates, suites and comparisons as paragraphs; subsets and rows that only inform stay out."""
+    parts = []
+    if win_rates:
+        lines = [flat(line) for line in win_rate_lines(win_rates)]
+        parts += ["## Win rates", markdown_table(["", *WIN_RATE_HEAD], lines)]
+    if suites:
+        table = suite_table(suites)
+        head = ["", *map(plain, table.head)]
+        parts += ["## Tasks", markdown_table(head, [flat(line) for line in table.lines])]
+    for comparison in comparisons:
+        made = comparison_table(comparison, suites)
+        parts.append(plain_heading(f"{made.candidate} against {made.baseline}: {made.outcome}"))
+        if made.tested:
+            parts.append(markdown_table(["", *COMPARISON_HEAD], [flat(line) for line in made.tested]))
+        if made.left_out:
+            parts.append(plain(f"Not compared: {'; '.join(made.left_out)}."))
+    return parts
+
+
+def plain_heading(text: str) -> str:
+    """A heading of the second level."""
+    return f"## {plain(text)}"
+
+
 def _findings(report: RunReport) -> list[str]:
-    """Paragraphs: the verdict with its reasons, the alarms, the policies side by side, the learned reward."""
-    headline, _, reasons = verdict(report)
+    """Paragraphs: verdict with reasons, alarms, policies, what was measured on them, the learned reward."""
+    said, found = verdict(report), finding(report)
     raised = [f"**{plain(alarm.name)}**: {plain(alarm.message)}" for alarm in alarms(report)]
-    parts = [f"# {plain(headline)}", "\n".join(f"- {plain(reason)}" for reason in reasons)]
+    if report.decision:
+        parts = [f"# {plain(said.headline)}", plain(said.reasons[0]), _listed(said.reasons[1:])]
+        parts += [f"**{plain(found.headline)}**", _listed(found.reasons)]
+    else:
+        parts = [f"# {plain(found.headline)}", _listed(found.reasons)]
     if raised:
         parts += ["## Alarms", "\n".join(f"- {line}" for line in raised)]
     if report.evaluation:
         lines = [[metric.label, *map(str, metric.cells)] for metric in policy_metrics(report.evaluation)]
         parts += ["## Policies", "Brackets hold 95% intervals, resampled by prompt."]
         parts.append(markdown_table(["", *(row.name for row in report.evaluation.policies)], lines))
+    parts += markdown_measured(report.win_rates, report.suites, report.comparisons)
     if report.reward_model:
         lines = [[m.label, str(m.cells[0]), m.hint] for m in reward_metrics(report.reward_model)]
         parts += [

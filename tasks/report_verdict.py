@@ -2,6 +2,7 @@
 
 from typing import Literal, NamedTuple
 
+from dpo_core.evaluation.decision import Decision
 from tasks.report import RunReport
 from tasks.report_numbers import cell, number
 
@@ -13,6 +14,30 @@ class Verdict(NamedTuple):
 
 
 def verdict(report: RunReport) -> Verdict:
+    """The decision to promote where one was made, else whether DPO beat SFT."""
+    return finding(report) if report.decision is None else decided(report.decision)
+
+
+def decided(decision: Decision) -> Verdict:
+    """The decision in words: what it comes to, then every rule, those that failed first.
+
+    A symbol and a word say whether a rule holds, so that no reader needs the colour.
+    """
+    rules = sorted(decision.reasons, key=lambda reason: reason.passed)
+    failed = sum(not reason.passed for reason in rules)
+    if decision.promote:
+        outcome = f"{decision.candidate} may take the place of {decision.champion}: every rule holds."
+    else:
+        held = f"{failed} of {len(rules)} rules {'does' if failed == 1 else 'do'} not hold"
+        outcome = f"{decision.candidate} does not take the place of {decision.champion}: {held}."
+    marked = [f"{'✓ passed' if reason.passed else '✗ failed'}: {reason.text}" for reason in rules]
+    promote = decision.promote
+    return Verdict(
+        "Promote" if promote else "Do not promote", "good" if promote else "bad", [outcome, *marked]
+    )
+
+
+def finding(report: RunReport) -> Verdict:
     """Whether DPO beat SFT: the 95 % interval of the paired gain decides, and nothing else does."""
     refused = [row.subject for row in report.gate if row.refused]
     if refused:

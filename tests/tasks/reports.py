@@ -20,6 +20,14 @@ from tasks.report import (
     Sample,
     StageRow,
 )
+from tests.tasks.measured import (
+    hostile_measured,
+    make_comparison,
+    make_comparisons,
+    make_decision,
+    make_suites,
+    make_win_rates,
+)
 
 
 def estimate(value: float, half: float, n: int = 256) -> Estimate:
@@ -73,13 +81,21 @@ def digest(name: str) -> str:
 
 def make_stages() -> list[StageRow]:
     table: list[tuple[str, Any, float, str, int | None, int | None, list[str]]] = [
-        ("validate", "ran", 6.1, "preference_pairs", 4812, None, []),
-        ("prepare", "ran", 11.4, "packs", 1210, None, ["validate"]),
-        ("sft", "cached", 0.3, "model", None, 134_515_008, ["prepare"]),
-        ("cache_reference", "ran", 48.2, "reference_logps", 4812, None, ["prepare", "sft"]),
-        ("train_dpo", "ran", 1325.0, "model", None, 134_515_008, ["prepare", "sft", "cache_reference"]),
-        ("ppo", "ran", 2874.5, "model", None, 134_515_008, ["sft"]),
-        ("evaluate", "ran", 310.7, "evaluation", 256, None, ["sft", "train_dpo", "ppo"]),
+        ("load-data", "cached", 0.2, "dataset", 4860, None, []),
+        ("validate-pairs", "ran", 6.1, "dataset", 4812, None, ["load-data"]),
+        ("prepare-sft", "cached", 0.3, "model", None, 134_515_008, ["validate-pairs"]),
+        ("cache-reference", "ran", 48.2, "reference-logps", 4812, None, ["validate-pairs", "prepare-sft"]),
+        (
+            "train-dpo",
+            "ran",
+            1325.0,
+            "model",
+            None,
+            134_515_008,
+            ["prepare-sft", "validate-pairs", "cache-reference"],
+        ),
+        ("train-ppo", "ran", 2874.5, "model", None, 134_515_008, ["prepare-sft"]),
+        ("evaluate", "ran", 310.7, "evaluation", 256, None, ["prepare-sft", "train-dpo", "train-ppo"]),
         ("promote", "skipped", 0.0, "registration", None, None, ["evaluate"]),
     ]
     return [
@@ -115,14 +131,18 @@ def make_evaluation() -> Evaluation:
         samples_per_prompt=4,
         policies=[
             PolicyRow(name="SFT", reward=estimate(0.118, 0.052), length=estimate(43.7, 1.8), distinct_2=0.612,
-                      entropy=2.87),
+                      entropy=2.87, distinct_1=0.214, self_bleu=estimate(21.4, 1.1),
+                      predictive_entropy=estimate(2.91, 0.06)),
             PolicyRow(name="DPO", reward=estimate(0.641, 0.044), gain=estimate(0.523, 0.058),
                       kl=estimate(6.21, 0.48), kl_k3=estimate(6.34, 0.41), win_rate=estimate(0.742, 0.041),
                       length=estimate(47.2, 1.6), distinct_2=0.548, accuracy=estimate(0.703, 0.028, 1024),
-                      entropy=2.31),
+                      entropy=2.31, distinct_1=0.187, self_bleu=estimate(28.9, 1.4),
+                      predictive_entropy=estimate(2.34, 0.07)),
             PolicyRow(name="PPO", reward=estimate(0.702, 0.04), gain=estimate(0.584, 0.055),
                       kl=estimate(4.48, 0.39), kl_k3=estimate(4.55, 0.35), win_rate=estimate(0.765, 0.04),
-                      length=estimate(51.9, 1.2), distinct_2=0.431, entropy=1.98),
+                      length=estimate(51.9, 1.2), distinct_2=0.431, entropy=1.98,
+                      distinct_1=0.141, self_bleu=estimate(41.7, 1.9),
+                      predictive_entropy=estimate(2.02, 0.08)),
         ],
         samples=samples,
     )  # fmt: skip
@@ -170,6 +190,10 @@ def example(steps: int = 300, **changes: Any) -> RunReport:
         "stages": stages,
         "gate": make_gate(),
         "evaluation": make_evaluation(),
+        "decision": None,
+        "win_rates": make_win_rates(),
+        "suites": make_suites(),
+        "comparisons": make_comparisons(),
         "curves": make_curves(steps),
         "cost": Cost(
             seconds=seconds, seconds_by_stage={s.name: s.seconds for s in stages}, tokens_trained=2_417_664,
@@ -177,11 +201,20 @@ def example(steps: int = 300, **changes: Any) -> RunReport:
         ),
         "model": ModelRow(
             name="imdb-dpo", version="4", alias="champion", uri="models:/imdb-dpo@champion",
-            sha256=digest("train_dpo"),
+            sha256=digest("train-dpo"),
         ),
         "notes": {"seed": 7, "beta": 0.1},
     }  # fmt: skip
     return RunReport(**(parts | changes))
+
+
+def decided(promote: bool, **changes: Any) -> RunReport:
+    """The example of which it was asked whether its model takes the champion's place."""
+    base = example(steps=20)
+    assert base.model
+    alias = "champion" if promote else "challenger"
+    model = base.model.model_copy(update={"alias": alias, "uri": f"models:/imdb-dpo@{alias}"})
+    return example(**({"decision": make_decision(promote), "model": model} | changes))
 
 
 def with_policy(name: str, **changes: Any) -> RunReport:
@@ -219,6 +252,36 @@ def coinciding() -> RunReport:
     return example(steps=2, evaluation=evaluation.model_copy(update={"policies": rows}))
 
 
+def crowded() -> RunReport:
+    """Many suites, policies, judges and subsets with long names, and estimates without any width."""
+    policies = ("SFT", "DPO", "PPO", "Online DPO", "GRPO", "champion")
+    base, comparison, rate = make_suites(("SFT",)), make_comparison("champion"), make_win_rates()[1]
+    names = [f"a subset of questions with a long name, number {i}" for i in range(57)]
+    subsets = [m.model_copy(update={"subset": n}) for m in base[1].measures[:1] for n in names]
+    suites = [row.model_copy(update={"policy": policy}) for row in base for policy in policies]
+    suites += [
+        row.model_copy(update={"suite": "many", "title": "A suite of many subsets", "measures": subsets})
+        for row in suites[: len(policies)]
+    ]
+    rows = [
+        row.model_copy(update={"subset": names[i], "label": "Words that would refuse, though harmless"})
+        for row in comparison.rows[:2]
+        for i in range(20)
+    ]
+    certain = Estimate(value=0.5, low=0.5, high=0.5, n=1)
+    rates = [
+        rate.model_copy(update={"a": "Online DPO", "b": b, "judge": f"a-judge-with-a-long-name-{i}-instruct"})
+        for b in ("SFT", "champion")
+        for i in range(6)
+    ]
+    return example(
+        steps=2,
+        suites=suites,
+        comparisons=[comparison.model_copy(update={"rows": rows})],
+        win_rates=[*rates, rate.model_copy(update={"rate": certain, "length_controlled": certain})],
+    )
+
+
 HOSTILE = (
     '<script>alert(1)</script><img src="http://evil.example/x.png" onerror=alert(1)> | `x` [a](http://b) $x$'
 )
@@ -243,6 +306,7 @@ def hostile() -> RunReport:
         update={
             "run": base.run.model_copy(update={"name": HOSTILE, "command": "dpo run '```' " + HOSTILE}),
             "evaluation": evaluation.model_copy(update={"samples": [sample], "reward_name": HOSTILE}),
+            **hostile_measured(HOSTILE),
             "gate": [gate],
             "stages": stages,
             "curves": {HOSTILE: base.curves["train_dpo"]},

@@ -7,9 +7,12 @@ import pytest
 
 from tasks.page import MAX_SAMPLES, render
 from tasks.page_figures import MAX_POINTS, curve_figures
+from tasks.page_forest import MAX_BARS, difference_figures
 from tasks.report import RunReport, Sample
+from tests.tasks.measured import make_comparison, make_suites
 from tests.tasks.outline import Outline
 from tests.tasks.reports import (
+    decided,
     digest,
     example,
     hostile,
@@ -29,8 +32,8 @@ def test_page_order(page: str) -> None:
     headings = Outline(page).headings
     assert headings[0] == (1, "DPO scores higher than SFT")
     assert [text for level, text in headings if level == 2] == [
-        "Policies", "Reward against KL", "Training", "Data gate", "Samples", "Stages and cost", "Lineage",
-        "Reproduce",
+        "Reward against KL", "Policies", "Win rates", "Tasks", "Comparisons", "Training", "Data gate",
+        "Samples", "Cost", "Lineage", "Reproduce",
     ]  # fmt: skip
     levels = [level for level, _ in headings]
     assert all(after <= before + 1 for before, after in pairwise(levels))
@@ -40,7 +43,7 @@ def test_page_is_accessible_in_structure(page: str) -> None:
     outline = Outline(page)
     assert outline.all("html")[0]["lang"] == "en"
     assert any(meta.get("name") == "viewport" for meta in outline.all("meta"))
-    assert len(outline.all("table")) == len(outline.all("caption")) == 4
+    assert len(outline.all("table")) == len(outline.all("caption")) == 12
     assert all(cell.get("scope") in ("col", "row") for cell in outline.all("th"))
     ids = [a["id"] for _, a in outline.tags if "id" in a]
     assert len(ids) == len(set(ids))
@@ -50,7 +53,7 @@ def test_page_is_accessible_in_structure(page: str) -> None:
     assert local
     assert set(local) <= set(ids)
     figures = [a for a in outline.all("svg") if a.get("role") == "img"]
-    assert len(figures) == len(outline.all("title")) - 1 == 13
+    assert len(figures) == len(outline.all("title")) - 1 == 18
     assert all(a.get("tabindex") == "0" for a in outline.all("div") if a.get("class") == "scroll")
 
 
@@ -75,10 +78,12 @@ def test_page_says_the_numbers(page: str) -> None:
         "22 GiB",
         "−0.210",
         "champion",
+        "−0.3 pp",
+        "1,531",
     ):
         assert word in page, word
     assert "dpo run imdb_sentiment --set dpo.beta=0.1 --set seed=7" in page
-    assert digest("train_dpo") in page  # whole, so that it can be copied
+    assert digest("train-dpo") in page  # whole, so that it can be copied
     assert "No alarms." in page
     assert "(empty)" in page
 
@@ -94,7 +99,7 @@ def test_page_escapes_everything() -> None:
     assert not outline.all("img")
     assert not [k for _, a in outline.tags for k in a if k.startswith("on")]
     assert not [a for a in outline.all("a") if str(a["href"]).startswith("javascript")]
-    assert page.count("&lt;script&gt;") > 8
+    assert page.count("&lt;script&gt;") > 30
     ids = [a["id"] for _, a in outline.tags if "id" in a]
     assert len(ids) == len(set(ids))  # two stages share a digest here
     assert "default-src 'none'" in page
@@ -180,10 +185,69 @@ def test_text_colours_reach_wcag_aa_in_both_themes(page: str) -> None:
                 assert (pair[1] + 0.05) / (pair[0] + 0.05) >= 4.5, (ink, ground)
 
 
+def test_a_decision_is_the_headline_and_what_was_measured_stays_below_it() -> None:
+    page = render(decided(promote=False, curves={}))
+    headings = Outline(page).headings
+    assert headings[:2] == [(1, "Do not promote"), (2, "DPO scores higher than SFT")]
+    rules = re.findall(r'<span class="mark">(. \w+)</span><span>(.*?) <code class="rule">(\w+)', page)
+    assert [(mark, rule) for mark, _, rule in rules] == [
+        ("✗ failed", "min_win_rate"), ("✓ passed", "min_gain"), ("✓ passed", "max_kl"),
+        ("✓ passed", "no_regression"),
+    ]  # fmt: skip
+    assert "imdb-dpo version 4 does not take the place of imdb-dpo version 3" in page
+    assert "Decision to promote" not in page
+    assert "Decision to promote (the run did not ask for one)" in render(example(curves={}))
+    assert Outline(render(decided(promote=True, curves={}))).headings[0] == (1, "Promote")
+
+
+def test_an_early_decision_stands_alone_where_nothing_was_measured() -> None:
+    page = render(decided(promote=False, evaluation=None, gate=[], curves={}))
+    assert [text for level, text in Outline(page).headings if level < 3][:2] == [
+        "Do not promote", "Win rates",
+    ]  # fmt: skip
+
+
+def test_the_forest_leaves_no_label_outside_and_says_everything_in_words(page: str) -> None:
+    (rates,) = re.findall(r'<desc id="win-rates-desc">(.*?)</desc>', page)
+    assert "DPO vs champion · qwen3-8b: 52.1% [46.6% to 57.6%]" in rates
+    (shares,) = re.findall(r'<desc id="difference-dpo-minus-champion-0-desc">(.*?)</desc>', page)
+    assert "XSTest · Refused, being unsafe: +7.5 pp [+1.3 to +13.7]" in shares
+    assert "Perplexity" not in shares, "a number that is no share has a scale of its own"
+    (others,) = re.findall(r'<desc id="difference-dpo-minus-champion-1-desc">(.*?)</desc>', page)
+    assert "WikiText-2 · Perplexity: +0.40 [-0.59 to +1.39]" in others
+
+
+def test_too_many_differences_are_cut_to_the_clearest_and_the_figure_says_so() -> None:
+    comparison = make_comparison("champion")
+    row = comparison.rows[0]
+    rows = [row.model_copy(update={"subset": f"part {i}", "p": i / 100}) for i in range(40, 0, -1)]
+    (figure,) = difference_figures(comparison.model_copy(update={"rows": rows}), make_suites())
+    assert figure.note == f"{MAX_BARS} of 40 are drawn."
+    drawn = [int(n) for n in re.findall(r">RewardBench · part (\d+)<", figure.svg)]
+    assert drawn == list(range(MAX_BARS, 0, -1)), "the smallest p, in the order of the table"
+
+
+def test_the_lineage_goes_from_the_data_to_the_model() -> None:
+    page = render(example(curves={}))
+    chain = page[page.index('<ol class="chain"') : page.index("</ol>", page.index('<ol class="chain"'))]
+    names = re.findall(r"<strong>(.*?)</strong>", chain)
+    assert names == ["validate-pairs", "prepare-sft", "calm-otter-17", "imdb-dpo version 4"]
+    digests = re.findall(r'title="(\w+)"', chain)
+    made = [digest("validate-pairs"), digest("prepare-sft"), digest("run")[:32], digest("train-dpo")]
+    assert digests == made
+
+
+def test_the_cost_adds_up_what_judges_were_paid() -> None:
+    part = render(example(curves={})).split('<section id="cost"')[1].split("</section>")[0]
+    for word in ("1 h 16 min", "2.6 PFLOP", "22 GiB", "2.42 M", "0.84", "1,024 requests, 204 cached"):
+        assert word in part, word
+    assert "Judge" not in render(example(curves={}, win_rates=[])).split('<section id="cost"')[1]
+
+
 def test_the_learned_reward_has_a_part_of_its_own() -> None:
     page = render(example(steps=2, reward_model=make_quality()))
     headings = [text for level, text in Outline(page).headings if level == 2]
-    assert headings[2:4] == ["Reward model", "Training"]
+    assert headings[5:7] == ["Reward model", "Training"]
     part = page[page.index('<section id="reward"') : page.index('<section id="training"')]
     for word in ("512 held-out pairs", "68.4%", "64.4% to 72.4%", "0.0413", "1.37", "0.312", "−0.0840",
                  "PPO learned from it.", "measured with vader_compound, not with it"):  # fmt: skip
@@ -192,7 +256,9 @@ def test_the_learned_reward_has_a_part_of_its_own() -> None:
 
 def test_the_page_says_why_it_shows_no_learned_reward() -> None:
     assert "Reward model (the run trained none)" in render(example(steps=2))
-    stages = [s.model_copy(update={"name": "train-reward"}) if s.name == "sft" else s for s in make_stages()]
+    stages = [
+        s.model_copy(update={"name": "train-reward"}) if s.name == "prepare-sft" else s for s in make_stages()
+    ]
     page = render(example(steps=2, stages=stages))
     assert "Reward model (no pairs were held out to measure it)" in page
 

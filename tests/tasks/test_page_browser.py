@@ -10,18 +10,21 @@ from typing import Any
 
 import pytest
 
+from tasks.evaluation_page import render_evaluation
 from tasks.frontier_report import render as render_frontier
 from tasks.page import render
 from tasks.report import RunReport
-from tests.browser import chromium
+from tests.browser import axe_violations, chromium, requested
+from tests.tasks.evaluations import make_evaluation_report
 from tests.tasks.frontiers import hostile_report, make_report, make_study
-from tests.tasks.reports import alarming, coinciding, example, hostile
+from tests.tasks.reports import alarming, coinciding, crowded, decided, example, hostile, make_quality
 
 pytestmark = pytest.mark.slow
 
 WIDTHS = {"phone": 390, "desktop": 1280}
 FIGURES = {
-    "usual": 13, "alarming": 13, "coinciding": 13, "hostile": 7, "bare": 0,
+    "usual": 18, "promoted": 18, "alarming": 18, "coinciding": 18, "crowded": 15, "hostile": 9, "bare": 0,
+    "evaluation": 3,
     "study": 2, "hostile study": 2, "bare study": 0,
 }  # fmt: skip
 
@@ -70,9 +73,26 @@ return bad;
 """
 
 
+# Figures without a visible drawing, and drawn shapes that leave their own figure by more than two pixels.
+BAD_DRAWINGS = """
+const bad = [];
+for (const chart of document.querySelectorAll("svg.chart")) {
+  const frame = chart.getBoundingClientRect();
+  const shapes = [...chart.querySelectorAll("path, use")].filter(s => !s.closest("defs, clipPath"));
+  const boxes = shapes.map(s => s.getBoundingClientRect()).filter(b => b.width + b.height > 0);
+  if (boxes.length < 4) bad.push(`${chart.querySelector("title").textContent}: ${boxes.length} shapes`);
+  for (const b of boxes)
+    if (b.left < frame.left - 2 || b.right > frame.right + 2 || b.top < frame.top - 2
+        || b.bottom > frame.bottom + 2)
+      bad.push(`${chart.querySelector("title").textContent}: leaves its figure`);
+}
+return bad;
+"""
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with chromium() as driver:
+    with chromium(requests=True) as driver:
         yield driver
 
 
@@ -96,7 +116,9 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "usual": example(),
         "hostile": hostile(),
         "alarming": alarming(),
+        "promoted": decided(promote=True, reward_model=make_quality()),
         "coinciding": coinciding(),
+        "crowded": crowded(),
         "bare": RunReport(run=example(steps=2).run),
     }
     studies = {
@@ -106,6 +128,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
     pages = {name: render(report) for name, report in reports.items()}
     pages |= {name: render_frontier(report) for name, report in studies.items()}
+    pages["evaluation"] = render_evaluation(make_evaluation_report())
     for name, page in pages.items():
         (folder / f"{name}.html").write_text(page, encoding="utf-8")
     return {name: folder / f"{name}.html" for name in pages}
@@ -116,8 +139,11 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize("name", FIGURES)
 def test_page_in_a_browser(browser: Any, pages: dict[str, Path], name: str, size: str, theme: str) -> None:
     _open(browser, pages[name], WIDTHS[size], theme)
+    # What is folded is looked at as well.
+    browser.execute_script("document.querySelectorAll('details').forEach(part => part.open = true)")
     _screenshot(browser, pages[name].with_name(f"{name}-{size}-{theme}.png"))
 
+    assert set(requested(browser)) <= {pages[name].as_uri(), "data:,"}
     assert [entry for entry in browser.get_log("browser") if entry["level"] != "DEBUG"] == []
     assert browser.execute_script("return innerWidth") == WIDTHS[size]
     assert browser.execute_script("return document.documentElement.scrollWidth") <= WIDTHS[size]
@@ -126,13 +152,26 @@ def test_page_in_a_browser(browser: Any, pages: dict[str, Path], name: str, size
         ".map(b => [b.width, b.height])"
     )
     assert len(boxes) == FIGURES[name]
-    assert all(width > 250 and height > 150 for width, height in boxes)
+    assert all(width > 250 and height > 80 for width, height in boxes)
+    assert browser.execute_script(BAD_DRAWINGS) == []
     assert browser.execute_script(BAD_LABELS) == []
     contrast = browser.execute_script(CONTRAST)
     assert len(contrast) > 10
     assert contrast[0][0] >= 4.5, contrast[:5]
     ground = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert (ground == "rgb(255, 255, 255)") == (theme == "light")
+    assert axe_violations(browser, "wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "best-practice") == []
+
+
+def test_axe_and_the_checks_of_figures_see_what_is_wrong(browser: Any, pages: dict[str, Path]) -> None:
+    _open(browser, pages["evaluation"], 1280, "light")
+    browser.execute_script(
+        "document.querySelector('figure').insertAdjacentHTML('afterend', '<img><h6>pale</h6>');"
+        "document.querySelector('svg.chart path').setAttribute('transform', 'translate(-99 0)');"
+    )
+    found = {rule for rule, _, _ in axe_violations(browser, "wcag2a", "best-practice")}
+    assert {"image-alt", "heading-order"} <= found
+    assert browser.execute_script(BAD_DRAWINGS) == ["Win rates: leaves its figure"]
 
 
 def test_one_click_selects_a_whole_digest(browser: Any, pages: dict[str, Path]) -> None:

@@ -1,0 +1,31 @@
+"""The page of an evaluation outside a run: one HTML file that needs no network, script or server."""
+
+from tasks.evaluation_report import EvaluationReport, headline
+from tasks.page import Fact, Part, fill, judge_facts, measured_context, measured_parts, sample_context
+from tasks.report_numbers import duration
+
+
+def render_evaluation(report: EvaluationReport) -> str:
+    """The whole page as HTML: self-contained, without script, every text escaped.
+
+    Sections without data are left out and named at the end with the reason.
+    """
+    parts = [
+        *measured_parts(report.win_rates, report.suites, report.comparisons),
+        Part("samples", "Samples", "" if report.samples else "no answers were recorded"),
+        Part("cost", "Cost"),
+        Part("models", "Models"),
+        Part("reproduce", "Reproduce"),
+    ]
+    return fill(
+        "evaluation.html.j2",
+        {
+            "report": report,
+            "headline": headline(report),
+            "parts": {part.key: part for part in parts if not part.absent},
+            "left_out": [part for part in parts if part.absent],
+            "cost": [Fact("Wall-clock time", duration(report.seconds)), *judge_facts(report.win_rates)],
+            **measured_context(report.win_rates, report.suites, report.comparisons),
+            **sample_context(report.samples),
+        },
+    )

@@ -1,0 +1,101 @@
+"""What an evaluation outside a run found: one model on suites, or several held against each other."""
+
+from datetime import datetime
+from typing import Literal, NamedTuple
+
+from pydantic import Field, JsonValue
+from rich.table import Table
+from rich.text import Text
+
+from dpo_core.config import Config
+from dpo_core.evaluation.comparison import Comparison
+from dpo_core.judging.results import WinRate
+from tasks.report import Sample, SuiteRow
+from tasks.report_numbers import duration
+from tasks.report_tables import outcome
+from tasks.report_text import fenced, markdown_measured, markdown_table, plain, terminal_measured
+
+
+class EvaluatedModel(Config):
+    """A model that was asked."""
+
+    name: str
+    """As the user named it; the columns of the tables carry it."""
+    sha256: str
+    """Of the weights."""
+
+
+class EvaluationReport(Config):
+    """Everything that the page, the terminal tables and the Markdown of an evaluation show."""
+
+    models: list[EvaluatedModel] = Field(min_length=1)
+    suites: list[SuiteRow] = Field(default_factory=list)
+    comparisons: list[Comparison] = Field(default_factory=list)
+    win_rates: list[WinRate] = Field(default_factory=list)
+    samples: list[Sample] = Field(default_factory=list)
+    command: str
+    """The exact command that repeats the evaluation."""
+    finished_at: datetime
+    hardware: str
+    seconds: float
+    notes: dict[str, JsonValue] = Field(default_factory=dict)
+
+
+class Headline(NamedTuple):
+    text: str
+    kind: Literal["good", "bad", "unclear", "plain"]
+    reasons: list[str]
+
+
+def headline(report: EvaluationReport) -> Headline:
+    """What the first comparison comes to, or else what was asked of which models.
+
+    It counts the tested measures on which the candidate is better or worse, and calls it neither as a whole:
+    an undecided difference is no equality.
+    """
+    suites = list(dict.fromkeys(row.title for row in report.suites))
+    asked = [f"{len(suites)} suite{'' if len(suites) == 1 else 's'}: {', '.join(suites)}."] if suites else []
+    if not report.comparisons:
+        return Headline(f"Evaluation of {' and '.join(m.name for m in report.models)}", "plain", asked)
+    reasons = [f"{c.candidate} against {c.baseline}: {outcome(c)}." for c in report.comparisons] + asked
+    first = report.comparisons[0]
+    tested = [row.finding for row in first.rows if row.p_holm is not None]
+    better, worse = tested.count("better"), tested.count("worse")
+    of = f"of {len(tested)} measure{'' if len(tested) == 1 else 's'}"
+    than = f"than {first.baseline} on"
+    if better and worse:
+        text = f"{first.candidate} is better {than} {better} and worse on {worse} {of}"
+        return Headline(text, "unclear", reasons)
+    if better:
+        return Headline(f"{first.candidate} is better {than} {better} {of}", "good", reasons)
+    if worse:
+        return Headline(f"{first.candidate} is worse {than} {worse} {of}", "bad", reasons)
+    return Headline(
+        f"No difference between {first.candidate} and {first.baseline} is shown", "unclear", reasons
+    )
+
+
+def markdown(report: EvaluationReport) -> str:
+    """The report as GitHub Markdown: every table, no figure, no samples."""
+    said = headline(report)
+    parts = [f"# {plain(said.text)}", "\n".join(f"- {plain(reason)}" for reason in said.reasons)]
+    parts += markdown_measured(report.win_rates, report.suites, report.comparisons)
+    models = [[model.name, model.sha256] for model in report.models]
+    parts += ["## Models", markdown_table(["Model", "sha256 of the weights"], models)]
+    parts += ["## Reproduce", fenced(report.command)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def terminal_table(report: EvaluationReport) -> Table:
+    """The end of an evaluation in 80 columns: headline, models, win rates, suites, comparisons."""
+    said = headline(report)
+    colours = {"good": "green", "bad": "red", "unclear": "yellow", "plain": "default"}
+    page = Table.grid(padding=(0, 0))
+    page.add_row(Text(said.text, style=f"bold {colours[said.kind]}"))
+    for reason in said.reasons:
+        page.add_row(Text(reason))
+    for model in report.models:
+        page.add_row(Text(f"{model.name}: weights {model.sha256[:12]}"))
+    terminal_measured(page, report.win_rates, report.suites, report.comparisons)
+    page.add_row(Text(f"{duration(report.seconds)} on {report.hardware}"))
+    return page

@@ -1,0 +1,146 @@
+"""Rates and differences with their intervals, one below the other, against a line of no difference."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from markupsafe import Markup
+
+from dpo_core.evaluation.comparison import Comparison, Row
+from dpo_core.evaluation.results import Kind
+from dpo_core.judging.results import WinRate
+from dpo_core.stats import Estimate
+from tasks.drawing import GREEN, INK, MUTED, RED, WIDE, Figure, reach, slug, svg
+from tasks.report import SuiteRow
+from tasks.report_numbers import measured, percent
+from tasks.report_tables import FINDINGS, kind_of, kinds_of, row_name
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MAX_BARS = 24  # more are a wall; the table has them all
+MAX_LABEL = 42  # characters: a longer name would run into the number on its right
+_MARK = {"good": (GREEN, "^"), "bad": (RED, "v"), "plain": (MUTED, "o")}
+
+
+class Bar(NamedTuple):
+    """One estimate of a figure."""
+
+    label: str
+    text: str
+    """The number in words, at the right."""
+    value: Estimate
+    tone: str
+    """good, bad or plain, told apart by shape as well as by colour."""
+    second: Estimate | None = None
+    """A second estimate of the same, drawn hollow below the first."""
+
+
+def win_rate_figure(rates: Sequence[WinRate]) -> Figure | None:
+    """Every win rate with its interval, against one half; the rate at equal length hollow below it."""
+    if not rates:
+        return None
+    bars = [
+        Bar(f"{rate.a} vs {rate.b} · {rate.judge}", percent(rate.rate.value), rate.rate,
+            "good" if rate.rate.low > 0.5 else "bad" if rate.rate.high < 0.5 else "plain",
+            rate.length_controlled)
+        for rate in rates[:MAX_BARS]
+    ]  # fmt: skip
+    note = "Right of the dotted line the first of the two wins more often. Bars: 95% intervals."
+    if any(bar.second for bar in bars):
+        note += " Hollow: at equal length."
+    drawn = _forest("win-rates", "Win rates", bars, 0.5, "share", "win rate")
+    return Figure("Win rates", drawn, f"{note} {_cut(len(rates))}".strip())
+
+
+def difference_figures(comparison: Comparison, suites: Sequence[SuiteRow]) -> list[Figure]:
+    """The tested differences of one comparison: shares in one panel, each other unit in its own."""
+    kinds, units = kinds_of(suites), {(r.suite, m.name): m.unit for r in suites for m in r.measures}
+    titles = {row.suite: row.title for row in suites}
+    panels: dict[tuple[Kind, str], list[Row]] = {}
+    tested = [row for row in comparison.rows if row.p_holm is not None]
+    for row in tested:
+        kind = kind_of(row, kinds)
+        unit = "" if kind == "share" else units.get((row.suite, row.measure), "") or row.label
+        panels.setdefault((kind, unit), []).append(row)
+    versus = f"{comparison.candidate} minus {comparison.baseline}"
+    return [
+        Figure(
+            "Shares" if kind == "share" else unit,
+            _forest(
+                f"difference-{slug(versus)}-{index}",
+                versus,
+                [_difference(row, kind, titles) for row in _clearest(rows)],
+                0.0,
+                kind,
+                f"difference{', percentage points' if kind == 'share' else ''}",
+            ),
+            _cut(len(rows)),
+        )
+        for index, ((kind, unit), rows) in enumerate(sorted(panels.items(), key=_shares_first))
+    ]
+
+
+def _shares_first(panel: tuple[tuple[Kind, str], list[Row]]) -> tuple[bool, str]:
+    (kind, unit), _ = panel
+    return kind != "share", unit
+
+
+def _difference(row: Row, kind: Kind, titles: Mapping[str, str]) -> Bar:
+    value = measured(row.difference, kind, difference=True).value
+    mark = FINDINGS[row.finding]
+    name = row_name(row, titles)
+    label = name if row.label.lower() in ("accuracy", "") else f"{name} · {row.label}"
+    return Bar(label, f"{value} {mark.value[0]}", row.difference, mark.tone)
+
+
+def _cut(count: int) -> str:
+    return f"{MAX_BARS} of {count} are drawn." if count > MAX_BARS else ""
+
+
+def _clearest(rows: Sequence[Row]) -> list[Row]:
+    """In the order of the table; of too many, those with the smallest p."""
+    kept = sorted(range(len(rows)), key=lambda i: rows[i].p)[:MAX_BARS]
+    return [rows[i] for i in sorted(kept)]
+
+
+def _forest(key: str, title: str, bars: Sequence[Bar], nothing: float, kind: Kind, axis: str) -> Markup:
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    def tick(value: float, _: object) -> str:
+        text = f"{100 * value:.3g}{'%' if nothing else ''}" if kind == "share" else f"{value:.3g}"
+        return text.replace("-", "−")
+
+    def draw(axes: "Axes") -> None:
+        beside = axes.get_yaxis_transform()  # x as a share of the width, y in rows
+        for y, bar in enumerate(bars):
+            colour, marker = _MARK[bar.tone]
+            # The line of no difference leaves out the words between the bars.
+            axes.vlines(nothing, y - 0.06, y + 0.5, color=MUTED, linewidth=1, linestyle=":")
+            _bar(axes, bar.value, y + 0.12, colour, marker, colour)
+            if bar.second:
+                _bar(axes, bar.second, y + 0.36, colour, marker, "none")
+            words: dict[str, Any] = {"transform": beside, "va": "center", "color": INK}
+            axes.text(0, y - 0.24, _short(bar.label), ha="left", **words)
+            axes.text(1, y - 0.24, bar.text.replace("-", "−"), ha="right", fontweight="bold", **words)
+        axes.set_ylim(len(bars) - 0.4, -0.5)
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
+        axes.grid(False)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_formatter(FuncFormatter(tick))
+        axes.set_xlabel(axis)
+
+    described = "; ".join(f"{bar.label}: {measured(bar.value, kind, difference=not nothing)}" for bar in bars)
+    return svg(key, title, described, draw, (WIDE[0], 0.9 + 0.62 * len(bars)))
+
+
+def _bar(axes: "Axes", value: Estimate, y: float, colour: str, marker: str, fill: str) -> None:
+    axes.errorbar(
+        value.value, y, xerr=reach(value.value, value.low, value.high), fmt=marker, color=colour,
+        markerfacecolor=fill, markersize=7 if fill != "none" else 5, elinewidth=1.6 if fill != "none" else 1,
+        capsize=3,
+    )  # fmt: skip
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= MAX_LABEL else f"{label[: MAX_LABEL - 1]}…"

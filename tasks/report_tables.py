@@ -1,0 +1,202 @@
+"""The tables of suites, comparisons and win rates, once for the page, Markdown and the terminal."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from dpo_core.evaluation.comparison import Comparison, Row
+from dpo_core.evaluation.results import Kind, Measure
+from dpo_core.judging.results import WinRate
+from tasks.report import SuiteRow
+from tasks.report_numbers import Cell, measured, number, p_value, percent, share
+
+_LOWER = {"higher": "", "lower": "lower is better", "neither": "neither is better"}
+FINDINGS = {
+    "better": Cell("▲ better", tone="good"),
+    "worse": Cell("▼ worse", tone="bad"),
+    "undecided": Cell("○ undecided", tone="plain"),
+}
+_INFORMS = Cell("– not tested", tone="plain")
+_NOTHING = Cell("–")
+
+
+class Line(NamedTuple):
+    """One line of a table: what it is about, and its cells."""
+
+    label: str
+    hint: str
+    cells: list[Cell]
+
+
+class SuiteTable(NamedTuple):
+    """All suites: a line for each measure over all items, and by suite the measures of its subsets."""
+
+    head: list[str]
+    """The models, then the number of items."""
+    lines: list[Line]
+    subsets: dict[str, list[Line]]
+
+
+class ComparisonTable(NamedTuple):
+    """A candidate against a baseline: the rows that were tested together, and those that only inform."""
+
+    candidate: str
+    baseline: str
+    outcome: str
+    tested: list[Line]
+    informing: list[Line]
+    left_out: list[str]
+
+
+COMPARISON_HEAD = ["Difference", "Finding", "Candidate", "Baseline", "p", "p (Holm)"]
+WIN_RATE_HEAD = [
+    "Win rate", "At equal length", "Win / tie / loss", "Consistency", "Mean length", "Judge's cost",
+]  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------- suites
+
+
+def suite_table(suites: Sequence[SuiteRow]) -> SuiteTable:
+    """One line a measure, one cell a model; a dash where the model was not asked that."""
+    policies = list(dict.fromkeys(row.policy for row in suites))
+    lines: list[Line] = []
+    subsets: dict[str, list[Line]] = {}
+    for suite in dict.fromkeys(row.suite for row in suites):
+        rows = [row for row in suites if row.suite == suite]
+        title, asked = rows[0].title, _asked_items(rows)
+        found = {(row.policy, m.subset, m.name): m for row in rows for m in row.measures}
+        for (subset, name), measure in {key[1:]: m for key, m in found.items()}.items():
+            cells = [_suite_cell(found.get((policy, subset, name))) for policy in policies]
+            hint = ", ".join(part for part in (measure.label, measure.unit, _LOWER[measure.better]) if part)
+            if subset:
+                subsets.setdefault(title, []).append(Line(subset, hint, cells))
+            else:
+                lines.append(Line(title, hint, [*cells, asked]))
+    return SuiteTable([*policies, "Items"], lines, subsets)
+
+
+def _suite_cell(measure: Measure | None) -> Cell:
+    if measure is None:
+        return _NOTHING
+    clean = f"{measured(measure.clean, measure.kind).value} clean" if measure.clean else ""
+    return measured(measure.estimate, measure.kind, more=clean)
+
+
+def _asked_items(rows: Sequence[SuiteRow]) -> Cell:
+    dirty = _span({row.contaminated for row in rows})
+    return Cell(_span({row.items for row in rows}), more="" if dirty == "0" else f"{dirty} contaminated")
+
+
+def _span(counts: set[int]) -> str:
+    """1,319, or 1,200 to 1,319 where models differ."""
+    return " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)}))
+
+
+# ---------------------------------------------------------------------------------------------- comparisons
+
+
+def kinds_of(suites: Iterable[SuiteRow]) -> dict[tuple[str, str], Kind]:
+    """Whether a measure is a share, by suite and name: a row of a comparison does not say."""
+    return {(row.suite, measure.name): measure.kind for row in suites for measure in row.measures}
+
+
+def kind_of(row: Row, kinds: Mapping[tuple[str, str], Kind]) -> Kind:
+    """The kind of a row's measure; of one that no suite lists, a plain number."""
+    return kinds.get((row.suite, row.measure), "mean")
+
+
+def comparison_table(comparison: Comparison, suites: Sequence[SuiteRow]) -> ComparisonTable:
+    """The rows of one comparison in words."""
+    kinds, titles = kinds_of(suites), {row.suite: row.title for row in suites}
+    lines = [(row, _comparison_line(row, kinds, titles)) for row in comparison.rows]
+    return ComparisonTable(
+        comparison.candidate,
+        comparison.baseline,
+        outcome(comparison),
+        [line for row, line in lines if row.p_holm is not None],
+        [line for row, line in lines if row.p_holm is None],
+        list(comparison.left_out),
+    )
+
+
+def outcome(comparison: Comparison) -> str:
+    """2 better, 1 worse, 5 undecided."""
+    tested = [row.finding for row in comparison.rows if row.p_holm is not None]
+    if not tested:
+        return "nothing was tested"
+    return ", ".join(f"{tested.count(name)} {name}" for name in ("better", "worse", "undecided"))
+
+
+def row_name(row: Row, titles: Mapping[str, str]) -> str:
+    """Suite and subset of a row."""
+    return " · ".join(part for part in (titles.get(row.suite, row.suite), row.subset) if part)
+
+
+def _comparison_line(row: Row, kinds: Mapping[tuple[str, str], Kind], titles: Mapping[str, str]) -> Line:
+    kind = kind_of(row, kinds)
+    return Line(
+        row_name(row, titles),
+        ", ".join(part for part in (row.label, _LOWER[row.better]) if part),
+        [
+            measured(row.difference, kind, difference=True),
+            _INFORMS if row.p_holm is None else FINDINGS[row.finding],
+            measured(row.candidate, kind),
+            measured(row.baseline, kind),
+            Cell(p_value(row.p), more=row.test),
+            _NOTHING if row.p_holm is None else Cell(p_value(row.p_holm)),
+        ],
+    )
+
+
+# ------------------------------------------------------------------------------------------------ win rates
+
+
+def win_rate_lines(rates: Iterable[WinRate]) -> list[Line]:
+    """One line a comparison, with the cells of `WIN_RATE_HEAD`."""
+    return [
+        Line(
+            f"{rate.a} vs {rate.b}",
+            f"judge: {rate.judge}",
+            [
+                share(rate.rate),
+                share(rate.length_controlled) if rate.length_controlled else _NOTHING,
+                Cell(
+                    f"{rate.wins:,} / {rate.ties:,} / {rate.losses:,}",
+                    more=f"{rate.unjudged:,} unjudged" if rate.unjudged else "",
+                ),
+                _NOTHING if rate.position_consistency is None else Cell(percent(rate.position_consistency)),
+                Cell(f"{number(rate.length_a)} / {number(rate.length_b)}"),
+                Cell("–" if rate.cost is None else f"{rate.cost:,.2f}", more=_asked(rate)),
+            ],
+        )
+        for rate in rates
+    ]
+
+
+def _asked(rate: WinRate) -> str:
+    known = [(rate.requests, "requests"), (rate.cached, "cached")]
+    return ", ".join(f"{count:,} {word}" for count, word in known if count)
+
+
+# ------------------------------------------------------------------------------------------ terminal, plain
+
+
+def flat(line: Line) -> list[str]:
+    """A line for Markdown: its label with the hint, then each cell with its interval and remark."""
+    label = f"{line.label} ({line.hint})" if line.hint else line.label
+    return [label, *(f"{cell}, {cell.more}" if cell.more else str(cell) for cell in line.cells)]
+
+
+def rich_table(title: str, head: Sequence[str], lines: Iterable[Line]) -> RichTable:
+    """A table for the terminal; nothing in it is read as markup."""
+    table = RichTable(title=Text(title), title_justify="left")
+    table.add_column("")
+    for name in head:
+        table.add_column(Text(name), justify="right")
+    for line in lines:
+        cells = (Text("\n".join(part for part in (c.value, c.interval, c.more) if part)) for c in line.cells)
+        table.add_row(Text(f"{line.label}\n{line.hint}".strip()), *cells, end_section=True)
+    return table
