@@ -16,7 +16,7 @@ from dpo_core import stats
 from dpo_core.config import Config
 from dpo_core.errors import StageFailed
 from dpo_core.generate import SamplingConfig, sample, seed_for
-from dpo_core.logprobs import Precision, completion_logps
+from dpo_core.logprobs import CompletionScores, Precision, completion_logps, completion_scores
 from dpo_core.online.ppo_math import k1, k3
 from dpo_core.online.sampler import Scorer
 from dpo_core.stats import Estimate
@@ -55,6 +55,10 @@ class PolicySamples:
     kl_k3: list[float] = field(default_factory=list)
     entropy: float | None = None
     """Nats per token: minus the mean log-prob of its own samples."""
+    entropies: list[float] = field(default_factory=list)
+    """Nats per token of each sample: the mean entropy of the next-token distributions along it."""
+    texts: list[str] = field(default_factory=list)
+    """The completions as people read them."""
 
 
 def sample_policy(
@@ -92,6 +96,19 @@ def sequence_logps(
     return [found[i] for i in range(len(sequences))]
 
 
+def own_scores(
+    model: Any, sequences: Seq[Sequence], precision: Precision, token_budget: int
+) -> tuple[list[torch.Tensor], list[float]]:
+    """Token log-probs of a policy's own samples, and the mean entropy along each in nats per token."""
+    found: dict[int, CompletionScores] = {}
+    for scores in completion_scores(model, sequences, precision, token_budget, entropy=True):
+        found |= scores
+    listed = [found[i] for i in range(len(sequences))]
+    return [one.logps for one in listed], [
+        float(one.entropy.double().mean()) for one in listed if one.entropy is not None
+    ]
+
+
 def kl_estimates(policy: Seq[torch.Tensor], reference: Seq[torch.Tensor]) -> tuple[list[float], list[float]]:
     """Sequence KL(π‖π_ref) in nats of each sample, from its own tokens: estimators k1 and k3 (Schulman 2020).
 
@@ -118,10 +135,13 @@ def summarise(
         "length": _data(
             stats.bootstrap_mean([len(s.completion) for s in samples.sequences], clusters, seed=seed)
         ),
+        "distinct_1": distinct_n([s.completion for s in samples.sequences], 1, length=length),
         "distinct_2": distinct_n([s.completion for s in samples.sequences], 2, length=length),
         "entropy": samples.entropy,
         "ended": float(np.mean(samples.ended)),
     }
+    if samples.entropies:
+        row["predictive_entropy"] = _data(stats.bootstrap_mean(samples.entropies, clusters, seed=seed))
     if baseline is not None:
         row["kl"] = _data(stats.bootstrap_mean(samples.kl_k1, clusters, seed=seed))
         row["kl_k3"] = _data(stats.bootstrap_mean(samples.kl_k3, clusters, seed=seed))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,31 @@ def completion_logps(
 ) -> Iterator[dict[int, Tensor]]:
     """Token log-probs of completions, pass by pass: {index of the sequence: (n,) fp32 on the CPU}.
 
+    Arguments: `completion_scores`.
+    """
+    for scores in completion_scores(model, sequences, precision, token_budget):
+        yield {index: one.logps for index, one in scores.items()}
+
+
+class CompletionScores(NamedTuple):
+    """Of one completion of n tokens, on the CPU."""
+
+    logps: Tensor
+    """(n,) fp32."""
+    entropy: Tensor | None
+    """(n,) nats of the next-token distribution at each position, where asked for."""
+
+
+def completion_scores(
+    model: nn.Module,
+    sequences: Seq[Sequence],
+    precision: Precision,
+    token_budget: int,
+    *,
+    entropy: bool = False,
+) -> Iterator[dict[int, CompletionScores]]:
+    """Scores of completions, pass by pass, by the index of the sequence.
+
     eval mode, no gradients, batched by length. A prompt is read once for up to four completions; a model that
     cannot share it gets padded rows.
 
@@ -52,10 +77,15 @@ def completion_logps(
         chosen = [plan.documents[d] for d in group]
         layout = (pack(chosen, plan.width) if plan.shared else pad(chosen)).to(device)
         with torch.no_grad(), autocast(precision, device):
-            scores = branch_scores(model, layout)
+            scores = branch_scores(model, layout, entropy=entropy)
         rows = [i for d in group for i in plan.families[d]]
         logps = scores.logps_SL.cpu()
-        yield {i: logps_L[: len(sequences[i].completion)] for i, logps_L in zip(rows, logps, strict=True)}
+        spread = None if scores.entropy_SL is None else scores.entropy_SL.cpu()
+        found = {}
+        for place, i in enumerate(rows):
+            end = len(sequences[i].completion)
+            found[i] = CompletionScores(logps[place, :end], None if spread is None else spread[place, :end])
+        yield found
 
 
 def read_flops(model: nn.Module, sequences: Seq[Sequence], token_budget: int) -> float:

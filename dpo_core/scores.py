@@ -32,6 +32,8 @@ class BranchScores:
     """With a live reference: its log-probs."""
     sharpness_SL: Tensor | None = None
     """log π(token) - log Σ_v π(v)², detached."""
+    entropy_SL: Tensor | None = None
+    """-Σ_v π(v) log π(v) at each position, detached."""
     prompt_D: Tensor | None = None
     """Summed log-prob of the prompt's tokens from the second on."""
 
@@ -52,6 +54,7 @@ def branch_scores(
     sharpness: bool = False,
     prompts: bool = False,
     kl: bool = False,
+    entropy: bool = False,
 ) -> BranchScores:
     """Scores of every branch under `model`, differentiable in its weights.
 
@@ -71,6 +74,7 @@ def branch_scores(
         ref_hidden_NH=ref_hidden_NH,
         kl=kl,
         sharpness=sharpness,
+        entropy=entropy,
     )
     tables = {f"{name}_SL": layout.table(values_N) for name, values_N in columns.items()}
     prompt_D = None
@@ -110,9 +114,10 @@ def token_scores(
     ref_hidden_NH: Tensor | None = None,
     kl: bool = False,
     sharpness: bool = False,
+    entropy: bool = False,
 ) -> dict[str, Tensor]:
-    """`logps` (N,) of the targets and, where asked for, `ref_logps`, `kl` and `sharpness`, each (N,) fp32."""
-    if reference is None and not sharpness and not softcap_of(model):
+    """`logps` of the targets and, where asked for, `ref_logps`, `kl`, `sharpness`, `entropy`: (N,) fp32."""
+    if reference is None and not sharpness and not entropy and not softcap_of(model):
         return {"logps": target_logps(model, hidden_NH, targets_N, temperature)}
 
     def chunk(hidden_CH: Tensor, targets_C: Tensor, ref_CH: Tensor | None) -> tuple[Tensor, ...]:
@@ -131,12 +136,17 @@ def token_scores(
         if sharpness:
             with torch.no_grad():
                 found.append(found[0].detach() - torch.logsumexp(2 * logps_CV.detach(), -1))
+        if entropy:
+            with torch.no_grad():
+                p_CV = logps_CV.detach().exp()
+                found.append(-(p_CV * logps_CV.detach().masked_fill(p_CV == 0, 0.0)).sum(-1))
         return tuple(found)
 
     names = ["logps"]
     names += ["ref_logps"] if reference is not None else []
     names += ["kl"] if kl and reference is not None else []
     names += ["sharpness"] if sharpness else []
+    names += ["entropy"] if entropy else []
     if not len(targets_N):
         return dict.fromkeys(names, hidden_NH.new_zeros(0, dtype=torch.float32))
     recompute = torch.is_grad_enabled() and not keeps_logits(len(targets_N), len(head_of(model)[0]))

@@ -7,12 +7,14 @@ from prefect import flow
 
 from flows.preparation import align_on_pairs, prepare
 from flows.recorded import recorded
+from tasks.champion import NAME, Champion, find_champion
 from tasks.evaluation import evaluate
 from tasks.manifest import Manifest
 from tasks.online import train_online
 from tasks.recipe import Recipe
 from tasks.report import RunReport
-from tasks.stage import Context, StageResult
+from tasks.stage import Context, StageResult, tracker_of
+from tasks.suites import evaluate_suites
 from tasks.summary import summarise
 from tasks.training import train_reward
 from tasks.workspace import disk_errors
@@ -37,13 +39,16 @@ def run_stages(context: Context, recipe: Recipe, command: str) -> RunReport:
     """All stages, then the run page."""
     started = datetime.now(UTC)
     stages: dict[str, StageResult] = {}
-    compose(context, recipe, stages)
+    champion = compose(context, recipe, stages)
     with disk_errors(Path(context.workspace), "writing the run page"):
-        return summarise(context, recipe, stages, started, command)
+        return summarise(context, recipe, stages, champion, started, command)
 
 
-def compose(context: Context, recipe: Recipe, stages: dict[str, StageResult]) -> None:
-    """The stages in their order; each hands a manifest to the next. What each came to goes into `stages`."""
+def compose(context: Context, recipe: Recipe, stages: dict[str, StageResult]) -> Champion | None:
+    """The stages in their order; each hands a manifest to the next. What each came to goes into `stages`.
+
+    Returns the registered model that the new one is held against, where there is one.
+    """
 
     def keep(name: str, result: StageResult) -> Manifest:
         stages[name] = result
@@ -65,6 +70,15 @@ def compose(context: Context, recipe: Recipe, stages: dict[str, StageResult]) ->
             context, method, reference, judged, reward_model, known, config, sampling, tokens, seed, gold
         )
         policies[name] = keep(f"train-{method}", trained)
+    champion = None if context.plan else find_champion(tracker_of(context), recipe.registered_name)
+    if champion and champion.manifest.sha256 != policy.sha256:
+        policies[NAME] = champion.manifest
     # A known reward measures also where the methods learned from the model: that shows over-optimisation.
     proxy = reward_model if source is None else None
     keep("evaluate", evaluate(context, policies, judged, pairs, proxy, source, recipe.evaluate, tokens, seed))
+    if recipe.suites.names:
+        for name, model in policies.items():
+            labelled = context.model_copy(update={"label": f" {name}"})
+            asked = evaluate_suites(labelled, name, model, reference, pairs, recipe.suites, tokens)
+            keep(f"suites {name}", asked)
+    return champion

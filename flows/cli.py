@@ -15,6 +15,8 @@ from typing import Annotated, Any
 import typer
 
 from flows.cache_commands import app as cache_app
+from flows.evaluate_command import compare as compare_command
+from flows.evaluate_command import evaluate as evaluate_command
 from flows.plan_command import plan as plan_command
 
 # Before Prefect, MLflow and Great Expectations are imported: they read these once. Nothing reports home.
@@ -44,6 +46,8 @@ config_app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(cache_app, name="cache")
 app.command("plan")(plan_command)
+app.command("evaluate")(evaluate_command)
+app.command("compare")(compare_command)
 
 RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe (dpo config list) or a YAML file.")]
 SetOption = Annotated[

@@ -7,11 +7,11 @@ from typing import TypeVar
 
 from dpo_core.errors import DpoError, GateRefused
 from tasks.ahead import check_ahead
+from tasks.provenance import command_line
 from tasks.recipe import Recipe
 from tasks.runs import RunRecord, find_run, new_run, save_run
 from tasks.stage import Context, remember_tracker
 from tasks.store import Store
-from tasks.summary import command_line
 from tasks.tracking import Tracker
 from tasks.workspace import open_workspace
 

@@ -38,6 +38,7 @@ def check_ahead(recipe: Recipe, resume: str | None = None) -> None:
         load_baseline(recipe.gate.baseline)
     if recipe.sft.demonstrations is not None:
         check_demonstrations(recipe.sft.demonstrations)
+    recipe.suites.files()
     if recipe.reward.source is not None:
         check_reward(recipe.reward.source)
     if recipe.model.chat_template is not None:

@@ -17,7 +17,7 @@ from tasks.unpaired import kind_of
 
 log = logging.getLogger("dpo")
 
-EVALUATE = Stage("evaluate", 1, "evaluation")
+EVALUATE = Stage("evaluate", 2, "evaluation")
 
 
 @stage_task("evaluate")
@@ -35,7 +35,8 @@ def evaluate(
     """Reward, KL, win rate, length, distinct-2 and preference accuracy, each with its 95 % interval.
 
     Args:
-        policies: checkpoint of each policy by name; `SFT` is the reference.
+        policies: checkpoint of each policy by name; `SFT` is the reference, `Champion` the registered model
+            that a new one is held against.
         pairs: what was trained on; the preference accuracy is measured where these are pairs.
     """
 
@@ -44,9 +45,11 @@ def evaluate(
             given, policies, prompts, pairs, reward_model, reward, config, tokens, seed
         )
         out = given.fresh("out")
+        answers = results.pop("answers")
         (out / "evaluation.json").write_text(
             json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)
         )
+        (out / "answers.json").write_text(json.dumps(answers, ensure_ascii=False, allow_nan=False))
         given.mlflow.artifact(out / "evaluation.json")
         metrics = {"cost/flops": flops}
         for row in results["policies"]:
@@ -116,6 +119,9 @@ def _evaluate(
                 lambda n, done=done: bar.update(done + n),
             )
             facts["flops"] += _scoring_flops(reference, facts) if reward_model else 0.0
+            facts["texts"] = [
+                tokenizer.decode(list(s["completion"]), skip_special_tokens=True) for s in facts["sequences"]
+            ]
             temporary = path.with_suffix(".tmp")
             temporary.write_text(json.dumps(facts))
             temporary.replace(path)
@@ -134,9 +140,55 @@ def _evaluate(
         "samples_per_prompt": config.samples_per_prompt,
         "held_out_pairs": len(held_out),
         "policies": rows,
-        "samples": _side_by_side(samples, asked, tokenizer, config.shown),
+        "samples": _side_by_side(samples, asked, config.shown),
+        "gain_over_champion": _over_champion(samples, seed),
+        "win_rates": _win_rates(samples, "reward model" if reward_model else str(reward), seed),
+        "answers": {
+            "prompts": [text for _, text in asked],
+            "prompt_index": samples["SFT"].prompt_index,
+            "answers": {name: drawn.texts for name, drawn in samples.items()},
+            "rewards": {name: drawn.rewards for name, drawn in samples.items()},
+        },
     }
     return results, flops
+
+
+def _win_rates(samples: dict[str, Any], judge: str, seed: int) -> list[dict[str, Any]]:
+    """By the reward: every policy against the reference, and against the champion where there is one."""
+    from dpo_core.judging.judge import judge_by_scores, win_rate
+
+    rates = []
+    for rival in ("SFT", "Champion"):
+        for name, drawn in samples.items():
+            other = samples.get(rival)
+            if other is None or name in ("SFT", rival):
+                continue
+            rate = win_rate(
+                judge_by_scores(drawn.rewards, other.rewards),
+                drawn.texts,
+                other.texts,
+                a=name,
+                b=rival,
+                judge=judge,
+                clusters=drawn.prompt_index,
+                seed=seed,
+            )
+            rates.append(rate.model_dump())
+    return rates
+
+
+def _over_champion(samples: dict[str, Any], seed: int) -> dict[str, Any]:
+    """What each policy gains over the champion on the same prompts; empty where there is no champion."""
+    from dpo_core.stats import paired_bootstrap
+
+    champion = samples.get("Champion")
+    if champion is None:
+        return {}
+    return {
+        name: paired_bootstrap(drawn.rewards, champion.rewards, drawn.prompt_index, seed=seed).model_dump()
+        for name, drawn in samples.items()
+        if name not in ("SFT", "Champion")
+    }
 
 
 def held_out_prompts(
@@ -184,13 +236,19 @@ def _measure(
         held_out: the pairs, their sequences (chosen and rejected in turn) and these under the reference.
     """
     from dpo_core import cost
-    from dpo_core.evaluate import kl_estimates, preference_accuracy, sample_policy, sequence_logps
+    from dpo_core.evaluate import (
+        kl_estimates,
+        own_scores,
+        preference_accuracy,
+        sample_policy,
+        sequence_logps,
+    )
     from dpo_core.logprobs import read_flops
 
     same = policy is reference
     drawn = sample_policy(policy, asked, config, scorer=score, eos_id=eos_id, seed=seed, progress=progress)
     settings = (config.precision, config.token_budget)
-    ours = sequence_logps(policy, drawn.sequences, *settings)
+    ours, drawn.entropies = own_scores(policy, drawn.sequences, *settings)
     theirs = ours if same else sequence_logps(reference, drawn.sequences, *settings)
     drawn.kl_k1, drawn.kl_k3 = kl_estimates(ours, theirs)
     drawn.entropy = -float(sum(x.double().sum() for x in ours)) / sum(len(x) for x in ours)
@@ -224,7 +282,7 @@ def _samples(facts: dict[str, Any]) -> Any:
 
 
 def _side_by_side(
-    samples: dict[str, Any], asked: Sequence[tuple[tuple[int, ...], str]], tokenizer: Any, shown: int
+    samples: dict[str, Any], asked: Sequence[tuple[tuple[int, ...], str]], shown: int
 ) -> list[dict[str, Any]]:
     """The first sample of each policy for the first prompts."""
     table = []
@@ -232,7 +290,7 @@ def _side_by_side(
         texts, rewards = {}, {}
         for name, drawn in samples.items():
             first = drawn.prompt_index.index(index)
-            texts[name] = tokenizer.decode(list(drawn.sequences[first].completion), skip_special_tokens=True)
+            texts[name] = drawn.texts[first]
             rewards[name] = drawn.rewards[first]
         table.append({"prompt": readable(asked[index][1]), "completions": texts, "rewards": rewards})
     return table
@@ -250,4 +308,10 @@ def readable(prompt: str) -> str:
 def load_evaluation(manifest: Manifest) -> dict[str, Any]:
     """What the stage wrote."""
     facts: dict[str, Any] = json.loads(Path(manifest.path / "evaluation.json").read_text())
+    return facts
+
+
+def load_answers(manifest: Manifest) -> dict[str, Any]:
+    """All that the policies answered: `prompts`, `prompt_index`, and `answers` and `rewards` by policy."""
+    facts: dict[str, Any] = json.loads(Path(manifest.path / "answers.json").read_text())
     return facts

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -43,3 +44,18 @@ def environment() -> dict[str, Any]:
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "packages": dict(sorted(packages.items(), key=lambda item: str(item[0]).lower())),
     }
+
+
+def hardware() -> str:
+    """The machine in one line."""
+    import psutil
+    import torch
+
+    memory = psutil.virtual_memory().total / 2**30
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return f"{os.cpu_count()} CPU cores, {memory:.0f} GiB memory, {', '.join(names) or 'no GPU'}"
+
+
+def command_line() -> str:
+    """The command that started this process, as a person would type it."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -17,6 +17,8 @@ from dpo_core.data.config import DataConfig
 from dpo_core.dpo import DpoConfig
 from dpo_core.errors import RecipeError
 from dpo_core.evaluate import EvaluateConfig
+from dpo_core.evaluation.decision import PromotionConfig
+from dpo_core.evaluation.running import SuitesConfig
 from dpo_core.models import ModelConfig
 from dpo_core.online.group import GroupConfig
 from dpo_core.online.ppo import PpoConfig
@@ -114,6 +116,10 @@ class Recipe(Config):
     """A comparison study instead of one alignment: arms, settings and seeds from one SFT reference."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """Evaluation on held-out prompts."""
+    suites: SuitesConfig = SuitesConfig()
+    """Evaluation suites: preferences, capabilities, harm."""
+    promotion: PromotionConfig = PromotionConfig()
+    """What the model must show to be promoted."""
     tracking: TrackingConfig = TrackingConfig()
     """MLflow."""
     registry: RegistryConfig = RegistryConfig()
@@ -149,6 +155,8 @@ class Recipe(Config):
             if getattr(self, name).lora and importlib.util.find_spec("peft") is None:
                 raise ValueError(f"{name}.lora needs peft, which is not installed: {LORA_EXTRA}")
         self._check_frontier()
+        if self.frontier and self.suites.names:
+            raise ValueError("suites.* would not be read: a comparison study runs no suites")
         for name in ("pairs", "evaluate"):
             new = getattr(self, name).sampling.max_new_tokens
             if new >= self.tokens.max_length:

@@ -98,7 +98,7 @@ class GateRow(Config):
 class PolicyRow(Config):
     """One policy, measured on the evaluation's prompts. Intervals are at 95 %, resampled by prompt."""
 
-    name: Literal["SFT", "DPO", "PPO", "GRPO", "Dr. GRPO", "DAPO", "GSPO", "RLOO", "Online DPO"]
+    name: Literal["SFT", "DPO", "PPO", "GRPO", "Dr. GRPO", "DAPO", "GSPO", "RLOO", "Online DPO", "Champion"]
     reward: Estimate
     gain: Estimate | None = None
     """Paired difference of the reward to SFT's on the same prompts."""

@@ -4,24 +4,22 @@ It always runs: a cached run, too, gets its page.
 """
 
 import json
-import os
 import platform
-import shlex
-import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
 from prefect import task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
 from dpo_core.reward_quality import RewardQuality
+from tasks.assessment import assess
+from tasks.champion import Champion
 from tasks.evaluation import load_evaluation
 from tasks.manifest import Manifest
 from tasks.page import render
-from tasks.provenance import source_tags
+from tasks.provenance import hardware, source_tags
 from tasks.recipe import Recipe
 from tasks.report import (
     Cost,
@@ -45,20 +43,34 @@ from tasks.workspace import run_folder
 
 @task(name="summary", task_run_name="summary", **TASK_OPTIONS)
 def summarise(
-    context: Context, recipe: Recipe, stages: dict[str, StageResult], started_at: datetime, command: str
+    context: Context,
+    recipe: Recipe,
+    stages: dict[str, StageResult],
+    champion: Champion | None,
+    started_at: datetime,
+    command: str,
 ) -> RunReport:
-    """Write the run page and its Markdown, register the model, and give the report back."""
+    """Write the run page and its Markdown, register the model, and give the report back.
+
+    Args:
+        champion: the registered model that the new one is held against.
+    """
     tracker = tracker_of(context)
     manifests = {name: result.manifest for name, result in stages.items()}
     model = _register(recipe, manifests, tracker)
     info = run_info(context, recipe, tracker, started_at, command)
+    evaluation = load_evaluation(manifests["evaluate"])
+    gate = [_gate_row(context.workspace, m) for name, m in manifests.items() if name.startswith("validate-")]
+    assessed = assess(recipe, manifests, evaluation, gate, champion)
     report = RunReport(
         run=info,
         stages=[stage_row(name, result) for name, result in stages.items()],
-        gate=[
-            _gate_row(context.workspace, m) for name, m in manifests.items() if name.startswith("validate-")
-        ],
-        evaluation=Evaluation.model_validate(_page_part(load_evaluation(manifests["evaluate"]))),
+        gate=gate,
+        evaluation=Evaluation.model_validate(_page_part(evaluation)),
+        decision=assessed.decision,
+        win_rates=assessed.win_rates,
+        suites=assessed.suites,
+        comparisons=assessed.comparisons,
         reward_model=_reward_quality(manifests),
         curves={
             name.removeprefix("train-").removeprefix("prepare-"): _curve(manifest)
@@ -93,7 +105,7 @@ def run_info(
         tracking_uri=tracker.uri,
         python=platform.python_version(),
         platform=platform.platform(),
-        hardware=_hardware(),
+        hardware=hardware(),
     )
 
 
@@ -225,16 +237,3 @@ def cost_of(stages: Mapping[str, StageResult], seconds: float) -> Cost:
         flops=sum(counted("flops")) or None,
         peak_memory_bytes=int(max(counted("peak_memory_bytes"), default=0)) or None,
     )
-
-
-def _hardware() -> str:
-    import torch
-
-    memory = psutil.virtual_memory().total / 2**30
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return f"{os.cpu_count()} CPU cores, {memory:.0f} GiB memory, {', '.join(names) or 'no GPU'}"
-
-
-def command_line() -> str:
-    """The command that started this process, as a person would type it."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -197,6 +197,26 @@ class Tracker:
 
         return self._must(f"model {name}", register)
 
+    def version_of(self, name: str, alias: str) -> Any | None:
+        """The registered version that the alias points to; None where model or alias is not there.
+
+        Raises:
+            StageFailed: MLflow does not answer, or refuses.
+        """
+        from mlflow.exceptions import MlflowException
+
+        self._connect()
+
+        def find() -> Any | None:
+            try:
+                return self._client.get_model_version_by_alias(name, alias)
+            except MlflowException as error:
+                if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                    return None
+                raise
+
+        return self._must(f"the {alias} of {name}", find)
+
     def describe_version(self, name: str, version: str, text: str) -> None:
         """Give a registered version its Markdown description."""
         text = cut(text, TAG_CHARS)

@@ -1,5 +1,6 @@
 """The model that a suite asks: a checkpoint with its tokenizer, loaded once for all suites."""
 
+import tempfile
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -8,8 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpo_core.generate import SamplingConfig, sample
+from dpo_core.logprobs import Precision
 from dpo_core.models import load_model, load_tokenizer, weights_digest
-from dpo_core.tokens import TokenConfig, Tokenise
+from dpo_core.reference.job import reference_logps
+from dpo_core.reference.keys import sequence_key
+from dpo_core.stats import Floats
+from dpo_core.tokens import Sequence, TokenConfig, Tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,11 +34,15 @@ class Subject:
     Args:
         path: a checkpoint folder as `dpo_core.models.convert` leaves it.
         name: as the user named it, for tables.
+        reference: what it was trained from, for implicit rewards.
+        caches: folder of the reference log-probs that are already known.
     """
 
     path: Path
     name: str
     tokens: TokenConfig = field(default_factory=TokenConfig)
+    reference: "Subject | None" = None
+    caches: Path | None = None
 
     @cached_property
     def model(self) -> Any:
@@ -69,3 +78,22 @@ class Subject:
         prompts = [self.tokenise.prompt(one.prompt, one.chat, budget) for one in asked]
         drawn = sample(self.model, prompts, sampling, eos_id=self.tokenise.eos, seed=seed, progress=progress)
         return [self.tokenizer.decode(list(c.ids), skip_special_tokens=True) for c in drawn]
+
+    def reference_sums(self, sequences: Seq[Sequence], precision: Precision, token_budget: int) -> Floats:
+        """Summed log-prob of each sequence's completion under the reference, which there must be.
+
+        What the cache knows is not computed again.
+        """
+        assert self.reference is not None
+        with tempfile.TemporaryDirectory() as scratch:
+            known = reference_logps(
+                sequences,
+                self.reference.path,
+                self.reference.weights,
+                described=self.reference.name,
+                precision=precision,
+                token_budget=token_budget,
+                caches=self.caches or Path(scratch) / "caches",
+                work=Path(scratch),
+            )
+            return known.shard.sums([sequence_key(s) for s in sequences])

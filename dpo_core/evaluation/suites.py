@@ -1,9 +1,11 @@
 """The suites by name: what each measures, which file it reads, and the function that runs it."""
 
+import random
 from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
@@ -13,6 +15,8 @@ from dpo_core.evaluation.results import Outcome
 from dpo_core.evaluation.subject import Subject
 from dpo_core.generate import SamplingConfig
 from dpo_core.logprobs import Precision
+
+T = TypeVar("T")
 
 
 class SuiteConfig(Config):
@@ -25,6 +29,9 @@ class SuiteConfig(Config):
     """Precision of log-probs."""
     token_budget: int = Field(2048, ge=64)
     """Tokens in one forward pass."""
+    beta: float = Field(0.1, gt=0)
+    """What the implicit reward multiplies the log-ratio by; its calibration depends on it, its order does
+    not."""
     sampling: SamplingConfig = SamplingConfig(max_new_tokens=256, temperature=1.0)
     """How answers are drawn where a suite does not fix it."""
     samples: int = Field(1, ge=1)
@@ -37,6 +44,10 @@ class SuiteConfig(Config):
     model was trained on."""
     chat: Literal["auto", "always", "never"] = "auto"
     """Whether questions are put as a user's turn: where the tokenizer has a chat template, always, never."""
+
+    def asks_in_chat(self, tokenizer: Any) -> bool:
+        """Whether a question of this tokenizer's model is put as a user's turn."""
+        return self.chat == "always" or (self.chat == "auto" and bool(tokenizer.chat_template))
 
 
 Run = Callable[[Subject, list[dict[str, Any]], SuiteConfig, Callable[[int, int], None]], Outcome]
@@ -60,6 +71,22 @@ class Suite:
     """Raised when what it measures changes: results of other versions are not compared."""
 
 
+def limited(items: Seq[T], prompt_of: Callable[[T], str], config: SuiteConfig) -> list[T]:
+    """At most `config.limit` items: all those of prompts that a seeded shuffle picks, in their own order."""
+    if config.limit is None or len(items) <= config.limit:
+        return list(items)
+    sizes: dict[str, int] = {}
+    for item in items:
+        sizes[prompt_of(item)] = sizes.get(prompt_of(item), 0) + 1
+    prompts, kept, room = list(sizes), set(), config.limit
+    random.Random(config.seed).shuffle(prompts)
+    for prompt in prompts:
+        if sizes[prompt] <= room:
+            kept.add(prompt)
+            room -= sizes[prompt]
+    return [item for item in items if prompt_of(item) in kept]
+
+
 def find(name: str) -> Suite:
     """The suite of that name.
 
@@ -74,7 +101,7 @@ def find(name: str) -> Suite:
 
 def suites() -> dict[str, Suite]:
     """All suites by name. Each room is imported here, so that listing them loads no model library."""
-    from dpo_core.evaluation import code
+    from dpo_core.evaluation import code, preference
 
-    found: list[Suite] = [*code.SUITES]
+    found: list[Suite] = [*preference.SUITES, *code.SUITES]
     return {suite.name: suite for suite in found}

@@ -116,7 +116,7 @@ def test_the_prompt_is_scored_once_a_document():
     torch.testing.assert_close(packed, torch.tensor(alone), rtol=0, atol=1e-5)
 
 
-def test_live_reference_kl_and_sharpness_are_those_of_the_full_distributions():
+def test_live_reference_kl_sharpness_and_entropy_are_those_of_the_full_distributions():
     model, reference = llama(0), llama(1)
     layout = pack(documents(3, seed=6))
     scores = branch_scores(model, layout, reference=reference, kl=True, sharpness=True)
@@ -131,6 +131,9 @@ def test_live_reference_kl_and_sharpness_are_those_of_the_full_distributions():
     assert not scores.sharpness_SL.requires_grad
     sharpness = logps.gather(-1, layout.targets_N[:, None])[:, 0] - logps.exp().pow(2).sum(-1).log()
     torch.testing.assert_close(scores.sharpness_SL, layout.table(sharpness), rtol=0, atol=1e-5)
+    spread = branch_scores(model, layout, entropy=True).entropy_SL
+    torch.testing.assert_close(spread, layout.table(-(logps.exp() * logps).sum(-1)), rtol=0, atol=1e-5)
+    assert not spread.requires_grad
     same = branch_scores(model, layout, reference=model, kl=True)
     assert same.kl_SL.abs().max() < 1e-6
     assert same.logps_SL.detach().sub(same.ref_logps_SL).abs().max() < 1e-6

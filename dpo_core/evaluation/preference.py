@@ -1,0 +1,317 @@
+"""Preference suites: does a model order two answers as people did, how surely, and is it only their length?
+
+Two scores of an answer y to a prompt x:
+- its implicit reward, β·log(π(y|x)/π_ref(y|x)) (Rafailov et al. 2023, eq. 5), where a reference is given;
+- its likelihood, log π(y|x), and the same per token: what can be said of any model alone.
+In bf16 a summed log-prob is off by some hundredths of a nat, which decides the order of pairs that a model
+hardly tells apart; `precision: fp32` takes twice the time.
+
+Data: HH, HHH alignment, LLMBar (five parts), PandaLM. A pair that people found equal counts as half right.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from pydantic import JsonValue
+
+from dpo_core.data.formats import ADAPTERS, Fault, Pair, Row, chat_prompt
+from dpo_core.data.read import read_rows
+from dpo_core.errors import StageFailed
+from dpo_core.evaluation.results import Better, Item, Measure, MeasureSpec, Outcome
+from dpo_core.evaluation.subject import Subject
+from dpo_core.evaluation.suites import Suite, SuiteConfig, limited
+from dpo_core.logprobs import completion_logps
+from dpo_core.reward_quality import best_temperature, calibration_error, spearman
+from dpo_core.stats import Estimate, Floats, bootstrap_statistic
+from dpo_core.tokens import TokenPair
+
+LIKELIHOOD = (
+    MeasureSpec(name="likelihood_accuracy", label="Likelihood accuracy"),
+    MeasureSpec(name="likelihood_accuracy_per_token", label="Likelihood accuracy, per token"),
+)
+IMPLICIT = (
+    MeasureSpec(name="accuracy", label="Accuracy of the implicit reward"),
+    MeasureSpec(name="accuracy_decided", label="Accuracy, ties of people left out"),
+    MeasureSpec(name="accuracy_better_shorter", label="Accuracy where the better answer is the shorter"),
+    MeasureSpec(name="margin", label="Margin", better="neither", kind="mean", unit="nats"),
+    MeasureSpec(
+        name="margin_per_token", label="Margin per token", better="neither", kind="mean", unit="nats"
+    ),
+    MeasureSpec(name="brier", label="Brier score", better="lower", kind="mean"),
+    MeasureSpec(name="nll", label="NLL", better="lower", kind="mean", unit="nats"),
+)
+DATA = (MeasureSpec(name="better_longer", label="Better answer is the longer", better="neither"),)
+
+
+class Labelled(NamedTuple):
+    """A pair with what people said of it; of a tie the two answers stand as in the file."""
+
+    id: str
+    pair: Pair
+    subset: str = ""
+    tied: bool = False
+
+
+class Scored(NamedTuple):
+    """A usable pair with the summed log-probs of both answers, chosen and rejected."""
+
+    labelled: Labelled
+    tokens: TokenPair
+    policy: tuple[float, float]
+    reference: tuple[float, float] | None
+
+
+def run(
+    subject: Subject, rows: list[Row], config: SuiteConfig, progress: Callable[[int, int], None]
+) -> Outcome:
+    """Score every pair under the subject, and under its reference where it has one.
+
+    Raises:
+        StageFailed: no pair can be used.
+    """
+    labelled = limited([r["labelled"] for r in rows if "labelled" in r], _prompt_of, config)
+    kept: list[tuple[Labelled, TokenPair]] = []
+    left_out = _count(r["fault"] for r in rows if "fault" in r)
+    for one in labelled:
+        tokens = subject.tokenise.pair({**_canonical(one.pair, subject, config), "id": one.id})
+        if isinstance(tokens, str):
+            left_out[tokens] = left_out.get(tokens, 0) + 1
+        else:
+            kept.append((one, tokens))
+    if not kept:
+        raise StageFailed(f"no pair can be used ({left_out})", "Raise tokens.max_length, or check the file")
+    scored = list(_scored(subject, kept, config, progress))
+    specs = [*(IMPLICIT if subject.reference else ()), *LIKELIHOOD, *DATA]
+    items = [_item(one, config.beta) for one in scored]
+    used = {name for item in items for name in item.values}
+    facts: dict[str, JsonValue] = {"pairs": len(items), "left_out": dict(left_out)}
+    others: list[Measure] = []
+    if subject.reference:
+        others, temperature = _calibration(scored, config)
+        facts["temperature"] = temperature
+    return Outcome(
+        items=items,
+        specs=[spec for spec in specs if spec.name in used],
+        others=others,
+        facts=facts,
+        settings={
+            "precision": config.precision,
+            "beta": config.beta,
+            "reference": subject.reference.weights if subject.reference else None,
+            "template": "chat" if config.asks_in_chat(subject.tokenizer) else "text",
+        },
+    )
+
+
+def _scored(
+    subject: Subject,
+    kept: Seq[tuple[Labelled, TokenPair]],
+    config: SuiteConfig,
+    progress: Callable[[int, int], None],
+) -> Iterator[Scored]:
+    sides = [side for _, tokens in kept for side in (tokens.chosen, tokens.rejected)]
+    sums = np.zeros(len(sides))
+    done = 0
+    for logps in completion_logps(subject.model, sides, config.precision, config.token_budget):
+        for index, logps_L in logps.items():
+            sums[index] = float(logps_L.double().sum())
+        done += len(logps)
+        progress(done, len(sides))
+    known = None
+    if subject.reference:
+        same = subject.reference.weights == subject.weights
+        known = sums if same else subject.reference_sums(sides, config.precision, config.token_budget)
+    for number, (one, tokens) in enumerate(kept):
+        place = slice(2 * number, 2 * number + 2)
+        theirs = None if known is None else (known[place][0], known[place][1])
+        yield Scored(one, tokens, (sums[place][0], sums[place][1]), theirs)
+
+
+def _item(scored: Scored, beta: float) -> Item:
+    one, tokens = scored.labelled, scored.tokens
+    better, worse = scored.policy
+    length_w, length_l = len(tokens.chosen.completion), len(tokens.rejected.completion)
+
+    def right(gap: float) -> float:
+        # A model that does not tell the two apart is right half of the time.
+        return 0.5 if one.tied or gap == 0 else float(gap > 0)
+
+    values = {
+        "likelihood_accuracy": right(better - worse),
+        "likelihood_accuracy_per_token": right(better / length_w - worse / length_l),
+    }
+    if not one.tied:
+        values["better_longer"] = 0.5 if length_w == length_l else float(length_w > length_l)
+    if scored.reference is not None:
+        gain_w, gain_l = better - scored.reference[0], worse - scored.reference[1]
+        gap = gain_w - gain_l
+        values["accuracy"] = right(gap)
+        if not one.tied:
+            values["accuracy_decided"] = right(gap)
+            values["margin"] = gap
+            values["margin_per_token"] = gain_w / length_w - gain_l / length_l
+            values["brier"] = float((1 - 1 / (1 + np.exp(-beta * gap))) ** 2)
+            values["nll"] = float(np.logaddexp(0, -beta * gap))
+            if length_w < length_l:
+                values["accuracy_better_shorter"] = right(gap)
+    return Item(id=one.id, cluster=_prompt_of(one), subset=one.subset, prompt=one.pair.prompt, values=values)
+
+
+def _calibration(scored: Seq[Scored], config: SuiteConfig) -> tuple[list[Measure], float | None]:
+    """Calibration and length bias of the implicit reward over the pairs that people decided."""
+    decided = [s for s in scored if s.reference is not None and not s.labelled.tied]
+    if not decided:
+        return [], None
+    clusters = [_prompt_of(s.labelled) for s in decided]
+    rewards = np.array([[p - r for p, r in zip(s.policy, s.reference or (), strict=True)] for s in decided])
+    gap_N = config.beta * (rewards[:, 0] - rewards[:, 1])
+    lengths = [(len(s.tokens.chosen.completion), len(s.tokens.rejected.completion)) for s in decided]
+    longer_N = np.array([w - l for w, l in lengths], np.float64)  # noqa: E741
+    # In a random order "A is better" is not always the truth, so that a tie is right half of the time.
+    first_N = np.random.default_rng(config.seed).random(len(gap_N)) < 0.5
+    p_N = 1 / (1 + np.exp(-np.where(first_N, gap_N, -gap_N)))
+
+    def both_orders(gaps_N: Floats, lengths_N: Floats) -> float | None:
+        return spearman(np.concatenate([gaps_N, -gaps_N]), np.concatenate([lengths_N, -lengths_N]))
+
+    seed = config.seed
+    found: list[tuple[str, str, Better, Estimate | None]] = [
+        ("ece", "Calibration error (ECE)", "lower",
+         bootstrap_statistic(calibration_error, (p_N, first_N), clusters, interval="basic", seed=seed)),
+        ("temperature", "Best temperature", "neither",
+         bootstrap_statistic(best_temperature, (gap_N,), clusters, seed=seed)),
+        ("length_spearman", "Spearman of reward gap and length gap", "neither",
+         bootstrap_statistic(both_orders, (gap_N, longer_N), clusters, seed=seed)),
+    ]  # fmt: skip
+    measures = [
+        Measure(name=name, label=label, better=better, kind="mean", paired=False, estimate=estimate)
+        for name, label, better, estimate in found
+        if estimate is not None
+    ]
+    return measures, best_temperature(gap_N)
+
+
+def _canonical(pair: Pair, subject: Subject, config: SuiteConfig) -> dict[str, Any]:
+    """The pair as a canonical row: an instruction becomes a user's turn where the model is asked in chat."""
+    prompt, chat = pair.prompt, pair.chat
+    if not chat and not prompt.endswith("Assistant:") and config.asks_in_chat(subject.tokenizer):
+        prompt, chat = chat_prompt([{"role": "user", "content": prompt}]), True
+    return {**pair._asdict(), "prompt": prompt, "chat": chat}
+
+
+def _prompt_of(one: Labelled) -> str:
+    return hashlib.sha256(one.pair.prompt.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _count(reasons: Iterable[str]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for reason in reasons:
+        counts[reason] = counts.get(reason, 0) + 1
+    return counts
+
+
+# --- data -------------------------------------------------------------------------------------------------
+
+Convert = Callable[[Row], Labelled]
+
+
+def _read(path: Path, convert: Convert, mark: str = "") -> list[Row]:
+    """Every row of a file as `{"labelled": …}`, or `{"fault": why}` where it cannot be used."""
+    rows: list[Row] = []
+    for first, chunk in read_rows(str(path)):
+        for number, row in enumerate(chunk, first):
+            try:
+                one = convert(row)
+                rows.append({"labelled": one._replace(id=f"{mark}{number}")})
+            except Fault as fault:
+                rows.append({"fault": str(fault)})
+    return rows
+
+
+def _hh(row: Row) -> Labelled:
+    pair = ADAPTERS["hh"].convert(row)
+    assert isinstance(pair, Pair)
+    if not pair.chosen.strip() or not pair.rejected.strip():
+        raise Fault("an answer is empty")
+    return Labelled("", pair)
+
+
+def _hhh(row: Row) -> Labelled:
+    pair = ADAPTERS["prompt-pairs"].convert(row)
+    assert isinstance(pair, Pair)
+    return Labelled("", pair, str(row.get("subset", "")))
+
+
+def _pandalm(row: Row) -> Labelled:
+    pair = ADAPTERS["pandalm"].convert(row)  # the majority decides
+    tied = pair is None
+    if pair is None:
+        sides = row.get("response1"), row.get("response2")
+        if not all(isinstance(side, str) for side in sides):
+            raise Fault("a response is not a string")
+        prompt = ADAPTERS["pandalm"].convert({**row, "annotator1": 1, "annotator2": 1, "annotator3": 1})
+        assert isinstance(prompt, Pair)
+        pair = prompt
+    assert isinstance(pair, Pair)
+    if not pair.chosen.strip() or not pair.rejected.strip():
+        raise Fault("an answer is empty")
+    return Labelled("", pair, "", tied)
+
+
+LLMBAR = ("natural", "adv_neighbor", "adv_gptinst", "adv_gptout", "adv_manual")
+
+
+def _llmbar(row: Row) -> Labelled:
+    label = row.get("label")
+    texts = [row.get(name) for name in ("input", "output_1", "output_2")]
+    if label not in (1, 2) or not all(isinstance(text, str) for text in texts):
+        raise Fault("input, output_1, output_2 and a label of 1 or 2 are expected")
+    prompt, first, second = map(str, texts)
+    chosen, rejected = (first, second) if label == 1 else (second, first)
+    return Labelled("", Pair(prompt, False, chosen, rejected))
+
+
+def _read_llmbar(path: Path) -> list[Row]:
+    """The parts that lie beside the first one; each is a subset."""
+    rows: list[Row] = []
+    for part in LLMBAR:
+        for file in sorted(path.parent.glob(f"llmbar_{part}.json*")):
+            for row in _read(file, _llmbar, f"{part}-"):
+                if "labelled" in row:
+                    row["labelled"] = row["labelled"]._replace(subset=part)
+                rows.append(row)
+    return rows
+
+
+def _suite(name: str, title: str, files: tuple[str, ...], source: str, read: Any) -> Suite:
+    return Suite(name=name, title=title, files=files, source=source, run=run, read=read)
+
+
+SUITES = (
+    _suite(
+        "hh", "Preferences on HH harmlessness (test)",
+        ("hh_harmless_base_test.jsonl.gz", "hh_harmless_base_test.jsonl", "test.jsonl.gz"),
+        "anthropics/hh-rlhf, harmless-base/test.jsonl.gz (MIT)", lambda path: _read(path, _hh),
+    ),
+    _suite(
+        "hhh", "Preferences on HHH alignment",
+        ("hhh_alignment.jsonl.gz", "hhh_alignment.jsonl"),
+        "BIG-bench hhh_alignment (Apache-2.0) as rows of subset, prompt, chosen, rejected",
+        lambda path: _read(path, _hhh),
+    ),
+    _suite(
+        "llmbar", "Preferences on LLMBar",
+        ("llmbar_natural.json.gz", "llmbar_natural.json"),
+        "princeton-nlp/LLMBar, Dataset/LLMBar (MIT), as llmbar_natural.json, llmbar_adv_manual.json, …",
+        _read_llmbar,
+    ),
+    _suite(
+        "pandalm", "Preferences on PandaLM's human test set",
+        ("pandalm_human_testset.json.gz", "pandalm_human_testset.json", "testset-v1.json"),
+        "WeOpenML/PandaLM, data/testset-v1.json (Apache-2.0)", lambda path: _read(path, _pandalm),
+    ),
+)  # fmt: skip

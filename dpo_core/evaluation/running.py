@@ -1,0 +1,112 @@
+"""Running one suite on one model: find the file, ask, measure, and again without what was trained on."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from dpo_core.config import Config
+from dpo_core.errors import RecipeError
+from dpo_core.evaluation.contamination import TrainingText
+from dpo_core.evaluation.results import MeasureSpec, SuiteResult, measured
+from dpo_core.evaluation.subject import Subject
+from dpo_core.evaluation.suites import Suite, SuiteConfig, find
+from dpo_core.models import digest_file
+
+
+class SuitesConfig(Config):
+    """Which suites every policy is put through."""
+
+    names: list[str] = Field(default_factory=list)
+    """Suites by name (`dpo evaluate --help` lists them). Empty: none."""
+    data: str | None = None
+    """The folder that holds their files."""
+    settings: SuiteConfig = SuiteConfig()
+    """How they are run."""
+
+    @model_validator(mode="after")
+    def _can_be_run(self) -> "SuitesConfig":
+        if self.names and self.data is None:
+            raise ValueError("suites.data is needed: the folder that holds the files of suites.names")
+        if not self.names and self != SuitesConfig():
+            raise ValueError("suites.* would not be read: suites.names is empty")
+        for name in self.names:
+            try:
+                find(name)
+            except RecipeError as error:
+                raise ValueError(str(error)) from error
+        return self
+
+    def files(self) -> dict[str, Path]:
+        """The file of each suite.
+
+        Raises:
+            RecipeError: one is not there.
+        """
+        return {name: data_file(find(name), Path(self.data or ".").expanduser()) for name in self.names}
+
+
+def data_file(suite: Suite, data: Path) -> Path:
+    """The suite's file: `data` itself, or the file of a usual name in it or one folder below.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    if data.is_file():
+        return data
+    for name in suite.files:
+        for place in (data / name, *sorted(data.glob(f"*/{name}"))):
+            if place.is_file():
+                return place
+    raise RecipeError(
+        f"the suite {suite.name} finds no {suite.files[0]} in {data}",
+        f"Get it from {suite.source}, and name its folder with --data",
+    )
+
+
+def run_suite(
+    suite: Suite,
+    subject: Subject,
+    file: Path,
+    config: SuiteConfig,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> SuiteResult:
+    """Ask the subject, and measure what came of it.
+
+    Args:
+        progress: told how many of how many units are done.
+    """
+    started = time.monotonic()
+    rows = suite.read(file)
+    outcome = suite.run(subject, rows, config, progress)
+    return SuiteResult(
+        suite=suite.name,
+        model=subject.name,
+        weights_sha256=subject.weights,
+        data={"file": file.name, "sha256": digest_file(file), "rows": len(rows)},
+        settings={"version": suite.version, "seed": config.seed, "limit": config.limit, **outcome.settings},
+        measures=[*measured(outcome.items, outcome.specs, seed=config.seed), *outcome.others],
+        items=outcome.items,
+        facts=outcome.facts,
+        seconds=time.monotonic() - started,
+    )
+
+
+def without_training_data(result: SuiteResult, training: TrainingText) -> SuiteResult:
+    """The result with the items named that stand in the training data; measures also without them."""
+    found = training.find(result.items)
+    specs = [
+        MeasureSpec(**{name: getattr(measure, name) for name in MeasureSpec.model_fields})
+        for measure in result.measures
+        if measure.paired and not measure.subset
+    ]
+    again = measured(result.items, specs, seed=int(str(result.settings["seed"])), without=found)
+    others = [measure for measure in result.measures if not measure.paired]
+    return result.model_copy(
+        update={
+            "measures": [*again, *others],
+            "contaminated": found,
+            "facts": {**result.facts, "contaminated": len(found)},
+        }
+    )

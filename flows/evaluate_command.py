@@ -1,0 +1,119 @@
+"""`dpo evaluate` and `dpo compare`: suites and win rates of any checkpoints, without a run."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+SuiteOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--suite", help="A suite, or several with commas between; may be repeated. Empty: list them."
+    ),
+]
+DataOption = Annotated[str, typer.Option(help="The folder with the suites' files.")]
+ReferenceOption = Annotated[
+    str | None, typer.Option(help="What the model was trained from, for implicit rewards.")
+]
+TrainOption = Annotated[
+    str | None, typer.Option(help="What it was trained on: items found there are named and left out too.")
+]
+WorkspaceOption = Annotated[str, typer.Option(help="Workspace folder; results are kept there.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=VALUE", help="A field of settings.*, tokens.*, judge.*, answers.*."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+ModelHelp = "A checkpoint folder, .gguf file, package:NAME, hub name, or RUN or RUN:POLICY of the workspace."
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help=ModelHelp)],
+    suite: SuiteOption = None,
+    data: DataOption = ".",
+    reference: ReferenceOption = None,
+    train: TrainOption = None,
+    workspace: WorkspaceOption = "./runs",
+    run_code: Annotated[
+        bool, typer.Option("--run-code", help="Let code that the model wrote be run, in a sandbox.")
+    ] = False,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Put one model through evaluation suites; no pipeline run is needed."""
+    if not suite:
+        _list_suites()
+        return
+    settings = {"run_code": True} if run_code else {}
+    given = {"suites": _names(suite), "data": data, "reference": reference, "train": _train(train)}
+    _run([model], given | {"settings": settings}, workspace, overrides or [], as_json)
+
+
+def compare(
+    a: Annotated[str, typer.Argument(help=ModelHelp)],
+    b: Annotated[str, typer.Argument(help="What A is held against, named in the same way.")],
+    suite: SuiteOption = None,
+    data: DataOption = ".",
+    reference: ReferenceOption = None,
+    train: TrainOption = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(help="Prompts that both answer, for a win rate: any data file that is known."),
+    ] = None,
+    workspace: WorkspaceOption = "./runs",
+    run_code: Annotated[
+        bool, typer.Option("--run-code", help="Let code that the models wrote be run, in a sandbox.")
+    ] = False,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare two models item by item on suites, and by a judge on prompts."""
+    settings = {"run_code": True} if run_code else {}
+    given = {"suites": _names(suite or []), "data": data, "reference": reference, "train": _train(train)}
+    given |= {"settings": settings, "prompts": {"path": prompts} if prompts else None}
+    _run([a, b], given, workspace, overrides or [], as_json)
+
+
+def _names(given: list[str]) -> list[str]:
+    return [name.strip() for part in given for name in part.split(",") if name.strip()]
+
+
+def _train(path: str | None) -> dict[str, Any] | None:
+    return {"path": path} if path else None
+
+
+def _list_suites() -> None:
+    from dpo_core.evaluation.suites import suites
+
+    for name, suite in suites().items():
+        typer.echo(f"{name:16} {suite.title} (reads {suite.files[0]})")
+
+
+def _run(
+    models: list[str], given: dict[str, Any], workspace: str, overrides: list[str], as_json: bool
+) -> None:
+    from tasks.model_evaluation import EvaluationRequest, evaluate_models
+    from tasks.recipe import overridden
+    from tasks.workspace import open_workspace, require_writable
+
+    request = overridden(EvaluationRequest, given, overrides, "it cannot be evaluated", "See dpo evaluate -h")
+    folder = open_workspace(workspace)
+    require_writable(folder)
+    report, page = evaluate_models(models, request, folder)
+    if as_json:
+        typer.echo(report.model_dump_json())
+        return
+    _show(report, page)
+
+
+def _show(report: Any, page: Path) -> None:
+    import sys
+
+    from rich.console import Console
+
+    from tasks.evaluation_report import terminal_table
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(terminal_table(report))
+    console.print(f"page    {page}", soft_wrap=True)
+    console.print(f"items   {page.with_name('results.json')}", soft_wrap=True)

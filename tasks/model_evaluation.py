@@ -1,0 +1,183 @@
+"""Evaluation of checkpoints outside a run: suites, and a win rate of two models on the same prompts."""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from pydantic import Field, model_validator
+
+from dpo_core.config import Config
+from dpo_core.data.config import DataConfig
+from dpo_core.data.records import load
+from dpo_core.errors import RecipeError
+from dpo_core.evaluation.comparison import Comparison, compare
+from dpo_core.evaluation.contamination import TrainingText, training_texts
+from dpo_core.evaluation.results import SuiteResult
+from dpo_core.evaluation.running import data_file, without_training_data
+from dpo_core.evaluation.subject import Subject
+from dpo_core.evaluation.suites import SuiteConfig, find
+from dpo_core.generate import SamplingConfig
+from dpo_core.judging.judge import JudgeConfig
+from dpo_core.judging.results import WinRate
+from dpo_core.tokens import TokenConfig
+from tasks.assessment import suite_row
+from tasks.evaluation_page import render_evaluation
+from tasks.evaluation_report import EvaluatedModel, EvaluationReport
+from tasks.judging import chosen_prompts, judge_models
+from tasks.provenance import command_line, hardware
+from tasks.reference_caches import CACHE_FOLDER
+from tasks.report import Sample
+from tasks.suite_results import FOLDER, find_model, suite_result, write_whole
+from tasks.workspace import disk_errors
+
+log = logging.getLogger("dpo")
+
+
+class EvaluationRequest(Config):
+    """What `dpo evaluate` and `dpo compare` are asked for."""
+
+    suites: list[str] = Field(default_factory=list)
+    """Names of suites."""
+    data: str = "."
+    """Folder of their files."""
+    settings: SuiteConfig = SuiteConfig()
+    """How suites are run."""
+    reference: str | None = None
+    """What the models were trained from."""
+    train: DataConfig | None = None
+    """What they were trained on, to look for evaluation items in it."""
+    tokens: TokenConfig = TokenConfig(max_length=2048, max_prompt_length=1536)
+    """How much of a text is read."""
+    prompts: DataConfig | None = None
+    """Prompts that both models answer, to be judged."""
+    most_prompts: int = Field(64, ge=2)
+    """Of these, at most; a seeded choice."""
+    answers: SamplingConfig = SamplingConfig(max_new_tokens=128)
+    """How the answers are drawn."""
+    judge: JudgeConfig = JudgeConfig()
+    """Who says which answer is better."""
+    seed: int = Field(0, ge=0)
+    """Of the choice of prompts, the answers and the intervals."""
+
+    @model_validator(mode="after")
+    def _what_is_set_is_read(self) -> "EvaluationRequest":
+        if self.prompts is None and (self.judge != JudgeConfig() or self.answers != _ANSWERS):
+            raise ValueError("judge.* and answers.* would not be read: no prompts are given (--prompts)")
+        return self
+
+
+_ANSWERS = SamplingConfig(max_new_tokens=128)
+
+
+def evaluate_models(
+    models: Sequence[str], request: EvaluationRequest, workspace: Path
+) -> tuple[EvaluationReport, Path]:
+    """Ask every model, compare the first with the second where there are two; the report and its page.
+
+    Raises:
+        RecipeError: a suite, its file or a model is not there, or nothing was asked for.
+    """
+    started = time.monotonic()
+    if len(set(models)) < len(models):
+        raise RecipeError(f"{models[0]} would be compared with itself", "Name two models")
+    if not request.suites and request.prompts is None:
+        raise RecipeError("nothing is asked for", "Name suites with --suite, or prompts with --prompts")
+    files = {name: data_file(find(name), Path(request.data).expanduser()) for name in request.suites}
+    subjects = _subjects(models, request, workspace)
+    training = _training(request.train)
+    results = [
+        [_one(workspace, name, file, subject, request, training) for name, file in files.items()]
+        for subject in subjects
+    ]
+    comparisons: list[Comparison] = []
+    win_rates: list[WinRate] = []
+    samples: list[Sample] = []
+    if len(subjects) == 2:
+        if files:
+            comparisons = [compare(results[0], results[1], seed=request.seed)]
+        if request.prompts is not None:
+            asked = chosen_prompts(request.prompts, request.most_prompts, request.seed)
+            with terminal_bar(f"answers, {request.judge.name}") as told:
+                rate, samples = judge_models(
+                    subjects[0],
+                    subjects[1],
+                    asked,
+                    request.answers,
+                    request.judge,
+                    workspace=workspace,
+                    seed=request.seed,
+                    progress=told,
+                )
+            win_rates = [rate]
+    report = EvaluationReport(
+        models=[EvaluatedModel(name=s.name, sha256=s.weights) for s in subjects],
+        suites=[suite_row(result) for one in results for result in one],
+        comparisons=comparisons,
+        win_rates=win_rates,
+        samples=samples,
+        command=command_line(),
+        finished_at=datetime.now(UTC),
+        hardware=hardware(),
+        seconds=time.monotonic() - started,
+    )
+    return report, _keep(report, [result for one in results for result in one], workspace)
+
+
+def _subjects(models: Sequence[str], request: EvaluationRequest, workspace: Path) -> list[Subject]:
+    reference = None
+    if request.reference is not None:
+        reference = Subject(find_model(request.reference, workspace), request.reference, request.tokens)
+    caches = workspace / CACHE_FOLDER
+    return [Subject(find_model(spec, workspace), spec, request.tokens, reference, caches) for spec in models]
+
+
+def _training(config: DataConfig | None) -> TrainingText | None:
+    if config is None:
+        return None
+    frame = load(config).frame
+    return TrainingText(training_texts(frame[frame["fault"] == ""]))
+
+
+def _one(
+    workspace: Path,
+    name: str,
+    file: Path,
+    subject: Subject,
+    request: EvaluationRequest,
+    training: TrainingText | None,
+) -> SuiteResult:
+    with terminal_bar(f"{name}, {subject.name}") as told:
+        result, cached = suite_result(workspace, find(name), subject, file, request.settings, told)
+    log.info("%s, %s: %s", name, subject.name, "known from before" if cached else f"{result.seconds:.1f} s")
+    return result if training is None else without_training_data(result, training)
+
+
+def _keep(report: EvaluationReport, results: list[SuiteResult], workspace: Path) -> Path:
+    """Page, report and every item, in a folder of their own."""
+    folder = workspace / FOLDER / f"evaluation-{report.finished_at:%Y%m%d-%H%M%S-%f}"
+    with disk_errors(workspace, "writing the page of an evaluation"):
+        folder.mkdir(parents=True)
+        items = [result.model_dump(mode="json") for result in results]
+        write_whole(folder / "results.json", json.dumps(items, indent=1, ensure_ascii=False))
+        write_whole(folder / "report.json", report.model_dump_json(indent=1))
+        write_whole(folder / "page.html", render_evaluation(report))
+    return folder / "page.html"
+
+
+@contextmanager
+def terminal_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on a terminal, nothing elsewhere; it is told how many of how many units are done."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
