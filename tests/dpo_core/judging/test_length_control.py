@@ -1,6 +1,9 @@
 """The length-controlled win rate: simulated judges whose taste is known, and an independent fit."""
 
+import gzip
+import json
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -151,6 +154,31 @@ def test_the_interval_resamples_prompts() -> None:
     assert tenfold is not None
     assert tenfold.n == 60
     assert 0.6 < (tenfold.high - tenfold.low) / (once.high - once.low) < 1.7
+
+
+def test_on_verdicts_of_people(shared: Path) -> None:
+    """PandaLM's test set: three annotators on answers of ten pairs of 7B models."""
+    sm = pytest.importorskip("statsmodels.api")
+    path = shared / "data" / "preference" / "pandalm_human_testset.json.gz"
+    if not path.is_file():
+        pytest.skip(f"PandaLM's human verdicts are not at {path}")
+    pairs: dict[str, list[tuple[float, int, int]]] = {}
+    for row in json.loads(gzip.decompress(path.read_bytes())):
+        votes = [row[f"annotator{i}"] for i in (1, 2, 3)]
+        score = 1.0 if votes.count(1) > 1 else 0.0 if votes.count(2) > 1 else 0.5
+        lengths = len(str(row["response1"])), len(str(row["response2"]))
+        pairs.setdefault(row["cmp_key"], []).append((score, *lengths))
+    assert len(pairs) == 10
+    for rows in pairs.values():
+        scores, a, b = np.asarray(rows, float).T
+        found = length_controlled(scores, a, b, resamples=2)
+        x = scaled(a - b, np.ones_like(a))
+        model = sm.GLM(scores, np.column_stack([np.ones_like(x), x]), family=sm.families.Binomial())
+        theta, phi = model.fit().params
+        assert found is not None
+        assert phi > 1, "people, too, prefer the longer answer"
+        # The penalty that cross-validation chooses moves the rate by less than a point.
+        assert found.value == pytest.approx(sigmoid(theta), abs=0.01)
 
 
 def test_it_covers_what_it_should() -> None:
