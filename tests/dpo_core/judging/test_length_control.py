@@ -134,7 +134,7 @@ def test_one_dissenting_verdict_points_the_same_way_as_the_rest() -> None:
 
 
 def test_where_length_cannot_be_told_from_quality_there_is_no_rate() -> None:
-    a, b = lengths(9, 1.0)
+    a, b = lengths(24, 1.0)
     assert length_controlled(judged(a - b, 0, 1), a, b) is None, "too few prompts"
     verdicts = np.arange(40) % 3 / 2
     assert length_controlled(verdicts, np.full(40, 30), np.full(40, 20)) is None, "one difference throughout"
