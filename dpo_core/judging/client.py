@@ -124,9 +124,6 @@ class Judge:
 
         self.endpoint = endpoint
         key = _key(endpoint.key_env)
-        self._filter = _WithoutKey(key)
-        for name in _LOGGERS:
-            logging.getLogger(name).addFilter(self._filter)
         # What the package would take from its own variables is meant for another server than this.
         self._headers: dict[str, Any] = {"OpenAI-Organization": Omit(), "OpenAI-Project": Omit()}
         if not key:
@@ -139,6 +136,9 @@ class Judge:
             # A redirect would send the texts as a GET, perhaps to another server.
             http_client=DefaultHttpxClient(follow_redirects=False, timeout=endpoint.timeout),
         )
+        self._filter = _WithoutKey(key)
+        for name in _LOGGERS:
+            logging.getLogger(name).addFilter(self._filter)
 
     def __enter__(self) -> "Judge":
         return self

@@ -141,11 +141,11 @@ def judge_answers(
             asked.append((first, key))
         comparisons.append(asked)
     found, fetched = _ask(config, questions, sum(map(bool, comparisons)), ReplyCache(cache), progress)
+    _check(config, comparisons, found)
     judgements = []
     for asked in comparisons:
         judgements.append(_judgement(config.endpoint, asked, found, fetched))
         fetched -= {key for _, key in asked}  # a question that several comparisons share was paid once
-    _check(config, judgements)
     return judgements
 
 
@@ -237,20 +237,19 @@ def _side(first: Side, reply: Reply) -> Side | None:
     return first if letter == "A" else second
 
 
-def _check(config: JudgeConfig, judgements: list[Judgement]) -> None:
-    asked = [j for j in judgements if j.verdicts]
-    bad = [j for j in asked if j.score is None]
+def _check(config: JudgeConfig, comparisons: list[list[tuple[Side, str]]], found: dict[str, Reply]) -> None:
+    asked = [[found[key] for _, key in one] for one in comparisons if one]
+    bad = [reply for one in asked if (reply := next((r for r in one if verdict(r.text) is None), None))]
     if len(bad) > config.unusable * len(asked):
-        reply = bad[0].replies[bad[0].verdicts.index(None)]
-        raise _broken(config, len(bad), len(asked), Reply(text=reply))
+        raise _broken(config, len(bad), len(asked), bad[0])
 
 
 def _broken(config: JudgeConfig, bad: int, asked: int, example: Reply) -> StageFailed:
-    said = " ".join((example.refused or example.text).split())
-    shown = f"{said[:_SHOWN]!r}{'…' if len(said) > _SHOWN else ''}" if said else "nothing"
+    said = " ".join(example.text.split())
+    shown = f"answered {said[:_SHOWN]!r}{'…' if len(said) > _SHOWN else ''}" if said else "answered nothing"
     return StageFailed(
         f"the judge {config.name} gave no usable verdict in at least {bad} of {asked} comparisons "
-        f"({config.unusable:.0%} are allowed); once it answered {shown}",
+        f"({config.unusable:.0%} are allowed); once it {example.refused or shown}",
         "Take a judge that keeps to the form it is asked for, raise the endpoint's max_tokens where replies "
         "end early, or allow more with the judge's `unusable`",
     )

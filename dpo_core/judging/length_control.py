@@ -23,6 +23,8 @@ from dpo_core import stats
 from dpo_core.stats import Estimate, Floats
 
 FOLDS = 5
+FEWEST = 25
+"""Prompts below which there is no rate: resamples of so few are often separated by length, θ without end."""
 _PENALTIES = np.logspace(-4, 4, 10)  # inverse strengths, scikit-learn's usual grid
 # liblinear drops rows without weight, and gets the sign wrong when that leaves one class.
 _NO_WEIGHT = 1e-9
@@ -44,7 +46,7 @@ def length_controlled(
         clusters: the prompt of each comparison; None: every one is its own.
 
     Returns:
-        None where length cannot be told from quality: fewer than two prompts a fold, or lengths that always
+        None where length cannot be told from quality: fewer than `FEWEST` prompts, or lengths that always
         differ by the same amount.
     """
     scores = np.asarray(scores_N, np.float64)
@@ -52,7 +54,7 @@ def length_controlled(
     names = list(range(len(scores))) if clusters is None else list(clusters)
     place = {name: i for i, name in enumerate(dict.fromkeys(names))}
     prompt_N, prompts = np.asarray([place[name] for name in names], np.intp), len(place)
-    if prompts < 2 * FOLDS or (np.ptp(longer) == 0 and longer[0] != 0):
+    if prompts < FEWEST or (np.ptp(longer) == 0 and longer[0] != 0):
         return None
     if np.ptp(scores) == 0:
         return stats.share(scores, names, confidence=confidence)

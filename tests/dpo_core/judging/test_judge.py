@@ -80,7 +80,7 @@ def test_the_numbers_of_a_mixed_comparison(server: Server) -> None:
 
 
 def test_asked_once_the_order_depends_on_the_texts_alone(server: Server) -> None:
-    rows = 40
+    rows = 24
     prompts, a, b = (
         [f"p{i}" for i in range(rows)],
         [f"a{i}" for i in range(rows)],
@@ -91,7 +91,7 @@ def test_asked_once_the_order_depends_on_the_texts_alone(server: Server) -> None
     judged = judge_answers(config, prompts, a, b)
     assert len(server.asked) == rows
     wins = sum(j.score == 1 for j in judged)
-    assert 8 < wins < 32, "each side leads about as often"
+    assert 4 < wins < 20, "each side leads about as often"
     assert {j.consistent for j in judged} == {None}
     assert rate(judged, a, b).position_consistency is None
     swapped = judge_answers(config, prompts, b, a)
@@ -229,7 +229,7 @@ def test_a_question_too_long_for_the_judge_costs_that_comparison_only(server: Se
     judged = judge_answers(server.config(), prompts, a, ["s"] * 8, cache=tmp_path)
     assert [j.requests for j in judged] == [1, *[0] * 7]
     server.always = (400, {}, b"no such model")
-    with pytest.raises(StageFailed, match="once it answered \"answered 400: 'no such model'\""):
+    with pytest.raises(StageFailed, match="once it answered 400: 'no such model'"):
         judge_answers(server.config(), prompts, a, ["t"] * 8)
 
 
