@@ -74,5 +74,7 @@ def find(name: str) -> Suite:
 
 def suites() -> dict[str, Suite]:
     """All suites by name. Each room is imported here, so that listing them loads no model library."""
-    found: list[Suite] = []
+    from dpo_core.evaluation import harness
+
+    found: list[Suite] = [*harness.SUITES]
     return {suite.name: suite for suite in found}
