@@ -44,6 +44,11 @@ class HarnessLM(HFLM):
         self.cut = 0
         """Requests whose prompt was cut from the left to fit into the model's context."""
 
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """Log-prob of each continuation of its context, as text; without the library's bar."""
+        scored: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return scored
+
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:

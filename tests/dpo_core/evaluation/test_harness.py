@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dpo_core.errors import DataError, ModelError, RecipeError, StageFailed
-from dpo_core.evaluation import harness
+from dpo_core.evaluation import gsm8k, harness, truthfulqa
 from dpo_core.evaluation.results import Outcome
 from dpo_core.evaluation.rows import some
 from dpo_core.evaluation.subject import Subject
@@ -170,13 +170,13 @@ def test_mc2_survives_answers_whose_probability_is_nothing() -> None:
 
     doc = {"question": "?", "mc2_targets": {"labels": [1, 0, 0]}}
     near = [(-3.0, False), (-4.0, False), (-5.0, False)]
-    assert harness.mc2(doc, near)["acc"] == pytest.approx(process_results_mc2(doc, near)["acc"], rel=1e-12)
+    assert truthfulqa.mc2(doc, near)["acc"] == pytest.approx(process_results_mc2(doc, near)["acc"], rel=1e-12)
     far = [(logp - 900, greedy) for logp, greedy in near]
     with np.errstate(invalid="ignore"):
         assert np.isnan(process_results_mc2(doc, far)["acc"]), "what would have been reported"
-    assert harness.mc2(doc, far)["acc"] == pytest.approx(harness.mc2(doc, near)["acc"], rel=1e-9)
+    assert truthfulqa.mc2(doc, far)["acc"] == pytest.approx(truthfulqa.mc2(doc, near)["acc"], rel=1e-9)
     with pytest.raises(StageFailed, match="log-prob nan"):
-        harness.mc2(doc, [(-1.0, False), (float("nan"), False), (-2.0, False)])
+        truthfulqa.mc2(doc, [(-1.0, False), (float("nan"), False), (-2.0, False)])
 
 
 def test_truthfulqa_answers_are_compared_as_lm_eval_compares_them(
@@ -280,9 +280,9 @@ def test_no_question_stands_among_its_own_shots(wide: Subject, shared: Path, tmp
     train = tmp_path / "gsm8k_train.jsonl"
     train.write_text(leaked + train.read_text())
     rows = find("gsm8k").read(test)
-    pool, source = harness._shots(rows)
+    pool, source = gsm8k.shots(rows)
     assert source["rows"] == len(pool) == 20, "the three leaked questions are left out"
-    tasks = harness.load_tasks("gsm8k", ["gsm8k"], {"test": harness._questions(rows), "train": pool})
+    tasks = harness.load_tasks("gsm8k", ["gsm8k"], {"test": gsm8k.questions(rows), "train": pool})
     lm = written({row["question"]: "#### 1" for row in rows})
     harness.ask(lm, tasks, chat=False)
     for row, prompt in zip(rows, lm.asked, strict=True):
@@ -323,6 +323,9 @@ def test_nothing_is_printed_and_progress_is_told(
     rows = find("gsm8k").read(gsm8k_files(shared, tmp_path, 3, 10))
     find("gsm8k").run(wide, rows, config(limit=2), lambda done, total: told.append((done, total)))
     assert told == [(1, 2), (2, 2)]
+    rows = find("truthfulqa_mc").read(shared / "data" / "eval" / "TruthfulQA.csv.gz")
+    find("truthfulqa_mc").run(wide, rows, config(limit=1), lambda done, total: told.append((done, total)))
+    assert told[-1][0] == told[-1][1] > 2
     assert capfd.readouterr() == ("", "")
 
 
@@ -336,13 +339,12 @@ def test_a_limit_chooses_the_same_rows_for_every_model() -> None:
     assert some(rows, None, 0) == some(rows, 50, 0) == rows
 
 
-def test_without_lm_eval_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_lm_eval_the_message_says_how_to_get_it(
+    wide: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with (
-        pytest.raises(RecipeError, match=r"pip install 'lm-eval>=0\.4\.13,<0\.5'"),
-        harness.lm_eval_quiet(),
-    ):
-        pass
+    with pytest.raises(RecipeError, match=r"pip install 'lm-eval>=0\.4\.13,<0\.5'"):
+        run("gsm8k", wide, [{"id": "0", "question": "?", "answer": "#### 1", "shots_from": ""}], config())
 
 
 def test_a_file_of_another_shape_is_refused(tmp_path: Path) -> None:
