@@ -33,9 +33,9 @@ def read(path: Path) -> list[Row]:
 
 
 MEASURES = [
-    MeasureSpec(name="strict", label="exact match of the number after ####"),
+    MeasureSpec(name="strict", label="exact match of the result, written as in the shots"),
     MeasureSpec(name="flexible", label="exact match of the last number"),
-    MeasureSpec(name="no_format", label="answers without #### number", better="lower"),
+    MeasureSpec(name="no_format", label="answers without a result written as in the shots", better="lower"),
 ]
 
 

@@ -4,7 +4,10 @@ Source: Lin et al. 2022, arXiv 2109.07958, whose authors' newer edition has 790 
 """
 
 import math
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -120,9 +123,11 @@ GEN = _similarity_specs()
 def run_gen(subject: Subject, rows: list[Row], config: SuiteConfig, progress: Progress) -> Outcome:
     """lm-eval's `truthfulqa_gen`: a greedy answer, compared with the references by BLEU and ROUGE."""
     asked = some(rows, config.limit, config.seed)
-    samples, settings, facts = measure(
-        subject, "truthfulqa", ["truthfulqa_gen"], {"validation": asked}, config, progress
-    )
+    names = ["truthfulqa_gen"]
+    with _one_resample():
+        samples, settings, facts = measure(
+            subject, "truthfulqa", names, {"validation": asked}, config, progress
+        )
     logged = {s["doc_id"]: s for s in samples["truthfulqa_gen"]}
     items = []
     for place, row in enumerate(asked):
@@ -131,6 +136,26 @@ def run_gen(subject: Subject, rows: list[Row], config: SuiteConfig, progress: Pr
         items.append(_item(row, sample["resps"][0][0], values))
     settings |= _facts_of(rows)
     return Outcome(items=items, specs=GEN, facts=facts, settings=settings)
+
+
+@contextmanager
+def _one_resample() -> Iterator[None]:
+    """Spare ROUGE the interval that lm-eval does not read.
+
+    It resamples the one score of an answer a thousand times and takes the middle, which is that score: half a
+    second a question.
+    """
+    try:
+        from rouge_score import scoring
+    except ImportError:  # it comes with lm-eval, whose absence is said where that is asked
+        yield
+        return
+    whole = scoring.BootstrapAggregator
+    scoring.BootstrapAggregator = partial(whole, n_samples=1)
+    try:
+        yield
+    finally:
+        scoring.BootstrapAggregator = whole
 
 
 def _facts_of(rows: list[Row]) -> dict[str, str]:
