@@ -42,6 +42,8 @@ class SuiteConfig(Config):
     """What judges whether an answer is safe: a checkpoint folder with a classification head,
     `package.module:callable`, `file.py:callable` or the address of a server. It must not be a reward that the
     model was trained on."""
+    safe_label: str | None = None
+    """The classifier's label that means safe, where its names do not tell."""
     chat: Literal["auto", "always", "never"] = "auto"
     """Whether questions are put as a user's turn: where the tokenizer has a chat template, always, never."""
 
@@ -101,7 +103,8 @@ def find(name: str) -> Suite:
 
 def suites() -> dict[str, Suite]:
     """All suites by name. Each room is imported here, so that listing them loads no model library."""
-    from dpo_core.evaluation import code, preference
+    from dpo_core.evaluation import code, gsm8k, preference, refusal, truthfulqa
 
-    found: list[Suite] = [*preference.SUITES, *code.SUITES]
+    rooms = (preference, truthfulqa, gsm8k, code, refusal)
+    found: list[Suite] = [suite for room in rooms for suite in room.SUITES]
     return {suite.name: suite for suite in found}

@@ -1,0 +1,93 @@
+"""GSM8K by lm-eval: exact match of the number that an answer comes to.
+
+Source: Cobbe et al. 2021, arXiv 2110.14168.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from dpo_core.errors import DataError
+from dpo_core.evaluation.harness import measure
+from dpo_core.evaluation.results import Item, MeasureSpec, Outcome
+from dpo_core.evaluation.rows import Progress, Row, read_fields, some
+from dpo_core.evaluation.subject import Subject
+from dpo_core.evaluation.suites import Suite, SuiteConfig
+from dpo_core.models import digest_file
+
+_NO_ANSWER = "[invalid]"  # what lm-eval's filters give where they find nothing
+
+
+def read(path: Path) -> list[Row]:
+    """Questions of a GSM8K file; each row names the file of training questions beside it, or "".
+
+    Raises:
+        DataError: a row lacks a field, or its answer does not end in `#### number`.
+    """
+    rows = read_fields(path, ("question", "answer"))
+    for number, row in enumerate(rows, 1):
+        if "####" not in row["answer"]:
+            raise DataError(f"the answer of row {number} of {path} has no '#### number'", "Restore the file")
+    train = path.with_name(path.name.replace("test", "train"))
+    shots_from = str(train) if train != path and train.is_file() else ""
+    return [row | {"id": str(i), "shots_from": shots_from} for i, row in enumerate(rows)]
+
+
+MEASURES = [
+    MeasureSpec(name="strict", label="exact match of the result, written as in the shots"),
+    MeasureSpec(name="flexible", label="exact match of the last number"),
+    MeasureSpec(name="no_format", label="answers without a result written as in the shots", better="lower"),
+]
+
+
+def run(subject: Subject, rows: list[Row], config: SuiteConfig, progress: Progress) -> Outcome:
+    """lm-eval's `gsm8k`, five shots drawn from the training questions for every question.
+
+    Without a file of training questions its `gsm8k_cot`, which brings eight shots of its own and asks for
+    "The answer is N" in place of "#### N".
+    """
+    asked = some(rows, config.limit, config.seed)
+    train, source = shots(asked)
+    name = "gsm8k" if train else "gsm8k_cot"
+    splits = {"test": questions(asked), "train": train}
+    samples, settings, facts = measure(subject, "gsm8k", [name], splits, config, progress)
+    logged = {(s["filter"], s["doc_id"]): s for s in samples[name]}
+    items = []
+    for place, row in enumerate(asked):
+        strict, flexible = logged["strict-match", place], logged["flexible-extract", place]
+        values = {
+            "strict": float(strict["exact_match"]),
+            "flexible": float(flexible["exact_match"]),
+            "no_format": float(strict["filtered_resps"][0] == _NO_ANSWER),
+        }
+        answer = strict["resps"][0][0]
+        items.append(
+            Item(id=row["id"], cluster=row["id"], prompt=row["question"], answer=answer, values=values)
+        )
+    return Outcome(items=items, specs=MEASURES, facts=facts, settings=settings | {"shots_from": source})
+
+
+def shots(asked: list[Row]) -> tuple[list[Row], str | dict[str, Any]]:
+    """Training questions without those that are asked, and what the settings say of them."""
+    if not asked[0]["shots_from"]:
+        return [], "the fixed shots of gsm8k_cot: no file of training questions beside the test file"
+    path = Path(asked[0]["shots_from"])
+    tested = {row["question"] for row in asked}
+    train = [row for row in questions(read(path)) if row["question"] not in tested]
+    return train, {"file": path.name, "sha256": digest_file(path), "rows": len(train)}
+
+
+def questions(rows: list[Row]) -> list[Row]:
+    """The fields that lm-eval reads."""
+    return [{"question": row["question"], "answer": row["answer"]} for row in rows]
+
+
+SUITES = [
+    Suite(
+        name="gsm8k",
+        title="GSM8K: grade-school mathematics, exact match of the result",
+        files=("gsm8k_test.jsonl", "gsm8k_test.jsonl.gz"),
+        source="github.com/openai/grade-school-math (test.jsonl; train.jsonl as gsm8k_train.jsonl for shots)",
+        run=run,
+        read=read,
+    ),
+]

@@ -1,0 +1,142 @@
+"""Suites that EleutherAI's lm-eval measures, asked from local files.
+
+Prompts, shots, filters and metrics are the library's own task definitions; only the data set is replaced, and
+multiple choice is read by the engine of `harness_lm`.
+"""
+
+import logging
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dpo_core.errors import RecipeError
+from dpo_core.evaluation.asking import wants_chat
+from dpo_core.evaluation.rows import Progress, Row
+from dpo_core.evaluation.subject import Subject
+from dpo_core.evaluation.suites import SuiteConfig
+
+_ANSWER_BATCH = 16  # prompts with their shots answered at once, at most: they are long
+
+
+class Measured(NamedTuple):
+    """What lm-eval found."""
+
+    samples: dict[str, list[Row]]
+    """By task: its log of every question, one entry for each of the task's filters."""
+    settings: dict[str, Any]
+    facts: dict[str, Any]
+
+
+def measure(
+    subject: Subject,
+    family: str,
+    names: Seq[str],
+    splits: dict[str, list[Row]],
+    config: SuiteConfig,
+    progress: Progress,
+    **overrides: dict[str, Any],
+) -> Measured:
+    """Run tasks of the library on a model.
+
+    Args:
+        family, names, splits, overrides: see `load_tasks`.
+
+    Raises:
+        RecipeError: lm-eval is not installed.
+    """
+    with _quiet():
+        from dpo_core.evaluation.harness_lm import HarnessLM
+
+        tasks = load_tasks(family, names, splits, **overrides)
+        chat = wants_chat(subject, config)
+        settings: dict[str, Any] = {
+            "library": f"lm-eval {version('lm-eval')}",
+            "tasks": {name: task.VERSION for name, task in tasks.items()},
+            "shots": tasks[names[0]].config.num_fewshot,
+            "chat_template": chat,
+            "precision": config.precision,
+        }
+        longest = config.sampling.max_new_tokens
+        for task in tasks.values():
+            if task.OUTPUT_TYPE == "generate_until":
+                task.set_config(key="generation_kwargs", value={"max_gen_toks": longest}, update=True)
+                settings |= {"decoding": "greedy", "max_new_tokens": longest}
+        lm = HarnessLM(
+            subject,
+            precision=config.precision,
+            token_budget=config.token_budget,
+            batch_size=min(config.sampling.batch_size, _ANSWER_BATCH),
+            progress=progress,
+        )
+        samples = ask(lm, tasks, chat=chat)
+    return Measured(samples, settings, {"prompts_cut_to_the_context": lm.cut})
+
+
+def load_tasks(
+    family: str, names: Seq[str], splits: dict[str, list[Row]], **overrides: dict[str, Any]
+) -> dict[str, Any]:
+    """Tasks of lm-eval by name, asking from `splits` in place of the hub.
+
+    Args:
+        family: the folder of the library's tasks.
+        splits: rows by split, with the fields of the hub's data set.
+        overrides: fields of the definition, by the name of the task.
+    """
+    import lm_eval
+    from datasets import Dataset
+    from lm_eval.tasks import TaskManager
+
+    folder = Path(lm_eval.__file__).parent / "tasks" / family
+    manager = TaskManager(include_defaults=False, include_path=str(folder))
+    data = {split: Dataset.from_list(rows) for split, rows in splits.items() if rows}
+    # As members of a group, tasks keep whatever of their definition is not given anew.
+    members = [{"task": n, "custom_dataset": lambda **_: data, **overrides.get(n, {})} for n in names]
+    tasks: dict[str, Any] = manager.load([{"group": "local", "task": members}])["tasks"]
+    return tasks
+
+
+def ask(lm: Any, tasks: dict[str, Any], *, chat: bool) -> dict[str, list[Row]]:
+    """Put the questions of all tasks to an lm-eval model; see `Measured.samples`."""
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
+    from lm_eval.evaluator import evaluate
+
+    for task in tasks.values():
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)  # the library's own, so that its shots are drawn
+    found = evaluate(
+        lm=lm,
+        task_dict={"tasks": tasks, "groups": {}},
+        bootstrap_iters=0,
+        apply_chat_template=chat,
+        fewshot_as_multiturn=True,
+    )
+    assert found is not None, "one process evaluates"
+    samples: dict[str, list[Row]] = found["samples"]
+    return samples
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep lm-eval's advice and bars out of the terminal; what matters of it stands in settings and facts."""
+    try:
+        import lm_eval.api.task
+        from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    except ImportError as error:
+        raise RecipeError(
+            f"this suite needs EleutherAI's lm-eval, which cannot be imported ({error})",
+            "Run: pip install 'lm-eval>=0.4.13,<0.5'",
+        ) from error
+    task, logger = lm_eval.api.task, logging.getLogger("lm_eval")
+    bar, level, shown = task.tqdm, logger.level, not are_progress_bars_disabled()
+    logger.setLevel(logging.ERROR)
+    task.tqdm = lambda items, **_: items
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        task.tqdm = bar
+        if shown:
+            enable_progress_bars()

@@ -1,0 +1,103 @@
+"""The model that lm-eval asks: its own Hugging Face class, with multiple choice read by our log-prob engine.
+
+Tokenisation, chat template, truncation and generation are lm-eval's. The engine reads a prompt once for
+several answers, and an answer that several tasks ask for once; lm-eval reads every answer with its prompt.
+"""
+
+from typing import Any
+
+from lm_eval.models.huggingface import HFLM
+
+from dpo_core.errors import ModelError, StageFailed
+from dpo_core.evaluation.rows import Progress
+from dpo_core.evaluation.subject import Subject
+from dpo_core.logprobs import Precision, check_definition, completion_logps
+from dpo_core.tokens import Sequence
+
+
+class HarnessLM(HFLM):
+    """An lm-eval model of a subject.
+
+    Args:
+        token_budget: tokens in one forward pass that scores answers.
+        batch_size: prompts answered at once.
+        progress: told how many of how many requests are done.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        *,
+        precision: Precision = "fp32",
+        token_budget: int = 2048,
+        batch_size: int = 8,
+        progress: Progress = lambda done, total: None,
+    ) -> None:
+        super().__init__(
+            pretrained=subject.model,
+            tokenizer=subject.tokenizer,
+            batch_size=batch_size,
+            mixed_precision_dtype="bfloat16" if precision == "bf16" else None,
+            softmax_dtype="float32",
+        )
+        self.precision, self.token_budget, self.progress = precision, token_budget, progress
+        self.cut = 0
+        """Requests whose prompt was cut from the left to fit into the model's context."""
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """Log-prob of each continuation of its context, as text; without the library's bar."""
+        scored: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return scored
+
+    def _loglikelihood_tokens(
+        self, requests: list[Any], disable_tqdm: bool = True, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        """Summed log-prob of each continuation; whether it is the greedy one is not looked at, and False."""
+        # Cut as HFLM does: the last token is not fed, so one more than the context holds can be scored.
+        room = self.max_length + 1
+        self.cut += sum(len(context) + len(answer) > room for _, context, answer in requests)
+        wanted = [_sequence(context, answer, room) for _, context, answer in requests]
+        distinct = list(dict.fromkeys(wanted))
+        try:
+            check_definition(self.model, min(distinct, key=len))
+        except ModelError:  # its logits are more than trunk and head: ask its own forward
+            answered: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, disable_tqdm=True)
+            return answered
+        sums: dict[Sequence, float] = {}
+        for scored in completion_logps(self.model, distinct, self.precision, self.token_budget):
+            sums |= {distinct[i]: float(logps_L.double().sum()) for i, logps_L in scored.items()}
+            self.progress(len(sums), len(distinct))
+        return [(sums[sequence], False) for sequence in wanted]
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
+        """lm-eval's answers.
+
+        Raises:
+            StageFailed: an answer may be longer than the context.
+        """
+        longest = max(request.args[1].get("max_gen_toks", self.max_gen_toks) for request in requests)
+        room = self.max_length - longest
+        if room < 1:
+            raise StageFailed(
+                f"answers of up to {longest} tokens do not fit into a context of {self.max_length}",
+                "Lower sampling.max_new_tokens",
+            )
+        self.cut += sum(len(self.tok_encode(request.args[0])) > room for request in requests)
+        # lm-eval tells its cache of every answer as it is done.
+        self.set_cache_hook(_Counter(len(requests), self.progress))
+        answers: list[str] = super().generate_until(requests, disable_tqdm=True)
+        return answers
+
+
+class _Counter:
+    def __init__(self, total: int, progress: Progress) -> None:
+        self.done, self.total, self.progress = 0, total, progress
+
+    def add_partial(self, *_: Any) -> None:
+        self.done += 1
+        self.progress(self.done, self.total)
+
+
+def _sequence(context: list[int], answer: list[int], room: int) -> Sequence:
+    prompt = context[max(len(context) + len(answer) - room, 0) :]
+    return Sequence(tuple(prompt), tuple(answer))

@@ -1,0 +1,39 @@
+"""The rows that a suite asks from: read with the fields that it needs, and some of them chosen."""
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from dpo_core.data.read import read_rows
+from dpo_core.errors import DataError
+
+Row = dict[str, Any]
+Progress = Callable[[int, int], None]
+"""Told how many of how many units are done."""
+
+
+def read_fields(path: Path, fields: Seq[str]) -> list[Row]:
+    """All rows of a file, each with a text in every one of `fields`.
+
+    Raises:
+        DataError: the file cannot be read, or a row lacks a field.
+    """
+    rows = [row for _, chunk in read_rows(str(path)) for row in chunk]
+    for number, row in enumerate(rows, 1):
+        for name in fields:
+            value = row.get(name)
+            if not (isinstance(value, str) and value.strip()):
+                raise DataError(
+                    f"row {number} of {path} has no text in the field '{name}'",
+                    f"The suite needs the fields {', '.join(fields)}",
+                )
+    return rows
+
+
+def some(rows: list[Row], limit: int | None, seed: int) -> list[Row]:
+    """At most `limit` rows, chosen by the seed, in the order of the file; all where there is no limit."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return [rows[i] for i in sorted(Random(seed).sample(range(len(rows)), limit))]
