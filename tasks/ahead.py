@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dpo_core.data.read import check_source
 from dpo_core.errors import RecipeError
+from dpo_core.evaluation.safety import assert_not_trained_on
 from dpo_core.models import check_source_context, locate, read_config, read_template
 from dpo_core.rewards import check_reward
 from expectations.drift import load_baseline
@@ -38,7 +39,7 @@ def check_ahead(recipe: Recipe, resume: str | None = None) -> None:
         load_baseline(recipe.gate.baseline)
     if recipe.sft.demonstrations is not None:
         check_demonstrations(recipe.sft.demonstrations)
-    recipe.suites.files()
+    _check_suites(recipe)
     if recipe.reward.source is not None:
         check_reward(recipe.reward.source)
     if recipe.model.chat_template is not None:
@@ -46,6 +47,13 @@ def check_ahead(recipe: Recipe, resume: str | None = None) -> None:
     check_source_context(locate(recipe.model), recipe.tokens.max_length)
     if recipe.model.scratch is not None:
         read_config(recipe.model)
+
+
+def _check_suites(recipe: Recipe) -> None:
+    recipe.suites.files()
+    classifier, reward = recipe.suites.settings.classifier, recipe.reward.source
+    if classifier is not None and reward is not None:
+        assert_not_trained_on(classifier, [reward])
 
 
 def _check_database(uri: str) -> None:

@@ -18,7 +18,7 @@ from dpo_core.errors import RecipeError
 from dpo_core.evaluation.comparison import Comparison, compare
 from dpo_core.evaluation.contamination import TrainingText, training_texts
 from dpo_core.evaluation.results import SuiteResult
-from dpo_core.evaluation.running import data_file, without_training_data
+from dpo_core.evaluation.running import SuitesConfig, without_training_data
 from dpo_core.evaluation.subject import Subject
 from dpo_core.evaluation.suites import SuiteConfig, find
 from dpo_core.generate import SamplingConfig
@@ -87,7 +87,7 @@ def evaluate_models(
         raise RecipeError(f"{models[0]} would be compared with itself", "Name two models")
     if not request.suites and request.prompts is None:
         raise RecipeError("nothing is asked for", "Name suites with --suite, or prompts with --prompts")
-    files = {name: data_file(find(name), Path(request.data).expanduser()) for name in request.suites}
+    files = _files(request)
     subjects = _subjects(models, request, workspace)
     training = _training(request.train)
     results = [
@@ -126,6 +126,14 @@ def evaluate_models(
         seconds=time.monotonic() - started,
     )
     return report, _keep(report, [result for one in results for result in one], workspace)
+
+
+def _files(request: EvaluationRequest) -> dict[str, Path]:
+    for name in request.suites:
+        find(name)
+    if not request.suites:
+        return {}
+    return SuitesConfig(names=request.suites, data=request.data, settings=request.settings).files()
 
 
 def _subjects(models: Sequence[str], request: EvaluationRequest, workspace: Path) -> list[Subject]:

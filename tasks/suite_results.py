@@ -5,16 +5,18 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from dpo_core.errors import RecipeError
 from dpo_core.evaluation.results import SuiteResult
-from dpo_core.evaluation.running import run_suite
+from dpo_core.evaluation.running import data_digest, run_suite
+from dpo_core.evaluation.safety import identity
 from dpo_core.evaluation.subject import Subject
 from dpo_core.evaluation.suites import Suite, SuiteConfig
-from dpo_core.models import ModelConfig, convert, digest_file, locate, source_digest
+from dpo_core.models import ModelConfig, convert, locate, source_digest
 from tasks.manifest import digest_config
 from tasks.report import RunReport
 from tasks.workspace import disk_errors
@@ -39,8 +41,10 @@ def suite_result(
             "version": suite.version,
             "model": source_digest(subject.path),
             "reference": source_digest(subject.reference.path) if subject.reference else None,
-            "data": digest_file(file),
+            "data": data_digest(suite, file),
             "config": config,
+            "classifier": identity(config.classifier) if config.classifier else None,
+            "harness": _version("lm-eval"),
             "tokens": subject.tokens,
         }
     )
@@ -53,6 +57,13 @@ def suite_result(
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, result.model_dump_json())
     return result, False
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _read(path: Path) -> SuiteResult | None:

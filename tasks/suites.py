@@ -7,9 +7,8 @@ import pandas as pd
 
 from dpo_core.evaluation.contamination import TrainingText, training_texts
 from dpo_core.evaluation.results import SuiteResult
-from dpo_core.evaluation.running import SuitesConfig, without_training_data
+from dpo_core.evaluation.running import SuitesConfig, data_digest, without_training_data
 from dpo_core.evaluation.suites import find
-from dpo_core.models import digest_file
 from dpo_core.tokens import TokenConfig
 from tasks.manifest import Manifest
 from tasks.reference_caches import CACHE_FOLDER
@@ -72,7 +71,7 @@ def evaluate_suites(
         "policy": policy,
         "config": config.model_dump(mode="json", exclude={"data"}),
         "tokens": tokens.model_dump(mode="json"),
-        "files": {name: digest_file(file) for name, file in files.items()},
+        "files": {name: data_digest(find(name), file) for name, file in files.items()},
         "versions": {name: find(name).version for name in files},
     }
     inputs = {"policy": model, "reference": reference, kind_of(trained_on): trained_on}

@@ -12,19 +12,16 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from dpo_core.data.read import read_rows
 from dpo_core.errors import DataError, RecipeError
+from dpo_core.evaluation.asking import wants_chat
 from dpo_core.evaluation.results import Item, MeasureSpec, Outcome
+from dpo_core.evaluation.rows import Progress, Row, some
 from dpo_core.evaluation.sandbox import Limits, Ran, check_sandbox, run_many
 from dpo_core.evaluation.subject import Asked, Subject
 from dpo_core.evaluation.suites import Suite, SuiteConfig
 
-Row = dict[str, Any]
-Progress = Callable[[int, int], None]
 KS = (1, 10, 100)
 LIMITS = Limits()
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
@@ -204,14 +201,9 @@ def _runner(
             RecipeError: nobody allowed code to be run.
             StageFailed: this machine gives no sandbox.
         """
-        if not config.run_code:
-            raise RecipeError(
-                f"{suite} runs code that the model writes, which nobody has allowed",
-                "Say --run-code to run it in a sandbox without network and files, or leave the suite out",
-            )
-        check_sandbox()
-        problems = [make(row) for row in _chosen(rows, config)]
-        chat = config.chat == "always" or (config.chat == "auto" and bool(subject.tokenizer.chat_template))
+        check(config)
+        problems = [make(row) for row in some(rows, config.limit, config.seed)]
+        chat = wants_chat(subject, config)
         asked = [_asked(problem, chat) for problem in problems for _ in range(config.samples)]
         total = 2 * len(asked)
         drawn = subject.answers(
@@ -245,12 +237,20 @@ def _runner(
     return run
 
 
-def _chosen(rows: list[Row], config: SuiteConfig) -> list[Row]:
-    """A seeded choice of at most `limit` rows, in their order."""
-    if config.limit is None or len(rows) <= config.limit:
-        return rows
-    places = np.random.default_rng(config.seed).choice(len(rows), config.limit, replace=False)
-    return [rows[i] for i in sorted(places)]
+def check(config: SuiteConfig) -> None:
+    """Refuse where code may not be run, or cannot be shut in.
+
+    Raises:
+        RecipeError: nobody allowed it.
+        StageFailed: this machine gives no sandbox.
+    """
+    if not config.run_code:
+        raise RecipeError(
+            "the suite runs code that the model writes, which nobody has allowed",
+            "Say --run-code (in a recipe settings.run_code: true) to run it in a sandbox without network and "
+            "files, or leave humaneval and mbpp out",
+        )
+    check_sandbox()
 
 
 def _asked(problem: Problem, chat: bool) -> Asked:
@@ -298,6 +298,7 @@ SUITES = [
         title="164 Python functions to complete, judged by their tests (needs --run-code)",
         files=("HumanEval.jsonl.gz", "HumanEval.jsonl"),
         source="https://github.com/openai/human-eval, data/HumanEval.jsonl.gz",
+        check=check,
         run=_runner("humaneval", humaneval_problem, _HUMANEVAL),
         read=_reader(dict.fromkeys(("task_id", "prompt", "entry_point", "canonical_solution", "test"), str)),
     ),
@@ -306,6 +307,7 @@ SUITES = [
         title="427 short Python tasks, judged by their tests (needs --run-code)",
         files=("mbpp_sanitized.json.gz", "sanitized-mbpp.json", "sanitized-mbpp.json.gz"),
         source="https://github.com/google-research/google-research/tree/master/mbpp, sanitized-mbpp.json",
+        check=check,
         run=_runner("mbpp", mbpp_problem, _MBPP),
         read=_reader({"task_id": int, "prompt": str, "code": str, "test_imports": list, "test_list": list}),
     ),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_core.errors import DataError
-from dpo_core.evaluation.harness import measure
+from dpo_core.evaluation.harness import check, measure
 from dpo_core.evaluation.results import Item, MeasureSpec, Outcome
 from dpo_core.evaluation.rows import Progress, Row, read_fields, some
 from dpo_core.evaluation.subject import Subject
@@ -27,9 +27,14 @@ def read(path: Path) -> list[Row]:
     for number, row in enumerate(rows, 1):
         if "####" not in row["answer"]:
             raise DataError(f"the answer of row {number} of {path} has no '#### number'", "Restore the file")
-    train = path.with_name(path.name.replace("test", "train"))
-    shots_from = str(train) if train != path and train.is_file() else ""
+    shots_from = "".join(map(str, beside(path)))
     return [row | {"id": str(i), "shots_from": shots_from} for i, row in enumerate(rows)]
+
+
+def beside(path: Path) -> list[Path]:
+    """The training questions, where they lie beside the test questions under the same name."""
+    train = path.with_name(path.name.replace("test", "train"))
+    return [train] if train != path and train.is_file() else []
 
 
 MEASURES = [
@@ -89,5 +94,7 @@ SUITES = [
         source="github.com/openai/grade-school-math (test.jsonl; train.jsonl as gsm8k_train.jsonl for shots)",
         run=run,
         read=read,
+        beside=beside,
+        check=check,
     ),
 ]

@@ -47,6 +47,7 @@ def measure(
     Raises:
         RecipeError: lm-eval is not installed.
     """
+    check(config)
     with _quiet():
         from dpo_core.evaluation.harness_lm import HarnessLM
 
@@ -117,17 +118,27 @@ def ask(lm: Any, tasks: dict[str, Any], *, chat: bool) -> dict[str, list[Row]]:
     return samples
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep lm-eval's advice and bars out of the terminal; what matters of it stands in settings and facts."""
+def check(config: SuiteConfig) -> None:
+    """Refuse where lm-eval is missing.
+
+    Raises:
+        RecipeError: it cannot be imported.
+    """
     try:
-        import lm_eval.api.task
-        from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+        import lm_eval.api.task  # noqa: F401
     except ImportError as error:
         raise RecipeError(
             f"this suite needs EleutherAI's lm-eval, which cannot be imported ({error})",
-            "Run: pip install 'lm-eval>=0.4.13,<0.5'",
+            "Run: .venv/bin/pip install -c constraints.txt -e '.[eval]'",
         ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep lm-eval's advice and bars out of the terminal; what matters of it stands in settings and facts."""
+    import lm_eval.api.task
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
     task, logger = lm_eval.api.task, logging.getLogger("lm_eval")
     bar, level, shown = task.tqdm, logger.level, not are_progress_bars_disabled()
     logger.setLevel(logging.ERROR)

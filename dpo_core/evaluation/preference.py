@@ -18,12 +18,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import JsonValue
 
-from dpo_core.data.formats import ADAPTERS, Fault, Pair, Row, chat_prompt
+from dpo_core.data.formats import ADAPTERS, ASSISTANT, Fault, Pair, Row, chat_prompt
 from dpo_core.data.read import read_rows
 from dpo_core.errors import StageFailed
+from dpo_core.evaluation.asking import wants_chat
 from dpo_core.evaluation.results import Better, Item, Measure, MeasureSpec, Outcome
+from dpo_core.evaluation.rows import limited
 from dpo_core.evaluation.subject import Subject
-from dpo_core.evaluation.suites import Suite, SuiteConfig, limited
+from dpo_core.evaluation.suites import Suite, SuiteConfig
 from dpo_core.logprobs import completion_logps
 from dpo_core.reward_quality import best_temperature, calibration_error, spearman
 from dpo_core.stats import Estimate, Floats, bootstrap_statistic
@@ -73,11 +75,13 @@ def run(
     Raises:
         StageFailed: no pair can be used.
     """
-    labelled = limited([r["labelled"] for r in rows if "labelled" in r], _prompt_of, config)
+    usable = [row["labelled"] for row in rows if "labelled" in row]
+    labelled = limited(usable, _prompt_of, config.limit, config.seed)
+    chat = wants_chat(subject, config)
     kept: list[tuple[Labelled, TokenPair]] = []
     left_out = _count(r["fault"] for r in rows if "fault" in r)
     for one in labelled:
-        tokens = subject.tokenise.pair({**_canonical(one.pair, subject, config), "id": one.id})
+        tokens = subject.tokenise.pair({**_canonical(one.pair, chat), "id": one.id})
         if isinstance(tokens, str):
             left_out[tokens] = left_out.get(tokens, 0) + 1
         else:
@@ -102,7 +106,7 @@ def run(
             "precision": config.precision,
             "beta": config.beta,
             "reference": subject.reference.weights if subject.reference else None,
-            "template": "chat" if config.asks_in_chat(subject.tokenizer) else "text",
+            "chat_template": chat,
         },
     )
 
@@ -195,12 +199,12 @@ def _calibration(scored: Seq[Scored], config: SuiteConfig) -> tuple[list[Measure
     return measures, best_temperature(gap_N)
 
 
-def _canonical(pair: Pair, subject: Subject, config: SuiteConfig) -> dict[str, Any]:
-    """The pair as a canonical row: an instruction becomes a user's turn where the model is asked in chat."""
-    prompt, chat = pair.prompt, pair.chat
-    if not chat and not prompt.endswith("Assistant:") and config.asks_in_chat(subject.tokenizer):
-        prompt, chat = chat_prompt([{"role": "user", "content": prompt}]), True
-    return {**pair._asdict(), "prompt": prompt, "chat": chat}
+def _canonical(pair: Pair, chat: bool) -> dict[str, Any]:
+    """The pair as a canonical row: an instruction becomes a user's turn, a transcript stays what it is."""
+    if chat and not pair.chat and not pair.prompt.endswith(ASSISTANT):
+        turn = chat_prompt([{"role": "user", "content": pair.prompt}])
+        return {**pair._asdict(), "prompt": turn, "chat": True}
+    return pair._asdict()
 
 
 def _prompt_of(one: Labelled) -> str:
@@ -262,9 +266,6 @@ def _pandalm(row: Row) -> Labelled:
     return Labelled("", pair, "", tied)
 
 
-LLMBAR = ("natural", "adv_neighbor", "adv_gptinst", "adv_gptout", "adv_manual")
-
-
 def _llmbar(row: Row) -> Labelled:
     label = row.get("label")
     texts = [row.get(name) for name in ("input", "output_1", "output_2")]
@@ -278,40 +279,40 @@ def _llmbar(row: Row) -> Labelled:
 def _read_llmbar(path: Path) -> list[Row]:
     """The parts that lie beside the first one; each is a subset."""
     rows: list[Row] = []
-    for part in LLMBAR:
-        for file in sorted(path.parent.glob(f"llmbar_{part}.json*")):
-            for row in _read(file, _llmbar, f"{part}-"):
-                if "labelled" in row:
-                    row["labelled"] = row["labelled"]._replace(subset=part)
-                rows.append(row)
+    for file in [path, *_llmbar_parts(path)]:
+        part = file.name.removeprefix("llmbar_").partition(".")[0]
+        for row in _read(file, _llmbar, f"{part}-"):
+            if "labelled" in row:
+                row["labelled"] = row["labelled"]._replace(subset=part)
+            rows.append(row)
     return rows
 
 
-def _suite(name: str, title: str, files: tuple[str, ...], source: str, read: Any) -> Suite:
-    return Suite(name=name, title=title, files=files, source=source, run=run, read=read)
+def _llmbar_parts(path: Path) -> list[Path]:
+    return sorted(path.parent.glob("llmbar_adv_*.json*"))
 
 
 SUITES = (
-    _suite(
+    Suite(
         "hh", "Preferences on HH harmlessness (test)",
         ("hh_harmless_base_test.jsonl.gz", "hh_harmless_base_test.jsonl", "test.jsonl.gz"),
-        "anthropics/hh-rlhf, harmless-base/test.jsonl.gz (MIT)", lambda path: _read(path, _hh),
+        "anthropics/hh-rlhf, harmless-base/test.jsonl.gz (MIT)", run, lambda path: _read(path, _hh),
     ),
-    _suite(
+    Suite(
         "hhh", "Preferences on HHH alignment",
         ("hhh_alignment.jsonl.gz", "hhh_alignment.jsonl"),
         "BIG-bench hhh_alignment (Apache-2.0) as rows of subset, prompt, chosen, rejected",
-        lambda path: _read(path, _hhh),
+        run, lambda path: _read(path, _hhh),
     ),
-    _suite(
+    Suite(
         "llmbar", "Preferences on LLMBar",
         ("llmbar_natural.json.gz", "llmbar_natural.json"),
         "princeton-nlp/LLMBar, Dataset/LLMBar (MIT), as llmbar_natural.json, llmbar_adv_manual.json, …",
-        _read_llmbar,
+        run, _read_llmbar, _llmbar_parts,
     ),
-    _suite(
+    Suite(
         "pandalm", "Preferences on PandaLM's human test set",
         ("pandalm_human_testset.json.gz", "pandalm_human_testset.json", "testset-v1.json"),
-        "WeOpenML/PandaLM, data/testset-v1.json (Apache-2.0)", lambda path: _read(path, _pandalm),
+        "WeOpenML/PandaLM, data/testset-v1.json (Apache-2.0)", run, lambda path: _read(path, _pandalm),
     ),
 )  # fmt: skip

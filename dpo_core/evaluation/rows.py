@@ -4,11 +4,12 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
 
 from dpo_core.data.read import read_rows
 from dpo_core.errors import DataError
 
+T = TypeVar("T")
 Row = dict[str, Any]
 Progress = Callable[[int, int], None]
 """Told how many of how many units are done."""
@@ -37,3 +38,19 @@ def some(rows: list[Row], limit: int | None, seed: int) -> list[Row]:
     if limit is None or limit >= len(rows):
         return rows
     return [rows[i] for i in sorted(Random(seed).sample(range(len(rows)), limit))]
+
+
+def limited(items: Seq[T], prompt_of: Callable[[T], str], limit: int | None, seed: int) -> list[T]:
+    """At most `limit` items: all those of prompts that a seeded shuffle picks, in their own order."""
+    if limit is None or len(items) <= limit:
+        return list(items)
+    sizes: dict[str, int] = {}
+    for item in items:
+        sizes[prompt_of(item)] = sizes.get(prompt_of(item), 0) + 1
+    prompts, kept, room = list(sizes), set(), limit
+    Random(seed).shuffle(prompts)
+    for prompt in prompts:
+        if sizes[prompt] <= room:
+            kept.add(prompt)
+            room -= sizes[prompt]
+    return [item for item in items if prompt_of(item) in kept]

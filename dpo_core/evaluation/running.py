@@ -1,5 +1,6 @@
 """Running one suite on one model: find the file, ask, measure, and again without what was trained on."""
 
+import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,11 +40,13 @@ class SuitesConfig(Config):
         return self
 
     def files(self) -> dict[str, Path]:
-        """The file of each suite.
+        """The file of each suite. Refuses what running it would refuse.
 
         Raises:
-            RecipeError: one is not there.
+            RecipeError: a file or a package is not there, or code may not be run.
         """
+        for name in self.names:
+            find(name).check(self.settings)
         return {name: data_file(find(name), Path(self.data or ".").expanduser()) for name in self.names}
 
 
@@ -65,6 +68,12 @@ def data_file(suite: Suite, data: Path) -> Path:
     )
 
 
+def data_digest(suite: Suite, file: Path) -> str:
+    """sha256 of all that the suite reads: of its file, or of the digests where there are several."""
+    digests = [digest_file(path) for path in (file, *suite.beside(file))]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
 def run_suite(
     suite: Suite,
     subject: Subject,
@@ -84,7 +93,7 @@ def run_suite(
         suite=suite.name,
         model=subject.name,
         weights_sha256=subject.weights,
-        data={"file": file.name, "sha256": digest_file(file), "rows": len(rows)},
+        data={"file": file.name, "sha256": data_digest(suite, file), "rows": len(rows)},
         settings={"version": suite.version, "seed": config.seed, "limit": config.limit, **outcome.settings},
         measures=[*measured(outcome.items, outcome.specs, seed=config.seed), *outcome.others],
         items=outcome.items,

@@ -1,11 +1,9 @@
 """The suites by name: what each measures, which file it reads, and the function that runs it."""
 
-import random
 from collections.abc import Callable
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -15,8 +13,6 @@ from dpo_core.evaluation.results import Outcome
 from dpo_core.evaluation.subject import Subject
 from dpo_core.generate import SamplingConfig
 from dpo_core.logprobs import Precision
-
-T = TypeVar("T")
 
 
 class SuiteConfig(Config):
@@ -47,10 +43,6 @@ class SuiteConfig(Config):
     chat: Literal["auto", "always", "never"] = "auto"
     """Whether questions are put as a user's turn: where the tokenizer has a chat template, always, never."""
 
-    def asks_in_chat(self, tokenizer: Any) -> bool:
-        """Whether a question of this tokenizer's model is put as a user's turn."""
-        return self.chat == "always" or (self.chat == "auto" and bool(tokenizer.chat_template))
-
 
 Run = Callable[[Subject, list[dict[str, Any]], SuiteConfig, Callable[[int, int], None]], Outcome]
 """Subject, rows of the file, settings, and a function that is told how many of how many units are done."""
@@ -69,24 +61,12 @@ class Suite:
     """Where the file comes from, for the message that it is missing."""
     run: Run
     read: Callable[[Path], list[dict[str, Any]]]
+    beside: Callable[[Path], list[Path]] = lambda file: []
+    """Further files that it reads: parts of the set, questions for shots."""
+    check: Callable[[SuiteConfig], None] = lambda config: None
+    """Refuses at once what running it would refuse: a package that is missing, a permission."""
     version: int = 1
     """Raised when what it measures changes: results of other versions are not compared."""
-
-
-def limited(items: Seq[T], prompt_of: Callable[[T], str], config: SuiteConfig) -> list[T]:
-    """At most `config.limit` items: all those of prompts that a seeded shuffle picks, in their own order."""
-    if config.limit is None or len(items) <= config.limit:
-        return list(items)
-    sizes: dict[str, int] = {}
-    for item in items:
-        sizes[prompt_of(item)] = sizes.get(prompt_of(item), 0) + 1
-    prompts, kept, room = list(sizes), set(), config.limit
-    random.Random(config.seed).shuffle(prompts)
-    for prompt in prompts:
-        if sizes[prompt] <= room:
-            kept.add(prompt)
-            room -= sizes[prompt]
-    return [item for item in items if prompt_of(item) in kept]
 
 
 def find(name: str) -> Suite:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from dpo_core.errors import StageFailed
-from dpo_core.evaluation.harness import measure
+from dpo_core.evaluation.harness import check, measure
 from dpo_core.evaluation.results import Item, MeasureSpec, Outcome
 from dpo_core.evaluation.rows import Progress, Row, read_fields, some
 from dpo_core.evaluation.subject import Subject
@@ -188,6 +188,7 @@ SUITES = [
         source=_SOURCE,
         run=run_mc,
         read=read,
+        check=check,
     ),
     Suite(
         name="truthfulqa_gen",
@@ -196,5 +197,6 @@ SUITES = [
         source=_SOURCE,
         run=run_gen,
         read=read,
+        check=check,
     ),
 ]

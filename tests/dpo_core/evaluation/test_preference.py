@@ -13,8 +13,9 @@ from dpo_core.data.formats import Pair
 from dpo_core.errors import StageFailed
 from dpo_core.evaluation.preference import SUITES, Labelled
 from dpo_core.evaluation.results import Outcome, measured
+from dpo_core.evaluation.rows import limited
 from dpo_core.evaluation.subject import Subject
-from dpo_core.evaluation.suites import SuiteConfig, find, limited
+from dpo_core.evaluation.suites import SuiteConfig, find
 from dpo_core.models import load_model
 from dpo_core.stats import Estimate
 from tests.logps import full_logps
@@ -62,8 +63,8 @@ def test_values_are_those_of_the_full_softmax(tiny: Path, other: Path) -> None:
         assert not isinstance(pair, str)
         gains, likelihoods, lengths = [], [], []
         for side in (pair.chosen, pair.rejected):
-            ours = float(full_logps(policy, side).sum())
-            gains.append(ours - float(full_logps(reference, side).sum()))
+            ours = full_logps(policy, side).sum().item()
+            gains.append(ours - full_logps(reference, side).sum().item())
             likelihoods.append(ours)
             lengths.append(len(side.completion))
         gap = gains[0] - gains[1]
@@ -127,12 +128,11 @@ def test_rows_that_cannot_be_used_are_counted(tiny: Path) -> None:
 
 def test_a_limit_takes_whole_prompts_and_the_same_each_time() -> None:
     items = [f"{prompt}{n}" for prompt in "abcdefgh" for n in range(3)]
-    config = SuiteConfig(limit=10, seed=3)
-    kept = limited(items, lambda item: item[0], config)
-    assert kept == limited(items, lambda item: item[0], config)
+    kept = limited(items, lambda item: item[0], 10, 3)
+    assert kept == limited(items, lambda item: item[0], 10, 3)
     assert len(kept) == 9
     assert all(f"{item[0]}{n}" in kept for item in kept for n in range(3))
-    assert kept != limited(items, lambda item: item[0], SuiteConfig(limit=10, seed=4))
+    assert kept != limited(items, lambda item: item[0], 10, 4)
 
 
 @pytest.mark.parametrize(
