@@ -145,7 +145,7 @@ def _pairs(mine: SuiteResult, theirs: SuiteResult, left_out: list[str]) -> Itera
             left_out.append(f"{what}: {prompts} prompt(s) in common, and a comparison needs two")
             continue
         alone = len(own) + sum(_has(item, measure) for item in theirs.items) - 2 * len(both)
-        if alone:
+        if alone and not measure.subset:
             left_out.append(f"{what}: {alone} items that only one of the two has")
         yield _Pair(mine.suite, measure, both)
     for measure in theirs.measures:

@@ -247,6 +247,9 @@ def test_agreement_on_every_item_is_not_certainty() -> None:
     assert estimate.value == 0
     assert -0.05 < estimate.low < 0 < estimate.high < 0.05
     assert paired_bootstrap(*pair(45, 0, 0, 15)).high == 0, "what a bootstrap would say"
+    # By hand: half of 60 right, so that both ends of Wilson's interval are as far; r = 1 - 1/(2·60·¼).
+    half = wilson(30, 60).high - 0.5
+    assert share_difference(*pair(30, 0, 0, 30)).high == pytest.approx(half * np.sqrt(2 / 30))
 
 
 def test_unrelated_shares_differ_as_independent_ones() -> None:

@@ -179,10 +179,10 @@ def test_measures_that_cannot_be_paired_are_left_out_with_the_reason() -> None:
 
 
 def test_items_that_only_one_has_are_counted() -> None:
-    items = items_of([1, 0, 1, 1, 0])
-    found = compare([result_of("new", items[:4])], [result_of("old", items[1:])])
-    assert found.rows[0].items == 3
-    assert found.rows[0].candidate.n == found.rows[0].baseline.n == 3
+    items = items_of([1, 0, 1, 1, 0, 1, 1], subsets=["x", "y"])
+    found = compare([result_of("new", items[:6])], [result_of("old", items[1:])])
+    assert [row.items for row in found.rows] == [5, 2, 3]
+    assert found.rows[0].candidate.n == found.rows[0].baseline.n == 5
     assert found.left_out == ["quiz right: 2 items that only one of the two has"]
 
 
