@@ -87,7 +87,7 @@ def _suite_cell(measure: Measure | None) -> Cell:
 
 def _asked_items(rows: Sequence[SuiteRow]) -> Cell:
     dirty = _span({row.contaminated for row in rows})
-    return Cell(_span({row.items for row in rows}), more="" if dirty == "0" else f"{dirty} contaminated")
+    return Cell(_span({row.items for row in rows}), more="" if dirty == "0" else f"{dirty} in training")
 
 
 def _span(counts: set[int]) -> str:

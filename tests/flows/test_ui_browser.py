@@ -172,7 +172,7 @@ def test_the_run_page_is_an_artifact_that_opens(browser: Any, address: dict[str,
         text = shows(browser, verdict(REPORT).headline, "Policies", "+0.523", "Reproduce")
         assert REPORT.run.name in text
         charts = browser.execute_script("return document.querySelectorAll('svg.chart').length")
-        assert charts == 13
+        assert charts == 18
     finally:
         browser.switch_to.default_content()
     assert console(browser) == []

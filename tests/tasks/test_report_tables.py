@@ -43,7 +43,7 @@ def test_the_suites_stand_one_line_a_measure_and_one_column_a_model() -> None:
     assert list(lines)[:3] == [("RewardBench", "Accuracy"), ("MMLU", "Accuracy"), ("GSM8K", "Exact match")]
     mmlu = lines["MMLU", "Accuracy"]
     assert (str(mmlu[1]), mmlu[1].more) == ("33.1% [30.7% to 35.5%]", "32.9% clean")
-    assert (mmlu[-1].value, mmlu[-1].more) == ("1,531", "12 contaminated")
+    assert (mmlu[-1].value, mmlu[-1].more) == ("1,531", "12 in training")
     assert lines["WikiText-2", "Perplexity, lower is better"][0].value == "18.4"
     assert lines["GSM8K", "Exact match"][0].more == ""
     assert list(table.subsets) == ["RewardBench", "MMLU"]
