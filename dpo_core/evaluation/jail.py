@@ -61,7 +61,8 @@ def run():
     getpid, write, leave, show = os.getpid, os.write, os._exit, sys.__excepthook__
     with open(0, "rb", closefd=False) as job:
         token, source = job.read().split(b"\\n", 1)
-    os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
+    os.close(0)
+    os.open("/dev/null", os.O_RDONLY)  # becomes 0, the lowest that is free
     sys.argv[:] = ["program.py"]
     program = sys.modules["program"] = type(sys)("program")
     try:
