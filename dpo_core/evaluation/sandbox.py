@@ -10,7 +10,8 @@ random token to a private pipe. An exit with status 0 before that, of whatever k
 in one process can rule out: a program that searches the interpreter's own frames for the token, and an answer
 whose `__eq__` says yes to every comparison of the tests.
 
-Not bounded in sum but by the product of two limits: memory, `memory_mb` for each of `processes`.
+Memory and processor time are limited for each process, so that a program may have `processes` times as much;
+the clock limits all of them together.
 """
 
 import marshal
@@ -99,12 +100,13 @@ def run_many(
     """`run_python` of each program, in order, some at once.
 
     Args:
-        threads: sandboxes at once; None: as many as there are processors.
+        threads: sandboxes at once; None: twice as many as there are processors, for part of a run is
+            waiting for the kernel to take the namespaces down.
         progress: called with the number of programs that are done.
     """
     check_sandbox()
     results = []
-    with ThreadPoolExecutor(threads or len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(threads or 2 * len(os.sched_getaffinity(0))) as pool:
         for ran in pool.map(lambda code: _run(code, limits), programs):
             results.append(ran)
             progress(len(results))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from dpo_core.errors import DataError, RecipeError, StageFailed
+from dpo_core.errors import DataError, RecipeError
 from dpo_core.evaluation.code import (
     KS,
     STOPS,
@@ -23,11 +23,12 @@ from dpo_core.evaluation.code import (
     program,
     score,
 )
-from dpo_core.evaluation.sandbox import Limits, check_sandbox
+from dpo_core.evaluation.sandbox import Limits
 from dpo_core.evaluation.subject import Subject
 from dpo_core.evaluation.suites import SuiteConfig, find
 from dpo_core.generate import SamplingConfig
 from dpo_core.tokens import TokenConfig
+from tests.dpo_core.evaluation.sandboxes import why_no_namespaces
 from tests.tiny import make_tiny_model
 
 MAKE: dict[str, Callable[[dict[str, Any]], Problem]] = {"humaneval": humaneval_problem, "mbpp": mbpp_problem}
@@ -37,10 +38,8 @@ BRIEF = Limits(cpu_seconds=1, wall_seconds=20)
 
 @pytest.fixture(scope="module", autouse=True)
 def _needs_sandbox() -> None:
-    try:
-        check_sandbox()
-    except StageFailed as error:
-        pytest.skip(str(error))
+    if reason := why_no_namespaces():
+        pytest.skip(reason)
 
 
 @pytest.fixture(params=["humaneval", "mbpp"])
