@@ -20,7 +20,7 @@ from dpo_core.logprobs import CompletionScores, Precision, completion_logps, com
 from dpo_core.online.ppo_math import k1, k3
 from dpo_core.online.sampler import Scorer
 from dpo_core.stats import Estimate
-from dpo_core.text_metrics import distinct_n
+from dpo_core.text_metrics import distinct_n, self_bleu
 from dpo_core.tokens import Sequence, TokenPair
 
 
@@ -140,6 +140,11 @@ def summarise(
         "entropy": samples.entropy,
         "ended": float(np.mean(samples.ended)),
     }
+    by_prompt: dict[int, list[str]] = {}
+    for index, text in zip(samples.prompt_index, samples.texts, strict=False):
+        by_prompt.setdefault(index, []).append(text)
+    if len(by_prompt) > 1 and min(map(len, by_prompt.values())) > 1:
+        row["self_bleu"] = _data(stats.share(self_bleu(list(by_prompt.values()))))
     if samples.entropies:
         row["predictive_entropy"] = _data(stats.bootstrap_mean(samples.entropies, clusters, seed=seed))
     if baseline is not None:

@@ -24,7 +24,10 @@ SetOption = Annotated[
     typer.Option("--set", metavar="A.B=VALUE", help="A field of settings.*, tokens.*, judge.*, answers.*."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
-ModelHelp = "A checkpoint folder, .gguf file, package:NAME, hub name, or RUN or RUN:POLICY of the workspace."
+ModelHelp = (
+    "A checkpoint folder, .gguf file, package:NAME, hub name, models:/NAME@ALIAS, "
+    "or RUN or RUN:POLICY of the workspace."
+)
 
 
 def evaluate(

@@ -33,6 +33,7 @@ def assess(
     evaluation: dict[str, Any],
     gate: list[GateRow],
     champion: Champion | None,
+    candidate: str,
 ) -> Assessment:
     """Hold the trained model against the champion, or against the reference while there is none.
 
@@ -40,6 +41,7 @@ def assess(
         manifests: by stage.
         evaluation: what the evaluation stage wrote.
         champion: the registered model; the run's own is no rival of itself.
+        candidate: as sentences name the trained model.
     """
     results = {
         name.removeprefix("suites "): load_suites(manifest)
@@ -60,7 +62,7 @@ def assess(
         title = champion.title if rival == NAME else f"the reference; it is {champion.title} itself"
     decision = decide(
         recipe.promotion,
-        candidate=CANDIDATE,
+        candidate=candidate,
         champion=title,
         gain=Estimate.model_validate(gain),
         kl=Estimate.model_validate(row["kl"]) if row.get("kl") else None,

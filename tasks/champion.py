@@ -2,12 +2,13 @@
 
 import logging
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
+from dpo_core.errors import RecipeError
 from dpo_core.models import weights_digest
 from tasks.manifest import Manifest
-from tasks.tracking import Tracker
+from tasks.tracking import Tracker, TrackingConfig
 
 log = logging.getLogger("dpo")
 
@@ -30,12 +31,10 @@ def find_champion(tracker: Tracker, registered: str) -> Champion | None:
     if version is None:
         return None
     title = f"{registered} version {version.version}"
-    parts = urlsplit(version.tags.get("dpo.weights_uri", ""))
-    folder = Path(unquote(parts.path))
+    folder = weights_of(version)
     artifact = version.tags.get("dpo.artifact_sha256")
-    if parts.scheme != "file" or not (folder / "config.json").is_file() or not artifact:
-        log.warning("the champion %s has no files at %s; the run is held against its reference",
-                    title, parts.geturl() or "any address")  # fmt: skip
+    if folder is None or not artifact:
+        log.warning("the champion %s has no files here; the run is held against its reference", title)
         return None
     manifest = Manifest(
         kind="model",
@@ -48,3 +47,27 @@ def find_champion(tracker: Tracker, registered: str) -> Champion | None:
         extra={"weights_sha256": weights_digest(folder)},
     )
     return Champion(title, manifest)
+
+
+def weights_of(version: Any) -> Path | None:
+    """The checkpoint folder of a registered version; None where it is not on this machine."""
+    parts = urlsplit(version.tags.get("dpo.weights_uri", ""))
+    folder = Path(unquote(parts.path))
+    return folder if parts.scheme == "file" and (folder / "config.json").is_file() else None
+
+
+def registered_weights(spec: str, workspace: Path) -> Path:
+    """The checkpoint folder of `models:/NAME@ALIAS`.
+
+    Raises:
+        RecipeError: there is no such version, or its files are not here.
+    """
+    name, _, alias = spec.removeprefix("models:/").partition("@")
+    version = Tracker(TrackingConfig(), workspace).version_of(name, alias) if name and alias else None
+    folder = weights_of(version) if version is not None else None
+    if folder is None:
+        raise RecipeError(
+            f"the registry knows no {spec} whose files are on this machine",
+            "Write models:/NAME@ALIAS, for example models:/dpo-demo@challenger",
+        )
+    return folder

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from tasks.drawing import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, WIDE, Figure, reach, slug, svg
+from tasks.drawing import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, TEAL, WIDE, Figure, reach, slug, svg
 from tasks.report import Evaluation
 from tasks.report_curves import series, start_and_end
 from tasks.report_numbers import number
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 MAX_POINTS = 200  # a longer curve is averaged over neighbours: more points cannot be told apart at this size
 
-_POLICY = {"SFT": (MUTED, "s"), "DPO": (BLUE, "o"), "PPO": (ORANGE, "^"), "Online DPO": (PURPLE, "v")}
+_POLICY = {"SFT": (MUTED, "s"), "DPO": (BLUE, "o"), "PPO": (ORANGE, "^"), "Online DPO": (PURPLE, "v"),
+           "Champion": (TEAL, "P")}  # fmt: skip
 _GROUP_METHOD = (GREEN, "D")  # GRPO, a variant of it, or RLOO: a run has one of them
 
 

@@ -12,7 +12,7 @@ from dpo_core.stats import Estimate
 from tasks.drawing import GREEN, INK, MUTED, RED, WIDE, Figure, reach, slug, svg
 from tasks.report import SuiteRow
 from tasks.report_numbers import measured, percent
-from tasks.report_tables import FINDINGS, kind_of, kinds_of, row_name
+from tasks.report_tables import FINDINGS, row_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,14 +54,12 @@ def win_rate_figure(rates: Sequence[WinRate]) -> Figure | None:
 
 def difference_figures(comparison: Comparison, suites: Sequence[SuiteRow]) -> list[Figure]:
     """The tested differences of one comparison: shares in one panel, each other unit in its own."""
-    kinds, units = kinds_of(suites), {(r.suite, m.name): m.unit for r in suites for m in r.measures}
     titles = {row.suite: row.title for row in suites}
     panels: dict[tuple[Kind, str], list[Row]] = {}
     tested = [row for row in comparison.rows if row.p_holm is not None]
     for row in tested:
-        kind = kind_of(row, kinds)
-        unit = "" if kind == "share" else units.get((row.suite, row.measure), "") or row.label
-        panels.setdefault((kind, unit), []).append(row)
+        unit = "" if row.kind == "share" else row.unit or row.label
+        panels.setdefault((row.kind, unit), []).append(row)
     versus = f"{comparison.candidate} minus {comparison.baseline}"
     return [
         Figure(
@@ -69,7 +67,7 @@ def difference_figures(comparison: Comparison, suites: Sequence[SuiteRow]) -> li
             _forest(
                 f"difference-{slug(versus)}-{index}",
                 versus,
-                [_difference(row, kind, titles) for row in _clearest(rows)],
+                [_difference(row, titles) for row in _clearest(rows)],
                 0.0,
                 kind,
                 f"difference{', percentage points' if kind == 'share' else ''}",
@@ -85,8 +83,8 @@ def _shares_first(panel: tuple[tuple[Kind, str], list[Row]]) -> tuple[bool, str]
     return kind != "share", unit
 
 
-def _difference(row: Row, kind: Kind, titles: Mapping[str, str]) -> Bar:
-    value = measured(row.difference, kind, difference=True).value
+def _difference(row: Row, titles: Mapping[str, str]) -> Bar:
+    value = measured(row.difference, row.kind, difference=True).value
     mark = FINDINGS[row.finding]
     name = row_name(row, titles)
     label = name if row.label.lower() in ("accuracy", "") else f"{name} · {row.label}"

@@ -151,7 +151,7 @@ class SuiteRow(Config):
     suite: str
     title: str
     policy: str
-    """A policy of the run, `champion`, or a checkpoint as the user named it."""
+    """A policy of the run, the `Champion`, or a checkpoint as the user named it."""
     items: int
     contaminated: int = 0
     """Items that stand in the training data; 0 also where that was not looked for."""

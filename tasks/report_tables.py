@@ -7,7 +7,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from dpo_core.evaluation.comparison import Comparison, Row
-from dpo_core.evaluation.results import Kind, Measure
+from dpo_core.evaluation.results import Measure
 from dpo_core.judging.results import WinRate
 from tasks.report import SuiteRow
 from tasks.report_numbers import Cell, measured, number, p_value, percent, share
@@ -98,20 +98,10 @@ def _span(counts: set[int]) -> str:
 # ---------------------------------------------------------------------------------------------- comparisons
 
 
-def kinds_of(suites: Iterable[SuiteRow]) -> dict[tuple[str, str], Kind]:
-    """Whether a measure is a share, by suite and name: a row of a comparison does not say."""
-    return {(row.suite, measure.name): measure.kind for row in suites for measure in row.measures}
-
-
-def kind_of(row: Row, kinds: Mapping[tuple[str, str], Kind]) -> Kind:
-    """The kind of a row's measure; of one that no suite lists, a plain number."""
-    return kinds.get((row.suite, row.measure), "mean")
-
-
 def comparison_table(comparison: Comparison, suites: Sequence[SuiteRow]) -> ComparisonTable:
     """The rows of one comparison in words."""
-    kinds, titles = kinds_of(suites), {row.suite: row.title for row in suites}
-    lines = [(row, _comparison_line(row, kinds, titles)) for row in comparison.rows]
+    titles = {row.suite: row.title for row in suites}
+    lines = [(row, _comparison_line(row, titles)) for row in comparison.rows]
     return ComparisonTable(
         comparison.candidate,
         comparison.baseline,
@@ -135,16 +125,15 @@ def row_name(row: Row, titles: Mapping[str, str]) -> str:
     return " · ".join(part for part in (titles.get(row.suite, row.suite), row.subset) if part)
 
 
-def _comparison_line(row: Row, kinds: Mapping[tuple[str, str], Kind], titles: Mapping[str, str]) -> Line:
-    kind = kind_of(row, kinds)
+def _comparison_line(row: Row, titles: Mapping[str, str]) -> Line:
     return Line(
         row_name(row, titles),
         ", ".join(part for part in (row.label, _LOWER[row.better]) if part),
         [
-            measured(row.difference, kind, difference=True),
+            measured(row.difference, row.kind, difference=True),
             _INFORMS if row.p_holm is None else FINDINGS[row.finding],
-            measured(row.candidate, kind),
-            measured(row.baseline, kind),
+            measured(row.candidate, row.kind),
+            measured(row.baseline, row.kind),
             Cell(p_value(row.p), more=row.test),
             _NOTHING if row.p_holm is None else Cell(p_value(row.p_holm)),
         ],

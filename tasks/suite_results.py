@@ -17,6 +17,7 @@ from dpo_core.evaluation.safety import identity
 from dpo_core.evaluation.subject import Subject
 from dpo_core.evaluation.suites import Suite, SuiteConfig
 from dpo_core.models import ModelConfig, convert, locate, source_digest
+from tasks.champion import registered_weights
 from tasks.manifest import digest_config
 from tasks.report import RunReport
 from tasks.workspace import disk_errors
@@ -90,8 +91,9 @@ def find_model(spec: str, workspace: Path) -> Path:
     """The checkpoint folder of a model.
 
     Args:
-        spec: a checkpoint folder, a .gguf file, `package:name`, a hub name; or a finished run of the
-            workspace, its policy after a colon where it is not DPO: `demo-20261125-224737:PPO`.
+        spec: a checkpoint folder, a .gguf file, `package:name`, a hub name; a registered model,
+            `models:/NAME@ALIAS`; or a finished run of the workspace, its policy after a colon where it is not
+            DPO: `demo-20261125-224737:PPO`.
 
     Raises:
         RecipeError: the run has no such policy.
@@ -101,6 +103,8 @@ def find_model(spec: str, workspace: Path) -> Path:
     report = workspace / "runs" / run / "report.json"
     if report.is_file():
         return _of_run(run, policy or "DPO", report)
+    if spec.startswith("models:/"):
+        return registered_weights(spec, workspace)
     source = locate(ModelConfig(name=spec))
     if source.is_dir() and not (source / "adapter_config.json").exists():
         return source

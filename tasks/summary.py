@@ -61,7 +61,8 @@ def summarise(
     info = run_info(context, recipe, tracker, started_at, command)
     evaluation = load_evaluation(manifests["evaluate"])
     gate = [_gate_row(context.workspace, m) for name, m in manifests.items() if name.startswith("validate-")]
-    assessed = assess(recipe, manifests, evaluation, gate, champion)
+    candidate = f"{model.name} version {model.version}"
+    assessed = assess(recipe, manifests, evaluation, gate, champion, candidate)
     report = RunReport(
         run=info,
         stages=[stage_row(name, result) for name, result in stages.items()],

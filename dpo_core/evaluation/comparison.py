@@ -10,7 +10,7 @@ import numpy as np
 
 from dpo_core.config import Config
 from dpo_core.errors import StageFailed
-from dpo_core.evaluation.results import Better, Item, Measure, SuiteResult, estimate
+from dpo_core.evaluation.results import Better, Item, Kind, Measure, SuiteResult, estimate
 from dpo_core.significance import bootstrap_p, holm, mcnemar
 from dpo_core.stats import Estimate, paired_bootstrap, share_difference
 
@@ -29,6 +29,8 @@ class Row(Config):
     label: str
     subset: str = ""
     better: Better
+    kind: Kind
+    unit: str = ""
     candidate: Estimate
     baseline: Estimate
     difference: Estimate
@@ -175,6 +177,8 @@ def _row(pair: _Pair, seed: int) -> Row:
         label=measure.label,
         subset=measure.subset,
         better=measure.better,
+        kind=measure.kind,
+        unit=measure.unit,
         candidate=estimate(mine, measure, seed),
         baseline=estimate(theirs, measure, seed),
         difference=(

@@ -88,8 +88,8 @@ def make_comparison(baseline: str) -> Comparison:
         good = (gap > 0) == (spec.better == "higher")
         rows.append(
             Row(
-                suite=spec.suite, measure=spec.name, label=spec.label, better=spec.better,
-                candidate=estimate(own, spec.half, spec.items),
+                suite=spec.suite, measure=spec.name, label=spec.label, better=spec.better, kind=spec.kind,
+                unit=spec.unit, candidate=estimate(own, spec.half, spec.items),
                 baseline=estimate(other, spec.half, spec.items),
                 difference=estimate(gap, 0.9 * spec.half, spec.items), items=spec.items,
                 test="paired bootstrap" if spec.kind == "mean" else "McNemar",

@@ -81,12 +81,6 @@ def test_a_comparison_tells_what_was_tested_from_what_only_informs() -> None:
     assert outcome(untested) == "nothing was tested"
 
 
-def test_a_measure_that_no_suite_lists_is_written_as_a_plain_number() -> None:
-    table = comparison_table(make_comparison("SFT"), [])
-    assert table.tested[0].label == "rewardbench"
-    assert table.tested[0].cells[0].value == "+0.089"
-
-
 def test_win_rates_say_who_judged_and_what_it_cost() -> None:
     known, judged, _ = win_rate_lines(make_win_rates())
     assert (known.label, known.hint) == ("DPO vs SFT", "judge: sentiment")

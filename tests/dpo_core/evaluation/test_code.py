@@ -243,7 +243,7 @@ def test_prompts_that_do_not_fit_are_counted(shared: Path, model: Path) -> None:
 
 
 def test_code_runs_only_where_it_was_allowed(suite: str, model: Path) -> None:
-    with pytest.raises(RecipeError, match="runs code.*--run-code"):
+    with pytest.raises(RecipeError, match=r"runs code.*--run-code"):
         find(suite).run(Subject(model, "tiny"), [], SuiteConfig(), print)
 
 
