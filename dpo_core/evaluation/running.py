@@ -30,7 +30,7 @@ class SuitesConfig(Config):
     def _can_be_run(self) -> "SuitesConfig":
         if self.names and self.data is None:
             raise ValueError("suites.data is needed: the folder that holds the files of suites.names")
-        if not self.names and self != SuitesConfig():
+        if not self.names and (self.data is not None or self.settings != SuiteConfig()):
             raise ValueError("suites.* would not be read: suites.names is empty")
         for name in self.names:
             try:
