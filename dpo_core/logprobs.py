@@ -5,7 +5,7 @@ What a log-prob is stands in `scores`.
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -73,19 +73,33 @@ def completion_scores(
     model.eval()
     device = next(model.parameters()).device
     plan = _plan(model, sequences, token_budget)
-    for group in plan.groups:
-        chosen = [plan.documents[d] for d in group]
-        layout = (pack(chosen, plan.width) if plan.shared else pad(chosen)).to(device)
-        with torch.no_grad(), autocast(precision, device):
-            scores = branch_scores(model, layout, entropy=entropy)
-        rows = [i for d in group for i in plan.families[d]]
-        logps = scores.logps_SL.cpu()
-        spread = None if scores.entropy_SL is None else scores.entropy_SL.cpu()
-        found = {}
-        for place, i in enumerate(rows):
-            end = len(sequences[i].completion)
-            found[i] = CompletionScores(logps[place, :end], None if spread is None else spread[place, :end])
-        yield found
+    with _weights_cast_once():
+        for group in plan.groups:
+            chosen = [plan.documents[d] for d in group]
+            layout = (pack(chosen, plan.width) if plan.shared else pad(chosen)).to(device)
+            with torch.no_grad(), autocast(precision, device):
+                scores = branch_scores(model, layout, entropy=entropy)
+            logps = scores.logps_SL.cpu()
+            spread = None if scores.entropy_SL is None else scores.entropy_SL.cpu()
+            found = {}
+            for place, i in enumerate(i for d in group for i in plan.families[d]):
+                part = place, slice(len(sequences[i].completion))
+                found[i] = CompletionScores(logps[part], None if spread is None else spread[part])
+            yield found
+
+
+@contextmanager
+def _weights_cast_once() -> Iterator[None]:
+    """Keep autocast's bf16 copies of the weights from one pass to the next: the weights do not change.
+
+    Autocast drops them where its outermost block ends; whoever consumes the passes must not run inside one.
+    """
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()
 
 
 def read_flops(model: nn.Module, sequences: Seq[Sequence], token_budget: int) -> float:

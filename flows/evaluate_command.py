@@ -89,7 +89,7 @@ def _list_suites() -> None:
     from dpo_core.evaluation.suites import suites
 
     for name, suite in suites().items():
-        typer.echo(f"{name:16} {suite.title} (reads {suite.files[0]})")
+        typer.echo(f"{name:16} {suite.title}: {suite.about} (reads {suite.files[0]})")
 
 
 def _run(

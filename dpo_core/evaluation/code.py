@@ -295,7 +295,8 @@ _MBPP = {
 SUITES = [
     Suite(
         name="humaneval",
-        title="164 Python functions to complete, judged by their tests (needs --run-code)",
+        title="HumanEval",
+        about="164 Python functions to complete, judged by their tests (needs --run-code)",
         files=("HumanEval.jsonl.gz", "HumanEval.jsonl"),
         source="https://github.com/openai/human-eval, data/HumanEval.jsonl.gz",
         check=check,
@@ -304,7 +305,8 @@ SUITES = [
     ),
     Suite(
         name="mbpp",
-        title="427 short Python tasks, judged by their tests (needs --run-code)",
+        title="MBPP",
+        about="427 short Python tasks, judged by their tests (needs --run-code)",
         files=("mbpp_sanitized.json.gz", "sanitized-mbpp.json", "sanitized-mbpp.json.gz"),
         source="https://github.com/google-research/google-research/tree/master/mbpp, sanitized-mbpp.json",
         check=check,

@@ -89,7 +89,8 @@ def questions(rows: list[Row]) -> list[Row]:
 SUITES = [
     Suite(
         name="gsm8k",
-        title="GSM8K: grade-school mathematics, exact match of the result",
+        title="GSM8K",
+        about="Grade-school mathematics, exact match of the result",
         files=("gsm8k_test.jsonl", "gsm8k_test.jsonl.gz"),
         source="github.com/openai/grade-school-math (test.jsonl; train.jsonl as gsm8k_train.jsonl for shots)",
         run=run,

@@ -294,24 +294,24 @@ def _llmbar_parts(path: Path) -> list[Path]:
 
 SUITES = (
     Suite(
-        "hh", "Preferences on HH harmlessness (test)",
+        "hh", "HH harmlessness", "Human preferences, harmlessness (test set of 2,312 pairs)",
         ("hh_harmless_base_test.jsonl.gz", "hh_harmless_base_test.jsonl", "test.jsonl.gz"),
         "anthropics/hh-rlhf, harmless-base/test.jsonl.gz (MIT)", run, lambda path: _read(path, _hh),
     ),
     Suite(
-        "hhh", "Preferences on HHH alignment",
+        "hhh", "HHH alignment", "221 pairs: helpful, honest, harmless, other",
         ("hhh_alignment.jsonl.gz", "hhh_alignment.jsonl"),
         "BIG-bench hhh_alignment (Apache-2.0) as rows of subset, prompt, chosen, rejected",
         run, lambda path: _read(path, _hhh),
     ),
     Suite(
-        "llmbar", "Preferences on LLMBar",
+        "llmbar", "LLMBar", "419 pairs, of which 319 try to mislead (five parts)",
         ("llmbar_natural.json.gz", "llmbar_natural.json"),
         "princeton-nlp/LLMBar, Dataset/LLMBar (MIT), as llmbar_natural.json, llmbar_adv_manual.json, …",
         run, _read_llmbar, _llmbar_parts,
     ),
     Suite(
-        "pandalm", "Preferences on PandaLM's human test set",
+        "pandalm", "PandaLM", "Human preferences, three annotators, ties count half",
         ("pandalm_human_testset.json.gz", "pandalm_human_testset.json", "testset-v1.json"),
         "WeOpenML/PandaLM, data/testset-v1.json (Apache-2.0)", run, lambda path: _read(path, _pandalm),
     ),

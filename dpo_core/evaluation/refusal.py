@@ -165,7 +165,8 @@ def _settings(config: SuiteConfig, chat: bool, classifier: Classifier | None) ->
 SUITES = [
     Suite(
         name="xstest",
-        title="XSTest: refusals of harmless requests that look harmful, and of harmful ones",
+        title="XSTest",
+        about="Refusals of harmless requests that look harmful, and of harmful ones",
         files=("xstest_prompts.csv",),
         source="github.com/paul-rottger/exaggerated-safety",
         run=run,
@@ -173,7 +174,8 @@ SUITES = [
     ),
     Suite(
         name="advbench",
-        title="AdvBench: refusals of harmful requests, and the safety rate of the answers",
+        title="AdvBench",
+        about="Refusals of harmful requests, and the safety rate of the answers",
         files=("advbench_harmful_behaviors.csv", "harmful_behaviors.csv"),
         source="github.com/llm-attacks/llm-attacks (data/advbench/harmful_behaviors.csv)",
         run=run,

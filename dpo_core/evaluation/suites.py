@@ -23,7 +23,7 @@ class SuiteConfig(Config):
     seed: int = 0
     precision: Precision = "bf16"
     """Precision of log-probs."""
-    token_budget: int = Field(2048, ge=64)
+    token_budget: int = Field(4096, ge=64)
     """Tokens in one forward pass."""
     beta: float = Field(0.1, gt=0)
     """What the implicit reward multiplies the log-ratio by; its calibration depends on it, its order does
@@ -54,7 +54,9 @@ class Suite:
 
     name: str
     title: str
-    """One line for `dpo evaluate --help` and the page."""
+    """Its name in tables."""
+    about: str
+    """What it asks, in a line."""
     files: tuple[str, ...]
     """Usual names of its data file, looked for in the data folder and one level below it."""
     source: str

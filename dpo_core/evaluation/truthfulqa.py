@@ -183,7 +183,8 @@ _SOURCE = "github.com/sylinrl/TruthfulQA"
 SUITES = [
     Suite(
         name="truthfulqa_mc",
-        title="TruthfulQA: true against false answers by likelihood (MC1, MC2)",
+        title="TruthfulQA, choices",
+        about="True against false answers by likelihood (MC1, MC2)",
         files=_FILES,
         source=_SOURCE,
         run=run_mc,
@@ -192,7 +193,8 @@ SUITES = [
     ),
     Suite(
         name="truthfulqa_gen",
-        title="TruthfulQA: written answers against true and false references (BLEU, ROUGE)",
+        title="TruthfulQA, written",
+        about="Written answers against true and false references (BLEU, ROUGE)",
         files=_FILES,
         source=_SOURCE,
         run=run_gen,
