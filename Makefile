@@ -11,6 +11,8 @@ WORKERS ?= 2
 
 # Nothing reports home, and nothing waits for a hub that may not be there.
 export DO_NOT_TRACK := 1
+# Threads that wait sleep: tests run side by side, and spinning ones take each other's cores.
+export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: run test check lint types fast slow lock clean
 

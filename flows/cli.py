@@ -31,6 +31,9 @@ _QUIET = {
     # The temporary server of a local run needs a while on a busy machine.
     "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
     "TOKENIZERS_PARALLELISM": "true",
+    # Threads that wait sleep. Spinning ones take the cores from whatever else computes on the machine: beside
+    # other work everything goes two to three times slower.
+    "OMP_WAIT_POLICY": "PASSIVE",
     # Our own bars show what is worth waiting for.
     "TQDM_DISABLE": "1",
 }

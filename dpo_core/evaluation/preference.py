@@ -168,9 +168,9 @@ def _item(scored: Scored, beta: float) -> Item:
 def _calibration(scored: Seq[Scored], config: SuiteConfig) -> tuple[list[Measure], float | None]:
     """Calibration and length bias of the implicit reward over the pairs that people decided."""
     decided = [s for s in scored if s.reference is not None and not s.labelled.tied]
-    if not decided:
-        return [], None
     clusters = [_prompt_of(s.labelled) for s in decided]
+    if len(set(clusters)) < 2:
+        return [], None
     rewards = np.array([[p - r for p, r in zip(s.policy, s.reference or (), strict=True)] for s in decided])
     gap_N = config.beta * (rewards[:, 0] - rewards[:, 1])
     lengths = [(len(s.tokens.chosen.completion), len(s.tokens.rejected.completion)) for s in decided]

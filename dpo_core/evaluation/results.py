@@ -99,6 +99,8 @@ def measured(
 ) -> list[Measure]:
     """Every measure over all items, then by subset where there is more than one.
 
+    A measure for which there are too few prompts to give an interval is left out.
+
     Args:
         without: ids of contaminated items; where some are named, `clean` leaves them out.
     """
@@ -116,15 +118,20 @@ def _measure(
     items: Sequence[Item], spec: MeasureSpec, subset: str, seed: int, without: set[str]
 ) -> Measure | None:
     having = [item for item in items if spec.name in item.values]
-    if not having:
+    if not _enough(having, spec):
         return None
     clean = [item for item in having if item.id not in without]
     return Measure(
         **spec.model_dump(),
         subset=subset,
         estimate=estimate(having, spec, seed),
-        clean=estimate(clean, spec, seed) if clean and len(clean) < len(having) else None,
+        clean=estimate(clean, spec, seed) if len(clean) < len(having) and _enough(clean, spec) else None,
     )
+
+
+def _enough(items: Sequence[Item], spec: MeasureSpec) -> bool:
+    """Whether an interval can be given: a mean over a single prompt has none."""
+    return len({item.cluster for item in items}) >= (1 if spec.kind == "share" else 2)
 
 
 def estimate(items: Sequence[Item], spec: MeasureSpec, seed: int = 0) -> Estimate:

@@ -304,3 +304,14 @@ def test_length_batches_hold_every_row_once_within_the_budget(lengths: list[int]
     # No group could have taken in the first row of the next.
     for group in groups[:-1]:
         assert (len(group) + 1) * lengths[group[0]] > budget
+
+
+def test_casts_of_weights_are_kept_for_the_passes_and_no_longer(model: Any) -> None:
+    sequences = [Sequence((1, 2, 3), (4, 5, n)) for n in range(6)]
+    before = [one for passes in completion_logps(model, sequences, "bf16", 16) for one in passes.values()]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    after = [one for passes in completion_logps(model, sequences, "bf16", 16) for one in passes.values()]
+    assert all(not torch.allclose(a, b, atol=1e-3) for a, b in zip(before, after, strict=True))
+    assert not torch.is_autocast_enabled("cpu")
