@@ -11,7 +11,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts
 
 def promote(
     run_id: Annotated[
-        str | None, typer.Argument(metavar="[RUN]", help="A finished run; see `dpo runs`.")
+        str | None, typer.Argument(metavar="RUN", help="A finished run; see `dpo runs`.")
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Promote against the rules; what was overridden is kept.")
@@ -23,21 +23,29 @@ def promote(
     workspace: WorkspaceOption = "./runs",
     as_json: JsonOption = False,
 ) -> None:
-    """Make a run's model the champion, if every rule of its decision holds. Exit code 5: refused."""
-    from dpo_core.errors import RecipeError
+    """Make a run's model the champion, if every rule of its decision holds. Exit code 5: refused.
+
+    With --check, exit code 4: a champion's weights are gone or damaged.
+    """
+    from dpo_core.errors import RecipeError, StageFailed
     from tasks import promotion
 
     if check == (run_id is not None):
         raise RecipeError("dpo promote takes a run, or --check alone", "List the runs with: dpo runs")
     if run_id is None:
-        _show_all(promotion.check(workspace), as_json)
+        standings = promotion.check(workspace)
+        _show_all(standings, as_json)
+        if lost := [f"{s.name} version {s.champion}" for s in standings if not s.sound]:
+            raise StageFailed(
+                f"champions without their weights: {', '.join(lost)}", "Go back with: dpo rollback"
+            )
     else:
         _show(promotion.promote(workspace, run_id, force=force, reason=reason), as_json)
 
 
 def rollback(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="The registered model, where there are several.")
+        str | None, typer.Argument(metavar="NAME", help="The registered model, where there are several.")
     ] = None,
     reason: ReasonOption = "",
     workspace: WorkspaceOption = "./runs",

@@ -1,6 +1,7 @@
 """Finished runs of a workspace, and the registry that knows their models."""
 
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -43,11 +44,16 @@ def registry_of(workspace: Path, report: RunReport | None = None) -> Tracker:
     """The MLflow that knows the models: the one that the run, or else the newest finished one, wrote to.
 
     A workspace may be moved, and its own database moves with it.
+
+    Raises:
+        RecipeError: nothing was ever tracked there.
     """
     uri = report.run.tracking_uri if report else _newest_uri(workspace)
     own = workspace / "mlflow.db"
     if uri and uri.startswith("sqlite:") and uri.endswith("/mlflow.db") and own.exists():
         uri = f"sqlite:///{own}"
+    if not (uri or own.exists() or os.environ.get("MLFLOW_TRACKING_URI")):
+        raise RecipeError(f"the workspace {workspace} holds no finished run", "List its runs with: dpo runs")
     return Tracker(TrackingConfig(uri=uri), workspace)
 
 

@@ -33,6 +33,7 @@ from tasks.workspace import disk_errors, open_workspace
 log = logging.getLogger("dpo")
 
 _LOCK_SECONDS = 900.0
+_LOOK = "Look with: dpo promote --check"
 _CHALLENGER = "challenger"
 
 
@@ -49,6 +50,8 @@ class Standing(Config):
     """The last change that the ledger knows."""
     notes: list[str] = Field(default_factory=list)
     """What was mended, and what is not as it should be."""
+    sound: bool = True
+    """Whether the champion's weights, where these were checked, are those that were registered."""
 
 
 def promote(workspace: str | Path, run_id: str, *, force: bool = False, reason: str = "") -> Standing:
@@ -85,7 +88,11 @@ def promote(workspace: str | Path, run_id: str, *, force: bool = False, reason: 
         against = objections(report, model, champion)
         if against and not force:
             again = f"Hold it against the present champion by running it again: {report.run.command}"
-            remedy = again if _stale(report, champion) else "Promote it all the same with: --force"
+            remedy = (
+                again
+                if _stale(report, champion)
+                else "Its page shows the numbers; --force overrides the rules, on record."
+            )
             refuse(f"{titled(candidate)} is not promoted", against, remedy)
         _check_weights(candidate)
         replaced = None if champion is None else str(champion.version)
@@ -154,12 +161,14 @@ def check(workspace: str | Path) -> list[Standing]:
                 notes.append(
                     f"the alias {ALIAS} was moved by hand: the last change made version {wanted} champion"
                 )
+            sound = True
             try:
                 if champion is not None:
                     _check_weights(champion)
             except PromotionRefused as error:
+                sound = False
                 notes.append(str(error))
-            found.append(_standing(tracker, name, notes=notes))
+            found.append(_standing(tracker, name, notes=notes).model_copy(update={"sound": sound}))
     return found
 
 
@@ -193,13 +202,9 @@ def refuse(problem: str, reasons: list[str], remedy: str) -> NoReturn:
 
 def _write(tracker: Tracker, ledger: Ledger, change: Change, notes: list[str]) -> Standing:
     if not ledger.append(change):
-        ledger.settle()
-        first = tracker.version_of(change.name, ALIAS)
-        came = "another change" if first is None else f"{titled(first)} became champion"
-        problem = (
-            f"the {change.kind} of {change.name} version {change.version} came too late: {came} meanwhile"
-        )
-        refuse(problem, [], "Look with: dpo promote --check")
+        first = ledger.read()[-1].change
+        problem = f"the {change.kind} of {change.name} version {change.version} came too late"
+        refuse(f"{problem}: version {first.version} became champion meanwhile", [], _LOOK)
     ledger.settle()
     return _standing(tracker, change.name, changed=True, notes=notes)
 

@@ -19,6 +19,9 @@ on an earlier champion, which `Ledger.moved` tells.
 """
 
 import logging
+import random
+import time
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
@@ -36,6 +39,7 @@ log = logging.getLogger("dpo")
 PREVIOUS = "previous-champion"
 SUFFIX = ".promotions"
 _CHANGE, _STATE = "dpo.change", "dpo.state"
+_UPSERTS = 5
 _ABOUT = "Changes of the champion of {name}, one a version. Written by `dpo promote` and `dpo rollback`."
 
 
@@ -171,18 +175,37 @@ class Ledger:
             else:
                 client.set_registered_model_alias(self.model, alias, version)
 
-        self._tracker.ask(f"the alias {alias}", write)
+        self._upsert(f"the alias {alias}", write)
 
     def _tag(self, version: str, tags: dict[str, str]) -> None:
-        def write(client: Any) -> None:
-            for key, value in tags.items():
-                client.set_model_version_tag(self.model, version, key, cut(value, TAG_CHARS))
-
-        self._tracker.ask(f"the tags of version {version}", write)
+        for key, value in tags.items():
+            self._set_tag(self.model, version, key, cut(value, TAG_CHARS))
 
     def _set_state(self, entry: Entry, state: str) -> None:
-        place = str(entry.number)
-        self._tracker.ask("the ledger", lambda c: c.set_model_version_tag(self.name, place, _STATE, state))
+        self._set_tag(self.name, str(entry.number), _STATE, state)
+
+    def _set_tag(self, model: str, version: str, key: str, value: str) -> None:
+        what = f"the tag {key} of {model} version {version}"
+        self._upsert(what, lambda client: client.set_model_version_tag(model, version, key, value))
+
+    def _upsert(self, what: str, write: Callable[[Any], None]) -> None:
+        """Write a tag or an alias that another process may be writing too.
+
+        MLflow looks whether the row is there and then inserts it: of two at once, one breaks the key.
+        """
+        from mlflow.exceptions import MlflowException
+
+        def again(client: Any) -> None:
+            for _ in range(_UPSERTS):
+                try:
+                    return write(client)
+                except MlflowException as error:
+                    if error.error_code != "BAD_REQUEST":
+                        raise
+                    time.sleep(random.uniform(0.05, 0.2))
+            return write(client)
+
+        self._tracker.ask(what, again)
 
 
 def reigns(entries: list[Entry]) -> list[str]:
@@ -207,7 +230,7 @@ def reigns(entries: list[Entry]) -> list[str]:
 def sentence(change: Change) -> str:
     """A change in one line."""
     verb = "promoted" if change.kind == "promotion" else "brought back"
-    forced = ", forced" if change.forced else ""
+    forced = " by force" if change.forced else ""
     instead = f" in place of version {change.replaced}" if change.replaced else ""
     why = f": {change.reason}" if change.reason else ""
     return cut(

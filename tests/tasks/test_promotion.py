@@ -166,6 +166,8 @@ def test_damaged_weights_never_become_champion(world: World, harm: str) -> None:
     shutil.rmtree(world.workspace / "weights" / "b")
     (standing,) = check(world.workspace)
     assert "version 2 are not on this machine" in standing.notes[0]
+    told = dpo("promote", "--check", "--workspace", str(world.workspace), folder=world.workspace)
+    assert (told.code, "champions without their weights: dpo-tiny version 2" in told.said) == (4, True)
 
 
 def test_bad_runs_are_told_apart(world: World) -> None:
@@ -208,6 +210,14 @@ def test_a_version_that_is_gone_or_not_the_runs_own_cannot_be_forced(world: Worl
     world.client.delete_model_version(NAME, "2")
     with pytest.raises(PromotionRefused, match="it was deleted"):
         promote(world.workspace, "other", force=True)
+
+
+def test_looking_at_an_empty_workspace_makes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for call in (check, rollback):
+        with pytest.raises(RecipeError, match="holds no finished run"):
+            call(tmp_path / "runs")
+    assert os.listdir(tmp_path) == []
 
 
 def test_the_same_weights_do_not_replace_themselves(world: World) -> None:
@@ -271,12 +281,28 @@ def test_of_eight_machines_that_decided_at_once_one_wins(database: Path, tmp_pat
     )
     winner = _one_winner(ended, worlds[0])
     late = [e.said for e in ended if e.code == 5]
-    assert all(f"came too late: {NAME} version {winner} became champion meanwhile" in said for said in late)
+    assert all(f"came too late: version {winner} became champion meanwhile" in said for said in late)
     (entry,) = Ledger(worlds[0].tracker, NAME).read()
     assert (entry.change.version, entry.state) == (winner, "done")
     for world in worlds:
         for number in range(1, 9):
             assert ("dpo.promoted_at" in world.tags(str(number))) is (str(number) == winner)
+
+
+def test_many_may_finish_a_killed_promotion_at_once(database: Path, tmp_path: Path) -> None:
+    shared = shutil.copy(database, tmp_path / "shared.db")
+    worlds = [World(tmp_path / f"machine-{number}", f"sqlite:///{shared}") for number in range(6)]
+    for number, world in enumerate(worlds):
+        world.run(f"run-{number}")
+    place = ("--workspace", str(worlds[0].workspace))
+    killed = dpo_killed("promote", "run-0", *place, folder=tmp_path, before_write=2)
+    assert killed.code == -9, killed.said
+    ended = dpo_at_once(
+        [("promote", "--check", "--workspace", str(world.workspace)) for world in worlds], tmp_path
+    )
+    assert [e.code for e in ended] == [0] * 6, "\n".join(e.said for e in ended)
+    assert worlds[0].aliases()["champion"] == "1"
+    assert worlds[0].tags("1")["dpo.decision"] == "promote"
 
 
 def _one_winner(ended: list[Any], world: World) -> str:
