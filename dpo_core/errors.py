@@ -57,3 +57,9 @@ class StageFailed(DpoError):
 
 class RankLost(StageFailed):
     """This rank is sound but misses another."""
+
+
+class PromotionRefused(DpoError):
+    """The model does not become champion; the champion stays what it was."""
+
+    exit_code = 5

@@ -18,6 +18,8 @@ from flows.cache_commands import app as cache_app
 from flows.evaluate_command import compare as compare_command
 from flows.evaluate_command import evaluate as evaluate_command
 from flows.plan_command import plan as plan_command
+from flows.promote_command import promote as promote_command
+from flows.promote_command import rollback as rollback_command
 
 # Before Prefect, MLflow and Great Expectations are imported: they read these once. Nothing reports home.
 _QUIET = {
@@ -51,6 +53,8 @@ app.add_typer(cache_app, name="cache")
 app.command("plan")(plan_command)
 app.command("evaluate")(evaluate_command)
 app.command("compare")(compare_command)
+app.command("promote")(promote_command)
+app.command("rollback")(rollback_command)
 
 RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe (dpo config list) or a YAML file.")]
 SetOption = Annotated[

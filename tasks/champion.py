@@ -30,7 +30,7 @@ def find_champion(tracker: Tracker, registered: str) -> Champion | None:
     version = tracker.version_of(registered, ALIAS)
     if version is None:
         return None
-    title = f"{registered} version {version.version}"
+    title = titled(version)
     folder = weights_of(version)
     artifact = version.tags.get("dpo.artifact_sha256")
     if folder is None or not artifact:
@@ -47,6 +47,11 @@ def find_champion(tracker: Tracker, registered: str) -> Champion | None:
         extra={"weights_sha256": weights_digest(folder)},
     )
     return Champion(title, manifest)
+
+
+def titled(version: Any) -> str:
+    """A registered version as sentences and decisions name it."""
+    return f"{version.name} version {version.version}"
 
 
 def weights_of(version: Any) -> Path | None:

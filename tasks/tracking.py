@@ -185,7 +185,7 @@ class Tracker:
         every = {key: cut(value, TAG_CHARS) for key, value in (tags or {}).items()} | {"dpo.weights_uri": uri}
 
         def register() -> str:
-            _unless_there(lambda: self._client.create_registered_model(name))
+            unless_there(lambda: self._client.create_registered_model(name))
             for found in self._client.search_model_versions(f"name = '{name}'"):
                 if found.run_id == run_id and found.tags.get("dpo.weights_uri") == uri:
                     version = found.version
@@ -216,6 +216,16 @@ class Tracker:
                 raise
 
         return self._must(f"the {alias} of {name}", find)
+
+    def ask(self, what: str, call: Callable[[Any], T]) -> T:
+        """What MLflow answers to `call`, which is given its client and may be called again after an outage.
+
+        Raises:
+            StageFailed: MLflow does not answer.
+            RecipeError: it refuses.
+        """
+        self._connect()
+        return self._must(what, lambda: call(self._client))
 
     def describe_version(self, name: str, version: str, text: str) -> None:
         """Give a registered version its Markdown description."""
@@ -276,7 +286,7 @@ class Tracker:
             # Without a server MLflow would put artifacts below the working directory.
             local = "://" in self.uri and not self.uri.startswith("http")
             location = (self.workspace / "mlartifacts").as_uri() if local else None
-            _unless_there(lambda: self._client.create_experiment(name, location, dict(_EXPERIMENT_TAGS)))
+            unless_there(lambda: self._client.create_experiment(name, location, dict(_EXPERIMENT_TAGS)))
             found = self._client.get_experiment_by_name(name)
         if found.lifecycle_stage != "active":
             raise RecipeError(
@@ -307,7 +317,7 @@ class Tracker:
                 time.sleep(1)
 
 
-def _unless_there(create: Callable[[], object]) -> None:
+def unless_there(create: Callable[[], object]) -> None:
     """Create something that another process may have created in the meantime."""
     from mlflow.exceptions import MlflowException
 

@@ -1,0 +1,97 @@
+"""`dpo promote` and `dpo rollback`: who is champion, and back again. Exit code 5: refused."""
+
+from typing import Annotated, Any
+
+import typer
+
+WorkspaceOption = Annotated[str, typer.Option(help="Workspace folder.")]
+ReasonOption = Annotated[str, typer.Option(metavar="TEXT", help="Why; kept with the change.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+
+
+def promote(
+    run_id: Annotated[
+        str | None, typer.Argument(metavar="RUN", help="A finished run; see `dpo runs`.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Promote against the rules; what was overridden is kept.")
+    ] = False,
+    reason: ReasonOption = "",
+    check: Annotated[
+        bool, typer.Option("--check", help="Say who is champion, and finish a promotion that was cut off.")
+    ] = False,
+    workspace: WorkspaceOption = "./runs",
+    as_json: JsonOption = False,
+) -> None:
+    """Make a run's model the champion, if every rule of its decision holds. Exit code 5: refused.
+
+    With --check, exit code 4: a champion's weights are gone or damaged.
+    """
+    from dpo_core.errors import RecipeError, StageFailed
+    from tasks import promotion
+
+    if check == (run_id is not None):
+        raise RecipeError("dpo promote takes a run, or --check alone", "List the runs with: dpo runs")
+    if run_id is None:
+        standings = promotion.check(workspace)
+        _show_all(standings, as_json)
+        if lost := [f"{s.name} version {s.champion}" for s in standings if not s.sound]:
+            raise StageFailed(
+                f"champions without their weights: {', '.join(lost)}", "Go back with: dpo rollback"
+            )
+    else:
+        _show(promotion.promote(workspace, run_id, force=force, reason=reason), as_json)
+
+
+def rollback(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="The registered model, where there are several.")
+    ] = None,
+    reason: ReasonOption = "",
+    workspace: WorkspaceOption = "./runs",
+    as_json: JsonOption = False,
+) -> None:
+    """Make the previous champion the champion again. Exit code 5: there is none, or its files are damaged."""
+    from tasks import promotion
+
+    _show(promotion.rollback(workspace, name, reason=reason), as_json)
+
+
+def _show(standing: Any, as_json: bool) -> None:
+    from tasks.promotion_ledger import sentence
+
+    if as_json:
+        typer.echo(standing.model_dump_json(indent=1))
+        return
+    for note in standing.notes:
+        typer.echo(note)
+    if standing.changed:
+        typer.echo(sentence(standing.change))
+        for overridden in standing.change.overridden:
+            typer.echo(f"overridden  {overridden}")
+    else:
+        typer.echo(f"{standing.name} version {standing.champion} is the champion already; nothing changed")
+    typer.echo(_aliases(standing))
+
+
+def _show_all(standings: list[Any], as_json: bool) -> None:
+    import json
+
+    if as_json:
+        typer.echo(json.dumps([standing.model_dump(mode="json") for standing in standings], indent=1))
+        return
+    if not standings:
+        typer.echo("no registered models")
+    for standing in standings:
+        typer.echo(f"{standing.name}: {_aliases(standing)}")
+        for note in standing.notes:
+            typer.echo(f"  {note}")
+
+
+def _aliases(standing: Any) -> str:
+    held = {
+        "champion": standing.champion,
+        "previous-champion": standing.previous,
+        "challenger": standing.challenger,
+    }
+    return ", ".join(f"{alias} {'none' if number is None else number}" for alias, number in held.items())

@@ -1,0 +1,69 @@
+"""Finished runs of a workspace, and the registry that knows their models."""
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from dpo_core.errors import RecipeError
+from tasks.report import ModelRow, RunReport
+from tasks.runs import list_runs
+from tasks.tracking import Tracker, TrackingConfig
+
+
+def finished_report(workspace: Path, run_id: str) -> tuple[RunReport, ModelRow]:
+    """The report of a finished alignment run, and the model that it registered.
+
+    Raises:
+        RecipeError: there is no such run, or it is not finished, damaged, or a frontier.
+    """
+    runs = list_runs(workspace)
+    record = next((run for run in runs if run.run_id == run_id), None)
+    if record is None:
+        names = ", ".join(run.run_id for run in runs[:5]) or "none"
+        raise RecipeError(f"the workspace {workspace} holds no run named {run_id}", f"Newest runs: {names}")
+    again = f"Finish it first: dpo run {record.recipe} --resume {run_id}"
+    if record.status != "done":
+        raise RecipeError(f"the run {run_id} is not finished: its status is {record.status}", again)
+    path = _report_of(workspace, run_id)
+    try:
+        facts = json.loads(path.read_bytes())
+        if isinstance(facts, dict) and "study" in facts:
+            raise RecipeError(
+                f"{run_id} is a frontier, which registers no model", "Promote a run of `dpo run`."
+            )
+        report = RunReport.model_validate(facts)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"the report {path} is missing, damaged or of another version", again) from error
+    if report.model is None or report.model.version is None:
+        raise RecipeError(f"the run {run_id} registered no model", again)
+    return report, report.model
+
+
+def registry_of(workspace: Path, report: RunReport | None = None) -> Tracker:
+    """The MLflow that knows the models: the one that the run, or else the newest finished one, wrote to.
+
+    A workspace may be moved, and its own database moves with it.
+
+    Raises:
+        RecipeError: nothing was ever tracked there.
+    """
+    uri = report.run.tracking_uri if report else _newest_uri(workspace)
+    own = workspace / "mlflow.db"
+    if uri and uri.startswith("sqlite:") and uri.endswith("/mlflow.db") and own.exists():
+        uri = f"sqlite:///{own}"
+    if not (uri or own.exists() or os.environ.get("MLFLOW_TRACKING_URI")):
+        raise RecipeError(f"the workspace {workspace} holds no finished run", "List its runs with: dpo runs")
+    return Tracker(TrackingConfig(uri=uri), workspace)
+
+
+def _newest_uri(workspace: Path) -> str | None:
+    for record in list_runs(workspace):
+        with suppress(OSError, ValueError):  # unfinished, damaged or a frontier: the next will do
+            text = _report_of(workspace, record.run_id).read_bytes()
+            return RunReport.model_validate_json(text).run.tracking_uri
+    return None
+
+
+def _report_of(workspace: Path, run_id: str) -> Path:
+    return workspace / "runs" / run_id / "report.json"

@@ -1,0 +1,291 @@
+"""The ledger of champions: every change of the registry's alias `champion`, in one order for all machines.
+
+MLflow's registry has no transaction over aliases and no compare-and-set: an alias is an upsert, the last
+writer wins, and both writers read back success. One thing in it is atomic on every SQL store: a version's
+number. `create_model_version` inserts number and tags in one transaction under a primary key, so that of two
+writers at once one gets the next number and the other the one after it. The ledger is therefore a registered
+model of its own, `<name>.promotions`. Its entry n holds one change and the number of the entry it was decided
+on; it counts if that was the last one that counts. All readers come to the same answer, so one of two
+promotions that were decided on the same champion is void, on whatever machines they ran.
+
+Creating the entry is the promotion. Tags, artifact and aliases follow from it (`settle`): they can be written
+again, in an order that leaves the old champion in its place until the last write but one. Whoever was killed
+in between is made good by the next promotion, rollback or check.
+
+What remains: an alias moved by hand in MLflow is no entry; it is taken as it stands. Of two machines that
+carry out the same entry, one that sleeps for longer than the next whole promotion takes and then wakes
+writes an old alias and mends that with its next call; killed exactly between the two, it leaves the alias
+on an earlier champion, which `Ledger.moved` tells.
+"""
+
+import logging
+import random
+import time
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any, Literal, NamedTuple
+
+from pydantic import AwareDatetime, Field, ValidationError
+
+from dpo_core.config import Config
+from dpo_core.evaluation.decision import Decision
+from tasks.champion import ALIAS
+from tasks.tracking import Tracker, unless_there
+from tasks.tracking_outbox import one_line
+from tasks.tracking_run import TAG_CHARS, cut
+
+log = logging.getLogger("dpo")
+
+PREVIOUS = "previous-champion"
+SUFFIX = ".promotions"
+_CHANGE, _STATE = "dpo.change", "dpo.state"
+_UPSERTS = 5
+_ABOUT = "Changes of the champion of {name}, one a version. Written by `dpo promote` and `dpo rollback`."
+
+
+class Change(Config):
+    """One change of the champion: an entry of the ledger, and the artifact `decision.json`."""
+
+    kind: Literal["promotion", "rollback"]
+    name: str
+    """The registered model."""
+    version: str
+    """Its new champion."""
+    replaced: str | None
+    """The champion until then."""
+    previous: str | None
+    """What `previous-champion` names from then on."""
+    at: AwareDatetime
+    by: str
+    run: str | None = None
+    """The run whose model was promoted."""
+    forced: bool = False
+    """Whether `--force` overrode what stood against it."""
+    overridden: list[str] = Field(default_factory=list)
+    """What stood against it."""
+    reason: str = ""
+    """Why, in the words of who did it."""
+    decision: Decision | None = None
+    after: int
+    """Number of the entry that this one was decided on; 0 for none."""
+    mark: str
+    """Tells entries apart."""
+
+
+class Entry(NamedTuple):
+    """A change with its place in the ledger."""
+
+    number: int
+    change: Change
+    state: str
+    """Empty until it was carried out; then `done`, or `abandoned` where its version is gone."""
+
+
+class Ledger:
+    """The changes of one registered model's champion."""
+
+    def __init__(self, tracker: Tracker, name: str) -> None:
+        self._tracker, self.model = tracker, name
+        self.name = name + SUFFIX
+
+    def read(self) -> list[Entry]:
+        """The entries that count, in their order."""
+        query = f"name = '{self.name}'"
+        found = self._tracker.ask(
+            f"the ledger of {self.model}", lambda c: list(c.search_model_versions(query))
+        )
+        return _that_count([entry for version in found if (entry := _entry(version)) is not None])
+
+    def append(self, change: Change) -> bool:
+        """Write a change down; from then on it has happened. False: another was written before it."""
+        source = f"models:/{self.model}/{change.version}"
+        about = _ABOUT.format(name=self.model)
+
+        def write(client: Any) -> str:
+            unless_there(lambda: client.create_registered_model(self.name, description=about))
+            run_id = client.get_model_version(self.model, change.version).run_id
+            tags = {_CHANGE: change.model_dump_json()}
+            made = client.create_model_version(
+                self.name, source, run_id=run_id, tags=tags, description=sentence(change)
+            )
+            return str(made.version)
+
+        number = self._tracker.ask(f"the {change.kind} of {self.model}", write)
+        # By its mark: an answer lost on the way makes two entries of one change, and the first may count.
+        won = any(entry.change.mark == change.mark for entry in self.read())
+        if not won:
+            self._tracker.ask("a void entry", lambda c: c.delete_model_version(self.name, number))
+        return won
+
+    def settle(self) -> Change | None:
+        """Carry out the last change if that was not done yet; returns it then."""
+        carried: Entry | None = None
+        while True:
+            entries = self.read()
+            if not entries:
+                return None
+            last = entries[-1]
+            if carried.number == last.number if carried else last.state:
+                return carried.change if carried else None
+            # After one was carried out, a later one is carried out again: our alias may have come after its.
+            self._carry_out(last)
+            carried = last
+
+    def moved(self) -> str | None:
+        """The champion by the ledger where the alias, all settled, names another version."""
+        entries = [entry for entry in self.read() if entry.state == "done"]
+        held = self._tracker.version_of(self.model, ALIAS)
+        wanted = entries[-1].change.version if entries else None
+        return wanted if wanted and (held is None or str(held.version) != wanted) else None
+
+    def version(self, number: str) -> Any | None:
+        """A registered version of the model; None where it was deleted."""
+        from mlflow.exceptions import MlflowException
+
+        def find(client: Any) -> Any | None:
+            try:
+                return client.get_model_version(self.model, number)
+            except MlflowException as error:
+                if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                    return None
+                raise
+
+        return self._tracker.ask(f"version {number} of {self.model}", find)
+
+    def _carry_out(self, entry: Entry) -> None:
+        change = entry.change
+        version = self.version(change.version)
+        if version is None:
+            log.warning("%s: version %s was deleted, it is not made champion", self.model, change.version)
+            self._set_state(entry, "abandoned")
+            return
+        self._tag(change.version, _tags(change))
+        if change.replaced and self.version(change.replaced):
+            self._tag(change.replaced, _tags_of_replaced(change))
+        self._tracker.ask("the decision", lambda client: _record(client, version.run_id, change))
+        previous = change.previous if change.previous and self.version(change.previous) else None
+        self._point(PREVIOUS, previous)
+        self._point(ALIAS, change.version)
+        self._set_state(entry, "done")
+
+    def _point(self, alias: str, version: str | None) -> None:
+        def write(client: Any) -> None:
+            if version is None:
+                client.delete_registered_model_alias(self.model, alias)
+            else:
+                client.set_registered_model_alias(self.model, alias, version)
+
+        self._upsert(f"the alias {alias}", write)
+
+    def _tag(self, version: str, tags: dict[str, str]) -> None:
+        for key, value in tags.items():
+            self._set_tag(self.model, version, key, cut(value, TAG_CHARS))
+
+    def _set_state(self, entry: Entry, state: str) -> None:
+        self._set_tag(self.name, str(entry.number), _STATE, state)
+
+    def _set_tag(self, model: str, version: str, key: str, value: str) -> None:
+        what = f"the tag {key} of {model} version {version}"
+        self._upsert(what, lambda client: client.set_model_version_tag(model, version, key, value))
+
+    def _upsert(self, what: str, write: Callable[[Any], None]) -> None:
+        """Write a tag or an alias that another process may be writing too.
+
+        MLflow looks whether the row is there and then inserts it: of two at once, one breaks the key.
+        """
+        from mlflow.exceptions import MlflowException
+
+        def again(client: Any) -> None:
+            for _ in range(_UPSERTS):
+                try:
+                    return write(client)
+                except MlflowException as error:
+                    if error.error_code != "BAD_REQUEST":
+                        raise
+                    time.sleep(random.uniform(0.05, 0.2))
+            return write(client)
+
+        self._tracker.ask(what, again)
+
+
+def reigns(entries: list[Entry]) -> list[str]:
+    """The champions that a rollback can go back to, the present one last.
+
+    A promotion adds one. A rollback takes off what it went back over, so that two in a row go back by two
+    and never to the model that was found bad.
+    """
+    stack: list[str] = []
+    for change in (entry.change for entry in entries if entry.state != "abandoned"):
+        if change.replaced and stack[-1:] != [change.replaced]:
+            stack.append(change.replaced)  # moved by hand in between
+        if change.kind == "promotion":
+            stack.append(change.version)
+        else:
+            while stack and stack[-1] != change.version:
+                stack.pop()
+            stack = stack or [change.version]
+    return stack
+
+
+def sentence(change: Change) -> str:
+    """A change in one line."""
+    verb = "promoted" if change.kind == "promotion" else "brought back"
+    forced = " by force" if change.forced else ""
+    instead = f" in place of version {change.replaced}" if change.replaced else ""
+    why = f": {change.reason}" if change.reason else ""
+    return cut(
+        f"{change.name} version {change.version} {verb}{forced}{instead} by {change.by}{why}", TAG_CHARS
+    )
+
+
+def _entry(version: Any) -> Entry | None:
+    """None for a version that somebody else put there."""
+    try:
+        change = Change.model_validate_json(version.tags[_CHANGE])
+    except (KeyError, ValidationError):
+        return None
+    return Entry(int(version.version), change, version.tags.get(_STATE, ""))
+
+
+def _that_count(entries: list[Entry]) -> list[Entry]:
+    counted: list[Entry] = []
+    for entry in sorted(entries, key=lambda entry: entry.number):
+        if entry.change.after == (counted[-1].number if counted else 0):
+            counted.append(entry)
+    return counted
+
+
+def _tags(change: Change) -> dict[str, str]:
+    """Of the version that becomes champion. A rollback leaves what its promotion wrote."""
+    if change.kind == "rollback":
+        tags = {"dpo.restored_at": _moment(change.at), "dpo.restored_by": change.by}
+        return tags | ({"dpo.restored_reason": change.reason} if change.reason else {})
+    verdict = "none" if change.decision is None else "promote" if change.decision.promote else "refuse"
+    return {
+        "dpo.promoted_at": _moment(change.at),
+        "dpo.promoted_by": change.by,
+        "dpo.decision": verdict,
+        "dpo.forced": str(change.forced).lower(),
+        "dpo.reason": change.reason or "; ".join(change.overridden) or "every rule holds",
+        "dpo.replaced": change.replaced or "none",
+    }
+
+
+def _tags_of_replaced(change: Change) -> dict[str, str]:
+    if change.kind == "promotion":
+        return {"dpo.replaced_by": change.version, "dpo.replaced_at": _moment(change.at)}
+    tags = {"dpo.rolled_back_at": _moment(change.at), "dpo.rolled_back_by": change.by}
+    return tags | ({"dpo.rolled_back_reason": change.reason} if change.reason else {})
+
+
+def _record(client: Any, run_id: str, change: Change) -> None:
+    """The change as an artifact of the run that made the model. The ledger has it all the same."""
+    name = "decision.json" if change.kind == "promotion" else "rollback.json"
+    try:
+        client.log_text(run_id, change.model_dump_json(indent=1), name)
+    except Exception as error:
+        log.warning("MLflow did not take %s for run %s: %s", name, run_id, one_line(error)[:300])
+
+
+def _moment(at: datetime) -> str:
+    return at.isoformat(timespec="seconds")
