@@ -9,6 +9,7 @@ from flows.preparation import align_on_pairs, prepare
 from flows.recorded import recorded
 from tasks.champion import NAME, Champion, find_champion
 from tasks.evaluation import evaluate
+from tasks.judging import judge_policies
 from tasks.manifest import Manifest
 from tasks.online import train_online
 from tasks.recipe import Recipe
@@ -75,7 +76,10 @@ def compose(context: Context, recipe: Recipe, stages: dict[str, StageResult]) ->
         policies[NAME] = champion.manifest
     # A known reward measures also where the methods learned from the model: that shows over-optimisation.
     proxy = reward_model if source is None else None
-    keep("evaluate", evaluate(context, policies, judged, pairs, proxy, source, recipe.evaluate, tokens, seed))
+    measured = evaluate(context, policies, judged, pairs, proxy, source, recipe.evaluate, tokens, seed)
+    answers = keep("evaluate", measured)
+    if recipe.judge:
+        keep("judge", judge_policies(context, answers, recipe.judge, seed))
     if recipe.suites.names:
         for name, model in policies.items():
             labelled = context.model_copy(update={"label": f" {name}"})

@@ -10,6 +10,7 @@ from dpo_core.evaluation.suites import find
 from dpo_core.judging.results import WinRate
 from dpo_core.stats import Estimate
 from tasks.champion import NAME, Champion
+from tasks.judging import load_win_rates
 from tasks.manifest import Manifest
 from tasks.recipe import Recipe
 from tasks.report import GateRow, SuiteRow
@@ -72,7 +73,10 @@ def assess(
     return Assessment(
         suites=[suite_row(result) for listed in results.values() for result in listed],
         comparisons=comparisons,
-        win_rates=[WinRate.model_validate(rate) for rate in evaluation["win_rates"]],
+        win_rates=[
+            *(WinRate.model_validate(rate) for rate in evaluation["win_rates"]),
+            *(load_win_rates(manifests["judge"]) if "judge" in manifests else []),
+        ],
         decision=decision,
     )
 

@@ -1,5 +1,6 @@
 """Two models answer the same prompts, and a judge says which answers are better."""
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,12 @@ from dpo_core.generate import SamplingConfig, seed_for
 from dpo_core.judging.compare import compare_answers
 from dpo_core.judging.judge import JudgeConfig
 from dpo_core.judging.results import WinRate
-from tasks.evaluation import readable
+from tasks.evaluation import load_answers, readable
+from tasks.manifest import Manifest
 from tasks.report import Sample
+from tasks.stage import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 
+JUDGE = Stage("judge", 1, "win-rates")
 REPLIES = "judgements"
 """Folder of the workspace that holds the judges' earlier replies."""
 SHOWN = 8
@@ -76,3 +80,53 @@ def judge_models(
         for one, ours, theirs in list(zip(asked, answers_a, answers_b, strict=True))[:SHOWN]
     ]
     return rate, samples
+
+
+@stage_task("judge")
+def judge_policies(context: Context, evaluation: Manifest, config: JudgeConfig, seed: int) -> StageResult:
+    """Win rates of every policy over the reference, and over the champion where there is one.
+
+    Args:
+        evaluation: what the policies answered to the held-out prompts.
+    """
+
+    def work(given: Work) -> Output:
+        said = load_answers(evaluation)
+        prompts = [said["prompts"][i] for i in said["prompt_index"]]
+        names = list(said["answers"])
+        against = [
+            (name, rival)
+            for rival in ("SFT", "Champion")
+            for name in names
+            if rival in names and name not in ("SFT", rival)
+        ]
+        bar = given.progress(len(against))
+        rates = []
+        for number, (name, rival) in enumerate(against):
+            rate = compare_answers(
+                config,
+                prompts,
+                said["answers"][name],
+                said["answers"][rival],
+                a=name,
+                b=rival,
+                clusters=said["prompt_index"],
+                cache=Path(context.workspace) / REPLIES,
+                seed=seed,
+            )
+            rates.append(rate)
+            bar.update(number + 1)
+        out = given.fresh("out")
+        listed = [rate.model_dump(mode="json") for rate in rates]
+        (out / "win_rates.json").write_text(json.dumps(listed, ensure_ascii=False), encoding="utf-8")
+        metrics = {f"judge/{rate.a.lower()}-over-{rate.b.lower()}": rate.rate.value for rate in rates}
+        return Output(out, rows=len(prompts), metrics=metrics)
+
+    slice_ = {"config": config.model_dump(mode="json"), "seed": seed}
+    return run_stage(context, JUDGE, {"evaluation": evaluation}, slice_, work)
+
+
+def load_win_rates(manifest: Manifest) -> list[WinRate]:
+    """What the stage wrote."""
+    listed = json.loads((manifest.path / "win_rates.json").read_text(encoding="utf-8"))
+    return [WinRate.model_validate(one) for one in listed]

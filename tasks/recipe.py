@@ -19,6 +19,7 @@ from dpo_core.errors import RecipeError
 from dpo_core.evaluate import EvaluateConfig
 from dpo_core.evaluation.decision import PromotionConfig
 from dpo_core.evaluation.running import SuitesConfig
+from dpo_core.judging.judge import JudgeConfig
 from dpo_core.models import ModelConfig
 from dpo_core.online.group import GroupConfig
 from dpo_core.online.ppo import PpoConfig
@@ -118,6 +119,8 @@ class Recipe(Config):
     """Evaluation on held-out prompts."""
     suites: SuitesConfig = SuitesConfig()
     """Evaluation suites: preferences, capabilities, harm."""
+    judge: JudgeConfig | None = None
+    """A language model that says which policy's answers are better. Empty: the reward alone says it."""
     promotion: PromotionConfig = PromotionConfig()
     """What the model must show to be promoted."""
     tracking: TrackingConfig = TrackingConfig()
@@ -155,12 +158,18 @@ class Recipe(Config):
             if getattr(self, name).lora and importlib.util.find_spec("peft") is None:
                 raise ValueError(f"{name}.lora needs peft, which is not installed: {LORA_EXTRA}")
         self._check_frontier()
-        if self.frontier and self.suites.names:
-            raise ValueError("suites.* would not be read: a comparison study runs no suites")
         for name in ("pairs", "evaluate"):
             new = getattr(self, name).sampling.max_new_tokens
             if new >= self.tokens.max_length:
                 raise ValueError(f"{name}.sampling.max_new_tokens {new} leaves no room in tokens.max_length")
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_asked_beside_the_reward(self) -> "Recipe":
+        if self.frontier and (self.suites.names or self.judge):
+            raise ValueError("suites and judge would not be read: a comparison study asks neither")
+        if self.judge and self.judge.kind != "llm":
+            raise ValueError("judge.kind must be llm: the run measures with its reward anyway")
         return self
 
     def _check_frontier(self) -> None:
@@ -271,8 +280,9 @@ def overridden(
         return model.model_validate(raw)
     except ValidationError as error:
         raise RecipeError(f"{unusable}: {_faults_of(error, model)}", remedy) from error
-    except RecipeError as error:  # of the objective, which says itself what may be chosen
-        raise RecipeError(f"{unusable}: dpo: {error.problem}", error.remedy) from error
+    except RecipeError as error:  # of the objective or the judge, which say themselves what may be chosen
+        where = "" if error.problem.startswith("the judge") else "dpo: "
+        raise RecipeError(f"{unusable}: {where}{error.problem}", error.remedy) from error
 
 
 def _lay_over(raw: dict[str, Any], override: str) -> None:

@@ -9,8 +9,11 @@ import pytest
 from dpo_core.errors import RecipeError
 from tasks.model_evaluation import EvaluationRequest, evaluate_models
 from tasks.suite_results import find_model
+from tests.judge_server import Server, server
 from tests.tiny import make_tiny_model
 from tests.tiny_run import Bench
+
+__all__ = ["server"]  # a fixture
 
 ROWS = [
     ("helpful", "Name a sea.", "The North Sea is a sea.", "No."),
@@ -136,15 +139,25 @@ def test_a_model_that_is_not_there_is_said(tmp_path: Path) -> None:
         find_model("models:/dpo-x@champion", tmp_path)
 
 
-def test_every_policy_of_a_run_is_put_through_the_suites(
-    finished: tuple[Bench, dict[str, Any]], data: Path
+def test_every_policy_of_a_run_is_put_through_the_suites_and_before_a_judge(
+    finished: tuple[Bench, dict[str, Any]], data: Path, server: Server
 ) -> None:
     bench = finished[0].copy("suites")
-    sets = ["suites.names=[hhh]", f"suites.data={data}", "suites.settings.precision=fp32"]
+    sets = [
+        "suites.names=[hhh]", f"suites.data={data}", "suites.settings.precision=fp32", "judge.kind=llm",
+        f"judge.endpoint.base_url={server.url}", "judge.endpoint.model=rule",
+    ]  # fmt: skip
     report = bench.run(*(part for one in sets for part in ("--set", one)))
     assert {name for name, state in bench.states(report).items() if state == "ran"} == {
-        "suites SFT", "suites DPO", "suites PPO",
+        "suites SFT", "suites DPO", "suites PPO", "judge",
     }  # fmt: skip
+    rates = {(rate["a"], rate["b"], rate["judge"]): rate for rate in report["win_rates"]}
+    reward = next(name for _, _, name in rates if name != "rule")
+    assert rates.keys() == {(a, "SFT", judge) for a in ("DPO", "PPO") for judge in (reward, "rule")}
+    judged = rates["DPO", "SFT", "rule"]
+    assert judged["wins"] + judged["ties"] + judged["losses"] == 12, "two answers to each of six prompts"
+    assert judged["position_consistency"] > 0.5
+    assert judged["requests"] == len(server.asked) - rates["PPO", "SFT", "rule"]["requests"]
     assert [row["policy"] for row in report["suites"]] == ["SFT", "DPO", "PPO"]
     (comparison,) = report["comparisons"]
     assert (comparison["candidate"], comparison["baseline"]) == ("DPO", "SFT")

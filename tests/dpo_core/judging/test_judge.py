@@ -14,7 +14,7 @@ from dpo_core.judging.client import Endpoint
 from dpo_core.judging.compare import compare_answers
 from dpo_core.judging.judge import JudgeConfig, Judgement, judge_answers, judge_by_scores, win_rate
 from dpo_core.judging.results import WinRate
-from tests.dpo_core.judging.conftest import Server, longer_wins, shown
+from tests.judge_server import Server, longer_wins, shown
 
 PROMPTS = ["a post", "another post", "a third"]
 LONG, SHORT = ["longer one", "longer two", "longer three"], ["s1", "s2", "s3"]
