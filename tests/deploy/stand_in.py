@@ -3,9 +3,12 @@
 It takes the command line of a node, whatever comes before `--config JOB`, and says which it was given.
 """
 
+import contextlib
 import stat
 import sys
 from pathlib import Path
+
+import psutil
 
 SOURCE = """#!{python}
 import os, pathlib, signal, sys, time
@@ -52,3 +55,13 @@ def starts(work: Path) -> list[int]:
     """Process ids of the nodes that were started, in order."""
     path = work / "starts"
     return [int(line.split()[1]) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def alive(work: Path) -> list[int]:
+    """The nodes that still run; one that nobody has collected does not."""
+    found = []
+    for pid in starts(work):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                found.append(pid)
+    return found

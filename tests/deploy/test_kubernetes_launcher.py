@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 pytest.importorskip("kubernetes", reason="the extra kubernetes is not installed")
@@ -23,7 +22,7 @@ from dpo_core.errors import RecipeError, StageFailed
 from tests.deploy import stand_in
 from tests.deploy.kube_server import Cluster, Server
 from tests.tiny import make_tiny_model
-from tests.training_jobs import curve, pair_rows, wait_until, write_job
+from tests.training_jobs import curve, sft_job, wait_until
 
 Make = Callable[..., KubernetesLauncher]
 
@@ -93,7 +92,7 @@ def test_cancelled_jobs_save_and_leave_nothing(make: Make, cluster: Cluster, tmp
     launcher.cancel(handle, grace=10)
     assert launcher.poll(handle) is State.STOPPED
     assert not cluster.pods
-    assert not any(psutil.pid_exists(pid) for pid in stand_in.starts(job.parent))
+    assert not stand_in.alive(job.parent)
     launcher.cancel(handle)  # once more: nothing to do
 
 
@@ -103,7 +102,7 @@ def test_stubborn_jobs_are_killed_after_the_grace_time(make: Make, tmp_path: Pat
     handle = launcher.submit(job, 1, job.parent)
     wait_until((job.parent / "ready").exists, "a node")
     launcher.cancel(handle, grace=1)  # although the pod's own grace is two minutes
-    assert not any(psutil.pid_exists(pid) for pid in stand_in.starts(job.parent))
+    assert not stand_in.alive(job.parent)
     assert launcher.poll(handle) is State.FAILED
 
 
@@ -332,7 +331,7 @@ def test_the_rendered_command_trains_on_two_nodes(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     model = make_tiny_model(tmp_path / "model")
-    job = write_sft_job(tmp_path / "work", model)
+    job = sft_job(tmp_path / "work", model)
     launcher = make(kind=kind, nodes=2, python=sys.executable)
     handle = launcher.submit(job, 1, job.parent)
     wait_until(lambda: launcher.poll(handle) is not State.RUNNING, "the end", 180)
@@ -340,12 +339,3 @@ def test_the_rendered_command_trains_on_two_nodes(
     assert len(curve(job.parent)) == 4
     assert (job.parent / "out" / "model.safetensors").exists()
     launcher.cancel(handle, grace=1)
-
-
-def write_sft_job(work: Path, model: Path) -> Path:
-    rows = [
-        {"id": r["id"], "prompt": r["prompt"], "chat": False, "completion": r["chosen"], "ended": True}
-        for r in pair_rows(16)
-    ]
-    engine = {"precision": "fp32", "save_every": 2, "threads": 1}
-    return write_job(work, "sft", model, rows, sft={"epochs": 1, "batch_size": 4, "engine": engine})
