@@ -22,6 +22,9 @@ class State(Enum):
 class Launcher(Protocol):
     """Starts one training job and watches it."""
 
+    pause: float
+    """Seconds to let pass between two polls; a busy scheduler is not asked more often."""
+
     def render(self, job: Path, processes: int) -> str:
         """What would be run, as text; starts nothing."""
         ...
@@ -59,9 +62,10 @@ def ended(work: Path) -> State:
 
 
 def clear(work: Path) -> None:
-    """Remove what an earlier job left: it says nothing about the next."""
+    """Remove what an earlier job left, which says nothing about the next, and begin the log."""
     for leftover in (RESULT, ERROR, STOPPED):
         (work / leftover).unlink(missing_ok=True)
+    (work / LOG).touch()
 
 
 def tail(work: Path, lines: int) -> str:

@@ -33,6 +33,8 @@ _AFTER_GRACE = 20.0
 class KubernetesLauncher:
     """One attempt at a run. Any process with the same settings, run and attempt finds its job again."""
 
+    pause = 3.0
+
     def __init__(
         self, config: KubernetesConfig, run: str, attempt: int = 1, api: KubeApi | None = None
     ) -> None:

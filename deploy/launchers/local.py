@@ -21,6 +21,8 @@ class LocalLauncher:
     child in a session of its own would go on training unseen.
     """
 
+    pause = 0.5
+
     def __init__(self) -> None:
         self._jobs: dict[str, tuple[subprocess.Popen[bytes], Path, Path]] = {}
 

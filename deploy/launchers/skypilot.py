@@ -79,6 +79,8 @@ class SkyPilotConfig(ClusterConfig):
 class SkyPilotLauncher:
     """One attempt at a run. Any process of the same user finds its job again by run and attempt."""
 
+    pause = 30.0
+
     def __init__(self, config: SkyPilotConfig, run: str, attempt: int = 1) -> None:
         self.config, self.name = config, job_name(run, attempt)
 

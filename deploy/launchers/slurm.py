@@ -79,6 +79,8 @@ class SlurmConfig(ClusterConfig):
 class SlurmLauncher:
     """One attempt at a run. Any process of the same user finds its job again by run and attempt."""
 
+    pause = 10.0
+
     def __init__(self, config: SlurmConfig, run: str, attempt: int = 1) -> None:
         self.config, self.name = config, job_name(run, attempt)
 
