@@ -56,9 +56,9 @@ class KubeApi:
     """
 
     def __init__(self, namespace: str, api: Any = None, away_seconds: float = 600.0) -> None:
-        from kubernetes import client
-
         api = api or connect()
+        from kubernetes import client  # only now: connecting says what to do where it is missing
+
         # Its own retries would multiply with ours.
         api.rest_client.pool_manager.connection_pool_kw["retries"] = False
         self.namespace, self.away_seconds = namespace, away_seconds

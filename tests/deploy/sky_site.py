@@ -35,7 +35,9 @@ def site(folder: Path | None = None, **changes: Any) -> dict[str, Any]:
     path = (folder or SITE) / "site.json"
     now = json.loads(path.read_text()) if path.exists() else {}
     if changes:
-        path.write_text(json.dumps(now | changes))
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(now | changes))
+        temporary.replace(path)
     return now
 
 

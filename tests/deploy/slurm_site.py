@@ -48,7 +48,9 @@ def site(folder: Path | None = None, **changes: Any) -> dict[str, Any]:
     path = (folder or SITE) / "site.json"
     now = json.loads(path.read_text()) if path.exists() else {}
     if changes:
-        path.write_text(json.dumps(now | changes))
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(now | changes))
+        temporary.replace(path)
     return now
 
 
@@ -177,17 +179,19 @@ def controller(arguments: list[str]) -> str:
 
 
 def wait_for_turn(number: int) -> bool:
-    while site().get("hold"):
-        job = update(number, state="PENDING", reason=site()["hold"])
+    while True:
+        hold = site().get("hold")
+        job = update(number, state="PENDING", reason=hold or "Priority")
         if job.get("fate"):
             update(number, state=job["fate"])
             return False
+        if not hold:
+            return True
         time.sleep(0.02)
-    return True
 
 
 def run_once(number: int) -> bool:
-    job = update(number, state="RUNNING", reason="None", fate=None)
+    job = update(number, state="RUNNING", reason="None")
     options, starts = job["options"], job["starts"] + 1
     nodes = int(options["nodes"])
     environment = os.environ | {
@@ -200,6 +204,7 @@ def run_once(number: int) -> bool:
         batch = subprocess.Popen(
             ["bash", str(SITE / f"script-{number}")],
             stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
+            start_new_session=True,
         )  # fmt: skip
     update(number, batch=batch.pid, starts=starts)
     limit = time.monotonic() + site().get("limit", 1e9) if starts == 1 else 1e18
@@ -219,7 +224,8 @@ def run_once(number: int) -> bool:
             again = fate == "REQUEUED" or (
                 fate == "NODE_FAIL" and "requeue" in options and not site().get("last")
             )
-            update(number, state="PENDING" if again else fate, exit="0:15", reason="BeginTime")
+            state = "PENDING" if again else fate
+            update(number, state=state, exit="0:15", reason="BeginTime", fate=None)
             return again
     code = batch.returncode
     update(number, state="FAILED" if code else "COMPLETED", exit=f"{code}:0")
@@ -231,11 +237,15 @@ def end(batch: subprocess.Popen[bytes], wait: float) -> None:
     family = [psutil.Process(batch.pid), *psutil.Process(batch.pid).children(recursive=True)]
     if wait:
         for process in family:
-            process.terminate()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
     psutil.wait_procs(family[1:], timeout=wait)
     for process in family:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+    # What was started since the family was listed.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(batch.pid, signal.SIGKILL)
     batch.wait()
 
 

@@ -74,10 +74,10 @@ def test_a_job_ends_as_its_files_say(make: Make, tmp_path: Path, kind: str, what
     launcher = make(kind=kind, nodes=2)
     handle = launcher.submit(job, 1, job.parent)
     assert until_over(launcher, handle) is (State.DONE if what == "done" else State.FAILED)
-    assert len(stand_in.starts(job.parent)) == 2
+    wait_until(lambda: len(stand_in.starts(job.parent)) == 2, "both nodes", 10)
     if what == "fail":
         assert "its command ended with status 1" in launcher.why(handle)
-        assert "the last words of a rank" in launcher.logs(handle)
+        wait_until(lambda: "the last words of a rank" in launcher.logs(handle), "the log of rank 0", 10)
     # The log outlives the pods.
     launcher.cancel(handle, grace=1)
     assert "node 0 -m dpo_core.agent" in launcher.logs(handle)
