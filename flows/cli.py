@@ -17,6 +17,7 @@ import typer
 from flows.cache_commands import app as cache_app
 from flows.evaluate_command import compare as compare_command
 from flows.evaluate_command import evaluate as evaluate_command
+from flows.launch_command import launch as launch_command
 from flows.plan_command import plan as plan_command
 from flows.promote_command import promote as promote_command
 from flows.promote_command import rollback as rollback_command
@@ -51,6 +52,7 @@ config_app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(cache_app, name="cache")
 app.command("plan")(plan_command)
+app.command("launch")(launch_command)
 app.command("evaluate")(evaluate_command)
 app.command("compare")(compare_command)
 app.command("promote")(promote_command)

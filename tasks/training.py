@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from deploy.launchers import Launcher, LocalLauncher, State
+from deploy.launchers import Launcher, State, chosen
 from dpo_core.data.demonstrations import review_demonstrations
 from dpo_core.data.read import check_source, read_rows
 from dpo_core.dpo import DpoConfig
@@ -278,7 +278,8 @@ def train(
     }
     path = given.scratch / "job.json"
     path.write_text(json.dumps(job | shared, indent=1))
-    launcher = LocalLauncher()
+    # The folder is the training's own: its stage, settings and data.
+    launcher = chosen(f"{given.name} {given.scratch}")
     given.mlflow.tag("dpo.command", launcher.render(path, processes))
     _watch(given, launcher, path, processes, given.progress(total_steps))
     result = json.loads((given.scratch / "result.json").read_text())
@@ -315,15 +316,16 @@ def _watch(given: Work, launcher: Launcher, path: Path, processes: int, bar: Pro
                 bar.update(curve.read_bytes().count(b"\n"))
             if state is not State.RUNNING:
                 break
-            time.sleep(0.5)
+            time.sleep(launcher.pause)
+        why = launcher.why(handle) if state is State.FAILED else ""
     finally:
         launcher.cancel(handle)
         given.mlflow.artifact(given.scratch / "train.log", "logs")
     if state is not State.DONE:
-        raise _error_of(given, launcher.logs(handle), state)
+        raise _error_of(given, launcher.logs(handle), state, why)
 
 
-def _error_of(given: Work, tail: str, state: State) -> DpoError:
+def _error_of(given: Work, tail: str, state: State, why: str) -> DpoError:
     """The error that the job left, as the class its exit code stands for."""
     if state is State.STOPPED:
         return StageFailed(f"{given.stage.name} was stopped and saved its state", "Resume the run")
@@ -332,6 +334,8 @@ def _error_of(given: Work, tail: str, state: State) -> DpoError:
     except (OSError, ValueError):
         if is_disk_full(tail, given.scratch):
             return disk_full(given.scratch, f"stage {given.stage.name}")
+        if why:
+            return StageFailed(f"{given.stage.name} failed: {why}", "Mend that, then resume the run")
         log.error("the end of the log of %s:\n%s", given.stage.name, tail)
         return StageFailed(
             f"{given.stage.name} died without a word; its log is {given.scratch / 'train.log'}",

@@ -108,6 +108,16 @@ def write_job(folder: Path, kind: str, model: Path, rows: list[dict[str, Any]], 
     return path
 
 
+def sft_job(folder: Path, model: Path, epochs: int = 1) -> Path:
+    """A job of four steps an epoch on one process a node."""
+    rows = [
+        {"id": r["id"], "prompt": r["prompt"], "chat": False, "completion": r["chosen"], "ended": True}
+        for r in pair_rows(16)
+    ]
+    engine = {"precision": "fp32", "save_every": 2, "threads": 1}
+    return write_job(folder, "sft", model, rows, sft={"epochs": epochs, "batch_size": 4, "engine": engine})
+
+
 def curve(work: Path) -> list[dict[str, float]]:
     """The lines of a job's metrics.jsonl; half a line at the end is left out."""
     path = work / "metrics.jsonl"

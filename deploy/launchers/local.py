@@ -9,10 +9,9 @@ from pathlib import Path
 import psutil
 
 from deploy.launchers import torchrun
-from deploy.launchers.base import State
+from deploy.launchers.base import LOG, State, clear, ended, tail
 
 MODULE = torchrun.MODULE
-RESULT, ERROR, STOPPED = "result.json", "error.json", "stopped"
 
 
 class LocalLauncher:
@@ -21,6 +20,8 @@ class LocalLauncher:
     The child stays in the flow's process group: a Prefect worker that cancels a run kills that group, and a
     child in a session of its own would go on training unseen.
     """
+
+    pause = 0.5
 
     def __init__(self) -> None:
         self._jobs: dict[str, tuple[subprocess.Popen[bytes], Path, Path]] = {}
@@ -37,9 +38,8 @@ class LocalLauncher:
         job = job.absolute()
         # Two trainers on one folder would ruin its checkpoints.
         _end(job, grace=10.0)
-        for leftover in (RESULT, ERROR, STOPPED):
-            (work / leftover).unlink(missing_ok=True)
-        with (work / "train.log").open("ab") as output:
+        clear(work)
+        with (work / LOG).open("ab") as output:
             process = subprocess.Popen(
                 self.command(job, processes),
                 stdout=output,
@@ -52,13 +52,10 @@ class LocalLauncher:
 
     def poll(self, handle: str) -> State:
         process, _, work = self._jobs[handle]
-        if process.poll() is None:
-            return State.RUNNING
-        if (work / RESULT).exists():
-            return State.DONE
-        # torchrun answers 1 whatever its ranks said; files tell a stop from a failure.
-        stopped = not (work / ERROR).exists() and (work / STOPPED).exists()
-        return State.STOPPED if stopped else State.FAILED
+        return State.RUNNING if process.poll() is None else ended(work)
+
+    def why(self, handle: str) -> str:
+        return ""
 
     def cancel(self, handle: str, grace: float = 25.0) -> None:
         process, job, _ = self._jobs[handle]
@@ -67,8 +64,7 @@ class LocalLauncher:
 
     def logs(self, handle: str, lines: int = 50) -> str:
         _, _, work = self._jobs[handle]
-        text = (work / "train.log").read_text(errors="replace")
-        return "\n".join(text.splitlines()[-lines:])
+        return tail(work, lines)
 
 
 def _processes_of(job: Path) -> list[psutil.Process]:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,11 +69,27 @@ def command(
     return [*start, "-m", module, "--config", str(job)]
 
 
+def node_command(job: Path, arguments: Sequence[str] = (), python: str = "python") -> list[str]:
+    """The command line of a node whose place among the others its scheduler tells.
+
+    Whoever schedules starts lost nodes again, all together, so torchrun itself restarts nothing: the ranks
+    meet at a fixed address, and their end is the end of the job.
+
+    Args:
+        arguments: torchrun's options; those that it takes from `PET_*` variables may be missing.
+        python: the interpreter there, which is not the one here.
+    """
+    return [python, "-m", "dpo_core.agent", *arguments, "-m", MODULE, "--config", str(job)]
+
+
+NODE_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+"""What every node is given."""
+
+
 def environment(rendezvous: Rendezvous | None = None) -> dict[str, str]:
     """The caller's environment without what would confuse torch or DeepSpeed."""
     variables = dict(os.environ)
     # DeepSpeed looks for ninja on PATH even when nothing is built.
     variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{variables.get('PATH', '')}"
-    variables.setdefault("TOKENIZERS_PARALLELISM", "false")
-    variables.setdefault("PYTHONUNBUFFERED", "1")
+    variables = NODE_ENVIRONMENT | variables
     return variables | (rendezvous.environment() if rendezvous else {})

@@ -1,0 +1,312 @@
+"""Training on SLURM: one batch job, one torchrun a node, watched with squeue, sacct and scancel.
+
+The workspace is on a file system that this machine and the nodes share.
+"""
+
+import logging
+import re
+import shlex
+import subprocess
+import time
+from pathlib import Path
+
+from filelock import FileLock
+from pydantic import Field, field_validator
+
+from deploy.launchers import torchrun
+from deploy.launchers.base import LOG, State, clear, ended, tail
+from deploy.launchers.cluster import ClusterConfig, Handle, job_name
+from dpo_core.errors import RecipeError, StageFailed
+
+log = logging.getLogger("dpo")
+
+TIMEOUT = 60.0
+"""Seconds that one command may take; the controller of a busy cluster takes its time."""
+AWAY = 600.0
+"""Seconds that the controller may be away."""
+_KILL_WAIT = 60.0
+"""Seconds beyond the grace time: SLURM kills after its own KillWait (30), then runs its epilogs."""
+
+_WAITS = {
+    *("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "RESIZING", "SIGNALING", "STAGE_OUT"),
+    *("STOPPED", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD"),
+}
+_ENDS = {
+    "BOOT_FAIL": "a node did not boot",
+    "CANCELLED": "cancelled",
+    "DEADLINE": "its deadline could not be met",
+    "FAILED": "its command ended with status {exit}",
+    "LAUNCH_FAILED": "a node could not start it",
+    "NODE_FAIL": "a node was lost",
+    "OUT_OF_MEMORY": "out of memory: a node passed its memory limit",
+    "PREEMPTED": "preempted by a job of higher priority",
+    "RECONFIG_FAIL": "a node could not be configured",
+    "REVOKED": "moved to another cluster",
+    "TIMEOUT": "its time limit passed",
+}
+_QUOTAS = re.compile(r"QOS|Assoc|accounting/QOS policy|limit", re.IGNORECASE)
+
+
+class SlurmConfig(ClusterConfig):
+    """A training job on SLURM."""
+
+    partition: str | None = None
+    """Partition; the cluster's own choice when empty."""
+    account: str | None = None
+    """Account that is charged."""
+    qos: str | None = None
+    """Quality of service."""
+    constraint: str | None = None
+    """Features that the nodes must have."""
+    exclusive: bool = True
+    """Nodes of one's own."""
+    grace_seconds: int = Field(120, ge=30)
+    """Before the time limit the job saves, so many seconds early, and is queued again."""
+    setup: str = ""
+    """Shell lines that make `python` the right one: module load, source .../activate."""
+    options: list[str] = Field([])
+    """Further options of sbatch, such as --reservation=NAME."""
+
+    @field_validator("options")
+    @classmethod
+    def _options(cls, options: list[str]) -> list[str]:
+        for option in options:
+            if not re.fullmatch(r"--[a-z][-a-z]*(=[^\n]*)?", option):
+                raise ValueError(f"write options of sbatch as --name or --name=value, not '{option}'")
+        return options
+
+
+class SlurmLauncher:
+    """One attempt at a run. Any process of the same user finds its job again by run and attempt."""
+
+    pause = 10.0
+
+    def __init__(self, config: SlurmConfig, run: str, attempt: int = 1) -> None:
+        self.config, self.name = config, job_name(run, attempt)
+
+    def render(self, job: Path, processes: int) -> str:
+        """The batch script."""
+        self.config.check(processes)
+        return _script(self.config, self.name, job.absolute(), processes)
+
+    def find(self, work: Path) -> str | None:
+        """The handle of the job of this run and attempt, None where there is none."""
+        record = self._record(work)
+        if record.exists():
+            return record.read_text()
+        queued = _run("squeue", "--me", "--noheader", "--format=%i", f"--name={self.name}")
+        # Jobs of the last month: without a start sacct knows today's only.
+        past = ("--noheader", "--allocations", "--parsable2", "--format=JobIDRaw", "--starttime=now-30days")
+        ids = queued.stdout.split() or _accounting(*past, f"--name={self.name}").split()
+        return str(Handle(ids[-1], work)) if ids else None
+
+    def submit(self, job: Path, processes: int, work: Path) -> str:
+        """Queue the job, or find the one that an earlier call queued.
+
+        Raises:
+            StageFailed: sbatch refuses it.
+        """
+        work = work.absolute()
+        script = self.render(job, processes)
+        # SLURM takes two jobs of one name.
+        with FileLock(work / f"{self.name}.lock"):
+            found = self.find(work)
+            if found:
+                return found
+            clear(work)
+            (work / f"{self.name}.sbatch").write_text(script)
+            try:
+                answer = _run("sbatch", "--parsable", text=script)
+            except StageFailed as error:
+                # A controller that is too slow to answer has often taken the job all the same.
+                found = self.find(work)
+                if found:
+                    return found
+                raise _refused(error) from error
+            handle = str(Handle(answer.stdout.strip().split(";")[0], work))
+            self._record(work).write_text(handle)
+            return handle
+
+    def _record(self, work: Path) -> Path:
+        """Where the handle is written: not every cluster keeps accounts of ended jobs."""
+        return work / f"{self.name}.handle"
+
+    def poll(self, handle: str) -> State:
+        number, work = Handle.parse(handle)
+        state, _, _ = _status(number)
+        return State.RUNNING if state in _WAITS else ended(work)
+
+    def why(self, handle: str) -> str:
+        number, _ = Handle.parse(handle)
+        state, exit_code, reason = _status(number)
+        if state == "PENDING":
+            quota = "quota exceeded, " if _QUOTAS.search(reason) else ""
+            return f"{quota}waiting in the queue: {reason}" if reason else "waiting in the queue"
+        if not state:
+            return "SLURM does not know the job any more"
+        return _ENDS[state].format(exit=exit_code) if state in _ENDS else ""
+
+    def cancel(self, handle: str, grace: float = 25.0) -> None:
+        """Have the batch script stop the ranks, which save; after the grace time SLURM ends what is left."""
+        number, _ = Handle.parse(handle)
+        state, _, _ = _status(number)
+        if state not in _WAITS:
+            return
+        if state in {"RUNNING", "SUSPENDED"}:
+            _run("scancel", "--batch", "--signal=TERM", number, check=False)
+            if _ends_within(number, grace):
+                return
+        _run("scancel", number, check=False)
+        if not _ends_within(number, _KILL_WAIT):
+            log.warning("SLURM job %s does not end; look at it with: scontrol show job %s", number, number)
+
+    def logs(self, handle: str, lines: int = 50) -> str:
+        return tail(Handle.parse(handle).work, lines)
+
+
+def _script(config: SlurmConfig, name: str, job: Path, processes: int) -> str:
+    minutes = f"--time={max(1, round(config.hours * 60))}" if config.hours else ""
+    directives = [
+        f"--job-name={name}",
+        f"--nodes={config.nodes}",
+        "--ntasks-per-node=1",
+        f"--gpus-per-node={config.gpus}" if config.gpus else "",
+        f"--cpus-per-task={config.cpus}" if config.cpus else "",
+        f"--mem={config.memory_gib}G" if config.memory_gib else "",
+        minutes,
+        f"--partition={config.partition}" if config.partition else "",
+        f"--account={config.account}" if config.account else "",
+        f"--qos={config.qos}" if config.qos else "",
+        f"--constraint={shlex.quote(config.constraint)}" if config.constraint else "",
+        "--exclusive" if config.exclusive else "",
+        "--requeue",
+        f"--signal=B:USR1@{config.grace_seconds}",
+        "--open-mode=append",
+        f"--output={shlex.quote(str(job.parent / LOG).replace('%', '%%'))}",
+        *config.options,
+    ]
+    variables = torchrun.NODE_ENVIRONMENT | config.environment
+    start = torchrun.node_command(job, python=config.python)
+    meeting = (
+        f'--nnodes="$SLURM_NNODES" --nproc-per-node={processes} --node-rank="$SLURM_NODEID" '
+        '--master-addr="$HEAD" --master-port="$PORT"'
+    )
+    command = f"exec {shlex.join(start[:3])} {meeting} {shlex.join(start[3:])}"
+    lines = [
+        "#!/bin/bash",
+        *(f"#SBATCH {directive}" for directive in directives if directive),
+        *(f"export {key}={shlex.quote(value)}" for key, value in variables.items()),
+        # Left by the start before, where this is a job that was queued again.
+        f"rm -f {shlex.quote(str(job.parent / 'stopped'))} {shlex.quote(str(job.parent / 'error.json'))}",
+        *config.setup.splitlines(),
+        'export HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+        "# Jobs that share a node do not share a port.",
+        "export PORT=$((20000 + SLURM_JOB_ID % 20000))",
+    ]
+    if config.cpus:
+        lines.append('export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"')
+    return "\n".join(lines) + "\n" + _WATCH.replace("COMMAND", shlex.quote(command))
+
+
+# TERM comes of a cancel or a preemption, USR1 before the time limit. Either way the ranks save first.
+_WATCH = """\
+srun --kill-on-bad-exit=1 bash -c COMMAND &
+step=$!
+again=
+trap 'kill -TERM $step' TERM
+trap 'again=1; kill -TERM $step' USR1
+wait $step
+status=$?
+while kill -0 $step 2>/dev/null; do wait $step; status=$?; done
+if [ -n "$again" ] && [ $status -ne 0 ]; then scontrol requeue "$SLURM_JOB_ID" && sleep 60; fi
+exit $status
+"""
+
+
+def _run(*command: str, text: str | None = None, check: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run a command of SLURM.
+
+    Raises:
+        RecipeError: SLURM is not installed here.
+        StageFailed: the command fails or does not answer.
+    """
+    try:
+        done = subprocess.run(
+            command, input=text, capture_output=True, text=True, timeout=TIMEOUT, check=False
+        )
+    except FileNotFoundError as error:
+        raise RecipeError(
+            f"there is no {command[0]} on this machine", "Run on a login node of the SLURM cluster"
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise StageFailed(f"{command[0]} has not answered for {TIMEOUT:g} s", "Try again later") from error
+    if check and done.returncode:
+        said = " ".join(done.stderr.split()) or f"it ended with status {done.returncode}"
+        raise StageFailed(f"{command[0]}: {said.removeprefix(f'{command[0]}: error: ')}", "Try again later")
+    return done
+
+
+def _refused(error: StageFailed) -> StageFailed:
+    """sbatch's answer, with what can be done about it."""
+    if _QUOTAS.search(error.problem):
+        remedy = "Ask for less, wait for other jobs, or choose another account or QOS"
+        return StageFailed(f"quota exceeded: {error.problem}", remedy)
+    return StageFailed(error.problem, "Change the setting that it names, or try again later")
+
+
+def _accounting(*options: str) -> str:
+    """sacct's answer; empty where the cluster keeps no accounts."""
+    done = _run("sacct", *options, check=False)
+    return done.stdout if done.returncode == 0 else ""
+
+
+def _status(number: str) -> tuple[str, str, str]:
+    """State of a job, its exit status, and why it waits; empty where SLURM has forgotten it.
+
+    squeue knows a job until some minutes after its end, sacct for months, but only where accounts are kept
+    and some seconds late.
+    """
+    queued = _patiently("squeue", "--noheader", "--states=all", f"--jobs={number}", "--format=%T|%r")
+    now = queued.stdout.strip().partition("|") if queued.returncode == 0 else ("", "", "")
+    if now[0] in _WAITS:
+        return now[0], "", "" if now[2] == "None" else now[2]
+    options = ("--noheader", "--allocations", "--parsable2", "--format=State,ExitCode", f"--jobs={number}")
+    state, _, exit_code = _accounting(*options).strip().partition("|")
+    state = state.partition(" ")[0]  # CANCELLED by 1000
+    # Accounts lag behind, and of a job whose end was never booked they say RUNNING for ever.
+    if not state or state in _WAITS:
+        state = now[0]
+    return state, exit_code.partition(":")[0] or "unknown", ""
+
+
+def _patiently(*command: str) -> subprocess.CompletedProcess[str]:
+    """squeue's answer, waited for while the controller is away: the job goes on meanwhile.
+
+    Raises:
+        StageFailed: it stays away.
+    """
+    limit, pause = time.monotonic() + AWAY, 0.25
+    while True:
+        try:
+            done = _run(*command, check=False)
+            if done.returncode == 0 or "Invalid job id" in done.stderr:
+                return done
+            problem = " ".join(done.stderr.split())
+        except StageFailed as error:
+            problem = error.problem
+        if time.monotonic() + pause > limit:
+            raise StageFailed(
+                f"SLURM has not answered for {AWAY:g} s ({problem})",
+                "The job may go on; resume the run when it is back",
+            )
+        time.sleep(pause)
+        pause = min(2 * pause, 15.0)
+
+
+def _ends_within(number: str, seconds: float) -> bool:
+    limit = time.monotonic() + seconds
+    while _status(number)[0] in _WAITS:
+        if time.monotonic() > limit:
+            return False
+        time.sleep(0.2)
+    return True

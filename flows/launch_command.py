@@ -1,0 +1,104 @@
+"""`dpo launch`: a run whose training jobs go to a cluster."""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flows.plan_command import RecipeArgument, SetOption
+
+OnOption = Annotated[str, typer.Option("--on", metavar="WHERE", help="local, kubernetes, slurm or skypilot.")]
+SettingsOption = Annotated[
+    str | None, typer.Option("--settings", metavar="FILE", help="YAML file of the cluster's settings.")
+]
+WithOption = Annotated[
+    list[str] | None,
+    typer.Option("--with", metavar="A=VALUE", help="Override one setting of the cluster; may be repeated."),
+]
+
+
+def launch(
+    recipe: RecipeArgument,
+    on: OnOption,
+    settings: SettingsOption = None,
+    over_settings: WithOption = None,
+    overrides: SetOption = None,
+    render: Annotated[bool, typer.Option("--render", help="Print what would be submitted, and end.")] = False,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="[RUN]", help="Go on with a run; without a name, the newest unfinished one."),
+    ] = None,
+) -> None:
+    """Run a recipe; its training jobs run on a cluster, everything else here.
+
+    The workspace lies on storage that this machine and the cluster's see at the same path.
+    """
+    from deploy.launchers.choice import VARIABLE
+
+    config = cluster_config(on, settings, over_settings or [])
+    if render:
+        typer.echo(rendered(recipe, overrides or [], on, config), nl=False)
+        return
+    from flows.cli import run
+
+    if config is not None:
+        os.environ[VARIABLE] = json.dumps({"on": on, "settings": config.model_dump(mode="json")})
+    else:
+        os.environ.pop(VARIABLE, None)
+    run(recipe, overrides, resume)
+
+
+def cluster_config(on: str, path: str | None, overrides: list[str]) -> Any:
+    """The settings of a cluster; None for this machine.
+
+    Raises:
+        RecipeError: there is no such target, or its settings cannot be used.
+    """
+    import yaml
+
+    from deploy.launchers.choice import TARGETS
+    from dpo_core.errors import RecipeError
+    from tasks.recipe import overridden
+
+    if on == "local":
+        if path or overrides:
+            raise RecipeError("local takes no settings of a cluster", "Leave out --settings and --with")
+        return None
+    if on not in TARGETS:
+        raise RecipeError(f"there is no launcher '{on}'", f"Choose one of: {', '.join(['local', *TARGETS])}")
+    try:
+        raw = yaml.safe_load(Path(path).read_text()) if path else {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise RecipeError(f"{path} cannot be read ({error})", "Name a YAML file of settings") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path} is not a mapping of settings", "Write lines such as: nodes: 2")
+    kind, _ = TARGETS[on]
+    remedy = "Set it in the --settings file or by --with NAME=VALUE; deploy/launchers says what there is"
+    return overridden(kind, raw, overrides, f"the settings for {on} cannot be used", remedy)
+
+
+def rendered(recipe: str, overrides: list[str], on: str, config: Any) -> str:
+    """What would be submitted for every training stage that has to run, in their order.
+
+    The last folder of a job is known only once its data are made, and reads ID here.
+    """
+    from deploy.launchers import LocalLauncher
+    from deploy.launchers.choice import launcher
+    from flows.plan_command import plan_recipe
+    from tasks.recipe import load_recipe
+
+    resolved = load_recipe(recipe, overrides)
+    told = plan_recipe(resolved)
+    # Stages that train have a peak of memory; the others run here.
+    rows = [row for row in told.stages if row.memory_bytes is not None and row.state == "runs"]
+    texts = []
+    for row in rows:
+        work = Path(told.workspace) / "work" / row.name / "ID"
+        place = LocalLauncher() if config is None else launcher(on, config, f"{row.name} {work}")
+        text = place.render(work / "job.json", row.processes)
+        texts.append(f"# {row.name}\n{text.rstrip()}\n")
+    # Several documents of one file, where they are YAML.
+    between = "---\n" if on in {"kubernetes", "skypilot"} else "\n"
+    return between.join(texts) or "# every training stage is cached: nothing to submit\n"

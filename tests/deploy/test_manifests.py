@@ -1,0 +1,123 @@
+"""The Kubernetes objects: valid by the models of their projects, safe, and named for good."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from deploy.launchers.cluster import Handle, job_name
+from deploy.launchers.kubernetes import KubernetesLauncher
+from deploy.launchers.manifests import KubernetesConfig
+from dpo_core.errors import RecipeError, StageFailed
+
+models = pytest.importorskip("kubeflow_trainer_api.models")
+
+JOB = Path("/ws/work/train-dpo/abc/job.json")
+SMALL: dict[str, Any] = {"image": "registry/dpo:1", "claim": "workspace", "mount": "/ws"}
+FULL: dict[str, Any] = SMALL | {
+    "nodes": 4,
+    "gpus": 8,
+    "cpus": 96,
+    "memory_gib": 800,
+    "hours": 12,
+    "queue": "gpu-queue",
+    "priority": "research",
+    "environment": {"NCCL_SOCKET_IFNAME": "eth0"},
+    "secrets": {"HF_TOKEN": "hub/token"},
+    "node_selector": {"gpu": "h100"},
+    "service_account": "trainer",
+    "pull_secret": "registry",
+}
+
+
+def documents(settings: dict[str, Any], processes: int = 8) -> list[Any]:
+    launcher = KubernetesLauncher(KubernetesConfig(**settings), "my run", 2)
+    return list(yaml.safe_load_all(launcher.render(JOB, processes)))
+
+
+@pytest.mark.parametrize("settings", [SMALL, FULL])
+@pytest.mark.parametrize("kind", ["trainjob", "jobset"])
+@pytest.mark.parametrize("runtime", [None, "torch-distributed"])
+def test_the_models_of_trainer_and_jobset_take_every_field(
+    settings: dict[str, Any], kind: str, runtime: str | None
+) -> None:
+    known = {
+        "TrainJob": models.TrainerV1alpha1TrainJob,
+        "TrainingRuntime": models.TrainerV1alpha1TrainingRuntime,
+        "JobSet": models.JobsetV1alpha2JobSet,
+    }
+    made = documents(settings | {"kind": kind, "runtime": runtime})
+    assert len(made) == (2 if kind == "trainjob" and not runtime else 1)
+    for document in made:
+        # They drop fields that they do not know, so only equality shows a slip of the pen.
+        assert known[document["kind"]].from_dict(document).to_dict() == document
+
+
+def test_a_trainjob_says_what_runs_where() -> None:
+    runtime, job = documents(FULL)
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpu-queue"
+    assert job["metadata"]["annotations"]["dpo.io/run"] == "my run"
+    assert job["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]
+    assert job["spec"]["activeDeadlineSeconds"] == 12 * 3600
+    trainer = job["spec"]["trainer"]
+    assert trainer["command"] == [
+        *("python", "-m", "dpo_core.agent", "-m", "dpo_core.train", "--config", str(JOB)),
+    ]
+    assert (trainer["numNodes"], trainer["numProcPerNode"]) == (4, 8)
+    assert trainer["resourcesPerNode"]["limits"] == {"nvidia.com/gpu": "8", "cpu": "96", "memory": "800Gi"}
+    variables = {e["name"]: e for e in trainer["env"]}
+    assert variables["NCCL_SOCKET_IFNAME"]["value"] == "eth0"
+    assert variables["HF_TOKEN"]["valueFrom"] == {"secretKeyRef": {"name": "hub", "key": "token"}}
+    # The Trainer's webhook refuses a job that sets the variables that it sets itself.
+    assert not [name for name in variables if name.startswith("PET_")]
+    # One ML policy only: the models do not check the rule of the CRD.
+    assert set(runtime["spec"]["mlPolicy"]) == {"numNodes", "torch"}
+
+
+def test_a_jobset_tells_the_nodes_where_they_meet() -> None:
+    (jobset,) = documents(FULL | {"kind": "jobset"})
+    name = jobset["metadata"]["name"]
+    job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert (job["parallelism"], job["completions"], job["backoffLimit"]) == (4, 4, 0)
+    variables = {e["name"]: e.get("value") for e in job["template"]["spec"]["containers"][0]["env"]}
+    assert variables["PET_MASTER_ADDR"] == f"{name}-node-0-0.{name}"
+    assert (variables["PET_NNODES"], variables["PET_NPROC_PER_NODE"]) == ("4", "8")
+    assert job["activeDeadlineSeconds"] == 12 * 3600
+
+
+@pytest.mark.parametrize("run", ["my run", "train-dpo/ab_CD/" + "x" * 200, "Ünïcode", "日本", "9", "a.b"])
+def test_names_are_labels_with_room_for_host_names(run: str) -> None:
+    name = job_name(run, 999)
+    assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name)
+    assert len(f"{name}-node-0-999") <= 63
+    assert name == job_name(run, 999) != job_name(run, 998)
+    assert len({job_name(r, 1) for r in (run, run + ".", run.upper() + "!")}) == 3
+
+
+def test_a_handle_is_read_back_whatever_the_folder_is_called() -> None:
+    handle = Handle("dpo-1", Path("/a folder/work"))
+    assert Handle.parse(str(handle)) == handle
+    with pytest.raises(StageFailed, match="no handle"):
+        Handle.parse("4711")
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"environment": {"HF_TOKEN": "hf_abc"}}, "looks like a secret"),
+        ({"secrets": {"HF_TOKEN": "hub"}}, "write SECRET/KEY"),
+        ({"mount": "ws"}, "absolute"),
+        ({"gpu": 8}, "gpu"),
+    ],
+)
+def test_bad_settings_are_refused(setting: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        KubernetesConfig(**(SMALL | setting))
+
+
+def test_more_ranks_than_gpus_are_refused() -> None:
+    with pytest.raises(RecipeError, match="processes is 8, but the nodes have gpus=4"):
+        documents(SMALL | {"gpus": 4})

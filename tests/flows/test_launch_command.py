@@ -1,0 +1,90 @@
+"""`dpo launch`: what it prints for each cluster, and a whole run whose trainings SLURM runs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dpo_core.errors import RecipeError
+from flows.launch_command import cluster_config, rendered
+from tests.deploy import slurm_site
+from tests.tiny_run import Bench
+
+STAGES = ["prepare-sft", "train-dpo", "train-ppo"]
+SETTINGS = {
+    "local": [],
+    "slurm": ["gpus=0", "nodes=2"],
+    "kubernetes": ["gpus=0", "nodes=2", "image=dpo:1", "claim=ws", "mount=/ws", "queue=q"],
+    "skypilot": ["gpus=0", "nodes=2", "bucket=s3://b", "mount=/ws"],
+}
+
+
+@pytest.mark.parametrize("on", SETTINGS)
+def test_render_prints_every_training_and_starts_nothing(bench: Bench, on: str) -> None:
+    before = sorted(p for p in bench.folder.rglob("*") if "mlflow" not in p.name)
+    text = rendered(str(bench.recipe), [], on, cluster_config(on, None, SETTINGS[on]))
+    assert [line[2:] for line in text.splitlines() if line[2:] in STAGES] == STAGES
+    for stage in STAGES:
+        assert str(bench.workspace / "work" / stage / "ID" / "job.json") in text
+    if on == "kubernetes":
+        kinds = [document["kind"] for document in yaml.safe_load_all(text)]
+        assert kinds == ["TrainingRuntime", "TrainJob"] * 3
+    if on == "skypilot":
+        assert [task["num_nodes"] for task in yaml.safe_load_all(text)] == [2, 2, 2]
+    left = sorted(p for p in bench.folder.rglob("*") if "mlflow" not in p.name)
+    assert [p for p in left if p not in before and p.name == "job.json"] == []
+
+
+def test_settings_come_from_a_file_and_are_overridden(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text("nodes: 4\npartition: gpu\n")
+    config = cluster_config("slurm", str(path), ["nodes=2"])
+    assert (config.nodes, config.partition) == (2, "gpu")
+
+
+@pytest.mark.parametrize(
+    ("on", "settings", "words"),
+    [
+        ("moon", [], "there is no launcher 'moon'.*local, kubernetes, slurm, skypilot"),
+        ("local", ["nodes=2"], "local takes no settings"),
+        ("kubernetes", ["image=a"], "settings for kubernetes cannot be used: claim: Field required"),
+        ("slurm", ["node=2"], "there is no field node"),
+        ("slurm", ["environment.HF_TOKEN=abc"], "looks like a secret"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused(on: str, settings: list[str], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        cluster_config(on, None, settings)
+
+
+@pytest.mark.slow
+def test_a_whole_run_trains_on_slurm(bench: Bench, tmp_path: Path) -> None:
+    commands = slurm_site.install(tmp_path / "site")
+    environment = bench.environment() | {"SLURM_SITE": str(tmp_path / "site"), "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = (
+        f"{commands}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    )
+    given = [
+        "--with",
+        "gpus=0",
+        "--with",
+        f"python={sys.executable}",
+        "--set",
+        f"workspace={tmp_path / 'ws'}",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.cli", "launch", str(bench.recipe), "--on", "slurm", *given],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    jobs = slurm_site.jobs(tmp_path / "site")
+    assert [job["state"] for job in jobs] == ["COMPLETED"] * 3
+    for stage, job in zip(STAGES, jobs, strict=True):
+        assert job["options"]["job-name"].startswith(f"dpo-{stage}-")
