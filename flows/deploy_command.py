@@ -204,7 +204,8 @@ def _as_text(told: dict[str, Any], dry_run: bool) -> str:
     elif not count:
         ending = "no difference, nothing changed"
     else:
-        ending = f"{count} differences, {'nothing changed (--dry-run)' if dry_run else 'applied'}"
+        done = "nothing changed (--dry-run)" if dry_run else "applied"
+        ending = f"{count} difference{'s' if count > 1 else ''}, {done}"
     return "\n".join([*lines, ending])
 
 

@@ -11,6 +11,7 @@ import yaml
 from deploy.prefect_file import Deployment, read_prefect_file
 from dpo_core.errors import RecipeError
 from tests.bad_inputs import dpo
+from tests.tasks.tracked import free_port
 
 GOOD: dict[str, Any] = {
     "name": "nightly",
@@ -179,6 +180,20 @@ def test_an_event_of_data_that_is_not_there_is_refused(tmp_path: Path) -> None:
     done = dpo("event", "new-data", str(tmp_path / "absent.jsonl"))
     assert done.code == 2
     assert "there is no data at" in done.errors[0]
+
+
+@pytest.mark.parametrize("command", [["deploy"], ["schedule", "list"], ["event", "new-data", "."]])
+def test_a_server_that_is_away_is_named(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    monkeypatch.setenv("DPO_HOME", str(tmp_path))
+    away = f"http://127.0.0.1:{free_port()}/api"
+    with temporary_settings({PREFECT_API_URL: away}):
+        done = dpo(*command)
+    assert done.code == 2
+    assert f"the Prefect server at {away} does not answer" in done.errors[0]
 
 
 @pytest.mark.parametrize("path", ["/data/a b.jsonl", "null", "/x/{a: 1}", "/x/ü'\".jsonl"])

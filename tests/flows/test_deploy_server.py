@@ -81,7 +81,7 @@ class Site:
             env=self.environment() | more,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,  # a server on SQLite that is busy answers 503, and the client waits and asks again
             check=False,
         )
         assert done.returncode == 0, done.stderr
@@ -220,28 +220,43 @@ def test_paused_schedules_do_not_fire(site: Site, deployed: datetime) -> None:
     assert site.runs("held") == []
 
 
-def test_an_event_with_a_new_data_set_starts_a_run_on_it(site: Site, deployed: datetime) -> None:
-    arrived = site.home / 'new: "data".jsonl'
-    arrived.write_text(lines(good_rows(32)))
-    site.dpo("event", "new-data", str(arrived))
+@pytest.fixture(scope="module")
+def arrived(site: Site, deployed: datetime) -> tuple[Path, Path]:
+    """Two data sets, told of one right after the other; of the second the gate refuses every row."""
+    good, same = site.home / 'new: "data".jsonl', site.home / "same.jsonl"
+    good.write_text(lines(good_rows(32)))
+    same.write_text(lines([{**row, "rejected": row["chosen"]} for row in good_rows()]))
+    for path in (good, same):
+        site.dpo("event", "new-data", str(path))
+    return good, same
+
+
+def test_an_event_with_a_new_data_set_starts_a_run_on_it(site: Site, arrived: tuple[Path, Path]) -> None:
     run = site.ended("new-data")
     assert run["state_name"] == "Completed", run["state"]["message"]
-    assert run["parameters"]["data"] == str(arrived)
-    said = [path.read_text() for path in (site.home / "runs" / "runs").glob("*/run.json")]
-    assert any(json.dumps(str(arrived))[1:-1] in json.loads(text)["command"] for text in said)
+    assert run["parameters"]["data"] == str(arrived[0])
+    kept = [json.loads(path.read_text()) for path in (site.home / "runs" / "runs").glob("*/run.json")]
+    assert any(json.dumps(str(arrived[0]))[1:-1] in record["command"] for record in kept)
 
 
-def test_a_refusal_by_the_gate_is_told_and_is_no_failure(site: Site, deployed: datetime) -> None:
-    same = [{**row, "rejected": row["chosen"]} for row in good_rows()]
-    (site.home / "same.jsonl").write_text(lines(same))
-    number = len(site.runs("new-data")) + 1
-    site.dpo("event", "new-data", str(site.home / "same.jsonl"))
-    run = site.ended("new-data", number)
+def test_a_second_run_waits_for_the_first(site: Site, arrived: tuple[Path, Path]) -> None:
+    first, second = site.ended("new-data"), site.ended("new-data", 2)
+    told = datetime.fromisoformat(second["expected_start_time"])
+    freed = datetime.fromisoformat(first["end_time"])
+    assert told < freed, "it was asked for while the first one ran"
+    assert datetime.fromisoformat(second["start_time"]) >= freed
+
+
+def test_a_refusal_by_the_gate_is_told_and_is_no_failure(site: Site, arrived: tuple[Path, Path]) -> None:
+    run = site.ended("new-data", 2)
+    assert run["parameters"]["data"] == str(arrived[1])
     assert (run["state_name"], run["state_type"]) == ("GateRefused", "FAILED")
-    until(lambda: [one for one in site.told if one["alert"] == "refused by the gate"], 30)
-    (told,) = [one for one in site.told if run["name"] in one["text"] and "pairs/identical" in one["text"]]
+    (told,) = until(lambda: [one for one in site.told if one["alert"] == "refused by the gate"], 30)
     assert told["path"] == f"/{SECRET}"
     assert told["event"] == "prefect.flow-run.GateRefused"
+    assert told["text"].startswith(f"new-data {run['name']}: ")
+    assert "pairs/identical" in told["text"]
+    assert f"/flow-run/{run['id']}" in told["text"], "and where to look"
     assert "failed" not in {one["alert"] for one in site.told}
 
 
@@ -272,6 +287,22 @@ def test_a_failed_run_a_refused_promotion_and_a_late_run_are_told(site: Site, de
     site.ask(f"/deployments/{found['id']}/create_flow_run", {})
     told = until(lambda: [one for one in site.told if one["alert"] == "late"], 60)
     assert told[0]["event"] == "prefect.flow-run.Late"
+
+
+def test_a_killed_run_is_told_as_crashed(site: Site, deployed: datetime) -> None:
+    number = len(site.runs("new-data")) + 1
+    (site.home / "killed.jsonl").write_text(lines(good_rows(28)))
+    site.dpo("event", "new-data", str(site.home / "killed.jsonl"))
+
+    def running() -> list[psutil.Process]:
+        begun = [run["id"] for run in site.runs("new-data")[number - 1 :] if run["state_type"] == "RUNNING"]
+        workers = psutil.Process(site.running[1].pid).children(recursive=True)
+        return [one for one in workers if one.environ().get("PREFECT__FLOW_RUN_ID") in begun]
+
+    for process in until(running, 120):
+        process.kill()
+    assert site.ended("new-data", number)["state_name"] == "Crashed"
+    until(lambda: [one for one in site.told if one["alert"] == "crashed"], 30)
 
 
 def test_deploying_again_changes_nothing_and_what_vanished_is_removed(site: Site, deployed: datetime) -> None:
