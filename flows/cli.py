@@ -15,31 +15,16 @@ from typing import Annotated, Any
 import typer
 
 from flows.cache_commands import app as cache_app
+from flows.deploy_command import deploy as deploy_command
 from flows.evaluate_command import compare as compare_command
 from flows.evaluate_command import evaluate as evaluate_command
+from flows.event_command import app as event_app
 from flows.launch_command import launch as launch_command
 from flows.plan_command import plan as plan_command
 from flows.promote_command import promote as promote_command
 from flows.promote_command import rollback as rollback_command
-
-# Before Prefect, MLflow and Great Expectations are imported: they read these once. Nothing reports home.
-_QUIET = {
-    "DO_NOT_TRACK": "1",
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "GX_ANALYTICS_ENABLED": "false",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
-    # Prefect's console lines stay out of the terminal; its API and UI keep them all.
-    "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
-    # The temporary server of a local run needs a while on a busy machine.
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
-    "TOKENIZERS_PARALLELISM": "true",
-    # Threads that wait sleep. Spinning ones take the cores from whatever else computes on the machine: beside
-    # other work everything goes two to three times slower.
-    "OMP_WAIT_POLICY": "PASSIVE",
-    # Our own bars show what is worth waiting for.
-    "TQDM_DISABLE": "1",
-}
+from flows.quiet import keep_quiet
+from flows.schedule_command import app as schedule_app
 
 app = typer.Typer(
     name="dpo",
@@ -57,6 +42,9 @@ app.command("evaluate")(evaluate_command)
 app.command("compare")(compare_command)
 app.command("promote")(promote_command)
 app.command("rollback")(rollback_command)
+app.command("deploy")(deploy_command)
+app.add_typer(schedule_app, name="schedule")
+app.add_typer(event_app, name="event")
 
 RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe (dpo config list) or a YAML file.")]
 SetOption = Annotated[
@@ -327,8 +315,7 @@ def _with_resume_value(arguments: list[str]) -> list[str]:
 
 def main() -> None:
     """Entry point of the command `dpo`."""
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
+    keep_quiet()  # before Prefect, MLflow and Great Expectations are imported
     _log_to_terminal()
     from dpo_core.errors import DpoError
 

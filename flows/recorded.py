@@ -19,16 +19,20 @@ Report = TypeVar("Report")
 
 
 def recorded(
-    recipe: Recipe, resume: str | None, run_stages: Callable[[Context, Recipe, str], Report]
+    recipe: Recipe,
+    resume: str | None,
+    run_stages: Callable[[Context, Recipe, str], Report],
+    command: str | None = None,
 ) -> Report:
     """What `run_stages` reports, with the run on record from its start to its end.
 
     Args:
         run_stages: given the context, the recipe and the command that started the run.
+        command: what to put down as that command, where this process was not started by it.
     """
     check_ahead(recipe, resume)
     workspace = open_workspace(recipe.workspace)
-    command = command_line()
+    command = command or command_line()
     record = find_run(workspace, resume, recipe.name) if resume else new_run(workspace, recipe.name, command)
     tracker = Tracker(recipe.tracking, workspace)
     mlflow_id = tracker.start_parent(

@@ -1,0 +1,60 @@
+"""The flow that a worker runs: a recipe by its name, as `dpo run` does, and an end that says what it was."""
+
+import json
+import logging
+import shlex
+from typing import Any
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.states import Completed, Failed
+
+from dpo_core.errors import DpoError
+from flows.quiet import keep_quiet
+
+keep_quiet()
+
+GATE_REFUSED = "GateRefused"
+PROMOTION_REFUSED = "PromotionRefused"
+# By the exit code of the error (dpo_core.errors). Each becomes an event: prefect.flow-run.GateRefused.
+_ENDS = {3: GATE_REFUSED, 5: PROMOTION_REFUSED}
+
+
+@flow(name="dpo", flow_run_name="{recipe}", log_prints=False, persist_result=False)
+def deployed(
+    recipe: str, overrides: list[str] | None = None, data: str | None = None, resume: str | None = None
+) -> State[Any]:
+    """Run a recipe on a worker.
+
+    Args:
+        recipe: a shipped recipe (dpo config list), or the path of a YAML file on the worker's machine.
+        overrides: fields of the recipe, each as a.b=value.
+        data: a data set to take in place of the recipe's own: a file, a folder or a hub name.
+        resume: name of an earlier run to go on with, or latest.
+    """
+    from flows import alignment, frontier
+    from flows.recorded import recorded
+
+    log = logging.getLogger("dpo")
+    log.setLevel(logging.INFO)
+    sets = [*(overrides or []), *data_overrides(data)]
+    try:
+        from tasks.recipe import load_recipe
+
+        resolved = load_recipe(recipe, sets)
+        stages: Any = frontier.run_stages if resolved.frontier else alignment.run_stages
+        report = recorded(resolved, resume, stages, command_of(recipe, sets))
+    except DpoError as error:
+        log.error("%s", error)
+        return Failed(name=_ENDS.get(error.exit_code, "Failed"), message=str(error))
+    return Completed(message=f"run {report.run.name}")
+
+
+def data_overrides(data: str | None) -> list[str]:
+    """What puts a data set in the place of the recipe's own. JSON: a path is no YAML of its own."""
+    return [] if data is None else [f"data.path={json.dumps(data)}", "data.openings=null"]
+
+
+def command_of(recipe: str, overrides: list[str]) -> str:
+    """The command that does the same by hand."""
+    return shlex.join(["dpo", "run", recipe, *(part for one in overrides for part in ("--set", one))])

@@ -1,0 +1,46 @@
+"""The Prefect server that a command speaks to."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from dpo_core.errors import RecipeError
+
+_REMEDY = "Start one with: prefect server start; then: export PREFECT_API_URL=http://127.0.0.1:4200/api"
+
+
+def server_address() -> str | None:
+    """Where the server is; none where the environment and the profile name none."""
+    from prefect.settings import PREFECT_API_URL
+
+    address: str | None = PREFECT_API_URL.value()
+    return address
+
+
+@contextmanager
+def server() -> Iterator[Any]:
+    """A client of the server. A temporary one would forget what it is told, so none is started.
+
+    Raises:
+        RecipeError: no server is named, it does not answer, or it refuses what it was sent.
+    """
+    import httpx
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    address = server_address()
+    if address is None:
+        raise RecipeError("no Prefect server is named, and schedules live on one", _REMEDY)
+    try:
+        with get_client(sync_client=True) as client:
+            yield client
+    except PrefectHTTPStatusError as error:
+        said = " ".join(error.response.text.split())[:500]
+        raise RecipeError(
+            f"the Prefect server at {address} refused ({error.response.status_code}: {said})",
+            "See PREFECT_API_AUTH_STRING where it asks for a password",
+        ) from error
+    except (httpx.TransportError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "Failed to reach API" not in str(error):
+            raise
+        raise RecipeError(f"the Prefect server at {address} does not answer", _REMEDY) from error

@@ -1,0 +1,254 @@
+"""Deployments on a Prefect server: what the file wants, what the server has, the difference, and applying it.
+
+Prefect leaves a schedule that vanished from the file in place, where it goes on firing. Here the server is
+made to hold what the file says: a deployment that differs is written anew, with its schedules and triggers.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from deploy.prefect_file import Deployment
+from dpo_core.config import Config
+from dpo_core.errors import RecipeError
+from tasks.schedules import comparable, prefect_schedule
+
+
+class Change(Config):
+    """One difference between the file and the server."""
+
+    kind: Literal["added", "changed", "removed"]
+    place: str
+    """`nightly`, `nightly schedule every-night`, `nightly parameters`."""
+    old: str | None = None
+    new: str | None = None
+
+    def __str__(self) -> str:
+        sign = {"added": "+", "changed": "~", "removed": "-"}[self.kind]
+        if self.kind == "changed":
+            return f"{sign} {self.place}: {self.old} -> {self.new}"
+        value = self.new if self.kind == "added" else self.old
+        return f"{sign} {self.place}{f': {value}' if value else ''}"
+
+
+Fields = dict[str, Any]
+"""A deployment's fields as JSON; `schedules` and `triggers` by slug and by name."""
+
+
+def wanted(deployment: Deployment, flow: Any) -> Fields:
+    """The fields that the file asks for.
+
+    Raises:
+        RecipeError: Prefect cannot read a schedule or a trigger.
+    """
+    from prefect.utilities.callables import parameter_schema
+
+    limit, pool = deployment.concurrency_limit, deployment.work_pool
+    return {
+        "entrypoint": deployment.entrypoint,
+        "description": deployment.description,
+        "version": deployment.version,
+        "tags": sorted(deployment.tags),
+        "parameters": deployment.parameters,
+        "parameter_schema": parameter_schema(flow).model_dump_for_openapi(),
+        "enforce_parameter_schema": deployment.enforce_parameter_schema,
+        "paused": deployment.paused,
+        "concurrency_limit": limit.limit,
+        "collision_strategy": limit.collision_strategy,
+        "grace_period_seconds": limit.grace_period_seconds,
+        "work_pool": pool.name,
+        "work_queue": pool.work_queue_name,
+        "job_variables": pool.job_variables,
+        "schedules": {
+            schedule.slug: {
+                **comparable(prefect_schedule(schedule, f"{deployment.name} schedule {schedule.slug}")),
+                "active": schedule.active,
+                "parameters": schedule.parameters,
+            }
+            for schedule in deployment.schedules
+        },
+        "triggers": {
+            automation.name: automation_fields(automation) for automation in _automations(deployment, _NOBODY)
+        },
+    }
+
+
+_NOBODY = "00000000-0000-0000-0000-000000000000"
+MADE_BY = "Made by dpo deploy."
+"""Ends the description of its automations: the server does not say who owns one."""
+
+
+def _automations(deployment: Deployment, deployment_id: Any) -> Iterator[Any]:
+    """The automations that the deployment's triggers stand for."""
+    from uuid import UUID
+
+    from prefect.events.schemas.deployment_triggers import DeploymentEventTrigger
+
+    for trigger in deployment.triggers:
+        described = f"{trigger.description} {MADE_BY}".strip()
+        made = DeploymentEventTrigger.model_validate(trigger.model_dump() | {"description": described})
+        made.set_deployment_id(UUID(str(deployment_id)))
+        yield made.as_automation()
+
+
+def automation_fields(automation: Any) -> Fields:
+    """What tells one automation from another: not its number, nor that of the deployment that owns it."""
+    trigger = automation.trigger.model_dump(mode="json", exclude={"id"})
+    actions = [
+        action.model_dump(mode="json", exclude={"deployment_id"}, exclude_none=True)
+        for action in automation.actions
+    ]
+    # Sets have no order.
+    trigger = {key: sorted(value) if isinstance(value, list) else value for key, value in trigger.items()}
+    return {
+        "description": automation.description,
+        "enabled": automation.enabled,
+        "trigger": trigger,
+        "actions": actions,
+    }
+
+
+def present(client: Any, flow_name: str, name: str) -> Fields | None:
+    """The fields that the server has; none where it does not know the deployment."""
+    from prefect.exceptions import ObjectNotFound
+
+    try:
+        found = client.read_deployment_by_name(f"{flow_name}/{name}")
+    except ObjectNotFound:
+        return None
+    options, limit = found.concurrency_options, found.global_concurrency_limit
+    return {
+        "entrypoint": found.entrypoint,
+        "description": found.description or "",
+        "version": found.version,
+        "tags": sorted(found.tags),
+        "parameters": found.parameters,
+        "parameter_schema": found.parameter_openapi_schema,
+        "enforce_parameter_schema": found.enforce_parameter_schema,
+        "paused": found.paused,
+        "concurrency_limit": limit.limit if limit else None,
+        "collision_strategy": options.collision_strategy.value if options else None,
+        "grace_period_seconds": options.grace_period_seconds if options else None,
+        "work_pool": found.work_pool_name,
+        "work_queue": found.work_queue_name,
+        "job_variables": found.job_variables,
+        "schedules": {
+            # One without a slug was made by hand; it is known by its number.
+            one.slug or f"(no slug) {one.id}": {
+                **comparable(one.schedule),
+                "active": one.active,
+                "parameters": one.parameters,
+            }
+            for one in found.schedules
+        },
+        "triggers": {one.name: automation_fields(one) for one in _owned(client, found.id)},
+    }
+
+
+def _owned(client: Any, deployment_id: Any) -> list[Any]:
+    related = client.read_resource_related_automations(f"prefect.deployment.{deployment_id}")
+    return [one for one in related if one.description.endswith(MADE_BY)]
+
+
+def difference(name: str, new: Fields, old: Fields | None) -> list[Change]:
+    """What applying the file would change of one deployment."""
+    changes = [] if old else [Change(kind="added", place=name)]
+    for part in ("schedules", "triggers"):
+        changes += _of_part(f"{name} {part.removesuffix('s')}", new[part], old[part] if old else {})
+    if old:
+        simple = new.keys() - {"schedules", "triggers", "parameter_schema"}
+        changes += [
+            Change(kind="changed", place=f"{name} {field}", old=_short(old[field]), new=_short(new[field]))
+            for field in sorted(simple)
+            if new[field] != old[field]
+        ]
+        if new["parameter_schema"] != old["parameter_schema"]:
+            changes.append(Change(kind="changed", place=f"{name} form", old="another", new="of this version"))
+    return changes
+
+
+def _of_part(place: str, new: Fields, old: Fields) -> Iterator[Change]:
+    for key in new.keys() - old.keys():
+        yield Change(kind="added", place=f"{place} {key}", new=_short(new[key]))
+    for key in old.keys() - new.keys():
+        yield Change(kind="removed", place=f"{place} {key}", old=_short(old[key]))
+    for key in new.keys() & old.keys():
+        for field in sorted(new[key].keys() | old[key].keys()):
+            before, after = old[key].get(field), new[key].get(field)
+            if before != after:
+                was, is_now = _short(before), _short(after)
+                yield Change(kind="changed", place=f"{place} {key} {field}", old=was, new=is_now)
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+    return text if len(text) <= 200 else f"{text[:200]} …"
+
+
+def apply(client: Any, deployment: Deployment, flow: Any) -> None:
+    """Make the server hold exactly this deployment, its schedules and its triggers.
+
+    The server deletes the schedules that it had, and the runs that they had planned ahead; it plans anew.
+    """
+    from prefect.client.schemas.actions import DeploymentScheduleCreate
+    from prefect.client.schemas.objects import ConcurrencyOptions
+    from prefect.utilities.callables import parameter_schema
+
+    limit, pool = deployment.concurrency_limit, deployment.work_pool
+    schedules = [
+        DeploymentScheduleCreate(
+            schedule=prefect_schedule(one, f"{deployment.name} schedule {one.slug}"),
+            active=one.active,
+            parameters=one.parameters,
+            slug=one.slug,
+        )
+        for one in deployment.schedules
+    ]
+    deployment_id = client.create_deployment(
+        flow_id=client.create_flow_from_name(flow.name),
+        name=deployment.name,
+        version=deployment.version,
+        schedules=schedules,
+        concurrency_limit=limit.limit,
+        concurrency_options=ConcurrencyOptions.model_validate(limit.model_dump(exclude={"limit"})),
+        parameters=deployment.parameters,
+        description=deployment.description,
+        work_queue_name=pool.work_queue_name,
+        work_pool_name=pool.name,
+        tags=deployment.tags,
+        entrypoint=deployment.entrypoint,
+        pull_steps=[],
+        paused=deployment.paused,
+        parameter_openapi_schema=parameter_schema(flow).model_dump_for_openapi(),
+        job_variables=pool.job_variables,
+        enforce_parameter_schema=deployment.enforce_parameter_schema,
+    )
+    client.delete_resource_owned_automations(f"prefect.deployment.{deployment_id}")
+    for automation in _automations(deployment, deployment_id):
+        client.create_automation(automation)
+
+
+def require_work_pool(client: Any, deployment: Deployment) -> None:
+    """Refuse to deploy where no worker could ever take the runs.
+
+    Raises:
+        RecipeError: the server has no such work pool.
+    """
+    from prefect.exceptions import ObjectNotFound
+
+    pool = deployment.work_pool.name
+    try:
+        client.read_work_pool(pool)
+    except ObjectNotFound as error:
+        raise RecipeError(
+            f"{deployment.name}: the server has no work pool {pool}",
+            f"Make it: prefect work-pool create {pool} --type process",
+        ) from error
+
+
+def strangers(client: Any, flow_name: str, names: set[str]) -> list[Any]:
+    """Deployments of the flow on the server that the file does not have."""
+    from prefect.client.schemas.filters import FlowFilter, FlowFilterName
+
+    of_flow = FlowFilter(name=FlowFilterName(any_=[flow_name]))
+    return [one for one in client.read_deployments(flow_filter=of_flow) if one.name not in names]

@@ -1,0 +1,58 @@
+"""Schedules as Prefect understands them, and when they fire next."""
+
+import asyncio
+from datetime import UTC, datetime
+from typing import Any
+from zoneinfo import ZoneInfo
+
+from pydantic import TypeAdapter, ValidationError
+
+from deploy.prefect_file import Schedule
+from dpo_core.errors import RecipeError
+
+
+def prefect_schedule(schedule: Schedule, where: str) -> Any:
+    """The schedule as the client sends it.
+
+    Raises:
+        RecipeError: its cron line or recurrence rule cannot be read.
+    """
+    from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule, RRuleSchedule
+
+    zone = schedule.timezone
+    try:
+        if schedule.cron is not None:
+            return CronSchedule(cron=schedule.cron, timezone=zone, day_or=schedule.day_or)
+        if schedule.rrule is not None:
+            return RRuleSchedule(rrule=schedule.rrule, timezone=zone)
+        assert schedule.interval is not None
+        assert schedule.anchor_date is not None
+        anchor = schedule.anchor_date
+        if anchor.tzinfo is None:
+            anchor = anchor.replace(tzinfo=ZoneInfo(zone))
+        return IntervalSchedule(interval=schedule.interval, anchor_date=anchor, timezone=zone)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        raise RecipeError(
+            f"{where}: {fault['msg'].removeprefix('Value error, ')} (given {fault['input']!r})",
+            "Mend it; nothing was sent to the server",
+        ) from error
+
+
+def comparable(schedule: Any) -> dict[str, Any]:
+    """A client's schedule as JSON; an anchor is an instant, in whatever zone it is told."""
+    fields: dict[str, Any] = schedule.model_dump(mode="json", exclude_none=True)
+    if anchor := getattr(schedule, "anchor_date", None):
+        fields["anchor_date"] = anchor.astimezone(UTC).isoformat()
+    return fields
+
+
+def next_times(schedule: Any, count: int = 5, start: datetime | None = None) -> list[datetime]:
+    """When a client's schedule fires next, by the server's own rules, in the schedule's time zone."""
+    from prefect.server.schemas.schedules import SCHEDULE_TYPES
+
+    kind: Any = TypeAdapter(SCHEDULE_TYPES)
+    asked = kind.validate_python(schedule.model_dump())
+    times = asyncio.run(asked.get_dates(n=count, start=start or datetime.now(UTC)))
+    zone = ZoneInfo(schedule.timezone or "UTC")
+    return [datetime.fromtimestamp(time.timestamp(), zone) for time in times]
