@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+import torch
 from pydantic import Field, model_validator
 
 from dpo_core.config import Config
@@ -141,7 +142,11 @@ def _subjects(models: Sequence[str], request: EvaluationRequest, workspace: Path
     if request.reference is not None:
         reference = Subject(find_model(request.reference, workspace), request.reference, request.tokens)
     caches = workspace / CACHE_FOLDER
-    return [Subject(find_model(spec, workspace), spec, request.tokens, reference, caches) for spec in models]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return [
+        Subject(find_model(spec, workspace), spec, request.tokens, reference, caches, device)
+        for spec in models
+    ]
 
 
 def _training(config: DataConfig | None) -> TrainingText | None:

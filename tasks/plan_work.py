@@ -109,6 +109,9 @@ class Workload:
             "train-online": lambda: self._online(own or recipe.online or OnlineDpoConfig()),
             "evaluate": lambda: self._evaluate(2 + len(recipe.online_methods())),
             "measure": lambda: self._evaluate(1),
+            **dict.fromkeys(
+                ("suites", "judge"), lambda: Work(note="the work of suites and judge is left out")
+            ),
         }.get(name)
         return work() if work else Work()
 

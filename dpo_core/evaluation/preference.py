@@ -95,8 +95,10 @@ def run(
     facts: dict[str, JsonValue] = {"pairs": len(items), "left_out": dict(left_out)}
     others: list[Measure] = []
     if subject.reference:
-        others, temperature = _calibration(scored, config)
-        facts["temperature"] = temperature
+        subsets = sorted({one.labelled.subset for one in scored})
+        for subset in ["", *(subsets if len(subsets) > 1 else [])]:
+            own = [one for one in scored if subset in ("", one.labelled.subset)]
+            others += _calibration(own, config, subset)
     return Outcome(
         items=items,
         specs=[spec for spec in specs if spec.name in used],
@@ -165,12 +167,12 @@ def _item(scored: Scored, beta: float) -> Item:
     return Item(id=one.id, cluster=_prompt_of(one), subset=one.subset, prompt=one.pair.prompt, values=values)
 
 
-def _calibration(scored: Seq[Scored], config: SuiteConfig) -> tuple[list[Measure], float | None]:
+def _calibration(scored: Seq[Scored], config: SuiteConfig, subset: str) -> list[Measure]:
     """Calibration and length bias of the implicit reward over the pairs that people decided."""
     decided = [s for s in scored if s.reference is not None and not s.labelled.tied]
     clusters = [_prompt_of(s.labelled) for s in decided]
     if len(set(clusters)) < 2:
-        return [], None
+        return []
     rewards = np.array([[p - r for p, r in zip(s.policy, s.reference or (), strict=True)] for s in decided])
     gap_N = config.beta * (rewards[:, 0] - rewards[:, 1])
     lengths = [(len(s.tokens.chosen.completion), len(s.tokens.rejected.completion)) for s in decided]
@@ -191,12 +193,19 @@ def _calibration(scored: Seq[Scored], config: SuiteConfig) -> tuple[list[Measure
         ("length_spearman", "Spearman of reward gap and length gap", "neither",
          bootstrap_statistic(both_orders, (gap_N, longer_N), clusters, seed=seed)),
     ]  # fmt: skip
-    measures = [
-        Measure(name=name, label=label, better=better, kind="mean", paired=False, estimate=estimate)
+    return [
+        Measure(
+            name=name,
+            label=label,
+            better=better,
+            kind="mean",
+            paired=False,
+            subset=subset,
+            estimate=estimate,
+        )
         for name, label, better, estimate in found
         if estimate is not None
     ]
-    return measures, best_temperature(gap_N)
 
 
 def _canonical(pair: Pair, chat: bool) -> dict[str, Any]:

@@ -36,6 +36,7 @@ class Subject:
         name: as the user named it, for tables.
         reference: what it was trained from, for implicit rewards.
         caches: folder of the reference log-probs that are already known.
+        device: where the model computes.
     """
 
     path: Path
@@ -43,11 +44,12 @@ class Subject:
     tokens: TokenConfig = field(default_factory=TokenConfig)
     reference: "Subject | None" = None
     caches: Path | None = None
+    device: str = "cpu"
 
     @cached_property
     def model(self) -> Any:
         """The fp32 model in eval mode, read on first use."""
-        return load_model(self.path)
+        return load_model(self.path).to(self.device)
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
