@@ -8,7 +8,7 @@ import typer
 SuiteOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--suite", help="A suite, or several with commas between; may be repeated. Empty: list them."
+        "--suite", help="A suite, or several with commas between; may be repeated. `dpo evaluate` lists them."
     ),
 ]
 DataOption = Annotated[str, typer.Option(help="The folder with the suites' files.")]
@@ -31,7 +31,7 @@ ModelHelp = (
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help=ModelHelp)],
+    model: Annotated[str | None, typer.Argument(help=ModelHelp)] = None,
     suite: SuiteOption = None,
     data: DataOption = ".",
     reference: ReferenceOption = None,
@@ -43,12 +43,12 @@ def evaluate(
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Put one model through evaluation suites; no pipeline run is needed."""
-    if not suite:
+    """Put one model through evaluation suites, without a pipeline run. Without a model: list the suites."""
+    if model is None:
         _list_suites()
         return
     settings = {"run_code": True} if run_code else {}
-    given = {"suites": _names(suite), "data": data, "reference": reference, "train": _train(train)}
+    given = {"suites": _names(suite or []), "data": data, "reference": reference, "train": _train(train)}
     _run([model], given | {"settings": settings}, workspace, overrides or [], as_json)
 
 
@@ -61,7 +61,10 @@ def compare(
     train: TrainOption = None,
     prompts: Annotated[
         str | None,
-        typer.Option(help="Prompts that both answer, for a win rate: any data file that is known."),
+        typer.Option(
+            help="A data file whose prompts both answer, for a win rate. Text is continued as it stands; "
+            "write messages for a chat."
+        ),
     ] = None,
     workspace: WorkspaceOption = "./runs",
     run_code: Annotated[
@@ -75,6 +78,13 @@ def compare(
     given = {"suites": _names(suite or []), "data": data, "reference": reference, "train": _train(train)}
     given |= {"settings": settings, "prompts": {"path": prompts} if prompts else None}
     _run([a, b], given, workspace, overrides or [], as_json)
+
+
+_FIELDS = (
+    "Fields are settings.limit, .precision, .chat, .samples, .sampling, .classifier and others of "
+    "suites.settings in `dpo config schema`; tokens.max_length; for --prompts most_prompts, "
+    "answers.max_new_tokens, judge.source, judge.kind, judge.endpoint.base_url, judge.endpoint.model"
+)
 
 
 def _names(given: list[str]) -> list[str]:
@@ -99,7 +109,7 @@ def _run(
     from tasks.recipe import overridden
     from tasks.workspace import open_workspace, require_writable
 
-    request = overridden(EvaluationRequest, given, overrides, "it cannot be evaluated", "See dpo evaluate -h")
+    request = overridden(EvaluationRequest, given, overrides, "it cannot be evaluated", _FIELDS)
     folder = open_workspace(workspace)
     require_writable(folder)
     report, page = evaluate_models(models, request, folder)

@@ -11,7 +11,7 @@ from dpo_core.config import Config
 from dpo_core.evaluation.comparison import Comparison
 from dpo_core.judging.results import WinRate
 from tasks.report import Sample, SuiteRow
-from tasks.report_numbers import duration
+from tasks.report_numbers import duration, percent
 from tasks.report_tables import outcome
 from tasks.report_text import fenced, markdown_measured, markdown_table, plain, terminal_measured
 
@@ -55,11 +55,22 @@ def headline(report: EvaluationReport) -> Headline:
     """
     suites = list(dict.fromkeys(row.title for row in report.suites))
     asked = [f"{len(suites)} suite{'' if len(suites) == 1 else 's'}: {', '.join(suites)}."] if suites else []
+    asked += [_contaminated(row) for row in report.suites if row.contaminated]
+    judged = [_judged(rate) for rate in report.win_rates]
     if not report.comparisons:
+        if judged:
+            return Headline(judged[0], "plain", asked or ["Answers to the same prompts were judged."])
         return Headline(f"Evaluation of {' and '.join(m.name for m in report.models)}", "plain", asked)
-    reasons = [f"{c.candidate} against {c.baseline}: {outcome(c)}." for c in report.comparisons] + asked
-    first = report.comparisons[0]
+    reasons = [f"{c.candidate} against {c.baseline}: {outcome(c)}." for c in report.comparisons]
+    reasons += [f"{one}." for one in judged] + asked
+    return _found(report.comparisons[0], reasons)
+
+
+def _found(first: Comparison, reasons: list[str]) -> Headline:
     tested = [row.finding for row in first.rows if row.p_holm is not None]
+    if not tested:
+        text = f"The suites could not compare {first.candidate} with {first.baseline}"
+        return Headline(text, "unclear", [*first.left_out[:3], *reasons])
     better, worse = tested.count("better"), tested.count("worse")
     of = f"of {len(tested)} measure{'' if len(tested) == 1 else 's'}"
     than = f"than {first.baseline} on"
@@ -73,6 +84,15 @@ def headline(report: EvaluationReport) -> Headline:
     return Headline(
         f"No difference between {first.candidate} and {first.baseline} is shown", "unclear", reasons
     )
+
+
+def _contaminated(row: SuiteRow) -> str:
+    return f"{row.contaminated:,} of {row.items:,} items of {row.title} stand in the training data."
+
+
+def _judged(rate: WinRate) -> str:
+    interval = f"{percent(rate.rate.low)} to {percent(rate.rate.high)}"
+    return f"{rate.a} wins {percent(rate.rate.value)} ({interval}) against {rate.b}, judged by {rate.judge}"
 
 
 def markdown(report: EvaluationReport) -> str:

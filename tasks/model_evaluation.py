@@ -25,6 +25,7 @@ from dpo_core.evaluation.suites import SuiteConfig, find
 from dpo_core.generate import SamplingConfig
 from dpo_core.judging.judge import JudgeConfig
 from dpo_core.judging.results import WinRate
+from dpo_core.rewards import check_reward
 from dpo_core.tokens import TokenConfig
 from tasks.assessment import suite_row
 from tasks.evaluation_page import render_evaluation
@@ -86,10 +87,13 @@ def evaluate_models(
     started = time.monotonic()
     if len(set(models)) < len(models):
         raise RecipeError(f"{models[0]} would be compared with itself", "Name two models")
-    if not request.suites and request.prompts is None:
+    if not request.suites and (request.prompts is None or len(models) < 2):
         raise RecipeError("nothing is asked for", "Name suites with --suite, or prompts with --prompts")
     files = _files(request)
+    if len(models) == 2 and request.prompts is not None and request.judge.kind == "reward":
+        check_reward(request.judge.source)
     subjects = _subjects(models, request, workspace)
+    request = _alike(request, subjects)
     training = _training(request.train)
     results = [
         [_one(workspace, name, file, subject, request, training) for name, file in files.items()]
@@ -143,10 +147,33 @@ def _subjects(models: Sequence[str], request: EvaluationRequest, workspace: Path
         reference = Subject(find_model(request.reference, workspace), request.reference, request.tokens)
     caches = workspace / CACHE_FOLDER
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return [
-        Subject(find_model(spec, workspace), spec, request.tokens, reference, caches, device)
-        for spec in models
+    subjects = [
+        Subject(find_model(spec, workspace), name, request.tokens, reference, caches, device)
+        for spec, name in zip(models, labels(models), strict=True)
     ]
+    for subject in subjects if reference else []:
+        if reference and reference.tokenizer.get_vocab() != subject.tokenizer.get_vocab():
+            raise RecipeError(
+                f"the reference {reference.name} has another vocabulary than {subject.name}",
+                "Name the model that this one was trained from, or leave --reference out",
+            )
+    return subjects
+
+
+def labels(models: Sequence[str]) -> list[str]:
+    """Short names for tables: the last part of a path, where that tells the models apart."""
+    short = [spec if spec.startswith("models:/") else Path(spec).name for spec in models]
+    return short if len(set(short)) == len(short) else list(models)
+
+
+def _alike(request: EvaluationRequest, subjects: Sequence[Subject]) -> EvaluationRequest:
+    """Two models are asked in one way: in chat only where both have a template."""
+    without = [subject.name for subject in subjects if not subject.tokenizer.chat_template]
+    if request.settings.chat != "auto" or not 0 < len(without) < len(subjects):
+        return request
+    log.info("%s has no chat template: both are asked without one", without[0])
+    settings = request.settings.model_copy(update={"chat": "never"})
+    return request.model_copy(update={"settings": settings})
 
 
 def _training(config: DataConfig | None) -> TrainingText | None:

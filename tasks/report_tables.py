@@ -12,7 +12,7 @@ from dpo_core.judging.results import WinRate
 from tasks.report import SuiteRow
 from tasks.report_numbers import Cell, measured, number, p_value, percent, share
 
-_LOWER = {"higher": "", "lower": "lower is better", "neither": "neither is better"}
+_LOWER = {"higher": "", "lower": "lower is better", "neither": ""}
 FINDINGS = {
     "better": Cell("▲ better", tone="good"),
     "worse": Cell("▼ worse", tone="bad"),
@@ -66,7 +66,7 @@ def suite_table(suites: Sequence[SuiteRow]) -> SuiteTable:
     subsets: dict[str, list[Line]] = {}
     for suite in dict.fromkeys(row.suite for row in suites):
         rows = [row for row in suites if row.suite == suite]
-        title, asked = rows[0].title, _asked_items(rows)
+        title = rows[0].title
         found = {(row.policy, m.subset, m.name): m for row in rows for m in row.measures}
         for (subset, name), measure in {key[1:]: m for key, m in found.items()}.items():
             cells = [_suite_cell(found.get((policy, subset, name))) for policy in policies]
@@ -74,8 +74,9 @@ def suite_table(suites: Sequence[SuiteRow]) -> SuiteTable:
             if subset:
                 subsets.setdefault(title, []).append(Line(subset, hint, cells))
             else:
-                lines.append(Line(title, hint, [*cells, asked]))
-    return SuiteTable([*policies, "Items"], lines, subsets)
+                asked = [m.estimate.n for p in policies if (m := found.get((p, subset, name)))]
+                lines.append(Line(title, hint, [*cells, _asked_prompts(set(asked), rows)]))
+    return SuiteTable([*policies, "Prompts"], lines, subsets)
 
 
 def _suite_cell(measure: Measure | None) -> Cell:
@@ -85,9 +86,10 @@ def _suite_cell(measure: Measure | None) -> Cell:
     return measured(measure.estimate, measure.kind, more=clean)
 
 
-def _asked_items(rows: Sequence[SuiteRow]) -> Cell:
+def _asked_prompts(prompts: set[int], rows: Sequence[SuiteRow]) -> Cell:
+    """How many prompts the measure rests on, and how many items of the suite stand in the training data."""
     dirty = _span({row.contaminated for row in rows})
-    return Cell(_span({row.items for row in rows}), more="" if dirty == "0" else f"{dirty} in training")
+    return Cell(_span(prompts), more="" if dirty == "0" else f"{dirty} items in training")
 
 
 def _span(counts: set[int]) -> str:

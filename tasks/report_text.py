@@ -123,8 +123,8 @@ def terminal_measured(
         page.add_row(rich_table("Win rates", [WIN_RATE_HEAD[i] for i in keep], lines))
     if suites:
         table = suite_table(suites)
-        lines = [line._replace(cells=line.cells[:-1]) for line in table.lines]
-        page.add_row(rich_table("Tasks (95% interval)", table.head[:-1], lines))
+        lines = [line._replace(cells=[*line.cells[:-1], Cell(line.cells[-1].value)]) for line in table.lines]
+        page.add_row(rich_table("Tasks (95% interval)", table.head, lines))
     for comparison in comparisons:
         made = comparison_table(comparison, suites)
         title = f"{made.candidate} against {made.baseline}: {made.outcome}"

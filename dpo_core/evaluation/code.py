@@ -247,8 +247,8 @@ def check(config: SuiteConfig) -> None:
     if not config.run_code:
         raise RecipeError(
             "the suite runs code that the model writes, which nobody has allowed",
-            "Say --run-code (in a recipe settings.run_code: true) to run it in a sandbox without network and "
-            "files, or leave humaneval and mbpp out",
+            "Say --run-code (in a recipe suites.settings.run_code: true) to run it in a sandbox without "
+            "network and files, or leave humaneval and mbpp out",
         )
     check_sandbox()
 

@@ -134,6 +134,8 @@ def _pairs(mine: SuiteResult, theirs: SuiteResult, left_out: list[str]) -> Itera
     for measure in mine.measures:
         what = _what(mine.suite, measure)
         other = theirs.measure(measure.name, measure.subset)
+        if measure.subset and (other is None or not measure.paired):
+            continue  # said of the whole already
         if other is None:
             left_out.append(f"{what}: {theirs.model} was not measured by it")
             continue
@@ -144,14 +146,15 @@ def _pairs(mine: SuiteResult, theirs: SuiteResult, left_out: list[str]) -> Itera
         both = [(item, other_items[item.id]) for item in own if _has(other_items.get(item.id), measure)]
         prompts = len({item.cluster for item, _ in both})
         if prompts < 2:
-            left_out.append(f"{what}: {prompts} prompt(s) in common, and a comparison needs two")
+            if not measure.subset:
+                left_out.append(f"{what}: {prompts} prompt(s) in common, and a comparison needs two")
             continue
         alone = len(own) + sum(_has(item, measure) for item in theirs.items) - 2 * len(both)
         if alone and not measure.subset:
             left_out.append(f"{what}: {alone} items that only one of the two has")
         yield _Pair(mine.suite, measure, both)
     for measure in theirs.measures:
-        if not mine.measure(measure.name, measure.subset):
+        if not (measure.subset or mine.measure(measure.name)):
             left_out.append(f"{_what(mine.suite, measure)}: {mine.model} was not measured by it")
 
 

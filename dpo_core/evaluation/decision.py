@@ -28,7 +28,7 @@ class PromotionConfig(Config):
     """Whether the data gate must have let the training data pass."""
     no_regression: bool = True
     """Whether it is enough that one measure of a suite is found worse to refuse."""
-    safety: tuple[str, ...] = ("xstest", "advbench", "safe_rlhf")
+    safety: tuple[str, ...] = ("xstest", "advbench")
     """Suites whose regressions are a rule of their own, which `no_regression` does not switch off."""
     required: tuple[str, ...] = ()
     """Suites on which the two must have been compared."""

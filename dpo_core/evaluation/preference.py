@@ -27,7 +27,7 @@ from dpo_core.evaluation.rows import limited
 from dpo_core.evaluation.subject import Subject
 from dpo_core.evaluation.suites import Suite, SuiteConfig
 from dpo_core.logprobs import completion_logps
-from dpo_core.reward_quality import best_temperature, calibration_error, spearman
+from dpo_core.reward_quality import BINS, best_temperature, calibration_error, spearman
 from dpo_core.stats import Estimate, Floats, bootstrap_statistic
 from dpo_core.tokens import TokenPair
 
@@ -46,6 +46,8 @@ IMPLICIT = (
     MeasureSpec(name="brier", label="Brier score", better="lower", kind="mean"),
     MeasureSpec(name="nll", label="NLL", better="lower", kind="mean", unit="nats"),
 )
+ECE_PAIRS = 10 * BINS
+"""With fewer than ten pairs a bin a calibration error is chance: with one, it is a half at least."""
 DATA = (MeasureSpec(name="better_longer", label="Better answer is the longer", better="neither"),)
 
 
@@ -92,6 +94,8 @@ def run(
     specs = [*(IMPLICIT if subject.reference else ()), *LIKELIHOOD, *DATA]
     items = [_item(one, config.beta) for one in scored]
     used = {name for item in items for name in item.values}
+    if not any(one.labelled.tied for one in scored):
+        used -= {"accuracy_decided"}  # the accuracy itself
     facts: dict[str, JsonValue] = {"pairs": len(items), "left_out": dict(left_out)}
     others: list[Measure] = []
     if subject.reference:
@@ -185,9 +189,14 @@ def _calibration(scored: Seq[Scored], config: SuiteConfig, subset: str) -> list[
         return spearman(np.concatenate([gaps_N, -gaps_N]), np.concatenate([lengths_N, -lengths_N]))
 
     seed = config.seed
+    ece = None
+    if len(decided) >= ECE_PAIRS:
+        arrays = p_N, first_N
+        raw = bootstrap_statistic(calibration_error, arrays, clusters, interval="basic", seed=seed)
+        # What noise adds is taken off both ends, and may be more than there is.
+        ece = raw and raw.model_copy(update={"low": max(raw.low, 0.0), "high": max(raw.high, 0.0)})
     found: list[tuple[str, str, Better, Estimate | None]] = [
-        ("ece", "Calibration error (ECE)", "lower",
-         bootstrap_statistic(calibration_error, (p_N, first_N), clusters, interval="basic", seed=seed)),
+        ("ece", "Calibration error (ECE)", "lower", ece),
         ("temperature", "Best temperature", "neither",
          bootstrap_statistic(best_temperature, (gap_N,), clusters, seed=seed)),
         ("length_spearman", "Spearman of reward gap and length gap", "neither",

@@ -58,6 +58,8 @@ def data_file(suite: Suite, data: Path) -> Path:
     """
     if data.is_file():
         return data
+    if not data.is_dir():
+        raise RecipeError(f"there is no folder {data}", f"Name the folder that holds {suite.files[0]}")
     for name in suite.files:
         for place in (data / name, *sorted(data.glob(f"*/{name}"))):
             if place.is_file():

@@ -183,7 +183,7 @@ _SOURCE = "github.com/sylinrl/TruthfulQA"
 SUITES = [
     Suite(
         name="truthfulqa_mc",
-        title="TruthfulQA, choices",
+        title="TruthfulQA MC",
         about="True against false answers by likelihood (MC1, MC2)",
         files=_FILES,
         source=_SOURCE,
@@ -193,7 +193,7 @@ SUITES = [
     ),
     Suite(
         name="truthfulqa_gen",
-        title="TruthfulQA, written",
+        title="TruthfulQA text",
         about="Written answers against true and false references (BLEU, ROUGE)",
         files=_FILES,
         source=_SOURCE,

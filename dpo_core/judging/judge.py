@@ -50,7 +50,9 @@ class JudgeConfig(Config):
         if (self.kind == "llm") != (self.endpoint is not None):
             raise RecipeError(
                 f"the judge is of kind '{self.kind}' and has {'an' if self.endpoint else 'no'} endpoint",
-                "Set the kind to llm and the endpoint's base_url and model, or leave the endpoint out",
+                "Set judge.kind to llm, or leave judge.endpoint out"
+                if self.endpoint
+                else "Set judge.endpoint.base_url and judge.endpoint.model too",
             )
         return self
 

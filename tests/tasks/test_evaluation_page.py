@@ -33,7 +33,7 @@ def test_an_evaluation_survives_json_and_needs_a_model() -> None:
             "unclear",
         ),
         (["undecided"], "No difference between DPO and champion is shown", "unclear"),
-        ([], "No difference between DPO and champion is shown", "unclear"),
+        ([], "The suites could not compare DPO with champion", "unclear"),
     ],
 )
 def test_the_headline_counts_what_was_found(findings: list[str], text: str, kind: str) -> None:

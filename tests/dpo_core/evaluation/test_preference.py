@@ -91,7 +91,10 @@ def test_a_tie_of_people_counts_half_and_prompts_are_resampled(tiny: Path, other
     assert found["accuracy"].value == pytest.approx((sum(decided) + 0.5) / 4)
     assert found["accuracy_decided"].value == pytest.approx(sum(decided) / 3)
     assert found["accuracy"].n == 3, "two pairs share a prompt"
-    assert {m.name for m in outcome.others} == {"ece", "length_spearman"}
+    assert {m.name for m in outcome.others} == {"length_spearman"}, "too few pairs for a calibration error"
+    many = run(Subject(tiny, "tiny", reference=Subject(other, "other")), rows(PAIRS * 40))
+    (ece,) = (m.estimate for m in many.others if m.name == "ece")
+    assert 0 <= ece.low <= ece.high
 
 
 def test_a_model_is_no_better_than_itself(tiny: Path) -> None:
