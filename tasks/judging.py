@@ -23,7 +23,6 @@ from tasks.stage import Context, Output, Stage, StageResult, Work, run_stage, st
 JUDGE = Stage("judge", 1, "win-rates")
 REPLIES = "judgements"
 """Folder of the workspace that holds the judges' earlier replies."""
-SHOWN = 8
 
 
 def chosen_prompts(config: DataConfig, most: int, seed: int) -> list[Asked]:
@@ -53,7 +52,7 @@ def judge_models(
     seed: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[WinRate, list[Sample]]:
-    """The win rate of a over b on the prompts, and the first answers side by side.
+    """The win rate of a over b on the prompts, and all answers side by side.
 
     Args:
         progress: told how many of how many answers and questions are done.
@@ -77,7 +76,7 @@ def judge_models(
     )
     samples = [
         Sample(prompt=readable(one.prompt), completions={a.name: ours, b.name: theirs})
-        for one, ours, theirs in list(zip(asked, answers_a, answers_b, strict=True))[:SHOWN]
+        for one, ours, theirs in zip(asked, answers_a, answers_b, strict=True)
     ]
     return rate, samples
 

@@ -39,6 +39,9 @@ from tasks.workspace import disk_errors
 
 log = logging.getLogger("dpo")
 
+SHOWN = 8
+"""Prompts whose answers stand on the page; all of them are kept beside it."""
+
 
 class EvaluationRequest(Config):
     """What `dpo evaluate` and `dpo compare` are asked for."""
@@ -124,13 +127,13 @@ def evaluate_models(
         suites=[suite_row(result) for one in results for result in one],
         comparisons=comparisons,
         win_rates=win_rates,
-        samples=samples,
+        samples=samples[:SHOWN],
         command=command_line(),
         finished_at=datetime.now(UTC),
         hardware=hardware(),
         seconds=time.monotonic() - started,
     )
-    return report, _keep(report, [result for one in results for result in one], workspace)
+    return report, _keep(report, [result for one in results for result in one], samples, workspace)
 
 
 def _files(request: EvaluationRequest) -> dict[str, Path]:
@@ -197,13 +200,18 @@ def _one(
     return result if training is None else without_training_data(result, training)
 
 
-def _keep(report: EvaluationReport, results: list[SuiteResult], workspace: Path) -> Path:
-    """Page, report and every item, in a folder of their own."""
+def _keep(
+    report: EvaluationReport, results: list[SuiteResult], samples: list[Sample], workspace: Path
+) -> Path:
+    """Page, report, every item and every answer to the prompts, in a folder of their own."""
     folder = workspace / FOLDER / f"evaluation-{report.finished_at:%Y%m%d-%H%M%S-%f}"
     with disk_errors(workspace, "writing the page of an evaluation"):
         folder.mkdir(parents=True)
         items = [result.model_dump(mode="json") for result in results]
         write_whole(folder / "results.json", json.dumps(items, indent=1, ensure_ascii=False))
+        if samples:
+            answers = [sample.model_dump(mode="json") for sample in samples]
+            write_whole(folder / "answers.json", json.dumps(answers, indent=1, ensure_ascii=False))
         write_whole(folder / "report.json", report.model_dump_json(indent=1))
         write_whole(folder / "page.html", render_evaluation(report))
     return folder / "page.html"
