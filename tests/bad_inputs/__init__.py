@@ -7,11 +7,12 @@ import contextlib
 import copy
 import io
 import json
+import logging
 import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,19 @@ class Result:
         return [line for line in self.err.splitlines() if line.startswith("error: ")]
 
 
+@contextlib.contextmanager
+def _loggers_as_before() -> Iterator[None]:
+    """What the command line sets for its terminal must not silence the logs that later tests read."""
+    loggers = [logging.getLogger(name) for name in ("dpo", "tasks", "dpo_core")]
+    before = [(logger, logger.level, logger.handlers, logger.propagate) for logger in loggers]
+    try:
+        yield
+    finally:
+        for logger, level, handlers, propagate in before:
+            logger.handlers, logger.propagate = handlers, propagate
+            logger.setLevel(level)
+
+
 def dpo(*arguments: str) -> Result:
     """The real command line in this process: `main()` with its exit code and streams."""
     from flows.cli import main
@@ -75,7 +89,7 @@ def dpo(*arguments: str) -> Result:
     out, err = io.StringIO(), io.StringIO()
     code = 0
     streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
-    with streams[0], streams[1], patch.object(sys, "argv", ["dpo", *arguments]):
+    with _loggers_as_before(), streams[0], streams[1], patch.object(sys, "argv", ["dpo", *arguments]):
         try:
             main()
         except SystemExit as end:
