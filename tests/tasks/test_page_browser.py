@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 WIDTHS = {"phone": 390, "desktop": 1280}
 FIGURES = {
-    "usual": 18, "promoted": 18, "alarming": 18, "coinciding": 18, "crowded": 15, "hostile": 9, "bare": 0,
+    "usual": 18, "promoted": 18, "alarming": 18, "coinciding": 18, "crowded": 15, "hostile": 10, "bare": 0,
     "evaluation": 3,
     "study": 2, "hostile study": 2, "bare study": 0,
 }  # fmt: skip
