@@ -158,23 +158,30 @@ def _win_rates(samples: dict[str, Any], judge: str, seed: int) -> list[dict[str,
     from dpo_core.judging.judge import judge_by_scores, win_rate
 
     rates = []
-    for rival in ("SFT", "Champion"):
-        for name, drawn in samples.items():
-            other = samples.get(rival)
-            if other is None or name in ("SFT", rival):
-                continue
-            rate = win_rate(
-                judge_by_scores(drawn.rewards, other.rewards),
-                drawn.texts,
-                other.texts,
-                a=name,
-                b=rival,
-                judge=judge,
-                clusters=drawn.prompt_index,
-                seed=seed,
-            )
-            rates.append(rate.model_dump())
+    for name, rival in rivals(list(samples)):
+        drawn, other = samples[name], samples[rival]
+        rate = win_rate(
+            judge_by_scores(drawn.rewards, other.rewards),
+            drawn.texts,
+            other.texts,
+            a=name,
+            b=rival,
+            judge=judge,
+            clusters=drawn.prompt_index,
+            seed=seed,
+        )
+        rates.append(rate.model_dump())
     return rates
+
+
+def rivals(policies: Sequence[str]) -> list[tuple[str, str]]:
+    """Who is held against whom: every policy against the reference, then against a champion that is there."""
+    return [
+        (name, rival)
+        for rival in ("SFT", "Champion")
+        for name in policies
+        if rival in policies and name not in ("SFT", rival)
+    ]
 
 
 def _over_champion(samples: dict[str, Any], seed: int) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from dpo_core.generate import SamplingConfig, seed_for
 from dpo_core.judging.compare import compare_answers
 from dpo_core.judging.judge import JudgeConfig
 from dpo_core.judging.results import WinRate
-from tasks.evaluation import load_answers, readable
+from tasks.evaluation import load_answers, readable, rivals
 from tasks.manifest import Manifest
 from tasks.report import Sample
 from tasks.stage import Context, Output, Stage, StageResult, Work, run_stage, stage_task
@@ -92,13 +92,7 @@ def judge_policies(context: Context, evaluation: Manifest, config: JudgeConfig, 
     def work(given: Work) -> Output:
         said = load_answers(evaluation)
         prompts = [said["prompts"][i] for i in said["prompt_index"]]
-        names = list(said["answers"])
-        against = [
-            (name, rival)
-            for rival in ("SFT", "Champion")
-            for name in names
-            if rival in names and name not in ("SFT", rival)
-        ]
+        against = rivals(list(said["answers"]))
         bar = given.progress(len(against))
         rates = []
         for number, (name, rival) in enumerate(against):

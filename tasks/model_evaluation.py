@@ -34,8 +34,8 @@ from tasks.judging import chosen_prompts, judge_models
 from tasks.provenance import command_line, hardware
 from tasks.reference_caches import CACHE_FOLDER
 from tasks.report import Sample
-from tasks.suite_results import FOLDER, find_model, suite_result, write_whole
-from tasks.workspace import disk_errors
+from tasks.suite_results import FOLDER, find_model, suite_result
+from tasks.workspace import disk_errors, write_whole
 
 log = logging.getLogger("dpo")
 

@@ -1,7 +1,6 @@
 """The record of each run under the workspace: what was asked, where it stands, how to go on with it."""
 
 import json
-import os
 import re
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,7 +9,7 @@ from pydantic import AwareDatetime, ValidationError
 
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError
-from tasks.workspace import disk_errors, open_workspace, run_folder
+from tasks.workspace import disk_errors, open_workspace, run_folder, write_whole
 
 
 class RunRecord(Config):
@@ -46,13 +45,7 @@ def new_run(workspace: str | Path, recipe_name: str, command: str) -> RunRecord:
 def save_run(workspace: str | Path, record: RunRecord) -> None:
     """Write the record, whole or not at all."""
     with disk_errors(Path(workspace), "writing the record of the run"):
-        folder = run_folder(workspace, record.run_id)
-        temporary = folder / "run.json.tmp"
-        try:
-            temporary.write_text(record.model_dump_json(indent=1))
-            os.replace(temporary, folder / "run.json")
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(run_folder(workspace, record.run_id) / "run.json", record.model_dump_json(indent=1))
 
 
 def list_runs(workspace: str | Path) -> list[RunRecord]:

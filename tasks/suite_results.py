@@ -20,7 +20,7 @@ from dpo_core.models import ModelConfig, convert, locate, source_digest
 from tasks.champion import registered_weights
 from tasks.manifest import digest_config
 from tasks.report import RunReport
-from tasks.workspace import disk_errors
+from tasks.workspace import disk_errors, write_whole
 
 log = logging.getLogger("dpo")
 
@@ -75,16 +75,6 @@ def _read(path: Path) -> SuiteResult | None:
     except (OSError, ValidationError):
         log.warning("the result %s is damaged or of another version; the suite is run again", path)
         return None
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def find_model(spec: str, workspace: Path) -> Path:

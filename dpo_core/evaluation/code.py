@@ -5,7 +5,6 @@ HumanEval: Chen et al. 2021 (arXiv 2107.03374), 164 functions to complete. MBPP:
 and only where the user allowed it.
 """
 
-import json
 import math
 import re
 from collections import Counter
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from dpo_core.data.read import read_rows
 from dpo_core.errors import DataError, RecipeError
+from dpo_core.evaluation.asking import asked as asked_as
 from dpo_core.evaluation.asking import wants_chat
 from dpo_core.evaluation.results import Item, MeasureSpec, Outcome
 from dpo_core.evaluation.rows import Progress, Row, some
@@ -254,9 +254,7 @@ def check(config: SuiteConfig) -> None:
 
 
 def _asked(problem: Problem, chat: bool) -> Asked:
-    if chat:
-        return Asked(json.dumps([{"role": "user", "content": problem.instruction}]), True)
-    return Asked(problem.text, False)
+    return asked_as(problem.instruction if chat else problem.text, chat=chat)
 
 
 def _reader(fields: dict[str, type]) -> Callable[[Path], list[Row]]:

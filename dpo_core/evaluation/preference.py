@@ -10,7 +10,8 @@ Data: HH, HHH alignment, LLMBar (five parts), PandaLM. A pair that people found 
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,15 +82,17 @@ def run(
     labelled = limited(usable, _prompt_of, config.limit, config.seed)
     chat = wants_chat(subject, config)
     kept: list[tuple[Labelled, TokenPair]] = []
-    left_out = _count(r["fault"] for r in rows if "fault" in r)
+    left_out = Counter(row["fault"] for row in rows if "fault" in row)
     for one in labelled:
         tokens = subject.tokenise.pair({**_canonical(one.pair, chat), "id": one.id})
         if isinstance(tokens, str):
-            left_out[tokens] = left_out.get(tokens, 0) + 1
+            left_out[tokens] += 1
         else:
             kept.append((one, tokens))
     if not kept:
-        raise StageFailed(f"no pair can be used ({left_out})", "Raise tokens.max_length, or check the file")
+        raise StageFailed(
+            f"no pair can be used ({dict(left_out)})", "Raise tokens.max_length, or check the file"
+        )
     scored = list(_scored(subject, kept, config, progress))
     specs = [*(IMPLICIT if subject.reference else ()), *LIKELIHOOD, *DATA]
     items = [_item(one, config.beta) for one in scored]
@@ -227,13 +230,6 @@ def _canonical(pair: Pair, chat: bool) -> dict[str, Any]:
 
 def _prompt_of(one: Labelled) -> str:
     return hashlib.sha256(one.pair.prompt.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
-def _count(reasons: Iterable[str]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for reason in reasons:
-        counts[reason] = counts.get(reason, 0) + 1
-    return counts
 
 
 # --- data -------------------------------------------------------------------------------------------------
