@@ -160,6 +160,7 @@ def _reconcile(
     """Everything is compared before anything is changed."""
     from tasks.alerts import apply_alerts, plan_alerts
     from tasks.deployments import Change, apply, difference, present, require_work_pool, strangers, wanted
+    from tasks.zombies import apply_zombies, plan_zombies
 
     planned = []
     for one in deployments:
@@ -180,7 +181,9 @@ def _reconcile(
         ]
     alerts, note = plan_alerts(client, notify)
     told["notes"] += note
-    told["changes"] = [{**change.model_dump(), "text": str(change)} for change in [*changes, *alerts]]
+    zombies = plan_zombies(client)
+    everything = [*changes, *alerts, *zombies]
+    told["changes"] = [{**change.model_dump(), "text": str(change)} for change in everything]
     if dry_run:
         return
     for one, flow, some in planned:
@@ -190,6 +193,8 @@ def _reconcile(
         client.delete_deployment(one.id)
     if alerts:
         apply_alerts(client, notify)
+    if zombies:
+        apply_zombies(client)
 
 
 def _as_text(told: dict[str, Any], dry_run: bool) -> str:

@@ -27,7 +27,7 @@ def promote(
 
     With --check, exit code 4: a champion's weights are gone or damaged.
     """
-    from dpo_core.errors import RecipeError, StageFailed
+    from dpo_core.errors import PromotionRefused, RecipeError, StageFailed
     from tasks import promotion
 
     if check == (run_id is not None):
@@ -39,8 +39,31 @@ def promote(
             raise StageFailed(
                 f"champions without their weights: {', '.join(lost)}", "Go back with: dpo rollback"
             )
-    else:
-        _show(promotion.promote(workspace, run_id, force=force, reason=reason), as_json)
+        return
+    try:
+        standing = promotion.promote(workspace, run_id, force=force, reason=reason)
+    except PromotionRefused as error:
+        _tell(workspace, run_id, error.problem)
+        raise
+    _show(standing, as_json)
+
+
+def _tell(workspace: str, run_id: str, message: str) -> None:
+    """Send the event that the alert waits for, where a server is named; one that is away changes nothing."""
+    from dpo_core.errors import RecipeError
+    from flows.server import server, server_address
+    from tasks.events import promotion_refused
+    from tasks.finished_run import finished_report
+    from tasks.workspace import open_workspace
+
+    if server_address() is None:
+        return
+    _, model = finished_report(open_workspace(workspace), run_id)
+    try:
+        with server() as client:
+            promotion_refused(client, model.name, str(model.version), message)
+    except RecipeError as error:
+        typer.echo(f"nobody was told of the refusal: {error.problem}", err=True)
 
 
 def rollback(

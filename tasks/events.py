@@ -31,8 +31,7 @@ def send(
     return str(made.id)
 
 
-def promotion_refused(client: Any, model: str, version: str, reasons: list[str]) -> str:
-    """Say that a version was not made champion; the alert of that name passes on `message`."""
-    message = f"{model} version {version} was not promoted: {'; '.join(reasons)}"
-    payload = {"model": model, "version": version, "reasons": reasons, "message": message}
+def promotion_refused(client: Any, model: str, version: str, message: str) -> str:
+    """Say that a version was not made champion; the alert of that name passes on the message."""
+    payload = {"model": model, "version": version, "message": message}
     return send(client, PROMOTION_REFUSED, f"dpo.model.{model}", model, payload, tagged=True)
