@@ -169,15 +169,25 @@ def difference(name: str, new: Fields, old: Fields | None) -> list[Change]:
 
 def _of_part(place: str, new: Fields, old: Fields) -> Iterator[Change]:
     for key in new.keys() - old.keys():
-        yield Change(kind="added", place=f"{place} {key}", new=_short(new[key]))
+        yield Change(kind="added", place=f"{place} {key}", new=_sentence(new[key]))
     for key in old.keys() - new.keys():
-        yield Change(kind="removed", place=f"{place} {key}", old=_short(old[key]))
+        yield Change(kind="removed", place=f"{place} {key}", old=_sentence(old[key]))
     for key in new.keys() & old.keys():
         for field in sorted(new[key].keys() | old[key].keys()):
             before, after = old[key].get(field), new[key].get(field)
             if before != after:
                 was, is_now = _short(before), _short(after)
                 yield Change(kind="changed", place=f"{place} {key} {field}", old=was, new=is_now)
+
+
+def _sentence(part: Fields) -> str:
+    """A schedule or a trigger in a line for people."""
+    if trigger := part.get("trigger"):
+        about = ", ".join(map(str, (trigger.get("match") or {}).values()))
+        return f"when {' or '.join(trigger.get('expect') or ['anything'])} is told of {about or 'anything'}"
+    rule = next((f"{kind} {part[kind]}" for kind in ("cron", "interval", "rrule") if kind in part), "never")
+    given = f", parameters {_short(part['parameters'])}" if part.get("parameters") else ""
+    return f"{rule}, {part.get('timezone') or 'UTC'}{given}{'' if part.get('active') else ', paused'}"
 
 
 def _short(value: Any) -> str:

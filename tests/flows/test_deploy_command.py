@@ -108,10 +108,10 @@ def test_differences_are_told_by_schedule_trigger_and_field() -> None:
     )
     old = fields(schedules=[NIGHT, NIGHT | {"slug": "gone"}])
     assert [line.partition(": {")[0] for line in told(new, old)] == [
-        "+ nightly schedule day",
-        "- nightly schedule gone",
+        "+ nightly schedule day: cron 0 13 * * *, Europe/Berlin, paused",
+        "- nightly schedule gone: cron 0 1 * * *, UTC",
         "~ nightly schedule night cron: 0 1 * * * -> 0 3 * * *",
-        "- nightly trigger new",
+        "- nightly trigger new: when a or b is told of anything",
         "~ nightly collision_strategy: ENQUEUE -> CANCEL_NEW",
         "~ nightly concurrency_limit: 1 -> 2",
         "~ nightly parameters",
@@ -119,7 +119,7 @@ def test_differences_are_told_by_schedule_trigger_and_field() -> None:
 
 
 def test_all_of_a_new_deployment_is_added() -> None:
-    kinds = [line.partition(": {")[0] for line in told(fields(), None)]
+    kinds = [line.partition(": ")[0] for line in told(fields(), None)]
     assert kinds == ["+ nightly", "+ nightly schedule night", "+ nightly trigger new"]
 
 
