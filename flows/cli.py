@@ -244,10 +244,25 @@ def objectives(
 
 @config_app.command("show")
 def config_show(recipe: RecipeArgument, overrides: SetOption = None) -> None:
-    """Print the resolved recipe, every default written out."""
-    from tasks.recipe import load_recipe, to_yaml
+    """Print the resolved recipe, every default written out and explained."""
+    from dpo_core.commented_yaml import commented
+    from tasks.recipe import load_recipe
 
-    typer.echo(to_yaml(load_recipe(recipe, overrides or [])), nl=False)
+    typer.echo(commented(load_recipe(recipe, overrides or [])), nl=False)
+
+
+@config_app.command("cluster")
+def config_cluster(
+    on: Annotated[str, typer.Argument(metavar="WHERE", help="kubernetes, slurm or skypilot.")],
+) -> None:
+    """Print the settings of `dpo launch --on WHERE`, explained, to be filled in and given as --settings."""
+    from deploy.launchers.choice import TARGETS
+    from dpo_core.commented_yaml import form
+    from dpo_core.errors import RecipeError
+
+    if on not in TARGETS:
+        raise RecipeError(f"{on} has no settings of a cluster", f"Choose one of: {', '.join(TARGETS)}")
+    typer.echo(form(TARGETS[on][0]), nl=False)
 
 
 @config_app.command("schema")

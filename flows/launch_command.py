@@ -11,7 +11,12 @@ from flows.plan_command import RecipeArgument, SetOption
 
 OnOption = Annotated[str, typer.Option("--on", metavar="WHERE", help="local, kubernetes, slurm or skypilot.")]
 SettingsOption = Annotated[
-    str | None, typer.Option("--settings", metavar="FILE", help="YAML file of the cluster's settings.")
+    str | None,
+    typer.Option(
+        "--settings",
+        metavar="FILE",
+        help="YAML file of the cluster's settings; dpo config cluster WHERE prints one.",
+    ),
 ]
 WithOption = Annotated[
     list[str] | None,
@@ -75,7 +80,7 @@ def cluster_config(on: str, path: str | None, overrides: list[str]) -> Any:
     if not isinstance(raw, dict):
         raise RecipeError(f"{path} is not a mapping of settings", "Write lines such as: nodes: 2")
     kind, _ = TARGETS[on]
-    remedy = "Set it in the --settings file or by --with NAME=VALUE; deploy/launchers says what there is"
+    remedy = f"Set it in the --settings file or by --with NAME=VALUE; what there is: dpo config cluster {on}"
     return overridden(kind, raw, overrides, f"the settings for {on} cannot be used", remedy)
 
 

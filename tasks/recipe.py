@@ -344,11 +344,6 @@ def _meant(model: type[BaseModel], place: tuple[int | str, ...]) -> str:
     return f" (did you mean {near[0]}?)" if near else ""
 
 
-def to_yaml(recipe: Recipe) -> str:
-    """The resolved recipe, every default written out."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
 def json_schema() -> str:
     """The JSON schema of a recipe, for editors."""
     return json.dumps(Recipe.model_json_schema(), indent=2)

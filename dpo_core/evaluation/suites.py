@@ -21,6 +21,7 @@ class SuiteConfig(Config):
     limit: int | None = Field(None, ge=1)
     """Items of each suite, at most: a seeded choice of whole prompts. Empty: all."""
     seed: int = 0
+    """Of the sample of a suite's items, and of what is sampled from the model."""
     precision: Precision = "bf16"
     """Precision of log-probs."""
     token_budget: int = Field(4096, ge=64)

@@ -1,0 +1,32 @@
+"""Explained YAML: read back, it is the configuration that it was written from."""
+
+import pytest
+import yaml
+
+from deploy.launchers.choice import TARGETS
+from dpo_core.commented_yaml import REQUIRED, commented, form
+from tasks.recipe import Recipe, load_recipe, shipped
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_an_explained_recipe_is_the_recipe(name: str) -> None:
+    recipe = load_recipe(name, [])
+    assert Recipe.model_validate(yaml.safe_load(commented(recipe))) == recipe
+
+
+def test_every_field_is_explained_above_it() -> None:
+    lines = commented(load_recipe("demo", ["description='a: b # c'"])).splitlines()
+    told = [line.lstrip().startswith("#") for line in lines]
+    assert not [line for place, line in enumerate(lines) if not (told[place] or told[place - 1])]
+    assert "description: 'a: b # c'" in lines
+    assert max(len(line) for line, is_told in zip(lines, told, strict=True) if is_told) <= 102
+
+
+@pytest.mark.parametrize("on", TARGETS)
+def test_a_form_names_what_has_to_be_filled_in(on: str) -> None:
+    kind, _ = TARGETS[on]
+    blank = yaml.safe_load(form(kind))
+    required = {name for name, field in kind.model_fields.items() if field.is_required()}
+    assert {name for name, value in blank.items() if value == REQUIRED} == required
+    filled = blank | dict.fromkeys(required, "/x")
+    assert kind.model_validate(filled) == kind.model_validate(dict.fromkeys(required, "/x"))
