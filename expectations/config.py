@@ -1,12 +1,15 @@
 """Thresholds of the data gate: one field a rule, all settable from the recipe (`gate.<rule>.<threshold>`)."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from dpo_core.config import Config
 
-Severity = Literal["critical", "warning", "off"]
+# YAML reads a bare `off` as false.
+Severity = Annotated[
+    Literal["critical", "warning", "off"], BeforeValidator(lambda given: "off" if given is False else given)
+]
 
 
 class Rule(Config):

@@ -121,7 +121,7 @@ def test_severity_decides_between_refusal_and_a_note(gate: Gate, severity: str, 
 def test_a_rule_that_is_off_says_nothing(gate: Gate) -> None:
     frame = clean_pairs()
     frame.loc[7, "chosen"] = ""
-    report, _ = gate(frame, config=settings(empty_chosen={"severity": "off"}, too_few={"severity": "off"}))
+    report, _ = gate(frame, config=settings(empty_chosen={"severity": False}, too_few={"severity": "off"}))
     assert not {"pairs/empty_chosen", "pairs/too_few"} & {f.rule for f in report.findings}
     assert not report.refused
 
