@@ -124,6 +124,7 @@ def _check_parameters(flow: Any, deployment: Any, where: str, parameters: dict[s
         recipe = load_recipe(name, parameters.get("overrides") or [])
     except RecipeError as error:
         raise RecipeError(f"{where}: {error.problem}", error.remedy) from error
+    _check_cluster(where, parameters)
     rooted = Path(recipe.workspace).expanduser().is_absolute()
     if not rooted and "working_dir" not in deployment.work_pool.job_variables:
         raise RecipeError(
@@ -131,6 +132,21 @@ def _check_parameters(flow: Any, deployment: Any, where: str, parameters: dict[s
             "starts each in a folder of its own",
             "Set work_pool.job_variables.working_dir, or the override workspace=/a/whole/path",
         )
+
+
+def _check_cluster(where: str, parameters: dict[str, Any]) -> None:
+    from flows.launch_command import cluster_config
+
+    settings = parameters.get("settings")
+    if settings is not None and not Path(settings).expanduser().is_absolute():
+        raise RecipeError(
+            f"{where}: the settings {settings} are named from here, and workers run elsewhere",
+            "Give the whole path",
+        )
+    try:
+        cluster_config(parameters.get("on", "local"), settings, [])
+    except RecipeError as error:
+        raise RecipeError(f"{where}: {error.problem}", error.remedy) from error
 
 
 def fire_times(deployments: Any) -> dict[str, list[str]]:

@@ -22,7 +22,12 @@ _ENDS = {3: GATE_REFUSED, 5: PROMOTION_REFUSED}
 
 @flow(name="dpo", flow_run_name="{recipe}", log_prints=False, persist_result=False)
 def deployed(
-    recipe: str, overrides: list[str] | None = None, data: str | None = None, resume: str | None = None
+    recipe: str,
+    overrides: list[str] | None = None,
+    data: str | None = None,
+    resume: str | None = None,
+    on: str = "local",
+    settings: str | None = None,
 ) -> State[Any]:
     """Run a recipe on a worker.
 
@@ -31,6 +36,8 @@ def deployed(
         overrides: fields of the recipe, each as a.b=value.
         data: a data set to take in place of the recipe's own: a file, a folder or a hub name.
         resume: name of an earlier run to go on with, or latest.
+        on: where its training jobs run: local, kubernetes, slurm or skypilot.
+        settings: a YAML file with the settings of that cluster (dpo config cluster).
     """
     from flows import alignment, frontier
     from flows.recorded import recorded
@@ -39,11 +46,13 @@ def deployed(
     log.setLevel(logging.INFO)
     sets = [*(overrides or []), *data_overrides(data)]
     try:
+        from flows.launch_command import cluster_config, send_to
         from tasks.recipe import load_recipe
 
+        send_to(on, cluster_config(on, settings, []))
         resolved = load_recipe(recipe, sets)
         stages: Any = frontier.run_stages if resolved.frontier else alignment.run_stages
-        report = recorded(resolved, resume, stages, command_of(recipe, sets))
+        report = recorded(resolved, resume, stages, command_of(recipe, sets, on, settings))
     except DpoError as error:
         log.error("%s", error)
         return Failed(name=_ENDS.get(error.exit_code, "Failed"), message=str(error))
@@ -55,6 +64,10 @@ def data_overrides(data: str | None) -> list[str]:
     return [] if data is None else [f"data.path={json.dumps(data)}", "data.openings=null"]
 
 
-def command_of(recipe: str, overrides: list[str]) -> str:
+def command_of(recipe: str, overrides: list[str], on: str = "local", settings: str | None = None) -> str:
     """The command that does the same by hand."""
-    return shlex.join(["dpo", "run", recipe, *(part for one in overrides for part in ("--set", one))])
+    sets = [part for one in overrides for part in ("--set", one)]
+    if on == "local":
+        return shlex.join(["dpo", "run", recipe, *sets])
+    where = ["--on", on, *(["--settings", settings] if settings else [])]
+    return shlex.join(["dpo", "launch", recipe, *where, *sets])

@@ -40,19 +40,24 @@ def launch(
 
     The workspace lies on storage that this machine and the cluster's see at the same path.
     """
-    from deploy.launchers.choice import VARIABLE
-
     config = cluster_config(on, settings, over_settings or [])
     if render:
         typer.echo(rendered(recipe, overrides or [], on, config), nl=False)
         return
     from flows.cli import run
 
+    send_to(on, config)
+    run(recipe, overrides, resume)
+
+
+def send_to(on: str, config: Any) -> None:
+    """From now on this process's training jobs run there; without a configuration, on this machine."""
+    from deploy.launchers.choice import VARIABLE
+
     if config is not None:
         os.environ[VARIABLE] = json.dumps({"on": on, "settings": config.model_dump(mode="json")})
     else:
         os.environ.pop(VARIABLE, None)
-    run(recipe, overrides, resume)
 
 
 def cluster_config(on: str, path: str | None, overrides: list[str]) -> Any:

@@ -59,21 +59,24 @@ def test_settings_that_cannot_be_used_are_refused(on: str, settings: list[str], 
         cluster_config(on, None, settings)
 
 
+def _on_slurm(bench: Bench, site: Path) -> dict[str, str]:
+    commands = slurm_site.install(site)
+    path = os.pathsep.join([str(commands), str(Path(sys.executable).parent), os.environ["PATH"]])
+    return bench.environment() | {"SLURM_SITE": str(site), "PATH": path}
+
+
+def _trained_on(site: Path) -> None:
+    jobs = slurm_site.jobs(site)
+    assert [job["state"] for job in jobs] == ["COMPLETED"] * 3
+    for stage, job in zip(STAGES, jobs, strict=True):
+        assert job["options"]["job-name"].startswith(f"dpo-{stage}-")
+
+
 @pytest.mark.slow
 def test_a_whole_run_trains_on_slurm(bench: Bench, tmp_path: Path) -> None:
-    commands = slurm_site.install(tmp_path / "site")
-    environment = bench.environment() | {"SLURM_SITE": str(tmp_path / "site"), "OMP_NUM_THREADS": "1"}
-    environment["PATH"] = (
-        f"{commands}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    )
-    given = [
-        "--with",
-        "gpus=0",
-        "--with",
-        f"python={sys.executable}",
-        "--set",
-        f"workspace={tmp_path / 'ws'}",
-    ]
+    environment = _on_slurm(bench, tmp_path / "site")
+    given = ["--with", "gpus=0", "--with", f"python={sys.executable}"]
+    given += ["--set", f"workspace={tmp_path / 'ws'}"]
     done = subprocess.run(
         [sys.executable, "-m", "flows.cli", "launch", str(bench.recipe), "--on", "slurm", *given],
         env=environment,
@@ -83,7 +86,31 @@ def test_a_whole_run_trains_on_slurm(bench: Bench, tmp_path: Path) -> None:
         timeout=500,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    jobs = slurm_site.jobs(tmp_path / "site")
-    assert [job["state"] for job in jobs] == ["COMPLETED"] * 3
-    for stage, job in zip(STAGES, jobs, strict=True):
-        assert job["options"]["job-name"].startswith(f"dpo-{stage}-")
+    _trained_on(tmp_path / "site")
+
+
+@pytest.mark.slow
+def test_a_deployed_run_trains_on_slurm(bench: Bench, tmp_path: Path) -> None:
+    """What a worker does with the parameters `on` and `settings` of a deployment."""
+    settings = tmp_path / "cluster.yaml"
+    settings.write_text(yaml.safe_dump({"gpus": 0, "python": sys.executable}))
+    workspace = tmp_path / "ws"
+    parameters = {
+        "recipe": str(bench.recipe),
+        "overrides": [f"workspace={workspace}"],
+        "on": "slurm",
+        "settings": str(settings),
+    }
+    code = f"from flows.deployed import deployed\nprint(deployed(**{parameters!r}, return_state=True).name)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=_on_slurm(bench, tmp_path / "site"),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+    )
+    assert done.stdout.strip().endswith("Completed"), done.stdout + done.stderr
+    _trained_on(tmp_path / "site")
+    (record,) = workspace.glob("runs/*/run.json")
+    assert f"dpo launch {bench.recipe} --on slurm --settings {settings}" in record.read_text()
