@@ -175,7 +175,8 @@ def _reconcile(
 ) -> None:
     """Everything is compared before anything is changed."""
     from tasks.alerts import apply_alerts, plan_alerts
-    from tasks.deployments import Change, apply, difference, present, require_work_pool, strangers, wanted
+    from tasks.deployments import Change, apply, difference, present, strangers, wanted
+    from tasks.work_pools import require_work_pool
     from tasks.zombies import apply_zombies, plan_zombies
 
     planned = []

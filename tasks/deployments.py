@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 from deploy.prefect_file import Deployment
 from dpo_core.config import Config
-from dpo_core.errors import RecipeError
 from tasks.schedules import comparable, prefect_schedule
 
 
@@ -236,24 +235,6 @@ def apply(client: Any, deployment: Deployment, flow: Any) -> None:
     client.delete_resource_owned_automations(f"prefect.deployment.{deployment_id}")
     for automation in _automations(deployment, deployment_id):
         client.create_automation(automation)
-
-
-def require_work_pool(client: Any, deployment: Deployment) -> None:
-    """Refuse to deploy where no worker could ever take the runs.
-
-    Raises:
-        RecipeError: the server has no such work pool.
-    """
-    from prefect.exceptions import ObjectNotFound
-
-    pool = deployment.work_pool.name
-    try:
-        client.read_work_pool(pool)
-    except ObjectNotFound as error:
-        raise RecipeError(
-            f"{deployment.name}: the server has no work pool {pool}",
-            f"Make it: prefect work-pool create {pool} --type process",
-        ) from error
 
 
 def strangers(client: Any, flow_name: str, names: set[str]) -> list[Any]:
