@@ -19,6 +19,7 @@ from flows.deploy_command import deploy as deploy_command
 from flows.evaluate_command import compare as compare_command
 from flows.evaluate_command import evaluate as evaluate_command
 from flows.event_command import app as event_app
+from flows.gc_command import gc as gc_command
 from flows.launch_command import launch as launch_command
 from flows.plan_command import plan as plan_command
 from flows.promote_command import promote as promote_command
@@ -36,6 +37,7 @@ app = typer.Typer(
 config_app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(cache_app, name="cache")
+app.command("gc")(gc_command)
 app.command("plan")(plan_command)
 app.command("launch")(launch_command)
 app.command("evaluate")(evaluate_command)
