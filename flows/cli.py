@@ -16,6 +16,7 @@ import typer
 
 from flows.cache_commands import app as cache_app
 from flows.deploy_command import deploy as deploy_command
+from flows.doctor_command import doctor as doctor_command
 from flows.evaluate_command import compare as compare_command
 from flows.evaluate_command import evaluate as evaluate_command
 from flows.event_command import app as event_app
@@ -37,6 +38,7 @@ app = typer.Typer(
 config_app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(cache_app, name="cache")
+app.command("doctor")(doctor_command)
 app.command("gc")(gc_command)
 app.command("plan")(plan_command)
 app.command("launch")(launch_command)
