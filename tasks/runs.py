@@ -14,6 +14,8 @@ from dpo_core.config import Config
 from dpo_core.errors import RecipeError
 from tasks.workspace import disk_errors, open_workspace, run_folder, write_whole
 
+STATUSES = ("running", "done", "failed", "refused")
+
 
 class RunRecord(Config):
     """One alignment run."""
