@@ -4,6 +4,8 @@ from typing import Annotated, Any
 
 import typer
 
+from flows.wording import count, size
+
 app = typer.Typer(help="Look after the cached reference log-probs.", no_args_is_help=True)
 
 WorkspaceOption = Annotated[str, typer.Option(help="Workspace folder.")]
@@ -27,7 +29,7 @@ def ls(workspace: WorkspaceOption = RUNS, as_json: JsonOption = False) -> None:
     for summary in found:
         typer.echo(
             f"{summary.key[:16]}  {summary.entries:,} sequences, {summary.tokens:,} tokens, "
-            f"{_size(summary.bytes)}, {_count(summary.shards, 'shard')}, "
+            f"{size(summary.bytes)}, {count(summary.shards, 'shard')}, "
             f"used {summary.last_used.astimezone():%Y-%m-%d %H:%M}"
         )
         typer.echo(f"  {_reference(summary.reference)}")
@@ -36,7 +38,7 @@ def ls(workspace: WorkspaceOption = RUNS, as_json: JsonOption = False) -> None:
                 "  of another version, not read by this one; remove with: dpo cache gc --unused-for DAYS"
             )
         if summary.damaged:
-            typer.echo(f"  {_count(summary.damaged, 'shard')} damaged; run: dpo cache verify --repair")
+            typer.echo(f"  {count(summary.damaged, 'shard')} damaged; run: dpo cache verify --repair")
 
 
 @app.command("verify")
@@ -57,11 +59,11 @@ def verify(
     else:
         for damage in told.damaged:
             typer.echo(f"{'removed' if damage.removed else 'damaged'}  {damage.problem}")
-        read = f"{_count(told.shards, 'shard')} read, {told.entries:,} whole entries"
+        read = f"{count(told.shards, 'shard')} read, {told.entries:,} whole entries"
         typer.echo(read if told.shards else f"no reference log-probs in {workspace}")
     if told.damaged and not repair:
         raise StageFailed(
-            f"{len(told.damaged)} of {_count(told.shards, 'shard')} of reference log-probs are damaged",
+            f"{len(told.damaged)} of {count(told.shards, 'shard')} of reference log-probs are damaged",
             "Remove them with: dpo cache verify --repair; the next run computes them again",
         )
 
@@ -88,9 +90,9 @@ def gc(
         typer.echo(f"{would}remove  {name} (unfinished)")
     for key in done.unused:
         typer.echo(f"{would}remove  {key[:16]} (unused)")
-    for key, count in done.merged.items():
-        typer.echo(f"{would}merge   {key[:16]} ({_count(count, 'shard')})")
-    typer.echo(f"{_size(done.freed_bytes)} {'would be ' if dry_run else ''}freed")
+    for key, shards in done.merged.items():
+        typer.echo(f"{would}merge   {key[:16]} ({count(shards, 'shard')})")
+    typer.echo(f"{size(done.freed_bytes)} {'would be ' if dry_run else ''}freed")
 
 
 def _reference(facts: Any) -> str:
@@ -100,15 +102,3 @@ def _reference(facts: Any) -> str:
         f"{facts.model or 'unnamed reference'}, weights {facts.weights_sha256[:16]}, {facts.precision}, "
         f"{facts.attention} attention, definition {facts.definition_version}"
     )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _size(size: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"

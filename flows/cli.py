@@ -16,9 +16,11 @@ import typer
 
 from flows.cache_commands import app as cache_app
 from flows.deploy_command import deploy as deploy_command
+from flows.doctor_command import doctor as doctor_command
 from flows.evaluate_command import compare as compare_command
 from flows.evaluate_command import evaluate as evaluate_command
 from flows.event_command import app as event_app
+from flows.gc_command import gc as gc_command
 from flows.launch_command import launch as launch_command
 from flows.plan_command import plan as plan_command
 from flows.promote_command import promote as promote_command
@@ -36,6 +38,8 @@ app = typer.Typer(
 config_app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(cache_app, name="cache")
+app.command("doctor")(doctor_command)
+app.command("gc")(gc_command)
 app.command("plan")(plan_command)
 app.command("launch")(launch_command)
 app.command("evaluate")(evaluate_command)
@@ -158,20 +162,20 @@ def validate(
 
 @app.command()
 def runs(
-    workspace: Annotated[str, typer.Option(help="Workspace folder.")] = "./runs", as_json: JsonOption = False
+    newest: Annotated[int, typer.Option(metavar="N", min=1, help="List so many.")] = 20,
+    every: Annotated[bool, typer.Option("--all", help="List all of them.")] = False,
+    status: Annotated[
+        list[str] | None,
+        typer.Option(help="Only running, done, failed or refused ones; may be repeated."),
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(metavar="NAME", help="Only those of a recipe.")] = None,
+    workspace: Annotated[str, typer.Option(help="Workspace folder.")] = "./runs",
+    as_json: JsonOption = False,
 ) -> None:
-    """List the runs of a workspace, newest first."""
-    from tasks.runs import list_runs
+    """List the runs of a workspace, newest first. JSON holds all that are asked for, however many."""
+    from flows.runs_command import list_them
 
-    records = list_runs(workspace)
-    if as_json:
-        typer.echo(json.dumps([r.model_dump(mode="json") for r in records], indent=1))
-        return
-    if not records:
-        typer.echo(f"no runs in {Path(workspace).absolute()}")
-    for record in records:
-        reason = f"  {record.error}" if record.error else ""
-        typer.echo(f"{record.run_id:40} {record.status:8} {record.started_at:%Y-%m-%d %H:%M}{reason}")
+    list_them(workspace, None if every or as_json else newest, status or [], recipe, as_json)
 
 
 @app.command()

@@ -28,5 +28,16 @@ def end_orphans() -> int:
     return ended
 
 
+def find_orphans() -> list[psutil.Process]:
+    """What a run that is gone started and left behind: its temporary server, its trainers."""
+    found = []
+    for process in psutil.process_iter(["uids"]):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, ValueError):
+            owner = process.environ().get(_MARK) if process.info["uids"].real == os.getuid() else None
+            if owner and not psutil.pid_exists(int(owner)):
+                found.append(process)
+    return found
+
+
 def _is_server(cmdline: list[str] | None) -> bool:
     return any(part.startswith(_SERVER) for part in cmdline or ())

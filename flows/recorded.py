@@ -9,7 +9,7 @@ from dpo_core.errors import DpoError, GateRefused
 from tasks.ahead import check_ahead
 from tasks.provenance import command_line
 from tasks.recipe import Recipe
-from tasks.runs import RunRecord, find_run, new_run, save_run
+from tasks.runs import RunRecord, find_run, new_run, own_process, save_run
 from tasks.stage import Context, remember_tracker
 from tasks.store import Store
 from tasks.tracking import Tracker
@@ -42,7 +42,8 @@ def recorded(
         description=recipe.description,
         tags={"dpo.run": record.run_id, "dpo.command": command},
     )
-    record = record.model_copy(update={"mlflow_run_id": mlflow_id, "status": "running", "error": None})
+    at_work = {"mlflow_run_id": mlflow_id, "status": "running", "error": None, "process": own_process()}
+    record = record.model_copy(update=at_work)
     save_run(workspace, record)
     context = Context(workspace=str(workspace), run_id=record.run_id, mlflow_run_id=mlflow_id)
     remember_tracker(context, tracker)

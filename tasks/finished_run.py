@@ -2,13 +2,14 @@
 
 import json
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from dpo_core.errors import RecipeError
 from tasks.report import ModelRow, RunReport
 from tasks.runs import list_runs
-from tasks.tracking import Tracker, TrackingConfig
+from tasks.tracking import Tracker, TrackingConfig, resolve_uri
 
 
 def finished_report(workspace: Path, run_id: str) -> tuple[RunReport, ModelRow]:
@@ -48,13 +49,34 @@ def registry_of(workspace: Path, report: RunReport | None = None) -> Tracker:
     Raises:
         RecipeError: nothing was ever tracked there.
     """
-    uri = report.run.tracking_uri if report else _newest_uri(workspace)
     own = workspace / "mlflow.db"
-    if uri and uri.startswith("sqlite:") and uri.endswith("/mlflow.db") and own.exists():
-        uri = f"sqlite:///{own}"
+    uri = _moved(report.run.tracking_uri if report else _newest_uri(workspace), own)
     if not (uri or own.exists() or os.environ.get("MLFLOW_TRACKING_URI")):
         raise RecipeError(f"the workspace {workspace} holds no finished run", "List its runs with: dpo runs")
     return Tracker(TrackingConfig(uri=uri), workspace)
+
+
+def registries_of(workspace: Path, uris: Iterable[str | None]) -> list[Tracker]:
+    """Every MLflow that may know models of this workspace: those that its runs wrote to, and its own.
+
+    A database that was removed knows none, and is not made again.
+    """
+    own = workspace / "mlflow.db"
+    named = {_moved(uri, own) for uri in uris} - {None}
+    if own.exists() or os.environ.get("MLFLOW_TRACKING_URI"):
+        named.add(resolve_uri(TrackingConfig(), workspace))
+    there = sorted(uri for uri in named if uri and not _removed(uri))
+    return [Tracker(TrackingConfig(uri=uri), workspace) for uri in there]
+
+
+def _moved(uri: str | None, own: Path) -> str | None:
+    if uri and uri.startswith("sqlite:") and uri.endswith("/mlflow.db") and own.exists():
+        return f"sqlite:///{own}"
+    return uri
+
+
+def _removed(uri: str) -> bool:
+    return uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists()
 
 
 def _newest_uri(workspace: Path) -> str | None:

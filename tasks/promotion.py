@@ -10,29 +10,25 @@ import logging
 import os
 import socket
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
-from urllib.parse import quote
 
-from filelock import FileLock, Timeout
 from pydantic import Field
 
 from dpo_core.config import Config
-from dpo_core.errors import PromotionRefused, RecipeError, StageFailed
+from dpo_core.errors import PromotionRefused, RecipeError
 from tasks.champion import ALIAS, titled, weights_of
 from tasks.finished_run import finished_report, registry_of
 from tasks.manifest import digest_folder
 from tasks.promotion_ledger import PREVIOUS, SUFFIX, Change, Ledger, reigns
+from tasks.promotion_lock import alone
 from tasks.report import ModelRow, RunReport
-from tasks.tracking import Tracker
+from tasks.tracking import Tracker, every
 from tasks.workspace import disk_errors, open_workspace
 
 log = logging.getLogger("dpo")
 
-_LOCK_SECONDS = 900.0
 _LOOK = "Look with: dpo promote --check"
 _CHALLENGER = "challenger"
 
@@ -71,7 +67,7 @@ def promote(workspace: str | Path, run_id: str, *, force: bool = False, reason: 
     place = open_workspace(workspace)
     report, model = finished_report(place, run_id)
     tracker = registry_of(place, report)
-    with _alone(place, model.name):
+    with alone(place, model.name):
         ledger, mended = _settled(tracker, model.name)
         entries = ledger.read()
         champion = tracker.version_of(model.name, ALIAS)
@@ -127,7 +123,7 @@ def rollback(workspace: str | Path, name: str | None = None, *, reason: str = ""
     place = open_workspace(workspace)
     tracker = registry_of(place)
     name = _only(tracker, name)
-    with _alone(place, name):
+    with alone(place, name):
         ledger, mended = _settled(tracker, name)
         entries = ledger.read()
         champion, target = (tracker.version_of(name, alias) for alias in (ALIAS, PREVIOUS))
@@ -154,7 +150,7 @@ def check(workspace: str | Path) -> list[Standing]:
     tracker = registry_of(place)
     found = []
     for name in _models(tracker):
-        with _alone(place, name):
+        with alone(place, name):
             ledger, notes = _settled(tracker, name)
             champion = tracker.version_of(name, ALIAS)
             if (wanted := ledger.moved()) is not None:
@@ -273,7 +269,7 @@ def _standing(tracker: Tracker, name: str, *, changed: bool = False, notes: list
 
 
 def _models(tracker: Tracker) -> list[str]:
-    found = tracker.ask("the registered models", lambda client: list(client.search_registered_models()))
+    found = tracker.ask("the registered models", lambda client: every(client.search_registered_models))
     return sorted(model.name for model in found if not model.name.endswith(SUFFIX))
 
 
@@ -289,23 +285,3 @@ def _only(tracker: Tracker, name: str | None) -> str:
     if not having:
         refuse("no registered model has a champion", [], "Promote one with: dpo promote RUN")
     raise RecipeError(f"{len(having)} models have a champion: {', '.join(having)}", "Name one of them.")
-
-
-@contextmanager
-def _alone(workspace: Path, name: str) -> Iterator[None]:
-    """Hold the model's champion against other processes on this workspace. A killed holder lets go."""
-    path = workspace / "store" / "locks" / f"promotion-{quote(name, safe='')}.lock"
-    with disk_errors(path, "locking the champion"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path, poll_interval=0.05)
-        try:
-            lock.acquire(timeout=_LOCK_SECONDS)
-        except Timeout as error:
-            raise StageFailed(
-                f"another promotion of {name} has been at work for {_LOCK_SECONDS / 60:.0f} minutes",
-                "Look for its process, then try again.",
-            ) from error
-    try:
-        yield
-    finally:
-        lock.release()

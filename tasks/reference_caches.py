@@ -3,8 +3,6 @@
 All of it can be computed again, so nothing here can cost more than time.
 """
 
-import os
-from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -25,7 +23,7 @@ from dpo_core.reference.cache import (
 )
 from dpo_core.reference.keys import DEFINITION_VERSION
 from dpo_core.reference.shard import LogpShard
-from tasks.workspace import disk_errors, open_workspace
+from tasks.workspace import disk_errors, open_workspace, size_of
 
 CACHE_FOLDER = "reference_cache"
 
@@ -117,7 +115,7 @@ def _summary(folder: Path) -> CacheSummary:
         current=facts is not None and facts.definition_version == DEFINITION_VERSION,
         entries=len(np.unique(np.concatenate(keys), axis=0)) if keys else 0,
         tokens=sum(len(shard.values) for shard in opened),
-        bytes=_size(folder),
+        bytes=size_of(folder),
         shards=len(opened) + damaged,
         damaged=damaged,
         last_used=last_used(folder),
@@ -176,13 +174,13 @@ def collect_garbage(
         for folder in _folders(root):
             if unused_for is not None and datetime.now(UTC) - last_used(folder) >= timedelta(days=unused_for):
                 unused.append(folder.name)
-                freed += _size(folder)
+                freed += size_of(folder)
                 if not dry_run:
                     discard(folder)
                 continue
             for path in leftovers(folder):
                 left.append(str(path.relative_to(root)))
-                freed += _size(path)
+                freed += size_of(path)
                 if not dry_run:
                     remove(path)
             count = len(shard_folders(folder))
@@ -190,7 +188,7 @@ def collect_garbage(
                 merged[folder.name] = count if dry_run else ReferenceCache(folder).merge()
         for path in leftovers(root):  # of removals that were killed
             left.append(path.name)
-            freed += _size(path)
+            freed += size_of(path)
             if not dry_run:
                 remove(path)
     return Collected(leftovers=left, unused=unused, merged=merged, freed_bytes=freed)
@@ -206,12 +204,3 @@ def _folders(root: Path) -> list[Path]:
         return []
     digits = set("0123456789abcdef")
     return sorted(p for p in root.iterdir() if p.is_dir() and len(p.name) == 64 and set(p.name) <= digits)
-
-
-def _size(path: Path) -> int:
-    total = path.stat().st_size if path.is_file() else 0
-    for where, _, files in os.walk(path):
-        for file in files:
-            with suppress(FileNotFoundError):  # a run at work renames its temporary files
-                total += os.lstat(os.path.join(where, file)).st_size
-    return total

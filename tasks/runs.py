@@ -1,15 +1,20 @@
 """The record of each run under the workspace: what was asked, where it stands, how to go on with it."""
 
 import json
+import os
 import re
+import socket
 from datetime import UTC, datetime
 from pathlib import Path
 
+import psutil
 from pydantic import AwareDatetime, ValidationError
 
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError
 from tasks.workspace import disk_errors, open_workspace, run_folder, write_whole
+
+STATUSES = ("running", "done", "failed", "refused")
 
 
 class RunRecord(Config):
@@ -29,6 +34,10 @@ class RunRecord(Config):
     """The command that started it."""
     error: str | None = None
     """Why it ended, when it did not end well."""
+    process: str | None = None
+    """The process at work on it, as `own_process` names it; older versions did not say."""
+    lists_stages: bool = False
+    """Whether `stages.jsonl` beside it lists what it needs from its start on; older versions did not."""
 
 
 def new_run(workspace: str | Path, recipe_name: str, command: str) -> RunRecord:
@@ -39,7 +48,28 @@ def new_run(workspace: str | Path, recipe_name: str, command: str) -> RunRecord:
     while (Path(workspace) / "runs" / name).exists():
         count += 1
         name = f"{stem}-{count}"
-    return RunRecord(run_id=name, recipe=recipe_name, started_at=started, command=command)
+    return RunRecord(run_id=name, recipe=recipe_name, started_at=started, command=command, lists_stages=True)
+
+
+def own_process() -> str:
+    """This process, told from a later one that gets its number: host, number and time of birth."""
+    return f"{socket.gethostname()}+{os.getpid()}+{psutil.Process().create_time():.0f}"
+
+
+def is_gone(record: RunRecord) -> bool:
+    """Whether the process that a run is recorded to be at work in is no more; of another host: False."""
+    if record.process is None:
+        return False
+    host, pid, born = record.process.rsplit("+", 2)
+    if host != socket.gethostname():
+        return False
+    try:
+        process = psutil.Process(int(pid))
+        return abs(process.create_time() - int(born)) > 2 or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.AccessDenied:
+        return False
 
 
 def save_run(workspace: str | Path, record: RunRecord) -> None:

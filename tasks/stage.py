@@ -23,6 +23,7 @@ from pydantic import JsonValue
 from dpo_core.config import Config
 from dpo_core.errors import DpoError
 from tasks.manifest import PLANNED, Manifest, digest_config, stage_key
+from tasks.needs import note_need
 from tasks.store import Store
 from tasks.tracking import Tracker
 from tasks.tracking_run import StageRun, flatten
@@ -217,6 +218,7 @@ def run_stage(
     key = stage_key(stage.name, stage.version, digest, {role: m.sha256 for role, m in inputs.items()})
     if context.plan:
         return _look(store, stage, key, digest, inputs, ahead)
+    note_need(store, context.run_id, stage.name, key, [m.sha256 for m in inputs.values()])
     found = store.lookup(stage.name, key, verify=context.verify)
     child: StageRun | None = None
     if found is None:

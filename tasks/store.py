@@ -170,11 +170,13 @@ class Store:
                 entry = self._write_entry(temporary / index.name, manifest)
                 if target.exists() and find_damage(target, entries) is not None:
                     self._discard(target)
-                if not target.exists():
-                    own = None if keep_work else scratch
-                    os.rename(self._stage_files(files, folder, own, temporary), target)
-                    sync(target.parent)
-                os.replace(entry, index)
+                own = None if keep_work else scratch
+                staged = None if target.exists() else self._stage_files(files, folder, own, temporary)
+                with self.guard():  # else an object without an entry, or one about to be removed
+                    if not target.exists():
+                        os.rename(staged or self._stage_files(files, folder, own, temporary), target)
+                        sync(target.parent)
+                    os.replace(entry, index)
                 sync(index.parent)
         if not keep_work:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -211,14 +213,25 @@ class Store:
                 holder.unlink(missing_ok=True)
             lock.release()
 
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Hold what the store keeps against `dpo gc`, for moments: see `tasks.needs`."""
+        path = self.root / "locks" / "gc.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path, poll_interval=0.05):
+            yield
+
     def sweep(self) -> int:
         """Remove what killed processes left unfinished; returns the number of folders removed."""
         removed = 0
-        for folder in self._children(self.root / "tmp"):
-            if not _has_owner(folder):
-                shutil.rmtree(folder, ignore_errors=True)
-                removed += not folder.exists()
+        for folder in self.leftovers():
+            shutil.rmtree(folder, ignore_errors=True)
+            removed += not folder.exists()
         return removed
+
+    def leftovers(self) -> list[Path]:
+        """The folders of killed processes."""
+        return [folder for folder in self._children(self.root / "tmp") if not _has_owner(folder)]
 
     def usage(self) -> dict[str, int]:
         """Bytes on the disk by kind of artifact, and of the stages' scratch folders as `work`."""

@@ -186,8 +186,9 @@ class Tracker:
 
         def register() -> str:
             unless_there(lambda: self._client.create_registered_model(name))
-            for found in self._client.search_model_versions(f"name = '{name}'"):
-                if found.run_id == run_id and found.tags.get("dpo.weights_uri") == uri:
+            # Of this run alone: a model of a nightly recipe has a version for every night.
+            for found in self._client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):
+                if found.tags.get("dpo.weights_uri") == uri:
                     version = found.version
                     break
             else:
@@ -326,3 +327,13 @@ def unless_there(create: Callable[[], object]) -> None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+
+
+def every(search: Callable[..., Any]) -> list[Any]:
+    """All that a search of MLflow's finds; it answers in pages."""
+    page = search()
+    found = list(page)
+    while page.token:
+        page = search(page_token=page.token)
+        found += page
+    return found

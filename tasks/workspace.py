@@ -6,7 +6,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -111,3 +111,13 @@ def write_whole(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of the files below a folder."""
+    total = path.stat().st_size if path.is_file() else 0
+    for where, _, files in os.walk(path):
+        for file in files:
+            with suppress(FileNotFoundError):  # a run at work renames its temporary files
+                total += os.lstat(os.path.join(where, file)).st_size
+    return total

@@ -1,0 +1,120 @@
+"""`dpo doctor`: look for the common faults, and say what to do about each."""
+
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from tasks.doctor.finding import Finding
+
+_SIGNS = {"ok": "✓", "warning": "!", "failure": "✗", "skipped": "–"}
+# MLflow's client, where a check needs it, is not to wait for a server that is away.
+_IMPATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "3", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+
+
+def doctor(
+    workspace: Annotated[str, typer.Option(help="Workspace folder.")] = "./runs",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+) -> None:
+    """Look for common faults of packages, workspace, MLflow, Prefect, ports and promotions. Changes nothing.
+
+    Exit code 4: something is broken.
+    """
+    import json
+
+    from dpo_core.errors import StageFailed
+    from tasks.workspace import open_workspace
+
+    os.environ.update(_IMPATIENT)
+    found = look(open_workspace(workspace))
+    if as_json:
+        typer.echo(json.dumps([finding.model_dump() for finding in found], indent=1))
+    else:
+        for finding in found:
+            typer.echo(f"{_SIGNS[finding.state]} {finding.check:12} {finding.says}")
+            if finding.remedy:
+                typer.echo(f"  {'':12} → {finding.remedy}")
+    if broken := sorted({finding.check for finding in found if finding.state == "failure"}):
+        raise StageFailed(f"broken: {', '.join(broken)}", "What to do stands beside each")
+
+
+def look(place: Path) -> "list[Finding]":
+    """The findings of every check, in the order in which things are needed."""
+    from tasks.doctor import machine, mlflow, ports, prefect, workspace
+    from tasks.doctor.finding import run_checks
+
+    here = [machine.python, machine.packages, machine.compiler, machine.demo_weights, machine.accelerator]
+    disk = [workspace.folder, workspace.owner, workspace.disk, workspace.clock, workspace.stuck_runs]
+    tracked = [mlflow.undelivered, workspace.garbage, workspace.champions]
+    return run_checks(
+        [
+            ("machine", [*here, machine.network, orphans]),
+            ("workspace", [partial(check, place) for check in (*disk, workspace.leftovers)]),
+            ("mlflow", [lambda: _with_mlflow(place, tracked)]),
+            ("prefect", [prefect.credentials, prefect.server, deploy_file]),
+            ("ports", [ports.usual, ports.open_to_all]),
+        ]
+    )
+
+
+def _with_mlflow(place: Path, checks: list[Any]) -> "Iterator[Finding]":
+    """The checks that ask MLflow, once it is known to answer."""
+    from tasks.doctor import mlflow
+    from tasks.doctor.finding import skipped
+
+    state = "ok"
+    for finding in mlflow.tracking(place):
+        yield finding
+        state = finding.state if finding.state == "failure" else state
+    if state == "failure":
+        yield skipped("champion", "MLflow has to answer first")
+        return
+    for check in checks:
+        yield from check(place)
+
+
+def orphans() -> "Iterator[Finding]":
+    """Nothing lives on that a killed run had started."""
+    from flows.orphans import find_orphans
+    from tasks.doctor.finding import ok, warning
+
+    left = find_orphans()
+    if left:
+        pids = " ".join(str(process.pid) for process in left)
+        says = f"{len(left)} processes of killed runs live on: {pids}"
+        yield warning("orphans", says, f"The next dpo run ends its servers; all of them: kill {pids}")
+    else:
+        yield ok("orphans", "no process of a killed run lives on")
+
+
+def deploy_file() -> "Iterator[Finding]":
+    """The server holds what the deploy file says."""
+    from flows.deploy_command import _default_file, _reconcile, check_deployment
+    from flows.server import server, server_address
+    from tasks.doctor.finding import ok, skipped, warning
+    from tasks.doctor.http import ask
+
+    address = server_address()
+    if address is None or isinstance(ask("GET", f"{address}/health"), str):
+        return
+    from deploy.prefect_file import read_prefect_file
+    from dpo_core.errors import RecipeError
+
+    try:
+        checked, _ = read_prefect_file(_default_file(), os.environ)
+        flows = {one.name: check_deployment(one) for one in checked.deployments}
+        told: dict[str, Any] = {"notes": []}
+        with server() as client:
+            _reconcile(client, checked.deployments, flows, None, told, dry_run=True, prune=False)
+    except RecipeError as error:
+        yield skipped("deploy file", f"not compared with the server: {error}")
+        return
+    if told["changes"]:
+        says = f"{len(told['changes'])} differences to the server, first: {told['changes'][0]['text'][:100]}"
+        yield warning("deploy file", says, "dpo deploy --dry-run shows all, dpo deploy applies them")
+    else:
+        yield ok("deploy file", f"{_default_file()} is what the server holds")

@@ -1,0 +1,206 @@
+"""Checks of a workspace: its disk, its owner, runs and locks that nobody tends, and its champions."""
+
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import psutil
+
+from dpo_core.errors import DpoError
+from tasks.doctor.finding import Finding, failure, ok, skipped, warning
+from tasks.manifest import Manifest
+from tasks.needs import read_needs
+from tasks.runs import RunRecord, is_gone, list_runs
+from tasks.store import Store
+from tasks.workspace import require_writable
+
+_LITTLE = 5 * 10**9  # a run of the demo leaves 2 GB, and needs as much again while it works
+_NOTHING = 10**9
+_ENTRIES = 5000
+_QUIET = timedelta(days=1)
+
+
+def folder(place: Path) -> Iterator[Finding]:
+    """The workspace is there and can be written, and what is renamed in it stays on one disk."""
+    above = next(path for path in (place, *place.parents) if path.exists())
+    if above != place:
+        if above.is_dir() and os.access(above, os.W_OK):
+            yield ok("workspace", f"{place} is made by the first run")
+        else:
+            yield failure("workspace", f"{place} cannot be made in {above}", "Choose another: --workspace")
+        return
+    try:
+        require_writable(place)
+    except DpoError as error:
+        yield failure("workspace", error.problem, error.remedy)
+        return
+    parts = [place / name for name in ("store", "store/objects", "store/tmp", "work", "runs")]
+    apart = [part.name for part in parts if part.exists() and part.stat().st_dev != place.stat().st_dev]
+    if apart:
+        says = f"{', '.join(apart)} of {place} lie on other disks: results are copied, not renamed"
+        yield warning("workspace", says, "Put the whole workspace on one file system")
+    else:
+        yield ok("workspace", f"{place} can be written")
+
+
+def owner(place: Path) -> Iterator[Finding]:
+    """No file belongs to another user, as after a run with sudo."""
+    if not place.exists():
+        return
+    own, seen, others = place.stat().st_uid, 0, []
+    for where, names, files in os.walk(place):
+        for name in (*names, *files):
+            path = Path(where, name)
+            seen += 1
+            try:
+                if path.lstat().st_uid != own:
+                    others.append(path)
+            except OSError:
+                continue
+        if others or seen > _ENTRIES:
+            break
+    if others:
+        says = f"{others[0]} belongs to another user than the workspace"
+        yield failure("owner", says, f"sudo chown -R $(stat -c %u:%g {place}) {place}")
+    else:
+        yield ok("owner", "files belong to the owner of the workspace")
+
+
+def disk(place: Path) -> Iterator[Finding]:
+    """There is room for another run like the newest."""
+    there = next(path for path in (place, *place.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    took = _newest_bytes(Store(place))
+    needed = max(2 * took, _NOTHING) if took else _LITTLE
+    says = f"{free / 1e9:.1f} GB free at {there}"
+    if free < _NOTHING:
+        yield failure("disk", says, "Free some: dpo gc --dry-run says what could go")
+    elif free < needed:
+        like = f"a run like the newest takes up to {needed / 1e9:.1f} GB"
+        yield warning("disk", f"{says}; {like}", "Free some: dpo gc --dry-run says what could go")
+    else:
+        yield ok("disk", says)
+
+
+def _newest_bytes(store: Store) -> int:
+    """Bytes of what the newest finished run made or used."""
+    finished = [needs for needs in read_needs(store.workspace) if needs.finished and needs.record]
+    if not finished:
+        return 0
+    newest = max(finished, key=lambda needs: needs.record.started_at if needs.record else datetime.min)
+    made: dict[str, Manifest] = {}
+    for stage in {path.name for path in (store.root / "index").glob("*")}:
+        made |= {manifest.sha256: manifest for manifest in store.history(stage)}
+    return sum(
+        file.bytes for digest in newest.digests if digest in made for file in made[digest].files.values()
+    )
+
+
+def stuck_runs(place: Path) -> Iterator[Finding]:
+    """No run is recorded as running whose process is gone."""
+    running = [record for record in list_runs(place) if record.status == "running"]
+    stuck = 0
+    for record in running:
+        if why := _stuck(place, record):
+            stuck += 1
+            go_on = f"Go on with it: {record.command or f'dpo run {record.recipe}'} --resume {record.run_id}"
+            close = f"or let go of what it made: dpo gc --drop-run {record.run_id}"
+            yield failure("runs", f"{record.run_id} is recorded as running, and {why}", f"{go_on}; {close}")
+    if not stuck:
+        yield ok("runs", f"{len(running)} at work, none stuck")
+
+
+def _stuck(place: Path, record: RunRecord) -> str | None:
+    if is_gone(record):
+        return "its process is gone"
+    if record.process is not None:
+        return None
+    touched = max(path.stat().st_mtime for path in (place / "runs" / record.run_id).glob("*"))
+    quiet = datetime.now(UTC) - datetime.fromtimestamp(touched, UTC)
+    return f"nothing was written for {quiet.days} days" if quiet > _QUIET else None
+
+
+def leftovers(place: Path) -> Iterator[Finding]:
+    """Nothing unfinished lies about, and nobody is named as the holder of a lock who is gone."""
+    store = Store(place)
+    left = store.leftovers()
+    stale = [path for path in (store.root / "locks").glob("*.holder") if _holder_gone(path)]
+    if left:
+        says = f"{len(left)} unfinished folders of killed processes in {store.root / 'tmp'}"
+        yield warning("leftovers", says, "dpo gc removes them; so does the next run")
+    elif stale:
+        says = f"{stale[0].stem} names a holder that is gone; the lock itself is free"
+        yield ok("leftovers", says)
+    else:
+        yield ok("leftovers", "none")
+
+
+def _holder_gone(path: Path) -> bool:
+    try:
+        words = path.read_text().split()
+        return words[3] == socket.gethostname() and not psutil.pid_exists(int(words[1]))
+    except (OSError, ValueError, IndexError):
+        return False
+
+
+def clock(place: Path) -> Iterator[Finding]:
+    """No record is of a time that is still to come."""
+    newest = max((record.started_at for record in list_runs(place)), default=None)
+    ahead = (newest - datetime.now(UTC)).total_seconds() if newest else 0.0
+    if ahead > 60:
+        says = f"the newest run began {ahead / 60:.0f} minutes from now: a clock is wrong, or was"
+        yield warning("clock", says, "Set it (timedatectl set-ntp true): runs are listed by their time")
+    else:
+        yield ok("clock", time.strftime("%Y-%m-%d %H:%M:%S %z"))
+
+
+def garbage(place: Path) -> Iterator[Finding]:
+    """How much the store holds, and how much of it no kept run needs."""
+    from tasks.garbage import free
+
+    if not (place / "store").exists():
+        yield skipped("store", "nothing was stored yet")
+        return
+    could = free(place, dry_run=True)
+    size = sum(Store(place).usage().values())
+    says = f"{size / 1e9:.2f} GB, of which dpo gc would free {could.freed_bytes / 1e9:.2f} GB"
+    if could.held_back:
+        yield warning("store", f"{says}; {could.held_back[0]} holds all back", "See: dpo gc --dry-run")
+    elif could.freed_bytes > max(size / 2, _LITTLE):
+        yield warning("store", says, "dpo gc --dry-run, then dpo gc")
+    else:
+        yield ok("store", says)
+
+
+def champions(place: Path) -> Iterator[Finding]:
+    """Aliases, ledger and weights of every model agree; weights are not read here."""
+    from tasks.champion import ALIAS, titled, weights_of
+    from tasks.finished_run import registries_of
+    from tasks.promotion_ledger import SUFFIX, Ledger
+    from tasks.tracking import every
+
+    look, told = "dpo promote --check", 0
+    for tracker in registries_of(place, (needs.tracking_uri for needs in read_needs(place))):
+        names = [m.name for m in tracker.ask("the models", lambda c: every(c.search_registered_models))]
+        for name in (name for name in names if not name.endswith(SUFFIX)):
+            ledger, champion = Ledger(tracker, name), tracker.version_of(name, ALIAS)
+            entries = ledger.read()
+            told += 1
+            if entries and not entries[-1].state:
+                change = entries[-1].change
+                says = f"the {change.kind} of {name} version {change.version} was cut off"
+                yield failure("champion", says, look)
+            elif (wanted := ledger.moved()) is not None:
+                says = f"the alias {ALIAS} of {name} was moved by hand: by the records it is version {wanted}"
+                yield warning("champion", says, f"{look}; then dpo promote or dpo rollback")
+            elif champion is not None and weights_of(champion) is None:
+                says = f"the weights of {titled(champion)} are not at {champion.tags.get('dpo.weights_uri')}"
+                yield failure("champion", says, "dpo rollback, or run again what made them")
+            else:
+                yield ok("champion", titled(champion) if champion else f"{name} has none")
+    if not told:
+        yield skipped("champion", "no model is registered")

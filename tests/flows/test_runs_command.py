@@ -1,0 +1,60 @@
+"""`dpo runs` with many runs, and what the commands that only look may import."""
+
+import json
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from tasks.runs import RunRecord, save_run
+from tests.tasks.stored import REPO
+
+START = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("many") / "runs"
+    for number in range(30):
+        status = "failed" if number % 10 == 0 else "done"
+        at = START + timedelta(hours=number)
+        recipe = "nightly" if number < 25 else "weekly"
+        save_run(folder, RunRecord(run_id=f"run-{number:02d}", recipe=recipe, status=status, started_at=at))
+    return folder
+
+
+def dpo(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "flows.cli", *arguments]
+    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_newest_are_listed_and_the_rest_is_counted(workspace: Path) -> None:
+    lines = dpo("runs", "--workspace", str(workspace)).stdout.splitlines()
+    assert [line.split()[0] for line in lines[:-1]] == [f"run-{n:02d}" for n in range(29, 9, -1)]
+    assert lines[-1] == "and 10 older runs: --all lists them"
+    everything = dpo("runs", "--all", "--workspace", str(workspace)).stdout.splitlines()
+    assert len(everything) == 30
+
+
+def test_by_status_and_recipe_and_in_json_without_a_limit(workspace: Path) -> None:
+    asked = ("--status", "failed", "--recipe", "nightly", "--newest", "1", "--workspace", str(workspace))
+    told = json.loads(dpo("runs", *asked, "--json").stdout)
+    assert [run["run_id"] for run in told] == ["run-20", "run-10", "run-00"]
+    refused = dpo("runs", "--status", "finished", "--workspace", str(workspace))
+    assert (refused.returncode, "Name one of running, done" in refused.stderr) == (2, True)
+
+
+def test_looking_imports_nothing_heavy(workspace: Path) -> None:
+    code = (
+        "import sys; from flows.cli import main; sys.argv = ['dpo', *sys.argv[1:]]\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'mlflow', 'prefect', 'pandas', 'great_expectations'}\n"
+        "print('heavy', sorted(heavy & set(sys.modules)))"
+    )
+    for arguments in (["--help"], ["runs", "--workspace", str(workspace)]):
+        command = [sys.executable, "-c", code, *arguments]
+        said = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True).stdout
+        assert said.splitlines()[-1] == "heavy []"
