@@ -1,6 +1,5 @@
 """The alignment flow: data gate, reference, pairs, cached log-probs, DPO, baselines, evaluation, page."""
 
-from datetime import UTC, datetime
 from pathlib import Path
 
 from prefect import flow
@@ -14,6 +13,7 @@ from tasks.manifest import Manifest
 from tasks.online import train_online
 from tasks.recipe import Recipe
 from tasks.report import RunReport
+from tasks.runs import Started
 from tasks.stage import Context, StageResult, tracker_of
 from tasks.suites import evaluate_suites
 from tasks.summary import summarise
@@ -38,7 +38,7 @@ def alignment(recipe: Recipe, resume: str | None = None) -> RunReport:
 
 def run_stages(context: Context, recipe: Recipe, command: str) -> RunReport:
     """All stages, then the run page."""
-    started = datetime.now(UTC)
+    started = Started()
     stages: dict[str, StageResult] = {}
     champion = compose(context, recipe, stages)
     with disk_errors(Path(context.workspace), "writing the run page"):

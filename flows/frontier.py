@@ -4,7 +4,6 @@ import contextvars
 import dataclasses
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from tasks.manifest import Manifest
 from tasks.measure import measure
 from tasks.online import train_online
 from tasks.recipe import Recipe
+from tasks.runs import Started
 from tasks.stage import Context, StageResult
 from tasks.training import train_reward
 from tasks.workspace import disk_errors
@@ -39,7 +39,7 @@ def frontier(recipe: Recipe, resume: str | None = None) -> FrontierReport:
 
 def run_stages(context: Context, recipe: Recipe, command: str) -> FrontierReport:
     """All stages, then the study's page."""
-    started = datetime.now(UTC)
+    started = Started()
     stages: dict[str, StageResult] = {}
     made = compose(context, recipe, stages)
     with disk_errors(Path(context.workspace), "writing the study's page"):

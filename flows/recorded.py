@@ -1,20 +1,23 @@
 """The frame of every run: checks ahead, its record, its MLflow run, and how both end."""
 
 import contextlib
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 from dpo_core.errors import DpoError, GateRefused
 from tasks.ahead import check_ahead
+from tasks.owner import myself
 from tasks.provenance import command_line
 from tasks.recipe import Recipe
-from tasks.runs import RunRecord, find_run, new_run, own_process, save_run
+from tasks.runs import RunRecord, find_run, held, new_run, save_run
 from tasks.stage import Context, remember_tracker
 from tasks.store import Store
 from tasks.tracking import Tracker
 from tasks.workspace import open_workspace
 
+log = logging.getLogger("dpo")
 Report = TypeVar("Report")
 
 
@@ -34,20 +37,41 @@ def recorded(
     workspace = open_workspace(recipe.workspace)
     command = command or command_line()
     record = find_run(workspace, resume, recipe.name) if resume else new_run(workspace, recipe.name, command)
+    with held(workspace, record.run_id):
+        return _held(recipe, workspace, record, run_stages, command, begun=bool(resume))
+
+
+def _held(
+    recipe: Recipe,
+    workspace: Path,
+    record: RunRecord,
+    run_stages: Callable[[Context, Recipe, str], Report],
+    command: str,
+    begun: bool,
+) -> Report:
+    if begun and record.status == "running":  # and nobody holds it
+        log.warning(
+            "run %s had ended without a word: it was killed, or the machine went down (if memory ran out, "
+            "lower the batch sizes of the stage it was in); going on with it",
+            record.run_id,
+        )
     tracker = Tracker(recipe.tracking, workspace)
-    mlflow_id = tracker.start_parent(
-        record.run_id,
-        recipe=recipe.model_dump(mode="json"),
-        run_id=record.mlflow_run_id,
-        description=recipe.description,
-        tags={"dpo.run": record.run_id, "dpo.command": command},
-    )
-    at_work = {"mlflow_run_id": mlflow_id, "status": "running", "error": None, "process": own_process()}
-    record = record.model_copy(update=at_work)
+    # On record before MLflow hears of it: a kill in between leaves a run that can be resumed.
+    record = record.model_copy(update={"status": "running", "error": None, "owner": myself()})
     save_run(workspace, record)
-    context = Context(workspace=str(workspace), run_id=record.run_id, mlflow_run_id=mlflow_id)
-    remember_tracker(context, tracker)
     try:
+        mlflow_id = tracker.start_parent(
+            record.run_id,
+            recipe=recipe.model_dump(mode="json"),
+            run_id=record.mlflow_run_id,
+            begun=begun,
+            description=recipe.description,
+            tags={"dpo.run": record.run_id, "dpo.command": command},
+        )
+        record = record.model_copy(update={"mlflow_run_id": mlflow_id})
+        save_run(workspace, record)
+        context = Context(workspace=str(workspace), run_id=record.run_id, mlflow_run_id=mlflow_id)
+        remember_tracker(context, tracker)
         Store(workspace).sweep()
         report = run_stages(context, recipe, command)
     except BaseException as error:
@@ -63,5 +87,7 @@ def _ended_badly(workspace: Path, record: RunRecord, tracker: Tracker, error: Ba
     reason = str(error) if isinstance(error, DpoError) else f"{type(error).__name__}: {error}"
     with contextlib.suppress(DpoError):  # a full disk must not hide why the run ended
         save_run(workspace, record.model_copy(update={"status": status, "error": reason}))
+    if not tracker.run_id:  # MLflow has not heard of it
+        return
     tracker.parent.tag("dpo.error", reason)
     tracker.finish_parent("FAILED" if isinstance(error, Exception) else "KILLED")

@@ -1,7 +1,6 @@
 """The last stage of a comparison study: points from manifests, the page, and what MLflow keeps of it."""
 
 from collections.abc import Mapping
-from datetime import datetime
 
 import numpy as np
 from prefect import task
@@ -12,6 +11,7 @@ from tasks.frontier_report import FrontierReport, frontier_report, headline, mar
 from tasks.manifest import Manifest
 from tasks.measure import point_of, read_measurement
 from tasks.recipe import Recipe
+from tasks.runs import Started
 from tasks.stage import TASK_OPTIONS, Context, StageResult, tracker_of
 from tasks.summary import cost_of, run_info, stage_row
 from tasks.workspace import run_folder
@@ -23,7 +23,7 @@ def summarise_study(
     recipe: Recipe,
     stages: Mapping[str, StageResult],
     made: Mapping[str, Mapping[str, Manifest]],
-    started_at: datetime,
+    started: Started,
     command: str,
 ) -> FrontierReport:
     """Write the study's page, Markdown and picture, record them, and give the report back.
@@ -32,7 +32,7 @@ def summarise_study(
         made: for each policy's label, the manifests that it needed and its measurement.
     """
     tracker = tracker_of(context)
-    info = run_info(context, recipe, tracker, started_at, command)
+    info = run_info(context, recipe, tracker, started, command)
     report = frontier_report(
         study_of(recipe, stages, made),
         info,

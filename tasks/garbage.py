@@ -24,7 +24,6 @@ from tasks.finished_run import registries_of
 from tasks.needs import Needs, read_needs
 from tasks.promotion_ledger import SUFFIX, Ledger
 from tasks.promotion_lock import alone
-from tasks.runs import is_gone
 from tasks.store import Store
 from tasks.tracking import Tracker, every
 from tasks.workspace import disk_errors, open_workspace, size_of
@@ -125,7 +124,7 @@ def _require_known(place: Path, runs: list[Needs], keep_runs: set[str], drop_run
                 f"the workspace {place} holds no run named {name}", "List its runs with: dpo runs --all"
             )
         record = known[name].record
-        if name in drop_runs and record and record.status == "running" and not is_gone(record):
+        if name in drop_runs and record and record.status == "running" and not record.is_abandoned:
             raise RecipeError(f"the run {name} is at work", "Stop it first, or wait for its end")
         if name in keep_runs & drop_runs:
             raise RecipeError(f"the run {name} is both to be kept and to be let go", "Say one of them")

@@ -4,17 +4,34 @@ import json
 import os
 import re
 import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-import psutil
+from filelock import FileLock, Timeout
 from pydantic import AwareDatetime, ValidationError
 
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError
+from tasks.owner import Owner
 from tasks.workspace import disk_errors, open_workspace, run_folder, write_whole
 
 STATUSES = ("running", "done", "failed", "refused")
+
+
+@dataclass(frozen=True)
+class Started:
+    """When work began."""
+
+    at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    _ticks: float = field(default_factory=time.monotonic)
+
+    def seconds(self) -> float:
+        """Since then, on a clock that nobody sets."""
+        return time.monotonic() - self._ticks
 
 
 class RunRecord(Config):
@@ -22,6 +39,8 @@ class RunRecord(Config):
 
     run_id: str
     """Its name: recipe and start time."""
+    number: int = 0
+    """Its place among the workspace's runs. Clocks are set back; this is not."""
     recipe: str
     """Name of the recipe."""
     status: str = "running"
@@ -34,42 +53,101 @@ class RunRecord(Config):
     """The command that started it."""
     error: str | None = None
     """Why it ended, when it did not end well."""
-    process: str | None = None
-    """The process at work on it, as `own_process` names it; older versions did not say."""
+    owner: Owner | None = None
+    """The process that does it, or did last; older versions did not say."""
     lists_stages: bool = False
     """Whether `stages.jsonl` beside it lists what it needs from its start on; older versions did not."""
 
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether its process ended and never came to write the run's end."""
+        return self.status == "running" and self.owner is not None and self.owner.is_gone()
+
 
 def new_run(workspace: str | Path, recipe_name: str, command: str) -> RunRecord:
-    """A record with a fresh name."""
+    """A record with a name and a folder that no other run has, also where two start at once."""
     started = datetime.now(UTC)
     stem = name = f"{recipe_name}-{started:%Y%m%d-%H%M%S}"
     count = 1
-    while (Path(workspace) / "runs" / name).exists():
-        count += 1
-        name = f"{stem}-{count}"
-    return RunRecord(run_id=name, recipe=recipe_name, started_at=started, command=command, lists_stages=True)
+    with disk_errors(Path(workspace), "making the folder of the run"):
+        folder = Path(workspace) / "runs"
+        folder.mkdir(parents=True, exist_ok=True)
+        while not _made(folder / name):
+            count += 1
+            name = f"{stem}-{count}"
+    number = 1 + max((record.number for record in list_runs(workspace)), default=0)
+    return RunRecord(
+        run_id=name,
+        number=number,
+        recipe=recipe_name,
+        started_at=started,
+        command=command,
+        lists_stages=True,
+    )
 
 
-def own_process() -> str:
-    """This process, told from a later one that gets its number: host, number and time of birth."""
-    return f"{socket.gethostname()}+{os.getpid()}+{psutil.Process().create_time():.0f}"
-
-
-def is_gone(record: RunRecord) -> bool:
-    """Whether the process that a run is recorded to be at work in is no more; of another host: False."""
-    if record.process is None:
+def _made(folder: Path) -> bool:
+    try:
+        folder.mkdir()
+    except FileExistsError:
         return False
-    host, pid, born = record.process.rsplit("+", 2)
-    if host != socket.gethostname():
+    return True
+
+
+@contextmanager
+def held(workspace: str | Path, run_id: str) -> Iterator[None]:
+    """Keep every other process from going on with this run. A killed one lets go by itself.
+
+    Raises:
+        RecipeError: another process is at work on it.
+    """
+    lock, holder = _lock_of(workspace, run_id), _holder_of(workspace, run_id)
+    with disk_errors(Path(workspace), "locking the run"):
+        holder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=1, poll_interval=0.05)  # another may only be asking
+        except Timeout:
+            raise _busy(workspace, run_id) from None
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def is_held(workspace: str | Path, run_id: str) -> bool:
+    """Whether a living process is at work on the run."""
+    lock = _lock_of(workspace, run_id)
+    if not Path(lock.lock_file).exists():
         return False
     try:
-        process = psutil.Process(int(pid))
-        return abs(process.create_time() - int(born)) > 2 or process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
+        lock.acquire(timeout=0)
+    except Timeout:
         return True
-    except psutil.AccessDenied:
+    except OSError:  # where nothing can be written, nobody is at work
         return False
+    lock.release()
+    return False
+
+
+def _lock_of(workspace: str | Path, run_id: str) -> FileLock:
+    return FileLock(open_workspace(workspace) / "store" / "locks" / f"run-{run_id}.lock")
+
+
+def _holder_of(workspace: str | Path, run_id: str) -> Path:
+    return Path(_lock_of(workspace, run_id).lock_file).with_suffix(".holder")
+
+
+def _busy(workspace: str | Path, run_id: str) -> RecipeError:
+    who = "another process"
+    with suppress(OSError):
+        who = _holder_of(workspace, run_id).read_text() or who
+    return RecipeError(
+        f"run {run_id} is being done by {who}",
+        "Wait for its end, or start one of your own without --resume: finished stages are shared",
+    )
 
 
 def save_run(workspace: str | Path, record: RunRecord) -> None:
@@ -86,18 +164,23 @@ def list_runs(workspace: str | Path) -> list[RunRecord]:
             found.append(RunRecord.model_validate(json.loads(path.read_text())))
         except (OSError, ValueError, ValidationError):
             continue
-    return sorted(found, key=lambda record: record.started_at, reverse=True)
+    return sorted(found, key=lambda record: (record.number, record.started_at), reverse=True)
 
 
 def find_run(workspace: str | Path, wanted: str, recipe_name: str) -> RunRecord:
     """The run to resume: by name, or the newest unfinished one of this recipe for `latest`.
+
+    One that a living process is at work on is not unfinished.
 
     Raises:
         RecipeError: there is none.
     """
     runs = list_runs(workspace)
     if wanted == "latest":
-        unfinished = [r for r in runs if r.recipe == recipe_name and r.status != "done"]
+        begun = [r for r in runs if r.recipe == recipe_name and r.status != "done"]
+        unfinished = [r for r in begun if not is_held(workspace, r.run_id)]
+        if begun and not unfinished:
+            raise _busy(workspace, begun[0].run_id)
         if not unfinished:
             raise RecipeError(
                 f"the workspace {workspace} holds no unfinished run of {recipe_name}",

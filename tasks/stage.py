@@ -229,7 +229,8 @@ def run_stage(
                 with tracker_of(context).child(name, total_steps=total_steps, tags=tags) as child:
                     child.params(_as_params(config))
                     found = _do(store, stage, name, key, digest, inputs, work, child)
-                    child.metrics({"cost/seconds": time.monotonic() - start})
+    if child is None:
+        tracker_of(context).close_stage(name, found)
     if stage.name.startswith("validate-"):
         # What passed the gate is what the whole alignment learns from: the parent shows it.
         subject = stage.name.removeprefix("validate-")
@@ -311,7 +312,8 @@ def _do(
     try:
         output = work(given)
         output.extra.setdefault("seconds", time.monotonic() - start)
-        child.metrics(output.metrics)
+        # All numbers before the result is stored: a stage that is killed after that is not done again.
+        child.metrics(output.metrics | {"cost/seconds": time.monotonic() - start})
         child.params({f"out.{k}": v for k, v in output.extra.items() if not isinstance(v, dict | list)})
         manifest = store.commit(
             stage.name,
@@ -325,8 +327,7 @@ def _do(
             parameters=output.parameters,
             extra=output.extra,
         )
-        child.tag("dpo.artifact_sha256", manifest.sha256)
-        child.tag("dpo.artifact_uri", manifest.uri)
+        child.made(manifest)
         finished = True
     except DpoError:
         raise

@@ -21,6 +21,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -29,6 +30,7 @@ from filelock import FileLock, Timeout
 from pydantic import JsonValue, ValidationError
 
 from dpo_core.errors import StageFailed
+from dpo_core.processes import birth
 from tasks.manifest import (
     Manifest,
     digest_config,
@@ -190,7 +192,7 @@ class Store:
         take the same lock twice in one thread.
         """
         self._index(stage, key)
-        path = self.root / "locks" / f"{stage}-{key}.lock"
+        path = self._lock(stage, key)
         holder = path.with_suffix(".holder")
         with disk_errors(path, "locking the store"):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -224,7 +226,8 @@ class Store:
     def sweep(self) -> int:
         """Remove what killed processes left unfinished; returns the number of folders removed."""
         removed = 0
-        for folder in self.leftovers():
+        # One after the other: each scratch folder is locked while it is looked at and removed.
+        for folder in chain(self.leftovers(), self._used_scratch()):
             shutil.rmtree(folder, ignore_errors=True)
             removed += not folder.exists()
         return removed
@@ -232,6 +235,17 @@ class Store:
     def leftovers(self) -> list[Path]:
         """The folders of killed processes."""
         return [folder for folder in self._children(self.root / "tmp") if not _has_owner(folder)]
+
+    def _used_scratch(self) -> Iterator[Path]:
+        """Scratch folders of stages that are done: killed after the index entry, they never come back."""
+        for stage in self._children(self.workspace / "work"):
+            keys = {path.stem[:16]: path.stem for path in self._children(self.root / "index" / stage.name)}
+            for folder in self._children(stage):
+                if folder.name in keys:
+                    # Whoever works there holds the lock: the artifact may be damaged, and made again.
+                    lock = FileLock(self._lock(stage.name, keys[folder.name]), timeout=0)
+                    with suppress(Timeout, OSError), lock:
+                        yield folder
 
     def usage(self) -> dict[str, int]:
         """Bytes on the disk by kind of artifact, and of the stages' scratch folders as `work`."""
@@ -249,6 +263,9 @@ class Store:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", stage) or not re.fullmatch(r"[0-9a-f]{64}", key):
             raise ValueError(f"stage {stage!r} and key {key!r} are not a stage name and a SHA-256")
         return self.root / "index" / stage / f"{key}.json"
+
+    def _lock(self, stage: str, key: str) -> Path:
+        return self.root / "locks" / f"{stage}-{key}.lock"
 
     def _scratch(self, stage: str, key: str) -> Path:
         return self.workspace / "work" / stage / key[:16]
@@ -323,8 +340,7 @@ class Store:
     @contextmanager
     def _temporary(self) -> Iterator[Path]:
         """A folder of this process under `store/tmp`, removed at the end whatever happens."""
-        born = int(psutil.Process().create_time())
-        name = f"{socket.gethostname()}+{os.getpid()}+{born}+{uuid.uuid4().hex[:8]}"
+        name = f"{socket.gethostname()}+{os.getpid()}+{birth(os.getpid())}+{uuid.uuid4().hex[:8]}"
         folder = self.root / "tmp" / name
         folder.mkdir(parents=True)
         try:
@@ -371,7 +387,7 @@ def _has_owner(temporary: Path) -> bool:
         if host != socket.gethostname():
             return time.time() - temporary.stat().st_mtime < _FOREIGN_TMP_SECONDS
         # The time of birth tells a process from a later one that got the same number.
-        return abs(psutil.Process(int(pid)).create_time() - int(born)) < 2
+        return birth(int(pid)) == int(born)
     except (ValueError, FileNotFoundError, psutil.NoSuchProcess):
         return False
     except psutil.AccessDenied:

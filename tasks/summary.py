@@ -6,7 +6,7 @@ It always runs: a cached run, too, gets its page.
 import json
 import platform
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from tasks.report import (
 from tasks.report_alarms import alarms
 from tasks.report_text import markdown, note
 from tasks.report_verdict import verdict
+from tasks.runs import Started
 from tasks.stage import TASK_OPTIONS, Context, StageResult, tracker_of
 from tasks.tracking import Tracker
 from tasks.unpaired import class_facts
@@ -47,7 +48,7 @@ def summarise(
     recipe: Recipe,
     stages: dict[str, StageResult],
     champion: Champion | None,
-    started_at: datetime,
+    started: Started,
     command: str,
 ) -> RunReport:
     """Write the run page and its Markdown, register the model, and give the report back.
@@ -58,7 +59,7 @@ def summarise(
     tracker = tracker_of(context)
     manifests = {name: result.manifest for name, result in stages.items()}
     model = _register(recipe, manifests, tracker)
-    info = run_info(context, recipe, tracker, started_at, command)
+    info = run_info(context, recipe, tracker, started, command)
     evaluation = load_evaluation(manifests["evaluate"])
     gate = [_gate_row(context.workspace, m) for name, m in manifests.items() if name.startswith("validate-")]
     candidate = f"{model.name} version {model.version}"
@@ -89,17 +90,15 @@ def summarise(
     return report
 
 
-def run_info(
-    context: Context, recipe: Recipe, tracker: Tracker, started_at: datetime, command: str
-) -> RunInfo:
+def run_info(context: Context, recipe: Recipe, tracker: Tracker, started: Started, command: str) -> RunInfo:
     """Which run this is, up to now."""
-    finished = datetime.now(UTC)
+    seconds = started.seconds()
     return RunInfo(
         name=context.run_id,
         recipe=recipe.name,
-        started_at=started_at,
-        finished_at=finished,
-        seconds=(finished - started_at).total_seconds(),
+        started_at=started.at,
+        finished_at=started.at + timedelta(seconds=seconds),
+        seconds=seconds,
         git_commit=source_tags().get("mlflow.source.git.commit"),
         command=command,
         mlflow_run_id=context.mlflow_run_id,

@@ -18,7 +18,9 @@ from pydantic import Field
 
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError, StageFailed
+from tasks.manifest import Manifest
 from tasks.provenance import environment, source_tags
+from tasks.tracking_database import make_database
 from tasks.tracking_outbox import PATIENCE, Outbox, one_line
 from tasks.tracking_run import TAG_CHARS, StageRun, TrackedRun, clean_key, cut, flatten, now_ms
 from tasks.workspace import open_workspace
@@ -30,6 +32,7 @@ _HEADLINE_PARAMS = 200
 # Else MLflow's UI may take the experiment for one of prompts and traces.
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 _START_PATIENCE = 30.0
+_STAGE_TAG = "dpo.stage"
 
 
 class TrackingConfig(Config):
@@ -74,6 +77,8 @@ class Tracker:
         self._client: Any = None
         self.run_id = ""
         self.experiment_id = ""
+        self._start_ms = 0
+        self._unfinished: set[str] = set()
 
     def start_parent(
         self,
@@ -81,6 +86,7 @@ class Tracker:
         *,
         recipe: Mapping[str, Any],
         run_id: str | None = None,
+        begun: bool = False,
         description: str = "",
         tags: Mapping[str, str] | None = None,
     ) -> str:
@@ -89,6 +95,8 @@ class Tracker:
         Args:
             recipe: the resolved recipe in JSON types; stored as `config/recipe.yaml`, its outermost values
                 as parameters.
+            begun: without a `run_id`, go on with the one that has the same tag `dpo.run`: a process may have
+                opened it and been killed before it could note the id.
             description: Markdown for the run's page.
 
         Raises:
@@ -102,20 +110,22 @@ class Tracker:
             every["mlflow.note.content"] = description
         every = {clean_key(key): cut(value, TAG_CHARS) for key, value in every.items()}
 
-        def open_run() -> tuple[str, str]:
-            if run_id:
-                info = self._client.get_run(run_id).info
-                self._client.update_run(run_id, status="RUNNING")
-                with suppress(Exception):  # there need not be one
-                    self._client.delete_tag(run_id, "dpo.error")
-                for key, value in every.items():
-                    self._client.set_tag(run_id, key, value)
-            else:
-                info = self._client.create_run(self._experiment(experiment), tags=every, run_name=name).info
-            return info.run_id, info.experiment_id
+        def open_run() -> Any:
+            known = run_id or (self._opened_before(experiment, every) if begun else None)
+            if known is None:
+                return self._client.create_run(self._experiment(experiment), tags=every, run_name=name).info
+            info = self._client.get_run(known).info
+            self._client.update_run(known, status="RUNNING")
+            with suppress(Exception):  # there need not be one
+                self._client.delete_tag(known, "dpo.error")
+            for key, value in every.items():
+                self._client.set_tag(known, key, value)
+            self._unfinished = self._stages_without_end(info)
+            return info
 
         what = f"run {run_id}" if run_id else f"experiment {experiment}"
-        self.run_id, self.experiment_id = self._must(what, open_run)
+        info = self._must(what, open_run)
+        self.run_id, self.experiment_id, self._start_ms = info.run_id, info.experiment_id, info.start_time
         self.parent = TrackedRun(self._client, self._outbox, self.run_id)
         self.parent.text(
             yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True), "config/recipe.yaml"
@@ -129,7 +139,7 @@ class Tracker:
 
     def finish_parent(self, status: str = "FINISHED") -> None:
         """End the parent with FINISHED, FAILED or KILLED. Warns if MLflow never took some of the writes."""
-        end = now_ms()
+        end = max(now_ms(), self._start_ms)
         self._outbox.put("status", lambda: self._client.set_terminated(self.run_id, status, end))
         if self._outbox.drain(PATIENCE[status]) and self._outbox.delay_s >= 1:
             self.parent.tag("dpo.tracking_delay_s", round(self._outbox.delay_s))
@@ -161,6 +171,19 @@ class Tracker:
             run.close("FAILED" if isinstance(error, Exception) else "KILLED", error)
             raise
         run.close("FINISHED")
+
+    def close_stage(self, stage: str, artifact: Manifest) -> None:
+        """End the run of a stage that did not end it itself, though its result is there.
+
+        It was killed after it had stored the result, or another run has made it since. Nothing happens where
+        no such run was left when the parent was opened.
+        """
+        if stage not in self._unfinished:
+            return
+        self._unfinished.discard(stage)
+        with self.child(stage) as run:
+            run.metrics_from_jsonl(artifact.path / "metrics.jsonl")
+            run.made(artifact)
 
     def register_model(
         self,
@@ -237,24 +260,51 @@ class Tracker:
         )
 
     def _new_version(self, name: str, uri: str, run_id: str, tags: dict[str, str]) -> str:
-        import mlflow
         from mlflow.exceptions import MlflowException
 
-        mlflow.set_tracking_uri(self.uri)  # create_external_model knows the global address only
-        model = mlflow.create_external_model(
-            name=re.sub(r"[/:.%\"']", "-", name),
-            source_run_id=run_id,
-            tags=tags,
-            model_type="dpo-policy",
-            experiment_id=self._client.get_run(run_id).info.experiment_id,
-        )
-        facts = {"run_id": run_id, "tags": tags, "model_id": model.model_id}
+        model_id = self._logged_model(name, uri, run_id, tags)
+        facts = {"run_id": run_id, "tags": tags, "model_id": model_id}
         try:
             return str(self._client.create_model_version(name, uri, **facts).version)
         except MlflowException as error:
             if error.error_code != "INVALID_PARAMETER_VALUE":
                 raise
-            return str(self._client.create_model_version(name, f"models:/{model.model_id}", **facts).version)
+            return str(self._client.create_model_version(name, f"models:/{model_id}", **facts).version)
+
+    def _logged_model(self, name: str, uri: str, run_id: str, tags: dict[str, str]) -> str:
+        """The logged model of these weights of this run; a killed process may have left it, or half of it."""
+        import mlflow
+        from mlflow.entities import LoggedModelStatus
+
+        experiment = self._client.get_run(run_id).info.experiment_id
+        for found in self._client.search_logged_models([experiment], f"source_run_id = '{run_id}'"):
+            if found.tags.get("dpo.weights_uri") == uri:
+                if found.status == LoggedModelStatus.READY:
+                    return str(found.model_id)
+                self._client.delete_logged_model(found.model_id)
+        mlflow.set_tracking_uri(self.uri)  # create_external_model knows the global address only
+        made = mlflow.create_external_model(
+            name=re.sub(r"[/:.%\"']", "-", name),
+            source_run_id=run_id,
+            tags=tags,
+            model_type="dpo-policy",
+            experiment_id=experiment,
+        )
+        return str(made.model_id)
+
+    def _opened_before(self, experiment: str, tags: Mapping[str, str]) -> str | None:
+        found = self._client.get_experiment_by_name(experiment)
+        if found is None or "dpo.run" not in tags:
+            return None
+        query = f"tags.`dpo.run` = '{tags['dpo.run']}'"
+        runs = self._client.search_runs([found.experiment_id], query)
+        # Stages carry the tag too.
+        return next((run.info.run_id for run in runs if _STAGE_TAG not in run.data.tags), None)
+
+    def _stages_without_end(self, parent: Any) -> set[str]:
+        query = f"tags.`mlflow.parentRunId` = '{parent.run_id}' and attributes.status != 'FINISHED'"
+        runs = self._client.search_runs([parent.experiment_id], query, max_results=1000)
+        return {run.data.tags[_STAGE_TAG] for run in runs if _STAGE_TAG in run.data.tags}
 
     def _connect(self) -> None:
         if self._client is not None:
@@ -268,15 +318,13 @@ class Tracker:
             logging.getLogger(noisy).setLevel(logging.WARNING)
         from mlflow import MlflowClient
 
-        if self.uri.startswith("sqlite:"):
-            folder = Path(self.uri.removeprefix("sqlite:///")).parent
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise RecipeError(
-                    f"the tracking database's folder {folder} cannot be made: {error.strerror}",
-                    "Make it writable, or set tracking.uri.",
-                ) from error
+        try:
+            make_database(self.uri)
+        except OSError as error:
+            raise RecipeError(
+                f"the tracking database's folder {error.filename} cannot be written: {error.strerror}",
+                "Make it writable, or set tracking.uri.",
+            ) from error
         client = MlflowClient(self.uri, os.environ.get("MLFLOW_REGISTRY_URI") or self.uri)
         self._outbox = Outbox(self.uri, lambda: client.search_experiments(max_results=1))
         self._client = client

@@ -80,6 +80,8 @@ class Outbox:
             return False
         if getattr(error, "error_code", "") in _REFUSALS:
             return False
+        if "database is locked" in str(error):  # by another run's writes; reading goes on
+            return True
         try:
             self._alive()
         except Exception:

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from tasks.manifest import Manifest
 from tasks.tracking_outbox import PATIENCE, Outbox, one_line
 
 log = logging.getLogger(__name__)
@@ -196,6 +197,11 @@ class StageRun(TrackedRun):
             self._outbox.attempt(f"metrics of {path}", lambda: self._send_lines(path))
         return self._streams[path][1]
 
+    def made(self, artifact: Manifest) -> None:
+        """Record what the stage has stored."""
+        self.tag("dpo.artifact_sha256", artifact.sha256)
+        self.tag("dpo.artifact_uri", artifact.uri)
+
     def close(self, status: str, error: BaseException | None = None) -> None:
         """End the run: the rest of its metrics, the reason of a failure, the status."""
         for path in self._streams:
@@ -210,7 +216,8 @@ class StageRun(TrackedRun):
     def _end(self, status: str, end: int) -> None:
         if status == "FINISHED" and self._finished_ms is not None:
             end = self._finished_ms
-        self._client.set_terminated(self.run_id, status, end)
+        # The clock may have been set back since the run began.
+        self._client.set_terminated(self.run_id, status, max(end, self._start_ms))
         for file, _ in self._streams.values():
             file.close()
 

@@ -26,6 +26,11 @@ from tasks.workspace import disk_full, is_disk_full
 
 log = logging.getLogger("dpo")
 
+_LESS_MEMORY = (
+    "Give it more memory, or lower its micro_batch_size (pack_tokens where it packs) or engine.processes, or "
+    "set engine.gradient_checkpointing=true (dpo plan tells what it needs); then resume the run"
+)
+
 SFT = Stage("prepare-sft", 2, "model")
 DPO = Stage("train-dpo", 2, "model")
 GUIDE = Stage("train-guide", 2, "model")
@@ -327,22 +332,38 @@ def _watch(given: Work, launcher: Launcher, path: Path, processes: int, bar: Pro
 
 def _error_of(given: Work, tail: str, state: State, why: str) -> DpoError:
     """The error that the job left, as the class its exit code stands for."""
+    name = given.stage.name
     if state is State.STOPPED:
-        return StageFailed(f"{given.stage.name} was stopped and saved its state", "Resume the run")
+        return StageFailed(f"{name} was stopped and saved its state", "Resume the run")
+    if _short_of_memory(why):  # the other ranks have only missed the one that was killed
+        return StageFailed(f"{name} failed: {why}", _LESS_MEMORY)
     try:
         left = json.loads((given.scratch / "error.json").read_text())
     except (OSError, ValueError):
-        if is_disk_full(tail, given.scratch):
-            return disk_full(given.scratch, f"stage {given.stage.name}")
-        if why:
-            return StageFailed(f"{given.stage.name} failed: {why}", "Mend that, then resume the run")
-        log.error("the end of the log of %s:\n%s", given.stage.name, tail)
-        return StageFailed(
-            f"{given.stage.name} died without a word; its log is {given.scratch / 'train.log'}",
-            "If it ran out of memory, lower its micro_batch_size; then resume the run",
-        )
+        return _without_word(given, tail, why)
     if is_disk_full(left["problem"], given.scratch):
-        return disk_full(given.scratch, f"stage {given.stage.name}")
-    error = StageFailed(f"{given.stage.name}: {left['problem']}", left["remedy"])
+        return disk_full(given.scratch, f"stage {name}")
+    remedy = _LESS_MEMORY if _short_of_memory(left["problem"]) else left["remedy"]
+    error = StageFailed(f"{name}: {left['problem']}", remedy)
     error.exit_code = int(left["exit_code"])
     return error
+
+
+def _without_word(given: Work, tail: str, why: str) -> DpoError:
+    """The error of a job that left none."""
+    name = given.stage.name
+    if is_disk_full(tail, given.scratch):
+        return disk_full(given.scratch, f"stage {name}")
+    if why:
+        return StageFailed(f"{name} failed: {why}", "Mend that, then resume the run")
+    log.error("the end of the log of %s:\n%s", name, tail)
+    return StageFailed(
+        f"{name} died without a word; its log is {given.scratch / 'train.log'}",
+        f"If it ran out of memory: {_LESS_MEMORY}",
+    )
+
+
+def _short_of_memory(said: str) -> bool:
+    """Whether a platform's word, or a library's (torch on GPU and CPU, Python), means too little memory."""
+    said = said.lower()
+    return any(words in said for words in ("out of memory", "can't allocate memory", "memoryerror"))

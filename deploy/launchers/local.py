@@ -1,7 +1,9 @@
 """Training on this machine: torchrun as a child in the flow's own process group."""
 
 import contextlib
+import re
 import shlex
+import signal
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,6 +27,7 @@ class LocalLauncher:
 
     def __init__(self) -> None:
         self._jobs: dict[str, tuple[subprocess.Popen[bytes], Path, Path]] = {}
+        self._before: dict[str, tuple[int, int]] = {}  # length of the log, and kills for memory until then
 
     def command(self, job: Path, processes: int) -> list[str]:
         """The torchrun command line of a job."""
@@ -39,6 +42,7 @@ class LocalLauncher:
         # Two trainers on one folder would ruin its checkpoints.
         _end(job, grace=10.0)
         clear(work)
+        before = (work / LOG).stat().st_size, _kills_for_memory()
         with (work / LOG).open("ab") as output:
             process = subprocess.Popen(
                 self.command(job, processes),
@@ -48,6 +52,7 @@ class LocalLauncher:
             )
         handle = str(process.pid)
         self._jobs[handle] = (process, job, work)
+        self._before[handle] = before
         return handle
 
     def poll(self, handle: str) -> State:
@@ -55,7 +60,17 @@ class LocalLauncher:
         return State.RUNNING if process.poll() is None else ended(work)
 
     def why(self, handle: str) -> str:
-        return ""
+        """Whether a process of the job was killed, which it could not say itself, and whether for memory."""
+        process, _, work = self._jobs[handle]
+        length, kills = self._before[handle]
+        with (work / LOG).open("rb") as log:
+            log.seek(length)
+            killed = process.poll() == -signal.SIGKILL or _KILLED.search(log.read())
+        if not killed:
+            return ""
+        if _kills_for_memory() > kills:
+            return "out of memory: the kernel killed a process of it"
+        return "a process of it was killed (SIGKILL), and the kernel does not say that it was for memory"
 
     def cancel(self, handle: str, grace: float = 25.0) -> None:
         process, job, _ = self._jobs[handle]
@@ -65,6 +80,19 @@ class LocalLauncher:
     def logs(self, handle: str, lines: int = 50) -> str:
         _, _, work = self._jobs[handle]
         return tail(work, lines)
+
+
+# What torchrun says of a rank.
+_KILLED = re.compile(rb"Signal 9 \(SIGKILL\) received|exitcode\s*:\s*-9\b")
+
+
+def _kills_for_memory() -> int:
+    """How many processes the kernel of this machine has killed for memory, in all containers."""
+    with contextlib.suppress(OSError), open("/proc/vmstat") as numbers:
+        for line in numbers:
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
 
 
 def _processes_of(job: Path) -> list[psutil.Process]:

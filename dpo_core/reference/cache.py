@@ -26,6 +26,7 @@ from pydantic import AwareDatetime, Field, ValidationError
 
 from dpo_core.config import Config
 from dpo_core.errors import StageFailed
+from dpo_core.processes import birth
 from dpo_core.reference.shard import (
     TEMPORARY,
     Ints,
@@ -232,10 +233,10 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 def _has_owner(temporary: Path) -> bool:
-    host, _, process = temporary.name.removeprefix(TEMPORARY).rpartition("+")[0].partition("+")
     try:
-        if time.time() - temporary.stat().st_mtime >= _FOREIGN_SECONDS:
-            return False
-        return host != socket.gethostname() or psutil.pid_exists(int(process))
-    except (FileNotFoundError, ValueError):
+        host, pid, born, _ = temporary.name.removeprefix(TEMPORARY).rsplit("+", 3)
+        if host != socket.gethostname():
+            return time.time() - temporary.stat().st_mtime < _FOREIGN_SECONDS
+        return birth(int(pid)) == int(born)
+    except (FileNotFoundError, ValueError, psutil.NoSuchProcess):
         return False

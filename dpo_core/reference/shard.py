@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from dpo_core.errors import StageFailed
 from dpo_core.models import digest_file
+from dpo_core.processes import birth
 
 TEMPORARY = "tmp-"
 _ARRAYS = ("keys", "offsets", "values")
@@ -171,7 +172,8 @@ class LogpShard:
 
 def temporary_beside(folder: Path) -> Path:
     """An unused name next to a folder for what is not finished; it says which process is at work on it."""
-    return folder.with_name(f"{TEMPORARY}{socket.gethostname()}+{os.getpid()}+{uuid.uuid4().hex}")
+    owner = f"{socket.gethostname()}+{os.getpid()}+{birth(os.getpid())}"
+    return folder.with_name(f"{TEMPORARY}{owner}+{uuid.uuid4().hex}")
 
 
 def key_array(keys: Seq[bytes]) -> NDArray[np.uint64]:

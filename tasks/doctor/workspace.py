@@ -14,7 +14,7 @@ from dpo_core.errors import DpoError
 from tasks.doctor.finding import Finding, failure, ok, skipped, warning
 from tasks.manifest import Manifest
 from tasks.needs import read_needs
-from tasks.runs import RunRecord, is_gone, list_runs
+from tasks.runs import RunRecord, list_runs
 from tasks.store import Store
 from tasks.workspace import require_writable
 
@@ -115,9 +115,9 @@ def stuck_runs(place: Path) -> Iterator[Finding]:
 
 
 def _stuck(place: Path, record: RunRecord) -> str | None:
-    if is_gone(record):
+    if record.is_abandoned:
         return "its process is gone"
-    if record.process is not None:
+    if record.owner is not None:
         return None
     touched = max(path.stat().st_mtime for path in (place / "runs" / record.run_id).glob("*"))
     quiet = datetime.now(UTC) - datetime.fromtimestamp(touched, UTC)

@@ -130,6 +130,22 @@ def test_a_job_that_fails_shows_the_end_of_its_log(launcher: LocalLauncher, tmp_
     assert launcher.logs(handle, lines=2) == "\n".join(log.splitlines()[-2:])
 
 
+def test_a_job_whose_rank_was_killed_says_so(
+    launcher: LocalLauncher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(tmp_path, "wait")
+    (job.parent / "train.log").write_text("an earlier one: Signal 9 (SIGKILL) received\n")
+    handle = launcher.submit(job, 1, job.parent)
+    assert launcher.why(handle) == ""
+    wait_until(lambda: started(job), "a rank")
+    ranks(tmp_path)[0].kill()
+    wait_until(lambda: launcher.poll(handle) is not State.RUNNING, "the end")
+    assert "was killed (SIGKILL), and the kernel does not say" in launcher.why(handle)
+    kills = local._kills_for_memory()
+    monkeypatch.setattr(local, "_kills_for_memory", lambda: kills + 1)
+    assert launcher.why(handle).startswith("out of memory: ")
+
+
 def test_a_polite_job_stops_on_purpose(launcher: LocalLauncher, tmp_path: Path) -> None:
     job = make_job(tmp_path, "polite")
     handle = launcher.submit(job, 2, job.parent)

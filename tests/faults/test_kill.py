@@ -10,16 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.faults.whole import forget_from
 from tests.flows.test_alignment import STAGES
 
 TRAINED = {"prepare-sft", "train-dpo", "train-ppo"}
-
-
-def _forget_from(bench, stage: str) -> None:
-    """As if the run had come no further than just before this stage."""
-    for later in STAGES[STAGES.index(stage) :]:
-        for path in (bench.workspace / "store" / "index" / later).glob("*.json"):
-            path.unlink()
 
 
 def _in_the_middle(bench, stage: str, log: Path) -> bool:
@@ -66,7 +60,7 @@ def _started_by(flow: int) -> list[psutil.Process]:
 def test_resume_after_a_kill_ends_as_if_nothing_had_happened(finished, stage):
     reference, whole = finished
     own = reference.copy(f"killed-{stage}")
-    _forget_from(own, stage)
+    forget_from(own, stage)
     flow = _kill_in(own, stage)
     report = own.run("--resume")
     assert own.index() == reference.index(), "every artifact, bit for bit"
@@ -80,7 +74,7 @@ def test_a_trainer_killed_between_checkpoints_goes_on_exactly(finished):
     """The same for one stage, in the default run: the orphaned trainer is ended and training goes on."""
     reference, whole = finished
     own = reference.copy("killed-default")
-    _forget_from(own, "train-dpo")
+    forget_from(own, "train-dpo")
     flow = _kill_in(own, "train-dpo")
     assert _started_by(flow), "the trainer and the Prefect server outlive the flow"
     report = own.run("--resume")

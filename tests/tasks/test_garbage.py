@@ -21,8 +21,9 @@ from dpo_core.errors import RecipeError
 from tasks.garbage import free
 from tasks.manifest import digest_config
 from tasks.needs import note_need
+from tasks.owner import myself
 from tasks.promotion import check, promote, rollback
-from tasks.runs import RunRecord, own_process, save_run
+from tasks.runs import RunRecord, save_run
 from tasks.store import Store
 from tests.promotions import NAME, World, dpo_killed
 from tests.tasks.stored import CONFIG, REPO
@@ -199,7 +200,7 @@ def test_named_runs_are_kept_and_let_go(tmp_path: Path) -> None:
 
 
 def test_a_run_at_work_is_not_let_go_and_a_name_must_be_known(tmp_path: Path) -> None:
-    record(tmp_path, "busy", status="running", process=own_process())
+    record(tmp_path, "busy", status="running", owner=myself())
     with pytest.raises(RecipeError, match="the run busy is at work"):
         free(tmp_path, drop_runs=["busy"])
     with pytest.raises(RecipeError, match="no run named nothing"):
@@ -266,7 +267,7 @@ def test_a_stage_asked_for_while_gc_looks_is_not_lost(tmp_path: Path) -> None:
         "store = Store(sys.argv[1]); print('ready', flush=True)\n"
         "note_need(store, 'busy', 'made', sys.argv[2], []); print('noted', flush=True)"
     )
-    record(tmp_path, "busy", status="running", process=own_process())
+    record(tmp_path, "busy", status="running", owner=myself())
     with store.guard():
         run = subprocess.Popen(
             [sys.executable, "-c", code, str(tmp_path), _key(0)], cwd=REPO, text=True, stdout=subprocess.PIPE

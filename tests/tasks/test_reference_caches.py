@@ -203,9 +203,9 @@ def test_gc_removes_what_killed_processes_left_and_nothing_of_living_ones(
     )
     dead, living = Path(made.stdout.strip()), temporary_beside(folder / "shard")
     living.mkdir()
-    foreign = folder / "tmp-elsewhere+1+0123"
+    foreign = folder / "tmp-elsewhere+1+2+0123"
     foreign.mkdir()
-    old = folder / "tmp-elsewhere+1+4567"
+    old = folder / "tmp-elsewhere+1+2+4567"
     old.mkdir()
     os.utime(old, (0, 0))
     told = call(tmp_path, "gc", "--dry-run")

@@ -5,6 +5,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -72,6 +73,40 @@ def test_sweep_spares_the_living(tmp_path: Path) -> None:
         assert sorted(path.name for path in mine.parent.iterdir()) == sorted(
             [mine.name, f"elsewhere+{pid}+{born}+new"]
         )
+
+
+SWEEP = "import sys; from tasks.store import Store; print(Store(sys.argv[1]).sweep())"
+
+
+def test_sweep_spares_the_living_when_the_clock_was_set(tmp_path: Path) -> None:
+    """What it changes for a process: the time of day at which the machine was started, and so all births."""
+    kernel = Path("/proc/stat").read_text()
+    booted = int(next(line.split()[1] for line in kernel.splitlines() if line.startswith("btime")))
+    (tmp_path / "stat").write_text(kernel.replace(f"btime {booted}", f"btime {booted - 3600}"))
+    store = Store(tmp_path)
+    inside = f'mount --bind {tmp_path}/stat /proc/stat && exec "$@"'
+    command = ["unshare", "--mount", "sh", "-c", inside, "sh", sys.executable, "-c", SWEEP, str(tmp_path)]
+    with store._temporary() as mine:
+        done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+        if "mount:" in done.stderr or "unshare:" in done.stderr:
+            pytest.skip("no mount namespace can be made here")
+        assert done.stdout == "0\n", done.stderr
+        assert mine.exists()
+
+
+def test_scratch_of_a_stage_that_was_killed_just_after_it_was_done_is_swept(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    other = stage_key("sft", 9, CONFIG, [])
+    make(store, {"f": b"1"})
+    make(store, {"f": b"2"}, key=other)
+    for key in (KEY, other):
+        (store.begin("sft", key) / "checkpoint").write_bytes(b"large")
+    unfinished = store.begin("sft", stage_key("sft", 10, CONFIG, []))
+    with store.lock("sft", other):  # somebody found the artifact damaged
+        assert store.sweep() == 1
+    assert sorted(path.name for path in (tmp_path / "work" / "sft").iterdir()) == sorted(
+        [other[:16], unfinished.name]
+    )
 
 
 RIVAL = """

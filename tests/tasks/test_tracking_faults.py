@@ -1,0 +1,129 @@
+"""Tracking when processes are killed between two writes, clocks are set back and others hold the database."""
+
+import contextlib
+import sqlite3
+import time
+from pathlib import Path
+
+import pytest
+
+from tasks import tracking_run
+from tasks.manifest import Manifest
+from tasks.store import Store
+from tasks.tracking import Tracker, TrackingConfig
+from tests.tasks.stored import CONFIG, KEY, python, write
+from tests.tasks.tracked import RECIPE, children, client, lines, points
+from tests.training_jobs import wait_until
+
+MAKE = """
+import sys
+from tasks.tracking_database import make_database
+make_database(sys.argv[1])
+"""
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One database for the module, made where a process was killed while it made it."""
+    folder = tmp_path_factory.mktemp("workspace")
+    maker = python(MAKE, f"sqlite:///{folder / 'mlflow.db'}")
+    half = folder / ".mlflow.db.new"
+    wait_until(lambda: half.exists() and half.stat().st_size > 0, "the first tables")
+    maker.kill()
+    maker.communicate()
+    assert half.exists()
+    assert not (folder / "mlflow.db").exists()
+    return folder
+
+
+@pytest.fixture
+def tracker(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Tracker:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return opened(workspace, f"run-{time.monotonic_ns()}")
+
+
+def opened(workspace: Path, name: str, run_id: str | None = None, *, begun: bool = False) -> Tracker:
+    tracker = Tracker(TrackingConfig(), workspace)
+    tracker.start_parent(name, recipe=RECIPE, run_id=run_id, begun=begun, tags={"dpo.run": name})
+    return tracker
+
+
+def name_of(tracker: Tracker) -> str:
+    return str(client(tracker).get_run(tracker.run_id).info.run_name)
+
+
+def stored(workspace: Path) -> Manifest:
+    store = Store(workspace)
+    folder = write(store.begin("train", KEY) / "out", {"metrics.jsonl": lines(range(1, 5)).encode()})
+    return store.commit("train", KEY, folder, kind="model", stage_version=1, config_digest=CONFIG)
+
+
+def test_a_database_that_was_half_made_is_made_anew(tracker: Tracker, workspace: Path) -> None:
+    assert client(tracker).get_run(tracker.run_id).info.status == "RUNNING"
+    assert not list(workspace.glob(".mlflow.db.new*"))
+
+
+def test_a_parent_whose_id_nobody_noted_is_found_again(tracker: Tracker, workspace: Path) -> None:
+    with tracker.child("train", tags={"dpo.run": name_of(tracker)}):
+        again = opened(workspace, name_of(tracker), begun=True)
+    assert again.run_id == tracker.run_id
+    assert opened(workspace, f"{name_of(tracker)}-2", begun=True).run_id != tracker.run_id
+    # Of another workspace that shares the server, and starts a run of this name in the same second.
+    assert opened(workspace, name_of(tracker)).run_id != tracker.run_id
+
+
+def test_a_stage_that_was_killed_after_it_had_stored_is_ended(tracker: Tracker, workspace: Path) -> None:
+    artifact = stored(workspace)
+    child = tracker.child("train", tags={"dpo.run": name_of(tracker)}).__enter__()
+    curve = workspace / "curve.jsonl"
+    curve.write_text(lines(range(1, 3)))
+    child.metrics_from_jsonl(curve)
+    again = opened(workspace, name_of(tracker), tracker.run_id)
+    again.close_stage("train", artifact)
+    again.close_stage("never begun", artifact)
+    (run,) = children(again)
+    assert (run.info.run_id, run.info.status) == (child.run_id, "FINISHED")
+    assert run.data.tags["dpo.artifact_sha256"] == artifact.sha256
+    assert points(again, child, "loss") == [(s, s / 8) for s in range(1, 5)], "no point twice, none missing"
+
+
+def test_no_run_ends_before_it_began(
+    tracker: Tracker, monkeypatch: pytest.MonkeyPatch, workspace: Path
+) -> None:
+    with tracker.child("train"):
+        monkeypatch.setattr(tracking_run, "now_ms", lambda: int(1000 * (time.time() - 3600)))
+        monkeypatch.setattr("tasks.tracking.now_ms", tracking_run.now_ms)
+    tracker.finish_parent()
+    for run in (*children(tracker), client(tracker).get_run(tracker.run_id)):
+        assert run.info.status == "FINISHED"
+        assert run.info.end_time >= run.info.start_time
+
+
+def test_what_a_kill_left_of_a_registration_is_used_or_removed(tracker: Tracker, workspace: Path) -> None:
+    api = client(tracker)
+    uri = (workspace / "model").as_uri()
+    half = api.create_logged_model(
+        tracker.experiment_id, "dpo-left", tracker.run_id, tags={"dpo.weights_uri": uri}
+    )
+    left = tracker._logged_model("dpo-left", uri, tracker.run_id, {"dpo.weights_uri": uri})
+    assert left != half.model_id, "it was never made ready"
+    assert tracker.register_model("dpo-left", uri) == "1"
+    found = api.search_logged_models([tracker.experiment_id], f"source_run_id = '{tracker.run_id}'")
+    assert [model.model_id for model in found] == [left]
+
+
+def test_a_database_that_others_write_to_is_waited_for(tracker: Tracker, workspace: Path) -> None:
+    """Readers are answered all the while, so that it does not look like an outage."""
+    import sqlalchemy
+
+    engine = sqlalchemy.create_engine(f"sqlite:///{workspace / 'mlflow.db'}", connect_args={"timeout": 0.01})
+
+    def write_now() -> None:
+        with engine.connect() as connection:
+            connection.exec_driver_sql("begin immediate")
+
+    with contextlib.closing(sqlite3.connect(workspace / "mlflow.db")) as other:
+        other.execute("begin immediate")
+        for _ in range(8):  # more often than a write that can never be taken is tried
+            assert not tracker._outbox.attempt("a write", write_now, force=True)
+    assert tracker._outbox.attempt("a write", write_now, force=True)
