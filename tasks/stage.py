@@ -26,7 +26,7 @@ from tasks.manifest import PLANNED, Manifest, digest_config, stage_key
 from tasks.store import Store
 from tasks.tracking import Tracker
 from tasks.tracking_run import StageRun, flatten
-from tasks.workspace import disk_full, is_disk_full
+from tasks.workspace import disk_fault
 
 log = logging.getLogger("dpo")
 
@@ -329,8 +329,9 @@ def _do(
     except DpoError:
         raise
     except Exception as error:
-        if is_disk_full(error, store.workspace):
-            raise disk_full(store.workspace, f"stage {stage.name}") from error
+        fault = disk_fault(error, store.workspace, f"stage {stage.name}")
+        if fault:
+            raise fault from error
         raise
     finally:
         for bar in given._bars:

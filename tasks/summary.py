@@ -38,7 +38,7 @@ from tasks.report_verdict import verdict
 from tasks.stage import TASK_OPTIONS, Context, StageResult, tracker_of
 from tasks.tracking import Tracker
 from tasks.unpaired import class_facts
-from tasks.workspace import run_folder
+from tasks.workspace import run_folder, write_whole
 
 
 @task(name="summary", task_run_name="summary", **TASK_OPTIONS)
@@ -113,9 +113,9 @@ def run_info(
 def publish(report: RunReport, folder: Path, tracker: Tracker) -> Path:
     """Write the report's files into the run's folder and record them in MLflow; returns the page's path."""
     page, text = folder / "page.html", folder / "summary.md"
-    page.write_text(render(report), encoding="utf-8")
-    text.write_text(markdown(report), encoding="utf-8")
-    (folder / "report.json").write_text(report.model_dump_json(indent=1))
+    write_whole(page, render(report))
+    write_whole(text, markdown(report))
+    write_whole(folder / "report.json", report.model_dump_json(indent=1))
     parent = tracker.parent
     for path in (page, text, folder / "report.json"):
         parent.artifact(path)

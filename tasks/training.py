@@ -22,7 +22,7 @@ from dpo_core.tokens import TokenConfig
 from tasks.manifest import Manifest, digest_file
 from tasks.stage import Context, Output, Progress, Stage, StageResult, Work, run_stage, stage_task
 from tasks.unpaired import kind_of, taken_apart
-from tasks.workspace import disk_full, is_disk_full
+from tasks.workspace import disk_fault
 
 log = logging.getLogger("dpo")
 
@@ -329,11 +329,13 @@ def _error_of(given: Work, tail: str, state: State, why: str) -> DpoError:
     """The error that the job left, as the class its exit code stands for."""
     if state is State.STOPPED:
         return StageFailed(f"{given.stage.name} was stopped and saved its state", "Resume the run")
+    doing = f"stage {given.stage.name}"
     try:
         left = json.loads((given.scratch / "error.json").read_text())
     except (OSError, ValueError):
-        if is_disk_full(tail, given.scratch):
-            return disk_full(given.scratch, f"stage {given.stage.name}")
+        fault = disk_fault(tail, given.scratch, doing)
+        if fault:
+            return fault
         if why:
             return StageFailed(f"{given.stage.name} failed: {why}", "Mend that, then resume the run")
         log.error("the end of the log of %s:\n%s", given.stage.name, tail)
@@ -341,8 +343,9 @@ def _error_of(given: Work, tail: str, state: State, why: str) -> DpoError:
             f"{given.stage.name} died without a word; its log is {given.scratch / 'train.log'}",
             "If it ran out of memory, lower its micro_batch_size; then resume the run",
         )
-    if is_disk_full(left["problem"], given.scratch):
-        return disk_full(given.scratch, f"stage {given.stage.name}")
+    fault = disk_fault(left["problem"], given.scratch, doing)
+    if fault:
+        return fault
     error = StageFailed(f"{given.stage.name}: {left['problem']}", left["remedy"])
     error.exit_code = int(left["exit_code"])
     return error
