@@ -114,11 +114,31 @@ def _download(name: str, revision: str | None) -> Path:
         patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:
+        if _broke_off(error):
+            raise ModelError(
+                f"the download of {name} from the hub broke off "
+                f"({type(error).__name__}: {_first_line(error)}); no part of it is used",
+                "Check the network and the disk, then run again: what came whole is not fetched again",
+            ) from error
         raise ModelError(
             f"no folder named {name} here, and the hub did not give a model of that name "
             f"({type(error).__name__})",
             "Check the name, or download the model and name its folder",
         ) from error
+
+
+def _broke_off(error: Exception) -> bool:
+    """Whether the connection to the hub failed: the hub did not refuse, and was not left unasked."""
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
+
+    # Which errors a broken connection raises depends on the client that the hub's package is built on.
+    refused = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled)
+    return not isinstance(error, refused)
 
 
 def source_digest(source: Path) -> str:

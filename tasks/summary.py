@@ -16,6 +16,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from dpo_core.reward_quality import RewardQuality
 from tasks.assessment import assess
 from tasks.champion import Champion
+from tasks.courtesy import tell
 from tasks.evaluation import load_evaluation
 from tasks.manifest import Manifest
 from tasks.page import render
@@ -84,8 +85,9 @@ def summarise(
         | class_facts(recipe.dpo, _trained_on(manifests)),
     )
     page = publish(report, run_folder(context.workspace, context.run_id), tracker)
-    create_markdown_artifact(key="run-summary", markdown=markdown(report), description=report.run.name)
-    create_link_artifact(key="run-page", link=page.as_uri(), link_text="Run page")
+    text, name = markdown(report), report.run.name
+    tell(lambda: create_markdown_artifact(key="run-summary", markdown=text, description=name))
+    tell(lambda: create_link_artifact(key="run-page", link=page.as_uri(), link_text="Run page"))
     return report
 
 

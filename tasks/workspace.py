@@ -81,6 +81,7 @@ def disk_fault(said: object, path: Path, doing: str) -> StageFailed | None:
 
 def _is_read_only(path: Path) -> bool:
     """Asked by a write: ext4 does not show in its mount flags that it stopped after a fault."""
+    path = next(place for place in (path, *path.parents) if place.is_dir())
     try:
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
@@ -130,7 +131,7 @@ def disk_errors(path: Path, doing: str) -> Iterator[None]:
         where = error.filename or path
         if error.errno in _FULL:
             raise disk_full(path, doing) from error
-        if error.errno == errno.EROFS:
+        if error.errno == errno.EROFS or (error.errno == errno.EIO and _is_read_only(path)):
             raise disk_read_only(path, doing) from error
         if error.errno in _UNUSABLE:
             raise RecipeError(

@@ -8,6 +8,7 @@ Prints what happened as JSON, one line a moment.
 
 import json
 import logging
+import os
 import sys
 import threading
 import time
@@ -70,6 +71,8 @@ class Moment(logging.Handler):
 
 def main(recipe_path: str, fault: str, image: str, place: str) -> None:
     keep_quiet()
+    # A pool would keep the database of the disk open that was mended since.
+    os.environ["MLFLOW_SQLALCHEMYSTORE_POOLCLASS"] = "NullPool"
     from dpo_core.errors import DpoError
     from flows.alignment import alignment
     from tasks.recipe import load_recipe
