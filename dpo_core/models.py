@@ -295,6 +295,9 @@ def load_tokenizer(source: Path, trust_remote_code: bool = False) -> "PreTrained
             f"the tokenizer in {source} cannot be loaded: {_first_line(error)}",
             _GGUF_REMEDY if gguf else beside,
         ) from error
+    # How it was loaded is none of its facts: saved with them, it would make another artifact of the same
+    # model where HF_HUB_OFFLINE is set.
+    tokenizer.init_kwargs.pop("local_files_only", None)
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"the tokenizer in {source} names no end-of-sequence token",
