@@ -74,14 +74,14 @@ class Checkpoints:
             )
         _write_digest(temporary, made)
         final = self.folder / f"step-{made.step:08d}"
-        shutil.rmtree(final, ignore_errors=True)
+        _remove(final)
         os.replace(temporary, final)
         # A later step than this one was left behind when a damaged checkpoint was passed over.
         names = sorted(self.folder.glob("step-*"))
         kept = [name for name in names if name <= final][-self.keep :]
         for name in names:
             if name not in kept:
-                shutil.rmtree(name)
+                _remove(name)
 
     def newest(self) -> tuple[Path, Made] | None:
         """The newest whole checkpoint; None when none was ever written.
@@ -108,10 +108,29 @@ class Checkpoints:
         return None
 
 
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint, or what stands in its place."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def _write_digest(folder: Path, made: Made) -> None:
     files = {str(f.relative_to(folder)): digest_file(f) for f in sorted(folder.rglob("*")) if f.is_file()}
     facts: dict[str, Any] = {"made": asdict(made), "files": files}
     (folder / DIGEST).write_text(json.dumps(facts | {"sha256": _own_digest(facts)}, indent=1))
+    # Else a disk that fails leaves empty files under a whole checkpoint's name.
+    for path in [*(folder / name for name in [*files, DIGEST]), folder]:
+        _sync(path)
 
 
 def read_digest(folder: Path) -> Made:

@@ -114,11 +114,31 @@ def _download(name: str, revision: str | None) -> Path:
         patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:
+        if _broke_off(error):
+            raise ModelError(
+                f"the download of {name} from the hub broke off "
+                f"({type(error).__name__}: {_first_line(error)}); no part of it is used",
+                "Check the network and the disk, then run again: what came whole is not fetched again",
+            ) from error
         raise ModelError(
             f"no folder named {name} here, and the hub did not give a model of that name "
             f"({type(error).__name__})",
             "Check the name, or download the model and name its folder",
         ) from error
+
+
+def _broke_off(error: Exception) -> bool:
+    """Whether the connection to the hub failed: the hub did not refuse, and was not left unasked."""
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
+
+    # Which errors a broken connection raises depends on the client that the hub's package is built on.
+    refused = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled)
+    return not isinstance(error, refused)
 
 
 def source_digest(source: Path) -> str:
@@ -275,6 +295,9 @@ def load_tokenizer(source: Path, trust_remote_code: bool = False) -> "PreTrained
             f"the tokenizer in {source} cannot be loaded: {_first_line(error)}",
             _GGUF_REMEDY if gguf else beside,
         ) from error
+    # How it was loaded is none of its facts: saved with them, it would make another artifact of the same
+    # model where HF_HUB_OFFLINE is set.
+    tokenizer.init_kwargs.pop("local_files_only", None)
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"the tokenizer in {source} names no end-of-sequence token",

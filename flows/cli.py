@@ -77,40 +77,24 @@ def run(
     # Before the flow, which checks again: Prefect's server takes seconds to start.
     check_ahead(resolved, resume)
     with _resumable(recipe, overrides or []):
+        import httpx
+
         from flows.alignment import alignment
         from flows.frontier import frontier
         from flows.orphans import end_orphans, mark_own
+        from flows.server import prefect_away
 
         end_orphans()
         mark_own()
 
         try:
             report = (frontier if resolved.frontier else alignment)(resolved, resume)
-        except RuntimeError as error:
-            raise _prefect_away(error) from error
+        except (RuntimeError, httpx.TransportError) as error:
+            raise prefect_away(error) from error
     if as_json:
         typer.echo(report.model_dump_json())
         return
     _show(report, resolved.workspace)
-
-
-def _prefect_away(error: RuntimeError) -> Exception:
-    """Prefect says in a bare RuntimeError that its API cannot be reached; other errors stay what they are."""
-    from prefect.settings import PREFECT_API_URL
-
-    from dpo_core.errors import RecipeError
-
-    if "Failed to reach API" not in str(error) and "ephemeral Prefect API" not in str(error):
-        return error
-    where = PREFECT_API_URL.value()
-    if where is None:
-        return RecipeError(
-            f"Prefect's own server did not start ({error})", "Run again, or set PREFECT_API_URL"
-        )
-    return RecipeError(
-        f"the Prefect API at {where} does not answer",
-        "Start it with: prefect server start; or unset PREFECT_API_URL, and the run starts one of its own",
-    )
 
 
 def _show(report: Any, workspace: str) -> None:

@@ -18,6 +18,8 @@ _QUIET = {
     # else computes on the machine, and all goes two to three times slower; sleeping at once costs 5 %.
     "OMP_WAIT_POLICY": "PASSIVE",
     "GOMP_SPINCOUNT": "20000",
+    # A server that is started again within four minutes is waited for: 2 + 4 + 8 + ... seconds.
+    "PREFECT_CLIENT_MAX_RETRIES": "7",
     # Our own bars show what is worth waiting for.
     "TQDM_DISABLE": "1",
 }

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from dpo_core.errors import RecipeError
+from dpo_core.errors import RecipeError, StageFailed
 
 _REMEDY = "Start one with: prefect server start; then: export PREFECT_API_URL=http://127.0.0.1:4200/api"
 
@@ -44,3 +44,30 @@ def server() -> Iterator[Any]:
         if isinstance(error, RuntimeError) and "Failed to reach API" not in str(error):
             raise
         raise RecipeError(f"the Prefect server at {address} does not answer", _REMEDY) from error
+
+
+def prefect_away(error: Exception) -> Exception:
+    """What to say where Prefect's API cannot be reached; other errors stay what they are.
+
+    At the start Prefect says so in a bare RuntimeError; in the middle of a run, when its patience is over,
+    the error of the connection comes through.
+    """
+    import httpx
+
+    where = server_address()
+    if isinstance(error, httpx.TransportError):
+        return StageFailed(
+            f"the Prefect API at {where or 'the temporary server of the run'} went away in the middle of the "
+            f"run ({type(error).__name__}); finished stages are kept",
+            "Start it again, or unset PREFECT_API_URL, then resume the run",
+        )
+    if "Failed to reach API" not in str(error) and "ephemeral Prefect API" not in str(error):
+        return error
+    if where is None:
+        return RecipeError(
+            f"Prefect's own server did not start ({error})", "Run again, or set PREFECT_API_URL"
+        )
+    return RecipeError(
+        f"the Prefect API at {where} does not answer",
+        "Start it with: prefect server start; or unset PREFECT_API_URL, and the run starts one of its own",
+    )

@@ -1,5 +1,6 @@
 """What a look can refuse, before a server is started, a run is recorded or a model is loaded."""
 
+import logging
 import sqlite3
 import tempfile
 from pathlib import Path
@@ -11,10 +12,12 @@ from dpo_core.models import check_source_context, locate, read_config, read_temp
 from dpo_core.rewards import check_reward
 from expectations.drift import load_baseline
 from tasks.recipe import Recipe
-from tasks.runs import find_run
+from tasks.runs import find_run, list_runs
 from tasks.tracking import resolve_uri
 from tasks.training import check_demonstrations
 from tasks.workspace import open_workspace, require_writable
+
+log = logging.getLogger("dpo")
 
 _TRACKED = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
 
@@ -31,7 +34,7 @@ def check_ahead(recipe: Recipe, resume: str | None = None) -> None:
     require_writable(workspace)
     if resume:
         find_run(workspace, resume, recipe.name)
-    _check_database(resolve_uri(recipe.tracking, workspace))
+    _check_database(resolve_uri(recipe.tracking, workspace), workspace)
     for path in (recipe.data.path, recipe.data.eval_path):
         if path is not None:
             check_source(path)
@@ -56,7 +59,7 @@ def _check_suites(recipe: Recipe) -> None:
         assert_not_trained_on(classifier, [reward])
 
 
-def _check_database(uri: str) -> None:
+def _check_database(uri: str, workspace: Path) -> None:
     """A tracking database that is a local file can be opened and written; MLflow would wait for it."""
     kind = uri.partition(":")[0].partition("+")[0]
     if kind not in _TRACKED:
@@ -67,14 +70,27 @@ def _check_database(uri: str) -> None:
     if not uri.startswith("sqlite:///"):
         return
     path = Path(uri.removeprefix("sqlite:///"))
+    tracked = [run.run_id for run in list_runs(workspace) if run.mlflow_run_id]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
+        if not path.exists() or not path.stat().st_size:
             tempfile.TemporaryFile(dir=path.parent).close()
+            if tracked and path == workspace / "mlflow.db":
+                log.warning(
+                    "the tracking database %s of %d earlier runs is gone or empty: a new one begins, which "
+                    "knows no earlier run, model or champion",
+                    path,
+                    len(tracked),
+                )
             return
         database = sqlite3.connect(path, timeout=0)
         try:
             database.execute("begin immediate").execute("select count(*) from sqlite_master")
+            # Pages that do not fit each other; what stands in a cell SQLite cannot check.
+            found = [row[0] for row in database.execute("pragma quick_check(20)")]
+            faults = [line for text in found for line in text.splitlines() if not _harmless(line)]
+            if faults:
+                raise sqlite3.DatabaseError(f"it is damaged: {faults[0]}")
             database.rollback()
         finally:
             database.close()
@@ -84,5 +100,10 @@ def _check_database(uri: str) -> None:
         why = getattr(error, "strerror", None) or error
         raise RecipeError(
             f"the tracking database {path} cannot be used ({why})",
-            "Make it writable, or set tracking.uri to another one",
+            "Make it writable or put back a copy, or set tracking.uri to another one",
         ) from error
+
+
+def _harmless(line: str) -> bool:
+    """Of what SQLite's check says: headings, and pages that a write left unused when the disk failed."""
+    return line == "ok" or line.startswith("***") or line.endswith("is never used")

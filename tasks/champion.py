@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from dpo_core.errors import RecipeError
+from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.models import weights_digest
-from tasks.manifest import Manifest
+from tasks.manifest import Manifest, digest_folder
 from tasks.tracking import Tracker, TrackingConfig
 
 log = logging.getLogger("dpo")
@@ -36,6 +36,7 @@ def find_champion(tracker: Tracker, registered: str) -> Champion | None:
     if folder is None or not artifact:
         log.warning("the champion %s has no files here; the run is held against its reference", title)
         return None
+    require_whole(folder, artifact, f"the champion {title}")
     manifest = Manifest(
         kind="model",
         uri=folder.as_uri(),
@@ -47,6 +48,23 @@ def find_champion(tracker: Tracker, registered: str) -> Champion | None:
         extra={"weights_sha256": weights_digest(folder)},
     )
     return Champion(title, manifest)
+
+
+def require_whole(folder: Path, sha256: str | None, what: str) -> None:
+    """Refuse files that are not those of the artifact with this digest.
+
+    Raises:
+        RecipeError: they are damaged.
+    """
+    try:
+        whole = sha256 is None or digest_folder(folder) == sha256
+    except (OSError, StageFailed):
+        whole = False
+    if not whole:
+        raise RecipeError(
+            f"{what} is damaged: the files in {folder} are not those that were stored",
+            "Run the recipe that made it again, which rebuilds them",
+        )
 
 
 def titled(version: Any) -> str:
@@ -70,9 +88,10 @@ def registered_weights(spec: str, workspace: Path) -> Path:
     name, _, alias = spec.removeprefix("models:/").partition("@")
     version = Tracker(TrackingConfig(), workspace).version_of(name, alias) if name and alias else None
     folder = weights_of(version) if version is not None else None
-    if folder is None:
+    if version is None or folder is None:
         raise RecipeError(
             f"the registry knows no {spec} whose files are on this machine",
             "Write models:/NAME@ALIAS, for example models:/dpo-demo@challenger",
         )
+    require_whole(folder, version.tags.get("dpo.artifact_sha256"), spec)
     return folder

@@ -18,6 +18,7 @@ from dpo_core.tokens import TokenConfig
 from expectations.config import GateConfig
 from expectations.drift import load_baseline
 from tasks.manifest import Manifest, digest_file
+from tasks.sealed import read_sealed, write_sealed
 from tasks.stage import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 
 LOAD = Stage("load-data", 2, "dataset")
@@ -264,7 +265,8 @@ def _sample(
     drawn: list[Completion] = []
     for start in range(0, len(wanted), portion):
         path = given.scratch / f"samples-{start:08d}.json"
-        if not path.exists():
+        known = read_sealed(path, "its samples are drawn again")
+        if known is None:
             prompts = [ids for _, ids in wanted[start : start + portion]]
             done = len(drawn)
             new = sample(
@@ -275,10 +277,9 @@ def _sample(
                 seed=seed_for(seed, "pairs", start),
                 progress=lambda n, done=done: bar.update(done + n),  # type: ignore[misc]
             )
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps([[list(c.ids), c.ended] for c in new]))
-            temporary.replace(path)
-        drawn += [Completion(tuple(ids), ended) for ids, ended in json.loads(path.read_text())]
+            known = [[list(c.ids), c.ended] for c in new]
+            write_sealed(path, known)
+        drawn += [Completion(tuple(ids), ended) for ids, ended in known]
     return drawn
 
 

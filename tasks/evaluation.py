@@ -12,6 +12,7 @@ from dpo_core.evaluate import EvaluateConfig
 from dpo_core.rewards import reward_identity
 from dpo_core.tokens import TokenConfig
 from tasks.manifest import Manifest
+from tasks.sealed import read_sealed, write_sealed
 from tasks.stage import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 from tasks.unpaired import kind_of
 
@@ -104,7 +105,9 @@ def _evaluate(
     measured: dict[str, dict[str, Any]] = {}
     for number, (name, manifest) in enumerate(policies.items()):
         path = given.scratch / f"policy-{name}.json"
-        if not path.exists():  # a killed evaluation keeps the policies it had finished
+        # A killed evaluation keeps the policies it had finished.
+        facts = read_sealed(path, f"{name} is measured again")
+        if facts is None:
             policy = reference if name == "SFT" else load_model(manifest.path)
             done = number * len(asked) * config.samples_per_prompt
             facts = _measure(
@@ -122,10 +125,9 @@ def _evaluate(
             facts["texts"] = [
                 tokenizer.decode(list(s["completion"]), skip_special_tokens=True) for s in facts["sequences"]
             ]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(facts))
-            temporary.replace(path)
-        measured[name] = json.loads(path.read_text())
+            write_sealed(path, facts)
+            facts = json.loads(json.dumps(facts))  # as one that is read
+        measured[name] = facts
     samples = {name: _samples(facts) for name, facts in measured.items()}
     rows = []
     for name, facts in measured.items():

@@ -23,6 +23,7 @@ from tasks.frontier_tables import (
 from tasks.page import Part, cost_facts, fill
 from tasks.report import Cost, RunInfo, StageRow
 from tasks.report_text import fenced, markdown_table, plain, stage_size
+from tasks.workspace import write_whole
 
 
 class FrontierReport(Config):
@@ -62,9 +63,9 @@ def write_report(report: FrontierReport, folder: Path) -> Path:
     """Write `page.html`, `summary.md`, `report.json` and, where arms are drawn, `frontier.png`; the page."""
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / "page.html"
-    page.write_text(render(report), encoding="utf-8")
-    (folder / "summary.md").write_text(markdown(report), encoding="utf-8")
-    (folder / "report.json").write_text(report.model_dump_json(indent=1), encoding="utf-8")
+    write_whole(page, render(report))
+    write_whole(folder / "summary.md", markdown(report))
+    write_whole(folder / "report.json", report.model_dump_json(indent=1))
     if report.study.drawn_arms():
         write_picture(report.study, report.summary, folder / "frontier.png")
     return page

@@ -7,6 +7,7 @@ from prefect import task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
 from dpo_core.frontier import Study, best_of_n
+from tasks.courtesy import tell
 from tasks.frontier_report import FrontierReport, frontier_report, headline, markdown, write_report
 from tasks.manifest import Manifest
 from tasks.measure import point_of, read_measurement
@@ -50,8 +51,9 @@ def summarise_study(
         {f"area/{_key(row.arm)}": row.area.value for row in report.summary.arms if row.area is not None}
     )
     parent.tag("dpo.verdict", headline(report).text)
-    create_markdown_artifact(key="run-summary", markdown=markdown(report), description=info.name)
-    create_link_artifact(key="run-page", link=page.as_uri(), link_text="Study page")
+    text = markdown(report)
+    tell(lambda: create_markdown_artifact(key="run-summary", markdown=text, description=info.name))
+    tell(lambda: create_link_artifact(key="run-page", link=page.as_uri(), link_text="Study page"))
     return report
 
 

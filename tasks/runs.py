@@ -1,6 +1,7 @@
 """The record of each run under the workspace: what was asked, where it stands, how to go on with it."""
 
 import json
+import logging
 import os
 import re
 import socket
@@ -18,6 +19,8 @@ from dpo_core.config import Config
 from dpo_core.errors import RecipeError
 from tasks.owner import Owner
 from tasks.workspace import disk_errors, open_workspace, run_folder, write_whole
+
+log = logging.getLogger(__name__)
 
 STATUSES = ("running", "done", "failed", "refused")
 
@@ -157,13 +160,17 @@ def save_run(workspace: str | Path, record: RunRecord) -> None:
 
 
 def list_runs(workspace: str | Path) -> list[RunRecord]:
-    """All records, newest first; unreadable ones are left out."""
+    """All records, newest first; unreadable ones are left out, with a line in the log."""
     found = []
     for path in (open_workspace(workspace) / "runs").glob("*/run.json"):
         try:
             found.append(RunRecord.model_validate(json.loads(path.read_text())))
         except (OSError, ValueError, ValidationError):
-            continue
+            log.warning(
+                "the record %s is damaged and left out; run its recipe without --resume: finished stages are "
+                "not run again",
+                path,
+            )
     return sorted(found, key=lambda record: (record.number, record.started_at), reverse=True)
 
 

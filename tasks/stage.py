@@ -22,12 +22,13 @@ from pydantic import JsonValue
 
 from dpo_core.config import Config
 from dpo_core.errors import DpoError
+from tasks.courtesy import tell
 from tasks.manifest import PLANNED, Manifest, digest_config, stage_key
 from tasks.needs import note_need
 from tasks.store import Store
 from tasks.tracking import Tracker
 from tasks.tracking_run import StageRun, flatten
-from tasks.workspace import disk_full, is_disk_full
+from tasks.workspace import disk_fault
 
 log = logging.getLogger("dpo")
 
@@ -82,9 +83,8 @@ class Progress:
         self.total = max(total, 1)
         self._bar: Any = None
         self._sent = time.monotonic()
-        self._artifact: Any = create_progress_artifact(
-            progress=0.0, key=f"progress-{slug(stage)}", description=stage
-        )
+        key = f"progress-{slug(stage)}"
+        self._artifact: Any = tell(lambda: create_progress_artifact(progress=0.0, key=key, description=stage))
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import Progress as Bar
@@ -103,7 +103,8 @@ class Progress:
     def _send(self, done: int) -> None:
         self._sent = time.monotonic()
         share = min(100.0, 100.0 * done / self.total)
-        update_progress_artifact(artifact_id=self._artifact, progress=share)
+        if self._artifact is not None:
+            tell(lambda: update_progress_artifact(artifact_id=self._artifact, progress=share))
 
     def close(self, finished: bool) -> None:
         """Take the bar away; a finished stage stands at 100 %."""
@@ -332,8 +333,9 @@ def _do(
     except DpoError:
         raise
     except Exception as error:
-        if is_disk_full(error, store.workspace):
-            raise disk_full(store.workspace, f"stage {stage.name}") from error
+        fault = disk_fault(error, store.workspace, f"stage {stage.name}")
+        if fault:
+            raise fault from error
         raise
     finally:
         for bar in given._bars:
@@ -362,6 +364,5 @@ def _announce(name: str, result: StageResult) -> None:
             **{k: v for k, v in manifest.extra.items() if not isinstance(v, dict | list)},
         }.items()
     )
-    create_markdown_artifact(
-        key=f"stage-{slug(name)}", markdown=f"| {name} | |\n| --- | --- |\n{facts}", description=state
-    )
+    text = f"| {name} | |\n| --- | --- |\n{facts}"
+    tell(lambda: create_markdown_artifact(key=f"stage-{slug(name)}", markdown=text, description=state))

@@ -39,7 +39,7 @@ from tasks.manifest import (
     find_damage,
     list_files,
 )
-from tasks.workspace import disk_errors, open_workspace, sync
+from tasks.workspace import disk_errors, open_workspace, remove, sync
 
 log = logging.getLogger(__name__)
 
@@ -170,12 +170,12 @@ class Store:
             with self._object_lock(sha256), self._temporary() as temporary:
                 # All that needs room on the disk comes first; what follows are renames.
                 entry = self._write_entry(temporary / index.name, manifest)
-                if target.exists() and find_damage(target, entries) is not None:
+                if os.path.lexists(target) and find_damage(target, entries) is not None:
                     self._discard(target)
                 own = None if keep_work else scratch
-                staged = None if target.exists() else self._stage_files(files, folder, own, temporary)
+                staged = None if os.path.lexists(target) else self._stage_files(files, folder, own, temporary)
                 with self.guard():  # else an object without an entry, or one about to be removed
-                    if not target.exists():
+                    if not os.path.lexists(target):
                         os.rename(staged or self._stage_files(files, folder, own, temporary), target)
                         sync(target.parent)
                     os.replace(entry, index)
@@ -283,11 +283,11 @@ class Store:
             manifest = Manifest.model_validate(entry["manifest"])
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (ValueError, KeyError, TypeError, ValidationError) as error:
+        except (IsADirectoryError, ValueError, KeyError, TypeError, ValidationError) as error:
             if forget:
                 log.warning("index entry %s is damaged (%s); its stage will run again", index, error)
                 with suppress(OSError):
-                    index.unlink(missing_ok=True)
+                    remove(index)
             return None
         # The entry holds the path inside the store, so that a workspace may be moved.
         return manifest.model_copy(update={"uri": (self.root / manifest.uri).as_uri()})

@@ -17,10 +17,11 @@ from dpo_core.evaluation.safety import identity
 from dpo_core.evaluation.subject import Subject
 from dpo_core.evaluation.suites import Suite, SuiteConfig
 from dpo_core.models import ModelConfig, convert, locate, source_digest
-from tasks.champion import registered_weights
-from tasks.manifest import digest_config
+from tasks.champion import registered_weights, require_whole
+from tasks.manifest import digest_config, digest_folder
 from tasks.report import RunReport
-from tasks.workspace import disk_errors, write_whole
+from tasks.sealed import read_sealed, write_sealed
+from tasks.workspace import disk_errors, remove
 
 log = logging.getLogger("dpo")
 
@@ -56,7 +57,7 @@ def suite_result(
     result = run_suite(suite, subject, file, config, progress)
     with disk_errors(workspace, "writing the result of a suite"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, result.model_dump_json())
+        write_sealed(path, result.model_dump(mode="json"))
     return result, False
 
 
@@ -68,12 +69,11 @@ def _version(package: str) -> str | None:
 
 
 def _read(path: Path) -> SuiteResult | None:
-    if not path.is_file():
-        return None
+    facts = read_sealed(path, "the suite is run again")
     try:
-        return SuiteResult.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):
-        log.warning("the result %s is damaged or of another version; the suite is run again", path)
+        return None if facts is None else SuiteResult.model_validate(facts)
+    except ValidationError:
+        log.warning("the result %s is of another version; the suite is run again", path)
         return None
 
 
@@ -119,6 +119,7 @@ def _of_run(run: str, policy: str, report: Path) -> Path:
             path = Path(row.uri.removeprefix("file://"))
             if not path.is_dir():
                 raise RecipeError(f"the model of {run} is gone from {path}", "Run the recipe again")
+            require_whole(path, row.sha256, f"the model of {run}")
             return path
     there = ", ".join(p for p, names in _STAGES.items() if any(name in stages for name in names))
     raise RecipeError(f"the run {run} has no policy {policy}", f"It has: {there}")
@@ -127,13 +128,20 @@ def _of_run(run: str, policy: str, report: Path) -> Path:
 def _converted(spec: str, source: Path, workspace: Path) -> Path:
     """A model that is no plain checkpoint folder as one, made once."""
     folder = workspace / MODELS / source_digest(source)[:24]
-    if not folder.is_dir():
+    seal = folder.with_suffix(".json")
+    whole = read_sealed(seal, "the model is converted again")
+    if whole is None or not folder.is_dir() or digest_folder(folder) != whole:
         with disk_errors(workspace, "converting a model"):
             folder.parent.mkdir(parents=True, exist_ok=True)
             temporary = Path(tempfile.mkdtemp(dir=folder.parent))
             try:
                 convert(ModelConfig(name=spec), temporary)
+                if folder.exists() or folder.is_symlink():
+                    if whole is not None:
+                        log.warning("the converted model %s is damaged; it is converted again", folder)
+                    remove(folder)
                 os.replace(temporary, folder)
+                write_sealed(seal, digest_folder(folder))
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
     return folder

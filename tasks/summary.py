@@ -16,6 +16,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from dpo_core.reward_quality import RewardQuality
 from tasks.assessment import assess
 from tasks.champion import Champion
+from tasks.courtesy import tell
 from tasks.evaluation import load_evaluation
 from tasks.manifest import Manifest
 from tasks.page import render
@@ -39,7 +40,7 @@ from tasks.runs import Started
 from tasks.stage import TASK_OPTIONS, Context, StageResult, tracker_of
 from tasks.tracking import Tracker
 from tasks.unpaired import class_facts
-from tasks.workspace import run_folder
+from tasks.workspace import run_folder, write_whole
 
 
 @task(name="summary", task_run_name="summary", **TASK_OPTIONS)
@@ -85,8 +86,9 @@ def summarise(
         | class_facts(recipe.dpo, _trained_on(manifests)),
     )
     page = publish(report, run_folder(context.workspace, context.run_id), tracker)
-    create_markdown_artifact(key="run-summary", markdown=markdown(report), description=report.run.name)
-    create_link_artifact(key="run-page", link=page.as_uri(), link_text="Run page")
+    text, name = markdown(report), report.run.name
+    tell(lambda: create_markdown_artifact(key="run-summary", markdown=text, description=name))
+    tell(lambda: create_link_artifact(key="run-page", link=page.as_uri(), link_text="Run page"))
     return report
 
 
@@ -112,9 +114,9 @@ def run_info(context: Context, recipe: Recipe, tracker: Tracker, started: Starte
 def publish(report: RunReport, folder: Path, tracker: Tracker) -> Path:
     """Write the report's files into the run's folder and record them in MLflow; returns the page's path."""
     page, text = folder / "page.html", folder / "summary.md"
-    page.write_text(render(report), encoding="utf-8")
-    text.write_text(markdown(report), encoding="utf-8")
-    (folder / "report.json").write_text(report.model_dump_json(indent=1))
+    write_whole(page, render(report))
+    write_whole(text, markdown(report))
+    write_whole(folder / "report.json", report.model_dump_json(indent=1))
     parent = tracker.parent
     for path in (page, text, folder / "report.json"):
         parent.artifact(path)

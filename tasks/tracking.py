@@ -21,11 +21,21 @@ from dpo_core.errors import RecipeError, StageFailed
 from tasks.manifest import Manifest
 from tasks.provenance import environment, source_tags
 from tasks.tracking_database import make_database
-from tasks.tracking_outbox import PATIENCE, Outbox, one_line
-from tasks.tracking_run import TAG_CHARS, StageRun, TrackedRun, clean_key, cut, flatten, now_ms
-from tasks.workspace import open_workspace
+from tasks.tracking_outbox import (
+    FOLDER,
+    PATIENCE,
+    Outbox,
+    Write,
+    forget,
+    kept,
+    one_line,
+    read_kept,
+)
+from tasks.tracking_run import TAG_CHARS, StageRun, TrackedRun, clean_key, cut, flatten
+from tasks.workspace import disk_fault, open_workspace
 
 log = logging.getLogger(__name__)
+said = logging.getLogger("dpo")
 T = TypeVar("T")
 
 _HEADLINE_PARAMS = 200
@@ -76,9 +86,10 @@ class Tracker:
         self._config = config
         self._client: Any = None
         self.run_id = ""
+        self.run_name = ""
         self.experiment_id = ""
-        self._start_ms = 0
         self._unfinished: set[str] = set()
+        self._stages: list[StageRun] = []
 
     def start_parent(
         self,
@@ -104,6 +115,7 @@ class Tracker:
             RecipeError: there is no run `run_id`, or the database cannot be used.
         """
         self._connect()
+        self.run_name = name
         experiment = self._config.experiment or f"dpo/{recipe.get('name') or name}"
         every = {**self._config.tags, **(tags or {}), **source_tags()}
         if description:
@@ -124,9 +136,11 @@ class Tracker:
             return info
 
         what = f"run {run_id}" if run_id else f"experiment {experiment}"
+        self._deliver_kept(run_id)
         info = self._must(what, open_run)
-        self.run_id, self.experiment_id, self._start_ms = info.run_id, info.experiment_id, info.start_time
-        self.parent = TrackedRun(self._client, self._outbox, self.run_id)
+        self.run_id, self.experiment_id = info.run_id, info.experiment_id
+        self.parent = TrackedRun(self._client, self._outbox, self.run_id, info.start_time)
+        self._outbox.folder = self.workspace / FOLDER / self.run_id
         self.parent.text(
             yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True), "config/recipe.yaml"
         )
@@ -139,18 +153,43 @@ class Tracker:
 
     def finish_parent(self, status: str = "FINISHED") -> None:
         """End the parent with FINISHED, FAILED or KILLED. Warns if MLflow never took some of the writes."""
-        end = max(now_ms(), self._start_ms)
-        self._outbox.put("status", lambda: self._client.set_terminated(self.run_id, status, end))
+        self.parent.end(status)
         if self._outbox.drain(PATIENCE[status]) and self._outbox.delay_s >= 1:
             self.parent.tag("dpo.tracking_delay_s", round(self._outbox.delay_s))
+        self._keep()
         if self._outbox.queue:
-            lost = sorted({what for what, _ in self._outbox.queue})
+            waiting = sorted({write.what for write in self._outbox.queue})
             log.warning(
-                "MLflow at %s did not take %d writes (%s); the artifacts are whole, resume to send metrics",
+                "MLflow at %s did not take %d writes (%s); the artifacts are whole, and the next run of this "
+                "workspace, or --resume %s, sends what waits in %s",
                 self._outbox.place,
                 len(self._outbox.queue),
-                cut(", ".join(lost), 500),
+                cut(", ".join(waiting), 500),
+                self.run_name,
+                self._outbox.folder,
             )
+
+    def _keep(self) -> None:
+        self._outbox.keep(lambda run: run is self.parent or run in self._stages)
+
+    def _deliver_kept(self, resumed: str | None) -> None:
+        """Send what MLflow did not take of earlier runs of this workspace, before anything new."""
+        for folder in kept(self.workspace):
+            parent = TrackedRun(self._client, self._outbox, folder.name)
+            runs: dict[str, TrackedRun] = {"": parent}
+            found = read_kept(folder, self._outbox.place)
+            if found is None:
+                continue
+            # A run that is resumed writes all of its own again, and is not over.
+            writes = [w for w in found if not (folder.name == resumed and w["stage"] == "")]
+            if writes:
+                said.info("sending %d MLflow writes that an earlier run could not send", len(writes))
+            for facts in writes:
+                stage = facts["stage"]
+                run = runs.setdefault(stage, StageRun(self._client, self._outbox, stage, None))
+                self._outbox.put(Write(facts["what"], run, facts["call"], facts["given"]))
+            if self._outbox.drain():
+                forget(folder)
 
     @contextmanager
     def child(
@@ -162,15 +201,22 @@ class Tracker:
         interrupted. What the stage raises goes on unchanged.
         """
         run = StageRun(self._client, self._outbox, stage, total_steps)
-        own = {key: cut(value, TAG_CHARS) for key, value in (tags or {}).items()}
-        self._outbox.put(f"run of {stage}", lambda: run.open(self.experiment_id, self.run_id, own))
+        self._stages.append(run)
+        run.open(
+            self.experiment_id,
+            self.run_id,
+            {key: cut(value, TAG_CHARS) for key, value in (tags or {}).items()},
+        )
         try:
             yield run
         except BaseException as error:
             # Interrupts and the signals that orchestrators raise are no Exception.
             run.close("FAILED" if isinstance(error, Exception) else "KILLED", error)
             raise
-        run.close("FINISHED")
+        else:
+            run.close("FINISHED")
+        finally:
+            self._keep()
 
     def close_stage(self, stage: str, artifact: Manifest) -> None:
         """End the run of a stage that did not end it itself, though its result is there.
@@ -254,10 +300,8 @@ class Tracker:
     def describe_version(self, name: str, version: str, text: str) -> None:
         """Give a registered version its Markdown description."""
         text = cut(text, TAG_CHARS)
-        self._outbox.put(
-            f"description of {name} {version}",
-            lambda: self._client.update_model_version(name, version, text),
-        )
+        what = f"description of {name} {version}"
+        self._outbox.put(Write(what, self.parent, "send_description", [name, version, text]))
 
     def _new_version(self, name: str, uri: str, run_id: str, tags: dict[str, str]) -> str:
         from mlflow.exceptions import MlflowException
@@ -314,8 +358,9 @@ class Tracker:
         # MLflow's own seven retries hold a call for minutes; the outbox does the waiting.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-        for noisy in ("alembic", "mlflow.store.db.utils"):
-            logging.getLogger(noisy).setLevel(logging.WARNING)
+        logging.getLogger("alembic").setLevel(logging.WARNING)
+        # It prints the traceback of what it raises anyway, and the outbox says it in one line.
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
         from mlflow import MlflowClient
 
         try:
@@ -358,6 +403,10 @@ class Tracker:
                         f"MLflow at {self._outbox.place} refused {what}: {one_line(error)}",
                         "Check tracking.uri and the name.",
                     ) from error
+                if self.uri.startswith("sqlite:"):
+                    fault = disk_fault(error, self.workspace, f"recording {what} in MLflow")
+                    if fault:  # waiting makes no room
+                        raise fault from error
                 if time.monotonic() > deadline:
                     raise StageFailed(
                         f"MLflow at {self._outbox.place} does not answer: {one_line(error)[:300]}",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from tasks.manifest import Manifest
-from tasks.tracking_outbox import PATIENCE, Outbox, one_line
+from tasks.tracking_outbox import PATIENCE, STAGE_PATIENCE, Outbox, Write, one_line
 
 log = logging.getLogger(__name__)
 Point = tuple[str, float, int, int]  # metric, value, milliseconds since 1970, step
@@ -55,43 +55,56 @@ def cut(value: Any, limit: int) -> str:
 
 
 class TrackedRun:
-    """Writes shared by parent and child runs. The run may not exist yet: `run_id` is set when it does."""
+    """Writes shared by parent and child runs. The run may not exist yet: `run_id` is set when it does.
 
-    def __init__(self, client: Any, outbox: Outbox, run_id: str | None = None) -> None:
-        self._client, self._outbox, self.run_id = client, outbox, run_id
+    Every write is queued as the name and arguments of a `send_` method; see `Outbox`.
+    """
+
+    stage = ""  # of a parent
+
+    def __init__(self, client: Any, outbox: Outbox, run_id: str | None = None, start_ms: int = 0) -> None:
+        self._client, self._outbox, self.run_id, self._start_ms = client, outbox, run_id, start_ms
         self._sent: dict[str, dict[int, float]] | None = None  # what the run holds; None: not asked yet
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Record parameters: nested mappings with dotted names, long values cut. A recorded one stays."""
+        flat = {clean_key(key): cut(value, _PARAM_CHARS) for key, value in flatten(values).items()}
+        self._put("parameters", "send_params", flat)
+
+    def send_params(self, flat: dict[str, str]) -> None:
         from mlflow.entities import Param
 
-        flat = {clean_key(key): cut(value, _PARAM_CHARS) for key, value in flatten(values).items()}
-
-        def send() -> None:
-            there = self._client.get_run(self.run_id).data.params
-            changed = [key for key, value in flat.items() if there.get(key, value) != value]
-            if changed:
-                log.warning("MLflow keeps the first value of %s", ", ".join(changed))
-            new = [Param(key, value) for key, value in flat.items() if key not in there]
-            for start in range(0, len(new), _PARAMS_A_BATCH):
-                self._client.log_batch(self.run_id, params=new[start : start + _PARAMS_A_BATCH])
-
-        self._outbox.put("parameters", send)
+        there = self._client.get_run(self.run_id).data.params
+        changed = [key for key, value in flat.items() if there.get(key, value) != value]
+        if changed:
+            log.warning("MLflow keeps the first value of %s", ", ".join(changed))
+        new = [Param(key, value) for key, value in flat.items() if key not in there]
+        for start in range(0, len(new), _PARAMS_A_BATCH):
+            self._client.log_batch(self.run_id, params=new[start : start + _PARAMS_A_BATCH])
 
     def tag(self, key: str, value: object) -> None:
         """Set a tag of the run."""
-        text = cut(value, TAG_CHARS)
-        self._outbox.put(f"tag {key}", lambda: self._client.set_tag(self.run_id, clean_key(key), text))
+        self._put(f"tag {key}", "send_tag", clean_key(key), cut(value, TAG_CHARS))
+
+    def send_tag(self, key: str, text: str) -> None:
+        self._client.set_tag(self.run_id, key, text)
 
     def artifact(self, path: str | Path, folder: str | None = None) -> None:
         """Upload a small file, or a folder of them, below `folder` of the run's artifacts."""
-        path = Path(path)
-        upload = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
-        self._outbox.put(f"artifact {path}", lambda: upload(self.run_id, str(path), folder))
+        write = Write(f"artifact {path}", self, "send_artifact", [str(path), folder])
+        if not self._outbox.put(write):
+            write.given = [str(self._outbox.keep_file(Path(path))), folder]
+
+    def send_artifact(self, path: str, folder: str | None) -> None:
+        upload = self._client.log_artifacts if os.path.isdir(path) else self._client.log_artifact
+        upload(self.run_id, path, folder)
 
     def text(self, text: str, name: str) -> None:
         """Store a text as an artifact with this relative name."""
-        self._outbox.put(f"artifact {name}", lambda: self._client.log_text(self.run_id, text, name))
+        self._put(f"artifact {name}", "send_text", text, name)
+
+    def send_text(self, text: str, name: str) -> None:
+        self._client.log_text(self.run_id, text, name)
 
     def dataset(self, name: str, digest: str, rows: int | None, source: str, context: str) -> None:
         """Record a data set as an input of the run, without reading it.
@@ -101,30 +114,47 @@ class TrackedRun:
             source: path or URI of the data.
             context: training, validation, evaluation or reference.
         """
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
         scheme = source.split("://", maxsplit=1)[0] if "://" in source else "file"
         kind = {"file": "local", "https": "http"}.get(scheme, scheme)
-        entity = Dataset(
-            name=name[:500],
-            digest=digest[:_DIGEST_CHARS],
-            source_type=kind,
-            source=json.dumps({"url" if kind == "http" else "uri": source}),
-            profile=json.dumps({"num_rows": rows}),
-        )
-        given = DatasetInput(entity, [InputTag("mlflow.data.context", context)])
-        self._outbox.put(f"data set {name}", lambda: self._client.log_inputs(self.run_id, [given]))
+        facts = {
+            "name": name[:500],
+            "digest": digest[:_DIGEST_CHARS],
+            "source_type": kind,
+            "source": json.dumps({"url" if kind == "http" else "uri": source}),
+            "profile": json.dumps({"num_rows": rows}),
+        }
+        self._put(f"data set {name}", "send_dataset", facts, context)
+
+    def send_dataset(self, facts: dict[str, str], context: str) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        given = DatasetInput(Dataset(**facts), [InputTag("mlflow.data.context", context)])
+        self._client.log_inputs(self.run_id, [given])
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Record numbers at a step. The same numbers at the same step are recorded once."""
         now = now_ms()
-        points = [(clean_key(key), float(value), now, step) for key, value in values.items()]
+        points = [[clean_key(key), float(value), now, step] for key, value in values.items()]
+        self._put(f"{len(points)} metrics", "send_points", points)
 
-        def send() -> None:
-            known = self._history()
-            self._log([p for p in points if not _same(known.get(p[0], {}).get(p[3]), p[1])])
+    def send_points(self, points: list[list[Any]]) -> None:
+        known = self._history()
+        new: list[Point] = [(key, value, when, step) for key, value, when, step in points]
+        self._log([p for p in new if not _same(known.get(p[0], {}).get(p[3]), p[1])])
 
-        self._outbox.put(f"{len(points)} metrics", send)
+    def end(self, status: str) -> None:
+        """Set the run's status, as of now."""
+        self._put("status", "send_end", status, now_ms())
+
+    def send_end(self, status: str, end: int) -> None:
+        # The clock may have been set back since the run began.
+        self._client.set_terminated(self.run_id, status, max(end, self._start_ms))
+
+    def send_description(self, name: str, version: str, text: str) -> None:
+        self._client.update_model_version(name, version, text)
+
+    def _put(self, what: str, call: str, *given: Any) -> None:
+        self._outbox.put(Write(what, self, call, list(given)))
 
     def _history(self) -> dict[str, dict[int, float]]:
         """What the run holds: metric to step to value. Read back once for a run that was opened again."""
@@ -149,15 +179,18 @@ class StageRun(TrackedRun):
     """The child run of one stage. No method raises for MLflow's sake."""
 
     def __init__(self, client: Any, outbox: Outbox, stage: str, total_steps: int | None) -> None:
-        super().__init__(client, outbox)
+        super().__init__(client, outbox, start_ms=now_ms())  # a run that MLflow takes later still began now
         self.stage, self._total_steps = stage, total_steps
         self._finished_ms: int | None = None  # end of a run that was finished before and has nothing new
-        self._start_ms = now_ms()  # a run that MLflow takes later still began now
         self._held: dict[str, Point] = {}
         self._streams: dict[Path, tuple[IO[bytes], int]] = {}
 
     def open(self, experiment: str, parent: str, tags: dict[str, str]) -> None:
-        """Find this stage's run below the parent, or create it. Safe to repeat."""
+        """Find this stage's run below the parent, or create it."""
+        self._put(f"run of {self.stage}", "send_open", experiment, parent, tags, self._start_ms)
+
+    def send_open(self, experiment: str, parent: str, tags: dict[str, str], start_ms: int) -> None:
+        """Safe to repeat."""
         query = f"tags.`mlflow.parentRunId` = '{parent}' and tags.`dpo.stage` = '{self.stage}'"
         order = ["attributes.start_time DESC"]
         found = self._client.search_runs([experiment], query, max_results=1, order_by=order)
@@ -171,7 +204,7 @@ class StageRun(TrackedRun):
                     self._client.delete_tag(run.info.run_id, "dpo.error")
         else:
             own = {"mlflow.parentRunId": parent, "dpo.stage": self.stage}
-            run = self._client.create_run(experiment, self._start_ms, tags | own, self.stage)
+            run = self._client.create_run(experiment, start_ms, tags | own, self.stage)
             self._sent = {}
         self.run_id, self._start_ms = run.info.run_id, run.info.start_time
 
@@ -194,7 +227,7 @@ class StageRun(TrackedRun):
         size = os.fstat(file.fileno()).st_size
         self._streams[path] = (file, offset if offset <= size else 0)  # shorter: begun anew by a resume
         if self._outbox.drain():
-            self._outbox.attempt(f"metrics of {path}", lambda: self._send_lines(path))
+            self._outbox.attempt(f"metrics of {path}", lambda: self.send_curve(str(path)))
         return self._streams[path][1]
 
     def made(self, artifact: Manifest) -> None:
@@ -204,20 +237,29 @@ class StageRun(TrackedRun):
 
     def close(self, status: str, error: BaseException | None = None) -> None:
         """End the run: the rest of its metrics, the reason of a failure, the status."""
-        for path in self._streams:
-            self._outbox.put(f"metrics of {path}", lambda path=path: self._send_lines(path))  # type: ignore[misc]
-        self._outbox.put("last metrics", lambda: self._log(self._last_points()))
+        curves = [Write(f"metrics of {p}", self, "send_curve", [str(p)]) for p in self._streams]
+        for curve in curves:
+            self._outbox.put(curve)
+        self._put("last metrics", "send_last")
         if error is not None:
             self.tag("dpo.error", one_line(error))
-        end = now_ms()
-        self._outbox.put("status", lambda: self._end(status, end))
-        self._outbox.drain(PATIENCE[status])
+        self.end(status)
+        if not self._outbox.drain(min(STAGE_PATIENCE, PATIENCE[status])):
+            self._keep_curves(curves)
 
-    def _end(self, status: str, end: int) -> None:
+    def _keep_curves(self, curves: list[Write]) -> None:
+        """Copies of the curves that wait: their stage's folder will be gone when MLflow is back."""
+        for curve in curves:
+            path = Path(curve.given[0])
+            if curve in self._outbox.queue:
+                copy = self._outbox.keep_file(path, self._streams[path][0])
+                self._streams[copy] = self._streams.pop(path)
+                curve.given = [str(copy)]
+
+    def send_end(self, status: str, end: int) -> None:
         if status == "FINISHED" and self._finished_ms is not None:
             end = self._finished_ms
-        # The clock may have been set back since the run began.
-        self._client.set_terminated(self.run_id, status, max(end, self._start_ms))
+        super().send_end(status, end)
         for file, _ in self._streams.values():
             file.close()
 
@@ -230,7 +272,11 @@ class StageRun(TrackedRun):
             file.close()
         return open(path, "rb")
 
-    def _send_lines(self, path: Path) -> None:
+    def send_curve(self, name: str) -> None:
+        """The lines of a metrics file that were not sent yet."""
+        path = Path(name)
+        if path not in self._streams:  # kept by an earlier process
+            self._streams[path] = (path.open("rb"), 0)
         while True:
             file, offset = self._streams[path]
             file.seek(offset)
@@ -265,9 +311,10 @@ class StageRun(TrackedRun):
         # Length unknown: every step up to 1000, then 75 points for each doubling; full at 4 million steps.
         return step if step < 1000 else min(_BUCKETS, 1000 + int(75 * math.log2(step / 1000)))
 
-    def _last_points(self) -> list[Point]:
+    def send_last(self) -> None:
+        """The last points, which thinning may have left out."""
         known = self._history()
-        return [point for key, point in self._held.items() if point[3] > max(known.get(key, {-1: 0.0}))]
+        self._log([p for key, p in self._held.items() if p[3] > max(known.get(key, {-1: 0.0}))])
 
     def _log(self, points: list[Point]) -> None:
         super()._log(points)

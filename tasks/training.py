@@ -22,7 +22,7 @@ from dpo_core.tokens import TokenConfig
 from tasks.manifest import Manifest, digest_file
 from tasks.stage import Context, Output, Progress, Stage, StageResult, Work, run_stage, stage_task
 from tasks.unpaired import kind_of, taken_apart
-from tasks.workspace import disk_full, is_disk_full
+from tasks.workspace import disk_fault
 
 log = logging.getLogger("dpo")
 
@@ -341,8 +341,8 @@ def _error_of(given: Work, tail: str, state: State, why: str) -> DpoError:
         left = json.loads((given.scratch / "error.json").read_text())
     except (OSError, ValueError):
         return _without_word(given, tail, why)
-    if is_disk_full(left["problem"], given.scratch):
-        return disk_full(given.scratch, f"stage {name}")
+    if fault := disk_fault(left["problem"], given.scratch, f"stage {name}"):
+        return fault
     remedy = _LESS_MEMORY if _short_of_memory(left["problem"]) else left["remedy"]
     error = StageFailed(f"{name}: {left['problem']}", remedy)
     error.exit_code = int(left["exit_code"])
@@ -352,8 +352,8 @@ def _error_of(given: Work, tail: str, state: State, why: str) -> DpoError:
 def _without_word(given: Work, tail: str, why: str) -> DpoError:
     """The error of a job that left none."""
     name = given.stage.name
-    if is_disk_full(tail, given.scratch):
-        return disk_full(given.scratch, f"stage {name}")
+    if fault := disk_fault(tail, given.scratch, f"stage {name}"):
+        return fault
     if why:
         return StageFailed(f"{name} failed: {why}", "Mend that, then resume the run")
     log.error("the end of the log of %s:\n%s", name, tail)

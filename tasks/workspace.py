@@ -13,8 +13,9 @@ from urllib.parse import unquote, urlsplit
 from dpo_core.errors import RecipeError, StageFailed
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-_UNUSABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
+_UNUSABLE = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
 _NOTHING_FREE = 2**20  # bytes
+_WRITABLE = "Mount it writable again, after a check where its device has a fault."
 
 
 def open_workspace(workspace: str | Path) -> Path:
@@ -53,18 +54,55 @@ def require_writable(workspace: Path) -> None:
         StageFailed: its disk is full.
     """
     with disk_errors(workspace, "making the workspace"):
-        workspace.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workspace) as probe:
-            probe.write(b"\0" * 4096)
+        try:
+            workspace.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=workspace) as probe:
+                probe.write(b"\0" * 4096)
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                raise
+            # Nothing ran yet that could be resumed.
+            raise RecipeError(disk_read_only(workspace, "making the workspace").problem, _WRITABLE) from error
 
 
-def is_disk_full(said: object, path: Path) -> bool:
-    """Whether an error, or the text of one, means that the disk that holds `path` is full."""
+def disk_fault(said: object, path: Path, doing: str) -> StageFailed | None:
+    """The error that says what the disk that holds `path` has to do with a failure; None where nothing.
+
+    Args:
+        said: the failure, or the text of one.
+    """
+    # Libraries in other languages (safetensors, torch, SQLite) say it in words, or not at all.
+    if says_disk_full(said) or shutil.disk_usage(path).free < _NOTHING_FREE:
+        return disk_full(path, doing)
+    if says_read_only(said) or _is_read_only(path):
+        return disk_read_only(path, doing)
+    return None
+
+
+def _is_read_only(path: Path) -> bool:
+    """Asked by a write: ext4 does not show in its mount flags that it stopped after a fault."""
+    path = next(place for place in (path, *path.parents) if place.is_dir())
+    try:
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        return error.errno == errno.EROFS
+    return False
+
+
+def says_disk_full(said: object) -> bool:
+    """Whether an error, or the text of one, names a full disk."""
     if isinstance(said, OSError) and said.errno in _FULL:
         return True
-    # Libraries in other languages (safetensors, torch, SQLite) say it in words, or not at all.
     text = str(said).lower()
-    return "no space left" in text or "disk is full" in text or shutil.disk_usage(path).free < _NOTHING_FREE
+    return "no space left" in text or "disk is full" in text
+
+
+def says_read_only(said: object) -> bool:
+    """Whether an error, or the text of one, names a disk that can only be read."""
+    if isinstance(said, OSError) and said.errno == errno.EROFS:
+        return True
+    text = str(said).lower()
+    return "read-only file system" in text or "readonly database" in text
 
 
 def disk_full(path: Path, doing: str) -> StageFailed:
@@ -72,6 +110,15 @@ def disk_full(path: Path, doing: str) -> StageFailed:
     return StageFailed(
         f"the disk that holds {path} is full ({doing}); nothing half-written was kept",
         "Free some space there, then resume the run.",
+    )
+
+
+def disk_read_only(path: Path, doing: str) -> StageFailed:
+    """The error that says so. A kernel makes a disk read-only when it meets a fault of the device."""
+    return StageFailed(
+        f"the disk that holds {path} can only be read ({doing}: Read-only file system); "
+        "nothing half-written was kept",
+        f"{_WRITABLE} Then resume the run.",
     )
 
 
@@ -84,6 +131,8 @@ def disk_errors(path: Path, doing: str) -> Iterator[None]:
         where = error.filename or path
         if error.errno in _FULL:
             raise disk_full(path, doing) from error
+        if error.errno == errno.EROFS or (error.errno == errno.EIO and _is_read_only(path)):
+            raise disk_read_only(path, doing) from error
         if error.errno in _UNUSABLE:
             raise RecipeError(
                 f"no access to {where} ({doing}): {error.strerror}",
@@ -92,6 +141,14 @@ def disk_errors(path: Path, doing: str) -> Iterator[None]:
         raise StageFailed(
             f"{doing} failed at {where}: {error.strerror or error}", "Resume the run."
         ) from error
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder or a link, whichever stands there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -104,11 +161,13 @@ def sync(path: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file whole or not at all, also where the machine loses its power or the disk fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(text, encoding="utf-8")
+        sync(temporary)  # else the new name may reach the disk before the content, and an empty file is left
         os.replace(temporary, path)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

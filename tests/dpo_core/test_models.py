@@ -219,3 +219,13 @@ def test_the_source_digest_sees_every_file_of_the_model(copy: Path) -> None:
     assert len(digests) == 5
     (copy.parent / "m.gguf").write_bytes(b"GGUF")
     assert source_digest(copy.parent / "m.gguf") == source_digest(copy.parent / "m.gguf")
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_saved_tokenizer_does_not_tell_whether_the_hub_could_be_asked(
+    copy: Path, tmp_path: Path, offline: bool
+) -> None:
+    path = copy / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"local_files_only": offline}))
+    load_tokenizer(copy).save_pretrained(tmp_path / "saved")
+    assert "local_files_only" not in (tmp_path / "saved" / "tokenizer_config.json").read_text()

@@ -236,5 +236,6 @@ def test_read_only_disk_can_be_read(small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     assert store.lookup("sft", KEY) == made
     assert store.lookup("broken", KEY) is None
-    with pytest.raises(RecipeError, match="Read-only"):
+    with pytest.raises(StageFailed, match="can only be read") as caught:
         make(store, {"f": b"4"}, stage="new")
+    assert "resume the run" in caught.value.remedy

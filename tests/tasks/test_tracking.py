@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -21,9 +22,11 @@ REPO = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One database for the module: making its tables costs more than the tests."""
-    return tmp_path_factory.mktemp("workspace")
+def workspace(tracking_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One database for the module."""
+    workspace = tmp_path_factory.mktemp("workspace")
+    shutil.copyfile(tracking_database, workspace / "mlflow.db")
+    return workspace
 
 
 @pytest.fixture

@@ -1,0 +1,114 @@
+"""Downloads that break in the middle: said, nothing half is used, and the next try succeeds."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from tests.faults.hub import Hub
+from tests.tiny_run import Bench
+
+pytestmark = pytest.mark.faults
+
+
+@pytest.fixture
+def hub(bench: Bench, tmp_path: Path) -> Iterator[Hub]:
+    """With the tiny model and a set of pairs."""
+    with Hub(tmp_path / "hub") as hub:
+        model, data = hub.folder("models", "me/tiny"), hub.folder("datasets", "me/pairs")
+        model.parent.mkdir(parents=True)
+        recipe = yaml.safe_load(bench.recipe.read_text())
+        os.symlink(recipe["model"]["name"], model)
+        data.mkdir(parents=True)
+        rows = [
+            {"prompt": f"Day {i} was", "chosen": f" good {'and warm ' * 60}", "rejected": f" bad {i}."}
+            for i in range(60)
+        ]
+        pd.DataFrame(rows).to_parquet(data / "train.parquet", index=False)
+        yield hub
+
+
+def ask(hub: Hub, tmp_path: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """Python in a process of its own, which knows no hub but this one."""
+    own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0"}
+    repository = str(Path(__file__).parents[2])
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | own | {"PYTHONPATH": repository, "HF_HUB_DISABLE_XET": "1"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+
+
+MODEL = """
+import sys
+from pathlib import Path
+from dpo_core.errors import DpoError
+from dpo_core.models import ModelConfig, convert, locate
+config = ModelConfig(name="me/tiny")
+try:
+    print(locate(config))
+    convert(config, Path("out"))
+except DpoError as error:
+    sys.exit(f"{error.exit_code} {error}")
+"""
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_model_whose_download_breaks(hub: Hub, tmp_path: Path, file: str) -> None:
+    hub.cut = {file}
+    broken = ask(hub, tmp_path, MODEL)
+    assert broken.returncode == 1, broken.stdout
+    assert broken.stderr.splitlines()[-1].startswith("2 "), broken.stderr
+    assert "me/tiny" in broken.stderr
+    assert "broke off" in broken.stderr
+    assert "run again" in broken.stderr
+    assert not (tmp_path / "out").exists()
+    assert f"{file} cut from 0" in hub.sent
+    hub.cut, hub.sent = set(), []
+    whole = ask(hub, tmp_path, MODEL)
+    assert whole.returncode == 0, whole.stderr
+    source = hub.folder("models", "me/tiny")
+    for path in Path(whole.stdout.splitlines()[0]).iterdir():
+        assert path.read_bytes() == (source / path.name).read_bytes()
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    assert not list((tmp_path / "hf").rglob("*.incomplete")) or "from 0" in str(hub.sent)
+
+
+DATA = """
+import sys
+from dpo_core.errors import DpoError
+from dpo_core.data.read import read_rows
+try:
+    print(sum(len(rows) for _, rows in read_rows("me/pairs")))
+except DpoError as error:
+    sys.exit(f"{error.exit_code} {error}")
+"""
+
+
+def test_a_data_set_whose_download_breaks(hub: Hub, tmp_path: Path) -> None:
+    hub.cut = {"train.parquet"}
+    broken = ask(hub, tmp_path, DATA)
+    assert broken.returncode == 1, broken.stdout
+    assert broken.stderr.splitlines()[-1].startswith("2 me/pairs"), broken.stderr
+    assert "train.parquet cut from 0" in hub.sent
+    hub.cut = set()
+    whole = ask(hub, tmp_path, DATA)
+    assert whole.returncode == 0, whole.stderr
+    assert json.loads(whole.stdout.splitlines()[-1]) == 60
+
+
+def test_a_name_that_the_hub_does_not_know(hub: Hub, tmp_path: Path) -> None:
+    unknown = ask(hub, tmp_path, MODEL.replace("me/tiny", "me/unknown"))
+    assert unknown.returncode == 1
+    assert "Check the name" in unknown.stderr
+    assert "broke off" not in unknown.stderr
