@@ -281,6 +281,26 @@ def test_a_stage_asked_for_while_gc_looks_is_not_lost(tmp_path: Path) -> None:
     assert store.lookup("made", _key(0)).sha256 == digests[0]  # type: ignore[union-attr]
 
 
+def test_a_result_is_not_seen_before_its_entry_is(tmp_path: Path) -> None:
+    """A commit in the middle of gc: else the object, still without an entry, would be taken for garbage."""
+    store = Store(tmp_path)
+    code = (
+        "import sys; from tasks.store import Store; from tests.tasks.stored import make\n"
+        "print('ready', flush=True); make(Store(sys.argv[1]), {'a': b'1'})"
+    )
+    with store.guard():
+        run = subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path)], cwd=REPO, text=True, stdout=subprocess.PIPE
+        )
+        assert run.stdout
+        assert run.stdout.readline() == "ready\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            run.wait(1)
+        assert not list((store.root / "objects").glob("*/*/*"))
+    assert run.wait(20) == 0
+    assert len(list((store.root / "objects").glob("*/*/*"))) == 1
+
+
 def _killed(workspace: Path, step: int) -> int:
     """gc in a process that SIGKILL ends before its n-th change of the disk; its status."""
     child = os.fork()
