@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dpo_core.errors import RecipeError
+from dpo_core.secrecy import HIDDEN
 from tasks.report import ModelRow, RunReport
 from tasks.runs import list_runs
 from tasks.tracking import Tracker, TrackingConfig
@@ -52,6 +53,8 @@ def registry_of(workspace: Path, report: RunReport | None = None) -> Tracker:
     own = workspace / "mlflow.db"
     if uri and uri.startswith("sqlite:") and uri.endswith("/mlflow.db") and own.exists():
         uri = f"sqlite:///{own}"
+    if uri and HIDDEN in uri:
+        uri = None  # its password is in the environment alone, with the rest of the address
     if not (uri or own.exists() or os.environ.get("MLFLOW_TRACKING_URI")):
         raise RecipeError(f"the workspace {workspace} holds no finished run", "List its runs with: dpo runs")
     return Tracker(TrackingConfig(uri=uri), workspace)

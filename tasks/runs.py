@@ -5,7 +5,7 @@ import re
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pydantic import AwareDatetime, ValidationError
+from pydantic import AwareDatetime, Field, ValidationError
 
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError
@@ -15,7 +15,7 @@ from tasks.workspace import disk_errors, open_workspace, run_folder, write_whole
 class RunRecord(Config):
     """One alignment run."""
 
-    run_id: str
+    run_id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,250}$")
     """Its name: recipe and start time."""
     recipe: str
     """Name of the recipe."""

@@ -4,11 +4,12 @@ While MLflow does not answer, writes wait in their order and the caller goes on.
 """
 
 import logging
-import re
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
+
+from dpo_core.secrecy import hidden
 
 log = logging.getLogger(__name__)
 
@@ -21,15 +22,15 @@ _REFUSALS = {
 
 
 def one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return re.sub(r"//[^/@\s]+@", "//***@", text)  # no passwords of a database in logs or tags
+    # Without passwords of a database, in logs and tags.
+    return hidden(" ".join(str(error).split()) or type(error).__name__)
 
 
 class Outbox:
     """Writes to MLflow in their order; those that cannot go out now wait for the next call."""
 
     def __init__(self, place: str, alive: Callable[[], object]) -> None:
-        self.place, self._alive = re.sub(r"//[^/@\s]+@", "//***@", place), alive
+        self.place, self._alive = hidden(place), alive
         self.queue: deque[tuple[str, Callable[[], None]]] = deque()
         self.delay_s = 0.0
         self._lock = threading.RLock()
