@@ -245,13 +245,9 @@ def test_refusals_manifests_and_dry_runs_show_no_secret(site: Site, reward: str)
         f"data.path=https://me:{secret}@127.0.0.1/x.jsonl",
         f"tracking.uri=http://127.0.0.1:1/?token={secret}",
     ):
-        done = (
-            site.dpo("run", given, "--set", override) if "data" in override else _here(site, override, given)
-        )
+        asked = ("run", given, "--set", override)
+        done = site.dpo(*asked) if override.startswith("data") else site.here(*asked)
         assert done.returncode == 2, done.stderr
-    site.fail = True
-    done = site.dpo("plan", given)
-    site.fail = False
     done = site.dpo("deploy", "--dry-run")
     assert done.returncode == 0, done.stderr
     site.clean()
