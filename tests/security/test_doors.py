@@ -117,7 +117,7 @@ def dpo(folder: Path, *arguments: str, **variables: str) -> subprocess.Completed
         env=environment(folder, **variables),
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
         check=False,
     )
 
