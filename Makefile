@@ -6,6 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
+# Tools that look at the packages, of exact versions.
+TOOLS := build/tools
+
 # Tests that run at a time; most are one process that computes on one core.
 WORKERS ?= 2
 
@@ -14,7 +17,7 @@ export DO_NOT_TRACK := 1
 # Threads that wait sleep: tests run side by side, and spinning ones take each other's cores.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: run test check lint types fast slow lock clean
+.PHONY: run test check lint types fast slow audit sbom lock clean
 
 run: $(VENV)/.run
 	$(BIN)/dpo run demo
@@ -37,6 +40,24 @@ fast: $(VENV)/.test
 slow: $(VENV)/.test
 	$(BIN)/pytest -m slow
 
+# Known vulnerabilities of the locked packages. The tools have an environment of their own: they are no part
+# of the product, and would pull its packages about.
+audit:
+	@$(MAKE) --no-print-directory --silent $(TOOLS)/.done 2>/dev/null \
+		&& $(TOOLS)/bin/python .ci/audit.py $(TOOLS)/bin/pip-audit \
+		|| { test -e $(TOOLS)/.done && exit 1; echo "audit: NOTHING WAS AUDITED: its tools could not be installed"; }
+
+# What goes into an image, as CycloneDX; checked against its schema when it is written.
+sbom: $(TOOLS)/.done
+	$(TOOLS)/bin/cyclonedx-py requirements constraints.txt --pyproject pyproject.toml --spec-version 1.6 \
+		--output-reproducible --output-format JSON --output-file build/sbom.json
+
+$(TOOLS)/.done: | $(VENV)/bin/python
+	@mkdir -p build
+	$(VENV)/bin/python -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --disable-pip-version-check --quiet pip-audit==2.10.1 cyclonedx-bom==7.5.0
+	@touch $@
+
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "python 3.11, 3.12 or 3.13 is needed and none was found on PATH" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
@@ -56,4 +77,4 @@ lock: $(VENV)/.test
 	$(BIN)/python -m pip freeze --exclude-editable | sed -E 's/^(torch==[0-9.]+)\+.*/\1/; /^torch @/c torch==2.13.0' > constraints.txt
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) build runs .pytest_cache .ruff_cache .mypy_cache

@@ -15,6 +15,8 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError
+from dpo_core.secrecy import SECRET_NAME
+from dpo_core.yaml_text import read_yaml
 
 Place = tuple[int | str, ...]
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -173,7 +175,7 @@ def read_prefect_file(path: Path, environment: Mapping[str, str]) -> tuple[Prefe
     """
     try:
         text = path.read_text(encoding="utf-8")
-        raw = yaml.safe_load(text)
+        raw = read_yaml(text)
     except OSError as error:
         raise RecipeError(f"{path} cannot be read ({error.strerror})", "Name it with --file") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -198,7 +200,8 @@ def read_prefect_file(path: Path, environment: Mapping[str, str]) -> tuple[Prefe
 
 
 def _filled(value: Any, environment: Mapping[str, str], place: Place, faults: list[tuple[Place, str]]) -> Any:
-    """The value with its `{{ $NAME }}` replaced. Parameters of a trigger are Prefect's to fill in."""
+    """The value with its `{{ $NAME }}` replaced. Parameters of a trigger are Prefect's to fill in, and so are
+    blocks and variables in what a worker is given."""
     if isinstance(value, dict):
         return {key: _filled(inner, environment, (*place, key), faults) for key, inner in value.items()}
     if isinstance(value, list):
@@ -208,6 +211,11 @@ def _filled(value: Any, environment: Mapping[str, str], place: Place, faults: li
 
     def replaced(found: re.Match[str]) -> str:
         asked = found[1]
+        if asked.startswith(_KEPT_BY_PREFECT) and place[2:4] == ("work_pool", "job_variables"):
+            return found[0]
+        if asked.startswith("$") and SECRET_NAME.search(asked):
+            faults.append((place, f"{{{{ {asked} }}}} {_SHOWN_THERE}"))
+            return ""
         if asked.startswith("$") and asked[1:] in environment:
             return environment[asked[1:]]
         what = "is not set in the environment" if asked.startswith("$") else "is not of the form {{ $NAME }}"
@@ -215,6 +223,13 @@ def _filled(value: Any, environment: Mapping[str, str], place: Place, faults: li
         return ""
 
     return _PLACEHOLDER.sub(replaced, value)
+
+
+_KEPT_BY_PREFECT = ("prefect.blocks.", "prefect.variables.")
+_SHOWN_THERE = (
+    "looks like a secret, and the server shows what it is sent; keep it in a block, and write "
+    "{{ prefect.blocks.secret.NAME }} in job_variables"
+)
 
 
 def _said(fault: Any) -> str:

@@ -4,16 +4,23 @@ A checkpoint is a folder `step-00000012` with what DeepSpeed wrote (a shard a ra
 random states a rank, and `digest.json`: how it was made and the sha256 of each file. It is written under
 another name and renamed, so that a kill leaves a whole checkpoint or none; what a disk or a hand damages
 later is found by the digest. On many nodes the folder must be shared by all of them.
+
+The files are pickles, and a digest that anybody can compute proves no origin: they are read as numbers alone
+(`numbers_alone`), so that one that would run code is refused, whoever wrote it.
 """
 
 import hashlib
 import json
 import logging
 import os
+import pickle
 import random
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -158,6 +165,45 @@ def _own_digest(facts: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
+@contextmanager
+def numbers_alone(folder: Path) -> Iterator[None]:
+    """Within it torch reads tensors, plain values and the few types below; DeepSpeed asks it for any object.
+
+    Raises:
+        StageFailed: a file of the checkpoint holds something else, and was not run.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    ours = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+    generator = [np._core.multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes.UInt32DType]  # type: ignore[attr-defined]
+    before = os.environ.get(_FORCED)
+    os.environ[_FORCED] = "1"
+    try:
+        with torch.serialization.safe_globals([*ours, *generator]):
+            yield
+    except pickle.UnpicklingError as error:
+        raise StageFailed(
+            f"the checkpoint {folder} holds more than numbers, and was not read ({_first_sentence(error)})",
+            "Somebody else wrote into it: find out who, then delete it; training goes on from an earlier one",
+        ) from error
+    finally:
+        if before is None:
+            os.environ.pop(_FORCED)
+        else:
+            os.environ[_FORCED] = before
+
+
+# Stronger than the argument of each call: DeepSpeed says weights_only=False everywhere.
+_FORCED = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+
+
+def _first_sentence(error: Exception) -> str:
+    found = re.search(r"(Unsupported|Trying to|GLOBAL)[^.]*\.?[^ ]*", str(error))
+    return found[0] if found else type(error).__name__
+
+
 # Random states ----------------------------------------------------------------------------------------------
 
 
@@ -177,8 +223,8 @@ def load_random_state(folder: Path, rank: int) -> None:
     file = _random_file(folder, rank)
     if not file.exists():
         return
-    # The digest has shown that these bytes are ours: they may be unpickled.
-    state = torch.load(file, weights_only=False)
+    with numbers_alone(folder):
+        state = torch.load(file, weights_only=True)
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
@@ -207,7 +253,7 @@ def to_universal(checkpoint: Path, out: Path) -> None:
     for file in checkpoint.iterdir():
         if file.is_file():
             (alone / file.name).symlink_to(file.resolve())
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command = [sys.executable, "-m", "dpo_core.universal", "--inject_missing_state"]
     command += ["--input_folder", str(alone), "--output_folder", str(out)]
     # One worker each: as many as it has cores would hold as many copies of the state.
     command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]

@@ -16,7 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpo_core.checkpoints import Checkpoints, Made, load_random_state, save_random_state, to_universal
+from dpo_core.checkpoints import (
+    Checkpoints,
+    Made,
+    load_random_state,
+    numbers_alone,
+    save_random_state,
+    to_universal,
+)
 from dpo_core.engine_config import EngineConfig, OptimConfig, Schedule
 from dpo_core.errors import StageFailed
 from dpo_core.ranks import limit_waiting
@@ -224,7 +231,8 @@ class Engine:
             self._on_rank_0(lambda: to_universal(source, folder))
         # The flag also changes how DeepSpeed names files, so that it is set for this one load only.
         self.engine._config.load_universal_checkpoint = convert
-        path, client = self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        with numbers_alone(folder):
+            path, client = self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
         self.engine._config.load_universal_checkpoint = False
         if path is None:
             raise StageFailed(f"DeepSpeed cannot load the checkpoint {folder}", "Delete it and run again")

@@ -1,8 +1,11 @@
 """Errors meant for people: what is wrong, where, and what to do about it.
 
 Each class carries the exit code of the command line: 2 usage or recipe, 3 data gate, 4 a stage failed,
-5 promotion refused. The command line prints the message as one line; the traceback goes to the log.
+5 promotion refused. The command line prints the message as one line; the traceback goes to the log. What is
+secret (`secrecy`) is left out of every message.
 """
+
+from dpo_core.secrecy import hidden
 
 
 class DpoError(Exception):
@@ -16,6 +19,7 @@ class DpoError(Exception):
     exit_code = 4
 
     def __init__(self, problem: str, remedy: str = "") -> None:
+        problem, remedy = hidden(problem), hidden(remedy)
         # Both go to Exception so that the error survives pickling between processes.
         super().__init__(problem, remedy)
         self.problem = problem

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from dpo_core.errors import RecipeError, StageFailed
+from dpo_core.secrecy import HIDDEN
 
 log = logging.getLogger(__name__)
 
@@ -108,13 +109,12 @@ class HttpReward:
             raise _MayPassError(f"could not be reached ({reason or type(reason).__name__})") from error
 
     def _of_status(self, error: HTTPError) -> Exception:
-        said = f"answered {error.code} {error.reason}"
+        said = _without_token(f"answered {error.code} {error.reason}")
         if error.code == 429 or error.code >= 500:
             return _MayPassError(said, _seconds(error.headers.get("Retry-After")))
         if 300 <= error.code < 400:
-            remedy = (
-                f"Set reward.source to where it leads: {error.headers.get('Location', 'it does not say')}"
-            )
+            leads = _without_token(error.headers.get("Location", "it does not say"))
+            remedy = f"Set reward.source to where it leads: {leads}"
         elif error.code in (401, 403):
             remedy = f"Put a valid token into the environment variable {TOKEN}"
         else:
@@ -195,10 +195,14 @@ def _read(error: HTTPError) -> bytes:
 
 def _quoted(content: bytes) -> str:
     """The beginning of an answer for an error, without the token should the server repeat it."""
-    text = " ".join(content[: 4 * _SHOWN].decode(errors="replace").split())
-    token = os.environ.get(TOKEN, "").strip()
-    text = text.replace(token, "…") if token else text
+    text = _without_token(" ".join(content[: 4 * _SHOWN].decode(errors="replace").split()))
     return f": {text[:_SHOWN]!r}" if text else ""
+
+
+def _without_token(text: str) -> str:
+    """`secrecy` hides long tokens in every error; a short one is known only here."""
+    token = os.environ.get(TOKEN, "").strip()
+    return text.replace(token, HIDDEN) if token else text
 
 
 def _seconds(text: str | None) -> float:

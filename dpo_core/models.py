@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_core.config import Config
 from dpo_core.errors import ModelError
+from dpo_core.model_folder import LOAD_REMEDY, check_folder, require_safetensors
 from dpo_core.scratch import ScratchConfig, make_from_scratch, new_tokenizer, scratch_shape
 
 if TYPE_CHECKING:
@@ -60,11 +61,13 @@ def locate(config: ModelConfig) -> Path:
                 raise ModelError(f"{path} does not begin as a GGUF file does", _GGUF_REMEDY)
         return path
     if path.is_dir():
-        _check_folder(path)
+        check_folder(path, config.trust_remote_code)
         return path
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"no model at {name}", "Name a checkpoint folder, a .gguf file or a hub model")
-    return _download(name, config.revision)
+    found = _download(name, config.revision, config.trust_remote_code)
+    check_folder(found, config.trust_remote_code)
+    return found
 
 
 def _locate_in_package(package: str) -> Path:
@@ -84,21 +87,6 @@ def _locate_in_package(package: str) -> Path:
     return files[0]
 
 
-def _check_folder(folder: Path) -> None:
-    """What a look at the folder's names and its config tells, before anything is loaded."""
-    try:
-        facts = json.loads((folder / "config.json").read_bytes())
-    except FileNotFoundError as error:
-        raise ModelError(
-            f"{folder} holds no config.json", "Name the folder of a Hugging Face checkpoint"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder / 'config.json'} cannot be read ({error})", _LOAD_REMEDY) from error
-    if not isinstance(facts, dict):
-        raise ModelError(f"{folder / 'config.json'} is not a JSON object", _LOAD_REMEDY)
-    _require_safetensors(folder)
-
-
 def check_source_context(source: Path, needed: int) -> None:
     """`check_context` of a checkpoint folder from its config alone; a .gguf is checked once converted."""
     if source.is_dir():
@@ -106,12 +94,12 @@ def check_source_context(source: Path, needed: int) -> None:
         check_context(SimpleNamespace(**facts), needed)
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, code: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
         # Pickled weights are never fetched.
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"] + ["*.py"] * code
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:
         if _broke_off(error):
@@ -211,7 +199,7 @@ def _config_in(source: Path, trust_remote_code: bool) -> Any:
         with quiet_transformers():
             return AutoConfig.from_pretrained(folder, gguf_file=name, trust_remote_code=trust_remote_code)
     except Exception as error:
-        remedy = _GGUF_REMEDY if source.is_file() else _LOAD_REMEDY
+        remedy = _GGUF_REMEDY if source.is_file() else LOAD_REMEDY
         raise ModelError(f"the config in {source} cannot be read: {_first_line(error)}", remedy) from error
 
 
@@ -232,47 +220,38 @@ def load_model(source: Path, *, trust_remote_code: bool = False) -> "PreTrainedM
     from transformers import AutoModelForCausalLM
     from transformers.utils.quantization_config import GgufConfig
 
-    arguments: dict[str, Any] = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
+    arguments: dict[str, Any] = {
+        "dtype": torch.float32,
+        "trust_remote_code": trust_remote_code,
+        "use_safetensors": True,
+    }
     if source.suffix == ".gguf":
         # dequantize=True: without it transformers refuses to save the model.
         arguments |= {"gguf_file": source.name, "quantization_config": GgufConfig(dequantize=True)}
         folder = source.parent
     else:
         folder = source
-        _require_safetensors(folder)
+        require_safetensors(folder)
     try:
         with _LOADING, quiet_transformers():
             model, info = AutoModelForCausalLM.from_pretrained(
                 str(folder), output_loading_info=True, **arguments
             )
     except Exception as error:
-        remedy = _GGUF_REMEDY if source.suffix == ".gguf" else _LOAD_REMEDY
+        remedy = _GGUF_REMEDY if source.suffix == ".gguf" else LOAD_REMEDY
         raise ModelError(f"the model in {source} cannot be loaded: {_first_line(error)}", remedy) from error
     missing = sorted(info.get("missing_keys", ())) + sorted(map(str, info.get("mismatched_keys", ())))
     if missing:
         # transformers would fill these with random values and go on.
         raise ModelError(
-            f"{source} lacks {len(missing)} weights of its config, first {missing[0]}", _LOAD_REMEDY
+            f"{source} lacks {len(missing)} weights of its config, first {missing[0]}", LOAD_REMEDY
         )
     return model.eval()
 
 
 # transformers changes how modules are made for all threads while it loads one; two at once lose weights.
 _LOADING = threading.Lock()
-_LOAD_REMEDY = "Use a complete checkpoint of a causal language model that transformers knows"
 _GGUF_REMEDY = "The file is damaged or no GGUF model: download it again"
-
-
-def _require_safetensors(folder: Path) -> None:
-    if any(folder.glob("*.safetensors")):
-        return
-    pickled = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
-    if pickled:
-        raise ModelError(
-            f"{folder} holds only pickled weights ({pickled[0].name}), which can run code when they are read",
-            "Convert them to safetensors first",
-        )
-    raise ModelError(f"{folder} holds no safetensors weights", _LOAD_REMEDY)
 
 
 def load_tokenizer(source: Path, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":

@@ -25,6 +25,7 @@ from dpo_core.online.group import GroupConfig
 from dpo_core.online.ppo import PpoConfig
 from dpo_core.online.preferences import OnlineDpoConfig
 from dpo_core.reward_training import RewardModelConfig
+from dpo_core.secrecy import hidden
 from dpo_core.sft import SftConfig
 from dpo_core.tokens import TokenConfig
 
@@ -141,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except Exception as error:
         watch.stand_down()
-        traceback.print_exc()
+        print(hidden(traceback.format_exc()), file=sys.stderr)
         _report(Path(job.work), error)
         watch.close()  # only now: the others do not write over what is there
         return error.exit_code if isinstance(error, DpoError) else 4

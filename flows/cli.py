@@ -7,6 +7,7 @@ promotion refused. An expected error is one line on stderr; its traceback goes t
 import json
 import logging
 import os
+import stat
 import sys
 import traceback
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from dpo_core.secrecy import hidden
 from flows.cache_commands import app as cache_app
 from flows.deploy_command import deploy as deploy_command
 from flows.doctor_command import doctor as doctor_command
@@ -78,6 +80,7 @@ def run(
     check_ahead(resolved, resume)
     with _resumable(recipe, overrides or []):
         import httpx
+        from prefect.exceptions import PrefectHTTPStatusError
 
         from flows.alignment import alignment
         from flows.frontier import frontier
@@ -89,7 +92,7 @@ def run(
 
         try:
             report = (frontier if resolved.frontier else alignment)(resolved, resume)
-        except (RuntimeError, httpx.TransportError) as error:
+        except (RuntimeError, httpx.TransportError, PrefectHTTPStatusError) as error:
             raise prefect_away(error) from error
     if as_json:
         typer.echo(report.model_dump_json())
@@ -172,8 +175,9 @@ def show(
     from dpo_core.errors import RecipeError
     from tasks.frontier_report import FrontierReport
     from tasks.report import RunReport
+    from tasks.workspace import plain_name
 
-    path = Path(workspace) / "runs" / run_id / "report.json"
+    path = Path(workspace) / "runs" / plain_name(run_id) / "report.json"
     if not path.is_file():
         raise RecipeError(f"no finished run named {run_id} in {workspace}", "List them with: dpo runs")
     try:
@@ -294,9 +298,16 @@ def _say(as_json: bool, text: str) -> None:
     typer.echo(text, err=as_json)
 
 
+class _WithoutSecrets(logging.Formatter):
+    """Libraries name in their errors whatever address they were given."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return hidden(super().format(record))
+
+
 def _log_to_terminal() -> None:
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+    handler.setFormatter(_WithoutSecrets("%(asctime)s  %(message)s", "%H:%M:%S"))
     # What the run says of itself, and what its rooms warn of (a damaged artifact, MLflow away).
     for name, level in {"dpo": logging.INFO, "tasks": logging.WARNING, "dpo_core": logging.WARNING}.items():
         logger = logging.getLogger(name)
@@ -333,27 +344,40 @@ def main() -> None:
         sys.exit(130)
     except Exception as error:
         path = _keep_traceback()
-        typer.echo(f"error: {type(error).__name__}: {_one_line(error)}. The traceback is in {path}", err=True)
+        kept = f"The traceback is in {path}" if path else "Its traceback could not be kept"
+        typer.echo(f"error: {type(error).__name__}: {_one_line(error)}. {kept}", err=True)
         sys.exit(4)
 
 
 def _one_line(error: Exception) -> str:
     """Messages of libraries have line breaks, and lists of whatever they were given."""
-    text = " ".join(str(error).split())
+    text = hidden(" ".join(str(error).split()))
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"
 
 
 _LONGEST = 2000
 
 
-def _keep_traceback() -> Path:
-    """Append the traceback of the error at hand to a log that people can send along."""
-    import contextlib
+def _keep_traceback() -> Path | None:
+    """Append the traceback of the error at hand to a log that people can send along.
+
+    Everybody may write to the temporary folder, and knows the name: a link, or a file of another user, that
+    waits there is not written to.
+    """
     import tempfile
 
     path = Path(tempfile.gettempdir()) / f"dpo-{os.getuid()}.log"
-    with contextlib.suppress(OSError), path.open("a") as handle:  # a full disk must not hide the error
-        handle.write(traceback.format_exc() + "\n")
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        file = os.open(path, flags, 0o600)
+        with open(file, "a", encoding="utf-8") as handle:
+            facts = os.fstat(file)
+            if facts.st_uid != os.getuid() or not stat.S_ISREG(facts.st_mode) or facts.st_nlink > 1:
+                raise PermissionError(f"{path} is not a file of this user alone")
+            os.fchmod(file, 0o600)
+            handle.write(hidden(traceback.format_exc()) + "\n")
+    except OSError:  # a full disk must not hide the error
+        return None
     return path
 
 

@@ -2,14 +2,16 @@
 
 import json
 import logging
+import os
 import shlex
+from pathlib import Path
 from typing import Any
 
 from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from dpo_core.errors import DpoError
+from dpo_core.errors import DpoError, RecipeError
 from flows.quiet import keep_quiet
 
 keep_quiet()
@@ -44,11 +46,11 @@ def deployed(
 
     log = logging.getLogger("dpo")
     log.setLevel(logging.INFO)
-    sets = [*(overrides or []), *data_overrides(data)]
     try:
         from flows.launch_command import cluster_config, send_to
         from tasks.recipe import load_recipe
 
+        sets = [*(overrides or []), *data_overrides(data)]
         send_to(on, cluster_config(on, settings, []))
         resolved = load_recipe(recipe, sets)
         stages: Any = frontier.run_stages if resolved.frontier else alignment.run_stages
@@ -60,8 +62,21 @@ def deployed(
 
 
 def data_overrides(data: str | None) -> list[str]:
-    """What puts a data set in the place of the recipe's own. JSON: a path is no YAML of its own."""
-    return [] if data is None else [f"data.path={json.dumps(data)}", "data.openings=null"]
+    """What puts a data set in the place of the recipe's own. JSON: a path is no YAML of its own.
+
+    Raises:
+        RecipeError: the data set lies outside of the folder that `DPO_DATA` names on this machine.
+    """
+    if data is None:
+        return []
+    allowed = os.environ.get("DPO_DATA")
+    # Whoever may send events to the server names the file; links are followed before it is looked at.
+    if allowed and not Path(data).expanduser().resolve().is_relative_to(Path(allowed).expanduser().resolve()):
+        raise RecipeError(
+            f"the data set {data} is not in {allowed}, and this worker takes no other (DPO_DATA)",
+            "Put it there, or name another folder in DPO_DATA where the worker is started",
+        )
+    return [f"data.path={json.dumps(data)}", "data.openings=null"]
 
 
 def command_of(recipe: str, overrides: list[str], on: str = "local", settings: str | None = None) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dpo_core.errors import DpoError, GateRefused
+from dpo_core.secrecy import hidden
 from tasks.ahead import check_ahead
 from tasks.owner import myself
 from tasks.provenance import command_line
@@ -84,7 +85,7 @@ def _held(
 
 def _ended_badly(workspace: Path, record: RunRecord, tracker: Tracker, error: BaseException) -> None:
     status = "refused" if isinstance(error, GateRefused) else "failed"
-    reason = str(error) if isinstance(error, DpoError) else f"{type(error).__name__}: {error}"
+    reason = hidden(str(error) if isinstance(error, DpoError) else f"{type(error).__name__}: {error}")
     with contextlib.suppress(DpoError):  # a full disk must not hide why the run ended
         save_run(workspace, record.model_copy(update={"status": status, "error": reason}))
     if not tracker.run_id:  # MLflow has not heard of it

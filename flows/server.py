@@ -17,6 +17,21 @@ def server_address() -> str | None:
     return address
 
 
+def refused(error: Any) -> RecipeError:
+    """What to tell a person of an answer that Prefect's client takes for an error."""
+    address, status = server_address(), error.response.status_code
+    if status == 401:
+        return RecipeError(
+            f"the Prefect server at {address} asks for a password, or for another one",
+            "Set PREFECT_API_AUTH_STRING to NAME:PASSWORD, as the server has it in "
+            "PREFECT_SERVER_API_AUTH_STRING",
+        )
+    said = " ".join(error.response.text.split())[:500]
+    return RecipeError(
+        f"the Prefect server at {address} refused ({status}: {said})", "See what its log says about it"
+    )
+
+
 @contextmanager
 def server() -> Iterator[Any]:
     """A client of the server. A temporary one would forget what it is told, so none is started.
@@ -35,11 +50,7 @@ def server() -> Iterator[Any]:
         with get_client(sync_client=True) as client:
             yield client
     except PrefectHTTPStatusError as error:
-        said = " ".join(error.response.text.split())[:500]
-        raise RecipeError(
-            f"the Prefect server at {address} refused ({error.response.status_code}: {said})",
-            "See PREFECT_API_AUTH_STRING where it asks for a password",
-        ) from error
+        raise refused(error) from error
     except (httpx.TransportError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "Failed to reach API" not in str(error):
             raise
@@ -53,8 +64,11 @@ def prefect_away(error: Exception) -> Exception:
     the error of the connection comes through.
     """
     import httpx
+    from prefect.exceptions import PrefectHTTPStatusError
 
     where = server_address()
+    if isinstance(error, PrefectHTTPStatusError):
+        return refused(error) if error.response.status_code == 401 else error
     if isinstance(error, httpx.TransportError):
         return StageFailed(
             f"the Prefect API at {where or 'the temporary server of the run'} went away in the middle of the "

@@ -15,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from dpo_core.errors import RecipeError, StageFailed
+from dpo_core.secrecy import hidden
+from flows.ui_access import Access, access
 from tasks.tracking import TrackingConfig, resolve_uri
 from tasks.workspace import open_workspace
 
@@ -29,7 +31,7 @@ def serve(workspace: str, host: str, port: int, browser: bool) -> None:
     """Serve until interrupted, then leave no process. A server that the environment names is only opened.
 
     Raises:
-        RecipeError: nothing was tracked there yet, or the port is taken.
+        RecipeError: nothing was tracked there yet, the port is taken, or others could look in unasked.
         StageFailed: the MLflow UI ended by itself.
     """
     place = open_workspace(workspace)
@@ -39,15 +41,17 @@ def serve(workspace: str, host: str, port: int, browser: bool) -> None:
         "(then http://127.0.0.1:4200; needs PREFECT_API_URL in the runs)"
     )
     if uri.startswith("http"):
-        print(f"mlflow   {uri}", flush=True)
+        shown = hidden(uri)
+        print(f"mlflow   {shown}", flush=True)
         if browser:
-            webbrowser.open(uri)
+            webbrowser.open(shown)  # a command line, which every user of the machine may read
         return
     if not (place / "mlflow.db").exists() and uri.startswith("sqlite"):
         raise RecipeError(f"nothing was tracked in {place} yet", "Run a recipe first, or name --workspace")
+    door = access(host, place)
     _require_free(host, port)
     command = [
-        sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri,
+        sys.executable, "-m", "mlflow", "ui", *door.options,
         "--default-artifact-root", (place / "mlartifacts").as_uri(),
         "--host", host, "--port", str(port), "--workers", "1",
         "--uvicorn-opts", "--log-level warning",
@@ -55,9 +59,11 @@ def serve(workspace: str, host: str, port: int, browser: bool) -> None:
     for ending in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(ending, signal.default_int_handler)
     # A session of its own, so that all of the server can be stopped, whoever is asked to stop.
-    process = subprocess.Popen(command, env={**os.environ, **_SERVER}, start_new_session=True)
+    # The database's address may hold a password, and a command line is read by every user of the machine.
+    environment = {**os.environ, **_SERVER, "MLFLOW_BACKEND_STORE_URI": uri, **door.environment}
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
     try:
-        told = (process, place, f"http://{host}:{port}", browser)
+        told = (process, place, f"http://{host}:{port}", door, browser)
         threading.Thread(target=_announce, args=told, daemon=True).start()
         code = process.wait()
     except KeyboardInterrupt:
@@ -89,7 +95,9 @@ def _require_free(host: str, port: int) -> None:
             raise RecipeError(f"{host}:{port} cannot be used ({error.strerror})", "Choose --port") from error
 
 
-def _announce(process: "subprocess.Popen[bytes]", place: Path, address: str, browser: bool) -> None:
+def _announce(
+    process: "subprocess.Popen[bytes]", place: Path, address: str, door: Access, browser: bool
+) -> None:
     """Say where the UI is once it answers, and where the newest run is in it."""
     while process.poll() is None:
         try:
@@ -98,7 +106,7 @@ def _announce(process: "subprocess.Popen[bytes]", place: Path, address: str, bro
             time.sleep(0.5)
             continue
         print(f"mlflow   {address}/{_TRAINING}", flush=True)
-        run, page = _newest_run(place, address)
+        run, page = _newest_run(place, address, door)
         if run:
             print(f"newest   {run}", flush=True)
         if page:
@@ -108,7 +116,7 @@ def _announce(process: "subprocess.Popen[bytes]", place: Path, address: str, bro
         return
 
 
-def _newest_run(place: Path, address: str) -> tuple[str | None, str | None]:
+def _newest_run(place: Path, address: str, door: Access) -> tuple[str | None, str | None]:
     """Where the newest run is in the UI, and the address of its run page; None for what there is not."""
     from tasks.runs import list_runs
 
@@ -117,7 +125,9 @@ def _newest_run(place: Path, address: str) -> tuple[str | None, str | None]:
         return None, None
     page = place / "runs" / newest.run_id / "page.html"
     run = None
-    query = f"{address}/api/2.0/mlflow/runs/get?run_id={newest.mlflow_run_id}"
+    query = urllib.request.Request(
+        f"{address}/api/2.0/mlflow/runs/get?run_id={newest.mlflow_run_id}", headers=door.headers
+    )
     with suppress(OSError, ValueError, KeyError), urllib.request.urlopen(query, timeout=10) as reply:
         experiment = json.load(reply)["run"]["info"]["experiment_id"]
         run = f"{address}/{_TRAINING}".replace("?", f"/{experiment}/runs/{newest.mlflow_run_id}?")

@@ -1,8 +1,10 @@
 """`dpo validate`: the data gate alone, on a file, without a run."""
 
+import contextlib
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +14,7 @@ from dpo_core.config import Config
 from dpo_core.data.config import DataConfig
 from dpo_core.data.records import load
 from dpo_core.data.split import split_by_prompt
+from dpo_core.errors import RecipeError
 from expectations.config import GateConfig
 from expectations.drift import load_baseline
 from expectations.gate import judge
@@ -46,7 +49,7 @@ def judge_file(data: str, overrides: Sequence[str]) -> tuple[GateReport, str]:
     baseline = load_baseline(gate.baseline) if gate.baseline else None
     # One folder a data set, so that asking again replaces the last answer.
     name = hashlib.sha256(os.path.abspath(data).encode()).hexdigest()[:12]
-    docs = Path(tempfile.gettempdir()) / f"dpo-gate-{os.getuid()}" / name
+    docs = _own_folder(Path(tempfile.gettempdir()) / f"dpo-gate-{os.getuid()}") / name
     shutil.rmtree(docs, ignore_errors=True)
     report, _ = judge(
         frame,
@@ -56,6 +59,21 @@ def judge_file(data: str, overrides: Sequence[str]) -> tuple[GateReport, str]:
         baseline=baseline,
     )
     return report, f"{loaded.format} ({loaded.recognised_by}); {_counted(loaded.notes)}"
+
+
+def _own_folder(folder: Path) -> Path:
+    """The folder, made for this user alone: everybody may write beside it, and knows its name.
+
+    Raises:
+        RecipeError: somebody else has put a link or a folder there.
+    """
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    facts = folder.lstat()
+    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid():
+        raise RecipeError(f"{folder} is not this user's own folder", "Set TMPDIR to a folder of yours")
+    folder.chmod(0o700)
+    return folder
 
 
 def _counted(notes: dict[str, int]) -> str:

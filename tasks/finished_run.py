@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dpo_core.errors import RecipeError
+from dpo_core.secrecy import HIDDEN
 from tasks.report import ModelRow, RunReport
 from tasks.runs import list_runs
 from tasks.tracking import Tracker, TrackingConfig, resolve_uri
@@ -72,6 +73,8 @@ def registries_of(workspace: Path, uris: Iterable[str | None]) -> list[Tracker]:
 def _moved(uri: str | None, own: Path) -> str | None:
     if uri and uri.startswith("sqlite:") and uri.endswith("/mlflow.db") and own.exists():
         return f"sqlite:///{own}"
+    if uri and HIDDEN in uri:
+        return None  # its password is in the environment alone, with the rest of the address
     return uri
 
 

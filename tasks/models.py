@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from pydantic import JsonValue
 
 from dpo_core.dpo import DpoConfig
 from dpo_core.errors import ModelError, StageFailed
+from dpo_core.model_folder import code_digest
 from dpo_core.models import (
     ModelConfig,
     check_context,
@@ -22,7 +24,7 @@ from dpo_core.reference.keys import DEFINITION_VERSION
 from dpo_core.tokens import TokenConfig
 from tasks.manifest import Manifest
 from tasks.reference_caches import CACHE_FOLDER
-from tasks.stage import Context, Output, Stage, StageResult, Work, run_stage, stage_task
+from tasks.stage import Context, Output, Stage, StageResult, Work, run_stage, stage_task, tracker_of
 from tasks.unpaired import kind_of
 
 IMPORT = Stage("import-model", 1, "model")
@@ -44,17 +46,25 @@ def import_model(context: Context, config: ModelConfig, max_length: int) -> Stag
         convert(config, out)
         bar.update(1)
         check_context(AutoConfig.from_pretrained(out), max_length)
+        extra: dict[str, JsonValue] = {"weights_sha256": weights_digest(out)}
         if config.trust_remote_code:
             given.mlflow.tag("dpo.trust_remote_code", "true")
-        return Output(out, parameters=parameter_count(out), extra={"weights_sha256": weights_digest(out)})
+            extra["remote_code_sha256"] = code or "no Python file"
+        return Output(out, parameters=parameter_count(out), extra=extra)
 
     # Digests and contents, not paths: a model or template overwritten in place is another one.
     slice_ = {**config.model_dump(mode="json"), "source": _digest(source)}
+    code = code_digest(source) if config.trust_remote_code else None
+    if code is not None:
+        slice_["code"] = code
     if config.scratch is None:
         del slice_["scratch"]  # as before there was any, so that models in the store stay found
     if config.chat_template:
         slice_["chat_template"] = read_template(config.chat_template)
     result = run_stage(context, IMPORT, {}, slice_, work)
+    if config.trust_remote_code and not context.plan:
+        # Of the whole run, also where an earlier one had imported the model.
+        tracker_of(context).parent.tag("dpo.trust_remote_code", "true")
     if not result.manifest.planned:
         _check_context(result.manifest, max_length)
     return result

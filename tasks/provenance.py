@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dpo_core.secrecy import hidden
+
 
 def source_tags() -> dict[str, str]:
     """Which code ran: commit, branch and dirty flag from git, else the commit in $DPO_GIT_COMMIT."""
@@ -58,4 +60,4 @@ def hardware() -> str:
 
 def command_line() -> str:
     """The command that started this process, as a person would type it."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return hidden(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))

@@ -26,8 +26,10 @@ from dpo_core.online.ppo import PpoConfig
 from dpo_core.online.preferences import OnlineDpoConfig
 from dpo_core.pairs import PairSamplingConfig
 from dpo_core.reward_training import RewardModelConfig
+from dpo_core.secrecy import place_of_secret
 from dpo_core.sft import SftConfig
 from dpo_core.tokens import TokenConfig
+from dpo_core.yaml_text import read_yaml
 from expectations.config import GateConfig
 from tasks.frontier_arms import ArmConfig, FrontierConfig, Settings
 from tasks.tracking import TrackingConfig
@@ -235,7 +237,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = _find(name)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"the recipe {path} cannot be read ({error.strerror})", "Check its path") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -277,12 +279,22 @@ def overridden(
     for override in overrides:
         _lay_over(raw, override)
     try:
-        return model.model_validate(raw)
+        settings = model.model_validate(raw)
     except ValidationError as error:
         raise RecipeError(f"{unusable}: {_faults_of(error, model)}", remedy) from error
     except RecipeError as error:  # of the objective or the judge, which say themselves what may be chosen
         where = "" if error.problem.startswith("the judge") else "dpo: "
         raise RecipeError(f"{unusable}: {where}{error.problem}", error.remedy) from error
+    if place := place_of_secret(raw):
+        # MLflow, Prefect, manifests and pages would all show it.
+        raise RecipeError(f"{unusable}: {place} holds a secret, which every record would show", _INSTEAD)
+    return settings
+
+
+_INSTEAD = (
+    "Take it out; secrets are read from the environment alone: HF_TOKEN, DPO_REWARD_TOKEN, DPO_JUDGE_KEY, "
+    "MLFLOW_TRACKING_USERNAME with MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_URI for a database's address"
+)
 
 
 def _lay_over(raw: dict[str, Any], override: str) -> None:
@@ -296,7 +308,7 @@ def _lay_over(raw: dict[str, Any], override: str) -> None:
     if not equals or not all(parts):
         raise RecipeError(f"--set {override} is not of the form a.b=value", "Write for example dpo.epochs=2")
     try:
-        value = yaml.safe_load(text) if text else None
+        value = read_yaml(text) if text else None
     except yaml.YAMLError as error:
         raise RecipeError(f"--set {override}: the value is not valid YAML", "Quote it") from error
     if isinstance(value, str):

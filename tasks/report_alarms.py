@@ -19,6 +19,9 @@ ACCURACY_DROP = 0.05  # fall of the mean accuracy between the two halves of trai
 KL_TIMES_TARGET = 3.0  # the steering of the KL coefficient has lost it
 
 
+REMOTE_CODE = "Remote code"
+
+
 class Alarm(NamedTuple):
     name: str
     message: str
@@ -62,6 +65,8 @@ def alarms(report: RunReport) -> list[Alarm]:
             )
     if (weights := report.notes.get("Class weights")) is not None:
         found.append(Alarm("Class weights", str(weights)))
+    if (code := report.notes.get(REMOTE_CODE)) is not None:
+        found.append(Alarm(REMOTE_CODE, str(code)))
     for gate in report.gate:
         failed = [f for f in gate.findings if not f.passed and f.severity in ("critical", "warning")]
         if failed:

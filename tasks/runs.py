@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
-from pydantic import AwareDatetime, ValidationError
+from pydantic import AwareDatetime, Field, ValidationError
 
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError
@@ -40,7 +40,7 @@ class Started:
 class RunRecord(Config):
     """One alignment run."""
 
-    run_id: str
+    run_id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,250}$")
     """Its name: recipe and start time."""
     number: int = 0
     """Its place among the workspace's runs. Clocks are set back; this is not."""

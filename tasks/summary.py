@@ -12,8 +12,10 @@ from typing import Any
 
 from prefect import task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from pydantic import JsonValue
 
 from dpo_core.reward_quality import RewardQuality
+from dpo_core.secrecy import hidden
 from tasks.assessment import assess
 from tasks.champion import Champion
 from tasks.courtesy import tell
@@ -33,7 +35,7 @@ from tasks.report import (
     RunReport,
     StageRow,
 )
-from tasks.report_alarms import alarms
+from tasks.report_alarms import REMOTE_CODE, alarms
 from tasks.report_text import markdown, note
 from tasks.report_verdict import verdict
 from tasks.runs import Started
@@ -83,13 +85,21 @@ def summarise(
         cost=cost_of(stages, info.seconds),
         model=model,
         notes=({"description": recipe.description} if recipe.description else {})
-        | class_facts(recipe.dpo, _trained_on(manifests)),
+        | class_facts(recipe.dpo, _trained_on(manifests))
+        | _remote_code(recipe, manifests),
     )
     page = publish(report, run_folder(context.workspace, context.run_id), tracker)
     text, name = markdown(report), report.run.name
     tell(lambda: create_markdown_artifact(key="run-summary", markdown=text, description=name))
     tell(lambda: create_link_artifact(key="run-page", link=page.as_uri(), link_text="Run page"))
     return report
+
+
+def _remote_code(recipe: Recipe, manifests: dict[str, Manifest]) -> dict[str, JsonValue]:
+    if not recipe.model.trust_remote_code:
+        return {}
+    code = manifests["import-model"].extra.get("remote_code_sha256", "not recorded")
+    return {REMOTE_CODE: f"Code that ships with the model was allowed to run (sha256 {code})."}
 
 
 def run_info(context: Context, recipe: Recipe, tracker: Tracker, started: Started, command: str) -> RunInfo:
@@ -104,7 +114,7 @@ def run_info(context: Context, recipe: Recipe, tracker: Tracker, started: Starte
         git_commit=source_tags().get("mlflow.source.git.commit"),
         command=command,
         mlflow_run_id=context.mlflow_run_id,
-        tracking_uri=tracker.uri,
+        tracking_uri=hidden(tracker.uri),
         python=platform.python_version(),
         platform=platform.platform(),
         hardware=hardware(),

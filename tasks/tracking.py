@@ -398,6 +398,11 @@ class Tracker:
             except (RecipeError, StageFailed):
                 raise
             except Exception as error:
+                if getattr(error, "error_code", "") == "UNAUTHENTICATED":
+                    raise RecipeError(
+                        f"MLflow at {self._outbox.place} asks for a password, or for another one",
+                        "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+                    ) from error
                 if not self._outbox.is_outage(error):
                     raise RecipeError(
                         f"MLflow at {self._outbox.place} refused {what}: {one_line(error)}",

@@ -9,7 +9,6 @@ or the run ends is put on the disk, and the next run of the workspace sends it:
 
 import json
 import logging
-import re
 import shutil
 import threading
 import time
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from dpo_core.secrecy import hidden
 from tasks.workspace import says_disk_full, says_read_only, write_whole
 
 log = logging.getLogger(__name__)
@@ -38,8 +38,8 @@ _REFUSALS = {
 
 
 def one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return re.sub(r"//[^/@\s]+@", "//***@", text)  # no passwords of a database in logs or tags
+    # Without passwords of a database, in logs and tags.
+    return hidden(" ".join(str(error).split()) or type(error).__name__)
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Outbox:
     """
 
     def __init__(self, place: str, alive: Callable[[], object]) -> None:
-        self.place, self._alive = re.sub(r"//[^/@\s]+@", "//***@", place), alive
+        self.place, self._alive = hidden(place), alive
         self.queue: deque[Write] = deque()
         self.delay_s = 0.0
         self._probe = place.rstrip("/") + "/health" if place.startswith("http") else None

@@ -40,10 +40,25 @@ def open_workspace(workspace: str | Path) -> Path:
 
 
 def run_folder(workspace: str | Path, run_id: str) -> Path:
-    """Where a run's page, report and log lie."""
-    folder = Path(workspace) / "runs" / run_id
+    """Where a run's page, report and log lie.
+
+    Raises:
+        RecipeError: the name leads out of the folder of all runs.
+    """
+    folder = Path(workspace) / "runs" / plain_name(run_id)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def plain_name(run_id: str) -> str:
+    """The name of a run, which is a folder's beside those of other runs.
+
+    Raises:
+        RecipeError: it is a path.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,250}", run_id):
+        raise RecipeError(f"{run_id!r} is not the name of a run", "List them with: dpo runs")
+    return run_id
 
 
 def require_writable(workspace: Path) -> None:

@@ -9,8 +9,7 @@ from pydantic import Field, field_validator
 
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError, StageFailed
-
-_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY", re.IGNORECASE)
+from dpo_core.secrecy import SECRET_NAME
 
 
 class ClusterConfig(Config):
@@ -35,7 +34,7 @@ class ClusterConfig(Config):
     @classmethod
     def _no_secrets(cls, variables: dict[str, str]) -> dict[str, str]:
         for name in variables:
-            if _SECRET.search(name):
+            if SECRET_NAME.search(name):
                 raise ValueError(f"{name} looks like a secret, and these variables are shown in manifests")
         return variables
 

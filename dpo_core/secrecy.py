@@ -1,0 +1,68 @@
+"""Secrets: which variables hold one, how a text is shown without them, and which settings hold one.
+
+A recipe is written into MLflow, Prefect, manifests and the run page, and errors into logs; a secret lives in
+the environment alone, where the code that needs it reads it.
+"""
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+HIDDEN = "…"
+SECRET_NAME = re.compile(
+    r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|_KEY$|AUTH_STRING|NOTIFY_URL",
+    re.IGNORECASE,
+)
+"""Names of environment variables that hold a secret."""
+_NAMES_A_FILE = re.compile(r"(FILE|PATH|DIR|APPLICATION_CREDENTIALS)$", re.IGNORECASE)
+# Shorter ones (true, 4096) would tear holes into ordinary text.
+_SHORTEST = 8
+_USER_PART = re.compile(r"(\b[A-Za-z][A-Za-z0-9+.-]*://)[^\s/?#'\"\\]+@")
+_QUERY = re.compile(
+    r"([?&](?:[\w.-]*(?:token|secret|password|passwd|signature|credential|api_?key|access_?key)|key|sig)=)"
+    r"[^&\s#'\"\\]+",
+    re.IGNORECASE,
+)
+# As their makers mark them, so that they can be found.
+_MARKED = re.compile(
+    r"\b(?:hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}"
+    r"|AKIA[0-9A-Z]{16}|xox[abpr]-[A-Za-z0-9-]{10,}|glpat-[\w-]{20,})"
+)
+
+
+def hidden(text: str) -> str:
+    """The text without what is secret in it: user parts and tokens of addresses, secret variables."""
+    for value in _values(os.environ):
+        text = text.replace(value, HIDDEN)
+    text = _USER_PART.sub(rf"\1{HIDDEN}@", text)
+    text = _QUERY.sub(rf"\1{HIDDEN}", text)
+    return _MARKED.sub(HIDDEN, text)
+
+
+def _values(environment: Mapping[str, str]) -> list[str]:
+    """Values of the secret variables, the longest first: one may hold another."""
+    found = {
+        value.strip()
+        for name, value in environment.items()
+        if SECRET_NAME.search(name) and not _NAMES_A_FILE.search(name)
+    }
+    return sorted((value for value in found if len(value) >= _SHORTEST), key=len, reverse=True)
+
+
+def place_of_secret(settings: Any) -> str | None:
+    """Where in settings the first text stands that holds a secret, as `data.path`; None if none does."""
+    return next((hidden(place) for place, text in _texts(settings, "") if hidden(text) != text), None)
+
+
+def _texts(value: Any, place: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield place, value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            inside = f"{place}.{key}" if place else str(key)
+            yield inside, str(key)
+            yield from _texts(inner, inside)
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _texts(inner, f"{place}[{index}]")

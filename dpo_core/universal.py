@@ -1,0 +1,23 @@
+"""DeepSpeed's converter of checkpoints, reading numbers alone: `python -m dpo_core.universal`."""
+
+import sys
+from pathlib import Path
+
+from dpo_core.checkpoints import numbers_alone
+from dpo_core.errors import StageFailed
+
+
+def main() -> None:
+    """Entry point; the options are those of `deepspeed.checkpoint.ds_to_universal`."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    asked = ds_to_universal.parse_arguments()
+    with numbers_alone(Path(asked.input_folder)):
+        ds_to_universal.main(asked)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except StageFailed as error:
+        sys.exit(error.problem)

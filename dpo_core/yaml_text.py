@@ -1,0 +1,97 @@
+"""YAML as people write it: plain values, each key once, and no more of them than a person would write.
+
+PyYAML's safe loader makes plain values alone, but takes the last of two equal keys without a word, and lets
+aliases of aliases stand for more values than fit in memory.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+from yaml.constructor import ConstructorError
+from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+DEEPEST = 100
+MOST_VALUES = 100_000
+"""Values in one text, each alias counted as all that it stands for."""
+
+
+def read_yaml(text: str) -> Any:
+    """The values of a text.
+
+    Raises:
+        yaml.YAMLError: it is not YAML, asks for a Python object, has a key twice, or stands for more than
+            `MOST_VALUES`; the line is named where there is one.
+    """
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count(node, {})
+        for mapping in _mappings(node, set()):
+            _refuse_twins(mapping)
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+class _Loader(yaml.SafeLoader):
+    """Ends where values are nested more deeply than a person nests them; PyYAML takes minutes, and breaks."""
+
+    depth = 0
+
+    def compose_node(self, parent: Node | None, index: Any) -> Node | None:
+        self.depth += 1
+        if self.depth > DEEPEST:
+            raise ConstructorError(None, None, "it is nested too deeply", self.peek_event().start_mark)
+        node: Node | None = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+def _children(node: Node) -> list[Node]:
+    if isinstance(node, MappingNode):
+        return [part for pair in node.value for part in pair]
+    return list(node.value) if isinstance(node, SequenceNode) else []
+
+
+def _count(node: Node, known: dict[int, int | None]) -> int:
+    """Values that a node stands for."""
+    if id(node) in known:
+        size = known[id(node)]
+        if size is None:
+            raise ConstructorError(None, None, "an alias stands inside of what it names", node.start_mark)
+        return size
+    known[id(node)] = None
+    size = 1 + sum(_count(child, known) for child in _children(node))
+    if size > MOST_VALUES:
+        raise ConstructorError(
+            None, None, f"aliases stand for more than {MOST_VALUES:,} values", node.start_mark
+        )
+    known[id(node)] = size
+    return size
+
+
+def _mappings(node: Node, seen: set[int]) -> Iterator[MappingNode]:
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, MappingNode):
+        yield node
+    for child in _children(node):
+        yield from _mappings(child, seen)
+
+
+def _refuse_twins(mapping: MappingNode) -> None:
+    lines: dict[tuple[str, str], int] = {}
+    for key, _ in mapping.value:
+        # Merged keys (<<) are meant to be written over.
+        if not isinstance(key, ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+            continue
+        line = key.start_mark.line + 1
+        here = (key.tag, key.value)
+        if here in lines:
+            said = f"the key {key.value} stands on line {lines[here]} and again on line {line}"
+            raise ConstructorError(None, None, said, key.start_mark)
+        lines[here] = line
