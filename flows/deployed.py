@@ -33,6 +33,7 @@ def deployed(
         resume: name of an earlier run to go on with, or latest.
     """
     from flows import alignment, frontier
+    from flows.guard import guarded
     from flows.recorded import recorded
 
     log = logging.getLogger("dpo")
@@ -43,7 +44,8 @@ def deployed(
 
         resolved = load_recipe(recipe, sets)
         stages: Any = frontier.run_stages if resolved.frontier else alignment.run_stages
-        report = recorded(resolved, resume, stages, command_of(recipe, sets))
+        with guarded(resolved.workspace, resolved.tracking):
+            report = recorded(resolved, resume, stages, command_of(recipe, sets))
     except DpoError as error:
         log.error("%s", error)
         return Failed(name=_ENDS.get(error.exit_code, "Failed"), message=str(error))

@@ -1,14 +1,22 @@
-"""The record of each run under the workspace: what was asked, where it stands, how to go on with it."""
+"""The record of each run under the workspace: what was asked, where it stands, how to go on with it.
+
+A run that was killed could not write its end: its record reads `running`, and its process is gone. Readers
+see it as `stopped`, and the next run of the workspace, or the killed one's guard, writes that down; see
+`close_abandoned`.
+"""
 
 import json
 import re
 from datetime import UTC, datetime
 from pathlib import Path
 
+from filelock import FileLock
 from pydantic import AwareDatetime, ValidationError
 
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError
+from tasks.owner import Owner
+from tasks.tracking import Tracker
 from tasks.workspace import disk_errors, open_workspace, run_folder, write_whole
 
 
@@ -20,7 +28,7 @@ class RunRecord(Config):
     recipe: str
     """Name of the recipe."""
     status: str = "running"
-    """running, done, failed or refused."""
+    """running, done, failed, refused (by the gate) or stopped (by a signal or a kill)."""
     started_at: AwareDatetime
     """First start (UTC)."""
     mlflow_run_id: str | None = None
@@ -29,6 +37,20 @@ class RunRecord(Config):
     """The command that started it."""
     error: str | None = None
     """Why it ended, when it did not end well."""
+    owner: Owner | None = None
+    """The process that does it, or did last."""
+
+    @property
+    def is_abandoned(self) -> bool:
+        """Whether it never came to write its end."""
+        return self.status == "running" and self.owner is not None and self.owner.is_gone()
+
+    def as_stopped(self) -> "RunRecord":
+        """The record that it would have left."""
+        return self.model_copy(update={"status": "stopped", "error": _KILLED})
+
+
+_KILLED = "its process was killed"
 
 
 def new_run(workspace: str | Path, recipe_name: str, command: str) -> RunRecord:
@@ -49,14 +71,39 @@ def save_run(workspace: str | Path, record: RunRecord) -> None:
 
 
 def list_runs(workspace: str | Path) -> list[RunRecord]:
-    """All records, newest first; unreadable ones are left out."""
-    found = []
-    for path in (open_workspace(workspace) / "runs").glob("*/run.json"):
-        try:
-            found.append(RunRecord.model_validate(json.loads(path.read_text())))
-        except (OSError, ValueError, ValidationError):
+    """All records, newest first, killed runs as stopped; unreadable ones are left out."""
+    return [record.as_stopped() if record.is_abandoned else record for record in _records(workspace)]
+
+
+def close_abandoned(workspace: str | Path, tracker: Tracker) -> None:
+    """Write down the end of runs that were killed, in MLflow and in their records.
+
+    One that this MLflow does not know keeps its record: a run with the settings of its own will find it.
+
+    Raises:
+        StageFailed: MLflow does not answer.
+    """
+    for record in _records(workspace):
+        if not record.is_abandoned:
             continue
-    return sorted(found, key=lambda record: record.started_at, reverse=True)
+        with FileLock(run_folder(workspace, record.run_id) / ".closing.lock"):
+            # Looked at again: another may have closed it by now, and even have gone on with it.
+            now = _read(run_folder(workspace, record.run_id) / "run.json")
+            if now and now.is_abandoned and tracker.close_killed(now.mlflow_run_id, _KILLED):
+                save_run(workspace, now.as_stopped())
+
+
+def _records(workspace: str | Path) -> list[RunRecord]:
+    found = [_read(path) for path in (open_workspace(workspace) / "runs").glob("*/run.json")]
+    readable = [record for record in found if record is not None]
+    return sorted(readable, key=lambda record: record.started_at, reverse=True)
+
+
+def _read(path: Path) -> RunRecord | None:
+    try:
+        return RunRecord.model_validate(json.loads(path.read_text()))
+    except (OSError, ValueError, ValidationError):
+        return None
 
 
 def find_run(workspace: str | Path, wanted: str, recipe_name: str) -> RunRecord:

@@ -23,6 +23,7 @@ from pydantic import JsonValue
 from dpo_core.config import Config
 from dpo_core.errors import DpoError
 from tasks.manifest import PLANNED, Manifest, digest_config, stage_key
+from tasks.stopping import begin_stop, go_on
 from tasks.store import Store
 from tasks.tracking import Tracker
 from tasks.tracking_run import StageRun, flatten
@@ -94,6 +95,7 @@ class Progress:
 
     def update(self, done: int) -> None:
         """So many of the total are done."""
+        go_on()
         if self._bar:
             self._bar.update(self._task, completed=done)
         if time.monotonic() - self._sent > 3.0:
@@ -331,6 +333,9 @@ def _do(
     except Exception as error:
         if is_disk_full(error, store.workspace):
             raise disk_full(store.workspace, f"stage {stage.name}") from error
+        raise
+    except BaseException as error:
+        begin_stop(error)
         raise
     finally:
         for bar in given._bars:

@@ -83,6 +83,7 @@ class Tracker:
         run_id: str | None = None,
         description: str = "",
         tags: Mapping[str, str] | None = None,
+        opened: Callable[[str], None] = lambda run_id: None,
     ) -> str:
         """Open the run of a whole alignment, or go on with `run_id`; returns its id.
 
@@ -90,6 +91,7 @@ class Tracker:
             recipe: the resolved recipe in JSON types; stored as `config/recipe.yaml`, its outermost values
                 as parameters.
             description: Markdown for the run's page.
+            opened: given the id as soon as there is one, before anything else is sent.
 
         Raises:
             StageFailed: MLflow does not answer.
@@ -117,6 +119,7 @@ class Tracker:
         what = f"run {run_id}" if run_id else f"experiment {experiment}"
         self.run_id, self.experiment_id = self._must(what, open_run)
         self.parent = TrackedRun(self._client, self._outbox, self.run_id)
+        opened(self.run_id)
         self.parent.text(
             yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True), "config/recipe.yaml"
         )
@@ -141,6 +144,29 @@ class Tracker:
                 len(self._outbox.queue),
                 cut(", ".join(lost), 500),
             )
+
+    def close_killed(self, run_id: str | None, reason: str) -> bool:
+        """End a killed run and those below it that still say RUNNING as KILLED; whether it is known here.
+
+        Raises:
+            StageFailed: MLflow does not answer.
+        """
+
+        def close(client: Any) -> None:
+            query = f"tags.`mlflow.parentRunId` = '{run_id}' and attributes.status = 'RUNNING'"
+            parent = client.get_run(run_id)
+            left = [parent] if parent.info.status == "RUNNING" else []
+            for run in [*client.search_runs([parent.info.experiment_id], query), *left]:
+                client.set_tag(run.info.run_id, "dpo.error", reason)
+                client.set_terminated(run.info.run_id, "KILLED")
+
+        if run_id is None:
+            return True
+        try:
+            self.ask(f"run {run_id}", close)
+        except RecipeError:
+            return False
+        return True
 
     @contextmanager
     def child(
