@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tasks.runs import list_runs
 from tests.bad_inputs import World
 from tests.faults import runs
 from tests.faults.runs import Family
@@ -126,10 +127,18 @@ def stop(flow: Process, family: Family, way: str, log: Path) -> tuple[float, int
     return seconds, code
 
 
-def assert_recorded(workspace: Path, stopped: str) -> tuple[str, str]:
-    """MLflow and the run's record say that it was stopped, as does the child of the stage at work."""
+def assert_recorded(workspace: Path, stopped: str, *, killed: bool = False) -> tuple[str, str]:
+    """MLflow and the run's record say that it was stopped, as does the child of the stage at work.
+
+    A killed run's guard has 28 s to write that down. On a crowded machine it may not get there: then the
+    record's readers know all the same, and the resumed run, which is looked at later, finds it to do.
+    """
     record = runs.newest_record(workspace)
+    (seen, *_) = list_runs(workspace)
+    assert (seen.run_id, seen.status) == (record["run_id"], "stopped"), seen
     statuses = runs.tracked(workspace, record)
+    if killed and record["status"] == "running":
+        return "left to the next run", f"{seen.status}: {seen.error}"
     assert statuses["run"] in ENDED, statuses
     interrupted = {status for name, status in statuses.items() if name.startswith(stopped)}
     assert interrupted, statuses
@@ -157,7 +166,7 @@ def test_stopped_in_training(whole: Bench, shop: "Shop", family: Family, tell: T
     runs.forget(own, "train-dpo", "evaluate")
     seconds, code = train_and_stop(own, family, way)
     (step,) = runs.assert_whole(own.workspace)
-    status, record = assert_recorded(own.workspace, "train-dpo")
+    status, record = assert_recorded(own.workspace, "train-dpo", killed=way == "kill -9")
     assert code == WAYS[way][1]
     assert_goes_on(own, whole, shop.site)
     tell(way, f"{seconds:.1f}", f"whole, step {step}", status, record, code, "bit for bit")
@@ -189,7 +198,7 @@ def test_stopped_in_two_stages_side_by_side(
     runs.forget(own, "train-dpo", "measure")
     seconds, code = train_and_stop(own, family, way, trainings=2)
     steps = runs.assert_whole(own.workspace, 2)
-    status, record = assert_recorded(own.workspace, "train-dpo")
+    status, record = assert_recorded(own.workspace, "train-dpo", killed=way == "kill -9")
     assert code == WAYS[way][1]
     assert_goes_on(own, studied, shop.site)
     tell(
@@ -313,7 +322,7 @@ def test_stopped_under_a_worker(
     seconds = time.monotonic() - begun
     assert seconds < runs.PATIENCE
     (step,) = runs.assert_whole(own.workspace)
-    status, record = assert_recorded(own.workspace, "train-dpo")
+    status, record = assert_recorded(own.workspace, "train-dpo", killed=act is kill_flow)
     until(lambda: shop.state(run)["type"] in state, 60)
     ended = shop.state(run)["type"]
     assert_goes_on(own, whole, shop.site)
