@@ -18,8 +18,8 @@ from prefect.exceptions import TerminationSignal
 
 from deploy.launchers import local
 
-LIMIT = 28.0
-"""Seconds from the signal to the end, whatever hangs. Prefect kills after 30."""
+LIMIT = 25.0
+"""Seconds from the signal to the end, whatever hangs; a temporary server may take 5 more."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
