@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -69,9 +70,11 @@ def main() -> None:
         run = psutil.Process(number)
         _watch(run, worker_of(run))
     signal.alarm(_LONGEST)  # what is not done by then is left to the next run
+    # While the trainers save: MLflow takes seconds to import.
+    closing = threading.Thread(target=_close_records, args=[told, number])
+    closing.start()
     end_family(number, but=[os.getpid()])
-    if told and _left_running(Path(told["workspace"]), number):
-        _close_records(told)
+    closing.join()
 
 
 def worker_of(run: psutil.Process) -> psutil.Process | None:
@@ -108,7 +111,7 @@ def _lives(process: psutil.Process) -> bool:
 
 
 def _left_running(workspace: Path, number: int) -> bool:
-    """Whether the run did not come to write its end. Asked first: tasks and MLflow take seconds to import."""
+    """Whether the run did not come to write its end."""
     for path in (workspace / "runs").glob("*/run.json"):
         with suppress(OSError, ValueError, KeyError, TypeError):
             record = json.loads(path.read_text())
@@ -117,8 +120,10 @@ def _left_running(workspace: Path, number: int) -> bool:
     return False
 
 
-def _close_records(told: dict[str, Any]) -> None:
+def _close_records(told: dict[str, Any], number: int) -> None:
     """Let the record and MLflow say that the run was killed, where it did not come to say how it ended."""
+    if not told or not _left_running(Path(told["workspace"]), number):
+        return
     from tasks.runs import close_abandoned
     from tasks.tracking import Tracker, TrackingConfig
 
