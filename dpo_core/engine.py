@@ -5,6 +5,7 @@ One process on a laptop and many nodes run the same code; torchrun starts it eve
 
 import json
 import logging
+import os
 import shutil
 import signal
 import time
@@ -33,7 +34,7 @@ Result = TypeVar("Result")
 
 
 class Stopped(Exception):
-    """SIGTERM came: the state is saved and the process may end.
+    """A signal to stop came: the state is saved and the process may end.
 
     Args:
         told: whether it came to this very rank.
@@ -96,8 +97,11 @@ class Engine:
             self.engine.enable_backward_allreduce = False
         self.companions = dict(companions or {})
         self.told = False
-        # The engine made last hears the signal: the one that has the companions.
-        signal.signal(signal.SIGTERM, self._on_sigterm)
+        # torchrun hands on the signal that it got itself: a terminal's Ctrl-C reaches it with the flow.
+        under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        # The engine made last hears the signals: the one that has the companions.
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if under_torchrun else (signal.SIGTERM,):
+            signal.signal(number, self._on_stop)
 
     def _deepspeed_config(self, micro_batches: int) -> dict[str, Any]:
         return {
@@ -255,12 +259,12 @@ class Engine:
         return box[0]
 
     def stop_requested(self) -> bool:
-        """Whether SIGTERM reached any rank; all ranks get the same answer at the same step."""
+        """Whether a signal to stop reached any rank; all ranks get the same answer at the same step."""
         flag = torch.tensor([float(self.told)], device=self.device)
         torch.distributed.all_reduce(flag)
         return bool(flag.item())
 
-    def _on_sigterm(self, *_: Any) -> None:
+    def _on_stop(self, *_: Any) -> None:
         self.told = True
 
     def barrier(self) -> None:

@@ -1,7 +1,8 @@
 """The command line `dpo`.
 
 Exit codes: 0 done, 2 usage or recipe error, 3 the data gate refused, 4 a stage failed (resumable), 5
-promotion refused. An expected error is one line on stderr; its traceback goes to a log.
+promotion refused; 130 stopped by Ctrl-C (SIGINT), 143 by SIGTERM, 129 by SIGHUP. An expected error is one
+line on stderr; its traceback goes to a log.
 """
 
 import json
@@ -84,14 +85,17 @@ def run(
 
         from flows.alignment import alignment
         from flows.frontier import frontier
-        from flows.orphans import end_orphans, mark_own
+        from flows.guard import guarded
+        from flows.orphans import end_orphans
         from flows.server import prefect_away
+        from flows.temporary_server import start_temporary_server
+        from tasks.stopping import stoppable
 
         end_orphans()
-        mark_own()
-
         try:
-            report = (frontier if resolved.frontier else alignment)(resolved, resume)
+            with guarded(resolved.workspace, resolved.tracking), stoppable():
+                start_temporary_server()
+                report = (frontier if resolved.frontier else alignment)(resolved, resume)
         except (RuntimeError, httpx.TransportError, PrefectHTTPStatusError) as error:
             raise prefect_away(error) from error
     if as_json:

@@ -42,6 +42,7 @@ def deployed(
         settings: a YAML file with the settings of that cluster (dpo config cluster).
     """
     from flows import alignment, frontier
+    from flows.guard import guarded
     from flows.recorded import recorded
 
     log = logging.getLogger("dpo")
@@ -54,7 +55,8 @@ def deployed(
         send_to(on, cluster_config(on, settings, []))
         resolved = load_recipe(recipe, sets)
         stages: Any = frontier.run_stages if resolved.frontier else alignment.run_stages
-        report = recorded(resolved, resume, stages, command_of(recipe, sets, on, settings))
+        with guarded(resolved.workspace, resolved.tracking):
+            report = recorded(resolved, resume, stages, command_of(recipe, sets, on, settings))
     except DpoError as error:
         log.error("%s", error)
         return Failed(name=_ENDS.get(error.exit_code, "Failed"), message=str(error))

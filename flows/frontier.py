@@ -22,6 +22,7 @@ from tasks.online import train_online
 from tasks.recipe import Recipe
 from tasks.runs import Started
 from tasks.stage import Context, StageResult
+from tasks.stopping import begin_stop
 from tasks.training import train_reward
 from tasks.workspace import disk_errors
 
@@ -190,6 +191,7 @@ def _each(
         try:
             for spec, future in zip(wanted, running, strict=True):
                 yield spec, future.result()
-        except BaseException:
+        except BaseException as error:
+            begin_stop(error)  # where it is a stop, the other threads end their work too; else they finish it
             pool.shutdown(wait=True, cancel_futures=True)
             raise

@@ -1,7 +1,12 @@
-"""The temporary Prefect server of a run that was killed: it does not notice and would go on."""
+"""What a killed run leaves behind: its temporary Prefect server and its trainers would go on.
+
+The guard of a run (`flows.guard`) ends them. Where it was killed too, the next run ends the server, which
+would idle for ever, and the trainers of a job that it starts again (`deploy.launchers.local`).
+"""
 
 import contextlib
 import os
+from collections.abc import Iterable
 
 import psutil
 
@@ -35,6 +40,28 @@ def find_orphans() -> list[psutil.Process]:
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, ValueError):
             owner = process.environ().get(_MARK) if process.info["uids"].real == os.getuid() else None
             if owner and not psutil.pid_exists(int(owner)):
+                found.append(process)
+    return found
+
+
+def end_family(owner: int, but: Iterable[int] = (), grace: float = 15.0) -> None:
+    """End what the run with this number has started: trainers get the time to save, the server needs none."""
+    alive = _family(owner, but)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    psutil.wait_procs(alive, timeout=grace)
+    for process in _family(owner, but):  # looked for again: some may be born since
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def _family(owner: int, but: Iterable[int]) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        # Other users' cannot be read, and are none of ours.
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if process.environ().get(_MARK) == str(owner) and process.pid not in but:
                 found.append(process)
     return found
 

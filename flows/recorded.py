@@ -12,8 +12,9 @@ from tasks.ahead import check_ahead
 from tasks.owner import myself
 from tasks.provenance import command_line
 from tasks.recipe import Recipe
-from tasks.runs import RunRecord, find_run, held, new_run, save_run
+from tasks.runs import KILLED, RunRecord, close_abandoned, find_run, held, new_run, save_run
 from tasks.stage import Context, remember_tracker
+from tasks.stopping import begin_stop, stop_reason
 from tasks.store import Store
 from tasks.tracking import Tracker
 from tasks.workspace import open_workspace
@@ -50,16 +51,23 @@ def _held(
     command: str,
     begun: bool,
 ) -> Report:
-    if begun and record.status == "running":  # and nobody holds it
+    if begun and (record.status == "running" or record.error == KILLED):  # and nobody holds it
         log.warning(
             "run %s had ended without a word: it was killed, or the machine went down (if memory ran out, "
             "lower the batch sizes of the stage it was in); going on with it",
             record.run_id,
         )
     tracker = Tracker(recipe.tracking, workspace)
+    close_abandoned(workspace, tracker)
     # On record before MLflow hears of it: a kill in between leaves a run that can be resumed.
     record = record.model_copy(update={"status": "running", "error": None, "owner": myself()})
     save_run(workspace, record)
+
+    def opened(mlflow_id: str) -> None:
+        nonlocal record
+        record = record.model_copy(update={"mlflow_run_id": mlflow_id})
+        save_run(workspace, record)
+
     try:
         mlflow_id = tracker.start_parent(
             record.run_id,
@@ -68,15 +76,16 @@ def _held(
             begun=begun,
             description=recipe.description,
             tags={"dpo.run": record.run_id, "dpo.command": command},
+            opened=opened,
         )
-        record = record.model_copy(update={"mlflow_run_id": mlflow_id})
-        save_run(workspace, record)
         context = Context(workspace=str(workspace), run_id=record.run_id, mlflow_run_id=mlflow_id)
         remember_tracker(context, tracker)
         Store(workspace).sweep()
         report = run_stages(context, recipe, command)
     except BaseException as error:
-        _ended_badly(workspace, record, tracker, error)
+        begin_stop(error)
+        if tracker.run_id:  # else it never began
+            _ended_badly(workspace, record, tracker, error)
         raise
     tracker.finish_parent("FINISHED")
     save_run(workspace, record.model_copy(update={"status": "done"}))
@@ -86,9 +95,11 @@ def _held(
 def _ended_badly(workspace: Path, record: RunRecord, tracker: Tracker, error: BaseException) -> None:
     status = "refused" if isinstance(error, GateRefused) else "failed"
     reason = hidden(str(error) if isinstance(error, DpoError) else f"{type(error).__name__}: {error}")
+    if stopped := stop_reason():
+        status, reason = "stopped", stopped
     with contextlib.suppress(DpoError):  # a full disk must not hide why the run ended
         save_run(workspace, record.model_copy(update={"status": status, "error": reason}))
     if not tracker.run_id:  # MLflow has not heard of it
         return
     tracker.parent.tag("dpo.error", reason)
-    tracker.finish_parent("FAILED" if isinstance(error, Exception) else "KILLED")
+    tracker.finish_parent("KILLED" if stopped or not isinstance(error, Exception) else "FAILED")

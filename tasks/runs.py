@@ -1,4 +1,9 @@
-"""The record of each run under the workspace: what was asked, where it stands, how to go on with it."""
+"""The record of each run under the workspace: what was asked, where it stands, how to go on with it.
+
+A run that was killed could not write its end: its record reads `running`, and its process is gone. Readers
+see it as `stopped`, and the next run of the workspace, or the killed one's guard, writes that down; see
+`close_abandoned`.
+"""
 
 import json
 import logging
@@ -11,6 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 from pydantic import AwareDatetime, Field, ValidationError
@@ -20,9 +26,12 @@ from dpo_core.errors import RecipeError
 from tasks.owner import Owner
 from tasks.workspace import disk_errors, open_workspace, run_folder, write_whole
 
+if TYPE_CHECKING:
+    from tasks.tracking import Tracker  # else a list of runs would load it
+
 log = logging.getLogger(__name__)
 
-STATUSES = ("running", "done", "failed", "refused")
+STATUSES = ("running", "done", "failed", "refused", "stopped")
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,7 @@ class RunRecord(Config):
     recipe: str
     """Name of the recipe."""
     status: str = "running"
-    """running, done, failed or refused."""
+    """running, done, failed, refused (by the gate) or stopped (by a signal or a kill)."""
     started_at: AwareDatetime
     """First start (UTC)."""
     mlflow_run_id: str | None = None
@@ -65,6 +74,13 @@ class RunRecord(Config):
     def is_abandoned(self) -> bool:
         """Whether its process ended and never came to write the run's end."""
         return self.status == "running" and self.owner is not None and self.owner.is_gone()
+
+    def as_stopped(self) -> "RunRecord":
+        """The record that it would have left."""
+        return self.model_copy(update={"status": "stopped", "error": KILLED})
+
+
+KILLED = "its process was killed"
 
 
 def new_run(workspace: str | Path, recipe_name: str, command: str) -> RunRecord:
@@ -160,18 +176,45 @@ def save_run(workspace: str | Path, record: RunRecord) -> None:
 
 
 def list_runs(workspace: str | Path) -> list[RunRecord]:
-    """All records, newest first; unreadable ones are left out, with a line in the log."""
-    found = []
-    for path in (open_workspace(workspace) / "runs").glob("*/run.json"):
-        try:
-            found.append(RunRecord.model_validate(json.loads(path.read_text())))
-        except (OSError, ValueError, ValidationError):
-            log.warning(
-                "the record %s is damaged and left out; run its recipe without --resume: finished stages are "
-                "not run again",
-                path,
-            )
-    return sorted(found, key=lambda record: (record.number, record.started_at), reverse=True)
+    """All records, newest first, killed runs as stopped; unreadable ones are left out."""
+    return [record.as_stopped() if record.is_abandoned else record for record in read_records(workspace)]
+
+
+def close_abandoned(workspace: str | Path, tracker: "Tracker") -> None:
+    """Write down the end of runs that were killed, in MLflow and in their records.
+
+    One that this MLflow does not know keeps its record: a run with the settings of its own will find it.
+
+    Raises:
+        StageFailed: MLflow does not answer.
+    """
+    for record in read_records(workspace):
+        if not record.is_abandoned:
+            continue
+        with FileLock(run_folder(workspace, record.run_id) / ".closing.lock"):
+            # Looked at again: another may have closed it by now, and even have gone on with it.
+            now = _read(run_folder(workspace, record.run_id) / "run.json")
+            if now and now.is_abandoned and tracker.close_killed(now.mlflow_run_id, KILLED):
+                save_run(workspace, now.as_stopped())
+
+
+def read_records(workspace: str | Path) -> list[RunRecord]:
+    """All records as they were written, newest first; damaged ones are left out, with a line in the log."""
+    found = [_read(path) for path in (open_workspace(workspace) / "runs").glob("*/run.json")]
+    readable = [record for record in found if record is not None]
+    return sorted(readable, key=lambda record: (record.number, record.started_at), reverse=True)
+
+
+def _read(path: Path) -> RunRecord | None:
+    try:
+        return RunRecord.model_validate(json.loads(path.read_text()))
+    except (OSError, ValueError, ValidationError):
+        log.warning(
+            "the record %s is damaged and left out; run its recipe without --resume: finished stages are "
+            "not run again",
+            path,
+        )
+        return None
 
 
 def find_run(workspace: str | Path, wanted: str, recipe_name: str) -> RunRecord:

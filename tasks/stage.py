@@ -25,6 +25,7 @@ from dpo_core.errors import DpoError
 from tasks.courtesy import tell
 from tasks.manifest import PLANNED, Manifest, digest_config, stage_key
 from tasks.needs import note_need
+from tasks.stopping import begin_stop, go_on
 from tasks.store import Store
 from tasks.tracking import Tracker
 from tasks.tracking_run import StageRun, flatten
@@ -95,6 +96,7 @@ class Progress:
 
     def update(self, done: int) -> None:
         """So many of the total are done."""
+        go_on()
         if self._bar:
             self._bar.update(self._task, completed=done)
         if time.monotonic() - self._sent > 3.0:
@@ -336,6 +338,9 @@ def _do(
         fault = disk_fault(error, store.workspace, f"stage {stage.name}")
         if fault:
             raise fault from error
+        raise
+    except BaseException as error:
+        begin_stop(error)
         raise
     finally:
         for bar in given._bars:

@@ -25,12 +25,10 @@ from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import psutil
 from filelock import FileLock, Timeout
 from pydantic import JsonValue, ValidationError
 
 from dpo_core.errors import StageFailed
-from dpo_core.processes import birth
 from tasks.manifest import (
     Manifest,
     digest_config,
@@ -39,6 +37,7 @@ from tasks.manifest import (
     find_damage,
     list_files,
 )
+from tasks.owner import Owner, myself
 from tasks.workspace import disk_errors, open_workspace, remove, sync
 
 log = logging.getLogger(__name__)
@@ -340,7 +339,8 @@ class Store:
     @contextmanager
     def _temporary(self) -> Iterator[Path]:
         """A folder of this process under `store/tmp`, removed at the end whatever happens."""
-        name = f"{socket.gethostname()}+{os.getpid()}+{birth(os.getpid())}+{uuid.uuid4().hex[:8]}"
+        me = myself()
+        name = f"{me.host}+{me.pid}+{me.born}+{uuid.uuid4().hex[:8]}"
         folder = self.root / "tmp" / name
         folder.mkdir(parents=True)
         try:
@@ -384,14 +384,12 @@ def _has_owner(temporary: Path) -> bool:
     """Whether the process that made a folder under `store/tmp` still lives."""
     try:
         host, pid, born, _ = temporary.name.split("+")
-        if host != socket.gethostname():
+        owner = Owner(host=host, pid=int(pid), born=int(born))
+        if not owner.is_here():
             return time.time() - temporary.stat().st_mtime < _FOREIGN_TMP_SECONDS
-        # The time of birth tells a process from a later one that got the same number.
-        return birth(int(pid)) == int(born)
-    except (ValueError, FileNotFoundError, psutil.NoSuchProcess):
+        return not owner.is_gone()
+    except (ValueError, FileNotFoundError):
         return False
-    except psutil.AccessDenied:
-        return True
 
 
 def _holder_of(path: Path) -> str:

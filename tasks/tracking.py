@@ -100,6 +100,7 @@ class Tracker:
         begun: bool = False,
         description: str = "",
         tags: Mapping[str, str] | None = None,
+        opened: Callable[[str], None] = lambda run_id: None,
     ) -> str:
         """Open the run of a whole alignment, or go on with `run_id`; returns its id.
 
@@ -109,6 +110,7 @@ class Tracker:
             begun: without a `run_id`, go on with the one that has the same tag `dpo.run`: a process may have
                 opened it and been killed before it could note the id.
             description: Markdown for the run's page.
+            opened: given the id as soon as there is one, before anything else is sent.
 
         Raises:
             StageFailed: MLflow does not answer.
@@ -141,6 +143,7 @@ class Tracker:
         self.run_id, self.experiment_id = info.run_id, info.experiment_id
         self.parent = TrackedRun(self._client, self._outbox, self.run_id, info.start_time)
         self._outbox.folder = self.workspace / FOLDER / self.run_id
+        opened(self.run_id)
         self.parent.text(
             yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True), "config/recipe.yaml"
         )
@@ -190,6 +193,29 @@ class Tracker:
                 self._outbox.put(Write(facts["what"], run, facts["call"], facts["given"]))
             if self._outbox.drain():
                 forget(folder)
+
+    def close_killed(self, run_id: str | None, reason: str) -> bool:
+        """End a killed run and those below it that still say RUNNING as KILLED; whether it is known here.
+
+        Raises:
+            StageFailed: MLflow does not answer.
+        """
+
+        def close(client: Any) -> None:
+            query = f"tags.`mlflow.parentRunId` = '{run_id}' and attributes.status = 'RUNNING'"
+            parent = client.get_run(run_id)
+            left = [parent] if parent.info.status == "RUNNING" else []
+            for run in [*client.search_runs([parent.info.experiment_id], query), *left]:
+                client.set_tag(run.info.run_id, "dpo.error", reason)
+                client.set_terminated(run.info.run_id, "KILLED")
+
+        if run_id is None:
+            return True
+        try:
+            self.ask(f"run {run_id}", close)
+        except RecipeError:
+            return False
+        return True
 
     @contextmanager
     def child(

@@ -21,6 +21,7 @@ from dpo_core.sft import SftConfig
 from dpo_core.tokens import TokenConfig
 from tasks.manifest import Manifest, digest_file
 from tasks.stage import Context, Output, Progress, Stage, StageResult, Work, run_stage, stage_task
+from tasks.stopping import begin_stop, go_on
 from tasks.unpaired import kind_of, taken_apart
 from tasks.workspace import disk_fault
 
@@ -315,6 +316,7 @@ def _watch(given: Work, launcher: Launcher, path: Path, processes: int, bar: Pro
     handle = launcher.submit(path, processes, given.scratch)
     try:
         while True:
+            go_on()
             state = launcher.poll(handle)
             offset = given.mlflow.metrics_from_jsonl(curve, offset)
             if curve.exists():
@@ -323,6 +325,9 @@ def _watch(given: Work, launcher: Launcher, path: Path, processes: int, bar: Pro
                 break
             time.sleep(launcher.pause)
         why = launcher.why(handle) if state is State.FAILED else ""
+    except BaseException as error:
+        begin_stop(error)
+        raise
     finally:
         launcher.cancel(handle)
         given.mlflow.artifact(given.scratch / "train.log", "logs")

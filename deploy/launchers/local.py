@@ -5,6 +5,8 @@ import re
 import shlex
 import signal
 import subprocess
+import threading
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from deploy.launchers import torchrun
 from deploy.launchers.base import LOG, State, clear, ended, tail
 
 MODULE = torchrun.MODULE
+hurry = threading.Event()
+"""While it is set, jobs that are cancelled are given no time to save."""
 
 
 class LocalLauncher:
@@ -72,7 +76,7 @@ class LocalLauncher:
             return "out of memory: the kernel killed a process of it"
         return "a process of it was killed (SIGKILL), and the kernel does not say that it was for memory"
 
-    def cancel(self, handle: str, grace: float = 25.0) -> None:
+    def cancel(self, handle: str, grace: float = 20.0) -> None:
         process, job, _ = self._jobs[handle]
         _end(job, grace)
         process.wait()
@@ -95,8 +99,8 @@ def _kills_for_memory() -> int:
     return 0
 
 
-def _processes_of(job: Path) -> list[psutil.Process]:
-    """torchrun and the ranks of a job, told by their command lines, and their children; torchrun first.
+def _torchrun_and_ranks(job: Path) -> list[psutil.Process]:
+    """The processes of a job, told by their command lines; torchrun first.
 
     Not by parenthood alone: torchrun gives each rank a session of its own, so that ranks outlive a torchrun
     that was killed and then hang below process 1.
@@ -106,8 +110,7 @@ def _processes_of(job: Path) -> list[psutil.Process]:
         for process in psutil.process_iter(["cmdline", "create_time"])
         if {MODULE, str(job)} <= set(process.info["cmdline"] or ())
     ]
-    named.sort(key=lambda process: process.info["create_time"])
-    return _with_children(named)
+    return sorted(named, key=lambda process: process.info["create_time"])
 
 
 def _with_children(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
@@ -120,12 +123,17 @@ def _with_children(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
 
 
 def _end(job: Path, grace: float) -> None:
-    """SIGTERM to the first, which hands it on; SIGKILL to whoever lives after the grace time."""
-    processes = _processes_of(job)
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for process in processes[:1]:
+    """SIGTERM to torchrun and its ranks; SIGKILL to whoever lives after the grace time."""
+    named = _torchrun_and_ranks(job)
+    alive = _with_children(named)
+    for process in named:
+        # To each: a torchrun that a signal to the flow's group has reached before breaks off what it is doing
+        # at a second one, and might not have told its ranks yet.
+        with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
-    _, alive = psutil.wait_procs(processes, timeout=grace)
+    deadline = time.monotonic() + grace
+    while alive and time.monotonic() < deadline and not hurry.is_set():
+        _, alive = psutil.wait_procs(alive, timeout=min(0.2, grace))
     alive = _freeze(alive)
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):

@@ -14,7 +14,7 @@ from dpo_core.errors import DpoError
 from tasks.doctor.finding import Finding, failure, ok, skipped, warning
 from tasks.manifest import Manifest
 from tasks.needs import read_needs
-from tasks.runs import RunRecord, list_runs
+from tasks.runs import RunRecord, list_runs, read_records
 from tasks.store import Store
 from tasks.workspace import require_writable
 
@@ -102,7 +102,7 @@ def _newest_bytes(store: Store) -> int:
 
 def stuck_runs(place: Path) -> Iterator[Finding]:
     """No run is recorded as running whose process is gone."""
-    running = [record for record in list_runs(place) if record.status == "running"]
+    running = [record for record in read_records(place) if record.status == "running"]
     stuck = 0
     for record in running:
         if why := _stuck(place, record):

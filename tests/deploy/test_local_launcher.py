@@ -4,6 +4,7 @@ import os
 import shlex
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -166,6 +167,32 @@ def test_nothing_of_a_stubborn_job_survives_the_grace_time(launcher: LocalLaunch
     assert time.monotonic() - start < 10
     assert not left_over(tmp_path)
     assert launcher.poll(handle) is State.FAILED
+
+
+def test_whoever_is_in_a_hurry_does_not_wait_for_the_grace_time(
+    launcher: LocalLauncher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hurry = threading.Event()
+    monkeypatch.setattr(local, "hurry", hurry)
+    job = make_job(tmp_path, "stubborn")
+    handle = launcher.submit(job, 1, job.parent)
+    wait_until(lambda: started(job), "a rank")
+    start = time.monotonic()
+    threading.Timer(0.5, hurry.set).start()
+    launcher.cancel(handle, grace=60)
+    assert time.monotonic() - start < 20
+    assert not left_over(tmp_path)
+
+
+def test_ranks_are_told_even_if_torchrun_does_not_tell_them(launcher: LocalLauncher, tmp_path: Path) -> None:
+    """As when a second signal breaks off the orderly end that a first one began."""
+    job = make_job(tmp_path, "polite")
+    handle = launcher.submit(job, 1, job.parent)
+    wait_until(lambda: started(job), "a rank")
+    psutil.Process(int(handle)).suspend()
+    launcher.cancel(handle, grace=2)
+    assert (job.parent / "stopped").exists()
+    assert not left_over(tmp_path)
 
 
 def test_children_born_while_a_job_is_ended_are_ended_too(launcher: LocalLauncher, tmp_path: Path) -> None:

@@ -58,7 +58,8 @@ def _process_group() -> Iterator[None]:
 
 @pytest.fixture
 def alone(_process_group: None) -> Iterator[None]:
-    """Trainers may be built in this process; the signal handler that they install is taken off again."""
-    handler = signal.getsignal(signal.SIGTERM)
+    """Trainers may be built in this process; the signal handlers that they install are taken off again."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     yield
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -375,8 +375,11 @@ def test_a_parameter_that_the_objective_does_not_read_is_an_error() -> None:
         DpoConfig(parameters={"gamma": 1.0})
 
 
-def test_a_signal_handler_is_set_while_training(alone: None, tiny: Path, tmp_path: Path) -> None:
-    """The test process sends SIGTERM to itself in the middle of its own run."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_saves_the_step_at_hand(
+    alone: None, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """The test process sends itself in the middle of its own run what torchrun hands on to its ranks."""
     from dpo_core.engine import Stopped
     from dpo_core.jobs import build
 
@@ -384,6 +387,8 @@ def test_a_signal_handler_is_set_while_training(alone: None, tiny: Path, tmp_pat
         {"id": "a", "prompt": "The soup", "chat": False, "completion": " was good", "ended": True},
         {"id": "b", "prompt": "The film", "chat": False, "completion": " was long", "ended": True},
     ]
+    for name, value in {"TORCHELASTIC_RUN_ID": "test", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
     settings = loop(batch_size=2, max_steps=9)
     job = write_job(tmp_path, "sft", tiny, rows, sft=settings)
     trainer, _ = build(train.Job.model_validate(json.loads(job.read_text())))
@@ -391,7 +396,7 @@ def test_a_signal_handler_is_set_while_training(alone: None, tiny: Path, tmp_pat
 
     def losses(batch: Any) -> Any:
         if len(curve(tmp_path)) == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return plain(batch)
 
     trainer.losses = losses

@@ -1,122 +1,26 @@
 """What `dpo deploy` leaves to a real server and worker: runs by the clock and by events, and who is told."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.request import Request, urlopen
 
 import psutil
 import pytest
 import yaml
 
-from tests.bad_inputs import World, good_rows, lines
-from tests.tasks.tracked import free_port
-from tests.tiny import make_tiny_model
+from tests.bad_inputs import good_rows, lines
+from tests.prefect_site import REPO, Site, until
 
 pytestmark = pytest.mark.slow
 
-REPO = Path(__file__).resolve().parents[2]
 SECRET = "canary-7f3e"
 SOON = timedelta(seconds=75)  # deploying and pausing take a third of it
-
-
-class Site:
-    """A Prefect server with a worker of its pool, a folder to work in, and a receiver of webhooks."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.home = folder / "home"
-        self.elsewhere = folder / "elsewhere"
-        for made in (self.home, self.elsewhere):
-            made.mkdir()
-        self.world = World(self.home, make_tiny_model(folder / "model"))
-        (self.home / "good.jsonl").write_text(lines(good_rows()))
-        self.recipe = self.home / "tiny.yaml"
-        self.recipe.write_text(yaml.safe_dump(self.world.recipe_of(workspace="./runs")))
-        self.api = f"http://127.0.0.1:{free_port()}/api"
-        self.told: list[dict[str, Any]] = []
-        self.running: list[subprocess.Popen[bytes]] = []
-
-    def environment(self) -> dict[str, str]:
-        return os.environ | {
-            "PREFECT_HOME": str(self.folder / "prefect"),
-            "PREFECT_API_URL": self.api,
-            # A worker's runs are to find the package whatever folder they start in.
-            "PYTHONPATH": str(REPO),
-            "DPO_HOME": str(self.home),
-            "MLFLOW_TRACKING_URI": "",
-            "CUDA_VISIBLE_DEVICES": "",
-            "OMP_NUM_THREADS": "1",
-            "PREFECT_WORKER_QUERY_SECONDS": "1",
-            "PREFECT_SERVER_SERVICES_LATE_RUNS_AFTER_SECONDS": "15",
-        }
-
-    def start(self, *arguments: str) -> None:
-        with (self.folder / f"{arguments[1]}-{arguments[0]}.log").open("wb") as log:
-            command = [sys.executable, "-m", "prefect", *arguments]
-            self.running.append(
-                subprocess.Popen(
-                    command,
-                    cwd=self.elsewhere,
-                    env=self.environment(),
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                )
-            )
-
-    def dpo(self, *arguments: str, **more: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "flows.cli", *arguments],
-            cwd=self.elsewhere,
-            env=self.environment() | more,
-            capture_output=True,
-            text=True,
-            timeout=300,  # a server on SQLite that is busy answers 503, and the client waits and asks again
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    def ask(self, path: str, body: Any = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        asked = Request(self.api + path, data, {"Content-Type": "application/json"})
-        with urlopen(asked, timeout=30) as answer:
-            return json.loads(answer.read() or b"null")
-
-    def runs(self, deployment: str) -> list[dict[str, Any]]:
-        query = {"deployments": {"name": {"any_": [deployment]}}, "sort": "EXPECTED_START_TIME_ASC"}
-        return self.ask("/flow_runs/filter", query)
-
-    def ended(self, deployment: str, number: int = 1) -> dict[str, Any]:
-        """The deployment's run of that number (1: the first), once it has ended."""
-
-        def found() -> Any:
-            finished = [
-                run
-                for run in self.runs(deployment)
-                if run["state_type"] in ("COMPLETED", "FAILED", "CRASHED")
-            ]
-            return finished[number - 1] if len(finished) >= number else None
-
-        return until(found, 240)
-
-
-def until(found: Callable[[], Any], patience: float) -> Any:
-    deadline = time.monotonic() + patience
-    while not (got := found()):
-        assert time.monotonic() < deadline, f"waited {patience} s"
-        time.sleep(0.5)
-    return got
 
 
 @pytest.fixture(scope="module")
@@ -137,33 +41,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     threading.Thread(target=receiver.serve_forever, daemon=True).start()
     site.hook = f"http://127.0.0.1:{receiver.server_port}/{SECRET}"
     try:
-        site.start("server", "start", "--host", "127.0.0.1", "--port", site.api.split(":")[2].split("/")[0])
-        until(lambda: _answers(site), 120)
-        site.ask("/work_pools/", {"name": "dpo", "type": "process"})
-        site.start("worker", "start", "--pool", "dpo", "--name", "one")
+        site.open()
         yield site
     finally:
         receiver.shutdown()
         receiver.server_close()
-        family = [child for one in site.running for child in psutil.Process(one.pid).children(recursive=True)]
-        for one in reversed(site.running):
-            one.send_signal(signal.SIGTERM)
-        for one in site.running:
-            try:
-                one.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(one.pid, signal.SIGKILL)
-                one.wait(10)
-        _, alive = psutil.wait_procs(family, timeout=15)
-        for process in alive:
-            process.kill()
-
-
-def _answers(site: Site) -> bool:
-    try:
-        return bool(site.ask("/health"))
-    except OSError:
-        return False
+        site.close()
 
 
 def file_of(site: Site, anchor: datetime) -> dict[str, Any]:

@@ -1,0 +1,135 @@
+"""The guard of a run: a small process that outlives it, to clean up where the run itself cannot any more.
+
+A run that gets SIGKILL, from a person or for the memory it took, cannot end its trainers or write how it
+ended. Nor does a run that a Prefect worker has started notice that its worker is gone: it would go on unseen,
+and no button would stop it. The guard sees both. It is in a session of its own, where no signal to the run
+reaches it.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from flows.orphans import end_family, mark_own
+
+_LOOK = 0.5
+_GRACE = 20.0
+"""Seconds that a run without its worker has to save and to end."""
+_LONGEST = 28
+"""Seconds that the guard outlives its run."""
+
+
+@contextmanager
+def guarded(workspace: str | Path, tracking: Any) -> Iterator[None]:
+    """Within it this process is the run, and has a guard.
+
+    Args:
+        tracking: the recipe's `TrackingConfig`.
+    """
+    mark_own()
+    command = [sys.executable, "-m", "flows.guard", str(os.getpid())]
+    quiet = subprocess.DEVNULL
+    guard = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True
+    )
+    assert guard.stdin
+    # Not by its command line, which everybody on the machine can read: an address may hold a password.
+    told = {"workspace": str(Path(workspace).absolute()), "tracking": tracking.model_dump(mode="json")}
+    with suppress(BrokenPipeError), guard.stdin:
+        guard.stdin.write(json.dumps(told).encode())
+    try:
+        yield
+    except Exception:
+        _dismiss(guard)
+        raise
+    # After a signal it stays, until this process has ended.
+    _dismiss(guard)
+
+
+def _dismiss(guard: subprocess.Popen[bytes]) -> None:
+    guard.kill()
+    guard.wait()
+
+
+def main() -> None:
+    """Wait for the run's end, then clean up."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a service manager tells every process of a unit
+    number, told = int(sys.argv[1]), {}
+    with suppress(ValueError, psutil.NoSuchProcess):  # it may be gone before the guard is there
+        told = json.load(sys.stdin)
+        run = psutil.Process(number)
+        _watch(run, worker_of(run))
+    signal.alarm(_LONGEST)  # what is not done by then is left to the next run
+    # While the trainers save: MLflow takes seconds to import.
+    closing = threading.Thread(target=_close_records, args=[told, number])
+    closing.start()
+    end_family(number, but=[os.getpid()])
+    closing.join()
+
+
+def worker_of(run: psutil.Process) -> psutil.Process | None:
+    """The Prefect worker that has started a run; None where a person has."""
+    if "PREFECT__FLOW_RUN_ID" not in os.environ:
+        return None
+    with suppress(psutil.AccessDenied):
+        return next((parent for parent in run.parents() if _is_prefect(parent)), None)
+    return None
+
+
+def _is_prefect(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+        return any(Path(word).name.split(".")[0] == "prefect" for word in process.cmdline()[:3])
+    return False
+
+
+def _watch(run: psutil.Process, worker: psutil.Process | None) -> None:
+    """Return when the run is gone. One without its worker is told to end, and then made to."""
+    alone: float | None = None
+    while _lives(run):
+        if worker and alone is None and not _lives(worker):
+            alone = time.monotonic()
+            run.terminate()
+        if alone is not None and time.monotonic() - alone > _GRACE:
+            run.kill()
+        time.sleep(_LOOK)
+
+
+def _lives(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _left_running(workspace: Path, number: int) -> bool:
+    """Whether the run did not come to write its end."""
+    for path in (workspace / "runs").glob("*/run.json"):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            record = json.loads(path.read_text())
+            if record["status"] == "running" and record["owner"]["pid"] == number:
+                return True
+    return False
+
+
+def _close_records(told: dict[str, Any], number: int) -> None:
+    """Let the record and MLflow say that the run was killed, where it did not come to say how it ended."""
+    if not told or not _left_running(Path(told["workspace"]), number):
+        return
+    from tasks.runs import close_abandoned
+    from tasks.tracking import Tracker, TrackingConfig
+
+    tracker = Tracker(TrackingConfig.model_validate(told["tracking"]), told["workspace"])
+    close_abandoned(told["workspace"], tracker)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""How a run that is told to stop comes to its end, and in time.
+
+The first signal raises in the main thread: KeyboardInterrupt, `Terminated`, or Prefect's TerminationSignal.
+On its way out it passes what has to be brought to an end: a job saves its state, MLflow and the record of the
+run are told. None of that may be cut short: from `begin_stop` on signals raise no more, and work in other
+threads ends at its next sign of progress.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
+
+from prefect.exceptions import TerminationSignal
+
+from deploy.launchers import local
+
+LIMIT = 25.0
+"""Seconds from the signal to the end, whatever hangs; a temporary server may take 5 more."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Terminated(SystemExit):
+    """SIGTERM or SIGHUP came; the exit status is the one that shells know."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.signal = number
+
+
+class WorkStopped(BaseException):
+    """The run is being stopped, and this thread's work with it."""
+
+
+_STOPS = (KeyboardInterrupt, SystemExit, TerminationSignal, WorkStopped)
+
+
+class _Stop:
+    """The stop of this process."""
+
+    def __init__(self) -> None:
+        self.begun = threading.Event()
+        self.reason = ""
+        self.timer: threading.Timer | None = None
+
+
+_stop = _Stop()
+
+
+def stop_reason() -> str | None:
+    """Why this run is being stopped; None while it is not."""
+    return _stop.reason if _stop.begun.is_set() else None
+
+
+def begin_stop(error: BaseException) -> None:
+    """Where the error is that of a signal: let nothing disturb the run's end any more, nor let it last.
+
+    What comes up on the way is a consequence: a console whose reader, the worker, is gone raises SystemExit.
+    """
+    if _stop.begun.is_set() or not isinstance(error, _STOPS):
+        return
+    number = int(getattr(error, "signal", None) or signal.SIGINT)
+    _stop.reason = f"stopped by {signal.Signals(number).name}"
+    if isinstance(error, SystemExit) and not isinstance(error, Terminated):
+        _stop.reason = f"stopped by {error!r}"
+    _stop.begun.set()
+    _stop.timer = threading.Timer(LIMIT, os._exit, [128 + number])
+    _stop.timer.daemon = True
+    _stop.timer.start()
+    if threading.current_thread() is threading.main_thread():
+        for number in _SIGNALS:
+            signal.signal(number, _again)
+
+
+def go_on() -> None:
+    """Raise in a thread that works for a run which is being stopped; the main thread has its own signal."""
+    if _stop.begun.is_set() and threading.current_thread() is not threading.main_thread():
+        raise WorkStopped
+
+
+def _again(number: int, frame: FrameType | None) -> None:
+    # Who presses Ctrl-C twice does not want to wait until the step at hand is saved.
+    if number == signal.SIGINT:
+        local.hurry.set()
+
+
+def _first(number: int, frame: FrameType | None) -> NoReturn:
+    error = KeyboardInterrupt() if number == signal.SIGINT else Terminated(number)
+    begin_stop(error)
+    raise error
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Within it SIGINT, SIGTERM and SIGHUP stop the run of a command in good order."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    # Who ignores SIGHUP (nohup) means it.
+    heard = [number for number in _SIGNALS if before[number] is not signal.SIG_IGN]
+    for number in heard:
+        signal.signal(number, _first)
+    try:
+        yield
+    finally:
+        for number in _SIGNALS:
+            signal.signal(number, before[number])
+        if _stop.timer:
+            _stop.timer.cancel()
+        _stop.begun.clear()
+        local.hurry.clear()

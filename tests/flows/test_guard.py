@@ -1,0 +1,91 @@
+"""The guard of a run: what a killed run has started ends, and a run whose worker is gone is told to end."""
+
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.faults.runs import MARK, Family
+
+REPO = Path(__file__).resolve().parents[2]
+RUN = """
+import subprocess, sys, time
+from pathlib import Path
+from flows.guard import guarded
+from tasks.tracking import TrackingConfig
+place = Path(sys.argv[1])
+with guarded(place / "runs", TrackingConfig()):
+    # In a session of its own, as torchrun starts its ranks.
+    sleeper = [sys.executable, "-c", "import time; time.sleep(300)"]
+    subprocess.Popen(sleeper, start_new_session=True)
+    time.sleep(1)  # the guard is at work
+    (place / "ready").touch()
+    {then}
+"""
+WORKER = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])"
+
+
+@pytest.fixture
+def family() -> Iterator[Family]:
+    family = Family(uuid.uuid4().hex)
+    yield family
+    family.end()
+
+
+def start(tmp_path: Path, family: Family, then: str, *, worker: bool = False) -> subprocess.Popen[bytes]:
+    run, prefect = tmp_path / "run.py", tmp_path / "prefect"
+    run.write_text(RUN.format(then=then))
+    prefect.write_text(WORKER)
+    command = [sys.executable, *([str(prefect)] if worker else []), str(run), str(tmp_path)]
+    environment = os.environ | {MARK: family.mark, "PYTHONPATH": str(REPO)}
+    environment.pop("PREFECT__FLOW_RUN_ID", None)
+    if worker:
+        environment["PREFECT__FLOW_RUN_ID"] = str(uuid.uuid4())
+    process = subprocess.Popen(command, env=environment)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "ready").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return process
+
+
+def test_what_a_killed_run_has_started_ends(tmp_path: Path, family: Family) -> None:
+    run = start(tmp_path, family, "time.sleep(300)")
+    assert len(family.alive()) == 3, "the run, what it started, and the guard"
+    run.kill()
+    run.wait()
+    assert family.gone_after() < 15
+
+
+def test_a_run_without_its_worker_is_told_to_end(tmp_path: Path, family: Family) -> None:
+    worker = start(tmp_path, family, "time.sleep(300)", worker=True)
+    assert len(family.alive()) == 4
+    worker.kill()
+    worker.wait()
+    assert family.gone_after() < 15
+
+
+def test_a_run_that_a_person_started_outlives_its_shell(tmp_path: Path, family: Family) -> None:
+    shell = subprocess.Popen(
+        ["bash", "-c", f"{sys.executable} -c 'import time; time.sleep(300)' & wait"],
+        env=os.environ | {MARK: family.mark},
+        start_new_session=True,
+    )
+    from flows.guard import worker_of
+
+    assert worker_of(psutil.Process(shell.pid)) is None
+    shell.kill()
+    shell.wait()
+
+
+def test_after_a_good_end_there_is_no_guard(tmp_path: Path, family: Family) -> None:
+    run = start(tmp_path, family, "pass")
+    assert run.wait(timeout=30) == 0
+    (left,) = family.alive()
+    assert "time.sleep(300)" in " ".join(left.cmdline()), "and what the run lets live, lives"

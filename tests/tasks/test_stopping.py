@@ -1,0 +1,128 @@
+"""What a signal does to a run: it raises once, what follows is not disturbed, and there is an end."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from prefect.exceptions import TerminationSignal
+
+from deploy.launchers import local
+from tasks.stopping import Terminated, WorkStopped, begin_stop, go_on, stop_reason, stoppable
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def soon() -> Iterator[threading.Timer]:
+    """SIGINT to this process."""
+    timer = threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGINT])
+    yield timer
+    timer.cancel()
+
+
+def wait(seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
+)
+def test_a_second_signal_does_not_disturb_the_end(number: signal.Signals, kind: type[BaseException]) -> None:
+    cleaned = []
+    with pytest.raises(kind), stoppable():  # noqa: PT012
+        try:
+            os.kill(os.getpid(), number)
+            wait()
+        finally:
+            for again in (signal.SIGTERM, signal.SIGINT):
+                assert not local.hurry.is_set()
+                os.kill(os.getpid(), again)
+                wait(0.05)
+            assert local.hurry.is_set(), "after a Ctrl-C more, jobs get no time to save"
+            cleaned.append("all of it")
+    assert cleaned
+    assert not local.hurry.is_set()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_work_in_threads_ends_with_the_run(soon: threading.Timer) -> None:
+    from flows.frontier import _each
+
+    ended = []
+
+    def work(spec: int) -> dict[str, int]:
+        try:
+            while True:
+                go_on()
+                time.sleep(0.01)
+        except WorkStopped:
+            ended.append(spec)
+            raise
+
+    start = time.monotonic()
+    soon.start()
+    with pytest.raises(KeyboardInterrupt), stoppable():
+        list(_each(2, work, [1, 2, 3, 4]))  # type: ignore[arg-type,list-item]
+    assert time.monotonic() - start < 10
+    assert sorted(ended) == [1, 2], "two were at work, and no other was begun"
+    go_on()  # over: another run of this process may begin
+
+
+def test_what_hangs_is_ended_when_time_is_up() -> None:
+    code = (
+        "import time; from tasks import stopping\nstopping.LIMIT = 0.3\n"
+        "with stopping.stoppable():\n"
+        "    try:\n        print(flush=True); time.sleep(60)\n"
+        "    finally:\n        time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE)
+    assert process.stdout
+    process.stdout.readline()
+    process.terminate()
+    assert process.wait(timeout=20) == 143
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (KeyboardInterrupt(), "stopped by SIGINT"),
+        (Terminated(signal.SIGHUP), "stopped by SIGHUP"),
+        (TerminationSignal(signal=signal.SIGTERM), "stopped by SIGTERM"),
+        (SystemExit(1), "stopped by SystemExit(1)"),
+        (RuntimeError("a failure"), None),
+    ],
+)
+def test_the_first_error_is_the_reason(error: BaseException, reason: str | None) -> None:
+    with stoppable():
+        begin_stop(error)
+        assert stop_reason() == reason
+        if reason:
+            begin_stop(SystemExit(1))
+            assert stop_reason() == reason, "what follows is a consequence"
+    assert stop_reason() is None
+
+
+def test_prefects_handler_gives_way_once_the_stop_has_begun() -> None:
+    """Under a worker it is Prefect that turns SIGTERM into an error."""
+
+    def prefects(number: int, frame: object) -> None:
+        raise TerminationSignal(signal=number)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with stoppable():
+        signal.signal(signal.SIGTERM, prefects)
+        with pytest.raises(TerminationSignal):  # noqa: PT012
+            os.kill(os.getpid(), signal.SIGTERM)
+            wait()
+        begin_stop(TerminationSignal(signal=signal.SIGTERM))
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait(0.05)
+    assert signal.getsignal(signal.SIGTERM) is before
