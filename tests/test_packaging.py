@@ -28,6 +28,7 @@ def test_the_wheel_holds_the_rooms_and_nothing_else(wheel: Path) -> None:
     assert top == {"dpo_core", "expectations", "tasks", "flows", "deploy"}
     assert (wheel / "flows" / "recipes" / "demo.yaml").is_file()
     assert (wheel / "deploy" / "prefect.yaml").is_file()
+    assert (wheel / "deploy" / "work_pools" / "kubernetes.json").is_file()
     assert list((wheel / "tasks" / "templates").iterdir())
     assert not (wheel / "flows" / "docs").exists(), "pictures of the README stay out"
 

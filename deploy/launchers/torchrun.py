@@ -62,9 +62,10 @@ def command(
         processes: ranks on each node.
         rendezvous: where the nodes meet; None for one node.
     """
-    # Alone, torchrun has its store at hand and cannot be cut off from it.
+    # Alone, torchrun has its store at hand and cannot be cut off from it. By its address: a container may not
+    # know the machine's name, and torchrun would ask for it without end.
     starter = "dpo_core.agent" if rendezvous else "torch.distributed.run"
-    meeting = rendezvous.arguments() if rendezvous else ["--standalone"]
+    meeting = rendezvous.arguments() if rendezvous else ["--standalone", "--local-addr=127.0.0.1"]
     start = [sys.executable, "-m", starter, *meeting, f"--nproc-per-node={processes}"]
     return [*start, "-m", module, "--config", str(job)]
 
