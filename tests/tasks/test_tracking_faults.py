@@ -2,6 +2,7 @@
 
 import contextlib
 import sqlite3
+import subprocess
 import time
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from tasks.store import Store
 from tasks.tracking import Tracker, TrackingConfig
 from tests.tasks.stored import CONFIG, KEY, python, write
 from tests.tasks.tracked import RECIPE, children, client, lines, points
-from tests.training_jobs import wait_until
 
 MAKE = """
 import sys
@@ -24,15 +24,14 @@ make_database(sys.argv[1])
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One database for the module, made where a process was killed while it made it."""
+    """One database for the module, made by two at once where a third was killed while it made it."""
     folder = tmp_path_factory.mktemp("workspace")
-    maker = python(MAKE, f"sqlite:///{folder / 'mlflow.db'}")
-    half = folder / ".mlflow.db.new"
-    wait_until(lambda: half.exists() and half.stat().st_size > 0, "the first tables")
-    maker.kill()
-    maker.communicate()
-    assert half.exists()
-    assert not (folder / "mlflow.db").exists()
+    for left in (".mlflow.db.new", ".mlflow.db.new-journal"):
+        (folder / left).write_bytes(b"SQLite format 3")
+    makers = [python(MAKE, f"sqlite:///{folder / 'mlflow.db'}", stderr=subprocess.PIPE) for _ in range(2)]
+    said = [maker.communicate()[1] for maker in makers]
+    assert [maker.returncode for maker in makers] == [0, 0], said
+    assert "".join(said).count("Creating initial MLflow database tables") == 1
     return folder
 
 
@@ -58,7 +57,11 @@ def stored(workspace: Path) -> Manifest:
     return store.commit("train", KEY, folder, kind="model", stage_version=1, config_digest=CONFIG)
 
 
-def test_a_database_that_was_half_made_is_made_anew(tracker: Tracker, workspace: Path) -> None:
+def test_a_database_is_made_by_one_of_two_and_nothing_half_made_is_left(
+    tracker: Tracker, workspace: Path
+) -> None:
+    with contextlib.closing(sqlite3.connect(workspace / "mlflow.db")) as database:
+        assert database.execute("pragma integrity_check").fetchall() == [("ok",)]
     assert client(tracker).get_run(tracker.run_id).info.status == "RUNNING"
     assert not list(workspace.glob(".mlflow.db.new*"))
 
