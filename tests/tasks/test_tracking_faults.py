@@ -22,6 +22,16 @@ make_database(sys.argv[1])
 """
 
 
+HOLD = """
+import sqlite3, sys, time
+database = sqlite3.connect(sys.argv[1])
+database.execute("begin exclusive")
+print("held", flush=True)
+time.sleep(8)  # SQLite's own patience is 5 s
+database.rollback()
+"""
+
+
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One database for the module, made by two at once where a third was killed while it made it."""
@@ -130,3 +140,12 @@ def test_a_database_that_others_write_to_is_waited_for(tracker: Tracker, workspa
         for _ in range(8):  # more often than a write that can never be taken is tried
             assert not tracker._outbox.attempt("a write", write_now, force=True)
     assert tracker._outbox.attempt("a write", write_now, force=True)
+
+
+def test_a_database_that_is_held_when_a_run_starts_is_waited_for(workspace: Path) -> None:
+    """As by a process that was stopped in the middle of a write: not even readers are answered."""
+    holder = python(HOLD, workspace / "mlflow.db")
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    assert opened(workspace, "patient").run_id
+    assert holder.wait() == 0
