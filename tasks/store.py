@@ -203,7 +203,8 @@ class Store:
                 except Timeout:
                     patience = _WAIT_LINE_SECONDS
                     who = _holder_of(holder)
-                    log.info("stage %s (key %s) is being done by %s; waiting", stage, key[:16], who)
+                    told = logging.getLogger("dpo")  # what the run says of itself, on the terminal
+                    told.info("stage %s (key %s) is being done by %s; waiting", stage, key[:16], who)
             with suppress(OSError):  # only a courtesy to those who wait
                 started = time.strftime("%Y-%m-%d %H:%M:%S")
                 holder.write_text(f"process {os.getpid()} on {socket.gethostname()} since {started}")

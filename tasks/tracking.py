@@ -396,9 +396,27 @@ class Tracker:
                 f"the tracking database's folder {error.filename} cannot be written: {error.strerror}",
                 "Make it writable, or set tracking.uri.",
             ) from error
-        client = MlflowClient(self.uri, os.environ.get("MLFLOW_REGISTRY_URI") or self.uri)
+        client = self._unlocked(
+            lambda: MlflowClient(self.uri, os.environ.get("MLFLOW_REGISTRY_URI") or self.uri)
+        )
         self._outbox = Outbox(self.uri, lambda: client.search_experiments(max_results=1))
         self._client = client
+
+    def _unlocked(self, opened: Callable[[], T]) -> T:
+        """MLflow reads a SQLite file when it opens it, which another process may hold for a while."""
+        deadline = time.monotonic() + _START_PATIENCE
+        while True:
+            try:
+                return opened()
+            except Exception as error:
+                if "database is locked" not in str(error):
+                    raise
+                if time.monotonic() > deadline:
+                    raise StageFailed(
+                        f"the tracking database {self.uri} is locked by another process",
+                        "Look for a run, or another program, that hangs on it; then resume the run.",
+                    ) from error
+                time.sleep(0.5)
 
     def _experiment(self, name: str) -> str:
         found = self._client.get_experiment_by_name(name)

@@ -1,7 +1,7 @@
-"""MLflow's SQLite database: made whole or not at all.
+"""MLflow's SQLite database: made once, and there only when it is whole.
 
-MLflow makes its tables in the file that it is given, over seconds. Killed in between, or with a second
-process doing the same, it leaves tables that no later start gets on with.
+MLflow makes its tables in the file that it is given, over seconds. Of two processes that do so at once one
+fails, for a table that it was about to make is there already.
 """
 
 import os

@@ -113,7 +113,9 @@ RIVAL = """
 import sys, time, logging
 from pathlib import Path
 from tasks.store import Store
-logging.basicConfig(level="INFO", stream=sys.stdout, format="%(message)s")
+# As the command line shows it: of `dpo` what it tells, of the rooms only warnings.
+logging.basicConfig(level="WARNING", stream=sys.stdout, format="%(message)s")
+logging.getLogger("dpo").setLevel("INFO")
 store, key, locked, seed = Store(sys.argv[1]), sys.argv[2], sys.argv[3] == "lock", sys.argv[4]
 facts = dict(kind="model", stage_version=1, config_digest="c" * 64)
 print("ready", flush=True)

@@ -1,7 +1,9 @@
 """Tracking when processes are killed between two writes, clocks are set back and others hold the database."""
 
 import contextlib
+import shutil
 import sqlite3
+import subprocess
 import time
 from pathlib import Path
 
@@ -13,7 +15,6 @@ from tasks.store import Store
 from tasks.tracking import Tracker, TrackingConfig
 from tests.tasks.stored import CONFIG, KEY, python, write
 from tests.tasks.tracked import RECIPE, children, client, lines, points
-from tests.training_jobs import wait_until
 
 MAKE = """
 import sys
@@ -22,17 +23,26 @@ make_database(sys.argv[1])
 """
 
 
+HOLD = """
+import sqlite3, sys, time
+database = sqlite3.connect(sys.argv[1])
+database.execute("begin exclusive")
+print("held", flush=True)
+time.sleep(8)  # SQLite's own patience is 5 s
+database.rollback()
+"""
+
+
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One database for the module, made where a process was killed while it made it."""
+    """One database for the module, made by two at once where a third was killed while it made it."""
     folder = tmp_path_factory.mktemp("workspace")
-    maker = python(MAKE, f"sqlite:///{folder / 'mlflow.db'}")
-    half = folder / ".mlflow.db.new"
-    wait_until(lambda: half.exists() and half.stat().st_size > 0, "the first tables")
-    maker.kill()
-    maker.communicate()
-    assert half.exists()
-    assert not (folder / "mlflow.db").exists()
+    for left in (".mlflow.db.new", ".mlflow.db.new-journal"):
+        (folder / left).write_bytes(b"SQLite format 3")
+    makers = [python(MAKE, f"sqlite:///{folder / 'mlflow.db'}", stderr=subprocess.PIPE) for _ in range(2)]
+    said = [maker.communicate()[1] for maker in makers]
+    assert [maker.returncode for maker in makers] == [0, 0], said
+    assert "".join(said).count("Creating initial MLflow database tables") == 1
     return folder
 
 
@@ -58,7 +68,11 @@ def stored(workspace: Path) -> Manifest:
     return store.commit("train", KEY, folder, kind="model", stage_version=1, config_digest=CONFIG)
 
 
-def test_a_database_that_was_half_made_is_made_anew(tracker: Tracker, workspace: Path) -> None:
+def test_a_database_is_made_by_one_of_two_and_nothing_half_made_is_left(
+    tracker: Tracker, workspace: Path
+) -> None:
+    with contextlib.closing(sqlite3.connect(workspace / "mlflow.db")) as database:
+        assert database.execute("pragma integrity_check").fetchall() == [("ok",)]
     assert client(tracker).get_run(tracker.run_id).info.status == "RUNNING"
     assert not list(workspace.glob(".mlflow.db.new*"))
 
@@ -126,3 +140,15 @@ def test_a_database_that_others_write_to_is_waited_for(tracker: Tracker, workspa
         for _ in range(8):  # more often than a write that can never be taken is tried
             assert not tracker._outbox.attempt("a write", write_now, force=True)
     assert tracker._outbox.attempt("a write", write_now, force=True)
+
+
+def test_a_database_that_is_held_when_a_run_starts_is_waited_for(
+    tracker: Tracker, workspace: Path, tmp_path: Path
+) -> None:
+    """As by a process that was stopped in the middle of a write: not even readers are answered."""
+    shutil.copy(workspace / "mlflow.db", tmp_path)  # MLflow keeps files open that it has seen
+    holder = python(HOLD, tmp_path / "mlflow.db")
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    assert opened(tmp_path, "patient").run_id
+    assert holder.wait() == 0
