@@ -229,6 +229,11 @@ def run_stage(
                     child.params(_as_params(config))
                     found = _do(store, stage, name, key, digest, inputs, work, child)
                     child.metrics({"cost/seconds": time.monotonic() - start})
+    if child is None and tracker_of(context).is_open(name):
+        with tracker_of(context).child(name, total_steps=total_steps) as late:
+            late.params(_as_params(config))
+            late.metrics_from_jsonl(found.path / "metrics.jsonl")
+            _tell_artifact(late, found)
     if stage.name.startswith("validate-"):
         # What passed the gate is what the whole alignment learns from: the parent shows it.
         subject = stage.name.removeprefix("validate-")
@@ -311,7 +316,6 @@ def _do(
         output = work(given)
         output.extra.setdefault("seconds", time.monotonic() - start)
         child.metrics(output.metrics)
-        child.params({f"out.{k}": v for k, v in output.extra.items() if not isinstance(v, dict | list)})
         manifest = store.commit(
             stage.name,
             key,
@@ -324,8 +328,7 @@ def _do(
             parameters=output.parameters,
             extra=output.extra,
         )
-        child.tag("dpo.artifact_sha256", manifest.sha256)
-        child.tag("dpo.artifact_uri", manifest.uri)
+        _tell_artifact(child, manifest)
         finished = True
     except DpoError:
         raise
@@ -338,6 +341,12 @@ def _do(
         for bar in given._bars:
             bar.close(finished)
     return manifest
+
+
+def _tell_artifact(child: StageRun, manifest: Manifest) -> None:
+    child.params({f"out.{k}": v for k, v in manifest.extra.items() if not isinstance(v, dict | list)})
+    child.tag("dpo.artifact_sha256", manifest.sha256)
+    child.tag("dpo.artifact_uri", manifest.uri)
 
 
 _CONTEXTS = {"model": "reference", "reference-logps": "reference", "evaluation": "evaluation"}

@@ -40,6 +40,7 @@ _HEADLINE_PARAMS = 200
 # Else MLflow's UI may take the experiment for one of prompts and traces.
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 _START_PATIENCE = 30.0
+_RUN_PATIENCE = 180.0
 
 
 class TrackingConfig(Config):
@@ -86,6 +87,7 @@ class Tracker:
         self.run_name = ""
         self.experiment_id = ""
         self._stages: list[StageRun] = []
+        self._open: set[str] = set()
 
     def start_parent(
         self,
@@ -123,6 +125,7 @@ class Tracker:
                     self._client.delete_tag(run_id, "dpo.error")
                 for key, value in every.items():
                     self._client.set_tag(run_id, key, value)
+                self._open = self._open_stages(run_id, info.experiment_id)
             else:
                 info = self._client.create_run(self._experiment(experiment), tags=every, run_name=name).info
             return info.run_id, info.experiment_id
@@ -141,6 +144,16 @@ class Tracker:
         headline = sorted(given, key=lambda key: key.count("."))[:_HEADLINE_PARAMS]
         self.parent.params({key: given[key] for key in headline})
         return self.run_id
+
+    def is_open(self, stage: str) -> bool:
+        """Whether the run was resumed and this stage has a child that did not end: its artifact may be whole,
+        and MLflow was not told, because the process or the disk was gone at that moment."""
+        return stage in self._open
+
+    def _open_stages(self, run_id: str, experiment: str) -> set[str]:
+        query = f"tags.`mlflow.parentRunId` = '{run_id}'"
+        found = self._client.search_runs([experiment], query)
+        return {r.data.tags.get("dpo.stage", "") for r in found if r.info.status != "FINISHED"}
 
     def finish_parent(self, status: str = "FINISHED") -> None:
         """End the parent with FINISHED, FAILED or KILLED. Warns if MLflow never took some of the writes."""
@@ -343,7 +356,8 @@ class Tracker:
 
     def _must(self, what: str, call: Callable[[], T]) -> T:
         """A call whose answer is needed now: waits a little for MLflow, then gives up."""
-        deadline = time.monotonic() + _START_PATIENCE
+        # In the middle of a run there is something to lose.
+        deadline = time.monotonic() + (_RUN_PATIENCE if self.run_id else _START_PATIENCE)
         while True:
             try:
                 return call()

@@ -131,6 +131,7 @@ def test_resume_reopens_the_run_of_a_stage_and_goes_on(
 
     again = Tracker(TrackingConfig(), workspace)
     assert again.start_parent("run", recipe=RECIPE, run_id=tracker.run_id) == tracker.run_id
+    assert (again.is_open("train"), again.is_open("validate")) == (True, False)
     assert client(again).get_run(again.run_id).info.status == "RUNNING"
     time.sleep(0.05)
     assert "dpo.error" not in client(again).get_run(again.run_id).data.tags
