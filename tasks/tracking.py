@@ -191,6 +191,7 @@ class Tracker:
             for facts in writes:
                 stage = facts["stage"]
                 run = runs.setdefault(stage, StageRun(self._client, self._outbox, stage, None))
+                run.run_id = run.run_id or facts["run_id"]  # None where MLflow never heard of the stage
                 self._outbox.put(Write(facts["what"], run, facts["call"], facts["given"]))
             if self._outbox.drain():
                 forget(folder)
