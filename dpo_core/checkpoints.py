@@ -34,6 +34,7 @@ from dpo_core.models import digest_file
 log = logging.getLogger(__name__)
 
 DIGEST = "digest.json"
+CURVE = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class Checkpoints:
                 f"{made.ranks} ranks wrote a checkpoint and {self.folder} holds the shards of {shards}",
                 "Put the workspace on storage that every node shares",
             )
+        if self.curve.exists():
+            shutil.copyfile(self.curve, temporary / CURVE)
         _write_digest(temporary, made)
         final = self.folder / f"step-{made.step:08d}"
         _remove(final)
@@ -89,6 +92,16 @@ class Checkpoints:
         for name in names:
             if name not in kept:
                 _remove(name)
+
+    @property
+    def curve(self) -> Path:
+        """The job's metrics up to now. A checkpoint holds a copy: the file itself has no digest."""
+        return self.folder.parent / CURVE
+
+    def restore_curve(self, checkpoint: Path) -> None:
+        """Put back the lines that were there when the checkpoint was written."""
+        if (checkpoint / CURVE).exists():  # older checkpoints hold none
+            shutil.copyfile(checkpoint / CURVE, self.curve)
 
     def newest(self) -> tuple[Path, Made] | None:
         """The newest whole checkpoint; None when none was ever written.

@@ -204,6 +204,8 @@ class Engine:
         """
         found = self._on_rank_0(self.checkpoints.newest)
         client = self._load_found(*found) if found else None
+        if found:
+            self._on_rank_0(lambda: self.checkpoints.restore_curve(found[0]))
         # Only now: converting may take rank 0 longer than the others are to wait in a step.
         limit_waiting(self.config.timeout_seconds)
         return client

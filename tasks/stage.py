@@ -233,7 +233,7 @@ def run_stage(
                     child.params(_as_params(config))
                     found = _do(store, stage, name, key, digest, inputs, work, child)
     if child is None:
-        tracker_of(context).close_stage(name, found)
+        tracker_of(context).close_stage(name, found, _as_params(config), total_steps)
     if stage.name.startswith("validate-"):
         # What passed the gate is what the whole alignment learns from: the parent shows it.
         subject = stage.name.removeprefix("validate-")
@@ -317,7 +317,6 @@ def _do(
         output.extra.setdefault("seconds", time.monotonic() - start)
         # All numbers before the result is stored: a stage that is killed after that is not done again.
         child.metrics(output.metrics | {"cost/seconds": time.monotonic() - start})
-        child.params({f"out.{k}": v for k, v in output.extra.items() if not isinstance(v, dict | list)})
         manifest = store.commit(
             stage.name,
             key,

@@ -43,6 +43,7 @@ _HEADLINE_PARAMS = 200
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 _START_PATIENCE = 30.0
 _STAGE_TAG = "dpo.stage"
+_RUN_PATIENCE = 180.0
 
 
 class TrackingConfig(Config):
@@ -190,6 +191,7 @@ class Tracker:
             for facts in writes:
                 stage = facts["stage"]
                 run = runs.setdefault(stage, StageRun(self._client, self._outbox, stage, None))
+                run.run_id = run.run_id or facts["run_id"]  # None where MLflow never heard of the stage
                 self._outbox.put(Write(facts["what"], run, facts["call"], facts["given"]))
             if self._outbox.drain():
                 forget(folder)
@@ -244,16 +246,24 @@ class Tracker:
         finally:
             self._keep()
 
-    def close_stage(self, stage: str, artifact: Manifest) -> None:
+    def close_stage(
+        self,
+        stage: str,
+        artifact: Manifest,
+        params: Mapping[str, Any] | None = None,
+        total_steps: int | None = None,
+    ) -> None:
         """End the run of a stage that did not end it itself, though its result is there.
 
-        It was killed after it had stored the result, or another run has made it since. Nothing happens where
+        It was killed after it had stored the result, or the disk was gone at that moment, or another run has
+        made it since. Nothing happens where
         no such run was left when the parent was opened.
         """
         if stage not in self._unfinished:
             return
         self._unfinished.discard(stage)
-        with self.child(stage) as run:
+        with self.child(stage, total_steps=total_steps) as run:
+            run.params(params or {})
             run.metrics_from_jsonl(artifact.path / "metrics.jsonl")
             run.made(artifact)
 
@@ -435,7 +445,8 @@ class Tracker:
 
     def _must(self, what: str, call: Callable[[], T]) -> T:
         """A call whose answer is needed now: waits a little for MLflow, then gives up."""
-        deadline = time.monotonic() + _START_PATIENCE
+        # In the middle of a run there is something to lose.
+        deadline = time.monotonic() + (_RUN_PATIENCE if self.run_id else _START_PATIENCE)
         while True:
             try:
                 return call()

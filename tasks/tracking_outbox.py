@@ -94,7 +94,14 @@ class Outbox:
             if waiting:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 facts = [
-                    {"what": w.what, "stage": w.run.stage, "call": w.call, "given": w.given} for w in waiting
+                    {
+                        "what": w.what,
+                        "stage": w.run.stage,
+                        "run_id": w.run.run_id,
+                        "call": w.call,
+                        "given": w.given,
+                    }
+                    for w in waiting
                 ]
                 write_whole(self.folder / _WRITES, json.dumps({"place": self.place, "writes": facts}))
             elif self.folder.exists():
@@ -222,7 +229,7 @@ def read_kept(folder: Path, place: str) -> Sequence[dict[str, Any]] | None:
             return None
         writes = list(facts["writes"])
         for write in writes:
-            if set(write) != {"what", "stage", "call", "given"} or write["call"] not in SENDERS:
+            if set(write) != {"what", "stage", "run_id", "call", "given"} or write["call"] not in SENDERS:
                 raise ValueError("it holds no writes")
     except (OSError, ValueError, TypeError, KeyError) as error:
         log.warning("the MLflow writes kept in %s cannot be read (%s); they are not sent", folder, error)

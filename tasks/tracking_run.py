@@ -232,6 +232,7 @@ class StageRun(TrackedRun):
 
     def made(self, artifact: Manifest) -> None:
         """Record what the stage has stored."""
+        self.params({f"out.{k}": v for k, v in artifact.extra.items() if not isinstance(v, dict | list)})
         self.tag("dpo.artifact_sha256", artifact.sha256)
         self.tag("dpo.artifact_uri", artifact.uri)
 

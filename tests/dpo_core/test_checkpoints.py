@@ -183,3 +183,16 @@ def test_another_zero_stage_is_refused(alone: None, tiny: Path, tmp_path: Path) 
     assert (
         "is of ZeRO stage 0 and the run of 1" in json.loads((tmp_path / "error.json").read_text())["problem"]
     )
+
+
+def test_a_checkpoint_holds_the_metrics_up_to_it(store: Checkpoints) -> None:
+    """The file beside has no digest: a disk that fails, or a hand, may cut or change its lines."""
+    store.folder.mkdir(parents=True)
+    lines = '{"step": 1}\n{"step": 2}\n'
+    store.curve.write_text(lines)
+    store.seal(store.begin(2), Made(2, 1, 0))
+    store.curve.write_text('{"step": 7}\n')
+    newest = store.newest()
+    assert newest is not None
+    store.restore_curve(newest[0])
+    assert store.curve.read_text() == lines

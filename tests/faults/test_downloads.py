@@ -1,13 +1,11 @@
 """Downloads that break in the middle: said, nothing half is used, and the next try succeeds."""
 
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import pandas as pd
 import pytest
 import yaml
 
@@ -19,18 +17,12 @@ pytestmark = pytest.mark.faults
 
 @pytest.fixture
 def hub(bench: Bench, tmp_path: Path) -> Iterator[Hub]:
-    """With the tiny model and a set of pairs."""
+    """With the tiny model."""
     with Hub(tmp_path / "hub") as hub:
-        model, data = hub.folder("models", "me/tiny"), hub.folder("datasets", "me/pairs")
+        model = hub.folder("models", "me/tiny")
         model.parent.mkdir(parents=True)
         recipe = yaml.safe_load(bench.recipe.read_text())
         os.symlink(recipe["model"]["name"], model)
-        data.mkdir(parents=True)
-        rows = [
-            {"prompt": f"Day {i} was", "chosen": f" good {'and warm ' * 60}", "rejected": f" bad {i}."}
-            for i in range(60)
-        ]
-        pd.DataFrame(rows).to_parquet(data / "train.parquet", index=False)
         yield hub
 
 
@@ -82,29 +74,6 @@ def test_a_model_whose_download_breaks(hub: Hub, tmp_path: Path, file: str) -> N
         assert path.read_bytes() == (source / path.name).read_bytes()
     assert (tmp_path / "out" / "model.safetensors").exists()
     assert not list((tmp_path / "hf").rglob("*.incomplete")) or "from 0" in str(hub.sent)
-
-
-DATA = """
-import sys
-from dpo_core.errors import DpoError
-from dpo_core.data.read import read_rows
-try:
-    print(sum(len(rows) for _, rows in read_rows("me/pairs")))
-except DpoError as error:
-    sys.exit(f"{error.exit_code} {error}")
-"""
-
-
-def test_a_data_set_whose_download_breaks(hub: Hub, tmp_path: Path) -> None:
-    hub.cut = {"train.parquet"}
-    broken = ask(hub, tmp_path, DATA)
-    assert broken.returncode == 1, broken.stdout
-    assert broken.stderr.splitlines()[-1].startswith("2 me/pairs"), broken.stderr
-    assert "train.parquet cut from 0" in hub.sent
-    hub.cut = set()
-    whole = ask(hub, tmp_path, DATA)
-    assert whole.returncode == 0, whole.stderr
-    assert json.loads(whole.stdout.splitlines()[-1]) == 60
 
 
 def test_a_name_that_the_hub_does_not_know(hub: Hub, tmp_path: Path) -> None:

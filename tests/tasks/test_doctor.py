@@ -22,7 +22,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from tasks.doctor import machine, mlflow, ports, prefect, workspace
 from tasks.doctor.finding import Finding, ok, run_checks
 from tasks.owner import Owner, myself
-from tasks.runs import RunRecord, list_runs, save_run
+from tasks.runs import RunRecord, read_records, save_run
 from tests.tasks.stored import REPO, make, python
 
 NOW = datetime.now(UTC)
@@ -362,6 +362,6 @@ def test_the_command_tells_in_json_and_by_its_exit_code(tmp_path: Path) -> None:
         "cut is recorded as running, and its process is gone"
     ]
     assert "error: broken: " in done.stderr
-    assert [record.status for record in list_runs(tmp_path)] == ["running"], "it changes nothing"
+    assert [record.status for record in read_records(tmp_path)] == ["running"], "it changes nothing"
     assert not (tmp_path / "mlflow.db").exists()
     shutil.rmtree(tmp_path)

@@ -108,6 +108,20 @@ def test_the_next_run_sends_what_waits(
     again.finish_parent()
 
 
+def test_a_stage_whose_beginning_mlflow_took_is_gone_on_with(workspace: Path) -> None:
+    tracker = opened(workspace)
+    with tracker.child("train") as run:
+        broken = full_disk(workspace)
+        broken.__enter__()
+        run.tag("late", "yes")
+    tracker.finish_parent("KILLED")
+    broken.__exit__(None, None, None)
+    opened(workspace).finish_parent()
+    (child,) = children(tracker)
+    assert child.data.tags["late"] == "yes"
+    assert child.info.status == "FINISHED"
+
+
 def test_a_run_that_finds_mlflow_back_sends_it_and_keeps_nothing(workspace: Path) -> None:
     tracker = opened(workspace)
     with full_disk(workspace):
