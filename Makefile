@@ -72,8 +72,9 @@ $(VENV)/.test: $(VENV)/.run
 	$(PIP) --editable '.[test]'
 	@touch $@
 
-# Renew constraints.txt from what pyproject.toml allows today.
+# Renew constraints.txt from what pyproject.toml allows today; what `cloud` needs is locked too.
 lock: $(VENV)/.test
+	$(PIP) --editable '.[test,cloud]'
 	$(BIN)/python -m pip freeze --exclude-editable | sed -E 's/^(torch==[0-9.]+)\+.*/\1/; /^torch @/c torch==2.13.0' > constraints.txt
 
 clean:

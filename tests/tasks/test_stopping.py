@@ -26,6 +26,14 @@ def soon() -> Iterator[threading.Timer]:
     timer.cancel()
 
 
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """As in a terminal: what a shell starts in the background ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def wait(seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
@@ -60,7 +68,7 @@ def test_work_in_threads_ends_with_the_run(soon: threading.Timer) -> None:
 
     def work(spec: int) -> dict[str, int]:
         try:
-            while True:
+            for _ in range(3000):
                 go_on()
                 time.sleep(0.01)
         except WorkStopped:
