@@ -191,7 +191,7 @@ def close_abandoned(workspace: str | Path, tracker: "Tracker") -> None:
     for record in read_records(workspace):
         if not record.is_abandoned:
             continue
-        with FileLock(run_folder(workspace, record.run_id) / ".closing.lock"):
+        with _lock_of(workspace, f"{record.run_id}-end"):
             # Looked at again: another may have closed it by now, and even have gone on with it.
             now = _read(run_folder(workspace, record.run_id) / "run.json")
             if now and now.is_abandoned and tracker.close_killed(now.mlflow_run_id, KILLED):
