@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import psutil
 
@@ -71,7 +72,7 @@ def main() -> None:
         _watch(run, worker_of(run))
     signal.alarm(_LONGEST)  # what is not done by then is left to the next run
     # While the trainers save: MLflow takes seconds to import.
-    closing = threading.Thread(target=_close_records, args=[told, number])
+    closing = threading.Thread(target=_close, args=[told, number])
     closing.start()
     end_family(number, but=[os.getpid()])
     closing.join()
@@ -118,6 +119,28 @@ def _left_running(workspace: Path, number: int) -> bool:
             if record["status"] == "running" and record["owner"]["pid"] == number:
                 return True
     return False
+
+
+def _close(told: dict[str, Any], number: int) -> None:
+    _close_records(told, number)
+    _tell_prefect()
+
+
+def _tell_prefect() -> None:
+    """Let a run that still reads Running be Crashed: a worker that is told to end does not say so.
+
+    One that is being cancelled is its worker's to report.
+    """
+    flow_run = os.environ.get("PREFECT__FLOW_RUN_ID")
+    if not flow_run:
+        return
+    from prefect.client.orchestration import get_client
+    from prefect.states import Crashed
+
+    with suppress(Exception), get_client(sync_client=True) as client:  # the server may be gone as well
+        state = client.read_flow_run(UUID(flow_run)).state
+        if state is not None and state.is_running():
+            client.set_flow_run_state(UUID(flow_run), Crashed(message="Its process is gone."))
 
 
 def _close_records(told: dict[str, Any], number: int) -> None:

@@ -84,8 +84,7 @@ def _held(
         report = run_stages(context, recipe, command)
     except BaseException as error:
         begin_stop(error)
-        if tracker.run_id:  # else it never began
-            _ended_badly(workspace, record, tracker, error)
+        _ended_badly(workspace, record, tracker, error)
         raise
     tracker.finish_parent("FINISHED")
     save_run(workspace, record.model_copy(update={"status": "done"}))
