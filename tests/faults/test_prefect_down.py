@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.test_kill import _forget_from
+from tests.faults.whole import forget_from
 from tests.flows.test_alignment import STAGES
 from tests.tasks.tracked import free_port
 from tests.tiny_run import Bench
@@ -87,7 +87,7 @@ def until(flow: subprocess.Popen[bytes], log: Path, line: str) -> None:
 def test_a_server_that_is_back_in_half_a_minute_costs_nothing(finished, server: Server) -> None:
     reference, _ = finished
     own = reference.copy(f"prefect-back-{server.port}")
-    _forget_from(own, "train-dpo")
+    forget_from(own, "train-dpo")
     flow, log = start(own, server.api)
     until(flow, log, "train-dpo: running")
     server.kill()
@@ -107,7 +107,7 @@ def test_a_server_that_is_back_in_half_a_minute_costs_nothing(finished, server: 
 def test_a_server_that_is_gone_for_good_ends_the_run_and_keeps_its_stages(finished, server: Server) -> None:
     reference, whole = finished
     own = reference.copy(f"prefect-gone-{server.port}")
-    _forget_from(own, "train-dpo")
+    forget_from(own, "train-dpo")
     # Two tries in place of seven: the same course in less time.
     flow, log = start(own, server.api, PREFECT_CLIENT_MAX_RETRIES="2")
     until(flow, log, "train-dpo: running")
