@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 
 # Unfinished folders of another machine cannot be asked for their process; past this age nobody waits.
 _FOREIGN_TMP_SECONDS = 24 * 3600.0
+_in_use: set[str] = set()
+"""Names of the folders under `store/tmp` that this process works in."""
 _WAIT_LINE_SECONDS = 60.0
 
 
@@ -344,10 +346,12 @@ class Store:
         name = f"{me.host}+{me.pid}+{me.born}+{uuid.uuid4().hex[:8]}"
         folder = self.root / "tmp" / name
         folder.mkdir(parents=True)
+        _in_use.add(name)
         try:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+            _in_use.discard(name)
 
     @staticmethod
     def _children(folder: Path) -> list[Path]:
@@ -388,6 +392,8 @@ def _has_owner(temporary: Path) -> bool:
         owner = Owner(host=host, pid=int(pid), born=int(born))
         if not owner.is_here():
             return time.time() - temporary.stat().st_mtime < _FOREIGN_TMP_SECONDS
+        if owner == myself():  # a disk that failed may have kept it
+            return temporary.name in _in_use
         return not owner.is_gone()
     except (ValueError, FileNotFoundError):
         return False

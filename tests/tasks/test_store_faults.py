@@ -64,12 +64,13 @@ def test_sweep_spares_the_living(tmp_path: Path) -> None:
     with store._temporary() as mine:
         host, pid, born, _ = mine.name.split("+")
         dead = [f"{host}+{pid}+{int(born) - 500}+reused", f"{host}+4194999+{born}+gone", "rubbish"]
+        dead.append(f"{host}+{pid}+{born}+kept")  # by a disk that could not remove it when it was done with
         for name in [*dead, f"elsewhere+{pid}+{born}+new"]:
             (mine.parent / name).mkdir()
         old = mine.parent / f"elsewhere+{pid}+{born}+old"
         old.mkdir()
         os.utime(old, (1e9, 1e9))
-        assert store.sweep() == 4
+        assert store.sweep() == 5
         assert sorted(path.name for path in mine.parent.iterdir()) == sorted(
             [mine.name, f"elsewhere+{pid}+{born}+new"]
         )
