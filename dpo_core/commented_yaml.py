@@ -8,8 +8,6 @@ from pydantic import BaseModel
 
 _WIDTH = 100
 _END = "...\n"  # what YAML ends a lone scalar with
-REQUIRED = "…"
-"""Stands for a value that has no default, in a form that has yet to be filled in."""
 
 
 def commented(config: BaseModel) -> str:
@@ -23,7 +21,7 @@ def form(kind: type[BaseModel]) -> str:
     for name, field in kind.model_fields.items():
         lines += _comment(field.description, "")
         if field.is_required():
-            lines.append(f"{name}: {REQUIRED}  # required")
+            lines.append(f"{name}:  # required")
         else:
             lines.append(_line(name, field.get_default(call_default_factory=True), ""))
     return "\n".join(lines) + "\n"

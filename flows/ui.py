@@ -16,6 +16,7 @@ from pathlib import Path
 
 from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.secrecy import hidden
+from flows.server import server_address
 from flows.ui_access import Access, access
 from tasks.tracking import TrackingConfig, resolve_uri
 from tasks.workspace import open_workspace
@@ -36,10 +37,9 @@ def serve(workspace: str, host: str, port: int, browser: bool) -> None:
     """
     place = open_workspace(workspace)
     uri = resolve_uri(TrackingConfig(), place)
-    print(
-        "prefect  PREFECT_SERVER_ANALYTICS_ENABLED=false prefect server start   "
-        "(then http://127.0.0.1:4200; needs PREFECT_API_URL in the runs)"
-    )
+    api = server_address()
+    started = "PREFECT_SERVER_ANALYTICS_ENABLED=false prefect server start   (then set PREFECT_API_URL)"
+    print(f"prefect  {hidden(api.removesuffix('/api')) if api else started}")
     if uri.startswith("http"):
         shown = hidden(uri)
         print(f"mlflow   {shown}", flush=True)

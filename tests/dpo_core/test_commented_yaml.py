@@ -2,9 +2,10 @@
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from deploy.launchers.choice import TARGETS
-from dpo_core.commented_yaml import REQUIRED, commented, form
+from dpo_core.commented_yaml import commented, form
 from tasks.recipe import Recipe, load_recipe, shipped
 
 
@@ -27,6 +28,9 @@ def test_a_form_names_what_has_to_be_filled_in(on: str) -> None:
     kind, _ = TARGETS[on]
     blank = yaml.safe_load(form(kind))
     required = {name for name, field in kind.model_fields.items() if field.is_required()}
-    assert {name for name, value in blank.items() if value == REQUIRED} == required
+    assert {line.split(":")[0] for line in form(kind).splitlines() if line.endswith("# required")} == required
+    if required:
+        with pytest.raises(ValidationError):
+            kind.model_validate(blank)
     filled = blank | dict.fromkeys(required, "/x")
     assert kind.model_validate(filled) == kind.model_validate(dict.fromkeys(required, "/x"))
