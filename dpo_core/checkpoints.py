@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dpo_core.disk import sync
 from dpo_core.errors import StageFailed
 from dpo_core.models import digest_file
 
@@ -128,14 +129,6 @@ class Checkpoints:
         return None
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _remove(path: Path) -> None:
     """Remove a checkpoint, or what stands in its place."""
     if path.is_dir() and not path.is_symlink():
@@ -150,7 +143,7 @@ def _write_digest(folder: Path, made: Made) -> None:
     (folder / DIGEST).write_text(json.dumps(facts | {"sha256": _own_digest(facts)}, indent=1))
     # Else a disk that fails leaves empty files under a whole checkpoint's name.
     for path in [*(folder / name for name in [*files, DIGEST]), folder]:
-        _sync(path)
+        sync(path)
 
 
 def read_digest(folder: Path) -> Made:

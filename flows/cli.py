@@ -157,7 +157,7 @@ def runs(
     every: Annotated[bool, typer.Option("--all", help="List all of them.")] = False,
     status: Annotated[
         list[str] | None,
-        typer.Option(help="Only running, done, failed or refused ones; may be repeated."),
+        typer.Option(help="Only running, done, failed, refused or stopped ones; may be repeated."),
     ] = None,
     recipe: Annotated[str | None, typer.Option(metavar="NAME", help="Only those of a recipe.")] = None,
     workspace: Annotated[str, typer.Option(help="Workspace folder.")] = "./runs",

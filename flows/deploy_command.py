@@ -39,7 +39,7 @@ def deploy(
     """Check the deployments, show what changes on the server and when they fire next, and apply it."""
     from deploy.prefect_file import read_prefect_file
 
-    path = file or _default_file()
+    path = file or default_file()
     checked, raw = read_prefect_file(path, os.environ)
     _check_with_prefect(path, raw)
     flows = {deployment.name: check_deployment(deployment) for deployment in checked.deployments}
@@ -49,12 +49,12 @@ def deploy(
         told["notes"] = ["no Prefect server is named: compared with none (set PREFECT_API_URL)"]
     else:
         with server() as client:
-            _reconcile(client, checked.deployments, flows, notify, told, dry_run=dry_run, prune=prune)
+            reconcile(client, checked.deployments, flows, notify, told, dry_run=dry_run, prune=prune)
     told["applied"] = bool(told["changes"]) and not dry_run
     typer.echo(json.dumps(told, indent=1) if as_json else _as_text(told, dry_run))
 
 
-def _default_file() -> Path:
+def default_file() -> Path:
     here = Path("deploy/prefect.yaml")
     return here if here.is_file() else Path(str(resources.files("deploy"))) / "prefect.yaml"
 
@@ -163,7 +163,7 @@ def fire_times(deployments: Any) -> dict[str, list[str]]:
     }
 
 
-def _reconcile(
+def reconcile(
     client: Any,
     deployments: Any,
     flows: dict[str, Any],

@@ -93,7 +93,7 @@ def orphans() -> "Iterator[Finding]":
 
 def deploy_file() -> "Iterator[Finding]":
     """The server holds what the deploy file says."""
-    from flows.deploy_command import _default_file, _reconcile, check_deployment
+    from flows.deploy_command import check_deployment, default_file, reconcile
     from flows.server import server, server_address
     from tasks.doctor.finding import ok, skipped, warning
     from tasks.doctor.http import ask
@@ -105,11 +105,11 @@ def deploy_file() -> "Iterator[Finding]":
     from dpo_core.errors import RecipeError
 
     try:
-        checked, _ = read_prefect_file(_default_file(), os.environ)
+        checked, _ = read_prefect_file(default_file(), os.environ)
         flows = {one.name: check_deployment(one) for one in checked.deployments}
         told: dict[str, Any] = {"notes": []}
         with server() as client:
-            _reconcile(client, checked.deployments, flows, None, told, dry_run=True, prune=False)
+            reconcile(client, checked.deployments, flows, None, told, dry_run=True, prune=False)
     except RecipeError as error:
         yield skipped("deploy file", f"not compared with the server: {error}")
         return
@@ -117,4 +117,4 @@ def deploy_file() -> "Iterator[Finding]":
         says = f"{len(told['changes'])} differences to the server, first: {told['changes'][0]['text'][:100]}"
         yield warning("deploy file", says, "dpo deploy --dry-run shows all, dpo deploy applies them")
     else:
-        yield ok("deploy file", f"{_default_file()} is what the server holds")
+        yield ok("deploy file", f"{default_file()} is what the server holds")

@@ -28,6 +28,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from pydantic import JsonValue, ValidationError
 
+from dpo_core.disk import sync
 from dpo_core.errors import StageFailed
 from tasks.manifest import (
     Manifest,
@@ -38,7 +39,7 @@ from tasks.manifest import (
     list_files,
 )
 from tasks.owner import Owner, myself
-from tasks.workspace import disk_errors, open_workspace, remove, sync
+from tasks.workspace import disk_errors, open_workspace, remove
 
 log = logging.getLogger(__name__)
 
