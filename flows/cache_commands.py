@@ -4,12 +4,12 @@ from typing import Annotated, Any
 
 import typer
 
+from flows.options import JsonOption
 from flows.wording import count, size
 
 app = typer.Typer(help="Look after the cached reference log-probs.", no_args_is_help=True)
 
 WorkspaceOption = Annotated[str, typer.Option(help="Workspace folder.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 RUNS = "./runs"
 
 

@@ -5,14 +5,13 @@ promotion refused; 130 stopped by Ctrl-C (SIGINT), 143 by SIGTERM, 129 by SIGHUP
 line on stderr; its traceback goes to a log.
 """
 
-import json
 import logging
 import os
 import stat
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -25,10 +24,13 @@ from flows.evaluate_command import evaluate as evaluate_command
 from flows.event_command import app as event_app
 from flows.gc_command import gc as gc_command
 from flows.launch_command import launch as launch_command
+from flows.options import JsonOption, RecipeArgument, SetOption
 from flows.plan_command import plan as plan_command
 from flows.promote_command import promote as promote_command
 from flows.promote_command import rollback as rollback_command
 from flows.quiet import keep_quiet
+from flows.run_command import run as run_command
+from flows.run_command import show as show_command
 from flows.schedule_command import app as schedule_app
 
 app = typer.Typer(
@@ -41,6 +43,8 @@ app = typer.Typer(
 config_app = typer.Typer(help="Look at recipes.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(cache_app, name="cache")
+app.command("run")(run_command)
+app.command("show")(show_command)
 app.command("doctor")(doctor_command)
 app.command("gc")(gc_command)
 app.command("plan")(plan_command)
@@ -52,80 +56,6 @@ app.command("rollback")(rollback_command)
 app.command("deploy")(deploy_command)
 app.add_typer(schedule_app, name="schedule")
 app.add_typer(event_app, name="event")
-
-RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe (dpo config list) or a YAML file.")]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Override one field; may be repeated.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
-
-
-@app.command()
-def run(
-    recipe: RecipeArgument,
-    overrides: SetOption = None,
-    resume: Annotated[
-        str | None,
-        typer.Option(metavar="[RUN]", help="Go on with a run; without a name, the newest unfinished one."),
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Run a recipe from the data gate to the run page. What an earlier run has made is not made again."""
-    from tasks.recipe import load_recipe
-
-    resolved = load_recipe(recipe, overrides or [])
-    _say(as_json, f"recipe {resolved.name}, workspace {Path(resolved.workspace).absolute()}")
-    from tasks.ahead import check_ahead
-
-    # Before the flow, which checks again: Prefect's server takes seconds to start.
-    check_ahead(resolved, resume)
-    with _resumable(recipe, overrides or []):
-        import httpx
-        from prefect.exceptions import PrefectHTTPStatusError
-
-        from flows.alignment import alignment
-        from flows.frontier import frontier
-        from flows.guard import guarded
-        from flows.orphans import end_orphans
-        from flows.server import prefect_away
-        from flows.temporary_server import start_temporary_server
-        from tasks.stopping import stoppable
-
-        end_orphans()
-        try:
-            with guarded(resolved.workspace, resolved.tracking), stoppable():
-                start_temporary_server()
-                report = (frontier if resolved.frontier else alignment)(resolved, resume)
-        except (RuntimeError, httpx.TransportError, PrefectHTTPStatusError) as error:
-            raise prefect_away(error) from error
-    if as_json:
-        typer.echo(report.model_dump_json())
-        return
-    _show(report, resolved.workspace)
-
-
-def _show(report: Any, workspace: str) -> None:
-    from rich.console import Console
-
-    from tasks import frontier_report
-    from tasks.report import RunReport
-    from tasks.report_text import terminal_table
-    from tasks.report_verdict import verdict
-    from tasks.workspace import run_folder
-
-    # A pipe has no width of its own; the table needs room.
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    one_run = isinstance(report, RunReport)
-    console.print(terminal_table(report) if one_run else frontier_report.terminal_table(report))
-    if one_run:
-        console.print(f"[bold]{verdict(report).headline}[/bold]")
-    folder = run_folder(Path(workspace).absolute(), report.run.name)
-    if one_run and report.model:
-        console.print(
-            f"model   {report.model.name} version {report.model.version}, alias {report.model.alias}"
-        )
-    console.print(f"page    {folder / 'page.html'}", soft_wrap=True)
-    console.print("look    dpo ui", soft_wrap=True)
 
 
 @app.command()
@@ -167,36 +97,6 @@ def runs(
     from flows.runs_command import list_them
 
     list_them(workspace, None if every or as_json else newest, status or [], recipe, as_json)
-
-
-@app.command()
-def show(
-    run_id: Annotated[str, typer.Argument(metavar="RUN", help="Name of a run; see `dpo runs`.")],
-    workspace: Annotated[str, typer.Option(help="Workspace folder.")] = "./runs",
-    as_json: JsonOption = False,
-) -> None:
-    """Show the table of a finished run."""
-    from dpo_core.errors import RecipeError
-    from tasks.frontier_report import FrontierReport
-    from tasks.report import RunReport
-    from tasks.workspace import plain_name
-
-    path = Path(workspace) / "runs" / plain_name(run_id) / "report.json"
-    if not path.is_file():
-        raise RecipeError(f"no finished run named {run_id} in {workspace}", "List them with: dpo runs")
-    try:
-        text = path.read_bytes()
-        kind = FrontierReport if "study" in json.loads(text) else RunReport
-        report = kind.model_validate_json(text)
-    except ValueError as error:
-        raise RecipeError(
-            f"the report {path} is damaged or of another version",
-            f"Run again: dpo run RECIPE --resume {run_id}",
-        ) from error
-    if as_json:
-        typer.echo(report.model_dump_json())
-    else:
-        _show(report, workspace)
 
 
 @app.command()
@@ -276,30 +176,6 @@ def config_list() -> None:
 
     for name, path in shipped().items():
         typer.echo(f"{name:16} {path}")
-
-
-class _resumable:
-    """Prints the line that resumes the run when a stage fails."""
-
-    def __init__(self, recipe: str, overrides: list[str]) -> None:
-        import shlex
-
-        sets = " ".join(f"--set {shlex.quote(o)}" for o in overrides)
-        self.line = f"dpo run {shlex.quote(recipe)} {sets} --resume".replace("  ", " ")
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        from dpo_core.errors import DpoError
-
-        expected = error.exit_code if isinstance(error, DpoError) else 4
-        if error is not None and expected == 4:
-            typer.echo(f"to resume: {self.line}", err=True)
-
-
-def _say(as_json: bool, text: str) -> None:
-    typer.echo(text, err=as_json)
 
 
 class _WithoutSecrets(logging.Formatter):

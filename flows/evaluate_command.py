@@ -5,6 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from flows.options import JsonOption
+
 SuiteOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -23,7 +25,6 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="A.B=VALUE", help="A field of settings.*, tokens.*, judge.*, answers.*."),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 ModelHelp = (
     "A checkpoint folder, .gguf file, package:NAME, hub name, models:/NAME@ALIAS, "
     "or RUN or RUN:POLICY of the workspace."

@@ -22,7 +22,7 @@ from tasks.online import train_online
 from tasks.recipe import Recipe
 from tasks.runs import Started
 from tasks.stage import Context, StageResult
-from tasks.stopping import begin_stop
+from tasks.stopping import begin_stop, go_on
 from tasks.training import train_reward
 from tasks.workspace import disk_errors
 
@@ -185,9 +185,14 @@ def _each(
         for spec in wanted:
             yield spec, work(spec)
         return
+
+    def begin(spec: Spec) -> dict[str, StageResult]:
+        go_on()  # a thread that ends its work takes the next before the rest can be called off
+        return work(spec)
+
     with ThreadPoolExecutor(parallel) as pool:
         # Prefect knows a task's flow by context variables, which a thread does not inherit.
-        running = [pool.submit(contextvars.copy_context().run, work, spec) for spec in wanted]
+        running = [pool.submit(contextvars.copy_context().run, begin, spec) for spec in wanted]
         try:
             for spec, future in zip(wanted, running, strict=True):
                 yield spec, future.result()

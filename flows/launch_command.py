@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.plan_command import RecipeArgument, SetOption
+from flows.options import RecipeArgument, SetOption
 
 OnOption = Annotated[str, typer.Option("--on", metavar="WHERE", help="local, kubernetes, slurm or skypilot.")]
 SettingsOption = Annotated[
@@ -44,7 +44,7 @@ def launch(
     if render:
         typer.echo(rendered(recipe, overrides or [], on, config), nl=False)
         return
-    from flows.cli import run
+    from flows.run_command import run
 
     send_to(on, config)
     run(recipe, overrides, resume)

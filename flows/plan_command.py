@@ -1,15 +1,11 @@
 """`dpo plan`: what a run would do, told without starting anything."""
 
 import sys
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
-RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe (dpo config list) or a YAML file.")]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Override one field; may be repeated.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+from flows.options import JsonOption, RecipeArgument, SetOption
 
 
 def plan(recipe: RecipeArgument, overrides: SetOption = None, as_json: JsonOption = False) -> None:

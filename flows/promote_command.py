@@ -4,9 +4,10 @@ from typing import Annotated, Any
 
 import typer
 
+from flows.options import JsonOption
+
 WorkspaceOption = Annotated[str, typer.Option(help="Workspace folder.")]
 ReasonOption = Annotated[str, typer.Option(metavar="TEXT", help="Why; kept with the change.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
 def promote(

@@ -7,6 +7,7 @@ import typer
 
 from dpo_core.errors import RecipeError
 from flows.deploy_command import readable
+from flows.options import JsonOption
 from flows.server import server
 
 app = typer.Typer(help="Look at the schedules on the server, pause and resume them.", no_args_is_help=True)
@@ -14,7 +15,6 @@ app = typer.Typer(help="Look at the schedules on the server, pause and resume th
 NameArgument = Annotated[
     str, typer.Argument(metavar="SCHEDULE", help="Its slug, or deployment/slug where the slug is not unique.")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
 @app.command("list")

@@ -57,11 +57,14 @@ def server() -> Iterator[Any]:
         raise RecipeError(f"the Prefect server at {address} does not answer", _REMEDY) from error
 
 
-def prefect_away(error: Exception) -> Exception:
+def prefect_away(error: Exception, begun: bool) -> Exception:
     """What to say where Prefect's API cannot be reached; other errors stay what they are.
 
-    At the start Prefect says so in a bare RuntimeError; in the middle of a run, when its patience is over,
-    the error of the connection comes through.
+    At the start Prefect says so in a bare RuntimeError; later, when its patience is over, the error of the
+    connection comes through.
+
+    Args:
+        begun: whether the run is on record, and can be resumed.
     """
     import httpx
     from prefect.exceptions import PrefectHTTPStatusError
@@ -69,13 +72,14 @@ def prefect_away(error: Exception) -> Exception:
     where = server_address()
     if isinstance(error, PrefectHTTPStatusError):
         return refused(error) if error.response.status_code == 401 else error
-    if isinstance(error, httpx.TransportError):
+    away = isinstance(error, httpx.TransportError)
+    if away and begun:
         return StageFailed(
             f"the Prefect API at {where or 'the temporary server of the run'} went away in the middle of the "
             f"run ({type(error).__name__}); finished stages are kept",
             "Start it again, or unset PREFECT_API_URL, then resume the run",
         )
-    if "Failed to reach API" not in str(error) and "ephemeral Prefect API" not in str(error):
+    if not away and not any(said in str(error) for said in ("Failed to reach API", "ephemeral Prefect API")):
         return error
     if where is None:
         return RecipeError(

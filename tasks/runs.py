@@ -23,7 +23,7 @@ from pydantic import AwareDatetime, Field, ValidationError
 
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError
-from tasks.owner import Owner
+from tasks.owner import Owner, myself
 from tasks.workspace import disk_errors, open_workspace, run_folder, write_whole
 
 if TYPE_CHECKING:
@@ -178,6 +178,12 @@ def save_run(workspace: str | Path, record: RunRecord) -> None:
 def list_runs(workspace: str | Path) -> list[RunRecord]:
     """All records, newest first, killed runs as stopped; unreadable ones are left out."""
     return [record.as_stopped() if record.is_abandoned else record for record in read_records(workspace)]
+
+
+def own_run(workspace: str | Path) -> RunRecord | None:
+    """The newest run that this process has begun or gone on with."""
+    me = myself()
+    return next((record for record in read_records(workspace) if record.owner == me), None)
 
 
 def close_abandoned(workspace: str | Path, tracker: "Tracker") -> None:

@@ -1,7 +1,9 @@
 """A real Prefect server that dies in the middle of a run, comes back or does not, or was never there."""
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -9,10 +11,11 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import prefect
 import pytest
 
+from tasks.runs import list_runs
 from tests.faults.whole import forget_from
-from tests.flows.test_alignment import STAGES
 from tests.tasks.tracked import free_port
 from tests.tiny_run import Bench
 
@@ -104,7 +107,7 @@ def test_a_server_that_is_back_in_half_a_minute_costs_nothing(finished, server: 
         assert b'"state_type":"COMPLETED"' in answer.read()
 
 
-def test_a_server_that_is_gone_for_good_ends_the_run_and_keeps_its_stages(finished, server: Server) -> None:
+def test_a_run_does_without_a_server_that_is_gone_for_good(finished, server: Server) -> None:
     reference, whole = finished
     own = reference.copy(f"prefect-gone-{server.port}")
     forget_from(own, "train-dpo")
@@ -114,18 +117,37 @@ def test_a_server_that_is_gone_for_good_ends_the_run_and_keeps_its_stages(finish
     server.kill()
     code = flow.wait(timeout=900)
     text = log.read_text()
-    assert code == 4, text
-    (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
-    assert f"the Prefect API at {server.api} went away in the middle of the run" in line
-    assert "resume the run" in line
-    assert f"to resume: dpo run {own.recipe} --resume" in text
+    assert code == 0, text
+    (line,) = [line for line in text.splitlines() if line.startswith("warning: ")]
+    assert "the run is done, but Prefect does not know" in line
+    assert f"the Prefect API at {server.api} went away" in line
     assert "Traceback" not in text
-    assert list(own.workspace.glob("store/index/train-dpo/*.json")), "the training was not thrown away"
-    report = own.run("--resume")
-    states = own.states(report)
-    assert all(states[stage] == "cached" for stage in STAGES[: STAGES.index("train-ppo")])
+    assert "to resume" not in text
+    assert "Do not promote" in text, "its table is shown"
     assert own.index() == reference.index()
+    newest = list_runs(own.workspace)[0]
+    assert newest.status == "done"
+    report = json.loads((own.workspace / "runs" / newest.run_id / "report.json").read_text())
     assert report["evaluation"] == whole["evaluation"]
+    again = own.run()
+    assert set(own.states(again).values()) == {"cached"}
+
+
+def test_a_server_that_goes_before_the_run_is_on_record_is_as_none(bench: Bench) -> None:
+    own, port = Bench(bench.folder), free_port()
+    said = json.dumps(prefect.__version__)
+    head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(said)}\r\n\r\n"
+    api = f"http://127.0.0.1:{port}/api"
+    with socket.create_server(("127.0.0.1", port)) as listener:
+        flow, log = start(own, api, PREFECT_CLIENT_MAX_RETRIES="1")
+        # It answers the first question, which is for its version, and nothing more.
+        listener.settimeout(300)
+        with listener.accept()[0] as connection:
+            connection.recv(65536)
+            connection.sendall((head + said).encode())
+    assert flow.wait(timeout=300) == 2, log.read_text()
+    assert f"the Prefect API at {api} does not answer" in log.read_text()
+    assert "to resume" not in log.read_text()
 
 
 def test_no_server_at_the_start_is_said_before_anything_runs(bench: Bench) -> None:

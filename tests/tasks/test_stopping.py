@@ -64,9 +64,10 @@ def test_a_second_signal_does_not_disturb_the_end(number: signal.Signals, kind: 
 def test_work_in_threads_ends_with_the_run(soon: threading.Timer) -> None:
     from flows.frontier import _each
 
-    ended = []
+    begun, ended = [], []
 
     def work(spec: int) -> dict[str, int]:
+        begun.append(spec)
         try:
             for _ in range(3000):
                 go_on()
@@ -80,7 +81,7 @@ def test_work_in_threads_ends_with_the_run(soon: threading.Timer) -> None:
     with pytest.raises(KeyboardInterrupt), stoppable():
         list(_each(2, work, [1, 2, 3, 4]))  # type: ignore[arg-type,list-item]
     assert time.monotonic() - start < 10
-    assert sorted(ended) == [1, 2], "two were at work, and no other was begun"
+    assert sorted(begun) == sorted(ended) == [1, 2], "two were at work, and no other was begun"
     go_on()  # over: another run of this process may begin
 
 

@@ -1,0 +1,146 @@
+"""`dpo run` and `dpo show`: a whole run in this process, and the table of a finished one."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flows.options import JsonOption, RecipeArgument, SetOption
+
+
+def run(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="[RUN]", help="Go on with a run; without a name, the newest unfinished one."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a recipe from the data gate to the run page. What an earlier run has made is not made again."""
+    from tasks.recipe import load_recipe
+
+    resolved = load_recipe(recipe, overrides or [])
+    _say(as_json, f"recipe {resolved.name}, workspace {Path(resolved.workspace).absolute()}")
+    from tasks.ahead import check_ahead
+
+    # Before the flow, which checks again: Prefect's server takes seconds to start.
+    check_ahead(resolved, resume)
+    with _resumable(recipe, overrides or []):
+        report = _through_prefect(resolved, resume)
+    if as_json:
+        typer.echo(report.model_dump_json())
+    else:
+        _show(report, resolved.workspace)
+
+
+def _through_prefect(recipe: Any, resume: str | None) -> Any:
+    """The report of the recipe's flow, which this process runs."""
+    import httpx
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    from flows.alignment import alignment
+    from flows.frontier import frontier
+    from flows.guard import guarded
+    from flows.orphans import end_orphans
+    from flows.server import prefect_away
+    from flows.temporary_server import start_temporary_server
+    from tasks.runs import own_run
+    from tasks.stopping import stoppable
+
+    end_orphans()
+    try:
+        with guarded(recipe.workspace, recipe.tracking), stoppable():
+            start_temporary_server()
+            return (frontier if recipe.frontier else alignment)(recipe, resume)
+    except (RuntimeError, httpx.TransportError, PrefectHTTPStatusError) as error:
+        record = own_run(recipe.workspace)
+        away = prefect_away(error, begun=record is not None)
+        if away is error or record is None or record.status != "done":
+            raise away from error
+        # It wanted to tell Prefect of the end of a flow that had done all its work.
+        typer.echo(f"warning: the run is done, but Prefect does not know: {away}", err=True)
+        return _report(recipe.workspace, record.run_id)
+
+
+class _resumable:
+    """Prints the line that resumes the run when a stage fails."""
+
+    def __init__(self, recipe: str, overrides: list[str]) -> None:
+        sets = " ".join(f"--set {shlex.quote(o)}" for o in overrides)
+        self.line = f"dpo run {shlex.quote(recipe)} {sets} --resume".replace("  ", " ")
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        from dpo_core.errors import DpoError
+
+        expected = error.exit_code if isinstance(error, DpoError) else 4
+        if error is not None and expected == 4:
+            typer.echo(f"to resume: {self.line}", err=True)
+
+
+def show(
+    run_id: Annotated[str, typer.Argument(metavar="RUN", help="Name of a run; see `dpo runs`.")],
+    workspace: Annotated[str, typer.Option(help="Workspace folder.")] = "./runs",
+    as_json: JsonOption = False,
+) -> None:
+    """Show the table of a finished run."""
+    report = _report(workspace, run_id)
+    if as_json:
+        typer.echo(report.model_dump_json())
+    else:
+        _show(report, workspace)
+
+
+def _report(workspace: str, run_id: str) -> Any:
+    """The report of a finished run or study."""
+    from dpo_core.errors import RecipeError
+    from tasks.frontier_report import FrontierReport
+    from tasks.report import RunReport
+    from tasks.workspace import plain_name
+
+    path = Path(workspace) / "runs" / plain_name(run_id) / "report.json"
+    if not path.is_file():
+        raise RecipeError(f"no finished run named {run_id} in {workspace}", "List them with: dpo runs")
+    try:
+        text = path.read_bytes()
+        kind = FrontierReport if "study" in json.loads(text) else RunReport
+        return kind.model_validate_json(text)
+    except ValueError as error:
+        raise RecipeError(
+            f"the report {path} is damaged or of another version",
+            f"Run again: dpo run RECIPE --resume {run_id}",
+        ) from error
+
+
+def _show(report: Any, workspace: str) -> None:
+    from rich.console import Console
+
+    from tasks import frontier_report
+    from tasks.report import RunReport
+    from tasks.report_text import terminal_table
+    from tasks.report_verdict import verdict
+    from tasks.workspace import run_folder
+
+    # A pipe has no width of its own; the table needs room.
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    one_run = isinstance(report, RunReport)
+    console.print(terminal_table(report) if one_run else frontier_report.terminal_table(report))
+    if one_run:
+        console.print(f"[bold]{verdict(report).headline}[/bold]")
+    folder = run_folder(Path(workspace).absolute(), report.run.name)
+    if one_run and report.model:
+        console.print(
+            f"model   {report.model.name} version {report.model.version}, alias {report.model.alias}"
+        )
+    console.print(f"page    {folder / 'page.html'}", soft_wrap=True)
+    console.print("look    dpo ui", soft_wrap=True)
+
+
+def _say(as_json: bool, text: str) -> None:
+    typer.echo(text, err=as_json)
