@@ -5,6 +5,9 @@ Each class carries the exit code of the command line: 2 usage or recipe, 3 data 
 secret (`secrecy`) is left out of every message.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from dpo_core.secrecy import hidden
 
 
@@ -67,3 +70,20 @@ class PromotionRefused(DpoError):
     """The model does not become champion; the champion stays what it was."""
 
     exit_code = 5
+
+
+@contextmanager
+def without_secrets() -> Iterator[None]:
+    """Let an error that nobody expected come out without what is secret in its text: it is shown and stored.
+
+    Raises:
+        StageFailed: in its place.
+    """
+    try:
+        yield
+    except DpoError:
+        raise
+    except Exception as error:
+        if hidden(str(error)) == str(error):
+            raise
+        raise StageFailed(f"{type(error).__name__}: {error}", "Resume the run when it is mended") from error

@@ -4,6 +4,7 @@ A recipe is written into MLflow, Prefect, manifests and the run page, and errors
 the environment alone, where the code that needs it reads it.
 """
 
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -66,3 +67,16 @@ def _texts(value: Any, place: str) -> Iterator[tuple[str, str]]:
     elif isinstance(value, list | tuple):
         for index, inner in enumerate(value):
             yield from _texts(inner, f"{place}[{index}]")
+
+
+class WithoutSecrets(logging.Filter):
+    """For a handler of logs: libraries name in their errors whatever address they were given."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Let every record through, its text and its traceback without secrets."""
+        record.msg, record.args = hidden(record.getMessage()), None
+        if record.exc_info and not record.exc_text:
+            record.exc_text = logging.Formatter().formatException(record.exc_info)
+        if record.exc_text:
+            record.exc_text, record.exc_info = hidden(record.exc_text), None
+        return True

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from dpo_core.secrecy import hidden
+from dpo_core.secrecy import WithoutSecrets, hidden
 from flows.cache_commands import app as cache_app
 from flows.deploy_command import deploy as deploy_command
 from flows.doctor_command import doctor as doctor_command
@@ -178,16 +178,10 @@ def config_list() -> None:
         typer.echo(f"{name:16} {path}")
 
 
-class _WithoutSecrets(logging.Formatter):
-    """Libraries name in their errors whatever address they were given."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return hidden(super().format(record))
-
-
 def _log_to_terminal() -> None:
     handler = logging.StreamHandler()
-    handler.setFormatter(_WithoutSecrets("%(asctime)s  %(message)s", "%H:%M:%S"))
+    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+    handler.addFilter(WithoutSecrets())
     # What the run says of itself, and what its rooms warn of (a damaged artifact, MLflow away).
     for name, level in {"dpo": logging.INFO, "tasks": logging.WARNING, "dpo_core": logging.WARNING}.items():
         logger = logging.getLogger(name)

@@ -1,6 +1,9 @@
-"""What Prefect, MLflow and Great Expectations are told by the environment; they read it when imported."""
+"""What Prefect, MLflow and Great Expectations may say; their settings are read when they are imported."""
 
+import logging
 import os
+
+from dpo_core.secrecy import WithoutSecrets
 
 _QUIET = {
     # Nothing reports home.
@@ -29,3 +32,11 @@ def keep_quiet() -> None:
     """Set them where the user has not."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+
+
+def hide_secrets_in_logs() -> None:
+    """Let every handler that is set up by now show and send no secret: Prefect keeps tracebacks."""
+    loggers = [logging.getLogger(), *map(logging.getLogger, list(logging.root.manager.loggerDict))]
+    for handler in {handler for logger in loggers for handler in logger.handlers}:
+        if not any(isinstance(known, WithoutSecrets) for known in handler.filters):
+            handler.addFilter(WithoutSecrets())

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from dpo_core.errors import DpoError, GateRefused
+from dpo_core.errors import DpoError, GateRefused, without_secrets
 from dpo_core.secrecy import hidden
+from flows.quiet import hide_secrets_in_logs
 from tasks.ahead import check_ahead
 from tasks.owner import myself
 from tasks.provenance import command_line
@@ -35,11 +36,12 @@ def recorded(
         run_stages: given the context, the recipe and the command that started the run.
         command: what to put down as that command, where this process was not started by it.
     """
+    hide_secrets_in_logs()
     check_ahead(recipe, resume)
     workspace = open_workspace(recipe.workspace)
     command = command or command_line()
     record = find_run(workspace, resume, recipe.name) if resume else new_run(workspace, recipe.name, command)
-    with held(workspace, record.run_id):
+    with held(workspace, record.run_id), without_secrets():
         return _held(recipe, workspace, record, run_stages, command, begun=bool(resume))
 
 

@@ -6,6 +6,7 @@ import numpy as np
 from prefect import task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
+from dpo_core.errors import without_secrets
 from dpo_core.frontier import Study, best_of_n
 from tasks.courtesy import tell
 from tasks.frontier_report import FrontierReport, frontier_report, headline, markdown, write_report
@@ -19,6 +20,7 @@ from tasks.workspace import run_folder
 
 
 @task(name="summary", task_run_name="summary", **TASK_OPTIONS)
+@without_secrets()
 def summarise_study(
     context: Context,
     recipe: Recipe,

@@ -21,7 +21,7 @@ from prefect.cache_policies import NO_CACHE
 from pydantic import JsonValue
 
 from dpo_core.config import Config
-from dpo_core.errors import DpoError
+from dpo_core.errors import DpoError, without_secrets
 from tasks.courtesy import tell
 from tasks.manifest import PLANNED, Manifest, digest_config, stage_key
 from tasks.needs import note_need
@@ -167,7 +167,9 @@ def stage_task(name: str, task_run_name: str | None = None) -> Callable[[StageFu
     """A stage as a Prefect task; in a plan as the plain function, which asks no server."""
 
     def wrap(function: StageFunction[P]) -> StageFunction[P]:
-        tracked = task(name=name, task_run_name=task_run_name or name, **TASK_OPTIONS)(function)
+        tracked = task(name=name, task_run_name=task_run_name or name, **TASK_OPTIONS)(
+            without_secrets()(function)
+        )
 
         @wraps(function)
         def call(context: Context, *args: P.args, **kwargs: P.kwargs) -> StageResult:

@@ -14,6 +14,7 @@ from prefect import task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from pydantic import JsonValue
 
+from dpo_core.errors import without_secrets
 from dpo_core.reward_quality import RewardQuality
 from dpo_core.secrecy import hidden
 from tasks.assessment import assess
@@ -46,6 +47,7 @@ from tasks.workspace import run_folder, write_whole
 
 
 @task(name="summary", task_run_name="summary", **TASK_OPTIONS)
+@without_secrets()
 def summarise(
     context: Context,
     recipe: Recipe,

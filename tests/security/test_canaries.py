@@ -6,6 +6,7 @@ processes while they ran; plain, compressed, quoted for addresses and in base64 
 """
 
 import base64
+import contextlib
 import gzip
 import json
 import os
@@ -138,10 +139,14 @@ def test_the_search_finds_what_is_hidden_in_a_file(tmp_path: Path) -> None:
 
 
 class Watched:
-    """Command lines of what a command starts, looked at many times a second; its own a person has typed."""
+    """Command lines of what a command starts, looked at many times a second; its own a person has typed.
 
-    def __init__(self) -> None:
-        self.seen: set[str] = set()
+    And its jobs' files, which go when a job is done.
+    """
+
+    def __init__(self, work: Path) -> None:
+        self.work, self.seen = work, set[str]()
+        self.jobs: dict[Path, str] = {}
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
 
@@ -162,6 +167,9 @@ class Watched:
                         self.seen.add(" ".join(process.cmdline()))
                 except psutil.Error:
                     continue
+            for path in self.work.glob("*/*/job.json"):
+                with contextlib.suppress(FileNotFoundError):
+                    self.jobs[path] = path.read_text()
             time.sleep(0.1)
 
 
@@ -176,10 +184,11 @@ class Site:
         self.world = World(folder, folder / "model")
         self.count, self.authorised, self.fail = 0, 0, False
         self.seen: set[str] = set()
+        self.jobs: dict[Path, str] = {}
 
     def dpo(self, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
         self.count += 1
-        with Watched() as watched:
+        with Watched(self.folder / "runs" / "work") as watched:
             done = subprocess.run(
                 [sys.executable, "-m", "flows.cli", *arguments],
                 cwd=self.folder,
@@ -190,8 +199,9 @@ class Site:
                 check=False,
             )
         said = self.folder / "said" / f"{self.count}-{arguments[0]}.txt"
-        said.write_text("\n".join([done.stdout, done.stderr, *sorted(watched.seen)]))
+        said.write_text("\n".join([done.stdout, done.stderr, *sorted(watched.seen), *watched.jobs.values()]))
         self.seen |= watched.seen
+        self.jobs |= watched.jobs
         return done
 
     def here(self, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -281,6 +291,11 @@ def test_a_whole_run_and_all_around_it_leave_no_secret(site: Site, reward: str) 
     code = "import os\ndef own(p, c):\n    raise OSError('no ' + os.environ['AWS_SECRET_ACCESS_KEY'])\n"
     broken = site.dpo(*site.world.run_reward(code), **tracked)
     assert broken.returncode in (2, 4), broken.stderr
+    code = "import os\ndef own(p, c):\n    if len(c) > 2:\n"
+    code += "        raise OSError('no ' + os.environ['AWS_SECRET_ACCESS_KEY'])\n    return [0.0] * len(c)\n"
+    later = site.dpo(*site.world.run_reward(code), **tracked)
+    assert later.returncode == 4, "in a stage, after the trial"
+    assert "no …" in later.stderr
     assert site.dpo("run", ran, "--set", f"model.name=https://me:{canary('URL')}@h/x").returncode == 2
     gone = f"http://me:{canary('URL')}@127.0.0.1:{free_port()}"
     assert site.dpo("run", ran, "--set", "seed=6", MLFLOW_TRACKING_URI=gone).returncode in (2, 4)
@@ -306,9 +321,10 @@ def test_a_whole_run_and_all_around_it_leave_no_secret(site: Site, reward: str) 
     site.dpo("evaluate", str(site.world.model), "--suite", "mt_bench", "--data", str(suites))
 
     assert any("dpo_core.train" in line for line in site.seen), "the training's command line was looked at"
+    assert any("train-dpo" in str(path) for path in site.jobs), "so was its file"
     kept = [path for path in site.folder.rglob("*") if path.is_file()]
     names = {path.name for path in kept}
-    assert {"mlflow.db", "page.html", "report.json", "recipe.yaml", "train.log", "job.json"} <= names, names
+    assert {"mlflow.db", "page.html", "report.json", "recipe.yaml", "train.log"} <= names, names
     assert any(path.name.startswith("prefect.db") for path in kept), "Prefect's database was looked at"
     assert any(re.fullmatch(r"dpo-\d+\.log", path.name) for path in kept), "so was the log of tracebacks"
     site.clean()

@@ -1,5 +1,7 @@
 """No text that is shown or kept holds a secret: addresses, values of variables, recipes, errors, the log."""
 
+import io
+import logging
 import os
 import stat
 from pathlib import Path
@@ -7,8 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dpo_core.errors import DpoError, RecipeError, StageFailed
+from dpo_core.errors import DpoError, RecipeError, StageFailed, without_secrets
 from dpo_core.secrecy import hidden, place_of_secret
+from flows.quiet import hide_secrets_in_logs
 from flows.validation import _own_folder
 from tasks.recipe import load_recipe
 from tests.bad_inputs import dpo
@@ -144,3 +147,36 @@ def test_a_folder_planted_at_the_gates_place_is_refused(tmp_path: Path) -> None:
     for planted in ("link", "file"):
         with pytest.raises(DpoError, match="not this user's own folder"):
             _own_folder(tmp_path / planted)
+
+
+def test_handlers_of_logs_show_no_secret_in_words_or_tracebacks(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DPO_REWARD_TOKEN", CANARY)
+    said = io.StringIO()
+    logger, handler = logging.getLogger("some.library"), logging.StreamHandler(said)
+    monkeypatch.setattr(logger, "handlers", [handler])
+    logger.propagate = False
+    hide_secrets_in_logs()
+    hide_secrets_in_logs()
+    assert len(handler.filters) == 1
+    try:
+        raise OSError(f"no {CANARY}")
+    except OSError:
+        logger.exception("asked %s as %d", f"http://me:x@{CANARY}/", 5)
+    text = said.getvalue()
+    assert "asked http://…@…/ as 5" in text
+    assert "Traceback" in text
+    assert "OSError: no …" in text
+    assert CANARY not in text
+
+
+def test_an_unforeseen_error_of_a_task_tells_prefect_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DPO_REWARD_TOKEN", CANARY)
+    with pytest.raises(StageFailed, match=r"KeyError: 'no …'\. Resume") as caught, without_secrets():
+        raise KeyError(f"no {CANARY}")
+    assert caught.value.exit_code == 4
+    for error in (KeyError("harmless"), RecipeError(f"no {CANARY}")):
+        with pytest.raises(type(error)) as caught, without_secrets():
+            raise error
+        assert caught.value is error
