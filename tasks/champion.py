@@ -8,6 +8,7 @@ from urllib.parse import unquote, urlsplit
 from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.models import weights_digest
 from tasks.manifest import Manifest, digest_folder
+from tasks.registry import version_of
 from tasks.tracking import Tracker, TrackingConfig
 
 log = logging.getLogger("dpo")
@@ -27,7 +28,7 @@ class Champion(NamedTuple):
 
 def find_champion(tracker: Tracker, registered: str) -> Champion | None:
     """The champion of a registered model; None where there is none, or its files are not on this machine."""
-    version = tracker.version_of(registered, ALIAS)
+    version = version_of(tracker, registered, ALIAS)
     if version is None:
         return None
     title = titled(version)
@@ -86,7 +87,7 @@ def registered_weights(spec: str, workspace: Path) -> Path:
         RecipeError: there is no such version, or its files are not here.
     """
     name, _, alias = spec.removeprefix("models:/").partition("@")
-    version = Tracker(TrackingConfig(), workspace).version_of(name, alias) if name and alias else None
+    version = version_of(Tracker(TrackingConfig(), workspace), name, alias) if name and alias else None
     folder = weights_of(version) if version is not None else None
     if version is None or folder is None:
         raise RecipeError(

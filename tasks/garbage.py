@@ -24,8 +24,9 @@ from tasks.finished_run import registries_of
 from tasks.needs import Needs, read_needs
 from tasks.promotion_ledger import SUFFIX, Ledger
 from tasks.promotion_lock import alone
+from tasks.registry import every
 from tasks.store import Store
-from tasks.tracking import Tracker, every
+from tasks.tracking import Tracker
 from tasks.workspace import disk_errors, open_workspace, size_of
 
 KEEP = 10

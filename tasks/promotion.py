@@ -23,8 +23,9 @@ from tasks.finished_run import finished_report, registry_of
 from tasks.manifest import digest_folder
 from tasks.promotion_ledger import PREVIOUS, SUFFIX, Change, Ledger, reigns
 from tasks.promotion_lock import alone
+from tasks.registry import every, version_of
 from tasks.report import ModelRow, RunReport
-from tasks.tracking import Tracker, every
+from tasks.tracking import Tracker
 from tasks.workspace import disk_errors, open_workspace
 
 log = logging.getLogger("dpo")
@@ -70,7 +71,7 @@ def promote(workspace: str | Path, run_id: str, *, force: bool = False, reason: 
     with alone(place, model.name):
         ledger, mended = _settled(tracker, model.name)
         entries = ledger.read()
-        champion = tracker.version_of(model.name, ALIAS)
+        champion = version_of(tracker, model.name, ALIAS)
         candidate = ledger.version(str(model.version))
         if candidate is None or not _made_by(candidate, report, model):
             problem = f"{model.name} version {model.version}, which the run {run_id} registered, is not there"
@@ -126,7 +127,7 @@ def rollback(workspace: str | Path, name: str | None = None, *, reason: str = ""
     with alone(place, name):
         ledger, mended = _settled(tracker, name)
         entries = ledger.read()
-        champion, target = (tracker.version_of(name, alias) for alias in (ALIAS, PREVIOUS))
+        champion, target = (version_of(tracker, name, alias) for alias in (ALIAS, PREVIOUS))
         if target is None or (champion is not None and champion.version == target.version):
             refuse(f"{name} has no previous champion", [], "Promote another run's model: dpo promote RUN")
         _check_weights(target)
@@ -152,7 +153,7 @@ def check(workspace: str | Path) -> list[Standing]:
     for name in _models(tracker):
         with alone(place, name):
             ledger, notes = _settled(tracker, name)
-            champion = tracker.version_of(name, ALIAS)
+            champion = version_of(tracker, name, ALIAS)
             if (wanted := ledger.moved()) is not None:
                 notes.append(
                     f"the alias {ALIAS} was moved by hand: the last change made version {wanted} champion"
@@ -253,7 +254,7 @@ def _signature() -> dict[str, Any]:
 
 def _standing(tracker: Tracker, name: str, *, changed: bool = False, notes: list[str]) -> Standing:
     def holder(alias: str) -> str | None:
-        version = tracker.version_of(name, alias)
+        version = version_of(tracker, name, alias)
         return None if version is None else str(version.version)
 
     entries = Ledger(tracker, name).read()
@@ -279,7 +280,7 @@ def _only(tracker: Tracker, name: str | None) -> str:
         if name not in names:
             raise RecipeError(f"there is no registered model {name}", f"Known: {', '.join(names) or 'none'}")
         return name
-    having = [known for known in names if tracker.version_of(known, ALIAS) or Ledger(tracker, known).read()]
+    having = [known for known in names if version_of(tracker, known, ALIAS) or Ledger(tracker, known).read()]
     if len(having) == 1:
         return having[0]
     if not having:

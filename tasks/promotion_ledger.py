@@ -30,7 +30,8 @@ from pydantic import AwareDatetime, Field, ValidationError
 from dpo_core.config import Config
 from dpo_core.evaluation.decision import Decision
 from tasks.champion import ALIAS
-from tasks.tracking import Tracker, unless_there
+from tasks.registry import unless_there, version_of
+from tasks.tracking import Tracker
 from tasks.tracking_outbox import one_line
 from tasks.tracking_run import TAG_CHARS, cut
 
@@ -134,7 +135,7 @@ class Ledger:
     def moved(self) -> str | None:
         """The champion by the ledger where the alias, all settled, names another version."""
         entries = [entry for entry in self.read() if entry.state == "done"]
-        held = self._tracker.version_of(self.model, ALIAS)
+        held = version_of(self._tracker, self.model, ALIAS)
         wanted = entries[-1].change.version if entries else None
         return wanted if wanted and (held is None or str(held.version) != wanted) else None
 

@@ -25,6 +25,7 @@ from tasks.manifest import Manifest
 from tasks.page import render
 from tasks.provenance import hardware, source_tags
 from tasks.recipe import Recipe
+from tasks.registry import register_model
 from tasks.report import (
     Cost,
     Evaluation,
@@ -166,9 +167,8 @@ def _register(recipe: Recipe, manifests: Mapping[str, Manifest], tracker: Tracke
         "dpo.ref_digest": str(manifests["cache-reference"].extra["reference_weights"]),
     }
     name = recipe.registered_name
-    version = tracker.register_model(
-        name, str(model.path), alias=recipe.registry.alias, tags={k: v for k, v in tags.items() if v}
-    )
+    given = {key: value for key, value in tags.items() if value}
+    version = register_model(tracker, name, str(model.path), alias=recipe.registry.alias, tags=given)
     return ModelRow(
         name=name, version=version, alias=recipe.registry.alias, uri=model.uri, sha256=model.sha256
     )

@@ -1,4 +1,4 @@
-"""MLflow tracking: one parent run an alignment, one child run a stage, models registered by reference.
+"""MLflow tracking: one parent run an alignment, one child run a stage.
 
 Every write after the parent's start goes through the outbox, so that a server's absence costs only delay.
 """
@@ -6,7 +6,6 @@ Every write after the parent's start goes through the outbox, so that a server's
 import json
 import logging
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,6 +19,7 @@ from dpo_core.config import Config
 from dpo_core.errors import RecipeError, StageFailed
 from tasks.manifest import Manifest
 from tasks.provenance import environment, source_tags
+from tasks.registry import unless_there
 from tasks.tracking_database import make_database
 from tasks.tracking_outbox import (
     FOLDER,
@@ -256,8 +256,7 @@ class Tracker:
         """End the run of a stage that did not end it itself, though its result is there.
 
         It was killed after it had stored the result, or the disk was gone at that moment, or another run has
-        made it since. Nothing happens where
-        no such run was left when the parent was opened.
+        made it since. Nothing happens where no such run was left when the parent was opened.
         """
         if stage not in self._unfinished:
             return
@@ -266,62 +265,6 @@ class Tracker:
             run.params(params or {})
             run.metrics_from_jsonl(artifact.path / "metrics.jsonl")
             run.made(artifact)
-
-    def register_model(
-        self,
-        name: str,
-        model_uri_folder: str,
-        parent_run: str | None = None,
-        alias: str = "challenger",
-        tags: Mapping[str, str] | None = None,
-    ) -> str:
-        """Register weights by reference, without uploading them; returns the version.
-
-        The version's tag `dpo.weights_uri` holds the URI. Its source does so too, except on a server, which
-        takes no local paths: there the source is the logged model. The same weights of the same run are
-        registered once.
-
-        Raises:
-            StageFailed: MLflow does not answer, or refuses.
-        """
-        self._connect()
-        run_id = parent_run or self.run_id
-        uri = model_uri_folder if "://" in model_uri_folder else Path(model_uri_folder).absolute().as_uri()
-        every = {key: cut(value, TAG_CHARS) for key, value in (tags or {}).items()} | {"dpo.weights_uri": uri}
-
-        def register() -> str:
-            unless_there(lambda: self._client.create_registered_model(name))
-            # Of this run alone: a model of a nightly recipe has a version for every night.
-            for found in self._client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):
-                if found.tags.get("dpo.weights_uri") == uri:
-                    version = found.version
-                    break
-            else:
-                version = self._new_version(name, uri, run_id, every)
-            self._client.set_registered_model_alias(name, alias, version)
-            return str(version)
-
-        return self._must(f"model {name}", register)
-
-    def version_of(self, name: str, alias: str) -> Any | None:
-        """The registered version that the alias points to; None where model or alias is not there.
-
-        Raises:
-            StageFailed: MLflow does not answer, or refuses.
-        """
-        from mlflow.exceptions import MlflowException
-
-        self._connect()
-
-        def find() -> Any | None:
-            try:
-                return self._client.get_model_version_by_alias(name, alias)
-            except MlflowException as error:
-                if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-                    return None
-                raise
-
-        return self._must(f"the {alias} of {name}", find)
 
     def ask(self, what: str, call: Callable[[Any], T]) -> T:
         """What MLflow answers to `call`, which is given its client and may be called again after an outage.
@@ -338,39 +281,6 @@ class Tracker:
         text = cut(text, TAG_CHARS)
         what = f"description of {name} {version}"
         self._outbox.put(Write(what, self.parent, "send_description", [name, version, text]))
-
-    def _new_version(self, name: str, uri: str, run_id: str, tags: dict[str, str]) -> str:
-        from mlflow.exceptions import MlflowException
-
-        model_id = self._logged_model(name, uri, run_id, tags)
-        facts = {"run_id": run_id, "tags": tags, "model_id": model_id}
-        try:
-            return str(self._client.create_model_version(name, uri, **facts).version)
-        except MlflowException as error:
-            if error.error_code != "INVALID_PARAMETER_VALUE":
-                raise
-            return str(self._client.create_model_version(name, f"models:/{model_id}", **facts).version)
-
-    def _logged_model(self, name: str, uri: str, run_id: str, tags: dict[str, str]) -> str:
-        """The logged model of these weights of this run; a killed process may have left it, or half of it."""
-        import mlflow
-        from mlflow.entities import LoggedModelStatus
-
-        experiment = self._client.get_run(run_id).info.experiment_id
-        for found in self._client.search_logged_models([experiment], f"source_run_id = '{run_id}'"):
-            if found.tags.get("dpo.weights_uri") == uri:
-                if found.status == LoggedModelStatus.READY:
-                    return str(found.model_id)
-                self._client.delete_logged_model(found.model_id)
-        mlflow.set_tracking_uri(self.uri)  # create_external_model knows the global address only
-        made = mlflow.create_external_model(
-            name=re.sub(r"[/:.%\"']", "-", name),
-            source_run_id=run_id,
-            tags=tags,
-            model_type="dpo-policy",
-            experiment_id=experiment,
-        )
-        return str(made.model_id)
 
     def _opened_before(self, experiment: str, tags: Mapping[str, str]) -> str | None:
         found = self._client.get_experiment_by_name(experiment)
@@ -473,24 +383,3 @@ class Tracker:
                         "Start the server or correct tracking.uri, then resume the run.",
                     ) from error
                 time.sleep(1)
-
-
-def unless_there(create: Callable[[], object]) -> None:
-    """Create something that another process may have created in the meantime."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        create()
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-
-
-def every(search: Callable[..., Any]) -> list[Any]:
-    """All that a search of MLflow's finds; it answers in pages."""
-    page = search()
-    found = list(page)
-    while page.token:
-        page = search(page_token=page.token)
-        found += page
-    return found

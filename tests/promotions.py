@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from dpo_core.evaluation.decision import Decision, Reason
 from tasks.manifest import digest_folder
+from tasks.registry import register_model
 from tasks.report import ModelRow, RunReport
 from tasks.runs import RunRecord, save_run
 from tasks.tracking import Tracker, TrackingConfig
@@ -53,7 +54,7 @@ class World:
         (folder / "config.json").write_text("{}")
         (folder / "model.safetensors").write_text(run_id)
         sha256 = digest_folder(folder)
-        version = self.tracker.register_model(name, str(folder), tags={"dpo.artifact_sha256": sha256})
+        version = register_model(self.tracker, name, str(folder), tags={"dpo.artifact_sha256": sha256})
         self.tracker.finish_parent()
         rules = [Reason(rule="max_kl", passed=True, text="KL 1.2 nats: at most 10")]
         if not promote:

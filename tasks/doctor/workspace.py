@@ -181,13 +181,13 @@ def champions(place: Path) -> Iterator[Finding]:
     from tasks.champion import ALIAS, titled, weights_of
     from tasks.finished_run import registries_of
     from tasks.promotion_ledger import SUFFIX, Ledger
-    from tasks.tracking import every
+    from tasks.registry import every, version_of
 
     look, told = "dpo promote --check", 0
     for tracker in registries_of(place, (needs.tracking_uri for needs in read_needs(place))):
         names = [m.name for m in tracker.ask("the models", lambda c: every(c.search_registered_models))]
         for name in (name for name in names if not name.endswith(SUFFIX)):
-            ledger, champion = Ledger(tracker, name), tracker.version_of(name, ALIAS)
+            ledger, champion = Ledger(tracker, name), version_of(tracker, name, ALIAS)
             entries = ledger.read()
             told += 1
             if entries and not entries[-1].state:

@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tasks.registry import register_model
 from tasks.report_verdict import verdict
 from tasks.runs import RunRecord, save_run
 from tasks.summary import publish
@@ -51,7 +52,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with tracker.child(stage) as child:
             child.metrics_from_jsonl(log)
     assert REPORT.model
-    version = tracker.register_model(REPORT.model.name, str(workspace / "model"))
+    version = register_model(tracker, REPORT.model.name, str(workspace / "model"))
     registered = REPORT.model.model_copy(update={"version": version})
     publish(REPORT.model_copy(update={"model": registered}), run_folder(workspace, name), tracker)
     tracker.finish_parent()

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from dpo_core.errors import RecipeError, StageFailed
+from tasks.registry import register_model
 from tasks.tracking import Tracker, TrackingConfig, resolve_uri
 from tasks.tracking_run import flatten
 from tests.tasks.tracked import RECIPE, children, client, free_port, lines, points
@@ -178,7 +179,7 @@ def test_a_child_lasts_as_long_as_its_stage(tracker: Tracker) -> None:
 
 
 def test_a_registered_version_is_described(tracker: Tracker, tmp_path: Path) -> None:
-    version = tracker.register_model("tiny.described", str(tmp_path))
+    version = register_model(tracker, "tiny.described", str(tmp_path))
     tracker.describe_version("tiny.described", version, "# It won")
     assert client(tracker).get_model_version("tiny.described", version).description == "# It won"
 
@@ -318,13 +319,13 @@ def test_artifacts(tracker: Tracker, tmp_path: Path) -> None:
 def test_register_model_by_reference(tracker: Tracker, tmp_path: Path) -> None:
     weights = tmp_path / "model"
     weights.mkdir()
-    version = tracker.register_model("tiny.policy", str(weights), tags={"dpo.sha256": "a" * 64})
-    assert tracker.register_model("tiny.policy", str(weights)) == version, "a resume registers nothing twice"
+    version = register_model(tracker, "tiny.policy", str(weights), tags={"dpo.sha256": "a" * 64})
+    assert register_model(tracker, "tiny.policy", str(weights)) == version, "a resume registers nothing twice"
     found = client(tracker).get_model_version_by_alias("tiny.policy", "challenger")
     assert (str(found.version), found.run_id) == (version, tracker.run_id)
     assert found.source == weights.as_uri()
     assert found.tags == {"dpo.weights_uri": weights.as_uri(), "dpo.sha256": "a" * 64}
-    second = tracker.register_model("tiny.policy", str(tmp_path / "other"), alias="champion")
+    second = register_model(tracker, "tiny.policy", str(tmp_path / "other"), alias="champion")
     assert int(second) == int(version) + 1
     assert client(tracker).get_model_version_by_alias("tiny.policy", "champion").version == int(second)
     assert not list(weights.iterdir())

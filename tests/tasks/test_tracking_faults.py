@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tasks import tracking_run
+from tasks import registry, tracking_run
 from tasks.manifest import Manifest
+from tasks.registry import register_model
 from tasks.store import Store
 from tasks.tracking import Tracker, TrackingConfig
 from tests.tasks.stored import CONFIG, KEY, python, write
@@ -112,17 +113,29 @@ def test_no_run_ends_before_it_began(
         assert run.info.end_time >= run.info.start_time
 
 
-def test_what_a_kill_left_of_a_registration_is_used_or_removed(tracker: Tracker, workspace: Path) -> None:
+def test_what_a_kill_left_of_a_registration_is_used_or_removed(
+    tracker: Tracker, workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     api = client(tracker)
     uri = (workspace / "model").as_uri()
     half = api.create_logged_model(
         tracker.experiment_id, "dpo-left", tracker.run_id, tags={"dpo.weights_uri": uri}
     )
-    left = tracker._logged_model("dpo-left", uri, tracker.run_id, {"dpo.weights_uri": uri})
-    assert left != half.model_id, "it was never made ready"
-    assert tracker.register_model("dpo-left", uri) == "1"
-    found = api.search_logged_models([tracker.experiment_id], f"source_run_id = '{tracker.run_id}'")
-    assert [model.model_id for model in found] == [left]
+
+    def logged() -> list[str]:
+        found = api.search_logged_models([tracker.experiment_id], f"source_run_id = '{tracker.run_id}'")
+        return [model.model_id for model in found]
+
+    def killed(*_: object) -> str:
+        raise SystemExit
+
+    with monkeypatch.context() as before_the_version, pytest.raises(SystemExit):  # noqa: PT012
+        before_the_version.setattr(registry, "_new_version", killed)
+        register_model(tracker, "dpo-left", uri)
+    left = logged()
+    assert half.model_id not in left, "it was never made ready"
+    assert register_model(tracker, "dpo-left", uri) == "1"
+    assert logged() == left
 
 
 def test_a_database_that_others_write_to_is_waited_for(tracker: Tracker, workspace: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from dpo_core.errors import StageFailed
+from tasks.registry import register_model
 from tasks.tracking import Tracker, TrackingConfig
 from tests.tasks.tracked import RECIPE, children, client, lines
 
@@ -184,6 +185,6 @@ def test_a_model_cannot_be_registered_on_a_full_disk(workspace: Path) -> None:
     with full_disk(workspace):
         start = time.monotonic()
         with pytest.raises(StageFailed, match="is full") as caught:
-            tracker.register_model("policy", str(workspace))
+            register_model(tracker, "policy", str(workspace))
         assert str(workspace) in caught.value.problem
         assert time.monotonic() - start < 5

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tasks.registry import register_model
 from tasks.tracking import Tracker, TrackingConfig
 from tasks.tracking_outbox import PATIENCE
 from tasks.tracking_run import StageRun
@@ -126,7 +127,7 @@ def test_register_and_resume_on_a_server(server: Server, tmp_path: Path) -> None
     tracker = Tracker(TrackingConfig(), tmp_path)
     tracker.start_parent("run", recipe=RECIPE)
     (tmp_path / "model").mkdir()
-    version = tracker.register_model("policy", str(tmp_path / "model"))
+    version = register_model(tracker, "policy", str(tmp_path / "model"))
     found = client(tracker).get_model_version_by_alias("policy", "challenger")
     assert (str(found.version), found.run_id) == (version, tracker.run_id)
     assert found.source.startswith("models:/"), "a server takes no local paths"

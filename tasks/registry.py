@@ -1,0 +1,130 @@
+"""MLflow's model registry: models registered by reference, and who holds an alias."""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.tracking_run import TAG_CHARS, cut
+
+if TYPE_CHECKING:
+    from tasks.tracking import Tracker  # which needs `unless_there`
+
+
+def register_model(
+    tracker: "Tracker",
+    name: str,
+    folder: str,
+    parent_run: str | None = None,
+    alias: str = "challenger",
+    tags: Mapping[str, str] | None = None,
+) -> str:
+    """Register weights by reference, without uploading them; returns the version.
+
+    The version's tag `dpo.weights_uri` holds the URI. Its source does so too, except on a server, which
+    takes no local paths: there the source is the logged model. The same weights of the same run are
+    registered once.
+
+    Args:
+        folder: where the weights are: a path or a URI.
+        parent_run: the alignment that made them; the tracker's own if not given.
+
+    Raises:
+        StageFailed: MLflow does not answer.
+        RecipeError: it refuses.
+    """
+    run_id = parent_run or tracker.run_id
+    uri = folder if "://" in folder else Path(folder).absolute().as_uri()
+    given = {key: cut(value, TAG_CHARS) for key, value in (tags or {}).items()} | {"dpo.weights_uri": uri}
+
+    def register(client: Any) -> str:
+        unless_there(lambda: client.create_registered_model(name))
+        # Of this run alone: a model of a nightly recipe has a version for every night.
+        known = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
+        same = [found.version for found in known if found.tags.get("dpo.weights_uri") == uri]
+        if same:
+            version = str(same[0])
+        else:
+            model_id = _logged_model(client, tracker.uri, name, uri, run_id, given)
+            version = _new_version(client, name, uri, run_id, given, model_id)
+        client.set_registered_model_alias(name, alias, version)
+        return version
+
+    return tracker.ask(f"model {name}", register)
+
+
+def _new_version(client: Any, name: str, uri: str, run_id: str, tags: dict[str, str], model_id: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    facts = {"run_id": run_id, "tags": tags, "model_id": model_id}
+    try:
+        return str(client.create_model_version(name, uri, **facts).version)
+    except MlflowException as error:
+        if error.error_code != "INVALID_PARAMETER_VALUE":
+            raise
+        return str(client.create_model_version(name, f"models:/{model_id}", **facts).version)
+
+
+def _logged_model(
+    client: Any, tracking_uri: str, name: str, uri: str, run_id: str, tags: dict[str, str]
+) -> str:
+    """The logged model of these weights of this run; a killed process may have left it, or half of it."""
+    import mlflow
+    from mlflow.entities import LoggedModelStatus
+
+    experiment = client.get_run(run_id).info.experiment_id
+    for found in client.search_logged_models([experiment], f"source_run_id = '{run_id}'"):
+        if found.tags.get("dpo.weights_uri") == uri:
+            if found.status == LoggedModelStatus.READY:
+                return str(found.model_id)
+            client.delete_logged_model(found.model_id)
+    mlflow.set_tracking_uri(tracking_uri)  # create_external_model knows the global address only
+    made = mlflow.create_external_model(
+        name=re.sub(r"[/:.%\"']", "-", name),
+        source_run_id=run_id,
+        tags=tags,
+        model_type="dpo-policy",
+        experiment_id=experiment,
+    )
+    return str(made.model_id)
+
+
+def version_of(tracker: "Tracker", name: str, alias: str) -> Any | None:
+    """The registered version that the alias points to; None where model or alias is not there.
+
+    Raises:
+        StageFailed: MLflow does not answer.
+        RecipeError: it refuses.
+    """
+    from mlflow.exceptions import MlflowException
+
+    def find(client: Any) -> Any | None:
+        try:
+            return client.get_model_version_by_alias(name, alias)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
+
+    return tracker.ask(f"the {alias} of {name}", find)
+
+
+def unless_there(create: Callable[[], object]) -> None:
+    """Create something that another process may have created in the meantime."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        create()
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def every(search: Callable[..., Any]) -> list[Any]:
+    """All that a search of MLflow's finds; it answers in pages."""
+    page = search()
+    found = list(page)
+    while page.token:
+        page = search(page_token=page.token)
+        found += page
+    return found
