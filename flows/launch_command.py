@@ -95,8 +95,6 @@ def rendered(recipe: str, overrides: list[str], on: str, config: Any) -> str:
 
     The last folder of a job is known only once its data are made, and reads ID here.
     """
-    from deploy.launchers import LocalLauncher
-    from deploy.launchers.choice import launcher
     from flows.plan_command import plan_recipe
     from tasks.recipe import load_recipe
 
@@ -107,9 +105,24 @@ def rendered(recipe: str, overrides: list[str], on: str, config: Any) -> str:
     texts = []
     for row in rows:
         work = Path(told.workspace) / "work" / row.name / "ID"
-        place = LocalLauncher() if config is None else launcher(on, config, f"{row.name} {work}")
-        text = place.render(work / "job.json", row.processes)
+        text = _place(on, config, row.name, work).render(work / "job.json", row.processes)
         texts.append(f"# {row.name}\n{text.rstrip()}\n")
     # Several documents of one file, where they are YAML.
     between = "---\n" if on in {"kubernetes", "skypilot"} else "\n"
     return between.join(texts) or "# every training stage is cached: nothing to submit\n"
+
+
+def _place(on: str, config: Any, stage: str, work: Path) -> Any:
+    """The launcher of a training; a warning where its nodes would not see the work folder."""
+    from deploy.launchers import LocalLauncher
+    from deploy.launchers.choice import launcher
+    from dpo_core.errors import RecipeError
+
+    if config is None:
+        return LocalLauncher()
+    place = launcher(on, config, f"{stage} {work}")
+    try:
+        place.require_seen(work)
+    except RecipeError as error:  # what is only looked at need not be there
+        typer.echo(f"warning: {error}", err=True)
+    return place

@@ -5,6 +5,7 @@ import sqlite3
 import tempfile
 from pathlib import Path
 
+from deploy.launchers.choice import check_cluster
 from dpo_core.data.read import check_source
 from dpo_core.errors import RecipeError
 from dpo_core.evaluation.safety import assert_not_trained_on
@@ -23,7 +24,7 @@ _TRACKED = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databric
 
 
 def check_ahead(recipe: Recipe, resume: str | None = None) -> None:
-    """Refuse a recipe whose workspace, files, reward, model or tracking database cannot be used.
+    """Refuse a recipe whose workspace, cluster, files, reward, model or tracking database cannot be used.
 
     Only what costs no more than seconds is looked at; a model on the hub is fetched here.
 
@@ -34,6 +35,7 @@ def check_ahead(recipe: Recipe, resume: str | None = None) -> None:
     require_writable(workspace)
     if resume:
         find_run(workspace, resume, recipe.name)
+    check_cluster(workspace)
     _check_database(resolve_uri(recipe.tracking, workspace), workspace)
     for path in (recipe.data.path, recipe.data.eval_path):
         if path is not None:

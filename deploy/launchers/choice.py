@@ -29,6 +29,14 @@ TARGETS: dict[str, Target] = {
 class ClusterLauncher(Launcher, Protocol):
     """A launcher whose jobs outlive their watcher."""
 
+    def require_seen(self, folder: Path) -> None:
+        """Refuse a folder that the nodes would not see."""
+        ...
+
+    def require_client(self) -> None:
+        """Refuse to go on without what this machine needs to speak to the cluster."""
+        ...
+
     def find(self, work: Path) -> str | None:
         """The handle of the job of its run and attempt, None where there is none."""
         ...
@@ -51,7 +59,19 @@ def chosen(run: str) -> Launcher:
         raise RecipeError(f"{VARIABLE} cannot be used ({error})", "Start with: dpo launch RECIPE") from error
 
 
-def launcher(on: str, config: ClusterConfig, run: str) -> Launcher:
+def check_cluster(workspace: Path) -> None:
+    """Refuse a cluster that this machine cannot speak to, or that would not see the workspace.
+
+    Raises:
+        RecipeError: it is so.
+    """
+    place = chosen("ahead")
+    if isinstance(place, Rejoining):
+        place.require_seen(workspace)
+        place.require_client()
+
+
+def launcher(on: str, config: ClusterConfig, run: str) -> "Rejoining":
     """The launcher of a cluster."""
     _, make = TARGETS[on]
     return Rejoining(lambda attempt: make(config, run, attempt))
@@ -64,6 +84,12 @@ class Rejoining:
         self._make = make
         self._launcher = make(1)
         self.pause = self._launcher.pause
+
+    def require_seen(self, folder: Path) -> None:
+        self._launcher.require_seen(folder)
+
+    def require_client(self) -> None:
+        self._launcher.require_client()
 
     def render(self, job: Path, processes: int) -> str:
         return self._launcher.render(job, processes)

@@ -1,7 +1,9 @@
 """What the launchers of all clusters share: sizes, names that survive a lost watcher, handles."""
 
 import hashlib
+import logging
 import re
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +12,8 @@ from pydantic import Field, field_validator
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.secrecy import SECRET_NAME
+
+log = logging.getLogger("dpo")
 
 
 class ClusterConfig(Config):
@@ -39,7 +43,7 @@ class ClusterConfig(Config):
         return variables
 
     def check(self, processes: int) -> None:
-        """Refuse more ranks than GPUs on a node.
+        """Refuse more ranks than GPUs on a node, and tell of GPUs that would stand idle.
 
         Raises:
             RecipeError: there are more.
@@ -49,6 +53,33 @@ class ClusterConfig(Config):
                 f"engine.processes is {processes}, but the nodes have gpus={self.gpus}",
                 "Lower engine.processes or ask for more GPUs a node",
             )
+        if processes < self.gpus:
+            log.warning(
+                "each node has gpus=%d, and engine.processes=%d uses no more of them", self.gpus, processes
+            )
+
+
+def require_seen(folder: Path, mount: str, where: str) -> None:
+    """Refuse a folder that the nodes would not see.
+
+    Raises:
+        RecipeError: it does not lie below the mount.
+    """
+    if not folder.absolute().is_relative_to(mount):
+        raise RecipeError(
+            f"{folder.absolute()} is not {where} at {mount}",
+            "Mount it at the same place here and put the workspace there",
+        )
+
+
+def require_command(name: str, remedy: str) -> None:
+    """Refuse to go on without a command.
+
+    Raises:
+        RecipeError: this machine does not have it.
+    """
+    if shutil.which(name) is None:
+        raise RecipeError(f"there is no command {name} on this machine", remedy)
 
 
 class Handle(NamedTuple):

@@ -9,7 +9,7 @@ import yaml
 
 from deploy.launchers import reasons
 from deploy.launchers.base import LOG, State, clear, ended, tail
-from deploy.launchers.cluster import Handle, job_name
+from deploy.launchers.cluster import Handle, job_name, require_seen
 from deploy.launchers.kube_api import KubeApi
 from deploy.launchers.manifests import (
     ATTEMPT,
@@ -21,7 +21,7 @@ from deploy.launchers.manifests import (
     Manifest,
     manifests,
 )
-from dpo_core.errors import RecipeError, StageFailed
+from dpo_core.errors import StageFailed
 
 log = logging.getLogger("dpo")
 
@@ -55,6 +55,14 @@ class KubernetesLauncher:
     def render(self, job: Path, processes: int) -> str:
         return "---\n".join(yaml.safe_dump(m, sort_keys=False) for m in self._manifests(job, processes))
 
+    def require_seen(self, folder: Path) -> None:
+        """Refuse a folder that does not lie on the volume."""
+        require_seen(folder, self.config.mount, "on the volume, which pods see")
+
+    def require_client(self) -> None:
+        """Refuse to go on without credentials."""
+        _ = self.api
+
     def find(self, work: Path) -> str | None:
         """The handle of the job of this run and attempt, None where there is none."""
         there = self.api.get(self.resource, self.name)
@@ -69,11 +77,7 @@ class KubernetesLauncher:
         """
         job, work = job.absolute(), work.absolute()
         for path in (job, work):
-            if not path.is_relative_to(self.config.mount):
-                raise RecipeError(
-                    f"{path} is not on the volume, which pods see at {self.config.mount}",
-                    "Mount it at the same place here and put the workspace on it",
-                )
+            self.require_seen(path)
         made = self._manifests(job, processes)
         there = self.api.get(self.resource, self.name)
         if there is None:

@@ -18,13 +18,14 @@ from pydantic import Field, field_validator
 
 from deploy.launchers import torchrun
 from deploy.launchers.base import LOG, State, clear, ended, tail
-from deploy.launchers.cluster import ClusterConfig, Handle, job_name
+from deploy.launchers.cluster import ClusterConfig, Handle, job_name, require_command, require_seen
 from dpo_core.errors import RecipeError, StageFailed
 
 log = logging.getLogger("dpo")
 
 TIMEOUT = 300.0
 """Seconds that one command may take: the first starts SkyPilot's own server."""
+INSTALL = "Install SkyPilot in an environment of its own (uv tool install skypilot) and put it on PATH"
 AWAY = 600.0
 """Seconds that its server or controller may be away."""
 _PORT = 8008
@@ -89,6 +90,14 @@ class SkyPilotLauncher:
         self.config.check(processes)
         return yaml.safe_dump(_task(self.config, self.name, job.absolute(), processes), sort_keys=False)
 
+    def require_seen(self, folder: Path) -> None:
+        """Refuse a folder that does not lie in the bucket."""
+        require_seen(folder, self.config.mount, "in the bucket, which machines see")
+
+    def require_client(self) -> None:
+        """Refuse to go on without the command of SkyPilot."""
+        require_command("sky", INSTALL)
+
     def find(self, work: Path) -> str | None:
         """The handle of the job of this run and attempt, None where there is none."""
         ids = [row["job_id"] for row in _queue() if row["job_name"] == self.name]
@@ -102,11 +111,7 @@ class SkyPilotLauncher:
             StageFailed: SkyPilot refuses it.
         """
         work = work.absolute()
-        if not job.absolute().is_relative_to(self.config.mount):
-            raise RecipeError(
-                f"{job.absolute()} is not in the bucket, which machines see at {self.config.mount}",
-                "Mount it at the same place here and put the workspace there",
-            )
+        self.require_seen(job)
         task = work / f"{self.name}.yaml"
         # SkyPilot takes two jobs of one name.
         with FileLock(work / f"{self.name}.lock"):
@@ -215,10 +220,7 @@ def _sky(*arguments: str) -> str:
             ["sky", *arguments], capture_output=True, text=True, timeout=TIMEOUT, check=False
         )
     except FileNotFoundError as error:
-        raise RecipeError(
-            "there is no command sky on this machine",
-            "Install SkyPilot in an environment of its own (uv tool install skypilot) and put it on PATH",
-        ) from error
+        raise RecipeError("there is no command sky on this machine", INSTALL) from error
     except subprocess.TimeoutExpired as error:
         raise StageFailed(f"sky has not answered for {TIMEOUT:g} s", "Try again later") from error
     if done.returncode:

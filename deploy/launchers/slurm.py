@@ -15,13 +15,14 @@ from pydantic import Field, field_validator
 
 from deploy.launchers import torchrun
 from deploy.launchers.base import LOG, State, clear, ended, tail
-from deploy.launchers.cluster import ClusterConfig, Handle, job_name
+from deploy.launchers.cluster import ClusterConfig, Handle, job_name, require_command
 from dpo_core.errors import RecipeError, StageFailed
 
 log = logging.getLogger("dpo")
 
 TIMEOUT = 60.0
 """Seconds that one command may take; the controller of a busy cluster takes its time."""
+LOGIN = "Run on a login node of the SLURM cluster"
 AWAY = 600.0
 """Seconds that the controller may be away."""
 _KILL_WAIT = 60.0
@@ -88,6 +89,13 @@ class SlurmLauncher:
         """The batch script."""
         self.config.check(processes)
         return _script(self.config, self.name, job.absolute(), processes)
+
+    def require_seen(self, folder: Path) -> None:
+        """Where a cluster shares its storage cannot be seen from here."""
+
+    def require_client(self) -> None:
+        """Refuse to go on without the commands of SLURM."""
+        require_command("sbatch", LOGIN)
 
     def find(self, work: Path) -> str | None:
         """The handle of the job of this run and attempt, None where there is none."""
@@ -235,9 +243,7 @@ def _run(*command: str, text: str | None = None, check: bool = True) -> subproce
             command, input=text, capture_output=True, text=True, timeout=TIMEOUT, check=False
         )
     except FileNotFoundError as error:
-        raise RecipeError(
-            f"there is no {command[0]} on this machine", "Run on a login node of the SLURM cluster"
-        ) from error
+        raise RecipeError(f"there is no {command[0]} on this machine", LOGIN) from error
     except subprocess.TimeoutExpired as error:
         raise StageFailed(f"{command[0]} has not answered for {TIMEOUT:g} s", "Try again later") from error
     if check and done.returncode:

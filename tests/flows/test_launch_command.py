@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from deploy.launchers.choice import VARIABLE
 from dpo_core.errors import RecipeError
-from flows.launch_command import cluster_config, rendered
+from flows.launch_command import cluster_config, rendered, send_to
+from tasks.ahead import check_ahead
+from tasks.recipe import load_recipe
 from tests.deploy import slurm_site
 from tests.tiny_run import Bench
 
@@ -57,6 +60,40 @@ def test_settings_come_from_a_file_and_are_overridden(tmp_path: Path) -> None:
 def test_settings_that_cannot_be_used_are_refused(on: str, settings: list[str], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         cluster_config(on, None, settings)
+
+
+@pytest.mark.parametrize(
+    ("on", "settings", "words"),
+    [
+        ("slurm", [], "there is no command sbatch on this machine.*login node"),
+        ("skypilot", ["bucket=s3://b", "mount={workspace}"], "there is no command sky on this machine"),
+        ("skypilot", ["bucket=s3://b", "mount=/ws"], "is not in the bucket, which machines see at /ws"),
+        ("kubernetes", ["image=i", "claim=c", "mount=/ws"], "is not on the volume, which pods see at /ws"),
+        (
+            "kubernetes",
+            ["image=i", "claim=c", "mount={workspace}"],
+            "no credentials for a Kubernetes cluster",
+        ),
+    ],
+)
+def test_a_cluster_out_of_reach_is_refused_before_anything_runs(
+    on: str, settings: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    monkeypatch.setenv(VARIABLE, "")
+    send_to(on, cluster_config(on, None, [part.format(workspace=tmp_path) for part in settings]))
+    with pytest.raises(RecipeError, match=words):
+        check_ahead(load_recipe("demo", [f"workspace={tmp_path / 'runs'}"]))
+
+
+def test_what_a_cluster_would_not_see_or_use_is_told_with_the_manifest(
+    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = cluster_config("kubernetes", None, ["image=i", "claim=c", "mount=/ws", "gpus=8"])
+    rendered(str(bench.recipe), [f"workspace={tmp_path / 'runs'}"], "kubernetes", config)
+    assert "warning: " in capsys.readouterr().err
+    assert "each node has gpus=8, and engine.processes=1 uses no more of them" in caplog.text
 
 
 def _on_slurm(bench: Bench, site: Path) -> dict[str, str]:
