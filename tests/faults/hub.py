@@ -101,7 +101,8 @@ class Hub:
                 if error:
                     self.send_header("X-Error-Code", error)
                 self.end_headers()
-                self.wfile.write(body)
+                if self.command != "HEAD":
+                    self.wfile.write(body)
 
             def _file(self, path: Path, head: bool) -> None:
                 if not path.is_file():

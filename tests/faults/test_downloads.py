@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 
@@ -81,3 +82,37 @@ def test_a_name_that_the_hub_does_not_know(hub: Hub, tmp_path: Path) -> None:
     assert unknown.returncode == 1
     assert "Check the name" in unknown.stderr
     assert "broke off" not in unknown.stderr
+
+
+DATA = """
+import sys
+from dpo_core.data.read import read_rows
+from dpo_core.errors import DpoError
+try:
+    print(sum(len(rows) for _, rows in read_rows("me/pairs")))
+except DpoError as error:
+    sys.exit(f"{error.exit_code} {error}")
+"""
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.parquet"])
+def test_a_data_set_whose_download_breaks(hub: Hub, tmp_path: Path, name: str) -> None:
+    path = hub.folder("datasets", "me/pairs") / name
+    path.parent.mkdir(parents=True)
+    rows = pd.DataFrame({"prompt": [f"Question {n}?" for n in range(500)], "chosen": "yes", "rejected": "no"})
+    if path.suffix == ".parquet":
+        rows.to_parquet(path)
+    else:
+        rows.to_json(path, orient="records", lines=True)
+    hub.cut = {path.name}
+    broken = ask(hub, tmp_path, DATA)
+    assert broken.returncode == 1, broken.stdout
+    assert broken.stderr.splitlines()[-1].startswith("2 "), broken.stderr
+    assert "me/pairs" in broken.stderr
+    assert "peer closed connection" in broken.stderr
+    assert "the network" in broken.stderr
+    assert f"{path.name} cut from 0" in hub.sent
+    hub.cut, hub.sent = set(), []
+    whole = ask(hub, tmp_path, DATA)
+    assert whole.returncode == 0, whole.stderr
+    assert whole.stdout.split() == ["500"]
