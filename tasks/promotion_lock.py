@@ -3,12 +3,11 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 from urllib.parse import quote
 
-from filelock import FileLock, Timeout
-
 from dpo_core.errors import StageFailed
-from tasks.workspace import disk_errors
+from tasks.locks import locked
 
 _LOCK_SECONDS = 900.0
 
@@ -17,17 +16,12 @@ _LOCK_SECONDS = 900.0
 def alone(workspace: Path, name: str) -> Iterator[None]:
     """Hold the model's champion against other processes on this workspace. A killed holder lets go."""
     path = workspace / "store" / "locks" / f"promotion-{quote(name, safe='')}.lock"
-    with disk_errors(path, "locking the champion"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path, poll_interval=0.05)
-        try:
-            lock.acquire(timeout=_LOCK_SECONDS)
-        except Timeout as error:
-            raise StageFailed(
-                f"another promotion of {name} has been at work for {_LOCK_SECONDS / 60:.0f} minutes",
-                "Look for its process, then try again.",
-            ) from error
-    try:
+
+    def busy(who: str) -> NoReturn:
+        raise StageFailed(
+            f"another promotion of {name} has been at work for {_LOCK_SECONDS / 60:.0f} minutes ({who})",
+            "Look for its process, then try again.",
+        )
+
+    with locked(path, "locking the champion", busy, patience=_LOCK_SECONDS):
         yield
-    finally:
-        lock.release()

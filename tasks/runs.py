@@ -7,22 +7,21 @@ see it as `stopped`, and the next run of the workspace, or the killed one's guar
 
 import json
 import logging
-import os
 import re
-import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from filelock import FileLock, Timeout
 from pydantic import AwareDatetime, Field, ValidationError
 
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError
+from tasks.locks import holder_of, locked
 from tasks.owner import Owner, myself
 from tasks.workspace import disk_errors, open_workspace, run_folder, write_whole
 
@@ -120,25 +119,18 @@ def held(workspace: str | Path, run_id: str) -> Iterator[None]:
     Raises:
         RecipeError: another process is at work on it.
     """
-    lock, holder = _lock_of(workspace, run_id), _holder_of(workspace, run_id)
-    with disk_errors(Path(workspace), "locking the run"):
-        holder.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=1, poll_interval=0.05)  # another may only be asking
-        except Timeout:
-            raise _busy(workspace, run_id) from None
-        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-    try:
+
+    def busy(who: str) -> NoReturn:
+        raise _busy(run_id, who)
+
+    # For a second: another may only be asking.
+    with locked(_lock_path(workspace, run_id), "locking the run", busy, patience=1):
         yield
-    finally:
-        with suppress(OSError):
-            holder.unlink(missing_ok=True)
-        lock.release()
 
 
 def is_held(workspace: str | Path, run_id: str) -> bool:
     """Whether a living process is at work on the run."""
-    lock = _lock_of(workspace, run_id)
+    lock = FileLock(_lock_path(workspace, run_id))
     if not Path(lock.lock_file).exists():
         return False
     try:
@@ -151,18 +143,11 @@ def is_held(workspace: str | Path, run_id: str) -> bool:
     return False
 
 
-def _lock_of(workspace: str | Path, run_id: str) -> FileLock:
-    return FileLock(open_workspace(workspace) / "store" / "locks" / f"run-{run_id}.lock")
+def _lock_path(workspace: str | Path, run_id: str) -> Path:
+    return open_workspace(workspace) / "store" / "locks" / f"run-{run_id}.lock"
 
 
-def _holder_of(workspace: str | Path, run_id: str) -> Path:
-    return Path(_lock_of(workspace, run_id).lock_file).with_suffix(".holder")
-
-
-def _busy(workspace: str | Path, run_id: str) -> RecipeError:
-    who = "another process"
-    with suppress(OSError):
-        who = _holder_of(workspace, run_id).read_text() or who
+def _busy(run_id: str, who: str) -> RecipeError:
     return RecipeError(
         f"run {run_id} is being done by {who}",
         "Wait for its end, or start one of your own without --resume: finished stages are shared",
@@ -197,7 +182,7 @@ def close_abandoned(workspace: str | Path, tracker: "Tracker") -> None:
     for record in read_records(workspace):
         if not record.is_abandoned:
             continue
-        with _lock_of(workspace, f"{record.run_id}-end"):
+        with FileLock(_lock_path(workspace, f"{record.run_id}-end")):
             # Looked at again: another may have closed it by now, and even have gone on with it.
             now = _read(run_folder(workspace, record.run_id) / "run.json")
             if now and now.is_abandoned and tracker.close_killed(now.mlflow_run_id, KILLED):
@@ -236,7 +221,7 @@ def find_run(workspace: str | Path, wanted: str, recipe_name: str) -> RunRecord:
         begun = [r for r in runs if r.recipe == recipe_name and r.status != "done"]
         unfinished = [r for r in begun if not is_held(workspace, r.run_id)]
         if begun and not unfinished:
-            raise _busy(workspace, begun[0].run_id)
+            raise _busy(begun[0].run_id, holder_of(_lock_path(workspace, begun[0].run_id)))
         if not unfinished:
             raise RecipeError(
                 f"the workspace {workspace} holds no unfinished run of {recipe_name}",

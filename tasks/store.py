@@ -16,7 +16,6 @@ import math
 import os
 import re
 import shutil
-import socket
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +29,7 @@ from pydantic import JsonValue, ValidationError
 
 from dpo_core.disk import sync
 from dpo_core.errors import StageFailed
+from tasks.locks import locked
 from tasks.manifest import (
     Manifest,
     digest_config,
@@ -194,29 +194,14 @@ class Store:
         take the same lock twice in one thread.
         """
         self._index(stage, key)
-        path = self._lock(stage, key)
-        holder = path.with_suffix(".holder")
-        with disk_errors(path, "locking the store"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(path, poll_interval=0.2)
-            patience = 0.0
-            while not lock.is_locked:
-                try:
-                    lock.acquire(timeout=patience)
-                except Timeout:
-                    patience = _WAIT_LINE_SECONDS
-                    who = _holder_of(holder)
-                    told = logging.getLogger("dpo")  # what the run says of itself, on the terminal
-                    told.info("stage %s (key %s) is being done by %s; waiting", stage, key[:16], who)
-            with suppress(OSError):  # only a courtesy to those who wait
-                started = time.strftime("%Y-%m-%d %H:%M:%S")
-                holder.write_text(f"process {os.getpid()} on {socket.gethostname()} since {started}")
-        try:
+
+        def wait(who: str) -> float:
+            told = logging.getLogger("dpo")  # what the run says of itself, on the terminal
+            told.info("stage %s (key %s) is being done by %s; waiting", stage, key[:16], who)
+            return _WAIT_LINE_SECONDS
+
+        with locked(self._lock(stage, key), "locking the store", wait, poll=0.2):
             yield
-        finally:
-            with suppress(OSError):
-                holder.unlink(missing_ok=True)
-            lock.release()
 
     @contextmanager
     def guard(self) -> Iterator[None]:
@@ -398,13 +383,3 @@ def _has_owner(temporary: Path) -> bool:
         return not owner.is_gone()
     except (ValueError, FileNotFoundError):
         return False
-
-
-def _holder_of(path: Path) -> str:
-    """Who holds a lock. The holder writes its name just after it took it: a moment is given for that."""
-    for _ in range(10):
-        with suppress(OSError):
-            if who := path.read_text():
-                return who
-        time.sleep(0.05)
-    return "another process"
