@@ -208,6 +208,8 @@ def _write_facts(folder: Path, facts: ReferenceFacts) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(folder / FACTS)
     temporary.write_text(facts.model_dump_json(indent=1))
+    if (folder / FACTS).is_dir():  # a file does not take a folder's place
+        discard(folder / FACTS)
     os.replace(temporary, folder / FACTS)
 
 

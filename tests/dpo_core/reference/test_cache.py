@@ -13,6 +13,7 @@ import torch
 from dpo_core.errors import StageFailed
 from dpo_core.models import load_model
 from dpo_core.reference import LogpShard, ReferenceCache, sequence_key
+from dpo_core.reference.cache import FACTS, ReferenceFacts, read_facts
 from dpo_core.reference.compute import compute
 from dpo_core.tokens import Sequence
 from tests.logps import full_logps, random_sequences
@@ -195,3 +196,19 @@ def test_many_keys_are_looked_up_quickly(tmp_path: Path) -> None:
 def test_the_shard_says_how_many_entries_it_holds(tmp_path: Path) -> None:
     LogpShard.build({bytes(16): np.float32([-1.0])}).save(tmp_path / "shard")
     assert json.loads((tmp_path / "shard" / "shard.json").read_text())["entries"] == 1
+
+
+@pytest.mark.parametrize("damage", ["empty", "folder"])
+def test_facts_that_are_damaged_are_written_again(tmp_path: Path, damage: str) -> None:
+    facts = ReferenceFacts(weights_sha256="a" * 64, precision="fp32", attention="eager", definition_version=1)
+    path = tmp_path / facts.key / FACTS
+    ReferenceCache(path.parent, facts)
+    path.unlink()
+    if damage == "folder":
+        path.mkdir()
+        (path / "file").touch()
+    else:
+        path.touch()
+    assert read_facts(path.parent) is None
+    ReferenceCache(path.parent, facts)
+    assert read_facts(path.parent) is not None
