@@ -137,6 +137,10 @@ def _tell_prefect() -> None:
     from prefect.client.orchestration import get_client
     from prefect.states import Crashed
 
+    from flows.server import server_address
+
+    if server_address() is None:  # a client would start a server of its own, which knows nothing of the run
+        return
     with suppress(Exception), get_client(sync_client=True) as client:  # the server may be gone as well
         state = client.read_flow_run(UUID(flow_run)).state
         if state is not None and state.is_running():

@@ -5,6 +5,7 @@ import math
 import resource
 from pathlib import Path
 
+import pytest
 import yaml
 from mlflow import MlflowClient
 
@@ -116,6 +117,7 @@ def test_another_learning_rate_runs_again_from_training_on(finished):
     assert ran == {"train-dpo", "evaluate"}
 
 
+@pytest.mark.slow
 def test_pre_dpo_trains_a_guide_and_starts_again(finished):
     """Both passes from the SFT model; the guide is the reference of the second, and nothing else changes."""
     bench, first = finished

@@ -18,6 +18,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, check=False, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_ours_alone_is_measured_without_trl():
     done = bench(*TINY, "--set", "trl=null", "--json")
     assert done.returncode == 0, done.stderr

@@ -16,6 +16,7 @@ def _facts(bench, report: dict) -> dict:
     raise AssertionError("no manifest of cache-reference")
 
 
+@pytest.mark.slow
 def test_another_rate_beta_and_folder_compute_no_reference_log_prob(finished):
     """The stage itself runs again here: its artifact is gone, so that only the cache can answer."""
     bench, first = finished
