@@ -218,7 +218,10 @@ def _filled(value: Any, environment: Mapping[str, str], place: Place, faults: li
             return ""
         if asked.startswith("$") and asked[1:] in environment:
             return environment[asked[1:]]
-        what = "is not set in the environment" if asked.startswith("$") else "is not of the form {{ $NAME }}"
+        if asked.startswith("$"):
+            what = f"is not set in the environment (export {asked[1:]}=…)"
+        else:
+            what = "is not of the form {{ $NAME }}"
         faults.append((place, f"{{{{ {asked} }}}} {what}"))
         return ""
 

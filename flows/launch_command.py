@@ -86,6 +86,7 @@ def cluster_config(on: str, path: str | None, overrides: list[str]) -> Any:
     if not isinstance(raw, dict):
         raise RecipeError(f"{path} is not a mapping of settings", "Write lines such as: nodes: 2")
     kind, _ = TARGETS[on]
+    raw = {name: value for name, value in raw.items() if value is not None}  # a form's field left empty
     remedy = f"Set it in the --settings file or by --with NAME=VALUE; what there is: dpo config cluster {on}"
     return overridden(kind, raw, overrides, f"the settings for {on} cannot be used", remedy)
 

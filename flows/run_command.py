@@ -102,11 +102,19 @@ def _report(workspace: str, run_id: str) -> Any:
     from dpo_core.errors import RecipeError
     from tasks.frontier_report import FrontierReport
     from tasks.report import RunReport
+    from tasks.runs import list_runs
     from tasks.workspace import plain_name
 
     path = Path(workspace) / "runs" / plain_name(run_id) / "report.json"
     if not path.is_file():
-        raise RecipeError(f"no finished run named {run_id} in {workspace}", "List them with: dpo runs")
+        record = next((record for record in list_runs(workspace) if record.run_id == run_id), None)
+        if record is None:
+            raise RecipeError(f"no finished run named {run_id} in {workspace}", "List them with: dpo runs")
+        goes_on = record.status == "running"
+        raise RecipeError(
+            f"the run {run_id} is not finished: its status is {record.status}",
+            "Wait for its end" if goes_on else f"Go on: dpo run RECIPE --resume {run_id}",
+        )
     try:
         text = path.read_bytes()
         kind = FrontierReport if "study" in json.loads(text) else RunReport

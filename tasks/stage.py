@@ -77,11 +77,15 @@ class StageResult(Config):
     """In a plan, why the stage would run."""
 
 
+_LINE_SECONDS = 60.0
+
+
 class Progress:
-    """One progress bar on the terminal (silent when it is none), one in Prefect (every few seconds)."""
+    """One progress bar on the terminal, else a line a minute; one in Prefect (every few seconds)."""
 
     def __init__(self, stage: str, total: int) -> None:
-        self.total = max(total, 1)
+        self.stage, self.total = stage, max(total, 1)
+        self._told = time.monotonic()
         self._bar: Any = None
         self._sent = time.monotonic()
         key = f"progress-{slug(stage)}"
@@ -99,6 +103,9 @@ class Progress:
         go_on()
         if self._bar:
             self._bar.update(self._task, completed=done)
+        elif time.monotonic() - self._told > _LINE_SECONDS:
+            self._told = time.monotonic()
+            log.info("%s: %d of %d", self.stage, done, self.total)
         if time.monotonic() - self._sent > 3.0:
             self._send(done)
 

@@ -37,15 +37,16 @@ def split_by_prompt(frame: pd.DataFrame, eval_fraction: float, seed: int) -> pd.
     keys = _keys(frame)
     sound = (frame["fault"] == "").to_numpy(dtype=bool)
     if len(frame) and not sound.any():
-        why = frame["fault"].value_counts().index[0]
         raise DataError(
-            f"none of the {len(frame)} rows can be used; most often: {why}",
+            f"none of the {len(frame)} rows can be used; most often: {_most_frequent_fault(frame)}",
             "Mend the rows, or set data.format if they were taken for the wrong format",
         )
     codes, distinct = pd.factorize(keys[sound])
     if len(distinct) < 2:
+        others = len(frame) - int(sound.sum())
+        why = f" (of the others, {others}, most often: {_most_frequent_fault(frame)})" if others else ""
         raise DataError(
-            f"the data has {len(distinct)} distinct prompt(s) in {int(sound.sum())} usable rows, "
+            f"the data has {len(distinct)} distinct prompt(s) in {int(sound.sum())} usable rows{why}, "
             "and training and evaluation must not share one",
             "Add rows with other prompts, or give evaluation data of its own with data.eval_path",
         )
@@ -57,6 +58,11 @@ def split_by_prompt(frame: pd.DataFrame, eval_fraction: float, seed: int) -> pd.
     split = np.full(len(frame), "train", dtype=object)
     split[sound] = np.where(held_out[codes], "eval", "train")
     return frame.assign(split=pd.array(split, dtype="string[pyarrow]"))
+
+
+def _most_frequent_fault(frame: pd.DataFrame) -> str:
+    faults = frame.loc[frame["fault"] != "", "fault"]
+    return str(faults.value_counts().index[0])
 
 
 def with_eval_frame(train: pd.DataFrame, held_out: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:

@@ -93,7 +93,7 @@ def place_of(said: str) -> str:
     if not staged:
         return "start-up"
     stage, _, state = staged[-1]
-    if state == "running":
+    if state == "running" or " of " in state:
         return stage
     return "summary" if stage == STAGES[-1] else "between stages"
 

@@ -40,6 +40,13 @@ def test_render_prints_every_training_and_starts_nothing(bench: Bench, on: str, 
     assert not list(tmp_path.rglob("job.json"))
 
 
+def test_a_field_of_the_form_that_is_left_empty_is_as_one_that_is_missing(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text("image:\nclaim: ws\nmount: /ws\n")
+    with pytest.raises(RecipeError, match="image: Field required"):
+        cluster_config("kubernetes", str(path), [])
+
+
 def test_settings_come_from_a_file_and_are_overridden(tmp_path: Path) -> None:
     path = tmp_path / "cluster.yaml"
     path.write_text("nodes: 4\npartition: gpu\n")

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tasks.runs import RunRecord, save_run
+from dpo_core.errors import RecipeError
+from flows.run_command import show
+from tasks.owner import myself
+from tasks.runs import RunRecord, new_run, save_run
 from tests.tasks.stored import REPO
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -58,3 +61,12 @@ def test_looking_imports_nothing_heavy(workspace: Path) -> None:
         command = [sys.executable, "-c", code, *arguments]
         said = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True).stdout
         assert said.splitlines()[-1] == "heavy []"
+
+
+def test_a_run_that_is_not_finished_is_shown_as_such(tmp_path: Path) -> None:
+    record = new_run(tmp_path, "tiny", "dpo run tiny").model_copy(update={"owner": myself()})
+    for status, words in (("running", "Wait for its end"), ("failed", f"--resume {record.run_id}")):
+        save_run(tmp_path, record.model_copy(update={"status": status}))
+        with pytest.raises(RecipeError, match=f"its status is {status}") as caught:
+            show(record.run_id, workspace=str(tmp_path))
+        assert words in str(caught.value)

@@ -1,0 +1,22 @@
+"""How far a stage is, where no terminal shows a bar."""
+
+import logging
+
+import pytest
+
+from tasks import stage
+
+
+def test_a_long_stage_tells_its_progress_in_the_log(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(stage, "tell", lambda call: None)
+    monkeypatch.setattr(stage.sys.stderr, "isatty", lambda: False, raising=False)
+    monkeypatch.setattr(logging.getLogger("dpo"), "propagate", True)
+    clock = [0.0]
+    monkeypatch.setattr(stage.time, "monotonic", lambda: clock[0])
+    bar = stage.Progress("train-ppo", 12)
+    with caplog.at_level(logging.INFO, "dpo"):
+        for done, clock[0] in ((1, 30.0), (2, 61.0), (3, 90.0), (4, 130.0)):
+            bar.update(done)
+    assert [record.getMessage() for record in caplog.records] == ["train-ppo: 2 of 12", "train-ppo: 4 of 12"]
