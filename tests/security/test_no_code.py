@@ -255,3 +255,14 @@ def test_a_checkpoint_with_a_fitting_digest_runs_no_code(trace: Path, tmp_path: 
         torch.load(tmp_path / "random-00000.pt", weights_only=False)
     assert not trace.exists()
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+def test_what_stands_in_for_getattr_reaches_members_of_enumerations_alone() -> None:
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    from dpo_core.checkpoints import _member
+
+    assert _member(ZeroStageEnum, "weights") is ZeroStageEnum.weights
+    for kind, name in ((object, "__subclasses__"), (os, "system"), (ZeroStageEnum, "__class__")):
+        with pytest.raises((pickle.UnpicklingError, KeyError)):
+            _member(kind, name)  # type: ignore[arg-type]
