@@ -88,7 +88,7 @@ class Bench:
 
     def copy(self, name: str) -> "Bench":
         """The same state in another folder: a store may be moved."""
-        target = self.folder.with_name(name)
+        target = self.folder.parent / name  # or elsewhere, by a whole path
         shutil.copytree(self.folder, target)
         recipe = yaml.safe_load(self.recipe.read_text())
         recipe["workspace"] = str(target / "runs")
