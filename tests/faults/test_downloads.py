@@ -42,6 +42,13 @@ def ask(hub: Hub, tmp_path: Path, code: str) -> subprocess.CompletedProcess[str]
     )
 
 
+def assert_told(broken: subprocess.CompletedProcess[str], name: str) -> None:
+    """An error for people, with exit code 2, that names what was asked for."""
+    assert broken.returncode == 1, broken.stdout
+    assert broken.stderr.splitlines()[-1].startswith("2 "), broken.stderr
+    assert name in broken.stderr
+
+
 MODEL = """
 import sys
 from pathlib import Path
@@ -60,9 +67,7 @@ except DpoError as error:
 def test_a_model_whose_download_breaks(hub: Hub, tmp_path: Path, file: str) -> None:
     hub.cut = {file}
     broken = ask(hub, tmp_path, MODEL)
-    assert broken.returncode == 1, broken.stdout
-    assert broken.stderr.splitlines()[-1].startswith("2 "), broken.stderr
-    assert "me/tiny" in broken.stderr
+    assert_told(broken, "me/tiny")
     assert "broke off" in broken.stderr
     assert "run again" in broken.stderr
     assert not (tmp_path / "out").exists()
@@ -106,9 +111,7 @@ def test_a_data_set_whose_download_breaks(hub: Hub, tmp_path: Path, name: str) -
         rows.to_json(path, orient="records", lines=True)
     hub.cut = {path.name}
     broken = ask(hub, tmp_path, DATA)
-    assert broken.returncode == 1, broken.stdout
-    assert broken.stderr.splitlines()[-1].startswith("2 "), broken.stderr
-    assert "me/pairs" in broken.stderr
+    assert_told(broken, "me/pairs")
     assert "peer closed connection" in broken.stderr
     assert "the network" in broken.stderr
     assert f"{path.name} cut from 0" in hub.sent
