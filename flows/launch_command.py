@@ -92,7 +92,7 @@ def cluster_config(on: str, path: str | None, overrides: list[str]) -> Any:
 
 
 def rendered(recipe: str, overrides: list[str], on: str, config: Any) -> str:
-    """What would be submitted for every training stage that has to run, in their order.
+    """What would be submitted for every training stage, in their order; of cached ones only that they are.
 
     The last folder of a job is known only once its data are made, and reads ID here.
     """
@@ -101,16 +101,17 @@ def rendered(recipe: str, overrides: list[str], on: str, config: Any) -> str:
 
     resolved = load_recipe(recipe, overrides)
     told = plan_recipe(resolved)
-    # Stages that train have a peak of memory; the others run here.
-    rows = [row for row in told.stages if row.memory_bytes is not None and row.state == "runs"]
+    trainings = [row for row in told.stages if row.name == "prepare-sft" or row.name.startswith("train-")]
+    cached = [f"# {row.name}: cached, nothing to submit\n" for row in trainings if row.state == "cached"]
     texts = []
-    for row in rows:
+    # A stage that trains has a peak of memory; without one (no demonstrations) it copies the base.
+    for row in (row for row in trainings if row.state == "runs" and row.memory_bytes is not None):
         work = Path(told.workspace) / "work" / row.name / "ID"
         text = _place(on, config, row.name, work).render(work / "job.json", row.processes)
         texts.append(f"# {row.name}\n{text.rstrip()}\n")
     # Several documents of one file, where they are YAML.
     between = "---\n" if on in {"kubernetes", "skypilot"} else "\n"
-    return between.join(texts) or "# every training stage is cached: nothing to submit\n"
+    return "".join(cached) + between.join(texts)
 
 
 def _place(on: str, config: Any, stage: str, work: Path) -> Any:

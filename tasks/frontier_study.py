@@ -3,10 +3,8 @@
 from collections.abc import Mapping
 
 import numpy as np
-from prefect import task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
-from dpo_core.errors import without_secrets
 from dpo_core.frontier import Study, best_of_n
 from tasks.courtesy import tell
 from tasks.frontier_report import FrontierReport, frontier_report, headline, markdown, write_report
@@ -14,13 +12,12 @@ from tasks.manifest import Manifest
 from tasks.measure import point_of, read_measurement
 from tasks.recipe import Recipe
 from tasks.runs import Started
-from tasks.stage import TASK_OPTIONS, Context, StageResult, tracker_of
+from tasks.stage import Context, StageResult, run_task, tracker_of
 from tasks.summary import cost_of, run_info, stage_row
 from tasks.workspace import run_folder
 
 
-@task(name="summary", task_run_name="summary", **TASK_OPTIONS)
-@without_secrets()
+@run_task("summary")
 def summarise_study(
     context: Context,
     recipe: Recipe,

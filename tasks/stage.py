@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
-from typing import Any, Concatenate, Literal, ParamSpec
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
@@ -32,9 +32,6 @@ from tasks.tracking_run import StageRun, flatten
 from tasks.workspace import disk_fault
 
 log = logging.getLogger("dpo")
-
-# Manifests decide what is cached, in the store; Prefect's own caching would not check the files.
-TASK_OPTIONS: dict[str, Any] = {"cache_policy": NO_CACHE, "persist_result": False, "log_prints": False}
 
 
 @dataclass(frozen=True)
@@ -167,16 +164,32 @@ class Context(Config):
 
 
 P = ParamSpec("P")
+Q = ParamSpec("Q")
+R = TypeVar("R")
 StageFunction = Callable[Concatenate[Context, P], StageResult]
+
+
+def run_task(name: str, task_run_name: str | None = None) -> Callable[[Callable[Q, R]], Callable[Q, R]]:
+    """A function as a Prefect task that keeps no result, and whose errors name no secret."""
+
+    def wrap(function: Callable[Q, R]) -> Callable[Q, R]:
+        return task(
+            name=name,
+            task_run_name=task_run_name or name,
+            # Manifests decide what is cached, in the store; Prefect's own caching would not check the files.
+            cache_policy=NO_CACHE,
+            persist_result=False,
+            log_prints=False,
+        )(without_secrets()(function))
+
+    return wrap
 
 
 def stage_task(name: str, task_run_name: str | None = None) -> Callable[[StageFunction[P]], StageFunction[P]]:
     """A stage as a Prefect task; in a plan as the plain function, which asks no server."""
 
     def wrap(function: StageFunction[P]) -> StageFunction[P]:
-        tracked = task(name=name, task_run_name=task_run_name or name, **TASK_OPTIONS)(
-            without_secrets()(function)
-        )
+        tracked = run_task(name, task_run_name)(function)
 
         @wraps(function)
         def call(context: Context, *args: P.args, **kwargs: P.kwargs) -> StageResult:

@@ -10,11 +10,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from prefect import task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from pydantic import JsonValue
 
-from dpo_core.errors import without_secrets
 from dpo_core.reward_quality import RewardQuality
 from dpo_core.secrecy import hidden
 from tasks.assessment import assess
@@ -41,14 +39,13 @@ from tasks.report_alarms import REMOTE_CODE, alarms
 from tasks.report_text import markdown, note
 from tasks.report_verdict import verdict
 from tasks.runs import Started
-from tasks.stage import TASK_OPTIONS, Context, StageResult, tracker_of
+from tasks.stage import Context, StageResult, run_task, tracker_of
 from tasks.tracking import Tracker
 from tasks.unpaired import class_facts
 from tasks.workspace import run_folder, write_whole
 
 
-@task(name="summary", task_run_name="summary", **TASK_OPTIONS)
-@without_secrets()
+@run_task("summary")
 def summarise(
     context: Context,
     recipe: Recipe,

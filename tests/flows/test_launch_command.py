@@ -40,6 +40,11 @@ def test_render_prints_every_training_and_starts_nothing(bench: Bench, on: str, 
     assert not list(tmp_path.rglob("job.json"))
 
 
+def test_render_tells_of_trainings_that_are_cached(finished: tuple[Bench, dict]) -> None:
+    text = rendered(str(finished[0].recipe), [], "slurm", cluster_config("slurm", None, SETTINGS["slurm"]))
+    assert text.splitlines() == [f"# {stage}: cached, nothing to submit" for stage in STAGES]
+
+
 def test_a_field_of_the_form_that_is_left_empty_is_as_one_that_is_missing(tmp_path: Path) -> None:
     path = tmp_path / "cluster.yaml"
     path.write_text("image:\nclaim: ws\nmount: /ws\n")
