@@ -1,9 +1,9 @@
 """Attention inside packs (see `layout`): each token sees its document's prompt and its own branch.
 
 Two ways to the same numbers. On a GPU FlexAttention with a block mask that is built from the documents'
-borders (compiling a mask function over 16,384 tokens hung the compiler for over a minute). Elsewhere the pack
-is cut into its documents for the attention alone (`document_attention`); everything else in the model runs on
-the packed tokens.
+borders (compiling a mask function over 16,384 tokens hung the compiler for over a minute). Elsewhere, and
+where heads are too small for it, the pack is cut into its documents for the attention alone
+(`document_attention`); everything else in the model runs on the packed tokens.
 """
 
 from typing import Any
@@ -19,6 +19,8 @@ from dpo_core.layout import Pack
 
 NAME = "dpo"
 BLOCK = 128
+# FlexAttention's kernels have no smaller heads.
+LEAST_HEAD = 16
 # Longer documents are left to SDPA, which keeps no probabilities: they grow with the square of a length.
 SHORT = 1024
 
@@ -67,10 +69,7 @@ def _by_document(
     """
     unknown = [name for name in ("s_aux", "head_mask") if others.get(name) is not None]
     if softcap or dropout or unknown or (sliding_window and sliding_window < max(parts.lengths)):
-        raise ModelError(
-            "the model's attention (soft cap, sinks, dropout or a short window) cannot run on packs",
-            "Set pack_tokens to null: padded rows serve every model",
-        )
+        raise _no_packs()
 
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     device = query.device.type
@@ -87,6 +86,13 @@ def _by_document(
         for q, k, v, bias in zip(*split, parts.biases, strict=True)
     ]
     return torch.cat(pieces, dim=2).transpose(1, 2)
+
+
+def _no_packs() -> ModelError:
+    return ModelError(
+        "the model's attention (soft cap, sinks, dropout or a short window) cannot run on packs",
+        "Set pack_tokens to null: padded rows serve every model",
+    )
 
 
 def _take_over(model: nn.Module) -> None:
@@ -129,28 +135,46 @@ def padded_hidden(model: nn.Module, ids_BT: Tensor, attention_BT: Tensor) -> Ten
 
 
 def packed_hidden(model: nn.Module, pack: Pack, parts: DocumentParts | None = None) -> Tensor:
-    """Last hidden states (T, H) of a pack, without the output head; `parts` where they are known already."""
+    """Last hidden states (T, H) of a pack, without the output head; `parts` where they are known already.
+
+    Raises:
+        ModelError: the architecture asks for attention that packs do not offer.
+    """
     trunk = trunk_of(model)
     inputs: dict[str, Any] = {"input_ids": pack.ids_T[None], "position_ids": pack.positions_T[None]}
-    if pack.ids_T.is_cuda:
-        inputs["attention_mask"] = block_mask(pack)
+    if pack.ids_T.is_cuda and has_flex_heads(trunk.config):
+        inputs["attention_mask"] = block_mask(pack, getattr(trunk.config, "sliding_window", None))
     else:
         inputs["parts"] = parts or DocumentParts.of(pack)
     _take_over(model)
     return trunk(**inputs, use_cache=False).last_hidden_state[0]
 
 
-def block_mask(pack: Pack) -> Any:
-    """FlexAttention's mask of a pack whose length is a multiple of 128, from the borders of its documents."""
+def has_flex_heads(config: Any) -> bool:
+    """Whether a GPU attends by FlexAttention, which wants heads of some size; else document by document."""
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return size >= LEAST_HEAD
+
+
+def block_mask(pack: Pack, window: int | None = None) -> Any:
+    """FlexAttention's mask of a pack whose length is a multiple of 128, from the borders of its documents.
+
+    Raises:
+        ModelError: a document is longer than the window in which some layer of the model attends.
+    """
     from torch.nn.attention.flex_attention import BlockMask
 
     document_T, branch_T = pack.document_T, pack.branch_T
+    documents = document_T.cpu().numpy()
+    # What follows the last token that predicts is padding.
+    if window and window < np.bincount(documents[: int(pack.predicts_N.max()) + 1]).max():
+        raise _no_packs()
 
     def visible(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         same = document_T[q] == document_T[k]
         return same & (k <= q) & ((branch_T[k] == 0) | (branch_T[k] == branch_T[q]))
 
-    partial_QK, full_QK = _blocks(document_T.cpu().numpy(), branch_T.cpu().numpy())
+    partial_QK, full_QK = _blocks(documents, branch_T.cpu().numpy())
 
     def table(chosen_QK: np.ndarray) -> tuple[Tensor, Tensor]:
         counts = torch.from_numpy(chosen_QK.sum(1).astype(np.int32))

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dpo_core.attention import checkpoint_layers, packed_hidden, trunk_of
+from dpo_core.attention import checkpoint_layers, has_flex_heads, packed_hidden, trunk_of
 from dpo_core.document_attention import DocumentParts
 from dpo_core.engine import EngineConfig
 from dpo_core.layout import Layout, Pack
@@ -171,7 +171,8 @@ class _Traced:
 def _trace(config: Any, layout: Layout, engine: EngineConfig, layers: int, on_gpu: bool) -> _Traced:
     from transformers import AutoModelForCausalLM
 
-    parts = DocumentParts.of(layout) if isinstance(layout, Pack) and not on_gpu else None
+    by_flex = on_gpu and has_flex_heads(config.get_text_config())
+    parts = DocumentParts.of(layout) if isinstance(layout, Pack) and not by_flex else None
     with quiet_transformers(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
         model = AutoModelForCausalLM.from_config(_shallow(config, layers), dtype=torch.float32).train()
         if engine.gradient_checkpointing:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from dpo_core import cost
@@ -123,8 +124,6 @@ def _prepare(bench: Bench, work: Path) -> tuple[Path, list[TokenPair]]:
     """Write model and pairs with reference values; returns the model's folder and the pairs."""
     from dpo_core.models import load_model, load_tokenizer
     from dpo_core.ranks import name_accelerator
-    from dpo_core.reference import sequence_key
-    from dpo_core.reference.compute import compute
 
     name_accelerator()
 
@@ -140,15 +139,32 @@ def _prepare(bench: Bench, work: Path) -> tuple[Path, list[TokenPair]]:
     else:
         vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
         pairs = made_pairs(bench.workload, vocabulary, bench.pairs, bench.seed)
+    sums = _reference_sums(load_model(model), pairs)
+    # Off the true values by some nats, or every first loss would be ln 2 whatever the log-probs are.
+    off = np.random.default_rng(bench.seed).normal(0, 10, sums.shape)
+    write_pairs(
+        work / "pairs.json", pairs, [(chosen, rejected) for chosen, rejected in (sums + off).tolist()]
+    )
+    return model, pairs
+
+
+def _reference_sums(model: Any, pairs: list[TokenPair]) -> NDArray[np.float64]:
+    """(pairs, 2): summed log-probs of both sides. Its GPU is left empty for the contenders."""
+    import torch
+
+    from dpo_core.reference import sequence_key
+    from dpo_core.reference.compute import compute
+
+    on_gpu = torch.cuda.is_available()
     values: dict[bytes, Any] = {}
     sequences = [s for p in pairs for s in (p.chosen, p.rejected)]
-    compute(load_model(model), sequences, precision="fp32", token_budget=4096, keep=values.update)
+    model.to("cuda" if on_gpu else "cpu")
+    compute(model, sequences, precision="fp32", token_budget=4096, keep=values.update)
+    if on_gpu:
+        model.to("cpu")
+        torch.cuda.empty_cache()
     sums = [float(values[sequence_key(s)].sum()) for s in sequences]
-    # Off the true values by some nats, or every first loss would be ln 2 whatever the log-probs are.
-    off = np.random.default_rng(bench.seed).normal(0, 10, len(sums))
-    shifted = (np.array(sums) + off).tolist()
-    write_pairs(work / "pairs.json", pairs, list(zip(shifted[0::2], shifted[1::2], strict=True)))
-    return model, pairs
+    return np.array(sums).reshape(-1, 2)
 
 
 def _needed(model: Path, pairs: list[TokenPair]) -> float:

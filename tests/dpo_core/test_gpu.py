@@ -4,12 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from dpo_core.errors import ModelError
 from dpo_core.layout import pack, pad
 from dpo_core.logprobs import autocast
 from dpo_core.scores import branch_scores
 from dpo_core.training import compile_layers
-from tests.dpo_core.test_layout import documents, llama
+from tests.dpo_core.test_layout import SIZES, documents
+from tests.tiny import make_tiny_model
 from tests.training_jobs import curve, launch, pair_rows, write_job, write_reference
 
 pytestmark = [
@@ -19,9 +22,17 @@ pytestmark = [
 DEVICE = "cuda"
 
 
-def passed(layout, precision: str = "fp32", compiled: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def llama(heads: int = 2) -> LlamaForCausalLM:
+    """Two heads of 16, the least that FlexAttention takes, or four of 8."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**{**SIZES, "num_attention_heads": heads})).eval()
+
+
+def passed(
+    layout, precision: str = "fp32", compiled: bool = False, heads: int = 2
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs, and the gradient of their sum, on the GPU."""
-    model = llama().to(DEVICE)
+    model = llama(heads).to(DEVICE)
     if compiled:
         compile_layers(model)
     with autocast(precision, DEVICE):
@@ -31,12 +42,21 @@ def passed(layout, precision: str = "fp32", compiled: bool = False) -> tuple[tor
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_packs_equal_padded_rows(compiled):
+@pytest.mark.parametrize("heads", [2, 4])
+def test_packs_equal_padded_rows(heads, compiled):
     chosen = documents(7, seed=3)
-    logps, gradient = passed(pack(chosen, pad_to=256), compiled=compiled)
-    padded, padded_gradient = passed(pad(chosen))
+    logps, gradient = passed(pack(chosen, pad_to=256), compiled=compiled, heads=heads)
+    padded, padded_gradient = passed(pad(chosen), heads=heads)
     torch.testing.assert_close(logps, padded, rtol=0, atol=1e-5)
     torch.testing.assert_close(gradient, padded_gradient, rtol=1e-4, atol=1e-4)
+
+
+def test_a_window_shorter_than_a_document_is_refused():
+    config = MistralConfig(**{**SIZES, "num_attention_heads": 2}, sliding_window=8)
+    model = MistralForCausalLM(config).to(DEVICE)
+    branch_scores(model, pack(documents(1, seed=3, longest=3), pad_to=128).to(DEVICE))
+    with pytest.raises(ModelError, match="short window"):
+        branch_scores(model, pack(documents(7, seed=3), pad_to=256).to(DEVICE))
 
 
 @pytest.mark.parametrize("lay_out", [lambda d: pack(d, pad_to=256), pad])
@@ -50,9 +70,10 @@ def test_bf16_is_near_fp32_and_its_gradients_are_finite(lay_out):
     assert (near_gradient - gradient).norm() <= 0.02 * gradient.norm()
 
 
-def test_a_training_job_takes_the_course_it_takes_on_a_cpu(tiny: Path, tmp_path: Path, monkeypatch):
-    rows = pair_rows(16)
-    shard = write_reference(tiny, rows, tmp_path / "reference")
+@pytest.mark.parametrize("heads", [2, 4])
+def test_a_training_job_takes_the_course_it_takes_on_a_cpu(heads: int, tmp_path: Path, monkeypatch):
+    rows, model = pair_rows(16), make_tiny_model(tmp_path / "model", num_attention_heads=heads)
+    shard = write_reference(model, rows, tmp_path / "reference")
     settings = {
         "batch_size": 8,
         "pack_tokens": 512,
@@ -64,7 +85,7 @@ def test_a_training_job_takes_the_course_it_takes_on_a_cpu(tiny: Path, tmp_path:
     for device in ("gpu", "cpu"):
         if device == "cpu":
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-        job = write_job(tmp_path / device, "dpo", tiny, rows, reference=str(shard), dpo=settings)
+        job = write_job(tmp_path / device, "dpo", model, rows, reference=str(shard), dpo=settings)
         launch(job)
         curves.append(curve(job.parent))
     assert len(curves[0]) == len(curves[1]) == 6

@@ -14,7 +14,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from dpo_core.attention import _blocks, block_mask
+from dpo_core.attention import _blocks, block_mask, has_flex_heads
+from dpo_core.errors import ModelError
 from dpo_core.layout import Document, pack, pad
 from dpo_core.scores import branch_scores, can_share, hidden_of
 from dpo_core.tokens import Sequence
@@ -185,6 +186,18 @@ def test_blocks_cover_exactly_what_may_be_seen(count, seed, longest, branches):
     assert not (partial & full).any()
     assert blocks[full].all(), "a block taken whole is seen whole"
     assert not blocks[~partial & ~full].any(), "no visible pair lies in a block left out"
+
+
+def test_flex_attention_refuses_a_window_shorter_than_a_document():
+    layout = pack([Document((1, 2, 3), ((4, 5), (6, 7, 8))), Document((9,), ((10,), (11, 12)))], pad_to=128)
+    block_mask(layout, window=6)
+    with pytest.raises(ModelError, match="short window"):
+        block_mask(layout, window=5)
+
+
+@pytest.mark.parametrize(("heads", "given", "flex"), [(2, None, True), (4, None, False), (4, 16, True)])
+def test_flex_attention_wants_heads_of_sixteen(heads, given, flex):
+    assert has_flex_heads(LlamaConfig(hidden_size=32, num_attention_heads=heads, head_dim=given)) == flex
 
 
 def test_flex_attention_equals_attention_by_document():

@@ -190,7 +190,12 @@ def _told(model: Path, kind: str, settings: dict[str, Any]) -> int:
         micro_batches = batches.micro_batches
     step = step_memory(AutoConfig.from_pretrained(model), layout, engine, on_gpu=gpu)
     memory = training_memory(
-        step, engine, micro_batches=micro_batches, references=int(kind == "ppo"), on_gpu=gpu
+        # PPO's reference, and its critic with gradients and two moments, as the plan counts them.
+        step,
+        engine,
+        micro_batches=micro_batches,
+        references=5 if kind == "ppo" else 0,
+        on_gpu=gpu,
     )
     return memory.total
 
