@@ -3,18 +3,18 @@
 The first signal raises in the main thread: KeyboardInterrupt, `Terminated`, or Prefect's TerminationSignal.
 On its way out it passes what has to be brought to an end: a job saves its state, MLflow and the record of the
 run are told. None of that may be cut short: from `begin_stop` on signals raise no more, and work in other
-threads ends at its next sign of progress.
+threads ends at its next sign of progress. Nor may a signal raise in the middle of a database's transaction:
+see `undisturbed`.
 """
 
 import os
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
-
-from prefect.exceptions import TerminationSignal
 
 from deploy.launchers import local
 
@@ -35,7 +35,10 @@ class WorkStopped(BaseException):
     """The run is being stopped, and this thread's work with it."""
 
 
-_STOPS = (KeyboardInterrupt, SystemExit, TerminationSignal, WorkStopped)
+def _is_stop(error: BaseException) -> bool:
+    prefect = sys.modules.get("prefect.exceptions")  # not imported for this: nobody else raises its signal
+    stops = (KeyboardInterrupt, SystemExit, WorkStopped)
+    return isinstance(error, stops) or (prefect is not None and isinstance(error, prefect.TerminationSignal))
 
 
 class _Stop:
@@ -60,19 +63,24 @@ def begin_stop(error: BaseException) -> None:
 
     What comes up on the way is a consequence: a console whose reader, the worker, is gone raises SystemExit.
     """
-    if _stop.begun.is_set() or not isinstance(error, _STOPS):
+    if _stop.begun.is_set() or not _is_stop(error):
         return
     number = int(getattr(error, "signal", None) or signal.SIGINT)
     _stop.reason = f"stopped by {signal.Signals(number).name}"
     if isinstance(error, SystemExit) and not isinstance(error, Terminated):
         _stop.reason = f"stopped by {error!r}"
     _stop.begun.set()
-    _stop.timer = threading.Timer(LIMIT, os._exit, [128 + number])
-    _stop.timer.daemon = True
-    _stop.timer.start()
+    _start_clock(number)
     if threading.current_thread() is threading.main_thread():
         for number in _SIGNALS:
             signal.signal(number, _again)
+
+
+def _start_clock(number: int) -> None:
+    if _stop.timer is None:
+        _stop.timer = threading.Timer(LIMIT, os._exit, [128 + number])
+        _stop.timer.daemon = True
+        _stop.timer.start()
 
 
 def go_on() -> None:
@@ -111,5 +119,44 @@ def stoppable() -> Iterator[None]:
             signal.signal(number, before[number])
         if _stop.timer:
             _stop.timer.cancel()
+            _stop.timer = None
         _stop.begun.clear()
         local.hurry.clear()
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Within it no signal raises in the main thread; one that comes does so at its end.
+
+    A write to a database that is interrupted half way leaves its transaction open, and the database locked,
+    for as long as the error lives: all through the run's end, which writes there too.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+
+    def later(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        if before[signal.Signals(number)] is _first:
+            _start_clock(number)
+
+    # What is ignored stays so, and what ends the process at once may.
+    heard = [number for number in _SIGNALS if callable(before[number])]
+    for number in heard:
+        signal.signal(number, later)
+    try:
+        yield
+    finally:
+        for number in heard:
+            signal.signal(number, before[number])
+        _raise_again(came)
+
+
+def _raise_again(numbers: Sequence[int]) -> None:
+    if numbers:
+        try:
+            signal.raise_signal(numbers[0])
+        finally:
+            _raise_again(numbers[1:])

@@ -20,6 +20,7 @@ from dpo_core.errors import RecipeError, StageFailed
 from tasks.manifest import Manifest
 from tasks.provenance import environment, source_tags
 from tasks.registry import unless_there
+from tasks.stopping import undisturbed
 from tasks.tracking_database import make_database
 from tasks.tracking_outbox import (
     FOLDER,
@@ -327,7 +328,8 @@ class Tracker:
         deadline = time.monotonic() + _START_PATIENCE
         while True:
             try:
-                return opened()
+                with undisturbed():
+                    return opened()
             except Exception as error:
                 if "database is locked" not in str(error):
                     raise
@@ -359,7 +361,8 @@ class Tracker:
         deadline = time.monotonic() + (_RUN_PATIENCE if self.run_id else _START_PATIENCE)
         while True:
             try:
-                return call()
+                with self._outbox.whole():
+                    return call()
             except (RecipeError, StageFailed):
                 raise
             except Exception as error:

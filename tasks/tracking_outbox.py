@@ -15,12 +15,13 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from dpo_core.secrecy import hidden
+from tasks.stopping import undisturbed
 from tasks.workspace import says_disk_full, says_read_only, write_whole
 
 log = logging.getLogger(__name__)
@@ -152,7 +153,8 @@ class Outbox:
             try:
                 if self._down_since is not None:
                     self._look()
-                send()
+                with self.whole():
+                    send()
             except Exception as error:
                 if self.is_outage(error):
                     self._went_down(error)
@@ -161,6 +163,13 @@ class Outbox:
             self._bad_tries = 0
             self._came_back()
             return True
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Around a call of MLflow's: no signal cuts a transaction of its database in two.
+
+        A server ends its own; a call of one that hangs is given up at once.
+        """
+        return nullcontext() if self._probe else undisturbed()
 
     def is_outage(self, error: Exception) -> bool:
         """Whether a failure is the server's absence rather than the write's own fault."""
@@ -180,7 +189,8 @@ class Outbox:
         if "database is locked" in str(error) or "timed out" in str(error):
             return True
         try:
-            self._alive()
+            with self.whole():
+                self._alive()
         except Exception:
             return True
         # The server answers others: a passing fault, or one write that it can never take.

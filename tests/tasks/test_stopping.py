@@ -13,7 +13,8 @@ import pytest
 from prefect.exceptions import TerminationSignal
 
 from deploy.launchers import local
-from tasks.stopping import Terminated, WorkStopped, begin_stop, go_on, stop_reason, stoppable
+from tasks import stopping
+from tasks.stopping import Terminated, WorkStopped, begin_stop, go_on, stop_reason, stoppable, undisturbed
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -135,3 +136,42 @@ def test_prefects_handler_gives_way_once_the_stop_has_begun() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         wait(0.05)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_waits_for_the_end_of_what_must_not_be_cut_in_two() -> None:
+    done = []
+    with pytest.raises(Terminated), stoppable():  # noqa: PT012
+        with undisturbed():
+            os.kill(os.getpid(), signal.SIGTERM)
+            wait(0.05)
+            os.kill(os.getpid(), signal.SIGINT)
+            wait(0.05)
+            done.append("the transaction")
+            assert stop_reason() is None
+            assert stopping._stop.timer is not None, "the time to the end counts from the signal"
+        done.append("what follows")
+    assert done == ["the transaction"]
+    assert stopping._stop.timer is None
+
+
+def test_of_two_signals_that_waited_the_second_is_heard_too() -> None:
+    with pytest.raises(KeyboardInterrupt), stoppable():  # noqa: PT012
+        try:
+            with undisturbed():
+                for _ in range(2):
+                    os.kill(os.getpid(), signal.SIGINT)
+                    wait(0.05)
+        finally:
+            assert local.hurry.is_set()
+
+
+def test_handlers_are_as_before_and_what_is_ignored_stays_so() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with undisturbed():
+            os.kill(os.getpid(), signal.SIGHUP)
+            wait(0.05)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGHUP, before)

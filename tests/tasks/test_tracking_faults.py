@@ -2,10 +2,12 @@
 
 import contextlib
 import shutil
+import signal
 import sqlite3
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -153,6 +155,34 @@ def test_a_database_that_others_write_to_is_waited_for(tracker: Tracker, workspa
         for _ in range(8):  # more often than a write that can never be taken is tried
             assert not tracker._outbox.attempt("a write", write_now, force=True)
     assert tracker._outbox.attempt("a write", write_now, force=True)
+
+
+def test_a_signal_amid_a_write_raises_after_it_and_leaves_no_lock(tracker: Tracker, workspace: Path) -> None:
+    from sqlalchemy import event
+
+    engine = tracker._client._tracking_client.store.engine
+    signals: list[str] = []
+
+    def interrupt(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if "INSERT INTO metrics" in statement and not signals:
+            signals.append(statement)
+            signal.raise_signal(signal.SIGINT)
+
+    event.listen(engine, "after_cursor_execute", interrupt)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt) as stop:
+            tracker.parent.metrics({"loss": 0.5}, 7)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        event.remove(engine, "after_cursor_execute", interrupt)
+    assert signals
+    database = sqlite3.connect(workspace / "mlflow.db", timeout=0, isolation_level=None)
+    with contextlib.closing(database):
+        database.execute("begin exclusive")  # while the error lives
+        database.execute("rollback")
+    assert stop.value is not None
+    assert [m.value for m in client(tracker).get_metric_history(tracker.run_id, "loss")] == [0.5]
 
 
 def test_a_database_that_is_held_when_a_run_starts_is_waited_for(
