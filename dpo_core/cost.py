@@ -44,12 +44,14 @@ class Shape:
     def of(cls, config: Any) -> "Shape":
         """Read off a causal language model that is built without memory, so that any architecture counts."""
         import torch
-        from transformers import AutoModelForCausalLM
 
         from dpo_core.models import quiet_transformers
 
-        with quiet_transformers(), torch.device("meta"):
-            return cls.of_module(AutoModelForCausalLM.from_config(config))
+        with quiet_transformers():
+            from transformers import AutoModelForCausalLM
+
+            with torch.device("meta"):
+                return cls.of_module(AutoModelForCausalLM.from_config(config))
 
     @classmethod
     def of_module(cls, module: Any) -> "Shape":

@@ -192,7 +192,8 @@ def read_config(config: ModelConfig) -> Any:
 
 
 def _config_in(source: Path, trust_remote_code: bool) -> Any:
-    from transformers import AutoConfig
+    with quiet_transformers():
+        from transformers import AutoConfig
 
     folder, name = (source.parent, source.name) if source.is_file() else (source, None)
     try:
@@ -217,8 +218,10 @@ def load_model(source: Path, *, trust_remote_code: bool = False) -> "PreTrainedM
         ModelError: not a causal language model, weights missing, pickled, damaged or not of the config.
     """
     import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils.quantization_config import GgufConfig
+
+    with quiet_transformers():
+        from transformers import AutoModelForCausalLM
+        from transformers.utils.quantization_config import GgufConfig
 
     arguments: dict[str, Any] = {
         "dtype": torch.float32,
@@ -233,7 +236,7 @@ def load_model(source: Path, *, trust_remote_code: bool = False) -> "PreTrainedM
         folder = source
         require_safetensors(folder)
     try:
-        with _LOADING, quiet_transformers():
+        with quiet_transformers():
             model, info = AutoModelForCausalLM.from_pretrained(
                 str(folder), output_loading_info=True, **arguments
             )
@@ -249,8 +252,6 @@ def load_model(source: Path, *, trust_remote_code: bool = False) -> "PreTrainedM
     return model.eval()
 
 
-# transformers changes how modules are made for all threads while it loads one; two at once lose weights.
-_LOADING = threading.Lock()
 _GGUF_REMEDY = "The file is damaged or no GGUF model: download it again"
 
 
@@ -260,7 +261,8 @@ def load_tokenizer(source: Path, trust_remote_code: bool = False) -> "PreTrained
     Raises:
         ModelError: there is none, it is damaged, or it names no end-of-sequence token.
     """
-    from transformers import AutoTokenizer
+    with quiet_transformers():
+        from transformers import AutoTokenizer
 
     folder, gguf = (source.parent, {"gguf_file": source.name}) if source.suffix == ".gguf" else (source, {})
     try:
@@ -375,21 +377,30 @@ def _first_line(error: Exception) -> str:
     return (text[0] if text else type(error).__name__)[:300]
 
 
+_ONE_THREAD = threading.RLock()
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' own progress bars and advice out of the terminal; errors are raised anyway."""
-    import torch
-    from transformers.utils import logging
+    """One thread at a time, without transformers' own progress bars and advice; errors are raised anyway.
 
-    # transformers imports DeepSpeed, which warns when it has to guess.
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    verbosity = logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+    transformers imports its parts when they are first asked for, in circles, so that a second thread may find
+    halves of them; and it changes how modules are made for all threads while it loads one: two at once lose
+    weights. So what may be the first import of a part stands inside, too.
+    """
+    with _ONE_THREAD:
+        import torch
+        from transformers.utils import logging
+
+        # transformers imports DeepSpeed, which warns when it has to guess.
+        os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+        verbosity = logging.get_verbosity()
+        bars = logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
+            if bars:
+                logging.enable_progress_bar()

@@ -120,7 +120,7 @@ class RewardModel(nn.Module):
         Raises:
             ModelError: the folder is not a saved reward model, or its parts do not fit together.
         """
-        from transformers import AutoModel
+        from dpo_core.models import quiet_transformers
 
         folder = Path(folder)
         for part in (folder / _BACKBONE / "config.json", folder / _HEAD):
@@ -129,9 +129,12 @@ class RewardModel(nn.Module):
                     f"{folder} is not a saved reward model: {part} is missing", "Train it again."
                 )
         try:
-            backbone = AutoModel.from_pretrained(
-                folder / _BACKBONE, dtype=dtype, use_safetensors=True, local_files_only=True
-            )
+            with quiet_transformers():
+                from transformers import AutoModel
+
+                backbone = AutoModel.from_pretrained(
+                    folder / _BACKBONE, dtype=dtype, use_safetensors=True, local_files_only=True
+                )
             tensors = load_file(folder / _HEAD)
             model = cls(backbone)
             model.head.load_state_dict({"weight": tensors["weight"], "bias": tensors["head_bias"]})

@@ -184,11 +184,12 @@ def _sequence_classifier(folder: Path, safe_label: str | None) -> Judge:
 
 def _load_sequence_classifier(folder: Path) -> tuple[Any, Any]:
     import torch
-    from transformers import AutoModelForSequenceClassification
 
     tokenizer: Any = _load_tokenizer(folder)
     try:
         with quiet_transformers():
+            from transformers import AutoModelForSequenceClassification
+
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 str(folder),
                 dtype=torch.float32,
@@ -215,10 +216,10 @@ def _load_tokenizer(folder: Path) -> Any:
     Raises:
         ModelError: there is none, or it has nothing to pad with.
     """
-    from transformers import AutoTokenizer
-
     try:
         with quiet_transformers():
+            from transformers import AutoTokenizer
+
             tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:
         raise ModelError(

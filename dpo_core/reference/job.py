@@ -131,11 +131,13 @@ def attention_of(model: Path) -> str:
         ModelError: not a checkpoint that transformers knows.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        with quiet_transformers(), torch.device("meta"):
-            built = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(model)))
+        with quiet_transformers():
+            from transformers import AutoConfig, AutoModelForCausalLM
+
+            with torch.device("meta"):
+                built = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(model)))
     except Exception as error:
         raise ModelError(f"the model in {model} cannot be built: {error}", "Run the import again") from error
     return str(built.config._attn_implementation)

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from dpo_core.models import (
     load_tokenizer,
     locate,
     parameter_count,
+    quiet_transformers,
     source_digest,
 )
 from tests.tiny import CHAT_TEMPLATE, make_tiny_model
@@ -229,3 +233,47 @@ def test_a_saved_tokenizer_does_not_tell_whether_the_hub_could_be_asked(
     path.write_text(json.dumps(json.loads(path.read_text()) | {"local_files_only": offline}))
     load_tokenizer(copy).save_pretrained(tmp_path / "saved")
     assert "local_files_only" not in (tmp_path / "saved" / "tokenizer_config.json").read_text()
+
+
+THREADS = """
+import sys, threading
+from pathlib import Path
+from dpo_core.models import load_model, load_tokenizer
+start, folder = threading.Barrier(3), Path(sys.argv[1])
+wrong = []
+def load(what):
+    start.wait()
+    try:
+        what(folder)
+    except BaseException as error:
+        wrong.append(error)
+loads = [load_tokenizer, load_model, load_tokenizer]
+threads = [threading.Thread(target=load, args=[what]) for what in loads]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+sys.exit(repr(wrong) if wrong else 0)
+"""
+
+
+def test_the_first_loads_of_a_process_may_be_those_of_several_threads(tiny: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS, str(tiny)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_transformers_is_used_by_one_thread_at_a_time() -> None:
+    entered = threading.Event()
+
+    def enter() -> None:
+        with quiet_transformers():
+            entered.set()
+
+    other = threading.Thread(target=enter)
+    with quiet_transformers(), quiet_transformers():
+        other.start()
+        assert not entered.wait(0.2)
+    assert entered.wait(5)
+    other.join()
