@@ -145,6 +145,7 @@ def test_pre_dpo_trains_a_guide_and_starts_again(finished):
     assert start["loss"] > math.log(2)
 
 
+@pytest.mark.slow
 def test_a_changed_row_recomputes_only_its_own_log_probs(finished):
     bench, _ = finished
     own = bench.copy("one-row")
@@ -188,6 +189,7 @@ def _manifest(bench, report: dict, name: str) -> dict:
     raise AssertionError(f"no manifest of {name}")
 
 
+@pytest.mark.slow
 def test_a_damaged_artifact_is_rebuilt(finished):
     bench, first = finished
     own = bench.copy("damaged")

@@ -56,7 +56,7 @@ def test_a_reward_that_can_be_learnt_is_learnt(alone: None, tiny: Path, tmp_path
     assert np.mean(scores[-3:]) > np.mean(scores[:2]) + 0.5
 
 
-@pytest.mark.parametrize("reference", ["fixed", "each_round"])
+@pytest.mark.parametrize("reference", ["fixed", pytest.param("each_round", marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_bit_for_bit(tiny: Path, tmp_path: Path, reference: str) -> None:
     changes = {"reference": reference, "iterations": 4, "epochs": 2, "minibatches": 2}
     straight = online(tmp_path / "straight", tiny, **changes)
