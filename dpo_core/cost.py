@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from dpo_core.layout import Document
+from dpo_core.quiet import quiet_transformers
 
 # Backward of attention: four products of the size of forward's two, with the scores kept from forward.
 _ATTENTION_BACKWARD = 2
@@ -44,8 +45,6 @@ class Shape:
     def of(cls, config: Any) -> "Shape":
         """Read off a causal language model that is built without memory, so that any architecture counts."""
         import torch
-
-        from dpo_core.models import quiet_transformers
 
         with quiet_transformers():
             from transformers import AutoModelForCausalLM

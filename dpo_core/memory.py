@@ -22,7 +22,7 @@ from dpo_core.document_attention import DocumentParts
 from dpo_core.engine import EngineConfig
 from dpo_core.layout import Layout, Pack
 from dpo_core.logprobs import autocast
-from dpo_core.models import quiet_transformers
+from dpo_core.quiet import quiet_transformers
 from dpo_core.scores import hidden_of, token_scores
 
 # Resident before the first weight: Python, PyTorch, transformers, DeepSpeed and their libraries (torch 2.13,

@@ -7,10 +7,6 @@ installed package that carries one, and a hub name are turned into such a folder
 import hashlib
 import importlib.util
 import json
-import os
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -18,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dpo_core.config import Config
 from dpo_core.errors import ModelError
 from dpo_core.model_folder import LOAD_REMEDY, check_folder, require_safetensors
+from dpo_core.quiet import quiet_transformers
 from dpo_core.scratch import ScratchConfig, make_from_scratch, new_tokenizer, scratch_shape
 
 if TYPE_CHECKING:
@@ -375,32 +372,3 @@ def read_template(path: str) -> str:
 def _first_line(error: Exception) -> str:
     text = str(error).strip().splitlines()
     return (text[0] if text else type(error).__name__)[:300]
-
-
-_ONE_THREAD = threading.RLock()
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """One thread at a time, without transformers' own progress bars and advice; errors are raised anyway.
-
-    transformers imports its parts when they are first asked for, in circles, so that a second thread may find
-    halves of them; and it changes how modules are made for all threads while it loads one: two at once lose
-    weights. So what may be the first import of a part stands inside, too.
-    """
-    with _ONE_THREAD:
-        import torch
-        from transformers.utils import logging
-
-        # transformers imports DeepSpeed, which warns when it has to guess.
-        os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-        verbosity = logging.get_verbosity()
-        bars = logging.is_progress_bar_enabled()
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        try:
-            yield
-        finally:
-            logging.set_verbosity(verbosity)
-            if bars:
-                logging.enable_progress_bar()

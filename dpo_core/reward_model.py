@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dpo_core.errors import ModelError, StageFailed
+from dpo_core.quiet import quiet_transformers
 
 _BACKBONE = "backbone"
 _HEAD = "head.safetensors"
@@ -120,8 +121,6 @@ class RewardModel(nn.Module):
         Raises:
             ModelError: the folder is not a saved reward model, or its parts do not fit together.
         """
-        from dpo_core.models import quiet_transformers
-
         folder = Path(folder)
         for part in (folder / _BACKBONE / "config.json", folder / _HEAD):
             if not part.is_file():

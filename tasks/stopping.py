@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
@@ -102,21 +102,32 @@ def _first(number: int, frame: FrameType | None) -> NoReturn:
 
 
 @contextmanager
+def _handlers(
+    handler: Callable[[int, FrameType | None], object], instead: Callable[[object], bool]
+) -> Iterator[None]:
+    """Within it `handler` hears the signals whose own handler is one that it may stand `instead` of."""
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    for number, own in before.items():
+        if instead(own):
+            signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, own in before.items():
+            signal.signal(number, own)
+
+
+@contextmanager
 def stoppable() -> Iterator[None]:
     """Within it SIGINT, SIGTERM and SIGHUP stop the run of a command in good order."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
-    # Who ignores SIGHUP (nohup) means it.
-    heard = [number for number in _SIGNALS if before[number] is not signal.SIG_IGN]
-    for number in heard:
-        signal.signal(number, _first)
     try:
-        yield
+        # Who ignores SIGHUP (nohup) means it.
+        with _handlers(_first, lambda own: own is not signal.SIG_IGN):
+            yield
     finally:
-        for number in _SIGNALS:
-            signal.signal(number, before[number])
         if _stop.timer:
             _stop.timer.cancel()
             _stop.timer = None
@@ -135,22 +146,18 @@ def undisturbed() -> Iterator[None]:
         yield
         return
     came: list[int] = []
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    stops = [number for number in _SIGNALS if signal.getsignal(number) is _first]
 
     def later(number: int, frame: FrameType | None) -> None:
         came.append(number)
-        if before[signal.Signals(number)] is _first:
+        if number in stops:
             _start_clock(number)
 
-    # What is ignored stays so, and what ends the process at once may.
-    heard = [number for number in _SIGNALS if callable(before[number])]
-    for number in heard:
-        signal.signal(number, later)
     try:
-        yield
+        # What is ignored stays so, and what ends the process at once may.
+        with _handlers(later, callable):
+            yield
     finally:
-        for number in heard:
-            signal.signal(number, before[number])
         _raise_again(came)
 
 

@@ -25,7 +25,8 @@ from pydantic import Field
 from dpo_core.config import Config
 from dpo_core.errors import DpoError, ModelError, StageFailed
 from dpo_core.logprobs import Precision, check_definition, read_flops
-from dpo_core.models import disable_dropout, load_model, quiet_transformers
+from dpo_core.models import disable_dropout, load_model
+from dpo_core.quiet import quiet_transformers
 from dpo_core.reference.cache import ReferenceCache
 from dpo_core.reference.compute import compute
 from dpo_core.reference.keys import reference_facts, sequence_key, share

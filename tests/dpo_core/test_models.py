@@ -24,9 +24,9 @@ from dpo_core.models import (
     load_tokenizer,
     locate,
     parameter_count,
-    quiet_transformers,
     source_digest,
 )
+from dpo_core.quiet import quiet_transformers
 from tests.tiny import CHAT_TEMPLATE, make_tiny_model
 
 
