@@ -62,11 +62,27 @@ def add_lora(model: Any, config: LoraConfig, seed: int) -> None:
         raise RecipeError(
             f"LoRA cannot be put on this model: {str(error).splitlines()[0]}", "Check lora.target_modules"
         ) from error
+    _refuse_head(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
     if getattr(model, "supports_gradient_checkpointing", False):
         # Recomputed layers must see an input that needs a gradient; the frozen embedding gives none.
         model.enable_input_require_grads()
+
+
+def _refuse_head(model: Any) -> None:
+    """Refuse an addition on the output head, whose weight is read past it, and on what is tied to it."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    for module in (head, embeddings):
+        if isinstance(module, BaseTunerLayer) and (
+            module is head or module.weight is getattr(head, "weight", 0)
+        ):
+            raise RecipeError(
+                "LoRA cannot be put on the output head, nor on the embedding that shares its weight",
+                "Take it out of lora.target_modules",
+            )
 
 
 def merge_lora(model: Any) -> None:
@@ -77,7 +93,8 @@ def merge_lora(model: Any) -> None:
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    for name, module in list(model.named_modules()):
+    # Innermost first: fused experts carry a wrapper for each of their weights, one inside the other.
+    for name, module in reversed(list(model.named_modules())):
         if isinstance(module, BaseTunerLayer):
             module.merge(safe_merge=True)
             parent, _, child = name.rpartition(".")

@@ -14,6 +14,7 @@ from dpo_core.adapters import LoraConfig, add_lora, merge_lora
 from dpo_core.errors import RecipeError
 from dpo_core.models import load_model
 from tests import training_jobs
+from tests.families import make_family
 from tests.tiny import make_tiny_model
 from tests.training_jobs import curve, pair_rows, write_job
 
@@ -71,6 +72,53 @@ def test_it_starts_as_the_model_and_merges_into_what_it_became(model: Any, tiny:
     merge_lora(model)
     assert set(model.state_dict()) == names
     torch.testing.assert_close(logits(model), changed, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "qwen3_moe", "deepseek_v3"])
+def test_what_is_merged_and_saved_computes_what_was_trained(family: str, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    model = load_model(make_family(tmp_path / "base", family, spread=1.0))
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    plain, names = logits(model), set(model.state_dict())
+    add_lora(model, LoraConfig(rank=4), seed=0)
+    adapted = [n for n, _ in model.named_parameters() if "lora_B" in n]
+    assert family in {"llama", "gpt2"} or any("experts" in name for name in adapted)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+    trained = logits(model)
+    assert float((trained - plain).abs().max()) > 0.1 * float(plain.std())
+    merge_lora(model)
+    assert set(model.state_dict()) == names
+    torch.testing.assert_close(logits(model), trained, atol=1e-5, rtol=1e-5)
+    model.save_pretrained(tmp_path / "out")
+    again = load_model(tmp_path / "out")
+    assert logits(again).equal(logits(model))
+    assert (again.get_output_embeddings().weight is again.get_input_embeddings().weight) == tied
+
+
+def test_a_job_on_experts_writes_its_result(alone: None, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    base = make_family(tmp_path / "base", "qwen3_moe")
+    shard = training_jobs.write_reference(base, ROWS, tmp_path / "shard")
+    assert train.main(["--config", str(lora_job(tmp_path / "job", base, shard))]) == 0
+    lines = curve(tmp_path / "job")
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    before, after = load_file(base / "model.safetensors"), load_model(tmp_path / "job" / "out").state_dict()
+    assert any(n.startswith("model.layers.0.mlp.experts.0") for n in before), "as the source names them"
+    written = load_file(tmp_path / "job" / "out" / "model.safetensors")
+    assert written.keys() == before.keys()
+    assert not any("lora" in name or "base_layer" in name for name in after)
+
+
+@pytest.mark.parametrize("targets", [("lm_head",), ("embed_tokens",)])
+def test_the_head_and_what_is_tied_to_it_are_refused(model: Any, targets: tuple[str, ...]) -> None:
+    """The loss reads the weight of the head past an addition; one merged into tied weights changes both."""
+    pytest.importorskip("peft")
+    with pytest.raises(RecipeError, match="LoRA cannot be put on the output head") as caught:
+        add_lora(model, LoraConfig(target_modules=targets), seed=0)
+    assert "lora.target_modules" in caught.value.remedy
 
 
 def test_the_seed_draws_it_and_leaves_other_draws_alone(tiny: Path) -> None:
