@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dpo_core import cost
 from dpo_core.adapters import add_lora, merge_lora
+from dpo_core.attention import trunk_of
 from dpo_core.dpo import DpoTrainer
 from dpo_core.engine import put_state
 from dpo_core.errors import StageFailed
@@ -178,7 +179,7 @@ def _reward(job: Job) -> tuple[Any, Export]:
 
     model, tokenizer, tokenise = _start(job)
     pairs, _ = tokenise.pairs(read_rows(job.data))
-    reward_model = RewardModel(model.get_decoder(), torch.Generator().manual_seed(job.seed))
+    reward_model = RewardModel(trunk_of(model), torch.Generator().manual_seed(job.seed))
     trainer = RewardTrainer(reward_model, pairs, job.settings, seed=job.seed, work=Path(job.work))
 
     def export(state: dict[str, Tensor]) -> None:

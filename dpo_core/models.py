@@ -169,7 +169,7 @@ def convert(config: ModelConfig, out: Path) -> None:
         if config.scratch:
             tokenizer = new_tokenizer(tokenizer, config.scratch)
             model = make_from_scratch(
-                _config_in(source, trust), config.scratch, tokenizer, trust_remote_code=trust
+                config_in(source, trust), config.scratch, tokenizer, trust_remote_code=trust
             )
         else:
             model = load_model(source, trust_remote_code=trust)
@@ -184,11 +184,16 @@ def read_config(config: ModelConfig) -> Any:
     Raises:
         ModelError: there is no such model, or `scratch` asks for one that cannot be made.
     """
-    found = _config_in(locate(config), config.trust_remote_code)
+    found = config_in(locate(config), config.trust_remote_code)
     return scratch_shape(found, config.scratch) if config.scratch else found
 
 
-def _config_in(source: Path, trust_remote_code: bool) -> Any:
+def config_in(source: Path, trust_remote_code: bool = False) -> Any:
+    """The transformers config in a checkpoint folder or .gguf file.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
     with quiet_transformers():
         from transformers import AutoConfig
 
@@ -220,31 +225,48 @@ def load_model(source: Path, *, trust_remote_code: bool = False) -> "PreTrainedM
         from transformers import AutoModelForCausalLM
         from transformers.utils.quantization_config import GgufConfig
 
-    arguments: dict[str, Any] = {
-        "dtype": torch.float32,
-        "trust_remote_code": trust_remote_code,
-        "use_safetensors": True,
-    }
+    arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if source.suffix == ".gguf":
         # dequantize=True: without it transformers refuses to save the model.
         arguments |= {"gguf_file": source.name, "quantization_config": GgufConfig(dequantize=True)}
-        folder = source.parent
     else:
-        folder = source
-        require_safetensors(folder)
+        require_safetensors(source)
+    return load_weights(AutoModelForCausalLM, source, torch.float32, **arguments)
+
+
+def load_weights(model_class: Any, source: Path, dtype: "torch.dtype", **arguments: Any) -> Any:
+    """`from_pretrained` of a folder or .gguf file, in eval mode; its weights and the class's are the same.
+
+    Raises:
+        ModelError: weights missing, left over, pickled, damaged or of another shape.
+    """
+    gguf = "gguf_file" in arguments
+    folder = source.parent if gguf else source
     try:
         with quiet_transformers():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                str(folder), output_loading_info=True, **arguments
+            model, info = model_class.from_pretrained(
+                str(folder),
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                **arguments,
             )
     except Exception as error:
-        remedy = _GGUF_REMEDY if source.suffix == ".gguf" else LOAD_REMEDY
+        remedy = _GGUF_REMEDY if gguf else LOAD_REMEDY
         raise ModelError(f"the model in {source} cannot be loaded: {_first_line(error)}", remedy) from error
-    missing = sorted(info.get("missing_keys", ())) + sorted(map(str, info.get("mismatched_keys", ())))
+    missing = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
     if missing:
         # transformers would fill these with random values and go on.
         raise ModelError(
             f"{source} lacks {len(missing)} weights of its config, first {missing[0]}", LOAD_REMEDY
+        )
+    if info["unexpected_keys"] and not gguf:
+        # transformers would leave these out and go on, so that the model is another than its files say.
+        left = sorted(info["unexpected_keys"])
+        raise ModelError(
+            f"{source} holds {len(left)} weights that {type(model).__name__} has no place for, "
+            f"first {left[0]}",
+            "Use a checkpoint of the architecture that its config.json names, without further weights",
         )
     return model.eval()
 

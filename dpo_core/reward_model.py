@@ -6,6 +6,7 @@ Shapes: B rows, T tokens, H hidden size. Sources: Stiennon et al. 2020, the N+ i
 
 import inspect
 import math
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dpo_core.errors import ModelError, StageFailed
-from dpo_core.quiet import quiet_transformers
+from dpo_core.models import config_in, load_weights
 
 _BACKBONE = "backbone"
 _HEAD = "head.safetensors"
@@ -26,9 +27,12 @@ class RewardModel(nn.Module):
     """Scores token sequences: `gain · head(hidden state of the last token) + bias`.
 
     Args:
-        backbone: a Hugging Face decoder without its output head (`model.base_model` of a causal LM, or what
-            `AutoModel` loads): called with ids and attention mask it returns `last_hidden_state` (B,T,H).
+        backbone: a Hugging Face decoder without its output head (`attention.trunk_of` a causal LM): called
+            with ids and attention mask it returns `last_hidden_state` (B,T,H).
         generator: draws the head, N(0, 1/√(H+1)) with bias 0; None takes torch's global one.
+
+    Raises:
+        ModelError: the trunk does not run by itself.
     """
 
     gain: Tensor
@@ -37,8 +41,7 @@ class RewardModel(nn.Module):
     def __init__(self, backbone: nn.Module, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.backbone = backbone
-        config: Any = backbone.config
-        hidden_size = int(config.get_text_config().hidden_size)
+        hidden_size = _hidden_size(backbone)
         self.head = nn.Linear(hidden_size, 1)
         with torch.no_grad():
             self.head.weight.normal_(0.0, 1 / math.sqrt(hidden_size + 1), generator=generator)
@@ -128,22 +131,46 @@ class RewardModel(nn.Module):
                     f"{folder} is not a saved reward model: {part} is missing", "Train it again."
                 )
         try:
-            with quiet_transformers():
-                from transformers import AutoModel
-
-                backbone = AutoModel.from_pretrained(
-                    folder / _BACKBONE, dtype=dtype, use_safetensors=True, local_files_only=True
-                )
+            trunk = folder / _BACKBONE
+            backbone = load_weights(_class_in(trunk), trunk, dtype, local_files_only=True)
             tensors = load_file(folder / _HEAD)
             model = cls(backbone)
             model.head.load_state_dict({"weight": tensors["weight"], "bias": tensors["head_bias"]})
             model.gain, model.bias = tensors["gain"].float(), tensors["bias"].float()
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, ModelError) as error:
+            what = error.problem if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
             raise ModelError(
-                f"the reward model in {folder} cannot be read: {type(error).__name__}: {error}",
+                f"the reward model in {folder} cannot be read: {what}",
                 "Train it again, or restore the folder.",
             ) from error
         return model.eval()
+
+
+@torch.no_grad()
+def _hidden_size(backbone: Any) -> int:
+    """Width of the hidden states that the trunk returns: OPT-350m projects them to another than its own."""
+    training, device = backbone.training, next(backbone.parameters()).device
+    try:
+        ids_11 = torch.zeros(1, 1, dtype=torch.long, device=device)
+        return int(backbone.eval()(input_ids=ids_11, use_cache=False).last_hidden_state.shape[-1])
+    except Exception as error:
+        raise ModelError(
+            f"the trunk {type(backbone).__name__} does not run without its output head "
+            f"({type(error).__name__}: {str(error).splitlines()[0][:200]})",
+            "Train the reward model from another base model, or name a known reward",
+        ) from error
+    finally:
+        backbone.train(training)
+
+
+def _class_in(folder: Path) -> Any:
+    """The class that a trunk was saved from; `AutoModel` would read an OPTDecoder as an OPTModel."""
+    config = config_in(folder)
+    name, module = str(config.architectures[0]), type(config).__module__
+    found = getattr(import_module(module.replace("configuration_", "modeling_")), name, None)
+    if found is None:
+        raise ValueError(f"transformers knows no {name}")
+    return found
 
 
 def bradley_terry_loss(

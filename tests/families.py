@@ -20,6 +20,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
+    # As OPT-350m: embeddings narrower than the layers, projected on the way in and out.
+    "opt_350m": {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False, "dropout": 0.0},
+    "biogpt": {},
+    "xglm": {"d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4},
+    "mamba": {"state_size": 8},
+    "modernbert-decoder": {"bos_token_id": 0},
+    "llama4_text": {"intermediate_size_mlp": 48, "num_local_experts": 2, "head_dim": 8},
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 16},
     "qwen3_moe": {**EXPERTS, "head_dim": 8},
     "deepseek_v3": {
@@ -44,10 +52,9 @@ def family_config(name: str, **changes: Any) -> Any:
     tokenizer = make_tokenizer()
     end = tokenizer.eos_token_id
     ids = {"bos_token_id": None, "eos_token_id": end, "pad_token_id": end}
-    own = {"gpt2": {}}.get(name, WIDTHS)
-    return CONFIG_MAPPING[name](
-        **{"vocab_size": len(tokenizer), **ids, **own, **FAMILIES.get(name, {}), **changes}
-    )
+    own = {} if name in {"gpt2", "xglm"} else WIDTHS
+    settings = {"vocab_size": len(tokenizer), **ids, **own, **FAMILIES.get(name, {}), **changes}
+    return CONFIG_MAPPING[name.removesuffix("_350m")](**settings)
 
 
 def make_family(folder: Path, name: str, seed: int = 0, spread: float = 4.0, **changes: Any) -> Path:

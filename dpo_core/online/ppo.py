@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dpo_core import cost
+from dpo_core.attention import trunk_of
 from dpo_core.engine import Engine
 from dpo_core.engine_config import OptimConfig
 from dpo_core.layout import Document, PaddedRows, pad
@@ -251,7 +252,7 @@ class PpoTrainer(OnlineTrainer[Estimated]):
 def make_critic(reference: Any) -> RewardModel:
     """A critic where no reward model was trained: a copy of the reference's trunk with a head of zeros, so
     that it starts from the value 0 everywhere (Ziegler et al. 2019)."""
-    critic = RewardModel(copy.deepcopy(reference.get_decoder()))
+    critic = RewardModel(copy.deepcopy(trunk_of(reference)))
     torch.nn.init.zeros_(critic.head.weight)
     return critic
 

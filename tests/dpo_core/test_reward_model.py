@@ -2,14 +2,20 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2Model, LlamaConfig, LlamaModel
 
+from dpo_core.attention import trunk_of
 from dpo_core.errors import ModelError, StageFailed
+from dpo_core.models import load_model
+from dpo_core.online.ppo import make_critic
 from dpo_core.reward_model import RewardModel, bradley_terry_loss
+from tests.families import make_family
 
 TEXTS = [[5, 9, 3, 2], [7, 2], [4, 4, 8, 6, 1, 2]]
 EOS = 2
@@ -52,8 +58,8 @@ def batch(texts: list[list[int]], width: int, pad: int, left: bool = False) -> t
 
 def test_head_statistics() -> None:
     hidden = 4096
-    backbone = nn.Module()
-    backbone.config = GPT2Config(n_embd=hidden)
+    config = LlamaConfig(vocab_size=8, hidden_size=hidden, num_hidden_layers=0, num_attention_heads=32)
+    backbone = LlamaModel(config)
     model = RewardModel(backbone, torch.Generator().manual_seed(0))
     weight = model.head.weight.detach()
     wanted = 1 / math.sqrt(hidden + 1)
@@ -147,6 +153,57 @@ def test_save_and_load(tmp_path: Path, trunk: type) -> None:
         assert torch.equal(loaded(*inputs), model(*inputs))
     written = {path.suffix for path in (tmp_path / "rm").rglob("*") if path.is_file()}
     assert written == {".json", ".safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("family", "width"),
+    [
+        ("opt", 32),
+        ("opt_350m", 16),
+        ("biogpt", 32),
+        ("xglm", 32),
+        ("mamba", 32),
+        ("mixtral", 32),
+        ("qwen3_moe", 32),
+        ("deepseek_v3", 32),
+    ],
+)
+@torch.no_grad()
+def test_the_trunks_of_other_families(family: str, width: int, tmp_path: Path) -> None:
+    """A trunk may be of another class than `AutoModel` would read, and return states of another width."""
+    language_model = load_model(make_family(tmp_path / "base", family))
+    inputs = batch(TEXTS, 6, pad=0)
+    for model in (model_of(trunk_of(language_model)), make_critic(language_model)):
+        model.head.weight.normal_(generator=torch.Generator().manual_seed(2))
+        assert model.head.in_features == width
+        scores = model.eval()(*inputs)
+        model.save(tmp_path / "rm")
+        again = RewardModel.load(tmp_path / "rm")
+        assert type(again.backbone) is type(model.backbone)
+        assert torch.equal(again(*inputs), scores)
+        assert scores.unique().numel() == 3
+
+
+def test_a_trunk_that_lacks_weights_or_has_others_is_refused(tmp_path: Path) -> None:
+    model_of(llama()).save(tmp_path)
+    file = tmp_path / "backbone" / "model.safetensors"
+    tensors = load_file(file)
+    save_file({f"model.{name}": tensor for name, tensor in tensors.items()} | {"other": torch.ones(1)}, file)
+    with pytest.raises(ModelError, match=r"1 weights that LlamaModel has no place for, first other"):
+        RewardModel.load(tmp_path)
+    tensors.pop("layers.1.mlp.up_proj.weight")
+    save_file(tensors, file)
+    with pytest.raises(ModelError, match=r"lacks 1 weights of its config, first layers\.1\.mlp\.up_proj"):
+        RewardModel.load(tmp_path)
+
+
+def test_a_trunk_that_does_not_run_is_refused() -> None:
+    class Broken(LlamaModel):
+        def forward(self, *arguments: object, **named: object) -> Any:
+            raise AttributeError("no such thing")
+
+    with pytest.raises(ModelError, match="the trunk Broken does not run without its output head"):
+        model_of(Broken(llama().config))
 
 
 def test_load_errors(tmp_path: Path) -> None:
