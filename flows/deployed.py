@@ -78,7 +78,7 @@ def data_overrides(data: str | None) -> list[str]:
             f"the data set {data} is not in {allowed}, and this worker takes no other (DPO_DATA)",
             "Put it there, or name another folder in DPO_DATA where the worker is started",
         )
-    return [f"data.path={json.dumps(data)}", "data.openings=null"]
+    return [f"data.path={json.dumps(data)}", "data.openings=null", "data.mixture=null"]
 
 
 def command_of(recipe: str, overrides: list[str], on: str = "local", settings: str | None = None) -> str:

@@ -37,9 +37,8 @@ def check_ahead(recipe: Recipe, resume: str | None = None) -> None:
         find_run(workspace, resume, recipe.name)
     check_cluster(workspace)
     _check_database(resolve_uri(recipe.tracking, workspace), workspace)
-    for path in (recipe.data.path, recipe.data.eval_path):
-        if path is not None:
-            check_source(path)
+    for path in recipe.data.paths:
+        check_source(path)
     if recipe.gate.baseline is not None:
         load_baseline(recipe.gate.baseline)
     if recipe.sft.demonstrations is not None:

@@ -5,8 +5,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from dpo_core.data.beyond_text import beyond_text
 from dpo_core.data.config import DataConfig
 from dpo_core.data.read import check_source
 from dpo_core.data.records import Loaded, load, load_eval, to_frame
@@ -21,7 +23,7 @@ from tasks.manifest import Manifest, digest_file
 from tasks.sealed import read_sealed, write_sealed
 from tasks.stage import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 
-LOAD = Stage("load-data", 2, "dataset")
+LOAD = Stage("load-data", 3, "dataset")
 GATE_PROMPTS = Stage("validate-prompts", 1, "dataset")
 GATE_PAIRS = Stage("validate-pairs", 1, "dataset")
 GATE_UNPAIRED = Stage("validate-unpaired", 1, "dataset")
@@ -32,9 +34,7 @@ SAMPLE = Stage("sample-pairs", 2, "dataset")
 def source_digests(config: DataConfig) -> dict[str, str]:
     """Digests of the local files that the data comes from: a changed file is other data."""
     digests: dict[str, str] = {}
-    for path in (config.path, config.eval_path):
-        if path is None:
-            continue
+    for path in config.paths:
         try:
             place = Path(path).expanduser()
             files = sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place]
@@ -60,6 +60,8 @@ def load_data(context: Context, config: DataConfig) -> StageResult:
             "format": loaded.format,
             "recognised_by": loaded.recognised_by,
             "eval_rows": int((frame["split"] == "eval").sum()),
+            "remarks": list(loaded.remarks),
+            "sources": by_source(frame),
             **loaded.notes,
         }
         return Output(out, rows=len(frame), extra=extra)
@@ -67,6 +69,15 @@ def load_data(context: Context, config: DataConfig) -> StageResult:
     # The digests stand in the config, so that an edited file misses the cache under the same name.
     slice_ = {"data": config.model_dump(mode="json"), "files": source_digests(config)}
     return run_stage(context, LOAD, {}, slice_, work, ahead=lambda: {"kind": load(config).kind})
+
+
+def by_source(frame: pd.DataFrame) -> dict[str, Any]:
+    """Rows for training and evaluation of each set of a mixture; empty for one set."""
+    named = frame[(frame["source"] != "") & (frame["fault"] == "")]
+    counts: dict[str, dict[str, int]] = {}
+    for source, split in zip(named["source"], named["split"], strict=True):
+        counts.setdefault(str(source), {"train": 0, "eval": 0})[str(split)] += 1
+    return dict(counts)
 
 
 def split(loaded: Loaded, config: DataConfig) -> pd.DataFrame:
@@ -102,7 +113,7 @@ def validate(
         from dpo_core.tokens import Tokenise
         from expectations.gate import judge
 
-        frame = pd.read_parquet(data.path / "data.parquet")
+        frame = _only_texts(pd.read_parquet(data.path / "data.parquet"))
         tokenizer = load_tokenizer(model.path)
         tokenise = Tokenise(tokenizer, tokens)
         _check_template(frame, tokenise)
@@ -163,6 +174,16 @@ def _labels(kept: pd.DataFrame, subject: str) -> dict[str, int]:
         return {}
     label = train["label"]
     return {"desirable": int(label.sum()), "undesirable": int((~label).sum())}
+
+
+def _only_texts(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame, with a fault in rows that hold more than texts: no template is asked to write it yet."""
+    faults = frame["fault"].to_list()
+    maybe = frame["chat"].to_numpy(dtype=bool)  # tools and answers of several turns make a chat
+    for at, row in zip(np.flatnonzero(maybe).tolist(), frame[maybe].to_dict("records"), strict=True):
+        if not faults[at] and (parts := beyond_text(row)):
+            faults[at] = f"{', '.join(parts)}: only the texts of turns are written by the chat template"
+    return frame.assign(fault=pd.array(faults, dtype="string[pyarrow]"))
 
 
 def _check_template(frame: pd.DataFrame, tokenise: Any) -> None:
@@ -291,7 +312,7 @@ def _label(
     config: PairSamplingConfig,
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Pairs of every prompt as a canonical table that keeps each prompt's split, and the counts."""
-    from dpo_core.data.formats import Pair
+    from dpo_core.data.fields import Pair
 
     records: list[Pair] = []
     numbers: list[int] = []
@@ -321,6 +342,8 @@ def _label(
                     worse.text,
                     chosen_ended=better.ended,
                     rejected_ended=worse.ended,
+                    tools=row.get("tools", ""),
+                    source=row.get("source", ""),
                 )
             )
             numbers.append(int(row["row"]))

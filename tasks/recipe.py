@@ -142,7 +142,7 @@ class Recipe(Config):
                 "reward.optimise would not be read: ppo.enabled is false, and evaluation measures with "
                 "reward.source"
             )
-        if self.data.path is None:
+        if self.data.openings is not None:
             if self.reward.source is None:
                 raise ValueError(
                     "reward.source is needed: without pairs only a known reward can label samples"

@@ -93,7 +93,8 @@ def chosen_side(rows: pd.DataFrame, kind: str = "pairs") -> list[dict[str, Any]]
         frame = frame[frame["label"]]
     frame = frame.rename(columns={"chosen": "completion", "chosen_ended": "ended"})
     frame = frame.drop_duplicates(["prompt", "completion"])
-    return frame[["id", "prompt", "chat", "completion", "ended"]].to_dict("records")
+    columns = ["id", "prompt", "chat", "completion", "ended", "tools", "answer_chat"]
+    return frame[[name for name in columns if name in frame]].to_dict("records")
 
 
 def check_demonstrations(path: str) -> Path:

@@ -2,7 +2,9 @@
 
 from dpo_core.data.config import DataConfig, Format
 from dpo_core.data.demonstrations import review_demonstrations
-from dpo_core.data.formats import Kind, Pair, Prompt, Unpaired, chat_prompt, recognise
+from dpo_core.data.fields import Kind, Pair, Prompt, Unpaired
+from dpo_core.data.formats import recognise
+from dpo_core.data.messages import chat_prompt
 from dpo_core.data.openings import review_openings
 from dpo_core.data.records import (
     PAIR_COLUMNS,

@@ -6,7 +6,39 @@ from pydantic import Field, model_validator
 
 from dpo_core.config import Config
 
-Format = Literal["hh", "prompt-pairs", "sharegpt", "pandalm", "stackexchange", "kto", "prompts"]
+Format = Literal[
+    "hh", "prompt-pairs", "sharegpt", "pandalm", "stackexchange", "kto", "prompts", "ranked", "scored",
+    "oasst", "helpsteer2", "helpsteer3", "shp", "pku-saferlhf", "pku-saferlhf-safer", "summaries", "webgpt",
+    "arena",
+]  # fmt: skip
+Column = Literal[
+    "prompt", "chosen", "rejected", "completion", "label", "system", "messages", "conversations", "history",
+    "instruction", "input", "tools", "agreement", "margin", "answers", "answer", "score",
+]  # fmt: skip
+Pairing = Literal["best_worst", "all", "adjacent"]
+
+
+class SourceConfig(Config):
+    """One data set of a mixture."""
+
+    path: str = Field(min_length=1)
+    """A local file, a folder of files, or the name of a data set on the Hugging Face hub."""
+
+    format: Literal["auto"] | Format = "auto"
+    """How a row is written; `auto` recognises it from the first rows."""
+
+    split: str | None = Field(default=None, min_length=1)
+    """Which split is read of a hub data set, or of a folder whose files are named by splits."""
+
+    columns: dict[Column, str] | None = Field(default=None, min_length=1)
+    """Which columns hold what, where they have names of their own: {prompt: ask, chosen: good, …}."""
+
+    limit: int | None = Field(default=None, ge=1)
+    """Keep a seeded random sample of this many examples of the set; empty keeps all."""
+
+    weight: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Share of the mixture that comes from this set, relative to the other weights. Empty, for all sets of
+    the mixture: all their examples."""
 
 
 class DataConfig(Config):
@@ -15,11 +47,21 @@ class DataConfig(Config):
     path: str | None = Field(default=None, min_length=1)
     """A local file, a folder of files, or the name of a data set on the Hugging Face hub."""
 
+    mixture: list[SourceConfig] | None = Field(default=None, min_length=1)
+    """Several sets in place of `path`, each with its own path, format, split, columns, limit and weight. With
+    weights the mixture is as large as it can be without repeating an example."""
+
     format: Literal["auto"] | Format = "auto"
     """How a row is written; `auto` recognises it from the first rows."""
 
-    split: str = Field(default="train", min_length=1)
-    """Which split of a hub data set is read; local files have none."""
+    split: str | None = Field(default=None, min_length=1)
+    """Which split is read of a hub data set, or of a folder whose files are named by splits. Empty: train."""
+
+    columns: dict[Column, str] | None = Field(default=None, min_length=1)
+    """Which columns hold what, where they have names of their own: {prompt: ask, chosen: good, …}."""
+
+    pairs: Pairing = "best_worst"
+    """Which pairs a ranked list of answers makes: the best with the worst, every two, or neighbours."""
 
     limit: int | None = Field(default=None, ge=2)
     """Keep a seeded random sample of this many examples, in file order; empty keeps all."""
@@ -30,28 +72,51 @@ class DataConfig(Config):
     eval_path: str | None = Field(default=None, min_length=1)
     """Examples for evaluation, in place of a share of `path`; same format setting as `path`."""
 
+    eval_split: str | None = Field(default=None, min_length=1)
+    """Which split of `eval_path` is read. Empty: a folder's test (or validation) split, the hub's train."""
+
     openings: int | None = Field(default=None, ge=2)
     """How many self-made review openings to use as prompts when there is no `path`."""
 
     seed: int = Field(default=0, ge=0)
-    """Seed of the sample, of the split and of the self-made openings."""
+    """Seed of the samples, of the split and of the self-made openings."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "DataConfig":
-        if (self.path is None) == (self.openings is None):
-            given = "both are" if self.path is not None else "neither is"
+        given = [name for name in ("path", "openings", "mixture") if getattr(self, name) is not None]
+        if len(given) != 1:
+            said = {0: "neither is set", 2: "both are set", 3: "all are set"}[len(given)]
             raise ValueError(
-                f"{given} set: give data.path (a file, a folder or a hub name), "
-                "or data.openings (a number of self-made prompts), exactly one of the two"
+                f"{said}: give data.path (a file, a folder or a hub name), data.mixture (several of them), "
+                "or data.openings (a number of self-made prompts), exactly one of the three"
             )
-        if self.path is None:
-            unread = [name for name in ("format", "split", "limit") if self._changed(name)]
-            if unread:
-                names = ", ".join(f"data.{name}" for name in unread)
-                raise ValueError(f"{names} would not be read: there is no data.path, only data.openings")
+        unread = {
+            "path": (),
+            "mixture": ("split",) if self.eval_path is not None else ("format", "split", "columns"),
+            "openings": ("format", "split", "columns", "limit", "pairs"),
+        }[given[0]]
+        if changed := [name for name in unread if self._changed(name)]:
+            names = ", ".join(f"data.{name}" for name in changed)
+            why = (
+                "there is no data.path, only data.openings"
+                if self.openings is not None
+                else "each set of data.mixture says it for itself"
+            )
+            raise ValueError(f"{names} would not be read: {why}")
         if self.eval_path is not None and self._changed("eval_fraction"):
             raise ValueError("data.eval_fraction would not be read: data.eval_path gives the evaluation set")
+        if self.eval_split is not None and self.eval_path is None:
+            raise ValueError("data.eval_split would not be read: there is no data.eval_path")
+        weighted = [source.weight is not None for source in self.mixture or ()]
+        if any(weighted) and not all(weighted):
+            raise ValueError("data.mixture: give all sets a weight, or none")
         return self
 
     def _changed(self, name: str) -> bool:
         return bool(getattr(self, name) != type(self).model_fields[name].default)
+
+    @property
+    def paths(self) -> list[str]:
+        """Every file, folder and hub name that is read, for training or evaluation."""
+        mixed = [source.path for source in self.mixture or ()]
+        return [path for path in (self.path, *mixed, self.eval_path) if path is not None]

@@ -17,6 +17,8 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dpo_core.data.json_window import JsonWindow
+from dpo_core.data.splits import choose_split, files_of_split, split_of
 from dpo_core.errors import DataError
 
 Row = dict[str, Any]
@@ -24,10 +26,14 @@ CHUNK_ROWS = 50_000
 CHUNK_BYTES = 64 * 2**20
 BLOCK_CHARS = 4 * 2**20
 # What `datasets.save_to_disk` writes beside the data; it holds no rows.
-SIDE_FILES = {"dataset_info.json", "state.json", "dataset_dict.json"}
+SIDE_FILES = {"dataset_info.json", "state.json", "dataset_dict.json", "dataset_infos.json"}
+UNREADABLE = "\0unreadable"
+"""The only field of a row that is there and cannot be read: why not."""
 
 
-def read_rows(path: str, split: str = "train") -> Iterator[tuple[int, list[Row]]]:
+def read_rows(
+    path: str, split: str | None = None, *, evaluation: bool = False, remarks: list[str] | None = None
+) -> Iterator[tuple[int, list[Row]]]:
     """Yields chunks `(number of the first row, rows)`; rows count from 1, without headers and blank lines.
 
     The files of a folder are read in the order of their names and numbered through. Text is split at
@@ -35,13 +41,15 @@ def read_rows(path: str, split: str = "train") -> Iterator[tuple[int, list[Row]]
 
     Args:
         path: a local file or folder; anything else is asked of the Hugging Face hub.
-        split: the split of a hub data set; local files have none.
+        split: the split of a hub data set, or of a folder whose files are named by splits (default: train).
+        evaluation: whether the default is the split that is held out.
+        remarks: takes a sentence on files that are of other splits.
 
     Raises:
         DataError: the file cannot be found, read or parsed, or holds no rows.
     """
     first = 1
-    for rows in _chunks(path, split):
+    for rows in _chunks(path, split, evaluation, [] if remarks is None else remarks):
         yield first, rows
         first += len(rows)
 
@@ -60,13 +68,24 @@ def check_source(path: str) -> None:
             _check_file(file)
 
 
-def _chunks(path: str, split: str) -> Iterator[list[Row]]:
+def names_splits(path: str) -> bool:
+    """Whether files (or the hub) say which rows are of which split; False for one file and unnamed ones."""
+    with _readable(path):
+        files, folder = _local_files(path), Path(path).expanduser()
+        return files is None or (folder.is_dir() and any(split_of(file, folder) for file in files))
+
+
+def _chunks(path: str, split: str | None, evaluation: bool, remarks: list[str]) -> Iterator[list[Row]]:
     with _readable(path):
         files = _local_files(path)
+        folder = Path(path).expanduser()
+        if files and folder.is_dir():
+            files, left = files_of_split(files, folder, split, evaluation=evaluation)
+            remarks += [left] if left else []
         for file in files or ():
             yield from _file_chunks(file)
     if files is None:
-        yield from _hub_chunks(path, split)
+        yield from _hub_chunks(path, split, remarks)
 
 
 def _local_files(path: str) -> list[Path] | None:
@@ -91,19 +110,31 @@ def _readable(path: str) -> Iterator[None]:
 
 
 def _files_of(folder: Path) -> list[Path]:
-    files = sorted(
-        file
-        for file in folder.iterdir()
-        if file.is_file() and file.name not in SIDE_FILES and not file.name.startswith(".") and _parser(file)
-    )
-    if files:
-        return files
+    """The data files directly in a folder, else in its folder `data`, else in folders named by splits."""
+    below = [place for place in sorted(folder.iterdir()) if place.is_dir() and not place.name.startswith(".")]
+    named = [place for place in below if split_of(place / "rows", folder)]
+    for places in ([folder], [folder / "data"], named):
+        files = [
+            file
+            for place in places
+            if place.is_dir()
+            for file in sorted(place.iterdir())
+            if file.is_file()
+            and file.name not in SIDE_FILES
+            and not file.name.startswith(".")
+            and _parser(file)
+        ]
+        if files:
+            return files
     inside = sorted(entry.name + "/" * entry.is_dir() for entry in folder.iterdir())
     has = f"it holds {', '.join(inside[:8])}{' ...' if len(inside) > 8 else ''}" if inside else "it is empty"
     raise DataError(
         f"the folder {folder} has no data file directly in it; {has}",
         f"Point data.path at a file, or at a folder with files that end in {_known()}",
     )
+
+
+_LFS = b"version https://git-lfs.github.com/spec/"
 
 
 def _check_file(path: Path) -> Callable[[Path], "Parsed"]:
@@ -118,7 +149,11 @@ def _check_file(path: Path) -> Callable[[Path], "Parsed"]:
         raise DataError(f"{path} is neither a file nor a folder", "Point data.path at a regular file")
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty (0 bytes)", "Check how it was written or copied")
-    path.open("rb").close()  # says now whether it may be read
+    with path.open("rb") as file:  # says now whether it may be read
+        if file.read(len(_LFS)) == _LFS:
+            raise DataError(
+                f"{path} is a git-lfs pointer, not the data", "Fetch the data: git lfs pull, in its folder"
+            )
     return parse
 
 
@@ -155,12 +190,24 @@ def _require_hub_name(name: str) -> None:
         )
 
 
-def _hub_chunks(name: str, split: str) -> Iterator[list[Row]]:
+def _hub_chunks(name: str, asked: str | None, remarks: list[str]) -> Iterator[list[Row]]:
     _require_hub_name(name)
+    split = asked or "train"
     try:
         import datasets
 
-        found = datasets.load_dataset(name, split=split).with_format("arrow")
+        try:
+            found = datasets.load_dataset(name, split=split)
+        except ValueError as error:
+            if asked or "split" not in str(error):
+                raise
+            splits = datasets.get_dataset_split_names(name)
+            split = choose_split(splits, None)
+            remarks.append(f"the split {split} was read of {', '.join(splits)} (data.split chooses)")
+            found = datasets.load_dataset(name, split=split)
+        found = found.with_format("arrow")
+    except DataError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise DataError(
@@ -172,7 +219,7 @@ def _hub_chunks(name: str, split: str) -> Iterator[list[Row]]:
         raise DataError(f"the hub data set {name} (split {split}) holds no rows", "Choose another data.split")
     for table in found.iter(batch_size=CHUNK_ROWS):
         for part in _slices(table):
-            yield part.to_pylist()
+            yield _python_rows(part)
 
 
 # --- one parser a container: each yields (row, size in bytes) ---------------------------------------------
@@ -190,57 +237,41 @@ def _json_lines(path: Path) -> Parsed:
                 row = json.loads(text)
             except UnicodeDecodeError as error:
                 raise _not_utf8(path, f"line {number}", error) from error
-            except (ValueError, RecursionError) as error:
+            except json.JSONDecodeError as error:
                 raise DataError(
                     f"line {number} of {path} is not valid JSON ({error})", "Correct or delete that line"
                 ) from error
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of [
+                row = {UNREADABLE: f"the row is JSON that cannot be read ({error})"}
             yield _checked(row, path, f"line {number}"), len(line)
 
 
 def _json(path: Path) -> Parsed:
-    """One list of rows, `{"data": [rows]}`, or row after row; read piece by piece, never as a whole."""
-    decoder = json.JSONDecoder()
+    """Lists of rows, `{"data": [rows]}`, or row after row; read piece by piece, never as a whole.
+
+    A second list after the first is read too: files that were joined end to end.
+    """
     number = 0
     with _open(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
+        source = JsonWindow(text, str(path), BLOCK_CHARS)
         try:
-            buffer = text.read(BLOCK_CHARS)
-            opened = re.match(r'\s*(?:\{\s*"data"\s*:\s*)?\[', buffer)
-            at = opened.end() if opened else 0
-            block, ended = BLOCK_CHARS, False
-            while True:
-                at = _skip(buffer, at)
-                try:
-                    if opened and buffer[at : at + 1] == "]":
-                        return
-                    value, end = decoder.raw_decode(buffer, at)
-                except (ValueError, RecursionError) as error:
-                    # Most often the value goes on in the next block; blocks double, so that one long value
-                    # (or an error) costs no more than reading the file twice.
-                    more = "" if ended else text.read(block)
-                    if not more:
-                        if at == len(buffer) and not opened:
-                            return
-                        raise DataError(
-                            f"{path} is not valid JSON at row {number + 1} ({getattr(error, 'msg', error)})",
-                            "Correct that row; if it is the last one, the file may be cut off",
-                        ) from error
-                    ended = len(more) < block
-                    buffer, at, block = buffer[at:] + more, 0, block * 2
+            while not source.at_end():
+                opened = source.match(r'(?:\{\s*"data"\s*:\s*)?\[')
+                if opened is None:
+                    value, size = source.value(number)
+                    wrapped = value.get("data") if isinstance(value, dict) else None
+                    for row in wrapped if isinstance(wrapped, list) else [value]:
+                        number += 1
+                        yield _checked(row, path, f"row {number}"), size
                     continue
-                wrapped = value.get("data") if isinstance(value, dict) and not opened else None
-                for row in wrapped if isinstance(wrapped, list) else [value]:
+                while source.at_end() or source.match(r"\]") is None:
+                    value, size = source.value(number)
                     number += 1
-                    yield _checked(row, path, f"row {number}"), end - at
-                at, block = end, BLOCK_CHARS
+                    yield _checked(value, path, f"row {number}"), size
+                if "{" in opened:  # {"data": [...], "version": 1}
+                    source.rest_of_object(number)
         except UnicodeDecodeError as error:
             raise _not_utf8(path, f"a row after row {number}", error) from error
-
-
-def _skip(text: str, at: int) -> int:
-    """The next position that is neither white space nor a comma between values."""
-    while text[at : at + 1] in (" ", "\n", "\r", "\t", ","):
-        at += 1
-    return at
 
 
 def _csv(path: Path) -> Parsed:
@@ -287,8 +318,29 @@ def _arrow(path: Path) -> Parsed:
 def _table_rows(table: Any) -> Parsed:
     for part in _slices(table):
         each = part.nbytes // max(part.num_rows, 1)
-        for row in part.to_pylist():
+        for row in _python_rows(part):
             yield row, each
+
+
+def _python_rows(table: Any) -> list[Row]:
+    """The rows of a table. Arrow gives each object of a list the fields of all, null where it has none."""
+    nested = [column.name for column in table.schema if _holds_objects(column.type)]
+    rows: list[Row] = table.to_pylist()
+    for row in rows if nested else ():
+        for name in nested:
+            row[name] = _without_nulls(row[name])
+    return rows
+
+
+def _holds_objects(kind: Any) -> bool:
+    return any(pa.types.is_struct(kind.field(i).type) or _holds_objects(kind.field(i).type)
+               for i in range(kind.num_fields))  # fmt: skip
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _slices(table: Any) -> Iterator[Any]:
@@ -325,7 +377,8 @@ def _open(path: Path) -> BinaryIO:
         magic = file.read(4)
     if magic[:2] == b"\x1f\x8b":
         return io.BufferedReader(gzip.open(path), 2**20)
-    if magic == b"\x28\xb5\x2f\xfd":
+    # A skippable frame (pzstd writes one in front) counts too: 0x184D2A50 to 0x184D2A5F.
+    if magic == b"\x28\xb5\x2f\xfd" or (magic[1:] == b"\x2a\x4d\x18" and magic[0] >> 4 == 5):
         # Not zstandard's own reader: at a cut-off file that one just ends, without an error.
         return io.BufferedReader(pa.input_stream(str(path), compression="zstd"), 2**20)
     return path.open("rb", buffering=2**20)

@@ -5,18 +5,18 @@ Bad rows are kept with a reason in `fault` and empty texts: the data gate counts
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from dpo_core.data.config import DataConfig, Format
-from dpo_core.data.formats import ADAPTERS, Fault, Kind, Pair, Prompt, Record, Row, Unpaired, recognise
+from dpo_core.data.config import DataConfig, Format, SourceConfig
+from dpo_core.data.convert import Converter, faulty
+from dpo_core.data.fields import Kind, Pair, Prompt, Record, Unpaired
 from dpo_core.data.openings import review_openings
-from dpo_core.data.read import read_rows
-from dpo_core.errors import DataError
+from dpo_core.data.read import names_splits, read_rows
 
 _TEXT, _FLAG = pa.large_string(), pa.bool_()
 _SCHEMAS: dict[Kind, Any] = {
@@ -31,6 +31,10 @@ _SCHEMAS: dict[Kind, Any] = {
             "chosen_ended": _FLAG,
             "rejected_ended": _FLAG,
             "agreement": pa.float64(),
+            "tools": _TEXT,
+            "answer_chat": _FLAG,
+            "margin": pa.float64(),
+            "source": _TEXT,
             "fault": _TEXT,
         }
     ),
@@ -43,22 +47,35 @@ _SCHEMAS: dict[Kind, Any] = {
             "completion": _TEXT,
             "label": _FLAG,
             "ended": _FLAG,
+            "tools": _TEXT,
+            "answer_chat": _FLAG,
+            "source": _TEXT,
             "fault": _TEXT,
         }
     ),
-    "prompts": pa.schema({"id": _TEXT, "row": pa.int64(), "prompt": _TEXT, "chat": _FLAG, "fault": _TEXT}),
+    "prompts": pa.schema(
+        {
+            "id": _TEXT,
+            "row": pa.int64(),
+            "prompt": _TEXT,
+            "chat": _FLAG,
+            "tools": _TEXT,
+            "source": _TEXT,
+            "fault": _TEXT,
+        }
+    ),
 }
 PAIR_COLUMNS: list[str] = _SCHEMAS["pairs"].names
 """id (sha256 of the content), row (source row, from 1), prompt (text, or compact JSON messages if chat),
 chat, chosen, rejected, *_ended (the answer is complete, so EOS follows it), agreement (share of votes for
-the chosen answer, empty where nobody counted), fault ("" = none)."""
+the chosen answer, empty where nobody counted), tools (JSON list of functions, "" = none), answer_chat (the
+answers are compact JSON messages: tool calls, reasoning or several turns), margin (difference of the scores,
+empty without), source (which set of a mixture, else ""), fault ("" = none)."""
 UNPAIRED_COLUMNS: list[str] = _SCHEMAS["unpaired"].names
 PROMPT_COLUMNS: list[str] = _SCHEMAS["prompts"].names
-_EMPTY: dict[Kind, Record] = {
-    "pairs": Pair("", False, "", ""),
-    "unpaired": Unpaired("", False, "", False),
-    "prompts": Prompt("", False),
-}
+
+
+_RECORDS: dict[Kind, Any] = {"pairs": Pair, "unpaired": Unpaired, "prompts": Prompt}
 
 
 @dataclass(frozen=True)
@@ -72,6 +89,8 @@ class Loaded:
     """A sentence: how the format was recognised, or that the recipe set it."""
     notes: dict[str, int] = field(default_factory=dict)
     """Counts: rows_read, ties_dropped, faults, and left_by_limit where a limit applied."""
+    remarks: list[str] = field(default_factory=list)
+    """Sentences on what was read in a way that is not plain, and on columns that were not read."""
 
 
 def record_id(record: Record) -> str:
@@ -91,6 +110,11 @@ def record_id(record: Record) -> str:
             content = f"unpaired {len(record.prompt)},{flags}\n{record.prompt}{record.completion}"
         case Prompt():
             content = f"prompt {record.chat:d}\n{record.prompt}"
+    # Only where they are there, so that the ids of rows without them are what they always were.
+    if record.tools:
+        content += f"\ntools {record.tools}"
+    if not isinstance(record, Prompt) and record.answer_chat:
+        content += "\nchat answers"
     return hashlib.sha256(content.encode()).hexdigest()
 
 
@@ -110,10 +134,10 @@ def _table(records: Sequence[Record], kind: Kind, rows: Sequence[int]) -> Any:
             ids.append(record_id(record))
             kept.append(record)
         except UnicodeEncodeError:
-            kept.append(_faulty(kind, "a text holds half of a surrogate pair (invalid Unicode)"))
+            kept.append(faulty(kind, "a text holds half of a surrogate pair (invalid Unicode)"))
             ids.append(record_id(kept[-1]))
     columns: list[Any] = list(zip(*kept, strict=True)) if kept else [()] * (len(schema.names) - 2)
-    named = dict(zip(type(_EMPTY[kind])._fields, columns, strict=True), id=ids, row=rows)
+    named = dict(zip(_RECORDS[kind]._fields, columns, strict=True), id=ids, row=rows)
     return pa.table([pa.array(named[name], schema.field(name).type) for name in schema.names], schema=schema)
 
 
@@ -123,72 +147,69 @@ def _frame(tables: list[Any]) -> pd.DataFrame:
     return frame
 
 
-def _faulty(kind: Kind, why: str) -> Record:
-    return _EMPTY[kind]._replace(fault=why)
-
-
-def _converted(rows: Sequence[Row], first: int, name: Format, notes: dict[str, int]) -> Any:
-    adapter = ADAPTERS[name]
-    records: list[Record] = []
-    numbers: list[int] = []
-    for number, row in enumerate(rows, first):
-        record: Record | None
-        try:
-            if None in row:  # what the CSV reader names the fields beyond the header's
-                raise Fault("the row has more fields than the header")
-            record = adapter.convert(row)
-        except Fault as fault:
-            record = _faulty(adapter.kind, str(fault))
-        if record is None:
-            notes["ties_dropped"] += 1
-        else:
-            records.append(record)
-            numbers.append(number)
-    notes["rows_read"] += len(rows)
-    return _table(records, adapter.kind, numbers)
-
-
 def load(config: DataConfig) -> Loaded:
-    """Reads `config.path`, or makes `config.openings` prompts, into a canonical table.
+    """Reads `config.path` or `config.mixture`, or makes `config.openings` prompts, into a canonical table.
 
     Raises:
         DataError: the source cannot be read, or its format not be recognised.
     """
+    if config.mixture is not None:
+        from dpo_core.data.mixture import load_mixture
+
+        return limited(load_mixture(config), config.limit, config.seed)
     if config.path is None:
         texts = review_openings(config.openings or 0, config.seed)
         frame = to_frame([Prompt(text, False) for text in texts], "prompts")
         return Loaded(frame, "prompts", "prompts", "self-made review openings", {"rows_read": len(texts)})
-    return _load_path(config.path, config)
+    source = SourceConfig(path=config.path, format=config.format, split=config.split, columns=config.columns)
+    return limited(load_source(source, config), config.limit, config.seed)
 
 
 def load_eval(config: DataConfig) -> Loaded | None:
     """Reads `config.eval_path` in full, or None without one. A limit is meant for the training data."""
-    return None if config.eval_path is None else _load_path(config.eval_path, config, limited=False)
+    if config.eval_path is None:
+        return None
+    source = SourceConfig(
+        path=config.eval_path, format=config.format, split=config.eval_split, columns=config.columns
+    )
+    return load_source(source, config, evaluation=True)
 
 
-def _load_path(path: str, config: DataConfig, limited: bool = True) -> Loaded:
-    name = None if config.format == "auto" else config.format
-    recognised_by = "the recipe set data.format"
-    notes = {"rows_read": 0, "ties_dropped": 0}
+def load_source(source: SourceConfig, config: DataConfig, *, evaluation: bool = False) -> Loaded:
+    """Reads one file, folder or hub data set in full.
+
+    Raises:
+        DataError: it cannot be read, its format not be recognised, or it holds nothing but ties.
+    """
+    by_column = source.split is not None and not names_splits(source.path)
+    converter = Converter(source, config.pairs, by_column=by_column)
+    files: list[str] = []
     tables = []
-    for first, rows in read_rows(path, config.split):
-        if name is None:
-            try:
-                name, recognised_by = recognise(rows)
-            except DataError as error:
-                raise DataError(f"{path}: {error.problem}", error.remedy) from error
-        tables.append(_converted(rows, first, name, notes))
+    for first, rows in read_rows(source.path, source.split, evaluation=evaluation, remarks=files):
+        records, numbers = converter.convert(rows, first)
+        tables.append(_table(records, converter.kind, numbers))
         del rows  # else two chunks of Python objects live at once while the next one is read
-    assert name is not None  # read_rows yields rows or raises
+    records, numbers = converter.rest()
+    tables.append(_table(records, converter.kind, numbers))
     frame = _frame(tables)
+    if converter.assembled:
+        frame = frame.sort_values("row", kind="stable", ignore_index=True)
     if frame.empty:
-        raise DataError(
-            f"all {notes['rows_read']} rows of {path} are ties, which prefer neither answer",
-            "Give rows in which a majority of the annotators prefers one answer",
-        )
-    if limited and config.limit is not None and config.limit < len(frame):
-        keep = np.random.default_rng(config.seed).permutation(len(frame))[: config.limit]
-        notes["left_by_limit"] = len(frame) - config.limit
-        frame = frame.iloc[np.sort(keep)].reset_index(drop=True)
+        raise converter.nothing()
+    converter.notes["faults"] = int((frame["fault"] != "").sum())
+    remarks = files + converter.remarks()
+    return Loaded(frame, converter.kind, converter.format, converter.recognised_by, converter.notes, remarks)
+
+
+def limited(loaded: Loaded, limit: int | None, seed: int) -> Loaded:
+    """A seeded sample of the table's rows in file order, where it has more than the limit."""
+    frame, notes = loaded.frame, dict(loaded.notes)
+    if limit is None or limit >= len(frame):
+        return loaded
+    keep = np.random.default_rng(seed).permutation(len(frame))[:limit]
+    # Faults last, as they are counted among the rows that stay.
+    notes.pop("faults", None)
+    notes["left_by_limit"] = len(frame) - limit
+    frame = frame.iloc[np.sort(keep)].reset_index(drop=True)
     notes["faults"] = int((frame["fault"] != "").sum())
-    return Loaded(frame, ADAPTERS[name].kind, name, recognised_by, notes)
+    return replace(loaded, frame=frame, notes=notes)

@@ -4,18 +4,14 @@ import json
 
 import pytest
 
-from dpo_core.data.formats import (
-    ADAPTERS,
-    Fault,
-    Pair,
-    Prompt,
-    Unpaired,
+from dpo_core.data.fields import Fault, Pair, Prompt, Unpaired
+from dpo_core.data.formats import ADAPTERS, recognise
+from dpo_core.data.usual_layouts import (
     hh,
     kto,
     pandalm,
     prompt_pairs,
     prompts,
-    recognise,
     sharegpt,
     stackexchange,
 )
@@ -225,7 +221,7 @@ BAD_ROWS = {
     "two chosen messages": (
         sharegpt,
         {"conversations": [USER], "chosen": [GOOD, GOOD], "rejected": BAD},
-        "one message each",
+        "where it cannot stand",
     ),
     "true as response": (pandalm, {**PANDA, "response2": True}, "response2 is a JSON boolean, not a string"),
     "strange vote": (pandalm, {**PANDA, "annotator3": 5}, "annotator3 is not a vote"),

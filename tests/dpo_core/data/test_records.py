@@ -143,6 +143,10 @@ def test_two_lines_of_a_user(tmp_path: Path) -> None:
             "chosen_ended": True,
             "rejected_ended": True,
             "agreement": pytest.approx(math.nan, nan_ok=True),
+            "tools": "",
+            "answer_chat": False,
+            "margin": pytest.approx(math.nan, nan_ok=True),
+            "source": "",
             "fault": "",
         }
         for row, prompt, chosen, rejected in [
@@ -151,10 +155,11 @@ def test_two_lines_of_a_user(tmp_path: Path) -> None:
         ]
     ]
     assert {name: str(kind) for name, kind in loaded.frame.dtypes.items()} == {
-        **dict.fromkeys(["id", "prompt", "chosen", "rejected", "fault"], "string"),
-        **dict.fromkeys(["chat", "chosen_ended", "rejected_ended"], "bool"),
+        **dict.fromkeys(["id", "prompt", "chosen", "rejected", "tools", "source", "fault"], "string"),
+        **dict.fromkeys(["chat", "chosen_ended", "rejected_ended", "answer_chat"], "bool"),
         "row": "int64",
         "agreement": "float64",
+        "margin": "float64",
     }
 
 

@@ -1,0 +1,268 @@
+"""From the rows of one source to canonical records: format, columns by other names, faults, remarks."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from dpo_core.data.config import Format, Pairing, SourceConfig
+from dpo_core.data.fields import (
+    Fault,
+    Kind,
+    Pair,
+    Prompt,
+    Ranked,
+    Record,
+    Row,
+    SourceRow,
+    Unpaired,
+    unreadable,
+)
+from dpo_core.data.formats import ADAPTERS, SAMPLE_ROWS, recognise
+from dpo_core.data.messages import SYSTEM_NAMES
+from dpo_core.data.rankings import pairs_of
+from dpo_core.data.structured import columns_of_source, is_conversation, parse_source
+from dpo_core.errors import DataError
+
+# Unread, these would change what a row says.
+_MATTER = {
+    *SYSTEM_NAMES, "tools", "functions", "tool_calls", "reasoning_content", "history",
+    "image", "images", "audio", "audios", "video", "videos",
+}  # fmt: skip
+# And these would not: names, numbers and origins of rows, scores that do not decide anything.
+_HARMLESS = (
+    "id", "idx", "index", "uid", "uuid", "source", "dataset", "origin", "subset", "category", "categories",
+    "task", "lang", "language", "score", "model", "models", "timestamp", "tstamp", "date", "created_at",
+    "url", "license", "metadata", "meta", "tag", "tags", "turns", "judge", "split",
+)  # fmt: skip
+_HARMLESS_ENDS = ("_id", "-id", "_ids", "_model", "-model", "_score", "-score", "_source", "_sha256", "_hash")
+_HARMLESS_STARTS = ("num_", "score_", "model_")
+
+_EMPTY: dict[Kind, Record] = {
+    "pairs": Pair("", False, "", ""),
+    "unpaired": Unpaired("", False, "", False),
+    "prompts": Prompt("", False),
+}
+
+
+def faulty(kind: Kind, why: str) -> Record:
+    """The record of a row that cannot be used."""
+    return _EMPTY[kind]._replace(fault=why)
+
+
+class Converter:
+    """Converts the chunks of one source, in order. What the first chunk shows holds for the others."""
+
+    def __init__(self, source: SourceConfig, pairing: Pairing, *, by_column: bool = False) -> None:
+        self.source, self.pairing = source, pairing
+        self.by_column = by_column
+        """Whether a column `split` of the rows, and no file, says which rows are of the wanted split."""
+        self.name: Format | None = None if source.format == "auto" else source.format
+        self.recognised_by = "the recipe set data.format"
+        self.notes = {"rows_read": 0, "ties_dropped": 0}
+        self._remarks: Counter[str] = Counter()
+        self._unread: Counter[str] = Counter()
+        self._kinds: Counter[bool] = Counter()
+        self._parts: list[tuple[int, Any]] = []
+        self._as_source: list[str] = []
+        self._as_chat = False
+        self._splits: Counter[str] = Counter()
+        self._begun = False
+
+    @property
+    def format(self) -> Format:
+        """The format, once the first rows were seen."""
+        assert self.name is not None  # read_rows yields rows or raises
+        return self.name
+
+    @property
+    def kind(self) -> Kind:
+        """What the rows become."""
+        return ADAPTERS[self.format].kind
+
+    @property
+    def assembled(self) -> bool:
+        """Whether records are made when all rows have been seen."""
+        return ADAPTERS[self.format].assemble is not None
+
+    def convert(self, rows: Sequence[Row], first: int) -> tuple[list[Record], list[int]]:
+        """The records of a chunk with the numbers of their rows; `first` is that of the chunk's first row."""
+        rows = [self._renamed(row) for row in rows]
+        if not self._begun:
+            self._begin(rows)
+        # A system text in one row makes chats of all: a null beside it is a chat without a system turn.
+        self._as_chat = self._as_chat or any(
+            isinstance(row.get(name), str) and bool(row[name]) for row in rows for name in SYSTEM_NAMES
+        )
+        records: list[Record] = []
+        numbers: list[int] = []
+        for number, row in enumerate(rows, first):
+            if self.by_column and row.get("split") != self.source.split and not unreadable(row):
+                self.notes["of_other_splits"] = self.notes.get("of_other_splits", 0) + 1
+                continue
+            for record, where in self._of_row(row, number):
+                records.append(record)
+                numbers.append(where)
+        self.notes["rows_read"] += len(rows)
+        return records, numbers
+
+    def rest(self) -> tuple[list[Record], list[int]]:
+        """What can be made only of all rows together."""
+        assemble = ADAPTERS[self.format].assemble
+        if assemble is None:
+            return [], []
+        made = [pair for ranked in assemble(self._parts) for pair in self._pairs(ranked)]
+        for record, _ in made:
+            self._kinds[record.chat] += 1
+        return [record for record, _ in made], [number for _, number in made]
+
+    def _begin(self, rows: Sequence[Row]) -> None:
+        self._begun = True
+        sample = [row for row in rows[:SAMPLE_ROWS] if not unreadable(row)]
+        self._require_columns(rows)
+        self._as_source = columns_of_source(sample)
+        if self.name is None:
+            try:
+                self.name, self.recognised_by = recognise([self._parsed(row)[0] for row in sample])
+            except DataError as error:
+                raise DataError(f"{self.source.path}: {error.problem}", error.remedy) from error
+        adapter = ADAPTERS[self.name]
+        if self.pairing != "best_worst" and not adapter.ranked:
+            raise DataError(
+                f"data.pairs would not be read: {self.source.path} is {self.name}, which ranks nothing",
+                "Leave data.pairs out",
+            )
+        if adapter.note:
+            self._remarks[adapter.note] = 0
+        if self.by_column and all(row.get("split") != self.source.split for row in rows):
+            raise DataError(
+                f"there is no split {self.source.split} in {self.source.path}: neither file names nor a "
+                "column split tell of it",
+                "Leave data.split (data.eval_split) empty, or name the file of the split",
+            )
+
+    def _renamed(self, row: Row) -> Row:
+        """The row with the columns that the recipe names under the names that the formats know."""
+        columns = self.source.columns
+        if not columns or unreadable(row):
+            return row
+        named = set(columns.values())
+        renamed = {key: value for key, value in row.items() if key not in named and key not in columns}
+        return renamed | {name: _at(row, column) for name, column in columns.items()}
+
+    def _require_columns(self, rows: Sequence[Row]) -> None:
+        for name, column in (self.source.columns or {}).items():
+            if all(row.get(name) is None for row in rows):
+                seen = {str(key) for row in rows[:SAMPLE_ROWS] for key in row}
+                there = sorted(seen.difference(self.source.columns or ()))
+                raise DataError(
+                    f"data.columns: no row of {self.source.path} has a column {column} (for {name})",
+                    f"The columns are {', '.join(there)}",
+                )
+
+    def _parsed(self, row: Row) -> tuple[Row, list[str]]:
+        """The row with lists in place of their source text, and the columns where that was so."""
+        values = {name: parse_source(row[name]) for name in self._as_source if isinstance(row.get(name), str)}
+        parsed = {name: value for name, value in values.items() if value is not None}
+        return (row | parsed if parsed else row), list(parsed)
+
+    def _of_row(self, row: Row, number: int) -> list[tuple[Record, int]]:
+        adapter = ADAPTERS[self.format]
+        source = SourceRow(row, number, as_chat=self._as_chat)
+        try:
+            if why := unreadable(row):
+                raise Fault(why)
+            readable, parsed = self._parsed(row)
+            source = SourceRow(readable, number, as_chat=self._as_chat)
+            found = adapter.convert(source)
+            unread = source.unread()
+            for name in unread:
+                if name in _MATTER:
+                    raise Fault(f"{name} is there, and rows of the format {self.format} are read without it")
+        except Fault as fault:
+            return [(faulty(adapter.kind, str(fault)), number)]
+        except RecursionError:
+            return [(faulty(adapter.kind, "the row is nested too deeply"), number)]
+        except Exception as error:
+            why = f"the row cannot be read ({type(error).__name__}: {str(error)[:100]})"
+            return [(faulty(adapter.kind, why), number)]
+        self._note(source, row, parsed, unread)
+        if adapter.assemble is not None:
+            self._parts.append((number, found))
+            return []
+        if isinstance(found, Ranked):
+            made = self._pairs(found)
+        elif found is None:
+            self.notes["ties_dropped"] += 1
+            made = []
+        else:
+            made = [(found, number)]
+        for record, _ in made:
+            self._kinds[record.chat] += 1
+        return made
+
+    def _pairs(self, ranked: Ranked) -> list[tuple[Record, int]]:
+        made: list[tuple[Record, int]] = list(pairs_of(ranked, self.pairing))
+        if len(ranked.answers) < 2:
+            self.notes["single_answers"] = self.notes.get("single_answers", 0) + 1
+        elif not made:
+            self.notes["ties_dropped"] += 1
+        return made
+
+    def _note(self, source: SourceRow, row: Row, parsed: list[str], unread: list[str]) -> None:
+        self._remarks.update(source.remarks)
+        for name in parsed:
+            self._remarks[f"{name} holds JSON or Python source, which was parsed"] += 1
+        for name in unread:
+            if name == "split" and isinstance(row[name], str):
+                self._splits[row[name]] += 1
+            if not _harmless(str(name)):
+                self._unread[str(name)] += 1
+        for name in ("prompt", "chosen", "rejected", "completion"):
+            value = row.get(name)
+            if name not in parsed and isinstance(value, str) and is_conversation(parse_source(value)):
+                self._remarks[f"{name} looks like messages written as text, and was read as text"] += 1
+
+    def remarks(self) -> list[str]:
+        """What the user should know of how the rows were read."""
+        said = [f"{text}{f' ({count} rows)' if count else ''}" for text, count in self._remarks.items()]
+        if self._unread:
+            total = self.notes["rows_read"]
+            names = (f"{n}{f' ({c} rows)' if c < total else ''}" for n, c in sorted(self._unread.items()))
+            said.append(f"columns not read: {', '.join(names)}")
+        if len(self._splits) > 1:
+            counts = ", ".join(f"{name} ({count} rows)" for name, count in self._splits.most_common(6))
+            said.append(f"the column split was not read, and rows of all its values were kept: {counts}")
+        if self._kinds[True] and self._kinds[False]:
+            said.append(
+                f"{self._kinds[True]} prompts are conversations and {self._kinds[False]} plain text: with "
+                "tokens.template=auto only the conversations are written with the chat template"
+            )
+        return said
+
+    def nothing(self) -> DataError:
+        """The error of a source of which no record came."""
+        count = self.notes["rows_read"]
+        if self.notes.get("single_answers"):
+            return DataError(
+                f"the {count} rows of {self.source.path} were read as {self.format}, and none of its prompts "
+                "has two answers with different scores or ranks",
+                "Give several answers a prompt, or other rows",
+            )
+        return DataError(
+            f"all {count} rows of {self.source.path} are ties, which prefer neither answer",
+            "Give rows in which one answer is preferred, by a majority of the annotators or by its score",
+        )
+
+
+def _at(row: Row, column: str) -> Any:
+    """A column by its name, or a field of an object in one: `question.full_text`."""
+    if column in row or "." not in column:
+        return row.get(column)
+    outer, _, inner = column.partition(".")
+    value = row.get(outer)
+    return _at(value, inner) if isinstance(value, dict) else None
+
+
+def _harmless(name: str) -> bool:
+    name = name.lower()
+    return name in _HARMLESS or name.endswith(_HARMLESS_ENDS) or name.startswith(_HARMLESS_STARTS)

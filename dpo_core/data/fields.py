@@ -1,0 +1,235 @@
+"""A row of a file, what it may become, and how its fields are read.
+
+An adapter raises `Fault` for a row that it cannot use; the reader of records keeps such a row, marked.
+"""
+
+import json
+import math
+from collections import Counter
+from typing import Any, Literal, NamedTuple
+
+from dpo_core.data.read import UNREADABLE
+
+Row = dict[str, Any]
+Kind = Literal["pairs", "unpaired", "prompts"]
+
+
+class Fault(Exception):
+    """Why one row cannot be used."""
+
+
+class Pair(NamedTuple):
+    """A prompt with a better and a worse answer. `*_ended`: the answer is complete, not cut off. `agreement`:
+    share of votes for the better answer, None where nobody counted. `tools`: JSON list of the functions that
+    the model may call, "" where there are none. `answer_chat`: the answers are JSON lists of messages.
+    `margin`: score of the better answer minus that of the worse one, None without scores."""
+
+    prompt: str
+    chat: bool
+    chosen: str
+    rejected: str
+    chosen_ended: bool = True
+    rejected_ended: bool = True
+    agreement: float | None = None
+    tools: str = ""
+    answer_chat: bool = False
+    margin: float | None = None
+    source: str = ""
+    fault: str = ""
+
+
+class Unpaired(NamedTuple):
+    """A prompt with one answer that was found good (label True) or bad."""
+
+    prompt: str
+    chat: bool
+    completion: str
+    label: bool
+    ended: bool = True
+    tools: str = ""
+    answer_chat: bool = False
+    source: str = ""
+    fault: str = ""
+
+
+class Prompt(NamedTuple):
+    """A prompt alone."""
+
+    prompt: str
+    chat: bool
+    tools: str = ""
+    source: str = ""
+    fault: str = ""
+
+
+Record = Pair | Unpaired | Prompt
+
+
+class Ranked(NamedTuple):
+    """A prompt with any number of answers, each `(answer, score, number of its row)`: more is better.
+
+    `scored` is False where the scores are places in a ranking, whose differences measure nothing."""
+
+    prompt: str
+    chat: bool
+    tools: str
+    answers: list[tuple[str, float, int]]
+    scored: bool = True
+
+
+class SourceRow(Row):
+    """A row that remembers which of its columns were read, and counts what is worth a remark."""
+
+    def __init__(self, row: Row, number: int = 0, *, as_chat: bool = False) -> None:
+        super().__init__(row)
+        self.number = number
+        self.as_chat = as_chat
+        """Whether a bare prompt becomes a user's turn: other rows of the set have a system text."""
+        self.was_read: set[str] = set()
+        self.remarks: Counter[str] = Counter()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.was_read.add(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        self.was_read.add(key)
+        return super().__getitem__(key)
+
+    def unread(self) -> list[str]:
+        """The columns that hold something and were never asked for."""
+        return [key for key, value in self.items() if key not in self.was_read and not is_empty(value)]
+
+
+def remark(row: Row, text: str) -> None:
+    """Count something that the user is told of after reading."""
+    if isinstance(row, SourceRow):
+        row.remarks[text] += 1
+
+
+def is_empty(value: object) -> bool:
+    """Whether a field holds nothing: null, NaN, or an empty text, list or object."""
+    if isinstance(value, float):
+        return math.isnan(value)
+    return value is None or (isinstance(value, str | list | dict | tuple) and not value)
+
+
+def type_of(value: object) -> str:
+    """The JSON name of a value's type."""
+    names = {bool: "boolean", int: "number", float: "number", str: "string", list: "list", dict: "object"}
+    return names.get(type(value), type(value).__name__)
+
+
+def text(row: Row, name: str) -> str:
+    """A field that must be a string.
+
+    Raises:
+        Fault: it is missing, or something else.
+    """
+    value = row.get(name)
+    if value is None:
+        raise Fault(f"{name} is missing")
+    if not isinstance(value, str):
+        raise Fault(f"{name} is a JSON {type_of(value)}, not a string")
+    return value
+
+
+def optional_text(row: Row, *names: str) -> tuple[str, str]:
+    """The first of the fields that holds something, and its name; "" where none does."""
+    for name in names:
+        if not is_empty(row.get(name)):
+            return text(row, name), name
+    return "", names[0]
+
+
+_TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+
+
+def is_flag(value: object) -> bool:
+    """Whether a value can be read as true or false. CSV files hold it as a word, pandas as 1.0 or 0.0."""
+    return not isinstance(value, list | dict) and str(value).strip().lower() in _TRUTH
+
+
+def flag(row: Row, name: str) -> bool:
+    """A truth value.
+
+    Raises:
+        Fault: it is missing or neither true nor false.
+    """
+    value = row.get(name)
+    if is_empty(value):
+        raise Fault(f"{name} is missing")
+    if not is_flag(value):
+        raise Fault(f"{name} is neither true nor false, nor 1 or 0")
+    return _TRUTH[str(value).strip().lower()]
+
+
+def number(row: Row, name: str) -> float | None:
+    """A number, which CSV files hold as text; None where the field is empty.
+
+    Raises:
+        Fault: it is something else, infinite, or too large for a float.
+    """
+    value = row.get(name)
+    if is_empty(value):
+        return None
+    try:
+        found = math.inf if isinstance(value, bool | list | dict) else float(value or 0)
+    except (TypeError, ValueError, OverflowError):
+        found = math.inf
+    if math.isnan(found):
+        return None
+    if math.isinf(found):
+        raise Fault(f"{name} is {str(value)[:20]!r}, not a number")
+    return found
+
+
+def required_number(row: Row, name: str) -> float:
+    """A number that must be there.
+
+    Raises:
+        Fault: it is missing, or something else.
+    """
+    value = number(row, name)
+    if value is None:
+        raise Fault(f"{name} is missing")
+    return value
+
+
+def objects(value: object, name: str) -> list[Row]:
+    """A list of objects; also written as an object of equally long lists, as Parquet's nested columns are.
+
+    Raises:
+        Fault: it is something else.
+    """
+    if isinstance(value, dict) and value and all(isinstance(v, list) or v is None for v in value.values()):
+        columns = {key: column for key, column in value.items() if column is not None}
+        if len({len(column) for column in columns.values()}) == 1:
+            return [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+    if not isinstance(value, list):
+        raise Fault(f"{name} is missing" if value is None else f"{name} is a {type_of(value)}, not a list")
+    for item in value:
+        if not isinstance(item, dict):
+            raise Fault(f"{name} holds a {type_of(item)} where an object is expected")
+    return value
+
+
+def has(row: Row, *names: str) -> bool:
+    """Whether all these fields hold something."""
+    return all(row.get(name) is not None for name in names)
+
+
+def compact(value: object) -> str:
+    """Compact JSON.
+
+    Raises:
+        ValueError: it holds a number that JSON does not have (NaN, infinity).
+    """
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def unreadable(row: Row) -> str:
+    """Why the file's reader could not read the whole row; "" where it could."""
+    if None in row:  # what the CSV reader names the fields beyond the header's
+        return "the row has more fields than the header"
+    return str(row.get(UNREADABLE, ""))

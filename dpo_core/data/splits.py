@@ -1,0 +1,78 @@
+"""Which files of a folder belong to which split, as clones of hub data sets name them."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from dpo_core.errors import DataError
+
+_TRAIN = ("train", "training")
+_TEST = ("test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation", "heldout")
+_WORDS = (*_TRAIN, *_TEST)
+# Of several training splits the one with preferences: train_sft and train_gen hold single answers.
+_PREFERENCES = ("_prefs", "_preferences", "_preference", "_pref")
+_SHARD = re.compile(r"[-_.](\d+[-_]of[-_]\d+|\d+)(-[0-9a-f]{8,})?$")
+
+_ENDINGS = re.compile(r"(\.(gz|zst|jsonl?|ndjson|csv|parquet|arrow))+$")
+
+
+def split_of(file: Path, folder: Path) -> str | None:
+    """The split that the name of a file or its folder tells (train, test_prefs); None where it tells none."""
+    stem = _SHARD.sub("", _ENDINGS.sub("", file.name.lower()))
+    for name in (stem, *(part.lower() for part in reversed(file.relative_to(folder).parts[:-1]))):
+        words = re.split(r"[-_.]", name)
+        if words[0] in _WORDS:  # train, test_prefs
+            return name
+        if words[-1] in _WORDS:  # helpful-base-train
+            return words[-1]
+    return None
+
+
+def choose_split(names: Sequence[str], split: str | None, *, evaluation: bool = False) -> str:
+    """The one of several splits that is meant: the one asked for, else the training (or held-out) one.
+
+    Raises:
+        DataError: none or several of them could be meant.
+    """
+    wanted = [split] if split else list(_TEST if evaluation else _TRAIN)
+    for word in wanted:
+        if word in names:
+            return word
+        kin = [name for name in names if name.startswith((f"{word}_", f"{word}-", f"{word}."))]
+        kin = [name for name in kin if name.endswith(_PREFERENCES)] or kin
+        if len(kin) == 1:
+            return kin[0]
+        if kin:
+            names = kin
+            break
+    which = "data.eval_split" if evaluation else "data.split"
+    asked = f"there is no split {split}" if split else "no split was asked for"
+    raise DataError(f"{asked}, and the files are of {', '.join(names)}", f"Set {which} to one of these")
+
+
+def files_of_split(
+    files: Sequence[Path], folder: Path, split: str | None, *, evaluation: bool = False
+) -> tuple[list[Path], str]:
+    """The files of the wanted split, and a sentence on what was left out ("" where nothing was).
+
+    Raises:
+        DataError: the folder has no such split, or several that could be meant.
+    """
+    labels = {file: split_of(file, folder) for file in files}
+    named = list(dict.fromkeys(label for label in labels.values() if label is not None))
+    if not named:
+        return list(files), ""
+    if None in labels.values() and not any(label.startswith(_TRAIN) for label in named):
+        labels = {file: label or "train" for file, label in labels.items()}  # rows.jsonl beside test.jsonl
+        named.append("train")
+    if len(named) == 1 and split is None and None not in labels.values():
+        return list(files), ""
+    try:
+        chosen = choose_split(named, split, evaluation=evaluation)
+    except DataError as error:
+        raise DataError(f"{folder}: {error.problem}", error.remedy) from error
+    kept = [file for file, label in labels.items() if label == chosen]
+    left = list(dict.fromkeys(label or file.name for file, label in labels.items() if label != chosen))
+    which = "data.eval_split" if evaluation else "data.split"
+    said = f"the split {chosen} was read ({len(kept)} files)"
+    return kept, f"{said}; not read: {', '.join(left)} ({which} chooses)" if left else ""

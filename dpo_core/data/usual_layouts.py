@@ -1,0 +1,259 @@
+"""Adapters for the usual layouts: pairs as text or conversations, votes, labelled answers, bare prompts."""
+
+from typing import Any
+
+from dpo_core.data.fields import (
+    Fault,
+    Pair,
+    Prompt,
+    Row,
+    Unpaired,
+    flag,
+    has,
+    is_empty,
+    is_flag,
+    number,
+    remark,
+    text,
+)
+from dpo_core.data.messages import (
+    check_answer,
+    common_turns,
+    read_answer,
+    read_messages,
+    read_prompt,
+    read_tools,
+    write_answers,
+)
+
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+
+
+def hh(row: Row) -> Pair:
+    """Transcripts; the prompt is everything up to and with the last "Assistant:", and the same in both."""
+    chosen, rejected = text(row, "chosen"), text(row, "rejected")
+    ends = []
+    for name, transcript in (("chosen", chosen), ("rejected", rejected)):
+        at = transcript.rfind(ASSISTANT)
+        if at < 0:
+            raise Fault(f"{name} has no turn of the Assistant")
+        if transcript.rfind(HUMAN) > at:
+            raise Fault(f"{name} ends with a turn of the Human")
+        ends.append(at + len(ASSISTANT))
+    prompt = chosen[: ends[0]]
+    if prompt != rejected[: ends[1]]:
+        raise Fault("the transcripts part before the last turn of the Assistant")
+    return Pair(prompt, False, chosen[ends[0] :], rejected[ends[1] :])
+
+
+def prompt_pairs(row: Row) -> Pair:
+    """`{prompt, chosen, rejected}` as strings or messages, whose first turns may be the prompt; votes,
+    scores, a system text, earlier turns and tools may stand beside them."""
+    return _prompt_pair(row)._replace(agreement=_agreement(row), margin=_margin(row))
+
+
+def _agreement(row: Row) -> float | None:
+    """The share of votes for the chosen answer where it is given; CSV files hold it as text."""
+    try:
+        share = number(row, "agreement")
+    except Fault:
+        share = -1.0
+    if share is not None and not 0 <= share <= 1:
+        raise Fault(f"agreement is {str(row['agreement'])[:20]!r}, not a share of votes from 0 to 1")
+    return share
+
+
+# The scores that public sets put beside the two answers.
+_SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen-rating", "rejected-rating"),
+    ("chosen_rating", "rejected_rating"),
+    ("rating_chosen", "rating_rejected"),
+    ("chosen_reward", "rejected_reward"),
+)
+
+
+def _margin(row: Row) -> float | None:
+    """How much better the chosen answer is, by `margin` or by the scores of the two."""
+    margin = number(row, "margin")
+    if margin is None:
+        for names in _SCORES:
+            better, worse = (number(row, name) for name in names)
+            if better is not None and worse is not None:
+                margin = better - worse
+                break
+    if margin is not None and margin < 0:
+        remark(row, "the chosen answer has the lower score")
+    return margin
+
+
+def _prompt_pair(row: Row) -> Pair:
+    name, given = _given_prompt(row)
+    chosen, rejected, tools = row.get("chosen"), row.get("rejected"), read_tools(row)
+    if not isinstance(chosen, list | dict) and not isinstance(rejected, list | dict):
+        chosen, rejected = text(row, "chosen"), text(row, "rejected")
+        if not isinstance(given, list):
+            given = _with_steps(row, text({"prompt": given}, "prompt"))
+            if HUMAN in given and chosen.startswith(given) and rejected.startswith(given):
+                # Transcripts that repeat their prompt: the answer is what follows it.
+                chosen, rejected = chosen[len(given) :], rejected[len(given) :]
+        prompt, chat = read_prompt(row, given, name, tools)
+        return Pair(prompt, chat, chosen, rejected, tools=tools)
+    better, worse = read_messages(row, chosen, "chosen"), read_messages(row, rejected, "rejected")
+    turns = None if given is None or isinstance(given, str) else read_messages(row, given, name)
+    at = _start_of_answers(better, worse, turns)
+    before = better[:at]
+    if isinstance(given, str):
+        if before and not any(m["role"] == "user" and m["content"].strip() == given.strip() for m in before):
+            raise Fault("prompt is not among the turns before the answers")
+        before = before or [{"role": "user", "content": given}]
+    elif turns is not None:
+        if before and before != turns:
+            raise Fault("the turns before the answers are not those of prompt")
+        before = turns
+    for side, turns_of_side in (("chosen", better[at:]), ("rejected", worse[at:])):
+        check_answer(turns_of_side, side)
+    if not before:
+        raise Fault("the prompt has no turn of a user")
+    (good, bad), answer_chat = write_answers(better[at:], worse[at:])
+    prompt, _ = read_prompt(row, before, name, tools)
+    return Pair(prompt, True, good, bad, tools=tools, answer_chat=answer_chat)
+
+
+def _start_of_answers(better: list[Any], worse: list[Any], prompt: list[Any] | None) -> int:
+    """The place in both conversations at which the answers begin; 0 where they hold nothing but answers."""
+    for turns, name in ((better, "chosen"), (worse, "rejected")):
+        if turns[-1]["role"] != "assistant":
+            raise Fault(f"{name} ends with a turn of the {turns[-1]['role']}, not of the assistant")
+    if prompt is not None and better[: len(prompt)] == prompt == worse[: len(prompt)]:
+        return len(prompt)
+    if better[0]["role"] == worse[0]["role"] == "assistant" and (prompt is not None or len(better) > 1):
+        return 0
+    return common_turns(better, worse)
+
+
+def _given_prompt(row: Row) -> tuple[str, Any]:
+    """The prompt by its usual names: prompt, instruction (+ input), question, or input; and that name."""
+    if row.get("prompt") is not None:
+        return "prompt", row["prompt"]
+    if isinstance(row.get("instruction"), str):
+        return "instruction", _instruction(row)
+    return ("question", row["question"]) if row.get("question") is not None else ("prompt", row.get("input"))
+
+
+def _instruction(row: Row) -> str:
+    extra = row.get("input")
+    return text(row, "instruction") + (f"\n\n{text(row, 'input')}" if extra not in (None, "") else "")
+
+
+def _with_steps(row: Row, prompt: str) -> str:
+    """Step-DPO: the steps before the one that is judged stand between the question and the answers."""
+    steps = row.get("initial_reason_steps")
+    return prompt if is_empty(steps) else f"{prompt}\n\n{text(row, 'initial_reason_steps')}"
+
+
+def sharegpt(row: Row) -> Pair:
+    """LLaMA-Factory's pairs: `conversations` is the prompt, `chosen` and `rejected` one message each."""
+    tools = read_tools(row)
+    prompt, _ = read_prompt(row, read_messages(row, row.get("conversations"), "conversations"), tools=tools)
+    sides = [read_answer(row, row.get(name), name) for name in ("chosen", "rejected")]
+    (good, bad), answer_chat = write_answers(*sides)
+    return Pair(prompt, True, good, bad, tools=tools, answer_chat=answer_chat, margin=_margin(row))
+
+
+def pandalm(row: Row) -> Pair | None:
+    """Two responses with the annotators' votes (1, 2, or 0 for a tie); None where no majority prefers one."""
+    votes = []
+    for name in sorted(key for key in row if isinstance(key, str) and key.startswith("annotator")):
+        vote = str(row[name]).strip().removesuffix(".0")
+        if vote not in ("0", "1", "2"):
+            raise Fault(f"{name} is not a vote 0, 1 or 2")
+        votes.append(int(vote))
+    if not votes:
+        raise Fault("the annotators' votes are missing")
+    better = next((side for side in (1, 2) if 2 * votes.count(side) > len(votes)), None)
+    if better is None:
+        return None
+    chosen, rejected = text(row, f"response{better}"), text(row, f"response{3 - better}")
+    return Pair(_instruction(row), False, chosen, rejected, agreement=votes.count(better) / len(votes))
+
+
+def stackexchange(row: Row) -> Pair:
+    """A question with a better-voted answer (j) and a worse one (k)."""
+    return Pair(text(row, "question"), False, text(row, "response_j"), text(row, "response_k"))
+
+
+def kto(row: Row) -> Unpaired:
+    """`{messages, label}` or `{prompt, completion, label}`, the two fields strings or messages."""
+    label, tools = flag(row, "label"), read_tools(row)
+    if row.get("messages") is not None:
+        turns = read_messages(row, row["messages"], "messages")
+        name, before, answer = "messages", turns[:-1], turns[-1:]
+        check_answer(answer, name)
+        if not before:
+            raise Fault("the prompt has no turn of a user")
+        prompt: Any = before
+    else:
+        name, prompt = _given_prompt(row)
+        if not isinstance(prompt, list):
+            prompt = text({"prompt": prompt}, "prompt")
+        value = row.get("completion")
+        if not isinstance(value, list | dict):
+            text(row, "completion")
+        elif isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        answer = read_answer(row, value, "completion")
+    canonical, chat = read_prompt(row, prompt, name, tools)
+    (completion,), answer_chat = write_answers(answer)
+    return Unpaired(canonical, chat, completion, label, tools=tools, answer_chat=answer_chat)
+
+
+def prompts(row: Row) -> Prompt:
+    """`{prompt}` as a string or messages, or `{text}`."""
+    tools = read_tools(row)
+    if isinstance(row.get("prompt"), list | dict):
+        return Prompt(*read_prompt(row, row["prompt"], "prompt", tools), tools=tools)
+    value = text(row, "prompt" if row.get("prompt") is not None else "text")
+    return Prompt(*read_prompt(row, value, "prompt", tools), tools=tools)
+
+
+# --- what rows look like ------------------------------------------------------------------------------------
+
+
+def is_hh(row: Row) -> bool:
+    """Two transcripts and no prompt of their own."""
+    both = row.get("chosen"), row.get("rejected")
+    return row.get("prompt") is None and all(isinstance(t, str) and ASSISTANT in t for t in both)
+
+
+def is_prompt_pairs(row: Row) -> bool:
+    """Two answers, and a prompt beside or inside them."""
+    if not has(row, "chosen", "rejected") or row.get("conversations") is not None:
+        return False
+    if is_hh(row):
+        return False
+    return _given_prompt(row)[1] is not None or all(
+        isinstance(row[n], list | dict) for n in ("chosen", "rejected")
+    )
+
+
+def is_kto(row: Row) -> bool:
+    """One answer with a truth value."""
+    answered = has(row, "messages") or (has(row, "completion") and _given_prompt(row)[1] is not None)
+    return is_flag(row.get("label")) and answered
+
+
+# Beside a prompt, columns so named hold answers, or what was found of them.
+_ANSWERS = (
+    "answer", "chosen", "rejected", "completion", "messages", "conversation", "response", "label_confidence",
+    "output", "generation", "candidate", "summaries", "replies", "parent_id", "rank", "winner", "score",
+)  # fmt: skip
+
+
+def is_prompts(row: Row) -> bool:
+    """A prompt or text, and nothing that holds an answer or what was found of one."""
+    answered = any(not is_empty(row[key]) and str(key).lower().startswith(_ANSWERS) for key in row)
+    if answered or (isinstance(row.get("prompt"), dict) and "replies" in row["prompt"]):
+        return False
+    return isinstance(row.get("prompt"), str | list) or isinstance(row.get("text"), str)
