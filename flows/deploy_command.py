@@ -10,6 +10,7 @@ import typer
 
 from dpo_core.errors import RecipeError
 from flows.server import server, server_address
+from flows.trial_import import check_import
 
 FileOption = Annotated[
     Path | None, typer.Option("--file", help="By default deploy/prefect.yaml here, or the package's own.")
@@ -79,7 +80,8 @@ def check_deployment(deployment: Any) -> Any:
     """The flow of a deployment, with every set of parameters that it can be run with checked.
 
     Raises:
-        RecipeError: there is no such flow, it does not take the parameters, or the recipe cannot be used.
+        RecipeError: there is no such flow, it does not take the parameters, the recipe cannot be used, or the
+            flow cannot be imported where its runs start.
     """
     from prefect import Flow
     from prefect.utilities.importtools import import_object
@@ -101,6 +103,7 @@ def check_deployment(deployment: Any) -> Any:
     for trigger in deployment.triggers:
         # What the event brings is not known yet; a placeholder is a text.
         _check_parameters(flow, deployment, f"{where} trigger {trigger.name}", given | trigger.parameters)
+    check_import(deployment)
     return flow
 
 

@@ -12,9 +12,11 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from dpo_core.errors import DpoError, RecipeError
+from flows.leases import outlive_leases
 from flows.quiet import keep_quiet
 
 keep_quiet()
+outlive_leases()
 
 GATE_REFUSED = "GateRefused"
 PROMOTION_REFUSED = "PromotionRefused"

@@ -7,7 +7,9 @@ reaches it.
 """
 
 import json
+import logging
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from uuid import UUID
 
 import psutil
 
+from dpo_core.errors import StageFailed
 from flows.orphans import end_family, mark_own
 
 _LOOK = 0.5
@@ -28,6 +31,11 @@ _GRACE = 20.0
 """Seconds that a run without its worker has to save and to end."""
 _LONGEST = 28
 """Seconds that the guard outlives its run."""
+_PATIENCE = 120.0
+"""Seconds for the guard to start, on a machine that is busy."""
+_READY = b"ready"
+
+log = logging.getLogger("dpo")
 
 
 @contextmanager
@@ -36,18 +44,14 @@ def guarded(workspace: str | Path, tracking: Any) -> Iterator[None]:
 
     Args:
         tracking: the recipe's `TrackingConfig`.
+
+    Raises:
+        StageFailed: the guard did not start.
     """
     mark_own()
-    command = [sys.executable, "-m", "flows.guard", str(os.getpid())]
-    quiet = subprocess.DEVNULL
-    guard = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, start_new_session=True
-    )
-    assert guard.stdin
     # Not by its command line, which everybody on the machine can read: an address may hold a password.
     told = {"workspace": str(Path(workspace).absolute()), "tracking": tracking.model_dump(mode="json")}
-    with suppress(BrokenPipeError), guard.stdin:
-        guard.stdin.write(json.dumps(told).encode())
+    guard = _start(json.dumps(told).encode())
     try:
         yield
     except Exception:
@@ -57,7 +61,37 @@ def guarded(workspace: str | Path, tracking: Any) -> Iterator[None]:
     _dismiss(guard)
 
 
+def _start(told: bytes) -> subprocess.Popen[bytes]:
+    """A guard that is at work."""
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-P", "-m", "flows.guard", str(os.getpid())]
+    guard = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
+    assert guard.stdin
+    assert guard.stdout
+    assert guard.stderr
+    with guard.stdout, guard.stderr:
+        with suppress(BrokenPipeError), guard.stdin:
+            guard.stdin.write(told)
+        begun = select.select([guard.stdout], [], [], _PATIENCE)[0]
+        if begun and os.read(guard.stdout.fileno(), len(_READY)) == _READY:
+            return guard
+        guard.kill()
+        last = guard.stderr.read().decode(errors="replace").strip().splitlines()
+    status = guard.wait()
+    said = last[-1] if last else f"it says nothing (status {status})" if begun else "it does not answer"
+    raise StageFailed(
+        f"the guard of the run, which cleans up where the run is killed, did not start: {said}",
+        "Run again; if a module is missing, PYTHONPATH puts another in its place",
+    )
+
+
 def _dismiss(guard: subprocess.Popen[bytes]) -> None:
+    if (status := guard.poll()) is not None:
+        log.warning(
+            "the guard of the run had ended before it (status %s); had the run been killed, its "
+            "processes would have lived on",
+            status,
+        )
     guard.kill()
     guard.wait()
 
@@ -69,6 +103,7 @@ def main() -> None:
     with suppress(ValueError, psutil.NoSuchProcess):  # it may be gone before the guard is there
         told = json.load(sys.stdin)
         run = psutil.Process(number)
+        _report_ready()
         _watch(run, worker_of(run))
     signal.alarm(_LONGEST)  # what is not done by then is left to the next run
     # While the trainers save: MLflow takes seconds to import.
@@ -76,6 +111,15 @@ def main() -> None:
     closing.start()
     end_family(number, but=[os.getpid()])
     closing.join()
+
+
+def _report_ready() -> None:
+    """Let the run begin; from now on nobody reads what the guard prints."""
+    sys.stdout.buffer.write(_READY)
+    sys.stdout.flush()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in (1, 2):
+        os.dup2(nowhere, number)
 
 
 def worker_of(run: psutil.Process) -> psutil.Process | None:

@@ -21,17 +21,22 @@ _QUIET = {
     # else computes on the machine, and all goes two to three times slower; sleeping at once costs 5 %.
     "OMP_WAIT_POLICY": "PASSIVE",
     "GOMP_SPINCOUNT": "20000",
-    # A server that is started again within four minutes is waited for: 2 + 4 + 8 + ... seconds.
-    "PREFECT_CLIENT_MAX_RETRIES": "7",
+    # A server that is started again within eight minutes is waited for: 2 + 4 + 8 + ... seconds.
+    "PREFECT_CLIENT_MAX_RETRIES": "8",
     # Our own bars show what is worth waiting for.
     "TQDM_DISABLE": "1",
 }
 
 
 def keep_quiet() -> None:
-    """Set them where the user has not."""
+    """Set them where the user has not; and PYTHONSAFEPATH for whatever is started from here with `python -m`.
+
+    Without it Python looks in the current folder first, where a user's own package may be called flows,
+    tasks or deploy.
+    """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
+    os.environ["PYTHONSAFEPATH"] = "1"
 
 
 def hide_secrets_in_logs() -> None:

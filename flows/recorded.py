@@ -93,9 +93,21 @@ def _held(
     return report
 
 
+def reason_of(error: BaseException) -> str:
+    """Why a run ended, in words: Prefect's own cancellation, for one, is an error without any."""
+    if isinstance(error, DpoError):
+        return str(error)
+    name = type(error).__name__
+    if str(error).strip():
+        return f"{name}: {error}"
+    if name == "CancelledError":
+        return "Prefect ended the run; its log there, and the server's, say why (CancelledError)"
+    return f"the run ended with {name}, which gives no reason; the traceback is in the log"
+
+
 def _ended_badly(workspace: Path, record: RunRecord, tracker: Tracker, error: BaseException) -> None:
     status = "refused" if isinstance(error, GateRefused) else "failed"
-    reason = hidden(str(error) if isinstance(error, DpoError) else f"{type(error).__name__}: {error}")
+    reason = hidden(reason_of(error))
     if stopped := stop_reason():
         status, reason = "stopped", stopped
     with contextlib.suppress(DpoError):  # a full disk must not hide why the run ended

@@ -51,7 +51,7 @@ def serve(workspace: str, host: str, port: int, browser: bool) -> None:
     door = access(host, place)
     _require_free(host, port)
     command = [
-        sys.executable, "-m", "mlflow", "ui", *door.options,
+        sys.executable, "-P", "-m", "mlflow", "ui", *door.options,
         "--default-artifact-root", (place / "mlartifacts").as_uri(),
         "--host", host, "--port", str(port), "--workers", "1",
         "--uvicorn-opts", "--log-level warning",

@@ -37,9 +37,12 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    """An empty workspace with the tiny recipe."""
+    """An empty workspace with the tiny recipe, in a folder with packages of the names of this project's."""
     folder = tmp_path_factory.mktemp("flows") / "base"
     folder.mkdir()
+    for name in ("flows", "tasks", "deploy", "expectations", "dpo_core"):
+        (folder / name).mkdir()
+        (folder / name / "__init__.py").write_text("raise ImportError('a package of the user')\n")
     model = make_tiny_model(folder.parent / "model", taught=True)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny_recipe(model, folder / "runs")))
     return Bench(folder)

@@ -86,10 +86,16 @@ class Site:
 
     def open(self, **more: str) -> None:
         """Start the server and, once it answers, the worker, with more variables for it and its runs."""
-        self.start("server", "start", "--host", "127.0.0.1", "--port", self.api.split(":")[2].split("/")[0])
-        until(lambda: _answers(self), 120)
+        self.serve()
         self.ask("/work_pools/", {"name": "dpo", "type": "process"})
         self.worker(**more)
+
+    def serve(self) -> None:
+        """Start the server, or start it again, and wait until it answers."""
+        port = self.api.split(":")[2].split("/")[0]
+        server = self.start("server", "start", "--host", "127.0.0.1", "--port", port)
+        self.running.insert(0, self.running.pop())  # first, whatever runs already: it is the last to end
+        until(lambda: server.poll() is None and _answers(self), 240)
 
     def worker(self, **more: str) -> subprocess.Popen[bytes]:
         """Start a worker."""

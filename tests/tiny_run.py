@@ -67,7 +67,7 @@ class Bench:
         }
 
     def command(self, *arguments: str) -> list[str]:
-        return [sys.executable, "-m", "flows.cli", *arguments]
+        return [sys.executable, "-P", "-m", "flows.cli", *arguments]
 
     def dpo(self, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

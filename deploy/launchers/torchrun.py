@@ -83,8 +83,8 @@ def node_command(job: Path, arguments: Sequence[str] = (), python: str = "python
     return [python, "-m", "dpo_core.agent", *arguments, "-m", MODULE, "--config", str(job)]
 
 
-NODE_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-"""What every node is given."""
+NODE_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}
+"""What every node is given. PYTHONSAFEPATH: no package in the current folder replaces an installed one."""
 
 
 def environment(rendezvous: Rendezvous | None = None) -> dict[str, str]:
@@ -92,5 +92,5 @@ def environment(rendezvous: Rendezvous | None = None) -> dict[str, str]:
     variables = dict(os.environ)
     # DeepSpeed looks for ninja on PATH even when nothing is built.
     variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{variables.get('PATH', '')}"
-    variables = NODE_ENVIRONMENT | variables
+    variables = NODE_ENVIRONMENT | variables | {"PYTHONSAFEPATH": "1"}
     return variables | (rendezvous.environment() if rendezvous else {})

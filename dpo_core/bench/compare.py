@@ -195,7 +195,7 @@ def _race(name: str, settings: Config, bench: Bench, model: Path, work: Path) ->
     )
     path.write_text(race.model_dump_json())
     done = subprocess.run(
-        [sys.executable, "-m", "dpo_core.bench.contender", str(path)],
+        [sys.executable, "-P", "-m", "dpo_core.bench.contender", str(path)],
         check=False,
         capture_output=True,
         text=True,

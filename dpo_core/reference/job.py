@@ -203,7 +203,7 @@ def run_ranks(job: ReferenceJob, processes: int, progress: Callable[[int], None]
 
 def _start_rank(path: Path, work: Path, rank: int, world: int) -> subprocess.Popen[bytes]:
     place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    command = [sys.executable, "-m", "dpo_core.reference.job", "--config", str(path)]
+    command = [sys.executable, "-P", "-m", "dpo_core.reference.job", "--config", str(path)]
     with (work / f"rank-{rank}.log").open("wb") as output:
         return subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=os.environ | place)
 

@@ -71,6 +71,22 @@ def test_a_whole_path_as_workspace_needs_no_working_folder() -> None:
     check_deployment(deployment(parameters=given, work_pool={"name": "dpo"}))
 
 
+def test_a_package_in_the_working_folder_that_would_replace_the_flow_is_refused(tmp_path: Path) -> None:
+    from flows.deploy_command import check_deployment
+
+    (tmp_path / "flows").mkdir()
+    (tmp_path / "flows" / "__init__.py").touch()
+    pool: dict[str, Any] = {"name": "dpo", "job_variables": {"working_dir": str(tmp_path)}}
+    with pytest.raises(RecipeError, match=r"in working_dir .* cannot be imported .*flows.deployed"):
+        check_deployment(deployment(work_pool=pool))
+    (tmp_path / "flows").rename(tmp_path / "tasks")
+    pool["job_variables"]["env"] = {"OTHER": "1"}
+    with pytest.raises(RecipeError, match=f"finds {tmp_path}/tasks/__init__.py in place of the installed"):
+        check_deployment(deployment(work_pool=pool))
+    pool["job_variables"]["env"] = {"PYTHONSAFEPATH": 1}
+    check_deployment(deployment(work_pool=pool))
+
+
 def test_prefects_own_model_takes_the_shipped_file() -> None:
     from flows.deploy_command import _check_with_prefect, check_deployment
 

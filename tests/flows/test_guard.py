@@ -38,7 +38,9 @@ def family() -> Iterator[Family]:
     family.end()
 
 
-def start(tmp_path: Path, family: Family, then: str, *, worker: bool = False) -> subprocess.Popen[bytes]:
+def start(
+    tmp_path: Path, family: Family, then: str, *, worker: bool = False, folder: Path | None = None
+) -> subprocess.Popen[bytes]:
     run, prefect = tmp_path / "run.py", tmp_path / "prefect"
     run.write_text(RUN.format(then=then))
     prefect.write_text(WORKER)
@@ -47,7 +49,7 @@ def start(tmp_path: Path, family: Family, then: str, *, worker: bool = False) ->
     environment.pop("PREFECT__FLOW_RUN_ID", None)
     if worker:
         environment["PREFECT__FLOW_RUN_ID"] = str(uuid.uuid4())
-    process = subprocess.Popen(command, env=environment)
+    process = subprocess.Popen(command, env=environment, cwd=folder)
     deadline = time.monotonic() + 60
     while not (tmp_path / "ready").exists():
         assert time.monotonic() < deadline
@@ -61,6 +63,35 @@ def test_what_a_killed_run_has_started_ends(tmp_path: Path, family: Family) -> N
     run.kill()
     run.wait()
     assert family.gone_after() < 15
+
+
+def test_a_package_of_the_same_name_in_the_folder_does_not_replace_the_guard(
+    tmp_path: Path, family: Family
+) -> None:
+    own = tmp_path / "own"
+    (own / "flows").mkdir(parents=True)
+    (own / "flows" / "__init__.py").touch()
+    run = start(tmp_path, family, "time.sleep(300)", folder=own)
+    assert len(family.alive()) == 3, "the run, what it started, and the guard"
+    run.kill()
+    run.wait()
+    assert family.gone_after() < 15
+
+
+def test_a_guard_that_does_not_start_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dpo_core.errors import StageFailed
+    from flows.guard import guarded
+    from tasks.tracking import TrackingConfig
+
+    (tmp_path / "flows").mkdir()
+    (tmp_path / "flows" / "__init__.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("DPO_FLOW_PID", "")
+    with (
+        pytest.raises(StageFailed, match=r"did not start: .*No module named flows.guard"),
+        guarded(tmp_path / "runs", TrackingConfig()),
+    ):
+        raise AssertionError("the run has begun without its guard")
 
 
 def test_a_run_without_its_worker_is_told_to_end(tmp_path: Path, family: Family) -> None:
