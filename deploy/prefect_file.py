@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError
 from dpo_core.secrecy import SECRET_NAME
+from dpo_core.small_files import read_small
 from dpo_core.yaml_text import read_yaml
 
 Place = tuple[int | str, ...]
@@ -174,7 +175,7 @@ def read_prefect_file(path: Path, environment: Mapping[str, str]) -> tuple[Prefe
         RecipeError: with every fault: where it stands, its line, and the nearest key for one that is unknown.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_small(path)
         raw = read_yaml(text)
     except OSError as error:
         raise RecipeError(f"{path} cannot be read ({error.strerror})", "Name it with --file") from error

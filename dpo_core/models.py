@@ -16,6 +16,7 @@ from dpo_core.errors import ModelError
 from dpo_core.model_folder import LOAD_REMEDY, check_folder, require_safetensors
 from dpo_core.quiet import quiet_transformers
 from dpo_core.scratch import ScratchConfig, make_from_scratch, new_tokenizer, scratch_shape
+from dpo_core.small_files import read_small
 
 if TYPE_CHECKING:
     import torch
@@ -383,7 +384,7 @@ def read_template(path: str) -> str:
         ModelError: the file cannot be read as UTF-8 text.
     """
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
+        return read_small(Path(path).expanduser())
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "not UTF-8 text"
         raise ModelError(

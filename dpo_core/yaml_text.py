@@ -4,6 +4,7 @@ PyYAML's safe loader makes plain values alone, but takes the last of two equal k
 aliases of aliases stand for more values than fit in memory.
 """
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,7 +22,7 @@ def read_yaml(text: str) -> Any:
 
     Raises:
         yaml.YAMLError: it is not YAML, asks for a Python object, has a key twice, or stands for more than
-            `MOST_VALUES`; the line is named where there is one.
+            `MOST_VALUES`, or a value that its type does not have; the line is named where there is one.
     """
     loader = _Loader(text)
     try:
@@ -36,10 +37,32 @@ def read_yaml(text: str) -> Any:
         loader.dispose()
 
 
+def quoted(text: str) -> str:
+    """A text as YAML, as `--set a.b=…` takes it. JSON is none where it writes a character as two surrogates."""
+    return "".join(_escaped(character) for character in json.dumps(text, ensure_ascii=False))
+
+
+def _escaped(character: str) -> str:
+    number = ord(character)
+    if number < 0x7F:
+        return character
+    return f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
+
+
 class _Loader(yaml.SafeLoader):
     """Ends where values are nested more deeply than a person nests them; PyYAML takes minutes, and breaks."""
 
     depth = 0
+
+    def construct_object(self, node: Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep=deep)
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            # 2026-02-30, !!int abc, !!bool maybe, a number of more digits than Python reads.
+            kind = node.tag.rpartition(":")[2]
+            shown = str(node.value)[:40] if isinstance(node, ScalarNode) else "this"
+            said = f"{shown} cannot be read as {kind} (in quotes it is a text)"
+            raise ConstructorError(None, None, said, node.start_mark) from error
 
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
         self.depth += 1

@@ -1,6 +1,5 @@
 """The flow that a worker runs: a recipe by its name, as `dpo run` does, and an end that says what it was."""
 
-import json
 import logging
 import os
 import shlex
@@ -12,6 +11,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from dpo_core.errors import DpoError, RecipeError
+from dpo_core.yaml_text import quoted
 from flows.leases import outlive_leases
 from flows.quiet import keep_quiet
 
@@ -80,7 +80,7 @@ def data_overrides(data: str | None) -> list[str]:
             f"the data set {data} is not in {allowed}, and this worker takes no other (DPO_DATA)",
             "Put it there, or name another folder in DPO_DATA where the worker is started",
         )
-    return [f"data.path={json.dumps(data)}", "data.openings=null", "data.mixture=null"]
+    return [f"data.path={quoted(data)}", "data.openings=null", "data.mixture=null"]
 
 
 def command_of(recipe: str, overrides: list[str], on: str = "local", settings: str | None = None) -> str:

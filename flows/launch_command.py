@@ -70,6 +70,7 @@ def cluster_config(on: str, path: str | None, overrides: list[str]) -> Any:
 
     from deploy.launchers.choice import TARGETS
     from dpo_core.errors import RecipeError
+    from dpo_core.small_files import read_small
     from dpo_core.yaml_text import read_yaml
     from tasks.recipe import overridden
 
@@ -80,7 +81,7 @@ def cluster_config(on: str, path: str | None, overrides: list[str]) -> Any:
     if on not in TARGETS:
         raise RecipeError(f"there is no launcher '{on}'", f"Choose one of: {', '.join(['local', *TARGETS])}")
     try:
-        raw = read_yaml(Path(path).read_text()) if path else {}
+        raw = read_yaml(read_small(Path(path))) if path else {}
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise RecipeError(f"{path} cannot be read ({error})", "Name a YAML file of settings") from error
     if not isinstance(raw, dict):

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
+from yaml.constructor import ConstructorError
 
 from dpo_core.adapters import LORA_EXTRA
 from dpo_core.config import Config
@@ -28,6 +29,7 @@ from dpo_core.pairs import PairSamplingConfig
 from dpo_core.reward_training import RewardModelConfig
 from dpo_core.secrecy import place_of_secret
 from dpo_core.sft import SftConfig
+from dpo_core.small_files import read_small
 from dpo_core.tokens import TokenConfig
 from dpo_core.yaml_text import read_yaml
 from expectations.config import GateConfig
@@ -237,7 +239,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = _find(name)
     try:
-        raw = read_yaml(path.read_text(encoding="utf-8"))
+        raw = read_yaml(read_small(path))
     except OSError as error:
         raise RecipeError(f"the recipe {path} cannot be read ({error.strerror})", "Check its path") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -310,7 +312,9 @@ def _lay_over(raw: dict[str, Any], override: str) -> None:
     try:
         value = read_yaml(text) if text else None
     except yaml.YAMLError as error:
-        raise RecipeError(f"--set {override}: the value is not valid YAML", "Quote it") from error
+        raise RecipeError(
+            f"--set {_short(override)}: the value is not valid YAML{_why(error)}", "Quote it"
+        ) from error
     if isinstance(value, str):
         value = _number(value)
     place = raw
@@ -320,6 +324,15 @@ def _lay_over(raw: dict[str, Any], override: str) -> None:
             raise RecipeError(f"--set {override}: {part} holds a value, not fields", _KNOWN_FIELDS)
         place = inner
     place[parts[-1]] = value
+
+
+def _why(error: yaml.YAMLError) -> str:
+    problem = getattr(error, "problem", None)
+    return f": {problem}" if isinstance(error, ConstructorError) and problem else ""
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]} …"
 
 
 def _number(text: str) -> str | float:

@@ -1,13 +1,17 @@
 """YAML of strangers: plain values alone, each key once, of a size that a person would write."""
 
+import os
 import time
 from pathlib import Path
 
 import pytest
 import yaml
 
-from dpo_core.errors import RecipeError
-from dpo_core.yaml_text import read_yaml
+from dpo_core.data.config import DataConfig
+from dpo_core.errors import DpoError, RecipeError
+from dpo_core.models import read_template
+from dpo_core.small_files import MOST_BYTES, read_small
+from dpo_core.yaml_text import quoted, read_yaml
 from flows.launch_command import cluster_config
 from tasks.recipe import load_recipe
 
@@ -24,6 +28,11 @@ BAD = {
     "twice": ("seed: 1\nname: x\nseed: 2\n", "the key seed stands on line 1 and again on line 3"),
     "twice inside": ("dpo: {epochs: 1, epochs: 2}", "the key epochs stands on line 1 and again on line 1"),
     "deep": ("[" * 150, "nested too deeply"),
+    "no such day": ("name: x\ndescription: 2026-02-30", "2026-02-30 cannot be read as timestamp"),
+    "no number": ("seed: !!int abc", "abc cannot be read as int"),
+    "no truth": ("seed: !!bool maybe", "maybe cannot be read as bool"),
+    "no moment": ("seed: !!timestamp soon", "soon cannot be read as timestamp"),
+    "digits": (f"seed: {'7' * 5000}", "7777 cannot be read as int"),
 }
 
 
@@ -57,3 +66,39 @@ def test_what_is_no_plain_writing_is_refused_wherever_yaml_is_read(name: str, tm
             load_recipe("demo", [f"description={path.read_text()}"])
     assert not trace.exists()
     assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["/d/p😀.jsonl", "/d/𠮷.jsonl", 'a "b" \\ c', "a\u2028b\u0085c", "\x7f\ttab\nline", "ü: #x", "\udc80"],
+)
+def test_a_quoted_text_is_read_back_as_it_was(text: str) -> None:
+    from tasks.recipe import overridden
+
+    assert read_yaml(quoted(text)) == text
+    if text.isprintable():
+        raw: dict[str, object] = {}
+        settings = overridden(DataConfig, raw, [f"path={quoted(text)}"], "unusable", "")
+        assert settings.path == text
+
+
+def test_a_file_that_does_not_end_is_not_read(tmp_path: Path) -> None:
+    large, pipe = tmp_path / "large.yaml", tmp_path / "pipe.yaml"
+    large.write_text("#" * (MOST_BYTES + 1))
+    os.mkfifo(pipe)
+    for path, words in [("/dev/zero", "not a regular file"), (pipe, "not a regular file"), (large, "1 MiB")]:
+        with pytest.raises(OSError, match=words):
+            read_small(Path(path))
+        for read in (load_recipe, _deploy_file, _cluster_settings, read_template):
+            with pytest.raises(DpoError, match=f"cannot be read .*{words}"):
+                read(str(path))
+
+
+def _deploy_file(path: str) -> object:
+    from deploy.prefect_file import read_prefect_file
+
+    return read_prefect_file(Path(path), {})
+
+
+def _cluster_settings(path: str) -> object:
+    return cluster_config("slurm", path, [])
