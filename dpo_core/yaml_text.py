@@ -38,7 +38,7 @@ def read_yaml(text: str) -> Any:
 
 
 def quoted(text: str) -> str:
-    """A text as YAML, as `--set a.b=…` takes it. JSON is none where it writes a character as two surrogates."""
+    """A text as YAML, as `--set a.b=…` takes it. JSON is none where it writes a character in two parts."""
     return "".join(_escaped(character) for character in json.dumps(text, ensure_ascii=False))
 
 

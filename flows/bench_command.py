@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from dpo_core.bench.compare import Bench, compare
 from dpo_core.models import ModelConfig, convert
+from flows.terminal import terminal
 from tasks.recipe import overridden
 
 
@@ -22,14 +22,14 @@ def run_bench(overrides: Sequence[str], as_json: bool) -> None:
         StageFailed: a contender failed, or the losses of the two do not agree.
     """
     bench = overridden(Bench, {}, overrides, "the comparison cannot be run", "See README.md")
-    console = Console(stderr=True)
+    console = terminal(stderr=True)
     with tempfile.TemporaryDirectory(prefix="dpo-bench-") as folder:
         work = Path(folder)
         if bench.model is not None and not Path(bench.model, "config.json").exists():
             convert(ModelConfig(name=bench.model), work / "imported")
             bench = bench.model_copy(update={"model": str(work / "imported")})
         found = compare(bench, work, console.print)
-    print(json.dumps(found, indent=1)) if as_json else Console().print(_table(found))
+    print(json.dumps(found, indent=1)) if as_json else terminal().print(_table(found))
 
 
 def _table(found: dict[str, Any]) -> Table:

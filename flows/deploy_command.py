@@ -178,7 +178,16 @@ def reconcile(
 ) -> None:
     """Everything is compared before anything is changed."""
     from tasks.alerts import apply_alerts, plan_alerts
-    from tasks.deployments import Change, apply, difference, present, strangers, wanted
+    from tasks.deployments import (
+        Change,
+        apply,
+        difference,
+        lost_triggers,
+        present,
+        remove,
+        strangers,
+        wanted,
+    )
     from tasks.work_pools import require_work_pool
     from tasks.zombies import apply_zombies, plan_zombies
 
@@ -202,6 +211,9 @@ def reconcile(
     alerts, note = plan_alerts(client, notify)
     told["notes"] += note
     zombies = plan_zombies(client)
+    lost = lost_triggers(client)
+    gone = "of a deployment that is gone"
+    changes += [Change(kind="removed", place=f"trigger {one.name} {gone}") for one in lost]
     everything = [*changes, *alerts, *zombies]
     told["changes"] = [{**change.model_dump(), "text": str(change)} for change in everything]
     if dry_run:
@@ -210,7 +222,9 @@ def reconcile(
         if some:
             apply(client, one, flow)
     for one in extra if prune else []:
-        client.delete_deployment(one.id)
+        remove(client, one.id)
+    for automation in lost:
+        client.delete_automation(automation.id)
     if alerts:
         apply_alerts(client, notify)
     if zombies:

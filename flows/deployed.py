@@ -24,7 +24,15 @@ PROMOTION_REFUSED = "PromotionRefused"
 _ENDS = {3: GATE_REFUSED, 5: PROMOTION_REFUSED}
 
 
-@flow(name="dpo", flow_run_name="{recipe}", log_prints=False, persist_result=False)
+def run_name() -> str:
+    """What Prefect calls the run: its recipe, of one that is named by its path the file's name."""
+    from prefect.runtime import flow_run
+
+    recipe = str(flow_run.parameters["recipe"])
+    return Path(recipe).stem if recipe.endswith((".yaml", ".yml")) else recipe
+
+
+@flow(name="dpo", flow_run_name=run_name, log_prints=False, persist_result=False)
 def deployed(
     recipe: str,
     overrides: list[str] | None = None,

@@ -55,7 +55,7 @@ def look(place: Path) -> "list[Finding]":
             ("machine", [*here, machine.network, orphans]),
             ("workspace", [partial(check, place) for check in (*disk, workspace.leftovers)]),
             ("mlflow", [lambda: _with_mlflow(place, tracked)]),
-            ("prefect", [prefect.credentials, prefect.server, deploy_file]),
+            ("prefect", [prefect.credentials, prefect.home, prefect.server, deploy_file]),
             ("ports", [ports.usual, ports.open_to_all]),
         ]
     )

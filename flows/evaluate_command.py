@@ -121,13 +121,10 @@ def _run(
 
 
 def _show(report: Any, page: Path) -> None:
-    import sys
-
-    from rich.console import Console
-
+    from flows.terminal import terminal
     from tasks.evaluation_report import terminal_table
 
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = terminal()
     console.print(terminal_table(report))
     console.print(f"page    {page}", soft_wrap=True)
     console.print(f"items   {page.with_name('results.json')}", soft_wrap=True)

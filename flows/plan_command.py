@@ -1,6 +1,5 @@
 """`dpo plan`: what a run would do, told without starting anything."""
 
-import sys
 from typing import Any
 
 import typer
@@ -36,17 +35,16 @@ def plan_recipe(recipe: Any) -> Any:
 
 def show(told: Any) -> None:
     """The plan as a table."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    from flows.terminal import terminal
     from tasks.report_numbers import duration, scaled
 
     def amount(value: float, unit: str, base: int = 1000) -> str:
         return scaled(value, unit, base) if value else ""
 
-    # A pipe has no width of its own; the table needs room.
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = terminal()
     table = Table(title=Text(f"Plan of {told.recipe}"), title_justify="left")
     for name in ("Stage", "State", "Tokens", "Operations", "Peak memory", "Time"):
         table.add_column(name, justify="left" if name in {"Stage", "State"} else "right")

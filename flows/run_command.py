@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -127,20 +126,20 @@ def _report(workspace: str, run_id: str) -> Any:
 
 
 def _show(report: Any, workspace: str) -> None:
-    from rich.console import Console
+    from rich.text import Text
 
+    from flows.terminal import terminal
     from tasks import frontier_report
     from tasks.report import RunReport
     from tasks.report_text import terminal_table
     from tasks.report_verdict import verdict
     from tasks.workspace import run_folder
 
-    # A pipe has no width of its own; the table needs room.
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = terminal()
     one_run = isinstance(report, RunReport)
     console.print(terminal_table(report) if one_run else frontier_report.terminal_table(report))
     if one_run:
-        console.print(f"[bold]{verdict(report).headline}[/bold]")
+        console.print(Text(verdict(report).headline, style="bold"))
     folder = run_folder(Path(workspace).absolute(), report.run.name)
     if one_run and report.model:
         console.print(

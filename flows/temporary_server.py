@@ -7,6 +7,9 @@ from typing import Any
 from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE
 
+from dpo_core.errors import RecipeError
+from tasks.prefect_home import REMEDY, unwritable_home
+
 
 class _Apart(SubprocessASGIServer):
     """In a session of its own.
@@ -28,7 +31,10 @@ def start_temporary_server() -> None:
     """Start it, where the run is to have one: Prefect takes the one that is there, and stops it at the end.
 
     Raises:
+        RecipeError: its folder cannot be written, so that it would try for two minutes.
         RuntimeError: it did not start.
     """
     if PREFECT_API_URL.value() is None and PREFECT_SERVER_ALLOW_EPHEMERAL_MODE.value():
+        if found := unwritable_home():
+            raise RecipeError(f"Prefect cannot write its folder {found[0]} ({found[1]})", REMEDY)
         _Apart().start()

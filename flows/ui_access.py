@@ -54,7 +54,10 @@ def access(host: str, workspace: Path) -> Access:
         )
     users, config = workspace / "mlflow-users.db", workspace / "mlflow-auth.ini"
     users.touch(mode=0o600)
-    write_whole(config, _CONFIG.format(users=users))
+    if "\n" in str(users):
+        raise RecipeError(f"the path of the workspace, {workspace!r}, has a line break", "Name another one")
+    # MLflow reads %(name)s in it as what stands under that name.
+    write_whole(config, _CONFIG.format(users=str(users).replace("%", "%%")))
     return Access(
         options=["--app-name", "basic-auth"],
         environment={

@@ -15,6 +15,7 @@ from expectations.drift import load_baseline
 from tasks.recipe import Recipe
 from tasks.runs import find_run, list_runs
 from tasks.tracking import resolve_uri
+from tasks.tracking_database import begin_writing
 from tasks.training import check_demonstrations
 from tasks.workspace import open_workspace, require_writable
 
@@ -86,7 +87,7 @@ def _check_database(uri: str, workspace: Path) -> None:
             return
         database = sqlite3.connect(path, timeout=0)
         try:
-            database.execute("begin immediate").execute("select count(*) from sqlite_master")
+            begin_writing(database)
             # Pages that do not fit each other; what stands in a cell SQLite cannot check.
             found = [row[0] for row in database.execute("pragma quick_check(20)")]
             faults = [line for text in found for line in text.splitlines() if not _harmless(line)]

@@ -243,3 +243,25 @@ def strangers(client: Any, flow_name: str, names: set[str]) -> list[Any]:
 
     of_flow = FlowFilter(name=FlowFilterName(any_=[flow_name]))
     return [one for one in client.read_deployments(flow_filter=of_flow) if one.name not in names]
+
+
+def remove(client: Any, deployment_id: Any) -> None:
+    """Delete a deployment with its triggers: Prefect leaves automations behind that name what is gone."""
+    client.delete_resource_owned_automations(f"prefect.deployment.{deployment_id}")
+    client.delete_deployment(deployment_id)
+
+
+def lost_triggers(client: Any) -> list[Any]:
+    """Automations of `dpo deploy` that run a deployment which is no more, such as one deleted in the UI."""
+    from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
+
+    runs = {}
+    for one in client.read_automations():
+        if one.description.endswith(MADE_BY):
+            runs[one.id] = one, {number for a in one.actions if (number := getattr(a, "deployment_id", None))}
+    named = sorted({number for _, numbers in runs.values() for number in numbers})
+    if not named:
+        return []
+    known = client.read_deployments(deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=named)))
+    there = {one.id for one in known}
+    return [one for one, numbers in runs.values() if numbers and not numbers & there]

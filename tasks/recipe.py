@@ -312,9 +312,8 @@ def _lay_over(raw: dict[str, Any], override: str) -> None:
     try:
         value = read_yaml(text) if text else None
     except yaml.YAMLError as error:
-        raise RecipeError(
-            f"--set {_short(override)}: the value is not valid YAML{_why(error)}", "Quote it"
-        ) from error
+        said = f"--set {_short(override)}: the value is not valid YAML{_why(error)}"
+        raise RecipeError(said, "Quote it") from error
     if isinstance(value, str):
         value = _number(value)
     place = raw

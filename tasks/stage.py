@@ -89,11 +89,12 @@ class Progress:
         self._artifact: Any = tell(lambda: create_progress_artifact(progress=0.0, key=key, description=stage))
         if sys.stderr.isatty():
             from rich.console import Console
+            from rich.markup import escape
             from rich.progress import Progress as Bar
 
             self._bar = Bar(console=Console(stderr=True), transient=True)
             self._bar.start()
-            self._task = self._bar.add_task(stage, total=self.total)
+            self._task = self._bar.add_task(escape(stage), total=self.total)
 
     def update(self, done: int) -> None:
         """So many of the total are done."""

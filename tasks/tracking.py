@@ -62,9 +62,17 @@ def resolve_uri(config: TrackingConfig, workspace: Path) -> str:
     """The tracking URI, absolute whatever the working directory is later.
 
     Raises:
-        RecipeError: it names MLflow's file store, which MLflow dropped in 3.13.
+        RecipeError: it names MLflow's file store, which MLflow dropped in 3.13, or the path of the workspace
+            cannot be part of an address.
     """
-    uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{workspace / 'mlflow.db'}"
+    uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri and "?" in str(workspace.absolute()):
+        raise RecipeError(
+            f"the path of the workspace, {workspace}, has a question mark, where the address of its tracking "
+            "database would end",
+            "Name another workspace, or the database of runs with tracking.uri or MLFLOW_TRACKING_URI",
+        )
+    uri = uri or f"sqlite:///{workspace / 'mlflow.db'}"
     if ("://" not in uri and uri != "databricks") or uri.startswith("file:"):
         raise RecipeError(
             f"tracking URI {uri} is a folder, which MLflow no longer writes to",
@@ -161,21 +169,22 @@ class Tracker:
         self.parent.end(status)
         if self._outbox.drain(PATIENCE[status]) and self._outbox.delay_s >= 1:
             self.parent.tag("dpo.tracking_delay_s", round(self._outbox.delay_s))
-        self._keep()
+        safe = self._keep()
         if self._outbox.queue:
             waiting = sorted({write.what for write in self._outbox.queue})
             log.warning(
-                "MLflow at %s did not take %d writes (%s); the artifacts are whole, and the next run of this "
-                "workspace, or --resume %s, sends what waits in %s",
+                "MLflow at %s did not take %d writes (%s); the artifacts are whole, and %s",
                 self._outbox.place,
                 len(self._outbox.queue),
                 cut(", ".join(waiting), 500),
-                self.run_name,
-                self._outbox.folder,
+                f"the next run of this workspace, or --resume {self.run_name}, sends what waits in "
+                f"{self._outbox.folder}"
+                if safe
+                else "these writes are lost: they could not be kept on the disk either",
             )
 
-    def _keep(self) -> None:
-        self._outbox.keep(lambda run: run is self.parent or run in self._stages)
+    def _keep(self) -> bool:
+        return self._outbox.keep(lambda run: run is self.parent or run in self._stages)
 
     def _deliver_kept(self, resumed: str | None) -> None:
         """Send what MLflow did not take of earlier runs of this workspace, before anything new."""

@@ -5,6 +5,7 @@ fails, for a table that it was about to make is there already.
 """
 
 import os
+import sqlite3
 from pathlib import Path
 
 from filelock import FileLock
@@ -31,6 +32,18 @@ def make_database(uri: str) -> None:
             left.unlink()
         _make_tables(temporary, path.parent / "mlartifacts")
         os.replace(temporary, path)
+
+
+def begin_writing(database: sqlite3.Connection) -> None:
+    """Begin a transaction that writes, for the caller to roll back.
+
+    `begin immediate` alone begins one also where the database can only be read.
+
+    Raises:
+        sqlite3.Error: it cannot be written, or another process is writing.
+    """
+    database.execute("begin immediate")
+    database.execute("create table dpo_tried_to_write (number)")
 
 
 def _make_tables(path: Path, artifacts: Path) -> None:

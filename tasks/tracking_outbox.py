@@ -85,10 +85,13 @@ class Outbox:
             self.queue.append(write)
             return self.drain()
 
-    def keep(self, own: Callable[[Any], bool]) -> None:
-        """Put on the disk what still waits for runs that are `own`, or remove what lies there of before."""
+    def keep(self, own: Callable[[Any], bool]) -> bool:
+        """Put on the disk what still waits for runs that are `own`, or remove what lies there of before.
+
+        Returns whether nothing that waits would be lost with this process.
+        """
         if self.folder is None:
-            return
+            return False
         with self._lock:
             waiting = [write for write in self.queue if own(write.run)]
         try:
@@ -109,6 +112,8 @@ class Outbox:
                 forget(self.folder)
         except OSError as error:
             log.warning("%d MLflow writes could not be kept in %s: %s", len(waiting), self.folder, error)
+            return False
+        return True
 
     def keep_file(self, path: Path, opened: IO[bytes] | None = None) -> Path:
         """A copy of a file or folder that a waiting write needs and its stage may remove; itself if not.

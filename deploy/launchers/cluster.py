@@ -36,8 +36,10 @@ class ClusterConfig(Config):
 
     @field_validator("environment")
     @classmethod
-    def _no_secrets(cls, variables: dict[str, str]) -> dict[str, str]:
+    def _names(cls, variables: dict[str, str]) -> dict[str, str]:
         for name in variables:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                raise ValueError(f"{name!r} is no name of a variable: letters, digits and _ alone")
             if SECRET_NAME.search(name):
                 raise ValueError(f"{name} looks like a secret, and these variables are shown in manifests")
         return variables

@@ -68,11 +68,19 @@ class SlurmConfig(ClusterConfig):
     options: list[str] = Field([])
     """Further options of sbatch, such as --reservation=NAME."""
 
+    @field_validator("partition", "account", "qos", "constraint")
+    @classmethod
+    def _one_line(cls, value: str | None) -> str | None:
+        # A line of the batch script ends with it, and the next one would be a command.
+        if value is not None and not value.isprintable():
+            raise ValueError("it has a line break or another character that cannot be printed")
+        return value
+
     @field_validator("options")
     @classmethod
     def _options(cls, options: list[str]) -> list[str]:
         for option in options:
-            if not re.fullmatch(r"--[a-z][-a-z]*(=[^\n]*)?", option):
+            if not re.fullmatch(r"--[a-z][-a-z]*(=.*)?", option) or not option.isprintable():
                 raise ValueError(f"write options of sbatch as --name or --name=value, not '{option}'")
         return options
 
@@ -86,8 +94,17 @@ class SlurmLauncher:
         self.config, self.name = config, job_name(run, attempt)
 
     def render(self, job: Path, processes: int) -> str:
-        """The batch script."""
+        """The batch script.
+
+        Raises:
+            RecipeError: it would need more ranks than there are GPUs, or a path that no line of it can hold.
+        """
         self.config.check(processes)
+        if not str(job.absolute()).isprintable():
+            raise RecipeError(
+                f"the folder of the job, {str(job.parent)!r}, has a character that cannot be printed",
+                "Name another workspace",
+            )
         return _script(self.config, self.name, job.absolute(), processes)
 
     def require_seen(self, folder: Path) -> None:
@@ -182,9 +199,9 @@ def _script(config: SlurmConfig, name: str, job: Path, processes: int) -> str:
         f"--cpus-per-task={config.cpus}" if config.cpus else "",
         f"--mem={config.memory_gib}G" if config.memory_gib else "",
         minutes,
-        f"--partition={config.partition}" if config.partition else "",
-        f"--account={config.account}" if config.account else "",
-        f"--qos={config.qos}" if config.qos else "",
+        f"--partition={shlex.quote(config.partition)}" if config.partition else "",
+        f"--account={shlex.quote(config.account)}" if config.account else "",
+        f"--qos={shlex.quote(config.qos)}" if config.qos else "",
         f"--constraint={shlex.quote(config.constraint)}" if config.constraint else "",
         "--exclusive" if config.exclusive else "",
         "--requeue",
@@ -208,8 +225,8 @@ def _script(config: SlurmConfig, name: str, job: Path, processes: int) -> str:
         f"rm -f {shlex.quote(str(job.parent / 'stopped'))} {shlex.quote(str(job.parent / 'error.json'))}",
         *config.setup.splitlines(),
         'export HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-        "# Jobs that share a node do not share a port.",
-        "export PORT=$((20000 + SLURM_JOB_ID % 20000))",
+        "# Jobs that share a node do not share a port. Linux itself hands out those from 32768 on.",
+        "export PORT=$((10000 + SLURM_JOB_ID % 20000))",
     ]
     if config.cpus:
         lines.append('export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"')

@@ -17,6 +17,7 @@ from tasks.doctor.finding import Finding, failure, ok, skipped, warning
 from tasks.doctor.http import SECONDS, ask, skew
 from tasks.runs import list_runs
 from tasks.tracking import TrackingConfig, resolve_uri
+from tasks.tracking_database import begin_writing
 from tasks.tracking_outbox import one_line
 
 _NEWEST = 10
@@ -38,9 +39,10 @@ def _database(path: Path) -> Iterator[Finding]:
         yield ok("mlflow", f"{path} is made by the first run")
         return
     try:
-        with closing(sqlite3.connect(f"file:{path}?mode=rw", uri=True, timeout=1)) as database:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=1)) as database:
             found = database.execute("select version_num from alembic_version").fetchone()
-            database.execute("begin immediate").connection.rollback()
+            begin_writing(database)
+            database.rollback()
     except sqlite3.Error as error:
         if "locked" in str(error):
             yield ok("mlflow", f"{path} is being written")
@@ -133,7 +135,7 @@ def undelivered(place: Path) -> Iterator[Finding]:
 def _states_in(path: Path) -> dict[str, str | None]:
     if not path.exists():
         return {}
-    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=1)) as database:
+    with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=1)) as database:
         return dict(database.execute("select run_uuid, status from runs where status = 'RUNNING'"))
 
 

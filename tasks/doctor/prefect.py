@@ -10,6 +10,7 @@ import httpx
 
 from tasks.doctor.finding import Finding, failure, ok, skipped, warning
 from tasks.doctor.http import SECONDS, ask, skew
+from tasks.prefect_home import REMEDY, unwritable_home
 
 _FLOW = "dpo"
 
@@ -125,7 +126,14 @@ def _automations(api: Api) -> Iterator[Finding]:
     from tasks.alerts import ALERTS, PREFIX
     from tasks.zombies import ZOMBIES
 
-    found = {one["name"]: one.get("enabled", True) for one in api.post("/automations/filter", limit=200)}
+    automations = api.post("/automations/filter", limit=200)
+    found = {one["name"]: one.get("enabled", True) for one in automations}
+    there = {one["id"] for one in api.post("/deployments/filter", limit=200)}
+    for one in automations:
+        runs = {action["deployment_id"] for action in one["actions"] if action.get("deployment_id")}
+        if runs and not runs & there:
+            says = f"{one['name']} asks for a deployment that is gone"
+            yield warning("triggers", says, "dpo deploy removes it, or delete the automation in the UI")
     if found.get(ZOMBIES):
         yield ok("lost runs", "an automation ends them")
     else:
@@ -139,6 +147,14 @@ def _automations(api: Api) -> Iterator[Finding]:
         yield warning("alerts", f"missing or off: {', '.join(off)}", "dpo deploy")
     else:
         yield ok("alerts", f"{len(ALERTS)} automations")
+
+
+def home() -> Iterator[Finding]:
+    """Prefect can write its own folder, where the temporary servers of runs keep their database."""
+    if found := unwritable_home():
+        yield failure("prefect home", f"{found[0]} cannot be written ({found[1]})", REMEDY)
+    else:
+        yield ok("prefect home", "can be written")
 
 
 def credentials() -> Iterator[Finding]:

@@ -83,6 +83,39 @@ def test_options_that_would_be_more_than_options_are_refused() -> None:
         SlurmConfig(options=["--comment=a\nrm -rf /"])
 
 
+@pytest.mark.parametrize("field", ["partition", "account", "qos", "constraint"])
+def test_no_setting_adds_a_line_to_the_script(field: str, tmp_path: Path) -> None:
+    for ending in ("\n", "\r", "\x0b", "\u2028"):
+        with pytest.raises(ValidationError, match="line break"):
+            SlurmConfig(**{field: f"a{ending}touch x"})
+    script = SlurmLauncher(SlurmConfig(**{field: "a b; $(touch x)"}), "r").render(tmp_path / "job.json", 1)
+    assert f"#SBATCH --{field}='a b; $(touch x)'" in script.splitlines()
+
+
+@pytest.mark.parametrize("name", ["A=1; touch x;B", "A B", "1A", "", "A\nB", "ÄB"])
+def test_what_is_no_name_of_a_variable_is_refused(name: str) -> None:
+    with pytest.raises(ValidationError, match="no name of a variable"):
+        SlurmConfig(environment={name: "1"})
+
+
+def test_a_folder_that_no_line_can_hold_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="cannot be printed"):
+        SlurmLauncher(SlurmConfig(), "r").render(tmp_path / "a\nb" / "job.json", 1)
+
+
+@pytest.mark.parametrize("number", [0, 1, 19_999, 20_000, 4_000_000_007])
+def test_the_port_is_none_that_linux_hands_out_itself(number: int, tmp_path: Path) -> None:
+    script = SlurmLauncher(SlurmConfig(), "r").render(tmp_path / "job.json", 1)
+    (line,) = [line for line in script.splitlines() if line.startswith("export PORT=")]
+    said = subprocess.run(
+        ["bash", "-c", f"SLURM_JOB_ID={number}; {line}; echo $PORT"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert 1024 < int(said.stdout) < 30_000, "NodePorts of Kubernetes begin there, ports of anybody at 32768"
+
+
 @pytest.mark.parametrize("what", ["done", "fail"])
 @pytest.mark.parametrize("accounts", [True, False])
 def test_a_job_ends_as_its_files_say(

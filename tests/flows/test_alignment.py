@@ -44,6 +44,20 @@ def test_the_page_and_the_record_are_there(finished):
     assert json.loads((folder / "run.json").read_text())["status"] == "done"
 
 
+def test_a_run_is_shown_whatever_its_folder_is_called(finished):
+    from tests.bad_inputs import dpo
+
+    bench, report = finished
+    place = bench.folder / "a[/b]c [red]:cat:" / "runs"
+    name = report["run"]["name"]
+    kept = place / "runs" / name
+    kept.mkdir(parents=True)
+    (kept / "report.json").write_bytes((bench.workspace / "runs" / name / "report.json").read_bytes())
+    shown = dpo("show", name, "--workspace", str(place))
+    assert shown.code == 0, shown.err
+    assert f"page    {kept / 'page.html'}" in shown.out
+
+
 def test_tracking_has_one_parent_and_one_child_a_stage(finished):
     bench, report = finished
     client = MlflowClient(f"sqlite:///{bench.workspace / 'mlflow.db'}")

@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from base64 import b64encode
 from collections.abc import Iterator
+from configparser import ConfigParser
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -127,6 +128,20 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = tmp_path_factory.mktemp("doors")
     (folder / "good.jsonl").write_text(lines(good_rows()))
     return World(folder, make_tiny_model(folder / "model"))
+
+
+def test_a_workspace_whose_path_has_a_percent_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "long enough 12")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    place = tmp_path / "50%(x)s%"
+    place.mkdir()
+    config = ConfigParser()  # as MLflow reads it
+    config.read(access("0.0.0.0", place).environment["MLFLOW_AUTH_CONFIG_PATH"])
+    assert config.get("mlflow", "database_uri") == f"sqlite:///{place}/mlflow-users.db"
+    (tmp_path / "a\n[b]").mkdir()
+    with pytest.raises(RecipeError, match="line break"):
+        access("0.0.0.0", tmp_path / "a\n[b]")
 
 
 @pytest.mark.slow

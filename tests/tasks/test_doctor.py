@@ -8,6 +8,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -237,6 +238,52 @@ def test_tracking_databases_of_other_versions_and_damaged_ones(
         assert part in only(mlflow.tracking(tmp_path), "failure").says
     path.write_bytes(b"no database at all, and longer than a header" * 100)
     assert "not a database" in only(mlflow.tracking(tmp_path), "failure").says
+
+
+def test_a_tracking_database_that_this_user_may_only_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dpo_core.errors import RecipeError
+    from tasks.ahead import _check_database
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    known = mlflow._revisions()
+    with tempfile.TemporaryDirectory(prefix="100% of #") as made:
+        place = Path(made)
+        place.chmod(0o755)
+        path = place / "mlflow.db"
+        _database(path, (set(known) - set(known.values())).pop())
+        path.chmod(0o444)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)
+        try:
+            assert "readonly" in only(mlflow.tracking(place), "failure").says
+            with pytest.raises(RecipeError, match="readonly"):
+                _check_database(f"sqlite:///{path}", place)
+        finally:
+            os.seteuid(user)
+        path.chmod(0o644)
+        assert all_ok(mlflow.tracking(place))
+
+
+def test_a_home_of_prefect_that_cannot_be_written_is_told_at_once(tmp_path: Path) -> None:
+    from prefect.settings import PREFECT_HOME
+
+    from dpo_core.errors import RecipeError
+    from flows.temporary_server import start_temporary_server
+
+    (tmp_path / "file").touch()
+    home = tmp_path / "file" / "home"
+    with temporary_settings({PREFECT_HOME: home}):
+        found = only(prefect.home(), "failure")
+        assert str(home) in found.says
+        assert "PREFECT_HOME" in found.remedy
+        with (
+            temporary_settings(restore_defaults={PREFECT_API_URL}),
+            pytest.raises(RecipeError, match="cannot write its folder"),
+        ):
+            start_temporary_server()
+    with temporary_settings({PREFECT_HOME: tmp_path / "new"}):
+        assert all_ok(prefect.home())
 
 
 @pytest.mark.parametrize(

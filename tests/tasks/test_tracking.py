@@ -344,6 +344,16 @@ def test_uri_is_absolute_whatever_the_folder(tmp_path: Path, monkeypatch: pytest
             resolve_uri(TrackingConfig(uri=uri), tmp_path)
 
 
+def test_a_path_that_no_address_can_hold_is_told_as_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(RecipeError, match="question mark"):
+        resolve_uri(TrackingConfig(), tmp_path / "what?")
+    uri = f"sqlite:///{tmp_path}/x.db"
+    assert resolve_uri(TrackingConfig(uri=uri), tmp_path / "what?") == uri
+
+
 def test_nobody_there_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tasks.tracking._START_PATIENCE", 1.0)
     uri = f"http://user:secret@127.0.0.1:{free_port()}"

@@ -188,3 +188,14 @@ def test_a_model_cannot_be_registered_on_a_full_disk(workspace: Path) -> None:
             register_model(tracker, "policy", str(workspace))
         assert str(workspace) in caught.value.problem
         assert time.monotonic() - start < 5
+
+
+def test_what_could_not_be_kept_is_not_promised(workspace: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tracker = opened(workspace)
+    (workspace / "tracking_outbox").touch()  # no folder can be made there
+    with full_disk(workspace):
+        tracker.parent.tag("dpo.error", "the disk is full")
+        tracker.finish_parent("FAILED")
+    assert "writes could not be kept" in caplog.text
+    assert "these writes are lost" in caplog.text
+    assert "sends what waits" not in caplog.text
