@@ -27,7 +27,8 @@ SetOption = Annotated[
 ]
 ModelHelp = (
     "A checkpoint folder, .gguf file, package:NAME, hub name, models:/NAME@ALIAS, "
-    "or RUN or RUN:POLICY of the workspace."
+    "or RUN or RUN:POLICY of the workspace. Policies: SFT, DPO, PPO, GRPO, Dr. GRPO, DAPO, GSPO, RLOO, "
+    "Online DPO, as the run has them; DPO where none is named."
 )
 
 

@@ -13,6 +13,7 @@ from tasks.ahead import check_ahead
 from tasks.owner import myself
 from tasks.provenance import command_line
 from tasks.recipe import Recipe
+from tasks.run_recipe import keep_recipe
 from tasks.runs import KILLED, RunRecord, close_abandoned, find_run, held, new_run, save_run
 from tasks.stage import Context, remember_tracker
 from tasks.stopping import begin_stop, stop_reason
@@ -42,6 +43,14 @@ def recorded(
     command = command or command_line()
     record = find_run(workspace, resume, recipe.name) if resume else new_run(workspace, recipe.name, command)
     with held(workspace, record.run_id), without_secrets():
+        if record.recipe_sha256 is None:
+            if resume:
+                log.warning(
+                    "run %s began with an older version, which kept no recipe: whether it began with these "
+                    "settings cannot be compared",
+                    record.run_id,
+                )
+            record = keep_recipe(workspace, record, recipe)
         return _held(recipe, workspace, record, run_stages, command, begun=bool(resume))
 
 
@@ -56,7 +65,7 @@ def _held(
     if begun and (record.status == "running" or record.error == KILLED):  # and nobody holds it
         log.warning(
             "run %s had ended without a word: it was killed, or the machine went down (if memory ran out, "
-            "lower the batch sizes of the stage it was in); going on with it",
+            "lower the batch sizes of the stage it was in, in a new run); going on with it",
             record.run_id,
         )
     tracker = Tracker(recipe.tracking, workspace)

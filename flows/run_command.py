@@ -28,7 +28,7 @@ def run(
 
     # Before the flow, which checks again: Prefect's server takes seconds to start.
     check_ahead(resolved, resume)
-    with _resumable(recipe, overrides or []):
+    with _resumable(resolved.workspace, recipe, overrides or []):
         report = _through_prefect(resolved, resume)
     if as_json:
         typer.echo(report.model_dump_json())
@@ -68,8 +68,9 @@ def _through_prefect(recipe: Any, resume: str | None) -> Any:
 class _resumable:
     """Prints the line that resumes the run when a stage fails."""
 
-    def __init__(self, recipe: str, overrides: list[str]) -> None:
+    def __init__(self, workspace: str, recipe: str, overrides: list[str]) -> None:
         sets = " ".join(f"--set {shlex.quote(o)}" for o in overrides)
+        self.workspace = workspace
         self.line = f"dpo run {shlex.quote(recipe)} {sets} --resume".replace("  ", " ")
 
     def __enter__(self) -> None:
@@ -77,10 +78,12 @@ class _resumable:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         from dpo_core.errors import DpoError
+        from tasks.runs import own_run
 
         expected = error.exit_code if isinstance(error, DpoError) else 4
         if error is not None and expected == 4:
-            typer.echo(f"to resume: {self.line}", err=True)
+            record = own_run(self.workspace)
+            typer.echo(f"to resume: {record.resume_line if record else self.line}", err=True)
 
 
 def show(
@@ -112,7 +115,7 @@ def _report(workspace: str, run_id: str) -> Any:
         goes_on = record.status == "running"
         raise RecipeError(
             f"the run {run_id} is not finished: its status is {record.status}",
-            "Wait for its end" if goes_on else f"Go on: dpo run RECIPE --resume {run_id}",
+            "Wait for its end" if goes_on else f"Go on: {record.resume_line}",
         )
     try:
         text = path.read_bytes()

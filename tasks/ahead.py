@@ -13,6 +13,7 @@ from dpo_core.models import check_source_context, locate, read_config, read_temp
 from dpo_core.rewards import check_reward
 from expectations.drift import load_baseline
 from tasks.recipe import Recipe
+from tasks.run_recipe import require_same_recipe
 from tasks.runs import find_run, list_runs
 from tasks.tracking import resolve_uri
 from tasks.tracking_database import begin_writing
@@ -35,7 +36,7 @@ def check_ahead(recipe: Recipe, resume: str | None = None) -> None:
     workspace = open_workspace(recipe.workspace)
     require_writable(workspace)
     if resume:
-        find_run(workspace, resume, recipe.name)
+        require_same_recipe(workspace, find_run(workspace, resume, recipe.name), recipe)
     check_cluster(workspace)
     _check_database(resolve_uri(recipe.tracking, workspace), workspace)
     for path in recipe.data.paths:

@@ -24,7 +24,7 @@ def finished_report(workspace: Path, run_id: str) -> tuple[RunReport, ModelRow]:
     if record is None:
         names = ", ".join(run.run_id for run in runs[:5]) or "none"
         raise RecipeError(f"the workspace {workspace} holds no run named {run_id}", f"Newest runs: {names}")
-    again = f"Finish it first: dpo run {record.recipe} --resume {run_id}"
+    again = f"Finish it first: {record.resume_line}"
     if record.status != "done":
         raise RecipeError(f"the run {run_id} is not finished: its status is {record.status}", again)
     path = _report_of(workspace, run_id)

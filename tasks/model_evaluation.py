@@ -96,6 +96,8 @@ def evaluate_models(
     if len(models) == 2 and request.prompts is not None and request.judge.kind == "reward":
         check_reward(request.judge.source)
     subjects = _subjects(models, request, workspace)
+    if len({subject.path.resolve() for subject in subjects}) < len(subjects):
+        raise RecipeError(f"{models[0]} and {models[1]} are one model", "Name two models")
     request = _alike(request, subjects)
     training = _training(request.train)
     results = [

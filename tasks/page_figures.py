@@ -1,6 +1,7 @@
 """The run page's figures, each also said in words."""
 
 from collections.abc import Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, NamedTuple
 
 from tasks.drawing import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, TEAL, WIDE, Figure, reach, slug, svg
@@ -147,7 +148,7 @@ def frontier_figure(evaluation: Evaluation) -> Figure | None:
         axes.annotate("SFT", (0, 0), (7, -14), textcoords="offset points", color=INK, fontweight="bold")
         # From left to right, each label on its own side: policies that coincide can still be told apart.
         sides = [((-7, 6), "right"), ((7, 6), "left"), ((-7, -14), "right"), ((7, -14), "left")]
-        for row, (offset, side) in zip(points, sides, strict=False):
+        for row, (offset, side) in zip(points, cycle(sides), strict=False):
             assert row.gain is not None
             assert row.kl is not None
             colour, marker = _POLICY.get(row.name, _GROUP_METHOD)

@@ -60,4 +60,5 @@ def hardware() -> str:
 
 def command_line() -> str:
     """The command that started this process, as a person would type it."""
-    return hidden(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+    name = Path(sys.argv[0]).name
+    return hidden(shlex.join(["dpo" if name == "cli.py" else name, *sys.argv[1:]]))

@@ -26,7 +26,11 @@ class RunInfo(Config):
     seconds: float
     git_commit: str | None = None
     command: str
-    """The exact command that reproduces the run."""
+    """The command that reproduces the run: on the resolved recipe that lies beside the page."""
+    folder: str = ""
+    """Where relative paths of the recipe begin: the folder that the run was started in."""
+    started_by: str = ""
+    """The command as it was typed, of a resumed run the last one."""
     mlflow_run_id: str | None = None
     tracking_uri: str | None = None
     python: str

@@ -8,6 +8,7 @@ see it as `stopped`, and the next run of the workspace, or the killed one's guar
 import json
 import logging
 import re
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,6 +63,8 @@ class RunRecord(Config):
     """Parent run in MLflow."""
     command: str = ""
     """The command that started it."""
+    recipe_sha256: str | None = None
+    """Digest of the resolved recipe beside it, from which a resume may not differ; older runs have none."""
     error: str | None = None
     """Why it ended, when it did not end well."""
     owner: Owner | None = None
@@ -73,6 +76,16 @@ class RunRecord(Config):
     def is_abandoned(self) -> bool:
         """Whether its process ended and never came to write the run's end."""
         return self.status == "running" and self.owner is not None and self.owner.is_gone()
+
+    @property
+    def resume_line(self) -> str:
+        """The command that goes on with it."""
+        words = shlex.split(self.command) or ["dpo", "run", self.recipe]
+        for place in [i for i, word in enumerate(words) if word == "--resume"]:  # and the run that it names
+            if not "".join(words[place + 1 : place + 2]).startswith("-"):
+                words[place + 1 : place + 2] = []
+        kept = [word for word in words if word not in ("--json", "--resume")]
+        return shlex.join([*kept, "--resume", self.run_id])
 
     def as_stopped(self) -> "RunRecord":
         """The record that it would have left."""

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -17,9 +18,9 @@ from dpo_core.evaluation.safety import identity
 from dpo_core.evaluation.subject import Subject
 from dpo_core.evaluation.suites import Suite, SuiteConfig
 from dpo_core.models import ModelConfig, convert, locate, source_digest
-from tasks.champion import registered_weights, require_whole
+from tasks.champion import NAME, registered_weights, require_whole
 from tasks.manifest import digest_config, digest_folder
-from tasks.report import RunReport
+from tasks.report import RunReport, StageRow
 from tasks.sealed import read_sealed, write_sealed
 from tasks.workspace import disk_errors, remove
 
@@ -83,16 +84,18 @@ def find_model(spec: str, workspace: Path) -> Path:
     Args:
         spec: a checkpoint folder, a .gguf file, `package:name`, a hub name; a registered model,
             `models:/NAME@ALIAS`; or a finished run of the workspace, its policy after a colon where it is not
-            DPO: `demo-20261125-224737:PPO`.
+            DPO: `demo-20261125-224737:PPO`, in capitals or not.
 
     Raises:
-        RecipeError: the run has no such policy.
+        RecipeError: the run has no such policy, or is not finished.
         ModelError: nothing is there.
     """
-    run, _, policy = spec.partition(":")
-    report = workspace / "runs" / run / "report.json"
-    if report.is_file():
-        return _of_run(run, policy or "DPO", report)
+    run, colon, policy = spec.partition(":")
+    folder = workspace / "runs" / run
+    if "/" not in run and (folder / "report.json").is_file():
+        return _of_run(run, policy if colon else "DPO", folder / "report.json")
+    if "/" not in run and (folder / "run.json").is_file():
+        raise RecipeError(f"the run {run} is not finished and has no report", f"Look at it: dpo show {run}")
     if spec.startswith("models:/"):
         return registered_weights(spec, workspace)
     source = locate(ModelConfig(name=spec))
@@ -101,28 +104,51 @@ def find_model(spec: str, workspace: Path) -> Path:
     return _converted(spec, source, workspace)
 
 
-_STAGES = {"SFT": ("prepare-sft", "import-model"), "DPO": ("train-dpo",), "PPO": ("train-ppo",),
-           "Online DPO": ("train-online",)}  # fmt: skip
-_GROUP = ("train-grpo",)
+_STAGES = {
+    "SFT": ("prepare-sft", "import-model"),
+    "DPO": ("train-dpo",),
+    "PPO": ("train-ppo",),
+    "Online DPO": ("train-online",),
+    # One stage, of which a run has one.
+    **dict.fromkeys(("GRPO", "Dr. GRPO", "DAPO", "GSPO", "RLOO"), ("train-grpo",)),
+}
 
 
 def _of_run(run: str, policy: str, report: Path) -> Path:
     try:
-        stages = {row.name: row for row in RunReport.model_validate_json(report.read_bytes()).stages}
+        facts = RunReport.model_validate_json(report.read_bytes())
     except ValidationError as error:
         raise RecipeError(
             f"the run {run} is no alignment run, or its report is damaged", "Name a model's folder"
         ) from error
-    for stage in _STAGES.get(policy, _GROUP):
-        row = stages.get(stage)
-        if row and row.uri:
-            path = Path(row.uri.removeprefix("file://"))
-            if not path.is_dir():
-                raise RecipeError(f"the model of {run} is gone from {path}", "Run the recipe again")
-            require_whole(path, row.sha256, f"the model of {run}")
-            return path
-    there = ", ".join(p for p, names in _STAGES.items() if any(name in stages for name in names))
-    raise RecipeError(f"the run {run} has no policy {policy}", f"It has: {there}")
+    there = policies_of(facts)
+    name = next((known for known in there if _plain(known) == _plain(policy)), None)
+    if name is None:
+        raise RecipeError(f"the run {run} has no policy {policy or '(empty)'}", f"It has: {', '.join(there)}")
+    row = there[name]
+    path = Path(str(row.uri).removeprefix("file://"))
+    if not path.is_dir():
+        raise RecipeError(f"the model of {run}:{name} is gone from {path}", "Run the recipe again")
+    require_whole(path, row.sha256, f"the model of {run}:{name}")
+    return path
+
+
+def policies_of(report: RunReport) -> dict[str, StageRow]:
+    """The policies that a run made, as its tables call them, each with the stage that made its model."""
+    stages = {row.name: row for row in report.stages if row.uri}
+    measured = [row.name for row in report.evaluation.policies] if report.evaluation else []
+    found = {}
+    for policy in dict.fromkeys(["SFT", "DPO", *measured]):
+        # The champion is a model of another run.
+        made = [] if policy == NAME else [stages[name] for name in _STAGES[policy] if name in stages]
+        if made:
+            found[policy] = made[0]
+    return found
+
+
+def _plain(policy: str) -> str:
+    """A policy's name as people type it: online-dpo, dr_grpo."""
+    return re.sub("[^a-z0-9]", "", policy.lower())
 
 
 def _converted(spec: str, source: Path, workspace: Path) -> Path:

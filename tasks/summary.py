@@ -38,6 +38,7 @@ from tasks.report import (
 from tasks.report_alarms import REMOTE_CODE, alarms
 from tasks.report_text import markdown, note
 from tasks.report_verdict import verdict
+from tasks.run_recipe import reproducing
 from tasks.runs import Started
 from tasks.stage import Context, StageResult, run_task, tracker_of
 from tasks.tracking import Tracker
@@ -103,7 +104,7 @@ def _remote_code(recipe: Recipe, manifests: dict[str, Manifest]) -> dict[str, Js
 
 
 def run_info(context: Context, recipe: Recipe, tracker: Tracker, started: Started, command: str) -> RunInfo:
-    """Which run this is, up to now."""
+    """Which run this is, up to now; `command` is the one that this process was started by."""
     seconds = started.seconds()
     return RunInfo(
         name=context.run_id,
@@ -112,7 +113,9 @@ def run_info(context: Context, recipe: Recipe, tracker: Tracker, started: Starte
         finished_at=started.at + timedelta(seconds=seconds),
         seconds=seconds,
         git_commit=source_tags().get("mlflow.source.git.commit"),
-        command=command,
+        command=reproducing(command, context.workspace, context.run_id),
+        folder=str(Path.cwd()),
+        started_by=command,
         mlflow_run_id=context.mlflow_run_id,
         tracking_uri=hidden(tracker.uri),
         python=platform.python_version(),

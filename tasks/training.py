@@ -29,7 +29,8 @@ log = logging.getLogger("dpo")
 
 _LESS_MEMORY = (
     "Give it more memory, or lower its micro_batch_size (pack_tokens where it packs) or engine.processes, or "
-    "set engine.gradient_checkpointing=true (dpo plan tells what it needs); then resume the run"
+    "set engine.gradient_checkpointing=true (dpo plan tells what it needs), and start the run again without "
+    "--resume: finished stages are not run again"
 )
 
 SFT = Stage("prepare-sft", 2, "model")

@@ -219,7 +219,8 @@ def _error_of(work: Path, rank: int, status: int) -> DpoError:
         return StageFailed(
             f"rank {rank} of the reference log-probs died (status {status}); its log is "
             f"{work / f'rank-{rank}.log'}",
-            "If it ran out of memory, lower cache.token_budget; then resume the run",
+            "If it ran out of memory, lower cache.token_budget and start it again without --resume: finished "
+            "stages are not run again",
         )
     error = StageFailed(left["problem"], left["remedy"])
     error.exit_code = int(left["exit_code"])

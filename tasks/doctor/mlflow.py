@@ -126,8 +126,9 @@ def undelivered(place: Path) -> Iterator[Finding]:
         states = {str(r.mlflow_run_id): _state_on(uri.rstrip("/"), str(r.mlflow_run_id)) for r in done}
     late = [r for r in done if states.get(str(r.mlflow_run_id)) == "RUNNING"]
     for record in late:
-        remedy = f"{record.command or f'dpo run {record.recipe}'} --resume {record.run_id}"
-        yield warning("mlflow", f"{record.run_id} is done, and MLflow did not take its end", remedy)
+        yield warning(
+            "mlflow", f"{record.run_id} is done, and MLflow did not take its end", record.resume_line
+        )
     if not late:
         yield ok("mlflow", f"the newest {len(done)} finished runs are delivered")
 

@@ -107,7 +107,7 @@ def stuck_runs(place: Path) -> Iterator[Finding]:
     for record in running:
         if why := _stuck(place, record):
             stuck += 1
-            go_on = f"Go on with it: {record.command or f'dpo run {record.recipe}'} --resume {record.run_id}"
+            go_on = f"Go on with it: {record.resume_line}"
             close = f"or let go of what it made: dpo gc --drop-run {record.run_id}"
             yield failure("runs", f"{record.run_id} is recorded as running, and {why}", f"{go_on}; {close}")
     if not stuck:

@@ -1,10 +1,18 @@
 """GRPO or RLOO and online DPO beside DPO and PPO in one alignment, through the real command line."""
 
+import inspect
 import json
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 
+from dpo_core.errors import RecipeError
+from flows.evaluate_command import evaluate
+from tasks.model_evaluation import EvaluationRequest, evaluate_models
+from tasks.report import PolicyRow
+from tasks.runs import new_run, save_run
+from tasks.suite_results import find_model
 from tests.flows.test_plan import planned, reasons
 from tests.tiny_run import ENGINE, Bench
 
@@ -38,6 +46,43 @@ def test_they_stand_beside_the_others(both) -> None:
     assert "Online DPO" in page
     assert {"grpo", "online"} <= set(report["curves"])
     assert report["curves"]["grpo"][0]["val/ratio_first"] == 1.0
+
+
+def test_a_policy_is_found_by_its_name_and_never_by_another(both) -> None:
+    bench, report, _ = both
+    run = report["run"]["name"]
+    made = {stage["name"]: Path(stage["uri"].removeprefix("file://")) for stage in report["stages"]}
+    stages = {
+        "": "train-dpo",
+        ":sft": "prepare-sft",
+        ":dpo": "train-dpo",
+        ":ppo": "train-ppo",
+        ":PPO": "train-ppo",
+        ":rloo": "train-grpo",
+        ":online-dpo": "train-online",
+    }
+    assert {name: find_model(run + name, bench.workspace) for name in stages} == {
+        name: made[stage] for name, stage in stages.items()
+    }
+    for name in (":grpo", ":kto", ":nonsense", ":train-ppo", ":"):
+        with pytest.raises(RecipeError, match=r"has no policy .* It has: SFT, DPO, PPO, RLOO, Online DPO"):
+            find_model(run + name, bench.workspace)
+    (bench.folder / "hhh_alignment.jsonl").touch()
+    asked = EvaluationRequest(suites=["hhh"], data=str(bench.folder))
+    with pytest.raises(RecipeError, match=f"{run} and {run}:dpo are one model"):
+        evaluate_models([run, f"{run}:dpo"], asked, bench.workspace)
+
+
+def test_a_run_that_is_not_finished_is_no_model(tmp_path: Path) -> None:
+    record = new_run(tmp_path, "tiny", "dpo run tiny")
+    save_run(tmp_path, record)
+    with pytest.raises(RecipeError, match="is not finished and has no report"):
+        find_model(f"{record.run_id}:ppo", tmp_path)
+
+
+def test_the_help_names_the_policies() -> None:
+    told = " ".join(inspect.unwrap(evaluate).__annotations__["model"].__metadata__[0].help.split())
+    assert all(name in told for name in get_args(PolicyRow.model_fields["name"].annotation)[:-1])
 
 
 @pytest.mark.parametrize(

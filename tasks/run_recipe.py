@@ -1,0 +1,103 @@
+"""The resolved recipe of a run, kept beside its page: what a resume goes on with and what reproduces the run.
+
+Without it a resume with other settings would be recorded under the settings that the run began with.
+"""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dpo_core.errors import RecipeError
+from tasks.manifest import digest_file
+from tasks.recipe import Recipe, load_recipe
+from tasks.runs import RunRecord
+from tasks.tracking_run import flatten
+from tasks.workspace import disk_errors, run_folder, write_whole
+
+FILE = "recipe.yaml"
+# Where a run lies and is recorded, and what is said of it: nothing that was computed depends on these.
+_MAY_DIFFER = frozenset({"workspace", "tracking", "description"})
+_SHOWN = 6
+# Options of `dpo launch` that say where a run's trainings run, each with a value.
+_WHERE = ("--on", "--settings", "--with")
+
+
+def recipe_path(workspace: str | Path, run_id: str) -> Path:
+    """Where the resolved recipe of a run is kept."""
+    return run_folder(workspace, run_id).absolute() / FILE
+
+
+def keep_recipe(workspace: Path, record: RunRecord, recipe: Recipe) -> RunRecord:
+    """Write the resolved recipe into the run's folder; returns the record with its digest."""
+    path = recipe_path(workspace, record.run_id)
+    # Absolute, so that the file finds its workspace from every folder.
+    facts = recipe.model_dump(mode="json") | {"workspace": str(workspace.absolute())}
+    about = (
+        f"# The resolved recipe of the run {record.run_id}, every default written out.\n"
+        f"# Relative paths in it begin at {json.dumps(str(Path.cwd()))}.\n"
+    )
+    with disk_errors(workspace, "writing the recipe of the run"):
+        write_whole(path, about + yaml.safe_dump(facts, sort_keys=False, allow_unicode=True))
+    return record.model_copy(update={"recipe_sha256": digest_file(path)})
+
+
+def require_same_recipe(workspace: Path, record: RunRecord, recipe: Recipe) -> None:
+    """Refuse to go on with a run under other settings than those it began with.
+
+    A run of an older version kept no recipe, and is not compared.
+
+    Raises:
+        RecipeError: a setting differs, or the recipe that was kept is gone or damaged.
+    """
+    if record.recipe_sha256 is None:
+        return
+    path = recipe_path(workspace, record.run_id)
+    anew = "start a new run without --resume: finished stages are not run again"
+    if not path.is_file() or digest_file(path) != record.recipe_sha256:
+        raise RecipeError(
+            f"the recipe that the run {record.run_id} began with, {path}, is gone or was changed, so this "
+            "one cannot be compared with it",
+            anew.capitalize(),
+        )
+    began, says = _settings(load_recipe(str(path))), _settings(recipe)
+    names = [name for name in {**began, **says} if began.get(name) != says.get(name)]
+    if not names:
+        return
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    shown = names[:_SHOWN]
+    raise RecipeError(
+        f"the run {record.run_id} began with {_listed(began, shown)}{more}; this says "
+        f"{_listed(says, shown)}{more}",
+        f"Go on as it began: {_run_again(record.command, path)} --resume {record.run_id}; or {anew}",
+    )
+
+
+def reproducing(command: str, workspace: str | Path, run_id: str) -> str:
+    """The command that does a run again, whatever has become of the recipe that `command` named."""
+    return _run_again(command, recipe_path(workspace, run_id))
+
+
+def _run_again(command: str, path: Path) -> str:
+    words = shlex.split(command)
+    if words[:2] != ["dpo", "launch"]:
+        return shlex.join(["dpo", "run", str(path)])
+    kept = []
+    for place, word in enumerate(words):
+        if word.partition("=")[0] in _WHERE:
+            kept += [word] if "=" in word else words[place : place + 2]
+    return shlex.join(["dpo", "launch", str(path), *kept])
+
+
+def _settings(recipe: Recipe) -> dict[str, str]:
+    """Every setting that decides what is computed, by its dotted name, as it is written in a recipe."""
+    facts: dict[str, Any] = recipe.model_dump(mode="json", exclude=set(_MAY_DIFFER))
+    return {name: json.dumps(value, ensure_ascii=False) for name, value in flatten(facts).items()}
+
+
+def _listed(settings: dict[str, str], names: list[str]) -> str:
+    return ", ".join(
+        f"{name}={settings[name].strip(chr(34))}" if name in settings else f"no {name}" for name in names
+    )

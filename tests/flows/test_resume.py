@@ -1,0 +1,112 @@
+"""`--resume` keeps to the settings that a run began with, and a run can be done again."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dpo_core.errors import RecipeError
+from flows.run_command import show
+from tasks.recipe import Recipe, load_recipe
+from tasks.run_recipe import keep_recipe, recipe_path, reproducing, require_same_recipe
+from tasks.runs import RunRecord, new_run, save_run
+from tests.tiny_run import Bench
+
+
+@pytest.fixture
+def begun(tmp_path: Path, bench: Bench) -> tuple[Path, RunRecord, Recipe]:
+    """A workspace with a run that was stopped, and its recipe."""
+    sets = ("seed=1", "dpo.objective=simpo", "dpo.parameters.beta=2.5")
+    recipe = load_recipe(str(bench.recipe), sets)
+    command = shlex.join(["dpo", "run", "my recipe.yaml", *(w for s in sets for w in ("--set", s)), "--json"])
+    record = new_run(tmp_path, recipe.name, command)
+    record = keep_recipe(tmp_path, record, recipe).model_copy(update={"status": "stopped"})
+    save_run(tmp_path, record)
+    return tmp_path, record, recipe
+
+
+def test_other_settings_are_refused_field_by_field(
+    begun: tuple[Path, RunRecord, Recipe], bench: Bench
+) -> None:
+    workspace, record, recipe = begun
+    require_same_recipe(workspace, record, recipe)
+    elsewhere = recipe.model_copy(update={"workspace": "/elsewhere", "description": "another"})
+    require_same_recipe(workspace, record, elsewhere)
+    plain = load_recipe(str(bench.recipe))
+    with pytest.raises(RecipeError) as caught:
+        require_same_recipe(workspace, record, plain)
+    told = str(caught.value)
+    assert f"the run {record.run_id} began with seed=1, dpo.objective=simpo, dpo.parameters.beta=2.5" in told
+    assert "this says seed=0, dpo.objective=dpo, no dpo.parameters.beta" in told
+    path = recipe_path(workspace, record.run_id)
+    assert f"Go on as it began: dpo run {path} --resume {record.run_id}" in told
+    assert "start a new run without --resume" in told
+    many = load_recipe(str(bench.recipe), ["grpo={}"])
+    with pytest.raises(RecipeError, match=r"began with .*grpo=null.* and \d+ more; this says .*no grpo"):
+        require_same_recipe(workspace, record, many)
+
+
+def test_what_was_kept_is_a_recipe_that_does_the_run_again(begun: tuple[Path, RunRecord, Recipe]) -> None:
+    workspace, record, recipe = begun
+    path = recipe_path(workspace, record.run_id)
+    assert load_recipe(str(path)) == recipe.model_copy(update={"workspace": str(workspace)})
+    assert reproducing(record.command, workspace, record.run_id) == f"dpo run {path}"
+    launched = "dpo launch r.yaml --on slurm --set seed=1 --with=nodes=2 --settings s.yaml --resume x"
+    again = f"dpo launch {path} --on slurm --with=nodes=2 --settings s.yaml"
+    assert reproducing(launched, workspace, record.run_id) == again
+
+
+def test_a_kept_recipe_that_was_changed_is_not_gone_by(begun: tuple[Path, RunRecord, Recipe]) -> None:
+    workspace, record, recipe = begun
+    path = recipe_path(workspace, record.run_id)
+    path.write_text(path.read_text().replace("seed: 1", "seed: 2"))
+    with pytest.raises(RecipeError, match="is gone or was changed"):
+        require_same_recipe(workspace, record, recipe)
+    path.unlink()
+    with pytest.raises(RecipeError, match=r"is gone or was changed.*Start a new run without --resume"):
+        require_same_recipe(workspace, record, recipe)
+    require_same_recipe(workspace, record.model_copy(update={"recipe_sha256": None}), recipe)
+
+
+def test_the_whole_line_that_resumes_is_shown(begun: tuple[Path, RunRecord, Recipe]) -> None:
+    workspace, record, _ = begun
+    line = "dpo run 'my recipe.yaml' --set seed=1 --set dpo.objective=simpo --set dpo.parameters.beta=2.5"
+    assert record.resume_line == f"{line} --resume {record.run_id}"
+    with pytest.raises(RecipeError) as caught:
+        show(record.run_id, workspace=str(workspace))
+    assert record.resume_line in str(caught.value)
+    for typed in ("dpo run a --resume", "dpo run a --resume old", "dpo run a --resume --json", "dpo run a"):
+        changed = record.model_copy(update={"command": typed})
+        assert changed.resume_line == f"dpo run a --resume {record.run_id}"
+    assert record.model_copy(update={"command": ""}).resume_line == f"dpo run tiny --resume {record.run_id}"
+
+
+def test_a_finished_run_is_resumed_under_its_own_settings_only(
+    finished: tuple[Bench, dict[str, Any]],
+) -> None:
+    bench, report = finished
+    own = bench.copy("resumed")
+    name, folder = report["run"]["name"], own.workspace / "runs" / report["run"]["name"]
+    before = (folder / "run.json").read_bytes(), (folder / "report.json").read_bytes()
+    refused = own.dpo("run", str(own.recipe), "--resume", name, "--set", "seed=1")
+    assert refused.returncode == 2
+    assert f"the run {name} began with seed=0; this says seed=1" in refused.stderr
+    assert before == ((folder / "run.json").read_bytes(), (folder / "report.json").read_bytes())
+
+
+def test_the_page_says_how_to_do_the_run_again(finished: tuple[Bench, dict[str, Any]]) -> None:
+    bench, report = finished
+    folder = bench.workspace / "runs" / report["run"]["name"]
+    kept = folder / "recipe.yaml"
+    assert report["run"]["command"] == f"dpo run {kept}"
+    assert report["run"]["started_by"].startswith(f"dpo run {bench.recipe}")
+    facts = yaml.safe_load(kept.read_text())
+    assert (facts["seed"], facts["dpo"]["max_steps"]) == (0, 3)
+    done = bench.dpo("run", str(kept), "--json")
+    assert done.returncode == 0, done.stderr
+    again = json.loads(done.stdout)
+    assert set(bench.states(again).values()) == {"cached"}
+    assert again["evaluation"] == report["evaluation"]
