@@ -83,7 +83,9 @@ def validate(
 
 @app.command()
 def runs(
-    newest: Annotated[int, typer.Option(metavar="N", min=1, help="List so many.")] = 20,
+    newest: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="List so many; 20 if nothing is said, in JSON all.")
+    ] = None,
     every: Annotated[bool, typer.Option("--all", help="List all of them.")] = False,
     status: Annotated[
         list[str] | None,
@@ -93,10 +95,13 @@ def runs(
     workspace: Annotated[str, typer.Option(help="Workspace folder.")] = "./runs",
     as_json: JsonOption = False,
 ) -> None:
-    """List the runs of a workspace, newest first. JSON holds all that are asked for, however many."""
+    """List the runs of a workspace, newest first."""
     from flows.runs_command import list_them
 
-    list_them(workspace, None if every or as_json else newest, status or [], recipe, as_json)
+    if every and newest is not None:
+        raise typer.BadParameter("--all lists every run and --newest only some: give one of them")
+    most = newest if newest is not None or every or as_json else 20
+    list_them(workspace, most, status or [], recipe, as_json)
 
 
 @app.command()
@@ -140,11 +145,14 @@ def objectives(
 
 @config_app.command("show")
 def config_show(recipe: RecipeArgument, overrides: SetOption = None) -> None:
-    """Print the resolved recipe, every default written out and explained."""
+    """Print the resolved recipe, every default written out and explained.
+
+    But for parameters of an objective that are its defaults: another objective has others.
+    """
     from dpo_core.commented_yaml import commented
     from tasks.recipe import load_recipe
 
-    typer.echo(commented(load_recipe(recipe, overrides or [])), nl=False)
+    typer.echo(commented(load_recipe(recipe, overrides or []).without_default_parameters()), nl=False)
 
 
 @config_app.command("cluster")

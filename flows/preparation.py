@@ -1,5 +1,6 @@
 """From the recipe's data and model to a reference and judged pairs: the stages that every run begins with."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,8 +11,11 @@ from tasks.data import load_data, sample_pairs, validate
 from tasks.manifest import Manifest
 from tasks.models import CACHE, CACHE_GUIDE, cache_reference, import_model
 from tasks.recipe import Recipe
+from tasks.run_warnings import too_few_prompts
 from tasks.stage import Context, Stage, StageResult
 from tasks.training import DPO, GUIDE, prepare_sft, train_dpo
+
+log = logging.getLogger("dpo")
 
 Keep = Callable[[str, StageResult], Manifest]
 """Enters what a stage came to under a name, and hands on its manifest."""
@@ -97,6 +101,9 @@ def _require_answers(recipe: Recipe, judged: Manifest) -> None:
             "one held-out prompt and one sample of it give no interval to compare the policies by",
             "Set evaluate.samples_per_prompt to 2 or more, or hold out more prompts",
         )
+    held_out = judged.extra.get("held_out_prompts")
+    if isinstance(held_out, int) and (few := too_few_prompts(recipe, held_out)):
+        log.warning("%s", few)
     if recipe.reward.margin_by_agreement and judged.extra.get("with_agreement") == 0:
         raise no_agreement()
     if judged.extra.get("desirable") == 0 and _sft_reads_answers(recipe):

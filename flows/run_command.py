@@ -145,9 +145,10 @@ def _show(report: Any, workspace: str) -> None:
         console.print(Text(verdict(report).headline, style="bold"))
     folder = run_folder(Path(workspace).absolute(), report.run.name)
     if one_run and report.model:
-        console.print(
-            f"model   {report.model.name} version {report.model.version}, alias {report.model.alias}"
-        )
+        model = report.model
+        held = "known from an earlier run" if model.known else f"alias {model.alias}"
+        console.print(f"model   {model.name} version {model.version}, {held}")
+        console.print(f"weights {model.uri.removeprefix('file://')}", soft_wrap=True)
     console.print(f"page    {folder / 'page.html'}", soft_wrap=True)
     console.print("look    dpo ui", soft_wrap=True)
 

@@ -15,6 +15,9 @@ def list_them(
 ) -> None:
     """Print the runs.
 
+    Args:
+        newest: so many of those that are asked for; None: all.
+
     Raises:
         RecipeError: there is no such status.
     """
@@ -27,7 +30,7 @@ def list_them(
         if (not statuses or run.status in statuses) and recipe in (None, run.recipe)
     ]
     if as_json:
-        typer.echo(json.dumps([run.model_dump(mode="json") for run in asked], indent=1))
+        typer.echo(json.dumps([run.model_dump(mode="json") for run in asked[:newest]], indent=1))
         return
     if not asked:
         such = " such" if statuses or recipe else ""

@@ -37,6 +37,8 @@ def check_ahead(recipe: Recipe, resume: str | None = None) -> None:
     require_writable(workspace)
     if resume:
         require_same_recipe(workspace, find_run(workspace, resume, recipe.name), recipe)
+    for line in recipe.unusual_parameters:
+        log.warning("unusual: %s", line)
     check_cluster(workspace)
     _check_database(resolve_uri(recipe.tracking, workspace), workspace)
     for path in recipe.data.paths:

@@ -1,10 +1,10 @@
 """What a run's evaluation comes to: tables of suites, comparisons, win rates, and the decision to promote."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dpo_core.evaluation.comparison import Comparison, compare
-from dpo_core.evaluation.decision import Decision, decide
+from dpo_core.evaluation.decision import Decision, decide, nothing_new
 from dpo_core.evaluation.results import SuiteResult
 from dpo_core.evaluation.suites import find
 from dpo_core.judging.results import WinRate
@@ -25,51 +25,25 @@ class Assessment(NamedTuple):
     suites: list[SuiteRow]
     comparisons: list[Comparison]
     win_rates: list[WinRate]
-    decision: Decision
 
 
-def assess(
-    recipe: Recipe,
-    manifests: Mapping[str, Manifest],
-    evaluation: dict[str, Any],
-    gate: list[GateRow],
-    champion: Champion | None,
-    candidate: str,
-) -> Assessment:
-    """Hold the trained model against the champion, or against the reference while there is none.
+def assess(recipe: Recipe, manifests: Mapping[str, Manifest], evaluation: dict[str, Any]) -> Assessment:
+    """What was measured beside the evaluation, in tables.
 
     Args:
         manifests: by stage.
         evaluation: what the evaluation stage wrote.
-        champion: the registered model; the run's own is no rival of itself.
-        candidate: as sentences name the trained model.
     """
     results = {
         name.removeprefix("suites "): load_suites(manifest)
         for name, manifest in manifests.items()
         if name.startswith("suites ")
     }
-    rival = NAME if any(row["name"] == NAME for row in evaluation["policies"]) else REFERENCE
     comparisons = [
         compare(results[CANDIDATE], results[other], seed=recipe.seed)
         for other in (REFERENCE, NAME)
         if results and other in results
     ]
-    against = [c for c in comparisons if c.baseline == rival]
-    row = next(row for row in evaluation["policies"] if row["name"] == CANDIDATE)
-    gain = row["gain"] if rival == REFERENCE else evaluation["gain_over_champion"][CANDIDATE]
-    title = "the reference"
-    if champion:
-        title = champion.title if rival == NAME else f"the reference; it is {champion.title} itself"
-    decision = decide(
-        recipe.promotion,
-        candidate=candidate,
-        champion=title,
-        gain=Estimate.model_validate(gain),
-        kl=Estimate.model_validate(row["kl"]) if row.get("kl") else None,
-        comparison=against[0] if against else None,
-        gate_green=not any(row.refused for row in gate),
-    )
     return Assessment(
         suites=[suite_row(result) for listed in results.values() for result in listed],
         comparisons=comparisons,
@@ -77,7 +51,40 @@ def assess(
             *(WinRate.model_validate(rate) for rate in evaluation["win_rates"]),
             *(load_win_rates(manifests["judge"]) if "judge" in manifests else []),
         ],
-        decision=decision,
+    )
+
+
+def judge_candidate(
+    recipe: Recipe,
+    evaluation: dict[str, Any],
+    comparisons: Sequence[Comparison],
+    gate: Sequence[GateRow],
+    alarms: Mapping[str, str],
+    champion: Champion | None,
+    candidate: str,
+) -> Decision:
+    """Hold the trained model against the champion, or against the reference while there is none.
+
+    Args:
+        alarms: those that concern the candidate, its reference or its data, by name.
+        champion: the registered model. It was not evaluated where it is the trained model itself.
+        candidate: as sentences name the trained model.
+    """
+    rival = NAME if any(row["name"] == NAME for row in evaluation["policies"]) else REFERENCE
+    if champion and rival != NAME:
+        return nothing_new(candidate, champion.title)
+    against = [c for c in comparisons if c.baseline == rival]
+    row = next(row for row in evaluation["policies"] if row["name"] == CANDIDATE)
+    gain = row["gain"] if rival == REFERENCE else evaluation["gain_over_champion"][CANDIDATE]
+    return decide(
+        recipe.promotion,
+        candidate=candidate,
+        champion=champion.title if champion else "the reference",
+        gain=Estimate.model_validate(gain),
+        kl=Estimate.model_validate(row["kl"]) if row.get("kl") else None,
+        comparison=against[0] if against else None,
+        gate_green=not any(row.refused for row in gate),
+        alarms=alarms,
     )
 
 

@@ -1,5 +1,6 @@
 """Events that do not come from a flow run: sent in one request, so that a server that is away is noticed."""
 
+from fnmatch import fnmatchcase
 from typing import Any
 
 from tasks.alerts import PROMOTION_REFUSED, TAG
@@ -29,6 +30,48 @@ def send(
     )
     client.request("POST", "/events", json=[made.model_dump(mode="json")])
     return str(made.id)
+
+
+def deployments_waiting(client: Any, event: str, resource: str) -> list[str]:
+    """Names of the automations that are switched on and run a deployment on such an event.
+
+    Args:
+        resource: what the event is about.
+    """
+    found: list[Any] = []
+    page: list[Any] | None = None
+    while page is None or len(page) == _PAGE:
+        page = client.read_automations(limit=_PAGE, offset=len(found))
+        found += page
+    return sorted(
+        automation.name
+        for automation in found
+        if automation.enabled
+        and any(action.type == "run-deployment" for action in automation.actions)
+        and _expects(automation.trigger, event, {"prefect.resource.id": resource})
+    )
+
+
+_PAGE = 200
+
+
+def _expects(trigger: Any, event: str, resource: dict[str, str]) -> bool:
+    """Whether a trigger, or a part of it, waits for an event that is related to nothing."""
+    from prefect.events.schemas.events import Resource
+
+    if inner := getattr(trigger, "triggers", None):
+        return any(_expects(part, event, resource) for part in inner)
+    expected = getattr(trigger, "expect", None)
+    if expected is None or (expected and not any(fnmatchcase(event, pattern) for pattern in expected)):
+        return False
+    related = getattr(trigger, "match_related", None)
+    return trigger.match.matches(Resource(resource)) and not (related and _root(related))
+
+
+def _root(specification: Any) -> Any:
+    """The labels of a specification, or of the first of several."""
+    first = specification[0] if isinstance(specification, list) else specification
+    return getattr(first, "root", first)
 
 
 def promotion_refused(client: Any, model: str, version: str, message: str) -> str:

@@ -89,7 +89,9 @@ def headline(report: FrontierReport) -> Headline:
 
 
 def _reward_words(study: Study) -> str:
-    nature = "the task's true objective" if study.reward_is_true else "a learned proxy that can be exploited"
+    nature = "a learned proxy that can be exploited"
+    if study.reward_is_true:
+        nature = "known; arms that learned from it may have gained for it alone"
     return f"Reward: {study.reward_name}, {nature}."
 
 

@@ -84,10 +84,11 @@ def fill(template: str, context: dict[str, Any]) -> str:
 
 
 def _context(report: RunReport) -> dict[str, Any]:
+    report = report.named()
     evaluation = report.evaluation
     curves = [Curves(stage, curve_figures(stage, rows)) for stage, rows in report.curves.items()]
     curves = [group for group in curves if group.figures]
-    frontier = frontier_figure(evaluation) if evaluation else None
+    frontier = frontier_figure(evaluation, report.label) if evaluation else None
     # The first stage that left an artifact is its maker; a later one with the same digest found it again.
     digests = {stage.sha256: stage.name for stage in reversed(report.stages) if stage.sha256}
     parts = [

@@ -1,6 +1,6 @@
 """The run page's figures, each also said in words."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -129,11 +129,11 @@ def _curve(key: str, stage: str, panel: Panel, lines: list[_Line]) -> Figure:
     return Figure(panel.title, svg(key, f"{panel.title}, {stage}", words, draw), note)
 
 
-def frontier_figure(evaluation: Evaluation) -> Figure | None:
+def frontier_figure(evaluation: Evaluation, label: Callable[[str], str] = str) -> Figure | None:
     """Reward gained over SFT against the KL paid for it, with 95 % intervals; SFT is the origin.
 
     The paired gain is drawn, not the reward: its interval says whether a policy differs from SFT.
-    None where no policy has both numbers.
+    None where no policy has both numbers. `label` writes a policy's name for people.
     """
     points = [row for row in evaluation.policies if row.gain is not None and row.kl is not None]
     points = sorted(
@@ -159,7 +159,7 @@ def frontier_figure(evaluation: Evaluation) -> Figure | None:
                 yerr=reach(row.gain.value, row.gain.low, row.gain.high),
             )  # fmt: skip
             axes.annotate(
-                row.name, (row.kl.value, row.gain.value), offset, textcoords="offset points", ha=side,
+                label(row.name), (row.kl.value, row.gain.value), offset, textcoords="offset points", ha=side,
                 color=INK, fontweight="bold",
             )  # fmt: skip
         axes.set_xlabel("KL to the reference, nats per sequence (k1)")
@@ -170,7 +170,7 @@ def frontier_figure(evaluation: Evaluation) -> Figure | None:
         axes.set_xlim(min(left, -0.16 * right), right)  # room for a label left of the origin
 
     words = "; ".join(
-        f"{row.name} gains {number(row.gain.value, signed=True)} "
+        f"{label(row.name)} gains {number(row.gain.value, signed=True)} "
         f"({number(row.gain.low)} to {number(row.gain.high)}) "
         f"at KL {number(row.kl.value)} ({number(row.kl.low)} to {number(row.kl.high)})"
         for row in points

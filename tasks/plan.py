@@ -13,6 +13,7 @@ from tasks.frontier_arms import Settings
 from tasks.plan_speed import Speed
 from tasks.plan_work import Work, Workload
 from tasks.recipe import Recipe
+from tasks.run_warnings import answers_cut, measure_answers, too_few_prompts
 from tasks.stage import StageResult, Why
 
 
@@ -86,8 +87,21 @@ def make_plan(
         tokens=sum(row.tokens for row in running),
         flops=sum(row.flops for row in running),
         seconds=sum(row.seconds for row in running),
-        warnings=[line for row in running if (line := _too_large(row, recipe, speed))],
+        warnings=[
+            *(line for row in running if (line := _too_large(row, recipe, speed))),
+            *_foretold(recipe, work),
+        ],
     )
+
+
+def _foretold(recipe: Recipe, work: Workload) -> list[str]:
+    """What can be said before the run of how its result will be judged."""
+    held_out = work.judged[work.judged["split"] == "eval"].drop_duplicates(["prompt", "chat"])
+    found = [
+        too_few_prompts(recipe, len(held_out)),
+        "" if recipe.frontier else answers_cut(recipe, measure_answers(work.judged, work.tokenise)),
+    ]
+    return [*recipe.unusual_parameters, *(line for line in found if line)]
 
 
 def _stage(name: str, found: StageResult, workload: Workload, speed: Speed) -> StagePlan:

@@ -25,6 +25,7 @@ from tasks.promotion_ledger import PREVIOUS, SUFFIX, Change, Ledger, reigns
 from tasks.promotion_lock import alone
 from tasks.registry import every, version_of
 from tasks.report import ModelRow, RunReport
+from tasks.report_alarms import alarms
 from tasks.tracking import Tracker
 from tasks.workspace import disk_errors, open_workspace
 
@@ -83,6 +84,7 @@ def promote(workspace: str | Path, run_id: str, *, force: bool = False, reason: 
         if champion is not None and champion.version == candidate.version:
             return _standing(tracker, model.name, notes=mended)
         against = objections(report, model, champion)
+        mended += [f"alarm  {alarm.name}: {alarm.message}" for alarm in alarms(report)]
         if against and not force:
             again = f"Hold it against the present champion by running it again: {report.run.command}"
             remedy = (
@@ -240,7 +242,8 @@ def _check_weights(version: Any) -> None:
 
 
 def _made_by(version: Any, report: RunReport, model: ModelRow) -> bool:
-    same_run = version.run_id == report.run.mlflow_run_id
+    """Whether the registered version is the run's model, or has its weights from an earlier run."""
+    same_run = model.known or version.run_id == report.run.mlflow_run_id
     return same_run and version.tags.get("dpo.artifact_sha256") == model.sha256
 
 

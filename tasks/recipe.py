@@ -22,6 +22,7 @@ from dpo_core.evaluation.decision import PromotionConfig
 from dpo_core.evaluation.running import SuitesConfig
 from dpo_core.judging.judge import JudgeConfig
 from dpo_core.models import ModelConfig
+from dpo_core.objectives import get
 from dpo_core.online.group import GroupConfig
 from dpo_core.online.ppo import PpoConfig
 from dpo_core.online.preferences import OnlineDpoConfig
@@ -218,6 +219,34 @@ class Recipe(Config):
         if self.online is not None:
             found.append(("online", "Online DPO", self.online))
         return found
+
+    def without_default_parameters(self) -> "Recipe":
+        """The same recipe, to start another from: parameters that are an objective's defaults are left out.
+
+        Written out, they would stay when the objective is changed to one whose defaults are others.
+        """
+
+        def trimmed(part: Any) -> Any:
+            own = get(part.objective).parameters
+            kept = {name: value for name, value in part.parameters.items() if value != own[name].default}
+            changes: dict[str, Any] = {"parameters": kept}
+            if plus := getattr(part, "plus", None):
+                changes["plus"] = [trimmed(term) for term in plus]
+            return part.model_copy(update=changes)
+
+        sections = {name: getattr(self, name) for name in ("guide", "dpo", "online")}
+        return self.model_copy(update={name: trimmed(part) for name, part in sections.items() if part})
+
+    @property
+    def unusual_parameters(self) -> list[str]:
+        """A sentence for each parameter of an objective that is far from its default."""
+        sections = {"guide": self.guide, "dpo": self.dpo}
+        return [
+            f"{section}: {words}"
+            for section, config in sections.items()
+            for term in (config.terms if config else [])
+            for words in get(term.name).unusual(term.parameters)
+        ]
 
     @property
     def registered_name(self) -> str:

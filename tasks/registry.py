@@ -2,8 +2,10 @@
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
 
 from tasks.tracking_run import TAG_CHARS, cut
 
@@ -51,6 +53,32 @@ def register_model(
         return version
 
     return tracker.ask(f"model {name}", register)
+
+
+def version_with(tracker: "Tracker", name: str, sha256: str) -> Any | None:
+    """The newest registered version whose weights have this digest and still are where they were; else None.
+
+    Args:
+        sha256: of the artifact, as the tag `dpo.artifact_sha256` holds it.
+
+    Raises:
+        StageFailed: MLflow does not answer.
+    """
+
+    def find(client: Any) -> Any | None:
+        versions = every(partial(client.search_model_versions, f"name = '{name}'"))
+        same = [
+            found for found in versions if found.tags.get("dpo.artifact_sha256") == sha256 and _there(found)
+        ]
+        return max(same, key=lambda found: int(found.version), default=None)
+
+    return tracker.ask(f"the versions of {name}", find)
+
+
+def _there(version: Any) -> bool:
+    """Whether its files are here; those of another kind of store are taken to be."""
+    parts = urlsplit(version.tags.get("dpo.weights_uri", ""))
+    return parts.scheme != "file" or Path(unquote(parts.path)).is_dir()
 
 
 def _new_version(client: Any, name: str, uri: str, run_id: str, tags: dict[str, str], model_id: str) -> str:

@@ -2,7 +2,7 @@
 
 import math
 from datetime import datetime
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, JsonValue, field_validator
 
@@ -14,6 +14,8 @@ from dpo_core.judging.results import WinRate
 from dpo_core.reward_quality import RewardQuality
 from dpo_core.stats import Estimate
 from tasks.report_numbers import number
+
+_Part = TypeVar("_Part", bound=Config)
 
 
 class RunInfo(Config):
@@ -123,6 +125,40 @@ class PolicyRow(Config):
     """Of a completion against the others to the same prompt; high is repetitive."""
     predictive_entropy: Estimate | None = None
     """Nats per token, exact over the vocabulary at sampled positions."""
+    ended: float | None = None
+    """Share of the answers that ended by themselves; the others were cut at the limit."""
+
+
+class Trained(Config):
+    """What was trained on what, in words, so that two runs with other settings look different."""
+
+    base_model: str
+    data: str
+    """Where the rows come from, how many were trained on and how many held out."""
+    rows_trained: int
+    """Pairs or unpaired rows."""
+    reference: str
+    objective: str
+    """With every parameter: `simpo, beta 2, gamma_beta_ratio 0.5`."""
+    training: str
+    """Steps, batch size, learning rate, seed."""
+    reward: str
+    baselines: str = ""
+    """PPO and the like; empty where there is none."""
+
+    @property
+    def lines(self) -> list[tuple[str, str]]:
+        """The block under the verdict: label and text."""
+        listed = [
+            ("Base model", self.base_model),
+            ("Data", self.data),
+            ("Reference", self.reference),
+            ("Objective", self.objective),
+            ("Training", self.training),
+            ("Reward", self.reward),
+            ("Baselines", self.baselines),
+        ]
+        return [(label, text) for label, text in listed if text]
 
 
 class Sample(Config):
@@ -143,6 +179,17 @@ class Evaluation(Config):
     samples_per_prompt: int
     policies: list[PolicyRow]
     samples: list[Sample] = Field(default_factory=list)
+    learned_from: list[str] | None = None
+    """Policies that learned from the reward that all are measured with; None of a learned reward, and where
+    an older run did not say."""
+    max_new_tokens: int | None = None
+    """Where a sampled answer was cut."""
+    chosen_tokens: float | None = None
+    """Median length of the chosen, or desirable, answers of the data."""
+    chosen_ended: float | None = None
+    """Share of these that are complete."""
+    vocabulary: int | None = None
+    """Tokens that the model chooses from."""
 
     def policy(self, name: str) -> PolicyRow | None:
         """The row of that name, None where it was not evaluated."""
@@ -182,6 +229,8 @@ class ModelRow(Config):
     alias: str | None = None
     uri: str
     sha256: str
+    known: bool = False
+    """Whether an earlier run had registered the same weights: version and aliases are as they were."""
 
 
 class RunReport(Config):
@@ -191,6 +240,12 @@ class RunReport(Config):
     stages: list[StageRow] = Field(default_factory=list)
     gate: list[GateRow] = Field(default_factory=list)
     evaluation: Evaluation | None = None
+    trained: Trained | None = None
+    """What was trained; older reports do not say."""
+    objective: str = "dpo"
+    """Name of the objective that the policy DPO was trained with."""
+    recipe_text: str = ""
+    """The resolved recipe, as it lies beside the page."""
     decision: Decision | None = None
     """Whether the model may take the champion's place; the page's headline where it was asked."""
     win_rates: list[WinRate] = Field(default_factory=list)
@@ -204,6 +259,38 @@ class RunReport(Config):
     cost: Cost | None = None
     model: ModelRow | None = None
     notes: dict[str, JsonValue] = Field(default_factory=dict)
+
+    def label(self, policy: str) -> str:
+        """A policy as tables and sentences name it: DPO, or DPO (simpo)."""
+        return f"DPO ({self.objective})" if policy == "DPO" and self.objective != "dpo" else policy
+
+    def named(self) -> "RunReport":
+        """The report for people: its policies under their labels in win rates, suites, comparisons, samples.
+
+        `evaluation.policies` keeps the names, by which its rows are found.
+        """
+        if self.label("DPO") == "DPO":
+            return self
+
+        def renamed(part: _Part, *fields: str) -> _Part:
+            return part.model_copy(update={field: self.label(getattr(part, field)) for field in fields})
+
+        changed: dict[str, Any] = {
+            "win_rates": [renamed(rate, "a", "b") for rate in self.win_rates],
+            "suites": [renamed(row, "policy") for row in self.suites],
+            "comparisons": [renamed(found, "candidate", "baseline") for found in self.comparisons],
+        }
+        if self.evaluation:
+            samples = [
+                Sample(
+                    prompt=sample.prompt,
+                    completions={self.label(name): text for name, text in sample.completions.items()},
+                    rewards={self.label(name): value for name, value in sample.rewards.items()},
+                )
+                for sample in self.evaluation.samples
+            ]
+            changed["evaluation"] = self.evaluation.model_copy(update={"samples": samples})
+        return self.model_copy(update=changed)
 
     @field_validator("curves", mode="before")
     @classmethod

@@ -1,9 +1,10 @@
 """Signs of the known failures of preference training, each with the numbers that raised it."""
 
+import math
 from statistics import fmean, stdev
 from typing import NamedTuple
 
-from tasks.report import RunReport
+from tasks.report import Evaluation, PolicyRow, RunReport
 from tasks.report_curves import clear_change, quarters, series, start_and_end
 from tasks.report_numbers import cell, number, percent
 
@@ -17,19 +18,27 @@ LENGTH_DRIFT = 1.5  # mean length longer than SFT's by this factor, or shorter b
 DISPLACED_REWARD = -0.05  # implicit reward of the chosen answers; nearer to 0 it is mostly noise
 ACCURACY_DROP = 0.05  # fall of the mean accuracy between the two halves of training
 KL_TIMES_TARGET = 3.0  # the steering of the KL coefficient has lost it
+CUT_SHARE = 0.5  # of answers that do not end; from here on they are pointed out
+# Of the data's answers that do: where these are cut by design, those of a policy are, too.
+COMPLETE_SHARE = 0.5
+NOISE_SHARE = 0.85  # of ln(vocabulary), the entropy of uniform noise; frequent words alone are far below
 
 
 REMOTE_CODE = "Remote code"
+UNUSUAL = "Unusual parameters"
+CUT, NOISE = "Cut answers", "Noise"
 
 
 class Alarm(NamedTuple):
     name: str
     message: str
+    policy: str = ""
+    """Whose; empty where it is of the run or its data."""
 
 
 def alarms(report: RunReport) -> list[Alarm]:
     """Signs of the known failures of preference training, each with the numbers that raised it."""
-    found = _training_alarms(report)
+    found = _training_alarms(report) + _answer_alarms(report)
     evaluation = report.evaluation
     sft = evaluation.policy("SFT") if evaluation else None
     trained = [row for row in evaluation.policies if row.name != "SFT"] if evaluation else []
@@ -37,13 +46,12 @@ def alarms(report: RunReport) -> list[Alarm]:
     for row in trained:
         kl = row.kl.value if row.kl else 0.0
         if kl > KL_LIMIT_NATS:
-            found.append(Alarm("KL run-away", f"{row.name} is {number(kl)} nats from the reference."))
+            message = f"{report.label(row.name)} is {number(kl)} nats from the reference."
+            found.append(Alarm("KL run-away", message, row.name))
         elif row.name == "DPO" and ppo and ppo.kl and kl > max(KL_TIMES_PPO * ppo.kl.value, KL_FLOOR_NATS):
-            found.append(
-                Alarm(
-                    "KL run-away", f"DPO is {number(kl)} nats from the reference, PPO {number(ppo.kl.value)}."
-                )
-            )
+            paid = f"{number(kl)} nats from the reference, PPO {number(ppo.kl.value)}."
+            message = f"{report.label(row.name)} is {paid}"
+            found.append(Alarm("KL run-away", message, row.name))
         if sft is None:
             continue
         for label, own, base in (
@@ -51,18 +59,14 @@ def alarms(report: RunReport) -> list[Alarm]:
             ("distinct-2", row.distinct_2, sft.distinct_2),
         ):
             if own is not None and base is not None and own < COLLAPSE_SHARE * base:
-                found.append(
-                    Alarm(
-                        "Diversity collapse", f"{row.name}'s {label} is {number(own)}, SFT's {number(base)}."
-                    )
-                )
+                message = f"{report.label(row.name)}'s {label} is {number(own)}, SFT's {number(base)}."
+                found.append(Alarm("Diversity collapse", message, row.name))
         own, base = row.length.value, sft.length.value
         if own > LENGTH_DRIFT * base or own * LENGTH_DRIFT < base:
-            found.append(
-                Alarm(
-                    "Length drift", f"{row.name} writes {number(own)} tokens on average, SFT {number(base)}."
-                )
-            )
+            message = f"{report.label(row.name)} writes {number(own)} tokens on average, SFT {number(base)}."
+            found.append(Alarm("Length drift", message, row.name))
+    if (unusual := report.notes.get(UNUSUAL)) is not None:
+        found.append(Alarm(UNUSUAL, str(unusual)))
     if (weights := report.notes.get("Class weights")) is not None:
         found.append(Alarm("Class weights", str(weights)))
     if (code := report.notes.get(REMOTE_CODE)) is not None:
@@ -75,6 +79,59 @@ def alarms(report: RunReport) -> list[Alarm]:
             )
             found.append(Alarm("Data gate", f"{gate.subject}: {rules}."))
     return found
+
+
+def against_promotion(raised: list[Alarm]) -> dict[str, str]:
+    """Messages of the alarms that concern the model to be promoted, its reference or its data, by name."""
+    concern = [alarm for alarm in raised if alarm.policy in ("", "DPO", "SFT")]
+    names = dict.fromkeys(alarm.name for alarm in concern)
+    return {name: " ".join(alarm.message for alarm in concern if alarm.name == name) for name in names}
+
+
+def cut_message(cut: float, limit: int, median: float) -> str:
+    """How many answers are cut, and what to raise.
+
+    Args:
+        cut: share of the answers.
+        limit: tokens of a sampled answer, at most.
+        median: of the data's own answers, in tokens.
+    """
+    return (
+        f"{percent(cut)} of the answers are cut at evaluate.sampling.max_new_tokens {limit:,}, and their "
+        f"reward is that of unfinished answers. The data's chosen answers have a median of {median:,.0f} "
+        "tokens: raise evaluate.sampling.max_new_tokens."
+    )
+
+
+def _answer_alarms(report: RunReport) -> list[Alarm]:
+    """What shows that answers are not worth comparing: they are cut, or noise."""
+    found: list[Alarm] = []
+    evaluation = report.evaluation
+    for row in evaluation.policies if evaluation else []:
+        assert evaluation is not None
+        told = {CUT: _cut(evaluation, row), NOISE: _noise(evaluation, row)}
+        who = report.label(row.name)
+        found += [Alarm(name, f"{who}: {message}", row.name) for name, message in told.items() if message]
+    return found
+
+
+def _cut(evaluation: Evaluation, row: PolicyRow) -> str:
+    limit, whole, complete = evaluation.max_new_tokens, evaluation.chosen_tokens, evaluation.chosen_ended
+    if row.ended is None or limit is None or whole is None or complete is None:
+        return ""
+    cut = 1 - row.ended
+    return cut_message(cut, limit, whole) if cut >= CUT_SHARE and complete >= COMPLETE_SHARE else ""
+
+
+def _noise(evaluation: Evaluation, row: PolicyRow) -> str:
+    entropy = row.predictive_entropy.value if row.predictive_entropy else row.entropy
+    most = math.log(evaluation.vocabulary or 1)
+    if entropy is None or not most or entropy <= NOISE_SHARE * most:
+        return ""
+    return (
+        f"it writes noise: its entropy is {number(entropy)} of at most {number(most)} nats a token, and no "
+        "comparison with it means anything. Start from a trained model, or train the reference longer."
+    )
 
 
 def _clearly_below_zero(values: list[float]) -> bool:
@@ -98,6 +155,7 @@ def _training_alarms(report: RunReport) -> list[Alarm]:
                     "Likelihood displacement",
                     f"log p(chosen) fell from {number(chosen[0])} to {number(chosen[1])} and ended below "
                     f"the reference (implicit reward {number(reward[1])}): preferred answers became rarer.",
+                    "DPO",
                 )
             )
         accuracies = series(rows, "eval_rewards/accuracies")[1] or series(rows, "rewards/accuracies")[1]
@@ -105,11 +163,12 @@ def _training_alarms(report: RunReport) -> list[Alarm]:
         if half and dpo and dpo.gain and dpo.gain.value > 0:
             early, late = sum(accuracies[:half]) / half, sum(accuracies[half:]) / (len(accuracies) - half)
             if late < early - ACCURACY_DROP:
-                message = f"The reward rose while accuracy fell from {percent(early)} to {percent(late)}."
-                found.append(Alarm("Reward without accuracy", message))
+                drop = f"fell from {percent(early)} to {percent(late)}"
+                message = f"The evaluation's reward rose while the preference accuracy of {stage} {drop}."
+                found.append(Alarm("Reward without accuracy", message, "DPO"))
     if dpo and dpo.accuracy and dpo.gain and dpo.gain.value > 0 and dpo.accuracy.high < 0.5:
         message = f"The reward rose, yet held-out preference accuracy is {cell('accuracy', dpo.accuracy)}."
-        found.append(Alarm("Reward without accuracy", message))
+        found.append(Alarm("Reward without accuracy", message, "DPO"))
     return found
 
 
@@ -122,7 +181,7 @@ def _on_policy_alarms(stage: str, rows: list[dict[str, float]]) -> list[Alarm]:
         "KL run-away": _kl_ran_away(rows),
         "Entropy collapse": _entropy_collapsed(rows),
     }
-    return [Alarm(name, f"{stage}: {message}") for name, message in messages.items() if message]
+    return [Alarm(name, f"{stage}: {message}", stage) for name, message in messages.items() if message]
 
 
 def _over_optimised(rows: list[dict[str, float]]) -> str:

@@ -136,11 +136,17 @@ def terminal_measured(
 
 def terminal_table(report: RunReport) -> Table:
     """The end of a run in 80 columns: verdict, stages with times, policies, alarms."""
+    report = report.named()
     page = Table.grid(padding=(0, 0))
     found = finding(report)
     if report.decision:
         _say(page, verdict(report), 1 + len(report.decision.reasons))
     _say(page, found, 1)
+    if report.trained:
+        block = Table.grid(padding=(0, 2))
+        for label, told in report.trained.lines:
+            block.add_row(Text(label), Text(told))
+        page.add_row(block)
     stages = Table(title=Text(f"Stages of {report.run.name}"), title_justify="left")
     for name in ("Stage", "State", "Time", "Artifact"):
         stages.add_column(name, justify="right" if name == "Time" else "left")
@@ -153,7 +159,7 @@ def terminal_table(report: RunReport) -> Table:
         policies = Table(title="Policies (95% interval)", title_justify="left")
         policies.add_column("")
         for row in report.evaluation.policies:
-            policies.add_column(row.name, justify="right")
+            policies.add_column(report.label(row.name), justify="right")
         for metric in policy_metrics(report.evaluation):
             policies.add_row(
                 metric.label,
@@ -218,6 +224,7 @@ def plain_heading(text: str) -> str:
 
 def _findings(report: RunReport) -> list[str]:
     """Paragraphs: verdict with reasons, alarms, policies, what was measured on them, the learned reward."""
+    report = report.named()
     said, found = verdict(report), finding(report)
     raised = [f"**{plain(alarm.name)}**: {plain(alarm.message)}" for alarm in alarms(report)]
     if report.decision:
@@ -225,12 +232,15 @@ def _findings(report: RunReport) -> list[str]:
         parts += [f"**{plain(found.headline)}**", _listed(found.reasons)]
     else:
         parts = [f"# {plain(found.headline)}", _listed(found.reasons)]
+    if report.trained:
+        parts.append("\n".join(f"- **{label}**: {plain(told)}" for label, told in report.trained.lines))
     if raised:
         parts += ["## Alarms", "\n".join(f"- {line}" for line in raised)]
     if report.evaluation:
         lines = [[metric.label, *map(str, metric.cells)] for metric in policy_metrics(report.evaluation)]
         parts += ["## Policies", "Brackets hold 95% intervals, resampled by prompt."]
-        parts.append(markdown_table(["", *(row.name for row in report.evaluation.policies)], lines))
+        head = ["", *(plain(report.label(row.name)) for row in report.evaluation.policies)]
+        parts.append(markdown_table(head, lines))
     parts += markdown_measured(report.win_rates, report.suites, report.comparisons)
     if report.reward_model:
         lines = [[m.label, str(m.cells[0]), m.hint] for m in reward_metrics(report.reward_model)]

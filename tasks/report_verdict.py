@@ -1,9 +1,11 @@
 """What a run's numbers say in one line, with the reasons."""
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from dpo_core.evaluation.decision import Decision
+from dpo_core.evaluation.decision import NEW_WEIGHTS, Decision
 from tasks.report import RunReport
+from tasks.report_alarms import Alarm, alarms
 from tasks.report_numbers import cell, number
 
 
@@ -15,14 +17,21 @@ class Verdict(NamedTuple):
 
 def verdict(report: RunReport) -> Verdict:
     """The decision to promote where one was made, else whether DPO beat SFT."""
-    return finding(report) if report.decision is None else decided(report.decision)
+    return finding(report) if report.decision is None else decided(report.decision, alarms(report))
 
 
-def decided(decision: Decision) -> Verdict:
+def decided(decision: Decision, raised: Sequence[Alarm] = ()) -> Verdict:
     """The decision in words: what it comes to, then every rule, those that failed first.
+
+    Args:
+        raised: alarms of the run. None of them refused the model where the decision is to promote it, but
+            somebody should have looked at them before.
 
     A symbol and a word say whether a rule holds, so that no reader needs the colour.
     """
+    if any(reason.rule == NEW_WEIGHTS for reason in decision.reasons):
+        same = f"{decision.candidate} has the weights of the champion, {decision.champion}."
+        return Verdict("Nothing new: these are the champion's weights", "unclear", [same])
     rules = sorted(decision.reasons, key=lambda reason: reason.passed)
     failed = sum(not reason.passed for reason in rules)
     if decision.promote:
@@ -31,10 +40,13 @@ def decided(decision: Decision) -> Verdict:
         held = f"{failed} of {len(rules)} rules {'does' if failed == 1 else 'do'} not hold"
         outcome = f"{decision.candidate} does not take the place of {decision.champion}: {held}."
     marked = [f"{'✓ passed' if reason.passed else '✗ failed'}: {reason.text}" for reason in rules]
-    promote = decision.promote
-    return Verdict(
-        "Promote" if promote else "Do not promote", "good" if promote else "bad", [outcome, *marked]
-    )
+    if not decision.promote:
+        return Verdict("Do not promote", "bad", [outcome, *marked])
+    if raised:
+        first = "an alarm" if len(raised) == 1 else f"{len(raised)} alarms"
+        names = ", ".join(dict.fromkeys(alarm.name for alarm in raised))
+        return Verdict(f"Promote? Look at {first} first", "unclear", [f"{outcome} Alarms: {names}.", *marked])
+    return Verdict("Promote", "good", [outcome, *marked])
 
 
 def finding(report: RunReport) -> Verdict:
@@ -51,13 +63,13 @@ def finding(report: RunReport) -> Verdict:
             "DPO was not compared with SFT", "unclear", ["The paired difference was not measured."]
         )
 
-    gain = cell("gain", dpo.gain)
+    gain, own = cell("gain", dpo.gain), report.label("DPO")
     if dpo.gain.low > 0:
-        outcome: tuple[str, Literal["good", "bad", "unclear"]] = ("DPO scores higher than SFT", "good")
+        outcome: tuple[str, Literal["good", "bad", "unclear"]] = (f"{own} scores higher than SFT", "good")
     elif dpo.gain.high < 0:
-        outcome = ("DPO scores lower than SFT", "bad")
+        outcome = (f"{own} scores lower than SFT", "bad")
     else:
-        outcome = ("No difference between DPO and SFT is shown", "unclear")
+        outcome = (f"No difference between {own} and SFT is shown", "unclear")
     reasons = [
         f"Reward gain over SFT {gain.value}, 95% interval {gain.interval}, paired on {dpo.gain.n:,} prompts."
     ]
@@ -68,12 +80,23 @@ def finding(report: RunReport) -> Verdict:
     for other in evaluation.policies:
         if other.name not in ("SFT", "DPO") and other.gain:
             at_kl = f" at KL {number(other.kl.value)} nats" if other.kl else ""
-            own = f" (DPO: KL {number(dpo.kl.value)} nats)" if dpo.kl else ""
-            reasons.append(f"{other.name} gains {cell('gain', other.gain)}{at_kl}{own}.")
-    if evaluation.reward_is_true:
-        reasons.append(f"The reward {evaluation.reward_name} is the task's true objective.")
-    else:
-        reasons.append(
-            f"The reward {evaluation.reward_name} is a learned proxy: part of a gain may be its exploitation."
-        )
-    return Verdict(*outcome, reasons)
+            ours = f" ({own}: KL {number(dpo.kl.value)} nats)" if dpo.kl else ""
+            reasons.append(f"{other.name} gains {cell('gain', other.gain)}{at_kl}{ours}.")
+    return Verdict(*outcome, [*reasons, measured_with(report)])
+
+
+def measured_with(report: RunReport) -> str:
+    """What the reward of the evaluation is, and which policies learned from it."""
+    evaluation = report.evaluation
+    assert evaluation is not None
+    name, learned = evaluation.reward_name, evaluation.learned_from
+    if not evaluation.reward_is_true:
+        kind = "The reward model" if name == "reward model" else f"The reward {name}"
+        return f"{kind} is a learned proxy: part of a gain may be its exploitation."
+    if learned is None:
+        return f"Measured with {name}."
+    if not learned:
+        return f"Measured with {name}, which no policy of this run learned from."
+    *others, last = map(report.label, learned)
+    names = f"{', '.join(others)} and {last}" if others else last
+    return f"Measured with {name}, which {names} also learned from: a gain may be learned for it alone."

@@ -137,7 +137,7 @@ def policies_of(report: RunReport) -> dict[str, StageRow]:
     """The policies that a run made, as its tables call them, each with the stage that made its model."""
     stages = {row.name: row for row in report.stages if row.uri}
     measured = [row.name for row in report.evaluation.policies] if report.evaluation else []
-    found = {}
+    found: dict[str, StageRow] = {}
     for policy in dict.fromkeys(["SFT", "DPO", *measured]):
         # The champion is a model of another run.
         made = [] if policy == NAME else [stages[name] for name in _STAGES[policy] if name in stages]

@@ -15,7 +15,7 @@ from pydantic import JsonValue
 
 from dpo_core.reward_quality import RewardQuality
 from dpo_core.secrecy import hidden
-from tasks.assessment import assess
+from tasks.assessment import assess, judge_candidate
 from tasks.champion import Champion
 from tasks.courtesy import tell
 from tasks.evaluation import load_evaluation
@@ -23,7 +23,7 @@ from tasks.manifest import Manifest
 from tasks.page import render
 from tasks.provenance import hardware, source_tags
 from tasks.recipe import Recipe
-from tasks.registry import register_model
+from tasks.registry import register_model, version_with
 from tasks.report import (
     Cost,
     Evaluation,
@@ -34,11 +34,19 @@ from tasks.report import (
     RunInfo,
     RunReport,
     StageRow,
+    Trained,
 )
-from tasks.report_alarms import REMOTE_CODE, alarms
+from tasks.report_about import (
+    answers_of_data,
+    learned_from_reward,
+    objective_name,
+    trained,
+    vocabulary_size,
+)
+from tasks.report_alarms import REMOTE_CODE, UNUSUAL, against_promotion, alarms
 from tasks.report_text import markdown, note
 from tasks.report_verdict import verdict
-from tasks.run_recipe import reproducing
+from tasks.run_recipe import recipe_path, reproducing
 from tasks.runs import Started
 from tasks.stage import Context, StageResult, run_task, tracker_of
 from tasks.tracking import Tracker
@@ -62,18 +70,20 @@ def summarise(
     """
     tracker = tracker_of(context)
     manifests = {name: result.manifest for name, result in stages.items()}
-    model = _register(recipe, manifests, tracker)
+    about = trained(recipe, manifests)
+    model = _register(recipe, manifests, tracker, about)
     info = run_info(context, recipe, tracker, started, command)
     evaluation = load_evaluation(manifests["evaluate"])
     gate = [_gate_row(context.workspace, m) for name, m in manifests.items() if name.startswith("validate-")]
-    candidate = f"{model.name} version {model.version}"
-    assessed = assess(recipe, manifests, evaluation, gate, champion, candidate)
+    assessed = assess(recipe, manifests, evaluation)
     report = RunReport(
         run=info,
         stages=[stage_row(name, result) for name, result in stages.items()],
         gate=gate,
-        evaluation=Evaluation.model_validate(_page_part(evaluation)),
-        decision=assessed.decision,
+        evaluation=_evaluation(recipe, manifests, evaluation),
+        trained=about,
+        objective=objective_name(recipe.dpo),
+        recipe_text=recipe_path(context.workspace, context.run_id).read_text(),
         win_rates=assessed.win_rates,
         suites=assessed.suites,
         comparisons=assessed.comparisons,
@@ -87,8 +97,13 @@ def summarise(
         model=model,
         notes=({"description": recipe.description} if recipe.description else {})
         | class_facts(recipe.dpo, _trained_on(manifests))
+        | ({UNUSUAL: "; ".join(recipe.unusual_parameters) + "."} if recipe.unusual_parameters else {})
         | _remote_code(recipe, manifests),
     )
+    concern = against_promotion(alarms(report))
+    candidate = f"{model.name} version {model.version}"
+    decision = judge_candidate(recipe, evaluation, report.comparisons, gate, concern, champion, candidate)
+    report = report.model_copy(update={"decision": decision})
     page = publish(report, run_folder(context.workspace, context.run_id), tracker)
     text, name = markdown(report), report.run.name
     tell(lambda: create_markdown_artifact(key="run-summary", markdown=text, description=name))
@@ -137,7 +152,9 @@ def publish(report: RunReport, folder: Path, tracker: Tracker) -> Path:
     parent.tag("dpo.verdict", verdict(report).headline)
     parent.tag("dpo.alarms", ", ".join(sorted({alarm.name for alarm in alarms(report)})) or "none")
     parent.tag("mlflow.note.content", note(report, "the artifact `page.html` of this run."))
-    if report.model and report.model.version:
+    for label, told in report.trained.lines if report.trained else []:
+        parent.tag(f"dpo.{label.lower().replace(' ', '_')}", told)
+    if report.model and report.model.version and not report.model.known:
         brief = note(report, "the artifact `page.html` of the source run.")
         tracker.describe_version(report.model.name, report.model.version, brief)
     return page
@@ -158,15 +175,24 @@ def headline_metrics(report: RunReport) -> dict[str, float]:
     return metrics
 
 
-def _register(recipe: Recipe, manifests: Mapping[str, Manifest], tracker: Tracker) -> ModelRow:
-    model = manifests["train-dpo"]
+def _register(
+    recipe: Recipe, manifests: Mapping[str, Manifest], tracker: Tracker, about: Trained
+) -> ModelRow:
+    """The trained model in the registry; weights that are there already keep their version and aliases."""
+    model, name = manifests["train-dpo"], recipe.registered_name
+    known = version_with(tracker, name, model.sha256)
+    if known is not None and known.run_id != tracker.run_id:
+        version = str(known.version)
+        return ModelRow(name=name, version=version, uri=model.uri, sha256=model.sha256, known=True)
     tags = {
+        "dpo.objective": about.objective,
+        "dpo.base_model": about.base_model,
+        "dpo.data": about.data,
         "dpo.weights_sha256": str(model.extra.get("weights_sha256")),
         "dpo.artifact_sha256": model.sha256,
         "dpo.dataset_digest": _trained_on(manifests).sha256,
         "dpo.ref_digest": str(manifests["cache-reference"].extra["reference_weights"]),
     }
-    name = recipe.registered_name
     given = {key: value for key, value in tags.items() if value}
     version = register_model(tracker, name, str(model.path), alias=recipe.registry.alias, tags=given)
     return ModelRow(
@@ -218,6 +244,18 @@ def _gate_row(workspace: str, manifest: Manifest) -> GateRow:
         docs_uri=(Path(workspace) / facts["docs_index"]).as_uri(),
         findings=findings,
     )
+
+
+def _evaluation(recipe: Recipe, manifests: Mapping[str, Manifest], evaluation: dict[str, Any]) -> Evaluation:
+    answers = answers_of_data(recipe, manifests)
+    about = {
+        "learned_from": learned_from_reward(recipe, manifests),
+        "max_new_tokens": recipe.evaluate.sampling.max_new_tokens,
+        "chosen_tokens": answers and answers.median,
+        "chosen_ended": answers and answers.complete,
+        "vocabulary": vocabulary_size(manifests["import-model"]),
+    }
+    return Evaluation.model_validate(_page_part(evaluation) | about)
 
 
 def _page_part(evaluation: dict[str, Any]) -> dict[str, Any]:

@@ -119,7 +119,24 @@ class Objective:
             name: float(given.get(name, parameter.default)) for name, parameter in self.parameters.items()
         }
 
+    def unusual(self, values: Mapping[str, float]) -> list[str]:
+        """A sentence for each parameter that is far from its default, most likely another objective's.
 
+        A value that suits one objective is a strange one for the next: DPO's beta is 0.1, SimPO's 2.
+        """
+        found = []
+        for name, value in values.items():
+            default = self.parameters[name].default
+            if not value or not default or 1 / _UNUSUAL_TIMES < value / default < _UNUSUAL_TIMES:
+                continue
+            usual = _OBJECTIVES["dpo"].parameters.get(name)
+            whose = f"; {value:g} is dpo's" if usual and usual.default == value else ""
+            found.append(f"{self.name} with {name} {value:g} (its default: {default:g}{whose})")
+        return found
+
+
+# A tenth of a default, or ten times it, is a usual try.
+_UNUSUAL_TIMES = 11
 _OBJECTIVES: dict[str, Objective] = {}
 
 

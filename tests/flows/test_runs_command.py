@@ -41,10 +41,13 @@ def test_the_newest_are_listed_and_the_rest_is_counted(workspace: Path) -> None:
     assert len(everything) == 30
 
 
-def test_by_status_and_recipe_and_in_json_without_a_limit(workspace: Path) -> None:
-    asked = ("--status", "failed", "--recipe", "nightly", "--newest", "1", "--workspace", str(workspace))
-    told = json.loads(dpo("runs", *asked, "--json").stdout)
+def test_by_status_and_recipe_and_in_json_without_a_limit_of_its_own(workspace: Path) -> None:
+    asked = ("--status", "failed", "--recipe", "nightly", "--workspace", str(workspace), "--json")
+    told = json.loads(dpo("runs", *asked).stdout)
     assert [run["run_id"] for run in told] == ["run-20", "run-10", "run-00"]
+    (newest,) = json.loads(dpo("runs", *asked, "--newest", "1").stdout)
+    assert newest["run_id"] == "run-20"
+    assert len(json.loads(dpo("runs", "--workspace", str(workspace), "--json").stdout)) == 30
     refused = dpo("runs", "--status", "finished", "--workspace", str(workspace))
     assert (refused.returncode, "Name one of running, done" in refused.stderr) == (2, True)
 

@@ -70,7 +70,7 @@ def test_page_names_what_the_intervals_rest_on(page: str, report: FrontierReport
     for word in (
         "48 held-out prompts, 16 samples of each policy for each; 3 seeds (0, 1, 2)",
         "400 resamples of prompts and of the seeds of a setting",
-        "vader_compound, the task&#39;s true objective",
+        "vader_compound, known; arms that learned from it may have gained for it alone",
         RUN.run.hardware,
         "sample_pairs 300 TFLOP",
         "No correction for the number of claims",

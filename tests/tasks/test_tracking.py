@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from dpo_core.errors import RecipeError, StageFailed
-from tasks.registry import register_model
+from tasks.registry import register_model, version_with
 from tasks.tracking import Tracker, TrackingConfig, resolve_uri
 from tasks.tracking_run import flatten
 from tests.tasks.tracked import RECIPE, children, client, free_port, lines, points
@@ -329,6 +329,19 @@ def test_register_model_by_reference(tracker: Tracker, tmp_path: Path) -> None:
     assert int(second) == int(version) + 1
     assert client(tracker).get_model_version_by_alias("tiny.policy", "champion").version == int(second)
     assert not list(weights.iterdir())
+
+
+def test_weights_that_are_registered_are_known_by_their_digest(tracker: Tracker, tmp_path: Path) -> None:
+    name, digest = "tiny.known", "d" * 64
+    assert version_with(tracker, name, digest) is None
+    for folder in ("first", "second", "gone"):
+        (tmp_path / folder).mkdir()
+        sha256 = digest if folder != "second" else "e" * 64
+        register_model(tracker, name, str(tmp_path / folder), tags={"dpo.artifact_sha256": sha256})
+    assert version_with(tracker, name, digest).version == 3
+    (tmp_path / "gone").rmdir()
+    assert version_with(tracker, name, digest).version == 1, "of the version whose files are there"
+    assert version_with(tracker, name, "f" * 64) is None
 
 
 def test_uri_is_absolute_whatever_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,10 +3,11 @@
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from dpo_core.errors import RecipeError
 from dpo_core.evaluation.comparison import Comparison, compare
-from dpo_core.evaluation.decision import Decision, PromotionConfig, decide
+from dpo_core.evaluation.decision import Decision, PromotionConfig, decide, nothing_new
 from dpo_core.stats import Estimate
 from tests.dpo_core.evaluation.made import HARM, LENGTH, items_of, result_of
 
@@ -77,9 +78,36 @@ def test_the_distance_from_the_reference_is_limited_with_its_interval() -> None:
         "max_kl": "KL to the reference 3.2 [2.9, 3.6] nats on 59 prompts: not surely at most 3.5"
     }
     assert set(failures(judged(kl=None))) == {"max_kl"}
-    free = judged(PromotionConfig(), kl=None)
+    free = judged(PromotionConfig(max_kl=None), kl=None)
     assert free.promote
     assert "max_kl" not in {reason.rule for reason in free.reasons}
+
+
+def test_a_model_that_ran_away_is_refused_by_default() -> None:
+    far = Estimate(value=50.2, low=46.0, high=54.1, n=32)
+    assert failures(judged(PromotionConfig(), kl=far)) == {
+        "max_kl": "KL to the reference 50.2 [46, 54.1] nats on 32 prompts: not surely at most 10"
+    }
+    assert judged(PromotionConfig(max_kl=60), kl=far).promote
+
+
+def test_alarms_that_make_the_gain_worthless_refuse_and_the_others_do_not() -> None:
+    raised = {"Noise": "SFT writes noise.", "Length drift": "DPO writes 9 tokens."}
+    assert failures(judged(alarms=raised)) == {"alarms": "Noise: SFT writes noise."}
+    assert judged(alarms={"Length drift": "DPO writes 9 tokens."}).promote
+    assert judged(alarms={}).promote
+    strict = PromotionConfig(alarms=("Length drift", "Noise"))
+    assert failures(judged(strict, alarms=raised)) == {
+        "alarms": "Length drift: DPO writes 9 tokens. Noise: SFT writes noise."
+    }
+    assert judged(PromotionConfig(alarms=()), alarms=raised).promote
+    with pytest.raises(ValidationError, match="Noise"):
+        PromotionConfig.model_validate({"alarms": ["noise"]})
+
+
+def test_the_champions_own_weights_are_nothing_new() -> None:
+    decision = nothing_new("m version 1", "m version 1")
+    assert failures(decision) == {"new_weights": "the weights are those of the champion"}
 
 
 def test_a_critical_fault_of_the_data_refuses() -> None:

@@ -1,0 +1,156 @@
+"""What a run trained, in words: base model, data, objective, steps and reward, from recipe and manifests."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from dpo_core.dpo import DpoConfig
+from dpo_core.models import load_tokenizer
+from dpo_core.tokens import Tokenise
+from tasks.manifest import Manifest
+from tasks.recipe import Recipe
+from tasks.report import Trained
+from tasks.run_warnings import Answers, measure_answers
+from tasks.unpaired import kind_of
+
+
+def trained(recipe: Recipe, manifests: Mapping[str, Manifest]) -> Trained:
+    """What the run trained."""
+    rows = _rows(manifests)
+    frame = pd.read_parquet(rows.path / "data.parquet", columns=["split", "prompt"])
+    used = int((frame["split"] == "train").sum())
+    used = min(used, recipe.dpo.limit or used)
+    held_out = manifests.get("validate-prompts") or rows
+    unit = "pairs" if kind_of(rows) == "pairs" else "rows"
+    return Trained(
+        base_model=_model(recipe, manifests),
+        data=f"{_source(recipe)}; {used:,} {unit} trained on, {(frame['split'] == 'eval').sum():,} held out"
+        f"{_sampled(recipe, manifests)}; {_count(held_out):,} held-out prompts",
+        rows_trained=used,
+        reference=_reference(recipe),
+        objective=objective_words(recipe.dpo)
+        + (f"; guided by a model trained with {objective_words(recipe.guide)}" if recipe.guide else ""),
+        training=_training(recipe.dpo, manifests["train-dpo"]) + f", seed {recipe.seed}",
+        reward=_reward(recipe),
+        baselines="; ".join(
+            f"{name}, {config.iterations} rounds of {config.episodes} episodes, "
+            f"learning rate {config.optim.learning_rate:g}"
+            for _, name, config in recipe.online_methods()
+        ),
+    )
+
+
+def objective_words(config: DpoConfig) -> str:
+    """`simpo, beta 2, gamma_beta_ratio 0.5`; the terms of a sum with their weights."""
+    terms = [
+        ", ".join([term.name, *(f"{name} {value:g}" for name, value in term.parameters.items())])
+        for term in config.terms
+    ]
+    if len(terms) > 1:
+        terms = [f"{term.weight:g} × ({words})" for term, words in zip(config.terms, terms, strict=True)]
+    extras = [] if config.weighting == "none" else [f"weighting {config.weighting}"]
+    if sync := config.reference_sync:
+        extras.append(f"reference moved by {sync.mix:g} every {sync.every} steps")
+    return "; ".join([" + ".join(terms), *extras])
+
+
+def objective_name(config: DpoConfig) -> str:
+    """`simpo`, or `dpo + sft` for a sum."""
+    return " + ".join(term.name for term in config.terms)
+
+
+def answers_of_data(recipe: Recipe, manifests: Mapping[str, Manifest]) -> Answers | None:
+    """The chosen or desirable answers that the policy was trained on."""
+    frame = pd.read_parquet(_rows(manifests).path / "data.parquet")
+    tokenizer = load_tokenizer(manifests["import-model"].path)
+    return measure_answers(frame, Tokenise(tokenizer, recipe.tokens))
+
+
+def _rows(manifests: Mapping[str, Manifest]) -> Manifest:
+    """The pairs or unpaired rows that passed the gate."""
+    return manifests.get("validate-pairs") or manifests["validate-unpaired"]
+
+
+def vocabulary_size(model: Manifest) -> int | None:
+    """Next tokens that the model chooses from; None where its configuration does not say."""
+    facts: dict[str, Any] = json.loads((model.path / "config.json").read_text())
+    size = facts.get("vocab_size") or facts.get("text_config", {}).get("vocab_size")
+    return int(size) if size else None
+
+
+def learned_from_reward(recipe: Recipe, manifests: Mapping[str, Manifest]) -> list[str] | None:
+    """The policies that learned from the reward that measures them; None where that is a reward model."""
+    if recipe.reward.source is None:
+        return None
+    labelled = ["DPO"] if "sample-pairs" in manifests else []
+    online = [] if recipe.reward.optimise == "model" else [name for _, name, _ in recipe.online_methods()]
+    return labelled + online
+
+
+def _model(recipe: Recipe, manifests: Mapping[str, Manifest]) -> str:
+    made = manifests["import-model"]
+    parts = [recipe.model.name + (f" at {recipe.model.revision}" if recipe.model.revision else "")]
+    if recipe.model.scratch:
+        parts[0] = f"a new model with random weights, architecture and tokenizer of {parts[0]}"
+    if made.parameters:
+        parts.append(f"{made.parameters:,} parameters")
+    return ", ".join(parts)
+
+
+def _source(recipe: Recipe) -> str:
+    if recipe.data.openings:
+        return f"{recipe.data.openings:,} self-made review openings"
+    return ", ".join(_paths(recipe.data.model_dump(mode="json")))
+
+
+def _paths(settings: Any) -> list[str]:
+    """Every file or data set that is named, at whatever depth."""
+    if isinstance(settings, list):
+        return [path for inner in settings for path in _paths(inner)]
+    if not isinstance(settings, dict):
+        return []
+    own = [settings["path"]] if settings.get("path") else []
+    return own + [path for inner in settings.values() for path in _paths(inner)]
+
+
+def _sampled(recipe: Recipe, manifests: Mapping[str, Manifest]) -> str:
+    if "sample-pairs" not in manifests:
+        return ""
+    return f", sampled from the reference and labelled by {recipe.reward.source}"
+
+
+def _count(rows: Manifest) -> int:
+    return int(str(rows.extra.get("held_out_prompts", 0)))
+
+
+def _reference(recipe: Recipe) -> str:
+    if not recipe.sft.enabled:
+        return "the base model"
+    sft = recipe.sft
+    shown = "the chosen answers"
+    if sft.made_demonstrations is not None:
+        shown = f"{sft.made_demonstrations:,} self-made demonstrations"
+    elif sft.demonstrations is not None:
+        shown = sft.demonstrations
+    return f"the base model after SFT on {shown}, learning rate {sft.optim.learning_rate:g}"
+
+
+def _training(config: DpoConfig, made: Manifest) -> str:
+    steps = made.extra.get("steps")
+    parts = [
+        *([f"{steps:,} steps"] if isinstance(steps, int) else []),
+        f"batches of {config.batch_size:,}",
+        f"learning rate {config.optim.learning_rate:g}",
+        "low-rank additions (LoRA)" if config.lora else "every weight",
+    ]
+    return ", ".join(parts)
+
+
+def _reward(recipe: Recipe) -> str:
+    if recipe.reward.source is None:
+        return "a reward model, trained on the same pairs"
+    if recipe.reward.optimise == "model":
+        return f"{recipe.reward.source}; PPO and its kin learn from a reward model trained on the pairs"
+    return recipe.reward.source

@@ -1,0 +1,68 @@
+"""What the data and the recipe tell before the training of how its result will be judged."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from tasks.recipe import Recipe
+from tasks.report_alarms import COMPLETE_SHARE, CUT_SHARE, cut_message
+
+_MEASURED = 500  # answers that are tokenised
+
+
+class Answers(NamedTuple):
+    """The chosen, or desirable, answers of the data."""
+
+    tokens: list[int]
+    """Lengths of some of them, the end of the turn included."""
+    complete: float
+    """Share that ends; an answer that was sampled up to a limit does not."""
+
+    @property
+    def median(self) -> float:
+        """Of their lengths."""
+        return float(np.median(self.tokens))
+
+
+def measure_answers(frame: pd.DataFrame, tokenise: Any) -> Answers | None:
+    """The answers of pairs or unpaired rows; None of prompts.
+
+    Args:
+        tokenise: a `dpo_core.tokens.Tokenise`.
+    """
+    text, ended = ("chosen", "chosen_ended") if "chosen" in frame else ("completion", "ended")
+    if text not in frame:
+        return None
+    rows = frame[frame["label"].astype(bool)] if "label" in frame else frame
+    if rows.empty:
+        return None
+    some = rows if len(rows) <= _MEASURED else rows.sample(_MEASURED, random_state=0)
+    tokens = [len(tokenise.completion(t, e)) for t, e in zip(some[text], some[ended], strict=True)]
+    return Answers(tokens, float(some[ended].mean()))
+
+
+def answers_cut(recipe: Recipe, answers: Answers | None) -> str:
+    """A warning where answers as long as the data's would be cut; empty where they would not."""
+    limit = recipe.evaluate.sampling.max_new_tokens
+    if answers is None or answers.complete < COMPLETE_SHARE:
+        return ""
+    cut = float(np.mean([tokens > limit for tokens in answers.tokens]))
+    return f"expected: {cut_message(cut, limit, answers.median)}" if cut >= CUT_SHARE else ""
+
+
+def too_few_prompts(recipe: Recipe, held_out: int) -> str:
+    """A warning where so few prompts are held out that the model cannot be promoted; empty where it can."""
+    wanted, most = recipe.promotion.min_prompts, recipe.evaluate.prompts
+    if recipe.frontier is not None or min(held_out, most) >= wanted:
+        return ""
+    if most < wanted <= held_out:
+        remedy = "raise evaluate.prompts"
+    elif most < wanted:
+        remedy = "give more data or raise data.eval_fraction, and raise evaluate.prompts"
+    else:
+        remedy = "give more data, or raise data.eval_fraction"
+    return (
+        f"{min(held_out, most):,} held-out prompts will be compared, fewer than promotion.min_prompts "
+        f"{wanted:,}: the model will not be promoted. To change that, {remedy}."
+    )
