@@ -57,6 +57,8 @@ class GateReport(Config):
     """With rows dropped: the findings before they were."""
     docs_index: str
     """Path of the Data Docs' index.html."""
+    remarks: list[str] = Field(default_factory=list)
+    """How the data were read, where the reader says it (`dpo validate`)."""
     profile: Profile
     """Scripts and languages of the rows that go on: the baseline for a later run."""
 

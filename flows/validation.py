@@ -13,7 +13,7 @@ from typing import Any
 from dpo_core.config import Config
 from dpo_core.data.config import DataConfig
 from dpo_core.data.records import load
-from dpo_core.data.split import split_by_prompt
+from dpo_core.data.split import by_source, split_table
 from dpo_core.errors import RecipeError
 from expectations.config import GateConfig
 from expectations.drift import load_baseline
@@ -32,7 +32,7 @@ class _Asked(Config):
 
 
 def judge_file(data: str, overrides: Sequence[str]) -> tuple[GateReport, str]:
-    """The gate's report on a data set, and the sentence that says how its format was recognised.
+    """The gate's report on a data set, and the lines that say how it was read.
 
     Args:
         overrides: `data.x=value` and `gate.x.y=value`, as in a recipe.
@@ -45,7 +45,7 @@ def judge_file(data: str, overrides: Sequence[str]) -> tuple[GateReport, str]:
     asked = overridden(_Asked, given, overrides, f"{data} cannot be judged", "Mend the override")
     config, gate = asked.data, asked.gate
     loaded = load(config)
-    frame = split_by_prompt(loaded.frame, config.eval_fraction, config.seed)
+    frame = split_table(loaded, config)
     baseline = load_baseline(gate.baseline) if gate.baseline else None
     # One folder a data set, so that asking again replaces the last answer.
     name = hashlib.sha256(os.path.abspath(data).encode()).hexdigest()[:12]
@@ -58,7 +58,12 @@ def judge_file(data: str, overrides: Sequence[str]) -> tuple[GateReport, str]:
         docs_dir=docs,
         baseline=baseline,
     )
-    return report, f"{loaded.format} ({loaded.recognised_by}); {_counted(loaded.notes)}"
+    said = [f"{loaded.format} ({loaded.recognised_by}); {_counted(loaded.notes)}", *loaded.remarks]
+    if config.eval_path is not None:
+        said.append(f"held out: {int((frame['split'] == 'eval').sum())} rows of {config.eval_path}")
+    for name, count in by_source(frame).items():
+        said.append(f"{name}: {count['train']} rows to train on, {count['eval']} held out")
+    return report.model_copy(update={"remarks": said}), "\n  ".join(said)
 
 
 def _own_folder(folder: Path) -> Path:

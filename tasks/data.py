@@ -11,8 +11,8 @@ import pandas as pd
 from dpo_core.data.beyond_text import beyond_text
 from dpo_core.data.config import DataConfig
 from dpo_core.data.read import check_source
-from dpo_core.data.records import Loaded, load, load_eval, to_frame
-from dpo_core.data.split import split_by_prompt, with_eval_frame
+from dpo_core.data.records import load, to_frame
+from dpo_core.data.split import by_source, split_table
 from dpo_core.errors import DataError, GateRefused, ModelError, StageFailed
 from dpo_core.pairs import PairSamplingConfig, Scored, pair_up
 from dpo_core.rewards import reward_identity
@@ -51,7 +51,7 @@ def load_data(context: Context, config: DataConfig) -> StageResult:
 
     def work(given: Work) -> Output:
         loaded = load(config)
-        frame = split(loaded, config)
+        frame = split_table(loaded, config)
         given.mlflow.tag("dpo.data_format", f"{loaded.format}: {loaded.recognised_by}")
         out = given.fresh("out")
         frame.to_parquet(out / "data.parquet", index=False)
@@ -69,27 +69,6 @@ def load_data(context: Context, config: DataConfig) -> StageResult:
     # The digests stand in the config, so that an edited file misses the cache under the same name.
     slice_ = {"data": config.model_dump(mode="json"), "files": source_digests(config)}
     return run_stage(context, LOAD, {}, slice_, work, ahead=lambda: {"kind": load(config).kind})
-
-
-def by_source(frame: pd.DataFrame) -> dict[str, Any]:
-    """Rows for training and evaluation of each set of a mixture; empty for one set."""
-    named = frame[(frame["source"] != "") & (frame["fault"] == "")]
-    counts: dict[str, dict[str, int]] = {}
-    for source, split in zip(named["source"], named["split"], strict=True):
-        counts.setdefault(str(source), {"train": 0, "eval": 0})[str(split)] += 1
-    return dict(counts)
-
-
-def split(loaded: Loaded, config: DataConfig) -> pd.DataFrame:
-    """The table with its column `split`, as every later stage reads it."""
-    held_out = load_eval(config)
-    if held_out is None:
-        return split_by_prompt(loaded.frame, config.eval_fraction, config.seed)
-    if held_out.kind != loaded.kind:
-        raise DataError(
-            f"data.path holds {loaded.kind} and data.eval_path holds {held_out.kind}", "Give both as one kind"
-        )
-    return with_eval_frame(loaded.frame, held_out.frame)[0]
 
 
 @stage_task("validate", "validate-{subject}")

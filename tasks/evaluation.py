@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -58,6 +59,11 @@ def evaluate(
                 number = value["value"] if isinstance(value, dict) else value
                 if isinstance(number, int | float):
                     metrics[f"{name}/{row['name'].lower()}"] = float(number)
+        for name, by_source in results["accuracy_by_source"].items():
+            for source, accuracy in by_source.items():
+                # MLflow takes no other signs; of a long path the end tells most.
+                label = re.sub(r"[^\w. -]", "_", source)[-60:]
+                metrics[f"accuracy/{name.lower()}/{label}"] = accuracy["value"]
         return Output(out, rows=results["n_prompts"], extra={"flops": flops}, metrics=metrics)
 
     inputs = {f"policy-{name}": manifest for name, manifest in policies.items()}
@@ -96,6 +102,7 @@ def _evaluate(
     tokenise = Tokenise(tokenizer, tokens)
     asked = held_out_prompts(prompts, tokenise, config, tokens)
     held_out = _held_out_pairs(pairs, tokenise, config.pairs, seed)
+    sources = _sources(pairs)
     source = str(reward_model.path) if reward_model else str(reward)
     score = scorer(source, tokenizer, config.precision)
     reference = load_model(reference_path)
@@ -115,6 +122,7 @@ def _evaluate(
                 reference,
                 asked,
                 (held_out, sides, known),
+                sources,
                 config,
                 score,
                 tokenizer.eos_token_id,
@@ -141,6 +149,11 @@ def _evaluate(
         "n_prompts": len(asked),
         "samples_per_prompt": config.samples_per_prompt,
         "held_out_pairs": len(held_out),
+        "accuracy_by_source": {
+            name: facts["accuracy_by_source"]
+            for name, facts in measured.items()
+            if facts["accuracy_by_source"]
+        },
         "policies": rows,
         "samples": _side_by_side(samples, asked, config.shown),
         "gain_over_champion": _over_champion(samples, seed),
@@ -228,11 +241,23 @@ def _held_out_pairs(pairs: Manifest, tokenise: Any, most: int, seed: int) -> lis
     return tokenise.pairs(frame.to_dict("records"))[0]
 
 
+def _sources(pairs: Manifest) -> dict[str, str]:
+    """The set of a mixture that each held-out pair is of, by its id; empty for a single set."""
+    import pandas as pd
+
+    frame = pd.read_parquet(pairs.path / "data.parquet")
+    if "source" not in frame:
+        return {}
+    frame = frame[(frame["split"] == "eval") & (frame["source"] != "")]
+    return dict(zip(frame["id"], frame["source"], strict=True))
+
+
 def _measure(
     policy: Any,
     reference: Any,
     asked: Sequence[tuple[tuple[int, ...], str]],
     held_out: tuple[Sequence[Any], Sequence[Any], Sequence[Any]],
+    sources: dict[str, str],
     config: EvaluateConfig,
     score: Any,
     eos_id: int,
@@ -243,6 +268,7 @@ def _measure(
 
     Args:
         held_out: the pairs, their sequences (chosen and rejected in turn) and these under the reference.
+        sources: which set of a mixture a pair is of, by the pair's id.
     """
     from dpo_core import cost
     from dpo_core.evaluate import (
@@ -264,13 +290,32 @@ def _measure(
     lengths = [(len(s.prompt), len(s.completion)) for s in drawn.sequences]
     flops = cost.sampling(cost.Shape.of_module(policy), lengths)
     flops += read_flops(policy, drawn.sequences, config.token_budget) * (1 if same else 2)
-    accuracy = None
+    accuracy, by_source = None, {}
     pairs, sides, known = held_out
     if pairs and not same:
         flops += read_flops(policy, sides, config.token_budget)
         ours = sequence_logps(policy, sides, *settings)
         accuracy = preference_accuracy(pairs, ours, known).model_dump()
-    return {**asdict(drawn), "accuracy": accuracy, "flops": flops}
+        by_source = _accuracy_by_source(pairs, ours, known, sources)
+    return {**asdict(drawn), "accuracy": accuracy, "accuracy_by_source": by_source, "flops": flops}
+
+
+def _accuracy_by_source(
+    pairs: Sequence[Any], ours: Sequence[Any], theirs: Sequence[Any], sources: dict[str, str]
+) -> dict[str, Any]:
+    """The preference accuracy on the held-out pairs of each set of a mixture."""
+    from dpo_core.evaluate import preference_accuracy
+
+    places: dict[str, list[int]] = {}
+    for at, pair in enumerate(pairs):
+        if source := sources.get(pair.id):
+            places.setdefault(source, []).append(at)
+    found = {}
+    for source, listed in places.items():
+        sides = [side for at in listed for side in (2 * at, 2 * at + 1)]
+        some = [pairs[at] for at in listed], [ours[i] for i in sides], [theirs[i] for i in sides]
+        found[source] = preference_accuracy(*some).model_dump()
+    return found
 
 
 def _scoring_flops(reference: Any, facts: dict[str, Any]) -> float:
@@ -285,7 +330,7 @@ def _samples(facts: dict[str, Any]) -> Any:
     from dpo_core.evaluate import PolicySamples
     from dpo_core.tokens import Sequence as Ids
 
-    fields = {k: v for k, v in facts.items() if k not in ("accuracy", "flops")}
+    fields = {k: v for k, v in facts.items() if k not in ("accuracy", "accuracy_by_source", "flops")}
     fields["sequences"] = [Ids(tuple(s["prompt"]), tuple(s["completion"])) for s in facts["sequences"]]
     return PolicySamples(**fields)
 

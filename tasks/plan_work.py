@@ -14,6 +14,7 @@ import pandas as pd
 from dpo_core import cost
 from dpo_core.batches import PackedBatches, PaddedBatches
 from dpo_core.data.records import load
+from dpo_core.data.split import split_table
 from dpo_core.dpo import DpoConfig
 from dpo_core.engine import EngineConfig
 from dpo_core.head import keeps_logits
@@ -24,7 +25,6 @@ from dpo_core.online.ppo import PpoConfig
 from dpo_core.online.preferences import OnlineDpoConfig
 from dpo_core.tokens import Tokenise
 from dpo_core.training import LoopConfig, PackedLoopConfig
-from tasks.data import split
 from tasks.frontier_arms import Settings
 from tasks.recipe import Recipe
 from tasks.stage import StageResult
@@ -125,7 +125,7 @@ class Workload:
                 frame = pd.read_parquet(found.manifest.path / "data.parquet")
                 break
         else:
-            frame = split(load(self.recipe.data), self.recipe.data)
+            frame = split_table(load(self.recipe.data), self.recipe.data)
         return frame[frame["fault"] == ""]
 
     def _pairs(self, side: str) -> Examples:

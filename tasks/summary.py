@@ -18,6 +18,7 @@ from dpo_core.secrecy import hidden
 from tasks.assessment import assess, judge_candidate
 from tasks.champion import Champion
 from tasks.courtesy import tell
+from tasks.data_notes import data_notes
 from tasks.evaluation import load_evaluation
 from tasks.manifest import Manifest
 from tasks.page import render
@@ -98,6 +99,7 @@ def summarise(
         notes=({"description": recipe.description} if recipe.description else {})
         | class_facts(recipe.dpo, _trained_on(manifests))
         | ({UNUSUAL: "; ".join(recipe.unusual_parameters) + "."} if recipe.unusual_parameters else {})
+        | data_notes(manifests, evaluation)
         | _remote_code(recipe, manifests),
     )
     concern = against_promotion(alarms(report))

@@ -86,6 +86,8 @@ class Converter:
 
     def convert(self, rows: Sequence[Row], first: int) -> tuple[list[Record], list[int]]:
         """The records of a chunk with the numbers of their rows; `first` is that of the chunk's first row."""
+        if not self._begun:
+            self._require_columns(rows)
         rows = [self._renamed(row) for row in rows]
         if not self._begun:
             self._begin(rows)
@@ -118,7 +120,6 @@ class Converter:
     def _begin(self, rows: Sequence[Row]) -> None:
         self._begun = True
         sample = [row for row in rows[:SAMPLE_ROWS] if not unreadable(row)]
-        self._require_columns(rows)
         self._as_source = columns_of_source(sample)
         if self.name is None:
             try:
@@ -150,13 +151,13 @@ class Converter:
         return renamed | {name: _at(row, column) for name, column in columns.items()}
 
     def _require_columns(self, rows: Sequence[Row]) -> None:
+        """Refuse a name that is no column's, before every row is said to lack it."""
         for name, column in (self.source.columns or {}).items():
-            if all(row.get(name) is None for row in rows):
-                seen = {str(key) for row in rows[:SAMPLE_ROWS] for key in row}
-                there = sorted(seen.difference(self.source.columns or ()))
+            if all(_at(row, column) is None for row in rows):
+                seen = sorted({str(key) for row in rows[:SAMPLE_ROWS] for key in row})
                 raise DataError(
                     f"data.columns: no row of {self.source.path} has a column {column} (for {name})",
-                    f"The columns are {', '.join(there)}",
+                    f"The columns are {', '.join(seen)}",
                 )
 
     def _parsed(self, row: Row) -> tuple[Row, list[str]]:

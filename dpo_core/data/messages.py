@@ -97,10 +97,8 @@ def _role(row: Row, message: Row, name: str) -> str:
     written = message.get("from") if message.get("role") is None else message.get("role")
     role = ROLES.get(written.strip().lower()) if isinstance(written, str) else None
     if role is None:
-        shown = f"{str(written)[:30]!r}, which" if written is not None else "missing: it"
-        raise Fault(
-            f"{name} holds a message whose role is not one of {', '.join(ROLES)} ({shown} is unknown)"
-        )
+        known = "system, user, assistant or tool, nor one of their usual other names"
+        raise Fault(f"{name} holds a message whose role is not one of {known}: {str(written)[:30]!r}")
     if role != written:
         remark(row, f"the role {written} is read as {role}")
     return role
@@ -165,9 +163,9 @@ def read_tools(row: Row) -> str:
     """
     name = "tools" if not is_empty(row.get("tools")) else "functions"
     value = row.get(name)
-    if isinstance(value, str) and value.strip():
+    if isinstance(value, str):
         parsed = parse_source(value)
-        if parsed is None:
+        if parsed is None and value.strip():
             raise Fault(f"{name} is text that is no JSON")
         value = parsed
     if is_empty(value):

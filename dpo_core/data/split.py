@@ -3,11 +3,16 @@
 import hashlib
 import json
 import unicodedata
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
+from dpo_core.data.config import DataConfig
 from dpo_core.errors import DataError
+
+if TYPE_CHECKING:
+    from dpo_core.data.records import Loaded
 
 
 def prompt_key(prompt: str, chat: bool = False) -> str:
@@ -17,6 +22,37 @@ def prompt_key(prompt: str, chat: bool = False) -> str:
     """
     text = "\n".join(turn["content"] for turn in json.loads(prompt)) if chat else prompt
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def split_table(loaded: "Loaded", config: DataConfig) -> pd.DataFrame:
+    """The table with its column `split`, as every later stage reads it.
+
+    Raises:
+        DataError: there is nothing to split, or `data.eval_path` cannot be read or holds another kind.
+    """
+    from dpo_core.data.records import load_eval
+
+    held_out = load_eval(config)
+    if held_out is None:
+        return split_by_prompt(loaded.frame, config.eval_fraction, config.seed)
+    if held_out.kind != loaded.kind:
+        raise DataError(
+            f"data.path holds {loaded.kind} and data.eval_path holds {held_out.kind}", "Give both as one kind"
+        )
+    loaded.remarks.extend(f"{config.eval_path}: {said}" for said in held_out.remarks)
+    frame = held_out.frame
+    if config.mixture is not None:
+        frame = frame.assign(source=pd.array([config.eval_path] * len(frame), dtype=frame["source"].dtype))
+    return with_eval_frame(loaded.frame, frame)[0]
+
+
+def by_source(frame: pd.DataFrame) -> dict[str, dict[str, int]]:
+    """Usable rows for training and evaluation of each set of a mixture; empty for a single set."""
+    named = frame[(frame["source"] != "") & (frame["fault"] == "")]
+    counts: dict[str, dict[str, int]] = {}
+    for source, split in zip(named["source"], named["split"], strict=True):
+        counts.setdefault(str(source), {"train": 0, "eval": 0})[str(split)] += 1
+    return counts
 
 
 def split_by_prompt(frame: pd.DataFrame, eval_fraction: float, seed: int) -> pd.DataFrame:

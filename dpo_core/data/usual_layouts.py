@@ -26,6 +26,7 @@ from dpo_core.data.messages import (
     write_answers,
 )
 
+ROLE_COLUMNS = {"role", "from", "speaker"}
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
@@ -247,13 +248,15 @@ def is_kto(row: Row) -> bool:
 # Beside a prompt, columns so named hold answers, or what was found of them.
 _ANSWERS = (
     "answer", "chosen", "rejected", "completion", "messages", "conversation", "response", "label_confidence",
-    "output", "generation", "candidate", "summaries", "replies", "parent_id", "rank", "winner", "score",
+    "output", "generation", "candidate", "summaries", "replies", "rank", "winner", "score",
 )  # fmt: skip
 
 
 def is_prompts(row: Row) -> bool:
     """A prompt or text, and nothing that holds an answer or what was found of one."""
     answered = any(not is_empty(row[key]) and str(key).lower().startswith(_ANSWERS) for key in row)
-    if answered or (isinstance(row.get("prompt"), dict) and "replies" in row["prompt"]):
+    tree = isinstance(row.get("prompt"), dict) and "replies" in row["prompt"]
+    # A message of a tree or of a log: its speaker may be the assistant.
+    if answered or tree or "parent_id" in row or ROLE_COLUMNS & row.keys():
         return False
     return isinstance(row.get("prompt"), str | list) or isinstance(row.get("text"), str)
