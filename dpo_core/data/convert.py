@@ -112,7 +112,7 @@ class Converter:
         assemble = ADAPTERS[self.format].assemble
         if assemble is None:
             return [], []
-        made = [pair for ranked in assemble(self._parts) for pair in self._pairs(ranked)]
+        made = [pair for ranked in assemble(self._parts, self._remarks) for pair in self._pairs(ranked)]
         for record, _ in made:
             self._kinds[record.chat] += 1
         return [record for record, _ in made], [number for _, number in made]
@@ -243,7 +243,7 @@ class Converter:
     def nothing(self) -> DataError:
         """The error of a source of which no record came."""
         count = self.notes["rows_read"]
-        if self.notes.get("single_answers"):
+        if self.assembled or self.notes.get("single_answers"):
             return DataError(
                 f"the {count} rows of {self.source.path} were read as {self.format}, and none of its prompts "
                 "has two answers with different scores or ranks",

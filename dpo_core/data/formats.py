@@ -1,6 +1,7 @@
 """The table of formats, and how the format of rows is recognised."""
 
 import difflib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from dpo_core.data.fields import Fault, Kind, Ranked, Row, has, type_of
 from dpo_core.errors import DataError
 
 SAMPLE_ROWS = 100
-Assemble = Callable[[list[tuple[int, Any]]], Iterable[Ranked]]
+Assemble = Callable[[list[tuple[int, Any]], Counter[str]], Iterable[Ranked]]
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Answers with scores or ranks: lists in one row, one answer a row, conversation trees; and their pairs."""
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -145,7 +146,7 @@ def scored(row: Row) -> Scored:
     return Scored(prompt, chat, tools, text(row, answer), -score if key == "rank" else score, key == "rank")
 
 
-def by_prompt(parts: list[tuple[int, Scored]]) -> Iterable[Ranked]:
+def by_prompt(parts: list[tuple[int, Scored]], remarks: Counter[str]) -> Iterable[Ranked]:
     """One ranked list for each prompt, in the order in which the prompts appear."""
     lists: dict[tuple[str, bool, str], Ranked] = {}
     for row, part in parts:
@@ -194,7 +195,7 @@ def oasst(row: Row) -> list[Node]:
     return nodes
 
 
-def by_tree(parts: list[tuple[int, list[Node]]]) -> Iterable[Ranked]:
+def by_tree(parts: list[tuple[int, list[Node]]], remarks: Counter[str]) -> Iterable[Ranked]:
     """The ranked replies of the assistant to each message, with the conversation that led there."""
     nodes = {node.id: node for _, listed in parts for node in listed}
     lists: dict[str, Ranked] = {}
@@ -204,6 +205,7 @@ def by_tree(parts: list[tuple[int, list[Node]]]) -> Iterable[Ranked]:
                 continue
             turns = _path(nodes, node.parent)
             if turns is None:
+                remarks["ranked replies whose earlier messages are not in the data were left out"] += 1
                 continue
             empty = Ranked(chat_prompt(turns), True, "", [], scored=False)
             lists.setdefault(node.parent, empty).answers.append((node.content, -node.rank, row))
