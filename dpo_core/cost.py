@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from dpo_core.layout import Document
 from dpo_core.quiet import quiet_transformers
+from dpo_core.remote_code import build
 
 # Backward of attention: four products of the size of forward's two, with the scores kept from forward.
 _ATTENTION_BACKWARD = 2
@@ -46,11 +47,8 @@ class Shape:
         """Read off a causal language model that is built without memory, so that any architecture counts."""
         import torch
 
-        with quiet_transformers():
-            from transformers import AutoModelForCausalLM
-
-            with torch.device("meta"):
-                return cls.of_module(AutoModelForCausalLM.from_config(config))
+        with quiet_transformers(), torch.device("meta"):
+            return cls.of_module(build(config))
 
     @classmethod
     def of_module(cls, module: Any) -> "Shape":

@@ -16,12 +16,20 @@ from dpo_core.attention import trunk_of
 from dpo_core.dpo import DpoTrainer
 from dpo_core.engine import put_state
 from dpo_core.errors import StageFailed
-from dpo_core.models import check_context, disable_dropout, load_model, load_tokenizer, save_checkpoint
+from dpo_core.models import (
+    check_context,
+    config_in,
+    disable_dropout,
+    load_model,
+    load_tokenizer,
+    save_checkpoint,
+)
 from dpo_core.online.group import GroupTrainer
 from dpo_core.online.ppo import PpoTrainer, make_critic
 from dpo_core.online.preferences import OnlineDpoTrainer
 from dpo_core.online.sampler import Scorer, Surroundings
 from dpo_core.reference import LogpShard
+from dpo_core.remote_code import trust_digests
 from dpo_core.rewards import load_reward
 from dpo_core.sft import Demonstration, SftTrainer
 from dpo_core.tokens import Sequence, Tokenise
@@ -34,6 +42,7 @@ Export = Callable[[dict[str, Tensor]], None]
 
 def build(job: Job) -> tuple[Any, Export]:
     """The trainer of a job and the function that writes what it trained."""
+    trust_digests(job.trusted_code)
     builders = {"sft": _sft, "dpo": _dpo, "reward": _reward, "ppo": _ppo, "grpo": _grpo, "online": _online}
     return builders[job.kind](job)
 
@@ -44,8 +53,8 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _start(job: Job) -> tuple[Any, Any, Tokenise]:
-    tokenizer = load_tokenizer(Path(job.model), job.trust_remote_code)
-    model = load_model(Path(job.model), trust_remote_code=job.trust_remote_code)
+    tokenizer = load_tokenizer(Path(job.model))
+    model = load_model(Path(job.model))
     check_context(model.config, job.tokens.max_length)
     disable_dropout(model)
     lora = getattr(job.settings, "lora", None)
@@ -88,7 +97,7 @@ def _dpo(job: Job) -> tuple[Any, Export]:
         pairs,
         job.settings,
         reference=LogpShard.open(Path(job.reference)) if job.reference else None,
-        live_reference=load_model(Path(live), trust_remote_code=job.trust_remote_code) if live else None,
+        live_reference=load_model(Path(live)) if live else None,
         policy_is_reference=job.policy_is_reference,
         seed=job.seed,
         work=Path(job.work),
@@ -135,7 +144,7 @@ def _around(job: Job, tokenizer: Any, tokenise: Tokenise) -> Surroundings:
 
 
 def _reference(job: Job) -> Any:
-    return load_model(Path(str(job.reference)), trust_remote_code=job.trust_remote_code)
+    return load_model(Path(str(job.reference)))
 
 
 def _ppo(job: Job) -> tuple[Any, Export]:
@@ -218,9 +227,7 @@ def scoring_flops(source: str) -> Callable[[Seq[Sequence]], float]:
     """Operations of scoring sequences; those of a reward that is no model of ours are unknown and count 0."""
     if not is_reward_model(source):
         return lambda sequences: 0.0
-    from transformers import AutoConfig
-
     from dpo_core import reward_training
 
-    shape = cost.Shape.of(AutoConfig.from_pretrained(Path(source, "backbone"))).as_reward_model()
+    shape = cost.Shape.of(config_in(Path(source, "backbone"))).as_reward_model()
     return lambda sequences: reward_training.scoring_flops(shape, sequences)

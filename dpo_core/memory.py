@@ -23,6 +23,7 @@ from dpo_core.engine import EngineConfig
 from dpo_core.layout import Layout, Pack
 from dpo_core.logprobs import autocast
 from dpo_core.quiet import quiet_transformers
+from dpo_core.remote_code import build
 from dpo_core.scores import hidden_of, token_scores
 
 # Resident before the first weight: Python, PyTorch, transformers, DeepSpeed and their libraries (torch 2.13,
@@ -169,12 +170,10 @@ class _Traced:
 
 
 def _trace(config: Any, layout: Layout, engine: EngineConfig, layers: int, on_gpu: bool) -> _Traced:
-    from transformers import AutoModelForCausalLM
-
     by_flex = on_gpu and has_flex_heads(config.get_text_config())
     parts = DocumentParts.of(layout) if isinstance(layout, Pack) and not by_flex else None
     with quiet_transformers(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        model = AutoModelForCausalLM.from_config(_shallow(config, layers), dtype=torch.float32).train()
+        model = build(_shallow(config, layers), dtype=torch.float32).train()
         if engine.gradient_checkpointing:
             checkpoint_layers(model)
         known = [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]

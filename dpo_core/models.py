@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 from dpo_core.config import Config
 from dpo_core.errors import ModelError
 from dpo_core.model_folder import LOAD_REMEDY, check_folder, require_safetensors
+from dpo_core.model_kind import check_kind, check_sees_the_past_only
 from dpo_core.quiet import quiet_transformers
+from dpo_core.remote_code import trust, trusts
 from dpo_core.scratch import ScratchConfig, make_from_scratch, new_tokenizer, scratch_shape
 from dpo_core.small_files import read_small
 
@@ -49,6 +51,13 @@ def locate(config: ModelConfig) -> Path:
     Raises:
         ModelError: nothing is there; the message lists what was tried.
     """
+    found = _locate(config)
+    if config.trust_remote_code:
+        trust(found)
+    return found
+
+
+def _locate(config: ModelConfig) -> Path:
     name = config.name
     if name.startswith(PACKAGE_PREFIX):
         return _locate_in_package(name.removeprefix(PACKAGE_PREFIX))
@@ -166,17 +175,20 @@ def convert(config: ModelConfig, out: Path) -> None:
         tokenizer = load_tokenizer(source, config.trust_remote_code)
         if config.chat_template:
             tokenizer.chat_template = read_template(config.chat_template)
-        trust = config.trust_remote_code
+        code = config.trust_remote_code
         if config.scratch:
             tokenizer = new_tokenizer(tokenizer, config.scratch)
             model = make_from_scratch(
-                config_in(source, trust), config.scratch, tokenizer, trust_remote_code=trust
+                config_in(source, code), config.scratch, tokenizer, trust_remote_code=code
             )
         else:
-            model = load_model(source, trust_remote_code=trust)
+            model = load_model(source, trust_remote_code=code)
         check_tokenizer_fits(model, tokenizer)
         check_finite(model, str(source))
+        check_sees_the_past_only(model, source)
         save_checkpoint(model, tokenizer, out)
+        if code:
+            trust(out)
 
 
 def read_config(config: ModelConfig) -> Any:
@@ -185,12 +197,14 @@ def read_config(config: ModelConfig) -> Any:
     Raises:
         ModelError: there is no such model, or `scratch` asks for one that cannot be made.
     """
-    found = config_in(locate(config), config.trust_remote_code)
+    source = locate(config)
+    found = config_in(source, config.trust_remote_code)
+    check_kind(found, source)
     return scratch_shape(found, config.scratch) if config.scratch else found
 
 
-def config_in(source: Path, trust_remote_code: bool = False) -> Any:
-    """The transformers config in a checkpoint folder or .gguf file.
+def config_in(source: Path, trust_remote_code: bool | None = None) -> Any:
+    """The transformers config in a checkpoint folder or .gguf file; see `load_model` for code.
 
     Raises:
         ModelError: it cannot be read.
@@ -201,10 +215,14 @@ def config_in(source: Path, trust_remote_code: bool = False) -> Any:
     folder, name = (source.parent, source.name) if source.is_file() else (source, None)
     try:
         with quiet_transformers():
-            return AutoConfig.from_pretrained(folder, gguf_file=name, trust_remote_code=trust_remote_code)
+            return AutoConfig.from_pretrained(
+                folder, gguf_file=name, trust_remote_code=_may_run(source, trust_remote_code)
+            )
     except Exception as error:
         remedy = _GGUF_REMEDY if source.is_file() else LOAD_REMEDY
-        raise ModelError(f"the config in {source} cannot be read: {_first_line(error)}", remedy) from error
+        raise ModelError(
+            f"the config in {source} cannot be read: {_first_line(error)}", _remedy(error, remedy)
+        ) from error
 
 
 def save_checkpoint(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", out: Path) -> None:
@@ -214,8 +232,16 @@ def save_checkpoint(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBas
         tokenizer.save_pretrained(out)
 
 
-def load_model(source: Path, *, trust_remote_code: bool = False) -> "PreTrainedModel":
+def _may_run(source: Path, trust_remote_code: bool | None) -> bool:
+    return trusts(source) if trust_remote_code is None else trust_remote_code
+
+
+def load_model(source: Path, *, trust_remote_code: bool | None = None) -> "PreTrainedModel":
     """Load a causal language model in fp32, in eval mode, dropout as the checkpoint says.
+
+    Args:
+        trust_remote_code: run Python code that ships with it. Empty: where that code is trusted already
+            (`remote_code`), as that of an imported model is.
 
     Raises:
         ModelError: not a causal language model, weights missing, pickled, damaged or not of the config.
@@ -226,17 +252,23 @@ def load_model(source: Path, *, trust_remote_code: bool = False) -> "PreTrainedM
         from transformers import AutoModelForCausalLM
         from transformers.utils.quantization_config import GgufConfig
 
-    arguments: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    arguments: dict[str, Any] = {"trust_remote_code": _may_run(source, trust_remote_code)}
     if source.suffix == ".gguf":
         # dequantize=True: without it transformers refuses to save the model.
         arguments |= {"gguf_file": source.name, "quantization_config": GgufConfig(dequantize=True)}
-    else:
-        require_safetensors(source)
-    return load_weights(AutoModelForCausalLM, source, torch.float32, **arguments)
+        return load_weights(AutoModelForCausalLM, source, torch.float32, in_part=True, **arguments)
+    require_safetensors(source)
+    in_part = check_kind(config_in(source, trust_remote_code), source)
+    return load_weights(AutoModelForCausalLM, source, torch.float32, in_part=in_part, **arguments)
 
 
-def load_weights(model_class: Any, source: Path, dtype: "torch.dtype", **arguments: Any) -> Any:
+def load_weights(
+    model_class: Any, source: Path, dtype: "torch.dtype", *, in_part: bool = False, **arguments: Any
+) -> Any:
     """`from_pretrained` of a folder or .gguf file, in eval mode; its weights and the class's are the same.
+
+    Args:
+        in_part: weights that the class has no place for may be left over.
 
     Raises:
         ModelError: weights missing, left over, pickled, damaged or of another shape.
@@ -254,14 +286,16 @@ def load_weights(model_class: Any, source: Path, dtype: "torch.dtype", **argumen
             )
     except Exception as error:
         remedy = _GGUF_REMEDY if gguf else LOAD_REMEDY
-        raise ModelError(f"the model in {source} cannot be loaded: {_first_line(error)}", remedy) from error
+        raise ModelError(
+            f"the model in {source} cannot be loaded: {_first_line(error)}", _remedy(error, remedy)
+        ) from error
     missing = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
     if missing:
         # transformers would fill these with random values and go on.
         raise ModelError(
             f"{source} lacks {len(missing)} weights of its config, first {missing[0]}", LOAD_REMEDY
         )
-    if info["unexpected_keys"] and not gguf:
+    if info["unexpected_keys"] and not in_part:
         # transformers would leave these out and go on, so that the model is another than its files say.
         left = sorted(info["unexpected_keys"])
         raise ModelError(
@@ -275,8 +309,8 @@ def load_weights(model_class: Any, source: Path, dtype: "torch.dtype", **argumen
 _GGUF_REMEDY = "The file is damaged or no GGUF model: download it again"
 
 
-def load_tokenizer(source: Path, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer of a checkpoint folder or .gguf file.
+def load_tokenizer(source: Path, trust_remote_code: bool | None = None) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer of a checkpoint folder or .gguf file; see `load_model` for code.
 
     Raises:
         ModelError: there is none, it is damaged, or it names no end-of-sequence token.
@@ -288,13 +322,13 @@ def load_tokenizer(source: Path, trust_remote_code: bool = False) -> "PreTrained
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(
-                str(folder), trust_remote_code=trust_remote_code, **gguf
+                str(folder), trust_remote_code=_may_run(source, trust_remote_code), **gguf
             )
     except Exception as error:
         beside = "Put the model's tokenizer files (tokenizer.json, tokenizer_config.json) beside its weights"
         raise ModelError(
             f"the tokenizer in {source} cannot be loaded: {_first_line(error)}",
-            _GGUF_REMEDY if gguf else beside,
+            _remedy(error, _GGUF_REMEDY if gguf else beside),
         ) from error
     # How it was loaded is none of its facts: saved with them, it would make another artifact of the same
     # model where HF_HUB_OFFLINE is set.
@@ -315,9 +349,11 @@ def check_tokenizer_fits(model: "PreTrainedModel", tokenizer: "PreTrainedTokeniz
             f"the tokenizer has {len(tokenizer)} tokens and the model embeds only {rows}",
             "Use the tokenizer that belongs to the model",
         )
-    eos = model.config.eos_token_id
-    known = set(eos) if isinstance(eos, list) else {eos}
-    if known != {None} and tokenizer.eos_token_id not in known:
+    # Templates end a turn by a token that often stands in generation_config.json alone.
+    configs = (model.config.get_text_config(), getattr(model, "generation_config", None))
+    ends = [getattr(config, "eos_token_id", None) for config in configs]
+    known = {i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None}
+    if known and tokenizer.eos_token_id not in known:
         raise ModelError(
             f"the tokenizer ends answers with id {tokenizer.eos_token_id}, the model with {sorted(known)}",
             "Use the tokenizer that belongs to the model",
@@ -335,9 +371,19 @@ def check_finite(model: "PreTrainedModel", where: str) -> None:
             )
 
 
+_POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length")
+
+
+def position_limit(model_config: Any) -> int | None:
+    """How many positions a model holds, by any name that configs have for it; None where there is no end."""
+    text = getattr(model_config, "text_config", None) or model_config
+    facts = text if isinstance(text, dict) else {name: getattr(text, name, None) for name in _POSITIONS}
+    return next((limit for name in _POSITIONS if (limit := facts.get(name))), None)
+
+
 def check_context(model_config: Any, needed: int) -> None:
     """Refuse a token budget that the model's positions cannot hold."""
-    limit = getattr(model_config, "max_position_embeddings", None)
+    limit = position_limit(model_config)
     if limit is not None and needed > limit:
         raise ModelError(
             f"the recipe asks for rows of {needed} tokens and the model holds {limit}",
@@ -390,6 +436,11 @@ def read_template(path: str) -> str:
         raise ModelError(
             f"the chat template {path} cannot be read ({why})", "Check model.chat_template"
         ) from error
+
+
+def _remedy(error: Exception, other: str) -> str:
+    code = "Set model.trust_remote_code if you have read that code, or use a model that comes without any"
+    return code if "custom code" in str(error) else other
 
 
 def _first_line(error: Exception) -> str:

@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
 from dpo_core.errors import ModelError, StageFailed
-from dpo_core.models import config_in, load_weights
+from dpo_core.models import load_weights
+from dpo_core.quiet import quiet_transformers
+from dpo_core.remote_code import trusts
 
 _BACKBONE = "backbone"
 _HEAD = "head.safetensors"
+_KNOWN = "transformers.models."
 
 
 class RewardModel(nn.Module):
@@ -108,18 +111,24 @@ class RewardModel(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         trunk: Any = self.backbone
-        trunk.save_pretrained(folder / _BACKBONE)
+        name = type(trunk).__module__ + "." + type(trunk).__name__
+        if not name.startswith(_KNOWN):
+            type(trunk).register_for_auto_class("AutoModel")  # its code goes with it
+        with quiet_transformers():
+            trunk.save_pretrained(folder / _BACKBONE)
         tensors = {
             "weight": self.head.weight,
             "head_bias": self.head.bias,
             "gain": self.gain,
             "bias": self.bias,
         }
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / _HEAD)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, folder / _HEAD, {"trunk": name})
 
     @classmethod
     def load(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> "RewardModel":
-        """Read what `save` wrote, in eval mode on the CPU; only safetensors are read and no code is run.
+        """Read what `save` wrote, in eval mode on the CPU; only safetensors are read, and no code is run that
+        is not trusted (`remote_code`).
 
         Raises:
             ModelError: the folder is not a saved reward model, or its parts do not fit together.
@@ -132,7 +141,10 @@ class RewardModel(nn.Module):
                 )
         try:
             trunk = folder / _BACKBONE
-            backbone = load_weights(_class_in(trunk), trunk, dtype, local_files_only=True)
+            with safe_open(folder / _HEAD, "pt") as head:
+                name = (head.metadata() or {}).get("trunk")
+            arguments = {"local_files_only": True, "trust_remote_code": trusts(trunk)}
+            backbone = load_weights(_class_of(name, trunk), trunk, dtype, **arguments)
             tensors = load_file(folder / _HEAD)
             model = cls(backbone)
             model.head.load_state_dict({"weight": tensors["weight"], "bias": tensors["head_bias"]})
@@ -163,11 +175,19 @@ def _hidden_size(backbone: Any) -> int:
         backbone.train(training)
 
 
-def _class_in(folder: Path) -> Any:
-    """The class that a trunk was saved from; `AutoModel` would read an OPTDecoder as an OPTModel."""
-    config = config_in(folder)
-    name, module = str(config.architectures[0]), type(config).__module__
-    found = getattr(import_module(module.replace("configuration_", "modeling_")), name, None)
+def _class_of(name: str | None, folder: Path) -> Any:
+    """The class that a trunk was saved from: `AutoModel` would read an OPTDecoder as an OPTModel.
+
+    Args:
+        name: with its module; `AutoModel` finds a class of the checkpoint's own code, and that of models
+            that were saved before the name was kept.
+    """
+    if name is None or not name.startswith(_KNOWN):
+        from transformers import AutoModel
+
+        return AutoModel
+    module, _, last = name.rpartition(".")
+    found = getattr(import_module(module), last, None)
     if found is None:
         raise ValueError(f"transformers knows no {name}")
     return found

@@ -77,8 +77,8 @@ class Job(Config):
     """DPO: checkpoint folder of the reference, for objectives that need it in memory."""
     policy_is_reference: bool = True
     """DPO: the policy starts as the reference, so that the first loss is known."""
-    trust_remote_code: bool = False
-    """Run Python code that ships with the model."""
+    trusted_code: tuple[str, ...] = ()
+    """sha256 of the Python files that ship with models and may run; see `remote_code`."""
 
     @property
     def settings(self) -> Any:

@@ -25,6 +25,7 @@ from dpo_core.evaluation.suites import SuiteConfig, find
 from dpo_core.generate import SamplingConfig
 from dpo_core.judging.judge import JudgeConfig
 from dpo_core.judging.results import WinRate
+from dpo_core.remote_code import trust
 from dpo_core.rewards import check_reward
 from dpo_core.tokens import TokenConfig
 from tasks.assessment import suite_row
@@ -64,6 +65,8 @@ class EvaluationRequest(Config):
     """Of these, at most; a seeded choice."""
     answers: SamplingConfig = SamplingConfig(max_new_tokens=128)
     """How the answers are drawn."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the models."""
     judge: JudgeConfig = JudgeConfig()
     """Who says which answer is better."""
     seed: int = Field(0, ge=0)
@@ -149,11 +152,11 @@ def _files(request: EvaluationRequest) -> dict[str, Path]:
 def _subjects(models: Sequence[str], request: EvaluationRequest, workspace: Path) -> list[Subject]:
     reference = None
     if request.reference is not None:
-        reference = Subject(find_model(request.reference, workspace), request.reference, request.tokens)
+        reference = Subject(_found(request.reference, request, workspace), request.reference, request.tokens)
     caches = workspace / CACHE_FOLDER
     device = "cuda" if torch.cuda.is_available() else "cpu"
     subjects = [
-        Subject(find_model(spec, workspace), name, request.tokens, reference, caches, device)
+        Subject(_found(spec, request, workspace), name, request.tokens, reference, caches, device)
         for spec, name in zip(models, labels(models), strict=True)
     ]
     for subject in subjects if reference else []:
@@ -163,6 +166,13 @@ def _subjects(models: Sequence[str], request: EvaluationRequest, workspace: Path
                 "Name the model that this one was trained from, or leave --reference out",
             )
     return subjects
+
+
+def _found(spec: str, request: EvaluationRequest, workspace: Path) -> Path:
+    folder = find_model(spec, workspace)
+    if request.trust_remote_code:
+        trust(folder)
+    return folder
 
 
 def labels(models: Sequence[str]) -> list[str]:

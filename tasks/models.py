@@ -13,6 +13,7 @@ from dpo_core.models import (
     ModelConfig,
     check_context,
     check_source_context,
+    config_in,
     convert,
     locate,
     parameter_count,
@@ -21,6 +22,7 @@ from dpo_core.models import (
     weights_digest,
 )
 from dpo_core.reference.keys import DEFINITION_VERSION
+from dpo_core.remote_code import trust
 from dpo_core.tokens import TokenConfig
 from tasks.manifest import Manifest
 from tasks.reference_caches import CACHE_FOLDER
@@ -39,13 +41,11 @@ def import_model(context: Context, config: ModelConfig, max_length: int) -> Stag
     check_source_context(source, max_length)
 
     def work(given: Work) -> Output:
-        from transformers import AutoConfig
-
         out = given.fresh("out")
         bar = given.progress(2)
         convert(config, out)
         bar.update(1)
-        check_context(AutoConfig.from_pretrained(out), max_length)
+        check_context(config_in(out), max_length)
         extra: dict[str, JsonValue] = {"weights_sha256": weights_digest(out)}
         if config.trust_remote_code:
             given.mlflow.tag("dpo.trust_remote_code", "true")
@@ -66,7 +66,9 @@ def import_model(context: Context, config: ModelConfig, max_length: int) -> Stag
         # Of the whole run, also where an earlier one had imported the model.
         tracker_of(context).parent.tag("dpo.trust_remote_code", "true")
     if not result.manifest.planned:
-        _check_context(result.manifest, max_length)
+        if config.trust_remote_code:
+            trust(result.manifest.path)  # for everything that is made of it in this run
+        check_source_context(result.manifest.path, max_length)  # the token budget is no part of its key
     return result
 
 
@@ -77,15 +79,6 @@ def _digest(source: Path) -> str:
         raise ModelError(
             f"the model file {error.filename} cannot be read ({error.strerror})", "Check its permissions"
         ) from error
-
-
-def _check_context(model: Manifest, max_length: int) -> None:
-    """Also when the model came from the store: the token budget is no part of its key."""
-    import json
-    from types import SimpleNamespace
-
-    facts = json.loads((model.path / "config.json").read_text())
-    check_context(SimpleNamespace(max_position_embeddings=facts.get("max_position_embeddings")), max_length)
 
 
 @stage_task("cache-reference", "{stage.name}{context.label}")

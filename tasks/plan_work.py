@@ -86,7 +86,7 @@ class Workload:
         made = ModelConfig(name=str(base.path), trust_remote_code=trust)
         self.config = read_config(recipe.model if base.planned else made)
         self.shape = cost.Shape.of(self.config)
-        self.tokenise = Tokenise(load_tokenizer(source, trust), recipe.tokens)
+        self.tokenise = Tokenise(load_tokenizer(source), recipe.tokens)
         self.has_pairs = stages["load-data"].manifest.extra["kind"] == "pairs"
         self.judged = self._rows("validate-pairs" if self.has_pairs else "validate-prompts", "load-data")
         self.pairs = {side: self._pairs(side) for side in ("train", "eval")}

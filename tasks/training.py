@@ -15,6 +15,7 @@ from dpo_core.data.read import check_source, read_rows
 from dpo_core.dpo import DpoConfig
 from dpo_core.errors import DataError, DpoError, StageFailed
 from dpo_core.models import parameter_count
+from dpo_core.remote_code import trusted
 from dpo_core.reward_quality import RewardQuality, reward_quality
 from dpo_core.reward_training import RewardModelConfig
 from dpo_core.sft import SftConfig
@@ -283,6 +284,7 @@ def train(
         "seed": seed,
         "out": str(out),
         "work": str(given.scratch),
+        "trusted_code": trusted(),
     }
     path = given.scratch / "job.json"
     path.write_text(json.dumps(job | shared, indent=1))

@@ -21,6 +21,7 @@ from dpo_core.config import Config
 from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.layout import Document
 from dpo_core.logprobs import Precision
+from dpo_core.models import config_in
 from dpo_core.tokens import TokenPair
 
 # How far the losses of single pairs may lie apart: bf16 rounds differently in other batch shapes.
@@ -169,9 +170,7 @@ def _reference_sums(model: Any, pairs: list[TokenPair]) -> NDArray[np.float64]:
 
 def _needed(model: Path, pairs: list[TokenPair]) -> float:
     """Operations that training on a pair takes at least, on average."""
-    from transformers import AutoConfig
-
-    shape = cost.Shape.of(AutoConfig.from_pretrained(model))
+    shape = cost.Shape.of(config_in(model))
     total = 0.0
     for pair in pairs:
         document = Document(pair.chosen.prompt, (pair.chosen.completion, pair.rejected.completion))

@@ -12,6 +12,7 @@ from dpo_core.errors import ModelError, StageFailed
 from dpo_core.evaluation.rows import Progress
 from dpo_core.evaluation.subject import Subject
 from dpo_core.logprobs import Precision, check_definition, completion_logps
+from dpo_core.models import check_context
 from dpo_core.tokens import Sequence
 
 
@@ -58,6 +59,7 @@ class HarnessLM(HFLM):
         self.cut += sum(len(context) + len(answer) > room for _, context, answer in requests)
         wanted = [_sequence(context, answer, room) for _, context, answer in requests]
         distinct = list(dict.fromkeys(wanted))
+        check_context(self.model.config, max(map(len, distinct)) - 1)
         try:
             check_definition(self.model, min(distinct, key=len))
         except ModelError:  # its logits are more than trunk and head: ask its own forward

@@ -130,6 +130,7 @@ def _scored(
     progress: Callable[[int, int], None],
 ) -> Iterator[Scored]:
     sides = [side for _, tokens in kept for side in (tokens.chosen, tokens.rejected)]
+    subject.check_length(max(map(len, sides), default=0))
     sums = np.zeros(len(sides))
     done = 0
     for logps in completion_logps(subject.model, sides, config.precision, config.token_budget):

@@ -196,6 +196,7 @@ def _load_sequence_classifier(folder: Path) -> tuple[Any, Any]:
                 dtype=torch.float32,
                 use_safetensors=True,
                 local_files_only=True,
+                trust_remote_code=False,
                 output_loading_info=True,
             )
     except Exception as error:
@@ -221,7 +222,9 @@ def _load_tokenizer(folder: Path) -> Any:
         with quiet_transformers():
             from transformers import AutoTokenizer
 
-            tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            tokenizer: Any = AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=False
+            )
     except Exception as error:
         raise ModelError(
             f"the tokenizer of the classifier in {folder} cannot be loaded: {type(error).__name__}",

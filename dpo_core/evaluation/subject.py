@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpo_core.generate import SamplingConfig, sample
 from dpo_core.logprobs import Precision
-from dpo_core.models import load_model, load_tokenizer, weights_digest
+from dpo_core.models import check_context, config_in, load_model, load_tokenizer, weights_digest
 from dpo_core.reference.job import reference_logps
 from dpo_core.reference.keys import sequence_key
 from dpo_core.stats import Floats
@@ -78,8 +78,14 @@ class Subject:
         """
         budget = self.tokens.max_length - sampling.max_new_tokens
         prompts = [self.tokenise.prompt(one.prompt, one.chat, budget) for one in asked]
+        self.check_length(max(map(len, prompts), default=0) + sampling.max_new_tokens)
         drawn = sample(self.model, prompts, sampling, eos_id=self.tokenise.eos, seed=seed, progress=progress)
         return [self.tokenizer.decode(list(c.ids), skip_special_tokens=True) for c in drawn]
+
+    def check_length(self, longest: int) -> None:
+        """Refuse rows of more tokens than the model, or its reference, has positions for."""
+        for subject in (self, self.reference) if self.reference else (self,):
+            check_context(config_in(subject.path), longest)
 
     def reference_sums(self, sequences: Seq[Sequence], precision: Precision, token_budget: int) -> Floats:
         """Summed log-prob of each sequence's completion under the reference, which there must be.

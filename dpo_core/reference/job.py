@@ -25,12 +25,12 @@ from pydantic import Field
 from dpo_core.config import Config
 from dpo_core.errors import DpoError, ModelError, StageFailed
 from dpo_core.logprobs import Precision, check_definition, read_flops
-from dpo_core.models import disable_dropout, load_model
-from dpo_core.quiet import quiet_transformers
+from dpo_core.models import config_in, disable_dropout, load_model
 from dpo_core.reference.cache import ReferenceCache
 from dpo_core.reference.compute import compute
 from dpo_core.reference.keys import reference_facts, sequence_key, share
 from dpo_core.reference.shard import LogpShard, ends
+from dpo_core.remote_code import build, trust_digests, trusted
 from dpo_core.tokens import Sequence
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,8 @@ class ReferenceJob(Config):
     """CPU threads a rank; all cores shared out when empty."""
     keep_seconds: float = Field(30.0, ge=0)
     """How much work a kill may cost a rank."""
+    trusted_code: tuple[str, ...] = ()
+    """sha256 of the Python files that ship with models and may run; see `remote_code`."""
     parent: int | None = None
     """Process that started the ranks; without it they end."""
 
@@ -118,6 +120,7 @@ def reference_logps(
             precision=precision,
             token_budget=token_budget,
             threads=threads,
+            trusted_code=tuple(trusted()),
         )
         write_sequences(Path(job.sequences), missing)
         flops = run_ranks(job, processes, tell)
@@ -134,11 +137,8 @@ def attention_of(model: Path) -> str:
     import torch
 
     try:
-        with quiet_transformers():
-            from transformers import AutoConfig, AutoModelForCausalLM
-
-            with torch.device("meta"):
-                built = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(str(model)))
+        with torch.device("meta"):
+            built = build(config_in(model))
     except Exception as error:
         raise ModelError(f"the model in {model} cannot be built: {error}", "Run the import again") from error
     return str(built.config._attn_implementation)
@@ -249,6 +249,7 @@ def run_rank(job: ReferenceJob, rank: int, world: int, progress: Callable[[int],
     missing = [s for s, there in zip(mine, known, strict=True) if not there]
     if not missing:
         return Computed(0, 0.0)
+    trust_digests(job.trusted_code)
     model = load_model(Path(job.model))
     if model.config._attn_implementation != job.attention:
         raise StageFailed(

@@ -169,6 +169,9 @@ def test_a_tokenizer_of_another_model_is_refused(tiny: Path, tmp_path: Path) -> 
     small = load_model(make_tiny_model(tmp_path / "small", vocab_size=100))
     with pytest.raises(ModelError, match="has 386 tokens and the model embeds only 100"):
         check_tokenizer_fits(small, tokenizer)
+    turns = load_model(make_tiny_model(tmp_path / "turns", eos_token_id=7))
+    turns.generation_config.eos_token_id = [7, tokenizer.eos_token_id]
+    check_tokenizer_fits(turns, tokenizer)
     ends_elsewhere = load_model(make_tiny_model(tmp_path / "eos", eos_token_id=[7, 9]))
     with pytest.raises(ModelError, match=r"with id 0, the model with \[7, 9\]"):
         check_tokenizer_fits(ends_elsewhere, tokenizer)
