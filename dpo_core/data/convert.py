@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from dpo_core.data.config import Format, Pairing, SourceConfig
@@ -168,11 +169,10 @@ class Converter:
 
     def _of_row(self, row: Row, number: int) -> list[tuple[Record, int]]:
         adapter = ADAPTERS[self.format]
-        source = SourceRow(row, number, as_chat=self._as_chat)
         try:
             if why := unreadable(row):
                 raise Fault(why)
-            readable, parsed = self._parsed(row)
+            readable, parsed = self._parsed(row) if self._as_source else (row, [])
             source = SourceRow(readable, number, as_chat=self._as_chat)
             found = adapter.convert(source)
             unread = source.unread()
@@ -220,7 +220,9 @@ class Converter:
                 self._unread[str(name)] += 1
         for name in ("prompt", "chosen", "rejected", "completion"):
             value = row.get(name)
-            if name not in parsed and isinstance(value, str) and is_conversation(parse_source(value)):
+            if not isinstance(value, str) or name in parsed or not value.lstrip().startswith(("[", "{")):
+                continue
+            if is_conversation(parse_source(value)):
                 self._remarks[f"{name} looks like messages written as text, and was read as text"] += 1
 
     def remarks(self) -> list[str]:
@@ -264,6 +266,7 @@ def _at(row: Row, column: str) -> Any:
     return _at(value, inner) if isinstance(value, dict) else None
 
 
+@cache
 def _harmless(name: str) -> bool:
     name = name.lower()
     return name in _HARMLESS or name.endswith(_HARMLESS_ENDS) or name.startswith(_HARMLESS_STARTS)

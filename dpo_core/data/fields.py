@@ -5,7 +5,6 @@ An adapter raises `Fault` for a row that it cannot use; the reader of records ke
 
 import json
 import math
-from collections import Counter
 from typing import Any, Literal, NamedTuple
 
 from dpo_core.data.read import UNREADABLE
@@ -86,7 +85,7 @@ class SourceRow(Row):
         self.as_chat = as_chat
         """Whether a bare prompt becomes a user's turn: other rows of the set have a system text."""
         self.was_read: set[str] = set()
-        self.remarks: Counter[str] = Counter()
+        self.remarks: list[str] = []
 
     def get(self, key: str, default: Any = None) -> Any:
         self.was_read.add(key)
@@ -104,7 +103,7 @@ class SourceRow(Row):
 def remark(row: Row, text: str) -> None:
     """Count something that the user is told of after reading."""
     if isinstance(row, SourceRow):
-        row.remarks[text] += 1
+        row.remarks.append(text)
 
 
 def is_empty(value: object) -> bool:

@@ -49,7 +49,7 @@ _PROMPTS = ("prompt", "instruction", "question", "input", "query")
 
 
 def _prompt_name(row: Row) -> str | None:
-    return next((name for name in _PROMPTS if isinstance(row.get(name), str | list)), None)
+    return next((name for name in _PROMPTS if isinstance(row.get(name), str | list | dict)), None)
 
 
 def is_ranked(row: Row) -> bool:

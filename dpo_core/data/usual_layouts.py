@@ -79,7 +79,7 @@ def _margin(row: Row) -> float | None:
     """How much better the chosen answer is, by `margin` or by the scores of the two."""
     margin = number(row, "margin")
     if margin is None:
-        for names in _SCORES:
+        for names in (pair for pair in _SCORES if pair[0] in row):
             better, worse = (number(row, name) for name in names)
             if better is not None and worse is not None:
                 margin = better - worse
@@ -94,7 +94,7 @@ def _prompt_pair(row: Row) -> Pair:
     chosen, rejected, tools = row.get("chosen"), row.get("rejected"), read_tools(row)
     if not isinstance(chosen, list | dict) and not isinstance(rejected, list | dict):
         chosen, rejected = text(row, "chosen"), text(row, "rejected")
-        if not isinstance(given, list):
+        if not isinstance(given, list | dict):
             given = _with_steps(row, text({"prompt": given}, "prompt"))
             if HUMAN in given and chosen.startswith(given) and rejected.startswith(given):
                 # Transcripts that repeat their prompt: the answer is what follows it.
@@ -186,18 +186,19 @@ def stackexchange(row: Row) -> Pair:
 
 
 def kto(row: Row) -> Unpaired:
-    """`{messages, label}` or `{prompt, completion, label}`, the two fields strings or messages."""
+    """`{messages, label}` (or conversations) or `{prompt, completion, label}`, these strings or messages."""
     label, tools = flag(row, "label"), read_tools(row)
-    if row.get("messages") is not None:
-        turns = read_messages(row, row["messages"], "messages")
-        name, before, answer = "messages", turns[:-1], turns[-1:]
+    name = next((name for name in ("messages", "conversations") if row.get(name) is not None), "")
+    if name:
+        turns = read_messages(row, row[name], name)
+        before, answer = turns[:-1], turns[-1:]
         check_answer(answer, name)
         if not before:
             raise Fault("the prompt has no turn of a user")
         prompt: Any = before
     else:
         name, prompt = _given_prompt(row)
-        if not isinstance(prompt, list):
+        if not isinstance(prompt, list | dict):
             prompt = text({"prompt": prompt}, "prompt")
         value = row.get("completion")
         if not isinstance(value, list | dict):
@@ -241,7 +242,8 @@ def is_prompt_pairs(row: Row) -> bool:
 
 def is_kto(row: Row) -> bool:
     """One answer with a truth value."""
-    answered = has(row, "messages") or (has(row, "completion") and _given_prompt(row)[1] is not None)
+    whole = has(row, "messages") or (has(row, "conversations") and row.get("chosen") is None)
+    answered = whole or (has(row, "completion") and _given_prompt(row)[1] is not None)
     return is_flag(row.get("label")) and answered
 
 
@@ -252,6 +254,11 @@ _ANSWERS = (
 )  # fmt: skip
 
 
+def is_turns(value: object) -> bool:
+    """Whether an object is a message, or messages as Parquet's nested columns hold them."""
+    return isinstance(value, dict) and bool({"role", "from"} & value.keys())
+
+
 def is_prompts(row: Row) -> bool:
     """A prompt or text, and nothing that holds an answer or what was found of one."""
     answered = any(not is_empty(row[key]) and str(key).lower().startswith(_ANSWERS) for key in row)
@@ -259,4 +266,5 @@ def is_prompts(row: Row) -> bool:
     # A message of a tree or of a log: its speaker may be the assistant.
     if answered or tree or "parent_id" in row or ROLE_COLUMNS & row.keys():
         return False
-    return isinstance(row.get("prompt"), str | list) or isinstance(row.get("text"), str)
+    prompt = row.get("prompt")
+    return isinstance(prompt, str | list) or is_turns(prompt) or isinstance(row.get("text"), str)
