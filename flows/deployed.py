@@ -81,6 +81,8 @@ def data_overrides(data: str | None) -> list[str]:
     """
     if data is None:
         return []
+    from dpo_core.data.confined import confine
+
     allowed = os.environ.get("DPO_DATA")
     # Whoever may send events to the server names the file; links are followed before it is looked at.
     if allowed and not Path(data).expanduser().resolve().is_relative_to(Path(allowed).expanduser().resolve()):
@@ -88,6 +90,8 @@ def data_overrides(data: str | None) -> list[str]:
             f"the data set {data} is not in {allowed}, and this worker takes no other (DPO_DATA)",
             "Put it there, or name another folder in DPO_DATA where the worker is started",
         )
+    if allowed:
+        confine(data, Path(allowed))
     return [f"data.path={quoted(data)}", "data.openings=null", "data.mixture=null"]
 
 

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dpo_core.data.confined import again, open_file
 from dpo_core.data.json_window import JsonWindow
 from dpo_core.data.splits import choose_split, files_of_split, split_of
 from dpo_core.errors import DataError
@@ -149,7 +150,7 @@ def _check_file(path: Path) -> Callable[[Path], "Parsed"]:
         raise DataError(f"{path} is neither a file nor a folder", "Point data.path at a regular file")
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty (0 bytes)", "Check how it was written or copied")
-    with path.open("rb") as file:  # says now whether it may be read
+    with open_file(path) as file:  # says now whether it may be read
         if file.read(len(_LFS)) == _LFS:
             raise DataError(
                 f"{path} is a git-lfs pointer, not the data", "Fetch the data: git lfs pull, in its folder"
@@ -373,22 +374,24 @@ def _known() -> str:
 
 def _open(path: Path) -> BinaryIO:
     """The decompressed bytes. The file's first bytes decide, for its ending may be wrong."""
-    with path.open("rb") as file:
-        magic = file.read(4)
+    file = open_file(path)
+    magic = file.read(4)
+    file.seek(0)
     if magic[:2] == b"\x1f\x8b":
-        return io.BufferedReader(gzip.open(path), 2**20)
+        return io.BufferedReader(gzip.GzipFile(fileobj=file), 2**20)
     # A skippable frame (pzstd writes one in front) counts too: 0x184D2A50 to 0x184D2A5F.
     if magic == b"\x28\xb5\x2f\xfd" or (magic[1:] == b"\x2a\x4d\x18" and magic[0] >> 4 == 5):
         # Not zstandard's own reader: at a cut-off file that one just ends, without an error.
-        return io.BufferedReader(pa.input_stream(str(path), compression="zstd"), 2**20)
-    return path.open("rb", buffering=2**20)
+        with file:
+            return io.BufferedReader(pa.input_stream(again(file, path), compression="zstd"), 2**20)
+    return file
 
 
 def _seekable(path: Path) -> Any:
     """A random-access source: the file itself, or the decompressed bytes in memory."""
     with closing(_open(path)) as stream:
         if isinstance(getattr(stream, "raw", None), io.FileIO):
-            return pa.memory_map(str(path))
+            return pa.memory_map(again(stream, path))
         return pa.BufferReader(stream.read())
 
 

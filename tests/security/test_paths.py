@@ -1,12 +1,15 @@
 """Names and paths of strangers lead nowhere else: runs, events, data sets, pages."""
 
+import gzip
 import json
 from datetime import UTC, datetime
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from pyarrow import csv, feather, parquet
 
-from dpo_core.data.read import read_rows
+from dpo_core.data.read import check_source, read_rows
 from dpo_core.errors import DataError, RecipeError
 from flows.deployed import data_overrides
 from tasks.page import render
@@ -69,6 +72,38 @@ def test_an_event_names_no_file_outside_of_the_folder_of_data(
     for other in (outside, data / ".." / "pairs.jsonl", data / "link.jsonl", "somebody/set", f"{data}-2/x"):
         with pytest.raises(RecipeError, match="this worker takes no other"):
             data_overrides(str(other))
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "jsonl.zst", "parquet", "arrow", "csv", "json"])
+def test_no_link_in_a_folder_that_an_event_named_leads_out_of_the_folder_of_data(
+    ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dpo_core.data.confined._allowed", {})
+    data, outside = tmp_path / "data", tmp_path / f"rows.{ending}"
+    (data / "set").mkdir(parents=True)
+    table = pa.table({"prompt": ["a", "b"], "chosen": ["x", "y"], "rejected": ["y", "x"]})
+    written = {
+        "csv": lambda: csv.write_csv(table, outside),
+        "parquet": lambda: parquet.write_table(table, outside),
+        "arrow": lambda: feather.write_feather(table, outside, compression="uncompressed"),
+        "json": lambda: outside.write_text(json.dumps(table.to_pylist())),
+    }
+    text = "".join(json.dumps(row) + "\n" for row in table.to_pylist()).encode()
+    kinds = {"gz": gzip.compress(text), "zst": pa.Codec("zstd").compress(text, asbytes=True)}
+    written.get(ending, lambda: outside.write_bytes(kinds.get(ending[-3:].strip("."), text)))()
+    link = data / "set" / outside.name
+    link.symlink_to(outside)
+    monkeypatch.setenv("DPO_DATA", str(data))
+    data_overrides(str(data / "set"))
+    for read in (read_rows, check_source):
+        with pytest.raises(DataError, match="is a link out of"):
+            list(read(str(data / "set")) or ())
+    assert [rows for _, rows in read_rows(str(outside))] == [table.to_pylist()], "other data may lie anywhere"
+    # A link to what lies inside leads nowhere else.
+    link.unlink()
+    outside.rename(data / outside.name)
+    link.symlink_to(data / outside.name)
+    assert [rows for _, rows in read_rows(str(data / "set"))] == [table.to_pylist()]
 
 
 def test_a_data_set_names_no_other_file(tmp_path: Path) -> None:
