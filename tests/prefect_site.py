@@ -78,9 +78,9 @@ class Site:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    def ask(self, path: str, body: Any = None) -> Any:
+    def ask(self, path: str, body: Any = None, method: str | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
-        asked = Request(self.api + path, data, {"Content-Type": "application/json"})
+        asked = Request(self.api + path, data, {"Content-Type": "application/json"}, method=method)
         with urlopen(asked, timeout=30) as answer:
             return json.loads(answer.read() or b"null")
 
@@ -90,10 +90,10 @@ class Site:
         self.ask("/work_pools/", {"name": "dpo", "type": "process"})
         self.worker(**more)
 
-    def serve(self) -> None:
+    def serve(self, **more: str) -> None:
         """Start the server, or start it again, and wait until it answers."""
         port = self.api.split(":")[2].split("/")[0]
-        server = self.start("server", "start", "--host", "127.0.0.1", "--port", port)
+        server = self.start("server", "start", "--host", "127.0.0.1", "--port", port, **more)
         self.running.insert(0, self.running.pop())  # first, whatever runs already: it is the last to end
         until(lambda: server.poll() is None and _answers(self), 240)
 
