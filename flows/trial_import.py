@@ -56,9 +56,9 @@ def _trial(module: str, folder: str, environment: tuple[tuple[str, str], ...]) -
         check=False,
     )
     found = [line.removeprefix("from ") for line in done.stdout.splitlines() if line.startswith("from ")]
-    here = [importlib.import_module(name).__file__ for name in (module, *_PACKAGES)]
+    here = [str(importlib.import_module(name).__file__) for name in (module, *_PACKAGES)]
     for other, ours in zip(found, here, strict=False):
-        if other != ours:
+        if os.path.realpath(other) != os.path.realpath(ours):
             return f"Python finds {other} in place of the installed package"
     if done.returncode:
         said = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
