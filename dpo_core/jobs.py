@@ -22,7 +22,6 @@ from dpo_core.models import (
     disable_dropout,
     load_model,
     load_tokenizer,
-    save_checkpoint,
 )
 from dpo_core.online.group import GroupTrainer
 from dpo_core.online.ppo import PpoTrainer, make_critic
@@ -31,6 +30,7 @@ from dpo_core.online.sampler import Scorer, Surroundings
 from dpo_core.reference import LogpShard
 from dpo_core.remote_code import trust_digests
 from dpo_core.rewards import load_reward
+from dpo_core.save_model import export_policy
 from dpo_core.sft import Demonstration, SftTrainer
 from dpo_core.tokens import Sequence, Tokenise
 from dpo_core.train import Job
@@ -69,7 +69,7 @@ def _export_model(model: Any, tokenizer: Any, job: Job) -> Export:
         put_state(model, state)
         if job.settings.lora:
             merge_lora(model)
-        save_checkpoint(model, tokenizer, Path(job.out))
+        export_policy(model, tokenizer, Path(job.model), Path(job.out))
 
     return export
 
@@ -177,7 +177,7 @@ def _online(job: Job) -> tuple[Any, Export]:
 def _export_policy(policy: Any, tokenizer: Any, job: Job) -> Export:
     def export(state: dict[str, Tensor]) -> None:
         policy.load_state_dict(state)
-        save_checkpoint(policy, tokenizer, Path(job.out))
+        export_policy(policy, tokenizer, Path(job.model), Path(job.out))
 
     return export
 

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,16 @@ def require_safetensors(folder: Path) -> None:
             "Convert them to safetensors first",
         )
     raise ModelError(f"{folder} holds no safetensors weights", LOAD_REMEDY)
+
+
+def tensor_headers(folder: Path) -> Iterator[tuple[str, str, int]]:
+    """Name, data type (as safetensors names it) and number of elements of every stored tensor."""
+    for file in folder.rglob("*.safetensors"):
+        with file.open("rb") as handle:
+            header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                yield name, tensor["dtype"], math.prod(tensor["shape"])
 
 
 def code_digest(folder: Path) -> str | None:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_core.config import Config
 from dpo_core.errors import ModelError
-from dpo_core.model_folder import LOAD_REMEDY, check_folder, require_safetensors
+from dpo_core.model_folder import LOAD_REMEDY, check_folder, require_safetensors, tensor_headers
 from dpo_core.model_kind import check_kind, check_sees_the_past_only
 from dpo_core.quiet import quiet_transformers
 from dpo_core.remote_code import trust, trusts
+from dpo_core.save_model import save_checkpoint
 from dpo_core.scratch import ScratchConfig, make_from_scratch, new_tokenizer, scratch_shape
 from dpo_core.small_files import read_small
 
@@ -165,7 +166,9 @@ def digest_file(path: Path) -> str:
 
 
 def convert(config: ModelConfig, out: Path) -> None:
-    """Write the model as a checkpoint folder in fp32: safetensors, config, tokenizer, chat template.
+    """Write the model as a checkpoint folder: safetensors, config, tokenizer, chat template.
+
+    Its weights keep their data types; those of a .gguf file and of new ones are fp32.
 
     Raises:
         ModelError: weights missing, pickled, damaged or not finite; tokenizer missing or of another model.
@@ -186,7 +189,7 @@ def convert(config: ModelConfig, out: Path) -> None:
         check_tokenizer_fits(model, tokenizer)
         check_finite(model, str(source))
         check_sees_the_past_only(model, source)
-        save_checkpoint(model, tokenizer, out)
+        save_checkpoint(model, tokenizer, out, like=None if config.scratch else source)
         if code:
             trust(out)
 
@@ -223,13 +226,6 @@ def config_in(source: Path, trust_remote_code: bool | None = None) -> Any:
         raise ModelError(
             f"the config in {source} cannot be read: {_first_line(error)}", _remedy(error, remedy)
         ) from error
-
-
-def save_checkpoint(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", out: Path) -> None:
-    """Write a normal Hugging Face checkpoint folder (safetensors)."""
-    with quiet_transformers():
-        model.save_pretrained(out)
-        tokenizer.save_pretrained(out)
 
 
 def _may_run(source: Path, trust_remote_code: bool | None) -> bool:
@@ -410,17 +406,7 @@ def disable_dropout(model: "torch.nn.Module") -> None:
 
 def parameter_count(folder: Path) -> int:
     """Number of stored weight elements of a checkpoint, read from the safetensors headers alone."""
-    total = 0
-    for file in folder.rglob("*.safetensors"):
-        with file.open("rb") as handle:
-            header = json.loads(handle.read(int.from_bytes(handle.read(8), "little")))
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                size = 1
-                for dimension in tensor["shape"]:
-                    size *= dimension
-                total += size
-    return total
+    return sum(elements for _, _, elements in tensor_headers(folder))
 
 
 def read_template(path: str) -> str:

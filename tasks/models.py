@@ -29,7 +29,7 @@ from tasks.reference_caches import CACHE_FOLDER
 from tasks.stage import Context, Output, Stage, StageResult, Work, run_stage, stage_task, tracker_of
 from tasks.unpaired import kind_of
 
-IMPORT = Stage("import-model", 1, "model")
+IMPORT = Stage("import-model", 2, "model")
 CACHE = Stage("cache-reference", 1, "reference-logps")
 CACHE_GUIDE = Stage("cache-guide", 1, "reference-logps")
 
