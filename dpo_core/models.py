@@ -212,20 +212,22 @@ def config_in(source: Path, trust_remote_code: bool | None = None) -> Any:
     Raises:
         ModelError: it cannot be read.
     """
-    with quiet_transformers():
-        from transformers import AutoConfig
-
-    folder, name = (source.parent, source.name) if source.is_file() else (source, None)
     try:
-        with quiet_transformers():
-            return AutoConfig.from_pretrained(
-                folder, gguf_file=name, trust_remote_code=_may_run(source, trust_remote_code)
-            )
+        return _config(source, trust_remote_code)
     except Exception as error:
         remedy = _GGUF_REMEDY if source.is_file() else LOAD_REMEDY
         raise ModelError(
             f"the config in {source} cannot be read: {_first_line(error)}", _remedy(error, remedy)
         ) from error
+
+
+def _config(source: Path, trust_remote_code: bool | None) -> Any:
+    with quiet_transformers():
+        from transformers import AutoConfig
+
+        folder, name = (source.parent, source.name) if source.is_file() else (source, None)
+        code = _may_run(source, trust_remote_code)
+        return AutoConfig.from_pretrained(folder, gguf_file=name, trust_remote_code=code)
 
 
 def _may_run(source: Path, trust_remote_code: bool | None) -> bool:
@@ -254,7 +256,11 @@ def load_model(source: Path, *, trust_remote_code: bool | None = None) -> "PreTr
         arguments |= {"gguf_file": source.name, "quantization_config": GgufConfig(dequantize=True)}
         return load_weights(AutoModelForCausalLM, source, torch.float32, in_part=True, **arguments)
     require_safetensors(source)
-    in_part = check_kind(config_in(source, trust_remote_code), source)
+    try:
+        config = _config(source, trust_remote_code)
+    except Exception as error:
+        raise _cannot_load(source, error, LOAD_REMEDY) from error
+    in_part = check_kind(config, source)
     return load_weights(AutoModelForCausalLM, source, torch.float32, in_part=in_part, **arguments)
 
 
@@ -281,10 +287,7 @@ def load_weights(
                 **arguments,
             )
     except Exception as error:
-        remedy = _GGUF_REMEDY if gguf else LOAD_REMEDY
-        raise ModelError(
-            f"the model in {source} cannot be loaded: {_first_line(error)}", _remedy(error, remedy)
-        ) from error
+        raise _cannot_load(source, error, _GGUF_REMEDY if gguf else LOAD_REMEDY) from error
     missing = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
     if missing:
         # transformers would fill these with random values and go on.
@@ -300,6 +303,10 @@ def load_weights(
             "Use a checkpoint of the architecture that its config.json names, without further weights",
         )
     return model.eval()
+
+
+def _cannot_load(source: Path, error: Exception, remedy: str) -> ModelError:
+    return ModelError(f"the model in {source} cannot be loaded: {_first_line(error)}", _remedy(error, remedy))
 
 
 _GGUF_REMEDY = "The file is damaged or no GGUF model: download it again"
