@@ -125,6 +125,11 @@ class DpoConfig(PackedLoopConfig):
         return any(o.needs_reference for o in self.objectives)
 
     @property
+    def needs_cached_logps(self) -> bool:
+        """Whether cached reference log-probs are read: not where none are, nor beside a live reference."""
+        return self.needs_reference and not self.needs_live_reference
+
+    @property
     def needs_live_reference(self) -> bool:
         """Whether the reference has to be in memory: whole distributions, or one that moves."""
         return self.reference_sync is not None or any(o.needs_full_vocabulary for o in self.objectives)

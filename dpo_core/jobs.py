@@ -90,7 +90,9 @@ def _dpo(job: Job) -> tuple[Any, Export]:
     if job.settings.unpaired:
         return _unpaired(job)
     model, tokenizer, tokenise = _start(job)
-    pairs, _ = tokenise.pairs(read_rows(job.data))
+    pairs, dropped = tokenise.pairs(read_rows(job.data))
+    if not pairs:
+        raise StageFailed(f"no training row is left after tokenising ({dropped})", "Raise tokens.max_length")
     live = job.live_reference
     trainer = DpoTrainer(
         model,

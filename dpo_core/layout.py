@@ -10,7 +10,7 @@ A token sees the earlier tokens of its document that are in the prompt or in its
 completion reads exactly what it would read alone. Both first tokens are predicted from the last prompt token,
 which therefore needs no copy; the last token of a branch predicts nothing and is not fed.
 
-Shapes: T tokens of a pack, N predicted tokens, S branches of all documents, L tokens of the longest branch.
+Shapes: T tokens of a pack, N predicted tokens, S branches of all D documents, L tokens of the longest branch.
 """
 
 from collections.abc import Sequence as Seq
@@ -50,6 +50,8 @@ class Layout:
     """The same for the prompts' own tokens from the second on, for objectives that score prompts."""
     prompt_targets_M: Tensor
     prompt_document_M: Tensor
+    prompt_lengths_D: Tensor
+    """Tokens of each document's prompt."""
 
     def table(self, values_N: Tensor) -> Tensor:
         """(S, L): the values of each branch in its row, 0 after its end. Differentiable."""
@@ -179,6 +181,7 @@ def _scored(documents: Seq[Document], predicts: list[_Indices], starts: list[int
         "prompt_predicts_M": _tensor([s + np.arange(n) for s, n in zip(starts, inner, strict=True)]),
         "prompt_targets_M": torch.tensor([t for d in documents for t in d.prompt[1:]], dtype=torch.long),
         "prompt_document_M": torch.from_numpy(np.repeat(np.arange(len(documents)), inner)),
+        "prompt_lengths_D": torch.tensor([len(d.prompt) for d in documents]),
     }
 
 

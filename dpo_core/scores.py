@@ -35,7 +35,7 @@ class BranchScores:
     entropy_SL: Tensor | None = None
     """-Σ_v π(v) log π(v) at each position, detached."""
     prompt_D: Tensor | None = None
-    """Summed log-prob of the prompt's tokens from the second on."""
+    """Summed log-prob of the prompt's tokens from the second on; 0 for a prompt of one token."""
 
 
 def hidden_of(model: nn.Module, layout: Layout) -> Tensor:
@@ -80,8 +80,8 @@ def branch_scores(
     prompt_D = None
     if prompts:
         logps_M = token_scores(model, hidden[layout.prompt_predicts_M], layout.prompt_targets_M)["logps"]
-        documents = int(layout.prompt_document_M.max()) + 1
-        prompt_D = logps_M.new_zeros(documents).index_add(0, layout.prompt_document_M, logps_M)
+        prompt_D = logps_M.new_zeros(len(layout.prompt_lengths_D))
+        prompt_D = prompt_D.index_add(0, layout.prompt_document_M, logps_M)
     return BranchScores(**tables, lengths_S=layout.lengths_S, prompt_D=prompt_D)
 
 

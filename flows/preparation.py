@@ -83,15 +83,22 @@ def align_on_pairs(
     guide: DpoConfig | None,
     seed: int,
 ) -> Manifest:
-    """DPO or a relative on the pairs, with its cached log-probs; with a guide, Pre-DPO's two passes."""
+    """DPO or a relative on the pairs, with cached log-probs where it reads such; with a guide, Pre-DPO's two
+    passes."""
     reference, pairs, tokens = prepared.reference, prepared.pairs, recipe.tokens
+
+    def logps(config: DpoConfig, opponent: Manifest, stage: Stage) -> Manifest | None:
+        if not config.needs_cached_logps:
+            return None
+        return keep(stage.name, cached(context, recipe, config, opponent, pairs, stage))
+
     opponent, cache = reference, CACHE
     if guide is not None:
-        logps = keep(CACHE.name, cached(context, recipe, guide, reference, pairs, CACHE))
-        first = train_dpo(context, reference, reference, pairs, logps, guide, tokens, seed, GUIDE)
+        known = logps(guide, reference, CACHE)
+        first = train_dpo(context, reference, reference, pairs, known, guide, tokens, seed, GUIDE)
         opponent, cache = keep(GUIDE.name, first), CACHE_GUIDE
-    logps = keep(cache.name, cached(context, recipe, config, opponent, pairs, cache))
-    return keep(DPO.name, train_dpo(context, reference, opponent, pairs, logps, config, tokens, seed))
+    known = logps(config, opponent, cache)
+    return keep(DPO.name, train_dpo(context, reference, opponent, pairs, known, config, tokens, seed))
 
 
 def _require_answers(recipe: Recipe, judged: Manifest) -> None:

@@ -15,9 +15,9 @@ from tasks.training import settings_of, split_to, train
 Method = Literal["ppo", "grpo", "online"]
 
 STAGES: dict[Method, Stage] = {
-    "ppo": Stage("train-ppo", 2, "model"),
-    "grpo": Stage("train-grpo", 1, "model"),
-    "online": Stage("train-online", 1, "model"),
+    "ppo": Stage("train-ppo", 3, "model"),
+    "grpo": Stage("train-grpo", 2, "model"),
+    "online": Stage("train-online", 2, "model"),
 }
 
 

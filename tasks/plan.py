@@ -3,12 +3,14 @@
 The store answers what is cached; `plan_work` says what a stage would compute; the rest is arithmetic here.
 """
 
+import operator
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from dpo_core.config import Config
+from dpo_core.errors import DpoError
 from tasks.frontier_arms import Settings
 from tasks.plan_speed import Speed
 from tasks.plan_work import Work, Workload
@@ -88,7 +90,7 @@ def make_plan(
         flops=sum(row.flops for row in running),
         seconds=sum(row.seconds for row in running),
         warnings=[
-            *(line for row in running if (line := _too_large(row, recipe, speed))),
+            *(line for row in running if (line := _too_large(row, recipe, configs or {}, speed))),
             *_foretold(recipe, work),
         ],
     )
@@ -139,33 +141,54 @@ def _memory(work: Work, workload: Workload, speed: Speed) -> dict[str, int]:
     return dict(vars(peak))
 
 
-def _too_large(row: StagePlan, recipe: Recipe, speed: Speed) -> str:
+_SECTIONS = {
+    "prepare-sft": "sft",
+    "train-guide": "guide",
+    "train-dpo": "dpo",
+    "train-reward": "reward.model",
+    "train-ppo": "ppo",
+    "train-grpo": "grpo",
+    "train-online": "online",
+}
+"""Where the recipe has the settings of a training stage."""
+
+
+def _too_large(row: StagePlan, recipe: Recipe, configs: Mapping[str, Settings], speed: Speed) -> str:
     """A warning that names the fields which would help, where a stage does not fit."""
     # Ranks share a machine's memory; each GPU is one rank's own.
     needed = (row.memory_bytes or 0) * (1 if speed.on_gpu else row.processes)
     if needed <= speed.memory_bytes:
         return ""
-    section = {
-        "prepare-sft": "sft",
-        "train-reward": "reward.model",
-        "train-ppo": "ppo",
-        "train-guide": "guide",
-    }
-    place = section.get(row.name, "dpo")
-    config = getattr(recipe, place, None) if "." not in place else recipe.reward.model
+    stage, space, label = row.name.partition(" ")
+    # A policy of a study begins with the recipe's section, where an arm's own fields do not replace it.
+    section = _SECTIONS[stage] if space + label not in configs else _SECTIONS[stage.replace("guide", "dpo")]
+    config: Any = configs.get(space + label) or operator.attrgetter(section)(recipe)
     remedies = []
     if row.memory_parts["step"] > row.memory_bytes / 3:  # type: ignore[operator]
         packed = getattr(config, "pack_tokens", None) is not None
-        remedies.append(f"lower {place}.{'pack_tokens' if packed else 'micro_batch_size'}")
-        if row.name != "train-ppo" and not config.engine.gradient_checkpointing:  # type: ignore[union-attr]
-            remedies.append(f"set {place}.engine.gradient_checkpointing=true")
+        remedies.append(f"lower {section}.{'pack_tokens' if packed else 'micro_batch_size'}")
+        if _allowed(config, {"gradient_checkpointing": True}):
+            remedies.append(f"set {section}.engine.gradient_checkpointing=true")
     if speed.on_gpu:
-        remedies.append(f"raise {place}.engine.processes and {place}.engine.zero_stage")
+        stages = [n for n in range(config.engine.zero_stage + 1, 4) if _allowed(config, {"zero_stage": n})]
+        higher = f" and {section}.engine.zero_stage (to {stages[-1]} at most)" if stages else ""
+        remedies.append(f"raise {section}.engine.processes{higher}")
     elif row.processes > 1:
-        remedies.append(f"lower {place}.engine.processes")
-    remedies.append("use a smaller model" if not remedies else "")
+        remedies.append(f"lower {section}.engine.processes")
     gib = 2**30
     return (
         f"{row.name} needs {needed / gib:.1f} GiB and this machine has {speed.memory_bytes / gib:.1f} GiB: "
-        + ", or ".join(r for r in remedies if r)
+        + (", or ".join(remedies) or "use a smaller model")
     )
+
+
+def _allowed(config: Any, engine: dict[str, Any]) -> bool:
+    """Whether the settings of a stage take these of the engine, and do not have them already."""
+    fields = config.model_dump(mode="json")
+    if fields["engine"].items() >= engine.items():
+        return False
+    try:
+        type(config).model_validate(fields | {"engine": fields["engine"] | engine})
+    except (ValidationError, DpoError):
+        return False
+    return True

@@ -25,6 +25,7 @@ from dpo_core.online.ppo import PpoConfig
 from dpo_core.online.preferences import OnlineDpoConfig
 from dpo_core.tokens import Tokenise
 from dpo_core.training import LoopConfig, PackedLoopConfig
+from dpo_core.unpaired import reads_mismatched, unpaired_examples
 from tasks.frontier_arms import Settings
 from tasks.recipe import Recipe
 from tasks.stage import StageResult
@@ -87,8 +88,8 @@ class Workload:
         self.config = read_config(recipe.model if base.planned else made)
         self.shape = cost.Shape.of(self.config)
         self.tokenise = Tokenise(load_tokenizer(source), recipe.tokens)
-        self.has_pairs = stages["load-data"].manifest.extra["kind"] == "pairs"
-        self.judged = self._rows("validate-pairs" if self.has_pairs else "validate-prompts", "load-data")
+        self.kind = str(stages["load-data"].manifest.extra["kind"])
+        self.judged = self._rows(f"validate-{self.kind}", "load-data")
         self.pairs = {side: self._pairs(side) for side in ("train", "eval")}
 
     def of(self, stage: str) -> Work:
@@ -129,13 +130,31 @@ class Workload:
         return frame[frame["fault"] == ""]
 
     def _pairs(self, side: str) -> Examples:
-        if not self.has_pairs and not self.stages["validate-pairs"].cached:
+        if self.kind == "unpaired":
+            return Examples([], 0)
+        if self.kind == "prompts" and not self.stages["validate-pairs"].cached:
             return self._pairs_to_come(side)
-        frame = self.judged if self.has_pairs else self._rows("validate-pairs")
+        frame = self.judged if self.kind == "pairs" else self._rows("validate-pairs")
         rows = frame[frame["split"] == side]
         kept, _ = self.tokenise.pairs(_some(rows).to_dict("records"))
         documents = [Document(p.chosen.prompt, (p.chosen.completion, p.rejected.completion)) for p in kept]
         return Examples(documents, round(len(rows) * len(kept) / max(len(_some(rows)), 1)))
+
+    def _trained_on(self, config: DpoConfig) -> Examples:
+        """What an objective learns from: pairs, or single answers, into which it takes pairs apart."""
+        if self.kind == "unpaired":
+            rows = self.judged[self.judged["split"] == "train"]
+            kept, _ = unpaired_examples(self.tokenise, _some(rows).to_dict("records"))
+            documents = [Document(e.sequence.prompt, (e.sequence.completion,)) for e in kept]
+            found = Examples(documents, round(len(rows) * len(kept) / max(len(_some(rows)), 1)))
+        else:
+            found = self.pairs["train"]
+        if config.limit is not None:
+            found = replace(found, count=min(found.count, config.limit))
+        if config.unpaired and self.kind != "unpaired":
+            documents = [Document(d.prompt, (side,)) for d in found.documents for side in d.branches]
+            found = replace(found, documents=documents, count=2 * found.count)
+        return found
 
     def _pairs_to_come(self, side: str) -> Examples:
         config = self.recipe.pairs
@@ -161,7 +180,7 @@ class Workload:
     def _demonstrations(self) -> Examples:
         config, tokens = self.recipe.sft, self.recipe.tokens
         if config.made_demonstrations is None and config.demonstrations is None:
-            rows = chosen_side(self.judged)
+            rows = chosen_side(self.judged, self.kind)
         else:
             rows = demonstrations(config, None, self.recipe.seed)[0]()
         documents = []
@@ -178,12 +197,13 @@ class Workload:
         return self._loop(self._demonstrations(), self.recipe.sft)
 
     def _dpo(self, config: DpoConfig) -> Work:
-        work = self._loop(self.pairs["train"], config)
-        if not config.needs_live_reference:
+        work = self._loop(self._trained_on(config), config)
+        if not config.needs_live_reference and not config.unpaired:
             return work
+        # A live reference reads every example too; KTO's z_0 and BCO's δ take a pass of the policy.
         trained = cost.training(self.shape, 1, 0, 0)
         again = work.flops * cost.forward(self.shape, 1, 0, 0) / trained
-        return replace(work, flops=work.flops + again, references=1)
+        return replace(work, flops=work.flops + again, references=int(config.needs_live_reference))
 
     def _reward(self) -> Work:
         pairs = self.pairs["train"]
@@ -254,9 +274,10 @@ class Workload:
         return Work(count * tokens, count * flops, note="every completion of the most tokens")
 
     def _cache(self, config: DpoConfig) -> Work:
-        pairs = self.pairs["train"]
-        tokens, flops = self._read(pairs)
-        return Work(tokens, flops, config.engine.precision, note=pairs.note)
+        examples = self._trained_on(config.model_copy(update={"limit": None}))  # the cache holds all rows
+        tokens, flops = self._read(examples)
+        times = 1 + reads_mismatched(config)
+        return Work(times * tokens, times * flops, config.engine.precision, note=examples.note)
 
     def _read(self, examples: Examples) -> tuple[float, float]:
         """Tokens and operations of one forward pass over all examples, each prompt once."""

@@ -193,7 +193,9 @@ def _register(
         "dpo.weights_sha256": str(model.extra.get("weights_sha256")),
         "dpo.artifact_sha256": model.sha256,
         "dpo.dataset_digest": _trained_on(manifests).sha256,
-        "dpo.ref_digest": str(manifests["cache-reference"].extra["reference_weights"]),
+        "dpo.ref_digest": str(
+            manifests.get("prepare-sft", manifests["import-model"]).extra["weights_sha256"]
+        ),
     }
     given = {key: value for key, value in tags.items() if value}
     version = register_model(tracker, name, str(model.path), alias=recipe.registry.alias, tags=given)

@@ -137,7 +137,7 @@ def train_dpo(
     policy: Manifest,
     reference: Manifest,
     pairs: Manifest,
-    logps: Manifest,
+    logps: Manifest | None,
     config: DpoConfig,
     tokens: TokenConfig,
     seed: int,
@@ -148,7 +148,7 @@ def train_dpo(
     Args:
         pairs: pairs, which an objective on unpaired rows takes apart, or unpaired rows.
         reference: what the policy is compared with. `logps` are its log-probs; objectives that need it in
-            memory load it.
+            memory load it, and have no `logps`, as those that read no reference.
         stage: `GUIDE` for the first pass of Pre-DPO.
     """
 
@@ -162,15 +162,19 @@ def train_dpo(
             "kind": "dpo",
             "model": str(policy.path),
             "data": str(rows),
-            "reference": str(logps.path / "shard"),
+            "reference": str(logps.path / "shard") if logps else None,
             "live_reference": str(reference.path) if config.needs_live_reference else None,
             "policy_is_reference": reference.extra["weights_sha256"] == policy.extra["weights_sha256"],
             "dpo": config.model_dump(mode="json"),
         }
         return train(given, job, tokens, seed, config.engine.processes, config.steps(count))
 
-    _require_reference(reference, logps)
-    inputs = {"policy": policy, kind_of(pairs): pairs, "logps": logps}
+    inputs = {"policy": policy, kind_of(pairs): pairs}
+    if logps:
+        _require_reference(reference, logps)
+        inputs["logps"] = logps
+    if config.needs_live_reference:
+        inputs["reference"] = reference
     return run_stage(context, stage, inputs, settings_of(config, tokens, seed), work)
 
 

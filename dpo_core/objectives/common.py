@@ -31,6 +31,23 @@ def smoothed(u: "Tensor", epsilon: float) -> "Tensor":
     return -(1 - epsilon) * log_sigmoid(u) - epsilon * log_sigmoid(-u)
 
 
+LARGEST_EXPONENT = 30.0
+"""Where exponentials go on as straight lines: e^30 times any beta, and then the sum of the squares of a
+gradient's numbers, stay far within float32."""
+
+
+def bounded_expm1(x: "Tensor") -> "Tensor":
+    """e^x - 1, beyond `LARGEST_EXPONENT` its tangent: a gradient that neither overflows nor vanishes."""
+    beyond = (x - LARGEST_EXPONENT).relu()
+    return x.clamp(max=LARGEST_EXPONENT).expm1() + math.exp(LARGEST_EXPONENT) * beyond
+
+
+def bounded_exp(x: "Tensor") -> "Tensor":
+    """e^x, continued as `bounded_expm1` is."""
+    beyond = (x - LARGEST_EXPONENT).relu()
+    return x.clamp(max=LARGEST_EXPONENT).exp() + math.exp(LARGEST_EXPONENT) * beyond
+
+
 def log1mexp(x: "Tensor") -> "Tensor":
     """log(1 - e^x) for x < 0, exact at both ends: near 0 through expm1, far from it through log1p."""
     near = (-x.expm1()).log()

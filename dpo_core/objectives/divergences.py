@@ -5,15 +5,13 @@ Log-ratios are SUMS over the completion (see `inputs.py`). `rewards/*` stay beta
 
 from typing import TYPE_CHECKING
 
-from dpo_core.objectives.common import BETA, ln_2, log_sigmoid
+from dpo_core.objectives.common import BETA, bounded_exp, bounded_expm1, ln_2, log_sigmoid
 from dpo_core.objectives.inputs import PairLogps
 from dpo_core.objectives.registry import Parameter, objective
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# e^80 is still a float32 and so is its product with any beta in range: TRL's limit in its α-divergence.
-_LARGEST_EXPONENT = 80.0
 # e^20 times the smallest beta is far beyond the reach of the logistic; larger log-ratios add h, not e^h.
 _LARGEST_CHI_RATIO = 20.0
 
@@ -33,14 +31,11 @@ _F_DPO = (
 def fdpo_forward_kl(logps: PairLogps, *, beta: float) -> "Tensor":
     """-log σ(beta·(s_w - s_l)) of each pair (B,), s = -exp(-h): f-DPO with the forward KL.
 
-    As TRL `forward_kl`, whose 1 in 1 - exp(-h) cancels. The slope at the reference is DPO's. Here the
-    exponent -h stops at 80 (in TRL it overflows): a completion that lost more than 80 nats has no gradient
-    any more, and short of that gradients grow as exp(-h).
+    As TRL `forward_kl`, whose 1 in 1 - exp(-h) cancels. The slope at the reference is DPO's. Gradients grow
+    as exp(-h); of a completion that lost more than 30 nats the exponential goes on as its tangent (in TRL it
+    overflows), so that the norm of a gradient that is to be clipped is a number.
     """
-    chosen_B, rejected_B = (
-        -(-ratio_B).clamp(max=_LARGEST_EXPONENT).exp()
-        for ratio_B in (logps.chosen_ratio_B, logps.rejected_ratio_B)
-    )
+    chosen_B, rejected_B = -bounded_exp(-logps.chosen_ratio_B), -bounded_exp(-logps.rejected_ratio_B)
     return -log_sigmoid(beta * (chosen_B - rejected_B))
 
 
@@ -76,13 +71,13 @@ def fdpo_alpha(logps: PairLogps, *, beta: float, alpha: float) -> "Tensor":
     """-log σ(beta·(s_w - s_l)) of each pair (B,), s = (exp((α-1)·h) - 1)/(α-1): f-DPO's α-divergence.
 
     As TRL `alpha_divergence`. The -1 cancels in the difference, but keeps precision as α nears 1, where
-    s = h. The exponent stops at 80 as there; no gradient beyond.
+    s = h. Exponentials go on as tangents beyond 30, as in `fdpo_forward_kl`; TRL cuts them at 80.
     """
 
     def score(ratio_B: "Tensor") -> "Tensor":
         if alpha == 1:
             return ratio_B
-        return ((alpha - 1) * ratio_B).clamp(max=_LARGEST_EXPONENT).expm1() / (alpha - 1)
+        return bounded_expm1((alpha - 1) * ratio_B) / (alpha - 1)
 
     return -log_sigmoid(beta * (score(logps.chosen_ratio_B) - score(logps.rejected_ratio_B)))
 

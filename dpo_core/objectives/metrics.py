@@ -13,8 +13,10 @@ if TYPE_CHECKING:
 def pair_metrics(logps: PairLogps, beta: float, *, per_token: bool = False) -> dict[str, "Tensor"]:
     """The field's standard per-pair numbers, each (B,), detached.
 
-    `rewards/*` are the implicit rewards beta·h (nats times beta). Accuracy is strict: a tie counts 0, so that
-    the accuracy at the reference is exactly 0. Names and definitions as in TRL and the original repository.
+    `rewards/*` are the implicit rewards beta·h (nats times beta). Accuracy is strict: a tie counts 0. While
+    the policy is the reference, every margin is 0 but for the rounding of two passes in different lay-outs,
+    and the accuracy says nothing: any value from 0 to about one half. Names and definitions as in TRL and the
+    original repository.
     Where sequential KLs were computed the rewards are beta·(h + K), as the TDPO repository logs them.
 
     Args:

@@ -14,7 +14,7 @@ from torch import Tensor
 from dpo_core.logprobs import autocast
 from dpo_core.online import group_math, ppo_math
 from dpo_core.online.group_math import Aggregate, Level, Scale
-from dpo_core.online.rollouts import Rollout, response_logps
+from dpo_core.online.rollouts import FromEpisode, Rollout, leading_mask, padded, response_logps, rows_of
 from dpo_core.online.rounds import OnlineTrainer, RoundsConfig
 from dpo_core.online.sampler import Surroundings
 
@@ -110,24 +110,26 @@ class GroupConfig(RoundsConfig):
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A micro-batch with its advantages."""
+class Judged(FromEpisode):
+    """An episode with its advantage."""
 
-    rollout: Rollout
-    advantages_B: Tensor
-    mask_BT: Tensor
-    """Tokens that are learnt from."""
+    logps_T: Tensor
+    """Of the policy that sampled."""
+    ref_logps_T: Tensor
+    advantage: Tensor
+    learnt: bool
+    """False: it was cut off, and `mask_truncated` leaves it out."""
 
 
 class GroupTrainer(OnlineTrainer[Judged]):
-    """The loop with a group baseline; every group is whole on one rank."""
+    """The loop with a group baseline; every group is whole on one rank, and its members are dealt apart."""
 
     def __init__(self, policy: Any, reference: Any, around: Surroundings, config: GroupConfig) -> None:
         self.config, self.rules = config, config.rules
         super().__init__(policy, reference, around, config)
 
     def prepare(self, rollouts: list[Rollout]) -> list[Judged]:
-        """Advantages of the round: groups are spread over micro-batches of like length."""
+        """Advantages of the round, each against its whole group."""
         rewards_N = torch.cat([self._paid(r) for r in rollouts])
         groups_N = torch.cat([r.of("group") for r in rollouts])
         if self.rules.baseline == "leave_one_out":
@@ -137,7 +139,17 @@ class GroupTrainer(OnlineTrainer[Judged]):
                 rewards_N, groups_N, self.rules.scale, self._batch_std(rewards_N), self.config.sample_std
             )
         parts = advantages_N.split([len(r.episodes) for r in rollouts])
-        return [Judged(r, part, self._learnt(r)) for r, part in zip(rollouts, parts, strict=True)]
+        return [
+            Judged(
+                episode,
+                rollout.logps_BR[i, : len(episode.sequence.completion)],
+                rollout.ref_logps_BR[i, : len(episode.sequence.completion)],
+                advantages_B[i],
+                episode.ended or not self.config.mask_truncated,
+            )
+            for rollout, advantages_B in zip(rollouts, parts, strict=True)
+            for i, episode in enumerate(rollout.episodes)
+        ]
 
     def _paid(self, rollout: Rollout) -> Tensor:
         """Rewards (B,): scores, minus what is charged in the reward."""
@@ -148,28 +160,22 @@ class GroupTrainer(OnlineTrainer[Judged]):
                 rollout.lengths_B, longest, self.config.soft_overlong
             )
         if self.rules.kl_in == "reward":
-            rewards_B = rewards_B - self.rules.kl_coef * self._kl(rollout, rollout.logps_BR).sum(1)
+            kl_BR = ppo_math.kl_per_token(
+                rollout.logps_BR, rollout.ref_logps_BR, rollout.mask_BR, self.rules.kl_estimator
+            )
+            rewards_B = rewards_B - self.rules.kl_coef * kl_BR.sum(1)
         return rewards_B
-
-    def _kl(self, rollout: Rollout, logps_BR: Tensor) -> Tensor:
-        return ppo_math.kl_per_token(logps_BR, rollout.ref_logps_BR, rollout.mask_BR, self.rules.kl_estimator)
 
     def _batch_std(self, rewards_N: Tensor) -> Tensor:
         count = self.config.episodes
         mean = self.engine.all_sum(rewards_N.double().sum()) / count
         return (self.engine.all_sum(((rewards_N.double() - mean) ** 2).sum()) / (count - 1)).sqrt()
 
-    def _learnt(self, rollout: Rollout) -> Tensor:
-        if not self.config.mask_truncated:
-            return rollout.mask_BR
-        return rollout.mask_BR & rollout.of("ended").bool()[:, None]
-
-    def optimise(self, minibatch: list[Judged]) -> dict[str, float]:
+    def optimise(self, minibatch: list[list[Judged]]) -> dict[str, float]:
         """One optimiser step; see `group_math.denominator` for what the loss is a mean over."""
-        counts = torch.tensor(
-            [sum(len(m.advantages_B) for m in minibatch), sum(int(m.mask_BT.sum()) for m in minibatch)],
-            dtype=torch.float64,
-        )
+        mine = [judged for micro in minibatch for judged in micro]
+        learnt = sum(len(judged.logps_T) for judged in mine if judged.learnt)
+        counts = torch.tensor([len(mine), learnt], dtype=torch.float64)
         responses, tokens = self.engine.all_sum(counts).tolist()
         longest = self.around.sampling.max_new_tokens
         total = group_math.denominator(self.rules.aggregate, responses, tokens, longest)
@@ -186,31 +192,40 @@ class GroupTrainer(OnlineTrainer[Judged]):
         by_tokens = {name: value / max(tokens, 1.0) for name, value in reduced.items() if name not in _SUMMED}
         return by_tokens | {name: reduced[name] / total for name in _SUMMED} | {"grad_norm": norm}
 
-    def _losses(self, micro: Judged) -> tuple[Tensor, dict[str, Tensor]]:
+    def _losses(self, micro: list[Judged]) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum of the loss over a micro-batch, and sums of metrics over its tokens."""
-        rollout, rules = micro.rollout, self.rules
+        rules = self.rules
+        rows = rows_of([judged.episode for judged in micro], self.engine.device)
         with autocast(self.config.engine.precision, self.engine.device):
-            _, logps_BR = response_logps(self.module, rollout.rows, self.temperature)
-        ratio = group_math.log_ratios(logps_BR, rollout.logps_BR, micro.mask_BT, rules.level)
-        losses, clipped = group_math.clipped_losses(
-            ratio, micro.advantages_B, rules.clip_low, rules.clip_high
+            _, logps_BT = response_logps(self.module, rows, self.temperature)
+        learnt_B = torch.tensor([judged.learnt for judged in micro], device=self.engine.device)
+        mask_BT = leading_mask(rows.lengths_S) & learnt_B[:, None]
+        advantages_B = torch.stack([judged.advantage for judged in micro])
+        ratio = group_math.log_ratios(
+            logps_BT, padded([judged.logps_T for judged in micro]), mask_BT, rules.level
         )
-        mask = micro.mask_BT if rules.level == "token" else micro.mask_BT.any(1, keepdim=True)
+        losses, clipped = group_math.clipped_losses(ratio, advantages_B, rules.clip_low, rules.clip_high)
+        mask = mask_BT if rules.level == "token" else mask_BT.any(1, keepdim=True)
         policy = group_math.aggregate(losses, mask, rules.aggregate)
-        kl_BR = self._kl(rollout, logps_BR)
+        kl_BT = ppo_math.kl_per_token(
+            logps_BT,
+            padded([judged.ref_logps_T for judged in micro]),
+            leading_mask(rows.lengths_S),
+            rules.kl_estimator,
+        )
         loss = policy
         if rules.kl_in == "loss" and rules.kl_coef:
-            loss = loss + rules.kl_coef * group_math.aggregate(kl_BR, micro.mask_BT, rules.aggregate)
+            loss = loss + rules.kl_coef * group_math.aggregate(kl_BT, mask_BT, rules.aggregate)
         # A ratio of whole responses is that of each of their tokens.
         over_tokens: Callable[[Tensor], Tensor] = lambda x: torch.where(  # noqa: E731
-            micro.mask_BT, x.to(torch.float32).expand_as(micro.mask_BT), 0.0
+            mask_BT, x.to(torch.float32).expand_as(mask_BT), 0.0
         ).sum()
-        up = micro.advantages_B[:, None] > 0
+        up = advantages_B[:, None] > 0
         return loss, {
             "loss": loss,
             "loss/policy_avg": policy,
-            "kl": over_tokens(kl_BR),
-            "val/ratio": over_tokens(ratio.exp()),
+            "kl": over_tokens(kl_BT),
+            "val/ratio": over_tokens(ratio.clamp(max=20.0).exp()),  # as `clipped_losses` bounds it
             "policy/approxkl_avg": over_tokens(0.5 * ratio**2),
             "clip_ratio/low_mean": over_tokens(clipped & ~up),
             "clip_ratio/high_mean": over_tokens(clipped & up),

@@ -25,7 +25,15 @@ from dpo_core.engine_config import OptimConfig
 from dpo_core.layout import Document, PaddedRows, pad
 from dpo_core.logprobs import autocast
 from dpo_core.online import ppo_math
-from dpo_core.online.rollouts import Rollout, response_logps
+from dpo_core.online.rollouts import (
+    Episode,
+    FromEpisode,
+    Rollout,
+    leading_mask,
+    padded,
+    response_logps,
+    rows_of,
+)
 from dpo_core.online.rounds import OnlineTrainer, RoundsConfig
 from dpo_core.online.sampler import Surroundings
 from dpo_core.reward_model import RewardModel
@@ -66,17 +74,16 @@ class PpoConfig(RoundsConfig):
 
 
 @dataclass(frozen=True)
-class Estimated:
-    """A micro-batch with what the critic made of it; masked positions hold 0."""
+class Estimated(FromEpisode):
+    """An episode with what the critic made of it."""
 
-    rollout: Rollout
-    states: PaddedRows
-    """The rows as the critic reads them."""
-    states_BV: Tensor
-    """True on states that have a value."""
-    values_BV: Tensor
-    advantages_BR: Tensor
-    returns_BV: Tensor
+    logps_R: Tensor
+    """Of the policy that sampled."""
+    advantages_R: Tensor
+    values_V: Tensor
+    returns_V: Tensor
+    states: int
+    """How many of the V states have a value; the last may have none."""
 
 
 class PpoTrainer(OnlineTrainer[Estimated]):
@@ -90,6 +97,7 @@ class PpoTrainer(OnlineTrainer[Estimated]):
         self, policy: Any, reference: Any, critic: RewardModel, around: Surroundings, config: PpoConfig
     ) -> None:
         self.config, self.critic = config, critic
+        self.later = int(config.score_at == "after_last")
         self.kl = ppo_math.AdaptiveKL(config.kl_coef, config.target_kl or 1.0, config.kl_horizon)
         super().__init__(policy, reference, around, config)
 
@@ -100,45 +108,55 @@ class PpoTrainer(OnlineTrainer[Estimated]):
     # Estimates -------------------------------------------------------------------------------------------
 
     def prepare(self, rollouts: list[Rollout]) -> list[Estimated]:
-        """Values, rewards and GAE of each micro-batch; whitening over the global batch."""
+        """Values, rewards and GAE of every episode; whitening over the global batch."""
         self.critic.eval()
-        seen = [self._values(rollout) for rollout in rollouts]
-        masks = [states_BV for _, states_BV, _ in seen]
+        masks, values = map(list, zip(*(self._values(rollout) for rollout in rollouts), strict=True))
         rewards = [self._rewards(r, states_BV) for r, states_BV in zip(rollouts, masks, strict=True)]
         if self.config.whiten_rewards:
             rewards = self._white(rewards, masks, shift_mean=False)
-        estimated = []
-        for rollout, (states, states_BV, values_BV), rewards_BV in zip(rollouts, seen, rewards, strict=True):
+        advantages, returns = [], []
+        for rollout, states_BV, values_BV, rewards_BV in zip(rollouts, masks, values, rewards, strict=True):
             advantages_BV, returns_BV = ppo_math.gae(
                 rewards_BV, values_BV, states_BV, self.config.gamma, self.config.lam
             )
             width = rollout.mask_BR.shape[1]
-            advantages_BR = torch.where(rollout.mask_BR, advantages_BV[:, :width], 0.0)
-            estimated.append(Estimated(rollout, states, states_BV, values_BV, advantages_BR, returns_BV))
-        if not self.config.whiten_advantages:
-            return estimated
-        white = self._white([e.advantages_BR for e in estimated], [e.rollout.mask_BR for e in estimated])
-        return [
-            Estimated(e.rollout, e.states, e.states_BV, e.values_BV, white_BR, e.returns_BV)
-            for e, white_BR in zip(estimated, white, strict=True)
-        ]
+            advantages.append(torch.where(rollout.mask_BR, advantages_BV[:, :width], 0.0))
+            returns.append(returns_BV)
+        if self.config.whiten_advantages:
+            advantages = self._white(advantages, [r.mask_BR for r in rollouts])
+        estimated = []
+        for rollout, *tables in zip(rollouts, advantages, values, returns, masks, strict=True):
+            for i, episode in enumerate(rollout.episodes):
+                tokens = len(episode.sequence.completion)
+                advantages_R, values_V, returns_V, states_V = (table_B[i] for table_B in tables)
+                estimated.append(
+                    Estimated(
+                        episode,
+                        rollout.logps_BR[i, :tokens],
+                        advantages_R[:tokens],
+                        values_V[: tokens + self.later],
+                        returns_V[: tokens + self.later],
+                        int(states_V.sum()),
+                    )
+                )
+        return estimated
 
     @torch.no_grad()
-    def _values(self, rollout: Rollout) -> tuple[PaddedRows, Tensor, Tensor]:
-        """The critic's rows, which states have a value (B,V), and their values."""
-        later = self.config.score_at == "after_last"
-        # The target after the last token is never read: the row only has to hold that token's state.
-        documents = [
-            Document(e.sequence.prompt, (e.sequence.completion + ((0,) if later else ()),))
-            for e in rollout.episodes
-        ]
-        rows = pad(documents).to(self.engine.device)
+    def _values(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """Which states have a value (B,V), and their values."""
+        rows = self._critic_rows(rollout.episodes)
         room_B = rollout.lengths_B < self.around.sampling.max_new_tokens
-        count_B = rollout.lengths_B + (room_B.long() if later else 0)
-        states_BV = torch.arange(int(rows.lengths_S.max()), device=count_B.device) < count_B[:, None]
+        states_BV = leading_mask(rollout.lengths_B + room_B.long() * self.later, int(rows.lengths_S.max()))
         with autocast(self.config.engine.precision, self.engine.device):
             values_BV = state_values(self.critic, rows)
-        return rows, states_BV, torch.where(states_BV, values_BV, 0.0)
+        return states_BV, torch.where(states_BV, values_BV, 0.0)
+
+    def _critic_rows(self, episodes: Seq[Episode]) -> PaddedRows:
+        """The rows as the critic reads them."""
+        # The target after the last token is never read: the row only has to hold that token's state.
+        more = (0,) * self.later
+        documents = [Document(e.sequence.prompt, (e.sequence.completion + more,)) for e in episodes]
+        return pad(documents).to(self.engine.device)
 
     def _rewards(self, rollout: Rollout, states_BV: Tensor) -> Tensor:
         return ppo_math.per_token_rewards(
@@ -168,11 +186,11 @@ class PpoTrainer(OnlineTrainer[Estimated]):
 
     # Updates ---------------------------------------------------------------------------------------------
 
-    def optimise(self, minibatch: list[Estimated]) -> dict[str, float]:
+    def optimise(self, minibatch: list[list[Estimated]]) -> dict[str, float]:
         """One step of policy and critic; each loss is a mean over the global minibatch: over its response
         tokens, and over its states."""
-        tokens_here = sum(int(m.rollout.mask_BR.sum()) for m in minibatch)
-        states_here = sum(int(m.states_BV.sum()) for m in minibatch)
+        tokens_here = sum(len(e.logps_R) for micro in minibatch for e in micro)
+        states_here = sum(e.states for micro in minibatch for e in micro)
         counts = torch.tensor([tokens_here, states_here], dtype=torch.float64)
         tokens, states = self.engine.all_sum(counts).tolist()
         sums: dict[str, float] = {}
@@ -186,8 +204,10 @@ class PpoTrainer(OnlineTrainer[Estimated]):
             value, value_stats = self._value_loss(micro)
             self.critic_engine.backward(value, states)
             critic_norm = self.critic_engine.step() or critic_norm
-            share = float(micro.rollout.mask_BR.sum()) / tokens
-            value_share = float(micro.states_BV.sum()) / states
+            # Around 1 until all are together: a variance within each would depend on the micro-batch size.
+            stats["val/ratio_var"] += (stats["val/ratio"] - 1) ** 2
+            share = sum(len(e.logps_R) for e in micro) / tokens
+            value_share = sum(e.states for e in micro) / states
             numbers = {
                 "loss/policy_avg": float(policy.detach()) / tokens,
                 "loss/value_avg": float(value.detach()) / states,
@@ -196,28 +216,36 @@ class PpoTrainer(OnlineTrainer[Estimated]):
             }
             for name, number in numbers.items():
                 sums[name] = sums.get(name, 0.0) + number
-        return self.over_ranks(sums) | {"grad_norm": norm, "critic/grad_norm": critic_norm}
+        means = self.over_ranks(sums)
+        means["val/ratio_var"] -= (means["val/ratio"] - 1) ** 2
+        return means | {"grad_norm": norm, "critic/grad_norm": critic_norm}
 
-    def _policy_loss(self, micro: Estimated) -> tuple[Tensor, dict[str, Tensor]]:
-        rollout = micro.rollout
+    def _policy_loss(self, micro: list[Estimated]) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = rows_of([e.episode for e in micro], self.engine.device)
         with autocast(self.config.engine.precision, self.engine.device):
-            _, logps_BR = response_logps(self.module, rollout.rows, self.temperature)
+            _, logps_BR = response_logps(self.module, rows, self.temperature)
         return ppo_math.policy_loss(
             logps_BR,
-            rollout.logps_BR,
-            micro.advantages_BR,
-            rollout.mask_BR,
+            padded([e.logps_R for e in micro]),
+            padded([e.advantages_R for e in micro]),
+            leading_mask(rows.lengths_S),
             clip=self.config.clip,
             n_tokens=1.0,  # the sum: the mean is over the global minibatch, taken by the engine
         )
 
-    def _value_loss(self, micro: Estimated) -> tuple[Tensor, dict[str, Tensor]]:
+    def _value_loss(self, micro: list[Estimated]) -> tuple[Tensor, dict[str, Tensor]]:
+        rows = self._critic_rows([e.episode for e in micro])
         with autocast(self.config.engine.precision, self.engine.device):
-            values_BV = state_values(self.critic, micro.states)
+            values_BV = state_values(self.critic, rows)
+        counts_B = torch.tensor([e.states for e in micro], device=self.engine.device)
         return ppo_math.value_loss(
-            values_BV, micro.values_BV, micro.returns_BV, micro.states_BV,
-            clip=self.config.value_clip, n_tokens=1.0,
-        )  # fmt: skip
+            values_BV,
+            padded([e.values_V for e in micro]),
+            padded([e.returns_V for e in micro]),
+            leading_mask(counts_B, values_BV.shape[1]),
+            clip=self.config.value_clip,
+            n_tokens=1.0,
+        )
 
     # The round -------------------------------------------------------------------------------------------
 

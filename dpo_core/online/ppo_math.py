@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dpo_core.errors import StageFailed
+from dpo_core.objectives.common import bounded_expm1
 
 Reduce = Callable[[Tensor], Tensor]
 """Sums a tensor over all ranks (an all-reduce) and returns the sum."""
@@ -88,9 +89,12 @@ def k2(logps: Tensor, ref_logps: Tensor) -> Tensor:
 
 
 def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """e^d - 1 - d with d = log π_ref - log π, per token: unbiased, never negative. Never apply it to sums."""
+    """e^d - 1 - d with d = log π_ref - log π, per token: unbiased, never negative. Never apply it to sums.
+
+    Beyond d = 30 the exponential goes on as its tangent, so that a gradient that is to be clipped is finite.
+    """
     d = ref_logps - logps
-    return torch.expm1(d) - d
+    return bounded_expm1(d) - d
 
 
 KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}

@@ -5,7 +5,7 @@ the scorer, and makes preference steps on them. Online DPO (Guo et al. 2024, arX
 one step each, a fixed reference. Iterative DPO (Xu et al. 2024, 2404.10719): few rounds of many episodes and
 steps, each with the policy that the round began with as its reference.
 
-Shapes: P pairs, S = 2P completions (chosen and rejected in turn).
+Shapes: P pairs of a micro-batch, S = 2P completions (chosen and rejected in turn).
 """
 
 from collections.abc import Sequence as Seq
@@ -17,11 +17,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dpo_core import cost
-from dpo_core.layout import Document, PaddedRows, pad
 from dpo_core.logprobs import autocast
 from dpo_core.objectives import PairLogps, Term, Totals, combine, get, pair_metrics
 from dpo_core.online.group_math import flat_groups
-from dpo_core.online.rollouts import Episode, Rollout
+from dpo_core.online.rollouts import Episode, Rollout, micro_batches, rows_of
 from dpo_core.online.rounds import OnlineTrainer, RoundsConfig, move
 from dpo_core.online.sampler import Surroundings
 from dpo_core.scores import branch_scores
@@ -73,18 +72,23 @@ class OnlineDpoConfig(RoundsConfig):
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """A micro-batch of pairs."""
+class Pair:
+    """The best and the worst completion of a prompt."""
 
-    rows: PaddedRows
-    """2P rows, chosen and rejected in turn."""
-    ref_S: Tensor
-    """Reference log-probs of whole completions."""
-    weight_P: Tensor
-    """1, or 0 for a tie: ties keep their place, so that every rank has as many micro-batches."""
+    chosen: "Candidate"
+    rejected: "Candidate"
+    weight: float
+    """1, or 0 for a tie: ties keep their place, so that every rank has as many pairs."""
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return 0, self.chosen.episode.group
+
+    def __len__(self) -> int:
+        return len(self.chosen.episode) + len(self.rejected.episode)
 
 
-class OnlineDpoTrainer(OnlineTrainer[Pairs]):
+class OnlineDpoTrainer(OnlineTrainer[Pair]):
     """The loop with preference steps; `micro_batch_size` counts pairs in the updates."""
 
     def __init__(self, policy: Any, reference: Any, around: Surroundings, config: OnlineDpoConfig) -> None:
@@ -101,60 +105,54 @@ class OnlineDpoTrainer(OnlineTrainer[Pairs]):
     def micros_of(self, episodes: int) -> int:
         return episodes // (self.config.samples_per_prompt * self.config.micro_batch_size)
 
-    def prepare(self, rollouts: list[Rollout]) -> list[Pairs]:
-        """The best against the worst of each prompt, neighbours in length together."""
+    def read_together(self, episodes: list[Episode], iteration: int) -> list[list[Episode]]:
+        """Neighbours in length: a loss on pairs has no ratio to what was read here."""
+        return micro_batches(episodes, self.config.micro_batch_size)
+
+    def prepare(self, rollouts: list[Rollout]) -> list[Pair]:
+        """The best against the worst of each prompt."""
         groups: dict[int, list[Candidate]] = {}
         for rollout in rollouts:
             rewards, references = self.rewards(rollout).tolist(), rollout.ref_logps_BR.sum(1).tolist()
             for episode, reward, reference in zip(rollout.episodes, rewards, references, strict=True):
                 groups.setdefault(episode.group, []).append(Candidate(episode, reward, reference))
-        pairs = [extremes(groups[group]) for group in sorted(groups)]
-        pairs.sort(key=lambda pair: sum(len(c.episode.sequence) for c in pair))
-        size = self.config.micro_batch_size
-        return [self._lay_out(pairs[i : i + size]) for i in range(0, len(pairs), size)]
-
-    def _lay_out(self, pairs: Seq[tuple["Candidate", "Candidate"]]) -> Pairs:
-        device = self.engine.device
-        sides = [c for pair in pairs for c in pair]
-        documents = [Document(c.episode.sequence.prompt, (c.episode.sequence.completion,)) for c in sides]
-        weights = [float(not self._tied(better, worse)) for better, worse in pairs]
-        return Pairs(
-            rows=pad(documents).to(device),
-            ref_S=torch.tensor([c.ref_logp for c in sides], device=device),
-            weight_P=torch.tensor(weights, device=device),
-        )
+        extreme = [extremes(groups[group]) for group in sorted(groups)]
+        return [Pair(better, worse, float(not self._tied(better, worse))) for better, worse in extreme]
 
     def _tied(self, better: "Candidate", worse: "Candidate") -> bool:
         same = better.episode.sequence.completion == worse.episode.sequence.completion
         return same or better.reward - worse.reward <= self.config.min_gap
 
-    def optimise(self, minibatch: list[Pairs]) -> dict[str, float]:
+    def optimise(self, minibatch: list[list[Pair]]) -> dict[str, float]:
         """One optimiser step; the loss is the mean over the global minibatch's pairs that are no ties."""
-        counts = torch.stack([m.weight_P.sum().double() for m in minibatch])
-        tokens = sum(float((m.rows.lengths_S[0::2] * m.weight_P).sum()) for m in minibatch)
-        pairs, tokens = self.engine.all_sum(torch.tensor([float(counts.sum()), tokens]).double()).tolist()
+        mine = [pair for micro in minibatch for pair in micro if pair.weight]
+        counts = [len(mine), sum(len(pair.chosen.episode.sequence.completion) for pair in mine)]
+        pairs, tokens = self.engine.all_sum(torch.tensor(counts).double()).tolist()
         totals = Totals(pairs=max(pairs, 1.0), chosen_tokens=tokens, prompt_tokens=0.0)
         sums: dict[str, float] = {}
         norm = 0.0
         self.module.train()
         for micro in minibatch:
+            weight_P = torch.tensor([pair.weight for pair in micro], device=self.engine.device)
             losses_P, numbers = self._losses(micro, totals)
-            self.engine.backward((losses_P * micro.weight_P).sum(), max(pairs, 1.0))
+            self.engine.backward((losses_P * weight_P).sum(), max(pairs, 1.0))
             norm = self.engine.step() or norm
             for name, value_P in {"loss": losses_P.detach(), **numbers}.items():
-                sums[name] = sums.get(name, 0.0) + float((value_P * micro.weight_P).sum())
+                sums[name] = sums.get(name, 0.0) + float((value_P * weight_P).sum())
         means = {name: value / max(pairs, 1.0) for name, value in self.over_ranks(sums).items()}
         return means | {"pairs": pairs, "grad_norm": norm}
 
-    def _losses(self, micro: Pairs, totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
+    def _losses(self, micro: list[Pair], totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
+        sides = [side for pair in micro for side in (pair.chosen, pair.rejected)]
         with autocast(self.config.engine.precision, self.engine.device):
-            scores = branch_scores(self.module, micro.rows)
+            scores = branch_scores(self.module, rows_of([c.episode for c in sides], self.engine.device))
         logps_S = scores.logps_SL.sum(-1)
+        ref_S = torch.tensor([c.ref_logp for c in sides], device=self.engine.device)
         logps = PairLogps(
             logps_S[0::2],
             logps_S[1::2],
-            micro.ref_S[0::2],
-            micro.ref_S[1::2],
+            ref_S[0::2],
+            ref_S[1::2],
             scores.lengths_S[0::2],
             scores.lengths_S[1::2],
             totals=totals,
@@ -195,5 +193,5 @@ class Candidate:
 
 def extremes(candidates: Seq[Candidate]) -> tuple[Candidate, Candidate]:
     """The best and the worst of a prompt's candidates; of equals the one drawn first is the better."""
-    ranked = sorted(candidates, key=lambda c: -c.reward)
+    ranked = sorted(candidates, key=lambda c: (-c.reward, c.episode.sample))
     return ranked[0], ranked[-1]

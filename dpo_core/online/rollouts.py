@@ -1,13 +1,17 @@
-"""What a round samples: episodes, scored, and read again by the policy, which is trained, and the reference.
+"""What a round samples: episodes, scored, and read again by the policy, which is trained, and the reference;
+and how they are dealt to minibatches.
 
 Shapes: B episodes of a micro-batch, R response tokens of the longest.
 """
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from dpo_core.layout import Document, PaddedRows, pad
 from dpo_core.logprobs import Precision, autocast
@@ -28,6 +32,43 @@ class Episode:
     score: float = 0.0
     gold: float | None = None
     """What a known reward says, where the score is a learned one; nothing is trained on it."""
+    sample: int = 0
+    """Number among the completions of its prompt."""
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return self.sample, self.group
+
+    def __len__(self) -> int:
+        return len(self.sequence)
+
+
+@dataclass(frozen=True)
+class FromEpisode:
+    """What a method learns from one episode; a subclass adds it."""
+
+    episode: Episode
+
+    @property
+    def place(self) -> tuple[int, int]:
+        return self.episode.place
+
+    def __len__(self) -> int:
+        return len(self.episode)
+
+
+class Dealt(Protocol):
+    """What minibatches are made of."""
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Where it stands among its rank's: the samples of all prompts in turn, prompts in their order."""
+
+    def __len__(self) -> int:
+        """Tokens, by which neighbours are found."""
+
+
+Item = TypeVar("Item", bound=Dealt)
 
 
 @dataclass(frozen=True)
@@ -71,10 +112,10 @@ def read(
 ) -> Rollout:
     """Log-probs of one micro-batch under policy and reference.
 
-    The same rows are later trained on together, so that the first ratio is exactly 1.
+    The first pass trains on the same rows together, so that the first ratio is exactly 1.
     """
-    rows = pad([Document(e.sequence.prompt, (e.sequence.completion,)) for e in episodes]).to(device)
-    mask_BR = torch.arange(int(rows.lengths_S.max()), device=device) < rows.lengths_S[:, None]
+    rows = rows_of(episodes, device)
+    mask_BR = leading_mask(rows.lengths_S)
     with autocast(precision, device):
         _, logps_BR = response_logps(policy, rows, temperature)
         _, ref_logps_BR = response_logps(reference, rows, temperature)
@@ -82,9 +123,44 @@ def read(
     return Rollout(episodes, rows, mask_BR, logps_BR, ref_logps_BR, rows.table(sampler_N))
 
 
-def micro_batches(episodes: Seq[Episode], size: int) -> list[list[Episode]]:
+def rows_of(episodes: Seq[Episode], device: torch.device) -> PaddedRows:
+    """One row an episode."""
+    return pad([Document(e.sequence.prompt, (e.sequence.completion,)) for e in episodes]).to(device)
+
+
+def leading_mask(counts_B: Tensor, width: int | None = None) -> Tensor:
+    """Mask (B, width): as many True as the row's count, from the left; as wide as the largest by default."""
+    places = torch.arange(int(counts_B.max()) if width is None else width, device=counts_B.device)
+    return places < counts_B[:, None]
+
+
+def padded(rows: Seq[Tensor]) -> Tensor:
+    """Rows of different lengths, right-padded with 0, (B, longest)."""
+    return pad_sequence(list(rows), batch_first=True)
+
+
+def deal(
+    items: Seq[Item], minibatches: int, *, key: tuple[int, ...], rank: int, world: int
+) -> list[list[Item]]:
+    """This rank's share of every minibatch of a pass: a random deal that depends on `key` alone.
+
+    A minibatch holds S items over all ranks. Items whose numbers are equal modulo S lie on one rank; each
+    such set is dealt at random, one item to each minibatch. So a minibatch holds the same items whatever the
+    number of ranks, equally many on each, and the samples of a prompt are spread over the minibatches.
+
+    Args:
+        items: this rank's, a multiple of `minibatches`.
+    """
+    ordered = sorted(items, key=lambda item: item.place)
+    size = len(ordered) // minibatches
+    draws = np.random.default_rng(key).random((size * world, minibatches))
+    turns = draws.argsort(axis=1)[rank::world]
+    return [[ordered[i + size * turns[i, m]] for i in range(size)] for m in range(minibatches)]
+
+
+def micro_batches(items: Seq[Item], size: int) -> list[list[Item]]:
     """Neighbours in length together, so that little is padding."""
-    ordered = sorted(episodes, key=lambda e: len(e.sequence))
+    ordered = sorted(items, key=len)
     return [ordered[i : i + size] for i in range(0, len(ordered), size)]
 
 

@@ -8,7 +8,8 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, Literal, TypeVar
+from collections.abc import Sequence as Seq
+from typing import Any, Generic, Literal
 
 import numpy as np
 import torch
@@ -21,11 +22,10 @@ from dpo_core.engine import Engine, MetricsFile, Stopped
 from dpo_core.engine_config import EngineConfig, OptimConfig
 from dpo_core.errors import RecipeError
 from dpo_core.online import ppo_math
-from dpo_core.online.rollouts import Episode, Rollout, micro_batches, read, sampler_gap
+from dpo_core.online.rollouts import Episode, Item, Rollout, deal, micro_batches, read, sampler_gap
 from dpo_core.online.sampler import Sampler, Surroundings
 
 log = logging.getLogger(__name__)
-Micro = TypeVar("Micro")
 
 
 class RoundsConfig(Config):
@@ -38,7 +38,7 @@ class RoundsConfig(Config):
     epochs: int = Field(2, ge=1)
     """Passes over each round's episodes."""
     minibatches: int = Field(1, ge=1)
-    """Optimiser steps in each pass."""
+    """Optimiser steps in each pass; the episodes are dealt to them at random, anew in every pass."""
     micro_batch_size: int = Field(16, ge=1)
     """Episodes in one forward pass on one rank; the rest of a minibatch is accumulated."""
     missing_eos_penalty: float | None = Field(None, ge=0)
@@ -86,7 +86,7 @@ class RoundsConfig(Config):
         return self
 
 
-class OnlineTrainer(ABC, Generic[Micro]):
+class OnlineTrainer(ABC, Generic[Item]):
     """One training job. A subclass says what is learnt from a round's rollouts.
 
     Args:
@@ -140,12 +140,12 @@ class OnlineTrainer(ABC, Generic[Micro]):
     # What a subclass says --------------------------------------------------------------------------------
 
     @abstractmethod
-    def prepare(self, rollouts: list[Rollout]) -> list[Micro]:
-        """Micro-batches to learn from, equally many on every rank."""
+    def prepare(self, rollouts: list[Rollout]) -> list[Item]:
+        """What is learnt from, one by one, equally many on every rank: baselines are of the whole round."""
 
     @abstractmethod
-    def optimise(self, minibatch: list[Micro]) -> dict[str, float]:
-        """One optimiser step; returns its metrics over all ranks."""
+    def optimise(self, minibatch: list[list[Item]]) -> dict[str, float]:
+        """One optimiser step on this rank's micro-batches; returns its metrics over all ranks."""
 
     def over_ranks(self, sums: Mapping[str, float]) -> dict[str, float]:
         """The same names with their sums over all ranks."""
@@ -216,13 +216,13 @@ class OnlineTrainer(ABC, Generic[Micro]):
         start = time.perf_counter()
         rate = self.engine.learning_rate
         episodes, asked = self.sampler.round()
-        rollouts = self._read(episodes)
+        rollouts = self._read(self.read_together(episodes, iteration))
         facts = self._facts(rollouts) | self.facts(rollouts)
-        micros = self.prepare(rollouts)
+        items = self.prepare(rollouts)
         steps = [
             self.optimise(minibatch)
             for epoch in range(self.rounds.epochs)
-            for minibatch in self._minibatches(micros, iteration, epoch)
+            for minibatch in self.minibatches(items, iteration, epoch)
         ]
         means = {name: float(np.mean([s[name] for s in steps])) for name in steps[0]}
         if "val/ratio" in means:
@@ -249,17 +249,21 @@ class OnlineTrainer(ABC, Generic[Micro]):
 
     # Reading ---------------------------------------------------------------------------------------------
 
-    def _read(self, episodes: list[Episode]) -> list[Rollout]:
+    def read_together(self, episodes: list[Episode], iteration: int) -> list[list[Episode]]:
+        """The micro-batches of the first pass: read and trained on in the same rows."""
+        return [micro for minibatch in self.minibatches(episodes, iteration, 0) for micro in minibatch]
+
+    def _read(self, micros: list[list[Episode]]) -> list[Rollout]:
         return [
             read(
-                group,
+                micro,
                 self.module,
                 self.reference,
                 temperature=self.temperature,
                 precision=self.rounds.engine.precision,
                 device=self.engine.device,
             )
-            for group in micro_batches(episodes, self.rounds.micro_batch_size)
+            for micro in micros
         ]
 
     def rewards(self, rollout: Rollout) -> Tensor:
@@ -274,13 +278,16 @@ class OnlineTrainer(ABC, Generic[Micro]):
             scores_B, ended_B, config.missing_eos_penalty, replace=config.missing_eos == "replace"
         )
 
-    def _minibatches(self, micros: list[Micro], iteration: int, epoch: int) -> list[list[Micro]]:
-        """Micro-batches dealt into minibatches; a fresh shuffle each pass but the first."""
-        order = np.arange(len(micros))
-        if epoch:
-            order = np.random.default_rng((self.around.seed, iteration, epoch)).permutation(order)
-        size = self.micro_per_step
-        return [[micros[i] for i in order[s : s + size]] for s in range(0, len(order), size)]
+    def minibatches(self, items: Seq[Any], iteration: int, epoch: int) -> list[list[list[Any]]]:
+        """The micro-batches of every minibatch of a pass: dealt anew in each, then cut by length."""
+        dealt = deal(
+            items,
+            self.rounds.minibatches,
+            key=(self.around.seed, iteration, epoch),
+            rank=self.engine.rank,
+            world=self.engine.world,
+        )
+        return [micro_batches(share, self.rounds.micro_batch_size) for share in dealt]
 
     # Metrics ---------------------------------------------------------------------------------------------
 

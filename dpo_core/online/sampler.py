@@ -126,7 +126,14 @@ def draw(
         places=[place * each + k for place in places for k in range(each)],
     )
     return [
-        Episode(Sequence(prompts[i // each][0], c.ids), prompts[i // each][1], i // each, c.ended, c.logps)
+        Episode(
+            Sequence(prompts[i // each][0], c.ids),
+            prompts[i // each][1],
+            i // each,
+            c.ended,
+            c.logps,
+            sample=i % each,
+        )
         for i, c in enumerate(drawn)
     ]
 

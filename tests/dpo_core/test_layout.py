@@ -117,6 +117,19 @@ def test_the_prompt_is_scored_once_a_document():
     torch.testing.assert_close(packed, torch.tensor(alone), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("lengths", [(1,), (1, 1), (3, 1), (1, 3, 1)], ids=str)
+@pytest.mark.parametrize("lay_out", [pad, pack])
+def test_a_prompt_of_one_token_has_the_log_prob_zero(lay_out, lengths):
+    """Nothing predicts its token; documents are counted, wherever such a prompt stands."""
+    model = llama()
+    chosen = [Document(tuple(range(5, 5 + n)), ((7, 8), (9, 10, 11))) for n in lengths]
+    scores = branch_scores(model, lay_out(chosen), prompts=True)
+    assert scores.prompt_D.shape == (len(lengths),)
+    assert [bool(value) for value in scores.prompt_D] == [n > 1 for n in lengths]
+    (scores.prompt_D.sum() + scores.logps_SL.sum()).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_live_reference_kl_sharpness_and_entropy_are_those_of_the_full_distributions():
     model, reference = llama(0), llama(1)
     layout = pack(documents(3, seed=6))

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpo_core.objectives import PairLogps, get
+from dpo_core.objectives import PairLogps, get, names
 from tests.dpo_core.objectives.samples import at_reference, few, gradients, pairs_at, rows
 
 BETA = 0.3
@@ -200,11 +200,32 @@ def test_dpo_does_not_mind_mass_on_answers_outside_the_data() -> None:
         assert loss.item() < 1e-7
 
 
-def test_forward_kl_stops_at_its_clamp() -> None:
-    logps = margins(-79.0, -81.0)
-    (chosen,) = gradients(get("fdpo_forward_kl"), logps, "chosen_B", beta=BETA)
-    assert chosen[0].item() == pytest.approx(-BETA * math.exp(79))
-    assert chosen[1] == 0
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [(name, {}) for name in names() if get(name).data == "pairs" and not get(name).extras]
+    + [("fdpo_alpha", {"alpha": 0.0}), ("fdpo_alpha", {"alpha": 0.999}), ("fdpo_forward_kl", {"beta": 10.0})],
+)
+@pytest.mark.parametrize("lost", [10.0, 31.0, 60.0, 100.0, 500.0])
+def test_a_gradient_to_be_clipped_has_a_norm(name: str, parameters: dict[str, float], lost: float) -> None:
+    """In float32, whatever a completion lost: the sum of squares over weights that count thousandfold."""
+    chosen, rejected = (torch.tensor([-x, -x - 1, 0.0, x]).requires_grad_() for x in (lost + 20.0, 25.0))
+    zeros = torch.zeros(4)
+    logps = PairLogps(chosen, rejected, zeros - 20, zeros - 20, zeros + 9, zeros + 4)
+    loss = get(name).function(logps, **get(name).resolve(parameters)).sum()
+    loss.backward()
+    squares = sum((1e3 * side.grad).square().sum() for side in (chosen, rejected) if side.grad is not None)
+    assert loss.isfinite()
+    assert torch.as_tensor(squares).isfinite()
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("fdpo_forward_kl", {}), ("fdpo_alpha", {"alpha": 0.5})])
+def test_exponentials_go_on_as_tangents(name: str, parameters: dict[str, float]) -> None:
+    """A completion that lost very much is still drawn back, and harder than one that lost less."""
+    logps = margins(-10.0, -29.0, -100.0, -300.0)
+    (chosen,) = gradients(get(name), logps, "chosen_B", beta=BETA, **parameters)
+    rate = 1 - parameters.get("alpha", 0.0)
+    wanted = [-BETA * math.exp(min(rate * lost, 30)) for lost in (10, 29, 100, 300)]
+    assert chosen.tolist() == pytest.approx(wanted, rel=1e-6)
 
 
 def test_chi_po_is_clipped_on_both_sides() -> None:

@@ -60,8 +60,8 @@ def test_a_killed_run_goes_on_bit_for_bit(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_two_ranks_take_the_steps_of_one(tiny: Path, tmp_path: Path) -> None:
-    two = group_job(tmp_path / "two", tiny, variant="rloo", engine={"processes": 2})
-    one = group_job(tmp_path / "one", tiny, variant="rloo")
+    two = group_job(tmp_path / "two", tiny, variant="rloo", epochs=2, minibatches=2, engine={"processes": 2})
+    one = group_job(tmp_path / "one", tiny, variant="rloo", epochs=2, minibatches=2)
     assert launch(two, processes=2) is State.DONE
     assert launch(one) is State.DONE
     for ours, theirs in zip(curve(two.parent), curve(one.parent), strict=True):

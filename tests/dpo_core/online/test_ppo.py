@@ -108,9 +108,9 @@ def test_a_killed_run_goes_on_bit_for_bit(straight: Path, tiny: Path, tmp_path: 
 
 
 def test_two_ranks_take_the_steps_of_one(straight: Path, tiny: Path, tmp_path: Path) -> None:
-    """The same samples, advantages whitened over both ranks, the mean over the global minibatch."""
-    job = ppo_job(tmp_path, tiny, iterations=2, minibatches=1, engine={"processes": 2})
-    alone = ppo_job(tmp_path / "alone", tiny, iterations=2, minibatches=1)
+    """The same samples, advantages whitened over both ranks, the same minibatches and means over them."""
+    job = ppo_job(tmp_path, tiny, iterations=2, engine={"processes": 2})
+    alone = ppo_job(tmp_path / "alone", tiny, iterations=2)
     assert launch(job, processes=2) is State.DONE
     assert launch(alone) is State.DONE
     lines, wanted = curve(tmp_path), curve(alone.parent)
@@ -193,8 +193,8 @@ def test_the_critic_starts_from_the_reward_model(alone: None, tiny: Path, tmp_pa
         Episode(s, "", 0, True, (0.0,) * len(s.completion), score)
         for s, score in zip(sequences, scores, strict=True)
     ]
-    [rollout] = trainer._read(episodes)
-    _, states_BV, values_BV = trainer._values(rollout)
+    [rollout] = trainer._read([episodes])
+    states_BV, values_BV = trainer._values(rollout)
     assert states_BV.sum(1).tolist() == [2, 4, 8, 8], "no room after the last of eight tokens"
     found_B = values_BV.gather(1, states_BV.sum(1, keepdim=True) - 1).squeeze(1)
     torch.testing.assert_close(found_B[:3], torch.tensor(scores[:3]), rtol=0, atol=1e-5)

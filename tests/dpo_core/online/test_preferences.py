@@ -70,8 +70,9 @@ def test_a_killed_run_goes_on_bit_for_bit(tiny: Path, tmp_path: Path, reference:
 
 
 def test_two_ranks_take_the_steps_of_one(tiny: Path, tmp_path: Path) -> None:
-    two = online(tmp_path / "two", tiny, engine={"processes": 2})
-    one = online(tmp_path / "one", tiny)
+    steps = {"micro_batch_size": 2, "epochs": 2, "minibatches": 2}
+    two = online(tmp_path / "two", tiny, engine={"processes": 2}, **steps)
+    one = online(tmp_path / "one", tiny, **steps)
     assert launch(two, processes=2) is State.DONE
     assert launch(one) is State.DONE
     for ours, theirs in zip(curve(two.parent), curve(one.parent), strict=True):
