@@ -67,7 +67,7 @@ def cell(key: str, value: Estimate | float | None) -> Cell:
     """An estimate, number or gap of the policy table, written as its metric `key` asks for."""
 
     def show(v: float, scale: float | None = None) -> str:
-        return percent(v) if key in ("win_rate", "accuracy") else number(v, key == "gain", scale)
+        return percent(v) if key in ("win_rate", "accuracy", "ended") else number(v, key == "gain", scale)
 
     if value is None:
         return Cell("–")

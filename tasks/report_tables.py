@@ -20,6 +20,7 @@ FINDINGS = {
 }
 _INFORMS = Cell("– not tested", tone="plain")
 _NOTHING = Cell("–")
+_TOO_FEW = Cell("–", more="too few to tell")
 
 
 class Line(NamedTuple):
@@ -153,7 +154,7 @@ def win_rate_lines(rates: Iterable[WinRate]) -> list[Line]:
             f"judge: {rate.judge}",
             [
                 share(rate.rate),
-                share(rate.length_controlled) if rate.length_controlled else _NOTHING,
+                share(rate.length_controlled) if rate.length_controlled else _TOO_FEW,
                 Cell(
                     f"{rate.wins:,} / {rate.ties:,} / {rate.losses:,}",
                     more=f"{rate.unjudged:,} unjudged" if rate.unjudged else "",

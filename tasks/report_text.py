@@ -44,6 +44,7 @@ _METRICS = (
     ("kl_k3", "KL (k3), nats", "the same distance; estimator that is never negative"),
     ("accuracy", "Preference accuracy", "implicit reward on held-out pairs"),
     ("length", "Length, tokens", "mean completion"),
+    ("ended", "Answers that end", "share of completions that are not cut at the most tokens"),
     ("distinct_1", "distinct-1", "share of words that are unique; low is repetitive"),
     ("distinct_2", "distinct-2", "share of word pairs that are unique; low is repetitive"),
     ("self_bleu", "Self-BLEU", "against other completions of the prompt; high is repetitive"),

@@ -31,7 +31,6 @@ from tasks.report import (
     GateFinding,
     GateRow,
     ModelRow,
-    PolicyRow,
     RunInfo,
     RunReport,
     StageRow,
@@ -263,10 +262,9 @@ def _evaluation(recipe: Recipe, manifests: Mapping[str, Manifest], evaluation: d
 
 
 def _page_part(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """Only what the page's model knows; the rest stays in evaluation.json."""
-    rows = [{k: v for k, v in row.items() if k in PolicyRow.model_fields} for row in evaluation["policies"]]
-    known = {k: v for k, v in evaluation.items() if k in Evaluation.model_fields}
-    return known | {"policies": rows}
+    """What the page's model knows, and all of every policy's row: a metric without a place there is an error.
+    The rest is read elsewhere, or stays in evaluation.json."""
+    return {k: v for k, v in evaluation.items() if k in Evaluation.model_fields}
 
 
 def _reward_quality(manifests: Mapping[str, Manifest]) -> RewardQuality | None:

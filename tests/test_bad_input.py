@@ -48,7 +48,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
         made = World(folder, make_tiny_model(folder / "model"))
         (folder / "good.jsonl").write_text(lines(good_rows()))
-        with prefect_test_harness(server_startup_timeout=120):
+        with prefect_test_harness(server_startup_timeout=600):
             done = dpo(*made.run("--json"))
             assert done.code == 0, done.err
             yield made
@@ -122,7 +122,7 @@ def _process(arguments: list[str], *before: str, **environment: str) -> subproce
         cwd=REPO,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
 

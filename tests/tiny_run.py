@@ -69,7 +69,7 @@ class Bench:
     def command(self, *arguments: str) -> list[str]:
         return [sys.executable, "-P", "-m", "flows.cli", *arguments]
 
-    def dpo(self, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    def dpo(self, *arguments: str, timeout: float = 1200) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             self.command(*arguments),
             env=self.environment(),

@@ -15,6 +15,8 @@ from dpo_core.reference.compute import compute
 from dpo_core.tokens import Sequence, TokenConfig, Tokenise, TokenPair
 from dpo_core.unpaired import UnpairedExample, mismatched, unpaired_examples
 
+PATIENCE = 600.0
+"""Seconds that anything may take on a shared machine; what is over sooner costs nothing."""
 TOKENS = TokenConfig(max_length=64, max_prompt_length=32)
 WORDS = "the film was long and quiet but bread is good warm cold sad happy love it very boring".split()  # noqa: SIM905
 
@@ -125,7 +127,7 @@ def curve(work: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines]
 
 
-def wait_until(ready: Callable[[], bool], what: str, seconds: float = 120.0) -> None:
+def wait_until(ready: Callable[[], bool], what: str, seconds: float = PATIENCE) -> None:
     """Poll until something holds."""
     limit = time.monotonic() + seconds
     while not ready():

@@ -4,30 +4,29 @@ Dubois et al. 2024 (arXiv 2404.04475; AlpacaEval 2) fit a logistic model of the 
 
     logit p = θ + φ·tanh(Δlen / std(Δlen)) + ψ·difficulty
 
-and report the mean of p with Δlen set to 0. Here without the difficulty of the instructions, which exists for
-AlpacaEval's own 805 only, and without their rows of models that game the length; the rate is then σ(θ), and
-it is not comparable with the leaderboard's. As there: no intercept beside θ, an L1 penalty (liblinear) chosen
-by the log loss on held-out prompts, a preference of one half as two rows of half a weight.
+and report the mean of p with Δlen set to 0. Here without the difficulty of the instructions, which exists
+for AlpacaEval's own 805 only, and without their rows of models that game the length; the rate is then σ(θ),
+and it is not comparable with the leaderboard's. Nor is there their L1 penalty, chosen by cross-validation: on
+their 805 instructions it moves the rate by less than a point; on a few dozen prompts it may draw the rate to
+exactly one half, with an interval that knows nothing of the choice. A tie is half a win and half a loss.
 
-The penalty draws the rate towards one half; where length and quality go together, some of the quality counts
-as length.
+Where length and quality go together, some of the quality counts as length.
+
+Shapes: N comparisons, R resamples of their prompts.
 """
 
-import warnings
 from collections.abc import Hashable, Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from dpo_core import stats
 from dpo_core.stats import Estimate, Floats
 
-FOLDS = 5
 FEWEST = 25
 """Prompts below which there is no rate: resamples of so few are often separated by length, θ without end."""
-_PENALTIES = np.logspace(-4, 4, 10)  # inverse strengths, scikit-learn's usual grid
-# liblinear drops rows without weight, and gets the sign wrong when that leaves one class.
-_NO_WEIGHT = 1e-9
+# Of both coefficients, against an information of about N/4: it only keeps θ of a separated resample finite.
+_RIDGE = 1e-3
 
 
 def length_controlled(
@@ -37,8 +36,8 @@ def length_controlled(
 ) -> Estimate | None:  # fmt: skip
     """The length-controlled win rate of a over b, with a percentile interval over resampled prompts.
 
-    The penalty is chosen once, on all comparisons, and kept for the resamples. Exchanging a and b gives one
-    minus the rate. Length does not explain a verdict that never varies: its rate and interval are `share`'s.
+    Exchanging a and b gives one minus the rate. Length does not explain a verdict that never varies: its rate
+    and interval are `share`'s.
 
     Args:
         scores_N: 1 a wins, 0 b wins, between them a tie or a probability.
@@ -46,8 +45,9 @@ def length_controlled(
         clusters: the prompt of each comparison; None: every one is its own.
 
     Returns:
-        None where length cannot be told from quality: fewer than `FEWEST` prompts, or lengths that always
-        differ by the same amount.
+        None where length cannot be told from quality: fewer than `FEWEST` prompts, lengths that always differ
+        by the same amount, or lengths that say every verdict, in these comparisons or in more of the
+        resamples than lie beyond one end of the interval.
     """
     scores = np.asarray(scores_N, np.float64)
     longer = np.asarray(lengths_a_N, np.float64) - np.asarray(lengths_b_N, np.float64)
@@ -58,68 +58,61 @@ def length_controlled(
         return None
     if np.ptp(scores) == 0:
         return stats.share(scores, names, confidence=confidence)
-    strength = _strength(scores, longer, prompt_N)
     generator = np.random.default_rng(seed)
-    rates = np.empty(resamples)
-    for i in range(resamples):
-        times = np.bincount(generator.integers(0, prompts, prompts), minlength=prompts)
-        rates[i] = _rate(scores, longer, times[prompt_N].astype(np.float64), strength)
+    drawn_RP = generator.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
+    # The first row is the comparisons themselves.
+    weight_RN = np.concatenate([np.ones((1, len(scores))), drawn_RP[:, prompt_N]])
     tail = (1 - confidence) / 2
+    separated_R = _separated(scores, longer, weight_RN)
+    if separated_R[0] or separated_R[1:].mean() > tail:
+        return None
+    theta_R, _ = fit(scores, scaled(longer, weight_RN), weight_RN)
+    value, *rates = np.exp(-np.logaddexp(0, -theta_R))
     low, high = np.quantile(rates, [tail, 1 - tail])
-    value = _rate(scores, longer, np.ones_like(scores), strength)
     # A few resamples may all lie on one side of the value.
-    return Estimate(value=value, low=min(low, value), high=max(high, value), n=prompts)
+    return Estimate(value=float(value), low=min(low, value), high=max(high, value), n=prompts)
 
 
-def fit(scores_N: Floats, tanh_N: Floats, weight_N: Floats, strength: float) -> tuple[float, float]:
-    """θ and φ of logit p = θ + φ·x under an L1 penalty of inverse strength `strength`."""
-    # Imported here: nothing else of the package needs scikit-learn, and it takes half a second.
-    from sklearn.linear_model import LogisticRegression  # type: ignore[import-untyped]
-
-    features = np.column_stack([np.ones_like(tanh_N), tanh_N])
-    wins = np.concatenate([np.ones_like(scores_N), np.zeros_like(scores_N)])
-    soft = np.clip(np.concatenate([scores_N, 1 - scores_N]), _NO_WEIGHT, None)
-    drawn = np.tile(weight_N > 0, 2)
-    model = LogisticRegression(
-        C=strength,
-        l1_ratio=1,
-        solver="liblinear",
-        fit_intercept=False,
-        tol=1e-8,
-        max_iter=1000,
-        random_state=0,
-    )
-    with warnings.catch_warnings():  # of a penalty so weak that the last digits still move
-        warnings.filterwarnings("ignore", "Liblinear failed to converge")
-        model.fit(np.tile(features, (2, 1))[drawn], wins[drawn], (soft * np.tile(weight_N, 2))[drawn])
-    theta, phi = model.coef_[0]
-    return float(theta), float(phi)
+def fit(scores_N: Floats, tanh_RN: Floats, weight_RN: Floats) -> tuple[Floats, Floats]:
+    """θ and φ (R,) of logit p = θ + φ·x by Newton's method, each row with its own x and weights."""
+    theta_R, phi_R = np.zeros(len(tanh_RN)), np.zeros(len(tanh_RN))
+    for _ in range(100):
+        p_RN = np.exp(-np.logaddexp(0, -theta_R[:, None] - phi_R[:, None] * tanh_RN))
+        error_RN, spread_RN = weight_RN * (scores_N - p_RN), weight_RN * p_RN * (1 - p_RN)
+        slope, slope_x = error_RN.sum(1) - _RIDGE * theta_R, (error_RN * tanh_RN).sum(1) - _RIDGE * phi_R
+        a, b = spread_RN.sum(1) + _RIDGE, (spread_RN * tanh_RN).sum(1)
+        c = (spread_RN * tanh_RN**2).sum(1) + _RIDGE
+        steps = np.stack([c * slope - b * slope_x, a * slope_x - b * slope]) / (a * c - b * b)
+        steps = steps.clip(-2, 2)  # a full step may overshoot where nearly every p is 0 or 1
+        theta_R, phi_R = theta_R + steps[0], phi_R + steps[1]
+        if np.abs(steps).max() < 1e-10:
+            break
+    return theta_R, phi_R
 
 
-def scaled(longer_N: Floats, weight_N: Floats) -> Floats:
-    """tanh(Δlen / std(Δlen)), the standard deviation over comparisons that count `weight_N` times."""
-    total = weight_N.sum()
-    mean = (weight_N * longer_N).sum() / total
-    spread = float(np.sqrt((weight_N * (longer_N - mean) ** 2).sum() / (total - 1)))
-    value: Floats = np.tanh(longer_N / spread) if spread > 0 else np.zeros_like(longer_N)
+def scaled(longer_N: Floats, weight_RN: Floats) -> Floats:
+    """tanh(Δlen / std(Δlen)) (R,N), the standard deviation over comparisons that count `weight_RN` times."""
+    total = weight_RN.sum(-1, keepdims=True)
+    mean = (weight_RN * longer_N).sum(-1, keepdims=True) / total
+    spread = np.sqrt((weight_RN * (longer_N - mean) ** 2).sum(-1, keepdims=True) / (total - 1))
+    value: Floats = np.tanh(np.divide(longer_N, spread, out=np.zeros_like(weight_RN), where=spread > 0))
     return value
 
 
-def _rate(scores_N: Floats, longer_N: Floats, weight_N: Floats, strength: float) -> float:
-    theta, _ = fit(scores_N, scaled(longer_N, weight_N), weight_N, strength)
-    return float(np.exp(-np.logaddexp(0, -theta)))
+def _separated(scores_N: Floats, longer_N: Floats, weight_RN: Floats) -> NDArray[np.bool_]:
+    """Where some difference of lengths parts all wins from all losses, so that φ has no end (R,)."""
 
+    def ends(member_N: NDArray[np.bool_]) -> tuple[Floats, Floats]:
+        inside_RN = member_N & (weight_RN > 0)
+        return (
+            np.where(inside_RN, longer_N, np.inf).min(1),
+            np.where(inside_RN, longer_N, -np.inf).max(1),
+        )
 
-def _strength(scores_N: Floats, longer_N: Floats, prompt_N: np.ndarray) -> float:
-    """The penalty whose fits give the smallest log loss on the prompts that they did not see."""
-    every = np.ones_like(scores_N)
-    tanh_N = scaled(longer_N, every)
-    losses = np.zeros(len(_PENALTIES))
-    for fold in range(FOLDS):
-        unseen = prompt_N % FOLDS == fold
-        for i, strength in enumerate(_PENALTIES):
-            theta, phi = fit(scores_N, tanh_N, np.where(unseen, 0.0, every), strength)
-            logit = theta + phi * tanh_N[unseen]
-            right = scores_N[unseen]
-            losses[i] += np.mean(right * np.logaddexp(0, -logit) + (1 - right) * np.logaddexp(0, logit))
-    return float(_PENALTIES[int(np.argmin(losses))])
+    (low_won, high_won), (low_lost, high_lost) = ends(scores_N > 0), ends(scores_N < 1)
+    parted = (high_lost <= low_won) | (high_won <= low_lost)
+    # One verdict alone is not explained by length, nor is anything where all lengths are equal.
+    both = np.isfinite(low_won) & np.isfinite(low_lost)
+    some_RN = (weight_RN > 0) & (longer_N != 0)
+    value: NDArray[np.bool_] = parted & both & some_RN.any(1)
+    return value

@@ -24,7 +24,8 @@ class WinRate(Config):
     """Share of comparisons whose verdict did not change when the answers changed places; None where one order
     suffices, as for a reward."""
     length_controlled: Estimate | None = None
-    """The rate at equal lengths (Dubois et al. 2024), without the instructions' difficulty."""
+    """The rate at equal lengths (Dubois et al. 2024), without the instructions' difficulty; None where the
+    comparisons do not tell length from quality."""
     length_a: float
     """Mean characters of an answer."""
     length_b: float

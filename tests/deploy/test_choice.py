@@ -68,12 +68,12 @@ def test_after_a_job_that_failed_or_was_stopped_comes_the_next_attempt(
     if what == "wait":
         wait_until((job.parent / "ready").exists, "a node")
         flow.cancel(first, grace=10)
-    wait_until(lambda: flow.poll(first) is not State.RUNNING, "the end", 20)
+    wait_until(lambda: flow.poll(first) is not State.RUNNING, "the end")
     stand_in.job(tmp_path / "work", "done")
     again = begin()
     second = again.submit(job, 1, job.parent)
     assert second != first
-    wait_until(lambda: again.poll(second) is not State.RUNNING, "the end", 20)
+    wait_until(lambda: again.poll(second) is not State.RUNNING, "the end")
     assert again.poll(second) is State.DONE
     # What is done stays done, and is not run again.
     assert begin().submit(job, 1, job.parent) == second

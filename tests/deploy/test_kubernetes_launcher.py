@@ -62,7 +62,7 @@ def make(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mak
 
 
 def until_over(launcher: Launcher, handle: str) -> State:
-    wait_until(lambda: launcher.poll(handle) is not State.RUNNING, "the end", 20)
+    wait_until(lambda: launcher.poll(handle) is not State.RUNNING, "the end")
     return launcher.poll(handle)
 
 
@@ -74,10 +74,10 @@ def test_a_job_ends_as_its_files_say(make: Make, tmp_path: Path, kind: str, what
     launcher = make(kind=kind, nodes=2)
     handle = launcher.submit(job, 1, job.parent)
     assert until_over(launcher, handle) is (State.DONE if what == "done" else State.FAILED)
-    wait_until(lambda: len(stand_in.starts(job.parent)) == 2, "both nodes", 10)
+    wait_until(lambda: len(stand_in.starts(job.parent)) == 2, "both nodes")
     if what == "fail":
         assert "its command ended with status 1" in launcher.why(handle)
-        wait_until(lambda: "the last words of a rank" in launcher.logs(handle), "the log of rank 0", 10)
+        wait_until(lambda: "the last words of a rank" in launcher.logs(handle), "the log of rank 0")
     # The log outlives the pods.
     launcher.cancel(handle, grace=1)
     assert "node 0 -m dpo_core.agent" in launcher.logs(handle)
@@ -278,7 +278,7 @@ def test_a_job_without_quota_for_pods_waits_and_says_so(make: Make, cluster: Clu
     job = stand_in.job(tmp_path / "work", "done")
     launcher = make()
     handle = launcher.submit(job, 1, job.parent)
-    wait_until(lambda: "quota exceeded" in launcher.why(handle), "the event", 5)
+    wait_until(lambda: "quota exceeded" in launcher.why(handle), "the event")
     assert launcher.poll(handle) is State.RUNNING
     cluster.quota = None
     assert until_over(launcher, handle) is State.DONE
@@ -291,7 +291,7 @@ def test_a_job_in_the_queue_waits_and_one_that_is_preempted_goes_on(
     job = stand_in.job(tmp_path / "work", "wait")
     launcher = make(queue="gpu-queue", start_minutes=0.001)
     handle = launcher.submit(job, 1, job.parent)
-    wait_until(lambda: "waiting in queue gpu-queue: couldn't assign" in launcher.why(handle), "the queue", 5)
+    wait_until(lambda: "waiting in queue gpu-queue: couldn't assign" in launcher.why(handle), "the queue")
     assert launcher.poll(handle) is State.RUNNING, "time in the queue is no time without a start"
     launcher.config = launcher.config.model_copy(update={"start_minutes": 1})
     cluster.admits = True
@@ -334,7 +334,7 @@ def test_the_rendered_command_trains_on_two_nodes(
     job = sft_job(tmp_path / "work", model)
     launcher = make(kind=kind, nodes=2, python=sys.executable)
     handle = launcher.submit(job, 1, job.parent)
-    wait_until(lambda: launcher.poll(handle) is not State.RUNNING, "the end", 180)
+    wait_until(lambda: launcher.poll(handle) is not State.RUNNING, "the end")
     assert launcher.poll(handle) is State.DONE, launcher.logs(handle)
     assert len(curve(job.parent)) == 4
     assert (job.parent / "out" / "model.safetensors").exists()

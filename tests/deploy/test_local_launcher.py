@@ -165,7 +165,7 @@ def test_nothing_of_a_stubborn_job_survives_the_grace_time(launcher: LocalLaunch
     start = time.monotonic()
     launcher.cancel(handle, grace=0.5)
     # Left to itself torchrun would kill its ranks too, after half a minute.
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 25
     assert not left_over(tmp_path)
     assert launcher.poll(handle) is State.FAILED
 
@@ -181,7 +181,7 @@ def test_whoever_is_in_a_hurry_does_not_wait_for_the_grace_time(
     start = time.monotonic()
     threading.Timer(0.5, hurry.set).start()
     launcher.cancel(handle, grace=60)
-    assert time.monotonic() - start < 20
+    assert time.monotonic() - start < 50
     assert not left_over(tmp_path)
 
 

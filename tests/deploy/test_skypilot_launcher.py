@@ -35,7 +35,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for job in sky_site.jobs(folder):
         (folder / f"cancel-{job['job_id']}").touch()
     over = lambda: all(job["status"] in sky_site.OVER for job in sky_site.jobs(folder))  # noqa: E731
-    wait_until(over, "the end of all jobs", 20)
+    wait_until(over, "the end of all jobs")
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def make(site: Path, tmp_path: Path) -> Make:
 
 
 def until_over(launcher: Launcher, handle: str) -> State:
-    wait_until(lambda: launcher.poll(handle) is not State.RUNNING, "the end", 30)
+    wait_until(lambda: launcher.poll(handle) is not State.RUNNING, "the end")
     return launcher.poll(handle)
 
 
@@ -128,9 +128,9 @@ def test_a_preempted_machine_is_replaced(make: Make, site: Path, tmp_path: Path)
     handle = launcher.submit(job, 1, job.parent)
     wait_until((job.parent / "ready").exists, "a node")
     sky_site.site(site, fate="RECOVERING")
-    wait_until(lambda: "preempted or lost" in launcher.why(handle), "the loss", 10)
+    wait_until(lambda: "preempted or lost" in launcher.why(handle), "the loss")
     assert launcher.poll(handle) is State.RUNNING
-    wait_until(lambda: len(stand_in.starts(job.parent)) == 2, "the second start", 20)
+    wait_until(lambda: len(stand_in.starts(job.parent)) == 2, "the second start")
 
 
 @pytest.mark.parametrize(
@@ -199,6 +199,6 @@ def test_the_rendered_task_trains_on_two_nodes(
     job = sft_job(tmp_path / "work", make_tiny_model(tmp_path / "model"))
     launcher = make(nodes=2, python=sys.executable)
     handle = launcher.submit(job, 1, job.parent)
-    wait_until(lambda: launcher.poll(handle) is not State.RUNNING, "the end", 180)
+    wait_until(lambda: launcher.poll(handle) is not State.RUNNING, "the end")
     assert launcher.poll(handle) is State.DONE, launcher.logs(handle)
     assert len(curve(job.parent)) == 4

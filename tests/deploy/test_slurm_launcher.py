@@ -33,7 +33,7 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for job in slurm_site.jobs(folder):
         slurm_site.update(job["id"], folder, fate="CANCELLED")
     ended = lambda: all(job["state"] not in slurm_site.WAITS for job in slurm_site.jobs(folder))  # noqa: E731
-    wait_until(ended, "the end of all jobs", 20)
+    wait_until(ended, "the end of all jobs")
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def make(site: Path, tmp_path: Path) -> Make:
 
 
 def until_over(launcher: Launcher, handle: str) -> State:
-    wait_until(lambda: launcher.poll(handle) is not State.RUNNING, "the end", 30)
+    wait_until(lambda: launcher.poll(handle) is not State.RUNNING, "the end")
     return launcher.poll(handle)
 
 
@@ -168,7 +168,7 @@ def test_waiting_jobs_say_what_for_and_are_cancelled_at_once(make: Make, site: P
     job = stand_in.job(tmp_path / "work", "wait")
     launcher = make()
     handle = launcher.submit(job, 1, job.parent)
-    wait_until(lambda: "QOSMaxGRES" in launcher.why(handle), "the queue", 5)
+    wait_until(lambda: "QOSMaxGRES" in launcher.why(handle), "the queue")
     assert launcher.why(handle) == "quota exceeded, waiting in the queue: QOSMaxGRESPerUser"
     assert launcher.poll(handle) is State.RUNNING
     launcher.cancel(handle)
@@ -183,8 +183,8 @@ def test_before_the_time_limit_the_job_saves_and_is_queued_again(
     job = stand_in.job(tmp_path / "work", "wait")
     launcher = make(hours=1)
     handle = launcher.submit(job, 1, job.parent)
-    wait_until(lambda: "saved" in launcher.logs(handle), "the signal", 20)
-    wait_until(lambda: len(stand_in.starts(job.parent)) == 2, "the second start", 20)
+    wait_until(lambda: "saved" in launcher.logs(handle), "the signal")
+    wait_until(lambda: len(stand_in.starts(job.parent)) == 2, "the second start")
     assert launcher.poll(handle) is State.RUNNING
     assert not (job.parent / "stopped").exists(), "what the first start left says nothing of the second"
     launcher.cancel(handle, grace=10)
@@ -221,7 +221,7 @@ def test_a_lost_node_starts_the_job_again(make: Make, site: Path, tmp_path: Path
     handle = launcher.submit(job, 1, job.parent)
     wait_until((job.parent / "ready").exists, "a node")
     slurm_site.update(1, site, fate="NODE_FAIL")
-    wait_until(lambda: len(stand_in.starts(job.parent)) == 2, "the second start", 20)
+    wait_until(lambda: len(stand_in.starts(job.parent)) == 2, "the second start")
     assert launcher.poll(handle) is State.RUNNING
     launcher.cancel(handle, grace=10)
 
@@ -311,12 +311,12 @@ def test_the_rendered_script_trains_on_two_nodes(
     job = sft_job(tmp_path / "work", make_tiny_model(tmp_path / "model"), epochs=30)
     launcher = make(nodes=2, python=sys.executable)
     handle = launcher.submit(job, 1, job.parent)
-    wait_until(lambda: len(curve(job.parent)) > 3, "some steps", 180)
+    wait_until(lambda: len(curve(job.parent)) > 3, "some steps")
     launcher.cancel(handle, grace=60)
     assert launcher.poll(handle) is State.STOPPED, launcher.logs(handle)
     again = make(attempt=2, nodes=2, python=sys.executable)
     handle = again.submit(job, 1, job.parent)
-    wait_until(lambda: again.poll(handle) is not State.RUNNING, "the end", 240)
+    wait_until(lambda: again.poll(handle) is not State.RUNNING, "the end")
     assert again.poll(handle) is State.DONE, again.logs(handle)
     assert len(curve(job.parent)) == 120
     assert (job.parent / "out" / "model.safetensors").exists()

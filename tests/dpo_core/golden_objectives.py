@@ -38,8 +38,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     "wpo": {"weighting": "wpo"},
     "tr_dpo": {"reference_sync": {"every": 3, "mix": 0.6}},
-    "pre_dpo": {},  # DPO against another model than the start
+    "pre_dpo": {},
 }
+
+# Against another model than the start: Pre-DPO by its nature, DPOP because its slope jumps where policy and
+# reference are equal, and the rounding of a processor would choose the course.
+GUIDED = ("pre_dpo", "dpop")
 
 
 def trainer_of(
@@ -108,12 +112,12 @@ def main() -> None:
         shards = {
             "pairs": write_reference(tiny, data["pairs"], Path(folder) / "pairs"),
             "unpaired": write_unpaired_reference(tiny, data["unpaired"], Path(folder) / "unpaired"),
-            "pre_dpo": write_reference(guide, data["pairs"], Path(folder) / "guided"),
         }
+        guided = write_reference(guide, data["pairs"], Path(folder) / "guided")
         for name in (*names(), *VARIANTS):
             work, kind = Path(folder) / name, kind_of(name)
-            shard, guided = shards.get(name, shards[kind]), name == "pre_dpo"
-            start: dict[str, Any] = {"shard": shard, "live": tiny, "reference_is_start": not guided}
+            shard = guided if name in GUIDED else shards[kind]
+            start: dict[str, Any] = {"shard": shard, "live": tiny, "reference_is_start": name not in GUIDED}
             trainer_of(name, tiny, data[kind], work, **start).train()
             lines = [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
             found[name] = {kept: [float(f"{line[kept]:.7g}") for line in lines] for kept in KEPT}

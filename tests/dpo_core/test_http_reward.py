@@ -199,7 +199,7 @@ def test_no_server_there(monkeypatch: pytest.MonkeyPatch) -> None:
         start = time.monotonic()
         with pytest.raises(RecipeError, match=r"a first trial of reward\.source: the reward at http"):
             check_reward(url)
-        assert time.monotonic() - start < 10
+        assert time.monotonic() - start < 40
 
 
 def test_a_server_that_closes_without_a_word_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:

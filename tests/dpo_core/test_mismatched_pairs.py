@@ -76,9 +76,9 @@ def test_the_search_leaps_over_equal_examples() -> None:
     """A walk step by step would take the square of their number: minutes here."""
     codes = np.zeros(200_000, np.int64)
     codes[777] = 1
-    begun = time.perf_counter()
+    begun = time.process_time()
     assert set(_next_other(codes, codes).tolist()) == {777, 778}
-    assert time.perf_counter() - begun < 5
+    assert time.process_time() - begun < 20
 
 
 def test_mismatched_pairs_are_no_longer_than_the_longest_example() -> None:

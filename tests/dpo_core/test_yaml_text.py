@@ -52,7 +52,7 @@ def test_what_is_no_plain_writing_is_refused_wherever_yaml_is_read(name: str, tm
     trace = tmp_path / "executed"
     path = tmp_path / "given.yaml"
     path.write_text(text.replace("{}", str(trace)))
-    began = time.monotonic()
+    began = time.process_time()
     readers = [
         lambda: load_recipe(str(path)),
         lambda: cluster_config("slurm", str(path), []),
@@ -65,7 +65,7 @@ def test_what_is_no_plain_writing_is_refused_wherever_yaml_is_read(name: str, tm
         with pytest.raises(RecipeError, match="not valid YAML"):
             load_recipe("demo", [f"description={path.read_text()}"])
     assert not trace.exists()
-    assert time.monotonic() - began < 30
+    assert time.process_time() - began < 30
 
 
 @pytest.mark.parametrize(

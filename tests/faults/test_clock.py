@@ -125,7 +125,7 @@ def _killed_in_training(bench: Bench, clock: dict[str, str]) -> int:
             stdout=output,
             stderr=output,
         )
-    limit = time.monotonic() + 400
+    limit = time.monotonic() + 900
     while not ("train-dpo: running" in log.read_text() and any(work.glob("*/checkpoints/step-*"))):
         assert flow.poll() is None, log.read_text()
         assert time.monotonic() < limit, log.read_text()

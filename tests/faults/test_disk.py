@@ -79,14 +79,14 @@ def run_into(own: Bench, fault: Callable[[], None], line: str) -> tuple[int, str
             stdout=output,
             stderr=output,
         )
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 900
     while line not in log.read_text():
         assert flow.poll() is None, f"the run ended before the fault:\n{log.read_text()}"
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.002)
     fault()
     start = time.monotonic()
-    return flow.wait(timeout=300), log.read_text(), time.monotonic() - start
+    return flow.wait(timeout=900), log.read_text(), time.monotonic() - start
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def ask(hub: Hub, tmp_path: Path, code: str) -> subprocess.CompletedProcess[str]
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
         check=False,
     )
 

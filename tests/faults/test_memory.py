@@ -44,7 +44,7 @@ def run_until(
         time.sleep(0.02)
         victim = moment(psutil.Process(flow.pid), log.read_text())
     small.takes(victim.pid)
-    flow.wait(timeout=300)
+    flow.wait(timeout=900)
     return flow, log.read_text()
 
 

@@ -65,7 +65,7 @@ class Flow:
             )
 
     def until_step(self, step: int) -> None:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 900
         while len(self.curve()) < step:
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()

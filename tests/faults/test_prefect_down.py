@@ -42,7 +42,7 @@ class Server:
                 stderr=out,
                 start_new_session=True,
             )
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 600
         while time.monotonic() < deadline:
             try:
                 with urllib.request.urlopen(f"{self.api}/health", timeout=5):
@@ -80,7 +80,7 @@ def start(own: Bench, api: str, **more: str) -> tuple[subprocess.Popen[bytes], P
 
 
 def until(flow: subprocess.Popen[bytes], log: Path, line: str) -> None:
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 900
     while line not in log.read_text():
         assert flow.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()

@@ -88,12 +88,12 @@ class Gang:
 
     def finish(self) -> None:
         for node in (self.a, self.b):
-            assert node.process.wait(timeout=180) == 0, node.text()
+            assert node.process.wait(timeout=600) == 0, node.text()
 
     def left_after(self, node: Node) -> float:
         """Seconds until a node has ended by itself, with a failure."""
         start = time.monotonic()
-        assert node.process.wait(timeout=120) != 0
+        assert node.process.wait(timeout=600) != 0
         return time.monotonic() - start
 
     def error(self) -> dict[str, Any]:

@@ -163,7 +163,7 @@ def test_a_database_that_is_locked_for_a_minute_costs_nothing_but_time(finished)
     assert_store_clean(own.workspace)
 
 
-def _until(rival: Rival, text: str, seconds: float = 400) -> None:
+def _until(rival: Rival, text: str, seconds: float = 900) -> None:
     limit = time.monotonic() + seconds
     while text not in rival.said():
         assert rival.process.poll() is None, rival.said()

@@ -65,7 +65,7 @@ class Started:
                     act(process)
         self.wait()
 
-    def wait(self, seconds: float = 300) -> int:
+    def wait(self, seconds: float = 900) -> int:
         wait_until(lambda: self.ended() is not None, f"the end of the run\n{self.said()}", seconds)
         status = self.ended()
         assert status is not None
@@ -120,7 +120,7 @@ def prefect_server(home: Path) -> Iterator[str]:
         return False
 
     try:
-        wait_until(answers, "Prefect's server", 180)
+        wait_until(answers, "Prefect's server")
         yield address
     finally:
         with contextlib.suppress(ProcessLookupError):

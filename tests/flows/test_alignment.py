@@ -87,7 +87,7 @@ def test_what_was_computed_is_counted_and_stands_on_the_page(finished):
     assert report["cost"]["flops"] == sum(counted.values())
     peaks = [extras[name]["peak_memory_bytes"] for name in trained]
     assert report["cost"]["peak_memory_bytes"] == max(peaks) > 200 << 20
-    assert 0 < extras["train-dpo"]["seconds"] < 60
+    assert 0 < extras["train-dpo"]["seconds"] < 600
     # Three forward passes of training are one of reading: each pair is trained on once in a while.
     assert 0.1 < counted["train-dpo"] / (3 * counted["cache-reference"]) < 10
     page = (bench.workspace / "runs" / report["run"]["name"] / "page.html").read_text()
@@ -120,7 +120,7 @@ def test_a_second_run_does_nothing_and_is_quick(finished):
     assert set(bench.states(again).values()) == {"cached"}
     assert bench.index() == index
     assert again["evaluation"] == first["evaluation"]
-    assert seconds < 30, f"a cached run took {seconds:.0f} s of processor time"
+    assert seconds < 60, f"a cached run took {seconds:.0f} s of processor time"
 
 
 def test_another_learning_rate_runs_again_from_training_on(finished):

@@ -87,7 +87,7 @@ def test_a_scheduled_run_fires_and_completes(site: Site, deployed: datetime) -> 
     assert datetime.fromisoformat(run["expected_start_time"]) == deployed
     # A worker fetches runs a little ahead, and sleeps to the moment as well as a clock can.
     late = datetime.fromisoformat(run["start_time"]) - deployed
-    assert timedelta(seconds=-1) < late < timedelta(seconds=20)
+    assert timedelta(seconds=-1) < late < timedelta(seconds=120)
     (record,) = (site.home / "runs" / "runs").glob("*/run.json")
     kept = json.loads(record.read_text())
     assert kept["status"] == "done"
@@ -156,7 +156,7 @@ def test_a_failed_run_a_refused_promotion_and_a_late_run_are_told(site: Site, de
         "from flows.server import server\nfrom tasks.events import promotion_refused\n"
         "with server() as client: promotion_refused(client, 'dpo-tiny', '3', 'the KL is 9')"
     )
-    subprocess.run([sys.executable, "-c", code], cwd=REPO, env=site.environment(), check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], cwd=REPO, env=site.environment(), check=True, timeout=600)
     told = until(lambda: [one for one in site.told if one["alert"] == "promotion refused"], 30)
     assert told[0]["text"] == "the KL is 9"
 

@@ -176,7 +176,8 @@ def test_every_policy_of_a_run_is_put_through_the_suites_and_before_a_judge(
     assert rates.keys() == {(a, "SFT", judge) for a in ("DPO", "PPO") for judge in (reward, "rule")}
     judged = rates["DPO", "SFT", "rule"]
     assert judged["wins"] + judged["ties"] + judged["losses"] == 12, "two answers to each of six prompts"
-    assert judged["position_consistency"] > 0.5
+    # Answers of equal length make the judge contradict itself, which is a tie; others never do.
+    assert judged["position_consistency"] >= (judged["wins"] + judged["losses"]) / 12
     assert judged["requests"] == len(server.asked) - rates["PPO", "SFT", "rule"]["requests"]
     assert [row["policy"] for row in report["suites"]] == ["SFT", "DPO", "PPO"]
     (comparison,) = report["comparisons"]

@@ -132,7 +132,7 @@ def test_a_whole_run_trains_on_slurm(bench: Bench, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=500,
+        timeout=1500,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     _trained_on(tmp_path / "site")
@@ -157,7 +157,7 @@ def test_a_deployed_run_trains_on_slurm(bench: Bench, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=500,
+        timeout=1500,
     )
     assert done.stdout.strip().endswith("Completed"), done.stdout + done.stderr
     _trained_on(tmp_path / "site")

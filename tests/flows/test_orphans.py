@@ -47,5 +47,5 @@ def test_only_the_server_of_a_dead_run_is_ended(dead, others):
     orphan = _sleeper(dead)
     others += [_sleeper(str(os.getpid())), _sleeper(None), _sleeper(dead, "something.else")]
     assert end_orphans() >= 1
-    assert orphan.wait(timeout=10) == -9
+    assert orphan.wait(timeout=120) == -9
     assert [process.poll() for process in others] == [None, None, None]

@@ -1,6 +1,8 @@
 """`dpo plan` on the tiny recipe: what it foretells is what a run then does, and it leaves no trace."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -175,19 +177,99 @@ def test_given_pairs_and_the_objectives_around_them(bench, tmp_path):
     assert 1.2 < moved["flops"] / stages["train-dpo"]["flops"] < 1.4
 
 
-def test_what_does_not_fit_is_said_with_the_field_to_change(bench, tmp_path, monkeypatch):
-    own = empty(bench, tmp_path)
+@pytest.mark.parametrize(
+    ("settings", "cached"),
+    [
+        ({"objective": "simpo"}, False),
+        ({"objective": "orpo_full"}, False),
+        ({"objective": "sft", "plus": [{"objective": "cpo"}]}, False),
+        ({"objective": "cpo", "plus": [{"objective": "dpo"}]}, True),
+        ({"objective": "tdpo2"}, False),
+        ({"reference_sync": {}}, False),
+        ({"plus": [{"objective": "sft"}]}, True),
+    ],
+    ids=str,
+)
+def test_log_probs_are_cached_only_where_they_are_read(finished, settings, cached):
+    """Not for objectives without a reference, nor beside one in memory."""
+    changes = [part for k, v in settings.items() for part in ("--set", f"dpo.{k}={json.dumps(v)}")]
+    plan = planned(finished[0], *changes)
+    assert ("cache-reference" in states(plan)) == cached
+    assert reasons(plan)["train-dpo"] in ("changed", "data")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["simpo", "tdpo2"])
+def test_a_run_without_cached_log_probs(finished, objective):
+    own = finished[0].copy(f"without-{objective}")
+    report = own.run("--set", f"dpo.objective={objective}")
+    stages = {stage["name"]: stage["parents"] for stage in report["stages"]}
+    assert "cache-reference" not in stages
+    assert ("prepare-sft" in stages["train-dpo"]) is True
+    assert report["model"]["alias"] == "challenger"
+    assert set(states(planned(own, "--set", f"dpo.objective={objective}")).values()) == {"cached"}
+
+
+@pytest.mark.parametrize(("objective", "times"), [("kto", 2), ("bco", 1)])
+def test_unpaired_rows(bench, tmp_path, objective, times):
+    rows = [
+        {
+            "prompt": f"Day {i} was",
+            "completion": " good." if i % 3 else " bad and cold.",
+            "label": bool(i % 3),
+        }
+        for i in range(60)
+    ]
+    data = tmp_path / "ratings.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    changes = {"data": {"path": str(data), "eval_fraction": 0.2}, "sft": {}, "dpo": {"objective": objective}}
+    own = empty(bench, tmp_path, **changes)
+    recipe = yaml.safe_load(own.recipe.read_text())
+    del recipe["pairs"]
+    own.recipe.write_text(yaml.safe_dump(recipe))
+    plan = planned(own)
+    assert "validate-unpaired" in states(plan)
+    stages = {stage["name"]: stage for stage in plan["stages"]}
+    epoch = stages["train-dpo"]["tokens"]
+    # KTO reads log-probs of mismatched pairs too.
+    assert stages["cache-reference"]["tokens"] == pytest.approx(times * epoch, rel=0.2)
+    assert 0 < stages["prepare-sft"]["tokens"] < 0.8 * epoch, "the desirable answers alone"
+    assert stages["train-dpo"]["memory_bytes"] > 0
+    fewer = planned(own, "--set", "dpo.limit=16")
+    assert {s["name"]: s for s in fewer["stages"]}["train-dpo"]["tokens"] < 0.5 * epoch
+
+
+METHODS = {"grpo": {"group_size": 2, "episodes": 32}, "online": {"episodes": 32}}
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_what_does_not_fit_is_said_with_the_field_to_change(bench, tmp_path, monkeypatch, on_gpu):
+    """And the recipe takes what it says."""
+    own = empty(bench, tmp_path, **METHODS)
     from flows.plan_command import plan_recipe
     from tasks import plan_speed
     from tasks.recipe import load_recipe
 
-    class Small:
-        total = 2**20
-
-    monkeypatch.setattr(plan_speed.psutil, "virtual_memory", Small)
+    small = replace(plan_speed.Speed.of(str(own.workspace)), memory_bytes=2**20, on_gpu=on_gpu)
+    monkeypatch.setattr("tasks.plan.Speed.of", lambda _: small)
     told = plan_recipe(load_recipe(str(own.recipe), []))
-    assert [line.split()[0] for line in told.warnings] == ["prepare-sft", "train-dpo", "train-ppo"]
-    assert all("GiB and this machine has" in line for line in told.warnings)
+    sections = dict(
+        zip(["prepare-sft", "train-dpo", "train-ppo", "train-grpo", "train-online"],
+            ["sft", "dpo", "ppo", "grpo", "online"], strict=True)
+    )  # fmt: skip
+    assert [line.split()[0] for line in told.warnings] == list(sections)
+    for line in told.warnings:
+        assert "GiB and this machine has" in line
+        advice = line.partition(": ")[2]
+        fields = re.findall(r"[a-z_]+(?:\.[a-z_]+)+", advice)
+        assert on_gpu <= bool(fields)
+        assert {field.partition(".")[0] for field in fields} <= {sections[line.split()[0]]}
+        for change in re.findall(r"set (\S+=true)", advice):
+            load_recipe(str(own.recipe), [change.rstrip(",")])
+        for field, highest in re.findall(r"(\S+\.zero_stage) \(to (\d) at most", advice):
+            load_recipe(str(own.recipe), [f"{field}={highest}"])
+    assert on_gpu == any("train-grpo" in line and "(to 2 at most)" in line for line in told.warnings)
+    assert on_gpu == any("train-dpo" in line and "(to 3 at most)" in line for line in told.warnings)
 
 
 def test_the_table_and_a_mistake(bench, tmp_path):

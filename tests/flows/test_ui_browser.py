@@ -35,7 +35,7 @@ REPO = Path(__file__).resolve().parents[2]
 REPORT = example(steps=30)
 # What MLflow's own pages write to the console whatever they show.
 MLFLOWS_OWN = ("/users/current", "ResizeObserver loop", "AG Grid")
-PATIENCE = 60.0
+PATIENCE = 600.0
 
 
 @pytest.fixture(scope="module")

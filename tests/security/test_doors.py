@@ -100,7 +100,7 @@ def status(address: str, user: str = "", password: str = "", **headers: str) -> 
 
 
 def wait_for(address: str, numbers: set[int]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while status(address) not in numbers:
         assert time.monotonic() < deadline, f"{address} does not answer"
         time.sleep(0.5)

@@ -9,14 +9,17 @@ import pytest
 from pydantic import ValidationError
 from rich.console import Console
 
+from dpo_core.evaluate import PolicySamples, summarise
 from dpo_core.stats import Estimate
+from dpo_core.tokens import Sequence
 from expectations.report import Finding
 from tasks.page import render
-from tasks.report import GateFinding, GateRow, RunReport
+from tasks.report import Evaluation, GateFinding, GateRow, PolicyRow, RunReport
 from tasks.report_alarms import alarms
 from tasks.report_numbers import duration, number, scaled
-from tasks.report_text import markdown, terminal_table
+from tasks.report_text import markdown, policy_metrics, terminal_table
 from tasks.report_verdict import verdict
+from tasks.summary import _page_part
 from tests.tasks.reports import (
     estimate,
     example,
@@ -40,6 +43,24 @@ def test_report_is_frozen_and_closed() -> None:
         report.notes = {}  # type: ignore[misc]
     with pytest.raises(ValidationError, match="speed"):
         RunReport(run=report.run, speed=1)  # type: ignore[call-arg]
+
+
+def test_every_metric_of_the_evaluation_stands_in_the_table() -> None:
+    """None is dropped on the way from the stage to the page."""
+    drawn = PolicySamples(
+        [0, 0, 1, 1], [Sequence((1,), (2, 3))] * 4, [True, True, True, False], [0.0, 1.0, 0.5, 0.2],
+        [0.1] * 4, [0.2] * 4, 1.25, [1.0] * 4, ["a good film", "a bad film", "it was long", "it was short"],
+    )  # fmt: skip
+    row = summarise(drawn, drawn, seed=0, length=2)
+    policies = [PolicyRow(name="DPO", **row)]
+    evaluation = make_evaluation().model_copy(update={"policies": policies})
+    lines = {line.key: line for line in policy_metrics(evaluation)}
+    assert lines.keys() == row.keys() | {"accuracy"}
+    assert lines["ended"].cells[0].value == "75.0%"
+    found = evaluation.model_dump(mode="json") | {"answers": {}}
+    found["policies"][0]["surprise"] = 1.0
+    with pytest.raises(ValidationError, match="surprise"):
+        Evaluation.model_validate(_page_part(found))
 
 
 def test_values_that_are_not_finite_are_dropped_from_curves() -> None:

@@ -81,7 +81,7 @@ def test_work_in_threads_ends_with_the_run(soon: threading.Timer) -> None:
     soon.start()
     with pytest.raises(KeyboardInterrupt), stoppable():
         list(_each(2, work, [1, 2, 3, 4]))  # type: ignore[arg-type,list-item]
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 25
     assert sorted(begun) == sorted(ended) == [1, 2], "two were at work, and no other was begun"
     go_on()  # over: another run of this process may begin
 
@@ -97,7 +97,7 @@ def test_what_hangs_is_ended_when_time_is_up() -> None:
     assert process.stdout
     process.stdout.readline()
     process.terminate()
-    assert process.wait(timeout=20) == 143
+    assert process.wait(timeout=100) == 143
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,7 @@ def race(workspace: Path, how: str) -> list[str]:
         assert rival.stdin is not None
         rival.stdin.write("\n")
         rival.stdin.flush()
-    outputs = [rival.communicate(timeout=60)[0] for rival in rivals]
+    outputs = [rival.communicate(timeout=600)[0] for rival in rivals]
     assert [rival.returncode for rival in rivals] == [0, 0, 0]
     return outputs
 

