@@ -26,7 +26,7 @@ from dpo_core.errors import DataError
 
 # Unread, these would change what a row says.
 _MATTER = {
-    *SYSTEM_NAMES, "tools", "functions", "tool_calls", "reasoning_content", "history",
+    *SYSTEM_NAMES, "tools", "functions", "tool_calls", "reasoning_content", "history", "initial_reason_steps",
     "image", "images", "audio", "audios", "video", "videos",
 }  # fmt: skip
 # And these would not: names, numbers and origins of rows, scores that do not decide anything.
@@ -170,15 +170,7 @@ class Converter:
     def _of_row(self, row: Row, number: int) -> list[tuple[Record, int]]:
         adapter = ADAPTERS[self.format]
         try:
-            if why := unreadable(row):
-                raise Fault(why)
-            readable, parsed = self._parsed(row) if self._as_source else (row, [])
-            source = SourceRow(readable, number, as_chat=self._as_chat)
-            found = adapter.convert(source)
-            unread = source.unread()
-            for name in unread:
-                if name in _MATTER:
-                    raise Fault(f"{name} is there, and rows of the format {self.format} are read without it")
+            found = self._read(row, number)
         except Fault as fault:
             return [(faulty(adapter.kind, str(fault)), number)]
         except RecursionError:
@@ -186,7 +178,6 @@ class Converter:
         except Exception as error:
             why = f"the row cannot be read ({type(error).__name__}: {str(error)[:100]})"
             return [(faulty(adapter.kind, why), number)]
-        self._note(source, row, parsed, unread)
         if adapter.assemble is not None:
             self._parts.append((number, found))
             return []
@@ -201,6 +192,27 @@ class Converter:
             self._kinds[record.chat] += 1
         return made
 
+    def _read(self, row: Row, number: int) -> Any:
+        """What the adapter makes of a row.
+
+        Raises:
+            Fault: nothing, or only a part of what the row says.
+        """
+        if why := unreadable(row):
+            raise Fault(why)
+        readable, parsed = self._parsed(row) if self._as_source else (row, [])
+        for name in self._as_source:
+            if name not in parsed and str(row.get(name) or "").lstrip().startswith(("[", "{")):
+                raise Fault(f"{name} holds JSON or Python source that cannot be parsed")
+        source = SourceRow(readable, number, as_chat=self._as_chat)
+        found = ADAPTERS[self.format].convert(source)
+        unread = source.unread()
+        for name in unread:
+            if name in _MATTER:
+                raise Fault(f"{name} is there, and rows of the format {self.format} are read without it")
+        self._note(source, row, parsed, unread)
+        return found
+
     def _pairs(self, ranked: Ranked) -> list[tuple[Record, int]]:
         made: list[tuple[Record, int]] = list(pairs_of(ranked, self.pairing))
         if len(ranked.answers) < 2:
@@ -210,7 +222,7 @@ class Converter:
         return made
 
     def _note(self, source: SourceRow, row: Row, parsed: list[str], unread: list[str]) -> None:
-        self._remarks.update(source.remarks)
+        self._remarks.update(dict.fromkeys(source.remarks, 1))
         for name in parsed:
             self._remarks[f"{name} holds JSON or Python source, which was parsed"] += 1
         for name in unread:

@@ -62,7 +62,10 @@ def read_messages(row: Row, value: object, name: str) -> Messages:
         raise Fault(f"{name} is missing")
     if not isinstance(listed, list | dict):
         raise Fault(f"{name} is a {type_of(listed)}, not messages")
-    return [_message(row, message, name) for message in objects(listed, name)]
+    turns = [_message(row, message, name) for message in objects(listed, name)]
+    if not turns:  # an object of empty lists
+        raise Fault(f"{name} is missing")
+    return turns
 
 
 def _message(row: Row, message: Row, name: str) -> Message:

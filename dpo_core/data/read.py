@@ -254,8 +254,8 @@ def _json(path: Path) -> Parsed:
     """
     number = 0
     with _open(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
-        source = JsonWindow(text, str(path), BLOCK_CHARS)
         try:
+            source = JsonWindow(text, str(path), BLOCK_CHARS)
             while not source.at_end():
                 opened = source.match(r'(?:\{\s*"data"\s*:\s*)?\[')
                 if opened is None:

@@ -148,6 +148,7 @@ FAULTS: dict[str, tuple[dict, str]] = {
     ),
     "image beside the text": ({"prompt": [{**USER, "images": ["x.png"]}]}, "with images: only text is read"),
     "unhashable role": ({"prompt": [{"role": {}, "content": "x"}]}, "whose role is not one of"),
+    "an object of empty lists": ({"prompt": {"role": [], "content": []}}, "prompt is missing"),
     "no role": ({"prompt": [{"content": "x"}]}, "whose role is not one of"),
     "no content": ({"prompt": [{"role": "user", "content": None}]}, "content is not a string"),
     "call without a name": (

@@ -164,6 +164,14 @@ def test_source_text_that_is_an_answer_stays_text(tmp_path: Path) -> None:
     ]
 
 
+def test_source_that_is_cut_off_is_a_fault_where_the_others_are_parsed(tmp_path: Path) -> None:
+    text = json.dumps([{"role": "assistant", "content": "a"}])
+    rows = [{**PAIR, "chosen": text, "rejected": text.replace('"a"', '"b"')} for _ in range(3)]
+    rows[1]["chosen"] = text[:-4]
+    faults = list(_lines(tmp_path / "x.jsonl", rows).frame["fault"])
+    assert faults == ["", "chosen holds JSON or Python source that cannot be parsed", ""]
+
+
 def test_numpys_way_of_writing_a_list(tmp_path: Path) -> None:
     text = "[{'role': 'user', 'content': 'Hi'}\n {'role': 'assistant', 'content': 'a'}]"
     rows = [{"chosen": text, "rejected": text.replace("'a'", "'b'")}] * 2

@@ -145,6 +145,7 @@ BAD_FILES = {
     "json without its end": ("x.json", b'[{"a": 1}, {"a": 2}', ["row 3", "cut off"]),
     "json of no objects": ("x.json", b'["a", "b"]', ["row 1", "JSON str"]),
     "not utf-8": ("x.jsonl", GOOD + '{"text": "é"}\n'.encode("latin-1"), ["line 2", "not UTF-8", "0xe9"]),
+    "json not utf-8": ("x.json", b'\x80[{"a": 1}]', ["not UTF-8", "0x80"]),
     "utf-16 csv": ("x.csv", "text\nabc\n".encode("utf-16"), ["not UTF-8", "iconv"]),
     "empty": ("x.jsonl", b"", ["empty (0 bytes)"]),
     "only white space": ("x.jsonl", b"\n \n", ["holds no rows"]),

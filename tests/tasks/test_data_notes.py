@@ -1,0 +1,37 @@
+"""What the page says of the sets of a mixture, and the accuracy on each."""
+
+from pathlib import Path
+
+import torch
+
+from dpo_core.tokens import Sequence, TokenPair
+from tasks.data_notes import data_notes
+from tasks.evaluation import _accuracy_by_source
+from tasks.manifest import Manifest
+
+
+def test_accuracy_of_each_set() -> None:
+    side = Sequence((1,), (2,))
+    pairs = [TokenPair(name, side, side) for name in "abcde"]
+    # Chosen and rejected in turn; the reference says 0 to all.
+    ours = [torch.tensor([value]) for value in (1.0, 0.0, 0.0, 1.0, 2.0, 1.0, 3.0, 1.0, 0.0, 9.0)]
+    theirs = [torch.zeros(1)] * 10
+    sources = {"a": "x", "b": "x", "c": "y", "d": "y"}  # e is of no set
+    found = _accuracy_by_source(pairs, ours, theirs, sources)
+    assert {name: (one["value"], one["n"]) for name, one in found.items()} == {"x": (0.5, 2), "y": (1.0, 2)}
+    assert _accuracy_by_source(pairs, ours, theirs, {}) == {}
+
+
+def test_notes_of_the_page(tmp_path: Path) -> None:
+    loaded = Manifest(
+        kind="dataset", uri=tmp_path.as_uri(), sha256="0" * 64, schema_version=1, stage="load-data",
+        stage_version=1, config_digest="0" * 64,
+        extra={"remarks": ["columns not read: hint"], "sources": {"x": {"train": 8, "eval": 2}}},
+    )  # fmt: skip
+    estimate = {"value": 0.5, "low": 0.1, "high": 0.9, "n": 2}
+    assert data_notes({"load-data": loaded}, {"accuracy_by_source": {"DPO": {"x": estimate}}}) == {
+        "How the data were read": "columns not read: hint",
+        "Rows by set": "x: 8 to train on, 2 held out",
+        "Preference accuracy of DPO by set": "x: 50.0% [10.0%, 90.0%] of 2 pairs",
+    }
+    assert data_notes({}, {}) == {}
