@@ -1,5 +1,6 @@
 """Bad recipes, overrides, rewards, run names and settings of the machine's services."""
 
+import os
 import socket
 
 from tests.bad_inputs import World, bad, good_rows, lines
@@ -25,6 +26,28 @@ def recipe_is_not_yaml(world: World) -> list[str]:
 @bad(2, "recipe.yaml is not valid YAML", "0xff")
 def recipe_is_not_text(world: World) -> list[str]:
     return ["run", world.file("recipe.yaml", b"name: tiny\n# \xff\xfe\n")]
+
+
+@bad(2, "the recipe /dev/zero cannot be read (it is not a regular file)", "Check its path")
+def recipe_without_end(world: World) -> list[str]:
+    return ["run", "/dev/zero"]
+
+
+@bad(2, "cannot be read (it has more than 1 MiB)")
+def recipe_of_a_giant(world: World) -> list[str]:
+    path = world.file("recipe.yaml", "")
+    os.truncate(path, 10 * 2**30)
+    return ["run", path]
+
+
+@bad(2, "recipe.yaml is not valid YAML", "2026-02-30 cannot be read as timestamp", "line 2, column 14")
+def recipe_with_a_day_that_never_was(world: World) -> list[str]:
+    return ["run", world.file("recipe.yaml", "name: tiny\ndescription: 2026-02-30\n")]
+
+
+@bad(2, "--set seed=7777", "7777 cannot be read as int")
+def override_of_five_thousand_digits(world: World) -> list[str]:
+    return world.run("--set", f"seed={'7' * 5000}")
 
 
 @bad(2, "is not a mapping of fields", "Start from a shipped recipe")
