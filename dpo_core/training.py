@@ -25,7 +25,8 @@ from dpo_core.engine import Engine, MetricsFile, Stopped
 from dpo_core.engine_config import EngineConfig, OptimConfig
 from dpo_core.errors import StageFailed
 from dpo_core.head import keeps_logits
-from dpo_core.layout import Document, Layout, pack, pad
+from dpo_core.layout import Document, Layout, Pack, pack, pad
+from dpo_core.routing import router_balance
 from dpo_core.scores import can_share
 
 log = logging.getLogger(__name__)
@@ -93,6 +94,7 @@ class Trainer(ABC, Generic[Example]):
         self.total_steps = config.steps(len(examples))
         self.batches = self.make_batches()
         self.shape = cost.Shape.of_module(module)  # before ZeRO cuts the weights up
+        self.balance = router_balance(module)
         if config.engine.gradient_checkpointing:
             checkpoint_layers(module)
         if config.engine.compile:
@@ -210,7 +212,7 @@ class Trainer(ABC, Generic[Example]):
         norm: float | None = None
         for indices in batch.mine:
             micro = [self.examples[i] for i in indices]
-            loss, numbers = self.engine.run(self.losses, micro)
+            loss, numbers = self.engine.run(self._balanced, micro)
             self._require_finite(loss, step, micro)
             self.engine.backward(loss, total)
             norm = self.engine.step()
@@ -227,6 +229,16 @@ class Trainer(ABC, Generic[Example]):
             "tokens_per_second": sum(self.tokens(e) for e in everyone) / seconds,
             "seconds_per_step": seconds,
         }
+
+    def _balanced(self, micro: Seq[Example]) -> tuple[Tensor, dict[str, Tensor]]:
+        """`losses`, and the router's auxiliary loss where the model asks for it."""
+        if self.balance is None:
+            return self.losses(micro)
+        with self.balance.watch():
+            loss, numbers = self.losses(micro)
+            auxiliary, used = self.balance.loss()
+        weight = self.balance.coefficient * sum(self.weight(e) for e in micro)
+        return loss + weight * auxiliary, numbers | {name: v * len(micro) for name, v in used.items()}
 
     def _reduce(self, sums: dict[str, Tensor], examples: int) -> dict[str, float]:
         """Means over the examples of the global batch; the loss is a mean already."""
@@ -285,6 +297,8 @@ class PackedTrainer(Trainer[Example]):
         """A micro-batch as tensors on the device."""
         documents = [self.document(e) for e in examples]
         layout = pack(documents, self._fixed_length()) if self.packed else pad(documents)
+        if self.balance is not None and isinstance(layout, Pack):
+            self.balance.real_T = (layout.document_T < len(documents)).to(self.engine.device)
         return layout.to(self.engine.device)
 
     def _fixed_length(self) -> int | None:

@@ -24,6 +24,7 @@ from dpo_core.errors import RecipeError
 from dpo_core.online import ppo_math
 from dpo_core.online.rollouts import Episode, Item, Rollout, deal, micro_batches, read, sampler_gap
 from dpo_core.online.sampler import Sampler, Surroundings
+from dpo_core.routing import router_balance
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +99,8 @@ class OnlineTrainer(ABC, Generic[Item]):
         self.rounds, self.around = config, around
         self.reference = reference.eval().requires_grad_(False)
         self.module = policy
+        if router_balance(policy) is not None:
+            log.warning("the router's auxiliary loss, which the model's config asks for, is left out here")
         self.shape = cost.Shape.of_module(policy)
         self.micro_per_step = self._micro_per_step()
         self.engine = self.make_engine(policy, config.optim, self.companions())
