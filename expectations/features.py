@@ -262,9 +262,9 @@ def relations(keys: pd.DataFrame, subject: Subject) -> dict[str, _Array]:
     duplicate[usable] = keys["row_key"][usable].duplicated(keep="first").to_numpy()
     out["duplicate"] = duplicate
     if subject != "prompts":
-        ordered = usable & (keys["row_key"] != keys["turned_key"]).to_numpy()
+        ordered = usable & (keys["order_key"] != keys["turned_key"]).to_numpy()
         turned = keys["turned_key"][ordered].unique()
-        out["contradiction"] = ordered & keys["row_key"].isin(turned).to_numpy()
+        out["contradiction"] = ordered & keys["order_key"].isin(turned).to_numpy()
     return out
 
 
@@ -304,11 +304,14 @@ def compute(
     if subject == "pairs":
         prompt, chosen, rejected = hidden["prompt"], hidden["chosen"], hidden["rejected"]
         keys["row_key"] = _mix(prompt, chosen, rejected)
-        keys["turned_key"] = _mix(prompt, rejected, chosen)
+        # The splitter's prompt: the same pair as text and as a chat, turned round, is a contradiction too.
+        keys["order_key"] = _mix(hidden["normal"], chosen, rejected)
+        keys["turned_key"] = _mix(hidden["normal"], rejected, chosen)
     elif subject == "unpaired":
         prompt, completion, label = hidden["prompt"], hidden["completion"], hidden["label"]
         keys["row_key"] = _mix(prompt, completion, label)
-        keys["turned_key"] = _mix(prompt, completion, 1 - label)
+        keys["order_key"] = _mix(hidden["normal"], completion, label)
+        keys["turned_key"] = _mix(hidden["normal"], completion, 1 - label)
     else:
         keys["row_key"] = hidden["prompt"]
     table = pd.DataFrame(keys)

@@ -1,6 +1,7 @@
 """The data stages: load and split, judge at the gate, sample pairs where there are none."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from tasks.manifest import Manifest, digest_file
 from tasks.sealed import read_sealed, write_sealed
 from tasks.stage import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 
+log = logging.getLogger("dpo")
+
 LOAD = Stage("load-data", 3, "dataset")
 GATE_PROMPTS = Stage("validate-prompts", 1, "dataset")
 GATE_PAIRS = Stage("validate-pairs", 1, "dataset")
@@ -37,12 +40,18 @@ def source_digests(config: DataConfig) -> dict[str, str]:
     for path in config.paths:
         try:
             place = Path(path).expanduser()
-            files = sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place]
+            files = sorted(_visible(place)) if place.is_dir() else [place]
             digests |= {str(file): digest_file(file) for file in files if file.is_file()}
         except (OSError, RuntimeError) as error:
             check_source(path)  # says it better where it can
             raise DataError(f"{path} cannot be read ({error})", "Check its permissions") from error
     return digests
+
+
+def _visible(folder: Path) -> list[Path]:
+    """The files of a folder, without those that the reader never opens: a clone's .git, caches."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return [f for f in files if not any(part.startswith(".") for part in f.relative_to(folder).parts)]
 
 
 @stage_task("load-data")
@@ -52,6 +61,8 @@ def load_data(context: Context, config: DataConfig) -> StageResult:
     def work(given: Work) -> Output:
         loaded = load(config)
         frame = split_table(loaded, config)
+        for said in loaded.remarks:
+            log.info("%s: %s", given.name, said)
         given.mlflow.tag("dpo.data_format", f"{loaded.format}: {loaded.recognised_by}")
         out = given.fresh("out")
         frame.to_parquet(out / "data.parquet", index=False)

@@ -56,6 +56,15 @@ def turned(frame: pd.DataFrame) -> pd.DataFrame:
     return copy_of(frame, 8, chosen=frame.loc[8, "rejected"], rejected=frame.loc[8, "chosen"])
 
 
+def turned_as_chat(frame: pd.DataFrame) -> pd.DataFrame:
+    """The same pair turned round, its prompt a conversation of one turn in place of text."""
+    turns = [{"role": "user", "content": frame.loc[8, "prompt"]}]
+    changed = turned(frame)
+    changed.loc[BAD, "prompt"] = json.dumps(turns, ensure_ascii=False, separators=(",", ":"))
+    changed.loc[BAD, "chat"] = True
+    return changed
+
+
 PAIR_BREAKS: dict[str, tuple[str, Callable[[pd.DataFrame], pd.DataFrame], list[int]]] = {
     "fault": ("fault", put(fault="field rejected is missing", prompt="", chosen="", rejected=""), [BAD]),
     "a bool for text": ("type", put(chosen=True), [BAD]),
@@ -67,6 +76,7 @@ PAIR_BREAKS: dict[str, tuple[str, Callable[[pd.DataFrame], pd.DataFrame], list[i
     "empty rejected": ("empty_rejected", put(rejected="  "), [BAD]),
     "identical": ("identical", put(chosen="The same here.", rejected=" The same here.\n"), [BAD]),
     "contradiction": ("contradiction", turned, [BAD, 8]),
+    "contradiction as text and as chat": ("contradiction", turned_as_chat, [BAD, 8]),
     "duplicate": ("duplicate", lambda f: copy_of(f, 3), [BAD]),
     "leakage": ("leakage", put(prompt="  what DO you know about\nthe rivers of town number 0?"), [BAD]),
     "own special token": ("special_tokens", put(rejected="Then <|mine|> is not text, is it?"), [BAD]),

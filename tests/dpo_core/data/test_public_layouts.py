@@ -258,7 +258,7 @@ def test_trees(tmp_path: Path, form: str) -> None:
     }
 
 
-def test_a_tree_that_bites_its_tail_ends(tmp_path: Path) -> None:
+def test_a_tree_with_a_cycle_or_without_its_root(tmp_path: Path) -> None:
     rows = _flat()
     rows[0]["parent_id"] = "a0"
     with pytest.raises(DataError, match="none of its prompts has two answers"):
