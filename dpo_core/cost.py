@@ -103,7 +103,7 @@ def sizes(document: Document, packed: bool) -> Sizes:
     rows = [len(document)]
     if not packed:
         rows = [len(document.prompt) + len(b) - 1 for b in document.branches]
-    return Sizes(sum(rows), sum(n * n for n in rows), sum(len(b) for b in document.branches))
+    return Sizes(sum(rows), sum(n * n for n in rows), sum(map(len, document.targets())))
 
 
 def pass_sizes(documents: Seq[Document], *, packed: bool, length: int | None = None) -> Sizes:

@@ -211,14 +211,14 @@ class DpoTrainer(PackedTrainer[TokenPair]):
         keys = [sequence_key(s) for e in self.examples for s in (e.chosen, e.rejected)]
         columns = [shard.sums(keys).astype(np.float32).reshape(-1, 2)]
         if "common" in self.extras:
-            shorter = [min(len(e.chosen.completion), len(e.rejected.completion)) for e in self.examples]
+            shorter = [min(e.chosen.targets, e.rejected.targets) for e in self.examples]
             common = shard.sums(keys, first=np.repeat(shorter, 2))
             columns.append(common.astype(np.float32).reshape(-1, 2))
         values = np.concatenate(columns, axis=1)
         return {e.id: row for e, row in zip(self.examples, values, strict=True)}
 
     def document(self, example: TokenPair) -> Document:
-        return Document(example.chosen.prompt, (example.chosen.completion, example.rejected.completion))
+        return Document.of(example.chosen, example.rejected)
 
     def length(self, example: TokenPair) -> int:
         return max(len(example.chosen), len(example.rejected))
@@ -232,7 +232,7 @@ class DpoTrainer(PackedTrainer[TokenPair]):
     def begin_step(self, everyone: Seq[TokenPair]) -> None:
         self.totals = Totals(
             pairs=len(everyone),
-            chosen_tokens=sum(len(e.chosen.completion) for e in everyone),
+            chosen_tokens=sum(e.chosen.targets for e in everyone),
             prompt_tokens=sum(len(e.chosen.prompt) - 1 for e in everyone),
         )
 

@@ -3,7 +3,7 @@
 Every policy answers the same prompts; the unit of resampling is the prompt.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,7 +67,7 @@ def sample_policy(
     config: EvaluateConfig,
     *,
     scorer: Scorer,
-    eos_id: int,
+    eos_id: int | Collection[int],
     seed: int,
     progress: Callable[[int], None],
 ) -> PolicySamples:

@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Literal
@@ -31,7 +31,7 @@ class SamplingConfig(Config):
 
 @dataclass(frozen=True)
 class Completion:
-    """A sampled completion: ids without padding; `ended` when the model itself ended it (eos included)."""
+    """A sampled completion: ids without padding; `ended` when the model ended it itself (end included)."""
 
     ids: tuple[int, ...]
     ended: bool
@@ -52,7 +52,7 @@ def sample(
     prompts: Seq[tuple[int, ...]],
     config: SamplingConfig,
     *,
-    eos_id: int,
+    eos_id: int | Collection[int],
     seed: int,
     places: Seq[int] | None = None,
     progress: Callable[[int], None] = lambda done: None,
@@ -65,10 +65,11 @@ def sample(
     Args:
         model: a transformers causal language model in eval mode.
         prompts: token ids, one tuple a completion wanted.
-        eos_id: the token that ends a completion.
+        eos_id: the tokens that end a completion (`Tokenise.stop_ids`), or the only one.
         places: the place of each prompt among those of all ranks; its place in `prompts` when empty.
         progress: called with the number of completions drawn so far.
     """
+    stops = frozenset([eos_id] if isinstance(eos_id, int) else eos_id)
     sampler = copy.deepcopy(model).to(torch.bfloat16) if config.precision == "bf16" else model
     results: list[Completion | None] = [None] * len(prompts)
     places = range(len(prompts)) if places is None else places
@@ -81,11 +82,11 @@ def sample(
             [np.random.default_rng((seed, places[i])).random(config.max_new_tokens) for i in indices]
         )
         drawn = _generate(
-            sampler, [prompts[i] for i in indices], config, eos_id, torch.from_numpy(uniforms_BT)
+            sampler, [prompts[i] for i in indices], config, stops, torch.from_numpy(uniforms_BT)
         )
         for index, tokens in zip(indices, drawn, strict=True):
             ids, logps = zip(*tokens, strict=True)
-            results[index] = Completion(ids, ids[-1] == eos_id, logps)
+            results[index] = Completion(ids, ids[-1] in stops, logps)
         done += len(indices)
         progress(done)
     return [result for result in results if result is not None]
@@ -95,15 +96,15 @@ def _generate(
     model: torch.nn.Module,
     prompts: list[tuple[int, ...]],
     config: SamplingConfig,
-    eos_id: int,
+    stops: frozenset[int],
     uniforms_BT: Tensor,
 ) -> list[list[tuple[int, float]]]:
-    """Ids and log-probs of each completion, end-of-sequence included. Finished rows leave the batch."""
+    """Ids and log-probs of each completion, its end included. Finished rows leave the batch."""
     from transformers import DynamicCache
 
     device = next(model.parameters()).device
     width = max(map(len, prompts))
-    ids_BT = torch.full((len(prompts), width), eos_id, dtype=torch.long)
+    ids_BT = torch.full((len(prompts), width), min(stops), dtype=torch.long)
     attention_BT = torch.zeros_like(ids_BT)
     for i, prompt in enumerate(prompts):
         # Left padding: all rows end where their completion begins.
@@ -111,6 +112,7 @@ def _generate(
         attention_BT[i, width - len(prompt) :] = 1
     ids_BT, attention_BT = ids_BT.to(device), attention_BT.to(device)
     completions: list[list[tuple[int, float]]] = [[] for _ in prompts]
+    stops_E = torch.tensor(sorted(stops), device=device)
     live_B = torch.arange(len(prompts))
     cache = DynamicCache()
     for step in range(config.max_new_tokens):
@@ -126,7 +128,7 @@ def _generate(
         next_B, logps_B = _draw(output.logits[:, -1], config.temperature, uniforms_B)
         for row, token, logp in zip(live_B.tolist(), next_B.tolist(), logps_B.tolist(), strict=True):
             completions[row].append((token, logp))
-        going_B = (next_B != eos_id).cpu()
+        going_B = ~torch.isin(next_B, stops_E).cpu()
         if not going_B.any():
             break
         if not going_B.all():

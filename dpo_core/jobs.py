@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
@@ -32,9 +32,12 @@ from dpo_core.remote_code import trust_digests
 from dpo_core.rewards import load_reward
 from dpo_core.save_model import export_policy
 from dpo_core.sft import Demonstration, SftTrainer
-from dpo_core.tokens import Sequence, Tokenise
+from dpo_core.tokens import Sequence, TokenConfig, Tokenise
 from dpo_core.train import Job
 from dpo_core.unpaired import UnpairedTrainer, unpaired_examples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Given the full trained weights, write the result.
 Export = Callable[[dict[str, Tensor]], None]
@@ -78,9 +81,8 @@ def _sft(job: Job) -> tuple[Any, Export]:
     model, tokenizer, tokenise = _start(job)
     examples = []
     for row in read_rows(job.data):
-        prompt = tokenise.prompt(row["prompt"], row["chat"], job.tokens.max_prompt_length)
-        sequence = tokenise.sequence(prompt, tokenise.completion(row["completion"], row["ended"]))
-        if sequence is not None:
+        sequence = tokenise.demonstration(row)
+        if isinstance(sequence, Sequence):
             examples.append(Demonstration(row["id"], sequence))
     trainer = SftTrainer(model, examples, job.settings, seed=job.seed, work=Path(job.work))
     return trainer, _export_model(model, tokenizer, job)
@@ -122,23 +124,23 @@ def _unpaired(job: Job) -> tuple[Any, Export]:
     return trainer, _export_model(model, tokenizer, job)
 
 
-def _around(job: Job, tokenizer: Any, tokenise: Tokenise) -> Surroundings:
+def _around(job: Job, tokenise: Tokenise) -> Surroundings:
     """What a method that trains on its own samples needs beside its models."""
     if job.reference is None or job.sampling is None or job.reward_source is None:
         raise StageFailed(
             f"the {job.kind} job lacks its reference, sampling settings or reward", "Write them"
         )
-    budget = min(job.tokens.max_prompt_length, job.tokens.max_length - job.sampling.max_new_tokens)
-    prompts = [
-        (tokenise.prompt(row["prompt"], row["chat"], budget), row["prompt"]) for row in read_rows(job.data)
+    asked = [
+        (tokenise.prompt_of(row, job.sampling.max_new_tokens), row["prompt"]) for row in read_rows(job.data)
     ]
+    prompts = [(ids, text) for ids, text in asked if ids]
     precision = job.settings.engine.precision
     return Surroundings(
         prompts=prompts,
         sampling=job.sampling,
-        eos_id=tokenizer.eos_token_id,
-        scorer=scorer(job.reward_source, tokenizer, precision),
-        gold=scorer(job.gold_source, tokenizer, precision) if job.gold_source else None,
+        eos_id=tokenise.stop_ids,
+        scorer=scorer(job.reward_source, tokenise, precision),
+        gold=scorer(job.gold_source, tokenise, precision) if job.gold_source else None,
         scoring_flops=scoring_flops(job.reward_source),
         seed=job.seed,
         work=Path(job.work),
@@ -153,7 +155,7 @@ def _ppo(job: Job) -> tuple[Any, Export]:
     from dpo_core.reward_model import RewardModel
 
     policy, tokenizer, tokenise = _start(job)
-    around = _around(job, tokenizer, tokenise)
+    around = _around(job, tokenise)
     reference = _reference(job)
     learned = is_reward_model(str(job.reward_source))
     critic = RewardModel.load(str(job.reward_source)) if learned else make_critic(reference)
@@ -164,14 +166,14 @@ def _ppo(job: Job) -> tuple[Any, Export]:
 
 def _grpo(job: Job) -> tuple[Any, Export]:
     policy, tokenizer, tokenise = _start(job)
-    around = _around(job, tokenizer, tokenise)
+    around = _around(job, tokenise)
     trainer = GroupTrainer(policy, _reference(job), around, job.settings)
     return trainer, _export_policy(policy, tokenizer, job)
 
 
 def _online(job: Job) -> tuple[Any, Export]:
     policy, tokenizer, tokenise = _start(job)
-    around = _around(job, tokenizer, tokenise)
+    around = _around(job, tokenise)
     trainer = OnlineDpoTrainer(policy, _reference(job), around, job.settings)
     return trainer, _export_policy(policy, tokenizer, job)
 
@@ -203,8 +205,12 @@ def _reward(job: Job) -> tuple[Any, Export]:
     return trainer, export
 
 
-def scorer(source: str, tokenizer: Any, precision: str) -> Scorer:
-    """The reward of finished completions: a reward model's folder, or a name for `load_reward`."""
+def scorer(source: str, tokenise: "Tokenise | PreTrainedTokenizerBase", precision: str) -> Scorer:
+    """The reward of finished completions: a reward model's folder, or a name for `load_reward`.
+
+    Args:
+        tokenise: turns completions into the texts that a reward reads.
+    """
     if is_reward_model(source):
         from dpo_core.reward_model import RewardModel
         from dpo_core.reward_training import score
@@ -213,9 +219,10 @@ def scorer(source: str, tokenizer: Any, precision: str) -> Scorer:
         return lambda sequences, prompts: score(model, sequences, precision)
     reward = load_reward(source)
 
+    known = tokenise if isinstance(tokenise, Tokenise) else Tokenise(tokenise, TokenConfig())
+
     def by_text(sequences: Seq[Sequence], prompts: Seq[str]) -> list[float]:
-        texts = tokenizer.batch_decode([list(s.completion) for s in sequences], skip_special_tokens=True)
-        return reward(list(prompts), texts)
+        return reward(list(prompts), [known.text(s.completion) for s in sequences])
 
     return by_text
 

@@ -15,12 +15,18 @@ Shapes: T tokens of a pack, N predicted tokens, S branches of all D documents, L
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from dpo_core.tokens import Sequence
+
+
+_Indices = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,23 @@ class Document:
 
     prompt: tuple[int, ...]
     branches: tuple[tuple[int, ...], ...]
+    learnt: tuple[tuple[bool, ...] | None, ...] | None = None
+    """Of each branch, which tokens are predicted, at least one; None: all. The others are read only."""
+
+    @classmethod
+    def of(cls, *sequences: "Sequence") -> "Document":
+        """Of completions of one prompt."""
+        masks = tuple(s.learnt for s in sequences)
+        completions = tuple(s.completion for s in sequences)
+        return cls(sequences[0].prompt, completions, None if all(m is None for m in masks) else masks)
+
+    def targets(self) -> list[_Indices]:
+        """Places of the predicted tokens in each branch."""
+        masks = self.learnt or (None,) * len(self.branches)
+        return [
+            np.arange(len(tokens)) if mask is None else np.flatnonzero(mask)
+            for tokens, mask in zip(self.branches, masks, strict=True)
+        ]
 
     def __len__(self) -> int:
         return len(self.prompt) + sum(len(branch) - 1 for branch in self.branches)
@@ -43,9 +66,9 @@ class Layout:
     targets_N: Tensor
     """The token that it should predict."""
     place_N: tuple[Tensor, Tensor]
-    """Branch, and place in the branch, of each predicted token."""
+    """Branch, and place among the predicted ones of the branch, of each predicted token."""
     lengths_S: Tensor
-    """Tokens of each branch; documents in order, their branches in order."""
+    """Predicted tokens of each branch; documents in order, their branches in order."""
     prompt_predicts_M: Tensor
     """The same for the prompts' own tokens from the second on, for objectives that score prompts."""
     prompt_targets_M: Tensor
@@ -107,10 +130,10 @@ def pack(documents: Seq[Document], pad_to: int | None = None) -> Pack:
         ids.extend(document.prompt)
         positions.append(np.arange(end))
         branch.append(np.zeros(end, np.int64))
-        for k, tokens in enumerate(document.branches, 1):
+        for k, (tokens, targets) in enumerate(zip(document.branches, document.targets(), strict=True), 1):
             fed = len(tokens) - 1
             # The last prompt token predicts the first token of each branch, the branch's own tokens the rest.
-            predicts.append(np.r_[start + end - 1, np.arange(len(ids), len(ids) + fed)])
+            predicts.append(np.r_[start + end - 1, np.arange(len(ids), len(ids) + fed)][targets])
             ids.extend(tokens[:-1])
             positions.append(np.arange(end, end + fed))
             branch.append(np.full(fed, k))
@@ -141,8 +164,8 @@ def pad(documents: Seq[Document]) -> PaddedRows:
     row = 0
     for document in documents:
         starts.append(row * width)
-        for tokens in document.branches:
-            predicts.append(row * width + len(document.prompt) - 1 + np.arange(len(tokens)))
+        for targets in document.targets():
+            predicts.append(row * width + len(document.prompt) - 1 + targets)
             row += 1
     return PaddedRows(**_scored(documents, predicts, starts), ids_ST=ids_ST, attention_ST=attention_ST)
 
@@ -157,22 +180,22 @@ def right_padded(rows: Seq[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
     return ids_ST, attention_ST
 
 
-_Indices = NDArray[np.int64]
-
-
 def _require_tokens(documents: Seq[Document]) -> None:
-    if not all(d.prompt and d.branches and all(d.branches) for d in documents):
-        raise ValueError("a document needs a prompt and completions of at least one token")
+    if not all(d.prompt and d.branches and all(d.branches) and all(map(len, d.targets())) for d in documents):
+        raise ValueError("a document needs a prompt and completions of at least one predicted token")
 
 
 def _scored(documents: Seq[Document], predicts: list[_Indices], starts: list[int]) -> dict[str, Any]:
     """The fields that both layouts share; `starts` is where each document's (first) prompt begins."""
     branches = [tokens for document in documents for tokens in document.branches]
-    lengths = np.array([len(tokens) for tokens in branches])
+    targets = [places for document in documents for places in document.targets()]
+    lengths = np.array([len(places) for places in targets])
     inner = [len(d.prompt) - 1 for d in documents]
     return {
         "predicts_N": _tensor(predicts),
-        "targets_N": torch.tensor([token for tokens in branches for token in tokens]),
+        "targets_N": _tensor(
+            [np.array(tokens)[places] for tokens, places in zip(branches, targets, strict=True)]
+        ),
         "place_N": (
             torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
             _tensor([np.arange(n) for n in lengths]),

@@ -44,7 +44,7 @@ def completion_logps(
 
 
 class CompletionScores(NamedTuple):
-    """Of one completion of n tokens, on the CPU."""
+    """Of one completion of n learnt tokens, on the CPU."""
 
     logps: Tensor
     """(n,) fp32."""
@@ -83,7 +83,7 @@ def completion_scores(
             spread = None if scores.entropy_SL is None else scores.entropy_SL.cpu()
             found = {}
             for place, i in enumerate(i for d in group for i in plan.families[d]):
-                part = place, slice(len(sequences[i].completion))
+                part = place, slice(sequences[i].targets)
                 found[i] = CompletionScores(logps[part], None if spread is None else spread[part])
             yield found
 
@@ -155,7 +155,7 @@ def _families(sequences: Seq[Sequence], token_budget: int) -> list[list[int]]:
 
 
 def _document(sequences: Seq[Sequence], family: Seq[int]) -> Document:
-    return Document(sequences[family[0]].prompt, tuple(sequences[i].completion for i in family))
+    return Document.of(*(sequences[i] for i in family))
 
 
 @torch.no_grad()

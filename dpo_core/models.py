@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from dpo_core.chat_template import check_template
 from dpo_core.config import Config
 from dpo_core.errors import ModelError
 from dpo_core.model_folder import LOAD_REMEDY, check_folder, require_safetensors, tensor_headers
@@ -178,6 +179,8 @@ def convert(config: ModelConfig, out: Path) -> None:
         tokenizer = load_tokenizer(source, config.trust_remote_code)
         if config.chat_template:
             tokenizer.chat_template = read_template(config.chat_template)
+        for template in templates_of(tokenizer):
+            check_template(template)
         code = config.trust_remote_code
         if config.scratch:
             tokenizer = new_tokenizer(tokenizer, config.scratch)
@@ -434,6 +437,12 @@ def read_template(path: str) -> str:
 def _remedy(error: Exception, other: str) -> str:
     code = "Set model.trust_remote_code if you have read that code, or use a model that comes without any"
     return code if "custom code" in str(error) else other
+
+
+def templates_of(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """The texts of a tokenizer's chat templates: none, one, or several by name."""
+    found = tokenizer.chat_template
+    return list(found.values()) if isinstance(found, dict) else [found] if found else []
 
 
 def _first_line(error: Exception) -> str:

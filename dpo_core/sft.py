@@ -49,16 +49,16 @@ class Demonstration:
 
 
 class SftTrainer(PackedTrainer[Demonstration]):
-    """Mean cross-entropy over the completion tokens of the global batch; prompts carry no loss."""
+    """Mean cross-entropy over the learnt tokens of the global batch; prompts carry no loss."""
 
     def length(self, example: Demonstration) -> int:
         return len(example.sequence)
 
     def weight(self, example: Demonstration) -> float:
-        return float(len(example.sequence.completion))
+        return float(example.sequence.targets)
 
     def document(self, example: Demonstration) -> Document:
-        return Document(example.sequence.prompt, (example.sequence.completion,))
+        return Document.of(example.sequence)
 
     def losses(self, batch: Seq[Demonstration]) -> tuple[Tensor, dict[str, Tensor]]:
         with autocast(self.config.engine.precision, self.engine.device):

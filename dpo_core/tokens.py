@@ -1,19 +1,26 @@
-"""From text to token ids, with the completion mask as data.
+"""From text to token ids, with what is learnt of them as data.
 
-ids = prompt ids + completion ids by construction: the two sides are tokenised apart and joined, so chosen and
-rejected agree on the prompt to the token. Nothing later infers a mask from token values (pad may equal eos).
+Chosen and rejected agree on the prompt to the token. Which tokens an answer has, the chat template decides
+(`chat_format`); without one they are those of its text and an end-of-sequence token. Nothing later infers a
+mask from token values (pad may equal eos).
 """
 
+import datetime
 import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from dpo_core.chat_format import ChatFormat, encode_parts
+from dpo_core.chat_template import ChatTemplate, Message, TemplateError, reads_clock, source_of
 from dpo_core.config import Config
+from dpo_core.encoding import TextCodec
 from dpo_core.errors import ModelError
+from dpo_core.stop_tokens import stop_ids
+from dpo_core.turns import SPEAKERS, can_drop_turn, drop_turn, shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,11 +31,29 @@ class TokenConfig(Config):
 
     template: Literal["auto", "chat", "transcript", "plain"] = "auto"
     """How turns are written: the tokenizer's chat template, `Human:`/`Assistant:` transcripts, or bare text.
-    `auto`: the chat template for messages, bare text for strings."""
+    `auto`: the chat template for messages, bare text for strings. `chat` makes a string the turn of a user;
+    the others write it as it stands."""
+    learn: Literal["last_turn", "all_turns"] = "last_turn"
+    """What carries loss: the last turn of an answer, or every assistant turn of it (and, in supervised
+    fine-tuning, of the whole conversation). Turns of users and tools never do."""
+    template_arguments: dict[str, Any] = Field({})
+    """Variables for the chat template, such as {enable_thinking: false}."""
+    date: datetime.date | None = None
+    """The day that a chat template writes where it asks for the date. Empty: the day on which the data was
+    first read, so that a later run of the same data has the same tokens."""
     max_length: int = Field(512, ge=4)
     """Most tokens of prompt and completion together."""
     max_prompt_length: int = Field(256, ge=1)
-    """Most tokens of the prompt when both do not fit; it is cut from the left, at turn boundaries."""
+    """Most tokens of the prompt when both do not fit: its oldest turns go first, then the beginning of the
+    text inside a turn."""
+
+    @field_validator("template_arguments")
+    @classmethod
+    def _not_the_data(cls, given: dict[str, Any]) -> dict[str, Any]:
+        own = {"messages", "tools", "documents", "add_generation_prompt", "strftime_now"} & given.keys()
+        if own:
+            raise ValueError(f"{min(own)} is not an argument: the data and tokens.date give it")
+        return given
 
     @model_validator(mode="after")
     def _room_for_a_completion(self) -> "TokenConfig":
@@ -44,9 +69,16 @@ class Sequence:
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
     truncated: bool = False
+    learnt: tuple[bool, ...] | None = None
+    """Which tokens of the completion are learnt, at least one; None: all of them."""
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.completion)
+
+    @property
+    def targets(self) -> int:
+        """Number of learnt tokens."""
+        return len(self.completion) if self.learnt is None else sum(self.learnt)
 
 
 @dataclass(frozen=True)
@@ -60,6 +92,11 @@ class TokenPair:
     """Share of votes for the chosen answer; None where nobody counted."""
 
 
+Ids = tuple[int, ...]
+# Ids of a completion, and which are learnt (None: all).
+Completion = tuple[Ids, tuple[bool, ...] | None]
+
+
 class Tokenise:
     """Turns prompts and completions into ids under one `TokenConfig`."""
 
@@ -67,49 +104,248 @@ class Tokenise:
         self.tokenizer = tokenizer
         self.config = config
         self.eos: int = tokenizer.eos_token_id
-        # The beginning-of-sequence id, where the tokenizer itself would add one.
-        added = tokenizer.encode("", add_special_tokens=True)
-        self._begin: list[int] = [i for i in added[:1] if i == tokenizer.bos_token_id]
+        self.codec = TextCodec(tokenizer)
+        day = config.date or datetime.date.today()
+        variables = {**tokenizer.special_tokens_map, **config.template_arguments}
+        self._formats = {
+            tools: ChatFormat(ChatTemplate(source, variables, day), tokenizer)
+            for tools in (False, True)
+            if (source := source_of(tokenizer, tools))
+        }
+        ends = {tokenizer.convert_tokens_to_ids(t) for f in self._formats.values() for t in f.stops}
+        self.stop_ids: frozenset[int] = frozenset(stop_ids(tokenizer) | ends)
+        """Tokens that end a sampled answer: those of the model's files and the template's end of turn."""
 
-    def prompt(self, text: str, chat: bool, budget: int | None = None) -> tuple[int, ...]:
-        """Prompt ids, at most `budget` of them: oldest turns go first, then tokens from the left."""
-        if not chat:
-            ids = self._begin + self._encode(text)
-            return tuple(ids if budget is None else _keep_end(ids, budget, len(self._begin)))
-        messages: list[dict[str, str]] = json.loads(text)
-        ids = self._render(messages)
-        while budget is not None and len(ids) > budget and _can_drop_turn(messages):
-            _drop_turn(messages)
-            ids = self._render(messages)
-        begins = len(self._begin) if ids[: len(self._begin)] == self._begin else 0
-        return tuple(ids if budget is None else _keep_end(ids, budget, begins))
+    # --- prompts ------------------------------------------------------------------------------------------
 
-    def completion(self, text: str, ended: bool) -> tuple[int, ...]:
-        """Completion ids; an answer that ended carries the end-of-sequence token, a cut one does not."""
-        return (*self._encode(text), *((self.eos,) if ended else ()))
+    def prompt(self, text: str, chat: bool, budget: int | None = None, tools: str = "") -> Ids:
+        """Prompt ids, at most `budget` of them: oldest turns go first, then text from the left of a turn.
 
-    def sequence(self, prompt: tuple[int, ...], completion: tuple[int, ...]) -> Sequence | None:
-        """Join and cut the completion from the right to `max_length`; None when nothing of it is left.
+        Empty where even a prompt without text does not fit.
+
+        Args:
+            tools: JSON of the tools that the conversation may call, empty without.
+        """
+        turns = self._turns(text, chat)
+        if turns is None:
+            ids = self.codec.begin + self.codec.encode(text)
+            return tuple(ids if budget is None else _keep_end(ids, budget, len(self.codec.begin)))
+        listed = json.loads(tools) if tools else None
+        if budget is not None:
+            kept = self._cut(turns, listed, budget)
+            return () if kept is None else tuple(self._opened(kept, listed))
+        return tuple(self._opened(turns, listed))
+
+    def prompt_of(self, row: dict[str, Any], room: int) -> Ids:
+        """The prompt of a canonical row before an answer of at most `room` tokens: cut only where both exceed
+        `max_length`, as training cuts it."""
+        text, chat, tools = row["prompt"], bool(row["chat"]), row.get("tools") or ""
+        ids = self.prompt(text, chat, tools=tools)
+        if len(ids) + room <= self.config.max_length:
+            return ids
+        budget = min(self.config.max_prompt_length, max(self.config.max_length - room, 1))
+        return self.prompt(text, chat, budget, tools)
+
+    def chat_format(self, tools: Any = None) -> ChatFormat:
+        """How conversations are written.
+
+        Raises:
+            ModelError: the tokenizer has no chat template.
+        """
+        found = self._formats.get(bool(tools))
+        if found is None:
+            raise ModelError(
+                "the prompts are conversations and the tokenizer has no chat template",
+                "Set tokens.template to transcript, or model.chat_template to a template file",
+            )
+        return found
+
+    @property
+    def writes_template(self) -> bool:
+        """Whether the tokenizer has a chat template that is written for messages."""
+        return bool(self._formats) and self.config.template in ("auto", "chat")
+
+    def _turns(self, text: str, chat: bool) -> list[Message] | None:
+        """The messages of a prompt; None for bare text."""
+        if chat:
+            return list(json.loads(text))
+        if self.config.template != "chat":
+            return None
+        return [{"role": "user", "content": text}] if text else []
+
+    def _opened(self, turns: list[Message], tools: list[Any] | None) -> list[int]:
+        """Ids of a conversation with the assistant's turn opened."""
+        if not turns:
+            return []
+        if self.config.template in ("transcript", "plain"):
+            return self.codec.begin + self.codec.encode(self._transcript(turns, tools))
+        form = self.chat_format(tools)
+        return form.encode(form.write(turns, tools, opened=True))
+
+    def _transcript(self, turns: list[Message], tools: list[Any] | None) -> str:
+        if tools or any(m.get("tool_calls") for m in turns):
+            raise TemplateError(
+                f"tokens.template {self.config.template} has no place for tools and their calls",
+                "Set tokens.template to chat, or take them out of the data",
+            )
+        texts = [m.get("content") or "" for m in turns]
+        if self.config.template == "plain":
+            return "\n\n".join(texts)
+        said = zip(turns, texts, strict=True)
+        return "".join(f"\n\n{SPEAKERS[m['role']]}: {t}" for m, t in said) + "\n\nAssistant:"
+
+    def _cut(self, turns: list[Message], tools: list[Any] | None, budget: int) -> list[Message] | None:
+        """The conversation within the budget, None where its frame alone exceeds it."""
+
+        def fits(kept: list[Message]) -> bool:
+            return len(self._opened(kept, tools)) <= budget
+
+        turns = list(turns)
+        while not fits(turns) and can_drop_turn(turns):
+            drop_turn(turns)
+        return turns if fits(turns) else shortened(turns, fits)
+
+    # --- answers ------------------------------------------------------------------------------------------
+
+    def completion(
+        self,
+        text: str,
+        ended: bool,
+        prompt: str | None = None,
+        chat: bool = False,
+        tools: str = "",
+        answer_chat: bool = False,
+    ) -> Ids:
+        """Ids of an answer, and of the end of its turn if it `ended`; a cut answer has none.
+
+        Args:
+            prompt: what it answers: in a conversation the template decides what belongs to an answer. None:
+                the text alone.
+            answer_chat: `text` is the JSON of the answer's messages.
+        """
+        turns = None if prompt is None else self._turns(prompt, chat)
+        answer = _answer_turns(text, answer_chat)
+        return self._answer(turns, answer, json.loads(tools) if tools else None, ended)[1][0]
+
+    def _answer(
+        self, turns: list[Message] | None, answer: list[Message], tools: list[Any] | None, ended: bool
+    ) -> tuple[Ids, Completion]:
+        """The prompt before an answer (empty for bare text), and the answer."""
+        if turns is not None and self.config.template in ("auto", "chat"):
+            form = self.chat_format(tools)
+            every = self.config.learn == "all_turns"
+            rendered = form.answer(turns, answer, tools, ended=ended, every_turn=every)
+            prompt, ids, learnt = encode_parts(
+                rendered, form.encode, lambda text: self.codec.inside(text, form.encode)
+            )
+            return tuple(prompt), (tuple(ids), None if all(learnt) else tuple(learnt))
+        if len(answer) != 1 or answer[0].get("tool_calls"):
+            raise TemplateError(
+                "an answer of several turns or with tool calls needs a chat template",
+                "Set tokens.template to chat, with a model that has one",
+            )
+        text = answer[0].get("content") or ""
+        if turns is not None and text[:1].strip():
+            text = (" " if self.config.template == "transcript" else "\n\n") + text
+        end = (self.eos,) if ended else ()
+        return (), ((*self.codec.inside(text, self.codec.encode), *end), None)
+
+    def _side(self, row: dict[str, Any], name: str, ended: str, budget: int | None) -> tuple[Ids, Completion]:
+        """Prompt, cut to the budget, and the answer of one side of a canonical row."""
+        tools = row.get("tools") or ""
+        listed = json.loads(tools) if tools else None
+        turns = self._turns(row["prompt"], bool(row["chat"]))
+        answer = _answer_turns(row[name], bool(row.get("answer_chat")))
+        if turns is None:
+            prompt = self.prompt(row["prompt"], False, budget)
+            return prompt, self._answer(None, answer, None, row[ended])[1]
+        if budget is not None and turns:
+            turns = self._cut(turns, listed, budget)
+        if not turns:
+            return (), ((), None)
+        prompt, completion = self._answer(turns, answer, listed, row[ended])
+        return prompt or tuple(self._opened(turns, listed)), completion
+
+    def _sides(self, row: dict[str, Any], sides: dict[str, str]) -> list[Sequence] | str:
+        """Sequences of the sides of a row (answer -> its flag), with one prompt; or why there are none."""
+        try:
+            drawn = [self._side(row, name, ended, None) for name, ended in sides.items()]
+            if any(len(p) + len(c[0]) > self.config.max_length for p, c in drawn):
+                budget = self.config.max_prompt_length
+                drawn = [self._side(row, name, ended, budget) for name, ended in sides.items()]
+        except TemplateError:
+            return "refused_by_template"
+        if not drawn[0][0]:
+            return "empty_prompt"
+        made = [self.sequence(prompt, *completion) for prompt, completion in drawn]
+        kept = [sequence for sequence in made if sequence is not None]
+        return kept if len(kept) == len(made) else "empty_completion"
+
+    def refusal(self, row: dict[str, Any]) -> str | None:
+        """Why the chat template cannot write a canonical row of any kind, None where it can."""
+        sides = {"chosen": "chosen_ended", "rejected": "rejected_ended", "completion": "ended"}
+        try:
+            self.prompt(row["prompt"], bool(row["chat"]), tools=row.get("tools") or "")
+            for name, ended in sides.items():
+                if name in row:
+                    self._side(row, name, ended, None)
+        except TemplateError as error:
+            return str(error)
+        return None
+
+    def note_on(self, chat: list[bool]) -> str:
+        """What was chosen for prompts that are texts where the model has a chat template, and how to choose
+        otherwise; empty where there was nothing to choose."""
+        texts = len(chat) - sum(map(bool, chat))
+        if not texts or not self._formats or self.config.template != "auto":
+            return ""
+        return (
+            f"{texts} of {len(chat)} prompts are texts: they are written as they stand, without the model's "
+            "chat template. Set tokens.template to chat to make each the turn of a user, or to plain to say "
+            "that this is meant"
+        )
+
+    def gate_settings(self) -> dict[str, Any]:
+        """What the data gate has to know of the tokenizer and its template (`expectations.gate.judge`)."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        settings: dict[str, Any] = {
+            "tokens": self,
+            "max_length": self.config.max_length,
+            "max_prompt_length": self.config.max_prompt_length,
+            "special_tokens": sorted(t.content for t in added if t.special),
+        }
+        if self.writes_template:
+            form = self.chat_format()
+            frame = len(form.write([{"role": "user", "content": "a"}], None, opened=True))
+            written = {t for t in form.markers if t in form.template.source}
+            settings |= {
+                "template_tokens": sorted(written),
+                "turn_markers": sorted(form.role_markers),
+                "wraps": self.config.template == "chat",
+                "template_frame": frame + 128,
+            }
+        return settings
+
+    def sequence(
+        self, prompt: Ids, completion: Ids, learnt: tuple[bool, ...] | None = None
+    ) -> Sequence | None:
+        """Join and cut the completion from the right to `max_length`; None when nothing learnt is left of it.
 
         A cut answer ends where it was cut: no end-of-sequence token is written over it. Also None without a
         prompt: nothing would predict the first token.
         """
         room = self.config.max_length - len(prompt)
         kept = completion[: max(room, 0)]
-        return Sequence(prompt, kept, len(kept) < len(completion)) if prompt and kept else None
+        learnt = None if learnt is None else learnt[: len(kept)]
+        if not prompt or not kept or (learnt is not None and not any(learnt)):
+            return None
+        return Sequence(prompt, kept, len(kept) < len(completion), learnt)
 
     def pair(self, row: dict[str, Any]) -> TokenPair | str:
         """A pair of a canonical row, or the reason why it cannot be used."""
-        chosen = self.completion(row["chosen"], row["chosen_ended"])
-        rejected = self.completion(row["rejected"], row["rejected_ended"])
-        prompt = self.prompt(row["prompt"], row["chat"])
-        if len(prompt) + max(len(chosen), len(rejected)) > self.config.max_length:
-            prompt = self.prompt(row["prompt"], row["chat"], self.config.max_prompt_length)
-        if not prompt:
-            return "empty_prompt"
-        sides = self.sequence(prompt, chosen), self.sequence(prompt, rejected)
-        if sides[0] is None or sides[1] is None:
-            return "empty_completion"
+        sides = self._sides(row, {"chosen": "chosen_ended", "rejected": "rejected_ended"})
+        if isinstance(sides, str):
+            return sides
         if sides[0].completion == sides[1].completion:
             return "identical_after_truncation"
         agreement = row.get("agreement")
@@ -118,13 +354,51 @@ class Tokenise:
 
     def single(self, row: dict[str, Any]) -> Sequence | str:
         """The completion of a canonical unpaired row with its prompt, or the reason why it cannot be used."""
-        completion = self.completion(row["completion"], row["ended"])
-        prompt = self.prompt(row["prompt"], row["chat"])
-        if len(prompt) + len(completion) > self.config.max_length:
-            prompt = self.prompt(row["prompt"], row["chat"], self.config.max_prompt_length)
-        if not prompt:
-            return "empty_prompt"
-        return self.sequence(prompt, completion) or "empty_completion"
+        sides = self._sides(row, {"completion": "ended"})
+        return sides if isinstance(sides, str) else sides[0]
+
+    def scored(self, prompt: str, chat: bool, answer: str) -> Sequence:
+        """A finished answer to a prompt, for a reward model.
+
+        Raises:
+            ModelError: the two cannot be put together within `max_length`.
+        """
+        made = self.single({"prompt": prompt, "chat": chat, "completion": answer, "ended": True})
+        if isinstance(made, str):
+            raise ModelError(
+                f"an answer cannot be scored ({made.replace('_', ' ')})",
+                "Raise tokens.max_length and tokens.max_prompt_length, or choose another tokens.template",
+            )
+        return made
+
+    def demonstration(self, row: dict[str, Any]) -> Sequence | str:
+        """`single` for supervised fine-tuning: with `learn: all_turns` the assistant's turns in the prompt
+        belong to the answer."""
+        turns = json.loads(row["prompt"]) if row["chat"] else []
+        first = next((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), 0)
+        if self.config.learn == "last_turn" or not first:
+            return self.single(row)
+        answer = turns[first:] + _answer_turns(row["completion"], bool(row.get("answer_chat")))
+        moved = {"prompt": json.dumps(turns[:first]), "completion": json.dumps(answer), "answer_chat": True}
+        return self.single({**row, **moved})
+
+    def sides(self, row: dict[str, Any]) -> dict[str, Sequence | str]:
+        """The sides of a canonical row of any kind by name: sequences, or why there is none.
+
+        A prompt alone is a sequence without completion.
+        """
+        if "chosen" in row:
+            both = {"chosen": "chosen_ended", "rejected": "rejected_ended"}
+            made = self._sides(row, both)
+            return dict.fromkeys(both, made) if isinstance(made, str) else dict(zip(both, made, strict=True))
+        if "completion" in row:
+            return {"completion": self.single(row)}
+        ids = self.prompt(row["prompt"], bool(row["chat"]), tools=row.get("tools") or "")
+        if len(ids) > self.config.max_prompt_length:
+            ids = self.prompt(
+                row["prompt"], bool(row["chat"]), self.config.max_prompt_length, row.get("tools") or ""
+            )
+        return {"prompt": Sequence(ids, ()) if ids else "empty_prompt"}
 
     def pairs(self, rows: Iterable[dict[str, Any]]) -> tuple[list[TokenPair], dict[str, int]]:
         """All usable pairs, and how many were left out for each reason."""
@@ -138,50 +412,30 @@ class Tokenise:
                 kept.append(result)
         return kept, dropped
 
-    def _encode(self, text: str) -> list[int]:
-        # Text is data: a special token written inside it must not become control. The gate reports such rows.
-        return self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-
-    def _render(self, messages: list[dict[str, str]]) -> list[int]:
-        if self.config.template == "transcript":
-            text = "".join(f"\n\n{_SPEAKERS[m['role']]}: {m['content']}" for m in messages)
-            text += "\n\nAssistant:"
-            return self._begin + self._encode(text)
-        if self.config.template == "plain":
-            return self._begin + self._encode("\n\n".join(m["content"] for m in messages))
-        if not self.tokenizer.chat_template:
-            raise ModelError(
-                "the prompts are conversations and the tokenizer has no chat template",
-                "Set tokens.template to transcript, or model.chat_template to a template file",
-            )
-        try:
-            rendered = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
-        except Exception as error:  # a template may refuse roles or their order, or be broken
-            roles = ", ".join(m["role"] for m in messages[:8])
-            raise ModelError(
-                f"the chat template cannot write a conversation of the roles {roles}: {error}",
-                "Set tokens.template to transcript, or model.chat_template to another template",
-            ) from error
-        return list(rendered["input_ids"] if hasattr(rendered, "keys") else rendered)
+    def text(self, completion: Iterable[int]) -> str:
+        """A sampled answer as people and rewards read it: up to the end of its turn, without the header that
+        the template writes in front of every answer, and without special tokens."""
+        ids = list(completion)
+        end = next((at for at, token in enumerate(ids) if token in self.stop_ids), len(ids))
+        ids = ids[:end]
+        if self.writes_template:
+            header = self.chat_format().header
+            start = self.codec.inside(header, self.chat_format().encode) if header else []
+            if start and ids[: len(start)] == start:
+                ids = ids[len(start) :]
+        return self.codec.decode(ids)
 
 
-_SPEAKERS = {"user": "Human", "assistant": "Assistant", "system": "System", "tool": "Tool"}
+def settled(config: TokenConfig, template: str | None, day: datetime.date) -> TokenConfig:
+    """The config with the day that the template writes, where it asks for one and the config names none."""
+    if config.date is not None or not template or not reads_clock(template):
+        return config
+    return config.model_copy(update={"date": day})
 
 
-def _first_turn(messages: list[dict[str, str]]) -> int:
-    return 1 if messages[0]["role"] == "system" else 0
-
-
-def _drop_turn(messages: list[dict[str, str]]) -> None:
-    """Drop the oldest turn, and the answer to it: many templates refuse a conversation opened by one."""
-    first = _first_turn(messages)
-    del messages[first]
-    if _can_drop_turn(messages) and messages[first]["role"] == "assistant":
-        del messages[first]
-
-
-def _can_drop_turn(messages: list[dict[str, str]]) -> bool:
-    return len(messages) - _first_turn(messages) > 1
+def _answer_turns(answer: str, answer_chat: bool) -> list[Message]:
+    """The messages of a canonical answer: text, or the JSON of its messages."""
+    return list(json.loads(answer)) if answer_chat else [{"role": "assistant", "content": answer}]
 
 
 def _keep_end(ids: list[int], budget: int, keep_first: int) -> list[int]:

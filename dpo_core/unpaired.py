@@ -115,9 +115,12 @@ def mismatched(examples: Seq[UnpairedExample]) -> list[Sequence]:
     longest = max(len(s) for s in in_order)
     pairs: list[Sequence] = [in_order[0]] * len(in_order)
     for place, (own, other) in enumerate(zip(order_E, found_E, strict=True)):
-        prompt, completion = in_order[place].prompt, in_order[other].completion
-        kept = completion[: longest - len(prompt)]
-        pairs[own] = Sequence(prompt, kept, len(kept) < len(completion))
+        prompt, theirs = in_order[place].prompt, in_order[other]
+        kept = theirs.completion[: longest - len(prompt)]
+        learnt = theirs.learnt and theirs.learnt[: len(kept)]
+        # A cut that leaves nothing learnt would leave nothing to compare: then all of it is.
+        learnt = learnt if learnt and any(learnt) else None
+        pairs[own] = Sequence(prompt, kept, len(kept) < len(theirs.completion), learnt)
     return pairs
 
 
@@ -229,7 +232,7 @@ class UnpairedTrainer(PackedTrainer[UnpairedExample]):
             log.warning("%s", said)
 
     def document(self, example: UnpairedExample) -> Document:
-        return Document(example.sequence.prompt, (example.sequence.completion,))
+        return Document.of(example.sequence)
 
     def length(self, example: UnpairedExample) -> int:
         return len(example.sequence)

@@ -13,18 +13,27 @@ from typing import Protocol
 import numpy as np
 import pandas as pd
 
+from dpo_core.chat_template import TemplateError
 from expectations.features import Budget, Features, Subject, _Array
 
 
 class Tokens(Protocol):
     """How training turns text into ids; `dpo_core.tokens.Tokenise` is one."""
 
-    def prompt(self, text: str, chat: bool, budget: int | None = None) -> Sequence[int]:
+    def prompt(self, text: str, chat: bool, budget: int | None = None, tools: str = "") -> Sequence[int]:
         """Ids of a prompt, at most `budget` of them."""
         ...
 
-    def completion(self, text: str, ended: bool) -> Sequence[int]:
-        """Ids of an answer, with the end token where it ended."""
+    def completion(
+        self,
+        text: str,
+        ended: bool,
+        prompt: str | None = None,
+        chat: bool = False,
+        tools: str = "",
+        answer_chat: bool = False,
+    ) -> Sequence[int]:
+        """Ids of an answer to a prompt, with the end token where it ended."""
         ...
 
 
@@ -35,11 +44,11 @@ class PlainTokens:
         self.encode = encode
         self.eos = eos
 
-    def prompt(self, text: str, chat: bool, budget: int | None = None) -> Sequence[int]:
+    def prompt(self, text: str, chat: bool, budget: int | None = None, tools: str = "") -> Sequence[int]:
         ids = self.encode(text)
         return ids if budget is None else ids[max(len(ids) - budget, 0) :]
 
-    def completion(self, text: str, ended: bool) -> Sequence[int]:
+    def completion(self, text: str, ended: bool, *_: object) -> Sequence[int]:
         return [*self.encode(text), *([self.eos] if ended else [])]
 
 
@@ -47,20 +56,22 @@ def _judge_row(tokens: Tokens, row: dict[str, object], budget: Budget, subject: 
     """(over the budget, answers equal after truncation) of one row."""
     limit = budget.limit(subject)
     assert limit is not None
-    text, chat = str(row["prompt"]), bool(row["chat"])
-    prompt = tokens.prompt(text, chat)
+    text, chat, tools = str(row["prompt"]), bool(row["chat"]), str(row.get("tools") or "")
+    about = text, chat, tools, bool(row.get("answer_chat"))
+    prompt = tokens.prompt(text, chat, tools=tools)
     if subject == "prompts":
         return len(prompt) > limit, False
     if subject == "unpaired":
-        completion = tokens.completion(str(row["completion"]), bool(row["ended"]))
+        completion = tokens.completion(str(row["completion"]), bool(row["ended"]), *about)
         return len(prompt) + len(completion) > limit, False
     chosen, rejected = (
-        tokens.completion(str(row[side]), bool(row[f"{side}_ended"])) for side in ("chosen", "rejected")
+        tokens.completion(str(row[side]), bool(row[f"{side}_ended"]), *about)
+        for side in ("chosen", "rejected")
     )
     if len(prompt) + max(len(chosen), len(rejected)) <= limit:
         return False, False
     if budget.max_prompt_length is not None:
-        prompt = tokens.prompt(text, chat, budget.max_prompt_length)
+        prompt = tokens.prompt(text, chat, budget.max_prompt_length, tools)
     kept = max(limit - len(prompt), 0)
     return True, list(chosen[:kept]) == list(rejected[:kept])
 
@@ -100,7 +111,11 @@ def token_flags(
         look |= maybe & ~np.isnan(columns[name])
     positions = np.flatnonzero(look)
     for at, row in zip(positions.tolist(), frame.iloc[positions].to_dict("records"), strict=True):
-        for name, hit in zip(wanted, _judge_row(tokens, row, budget, subject), strict=False):
+        try:
+            hits = _judge_row(tokens, row, budget, subject)
+        except TemplateError:  # counted by the template's own rule, or when the data is tokenised
+            continue
+        for name, hit in zip(wanted, hits, strict=False):
             if hit and wanted[name][at] and not np.isnan(columns[name][at]):
                 columns[name][at] = 1.0
     return columns, estimated

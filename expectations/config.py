@@ -122,12 +122,17 @@ class GateConfig(Config):
     leakage: RateRule = RateRule()
     """Training rows whose prompt (letter case, width and whitespace aside) is also in the eval split."""
     special_tokens: RateRule = RateRule()
-    """Rows holding a special token of the tokenizer in use: it would be read as a control token."""
+    """Rows holding a special token of the tokenizer in use, or in chats a word that its template writes
+    around turns, such as [INST]: it would be read as control."""
+    template: RateRule = RateRule()
+    """Rows that the chat template cannot write, or whose answer does not continue the prompt as it is
+    written."""
     duplicate: RateRule = _warn(0.01)
     """Rows that repeat an earlier row (pairs: prompt and both answers; unpaired rows: prompt, completion and
     label; prompts: the prompt)."""
     template_tokens: RateRule = _warn(0.0)
-    """Rows holding a control token of a well-known chat template, such as <|im_start|> or [INST]."""
+    """Rows holding a control token of a well-known chat template, such as <|im_start|> or [INST], or a token
+    that the template in use writes, such as <think> or <tool_call>."""
     control_characters: RateRule = _warn(0.001)
     """Rows holding a C0 or C1 control character (tab, line feed and carriage return aside) or U+FFFD."""
     prompt_repeated: RateRule = _warn(0.01)

@@ -54,6 +54,8 @@ class Budget:
 
     max_length: int | None = None
     max_prompt_length: int | None = None
+    frame: int = _TEMPLATE_SLACK
+    """Tokens that the chat template writes beside the messages, at most."""
 
     def limit(self, subject: Subject) -> int | None:
         """Tokens above which a row of `subject` is cut; None = no limit."""
@@ -157,8 +159,30 @@ def _equal_start(chosen: str, rejected: str, kept: int) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class Control:
+    """Regular expressions for what may be taken for control; None: nothing."""
+
+    known: str | None = None
+    """Tokens of well-known templates, and those that the one in use writes but that are not special."""
+    own: str | None = None
+    """Special tokens of the tokenizer in use."""
+    turns: str | None = None
+    """Words that the template in use writes around turns."""
+    wraps: bool = False
+    """Whether prompts that are texts become turns too."""
+
+
+def _tools_bound(arrays: dict[str, Any]) -> Any:
+    """Tokens of tools at most: written out in other words, with a text on how to call them."""
+    if "tools" not in arrays:
+        return 0
+    length = pc.binary_length(arrays["tools"]).to_numpy(zero_copy_only=False)
+    return np.where(length > 0, 2 * length + 2000, 0)
+
+
 def _slice_features(
-    part: pd.DataFrame, subject: Subject, *, own: str | None, known: str, budget: Budget, least: int
+    part: pd.DataFrame, subject: Subject, *, control: "Control", budget: Budget, least: int
 ) -> dict[str, _Array]:
     """All features of one slice that need no other row. Names with a leading "_" are not for the suites."""
     texts: dict[str, list[str]] = {}
@@ -176,6 +200,9 @@ def _slice_features(
     full["prompt"] &= ~chat | _matches(arrays["prompt"], _CHAT_CONTENT)
     size = {c: pc.binary_length(a).to_numpy(zero_copy_only=False).astype(np.int64) for c, a in arrays.items()}
 
+    if "tools" in part:
+        arrays["tools"] = _arrow(_as_text(part["tools"])[0])
+
     def anywhere(pattern: str | None) -> _Array:
         hits = np.zeros(len(part), dtype=bool)
         for array in arrays.values() if pattern else ():
@@ -183,23 +210,23 @@ def _slice_features(
         return hits & usable
 
     split = part["split"].astype(str).to_numpy()
-    control = anywhere(_CONTROL)
+    unprintable = anywhere(_CONTROL)
     if chat.any():
-        control |= chat & usable & _matches(arrays["prompt"], _CONTROL_JSON)
+        unprintable |= chat & usable & _matches(arrays["prompt"], _CONTROL_JSON)
     out = {
         "fault": fault,
         "type": foreign & ~fault,
         "split": ~np.isin(split, ["train", "eval"]),
         "empty_prompt": usable & ~full["prompt"],
-        "control_characters": control,
-        "template_tokens": anywhere(known),
-        "special_tokens": anywhere(own),
+        "control_characters": unprintable,
+        "template_tokens": anywhere(control.known),
+        "special_tokens": anywhere(control.own) | (anywhere(control.turns) & (chat | control.wraps)),
         "_usable": usable,
         "_eval": split == "eval",
         "_prompt": _hash(bare["prompt"]),
         "_normal": _hash(map(_normal, texts["prompt"], chats, usable.tolist())),
     }
-    prompt_bound = size["prompt"] + np.where(chat, _TEMPLATE_SLACK, 2)
+    prompt_bound = size["prompt"] + np.where(chat | control.wraps, budget.frame, 2) + _tools_bound(arrays)
     limit = budget.limit(subject)
     if subject == "prompts":
         out["_maybe_over"] = usable & (prompt_bound > limit if limit else np.zeros(len(part), dtype=bool))
@@ -273,6 +300,9 @@ def compute(
     subject: Subject,
     *,
     special_tokens: Sequence[str] = (),
+    template_tokens: Sequence[str] = (),
+    turn_markers: Sequence[str] = (),
+    wraps: bool = False,
     budget: Budget | None = None,
     echo_min_chars: int = 20,
     tick: Callable[[int], None] | None = None,
@@ -282,17 +312,24 @@ def compute(
     Args:
         frame: the canonical columns; its index is ignored, source rows are in `row`.
         special_tokens: the tokenizer's own special tokens.
+        template_tokens: other tokens that its chat template writes.
+        turn_markers: words that the template writes around turns.
+        wraps: whether prompts that are texts become turns too.
         budget: token budget; without one no row is a candidate of the token rules.
         echo_min_chars: shortest prompt (or message) looked for at the start of an answer.
         tick: called with the number of rows done after each slice.
     """
-    own, known = tokens_pattern(special_tokens), tokens_pattern(TEMPLATE_TOKENS)
-    assert known is not None
+    control = Control(
+        known=tokens_pattern([*TEMPLATE_TOKENS, *template_tokens]),
+        own=tokens_pattern(special_tokens),
+        turns=tokens_pattern(turn_markers),
+        wraps=wraps,
+    )
     parts: dict[str, list[_Array]] = {}
     for start in range(0, max(len(frame), 1), SLICE):
         part = frame.iloc[start : start + SLICE]
         done = _slice_features(
-            part, subject, own=own, known=known, budget=budget or Budget(), least=echo_min_chars
+            part, subject, control=control, budget=budget or Budget(), least=echo_min_chars
         )
         for name, values in done.items():
             parts.setdefault(name, []).append(values)

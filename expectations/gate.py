@@ -7,6 +7,7 @@ result is kept as Data Docs (static HTML) under the folder given.
 import os
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from expectations.drift import Profile, distance, profile, read_profile
 from expectations.features import TEXTS, Budget, Features, Subject, compute, relations
 from expectations.report import Finding, GateReport, to_do
 from expectations.suites import RULES_OF, SCHEMA, content_suite, schema_frame, schema_suite, words_of
+from expectations.template_rule import Writes, template_flags
 
 _ROWS_SHOWN = 10
 # Great Expectations keeps its current project in a global: two gates in threads of one process take turns.
@@ -228,6 +230,10 @@ def judge(
     max_length: int | None = None,
     max_prompt_length: int | None = None,
     special_tokens: Sequence[str] = (),
+    template_tokens: Sequence[str] = (),
+    turn_markers: Sequence[str] = (),
+    wraps: bool = False,
+    template_frame: int | None = None,
     baseline: dict[str, object] | None = None,
     tick: Callable[[int], None] | None = None,
 ) -> tuple[GateReport, pd.DataFrame]:
@@ -241,6 +247,10 @@ def judge(
         max_length: most tokens of prompt and answer together.
         max_prompt_length: most tokens of the prompt when both do not fit; for prompts the budget itself.
         special_tokens: the tokenizer's own special tokens, which no text may hold.
+        template_tokens: other tokens that its chat template writes; a text that holds one is a warning.
+        turn_markers: words that the template writes around turns, which no conversation may hold.
+        wraps: whether prompts that are texts become turns of a user.
+        template_frame: tokens that the template writes beside the messages, at most.
         baseline: the `profile` of an earlier report, for the drift rules.
         tick: called with the number of rows whose features are done, for a progress bar.
 
@@ -260,10 +270,15 @@ def judge(
 
         judged = _Judge(subject, config, docs, earlier)
         budget = Budget(max_length, max_prompt_length)
+        if template_frame is not None:
+            budget = replace(budget, frame=template_frame)
         features = compute(
             frame,
             subject,
             special_tokens=special_tokens,
+            template_tokens=template_tokens,
+            turn_markers=turn_markers,
+            wraps=wraps,
             budget=budget,
             echo_min_chars=config.echo_min_chars,
             tick=tick,
@@ -284,6 +299,12 @@ def judge(
             )
             flags = flags.assign(**columns)
             judged.notes = {name: f"estimated from {n} rows" for name, n in estimated.items()}
+        if isinstance(tokens, Writes):
+            refused, why = template_flags(frame, usable, tokens)
+            flags = flags.assign(template=refused)
+            judged.notes |= {"template": why}
+        else:
+            judged.reasons["template"] = "no tokenizer was given"
         if not special_tokens:
             flags = flags.drop(columns="special_tokens")
             judged.reasons["special_tokens"] = "no tokenizer was given"

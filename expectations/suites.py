@@ -47,6 +47,10 @@ RULES: dict[str, tuple[str, str]] = {
         "hold a special token of the tokenizer in use, which would be read as a control token",
         "remove the token from the text, or set gate.quarantine=drop",
     ),
+    "template": (
+        "cannot be written by the chat template so that the answer continues the prompt",
+        "mend the rows, set tokens.template_arguments or model.chat_template, or set gate.quarantine=drop",
+    ),
     "template_tokens": (
         "hold a control token of a chat template",
         "strip the template from the source and give the bare turns",
@@ -100,7 +104,7 @@ def words_of(rule: str, subject: Subject) -> tuple[str, str]:
 
 
 _COMMON = ("fault", "type", "split", "empty_prompt", "leakage", "special_tokens", "duplicate",
-           "template_tokens", "control_characters", "over_long", "script_drift", "language_drift",
+           "template", "template_tokens", "control_characters", "over_long", "script_drift", "language_drift",
            "too_few")  # fmt: skip
 _OF_PAIRS = ("empty_chosen", "empty_rejected", "identical", "identical_after_truncation", "contradiction",
              "prompt_repeated", "length_skew", "length_ratio")  # fmt: skip

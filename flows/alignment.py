@@ -55,8 +55,9 @@ def compose(context: Context, recipe: Recipe, stages: dict[str, StageResult]) ->
         stages[name] = result
         return result.manifest
 
-    seed, tokens, source = recipe.seed, recipe.tokens, recipe.reward.source
     prepared = prepare(context, recipe, keep)
+    recipe = prepared.recipe
+    seed, tokens, source = recipe.seed, recipe.tokens, recipe.reward.source
     reference, judged, pairs = prepared.reference, prepared.judged, prepared.pairs
     policy = align_on_pairs(context, recipe, prepared, keep, recipe.dpo, recipe.guide, seed)
     policies = {"SFT": reference, "DPO": policy}

@@ -5,6 +5,7 @@ promotion refused; 130 stopped by Ctrl-C (SIGINT), 143 by SIGTERM, 129 by SIGHUP
 line on stderr; its traceback goes to a log.
 """
 
+import json
 import logging
 import os
 import stat
@@ -61,15 +62,22 @@ app.add_typer(event_app, name="event")
 @app.command()
 def validate(
     data: Annotated[str, typer.Argument(help="A data file, a folder, or a hub name.")],
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Judge with this model's tokenizer and template (as model.name)."),
+    ] = None,
+    show: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Print the first rows as the model will see them.")
+    ] = 0,
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Recognise the format of a data set and judge it at the gate; trains nothing."""
     from flows.validation import judge_file
 
-    report, recognised = judge_file(data, overrides or [])
+    report, recognised, rows = judge_file(data, overrides or [], model, show)
     if as_json:
-        typer.echo(report.model_dump_json(indent=1))
+        typer.echo(json.dumps(report.model_dump(mode="json") | rows.data, indent=1, ensure_ascii=False))
     else:
         typer.echo(f"{data}: {recognised}")
         for finding in report.findings:
@@ -78,6 +86,8 @@ def validate(
             elif finding.skipped:
                 typer.echo(f"{'skipped':8} {finding.rule}: {finding.message}")
         typer.echo(f"{report.rows} rows, {report.dropped} dropped; Data Docs: {report.docs_index}")
+        for text in rows.texts:
+            typer.echo(f"\n{text}")
     report.raise_if_refused()
 
 

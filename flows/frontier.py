@@ -83,6 +83,7 @@ def compose(context: Context, recipe: Recipe, stages: dict[str, StageResult]) ->
     if not context.plan:
         share_cores(study.parallel)
     prepared = prepare(context, recipe, keep)
+    recipe = prepared.recipe
     most = max([*study.best_of, recipe.evaluate.samples_per_prompt])
     measured = _measure(context, recipe, prepared, prepared.reference, " SFT", most)
     keep(REFERENCE, measured)

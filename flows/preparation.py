@@ -1,12 +1,15 @@
 """From the recipe's data and model to a reference and judged pairs: the stages that every run begins with."""
 
+import datetime
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from dpo_core.chat_template import template_in
 from dpo_core.dpo import DpoConfig
 from dpo_core.errors import RecipeError
 from dpo_core.reward_training import no_agreement
+from dpo_core.tokens import settled
 from tasks.data import load_data, sample_pairs, validate
 from tasks.manifest import Manifest
 from tasks.models import CACHE, CACHE_GUIDE, cache_reference, import_model
@@ -30,15 +33,19 @@ class Prepared:
     """The rows that passed the gate, whose prompts are sampled and evaluated on."""
     pairs: Manifest
     """Pairs, or unpaired rows, that passed the gate."""
+    recipe: Recipe
+    """With the day that the chat template writes, where it writes one."""
 
 
 def prepare(context: Context, recipe: Recipe, keep: Keep) -> Prepared:
     """Load, import, judge, fine-tune, and where the data are prompts sample pairs and judge those."""
-    seed, tokens = recipe.seed, recipe.tokens
+    seed = recipe.seed
     loaded = keep("load-data", load_data(context, recipe.data))
     kind = str(loaded.extra["kind"])
     _require_labels(recipe, kind)
-    base = keep("import-model", import_model(context, recipe.model, tokens.max_length))
+    base = keep("import-model", import_model(context, recipe.model, recipe.tokens.max_length))
+    recipe = _dated(recipe, loaded, base)
+    tokens = recipe.tokens
     judged = keep(f"validate-{kind}", validate(context, kind, loaded, base, recipe.gate, tokens))
     _require_answers(recipe, judged)
 
@@ -52,7 +59,17 @@ def prepare(context: Context, recipe: Recipe, keep: Keep) -> Prepared:
         sampled = sample_pairs(context, judged, reference, recipe.pairs, tokens, source, seed)
         sampled_rows = keep("sample-pairs", sampled)
         pairs = keep("validate-pairs", validate(context, "pairs", sampled_rows, base, recipe.gate, tokens))
-    return Prepared(reference, judged, pairs)
+    return Prepared(reference, judged, pairs, recipe)
+
+
+def _dated(recipe: Recipe, loaded: Manifest, base: Manifest) -> Recipe:
+    """The recipe with the day on which the data was first read, if the chat template asks for the date: the
+    tokens of a run must not change at midnight, nor those of its resume."""
+    if base.planned or loaded.planned:
+        return recipe
+    day = datetime.date.fromisoformat(str(loaded.extra["read_on"]))
+    tokens = settled(recipe.tokens, template_in(base.path), day)
+    return recipe.model_copy(update={"tokens": tokens})
 
 
 def cached(

@@ -8,44 +8,70 @@ import stat
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from dpo_core.config import Config
 from dpo_core.data.config import DataConfig
 from dpo_core.data.records import load
 from dpo_core.data.split import by_source, split_table
 from dpo_core.errors import RecipeError
+from dpo_core.models import ModelConfig, load_tokenizer, locate, read_template, templates_of
+from dpo_core.tokens import TokenConfig, Tokenise
 from expectations.config import GateConfig
 from expectations.drift import load_baseline
 from expectations.gate import judge
 from expectations.report import GateReport
+from flows.shown_rows import as_data, as_text, shown
 from tasks.recipe import overridden
 
 
 class _Asked(Config):
-    """The two slices of a recipe that the gate reads."""
+    """The slices of a recipe that the gate reads."""
 
     data: DataConfig
     """The data."""
     gate: GateConfig
     """The gate."""
+    tokens: TokenConfig
+    """How rows become tokens; read where there is a model."""
+    model: ModelConfig
+    """Whose tokenizer and chat template; read where there is a model."""
 
 
-def judge_file(data: str, overrides: Sequence[str]) -> tuple[GateReport, str]:
-    """The gate's report on a data set, and the lines that say how it was read.
+class Rows(NamedTuple):
+    """The first rows as a model will see them."""
+
+    texts: list[str]
+    """For people."""
+    data: dict[str, Any]
+    """For scripts: `rows`, where a model was named."""
+
+
+def judge_file(
+    data: str, overrides: Sequence[str], model: str | None = None, show: int = 0
+) -> tuple[GateReport, str, Rows]:
+    """The gate's report on a data set, the lines that say how it was read, and its first rows.
 
     Args:
-        overrides: `data.x=value` and `gate.x.y=value`, as in a recipe.
+        overrides: `data.x=value` and `gate.x.y=value`, as in a recipe, and with a model `tokens.x=value` and
+            `model.x=value`.
+        model: as `model.name` in a recipe; without one, rules that need tokens are skipped.
+        show: so many rows are shown as the model will see them.
 
     Raises:
         DataError: the data cannot be read.
+        ModelError: the tokenizer or the chat template cannot be used.
         RecipeError: an override cannot be used.
     """
-    given: dict[str, Any] = {"data": {"path": data}, "gate": {}}
+    if model is None:
+        _require_model(overrides, show)
+    named = {"name": model} if model else {}
+    given: dict[str, Any] = {"data": {"path": data}, "gate": {}, "tokens": {}, "model": named}
     asked = overridden(_Asked, given, overrides, f"{data} cannot be judged", "Mend the override")
     config, gate = asked.data, asked.gate
     loaded = load(config)
     frame = split_table(loaded, config)
+    tokenise = _tokenise(asked) if model else None
     baseline = load_baseline(gate.baseline) if gate.baseline else None
     # One folder a data set, so that asking again replaces the last answer.
     name = hashlib.sha256(os.path.abspath(data).encode()).hexdigest()[:12]
@@ -57,13 +83,42 @@ def judge_file(data: str, overrides: Sequence[str]) -> tuple[GateReport, str]:
         config=gate,
         docs_dir=docs,
         baseline=baseline,
+        **(tokenise.gate_settings() if tokenise else {}),
     )
     said = [f"{loaded.format} ({loaded.recognised_by}); {_counted(loaded.notes)}", *loaded.remarks]
     if config.eval_path is not None:
         said.append(f"held out: {int((frame['split'] == 'eval').sum())} rows of {config.eval_path}")
     for name, count in by_source(frame).items():
         said.append(f"{name}: {count['train']} rows to train on, {count['eval']} held out")
-    return report.model_copy(update={"remarks": said}), "\n  ".join(said)
+    rows = Rows([], {})
+    if tokenise is not None:
+        said += [note] if (note := tokenise.note_on(frame["chat"].tolist())) else []
+        sides = list(shown(frame, loaded.kind, tokenise, show))
+        rows = Rows(
+            [as_text(one, tokenise) for one in sides], {"rows": [as_data(one, tokenise) for one in sides]}
+        )
+    return report.model_copy(update={"remarks": said}), "\n  ".join(said), rows
+
+
+def _require_model(overrides: Sequence[str], show: int) -> None:
+    unread = [one for one in overrides if one.startswith(("tokens.", "model."))]
+    if unread or show:
+        raise RecipeError(
+            f"{f'--set {unread[0]}' if unread else '--show'} needs a model's tokenizer", "Name it by --model"
+        )
+
+
+def _tokenise(asked: _Asked) -> Tokenise:
+    """The tokenizer that `import-model` would keep, with its template."""
+    from dpo_core.chat_template import check_template
+
+    config = asked.model
+    tokenizer = load_tokenizer(locate(config), config.trust_remote_code)
+    if config.chat_template:
+        tokenizer.chat_template = read_template(config.chat_template)
+    for template in templates_of(tokenizer):
+        check_template(template)
+    return Tokenise(tokenizer, asked.tokens)
 
 
 def _own_folder(folder: Path) -> Path:

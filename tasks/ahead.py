@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from deploy.launchers.choice import check_cluster
+from dpo_core.chat_template import check_template
 from dpo_core.data.read import check_source
 from dpo_core.errors import RecipeError
 from dpo_core.evaluation.safety import assert_not_trained_on
@@ -51,7 +52,7 @@ def check_ahead(recipe: Recipe, resume: str | None = None) -> None:
     if recipe.reward.source is not None:
         check_reward(recipe.reward.source)
     if recipe.model.chat_template is not None:
-        read_template(recipe.model.chat_template)
+        check_template(read_template(recipe.model.chat_template))
     check_source_context(locate(recipe.model), recipe.tokens.max_length)
     if recipe.model.scratch is not None:
         read_config(recipe.model)

@@ -1,15 +1,14 @@
 """The data stages: load and split, judge at the gate, sample pairs where there are none."""
 
+import datetime
 import json
 import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
-from dpo_core.data.beyond_text import beyond_text
 from dpo_core.data.config import DataConfig
 from dpo_core.data.read import check_source
 from dpo_core.data.records import load, to_frame
@@ -26,12 +25,12 @@ from tasks.stage import Context, Output, Stage, StageResult, Work, run_stage, st
 
 log = logging.getLogger("dpo")
 
-LOAD = Stage("load-data", 3, "dataset")
-GATE_PROMPTS = Stage("validate-prompts", 1, "dataset")
-GATE_PAIRS = Stage("validate-pairs", 1, "dataset")
-GATE_UNPAIRED = Stage("validate-unpaired", 1, "dataset")
+LOAD = Stage("load-data", 4, "dataset")
+GATE_PROMPTS = Stage("validate-prompts", 2, "dataset")
+GATE_PAIRS = Stage("validate-pairs", 2, "dataset")
+GATE_UNPAIRED = Stage("validate-unpaired", 2, "dataset")
 _GATES = {"prompts": GATE_PROMPTS, "pairs": GATE_PAIRS, "unpaired": GATE_UNPAIRED}
-SAMPLE = Stage("sample-pairs", 2, "dataset")
+SAMPLE = Stage("sample-pairs", 3, "dataset")
 
 
 def source_digests(config: DataConfig) -> dict[str, str]:
@@ -70,6 +69,7 @@ def load_data(context: Context, config: DataConfig) -> StageResult:
             "kind": loaded.kind,
             "format": loaded.format,
             "recognised_by": loaded.recognised_by,
+            "read_on": datetime.date.today().isoformat(),
             "eval_rows": int((frame["split"] == "eval").sum()),
             "remarks": list(loaded.remarks),
             "sources": by_source(frame),
@@ -103,10 +103,10 @@ def validate(
         from dpo_core.tokens import Tokenise
         from expectations.gate import judge
 
-        frame = _only_texts(pd.read_parquet(data.path / "data.parquet"))
-        tokenizer = load_tokenizer(model.path)
-        tokenise = Tokenise(tokenizer, tokens)
-        _check_template(frame, tokenise)
+        frame = pd.read_parquet(data.path / "data.parquet")
+        tokenise = Tokenise(load_tokenizer(model.path), tokens)
+        if gate.quarantine == "refuse":
+            _check_template(frame, tokenise)
         bar = given.progress(len(frame))
         # Beside the store and not in it: pages with times and random names would give every run of the same
         # data another digest.
@@ -117,10 +117,7 @@ def validate(
             subject=subject,  # type: ignore[arg-type]
             config=gate,
             docs_dir=docs,
-            tokens=tokenise,
-            max_length=tokens.max_length,
-            max_prompt_length=tokens.max_prompt_length,
-            special_tokens=tokenizer.all_special_tokens,
+            **tokenise.gate_settings(),
             baseline=baseline,
             tick=bar.update,
         )
@@ -166,27 +163,18 @@ def _labels(kept: pd.DataFrame, subject: str) -> dict[str, int]:
     return {"desirable": int(label.sum()), "undesirable": int((~label).sum())}
 
 
-def _only_texts(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame, with a fault in rows that hold more than texts: no template is asked to write it yet."""
-    faults = frame["fault"].to_list()
-    maybe = frame["chat"].to_numpy(dtype=bool)  # tools and answers of several turns make a chat
-    for at, row in zip(np.flatnonzero(maybe).tolist(), frame[maybe].to_dict("records"), strict=True):
-        if not faults[at] and (parts := beyond_text(row)):
-            faults[at] = f"{', '.join(parts)}: only the texts of turns are written by the chat template"
-    return frame.assign(fault=pd.array(faults, dtype="string[pyarrow]"))
-
-
 def _check_template(frame: pd.DataFrame, tokenise: Any) -> None:
     """Write one conversation of each order of roles, so that no template fails later, in the training."""
-    seen: set[tuple[str, ...]] = set()
+    seen: set[Any] = set()
     sound = frame[frame["chat"] & (frame["fault"] == "")]
-    for number, prompt in zip(sound["row"], sound["prompt"], strict=True):
-        roles = tuple(turn["role"] for turn in json.loads(prompt))
+    for row in sound.to_dict("records"):
+        number, prompt, tools = row["row"], row["prompt"], row.get("tools") or ""
+        roles = (bool(tools), *((turn["role"], *sorted(turn)) for turn in json.loads(prompt)))
         if roles in seen:
             continue
         seen.add(roles)
         try:
-            tokenise.prompt(prompt, True)
+            tokenise.prompt(prompt, True, tools=tools)
         except ModelError as error:
             raise ModelError(f"row {number} of the data: {error.problem}", error.remedy) from error
 
@@ -219,21 +207,18 @@ def sample_pairs(
         from dpo_core.models import load_model, load_tokenizer
         from dpo_core.tokens import Tokenise
 
-        tokenizer = load_tokenizer(reference.path)
         rows = read_rows(prompts.path / "data.parquet")
-        tokenise = Tokenise(tokenizer, tokens)
-        budget = min(tokens.max_prompt_length, tokens.max_length - config.sampling.max_new_tokens)
-        wanted = [
-            (row, tokenise.prompt(row["prompt"], row["chat"], budget))
-            for row in rows
-            for _ in range(config.samples_per_prompt)
-        ]
+        tokenise = Tokenise(load_tokenizer(reference.path), tokens)
+        room = config.sampling.max_new_tokens
+        asked = [(row, tokenise.prompt_of(row, room)) for row in rows]
+        rows = [row for row, ids in asked if ids]
+        wanted = [one for one in asked if one[1] for _ in range(config.samples_per_prompt)]
         model = load_model(reference.path)
-        drawn = _sample(given, model, wanted, config, tokenizer.eos_token_id, seed)
+        drawn = _sample(given, model, wanted, config, tokenise.stop_ids, seed)
         from dpo_core.tokens import Sequence
 
-        texts = tokenizer.batch_decode([list(c.ids) for c in drawn], skip_special_tokens=True)
-        rewards = scorer(reward, tokenizer, "fp32")(
+        texts = [tokenise.text(c.ids) for c in drawn]
+        rewards = scorer(reward, tokenise, "fp32")(
             [Sequence(ids, c.ids) for (_, ids), c in zip(wanted, drawn, strict=True)],
             [row["prompt"] for row, _ in wanted],
         )
@@ -266,7 +251,12 @@ _SAVE_EVERY = 8
 
 
 def _sample(
-    given: Work, model: Any, wanted: list[Any], config: PairSamplingConfig, eos_id: int, seed: int
+    given: Work,
+    model: Any,
+    wanted: list[Any],
+    config: PairSamplingConfig,
+    stop_ids: frozenset[int],
+    seed: int,
 ) -> list[Any]:
     """Completions in portions, each saved when it is done, so that a killed stage goes on where it was."""
     from dpo_core.generate import Completion, sample, seed_for
@@ -284,7 +274,7 @@ def _sample(
                 model,
                 prompts,
                 config.sampling,
-                eos_id=eos_id,
+                eos_id=stop_ids,
                 seed=seed_for(seed, "pairs", start),
                 progress=lambda n, done=done: bar.update(done + n),  # type: ignore[misc]
             )

@@ -19,7 +19,7 @@ from tasks.unpaired import kind_of
 
 log = logging.getLogger("dpo")
 
-EVALUATE = Stage("evaluate", 2, "evaluation")
+EVALUATE = Stage("evaluate", 3, "evaluation")
 
 
 @stage_task("evaluate")
@@ -98,13 +98,12 @@ def _evaluate(
     from dpo_core.tokens import Tokenise
 
     reference_path = policies["SFT"].path
-    tokenizer = load_tokenizer(reference_path)
-    tokenise = Tokenise(tokenizer, tokens)
-    asked = held_out_prompts(prompts, tokenise, config, tokens)
+    tokenise = Tokenise(load_tokenizer(reference_path), tokens)
+    asked = held_out_prompts(prompts, tokenise, config)
     held_out = _held_out_pairs(pairs, tokenise, config.pairs, seed)
     sources = _sources(pairs)
     source = str(reward_model.path) if reward_model else str(reward)
-    score = scorer(source, tokenizer, config.precision)
+    score = scorer(source, tokenise, config.precision)
     reference = load_model(reference_path)
     bar = given.progress(len(policies) * len(asked) * config.samples_per_prompt)
     sides = [s for p in held_out for s in (p.chosen, p.rejected)]
@@ -125,14 +124,12 @@ def _evaluate(
                 sources,
                 config,
                 score,
-                tokenizer.eos_token_id,
+                tokenise.stop_ids,
                 seed,
                 lambda n, done=done: bar.update(done + n),
             )
             facts["flops"] += _scoring_flops(reference, facts) if reward_model else 0.0
-            facts["texts"] = [
-                tokenizer.decode(list(s["completion"]), skip_special_tokens=True) for s in facts["sequences"]
-            ]
+            facts["texts"] = [tokenise.text(s["completion"]) for s in facts["sequences"]]
             write_sealed(path, facts)
             facts = json.loads(json.dumps(facts))  # as one that is read
         measured[name] = facts
@@ -214,7 +211,7 @@ def _over_champion(samples: dict[str, Any], seed: int) -> dict[str, Any]:
 
 
 def held_out_prompts(
-    prompts: Manifest, tokenise: Any, config: EvaluateConfig, tokens: TokenConfig
+    prompts: Manifest, tokenise: Any, config: EvaluateConfig
 ) -> list[tuple[tuple[int, ...], str]]:
     import pandas as pd
 
@@ -222,11 +219,9 @@ def held_out_prompts(
     frame = frame[frame["split"] == "eval"].drop_duplicates(["prompt", "chat"]).head(config.prompts)
     if frame.empty:
         raise StageFailed("no held-out prompt is left to evaluate on", "Raise data.eval_fraction")
-    budget = min(tokens.max_prompt_length, tokens.max_length - config.sampling.max_new_tokens)
-    return [
-        (tokenise.prompt(row["prompt"], row["chat"], budget), row["prompt"])
-        for row in frame.to_dict("records")
-    ]
+    room = config.sampling.max_new_tokens
+    asked = [(tokenise.prompt_of(row, room), row["prompt"]) for row in frame.to_dict("records")]
+    return [(ids, text) for ids, text in asked if ids]
 
 
 def _held_out_pairs(pairs: Manifest, tokenise: Any, most: int, seed: int) -> list[Any]:
@@ -260,7 +255,7 @@ def _measure(
     sources: dict[str, str],
     config: EvaluateConfig,
     score: Any,
-    eos_id: int,
+    stop_ids: frozenset[int],
     seed: int,
     progress: Any,
 ) -> dict[str, Any]:
@@ -281,7 +276,7 @@ def _measure(
     from dpo_core.logprobs import read_flops
 
     same = policy is reference
-    drawn = sample_policy(policy, asked, config, scorer=score, eos_id=eos_id, seed=seed, progress=progress)
+    drawn = sample_policy(policy, asked, config, scorer=score, eos_id=stop_ids, seed=seed, progress=progress)
     settings = (config.precision, config.token_budget)
     ours, drawn.entropies = own_scores(policy, drawn.sequences, *settings)
     theirs = ours if same else sequence_logps(reference, drawn.sequences, *settings)

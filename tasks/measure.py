@@ -13,7 +13,7 @@ from tasks.evaluation import held_out_prompts
 from tasks.manifest import Manifest
 from tasks.stage import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 
-MEASURE = Stage("measure", 1, "measurement")
+MEASURE = Stage("measure", 2, "measurement")
 
 
 @stage_task("measure", "measure{context.label}")
@@ -71,16 +71,16 @@ def _measured(
     from dpo_core.text_metrics import distinct_n
     from dpo_core.tokens import Tokenise
 
-    tokenizer = load_tokenizer(reference.path)
-    asked = held_out_prompts(prompts, Tokenise(tokenizer, tokens), config, tokens)
+    tokenise = Tokenise(load_tokenizer(reference.path), tokens)
+    asked = held_out_prompts(prompts, tokenise, config)
     bar = given.progress(len(asked) * config.samples_per_prompt)
     own = load_model(policy.path)
     drawn = sample_policy(
         own,
         asked,
         config,
-        scorer=scorer(reward, tokenizer, config.precision),
-        eos_id=tokenizer.eos_token_id,
+        scorer=scorer(reward, tokenise, config.precision),
+        eos_id=tokenise.stop_ids,
         seed=seed,
         progress=bar.update,
     )

@@ -137,7 +137,7 @@ class Workload:
         frame = self.judged if self.kind == "pairs" else self._rows("validate-pairs")
         rows = frame[frame["split"] == side]
         kept, _ = self.tokenise.pairs(_some(rows).to_dict("records"))
-        documents = [Document(p.chosen.prompt, (p.chosen.completion, p.rejected.completion)) for p in kept]
+        documents = [Document.of(p.chosen, p.rejected) for p in kept]
         return Examples(documents, round(len(rows) * len(kept) / max(len(_some(rows)), 1)))
 
     def _trained_on(self, config: DpoConfig) -> Examples:
@@ -170,25 +170,22 @@ class Workload:
         rows = self.judged if side is None else self.judged[self.judged["split"] == side]
         if distinct:
             rows = rows.drop_duplicates(["prompt", "chat"])
-        tokens = self.recipe.tokens
-        budget = min(tokens.max_prompt_length, tokens.max_length - new)
-        some = _some(rows)
-        return [
-            self.tokenise.prompt(p, c, budget) for p, c in zip(some["prompt"], some["chat"], strict=True)
-        ], len(rows)
+        some = _some(rows).to_dict("records")
+        prompts = [self.tokenise.prompt_of(row, new) for row in some]
+        kept = [ids for ids in prompts if ids]
+        return kept, round(len(rows) * len(kept) / max(len(some), 1))
 
     def _demonstrations(self) -> Examples:
-        config, tokens = self.recipe.sft, self.recipe.tokens
+        config = self.recipe.sft
         if config.made_demonstrations is None and config.demonstrations is None:
             rows = chosen_side(self.judged, self.kind)
         else:
             rows = demonstrations(config, None, self.recipe.seed)[0]()
         documents = []
         for row in rows[:SAMPLED_ROWS]:
-            prompt = self.tokenise.prompt(row["prompt"], row["chat"], tokens.max_prompt_length)
-            found = self.tokenise.sequence(prompt, self.tokenise.completion(row["completion"], row["ended"]))
-            if found:
-                documents.append(Document(found.prompt, (found.completion,)))
+            found = self.tokenise.demonstration(row)
+            if not isinstance(found, str):
+                documents.append(Document.of(found))
         return Examples(documents, len(rows))
 
     # Stages ------------------------------------------------------------------------------------------------

@@ -233,7 +233,7 @@ def _reward_quality(
     reward_model = RewardModel.load(model)
     sequences = [s for p in held_out for s in (p.chosen, p.rejected)]
     rewards = score(reward_model, sequences, precision)
-    lengths = [len(s.completion) for s in sequences]
+    lengths = [s.targets for s in sequences]
     # The gain made the rewards one standard deviation wide, whatever the loss had taught them.
     scale = float(reward_model.gain)
     return reward_quality(rewards[0::2], rewards[1::2], lengths[0::2], lengths[1::2], scale=scale, seed=seed)

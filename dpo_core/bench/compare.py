@@ -173,7 +173,7 @@ def _needed(model: Path, pairs: list[TokenPair]) -> float:
     shape = cost.Shape.of(config_in(model))
     total = 0.0
     for pair in pairs:
-        document = Document(pair.chosen.prompt, (pair.chosen.completion, pair.rejected.completion))
+        document = Document.of(pair.chosen, pair.rejected)
         total += cost.training(shape, *cost.sizes(document, packed=True))
     return total / len(pairs)
 

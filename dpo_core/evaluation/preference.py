@@ -151,7 +151,7 @@ def _scored(
 def _item(scored: Scored, beta: float) -> Item:
     one, tokens = scored.labelled, scored.tokens
     better, worse = scored.policy
-    length_w, length_l = len(tokens.chosen.completion), len(tokens.rejected.completion)
+    length_w, length_l = tokens.chosen.targets, tokens.rejected.targets
 
     def right(gap: float) -> float:
         # A model that does not tell the two apart is right half of the time.
@@ -186,7 +186,7 @@ def _calibration(scored: Seq[Scored], config: SuiteConfig, subset: str) -> list[
         return []
     rewards = np.array([[p - r for p, r in zip(s.policy, s.reference or (), strict=True)] for s in decided])
     gap_N = config.beta * (rewards[:, 0] - rewards[:, 1])
-    lengths = [(len(s.tokens.chosen.completion), len(s.tokens.rejected.completion)) for s in decided]
+    lengths = [(s.tokens.chosen.targets, s.tokens.rejected.targets) for s in decided]
     longer_N = np.array([w - l for w, l in lengths], np.float64)  # noqa: E741
     # In a random order "A is better" is not always the truth, so that a tie is right half of the time.
     first_N = np.random.default_rng(config.seed).random(len(gap_N)) < 0.5

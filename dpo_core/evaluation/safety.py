@@ -266,11 +266,7 @@ def _reward_model(folder: Path, tokens: TokenConfig) -> Judge:
     def sequence(prompt: str, answer: str) -> Sequence:
         question = asked(prompt, chat=bool(tokenizer.chat_template))
         # Always ended: the model was trained on whole answers, and an empty one must have a token.
-        ids = tokenise.completion(answer, ended=True)
-        return Sequence(
-            tokenise.prompt(question.prompt, question.chat, tokens.max_prompt_length),
-            ids[: tokens.max_length - tokens.max_prompt_length],
-        )
+        return tokenise.scored(question.prompt, question.chat, answer)
 
     def p_safe(prompts: list[str], answers: list[str]) -> list[float]:
         rows = [sequence(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]

@@ -1,5 +1,6 @@
 """The model that a suite asks: a checkpoint with its tokenizer, loaded once for all suites."""
 
+import datetime
 import tempfile
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -8,13 +9,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dpo_core.chat_template import template_in
+from dpo_core.errors import ModelError
 from dpo_core.generate import SamplingConfig, sample
 from dpo_core.logprobs import Precision
 from dpo_core.models import check_context, config_in, load_model, load_tokenizer, weights_digest
 from dpo_core.reference.job import reference_logps
 from dpo_core.reference.keys import sequence_key
 from dpo_core.stats import Floats
-from dpo_core.tokens import Sequence, TokenConfig, Tokenise
+from dpo_core.tokens import Sequence, TokenConfig, Tokenise, settled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,6 +49,10 @@ class Subject:
     caches: Path | None = None
     device: str = "cpu"
 
+    def __post_init__(self) -> None:
+        # One day for all that is asked, and in the key of what is kept.
+        self.tokens = settled(self.tokens, template_in(self.path), datetime.date.today())
+
     @cached_property
     def model(self) -> Any:
         """The fp32 model in eval mode, read on first use."""
@@ -74,13 +81,19 @@ class Subject:
     ) -> list[str]:
         """One sampled answer a prompt, as text without special tokens; repeat a prompt to get more.
 
-        A prompt is cut from the left to what `tokens.max_length` leaves beside the answer.
+        A prompt is cut where it leaves no room for the answer within `tokens.max_length`.
         """
-        budget = self.tokens.max_length - sampling.max_new_tokens
-        prompts = [self.tokenise.prompt(one.prompt, one.chat, budget) for one in asked]
-        self.check_length(max(map(len, prompts), default=0) + sampling.max_new_tokens)
-        drawn = sample(self.model, prompts, sampling, eos_id=self.tokenise.eos, seed=seed, progress=progress)
-        return [self.tokenizer.decode(list(c.ids), skip_special_tokens=True) for c in drawn]
+        room = sampling.max_new_tokens
+        prompts = [self.tokenise.prompt_of(one._asdict(), room) for one in asked]
+        if () in prompts:
+            raise ModelError(
+                f"a prompt's frame alone exceeds {self.tokens.max_prompt_length} tokens",
+                "Raise tokens.max_prompt_length",
+            )
+        self.check_length(max(map(len, prompts), default=0) + room)
+        stops = self.tokenise.stop_ids
+        drawn = sample(self.model, prompts, sampling, eos_id=stops, seed=seed, progress=progress)
+        return [self.tokenise.text(c.ids) for c in drawn]
 
     def check_length(self, longest: int) -> None:
         """Refuse rows of more tokens than the model, or its reference, has positions for."""

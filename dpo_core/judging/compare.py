@@ -59,7 +59,6 @@ def _rewards(
         return load_reward(config.source)(prompts, answers)
     from dpo_core.jobs import is_reward_model, scorer
     from dpo_core.models import load_tokenizer
-    from dpo_core.tokens import Sequence as Tokens
     from dpo_core.tokens import Tokenise
 
     if not is_reward_model(config.source):
@@ -71,7 +70,5 @@ def _rewards(
     tokenise = Tokenise(tokenizer, tokens)
     sequences = []
     for prompt, answer, is_chat in zip(prompts, answers, chat, strict=True):
-        completion = tokenise.completion(answer, ended=True)[: tokens.max_length - 1]
-        budget = max(tokens.max_length - len(completion), 1)
-        sequences.append(Tokens(tokenise.prompt(prompt, is_chat, budget), completion))
-    return scorer(config.source, tokenizer, "fp32")(sequences, prompts)
+        sequences.append(tokenise.scored(prompt, is_chat, answer))
+    return scorer(config.source, tokenise, "fp32")(sequences, prompts)

@@ -4,7 +4,7 @@ The position among the prompts is the whole state: with the seed it decides ever
 number of ranks and wherever a run was cut off.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +39,8 @@ class Surroundings:
     prompts: Seq[Prompt]
     """Training prompts."""
     sampling: SamplingConfig
-    eos_id: int
+    eos_id: int | Collection[int]
+    """Tokens that end a completion."""
     scorer: Scorer
     """The reward of finished completions."""
     seed: int
@@ -109,7 +110,7 @@ def draw(
     each: int,
     sampling: SamplingConfig,
     *,
-    eos_id: int,
+    eos_id: int | Collection[int],
     seed: int,
 ) -> list[Episode]:
     """`each` completions of every prompt, not scored yet.

@@ -16,6 +16,7 @@ import traceback
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -151,6 +152,8 @@ def write_sequences(path: Path, sequences: Seq[Sequence]) -> None:
         ids=np.array([i for s in sequences for i in s.prompt + s.completion], np.int64),
         prompts=np.array([len(s.prompt) for s in sequences], np.int64),
         lengths=np.array([len(s) for s in sequences], np.int64),
+        masked=np.array([s.learnt is not None for s in sequences], bool),
+        learnt=np.array([on for s in sequences for on in s.learnt or ()], bool),
     )
 
 
@@ -158,10 +161,15 @@ def read_sequences(path: Path) -> list[Sequence]:
     """What `write_sequences` wrote."""
     with np.load(path) as arrays:
         ids, prompts, lengths = arrays["ids"].tolist(), arrays["prompts"].tolist(), arrays["lengths"]
+        masked, learnt = arrays["masked"].tolist(), iter(arrays["learnt"].tolist())
     begins = ends(lengths).tolist()
     return [
-        Sequence(tuple(ids[begin : begin + prompt]), tuple(ids[begin + prompt : end]))
-        for begin, prompt, end in zip(begins, prompts, begins[1:], strict=False)
+        Sequence(
+            tuple(ids[begin : begin + prompt]),
+            tuple(ids[begin + prompt : end]),
+            learnt=tuple(islice(learnt, end - begin - prompt)) if has_mask else None,
+        )
+        for begin, prompt, end, has_mask in zip(begins, prompts, begins[1:], masked, strict=False)
     ]
 
 

@@ -1,8 +1,9 @@
 """What names a reference log-prob, and which process computes it.
 
-Key of an entry: the exact ids of prompt and completion. Key of a cache folder: the reference's weight files,
-the precision, the attention implementation and the definition version. The run's configuration is in neither,
-so a changed learning rate recomputes nothing, and a changed weight, template or token what it touches.
+Key of an entry: the exact ids of prompt and completion, and the mask where not all of them are learnt. Key of
+a cache folder: the reference's weight files, the precision, the attention implementation and the definition
+version. The run's configuration is in neither, so a changed learning rate recomputes nothing, and a changed
+weight, template or token what it touches.
 """
 
 import hashlib
@@ -21,10 +22,12 @@ DEFINITION_VERSION = 2
 
 
 def sequence_key(sequence: Sequence) -> bytes:
-    """16 bytes that name one (prompt, completion) by its ids; where the prompt ends is part of it."""
+    """16 bytes that name one (prompt, completion) by its ids, where the prompt ends, and what is learnt."""
     prompt, completion = sequence.prompt, sequence.completion
     # Two thirds of the time that an array of the ids would take.
     content = struct.pack(f"<{1 + len(prompt) + len(completion)}q", len(prompt), *prompt, *completion)
+    if sequence.learnt is not None:
+        content += bytes(sequence.learnt)
     return hashlib.sha256(content).digest()[:16]
 
 

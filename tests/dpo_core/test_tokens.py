@@ -156,7 +156,11 @@ def _check_pair(
 ) -> None:
     """What must hold for any row, kept or left out."""
     limit = tokenise.config.max_length
-    whole = {s: tokenise.completion(given_row[s], given_row[f"{s}_ended"]) for s in ("chosen", "rejected")}
+    context = {"prompt": given_row["prompt"], "chat": given_row["chat"]}
+    whole = {
+        s: tokenise.completion(given_row[s], given_row[f"{s}_ended"], **context)
+        for s in ("chosen", "rejected")
+    }
     if isinstance(pair, str):
         assert pair in {"empty_prompt", "empty_completion", "identical_after_truncation"}
         assert (pair == "empty_completion") == (not all(whole.values())) or pair == "empty_prompt"
@@ -237,8 +241,10 @@ def test_a_long_conversation_loses_whole_turns_from_its_start(tokenizer: Any) ->
     # One token too many: the first question goes, and its answer with it; a user opens what is left.
     assert tokenise.prompt(json.dumps(TURNS), True, len(full)) == full
     assert tokenise.prompt(json.dumps(TURNS), True, len(full) - 1) == last
-    # The last turn alone is too long: only now is a turn cut, from its left.
-    assert tokenise.prompt(json.dumps(TURNS), True, len(last) - 2) == last[2:]
+    # The last turn alone is too long: only now is text cut, from its left, inside the turn.
+    cut = tokenise.prompt(json.dumps(TURNS), True, len(last) - 2)
+    assert len(cut) <= len(last) - 2
+    assert tokenizer.decode(cut) == "<|user|>s it good?</s><|assistant|>"
 
 
 def test_the_system_turn_outlives_the_others(tokenizer: Any) -> None:
@@ -266,7 +272,11 @@ def test_a_cut_conversation_keeps_its_begin_token(story_tokenizer: Any, template
     tokenise = Tokenise(story_tokenizer, TokenConfig(template=template))
     one = json.dumps(TURNS[:1])
     whole = tokenise.prompt(one, chat=True)
-    assert tokenise.prompt(one, True, 9) == (whole[0], *whole[-8:])
+    cut = tokenise.prompt(one, True, 22)
+    assert len(cut) <= 22 < len(whole)
+    assert cut[0] == whole[0] == story_tokenizer.bos_token_id
+    assert cut[-5:] == whole[-5:]
+    assert (template == "transcript") == story_tokenizer.decode(cut[1:]).strip().startswith("Human:")
 
 
 def test_plain_conversations_are_their_texts(tokenizer: Any) -> None:

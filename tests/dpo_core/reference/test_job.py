@@ -100,7 +100,7 @@ def with_other_template(model: Path, folder: Path) -> Path:
     for name in ("chat_template.jinja", "tokenizer_config.json"):
         file = copy / name
         if file.exists():
-            file.write_text(file.read_text().replace("<|assistant|>", "<|answer|>"))
+            file.write_text(file.read_text().replace("<|", "<!"))
     return copy
 
 

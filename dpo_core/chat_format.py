@@ -1,0 +1,386 @@
+"""Which tokens of a rendered conversation the assistant has to write: its turn, as the template ends it.
+
+An answer is what the template writes for prompt and answer less what it writes for the prompt with the
+assistant's turn opened: a channel header or an empty think block belongs to it, and so does the end of the
+turn. What follows the end (a line break, or an end of text after it) is not learnt.
+
+The template itself shows where a turn ends: a mark is put behind the answer's last text, and what is written
+after the mark is compared with what is written there when another turn follows. The last control token that
+both share is the end, else the first one after the answer. A template that writes none ends an answer with
+the token that opens the next turn.
+
+Text is data: a control token spelled out in a message is rendered between two private marks, so that it is
+encoded as text while those that the template writes become control.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+from dpo_core.chat_template import REASONING, ChatTemplate, Message, TemplateError
+
+# Private-use characters: around a control token that a message spells out, and behind an answer's texts.
+_OPEN, _CLOSE, _END = "\U000f5a01", "\U000f5a02", "\U000f5a03"
+_MARKS = re.compile(f"[{_OPEN}{_CLOSE}]")
+
+Encode = Callable[[str], list[int]]
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as text, and the parts of it that are learnt.
+
+    The text may hold marks around control tokens that are data (see `ChatFormat.encode`).
+    """
+
+    text: str
+    """Up to the last learnt character."""
+    start: int
+    """Where the prompt ends: its text with the assistant's turn opened."""
+    spans: list[Span]
+    """Learnt characters, in order."""
+
+
+class ChatFormat:
+    """How one tokenizer's template writes turns.
+
+    Args:
+        template: the template with the moment and the variables that it reads.
+        tokenizer: with the template's control tokens among its added tokens.
+    """
+
+    def __init__(self, template: ChatTemplate, tokenizer: Any) -> None:
+        self.template, self.tokenizer = template, tokenizer
+        added = tokenizer.added_tokens_decoder.values()
+        self.control = frozenset(t.content for t in added if t.special and t.content)
+        self.markers = frozenset(t.content for t in added if not t.special and t.content.strip())
+        self._control = _any_of(self.control)
+        self._ends = self._control if self._control.search("".join(self._ways)) else _any_of(self.markers)
+        self._tails: dict[tuple[str, ...], str] = {}
+
+    # --- text ---------------------------------------------------------------------------------------------
+
+    def write(self, messages: list[Message], tools: list[Any] | None, *, opened: bool) -> str:
+        """The conversation's text, with marks around control tokens that stand in the messages themselves."""
+        self._require_places(messages, tools)
+        text = self.template.render(messages, tools, opened=opened)
+        spelled = set(_found(self._control, (messages, tools)))
+        if not spelled:
+            return text
+        # A template that looks for a token (</think>) would miss it between marks: it stays as it is.
+        marked = text
+        for tokens in [spelled, *({token} for token in sorted(spelled, key=len, reverse=True))]:
+            pattern = _any_of(tokens)
+            trial = self.template.render(_mark(pattern, messages), _mark(pattern, tools), opened=opened)
+            if _MARKS.sub("", trial) == text:
+                if tokens == spelled:
+                    return trial
+                marked = trial if marked == text else marked
+        return marked
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of marked text: control tokens outside marks are control, those between marks are text."""
+        if not _MARKS.search(text):
+            return list(self.tokenizer.encode(text, add_special_tokens=False))
+        ids: list[int] = []
+        # What is between two of the template's control tokens is encoded as one text.
+        pieces = re.split(f"({_OPEN}.*?{_CLOSE})|({self._control.pattern})", text, flags=re.DOTALL)
+        run = ""
+        for at in range(0, len(pieces), 3):
+            run += pieces[at]
+            data, control = pieces[at + 1 : at + 3] or (None, None)
+            if data:
+                run += data[1:-1]
+            if control:
+                ids += self._as_text(run) + list(self.tokenizer.encode(control, add_special_tokens=False))
+                run = ""
+        return ids + self._as_text(run)
+
+    def _as_text(self, text: str) -> list[int]:
+        if not text:
+            return []
+        return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+
+    def _require_places(self, messages: list[Message], tools: list[Any] | None) -> None:
+        """Refuse what the template would leave out without a word."""
+        keys = {key for m in messages for key in ("tool_calls", *REASONING) if m.get(key)}
+        for key in [*sorted(keys), *(["tools"] if tools else [])]:
+            if not self.template.has_place_for(key):
+                raise TemplateError(
+                    f"the chat template has no place for {key}",
+                    "Take it out of the data, or set model.chat_template to a template that writes it",
+                )
+
+    # --- where a turn ends --------------------------------------------------------------------------------
+
+    def answer(
+        self,
+        prompt: list[Message],
+        turns: list[Message],
+        tools: list[Any] | None,
+        *,
+        ended: bool,
+        every_turn: bool,
+    ) -> Rendered:
+        """Prompt and answer as one text, with what is learnt of it.
+
+        Args:
+            turns: of the answer: the last is the assistant's.
+            ended: whether the last turn's end is written too.
+            every_turn: learn all turns of the assistant in the answer; else the last alone.
+
+        Raises:
+            TemplateError: the template writes an answer that does not continue the prompt.
+        """
+        whole = prompt + turns
+        text = self.write(whole, tools, opened=False)
+        opening = self.write(prompt, tools, opened=True)
+        self._require_start(text, opening, "")
+        last = len(whole) - 1
+        learnt = [k for k in range(len(prompt), last) if every_turn and whole[k]["role"] == "assistant"]
+        spans = []
+        for k in learnt:
+            part = self.write(whole[: k + 1], tools, opened=False)
+            before = opening if k == len(prompt) else self.write(whole[:k], tools, opened=True)
+            part_end = len(part) - len(self._tail(whole[: k + 1], tools, part))
+            where = f" of message {k + 1}"
+            self._require_start(text, before, where)
+            self._require_start(text, part[:part_end], where)
+            spans.append((len(before), self._end_inside(text, part_end, part[part_end:])))
+        before = opening if last == len(prompt) else self.write(whole[:last], tools, opened=True)
+        self._require_start(text, before, "")
+        tail = self._tail(whole, tools, text)
+        end = len(text) - len(tail)
+        text = text[:end]
+        if ended:
+            text += self._closing(tail, whole, tools)
+        spans.append((len(before), len(text)))
+        for (begin, _), k in zip(spans, [*learnt, last], strict=True):
+            if self.opens_reasoning and text.startswith(self.header, begin):
+                raise TemplateError(
+                    f"message {k + 1} has no reasoning_content, and the chat template opens the assistant's "
+                    f"turn for it: the model would learn to write {_shown(self.header)} at once",
+                    "Set tokens.template_arguments (such as {enable_thinking: false}), or give the reasoning",
+                )
+        return Rendered(text, len(opening), spans)
+
+    def _require_start(self, text: str, start: str, where: str) -> None:
+        if text.startswith(start):
+            return
+        at = _shared(text, start)
+        arguments = "Set tokens.template_arguments (such as {enable_thinking: false})"
+        keep = "tokens.learn to last_turn, " if where else ""
+        raise TemplateError(
+            f"the chat template writes the answer{where} otherwise than it opens the assistant's turn: after "
+            f"{_shown(start[max(0, at - 20) : at])} it opens with {_shown(start[at : at + 30])} and writes "
+            f"{_shown(text[at : at + 30])}",
+            f"{arguments}, {keep}or model.chat_template to a template that keeps turns as they were",
+        )
+
+    def _tail(self, messages: list[Message], tools: list[Any] | None, text: str) -> str:
+        """What the template writes after the last text of the last message."""
+        message = messages[-1]
+        shape = tuple(sorted(key for key, value in message.items() if value))
+        plain = not message.get("tool_calls")
+        if plain and shape in self._tails and text.endswith(self._tails[shape]):
+            return self._tails[shape]
+        marked = {
+            key: _mark_ends(value) if key in ("content", "tool_calls") else value
+            for key, value in message.items()
+        }
+        try:
+            probe = self.write([*messages[:-1], marked], tools, opened=False)
+        except TemplateError:
+            probe = ""
+        tail = probe.rpartition(_END)[2] if _END in probe else None
+        if tail is None or not text.endswith(tail):
+            # The template shows the message changed: what ends other answers ends this one.
+            tail = text[text.rindex(self.end) :] if self.end and self.end in text else ""
+        elif plain:
+            self._tails[shape] = tail
+        return tail
+
+    @cached_property
+    def _ways(self) -> tuple[str, str]:
+        """What the template writes after an answer: at the end, and when a user's turn follows."""
+        marked = {"role": "assistant", "content": f"Yes{_END}"}
+        user, system = {"role": "user", "content": "Well"}, {"role": "system", "content": "Be kind"}
+        for front in ([user], [system, user]):
+            try:
+                last = self.template.render([*front, marked], None, opened=False)
+                middle = self.template.render([*front, marked, user], None, opened=False)
+            except TemplateError:
+                continue
+            if _END in last and _END in middle:
+                return last.rpartition(_END)[2], middle.rpartition(_END)[2]
+        return "", ""
+
+    @cached_property
+    def end(self) -> str:
+        """The control token that ends an answer, empty where the template writes none."""
+        last, middle = self._ways
+        both = _shared(last, middle)
+        shared = [m for m in self._ends.finditer(last) if m.end() <= both]
+        found = shared[-1] if shared else self._ends.search(last)
+        return found.group() if found else ""
+
+    def _closing(self, tail: str, messages: list[Message], tools: list[Any] | None) -> str:
+        """The end of the last turn: of what the template writes after the answer, or what opens the next."""
+        if self.end:
+            at = tail.find(self.end)
+            found = self._ends.search(tail)
+            if at < 0 and found is None:
+                return tail + self.end
+            return tail[: at + len(self.end)] if at >= 0 else tail[: found.end()] if found else tail
+        # Text alone may end a turn: it is learnt, but for line breaks.
+        return tail.rstrip() + self._opener(messages, tools)
+
+    def _opener(self, messages: list[Message], tools: list[Any] | None) -> str:
+        """Where the template ends no turn: the control token that opens the turn that follows."""
+        if messages[-1].get("tool_calls"):
+            result = {"role": "tool", "content": "Done"}
+            try:
+                before = self.write(messages, tools, opened=False)
+                after = self.write([*messages, result], tools, opened=False)
+            except TemplateError:
+                after = before = ""
+            found = self._ends.match(after, len(before)) if after.startswith(before) else None
+            if found:
+                return found.group()
+        found = self._ends.match(self._ways[1].lstrip())
+        return found.group() if found else str(self.tokenizer.eos_token)
+
+    def _end_inside(self, text: str, end: int, tail: str) -> int:
+        """Where an earlier turn of the assistant ends in the whole text."""
+        closing = tail[: tail.find(self.end) + len(self.end)] if self.end and self.end in tail else ""
+        if closing and text.startswith(closing, end):
+            return end + len(closing)
+        found = self._ends.match(text, end + _shared(tail, text[end:]))
+        found = found or self._ends.match(text, end)
+        return found.end() if found else end
+
+    @cached_property
+    def header(self) -> str:
+        """What the template writes between the opened turn and an answer without reasoning."""
+        return self._behind_opening({"role": "assistant", "content": _END}).partition(_END)[0]
+
+    @cached_property
+    def opens_reasoning(self) -> bool:
+        """Whether the opened turn is meant for reasoning, which an answer without it has to close."""
+        thought = {"role": "assistant", "content": "Yes", "reasoning_content": _END}
+        return bool(self.header.strip()) and self._behind_opening(thought).startswith(_END)
+
+    def _behind_opening(self, answer: Message) -> str:
+        user = {"role": "user", "content": "Well"}
+        try:
+            opened = self.template.render([user], None, opened=True)
+            whole = self.template.render([user, answer], None, opened=False)
+        except TemplateError:
+            return ""
+        return whole[len(opened) :] if whole.startswith(opened) else ""
+
+    @cached_property
+    def stops(self) -> frozenset[str]:
+        """Tokens that end an answer, or a call of a tool, in this template."""
+        function = {"name": "look", "arguments": {"at": "it"}}
+        call = {"type": "function", "function": function, "id": "call00001"}
+        asked: Message = {"role": "user", "content": "Well"}
+        messages = [asked, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        ends = {self.end or self._opener([{}], None)}
+        if self.template.has_place_for("tool_calls"):
+            try:
+                tail = self._tail(messages, None, self.write(messages, None, opened=False))
+                written = self._ends.findall(self._closing(tail, messages, None))
+                ends |= set(written[-1:])
+            except TemplateError:
+                pass
+        return frozenset(ends)
+
+    @cached_property
+    def role_markers(self) -> frozenset[str]:
+        """Control tokens and bracketed words (such as [INST]) that the template writes around turns."""
+        marked = [{"role": role, "content": _END} for role in ("user", "assistant", "user")]
+        try:
+            text = self.template.render(marked, None, opened=True)
+        except TemplateError:
+            return frozenset()
+        words = re.findall(r"<\|?[^\s<>|]+\|?>|\[/?[A-Z_]+\]", text)
+        return frozenset(words) - self.markers
+
+
+def _any_of(tokens: frozenset[str] | set[str]) -> re.Pattern[str]:
+    longest_first = sorted(tokens, key=lambda t: (-len(t), t))
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def _found(pattern: re.Pattern[str], data: Any) -> list[str]:
+    """Matches in all strings of some JSON."""
+    if isinstance(data, str):
+        return pattern.findall(data)
+    parts = data.values() if isinstance(data, dict) else data if isinstance(data, list | tuple) else ()
+    return [token for part in parts for token in _found(pattern, part)]
+
+
+def _mark(pattern: re.Pattern[str], data: Any) -> Any:
+    if isinstance(data, str):
+        return pattern.sub(f"{_OPEN}\\g<0>{_CLOSE}", data)
+    if isinstance(data, dict):
+        return {key: value if key == "role" else _mark(pattern, value) for key, value in data.items()}
+    return [_mark(pattern, part) for part in data] if isinstance(data, list) else data
+
+
+def _mark_ends(data: Any) -> Any:
+    """The same JSON with a mark at the end of each string."""
+    if isinstance(data, str):
+        return data + _END
+    if isinstance(data, dict):
+        keep = ("type", "id")
+        return {key: value if key in keep else _mark_ends(value) for key, value in data.items()}
+    return [_mark_ends(part) for part in data] if isinstance(data, list) else data
+
+
+def _shared(one: str, other: str) -> int:
+    """Characters at which two texts begin alike."""
+    differ = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differ, min(len(one), len(other)))
+
+
+def _shown(text: str) -> str:
+    return repr(_MARKS.sub("", text))
+
+
+def encode_parts(
+    rendered: Rendered, encode: Encode, inside: Encode
+) -> tuple[list[int], list[int], list[bool]]:
+    """Ids of the prompt, ids of what follows it, and which of the latter are learnt.
+
+    Args:
+        encode: of text at the beginning of a sequence.
+        inside: of text that goes on.
+
+    """
+    text, start = rendered.text, rendered.start
+    prompt, whole = encode(text[:start]), encode(text)
+    borders = sorted({start, len(text)} | {place for span in rendered.spans for place in span})
+    counts = {start: len(prompt), len(text): len(whole)}
+    fits = whole[: len(prompt)] == prompt
+    for place in borders[1:-1]:
+        ids = encode(text[:place])
+        counts[place] = len(ids)
+        fits &= whole[: len(ids)] == ids
+    if not fits:
+        # A token of the whole text reaches over a border (a line break before the answer's own). The model
+        # writes on after the tokens of its prompt, so the pieces are encoded apart.
+        whole = list(prompt)
+        for begin, end in pairwise(borders):
+            whole += inside(text[begin:end])
+            counts[end] = len(whole)
+    learnt = [False] * (len(whole) - len(prompt))
+    for begin, end in rendered.spans:
+        for place in range(counts[begin], counts[end]):
+            learnt[place - len(prompt)] = True
+    return prompt, whole[len(prompt) :], learnt

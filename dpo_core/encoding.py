@@ -1,0 +1,63 @@
+"""Text to ids and back, where a text continues another.
+
+A tokenizer of the SentencePiece kind puts a blank in front of every text, and drops it when it decodes: right
+at the beginning of a sequence, wrong for an answer that follows its prompt.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Texts that no tokenizer joins with a letter, tried in turn.
+_ANCHORS = ("\n", "\n\n", ".", "0")
+
+
+class TextCodec:
+    """Encodes and decodes plain text, in which control tokens are text."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        self.tokenizer = tokenizer
+        alone, added = self.encode("a"), tokenizer.encode("a", add_special_tokens=True)
+        before = next((i for i in range(len(added)) if added[i : i + len(alone)] == alone), 0)
+        # The beginning-of-sequence id, where the tokenizer itself would add one.
+        self.begin: list[int] = [i for i in added[:before][:1] if i == tokenizer.bos_token_id]
+        usable = (a for a in _ANCHORS if self._after(a, "a", self.encode) is not None)
+        anchor = next(usable, None)
+        # None: a text has the same ids wherever it stands.
+        self._anchor = anchor if anchor and self._after(anchor, "a", self.encode) != alone else None
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text at the beginning of a sequence."""
+        # Text is data: a special token written inside it must not become control. The gate reports such rows.
+        return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+
+    def inside(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
+        """Ids of a text that continues another: no blank is added in front.
+
+        Args:
+            encode: of text at the beginning, with or without control tokens.
+        """
+        if self._anchor is None or not text:
+            return encode(text)
+        found = self._after(self._anchor, text, encode)
+        return encode(text) if found is None else found
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids that continue a prompt, without special tokens; blanks in front are kept."""
+        if self._anchor is None:
+            return self._decoded(ids)
+        anchor = self.encode(self._anchor)
+        start = self._decoded(anchor)
+        whole = self._decoded(anchor + ids)
+        return whole[len(start) :] if whole.startswith(start) else self._decoded(ids)
+
+    def _decoded(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
+
+    @staticmethod
+    def _after(anchor: str, text: str, encode: Callable[[str], list[int]]) -> list[int] | None:
+        """Ids of the text behind an anchor, None where the two share a token."""
+        start, whole = encode(anchor), encode(anchor + text)
+        return whole[len(start) :] if whole[: len(start)] == start else None

@@ -1,0 +1,58 @@
+"""Shortens conversations that are too long: whole turns first, then text inside a turn."""
+
+from collections.abc import Callable
+
+from dpo_core.chat_template import Message
+
+SPEAKERS = {"user": "Human", "assistant": "Assistant", "system": "System", "tool": "Tool"}
+
+
+def _first_turn(messages: list[Message]) -> int:
+    return 1 if messages and messages[0]["role"] == "system" else 0
+
+
+def can_drop_turn(messages: list[Message]) -> bool:
+    """Whether a later turn can open the conversation: many templates refuse all but a user's."""
+    first = _first_turn(messages)
+    return len(messages) - first > 1 and _next_opening(messages) is not None
+
+
+def _next_opening(messages: list[Message]) -> int | None:
+    first = _first_turn(messages)
+    users = [i for i in range(first + 1, len(messages)) if messages[i]["role"] == "user"]
+    return users[0] if users else None
+
+
+def drop_turn(messages: list[Message]) -> None:
+    """Drop the oldest turn and all that answers it, up to the user's next; a system turn stays."""
+    following = _next_opening(messages)
+    if following is not None:
+        del messages[_first_turn(messages) : following]
+
+
+def shortened(messages: list[Message], fits: Callable[[list[Message]], bool]) -> list[Message] | None:
+    """The messages with the beginnings of their texts cut until they fit, oldest first, the system's last.
+
+    At least one character of a text stays; None where that is not enough.
+    """
+    messages = list(messages)
+    first = _first_turn(messages)
+    for at in [*range(first, len(messages)), *range(first)]:
+        text = messages[at].get("content")
+        if not isinstance(text, str) or len(text) < 2:
+            continue
+        if not fits(_ending(messages, at, 1)):
+            messages = _ending(messages, at, 1)
+            continue
+        low, high = 1, len(text)  # fits, does not fit
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(_ending(messages, at, middle)) else (low, middle)
+        return _ending(messages, at, low)
+    return None
+
+
+def _ending(messages: list[Message], at: int, characters: int) -> list[Message]:
+    """The messages with the last characters of one of them alone."""
+    cut = {**messages[at], "content": messages[at]["content"][-characters:]}
+    return [*messages[:at], cut, *messages[at + 1 :]]
