@@ -44,7 +44,7 @@ class Rows(NamedTuple):
     texts: list[str]
     """For people."""
     data: dict[str, Any]
-    """For scripts: `rows`, where a model was named."""
+    """For scripts: `rows` in place of their number, which is then `row_count`; empty if none is shown."""
 
 
 def judge_file(
@@ -94,9 +94,10 @@ def judge_file(
     if tokenise is not None:
         said += [note] if (note := tokenise.note_on(frame["chat"].tolist())) else []
         sides = list(shown(frame, loaded.kind, tokenise, show))
-        rows = Rows(
-            [as_text(one, tokenise) for one in sides], {"rows": [as_data(one, tokenise) for one in sides]}
-        )
+        listed = [as_data(one, tokenise) for one in sides]
+        # The report's own `rows` is a number.
+        counted = {"rows": listed, "row_count": report.rows} if show else {}
+        rows = Rows([as_text(one, tokenise) for one in sides], counted)
     return report.model_copy(update={"remarks": said}), "\n  ".join(said), rows
 
 
@@ -113,7 +114,10 @@ def _tokenise(asked: _Asked) -> Tokenise:
     from dpo_core.chat_template import check_template
 
     config = asked.model
-    tokenizer = load_tokenizer(locate(config), config.trust_remote_code)
+    folder = Path(config.name).expanduser()
+    # Weights are not needed: a folder with a tokenizer alone will do.
+    source = folder if (folder / "tokenizer_config.json").is_file() else locate(config)
+    tokenizer = load_tokenizer(source, config.trust_remote_code)
     if config.chat_template:
         tokenizer.chat_template = read_template(config.chat_template)
     for template in templates_of(tokenizer):

@@ -136,6 +136,7 @@ def validate(
             "dropped": report.dropped,
             "warnings": [f.rule for f in failed],
             "held_out_prompts": len(held_out),
+            "written_as": tokenise.note_on(kept["chat"].tolist()),
             **_labels(kept, subject),
         }
         metrics = {f"gate/{f.rule}": float(f.rate) for f in report.findings if not f.skipped}

@@ -9,12 +9,16 @@ from tasks.manifest import Manifest
 
 
 def data_notes(manifests: Mapping[str, Manifest], evaluation: Mapping[str, Any]) -> dict[str, JsonValue]:
-    """Remarks of the reader, rows of each set, and each policy's accuracy on the held-out pairs of each."""
+    """Remarks of the reader, how prompts became tokens, rows of each set, and each policy's accuracy by set."""
     loaded = manifests["load-data"].extra if "load-data" in manifests else {}
     notes: dict[str, JsonValue] = {}
     remarks, sources = loaded.get("remarks"), loaded.get("sources")
     if isinstance(remarks, list) and remarks:
         notes["How the data were read"] = "; ".join(map(str, remarks))
+    judged = [manifest for name, manifest in manifests.items() if name.startswith("validate-")]
+    written = dict.fromkeys(str(m.extra["written_as"]) for m in judged if m.extra.get("written_as"))
+    if written:
+        notes["How prompts were written"] = "; ".join(written)
     if isinstance(sources, dict) and sources:
         notes["Rows by set"] = "; ".join(
             f"{name}: {count['train']} to train on, {count['eval']} held out"
