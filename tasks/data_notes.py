@@ -9,7 +9,7 @@ from tasks.manifest import Manifest
 
 
 def data_notes(manifests: Mapping[str, Manifest], evaluation: Mapping[str, Any]) -> dict[str, JsonValue]:
-    """Remarks of the reader, how prompts became tokens, rows of each set, and each policy's accuracy by set."""
+    """Remarks of the reader, how prompts became tokens, and rows and accuracy of each set."""
     loaded = manifests["load-data"].extra if "load-data" in manifests else {}
     notes: dict[str, JsonValue] = {}
     remarks, sources = loaded.get("remarks"), loaded.get("sources")
