@@ -8,7 +8,7 @@ BPE); one that maps different texts to one unknown token can hide a pair from th
 """
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
@@ -43,6 +43,10 @@ class PlainTokens:
     def __init__(self, encode: Callable[[str], Sequence[int]], eos: int = -1) -> None:
         self.encode = encode
         self.eos = eos
+
+    def refusal(self, row: dict[str, Any]) -> str | None:
+        """None: there is no template."""
+        return None
 
     def prompt(self, text: str, chat: bool, budget: int | None = None, tools: str = "") -> Sequence[int]:
         ids = self.encode(text)

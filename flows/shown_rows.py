@@ -36,7 +36,8 @@ def shown(frame: pd.DataFrame, kind: str, tokenise: Tokenise, rows: int) -> Iter
         for side in _SIDES[kind]:
             found = fault or sides.get(side) or "it has no tokens"
             if isinstance(found, str):
-                yield Shown(int(row["row"]), side, [], [], 0, False, False, found.replace("_", " "))
+                why = fault or f"left out of training: {found.replace('_', ' ')}"
+                yield Shown(int(row["row"]), side, [], [], 0, False, False, why)
             else:
                 yield _shown(row, side, found, tokenise)
 

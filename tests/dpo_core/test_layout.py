@@ -238,3 +238,18 @@ def test_an_architecture_that_cannot_share_is_found_out():
     sizes = {"vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 2}
     assert can_share(llama())
     assert not can_share(BloomForCausalLM(BloomConfig(**sizes)).eval()), "ALiBi reads places, not positions"
+
+
+@pytest.mark.parametrize("lay_out", [pack, pad])
+def test_tokens_that_are_not_learnt_are_read_and_not_scored(lay_out):
+    model = llama()
+    prompt, first, second = (1, 2, 3), (4, 5, 6, 7), (8, 9, 10)
+    mask = (False, True, False, True)
+    masked = Document.of(Sequence(prompt, first, learnt=mask), Sequence(prompt, second))
+    whole = Document(prompt, (first, second))
+    scores, all_of_them = (branch_scores(model, lay_out([one])) for one in (masked, whole))
+    assert scores.lengths_S.tolist() == [2, 3]
+    torch.testing.assert_close(scores.logps_SL[0, :2], all_of_them.logps_SL[0, [1, 3]])
+    torch.testing.assert_close(scores.logps_SL[1], all_of_them.logps_SL[1, :3])
+    with pytest.raises(ValueError, match="predicted"):
+        lay_out([Document(prompt, (first,), ((False,) * 4,))])

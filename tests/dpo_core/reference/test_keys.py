@@ -6,6 +6,7 @@ import pytest
 
 from dpo_core.models import weights_digest
 from dpo_core.reference import keys, reference_key, sequence_key
+from dpo_core.reference.job import read_sequences, write_sequences
 from dpo_core.tokens import Sequence
 from tests.tiny import make_tiny_model
 
@@ -54,3 +55,16 @@ def test_the_weights_digest_sees_one_weight_and_nothing_beside_the_model(tiny: P
     weights.write_bytes(content)
     assert weights_digest(same) != weights_digest(tiny)
     assert weights_digest(make_tiny_model(tmp_path / "other", rope_theta=500.0)) != weights_digest(tiny)
+
+
+def test_what_is_learnt_is_part_of_the_key() -> None:
+    plain, masked = Sequence((1, 2), (3, 4)), Sequence((1, 2), (3, 4), learnt=(False, True))
+    assert sequence_key(plain) != sequence_key(masked)
+    assert sequence_key(masked) != sequence_key(Sequence((1, 2), (3, 4), learnt=(True, False)))
+
+
+def test_masks_reach_other_processes(tmp_path: Path) -> None:
+    masked = Sequence((1,), (2, 3), learnt=(True, False))
+    listed = [masked, Sequence((4, 5), (6,)), Sequence((7,), (8,), learnt=(True,))]
+    write_sequences(tmp_path / "sequences.npz", listed)
+    assert read_sequences(tmp_path / "sequences.npz") == listed
