@@ -21,7 +21,17 @@ from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.head import keeps_logits
 from dpo_core.layout import Document
 from dpo_core.logprobs import autocast
-from dpo_core.objectives import Objective, PairLogps, Term, Totals, combine, get, pair_metrics, wpo_weights
+from dpo_core.objectives import (
+    Objective,
+    ObjectiveName,
+    PairLogps,
+    Term,
+    Totals,
+    combine,
+    get,
+    pair_metrics,
+    wpo_weights,
+)
 from dpo_core.reference import LogpShard, sequence_key
 from dpo_core.scores import BranchScores, branch_scores
 from dpo_core.tokens import TokenPair
@@ -33,7 +43,7 @@ log = logging.getLogger(__name__)
 class TermConfig(Config):
     """One more objective in a weighted sum."""
 
-    objective: str
+    objective: ObjectiveName
     """A name from `dpo objectives`."""
     weight: float = Field(1.0, gt=0)
     """What it counts in the sum."""
@@ -53,7 +63,7 @@ class ReferenceSync(Config):
 class DpoConfig(PackedLoopConfig):
     """Which objective, and how it is trained."""
 
-    objective: str = "dpo"
+    objective: ObjectiveName = "dpo"
     """A name from `dpo objectives`. One for unpaired rows learns from pairs, too: it takes them apart, chosen
     as desirable and rejected as undesirable, and an example of a batch is then one completion."""
     parameters: dict[str, float] = Field(default_factory=dict)

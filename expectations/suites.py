@@ -66,11 +66,11 @@ RULES: dict[str, tuple[str, str]] = {
     "over_long": ("are over the token budget and will be truncated", "raise the token budget (max_length)"),
     "length_skew": (
         "share of pairs whose chosen answer is the longer one",
-        "balance the pairs by length, or use a length-normalised objective",
+        "balance the pairs by length, or use an objective less drawn to it: simpo, dpo_norm, r_dpo or ld_dpo",
     ),
     "length_ratio": (
         "median log ratio of the lengths of chosen and rejected",
-        "balance the pairs by length, or use a length-normalised objective",
+        "balance the pairs by length, or use an objective less drawn to it: simpo, dpo_norm, r_dpo or ld_dpo",
     ),
     "label_balance": (
         "share of rows that are labelled desirable",

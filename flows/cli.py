@@ -190,10 +190,12 @@ def config_schema() -> None:
 @config_app.command("list")
 def config_list() -> None:
     """List the recipes that come with the package."""
+    from dpo_core.yaml_text import read_yaml
     from tasks.recipe import shipped
 
     for name, path in shipped().items():
-        typer.echo(f"{name:16} {path}")
+        about = str((read_yaml(path.read_text()) or {}).get("description", ""))
+        typer.echo(f"{name:16} {path}\n{'':16} {' '.join(about.split())}")
 
 
 def _log_to_terminal() -> None:

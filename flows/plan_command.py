@@ -11,11 +11,22 @@ def plan(recipe: RecipeArgument, overrides: SetOption = None, as_json: JsonOptio
     """Tell what `dpo run` would do: stages, cache, tokens, operations, memory and time. Starts nothing."""
     from tasks.recipe import load_recipe
 
-    told = plan_recipe(load_recipe(recipe, overrides or []))
+    resolved = load_recipe(recipe, overrides or [])
+    _try_reward(resolved)
+    told = plan_recipe(resolved)
     if as_json:
         typer.echo(told.model_dump_json(indent=1))
     else:
         show(told)
+
+
+def _try_reward(recipe: Any) -> None:
+    """Refuse a reward function that a run would refuse at its start; a server's is not asked."""
+    from dpo_core.rewards import check_reward
+
+    source = recipe.reward.source
+    if source is not None and not source.startswith(("http://", "https://")):
+        check_reward(source)
 
 
 def plan_recipe(recipe: Any) -> Any:

@@ -19,7 +19,7 @@ def run(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Run a recipe from the data gate to the run page. What an earlier run has made is not made again."""
+    """Run a recipe from the data gate to the run page. Finished stages are reused."""
     from tasks.recipe import load_recipe
 
     resolved = load_recipe(recipe, overrides or [])

@@ -8,6 +8,25 @@ import typer
 from dpo_core.errors import RecipeError
 from flows.wording import count
 from tasks.runs import STATUSES, list_runs
+from tasks.workspace import run_folder
+
+
+def _outcome(workspace: str, run_id: str) -> str:
+    """The decision, the gain and the registered version of a finished run, as far as its report says them."""
+    try:
+        facts = json.loads((run_folder(workspace, run_id) / "report.json").read_bytes())
+        decision, rows = facts.get("decision"), (facts.get("evaluation") or {}).get("policies") or []
+        gain = next((row["gain"] for row in rows if row["name"] == "DPO" and row.get("gain")), None)
+        objective, model = facts.get("objective") or "", facts.get("model")
+        parts = [
+            ("promote" if decision["promote"] else "do not promote") if decision else "",
+            f"gain {gain['value']:+.3f} [{gain['low']:.3f}, {gain['high']:.3f}]" if gain else "",
+            f"{model['name']} version {model['version']}" if model else "",
+            objective,
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # gone, damaged or of another version
+        return ""
+    return ", ".join(part for part in parts if part)
 
 
 def list_them(
@@ -36,7 +55,8 @@ def list_them(
         such = " such" if statuses or recipe else ""
         typer.echo(f"no{such} runs in {Path(workspace).absolute()}")
     for run in asked[:newest]:
-        reason = f"  {run.error}" if run.error else ""
-        typer.echo(f"{run.run_id:40} {run.status:8} {run.started_at:%Y-%m-%d %H:%M}{reason}")
+        told = run.error or (_outcome(workspace, run.run_id) if run.status == "done" else "")
+        line = f"{run.run_id:40} {run.status:8} {run.started_at:%Y-%m-%d %H:%M}"
+        typer.echo(f"{line}  {told}" if told else line)
     if newest is not None and len(asked) > newest:
         typer.echo(f"and {count(len(asked) - newest, 'older run')}: --all lists them")

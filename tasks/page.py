@@ -22,7 +22,7 @@ from tasks.report_tables import (
     win_rate_lines,
 )
 from tasks.report_text import policy_metrics, reward_metrics, reward_use, stage_size
-from tasks.report_verdict import finding, verdict
+from tasks.report_verdict import finding, mark, verdict
 
 MAX_SAMPLES = 12
 MAX_TEXT = 1500  # characters of a prompt or completion that are shown
@@ -115,6 +115,7 @@ def _context(report: RunReport) -> dict[str, Any]:
         "report": report,
         "verdict": verdict(report),
         "decision": report.decision,
+        "mark": mark,
         "finding": finding(report) if report.decision and (evaluation or report.gate) else None,
         "alarms": alarms(report),
         "parts": {part.key: part for part in parts if not part.absent},
@@ -204,7 +205,7 @@ def _no_reward_model(report: RunReport) -> str:
 
 def _minus(text: object) -> str:
     """The typographic minus where a number starts; hyphens elsewhere stay."""
-    return re.sub(r"(?<!\S)(\(?)-(?=\d)", r"\1−", str(text))
+    return re.sub(r"(?<!\S)([(\[]?)-(?=\d)", r"\1−", str(text))
 
 
 def _clip(text: str) -> str:

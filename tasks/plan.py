@@ -15,6 +15,7 @@ from tasks.frontier_arms import Settings
 from tasks.plan_speed import Speed
 from tasks.plan_work import Work, Workload
 from tasks.recipe import Recipe
+from tasks.report_numbers import duration
 from tasks.run_warnings import answers_cut, measure_answers, too_few_prompts
 from tasks.stage import StageResult, Why
 
@@ -92,6 +93,7 @@ def make_plan(
         warnings=[
             *(line for row in running if (line := _too_large(row, recipe, configs or {}, speed))),
             *_foretold(recipe, work),
+            *([] if recipe.frontier else _baseline(running)),
         ],
     )
 
@@ -104,6 +106,16 @@ def _foretold(recipe: Recipe, work: Workload) -> list[str]:
         "" if recipe.frontier else answers_cut(recipe, measure_answers(work.judged, work.tokenise)),
     ]
     return [*recipe.unusual_parameters, *(line for line in found if line)]
+
+
+def _baseline(rows: list[StagePlan]) -> list[str]:
+    """That PPO, which is there to compare with, takes most of the time."""
+    total = sum(row.seconds for row in rows)
+    ppo = sum(row.seconds for row in rows if row.name == "train-ppo")
+    if not ppo or ppo < total / 2:
+        return []
+    without = f"without it ~{duration(total - ppo)}: --set 'ppo={{enabled: false}}'"
+    return [f"the PPO baseline alone takes ~{duration(ppo)} of ~{duration(total)}; {without}"]
 
 
 def _stage(name: str, found: StageResult, workload: Workload, speed: Speed) -> StagePlan:

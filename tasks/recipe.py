@@ -3,10 +3,10 @@
 import difflib
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -38,6 +38,7 @@ from tasks.frontier_arms import ArmConfig, FrontierConfig, Settings
 from tasks.tracking import TrackingConfig
 
 Model = TypeVar("Model", bound=BaseModel)
+_ALONE = "Delete the other fields under {0}, or override the whole section: --set '{0}={{enabled: false}}'"
 
 
 class RewardConfig(Config):
@@ -115,9 +116,11 @@ class Recipe(Config):
     ppo: PpoConfig = PpoConfig()
     """The PPO baseline."""
     grpo: GroupConfig | None = None
-    """GRPO, Dr. GRPO, DAPO, GSPO or RLOO as a further baseline. Empty: none."""
+    """GRPO, Dr. GRPO, DAPO, GSPO or RLOO as a further baseline. Empty: none; `grpo: {}` switches it on, and
+    `dpo config show` then prints its fields."""
     online: OnlineDpoConfig | None = None
-    """Online or iterative DPO beside the others. Empty: none."""
+    """Online or iterative DPO beside the others. Empty: none; `online: {}` switches it on, and `dpo config
+    show` then prints its fields."""
     frontier: FrontierConfig | None = None
     """A comparison study instead of one alignment: arms, settings and seeds from one SFT reference."""
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -156,9 +159,9 @@ class Recipe(Config):
                     "(a number), or sft.enabled to false"
                 )
         if not self.sft.enabled and self.sft != SftConfig(enabled=False):
-            raise ValueError("sft.* would not be read: sft.enabled is false")
+            raise ValueError(f"sft.* would not be read: sft.enabled is false. {_ALONE.format('sft')}")
         if not self.ppo.enabled and self.ppo != PpoConfig(enabled=False):
-            raise ValueError("ppo.* would not be read: ppo.enabled is false")
+            raise ValueError(f"ppo.* would not be read: ppo.enabled is false. {_ALONE.format('ppo')}")
         for name in ("sft", "dpo"):
             if getattr(self, name).lora and importlib.util.find_spec("peft") is None:
                 raise ValueError(f"{name}.lora needs peft, which is not installed: {LORA_EXTRA}")
@@ -385,16 +388,40 @@ def _faults_of(error: ValidationError, root: type[BaseModel]) -> str:
     return "; ".join(faults)
 
 
-def _meant(model: type[BaseModel], place: tuple[int | str, ...]) -> str:
-    """The nearest name among the fields that stand where a mistyped one was written."""
+def _meant(root: type[BaseModel], place: tuple[int | str, ...]) -> str:
+    """The field that a mistyped one most likely was to be: its place elsewhere, or the nearest name there."""
+    model, wanted = root, _LONG.get(str(place[-1]), str(place[-1]))
     for part in place[:-1]:
         known = model.model_fields.get(str(part))
-        inner = known.annotation if known else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+        inner = _model_of(known.annotation) if known else None
+        if inner is None:
             return ""
         model = inner
-    near = difflib.get_close_matches(str(place[-1]), model.model_fields, n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
+    near = difflib.get_close_matches(wanted, model.model_fields, n=1)
+    elsewhere = [path for path in _paths(root) if path.rpartition(".")[2] == wanted]
+    # Most people mean the training of the policy.
+    elsewhere.sort(key=lambda path: (not path.startswith("dpo."), path.count("."), path))
+    found = near if wanted in near or not elsewhere else elsewhere
+    return f" (did you mean {found[0]}?)" if found else ""
+
+
+# What other trainers call them.
+_LONG = {"lr": "learning_rate", "bs": "batch_size", "max_tokens": "max_new_tokens", "lora_config": "lora"}
+
+
+def _model_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds, also where it may be empty."""
+    kinds = [annotation, *get_args(annotation)]
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
+def _paths(model: type[BaseModel], above: str = "") -> Iterator[str]:
+    """Dotted names of all fields of a model and of its sections."""
+    for name, field in model.model_fields.items():
+        yield above + name
+        inner = _model_of(field.annotation)
+        if inner is not None and inner is not model:
+            yield from _paths(inner, f"{above}{name}.")
 
 
 def json_schema() -> str:

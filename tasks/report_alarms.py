@@ -74,11 +74,17 @@ def alarms(report: RunReport) -> list[Alarm]:
     for gate in report.gate:
         failed = [f for f in gate.findings if not f.passed and f.severity in ("critical", "warning")]
         if failed:
-            rules = ", ".join(
-                f"{f.rule} ({f.severity}{f', {f.count:,} rows' if f.count else ''})" for f in failed
-            )
-            found.append(Alarm("Data gate", f"{gate.subject}: {rules}."))
+            told = [f"{f.rule} ({f.severity}{_rows(f.count)}): {_sentence(f.message)}" for f in failed]
+            found.append(Alarm("Data gate", f"{gate.subject}: {' '.join(told)}"))
     return found
+
+
+def _rows(count: int) -> str:
+    return f", {count:,} rows" if count else ""
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
 def against_promotion(raised: list[Alarm]) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from dpo_core.evaluation.decision import NEW_WEIGHTS, Decision
+from dpo_core.evaluation.decision import NEW_WEIGHTS, Decision, Reason
 from tasks.report import RunReport
 from tasks.report_alarms import Alarm, alarms
 from tasks.report_numbers import cell, number
@@ -39,7 +39,7 @@ def decided(decision: Decision, raised: Sequence[Alarm] = ()) -> Verdict:
     else:
         held = f"{failed} of {len(rules)} rules {'does' if failed == 1 else 'do'} not hold"
         outcome = f"{decision.candidate} does not take the place of {decision.champion}: {held}."
-    marked = [f"{'✓ passed' if reason.passed else '✗ failed'}: {reason.text}" for reason in rules]
+    marked = [f"{mark(reason)}: {reason.text}" for reason in rules]
     if not decision.promote:
         return Verdict("Do not promote", "bad", [outcome, *marked])
     if raised:
@@ -47,6 +47,13 @@ def decided(decision: Decision, raised: Sequence[Alarm] = ()) -> Verdict:
         names = ", ".join(dict.fromkeys(alarm.name for alarm in raised))
         return Verdict(f"Promote? Look at {first} first", "unclear", [f"{outcome} Alarms: {names}.", *marked])
     return Verdict("Promote", "good", [outcome, *marked])
+
+
+def mark(reason: Reason) -> str:
+    """What became of a rule, as a symbol and a word."""
+    if reason.skipped:
+        return "– skipped"
+    return "✓ passed" if reason.passed else "✗ failed"
 
 
 def finding(report: RunReport) -> Verdict:
@@ -79,9 +86,11 @@ def finding(report: RunReport) -> Verdict:
         reasons.append(f"Win rate against SFT {cell('win_rate', dpo.win_rate)}.")
     for other in evaluation.policies:
         if other.name not in ("SFT", "DPO") and other.gain:
-            at_kl = f" at KL {number(other.kl.value)} nats" if other.kl else ""
-            ours = f" ({own}: KL {number(dpo.kl.value)} nats)" if dpo.kl else ""
-            reasons.append(f"{other.name} gains {cell('gain', other.gain)}{at_kl}{ours}.")
+            # k3 is never negative; a distance below zero reads like a mistake.
+            theirs, ours = other.kl_k3 or other.kl, dpo.kl_k3 or dpo.kl
+            at_kl = f" at KL {number(theirs.value)} nats" if theirs else ""
+            beside = f" ({own}: KL {number(ours.value)} nats)" if ours else ""
+            reasons.append(f"{other.name}: gain {cell('gain', other.gain)}{at_kl}{beside}.")
     return Verdict(*outcome, [*reasons, measured_with(report)])
 
 

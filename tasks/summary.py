@@ -226,19 +226,7 @@ def stage_row(name: str, result: StageResult) -> StageRow:
 
 def _gate_row(workspace: str, manifest: Manifest) -> GateRow:
     facts = json.loads((manifest.path / "gate.json").read_text())
-    findings = [
-        GateFinding(
-            rule=f["rule"],
-            severity=f["severity"] if f["severity"] != "off" else "info",
-            passed=f["passed"],
-            count=f["count"],
-            rate=f["observed"] if f["observed"] is not None else f["rate"],
-            threshold=next(iter(f["threshold"].values()), None),
-            rows=f["rows"],
-            message=f["message"],
-        )
-        for f in facts["findings"]
-    ]
+    findings = [GateFinding.model_validate(f) for f in facts["findings"]]
     return GateRow(
         subject=facts["subject"],
         rows=facts["rows"],

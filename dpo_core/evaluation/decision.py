@@ -62,6 +62,8 @@ class Reason(Config):
     rule: str
     """Its name in the recipe."""
     passed: bool
+    skipped: bool = False
+    """Whether there was nothing to judge; it does not refuse then."""
     text: str
     """What was measured and what was asked for, in one sentence."""
 
@@ -147,9 +149,10 @@ def _of_difference(config: PromotionConfig, what: str, difference: Estimate | No
         return [_reason("min_gain", False, f"{what} was not measured: above {config.min_gain:g} is asked")]
     passed = difference.low > config.min_gain
     measured = f"{what} {_signed(difference)} on {difference.n} prompts"
+    verdict = "" if passed else "worse, not " if difference.high < min(0, config.min_gain) else "not "
     enough = difference.n >= config.min_prompts
     return [
-        _reason("min_gain", passed, f"{measured}: {'' if passed else 'not '}above {config.min_gain:g}"),
+        _reason("min_gain", passed, f"{measured}: {verdict}above {config.min_gain:g}"),
         _reason(
             "min_prompts",
             enough,
@@ -193,7 +196,7 @@ def _of_suites(config: PromotionConfig, champion: str, comparison: Comparison | 
 
 def _of_rows(rule: str, rows: Sequence[Row], champion: str, what: str) -> Reason:
     if not rows:
-        return _reason(rule, True, f"no {what} were compared")
+        return Reason(rule=rule, passed=True, skipped=True, text=f"no {what} were compared")
     worse = [row for row in rows if row.finding == "worse"]
     if not worse:
         return _reason(rule, True, f"none of {len(rows)} {what} is found worse than {champion}'s")

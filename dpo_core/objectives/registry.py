@@ -4,7 +4,9 @@ import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
+
+from pydantic import AfterValidator
 
 from dpo_core.errors import RecipeError
 
@@ -192,6 +194,14 @@ def objective(
 def names() -> list[str]:
     """The registered names, sorted."""
     return sorted(_OBJECTIVES)
+
+
+def _as_registered(name: str) -> str:
+    return name.lower() if name.lower() in _OBJECTIVES else name
+
+
+ObjectiveName = Annotated[str, AfterValidator(_as_registered)]
+"""A field that names an objective, in capitals or not: SimPO is simpo."""
 
 
 def get(name: str) -> Objective:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dpo_core import cost
 from dpo_core.logprobs import autocast
-from dpo_core.objectives import PairLogps, Term, Totals, combine, get, pair_metrics
+from dpo_core.objectives import ObjectiveName, PairLogps, Term, Totals, combine, get, pair_metrics
 from dpo_core.online.group_math import flat_groups
 from dpo_core.online.rollouts import Episode, Rollout, micro_batches, rows_of
 from dpo_core.online.rounds import OnlineTrainer, RoundsConfig, move
@@ -29,7 +29,7 @@ from dpo_core.scores import branch_scores
 class OnlineDpoConfig(RoundsConfig):
     """Online or iterative preference optimisation."""
 
-    objective: str = "dpo"
+    objective: ObjectiveName = "dpo"
     """An objective on pairs that reads log-probs of both sides alone; see `dpo objectives`."""
     parameters: dict[str, float] = Field(default_factory=dict)
     """Its numbers."""

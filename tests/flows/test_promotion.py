@@ -23,6 +23,15 @@ def test_the_next_run_is_held_against_the_champion(finished: tuple[Bench, dict])
     assert champion["changed"]
     assert champion["change"]["forced"]
 
+    same = bench.run()
+    assert (same["model"]["version"], same["model"]["known"]) == (champion["champion"], True)
+    (reason,) = same["decision"]["reasons"]
+    assert (reason["rule"], same["decision"]["promote"]) == ("new_weights", False)
+    page = (bench.workspace / "runs" / same["run"]["name"] / "page.html").read_text()
+    assert "<h1>Nothing new: these are the champion" in page
+    unchanged = bench.dpo("promote", same["run"]["name"])
+    assert (unchanged.returncode, "nothing changed" in unchanged.stdout) == (0, True)
+
     second = bench.run("--set", "dpo.optim.learning_rate=3e-5")
     title = f"dpo-tiny version {champion['champion']}"
     assert second["decision"]["champion"] == title

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from mlflow import MlflowClient
 
 from dpo_core.errors import RecipeError
 from flows.run_command import show
@@ -109,4 +110,11 @@ def test_the_page_says_how_to_do_the_run_again(finished: tuple[Bench, dict[str, 
     assert done.returncode == 0, done.stderr
     again = json.loads(done.stdout)
     assert set(bench.states(again).values()) == {"cached"}
+    # The same weights are not registered again.
+    model, first = again["model"], report["model"]
+    assert (model["version"], model["known"], model["alias"]) == (first["version"], True, None)
+    client = MlflowClient(f"sqlite:///{bench.workspace / 'mlflow.db'}")
+    version = client.get_model_version(first["name"], first["version"])
+    assert version.run_id == report["run"]["mlflow_run_id"]
+    assert report["run"]["name"] not in again["run"]["command"]
     assert again["evaluation"] == report["evaluation"]

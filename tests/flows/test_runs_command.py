@@ -12,6 +12,7 @@ from dpo_core.errors import RecipeError
 from flows.run_command import show
 from tasks.owner import myself
 from tasks.runs import RunRecord, new_run, save_run
+from tests.tasks.reports import decided
 from tests.tasks.stored import REPO
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -73,3 +74,20 @@ def test_a_run_that_is_not_finished_is_shown_as_such(tmp_path: Path) -> None:
         with pytest.raises(RecipeError, match=f"its status is {status}") as caught:
             show(record.run_id, workspace=str(tmp_path))
         assert words in str(caught.value)
+
+
+def test_a_finished_run_says_what_came_of_it(tmp_path: Path) -> None:
+    record = new_run(tmp_path, "tiny", "dpo run tiny").model_copy(update={"status": "done"})
+    save_run(tmp_path, record)
+    report = tmp_path / "runs" / record.run_id / "report.json"
+    for text, told in (
+        (decided(promote=True, objective="simpo").model_dump_json(), "promote, gain +0.523 [0.465, 0.581], "),
+        (decided(promote=False).model_dump_json(), "do not promote, gain"),
+        ('{"decision": 7, "evaluation": []}', ""),
+        ("{", ""),
+    ):
+        report.write_text(text)
+        (line,) = dpo("runs", "--workspace", str(tmp_path)).stdout.splitlines()
+        assert line.startswith(record.run_id)
+        assert told in line
+        assert line.endswith(", simpo") == ("simpo" in text)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from mlflow import MlflowClient
 
 from tests.tiny_run import ENGINE, Bench
 
@@ -74,6 +75,24 @@ def test_every_stage_runs(unpaired: tuple[Bench, dict[str, Any]]) -> None:
     assert policies["DPO"]["accuracy"] is None
     assert policies["DPO"]["gain"]["low"] <= policies["DPO"]["gain"]["value"]
     assert report["model"]["alias"] == "challenger"
+    # It does not look like a DPO run.
+    folder = bench.workspace / "runs" / report["run"]["name"]
+    objective = "kto, beta 0.1, desirable_weight 1, undesirable_weight 1"
+    assert report["trained"]["objective"] == objective
+    client = MlflowClient(f"sqlite:///{bench.workspace / 'mlflow.db'}")
+    version = client.get_model_version(report["model"]["name"], report["model"]["version"])
+    assert version.tags["dpo.objective"] == objective
+    parent = client.get_run(report["run"]["mlflow_run_id"])
+    assert parent.data.tags["dpo.objective"] == objective
+    texts = [(folder / name).read_text() for name in ("page.html", "summary.md")]
+    for text in (*texts, version.description, parent.data.tags["mlflow.note.content"]):
+        flat = text.replace("\\", "")
+        assert objective in flat
+        assert "DPO (kto)" in flat
+        rows = report["trained"]["rows_trained"]
+        assert f"kto.jsonl; {rows} rows trained on, {36 - rows} held out" in flat
+        assert "3 steps, batches of 8, learning rate 1e-05" in flat
+        assert "vowels, which PPO also learned from: a gain may be learned for it alone" in flat
 
 
 def test_it_starts_at_one_half_and_logs_what_unpaired_training_has(unpaired) -> None:

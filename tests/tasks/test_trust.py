@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from dpo_core.dpo import DpoConfig
+from dpo_core.errors import RecipeError
 from dpo_core.evaluation.decision import PromotionConfig, decide, nothing_new
 from dpo_core.objectives import get
 from dpo_core.tokens import TokenConfig, Tokenise
@@ -15,7 +16,7 @@ from tasks.assessment import judge_candidate
 from tasks.champion import Champion
 from tasks.manifest import Manifest
 from tasks.page import render
-from tasks.recipe import Recipe
+from tasks.recipe import Recipe, load_recipe
 from tasks.report import RunReport, Trained
 from tasks.report_about import objective_words
 from tasks.report_alarms import against_promotion, alarms
@@ -216,3 +217,24 @@ def test_answers_of_the_data_are_measured_as_they_are_learnt(tmp_path: Path) -> 
     assert desirable.tokens == whole[:1]
     assert measure_answers(pd.DataFrame({"prompt": ["x"]}), tokenise) is None
     assert json.loads(example(steps=2).model_dump_json())["trained"] is None
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("dpo.optim.lr=1e-5", "did you mean learning_rate?"),
+        ("learning_rate=1e-5", "did you mean dpo.optim.learning_rate?"),
+        ("max_new_tokens=9", "did you mean evaluate.sampling.max_new_tokens?"),
+        ("grpo={varient: rloo}", "did you mean variant?"),
+        ("ppo={enabled: false, iterations: 3}", "override the whole section: --set 'ppo={enabled: false}'"),
+    ],
+)
+def test_a_field_that_is_not_there_is_answered_with_the_one_that_was_meant(override: str, meant: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("hh-harmless", ["data.path=x.jsonl", override])
+    assert meant in str(caught.value)
+
+
+def test_objectives_are_named_in_capitals_or_not() -> None:
+    recipe = load_recipe("hh-harmless", ["data.path=x.jsonl", "dpo.objective=SimPO", "dpo.parameters={}"])
+    assert recipe.dpo.objective == recipe.dpo.terms[0].name == "simpo"

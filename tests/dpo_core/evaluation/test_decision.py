@@ -62,6 +62,10 @@ def test_a_gain_must_lie_above_what_is_asked_with_its_whole_interval() -> None:
     }
     at = Estimate(value=0.1, low=0.0, high=0.2, n=59)
     assert set(failures(judged(gain=at))) == {"min_gain"}
+    below = Estimate(value=-0.088, low=-0.176, high=-0.003, n=59)
+    assert failures(judged(gain=below)) == {
+        "min_gain": "reward gain over champion v3 -0.088 [-0.176, -0.003] on 59 prompts: worse, not above 0"
+    }
     assert failures(judged(gain=None)) == {
         "min_gain": "reward gain over champion v3 was not measured: above 0 is asked"
     }
@@ -141,6 +145,7 @@ def test_without_suites_nothing_is_claimed_and_required_ones_are_missed() -> Non
     assert decision.promote
     texts = {reason.rule: reason.text for reason in decision.reasons}
     assert texts["no_regression"] == "no measures of suites were compared"
+    assert [reason.rule for reason in decision.reasons if reason.skipped] == ["no_regression"]
     assert "safety" not in texts
     asked = PromotionConfig(required=("quiz", "xstest"))
     assert failures(judged(asked)) == {
