@@ -1,5 +1,6 @@
 """The guard of a run: what a killed run has started ends, and a run whose worker is gone is told to end."""
 
+import json
 import os
 import subprocess
 import sys
@@ -76,6 +77,25 @@ def test_a_package_of_the_same_name_in_the_folder_does_not_replace_the_guard(
     run.kill()
     run.wait()
     assert family.gone_after() < 15
+
+
+def test_every_start_by_the_name_of_a_module_has_a_safe_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deploy.launchers import torchrun
+
+    unsafe = [
+        str(path.relative_to(REPO))
+        for room in ("flows", "tasks", "deploy", "expectations", "dpo_core")
+        for path in sorted((REPO / room).rglob("*.py"))
+        if 'sys.executable, "-m"' in path.read_text()
+    ]
+    # torchrun starts the ranks with -m itself: there the environment has to say it.
+    assert unsafe == ["deploy/launchers/torchrun.py"]
+    monkeypatch.setenv("PYTHONSAFEPATH", "")
+    assert torchrun.environment()["PYTHONSAFEPATH"] == "1"
+    assert torchrun.NODE_ENVIRONMENT["PYTHONSAFEPATH"] == "1"
+    for template in (REPO / "deploy" / "work_pools").glob("*.json"):
+        variables = json.loads(template.read_text())["variables"]["properties"]
+        assert variables["env"]["default"]["PYTHONSAFEPATH"] == "1", template.name
 
 
 def test_a_guard_that_does_not_start_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
