@@ -226,7 +226,7 @@ def _script(config: SlurmConfig, name: str, job: Path, processes: int) -> str:
         *config.setup.splitlines(),
         'export HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
         "# Jobs that share a node do not share a port. Linux itself hands out those from 32768 on.",
-        "export PORT=$((10000 + SLURM_JOB_ID % 20000))",
+        "export PORT=$((20000 + SLURM_JOB_ID % 12000))",
     ]
     if config.cpus:
         lines.append('export SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK"')

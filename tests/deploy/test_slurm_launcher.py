@@ -103,7 +103,7 @@ def test_a_folder_that_no_line_can_hold_is_refused(tmp_path: Path) -> None:
         SlurmLauncher(SlurmConfig(), "r").render(tmp_path / "a\nb" / "job.json", 1)
 
 
-@pytest.mark.parametrize("number", [0, 1, 19_999, 20_000, 4_000_000_007])
+@pytest.mark.parametrize("number", [0, 1, 11_999, 12_000, 4_000_000_007])
 def test_the_port_is_none_that_linux_hands_out_itself(number: int, tmp_path: Path) -> None:
     script = SlurmLauncher(SlurmConfig(), "r").render(tmp_path / "job.json", 1)
     (line,) = [line for line in script.splitlines() if line.startswith("export PORT=")]
@@ -113,7 +113,7 @@ def test_the_port_is_none_that_linux_hands_out_itself(number: int, tmp_path: Pat
         text=True,
         check=True,
     )
-    assert 1024 < int(said.stdout) < 30_000, "NodePorts of Kubernetes begin there, ports of anybody at 32768"
+    assert 1024 < int(said.stdout) < 32_768
 
 
 @pytest.mark.parametrize("what", ["done", "fail"])
