@@ -228,6 +228,11 @@ class ChatFormat:
         found = shared[-1] if shared else self._ends.search(last)
         return found.group() if found else ""
 
+    @property
+    def end_text(self) -> str:
+        """What ends an answer in a template that ends turns with text alone, empty elsewhere."""
+        return "" if self.end else self._ways[0].strip()
+
     def _closing(self, tail: str, messages: list[Message], tools: list[Any] | None) -> str:
         """The end of the last turn: of what the template writes after the answer, or what opens the next."""
         if self.end:

@@ -17,7 +17,8 @@ from dpo_core.models import check_context, config_in, load_model, load_tokenizer
 from dpo_core.reference.job import reference_logps
 from dpo_core.reference.keys import sequence_key
 from dpo_core.stats import Floats
-from dpo_core.tokens import Sequence, TokenConfig, Tokenise, settled
+from dpo_core.token_config import settled
+from dpo_core.tokens import Sequence, TokenConfig, Tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
