@@ -197,13 +197,15 @@ def recognise(rows: Sequence[Row]) -> tuple[Format, str]:
             f"Set data.format to the one that is meant: {', '.join(fitting)}",
         )
     near = _nearest(sample, list(fields))
+    alone = any(isinstance(row.get(name), str | list) for row in sample for name in ("prompt", "text"))
     every = "; ".join(
         f"{name}: {ADAPTERS[name].looks}" for name in sorted(ADAPTERS, key=lambda n: n != near[0])
     )
     raise DataError(
         f"the rows fit no known format{near[1]}; the fields are {seen}",
         "Rename the fields or name them in data.columns={prompt: …, chosen: …, rejected: …}, or set "
-        f"data.format to one of these ({every})",
+        f"data.format to one of these ({every})"
+        + ("; data.format=prompts reads the prompts alone" if alone else ""),
     )
 
 

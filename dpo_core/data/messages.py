@@ -290,6 +290,10 @@ def write_answers(*answers: Messages) -> tuple[list[str], bool]:
     plain = all(len(turns) == 1 and turns[0].keys() == {"role", "content"} for turns in answers)
     if plain:
         return [turns[0]["content"] for turns in answers], False
+    for turns in answers:
+        if turns[-1].keys() == {"role", "content"} and not turns[-1]["content"].strip():
+            # As JSON it would not look empty to the gate's rules for empty answers.
+            raise Fault("an answer is empty, or its last turn is")
     return [_json(turns, "an answer") for turns in answers], True
 
 

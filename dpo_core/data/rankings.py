@@ -62,9 +62,11 @@ def ranked(row: Row) -> Ranked:
     name, column = _prompt_name(row), _list_of(row)
     if name is None:
         raise Fault("prompt is missing")
-    if column is None:
-        raise Fault("there is no list of answers with a score or a rank each")
     prompt, chat, tools, space = *_ranked_prompt(row, name), ""
+    if column is None:
+        if any(row.get(listed) == [] for listed in _LISTS):
+            return Ranked(prompt, chat, tools, [])
+        raise Fault("there is no list of answers with a score or a rank each")
     if not chat and prompt.endswith("Assistant: "):
         # The blank belongs to the answer, as in HH: tokenizers join it with the word that follows.
         prompt, space = prompt[:-1], " "

@@ -172,6 +172,10 @@ FAULTS: dict[str, tuple[dict, str]] = {
         {"system": "A", "prompt": [{"role": "system", "content": "B"}, USER]},
         "system differs from the system turn",
     ),
+    "an empty answer beside a call": (
+        {"chosen": [{"role": "assistant", "tool_calls": [CALL]}], "rejected": [{**BAD, "content": " "}]},
+        "an answer is empty, or its last turn is",
+    ),
     "reasoning that is a list": (
         {"prompt": [{**GOOD, "reasoning_content": ["x"]}, USER]},
         "reasoning_content is a list",

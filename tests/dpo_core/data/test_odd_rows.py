@@ -132,8 +132,9 @@ def test_the_nearest_format_is_named_first(row: dict, why: str) -> None:
     ],
 )
 def test_rows_with_answers_are_no_bare_prompts(row: dict) -> None:
-    with pytest.raises(DataError, match="no known format"):
+    with pytest.raises(DataError, match="no known format") as caught:
         recognise([row])
+    assert "data.format=prompts reads the prompts alone" in caught.value.remedy
 
 
 def test_own_column_names(tmp_path: Path) -> None:

@@ -182,6 +182,11 @@ def test_pairs_of_ultrafeedback(tmp_path: Path, mode: str, pairs: list) -> None:
     assert loaded.frame["id"].is_unique
 
 
+def test_a_prompt_without_answers_is_counted(tmp_path: Path) -> None:
+    loaded = _lines(tmp_path / "x.jsonl", [ULTRA, {**ULTRA, "completions": []}])
+    assert (len(loaded.frame), loaded.notes["single_answers"], loaded.notes["faults"]) == (1, 1, 0)
+
+
 def test_equal_scores_make_no_pair() -> None:
     ranked = Ranked("p", False, "", [("a", 1.0, 1), ("b", 2.0, 2), ("c", 1.0, 3), ("d", 2.0, 4)])
     found = {
