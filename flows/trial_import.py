@@ -1,7 +1,8 @@
 """Whether a deployment's flow can be imported in the folder that its runs start in.
 
 Prefect starts a run with `python -m` in the work pool's `working_dir`, and Python looks there first unless
-PYTHONSAFEPATH is set: a package called flows, tasks or deploy there takes the place of the installed one.
+PYTHONSAFEPATH is set: a package called tasks or deploy there takes the place of the installed one. Prefect
+itself looks there first for the module of the entrypoint, whatever is set: a package called flows has to go.
 """
 
 import functools
@@ -16,8 +17,11 @@ from dpo_core.errors import RecipeError
 
 _PACKAGES = ("flows", "tasks", "deploy", "expectations", "dpo_core")
 _TRIAL = """\
-import importlib, sys
-for name in sys.argv[1:]:
+import importlib, os, sys
+sys.path.insert(0, os.getcwd())  # as Prefect does (prefect.utilities.importtools)
+print("from", importlib.import_module(sys.argv[1]).__file__)
+del sys.path[0]
+for name in sys.argv[2:]:
     print("from", importlib.import_module(name).__file__)
 """
 
@@ -38,8 +42,8 @@ def check_import(deployment: Any) -> None:
     if said := _trial(module, folder, environment):
         raise RecipeError(
             f"{deployment.name}: in working_dir {folder}, where its runs start, {said}",
-            'Set PYTHONSAFEPATH: "1" in work_pool.job_variables.env, or rename what bears the name of an '
-            "installed package there",
+            'Set PYTHONSAFEPATH: "1" in work_pool.job_variables.env; if set, rename what bears the name '
+            "of an installed package there, or name another working_dir",
         )
 
 

@@ -77,13 +77,14 @@ def test_a_package_in_the_working_folder_that_would_replace_the_flow_is_refused(
     (tmp_path / "flows").mkdir()
     (tmp_path / "flows" / "__init__.py").touch()
     pool: dict[str, Any] = {"name": "dpo", "job_variables": {"working_dir": str(tmp_path)}}
-    with pytest.raises(RecipeError, match=r"in working_dir .* cannot be imported .*flows.deployed"):
-        check_deployment(deployment(work_pool=pool))
+    for pool["job_variables"]["env"] in ({}, {"PYTHONSAFEPATH": "1"}):  # Prefect looks there all the same
+        with pytest.raises(RecipeError, match=r"in working_dir .* cannot be imported .*flows.deployed"):
+            check_deployment(deployment(work_pool=pool))
     (tmp_path / "flows").rename(tmp_path / "tasks")
     pool["job_variables"]["env"] = {"OTHER": "1"}
     with pytest.raises(RecipeError, match=f"finds {tmp_path}/tasks/__init__.py in place of the installed"):
         check_deployment(deployment(work_pool=pool))
-    pool["job_variables"]["env"] = {"PYTHONSAFEPATH": 1}
+    pool["job_variables"]["env"] = {"PYTHONSAFEPATH": 1, "OTHER": "1"}
     check_deployment(deployment(work_pool=pool))
 
 
