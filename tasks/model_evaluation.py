@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+import pandas as pd
 import torch
 from pydantic import Field, model_validator
 
@@ -18,9 +19,9 @@ from dpo_core.data.records import load
 from dpo_core.errors import RecipeError
 from dpo_core.evaluation.comparison import Comparison, compare
 from dpo_core.evaluation.contamination import TrainingText, training_texts
-from dpo_core.evaluation.results import SuiteResult
+from dpo_core.evaluation.results import Item, SuiteResult
 from dpo_core.evaluation.running import SuitesConfig, without_training_data
-from dpo_core.evaluation.subject import Subject
+from dpo_core.evaluation.subject import Asked, Subject
 from dpo_core.evaluation.suites import SuiteConfig, find
 from dpo_core.generate import SamplingConfig
 from dpo_core.judging.judge import JudgeConfig
@@ -35,7 +36,7 @@ from tasks.judging import chosen_prompts, judge_models
 from tasks.provenance import command_line, hardware
 from tasks.reference_caches import CACHE_FOLDER
 from tasks.report import Sample
-from tasks.suite_results import FOLDER, find_model, suite_result
+from tasks.suite_results import FOLDER, find_model, suite_result, trained_rows
 from tasks.workspace import disk_errors, write_whole
 
 log = logging.getLogger("dpo")
@@ -102,7 +103,7 @@ def evaluate_models(
     if len({subject.path.resolve() for subject in subjects}) < len(subjects):
         raise RecipeError(f"{models[0]} and {models[1]} are one model", "Name two models")
     request = _alike(request, subjects)
-    training = _training(request.train)
+    training = _training(request.train, [trained_rows(spec, workspace) for spec in models])
     results = [
         [_one(workspace, name, file, subject, request, training) for name, file in files.items()]
         for subject in subjects
@@ -115,6 +116,7 @@ def evaluate_models(
             comparisons = [compare(results[0], results[1], seed=request.seed)]
         if request.prompts is not None:
             asked = chosen_prompts(request.prompts, request.most_prompts, request.seed)
+            _warn_of_known(asked, training)
             with terminal_bar(f"answers, {request.judge.name}") as told:
                 rate, samples = judge_models(
                     subjects[0],
@@ -191,11 +193,33 @@ def _alike(request: EvaluationRequest, subjects: Sequence[Subject]) -> Evaluatio
     return request.model_copy(update={"settings": settings})
 
 
-def _training(config: DataConfig | None) -> TrainingText | None:
-    if config is None:
+def _training(config: DataConfig | None, runs: Sequence[Path | None]) -> TrainingText | None:
+    """What the models were trained on: the data that are named, else what the runs that made them kept."""
+    if config is not None:
+        frames = [load(config).frame]
+    else:
+        frames = [pd.read_parquet(table) for table in dict.fromkeys(runs) if table]
+        frames = [frame[frame["split"] == "train"] for frame in frames]
+    if not frames:
         return None
-    frame = load(config).frame
-    return TrainingText(training_texts(frame[frame["fault"] == ""]))
+    sound = (frame[frame["fault"] == ""] if "fault" in frame else frame for frame in frames)
+    return TrainingText(text for frame in sound for text in training_texts(frame))
+
+
+def _warn_of_known(asked: Sequence[Asked], training: TrainingText | None) -> None:
+    """Say how many of the prompts stand in the training data: an answer to them may be known by heart."""
+    if training is None:
+        return
+    last = [json.loads(one.prompt)[-1]["content"] if one.chat else one.prompt for one in asked]
+    named = ((str(number), str(text)) for number, text in enumerate(last))
+    found = training.find(Item(id=name, cluster=name, prompt=text, values={}) for name, text in named)
+    if found:
+        log.warning(
+            "%d of %d prompts stand in the data that the models were trained on: a win rate on these says "
+            "little about new ones",
+            len(found),
+            len(asked),
+        )
 
 
 def _one(

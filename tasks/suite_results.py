@@ -133,6 +133,17 @@ def _of_run(run: str, policy: str, report: Path) -> Path:
     return path
 
 
+def trained_rows(spec: str, workspace: Path) -> Path | None:
+    """The table of rows that a run's policies were trained on; None of other models, or where it is gone."""
+    report = workspace / "runs" / spec.partition(":")[0] / "report.json"
+    if "/" in spec or not report.is_file():
+        return None
+    stages = {row.name: row for row in RunReport.model_validate_json(report.read_bytes()).stages}
+    row = stages.get("validate-pairs") or stages.get("validate-unpaired")
+    table = Path(str(row.uri).removeprefix("file://")) / "data.parquet" if row else None
+    return table if table and table.is_file() else None
+
+
 def policies_of(report: RunReport) -> dict[str, StageRow]:
     """The policies that a run made, as its tables call them, each with the stage that made its model."""
     stages = {row.name: row for row in report.stages if row.uri}

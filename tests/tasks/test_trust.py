@@ -10,19 +10,23 @@ import pytest
 from dpo_core.dpo import DpoConfig
 from dpo_core.errors import RecipeError
 from dpo_core.evaluation.decision import PromotionConfig, decide, nothing_new
+from dpo_core.evaluation.subject import Asked
 from dpo_core.objectives import get
 from dpo_core.tokens import TokenConfig, Tokenise
 from tasks.assessment import judge_candidate
 from tasks.champion import Champion
 from tasks.manifest import Manifest
+from tasks.model_evaluation import _training as known_texts
+from tasks.model_evaluation import _warn_of_known as warn_of_known
 from tasks.page import render
 from tasks.recipe import Recipe, load_recipe
-from tasks.report import RunReport, Trained
+from tasks.report import RunReport, StageRow, Trained
 from tasks.report_about import objective_words
 from tasks.report_alarms import against_promotion, alarms
 from tasks.report_text import markdown, note, terminal_table
 from tasks.report_verdict import decided, measured_with, verdict
 from tasks.run_warnings import Answers, answers_cut, measure_answers, too_few_prompts
+from tasks.suite_results import trained_rows
 from tests.tasks.outline import Outline
 from tests.tasks.reports import estimate, example, make_evaluation, with_policy
 from tests.tiny import make_tokenizer
@@ -238,3 +242,26 @@ def test_a_field_that_is_not_there_is_answered_with_the_one_that_was_meant(overr
 def test_objectives_are_named_in_capitals_or_not() -> None:
     recipe = load_recipe("hh-harmless", ["data.path=x.jsonl", "dpo.objective=SimPO", "dpo.parameters={}"])
     assert recipe.dpo.objective == recipe.dpo.terms[0].name == "simpo"
+
+
+def test_prompts_that_a_run_was_trained_on_are_pointed_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = tmp_path / "rows"
+    table.mkdir()
+    rows = {"prompt": ["Is the soup warm?", "And the bread?"], "chat": [False, False]}
+    pd.DataFrame(rows | {"chosen": ["Yes.", "No."], "split": ["train", "eval"]}).to_parquet(
+        table / "data.parquet"
+    )
+    stage = StageRow(name="validate-pairs", state="ran", seconds=1, uri=table.as_uri())
+    run = tmp_path / "runs" / "m-1"
+    run.mkdir(parents=True)
+    (run / "report.json").write_text(example(steps=2, stages=[stage]).model_dump_json())
+    found = [trained_rows(spec, tmp_path) for spec in ("m-1", "m-1:ppo", "elsewhere", "/a/folder")]
+    assert found == [table / "data.parquet"] * 2 + [None, None]
+    training = known_texts(None, found)
+    chat = json.dumps([{"role": "user", "content": "Is the soup warm?"}])
+    asked = [Asked("is the soup warm", False), Asked(chat, True), Asked("And the bread?", False)]
+    warn_of_known(asked, training)
+    assert "2 of 3 prompts stand in the data that the models were trained on" in caplog.text
+    assert known_texts(None, [None]) is None
