@@ -353,6 +353,7 @@ def _lay_over(raw: dict[str, Any], override: str) -> None:
         inner = place.setdefault(part, {})
         if not isinstance(inner, dict):
             raise RecipeError(f"--set {override}: {part} holds a value, not fields", _KNOWN_FIELDS)
+        place[part] = inner = dict(inner)  # where YAML aliases share it, the others keep their values
         place = inner
     place[parts[-1]] = value
 
