@@ -146,7 +146,7 @@ def test_a_job_writes_a_normal_checkpoint(alone: None, tiny: Path, shard: Path, 
     pytest.importorskip("peft")
     assert train.main(["--config", str(lora_job(tmp_path, tiny, shard))]) == 0
     lines = curve(tmp_path)
-    assert lines[0]["loss"] == pytest.approx(0.693147, abs=1e-6), "policy = reference at the start"
+    assert lines[0]["loss"] == pytest.approx(0.693147, abs=1e-5), "policy = reference at the start"
     assert lines[-1]["loss"] < 0.55
     before, after = load_file(tiny / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert before.keys() == after.keys()

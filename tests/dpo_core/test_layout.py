@@ -75,11 +75,11 @@ def test_packs_equal_padded_rows_in_log_probs_and_gradients(family):
         return table.detach(), [p.grad.clone() for p in model.parameters()]
 
     packed, padded = run(pack(chosen)), run(pad(chosen))
-    torch.testing.assert_close(packed[0], padded[0], rtol=0, atol=2e-6)
+    torch.testing.assert_close(packed[0], padded[0], rtol=0, atol=1e-5)
     for ours, theirs in zip(packed[1], padded[1], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     filled = run(pack(chosen, pad_to=256))
-    torch.testing.assert_close(filled[0], padded[0], rtol=0, atol=2e-6)
+    torch.testing.assert_close(filled[0], padded[0], rtol=0, atol=1e-5)
 
 
 def test_each_branch_reads_what_it_would_read_alone():
@@ -89,7 +89,7 @@ def test_each_branch_reads_what_it_would_read_alone():
         scores = branch_scores(model, pack(chosen))
         for s, (d, tokens) in enumerate((one, t) for one in chosen for t in one.branches):
             alone = full_logps(model, Sequence(d.prompt, tokens))
-            torch.testing.assert_close(scores.logps_SL[s, : len(tokens)], alone, rtol=0, atol=2e-6)
+            torch.testing.assert_close(scores.logps_SL[s, : len(tokens)], alone, rtol=0, atol=1e-5)
             assert scores.logps_SL[s, len(tokens) :].eq(0).all()
 
 
@@ -100,7 +100,7 @@ def test_a_changed_branch_changes_no_other():
     with torch.no_grad():
         a, b = (branch_scores(model, pack([d, one])).logps_SL for d in (one, other))
     assert not a[0].equal(b[0])
-    torch.testing.assert_close(a[1:], b[1:], rtol=0, atol=1e-6)
+    torch.testing.assert_close(a[1:], b[1:], rtol=0, atol=1e-5)
 
 
 def test_the_prompt_is_scored_once_a_document():
@@ -138,7 +138,7 @@ def test_live_reference_kl_sharpness_and_entropy_are_those_of_the_full_distribut
         logps = torch.log_softmax(model.lm_head(hidden_of(model, layout))[layout.predicts_N], -1)
         ref = torch.log_softmax(reference.lm_head(hidden_of(reference, layout))[layout.predicts_N], -1)
     kl = torch.nn.functional.kl_div(logps, ref, log_target=True, reduction="none").sum(-1)
-    torch.testing.assert_close(scores.kl_SL, layout.table(kl), rtol=0, atol=1e-6, check_dtype=False)
+    torch.testing.assert_close(scores.kl_SL, layout.table(kl), rtol=0, atol=1e-5, check_dtype=False)
     assert scores.kl_SL.requires_grad
     assert (kl >= 0).all()
     assert not scores.ref_logps_SL.requires_grad
@@ -213,6 +213,10 @@ def test_flex_attention_wants_heads_of_sixteen(heads, given, flex):
     assert has_flex_heads(LlamaConfig(hidden_size=32, num_attention_heads=heads, head_dim=given)) == flex
 
 
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "NO AVX"),
+    reason="torch compiles FlexAttention for AVX2 and wider alone",
+)
 def test_flex_attention_equals_attention_by_document():
     model, layout = llama(), pack(documents(9, seed=8), pad_to=256)
     trunk = model.get_decoder()
@@ -221,7 +225,7 @@ def test_flex_attention_equals_attention_by_document():
         rows = hidden_of(model, layout)
         flex = trunk(**inputs, attention_mask=block_mask(layout)).last_hidden_state[0]
     real = layout.document_T < 9
-    torch.testing.assert_close(flex[real], rows[real], rtol=0, atol=2e-6)
+    torch.testing.assert_close(flex[real], rows[real], rtol=0, atol=1e-5)
 
 
 def test_padded_rows_after_a_pack_are_what_they_were_before():

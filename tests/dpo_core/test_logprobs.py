@@ -220,8 +220,8 @@ def test_recomputed_chunks_give_the_kept_values(
     passes.clear()
     recomputed = branch_scores(model, rows).logps_SL
     assert len(passes) == chunks > 1
-    torch.testing.assert_close(recomputed, kept, rtol=0, atol=1e-6)
-    torch.testing.assert_close(gradients(model, recomputed), kept_grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(recomputed, kept, rtol=0, atol=1e-5)
+    torch.testing.assert_close(gradients(model, recomputed), kept_grad, rtol=1e-5, atol=1e-5)
     assert len(passes) == 2 * chunks
 
 

@@ -177,7 +177,7 @@ def test_a_guiding_reference_weighs_pairs_from_the_first_step(alone, tiny, other
     guided.check_start()  # nothing to compare: policy and reference differ on purpose
     itself = write_reference(tiny, ROWS, tmp_path / "itself")
     unguided = trainer_of("dpo", tiny, ROWS, tmp_path / "unguided", shard=itself, reference_is_start=True)
-    assert step_of(unguided, [list(range(len(ROWS)))])[0] == pytest.approx(np.log(2), abs=1e-6)
+    assert step_of(unguided, [list(range(len(ROWS)))])[0] == pytest.approx(np.log(2), abs=1e-5)
 
 
 @pytest.mark.parametrize(

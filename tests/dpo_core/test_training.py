@@ -74,7 +74,7 @@ EXACT = ("step", "loss", "grad_norm", "learning_rate", "rewards/margins", "logps
 
 def test_the_first_step_is_worth_ln_2(straight: Path) -> None:
     first = curve(straight)[0]
-    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
     for name in ("rewards/margins", "rewards/chosen", "rewards/rejected"):
         assert first[name] == pytest.approx(0.0, abs=1e-5)
     assert first["grad_norm"] > 0

@@ -60,7 +60,7 @@ def test_ten_steps_go_where_they_always_went(name: str, alone: None, tiny: Path,
     trainer_of(name, tiny, ROWS, tmp_path, shard=shard, reference_is_start=True).train()
     found = lines(tmp_path)
     assert len(found) == STEPS
-    assert found[0]["loss"] == pytest.approx(FIRST[name], abs=1e-6)
+    assert found[0]["loss"] == pytest.approx(FIRST[name], abs=1e-5)
     assert found[0][COUPLING[name]] == pytest.approx(0, abs=1e-5)
     assert found[-1]["loss"] < found[0]["loss"]
     assert found[-1]["rewards/margins"] > 0.05
@@ -102,7 +102,7 @@ def test_the_loss_is_that_of_the_paper_written_out(
         assert line["loss"] == pytest.approx(float(wanted.mean()), rel=1e-5)
         assert line["rewards/chosen"] == pytest.approx(0.1 * h[good].mean(), rel=1e-4)
         assert line["rewards/rejected"] == pytest.approx(0.1 * h[~good].mean(), rel=1e-4)
-        assert line[COUPLING[name]] == pytest.approx({"kto": z_0, "bco": delta}[name], rel=1e-4, abs=1e-6)
+        assert line[COUPLING[name]] == pytest.approx({"kto": z_0, "bco": delta}[name], rel=1e-4, abs=1e-5)
     assert z_0 > 0.03, "clamped, it would not show which pairs it was taken of"
     assert abs(z_0 - h.mean()) > 0.01
 

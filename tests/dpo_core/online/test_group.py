@@ -36,7 +36,7 @@ def test_the_first_round_has_known_values(alone: None, tiny: Path, tmp_path: Pat
     assert first["sampling/logp_difference/max"] < 1e-4
     # Groups spread over micro-batches: weighted by length the surrogate is not 0, by response it is.
     if variant in ("grpo", "gspo", "rloo"):
-        assert first["loss/policy_avg"] == pytest.approx(0, abs=1e-6)
+        assert first["loss/policy_avg"] == pytest.approx(0, abs=1e-5)
 
 
 def test_a_reward_that_can_be_learnt_is_learnt(alone: None, tiny: Path, tmp_path: Path) -> None:

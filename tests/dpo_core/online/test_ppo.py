@@ -115,7 +115,7 @@ def test_two_ranks_take_the_steps_of_one(straight: Path, tiny: Path, tmp_path: P
     assert launch(alone) is State.DONE
     lines, wanted = curve(tmp_path), curve(alone.parent)
     assert lines[0]["objective/kl"] == 0.0
-    assert [line["val/ratio_first"] for line in lines] == pytest.approx([1.0, 1.0], abs=1e-6)
+    assert [line["val/ratio_first"] for line in lines] == pytest.approx([1.0, 1.0], abs=1e-5)
     for name in (
         "objective/scores",
         "completions/mean_length",
