@@ -143,8 +143,11 @@ class RewardModel(nn.Module):
             trunk = folder / _BACKBONE
             with safe_open(folder / _HEAD, "pt") as head:
                 name = (head.metadata() or {}).get("trunk")
+            trunk_class = _class_of(name, trunk)
             arguments = {"local_files_only": True, "trust_remote_code": trusts(trunk)}
-            backbone = load_weights(_class_of(name, trunk), trunk, dtype, **arguments)
+            if "add_pooling_layer" in inspect.signature(trunk_class.__init__).parameters:
+                arguments["add_pooling_layer"] = False  # as in BERT's kin, whose causal models have none
+            backbone = load_weights(trunk_class, trunk, dtype, **arguments)
             tensors = load_file(folder / _HEAD)
             model = cls(backbone)
             model.head.load_state_dict({"weight": tensors["weight"], "bias": tensors["head_bias"]})

@@ -24,6 +24,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     # As OPT-350m: embeddings narrower than the layers, projected on the way in and out.
     "opt_350m": {"ffn_dim": 48, "word_embed_proj_dim": 16, "do_layer_norm_before": False, "dropout": 0.0},
     "biogpt": {},
+    "bert": {"is_decoder": True},
     "xglm": {"d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4},
     "mamba": {"state_size": 8},
     "modernbert-decoder": {"bos_token_id": 0},

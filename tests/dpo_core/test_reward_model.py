@@ -163,6 +163,7 @@ def test_save_and_load(tmp_path: Path, trunk: type) -> None:
         ("biogpt", 32),
         ("xglm", 32),
         ("mamba", 32),
+        ("bert", 32),
         ("mixtral", 32),
         ("qwen3_moe", 32),
         ("deepseek_v3", 32),
