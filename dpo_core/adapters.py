@@ -47,11 +47,15 @@ def add_lora(model: Any, config: LoraConfig, seed: int) -> None:
     import peft
 
     targets = config.target_modules
+    linear = torch.nn.Linear
+    # Some routers are linear layers that return more than a product.
+    odd = [n for n, m in model.named_modules() if isinstance(m, linear) and type(m).forward != linear.forward]
     settings = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=0.0,
         target_modules=targets if isinstance(targets, str) else list(targets),
+        exclude_modules=odd or None,
         task_type="CAUSAL_LM",
     )
     try:
