@@ -129,6 +129,15 @@ def test_an_answer_stops_at_its_eos(small: Any, prompts: list[tuple[int, ...]]) 
     assert any(c.ended and len(c.ids) < 6 for c in drawn)
 
 
+def test_an_answer_stops_at_any_of_several_ends(small: Any, prompts: list[tuple[int, ...]]) -> None:
+    stops = {EOS, EOS - 1}
+    drawn = sample(small, prompts * 4, fp32(max_new_tokens=6), eos_id=stops, seed=5)
+    for completion in drawn:
+        assert not stops & set(completion.ids[:-1])
+        assert completion.ended is (completion.ids[-1] in stops)
+    assert {c.ids[-1] for c in drawn if c.ended} == stops
+
+
 def test_answers_come_in_the_order_of_their_prompts(small: Any) -> None:
     # At a temperature near zero each prompt has one answer.
     asked = [(0, 3, 1, 1, 2), (2,), (1, 1, 1), (3, 0)]

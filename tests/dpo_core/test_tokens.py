@@ -288,3 +288,23 @@ def test_plain_conversations_are_their_texts(tokenizer: Any) -> None:
 def test_a_prompt_budget_leaves_room_for_an_answer() -> None:
     with pytest.raises(ValidationError, match="no answer fits"):
         TokenConfig(max_length=16, max_prompt_length=16)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer"), [("The", "re was soup"), ("Assistant:", " It was"), ("Hi\n", "no"), ("So ", "it")]
+)
+def test_no_blank_is_put_between_prompt_and_answer(story_tokenizer: Any, prompt: str, answer: str) -> None:
+    tokenise = Tokenise(story_tokenizer, TokenConfig())
+    made = usable(tokenise, prompt=prompt, chosen=answer).chosen
+    whole = story_tokenizer.decode(made.prompt + made.completion, skip_special_tokens=True)
+    assert whole.removeprefix(" ") == prompt + answer
+    # What is sampled comes back to its ids by way of its text.
+    assert tokenise.text(made.completion) == answer
+
+
+def test_a_transcript_writes_the_answer_as_it_writes_earlier_ones(tokenizer: Any) -> None:
+    tokenise = Tokenise(tokenizer, TokenConfig(template="transcript"))
+    pair = usable(tokenise, prompt=json.dumps(TURNS), chat=True, chosen="It was.", rejected=" No.")
+    text = tokenizer.decode(pair.chosen.prompt + pair.chosen.completion)
+    assert text.endswith("\n\nHuman: Was it good?\n\nAssistant: It was.</s>")
+    assert tokenizer.decode(pair.rejected.completion) == " No.</s>"

@@ -1,0 +1,51 @@
+"""The rules that read the model's chat template: rows it cannot write, and control tokens in texts."""
+
+import json
+from typing import Any
+
+import pytest
+
+from dpo_core.tokens import TokenConfig, Tokenise
+from tests.chat_families import TEMPLATES, assistant, make_tokenizer, user
+from tests.expectations.frames import clean_pairs, failed, row_number
+
+
+def settings(kind: str, **config: Any) -> dict[str, Any]:
+    return Tokenise(make_tokenizer(TEMPLATES[kind]), TokenConfig(**config)).gate_settings()
+
+
+def test_rows_that_the_template_cannot_write_are_named_with_the_reason(gate: Any) -> None:
+    frame = clean_pairs(chat=True).assign(tools="", answer_chat=False)
+    turns = [
+        user("Soup?"),
+        assistant("", tool_calls=[{"function": {"name": "f", "arguments": {}}}]),
+        user("And?"),
+    ]
+    frame.loc[4, "prompt"] = json.dumps(turns, separators=(",", ":"))
+    report, _ = gate(frame, **settings("trims"))
+    finding = failed(report)["template"]
+    assert (finding.severity, finding.count, finding.rows) == ("critical", 1, [row_number(4)])
+    assert f"row {row_number(4)}: the chat template has no place for tool_calls" in finding.message
+
+
+@pytest.mark.parametrize("kind", ["end and a line break", "no end", "wrapped answer"])
+@pytest.mark.parametrize("place", ["prompt", "chosen"])
+def test_control_tokens_of_the_tokenizer_are_critical_wherever_they_stand(
+    gate: Any, kind: str, place: str
+) -> None:
+    options = settings(kind)
+    token = next(t for t in options["special_tokens"] if "<|" in t and t in TEMPLATES[kind])
+    frame = clean_pairs(chat=True).assign(tools="", answer_chat=False)
+    frame.loc[3, place] = (
+        frame.loc[3, place].replace("that", f"that {token}").replace("know", f"know {token}")
+    )
+    report, _ = gate(frame, **options)
+    assert failed(report)["special_tokens"].rows == [row_number(3)]
+
+
+def test_tokens_that_a_template_writes_but_that_are_not_special_are_a_warning(gate: Any) -> None:
+    frame = clean_pairs(chat=True).assign(tools="", answer_chat=False)
+    frame.loc[3, "chosen"] = "<think>Well</think> I know."
+    report, _ = gate(frame, **settings("empty thought"))
+    assert failed(report)["template_tokens"].rows == [row_number(3)]
+    assert not report.refused
