@@ -22,6 +22,7 @@ def test_lora_without_its_package_is_refused_when_the_recipe_is_read(name, monke
 def test_an_override_changes_one_place_where_an_alias_stands_in_many(tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text(
+        "name: mine\ndata: {path: rows.jsonl}\n"
         "sft: {engine: &shared {precision: fp32}}\ndpo: {engine: *shared}\nppo: {engine: *shared}\n"
     )
     read = load_recipe(str(recipe), ["dpo.engine.precision=bf16", "dpo.engine.save_every=7"])
