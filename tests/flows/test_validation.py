@@ -20,12 +20,12 @@ def _pairs(path: Path, name: str, count: int) -> str:
 
 def test_evaluation_data_are_read_and_a_leak_is_found(tmp_path: Path) -> None:
     data, other = _pairs(tmp_path / "a.jsonl", "a", 9), _pairs(tmp_path / "b.jsonl", "b", 4)
-    report, said = judge_file(data, [f"data.eval_path={other}"])
+    report, said, _ = judge_file(data, [f"data.eval_path={other}"])
     assert (report.rows, report.refused) == (13, False)
     assert f"held out: 4 rows of {other}" in said
     assert "columns not read: hint" in said
     assert report.remarks == said.split("\n  ")
-    leaking, _ = judge_file(data, [f"data.eval_path={data}"])
+    leaking, _, _ = judge_file(data, [f"data.eval_path={data}"])
     (leak,) = (finding for finding in leaking.findings if finding.rule == "pairs/leakage")
     assert (leak.passed, leak.count, leaking.refused) == (False, 9, True)
     with pytest.raises(DataError, match="there is no file or folder"):
@@ -34,7 +34,7 @@ def test_evaluation_data_are_read_and_a_leak_is_found(tmp_path: Path) -> None:
 
 def test_a_mixture_in_place_of_the_path(tmp_path: Path) -> None:
     sets = [{"path": _pairs(tmp_path / f"{name}.jsonl", name, 8)} for name in "ab"]
-    report, said = judge_file(sets[0]["path"], ["data.path=null", f"data.mixture={json.dumps(sets)}"])
+    report, said, _ = judge_file(sets[0]["path"], ["data.path=null", f"data.mixture={json.dumps(sets)}"])
     assert report.rows == 16
     assert "rows 9 to 16 are those of" in said
     assert said.count("held out") == 2
