@@ -1,8 +1,7 @@
 """Whether a deployment's flow can be imported in the folder that its runs start in.
 
-Prefect starts a run with `python -m` in the work pool's `working_dir`, and Python looks there first unless
-PYTHONSAFEPATH is set: a package called tasks or deploy there takes the place of the installed one. Prefect
-itself looks there first for the module of the entrypoint, whatever is set: a package called flows has to go.
+Prefect puts the work pool's `working_dir` in front of everything else that Python imports from, whatever
+PYTHONSAFEPATH says. A package called flows, tasks or deploy there would take the place of the installed one.
 """
 
 import functools
@@ -17,11 +16,8 @@ from dpo_core.errors import RecipeError
 
 _PACKAGES = ("flows", "tasks", "deploy", "expectations", "dpo_core")
 _TRIAL = """\
-import importlib, os, sys
-sys.path.insert(0, os.getcwd())  # as Prefect does (prefect.utilities.importtools)
-print("from", importlib.import_module(sys.argv[1]).__file__)
-del sys.path[0]
-for name in sys.argv[2:]:
+import importlib, sys
+for name in sys.argv[1:]:
     print("from", importlib.import_module(name).__file__)
 """
 
@@ -42,19 +38,19 @@ def check_import(deployment: Any) -> None:
     if said := _trial(module, folder, environment):
         raise RecipeError(
             f"{deployment.name}: in working_dir {folder}, where its runs start, {said}",
-            'Set PYTHONSAFEPATH: "1" in work_pool.job_variables.env; if set, rename what bears the name '
-            "of an installed package there, or name another working_dir",
+            "Rename what bears the name of an installed package there, or name another working_dir",
         )
 
 
 @functools.cache
 def _trial(module: str, folder: str, environment: tuple[tuple[str, str], ...]) -> str:
     """What is wrong; nothing where the import finds what it finds here."""
-    surroundings = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    surroundings = dict(os.environ) | dict(environment)
+    surroundings["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, surroundings.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, "-c", _TRIAL, module, *_PACKAGES],
         cwd=folder,
-        env=surroundings | dict(environment),
+        env=surroundings,
         capture_output=True,
         text=True,
         check=False,

@@ -47,9 +47,6 @@ class Shift:
             workspace="./runs", reward={"source": f"{self.folder / 'held.py'}:held"}
         )
         self.site.recipe.write_text(yaml.safe_dump(recipe))
-        for name in ("tasks", "deploy"):  # of the user's own, where the run starts
-            (self.site.home / name).mkdir()
-            (self.site.home / name / "__init__.py").touch()
 
     def deploy(self) -> None:
         shipped = yaml.safe_load((REPO / "deploy" / "prefect.yaml").read_text())

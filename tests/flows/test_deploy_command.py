@@ -84,7 +84,8 @@ def test_a_package_in_the_working_folder_that_would_replace_the_flow_is_refused(
     pool["job_variables"]["env"] = {"OTHER": "1"}
     with pytest.raises(RecipeError, match=f"finds {tmp_path}/tasks/__init__.py in place of the installed"):
         check_deployment(deployment(work_pool=pool))
-    pool["job_variables"]["env"] = {"PYTHONSAFEPATH": 1, "OTHER": "1"}
+    (tmp_path / "tasks").rename(tmp_path / "mine")
+    pool["job_variables"]["env"] = {"OTHER": "2"}
     check_deployment(deployment(work_pool=pool))
 
 
