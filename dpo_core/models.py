@@ -7,6 +7,7 @@ installed package that carries one, and a hub name are turned into such a folder
 import hashlib
 import importlib.util
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -297,9 +298,9 @@ def load_weights(
         raise ModelError(
             f"{source} lacks {len(missing)} weights of its config, first {missing[0]}", LOAD_REMEDY
         )
-    if info["unexpected_keys"] and not in_part:
+    left = sorted(name for name in info["unexpected_keys"] if not _OLD_BUFFERS.search(name))
+    if left and not in_part:
         # transformers would leave these out and go on, so that the model is another than its files say.
-        left = sorted(info["unexpected_keys"])
         raise ModelError(
             f"{source} holds {len(left)} weights that {type(model).__name__} has no place for, "
             f"first {left[0]}",
@@ -312,6 +313,8 @@ def _cannot_load(source: Path, error: Exception, remedy: str) -> ModelError:
     return ModelError(f"the model in {source} cannot be loaded: {_first_line(error)}", _remedy(error, remedy))
 
 
+# Masks and tables of positions, which checkpoints of GPT-J, GPT-Neo, CodeGen and others carry along.
+_OLD_BUFFERS = re.compile(r"(masked_bias|attn\.bias|attention\.bias|inv_freq|_cached|position_ids)$")
 _GGUF_REMEDY = "The file is damaged or no GGUF model: download it again"
 
 

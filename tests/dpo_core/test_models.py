@@ -178,6 +178,17 @@ def test_a_tokenizer_of_another_model_is_refused(tiny: Path, tmp_path: Path) -> 
     check_tokenizer_fits(load_model(make_tiny_model(tmp_path / "many", eos_token_id=[7, 0])), tokenizer)
 
 
+def test_weights_without_a_place_are_refused_and_old_masks_are_not(tiny: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny, tmp_path / "copy")
+    file = copy / "model.safetensors"
+    mask = {"model.layers.0.self_attn.attn.masked_bias": torch.tensor(-1e9)}
+    save_file(load_file(file) | mask, file, {"format": "pt"})
+    load_model(copy)
+    save_file(load_file(file) | {"score.weight": torch.ones(1, 32)}, file, {"format": "pt"})
+    with pytest.raises(ModelError, match="1 weights that LlamaForCausalLM has no place for, first score"):
+        load_model(copy)
+
+
 def test_rows_must_fit_the_positions(model: Any) -> None:
     check_context(model.config, 512)
     with pytest.raises(ModelError, match="rows of 513 tokens and the model holds 512"):
