@@ -228,10 +228,17 @@ class ChatFormat:
         found = shared[-1] if shared else self._ends.search(last)
         return found.group() if found else ""
 
-    @property
-    def end_text(self) -> str:
-        """What ends an answer in a template that ends turns with text alone, empty elsewhere."""
-        return "" if self.end else self._ways[0].strip()
+    def bare(self, text: str, *, header: bool = True) -> str:
+        """An answer's own text, without what the template writes as text around it.
+
+        Args:
+            header: whether it may still begin with what the template writes in front of answers.
+        """
+        before, end, _ = self._ways[0].partition(self.end) if self.end else ("", "", "")
+        if not end and (written := self._ways[0].strip()):  # a turn that ends with text
+            return text.partition(written)[0]
+        text = text.removeprefix(self.header) if header else text
+        return text.removesuffix(before)
 
     def _closing(self, tail: str, messages: list[Message], tools: list[Any] | None) -> str:
         """The end of the last turn: of what the template writes after the answer, or what opens the next."""

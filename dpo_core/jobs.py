@@ -222,7 +222,7 @@ def scorer(source: str, tokenise: "Tokenise | PreTrainedTokenizerBase", precisio
     known = tokenise if isinstance(tokenise, Tokenise) else Tokenise(tokenise, TokenConfig())
 
     def by_text(sequences: Seq[Sequence], prompts: Seq[str]) -> list[float]:
-        return reward(list(prompts), [known.text(s.completion) for s in sequences])
+        return reward(list(prompts), [known.text(s.completion, s.prompt) for s in sequences])
 
     return by_text
 

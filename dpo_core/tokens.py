@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dpo_core.chat_format import ChatFormat, encode_parts
@@ -374,21 +375,39 @@ class Tokenise:
                 kept.append(result)
         return kept, dropped
 
-    def text(self, completion: Iterable[int]) -> str:
-        """A sampled answer as people and rewards read it: up to the end of its turn, without the header that
-        the template writes in front of every answer, and without special tokens."""
+    def text(self, completion: Iterable[int], prompt: Iterable[int] | None = None) -> str:
+        """A sampled answer as people and rewards read it: up to the end of its turn, without what the
+        template writes around answers, and without special tokens.
+
+        Args:
+            prompt: ids that were answered: after bare text nothing is taken for the template's. None: a
+                conversation.
+        """
         ids = list(completion)
         end = next((at for at, token in enumerate(ids) if token in self.stop_ids), len(ids))
         ids = ids[:end]
-        if self.writes_template:
-            header = self.chat_format().header
-            start = self.codec.inside(header, self.chat_format().encode) if header else []
-            if start and ids[: len(start)] == start:
-                ids = ids[len(start) :]
-            end_text = self.chat_format().end_text
-            text = self.codec.decode(ids)
-            return text.partition(end_text)[0] if end_text else text
-        return self.codec.decode(ids)
+        if not self.writes_template or not self._is_opened(prompt):
+            return self.codec.decode(ids)
+        form = self.chat_format()
+        start = self.codec.inside(form.header, form.encode) if form.header else []
+        if start and ids[: len(start)] == start:
+            return form.bare(self.codec.decode(ids[len(start) :]), header=False)
+        return form.bare(self.codec.decode(ids))
+
+    def _is_opened(self, prompt: Iterable[int] | None) -> bool:
+        """Whether a prompt ends as the template opens the assistant's turn."""
+        if prompt is None:
+            return True
+        last = self._opening[-2:]
+        return bool(last) and list(prompt)[-len(last) :] == last
+
+    @cached_property
+    def _opening(self) -> list[int]:
+        """A short conversation with the assistant's turn opened; empty where the template refuses it."""
+        try:
+            return self._opened([{"role": "user", "content": "Well"}], None)
+        except TemplateError:
+            return []
 
 
 def _answer_turns(answer: str, answer_chat: bool) -> list[Message]:

@@ -218,7 +218,7 @@ def sample_pairs(
         drawn = _sample(given, model, wanted, config, tokenise.stop_ids, seed)
         from dpo_core.tokens import Sequence
 
-        texts = [tokenise.text(c.ids) for c in drawn]
+        texts = [tokenise.text(c.ids, ids) for (_, ids), c in zip(wanted, drawn, strict=True)]
         rewards = scorer(reward, tokenise, "fp32")(
             [Sequence(ids, c.ids) for (_, ids), c in zip(wanted, drawn, strict=True)],
             [row["prompt"] for row, _ in wanted],

@@ -129,7 +129,7 @@ def _evaluate(
                 lambda n, done=done: bar.update(done + n),
             )
             facts["flops"] += _scoring_flops(reference, facts) if reward_model else 0.0
-            facts["texts"] = [tokenise.text(s["completion"]) for s in facts["sequences"]]
+            facts["texts"] = [tokenise.text(s["completion"], s["prompt"]) for s in facts["sequences"]]
             write_sealed(path, facts)
             facts = json.loads(json.dumps(facts))  # as one that is read
         measured[name] = facts

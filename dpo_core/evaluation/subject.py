@@ -94,7 +94,7 @@ class Subject:
         self.check_length(max(map(len, prompts), default=0) + room)
         stops = self.tokenise.stop_ids
         drawn = sample(self.model, prompts, sampling, eos_id=stops, seed=seed, progress=progress)
-        return [self.tokenise.text(c.ids) for c in drawn]
+        return [self.tokenise.text(c.ids, ids) for c, ids in zip(drawn, prompts, strict=True)]
 
     def check_length(self, longest: int) -> None:
         """Refuse rows of more tokens than the model, or its reference, has positions for."""

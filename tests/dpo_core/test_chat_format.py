@@ -103,6 +103,24 @@ def test_an_answer_is_what_the_template_writes_less_the_opened_prompt(kind: str)
     assert learnt_text(tokenizer, made) == EXPECTED[kind]
 
 
+def test_blanks_that_the_template_writes_are_no_part_of_an_answer_s_text(shared: Path) -> None:
+    from dpo_core.models import load_tokenizer
+
+    tokenizer = load_tokenizer(shared / "models/stories260K")
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+        "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+    )
+    prompt, answer = [user("Soup?"), assistant("Yes."), user("Warm?")], [assistant("It was.")]
+    made = written(tokenizer, row_of(prompt, answer))
+    whole = tokenizer.apply_chat_template([*prompt, *answer], return_dict=False)
+    assert [*made.prompt, *made.completion] == whole
+    tokenise = Tokenise(tokenizer, TokenConfig())
+    assert tokenise.text(made.completion, made.prompt) == "It was."
+    # After bare text the blank is the answer's own.
+    assert tokenise.text(made.completion, tokenise.prompt("It was", chat=False)) == " It was. "
+
+
 def test_a_prompt_that_opens_a_thought_needs_one_or_an_argument() -> None:
     tokenizer = make_tokenizer(TEMPLATES["empty thought"])
     tokenise = Tokenise(tokenizer, TokenConfig(**ROOM, template_arguments={"opened": True}))
