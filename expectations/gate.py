@@ -303,8 +303,6 @@ def judge(
             refused, why = template_flags(frame, usable, tokens)
             flags = flags.assign(template=refused)
             judged.notes |= {"template": why}
-        else:
-            judged.reasons["template"] = "no tokenizer was given"
         if not special_tokens:
             flags = flags.drop(columns="special_tokens")
             judged.reasons["special_tokens"] = "no tokenizer was given"
