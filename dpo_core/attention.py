@@ -6,6 +6,9 @@ where heads are too small for it, the pack is cut into its documents for the att
 (`document_attention`); everything else in the model runs on the packed tokens.
 """
 
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -68,9 +71,9 @@ def _by_document(
         ModelError: the architecture asks for attention that packs do not offer.
     """
     unknown = [name for name in ("s_aux", "head_mask") if others.get(name) is not None]
-    if softcap or dropout or unknown or (sliding_window and sliding_window < max(parts.lengths)):
+    if softcap or dropout or unknown:
         raise _no_packs()
-
+    parts = parts.within(sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     device = query.device.type
     reduced = query.dtype == torch.bfloat16 or torch.is_autocast_enabled(device)
@@ -90,7 +93,7 @@ def _by_document(
 
 def _no_packs() -> ModelError:
     return ModelError(
-        "the model's attention (soft cap, sinks, dropout or a short window) cannot run on packs",
+        "the model's attention (soft cap, sinks or dropout) cannot run on packs",
         "Set pack_tokens to null: padded rows serve every model",
     )
 
@@ -113,6 +116,21 @@ def _take_over(model: nn.Module) -> None:
     config._attn_implementation = NAME
 
 
+@contextmanager
+def attention_on_trial(model: nn.Module) -> Iterator[None]:
+    """Give a model the attention back that it came with, where the block fails or ends in an exception.
+
+    Some models (Falcon) ask for the name of their attention, and leave their causal mask out under ours.
+    """
+    config: Any = model.config
+    before = config._attn_implementation
+    try:
+        yield
+    except BaseException:
+        config._attn_implementation = before
+        raise
+
+
 def checkpoint_layers(model: nn.Module) -> None:
     """Recompute the layers of a language model or of a reward model in the backward pass."""
     trunk: Any = getattr(model, "backbone", model)
@@ -122,16 +140,23 @@ def checkpoint_layers(model: nn.Module) -> None:
 def trunk_of(model: nn.Module) -> Any:
     """The model without its output head."""
     whole: Any = model
-    return whole.get_decoder() if hasattr(model, "get_decoder") else whole.base_model
+    decoder = whole.get_decoder() if hasattr(model, "get_decoder") else whole.base_model
+    # Some classes name their trunk in no way that transformers finds (Llama 4's text model).
+    return decoder if decoder is not whole else getattr(whole, "model", whole.base_model)
+
+
+def takes(module: nn.Module, argument: str) -> bool:
+    """Whether a module's forward pass names this argument; trunks with ALiBi or a state have no positions."""
+    return argument in inspect.signature(getattr(module, "forward", module)).parameters
 
 
 def padded_hidden(model: nn.Module, ids_BT: Tensor, attention_BT: Tensor) -> Tensor:
     """Last hidden states (B, T, H) of right-padded rows, without the output head."""
-    positions_BT = (attention_BT.cumsum(-1) - 1).clamp(min=0)
-    output = trunk_of(model)(
-        input_ids=ids_BT, attention_mask=attention_BT, position_ids=positions_BT, use_cache=False
-    )
-    return output.last_hidden_state
+    trunk = trunk_of(model)
+    inputs = {"input_ids": ids_BT, "attention_mask": attention_BT, "use_cache": False}
+    if takes(trunk, "position_ids"):
+        inputs["position_ids"] = (attention_BT.cumsum(-1) - 1).clamp(min=0)
+    return trunk(**inputs).last_hidden_state
 
 
 def packed_hidden(model: nn.Module, pack: Pack, parts: DocumentParts | None = None) -> Tensor:
@@ -142,8 +167,8 @@ def packed_hidden(model: nn.Module, pack: Pack, parts: DocumentParts | None = No
     """
     trunk = trunk_of(model)
     inputs: dict[str, Any] = {"input_ids": pack.ids_T[None], "position_ids": pack.positions_T[None]}
-    if pack.ids_T.is_cuda and has_flex_heads(trunk.config):
-        inputs["attention_mask"] = block_mask(pack, getattr(trunk.config, "sliding_window", None))
+    if pack.ids_T.is_cuda and has_flex_heads(trunk.config) and not _exceeds_window(trunk.config, pack):
+        inputs["attention_mask"] = block_mask(pack)
     else:
         inputs["parts"] = parts or DocumentParts.of(pack)
     _take_over(model)
@@ -156,19 +181,19 @@ def has_flex_heads(config: Any) -> bool:
     return size >= LEAST_HEAD
 
 
-def block_mask(pack: Pack, window: int | None = None) -> Any:
-    """FlexAttention's mask of a pack whose length is a multiple of 128, from the borders of its documents.
+def _exceeds_window(config: Any, pack: Pack) -> bool:
+    """Whether a document reaches beyond a window of some layer: such packs attend document by document, where
+    every layer has its own window; one block mask serves all layers."""
+    window = getattr(config, "sliding_window", None)
+    return bool(window and int(pack.positions_T.max()) >= window)
 
-    Raises:
-        ModelError: a document is longer than the window in which some layer of the model attends.
-    """
+
+def block_mask(pack: Pack) -> Any:
+    """FlexAttention's mask of a pack whose length is a multiple of 128, from the borders of its documents."""
     from torch.nn.attention.flex_attention import BlockMask
 
     document_T, branch_T = pack.document_T, pack.branch_T
     documents = document_T.cpu().numpy()
-    # What follows the last token that predicts is padding.
-    if window and window < np.bincount(documents[: int(pack.predicts_N.max()) + 1]).max():
-        raise _no_packs()
 
     def visible(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         same = document_T[q] == document_T[k]

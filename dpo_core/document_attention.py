@@ -8,10 +8,11 @@ are rows of one product, which nothing has to be repeated for.
 Numbers are rounded where FlashAttention rounds: scores and softmax are fp32, probabilities and gradients of
 scores enter their products as bf16.
 
-Shapes: T tokens of a pack, L of a document, H query heads, K key-value heads, G = H / K, d size of a head.
+Shapes: T tokens of a pack, L of a document, H query heads, K key-value heads, G = H / K, d size of a head (e
+of the values' heads, where they differ).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,11 +29,28 @@ class DocumentParts:
     """Tokens of each document, padding being one more."""
     biases: tuple[Tensor, ...]
     """(L, L) of each document, added to the scores: 0 where a query may see a key, else minus infinity."""
+    positions: tuple[Tensor, ...]
+    """(L,) of each document: the place of each token in what its branch reads."""
+    windows: dict[int, "DocumentParts"] = field(default_factory=dict, compare=False)
+    """The same parts under the windows of the model's layers, made where a layer first asks for one."""
 
     @classmethod
     def of(cls, pack: Pack) -> "DocumentParts":
         lengths = torch.bincount(pack.document_T).tolist()
-        return cls(tuple(lengths), tuple(_bias(branch_L) for branch_L in pack.branch_T.split(lengths)))
+        biases = tuple(_bias(branch_L) for branch_L in pack.branch_T.split(lengths))
+        return cls(tuple(lengths), biases, tuple(pack.positions_T.split(lengths)))
+
+    def within(self, window: int | None) -> "DocumentParts":
+        """The same parts where a query sees only the last `window` positions, its own included."""
+        if not window or window >= max(self.lengths):
+            return self
+        if window not in self.windows:
+            biases = tuple(
+                bias_LL.masked_fill(p_L[:, None] - p_L[None, :] >= window, float("-inf"))
+                for bias_LL, p_L in zip(self.biases, self.positions, strict=True)
+            )
+            self.windows[window] = DocumentParts(self.lengths, biases, self.positions)
+        return self.windows[window]
 
     def slices(self) -> list[slice]:
         """The tokens of each document."""
@@ -49,51 +67,51 @@ def _bias(branch_L: Tensor) -> Tensor:
 
 
 class Bf16Attention(torch.autograd.Function):
-    """`apply(query_THd, key_TKd, value_TKd, parts, scale)`: (T, H, d) in bf16, of inputs of any floats."""
+    """`apply(query_THd, key_TKd, value_TKe, parts, scale)`: (T, H, e) in bf16, of inputs of any floats."""
 
     @staticmethod
     def forward(
-        ctx: Any, query_THd: Tensor, key_TKd: Tensor, value_TKd: Tensor, parts: DocumentParts, scale: float
+        ctx: Any, query_THd: Tensor, key_TKd: Tensor, value_TKe: Tensor, parts: DocumentParts, scale: float
     ) -> Tensor:
-        query_THd, key_TKd, value_TKd = (one.bfloat16() for one in (query_THd, key_TKd, value_TKd))
+        query_THd, key_TKd, value_TKe = (one.bfloat16() for one in (query_THd, key_TKd, value_TKe))
         heads = key_TKd.shape[1]
-        out_THd = torch.empty_like(query_THd, memory_format=torch.contiguous_format)
+        out_THe = query_THd.new_empty(*query_THd.shape[:2], value_TKe.shape[2])
         kept = []
         for here, bias_LL in zip(parts.slices(), parts.biases, strict=True):
             query_KRd = _rows(query_THd[here], heads)
-            key_KLd, value_KLd = (one[here].transpose(0, 1) for one in (key_TKd, value_TKd))
+            key_KLd, value_KLe = (one[here].transpose(0, 1) for one in (key_TKd, value_TKe))
             scores_KRL = torch.bmm(query_KRd.float() * scale, key_KLd.float().transpose(1, 2))
             scores_KRL.view(heads, -1, *bias_LL.shape).add_(bias_LL)
             probs_KRL = torch.softmax(scores_KRL, -1).bfloat16()
-            out_THd[here] = _tokens(torch.bmm(probs_KRL, value_KLd), len(bias_LL))
+            out_THe[here] = _tokens(torch.bmm(probs_KRL, value_KLe), len(bias_LL))
             kept.append(probs_KRL)
-        ctx.save_for_backward(query_THd, key_TKd, value_TKd, out_THd, *kept)
+        ctx.save_for_backward(query_THd, key_TKd, value_TKe, out_THe, *kept)
         ctx.parts, ctx.scale = parts, scale
-        return out_THd
+        return out_THe
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        query_THd, key_TKd, value_TKd, out_THd, *kept = ctx.saved_tensors
-        d_out_THd = gradients[0].bfloat16()
+        query_THd, key_TKd, value_TKe, out_THe, *kept = ctx.saved_tensors
+        d_out_THe = gradients[0].bfloat16()
         heads = key_TKd.shape[1]
-        d_query_THd, d_key_TKd, d_value_TKd = (
+        d_query_THd, d_key_TKd, d_value_TKe = (
             torch.empty_like(one, memory_format=torch.contiguous_format)
-            for one in (query_THd, key_TKd, value_TKd)
+            for one in (query_THd, key_TKd, value_TKe)
         )
         # Row sums of dP * P, without P: the output has mixed the values by it already.
-        sums_TH1 = (d_out_THd.float() * out_THd.float()).sum(-1, keepdim=True)
+        sums_TH1 = (d_out_THe.float() * out_THe.float()).sum(-1, keepdim=True)
         for here, probs_KRL in zip(ctx.parts.slices(), kept, strict=True):
             length = here.stop - here.start
-            query_KRd, d_out_KRd, sums_KR1 = (
-                _rows(one[here], heads) for one in (query_THd, d_out_THd, sums_TH1)
+            query_KRd, d_out_KRe, sums_KR1 = (
+                _rows(one[here], heads) for one in (query_THd, d_out_THe, sums_TH1)
             )
-            key_KLd, value_KLd = (one[here].transpose(0, 1) for one in (key_TKd, value_TKd))
-            d_value_TKd[here] = torch.bmm(probs_KRL.transpose(1, 2), d_out_KRd).transpose(0, 1)
-            d_scores_KRL = torch.bmm(d_out_KRd, value_KLd.transpose(1, 2)).float().sub_(sums_KR1)
+            key_KLd, value_KLe = (one[here].transpose(0, 1) for one in (key_TKd, value_TKe))
+            d_value_TKe[here] = torch.bmm(probs_KRL.transpose(1, 2), d_out_KRe).transpose(0, 1)
+            d_scores_KRL = torch.bmm(d_out_KRe, value_KLe.transpose(1, 2)).float().sub_(sums_KR1)
             d_scores_KRL = d_scores_KRL.mul_(probs_KRL).mul_(ctx.scale).bfloat16()
             d_query_THd[here] = _tokens(torch.bmm(d_scores_KRL, key_KLd), length)
             d_key_TKd[here] = torch.bmm(d_scores_KRL.transpose(1, 2), query_KRd).transpose(0, 1)
-        return d_query_THd, d_key_TKd, d_value_TKd, None, None
+        return d_query_THd, d_key_TKd, d_value_TKe, None, None
 
 
 def _rows(heads_LHd: Tensor, kv_heads: int) -> Tensor:

@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dpo_core.config import Config
+from dpo_core.next_token import cache_is_exact, open_rows
 
 
 class SamplingConfig(Config):
@@ -70,6 +71,7 @@ def sample(
         progress: called with the number of completions drawn so far.
     """
     stops = frozenset([eos_id] if isinstance(eos_id, int) else eos_id)
+    cache_is_exact(model)  # tried in full precision; a copy keeps the answer
     sampler = copy.deepcopy(model).to(torch.bfloat16) if config.precision == "bf16" else model
     results: list[Completion | None] = [None] * len(prompts)
     places = range(len(prompts)) if places is None else places
@@ -100,43 +102,25 @@ def _generate(
     uniforms_BT: Tensor,
 ) -> list[list[tuple[int, float]]]:
     """Ids and log-probs of each completion, its end included. Finished rows leave the batch."""
-    from transformers import DynamicCache
-
     device = next(model.parameters()).device
-    width = max(map(len, prompts))
-    ids_BT = torch.full((len(prompts), width), min(stops), dtype=torch.long)
-    attention_BT = torch.zeros_like(ids_BT)
-    for i, prompt in enumerate(prompts):
-        # Left padding: all rows end where their completion begins.
-        ids_BT[i, width - len(prompt) :] = torch.tensor(prompt)
-        attention_BT[i, width - len(prompt) :] = 1
-    ids_BT, attention_BT = ids_BT.to(device), attention_BT.to(device)
     completions: list[list[tuple[int, float]]] = [[] for _ in prompts]
     stops_E = torch.tensor(sorted(stops), device=device)
     live_B = torch.arange(len(prompts))
-    cache = DynamicCache()
+    rows = open_rows(model, prompts)
     for step in range(config.max_new_tokens):
-        output = model(
-            input_ids=ids_BT,
-            attention_mask=attention_BT,
-            position_ids=(attention_BT.cumsum(-1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        uniforms_B = uniforms_BT[live_B, step].to(device)
-        next_B, logps_B = _draw(output.logits[:, -1], config.temperature, uniforms_B)
+        logits_BV = rows.logits()
+        uniforms_B = uniforms_BT[live_B, step].to(logits_BV.device)
+        next_B, logps_B = _draw(logits_BV, config.temperature, uniforms_B)
         for row, token, logp in zip(live_B.tolist(), next_B.tolist(), logps_B.tolist(), strict=True):
             completions[row].append((token, logp))
         going_B = ~torch.isin(next_B, stops_E).cpu()
         if not going_B.any():
             break
         if not going_B.all():
-            keep = going_B.nonzero().squeeze(-1).to(device)
-            cache.batch_select_indices(keep)
-            attention_BT, next_B, live_B = attention_BT[keep], next_B[keep], live_B[going_B]
-        ids_BT = next_B[:, None]
-        attention_BT = torch.cat([attention_BT, torch.ones_like(ids_BT)], dim=1)
+            keep = going_B.nonzero().squeeze(-1).to(logits_BV.device)
+            rows.keep(keep)
+            next_B, live_B = next_B[keep], live_B[going_B]
+        rows.extend(next_B)
     return completions
 
 

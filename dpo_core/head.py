@@ -26,16 +26,31 @@ def head_of(model: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 def softcap_of(model: nn.Module) -> float | None:
-    """The bound that some models (Gemma 2) put on their logits."""
-    return getattr(model.config, "final_logit_softcapping", None)
+    """The bound that some models (Gemma 2, RecurrentGemma, xLSTM) put on their logits."""
+    return _field(model, "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
+def scale_of(model: nn.Module) -> float:
+    """The factor of the head's product (Cohere, Falcon-H1), or the inverse of its divisor (Granite)."""
+    divisor = _field(model, "logits_scaling")
+    if divisor and str(getattr(model.config, "model_type", "")).startswith("hyperclovax"):
+        return divisor  # a multiplier under Granite's name
+    factor = _field(model, "logit_scale", "lm_head_multiplier", "output_multiplier")
+    return 1 / divisor if divisor else factor or 1.0
+
+
+def _field(model: nn.Module, *names: str) -> float | None:
+    text: Any = getattr(model.config, "get_text_config", lambda: model.config)()
+    return next((value for name in names if (value := getattr(text, name, None)) is not None), None)
 
 
 def logits(model: nn.Module, hidden_CH: Tensor) -> Tensor:
     """(C, V) fp32, differentiable."""
-    softcap = softcap_of(model)
+    softcap, scale = softcap_of(model), scale_of(model)
     with torch.autocast(hidden_CH.device.type, enabled=False):
         weight_VH, bias_V = head_of(model)
         logits_CV = F.linear(hidden_CH.float(), weight_VH.float(), bias_V)
+        logits_CV = logits_CV if scale == 1 else logits_CV * scale
     return torch.tanh(logits_CV / softcap) * softcap if softcap else logits_CV
 
 
@@ -51,7 +66,8 @@ def target_logps(model: nn.Module, hidden_NH: Tensor, targets_N: Tensor, tempera
     device = hidden_NH.device.type
     products = torch.bfloat16 if torch.is_autocast_enabled(device) else torch.float32
     with torch.autocast(device, enabled=False):
-        arguments = hidden_NH.float(), weight_VH, bias_V, targets_N, 1 / temperature, products, keep
+        scale = scale_of(model) / temperature
+        arguments = hidden_NH.float(), weight_VH, bias_V, targets_N, scale, products, keep
         return _TargetLogps.apply(*arguments)
 
 

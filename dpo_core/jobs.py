@@ -14,15 +14,10 @@ from dpo_core import cost
 from dpo_core.adapters import add_lora, merge_lora
 from dpo_core.attention import trunk_of
 from dpo_core.dpo import DpoTrainer
+from dpo_core.dropout import disable_dropout
 from dpo_core.engine import put_state
 from dpo_core.errors import StageFailed
-from dpo_core.models import (
-    check_context,
-    config_in,
-    disable_dropout,
-    load_model,
-    load_tokenizer,
-)
+from dpo_core.models import check_context, config_in, load_model, load_tokenizer
 from dpo_core.online.group import GroupTrainer
 from dpo_core.online.ppo import PpoTrainer, make_critic
 from dpo_core.online.preferences import OnlineDpoTrainer
@@ -63,7 +58,6 @@ def _start(job: Job) -> tuple[Any, Any, Tokenise]:
     lora = getattr(job.settings, "lora", None)
     if lora:
         add_lora(model, lora, job.seed)
-    model.train()
     return model, tokenizer, Tokenise(tokenizer, job.tokens)
 
 

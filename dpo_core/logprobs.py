@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from dpo_core import cost
 from dpo_core.attention import whole_blocks
-from dpo_core.errors import ModelError
 from dpo_core.layout import Document, pack, pad
-from dpo_core.scores import branch_scores, can_share
+from dpo_core.packing_check import packing_fault
+from dpo_core.scores import branch_scores
 from dpo_core.tokens import Sequence
 
 Precision = Literal["fp32", "bf16"]
@@ -126,10 +126,10 @@ class _Plan:
 
 def _plan(model: nn.Module, sequences: Seq[Sequence], token_budget: int) -> _Plan:
     families = _families(sequences, token_budget)
-    # Tried only where there is something to share: it costs two small passes.
-    shared = len(families) < len(sequences) and can_share(model)
-    window = getattr(model.config, "sliding_window", None)
-    if not shared or (window and window < max(len(_document(sequences, family)) for family in families)):
+    # Tried only where there is something to share: it costs two passes.
+    longest = max(len(_document(sequences, family)) for family in families)
+    shared = len(families) < len(sequences) and packing_fault(model, longest) is None
+    if not shared:
         families, shared = [[i] for i in range(len(sequences))], False
     documents = [_document(sequences, family) for family in families]
     groups = length_batches([len(d) for d in documents], token_budget)
@@ -156,25 +156,6 @@ def _families(sequences: Seq[Sequence], token_budget: int) -> list[list[int]]:
 
 def _document(sequences: Seq[Sequence], family: Seq[int]) -> Document:
     return Document.of(*(sequences[i] for i in family))
-
-
-@torch.no_grad()
-def check_definition(model: nn.Module, sequence: Sequence, tolerance: float = 1e-3) -> None:
-    """Refuse an architecture whose own logits differ from trunk + head (scaled or shifted logits).
-
-    Raises:
-        ModelError: the log-probs of the model's own forward differ by more than `tolerance` nats.
-    """
-    rows = pad([_document([sequence], [0])]).to(next(model.parameters()).device)
-    ours_L = branch_scores(model, rows).logps_SL[0]
-    logits_TV = model(input_ids=rows.ids_ST, attention_mask=rows.attention_ST).logits[0].float()
-    theirs_L = torch.log_softmax(logits_TV[rows.predicts_N], -1).gather(-1, rows.targets_N[:, None])[:, 0]
-    gap = (ours_L - theirs_L).abs().max().item()
-    if not gap <= tolerance:
-        raise ModelError(
-            f"the model scales or shifts its logits in an unknown way (log-probs differ by {gap:.2g})",
-            "Use a model whose output head is a plain linear layer",
-        )
 
 
 def length_batches(lengths: Seq[int], token_budget: int) -> list[list[int]]:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from dpo_core.attention import checkpoint_layers, has_flex_heads, packed_hidden, trunk_of
 from dpo_core.document_attention import DocumentParts
+from dpo_core.dropout import set_training
 from dpo_core.engine import EngineConfig
 from dpo_core.layout import Layout, Pack
 from dpo_core.logprobs import autocast
@@ -173,9 +174,10 @@ def _trace(config: Any, layout: Layout, engine: EngineConfig, layers: int, on_gp
     by_flex = on_gpu and has_flex_heads(config.get_text_config())
     parts = DocumentParts.of(layout) if isinstance(layout, Pack) and not by_flex else None
     with quiet_transformers(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        model = build(_shallow(config, layers), dtype=torch.float32).train()
+        model = build(_shallow(config, layers), dtype=torch.float32)
         if engine.gradient_checkpointing:
             checkpoint_layers(model)
+        set_training(model)
         known = [t.untyped_storage() for t in (*model.parameters(), *model.buffers())]
         for parameter in model.parameters():
             parameter.grad = torch.empty_like(parameter)
@@ -185,7 +187,8 @@ def _trace(config: Any, layout: Layout, engine: EngineConfig, layers: int, on_gp
             return tuple(map(fake, value)) if isinstance(value, tuple) else mode.from_tensor(value)
 
         faked = type(layout)(**{name: fake(value) for name, value in vars(layout).items()})
-        parts = DocumentParts(parts.lengths, tuple(map(fake, parts.biases))) if parts else None
+        if parts:
+            parts = DocumentParts(parts.lengths, fake(parts.biases), fake(parts.positions))
         with _Living(known) as living:
             for bias in parts.biases if parts else ():
                 living.born(bias.untyped_storage())

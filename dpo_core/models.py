@@ -400,23 +400,6 @@ def check_context(model_config: Any, needed: int) -> None:
         )
 
 
-def disable_dropout(model: "torch.nn.Module") -> None:
-    """Set every dropout to zero: policy and reference must compute the same function."""
-    import torch
-
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    config = getattr(model, "config", None)
-    for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"):
-        if getattr(config, name, 0.0):
-            setattr(config, name, 0.0)
-    for module in model.modules():
-        # Attention layers of transformers copy the rate out of the config when they are built.
-        if getattr(module, "attention_dropout", 0.0):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
-
-
 def parameter_count(folder: Path) -> int:
     """Number of stored weight elements of a checkpoint, read from the safetensors headers alone."""
     return sum(elements for _, _, elements in tensor_headers(folder))

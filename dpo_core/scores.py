@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dpo_core import head
-from dpo_core.attention import BLOCK, packed_hidden, padded_hidden
-from dpo_core.errors import ModelError
+from dpo_core.attention import packed_hidden, padded_hidden
 from dpo_core.head import head_of, keeps_logits, logits, softcap_of, target_logps
-from dpo_core.layout import Document, Layout, Pack, PaddedRows, pack, pad
+from dpo_core.layout import Layout, Pack, PaddedRows
 
 
 @dataclass(frozen=True)
@@ -83,25 +82,6 @@ def branch_scores(
         prompt_D = logps_M.new_zeros(len(layout.prompt_lengths_D))
         prompt_D = prompt_D.index_add(0, layout.prompt_document_M, logps_M)
     return BranchScores(**tables, lengths_S=layout.lengths_S, prompt_D=prompt_D)
-
-
-@torch.no_grad()
-def can_share(model: nn.Module) -> bool:
-    """Whether the architecture gives the same log-probs from packs as from padded rows, tried on small ones.
-
-    Attention that looks beyond masks and positions (ALiBi, state spaces, soft caps, sinks) cannot.
-    """
-    ids = [i % len(head_of(model)[0]) for i in range(40)]
-    documents = [
-        Document(tuple(ids[a : a + 5]), (tuple(ids[a : a + 3]), tuple(ids[a + 3 : a + 8]))) for a in (0, 9)
-    ]
-    device = next(model.parameters()).device
-    padded = branch_scores(model, pad(documents).to(device)).logps_SL
-    try:
-        packed = branch_scores(model, pack(documents, pad_to=BLOCK).to(device)).logps_SL
-    except (ModelError, TypeError, AttributeError, RuntimeError):
-        return False
-    return torch.allclose(padded, packed, atol=2e-3)
 
 
 def token_scores(

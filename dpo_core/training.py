@@ -21,13 +21,14 @@ from dpo_core import cost
 from dpo_core.attention import checkpoint_layers, trunk_of, whole_blocks
 from dpo_core.batches import Batch, Batches, PackedBatches, PaddedBatches
 from dpo_core.config import Config
+from dpo_core.dropout import set_training
 from dpo_core.engine import Engine, MetricsFile, Stopped
 from dpo_core.engine_config import EngineConfig, OptimConfig
 from dpo_core.errors import StageFailed
 from dpo_core.head import keeps_logits
 from dpo_core.layout import Document, Layout, Pack, pack, pad
+from dpo_core.packing_check import packing_fault
 from dpo_core.routing import router_balance
-from dpo_core.scores import can_share
 
 log = logging.getLogger(__name__)
 Example = TypeVar("Example")
@@ -185,6 +186,7 @@ class Trainer(ABC, Generic[Example]):
             self.load_state(state["trainer"])
         else:
             self.engine.run(self.check_start)
+        set_training(self.module)
         rank0 = self.engine.rank == 0
         metrics = MetricsFile(self.work / "metrics.jsonl", resume_after=done) if rank0 else None
         last: dict[str, float] = dict(state["metrics"]) if state else {}
@@ -271,16 +273,18 @@ class PackedTrainer(Trainer[Example]):
         """The prompt of an example with its completions."""
 
     def make_batches(self) -> Batches:
-        self.packed = self.config.pack_tokens is not None and can_share(self.module)
+        lengths_E = np.array([len(self.document(e)) for e in self.examples])
+        fault = None
+        if self.config.pack_tokens is not None:
+            fault = packing_fault(self.module, int(lengths_E.max()))
+            if fault:
+                log.warning("padded rows instead of packs: %s", fault)
+        self.packed = self.config.pack_tokens is not None and fault is None
         if not self.packed or self.config.pack_tokens is None:
-            if self.config.pack_tokens is not None:
-                log.warning(
-                    "the model cannot share a prompt between completions; padded rows instead of packs"
-                )
             return super().make_batches()
         steps_an_epoch = max(1, len(self.examples) // self.config.batch_size)
         return PackedBatches(
-            np.array([len(self.document(e)) for e in self.examples]),
+            lengths_E,
             self.config.batch_size,
             self.config.pack_tokens,
             epochs=-(-self.total_steps // steps_an_epoch),

@@ -11,7 +11,8 @@ from lm_eval.models.huggingface import HFLM
 from dpo_core.errors import ModelError, StageFailed
 from dpo_core.evaluation.rows import Progress
 from dpo_core.evaluation.subject import Subject
-from dpo_core.logprobs import Precision, check_definition, completion_logps
+from dpo_core.logprobs import Precision, completion_logps
+from dpo_core.model_check import check_definition
 from dpo_core.models import check_context
 from dpo_core.tokens import Sequence
 
@@ -61,7 +62,7 @@ class HarnessLM(HFLM):
         distinct = list(dict.fromkeys(wanted))
         check_context(self.model.config, max(map(len, distinct)) - 1)
         try:
-            check_definition(self.model, min(distinct, key=len))
+            check_definition(self.model)
         except ModelError:  # its logits are more than trunk and head: ask its own forward
             answered: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, disable_tqdm=True)
             return answered

@@ -11,6 +11,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from dpo_core.dropout import set_training
 from dpo_core.logprobs import autocast
 from dpo_core.online import group_math, ppo_math
 from dpo_core.online.group_math import Aggregate, Level, Scale
@@ -181,7 +182,7 @@ class GroupTrainer(OnlineTrainer[Judged]):
         total = group_math.denominator(self.rules.aggregate, responses, tokens, longest)
         sums: dict[str, float] = {}
         norm = 0.0
-        self.module.train()
+        set_training(self.module)
         for micro in minibatch:
             loss, numbers = self._losses(micro)
             self.engine.backward(loss, total)

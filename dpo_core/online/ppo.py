@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dpo_core import cost
 from dpo_core.attention import trunk_of
+from dpo_core.dropout import set_training
 from dpo_core.engine import Engine
 from dpo_core.engine_config import OptimConfig
 from dpo_core.layout import Document, PaddedRows, pad
@@ -195,8 +196,8 @@ class PpoTrainer(OnlineTrainer[Estimated]):
         tokens, states = self.engine.all_sum(counts).tolist()
         sums: dict[str, float] = {}
         norm = critic_norm = 0.0
-        self.module.train()
-        self.critic.train()
+        set_training(self.module)
+        set_training(self.critic)
         for micro in minibatch:
             policy, stats = self._policy_loss(micro)
             self.engine.backward(policy, tokens)

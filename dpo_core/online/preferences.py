@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dpo_core import cost
+from dpo_core.dropout import set_training
 from dpo_core.logprobs import autocast
 from dpo_core.objectives import ObjectiveName, PairLogps, Term, Totals, combine, get, pair_metrics
 from dpo_core.online.group_math import flat_groups
@@ -131,7 +132,7 @@ class OnlineDpoTrainer(OnlineTrainer[Pair]):
         totals = Totals(pairs=max(pairs, 1.0), chosen_tokens=tokens, prompt_tokens=0.0)
         sums: dict[str, float] = {}
         norm = 0.0
-        self.module.train()
+        set_training(self.module)
         for micro in minibatch:
             weight_P = torch.tensor([pair.weight for pair in micro], device=self.engine.device)
             losses_P, numbers = self._losses(micro, totals)

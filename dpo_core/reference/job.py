@@ -24,9 +24,11 @@ import numpy as np
 from pydantic import Field
 
 from dpo_core.config import Config
+from dpo_core.dropout import disable_dropout
 from dpo_core.errors import DpoError, ModelError, StageFailed
-from dpo_core.logprobs import Precision, check_definition, read_flops
-from dpo_core.models import config_in, disable_dropout, load_model
+from dpo_core.logprobs import Precision, read_flops
+from dpo_core.model_check import check_definition
+from dpo_core.models import config_in, load_model
 from dpo_core.reference.cache import ReferenceCache
 from dpo_core.reference.compute import compute
 from dpo_core.reference.keys import reference_facts, sequence_key, share
@@ -271,7 +273,7 @@ def run_rank(job: ReferenceJob, rank: int, world: int, progress: Callable[[int],
         torch.backends.cuda.enable_cudnn_sdp(False)
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     model.to(device)
-    check_definition(model, min(missing, key=len))
+    check_definition(model)
     compute(
         model,
         missing,

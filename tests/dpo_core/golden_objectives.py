@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from dpo_core.dpo import DpoConfig, DpoTrainer
-from dpo_core.models import disable_dropout, load_model
+from dpo_core.dropout import disable_dropout
+from dpo_core.models import load_model
 from dpo_core.objectives import get, names
 from dpo_core.ranks import start_distributed
 from dpo_core.reference import LogpShard

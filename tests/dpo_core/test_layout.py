@@ -15,9 +15,10 @@ from transformers import (
 )
 
 from dpo_core.attention import _blocks, block_mask, has_flex_heads
-from dpo_core.errors import ModelError
 from dpo_core.layout import Document, pack, pad
-from dpo_core.scores import branch_scores, can_share, hidden_of
+from dpo_core.logprobs import autocast
+from dpo_core.packing_check import packing_fault
+from dpo_core.scores import branch_scores, hidden_of
 from dpo_core.tokens import Sequence
 from tests.logps import full_logps
 
@@ -201,11 +202,25 @@ def test_blocks_cover_exactly_what_may_be_seen(count, seed, longest, branches):
     assert not blocks[~partial & ~full].any(), "no visible pair lies in a block left out"
 
 
-def test_flex_attention_refuses_a_window_shorter_than_a_document():
-    layout = pack([Document((1, 2, 3), ((4, 5), (6, 7, 8))), Document((9,), ((10,), (11, 12)))], pad_to=128)
-    block_mask(layout, window=6)
-    with pytest.raises(ModelError, match="short window"):
-        block_mask(layout, window=5)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("window", [1, 3, 16, 400])
+def test_packs_keep_the_window_of_a_layer(window, precision):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=window)).eval()
+    chosen = documents(6, seed=4, longest=30)
+    found = []
+    for layout in (pad(chosen), pack(chosen, pad_to=384)):
+        model.zero_grad()
+        with autocast(precision):
+            logps = branch_scores(model, layout).logps_SL
+        logps.sum().backward()
+        found.append((logps.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+    (rows, rows_grad), (packs, packs_grad) = found
+    exact = precision == "fp32"
+    torch.testing.assert_close(packs, rows, rtol=0, atol=1e-5 if exact else 0.05)
+    assert (packs_grad - rows_grad).norm() <= (1e-5 if exact else 0.05) * rows_grad.norm()
 
 
 @pytest.mark.parametrize(("heads", "given", "flex"), [(2, None, True), (4, None, False), (4, 16, True)])
@@ -240,8 +255,9 @@ def test_padded_rows_after_a_pack_are_what_they_were_before():
 def test_an_architecture_that_cannot_share_is_found_out():
     torch.manual_seed(0)
     sizes = {"vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 2}
-    assert can_share(llama())
-    assert not can_share(BloomForCausalLM(BloomConfig(**sizes)).eval()), "ALiBi reads places, not positions"
+    assert packing_fault(llama(), 60, gradients=True) is None
+    bloom = BloomForCausalLM(BloomConfig(**sizes)).eval()
+    assert "packs" in packing_fault(bloom, 60), "ALiBi reads places, not positions"
 
 
 @pytest.mark.parametrize("lay_out", [pack, pad])

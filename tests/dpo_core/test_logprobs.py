@@ -15,7 +15,8 @@ from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralFo
 from dpo_core import attention, head
 from dpo_core.errors import ModelError
 from dpo_core.layout import Document, PaddedRows, pad
-from dpo_core.logprobs import autocast, check_definition, completion_logps, length_batches
+from dpo_core.logprobs import autocast, completion_logps, length_batches
+from dpo_core.model_check import check_definition
 from dpo_core.scores import branch_scores, hidden_of, token_scores
 from dpo_core.tokens import Sequence
 from tests.logps import full_logps, random_sequences
@@ -163,7 +164,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize("name", ["no sharing", "a short window", "a long window"])
-def test_a_model_that_cannot_share_prompts_reads_rows(name: str) -> None:
+def test_a_model_that_cannot_share_prompts_reads_rows_and_windows_are_kept(name: str) -> None:
     torch.manual_seed(0)
     if name == "no sharing":
         model: Any = BloomForCausalLM(BloomConfig(vocab_size=386, hidden_size=32, n_layer=2, n_head=2)).eval()
@@ -176,7 +177,7 @@ def test_a_model_that_cannot_share_prompts_reads_rows(name: str) -> None:
     sequences = [*families(3), Sequence(long[:100], long[100:])]
     trunk.register_forward_pre_hook(lambda *a: packs.append("parts" in a[-1]), with_kwargs=True)
     found = {i: x for part in completion_logps(model, sequences, "fp32", 4096) for i, x in part.items()}
-    assert packs[-1] == (name == "a long window")
+    assert packs[-1] == (name != "no sharing")
     with torch.no_grad():
         for index, sequence in enumerate(sequences):
             torch.testing.assert_close(found[index], full_logps(model, sequence), rtol=0, atol=1e-5)
@@ -268,29 +269,45 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", ["Llama", "Qwen2", "Gemma2"])
-def test_known_architectures_fit_the_definition(name: str) -> None:
+# Fields that scale or bound the logits, with values that show.
+HEADS: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Qwen2": {},
+    "Gemma2": {"final_logit_softcapping": 2.0},
+    "Granite": {"logits_scaling": 8.0},
+    "Cohere": {"logit_scale": 0.25},
+    "Cohere2": {"logit_scale": 0.25},
+    "HyperCLOVAX": {"logits_scaling": 3.0},
+}
+
+
+def small(name: str, **changes: Any) -> Any:
     import transformers
 
     torch.manual_seed(0)
-    config = getattr(transformers, f"{name}Config")(**SMALL)
-    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    config = getattr(transformers, f"{name}Config")(**SMALL | HEADS[name] | changes)
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_known_architectures_fit_the_definition(name: str, temperature: float) -> None:
+    model = small(name)
     sequences = random_sequences(3, 50, seed=1, longest=6)
-    check_definition(model, sequences[0])
-    with torch.no_grad():
-        ours = branch_scores(model, padded(sequences)).logps_SL
-        for sequence, logps_L in zip(sequences, ours, strict=True):
-            wanted = full_logps(model, sequence)
-            torch.testing.assert_close(logps_L[: len(wanted)], wanted, rtol=0, atol=1e-5)
+    check_definition(model)
+    rows = padded(sequences)
+    ours = logps_of(model, rows, temperature)
+    theirs = rows.table(torch.cat([full_logps(model, s, temperature) for s in sequences]))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+    for mine, full in zip(gradients(model, ours).values(), gradients(model, theirs).values(), strict=True):
+        torch.testing.assert_close(mine, full, rtol=1e-4, atol=1e-5)
 
 
-def test_an_architecture_that_scales_its_logits_is_refused() -> None:
-    from transformers import GraniteConfig, GraniteForCausalLM
-
-    torch.manual_seed(0)
-    model = GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=8.0)).eval()
-    with pytest.raises(ModelError, match="scales or shifts its logits"):
-        check_definition(model, Sequence((1, 2), (3, 4)))
+def test_an_architecture_that_changes_its_logits_in_an_unknown_way_is_refused() -> None:
+    model = small("Llama")
+    model.lm_head.register_forward_hook(lambda module, ids, logits_BTV: logits_BTV * 3)
+    with pytest.raises(ModelError, match="not its trunk with a linear head"):
+        check_definition(model)
 
 
 @given(lengths=st.lists(st.integers(1, 300), max_size=40), budget=st.integers(1, 1000))

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from dpo_core.dropout import disable_dropout
 from dpo_core.errors import ModelError
 from dpo_core.models import (
     ModelConfig,
@@ -19,7 +20,6 @@ from dpo_core.models import (
     check_finite,
     check_tokenizer_fits,
     convert,
-    disable_dropout,
     load_model,
     load_tokenizer,
     locate,

@@ -1,0 +1,41 @@
+"""Training without random noise: policy and reference must compute the same function.
+
+Architectures name their dropout, layer drop and router jitter in many ways, and some read the rate from the
+config in every forward pass. So the rates are set to zero where they can be seen, and all modules run in eval
+mode besides, except for layers that recompute themselves in the backward pass: transformers asks these for
+training mode. `model_check` proves it by two passes.
+"""
+
+import re
+from typing import Any
+
+from torch import nn
+
+_NOISE = re.compile(r"drop|jitter")
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every rate of dropout, layer drop and router jitter to zero, in modules and configs."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
+        _zero_rates(module)
+    for config in {
+        id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None
+    }.values():
+        _zero_rates(config)
+
+
+def _zero_rates(holder: Any) -> None:
+    for name, value in list(vars(holder).items()):
+        # Of a module with this name (Falcon's attention_dropout) the rate is its own `p`.
+        if isinstance(value, float) and value and _NOISE.search(name):
+            setattr(holder, name, 0.0)
+
+
+def set_training(model: nn.Module) -> None:
+    """Make a model ready for a training step: eval mode, gradient checkpointing where it is switched on."""
+    model.eval()
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True

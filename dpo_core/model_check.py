@@ -1,0 +1,196 @@
+"""Whether a model can be aligned, decided before anything is trained: packed, padded or refused.
+
+Everything that the pipeline assumes of an architecture is tried on the model itself, in some small passes:
+its trunk and head give its own output, no token reads a later one, padding changes nothing, two passes in
+training mode agree, packs give what padded rows give, in the precision of training too.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from dpo_core.attention import attention_on_trial, whole_blocks
+from dpo_core.dropout import disable_dropout, set_training
+from dpo_core.errors import ModelError
+from dpo_core.layout import Document, pack, pad
+from dpo_core.logprobs import Precision, autocast
+from dpo_core.models import load_model
+from dpo_core.next_token import cache_is_exact
+from dpo_core.packing_check import difference, packing_fault, trial_documents
+from dpo_core.scores import branch_scores
+
+REMEDY = "Use a causal language model of another architecture, such as Llama, Qwen, Mistral, Gemma or OLMo"
+_SHORT = 24
+# What can go wrong inside an architecture that does not do what the trainer asks of it.
+_RAW = (
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ValueError,
+    IndexError,
+    KeyError,
+    AssertionError,
+    NotImplementedError,
+)
+
+
+@dataclass(frozen=True)
+class ModelCheck:
+    """How a model is trained, or why it cannot be."""
+
+    layout: Literal["packed", "padded", "refused"]
+    reason: str
+    """One sentence."""
+    sampling: Literal["cached", "whole rows", "none"] = "none"
+    """How the next token is computed; whole rows are read again where the cache is not exact."""
+
+    def require(self) -> None:
+        """Raises ModelError for a refused model."""
+        if self.layout == "refused":
+            raise ModelError(f"the model cannot be aligned: {self.reason}", REMEDY)
+
+
+def check_folder(
+    folder: Path, *, trust_remote_code: bool = False, precision: Precision = "bf16", longest: int = 512
+) -> ModelCheck:
+    """`check_model` of a checkpoint folder or .gguf file; what cannot be loaded is refused."""
+    try:
+        model = load_model(folder, trust_remote_code=trust_remote_code)
+    except ModelError as error:
+        return ModelCheck("refused", error.problem)
+    return check_model(model, precision=precision, longest=longest)
+
+
+def check_model(model: nn.Module, *, precision: Precision = "bf16", longest: int = 512) -> ModelCheck:
+    """Try everything that training, sampling and evaluation assume.
+
+    The model is left in eval mode with its dropout switched off.
+
+    Args:
+        precision: of training.
+        longest: tokens of the longest document that will be trained (`tokens.max_length`).
+    """
+    disable_dropout(model)
+    model.eval()
+    fault = definition_fault(model)
+    if fault:
+        return ModelCheck("refused", fault)
+    sampling: Literal["cached", "whole rows"] = "cached" if cache_is_exact(model) else "whole rows"
+    why = packing_fault(model, longest, gradients=True) or _reduced_fault(model, precision)
+    if why:
+        return ModelCheck("padded", why, sampling)
+    return ModelCheck("packed", "packs give the log-probs and gradients of padded rows", sampling)
+
+
+def check_definition(model: nn.Module) -> None:
+    """Raises ModelError for a model whose log-probs are not what its trunk and head give, and the like."""
+    fault = definition_fault(model)
+    if fault:
+        ModelCheck("refused", fault).require()
+
+
+@torch.no_grad()
+def definition_fault(model: nn.Module) -> str | None:
+    """Why log-probs of a model cannot be computed or trained as this project does, or None.
+
+    Left in eval mode, with the attention that it came with.
+    """
+    try:
+        return _fault(model)
+    except ModelError as error:
+        return error.problem
+    except _RAW as error:
+        return (
+            f"its layers do not run as a trunk with an output head ({type(error).__name__}: {_line(error)})"
+        )
+    finally:
+        model.eval()
+
+
+def _fault(model: nn.Module) -> str | None:
+    documents = trial_documents(model, _SHORT)
+    together = _logps(model, documents)
+    spread_allowed = difference(together, together)[1]
+    if not torch.isfinite(together).all():
+        return "its log-probs are not finite"
+    own = torch.cat([_own_logps(model, document) for document in documents])
+    gap = float((together - own).abs().max())
+    if not gap <= spread_allowed:
+        causal = _reads_ahead(model, documents[0])
+        return causal or (
+            f"its output is not its trunk with a linear head (log-probs differ by {gap:.2g} nats): it "
+            "scales, shifts or bounds its logits in an unknown way, or reads padding"
+        )
+    ahead = _reads_ahead(model, documents[0])
+    if ahead:
+        return ahead
+    set_training(model)
+    first, second = (_logps(model, documents) for _ in range(2))
+    gap = float(torch.stack([first - second, first - together]).abs().max())
+    if not gap <= spread_allowed:
+        return (
+            f"two passes in training mode differ by {gap:.2g} nats: it adds noise that cannot be switched off"
+        )
+    return None
+
+
+def _logps(model: nn.Module, documents: list[Document]) -> Tensor:
+    """(N,) of all branches of all documents, in one pass of padded rows."""
+    layout = pad(documents).to(next(model.parameters()).device)
+    return branch_scores(model, layout).logps_SL[layout.place_N]
+
+
+def _own_logps(model: Any, document: Document) -> Tensor:
+    """(N,) of a document's branches by the model's own output, each row alone and without padding."""
+    found = []
+    for branch in document.branches:
+        ids = torch.tensor([document.prompt + branch], device=next(model.parameters()).device)
+        logps_TV = torch.log_softmax(model(input_ids=ids).logits[0].float(), -1)
+        at = torch.arange(len(document.prompt) - 1, ids.shape[1] - 1)
+        found.append(logps_TV[at, ids[0, at + 1]])
+    return torch.cat(found)
+
+
+def _reads_ahead(model: Any, document: Document) -> str | None:
+    """A token's hidden state must not change with the tokens that follow."""
+    ids = torch.tensor([document.prompt], device=next(model.parameters()).device)
+    whole = torch.log_softmax(model(input_ids=ids).logits[0].float(), -1)
+    part = torch.log_softmax(model(input_ids=ids[:, : ids.shape[1] // 2]).logits[0].float(), -1)
+    gap, allowed = difference(whole[: len(part)], part)
+    if not gap <= allowed:
+        return f"it is bidirectional: log-probs change by {gap:.2g} nats with the tokens that follow"
+    return None
+
+
+def _reduced_fault(model: nn.Module, precision: Precision) -> str | None:
+    """Packs in bf16 must be about as near to fp32 as padded rows in bf16 are."""
+    if precision == "fp32":
+        return None
+    device = next(model.parameters()).device
+    documents = trial_documents(model, _SHORT)
+    tokens = sum(map(len, documents))
+    layouts = pad(documents), pack(documents, whole_blocks(tokens) if device.type == "cuda" else None)
+    try:
+        with torch.no_grad(), attention_on_trial(model):
+            exact = _logps(model, documents)
+            with autocast(precision, device):
+                padded, packed = (branch_scores(model, one.to(device)).logps_SL for one in layouts)
+            place_N = layouts[0].to(device).place_N
+            noise, gap = (float((logps[place_N] - exact).abs().mean()) for logps in (padded, packed))
+            if not gap <= 4 * noise + difference(exact, exact)[1]:
+                raise ModelError(
+                    f"in {precision} its packs differ by {gap:.2g} nats from fp32, its rows by {noise:.2g}",
+                    "",
+                )
+    except ModelError as error:
+        return error.problem
+    except _RAW as error:
+        return f"its layers cannot run on packs in {precision} ({type(error).__name__}: {_line(error)})"
+    return None
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:120]
