@@ -17,12 +17,14 @@ from dpo_core.dropout import disable_dropout, set_training
 from dpo_core.errors import ModelError
 from dpo_core.layout import Document, pack, pad
 from dpo_core.logprobs import Precision, autocast
-from dpo_core.models import load_model
+from dpo_core.models import ModelConfig, check_source_context, load_model, locate, read_config
 from dpo_core.next_token import cache_is_exact
 from dpo_core.packing_check import difference, packing_fault, trial_documents
 from dpo_core.scores import branch_scores
 
 REMEDY = "Use a causal language model of another architecture, such as Llama, Qwen, Mistral, Gemma or OLMo"
+CHECK_VERSION = 1
+"""Raised where the check finds more or less than before: models are then checked again."""
 _SHORT = 24
 # What can go wrong inside an architecture that does not do what the trainer asks of it.
 _RAW = (
@@ -53,14 +55,31 @@ class ModelCheck:
             raise ModelError(f"the model cannot be aligned: {self.reason}", REMEDY)
 
 
-def check_folder(
-    folder: Path, *, trust_remote_code: bool = False, precision: Precision = "bf16", longest: int = 512
-) -> ModelCheck:
+def check_named(config: ModelConfig, *, precision: Precision = "bf16", longest: int = 512) -> ModelCheck:
+    """`check_model` of the model that a recipe names; what cannot be found or loaded is refused."""
+    try:
+        source = locate(config)
+        check_source_context(source, longest)
+        if config.scratch is not None:  # of its architecture alone: its weights are yet to be drawn
+            return check_model(_drawn(config), precision=precision, longest=longest)
+    except ModelError as error:
+        return ModelCheck("refused", f"{error.problem}. {error.remedy}")
+    return check_folder(source, precision=precision, longest=longest)
+
+
+def _drawn(config: ModelConfig) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    model: nn.Module = AutoModelForCausalLM.from_config(read_config(config), dtype=torch.float32)
+    return model
+
+
+def check_folder(folder: Path, *, precision: Precision = "bf16", longest: int = 512) -> ModelCheck:
     """`check_model` of a checkpoint folder or .gguf file; what cannot be loaded is refused."""
     try:
-        model = load_model(folder, trust_remote_code=trust_remote_code)
+        model = load_model(folder)
     except ModelError as error:
-        return ModelCheck("refused", error.problem)
+        return ModelCheck("refused", f"{error.problem}. {error.remedy}")
     return check_model(model, precision=precision, longest=longest)
 
 

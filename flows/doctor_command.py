@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from flows.options import JsonOption, SetOption
+
 if TYPE_CHECKING:
     from tasks.doctor.finding import Finding
 
@@ -18,7 +20,11 @@ _IMPATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "3", "MLFLOW_HTTP_REQUEST_MAX_RETRI
 
 def doctor(
     workspace: Annotated[str, typer.Option(help="Workspace folder.")] = "./runs",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
+    model: Annotated[
+        str | None, typer.Option(help="Check only whether this model can be aligned, named as in a recipe.")
+    ] = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Look for common faults of packages, workspace, MLflow, Prefect, ports and promotions. Changes nothing.
 
@@ -26,9 +32,14 @@ def doctor(
     """
     import json
 
-    from dpo_core.errors import StageFailed
+    from dpo_core.errors import RecipeError, StageFailed
     from tasks.workspace import open_workspace
 
+    if model is not None:
+        _check_model(model, overrides or [], as_json)
+        return
+    if overrides:
+        raise RecipeError("--set is read with --model alone", "Name a model, or leave --set out")
     os.environ.update(_IMPATIENT)
     found = look(open_workspace(workspace))
     if as_json:
@@ -40,6 +51,37 @@ def doctor(
                 typer.echo(f"  {'':12} → {finding.remedy}")
     if broken := sorted({finding.check for finding in found if finding.state == "failure"}):
         raise StageFailed(f"broken: {', '.join(broken)}", "What to do stands beside each")
+
+
+def _check_model(name: str, overrides: list[str], as_json: bool) -> None:
+    """One line: packed, padded (why) or refused (why, and what to use instead)."""
+    import json
+
+    from dpo_core.config import Config
+    from dpo_core.dpo import DpoConfig
+    from dpo_core.model_check import REMEDY, check_named
+    from dpo_core.models import ModelConfig
+    from dpo_core.tokens import TokenConfig
+    from tasks.recipe import overridden
+
+    class Checked(Config):
+        """The slices of a recipe that the check reads."""
+
+        model: ModelConfig
+        tokens: TokenConfig = TokenConfig()
+        dpo: DpoConfig = DpoConfig()
+
+    slices = {"model": {"name": name}, "tokens": {}, "dpo": {}}
+    asked = overridden(Checked, slices, overrides, f"{name} cannot be checked", "Correct the override")
+    check = check_named(asked.model, precision=asked.dpo.engine.precision, longest=asked.tokens.max_length)
+    if as_json:
+        typer.echo(json.dumps({"layout": check.layout, "reason": check.reason, "sampling": check.sampling}))
+    else:
+        typer.echo(f"{check.layout}: {check.reason}")
+        if check.layout == "refused":
+            typer.echo(REMEDY)
+    if check.layout == "refused":
+        raise typer.Exit(4)
 
 
 def look(place: Path) -> "list[Finding]":

@@ -77,5 +77,6 @@ def show(told: Any) -> None:
     console.print(Text(f"times from {told.speed}"))
     memory = amount(told.memory_bytes, "B", 1024)
     console.print(Text(f"{amount(told.parameters, '')} parameters on {told.device}, {memory} of memory"))
+    console.print(Text(f"model {told.layout}"))
     for warning in told.warnings:
         console.print(Text(f"! {warning}", style="yellow"))

@@ -43,7 +43,9 @@ def prepare(context: Context, recipe: Recipe, keep: Keep) -> Prepared:
     loaded = keep("load-data", load_data(context, recipe.data))
     kind = str(loaded.extra["kind"])
     _require_labels(recipe, kind)
-    base = keep("import-model", import_model(context, recipe.model, recipe.tokens.max_length))
+    longest, precision = recipe.tokens.max_length, recipe.dpo.engine.precision
+    imported = import_model(context, recipe.model, longest, precision)
+    base = keep("import-model", imported)
     recipe = _dated(recipe, loaded, base)
     tokens = recipe.tokens
     judged = keep(f"validate-{kind}", validate(context, kind, loaded, base, recipe.gate, tokens))

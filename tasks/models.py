@@ -1,5 +1,6 @@
 """Model stages without training: import the base model, take it as the reference, cache its log-probs."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ from pydantic import JsonValue
 
 from dpo_core.dpo import DpoConfig
 from dpo_core.errors import ModelError, StageFailed
+from dpo_core.logprobs import Precision
+from dpo_core.model_check import CHECK_VERSION, check_folder
 from dpo_core.model_folder import code_digest
 from dpo_core.models import (
     ModelConfig,
@@ -29,14 +32,20 @@ from tasks.reference_caches import CACHE_FOLDER
 from tasks.stage import Context, Output, Stage, StageResult, Work, run_stage, stage_task, tracker_of
 from tasks.unpaired import kind_of
 
+log = logging.getLogger(__name__)
 IMPORT = Stage("import-model", 2, "model")
 CACHE = Stage("cache-reference", 1, "reference-logps")
 CACHE_GUIDE = Stage("cache-guide", 1, "reference-logps")
 
 
 @stage_task("import-model")
-def import_model(context: Context, config: ModelConfig, max_length: int) -> StageResult:
-    """The base model as a checked checkpoint folder."""
+def import_model(context: Context, config: ModelConfig, max_length: int, precision: Precision) -> StageResult:
+    """The base model as a checkpoint folder that can be aligned: packed or padded, else refused.
+
+    Args:
+        max_length: tokens of the longest rows that will be trained.
+        precision: of training.
+    """
     source = locate(config)
     check_source_context(source, max_length)
 
@@ -46,7 +55,12 @@ def import_model(context: Context, config: ModelConfig, max_length: int) -> Stag
         convert(config, out)
         bar.update(1)
         check_context(config_in(out), max_length)
-        extra: dict[str, JsonValue] = {"weights_sha256": weights_digest(out)}
+        # Of what was written, so that it is known to load again.
+        check = check_folder(out, precision=precision, longest=max_length)
+        check.require()
+        log.info("%s: %s", check.layout, check.reason)
+        given.mlflow.tag("dpo.layout", f"{check.layout}: {check.reason}")
+        extra: dict[str, JsonValue] = {"weights_sha256": weights_digest(out), **vars(check)}
         if config.trust_remote_code:
             given.mlflow.tag("dpo.trust_remote_code", "true")
             extra["remote_code_sha256"] = code or "no Python file"
@@ -54,6 +68,7 @@ def import_model(context: Context, config: ModelConfig, max_length: int) -> Stag
 
     # Digests and contents, not paths: a model or template overwritten in place is another one.
     slice_ = {**config.model_dump(mode="json"), "source": _digest(source)}
+    slice_["check"] = {"version": CHECK_VERSION, "longest": max_length, "precision": precision}
     code = code_digest(source) if config.trust_remote_code else None
     if code is not None:
         slice_["code"] = code

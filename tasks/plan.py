@@ -54,6 +54,8 @@ class Plan(Config):
     """Its memory."""
     parameters: int
     """Of the model."""
+    layout: str
+    """Whether the model can be aligned, and how: packed, padded (why) or refused (why)."""
     speed: str
     """What the times are based on."""
     stages: list[StagePlan]
@@ -85,6 +87,7 @@ def make_plan(
         device=speed.device,
         memory_bytes=speed.memory_bytes,
         parameters=work.shape.parameters,
+        layout=work.layout,
         speed=speed.source,
         stages=rows,
         tokens=sum(row.tokens for row in running),

@@ -27,6 +27,7 @@ from dpo_core.tokens import Tokenise
 from dpo_core.training import LoopConfig, PackedLoopConfig
 from dpo_core.unpaired import reads_mismatched, unpaired_examples
 from tasks.frontier_arms import Settings
+from tasks.manifest import Manifest
 from tasks.recipe import Recipe
 from tasks.stage import StageResult
 from tasks.training import chosen_side, demonstrations
@@ -86,6 +87,7 @@ class Workload:
         source = locate(recipe.model) if base.planned else base.path
         made = ModelConfig(name=str(base.path), trust_remote_code=trust)
         self.config = read_config(recipe.model if base.planned else made)
+        self.layout = _layout(recipe, base)
         self.shape = cost.Shape.of(self.config)
         self.tokenise = Tokenise(load_tokenizer(source), recipe.tokens)
         self.kind = str(stages["load-data"].manifest.extra["kind"])
@@ -334,3 +336,19 @@ def _some(rows: pd.DataFrame) -> pd.DataFrame:
 def _unknown(tokens: int) -> tuple[int, ...]:
     """A completion of which only the length counts."""
     return (0,) * tokens
+
+
+def _layout(recipe: Recipe, base: Manifest) -> str:
+    """`packed: why`, as the import found it or, where there was none yet, as it would find it.
+
+    Raises:
+        ModelError: the run would refuse the model.
+    """
+    if not base.planned:
+        return f"{base.extra['layout']}: {base.extra['reason']}"
+    from dpo_core.model_check import check_named
+
+    longest, precision = recipe.tokens.max_length, recipe.dpo.engine.precision
+    check = check_named(recipe.model, precision=precision, longest=longest)
+    check.require()
+    return f"{check.layout}: {check.reason}"

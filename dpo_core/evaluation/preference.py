@@ -133,7 +133,7 @@ def _scored(
     subject.check_length(max(map(len, sides), default=0))
     sums = np.zeros(len(sides))
     done = 0
-    for logps in completion_logps(subject.model, sides, config.precision, config.token_budget):
+    for logps in completion_logps(subject.scored, sides, config.precision, config.token_budget):
         for index, logps_L in logps.items():
             sums[index] = float(logps_L.double().sum())
         done += len(logps)

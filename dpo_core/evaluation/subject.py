@@ -13,6 +13,7 @@ from dpo_core.chat_template import template_in
 from dpo_core.errors import ModelError
 from dpo_core.generate import SamplingConfig, sample
 from dpo_core.logprobs import Precision
+from dpo_core.model_check import check_definition
 from dpo_core.models import check_context, config_in, load_model, load_tokenizer, weights_digest
 from dpo_core.reference.job import reference_logps
 from dpo_core.reference.keys import sequence_key
@@ -60,6 +61,16 @@ class Subject:
         return load_model(self.path).to(self.device)
 
     @cached_property
+    def scored(self) -> Any:
+        """The same model, known to give its own log-probs from its trunk and head.
+
+        Raises:
+            ModelError: it does not, or it is no causal language model.
+        """
+        check_definition(self.model)
+        return self.model
+
+    @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         return load_tokenizer(self.path)
 
@@ -93,7 +104,7 @@ class Subject:
             )
         self.check_length(max(map(len, prompts), default=0) + room)
         stops = self.tokenise.stop_ids
-        drawn = sample(self.model, prompts, sampling, eos_id=stops, seed=seed, progress=progress)
+        drawn = sample(self.scored, prompts, sampling, eos_id=stops, seed=seed, progress=progress)
         return [self.tokenise.text(c.ids, ids) for c, ids in zip(drawn, prompts, strict=True)]
 
     def check_length(self, longest: int) -> None:
