@@ -19,24 +19,13 @@ from dpo_core.layout import Document, pack, pad
 from dpo_core.logprobs import Precision, autocast
 from dpo_core.models import ModelConfig, check_source_context, load_model, locate, read_config
 from dpo_core.next_token import cache_is_exact
-from dpo_core.packing_check import difference, packing_fault, trial_documents
+from dpo_core.packing_check import RAW_ERRORS, difference, first_line, packing_fault, trial_documents
 from dpo_core.scores import branch_scores
 
 REMEDY = "Use a causal language model of another architecture, such as Llama, Qwen, Mistral, Gemma or OLMo"
 CHECK_VERSION = 1
 """Raised where the check finds more or less than before: models are then checked again."""
 _SHORT = 24
-# What can go wrong inside an architecture that does not do what the trainer asks of it.
-_RAW = (
-    TypeError,
-    AttributeError,
-    RuntimeError,
-    ValueError,
-    IndexError,
-    KeyError,
-    AssertionError,
-    NotImplementedError,
-)
 
 
 @dataclass(frozen=True)
@@ -98,7 +87,7 @@ def check_model(model: nn.Module, *, precision: Precision = "bf16", longest: int
     if fault:
         return ModelCheck("refused", fault)
     sampling: Literal["cached", "whole rows"] = "cached" if cache_is_exact(model) else "whole rows"
-    why = packing_fault(model, longest, gradients=True) or _reduced_fault(model, precision)
+    why = packing_fault(model, longest, thorough=True) or _reduced_fault(model, precision)
     if why:
         return ModelCheck("padded", why, sampling)
     return ModelCheck("packed", "packs give the log-probs and gradients of padded rows", sampling)
@@ -121,10 +110,9 @@ def definition_fault(model: nn.Module) -> str | None:
         return _fault(model)
     except ModelError as error:
         return error.problem
-    except _RAW as error:
-        return (
-            f"its layers do not run as a trunk with an output head ({type(error).__name__}: {_line(error)})"
-        )
+    except RAW_ERRORS as error:
+        raised = f"{type(error).__name__}: {first_line(error)}"
+        return f"its layers do not run as a trunk with an output head ({raised})"
     finally:
         model.eval()
 
@@ -206,10 +194,6 @@ def _reduced_fault(model: nn.Module, precision: Precision) -> str | None:
                 )
     except ModelError as error:
         return error.problem
-    except _RAW as error:
-        return f"its layers cannot run on packs in {precision} ({type(error).__name__}: {_line(error)})"
+    except RAW_ERRORS as error:
+        return f"its layers cannot run on packs in {precision} ({type(error).__name__}: {first_line(error)})"
     return None
-
-
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:120]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpo_core.attention import BLOCK, attention_on_trial, trunk_of, whole_blocks
+from dpo_core.attention import attention_on_trial, trunk_of, whole_blocks
 from dpo_core.errors import ModelError
 from dpo_core.head import head_of
 from dpo_core.layout import Document, Layout, pack, pad
@@ -25,59 +25,66 @@ _SHARE, _LEAST = 1e-3, {"cpu": 1e-5, "cuda": 2e-3}
 _GRADIENT_SHARE = 2e-4
 # Attention that sees earlier tokens of its own document by mask and position alone.
 _MASKED_LAYERS = {"full_attention", "sliding_attention"}
-# Operations that a trial may cost beside its shortest form: seconds on two cores.
-_BUDGET = 1e12
-_SHORT = 40
+# Weights times tokens that a trial of long documents may multiply: seconds on two cores, or on a GPU.
+_BUDGET = {"cpu": 1e11, "cuda": 1e13}
+_SHORT = 64
+# What an architecture can raise that does not do what is asked of it.
+RAW_ERRORS = (
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ValueError,
+    IndexError,
+    KeyError,
+    AssertionError,
+    NotImplementedError,
+)
 
 
-def packing_fault(model: nn.Module, longest: int, *, gradients: bool = False) -> str | None:
+def packing_fault(model: nn.Module, longest: int, *, thorough: bool = False) -> str | None:
     """Why an architecture cannot be packed, in one sentence; None where it can.
 
     Args:
-        longest: tokens of the longest document that will be packed. Very large models are tried on shorter
-            ones, as long as a few seconds allow, or as their attention window asks for.
-        gradients: compare the gradients in the token embeddings too.
+        longest: tokens of the longest document that will be packed.
+        thorough: try documents of that length, as long as some seconds allow, and compare gradients too. Else
+            a short trial tells what a thorough one of the same architecture has found.
     """
     state = _state_of(model)
     if state:
         return state
-    documents = trial_documents(model, _affordable(model, longest))
-    device = next(model.parameters()).device
-    padded, packed = pad(documents).to(device), None
-    tokens = sum(map(len, documents))
-    packed = pack(documents, whole_blocks(tokens) if device.type == "cuda" else None).to(device)
-    ours, ours_UH = _scores(model, padded, gradients)
+    short = _trial_length(model, longest)
     try:
         with attention_on_trial(model):
-            theirs, theirs_UH = _scores(model, packed, gradients)
-            gap, allowed = difference(ours, theirs)
-            if not gap <= allowed:
-                raise ModelError(
-                    f"its log-probs from packs differ by {gap:.2g} nats from those of padded rows", ""
-                )
-            if ours_UH is not None and theirs_UH is not None:
-                share = float((ours_UH - theirs_UH).norm() / ours_UH.norm().clamp(min=1e-30))
-                if not share <= _GRADIENT_SHARE:
-                    raise ModelError(
-                        f"its gradients from packs differ by {share:.2%} from those of padded rows", ""
-                    )
+            _compare(model, short, gradients=thorough)
+            if thorough and (long := min(longest, _affordable(model))) > short:
+                _compare(model, long, gradients=False)
     except ModelError as error:
         return error.problem
-    except (
-        TypeError,
-        AttributeError,
-        RuntimeError,
-        ValueError,
-        IndexError,
-        KeyError,
-        AssertionError,
-    ) as error:
-        return f"its layers cannot run on packs ({type(error).__name__}: {str(error).splitlines()[0][:100]})"
+    except RAW_ERRORS as error:
+        return f"its layers cannot run on packs ({type(error).__name__}: {first_line(error)})"
     return None
 
 
+def _compare(model: nn.Module, longest: int, *, gradients: bool) -> None:
+    """Raises ModelError where packs and padded rows of some documents differ."""
+    documents = trial_documents(model, longest)
+    device = next(model.parameters()).device
+    width = whole_blocks(sum(map(len, documents))) if device.type == "cuda" else None
+    # Each document alone: padded beside a long one, a short one would take as long.
+    rows = [_scores(model, pad([document]).to(device), gradients) for document in documents]
+    packed, packed_UH = _scores(model, pack(documents, width).to(device), gradients)
+    gap, allowed = difference(torch.cat([logps for logps, _ in rows]), packed)
+    if not gap <= allowed:
+        raise ModelError(f"its log-probs from packs differ by {gap:.2g} nats from those of padded rows", "")
+    if gradients:
+        rows_UH = sum(gradient_UH for _, gradient_UH in rows)
+        share = float((rows_UH - packed_UH).norm() / packed_UH.norm().clamp(min=1e-30))
+        if not share <= _GRADIENT_SHARE:
+            raise ModelError(f"its gradients from packs differ by {share:.2%} from those of padded rows", "")
+
+
 def trial_documents(model: nn.Module, longest: int) -> list[Document]:
-    """Two documents of two completions each, of random tokens; the first has `longest` tokens."""
+    """Two documents of two completions each, of random tokens; the first is fed `longest` tokens."""
     vocabulary = len(head_of(model)[0])
     ids = np.random.default_rng(0).permutation(np.arange(vocabulary))
     padding = getattr(model.config, "pad_token_id", None)
@@ -101,11 +108,11 @@ def difference(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
     return float((ours - theirs).abs().max()), allowed
 
 
-def _scores(model: nn.Module, layout: Layout, gradients: bool) -> tuple[Tensor, Tensor | None]:
-    """Log-probs of all branches (N,), and the gradient of a weighted sum of them by token id (U, H)."""
+def _scores(model: nn.Module, layout: Layout, gradients: bool) -> tuple[Tensor, Tensor]:
+    """Log-probs of all branches (N,), and the gradient of their sum by token id (U, H), or nothing."""
     if not gradients:
         with torch.no_grad():
-            return branch_scores(model, layout).logps_SL[layout.place_N], None
+            return branch_scores(model, layout).logps_SL[layout.place_N], torch.empty(0)
     embedded: list[tuple[Tensor, Tensor]] = []
 
     def take_over(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -114,28 +121,25 @@ def _scores(model: nn.Module, layout: Layout, gradients: bool) -> tuple[Tensor, 
         return leaf * 1  # some architectures write into their embeddings
 
     hook = model.get_input_embeddings().register_forward_hook(take_over)  # type: ignore[operator]
-    frozen = [p for p in model.parameters() if p.requires_grad]
-    for parameter in frozen:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
         parameter.requires_grad_(False)
     try:
         with torch.enable_grad():
             logps = branch_scores(model, layout).logps_SL[layout.place_N]
-            # Unequal weights, so that exchanged positions show.
-            weights = torch.linspace(0.5, 2.0, len(logps), device=logps.device)
+            # By their tokens, so that exchanged positions show.
+            weights = 0.5 + layout.targets_N / len(head_of(model)[0])
             by_input = torch.autograd.grad((logps * weights).sum(), [leaf for _, leaf in embedded])
     finally:
         hook.remove()
-        for parameter in frozen:
+        for parameter in trained:
             parameter.requires_grad_(True)
-    total_UH: Tensor | None = None
-    for (ids, _), gradient in zip(embedded, by_input, strict=True):
-        size = int(max(int(i.max()) for i, _ in embedded)) + 1
-        flat = gradient.reshape(-1, gradient.shape[-1]).float()
-        part = flat.new_zeros(max(size, len(head_of(model)[0])), flat.shape[-1]).index_add(
-            0, ids.flatten(), flat
-        )
-        total_UH = part if total_UH is None else total_UH + part
-    return logps.detach(), total_UH
+    rows = len(head_of(model)[0])
+    sums_UH = [
+        gradient.new_zeros(rows, gradient.shape[-1]).index_add(0, ids.flatten(), gradient.flatten(0, -2))
+        for (ids, _), gradient in zip(embedded, by_input, strict=True)
+    ]
+    return logps.detach(), torch.stack(sums_UH).sum(0)
 
 
 def _state_of(model: nn.Module) -> str | None:
@@ -149,13 +153,18 @@ def _state_of(model: nn.Module) -> str | None:
     return None
 
 
-def _affordable(model: nn.Module, longest: int) -> int:
-    """Tokens of the longest document of a trial."""
-    parameters = sum(p.numel() for p in model.parameters())
-    cheap = int(_BUDGET / (8 * max(parameters, 1)))
-    if next(model.parameters()).is_cuda:
-        cheap *= 100
+def _trial_length(model: nn.Module, longest: int) -> int:
+    """Tokens of the longest document of a short trial: beyond a window, where documents are."""
     window = getattr(trunk_of(model).config, "sliding_window", None) or 0
-    # A window shows where a document reaches beyond it.
-    wanted = window + _SHORT if 0 < window < longest else 0
-    return max(min(longest, max(cheap, wanted, BLOCK)), 12)
+    return max(min(longest, max(_SHORT, window + _SHORT if window < longest else 0)), 12)
+
+
+def _affordable(model: nn.Module) -> int:
+    """Tokens of which a model reads three times as many in some seconds."""
+    parameters = sum(p.numel() for p in model.parameters())
+    return int(_BUDGET[next(model.parameters()).device.type] / max(parameters, 1))
+
+
+def first_line(error: Exception) -> str:
+    """The start of what an error says."""
+    return (str(error).splitlines() or [""])[0][:120]

@@ -255,7 +255,7 @@ def test_padded_rows_after_a_pack_are_what_they_were_before():
 def test_an_architecture_that_cannot_share_is_found_out():
     torch.manual_seed(0)
     sizes = {"vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 2}
-    assert packing_fault(llama(), 60, gradients=True) is None
+    assert packing_fault(llama(), 60, thorough=True) is None
     bloom = BloomForCausalLM(BloomConfig(**sizes)).eval()
     assert "packs" in packing_fault(bloom, 60), "ALiBi reads places, not positions"
 
