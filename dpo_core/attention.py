@@ -141,8 +141,11 @@ def trunk_of(model: nn.Module) -> Any:
     """The model without its output head."""
     whole: Any = model
     decoder = whole.get_decoder() if hasattr(model, "get_decoder") else whole.base_model
-    # Some classes name their trunk in no way that transformers finds (Llama 4's text model).
-    return decoder if decoder is not whole else getattr(whole, "model", whole.base_model)
+    # Some classes name their trunk in no way that transformers finds (Llama 4's text model), or their head
+    # as it names a trunk (ModernBERT).
+    if decoder is whole or not hasattr(decoder, "config"):
+        decoder = whole.base_model
+    return getattr(whole, "model", decoder) if decoder is whole else decoder
 
 
 def takes(module: nn.Module, argument: str) -> bool:

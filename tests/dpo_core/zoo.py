@@ -48,28 +48,35 @@ _SIZES: dict[str, Any] = {
     "eos_token_id": 2,
     "layer_types": None,
 }
-_LATENT = {"head_dim": 8}
+_LATENT = {"head_dim": 8, "num_key_value_heads": 4}
+_HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
+# What single architectures need besides; the values of scales are such that they show.
 OVERRIDES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "deepseek_v32", "axk1", "axk2"), _LATENT),
     **dict.fromkeys(("glm4_moe_lite", "glm_moe_dsa", "minicpm3", "youtu", "longcat_flash"), _LATENT),
+    "bailing_hybrid": {"num_hidden_layers": 8} | _LATENT,
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text"), _HYBRID),
+    "kimi_linear": {"layer_types": ["linear_attention", "full_attention"]} | _LATENT,
+    **dict.fromkeys(("lfm2", "lfm2_moe", "lfm3"), {"layer_types": ["conv", "full_attention"]}),
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"], "mamba_n_groups": 1, "mamba_expand": 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "recurrent_gemma": {"num_hidden_layers": 3},
     "codegen": {"rotary_dim": 8},
     "gptj": {"rotary_dim": 8},
+    "helium": {"head_dim": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_groups": 1, "mamba_expand": 2, "lm_head_multiplier": 0.5},
     "bamba": {"attn_layer_indices": [1], "mamba_n_groups": 1, "mamba_expand": 2},
-    "zamba2": {
-        "num_hidden_layers": 3,
-        "mamba_ngroups": 1,
-        "n_mamba_heads": 4,
-        "layer_types": ["mamba", "hybrid", "mamba"],
+    "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1, "expand": 2},
+    "nemotron_h": {
+        "n_groups": 1,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 16,
+        "hybrid_override_pattern": "M*",
     },
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "lfm2": {"layer_types": ["conv", "full_attention"]},
-    "bailing_hybrid": {"num_hidden_layers": 8},
     "granite": {"logits_scaling": 8.0},
     "granitemoe": {"logits_scaling": 8.0},
     "cohere": {"logit_scale": 0.5},
-    "reformer": {"is_decoder": True},
     "opt": {"dropout": 0.1, "layerdrop": 0.1},
 }
 
