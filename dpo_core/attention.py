@@ -143,7 +143,7 @@ def trunk_of(model: nn.Module) -> Any:
     decoder = whole.get_decoder() if hasattr(model, "get_decoder") else whole.base_model
     # Some classes name their trunk in no way that transformers finds (Llama 4's text model), or their head
     # as it names a trunk (ModernBERT).
-    if decoder is whole or not hasattr(decoder, "config"):
+    if decoder is whole or isinstance(decoder, nn.Linear):
         decoder = whole.base_model
     return getattr(whole, "model", decoder) if decoder is whole else decoder
 

@@ -49,6 +49,7 @@ _SIZES: dict[str, Any] = {
     "layer_types": None,
 }
 _LATENT = {"head_dim": 8, "num_key_value_heads": 4}
+_CONVOLVED = {"layer_types": ["conv", "full_attention"]}
 _HYBRID = {"layer_types": ["linear_attention", "full_attention"]}
 # What single architectures need besides; the values of scales are such that they show.
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -57,7 +58,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "bailing_hybrid": {"num_hidden_layers": 8} | _LATENT,
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "qwen4_exp_text"), _HYBRID),
     "kimi_linear": {"layer_types": ["linear_attention", "full_attention"]} | _LATENT,
-    **dict.fromkeys(("lfm2", "lfm2_moe", "lfm3"), {"layer_types": ["conv", "full_attention"]}),
+    **dict.fromkeys(("lfm2", "lfm2_moe", "lfm3"), _CONVOLVED),
     "granitemoehybrid": {"layer_types": ["mamba", "attention"], "mamba_n_groups": 1, "mamba_expand": 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "recurrent_gemma": {"num_hidden_layers": 3},
