@@ -58,19 +58,21 @@ class Shape:
         """
         import torch
 
-        trunk = getattr(module, "backbone", module)
+        # Not by the name `backbone`: Mamba calls its own trunk so.
+        trunk = module if hasattr(module, "get_output_embeddings") else module.backbone
         head = (module.get_output_embeddings() if trunk is module else module.head).weight
         text = trunk.config.get_text_config()
         embeddings = {m.weight for m in module.modules() if isinstance(m, torch.nn.Embedding)} | {head}
-        experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 1
+        names = ("num_local_experts", "num_experts", "n_routed_experts")
+        experts = next((n for name in names if (n := getattr(text, name, None))), 1)
         met = getattr(text, "num_experts_per_tok", None) or experts
 
         def count(weights: Iterable[Any]) -> int:
             return sum(p.numel() * met // experts if p.ndim == 3 else p.numel() for p in weights)
 
         matrices = [p for p in module.parameters() if p.ndim >= 2 and p not in embeddings]
-        heads = text.num_attention_heads
-        width = getattr(text, "head_dim", None) or text.hidden_size // heads
+        heads = getattr(text, "num_attention_heads", 0)  # none where a state does their work
+        width = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
         return cls(
             parameters=sum(p.numel() for p in module.parameters()),
             trunk=count(matrices),

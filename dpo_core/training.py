@@ -5,6 +5,7 @@ PPO draws its own data and has its own loop; it uses the same engine.
 
 import json
 import logging
+import math
 import os
 import time
 from abc import ABC, abstractmethod
@@ -63,6 +64,15 @@ class LoopConfig(Config):
     def rows_are_padded(self) -> bool:
         """Whether `micro_batch_size` decides what shares a forward pass."""
         return True
+
+    def rows_at_a_time(self, world: int) -> int:
+        """Examples in a forward pass of padded rows on one of so many ranks.
+
+        Where packs were asked for and cannot be, the recipe's two sizes need not divide each other.
+        """
+        if self.rows_are_padded:
+            return self.micro_batch_size
+        return math.gcd(self.batch_size // world, self.micro_batch_size)
 
     def steps(self, examples: int) -> int:
         """Optimiser steps for so many examples."""
@@ -144,13 +154,14 @@ class Trainer(ABC, Generic[Example]):
 
     def make_batches(self) -> Batches:
         """How the examples become micro-batches."""
+        world = torch.distributed.get_world_size()
         return PaddedBatches(
             [self.length(e) for e in self.examples],
             self.config.batch_size,
-            self.config.micro_batch_size,
+            self.config.rows_at_a_time(world),
             seed=self.seed,
             rank=torch.distributed.get_rank(),
-            world=torch.distributed.get_world_size(),
+            world=world,
         )
 
     def state(self) -> dict[str, Any]:

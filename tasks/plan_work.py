@@ -215,6 +215,7 @@ class Workload:
     def _loop(self, examples: Examples, config: LoopConfig) -> Work:
         """A training over fixed examples."""
         packed = isinstance(config, PackedLoopConfig) and config.pack_tokens is not None
+        packed = packed and self.layout.startswith("packed")
         steps = config.steps(examples.count)
         seen = steps * min(config.batch_size, examples.count)
         sizes = [cost.sizes(d, packed) for d in examples.documents]
@@ -251,7 +252,7 @@ class Workload:
             steps = batches.plans[0].steps
         else:
             rows = np.array([max(len(d.prompt) + len(b) for b in d.branches) for d in documents])[of]
-            size = config.micro_batch_size
+            size = config.rows_at_a_time(ranks)
             batches = PaddedBatches(rows.tolist(), config.batch_size, size, seed=seed, rank=0, world=ranks)
             lengths, steps = rows, max(1, len(rows) // config.batch_size)
         micros = [m for step in range(min(steps, config.steps(len(of)))) for m in batches.of_step(step).mine]
