@@ -17,7 +17,7 @@ from dpo_core.dropout import disable_dropout, set_training
 from dpo_core.errors import ModelError
 from dpo_core.layout import Document, pack, pad
 from dpo_core.logprobs import Precision, autocast
-from dpo_core.models import ModelConfig, check_source_context, load_model, locate, read_config
+from dpo_core.models import ModelConfig, check_source_context, load_model, locate, position_limit, read_config
 from dpo_core.next_token import cache_is_exact
 from dpo_core.packing_check import RAW_ERRORS, difference, first_line, packing_fault, trial_documents
 from dpo_core.scores import branch_scores
@@ -44,10 +44,18 @@ class ModelCheck:
             raise ModelError(f"the model cannot be aligned: {self.reason}", REMEDY)
 
 
-def check_named(config: ModelConfig, *, precision: Precision = "bf16", longest: int = 512) -> ModelCheck:
-    """`check_model` of the model that a recipe names; what cannot be found or loaded is refused."""
+def check_named(
+    config: ModelConfig, *, precision: Precision = "bf16", longest: int | None = None
+) -> ModelCheck:
+    """`check_model` of the model that a recipe names; what cannot be found or loaded is refused.
+
+    Args:
+        longest: as of `check_model`; empty: 512, or what the model has positions for.
+    """
     try:
         source = locate(config)
+        if longest is None:
+            longest = min(512, position_limit(read_config(config)) or 512)
         check_source_context(source, longest)
         if config.scratch is not None:  # of its architecture alone: its weights are yet to be drawn
             return check_model(_drawn(config), precision=precision, longest=longest)

@@ -55,6 +55,10 @@ class CachedRows:
         flipped_BT, attention_BT = right_padded([tuple(reversed(prompt)) for prompt in prompts])
         self.new_BT = flipped_BT.flip(-1).to(self.device)
         self.attention_BT = attention_BT.flip(-1).to(self.device)
+        # A state cannot be cut: rows that have ended are then fed on, and not looked at.
+        stateful = getattr(model, "_is_stateful", False)
+        self.can_cut = not stateful and all(hasattr(x, "batch_select_indices") for x in self.cache.layers)
+        self.live = torch.arange(len(prompts), device=self.device)
         # Mamba's cache goes by another name than the caches of keys and values.
         self.cache_name = "cache_params" if takes(model, "cache_params") else "past_key_values"
 
@@ -71,15 +75,20 @@ class CachedRows:
             use_cache=True,
             **extra,
         )
-        return output.logits[:, -1]
+        return output.logits[self.live, -1]
 
     def extend(self, next_B: Tensor) -> None:
-        self.new_BT = next_B[:, None]
+        self.new_BT = self.attention_BT.new_zeros(len(self.attention_BT), 1)
+        self.new_BT[self.live, 0] = next_B
         self.attention_BT = torch.cat([self.attention_BT, torch.ones_like(self.new_BT)], dim=1)
 
     def keep(self, rows: Tensor) -> None:
+        if not self.can_cut:
+            self.live = self.live[rows]
+            return
         self.cache.batch_select_indices(rows)
-        self.new_BT, self.attention_BT = self.new_BT[rows], self.attention_BT[rows]
+        self.attention_BT = self.attention_BT[rows]
+        self.live = torch.arange(len(rows), device=self.device)
 
 
 class WholeRows:

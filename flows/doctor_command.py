@@ -73,7 +73,8 @@ def _check_model(name: str, overrides: list[str], as_json: bool) -> None:
 
     slices = {"model": {"name": name}, "tokens": {}, "dpo": {}}
     asked = overridden(Checked, slices, overrides, f"{name} cannot be checked", "Correct the override")
-    check = check_named(asked.model, precision=asked.dpo.engine.precision, longest=asked.tokens.max_length)
+    longest = asked.tokens.max_length if "max_length" in asked.tokens.model_fields_set else None
+    check = check_named(asked.model, precision=asked.dpo.engine.precision, longest=longest)
     if as_json:
         typer.echo(json.dumps({"layout": check.layout, "reason": check.reason, "sampling": check.sampling}))
     else:
