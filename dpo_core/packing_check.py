@@ -147,7 +147,7 @@ def _state_of(model: nn.Module) -> str | None:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     kinds = {str(kind) for kind in getattr(text, "layer_types", None) or ()} - _MASKED_LAYERS
     if kinds:
-        return f"its {', '.join(sorted(kinds))} layers read more than a mask shows"
+        return f"its {', '.join(sorted(kinds))} layers read earlier documents past the attention mask"
     if getattr(model, "_is_stateful", False):
         return "its layers keep a state from token to token"
     return None
