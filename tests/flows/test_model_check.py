@@ -11,7 +11,6 @@ from tests.dpo_core.zoo import build
 from tests.families import make_family
 from tests.tiny import make_tiny_model, make_tokenizer
 
-
 SHORT = ("--set", "tokens.max_length=64", "--set", "tokens.max_prompt_length=32")
 
 
