@@ -234,7 +234,7 @@ class ChatFormat:
         Args:
             header: whether it may still begin with what the template writes in front of answers.
         """
-        before, end, _ = self._ways[0].partition(self.end) if self.end else ("", "", "")
+        before, end, _ = self._ways[0].partition(self.end) if self.end else (self._ways[0], "", "")
         if not end and (written := self._ways[0].strip()):  # a turn that ends with text
             return text.partition(written)[0]
         text = text.removeprefix(self.header) if header else text
@@ -248,11 +248,15 @@ class ChatFormat:
             if at < 0 and found is None:
                 return tail + self.end
             return tail[: at + len(self.end)] if at >= 0 else tail[: found.end()] if found else tail
-        # Text alone may end a turn: it is learnt, but for line breaks.
-        return tail.rstrip() + self._opener(messages, tools)
+        opener = self._opener(messages, tools)
+        if not opener:  # text alone ends a turn: it is learnt, but for line breaks
+            return tail.rstrip() + str(self.tokenizer.eos_token)
+        blanks = opener[: len(opener) - len(opener.lstrip())]
+        return (tail if tail.endswith(blanks) else tail + blanks) + opener.lstrip()
 
     def _opener(self, messages: list[Message], tools: list[Any] | None) -> str:
-        """Where the template ends no turn: the control token that opens the turn that follows."""
+        """Where the template ends no turn: the control token that opens the turn that follows, with line
+        breaks in front; empty where none opens it."""
         if messages[-1].get("tool_calls"):
             result = {"role": "tool", "content": "Done"}
             try:
@@ -263,8 +267,9 @@ class ChatFormat:
             found = self._ends.match(after, len(before)) if after.startswith(before) else None
             if found:
                 return found.group()
-        found = self._ends.match(self._ways[1].lstrip())
-        return found.group() if found else str(self.tokenizer.eos_token)
+        middle = self._ways[1]
+        found = self._ends.match(middle, len(middle) - len(middle.lstrip()))
+        return middle[: found.end()] if found else ""
 
     def _end_inside(self, text: str, end: int, tail: str) -> int:
         """Where an earlier turn of the assistant ends in the whole text."""
@@ -302,7 +307,7 @@ class ChatFormat:
         call = {"type": "function", "function": function, "id": "call00001"}
         asked: Message = {"role": "user", "content": "Well"}
         messages = [asked, {"role": "assistant", "content": "", "tool_calls": [call]}]
-        ends = {self.end or self._opener([{}], None)}
+        ends = {self.end or self._opener([{}], None).lstrip() or str(self.tokenizer.eos_token)}
         if self.template.has_place_for("tool_calls"):
             try:
                 tail = self._tail(messages, None, self.write(messages, None, opened=False))

@@ -23,10 +23,11 @@ class TextCodec:
         before = next((i for i in range(len(added)) if added[i : i + len(alone)] == alone), 0)
         # The beginning-of-sequence id, where the tokenizer itself would add one.
         self.begin: list[int] = [i for i in added[:before][:1] if i == tokenizer.bos_token_id]
-        usable = (a for a in _ANCHORS if self._after(a, "a", self.encode) is not None)
-        anchor = next(usable, None)
+        usable = [a for a in _ANCHORS if self._after(a, "a", self.encode) is not None]
         # None: a text has the same ids wherever it stands.
-        self._anchor = anchor if anchor and self._after(anchor, "a", self.encode) != alone else None
+        differs = usable and self._after(usable[0], "a", self.encode) != alone
+        self._anchors = usable if differs else []
+        self._anchor = usable[0] if differs else None
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text at the beginning of a sequence."""
@@ -39,10 +40,11 @@ class TextCodec:
         Args:
             encode: of text at the beginning, with or without control tokens.
         """
-        if self._anchor is None or not text:
+        if not text:
             return encode(text)
-        found = self._after(self._anchor, text, encode)
-        return encode(text) if found is None else found
+        # A text that begins with line breaks shares a token with some anchors.
+        behind = (self._after(anchor, text, encode) for anchor in self._anchors)
+        return next((ids for ids in behind if ids is not None), None) or encode(text)
 
     def decode(self, ids: list[int]) -> str:
         """The text of ids that continue a prompt, without special tokens; blanks in front are kept."""

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from dpo_core.chat_format import ChatFormat, encode_parts
@@ -392,22 +393,41 @@ class Tokenise:
         start = self.codec.inside(form.header, form.encode) if form.header else []
         if start and ids[: len(start)] == start:
             return form.bare(self.codec.decode(ids[len(start) :]), header=False)
-        return form.bare(self.codec.decode(ids))
+        text = self.codec.decode(ids)
+        return form.bare(text.removeprefix(" ") if self._adds_blank else text)
 
     def _is_opened(self, prompt: Iterable[int] | None) -> bool:
         """Whether a prompt ends as the template opens the assistant's turn."""
         if prompt is None:
             return True
-        last = self._opening[-2:]
+        last = self._opening
         return bool(last) and list(prompt)[-len(last) :] == last
 
     @cached_property
     def _opening(self) -> list[int]:
-        """A short conversation with the assistant's turn opened; empty where the template refuses it."""
+        """The last tokens, at most two, of every prompt with the assistant's turn opened; empty where the
+        template refuses a short one."""
         try:
-            return self._opened([{"role": "user", "content": "Well"}], None)
+            one, other = (
+                self._opened([{"role": "user", "content": text}], None) for text in ("Well", "Is it 5?")
+            )
         except TemplateError:
             return []
+        pairs = zip(reversed(one[-2:]), reversed(other[-2:]), strict=False)
+        return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)][::-1]
+
+    @cached_property
+    def _adds_blank(self) -> bool:
+        """Whether the tokenizer puts a blank behind the opened turn that the template does not write, as
+        those of the Llama 2 kind do behind each control token."""
+        user: list[Message] = [{"role": "user", "content": "Well"}]
+        answer: list[Message] = [{"role": "assistant", "content": "Yes"}]
+        try:
+            made = self.chat_format().answer(user, answer, None, ended=False, every_turn=False)
+            ids = self._answer(user, answer, None, False)[1][0]
+        except TemplateError:
+            return False
+        return self.codec.decode(list(ids)) == " " + made.text[made.start :]
 
 
 def _answer_turns(answer: str, answer_chat: bool) -> list[Message]:

@@ -121,6 +121,73 @@ def test_blanks_that_the_template_writes_are_no_part_of_an_answer_s_text(shared:
     assert tokenise.text(made.completion, tokenise.prompt("It was", chat=False)) == " It was. "
 
 
+def test_the_header_of_an_answer_is_no_text_whatever_was_asked(shared: Path) -> None:
+    """GLM opens the assistant's turn with one token, so that the token before it is the prompt's own."""
+    template = (shared / "data/chat_templates/glm4moe.jinja").read_text()
+    tokenise = Tokenise(make_tokenizer(template), TokenConfig(**ROOM))
+    for question in ("Well", "What is the time?"):
+        made = tokenise.single(row_of([user(question)], [assistant("Good.")]))
+        assert isinstance(made, Sequence)
+        assert tokenise.text(made.completion, made.prompt) == "Good."
+
+
+def llama_2_tokenizer(template: str) -> Any:
+    """A blank in front of the text and behind every control token; line breaks in twos are one token."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(set("▁\n.,:?|<>0SoupItwasWellgdYhmkenc"))
+    vocabulary = {t: i for i, t in enumerate(["<unk>", *letters, "\n\n"])}
+    base = Tokenizer(models.BPE(vocabulary, [("\n", "\n")], unk_token="<unk>"))
+    base.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    base.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    base.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<|end|>", "<|say|>")])
+    fast = PreTrainedTokenizerFast(tokenizer_object=base, eos_token="<|end|>", pad_token="<|end|>")
+    fast.chat_template = template
+    return fast
+
+
+def test_a_blank_that_the_tokenizer_adds_is_no_part_of_an_answer_s_text() -> None:
+    tokenizer = llama_2_tokenizer(
+        "{% for m in messages %}{{ m.role[0] + '<|say|>' + m.content + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'a<|say|>' }}{% endif %}"
+    )
+    prompt, answer = [user("Soup?")], [assistant("It was.")]
+    made = written(tokenizer, row_of(prompt, answer))
+    whole = tokenizer.apply_chat_template([*prompt, *answer], return_dict=False)
+    assert [*made.prompt, *made.completion] == whole
+    tokenise = Tokenise(tokenizer, TokenConfig())
+    text = tokenise.text(made.completion, made.prompt)
+    assert text == "It was."
+    assert tokenise.completion(text, True, json.dumps(prompt), chat=True) == made.completion
+
+
+def test_an_answer_that_begins_with_line_breaks_gets_no_blank_in_front() -> None:
+    tokenizer = llama_2_tokenizer(
+        "{% for m in messages %}{{ m.role[0] + ':\n' + m.content + '<|end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'a:\n' }}{% endif %}"
+    )
+    made = written(tokenizer, row_of([user("Soup?")], [assistant("\n\nIt")]))
+    assert tokenizer.convert_ids_to_tokens(list(made.completion)) == ["\n\n", "I", "t", "<|end|>"]
+
+
+def test_the_line_break_before_the_token_that_opens_the_next_turn_is_learnt() -> None:
+    """Nemotron-Mini ends no turn; a line break stands before the token of the user whose turn follows."""
+    tokenizer = make_tokenizer(
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+    )
+    prompt, answer = [user("Soup?")], [assistant("Good.")]
+    made = written(tokenizer, row_of(prompt, answer))
+    follows = tokenizer.apply_chat_template([*prompt, *answer, user("Well")], return_dict=False)
+    ids = [*made.prompt, *made.completion]
+    assert follows[: len(ids)] == ids
+    assert learnt_text(tokenizer, made) == "Good.\n<|user|>"
+    tokenise = Tokenise(tokenizer, TokenConfig())
+    assert made.completion[-1] in tokenise.stop_ids
+    assert tokenise.text(made.completion, made.prompt) == "Good."
+
+
 def test_a_prompt_that_opens_a_thought_needs_one_or_an_argument() -> None:
     tokenizer = make_tokenizer(TEMPLATES["empty thought"])
     tokenise = Tokenise(tokenizer, TokenConfig(**ROOM, template_arguments={"opened": True}))
