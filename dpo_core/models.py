@@ -398,6 +398,28 @@ def check_context(model_config: Any, needed: int) -> None:
             f"the recipe asks for rows of {needed} tokens and the model holds {limit}",
             f"Set tokens.max_length to {limit} or less",
         )
+    limit = _short_positions(model_config)
+    if limit is not None and needed > limit:
+        raise ModelError(
+            f"the recipe asks for rows of {needed} tokens, and beyond {limit} this model takes other rotary "
+            "factors (longrope) for all rows of a batch: log-probs would depend on the longest row",
+            f"Set tokens.max_length to {limit} or less",
+        )
+
+
+def _short_positions(model_config: Any) -> int | None:
+    """Up to how many positions a model (Phi-3 128k, MiniCPM) uses its short rotary factors; None: it has one
+    set for all lengths."""
+    text = getattr(model_config, "text_config", None) or model_config
+    facts = text if isinstance(text, dict) else vars(text)
+    rotary = facts.get("rope_parameters") or facts.get("rope_scaling")
+    sets = [rotary, *rotary.values()] if isinstance(rotary, dict) else []  # by kind of layer in some
+    limits = [
+        one.get("original_max_position_embeddings") or facts.get("original_max_position_embeddings")
+        for one in sets
+        if isinstance(one, dict) and (one.get("rope_type") or one.get("type")) in ("longrope", "su")
+    ]
+    return min((limit for limit in limits if limit), default=None)
 
 
 def parameter_count(folder: Path) -> int:

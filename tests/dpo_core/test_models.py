@@ -195,6 +195,25 @@ def test_rows_must_fit_the_positions(model: Any) -> None:
         check_context(model.config, 513)
 
 
+def test_rows_stay_within_the_short_rotary_factors() -> None:
+    """Beyond them transformers takes the long factors for a whole batch, by its longest row."""
+    from types import SimpleNamespace
+
+    from transformers import Phi3Config
+
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": 512}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors, "original_max_position_embeddings": 64}
+    as_stored = {"rope_scaling": {"type": "longrope", **factors}, "original_max_position_embeddings": 64}
+    loaded = Phi3Config(**sizes, rope_parameters=rope, original_max_position_embeddings=64)
+    for config in (loaded, SimpleNamespace(max_position_embeddings=512, **as_stored)):
+        check_context(config, 64)
+        with pytest.raises(
+            ModelError, match="rows of 65 tokens, and beyond 64 this model takes other rotary"
+        ):
+            check_context(config, 65)
+
+
 def test_without_dropout_training_mode_computes_the_eval_function(tmp_path: Path) -> None:
     model = load_model(make_tiny_model(tmp_path / "m", attention_dropout=0.5)).train()
     ids = torch.tensor([[5, 6, 7, 8]])
