@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dpo_core.cost import head_size
 from dpo_core.document_attention import Bf16Attention, DocumentParts
 from dpo_core.errors import ModelError
 from dpo_core.layout import Pack
@@ -180,7 +181,7 @@ def packed_hidden(model: nn.Module, pack: Pack, parts: DocumentParts | None = No
 
 def has_flex_heads(config: Any) -> bool:
     """Whether a GPU attends by FlexAttention, which wants heads of some size; else document by document."""
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = head_size(config) or config.hidden_size // config.num_attention_heads
     return size >= LEAST_HEAD
 
 

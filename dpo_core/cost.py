@@ -72,7 +72,7 @@ class Shape:
 
         matrices = [p for p in module.parameters() if p.ndim >= 2 and p not in embeddings]
         heads = getattr(text, "num_attention_heads", 0)  # none where a state does their work
-        width = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
+        width = head_size(text) or (text.hidden_size // heads if heads else 0)
         return cls(
             parameters=sum(p.numel() for p in module.parameters()),
             trunk=count(matrices),
@@ -87,6 +87,14 @@ class Shape:
     def as_reward_model(self) -> "Shape":
         """The same trunk with a head of one row."""
         return replace(self, head=self.head // self.vocabulary, vocabulary=1)
+
+
+def head_size(config: Any) -> int | None:
+    """The size of an attention head that a config names; None where it names none, or one a layer."""
+    try:
+        return getattr(config, "head_dim", None)
+    except Exception:  # transformers raises an error of its own for sizes that differ from layer to layer
+        return None
 
 
 class Sizes(NamedTuple):

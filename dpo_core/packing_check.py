@@ -18,6 +18,7 @@ from dpo_core.attention import attention_on_trial, trunk_of, whole_blocks
 from dpo_core.errors import ModelError
 from dpo_core.head import head_of
 from dpo_core.layout import Document, Layout, pack, pad
+from dpo_core.models import position_limit
 from dpo_core.scores import branch_scores
 
 # What a difference may be, as a share of the spread of log-probs, and at least in nats: rounding in fp32.
@@ -28,6 +29,8 @@ _MASKED_LAYERS = {"full_attention", "sliding_attention"}
 # Weights times tokens that a trial of long documents may multiply: seconds on two cores, or on a GPU.
 _BUDGET = {"cpu": 1e11, "cuda": 1e13}
 _SHORT = 64
+# Tokens that a trial may put behind a prompt of trial documents.
+_LATER = 5
 # What an architecture can raise that does not do what is asked of it.
 RAW_ERRORS = (
     TypeError,
@@ -84,7 +87,10 @@ def _compare(model: nn.Module, longest: int, *, gradients: bool) -> None:
 
 
 def trial_documents(model: nn.Module, longest: int) -> list[Document]:
-    """Two documents of two completions each, of random tokens; the first is fed `longest` tokens."""
+    """Two documents of two completions each, of random tokens; the first is fed `longest` tokens, or what the
+    model has positions for."""
+    limit = position_limit(model.config)
+    longest = min(longest, limit - _LATER) if limit is not None else longest
     vocabulary = len(head_of(model)[0])
     ids = np.random.default_rng(0).permutation(np.arange(vocabulary))
     padding = getattr(model.config, "pad_token_id", None)

@@ -12,6 +12,7 @@ from dpo_core import cost, head
 from dpo_core.attention import checkpoint_layers
 from dpo_core.generate import SamplingConfig, sample
 from dpo_core.layout import Document, pack, pad
+from dpo_core.next_token import cache_is_exact
 from dpo_core.scores import branch_scores
 
 LLAMA = LlamaConfig(
@@ -86,6 +87,7 @@ def test_sampling():
     model, shape = built(LLAMA).eval(), cost.Shape.of(LLAMA)
     prompts = [tuple(range(1, 21))] * 3
     config = SamplingConfig(max_new_tokens=10, precision="fp32")
+    assert cache_is_exact(model)  # tried once a model, and no part of what sampling costs
     # No token 128 exists, so that nothing ends early.
     measured = counted(lambda: sample(model, prompts, config, eos_id=128, seed=0))
     assert cost.generation(shape, map(len, prompts), 10) == pytest.approx(measured, rel=0.03)

@@ -36,6 +36,7 @@ REFUSED = {
     **dict.fromkeys(("roberta", "roberta-prelayernorm", "roformer", "xlm", "xlm-roberta"), "bidirectional"),
     **dict.fromkeys(("xlm-roberta-xl", "xlnet"), "bidirectional"),
     **dict.fromkeys(("inkling_text", "modernbert-decoder"), "linear head"),
+    "moshi": "audio-language",
     **dict.fromkeys(("rembert", "xlstm", "xmod"), "do not run"),
 }
 
