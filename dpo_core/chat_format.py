@@ -24,6 +24,7 @@ from dpo_core.chat_template import REASONING, ChatTemplate, Message, TemplateErr
 
 # Private-use characters: around a control token that a message spells out, and behind an answer's texts.
 _OPEN, _CLOSE, _END = "\U000f5a01", "\U000f5a02", "\U000f5a03"
+_WORD = "Xq7Zword"  # stands for a message's text
 _MARKS = re.compile(f"[{_OPEN}{_CLOSE}]")
 
 Encode = Callable[[str], list[int]]
@@ -61,6 +62,7 @@ class ChatFormat:
         self._control = _any_of(self.control)
         self._ends = self._control if self._control.search("".join(self._ways)) else _any_of(self.markers)
         self._tails: dict[tuple[str, ...], str] = {}
+        self._read: set[tuple[str, bool, bool, bool]] = set()
 
     # --- text ---------------------------------------------------------------------------------------------
 
@@ -68,6 +70,7 @@ class ChatFormat:
         """The conversation's text, with marks around control tokens that stand in the messages themselves."""
         self._require_places(messages, tools)
         text = self.template.render(messages, tools, opened=opened)
+        self._require_texts(messages, tools, opened=opened)
         spelled = set(_found(self._control, (messages, tools)))
         if not spelled:
             return text
@@ -114,6 +117,23 @@ class ChatFormat:
                     f"the chat template has no place for {key}",
                     "Take it out of the data, or set model.chat_template to a template that writes it",
                 )
+
+    def _require_texts(self, messages: list[Message], tools: list[Any] | None, *, opened: bool) -> None:
+        """Refuse a message whose text the template leaves out: many know no system or tool turns, or write
+        calls without the text beside them."""
+        for at, message in enumerate(messages):
+            called = bool(message.get("tool_calls"))
+            shape = (str(message["role"]), called, at == 0, at == len(messages) - 1)
+            if not message.get("content") or shape in self._read:
+                continue
+            probe = [*messages[:at], {**message, "content": _WORD}, *messages[at + 1 :]]
+            if _WORD not in self.template.render(probe, tools, opened=opened):
+                beside = " beside its tool_calls" if called else ""
+                raise TemplateError(
+                    f"the chat template leaves out the text of message {at + 1} ({message['role']}){beside}",
+                    "Take it out of the data, or set model.chat_template to a template that writes it",
+                )
+            self._read.add(shape)
 
     # --- where a turn ends --------------------------------------------------------------------------------
 
@@ -189,7 +209,7 @@ class ChatFormat:
         if plain and shape in self._tails and text.endswith(self._tails[shape]):
             return self._tails[shape]
         marked = {
-            key: _mark_ends(value) if key in ("content", "tool_calls") else value
+            key: _mark_ends(value) if key in ("content", "tool_calls") and (value or plain) else value
             for key, value in message.items()
         }
         try:

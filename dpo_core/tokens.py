@@ -389,12 +389,15 @@ class Tokenise:
         ids = ids[:end]
         if not self.writes_template or not self._is_opened(prompt):
             return self.codec.decode(ids)
+        return self._own_text(ids, blank=self._adds_blank)
+
+    def _own_text(self, ids: list[int], *, blank: bool) -> str:
+        """The text of a template's answer without the header; `blank`: less one in front of it."""
         form = self.chat_format()
         start = self.codec.inside(form.header, form.encode) if form.header else []
-        if start and ids[: len(start)] == start:
-            return form.bare(self.codec.decode(ids[len(start) :]), header=False)
-        text = self.codec.decode(ids)
-        return form.bare(text.removeprefix(" ") if self._adds_blank else text)
+        headed = bool(start) and ids[: len(start)] == start
+        text = self.codec.decode(ids[len(start) :] if headed else ids)
+        return form.bare(text.removeprefix(" ") if blank else text, header=not headed)
 
     def _is_opened(self, prompt: Iterable[int] | None) -> bool:
         """Whether a prompt ends as the template opens the assistant's turn."""
@@ -421,13 +424,11 @@ class Tokenise:
         """Whether the tokenizer puts a blank behind the opened turn that the template does not write, as
         those of the Llama 2 kind do behind each control token."""
         user: list[Message] = [{"role": "user", "content": "Well"}]
-        answer: list[Message] = [{"role": "assistant", "content": "Yes"}]
         try:
-            made = self.chat_format().answer(user, answer, None, ended=False, every_turn=False)
-            ids = self._answer(user, answer, None, False)[1][0]
+            ids = list(self._answer(user, _answer_turns("Yes", False), None, False)[1][0])
         except TemplateError:
             return False
-        return self.codec.decode(list(ids)) == " " + made.text[made.start :]
+        return self._own_text(ids, blank=False) != "Yes" == self._own_text(ids, blank=True)
 
 
 def _answer_turns(answer: str, answer_chat: bool) -> list[Message]:

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,16 @@ def test_a_blank_that_the_tokenizer_adds_is_no_part_of_an_answer_s_text() -> Non
     assert tokenise.completion(text, True, json.dumps(prompt), chat=True) == made.completion
 
 
+def test_a_header_of_control_tokens_hides_no_blank() -> None:
+    tokenizer = llama_2_tokenizer(
+        "{% for m in messages %}{% if m.role == 'user' %}{{ 'u' + m.content + '<|end|>' }}"
+        "{% else %}{{ 'a<|say|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'a' }}{% endif %}"
+    )
+    made = written(tokenizer, row_of([user("Soup?")], [assistant("It was.")]))
+    assert Tokenise(tokenizer, TokenConfig()).text(made.completion, made.prompt) == "It was."
+
+
 def test_an_answer_that_begins_with_line_breaks_gets_no_blank_in_front() -> None:
     tokenizer = llama_2_tokenizer(
         "{% for m in messages %}{{ m.role[0] + ':\n' + m.content + '<|end|>' }}{% endfor %}"
@@ -186,6 +197,32 @@ def test_the_line_break_before_the_token_that_opens_the_next_turn_is_learnt() ->
     tokenise = Tokenise(tokenizer, TokenConfig())
     assert made.completion[-1] in tokenise.stop_ids
     assert tokenise.text(made.completion, made.prompt) == "Good."
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "why"),
+    [
+        ([system("Be kind."), user("Soup?")], assistant("Good."), r"message 1 \(system\)"),
+        ([user("Soup?"), {"role": "tool", "content": "warm"}], assistant("Good."), r"message 2 \(tool\)"),
+        (
+            [user("Soup?")],
+            assistant("I look.", tool_calls=CALL),
+            r"message 2 \(assistant\) beside its tool_calls",
+        ),
+    ],
+)
+def test_a_text_that_the_template_leaves_out_is_refused(prompt: Any, answer: Any, why: str) -> None:
+    """As the first template of Phi-3, which knows no system turn, and Llama 3.1's calls."""
+    tokenizer = make_tokenizer(
+        "{% for m in messages %}{% if m.role == 'user' %}<|user|>{{ m.content }}<|end|><|assistant|>"
+        "{% elif m.tool_calls %}{{ m.tool_calls | tojson }}<|end|>"
+        "{% elif m.role == 'assistant' %}{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    )
+    row = row_of(prompt, [answer])
+    tokenise = Tokenise(tokenizer, TokenConfig(**ROOM))
+    assert re.search(why, tokenise.refusal(row) or "")
+    assert tokenise.single(row) == "refused_by_template"
+    assert tokenise.refusal(row_of([user("Soup?")], [assistant("", tool_calls=CALL)])) is None
 
 
 def test_a_prompt_that_opens_a_thought_needs_one_or_an_argument() -> None:
