@@ -126,7 +126,7 @@ def definition_fault(model: nn.Module) -> str | None:
 
 
 def _fault(model: nn.Module) -> str | None:
-    documents = trial_documents(model, min(_SHORT, position_limit(model.config) or _SHORT))
+    documents = trial_documents(model, _SHORT)
     together = _logps(model, documents)
     spread_allowed = difference(together, together)[1]
     if not torch.isfinite(together).all():

@@ -404,7 +404,7 @@ time.sleep(0.2)
         "import os\nif os.fork(): os._exit(0)\n",
         "import os\nif os.fork(): os.wait(); os._exit(0)\n",
         "import os\nif os.fork() == 0: raise SystemExit\nos._exit(0)",
-        "import os\nfor fd in range(3, 32):\n try: os.write(fd, b'passed' * 9)\n except OSError: pass\n",
+        "import os\nfor fd in range(3, 4096):\n try: os.write(fd, b'passed' * 9)\n except OSError: pass\n",
         "import threading, os; threading.Thread(target=os._exit, args=(0,)).start()\nwhile True: pass",
         "import sys; sys.settrace(lambda *a: sys.exit(0))\ndef f(): pass\nf()",
     ],
