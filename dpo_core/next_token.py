@@ -60,21 +60,19 @@ class CachedRows:
         self.can_cut = not stateful and all(hasattr(x, "batch_select_indices") for x in self.cache.layers)
         self.live = torch.arange(len(prompts), device=self.device)
         # Mamba's cache goes by another name than the caches of keys and values.
-        self.cache_name = "cache_params" if takes(model, "cache_params") else "past_key_values"
+        cache_name = "cache_params" if takes(model, "cache_params") else "past_key_values"
+        self.settings: dict[str, Any] = {cache_name: self.cache, "use_cache": True}
+        if takes(model, "logits_to_keep"):
+            self.settings["logits_to_keep"] = 1
+        # Looked up once: a signature is slow to read, and this would be for every token.
+        self.has_positions = takes(model, "position_ids")
 
     def logits(self) -> Tensor:
-        extra: dict[str, Any] = {self.cache_name: self.cache}
-        if takes(self.model, "logits_to_keep"):
-            extra["logits_to_keep"] = 1
-        if takes(self.model, "position_ids"):
+        extra = dict(self.settings)
+        if self.has_positions:
             positions_BT = (self.attention_BT.cumsum(-1) - 1).clamp(min=0)
             extra["position_ids"] = positions_BT[:, -self.new_BT.shape[1] :]
-        output = self.model(
-            input_ids=self.new_BT,
-            attention_mask=self.attention_BT,
-            use_cache=True,
-            **extra,
-        )
+        output = self.model(input_ids=self.new_BT, attention_mask=self.attention_BT, **extra)
         return output.logits[self.live, -1]
 
     def extend(self, next_B: Tensor) -> None:
