@@ -170,7 +170,7 @@ def config_cluster(
     on: Annotated[str, typer.Argument(metavar="WHERE", help="kubernetes, slurm or skypilot.")],
 ) -> None:
     """Print the settings of `dpo launch --on WHERE`, explained, to be filled in and given as --settings."""
-    from deploy.launchers.choice import TARGETS
+    from deploy.launchers.registry import TARGETS
     from dpo_core.commented_yaml import form
     from dpo_core.errors import RecipeError
 

@@ -52,7 +52,7 @@ def launch(
 
 def send_to(on: str, config: Any) -> None:
     """From now on this process's training jobs run there; without a configuration, on this machine."""
-    from deploy.launchers.choice import VARIABLE
+    from deploy.launchers.registry import VARIABLE
 
     if config is not None:
         os.environ[VARIABLE] = json.dumps({"on": on, "settings": config.model_dump(mode="json")})
@@ -68,7 +68,7 @@ def cluster_config(on: str, path: str | None, overrides: list[str]) -> Any:
     """
     import yaml
 
-    from deploy.launchers.choice import TARGETS
+    from deploy.launchers.registry import TARGETS
     from dpo_core.errors import RecipeError
     from dpo_core.small_files import read_small
     from dpo_core.yaml_text import read_yaml
@@ -118,7 +118,7 @@ def rendered(recipe: str, overrides: list[str], on: str, config: Any) -> str:
 def _place(on: str, config: Any, stage: str, work: Path) -> Any:
     """The launcher of a training; a warning where its nodes would not see the work folder."""
     from deploy.launchers import LocalLauncher
-    from deploy.launchers.choice import launcher
+    from deploy.launchers.registry import launcher
     from dpo_core.errors import RecipeError
 
     if config is None:

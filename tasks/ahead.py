@@ -5,7 +5,7 @@ import sqlite3
 import tempfile
 from pathlib import Path
 
-from deploy.launchers.choice import check_cluster
+from deploy.launchers.registry import check_cluster
 from dpo_core.chat_template import check_template
 from dpo_core.data.read import check_source
 from dpo_core.errors import RecipeError

@@ -7,11 +7,11 @@ from typing import Any
 
 import yaml
 
-from deploy.launchers import reasons
+from deploy.launchers import kubernetes_reasons as reasons
 from deploy.launchers.base import LOG, State, clear, ended, tail
 from deploy.launchers.cluster import Handle, job_name, require_seen
-from deploy.launchers.kube_api import KubeApi
-from deploy.launchers.manifests import (
+from deploy.launchers.kubernetes_api import KubeApi
+from deploy.launchers.kubernetes_manifests import (
     ATTEMPT,
     DIGEST,
     JOBSET,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from deploy.launchers import LocalLauncher, State, chosen
-from deploy.launchers.choice import TARGETS, VARIABLE, Rejoining
+from deploy.launchers.registry import TARGETS, VARIABLE, Rejoining
 from deploy.launchers.slurm import SlurmConfig, SlurmLauncher
 from dpo_core.errors import RecipeError
 from tests.deploy import slurm_site, stand_in

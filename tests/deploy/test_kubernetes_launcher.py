@@ -13,11 +13,12 @@ import pytest
 pytest.importorskip("kubernetes", reason="the extra kubernetes is not installed")
 pytest.importorskip("kubeflow_trainer_api", reason="kubeflow-trainer-api is not installed")
 
-from deploy.launchers import Launcher, State, kube_api
+from deploy.launchers import Launcher, State
 from deploy.launchers import kubernetes as launcher_module
-from deploy.launchers.kube_api import KubeApi
+from deploy.launchers import kubernetes_api as kube_api
 from deploy.launchers.kubernetes import KubernetesLauncher
-from deploy.launchers.manifests import KubernetesConfig
+from deploy.launchers.kubernetes_api import KubeApi
+from deploy.launchers.kubernetes_manifests import KubernetesConfig
 from dpo_core.errors import RecipeError, StageFailed
 from tests.deploy import stand_in
 from tests.deploy.kube_server import Cluster, Server

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from deploy.launchers.cluster import Handle, job_name
 from deploy.launchers.kubernetes import KubernetesLauncher
-from deploy.launchers.manifests import KubernetesConfig
+from deploy.launchers.kubernetes_manifests import KubernetesConfig
 from dpo_core.errors import RecipeError, StageFailed
 
 models = pytest.importorskip("kubeflow_trainer_api.models")

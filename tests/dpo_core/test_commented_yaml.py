@@ -4,7 +4,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from deploy.launchers.choice import TARGETS
+from deploy.launchers.registry import TARGETS
 from dpo_core.commented_yaml import commented, form
 from tasks.recipe import Recipe, load_recipe, shipped
 

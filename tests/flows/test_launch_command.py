@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deploy.launchers.choice import VARIABLE
+from deploy.launchers.registry import VARIABLE
 from dpo_core.errors import RecipeError
 from flows.launch_command import cluster_config, rendered, send_to
 from tasks.ahead import check_ahead

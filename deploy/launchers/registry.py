@@ -9,8 +9,8 @@ from typing import Any, Protocol
 from deploy.launchers.base import Launcher, State
 from deploy.launchers.cluster import ClusterConfig
 from deploy.launchers.kubernetes import KubernetesLauncher
+from deploy.launchers.kubernetes_manifests import KubernetesConfig
 from deploy.launchers.local import LocalLauncher
-from deploy.launchers.manifests import KubernetesConfig
 from deploy.launchers.skypilot import SkyPilotConfig, SkyPilotLauncher
 from deploy.launchers.slurm import SlurmConfig, SlurmLauncher
 from dpo_core.errors import RecipeError

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from deploy.launchers.manifests import Manifest, resource_of
+from deploy.launchers.kubernetes_manifests import Manifest, resource_of
 from dpo_core.errors import RecipeError, StageFailed
 
 log = logging.getLogger("dpo")
