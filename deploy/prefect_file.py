@@ -15,9 +15,9 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError
-from dpo_core.secrecy import SECRET_NAME
-from dpo_core.small_files import read_small
-from dpo_core.yaml_text import read_yaml
+from dpo_core.redaction import SECRET_NAME
+from dpo_core.system import read_small
+from dpo_core.yaml import read_yaml
 
 Place = tuple[int | str, ...]
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"

@@ -29,9 +29,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpo_core.disk import sync
 from dpo_core.errors import StageFailed
-from dpo_core.models import digest_file
+from dpo_core.system import digest_file, sync
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ secret (`secrecy`) is left out of every message.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dpo_core.secrecy import hidden
+from dpo_core.redaction import hidden
 
 
 class DpoError(Exception):

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from dpo_core.errors import RecipeError, StageFailed
-from dpo_core.secrecy import HIDDEN
+from dpo_core.redaction import HIDDEN
 
 log = logging.getLogger(__name__)
 

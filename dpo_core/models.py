@@ -21,7 +21,7 @@ from dpo_core.quiet import quiet_transformers
 from dpo_core.remote_code import trust, trusts
 from dpo_core.save_model import save_checkpoint
 from dpo_core.scratch import ScratchConfig, make_from_scratch, new_tokenizer, scratch_shape
-from dpo_core.small_files import read_small
+from dpo_core.system import digest_file, read_small
 
 if TYPE_CHECKING:
     import torch
@@ -159,12 +159,6 @@ def weights_digest(folder: Path) -> str:
     for file in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
         digest.update(f"{file.name}\0{digest_file(file)}\n".encode())
     return digest.hexdigest()
-
-
-def digest_file(path: Path) -> str:
-    """sha256 of a file's content."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def convert(config: ModelConfig, out: Path) -> None:

@@ -24,8 +24,8 @@ from dpo_core.generate import SamplingConfig
 from dpo_core.online.group import GroupConfig
 from dpo_core.online.ppo import PpoConfig
 from dpo_core.online.preferences import OnlineDpoConfig
+from dpo_core.redaction import hidden
 from dpo_core.reward_training import RewardModelConfig
-from dpo_core.secrecy import hidden
 from dpo_core.sft import SftConfig
 from dpo_core.tokens import TokenConfig
 

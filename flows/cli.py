@@ -16,7 +16,7 @@ from typing import Annotated
 
 import typer
 
-from dpo_core.secrecy import WithoutSecrets, hidden
+from dpo_core.redaction import WithoutSecrets, hidden
 from flows.cache_commands import app as cache_app
 from flows.deploy_command import deploy as deploy_command
 from flows.doctor_command import doctor as doctor_command
@@ -159,7 +159,7 @@ def config_show(recipe: RecipeArgument, overrides: SetOption = None) -> None:
 
     But for parameters of an objective that are its defaults: another objective has others.
     """
-    from dpo_core.commented_yaml import commented
+    from dpo_core.yaml import commented
     from tasks.recipe import load_recipe
 
     typer.echo(commented(load_recipe(recipe, overrides or []).without_default_parameters()), nl=False)
@@ -171,8 +171,8 @@ def config_cluster(
 ) -> None:
     """Print the settings of `dpo launch --on WHERE`, explained, to be filled in and given as --settings."""
     from deploy.launchers.registry import TARGETS
-    from dpo_core.commented_yaml import form
     from dpo_core.errors import RecipeError
+    from dpo_core.yaml import form
 
     if on not in TARGETS:
         raise RecipeError(f"{on} has no settings of a cluster", f"Choose one of: {', '.join(TARGETS)}")
@@ -190,7 +190,7 @@ def config_schema() -> None:
 @config_app.command("list")
 def config_list() -> None:
     """List the recipes that come with the package."""
-    from dpo_core.yaml_text import read_yaml
+    from dpo_core.yaml import read_yaml
     from tasks.recipe import shipped
 
     for name, path in shipped().items():

@@ -11,7 +11,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from dpo_core.errors import DpoError, RecipeError
-from dpo_core.yaml_text import quoted
+from dpo_core.yaml import quoted
 from flows.leases import outlive_leases
 from flows.quiet import keep_quiet
 

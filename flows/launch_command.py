@@ -70,8 +70,8 @@ def cluster_config(on: str, path: str | None, overrides: list[str]) -> Any:
 
     from deploy.launchers.registry import TARGETS
     from dpo_core.errors import RecipeError
-    from dpo_core.small_files import read_small
-    from dpo_core.yaml_text import read_yaml
+    from dpo_core.system import read_small
+    from dpo_core.yaml import read_yaml
     from tasks.recipe import overridden
 
     if on == "local":

@@ -3,7 +3,7 @@
 import logging
 import os
 
-from dpo_core.secrecy import WithoutSecrets
+from dpo_core.redaction import WithoutSecrets
 
 _QUIET = {
     # Nothing reports home.

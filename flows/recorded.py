@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dpo_core.errors import DpoError, GateRefused, without_secrets
-from dpo_core.secrecy import hidden
+from dpo_core.redaction import hidden
 from flows.quiet import hide_secrets_in_logs
 from tasks.ahead import check_ahead
 from tasks.owner import myself

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dpo_core.errors import RecipeError, StageFailed
-from dpo_core.secrecy import hidden
+from dpo_core.redaction import hidden
 from flows.server import server_address
 from flows.ui_access import Access, access
 from tasks.tracking import TrackingConfig, resolve_uri

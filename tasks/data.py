@@ -16,10 +16,11 @@ from dpo_core.data.split import by_source, split_table
 from dpo_core.errors import DataError, GateRefused, ModelError, StageFailed
 from dpo_core.pairs import PairSamplingConfig, Scored, pair_up
 from dpo_core.rewards import reward_identity
+from dpo_core.system import digest_file
 from dpo_core.tokens import TokenConfig
 from expectations.config import GateConfig
 from expectations.drift import load_baseline
-from tasks.manifest import Manifest, digest_file
+from tasks.manifest import Manifest
 from tasks.sealed import read_sealed, write_sealed
 from tasks.stage import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 

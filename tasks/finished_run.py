@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dpo_core.errors import RecipeError
-from dpo_core.secrecy import HIDDEN
+from dpo_core.redaction import HIDDEN
 from tasks.report import ModelRow, RunReport
 from tasks.runs import list_runs
 from tasks.tracking import Tracker, TrackingConfig, resolve_uri

@@ -18,6 +18,7 @@ from pydantic import AwareDatetime, BaseModel, Field, JsonValue
 
 from dpo_core.config import Config
 from dpo_core.errors import DpoError, StageFailed
+from dpo_core.system import digest_file
 
 # Stands where a plan cannot know the digest of what is still to be made.
 PLANNED = "0" * 64
@@ -113,15 +114,6 @@ def digest_config(config: Any) -> str:
         config, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=plain
     )
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def digest_file(path: Path | str) -> str:
-    """SHA-256 of a file's content, read in blocks of 2 MB whatever the file's size."""
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while block := file.read(2 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def list_files(folder: Path | str) -> dict[str, Path]:

@@ -6,7 +6,7 @@ import socket
 import psutil
 
 from dpo_core.config import Config
-from dpo_core.processes import birth
+from dpo_core.system import birth
 
 
 class Owner(Config):
@@ -17,7 +17,7 @@ class Owner(Config):
     pid: int
     """Its number there."""
     born: int
-    """When it was born (`dpo_core.processes.birth`)."""
+    """When it was born (`dpo_core.system.birth`)."""
 
     def is_here(self) -> bool:
         """Whether it is or was one of this machine; others cannot be asked for."""

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from dpo_core.secrecy import hidden
+from dpo_core.redaction import hidden
 
 
 def source_tags() -> dict[str, str]:

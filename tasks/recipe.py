@@ -27,12 +27,12 @@ from dpo_core.online.group import GroupConfig
 from dpo_core.online.ppo import PpoConfig
 from dpo_core.online.preferences import OnlineDpoConfig
 from dpo_core.pairs import PairSamplingConfig
+from dpo_core.redaction import place_of_secret
 from dpo_core.reward_training import RewardModelConfig
-from dpo_core.secrecy import place_of_secret
 from dpo_core.sft import SftConfig
-from dpo_core.small_files import read_small
+from dpo_core.system import read_small
 from dpo_core.tokens import TokenConfig
-from dpo_core.yaml_text import read_yaml
+from dpo_core.yaml import read_yaml
 from expectations.config import GateConfig
 from tasks.frontier_arms import ArmConfig, FrontierConfig, Settings
 from tasks.tracking import TrackingConfig

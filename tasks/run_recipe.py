@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from dpo_core.errors import RecipeError
-from tasks.manifest import digest_file
+from dpo_core.system import digest_file
 from tasks.recipe import Recipe, load_recipe
 from tasks.runs import RunRecord
 from tasks.tracking_run import flatten

@@ -27,8 +27,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 from pydantic import JsonValue, ValidationError
 
-from dpo_core.disk import sync
 from dpo_core.errors import StageFailed
+from dpo_core.system import sync
 from tasks.locks import locked
 from tasks.manifest import (
     Manifest,

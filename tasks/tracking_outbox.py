@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from dpo_core.secrecy import hidden
+from dpo_core.redaction import hidden
 from tasks.stopping import undisturbed
 from tasks.workspace import says_disk_full, says_read_only, write_whole
 

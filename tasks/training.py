@@ -19,8 +19,9 @@ from dpo_core.remote_code import trusted
 from dpo_core.reward_quality import RewardQuality, reward_quality
 from dpo_core.reward_training import RewardModelConfig
 from dpo_core.sft import SftConfig
+from dpo_core.system import digest_file
 from dpo_core.tokens import TokenConfig
-from tasks.manifest import Manifest, digest_file
+from tasks.manifest import Manifest
 from tasks.stage import Context, Output, Progress, Stage, StageResult, Work, run_stage, stage_task
 from tasks.stopping import begin_stop, go_on
 from tasks.unpaired import kind_of, taken_apart

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError, StageFailed
-from dpo_core.secrecy import SECRET_NAME
+from dpo_core.redaction import SECRET_NAME
 
 log = logging.getLogger("dpo")
 

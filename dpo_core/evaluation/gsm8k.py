@@ -12,7 +12,7 @@ from dpo_core.evaluation.results import Item, MeasureSpec, Outcome
 from dpo_core.evaluation.rows import Progress, Row, read_fields, some
 from dpo_core.evaluation.subject import Subject
 from dpo_core.evaluation.suites import Suite, SuiteConfig
-from dpo_core.models import digest_file
+from dpo_core.system import digest_file
 
 _NO_ANSWER = "[invalid]"  # what lm-eval's filters give where they find nothing
 

@@ -13,7 +13,7 @@ from dpo_core.evaluation.contamination import TrainingText
 from dpo_core.evaluation.results import MeasureSpec, SuiteResult, measured
 from dpo_core.evaluation.subject import Subject
 from dpo_core.evaluation.suites import Suite, SuiteConfig, find
-from dpo_core.models import digest_file
+from dpo_core.system import digest_file
 
 
 class SuitesConfig(Config):

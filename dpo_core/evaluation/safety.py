@@ -19,9 +19,10 @@ from typing import Any
 
 from dpo_core.errors import ModelError, RecipeError, StageFailed
 from dpo_core.http_reward import is_url
-from dpo_core.models import digest_file, load_tokenizer, weights_digest
+from dpo_core.models import load_tokenizer, weights_digest
 from dpo_core.quiet import quiet_transformers
 from dpo_core.rewards import load_reward, reward_identity
+from dpo_core.system import digest_file
 from dpo_core.tokens import Sequence, TokenConfig, Tokenise
 
 _TOKENS_IN_A_PASS = 4096

@@ -26,7 +26,6 @@ from pydantic import AwareDatetime, Field, ValidationError
 
 from dpo_core.config import Config
 from dpo_core.errors import StageFailed
-from dpo_core.processes import birth
 from dpo_core.reference.shard import (
     TEMPORARY,
     Ints,
@@ -39,6 +38,7 @@ from dpo_core.reference.shard import (
     sort_order,
     temporary_beside,
 )
+from dpo_core.system import birth
 
 log = logging.getLogger(__name__)
 

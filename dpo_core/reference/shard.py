@@ -21,8 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dpo_core.errors import StageFailed
-from dpo_core.models import digest_file
-from dpo_core.processes import birth
+from dpo_core.system import birth, digest_file
 
 TEMPORARY = "tmp-"
 _ARRAYS = ("keys", "offsets", "values")

@@ -5,7 +5,7 @@ import yaml
 from pydantic import ValidationError
 
 from deploy.launchers.registry import TARGETS
-from dpo_core.commented_yaml import commented, form
+from dpo_core.yaml import commented, form
 from tasks.recipe import Recipe, load_recipe, shipped
 
 

@@ -238,7 +238,7 @@ def test_a_checkpoint_with_a_fitting_digest_runs_no_code(trace: Path, tmp_path: 
     assert torch.equal(torch.rand(3), before)
 
     torch.save({"python": Payload(trace)}, tmp_path / "random-00000.pt")
-    from dpo_core.models import digest_file
+    from dpo_core.system import digest_file
 
     facts = {
         "made": {"step": 1, "ranks": 1, "zero_stage": 0},

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from dpo_core.errors import DpoError, RecipeError, StageFailed, without_secrets
-from dpo_core.secrecy import hidden, place_of_secret
+from dpo_core.redaction import hidden, place_of_secret
 from flows.quiet import hide_secrets_in_logs
 from flows.validation import _own_folder
 from tasks.recipe import load_recipe

@@ -12,12 +12,12 @@ from pydantic import ValidationError
 
 from dpo_core.config import Config
 from dpo_core.errors import StageFailed
+from dpo_core.system import digest_file
 from tasks.manifest import (
     FileEntry,
     Manifest,
     digest_config,
     digest_entries,
-    digest_file,
     digest_files,
     digest_folder,
     list_files,

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_core.errors import StageFailed
-from dpo_core.models import digest_file
 from dpo_core.reference import sequence_key
 from dpo_core.reference import shard as shard_module
 from dpo_core.reference.shard import LogpShard
+from dpo_core.system import digest_file
 from tests.logps import random_sequences
 
 Entries = dict[bytes, np.ndarray]

@@ -10,8 +10,8 @@ import yaml
 from dpo_core.data.config import DataConfig
 from dpo_core.errors import DpoError, RecipeError
 from dpo_core.models import read_template
-from dpo_core.small_files import MOST_BYTES, read_small
-from dpo_core.yaml_text import quoted, read_yaml
+from dpo_core.system import MOST_BYTES, read_small
+from dpo_core.yaml import quoted, read_yaml
 from flows.launch_command import cluster_config
 from tasks.recipe import load_recipe
 

@@ -1,0 +1,66 @@
+"""Files and processes: what is on the disk, what a file's content is, and which process is which."""
+
+import errno
+import hashlib
+import os
+import stat
+from pathlib import Path
+
+import psutil
+
+MOST_BYTES = 2**20
+"""A recipe has some thousand bytes, the longest chat template of a known model about twenty thousand."""
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or a folder's list of names, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def digest_file(path: Path | str) -> str:
+    """SHA-256 of a file's content, read in blocks of 2 MB whatever the file's size."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(2 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_small(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        OSError: it cannot be opened, is no regular file (a device or a pipe may never end), or has more than
+            `MOST_BYTES`.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    # Not to wait for somebody to write where it is a pipe.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise OSError(errno.EFBIG, f"it has more than {MOST_BYTES // 2**20} MiB", str(path))
+    return content.decode("utf-8")
+
+
+def birth(pid: int) -> int:
+    """When a process was born, on a clock that nobody sets: the same number whenever it is asked for.
+
+    psutil's `create_time` is a time of day, and moves when the clock of the machine is set.
+
+    Raises:
+        psutil.NoSuchProcess: there is none.
+    """
+    try:
+        # Its name, which may hold anything, ends at the last bracket.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except ProcessLookupError:
+        raise psutil.NoSuchProcess(pid) from None
+    except OSError:  # there is no such process, or no /proc
+        return int(psutil.Process(pid).create_time())
+    return int(fields[19])
