@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, model_validator
 
 from dpo_core.config import Config
-from dpo_core.data.demonstrations import review_demonstrations
+from dpo_core.data.demo.demonstrations import review_demonstrations
 from dpo_core.errors import ModelError
 
 if TYPE_CHECKING:

@@ -81,7 +81,7 @@ def data_overrides(data: str | None) -> list[str]:
     """
     if data is None:
         return []
-    from dpo_core.data.confined import confine
+    from dpo_core.data.files.confined import confine
 
     allowed = os.environ.get("DPO_DATA")
     # Whoever may send events to the server names the file; links are followed before it is looked at.

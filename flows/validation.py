@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from dpo_core.config import Config
 from dpo_core.data.config import DataConfig
-from dpo_core.data.records import load
+from dpo_core.data.load import load
 from dpo_core.data.split import by_source, split_table
 from dpo_core.errors import RecipeError
 from dpo_core.models import ModelConfig, load_tokenizer, locate, read_template, templates_of

@@ -10,8 +10,9 @@ from typing import Any
 import pandas as pd
 
 from dpo_core.data.config import DataConfig
-from dpo_core.data.read import check_source
-from dpo_core.data.records import load, to_frame
+from dpo_core.data.files.read import check_source
+from dpo_core.data.load import load
+from dpo_core.data.records import to_frame
 from dpo_core.data.split import by_source, split_table
 from dpo_core.errors import DataError, GateRefused, ModelError, StageFailed
 from dpo_core.pairs import PairSamplingConfig, Scored, pair_up
@@ -294,7 +295,7 @@ def _label(
     config: PairSamplingConfig,
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Pairs of every prompt as a canonical table that keeps each prompt's split, and the counts."""
-    from dpo_core.data.fields import Pair
+    from dpo_core.data.layouts.fields import Pair
 
     records: list[Pair] = []
     numbers: list[int] = []

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from dpo_core.data.config import DataConfig
-from dpo_core.data.records import load
+from dpo_core.data.load import load
 from dpo_core.errors import RecipeError
 from dpo_core.evaluation.subject import Asked, Subject
 from dpo_core.generate import SamplingConfig, seed_for

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from dpo_core.config import Config
 from dpo_core.data.config import DataConfig
-from dpo_core.data.records import load
+from dpo_core.data.load import load
 from dpo_core.errors import RecipeError
 from dpo_core.evaluation.comparison import Comparison, compare
 from dpo_core.evaluation.contamination import TrainingText, training_texts

@@ -13,7 +13,7 @@ import pandas as pd
 
 from dpo_core import cost
 from dpo_core.batches import PackedBatches, PaddedBatches
-from dpo_core.data.records import load
+from dpo_core.data.load import load
 from dpo_core.data.split import split_table
 from dpo_core.dpo import DpoConfig
 from dpo_core.engine import EngineConfig

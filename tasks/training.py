@@ -10,8 +10,8 @@ from typing import Any
 import pandas as pd
 
 from deploy.launchers import Launcher, State, chosen
-from dpo_core.data.demonstrations import review_demonstrations
-from dpo_core.data.read import check_source, read_rows
+from dpo_core.data.demo.demonstrations import review_demonstrations
+from dpo_core.data.files.read import check_source, read_rows
 from dpo_core.dpo import DpoConfig
 from dpo_core.errors import DataError, DpoError, StageFailed
 from dpo_core.models import parameter_count

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dpo_core.data.config import DataConfig
-from dpo_core.data.records import load
+from dpo_core.data.load import load
 from dpo_core.errors import RecipeError
 from dpo_core.tokens import Sequence, TokenConfig, Tokenise, TokenPair
 

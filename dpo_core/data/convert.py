@@ -6,7 +6,8 @@ from functools import cache
 from typing import Any
 
 from dpo_core.data.config import Format, Pairing, SourceConfig
-from dpo_core.data.fields import (
+from dpo_core.data.formats import ADAPTERS, SAMPLE_ROWS, recognise
+from dpo_core.data.layouts.fields import (
     Fault,
     Kind,
     Pair,
@@ -18,10 +19,9 @@ from dpo_core.data.fields import (
     Unpaired,
     unreadable,
 )
-from dpo_core.data.formats import ADAPTERS, SAMPLE_ROWS, recognise
-from dpo_core.data.messages import SYSTEM_NAMES
-from dpo_core.data.rankings import pairs_of
-from dpo_core.data.structured import columns_of_source, is_conversation, parse_source
+from dpo_core.data.layouts.messages import SYSTEM_NAMES
+from dpo_core.data.layouts.rankings import pairs_of
+from dpo_core.data.layouts.structured import columns_of_source, is_conversation, parse_source
 from dpo_core.errors import DataError
 
 # Unread, these would change what a row says.

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_core.data import public_layouts as public
-from dpo_core.data import rankings
-from dpo_core.data import usual_layouts as usual
 from dpo_core.data.config import Format
-from dpo_core.data.fields import Fault, Kind, Ranked, Row, has, type_of
+from dpo_core.data.layouts import common as usual
+from dpo_core.data.layouts import public, rankings
+from dpo_core.data.layouts.fields import Fault, Kind, Ranked, Row, has, type_of
 from dpo_core.errors import DataError
 
 SAMPLE_ROWS = 100

@@ -1,4 +1,4 @@
-"""The canonical tables that every later stage reads, and `load`, which makes them from any source.
+"""The canonical tables that every later stage reads, and how one source becomes one.
 
 Bad rows are kept with a reason in `fault` and empty texts: the data gate counts them and decides.
 """
@@ -14,9 +14,8 @@ import pyarrow as pa
 
 from dpo_core.data.config import DataConfig, Format, SourceConfig
 from dpo_core.data.convert import Converter, faulty
-from dpo_core.data.fields import Kind, Pair, Prompt, Record, Unpaired
-from dpo_core.data.openings import review_openings
-from dpo_core.data.read import names_splits, read_rows
+from dpo_core.data.files.read import names_splits, read_rows
+from dpo_core.data.layouts.fields import Kind, Pair, Prompt, Record, Unpaired
 
 _TEXT, _FLAG = pa.large_string(), pa.bool_()
 _SCHEMAS: dict[Kind, Any] = {
@@ -145,34 +144,6 @@ def _frame(tables: list[Any]) -> pd.DataFrame:
     strings = {_TEXT: pd.StringDtype("pyarrow")}
     frame: pd.DataFrame = pa.concat_tables(tables).to_pandas(types_mapper=strings.get)
     return frame
-
-
-def load(config: DataConfig) -> Loaded:
-    """Reads `config.path` or `config.mixture`, or makes `config.openings` prompts, into a canonical table.
-
-    Raises:
-        DataError: the source cannot be read, or its format not be recognised.
-    """
-    if config.mixture is not None:
-        from dpo_core.data.mixture import load_mixture
-
-        return limited(load_mixture(config), config.limit, config.seed)
-    if config.path is None:
-        texts = review_openings(config.openings or 0, config.seed)
-        frame = to_frame([Prompt(text, False) for text in texts], "prompts")
-        return Loaded(frame, "prompts", "prompts", "self-made review openings", {"rows_read": len(texts)})
-    source = SourceConfig(path=config.path, format=config.format, split=config.split, columns=config.columns)
-    return limited(load_source(source, config), config.limit, config.seed)
-
-
-def load_eval(config: DataConfig) -> Loaded | None:
-    """Reads `config.eval_path` in full, or None without one. A limit is meant for the training data."""
-    if config.eval_path is None:
-        return None
-    source = SourceConfig(
-        path=config.eval_path, format=config.format, split=config.eval_split, columns=config.columns
-    )
-    return load_source(source, config, evaluation=True)
 
 
 def load_source(source: SourceConfig, config: DataConfig, *, evaluation: bool = False) -> Loaded:

@@ -30,7 +30,7 @@ def split_table(loaded: "Loaded", config: DataConfig) -> pd.DataFrame:
     Raises:
         DataError: there is nothing to split, or `data.eval_path` cannot be read or holds another kind.
     """
-    from dpo_core.data.records import load_eval
+    from dpo_core.data.load import load_eval
 
     held_out = load_eval(config)
     if held_out is None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo_core.data.read import read_rows
+from dpo_core.data.files.read import read_rows
 from dpo_core.errors import DataError, RecipeError
 from dpo_core.evaluation.asking import asked as asked_as
 from dpo_core.evaluation.asking import wants_chat

@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import JsonValue
 
-from dpo_core.data.fields import Fault, Pair, Row
+from dpo_core.data.files.read import read_rows
 from dpo_core.data.formats import ADAPTERS
-from dpo_core.data.messages import chat_prompt
-from dpo_core.data.read import read_rows
-from dpo_core.data.usual_layouts import ASSISTANT
+from dpo_core.data.layouts.common import ASSISTANT
+from dpo_core.data.layouts.fields import Fault, Pair, Row
+from dpo_core.data.layouts.messages import chat_prompt
 from dpo_core.errors import StageFailed
 from dpo_core.evaluation.asking import wants_chat
 from dpo_core.evaluation.results import Better, Item, Measure, MeasureSpec, Outcome

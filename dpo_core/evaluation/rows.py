@@ -6,7 +6,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
 
-from dpo_core.data.read import read_rows
+from dpo_core.data.files.read import read_rows
 from dpo_core.errors import DataError
 
 T = TypeVar("T")

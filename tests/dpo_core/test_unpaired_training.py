@@ -308,7 +308,7 @@ def test_rows_that_leave_nothing_are_counted(tiny: Path) -> None:
 
 def test_real_kto_rows(shared: Path, tiny: Path) -> None:
     from dpo_core.data.config import DataConfig
-    from dpo_core.data.records import load
+    from dpo_core.data.load import load
 
     frame = load(
         DataConfig(path=str(shared / "data" / "preference" / "llamafactory_kto_en_demo.json.gz"))

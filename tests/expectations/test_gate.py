@@ -9,7 +9,9 @@ import pandas as pd
 import pytest
 from pydantic import ValidationError
 
-from dpo_core.data import DataConfig, load, split_by_prompt
+from dpo_core.data.config import DataConfig
+from dpo_core.data.load import load
+from dpo_core.data.split import split_by_prompt
 from dpo_core.errors import DataError, GateRefused
 from expectations.config import CountRule, GateConfig, RateRule
 from expectations.report import GateReport

@@ -167,7 +167,7 @@ def test_drift_is_judged_on_the_completions(gate: Gate) -> None:
 
 def test_real_kto_rows_pass(gate: Gate, shared: Any) -> None:
     from dpo_core.data.config import DataConfig
-    from dpo_core.data.records import load
+    from dpo_core.data.load import load
     from dpo_core.data.split import split_by_prompt
 
     path = shared / "data" / "preference" / "llamafactory_kto_en_demo.json.gz"

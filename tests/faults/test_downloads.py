@@ -91,7 +91,7 @@ def test_a_name_that_the_hub_does_not_know(hub: Hub, tmp_path: Path) -> None:
 
 DATA = """
 import sys
-from dpo_core.data.read import read_rows
+from dpo_core.data.files.read import read_rows
 from dpo_core.errors import DpoError
 try:
     print(sum(len(rows) for _, rows in read_rows("me/pairs")))

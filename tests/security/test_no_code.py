@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_core.checkpoints import _own_digest, load_random_state, numbers_alone, read_digest, save_random_state
-from dpo_core.data.read import read_rows
+from dpo_core.data.files.read import read_rows
 from dpo_core.errors import DataError, ModelError, StageFailed
 from dpo_core.model_folder import check_folder, code_digest
 from dpo_core.models import ModelConfig, convert, load_tokenizer

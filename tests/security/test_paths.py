@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import csv, feather, parquet
 
-from dpo_core.data.read import check_source, read_rows
+from dpo_core.data.files.read import check_source, read_rows
 from dpo_core.errors import DataError, RecipeError
 from flows.deployed import data_overrides
 from tasks.page import render
@@ -78,7 +78,7 @@ def test_an_event_names_no_file_outside_of_the_folder_of_data(
 def test_no_link_in_a_folder_that_an_event_named_leads_out_of_the_folder_of_data(
     ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dpo_core.data.confined._allowed", {})
+    monkeypatch.setattr("dpo_core.data.files.confined._allowed", {})
     data, outside = tmp_path / "data", tmp_path / f"rows.{ending}"
     (data / "set").mkdir(parents=True)
     table = pa.table({"prompt": ["a", "b"], "chosen": ["x", "y"], "rejected": ["y", "x"]})

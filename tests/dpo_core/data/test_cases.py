@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from dpo_core.data import DataConfig, Loaded, load
-from dpo_core.data.beyond_text import beyond_text
+from dpo_core.data.config import DataConfig
+from dpo_core.data.layouts.beyond_text import beyond_text
+from dpo_core.data.load import load
+from dpo_core.data.records import Loaded
 from dpo_core.errors import DataError
 
 ASKED = "What do you know about amber number 0?"

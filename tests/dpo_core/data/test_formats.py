@@ -4,17 +4,9 @@ import json
 
 import pytest
 
-from dpo_core.data.fields import Fault, Pair, Prompt, Unpaired
 from dpo_core.data.formats import ADAPTERS, recognise
-from dpo_core.data.usual_layouts import (
-    hh,
-    kto,
-    pandalm,
-    prompt_pairs,
-    prompts,
-    sharegpt,
-    stackexchange,
-)
+from dpo_core.data.layouts.common import hh, kto, pandalm, prompt_pairs, prompts, sharegpt, stackexchange
+from dpo_core.data.layouts.fields import Fault, Pair, Prompt, Unpaired
 from dpo_core.errors import DataError
 
 USER = {"role": "user", "content": "Hi"}

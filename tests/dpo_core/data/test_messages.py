@@ -8,9 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dpo_core.data import DataConfig, Loaded, Prompt, load, record_id
-from dpo_core.data.fields import Fault
+from dpo_core.data.config import DataConfig
 from dpo_core.data.formats import ADAPTERS
+from dpo_core.data.layouts.fields import Fault, Prompt
+from dpo_core.data.load import load
+from dpo_core.data.records import Loaded, record_id
 
 USER, GOOD, BAD = (
     {"role": "user", "content": "Hi"},

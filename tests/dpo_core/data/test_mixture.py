@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from dpo_core.data import DataConfig, load
-from dpo_core.data.read import check_source, read_rows
+from dpo_core.data.config import DataConfig
+from dpo_core.data.files.read import check_source, read_rows
+from dpo_core.data.load import load
 from dpo_core.data.split import by_source, split_table
 from dpo_core.errors import DataError
 from tasks.data import source_digests

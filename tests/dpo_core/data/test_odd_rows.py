@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from dpo_core.data import DataConfig, Loaded, load, recognise
-from dpo_core.data.formats import ADAPTERS
-from dpo_core.data.read import check_source, read_rows
+from dpo_core.data.config import DataConfig
+from dpo_core.data.files.read import check_source, read_rows
+from dpo_core.data.formats import ADAPTERS, recognise
+from dpo_core.data.load import load
+from dpo_core.data.records import Loaded
 from dpo_core.errors import DataError
 
 PAIR = {"prompt": "p", "chosen": "c", "rejected": "r"}

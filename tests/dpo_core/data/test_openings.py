@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from dpo_core.data.demonstrations import SENTIMENTS, demonstrations_with_sentiment, review_demonstrations
-from dpo_core.data.openings import NOUNS, all_openings, openings_for, review_openings
+from dpo_core.data.demo.demonstrations import SENTIMENTS, demonstrations_with_sentiment, review_demonstrations
+from dpo_core.data.demo.openings import NOUNS, all_openings, openings_for, review_openings
 from dpo_core.errors import RecipeError
 
 PROMPTS = len(openings_for(demonstrations=False))

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
-from dpo_core.data import DataConfig, Loaded, Pair, load, recognise
-from dpo_core.data.fields import Fault, Ranked
-from dpo_core.data.formats import ADAPTERS
-from dpo_core.data.rankings import pairs_of
+from dpo_core.data.config import DataConfig
+from dpo_core.data.formats import ADAPTERS, recognise
+from dpo_core.data.layouts.fields import Fault, Pair, Ranked
+from dpo_core.data.layouts.rankings import pairs_of
+from dpo_core.data.load import load
+from dpo_core.data.records import Loaded
 from dpo_core.errors import DataError
 
 USER = {"role": "user", "content": "Hi"}

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from dpo_core.data import read
-from dpo_core.data.read import read_rows
+from dpo_core.data.files import read
+from dpo_core.data.files.read import read_rows
 from dpo_core.errors import DataError
 
 # U+0085 and U+2028 end a line for str.splitlines(), but not in a data file.

@@ -7,20 +7,10 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from dpo_core.data import (
-    PAIR_COLUMNS,
-    PROMPT_COLUMNS,
-    UNPAIRED_COLUMNS,
-    DataConfig,
-    Loaded,
-    Pair,
-    Prompt,
-    Unpaired,
-    load,
-    load_eval,
-    record_id,
-    to_frame,
-)
+from dpo_core.data.config import DataConfig
+from dpo_core.data.layouts.fields import Pair, Prompt, Unpaired
+from dpo_core.data.load import load, load_eval
+from dpo_core.data.records import PAIR_COLUMNS, PROMPT_COLUMNS, UNPAIRED_COLUMNS, Loaded, record_id, to_frame
 from dpo_core.errors import DataError
 
 

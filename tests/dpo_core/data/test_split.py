@@ -6,7 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_core.data import DataConfig, Pair, load, prompt_key, split_by_prompt, to_frame, with_eval_frame
+from dpo_core.data.config import DataConfig
+from dpo_core.data.layouts.fields import Pair
+from dpo_core.data.load import load
+from dpo_core.data.records import to_frame
+from dpo_core.data.split import prompt_key, split_by_prompt, with_eval_frame
 from dpo_core.errors import DataError
 
 PROMPTS = st.lists(st.text(st.characters(codec="utf-8"), max_size=6), min_size=1, max_size=30)

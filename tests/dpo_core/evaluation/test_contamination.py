@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from dpo_core.data.config import DataConfig
-from dpo_core.data.fields import Pair, Prompt, Unpaired
-from dpo_core.data.records import load, to_frame
+from dpo_core.data.layouts.fields import Pair, Prompt, Unpaired
+from dpo_core.data.load import load
+from dpo_core.data.records import to_frame
 from dpo_core.evaluation.contamination import TEMPLATE, TrainingText, training_texts
 from dpo_core.evaluation.results import Item
 

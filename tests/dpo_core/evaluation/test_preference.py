@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_core.data.fields import Pair
+from dpo_core.data.layouts.fields import Pair
 from dpo_core.errors import StageFailed
 from dpo_core.evaluation.preference import SUITES, Labelled
 from dpo_core.evaluation.results import Outcome, measured

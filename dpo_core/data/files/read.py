@@ -17,9 +17,9 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_core.data.confined import again, open_file
-from dpo_core.data.json_window import JsonWindow
-from dpo_core.data.splits import choose_split, files_of_split, split_of
+from dpo_core.data.files.confined import again, open_file
+from dpo_core.data.files.json_window import JsonWindow
+from dpo_core.data.files.splits import choose_split, files_of_split, split_of
 from dpo_core.errors import DataError
 
 Row = dict[str, Any]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from dpo_core.data.fields import (
+from dpo_core.data.layouts.fields import (
     Fault,
     Row,
     SourceRow,
@@ -19,7 +19,7 @@ from dpo_core.data.fields import (
     remark,
     type_of,
 )
-from dpo_core.data.structured import parse_source
+from dpo_core.data.layouts.structured import parse_source
 
 Message = dict[str, Any]
 Messages = list[Message]

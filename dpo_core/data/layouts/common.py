@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from dpo_core.data.fields import (
+from dpo_core.data.layouts.fields import (
     Fault,
     Pair,
     Prompt,
@@ -16,7 +16,7 @@ from dpo_core.data.fields import (
     remark,
     text,
 )
-from dpo_core.data.messages import (
+from dpo_core.data.layouts.messages import (
     check_answer,
     common_turns,
     read_answer,

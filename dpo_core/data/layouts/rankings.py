@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from dpo_core.data.fields import (
+from dpo_core.data.layouts.fields import (
     Fault,
     Pair,
     Ranked,
@@ -20,7 +20,7 @@ from dpo_core.data.fields import (
     text,
     type_of,
 )
-from dpo_core.data.messages import ROLES, Messages, chat_prompt, read_prompt, read_tools
+from dpo_core.data.layouts.messages import ROLES, Messages, chat_prompt, read_prompt, read_tools
 
 _LISTS = ("answers", "completions", "responses", "candidates", "generations", "outputs", "choices")
 _TEXTS = ("answer", "response", "text", "completion", "content", "output", "generation")

@@ -11,7 +11,7 @@ import re
 
 import numpy as np
 
-from dpo_core.data.openings import Opening, drawn, openings_for
+from dpo_core.data.demo.openings import Opening, drawn, openings_for
 
 SENTIMENTS = ("positive", "negative", "mixed")
 

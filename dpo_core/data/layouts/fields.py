@@ -7,7 +7,7 @@ import json
 import math
 from typing import Any, Literal, NamedTuple
 
-from dpo_core.data.read import UNREADABLE
+from dpo_core.data.files.read import UNREADABLE
 
 Row = dict[str, Any]
 Kind = Literal["pairs", "unpaired", "prompts"]

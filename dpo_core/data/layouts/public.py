@@ -6,7 +6,7 @@ Column names are those of the sets' cards on the Hugging Face hub.
 import re
 from typing import Any
 
-from dpo_core.data.fields import (
+from dpo_core.data.layouts.fields import (
     Fault,
     Pair,
     Row,
@@ -18,7 +18,7 @@ from dpo_core.data.fields import (
     text,
     type_of,
 )
-from dpo_core.data.messages import (
+from dpo_core.data.layouts.messages import (
     ROLES,
     Messages,
     check_answer,
@@ -28,7 +28,7 @@ from dpo_core.data.messages import (
     read_tools,
     write_answers,
 )
-from dpo_core.data.structured import parse_source
+from dpo_core.data.layouts.structured import parse_source
 
 
 def _better(

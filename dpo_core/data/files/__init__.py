@@ -1,0 +1,1 @@
+"""Rows out of files, and which files of a folder they are in."""

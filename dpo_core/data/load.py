@@ -1,0 +1,33 @@
+"""From what the recipe says about the data to one canonical table: files, a mixture, or self-made prompts."""
+
+from dpo_core.data.config import DataConfig, SourceConfig
+from dpo_core.data.demo.openings import review_openings
+from dpo_core.data.layouts.fields import Prompt
+from dpo_core.data.mixture import load_mixture
+from dpo_core.data.records import Loaded, limited, load_source, to_frame
+
+
+def load(config: DataConfig) -> Loaded:
+    """Reads `config.path` or `config.mixture`, or makes `config.openings` prompts, into a canonical table.
+
+    Raises:
+        DataError: the source cannot be read, or its format not be recognised.
+    """
+    if config.mixture is not None:
+        return limited(load_mixture(config), config.limit, config.seed)
+    if config.path is None:
+        texts = review_openings(config.openings or 0, config.seed)
+        frame = to_frame([Prompt(text, False) for text in texts], "prompts")
+        return Loaded(frame, "prompts", "prompts", "self-made review openings", {"rows_read": len(texts)})
+    source = SourceConfig(path=config.path, format=config.format, split=config.split, columns=config.columns)
+    return limited(load_source(source, config), config.limit, config.seed)
+
+
+def load_eval(config: DataConfig) -> Loaded | None:
+    """Reads `config.eval_path` in full, or None without one. A limit is meant for the training data."""
+    if config.eval_path is None:
+        return None
+    source = SourceConfig(
+        path=config.eval_path, format=config.format, split=config.eval_split, columns=config.columns
+    )
+    return load_source(source, config, evaluation=True)
