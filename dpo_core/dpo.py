@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dpo_core import cost
 from dpo_core.adapters import LoraConfig
 from dpo_core.config import Config
+from dpo_core.data.tokens.tokenise import TokenPair
 from dpo_core.engine_config import EngineConfig, OptimConfig
 from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.head import keeps_logits
@@ -34,7 +35,6 @@ from dpo_core.objectives import (
 )
 from dpo_core.reference import LogpShard, sequence_key
 from dpo_core.scores import BranchScores, branch_scores
-from dpo_core.tokens import TokenPair
 from dpo_core.training import PackedLoopConfig, PackedTrainer
 
 log = logging.getLogger(__name__)

@@ -13,6 +13,7 @@ from torch import Tensor
 from dpo_core import cost
 from dpo_core.adapters import add_lora, merge_lora
 from dpo_core.attention import trunk_of
+from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise
 from dpo_core.dpo import DpoTrainer
 from dpo_core.dropout import disable_dropout
 from dpo_core.engine import put_state
@@ -27,7 +28,6 @@ from dpo_core.remote_code import trust_digests
 from dpo_core.rewards import load_reward
 from dpo_core.save_model import export_policy
 from dpo_core.sft import Demonstration, SftTrainer
-from dpo_core.tokens import Sequence, TokenConfig, Tokenise
 from dpo_core.train import Job
 from dpo_core.unpaired import UnpairedTrainer, unpaired_examples
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from dpo_core.tokens import Sequence
+    from dpo_core.data.tokens.tokenise import Sequence
 
 
 _Indices = NDArray[np.int64]

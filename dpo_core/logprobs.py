@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from dpo_core import cost
 from dpo_core.attention import whole_blocks
+from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.layout import Document, pack, pad
 from dpo_core.packing_check import packing_fault
 from dpo_core.scores import branch_scores
-from dpo_core.tokens import Sequence
 
 Precision = Literal["fp32", "bf16"]
 

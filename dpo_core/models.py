@@ -12,8 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from dpo_core.chat_template import check_template
 from dpo_core.config import Config
+from dpo_core.data.tokens.chat_template import check_template
 from dpo_core.errors import ModelError
 from dpo_core.model_folder import LOAD_REMEDY, check_folder, require_safetensors, tensor_headers
 from dpo_core.model_kind import check_kind, check_sees_the_past_only

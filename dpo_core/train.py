@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dpo_core.config import Config
+from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.dpo import DpoConfig
 from dpo_core.errors import DpoError, RankLost, StageFailed
 from dpo_core.generate import SamplingConfig
@@ -27,7 +28,6 @@ from dpo_core.online.preferences import OnlineDpoConfig
 from dpo_core.redaction import hidden
 from dpo_core.reward_training import RewardModelConfig
 from dpo_core.sft import SftConfig
-from dpo_core.tokens import TokenConfig
 
 if TYPE_CHECKING:
     from dpo_core.watch import Watch

@@ -13,12 +13,12 @@ from typing import Any, Protocol
 import numpy as np
 import pandas as pd
 
-from dpo_core.chat_template import TemplateError
+from dpo_core.data.tokens.chat_template import TemplateError
 from expectations.features import Budget, Features, Subject, _Array
 
 
 class Tokens(Protocol):
-    """How training turns text into ids; `dpo_core.tokens.Tokenise` is one."""
+    """How training turns text into ids; `dpo_core.data.tokens.tokenise.Tokenise` is one."""
 
     def prompt(self, text: str, chat: bool, budget: int | None = None, tools: str = "") -> Sequence[int]:
         """Ids of a prompt, at most `budget` of them."""

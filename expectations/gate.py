@@ -242,7 +242,7 @@ def judge(
     Args:
         frame: one row an example; columns as in `expectations.suites.SCHEMA`, more are allowed.
         docs_dir: folder for the Great Expectations project and its Data Docs; nothing is written elsewhere.
-        tokens: how training tokenises (`dpo_core.tokens.Tokenise`, or `PlainTokens` round a function); with
+        tokens: how training tokenises (`Tokenise`, or `PlainTokens` round a function); with
             `max_length` it turns on the two token rules.
         max_length: most tokens of prompt and answer together.
         max_prompt_length: most tokens of the prompt when both do not fit; for prompts the budget itself.

@@ -18,7 +18,7 @@ _ANSWERS = ("chosen", "rejected", "completion")
 
 @runtime_checkable
 class Writes(Protocol):
-    """What can write a row as training does; `dpo_core.tokens.Tokenise` is one."""
+    """What can write a row as training does; `dpo_core.data.tokens.tokenise.Tokenise` is one."""
 
     def refusal(self, row: dict[str, Any]) -> str | None:
         """Why the chat template cannot write a canonical row."""

@@ -5,11 +5,11 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from dpo_core.chat_template import template_in
+from dpo_core.data.tokens.chat_template import template_in
+from dpo_core.data.tokens.config import settled
 from dpo_core.dpo import DpoConfig
 from dpo_core.errors import RecipeError
 from dpo_core.reward_training import no_agreement
-from dpo_core.token_config import settled
 from tasks.data import load_data, sample_pairs, validate
 from tasks.manifest import Manifest
 from tasks.models import CACHE, CACHE_GUIDE, cache_reference, import_model

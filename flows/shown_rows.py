@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import typer
 
-from dpo_core.tokens import Sequence, Tokenise
+from dpo_core.data.tokens.tokenise import Sequence, Tokenise
 
 _SIDES = {"pairs": ("chosen", "rejected"), "unpaired": ("completion",), "prompts": ("prompt",)}
 _OPEN, _CLOSE, _CUT = "⟦", "⟧", "✂"

@@ -14,9 +14,9 @@ from dpo_core.config import Config
 from dpo_core.data.config import DataConfig
 from dpo_core.data.load import load
 from dpo_core.data.split import by_source, split_table
+from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise
 from dpo_core.errors import RecipeError
 from dpo_core.models import ModelConfig, load_tokenizer, locate, read_template, templates_of
-from dpo_core.tokens import TokenConfig, Tokenise
 from expectations.config import GateConfig
 from expectations.drift import load_baseline
 from expectations.gate import judge
@@ -111,7 +111,7 @@ def _require_model(overrides: Sequence[str], show: int) -> None:
 
 def _tokenise(asked: _Asked) -> Tokenise:
     """The tokenizer that `import-model` would keep, with its template."""
-    from dpo_core.chat_template import check_template
+    from dpo_core.data.tokens.chat_template import check_template
 
     config = asked.model
     folder = Path(config.name).expanduser()

@@ -14,11 +14,11 @@ from dpo_core.data.files.read import check_source
 from dpo_core.data.load import load
 from dpo_core.data.records import to_frame
 from dpo_core.data.split import by_source, split_table
+from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.errors import DataError, GateRefused, ModelError, StageFailed
 from dpo_core.pairs import PairSamplingConfig, Scored, pair_up
 from dpo_core.rewards import reward_identity
 from dpo_core.system import digest_file
-from dpo_core.tokens import TokenConfig
 from expectations.config import GateConfig
 from expectations.drift import load_baseline
 from tasks.manifest import Manifest
@@ -101,8 +101,8 @@ def validate(
     baseline = load_baseline(gate.baseline) if gate.baseline else None
 
     def work(given: Work) -> Output:
+        from dpo_core.data.tokens.tokenise import Tokenise
         from dpo_core.models import load_tokenizer
-        from dpo_core.tokens import Tokenise
         from expectations.gate import judge
 
         frame = pd.read_parquet(data.path / "data.parquet")
@@ -206,9 +206,9 @@ def sample_pairs(
 
     def work(given: Work) -> Output:
         from dpo_core import cost
+        from dpo_core.data.tokens.tokenise import Tokenise
         from dpo_core.jobs import read_rows, scorer
         from dpo_core.models import load_model, load_tokenizer
-        from dpo_core.tokens import Tokenise
 
         rows = read_rows(prompts.path / "data.parquet")
         tokenise = Tokenise(load_tokenizer(reference.path), tokens)
@@ -218,7 +218,7 @@ def sample_pairs(
         wanted = [one for one in asked if one[1] for _ in range(config.samples_per_prompt)]
         model = load_model(reference.path)
         drawn = _sample(given, model, wanted, config, tokenise.stop_ids, seed)
-        from dpo_core.tokens import Sequence
+        from dpo_core.data.tokens.tokenise import Sequence
 
         texts = [tokenise.text(c.ids, ids) for (_, ids), c in zip(wanted, drawn, strict=True)]
         rewards = scorer(reward, tokenise, "fp32")(

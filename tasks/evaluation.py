@@ -8,10 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.errors import StageFailed
 from dpo_core.evaluate import EvaluateConfig
 from dpo_core.rewards import reward_identity
-from dpo_core.tokens import TokenConfig
 from tasks.manifest import Manifest
 from tasks.sealed import read_sealed, write_sealed
 from tasks.stage import Context, Output, Stage, StageResult, Work, run_stage, stage_task
@@ -91,11 +91,11 @@ def _evaluate(
     seed: int,
 ) -> tuple[dict[str, Any], float]:
     """What the policies were measured at, and the operations that it took."""
+    from dpo_core.data.tokens.tokenise import Tokenise
     from dpo_core.evaluate import sequence_logps, summarise
     from dpo_core.jobs import scorer
     from dpo_core.logprobs import read_flops
     from dpo_core.models import load_model, load_tokenizer
-    from dpo_core.tokens import Tokenise
 
     reference_path = policies["SFT"].path
     tokenise = Tokenise(load_tokenizer(reference_path), tokens)
@@ -322,8 +322,8 @@ def _scoring_flops(reference: Any, facts: dict[str, Any]) -> float:
 
 
 def _samples(facts: dict[str, Any]) -> Any:
+    from dpo_core.data.tokens.tokenise import Sequence as Ids
     from dpo_core.evaluate import PolicySamples
-    from dpo_core.tokens import Sequence as Ids
 
     fields = {k: v for k, v in facts.items() if k not in ("accuracy", "accuracy_by_source", "flops")}
     fields["sequences"] = [Ids(tuple(s["prompt"]), tuple(s["completion"])) for s in facts["sequences"]]

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.evaluate import EvaluateConfig
 from dpo_core.frontier import Cost, Point
 from dpo_core.rewards import reward_identity
-from dpo_core.tokens import TokenConfig
 from tasks.evaluation import held_out_prompts
 from tasks.manifest import Manifest
 from tasks.stage import Context, Output, Stage, StageResult, Work, run_stage, stage_task
@@ -65,11 +65,11 @@ def _measured(
     tokens: TokenConfig,
     seed: int,
 ) -> dict[str, Any]:
+    from dpo_core.data.tokens.tokenise import Tokenise
     from dpo_core.evaluate import kl_estimates, sample_policy, sequence_logps
     from dpo_core.jobs import scorer
     from dpo_core.models import load_model, load_tokenizer
     from dpo_core.text_metrics import distinct_n
-    from dpo_core.tokens import Tokenise
 
     tokenise = Tokenise(load_tokenizer(reference.path), tokens)
     asked = held_out_prompts(prompts, tokenise, config)

@@ -16,19 +16,20 @@ from pydantic import Field, model_validator
 from dpo_core.config import Config
 from dpo_core.data.config import DataConfig
 from dpo_core.data.load import load
+from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.errors import RecipeError
 from dpo_core.evaluation.comparison import Comparison, compare
 from dpo_core.evaluation.contamination import TrainingText, training_texts
 from dpo_core.evaluation.results import Item, SuiteResult
 from dpo_core.evaluation.running import SuitesConfig, without_training_data
 from dpo_core.evaluation.subject import Asked, Subject
-from dpo_core.evaluation.suites import SuiteConfig, find
+from dpo_core.evaluation.suite_registry import find
+from dpo_core.evaluation.suites import SuiteConfig
 from dpo_core.generate import SamplingConfig
 from dpo_core.judging.judge import JudgeConfig
 from dpo_core.judging.results import WinRate
 from dpo_core.remote_code import trust
 from dpo_core.rewards import check_reward
-from dpo_core.tokens import TokenConfig
 from tasks.assessment import suite_row
 from tasks.evaluation_page import render_evaluation
 from tasks.evaluation_report import EvaluatedModel, EvaluationReport

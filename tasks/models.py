@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 from pydantic import JsonValue
 
+from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.dpo import DpoConfig
 from dpo_core.errors import ModelError, StageFailed
 from dpo_core.logprobs import Precision
@@ -26,7 +27,6 @@ from dpo_core.models import (
 )
 from dpo_core.reference.keys import DEFINITION_VERSION
 from dpo_core.remote_code import trust
-from dpo_core.tokens import TokenConfig
 from tasks.manifest import Manifest
 from tasks.reference_caches import CACHE_FOLDER
 from tasks.stage import Context, Output, Stage, StageResult, Work, run_stage, stage_task, tracker_of
@@ -118,9 +118,9 @@ def cache_reference(
     """
 
     def work(given: Work) -> Output:
+        from dpo_core.data.tokens.tokenise import Tokenise
         from dpo_core.models import load_tokenizer
         from dpo_core.reference.job import reference_logps
-        from dpo_core.tokens import Tokenise
         from dpo_core.unpaired import needed_sequences
 
         frame = pd.read_parquet(pairs.path / "data.parquet")

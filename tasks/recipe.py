@@ -15,6 +15,7 @@ from yaml.constructor import ConstructorError
 from dpo_core.adapters import LORA_EXTRA
 from dpo_core.config import Config
 from dpo_core.data.config import DataConfig
+from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.dpo import DpoConfig
 from dpo_core.errors import RecipeError
 from dpo_core.evaluate import EvaluateConfig
@@ -31,7 +32,6 @@ from dpo_core.redaction import place_of_secret
 from dpo_core.reward_training import RewardModelConfig
 from dpo_core.sft import SftConfig
 from dpo_core.system import read_small
-from dpo_core.tokens import TokenConfig
 from dpo_core.yaml import read_yaml
 from expectations.config import GateConfig
 from tasks.frontier_arms import ArmConfig, FrontierConfig, Settings

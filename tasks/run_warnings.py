@@ -29,7 +29,7 @@ def measure_answers(frame: pd.DataFrame, tokenise: Any) -> Answers | None:
     """The answers of pairs or unpaired rows; None of prompts.
 
     Args:
-        tokenise: a `dpo_core.tokens.Tokenise`.
+        tokenise: a `dpo_core.data.tokens.tokenise.Tokenise`.
     """
     text, ended = ("chosen", "chosen_ended") if "chosen" in frame else ("completion", "ended")
     if text not in frame:

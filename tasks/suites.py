@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.evaluation.contamination import TrainingText, training_texts
 from dpo_core.evaluation.results import SuiteResult
 from dpo_core.evaluation.running import SuitesConfig, data_digest, without_training_data
-from dpo_core.evaluation.suites import find
-from dpo_core.tokens import TokenConfig
+from dpo_core.evaluation.suite_registry import find
 from tasks.manifest import Manifest
 from tasks.reference_caches import CACHE_FOLDER
 from tasks.stage import Context, Output, Stage, StageResult, Work, run_stage, stage_task

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_core.tokens import Sequence
+from dpo_core.data.tokens.tokenise import Sequence
 
 
 def full_logps(model: Any, sequence: Sequence, temperature: float = 1.0) -> Tensor:

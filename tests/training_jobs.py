@@ -9,10 +9,10 @@ from typing import Any
 import pandas as pd
 
 from deploy.launchers import LocalLauncher, State
+from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise, TokenPair
 from dpo_core.models import load_model, load_tokenizer
 from dpo_core.reference import LogpShard
 from dpo_core.reference.compute import compute
-from dpo_core.tokens import Sequence, TokenConfig, Tokenise, TokenPair
 from dpo_core.unpaired import UnpairedExample, mismatched, unpaired_examples
 
 PATIENCE = 600.0

@@ -18,11 +18,11 @@ from dpo_core import cost
 from dpo_core.bench.contender import Race, write_pairs
 from dpo_core.bench.workloads import Size, Workload, human_pairs, made_pairs, make_model
 from dpo_core.config import Config
+from dpo_core.data.tokens.tokenise import TokenPair
 from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.layout import Document
 from dpo_core.logprobs import Precision
 from dpo_core.models import config_in
-from dpo_core.tokens import TokenPair
 
 # How far the losses of single pairs may lie apart: bf16 rounds differently in other batch shapes.
 AGREEMENT = {"fp32": 1e-4, "bf16": 0.1}

@@ -17,8 +17,8 @@ import torch
 
 from dpo_core import cost
 from dpo_core.config import Config
+from dpo_core.data.tokens.tokenise import Sequence, TokenPair
 from dpo_core.ranks import peak_bytes
-from dpo_core.tokens import Sequence, TokenPair
 
 BETA = 0.1
 LEARNING_RATE = 1e-6

@@ -7,8 +7,8 @@ import numpy as np
 
 from dpo_core.data.config import DataConfig
 from dpo_core.data.load import load
+from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise, TokenPair
 from dpo_core.errors import RecipeError
-from dpo_core.tokens import Sequence, TokenConfig, Tokenise, TokenPair
 
 Workload = Literal["hh", "long-prompt", "long-answer", "4k"]
 Size = Literal["tiny", "135m", "360m", "1.7b"]

@@ -24,6 +24,7 @@ from dpo_core.data.formats import ADAPTERS
 from dpo_core.data.layouts.common import ASSISTANT
 from dpo_core.data.layouts.fields import Fault, Pair, Row
 from dpo_core.data.layouts.messages import chat_prompt
+from dpo_core.data.tokens.tokenise import TokenPair
 from dpo_core.errors import StageFailed
 from dpo_core.evaluation.asking import wants_chat
 from dpo_core.evaluation.results import Better, Item, Measure, MeasureSpec, Outcome
@@ -33,7 +34,6 @@ from dpo_core.evaluation.suites import Suite, SuiteConfig
 from dpo_core.logprobs import completion_logps
 from dpo_core.reward_quality import BINS, best_temperature, calibration_error, spearman
 from dpo_core.stats import Estimate, Floats, bootstrap_statistic
-from dpo_core.tokens import TokenPair
 
 LIKELIHOOD = (
     MeasureSpec(name="likelihood_accuracy", label="Likelihood accuracy"),

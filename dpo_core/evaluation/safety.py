@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise
 from dpo_core.errors import ModelError, RecipeError, StageFailed
 from dpo_core.http_reward import is_url
 from dpo_core.models import load_tokenizer, weights_digest
 from dpo_core.quiet import quiet_transformers
 from dpo_core.rewards import load_reward, reward_identity
 from dpo_core.system import digest_file
-from dpo_core.tokens import Sequence, TokenConfig, Tokenise
 
 _TOKENS_IN_A_PASS = 4096
 _SAFE = {"safe", "harmless", "benign", "non toxic", "nontoxic", "not toxic", "acceptable", "not harmful"}

@@ -9,7 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dpo_core.chat_template import template_in
+from dpo_core.data.tokens.chat_template import template_in
+from dpo_core.data.tokens.config import settled
+from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise
 from dpo_core.errors import ModelError
 from dpo_core.generate import SamplingConfig, sample
 from dpo_core.logprobs import Precision
@@ -18,8 +20,6 @@ from dpo_core.models import check_context, config_in, load_model, load_tokenizer
 from dpo_core.reference.job import reference_logps
 from dpo_core.reference.keys import sequence_key
 from dpo_core.stats import Floats
-from dpo_core.token_config import settled
-from dpo_core.tokens import Sequence, TokenConfig, Tokenise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,4 +1,4 @@
-"""The suites by name: what each measures, which file it reads, and the function that runs it."""
+"""What a suite is: what it measures, which file it reads, the function that runs it, and its settings."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,6 @@ from typing import Any, Literal
 from pydantic import Field
 
 from dpo_core.config import Config
-from dpo_core.errors import RecipeError
 from dpo_core.evaluation.results import Outcome
 from dpo_core.evaluation.subject import Subject
 from dpo_core.generate import SamplingConfig
@@ -70,24 +69,3 @@ class Suite:
     """Refuses at once what running it would refuse: a package that is missing, a permission."""
     version: int = 1
     """Raised when what it measures changes: results of other versions are not compared."""
-
-
-def find(name: str) -> Suite:
-    """The suite of that name.
-
-    Raises:
-        RecipeError: there is none.
-    """
-    known = suites()
-    if name not in known:
-        raise RecipeError(f"there is no suite '{name}'", f"Suites: {', '.join(known)}")
-    return known[name]
-
-
-def suites() -> dict[str, Suite]:
-    """All suites by name. Each room is imported here, so that listing them loads no model library."""
-    from dpo_core.evaluation import code, gsm8k, preference, refusal, truthfulqa
-
-    rooms = (preference, truthfulqa, gsm8k, code, refusal)
-    found: list[Suite] = [suite for room in rooms for suite in room.SUITES]
-    return {suite.name: suite for suite in found}

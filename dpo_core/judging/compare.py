@@ -3,10 +3,10 @@
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
+from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.errors import RecipeError
 from dpo_core.judging.judge import JudgeConfig, judge_answers, judge_by_scores, win_rate
 from dpo_core.judging.results import WinRate
-from dpo_core.tokens import TokenConfig
 
 
 def compare_answers(
@@ -57,9 +57,9 @@ def _rewards(
         from dpo_core.rewards import load_reward
 
         return load_reward(config.source)(prompts, answers)
+    from dpo_core.data.tokens.tokenise import Tokenise
     from dpo_core.jobs import is_reward_model, scorer
     from dpo_core.models import load_tokenizer
-    from dpo_core.tokens import Tokenise
 
     if not is_reward_model(config.source):
         raise RecipeError(

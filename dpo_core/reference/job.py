@@ -24,6 +24,7 @@ import numpy as np
 from pydantic import Field
 
 from dpo_core.config import Config
+from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.dropout import disable_dropout
 from dpo_core.errors import DpoError, ModelError, StageFailed
 from dpo_core.logprobs import Precision, read_flops
@@ -34,7 +35,6 @@ from dpo_core.reference.compute import compute
 from dpo_core.reference.keys import reference_facts, sequence_key, share
 from dpo_core.reference.shard import LogpShard, ends
 from dpo_core.remote_code import build, trust_digests, trusted
-from dpo_core.tokens import Sequence
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ import struct
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING
 
+from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.reference.cache import ReferenceFacts
-from dpo_core.tokens import Sequence
 
 if TYPE_CHECKING:
     from dpo_core.logprobs import Precision

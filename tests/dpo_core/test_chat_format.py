@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from dpo_core.chat_template import TemplateError, check_template
-from dpo_core.token_config import settled
-from dpo_core.tokens import Sequence, TokenConfig, Tokenise
+from dpo_core.data.tokens.chat_template import TemplateError, check_template
+from dpo_core.data.tokens.config import settled
+from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise
 from tests.chat_families import ENDS, TEMPLATES, assistant, make_tokenizer, system, user
 
 ROOM = {"max_length": 6000, "max_prompt_length": 5000}

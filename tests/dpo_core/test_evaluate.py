@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from dpo_core.data.tokens.tokenise import Sequence, TokenPair
 from dpo_core.errors import StageFailed
 from dpo_core.evaluate import (
     EvaluateConfig,
@@ -19,7 +20,6 @@ from dpo_core.evaluate import (
 )
 from dpo_core.generate import SamplingConfig
 from dpo_core.models import load_model
-from dpo_core.tokens import Sequence, TokenPair
 from tests.logps import full_logps, random_sequences
 
 

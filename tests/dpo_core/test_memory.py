@@ -14,6 +14,7 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from dpo_core.attention import checkpoint_layers
 from dpo_core.batches import PackedBatches, PaddedBatches
+from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise
 from dpo_core.dpo import DpoConfig
 from dpo_core.engine import EngineConfig
 from dpo_core.layout import Document, Layout, pack, pad
@@ -22,7 +23,6 @@ from dpo_core.memory import PROCESS_BYTES, _Living, step_memory, training_memory
 from dpo_core.models import load_tokenizer
 from dpo_core.online.ppo import PpoConfig
 from dpo_core.scores import branch_scores
-from dpo_core.tokens import TokenConfig, Tokenise
 from tests.tiny import make_tiny_model
 from tests.training_jobs import text, write_job, write_reference
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.errors import DataError
-from dpo_core.tokens import Sequence
 from dpo_core.unpaired import UnpairedExample, _next_other, mismatched
 
 

@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise, TokenPair
 from dpo_core.errors import ModelError
 from dpo_core.models import load_tokenizer
-from dpo_core.tokens import Sequence, TokenConfig, Tokenise, TokenPair
 
 TURNS = [
     {"role": "user", "content": "Who wrote this long and quiet story?"},

@@ -18,13 +18,13 @@ from safetensors.torch import load_file
 from deploy.launchers import LocalLauncher, State
 from dpo_core import train
 from dpo_core.batches import Order
+from dpo_core.data.tokens.tokenise import Tokenise
 from dpo_core.dpo import DpoConfig
 from dpo_core.engine import MetricsFile
 from dpo_core.engine_config import OptimConfig, Schedule
 from dpo_core.errors import RecipeError
 from dpo_core.models import load_model, load_tokenizer, weights_digest
 from dpo_core.reference import LogpShard, sequence_key
-from dpo_core.tokens import Tokenise
 from dpo_core.training import LoopConfig
 from tests import training_jobs
 from tests.logps import full_logps

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 
 from deploy.launchers import State
 from dpo_core import train
+from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise
 from dpo_core.errors import StageFailed
 from dpo_core.evaluate import sequence_logps
 from dpo_core.models import load_model, load_tokenizer
 from dpo_core.reference import LogpShard, sequence_key
-from dpo_core.tokens import Sequence, TokenConfig, Tokenise
 from dpo_core.unpaired import UnpairedTrainer, imbalance, mismatched, unpaired_examples
 from tests.dpo_core.golden_objectives import GOLDEN, STEPS, step_of, trainer_of
 from tests.tiny import make_tiny_model

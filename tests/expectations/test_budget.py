@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from dpo_core.data.config import DataConfig
 from dpo_core.data.load import load
 from dpo_core.data.split import split_by_prompt
-from dpo_core.tokens import TokenConfig, Tokenise
+from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise
 from expectations.budget import PlainTokens, _judge_row, token_flags
 from expectations.config import GateConfig
 from expectations.features import Budget, compute

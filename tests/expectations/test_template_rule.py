@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dpo_core.tokens import TokenConfig, Tokenise
+from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise
 from tests.chat_families import TEMPLATES, assistant, make_tokenizer, user
 from tests.expectations.frames import clean_pairs, failed, row_number
 

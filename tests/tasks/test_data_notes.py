@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from dpo_core.tokens import Sequence, TokenPair
+from dpo_core.data.tokens.tokenise import Sequence, TokenPair
 from tasks.data_notes import data_notes
 from tasks.evaluation import _accuracy_by_source
 from tasks.manifest import Manifest

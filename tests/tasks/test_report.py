@@ -9,9 +9,9 @@ import pytest
 from pydantic import ValidationError
 from rich.console import Console
 
+from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.evaluate import PolicySamples, summarise
 from dpo_core.stats import Estimate
-from dpo_core.tokens import Sequence
 from expectations.report import Finding
 from tasks.page import render
 from tasks.report import Evaluation, GateFinding, GateRow, PolicyRow, RunReport

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
+from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.errors import DataError, RecipeError
 from dpo_core.evaluation.code import (
     KS,
@@ -25,9 +26,9 @@ from dpo_core.evaluation.code import (
 )
 from dpo_core.evaluation.sandbox import Limits
 from dpo_core.evaluation.subject import Subject
-from dpo_core.evaluation.suites import SuiteConfig, find
+from dpo_core.evaluation.suite_registry import find
+from dpo_core.evaluation.suites import SuiteConfig
 from dpo_core.generate import SamplingConfig
-from dpo_core.tokens import TokenConfig
 from tests.dpo_core.evaluation.sandboxes import why_no_namespaces
 from tests.tiny import make_tiny_model
 

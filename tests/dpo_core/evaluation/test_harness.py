@@ -15,7 +15,8 @@ from dpo_core.evaluation import gsm8k, harness, truthfulqa
 from dpo_core.evaluation.results import Outcome
 from dpo_core.evaluation.rows import some
 from dpo_core.evaluation.subject import Subject
-from dpo_core.evaluation.suites import SuiteConfig, find
+from dpo_core.evaluation.suite_registry import find
+from dpo_core.evaluation.suites import SuiteConfig
 from dpo_core.generate import SamplingConfig
 from tests.tiny import make_tiny_model
 

@@ -15,7 +15,8 @@ from dpo_core.evaluation.preference import SUITES, Labelled
 from dpo_core.evaluation.results import Outcome, measured
 from dpo_core.evaluation.rows import limited
 from dpo_core.evaluation.subject import Subject
-from dpo_core.evaluation.suites import SuiteConfig, find
+from dpo_core.evaluation.suite_registry import find
+from dpo_core.evaluation.suites import SuiteConfig
 from dpo_core.models import load_model
 from dpo_core.stats import Estimate
 from tests.logps import full_logps

@@ -14,7 +14,8 @@ from dpo_core.evaluation.refusal import BETWEEN_ANSWERS, is_refusal
 from dpo_core.evaluation.results import Outcome, measured
 from dpo_core.evaluation.safety import assert_not_trained_on, identity, load_classifier, safe_class
 from dpo_core.evaluation.subject import Subject
-from dpo_core.evaluation.suites import SuiteConfig, find
+from dpo_core.evaluation.suite_registry import find
+from dpo_core.evaluation.suites import SuiteConfig
 from dpo_core.generate import SamplingConfig
 from tests.tiny import make_tiny_model, make_tokenizer
 

@@ -304,10 +304,10 @@ def test_scores_of_a_known_reward() -> None:
 def test_a_reward_model_judges(tiny: Path, tmp_path: Path) -> None:
     import torch
 
+    from dpo_core.data.tokens.tokenise import Sequence, TokenConfig
     from dpo_core.models import load_model, load_tokenizer
     from dpo_core.reward_model import RewardModel
     from dpo_core.reward_training import score
-    from dpo_core.tokens import Sequence, TokenConfig
 
     model = RewardModel(load_model(tiny).get_decoder(), torch.Generator().manual_seed(0))
     folder = tmp_path / "reward"

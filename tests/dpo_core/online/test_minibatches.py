@@ -8,8 +8,8 @@ import pytest
 from scipy import stats
 
 from dpo_core import train
+from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.online.rollouts import Episode, deal
-from dpo_core.tokens import Sequence
 from tests.dpo_core.online.online_jobs import online_job
 from tests.training_jobs import curve
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from deploy.launchers import State
 from dpo_core import train
+from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.jobs import build
 from dpo_core.layout import Document, pad
 from dpo_core.models import load_model, load_tokenizer
@@ -20,7 +21,6 @@ from dpo_core.online.ppo import PpoConfig, make_critic, state_values
 from dpo_core.online.rollouts import Episode, response_logps
 from dpo_core.online.sampler import Surroundings
 from dpo_core.reward_model import RewardModel
-from dpo_core.tokens import Sequence
 from tests.dpo_core.online.online_jobs import kill_in_round, online_job, timeless
 from tests.logps import full_logps, random_sequences
 from tests.training_jobs import curve, launch

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise, TokenPair
 from dpo_core.errors import StageFailed
 from dpo_core.models import load_model, load_tokenizer, weights_digest
 from dpo_core.reference import ReferenceCache, reference_facts, sequence_key, share
@@ -30,7 +31,6 @@ from dpo_core.reference.job import (
     write_sequences,
 )
 from dpo_core.reference.shard import LogpShard
-from dpo_core.tokens import Sequence, TokenConfig, Tokenise, TokenPair
 from tests.logps import full_logps, random_sequences
 
 REPOSITORY = Path(__file__).resolve().parents[3]

@@ -5,8 +5,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from dpo_core.chat_template import reads_clock
 from dpo_core.config import Config
+from dpo_core.data.tokens.chat_template import reads_clock
 
 
 class TokenConfig(Config):

@@ -202,7 +202,7 @@ _TRIAL = """
 import resource, sys
 sys.path[:] = sys.argv[1:]
 resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))
-from dpo_core.chat_template import trial
+from dpo_core.data.tokens.chat_template import trial
 trial(sys.stdin.buffer.read().decode())
 """
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from dpo_core.chat_template import Message
+from dpo_core.data.tokens.chat_template import Message
 
 SPEAKERS = {"user": "Human", "assistant": "Assistant", "system": "System", "tool": "Tool"}
 

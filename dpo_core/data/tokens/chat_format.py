@@ -20,7 +20,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-from dpo_core.chat_template import REASONING, ChatTemplate, Message, TemplateError
+from dpo_core.data.tokens.chat_template import REASONING, ChatTemplate, Message, TemplateError
 
 # Private-use characters: around a control token that a message spells out, and behind an answer's texts.
 _OPEN, _CLOSE, _END = "\U000f5a01", "\U000f5a02", "\U000f5a03"

@@ -14,13 +14,13 @@ from functools import cached_property
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-from dpo_core.chat_format import ChatFormat, encode_parts
-from dpo_core.chat_template import ChatTemplate, Message, TemplateError, source_of
-from dpo_core.encoding import TextCodec
+from dpo_core.data.tokens.chat_format import ChatFormat, encode_parts
+from dpo_core.data.tokens.chat_template import ChatTemplate, Message, TemplateError, source_of
+from dpo_core.data.tokens.config import TokenConfig
+from dpo_core.data.tokens.encoding import TextCodec
+from dpo_core.data.tokens.stop_tokens import stop_ids
+from dpo_core.data.tokens.turns import SPEAKERS, can_drop_turn, drop_turn, shortened
 from dpo_core.errors import ModelError
-from dpo_core.stop_tokens import stop_ids
-from dpo_core.token_config import TokenConfig
-from dpo_core.turns import SPEAKERS, can_drop_turn, drop_turn, shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
