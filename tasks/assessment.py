@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dpo_core.evaluation.comparison import Comparison, compare
+from dpo_core.evaluation.compare import Comparison, compare
 from dpo_core.evaluation.decision import Decision, decide, nothing_new
 from dpo_core.evaluation.results import SuiteResult
 from dpo_core.evaluation.suite_registry import find

@@ -10,7 +10,7 @@ from typing import Any
 
 from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.errors import StageFailed
-from dpo_core.evaluate import EvaluateConfig
+from dpo_core.evaluation.policies import EvaluateConfig
 from dpo_core.rewards import reward_identity
 from tasks.manifest import Manifest
 from tasks.sealed import read_sealed, write_sealed
@@ -92,7 +92,7 @@ def _evaluate(
 ) -> tuple[dict[str, Any], float]:
     """What the policies were measured at, and the operations that it took."""
     from dpo_core.data.tokens.tokenise import Tokenise
-    from dpo_core.evaluate import sequence_logps, summarise
+    from dpo_core.evaluation.policies import sequence_logps, summarise
     from dpo_core.jobs import scorer
     from dpo_core.logprobs import read_flops
     from dpo_core.models import load_model, load_tokenizer
@@ -266,7 +266,7 @@ def _measure(
         sources: which set of a mixture a pair is of, by the pair's id.
     """
     from dpo_core import cost
-    from dpo_core.evaluate import (
+    from dpo_core.evaluation.policies import (
         kl_estimates,
         own_scores,
         preference_accuracy,
@@ -299,7 +299,7 @@ def _accuracy_by_source(
     pairs: Sequence[Any], ours: Sequence[Any], theirs: Sequence[Any], sources: dict[str, str]
 ) -> dict[str, Any]:
     """The preference accuracy on the held-out pairs of each set of a mixture."""
-    from dpo_core.evaluate import preference_accuracy
+    from dpo_core.evaluation.policies import preference_accuracy
 
     places: dict[str, list[int]] = {}
     for at, pair in enumerate(pairs):
@@ -323,7 +323,7 @@ def _scoring_flops(reference: Any, facts: dict[str, Any]) -> float:
 
 def _samples(facts: dict[str, Any]) -> Any:
     from dpo_core.data.tokens.tokenise import Sequence as Ids
-    from dpo_core.evaluate import PolicySamples
+    from dpo_core.evaluation.policies import PolicySamples
 
     fields = {k: v for k, v in facts.items() if k not in ("accuracy", "accuracy_by_source", "flops")}
     fields["sequences"] = [Ids(tuple(s["prompt"]), tuple(s["completion"])) for s in facts["sequences"]]

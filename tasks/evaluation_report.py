@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_core.config import Config
-from dpo_core.evaluation.comparison import Comparison
+from dpo_core.evaluation.compare import Comparison
 from dpo_core.judging.results import WinRate
 from tasks.report import Sample, SuiteRow
 from tasks.report_numbers import duration, percent

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from dpo_core.data.tokens.tokenise import TokenConfig
-from dpo_core.evaluate import EvaluateConfig
+from dpo_core.evaluation.policies import EvaluateConfig
 from dpo_core.frontier import Cost, Point
 from dpo_core.rewards import reward_identity
 from tasks.evaluation import held_out_prompts
@@ -66,7 +66,7 @@ def _measured(
     seed: int,
 ) -> dict[str, Any]:
     from dpo_core.data.tokens.tokenise import Tokenise
-    from dpo_core.evaluate import kl_estimates, sample_policy, sequence_logps
+    from dpo_core.evaluation.policies import kl_estimates, sample_policy, sequence_logps
     from dpo_core.jobs import scorer
     from dpo_core.models import load_model, load_tokenizer
     from dpo_core.text_metrics import distinct_n

@@ -18,11 +18,11 @@ from dpo_core.data.config import DataConfig
 from dpo_core.data.load import load
 from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.errors import RecipeError
-from dpo_core.evaluation.comparison import Comparison, compare
+from dpo_core.evaluation.compare import Comparison, compare
 from dpo_core.evaluation.contamination import TrainingText, training_texts
+from dpo_core.evaluation.model_under_test import Asked, Subject
 from dpo_core.evaluation.results import Item, SuiteResult
-from dpo_core.evaluation.running import SuitesConfig, without_training_data
-from dpo_core.evaluation.subject import Asked, Subject
+from dpo_core.evaluation.run_suite import SuitesConfig, without_training_data
 from dpo_core.evaluation.suite_registry import find
 from dpo_core.evaluation.suites import SuiteConfig
 from dpo_core.generate import SamplingConfig

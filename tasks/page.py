@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from dpo_core.evaluation.comparison import Comparison
+from dpo_core.evaluation.compare import Comparison
 from dpo_core.judging.results import WinRate
 from tasks.page_figures import Figure, curve_figures, frontier_figure
 from tasks.page_forest import difference_figures, win_rate_figure

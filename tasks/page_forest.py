@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from markupsafe import Markup
 
-from dpo_core.evaluation.comparison import Comparison, Row
+from dpo_core.evaluation.compare import Comparison, Row
 from dpo_core.evaluation.results import Kind
 from dpo_core.judging.results import WinRate
 from dpo_core.stats import Estimate

@@ -18,9 +18,9 @@ from dpo_core.data.config import DataConfig
 from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.dpo import DpoConfig
 from dpo_core.errors import RecipeError
-from dpo_core.evaluate import EvaluateConfig
 from dpo_core.evaluation.decision import PromotionConfig
-from dpo_core.evaluation.running import SuitesConfig
+from dpo_core.evaluation.policies import EvaluateConfig
+from dpo_core.evaluation.run_suite import SuitesConfig
 from dpo_core.judging.judge import JudgeConfig
 from dpo_core.models import ModelConfig
 from dpo_core.objectives import get

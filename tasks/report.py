@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field, JsonValue, field_validator
 
 from dpo_core.config import Config
-from dpo_core.evaluation.comparison import Comparison
+from dpo_core.evaluation.compare import Comparison
 from dpo_core.evaluation.decision import Decision
 from dpo_core.evaluation.results import Measure
 from dpo_core.judging.results import WinRate

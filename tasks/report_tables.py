@@ -6,7 +6,7 @@ from typing import NamedTuple
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from dpo_core.evaluation.comparison import Comparison, Row
+from dpo_core.evaluation.compare import Comparison, Row
 from dpo_core.evaluation.results import Measure
 from dpo_core.judging.results import WinRate
 from tasks.report import SuiteRow

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from rich.table import Table
 from rich.text import Text
 
-from dpo_core.evaluation.comparison import Comparison
+from dpo_core.evaluation.compare import Comparison
 from dpo_core.judging.results import WinRate
 from dpo_core.reward_quality import RewardQuality
 from dpo_core.stats import Estimate

@@ -8,7 +8,7 @@ import pandas as pd
 from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.evaluation.contamination import TrainingText, training_texts
 from dpo_core.evaluation.results import SuiteResult
-from dpo_core.evaluation.running import SuitesConfig, data_digest, without_training_data
+from dpo_core.evaluation.run_suite import SuitesConfig, data_digest, without_training_data
 from dpo_core.evaluation.suite_registry import find
 from tasks.manifest import Manifest
 from tasks.reference_caches import CACHE_FOLDER
@@ -39,7 +39,7 @@ def evaluate_suites(
     files = config.files()
 
     def work(given: Work) -> Output:
-        from dpo_core.evaluation.subject import Subject
+        from dpo_core.evaluation.model_under_test import Subject
 
         frame = pd.read_parquet(trained_on.path / "data.parquet")
         training = TrainingText(training_texts(frame[frame["split"] == "train"]))

@@ -3,7 +3,7 @@
 import json
 
 from dpo_core.errors import ModelError
-from dpo_core.evaluation.subject import Asked, Subject
+from dpo_core.evaluation.model_under_test import Asked, Subject
 from dpo_core.evaluation.suites import SuiteConfig
 
 

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError
-from dpo_core.evaluation.comparison import Comparison, Row
+from dpo_core.evaluation.compare import Comparison, Row
 from dpo_core.stats import Estimate
 
 GAIN = "gain"

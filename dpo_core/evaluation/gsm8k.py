@@ -8,9 +8,9 @@ from typing import Any
 
 from dpo_core.errors import DataError
 from dpo_core.evaluation.harness import check, measure
+from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.evaluation.results import Item, MeasureSpec, Outcome
 from dpo_core.evaluation.rows import Progress, Row, read_fields, some
-from dpo_core.evaluation.subject import Subject
 from dpo_core.evaluation.suites import Suite, SuiteConfig
 from dpo_core.system import digest_file
 

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from dpo_core.errors import RecipeError
 from dpo_core.evaluation.asking import wants_chat
+from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.evaluation.rows import Progress, Row
-from dpo_core.evaluation.subject import Subject
 from dpo_core.evaluation.suites import SuiteConfig
 
 _ANSWER_BATCH = 16  # prompts with their shots answered at once, at most: they are long

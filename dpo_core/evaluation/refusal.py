@@ -13,10 +13,10 @@ from typing import Any
 
 from dpo_core.errors import DataError
 from dpo_core.evaluation.asking import asked, wants_chat
+from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.evaluation.results import Item, MeasureSpec, Outcome
 from dpo_core.evaluation.rows import Progress, Row, read_fields, some
 from dpo_core.evaluation.safety import Classifier, load_classifier
-from dpo_core.evaluation.subject import Subject
 from dpo_core.evaluation.suites import Suite, SuiteConfig
 
 OPENING = 200

@@ -8,8 +8,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from dpo_core.config import Config
+from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.evaluation.results import Outcome
-from dpo_core.evaluation.subject import Subject
 from dpo_core.generate import SamplingConfig
 from dpo_core.logprobs import Precision
 

@@ -9,7 +9,7 @@ import torch
 
 from dpo_core.data.tokens.tokenise import Sequence, TokenPair
 from dpo_core.errors import StageFailed
-from dpo_core.evaluate import (
+from dpo_core.evaluation.policies import (
     EvaluateConfig,
     PolicySamples,
     kl_estimates,

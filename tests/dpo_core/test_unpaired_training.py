@@ -15,7 +15,7 @@ from deploy.launchers import State
 from dpo_core import train
 from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise
 from dpo_core.errors import StageFailed
-from dpo_core.evaluate import sequence_logps
+from dpo_core.evaluation.policies import sequence_logps
 from dpo_core.models import load_model, load_tokenizer
 from dpo_core.reference import LogpShard, sequence_key
 from dpo_core.unpaired import UnpairedTrainer, imbalance, mismatched, unpaired_examples

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from dpo_core.evaluation.comparison import Comparison, Row
+from dpo_core.evaluation.compare import Comparison, Row
 from dpo_core.evaluation.decision import Decision, Reason
 from dpo_core.evaluation.results import Better, Kind, Measure
 from dpo_core.judging.results import WinRate

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from dpo_core.data.tokens.tokenise import Sequence
-from dpo_core.evaluate import PolicySamples, summarise
+from dpo_core.evaluation.policies import PolicySamples, summarise
 from dpo_core.stats import Estimate
 from expectations.report import Finding
 from tasks.page import render

@@ -24,8 +24,8 @@ from dpo_core.evaluation.code import (
     program,
     score,
 )
+from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.evaluation.sandbox import Limits
-from dpo_core.evaluation.subject import Subject
 from dpo_core.evaluation.suite_registry import find
 from dpo_core.evaluation.suites import SuiteConfig
 from dpo_core.generate import SamplingConfig

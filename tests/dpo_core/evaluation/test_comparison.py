@@ -6,7 +6,7 @@ from statsmodels.stats import contingency_tables
 from statsmodels.stats.multitest import multipletests
 
 from dpo_core.errors import StageFailed
-from dpo_core.evaluation.comparison import Comparison, compare
+from dpo_core.evaluation.compare import Comparison, compare
 from dpo_core.evaluation.results import Item, Measure
 from dpo_core.significance import bootstrap_p
 from dpo_core.stats import paired_bootstrap, share_difference, wilson

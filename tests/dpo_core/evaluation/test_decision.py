@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from dpo_core.errors import RecipeError
-from dpo_core.evaluation.comparison import Comparison, compare
+from dpo_core.evaluation.compare import Comparison, compare
 from dpo_core.evaluation.decision import Decision, PromotionConfig, decide, nothing_new
 from dpo_core.stats import Estimate
 from tests.dpo_core.evaluation.made import HARM, LENGTH, items_of, result_of

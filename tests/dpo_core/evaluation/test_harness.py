@@ -12,9 +12,9 @@ import pytest
 
 from dpo_core.errors import DataError, ModelError, RecipeError, StageFailed
 from dpo_core.evaluation import gsm8k, harness, truthfulqa
+from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.evaluation.results import Outcome
 from dpo_core.evaluation.rows import some
-from dpo_core.evaluation.subject import Subject
 from dpo_core.evaluation.suite_registry import find
 from dpo_core.evaluation.suites import SuiteConfig
 from dpo_core.generate import SamplingConfig
