@@ -19,7 +19,7 @@ from dpo_core.evaluation.asking import wants_chat
 from dpo_core.evaluation.model_under_test import Asked, Subject
 from dpo_core.evaluation.results import Item, MeasureSpec, Outcome
 from dpo_core.evaluation.rows import Progress, Row, some
-from dpo_core.evaluation.sandbox import Limits, Ran, check_sandbox, run_many
+from dpo_core.evaluation.sandbox.run import Limits, Ran, check_sandbox, run_many
 from dpo_core.evaluation.suites import Suite, SuiteConfig
 
 KS = (1, 10, 100)

@@ -13,14 +13,14 @@ from typing import Any
 import psutil
 import pydantic
 
-from dpo_core.evaluation.sandbox import Limits, Ran
+from dpo_core.evaluation.sandbox.run import Limits, Ran
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 SERVE = """
 import json, sys
 from dataclasses import asdict
 from dpo_core.errors import StageFailed
-from dpo_core.evaluation.sandbox import Limits, run_python
+from dpo_core.evaluation.sandbox.run import Limits, run_python
 for line in sys.stdin:
     job = json.loads(line)
     try:
@@ -45,7 +45,7 @@ class OrdinaryUser:
             }  # fmt: skip
             try:
                 subprocess.run(
-                    [python, "-c", "import dpo_core.evaluation.sandbox"],
+                    [python, "-c", "import dpo_core.evaluation.sandbox.run"],
                     check=True, capture_output=True, **options,
                 )  # fmt: skip
             except (OSError, subprocess.CalledProcessError):

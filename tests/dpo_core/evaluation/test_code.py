@@ -25,7 +25,7 @@ from dpo_core.evaluation.code import (
     score,
 )
 from dpo_core.evaluation.model_under_test import Subject
-from dpo_core.evaluation.sandbox import Limits
+from dpo_core.evaluation.sandbox.run import Limits
 from dpo_core.evaluation.suite_registry import find
 from dpo_core.evaluation.suites import SuiteConfig
 from dpo_core.generate import SamplingConfig

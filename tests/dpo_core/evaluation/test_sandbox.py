@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dpo_core.evaluation.sandbox import Limits, Ran, run_many, run_python
+from dpo_core.evaluation.sandbox.run import Limits, Ran, run_many, run_python
 from tests.dpo_core.evaluation.sandboxes import (
     CHECKOUT,
     OrdinaryUser,
@@ -431,7 +431,7 @@ def test_sets_have_one_order() -> None:
 
 
 CALLER = """
-from dpo_core.evaluation.sandbox import Limits, check_sandbox, run_python
+from dpo_core.evaluation.sandbox.run import Limits, check_sandbox, run_python
 check_sandbox()
 print("checked", flush=True)
 run_python("while True: pass", Limits(cpu_seconds=60, wall_seconds=60))
@@ -457,7 +457,7 @@ def test_nothing_outlives_a_caller_that_is_killed() -> None:
 
 REFUSED = """
 from dpo_core.errors import StageFailed
-from dpo_core.evaluation.sandbox import run_python
+from dpo_core.evaluation.sandbox.run import run_python
 try:
     run_python("pass")
 except StageFailed as error:
