@@ -98,7 +98,7 @@ def _train(path: str | None) -> dict[str, Any] | None:
 
 
 def _list_suites() -> None:
-    from dpo_core.evaluation.suite_registry import suites
+    from dpo_core.evaluation.suites.registry import suites
 
     for name, suite in suites().items():
         typer.echo(f"{name:16} {suite.title}: {suite.about} (reads {suite.files[0]})")

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from dpo_core.evaluation.compare import Comparison, compare
 from dpo_core.evaluation.decision import Decision, decide, nothing_new
 from dpo_core.evaluation.results import SuiteResult
-from dpo_core.evaluation.suite_registry import find
+from dpo_core.evaluation.suites.registry import find
 from dpo_core.judging.results import WinRate
 from dpo_core.stats import Estimate
 from tasks.champion import NAME, Champion

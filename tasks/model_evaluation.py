@@ -23,8 +23,8 @@ from dpo_core.evaluation.contamination import TrainingText, training_texts
 from dpo_core.evaluation.model_under_test import Asked, Subject
 from dpo_core.evaluation.results import Item, SuiteResult
 from dpo_core.evaluation.run_suite import SuitesConfig, without_training_data
-from dpo_core.evaluation.suite_registry import find
-from dpo_core.evaluation.suites import SuiteConfig
+from dpo_core.evaluation.suites.base import SuiteConfig
+from dpo_core.evaluation.suites.registry import find
 from dpo_core.generate import SamplingConfig
 from dpo_core.judging.judge import JudgeConfig
 from dpo_core.judging.results import WinRate

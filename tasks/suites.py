@@ -9,7 +9,7 @@ from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.evaluation.contamination import TrainingText, training_texts
 from dpo_core.evaluation.results import SuiteResult
 from dpo_core.evaluation.run_suite import SuitesConfig, data_digest, without_training_data
-from dpo_core.evaluation.suite_registry import find
+from dpo_core.evaluation.suites.registry import find
 from tasks.manifest import Manifest
 from tasks.reference_caches import CACHE_FOLDER
 from tasks.stage import Context, Output, Stage, StageResult, Work, run_stage, stage_task

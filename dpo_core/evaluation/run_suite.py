@@ -12,8 +12,8 @@ from dpo_core.errors import RecipeError
 from dpo_core.evaluation.contamination import TrainingText
 from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.evaluation.results import MeasureSpec, SuiteResult, measured
-from dpo_core.evaluation.suite_registry import find
-from dpo_core.evaluation.suites import Suite, SuiteConfig
+from dpo_core.evaluation.suites.base import Suite, SuiteConfig
+from dpo_core.evaluation.suites.registry import find
 from dpo_core.system import digest_file
 
 

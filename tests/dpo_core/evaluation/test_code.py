@@ -14,7 +14,10 @@ import yaml
 
 from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.errors import DataError, RecipeError
-from dpo_core.evaluation.code import (
+from dpo_core.evaluation.model_under_test import Subject
+from dpo_core.evaluation.sandbox.run import Limits
+from dpo_core.evaluation.suites.base import SuiteConfig
+from dpo_core.evaluation.suites.code import (
     KS,
     STOPS,
     Problem,
@@ -24,10 +27,7 @@ from dpo_core.evaluation.code import (
     program,
     score,
 )
-from dpo_core.evaluation.model_under_test import Subject
-from dpo_core.evaluation.sandbox.run import Limits
-from dpo_core.evaluation.suite_registry import find
-from dpo_core.evaluation.suites import SuiteConfig
+from dpo_core.evaluation.suites.registry import find
 from dpo_core.generate import SamplingConfig
 from tests.dpo_core.evaluation.sandboxes import why_no_namespaces
 from tests.tiny import make_tiny_model

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from dpo_core.errors import DataError, ModelError, RecipeError, StageFailed
-from dpo_core.evaluation import gsm8k, harness, truthfulqa
 from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.evaluation.results import Outcome
-from dpo_core.evaluation.rows import some
-from dpo_core.evaluation.suite_registry import find
-from dpo_core.evaluation.suites import SuiteConfig
+from dpo_core.evaluation.suites import gsm8k, truthfulqa
+from dpo_core.evaluation.suites import lm_eval_tasks as harness
+from dpo_core.evaluation.suites.base import SuiteConfig
+from dpo_core.evaluation.suites.registry import find
+from dpo_core.evaluation.suites.rows import some
 from dpo_core.generate import SamplingConfig
 from tests.tiny import make_tiny_model
 
@@ -128,7 +129,7 @@ def test_the_engine_gives_the_log_probs_of_lm_evals_class(stories: Path) -> None
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    from dpo_core.evaluation.harness_lm import HarnessLM
+    from dpo_core.evaluation.suites.lm_eval_model import HarnessLM
 
     subject = Subject(stories, "stories")  # its tokenizer writes a begin token, its context is 512
     told: list[tuple[int, int]] = []
@@ -151,7 +152,7 @@ def test_a_model_that_scales_its_logits_is_asked_by_its_own_forward(wide: Subjec
     from lm_eval.models.huggingface import HFLM
     from transformers import GraniteConfig, GraniteForCausalLM
 
-    from dpo_core.evaluation.harness_lm import HarnessLM
+    from dpo_core.evaluation.suites.lm_eval_model import HarnessLM
 
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

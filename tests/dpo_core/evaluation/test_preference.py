@@ -12,11 +12,11 @@ import pytest
 from dpo_core.data.layouts.fields import Pair
 from dpo_core.errors import StageFailed
 from dpo_core.evaluation.model_under_test import Subject
-from dpo_core.evaluation.preference import SUITES, Labelled
 from dpo_core.evaluation.results import Outcome, measured
-from dpo_core.evaluation.rows import limited
-from dpo_core.evaluation.suite_registry import find
-from dpo_core.evaluation.suites import SuiteConfig
+from dpo_core.evaluation.suites.base import SuiteConfig
+from dpo_core.evaluation.suites.preference import SUITES, Labelled
+from dpo_core.evaluation.suites.registry import find
+from dpo_core.evaluation.suites.rows import limited
 from dpo_core.models import load_model
 from dpo_core.stats import Estimate
 from tests.logps import full_logps

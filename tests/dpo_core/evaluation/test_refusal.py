@@ -11,11 +11,16 @@ import pytest
 
 from dpo_core.errors import DataError, ModelError, RecipeError, StageFailed
 from dpo_core.evaluation.model_under_test import Subject
-from dpo_core.evaluation.refusal import BETWEEN_ANSWERS, is_refusal
 from dpo_core.evaluation.results import Outcome, measured
-from dpo_core.evaluation.safety import assert_not_trained_on, identity, load_classifier, safe_class
-from dpo_core.evaluation.suite_registry import find
-from dpo_core.evaluation.suites import SuiteConfig
+from dpo_core.evaluation.suites.base import SuiteConfig
+from dpo_core.evaluation.suites.refusal import BETWEEN_ANSWERS, is_refusal
+from dpo_core.evaluation.suites.registry import find
+from dpo_core.evaluation.suites.safety_classifier import (
+    assert_not_trained_on,
+    identity,
+    load_classifier,
+    safe_class,
+)
 from dpo_core.generate import SamplingConfig
 from tests.tiny import make_tiny_model, make_tokenizer
 

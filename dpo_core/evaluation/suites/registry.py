@@ -1,8 +1,8 @@
 """The suites by name."""
 
 from dpo_core.errors import RecipeError
-from dpo_core.evaluation import code, gsm8k, preference, refusal, truthfulqa
-from dpo_core.evaluation.suites import Suite
+from dpo_core.evaluation.suites import code, gsm8k, preference, refusal, truthfulqa
+from dpo_core.evaluation.suites.base import Suite
 
 
 def find(name: str) -> Suite:

@@ -26,11 +26,11 @@ from dpo_core.data.layouts.fields import Fault, Pair, Row
 from dpo_core.data.layouts.messages import chat_prompt
 from dpo_core.data.tokens.tokenise import TokenPair
 from dpo_core.errors import StageFailed
-from dpo_core.evaluation.asking import wants_chat
 from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.evaluation.results import Better, Item, Measure, MeasureSpec, Outcome
-from dpo_core.evaluation.rows import limited
-from dpo_core.evaluation.suites import Suite, SuiteConfig
+from dpo_core.evaluation.suites.base import Suite, SuiteConfig
+from dpo_core.evaluation.suites.prompting import wants_chat
+from dpo_core.evaluation.suites.rows import limited
 from dpo_core.logprobs import completion_logps
 from dpo_core.reward_quality import BINS, best_temperature, calibration_error, spearman
 from dpo_core.stats import Estimate, Floats, bootstrap_statistic

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from dpo_core.errors import DataError
-from dpo_core.evaluation.harness import check, measure
 from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.evaluation.results import Item, MeasureSpec, Outcome
-from dpo_core.evaluation.rows import Progress, Row, read_fields, some
-from dpo_core.evaluation.suites import Suite, SuiteConfig
+from dpo_core.evaluation.suites.base import Suite, SuiteConfig
+from dpo_core.evaluation.suites.lm_eval_tasks import check, measure
+from dpo_core.evaluation.suites.rows import Progress, Row, read_fields, some
 from dpo_core.system import digest_file
 
 _NO_ANSWER = "[invalid]"  # what lm-eval's filters give where they find nothing

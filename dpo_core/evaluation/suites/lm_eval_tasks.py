@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo_core.errors import RecipeError
-from dpo_core.evaluation.asking import wants_chat
 from dpo_core.evaluation.model_under_test import Subject
-from dpo_core.evaluation.rows import Progress, Row
-from dpo_core.evaluation.suites import SuiteConfig
+from dpo_core.evaluation.suites.base import SuiteConfig
+from dpo_core.evaluation.suites.prompting import wants_chat
+from dpo_core.evaluation.suites.rows import Progress, Row
 
 _ANSWER_BATCH = 16  # prompts with their shots answered at once, at most: they are long
 
@@ -49,7 +49,7 @@ def measure(
     """
     check(config)
     with _quiet():
-        from dpo_core.evaluation.harness_lm import HarnessLM
+        from dpo_core.evaluation.suites.lm_eval_model import HarnessLM
 
         tasks = load_tasks(family, names, splits, **overrides)
         chat = wants_chat(subject, config)

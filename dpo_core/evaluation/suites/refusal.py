@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from dpo_core.errors import DataError
-from dpo_core.evaluation.asking import asked, wants_chat
 from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.evaluation.results import Item, MeasureSpec, Outcome
-from dpo_core.evaluation.rows import Progress, Row, read_fields, some
-from dpo_core.evaluation.safety import Classifier, load_classifier
-from dpo_core.evaluation.suites import Suite, SuiteConfig
+from dpo_core.evaluation.suites.base import Suite, SuiteConfig
+from dpo_core.evaluation.suites.prompting import asked, wants_chat
+from dpo_core.evaluation.suites.rows import Progress, Row, read_fields, some
+from dpo_core.evaluation.suites.safety_classifier import Classifier, load_classifier
 
 OPENING = 200
 """Characters of an answer that are searched."""

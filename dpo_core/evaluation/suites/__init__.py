@@ -1,0 +1,1 @@
+"""Evaluation suites: preferences, capabilities, harm. A new one is a module with `SUITES`."""
