@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from dpo_core.data.tokens.chat_template import template_in
 from dpo_core.data.tokens.config import settled
-from dpo_core.dpo import DpoConfig
 from dpo_core.errors import RecipeError
-from dpo_core.reward_training import no_agreement
+from dpo_core.methods.dpo import DpoConfig
+from dpo_core.methods.reward import no_agreement
 from tasks.data import load_data, sample_pairs, validate
 from tasks.manifest import Manifest
 from tasks.models import CACHE, CACHE_GUIDE, cache_reference, import_model

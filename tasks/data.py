@@ -16,7 +16,7 @@ from dpo_core.data.records import to_frame
 from dpo_core.data.split import by_source, split_table
 from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.errors import DataError, GateRefused, ModelError, StageFailed
-from dpo_core.pairs import PairSamplingConfig, Scored, pair_up
+from dpo_core.methods.pair_sampling import PairSamplingConfig, Scored, pair_up
 from dpo_core.rewards import reward_identity
 from dpo_core.system import digest_file
 from expectations.config import GateConfig
@@ -207,7 +207,7 @@ def sample_pairs(
     def work(given: Work) -> Output:
         from dpo_core import cost
         from dpo_core.data.tokens.tokenise import Tokenise
-        from dpo_core.jobs import read_rows, scorer
+        from dpo_core.methods.build import read_rows, scorer
         from dpo_core.models import load_model, load_tokenizer
 
         rows = read_rows(prompts.path / "data.parquet")

@@ -93,8 +93,8 @@ def _evaluate(
     """What the policies were measured at, and the operations that it took."""
     from dpo_core.data.tokens.tokenise import Tokenise
     from dpo_core.evaluation.policies import sequence_logps, summarise
-    from dpo_core.jobs import scorer
     from dpo_core.logprobs import read_flops
+    from dpo_core.methods.build import scorer
     from dpo_core.models import load_model, load_tokenizer
 
     reference_path = policies["SFT"].path
@@ -316,7 +316,7 @@ def _accuracy_by_source(
 def _scoring_flops(reference: Any, facts: dict[str, Any]) -> float:
     """Operations of a reward model, which was made of the reference, on the samples."""
     from dpo_core.cost import Shape
-    from dpo_core.reward_training import scoring_flops
+    from dpo_core.methods.reward import scoring_flops
 
     return scoring_flops(Shape.of_module(reference).as_reward_model(), _samples(facts).sequences)
 

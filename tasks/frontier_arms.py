@@ -5,10 +5,10 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from dpo_core.config import Config
-from dpo_core.dpo import DpoConfig
-from dpo_core.online.group import GroupConfig
-from dpo_core.online.ppo import PpoConfig
-from dpo_core.online.preferences import OnlineDpoConfig
+from dpo_core.methods.dpo import DpoConfig
+from dpo_core.methods.grpo import GroupConfig
+from dpo_core.methods.online_dpo import OnlineDpoConfig
+from dpo_core.methods.ppo import PpoConfig
 
 Method = Literal["dpo", "ppo", "grpo", "online"]
 Settings = DpoConfig | PpoConfig | GroupConfig | OnlineDpoConfig

@@ -8,9 +8,9 @@ import pandas as pd
 from pydantic import JsonValue
 
 from dpo_core.data.tokens.tokenise import TokenConfig
-from dpo_core.dpo import DpoConfig
 from dpo_core.errors import ModelError, StageFailed
 from dpo_core.logprobs import Precision
+from dpo_core.methods.dpo import DpoConfig
 from dpo_core.model_check import CHECK_VERSION, check_folder
 from dpo_core.model_folder import code_digest
 from dpo_core.models import (
@@ -119,9 +119,9 @@ def cache_reference(
 
     def work(given: Work) -> Output:
         from dpo_core.data.tokens.tokenise import Tokenise
+        from dpo_core.methods.kto import needed_sequences
         from dpo_core.models import load_tokenizer
         from dpo_core.reference.job import reference_logps
-        from dpo_core.unpaired import needed_sequences
 
         frame = pd.read_parquet(pairs.path / "data.parquet")
         tokenise = Tokenise(load_tokenizer(reference.path), tokens)

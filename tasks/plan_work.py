@@ -16,16 +16,16 @@ from dpo_core.batches import PackedBatches, PaddedBatches
 from dpo_core.data.load import load
 from dpo_core.data.split import split_table
 from dpo_core.data.tokens.tokenise import Tokenise
-from dpo_core.dpo import DpoConfig
 from dpo_core.engine import EngineConfig
 from dpo_core.head import keeps_logits
 from dpo_core.layout import Document, Layout, pack, pad
+from dpo_core.methods.dpo import DpoConfig
+from dpo_core.methods.grpo import GroupConfig
+from dpo_core.methods.kto import reads_mismatched, unpaired_examples
+from dpo_core.methods.online_dpo import OnlineDpoConfig
+from dpo_core.methods.ppo import PpoConfig
 from dpo_core.models import ModelConfig, load_tokenizer, locate, read_config
-from dpo_core.online.group import GroupConfig
-from dpo_core.online.ppo import PpoConfig
-from dpo_core.online.preferences import OnlineDpoConfig
 from dpo_core.training import LoopConfig, PackedLoopConfig
-from dpo_core.unpaired import reads_mismatched, unpaired_examples
 from tasks.frontier_arms import Settings
 from tasks.manifest import Manifest
 from tasks.recipe import Recipe

@@ -13,13 +13,13 @@ from deploy.launchers import Launcher, State, chosen
 from dpo_core.data.demo.demonstrations import review_demonstrations
 from dpo_core.data.files.read import check_source, read_rows
 from dpo_core.data.tokens.tokenise import TokenConfig
-from dpo_core.dpo import DpoConfig
 from dpo_core.errors import DataError, DpoError, StageFailed
+from dpo_core.methods.dpo import DpoConfig
+from dpo_core.methods.reward import RewardModelConfig
+from dpo_core.methods.sft import SftConfig
 from dpo_core.models import parameter_count
 from dpo_core.remote_code import trusted
 from dpo_core.reward_quality import RewardQuality, reward_quality
-from dpo_core.reward_training import RewardModelConfig
-from dpo_core.sft import SftConfig
 from dpo_core.system import digest_file
 from tasks.manifest import Manifest
 from tasks.stage import Context, Output, Progress, Stage, StageResult, Work, run_stage, stage_task
@@ -222,9 +222,9 @@ def _reward_quality(
 ) -> RewardQuality | None:
     """What the held-out pairs say about a reward model; None where there are none."""
     from dpo_core.data.tokens.tokenise import Tokenise
+    from dpo_core.methods.reward import score
     from dpo_core.models import load_tokenizer
     from dpo_core.reward_model import RewardModel
-    from dpo_core.reward_training import score
 
     frame = pd.read_parquet(pairs.path / "data.parquet")
     tokenise = Tokenise(load_tokenizer(model), tokens)

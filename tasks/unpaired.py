@@ -4,8 +4,8 @@ from typing import Literal
 
 import pandas as pd
 
-from dpo_core.dpo import DpoConfig
-from dpo_core.unpaired import imbalance
+from dpo_core.methods.dpo import DpoConfig
+from dpo_core.methods.kto import imbalance
 from tasks.data import GATE_UNPAIRED
 from tasks.manifest import Manifest
 

@@ -9,7 +9,7 @@ import signal
 import sys
 
 from dpo_core.engine import MetricsFile
-from dpo_core.train import main
+from dpo_core.job import main
 
 if __name__ == "__main__":
     last, job = int(sys.argv[1]), sys.argv[2]

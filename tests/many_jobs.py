@@ -5,7 +5,7 @@ Starting ranks costs more than a tiny job. Each job runs through the real entry 
 
 import sys
 
-from dpo_core.train import main
+from dpo_core.job import main
 
 if __name__ == "__main__":
     sys.exit(max(main(["--config", job]) for job in sys.argv[1:]))

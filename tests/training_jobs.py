@@ -10,10 +10,10 @@ import pandas as pd
 
 from deploy.launchers import LocalLauncher, State
 from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise, TokenPair
+from dpo_core.methods.kto import UnpairedExample, mismatched, unpaired_examples
 from dpo_core.models import load_model, load_tokenizer
 from dpo_core.reference import LogpShard
 from dpo_core.reference.compute import compute
-from dpo_core.unpaired import UnpairedExample, mismatched, unpaired_examples
 
 PATIENCE = 600.0
 """Seconds that anything may take on a shared machine; what is over sooner costs nothing."""

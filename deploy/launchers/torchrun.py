@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-MODULE = "dpo_core.train"
+MODULE = "dpo_core.job"
 
 
 @dataclass(frozen=True)

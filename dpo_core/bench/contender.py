@@ -79,7 +79,7 @@ def run(race: Race) -> dict[str, Any]:
 def _ours(race: Race, rows: list[dict[str, Any]], work: Path) -> dict[str, Any]:
     import numpy as np
 
-    from dpo_core.dpo import DpoConfig, DpoTrainer
+    from dpo_core.methods.dpo import DpoConfig, DpoTrainer
     from dpo_core.models import load_model
     from dpo_core.ranks import start_distributed
     from dpo_core.reference import LogpShard, sequence_key

@@ -99,7 +99,7 @@ def test_render_is_the_command_and_starts_nothing(tmp_path: Path) -> None:
         "--local-addr=127.0.0.1",
         "--nproc-per-node=2",
         "-m",
-        "dpo_core.train",
+        "dpo_core.job",
         "--config",
         str(job),
     ]

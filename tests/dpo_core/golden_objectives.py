@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from dpo_core.dpo import DpoConfig, DpoTrainer
 from dpo_core.dropout import disable_dropout
+from dpo_core.methods.dpo import DpoConfig, DpoTrainer
+from dpo_core.methods.kto import UnpairedTrainer
 from dpo_core.models import load_model
 from dpo_core.objectives import get, names
 from dpo_core.ranks import start_distributed
 from dpo_core.reference import LogpShard
-from dpo_core.unpaired import UnpairedTrainer
 from tests.training_jobs import (
     pair_rows,
     token_examples,

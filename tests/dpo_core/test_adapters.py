@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpo_core import train
+from dpo_core import job as train
 from dpo_core.adapters import LoraConfig, add_lora, merge_lora
 from dpo_core.errors import RecipeError
 from dpo_core.models import load_model

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dpo_core import train
+from dpo_core import job as train
 from dpo_core.checkpoints import DIGEST, Checkpoints, Made, read_digest
 from dpo_core.errors import StageFailed
 from tests.training_jobs import curve, pair_rows, write_job

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpo_core import train
+from dpo_core import job as train
 from tests.training_jobs import curve, pair_rows, write_job, write_reference
 
 TIMES = {"time", "seconds_per_step", "tokens_per_second"}

@@ -15,13 +15,13 @@ from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 from dpo_core.attention import checkpoint_layers
 from dpo_core.batches import PackedBatches, PaddedBatches
 from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise
-from dpo_core.dpo import DpoConfig
 from dpo_core.engine import EngineConfig
 from dpo_core.layout import Document, Layout, pack, pad
 from dpo_core.logprobs import autocast
 from dpo_core.memory import PROCESS_BYTES, _Living, step_memory, training_memory
+from dpo_core.methods.dpo import DpoConfig
+from dpo_core.methods.ppo import PpoConfig
 from dpo_core.models import load_tokenizer
-from dpo_core.online.ppo import PpoConfig
 from dpo_core.scores import branch_scores
 from tests.tiny import make_tiny_model
 from tests.training_jobs import text, write_job, write_reference
@@ -85,7 +85,7 @@ def test_what_the_settings_do_to_the_parts():
 
 _WATCHED = """
 import sys
-from dpo_core.train import main
+from dpo_core.job import main
 assert main(["--config", sys.argv[1]]) == 0
 import torch
 if torch.cuda.is_available():

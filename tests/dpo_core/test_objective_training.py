@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_core.dpo import DpoConfig, DpoTrainer
 from dpo_core.errors import RecipeError
+from dpo_core.methods.dpo import DpoConfig, DpoTrainer
 from dpo_core.models import load_model
 from dpo_core.objectives import get, names
 from dpo_core.reference import LogpShard

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from dpo_core.pairs import PairSamplingConfig, Scored, pair_up
+from dpo_core.methods.pair_sampling import PairSamplingConfig, Scored, pair_up
 
 
 def samples(*rewards: float) -> list[Scored]:

@@ -12,10 +12,10 @@ import pytest
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from dpo_core import train
+from dpo_core import job as train
 from dpo_core.batches import Order
 from dpo_core.engine_config import EngineConfig
-from dpo_core.online.ppo import PpoConfig
+from dpo_core.methods.ppo import PpoConfig
 from dpo_core.ranks import lost_peer
 from dpo_core.reference import LogpShard, sequence_key
 from tests import training_jobs

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_core import cost, remote_code, train
+from dpo_core import cost, remote_code
+from dpo_core import job as train
 from dpo_core.attention import trunk_of
 from dpo_core.errors import ModelError
 from dpo_core.models import ModelConfig, config_in, convert, load_model

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2Model, LlamaConfi
 
 from dpo_core.attention import trunk_of
 from dpo_core.errors import ModelError, StageFailed
+from dpo_core.methods.ppo import make_critic
 from dpo_core.models import load_model
-from dpo_core.online.ppo import make_critic
 from dpo_core.reward_model import RewardModel, bradley_terry_loss
 from tests.families import make_family
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dpo_core import train
+from dpo_core import job as train
 from dpo_core.attention import padded_hidden, trunk_of
 from dpo_core.layout import right_padded
 from dpo_core.models import load_model

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dpo_core import train
+from dpo_core import job as train
 from dpo_core.models import ModelConfig, convert, load_model
 from dpo_core.save_model import save_checkpoint
 from tests.families import make_family

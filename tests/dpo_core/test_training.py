@@ -16,13 +16,13 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from deploy.launchers import LocalLauncher, State
-from dpo_core import train
+from dpo_core import job as train
 from dpo_core.batches import Order
 from dpo_core.data.tokens.tokenise import Tokenise
-from dpo_core.dpo import DpoConfig
 from dpo_core.engine import MetricsFile
 from dpo_core.engine_config import OptimConfig, Schedule
 from dpo_core.errors import RecipeError
+from dpo_core.methods.dpo import DpoConfig
 from dpo_core.models import load_model, load_tokenizer, weights_digest
 from dpo_core.reference import LogpShard, sequence_key
 from dpo_core.training import LoopConfig
@@ -216,7 +216,7 @@ def assert_same_sft(work: Path, other: Path) -> None:
 
 
 def test_a_demonstration_without_a_prompt_is_left_out(alone: None, tiny: Path, tmp_path: Path) -> None:
-    from dpo_core.jobs import build
+    from dpo_core.methods.build import build
 
     rows = [
         {"id": str(i), "prompt": prompt, "chat": False, "completion": " good soup", "ended": True}
@@ -381,7 +381,7 @@ def test_a_signal_saves_the_step_at_hand(
 ) -> None:
     """The test process sends itself in the middle of its own run what torchrun hands on to its ranks."""
     from dpo_core.engine import Stopped
-    from dpo_core.jobs import build
+    from dpo_core.methods.build import build
 
     rows = [
         {"id": "a", "prompt": "The soup", "chat": False, "completion": " was good", "ended": True},
@@ -409,8 +409,8 @@ def test_a_signal_saves_the_step_at_hand(
 
 
 def test_the_reward_model_separates_what_can_be_separated(alone: None, tiny: Path, tmp_path: Path) -> None:
+    from dpo_core.methods.reward import score
     from dpo_core.reward_model import RewardModel
-    from dpo_core.reward_training import score
 
     rows = [
         r | {"chosen": f" good {training_jobs.text(i, 3)}", "rejected": f" bad {training_jobs.text(i, 3)}"}

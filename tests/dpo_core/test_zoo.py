@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_core import train
+from dpo_core import job as train
 from dpo_core.dropout import disable_dropout
 from dpo_core.generate import SamplingConfig, sample
 from dpo_core.logprobs import completion_logps
@@ -144,8 +144,8 @@ def go_through(model: Path, work: Path) -> None:
 
 def require_reward_reloads(folder: Path, reference: Path, rows: list[dict[str, Any]]) -> None:
     """Two loads of a reward model give the same scores, and not all the same."""
+    from dpo_core.methods.reward import score
     from dpo_core.reward_model import RewardModel
-    from dpo_core.reward_training import score
 
     sequences = [side for pair in token_pairs(reference, rows) for side in (pair.chosen, pair.rejected)]
     first, second = (score(RewardModel.load(folder), sequences, "fp32") for _ in range(2))

@@ -51,7 +51,7 @@ def run_until(
 def rank_of(flow: psutil.Process, said: str) -> psutil.Process | None:
     """The process that trains, once it does."""
     for process in flow.children(recursive=True) if "train-dpo: running" in said else []:
-        if {"-u", "dpo_core.train"} <= set(process.cmdline()):
+        if {"-u", "dpo_core.job"} <= set(process.cmdline()):
             return process
     return None
 

@@ -100,7 +100,7 @@ def place_of(said: str) -> str:
 
 def ranks_of(run: Started) -> list[psutil.Process]:
     """The processes that train, without the torchrun that watches them."""
-    return [p for p in run.family() if {"-u", "dpo_core.train"} <= set(p.cmdline())]
+    return [p for p in run.family() if {"-u", "dpo_core.job"} <= set(p.cmdline())]
 
 
 def strike(run: Started, chance: random.Random) -> str:

@@ -24,7 +24,7 @@ from tests.training_jobs import wait_until
 _IMPORTED = [
     "flows.quiet", "flows.cli", "flows.alignment", "flows.frontier", "flows.orphans", "tasks.ahead",
     "mlflow", "mlflow.store.tracking.sqlalchemy_store", "great_expectations", "pandas", "transformers",
-    "dpo_core.models", "dpo_core.generate", "dpo_core.dpo", "tasks.summary", "tasks.champion",
+    "dpo_core.models", "dpo_core.generate", "dpo_core.methods.dpo", "tasks.summary", "tasks.champion",
 ]  # fmt: skip
 
 

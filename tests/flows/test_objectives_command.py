@@ -6,8 +6,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from dpo_core.dpo import DpoConfig, ReferenceSync
 from dpo_core.errors import RecipeError
+from dpo_core.methods.dpo import DpoConfig, ReferenceSync
 from dpo_core.objectives import VARIANTS, get, names
 from flows.cli import app
 

@@ -320,7 +320,7 @@ def test_a_whole_run_and_all_around_it_leave_no_secret(site: Site, reward: str) 
     suites.mkdir()
     site.dpo("evaluate", str(site.world.model), "--suite", "mt_bench", "--data", str(suites))
 
-    assert any("dpo_core.train" in line for line in site.seen), "the training's command line was looked at"
+    assert any("dpo_core.job" in line for line in site.seen), "the training's command line was looked at"
     assert any("train-dpo" in str(path) for path in site.jobs), "so was its file"
     kept = [path for path in site.folder.rglob("*") if path.is_file()]
     names = {path.name for path in kept}

@@ -8,10 +8,10 @@ import pandas as pd
 import pytest
 
 from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise
-from dpo_core.dpo import DpoConfig
 from dpo_core.errors import RecipeError
 from dpo_core.evaluation.decision import PromotionConfig, decide, nothing_new
 from dpo_core.evaluation.model_under_test import Asked
+from dpo_core.methods.dpo import DpoConfig
 from dpo_core.objectives import get
 from tasks.assessment import judge_candidate
 from tasks.champion import Champion

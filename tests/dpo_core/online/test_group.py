@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from deploy.launchers import State
-from dpo_core import train
+from dpo_core import job as train
 from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.online.rollouts import Episode
 from dpo_core.online.sampler import replaced

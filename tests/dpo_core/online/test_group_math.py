@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_core.online.group import VARIANTS, GroupConfig
+from dpo_core.methods.grpo import VARIANTS, GroupConfig
 from dpo_core.online.group_math import (
     aggregate,
     clipped_losses,

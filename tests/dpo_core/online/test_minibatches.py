@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dpo_core import train
+from dpo_core import job as train
 from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.online.rollouts import Episode, deal
 from tests.dpo_core.online.online_jobs import online_job

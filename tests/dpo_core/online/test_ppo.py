@@ -12,12 +12,12 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from deploy.launchers import State
-from dpo_core import train
+from dpo_core import job as train
 from dpo_core.data.tokens.tokenise import Sequence
-from dpo_core.jobs import build
 from dpo_core.layout import Document, pad
+from dpo_core.methods.build import build
+from dpo_core.methods.ppo import PpoConfig, make_critic, state_values
 from dpo_core.models import load_model, load_tokenizer
-from dpo_core.online.ppo import PpoConfig, make_critic, state_values
 from dpo_core.online.rollouts import Episode, response_logps
 from dpo_core.online.sampler import Surroundings
 from dpo_core.reward_model import RewardModel

@@ -1,4 +1,4 @@
-"""The training job that torchrun starts: `python -m dpo_core.train --config job.json`.
+"""The training job that torchrun starts: `python -m dpo_core.job --config job.json`.
 
 The job file says what to train, from what, with which settings, and where to write. The same file runs on one
 process, on many, and on a cluster. At the end `out` holds a checkpoint folder (or a reward model) and
@@ -15,19 +15,11 @@ import sys
 import threading
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
-from dpo_core.config import Config
-from dpo_core.data.tokens.tokenise import TokenConfig
-from dpo_core.dpo import DpoConfig
 from dpo_core.errors import DpoError, RankLost, StageFailed
-from dpo_core.generate import SamplingConfig
-from dpo_core.online.group import GroupConfig
-from dpo_core.online.ppo import PpoConfig
-from dpo_core.online.preferences import OnlineDpoConfig
+from dpo_core.methods.job import Job
 from dpo_core.redaction import hidden
-from dpo_core.reward_training import RewardModelConfig
-from dpo_core.sft import SftConfig
 
 if TYPE_CHECKING:
     from dpo_core.watch import Watch
@@ -36,63 +28,10 @@ STOPPED = 75  # EX_TEMPFAIL: run again and it goes on
 ERROR, STOP_FILE = "error.json", "stopped"
 
 
-class Job(Config):
-    """One training job."""
-
-    kind: Literal["sft", "dpo", "reward", "ppo", "grpo", "online"]
-    """What to train."""
-    model: str
-    """Checkpoint folder that training starts from."""
-    data: str
-    """Parquet file: demonstrations, pairs (or unpaired rows) or prompts, by kind."""
-    out: str
-    """Folder of the finished model."""
-    work: str
-    """Folder for checkpoints, metrics and the result; survives a kill."""
-    tokens: TokenConfig
-    """How text becomes tokens."""
-    seed: int
-    """Order of examples and sampling."""
-    sft: SftConfig | None = None
-    """Settings of kind sft."""
-    dpo: DpoConfig | None = None
-    """Settings of kind dpo."""
-    ppo: PpoConfig | None = None
-    """Settings of kind ppo."""
-    grpo: GroupConfig | None = None
-    """Settings of kind grpo."""
-    online: OnlineDpoConfig | None = None
-    """Settings of kind online."""
-    reward: RewardModelConfig | None = None
-    """Settings of kind reward."""
-    sampling: SamplingConfig | None = None
-    """How the kinds that train on their own samples draw them."""
-    reward_source: str | None = None
-    """Their reward: a name for `rewards.load_reward`, or the folder of a reward model."""
-    gold_source: str | None = None
-    """A known reward that is logged beside a learned one and never trained on."""
-    reference: str | None = None
-    """DPO: shard of reference log-probs. Kinds that sample: checkpoint folder of the reference."""
-    live_reference: str | None = None
-    """DPO: checkpoint folder of the reference, for objectives that need it in memory."""
-    policy_is_reference: bool = True
-    """DPO: the policy starts as the reference, so that the first loss is known."""
-    trusted_code: tuple[str, ...] = ()
-    """sha256 of the Python files that ship with models and may run; see `remote_code`."""
-
-    @property
-    def settings(self) -> Any:
-        """The settings of this job's kind."""
-        settings = getattr(self, self.kind)
-        if settings is None:
-            raise StageFailed(f"the job of kind {self.kind} carries no settings for it", "Write them")
-        return settings
-
-
 def run(job: Job, watch: "Watch") -> dict[str, float]:
     """Train, write the model, write the result. Every rank calls this."""
     from dpo_core.engine import read_metrics
-    from dpo_core.jobs import build
+    from dpo_core.methods.build import build
     from dpo_core.ranks import peak_memory, start_distributed
     from dpo_core.training import write_result
 

@@ -14,22 +14,22 @@ from dpo_core import cost
 from dpo_core.adapters import add_lora, merge_lora
 from dpo_core.attention import trunk_of
 from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise
-from dpo_core.dpo import DpoTrainer
 from dpo_core.dropout import disable_dropout
 from dpo_core.engine import put_state
 from dpo_core.errors import StageFailed
+from dpo_core.methods.dpo import DpoTrainer
+from dpo_core.methods.grpo import GroupTrainer
+from dpo_core.methods.job import Job
+from dpo_core.methods.kto import UnpairedTrainer, unpaired_examples
+from dpo_core.methods.online_dpo import OnlineDpoTrainer
+from dpo_core.methods.ppo import PpoTrainer, make_critic
+from dpo_core.methods.sft import Demonstration, SftTrainer
 from dpo_core.models import check_context, config_in, load_model, load_tokenizer
-from dpo_core.online.group import GroupTrainer
-from dpo_core.online.ppo import PpoTrainer, make_critic
-from dpo_core.online.preferences import OnlineDpoTrainer
 from dpo_core.online.sampler import Scorer, Surroundings
 from dpo_core.reference import LogpShard
 from dpo_core.remote_code import trust_digests
 from dpo_core.rewards import load_reward
 from dpo_core.save_model import export_policy
-from dpo_core.sft import Demonstration, SftTrainer
-from dpo_core.train import Job
-from dpo_core.unpaired import UnpairedTrainer, unpaired_examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -181,8 +181,8 @@ def _export_policy(policy: Any, tokenizer: Any, job: Job) -> Export:
 
 
 def _reward(job: Job) -> tuple[Any, Export]:
+    from dpo_core.methods.reward import RewardTrainer, normalise_on
     from dpo_core.reward_model import RewardModel
-    from dpo_core.reward_training import RewardTrainer, normalise_on
 
     model, tokenizer, tokenise = _start(job)
     pairs, _ = tokenise.pairs(read_rows(job.data))
@@ -206,8 +206,8 @@ def scorer(source: str, tokenise: "Tokenise | PreTrainedTokenizerBase", precisio
         tokenise: turns completions into the texts that a reward reads.
     """
     if is_reward_model(source):
+        from dpo_core.methods.reward import score
         from dpo_core.reward_model import RewardModel
-        from dpo_core.reward_training import score
 
         model = RewardModel.load(Path(source))
         return lambda sequences, prompts: score(model, sequences, precision)
@@ -230,7 +230,7 @@ def scoring_flops(source: str) -> Callable[[Seq[Sequence]], float]:
     """Operations of scoring sequences; those of a reward that is no model of ours are unknown and count 0."""
     if not is_reward_model(source):
         return lambda sequences: 0.0
-    from dpo_core import reward_training
+    from dpo_core.methods import reward as reward_training
 
     shape = cost.Shape.of(config_in(Path(source, "backbone"))).as_reward_model()
     return lambda sequences: reward_training.scoring_flops(shape, sequences)

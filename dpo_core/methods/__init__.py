@@ -1,0 +1,1 @@
+"""The ways to train: a file for each method, with its settings and its trainer."""
