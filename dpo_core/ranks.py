@@ -10,15 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dpo_core.accelerator import name_accelerator
 from dpo_core.errors import RankLost, StageFailed
 
 if TYPE_CHECKING:
     from dpo_core.engine_config import EngineConfig
-
-
-def name_accelerator() -> None:
-    """Tell DeepSpeed what to run on; else it finds out and says so on stdout."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def start_distributed(config: "EngineConfig") -> None:

@@ -123,8 +123,8 @@ def _require_trl() -> None:
 
 def _prepare(bench: Bench, work: Path) -> tuple[Path, list[TokenPair]]:
     """Write model and pairs with reference values; returns the model's folder and the pairs."""
+    from dpo_core.accelerator import name_accelerator
     from dpo_core.models import load_model, load_tokenizer
-    from dpo_core.ranks import name_accelerator
 
     name_accelerator()
 

@@ -21,11 +21,11 @@ from dpo_core.methods.dpo import DpoTrainer
 from dpo_core.methods.grpo import GroupTrainer
 from dpo_core.methods.job import Job
 from dpo_core.methods.kto import UnpairedTrainer, unpaired_examples
+from dpo_core.methods.online.sampler import Scorer, Surroundings
 from dpo_core.methods.online_dpo import OnlineDpoTrainer
 from dpo_core.methods.ppo import PpoTrainer, make_critic
 from dpo_core.methods.sft import Demonstration, SftTrainer
 from dpo_core.models import check_context, config_in, load_model, load_tokenizer
-from dpo_core.online.sampler import Scorer, Surroundings
 from dpo_core.reference import LogpShard
 from dpo_core.remote_code import trust_digests
 from dpo_core.rewards import load_reward

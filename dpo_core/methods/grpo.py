@@ -13,11 +13,19 @@ from torch import Tensor
 
 from dpo_core.dropout import set_training
 from dpo_core.logprobs import autocast
-from dpo_core.online import group_math, ppo_math
-from dpo_core.online.group_math import Aggregate, Level, Scale
-from dpo_core.online.rollouts import FromEpisode, Rollout, leading_mask, padded, response_logps, rows_of
-from dpo_core.online.rounds import OnlineTrainer, RoundsConfig
-from dpo_core.online.sampler import Surroundings
+from dpo_core.methods.online import grpo_math as group_math
+from dpo_core.methods.online import ppo_math
+from dpo_core.methods.online.grpo_math import Aggregate, Level, Scale
+from dpo_core.methods.online.loop import OnlineTrainer, RoundsConfig
+from dpo_core.methods.online.rollouts import (
+    FromEpisode,
+    Rollout,
+    leading_mask,
+    padded,
+    response_logps,
+    rows_of,
+)
+from dpo_core.methods.online.sampler import Surroundings
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ from torch import Tensor
 from dpo_core import cost
 from dpo_core.dropout import set_training
 from dpo_core.logprobs import autocast
+from dpo_core.methods.online.grpo_math import flat_groups
+from dpo_core.methods.online.loop import OnlineTrainer, RoundsConfig, move
+from dpo_core.methods.online.rollouts import Episode, Rollout, micro_batches, rows_of
+from dpo_core.methods.online.sampler import Surroundings
 from dpo_core.objectives import ObjectiveName, PairLogps, Term, Totals, combine, get, pair_metrics
-from dpo_core.online.group_math import flat_groups
-from dpo_core.online.rollouts import Episode, Rollout, micro_batches, rows_of
-from dpo_core.online.rounds import OnlineTrainer, RoundsConfig, move
-from dpo_core.online.sampler import Surroundings
 from dpo_core.scores import branch_scores
 
 

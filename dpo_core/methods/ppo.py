@@ -25,8 +25,9 @@ from dpo_core.engine import Engine
 from dpo_core.engine_config import OptimConfig
 from dpo_core.layout import Document, PaddedRows, pad
 from dpo_core.logprobs import autocast
-from dpo_core.online import ppo_math
-from dpo_core.online.rollouts import (
+from dpo_core.methods.online import ppo_math
+from dpo_core.methods.online.loop import OnlineTrainer, RoundsConfig
+from dpo_core.methods.online.rollouts import (
     Episode,
     FromEpisode,
     Rollout,
@@ -35,8 +36,7 @@ from dpo_core.online.rollouts import (
     response_logps,
     rows_of,
 )
-from dpo_core.online.rounds import OnlineTrainer, RoundsConfig
-from dpo_core.online.sampler import Surroundings
+from dpo_core.methods.online.sampler import Surroundings
 from dpo_core.reward_model import RewardModel
 
 

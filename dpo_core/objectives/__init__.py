@@ -18,16 +18,8 @@ from dpo_core.objectives import (  # noqa: F401  importing a family registers it
 )
 from dpo_core.objectives.inputs import PairLogps, Totals, UnpairedLogps
 from dpo_core.objectives.metrics import class_means, pair_metrics, unpaired_metrics, wpo_weights
-from dpo_core.objectives.registry import (
-    Objective,
-    ObjectiveName,
-    Parameter,
-    Term,
-    combine,
-    get,
-    names,
-    objective,
-)
+from dpo_core.objectives.parameter import Parameter
+from dpo_core.objectives.registry import Objective, ObjectiveName, Term, combine, get, names, objective
 from dpo_core.objectives.unpaired import z0
 from dpo_core.objectives.variants import VARIANTS, Variant
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from dpo_core.objectives.inputs import PairLogps
-from dpo_core.objectives.registry import Parameter
+from dpo_core.objectives.parameter import Parameter
 
 if TYPE_CHECKING:
     from torch import Tensor

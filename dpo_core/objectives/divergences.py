@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from dpo_core.objectives.common import BETA, bounded_exp, bounded_expm1, ln_2, log_sigmoid
 from dpo_core.objectives.inputs import PairLogps
-from dpo_core.objectives.registry import Parameter, objective
+from dpo_core.objectives.parameter import Parameter
+from dpo_core.objectives.registry import objective
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from dpo_core.objectives.common import BETA, SMOOTHING, ln_2, log_sigmoid, ratio_means, smoothed
 from dpo_core.objectives.inputs import PairLogps
-from dpo_core.objectives.registry import Parameter, objective
+from dpo_core.objectives.parameter import Parameter
+from dpo_core.objectives.registry import objective
 
 if TYPE_CHECKING:
     from torch import Tensor

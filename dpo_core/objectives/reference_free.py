@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 from dpo_core.objectives.common import SMOOTHING, chosen_nll, log1mexp, log_sigmoid, smoothed, token_means
 from dpo_core.objectives.inputs import PairLogps, required
-from dpo_core.objectives.registry import Parameter, objective
+from dpo_core.objectives.parameter import Parameter
+from dpo_core.objectives.registry import objective
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 from pydantic import AfterValidator
 
 from dpo_core.errors import RecipeError
+from dpo_core.objectives.parameter import Parameter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,17 +18,6 @@ if TYPE_CHECKING:
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Extra = Literal["kl", "common", "prompt", "sharpness"]
-
-
-class Parameter(NamedTuple):
-    """One number that an objective reads."""
-
-    default: float
-    low: float
-    """The smallest allowed value, itself allowed."""
-    high: float
-    """The largest allowed value, itself allowed."""
-    meaning: str
 
 
 @dataclass(frozen=True)

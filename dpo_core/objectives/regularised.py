@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from dpo_core.objectives.common import BETA, chosen_nll, ln_2, log_sigmoid, token_means
 from dpo_core.objectives.inputs import PairLogps, required
-from dpo_core.objectives.registry import Parameter, objective
+from dpo_core.objectives.parameter import Parameter
+from dpo_core.objectives.registry import objective
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from dpo_core.objectives.registry import Parameter
+from dpo_core.objectives.parameter import Parameter
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from dpo_core.engine_config import EngineConfig, OptimConfig
 from dpo_core.generate import SamplingConfig
 from dpo_core.layout import Document, pad
 from dpo_core.methods.grpo import GroupConfig, GroupTrainer
+from dpo_core.methods.online.rollouts import response_logps
+from dpo_core.methods.online.sampler import Surroundings
 from dpo_core.methods.ppo import PpoConfig, PpoTrainer, make_critic
 from dpo_core.models import load_model
 from dpo_core.objectives import PairLogps, Term, combine, get
-from dpo_core.online.rollouts import response_logps
-from dpo_core.online.sampler import Surroundings
 from tests.tiny import make_tiny_model
 
 VOCABULARY, PROMPT, BETA = 5, (1, 2), 0.5

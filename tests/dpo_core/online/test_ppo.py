@@ -16,10 +16,10 @@ from dpo_core import job as train
 from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.layout import Document, pad
 from dpo_core.methods.build import build
+from dpo_core.methods.online.rollouts import Episode, response_logps
+from dpo_core.methods.online.sampler import Surroundings
 from dpo_core.methods.ppo import PpoConfig, make_critic, state_values
 from dpo_core.models import load_model, load_tokenizer
-from dpo_core.online.rollouts import Episode, response_logps
-from dpo_core.online.sampler import Surroundings
 from dpo_core.reward_model import RewardModel
 from tests.dpo_core.online.online_jobs import kill_in_round, online_job, timeless
 from tests.logps import full_logps, random_sequences

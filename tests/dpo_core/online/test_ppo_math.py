@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpo_core.errors import StageFailed
-from dpo_core.online.ppo_math import (
+from dpo_core.methods.online.ppo_math import (
     KL_ESTIMATORS,
     AdaptiveKL,
     KlEstimator,

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from deploy.launchers import State
 from dpo_core import job as train
 from dpo_core.data.tokens.tokenise import Sequence
+from dpo_core.methods.online.rollouts import Episode
 from dpo_core.methods.online_dpo import Candidate, OnlineDpoConfig, extremes
-from dpo_core.online.rollouts import Episode
 from tests.dpo_core.online.online_jobs import kill_in_round, online_job, timeless
 from tests.training_jobs import curve, launch
 

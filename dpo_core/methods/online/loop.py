@@ -21,9 +21,9 @@ from dpo_core.config import Config
 from dpo_core.engine import Engine, MetricsFile, Stopped
 from dpo_core.engine_config import EngineConfig, OptimConfig
 from dpo_core.errors import RecipeError
-from dpo_core.online import ppo_math
-from dpo_core.online.rollouts import Episode, Item, Rollout, deal, micro_batches, read, sampler_gap
-from dpo_core.online.sampler import Sampler, Surroundings
+from dpo_core.methods.online import ppo_math
+from dpo_core.methods.online.rollouts import Episode, Item, Rollout, deal, micro_batches, read, sampler_gap
+from dpo_core.methods.online.sampler import Sampler, Surroundings
 from dpo_core.routing import router_balance
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.engine import Engine
 from dpo_core.errors import StageFailed
 from dpo_core.generate import SamplingConfig, sample, seed_for
-from dpo_core.online.rollouts import Episode
+from dpo_core.methods.online.rollouts import Episode
 
 # Scores of completions: token sequences and the prompt texts they answer, in order.
 Scorer = Callable[[Seq[Sequence], Seq[str]], list[float]]
