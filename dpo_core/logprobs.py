@@ -12,11 +12,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dpo_core import cost
 from dpo_core.attention import whole_blocks
 from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.layout import Document, pack, pad
-from dpo_core.packing_check import packing_fault
+from dpo_core.models import flops as cost
+from dpo_core.models.packing_check import packing_fault
 from dpo_core.scores import branch_scores
 
 Precision = Literal["fp32", "bf16"]

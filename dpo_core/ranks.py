@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dpo_core.accelerator import name_accelerator
 from dpo_core.errors import RankLost, StageFailed
+from dpo_core.models.accelerator import name_accelerator
 
 if TYPE_CHECKING:
     from dpo_core.engine_config import EngineConfig

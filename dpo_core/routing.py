@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_core.attention import trunk_of
-from dpo_core.reward_model import RewardModel
+from dpo_core.models.reward_model import RewardModel
 
 log = logging.getLogger("dpo")
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from dpo_core.bench.compare import Bench, compare
-from dpo_core.models import ModelConfig, convert
+from dpo_core.models.load import ModelConfig, convert
 from flows.terminal import terminal
 from tasks.recipe import overridden
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from dpo_core.errors import RecipeError, StageFailed
-from dpo_core.models import weights_digest
+from dpo_core.models.load import weights_digest
 from tasks.manifest import Manifest, digest_folder
 from tasks.registry import version_of
 from tasks.tracking import Tracker, TrackingConfig

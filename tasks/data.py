@@ -102,7 +102,7 @@ def validate(
 
     def work(given: Work) -> Output:
         from dpo_core.data.tokens.tokenise import Tokenise
-        from dpo_core.models import load_tokenizer
+        from dpo_core.models.load import load_tokenizer
         from expectations.gate import judge
 
         frame = pd.read_parquet(data.path / "data.parquet")
@@ -205,10 +205,10 @@ def sample_pairs(
     """Completions of training and held-out prompts from the reference, labelled by a known reward."""
 
     def work(given: Work) -> Output:
-        from dpo_core import cost
         from dpo_core.data.tokens.tokenise import Tokenise
         from dpo_core.methods.build import read_rows, scorer
-        from dpo_core.models import load_model, load_tokenizer
+        from dpo_core.models import flops as cost
+        from dpo_core.models.load import load_model, load_tokenizer
 
         rows = read_rows(prompts.path / "data.parquet")
         tokenise = Tokenise(load_tokenizer(reference.path), tokens)
@@ -262,7 +262,7 @@ def _sample(
     seed: int,
 ) -> list[Any]:
     """Completions in portions, each saved when it is done, so that a killed stage goes on where it was."""
-    from dpo_core.generate import Completion, sample, seed_for
+    from dpo_core.models.generate import Completion, sample, seed_for
 
     bar = given.progress(len(wanted))
     portion = config.sampling.batch_size * _SAVE_EVERY

@@ -95,7 +95,7 @@ def _evaluate(
     from dpo_core.evaluation.policies import sequence_logps, summarise
     from dpo_core.logprobs import read_flops
     from dpo_core.methods.build import scorer
-    from dpo_core.models import load_model, load_tokenizer
+    from dpo_core.models.load import load_model, load_tokenizer
 
     reference_path = policies["SFT"].path
     tokenise = Tokenise(load_tokenizer(reference_path), tokens)
@@ -265,7 +265,6 @@ def _measure(
         held_out: the pairs, their sequences (chosen and rejected in turn) and these under the reference.
         sources: which set of a mixture a pair is of, by the pair's id.
     """
-    from dpo_core import cost
     from dpo_core.evaluation.policies import (
         kl_estimates,
         own_scores,
@@ -274,6 +273,7 @@ def _measure(
         sequence_logps,
     )
     from dpo_core.logprobs import read_flops
+    from dpo_core.models import flops as cost
 
     same = policy is reference
     drawn = sample_policy(policy, asked, config, scorer=score, eos_id=stop_ids, seed=seed, progress=progress)
@@ -315,8 +315,8 @@ def _accuracy_by_source(
 
 def _scoring_flops(reference: Any, facts: dict[str, Any]) -> float:
     """Operations of a reward model, which was made of the reference, on the samples."""
-    from dpo_core.cost import Shape
     from dpo_core.methods.reward import scoring_flops
+    from dpo_core.models.flops import Shape
 
     return scoring_flops(Shape.of_module(reference).as_reward_model(), _samples(facts).sequences)
 

@@ -11,10 +11,10 @@ from dpo_core.data.config import DataConfig
 from dpo_core.data.load import load
 from dpo_core.errors import RecipeError
 from dpo_core.evaluation.model_under_test import Asked, Subject
-from dpo_core.generate import SamplingConfig, seed_for
 from dpo_core.judging.compare import compare_answers
 from dpo_core.judging.judge import JudgeConfig
 from dpo_core.judging.results import WinRate
+from dpo_core.models.generate import SamplingConfig, seed_for
 from tasks.evaluation import load_answers, readable, rivals
 from tasks.manifest import Manifest
 from tasks.report import Sample

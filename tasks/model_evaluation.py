@@ -25,10 +25,10 @@ from dpo_core.evaluation.results import Item, SuiteResult
 from dpo_core.evaluation.run_suite import SuitesConfig, without_training_data
 from dpo_core.evaluation.suites.base import SuiteConfig
 from dpo_core.evaluation.suites.registry import find
-from dpo_core.generate import SamplingConfig
 from dpo_core.judging.judge import JudgeConfig
 from dpo_core.judging.results import WinRate
-from dpo_core.remote_code import trust
+from dpo_core.models.generate import SamplingConfig
+from dpo_core.models.remote_code import trust
 from dpo_core.rewards import check_reward
 from tasks.assessment import suite_row
 from tasks.evaluation_page import render_evaluation

@@ -11,9 +11,9 @@ from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.errors import ModelError, StageFailed
 from dpo_core.logprobs import Precision
 from dpo_core.methods.dpo import DpoConfig
-from dpo_core.model_check import CHECK_VERSION, check_folder
-from dpo_core.model_folder import code_digest
-from dpo_core.models import (
+from dpo_core.models.check import CHECK_VERSION, check_folder
+from dpo_core.models.folder import code_digest
+from dpo_core.models.load import (
     ModelConfig,
     check_context,
     check_source_context,
@@ -25,8 +25,8 @@ from dpo_core.models import (
     source_digest,
     weights_digest,
 )
+from dpo_core.models.remote_code import trust
 from dpo_core.reference.keys import DEFINITION_VERSION
-from dpo_core.remote_code import trust
 from tasks.manifest import Manifest
 from tasks.reference_caches import CACHE_FOLDER
 from tasks.stage import Context, Output, Stage, StageResult, Work, run_stage, stage_task, tracker_of
@@ -120,7 +120,7 @@ def cache_reference(
     def work(given: Work) -> Output:
         from dpo_core.data.tokens.tokenise import Tokenise
         from dpo_core.methods.kto import needed_sequences
-        from dpo_core.models import load_tokenizer
+        from dpo_core.models.load import load_tokenizer
         from dpo_core.reference.job import reference_logps
 
         frame = pd.read_parquet(pairs.path / "data.parquet")

@@ -9,7 +9,7 @@ import psutil
 import torch
 from pydantic import ValidationError
 
-from dpo_core.cost import matmul_rate
+from dpo_core.models.flops import matmul_rate
 from tasks.report import RunReport, StageRow
 from tasks.store import Store
 

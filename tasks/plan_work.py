@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dpo_core import cost
 from dpo_core.batches import PackedBatches, PaddedBatches
 from dpo_core.data.load import load
 from dpo_core.data.split import split_table
@@ -24,7 +23,8 @@ from dpo_core.methods.grpo import GroupConfig
 from dpo_core.methods.kto import reads_mismatched, unpaired_examples
 from dpo_core.methods.online_dpo import OnlineDpoConfig
 from dpo_core.methods.ppo import PpoConfig
-from dpo_core.models import ModelConfig, load_tokenizer, locate, read_config
+from dpo_core.models import flops as cost
+from dpo_core.models.load import ModelConfig, load_tokenizer, locate, read_config
 from dpo_core.training import LoopConfig, PackedLoopConfig
 from tasks.frontier_arms import Settings
 from tasks.manifest import Manifest
@@ -347,7 +347,7 @@ def _layout(recipe: Recipe, base: Manifest) -> str:
     """
     if not base.planned:
         return f"{base.extra['layout']}: {base.extra['reason']}"
-    from dpo_core.model_check import check_named
+    from dpo_core.models.check import check_named
 
     longest, precision = recipe.tokens.max_length, recipe.dpo.engine.precision
     check = check_named(recipe.model, precision=precision, longest=longest)

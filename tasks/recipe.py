@@ -12,7 +12,6 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from yaml.constructor import ConstructorError
 
-from dpo_core.adapters import LORA_EXTRA
 from dpo_core.config import Config
 from dpo_core.data.config import DataConfig
 from dpo_core.data.tokens.tokenise import TokenConfig
@@ -28,7 +27,8 @@ from dpo_core.methods.pair_sampling import PairSamplingConfig
 from dpo_core.methods.ppo import PpoConfig
 from dpo_core.methods.reward import RewardModelConfig
 from dpo_core.methods.sft import SftConfig
-from dpo_core.models import ModelConfig
+from dpo_core.models.load import ModelConfig
+from dpo_core.models.lora import LORA_EXTRA
 from dpo_core.objectives import get
 from dpo_core.redaction import place_of_secret
 from dpo_core.system import read_small

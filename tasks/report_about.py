@@ -8,7 +8,7 @@ import pandas as pd
 
 from dpo_core.data.tokens.tokenise import Tokenise
 from dpo_core.methods.dpo import DpoConfig
-from dpo_core.models import load_tokenizer
+from dpo_core.models.load import load_tokenizer
 from tasks.manifest import Manifest
 from tasks.recipe import Recipe
 from tasks.report import Trained

@@ -17,8 +17,8 @@ from dpo_core.errors import DataError, DpoError, StageFailed
 from dpo_core.methods.dpo import DpoConfig
 from dpo_core.methods.reward import RewardModelConfig
 from dpo_core.methods.sft import SftConfig
-from dpo_core.models import parameter_count
-from dpo_core.remote_code import trusted
+from dpo_core.models.load import parameter_count
+from dpo_core.models.remote_code import trusted
 from dpo_core.reward_quality import RewardQuality, reward_quality
 from dpo_core.system import digest_file
 from tasks.manifest import Manifest
@@ -223,8 +223,8 @@ def _reward_quality(
     """What the held-out pairs say about a reward model; None where there are none."""
     from dpo_core.data.tokens.tokenise import Tokenise
     from dpo_core.methods.reward import score
-    from dpo_core.models import load_tokenizer
-    from dpo_core.reward_model import RewardModel
+    from dpo_core.models.load import load_tokenizer
+    from dpo_core.models.reward_model import RewardModel
 
     frame = pd.read_parquet(pairs.path / "data.parquet")
     tokenise = Tokenise(load_tokenizer(model), tokens)
@@ -281,7 +281,7 @@ def train(
     given: Work, job: dict[str, Any], tokens: TokenConfig, seed: int, processes: int, total_steps: int
 ) -> Output:
     """Run one training job to its end, streaming its metrics, and describe what it wrote."""
-    from dpo_core.models import weights_digest
+    from dpo_core.models.load import weights_digest
 
     out = given.scratch / "out"
     shared = {

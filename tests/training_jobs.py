@@ -11,7 +11,7 @@ import pandas as pd
 from deploy.launchers import LocalLauncher, State
 from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise, TokenPair
 from dpo_core.methods.kto import UnpairedExample, mismatched, unpaired_examples
-from dpo_core.models import load_model, load_tokenizer
+from dpo_core.models.load import load_model, load_tokenizer
 from dpo_core.reference import LogpShard
 from dpo_core.reference.compute import compute
 

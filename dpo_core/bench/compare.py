@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from dpo_core import cost
 from dpo_core.bench.contender import Race, write_pairs
 from dpo_core.bench.workloads import Size, Workload, human_pairs, made_pairs, make_model
 from dpo_core.config import Config
@@ -22,7 +21,8 @@ from dpo_core.data.tokens.tokenise import TokenPair
 from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.layout import Document
 from dpo_core.logprobs import Precision
-from dpo_core.models import config_in
+from dpo_core.models import flops as cost
+from dpo_core.models.load import config_in
 
 # How far the losses of single pairs may lie apart: bf16 rounds differently in other batch shapes.
 AGREEMENT = {"fp32": 1e-4, "bf16": 0.1}
@@ -123,8 +123,8 @@ def _require_trl() -> None:
 
 def _prepare(bench: Bench, work: Path) -> tuple[Path, list[TokenPair]]:
     """Write model and pairs with reference values; returns the model's folder and the pairs."""
-    from dpo_core.accelerator import name_accelerator
-    from dpo_core.models import load_model, load_tokenizer
+    from dpo_core.models.accelerator import name_accelerator
+    from dpo_core.models.load import load_model, load_tokenizer
 
     name_accelerator()
 

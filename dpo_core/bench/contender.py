@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 import torch
 
-from dpo_core import cost
 from dpo_core.config import Config
 from dpo_core.data.tokens.tokenise import Sequence, TokenPair
+from dpo_core.models import flops as cost
 from dpo_core.ranks import peak_bytes
 
 BETA = 0.1
@@ -80,7 +80,7 @@ def _ours(race: Race, rows: list[dict[str, Any]], work: Path) -> dict[str, Any]:
     import numpy as np
 
     from dpo_core.methods.dpo import DpoConfig, DpoTrainer
-    from dpo_core.models import load_model
+    from dpo_core.models.load import load_model
     from dpo_core.ranks import start_distributed
     from dpo_core.reference import LogpShard, sequence_key
 
@@ -136,7 +136,7 @@ def _trl(race: Race, rows: list[dict[str, Any]], work: Path) -> dict[str, Any]:
     from transformers import PreTrainedTokenizerFast, TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
-    from dpo_core.models import load_model
+    from dpo_core.models.load import load_model
 
     torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients in bf16 with torch 2.13
     config = DPOConfig(

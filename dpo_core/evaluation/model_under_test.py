@@ -13,10 +13,10 @@ from dpo_core.data.tokens.chat_template import template_in
 from dpo_core.data.tokens.config import settled
 from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise
 from dpo_core.errors import ModelError
-from dpo_core.generate import SamplingConfig, sample
 from dpo_core.logprobs import Precision
-from dpo_core.model_check import check_definition
-from dpo_core.models import check_context, config_in, load_model, load_tokenizer, weights_digest
+from dpo_core.models.check import check_definition
+from dpo_core.models.generate import SamplingConfig, sample
+from dpo_core.models.load import check_context, config_in, load_model, load_tokenizer, weights_digest
 from dpo_core.reference.job import reference_logps
 from dpo_core.reference.keys import sequence_key
 from dpo_core.stats import Floats
@@ -37,7 +37,7 @@ class Subject:
     """A model under evaluation.
 
     Args:
-        path: a checkpoint folder as `dpo_core.models.convert` leaves it.
+        path: a checkpoint folder as `dpo_core.models.load.convert` leaves it.
         name: as the user named it, for tables.
         reference: what it was trained from, for implicit rewards.
         caches: folder of the reference log-probs that are already known.

@@ -59,7 +59,7 @@ def _rewards(
         return load_reward(config.source)(prompts, answers)
     from dpo_core.data.tokens.tokenise import Tokenise
     from dpo_core.methods.build import is_reward_model, scorer
-    from dpo_core.models import load_tokenizer
+    from dpo_core.models.load import load_tokenizer
 
     if not is_reward_model(config.source):
         raise RecipeError(

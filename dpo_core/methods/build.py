@@ -10,11 +10,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from dpo_core import cost
-from dpo_core.adapters import add_lora, merge_lora
 from dpo_core.attention import trunk_of
 from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise
-from dpo_core.dropout import disable_dropout
 from dpo_core.engine import put_state
 from dpo_core.errors import StageFailed
 from dpo_core.methods.dpo import DpoTrainer
@@ -25,11 +22,14 @@ from dpo_core.methods.online.sampler import Scorer, Surroundings
 from dpo_core.methods.online_dpo import OnlineDpoTrainer
 from dpo_core.methods.ppo import PpoTrainer, make_critic
 from dpo_core.methods.sft import Demonstration, SftTrainer
-from dpo_core.models import check_context, config_in, load_model, load_tokenizer
+from dpo_core.models import flops as cost
+from dpo_core.models.dropout import disable_dropout
+from dpo_core.models.load import check_context, config_in, load_model, load_tokenizer
+from dpo_core.models.lora import add_lora, merge_lora
+from dpo_core.models.remote_code import trust_digests
+from dpo_core.models.save import export_policy
 from dpo_core.reference import LogpShard
-from dpo_core.remote_code import trust_digests
 from dpo_core.rewards import load_reward
-from dpo_core.save_model import export_policy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -146,7 +146,7 @@ def _reference(job: Job) -> Any:
 
 
 def _ppo(job: Job) -> tuple[Any, Export]:
-    from dpo_core.reward_model import RewardModel
+    from dpo_core.models.reward_model import RewardModel
 
     policy, tokenizer, tokenise = _start(job)
     around = _around(job, tokenise)
@@ -182,7 +182,7 @@ def _export_policy(policy: Any, tokenizer: Any, job: Job) -> Export:
 
 def _reward(job: Job) -> tuple[Any, Export]:
     from dpo_core.methods.reward import RewardTrainer, normalise_on
-    from dpo_core.reward_model import RewardModel
+    from dpo_core.models.reward_model import RewardModel
 
     model, tokenizer, tokenise = _start(job)
     pairs, _ = tokenise.pairs(read_rows(job.data))
@@ -207,7 +207,7 @@ def scorer(source: str, tokenise: "Tokenise | PreTrainedTokenizerBase", precisio
     """
     if is_reward_model(source):
         from dpo_core.methods.reward import score
-        from dpo_core.reward_model import RewardModel
+        from dpo_core.models.reward_model import RewardModel
 
         model = RewardModel.load(Path(source))
         return lambda sequences, prompts: score(model, sequences, precision)

@@ -13,8 +13,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from dpo_core import cost
-from dpo_core.adapters import LoraConfig
 from dpo_core.config import Config
 from dpo_core.data.tokens.tokenise import TokenPair
 from dpo_core.engine_config import EngineConfig, OptimConfig
@@ -22,6 +20,8 @@ from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.head import keeps_logits
 from dpo_core.layout import Document
 from dpo_core.logprobs import autocast
+from dpo_core.models import flops as cost
+from dpo_core.models.lora import LoraConfig
 from dpo_core.objectives import (
     Objective,
     ObjectiveName,

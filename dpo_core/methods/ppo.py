@@ -18,9 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dpo_core import cost
 from dpo_core.attention import trunk_of
-from dpo_core.dropout import set_training
 from dpo_core.engine import Engine
 from dpo_core.engine_config import OptimConfig
 from dpo_core.layout import Document, PaddedRows, pad
@@ -37,7 +35,9 @@ from dpo_core.methods.online.rollouts import (
     rows_of,
 )
 from dpo_core.methods.online.sampler import Surroundings
-from dpo_core.reward_model import RewardModel
+from dpo_core.models import flops as cost
+from dpo_core.models.dropout import set_training
+from dpo_core.models.reward_model import RewardModel
 
 
 class PpoConfig(RoundsConfig):

@@ -9,13 +9,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from dpo_core import cost
 from dpo_core.data.tokens.tokenise import Sequence, TokenPair
 from dpo_core.engine_config import EngineConfig, OptimConfig
 from dpo_core.errors import RecipeError
 from dpo_core.layout import right_padded
 from dpo_core.logprobs import autocast, length_batches
-from dpo_core.reward_model import RewardModel, bradley_terry_loss
+from dpo_core.models import flops as cost
+from dpo_core.models.reward_model import RewardModel, bradley_terry_loss
 from dpo_core.training import LoopConfig, Trainer
 
 

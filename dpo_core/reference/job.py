@@ -25,16 +25,16 @@ from pydantic import Field
 
 from dpo_core.config import Config
 from dpo_core.data.tokens.tokenise import Sequence
-from dpo_core.dropout import disable_dropout
 from dpo_core.errors import DpoError, ModelError, StageFailed
 from dpo_core.logprobs import Precision, read_flops
-from dpo_core.model_check import check_definition
-from dpo_core.models import config_in, load_model
+from dpo_core.models.check import check_definition
+from dpo_core.models.dropout import disable_dropout
+from dpo_core.models.load import config_in, load_model
+from dpo_core.models.remote_code import build, trust_digests, trusted
 from dpo_core.reference.cache import ReferenceCache
 from dpo_core.reference.compute import compute
 from dpo_core.reference.keys import reference_facts, sequence_key, share
 from dpo_core.reference.shard import LogpShard, ends
-from dpo_core.remote_code import build, trust_digests, trusted
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_core.models import load_model
+from dpo_core.models.load import load_model
 from tests.dpo_core.conftest import _process_group, alone  # noqa: F401  the process group that trainers need
 from tests.dpo_core.golden_objectives import step_of, trainer_of
 from tests.tiny import make_tiny_model, make_tokenizer

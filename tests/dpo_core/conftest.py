@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dpo_core.models import load_model, load_tokenizer
+from dpo_core.models.load import load_model, load_tokenizer
 from tests.tiny import make_tiny_model
 
 

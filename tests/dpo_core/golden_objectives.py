@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from dpo_core.dropout import disable_dropout
 from dpo_core.methods.dpo import DpoConfig, DpoTrainer
 from dpo_core.methods.kto import UnpairedTrainer
-from dpo_core.models import load_model
+from dpo_core.models.dropout import disable_dropout
+from dpo_core.models.load import load_model
 from dpo_core.objectives import get, names
 from dpo_core.ranks import start_distributed
 from dpo_core.reference import LogpShard

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_core import job as train
-from dpo_core.adapters import LoraConfig, add_lora, merge_lora
 from dpo_core.errors import RecipeError
-from dpo_core.models import load_model
+from dpo_core.models.load import load_model
+from dpo_core.models.lora import LoraConfig, add_lora, merge_lora
 from tests import training_jobs
 from tests.families import make_family
 from tests.tiny import make_tiny_model

@@ -105,7 +105,7 @@ def test_an_answer_is_what_the_template_writes_less_the_opened_prompt(kind: str)
 
 
 def test_blanks_that_the_template_writes_are_no_part_of_an_answer_s_text(shared: Path) -> None:
-    from dpo_core.models import load_tokenizer
+    from dpo_core.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(shared / "models/stories260K")
     tokenizer.chat_template = (
@@ -339,7 +339,7 @@ def test_a_template_without_end_is_refused_in_time() -> None:
 
 
 def test_stop_tokens_are_those_of_the_files_beside_the_model(tmp_path: Path) -> None:
-    from dpo_core.models import load_tokenizer
+    from dpo_core.models.load import load_tokenizer
 
     tokenizer = make_tokenizer(TEMPLATES["end and a line break"])
     tokenizer.save_pretrained(tmp_path)

@@ -10,8 +10,8 @@ from dpo_core.data.tokens.tokenise import Sequence, TokenPair
 from dpo_core.engine import EngineConfig
 from dpo_core.layout import Document, pack, pad
 from dpo_core.methods.reward import RewardModelConfig, RewardTrainer
-from dpo_core.models import load_model
-from dpo_core.reward_model import RewardModel
+from dpo_core.models.load import load_model
+from dpo_core.models.reward_model import RewardModel
 from dpo_core.scores import branch_scores
 
 DOCUMENTS = [Document((5, 6, 7), ((8, 9), (10, 11, 12))), Document((13, 14), ((15,), (16, 17)))]

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_core.generate import Completion, SamplingConfig, sample, seed_for
-from dpo_core.models import load_model
+from dpo_core.models.generate import Completion, SamplingConfig, sample, seed_for
+from dpo_core.models.load import load_model
 from tests.tiny import make_tiny_model
 
 VOCABULARY, EOS = 5, 4

@@ -17,7 +17,7 @@ from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.http_reward import TOKEN, HttpReward
 from dpo_core.methods.build import scorer
-from dpo_core.models import load_tokenizer
+from dpo_core.models.load import load_tokenizer
 from dpo_core.rewards import CheckedReward, check_reward, load_reward, reward_identity
 
 Answer = tuple[int, dict[str, str], bytes]

@@ -18,7 +18,7 @@ from dpo_core.attention import _blocks, block_mask, has_flex_heads
 from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.layout import Document, pack, pad
 from dpo_core.logprobs import autocast
-from dpo_core.packing_check import packing_fault
+from dpo_core.models.packing_check import packing_fault
 from dpo_core.scores import branch_scores, hidden_of
 from tests.logps import full_logps
 

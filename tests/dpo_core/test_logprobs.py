@@ -17,7 +17,7 @@ from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.errors import ModelError
 from dpo_core.layout import Document, PaddedRows, pad
 from dpo_core.logprobs import autocast, completion_logps, length_batches
-from dpo_core.model_check import check_definition
+from dpo_core.models.check import check_definition
 from dpo_core.scores import branch_scores, hidden_of, token_scores
 from tests.logps import full_logps, random_sequences
 

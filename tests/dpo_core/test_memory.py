@@ -21,7 +21,7 @@ from dpo_core.logprobs import autocast
 from dpo_core.memory import PROCESS_BYTES, _Living, step_memory, training_memory
 from dpo_core.methods.dpo import DpoConfig
 from dpo_core.methods.ppo import PpoConfig
-from dpo_core.models import load_tokenizer
+from dpo_core.models.load import load_tokenizer
 from dpo_core.scores import branch_scores
 from tests.tiny import make_tiny_model
 from tests.training_jobs import text, write_job, write_reference

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING
 
 from dpo_core.errors import ModelError
-from dpo_core.models import ModelConfig, check_context, convert, load_model, position_limit, read_config
+from dpo_core.models.load import ModelConfig, check_context, convert, load_model, position_limit, read_config
 from tests.families import WIDTHS, family_config, make_family
 from tests.tiny import make_tokenizer
 
@@ -96,7 +96,7 @@ def test_positions_by_other_names() -> None:
 
 def test_an_evaluated_model_must_hold_the_rows_too(tmp_path: Path) -> None:
     from dpo_core.evaluation.model_under_test import Asked, Subject
-    from dpo_core.generate import SamplingConfig
+    from dpo_core.models.generate import SamplingConfig
 
     subject = Subject(make_family(tmp_path / "model", "gpt2", n_positions=16), "small")
     with pytest.raises(ModelError, match="the model holds 16"):

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dpo_core.dropout import disable_dropout
 from dpo_core.errors import ModelError
-from dpo_core.models import (
+from dpo_core.models.dropout import disable_dropout
+from dpo_core.models.load import (
     ModelConfig,
     check_context,
     check_finite,
@@ -26,7 +26,7 @@ from dpo_core.models import (
     parameter_count,
     source_digest,
 )
-from dpo_core.quiet import quiet_transformers
+from dpo_core.models.transformers_lock import quiet_transformers
 from tests.tiny import CHAT_TEMPLATE, make_tiny_model
 
 
@@ -271,7 +271,7 @@ def test_a_saved_tokenizer_does_not_tell_whether_the_hub_could_be_asked(
 THREADS = """
 import sys, threading
 from pathlib import Path
-from dpo_core.models import load_model, load_tokenizer
+from dpo_core.models.load import load_model, load_tokenizer
 start, folder = threading.Barrier(3), Path(sys.argv[1])
 wrong = []
 def load(what):

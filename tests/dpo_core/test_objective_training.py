@@ -14,7 +14,7 @@ import torch
 
 from dpo_core.errors import RecipeError
 from dpo_core.methods.dpo import DpoConfig, DpoTrainer
-from dpo_core.models import load_model
+from dpo_core.models.load import load_model
 from dpo_core.objectives import get, names
 from dpo_core.reference import LogpShard
 from tests.dpo_core.golden_objectives import GOLDEN, GUIDED, STEPS, VARIANTS, step_of, trainer_of

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_core import cost, remote_code
 from dpo_core import job as train
 from dpo_core.attention import trunk_of
 from dpo_core.errors import ModelError
-from dpo_core.models import ModelConfig, config_in, convert, load_model
+from dpo_core.models import flops as cost
+from dpo_core.models import remote_code
+from dpo_core.models.load import ModelConfig, config_in, convert, load_model
+from dpo_core.models.reward_model import RewardModel
 from dpo_core.reference.job import attention_of
-from dpo_core.reward_model import RewardModel
 from tests.families import with_own_code
 from tests.tiny import make_tiny_model
 from tests.training_jobs import sft_job
@@ -87,7 +88,7 @@ def test_other_code_is_not_trusted(own: Path, tmp_path: Path) -> None:
 def test_the_answer_is_no_question(own: Path) -> None:
     """Also where a terminal could be asked."""
     told = subprocess.run(
-        [sys.executable, "-c", f"from dpo_core.models import *; load_model(Path({str(own)!r}))"],
+        [sys.executable, "-c", f"from dpo_core.models.load import *; load_model(Path({str(own)!r}))"],
         input="y\n", text=True, capture_output=True, check=False,
     )  # fmt: skip
     assert "contains custom code" in told.stderr

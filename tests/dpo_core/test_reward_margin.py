@@ -10,8 +10,8 @@ import torch
 from dpo_core import job as train
 from dpo_core.errors import RecipeError
 from dpo_core.methods.reward import RewardModelConfig, RewardTrainer, reward_of
-from dpo_core.models import load_model
-from dpo_core.reward_model import RewardModel, bradley_terry_loss
+from dpo_core.models.load import load_model
+from dpo_core.models.reward_model import RewardModel, bradley_terry_loss
 from tests.training_jobs import curve, pair_rows, token_pairs, write_job
 
 ENGINE = {"precision": "fp32", "threads": 1}

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dpo_core import job as train
-from dpo_core.models import ModelConfig, convert, load_model
-from dpo_core.save_model import save_checkpoint
+from dpo_core.models.load import ModelConfig, convert, load_model
+from dpo_core.models.save import save_checkpoint
 from tests.families import make_family
 from tests.tiny import make_tiny_model, make_tokenizer
 from tests.training_jobs import sft_job

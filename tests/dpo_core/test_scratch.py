@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from transformers import AutoConfig, GPT2Config, LlamaConfig, MixtralConfig, Qwen3Config, T5Config
 
 from dpo_core.errors import ModelError
-from dpo_core.models import (
+from dpo_core.models.from_scratch import ScratchConfig, make_from_scratch, scratch_shape
+from dpo_core.models.load import (
     ModelConfig,
     convert,
     load_model,
@@ -18,7 +19,6 @@ from dpo_core.models import (
     read_config,
     weights_digest,
 )
-from dpo_core.scratch import ScratchConfig, make_from_scratch, scratch_shape
 
 SHAPE = {"layers": 3, "hidden_size": 24, "heads": 2}
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise, TokenPair
 from dpo_core.errors import ModelError
-from dpo_core.models import load_tokenizer
+from dpo_core.models.load import load_tokenizer
 
 TURNS = [
     {"role": "user", "content": "Who wrote this long and quiet story?"},

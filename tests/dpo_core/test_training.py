@@ -23,7 +23,7 @@ from dpo_core.engine import MetricsFile
 from dpo_core.engine_config import OptimConfig, Schedule
 from dpo_core.errors import RecipeError
 from dpo_core.methods.dpo import DpoConfig
-from dpo_core.models import load_model, load_tokenizer, weights_digest
+from dpo_core.models.load import load_model, load_tokenizer, weights_digest
 from dpo_core.reference import LogpShard, sequence_key
 from dpo_core.training import LoopConfig
 from tests import training_jobs
@@ -410,7 +410,7 @@ def test_a_signal_saves_the_step_at_hand(
 
 def test_the_reward_model_separates_what_can_be_separated(alone: None, tiny: Path, tmp_path: Path) -> None:
     from dpo_core.methods.reward import score
-    from dpo_core.reward_model import RewardModel
+    from dpo_core.models.reward_model import RewardModel
 
     rows = [
         r | {"chosen": f" good {training_jobs.text(i, 3)}", "rejected": f" bad {training_jobs.text(i, 3)}"}

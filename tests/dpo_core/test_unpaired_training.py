@@ -17,7 +17,7 @@ from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise
 from dpo_core.errors import StageFailed
 from dpo_core.evaluation.policies import sequence_logps
 from dpo_core.methods.kto import UnpairedTrainer, imbalance, mismatched, unpaired_examples
-from dpo_core.models import load_model, load_tokenizer
+from dpo_core.models.load import load_model, load_tokenizer
 from dpo_core.reference import LogpShard, sequence_key
 from tests.dpo_core.golden_objectives import GOLDEN, STEPS, step_of, trainer_of
 from tests.tiny import make_tiny_model

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from dpo_core import job as train
-from dpo_core.dropout import disable_dropout
-from dpo_core.generate import SamplingConfig, sample
 from dpo_core.logprobs import completion_logps
-from dpo_core.model_check import check_folder
-from dpo_core.models import load_model
+from dpo_core.models.check import check_folder
+from dpo_core.models.dropout import disable_dropout
+from dpo_core.models.generate import SamplingConfig, sample
+from dpo_core.models.load import load_model
 from tests.dpo_core.online.online_jobs import online_job
 from tests.dpo_core.zoo import build, model_types
 from tests.logps import full_logps, random_sequences
@@ -145,7 +145,7 @@ def go_through(model: Path, work: Path) -> None:
 def require_reward_reloads(folder: Path, reference: Path, rows: list[dict[str, Any]]) -> None:
     """Two loads of a reward model give the same scores, and not all the same."""
     from dpo_core.methods.reward import score
-    from dpo_core.reward_model import RewardModel
+    from dpo_core.models.reward_model import RewardModel
 
     sequences = [side for pair in token_pairs(reference, rows) for side in (pair.chosen, pair.rejected)]
     first, second = (score(RewardModel.load(folder), sequences, "fp32") for _ in range(2))

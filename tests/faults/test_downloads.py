@@ -53,7 +53,7 @@ MODEL = """
 import sys
 from pathlib import Path
 from dpo_core.errors import DpoError
-from dpo_core.models import ModelConfig, convert, locate
+from dpo_core.models.load import ModelConfig, convert, locate
 config = ModelConfig(name="me/tiny")
 try:
     print(locate(config))

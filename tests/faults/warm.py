@@ -22,10 +22,23 @@ from tests.training_jobs import wait_until
 
 # What a run imports before its first stage; the forked process finds it done.
 _IMPORTED = [
-    "flows.quiet", "flows.cli", "flows.alignment", "flows.frontier", "flows.orphans", "tasks.ahead",
-    "mlflow", "mlflow.store.tracking.sqlalchemy_store", "great_expectations", "pandas", "transformers",
-    "dpo_core.models", "dpo_core.generate", "dpo_core.methods.dpo", "tasks.summary", "tasks.champion",
-]  # fmt: skip
+    "flows.quiet",
+    "flows.cli",
+    "flows.alignment",
+    "flows.frontier",
+    "flows.orphans",
+    "tasks.ahead",
+    "mlflow",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "great_expectations",
+    "pandas",
+    "transformers",
+    "dpo_core.models.load",
+    "dpo_core.models.generate",
+    "dpo_core.methods.dpo",
+    "tasks.summary",
+    "tasks.champion",
+]
 
 
 class Started:

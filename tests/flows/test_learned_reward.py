@@ -11,8 +11,8 @@ from mlflow import MlflowClient
 
 from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise
 from dpo_core.methods.reward import score
-from dpo_core.models import load_tokenizer
-from dpo_core.reward_model import RewardModel
+from dpo_core.models.load import load_tokenizer
+from dpo_core.models.reward_model import RewardModel
 from tests.flows.test_plan import planned, reasons
 from tests.tiny_run import ENGINE, Bench
 

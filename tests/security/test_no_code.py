@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from dpo_core.checkpoints import _own_digest, load_random_state, numbers_alone, read_digest, save_random_state
 from dpo_core.data.files.read import read_rows
 from dpo_core.errors import DataError, ModelError, StageFailed
-from dpo_core.model_folder import check_folder, code_digest
-from dpo_core.models import ModelConfig, convert, load_tokenizer
+from dpo_core.models.folder import check_folder, code_digest
+from dpo_core.models.load import ModelConfig, convert, load_tokenizer
 from dpo_core.reference.shard import LogpShard
 from tests.tiny import make_tiny_model
 

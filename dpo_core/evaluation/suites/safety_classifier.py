@@ -20,8 +20,8 @@ from typing import Any
 from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise
 from dpo_core.errors import ModelError, RecipeError, StageFailed
 from dpo_core.http_reward import is_url
-from dpo_core.models import load_tokenizer, weights_digest
-from dpo_core.quiet import quiet_transformers
+from dpo_core.models.load import load_tokenizer, weights_digest
+from dpo_core.models.transformers_lock import quiet_transformers
 from dpo_core.rewards import load_reward, reward_identity
 from dpo_core.system import digest_file
 
@@ -259,7 +259,7 @@ def _encode(tokenizer: Any, prompts: list[str], answers: list[str], settings: An
 def _reward_model(folder: Path, tokens: TokenConfig) -> Judge:
     from dpo_core.evaluation.suites.prompting import asked
     from dpo_core.methods.reward import score
-    from dpo_core.reward_model import RewardModel
+    from dpo_core.models.reward_model import RewardModel
 
     model, tokenizer = RewardModel.load(folder), load_tokenizer(folder)
     tokenise = Tokenise(tokenizer, tokens)

@@ -18,8 +18,8 @@ from dpo_core.batches import Order
 from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.engine import Engine
 from dpo_core.errors import StageFailed
-from dpo_core.generate import SamplingConfig, sample, seed_for
 from dpo_core.methods.online.rollouts import Episode
+from dpo_core.models.generate import SamplingConfig, sample, seed_for
 
 # Scores of completions: token sequences and the prompt texts they answer, in order.
 Scorer = Callable[[Seq[Sequence], Seq[str]], list[float]]

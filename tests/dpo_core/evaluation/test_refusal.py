@@ -21,7 +21,7 @@ from dpo_core.evaluation.suites.safety_classifier import (
     load_classifier,
     safe_class,
 )
-from dpo_core.generate import SamplingConfig
+from dpo_core.models.generate import SamplingConfig
 from tests.tiny import make_tiny_model, make_tokenizer
 
 REFUSED = [
@@ -288,7 +288,7 @@ def test_a_single_logit_has_its_threshold_at_0(label: str, sign: int, tmp_path: 
 def test_a_reward_model_trained_here_has_its_threshold_at_0(subject: Subject, tmp_path: Path) -> None:
     import torch
 
-    from dpo_core.reward_model import RewardModel
+    from dpo_core.models.reward_model import RewardModel
 
     model = RewardModel(subject.model.base_model, torch.Generator().manual_seed(1))
     model.normalise(torch.tensor([-2.0, 0.0, 1.0]))

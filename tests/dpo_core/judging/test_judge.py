@@ -306,8 +306,8 @@ def test_a_reward_model_judges(tiny: Path, tmp_path: Path) -> None:
 
     from dpo_core.data.tokens.tokenise import Sequence, TokenConfig
     from dpo_core.methods.reward import score
-    from dpo_core.models import load_model, load_tokenizer
-    from dpo_core.reward_model import RewardModel
+    from dpo_core.models.load import load_model, load_tokenizer
+    from dpo_core.models.reward_model import RewardModel
 
     model = RewardModel(load_model(tiny).get_decoder(), torch.Generator().manual_seed(0))
     folder = tmp_path / "reward"

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dpo_core.models.reward_model import bradley_terry_loss
 from dpo_core.objectives import PairLogps, get
-from dpo_core.reward_model import bradley_terry_loss
 
 UNSEEN = 1e-6
 """π_ref(y3); zero has no log."""

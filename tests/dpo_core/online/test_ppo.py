@@ -19,8 +19,8 @@ from dpo_core.methods.build import build
 from dpo_core.methods.online.rollouts import Episode, response_logps
 from dpo_core.methods.online.sampler import Surroundings
 from dpo_core.methods.ppo import PpoConfig, make_critic, state_values
-from dpo_core.models import load_model, load_tokenizer
-from dpo_core.reward_model import RewardModel
+from dpo_core.models.load import load_model, load_tokenizer
+from dpo_core.models.reward_model import RewardModel
 from tests.dpo_core.online.online_jobs import kill_in_round, online_job, timeless
 from tests.logps import full_logps, random_sequences
 from tests.training_jobs import curve, launch
@@ -282,7 +282,7 @@ def test_a_reward_that_fails_stops_the_run_with_its_words(alone: None, tiny: Pat
 
 def test_no_prompts_are_told(tmp_path: Path) -> None:
     from dpo_core.errors import StageFailed
-    from dpo_core.generate import SamplingConfig
+    from dpo_core.models.generate import SamplingConfig
 
     with pytest.raises(StageFailed, match="no prompts"):
         Surroundings(

@@ -12,7 +12,7 @@ import torch
 
 from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.errors import StageFailed
-from dpo_core.models import load_model
+from dpo_core.models.load import load_model
 from dpo_core.reference import LogpShard, ReferenceCache, sequence_key
 from dpo_core.reference.cache import FACTS, ReferenceFacts, read_facts
 from dpo_core.reference.compute import compute

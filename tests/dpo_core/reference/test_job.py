@@ -18,7 +18,7 @@ import torch
 
 from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise, TokenPair
 from dpo_core.errors import StageFailed
-from dpo_core.models import load_model, load_tokenizer, weights_digest
+from dpo_core.models.load import load_model, load_tokenizer, weights_digest
 from dpo_core.reference import ReferenceCache, reference_facts, sequence_key, share
 from dpo_core.reference.cache import read_facts, shard_folders
 from dpo_core.reference.job import (

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dpo_core.data.tokens.tokenise import Sequence
-from dpo_core.models import weights_digest
+from dpo_core.models.load import weights_digest
 from dpo_core.reference import keys, reference_key, sequence_key
 from dpo_core.reference.job import read_sequences, write_sequences
 from tests.tiny import make_tiny_model

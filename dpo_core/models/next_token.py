@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dpo_core.attention import padded_hidden, takes, trunk_of
 from dpo_core.head import logits
 from dpo_core.layout import right_padded
-from dpo_core.packing_check import RAW_ERRORS, difference, trial_documents
+from dpo_core.models.packing_check import RAW_ERRORS, difference, trial_documents
 
 log = logging.getLogger(__name__)
 _EXACT = "_cache_is_exact"

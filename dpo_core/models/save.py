@@ -6,8 +6,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dpo_core.model_folder import tensor_headers
-from dpo_core.quiet import quiet_transformers
+from dpo_core.models.folder import tensor_headers
+from dpo_core.models.transformers_lock import quiet_transformers
 
 if TYPE_CHECKING:
     import torch

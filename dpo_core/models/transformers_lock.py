@@ -18,7 +18,7 @@ def quiet_transformers() -> Iterator[None]:
     with _ONE_THREAD:
         from transformers.utils import logging
 
-        from dpo_core.accelerator import name_accelerator
+        from dpo_core.models.accelerator import name_accelerator
 
         name_accelerator()  # transformers imports DeepSpeed
         verbosity = logging.get_verbosity()

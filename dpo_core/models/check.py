@@ -13,13 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from dpo_core.attention import attention_on_trial, whole_blocks
-from dpo_core.dropout import disable_dropout, set_training
 from dpo_core.errors import ModelError
 from dpo_core.layout import Document, pack, pad
 from dpo_core.logprobs import Precision, autocast
-from dpo_core.models import ModelConfig, check_source_context, load_model, locate, position_limit, read_config
-from dpo_core.next_token import cache_is_exact
-from dpo_core.packing_check import RAW_ERRORS, difference, first_line, packing_fault, trial_documents
+from dpo_core.models.dropout import disable_dropout, set_training
+from dpo_core.models.load import (
+    ModelConfig,
+    check_source_context,
+    load_model,
+    locate,
+    position_limit,
+    read_config,
+)
+from dpo_core.models.next_token import cache_is_exact
+from dpo_core.models.packing_check import RAW_ERRORS, difference, first_line, packing_fault, trial_documents
 from dpo_core.scores import branch_scores
 
 REMEDY = "Use a causal language model of another architecture, such as Llama, Qwen, Mistral, Gemma or OLMo"

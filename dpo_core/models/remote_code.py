@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dpo_core.quiet import quiet_transformers
+from dpo_core.models.transformers_lock import quiet_transformers
 
 _trusted: set[str] = set()
 

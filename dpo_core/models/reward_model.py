@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dpo_core.errors import ModelError, StageFailed
-from dpo_core.models import load_weights
-from dpo_core.quiet import quiet_transformers
-from dpo_core.remote_code import trusts
+from dpo_core.models.load import load_weights
+from dpo_core.models.remote_code import trusts
+from dpo_core.models.transformers_lock import quiet_transformers
 
 _BACKBONE = "backbone"
 _HEAD = "head.safetensors"

@@ -18,7 +18,7 @@ from dpo_core.attention import attention_on_trial, trunk_of, whole_blocks
 from dpo_core.errors import ModelError
 from dpo_core.head import head_of
 from dpo_core.layout import Document, Layout, pack, pad
-from dpo_core.models import position_limit
+from dpo_core.models.load import position_limit
 from dpo_core.scores import branch_scores
 
 # What a difference may be, as a share of the spread of log-probs, and at least in nats: rounding in fp32.

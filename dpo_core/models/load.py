@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 from dpo_core.config import Config
 from dpo_core.data.tokens.chat_template import check_template
 from dpo_core.errors import ModelError
-from dpo_core.model_folder import LOAD_REMEDY, check_folder, require_safetensors, tensor_headers
-from dpo_core.model_kind import check_kind, check_sees_the_past_only
-from dpo_core.quiet import quiet_transformers
-from dpo_core.remote_code import trust, trusts
-from dpo_core.save_model import save_checkpoint
-from dpo_core.scratch import ScratchConfig, make_from_scratch, new_tokenizer, scratch_shape
+from dpo_core.models.folder import LOAD_REMEDY, check_folder, require_safetensors, tensor_headers
+from dpo_core.models.from_scratch import ScratchConfig, make_from_scratch, new_tokenizer, scratch_shape
+from dpo_core.models.kind import check_kind, check_sees_the_past_only
+from dpo_core.models.remote_code import trust, trusts
+from dpo_core.models.save import save_checkpoint
+from dpo_core.models.transformers_lock import quiet_transformers
 from dpo_core.system import digest_file, read_small
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""Models: finding, checking, loading, saving and sampling them."""
