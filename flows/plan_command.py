@@ -22,7 +22,7 @@ def plan(recipe: RecipeArgument, overrides: SetOption = None, as_json: JsonOptio
 
 def _try_reward(recipe: Any) -> None:
     """Refuse a reward function that a run would refuse at its start; a server's is not asked."""
-    from dpo_core.rewards import check_reward
+    from dpo_core.rewards.functions import check_reward
 
     source = recipe.reward.source
     if source is not None and not source.startswith(("http://", "https://")):

@@ -11,7 +11,7 @@ from dpo_core.data.tokens.chat_template import check_template
 from dpo_core.errors import RecipeError
 from dpo_core.evaluation.suites.safety_classifier import assert_not_trained_on
 from dpo_core.models.load import check_source_context, locate, read_config, read_template
-from dpo_core.rewards import check_reward
+from dpo_core.rewards.functions import check_reward
 from expectations.drift import load_baseline
 from tasks.recipe import Recipe
 from tasks.run_recipe import require_same_recipe

@@ -17,7 +17,7 @@ from dpo_core.data.split import by_source, split_table
 from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.errors import DataError, GateRefused, ModelError, StageFailed
 from dpo_core.methods.pair_sampling import PairSamplingConfig, Scored, pair_up
-from dpo_core.rewards import reward_identity
+from dpo_core.rewards.functions import reward_identity
 from dpo_core.system import digest_file
 from expectations.config import GateConfig
 from expectations.drift import load_baseline

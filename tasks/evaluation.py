@@ -11,7 +11,7 @@ from typing import Any
 from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.errors import StageFailed
 from dpo_core.evaluation.policies import EvaluateConfig
-from dpo_core.rewards import reward_identity
+from dpo_core.rewards.functions import reward_identity
 from tasks.manifest import Manifest
 from tasks.sealed import read_sealed, write_sealed
 from tasks.stage import Context, Output, Stage, StageResult, Work, run_stage, stage_task

@@ -29,7 +29,7 @@ from dpo_core.judging.judge import JudgeConfig
 from dpo_core.judging.results import WinRate
 from dpo_core.models.generate import SamplingConfig
 from dpo_core.models.remote_code import trust
-from dpo_core.rewards import check_reward
+from dpo_core.rewards.functions import check_reward
 from tasks.assessment import suite_row
 from tasks.evaluation_page import render_evaluation
 from tasks.evaluation_report import EvaluatedModel, EvaluationReport

@@ -7,7 +7,7 @@ from dpo_core.methods.grpo import GroupConfig
 from dpo_core.methods.online_dpo import OnlineDpoConfig
 from dpo_core.methods.ppo import PpoConfig
 from dpo_core.models.generate import SamplingConfig
-from dpo_core.rewards import reward_identity
+from dpo_core.rewards.functions import reward_identity
 from tasks.manifest import Manifest
 from tasks.stage import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 from tasks.training import settings_of, split_to, train

@@ -11,7 +11,7 @@ from dpo_core.evaluation.compare import Comparison
 from dpo_core.evaluation.decision import Decision
 from dpo_core.evaluation.results import Measure
 from dpo_core.judging.results import WinRate
-from dpo_core.reward_quality import RewardQuality
+from dpo_core.rewards.quality import RewardQuality
 from dpo_core.stats import Estimate
 from tasks.report_numbers import number
 

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from dpo_core.evaluation.compare import Comparison
 from dpo_core.judging.results import WinRate
-from dpo_core.reward_quality import RewardQuality
+from dpo_core.rewards.quality import RewardQuality
 from dpo_core.stats import Estimate
 from tasks.report import Evaluation, RunReport, StageRow, SuiteRow
 from tasks.report_alarms import alarms

@@ -14,7 +14,7 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from pydantic import JsonValue
 
 from dpo_core.redaction import hidden
-from dpo_core.reward_quality import RewardQuality
+from dpo_core.rewards.quality import RewardQuality
 from tasks.assessment import assess, judge_candidate
 from tasks.champion import Champion
 from tasks.courtesy import tell

@@ -19,7 +19,7 @@ from dpo_core.methods.reward import RewardModelConfig
 from dpo_core.methods.sft import SftConfig
 from dpo_core.models.load import parameter_count
 from dpo_core.models.remote_code import trusted
-from dpo_core.reward_quality import RewardQuality, reward_quality
+from dpo_core.rewards.quality import RewardQuality, reward_quality
 from dpo_core.system import digest_file
 from tasks.manifest import Manifest
 from tasks.stage import Context, Output, Progress, Stage, StageResult, Work, run_stage, stage_task

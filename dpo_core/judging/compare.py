@@ -54,7 +54,7 @@ def _rewards(
     config: JudgeConfig, prompts: list[str], answers: list[str], chat: list[bool], tokens: TokenConfig
 ) -> list[float]:
     if config.kind == "reward":
-        from dpo_core.rewards import load_reward
+        from dpo_core.rewards.functions import load_reward
 
         return load_reward(config.source)(prompts, answers)
     from dpo_core.data.tokens.tokenise import Tokenise

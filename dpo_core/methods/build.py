@@ -29,7 +29,7 @@ from dpo_core.models.lora import add_lora, merge_lora
 from dpo_core.models.remote_code import trust_digests
 from dpo_core.models.save import export_policy
 from dpo_core.reference import LogpShard
-from dpo_core.rewards import load_reward
+from dpo_core.rewards.functions import load_reward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

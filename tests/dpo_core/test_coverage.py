@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import pytest
 
-from dpo_core.reward_quality import calibration_error, spearman
+from dpo_core.rewards.quality import calibration_error, spearman
 from dpo_core.significance import bootstrap_p
 from dpo_core.stats import (
     Estimate,

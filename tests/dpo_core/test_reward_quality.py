@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_core.errors import StageFailed
-from dpo_core.reward_quality import (
+from dpo_core.rewards.quality import (
     RewardQuality,
     best_temperature,
     calibration_error,

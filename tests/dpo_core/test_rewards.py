@@ -11,7 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_core.errors import RecipeError, StageFailed
-from dpo_core.rewards import CheckedReward, RewardFunction, SentimentReward, load_reward, reward_identity
+from dpo_core.rewards.functions import (
+    CheckedReward,
+    RewardFunction,
+    SentimentReward,
+    load_reward,
+    reward_identity,
+)
 
 SENTIMENT = SentimentReward()
 
@@ -73,7 +79,7 @@ def test_two_files_of_one_name_are_two_rewards(tmp_path: Path) -> None:
 
 
 def test_a_callable_of_an_installed_module() -> None:
-    reward = load_reward("dpo_core.rewards:SentimentReward")
+    reward = load_reward("dpo_core.rewards.functions:SentimentReward")
     assert reward.name == "sentiment"
     assert reward(["p"], ["I love it"]) == SENTIMENT(["p"], ["I love it"])
 
@@ -176,6 +182,6 @@ def test_an_edited_reward_is_another_reward(tmp_path):
     path.write_text("def score(prompts, completions):\n    return [2.0] * len(completions)\n")
     assert reward_identity(f"{path}:score") != before
     assert reward_identity("sentiment") == "sentiment"
-    assert reward_identity("dpo_core.rewards:SentimentReward") == reward_identity(
-        "dpo_core.rewards:SentimentReward"
+    assert reward_identity("dpo_core.rewards.functions:SentimentReward") == reward_identity(
+        "dpo_core.rewards.functions:SentimentReward"
     )

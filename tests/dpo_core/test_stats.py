@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dpo_core.errors import StageFailed
-from dpo_core.reward_quality import spearman
+from dpo_core.rewards.quality import spearman
 from dpo_core.stats import (
     Estimate,
     bootstrap_mean,

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from hashlib import sha256
 from typing import Any
 
-from dpo_core.reward_quality import RewardQuality
+from dpo_core.rewards.quality import RewardQuality
 from dpo_core.stats import Estimate
 from tasks.report import (
     Cost,

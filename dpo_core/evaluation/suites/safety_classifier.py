@@ -19,10 +19,10 @@ from typing import Any
 
 from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise
 from dpo_core.errors import ModelError, RecipeError, StageFailed
-from dpo_core.http_reward import is_url
 from dpo_core.models.load import load_tokenizer, weights_digest
 from dpo_core.models.transformers_lock import quiet_transformers
-from dpo_core.rewards import load_reward, reward_identity
+from dpo_core.rewards.functions import load_reward, reward_identity
+from dpo_core.rewards.http import is_url
 from dpo_core.system import digest_file
 
 _TOKENS_IN_A_PASS = 4096

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
 from dpo_core.errors import DpoError, RecipeError, StageFailed
-from dpo_core.http_reward import HttpReward, is_url
+from dpo_core.rewards.http import HttpReward, is_url
 
 _FORMS = (
     "Write 'sentiment', 'package.module:callable', 'path/to/file.py:callable' or 'http(s)://host:port/path'."
