@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpo_core.attention import trunk_of
 from dpo_core.models.reward_model import RewardModel
+from dpo_core.scoring.attention import trunk_of
 
 log = logging.getLogger("dpo")
 

@@ -93,9 +93,9 @@ def _evaluate(
     """What the policies were measured at, and the operations that it took."""
     from dpo_core.data.tokens.tokenise import Tokenise
     from dpo_core.evaluation.policies import sequence_logps, summarise
-    from dpo_core.logprobs import read_flops
     from dpo_core.methods.build import scorer
     from dpo_core.models.load import load_model, load_tokenizer
+    from dpo_core.scoring.logprobs import read_flops
 
     reference_path = policies["SFT"].path
     tokenise = Tokenise(load_tokenizer(reference_path), tokens)
@@ -272,8 +272,8 @@ def _measure(
         sample_policy,
         sequence_logps,
     )
-    from dpo_core.logprobs import read_flops
     from dpo_core.models import flops as cost
+    from dpo_core.scoring.logprobs import read_flops
 
     same = policy is reference
     drawn = sample_policy(policy, asked, config, scorer=score, eos_id=stop_ids, seed=seed, progress=progress)

@@ -9,7 +9,6 @@ from pydantic import JsonValue
 
 from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.errors import ModelError, StageFailed
-from dpo_core.logprobs import Precision
 from dpo_core.methods.dpo import DpoConfig
 from dpo_core.models.check import CHECK_VERSION, check_folder
 from dpo_core.models.folder import code_digest
@@ -27,6 +26,7 @@ from dpo_core.models.load import (
 )
 from dpo_core.models.remote_code import trust
 from dpo_core.reference.keys import DEFINITION_VERSION
+from dpo_core.scoring.logprobs import Precision
 from tasks.manifest import Manifest
 from tasks.reference_caches import CACHE_FOLDER
 from tasks.stage import Context, Output, Stage, StageResult, Work, run_stage, stage_task, tracker_of

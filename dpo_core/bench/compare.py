@@ -19,10 +19,10 @@ from dpo_core.bench.workloads import Size, Workload, human_pairs, made_pairs, ma
 from dpo_core.config import Config
 from dpo_core.data.tokens.tokenise import TokenPair
 from dpo_core.errors import RecipeError, StageFailed
-from dpo_core.layout import Document
-from dpo_core.logprobs import Precision
 from dpo_core.models import flops as cost
 from dpo_core.models.load import config_in
+from dpo_core.scoring.layout import Document
+from dpo_core.scoring.logprobs import Precision
 
 # How far the losses of single pairs may lie apart: bf16 rounds differently in other batch shapes.
 AGREEMENT = {"fp32": 1e-4, "bf16": 0.1}

@@ -16,10 +16,10 @@ from dpo_core import stats
 from dpo_core.config import Config
 from dpo_core.data.tokens.tokenise import Sequence, TokenPair
 from dpo_core.errors import StageFailed
-from dpo_core.logprobs import CompletionScores, Precision, completion_logps, completion_scores
 from dpo_core.methods.online.ppo_math import k1, k3
 from dpo_core.methods.online.sampler import Scorer
 from dpo_core.models.generate import SamplingConfig, sample, seed_for
+from dpo_core.scoring.logprobs import CompletionScores, Precision, completion_logps, completion_scores
 from dpo_core.stats import Estimate
 from dpo_core.text_metrics import distinct_n, self_bleu
 

@@ -10,7 +10,6 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from dpo_core.attention import trunk_of
 from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise
 from dpo_core.engine import put_state
 from dpo_core.errors import StageFailed
@@ -30,6 +29,7 @@ from dpo_core.models.remote_code import trust_digests
 from dpo_core.models.save import export_policy
 from dpo_core.reference import LogpShard
 from dpo_core.rewards.functions import load_reward
+from dpo_core.scoring.attention import trunk_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

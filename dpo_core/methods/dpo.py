@@ -17,9 +17,6 @@ from dpo_core.config import Config
 from dpo_core.data.tokens.tokenise import TokenPair
 from dpo_core.engine_config import EngineConfig, OptimConfig
 from dpo_core.errors import RecipeError, StageFailed
-from dpo_core.head import keeps_logits
-from dpo_core.layout import Document
-from dpo_core.logprobs import autocast
 from dpo_core.models import flops as cost
 from dpo_core.models.lora import LoraConfig
 from dpo_core.objectives import (
@@ -34,7 +31,10 @@ from dpo_core.objectives import (
     wpo_weights,
 )
 from dpo_core.reference import LogpShard, sequence_key
-from dpo_core.scores import BranchScores, branch_scores
+from dpo_core.scoring.branch_scores import BranchScores, branch_scores
+from dpo_core.scoring.layout import Document
+from dpo_core.scoring.lm_head import keeps_logits
+from dpo_core.scoring.logprobs import autocast
 from dpo_core.training import PackedLoopConfig, PackedTrainer
 
 log = logging.getLogger(__name__)

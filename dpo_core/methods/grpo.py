@@ -11,7 +11,6 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from dpo_core.logprobs import autocast
 from dpo_core.methods.online import grpo_math as group_math
 from dpo_core.methods.online import ppo_math
 from dpo_core.methods.online.grpo_math import Aggregate, Level, Scale
@@ -26,6 +25,7 @@ from dpo_core.methods.online.rollouts import (
 )
 from dpo_core.methods.online.sampler import Surroundings
 from dpo_core.models.dropout import set_training
+from dpo_core.scoring.logprobs import autocast
 
 
 @dataclass(frozen=True)

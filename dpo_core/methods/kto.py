@@ -19,17 +19,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dpo_core.attention import whole_blocks
 from dpo_core.batches import Batch
 from dpo_core.data.tokens.tokenise import Sequence, Tokenise
 from dpo_core.errors import DataError, StageFailed
-from dpo_core.layout import Document
-from dpo_core.logprobs import autocast
 from dpo_core.methods.dpo import DpoConfig, require_reference_values
 from dpo_core.models import flops as cost
 from dpo_core.objectives import UnpairedLogps, class_means, get, unpaired_metrics, z0
 from dpo_core.reference import LogpShard, sequence_key
-from dpo_core.scores import branch_scores
+from dpo_core.scoring.attention import whole_blocks
+from dpo_core.scoring.branch_scores import branch_scores
+from dpo_core.scoring.layout import Document
+from dpo_core.scoring.logprobs import autocast
 from dpo_core.training import PackedTrainer
 
 log = logging.getLogger(__name__)

@@ -14,9 +14,9 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from dpo_core.layout import Document
 from dpo_core.models.remote_code import build
 from dpo_core.models.transformers_lock import quiet_transformers
+from dpo_core.scoring.layout import Document
 
 # Backward of attention: four products of the size of forward's two, with the scores kept from forward.
 _ATTENTION_BACKWARD = 2

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpo_core.attention import attention_on_trial, trunk_of, whole_blocks
 from dpo_core.errors import ModelError
-from dpo_core.head import head_of
-from dpo_core.layout import Document, Layout, pack, pad
 from dpo_core.models.load import position_limit
-from dpo_core.scores import branch_scores
+from dpo_core.scoring.attention import attention_on_trial, trunk_of, whole_blocks
+from dpo_core.scoring.branch_scores import branch_scores
+from dpo_core.scoring.layout import Document, Layout, pack, pad
+from dpo_core.scoring.lm_head import head_of
 
 # What a difference may be, as a share of the spread of log-probs, and at least in nats: rounding in fp32.
 _SHARE, _LEAST = 1e-3, {"cpu": 1e-5, "cuda": 2e-3}

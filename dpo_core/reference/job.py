@@ -26,7 +26,6 @@ from pydantic import Field
 from dpo_core.config import Config
 from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.errors import DpoError, ModelError, StageFailed
-from dpo_core.logprobs import Precision, read_flops
 from dpo_core.models.check import check_definition
 from dpo_core.models.dropout import disable_dropout
 from dpo_core.models.load import config_in, load_model
@@ -35,6 +34,7 @@ from dpo_core.reference.cache import ReferenceCache
 from dpo_core.reference.compute import compute
 from dpo_core.reference.keys import reference_facts, sequence_key, share
 from dpo_core.reference.shard import LogpShard, ends
+from dpo_core.scoring.logprobs import Precision, read_flops
 
 log = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ import shutil
 import pytest
 import torch
 
-from dpo_core.layout import pack
-from dpo_core.scores import branch_scores
+from dpo_core.scoring.branch_scores import branch_scores
+from dpo_core.scoring.layout import pack
 from dpo_core.training import compile_layers
 from tests.dpo_core.test_layout import documents, llama
 

@@ -8,13 +8,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from dpo_core import head
-from dpo_core.attention import checkpoint_layers
-from dpo_core.layout import Document, pack, pad
 from dpo_core.models import flops as cost
 from dpo_core.models.generate import SamplingConfig, sample
 from dpo_core.models.next_token import cache_is_exact
-from dpo_core.scores import branch_scores
+from dpo_core.scoring import lm_head as head
+from dpo_core.scoring.attention import checkpoint_layers
+from dpo_core.scoring.branch_scores import branch_scores
+from dpo_core.scoring.layout import Document, pack, pad
 
 LLAMA = LlamaConfig(
     vocab_size=128,

@@ -13,18 +13,18 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from dpo_core import head
 from dpo_core import job as train
 from dpo_core.batches import PackedBatches, PaddedBatches
 from dpo_core.data.tokens.tokenise import Sequence
-from dpo_core.layout import Document
-from dpo_core.logprobs import completion_logps, read_flops
 from dpo_core.methods.reward import RewardModelConfig, RewardTrainer, score, scoring_flops
 from dpo_core.methods.sft import Demonstration, SftConfig, SftTrainer
 from dpo_core.models import flops as cost
 from dpo_core.models.load import load_model
 from dpo_core.models.lora import LoraConfig, add_lora
 from dpo_core.models.reward_model import RewardModel
+from dpo_core.scoring import lm_head as head
+from dpo_core.scoring.layout import Document
+from dpo_core.scoring.logprobs import completion_logps, read_flops
 from tests.dpo_core.golden_objectives import trainer_of
 from tests.tiny import make_tiny_model
 from tests.training_jobs import (

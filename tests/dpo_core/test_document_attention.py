@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_core.attention import packed_hidden
-from dpo_core.document_attention import Bf16Attention, DocumentParts
-from dpo_core.layout import Pack, pack
-from dpo_core.logprobs import autocast
-from dpo_core.scores import branch_scores
+from dpo_core.scoring.attention import packed_hidden
+from dpo_core.scoring.branch_scores import branch_scores
+from dpo_core.scoring.cpu_attention import Bf16Attention, DocumentParts
+from dpo_core.scoring.layout import Pack, pack
+from dpo_core.scoring.logprobs import autocast
 from tests.dpo_core.test_layout import dense_mask, documents, llama
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from dpo_core.layout import pack, pad
-from dpo_core.logprobs import autocast
-from dpo_core.scores import branch_scores
+from dpo_core.scoring.branch_scores import branch_scores
+from dpo_core.scoring.layout import pack, pad
+from dpo_core.scoring.logprobs import autocast
 from dpo_core.training import compile_layers
 from tests.dpo_core.test_layout import SIZES, documents
 from tests.tiny import make_tiny_model

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dpo_core import head
-from dpo_core.head import target_logps
+from dpo_core.scoring import lm_head as head
+from dpo_core.scoring.lm_head import target_logps
 
 V, H, N = 97, 24, 13
 

@@ -14,12 +14,12 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from dpo_core.attention import _blocks, block_mask, has_flex_heads
 from dpo_core.data.tokens.tokenise import Sequence
-from dpo_core.layout import Document, pack, pad
-from dpo_core.logprobs import autocast
 from dpo_core.models.packing_check import packing_fault
-from dpo_core.scores import branch_scores, hidden_of
+from dpo_core.scoring.attention import _blocks, block_mask, has_flex_heads
+from dpo_core.scoring.branch_scores import branch_scores, hidden_of
+from dpo_core.scoring.layout import Document, pack, pad
+from dpo_core.scoring.logprobs import autocast
 from tests.logps import full_logps
 
 SIZES = {
@@ -177,8 +177,8 @@ def test_recomputed_chunks_give_the_same_gradients(monkeypatch):
         return [p.grad.clone() for p in model.parameters()]
 
     kept = gradients()
-    monkeypatch.setattr("dpo_core.head.KEEP_LOGITS_BYTES", 0)
-    monkeypatch.setattr("dpo_core.head.CHUNK_TOKENS", 5)
+    monkeypatch.setattr("dpo_core.scoring.lm_head.KEEP_LOGITS_BYTES", 0)
+    monkeypatch.setattr("dpo_core.scoring.lm_head.CHUNK_TOKENS", 5)
     for a, b in zip(kept, gradients(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 

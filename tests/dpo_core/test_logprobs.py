@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
 
-from dpo_core import attention, head
 from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.errors import ModelError
-from dpo_core.layout import Document, PaddedRows, pad
-from dpo_core.logprobs import autocast, completion_logps, length_batches
 from dpo_core.models.check import check_definition
-from dpo_core.scores import branch_scores, hidden_of, token_scores
+from dpo_core.scoring import attention
+from dpo_core.scoring import lm_head as head
+from dpo_core.scoring.branch_scores import branch_scores, hidden_of, token_scores
+from dpo_core.scoring.layout import Document, PaddedRows, pad
+from dpo_core.scoring.logprobs import autocast, completion_logps, length_batches
 from tests.logps import full_logps, random_sequences
 
 

@@ -12,17 +12,17 @@ import pytest
 import torch
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
-from dpo_core.attention import checkpoint_layers
 from dpo_core.batches import PackedBatches, PaddedBatches
 from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise
 from dpo_core.engine import EngineConfig
-from dpo_core.layout import Document, Layout, pack, pad
-from dpo_core.logprobs import autocast
 from dpo_core.memory import PROCESS_BYTES, _Living, step_memory, training_memory
 from dpo_core.methods.dpo import DpoConfig
 from dpo_core.methods.ppo import PpoConfig
 from dpo_core.models.load import load_tokenizer
-from dpo_core.scores import branch_scores
+from dpo_core.scoring.attention import checkpoint_layers
+from dpo_core.scoring.branch_scores import branch_scores
+from dpo_core.scoring.layout import Document, Layout, pack, pad
+from dpo_core.scoring.logprobs import autocast
 from tests.tiny import make_tiny_model
 from tests.training_jobs import text, write_job, write_reference
 

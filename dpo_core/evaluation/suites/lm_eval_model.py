@@ -12,9 +12,9 @@ from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.errors import ModelError, StageFailed
 from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.evaluation.suites.rows import Progress
-from dpo_core.logprobs import Precision, completion_logps
 from dpo_core.models.check import check_definition
 from dpo_core.models.load import check_context
+from dpo_core.scoring.logprobs import Precision, completion_logps
 
 
 class HarnessLM(HFLM):

@@ -31,8 +31,8 @@ from dpo_core.evaluation.results import Better, Item, Measure, MeasureSpec, Outc
 from dpo_core.evaluation.suites.base import Suite, SuiteConfig
 from dpo_core.evaluation.suites.prompting import wants_chat
 from dpo_core.evaluation.suites.rows import limited
-from dpo_core.logprobs import completion_logps
 from dpo_core.rewards.quality import BINS, best_temperature, calibration_error, spearman
+from dpo_core.scoring.logprobs import completion_logps
 from dpo_core.stats import Estimate, Floats, bootstrap_statistic
 
 LIKELIHOOD = (

@@ -160,7 +160,7 @@ def _sequence_classifier(folder: Path, safe_label: str | None) -> Judge:
     import torch
     from torch.nn import functional
 
-    from dpo_core.logprobs import length_batches
+    from dpo_core.scoring.logprobs import length_batches
 
     model, tokenizer = _load_sequence_classifier(folder)
     settings: Any = model.config

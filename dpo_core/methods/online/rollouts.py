@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from dpo_core.data.tokens.tokenise import Sequence
-from dpo_core.layout import Document, PaddedRows, pad
-from dpo_core.logprobs import Precision, autocast
-from dpo_core.scores import hidden_of, token_scores
+from dpo_core.scoring.branch_scores import hidden_of, token_scores
+from dpo_core.scoring.layout import Document, PaddedRows, pad
+from dpo_core.scoring.logprobs import Precision, autocast
 
 
 @dataclass(frozen=True)

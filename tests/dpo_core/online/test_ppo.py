@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from deploy.launchers import State
 from dpo_core import job as train
 from dpo_core.data.tokens.tokenise import Sequence
-from dpo_core.layout import Document, pad
 from dpo_core.methods.build import build
 from dpo_core.methods.online.rollouts import Episode, response_logps
 from dpo_core.methods.online.sampler import Surroundings
 from dpo_core.methods.ppo import PpoConfig, make_critic, state_values
 from dpo_core.models.load import load_model, load_tokenizer
 from dpo_core.models.reward_model import RewardModel
+from dpo_core.scoring.layout import Document, pad
 from tests.dpo_core.online.online_jobs import kill_in_round, online_job, timeless
 from tests.logps import full_logps, random_sequences
 from tests.training_jobs import curve, launch

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_core.layout import Pack
+from dpo_core.scoring.layout import Pack
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dpo_core.document_attention import Bf16Attention, DocumentParts
 from dpo_core.errors import ModelError
-from dpo_core.layout import Pack
 from dpo_core.models.flops import head_size
+from dpo_core.scoring.cpu_attention import Bf16Attention, DocumentParts
+from dpo_core.scoring.layout import Pack
 
 NAME = "dpo"
 BLOCK = 128
