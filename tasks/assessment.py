@@ -8,7 +8,7 @@ from dpo_core.evaluation.decision import Decision, decide, nothing_new
 from dpo_core.evaluation.results import SuiteResult
 from dpo_core.evaluation.suites.registry import find
 from dpo_core.judging.results import WinRate
-from dpo_core.stats import Estimate
+from dpo_core.statistics.estimates import Estimate
 from tasks.champion import NAME, Champion
 from tasks.judging import load_win_rates
 from tasks.manifest import Manifest

@@ -198,7 +198,7 @@ def rivals(policies: Sequence[str]) -> list[tuple[str, str]]:
 
 def _over_champion(samples: dict[str, Any], seed: int) -> dict[str, Any]:
     """What each policy gains over the champion on the same prompts; empty where there is no champion."""
-    from dpo_core.stats import paired_bootstrap
+    from dpo_core.statistics.estimates import paired_bootstrap
 
     champion = samples.get("Champion")
     if champion is None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from dpo_core.frontier import AtKl, Claim, FrontierSummary, SettingRow, Study
-from dpo_core.stats import Estimate
+from dpo_core.statistics.estimates import Estimate
 from tasks.report_numbers import Cell, duration, number, percent, scaled
 
 VERDICT_KIND = {

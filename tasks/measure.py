@@ -69,7 +69,7 @@ def _measured(
     from dpo_core.evaluation.policies import kl_estimates, sample_policy, sequence_logps
     from dpo_core.methods.build import scorer
     from dpo_core.models.load import load_model, load_tokenizer
-    from dpo_core.text_metrics import distinct_n
+    from dpo_core.statistics.text import distinct_n
 
     tokenise = Tokenise(load_tokenizer(reference.path), tokens)
     asked = held_out_prompts(prompts, tokenise, config)

@@ -8,7 +8,7 @@ from markupsafe import Markup
 from dpo_core.evaluation.compare import Comparison, Row
 from dpo_core.evaluation.results import Kind
 from dpo_core.judging.results import WinRate
-from dpo_core.stats import Estimate
+from dpo_core.statistics.estimates import Estimate
 from tasks.drawing import GREEN, INK, MUTED, RED, WIDE, Figure, reach, slug, svg
 from tasks.report import SuiteRow
 from tasks.report_numbers import measured, percent

@@ -12,7 +12,7 @@ from dpo_core.evaluation.decision import Decision
 from dpo_core.evaluation.results import Measure
 from dpo_core.judging.results import WinRate
 from dpo_core.rewards.quality import RewardQuality
-from dpo_core.stats import Estimate
+from dpo_core.statistics.estimates import Estimate
 from tasks.report_numbers import number
 
 _Part = TypeVar("_Part", bound=Config)

@@ -3,7 +3,7 @@
 import math
 from typing import NamedTuple
 
-from dpo_core.stats import Estimate
+from dpo_core.statistics.estimates import Estimate
 
 
 def number(value: float, signed: bool = False, scale: float | None = None) -> str:

@@ -10,7 +10,7 @@ from rich.text import Text
 from dpo_core.evaluation.compare import Comparison
 from dpo_core.judging.results import WinRate
 from dpo_core.rewards.quality import RewardQuality
-from dpo_core.stats import Estimate
+from dpo_core.statistics.estimates import Estimate
 from tasks.report import Evaluation, RunReport, StageRow, SuiteRow
 from tasks.report_alarms import alarms
 from tasks.report_numbers import Cell, cell, duration

@@ -11,8 +11,8 @@ import numpy as np
 from dpo_core.config import Config
 from dpo_core.errors import StageFailed
 from dpo_core.evaluation.results import Better, Item, Kind, Measure, SuiteResult, estimate
-from dpo_core.significance import bootstrap_p, holm, mcnemar
-from dpo_core.stats import Estimate, paired_bootstrap, share_difference
+from dpo_core.statistics.estimates import Estimate, paired_bootstrap, share_difference
+from dpo_core.statistics.significance import bootstrap_p, holm, mcnemar
 
 LEVEL = 0.05
 """A row is found better or worse where its corrected p-value is at most this."""

@@ -8,7 +8,7 @@ from pydantic import Field
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError
 from dpo_core.evaluation.compare import Comparison, Row
-from dpo_core.stats import Estimate
+from dpo_core.statistics.estimates import Estimate
 
 GAIN = "gain"
 AlarmName = Literal[

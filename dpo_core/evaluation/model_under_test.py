@@ -19,7 +19,7 @@ from dpo_core.models.load import check_context, config_in, load_model, load_toke
 from dpo_core.reference.job import reference_logps
 from dpo_core.reference.keys import sequence_key
 from dpo_core.scoring.logprobs import Precision
-from dpo_core.stats import Floats
+from dpo_core.statistics.estimates import Floats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,10 +10,10 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, JsonValue
 
-from dpo_core import stats
 from dpo_core.config import Config
 from dpo_core.errors import StageFailed
-from dpo_core.stats import Estimate
+from dpo_core.statistics import estimates as stats
+from dpo_core.statistics.estimates import Estimate
 
 Better = Literal["higher", "lower", "neither"]
 Kind = Literal["share", "mean"]

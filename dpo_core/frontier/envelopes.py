@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from dpo_core.stats import Floats
+from dpo_core.statistics.estimates import Floats
 
 XY = tuple[float, float]
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dpo_core.frontier.study import Point, Study
-from dpo_core.stats import Estimate, Floats
+from dpo_core.statistics.estimates import Estimate, Floats
 
 Setting = tuple[str, str]  # an arm and its setting
 

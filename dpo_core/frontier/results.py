@@ -5,7 +5,7 @@ from pydantic import Field
 from dpo_core.config import Config
 from dpo_core.frontier.envelopes import XY
 from dpo_core.frontier.study import Cost
-from dpo_core.stats import Estimate
+from dpo_core.statistics.estimates import Estimate
 
 
 class SeedRange(Config):

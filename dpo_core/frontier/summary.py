@@ -26,7 +26,7 @@ from dpo_core.frontier.results import (
     SettingRow,
 )
 from dpo_core.frontier.study import BestOf, Cost, Point, Study
-from dpo_core.stats import Estimate, Floats
+from dpo_core.statistics.estimates import Estimate, Floats
 
 BASE = "DPO"  # whose compute and diversity the others are held against
 GAIN_SHARES = (0.5, 0.9)

@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import ArrayLike
 from pydantic import Field, model_validator
 
-from dpo_core import stats
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.judging.cache import Reply, ReplyCache, question_key
@@ -23,6 +22,7 @@ from dpo_core.judging.client import Endpoint, Judge
 from dpo_core.judging.length_control import length_controlled
 from dpo_core.judging.prompts import Message, Template, find_template, verdict
 from dpo_core.judging.results import WinRate
+from dpo_core.statistics import estimates as stats
 
 Side = Literal["a", "b"]
 _SHOWN = 160  # characters of a reply that an error quotes

@@ -20,8 +20,8 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dpo_core import stats
-from dpo_core.stats import Estimate, Floats
+from dpo_core.statistics import estimates as stats
+from dpo_core.statistics.estimates import Estimate, Floats
 
 FEWEST = 25
 """Prompts below which there is no rate: resamples of so few are often separated by length, θ without end."""

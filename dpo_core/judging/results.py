@@ -3,7 +3,7 @@
 from pydantic import Field
 
 from dpo_core.config import Config
-from dpo_core.stats import Estimate
+from dpo_core.statistics.estimates import Estimate
 
 
 class WinRate(Config):

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 from pydantic import Field
 
 from dpo_core.config import Config
-from dpo_core.stats import Estimate, Floats, wilson
+from dpo_core.statistics.estimates import Estimate, Floats, wilson
 
 BINS = 10
 _STEPS = 200  # halvings of the bracket of the temperature: far below the rounding of a float

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from dpo_core.rewards.quality import calibration_error, spearman
-from dpo_core.significance import bootstrap_p
-from dpo_core.stats import (
+from dpo_core.statistics.estimates import (
     Estimate,
     bootstrap_mean,
     bootstrap_statistic,
@@ -20,6 +19,7 @@ from dpo_core.stats import (
     share,
     share_difference,
 )
+from dpo_core.statistics.significance import bootstrap_p
 
 EVALUATIONS, RESAMPLES, SAMPLES = 1000, 1000, 4
 PROMPTS = (30, 60, 200)

@@ -8,8 +8,8 @@ from statsmodels.stats import contingency_tables
 from statsmodels.stats.multitest import multipletests
 
 from dpo_core.errors import StageFailed
-from dpo_core.significance import bootstrap_p, holm, mcnemar
-from dpo_core.stats import paired_bootstrap
+from dpo_core.statistics.estimates import paired_bootstrap
+from dpo_core.statistics.significance import bootstrap_p, holm, mcnemar
 
 
 def pair(both: int, first: int, second: int, neither: int) -> tuple[list[float], list[float]]:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from dpo_core.errors import StageFailed
 from dpo_core.rewards.quality import spearman
-from dpo_core.stats import (
+from dpo_core.statistics.estimates import (
     Estimate,
     bootstrap_mean,
     bootstrap_statistic,

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_core.errors import StageFailed
-from dpo_core.text_metrics import distinct_n, self_bleu
+from dpo_core.statistics.text import distinct_n, self_bleu
 
 
 def test_distinct_n_is_pooled_and_does_not_span_responses() -> None:

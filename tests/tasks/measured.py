@@ -6,7 +6,7 @@ from dpo_core.evaluation.compare import Comparison, Row
 from dpo_core.evaluation.decision import Decision, Reason
 from dpo_core.evaluation.results import Better, Kind, Measure
 from dpo_core.judging.results import WinRate
-from dpo_core.stats import Estimate
+from dpo_core.statistics.estimates import Estimate
 from tasks.report import SuiteRow
 
 POLICIES = ("SFT", "DPO", "PPO", "champion")

@@ -7,7 +7,7 @@ from hashlib import sha256
 from typing import Any
 
 from dpo_core.rewards.quality import RewardQuality
-from dpo_core.stats import Estimate
+from dpo_core.statistics.estimates import Estimate
 from tasks.report import (
     Cost,
     Evaluation,

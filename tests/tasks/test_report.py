@@ -11,7 +11,7 @@ from rich.console import Console
 
 from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.evaluation.policies import PolicySamples, summarise
-from dpo_core.stats import Estimate
+from dpo_core.statistics.estimates import Estimate
 from expectations.report import Finding
 from tasks.page import render
 from tasks.report import Evaluation, GateFinding, GateRow, PolicyRow, RunReport

@@ -5,7 +5,7 @@ import io
 from rich.console import Console
 from rich.table import Table
 
-from dpo_core.stats import Estimate
+from dpo_core.statistics.estimates import Estimate
 from tasks.report_lineage import chain
 from tasks.report_numbers import measured, p_value
 from tasks.report_tables import comparison_table, outcome, suite_table, win_rate_lines

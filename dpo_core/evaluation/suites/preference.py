@@ -33,7 +33,7 @@ from dpo_core.evaluation.suites.prompting import wants_chat
 from dpo_core.evaluation.suites.rows import limited
 from dpo_core.rewards.quality import BINS, best_temperature, calibration_error, spearman
 from dpo_core.scoring.logprobs import completion_logps
-from dpo_core.stats import Estimate, Floats, bootstrap_statistic
+from dpo_core.statistics.estimates import Estimate, Floats, bootstrap_statistic
 
 LIKELIHOOD = (
     MeasureSpec(name="likelihood_accuracy", label="Likelihood accuracy"),

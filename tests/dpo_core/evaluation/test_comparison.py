@@ -8,8 +8,8 @@ from statsmodels.stats.multitest import multipletests
 from dpo_core.errors import StageFailed
 from dpo_core.evaluation.compare import Comparison, compare
 from dpo_core.evaluation.results import Item, Measure
-from dpo_core.significance import bootstrap_p
-from dpo_core.stats import paired_bootstrap, share_difference, wilson
+from dpo_core.statistics.estimates import paired_bootstrap, share_difference, wilson
+from dpo_core.statistics.significance import bootstrap_p
 from tests.dpo_core.evaluation.made import HARM, LENGTH, RIGHT, SCORE, items_of, result_of
 
 

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from dpo_core.errors import RecipeError
 from dpo_core.evaluation.compare import Comparison, compare
 from dpo_core.evaluation.decision import Decision, PromotionConfig, decide, nothing_new
-from dpo_core.stats import Estimate
+from dpo_core.statistics.estimates import Estimate
 from tests.dpo_core.evaluation.made import HARM, LENGTH, items_of, result_of
 
 GAIN = Estimate(value=0.167, low=0.067, high=0.269, n=59)

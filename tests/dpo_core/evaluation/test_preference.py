@@ -18,7 +18,7 @@ from dpo_core.evaluation.suites.preference import SUITES, Labelled
 from dpo_core.evaluation.suites.registry import find
 from dpo_core.evaluation.suites.rows import limited
 from dpo_core.models.load import load_model
-from dpo_core.stats import Estimate
+from dpo_core.statistics.estimates import Estimate
 from tests.logps import full_logps
 from tests.tiny import make_tiny_model
 

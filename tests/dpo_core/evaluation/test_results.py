@@ -4,7 +4,7 @@ import pytest
 
 from dpo_core.errors import StageFailed
 from dpo_core.evaluation.results import Item, estimate, measured
-from dpo_core.stats import bootstrap_mean, share, wilson
+from dpo_core.statistics.estimates import bootstrap_mean, share, wilson
 from tests.dpo_core.evaluation.made import LENGTH, RIGHT, SCORE, items_of, result_of
 
 

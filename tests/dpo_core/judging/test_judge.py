@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_core import stats
 from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.judging.client import Endpoint
 from dpo_core.judging.compare import compare_answers
 from dpo_core.judging.judge import JudgeConfig, Judgement, judge_answers, judge_by_scores, win_rate
 from dpo_core.judging.results import WinRate
+from dpo_core.statistics import estimates as stats
 from tests.judge_server import Server, longer_wins, shown
 
 PROMPTS = ["a post", "another post", "a third"]

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpo_core import stats
 from dpo_core.judging.length_control import fit, length_controlled, scaled
-from dpo_core.stats import Floats
+from dpo_core.statistics import estimates as stats
+from dpo_core.statistics.estimates import Floats
 
 
 def sigmoid(x: Floats) -> Floats:

@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 from pydantic import BaseModel, ConfigDict
 
 from dpo_core.errors import StageFailed
-from dpo_core.resampling import (
+from dpo_core.statistics.bootstrap import (
     Floats,
     cluster_codes,
     cluster_sums,

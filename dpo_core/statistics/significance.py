@@ -5,7 +5,7 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from dpo_core.resampling import (
+from dpo_core.statistics.bootstrap import (
     cluster_sums,
     expanded_p,
     finite,
