@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from dpo_core.frontier import ArmRow, FrontierSummary, Study
+from dpo_core.study import ArmRow, FrontierSummary, Study
 from tasks.drawing import (
     BLUE,
     GREEN,

@@ -8,7 +8,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from dpo_core.config import Config
-from dpo_core.frontier import Claim, FrontierSummary, Study, claims, summarise
+from dpo_core.study import Claim, FrontierSummary, Study, claims, summarise
 from tasks.frontier_figures import figures, write_picture
 from tasks.frontier_tables import (
     CLAIMS_HEAD,

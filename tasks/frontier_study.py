@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
-from dpo_core.frontier import Study, best_of_n
+from dpo_core.study import Study, best_of_n
 from tasks.courtesy import tell
 from tasks.frontier_report import FrontierReport, frontier_report, headline, markdown, write_report
 from tasks.manifest import Manifest

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from dpo_core.frontier import AtKl, Claim, FrontierSummary, SettingRow, Study
 from dpo_core.statistics.estimates import Estimate
+from dpo_core.study import AtKl, Claim, FrontierSummary, SettingRow, Study
 from tasks.report_numbers import Cell, duration, number, percent, scaled
 
 VERDICT_KIND = {

@@ -7,8 +7,8 @@ import numpy as np
 
 from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.evaluation.policies import EvaluateConfig
-from dpo_core.frontier import Cost, Point
 from dpo_core.rewards.functions import reward_identity
+from dpo_core.study import Cost, Point
 from tasks.evaluation import held_out_prompts
 from tasks.manifest import Manifest
 from tasks.stage import Context, Output, Stage, StageResult, Work, run_stage, stage_task

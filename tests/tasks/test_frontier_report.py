@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from dpo_core.frontier import Study, summarise
+from dpo_core.study import Study, summarise
 from tasks.frontier_figures import figures, looks, write_picture
 from tasks.frontier_report import (
     FrontierReport,

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_core.frontier import Cost, Point, Study
+from dpo_core.study import Cost, Point, Study
 
 PROMPTS = 40
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_core.frontier import area, compute_to_reach, envelope, envelope_at
-from dpo_core.frontier.envelopes import XY, areas, rewards_at
+from dpo_core.study import area, compute_to_reach, envelope, envelope_at
+from dpo_core.study.envelopes import XY, areas, rewards_at
 
 SHAPE: list[XY] = [(4.0, 3.0), (1.0, 2.0), (2.0, 1.0), (6.0, 2.5), (3.0, 2.4)]
 

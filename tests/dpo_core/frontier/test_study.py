@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from dpo_core.errors import StageFailed
-from dpo_core.frontier import Study, best_of_kl, best_of_n
+from dpo_core.study import Study, best_of_kl, best_of_n
 from tests.dpo_core.frontier.studies import point, study
 
 

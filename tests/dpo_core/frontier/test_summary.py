@@ -5,9 +5,9 @@ import time
 import numpy as np
 import pytest
 
-from dpo_core.frontier import Cost, Study, area, best_of_n, reward_at_kl, summarise
-from dpo_core.frontier.resampling import Resampling
-from dpo_core.frontier.results import SettingRow
+from dpo_core.study import Cost, Study, area, best_of_n, reward_at_kl, summarise
+from dpo_core.study.bootstrap import Resampling
+from dpo_core.study.results import SettingRow
 from tests.dpo_core.frontier.studies import PROMPTS, noisy, point, study
 
 CURVE = {"beta=0.05": (6.0, 0.9), "beta=0.1": (3.0, 0.7), "beta=0.5": (1.2, 0.45), "beta=1": (0.5, 0.25)}

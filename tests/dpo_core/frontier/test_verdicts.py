@@ -2,7 +2,7 @@
 
 import pytest
 
-from dpo_core.frontier import Claim, Point, claims, summarise
+from dpo_core.study import Claim, Point, claims, summarise
 from tests.dpo_core.frontier.studies import noisy, point, study
 from tests.dpo_core.frontier.test_summary import CURVE, LOWER
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dpo_core.frontier.study import Point, Study
 from dpo_core.statistics.estimates import Estimate, Floats
+from dpo_core.study.points import Point, Study
 
 Setting = tuple[str, str]  # an arm and its setting
 

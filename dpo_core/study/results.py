@@ -3,9 +3,9 @@
 from pydantic import Field
 
 from dpo_core.config import Config
-from dpo_core.frontier.envelopes import XY
-from dpo_core.frontier.study import Cost
 from dpo_core.statistics.estimates import Estimate
+from dpo_core.study.envelopes import XY
+from dpo_core.study.points import Cost
 
 
 class SeedRange(Config):

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 from dpo_core.config import Config
-from dpo_core.frontier.results import FrontierSummary
-from dpo_core.frontier.study import Study
 from dpo_core.statistics.estimates import Estimate
+from dpo_core.study.points import Study
+from dpo_core.study.results import FrontierSummary
 
 SEEDS = 3  # of every setting; three fall on one side of their median by chance in a quarter of cases
 DEFINED = 0.95  # share of resamples in which a ratio must exist

@@ -7,8 +7,10 @@
 Pure numpy: nothing here needs torch.
 """
 
-from dpo_core.frontier.envelopes import area, compute_to_reach, envelope, envelope_at
-from dpo_core.frontier.results import (
+from dpo_core.study.claims import Claim, claims
+from dpo_core.study.envelopes import area, compute_to_reach, envelope, envelope_at
+from dpo_core.study.points import BestOf, Cost, Point, Study, best_of_kl, best_of_n
+from dpo_core.study.results import (
     ArmDifference,
     ArmRow,
     AtKl,
@@ -20,9 +22,7 @@ from dpo_core.frontier.results import (
     SeedRange,
     SettingRow,
 )
-from dpo_core.frontier.study import BestOf, Cost, Point, Study, best_of_kl, best_of_n
-from dpo_core.frontier.summary import reward_at_kl, summarise
-from dpo_core.frontier.verdicts import Claim, claims
+from dpo_core.study.summary import reward_at_kl, summarise
 
 __all__ = [
     "ArmDifference",

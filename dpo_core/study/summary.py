@@ -11,9 +11,11 @@ from itertools import combinations
 
 import numpy as np
 
-from dpo_core.frontier.envelopes import XY, areas, envelope, envelope_at, rewards_at
-from dpo_core.frontier.resampling import Resampling, Setting, points_by_setting
-from dpo_core.frontier.results import (
+from dpo_core.statistics.estimates import Estimate, Floats
+from dpo_core.study.bootstrap import Resampling, Setting, points_by_setting
+from dpo_core.study.envelopes import XY, areas, envelope, envelope_at, rewards_at
+from dpo_core.study.points import BestOf, Cost, Point, Study
+from dpo_core.study.results import (
     ArmDifference,
     ArmRow,
     AtKl,
@@ -25,8 +27,6 @@ from dpo_core.frontier.results import (
     SeedRange,
     SettingRow,
 )
-from dpo_core.frontier.study import BestOf, Cost, Point, Study
-from dpo_core.statistics.estimates import Estimate, Floats
 
 BASE = "DPO"  # whose compute and diversity the others are held against
 GAIN_SHARES = (0.5, 0.9)
