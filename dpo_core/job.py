@@ -22,7 +22,7 @@ from dpo_core.methods.job import Job
 from dpo_core.redaction import hidden
 
 if TYPE_CHECKING:
-    from dpo_core.watch import Watch
+    from dpo_core.training.liveness import Watch
 
 STOPPED = 75  # EX_TEMPFAIL: run again and it goes on
 ERROR, STOP_FILE = "error.json", "stopped"
@@ -30,10 +30,10 @@ ERROR, STOP_FILE = "error.json", "stopped"
 
 def run(job: Job, watch: "Watch") -> dict[str, float]:
     """Train, write the model, write the result. Every rank calls this."""
-    from dpo_core.engine import read_metrics
     from dpo_core.methods.build import build
-    from dpo_core.ranks import peak_memory, start_distributed
-    from dpo_core.training import write_result
+    from dpo_core.training.distributed import peak_memory, start_distributed
+    from dpo_core.training.engine import read_metrics
+    from dpo_core.training.loop import write_result
 
     engine = job.settings.engine
     start_distributed(engine)
@@ -62,8 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="the job file (JSON)")
     job = Job.model_validate(json.loads(Path(parser.parse_args(argv).config).read_text()))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    from dpo_core.engine import Stopped
-    from dpo_core.watch import Watch
+    from dpo_core.training.engine import Stopped
+    from dpo_core.training.liveness import Watch
 
     agent = os.getppid()
     watch = Watch(lambda what: _end_without(what, Path(job.work)))
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _end_without(what: str, work: Path) -> None:
     """End this rank although its main thread may hang in a collective; see `watch.Watch`."""
-    from dpo_core.ranks import lost_rank
+    from dpo_core.training.distributed import lost_rank
 
     error = lost_rank("gone or cut off", what)
     # The disk may have been on the lost node: then writing hangs.
@@ -111,7 +111,7 @@ def _pass_on_the_stop(agent: int) -> None:
 
 def _report(work: Path, error: Exception) -> None:
     """Leave the error where the launcher's caller finds it: ranks share no exception with it."""
-    from dpo_core.ranks import lost_peer
+    from dpo_core.training.distributed import lost_peer
 
     lost = lost_peer(error)
     if lost:

@@ -10,7 +10,7 @@ from typing import Any
 from prefect import flow
 
 from dpo_core.methods.dpo import DpoConfig
-from dpo_core.ranks import share_cores
+from dpo_core.training.distributed import share_cores
 from flows.preparation import Keep, Prepared, align_on_pairs, prepare
 from flows.recorded import recorded
 from tasks.frontier_arms import ArmConfig, Settings

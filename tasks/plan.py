@@ -141,7 +141,7 @@ def _stage(name: str, found: StageResult, workload: Workload, speed: Speed) -> S
 
 
 def _memory(work: Work, workload: Workload, speed: Speed) -> dict[str, int]:
-    from dpo_core.memory import step_memory, training_memory
+    from dpo_core.training.memory import step_memory, training_memory
 
     if work.engine is None or work.layout is None:
         return {}

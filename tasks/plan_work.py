@@ -11,11 +11,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dpo_core.batches import PackedBatches, PaddedBatches
 from dpo_core.data.load import load
 from dpo_core.data.split import split_table
 from dpo_core.data.tokens.tokenise import Tokenise
-from dpo_core.engine import EngineConfig
 from dpo_core.methods.dpo import DpoConfig
 from dpo_core.methods.grpo import GroupConfig
 from dpo_core.methods.kto import reads_mismatched, unpaired_examples
@@ -25,7 +23,9 @@ from dpo_core.models import flops as cost
 from dpo_core.models.load import ModelConfig, load_tokenizer, locate, read_config
 from dpo_core.scoring.layout import Document, Layout, pack, pad
 from dpo_core.scoring.lm_head import keeps_logits
-from dpo_core.training import LoopConfig, PackedLoopConfig
+from dpo_core.training.batches import PackedBatches, PaddedBatches
+from dpo_core.training.engine import EngineConfig
+from dpo_core.training.loop import LoopConfig, PackedLoopConfig
 from tasks.frontier_arms import Settings
 from tasks.manifest import Manifest
 from tasks.recipe import Recipe

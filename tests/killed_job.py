@@ -8,8 +8,8 @@ import os
 import signal
 import sys
 
-from dpo_core.engine import MetricsFile
 from dpo_core.job import main
+from dpo_core.training.engine import MetricsFile
 
 if __name__ == "__main__":
     last, job = int(sys.argv[1]), sys.argv[2]

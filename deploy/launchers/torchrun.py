@@ -64,7 +64,7 @@ def command(
     """
     # Alone, torchrun has its store at hand and cannot be cut off from it. By its address: a container may not
     # know the machine's name, and torchrun would ask for it without end.
-    starter = "dpo_core.agent" if rendezvous else "torch.distributed.run"
+    starter = "dpo_core.training.elastic_agent" if rendezvous else "torch.distributed.run"
     meeting = rendezvous.arguments() if rendezvous else ["--standalone", "--local-addr=127.0.0.1"]
     start = [sys.executable, "-m", starter, *meeting, f"--nproc-per-node={processes}"]
     return [*start, "-m", module, "--config", str(job)]
@@ -80,7 +80,7 @@ def node_command(job: Path, arguments: Sequence[str] = (), python: str = "python
         arguments: torchrun's options; those that it takes from `PET_*` variables may be missing.
         python: the interpreter there, which is not the one here.
     """
-    return [python, "-m", "dpo_core.agent", *arguments, "-m", MODULE, "--config", str(job)]
+    return [python, "-m", "dpo_core.training.elastic_agent", *arguments, "-m", MODULE, "--config", str(job)]
 
 
 NODE_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}

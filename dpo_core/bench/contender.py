@@ -18,7 +18,7 @@ import torch
 from dpo_core.config import Config
 from dpo_core.data.tokens.tokenise import Sequence, TokenPair
 from dpo_core.models import flops as cost
-from dpo_core.ranks import peak_bytes
+from dpo_core.training.distributed import peak_bytes
 
 BETA = 0.1
 LEARNING_RATE = 1e-6
@@ -81,8 +81,8 @@ def _ours(race: Race, rows: list[dict[str, Any]], work: Path) -> dict[str, Any]:
 
     from dpo_core.methods.dpo import DpoConfig, DpoTrainer
     from dpo_core.models.load import load_model
-    from dpo_core.ranks import start_distributed
     from dpo_core.reference import LogpShard, sequence_key
+    from dpo_core.training.distributed import start_distributed
 
     pairs = [
         TokenPair(

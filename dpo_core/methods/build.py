@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise
-from dpo_core.engine import put_state
 from dpo_core.errors import StageFailed
 from dpo_core.methods.dpo import DpoTrainer
 from dpo_core.methods.grpo import GroupTrainer
@@ -30,6 +29,7 @@ from dpo_core.models.save import export_policy
 from dpo_core.reference import LogpShard
 from dpo_core.rewards.functions import load_reward
 from dpo_core.scoring.attention import trunk_of
+from dpo_core.training.engine import put_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from dpo_core.config import Config
 from dpo_core.data.tokens.tokenise import TokenPair
-from dpo_core.engine_config import EngineConfig, OptimConfig
 from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.models import flops as cost
 from dpo_core.models.lora import LoraConfig
@@ -35,7 +34,8 @@ from dpo_core.scoring.branch_scores import BranchScores, branch_scores
 from dpo_core.scoring.layout import Document
 from dpo_core.scoring.lm_head import keeps_logits
 from dpo_core.scoring.logprobs import autocast
-from dpo_core.training import PackedLoopConfig, PackedTrainer
+from dpo_core.training.config import EngineConfig, OptimConfig
+from dpo_core.training.loop import PackedLoopConfig, PackedTrainer
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from dpo_core.batches import Batch
 from dpo_core.data.tokens.tokenise import Sequence, Tokenise
 from dpo_core.errors import DataError, StageFailed
 from dpo_core.methods.dpo import DpoConfig, require_reference_values
@@ -30,7 +29,8 @@ from dpo_core.scoring.attention import whole_blocks
 from dpo_core.scoring.branch_scores import branch_scores
 from dpo_core.scoring.layout import Document
 from dpo_core.scoring.logprobs import autocast
-from dpo_core.training import PackedTrainer
+from dpo_core.training.batches import Batch
+from dpo_core.training.loop import PackedTrainer
 
 log = logging.getLogger(__name__)
 

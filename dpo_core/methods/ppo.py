@@ -18,8 +18,6 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dpo_core.engine import Engine
-from dpo_core.engine_config import OptimConfig
 from dpo_core.methods.online import ppo_math
 from dpo_core.methods.online.loop import OnlineTrainer, RoundsConfig
 from dpo_core.methods.online.rollouts import (
@@ -38,6 +36,8 @@ from dpo_core.models.reward_model import RewardModel
 from dpo_core.scoring.attention import trunk_of
 from dpo_core.scoring.layout import Document, PaddedRows, pad
 from dpo_core.scoring.logprobs import autocast
+from dpo_core.training.config import OptimConfig
+from dpo_core.training.engine import Engine
 
 
 class PpoConfig(RoundsConfig):

@@ -10,13 +10,13 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dpo_core.data.tokens.tokenise import Sequence, TokenPair
-from dpo_core.engine_config import EngineConfig, OptimConfig
 from dpo_core.errors import RecipeError
 from dpo_core.models import flops as cost
 from dpo_core.models.reward_model import RewardModel, bradley_terry_loss
 from dpo_core.scoring.layout import right_padded
 from dpo_core.scoring.logprobs import autocast, length_batches
-from dpo_core.training import LoopConfig, Trainer
+from dpo_core.training.config import EngineConfig, OptimConfig
+from dpo_core.training.loop import LoopConfig, Trainer
 
 
 class RewardModelConfig(LoopConfig):

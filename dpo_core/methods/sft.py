@@ -7,12 +7,12 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dpo_core.data.tokens.tokenise import Sequence
-from dpo_core.engine_config import EngineConfig, OptimConfig
 from dpo_core.models.lora import LoraConfig
 from dpo_core.scoring.branch_scores import branch_scores
 from dpo_core.scoring.layout import Document
 from dpo_core.scoring.logprobs import autocast
-from dpo_core.training import PackedLoopConfig, PackedTrainer
+from dpo_core.training.config import EngineConfig, OptimConfig
+from dpo_core.training.loop import PackedLoopConfig, PackedTrainer
 
 
 class SftConfig(PackedLoopConfig):

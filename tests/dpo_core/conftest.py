@@ -43,8 +43,8 @@ def model(tiny: Path) -> Any:
 def _process_group() -> Iterator[None]:
     import torch
 
-    from dpo_core.engine_config import EngineConfig
-    from dpo_core.ranks import start_distributed
+    from dpo_core.training.config import EngineConfig
+    from dpo_core.training.distributed import start_distributed
 
     before, threads = dict(os.environ), torch.get_num_threads()
     start_distributed(EngineConfig(threads=1))

@@ -15,8 +15,8 @@ from dpo_core.methods.kto import UnpairedTrainer
 from dpo_core.models.dropout import disable_dropout
 from dpo_core.models.load import load_model
 from dpo_core.objectives import get, names
-from dpo_core.ranks import start_distributed
 from dpo_core.reference import LogpShard
+from dpo_core.training.distributed import start_distributed
 from tests.training_jobs import (
     pair_rows,
     token_examples,

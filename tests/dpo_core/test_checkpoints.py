@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from dpo_core import job as train
-from dpo_core.checkpoints import DIGEST, Checkpoints, Made, read_digest
 from dpo_core.errors import StageFailed
+from dpo_core.training.checkpoints import DIGEST, Checkpoints, Made, read_digest
 from tests.training_jobs import curve, pair_rows, write_job
 
 ROWS = [

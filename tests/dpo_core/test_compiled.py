@@ -7,7 +7,7 @@ import torch
 
 from dpo_core.scoring.branch_scores import branch_scores
 from dpo_core.scoring.layout import pack
-from dpo_core.training import compile_layers
+from dpo_core.training.loop import compile_layers
 from tests.dpo_core.test_layout import documents, llama
 
 

@@ -14,7 +14,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_core import job as train
-from dpo_core.batches import PackedBatches, PaddedBatches
 from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.methods.reward import RewardModelConfig, RewardTrainer, score, scoring_flops
 from dpo_core.methods.sft import Demonstration, SftConfig, SftTrainer
@@ -25,6 +24,7 @@ from dpo_core.models.reward_model import RewardModel
 from dpo_core.scoring import lm_head as head
 from dpo_core.scoring.layout import Document
 from dpo_core.scoring.logprobs import completion_logps, read_flops
+from dpo_core.training.batches import PackedBatches, PaddedBatches
 from tests.dpo_core.golden_objectives import trainer_of
 from tests.tiny import make_tiny_model
 from tests.training_jobs import (

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from dpo_core.scoring.branch_scores import branch_scores
 from dpo_core.scoring.layout import pack, pad
 from dpo_core.scoring.logprobs import autocast
-from dpo_core.training import compile_layers
+from dpo_core.training.loop import compile_layers
 from tests.dpo_core.test_layout import SIZES, documents
 from tests.tiny import make_tiny_model
 from tests.training_jobs import curve, launch, pair_rows, write_job, write_reference

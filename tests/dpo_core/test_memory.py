@@ -12,10 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
-from dpo_core.batches import PackedBatches, PaddedBatches
 from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise
-from dpo_core.engine import EngineConfig
-from dpo_core.memory import PROCESS_BYTES, _Living, step_memory, training_memory
 from dpo_core.methods.dpo import DpoConfig
 from dpo_core.methods.ppo import PpoConfig
 from dpo_core.models.load import load_tokenizer
@@ -23,6 +20,9 @@ from dpo_core.scoring.attention import checkpoint_layers
 from dpo_core.scoring.branch_scores import branch_scores
 from dpo_core.scoring.layout import Document, Layout, pack, pad
 from dpo_core.scoring.logprobs import autocast
+from dpo_core.training.batches import PackedBatches, PaddedBatches
+from dpo_core.training.engine import EngineConfig
+from dpo_core.training.memory import PROCESS_BYTES, _Living, step_memory, training_memory
 from tests.tiny import make_tiny_model
 from tests.training_jobs import text, write_job, write_reference
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from dpo_core.data.config import DataConfig
 from dpo_core.data.load import load
 from dpo_core.errors import RecipeError
-from dpo_core.packing import plan_epoch
+from dpo_core.training.pack_plan import plan_epoch
 from tests.tiny import make_tokenizer
 
 

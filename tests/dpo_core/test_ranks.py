@@ -13,11 +13,11 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from dpo_core import job as train
-from dpo_core.batches import Order
-from dpo_core.engine_config import EngineConfig
 from dpo_core.methods.ppo import PpoConfig
-from dpo_core.ranks import lost_peer
 from dpo_core.reference import LogpShard, sequence_key
+from dpo_core.training.batches import Order
+from dpo_core.training.config import EngineConfig
+from dpo_core.training.distributed import lost_peer
 from tests import training_jobs
 from tests.training_jobs import curve, pair_rows, write_job
 

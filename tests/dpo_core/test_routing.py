@@ -10,9 +10,9 @@ import pytest
 from dpo_core import job as train
 from dpo_core.models.load import load_model
 from dpo_core.models.reward_model import RewardModel
-from dpo_core.routing import router_balance
 from dpo_core.scoring.attention import padded_hidden, trunk_of
 from dpo_core.scoring.layout import right_padded
+from dpo_core.training.routing import router_balance
 from tests.families import make_family
 from tests.training_jobs import curve, pair_rows, sft_job, write_job
 

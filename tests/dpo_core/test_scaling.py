@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_core import scaling
+from dpo_core.training import scaling
 
 
 @pytest.mark.parametrize("name", scaling.MODELS)

@@ -17,15 +17,15 @@ from safetensors.torch import load_file
 
 from deploy.launchers import LocalLauncher, State
 from dpo_core import job as train
-from dpo_core.batches import Order
 from dpo_core.data.tokens.tokenise import Tokenise
-from dpo_core.engine import MetricsFile
-from dpo_core.engine_config import OptimConfig, Schedule
 from dpo_core.errors import RecipeError
 from dpo_core.methods.dpo import DpoConfig
 from dpo_core.models.load import load_model, load_tokenizer, weights_digest
 from dpo_core.reference import LogpShard, sequence_key
-from dpo_core.training import LoopConfig
+from dpo_core.training.batches import Order
+from dpo_core.training.config import OptimConfig, Schedule
+from dpo_core.training.engine import MetricsFile
+from dpo_core.training.loop import LoopConfig
 from tests import training_jobs
 from tests.logps import full_logps
 from tests.tiny import make_tiny_model
@@ -380,8 +380,8 @@ def test_a_signal_saves_the_step_at_hand(
     alone: None, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     """The test process sends itself in the middle of its own run what torchrun hands on to its ranks."""
-    from dpo_core.engine import Stopped
     from dpo_core.methods.build import build
+    from dpo_core.training.engine import Stopped
 
     rows = [
         {"id": "a", "prompt": "The soup", "chat": False, "completion": " was good", "ended": True},

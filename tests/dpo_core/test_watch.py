@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from torch.distributed import TCPStore
 
-from dpo_core.agent import _state
 from dpo_core.errors import StageFailed
-from dpo_core.watch import Watch
+from dpo_core.training.elastic_agent import _state
+from dpo_core.training.liveness import Watch
 
 FORK = get_context("fork")
 """The children have torch already; all that they do is talk over sockets.

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 from mlflow import MlflowClient
 
-from dpo_core.checkpoints import read_digest
+from dpo_core.training.checkpoints import read_digest
 from tests.bad_inputs import World, good_rows, lines
 from tests.prefect_site import until
 from tests.tiny_run import Bench

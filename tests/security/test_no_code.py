@@ -13,12 +13,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpo_core.checkpoints import _own_digest, load_random_state, numbers_alone, read_digest, save_random_state
 from dpo_core.data.files.read import read_rows
 from dpo_core.errors import DataError, ModelError, StageFailed
 from dpo_core.models.folder import check_folder, code_digest
 from dpo_core.models.load import ModelConfig, convert, load_tokenizer
 from dpo_core.reference.shard import LogpShard
+from dpo_core.training.checkpoints import (
+    _own_digest,
+    load_random_state,
+    numbers_alone,
+    read_digest,
+    save_random_state,
+)
 from tests.tiny import make_tiny_model
 
 
@@ -260,7 +266,7 @@ def test_a_checkpoint_with_a_fitting_digest_runs_no_code(trace: Path, tmp_path: 
 def test_what_stands_in_for_getattr_reaches_members_of_enumerations_alone() -> None:
     from deepspeed.runtime.zero.config import ZeroStageEnum
 
-    from dpo_core.checkpoints import _member
+    from dpo_core.training.checkpoints import _member
 
     assert _member(ZeroStageEnum, "weights") is ZeroStageEnum.weights
     for kind, name in ((object, "__subclasses__"), (os, "system"), (ZeroStageEnum, "__class__")):

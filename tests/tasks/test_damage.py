@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo_core.checkpoints import Checkpoints, Made
 from dpo_core.errors import DpoError, RecipeError
+from dpo_core.training.checkpoints import Checkpoints, Made
 from tasks.ahead import _check_database
 from tasks.champion import require_whole
 from tasks.manifest import digest_folder

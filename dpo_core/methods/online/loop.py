@@ -17,14 +17,14 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dpo_core.config import Config
-from dpo_core.engine import Engine, MetricsFile, Stopped
-from dpo_core.engine_config import EngineConfig, OptimConfig
 from dpo_core.errors import RecipeError
 from dpo_core.methods.online import ppo_math
 from dpo_core.methods.online.rollouts import Episode, Item, Rollout, deal, micro_batches, read, sampler_gap
 from dpo_core.methods.online.sampler import Sampler, Surroundings
 from dpo_core.models import flops as cost
-from dpo_core.routing import router_balance
+from dpo_core.training.config import EngineConfig, OptimConfig
+from dpo_core.training.engine import Engine, MetricsFile, Stopped
+from dpo_core.training.routing import router_balance
 
 log = logging.getLogger(__name__)
 

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from dpo_core.batches import Order
 from dpo_core.data.tokens.tokenise import Sequence
-from dpo_core.engine import Engine
 from dpo_core.errors import StageFailed
 from dpo_core.methods.online.rollouts import Episode
 from dpo_core.models.generate import SamplingConfig, sample, seed_for
+from dpo_core.training.batches import Order
+from dpo_core.training.engine import Engine
 
 # Scores of completions: token sequences and the prompt texts they answer, in order.
 Scorer = Callable[[Seq[Sequence], Seq[str]], list[float]]

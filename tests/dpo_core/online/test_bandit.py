@@ -14,7 +14,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from dpo_core.engine_config import EngineConfig, OptimConfig
 from dpo_core.methods.grpo import GroupConfig, GroupTrainer
 from dpo_core.methods.online.rollouts import response_logps
 from dpo_core.methods.online.sampler import Surroundings
@@ -23,6 +22,7 @@ from dpo_core.models.generate import SamplingConfig
 from dpo_core.models.load import load_model
 from dpo_core.objectives import PairLogps, Term, combine, get
 from dpo_core.scoring.layout import Document, pad
+from dpo_core.training.config import EngineConfig, OptimConfig
 from tests.tiny import make_tiny_model
 
 VOCABULARY, PROMPT, BETA = 5, (1, 2), 0.5

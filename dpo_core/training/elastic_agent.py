@@ -1,4 +1,4 @@
-"""torchrun that also ends when it is cut off: `python -m dpo_core.agent` with torchrun's own arguments.
+"""torchrun that also ends when it is cut off; a module to run, with torchrun's own arguments.
 
 Between looks at its ranks torchrun asks the rendezvous store, whose client waits without limit for an
 answer that a dead link swallows: on a node that was cut off it holds on until TCP gives up, a quarter of an

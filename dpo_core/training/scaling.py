@@ -1,7 +1,7 @@
 """What training on many GPUs sends and holds, on paper: the numbers of SCALING.md.
 
 Weights, gradients and AdamW's moments are fp32 here (bf16 is autocast), so each is 4 bytes a parameter.
-`python -m dpo_core.scaling` prints the tables. Volumes: Rajbhandari et al., ZeRO, arXiv 1910.02054, §7.
+`python -m dpo_core.training.scaling` prints the tables. Volumes: Rajbhandari et al., arXiv 1910.02054, §7.
 """
 
 from typing import Literal

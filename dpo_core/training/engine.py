@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpo_core.checkpoints import (
+from dpo_core.errors import StageFailed
+from dpo_core.training.checkpoints import (
     Checkpoints,
     Made,
     load_random_state,
@@ -25,9 +26,8 @@ from dpo_core.checkpoints import (
     save_random_state,
     to_universal,
 )
-from dpo_core.engine_config import EngineConfig, OptimConfig, Schedule
-from dpo_core.errors import StageFailed
-from dpo_core.ranks import limit_waiting
+from dpo_core.training.config import EngineConfig, OptimConfig, Schedule
+from dpo_core.training.distributed import limit_waiting
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")

@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dpo_core.engine import EngineConfig
 from dpo_core.models.dropout import set_training
 from dpo_core.models.remote_code import build
 from dpo_core.models.transformers_lock import quiet_transformers
@@ -26,6 +25,7 @@ from dpo_core.scoring.branch_scores import hidden_of, token_scores
 from dpo_core.scoring.cpu_attention import DocumentParts
 from dpo_core.scoring.layout import Layout, Pack
 from dpo_core.scoring.logprobs import autocast
+from dpo_core.training.engine import EngineConfig
 
 # Resident before the first weight: Python, PyTorch, transformers, DeepSpeed and their libraries (torch 2.13,
 # CPU build). On a GPU none of it counts.

@@ -1,10 +1,10 @@
-"""DeepSpeed's converter of checkpoints, reading numbers alone: `python -m dpo_core.universal`."""
+"""DeepSpeed's converter of checkpoints, reading numbers alone; a module to run."""
 
 import sys
 from pathlib import Path
 
-from dpo_core.checkpoints import numbers_alone
 from dpo_core.errors import StageFailed
+from dpo_core.training.checkpoints import numbers_alone
 
 
 def main() -> None:

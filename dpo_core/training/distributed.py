@@ -14,7 +14,7 @@ from dpo_core.errors import RankLost, StageFailed
 from dpo_core.models.accelerator import name_accelerator
 
 if TYPE_CHECKING:
-    from dpo_core.engine_config import EngineConfig
+    from dpo_core.training.config import EngineConfig
 
 
 def start_distributed(config: "EngineConfig") -> None:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dpo_core.errors import RecipeError
-from dpo_core.packing import PackPlan, plan_epoch
+from dpo_core.training.pack_plan import PackPlan, plan_epoch
 
 
 class Batch(NamedTuple):

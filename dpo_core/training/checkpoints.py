@@ -268,7 +268,7 @@ def to_universal(checkpoint: Path, out: Path) -> None:
     for file in checkpoint.iterdir():
         if file.is_file():
             (alone / file.name).symlink_to(file.resolve())
-    command = [sys.executable, "-P", "-m", "dpo_core.universal", "--inject_missing_state"]
+    command = [sys.executable, "-P", "-m", "dpo_core.training.convert_checkpoint", "--inject_missing_state"]
     command += ["--input_folder", str(alone), "--output_folder", str(out)]
     # One worker each: as many as it has cores would hold as many copies of the state.
     command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]

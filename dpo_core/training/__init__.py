@@ -1,0 +1,1 @@
+"""What all training shares: loop, engine, batches, checkpoints, ranks."""
