@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from expectations.budget import Tokens, token_flags
-from expectations.config import BandRule, DistanceRule, GateConfig, RateRule, Severity
 from expectations.drift import Profile, distance, profile, read_profile
 from expectations.features import TEXTS, Budget, Features, Subject, compute, relations
 from expectations.report import Finding, GateReport, to_do
-from expectations.suites import RULES_OF, SCHEMA, content_suite, schema_frame, schema_suite, words_of
+from expectations.rules import RULES_OF, SCHEMA, content_suite, schema_frame, schema_suite, words_of
 from expectations.template_rule import Writes, template_flags
+from expectations.thresholds import BandRule, DistanceRule, GateConfig, RateRule, Severity
+from expectations.token_rules import Tokens, token_flags
 
 _ROWS_SHOWN = 10
 # Great Expectations keeps its current project in a global: two gates in threads of one process take turns.
@@ -240,7 +240,7 @@ def judge(
     """Judges a frame of canonical prompts, pairs or unpaired rows.
 
     Args:
-        frame: one row an example; columns as in `expectations.suites.SCHEMA`, more are allowed.
+        frame: one row an example; columns as in `expectations.rules.SCHEMA`, more are allowed.
         docs_dir: folder for the Great Expectations project and its Data Docs; nothing is written elsewhere.
         tokens: how training tokenises (`Tokenise`, or `PlainTokens` round a function); with
             `max_length` it turns on the two token rules.

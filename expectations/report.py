@@ -4,9 +4,9 @@ from pydantic import Field
 
 from dpo_core.config import Config
 from dpo_core.errors import GateRefused
-from expectations.config import Severity
 from expectations.drift import Profile
 from expectations.features import Subject
+from expectations.thresholds import Severity
 
 _NAMES = {"unpaired": "unpaired rows"}
 

@@ -55,9 +55,9 @@ def big_frame(rows: int) -> Any:
 def measure(rows: int, folder: Path) -> dict[str, Any]:
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    from expectations.budget import PlainTokens
-    from expectations.config import GateConfig
     from expectations.gate import judge
+    from expectations.thresholds import GateConfig
+    from expectations.token_rules import PlainTokens
 
     frame = big_frame(rows)
     bpe = Tokenizer(models.BPE())

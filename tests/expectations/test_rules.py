@@ -8,10 +8,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from expectations.budget import PlainTokens
-from expectations.config import GateConfig
 from expectations.drift import Profile
-from expectations.suites import RULES_OF
+from expectations.rules import RULES_OF
+from expectations.thresholds import GateConfig
+from expectations.token_rules import PlainTokens
 from tests.expectations.frames import clean_pairs, clean_prompts, failed, row_number
 
 BAD = 7  # the broken row, in the train split

@@ -7,9 +7,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from expectations.budget import PlainTokens
-from expectations.config import GateConfig
-from expectations.suites import RULES_OF
+from expectations.rules import RULES_OF
+from expectations.thresholds import GateConfig
+from expectations.token_rules import PlainTokens
 from tests.expectations.frames import clean_prompts, failed, row_number
 from tests.expectations.test_rules import BAD, copy_of, put, words
 

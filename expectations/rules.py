@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 from pandas.api import types as kinds
 
-from expectations.config import BandRule, CountRule, DistanceRule, GateConfig, RateRule
 from expectations.features import Subject
+from expectations.thresholds import BandRule, CountRule, DistanceRule, GateConfig, RateRule
 
 if TYPE_CHECKING:
     import great_expectations as gx
