@@ -5,7 +5,7 @@ from pathlib import Path
 from prefect import flow
 
 from flows.preparation import align_on_pairs, prepare
-from flows.recorded import recorded
+from flows.run_lifecycle import recorded
 from tasks.champion import NAME, Champion, find_champion
 from tasks.evaluation import evaluate
 from tasks.judging import judge_policies

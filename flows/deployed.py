@@ -51,9 +51,10 @@ def deployed(
         on: where its training jobs run: local, kubernetes, slurm or skypilot.
         settings: a YAML file with the settings of that cluster (dpo config cluster).
     """
-    from flows import alignment, frontier
+    from flows import alignment
+    from flows import study as frontier
     from flows.guard import guarded
-    from flows.recorded import recorded
+    from flows.run_lifecycle import recorded
 
     log = logging.getLogger("dpo")
     log.setLevel(logging.INFO)

@@ -42,10 +42,10 @@ def _through_prefect(recipe: Any, resume: str | None) -> Any:
     from prefect.exceptions import PrefectHTTPStatusError
 
     from flows.alignment import alignment
-    from flows.frontier import frontier
     from flows.guard import guarded
     from flows.orphans import end_orphans
     from flows.server import prefect_away
+    from flows.study import frontier
     from flows.temporary_server import start_temporary_server
     from tasks.runs import own_run
     from tasks.stopping import stoppable

@@ -25,7 +25,7 @@ _IMPORTED = [
     "flows.quiet",
     "flows.cli",
     "flows.alignment",
-    "flows.frontier",
+    "flows.study",
     "flows.orphans",
     "tasks.ahead",
     "mlflow",

@@ -65,7 +65,7 @@ def test_a_lost_lease_of_the_run_ends_nothing(restarted: str, monkeypatch: pytes
 
 @pytest.mark.parametrize("error", [CancelledError(), ValueError(), RuntimeError("  ")])
 def test_an_end_without_a_message_is_told_in_words(error: BaseException) -> None:
-    from flows.recorded import reason_of
+    from flows.run_lifecycle import reason_of
 
     words = reason_of(error)
     assert type(error).__name__ in words

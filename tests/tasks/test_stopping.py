@@ -63,7 +63,7 @@ def test_a_second_signal_does_not_disturb_the_end(number: signal.Signals, kind: 
 
 
 def test_work_in_threads_ends_with_the_run(soon: threading.Timer) -> None:
-    from flows.frontier import _each
+    from flows.study import _each
 
     begun, ended = [], []
 

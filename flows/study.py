@@ -12,7 +12,7 @@ from prefect import flow
 from dpo_core.methods.dpo import DpoConfig
 from dpo_core.training.distributed import share_cores
 from flows.preparation import Keep, Prepared, align_on_pairs, prepare
-from flows.recorded import recorded
+from flows.run_lifecycle import recorded
 from tasks.frontier_arms import ArmConfig, Settings
 from tasks.frontier_report import FrontierReport
 from tasks.frontier_study import summarise_study
