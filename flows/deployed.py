@@ -59,7 +59,7 @@ def deployed(
     log = logging.getLogger("dpo")
     log.setLevel(logging.INFO)
     try:
-        from flows.launch_command import cluster_config, send_to
+        from flows.cli.launch import cluster_config, send_to
         from tasks.recipe import load_recipe
 
         sets = [*(overrides or []), *data_overrides(data)]

@@ -67,7 +67,7 @@ class Site:
 
     def dpo(self, *arguments: str, **more: str) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "flows.cli", *arguments],
+            [sys.executable, "-m", "flows.cli.main", *arguments],
             cwd=self.elsewhere,
             env=self.environment() | more,
             capture_output=True,

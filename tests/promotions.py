@@ -115,7 +115,7 @@ class Ended(NamedTuple):
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(
     [
-        "flows.cli",
+        "flows.cli.main",
         "mlflow.store.model_registry.sqlalchemy_store",
         "mlflow.store.tracking.sqlalchemy_store",
         "mlflow.tracking.fluent",
@@ -207,7 +207,7 @@ def _all(commands: Sequence[Sequence[str]], folder: Path, prepare: Any) -> list[
 
 
 def _main(arguments: list[str], log: Path, prepare: Any) -> None:
-    from flows.cli import main
+    from flows.cli.main import main
 
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     with log.open("w", buffering=1) as out, redirect_stdout(out), redirect_stderr(out):

@@ -115,7 +115,7 @@ def test_two_rows_of_ones_own_run_to_the_end(world: World) -> None:
 
 
 def _process(arguments: list[str], *before: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [*before, sys.executable, "-m", "flows.cli", *arguments]
+    command = [*before, sys.executable, "-m", "flows.cli.main", *arguments]
     return subprocess.run(
         command,
         env=os.environ | environment,

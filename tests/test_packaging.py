@@ -35,7 +35,7 @@ def test_the_wheel_holds_the_rooms_and_nothing_else(wheel: Path) -> None:
 
 def test_the_command_line_runs_from_the_wheel(wheel: Path, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "flows.cli", "config", "list"],
+        [sys.executable, "-m", "flows.cli.main", "config", "list"],
         env=os.environ | {"PYTHONPATH": str(wheel)},
         cwd=tmp_path,
         check=True,

@@ -67,7 +67,7 @@ class Bench:
         }
 
     def command(self, *arguments: str) -> list[str]:
-        return [sys.executable, "-P", "-m", "flows.cli", *arguments]
+        return [sys.executable, "-P", "-m", "flows.cli.main", *arguments]
 
     def dpo(self, *arguments: str, timeout: float = 1200) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

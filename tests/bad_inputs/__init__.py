@@ -84,7 +84,7 @@ def _loggers_as_before() -> Iterator[None]:
 
 def dpo(*arguments: str) -> Result:
     """The real command line in this process: `main()` with its exit code and streams."""
-    from flows.cli import main
+    from flows.cli.main import main
 
     out, err = io.StringIO(), io.StringIO()
     code = 0

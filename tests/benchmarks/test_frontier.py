@@ -19,7 +19,7 @@ def test_the_frontier_at_demo_size(tmp_path: Path) -> None:
     bench.folder.mkdir()
     start = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "flows.cli", "run", "frontier", "--json"],
+        [sys.executable, "-m", "flows.cli.main", "run", "frontier", "--json"],
         env=bench.environment(),
         cwd=bench.folder,
         capture_output=True,

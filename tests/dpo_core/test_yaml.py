@@ -12,7 +12,7 @@ from dpo_core.errors import DpoError, RecipeError
 from dpo_core.models.load import read_template
 from dpo_core.system import MOST_BYTES, read_small
 from dpo_core.yaml import quoted, read_yaml
-from flows.launch_command import cluster_config
+from flows.cli.launch import cluster_config
 from tasks.recipe import load_recipe
 
 REPO = Path(__file__).resolve().parents[2]

@@ -23,7 +23,7 @@ from tests.training_jobs import wait_until
 # What a run imports before its first stage; the forked process finds it done.
 _IMPORTED = [
     "flows.quiet",
-    "flows.cli",
+    "flows.cli.main",
     "flows.alignment",
     "flows.study",
     "flows.orphans",
@@ -107,7 +107,7 @@ def _command_line(arguments: list[str], folder: str, log: str) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.argv = ["dpo", *arguments]
-    from flows.cli import main
+    from flows.cli.main import main
 
     main()
 

@@ -14,7 +14,7 @@ TINY = [
 
 
 def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "flows.cli", "bench", *arguments]
+    command = [sys.executable, "-m", "flows.cli.main", "bench", *arguments]
     return subprocess.run(command, check=False, capture_output=True, text=True)
 
 

@@ -56,7 +56,7 @@ def deployment(**changes: Any) -> Deployment:
     ],
 )  # fmt: skip
 def test_what_could_only_fail_at_night_is_refused_by_day(changes: dict[str, Any], words: str) -> None:
-    from flows.deploy_command import check_deployment
+    from flows.cli.deploy import check_deployment
 
     check_deployment(deployment())
     with pytest.raises(RecipeError) as caught:
@@ -65,14 +65,14 @@ def test_what_could_only_fail_at_night_is_refused_by_day(changes: dict[str, Any]
 
 
 def test_a_whole_path_as_workspace_needs_no_working_folder() -> None:
-    from flows.deploy_command import check_deployment
+    from flows.cli.deploy import check_deployment
 
     given = {"recipe": "demo", "overrides": ["workspace=/srv/dpo/runs"]}
     check_deployment(deployment(parameters=given, work_pool={"name": "dpo"}))
 
 
 def test_a_package_in_the_working_folder_that_would_replace_the_flow_is_refused(tmp_path: Path) -> None:
-    from flows.deploy_command import check_deployment
+    from flows.cli.deploy import check_deployment
 
     (tmp_path / "flows").mkdir()
     (tmp_path / "flows" / "__init__.py").touch()
@@ -90,7 +90,7 @@ def test_a_package_in_the_working_folder_that_would_replace_the_flow_is_refused(
 
 
 def test_prefects_own_model_takes_the_shipped_file() -> None:
-    from flows.deploy_command import _check_with_prefect, check_deployment
+    from flows.cli.deploy import _check_with_prefect, check_deployment
 
     path = Path(__file__).resolve().parents[2] / "deploy" / "prefect.yaml"
     file, raw = read_prefect_file(path, {"DPO_HOME": "/srv/dpo"})

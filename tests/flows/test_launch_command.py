@@ -10,7 +10,7 @@ import yaml
 
 from deploy.launchers.registry import VARIABLE
 from dpo_core.errors import RecipeError
-from flows.launch_command import cluster_config, rendered, send_to
+from flows.cli.launch import cluster_config, rendered, send_to
 from tasks.ahead import check_ahead
 from tasks.recipe import load_recipe
 from tests.deploy import slurm_site
@@ -127,7 +127,7 @@ def test_a_whole_run_trains_on_slurm(bench: Bench, tmp_path: Path) -> None:
     given = ["--with", "gpus=0", "--with", f"python={sys.executable}"]
     given += ["--set", f"workspace={tmp_path / 'ws'}"]
     done = subprocess.run(
-        [sys.executable, "-m", "flows.cli", "launch", str(bench.recipe), "--on", "slurm", *given],
+        [sys.executable, "-m", "flows.cli.main", "launch", str(bench.recipe), "--on", "slurm", *given],
         env=environment,
         capture_output=True,
         text=True,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from flows.cli import app
+from flows.cli.main import app
 from tests.dpo_core.zoo import build
 from tests.families import make_family
 from tests.tiny import make_tiny_model, make_tokenizer

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from dpo_core.errors import RecipeError
 from dpo_core.methods.dpo import DpoConfig, ReferenceSync
 from dpo_core.objectives import VARIANTS, get, names
-from flows.cli import app
+from flows.cli.main import app
 
 MADE = [variant.name for variant in VARIANTS]
 

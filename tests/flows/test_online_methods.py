@@ -8,7 +8,7 @@ from typing import Any, get_args
 import pytest
 
 from dpo_core.errors import RecipeError
-from flows.evaluate_command import evaluate
+from flows.cli.evaluate import evaluate
 from tasks.model_evaluation import EvaluationRequest, evaluate_models
 from tasks.report import PolicyRow
 from tasks.runs import new_run, save_run

@@ -16,7 +16,7 @@ from tests.tiny_run import Bench
 
 def planned(bench: Bench, *arguments: str) -> dict:
     """The command line, in this process: importing the libraries again would take most of the time."""
-    from flows.cli import app
+    from flows.cli.main import app
 
     arguments = ("plan", str(bench.recipe), "--json", *arguments)
     done = CliRunner().invoke(app, arguments, catch_exceptions=False)
@@ -253,7 +253,7 @@ def test_what_does_not_fit_is_said_with_the_field_to_change(bench, tmp_path, mon
     own = empty(bench, tmp_path, **METHODS)
     plain = json.dumps(yaml.safe_load(own.recipe.read_text()))  # every engine its own, none an alias
     own.recipe.write_text(plain)
-    from flows.plan_command import plan_recipe
+    from flows.cli.plan import plan_recipe
     from tasks import plan_speed
     from tasks.recipe import load_recipe
 

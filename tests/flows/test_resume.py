@@ -10,7 +10,7 @@ import yaml
 from mlflow import MlflowClient
 
 from dpo_core.errors import RecipeError
-from flows.run_command import show
+from flows.cli.run import show
 from tasks.recipe import Recipe, load_recipe
 from tasks.run_recipe import keep_recipe, recipe_path, reproducing, require_same_recipe
 from tasks.runs import RunRecord, new_run, save_run

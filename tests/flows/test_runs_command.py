@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dpo_core.errors import RecipeError
-from flows.run_command import show
+from flows.cli.run import show
 from tasks.owner import myself
 from tasks.runs import RunRecord, new_run, save_run
 from tests.tasks.reports import decided
@@ -30,7 +30,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def dpo(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "flows.cli", *arguments]
+    command = [sys.executable, "-m", "flows.cli.main", *arguments]
     return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=600, check=False)
 
 
@@ -55,7 +55,7 @@ def test_by_status_and_recipe_and_in_json_without_a_limit_of_its_own(workspace: 
 
 def test_looking_imports_nothing_heavy(workspace: Path) -> None:
     code = (
-        "import sys; from flows.cli import main; sys.argv = ['dpo', *sys.argv[1:]]\n"
+        "import sys; from flows.cli.main import main; sys.argv = ['dpo', *sys.argv[1:]]\n"
         "try: main()\n"
         "except SystemExit: pass\n"
         "heavy = {'torch', 'transformers', 'mlflow', 'prefect', 'pandas', 'great_expectations'}\n"

@@ -67,7 +67,7 @@ def ui(workspace: Path) -> Iterator[tuple["subprocess.Popen[str]", dict[str, str
     port = free_port()
     arguments = ["ui", "--workspace", str(workspace), "--no-browser", "--port", str(port)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", *arguments],
+        [sys.executable, "-m", "flows.cli.main", *arguments],
         cwd=REPO,
         env=os.environ | {"MLFLOW_TRACKING_URI": ""},
         stdout=subprocess.PIPE,

@@ -190,7 +190,7 @@ class Site:
         self.count += 1
         with Watched(self.folder / "runs" / "work") as watched:
             done = subprocess.run(
-                [sys.executable, "-m", "flows.cli", *arguments],
+                [sys.executable, "-m", "flows.cli.main", *arguments],
                 cwd=self.folder,
                 env=planted(self.folder) | more,
                 capture_output=True,

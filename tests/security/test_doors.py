@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from dpo_core.errors import RecipeError
-from flows.ui_access import access, is_loopback
+from flows.cli.ui_access import access, is_loopback
 from tests.bad_inputs import World, good_rows, lines
 from tests.tasks.tracked import RECIPE, free_port
 from tests.tiny import make_tiny_model
@@ -113,7 +113,7 @@ def command_lines(process: "subprocess.Popen[bytes]") -> str:
 
 def dpo(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "flows.cli", *arguments],
+        [sys.executable, "-m", "flows.cli.main", *arguments],
         cwd=REPO,
         env=environment(folder, **variables),
         capture_output=True,
@@ -156,7 +156,7 @@ def test_the_ui_on_a_network_asks_for_a_password(tmp_path: Path, world: World) -
     tracker.finish_parent()
     port = free_port()
     address = f"http://127.0.0.1:{port}"
-    asked = ("flows.cli", "ui", "--workspace", str(workspace), "--no-browser", "--port", str(port))
+    asked = ("flows.cli.main", "ui", "--workspace", str(workspace), "--no-browser", "--port", str(port))
     login = {"MLFLOW_TRACKING_USERNAME": USER, "MLFLOW_TRACKING_PASSWORD": PASSWORD}
 
     with server(tmp_path, "loopback", *asked):

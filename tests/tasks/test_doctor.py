@@ -391,7 +391,7 @@ def test_the_command_tells_in_json_and_by_its_exit_code(tmp_path: Path) -> None:
     assert (myself().host, myself().pid) == (host, os.getpid())
     environment = {k: v for k, v in os.environ.items() if k not in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI")}
     done = subprocess.run(
-        [sys.executable, "-m", "flows.cli", "doctor", "--json", "--workspace", str(tmp_path)],
+        [sys.executable, "-m", "flows.cli.main", "doctor", "--json", "--workspace", str(tmp_path)],
         cwd=REPO, env=environment, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 4, done.stderr

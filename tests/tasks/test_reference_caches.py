@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from dpo_core.errors import StageFailed
 from dpo_core.reference.cache import ReferenceCache, ReferenceFacts, temporary_beside
 from dpo_core.reference.keys import DEFINITION_VERSION
-from flows.cache_commands import app
+from flows.cli.cache import app
 from tasks.reference_caches import CACHE_FOLDER, collect_garbage, list_caches, verify_caches
 
 DAY = 24 * 3600.0
@@ -149,7 +149,7 @@ def test_verify_names_the_damage_and_repairs_it(tmp_path: Path, caches: list[Ref
 
 def test_the_exit_code_of_verify_is_that_of_the_process(tmp_path: Path, caches: list[ReferenceCache]) -> None:
     damage(caches[1], 0)
-    command = [sys.executable, "-m", "flows.cli", "cache", "verify", "--workspace", str(tmp_path)]
+    command = [sys.executable, "-m", "flows.cli.main", "cache", "verify", "--workspace", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 4
     assert done.stderr.startswith("error: 1 of 5 shards of reference log-probs are damaged. Remove them with")

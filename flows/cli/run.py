@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.options import JsonOption, RecipeArgument, SetOption
+from flows.cli.options import JsonOption, RecipeArgument, SetOption
 
 
 def run(
@@ -131,7 +131,7 @@ def _report(workspace: str, run_id: str) -> Any:
 def _show(report: Any, workspace: str) -> None:
     from rich.text import Text
 
-    from flows.terminal import terminal
+    from flows.cli.terminal import terminal
     from tasks import frontier_report
     from tasks.report import RunReport
     from tasks.report_text import terminal_table

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.options import RecipeArgument, SetOption
+from flows.cli.options import RecipeArgument, SetOption
 
 OnOption = Annotated[str, typer.Option("--on", metavar="WHERE", help="local, kubernetes, slurm or skypilot.")]
 SettingsOption = Annotated[
@@ -44,7 +44,7 @@ def launch(
     if render:
         typer.echo(rendered(recipe, overrides or [], on, config), nl=False)
         return
-    from flows.run_command import run
+    from flows.cli.run import run
 
     send_to(on, config)
     run(recipe, overrides, resume)
@@ -97,7 +97,7 @@ def rendered(recipe: str, overrides: list[str], on: str, config: Any) -> str:
 
     The last folder of a job is known only once its data are made, and reads ID here.
     """
-    from flows.plan_command import plan_recipe
+    from flows.cli.plan import plan_recipe
     from tasks.recipe import load_recipe
 
     resolved = load_recipe(recipe, overrides)

@@ -4,8 +4,8 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.options import JsonOption
-from flows.wording import count, size
+from flows.cli.format import count, size
+from flows.cli.options import JsonOption
 
 app = typer.Typer(help="Look after the cached reference log-probs.", no_args_is_help=True)
 

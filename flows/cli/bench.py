@@ -10,7 +10,7 @@ from rich.table import Table
 
 from dpo_core.bench.compare import Bench, compare
 from dpo_core.models.load import ModelConfig, convert
-from flows.terminal import terminal
+from flows.cli.terminal import terminal
 from tasks.recipe import overridden
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.options import JsonOption
+from flows.cli.options import JsonOption
 
 SuiteOption = Annotated[
     list[str] | None,
@@ -122,7 +122,7 @@ def _run(
 
 
 def _show(report: Any, page: Path) -> None:
-    from flows.terminal import terminal
+    from flows.cli.terminal import terminal
     from tasks.evaluation_report import terminal_table
 
     console = terminal()

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from flows.wording import count, size
+from flows.cli.format import count, size
 
 
 def gc(

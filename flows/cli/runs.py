@@ -6,7 +6,7 @@ from pathlib import Path
 import typer
 
 from dpo_core.errors import RecipeError
-from flows.wording import count
+from flows.cli.format import count
 from tasks.runs import STATUSES, list_runs
 from tasks.workspace import run_folder
 

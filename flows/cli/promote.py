@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from flows.options import JsonOption
+from flows.cli.options import JsonOption
 
 WorkspaceOption = Annotated[str, typer.Option(help="Workspace folder.")]
 ReasonOption = Annotated[str, typer.Option(metavar="TEXT", help="Why; kept with the change.")]

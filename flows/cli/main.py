@@ -17,22 +17,22 @@ from typing import Annotated
 import typer
 
 from dpo_core.redaction import WithoutSecrets, hidden
-from flows.cache_commands import app as cache_app
-from flows.deploy_command import deploy as deploy_command
-from flows.doctor_command import doctor as doctor_command
-from flows.evaluate_command import compare as compare_command
-from flows.evaluate_command import evaluate as evaluate_command
-from flows.event_command import app as event_app
-from flows.gc_command import gc as gc_command
-from flows.launch_command import launch as launch_command
-from flows.options import JsonOption, RecipeArgument, SetOption
-from flows.plan_command import plan as plan_command
-from flows.promote_command import promote as promote_command
-from flows.promote_command import rollback as rollback_command
+from flows.cli.cache import app as cache_app
+from flows.cli.deploy import deploy as deploy_command
+from flows.cli.doctor import doctor as doctor_command
+from flows.cli.evaluate import compare as compare_command
+from flows.cli.evaluate import evaluate as evaluate_command
+from flows.cli.event import app as event_app
+from flows.cli.gc import gc as gc_command
+from flows.cli.launch import launch as launch_command
+from flows.cli.options import JsonOption, RecipeArgument, SetOption
+from flows.cli.plan import plan as plan_command
+from flows.cli.promote import promote as promote_command
+from flows.cli.promote import rollback as rollback_command
+from flows.cli.run import run as run_command
+from flows.cli.run import show as show_command
+from flows.cli.schedule import app as schedule_app
 from flows.quiet import keep_quiet
-from flows.run_command import run as run_command
-from flows.run_command import show as show_command
-from flows.schedule_command import app as schedule_app
 
 app = typer.Typer(
     name="dpo",
@@ -73,7 +73,7 @@ def validate(
     as_json: JsonOption = False,
 ) -> None:
     """Recognise the format of a data set and judge it at the gate; trains nothing."""
-    from flows.validation import judge_file
+    from flows.cli.validate import judge_file
 
     report, recognised, rows = judge_file(data, overrides or [], model, show)
     if as_json:
@@ -106,7 +106,7 @@ def runs(
     as_json: JsonOption = False,
 ) -> None:
     """List the runs of a workspace, newest first."""
-    from flows.runs_command import list_them
+    from flows.cli.runs import list_them
 
     if every and newest is not None:
         raise typer.BadParameter("--all lists every run and --newest only some: give one of them")
@@ -122,7 +122,7 @@ def ui(
     browser: Annotated[bool, typer.Option(help="Open a browser window.")] = True,
 ) -> None:
     """Open the MLflow UI on the workspace, and say how to reach Prefect's."""
-    from flows.ui import serve
+    from flows.cli.ui import serve
 
     serve(workspace, host, port, browser)
 
@@ -135,7 +135,7 @@ def bench(overrides: SetOption = None, as_json: JsonOption = False) -> None:
     1.7b), pairs, batch_size, rounds, threads, seed; ours.precision, ours.pack_tokens, ours.compile;
     trl.precision, trl.micro_batch_size, or trl=null for ours alone.
     """
-    from flows.bench_command import run_bench
+    from flows.cli.bench import run_bench
 
     run_bench(overrides or [], as_json)
 
@@ -148,7 +148,7 @@ def objectives(
     as_json: JsonOption = False,
 ) -> None:
     """List the objectives and what is made of them: definition, needs, citation, parameters and ranges."""
-    from flows.objectives_command import list_objectives
+    from flows.cli.objectives import list_objectives
 
     list_objectives(names or [], as_json)
 

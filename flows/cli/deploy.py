@@ -138,7 +138,7 @@ def _check_parameters(flow: Any, deployment: Any, where: str, parameters: dict[s
 
 
 def _check_cluster(where: str, parameters: dict[str, Any]) -> None:
-    from flows.launch_command import cluster_config
+    from flows.cli.launch import cluster_config
 
     settings = parameters.get("settings")
     if settings is not None and not Path(settings).expanduser().is_absolute():

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from dpo_core.errors import RecipeError
-from flows.deploy_command import readable
-from flows.options import JsonOption
+from flows.cli.deploy import readable
+from flows.cli.options import JsonOption
 from flows.server import server
 
 app = typer.Typer(help="Look at the schedules on the server, pause and resume them.", no_args_is_help=True)

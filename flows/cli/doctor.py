@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from flows.options import JsonOption, SetOption
+from flows.cli.options import JsonOption, SetOption
 
 if TYPE_CHECKING:
     from tasks.doctor.finding import Finding
@@ -136,7 +136,7 @@ def orphans() -> "Iterator[Finding]":
 
 def deploy_file() -> "Iterator[Finding]":
     """The server holds what the deploy file says."""
-    from flows.deploy_command import check_deployment, default_file, reconcile
+    from flows.cli.deploy import check_deployment, default_file, reconcile
     from flows.server import server, server_address
     from tasks.doctor.finding import ok, skipped, warning
     from tasks.doctor.http import ask

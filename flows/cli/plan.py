@@ -4,7 +4,7 @@ from typing import Any
 
 import typer
 
-from flows.options import JsonOption, RecipeArgument, SetOption
+from flows.cli.options import JsonOption, RecipeArgument, SetOption
 
 
 def plan(recipe: RecipeArgument, overrides: SetOption = None, as_json: JsonOption = False) -> None:
@@ -50,7 +50,7 @@ def show(told: Any) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from flows.terminal import terminal
+    from flows.cli.terminal import terminal
     from tasks.report_numbers import duration, scaled
 
     def amount(value: float, unit: str, base: int = 1000) -> str:

@@ -21,7 +21,7 @@ from expectations.drift import load_baseline
 from expectations.gate import judge
 from expectations.report import GateReport
 from expectations.thresholds import GateConfig
-from flows.shown_rows import as_data, as_text, shown
+from flows.cli.shown_rows import as_data, as_text, shown
 from tasks.recipe import overridden
 
 
