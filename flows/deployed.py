@@ -12,8 +12,8 @@ from prefect.states import Completed, Failed
 
 from dpo_core.errors import DpoError, RecipeError
 from dpo_core.yaml import quoted
-from flows.leases import outlive_leases
-from flows.quiet import keep_quiet
+from flows.process.environment import keep_quiet
+from flows.process.leases import outlive_leases
 
 keep_quiet()
 outlive_leases()
@@ -53,7 +53,7 @@ def deployed(
     """
     from flows import alignment
     from flows import study as frontier
-    from flows.guard import guarded
+    from flows.process.guard import guarded
     from flows.run_lifecycle import recorded
 
     log = logging.getLogger("dpo")

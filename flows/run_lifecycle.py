@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from dpo_core.errors import DpoError, GateRefused, without_secrets
 from dpo_core.redaction import hidden
-from flows.quiet import hide_secrets_in_logs
+from flows.process.environment import hide_secrets_in_logs
 from tasks.ahead import check_ahead
 from tasks.owner import myself
 from tasks.provenance import command_line

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from dpo_core.errors import RecipeError
-from flows.server import server, server_address
-from flows.trial_import import check_import
+from flows.process.prefect_server import server, server_address
+from flows.process.trial_import import check_import
 
 FileOption = Annotated[
     Path | None, typer.Option("--file", help="By default deploy/prefect.yaml here, or the package's own.")

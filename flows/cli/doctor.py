@@ -122,7 +122,7 @@ def _with_mlflow(place: Path, checks: list[Any]) -> "Iterator[Finding]":
 
 def orphans() -> "Iterator[Finding]":
     """Nothing lives on that a killed run had started."""
-    from flows.orphans import find_orphans
+    from flows.process.orphans import find_orphans
     from tasks.doctor.finding import ok, warning
 
     left = find_orphans()
@@ -137,7 +137,7 @@ def orphans() -> "Iterator[Finding]":
 def deploy_file() -> "Iterator[Finding]":
     """The server holds what the deploy file says."""
     from flows.cli.deploy import check_deployment, default_file, reconcile
-    from flows.server import server, server_address
+    from flows.process.prefect_server import server, server_address
     from tasks.doctor.finding import ok, skipped, warning
     from tasks.doctor.http import ask
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from dpo_core.errors import DataError, RecipeError
-from flows.server import server
+from flows.process.prefect_server import server
 
 app = typer.Typer(help="Tell the server what happened outside of it.", no_args_is_help=True)
 

@@ -32,7 +32,7 @@ from flows.cli.promote import rollback as rollback_command
 from flows.cli.run import run as run_command
 from flows.cli.run import show as show_command
 from flows.cli.schedule import app as schedule_app
-from flows.quiet import keep_quiet
+from flows.process.environment import keep_quiet
 
 app = typer.Typer(
     name="dpo",

@@ -52,7 +52,7 @@ def promote(
 def _tell(workspace: str, run_id: str, message: str) -> None:
     """Send the event that the alert waits for, where a server is named; one that is away changes nothing."""
     from dpo_core.errors import RecipeError
-    from flows.server import server, server_address
+    from flows.process.prefect_server import server, server_address
     from tasks.events import promotion_refused
     from tasks.finished_run import finished_report
     from tasks.workspace import open_workspace

@@ -42,11 +42,11 @@ def _through_prefect(recipe: Any, resume: str | None) -> Any:
     from prefect.exceptions import PrefectHTTPStatusError
 
     from flows.alignment import alignment
-    from flows.guard import guarded
-    from flows.orphans import end_orphans
-    from flows.server import prefect_away
+    from flows.process.guard import guarded
+    from flows.process.orphans import end_orphans
+    from flows.process.prefect_server import prefect_away
+    from flows.process.temporary_server import start_temporary_server
     from flows.study import frontier
-    from flows.temporary_server import start_temporary_server
     from tasks.runs import own_run
     from tasks.stopping import stoppable
 

@@ -8,7 +8,7 @@ import typer
 from dpo_core.errors import RecipeError
 from flows.cli.deploy import readable
 from flows.cli.options import JsonOption
-from flows.server import server
+from flows.process.prefect_server import server
 
 app = typer.Typer(help="Look at the schedules on the server, pause and resume them.", no_args_is_help=True)
 

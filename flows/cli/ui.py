@@ -17,7 +17,7 @@ from pathlib import Path
 from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.redaction import hidden
 from flows.cli.ui_access import Access, access
-from flows.server import server_address
+from flows.process.prefect_server import server_address
 from tasks.tracking import TrackingConfig, resolve_uri
 from tasks.workspace import open_workspace
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flows.quiet import keep_quiet
+from flows.process.environment import keep_quiet
 
 ENDED = "evaluate: "
 MOMENTS = [

@@ -22,11 +22,11 @@ from tests.training_jobs import wait_until
 
 # What a run imports before its first stage; the forked process finds it done.
 _IMPORTED = [
-    "flows.quiet",
+    "flows.process.environment",
     "flows.cli.main",
     "flows.alignment",
     "flows.study",
-    "flows.orphans",
+    "flows.process.orphans",
     "tasks.ahead",
     "mlflow",
     "mlflow.store.tracking.sqlalchemy_store",

@@ -18,7 +18,7 @@ REPO = Path(__file__).resolve().parents[2]
 RUN = """
 import subprocess, sys, time
 from pathlib import Path
-from flows.guard import guarded
+from flows.process.guard import guarded
 from tasks.tracking import TrackingConfig
 place = Path(sys.argv[1])
 with guarded(place / "runs", TrackingConfig()):
@@ -100,7 +100,7 @@ def test_every_start_by_the_name_of_a_module_has_a_safe_path(monkeypatch: pytest
 
 def test_a_guard_that_does_not_start_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dpo_core.errors import StageFailed
-    from flows.guard import guarded
+    from flows.process.guard import guarded
     from tasks.tracking import TrackingConfig
 
     (tmp_path / "flows").mkdir()
@@ -108,7 +108,7 @@ def test_a_guard_that_does_not_start_is_an_error(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("DPO_FLOW_PID", "")
     with (
-        pytest.raises(StageFailed, match=r"did not start: .*No module named flows.guard"),
+        pytest.raises(StageFailed, match=r"did not start: .*No module named flows.process.guard"),
         guarded(tmp_path / "runs", TrackingConfig()),
     ):
         raise AssertionError("the run has begun without its guard")
@@ -128,7 +128,7 @@ def test_a_run_that_a_person_started_outlives_its_shell(tmp_path: Path, family: 
         env=os.environ | {MARK: family.mark},
         start_new_session=True,
     )
-    from flows.guard import worker_of
+    from flows.process.guard import worker_of
 
     assert worker_of(psutil.Process(shell.pid)) is None
     shell.kill()

@@ -50,7 +50,7 @@ def test_a_lost_lease_of_the_run_ends_nothing(restarted: str, monkeypatch: pytes
     state = Running(state_details=StateDetails(deployment_concurrency_lease_id=lease))
     client = SyncPrefectClient(restarted)
     told: list[str] = []
-    monkeypatch.setattr("flows.leases.log.warning", lambda text, *values: told.append(text % values))
+    monkeypatch.setattr("flows.process.leases.log.warning", lambda text, *values: told.append(text % values))
     with FlowRunContext.model_construct(flow_run=FlowRun(flow_id=uuid4(), state=state)):
         for _ in range(2):
             assert client.renew_concurrency_lease(lease, 300) is None

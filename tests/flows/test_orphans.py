@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from flows.orphans import end_orphans
+from flows.process.orphans import end_orphans
 
 SERVER = "prefect.server.api.server:create_app"
 

@@ -12,7 +12,7 @@ import yaml
 from dpo_core.errors import DpoError, RecipeError, StageFailed, without_secrets
 from dpo_core.redaction import hidden, place_of_secret
 from flows.cli.validate import _own_folder
-from flows.quiet import hide_secrets_in_logs
+from flows.process.environment import hide_secrets_in_logs
 from tasks.recipe import load_recipe
 from tests.bad_inputs import dpo
 

@@ -269,7 +269,7 @@ def test_a_home_of_prefect_that_cannot_be_written_is_told_at_once(tmp_path: Path
     from prefect.settings import PREFECT_HOME
 
     from dpo_core.errors import RecipeError
-    from flows.temporary_server import start_temporary_server
+    from flows.process.temporary_server import start_temporary_server
 
     (tmp_path / "file").touch()
     home = tmp_path / "file" / "home"

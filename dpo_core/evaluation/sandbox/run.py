@@ -157,7 +157,7 @@ def _run(code: str, limits: Limits) -> Ran:
     result, program_end = os.pipe()
     try:
         process = subprocess.Popen(
-            [_python(), "-I", "-S", str(Path(__file__).with_name("jail.py")), str(program_end)],
+            [_python(), "-I", "-S", str(Path(__file__).with_name("namespaces.py")), str(program_end)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
             pass_fds=[program_end], env={}, cwd="/", start_new_session=True,
         )  # fmt: skip

@@ -24,7 +24,7 @@ from uuid import UUID
 import psutil
 
 from dpo_core.errors import StageFailed
-from flows.orphans import end_family, mark_own
+from flows.process.orphans import end_family, mark_own
 
 _LOOK = 0.5
 _GRACE = 20.0
@@ -64,7 +64,7 @@ def guarded(workspace: str | Path, tracking: Any) -> Iterator[None]:
 def _start(told: bytes) -> subprocess.Popen[bytes]:
     """A guard that is at work."""
     pipe = subprocess.PIPE
-    command = [sys.executable, "-P", "-m", "flows.guard", str(os.getpid())]
+    command = [sys.executable, "-P", "-m", "flows.process.guard", str(os.getpid())]
     guard = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
     assert guard.stdin
     assert guard.stdout
@@ -181,7 +181,7 @@ def _tell_prefect() -> None:
     from prefect.client.orchestration import get_client
     from prefect.states import Crashed
 
-    from flows.server import server_address
+    from flows.process.prefect_server import server_address
 
     if server_address() is None:  # a client would start a server of its own, which knows nothing of the run
         return

@@ -1,7 +1,7 @@
 """What a killed run leaves behind: its temporary Prefect server and its trainers would go on.
 
-The guard of a run (`flows.guard`) ends them. Where it was killed too, the next run ends the server, which
-would idle for ever, and the trainers of a job that it starts again (`deploy.launchers.local`).
+The guard of a run (`flows.process.guard`) ends them. Where it was killed too, the next run ends the server,
+which would idle for ever, and the trainers of a job that it starts again (`deploy.launchers.local`).
 """
 
 import contextlib

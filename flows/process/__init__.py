@@ -1,0 +1,1 @@
+"""Processes around a run: supervision, the Prefect server, the environment."""
