@@ -12,10 +12,9 @@ from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.errors import StageFailed
 from dpo_core.evaluation.policies import EvaluateConfig
 from dpo_core.rewards.functions import reward_identity
-from tasks.manifest import Manifest
+from tasks.manifest import Manifest, kind_of
 from tasks.sealed import read_sealed, write_sealed
 from tasks.stage import Context, Output, Stage, StageResult, Work, run_stage, stage_task
-from tasks.unpaired import kind_of
 
 log = logging.getLogger("dpo")
 

@@ -21,10 +21,9 @@ from typing import NamedTuple
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError
 from tasks.finished_run import registries_of
+from tasks.mlflow_calls import every
 from tasks.needs import Needs, read_needs
-from tasks.promotion_ledger import SUFFIX, Ledger
-from tasks.promotion_lock import alone
-from tasks.registry import every
+from tasks.promotion_ledger import SUFFIX, Ledger, hold_champion
 from tasks.store import Store
 from tasks.tracking import Tracker
 from tasks.workspace import disk_errors, open_workspace, size_of
@@ -148,7 +147,7 @@ def _champions(place: Path, runs: list[Needs], held: ExitStack, dry_run: bool) -
         names = tracker.ask("the registered models", lambda c: every(c.search_registered_models))
         for name in sorted(model.name for model in names if not model.name.endswith(SUFFIX)):
             if not dry_run:
-                held.enter_context(alone(place, name))
+                held.enter_context(hold_champion(place, name))
             digests |= _named_weights(tracker, name)
     return digests
 

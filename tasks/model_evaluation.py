@@ -35,10 +35,9 @@ from tasks.evaluation_page import render_evaluation
 from tasks.evaluation_report import EvaluatedModel, EvaluationReport
 from tasks.judging import chosen_prompts, judge_models
 from tasks.provenance import command_line, hardware
-from tasks.reference_caches import CACHE_FOLDER
 from tasks.report import Sample
 from tasks.suite_results import FOLDER, find_model, suite_result, trained_rows
-from tasks.workspace import disk_errors, write_whole
+from tasks.workspace import CACHE_FOLDER, disk_errors, write_whole
 
 log = logging.getLogger("dpo")
 

@@ -21,9 +21,9 @@ from dpo_core.errors import PromotionRefused, RecipeError
 from tasks.champion import ALIAS, titled, weights_of
 from tasks.finished_run import finished_report, registry_of
 from tasks.manifest import digest_folder
-from tasks.promotion_ledger import PREVIOUS, SUFFIX, Change, Ledger, reigns
-from tasks.promotion_lock import alone
-from tasks.registry import every, version_of
+from tasks.mlflow_calls import every
+from tasks.promotion_ledger import PREVIOUS, SUFFIX, Change, Ledger, hold_champion, reigns
+from tasks.registry import version_of
 from tasks.report import ModelRow, RunReport
 from tasks.report_alarms import alarms
 from tasks.tracking import Tracker
@@ -69,7 +69,7 @@ def promote(workspace: str | Path, run_id: str, *, force: bool = False, reason: 
     place = open_workspace(workspace)
     report, model = finished_report(place, run_id)
     tracker = registry_of(place, report)
-    with alone(place, model.name):
+    with hold_champion(place, model.name):
         ledger, mended = _settled(tracker, model.name)
         entries = ledger.read()
         champion = version_of(tracker, model.name, ALIAS)
@@ -126,7 +126,7 @@ def rollback(workspace: str | Path, name: str | None = None, *, reason: str = ""
     place = open_workspace(workspace)
     tracker = registry_of(place)
     name = _only(tracker, name)
-    with alone(place, name):
+    with hold_champion(place, name):
         ledger, mended = _settled(tracker, name)
         entries = ledger.read()
         champion, target = (version_of(tracker, name, alias) for alias in (ALIAS, PREVIOUS))
@@ -153,7 +153,7 @@ def check(workspace: str | Path) -> list[Standing]:
     tracker = registry_of(place)
     found = []
     for name in _models(tracker):
-        with alone(place, name):
+        with hold_champion(place, name):
             ledger, notes = _settled(tracker, name)
             champion = version_of(tracker, name, ALIAS)
             if (wanted := ledger.moved()) is not None:

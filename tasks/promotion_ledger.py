@@ -21,16 +21,22 @@ on an earlier champion, which `Ledger.moved` tells.
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, NoReturn
+from urllib.parse import quote
 
 from pydantic import AwareDatetime, Field, ValidationError
 
 from dpo_core.config import Config
+from dpo_core.errors import StageFailed
 from dpo_core.evaluation.decision import Decision
 from tasks.champion import ALIAS
-from tasks.registry import unless_there, version_of
+from tasks.locks import locked
+from tasks.mlflow_calls import unless_there
+from tasks.registry import version_of
 from tasks.tracking import Tracker
 from tasks.tracking_outbox import one_line
 from tasks.tracking_run import TAG_CHARS, cut
@@ -41,6 +47,7 @@ PREVIOUS = "previous-champion"
 SUFFIX = ".promotions"
 _CHANGE, _STATE = "dpo.change", "dpo.state"
 _UPSERTS = 5
+_LOCK_SECONDS = 900.0
 _ABOUT = "Changes of the champion of {name}, one a version. Written by `dpo promote` and `dpo rollback`."
 
 
@@ -290,3 +297,18 @@ def _record(client: Any, run_id: str, change: Change) -> None:
 
 def _moment(at: datetime) -> str:
     return at.isoformat(timespec="seconds")
+
+
+@contextmanager
+def hold_champion(workspace: Path, name: str) -> Iterator[None]:
+    """Hold the model's champion against other processes on this workspace. A killed holder lets go."""
+    path = workspace / "store" / "locks" / f"promotion-{quote(name, safe='')}.lock"
+
+    def busy(who: str) -> NoReturn:
+        raise StageFailed(
+            f"another promotion of {name} has been at work for {_LOCK_SECONDS / 60:.0f} minutes ({who})",
+            "Look for its process, then try again.",
+        )
+
+    with locked(path, "locking the champion", busy, patience=_LOCK_SECONDS):
+        yield

@@ -23,9 +23,7 @@ from dpo_core.reference.cache import (
 )
 from dpo_core.reference.keys import DEFINITION_VERSION
 from dpo_core.reference.shard import LogpShard
-from tasks.workspace import disk_errors, open_workspace, size_of
-
-CACHE_FOLDER = "reference_cache"
+from tasks.workspace import CACHE_FOLDER, disk_errors, open_workspace, size_of
 
 
 class CacheSummary(Config):

@@ -1,20 +1,19 @@
 """MLflow's model registry: models registered by reference, and who holds an alias."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from tasks.mlflow_calls import every, unless_there
+from tasks.tracking import Tracker
 from tasks.tracking_run import TAG_CHARS, cut
-
-if TYPE_CHECKING:
-    from tasks.tracking import Tracker  # which needs `unless_there`
 
 
 def register_model(
-    tracker: "Tracker",
+    tracker: Tracker,
     name: str,
     folder: str,
     parent_run: str | None = None,
@@ -55,7 +54,7 @@ def register_model(
     return tracker.ask(f"model {name}", register)
 
 
-def version_with(tracker: "Tracker", name: str, sha256: str) -> Any | None:
+def version_with(tracker: Tracker, name: str, sha256: str) -> Any | None:
     """The newest registered version whose weights have this digest and still are where they were; else None.
 
     Args:
@@ -117,7 +116,7 @@ def _logged_model(
     return str(made.model_id)
 
 
-def version_of(tracker: "Tracker", name: str, alias: str) -> Any | None:
+def version_of(tracker: Tracker, name: str, alias: str) -> Any | None:
     """The registered version that the alias points to; None where model or alias is not there.
 
     Raises:
@@ -135,24 +134,3 @@ def version_of(tracker: "Tracker", name: str, alias: str) -> Any | None:
             raise
 
     return tracker.ask(f"the {alias} of {name}", find)
-
-
-def unless_there(create: Callable[[], object]) -> None:
-    """Create something that another process may have created in the meantime."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        create()
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-
-
-def every(search: Callable[..., Any]) -> list[Any]:
-    """All that a search of MLflow's finds; it answers in pages."""
-    page = search()
-    found = list(page)
-    while page.token:
-        page = search(page_token=page.token)
-        found += page
-    return found

@@ -21,10 +21,10 @@ from dpo_core.models.load import parameter_count
 from dpo_core.models.remote_code import trusted
 from dpo_core.rewards.quality import RewardQuality, reward_quality
 from dpo_core.system import digest_file
-from tasks.manifest import Manifest
+from tasks.manifest import Manifest, kind_of
 from tasks.stage import Context, Output, Progress, Stage, StageResult, Work, run_stage, stage_task
 from tasks.stopping import begin_stop, go_on
-from tasks.unpaired import kind_of, taken_apart
+from tasks.unpaired import taken_apart
 from tasks.workspace import disk_fault
 
 log = logging.getLogger("dpo")

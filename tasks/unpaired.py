@@ -1,18 +1,10 @@
 """What the stages and the run page say of rows that an objective on single answers learns from."""
 
-from typing import Literal
-
 import pandas as pd
 
 from dpo_core.methods.dpo import DpoConfig
 from dpo_core.methods.kto import imbalance
-from tasks.data import GATE_UNPAIRED
-from tasks.manifest import Manifest
-
-
-def kind_of(rows: Manifest) -> Literal["pairs", "unpaired"]:
-    """What the rows that a policy is trained on are, and how the stages that read them name this input."""
-    return "unpaired" if rows.stage == GATE_UNPAIRED.name else "pairs"
+from tasks.manifest import Manifest, kind_of
 
 
 def taken_apart(config: DpoConfig, pairs: int) -> str:

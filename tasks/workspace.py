@@ -13,6 +13,8 @@ from urllib.parse import unquote, urlsplit
 from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.system import sync
 
+CACHE_FOLDER = "reference_cache"
+"""Folder of a workspace that holds the caches of reference log-probs."""
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _UNUSABLE = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
 _NOTHING_FREE = 2**20  # bytes

@@ -180,8 +180,9 @@ def champions(place: Path) -> Iterator[Finding]:
     """Aliases, ledger and weights of every model agree; weights are not read here."""
     from tasks.champion import ALIAS, titled, weights_of
     from tasks.finished_run import registries_of
+    from tasks.mlflow_calls import every
     from tasks.promotion_ledger import SUFFIX, Ledger
-    from tasks.registry import every, version_of
+    from tasks.registry import version_of
 
     look, told = "dpo promote --check", 0
     for tracker in registries_of(place, (needs.tracking_uri for needs in read_needs(place))):

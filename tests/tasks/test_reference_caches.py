@@ -17,7 +17,8 @@ from dpo_core.errors import StageFailed
 from dpo_core.reference.cache import ReferenceCache, ReferenceFacts, temporary_beside
 from dpo_core.reference.keys import DEFINITION_VERSION
 from flows.cli.cache import app
-from tasks.reference_caches import CACHE_FOLDER, collect_garbage, list_caches, verify_caches
+from tasks.reference_caches import collect_garbage, list_caches, verify_caches
+from tasks.workspace import CACHE_FOLDER
 
 DAY = 24 * 3600.0
 
