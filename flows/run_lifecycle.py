@@ -9,14 +9,14 @@ from typing import TypeVar
 from dpo_core.errors import DpoError, GateRefused, without_secrets
 from dpo_core.redaction import hidden
 from flows.process.environment import hide_secrets_in_logs
-from tasks.ahead import check_ahead
 from tasks.owner import myself
+from tasks.preflight import check_ahead
 from tasks.provenance import command_line
 from tasks.recipe import Recipe
 from tasks.run_recipe import keep_recipe
 from tasks.runs import KILLED, RunRecord, close_abandoned, find_run, held, new_run, save_run
+from tasks.signals import begin_stop, stop_reason
 from tasks.stage import Context, remember_tracker
-from tasks.stopping import begin_stop, stop_reason
 from tasks.store import Store
 from tasks.tracking import Tracker
 from tasks.workspace import open_workspace

@@ -21,8 +21,8 @@ from tasks.measure import measure
 from tasks.online import train_online
 from tasks.recipe import Recipe
 from tasks.runs import Started
+from tasks.signals import begin_stop, go_on
 from tasks.stage import Context, StageResult
-from tasks.stopping import begin_stop, go_on
 from tasks.training import train_reward
 from tasks.workspace import disk_errors
 

@@ -20,7 +20,7 @@ from dpo_core.errors import RecipeError, StageFailed
 from tasks.manifest import Manifest
 from tasks.mlflow_calls import unless_there
 from tasks.provenance import environment, source_tags
-from tasks.stopping import undisturbed
+from tasks.signals import undisturbed
 from tasks.tracking_database import make_database
 from tasks.tracking_outbox import (
     FOLDER,

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dpo_core.redaction import hidden
-from tasks.stopping import undisturbed
+from tasks.signals import undisturbed
 from tasks.workspace import says_disk_full, says_read_only, write_whole
 
 log = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ def run(
 
     resolved = load_recipe(recipe, overrides or [])
     _say(as_json, f"recipe {resolved.name}, workspace {Path(resolved.workspace).absolute()}")
-    from tasks.ahead import check_ahead
+    from tasks.preflight import check_ahead
 
     # Before the flow, which checks again: Prefect's server takes seconds to start.
     check_ahead(resolved, resume)
@@ -48,7 +48,7 @@ def _through_prefect(recipe: Any, resume: str | None) -> Any:
     from flows.process.temporary_server import start_temporary_server
     from flows.study import frontier
     from tasks.runs import own_run
-    from tasks.stopping import stoppable
+    from tasks.signals import stoppable
 
     end_orphans()
     try:

@@ -27,7 +27,7 @@ _IMPORTED = [
     "flows.alignment",
     "flows.study",
     "flows.process.orphans",
-    "tasks.ahead",
+    "tasks.preflight",
     "mlflow",
     "mlflow.store.tracking.sqlalchemy_store",
     "great_expectations",

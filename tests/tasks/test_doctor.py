@@ -242,7 +242,7 @@ def test_tracking_databases_of_other_versions_and_damaged_ones(
 
 def test_a_tracking_database_that_this_user_may_only_read(monkeypatch: pytest.MonkeyPatch) -> None:
     from dpo_core.errors import RecipeError
-    from tasks.ahead import _check_database
+    from tasks.preflight import _check_database
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     known = mlflow._revisions()

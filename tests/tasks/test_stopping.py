@@ -13,8 +13,8 @@ import pytest
 from prefect.exceptions import TerminationSignal
 
 from deploy.launchers import local
-from tasks import stopping
-from tasks.stopping import Terminated, WorkStopped, begin_stop, go_on, stop_reason, stoppable, undisturbed
+from tasks import signals as stopping
+from tasks.signals import Terminated, WorkStopped, begin_stop, go_on, stop_reason, stoppable, undisturbed
 
 REPO = Path(__file__).resolve().parents[2]
 
