@@ -18,7 +18,7 @@ def ls(workspace: WorkspaceOption = RUNS, as_json: JsonOption = False) -> None:
     """List the references whose log-probs are cached, last used first."""
     import json
 
-    from tasks.reference_caches import list_caches
+    from tasks.housekeeping.reference_caches import list_caches
 
     found = list_caches(workspace)
     if as_json:
@@ -51,7 +51,7 @@ def verify(
 ) -> None:
     """Read every cached log-prob and compare it with its digest. Exit code 4 when damage stays."""
     from dpo_core.errors import StageFailed
-    from tasks.reference_caches import verify_caches
+    from tasks.housekeeping.reference_caches import verify_caches
 
     told = verify_caches(workspace, repair=repair)
     if as_json:
@@ -79,7 +79,7 @@ def gc(
     as_json: JsonOption = False,
 ) -> None:
     """Remove what killed runs left unfinished, and make one shard of many."""
-    from tasks.reference_caches import collect_garbage
+    from tasks.housekeeping.reference_caches import collect_garbage
 
     done = collect_garbage(workspace, unused_for=unused_for, dry_run=dry_run)
     if as_json:

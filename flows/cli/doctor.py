@@ -11,7 +11,7 @@ import typer
 from flows.cli.options import JsonOption, SetOption
 
 if TYPE_CHECKING:
-    from tasks.doctor.finding import Finding
+    from tasks.housekeeping.doctor.finding import Finding
 
 _SIGNS = {"ok": "✓", "warning": "!", "failure": "✗", "skipped": "–"}
 # MLflow's client, where a check needs it, is not to wait for a server that is away.
@@ -87,8 +87,8 @@ def _check_model(name: str, overrides: list[str], as_json: bool) -> None:
 
 def look(place: Path) -> "list[Finding]":
     """The findings of every check, in the order in which things are needed."""
-    from tasks.doctor import machine, mlflow, ports, prefect, workspace
-    from tasks.doctor.finding import run_checks
+    from tasks.housekeeping.doctor import machine, mlflow, ports, prefect, workspace
+    from tasks.housekeeping.doctor.finding import run_checks
 
     here = [machine.python, machine.packages, machine.compiler, machine.demo_weights, machine.accelerator]
     disk = [workspace.folder, workspace.owner, workspace.disk, workspace.clock, workspace.stuck_runs]
@@ -106,8 +106,8 @@ def look(place: Path) -> "list[Finding]":
 
 def _with_mlflow(place: Path, checks: list[Any]) -> "Iterator[Finding]":
     """The checks that ask MLflow, once it is known to answer."""
-    from tasks.doctor import mlflow
-    from tasks.doctor.finding import skipped
+    from tasks.housekeeping.doctor import mlflow
+    from tasks.housekeeping.doctor.finding import skipped
 
     state = "ok"
     for finding in mlflow.tracking(place):
@@ -123,7 +123,7 @@ def _with_mlflow(place: Path, checks: list[Any]) -> "Iterator[Finding]":
 def orphans() -> "Iterator[Finding]":
     """Nothing lives on that a killed run had started."""
     from flows.process.orphans import find_orphans
-    from tasks.doctor.finding import ok, warning
+    from tasks.housekeeping.doctor.finding import ok, warning
 
     left = find_orphans()
     if left:
@@ -138,8 +138,8 @@ def deploy_file() -> "Iterator[Finding]":
     """The server holds what the deploy file says."""
     from flows.cli.deploy import check_deployment, default_file, reconcile
     from flows.process.prefect_server import server, server_address
-    from tasks.doctor.finding import ok, skipped, warning
-    from tasks.doctor.http import ask
+    from tasks.housekeeping.doctor.finding import ok, skipped, warning
+    from tasks.housekeeping.doctor.http import ask
 
     address = server_address()
     if address is None or isinstance(ask("GET", f"{address}/health"), str):

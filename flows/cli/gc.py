@@ -25,7 +25,7 @@ def gc(
     Always kept: unfinished runs, studies, models that an alias of the registry names (champion,
     previous-champion, challenger) and evaluated ones. For reference log-probs: dpo cache gc.
     """
-    from tasks.garbage import free
+    from tasks.housekeeping.garbage_collection import free
 
     done = free(workspace, keep=keep, keep_runs=keep_run or [], drop_runs=drop_run or [], dry_run=dry_run)
     if as_json:

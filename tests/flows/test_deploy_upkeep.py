@@ -12,7 +12,7 @@ import pytest
 import yaml
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from tasks.doctor import prefect
+from tasks.housekeeping.doctor import prefect
 from tests.prefect_site import REPO, Site, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]

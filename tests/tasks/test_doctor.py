@@ -20,8 +20,8 @@ from pathlib import Path
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from tasks.doctor import machine, mlflow, ports, prefect, workspace
-from tasks.doctor.finding import Finding, ok, run_checks
+from tasks.housekeeping.doctor import machine, mlflow, ports, prefect, workspace
+from tasks.housekeeping.doctor.finding import Finding, ok, run_checks
 from tasks.owner import Owner, myself
 from tasks.runs import RunRecord, read_records, save_run
 from tests.tasks.stored import REPO, make, python

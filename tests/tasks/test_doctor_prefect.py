@@ -8,9 +8,9 @@ import psutil
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from tasks.doctor import prefect
-from tasks.doctor.finding import Finding
-from tasks.doctor.http import ask
+from tasks.housekeeping.doctor import prefect
+from tasks.housekeeping.doctor.finding import Finding
+from tasks.housekeeping.doctor.http import ask
 from tests.flows.test_deploy_server import Site, until
 
 pytestmark = pytest.mark.slow

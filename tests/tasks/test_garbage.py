@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dpo_core.errors import RecipeError
-from tasks.garbage import free
+from tasks.housekeeping.garbage_collection import free
 from tasks.manifest import digest_config
 from tasks.needs import note_need
 from tasks.owner import myself

@@ -17,7 +17,7 @@ from dpo_core.errors import StageFailed
 from dpo_core.reference.cache import ReferenceCache, ReferenceFacts, temporary_beside
 from dpo_core.reference.keys import DEFINITION_VERSION
 from flows.cli.cache import app
-from tasks.reference_caches import collect_garbage, list_caches, verify_caches
+from tasks.housekeeping.reference_caches import collect_garbage, list_caches, verify_caches
 from tasks.workspace import CACHE_FOLDER
 
 DAY = 24 * 3600.0

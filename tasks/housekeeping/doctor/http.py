@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from tasks.doctor.finding import Finding, warning
+from tasks.housekeeping.doctor.finding import Finding, warning
 
 SECONDS = 3.0
 _SKEW = 60.0

@@ -8,8 +8,8 @@ from typing import Any
 
 import psutil
 
-from tasks.doctor.finding import Finding, failure, ok, warning
-from tasks.doctor.http import ask
+from tasks.housekeeping.doctor.finding import Finding, failure, ok, warning
+from tasks.housekeeping.doctor.http import ask
 
 _USUAL = {4200: ("Prefect", "/api/admin/version"), 5000: ("MLflow", "/version")}
 _CHANGE = {4200: "prefect server start --port N", 5000: "dpo ui --port N"}

@@ -13,8 +13,8 @@ from typing import Any
 
 import httpx
 
-from tasks.doctor.finding import Finding, failure, ok, skipped, warning
-from tasks.doctor.http import SECONDS, ask, skew
+from tasks.housekeeping.doctor.finding import Finding, failure, ok, skipped, warning
+from tasks.housekeeping.doctor.http import SECONDS, ask, skew
 from tasks.runs import list_runs
 from tasks.tracking import TrackingConfig, resolve_uri
 from tasks.tracking_database import begin_writing

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from tasks.doctor.finding import Finding, failure, ok, skipped, warning
+from tasks.housekeeping.doctor.finding import Finding, failure, ok, skipped, warning
 
 _PACKAGE = "dpo-pipeline"
 _WHY = {

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from dpo_core.errors import DpoError
-from tasks.doctor.finding import Finding, failure, ok, skipped, warning
+from tasks.housekeeping.doctor.finding import Finding, failure, ok, skipped, warning
 from tasks.manifest import Manifest
 from tasks.needs import read_needs
 from tasks.runs import RunRecord, list_runs, read_records
@@ -160,7 +160,7 @@ def clock(place: Path) -> Iterator[Finding]:
 
 def garbage(place: Path) -> Iterator[Finding]:
     """How much the store holds, and how much of it no kept run needs."""
-    from tasks.garbage import free
+    from tasks.housekeeping.garbage_collection import free
 
     if not (place / "store").exists():
         yield skipped("store", "nothing was stored yet")

@@ -9,8 +9,8 @@ from typing import Any
 
 import httpx
 
-from tasks.doctor.finding import Finding, failure, ok, skipped, warning
-from tasks.doctor.http import SECONDS, ask, skew
+from tasks.housekeeping.doctor.finding import Finding, failure, ok, skipped, warning
+from tasks.housekeeping.doctor.http import SECONDS, ask, skew
 from tasks.prefect_home import REMEDY, unwritable_home
 
 _FLOW = "dpo"
