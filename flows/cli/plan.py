@@ -30,10 +30,10 @@ def _try_reward(recipe: Any) -> None:
 
 
 def plan_recipe(recipe: Any) -> Any:
-    """The `tasks.plan.Plan` of a recipe; the flow's own composition asks the store, stage by stage."""
+    """The plan of a recipe; the flow's own composition asks the store, stage by stage."""
     from flows import alignment
     from flows import study as frontier
-    from tasks.plan import make_plan
+    from tasks.planning.plan import make_plan
     from tasks.stage import Context, StageResult
     from tasks.workspace import open_workspace
 

@@ -254,11 +254,11 @@ def test_what_does_not_fit_is_said_with_the_field_to_change(bench, tmp_path, mon
     plain = json.dumps(yaml.safe_load(own.recipe.read_text()))  # every engine its own, none an alias
     own.recipe.write_text(plain)
     from flows.cli.plan import plan_recipe
-    from tasks import plan_speed
+    from tasks.planning import speed as plan_speed
     from tasks.recipe import load_recipe
 
     small = replace(plan_speed.Speed.of(str(own.workspace)), memory_bytes=2**20, on_gpu=on_gpu)
-    monkeypatch.setattr("tasks.plan.Speed.of", lambda _: small)
+    monkeypatch.setattr("tasks.planning.plan.Speed.of", lambda _: small)
     told = plan_recipe(load_recipe(str(own.recipe), []))
     sections = dict(
         zip(["prepare-sft", "train-dpo", "train-ppo", "train-grpo", "train-online"],
