@@ -6,11 +6,11 @@ from prefect import flow
 
 from flows.preparation import align_on_pairs, prepare
 from flows.run_lifecycle import recorded
-from tasks.champion import NAME, Champion, find_champion
 from tasks.evaluation import evaluate
 from tasks.judging import judge_policies
 from tasks.manifest import Manifest
 from tasks.online import train_online
+from tasks.promotion.champion import NAME, Champion, find_champion
 from tasks.recipe import Recipe
 from tasks.report import RunReport
 from tasks.runs import Started

@@ -9,9 +9,9 @@ from dpo_core.evaluation.results import SuiteResult
 from dpo_core.evaluation.suites.registry import find
 from dpo_core.judging.results import WinRate
 from dpo_core.statistics.estimates import Estimate
-from tasks.champion import NAME, Champion
 from tasks.judging import load_win_rates
 from tasks.manifest import Manifest
+from tasks.promotion.champion import NAME, Champion
 from tasks.recipe import Recipe
 from tasks.report import GateRow, SuiteRow
 from tasks.suites import load_suites

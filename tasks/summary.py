@@ -16,12 +16,12 @@ from pydantic import JsonValue
 from dpo_core.redaction import hidden
 from dpo_core.rewards.quality import RewardQuality
 from tasks.assessment import assess, judge_candidate
-from tasks.champion import Champion
 from tasks.courtesy import tell
 from tasks.data_notes import data_notes
 from tasks.evaluation import load_evaluation
 from tasks.manifest import Manifest
 from tasks.page import render
+from tasks.promotion.champion import Champion
 from tasks.provenance import hardware, source_tags
 from tasks.recipe import Recipe
 from tasks.registry import register_model, version_with

@@ -119,7 +119,7 @@ _PROCESSES.set_forkserver_preload(
         "mlflow.store.model_registry.sqlalchemy_store",
         "mlflow.store.tracking.sqlalchemy_store",
         "mlflow.tracking.fluent",
-        "tasks.promotion",
+        "tasks.promotion.promote",
         "tests.promotions",
     ]
 )
@@ -153,7 +153,7 @@ class _Together(NamedTuple):
     decided: bool
 
     def __call__(self) -> None:
-        from tasks.promotion_ledger import Ledger
+        from tasks.promotion.ledger import Ledger
 
         if not self.decided:
             self.barrier.wait(60)

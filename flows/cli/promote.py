@@ -29,7 +29,7 @@ def promote(
     With --check, exit code 4: a champion's weights are gone or damaged.
     """
     from dpo_core.errors import PromotionRefused, RecipeError, StageFailed
-    from tasks import promotion
+    from tasks.promotion import promote as promotion
 
     if check == (run_id is not None):
         raise RecipeError("dpo promote takes a run, or --check alone", "List the runs with: dpo runs")
@@ -54,7 +54,7 @@ def _tell(workspace: str, run_id: str, message: str) -> None:
     from dpo_core.errors import RecipeError
     from flows.process.prefect_server import server, server_address
     from tasks.events import promotion_refused
-    from tasks.finished_run import finished_report
+    from tasks.promotion.finished_run import finished_report
     from tasks.workspace import open_workspace
 
     if server_address() is None:
@@ -76,13 +76,13 @@ def rollback(
     as_json: JsonOption = False,
 ) -> None:
     """Make the previous champion the champion again. Exit code 5: there is none, or its files are damaged."""
-    from tasks import promotion
+    from tasks.promotion import promote as promotion
 
     _show(promotion.rollback(workspace, name, reason=reason), as_json)
 
 
 def _show(standing: Any, as_json: bool) -> None:
-    from tasks.promotion_ledger import sentence
+    from tasks.promotion.ledger import sentence
 
     if as_json:
         typer.echo(standing.model_dump_json(indent=1))

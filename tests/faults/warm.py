@@ -37,7 +37,7 @@ _IMPORTED = [
     "dpo_core.models.generate",
     "dpo_core.methods.dpo",
     "tasks.summary",
-    "tasks.champion",
+    "tasks.promotion.champion",
 ]
 
 

@@ -13,9 +13,9 @@ import pytest
 
 from dpo_core.errors import DpoError, RecipeError
 from dpo_core.training.checkpoints import Checkpoints, Made
-from tasks.champion import require_whole
 from tasks.manifest import digest_folder
 from tasks.preflight import _check_database
+from tasks.promotion.champion import require_whole
 from tasks.runs import RunRecord, find_run, list_runs, save_run
 from tasks.sealed import read_sealed, write_sealed
 from tasks.store import Store

@@ -22,7 +22,7 @@ from tasks.housekeeping.garbage_collection import free
 from tasks.manifest import digest_config
 from tasks.needs import note_need
 from tasks.owner import myself
-from tasks.promotion import check, promote, rollback
+from tasks.promotion.promote import check, promote, rollback
 from tasks.runs import RunRecord, save_run
 from tasks.store import Store
 from tests.promotions import NAME, World, dpo_killed

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from dpo_core.errors import PromotionRefused, RecipeError
-from tasks.promotion import check, promote, rollback
-from tasks.promotion_ledger import Change, Ledger
+from tasks.promotion.ledger import Change, Ledger
+from tasks.promotion.promote import check, promote, rollback
 from tasks.report import RunReport
 from tests.promotions import NAME, World, dpo, dpo_at_once, dpo_killed
 

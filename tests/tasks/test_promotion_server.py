@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks.promotion import check, promote, rollback
-from tasks.promotion_ledger import Ledger
+from tasks.promotion.ledger import Ledger
+from tasks.promotion.promote import check, promote, rollback
 from tests.promotions import NAME, World, dpo_at_once, dpo_killed
 from tests.tasks.test_tracking_server import Server
 

@@ -14,11 +14,11 @@ from dpo_core.evaluation.model_under_test import Asked
 from dpo_core.methods.dpo import DpoConfig
 from dpo_core.objectives import get
 from tasks.assessment import judge_candidate
-from tasks.champion import Champion
 from tasks.manifest import Manifest
 from tasks.model_evaluation import _training as known_texts
 from tasks.model_evaluation import _warn_of_known as warn_of_known
 from tasks.page import render
+from tasks.promotion.champion import Champion
 from tasks.recipe import Recipe, load_recipe
 from tasks.report import RunReport, StageRow, Trained
 from tasks.report_about import objective_words

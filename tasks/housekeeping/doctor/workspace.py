@@ -178,10 +178,10 @@ def garbage(place: Path) -> Iterator[Finding]:
 
 def champions(place: Path) -> Iterator[Finding]:
     """Aliases, ledger and weights of every model agree; weights are not read here."""
-    from tasks.champion import ALIAS, titled, weights_of
-    from tasks.finished_run import registries_of
     from tasks.mlflow_calls import every
-    from tasks.promotion_ledger import SUFFIX, Ledger
+    from tasks.promotion.champion import ALIAS, titled, weights_of
+    from tasks.promotion.finished_run import registries_of
+    from tasks.promotion.ledger import SUFFIX, Ledger
     from tasks.registry import version_of
 
     look, told = "dpo promote --check", 0

@@ -1,7 +1,7 @@
 """Promotion and rollback: who is champion, decided on what a run measured and written down with the reasons.
 
 On one machine a file lock in the workspace lets promotions wait for each other; across machines the ledger
-decides (see `tasks.promotion_ledger`). Weights are read and compared with their digest before they become
+decides (see `tasks.promotion.ledger`). Weights are read and compared with their digest before they become
 champion.
 """
 
@@ -18,11 +18,11 @@ from pydantic import Field
 
 from dpo_core.config import Config
 from dpo_core.errors import PromotionRefused, RecipeError
-from tasks.champion import ALIAS, titled, weights_of
-from tasks.finished_run import finished_report, registry_of
 from tasks.manifest import digest_folder
 from tasks.mlflow_calls import every
-from tasks.promotion_ledger import PREVIOUS, SUFFIX, Change, Ledger, hold_champion, reigns
+from tasks.promotion.champion import ALIAS, titled, weights_of
+from tasks.promotion.finished_run import finished_report, registry_of
+from tasks.promotion.ledger import PREVIOUS, SUFFIX, Change, Ledger, hold_champion, reigns
 from tasks.registry import version_of
 from tasks.report import ModelRow, RunReport
 from tasks.report_alarms import alarms

@@ -1,0 +1,1 @@
+"""Who is champion of a registered model, and how that changes."""
