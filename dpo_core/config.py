@@ -1,6 +1,6 @@
 """The base of every configuration model.
 
-Each configuration class lives beside the code that reads it; `tasks.recipe.Recipe` composes them.
+Each configuration class lives beside the code that reads it; `tasks.recipe.recipe.Recipe` composes them.
 """
 
 from pydantic import BaseModel, ConfigDict

@@ -11,7 +11,7 @@ from tasks.judging import judge_policies
 from tasks.manifest import Manifest
 from tasks.online import train_online
 from tasks.promotion.champion import NAME, Champion, find_champion
-from tasks.recipe import Recipe
+from tasks.recipe.recipe import Recipe
 from tasks.report import RunReport
 from tasks.runs import Started
 from tasks.stage import Context, StageResult, tracker_of

@@ -60,7 +60,7 @@ def deployed(
     log.setLevel(logging.INFO)
     try:
         from flows.cli.launch import cluster_config, send_to
-        from tasks.recipe import load_recipe
+        from tasks.recipe.recipe import load_recipe
 
         sets = [*(overrides or []), *data_overrides(data)]
         send_to(on, cluster_config(on, settings, []))

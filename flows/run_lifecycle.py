@@ -12,7 +12,7 @@ from flows.process.environment import hide_secrets_in_logs
 from tasks.owner import myself
 from tasks.preflight import check_ahead
 from tasks.provenance import command_line
-from tasks.recipe import Recipe
+from tasks.recipe.recipe import Recipe
 from tasks.run_recipe import keep_recipe
 from tasks.runs import KILLED, RunRecord, close_abandoned, find_run, held, new_run, save_run
 from tasks.signals import begin_stop, stop_reason

@@ -12,7 +12,7 @@ from dpo_core.statistics.estimates import Estimate
 from tasks.judging import load_win_rates
 from tasks.manifest import Manifest
 from tasks.promotion.champion import NAME, Champion
-from tasks.recipe import Recipe
+from tasks.recipe.recipe import Recipe
 from tasks.report import GateRow, SuiteRow
 from tasks.suites import load_suites
 

@@ -13,7 +13,7 @@ from dpo_core.evaluation.suites.safety_classifier import assert_not_trained_on
 from dpo_core.models.load import check_source_context, locate, read_config, read_template
 from dpo_core.rewards.functions import check_reward
 from expectations.drift import load_baseline
-from tasks.recipe import Recipe
+from tasks.recipe.recipe import Recipe
 from tasks.run_recipe import require_same_recipe
 from tasks.runs import find_run, list_runs
 from tasks.tracking import resolve_uri

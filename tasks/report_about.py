@@ -10,7 +10,7 @@ from dpo_core.data.tokens.tokenise import Tokenise
 from dpo_core.methods.dpo import DpoConfig
 from dpo_core.models.load import load_tokenizer
 from tasks.manifest import Manifest, kind_of
-from tasks.recipe import Recipe
+from tasks.recipe.recipe import Recipe
 from tasks.report import Trained
 from tasks.run_warnings import Answers, measure_answers
 

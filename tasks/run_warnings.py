@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from tasks.recipe import Recipe
+from tasks.recipe.recipe import Recipe
 from tasks.report_alarms import COMPLETE_SHARE, CUT_SHARE, cut_message
 
 _MEASURED = 500  # answers that are tokenised

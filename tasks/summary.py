@@ -23,7 +23,7 @@ from tasks.manifest import Manifest
 from tasks.page import render
 from tasks.promotion.champion import Champion
 from tasks.provenance import hardware, source_tags
-from tasks.recipe import Recipe
+from tasks.recipe.recipe import Recipe
 from tasks.registry import register_model, version_with
 from tasks.report import (
     Cost,

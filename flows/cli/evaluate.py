@@ -108,7 +108,7 @@ def _run(
     models: list[str], given: dict[str, Any], workspace: str, overrides: list[str], as_json: bool
 ) -> None:
     from tasks.model_evaluation import EvaluationRequest, evaluate_models
-    from tasks.recipe import overridden
+    from tasks.recipe.recipe import overridden
     from tasks.workspace import open_workspace, require_writable
 
     request = overridden(EvaluationRequest, given, overrides, "it cannot be evaluated", _FIELDS)

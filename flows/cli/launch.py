@@ -72,7 +72,7 @@ def cluster_config(on: str, path: str | None, overrides: list[str]) -> Any:
     from dpo_core.errors import RecipeError
     from dpo_core.system import read_small
     from dpo_core.yaml import read_yaml
-    from tasks.recipe import overridden
+    from tasks.recipe.recipe import overridden
 
     if on == "local":
         if path or overrides:
@@ -98,7 +98,7 @@ def rendered(recipe: str, overrides: list[str], on: str, config: Any) -> str:
     The last folder of a job is known only once its data are made, and reads ID here.
     """
     from flows.cli.plan import plan_recipe
-    from tasks.recipe import load_recipe
+    from tasks.recipe.recipe import load_recipe
 
     resolved = load_recipe(recipe, overrides)
     told = plan_recipe(resolved)

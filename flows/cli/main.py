@@ -160,7 +160,7 @@ def config_show(recipe: RecipeArgument, overrides: SetOption = None) -> None:
     But for parameters of an objective that are its defaults: another objective has others.
     """
     from dpo_core.yaml import commented
-    from tasks.recipe import load_recipe
+    from tasks.recipe.recipe import load_recipe
 
     typer.echo(commented(load_recipe(recipe, overrides or []).without_default_parameters()), nl=False)
 
@@ -182,7 +182,7 @@ def config_cluster(
 @config_app.command("schema")
 def config_schema() -> None:
     """Print the JSON schema of a recipe, for editors."""
-    from tasks.recipe import json_schema
+    from tasks.recipe.recipe import json_schema
 
     typer.echo(json_schema())
 
@@ -191,7 +191,7 @@ def config_schema() -> None:
 def config_list() -> None:
     """List the recipes that come with the package."""
     from dpo_core.yaml import read_yaml
-    from tasks.recipe import shipped
+    from tasks.recipe.recipe import shipped
 
     for name, path in shipped().items():
         about = str((read_yaml(path.read_text()) or {}).get("description", ""))

@@ -9,7 +9,7 @@ from flows.cli.options import JsonOption, RecipeArgument, SetOption
 
 def plan(recipe: RecipeArgument, overrides: SetOption = None, as_json: JsonOption = False) -> None:
     """Tell what `dpo run` would do: stages, cache, tokens, operations, memory and time. Starts nothing."""
-    from tasks.recipe import load_recipe
+    from tasks.recipe.recipe import load_recipe
 
     resolved = load_recipe(recipe, overrides or [])
     _try_reward(resolved)

@@ -20,7 +20,7 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Run a recipe from the data gate to the run page. Finished stages are reused."""
-    from tasks.recipe import load_recipe
+    from tasks.recipe.recipe import load_recipe
 
     resolved = load_recipe(recipe, overrides or [])
     _say(as_json, f"recipe {resolved.name}, workspace {Path(resolved.workspace).absolute()}")

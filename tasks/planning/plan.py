@@ -11,10 +11,10 @@ from pydantic import Field, ValidationError
 
 from dpo_core.config import Config
 from dpo_core.errors import DpoError
-from tasks.frontier_arms import Settings
 from tasks.planning.speed import Speed
 from tasks.planning.workload import Work, Workload
-from tasks.recipe import Recipe
+from tasks.recipe.recipe import Recipe
+from tasks.recipe.study import Settings
 from tasks.report_numbers import duration
 from tasks.run_warnings import answers_cut, measure_answers, too_few_prompts
 from tasks.stage import StageResult, Why

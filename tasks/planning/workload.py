@@ -26,9 +26,9 @@ from dpo_core.scoring.lm_head import keeps_logits
 from dpo_core.training.batches import PackedBatches, PaddedBatches
 from dpo_core.training.engine import EngineConfig
 from dpo_core.training.loop import LoopConfig, PackedLoopConfig
-from tasks.frontier_arms import Settings
 from tasks.manifest import Manifest
-from tasks.recipe import Recipe
+from tasks.recipe.recipe import Recipe
+from tasks.recipe.study import Settings
 from tasks.stage import StageResult
 from tasks.training import chosen_side, demonstrations
 

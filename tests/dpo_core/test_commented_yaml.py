@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from deploy.launchers.registry import TARGETS
 from dpo_core.yaml import commented, form
-from tasks.recipe import Recipe, load_recipe, shipped
+from tasks.recipe.recipe import Recipe, load_recipe, shipped
 
 
 @pytest.mark.parametrize("name", shipped())

@@ -12,7 +12,7 @@ from deploy.launchers.registry import VARIABLE
 from dpo_core.errors import RecipeError
 from flows.cli.launch import cluster_config, rendered, send_to
 from tasks.preflight import check_ahead
-from tasks.recipe import load_recipe
+from tasks.recipe.recipe import load_recipe
 from tests.deploy import slurm_site
 from tests.tiny_run import Bench
 

@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 
 from dpo_core.errors import RecipeError
 from flows.cli.run import show
-from tasks.recipe import Recipe, load_recipe
+from tasks.recipe.recipe import Recipe, load_recipe
 from tasks.run_recipe import keep_recipe, recipe_path, reproducing, require_same_recipe
 from tasks.runs import RunRecord, new_run, save_run
 from tests.tiny_run import Bench

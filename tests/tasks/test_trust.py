@@ -19,7 +19,7 @@ from tasks.model_evaluation import _training as known_texts
 from tasks.model_evaluation import _warn_of_known as warn_of_known
 from tasks.page import render
 from tasks.promotion.champion import Champion
-from tasks.recipe import Recipe, load_recipe
+from tasks.recipe.recipe import Recipe, load_recipe
 from tasks.report import RunReport, StageRow, Trained
 from tasks.report_about import objective_words
 from tasks.report_alarms import against_promotion, alarms

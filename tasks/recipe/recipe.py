@@ -34,7 +34,7 @@ from dpo_core.redaction import place_of_secret
 from dpo_core.system import read_small
 from dpo_core.yaml import read_yaml
 from expectations.thresholds import GateConfig
-from tasks.frontier_arms import ArmConfig, FrontierConfig, Settings
+from tasks.recipe.study import ArmConfig, FrontierConfig, Settings
 from tasks.tracking import TrackingConfig
 
 Model = TypeVar("Model", bound=BaseModel)
