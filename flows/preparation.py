@@ -14,7 +14,7 @@ from tasks.data import load_data, sample_pairs, validate
 from tasks.manifest import Manifest
 from tasks.models import CACHE, CACHE_GUIDE, cache_reference, import_model
 from tasks.recipe.recipe import Recipe
-from tasks.run_warnings import too_few_prompts
+from tasks.reports.run_warnings import too_few_prompts
 from tasks.stage import Context, Stage, StageResult
 from tasks.training import DPO, GUIDE, prepare_sft, train_dpo
 

@@ -13,7 +13,7 @@ from tasks.judging import load_win_rates
 from tasks.manifest import Manifest
 from tasks.promotion.champion import NAME, Champion
 from tasks.recipe.recipe import Recipe
-from tasks.report import GateRow, SuiteRow
+from tasks.reports.run_report import GateRow, SuiteRow
 from tasks.suites import load_suites
 
 CANDIDATE, REFERENCE = "DPO", "SFT"

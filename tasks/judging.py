@@ -17,7 +17,7 @@ from dpo_core.judging.results import WinRate
 from dpo_core.models.generate import SamplingConfig, seed_for
 from tasks.evaluation import load_answers, readable, rivals
 from tasks.manifest import Manifest
-from tasks.report import Sample
+from tasks.reports.run_report import Sample
 from tasks.stage import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 
 JUDGE = Stage("judge", 1, "win-rates")

@@ -20,7 +20,7 @@ from dpo_core.evaluation.suites.safety_classifier import identity
 from dpo_core.models.load import ModelConfig, convert, locate, source_digest
 from tasks.manifest import digest_config, digest_folder
 from tasks.promotion.champion import NAME, registered_weights, require_whole
-from tasks.report import RunReport, StageRow
+from tasks.reports.run_report import RunReport, StageRow
 from tasks.sealed import read_sealed, write_sealed
 from tasks.workspace import disk_errors, remove
 

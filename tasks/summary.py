@@ -17,15 +17,17 @@ from dpo_core.redaction import hidden
 from dpo_core.rewards.quality import RewardQuality
 from tasks.assessment import assess, judge_candidate
 from tasks.courtesy import tell
-from tasks.data_notes import data_notes
 from tasks.evaluation import load_evaluation
 from tasks.manifest import Manifest
-from tasks.page import render
 from tasks.promotion.champion import Champion
 from tasks.provenance import hardware, source_tags
 from tasks.recipe.recipe import Recipe
 from tasks.registry import register_model, version_with
-from tasks.report import (
+from tasks.reports.about import answers_of_data, learned_from_reward, objective_name, trained, vocabulary_size
+from tasks.reports.alarms import REMOTE_CODE, UNUSUAL, against_promotion, alarms
+from tasks.reports.data_notes import data_notes
+from tasks.reports.run_page import render
+from tasks.reports.run_report import (
     Cost,
     Evaluation,
     GateFinding,
@@ -36,16 +38,8 @@ from tasks.report import (
     StageRow,
     Trained,
 )
-from tasks.report_about import (
-    answers_of_data,
-    learned_from_reward,
-    objective_name,
-    trained,
-    vocabulary_size,
-)
-from tasks.report_alarms import REMOTE_CODE, UNUSUAL, against_promotion, alarms
-from tasks.report_text import markdown, note
-from tasks.report_verdict import verdict
+from tasks.reports.run_text import markdown, note
+from tasks.reports.verdict import verdict
 from tasks.run_recipe import recipe_path, reproducing
 from tasks.runs import Started
 from tasks.stage import Context, StageResult, run_task, tracker_of

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from dpo_core.evaluation.decision import Decision, Reason
 from tasks.manifest import digest_folder
 from tasks.registry import register_model
-from tasks.report import ModelRow, RunReport
+from tasks.reports.run_report import ModelRow, RunReport
 from tasks.runs import RunRecord, save_run
 from tasks.tracking import Tracker, TrackingConfig
 from tests.tasks.reports import example

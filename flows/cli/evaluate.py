@@ -123,7 +123,7 @@ def _run(
 
 def _show(report: Any, page: Path) -> None:
     from flows.cli.terminal import terminal
-    from tasks.evaluation_report import terminal_table
+    from tasks.reports.evaluation_report import terminal_table
 
     console = terminal()
     console.print(terminal_table(report))

@@ -51,7 +51,7 @@ def show(told: Any) -> None:
     from rich.text import Text
 
     from flows.cli.terminal import terminal
-    from tasks.report_numbers import duration, scaled
+    from tasks.reports.format import duration, scaled
 
     def amount(value: float, unit: str, base: int = 1000) -> str:
         return scaled(value, unit, base) if value else ""

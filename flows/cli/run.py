@@ -102,8 +102,8 @@ def show(
 def _report(workspace: str, run_id: str) -> Any:
     """The report of a finished run or study."""
     from dpo_core.errors import RecipeError
-    from tasks.frontier_report import FrontierReport
-    from tasks.report import RunReport
+    from tasks.reports.run_report import RunReport
+    from tasks.reports.study_report import FrontierReport
     from tasks.runs import list_runs
     from tasks.workspace import plain_name
 
@@ -132,10 +132,10 @@ def _show(report: Any, workspace: str) -> None:
     from rich.text import Text
 
     from flows.cli.terminal import terminal
-    from tasks import frontier_report
-    from tasks.report import RunReport
-    from tasks.report_text import terminal_table
-    from tasks.report_verdict import verdict
+    from tasks.reports import study_report as frontier_report
+    from tasks.reports.run_report import RunReport
+    from tasks.reports.run_text import terminal_table
+    from tasks.reports.verdict import verdict
     from tasks.workspace import run_folder
 
     console = terminal()

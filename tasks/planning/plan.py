@@ -15,8 +15,8 @@ from tasks.planning.speed import Speed
 from tasks.planning.workload import Work, Workload
 from tasks.recipe.recipe import Recipe
 from tasks.recipe.study import Settings
-from tasks.report_numbers import duration
-from tasks.run_warnings import answers_cut, measure_answers, too_few_prompts
+from tasks.reports.format import duration
+from tasks.reports.run_warnings import answers_cut, measure_answers, too_few_prompts
 from tasks.stage import StageResult, Why
 
 

@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from dpo_core.models.flops import matmul_rate
-from tasks.report import RunReport, StageRow
+from tasks.reports.run_report import RunReport, StageRow
 from tasks.store import Store
 
 # What a stage takes whatever its size: starting processes, loading the model, writing artifacts.

@@ -24,8 +24,8 @@ from tasks.promotion.champion import ALIAS, titled, weights_of
 from tasks.promotion.finished_run import finished_report, registry_of
 from tasks.promotion.ledger import PREVIOUS, SUFFIX, Change, Ledger, hold_champion, reigns
 from tasks.registry import version_of
-from tasks.report import ModelRow, RunReport
-from tasks.report_alarms import alarms
+from tasks.reports.alarms import alarms
+from tasks.reports.run_report import ModelRow, RunReport
 from tasks.tracking import Tracker
 from tasks.workspace import disk_errors, open_workspace
 

@@ -10,7 +10,7 @@ import pytest
 from dpo_core.errors import RecipeError
 from flows.cli.evaluate import evaluate
 from tasks.model_evaluation import EvaluationRequest, evaluate_models
-from tasks.report import PolicyRow
+from tasks.reports.run_report import PolicyRow
 from tasks.runs import new_run, save_run
 from tasks.suite_results import find_model
 from tests.flows.test_plan import planned, reasons

@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from tasks.registry import register_model
-from tasks.report_verdict import verdict
+from tasks.reports.verdict import verdict
 from tasks.runs import RunRecord, save_run
 from tasks.summary import publish
 from tasks.tracking import Tracker, TrackingConfig

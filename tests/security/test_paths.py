@@ -12,8 +12,8 @@ from pyarrow import csv, feather, parquet
 from dpo_core.data.files.read import check_source, read_rows
 from dpo_core.errors import DataError, RecipeError
 from flows.deployed import data_overrides
-from tasks.page import render
-from tasks.report import RunReport
+from tasks.reports.run_page import render
+from tasks.reports.run_report import RunReport
 from tasks.runs import RunRecord, list_runs
 from tasks.workspace import plain_name, run_folder
 from tests.bad_inputs import dpo

@@ -4,8 +4,8 @@ from datetime import UTC, datetime
 from hashlib import sha256
 from typing import Any
 
-from tasks.evaluation_report import EvaluatedModel, EvaluationReport
-from tasks.report import Sample
+from tasks.reports.evaluation_report import EvaluatedModel, EvaluationReport
+from tasks.reports.run_report import Sample
 from tests.tasks.measured import make_comparison, make_suites, make_win_rates
 
 

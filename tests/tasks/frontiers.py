@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from dpo_core.study import Cost, Point, Study, best_of_n
-from tasks.frontier_report import FrontierReport, frontier_report
+from tasks.reports.study_report import FrontierReport, frontier_report
 from tests.tasks.reports import HOSTILE, example
 
 PROMPTS, SEEDS = 48, 3

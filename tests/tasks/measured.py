@@ -7,7 +7,7 @@ from dpo_core.evaluation.decision import Decision, Reason
 from dpo_core.evaluation.results import Better, Kind, Measure
 from dpo_core.judging.results import WinRate
 from dpo_core.statistics.estimates import Estimate
-from tasks.report import SuiteRow
+from tasks.reports.run_report import SuiteRow
 
 POLICIES = ("SFT", "DPO", "PPO", "champion")
 

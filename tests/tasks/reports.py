@@ -8,7 +8,7 @@ from typing import Any
 
 from dpo_core.rewards.quality import RewardQuality
 from dpo_core.statistics.estimates import Estimate
-from tasks.report import (
+from tasks.reports.run_report import (
     Cost,
     Evaluation,
     GateFinding,

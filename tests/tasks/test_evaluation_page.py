@@ -7,8 +7,8 @@ import pytest
 from pydantic import ValidationError
 from rich.console import Console
 
-from tasks.evaluation_page import render_evaluation
-from tasks.evaluation_report import EvaluationReport, headline, markdown, terminal_table
+from tasks.reports.evaluation_page import render_evaluation
+from tasks.reports.evaluation_report import EvaluationReport, headline, markdown, terminal_table
 from tests.tasks.evaluations import make_evaluation_report
 from tests.tasks.measured import hostile_measured, make_comparison, make_suites
 from tests.tasks.outline import Outline

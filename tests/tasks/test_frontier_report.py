@@ -9,8 +9,8 @@ import pytest
 from rich.console import Console
 
 from dpo_core.study import Study, summarise
-from tasks.frontier_figures import figures, looks, write_picture
-from tasks.frontier_report import (
+from tasks.reports.study_figures import figures, looks, write_picture
+from tasks.reports.study_report import (
     FrontierReport,
     headline,
     markdown,
@@ -18,7 +18,7 @@ from tasks.frontier_report import (
     terminal_table,
     write_report,
 )
-from tasks.frontier_tables import tables
+from tasks.reports.study_tables import tables
 from tests.dpo_core.frontier.studies import point
 from tests.tasks.frontiers import ARMS, RUN, hostile_report, make_report, make_study
 from tests.tasks.outline import Outline

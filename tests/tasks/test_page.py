@@ -5,10 +5,10 @@ from itertools import pairwise
 
 import pytest
 
-from tasks.page import MAX_SAMPLES, render
-from tasks.page_figures import MAX_POINTS, curve_figures
-from tasks.page_forest import MAX_BARS, difference_figures
-from tasks.report import RunReport, Sample
+from tasks.reports.figures import MAX_POINTS, curve_figures
+from tasks.reports.forest_plot import MAX_BARS, difference_figures
+from tasks.reports.run_page import MAX_SAMPLES, render
+from tasks.reports.run_report import RunReport, Sample
 from tests.tasks.measured import make_comparison, make_suites
 from tests.tasks.outline import Outline
 from tests.tasks.reports import (

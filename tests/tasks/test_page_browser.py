@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from tasks.evaluation_page import render_evaluation
-from tasks.frontier_report import render as render_frontier
-from tasks.page import render
-from tasks.report import RunReport
+from tasks.reports.evaluation_page import render_evaluation
+from tasks.reports.run_page import render
+from tasks.reports.run_report import RunReport
+from tasks.reports.study_report import render as render_frontier
 from tests.browser import axe_violations, chromium, requested
 from tests.tasks.evaluations import make_evaluation_report
 from tests.tasks.frontiers import hostile_report, make_report, make_study

@@ -11,7 +11,7 @@ import pytest
 from dpo_core.errors import PromotionRefused, RecipeError
 from tasks.promotion.ledger import Change, Ledger
 from tasks.promotion.promote import check, promote, rollback
-from tasks.report import RunReport
+from tasks.reports.run_report import RunReport
 from tests.promotions import NAME, World, dpo, dpo_at_once, dpo_killed
 
 

@@ -13,12 +13,12 @@ from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.evaluation.policies import PolicySamples, summarise
 from dpo_core.statistics.estimates import Estimate
 from expectations.report import Finding
-from tasks.page import render
-from tasks.report import Evaluation, GateFinding, GateRow, PolicyRow, RunReport
-from tasks.report_alarms import alarms
-from tasks.report_numbers import duration, number, scaled
-from tasks.report_text import markdown, policy_metrics, terminal_table
-from tasks.report_verdict import verdict
+from tasks.reports.alarms import alarms
+from tasks.reports.format import duration, number, scaled
+from tasks.reports.run_page import render
+from tasks.reports.run_report import Evaluation, GateFinding, GateRow, PolicyRow, RunReport
+from tasks.reports.run_text import markdown, policy_metrics, terminal_table
+from tasks.reports.verdict import verdict
 from tasks.summary import _page_part
 from tests.tasks.reports import (
     estimate,

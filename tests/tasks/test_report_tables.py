@@ -6,13 +6,13 @@ from rich.console import Console
 from rich.table import Table
 
 from dpo_core.statistics.estimates import Estimate
-from tasks.report_lineage import chain
-from tasks.report_numbers import measured, p_value
-from tasks.report_tables import comparison_table, outcome, suite_table, win_rate_lines
-from tasks.report_text import markdown as run_markdown
-from tasks.report_text import note
-from tasks.report_text import terminal_table as run_table
-from tasks.report_verdict import decided, verdict
+from tasks.reports.format import measured, p_value
+from tasks.reports.lineage import chain
+from tasks.reports.run_text import markdown as run_markdown
+from tasks.reports.run_text import note
+from tasks.reports.run_text import terminal_table as run_table
+from tasks.reports.tables import comparison_table, outcome, suite_table, win_rate_lines
+from tasks.reports.verdict import decided, verdict
 from tests.tasks import reports
 from tests.tasks.measured import (
     make_comparison,

@@ -17,15 +17,15 @@ from tasks.assessment import judge_candidate
 from tasks.manifest import Manifest
 from tasks.model_evaluation import _training as known_texts
 from tasks.model_evaluation import _warn_of_known as warn_of_known
-from tasks.page import render
 from tasks.promotion.champion import Champion
 from tasks.recipe.recipe import Recipe, load_recipe
-from tasks.report import RunReport, StageRow, Trained
-from tasks.report_about import objective_words
-from tasks.report_alarms import against_promotion, alarms
-from tasks.report_text import markdown, note, terminal_table
-from tasks.report_verdict import decided, measured_with, verdict
-from tasks.run_warnings import Answers, answers_cut, measure_answers, too_few_prompts
+from tasks.reports.about import objective_words
+from tasks.reports.alarms import against_promotion, alarms
+from tasks.reports.run_page import render
+from tasks.reports.run_report import RunReport, StageRow, Trained
+from tasks.reports.run_text import markdown, note, terminal_table
+from tasks.reports.run_warnings import Answers, answers_cut, measure_answers, too_few_prompts
+from tasks.reports.verdict import decided, measured_with, verdict
 from tasks.suite_results import trained_rows
 from tests.tasks.outline import Outline
 from tests.tasks.reports import estimate, example, make_evaluation, with_policy

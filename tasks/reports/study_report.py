@@ -9,8 +9,11 @@ from rich.text import Text
 
 from dpo_core.config import Config
 from dpo_core.study import Claim, FrontierSummary, Study, claims, summarise
-from tasks.frontier_figures import figures, write_picture
-from tasks.frontier_tables import (
+from tasks.reports.run_page import Part, cost_facts, fill
+from tasks.reports.run_report import Cost, RunInfo, StageRow
+from tasks.reports.run_text import fenced, markdown_table, plain, stage_size
+from tasks.reports.study_figures import figures, write_picture
+from tasks.reports.study_tables import (
     CLAIMS_HEAD,
     VERDICT_KIND,
     Table,
@@ -20,9 +23,6 @@ from tasks.frontier_tables import (
     settings_table,
     tables,
 )
-from tasks.page import Part, cost_facts, fill
-from tasks.report import Cost, RunInfo, StageRow
-from tasks.report_text import fenced, markdown_table, plain, stage_size
 from tasks.workspace import write_whole
 
 

@@ -11,10 +11,10 @@ from dpo_core.evaluation.compare import Comparison
 from dpo_core.judging.results import WinRate
 from dpo_core.rewards.quality import RewardQuality
 from dpo_core.statistics.estimates import Estimate
-from tasks.report import Evaluation, RunReport, StageRow, SuiteRow
-from tasks.report_alarms import alarms
-from tasks.report_numbers import Cell, cell, duration
-from tasks.report_tables import (
+from tasks.reports.alarms import alarms
+from tasks.reports.format import Cell, cell, duration
+from tasks.reports.run_report import Evaluation, RunReport, StageRow, SuiteRow
+from tasks.reports.tables import (
     COMPARISON_HEAD,
     FINDINGS,
     WIN_RATE_HEAD,
@@ -24,7 +24,7 @@ from tasks.report_tables import (
     suite_table,
     win_rate_lines,
 )
-from tasks.report_verdict import Verdict, finding, verdict
+from tasks.reports.verdict import Verdict, finding, verdict
 
 
 class Metric(NamedTuple):

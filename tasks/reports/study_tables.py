@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from dpo_core.statistics.estimates import Estimate
 from dpo_core.study import AtKl, Claim, FrontierSummary, SettingRow, Study
-from tasks.report_numbers import Cell, duration, number, percent, scaled
+from tasks.reports.format import Cell, duration, number, percent, scaled
 
 VERDICT_KIND = {
     "supported": "good", "contradicted": "bad", "undecided": "unclear", "not measured": "plain",

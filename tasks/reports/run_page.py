@@ -7,13 +7,14 @@ from urllib.parse import urlsplit
 
 from dpo_core.evaluation.compare import Comparison
 from dpo_core.judging.results import WinRate
-from tasks.page_figures import Figure, curve_figures, frontier_figure
-from tasks.page_forest import difference_figures, win_rate_figure
-from tasks.report import Cost, RunReport, Sample, SuiteRow
-from tasks.report_alarms import alarms
-from tasks.report_lineage import chain
-from tasks.report_numbers import duration, number, percent, scaled
-from tasks.report_tables import (
+from tasks.reports.alarms import alarms
+from tasks.reports.figures import Figure, curve_figures, frontier_figure
+from tasks.reports.forest_plot import difference_figures, win_rate_figure
+from tasks.reports.format import duration, number, percent, scaled
+from tasks.reports.lineage import chain
+from tasks.reports.run_report import Cost, RunReport, Sample, SuiteRow
+from tasks.reports.run_text import policy_metrics, reward_metrics, reward_use, stage_size
+from tasks.reports.tables import (
     COMPARISON_HEAD,
     WIN_RATE_HEAD,
     ComparisonTable,
@@ -21,8 +22,7 @@ from tasks.report_tables import (
     suite_table,
     win_rate_lines,
 )
-from tasks.report_text import policy_metrics, reward_metrics, reward_use, stage_size
-from tasks.report_verdict import finding, mark, verdict
+from tasks.reports.verdict import finding, mark, verdict
 
 MAX_SAMPLES = 12
 MAX_TEXT = 1500  # characters of a prompt or completion that are shown

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from dpo_core.study import ArmRow, FrontierSummary, Study
-from tasks.drawing import (
+from tasks.reports.format import number, scaled
+from tasks.reports.svg import (
     BLUE,
     GREEN,
     INK,
@@ -27,7 +28,6 @@ from tasks.drawing import (
     reach,
     svg,
 )
-from tasks.report_numbers import number, scaled
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

@@ -4,9 +4,9 @@ import math
 from statistics import fmean, stdev
 from typing import NamedTuple
 
-from tasks.report import Evaluation, PolicyRow, RunReport
-from tasks.report_curves import clear_change, quarters, series, start_and_end
-from tasks.report_numbers import cell, number, percent
+from tasks.reports.curves import clear_change, quarters, series, start_and_end
+from tasks.reports.format import cell, number, percent
+from tasks.reports.run_report import Evaluation, PolicyRow, RunReport
 
 KL_LIMIT_NATS = (
     10.0  # beyond this the reward of every direct method has been seen to degrade (arXiv 2406.02900)

@@ -10,10 +10,10 @@ from rich.text import Text
 from dpo_core.config import Config
 from dpo_core.evaluation.compare import Comparison
 from dpo_core.judging.results import WinRate
-from tasks.report import Sample, SuiteRow
-from tasks.report_numbers import duration, percent
-from tasks.report_tables import outcome
-from tasks.report_text import fenced, markdown_measured, markdown_table, plain, terminal_measured
+from tasks.reports.format import duration, percent
+from tasks.reports.run_report import Sample, SuiteRow
+from tasks.reports.run_text import fenced, markdown_measured, markdown_table, plain, terminal_measured
+from tasks.reports.tables import outcome
 
 
 class EvaluatedModel(Config):

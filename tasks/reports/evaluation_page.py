@@ -1,8 +1,16 @@
 """The page of an evaluation outside a run: one HTML file that needs no network, script or server."""
 
-from tasks.evaluation_report import EvaluationReport, headline
-from tasks.page import Fact, Part, fill, judge_facts, measured_context, measured_parts, sample_context
-from tasks.report_numbers import duration
+from tasks.reports.evaluation_report import EvaluationReport, headline
+from tasks.reports.format import duration
+from tasks.reports.run_page import (
+    Fact,
+    Part,
+    fill,
+    judge_facts,
+    measured_context,
+    measured_parts,
+    sample_context,
+)
 
 
 def render_evaluation(report: EvaluationReport) -> str:

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from dpo_core.evaluation.decision import NEW_WEIGHTS, Decision, Reason
-from tasks.report import RunReport
-from tasks.report_alarms import Alarm, alarms
-from tasks.report_numbers import cell, number
+from tasks.reports.alarms import Alarm, alarms
+from tasks.reports.format import cell, number
+from tasks.reports.run_report import RunReport
 
 
 class Verdict(NamedTuple):

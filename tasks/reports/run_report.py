@@ -13,7 +13,7 @@ from dpo_core.evaluation.results import Measure
 from dpo_core.judging.results import WinRate
 from dpo_core.rewards.quality import RewardQuality
 from dpo_core.statistics.estimates import Estimate
-from tasks.report_numbers import number
+from tasks.reports.format import number
 
 _Part = TypeVar("_Part", bound=Config)
 

@@ -11,8 +11,8 @@ from dpo_core.methods.dpo import DpoConfig
 from dpo_core.models.load import load_tokenizer
 from tasks.manifest import Manifest, kind_of
 from tasks.recipe.recipe import Recipe
-from tasks.report import Trained
-from tasks.run_warnings import Answers, measure_answers
+from tasks.reports.run_report import Trained
+from tasks.reports.run_warnings import Answers, measure_answers
 
 
 def trained(recipe: Recipe, manifests: Mapping[str, Manifest]) -> Trained:

@@ -9,8 +9,8 @@ from rich.text import Text
 from dpo_core.evaluation.compare import Comparison, Row
 from dpo_core.evaluation.results import Measure
 from dpo_core.judging.results import WinRate
-from tasks.report import SuiteRow
-from tasks.report_numbers import Cell, measured, number, p_value, percent, share
+from tasks.reports.format import Cell, measured, number, p_value, percent, share
+from tasks.reports.run_report import SuiteRow
 
 _LOWER = {"higher": "", "lower": "lower is better", "neither": ""}
 FINDINGS = {

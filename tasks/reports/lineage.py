@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from tasks.report import RunReport, StageRow
+from tasks.reports.run_report import RunReport, StageRow
 
 
 class Link(NamedTuple):

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, NamedTuple
 
-from tasks.drawing import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, TEAL, WIDE, Figure, reach, slug, svg
-from tasks.report import Evaluation
-from tasks.report_curves import series, start_and_end
-from tasks.report_numbers import number
+from tasks.reports.curves import series, start_and_end
+from tasks.reports.format import number
+from tasks.reports.run_report import Evaluation
+from tasks.reports.svg import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, TEAL, WIDE, Figure, reach, slug, svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

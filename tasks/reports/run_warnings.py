@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from tasks.recipe.recipe import Recipe
-from tasks.report_alarms import COMPLETE_SHARE, CUT_SHARE, cut_message
+from tasks.reports.alarms import COMPLETE_SHARE, CUT_SHARE, cut_message
 
 _MEASURED = 500  # answers that are tokenised
 

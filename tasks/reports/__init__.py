@@ -1,0 +1,1 @@
+"""Reports of runs, studies and evaluations: what they hold and how they are shown."""
