@@ -13,7 +13,7 @@ from tasks.online import train_online
 from tasks.promotion.champion import NAME, Champion, find_champion
 from tasks.recipe.recipe import Recipe
 from tasks.reports.run_report import RunReport
-from tasks.runs import Started
+from tasks.runs.record import Started
 from tasks.stage import Context, StageResult, tracker_of
 from tasks.suites import evaluate_suites
 from tasks.summary import summarise

@@ -13,8 +13,8 @@ from tasks.owner import myself
 from tasks.preflight import check_ahead
 from tasks.provenance import command_line
 from tasks.recipe.recipe import Recipe
-from tasks.run_recipe import keep_recipe
-from tasks.runs import KILLED, RunRecord, close_abandoned, find_run, held, new_run, save_run
+from tasks.runs.recipe import keep_recipe
+from tasks.runs.record import KILLED, RunRecord, close_abandoned, find_run, held, new_run, save_run
 from tasks.signals import begin_stop, stop_reason
 from tasks.stage import Context, remember_tracker
 from tasks.store import Store

@@ -20,7 +20,7 @@ from tasks.online import train_online
 from tasks.recipe.recipe import Recipe
 from tasks.recipe.study import ArmConfig, Settings
 from tasks.reports.study_report import FrontierReport
-from tasks.runs import Started
+from tasks.runs.record import Started
 from tasks.signals import begin_stop, go_on
 from tasks.stage import Context, StageResult
 from tasks.training import train_reward

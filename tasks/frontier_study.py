@@ -11,7 +11,7 @@ from tasks.manifest import Manifest
 from tasks.measure import point_of, read_measurement
 from tasks.recipe.recipe import Recipe
 from tasks.reports.study_report import FrontierReport, frontier_report, headline, markdown, write_report
-from tasks.runs import Started
+from tasks.runs.record import Started
 from tasks.stage import Context, StageResult, run_task, tracker_of
 from tasks.summary import cost_of, run_info, stage_row
 from tasks.workspace import run_folder

@@ -14,8 +14,8 @@ from dpo_core.models.load import check_source_context, locate, read_config, read
 from dpo_core.rewards.functions import check_reward
 from expectations.drift import load_baseline
 from tasks.recipe.recipe import Recipe
-from tasks.run_recipe import require_same_recipe
-from tasks.runs import find_run, list_runs
+from tasks.runs.recipe import require_same_recipe
+from tasks.runs.record import find_run, list_runs
 from tasks.tracking import resolve_uri
 from tasks.tracking_database import begin_writing
 from tasks.training import check_demonstrations

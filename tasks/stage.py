@@ -24,7 +24,7 @@ from dpo_core.config import Config
 from dpo_core.errors import DpoError, without_secrets
 from tasks.courtesy import tell
 from tasks.manifest import PLANNED, Manifest, digest_config, stage_key
-from tasks.needs import note_need
+from tasks.runs.references import note_need
 from tasks.signals import begin_stop, go_on
 from tasks.store import Store
 from tasks.tracking import Tracker

@@ -205,7 +205,7 @@ class Store:
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Hold what the store keeps against `dpo gc`, for moments: see `tasks.needs`."""
+        """Hold what the store keeps against `dpo gc`, for moments: see `tasks.runs.references`."""
         path = self.root / "locks" / "gc.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path, poll_interval=0.05):

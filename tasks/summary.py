@@ -40,8 +40,8 @@ from tasks.reports.run_report import (
 )
 from tasks.reports.run_text import markdown, note
 from tasks.reports.verdict import verdict
-from tasks.run_recipe import recipe_path, reproducing
-from tasks.runs import Started
+from tasks.runs.recipe import recipe_path, reproducing
+from tasks.runs.record import Started
 from tasks.stage import Context, StageResult, run_task, tracker_of
 from tasks.tracking import Tracker
 from tasks.unpaired import class_facts

@@ -15,7 +15,7 @@ from dpo_core.evaluation.decision import Decision, Reason
 from tasks.manifest import digest_folder
 from tasks.registry import register_model
 from tasks.reports.run_report import ModelRow, RunReport
-from tasks.runs import RunRecord, save_run
+from tasks.runs.record import RunRecord, save_run
 from tasks.tracking import Tracker, TrackingConfig
 from tests.tasks.reports import example
 

@@ -47,7 +47,7 @@ def _through_prefect(recipe: Any, resume: str | None) -> Any:
     from flows.process.prefect_server import prefect_away
     from flows.process.temporary_server import start_temporary_server
     from flows.study import frontier
-    from tasks.runs import own_run
+    from tasks.runs.record import own_run
     from tasks.signals import stoppable
 
     end_orphans()
@@ -78,7 +78,7 @@ class _resumable:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         from dpo_core.errors import DpoError
-        from tasks.runs import own_run
+        from tasks.runs.record import own_run
 
         expected = error.exit_code if isinstance(error, DpoError) else 4
         if error is not None and expected == 4:
@@ -104,7 +104,7 @@ def _report(workspace: str, run_id: str) -> Any:
     from dpo_core.errors import RecipeError
     from tasks.reports.run_report import RunReport
     from tasks.reports.study_report import FrontierReport
-    from tasks.runs import list_runs
+    from tasks.runs.record import list_runs
     from tasks.workspace import plain_name
 
     path = Path(workspace) / "runs" / plain_name(run_id) / "report.json"

@@ -7,7 +7,7 @@ import typer
 
 from dpo_core.errors import RecipeError
 from flows.cli.format import count
-from tasks.runs import STATUSES, list_runs
+from tasks.runs.record import STATUSES, list_runs
 from tasks.workspace import run_folder
 
 

@@ -118,7 +118,7 @@ def _announce(
 
 def _newest_run(place: Path, address: str, door: Access) -> tuple[str | None, str | None]:
     """Where the newest run is in the UI, and the address of its run page; None for what there is not."""
-    from tasks.runs import list_runs
+    from tasks.runs.record import list_runs
 
     newest = next((record for record in list_runs(place) if record.mlflow_run_id), None)
     if newest is None:

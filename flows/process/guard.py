@@ -195,7 +195,7 @@ def _close_records(told: dict[str, Any], number: int) -> None:
     """Let the record and MLflow say that the run was killed, where it did not come to say how it ended."""
     if not told or not _left_running(Path(told["workspace"]), number):
         return
-    from tasks.runs import close_abandoned
+    from tasks.runs.record import close_abandoned
     from tasks.tracking import Tracker, TrackingConfig
 
     tracker = Tracker(TrackingConfig.model_validate(told["tracking"]), told["workspace"])

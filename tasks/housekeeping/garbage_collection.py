@@ -21,9 +21,9 @@ from typing import NamedTuple
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError
 from tasks.mlflow_calls import every
-from tasks.needs import Needs, read_needs
 from tasks.promotion.finished_run import registries_of
 from tasks.promotion.ledger import SUFFIX, Ledger, hold_champion
+from tasks.runs.references import Needs, read_needs
 from tasks.store import Store
 from tasks.tracking import Tracker
 from tasks.workspace import disk_errors, open_workspace, size_of

@@ -9,7 +9,7 @@ from pathlib import Path
 from dpo_core.errors import RecipeError
 from dpo_core.redaction import HIDDEN
 from tasks.reports.run_report import ModelRow, RunReport
-from tasks.runs import list_runs
+from tasks.runs.record import list_runs
 from tasks.tracking import Tracker, TrackingConfig, resolve_uri
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tasks.runs import list_runs
+from tasks.runs.record import list_runs
 from tests.bad_inputs import World
 from tests.faults import runs
 from tests.faults.runs import Family

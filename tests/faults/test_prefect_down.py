@@ -14,7 +14,7 @@ from pathlib import Path
 import prefect
 import pytest
 
-from tasks.runs import list_runs
+from tasks.runs.record import list_runs
 from tests.faults.whole import forget_from
 from tests.tasks.tracked import free_port
 from tests.tiny_run import Bench

@@ -11,7 +11,7 @@ from dpo_core.errors import RecipeError
 from flows.cli.evaluate import evaluate
 from tasks.model_evaluation import EvaluationRequest, evaluate_models
 from tasks.reports.run_report import PolicyRow
-from tasks.runs import new_run, save_run
+from tasks.runs.record import new_run, save_run
 from tasks.suite_results import find_model
 from tests.flows.test_plan import planned, reasons
 from tests.tiny_run import ENGINE, Bench

@@ -12,8 +12,8 @@ from mlflow import MlflowClient
 from dpo_core.errors import RecipeError
 from flows.cli.run import show
 from tasks.recipe.recipe import Recipe, load_recipe
-from tasks.run_recipe import keep_recipe, recipe_path, reproducing, require_same_recipe
-from tasks.runs import RunRecord, new_run, save_run
+from tasks.runs.recipe import keep_recipe, recipe_path, reproducing, require_same_recipe
+from tasks.runs.record import RunRecord, new_run, save_run
 from tests.tiny_run import Bench
 
 

@@ -16,7 +16,7 @@ from dpo_core.training.checkpoints import Checkpoints, Made
 from tasks.manifest import digest_folder
 from tasks.preflight import _check_database
 from tasks.promotion.champion import require_whole
-from tasks.runs import RunRecord, find_run, list_runs, save_run
+from tasks.runs.record import RunRecord, find_run, list_runs, save_run
 from tasks.sealed import read_sealed, write_sealed
 from tasks.store import Store
 from tests.tasks.stored import KEY, assert_clean, make, write

@@ -23,7 +23,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from tasks.housekeeping.doctor import machine, mlflow, ports, prefect, workspace
 from tasks.housekeeping.doctor.finding import Finding, ok, run_checks
 from tasks.owner import Owner, myself
-from tasks.runs import RunRecord, read_records, save_run
+from tasks.runs.record import RunRecord, read_records, save_run
 from tests.tasks.stored import REPO, make, python
 
 NOW = datetime.now(UTC)
@@ -168,7 +168,7 @@ _BEGUN = """
 import sys, time
 from datetime import UTC, datetime
 from tasks.owner import myself
-from tasks.runs import RunRecord, save_run
+from tasks.runs.record import RunRecord, save_run
 record = RunRecord(run_id='cut', recipe='tiny', started_at=datetime.now(UTC), owner=myself(),
                    command='dpo run tiny', lists_stages=True)
 save_run(sys.argv[1], record)

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from dpo_core.errors import RecipeError
 from tasks.housekeeping.garbage_collection import free
 from tasks.manifest import digest_config
-from tasks.needs import note_need
 from tasks.owner import myself
 from tasks.promotion.promote import check, promote, rollback
-from tasks.runs import RunRecord, save_run
+from tasks.runs.record import RunRecord, save_run
+from tasks.runs.references import note_need
 from tasks.store import Store
 from tests.promotions import NAME, World, dpo_killed
 from tests.tasks.stored import CONFIG, REPO
@@ -263,7 +263,7 @@ def test_a_stage_asked_for_while_gc_looks_is_not_lost(tmp_path: Path) -> None:
     digests = _build(tmp_path, [Made(0, (), True)], [])
     store = Store(tmp_path)
     code = (
-        "import sys; from tasks.needs import note_need; from tasks.store import Store\n"
+        "import sys; from tasks.runs.references import note_need; from tasks.store import Store\n"
         "store = Store(sys.argv[1]); print('ready', flush=True)\n"
         "note_need(store, 'busy', 'made', sys.argv[2], []); print('noted', flush=True)"
     )

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from dpo_core.errors import RecipeError
-from tasks.runs import find_run, held, list_runs, new_run, save_run
+from tasks.runs.record import find_run, held, list_runs, new_run, save_run
 from tests.tasks.stored import python
 
 HOLD = """
 import sys, time
-from tasks.runs import held
+from tasks.runs.record import held
 with held(sys.argv[1], sys.argv[2]):
     print("held", flush=True)
     time.sleep(600)

@@ -15,7 +15,7 @@ import httpx
 
 from tasks.housekeeping.doctor.finding import Finding, failure, ok, skipped, warning
 from tasks.housekeeping.doctor.http import SECONDS, ask, skew
-from tasks.runs import list_runs
+from tasks.runs.record import list_runs
 from tasks.tracking import TrackingConfig, resolve_uri
 from tasks.tracking_database import begin_writing
 from tasks.tracking_outbox import one_line

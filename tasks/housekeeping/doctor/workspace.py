@@ -13,8 +13,8 @@ import psutil
 from dpo_core.errors import DpoError
 from tasks.housekeeping.doctor.finding import Finding, failure, ok, skipped, warning
 from tasks.manifest import Manifest
-from tasks.needs import read_needs
-from tasks.runs import RunRecord, list_runs, read_records
+from tasks.runs.record import RunRecord, list_runs, read_records
+from tasks.runs.references import read_needs
 from tasks.store import Store
 from tasks.workspace import require_writable
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tasks.runs import RunRecord
+from tasks.runs.record import RunRecord
 from tasks.store import Store
 from tasks.workspace import disk_errors, run_folder
 

@@ -13,7 +13,7 @@ import yaml
 from dpo_core.errors import RecipeError
 from dpo_core.system import digest_file
 from tasks.recipe.recipe import Recipe, load_recipe
-from tasks.runs import RunRecord
+from tasks.runs.record import RunRecord
 from tasks.tracking_run import flatten
 from tasks.workspace import disk_errors, run_folder, write_whole
 
