@@ -154,7 +154,7 @@ def _check_cluster(where: str, parameters: dict[str, Any]) -> None:
 
 def fire_times(deployments: Any) -> dict[str, list[str]]:
     """The next five times of each active schedule, in its own time zone."""
-    from tasks.schedules import next_times, prefect_schedule
+    from tasks.scheduling.schedules import next_times, prefect_schedule
 
     return {
         f"{one.name} {schedule.slug}": [
@@ -177,8 +177,8 @@ def reconcile(
     prune: bool,
 ) -> None:
     """Everything is compared before anything is changed."""
-    from tasks.alerts import apply_alerts, plan_alerts
-    from tasks.deployments import (
+    from tasks.scheduling.alerts import apply_alerts, plan_alerts
+    from tasks.scheduling.deployments import (
         Change,
         apply,
         difference,
@@ -188,8 +188,8 @@ def reconcile(
         strangers,
         wanted,
     )
-    from tasks.work_pools import require_work_pool
-    from tasks.zombies import apply_zombies, plan_zombies
+    from tasks.scheduling.heartbeats import apply_zombies, plan_zombies
+    from tasks.scheduling.work_pools import require_work_pool
 
     planned = []
     for one in deployments:

@@ -24,7 +24,7 @@ def new_data(
     name: Annotated[str | None, typer.Option(help="What to call it; by default the file's name.")] = None,
 ) -> None:
     """Say that there is a new data set; deployments that wait for one run on it. Exit code 2: none waits."""
-    from tasks.events import deployments_waiting, send
+    from tasks.scheduling.events import deployments_waiting, send
 
     whole = Path(path).expanduser().absolute()
     if not whole.exists():

@@ -53,8 +53,8 @@ def _tell(workspace: str, run_id: str, message: str) -> None:
     """Send the event that the alert waits for, where a server is named; one that is away changes nothing."""
     from dpo_core.errors import RecipeError
     from flows.process.prefect_server import server, server_address
-    from tasks.events import promotion_refused
     from tasks.promotion.finished_run import finished_report
+    from tasks.scheduling.events import promotion_refused
     from tasks.workspace import open_workspace
 
     if server_address() is None:

@@ -48,7 +48,7 @@ def resume(name: NameArgument) -> None:
 
 
 def _found(client: Any) -> list[tuple[Any, Any]]:
-    from tasks.deployments import strangers
+    from tasks.scheduling.deployments import strangers
 
     deployments = sorted(strangers(client, "dpo", set()), key=lambda one: one.name)
     return [(deployment, schedule) for deployment in deployments for schedule in deployment.schedules]
@@ -59,7 +59,7 @@ def _name(deployment: Any, schedule: Any) -> str:
 
 
 def _row(deployment: Any, schedule: Any) -> dict[str, Any]:
-    from tasks.schedules import next_times
+    from tasks.scheduling.schedules import next_times
 
     fires = schedule.active and not deployment.paused
     rule = schedule.schedule

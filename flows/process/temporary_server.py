@@ -8,7 +8,7 @@ from prefect.server.api.server import SubprocessASGIServer
 from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE
 
 from dpo_core.errors import RecipeError
-from tasks.prefect_home import REMEDY, unwritable_home
+from tasks.scheduling.prefect_home import REMEDY, unwritable_home
 
 
 class _Apart(SubprocessASGIServer):

@@ -103,13 +103,13 @@ def test_prefects_own_model_takes_the_shipped_file() -> None:
 
 def fields(**changes: Any) -> dict[str, Any]:
     from flows.deployed import deployed
-    from tasks.deployments import wanted
+    from tasks.scheduling.deployments import wanted
 
     return wanted(deployment(**changes), deployed)
 
 
 def told(new: dict[str, Any], old: dict[str, Any] | None) -> list[str]:
-    from tasks.deployments import difference
+    from tasks.scheduling.deployments import difference
 
     return [str(change) for change in difference("nightly", new, old)]
 
@@ -154,7 +154,7 @@ def test_all_of_a_new_deployment_is_added() -> None:
     ],
 )
 def test_an_address_is_kept_in_the_block_that_can_send_to_it(url: str, slug: str) -> None:
-    from tasks.alerts import _block
+    from tasks.scheduling.alerts import _block
 
     block = _block(url)
     assert block.get_block_type_slug() == slug
@@ -164,7 +164,7 @@ def test_an_address_is_kept_in_the_block_that_can_send_to_it(url: str, slug: str
 
 
 def test_an_address_that_nobody_can_send_to_is_refused_without_showing_it() -> None:
-    from tasks.alerts import _block
+    from tasks.scheduling.alerts import _block
 
     with pytest.raises(RecipeError) as caught:
         _block("carrier-pigeon://secret-loft")

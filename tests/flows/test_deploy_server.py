@@ -153,7 +153,8 @@ def test_a_failed_run_a_refused_promotion_and_a_late_run_are_told(site: Site, de
     assert "empty.jsonl is empty" in told[0]["text"]
 
     code = (
-        "from flows.process.prefect_server import server\nfrom tasks.events import promotion_refused\n"
+        "from flows.process.prefect_server import server\n"
+        "from tasks.scheduling.events import promotion_refused\n"
         "with server() as client: promotion_refused(client, 'dpo-tiny', '3', 'the KL is 9')"
     )
     subprocess.run([sys.executable, "-c", code], cwd=REPO, env=site.environment(), check=True, timeout=600)

@@ -23,7 +23,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """A server, and no worker."""
     site = Site(tmp_path_factory.mktemp("site"))
     try:
-        site.serve(PREFECT_SERVER_EVENTS_CAUSAL_ORDERING="tasks.event_order")
+        site.serve(PREFECT_SERVER_EVENTS_CAUSAL_ORDERING="tasks.scheduling.event_order")
         site.ask("/work_pools/", {"name": "dpo", "type": "process"})
         yield site
     finally:

@@ -7,7 +7,7 @@ import pytest
 from prefect.events.actions import DoNothing, RunDeployment
 from prefect.events.schemas.automations import Automation, CompoundTrigger, EventTrigger, Posture
 
-from tasks.events import deployments_waiting
+from tasks.scheduling.events import deployments_waiting
 
 NEW, ABOUT = "dpo.dataset.new", "dpo.dataset.support"
 RUNS = RunDeployment(source="selected", deployment_id=uuid4())

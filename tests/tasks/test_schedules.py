@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from deploy.prefect_file import Schedule
 from dpo_core.errors import RecipeError
-from tasks.schedules import comparable, next_times, prefect_schedule
+from tasks.scheduling.schedules import comparable, next_times, prefect_schedule
 
 
 def times(start: str, count: int, **rule: Any) -> list[str]:

@@ -6,7 +6,7 @@ import pytest
 
 from deploy.prefect_file import Deployment
 from dpo_core.errors import RecipeError
-from tasks.work_pools import check_job_variables, creation
+from tasks.scheduling.work_pools import check_job_variables, creation
 from tests.deploy.pool_templates import GIVEN, template
 
 

@@ -11,7 +11,7 @@ import httpx
 
 from tasks.housekeeping.doctor.finding import Finding, failure, ok, skipped, warning
 from tasks.housekeeping.doctor.http import SECONDS, ask, skew
-from tasks.prefect_home import REMEDY, unwritable_home
+from tasks.scheduling.prefect_home import REMEDY, unwritable_home
 
 _FLOW = "dpo"
 
@@ -124,8 +124,8 @@ def _late(api: Api) -> Iterator[Finding]:
 
 
 def _automations(api: Api) -> Iterator[Finding]:
-    from tasks.alerts import ALERTS, PREFIX
-    from tasks.zombies import ZOMBIES
+    from tasks.scheduling.alerts import ALERTS, PREFIX
+    from tasks.scheduling.heartbeats import ZOMBIES
 
     automations = api.post("/automations/filter", limit=200)
     found = {one["name"]: one.get("enabled", True) for one in automations}
@@ -155,7 +155,7 @@ def _delay(api: Api) -> str:
     answer = api.get("/admin/settings")
     with suppress(ValueError, LookupError, TypeError):
         settings = {} if isinstance(answer, str) else answer.json()
-        if settings["server"]["events"]["causal_ordering"] == "tasks.event_order":
+        if settings["server"]["events"]["causal_ordering"] == "tasks.scheduling.event_order":
             return ""
     return "; some come up to 15 minutes late (deploy/README.md, Alerts, says which, and what ends it)"
 

@@ -3,7 +3,7 @@
 from fnmatch import fnmatchcase
 from typing import Any
 
-from tasks.alerts import PROMOTION_REFUSED, TAG
+from tasks.scheduling.alerts import PROMOTION_REFUSED, TAG
 
 
 def send(

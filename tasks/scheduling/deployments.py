@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from deploy.prefect_file import Deployment
 from dpo_core.config import Config
-from tasks.schedules import comparable, prefect_schedule
+from tasks.scheduling.schedules import comparable, prefect_schedule
 
 
 class Change(Config):

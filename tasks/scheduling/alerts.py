@@ -6,7 +6,7 @@ The address is a secret: it is kept in a block of the server, and never shown, l
 from typing import Any
 
 from dpo_core.errors import RecipeError
-from tasks.deployments import MADE_BY, Change, automation_fields
+from tasks.scheduling.deployments import MADE_BY, Change, automation_fields
 
 TAG = "dpo"
 """Tag of the runs that are told of; those of every deployment in the shipped file have it."""

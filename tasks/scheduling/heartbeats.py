@@ -8,7 +8,7 @@ one's own does not act on their absence unless it is told to.
 from datetime import timedelta
 from typing import Any
 
-from tasks.deployments import MADE_BY, Change, automation_fields
+from tasks.scheduling.deployments import MADE_BY, Change, automation_fields
 
 ZOMBIES = "dpo: crash runs that fell silent"
 _MISSED = 3

@@ -1,6 +1,6 @@
 """For Prefect's server: let an event wait half a minute, not a quarter of an hour, for the one it follows.
 
-    PREFECT_SERVER_EVENTS_CAUSAL_ORDERING=tasks.event_order prefect server start
+    PREFECT_SERVER_EVENTS_CAUSAL_ORDERING=tasks.scheduling.event_order prefect server start
 
 Automations see events in their order. Where a state follows another within five minutes, the server holds its
 event back until it has seen that of the other, 15 minutes at most. Some it never sees: those of runs that a
