@@ -6,18 +6,18 @@ from prefect import flow
 
 from flows.preparation import align_on_pairs, prepare
 from flows.run_lifecycle import recorded
-from tasks.evaluation import evaluate
-from tasks.judging import judge_policies
 from tasks.manifest import Manifest
-from tasks.online import train_online
 from tasks.promotion.champion import NAME, Champion, find_champion
 from tasks.recipe.recipe import Recipe
 from tasks.reports.run_report import RunReport
 from tasks.runs.record import Started
-from tasks.stage import Context, StageResult, tracker_of
-from tasks.suites import evaluate_suites
-from tasks.summary import summarise
-from tasks.training import train_reward
+from tasks.stages.base import Context, StageResult, tracker_of
+from tasks.stages.evaluation import evaluate
+from tasks.stages.judging import judge_policies
+from tasks.stages.online import train_online
+from tasks.stages.suites import evaluate_suites
+from tasks.stages.summary import summarise
+from tasks.stages.training import train_reward
 from tasks.workspace import disk_errors
 
 

@@ -16,7 +16,7 @@ from tasks.recipe.recipe import Recipe
 from tasks.runs.recipe import keep_recipe
 from tasks.runs.record import KILLED, RunRecord, close_abandoned, find_run, held, new_run, save_run
 from tasks.signals import begin_stop, stop_reason
-from tasks.stage import Context, remember_tracker
+from tasks.stages.base import Context, remember_tracker
 from tasks.store import Store
 from tasks.tracking import Tracker
 from tasks.workspace import open_workspace

@@ -13,17 +13,17 @@ from dpo_core.methods.dpo import DpoConfig
 from dpo_core.training.distributed import share_cores
 from flows.preparation import Keep, Prepared, align_on_pairs, prepare
 from flows.run_lifecycle import recorded
-from tasks.frontier_study import summarise_study
 from tasks.manifest import Manifest
-from tasks.measure import measure
-from tasks.online import train_online
 from tasks.recipe.recipe import Recipe
 from tasks.recipe.study import ArmConfig, Settings
 from tasks.reports.study_report import FrontierReport
 from tasks.runs.record import Started
 from tasks.signals import begin_stop, go_on
-from tasks.stage import Context, StageResult
-from tasks.training import train_reward
+from tasks.stages.base import Context, StageResult
+from tasks.stages.measure import measure
+from tasks.stages.online import train_online
+from tasks.stages.study_summary import summarise_study
+from tasks.stages.training import train_reward
 from tasks.workspace import disk_errors
 
 REFERENCE = "measure SFT"

@@ -16,9 +16,9 @@ from expectations.drift import load_baseline
 from tasks.recipe.recipe import Recipe
 from tasks.runs.recipe import require_same_recipe
 from tasks.runs.record import find_run, list_runs
+from tasks.stages.training import check_demonstrations
 from tasks.tracking import resolve_uri
 from tasks.tracking_database import begin_writing
-from tasks.training import check_demonstrations
 from tasks.workspace import open_workspace, require_writable
 
 log = logging.getLogger("dpo")

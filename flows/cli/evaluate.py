@@ -107,8 +107,8 @@ def _list_suites() -> None:
 def _run(
     models: list[str], given: dict[str, Any], workspace: str, overrides: list[str], as_json: bool
 ) -> None:
-    from tasks.model_evaluation import EvaluationRequest, evaluate_models
     from tasks.recipe.recipe import overridden
+    from tasks.stages.standalone_evaluation import EvaluationRequest, evaluate_models
     from tasks.workspace import open_workspace, require_writable
 
     request = overridden(EvaluationRequest, given, overrides, "it cannot be evaluated", _FIELDS)

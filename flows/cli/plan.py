@@ -34,7 +34,7 @@ def plan_recipe(recipe: Any) -> Any:
     from flows import alignment
     from flows import study as frontier
     from tasks.planning.plan import make_plan
-    from tasks.stage import Context, StageResult
+    from tasks.stages.base import Context, StageResult
     from tasks.workspace import open_workspace
 
     workspace = str(open_workspace(recipe.workspace))

@@ -17,7 +17,7 @@ from tasks.recipe.recipe import Recipe
 from tasks.recipe.study import Settings
 from tasks.reports.format import duration
 from tasks.reports.run_warnings import answers_cut, measure_answers, too_few_prompts
-from tasks.stage import StageResult, Why
+from tasks.stages.base import StageResult, Why
 
 
 class StagePlan(Config):

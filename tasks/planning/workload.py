@@ -29,8 +29,8 @@ from dpo_core.training.loop import LoopConfig, PackedLoopConfig
 from tasks.manifest import Manifest
 from tasks.recipe.recipe import Recipe
 from tasks.recipe.study import Settings
-from tasks.stage import StageResult
-from tasks.training import chosen_side, demonstrations
+from tasks.stages.base import StageResult
+from tasks.stages.training import chosen_side, demonstrations
 
 # Rows that are tokenised; of larger sets this many stand for all.
 SAMPLED_ROWS = 2000

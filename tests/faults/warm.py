@@ -36,7 +36,7 @@ _IMPORTED = [
     "dpo_core.models.load",
     "dpo_core.models.generate",
     "dpo_core.methods.dpo",
-    "tasks.summary",
+    "tasks.stages.summary",
     "tasks.promotion.champion",
 ]
 

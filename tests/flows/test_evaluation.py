@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from dpo_core.errors import RecipeError
-from tasks.model_evaluation import EvaluationRequest, evaluate_models
-from tasks.suite_results import find_model
+from tasks.stages.standalone_evaluation import EvaluationRequest, evaluate_models
+from tasks.stages.suite_results import find_model
 from tests.judge_server import Server, server
 from tests.tiny import make_tiny_model
 from tests.tiny_run import Bench

@@ -9,10 +9,10 @@ import pytest
 
 from dpo_core.errors import RecipeError
 from flows.cli.evaluate import evaluate
-from tasks.model_evaluation import EvaluationRequest, evaluate_models
 from tasks.reports.run_report import PolicyRow
 from tasks.runs.record import new_run, save_run
-from tasks.suite_results import find_model
+from tasks.stages.standalone_evaluation import EvaluationRequest, evaluate_models
+from tasks.stages.suite_results import find_model
 from tests.flows.test_plan import planned, reasons
 from tests.tiny_run import ENGINE, Bench
 

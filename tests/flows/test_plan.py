@@ -86,7 +86,7 @@ def test_another_learning_rate_runs_training_and_evaluation(finished):
 
 
 def test_another_definition_of_log_probs_computes_them_anew(finished, monkeypatch):
-    monkeypatch.setattr("tasks.models.DEFINITION_VERSION", 99)
+    monkeypatch.setattr("tasks.stages.models.DEFINITION_VERSION", 99)
     plan = planned(finished[0])
     assert reasons(plan) == {"cache-reference": "changed", "train-dpo": "data", "evaluate": "data"}
 

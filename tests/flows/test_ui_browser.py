@@ -22,7 +22,7 @@ import pytest
 from tasks.registry import register_model
 from tasks.reports.verdict import verdict
 from tasks.runs.record import RunRecord, save_run
-from tasks.summary import publish
+from tasks.stages.summary import publish
 from tasks.tracking import Tracker, TrackingConfig
 from tasks.workspace import run_folder
 from tests.browser import chromium

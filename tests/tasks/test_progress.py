@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from tasks import stage
+from tasks.stages import base as stage
 
 
 def test_a_long_stage_tells_its_progress_in_the_log(

@@ -19,7 +19,7 @@ from tasks.reports.run_page import render
 from tasks.reports.run_report import Evaluation, GateFinding, GateRow, PolicyRow, RunReport
 from tasks.reports.run_text import markdown, policy_metrics, terminal_table
 from tasks.reports.verdict import verdict
-from tasks.summary import _page_part
+from tasks.stages.summary import _page_part
 from tests.tasks.reports import (
     estimate,
     example,

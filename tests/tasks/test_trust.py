@@ -13,10 +13,7 @@ from dpo_core.evaluation.decision import PromotionConfig, decide, nothing_new
 from dpo_core.evaluation.model_under_test import Asked
 from dpo_core.methods.dpo import DpoConfig
 from dpo_core.objectives import get
-from tasks.assessment import judge_candidate
 from tasks.manifest import Manifest
-from tasks.model_evaluation import _training as known_texts
-from tasks.model_evaluation import _warn_of_known as warn_of_known
 from tasks.promotion.champion import Champion
 from tasks.recipe.recipe import Recipe, load_recipe
 from tasks.reports.about import objective_words
@@ -26,7 +23,10 @@ from tasks.reports.run_report import RunReport, StageRow, Trained
 from tasks.reports.run_text import markdown, note, terminal_table
 from tasks.reports.run_warnings import Answers, answers_cut, measure_answers, too_few_prompts
 from tasks.reports.verdict import decided, measured_with, verdict
-from tasks.suite_results import trained_rows
+from tasks.stages.assess import judge_candidate
+from tasks.stages.standalone_evaluation import _training as known_texts
+from tasks.stages.standalone_evaluation import _warn_of_known as warn_of_known
+from tasks.stages.suite_results import trained_rows
 from tests.tasks.outline import Outline
 from tests.tasks.reports import estimate, example, make_evaluation, with_policy
 from tests.tiny import make_tokenizer

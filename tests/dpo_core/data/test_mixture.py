@@ -11,7 +11,7 @@ from dpo_core.data.files.read import check_source, read_rows
 from dpo_core.data.load import load
 from dpo_core.data.split import by_source, split_table
 from dpo_core.errors import DataError
-from tasks.data import source_digests
+from tasks.stages.data import source_digests
 
 
 def _pairs(path: Path, name: str, count: int) -> str:

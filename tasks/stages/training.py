@@ -23,8 +23,8 @@ from dpo_core.rewards.quality import RewardQuality, reward_quality
 from dpo_core.system import digest_file
 from tasks.manifest import Manifest, kind_of
 from tasks.signals import begin_stop, go_on
-from tasks.stage import Context, Output, Progress, Stage, StageResult, Work, run_stage, stage_task
-from tasks.unpaired import taken_apart
+from tasks.stages.base import Context, Output, Progress, Stage, StageResult, Work, run_stage, stage_task
+from tasks.stages.unpaired import taken_apart
 from tasks.workspace import disk_fault
 
 log = logging.getLogger("dpo")

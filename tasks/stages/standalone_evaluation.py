@@ -30,13 +30,13 @@ from dpo_core.judging.results import WinRate
 from dpo_core.models.generate import SamplingConfig
 from dpo_core.models.remote_code import trust
 from dpo_core.rewards.functions import check_reward
-from tasks.assessment import suite_row
-from tasks.judging import chosen_prompts, judge_models
 from tasks.provenance import command_line, hardware
 from tasks.reports.evaluation_page import render_evaluation
 from tasks.reports.evaluation_report import EvaluatedModel, EvaluationReport
 from tasks.reports.run_report import Sample
-from tasks.suite_results import FOLDER, find_model, suite_result, trained_rows
+from tasks.stages.assess import suite_row
+from tasks.stages.judging import chosen_prompts, judge_models
+from tasks.stages.suite_results import FOLDER, find_model, suite_result, trained_rows
 from tasks.workspace import CACHE_FOLDER, disk_errors, write_whole
 
 log = logging.getLogger("dpo")

@@ -28,7 +28,7 @@ from dpo_core.models.remote_code import trust
 from dpo_core.reference.keys import DEFINITION_VERSION
 from dpo_core.scoring.logprobs import Precision
 from tasks.manifest import Manifest, kind_of
-from tasks.stage import Context, Output, Stage, StageResult, Work, run_stage, stage_task, tracker_of
+from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task, tracker_of
 from tasks.workspace import CACHE_FOLDER
 
 log = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from dpo_core.evaluation.results import SuiteResult
 from dpo_core.evaluation.run_suite import SuitesConfig, data_digest, without_training_data
 from dpo_core.evaluation.suites.registry import find
 from tasks.manifest import Manifest, kind_of
-from tasks.stage import Context, Output, Stage, StageResult, Work, run_stage, stage_task
-from tasks.suite_results import suite_result
+from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
+from tasks.stages.suite_results import suite_result
 from tasks.workspace import CACHE_FOLDER
 
 SUITES = Stage("suites", 1, "suite-results")

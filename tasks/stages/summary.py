@@ -15,9 +15,6 @@ from pydantic import JsonValue
 
 from dpo_core.redaction import hidden
 from dpo_core.rewards.quality import RewardQuality
-from tasks.assessment import assess, judge_candidate
-from tasks.courtesy import tell
-from tasks.evaluation import load_evaluation
 from tasks.manifest import Manifest
 from tasks.promotion.champion import Champion
 from tasks.provenance import hardware, source_tags
@@ -42,9 +39,12 @@ from tasks.reports.run_text import markdown, note
 from tasks.reports.verdict import verdict
 from tasks.runs.recipe import recipe_path, reproducing
 from tasks.runs.record import Started
-from tasks.stage import Context, StageResult, run_task, tracker_of
+from tasks.stages.assess import assess, judge_candidate
+from tasks.stages.base import Context, StageResult, run_task, tracker_of
+from tasks.stages.evaluation import load_evaluation
+from tasks.stages.prefect_artifacts import tell
+from tasks.stages.unpaired import class_facts
 from tasks.tracking import Tracker
-from tasks.unpaired import class_facts
 from tasks.workspace import run_folder, write_whole
 
 

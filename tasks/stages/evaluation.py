@@ -14,7 +14,7 @@ from dpo_core.evaluation.policies import EvaluateConfig
 from dpo_core.rewards.functions import reward_identity
 from tasks.manifest import Manifest, kind_of
 from tasks.sealed import read_sealed, write_sealed
-from tasks.stage import Context, Output, Stage, StageResult, Work, run_stage, stage_task
+from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 
 log = logging.getLogger("dpo")
 

@@ -23,7 +23,7 @@ from expectations.drift import load_baseline
 from expectations.thresholds import GateConfig
 from tasks.manifest import Manifest
 from tasks.sealed import read_sealed, write_sealed
-from tasks.stage import Context, Output, Stage, StageResult, Work, run_stage, stage_task
+from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 
 log = logging.getLogger("dpo")
 
