@@ -6,7 +6,6 @@ from prefect import flow
 
 from flows.preparation import align_on_pairs, prepare
 from flows.run_lifecycle import recorded
-from tasks.manifest import Manifest
 from tasks.promotion.champion import NAME, Champion, find_champion
 from tasks.recipe.recipe import Recipe
 from tasks.reports.run_report import RunReport
@@ -18,7 +17,8 @@ from tasks.stages.online import train_online
 from tasks.stages.suites import evaluate_suites
 from tasks.stages.summary import summarise
 from tasks.stages.training import train_reward
-from tasks.workspace import disk_errors
+from tasks.store.files import disk_errors
+from tasks.store.manifest import Manifest
 
 
 @flow(name="dpo-alignment", flow_run_name="{recipe.name}", log_prints=False, persist_result=False)

@@ -10,13 +10,13 @@ from dpo_core.data.tokens.config import settled
 from dpo_core.errors import RecipeError
 from dpo_core.methods.dpo import DpoConfig
 from dpo_core.methods.reward import no_agreement
-from tasks.manifest import Manifest
 from tasks.recipe.recipe import Recipe
 from tasks.reports.run_warnings import too_few_prompts
 from tasks.stages.base import Context, Stage, StageResult
 from tasks.stages.data import load_data, sample_pairs, validate
 from tasks.stages.models import CACHE, CACHE_GUIDE, cache_reference, import_model
 from tasks.stages.training import DPO, GUIDE, prepare_sft, train_dpo
+from tasks.store.manifest import Manifest
 
 log = logging.getLogger("dpo")
 

@@ -9,7 +9,6 @@ from typing import TypeVar
 from dpo_core.errors import DpoError, GateRefused, without_secrets
 from dpo_core.redaction import hidden
 from flows.process.environment import hide_secrets_in_logs
-from tasks.owner import myself
 from tasks.preflight import check_ahead
 from tasks.provenance import command_line
 from tasks.recipe.recipe import Recipe
@@ -17,9 +16,10 @@ from tasks.runs.recipe import keep_recipe
 from tasks.runs.record import KILLED, RunRecord, close_abandoned, find_run, held, new_run, save_run
 from tasks.signals import begin_stop, stop_reason
 from tasks.stages.base import Context, remember_tracker
-from tasks.store import Store
+from tasks.store.files import open_workspace
+from tasks.store.owner import myself
+from tasks.store.store import Store
 from tasks.tracking import Tracker
-from tasks.workspace import open_workspace
 
 log = logging.getLogger("dpo")
 Report = TypeVar("Report")

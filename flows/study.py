@@ -13,7 +13,6 @@ from dpo_core.methods.dpo import DpoConfig
 from dpo_core.training.distributed import share_cores
 from flows.preparation import Keep, Prepared, align_on_pairs, prepare
 from flows.run_lifecycle import recorded
-from tasks.manifest import Manifest
 from tasks.recipe.recipe import Recipe
 from tasks.recipe.study import ArmConfig, Settings
 from tasks.reports.study_report import FrontierReport
@@ -24,7 +23,8 @@ from tasks.stages.measure import measure
 from tasks.stages.online import train_online
 from tasks.stages.study_summary import summarise_study
 from tasks.stages.training import train_reward
-from tasks.workspace import disk_errors
+from tasks.store.files import disk_errors
+from tasks.store.manifest import Manifest
 
 REFERENCE = "measure SFT"
 

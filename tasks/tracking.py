@@ -17,10 +17,11 @@ from pydantic import Field
 
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError, StageFailed
-from tasks.manifest import Manifest
 from tasks.mlflow_calls import unless_there
 from tasks.provenance import environment, source_tags
 from tasks.signals import undisturbed
+from tasks.store.files import disk_fault, open_workspace
+from tasks.store.manifest import Manifest
 from tasks.tracking_database import make_database
 from tasks.tracking_outbox import (
     FOLDER,
@@ -33,7 +34,6 @@ from tasks.tracking_outbox import (
     read_kept,
 )
 from tasks.tracking_run import TAG_CHARS, StageRun, TrackedRun, clean_key, cut, flatten
-from tasks.workspace import disk_fault, open_workspace
 
 log = logging.getLogger(__name__)
 said = logging.getLogger("dpo")

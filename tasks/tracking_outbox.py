@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from dpo_core.redaction import hidden
 from tasks.signals import undisturbed
-from tasks.workspace import says_disk_full, says_read_only, write_whole
+from tasks.store.files import says_disk_full, says_read_only, write_whole
 
 log = logging.getLogger(__name__)
 

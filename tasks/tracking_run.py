@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
-from tasks.manifest import Manifest
+from tasks.store.manifest import Manifest
 from tasks.tracking_outbox import PATIENCE, STAGE_PATIENCE, Outbox, Write, one_line
 
 log = logging.getLogger(__name__)

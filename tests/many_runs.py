@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from tasks.manifest import digest_config, digest_folder
+from tasks.store.manifest import digest_config, digest_folder
 from tests.tiny_run import Bench
 
 OWN = ("train-dpo", "evaluate")

@@ -33,7 +33,7 @@ def doctor(
     import json
 
     from dpo_core.errors import RecipeError, StageFailed
-    from tasks.workspace import open_workspace
+    from tasks.store.files import open_workspace
 
     if model is not None:
         _check_model(model, overrides or [], as_json)

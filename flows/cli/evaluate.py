@@ -109,7 +109,7 @@ def _run(
 ) -> None:
     from tasks.recipe.recipe import overridden
     from tasks.stages.standalone_evaluation import EvaluationRequest, evaluate_models
-    from tasks.workspace import open_workspace, require_writable
+    from tasks.store.files import open_workspace, require_writable
 
     request = overridden(EvaluationRequest, given, overrides, "it cannot be evaluated", _FIELDS)
     folder = open_workspace(workspace)

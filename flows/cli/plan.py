@@ -35,7 +35,7 @@ def plan_recipe(recipe: Any) -> Any:
     from flows import study as frontier
     from tasks.planning.plan import make_plan
     from tasks.stages.base import Context, StageResult
-    from tasks.workspace import open_workspace
+    from tasks.store.files import open_workspace
 
     workspace = str(open_workspace(recipe.workspace))
     stages: dict[str, StageResult] = {}

@@ -55,7 +55,7 @@ def _tell(workspace: str, run_id: str, message: str) -> None:
     from flows.process.prefect_server import server, server_address
     from tasks.promotion.finished_run import finished_report
     from tasks.scheduling.events import promotion_refused
-    from tasks.workspace import open_workspace
+    from tasks.store.files import open_workspace
 
     if server_address() is None:
         return

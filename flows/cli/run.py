@@ -105,7 +105,7 @@ def _report(workspace: str, run_id: str) -> Any:
     from tasks.reports.run_report import RunReport
     from tasks.reports.study_report import FrontierReport
     from tasks.runs.record import list_runs
-    from tasks.workspace import plain_name
+    from tasks.store.files import plain_name
 
     path = Path(workspace) / "runs" / plain_name(run_id) / "report.json"
     if not path.is_file():
@@ -136,7 +136,7 @@ def _show(report: Any, workspace: str) -> None:
     from tasks.reports.run_report import RunReport
     from tasks.reports.run_text import terminal_table
     from tasks.reports.verdict import verdict
-    from tasks.workspace import run_folder
+    from tasks.store.files import run_folder
 
     console = terminal()
     one_run = isinstance(report, RunReport)

@@ -8,7 +8,7 @@ import typer
 from dpo_core.errors import RecipeError
 from flows.cli.format import count
 from tasks.runs.record import STATUSES, list_runs
-from tasks.workspace import run_folder
+from tasks.store.files import run_folder
 
 
 def _outcome(workspace: str, run_id: str) -> str:

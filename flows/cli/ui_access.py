@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dpo_core.errors import RecipeError
-from tasks.workspace import write_whole
+from tasks.store.files import write_whole
 
 USER, PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
 """What MLflow's own clients read too."""

@@ -24,9 +24,9 @@ from tasks.mlflow_calls import every
 from tasks.promotion.finished_run import registries_of
 from tasks.promotion.ledger import SUFFIX, Ledger, hold_champion
 from tasks.runs.references import Needs, read_needs
-from tasks.store import Store
+from tasks.store.files import disk_errors, open_workspace, size_of
+from tasks.store.store import Store
 from tasks.tracking import Tracker
-from tasks.workspace import disk_errors, open_workspace, size_of
 
 KEEP = 10
 """Finished runs that stay cached, where nothing else is said."""

@@ -23,7 +23,7 @@ from dpo_core.reference.cache import (
 )
 from dpo_core.reference.keys import DEFINITION_VERSION
 from dpo_core.reference.shard import LogpShard
-from tasks.workspace import CACHE_FOLDER, disk_errors, open_workspace, size_of
+from tasks.store.files import CACHE_FOLDER, disk_errors, open_workspace, size_of
 
 
 class CacheSummary(Config):

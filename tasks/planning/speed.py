@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from dpo_core.models.flops import matmul_rate
 from tasks.reports.run_report import RunReport, StageRow
-from tasks.store import Store
+from tasks.store.store import Store
 
 # What a stage takes whatever its size: starting processes, loading the model, writing artifacts.
 _FIXED = {

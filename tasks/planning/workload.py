@@ -26,11 +26,11 @@ from dpo_core.scoring.lm_head import keeps_logits
 from dpo_core.training.batches import PackedBatches, PaddedBatches
 from dpo_core.training.engine import EngineConfig
 from dpo_core.training.loop import LoopConfig, PackedLoopConfig
-from tasks.manifest import Manifest
 from tasks.recipe.recipe import Recipe
 from tasks.recipe.study import Settings
 from tasks.stages.base import StageResult
 from tasks.stages.training import chosen_side, demonstrations
+from tasks.store.manifest import Manifest
 
 # Rows that are tokenised; of larger sets this many stand for all.
 SAMPLED_ROWS = 2000

@@ -18,7 +18,6 @@ from pydantic import Field
 
 from dpo_core.config import Config
 from dpo_core.errors import PromotionRefused, RecipeError
-from tasks.manifest import digest_folder
 from tasks.mlflow_calls import every
 from tasks.promotion.champion import ALIAS, titled, weights_of
 from tasks.promotion.finished_run import finished_report, registry_of
@@ -26,8 +25,9 @@ from tasks.promotion.ledger import PREVIOUS, SUFFIX, Change, Ledger, hold_champi
 from tasks.registry import version_of
 from tasks.reports.alarms import alarms
 from tasks.reports.run_report import ModelRow, RunReport
+from tasks.store.files import disk_errors, open_workspace
+from tasks.store.manifest import digest_folder
 from tasks.tracking import Tracker
-from tasks.workspace import disk_errors, open_workspace
 
 log = logging.getLogger("dpo")
 

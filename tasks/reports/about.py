@@ -9,10 +9,10 @@ import pandas as pd
 from dpo_core.data.tokens.tokenise import Tokenise
 from dpo_core.methods.dpo import DpoConfig
 from dpo_core.models.load import load_tokenizer
-from tasks.manifest import Manifest, kind_of
 from tasks.recipe.recipe import Recipe
 from tasks.reports.run_report import Trained
 from tasks.reports.run_warnings import Answers, measure_answers
+from tasks.store.manifest import Manifest, kind_of
 
 
 def trained(recipe: Recipe, manifests: Mapping[str, Manifest]) -> Trained:

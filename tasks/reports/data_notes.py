@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from tasks.manifest import Manifest
+from tasks.store.manifest import Manifest
 
 
 def data_notes(manifests: Mapping[str, Manifest], evaluation: Mapping[str, Any]) -> dict[str, JsonValue]:

@@ -23,7 +23,7 @@ from tasks.reports.study_tables import (
     settings_table,
     tables,
 )
-from tasks.workspace import write_whole
+from tasks.store.files import write_whole
 
 
 class FrontierReport(Config):

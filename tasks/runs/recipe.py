@@ -15,7 +15,7 @@ from dpo_core.system import digest_file
 from tasks.recipe.recipe import Recipe, load_recipe
 from tasks.runs.record import RunRecord
 from tasks.tracking_run import flatten
-from tasks.workspace import disk_errors, run_folder, write_whole
+from tasks.store.files import disk_errors, run_folder, write_whole
 
 FILE = "recipe.yaml"
 # Where a run lies and is recorded, and what is said of it: nothing that was computed depends on these.

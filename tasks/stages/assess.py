@@ -9,12 +9,12 @@ from dpo_core.evaluation.results import SuiteResult
 from dpo_core.evaluation.suites.registry import find
 from dpo_core.judging.results import WinRate
 from dpo_core.statistics.estimates import Estimate
-from tasks.manifest import Manifest
 from tasks.promotion.champion import NAME, Champion
 from tasks.recipe.recipe import Recipe
 from tasks.reports.run_report import GateRow, SuiteRow
 from tasks.stages.judging import load_win_rates
 from tasks.stages.suites import load_suites
+from tasks.store.manifest import Manifest
 
 CANDIDATE, REFERENCE = "DPO", "SFT"
 

@@ -22,14 +22,14 @@ from pydantic import JsonValue
 
 from dpo_core.config import Config
 from dpo_core.errors import DpoError, without_secrets
-from tasks.manifest import PLANNED, Manifest, digest_config, stage_key
 from tasks.runs.references import note_need
 from tasks.signals import begin_stop, go_on
 from tasks.stages.prefect_artifacts import tell
-from tasks.store import Store
+from tasks.store.files import disk_fault
+from tasks.store.manifest import PLANNED, Manifest, digest_config, stage_key
+from tasks.store.store import Store
 from tasks.tracking import Tracker
 from tasks.tracking_run import StageRun, flatten
-from tasks.workspace import disk_fault
 
 log = logging.getLogger("dpo")
 

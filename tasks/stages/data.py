@@ -21,9 +21,9 @@ from dpo_core.rewards.functions import reward_identity
 from dpo_core.system import digest_file
 from expectations.drift import load_baseline
 from expectations.thresholds import GateConfig
-from tasks.manifest import Manifest
-from tasks.sealed import read_sealed, write_sealed
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
+from tasks.store.checked_json import read_sealed, write_sealed
+from tasks.store.manifest import Manifest
 
 log = logging.getLogger("dpo")
 

@@ -12,9 +12,9 @@ from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.errors import StageFailed
 from dpo_core.evaluation.policies import EvaluateConfig
 from dpo_core.rewards.functions import reward_identity
-from tasks.manifest import Manifest, kind_of
-from tasks.sealed import read_sealed, write_sealed
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
+from tasks.store.checked_json import read_sealed, write_sealed
+from tasks.store.manifest import Manifest, kind_of
 
 log = logging.getLogger("dpo")
 

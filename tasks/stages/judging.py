@@ -15,10 +15,10 @@ from dpo_core.judging.compare import compare_answers
 from dpo_core.judging.judge import JudgeConfig
 from dpo_core.judging.results import WinRate
 from dpo_core.models.generate import SamplingConfig, seed_for
-from tasks.manifest import Manifest
 from tasks.reports.run_report import Sample
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 from tasks.stages.evaluation import load_answers, readable, rivals
+from tasks.store.manifest import Manifest
 
 JUDGE = Stage("judge", 1, "win-rates")
 REPLIES = "judgements"

@@ -9,9 +9,9 @@ from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.evaluation.policies import EvaluateConfig
 from dpo_core.rewards.functions import reward_identity
 from dpo_core.study import Cost, Point
-from tasks.manifest import Manifest
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 from tasks.stages.evaluation import held_out_prompts
+from tasks.store.manifest import Manifest
 
 MEASURE = Stage("measure", 2, "measurement")
 

@@ -27,9 +27,9 @@ from dpo_core.models.load import (
 from dpo_core.models.remote_code import trust
 from dpo_core.reference.keys import DEFINITION_VERSION
 from dpo_core.scoring.logprobs import Precision
-from tasks.manifest import Manifest, kind_of
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task, tracker_of
-from tasks.workspace import CACHE_FOLDER
+from tasks.store.files import CACHE_FOLDER
+from tasks.store.manifest import Manifest, kind_of
 
 log = logging.getLogger(__name__)
 IMPORT = Stage("import-model", 2, "model")

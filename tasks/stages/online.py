@@ -8,9 +8,9 @@ from dpo_core.methods.online_dpo import OnlineDpoConfig
 from dpo_core.methods.ppo import PpoConfig
 from dpo_core.models.generate import SamplingConfig
 from dpo_core.rewards.functions import reward_identity
-from tasks.manifest import Manifest
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 from tasks.stages.training import settings_of, split_to, train
+from tasks.store.manifest import Manifest
 
 Method = Literal["ppo", "grpo", "online"]
 

@@ -37,7 +37,7 @@ from tasks.reports.run_report import Sample
 from tasks.stages.assess import suite_row
 from tasks.stages.judging import chosen_prompts, judge_models
 from tasks.stages.suite_results import FOLDER, find_model, suite_result, trained_rows
-from tasks.workspace import CACHE_FOLDER, disk_errors, write_whole
+from tasks.store.files import CACHE_FOLDER, disk_errors, write_whole
 
 log = logging.getLogger("dpo")
 

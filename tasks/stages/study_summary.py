@@ -6,7 +6,6 @@ import numpy as np
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
 from dpo_core.study import Study, best_of_n
-from tasks.manifest import Manifest
 from tasks.recipe.recipe import Recipe
 from tasks.reports.study_report import FrontierReport, frontier_report, headline, markdown, write_report
 from tasks.runs.record import Started
@@ -14,7 +13,8 @@ from tasks.stages.base import Context, StageResult, run_task, tracker_of
 from tasks.stages.measure import point_of, read_measurement
 from tasks.stages.prefect_artifacts import tell
 from tasks.stages.summary import cost_of, run_info, stage_row
-from tasks.workspace import run_folder
+from tasks.store.files import run_folder
+from tasks.store.manifest import Manifest
 
 
 @run_task("summary")

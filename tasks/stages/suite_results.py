@@ -18,11 +18,11 @@ from dpo_core.evaluation.run_suite import data_digest, run_suite
 from dpo_core.evaluation.suites.base import Suite, SuiteConfig
 from dpo_core.evaluation.suites.safety_classifier import identity
 from dpo_core.models.load import ModelConfig, convert, locate, source_digest
-from tasks.manifest import digest_config, digest_folder
 from tasks.promotion.champion import NAME, registered_weights, require_whole
 from tasks.reports.run_report import RunReport, StageRow
-from tasks.sealed import read_sealed, write_sealed
-from tasks.workspace import disk_errors, remove
+from tasks.store.checked_json import read_sealed, write_sealed
+from tasks.store.files import disk_errors, remove
+from tasks.store.manifest import digest_config, digest_folder
 
 log = logging.getLogger("dpo")
 

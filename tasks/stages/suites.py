@@ -10,10 +10,10 @@ from dpo_core.evaluation.contamination import TrainingText, training_texts
 from dpo_core.evaluation.results import SuiteResult
 from dpo_core.evaluation.run_suite import SuitesConfig, data_digest, without_training_data
 from dpo_core.evaluation.suites.registry import find
-from tasks.manifest import Manifest, kind_of
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 from tasks.stages.suite_results import suite_result
-from tasks.workspace import CACHE_FOLDER
+from tasks.store.files import CACHE_FOLDER
+from tasks.store.manifest import Manifest, kind_of
 
 SUITES = Stage("suites", 1, "suite-results")
 

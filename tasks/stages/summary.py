@@ -15,7 +15,6 @@ from pydantic import JsonValue
 
 from dpo_core.redaction import hidden
 from dpo_core.rewards.quality import RewardQuality
-from tasks.manifest import Manifest
 from tasks.promotion.champion import Champion
 from tasks.provenance import hardware, source_tags
 from tasks.recipe.recipe import Recipe
@@ -44,8 +43,9 @@ from tasks.stages.base import Context, StageResult, run_task, tracker_of
 from tasks.stages.evaluation import load_evaluation
 from tasks.stages.prefect_artifacts import tell
 from tasks.stages.unpaired import class_facts
+from tasks.store.files import run_folder, write_whole
+from tasks.store.manifest import Manifest
 from tasks.tracking import Tracker
-from tasks.workspace import run_folder, write_whole
 
 
 @run_task("summary")

@@ -21,11 +21,11 @@ from dpo_core.models.load import parameter_count
 from dpo_core.models.remote_code import trusted
 from dpo_core.rewards.quality import RewardQuality, reward_quality
 from dpo_core.system import digest_file
-from tasks.manifest import Manifest, kind_of
 from tasks.signals import begin_stop, go_on
 from tasks.stages.base import Context, Output, Progress, Stage, StageResult, Work, run_stage, stage_task
 from tasks.stages.unpaired import taken_apart
-from tasks.workspace import disk_fault
+from tasks.store.files import disk_fault
+from tasks.store.manifest import Manifest, kind_of
 
 log = logging.getLogger("dpo")
 

@@ -4,7 +4,7 @@ import pandas as pd
 
 from dpo_core.methods.dpo import DpoConfig
 from dpo_core.methods.kto import imbalance
-from tasks.manifest import Manifest, kind_of
+from tasks.store.manifest import Manifest, kind_of
 
 
 def taken_apart(config: DpoConfig, pairs: int) -> str:

@@ -76,7 +76,7 @@ def main(recipe_path: str, fault: str, image: str, place: str) -> None:
     from dpo_core.errors import DpoError
     from flows.alignment import alignment
     from tasks.recipe.recipe import load_recipe
-    from tasks.store import Store
+    from tasks.store.store import Store
     from tests.faults.disks import SmallDisk
     from tests.tasks.stored import assert_clean
 

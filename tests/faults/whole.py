@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 from mlflow import MlflowClient
 
-from tasks.store import Store
+from tasks.store.store import Store
 from tests.flows.test_alignment import STAGES
 from tests.tasks.stored import assert_clean
 from tests.tiny_run import Bench

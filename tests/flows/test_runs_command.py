@@ -10,8 +10,8 @@ import pytest
 
 from dpo_core.errors import RecipeError
 from flows.cli.run import show
-from tasks.owner import myself
 from tasks.runs.record import RunRecord, new_run, save_run
+from tasks.store.owner import myself
 from tests.tasks.reports import decided
 from tests.tasks.stored import REPO
 

@@ -15,7 +15,7 @@ from flows.deployed import data_overrides
 from tasks.reports.run_page import render
 from tasks.reports.run_report import RunReport
 from tasks.runs.record import RunRecord, list_runs
-from tasks.workspace import plain_name, run_folder
+from tasks.store.files import plain_name, run_folder
 from tests.bad_inputs import dpo
 from tests.tasks.reports import example
 

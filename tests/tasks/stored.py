@@ -5,8 +5,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from tasks.manifest import Manifest, digest_config, digest_folder, stage_key
-from tasks.store import Store
+from tasks.store.manifest import Manifest, digest_config, digest_folder, stage_key
+from tasks.store.store import Store
 
 REPO = Path(__file__).resolve().parents[2]
 CONFIG = digest_config({"lr": 1e-6})

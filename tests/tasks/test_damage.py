@@ -13,12 +13,12 @@ import pytest
 
 from dpo_core.errors import DpoError, RecipeError
 from dpo_core.training.checkpoints import Checkpoints, Made
-from tasks.manifest import digest_folder
 from tasks.preflight import _check_database
 from tasks.promotion.champion import require_whole
 from tasks.runs.record import RunRecord, find_run, list_runs, save_run
-from tasks.sealed import read_sealed, write_sealed
-from tasks.store import Store
+from tasks.store.checked_json import read_sealed, write_sealed
+from tasks.store.manifest import digest_folder
+from tasks.store.store import Store
 from tests.tasks.stored import KEY, assert_clean, make, write
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 
 from dpo_core.data.tokens.tokenise import Sequence, TokenPair
-from tasks.manifest import Manifest
 from tasks.reports.data_notes import data_notes
 from tasks.stages.evaluation import _accuracy_by_source
+from tasks.store.manifest import Manifest
 
 
 def test_accuracy_of_each_set() -> None:

@@ -22,8 +22,8 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from tasks.housekeeping.doctor import machine, mlflow, ports, prefect, workspace
 from tasks.housekeeping.doctor.finding import Finding, ok, run_checks
-from tasks.owner import Owner, myself
 from tasks.runs.record import RunRecord, read_records, save_run
+from tasks.store.owner import Owner, myself
 from tests.tasks.stored import REPO, make, python
 
 NOW = datetime.now(UTC)
@@ -167,7 +167,7 @@ def test_a_store_on_a_disk_of_its_own(tmp_path: Path) -> None:
 _BEGUN = """
 import sys, time
 from datetime import UTC, datetime
-from tasks.owner import myself
+from tasks.store.owner import myself
 from tasks.runs.record import RunRecord, save_run
 record = RunRecord(run_id='cut', recipe='tiny', started_at=datetime.now(UTC), owner=myself(),
                    command='dpo run tiny', lists_stages=True)
@@ -201,7 +201,7 @@ def test_a_run_of_an_older_version_is_stuck_when_nothing_was_written_for_days(tm
 
 
 def test_what_killed_processes_left(tmp_path: Path) -> None:
-    from tasks.store import Store
+    from tasks.store.store import Store
 
     make(Store(tmp_path), {"a": b"1"})
     assert all_ok(workspace.leftovers(tmp_path))

@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 
 from dpo_core.errors import RecipeError
 from tasks.housekeeping.garbage_collection import free
-from tasks.manifest import digest_config
-from tasks.owner import myself
 from tasks.promotion.promote import check, promote, rollback
 from tasks.runs.record import RunRecord, save_run
 from tasks.runs.references import note_need
-from tasks.store import Store
+from tasks.store.manifest import digest_config
+from tasks.store.owner import myself
+from tasks.store.store import Store
 from tests.promotions import NAME, World, dpo_killed
 from tests.tasks.stored import CONFIG, REPO
 
@@ -263,7 +263,7 @@ def test_a_stage_asked_for_while_gc_looks_is_not_lost(tmp_path: Path) -> None:
     digests = _build(tmp_path, [Made(0, (), True)], [])
     store = Store(tmp_path)
     code = (
-        "import sys; from tasks.runs.references import note_need; from tasks.store import Store\n"
+        "import sys; from tasks.runs.references import note_need; from tasks.store.store import Store\n"
         "store = Store(sys.argv[1]); print('ready', flush=True)\n"
         "note_need(store, 'busy', 'made', sys.argv[2], []); print('noted', flush=True)"
     )
@@ -285,7 +285,7 @@ def test_a_result_is_not_seen_before_its_entry_is(tmp_path: Path) -> None:
     """A commit in the middle of gc: else the object, still without an entry, would be taken for garbage."""
     store = Store(tmp_path)
     code = (
-        "import sys; from tasks.store import Store; from tests.tasks.stored import make\n"
+        "import sys; from tasks.store.store import Store; from tests.tasks.stored import make\n"
         "print('ready', flush=True); make(Store(sys.argv[1]), {'a': b'1'})"
     )
     with store.guard():

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks.owner import Owner, myself
 from tasks.runs.record import RunRecord, close_abandoned, find_run, list_runs, save_run
+from tasks.store.owner import Owner, myself
 from tasks.tracking import Tracker, TrackingConfig
 from tests.tasks.tracked import RECIPE, client
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from dpo_core.config import Config
 from dpo_core.errors import StageFailed
 from dpo_core.system import digest_file
-from tasks.manifest import (
+from tasks.store.manifest import (
     FileEntry,
     Manifest,
     digest_config,

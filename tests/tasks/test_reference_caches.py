@@ -18,7 +18,7 @@ from dpo_core.reference.cache import ReferenceCache, ReferenceFacts, temporary_b
 from dpo_core.reference.keys import DEFINITION_VERSION
 from flows.cli.cache import app
 from tasks.housekeeping.reference_caches import collect_garbage, list_caches, verify_caches
-from tasks.workspace import CACHE_FOLDER
+from tasks.store.files import CACHE_FOLDER
 
 DAY = 24 * 3600.0
 

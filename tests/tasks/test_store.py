@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import tasks.manifest
+import tasks.store.manifest
 from dpo_core.errors import RecipeError, StageFailed
-from tasks.manifest import digest_folder, stage_key
-from tasks.store import Store
+from tasks.store.manifest import digest_folder, stage_key
+from tasks.store.store import Store
 from tests.tasks.stored import CONFIG, KEY, REPO, assert_clean, make, write
 
 
@@ -192,8 +192,10 @@ def test_verification_is_remembered_but_never_hides_a_change(
     made = make(store, {"f": b"12345"})
     os.utime(made.path / "f", (1e9, 1e9))  # an old file: its time stamp can be trusted
     hashed: list[Path] = []
-    real = tasks.manifest.digest_file
-    monkeypatch.setattr(tasks.manifest, "digest_file", lambda path: (hashed.append(path), real(path))[1])
+    real = tasks.store.manifest.digest_file
+    monkeypatch.setattr(
+        tasks.store.manifest, "digest_file", lambda path: (hashed.append(path), real(path))[1]
+    )
     assert store.lookup("sft", KEY)
     assert Store(tmp_path).lookup("sft", KEY)
     assert len(hashed) == 1

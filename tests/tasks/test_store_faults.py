@@ -15,15 +15,15 @@ from pathlib import Path
 import pytest
 
 from dpo_core.errors import RecipeError, StageFailed
-from tasks.manifest import stage_key
-from tasks.store import Store
+from tasks.store.manifest import stage_key
+from tasks.store.store import Store
 from tests.tasks.stored import CONFIG, KEY, REPO, assert_clean, make, python, write
 
 COMMIT_FOREVER = """
 import os, sys
 from pathlib import Path
-from tasks.manifest import digest_config, stage_key
-from tasks.store import Store
+from tasks.store.manifest import digest_config, stage_key
+from tasks.store.store import Store
 store, how, number = Store(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 print("ready", flush=True)
 while True:
@@ -76,7 +76,7 @@ def test_sweep_spares_the_living(tmp_path: Path) -> None:
         )
 
 
-SWEEP = "import sys; from tasks.store import Store; print(Store(sys.argv[1]).sweep())"
+SWEEP = "import sys; from tasks.store.store import Store; print(Store(sys.argv[1]).sweep())"
 
 
 def test_sweep_spares_the_living_when_the_clock_was_set(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_scratch_of_a_stage_that_was_killed_just_after_it_was_done_is_swept(tmp_
 RIVAL = """
 import sys, time, logging
 from pathlib import Path
-from tasks.store import Store
+from tasks.store.store import Store
 # As the command line shows it: of `dpo` what it tells, of the rooms only warnings.
 logging.basicConfig(level="WARNING", stream=sys.stdout, format="%(message)s")
 logging.getLogger("dpo").setLevel("INFO")

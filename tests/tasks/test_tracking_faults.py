@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from tasks import registry, tracking_run
-from tasks.manifest import Manifest
 from tasks.registry import register_model
-from tasks.store import Store
+from tasks.store.manifest import Manifest
+from tasks.store.store import Store
 from tasks.tracking import Tracker, TrackingConfig
 from tests.tasks.stored import CONFIG, KEY, python, write
 from tests.tasks.tracked import RECIPE, children, client, lines, points

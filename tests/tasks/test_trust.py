@@ -13,7 +13,6 @@ from dpo_core.evaluation.decision import PromotionConfig, decide, nothing_new
 from dpo_core.evaluation.model_under_test import Asked
 from dpo_core.methods.dpo import DpoConfig
 from dpo_core.objectives import get
-from tasks.manifest import Manifest
 from tasks.promotion.champion import Champion
 from tasks.recipe.recipe import Recipe, load_recipe
 from tasks.reports.about import objective_words
@@ -27,6 +26,7 @@ from tasks.stages.assess import judge_candidate
 from tasks.stages.standalone_evaluation import _training as known_texts
 from tasks.stages.standalone_evaluation import _warn_of_known as warn_of_known
 from tasks.stages.suite_results import trained_rows
+from tasks.store.manifest import Manifest
 from tests.tasks.outline import Outline
 from tests.tasks.reports import estimate, example, make_evaluation, with_policy
 from tests.tiny import make_tokenizer

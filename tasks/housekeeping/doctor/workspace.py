@@ -12,11 +12,11 @@ import psutil
 
 from dpo_core.errors import DpoError
 from tasks.housekeeping.doctor.finding import Finding, failure, ok, skipped, warning
-from tasks.manifest import Manifest
 from tasks.runs.record import RunRecord, list_runs, read_records
 from tasks.runs.references import read_needs
-from tasks.store import Store
-from tasks.workspace import require_writable
+from tasks.store.files import require_writable
+from tasks.store.manifest import Manifest
+from tasks.store.store import Store
 
 _LITTLE = 5 * 10**9  # a run of the demo leaves 2 GB, and needs as much again while it works
 _NOTHING = 10**9

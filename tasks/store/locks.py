@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from tasks.workspace import disk_errors
+from tasks.store.files import disk_errors
 
 
 @contextmanager

@@ -29,8 +29,9 @@ from pydantic import JsonValue, ValidationError
 
 from dpo_core.errors import StageFailed
 from dpo_core.system import sync
-from tasks.locks import locked
-from tasks.manifest import (
+from tasks.store.files import disk_errors, open_workspace, remove
+from tasks.store.locks import locked
+from tasks.store.manifest import (
     Manifest,
     digest_config,
     digest_entries,
@@ -38,8 +39,7 @@ from tasks.manifest import (
     find_damage,
     list_files,
 )
-from tasks.owner import Owner, myself
-from tasks.workspace import disk_errors, open_workspace, remove
+from tasks.store.owner import Owner, myself
 
 log = logging.getLogger(__name__)
 

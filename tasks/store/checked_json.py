@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from tasks.workspace import remove, write_whole
+from tasks.store.files import remove, write_whole
 
 log = logging.getLogger("dpo")
 
