@@ -19,7 +19,7 @@ from tasks.stages.base import Context, remember_tracker
 from tasks.store.files import open_workspace
 from tasks.store.owner import myself
 from tasks.store.store import Store
-from tasks.tracking import Tracker
+from tasks.tracking.tracker import Tracker
 
 log = logging.getLogger("dpo")
 Report = TypeVar("Report")

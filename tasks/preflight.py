@@ -18,8 +18,8 @@ from tasks.runs.recipe import require_same_recipe
 from tasks.runs.record import find_run, list_runs
 from tasks.stages.training import check_demonstrations
 from tasks.store.files import open_workspace, require_writable
-from tasks.tracking import resolve_uri
-from tasks.tracking_database import begin_writing
+from tasks.tracking.database import begin_writing
+from tasks.tracking.tracker import resolve_uri
 
 log = logging.getLogger("dpo")
 

@@ -196,7 +196,7 @@ def _close_records(told: dict[str, Any], number: int) -> None:
     if not told or not _left_running(Path(told["workspace"]), number):
         return
     from tasks.runs.record import close_abandoned
-    from tasks.tracking import Tracker, TrackingConfig
+    from tasks.tracking.tracker import Tracker, TrackingConfig
 
     tracker = Tracker(TrackingConfig.model_validate(told["tracking"]), told["workspace"])
     close_abandoned(told["workspace"], tracker)

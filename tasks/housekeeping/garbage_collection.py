@@ -20,13 +20,13 @@ from typing import NamedTuple
 
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError
-from tasks.mlflow_calls import every
 from tasks.promotion.finished_run import registries_of
 from tasks.promotion.ledger import SUFFIX, Ledger, hold_champion
 from tasks.runs.references import Needs, read_needs
 from tasks.store.files import disk_errors, open_workspace, size_of
 from tasks.store.store import Store
-from tasks.tracking import Tracker
+from tasks.tracking.mlflow_calls import every
+from tasks.tracking.tracker import Tracker
 
 KEEP = 10
 """Finished runs that stay cached, where nothing else is said."""

@@ -7,9 +7,9 @@ from urllib.parse import unquote, urlsplit
 
 from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.models.load import weights_digest
-from tasks.registry import version_of
 from tasks.store.manifest import Manifest, digest_folder
-from tasks.tracking import Tracker, TrackingConfig
+from tasks.tracking.registry import version_of
+from tasks.tracking.tracker import Tracker, TrackingConfig
 
 log = logging.getLogger("dpo")
 

@@ -33,13 +33,13 @@ from pydantic import AwareDatetime, Field, ValidationError
 from dpo_core.config import Config
 from dpo_core.errors import StageFailed
 from dpo_core.evaluation.decision import Decision
-from tasks.mlflow_calls import unless_there
 from tasks.promotion.champion import ALIAS
-from tasks.registry import version_of
 from tasks.store.locks import locked
-from tasks.tracking import Tracker
-from tasks.tracking_outbox import one_line
-from tasks.tracking_run import TAG_CHARS, cut
+from tasks.tracking.mlflow_calls import unless_there
+from tasks.tracking.mlflow_run import TAG_CHARS, cut
+from tasks.tracking.outbox import one_line
+from tasks.tracking.registry import version_of
+from tasks.tracking.tracker import Tracker
 
 log = logging.getLogger("dpo")
 

@@ -18,16 +18,16 @@ from pydantic import Field
 
 from dpo_core.config import Config
 from dpo_core.errors import PromotionRefused, RecipeError
-from tasks.mlflow_calls import every
 from tasks.promotion.champion import ALIAS, titled, weights_of
 from tasks.promotion.finished_run import finished_report, registry_of
 from tasks.promotion.ledger import PREVIOUS, SUFFIX, Change, Ledger, hold_champion, reigns
-from tasks.registry import version_of
 from tasks.reports.alarms import alarms
 from tasks.reports.run_report import ModelRow, RunReport
 from tasks.store.files import disk_errors, open_workspace
 from tasks.store.manifest import digest_folder
-from tasks.tracking import Tracker
+from tasks.tracking.mlflow_calls import every
+from tasks.tracking.registry import version_of
+from tasks.tracking.tracker import Tracker
 
 log = logging.getLogger("dpo")
 

@@ -35,7 +35,7 @@ from dpo_core.system import read_small
 from dpo_core.yaml import read_yaml
 from expectations.thresholds import GateConfig
 from tasks.recipe.study import ArmConfig, FrontierConfig, Settings
-from tasks.tracking import TrackingConfig
+from tasks.tracking.tracker import TrackingConfig
 
 Model = TypeVar("Model", bound=BaseModel)
 _ALONE = "Delete the other fields under {0}, or override the whole section: --set '{0}={{enabled: false}}'"

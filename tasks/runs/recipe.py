@@ -14,7 +14,7 @@ from dpo_core.errors import RecipeError
 from dpo_core.system import digest_file
 from tasks.recipe.recipe import Recipe, load_recipe
 from tasks.runs.record import RunRecord
-from tasks.tracking_run import flatten
+from tasks.tracking.mlflow_run import flatten
 from tasks.store.files import disk_errors, run_folder, write_whole
 
 FILE = "recipe.yaml"

@@ -27,7 +27,7 @@ from tasks.store.owner import Owner, myself
 from tasks.store.files import (disk_errors, open_workspace, run_folder, write_whole)
 
 if TYPE_CHECKING:
-    from tasks.tracking import Tracker  # else a list of runs would load it
+    from tasks.tracking.tracker import Tracker  # else a list of runs would load it
 
 log = logging.getLogger(__name__)
 

@@ -28,8 +28,8 @@ from tasks.stages.prefect_artifacts import tell
 from tasks.store.files import disk_fault
 from tasks.store.manifest import PLANNED, Manifest, digest_config, stage_key
 from tasks.store.store import Store
-from tasks.tracking import Tracker
-from tasks.tracking_run import StageRun, flatten
+from tasks.tracking.mlflow_run import StageRun, flatten
+from tasks.tracking.tracker import Tracker
 
 log = logging.getLogger("dpo")
 

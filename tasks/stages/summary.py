@@ -18,7 +18,6 @@ from dpo_core.rewards.quality import RewardQuality
 from tasks.promotion.champion import Champion
 from tasks.provenance import hardware, source_tags
 from tasks.recipe.recipe import Recipe
-from tasks.registry import register_model, version_with
 from tasks.reports.about import answers_of_data, learned_from_reward, objective_name, trained, vocabulary_size
 from tasks.reports.alarms import REMOTE_CODE, UNUSUAL, against_promotion, alarms
 from tasks.reports.data_notes import data_notes
@@ -45,7 +44,8 @@ from tasks.stages.prefect_artifacts import tell
 from tasks.stages.unpaired import class_facts
 from tasks.store.files import run_folder, write_whole
 from tasks.store.manifest import Manifest
-from tasks.tracking import Tracker
+from tasks.tracking.registry import register_model, version_with
+from tasks.tracking.tracker import Tracker
 
 
 @run_task("summary")

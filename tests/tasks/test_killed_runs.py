@@ -9,7 +9,7 @@ import pytest
 
 from tasks.runs.record import RunRecord, close_abandoned, find_run, list_runs, save_run
 from tasks.store.owner import Owner, myself
-from tasks.tracking import Tracker, TrackingConfig
+from tasks.tracking.tracker import Tracker, TrackingConfig
 from tests.tasks.tracked import RECIPE, client
 
 

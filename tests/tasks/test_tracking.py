@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from dpo_core.errors import RecipeError, StageFailed
-from tasks.registry import register_model, version_with
-from tasks.tracking import Tracker, TrackingConfig, resolve_uri
-from tasks.tracking_run import flatten
+from tasks.tracking.mlflow_run import flatten
+from tasks.tracking.registry import register_model, version_with
+from tasks.tracking.tracker import Tracker, TrackingConfig, resolve_uri
 from tests.tasks.tracked import RECIPE, children, client, free_port, lines, points
 
 REPO = Path(__file__).resolve().parents[2]
@@ -369,7 +369,7 @@ def test_a_path_that_no_address_can_hold_is_told_as_that(
 
 
 def test_nobody_there_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.tracking._START_PATIENCE", 1.0)
+    monkeypatch.setattr("tasks.tracking.tracker._START_PATIENCE", 1.0)
     uri = f"http://user:secret@127.0.0.1:{free_port()}"
     with pytest.raises(StageFailed, match="does not answer") as caught:
         Tracker(TrackingConfig(uri=uri), tmp_path).start_parent("run", recipe=RECIPE)
@@ -379,7 +379,7 @@ def test_nobody_there_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 CACHED_RUN = """
 import sys, time
 began = time.time()
-from tasks.tracking import Tracker, TrackingConfig
+from tasks.tracking.tracker import Tracker, TrackingConfig
 tracker = Tracker(TrackingConfig(uri=sys.argv[1]), sys.argv[2])
 tracker.start_parent("cached", recipe={"name": "tiny", "seed": 1})
 for stage in ("validate", "sft", "ref-logprobs", "dpo-train", "ppo-baseline", "evaluate", "promote"):

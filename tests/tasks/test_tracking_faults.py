@@ -11,17 +11,18 @@ from typing import Any
 
 import pytest
 
-from tasks import registry, tracking_run
-from tasks.registry import register_model
 from tasks.store.manifest import Manifest
 from tasks.store.store import Store
-from tasks.tracking import Tracker, TrackingConfig
+from tasks.tracking import mlflow_run as tracking_run
+from tasks.tracking import registry
+from tasks.tracking.registry import register_model
+from tasks.tracking.tracker import Tracker, TrackingConfig
 from tests.tasks.stored import CONFIG, KEY, python, write
 from tests.tasks.tracked import RECIPE, children, client, lines, points
 
 MAKE = """
 import sys
-from tasks.tracking_database import make_database
+from tasks.tracking.database import make_database
 make_database(sys.argv[1])
 """
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from tasks.registry import register_model
-from tasks.tracking import Tracker, TrackingConfig
-from tasks.tracking_outbox import PATIENCE
-from tasks.tracking_run import StageRun
+from tasks.tracking.mlflow_run import StageRun
+from tasks.tracking.outbox import PATIENCE
+from tasks.tracking.registry import register_model
+from tasks.tracking.tracker import Tracker, TrackingConfig
 from tests.tasks.tracked import RECIPE, children, client, free_port, lines, points
 
 
@@ -67,7 +67,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 def test_a_server_that_goes_away_costs_only_delay(
     server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "tasks.tracking_outbox")
+    caplog.set_level(logging.INFO, "tasks.tracking.outbox")
     tracker = Tracker(TrackingConfig(), tmp_path)
     tracker.start_parent("run", recipe=RECIPE)
     log, offset, slowest = tmp_path / "metrics.jsonl", 0, 0.0
@@ -115,7 +115,7 @@ def test_a_server_that_goes_away_costs_only_delay(
     parent = client(tracker).get_run(tracker.run_id)
     assert parent.info.status == "FINISHED"
     assert int(parent.data.tags["dpo.tracking_delay_s"]) >= 4
-    messages = [record.getMessage() for record in caplog.records if record.name == "tasks.tracking_outbox"]
+    messages = [record.getMessage() for record in caplog.records if record.name == "tasks.tracking.outbox"]
     assert sum("does not answer" in message for message in messages) == 2, "one line for each outage"
     assert sum("answers again" in message for message in messages) == 2
     assert not any("refused" in message for message in messages)

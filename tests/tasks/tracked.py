@@ -4,8 +4,8 @@ import json
 import socket
 from typing import Any
 
-from tasks.tracking import Tracker
-from tasks.tracking_run import StageRun
+from tasks.tracking.mlflow_run import StageRun
+from tasks.tracking.tracker import Tracker
 
 RECIPE = {"name": "tiny", "train": {"beta": 0.1, "lr": 1e-6, "optimizer": {"eps": 1e-8}}, "seed": 1}
 

@@ -16,9 +16,9 @@ import httpx
 from tasks.housekeeping.doctor.finding import Finding, failure, ok, skipped, warning
 from tasks.housekeeping.doctor.http import SECONDS, ask, skew
 from tasks.runs.record import list_runs
-from tasks.tracking import TrackingConfig, resolve_uri
-from tasks.tracking_database import begin_writing
-from tasks.tracking_outbox import one_line
+from tasks.tracking.database import begin_writing
+from tasks.tracking.outbox import one_line
+from tasks.tracking.tracker import TrackingConfig, resolve_uri
 
 _NEWEST = 10
 

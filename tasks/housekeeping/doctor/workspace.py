@@ -178,11 +178,11 @@ def garbage(place: Path) -> Iterator[Finding]:
 
 def champions(place: Path) -> Iterator[Finding]:
     """Aliases, ledger and weights of every model agree; weights are not read here."""
-    from tasks.mlflow_calls import every
     from tasks.promotion.champion import ALIAS, titled, weights_of
     from tasks.promotion.finished_run import registries_of
     from tasks.promotion.ledger import SUFFIX, Ledger
-    from tasks.registry import version_of
+    from tasks.tracking.mlflow_calls import every
+    from tasks.tracking.registry import version_of
 
     look, told = "dpo promote --check", 0
     for tracker in registries_of(place, (needs.tracking_uri for needs in read_needs(place))):

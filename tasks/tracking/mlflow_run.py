@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from tasks.store.manifest import Manifest
-from tasks.tracking_outbox import PATIENCE, STAGE_PATIENCE, Outbox, Write, one_line
+from tasks.tracking.outbox import PATIENCE, STAGE_PATIENCE, Outbox, Write, one_line
 
 log = logging.getLogger(__name__)
 Point = tuple[str, float, int, int]  # metric, value, milliseconds since 1970, step

@@ -17,23 +17,14 @@ from pydantic import Field
 
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError, StageFailed
-from tasks.mlflow_calls import unless_there
 from tasks.provenance import environment, source_tags
 from tasks.signals import undisturbed
 from tasks.store.files import disk_fault, open_workspace
 from tasks.store.manifest import Manifest
-from tasks.tracking_database import make_database
-from tasks.tracking_outbox import (
-    FOLDER,
-    PATIENCE,
-    Outbox,
-    Write,
-    forget,
-    kept,
-    one_line,
-    read_kept,
-)
-from tasks.tracking_run import TAG_CHARS, StageRun, TrackedRun, clean_key, cut, flatten
+from tasks.tracking.database import make_database
+from tasks.tracking.mlflow_calls import unless_there
+from tasks.tracking.mlflow_run import TAG_CHARS, StageRun, TrackedRun, clean_key, cut, flatten
+from tasks.tracking.outbox import FOLDER, PATIENCE, Outbox, Write, forget, kept, one_line, read_kept
 
 log = logging.getLogger(__name__)
 said = logging.getLogger("dpo")

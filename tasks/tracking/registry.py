@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from tasks.mlflow_calls import every, unless_there
-from tasks.tracking import Tracker
-from tasks.tracking_run import TAG_CHARS, cut
+from tasks.tracking.mlflow_calls import every, unless_there
+from tasks.tracking.mlflow_run import TAG_CHARS, cut
+from tasks.tracking.tracker import Tracker
 
 
 def register_model(

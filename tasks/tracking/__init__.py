@@ -1,0 +1,1 @@
+"""What MLflow is told, and what is kept for it while it is away."""
