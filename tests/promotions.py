@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo_core.evaluation.decision import Decision, Reason
+from tasks.recipe.sections import TrackingConfig
 from tasks.reports.run_report import ModelRow, RunReport
 from tasks.runs.record import RunRecord, save_run
 from tasks.store.manifest import digest_folder
 from tasks.tracking.registry import register_model
-from tasks.tracking.tracker import Tracker, TrackingConfig
+from tasks.tracking.tracker import Tracker
 from tests.tasks.reports import example
 
 NAME = "dpo-tiny"

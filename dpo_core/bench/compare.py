@@ -19,8 +19,8 @@ from dpo_core.bench.workloads import Size, Workload, human_pairs, made_pairs, ma
 from dpo_core.config import Config
 from dpo_core.data.tokens.tokenise import TokenPair
 from dpo_core.errors import RecipeError, StageFailed
-from dpo_core.models import flops as cost
 from dpo_core.models.load import config_in
+from dpo_core.scoring import flops as cost
 from dpo_core.scoring.layout import Document
 from dpo_core.scoring.logprobs import Precision
 

@@ -17,7 +17,7 @@ import torch
 
 from dpo_core.config import Config
 from dpo_core.data.tokens.tokenise import Sequence, TokenPair
-from dpo_core.models import flops as cost
+from dpo_core.scoring import flops as cost
 from dpo_core.training.distributed import peak_bytes
 
 BETA = 0.1

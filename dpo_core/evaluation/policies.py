@@ -15,9 +15,9 @@ from pydantic import Field
 from dpo_core.config import Config
 from dpo_core.data.tokens.tokenise import Sequence, TokenPair
 from dpo_core.errors import StageFailed
+from dpo_core.generation.generate import SamplingConfig, sample, seed_for
 from dpo_core.methods.online.ppo_math import k1, k3
 from dpo_core.methods.online.sampler import Scorer
-from dpo_core.models.generate import SamplingConfig, sample, seed_for
 from dpo_core.scoring.logprobs import CompletionScores, Precision, completion_logps, completion_scores
 from dpo_core.statistics import estimates as stats
 from dpo_core.statistics.estimates import Estimate

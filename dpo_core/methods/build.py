@@ -20,7 +20,6 @@ from dpo_core.methods.online.sampler import Scorer, Surroundings
 from dpo_core.methods.online_dpo import OnlineDpoTrainer
 from dpo_core.methods.ppo import PpoTrainer, make_critic
 from dpo_core.methods.sft import Demonstration, SftTrainer
-from dpo_core.models import flops as cost
 from dpo_core.models.dropout import disable_dropout
 from dpo_core.models.load import check_context, config_in, load_model, load_tokenizer
 from dpo_core.models.lora import add_lora, merge_lora
@@ -28,6 +27,7 @@ from dpo_core.models.remote_code import trust_digests
 from dpo_core.models.save import export_policy
 from dpo_core.reference import LogpShard
 from dpo_core.rewards.functions import load_reward
+from dpo_core.scoring import flops as cost
 from dpo_core.scoring.attention import trunk_of
 from dpo_core.training.engine import put_state
 

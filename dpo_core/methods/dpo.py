@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from dpo_core.config import Config
 from dpo_core.data.tokens.tokenise import TokenPair
 from dpo_core.errors import RecipeError, StageFailed
-from dpo_core.models import flops as cost
 from dpo_core.models.lora import LoraConfig
 from dpo_core.objectives import (
     Objective,
@@ -30,6 +29,7 @@ from dpo_core.objectives import (
     wpo_weights,
 )
 from dpo_core.reference import LogpShard, sequence_key
+from dpo_core.scoring import flops as cost
 from dpo_core.scoring.branch_scores import BranchScores, branch_scores
 from dpo_core.scoring.layout import Document
 from dpo_core.scoring.lm_head import keeps_logits

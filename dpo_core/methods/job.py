@@ -5,13 +5,13 @@ from typing import Any, Literal
 from dpo_core.config import Config
 from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.errors import StageFailed
+from dpo_core.generation.generate import SamplingConfig
 from dpo_core.methods.dpo import DpoConfig
 from dpo_core.methods.grpo import GroupConfig
 from dpo_core.methods.online_dpo import OnlineDpoConfig
 from dpo_core.methods.ppo import PpoConfig
 from dpo_core.methods.reward import RewardModelConfig
 from dpo_core.methods.sft import SftConfig
-from dpo_core.models.generate import SamplingConfig
 
 
 class Job(Config):

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from dpo_core.data.tokens.tokenise import Sequence, Tokenise
 from dpo_core.errors import DataError, StageFailed
 from dpo_core.methods.dpo import DpoConfig, require_reference_values
-from dpo_core.models import flops as cost
 from dpo_core.objectives import UnpairedLogps, class_means, get, unpaired_metrics, z0
 from dpo_core.reference import LogpShard, sequence_key
+from dpo_core.scoring import flops as cost
 from dpo_core.scoring.attention import whole_blocks
 from dpo_core.scoring.branch_scores import branch_scores
 from dpo_core.scoring.layout import Document

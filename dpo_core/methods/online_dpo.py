@@ -20,9 +20,9 @@ from dpo_core.methods.online.grpo_math import flat_groups
 from dpo_core.methods.online.loop import OnlineTrainer, RoundsConfig, move
 from dpo_core.methods.online.rollouts import Episode, Rollout, micro_batches, rows_of
 from dpo_core.methods.online.sampler import Surroundings
-from dpo_core.models import flops as cost
 from dpo_core.models.dropout import set_training
 from dpo_core.objectives import ObjectiveName, PairLogps, Term, Totals, combine, get, pair_metrics
+from dpo_core.scoring import flops as cost
 from dpo_core.scoring.branch_scores import branch_scores
 from dpo_core.scoring.logprobs import autocast
 

@@ -30,9 +30,9 @@ from dpo_core.methods.online.rollouts import (
     rows_of,
 )
 from dpo_core.methods.online.sampler import Surroundings
-from dpo_core.models import flops as cost
 from dpo_core.models.dropout import set_training
 from dpo_core.models.reward_model import RewardModel
+from dpo_core.scoring import flops as cost
 from dpo_core.scoring.attention import trunk_of
 from dpo_core.scoring.layout import Document, PaddedRows, pad
 from dpo_core.scoring.logprobs import autocast

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dpo_core.data.tokens.tokenise import Sequence, TokenPair
 from dpo_core.errors import RecipeError
-from dpo_core.models import flops as cost
 from dpo_core.models.reward_model import RewardModel, bradley_terry_loss
+from dpo_core.scoring import flops as cost
 from dpo_core.scoring.layout import right_padded
 from dpo_core.scoring.logprobs import autocast, length_batches
 from dpo_core.training.config import EngineConfig, OptimConfig

@@ -26,7 +26,7 @@ from pydantic import Field
 from dpo_core.config import Config
 from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.errors import DpoError, ModelError, StageFailed
-from dpo_core.models.check import check_definition
+from dpo_core.model_check import check_definition
 from dpo_core.models.dropout import disable_dropout
 from dpo_core.models.load import config_in, load_model
 from dpo_core.models.remote_code import build, trust_digests, trusted

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dpo_core.errors import ModelError
-from dpo_core.models.flops import head_size
 from dpo_core.scoring.cpu_attention import Bf16Attention, DocumentParts
+from dpo_core.scoring.flops import head_size
 from dpo_core.scoring.layout import Pack
 
 NAME = "dpo"

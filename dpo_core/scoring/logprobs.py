@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from dpo_core.data.tokens.tokenise import Sequence
-from dpo_core.models import flops as cost
-from dpo_core.models.packing_check import packing_fault
+from dpo_core.scoring import flops as cost
 from dpo_core.scoring.attention import whole_blocks
 from dpo_core.scoring.branch_scores import branch_scores
 from dpo_core.scoring.layout import Document, pack, pad
+from dpo_core.scoring.packing_check import packing_fault
 
 Precision = Literal["fp32", "bf16"]
 

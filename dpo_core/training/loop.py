@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from dpo_core.config import Config
 from dpo_core.errors import StageFailed
-from dpo_core.models import flops as cost
 from dpo_core.models.dropout import set_training
-from dpo_core.models.packing_check import packing_fault
+from dpo_core.scoring import flops as cost
 from dpo_core.scoring.attention import checkpoint_layers, trunk_of, whole_blocks
 from dpo_core.scoring.layout import Document, Layout, Pack, pack, pad
 from dpo_core.scoring.lm_head import keeps_logits
+from dpo_core.scoring.packing_check import packing_fault
 from dpo_core.training.batches import Batch, Batches, PackedBatches, PaddedBatches
 from dpo_core.training.config import EngineConfig, OptimConfig
 from dpo_core.training.engine import Engine, MetricsFile, Stopped

@@ -60,7 +60,7 @@ def _check_model(name: str, overrides: list[str], as_json: bool) -> None:
     from dpo_core.config import Config
     from dpo_core.data.tokens.tokenise import TokenConfig
     from dpo_core.methods.dpo import DpoConfig
-    from dpo_core.models.check import REMEDY, check_named
+    from dpo_core.model_check import REMEDY, check_named
     from dpo_core.models.load import ModelConfig
     from tasks.recipe.recipe import overridden
 

@@ -18,8 +18,9 @@ from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.redaction import hidden
 from flows.cli.ui_access import Access, access
 from flows.process.prefect_server import server_address
+from tasks.recipe.sections import TrackingConfig
 from tasks.store.files import open_workspace
-from tasks.tracking.tracker import TrackingConfig, resolve_uri
+from tasks.tracking.tracker import resolve_uri
 
 # Runners of jobs that this pipeline never gives to MLflow: ten processes and two gigabytes.
 _SERVER = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}

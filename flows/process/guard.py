@@ -195,8 +195,9 @@ def _close_records(told: dict[str, Any], number: int) -> None:
     """Let the record and MLflow say that the run was killed, where it did not come to say how it ended."""
     if not told or not _left_running(Path(told["workspace"]), number):
         return
+    from tasks.recipe.sections import TrackingConfig
     from tasks.runs.record import close_abandoned
-    from tasks.tracking.tracker import Tracker, TrackingConfig
+    from tasks.tracking.tracker import Tracker
 
     tracker = Tracker(TrackingConfig.model_validate(told["tracking"]), told["workspace"])
     close_abandoned(told["workspace"], tracker)

@@ -9,7 +9,7 @@ import psutil
 import torch
 from pydantic import ValidationError
 
-from dpo_core.models.flops import matmul_rate
+from dpo_core.scoring.flops import matmul_rate
 from tasks.reports.run_report import RunReport, StageRow
 from tasks.store.store import Store
 

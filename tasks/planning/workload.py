@@ -19,8 +19,8 @@ from dpo_core.methods.grpo import GroupConfig
 from dpo_core.methods.kto import reads_mismatched, unpaired_examples
 from dpo_core.methods.online_dpo import OnlineDpoConfig
 from dpo_core.methods.ppo import PpoConfig
-from dpo_core.models import flops as cost
 from dpo_core.models.load import ModelConfig, load_tokenizer, locate, read_config
+from dpo_core.scoring import flops as cost
 from dpo_core.scoring.layout import Document, Layout, pack, pad
 from dpo_core.scoring.lm_head import keeps_logits
 from dpo_core.training.batches import PackedBatches, PaddedBatches
@@ -347,7 +347,7 @@ def _layout(recipe: Recipe, base: Manifest) -> str:
     """
     if not base.planned:
         return f"{base.extra['layout']}: {base.extra['reason']}"
-    from dpo_core.models.check import check_named
+    from dpo_core.model_check import check_named
 
     longest, precision = recipe.tokens.max_length, recipe.dpo.engine.precision
     check = check_named(recipe.model, precision=precision, longest=longest)

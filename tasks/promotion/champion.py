@@ -7,9 +7,10 @@ from urllib.parse import unquote, urlsplit
 
 from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.models.load import weights_digest
+from tasks.recipe.sections import TrackingConfig
 from tasks.store.manifest import Manifest, digest_folder
 from tasks.tracking.registry import version_of
-from tasks.tracking.tracker import Tracker, TrackingConfig
+from tasks.tracking.tracker import Tracker
 
 log = logging.getLogger("dpo")
 

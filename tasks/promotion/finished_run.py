@@ -8,9 +8,10 @@ from pathlib import Path
 
 from dpo_core.errors import RecipeError
 from dpo_core.redaction import HIDDEN
+from tasks.recipe.sections import TrackingConfig
 from tasks.reports.run_report import ModelRow, RunReport
 from tasks.runs.record import list_runs
-from tasks.tracking.tracker import Tracker, TrackingConfig, resolve_uri
+from tasks.tracking.tracker import Tracker, resolve_uri
 
 
 def finished_report(workspace: Path, run_id: str) -> tuple[RunReport, ModelRow]:

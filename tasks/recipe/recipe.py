@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -34,51 +34,11 @@ from dpo_core.redaction import place_of_secret
 from dpo_core.system import read_small
 from dpo_core.yaml import read_yaml
 from expectations.thresholds import GateConfig
+from tasks.recipe.sections import CacheConfig, RegistryConfig, RewardConfig, TrackingConfig
 from tasks.recipe.study import ArmConfig, FrontierConfig, Settings
-from tasks.tracking.tracker import TrackingConfig
 
 Model = TypeVar("Model", bound=BaseModel)
 _ALONE = "Delete the other fields under {0}, or override the whole section: --set '{0}={{enabled: false}}'"
-
-
-class RewardConfig(Config):
-    """What completions are worth."""
-
-    source: str | None = None
-    """A known reward: `sentiment`, `package.module:callable`, `file.py:callable` or the address of a server
-    (`http://…`, `https://…`). Empty: a reward model is trained on the pairs; it is a proxy, and the page says
-    so."""
-    optimise: Literal["source", "model"] = "source"
-    """What PPO learns from where a reward is known: that, or a reward model trained on the pairs, while
-    evaluation still measures with the known one. Without a known reward it is always the model."""
-    model: RewardModelConfig = RewardModelConfig()
-    """Training of the reward model; read only when one is trained."""
-
-    @property
-    def learned(self) -> bool:
-        """Whether a reward model is trained."""
-        return self.source is None or self.optimise == "model"
-
-    @property
-    def margin_by_agreement(self) -> bool:
-        """Whether the reward model's margins are read from the pairs."""
-        return self.learned and self.model.margin == "agreement"
-
-
-class CacheConfig(Config):
-    """How reference log-probs are computed. Only `precision` decides their values."""
-
-    token_budget: int = Field(4096, ge=64)
-    """Tokens in one forward pass."""
-
-
-class RegistryConfig(Config):
-    """Under which name the aligned model is registered."""
-
-    name: str | None = Field(None, min_length=1, pattern=r"^[^/:]+$")
-    """Registered model; `dpo-<recipe name>` when empty."""
-    alias: str = Field("challenger", pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")
-    """Alias that points to this run's model."""
 
 
 class Recipe(Config):

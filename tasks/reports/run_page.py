@@ -70,7 +70,7 @@ def fill(template: str, context: dict[str, Any]) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
-        loader=PackageLoader("tasks", "templates"),
+        loader=PackageLoader("tasks.reports", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -207,8 +207,8 @@ def sample_pairs(
     def work(given: Work) -> Output:
         from dpo_core.data.tokens.tokenise import Tokenise
         from dpo_core.methods.build import read_rows, scorer
-        from dpo_core.models import flops as cost
         from dpo_core.models.load import load_model, load_tokenizer
+        from dpo_core.scoring import flops as cost
 
         rows = read_rows(prompts.path / "data.parquet")
         tokenise = Tokenise(load_tokenizer(reference.path), tokens)
@@ -262,7 +262,7 @@ def _sample(
     seed: int,
 ) -> list[Any]:
     """Completions in portions, each saved when it is done, so that a killed stage goes on where it was."""
-    from dpo_core.models.generate import Completion, sample, seed_for
+    from dpo_core.generation.generate import Completion, sample, seed_for
 
     bar = given.progress(len(wanted))
     portion = config.sampling.batch_size * _SAVE_EVERY

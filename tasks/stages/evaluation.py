@@ -271,7 +271,7 @@ def _measure(
         sample_policy,
         sequence_logps,
     )
-    from dpo_core.models import flops as cost
+    from dpo_core.scoring import flops as cost
     from dpo_core.scoring.logprobs import read_flops
 
     same = policy is reference
@@ -315,7 +315,7 @@ def _accuracy_by_source(
 def _scoring_flops(reference: Any, facts: dict[str, Any]) -> float:
     """Operations of a reward model, which was made of the reference, on the samples."""
     from dpo_core.methods.reward import scoring_flops
-    from dpo_core.models.flops import Shape
+    from dpo_core.scoring.flops import Shape
 
     return scoring_flops(Shape.of_module(reference).as_reward_model(), _samples(facts).sequences)
 

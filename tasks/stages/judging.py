@@ -11,10 +11,10 @@ from dpo_core.data.config import DataConfig
 from dpo_core.data.load import load
 from dpo_core.errors import RecipeError
 from dpo_core.evaluation.model_under_test import Asked, Subject
+from dpo_core.generation.generate import SamplingConfig, seed_for
 from dpo_core.judging.compare import compare_answers
 from dpo_core.judging.judge import JudgeConfig
 from dpo_core.judging.results import WinRate
-from dpo_core.models.generate import SamplingConfig, seed_for
 from tasks.reports.run_report import Sample
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 from tasks.stages.evaluation import load_answers, readable, rivals

@@ -10,7 +10,7 @@ from pydantic import JsonValue
 from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.errors import ModelError, StageFailed
 from dpo_core.methods.dpo import DpoConfig
-from dpo_core.models.check import CHECK_VERSION, check_folder
+from dpo_core.model_check import CHECK_VERSION, check_folder
 from dpo_core.models.folder import code_digest
 from dpo_core.models.load import (
     ModelConfig,

@@ -3,10 +3,10 @@
 from typing import Literal
 
 from dpo_core.data.tokens.tokenise import TokenConfig
+from dpo_core.generation.generate import SamplingConfig
 from dpo_core.methods.grpo import GroupConfig
 from dpo_core.methods.online_dpo import OnlineDpoConfig
 from dpo_core.methods.ppo import PpoConfig
-from dpo_core.models.generate import SamplingConfig
 from dpo_core.rewards.functions import reward_identity
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 from tasks.stages.training import settings_of, split_to, train

@@ -25,9 +25,9 @@ from dpo_core.evaluation.results import Item, SuiteResult
 from dpo_core.evaluation.run_suite import SuitesConfig, without_training_data
 from dpo_core.evaluation.suites.base import SuiteConfig
 from dpo_core.evaluation.suites.registry import find
+from dpo_core.generation.generate import SamplingConfig
 from dpo_core.judging.judge import JudgeConfig
 from dpo_core.judging.results import WinRate
-from dpo_core.models.generate import SamplingConfig
 from dpo_core.models.remote_code import trust
 from dpo_core.rewards.functions import check_reward
 from tasks.provenance import command_line, hardware

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import Field
 
-from dpo_core.config import Config
 from dpo_core.errors import RecipeError, StageFailed
 from tasks.provenance import environment, source_tags
+from tasks.recipe.sections import TrackingConfig
 from tasks.signals import undisturbed
 from tasks.store.files import disk_fault, open_workspace
 from tasks.store.manifest import Manifest
@@ -36,17 +35,6 @@ _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 _START_PATIENCE = 30.0
 _STAGE_TAG = "dpo.stage"
 _RUN_PATIENCE = 180.0
-
-
-class TrackingConfig(Config):
-    """Where the runs are recorded."""
-
-    uri: str | None = None
-    """MLflow tracking URI; else $MLFLOW_TRACKING_URI, else `mlflow.db` (SQLite) in the workspace."""
-    experiment: str | None = None
-    """Experiment; `dpo/<recipe name>` if not given."""
-    tags: dict[str, str] = Field(default_factory=dict)
-    """Further tags of the parent run."""
 
 
 def resolve_uri(config: TrackingConfig, workspace: Path) -> str:

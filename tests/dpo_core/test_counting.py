@@ -17,10 +17,10 @@ from dpo_core import job as train
 from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.methods.reward import RewardModelConfig, RewardTrainer, score, scoring_flops
 from dpo_core.methods.sft import Demonstration, SftConfig, SftTrainer
-from dpo_core.models import flops as cost
 from dpo_core.models.load import load_model
 from dpo_core.models.lora import LoraConfig, add_lora
 from dpo_core.models.reward_model import RewardModel
+from dpo_core.scoring import flops as cost
 from dpo_core.scoring import lm_head as head
 from dpo_core.scoring.layout import Document
 from dpo_core.scoring.logprobs import completion_logps, read_flops

@@ -18,7 +18,7 @@ from dpo_core.evaluation.policies import (
     sequence_logps,
     summarise,
 )
-from dpo_core.models.generate import SamplingConfig
+from dpo_core.generation.generate import SamplingConfig
 from dpo_core.models.load import load_model
 from tests.logps import full_logps, random_sequences
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_core.models.generate import Completion, SamplingConfig, sample, seed_for
+from dpo_core.generation.generate import Completion, SamplingConfig, sample, seed_for
 from dpo_core.models.load import load_model
 from tests.tiny import make_tiny_model
 

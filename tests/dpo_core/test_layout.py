@@ -15,11 +15,11 @@ from transformers import (
 )
 
 from dpo_core.data.tokens.tokenise import Sequence
-from dpo_core.models.packing_check import packing_fault
 from dpo_core.scoring.attention import _blocks, block_mask, has_flex_heads
 from dpo_core.scoring.branch_scores import branch_scores, hidden_of
 from dpo_core.scoring.layout import Document, pack, pad
 from dpo_core.scoring.logprobs import autocast
+from dpo_core.scoring.packing_check import packing_fault
 from tests.logps import full_logps
 
 SIZES = {

@@ -14,7 +14,7 @@ from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralFo
 
 from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.errors import ModelError
-from dpo_core.models.check import check_definition
+from dpo_core.model_check import check_definition
 from dpo_core.scoring import attention
 from dpo_core.scoring import lm_head as head
 from dpo_core.scoring.branch_scores import branch_scores, hidden_of, token_scores

@@ -10,11 +10,11 @@ import torch
 
 from dpo_core import job as train
 from dpo_core.errors import ModelError
-from dpo_core.models import flops as cost
 from dpo_core.models import remote_code
 from dpo_core.models.load import ModelConfig, config_in, convert, load_model
 from dpo_core.models.reward_model import RewardModel
 from dpo_core.reference.job import attention_of
+from dpo_core.scoring import flops as cost
 from dpo_core.scoring.attention import trunk_of
 from tests.families import with_own_code
 from tests.tiny import make_tiny_model

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from dpo_core import job as train
-from dpo_core.models.check import check_folder
+from dpo_core.generation.generate import SamplingConfig, sample
+from dpo_core.model_check import check_folder
 from dpo_core.models.dropout import disable_dropout
-from dpo_core.models.generate import SamplingConfig, sample
 from dpo_core.models.load import load_model
 from dpo_core.scoring.logprobs import completion_logps
 from tests.dpo_core.online.online_jobs import online_job

@@ -34,7 +34,7 @@ _IMPORTED = [
     "pandas",
     "transformers",
     "dpo_core.models.load",
-    "dpo_core.models.generate",
+    "dpo_core.generation.generate",
     "dpo_core.methods.dpo",
     "tasks.stages.summary",
     "tasks.promotion.champion",

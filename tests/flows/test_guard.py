@@ -19,7 +19,7 @@ RUN = """
 import subprocess, sys, time
 from pathlib import Path
 from flows.process.guard import guarded
-from tasks.tracking.tracker import TrackingConfig
+from tasks.recipe.sections import (TrackingConfig)
 place = Path(sys.argv[1])
 with guarded(place / "runs", TrackingConfig()):
     # In a session of its own, as torchrun starts its ranks.
@@ -101,7 +101,7 @@ def test_every_start_by_the_name_of_a_module_has_a_safe_path(monkeypatch: pytest
 def test_a_guard_that_does_not_start_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dpo_core.errors import StageFailed
     from flows.process.guard import guarded
-    from tasks.tracking.tracker import TrackingConfig
+    from tasks.recipe.sections import TrackingConfig
 
     (tmp_path / "flows").mkdir()
     (tmp_path / "flows" / "__init__.py").touch()

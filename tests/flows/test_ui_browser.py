@@ -19,12 +19,13 @@ from typing import Any
 import psutil
 import pytest
 
+from tasks.recipe.sections import TrackingConfig
 from tasks.reports.verdict import verdict
 from tasks.runs.record import RunRecord, save_run
 from tasks.stages.summary import publish
 from tasks.store.files import run_folder
 from tasks.tracking.registry import register_model
-from tasks.tracking.tracker import Tracker, TrackingConfig
+from tasks.tracking.tracker import Tracker
 from tests.browser import chromium
 from tests.tasks.reports import example
 from tests.tasks.tracked import free_port

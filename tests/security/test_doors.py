@@ -148,7 +148,8 @@ def test_a_workspace_whose_path_has_a_percent_sign(tmp_path: Path, monkeypatch: 
 @pytest.mark.timeout(1800)
 def test_the_ui_on_a_network_asks_for_a_password(tmp_path: Path, world: World) -> None:
     pytest.importorskip("flask_wtf")
-    from tasks.tracking.tracker import Tracker, TrackingConfig
+    from tasks.recipe.sections import TrackingConfig
+    from tasks.tracking.tracker import Tracker
 
     workspace = tmp_path / "runs"
     tracker = Tracker(TrackingConfig(uri=f"sqlite:///{workspace}/mlflow.db"), workspace)

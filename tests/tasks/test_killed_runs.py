@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tasks.recipe.sections import TrackingConfig
 from tasks.runs.record import RunRecord, close_abandoned, find_run, list_runs, save_run
 from tasks.store.owner import Owner, myself
-from tasks.tracking.tracker import Tracker, TrackingConfig
+from tasks.tracking.tracker import Tracker
 from tests.tasks.tracked import RECIPE, client
 
 

@@ -14,9 +14,10 @@ import pytest
 import yaml
 
 from dpo_core.errors import RecipeError, StageFailed
+from tasks.recipe.sections import TrackingConfig
 from tasks.tracking.mlflow_run import flatten
 from tasks.tracking.registry import register_model, version_with
-from tasks.tracking.tracker import Tracker, TrackingConfig, resolve_uri
+from tasks.tracking.tracker import Tracker, resolve_uri
 from tests.tasks.tracked import RECIPE, children, client, free_port, lines, points
 
 REPO = Path(__file__).resolve().parents[2]
@@ -379,7 +380,8 @@ def test_nobody_there_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 CACHED_RUN = """
 import sys, time
 began = time.time()
-from tasks.tracking.tracker import Tracker, TrackingConfig
+from tasks.tracking.tracker import (Tracker)
+from tasks.recipe.sections import (TrackingConfig)
 tracker = Tracker(TrackingConfig(uri=sys.argv[1]), sys.argv[2])
 tracker.start_parent("cached", recipe={"name": "tiny", "seed": 1})
 for stage in ("validate", "sft", "ref-logprobs", "dpo-train", "ppo-baseline", "evaluate", "promote"):

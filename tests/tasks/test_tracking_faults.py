@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
+from tasks.recipe.sections import TrackingConfig
 from tasks.store.manifest import Manifest
 from tasks.store.store import Store
 from tasks.tracking import mlflow_run as tracking_run
 from tasks.tracking import registry
 from tasks.tracking.registry import register_model
-from tasks.tracking.tracker import Tracker, TrackingConfig
+from tasks.tracking.tracker import Tracker
 from tests.tasks.stored import CONFIG, KEY, python, write
 from tests.tasks.tracked import RECIPE, children, client, lines, points
 

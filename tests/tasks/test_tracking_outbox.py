@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from dpo_core.errors import StageFailed
+from tasks.recipe.sections import TrackingConfig
 from tasks.tracking.registry import register_model
-from tasks.tracking.tracker import Tracker, TrackingConfig
+from tasks.tracking.tracker import Tracker
 from tests.tasks.tracked import RECIPE, children, client, lines
 
 TABLES = (

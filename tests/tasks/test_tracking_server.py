@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from tasks.recipe.sections import TrackingConfig
 from tasks.tracking.mlflow_run import StageRun
 from tasks.tracking.outbox import PATIENCE
 from tasks.tracking.registry import register_model
-from tasks.tracking.tracker import Tracker, TrackingConfig
+from tasks.tracking.tracker import Tracker
 from tests.tasks.tracked import RECIPE, children, client, free_port, lines, points
 
 

@@ -10,7 +10,7 @@ from pydantic import Field
 from dpo_core.config import Config
 from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.evaluation.results import Outcome
-from dpo_core.models.generate import SamplingConfig
+from dpo_core.generation.generate import SamplingConfig
 from dpo_core.scoring.logprobs import Precision
 
 

@@ -12,7 +12,7 @@ from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.errors import ModelError, StageFailed
 from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.evaluation.suites.rows import Progress
-from dpo_core.models.check import check_definition
+from dpo_core.model_check import check_definition
 from dpo_core.models.load import check_context
 from dpo_core.scoring.logprobs import Precision, completion_logps
 

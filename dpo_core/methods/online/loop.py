@@ -21,7 +21,7 @@ from dpo_core.errors import RecipeError
 from dpo_core.methods.online import ppo_math
 from dpo_core.methods.online.rollouts import Episode, Item, Rollout, deal, micro_batches, read, sampler_gap
 from dpo_core.methods.online.sampler import Sampler, Surroundings
-from dpo_core.models import flops as cost
+from dpo_core.scoring import flops as cost
 from dpo_core.training.config import EngineConfig, OptimConfig
 from dpo_core.training.engine import Engine, MetricsFile, Stopped
 from dpo_core.training.routing import router_balance

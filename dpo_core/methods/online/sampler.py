@@ -16,8 +16,8 @@ from torch import nn
 
 from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.errors import StageFailed
+from dpo_core.generation.generate import SamplingConfig, sample, seed_for
 from dpo_core.methods.online.rollouts import Episode
-from dpo_core.models.generate import SamplingConfig, sample, seed_for
 from dpo_core.training.batches import Order
 from dpo_core.training.engine import Engine
 

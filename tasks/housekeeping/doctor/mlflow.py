@@ -15,10 +15,11 @@ import httpx
 
 from tasks.housekeeping.doctor.finding import Finding, failure, ok, skipped, warning
 from tasks.housekeeping.doctor.http import SECONDS, ask, skew
+from tasks.recipe.sections import TrackingConfig
 from tasks.runs.record import list_runs
 from tasks.tracking.database import begin_writing
 from tasks.tracking.outbox import one_line
-from tasks.tracking.tracker import TrackingConfig, resolve_uri
+from tasks.tracking.tracker import resolve_uri
 
 _NEWEST = 10
 

@@ -28,7 +28,7 @@ from dpo_core.evaluation.suites.code import (
     score,
 )
 from dpo_core.evaluation.suites.registry import find
-from dpo_core.models.generate import SamplingConfig
+from dpo_core.generation.generate import SamplingConfig
 from tests.dpo_core.evaluation.sandboxes import why_no_namespaces
 from tests.tiny import make_tiny_model
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from dpo_core.generation.generate import SamplingConfig
 from dpo_core.methods.grpo import GroupConfig, GroupTrainer
 from dpo_core.methods.online.rollouts import response_logps
 from dpo_core.methods.online.sampler import Surroundings
 from dpo_core.methods.ppo import PpoConfig, PpoTrainer, make_critic
-from dpo_core.models.generate import SamplingConfig
 from dpo_core.models.load import load_model
 from dpo_core.objectives import PairLogps, Term, combine, get
 from dpo_core.scoring.layout import Document, pad

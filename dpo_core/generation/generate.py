@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dpo_core.config import Config
-from dpo_core.models.next_token import cache_is_exact, open_rows
+from dpo_core.generation.next_token import cache_is_exact, open_rows
 
 
 class SamplingConfig(Config):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_core.errors import ModelError
+from dpo_core.generation.next_token import cache_is_exact
 from dpo_core.models.dropout import disable_dropout, set_training
 from dpo_core.models.load import (
     ModelConfig,
@@ -22,12 +23,11 @@ from dpo_core.models.load import (
     position_limit,
     read_config,
 )
-from dpo_core.models.next_token import cache_is_exact
-from dpo_core.models.packing_check import RAW_ERRORS, difference, first_line, packing_fault, trial_documents
 from dpo_core.scoring.attention import attention_on_trial, whole_blocks
 from dpo_core.scoring.branch_scores import branch_scores
 from dpo_core.scoring.layout import Document, pack, pad
 from dpo_core.scoring.logprobs import Precision, autocast
+from dpo_core.scoring.packing_check import RAW_ERRORS, difference, first_line, packing_fault, trial_documents
 
 REMEDY = "Use a causal language model of another architecture, such as Llama, Qwen, Mistral, Gemma or OLMo"
 CHECK_VERSION = 1

@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dpo_core.models.packing_check import RAW_ERRORS, difference, trial_documents
 from dpo_core.scoring.attention import padded_hidden, takes, trunk_of
 from dpo_core.scoring.layout import right_padded
 from dpo_core.scoring.lm_head import logits
+from dpo_core.scoring.packing_check import RAW_ERRORS, difference, trial_documents
 
 log = logging.getLogger(__name__)
 _EXACT = "_cache_is_exact"

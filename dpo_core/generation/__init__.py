@@ -1,0 +1,1 @@
+"""Sampling from a model: rows that grow by a token, from a cache where that is exact."""

@@ -1,0 +1,59 @@
+"""Sections of the recipe that belong to no one stage: reward, cache, registry, tracking."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from dpo_core.config import Config
+from dpo_core.methods.reward import RewardModelConfig
+
+
+class RewardConfig(Config):
+    """What completions are worth."""
+
+    source: str | None = None
+    """A known reward: `sentiment`, `package.module:callable`, `file.py:callable` or the address of a server
+    (`http://…`, `https://…`). Empty: a reward model is trained on the pairs; it is a proxy, and the page says
+    so."""
+    optimise: Literal["source", "model"] = "source"
+    """What PPO learns from where a reward is known: that, or a reward model trained on the pairs, while
+    evaluation still measures with the known one. Without a known reward it is always the model."""
+    model: RewardModelConfig = RewardModelConfig()
+    """Training of the reward model; read only when one is trained."""
+
+    @property
+    def learned(self) -> bool:
+        """Whether a reward model is trained."""
+        return self.source is None or self.optimise == "model"
+
+    @property
+    def margin_by_agreement(self) -> bool:
+        """Whether the reward model's margins are read from the pairs."""
+        return self.learned and self.model.margin == "agreement"
+
+
+class CacheConfig(Config):
+    """How reference log-probs are computed. Only `precision` decides their values."""
+
+    token_budget: int = Field(4096, ge=64)
+    """Tokens in one forward pass."""
+
+
+class RegistryConfig(Config):
+    """Under which name the aligned model is registered."""
+
+    name: str | None = Field(None, min_length=1, pattern=r"^[^/:]+$")
+    """Registered model; `dpo-<recipe name>` when empty."""
+    alias: str = Field("challenger", pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")
+    """Alias that points to this run's model."""
+
+
+class TrackingConfig(Config):
+    """Where the runs are recorded."""
+
+    uri: str | None = None
+    """MLflow tracking URI; else $MLFLOW_TRACKING_URI, else `mlflow.db` (SQLite) in the workspace."""
+    experiment: str | None = None
+    """Experiment; `dpo/<recipe name>` if not given."""
+    tags: dict[str, str] = Field(default_factory=dict)
+    """Further tags of the parent run."""
