@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.tiny import make_tiny_model
-from tests.tiny_run import Bench, tiny_recipe
+from tests.support.models.tiny import make_tiny_model
+from tests.support.runs.tiny_run import Bench, tiny_recipe
 
 # Set before any test imports the packages that read them.
 os.environ.setdefault("DO_NOT_TRACK", "1")

@@ -13,8 +13,8 @@ from collections.abc import Callable
 import psutil
 import pytest
 
-from tests.many_runs import multiply
-from tests.tiny_run import Bench
+from tests.support.runs.many_runs import multiply
+from tests.support.runs.tiny_run import Bench
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(3600)]
 

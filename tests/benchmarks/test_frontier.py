@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_run import Bench
+from tests.support.runs.tiny_run import Bench
 
 pytestmark = [pytest.mark.bench, pytest.mark.timeout(4500)]
 LIMIT_MINUTES = 60

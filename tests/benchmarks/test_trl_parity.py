@@ -15,9 +15,9 @@ import torch
 
 from dpo_core.models.load import load_model
 from tests.dpo_core.conftest import _process_group, alone  # noqa: F401  the process group that trainers need
-from tests.dpo_core.golden_objectives import step_of, trainer_of
-from tests.tiny import make_tiny_model, make_tokenizer
-from tests.training_jobs import (
+from tests.support.golden_objectives import step_of, trainer_of
+from tests.support.models.tiny import make_tiny_model, make_tokenizer
+from tests.support.runs.training_jobs import (
     pair_rows,
     token_pairs,
     unpaired_rows,

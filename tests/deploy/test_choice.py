@@ -9,9 +9,9 @@ from deploy.launchers import LocalLauncher, State, chosen
 from deploy.launchers.registry import TARGETS, VARIABLE, Rejoining
 from deploy.launchers.slurm import SlurmConfig, SlurmLauncher
 from dpo_core.errors import RecipeError
-from tests.deploy import slurm_site, stand_in
 from tests.deploy.test_slurm_launcher import Make, make, site  # noqa: F401
-from tests.training_jobs import wait_until
+from tests.support.runs.training_jobs import wait_until
+from tests.support.sites import slurm_site, stand_in
 
 
 def test_jobs_run_here_unless_the_environment_names_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,11 +11,11 @@ import psutil
 import pytest
 import yaml
 
-from tests.bad_inputs import World, good_rows, lines
-from tests.deploy.compose_site import PASSWORDS, POSTGRES, ComposeSite, until
-from tests.deploy.pool_templates import FOLDER as TEMPLATES
-from tests.deploy.pool_templates import GIVEN
-from tests.tiny import make_tiny_model
+from tests.scenarios.bad_inputs import World, good_rows, lines
+from tests.support.models.tiny import make_tiny_model
+from tests.support.sites.compose_site import PASSWORDS, POSTGRES, ComposeSite, until
+from tests.support.sites.pool_templates import FOLDER as TEMPLATES
+from tests.support.sites.pool_templates import GIVEN
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
-from tests.deploy.pool_templates import GIVEN, configured, flow_run
+from tests.support.sites.pool_templates import GIVEN, configured, flow_run
 
 ecs_worker = pytest.importorskip(
     "prefect_aws.workers.ecs_worker", reason="prefect-aws is of the extra `cloud`"

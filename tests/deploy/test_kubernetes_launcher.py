@@ -20,10 +20,10 @@ from deploy.launchers.kubernetes import KubernetesLauncher
 from deploy.launchers.kubernetes_api import KubeApi
 from deploy.launchers.kubernetes_manifests import KubernetesConfig
 from dpo_core.errors import RecipeError, StageFailed
-from tests.deploy import stand_in
-from tests.deploy.kube_server import Cluster, Server
-from tests.tiny import make_tiny_model
-from tests.training_jobs import curve, sft_job, wait_until
+from tests.support.models.tiny import make_tiny_model
+from tests.support.runs.training_jobs import curve, sft_job, wait_until
+from tests.support.sites import stand_in
+from tests.support.sites.kube_server import Cluster, Server
 
 Make = Callable[..., KubernetesLauncher]
 

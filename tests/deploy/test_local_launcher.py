@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from deploy.launchers import Launcher, LocalLauncher, State, local
-from tests.training_jobs import wait_until
+from tests.support.runs.training_jobs import wait_until
 
 # A job of one rank that does what its job file says. Ranks are told by this module's name and the job's path.
 MODULE = "stand_in_trainer"

@@ -13,9 +13,9 @@ import yaml
 from deploy.launchers import Launcher, State, skypilot
 from deploy.launchers.skypilot import SkyPilotConfig, SkyPilotLauncher
 from dpo_core.errors import RecipeError, StageFailed
-from tests.deploy import sky_site, stand_in
-from tests.tiny import make_tiny_model
-from tests.training_jobs import curve, sft_job, wait_until
+from tests.support.models.tiny import make_tiny_model
+from tests.support.runs.training_jobs import curve, sft_job, wait_until
+from tests.support.sites import sky_site, stand_in
 
 Make = Callable[..., SkyPilotLauncher]
 FULL: dict[str, Any] = {

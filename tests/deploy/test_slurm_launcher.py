@@ -14,9 +14,9 @@ from pydantic import ValidationError
 from deploy.launchers import Launcher, State, slurm
 from deploy.launchers.slurm import SlurmConfig, SlurmLauncher
 from dpo_core.errors import RecipeError, StageFailed
-from tests.deploy import slurm_site, stand_in
-from tests.tiny import make_tiny_model
-from tests.training_jobs import curve, sft_job, wait_until
+from tests.support.models.tiny import make_tiny_model
+from tests.support.runs.training_jobs import curve, sft_job, wait_until
+from tests.support.sites import slurm_site, stand_in
 
 Make = Callable[..., SlurmLauncher]
 

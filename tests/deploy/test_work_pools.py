@@ -10,7 +10,7 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary
 from prefect.utilities.schema_tools import validate
 from prefect.workers.process import ProcessJobConfiguration
 
-from tests.deploy.pool_templates import GIVEN, configured, flow_run, template
+from tests.support.sites.pool_templates import GIVEN, configured, flow_run, template
 
 KINDS = sorted(GIVEN)
 CANARY = "user:canary-51c4"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dpo_core.models.load import load_model, load_tokenizer
-from tests.tiny import make_tiny_model
+from tests.support.models.tiny import make_tiny_model
 
 
 @pytest.fixture(scope="session")

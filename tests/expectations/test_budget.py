@@ -18,7 +18,7 @@ from expectations.features import Budget, compute
 from expectations.report import GateReport
 from expectations.thresholds import GateConfig
 from expectations.token_rules import PlainTokens, _judge_row, token_flags
-from tests.expectations.frames import clean_pairs, failed
+from tests.support.frames import clean_pairs, failed
 
 Gate = Callable[..., tuple[GateReport, pd.DataFrame]]
 

@@ -15,7 +15,7 @@ from dpo_core.data.split import split_by_prompt
 from dpo_core.errors import DataError, GateRefused
 from expectations.report import GateReport
 from expectations.thresholds import CountRule, GateConfig, RateRule
-from tests.expectations.frames import clean_pairs, clean_prompts, failed, row_number
+from tests.support.frames import clean_pairs, clean_prompts, failed, row_number
 
 Gate = Callable[..., tuple[GateReport, pd.DataFrame]]
 DROP = GateConfig(quarantine="drop")

@@ -12,7 +12,7 @@ from expectations.drift import Profile
 from expectations.rules import RULES_OF
 from expectations.thresholds import GateConfig
 from expectations.token_rules import PlainTokens
-from tests.expectations.frames import clean_pairs, clean_prompts, failed, row_number
+from tests.support.frames import clean_pairs, clean_prompts, failed, row_number
 
 BAD = 7  # the broken row, in the train split
 Gate = Callable[..., Any]

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise
-from tests.chat_families import TEMPLATES, assistant, make_tokenizer, user
-from tests.expectations.frames import clean_pairs, failed, row_number
+from tests.support.frames import clean_pairs, failed, row_number
+from tests.support.models.chat_families import TEMPLATES, assistant, make_tokenizer, user
 
 
 def settings(kind: str, **config: Any) -> dict[str, Any]:

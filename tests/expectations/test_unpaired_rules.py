@@ -10,8 +10,8 @@ import pytest
 from expectations.rules import RULES_OF
 from expectations.thresholds import GateConfig
 from expectations.token_rules import PlainTokens
-from tests.expectations.frames import clean_prompts, failed, row_number
 from tests.expectations.test_rules import BAD, copy_of, put, words
+from tests.support.frames import clean_prompts, failed, row_number
 
 Gate = Callable[..., Any]
 TOKENS: dict[str, Any] = {

@@ -45,7 +45,7 @@ def test_the_page_and_the_record_are_there(finished):
 
 
 def test_a_run_is_shown_whatever_its_folder_is_called(finished):
-    from tests.bad_inputs import dpo
+    from tests.scenarios.bad_inputs import dpo
 
     bench, report = finished
     place = bench.folder / "a[/b]c [red]:cat:" / "runs"

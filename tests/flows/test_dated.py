@@ -9,7 +9,7 @@ import pytest
 
 from flows.preparation import _dated
 from tasks.recipe.recipe import load_recipe
-from tests.chat_families import TEMPLATES, make_tokenizer
+from tests.support.models.chat_families import TEMPLATES, make_tokenizer
 
 CLOCK = "{{ strftime_now('%d %b %Y') }}" + TEMPLATES["end and a line break"]
 

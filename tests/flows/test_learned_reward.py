@@ -13,8 +13,8 @@ from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise
 from dpo_core.methods.reward import score
 from dpo_core.models.load import load_tokenizer
 from dpo_core.models.reward_model import RewardModel
-from tests.flows.test_plan import planned, reasons
-from tests.tiny_run import ENGINE, Bench
+from tests.flows.cli.test_plan import planned, reasons
+from tests.support.runs.tiny_run import ENGINE, Bench
 
 MODEL = {"max_steps": 2, "batch_size": 8, "micro_batch_size": 8, "engine": ENGINE}
 LEARNED = ("--set", "reward.optimise=model", "--set", f"reward.model={json.dumps(MODEL)}")

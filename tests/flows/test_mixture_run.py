@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.tiny import make_tiny_model
-from tests.tiny_run import Bench, tiny_recipe
+from tests.support.models.tiny import make_tiny_model
+from tests.support.runs.tiny_run import Bench, tiny_recipe
 
 
 def _write(path: Path, rows: list[dict]) -> dict:

@@ -7,9 +7,9 @@ import pytest
 from typer.testing import CliRunner
 
 from flows.cli.main import app
-from tests.dpo_core.zoo import build
-from tests.families import make_family
-from tests.tiny import make_tiny_model, make_tokenizer
+from tests.support.models.families import make_family
+from tests.support.models.tiny import make_tiny_model, make_tokenizer
+from tests.support.models.zoo import build
 
 SHORT = ("--set", "tokens.max_length=64", "--set", "tokens.max_prompt_length=32")
 

@@ -13,8 +13,8 @@ from tasks.reports.run_report import PolicyRow
 from tasks.runs.record import new_run, save_run
 from tasks.stages.standalone_evaluation import EvaluationRequest, evaluate_models
 from tasks.stages.suite_results import find_model
-from tests.flows.test_plan import planned, reasons
-from tests.tiny_run import ENGINE, Bench
+from tests.flows.cli.test_plan import planned, reasons
+from tests.support.runs.tiny_run import ENGINE, Bench
 
 ROUNDS = {"iterations": 2, "episodes": 8, "micro_batch_size": 8, "epochs": 1, "engine": ENGINE}
 CHANGES = (

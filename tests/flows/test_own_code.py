@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.families import with_own_code
-from tests.tiny import make_tiny_model
-from tests.tiny_run import ENGINE, Bench, tiny_recipe
+from tests.support.models.families import with_own_code
+from tests.support.models.tiny import make_tiny_model
+from tests.support.runs.tiny_run import ENGINE, Bench, tiny_recipe
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ from flows.cli.run import show
 from tasks.recipe.recipe import Recipe, load_recipe
 from tasks.runs.recipe import keep_recipe, recipe_path, reproducing, require_same_recipe
 from tasks.runs.record import RunRecord, new_run, save_run
-from tests.tiny_run import Bench
+from tests.support.runs.tiny_run import Bench
 
 
 @pytest.fixture

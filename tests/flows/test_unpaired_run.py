@@ -8,7 +8,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from tests.tiny_run import ENGINE, Bench
+from tests.support.runs.tiny_run import ENGINE, Bench
 
 STAGES = [
     "load-data",

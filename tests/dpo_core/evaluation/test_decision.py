@@ -9,7 +9,7 @@ from dpo_core.errors import RecipeError
 from dpo_core.evaluation.compare import Comparison, compare
 from dpo_core.evaluation.decision import Decision, PromotionConfig, decide, nothing_new
 from dpo_core.statistics.estimates import Estimate
-from tests.dpo_core.evaluation.made import HARM, LENGTH, items_of, result_of
+from tests.support.reports.made import HARM, LENGTH, items_of, result_of
 
 GAIN = Estimate(value=0.167, low=0.067, high=0.269, n=59)
 KL = Estimate(value=3.2, low=2.9, high=3.6, n=59)

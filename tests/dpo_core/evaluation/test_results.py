@@ -5,7 +5,7 @@ import pytest
 from dpo_core.errors import StageFailed
 from dpo_core.evaluation.results import Item, estimate, measured
 from dpo_core.statistics.estimates import bootstrap_mean, share, wilson
-from tests.dpo_core.evaluation.made import LENGTH, RIGHT, SCORE, items_of, result_of
+from tests.support.reports.made import LENGTH, RIGHT, SCORE, items_of, result_of
 
 
 def test_a_share_of_one_answer_a_prompt_is_wilsons() -> None:

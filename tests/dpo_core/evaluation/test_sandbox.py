@@ -13,14 +13,7 @@ import psutil
 import pytest
 
 from dpo_core.evaluation.sandbox.run import Limits, Ran, run_many, run_python
-from tests.dpo_core.evaluation.sandboxes import (
-    CHECKOUT,
-    OrdinaryUser,
-    is_program,
-    namespaces,
-    watched,
-    why_no_namespaces,
-)
+from tests.support.sandboxes import CHECKOUT, OrdinaryUser, is_program, namespaces, watched, why_no_namespaces
 
 Sandbox = Callable[[str, Limits], Ran]
 SHORT = Limits(cpu_seconds=2, wall_seconds=60.0, memory_mb=256, processes=6, file_mb=2, output_kb=256)

@@ -1,5 +1,5 @@
 """The judge's server, for the tests of this room."""
 
-from tests.judge_server import server
+from tests.support.sites.judge_server import server
 
 __all__ = ["server"]

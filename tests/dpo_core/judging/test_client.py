@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from dpo_core.errors import DpoError, RecipeError, StageFailed
 from dpo_core.judging.client import KEY, Endpoint, Judge
 from dpo_core.judging.judge import judge_answers
-from tests.judge_server import DROP, Server, completion
+from tests.support.sites.judge_server import DROP, Server, completion
 
 QUESTION = [{"role": "user", "content": "[Summary A]\nlong\n[End of A]\n[Summary B]\nx\n[End of B]"}]
 

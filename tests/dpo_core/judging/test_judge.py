@@ -13,7 +13,7 @@ from dpo_core.judging.compare import compare_answers
 from dpo_core.judging.judge import JudgeConfig, Judgement, judge_answers, judge_by_scores, win_rate
 from dpo_core.judging.results import WinRate
 from dpo_core.statistics import estimates as stats
-from tests.judge_server import Server, longer_wins, shown
+from tests.support.sites.judge_server import Server, longer_wins, shown
 
 PROMPTS = ["a post", "another post", "a third"]
 LONG, SHORT = ["longer one", "longer two", "longer three"], ["s1", "s2", "s3"]

@@ -25,7 +25,7 @@ from dpo_core.judging.compare import compare_answers
 from dpo_core.judging.judge import JudgeConfig, judge_answers, win_rate
 from dpo_core.judging.prompts import verdict
 from dpo_core.models.load import ModelConfig, convert
-from tests.tiny import CHAT_TEMPLATE
+from tests.support.models.tiny import CHAT_TEMPLATE
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpo_core.objectives import get, names
-from tests.dpo_core.objectives.samples import (
+from tests.support.samples import (
     EXTRAS,
     at_reference,
     few,

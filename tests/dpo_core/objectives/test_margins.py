@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpo_core.objectives import PairLogps, get, names
-from tests.dpo_core.objectives.samples import at_reference, few, gradients, pairs_at, rows
+from tests.support.samples import at_reference, few, gradients, pairs_at, rows
 
 BETA = 0.3
 seeds = st.integers(0, 10_000)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpo_core.objectives import PairLogps, get, pair_metrics
-from tests.dpo_core.objectives.samples import few
+from tests.support.samples import few
 
 BETA, EPSILON, TAU = 0.3, 0.1, 0.1
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from dpo_core.errors import RecipeError
 from dpo_core.objectives import PairLogps, Term, Totals, combine, get, pair_metrics, wpo_weights
 from dpo_core.objectives.common import log1mexp
-from tests.dpo_core.objectives.samples import at_reference, few, gradients, pairs_at, rows, totals_of
+from tests.support.samples import at_reference, few, gradients, pairs_at, rows, totals_of
 
 BETA = 0.3
 LN_2 = math.log(2)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_core.objectives import UnpairedLogps, class_means, get, unpaired_metrics, z0
-from tests.dpo_core.objectives.samples import at_reference, few, gradients, rows, unpaired_at
+from tests.support.samples import at_reference, few, gradients, rows, unpaired_at
 
 BETA = 0.3
 

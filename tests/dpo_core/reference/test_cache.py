@@ -16,7 +16,7 @@ from dpo_core.models.load import load_model
 from dpo_core.reference import LogpShard, ReferenceCache, sequence_key
 from dpo_core.reference.cache import FACTS, ReferenceFacts, read_facts
 from dpo_core.reference.compute import compute
-from tests.logps import full_logps, random_sequences
+from tests.support.models.logps import full_logps, random_sequences
 
 Entries = dict[bytes, np.ndarray]
 

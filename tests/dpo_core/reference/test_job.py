@@ -31,7 +31,7 @@ from dpo_core.reference.job import (
     write_sequences,
 )
 from dpo_core.reference.shard import LogpShard
-from tests.logps import full_logps, random_sequences
+from tests.support.models.logps import full_logps, random_sequences
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 CHAT = json.dumps([{"role": "user", "content": "How was the soup by the sea?"}])

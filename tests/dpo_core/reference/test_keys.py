@@ -8,7 +8,7 @@ from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.models.load import weights_digest
 from dpo_core.reference import keys, reference_key, sequence_key
 from dpo_core.reference.job import read_sequences, write_sequences
-from tests.tiny import make_tiny_model
+from tests.support.models.tiny import make_tiny_model
 
 
 def test_the_key_of_a_sequence_sees_tokens_and_where_the_prompt_ends() -> None:

@@ -16,7 +16,7 @@ from dpo_core.reference import sequence_key
 from dpo_core.reference import shard as shard_module
 from dpo_core.reference.shard import LogpShard
 from dpo_core.system import digest_file
-from tests.logps import random_sequences
+from tests.support.models.logps import random_sequences
 
 Entries = dict[bytes, np.ndarray]
 

@@ -1,0 +1,95 @@
+"""Code that ships with a model: trusted once, known wherever the model is read, and never asked about."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpo_core import job as train
+from dpo_core.errors import ModelError
+from dpo_core.models import remote_code
+from dpo_core.models.load import ModelConfig, config_in, convert, load_model
+from dpo_core.models.reward_model import RewardModel
+from dpo_core.reference.job import attention_of
+from dpo_core.scoring import flops as cost
+from dpo_core.scoring.attention import trunk_of
+from tests.support.models.families import with_own_code
+from tests.support.models.tiny import make_tiny_model
+from tests.support.runs.training_jobs import sft_job
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A Llama whose classes come as a file beside its weights, in a process that trusts nothing yet."""
+    import transformers.dynamic_module_utils as modules
+
+    monkeypatch.setattr(modules, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(remote_code, "_trusted", set())
+
+    def asked(*_: object) -> str:
+        raise AssertionError("a question on the terminal")
+
+    monkeypatch.setattr("builtins.input", asked)
+    return with_own_code(make_tiny_model(tmp_path / "own"))
+
+
+def test_without_trust_it_is_refused_in_every_place(own: Path) -> None:
+    for read in (load_model, config_in, attention_of, lambda f: convert(ModelConfig(name=str(f)), f / "out")):
+        with pytest.raises(ModelError, match="contains custom code"):
+            read(own)
+
+
+def test_what_was_imported_is_read_everywhere_and_keeps_its_code(own: Path, tmp_path: Path) -> None:
+    out = tmp_path / "imported"
+    convert(ModelConfig(name=str(own), trust_remote_code=True), out)
+    model = load_model(out)
+    assert type(model).__name__ == "OwnForCausalLM"
+    assert (out / "modeling_own.py").read_bytes() == (own / "modeling_own.py").read_bytes()
+    assert attention_of(out) == "sdpa"
+    assert cost.Shape.of(config_in(out)).parameters == sum(p.numel() for p in model.parameters())
+    with torch.no_grad():
+        reward = RewardModel(trunk_of(model))
+        inputs = torch.tensor([[5, 6, 7]]), torch.ones(1, 3), torch.tensor([2])
+        reward.save(tmp_path / "reward")
+        again = RewardModel.load(tmp_path / "reward")
+        assert torch.equal(again(*inputs), reward.eval()(*inputs))
+        assert type(again.backbone).__name__ == "OwnModel"
+
+
+def test_a_job_is_handed_what_is_trusted_and_writes_it(alone: None, own: Path, tmp_path: Path) -> None:
+    path = sft_job(tmp_path / "job", own)
+    assert train.main(["--config", str(path)]) == 2, "nothing is trusted"
+    assert "contains custom code" in json.loads((tmp_path / "job" / "error.json").read_text())["problem"]
+    remote_code.trust(own)
+    job = json.loads(path.read_text()) | {"trusted_code": remote_code.trusted()}
+    remote_code._trusted.clear()
+    path.write_text(json.dumps(job))
+    assert train.main(["--config", str(path)]) == 0
+    assert type(load_model(tmp_path / "job" / "out")).__name__ == "OwnForCausalLM"
+
+
+def test_other_code_is_not_trusted(own: Path, tmp_path: Path) -> None:
+    remote_code.trust(own)
+    assert remote_code.trusts(own)
+    assert not remote_code.trusts(make_tiny_model(tmp_path / "plain")), "there is nothing to trust"
+    facts = json.loads((own / "config.json").read_text())
+    facts["auto_map"]["AutoModelForCausalLM"] = "somebody/else--modeling_own.OwnForCausalLM"
+    (own / "config.json").write_text(json.dumps(facts))
+    assert not remote_code.trusts(own), "the code of another repository"
+    del facts["auto_map"]
+    (own / "config.json").write_text(json.dumps(facts))
+    (own / "more.py").write_text("")
+    assert not remote_code.trusts(own)
+
+
+def test_the_answer_is_no_question(own: Path) -> None:
+    """Also where a terminal could be asked."""
+    told = subprocess.run(
+        [sys.executable, "-c", f"from dpo_core.models.load import *; load_model(Path({str(own)!r}))"],
+        input="y\n", text=True, capture_output=True, check=False,
+    )  # fmt: skip
+    assert "contains custom code" in told.stderr
+    assert "[y/N]" not in told.stdout + told.stderr

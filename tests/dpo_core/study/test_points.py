@@ -1,0 +1,74 @@
+"""What a study may hold, and best of n against every subset."""
+
+import math
+from itertools import combinations
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from dpo_core.errors import StageFailed
+from dpo_core.study import Study, best_of_kl, best_of_n
+from tests.support.reports.studies import point, study
+
+
+def test_best_of_n_is_the_mean_over_all_subsets() -> None:
+    rewards_PS = np.random.default_rng(0).normal(size=(3, 6))
+    rewards_PS[0, :3] = 0.5  # ties
+    for best in best_of_n(rewards_PS, [1, 2, 4, 6]):
+        for row, found in zip(rewards_PS, best.rewards_P, strict=True):
+            subsets = [max(chosen) for chosen in combinations(row, best.n)]
+            assert found == pytest.approx(sum(subsets) / len(subsets), rel=1e-12)
+
+
+def test_best_of_one_is_the_mean_and_best_of_all_the_maximum() -> None:
+    one, every = best_of_n([[3.0, 1.0, 2.0], [0.0, 0.0, 9.0]], [1, 3])
+    assert one.rewards_P == pytest.approx([2.0, 3.0])
+    assert every.rewards_P == pytest.approx([3.0, 9.0])
+
+
+def test_the_bound_on_the_kl_of_best_of_n() -> None:
+    assert [best_of_kl(n) for n in (1, 4)] == pytest.approx([0.0, 0.636], abs=5e-4)
+    assert best_of_n([[1.0, 2.0]], [2])[0].kl_bound == math.log(2) - 0.5
+
+
+def test_best_of_more_than_there_are() -> None:
+    with pytest.raises(StageFailed, match="best of 5 needs 5 samples of a prompt, and there are 2"):
+        best_of_n([[1.0, 2.0]], [1, 5])
+    with pytest.raises(ValueError, match="best of 0"):
+        best_of_n([[1.0, 2.0]], [0])
+    with pytest.raises(ValueError, match="shape"):
+        best_of_n([1.0, 2.0], [1])
+
+
+def test_a_study_survives_json() -> None:
+    made = study([point("DPO", "beta=0.1", 0), point("PPO", "kl=6", 1)])
+    assert Study.model_validate_json(made.model_dump_json()) == made
+
+
+def test_arms_keep_their_order_and_the_drawn_ones_are_chosen() -> None:
+    points = [point(arm, "beta=0.1", seed) for seed in (0, 1) for arm in ("PPO", "DPO", "DPO, few")]
+    assert study(points).drawn_arms() == study(points).arms() == ["PPO", "DPO", "DPO, few"]
+    assert study(points, drawn=["DPO", "PPO"]).drawn_arms() == ["PPO", "DPO"]
+
+
+def test_areas_end_at_the_largest_fixed_kl_unless_told() -> None:
+    assert study([], kl_at=[1.0, 4.0]).kl_end == 4.0
+    assert study([], kl_at=[1.0, 4.0], kl_max=3.0).kl_end == 3.0
+
+
+@pytest.mark.parametrize(
+    ("points", "changes", "words"),
+    [
+        ([point("DPO", "beta=0.1", 3, prompts=7)], {}, "DPO beta=0.1 seed 3 has 7 values"),
+        ([point("DPO", "beta=0.1", 3)] * 2, {}, "DPO beta=0.1 seed 3 is there 2 times"),
+        ([], {"reference_rewards_P": [0.0]}, "the reference has 1 values"),
+        ([], {"kl_at": [0.0, 1.0]}, "KLs above 0"),
+        ([], {"kl_at": []}, "KLs above 0"),
+        ([], {"drawn": ["GRPO"]}, "'GRPO', which has no point"),
+        ([], {"best_of": best_of_n([[1.0, 2.0]], [2])}, "best of 2 has 1 values"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_named(points: list, changes: dict, words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        study(points, **changes)

@@ -1,0 +1,165 @@
+"""`dpo launch`: what it prints for each cluster, and a whole run whose trainings SLURM runs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from deploy.launchers.registry import VARIABLE
+from dpo_core.errors import RecipeError
+from flows.cli.launch import cluster_config, rendered, send_to
+from tasks.preflight import check_ahead
+from tasks.recipe.recipe import load_recipe
+from tests.support.runs.tiny_run import Bench
+from tests.support.sites import slurm_site
+
+STAGES = ["prepare-sft", "train-dpo", "train-ppo"]
+SETTINGS = {
+    "local": [],
+    "slurm": ["gpus=0", "nodes=2"],
+    "kubernetes": ["gpus=0", "nodes=2", "image=dpo:1", "claim=ws", "mount=/ws", "queue=q"],
+    "skypilot": ["gpus=0", "nodes=2", "bucket=s3://b", "mount=/ws"],
+}
+
+
+@pytest.mark.parametrize("on", SETTINGS)
+def test_render_prints_every_training_and_starts_nothing(bench: Bench, on: str, tmp_path: Path) -> None:
+    workspace = tmp_path / "runs"  # of its own: what another run has trained would not be trained again
+    text = rendered(str(bench.recipe), [f"workspace={workspace}"], on, cluster_config(on, None, SETTINGS[on]))
+    assert [line[2:] for line in text.splitlines() if line[2:] in STAGES] == STAGES
+    for stage in STAGES:
+        assert str(workspace / "work" / stage / "ID" / "job.json") in text
+    if on == "kubernetes":
+        kinds = [document["kind"] for document in yaml.safe_load_all(text)]
+        assert kinds == ["TrainingRuntime", "TrainJob"] * 3
+    if on == "skypilot":
+        assert [task["num_nodes"] for task in yaml.safe_load_all(text)] == [2, 2, 2]
+    assert not list(tmp_path.rglob("job.json"))
+
+
+def test_render_tells_of_trainings_that_are_cached(finished: tuple[Bench, dict]) -> None:
+    text = rendered(str(finished[0].recipe), [], "slurm", cluster_config("slurm", None, SETTINGS["slurm"]))
+    assert text.splitlines() == [f"# {stage}: cached, nothing to submit" for stage in STAGES]
+
+
+def test_a_field_of_the_form_that_is_left_empty_is_as_one_that_is_missing(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text("image:\nclaim: ws\nmount: /ws\n")
+    with pytest.raises(RecipeError, match="image: Field required"):
+        cluster_config("kubernetes", str(path), [])
+
+
+def test_settings_come_from_a_file_and_are_overridden(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.yaml"
+    path.write_text("nodes: 4\npartition: gpu\n")
+    config = cluster_config("slurm", str(path), ["nodes=2"])
+    assert (config.nodes, config.partition) == (2, "gpu")
+
+
+@pytest.mark.parametrize(
+    ("on", "settings", "words"),
+    [
+        ("moon", [], "there is no launcher 'moon'.*local, kubernetes, slurm, skypilot"),
+        ("local", ["nodes=2"], "local takes no settings"),
+        ("kubernetes", ["image=a"], "settings for kubernetes cannot be used: claim: Field required"),
+        ("slurm", ["node=2"], "there is no field node"),
+        ("slurm", ["environment.HF_TOKEN=abc"], "looks like a secret"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused(on: str, settings: list[str], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        cluster_config(on, None, settings)
+
+
+@pytest.mark.parametrize(
+    ("on", "settings", "words"),
+    [
+        ("slurm", [], "there is no command sbatch on this machine.*login node"),
+        ("skypilot", ["bucket=s3://b", "mount={workspace}"], "there is no command sky on this machine"),
+        ("skypilot", ["bucket=s3://b", "mount=/ws"], "is not in the bucket, which machines see at /ws"),
+        ("kubernetes", ["image=i", "claim=c", "mount=/ws"], "is not on the volume, which pods see at /ws"),
+        (
+            "kubernetes",
+            ["image=i", "claim=c", "mount={workspace}"],
+            "no credentials for a Kubernetes cluster",
+        ),
+    ],
+)
+def test_a_cluster_out_of_reach_is_refused_before_anything_runs(
+    on: str, settings: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    monkeypatch.setenv(VARIABLE, "")
+    send_to(on, cluster_config(on, None, [part.format(workspace=tmp_path) for part in settings]))
+    with pytest.raises(RecipeError, match=words):
+        check_ahead(load_recipe("demo", [f"workspace={tmp_path / 'runs'}"]))
+
+
+def test_what_a_cluster_would_not_see_or_use_is_told_with_the_manifest(
+    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = cluster_config("kubernetes", None, ["image=i", "claim=c", "mount=/ws", "gpus=8"])
+    rendered(str(bench.recipe), [f"workspace={tmp_path / 'runs'}"], "kubernetes", config)
+    assert "warning: " in capsys.readouterr().err
+    assert "each node has gpus=8, and engine.processes=1 uses no more of them" in caplog.text
+
+
+def _on_slurm(bench: Bench, site: Path) -> dict[str, str]:
+    commands = slurm_site.install(site)
+    path = os.pathsep.join([str(commands), str(Path(sys.executable).parent), os.environ["PATH"]])
+    return bench.environment() | {"SLURM_SITE": str(site), "PATH": path}
+
+
+def _trained_on(site: Path) -> None:
+    jobs = slurm_site.jobs(site)
+    assert [job["state"] for job in jobs] == ["COMPLETED"] * 3
+    for stage, job in zip(STAGES, jobs, strict=True):
+        assert job["options"]["job-name"].startswith(f"dpo-{stage}-")
+
+
+@pytest.mark.slow
+def test_a_whole_run_trains_on_slurm(bench: Bench, tmp_path: Path) -> None:
+    environment = _on_slurm(bench, tmp_path / "site")
+    given = ["--with", "gpus=0", "--with", f"python={sys.executable}"]
+    given += ["--set", f"workspace={tmp_path / 'ws'}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.cli.main", "launch", str(bench.recipe), "--on", "slurm", *given],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1500,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    _trained_on(tmp_path / "site")
+
+
+@pytest.mark.slow
+def test_a_deployed_run_trains_on_slurm(bench: Bench, tmp_path: Path) -> None:
+    """What a worker does with the parameters `on` and `settings` of a deployment."""
+    settings = tmp_path / "cluster.yaml"
+    settings.write_text(yaml.safe_dump({"gpus": 0, "python": sys.executable}))
+    workspace = tmp_path / "ws"
+    parameters = {
+        "recipe": str(bench.recipe),
+        "overrides": [f"workspace={workspace}"],
+        "on": "slurm",
+        "settings": str(settings),
+    }
+    code = f"from flows.deployed import deployed\nprint(deployed(**{parameters!r}, return_state=True).name)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=_on_slurm(bench, tmp_path / "site"),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1500,
+    )
+    assert done.stdout.strip().endswith("Completed"), done.stdout + done.stderr
+    _trained_on(tmp_path / "site")
+    (record,) = workspace.glob("runs/*/run.json")
+    assert f"dpo launch {bench.recipe} --on slurm --settings {settings}" in record.read_text()

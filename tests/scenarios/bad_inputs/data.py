@@ -1,0 +1,286 @@
+"""Bad data: files that cannot be read, rows that cannot be used, sets that must not be trained on."""
+
+import gzip
+import json
+
+from tests.scenarios.bad_inputs import World, bad, good_rows, lines
+
+
+def _with(place: int, **change: object) -> list[dict]:
+    rows = good_rows()
+    rows[place] |= change
+    return rows
+
+
+# --- files ------------------------------------------------------------------------------------------------
+
+
+@bad(2, "there is no file or folder", "absent.jsonl", "Check the path")
+def data_missing(world: World) -> list[str]:
+    return world.run(data={"path": str(world.new_folder() / "absent.jsonl")})
+
+
+@bad(2, "empty.jsonl is empty (0 bytes)", "Check how it was written")
+def data_empty(world: World) -> list[str]:
+    return world.run_with("empty.jsonl", "")
+
+
+@bad(2, "blank.jsonl holds no rows")
+def data_of_blank_lines(world: World) -> list[str]:
+    return world.run_with("blank.jsonl", "\n\n  \n")
+
+
+@bad(2, "has no data file directly in it; it is empty", "Point data.path at")
+def data_in_an_empty_folder(world: World) -> list[str]:
+    return world.run(data={"path": str(world.new_folder())})
+
+
+@bad(2, "rows.xlsx has an ending that no reader knows", ".jsonl, .ndjson, .json, .csv, .parquet")
+def data_of_an_unknown_ending(world: World) -> list[str]:
+    return world.run_with("rows.xlsx", lines(good_rows()))
+
+
+@bad(2, "line 3 of", "broken.jsonl is not valid JSON", "Correct or delete that line")
+def data_with_a_broken_line(world: World) -> list[str]:
+    text = lines(good_rows()).splitlines(keepends=True)
+    text[2] = '{"prompt": "half\n'
+    return world.run_with("broken.jsonl", "".join(text))
+
+
+@bad(2, "line 2 of", "is a JSON list, not an object with named fields")
+def data_with_a_list_for_a_row(world: World) -> list[str]:
+    return world.run_with("rows.jsonl", lines(good_rows(1)) + '["a", "b", "c"]\n')
+
+
+@bad(2, "line 1 of", "is not UTF-8 text (byte 0xff", "iconv")
+def data_in_another_encoding(world: World) -> list[str]:
+    return world.run_with("rows.jsonl", lines(good_rows()).encode("utf-16"))
+
+
+@bad(2, "rows.jsonl.gz is cut off or damaged after row", "Copy or download the file again")
+def data_cut_off(world: World) -> list[str]:
+    return world.run_with("rows.jsonl.gz", gzip.compress(lines(good_rows()).encode())[:-20])
+
+
+@bad(2, "rows.parquet is cut off or damaged after row 0", "Copy or download")
+def data_that_is_no_parquet(world: World) -> list[str]:
+    return world.run_with("rows.parquet", b"PAR1 but not really")
+
+
+@bad(2, "is not valid CSV", "rows.csv", "Put quotes around fields")
+def data_with_an_open_quote(world: World) -> list[str]:
+    return world.run_with("rows.csv", 'prompt,chosen,rejected\na,"b,c\n')
+
+
+@bad(2, "the hub data set nobody/nothing (split train) could not be loaded", "HF_HUB_OFFLINE")
+def data_on_the_hub_offline(world: World) -> list[str]:
+    return world.run(data={"path": "nobody/nothing"})
+
+
+@bad(2, "cannot be read", "File name too long", "Check the path")
+def data_path_too_long(world: World) -> list[str]:
+    return world.run(data={"path": f"/tmp/{'x' * 5000}.jsonl"})
+
+
+# --- rows that fit nothing --------------------------------------------------------------------------------
+
+
+@bad(2, "the rows fit no known format; the fields are ask (string), yes (string), no (string)", "data.format")
+def data_with_other_columns(world: World) -> list[str]:
+    rows = [{"ask": r["prompt"], "yes": r["chosen"], "no": r["rejected"]} for r in good_rows()]
+    return world.run_on(rows)
+
+
+@bad(2, "the rows fit several formats (prompt-pairs", "stackexchange", "Set data.format to the one")
+def data_of_two_formats(world: World) -> list[str]:
+    rows = [r | {"question": r["prompt"], "response_j": "a", "response_k": "b"} for r in good_rows()]
+    return world.run_on(rows)
+
+
+@bad(2, "data.format", "Input should be 'hh', 'prompt-pairs'", "'alpaca'")
+def data_of_an_unknown_format(world: World) -> list[str]:
+    return world.run(data={"format": "alpaca"})
+
+
+@bad(2, "none of the 24 rows can be used", "has no turn of the Assistant", "data.format")
+def data_of_another_format_than_said(world: World) -> list[str]:
+    return world.run_on(good_rows(), data={"format": "hh"})
+
+
+@bad(2, "the data has 1 distinct prompt(s) in 24 usable rows", "data.eval_path")
+def data_of_a_single_prompt(world: World) -> list[str]:
+    return world.run_on([row | {"prompt": "The soup"} for row in good_rows()])
+
+
+@bad(2, "all 24 rows of", "are ties", "a majority of the annotators")
+def data_of_ties_only(world: World) -> list[str]:
+    votes = {"annotator1": 1, "annotator2": 2, "annotator3": 0}
+    rows = [
+        {
+            "instruction": r["prompt"],
+            "input": "",
+            "response1": r["chosen"],
+            "response2": r["rejected"],
+            **votes,
+        }
+        for r in good_rows()
+    ]
+    return world.run_on(rows)
+
+
+@bad(2, "data.path holds pairs and data.eval_path holds prompts", "Give both as one kind")
+def evaluation_data_of_another_kind(world: World) -> list[str]:
+    held_out = world.file("held_out.jsonl", lines([{"prompt": "And what of the bread?"}]))
+    return world.run(data={"eval_path": held_out, "eval_fraction": None})
+
+
+# --- the gate ---------------------------------------------------------------------------------------------
+
+
+@bad(3, "pairs/fault: 1 of 24 rows (4.17%)", "chosen is a JSON boolean", "source rows 4", adds="load-data")
+def chosen_is_true(world: World) -> list[str]:
+    return world.run_on(_with(3, chosen=True))
+
+
+@bad(
+    3,
+    "pairs/fault: 1 of 24",
+    "rejected is missing",
+    "source rows 2",
+    "gate.quarantine=drop",
+    adds="load-data",
+)
+def rejected_is_null(world: World) -> list[str]:
+    return world.run_on(_with(1, rejected=None))
+
+
+@bad(3, "pairs/empty_chosen: 1 of 24 rows", "source rows 6", "gate.quarantine=drop", adds="load-data")
+def chosen_is_empty(world: World) -> list[str]:
+    return world.run_on(_with(5, chosen="  "))
+
+
+@bad(3, "pairs/empty_prompt: 1 of 24 rows", "source rows 8", adds="load-data")
+def prompt_is_empty(world: World) -> list[str]:
+    return world.run_on(_with(7, prompt=""))
+
+
+@bad(3, "pairs/identical: 24 of 24 rows (100.00%)", "source rows 1, 2, 3", adds="load-data")
+def answers_all_identical(world: World) -> list[str]:
+    return world.run_on([row | {"rejected": row["chosen"]} for row in good_rows()])
+
+
+@bad(3, "pairs/contradiction: 2 of 25 rows", "source rows 4, 25", "Decide which order", adds="load-data")
+def rows_that_contradict(world: World) -> list[str]:
+    row = good_rows()[3]
+    turned = row | {"chosen": row["rejected"], "rejected": row["chosen"]}
+    return world.run_on([*good_rows(), turned])
+
+
+@bad(3, "pairs/leakage: 1 of 25 rows", "eval split", "Split by prompt", adds="load-data")
+def evaluation_prompts_in_training(world: World) -> list[str]:
+    row = good_rows()[0]
+    leaked = row | {"prompt": row["prompt"].upper()}
+    held_out = world.file("held_out.jsonl", lines([leaked]))
+    return world.run(data={"eval_path": held_out, "eval_fraction": None})
+
+
+@bad(3, "pairs/special_tokens: 1 of 24 rows", "special token of the tokenizer", adds="load-data")
+def text_with_a_control_token(world: World) -> list[str]:
+    return world.run_on(_with(2, chosen=" All was well.</s> Then not."))
+
+
+@bad(3, "pairs/dropped: 12 of 24 rows (50.00%)", "tolerated 20.00%", "max_dropped_rate", adds="load-data")
+def too_much_to_drop(world: World) -> list[str]:
+    rows = [row | ({"chosen": ""} if i % 2 else {}) for i, row in enumerate(good_rows())]
+    return world.run_on(rows, gate={"quarantine": "drop"})
+
+
+@bad(3, "no row is left for evaluation", "the gate dropped 1 rows and kept 24", adds="load-data")
+def nothing_left_to_evaluate(world: World) -> list[str]:
+    held_out = world.file(
+        "held_out.jsonl", lines([{"prompt": "And the bread?", "chosen": "", "rejected": "b"}])
+    )
+    return world.run(data={"eval_path": held_out, "eval_fraction": None}, gate={"quarantine": "drop"})
+
+
+@bad(
+    3, "pairs/too_few", "number of rows is 24, at least 1000 are needed", "too_few.min_rows", adds="load-data"
+)
+def fewer_rows_than_asked_for(world: World) -> list[str]:
+    rows = [row | {"prompt": f"Tell me: {row['prompt']}"} for row in good_rows()]
+    return world.run_on(rows, gate={"too_few": {"severity": "critical", "min_rows": 1000}})
+
+
+@bad(2, "one held-out prompt and one sample of it give no interval", "evaluate.samples_per_prompt to 2",
+     adds="load-data validate-pairs")  # fmt: skip
+def one_answer_to_evaluate(world: World) -> list[str]:
+    return world.run_on(good_rows(2))
+
+
+def _chats(first: str) -> list[dict]:
+    return [
+        {
+            "prompt": [{"role": first, "content": row["prompt"]}, {"role": "user", "content": "Well?"}],
+            "chosen": [{"role": "assistant", "content": row["chosen"]}],
+            "rejected": [{"role": "assistant", "content": row["rejected"]}],
+        }
+        for row in good_rows()
+    ]
+
+
+@bad(2, "row 1 of the data", "no chat template", "tokens.template", "model.chat_template",
+     adds="load-data import-model")  # fmt: skip
+def chats_without_a_template(world: World) -> list[str]:
+    argv = world.run_model(lambda model: (model / "chat_template.jinja").unlink())
+    data = world.file("chats.jsonl", lines(_chats("system")))
+    return [*argv, "--set", f"data.path={data}"]
+
+
+@bad(2, "row 1 of the data", "cannot write a conversation of the roles system, user", "no system here",
+     adds="load-data import-model")  # fmt: skip
+def chats_that_the_template_refuses(world: World) -> list[str]:
+    template = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}"
+    template += "{% endif %}{{ m.content }}{% endfor %}"
+    path = world.file("template.jinja", template)
+    return world.run_on(_chats("system"), model={"chat_template": path})
+
+
+# --- dpo validate -----------------------------------------------------------------------------------------
+
+
+@bad(2, "line 1 of", "garbage.jsonl is not valid JSON")
+def validate_garbage(world: World) -> list[str]:
+    return ["validate", world.file("garbage.jsonl", "\x00\x01 what is this\n")]
+
+
+@bad(2, "there is no file or folder", "absent.csv")
+def validate_nothing(world: World) -> list[str]:
+    return ["validate", str(world.new_folder() / "absent.csv")]
+
+
+@bad(2, "there is no field data.formt (did you mean format?)", "Mend the override")
+def validate_with_an_unknown_override(world: World) -> list[str]:
+    return ["validate", str(world.folder / "good.jsonl"), "--set", "data.formt=hh"]
+
+
+@bad(3, "pairs/identical: 24 of 24 rows", "source rows 1, 2, 3")
+def validate_refuses(world: World) -> list[str]:
+    rows = [row | {"rejected": row["chosen"]} for row in good_rows()]
+    return ["validate", world.file("same.jsonl", lines(rows))]
+
+
+@bad(2, "rows.json is not valid JSON at row 2", "may be cut off")
+def validate_a_cut_off_list(world: World) -> list[str]:
+    return ["validate", world.file("rows.json", json.dumps(good_rows(2))[:-40])]
+
+
+@bad(2, "the gate's baseline", "absent-gate.json", "Give the gate.json of an earlier run")
+def gate_baseline_missing(world: World) -> list[str]:
+    return world.run(gate={"baseline": str(world.new_folder() / "absent-gate.json")})
+
+
+@bad(2, "the gate's baseline is not a profile", "Give the `profile` object")
+def gate_baseline_of_another_kind(world: World) -> list[str]:
+    path = world.new_folder() / "gate.json"
+    path.write_text('{"profile": {"scripts": "Latin"}}')
+    return world.run(gate={"baseline": str(path)})

@@ -1,0 +1,177 @@
+"""Bad models: missing, damaged, pickled, of another shape, with another tokenizer."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+from tests.scenarios.bad_inputs import World, bad
+from tests.support.models.tiny import make_tiny_model
+
+
+def _edit(path: Path, **changes: Any) -> None:
+    facts = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in (facts | changes).items() if v is not None}))
+
+
+def _tensors(model: Path, change: Any) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = model / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+@bad(2, "no model at", "absent", "Name a checkpoint folder, a .gguf file or a hub model")
+def model_missing(world: World) -> list[str]:
+    return world.run(model={"name": str(world.new_folder() / "absent")})
+
+
+@bad(
+    2, "the hub did not give a model of that name", "nobody/nothing", "download the model and name its folder"
+)
+def model_on_the_hub_offline(world: World) -> list[str]:
+    return world.run(model={"name": "nobody/nothing"})
+
+
+@bad(2, "the package no_such_package that carries the model is not installed", "Install it")
+def model_in_a_missing_package(world: World) -> list[str]:
+    return world.run(model={"name": "package:no_such_package"})
+
+
+@bad(2, "the package no_such_package.inner that carries the model is not installed", "Install it")
+def model_in_a_missing_inner_package(world: World) -> list[str]:
+    return world.run(model={"name": "package:no_such_package.inner"})
+
+
+@bad(2, "the package json carries 0 .gguf files", "Name the file itself")
+def model_in_a_package_without_one(world: World) -> list[str]:
+    return world.run(model={"name": "package:json"})
+
+
+@bad(2, "model.scratch", "hidden_size 100 is not a multiple of heads 3")
+def model_from_scratch_with_heads_that_do_not_divide(world: World) -> list[str]:
+    return world.run(model={"scratch": {"hidden_size": 100, "heads": 3}})
+
+
+@bad(2, "architecture mixtral cannot be made from scratch", "Name a plain decoder")
+def model_from_scratch_with_experts(world: World) -> list[str]:
+    model = make_tiny_model(world.new_folder() / "model")
+    _edit(model / "config.json", model_type="mixtral", num_local_experts=4)
+    return world.run(model={"name": str(model), "scratch": {}})
+
+
+@bad(2, "holds no config.json", "Name the folder of a Hugging Face checkpoint")
+def model_without_a_config(world: World) -> list[str]:
+    return world.run_model(lambda model: (model / "config.json").unlink())
+
+
+@bad(2, "config.json cannot be read", "complete checkpoint")
+def model_with_a_broken_config(world: World) -> list[str]:
+    return world.run_model(lambda model: (model / "config.json").write_text('{"model_type": '))
+
+
+@bad(2, "holds no safetensors weights", "complete checkpoint")
+def model_without_weights(world: World) -> list[str]:
+    return world.run_model(lambda model: (model / "model.safetensors").unlink())
+
+
+@bad(2, "holds only pickled weights (pytorch_model.bin)", "Convert them to safetensors first")
+def model_with_pickled_weights(world: World) -> list[str]:
+    def change(model: Path) -> None:
+        (model / "model.safetensors").unlink()
+        (model / "pytorch_model.bin").write_bytes(pickle.dumps({"x": 1}))
+
+    return world.run_model(change)
+
+
+@bad(2, "cannot be loaded", "model", "complete checkpoint")
+def model_cut_off(world: World) -> list[str]:
+    def change(model: Path) -> None:
+        path = model / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-1000])
+
+    return world.run_model(change)
+
+
+@bad(2, "lacks 1 weights of its config", "model.layers.1.mlp.up_proj.weight")
+def model_without_one_tensor(world: World) -> list[str]:
+    name = "model.layers.1.mlp.up_proj.weight"
+    return world.run_model(lambda model: _tensors(model, lambda tensors: tensors.pop(name)))
+
+
+@bad(2, "model.norm.weight", "hold NaN or infinity", "undamaged checkpoint")
+def model_with_nan(world: World) -> list[str]:
+    def change(tensors: Any) -> None:
+        tensors["model.norm.weight"][0] = float("nan")
+
+    return world.run_model(lambda model: _tensors(model, change))
+
+
+@bad(2, "cannot be loaded", "tolstoy", "complete checkpoint")
+def model_of_an_unknown_architecture(world: World) -> list[str]:
+    change = {"model_type": "tolstoy", "architectures": ["TolstoyForCausalLM"]}
+    return world.run_model(lambda model: _edit(model / "config.json", **change))
+
+
+@bad(2, "rows of 160 tokens and the model holds 64", "Set tokens.max_length to 64 or less")
+def model_with_a_small_context(world: World) -> list[str]:
+    return world.run_model(lambda model: _edit(model / "config.json", max_position_embeddings=64))
+
+
+@bad(2, "rows of 5000 tokens and the model holds 512", "Set tokens.max_length to 512 or less")
+def budget_beyond_the_context(world: World) -> list[str]:
+    return world.run("--set", "tokens.max_length=5000")
+
+
+@bad(2, "tokens and the model embeds only 200", "Use the tokenizer that belongs to the model")
+def tokenizer_with_too_many_tokens(world: World) -> list[str]:
+    def change(model: Path) -> None:
+        make_tiny_model(model, vocab_size=200)
+
+    return world.run_model(change)
+
+
+@bad(2, "the tokenizer ends answers with id 0, the model with [7]", "Use the tokenizer that belongs")
+def tokenizer_with_another_end(world: World) -> list[str]:
+    def change(model: Path) -> None:
+        _edit(model / "config.json", eos_token_id=7)
+        (model / "generation_config.json").unlink(missing_ok=True)
+
+    return world.run_model(change)
+
+
+@bad(2, "the tokenizer in", "cannot be loaded", "tokenizer.json, tokenizer_config.json")
+def tokenizer_missing(world: World) -> list[str]:
+    def change(model: Path) -> None:
+        for path in model.glob("tokenizer*"):
+            path.unlink()
+
+    return world.run_model(change)
+
+
+@bad(2, "the tokenizer in", "cannot be loaded", "tokenizer.json")
+def tokenizer_broken(world: World) -> list[str]:
+    return world.run_model(lambda model: (model / "tokenizer.json").write_text('{"model": 3}'))
+
+
+@bad(2, "names no end-of-sequence token", "Set eos_token in its tokenizer_config.json")
+def tokenizer_without_an_end(world: World) -> list[str]:
+    return world.run_model(lambda model: _edit(model / "tokenizer_config.json", eos_token=None))
+
+
+@bad(2, "own.gguf does not begin as a GGUF file does", "download it again")
+def gguf_that_is_none(world: World) -> list[str]:
+    return world.run(model={"name": world.file("own.gguf", b"<html>404</html>" * 10)})
+
+
+@bad(2, "own.gguf cannot be loaded", "download it again")
+def gguf_cut_off(world: World) -> list[str]:
+    header = b"GGUF" + (3).to_bytes(4, "little") + (99).to_bytes(8, "little") * 2
+    return world.run(model={"name": world.file("own.gguf", header)})
+
+
+@bad(2, "the chat template", "absent.jinja cannot be read (No such file", "model.chat_template")
+def chat_template_missing(world: World) -> list[str]:
+    return world.run(model={"chat_template": str(world.new_folder() / "absent.jinja")})

@@ -1,0 +1,213 @@
+"""The table of bad inputs (tests/bad_inputs), run through the real command line, Prefect and MLflow.
+
+Each case differs from a recipe that runs to its end by one fault, and must leave: its exit code, one line of
+error with the words given, no traceback, and the artifact store as it was.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.scenarios.bad_inputs import (
+    CASES,
+    World,
+    data,
+    dpo,
+    good_rows,
+    lines,
+    machine,
+    models,
+    recipes,
+    stage_of,
+    unpaired,
+)
+from tests.support.models.tiny import make_tiny_model
+
+REPO = Path(__file__).resolve().parents[3]
+TABLE = (recipes, data, unpaired, models, machine)  # importing them fills it
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """A temporary Prefect API and a workspace with one good run."""
+    folder = tmp_path_factory.mktemp("bad")
+    settings = {"PREFECT_HOME": str(folder / "prefect"), "CUDA_VISIBLE_DEVICES": "", "TMPDIR": str(folder)}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in settings.items():
+            patch.setenv(name, value)
+        patch.setattr(tempfile, "tempdir", None)  # read TMPDIR again
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        from prefect.testing.utilities import prefect_test_harness
+
+        made = World(folder, make_tiny_model(folder / "model"))
+        (folder / "good.jsonl").write_text(lines(good_rows()))
+        with prefect_test_harness(server_startup_timeout=600):
+            done = dpo(*made.run("--json"))
+            assert done.code == 0, done.err
+            yield made
+
+
+def test_the_table_is_large() -> None:
+    assert len(CASES) >= 45
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input(world: World, name: str) -> None:
+    case = CASES[name]
+    arguments = case.make(world)
+    before = world.store()
+    done = dpo(*arguments)
+    assert done.code == case.code, done.err + done.out
+    if case.usage:
+        said = " ".join(done.err.replace("│", " ").split())
+    else:
+        assert len(done.errors) == 1, done.err
+        said = done.errors[0]
+    for word in case.words:
+        assert word in said
+    assert "Traceback" not in done.err + done.out
+    assert ("to resume: dpo run" in done.err) is (case.code == 4)
+    after = world.store()
+    assert {path: after.get(path) for path in before} == before
+    added = {stage_of(path) for path in after.keys() - before.keys()} - {None}
+    assert added == case.adds, "only stages before the failing one may leave an artifact"
+    assert world.unfinished() == []
+
+
+def test_two_rows_of_ones_own_run_to_the_end(world: World) -> None:
+    rows = [
+        {"prompt": "How was the soup?", "chosen": " Good and warm.", "rejected": " Cold and bad."},
+        {"prompt": "And the bread?", "chosen": " Fresh, and very good.", "rejected": " Stale."},
+    ]
+    small = {"batch_size": 2, "micro_batch_size": 2}
+    done = dpo(
+        *world.run_on(
+            rows,
+            "--json",
+            name="two",
+            sft={"enabled": True, "engine": {"threads": 1}},
+            reward={"source": None, "model": small},
+            evaluate={"samples_per_prompt": 2},
+            ppo={"enabled": True, "iterations": 1, "episodes": 4, "micro_batch_size": 4},
+        )
+    )
+    assert done.code == 0, done.err
+    report = json.loads(done.out)
+    ran = [stage["name"] for stage in report["stages"]]
+    assert ran == [
+        "load-data", "import-model", "validate-pairs", "prepare-sft", "cache-reference", "train-dpo",
+        "train-reward", "train-ppo", "evaluate",
+    ]  # fmt: skip
+    findings = {f["rule"]: f for f in report["gate"][0]["findings"]}
+    assert findings["pairs/too_few"]["passed"] is False
+    assert findings["pairs/too_few"]["severity"] == "warning"
+    assert [row["name"] for row in report["evaluation"]["policies"]] == ["SFT", "DPO", "PPO"]
+
+
+# --- in a process of its own ------------------------------------------------------------------------------
+
+
+def _process(arguments: list[str], *before: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [*before, sys.executable, "-m", "flows.cli.main", *arguments]
+    return subprocess.run(
+        command,
+        env=os.environ | environment,
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+def _without_override() -> list[str]:
+    """Words that take from root the right to ignore permissions; nothing for other users."""
+    if os.geteuid() != 0:
+        return []
+    if shutil.which("setpriv") is None:
+        pytest.skip("as root this needs setpriv, to give up the right to ignore permissions")
+    caps = "-dac_override,-dac_read_search"
+    return ["setpriv", f"--bounding-set={caps}", f"--inh-caps={caps}"]
+
+
+@pytest.mark.parametrize("what", ["recipe", "data", "workspace", "model"])
+def test_no_permission(world: World, what: str) -> None:
+    before, words = _without_override(), {
+        "recipe": "the recipe {} cannot be read (Permission denied). Check its path",
+        "data": "{} may not be read (permission denied). Give this user read access",
+        "workspace": "no access to {}",
+        "model": "{} cannot be read",
+    }  # fmt: skip
+    if what == "data":
+        arguments = world.run_on(good_rows())
+        place = sorted(world.folder.glob("case-*/rows.jsonl"), key=os.path.getmtime)[-1]
+    elif what == "workspace":
+        place = world.new_folder()
+        arguments = world.run(workspace=str(place))
+    elif what == "model":
+        place = world.new_folder() / "model"
+        shutil.copytree(world.model, place)
+        arguments = world.run(model={"name": str(place)})
+        place /= "config.json"
+    else:
+        arguments = world.run()
+        place = Path(arguments[1])
+    place.chmod(0o500 if place.is_dir() else 0)
+    try:
+        done = _process(arguments, *before)
+    finally:
+        place.chmod(0o700)
+    assert done.returncode == 2, done.stderr
+    (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert words[what].format(place) in error
+    assert "Traceback" not in done.stderr
+
+
+def test_prefect_that_does_not_answer(world: World) -> None:
+    before = world.store()
+    done = _process(world.run(), PREFECT_API_URL="http://127.0.0.1:9/api", PREFECT_CLIENT_MAX_RETRIES="0")
+    assert done.returncode == 2, done.stderr
+    (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert "the Prefect API at http://127.0.0.1:9/api does not answer" in error
+    assert "unset PREFECT_API_URL" in error
+    assert "Traceback" not in done.stderr
+    assert world.store() == before
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of a few MB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system needs root and the right to mount")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_disk_full(world: World, small_disk: Path) -> None:
+    runs = small_disk / "runs"
+    runs.mkdir()
+    # The database lies elsewhere, so that it is the artifacts that find no room.
+    uri = f"sqlite:///{world.workspace / 'mlflow.db'}"
+    (small_disk / "ballast").write_bytes(b"\0" * (2 * 2**20 + 2**19))
+    done = dpo(*world.run(workspace=str(runs), tracking={"uri": uri}))
+    assert done.code == 4, done.err
+    (error,) = done.errors
+    assert f"the disk that holds {runs} is full" in error
+    assert "Free some space there, then resume the run" in error
+    assert "to resume: dpo run" in done.err
+    assert "Traceback" not in done.err
+    assert list((runs / "store" / "tmp").glob("*")) == []
+    (small_disk / "ballast").unlink()
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    again = dpo(*world.run("--resume", workspace=str(runs), tracking={"uri": uri}))
+    assert again.code == 0, again.err

@@ -1,0 +1,87 @@
+"""Unpaired rows: of the wrong kind for the recipe, or with labels that cannot be learnt from."""
+
+from tests.scenarios.bad_inputs import Rows, World, bad, good_rows
+
+KTO = {"objective": "kto"}
+
+
+def labelled() -> Rows:
+    """Rows of both labels without a fault."""
+    return [
+        {"prompt": r["prompt"], "completion": r["chosen"], "label": bool(i % 2)}
+        for i, r in enumerate(good_rows())
+    ]
+
+
+@bad(
+    2, "the data are unpaired rows", "objective 'dpo' learns from pairs", "Set dpo.objective to kto or bco",
+    adds="load-data",
+)  # fmt: skip
+def unpaired_for_an_objective_on_pairs(world: World) -> list[str]:
+    return world.run_on(labelled())
+
+
+@bad(
+    2, "the data are unpaired rows", "objective 'dpo' learns from pairs", "Set guide.objective",
+    adds="load-data",
+)  # fmt: skip
+def unpaired_for_a_guide_on_pairs(world: World) -> list[str]:
+    return world.run_on(labelled(), dpo={"objective": "bco"}, guide={"objective": "dpo"})
+
+
+@bad(
+    2, "the data are unpaired rows, and without reward.source", "trained on pairs", "Set reward.source",
+    adds="load-data",
+)  # fmt: skip
+def unpaired_without_a_reward(world: World) -> list[str]:
+    return world.run_on(labelled(), dpo=KTO, reward={"source": None})
+
+
+@bad(
+    2, "the data are unpaired rows", "reward.optimise is trained on pairs", "Set reward.optimise to source",
+    adds="load-data",
+)  # fmt: skip
+def unpaired_for_a_learned_reward(world: World) -> list[str]:
+    return world.run_on(labelled(), dpo=KTO, reward={"optimise": "model"}, ppo={"enabled": True})
+
+
+@bad(
+    2, "no training row is labelled desirable, and SFT learns from", "Set sft.demonstrations",
+    adds="load-data validate-unpaired",
+)  # fmt: skip
+def unpaired_of_which_none_is_desirable(world: World) -> list[str]:
+    rows = [row | {"label": False} for row in labelled()]
+    return world.run_on(rows, dpo=KTO, sft={"enabled": True})
+
+
+@bad(
+    3, "refused the unpaired rows", "unpaired/contradiction: 2 of 25 rows", "the other label",
+    adds="load-data",
+)  # fmt: skip
+def unpaired_with_both_labels(world: World) -> list[str]:
+    rows = labelled()
+    return world.run_on([*rows, rows[3] | {"label": False}], dpo=KTO)
+
+
+@bad(3, "refused the unpaired rows", "unpaired/fault: 1 of 24 rows", "label is missing", adds="load-data")
+def unpaired_without_a_label(world: World) -> list[str]:
+    rows = labelled()
+    del rows[3]["label"]
+    return world.run_on(rows, dpo=KTO)
+
+
+@bad(
+    2, "there are no two different training examples", "choose objective bco",
+    adds="load-data validate-unpaired",
+)  # fmt: skip
+def unpaired_of_one_answer_for_kto(world: World) -> list[str]:
+    rows = [
+        {"prompt": "The soup", "completion": " was good.", "label": True},
+        {"prompt": "The bread", "completion": " was bad.", "label": False},
+    ]
+    return world.run_on(rows, dpo=KTO, evaluate={"samples_per_prompt": 2})
+
+
+@bad(2, "plus is for objectives on pairs, and 'kto' learns from unpaired rows")
+def unpaired_objective_in_a_sum(world: World) -> list[str]:
+    return world.run(dpo={"objective": "kto", "plus": [{"objective": "sft"}]})

@@ -1,0 +1,83 @@
+"""kill -9 in every stage of a real run, then `--resume`: the result is that of a run left in peace."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.flows.test_alignment import STAGES
+from tests.scenarios.faults.whole import forget_from
+
+TRAINED = {"prepare-sft", "train-dpo", "train-ppo"}
+
+
+def _in_the_middle(bench, stage: str, log: Path) -> bool:
+    if f"{stage}: running" not in log.read_text():
+        return False
+    work = bench.workspace / "work" / stage
+    # A trainer is killed between two checkpoints, with one on the disk.
+    return stage not in TRAINED or any(work.glob("*/checkpoints/step-*"))
+
+
+def _kill_in(bench, stage: str) -> int:
+    """Kills the run in the middle of the stage; returns its process number."""
+    log = bench.folder / "killed.log"
+    with log.open("w") as output:
+        flow = subprocess.Popen(
+            bench.command("run", str(bench.recipe)),
+            env=bench.environment(),
+            cwd=bench.folder,
+            stdout=output,
+            stderr=output,
+        )
+    deadline = time.monotonic() + 600
+    while not _in_the_middle(bench, stage, log):
+        assert flow.poll() is None, f"the run ended before {stage}:\n{log.read_text()}"
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.01)
+    os.kill(flow.pid, signal.SIGKILL)
+    flow.wait()
+    return flow.pid
+
+
+def _started_by(flow: int) -> list[psutil.Process]:
+    """What still runs of the flow with this number: its trainers and its temporary Prefect server."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if process.environ().get("DPO_FLOW_PID") == str(flow):
+                found.append(process)
+    return found
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("stage", STAGES)
+def test_resume_after_a_kill_ends_as_if_nothing_had_happened(finished, stage):
+    reference, whole = finished
+    own = reference.copy(f"killed-{stage}")
+    forget_from(own, stage)
+    flow = _kill_in(own, stage)
+    report = own.run("--resume")
+    assert own.index() == reference.index(), "every artifact, bit for bit"
+    assert report["evaluation"] == whole["evaluation"]
+    states = own.states(report)
+    assert all(states[s] == "cached" for s in STAGES[: STAGES.index(stage)])
+    assert not _started_by(flow)
+
+
+def test_a_trainer_killed_between_checkpoints_goes_on_exactly(finished):
+    """The same for one stage, in the default run: the orphaned trainer is ended and training goes on."""
+    reference, whole = finished
+    own = reference.copy("killed-default")
+    forget_from(own, "train-dpo")
+    flow = _kill_in(own, "train-dpo")
+    assert _started_by(flow), "the trainer and the Prefect server outlive the flow"
+    report = own.run("--resume")
+    assert not _started_by(flow)
+    assert own.index() == reference.index()
+    assert report["evaluation"] == whole["evaluation"]

@@ -1,0 +1,352 @@
+"""`dpo gc`: what a kept run needs stays, what none needs goes, whatever else is at work or was killed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dpo_core.errors import RecipeError
+from tasks.housekeeping.garbage_collection import free
+from tasks.promotion.promote import check, promote, rollback
+from tasks.runs.record import RunRecord, save_run
+from tasks.runs.references import note_need
+from tasks.store.manifest import digest_config
+from tasks.store.owner import myself
+from tasks.store.store import Store
+from tests.support.runs.promotions import NAME, World, dpo_killed
+from tests.support.runs.stored import CONFIG, REPO
+
+_MEMORY = "/dev/shm"
+START = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+class Made(NamedTuple):
+    """A result of a stage: number of its content, what it was made from, whether it has an entry."""
+
+    content: int
+    parents: tuple[int, ...]
+    entry: bool
+
+
+class Asked(NamedTuple):
+    """A run: the results that it went through, and how far it came."""
+
+    results: frozenset[int]
+    status: str
+
+
+@st.composite
+def stores(draw: st.DrawFn) -> tuple[list[Made], list[Asked], int]:
+    """A graph of results, runs over it, and how many are to be kept."""
+    made: list[Made] = []
+    for number in range(draw(st.integers(1, 8))):
+        # Chains rather than heaps, and now and then the content of another result.
+        parents = draw(st.sets(st.sampled_from(range(max(0, number - 2), number)))) if number else set()
+        content = draw(st.sampled_from([number, number, number, 0]))
+        made.append(Made(content, tuple(sorted(parents)), draw(st.integers(0, 5)) > 0))
+    some = st.frozensets(st.sampled_from(range(len(made))), max_size=3)
+    status = st.sampled_from(["done", "done", "failed", "running", "study"])
+    asked = draw(st.lists(st.builds(Asked, some, status), max_size=5))
+    return made, asked, draw(st.integers(0, 3))
+
+
+def _key(number: int) -> str:
+    return digest_config(["stage", number])
+
+
+def _build(folder: Path, made: list[Made], asked: list[Asked]) -> list[str]:
+    """The store and the records of its runs; the digest of each result."""
+    store = Store(folder)
+    digests: list[str] = []
+    for number, result in enumerate(made):
+        scratch = store.begin("made", _key(number)) / "out"
+        scratch.mkdir()
+        (scratch / "data").write_bytes(bytes([result.content]) * 100)
+        parents = [digests[parent] for parent in result.parents]
+        facts = {"stage_version": 1, "config_digest": CONFIG, "parents": parents}
+        digests.append(store.commit("made", _key(number), scratch, kind="dataset", **facts).sha256)  # type: ignore[arg-type]
+    for number, result in enumerate(made):
+        if not result.entry:
+            (store.root / "index" / "made" / f"{_key(number)}.json").unlink()
+        (folder / "data_docs" / f"pairs-{_key(number)[:16]}").mkdir(parents=True)
+        store.begin("made", _key(number))
+    for place, run in enumerate(asked):
+        record(folder, f"run-{place}", place, run.status)
+        for number in sorted(run.results):
+            note_need(store, f"run-{place}", "made", _key(number), [digests[p] for p in made[number].parents])
+        if run.status in ("done", "study"):
+            rows = [{"sha256": digests[n], "parents": []} for n in sorted(run.results)]
+            report = {"stages": rows} | ({"study": {}} if run.status == "study" else {})
+            (folder / "runs" / f"run-{place}" / "report.json").write_text(json.dumps(report))
+    return digests
+
+
+def record(folder: Path, run_id: str, place: int = 0, status: str = "done", **changes: Any) -> None:
+    facts = {"lists_stages": True, "started_at": START + timedelta(hours=place)} | changes
+    status = "done" if status == "study" else status
+    save_run(folder, RunRecord(run_id=run_id, recipe="tiny", status=status, **facts))
+
+
+def _needed(made: list[Made], asked: list[Asked], keep: int) -> set[int]:
+    """The contents that a kept run needs, by the rule as a person would say it."""
+    finished = [place for place, run in enumerate(asked) if run.status == "done"]
+    let_go = set(finished[: max(len(finished) - keep, 0)])
+    needed: set[int] = set()
+    for place, run in enumerate(asked):
+        if place in let_go:
+            continue
+        for number in run.results:
+            # A failed run wrote down keys alone: without its entry a result is none.
+            if made[number].entry or run.status in ("done", "study"):
+                needed.add(made[number].content)
+            needed |= {made[parent].content for parent in made[number].parents}
+    while True:
+        made_from = {
+            made[parent].content
+            for result in made
+            if result.content in needed and result.entry
+            for parent in result.parents
+        }
+        if made_from <= needed:
+            return needed
+        needed |= made_from
+
+
+def _state(folder: Path) -> dict[str, bytes]:
+    """Everything but the locks."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b""
+        for path in sorted(folder.rglob("*"))
+        if "locks" not in path.parts
+    }
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    # In memory where there is such a place: a store flushes every file.
+    with tempfile.TemporaryDirectory(dir=_MEMORY if os.access(_MEMORY, os.W_OK) else None) as name:
+        yield Path(name)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(stores())
+def test_what_a_kept_run_needs_stays_and_all_else_goes(drawn: tuple[list[Made], list[Asked], int]) -> None:
+    made, asked, keep = drawn
+    with _folder() as folder:
+        digests = _build(folder, made, asked)
+        store = Store(folder)
+        before = _state(folder)
+        foretold = free(folder, keep=keep, dry_run=True)
+        assert _state(folder) == before, "a dry run changes nothing"
+
+        done = free(folder, keep=keep)
+        assert done == foretold, "and says exactly what a real one does"
+        there = {path.name for path in (store.root / "objects").glob("*/*/*")}
+        wanted = {digests[n] for n, result in enumerate(made) if result.content in _needed(made, asked, keep)}
+        assert there == wanted
+        assert {one.sha256 for one in done.unused} == set(digests) - wanted
+        for number, result in enumerate(made):
+            found = store.lookup("made", _key(number))
+            assert (found is not None) is (result.entry and digests[number] in wanted)
+        assert not list((store.root / "tmp").glob("*"))
+        assert sum(len(v) for v in before.values()) - sum(len(v) for v in _state(folder).values()) >= (
+            done.freed_bytes
+        )
+
+        again = free(folder, keep=keep)
+        assert (again.unused, again.entries, again.leftovers, again.freed_bytes) == ([], 0, [], 0)
+
+
+def test_scratch_is_kept_for_the_unfinished_run_alone(tmp_path: Path) -> None:
+    made = [Made(0, (), False), Made(1, (), True), Made(2, (), False)]
+    _build(tmp_path, made, [Asked(frozenset({0, 1}), "failed")])
+    free(tmp_path)
+    assert [path.name for path in (tmp_path / "work" / "made").iterdir()] == [_key(0)[:16]]
+
+
+def test_an_unfinished_run_of_an_older_version_holds_everything_until_it_is_let_go(tmp_path: Path) -> None:
+    _build(tmp_path, [Made(0, (), True)], [])
+    record(tmp_path, "old", status="failed", lists_stages=False)
+    held = free(tmp_path)
+    assert (held.held_back, held.unused) == (["old"], [])
+    assert [one.bytes for one in free(tmp_path, drop_runs=["old"]).unused] == [100]
+
+
+def test_a_record_that_nobody_can_read_holds_everything(tmp_path: Path) -> None:
+    _build(tmp_path, [Made(0, (), True)], [])
+    record(tmp_path, "torn")
+    (tmp_path / "runs" / "torn" / "run.json").write_text("{")
+    assert free(tmp_path).held_back == ["torn"]
+
+
+def test_named_runs_are_kept_and_let_go(tmp_path: Path) -> None:
+    made = [Made(number, (), True) for number in range(3)]
+    asked = [Asked(frozenset({number}), "done") for number in range(3)]
+    _build(tmp_path, made, asked)
+    done = free(tmp_path, keep=1, keep_runs=["run-0"], drop_runs=["run-2"])
+    assert (done.kept, done.let_go, len(done.unused)) == (["run-0"], ["run-1", "run-2"], 2)
+
+
+def test_a_run_at_work_is_not_let_go_and_a_name_must_be_known(tmp_path: Path) -> None:
+    record(tmp_path, "busy", status="running", owner=myself())
+    with pytest.raises(RecipeError, match="the run busy is at work"):
+        free(tmp_path, drop_runs=["busy"])
+    with pytest.raises(RecipeError, match="no run named nothing"):
+        free(tmp_path, keep_runs=["nothing"])
+
+
+def test_evaluated_models_stay(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for number, weights in enumerate(["aa", "bb"]):
+        (store.begin("train", _key(number)) / "weights").write_bytes(bytes([number]))
+        source = {"weights": store.begin("train", _key(number)) / "weights"}
+        facts = {"stage_version": 1, "config_digest": CONFIG, "extra": {"weights_sha256": weights}}
+        store.commit("train", _key(number), source, kind="model", **facts)  # type: ignore[arg-type]
+    (tmp_path / "evaluations" / "one").mkdir(parents=True)
+    (tmp_path / "evaluations" / "one" / "report.json").write_text('{"models": [{"sha256": "bb"}]}')
+    free(tmp_path)
+    assert store.lookup("train", _key(0)) is None
+    assert store.lookup("train", _key(1)) is not None
+
+
+def test_what_a_rollback_needs_stays_and_older_champions_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    world = World(tmp_path)
+    store = Store(tmp_path)
+    for number in range(4):
+        report = world.run(f"run-{number}", "the reference" if number == 0 else f"{NAME} version {number}")
+        assert report.model
+        weights = store.root / "objects" / "model" / report.model.sha256[:2] / report.model.sha256
+        shutil.copytree(Path(report.model.uri.removeprefix("file://")), weights)
+        world.client.set_model_version_tag(NAME, str(number + 1), "dpo.weights_uri", weights.as_uri())
+        if number < 3:
+            promote(tmp_path, f"run-{number}")
+    assert world.aliases() == {"champion": "3", "previous-champion": "2", "challenger": "4"}
+    assert len(free(tmp_path, keep=0, dry_run=True).unused) == 1
+    assert len(free(tmp_path, keep=0).unused) == 1, "that of version 1"
+    assert all(standing.sound for standing in check(tmp_path))
+    assert rollback(tmp_path).champion == "2"
+
+
+def test_a_promotion_that_was_cut_off_keeps_its_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ledger has it, and no alias does yet."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    world = World(tmp_path)
+    report = world.run("first")
+    assert report.model
+    world.client.delete_registered_model_alias(NAME, "challenger")
+    killed = dpo_killed("promote", "first", "--workspace", str(tmp_path), folder=tmp_path, before_write=2)
+    assert (killed.code, world.aliases()) == (-9, {})
+    sha256 = report.model.sha256
+    (tmp_path / "store" / "objects" / "model" / sha256[:2] / sha256).mkdir(parents=True)
+    assert free(tmp_path, keep=0).unused == []
+
+
+def test_a_stage_asked_for_while_gc_looks_is_not_lost(tmp_path: Path) -> None:
+    """A run that begins in the middle: it waits for gc, and then finds the store as it is."""
+    digests = _build(tmp_path, [Made(0, (), True)], [])
+    store = Store(tmp_path)
+    code = (
+        "import sys; from tasks.runs.references import note_need; from tasks.store.store import Store\n"
+        "store = Store(sys.argv[1]); print('ready', flush=True)\n"
+        "note_need(store, 'busy', 'made', sys.argv[2], []); print('noted', flush=True)"
+    )
+    record(tmp_path, "busy", status="running", owner=myself())
+    with store.guard():
+        run = subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path), _key(0)], cwd=REPO, text=True, stdout=subprocess.PIPE
+        )
+        assert run.stdout
+        assert run.stdout.readline() == "ready\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            run.wait(0.3)
+    assert run.wait(20) == 0
+    assert free(tmp_path).unused == []
+    assert store.lookup("made", _key(0)).sha256 == digests[0]  # type: ignore[union-attr]
+
+
+def test_a_result_is_not_seen_before_its_entry_is(tmp_path: Path) -> None:
+    """A commit in the middle of gc: else the object, still without an entry, would be taken for garbage."""
+    store = Store(tmp_path)
+    code = (
+        "import sys; from tasks.store.store import Store; from tests.support.runs.stored import make\n"
+        "print('ready', flush=True); make(Store(sys.argv[1]), {'a': b'1'})"
+    )
+    with store.guard():
+        run = subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path)], cwd=REPO, text=True, stdout=subprocess.PIPE
+        )
+        assert run.stdout
+        assert run.stdout.readline() == "ready\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            run.wait(1)
+        assert not list((store.root / "objects").glob("*/*/*"))
+    assert run.wait(20) == 0
+    assert len(list((store.root / "objects").glob("*/*/*"))) == 1
+
+
+def _killed(workspace: Path, step: int) -> int:
+    """gc in a process that SIGKILL ends before its n-th change of the disk; its status."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    left = step
+
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def change(*given: Any, **more: Any) -> Any:
+            nonlocal left
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left -= 1
+            return call(*given, **more)
+
+        return change
+
+    os.rename, os.unlink, os.rmdir = counted(os.rename), counted(os.unlink), counted(os.rmdir)
+    Path.unlink = counted(Path.unlink)  # type: ignore[method-assign]
+    try:
+        free(workspace, keep=1)
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def test_killed_at_any_step_it_leaves_no_entry_without_its_object() -> None:
+    with _folder() as folder:
+        _kill_at_every_step(folder)
+
+
+def _kill_at_every_step(folder: Path) -> None:
+    made = [Made(0, (), True), Made(1, (0,), True), Made(2, (), True), Made(3, (2,), True)]
+    _build(folder / "whole", made, [Asked(frozenset({1}), "done"), Asked(frozenset({3}), "done")])
+    for step in range(60):
+        own = folder / f"killed-{step}"
+        shutil.copytree(folder / "whole", own)
+        ended = _killed(own, step)
+        store = Store(own)
+        for path in (store.root / "index").glob("*/*.json"):
+            assert store.peek("made", path.stem) is not None, f"an entry without its object at step {step}"
+        assert {store.lookup("made", _key(number)) is None for number in (2, 3)} == {False}
+        if ended == 0:
+            break
+        assert ended == -signal.SIGKILL
+        free(own, keep=1)
+        assert len(list((store.root / "objects").glob("*/*/*"))) == 2
+        assert not list((store.root / "tmp").iterdir())
+    assert 10 < step < 59

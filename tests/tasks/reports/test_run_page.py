@@ -1,0 +1,269 @@
+"""The run page as HTML: complete, accessible, self-contained, and safe against what it shows."""
+
+import re
+from itertools import pairwise
+
+import pytest
+
+from tasks.reports.figures import MAX_POINTS, curve_figures
+from tasks.reports.forest_plot import MAX_BARS, difference_figures
+from tasks.reports.run_page import MAX_SAMPLES, render
+from tasks.reports.run_report import RunReport, Sample
+from tests.support.reports.measured import make_comparison, make_suites
+from tests.support.reports.outline import Outline
+from tests.support.reports.run_reports import (
+    decided,
+    digest,
+    example,
+    hostile,
+    make_curves,
+    make_evaluation,
+    make_quality,
+    make_stages,
+)
+
+
+@pytest.fixture(scope="module")
+def page() -> str:
+    return render(example())
+
+
+def test_page_order(page: str) -> None:
+    headings = Outline(page).headings
+    assert headings[0] == (1, "DPO scores higher than SFT")
+    assert [text for level, text in headings if level == 2] == [
+        "Reward against KL", "Policies", "Win rates", "Tasks", "Comparisons", "Training", "Data gate",
+        "Samples", "Cost", "Lineage", "Reproduce",
+    ]  # fmt: skip
+    levels = [level for level, _ in headings]
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+
+
+def test_page_is_accessible_in_structure(page: str) -> None:
+    outline = Outline(page)
+    assert outline.all("html")[0]["lang"] == "en"
+    assert any(meta.get("name") == "viewport" for meta in outline.all("meta"))
+    assert len(outline.all("table")) == len(outline.all("caption")) == 12
+    assert all(cell.get("scope") in ("col", "row") for cell in outline.all("th"))
+    ids = [a["id"] for _, a in outline.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    named = [a for _, a in outline.tags if "aria-labelledby" in a]
+    assert all(part in ids for a in named for part in str(a["aria-labelledby"]).split())
+    local = [str(a["href"])[1:] for _, a in outline.tags if str(a.get("href", "")).startswith("#")]
+    assert local
+    assert set(local) <= set(ids)
+    figures = [a for a in outline.all("svg") if a.get("role") == "img"]
+    assert len(figures) == len(outline.all("title")) - 1 == 18
+    assert all(a.get("tabindex") == "0" for a in outline.all("div") if a.get("class") == "scroll")
+
+
+def test_page_fetches_nothing_and_is_small() -> None:
+    page = render(example(steps=5000))
+    outline = Outline(page)
+    assert not outline.all("script")
+    assert not [a for _, a in outline.tags if "src" in a]
+    assert [a["href"] for a in outline.all("link")] == ["data:,"]
+    assert "@import" not in page
+    assert set(re.findall(r"url\((.)", page)) <= {"#"}
+    assert len(page.encode()) < 400_000
+
+
+def test_page_says_the_numbers(page: str) -> None:
+    for word in (
+        "+0.523",
+        "+0.465 to +0.581",
+        "74.2%",
+        "n = 1,024",
+        "2.6 PFLOP",
+        "22 GiB",
+        "−0.210",
+        "champion",
+        "−0.3 pp",
+        "1,531",
+    ):
+        assert word in page, word
+    assert "dpo run imdb_sentiment --set dpo.beta=0.1 --set seed=7" in page
+    assert digest("train-dpo") in page  # whole, so that it can be copied
+    assert "No alarms." in page
+    assert "(empty)" in page
+
+
+def test_page_is_reproducible(page: str) -> None:
+    assert render(example()) == page
+
+
+def test_page_escapes_everything() -> None:
+    page = render(hostile())
+    outline = Outline(page)
+    assert not outline.all("script")
+    assert not outline.all("img")
+    assert not [k for _, a in outline.tags for k in a if k.startswith("on")]
+    assert not [a for a in outline.all("a") if str(a["href"]).startswith("javascript")]
+    assert page.count("&lt;script&gt;") > 30
+    ids = [a["id"] for _, a in outline.tags if "id" in a]
+    assert len(ids) == len(set(ids))  # two stages share a digest here
+    assert "default-src 'none'" in page
+
+
+def test_page_says_what_is_missing() -> None:
+    evaluation = make_evaluation()
+    no_ppo = [row for row in evaluation.policies if row.name != "PPO"]
+    page = render(
+        example(evaluation=evaluation.model_copy(update={"policies": no_ppo, "samples": []}), curves={})
+    )
+    assert "PPO baseline (the run did not evaluate one)" in page
+    assert "Training (no training metrics were recorded)" in page
+    assert "Samples (no completions were recorded)" in page
+    assert 'id="training"' not in page
+    assert 'id="samples"' not in page
+    assert 'id="frontier"' in page
+
+
+def test_page_of_a_run_that_only_has_a_name() -> None:
+    page = render(RunReport(run=example(steps=2).run))
+    assert [text for level, text in Outline(page).headings if level < 3] == [
+        "DPO was not evaluated", "Reproduce",
+    ]  # fmt: skip
+    assert page.count("the run has no evaluation") == 2
+    assert "No alarms" not in page  # nothing was measured that could have raised one
+
+
+def test_page_cuts_long_texts_and_says_so() -> None:
+    sample = Sample(prompt="p" * 5000, completions={"SFT": "x"})
+    evaluation = make_evaluation().model_copy(update={"samples": [sample] * 40})
+    page = render(example(steps=2, evaluation=evaluation))
+    assert "(3,500 more characters)" in page
+    assert f"{MAX_SAMPLES} of 40 recorded prompts" in page
+    assert len(re.findall('class="sample"', page)) == MAX_SAMPLES
+
+
+def test_long_curves_are_averaged_not_cut() -> None:
+    rows = [{"step": float(i), "loss": float(i % 2)} for i in range(1000)]
+    (figure,) = curve_figures("sft", rows)
+    path = max(re.findall(r'<path d="([^"]+)"', figure.svg), key=len)
+    assert MAX_POINTS / 2 <= len(re.findall("[ML]", path)) <= MAX_POINTS + 1  # matplotlib repeats the last
+    assert "between 0.400 and 0.600, steps 2 to 997" in figure.svg  # means of five neighbours
+    assert figure.note == "0.500 → 0.500"
+
+
+def test_figures_keep_the_digits_of_their_labels() -> None:
+    rows = [{"step": float(i), "loss": 0.5 + 0.002 * i} for i in range(20)]
+    (figure,) = curve_figures("sft", rows)
+    ticks = [float(t) for t in re.findall(r"<text[^>]*>(0\.\d+)</text>", figure.svg)]
+    steps = [round(b - a, 4) for a, b in pairwise(ticks)]
+    assert len(ticks) > 2
+    assert len(set(steps)) == 1  # rounding inside the labels would make the ticks uneven
+
+
+def test_figures_colour_by_theme_and_follow_it() -> None:
+    figures = [f for stage, rows in make_curves(30).items() for f in curve_figures(stage, rows)]
+    assert [f.title for f in figures if "train_dpo" in f.svg] == [
+        "Loss", "Implicit rewards", "Reward margin", "Preference accuracy", "Log-probability of chosen",
+        "Gradient norm",
+    ]  # fmt: skip
+    for figure in figures:
+        bare = re.sub(r"var\(--\w+, #[0-9a-f]{6}\)", "", figure.svg)
+        assert re.findall(r"#[0-9a-f]{6}\b(?!-)", bare) == []
+
+
+def _luminance(colour: str) -> float:
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_text_colours_reach_wcag_aa_in_both_themes(page: str) -> None:
+    themes = [
+        re.sub(r"#(.)(.)(.);", r"#\1\1\2\2\3\3;", css) for css in re.findall(r":root \{(.*?)\}", page, re.S)
+    ]
+    assert len(themes) == 2
+    for theme in themes:
+        colours = dict(re.findall(r"--(\w+): #([0-9a-f]{6})", theme))
+        for ground in ("paper", "raised"):
+            for ink in colours.keys() - {"paper", "raised", "rule"}:
+                pair = sorted((_luminance(colours[ink]), _luminance(colours[ground])))
+                assert (pair[1] + 0.05) / (pair[0] + 0.05) >= 4.5, (ink, ground)
+
+
+def test_a_decision_is_the_headline_and_what_was_measured_stays_below_it() -> None:
+    page = render(decided(promote=False, curves={}))
+    headings = Outline(page).headings
+    assert headings[:2] == [(1, "Do not promote"), (2, "DPO scores higher than SFT")]
+    rules = re.findall(r'<span class="mark">(. \w+)</span><span>(.*?) <code class="rule">(\w+)', page)
+    assert [(mark, rule) for mark, _, rule in rules] == [
+        ("✗ failed", "min_win_rate"), ("✓ passed", "min_gain"), ("✓ passed", "max_kl"),
+        ("✓ passed", "no_regression"),
+    ]  # fmt: skip
+    assert "imdb-dpo version 4 does not take the place of imdb-dpo version 3" in page
+    assert "Decision to promote" not in page
+    assert "Decision to promote (the run did not ask for one)" in render(example(curves={}))
+    assert Outline(render(decided(promote=True, curves={}))).headings[0] == (1, "Promote")
+
+
+def test_an_early_decision_stands_alone_where_nothing_was_measured() -> None:
+    page = render(decided(promote=False, evaluation=None, gate=[], curves={}))
+    assert [text for level, text in Outline(page).headings if level < 3][:2] == [
+        "Do not promote", "Win rates",
+    ]  # fmt: skip
+
+
+def test_the_forest_leaves_no_label_outside_and_says_everything_in_words(page: str) -> None:
+    (rates,) = re.findall(r'<desc id="win-rates-desc">(.*?)</desc>', page)
+    assert "DPO vs champion · qwen3-8b: 52.1% [46.6% to 57.6%]" in rates
+    (shares,) = re.findall(r'<desc id="difference-dpo-minus-champion-0-desc">(.*?)</desc>', page)
+    assert "XSTest · Refused, being unsafe: +7.5 pp [+1.3 to +13.7]" in shares
+    assert "Perplexity" not in shares, "a number that is no share has a scale of its own"
+    (others,) = re.findall(r'<desc id="difference-dpo-minus-champion-1-desc">(.*?)</desc>', page)
+    assert "WikiText-2 · Perplexity: +0.40 [-0.59 to +1.39]" in others
+
+
+def test_too_many_differences_are_cut_to_the_clearest_and_the_figure_says_so() -> None:
+    comparison = make_comparison("champion")
+    row = comparison.rows[0]
+    rows = [row.model_copy(update={"subset": f"part {i}", "p": i / 100}) for i in range(40, 0, -1)]
+    (figure,) = difference_figures(comparison.model_copy(update={"rows": rows}), make_suites())
+    assert figure.note == f"{MAX_BARS} of 40 are drawn."
+    drawn = [int(n) for n in re.findall(r">RewardBench · part (\d+)<", figure.svg)]
+    assert drawn == list(range(MAX_BARS, 0, -1)), "the smallest p, in the order of the table"
+
+
+def test_the_lineage_goes_from_the_data_to_the_model() -> None:
+    page = render(example(curves={}))
+    chain = page[page.index('<ol class="chain"') : page.index("</ol>", page.index('<ol class="chain"'))]
+    names = re.findall(r"<strong>(.*?)</strong>", chain)
+    assert names == ["validate-pairs", "prepare-sft", "calm-otter-17", "imdb-dpo version 4"]
+    digests = re.findall(r'title="(\w+)"', chain)
+    made = [digest("validate-pairs"), digest("prepare-sft"), digest("run")[:32], digest("train-dpo")]
+    assert digests == made
+
+
+def test_the_cost_adds_up_what_judges_were_paid() -> None:
+    part = render(example(curves={})).split('<section id="cost"')[1].split("</section>")[0]
+    for word in ("1 h 16 min", "2.6 PFLOP", "22 GiB", "2.42 M", "0.84", "1,024 requests, 204 cached"):
+        assert word in part, word
+    assert "Judge" not in render(example(curves={}, win_rates=[])).split('<section id="cost"')[1]
+
+
+def test_the_learned_reward_has_a_part_of_its_own() -> None:
+    page = render(example(steps=2, reward_model=make_quality()))
+    headings = [text for level, text in Outline(page).headings if level == 2]
+    assert headings[5:7] == ["Reward model", "Training"]
+    part = page[page.index('<section id="reward"') : page.index('<section id="training"')]
+    for word in ("512 held-out pairs", "68.4%", "64.4% to 72.4%", "0.0413", "1.37", "0.312", "−0.0840",
+                 "PPO learned from it.", "measured with vader_compound, not with it"):  # fmt: skip
+        assert word in part, word
+
+
+def test_the_page_says_why_it_shows_no_learned_reward() -> None:
+    assert "Reward model (the run trained none)" in render(example(steps=2))
+    stages = [
+        s.model_copy(update={"name": "train-reward"}) if s.name == "prepare-sft" else s for s in make_stages()
+    ]
+    page = render(example(steps=2, stages=stages))
+    assert "Reward model (no pairs were held out to measure it)" in page
+
+
+def test_the_known_reward_of_a_learned_one_has_its_own_chart() -> None:
+    rows = [{"step": i, "objective/scores": i / 9, "objective/gold_scores": -i / 9} for i in range(1, 20)]
+    titles = [figure.title for figure in curve_figures("ppo", rows)]
+    assert titles == ["Score", "Known reward, not trained on"]

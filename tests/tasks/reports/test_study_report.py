@@ -1,0 +1,273 @@
+"""The page, figures and tables of a comparison study."""
+
+import io
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from dpo_core.study import Study, summarise
+from tasks.reports.study_figures import figures, looks, write_picture
+from tasks.reports.study_report import (
+    FrontierReport,
+    headline,
+    markdown,
+    render,
+    terminal_table,
+    write_report,
+)
+from tasks.reports.study_tables import tables
+from tests.support.reports.outline import Outline
+from tests.support.reports.studies import point
+from tests.support.reports.studies_measured import ARMS, RUN, hostile_report, make_report, make_study
+
+
+@pytest.fixture(scope="module")
+def report() -> FrontierReport:
+    return make_report(make_study())
+
+
+@pytest.fixture(scope="module")
+def page(report: FrontierReport) -> str:
+    return render(report)
+
+
+# ---------------------------------------------------------------------------------------------------- page
+
+
+def test_page_order(page: str) -> None:
+    outline = Outline(page)
+    assert outline.headings[0] == (1, "DPO's reward-KL frontier dominates PPO's")
+    assert [text for level, text in outline.headings if level == 2] == [
+        "Frontier", "Claims", "Arms", "DPO against the others", "Settings", "Compute for the same reward",
+        "Diversity against DPO", "Best of n", "Stages and cost", "Reproduce",
+    ]  # fmt: skip
+    levels = [level for level, _ in outline.headings]
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+
+
+def test_page_is_accessible_and_fetches_nothing(page: str) -> None:
+    outline = Outline(page)
+    ids = [a["id"] for _, a in outline.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    named = [a for _, a in outline.tags if "aria-labelledby" in a]
+    assert all(part in ids for a in named for part in str(a["aria-labelledby"]).split())
+    local = {str(a["href"])[1:] for _, a in outline.tags if str(a.get("href", "")).startswith("#")}
+    assert local
+    assert local <= set(ids)
+    assert len(outline.all("table")) == len(outline.all("caption")) == 8
+    assert all(cell.get("scope") in ("col", "row") for cell in outline.all("th"))
+    assert not outline.all("script")
+    assert not [a for _, a in outline.tags if "src" in a]
+    assert set(re.findall(r"url\((.)", page)) <= {"#"}
+    assert "default-src 'none'" in page
+    assert len(page.encode()) < 200_000
+
+
+def test_page_names_what_the_intervals_rest_on(page: str, report: FrontierReport) -> None:
+    for word in (
+        "48 held-out prompts, 16 samples of each policy for each; 3 seeds (0, 1, 2)",
+        "400 resamples of prompts and of the seeds of a setting",
+        "vader_compound, known; arms that learned from it may have gained for it alone",
+        RUN.run.hardware,
+        "sample_pairs 300 TFLOP",
+        "No correction for the number of claims",
+        "(−0.0439 to +0.0664)",
+    ):
+        assert word in page, word
+    for row in report.summary.settings:
+        assert row.setting in page
+    for claim in report.claims:
+        assert f'<span class="mark">{claim.verdict}</span>' in page
+
+
+def test_page_escapes_everything() -> None:
+    made = hostile_report()
+    outline = Outline(render(made))
+    assert not outline.all("script")
+    assert not outline.all("img")
+    assert not [k for _, a in outline.tags for k in a if k.startswith("on")]
+    assert render(made).count("&lt;script&gt;") > 8
+
+
+def test_pages_of_studies_that_lack_much() -> None:
+    nothing = render(make_report(make_study({}, best_of=[])))
+    assert "Reward against KL: no arm was measured" in nothing
+    assert "Frontier (no arm was measured)" in nothing
+    assert 'id="arms"' not in nothing
+    alone = make_report(make_study({"GRPO": (2.0, 1e15)}, seeds=1))
+    assert headline(alone).text == "Reward against KL: GRPO"
+    assert "1 seed (0)" in render(alone)
+    assert 'id="differences"' not in render(alone)
+    without_few = make_study({"DPO": (2.0, 1e15), "PPO": (2.0, 1e15)})
+    points = [p for p in without_few.points if "few" not in p.arm]
+    assert "not measured" in render(make_report(without_few.model_copy(update={"points": points})))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "seeds", "words", "kind"),
+    [
+        (1.0, 5.0, 3, "DPO's reward-KL frontier dominates PPO's", "good"),
+        (5.0, 1.0, 3, "DPO's reward-KL frontier does not dominate PPO's", "bad"),
+        (2.0, 2.0, 3, "Whether DPO's reward-KL frontier dominates PPO's is undecided", "unclear"),
+        (1.0, 5.0, 2, "Whether DPO's reward-KL frontier dominates PPO's is undecided", "unclear"),
+    ],
+)
+def test_headline(ours: float, theirs: float, seeds: int, words: str, kind: str) -> None:
+    study = make_study({"DPO": (ours, 1e15), "PPO": (theirs, 4e15)}, seeds=seeds)
+    assert headline(make_report(study)) == (words, kind)
+
+
+def test_a_report_survives_json(report: FrontierReport) -> None:
+    assert FrontierReport.model_validate_json(report.model_dump_json()) == report
+
+
+# ------------------------------------------------------------------------------------------------- figures
+
+
+def _marks(svg: str) -> dict[str, int]:
+    """Marks by colour, those of the legend and of the curves included."""
+    uses = re.findall(r"<use [^>]*style=\"fill: var\(--(\w+)", svg)
+    return {colour: uses.count(colour) for colour in set(uses)}
+
+
+def test_each_arm_has_its_own_look() -> None:
+    names = [*ARMS, *(f"other {i}" for i in range(6))]
+    assert len({tuple(look) for look in looks(names).values()}) == len(names)
+    assert len({look.colour for look in looks(list(ARMS)).values()}) == 7
+    assert len({look.marker for look in looks(list(ARMS)).values()}) == 7
+    assert looks(["X", "PPO", "DPO"])["DPO"] == looks(["DPO"])["DPO"]
+
+
+def test_figures_have_one_mark_a_setting_and_the_legend(report: FrontierReport) -> None:
+    kl, flops = figures(report.study, report.summary)
+    for figure in (kl, flops):
+        marks = _marks(figure.svg)
+        for look in ("blue", "orange", "green", "purple", "pink", "teal", "ink"):
+            # Bars have marks of their own for nothing: no caps are drawn.
+            assert marks[look] == 4 + 1, (figure.title, look)
+        for arm in ARMS:
+            assert f">{arm}</text>" in figure.svg
+        assert "few" not in figure.svg, "arms that serve a claim only stay out"
+        bare = re.sub(r"var\(--\w+, #[0-9a-f]{6}\)", "", figure.svg)
+        assert re.findall(r"#[0-9a-f]{6}\b(?!-)", bare) == []
+    assert ">best of 16</text>" in kl.svg
+    assert "stroke-dasharray" in kl.svg
+
+
+def test_figures_are_said_in_words(report: FrontierReport) -> None:
+    kl, flops = figures(report.study, report.summary)
+    row = report.summary.arm("PPO")
+    assert row
+    assert f"PPO, 4 settings to KL {row.reach:.2f}: {row.at_kl[0].reward.value:.3f} (" in kl.svg
+    assert "the best of 16 of SFT has" in kl.svg
+    assert re.search(r"PPO, 4 settings: 0\.\d+ for 8\.57 PFLOP", flops.svg)
+
+
+def test_figures_of_hostile_and_odd_arms() -> None:
+    made = hostile_report()
+    for figure in figures(made.study, made.summary):
+        assert "<script" not in figure.svg
+    odd = [
+        point("$x$", "beta=0.1", 0, flops=0.0, kl=-0.5),
+        point("_y", "beta=0.1", 0, flops=3e9),
+        point("a name that is far too long for a legend", "", 0),
+    ]
+    study = make_study({}).model_copy(
+        update={"points": odd, "drawn": None, "prompts": 40, "reference_rewards_P": [0.0] * 40, "best_of": []}
+    )
+    study = Study.model_validate(study.model_dump())
+    kl, flops = figures(study, summarise(study))
+    for figure in (kl, flops):
+        assert ">$x$</text>" in figure.svg
+        assert ">_y</text>" in figure.svg
+        assert ">a name that is …</text>" in figure.svg
+
+
+@pytest.mark.parametrize("drawn", [None, ["PPO"]])
+def test_no_figure_without_arms(drawn: list[str] | None) -> None:
+    empty = make_study({}, drawn=None)
+    assert figures(empty, summarise(empty)) == []
+    one = make_study(drawn=drawn)
+    assert len(figures(one, summarise(one))) == 2
+
+
+@pytest.mark.parametrize(("name", "start"), [("f.png", b"\x89PNG"), ("f.svg", b"<?xml")])
+def test_the_picture_for_a_readme(tmp_path: Path, report: FrontierReport, name: str, start: bytes) -> None:
+    write_picture(report.study, report.summary, tmp_path / name)
+    data = (tmp_path / name).read_bytes()
+    assert data.startswith(start)
+    assert b"#0102" not in data, "stand-in colours"
+    write_picture(report.study, report.summary, tmp_path / ("again" + name[1:]))
+    if name == "f.svg":
+        assert b"#0a5cab" in data
+        assert b"<text" not in data, "letters are outlines"
+
+
+def test_the_picture_has_a_light_ground_and_colours(tmp_path: Path, report: FrontierReport) -> None:
+    from matplotlib.image import imread
+
+    write_picture(report.study, report.summary, tmp_path / "f.png")
+    pixels = imread(tmp_path / "f.png")
+    height, width = pixels.shape[:2]
+    assert width > 1500
+    assert width > 2 * height
+    assert (pixels[0, :, :3] == 1).all()
+    assert (pixels[..., 3] == 1).all() if pixels.shape[2] == 4 else True
+    blue = abs(pixels[..., :3] - [0x0A / 255, 0x5C / 255, 0xAB / 255]).max(axis=-1) < 0.01
+    assert blue[:, : width // 2].any()
+    assert blue[:, width // 2 :].any()
+
+
+# -------------------------------------------------------------------------------------- Markdown, terminal
+
+
+def test_markdown_tables_keep_their_columns_and_escape_markup() -> None:
+    text = markdown(hostile_report())
+    outside = text.split("## Reproduce")[0]
+    assert "<script" not in outside.replace("\\<", "")
+    tables = re.findall(r"(?:^\|.*\n)+", outside, flags=re.M)
+    assert len(tables) >= 6
+    for table in tables:
+        assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
+
+
+def test_markdown_holds_every_number_of_a_setting(report: FrontierReport) -> None:
+    text = markdown(report)
+    line = next(line for line in text.splitlines() if line.startswith("| PPO | beta=0.05 | 3 | "))
+    for word in ("8.57 PFLOP", "14 min 00 s", "6 GiB", "51.5", "0.375"):
+        assert word in line
+    assert text.startswith("# DPO's reward-KL frontier dominates PPO's\n")
+    assert "| 7.00 |" in text
+
+
+def test_tables_compare_the_drawn_arms_and_mark_what_an_arm_does_not_reach(report: FrontierReport) -> None:
+    made = {table.key: table for table in tables(report.study, report.summary)}
+    for key in ("differences", "compute-ratio", "diversity"):
+        assert made[key].rows
+        assert "few" not in str(made[key].rows)
+    last = {row[0].value: row[-1].value for row in made["arms"].rows}
+    assert last["DPO, few"].endswith("*"), "its KL is below 2"
+    assert not last["DPO"].endswith("*")
+
+
+def test_terminal_fits_80_columns() -> None:
+    for made in (make_report(make_study()), hostile_report(), make_report(make_study({}))):
+        out = io.StringIO()
+        Console(file=out, width=80, color_system=None).print(terminal_table(made))
+        assert max(map(len, out.getvalue().splitlines())) <= 80
+    out = io.StringIO()
+    Console(file=out, width=80, color_system=None).print(terminal_table(make_report(make_study())))
+    for word in ("supported", "contradicted", "undecided", "2.14 PFLOP", "TDPO2", "beta=0.05"):
+        assert word in out.getvalue()
+
+
+def test_write_report(tmp_path: Path, report: FrontierReport, page: str) -> None:
+    assert write_report(report, tmp_path / "study").read_text() == page
+    assert {file.name for file in (tmp_path / "study").iterdir()} == {
+        "page.html", "summary.md", "report.json", "frontier.png",
+    }  # fmt: skip
+    write_report(make_report(make_study({})), tmp_path / "empty")
+    assert not (tmp_path / "empty" / "frontier.png").exists()

@@ -1,0 +1,249 @@
+"""The store: what is committed is found again, whole, and any damage is noticed."""
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import tasks.store.manifest
+from dpo_core.errors import RecipeError, StageFailed
+from tasks.store.manifest import digest_folder, stage_key
+from tasks.store.store import Store
+from tests.support.runs.stored import CONFIG, KEY, REPO, assert_clean, make, write
+
+
+def test_commit_then_lookup(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    assert store.lookup("sft", KEY) is None
+    scratch = store.begin("sft", KEY)
+    assert scratch == store.begin("sft", KEY) == tmp_path / "work" / "sft" / KEY[:16]
+    write(scratch, {"artifact/model.bin": b"weights", "artifact/a/config.json": b"{}", "checkpoint": b"big"})
+    made = store.commit(
+        "sft", KEY, scratch / "artifact", kind="model", stage_version=1, config_digest=CONFIG,
+        parents=[CONFIG], parameters=7, extra={"loss": 0.5},
+    )  # fmt: skip
+    assert made.path == tmp_path / "store" / "objects" / "model" / made.sha256[:2] / made.sha256
+    assert digest_folder(made.path) == made.sha256
+    assert (made.parameters, made.rows, made.extra, made.parents) == (7, None, {"loss": 0.5}, (CONFIG,))
+    assert {name: entry.bytes for name, entry in made.files.items()} == {"a/config.json": 2, "model.bin": 7}
+    assert Store(tmp_path).lookup("sft", KEY) == made
+    assert not scratch.exists(), "checkpoints of a finished stage are not kept"
+    assert_clean(store)
+
+
+def test_workspace_may_be_moved(tmp_path: Path) -> None:
+    made = make(Store(tmp_path / "old"), {"f": b"1"})
+    (tmp_path / "old").rename(tmp_path / "new")
+    found = Store((tmp_path / "new").as_uri()).lookup("sft", KEY)
+    assert found is not None
+    assert found.sha256 == made.sha256
+    assert found.path.is_relative_to(tmp_path / "new")
+
+
+def test_named_files_are_taken_from_the_scratch_and_copied_from_elsewhere(tmp_path: Path) -> None:
+    store = Store(tmp_path / "w")
+    own = write(store.begin("sft", KEY), {"last/model.bin": b"mine", "checkpoint": b"x"})
+    other = write(tmp_path / "user", {"tokenizer.json": b"theirs"})
+    (other / "link.json").symlink_to(other / "tokenizer.json")
+    files = {
+        "model.bin": own / "last/model.bin",
+        "t/tokenizer.json": other / "tokenizer.json",
+        "l": other / "link.json",
+    }
+    made = store.commit("sft", KEY, files, kind="model", stage_version=1, config_digest=CONFIG)
+    assert (made.path / "model.bin").read_bytes() == b"mine"
+    assert (made.path / "l").read_bytes() == b"theirs"
+    assert (other / "tokenizer.json").stat().st_nlink == 1, (
+        "a user's file must not share its inode with the store"
+    )
+    assert (made.path / "model.bin").stat().st_nlink == 1
+    assert not own.exists()
+    kept = store.commit(
+        "copy", KEY, {"a": other / "tokenizer.json"},
+        kind="model", stage_version=1, config_digest=CONFIG, keep_work=True,
+    )  # fmt: skip
+    (other / "tokenizer.json").write_bytes(b"edited")
+    assert (kept.path / "a").read_bytes() == b"theirs"
+    assert_clean(store)
+
+
+def test_a_users_folder_is_copied_not_moved(tmp_path: Path) -> None:
+    user = write(tmp_path / "user", {"model.bin": b"1"})
+    made = Store(tmp_path / "w").commit(
+        "base", KEY, user, kind="model", stage_version=1, config_digest=CONFIG
+    )
+    assert (user / "model.bin").read_bytes() == b"1"
+    assert (made.path / "model.bin").read_bytes() == b"1"
+
+
+def test_keep_work_leaves_everything(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    scratch = write(store.begin("sft", KEY), {"a/f": b"1", "checkpoint": b"2"})
+    made = store.commit(
+        "sft", KEY, scratch / "a", kind="model", stage_version=1, config_digest=CONFIG, keep_work=True
+    )
+    (scratch / "a/f").write_bytes(b"3")
+    assert (made.path / "f").read_bytes() == b"1"
+    assert (scratch / "checkpoint").exists()
+
+
+def test_same_content_under_two_keys_is_one_object(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    other = stage_key("sft", 2, CONFIG, [])
+    first, second = make(store, {"f": b"1"}), make(store, {"f": b"1"}, other)
+    assert first.path == second.path
+    assert len(list((store.root / "objects").glob("*/*/*"))) == 1
+    assert make(store, {"f": b"1"}).sha256 == first.sha256
+    assert_clean(store)
+
+
+def test_commit_replaces_a_damaged_object(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    made = make(store, {"f": b"1"})
+    (made.path / "f").write_bytes(b"2")
+    assert make(store, {"f": b"1"}).path == made.path
+    assert (made.path / "f").read_bytes() == b"1"
+    assert_clean(store)
+
+
+contents = st.dictionaries(
+    st.sampled_from(["a", "b.bin", "sub/c", "sub/deep/d", "e é"]), st.binary(max_size=300), min_size=1
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(contents, st.data())
+def test_any_single_damage_is_found(files: dict[str, bytes], data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(folder)
+        made = make(store, files)
+        assert store.lookup("sft", KEY) == made
+        name = data.draw(st.sampled_from(sorted(files)))
+        victim, content = made.path / name, files[name]
+        kinds = ["delete", "extra", "append", "rename"] + (["flip", "truncate"] if content else [])
+        damage = data.draw(st.sampled_from(kinds))
+        if damage == "delete":
+            victim.unlink()
+        elif damage == "extra":
+            (victim.parent / "one more").touch()
+        elif damage == "append":
+            victim.write_bytes(content + b"\0")
+        elif damage == "rename":
+            victim.rename(victim.with_name("other name"))
+        elif damage == "flip":
+            bit = data.draw(st.integers(0, 8 * len(content) - 1))
+            broken = bytearray(content)
+            broken[bit // 8] ^= 1 << bit % 8
+            victim.write_bytes(broken)
+        else:
+            os.truncate(victim, data.draw(st.integers(0, len(content) - 1)))
+        assert store.lookup("sft", KEY, verify=False) == made
+        assert store.lookup("sft", KEY) is None
+        assert not made.path.exists()
+        assert store.lookup("sft", KEY, verify=False) is None, "the index entry is gone too"
+        assert make(store, files).sha256 == made.sha256
+        assert_clean(store)
+
+
+def test_damage_is_told_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = Store(tmp_path)
+    made = make(store, {"model.bin": b"12345"})
+    (made.path / "model.bin").write_bytes(b"1234")
+    with caplog.at_level(logging.INFO):
+        assert store.lookup("sft", KEY) is None
+    line = f"artifact {made.sha256} of stage sft is damaged (file model.bin: 4 bytes instead of 5); "
+    line += "it will be rebuilt"
+    assert [record.getMessage() for record in caplog.records] == [line]
+
+
+def test_whole_object_gone(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    shutil.rmtree(make(store, {"f": b"1"}).path)
+    assert store.lookup("sft", KEY) is None
+
+
+@pytest.mark.parametrize("position", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("damage", ["flip", "truncate"])
+def test_damaged_index_entry_runs_the_stage_again(tmp_path: Path, position: float, damage: str) -> None:
+    store = Store(tmp_path)
+    made = make(store, {"f": b"1"})
+    index = store.root / "index" / "sft" / f"{KEY}.json"
+    content = bytearray(index.read_bytes())
+    if damage == "flip":
+        content[int(position * len(content))] ^= 1
+        index.write_bytes(content)
+    else:
+        index.write_bytes(content[: int(position * len(content))])
+    assert store.lookup("sft", KEY) is None
+    assert not index.exists()
+    assert make(store, {"f": b"1"}).sha256 == made.sha256
+
+
+def test_verification_is_remembered_but_never_hides_a_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(tmp_path)
+    made = make(store, {"f": b"12345"})
+    os.utime(made.path / "f", (1e9, 1e9))  # an old file: its time stamp can be trusted
+    hashed: list[Path] = []
+    real = tasks.store.manifest.digest_file
+    monkeypatch.setattr(
+        tasks.store.manifest, "digest_file", lambda path: (hashed.append(path), real(path))[1]
+    )
+    assert store.lookup("sft", KEY)
+    assert Store(tmp_path).lookup("sft", KEY)
+    assert len(hashed) == 1
+    (made.path / "f").write_bytes(b"12344")
+    assert store.lookup("sft", KEY) is None
+
+
+def test_bad_sources_and_names(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    facts = {"kind": "model", "stage_version": 1, "config_digest": CONFIG}
+    with pytest.raises(StageFailed, match="made no files"):
+        store.commit("sft", KEY, store.begin("sft", KEY), **facts)  # type: ignore[arg-type]
+    with pytest.raises(StageFailed, match="nowhere"):
+        store.commit("sft", KEY, tmp_path / "nowhere", **facts)  # type: ignore[arg-type]
+    with pytest.raises(StageFailed, match="nowhere"):
+        store.commit("sft", KEY, {"f": tmp_path / "nowhere"}, **facts)  # type: ignore[arg-type]
+    for name in ("../f", "/f", "a//b", "."):
+        with pytest.raises(ValueError, match="relative path"):
+            store.commit("sft", KEY, {name: REPO / "LICENSE"}, **facts)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="stage name"):
+        store.begin("../sft", KEY)
+    assert not list(tmp_path.glob("store/objects/*/*/*"))
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/runs", "gs://b", "abfss://c@a/x", "hdfs://n/x"])
+def test_remote_workspace_is_refused_clearly(url: str) -> None:
+    with pytest.raises(RecipeError, match="remote URL") as caught:
+        Store(url)
+    assert caught.value.remedy
+
+
+def test_workspace_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "f").touch()
+    with pytest.raises(RecipeError, match="is a file"):
+        Store(tmp_path / "f")
+
+
+def test_usage(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    assert store.usage() == {"work": 0}
+    make(store, {"a": b"123", "b": b"45"})
+    write(store.begin("next", KEY), {"checkpoint": b"1234"})
+    assert store.usage() == {"model": 5, "work": 4}
+
+
+def test_index_is_readable_json_without_absolute_paths(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    made = make(store, {"f": b"1"})
+    text = (store.root / "index" / "sft" / f"{KEY}.json").read_text()
+    assert json.loads(text)["manifest"]["sha256"] == made.sha256
+    assert str(tmp_path) not in text

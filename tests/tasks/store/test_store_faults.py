@@ -1,0 +1,244 @@
+"""The store against kills, rivals and bad disks: real files, real processes."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from dpo_core.errors import RecipeError, StageFailed
+from tasks.store.manifest import stage_key
+from tasks.store.store import Store
+from tests.support.runs.stored import CONFIG, KEY, REPO, assert_clean, make, python, write
+
+COMMIT_FOREVER = """
+import os, sys
+from pathlib import Path
+from tasks.store.manifest import digest_config, stage_key
+from tasks.store.store import Store
+store, how, number = Store(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+print("ready", flush=True)
+while True:
+    number += 1
+    key = stage_key("sft", number, "c" * 64, [])
+    with store.lock("sft", key):
+        if store.lookup("sft", key): continue
+        folder = store.begin("sft", key) / "artifact"
+        folder.mkdir(exist_ok=True)
+        for name in "abcd":
+            (folder / name).write_bytes(os.urandom(300_000))
+        store.commit("sft", key, folder, kind="model", stage_version=number, config_digest="c" * 64,
+                     keep_work=how == "copy")
+"""
+
+
+@pytest.mark.parametrize("how", ["move", "copy"])
+def test_kill_at_any_moment_leaves_whole_artifacts_or_none(tmp_path: Path, how: str) -> None:
+    store, chance, swept = Store(tmp_path), random.Random(1), 0
+    for kill in range(12):
+        process = python(COMMIT_FOREVER, tmp_path, how, kill * 10_000)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(chance.uniform(0, 0.15))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        swept += store.sweep()
+        assert_clean(store)
+    assert list((store.root / "objects").glob("*/*/*")), "the kills came too early to show anything"
+    if how == "copy":
+        assert swept, "no kill came in the middle of a commit"
+
+
+def test_sweep_spares_the_living(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    make(store, {"f": b"1"})
+    with store._temporary() as mine:
+        host, pid, born, _ = mine.name.split("+")
+        dead = [f"{host}+{pid}+{int(born) - 500}+reused", f"{host}+4194999+{born}+gone", "rubbish"]
+        dead.append(f"{host}+{pid}+{born}+kept")  # by a disk that could not remove it when it was done with
+        for name in [*dead, f"elsewhere+{pid}+{born}+new"]:
+            (mine.parent / name).mkdir()
+        old = mine.parent / f"elsewhere+{pid}+{born}+old"
+        old.mkdir()
+        os.utime(old, (1e9, 1e9))
+        assert store.sweep() == 5
+        assert sorted(path.name for path in mine.parent.iterdir()) == sorted(
+            [mine.name, f"elsewhere+{pid}+{born}+new"]
+        )
+
+
+SWEEP = "import sys; from tasks.store.store import Store; print(Store(sys.argv[1]).sweep())"
+
+
+def test_sweep_spares_the_living_when_the_clock_was_set(tmp_path: Path) -> None:
+    """What it changes for a process: the time of day at which the machine was started, and so all births."""
+    kernel = Path("/proc/stat").read_text()
+    booted = int(next(line.split()[1] for line in kernel.splitlines() if line.startswith("btime")))
+    (tmp_path / "stat").write_text(kernel.replace(f"btime {booted}", f"btime {booted - 3600}"))
+    store = Store(tmp_path)
+    inside = f'mount --bind {tmp_path}/stat /proc/stat && exec "$@"'
+    command = ["unshare", "--mount", "sh", "-c", inside, "sh", sys.executable, "-c", SWEEP, str(tmp_path)]
+    with store._temporary() as mine:
+        done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+        if "mount:" in done.stderr or "unshare:" in done.stderr:
+            pytest.skip("no mount namespace can be made here")
+        assert done.stdout == "0\n", done.stderr
+        assert mine.exists()
+
+
+def test_scratch_of_a_stage_that_was_killed_just_after_it_was_done_is_swept(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    other = stage_key("sft", 9, CONFIG, [])
+    make(store, {"f": b"1"})
+    make(store, {"f": b"2"}, key=other)
+    for key in (KEY, other):
+        (store.begin("sft", key) / "checkpoint").write_bytes(b"large")
+    unfinished = store.begin("sft", stage_key("sft", 10, CONFIG, []))
+    with store.lock("sft", other):  # somebody found the artifact damaged
+        assert store.sweep() == 1
+    assert sorted(path.name for path in (tmp_path / "work" / "sft").iterdir()) == sorted(
+        [other[:16], unfinished.name]
+    )
+
+
+RIVAL = """
+import sys, time, logging
+from pathlib import Path
+from tasks.store.store import Store
+# As the command line shows it: of `dpo` what it tells, of the rooms only warnings.
+logging.basicConfig(level="WARNING", stream=sys.stdout, format="%(message)s")
+logging.getLogger("dpo").setLevel("INFO")
+store, key, locked, seed = Store(sys.argv[1]), sys.argv[2], sys.argv[3] == "lock", sys.argv[4]
+facts = dict(kind="model", stage_version=1, config_digest="c" * 64)
+print("ready", flush=True)
+sys.stdin.readline()
+def work(text):
+    store.begin("sft", key)
+    source = Path(sys.argv[1]) / f"source-{seed}"
+    source.mkdir(exist_ok=True)
+    for name in "abcdef":
+        (source / name).write_text(text * 100_000)
+    return store.commit("sft", key, source, **facts)
+if locked:
+    with store.lock("sft", key):
+        if store.lookup("sft", key) is None:
+            print("worked", flush=True)
+            time.sleep(1)
+            work("x")
+else:
+    for turn in range(15):
+        work("x" if turn % 3 else seed)
+        store.lookup("sft", key)
+"""
+
+
+def race(workspace: Path, how: str) -> list[str]:
+    rivals = [python(RIVAL, workspace, KEY, how, seed, stdin=subprocess.PIPE) for seed in range(3)]
+    for rival in rivals:
+        assert rival.stdout is not None
+        assert rival.stdout.readline() == "ready\n"
+    for rival in rivals:
+        assert rival.stdin is not None
+        rival.stdin.write("\n")
+        rival.stdin.flush()
+    outputs = [rival.communicate(timeout=600)[0] for rival in rivals]
+    assert [rival.returncode for rival in rivals] == [0, 0, 0]
+    return outputs
+
+
+def test_of_rivals_with_the_lock_one_works_and_the_others_are_told_who(tmp_path: Path) -> None:
+    outputs = race(tmp_path, "lock")
+    assert "".join(outputs).count("worked") == 1
+    waiting = [output for output in outputs if "worked" not in output]
+    assert all(f"stage sft (key {KEY[:16]}) is being done by process " in output for output in waiting)
+    assert Store(tmp_path).lookup("sft", KEY)
+    assert_clean(Store(tmp_path))
+
+
+def test_rivals_without_the_lock_corrupt_nothing(tmp_path: Path) -> None:
+    outputs = race(tmp_path, "free")
+    assert not any("damaged" in output for output in outputs)
+    assert Store(tmp_path).lookup("sft", KEY)
+    assert_clean(Store(tmp_path))
+
+
+@contextmanager
+def unprivileged() -> Iterator[Path]:
+    """A folder and a user that is bound by permissions, which root is not."""
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    if os.getuid() == 0:
+        os.seteuid(65534)
+    try:
+        yield folder
+    finally:
+        if os.getuid() == 0:
+            os.seteuid(0)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_no_permission_names_the_path_and_the_remedy() -> None:
+    with unprivileged() as folder:
+        if os.getuid() != 0:
+            folder.chmod(0o555)
+        for call in (lambda s: s.begin("sft", KEY), lambda s: s.lock("sft", KEY).__enter__()):
+            with pytest.raises(RecipeError, match=str(folder)) as caught:
+                call(Store(folder / "w"))
+            assert "workspace" in caught.value.remedy
+        with pytest.raises(RecipeError, match="no access"):
+            Store(folder / "w").commit(
+                "sft", KEY, {"f": REPO / "LICENSE"}, kind="model", stage_version=1, config_digest=CONFIG
+            )
+        assert Store(folder / "w").lookup("sft", KEY) is None
+        assert Store(folder / "w").sweep() == 0
+        assert not (folder / "w").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if os.getuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("a small file system cannot be mounted here (needs root and mount permission)")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_full_disk_leaves_nothing_half_written(small_disk: Path, tmp_path: Path) -> None:
+    store = Store(small_disk)
+    make(store, {"small": b"1"})
+    big = write(tmp_path / "big", {"a": bytes(400_000), "b": bytes(900_000)})
+    other = stage_key("sft", 9, CONFIG, [])
+    with pytest.raises(StageFailed, match="full") as caught:
+        store.commit("sft", other, big, kind="model", stage_version=1, config_digest=CONFIG)
+    assert str(small_disk) in caught.value.problem
+    assert "Free some space" in caught.value.remedy
+    assert store.lookup("sft", other) is None
+    assert store.lookup("sft", KEY) is not None
+    assert_clean(store)
+    (big / "b").unlink()
+    store.commit("sft", other, big, kind="model", stage_version=1, config_digest=CONFIG)
+    assert_clean(store)
+
+
+def test_read_only_disk_can_be_read(small_disk: Path) -> None:
+    store = Store(small_disk)
+    made = make(store, {"f": b"1"})
+    broken = make(store, {"f": b"2"}, stage="broken")
+    (broken.path / "f").write_bytes(b"3")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    assert store.lookup("sft", KEY) == made
+    assert store.lookup("broken", KEY) is None
+    with pytest.raises(StageFailed, match="can only be read") as caught:
+        make(store, {"f": b"4"}, stage="new")
+    assert "resume the run" in caught.value.remedy
