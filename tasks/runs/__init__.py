@@ -1,0 +1,1 @@
+"""The record of each run of a workspace."""
