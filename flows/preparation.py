@@ -16,6 +16,7 @@ from tasks.stages.base import Context, Stage, StageResult
 from tasks.stages.data import load_data, sample_pairs, validate
 from tasks.stages.models import CACHE, CACHE_GUIDE, cache_reference, import_model
 from tasks.stages.training import DPO, GUIDE, prepare_sft, train_dpo
+from tasks.store.facts import GateFacts, LoadFacts, facts_of
 from tasks.store.manifest import Manifest
 
 log = logging.getLogger("dpo")
@@ -41,7 +42,7 @@ def prepare(context: Context, recipe: Recipe, keep: Keep) -> Prepared:
     """Load, import, judge, fine-tune, and where the data are prompts sample pairs and judge those."""
     seed = recipe.seed
     loaded = keep("load-data", load_data(context, recipe.data))
-    kind = str(loaded.extra["kind"])
+    kind = facts_of(loaded, LoadFacts).kind
     _require_labels(recipe, kind)
     longest, precision = recipe.tokens.max_length, recipe.dpo.engine.precision
     imported = import_model(context, recipe.model, longest, precision)
@@ -69,7 +70,7 @@ def _dated(recipe: Recipe, loaded: Manifest, base: Manifest) -> Recipe:
     tokens of a run must not change at midnight, nor those of its resume."""
     if base.planned or loaded.planned:
         return recipe
-    day = datetime.date.fromisoformat(str(loaded.extra["read_on"]))
+    day = datetime.date.fromisoformat(str(facts_of(loaded, LoadFacts).read_on))
     tokens = settled(recipe.tokens, template_in(base.path), day)
     return recipe.model_copy(update={"tokens": tokens})
 
@@ -122,17 +123,18 @@ def align_on_pairs(
 
 def _require_answers(recipe: Recipe, judged: Manifest) -> None:
     """What would be missed only after the training: an interval needs two answers, SFT a desirable one."""
-    if judged.extra.get("held_out_prompts") == recipe.evaluate.samples_per_prompt == 1:
+    facts = facts_of(judged, GateFacts)
+    if facts.held_out_prompts == recipe.evaluate.samples_per_prompt == 1:
         raise RecipeError(
             "one held-out prompt and one sample of it give no interval to compare the policies by",
             "Set evaluate.samples_per_prompt to 2 or more, or hold out more prompts",
         )
-    held_out = judged.extra.get("held_out_prompts")
-    if isinstance(held_out, int) and (few := too_few_prompts(recipe, held_out)):
+    held_out = facts.held_out_prompts
+    if held_out is not None and (few := too_few_prompts(recipe, held_out)):
         log.warning("%s", few)
-    if recipe.reward.margin_by_agreement and judged.extra.get("with_agreement") == 0:
+    if recipe.reward.margin_by_agreement and facts.with_agreement == 0:
         raise no_agreement()
-    if judged.extra.get("desirable") == 0 and _sft_reads_answers(recipe):
+    if facts.desirable == 0 and _sft_reads_answers(recipe):
         raise RecipeError(
             "no training row is labelled desirable, and SFT learns from the desirable answers",
             "Set sft.demonstrations or sft.enabled=false",

@@ -23,6 +23,7 @@ from dpo_core.errors import RecipeError
 from tasks.promotion.finished_run import registries_of
 from tasks.promotion.ledger import SUFFIX, Ledger, hold_champion
 from tasks.runs.references import Needs, read_needs
+from tasks.store.facts import ModelFacts, facts_of
 from tasks.store.files import disk_errors, open_workspace, size_of
 from tasks.store.store import Store
 from tasks.tracking.mlflow_calls import every
@@ -203,9 +204,8 @@ def _entries(store: Store) -> tuple[list[_Entry], list[Path]]:
         if manifest is None:
             broken.append(path)
             continue
-        weights = manifest.extra.get("weights_sha256")
         own = (path, path.parent.name, path.stem, manifest.sha256, manifest.parents)
-        found.append(_Entry(*own, weights if isinstance(weights, str) else None))
+        found.append(_Entry(*own, facts_of(manifest, ModelFacts).weights_sha256))
     return found, broken
 
 

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from dpo_core.scoring.flops import matmul_rate
 from tasks.reports.run_report import RunReport, StageRow
+from tasks.store.facts import Facts, facts_of
 from tasks.store.store import Store
 
 # What a stage takes whatever its size: starting processes, loading the model, writing artifacts.
@@ -102,6 +103,5 @@ def _operations(workspace: str, row: StageRow) -> float:
         return 0.0
     for manifest in Store(workspace).history(row.name):
         if manifest.sha256 == row.sha256:
-            flops = manifest.extra.get("flops")
-            return flops if isinstance(flops, int | float) else 0.0
+            return facts_of(manifest, Facts).flops or 0.0
     return 0.0

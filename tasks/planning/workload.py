@@ -30,6 +30,7 @@ from tasks.recipe.recipe import Recipe
 from tasks.recipe.study import Settings
 from tasks.stages.base import StageResult
 from tasks.stages.training import chosen_side, demonstrations
+from tasks.store.facts import ImportFacts, LoadFacts, facts_of
 from tasks.store.manifest import Manifest
 
 # Rows that are tokenised; of larger sets this many stand for all.
@@ -90,7 +91,7 @@ class Workload:
         self.layout = _layout(recipe, base)
         self.shape = cost.Shape.of(self.config)
         self.tokenise = Tokenise(load_tokenizer(source), recipe.tokens)
-        self.kind = str(stages["load-data"].manifest.extra["kind"])
+        self.kind = facts_of(stages["load-data"].manifest, LoadFacts).kind
         self.judged = self._rows(f"validate-{self.kind}", "load-data")
         self.pairs = {side: self._pairs(side) for side in ("train", "eval")}
 
@@ -346,7 +347,8 @@ def _layout(recipe: Recipe, base: Manifest) -> str:
         ModelError: the run would refuse the model.
     """
     if not base.planned:
-        return f"{base.extra['layout']}: {base.extra['reason']}"
+        facts = facts_of(base, ImportFacts)
+        return f"{facts.layout}: {facts.reason}"
     from dpo_core.model_check import check_named
 
     longest, precision = recipe.tokens.max_length, recipe.dpo.engine.precision

@@ -8,6 +8,7 @@ from urllib.parse import unquote, urlsplit
 from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.models.load import weights_digest
 from tasks.recipe.sections import TrackingConfig
+from tasks.store.facts import ModelFacts
 from tasks.store.manifest import Manifest, digest_folder
 from tasks.tracking.registry import version_of
 from tasks.tracking.tracker import Tracker
@@ -47,7 +48,7 @@ def find_champion(tracker: Tracker, registered: str) -> Champion | None:
         stage="champion",
         stage_version=1,
         config_digest=artifact,
-        extra={"weights_sha256": weights_digest(folder)},
+        extra=ModelFacts(weights_sha256=weights_digest(folder)).as_extra(),
     )
     return Champion(title, manifest)
 

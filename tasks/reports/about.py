@@ -12,6 +12,7 @@ from dpo_core.models.load import load_tokenizer
 from tasks.recipe.recipe import Recipe
 from tasks.reports.run_report import Trained
 from tasks.reports.run_warnings import Answers, measure_answers
+from tasks.store.facts import GateFacts, TrainingFacts, facts_of
 from tasks.store.manifest import Manifest, kind_of
 
 
@@ -121,7 +122,7 @@ def _sampled(recipe: Recipe, manifests: Mapping[str, Manifest]) -> str:
 
 
 def _count(rows: Manifest) -> int:
-    return int(str(rows.extra.get("held_out_prompts", 0)))
+    return facts_of(rows, GateFacts).held_out_prompts or 0
 
 
 def _reference(recipe: Recipe) -> str:
@@ -137,9 +138,9 @@ def _reference(recipe: Recipe) -> str:
 
 
 def _training(config: DpoConfig, made: Manifest) -> str:
-    steps = made.extra.get("steps")
+    steps = facts_of(made, TrainingFacts).steps
     parts = [
-        *([f"{steps:,} steps"] if isinstance(steps, int) else []),
+        *([f"{steps:,} steps"] if steps is not None else []),
         f"batches of {config.batch_size:,}",
         f"learning rate {config.optim.learning_rate:g}",
         "low-rank additions (LoRA)" if config.lora else "every weight",

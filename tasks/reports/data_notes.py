@@ -5,25 +5,24 @@ from typing import Any
 
 from pydantic import JsonValue
 
+from tasks.store.facts import GateFacts, LoadFacts, facts_of
 from tasks.store.manifest import Manifest
 
 
 def data_notes(manifests: Mapping[str, Manifest], evaluation: Mapping[str, Any]) -> dict[str, JsonValue]:
     """Remarks of the reader, how prompts became tokens, and rows and accuracy of each set."""
-    loaded = manifests["load-data"].extra if "load-data" in manifests else {}
+    loaded = facts_of(manifests["load-data"], LoadFacts)
     notes: dict[str, JsonValue] = {}
-    remarks, sources = loaded.get("remarks"), loaded.get("sources")
-    if isinstance(remarks, list) and remarks:
-        notes["How the data were read"] = "; ".join(map(str, remarks))
-    judged = [manifest for name, manifest in manifests.items() if name.startswith("validate-")]
-    written = dict.fromkeys(str(m.extra["written_as"]) for m in judged if m.extra.get("written_as"))
+    if loaded.remarks:
+        notes["How the data were read"] = "; ".join(loaded.remarks)
+    judged = [facts_of(m, GateFacts) for name, m in manifests.items() if name.startswith("validate-")]
+    written = dict.fromkeys(facts.written_as for facts in judged if facts.written_as)
     if written:
         notes["How prompts were written"] = "; ".join(written)
-    if isinstance(sources, dict) and sources:
+    if loaded.sources:
         notes["Rows by set"] = "; ".join(
             f"{name}: {count['train']} to train on, {count['eval']} held out"
-            for name, count in sources.items()
-            if isinstance(count, dict)
+            for name, count in loaded.sources.items()
         )
     for policy, found in evaluation.get("accuracy_by_source", {}).items():
         notes[f"Preference accuracy of {policy} by set"] = "; ".join(

@@ -18,13 +18,13 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
-from pydantic import JsonValue
 
 from dpo_core.config import Config
 from dpo_core.errors import DpoError, without_secrets
 from tasks.runs.references import note_need
 from tasks.signals import begin_stop, go_on
 from tasks.stages.prefect_artifacts import tell
+from tasks.store.facts import Facts, scalar_facts
 from tasks.store.files import disk_fault
 from tasks.store.manifest import PLANNED, Manifest, digest_config, stage_key
 from tasks.store.store import Store
@@ -41,6 +41,9 @@ class Stage:
     name: str
     version: int
     kind: str
+    """Of its artifact."""
+    facts: type[Facts]
+    """What it states about its artifact."""
 
 
 @dataclass
@@ -50,7 +53,7 @@ class Output:
     files: Path | Mapping[str, Path]
     rows: int | None = None
     parameters: int | None = None
-    extra: dict[str, JsonValue] = field(default_factory=dict)
+    facts: Facts = field(default_factory=Facts)
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -227,7 +230,7 @@ def run_stage(
     work: Callable[[Work], Output],
     *,
     total_steps: int | None = None,
-    ahead: Callable[[], dict[str, JsonValue]] | None = None,
+    ahead: Callable[[], Facts] | None = None,
 ) -> StageResult:
     """The stage's artifact: from the store if it is there and whole, else by doing the work.
 
@@ -235,7 +238,7 @@ def run_stage(
         inputs: what the stage reads, by role; their digests are part of the key.
         config: everything else that decides the result (models, numbers, strings).
         total_steps: optimiser steps that will be reported, for even thinning of long curves.
-        ahead: facts of the result that a plan can tell before the work is done.
+        ahead: facts of the result that a plan can state before the work is done.
     """
     start = time.monotonic()
     name = stage.name + context.label
@@ -277,7 +280,7 @@ def _look(
     key: str,
     digest: str,
     inputs: Mapping[str, Manifest],
-    ahead: Callable[[], dict[str, JsonValue]] | None,
+    ahead: Callable[[], Facts] | None,
 ) -> StageResult:
     """What `run_stage` would find, without a trace on the disk."""
     known = not any(manifest.planned for manifest in inputs.values())
@@ -293,7 +296,7 @@ def _look(
         stage=stage.name,
         stage_version=stage.version,
         config_digest=digest,
-        extra=ahead() if ahead else {},
+        extra=ahead().as_extra() if ahead else {},
     )
     return StageResult(manifest=planned, cached=False, seconds=0.0, why=why)
 
@@ -337,7 +340,7 @@ def _do(
     finished = False
     try:
         output = work(given)
-        output.extra.setdefault("seconds", time.monotonic() - start)
+        facts = _checked(stage, output.facts, time.monotonic() - start)
         # All numbers before the result is stored: a stage that is killed after that is not done again.
         child.metrics(output.metrics | {"cost/seconds": time.monotonic() - start})
         manifest = store.commit(
@@ -350,7 +353,7 @@ def _do(
             parents=[m.sha256 for m in inputs.values()],
             rows=output.rows,
             parameters=output.parameters,
-            extra=output.extra,
+            extra=facts.as_extra(),
         )
         child.made(manifest)
         finished = True
@@ -368,6 +371,14 @@ def _do(
         for bar in given._bars:
             bar.close(finished)
     return manifest
+
+
+def _checked(stage: Stage, facts: Facts, seconds: float) -> Facts:
+    """The facts that the work stated, which are those of the stage, with the time that it took."""
+    if type(facts) is not stage.facts:
+        stated, declared = type(facts).__name__, stage.facts.__name__
+        raise TypeError(f"stage {stage.name} stated {stated}, and declares {declared}")
+    return facts if facts.seconds is not None else facts.model_copy(update={"seconds": seconds})
 
 
 _CONTEXTS = {"model": "reference", "reference-logps": "reference", "evaluation": "evaluation"}
@@ -388,7 +399,7 @@ def _announce(name: str, result: StageResult) -> None:
             "where": manifest.uri,
             "size": size or "-",
             "made from": ", ".join(p[:12] for p in manifest.parents) or "-",
-            **{k: v for k, v in manifest.extra.items() if not isinstance(v, dict | list)},
+            **scalar_facts(manifest),
         }.items()
     )
     text = f"| {name} | |\n| --- | --- |\n{facts}"

@@ -23,16 +23,17 @@ from expectations.drift import load_baseline
 from expectations.thresholds import GateConfig
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 from tasks.store.checked_json import read_sealed, write_sealed
+from tasks.store.facts import GateFacts, LoadFacts, SamplingFacts
 from tasks.store.manifest import Manifest
 
 log = logging.getLogger("dpo")
 
-LOAD = Stage("load-data", 4, "dataset")
-GATE_PROMPTS = Stage("validate-prompts", 2, "dataset")
-GATE_PAIRS = Stage("validate-pairs", 2, "dataset")
-GATE_UNPAIRED = Stage("validate-unpaired", 2, "dataset")
+LOAD = Stage("load-data", 4, "dataset", LoadFacts)
+GATE_PROMPTS = Stage("validate-prompts", 2, "dataset", GateFacts)
+GATE_PAIRS = Stage("validate-pairs", 2, "dataset", GateFacts)
+GATE_UNPAIRED = Stage("validate-unpaired", 2, "dataset", GateFacts)
 _GATES = {"prompts": GATE_PROMPTS, "pairs": GATE_PAIRS, "unpaired": GATE_UNPAIRED}
-SAMPLE = Stage("sample-pairs", 3, "dataset")
+SAMPLE = Stage("sample-pairs", 3, "dataset", SamplingFacts)
 
 
 def source_digests(config: DataConfig) -> dict[str, str]:
@@ -67,21 +68,21 @@ def load_data(context: Context, config: DataConfig) -> StageResult:
         given.mlflow.tag("dpo.data_format", f"{loaded.format}: {loaded.recognised_by}")
         out = given.fresh("out")
         frame.to_parquet(out / "data.parquet", index=False)
-        extra: dict[str, Any] = {
-            "kind": loaded.kind,
-            "format": loaded.format,
-            "recognised_by": loaded.recognised_by,
-            "read_on": datetime.date.today().isoformat(),
-            "eval_rows": int((frame["split"] == "eval").sum()),
-            "remarks": list(loaded.remarks),
-            "sources": by_source(frame),
+        facts = LoadFacts(
+            kind=loaded.kind,
+            format=loaded.format,
+            recognised_by=loaded.recognised_by,
+            read_on=datetime.date.today().isoformat(),
+            eval_rows=int((frame["split"] == "eval").sum()),
+            remarks=list(loaded.remarks),
+            sources=by_source(frame),
             **loaded.notes,
-        }
-        return Output(out, rows=len(frame), extra=extra)
+        )
+        return Output(out, rows=len(frame), facts=facts)
 
     # The digests stand in the config, so that an edited file misses the cache under the same name.
     slice_ = {"data": config.model_dump(mode="json"), "files": source_digests(config)}
-    return run_stage(context, LOAD, {}, slice_, work, ahead=lambda: {"kind": load(config).kind})
+    return run_stage(context, LOAD, {}, slice_, work, ahead=lambda: LoadFacts(kind=load(config).kind))
 
 
 @stage_task("validate", "validate-{subject}")
@@ -134,16 +135,16 @@ def validate(
         _require_sides(kept, report.dropped, sampled=data.stage == SAMPLE.name)
         kept.to_parquet(out / "data.parquet", index=False)
         held_out = kept[kept["split"] == "eval"].drop_duplicates(["prompt", "chat"])
-        extra: dict[str, Any] = {
-            "dropped": report.dropped,
-            "warnings": [f.rule for f in failed],
-            "held_out_prompts": len(held_out),
-            "written_as": tokenise.note_on(kept["chat"].tolist()),
+        stated = GateFacts(
+            dropped=report.dropped,
+            warnings=[f.rule for f in failed],
+            held_out_prompts=len(held_out),
+            written_as=tokenise.note_on(kept["chat"].tolist()),
             **_labels(kept, subject),
-        }
+        )
         metrics = {f"gate/{f.rule}": float(f.rate) for f in report.findings if not f.skipped}
         metrics |= {"data/rows": float(len(kept)), "data/dropped": float(report.dropped)}
-        return Output(out, rows=len(kept), extra=extra, metrics=metrics)
+        return Output(out, rows=len(kept), facts=stated, metrics=metrics)
 
     slice_ = {
         "subject": subject,
@@ -225,20 +226,20 @@ def sample_pairs(
             [Sequence(ids, c.ids) for (_, ids), c in zip(wanted, drawn, strict=True)],
             [row["prompt"] for row, _ in wanted],
         )
-        frame, facts = _label(rows, texts, [c.ended for c in drawn], rewards, config)
+        frame, counts = _label(rows, texts, [c.ended for c in drawn], rewards, config)
         if frame.empty:
             raise StageFailed(
-                f"no pair could be made of {facts['samples']} samples: {facts['ties']} candidate pairs are "
+                f"no pair could be made of {counts['samples']} samples: {counts['ties']} candidate pairs are "
                 f"ties under the reward {reward}, the other samples are empty or no valid text",
                 "Draw more or longer samples (pairs.*), or choose a reward that tells them apart",
             )
         out = given.fresh("out")
         frame.to_parquet(out / "data.parquet", index=False)
-        metrics = {f"data/{k}": float(v) for k, v in facts.items()}
+        metrics = {f"data/{k}": float(v) for k, v in counts.items()}
         lengths = [(len(ids), len(c.ids)) for (_, ids), c in zip(wanted, drawn, strict=True)]
         flops = cost.sampling(cost.Shape.of_module(model), lengths)
-        extra = facts | {"flops": flops}
-        return Output(out, rows=len(frame), extra=extra, metrics=metrics | {"cost/flops": flops})
+        facts = SamplingFacts(**counts, flops=flops)
+        return Output(out, rows=len(frame), facts=facts, metrics=metrics | {"cost/flops": flops})
 
     slice_ = {
         "pairs": config.model_dump(mode="json"),

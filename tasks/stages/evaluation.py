@@ -14,11 +14,12 @@ from dpo_core.evaluation.policies import EvaluateConfig
 from dpo_core.rewards.functions import reward_identity
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 from tasks.store.checked_json import read_sealed, write_sealed
+from tasks.store.facts import Facts
 from tasks.store.manifest import Manifest, kind_of
 
 log = logging.getLogger("dpo")
 
-EVALUATE = Stage("evaluate", 3, "evaluation")
+EVALUATE = Stage("evaluate", 3, "evaluation", Facts)
 
 
 @stage_task("evaluate")
@@ -63,7 +64,7 @@ def evaluate(
                 # MLflow takes no other signs; of a long path the end tells most.
                 label = re.sub(r"[^\w. -]", "_", source)[-60:]
                 metrics[f"accuracy/{name.lower()}/{label}"] = accuracy["value"]
-        return Output(out, rows=results["n_prompts"], extra={"flops": flops}, metrics=metrics)
+        return Output(out, rows=results["n_prompts"], facts=Facts(flops=flops), metrics=metrics)
 
     inputs = {f"policy-{name}": manifest for name, manifest in policies.items()}
     inputs |= {"prompts": prompts, kind_of(pairs): pairs}

@@ -18,9 +18,10 @@ from dpo_core.judging.results import WinRate
 from tasks.reports.run_report import Sample
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 from tasks.stages.evaluation import load_answers, readable, rivals
+from tasks.store.facts import Facts
 from tasks.store.manifest import Manifest
 
-JUDGE = Stage("judge", 1, "win-rates")
+JUDGE = Stage("judge", 1, "win-rates", Facts)
 REPLIES = "judgements"
 """Folder of the workspace that holds the judges' earlier replies."""
 

@@ -11,9 +11,10 @@ from dpo_core.rewards.functions import reward_identity
 from dpo_core.study import Cost, Point
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 from tasks.stages.evaluation import held_out_prompts
+from tasks.store.facts import Facts, facts_of
 from tasks.store.manifest import Manifest
 
-MEASURE = Stage("measure", 2, "measurement")
+MEASURE = Stage("measure", 2, "measurement", Facts)
 
 
 @stage_task("measure", "measure{context.label}")
@@ -121,16 +122,16 @@ def point_of(arm: str, setting: str, seed: int, measured: Manifest, made_by: dic
     """
     facts = read_measurement(measured)
     rewards = facts.pop("rewards_PS")
-    extras: list[dict[str, Any]] = [manifest.extra for manifest in made_by.values()]
-    memory = [int(e["peak_memory_bytes"]) for e in extras if e.get("peak_memory_bytes")]
+    costs = [facts_of(manifest, Facts) for manifest in made_by.values()]
+    memory = [one.peak_memory_bytes for one in costs if one.peak_memory_bytes]
     cost = Cost(
-        flops=sum(float(e.get("flops") or 0.0) for e in extras),
-        seconds=sum(float(e.get("seconds") or 0.0) for e in extras),
+        flops=sum(one.flops or 0.0 for one in costs),
+        seconds=sum(one.seconds or 0.0 for one in costs),
         peak_memory_bytes=max(memory, default=None),
     )
     shared = {
-        name: extra.get("flops") or 0.0
-        for name, extra in zip(made_by, extras, strict=True)
+        name: one.flops or 0.0
+        for name, one in zip(made_by, costs, strict=True)
         if not name.startswith(("train-dpo", "train-ppo", "train-grpo", "train-online"))
     }
     return Point(

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from pydantic import JsonValue
 
 from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.errors import ModelError, StageFailed
@@ -28,13 +27,14 @@ from dpo_core.models.remote_code import trust
 from dpo_core.reference.keys import DEFINITION_VERSION
 from dpo_core.scoring.logprobs import Precision
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task, tracker_of
+from tasks.store.facts import ImportFacts, LogpsFacts, weights_sha256
 from tasks.store.files import CACHE_FOLDER
 from tasks.store.manifest import Manifest, kind_of
 
 log = logging.getLogger(__name__)
-IMPORT = Stage("import-model", 2, "model")
-CACHE = Stage("cache-reference", 1, "reference-logps")
-CACHE_GUIDE = Stage("cache-guide", 1, "reference-logps")
+IMPORT = Stage("import-model", 2, "model", ImportFacts)
+CACHE = Stage("cache-reference", 1, "reference-logps", LogpsFacts)
+CACHE_GUIDE = Stage("cache-guide", 1, "reference-logps", LogpsFacts)
 
 
 @stage_task("import-model")
@@ -59,11 +59,11 @@ def import_model(context: Context, config: ModelConfig, max_length: int, precisi
         check.require()
         log.info("%s: %s", check.layout, check.reason)
         given.mlflow.tag("dpo.layout", f"{check.layout}: {check.reason}")
-        extra: dict[str, JsonValue] = {"weights_sha256": weights_digest(out), **vars(check)}
+        facts = ImportFacts(weights_sha256=weights_digest(out), **vars(check))
         if config.trust_remote_code:
             given.mlflow.tag("dpo.trust_remote_code", "true")
-            extra["remote_code_sha256"] = code or "no Python file"
-        return Output(out, parameters=parameter_count(out), extra=extra)
+            facts = facts.model_copy(update={"remote_code_sha256": code or "no Python file"})
+        return Output(out, parameters=parameter_count(out), facts=facts)
 
     # Digests and contents, not paths: a model or template overwritten in place is another one.
     slice_ = {**config.model_dump(mode="json"), "source": _digest(source)}
@@ -130,7 +130,7 @@ def cache_reference(
             raise StageFailed(
                 f"no training row is left after tokenising ({dropped})", "Raise tokens.max_length"
             )
-        weights = str(reference.extra["weights_sha256"])
+        weights = weights_sha256(reference)
         logps = reference_logps(
             sequences,
             reference.path,
@@ -147,20 +147,20 @@ def cache_reference(
         out = given.fresh("out")
         logps.shard.save(out / "shard")
         found = logps.sequences - logps.computed
-        extra: dict[str, Any] = {
-            "reference_weights": weights,
-            "precision": precision,
-            "attention": logps.attention,
-            "sequences": logps.sequences,
-            "computed": logps.computed,
-            "from_cache": found,
-            "flops": logps.flops,
+        facts = LogpsFacts(
+            reference_weights=weights,
+            precision=precision,
+            attention=logps.attention,
+            sequences=logps.sequences,
+            computed=logps.computed,
+            from_cache=found,
+            flops=logps.flops,
             **{f"dropped_{reason}": count for reason, count in dropped.items()},
-        }
+        )
         metrics = {"cache/computed": float(logps.computed), "cache/found": float(found)}
         metrics["cost/flops"] = logps.flops
         metrics |= {f"data/{reason}": float(count) for reason, count in dropped.items()}
-        return Output(out, rows=len(rows) - sum(dropped.values()), extra=extra, metrics=metrics)
+        return Output(out, rows=len(rows) - sum(dropped.values()), facts=facts, metrics=metrics)
 
     # Token budget, processes and threads decide the time and not the values, so they stay out of the key.
     slice_: dict[str, Any] = {
@@ -170,6 +170,6 @@ def cache_reference(
     }
     if config is not None and config.unpaired:
         slice_["objective"] = config.objective  # KTO needs more than BCO
-    if "weights_sha256" not in reference.extra and not reference.planned:
-        raise ModelError("the reference's manifest names no weights", "Run the earlier stages again")
+    if not reference.planned:
+        weights_sha256(reference)  # missing, it is an error before the work begins
     return run_stage(context, stage, {"reference": reference, kind_of(pairs): pairs}, slice_, work)

@@ -10,14 +10,15 @@ from dpo_core.methods.ppo import PpoConfig
 from dpo_core.rewards.functions import reward_identity
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 from tasks.stages.training import settings_of, split_to, train
+from tasks.store.facts import TrainingFacts
 from tasks.store.manifest import Manifest
 
 Method = Literal["ppo", "grpo", "online"]
 
 STAGES: dict[Method, Stage] = {
-    "ppo": Stage("train-ppo", 3, "model"),
-    "grpo": Stage("train-grpo", 2, "model"),
-    "online": Stage("train-online", 2, "model"),
+    "ppo": Stage("train-ppo", 3, "model", TrainingFacts),
+    "grpo": Stage("train-grpo", 2, "model", TrainingFacts),
+    "online": Stage("train-online", 2, "model", TrainingFacts),
 }
 
 

@@ -12,10 +12,11 @@ from dpo_core.evaluation.run_suite import SuitesConfig, data_digest, without_tra
 from dpo_core.evaluation.suites.registry import find
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 from tasks.stages.suite_results import suite_result
+from tasks.store.facts import Facts
 from tasks.store.files import CACHE_FOLDER
 from tasks.store.manifest import Manifest, kind_of
 
-SUITES = Stage("suites", 1, "suite-results")
+SUITES = Stage("suites", 1, "suite-results", Facts)
 
 
 @stage_task("suites", "suites{context.label}")

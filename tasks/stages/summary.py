@@ -42,6 +42,7 @@ from tasks.stages.base import Context, StageResult, run_task, tracker_of
 from tasks.stages.evaluation import load_evaluation
 from tasks.stages.prefect_artifacts import tell
 from tasks.stages.unpaired import class_facts
+from tasks.store.facts import Facts, ImportFacts, RewardFacts, facts_of, weights_sha256
 from tasks.store.files import run_folder, write_whole
 from tasks.store.manifest import Manifest
 from tasks.tracking.registry import register_model, version_with
@@ -109,7 +110,7 @@ def summarise(
 def _remote_code(recipe: Recipe, manifests: dict[str, Manifest]) -> dict[str, JsonValue]:
     if not recipe.model.trust_remote_code:
         return {}
-    code = manifests["import-model"].extra.get("remote_code_sha256", "not recorded")
+    code = facts_of(manifests["import-model"], ImportFacts).remote_code_sha256
     return {REMOTE_CODE: f"Code that ships with the model was allowed to run (sha256 {code})."}
 
 
@@ -183,12 +184,10 @@ def _register(
         "dpo.objective": about.objective,
         "dpo.base_model": about.base_model,
         "dpo.data": about.data,
-        "dpo.weights_sha256": str(model.extra.get("weights_sha256")),
+        "dpo.weights_sha256": weights_sha256(model),
         "dpo.artifact_sha256": model.sha256,
         "dpo.dataset_digest": _trained_on(manifests).sha256,
-        "dpo.ref_digest": str(
-            manifests.get("prepare-sft", manifests["import-model"]).extra["weights_sha256"]
-        ),
+        "dpo.ref_digest": weights_sha256(manifests.get("prepare-sft", manifests["import-model"])),
     }
     given = {key: value for key, value in tags.items() if value}
     version = register_model(tracker, name, str(model.path), alias=recipe.registry.alias, tags=given)
@@ -250,8 +249,8 @@ def _page_part(evaluation: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reward_quality(manifests: Mapping[str, Manifest]) -> RewardQuality | None:
-    quality = manifests["train-reward"].extra["quality"] if "train-reward" in manifests else None
-    return None if quality is None else RewardQuality.model_validate(quality)
+    made = manifests.get("train-reward")
+    return None if made is None else facts_of(made, RewardFacts).quality
 
 
 def _curve(manifest: Manifest) -> list[dict[str, float]]:
@@ -262,14 +261,11 @@ def _curve(manifest: Manifest) -> list[dict[str, float]]:
 def cost_of(stages: Mapping[str, StageResult], seconds: float) -> Cost:
     """What the stages that ran counted; those found in the store cost nothing."""
 
-    def counted(name: str) -> list[float]:
-        found = [result.manifest.extra.get(name) for result in stages.values() if not result.cached]
-        return [value for value in found if isinstance(value, int | float)]
-
+    ran = [facts_of(result.manifest, Facts) for result in stages.values() if not result.cached]
     return Cost(
         seconds=seconds,
         seconds_by_stage={name: result.seconds for name, result in stages.items()},
-        tokens_trained=int(sum(counted("tokens_trained"))),
-        flops=sum(counted("flops")) or None,
-        peak_memory_bytes=int(max(counted("peak_memory_bytes"), default=0)) or None,
+        tokens_trained=int(sum(facts.tokens_trained or 0.0 for facts in ran)),
+        flops=sum(facts.flops or 0.0 for facts in ran) or None,
+        peak_memory_bytes=max((facts.peak_memory_bytes or 0 for facts in ran), default=0) or None,
     )

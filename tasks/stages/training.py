@@ -24,6 +24,7 @@ from dpo_core.system import digest_file
 from tasks.signals import begin_stop, go_on
 from tasks.stages.base import Context, Output, Progress, Stage, StageResult, Work, run_stage, stage_task
 from tasks.stages.unpaired import taken_apart
+from tasks.store.facts import LogpsFacts, RewardFacts, TrainingFacts, facts_of, weights_sha256
 from tasks.store.files import disk_fault
 from tasks.store.manifest import Manifest, kind_of
 
@@ -35,10 +36,10 @@ _LESS_MEMORY = (
     "--resume: finished stages are not run again"
 )
 
-SFT = Stage("prepare-sft", 2, "model")
-DPO = Stage("train-dpo", 2, "model")
-GUIDE = Stage("train-guide", 2, "model")
-REWARD = Stage("train-reward", 2, "reward-model")
+SFT = Stage("prepare-sft", 2, "model", TrainingFacts)
+DPO = Stage("train-dpo", 2, "model", TrainingFacts)
+GUIDE = Stage("train-guide", 2, "model", TrainingFacts)
+REWARD = Stage("train-reward", 2, "reward-model", RewardFacts)
 
 
 @stage_task("prepare-sft")
@@ -165,7 +166,7 @@ def train_dpo(
             "data": str(rows),
             "reference": str(logps.path / "shard") if logps else None,
             "live_reference": str(reference.path) if config.needs_live_reference else None,
-            "policy_is_reference": reference.extra["weights_sha256"] == policy.extra["weights_sha256"],
+            "policy_is_reference": weights_sha256(reference) == weights_sha256(policy),
             "dpo": config.model_dump(mode="json"),
         }
         return train(given, job, tokens, seed, config.engine.processes, config.steps(count))
@@ -182,7 +183,7 @@ def train_dpo(
 def _require_reference(reference: Manifest, logps: Manifest) -> None:
     if logps.planned:
         return
-    if logps.extra["reference_weights"] != reference.extra["weights_sha256"]:
+    if facts_of(logps, LogpsFacts).reference_weights != weights_sha256(reference):
         raise StageFailed(
             "the cached log-probs are not those of the reference", "Run the cache stage on this reference"
         )
@@ -210,7 +211,7 @@ def train_reward(
         }
         output = train(given, job, tokens, seed, config.engine.processes, config.steps(count))
         quality = _reward_quality(given.scratch / "out", pairs, tokens, config.engine.precision, seed)
-        output.extra |= {"quality": quality.model_dump() if quality else None}
+        output.facts = RewardFacts(**output.facts.model_dump(), quality=quality)
         output.metrics |= _quality_metrics(quality) if quality else {}
         return output
 
@@ -301,17 +302,17 @@ def train(
     lines = (given.scratch / "metrics.jsonl").read_text().splitlines()
     curve = [json.loads(line) for line in lines]
     (out / "metrics.jsonl").write_text("".join(json.dumps(_timeless(row)) + "\n" for row in curve))
-    extra: dict[str, Any] = {
-        "steps": len(curve),
-        "tokens_trained": sum(row.get("num_tokens", 0.0) for row in curve),
-        "weights_sha256": weights_digest(out) if (out / "config.json").exists() else None,
-        "final": {k: v for k, v in result["metrics"].items() if isinstance(v, float)},
-        "flops": result["flops"],
-        "peak_memory_bytes": result["peak_memory_bytes"],
-        "seconds": sum(row.get("seconds_per_step", 0.0) for row in curve),
-    }
+    facts = TrainingFacts(
+        steps=len(curve),
+        tokens_trained=sum(row.get("num_tokens", 0.0) for row in curve),
+        weights_sha256=weights_digest(out) if (out / "config.json").exists() else None,
+        final={k: v for k, v in result["metrics"].items() if isinstance(v, float)},
+        flops=result["flops"],
+        peak_memory_bytes=result["peak_memory_bytes"],
+        seconds=sum(row.get("seconds_per_step", 0.0) for row in curve),
+    )
     costs = {f"cost/{name}": float(result[name]) for name in ("flops", "peak_memory_bytes")}
-    return Output(out, parameters=parameter_count(out), extra=extra, metrics=costs)
+    return Output(out, parameters=parameter_count(out), facts=facts, metrics=costs)
 
 
 def _timeless(row: dict[str, float]) -> dict[str, float]:

@@ -4,6 +4,7 @@ import pandas as pd
 
 from dpo_core.methods.dpo import DpoConfig
 from dpo_core.methods.kto import imbalance
+from tasks.store.facts import GateFacts, facts_of
 from tasks.store.manifest import Manifest, kind_of
 
 
@@ -24,7 +25,8 @@ def class_facts(config: DpoConfig, rows: Manifest) -> dict[str, str]:
         good = bad = int((split == "train").sum())
         notes = {"Training data": taken_apart(config, good)}
     else:
-        good, bad = int(str(rows.extra["desirable"])), int(str(rows.extra["undesirable"]))
+        facts = facts_of(rows, GateFacts)
+        good, bad = facts.desirable or 0, facts.undesirable or 0
         notes = {"Training data": f"{good:,} desirable and {bad:,} undesirable answers"}
     found = imbalance(config.terms[0].parameters, good, bad)
     return notes | ({"Class weights": found} if found else {})

@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from tasks.store.facts import scalar_facts
 from tasks.store.manifest import Manifest
 from tasks.tracking.outbox import PATIENCE, STAGE_PATIENCE, Outbox, Write, one_line
 
@@ -232,7 +233,7 @@ class StageRun(TrackedRun):
 
     def made(self, artifact: Manifest) -> None:
         """Record what the stage has stored."""
-        self.params({f"out.{k}": v for k, v in artifact.extra.items() if not isinstance(v, dict | list)})
+        self.params({f"out.{name}": value for name, value in scalar_facts(artifact).items()})
         self.tag("dpo.artifact_sha256", artifact.sha256)
         self.tag("dpo.artifact_uri", artifact.uri)
 

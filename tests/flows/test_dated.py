@@ -20,7 +20,7 @@ def test_only_a_template_that_writes_the_date_gets_one(
 ) -> None:
     make_tokenizer(template).save_pretrained(tmp_path)
     recipe = load_recipe("hh-harmless", ["data.path=pairs.jsonl"])
-    loaded: Any = SimpleNamespace(planned=False, extra={"read_on": "2024-02-29"})
+    loaded: Any = SimpleNamespace(planned=False, extra={"kind": "pairs", "read_on": "2024-02-29"})
     base: Any = SimpleNamespace(planned=False, path=tmp_path)
     dated = _dated(recipe, loaded, base)
     assert dated.tokens.date == (datetime.date.fromisoformat(day) if day else None)

@@ -26,7 +26,8 @@ def test_notes_of_the_page(tmp_path: Path) -> None:
     loaded = Manifest(
         kind="dataset", uri=tmp_path.as_uri(), sha256="0" * 64, schema_version=1, stage="load-data",
         stage_version=1, config_digest="0" * 64,
-        extra={"remarks": ["columns not read: hint"], "sources": {"x": {"train": 8, "eval": 2}}},
+        extra={"kind": "pairs", "remarks": ["columns not read: hint"],
+               "sources": {"x": {"train": 8, "eval": 2}}},
     )  # fmt: skip
     estimate = {"value": 0.5, "low": 0.1, "high": 0.9, "n": 2}
     assert data_notes({"load-data": loaded}, {"accuracy_by_source": {"DPO": {"x": estimate}}}) == {
@@ -34,4 +35,5 @@ def test_notes_of_the_page(tmp_path: Path) -> None:
         "Rows by set": "x: 8 to train on, 2 held out",
         "Preference accuracy of DPO by set": "x: 50.0% [10.0%, 90.0%] of 2 pairs",
     }
-    assert data_notes({}, {}) == {}
+    plain = loaded.model_copy(update={"extra": {"kind": "pairs"}})
+    assert data_notes({"load-data": plain}, {}) == {}
