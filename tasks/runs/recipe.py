@@ -14,8 +14,8 @@ from dpo_core.errors import RecipeError
 from dpo_core.system import digest_file
 from tasks.recipe.recipe import Recipe, load_recipe
 from tasks.runs.record import RunRecord
-from tasks.tracking.mlflow_run import flatten
 from tasks.store.files import disk_errors, run_folder, write_whole
+from tasks.tracking.mlflow_run import flatten
 
 FILE = "recipe.yaml"
 # Where a run lies and is recorded, and what is said of it: nothing that was computed depends on these.

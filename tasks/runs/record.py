@@ -22,9 +22,9 @@ from pydantic import AwareDatetime, Field, ValidationError
 
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError
+from tasks.store.files import disk_errors, open_workspace, run_folder, write_whole
 from tasks.store.locks import holder_of, locked
 from tasks.store.owner import Owner, myself
-from tasks.store.files import (disk_errors, open_workspace, run_folder, write_whole)
 
 if TYPE_CHECKING:
     from tasks.tracking.tracker import Tracker  # else a list of runs would load it

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tasks.runs.record import RunRecord
-from tasks.store.store import Store
 from tasks.store.files import disk_errors, run_folder
+from tasks.store.store import Store
 
 LIST = "stages.jsonl"
 

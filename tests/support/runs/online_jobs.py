@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.launchers import LocalLauncher
-from tests.support.runs.training_jobs import (curve, text, wait_until, write_job)
+from tests.support.runs.training_jobs import curve, text, wait_until, write_job
 
 PROMPTS = [{"prompt": text(i, 3), "chat": False} for i in range(12)]
 # Counts two letters; a file beside it makes the reward call of that number wait to be killed.
