@@ -30,19 +30,23 @@ ERROR, STOP_FILE = "error.json", "stopped"
 
 def run(job: Job, watch: "Watch") -> dict[str, float]:
     """Train, write the model, write the result. Every rank calls this."""
-    from dpo_core.methods.build import build
+    from dpo_core.methods.registry import get
+    from dpo_core.models.remote_code import trust_digests
     from dpo_core.training.distributed import peak_memory, start_distributed
     from dpo_core.training.engine import read_metrics
     from dpo_core.training.loop import write_result
 
-    engine = job.settings.engine
+    trust_digests(job.trusted_code)
+    method = get(job.method)
+    settings = method.settings.model_validate(job.settings)
+    engine = settings.engine
     start_distributed(engine)
     watch.start(engine.lost_after_seconds, engine.timeout_seconds)
     if os.environ["RANK"] == "0":
         # Left by ranks that torchrun has replaced since, or by the run before.
         for left in (ERROR, STOP_FILE):
             (Path(job.work) / left).unlink(missing_ok=True)
-    trainer, export = build(job)
+    trainer, export = method.build(job, settings)
     metrics = trainer.train()
     peak = peak_memory()
     state = trainer.engine.full_state()

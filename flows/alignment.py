@@ -1,29 +1,38 @@
-"""The alignment flow: data gate, reference, pairs, cached log-probs, DPO, baselines, evaluation, page."""
+"""The alignment flow: data gate, reference, pairs, the graph of policies, evaluation or study, page."""
 
 from pathlib import Path
+from typing import TypeAlias
 
 from prefect import flow
 
-from flows.preparation import align_on_pairs, prepare
+from dpo_core.training.distributed import share_cores
+from flows.policies import train_policies
+from flows.preparation import Keep, Prepared, prepare
 from flows.run_lifecycle import recorded
-from tasks.promotion.champion import NAME, Champion, find_champion
+from tasks.promotion.champion import Champion, find_champion
+from tasks.recipe.policies import CHAMPION, REFERENCE
 from tasks.recipe.recipe import Recipe
 from tasks.reports.run_report import RunReport
+from tasks.reports.study_report import StudyReport
 from tasks.runs.record import Started
+from tasks.signals import go_on
 from tasks.stages.base import Context, StageResult, tracker_of
 from tasks.stages.evaluation import evaluate
 from tasks.stages.judging import judge_policies
-from tasks.stages.online import train_online
+from tasks.stages.measure import measure
+from tasks.stages.study_summary import summarise_study
 from tasks.stages.suites import evaluate_suites
 from tasks.stages.summary import summarise
-from tasks.stages.training import train_reward
+from tasks.stages.training import TrainedPolicy
 from tasks.store.files import disk_errors
 from tasks.store.manifest import Manifest
 
+Report: TypeAlias = RunReport | StudyReport
+
 
 @flow(name="dpo-alignment", flow_run_name="{recipe.name}", log_prints=False, persist_result=False)
-def alignment(recipe: Recipe, resume: str | None = None) -> RunReport:
-    """Align a model as the recipe says.
+def alignment(recipe: Recipe, resume: str | None = None) -> Report:
+    """Align a model, or compare ways to, as the recipe says.
 
     Args:
         recipe: decides everything about the run.
@@ -36,54 +45,89 @@ def alignment(recipe: Recipe, resume: str | None = None) -> RunReport:
     return recorded(recipe, resume, run_stages)
 
 
-def run_stages(context: Context, recipe: Recipe, command: str) -> RunReport:
-    """All stages, then the run page."""
+def run_stages(context: Context, recipe: Recipe, command: str) -> Report:
+    """All stages, then the page of the run or of the study."""
     started = Started()
     stages: dict[str, StageResult] = {}
-    champion = compose(context, recipe, stages)
-    with disk_errors(Path(context.workspace), "writing the run page"):
-        return summarise(context, recipe, stages, champion, started, command)
+    champion, trained = compose(context, recipe, stages)
+    with disk_errors(Path(context.workspace), "writing the run's page"):
+        if recipe.study is not None:
+            return summarise_study(context, recipe, stages, trained, started, command)
+        return summarise(context, recipe, stages, trained, champion, started, command)
 
 
-def compose(context: Context, recipe: Recipe, stages: dict[str, StageResult]) -> Champion | None:
+def compose(
+    context: Context, recipe: Recipe, stages: dict[str, StageResult]
+) -> tuple[Champion | None, list[TrainedPolicy]]:
     """The stages in their order; each hands a manifest to the next. What each came to goes into `stages`.
 
-    Returns the registered model that the new one is held against, where there is one.
+    Returns the registered model that the candidate is held against, where there is one, and what was trained.
     """
 
     def keep(name: str, result: StageResult) -> Manifest:
-        stages[name] = result
-        return result.manifest
+        return stages.setdefault(name, result).manifest
 
     prepared = prepare(context, recipe, keep)
-    recipe = prepared.recipe
-    seed, tokens, source = recipe.seed, recipe.tokens, recipe.reward.source
-    reference, judged, pairs = prepared.reference, prepared.judged, prepared.pairs
-    policy = align_on_pairs(context, recipe, prepared, keep, recipe.dpo, recipe.guide, seed)
-    policies = {"SFT": reference, "DPO": policy}
-    reward_model = None
-    if recipe.reward.learned:
-        settings = recipe.reward.model
-        reward_model = keep("train-reward", train_reward(context, reference, pairs, settings, tokens, seed))
-    known, gold = (None, source) if reward_model else (source, None)
-    for method, name, config in recipe.online_methods():
-        sampling = recipe.evaluate.sampling
-        trained = train_online(
-            context, method, reference, judged, reward_model, known, config, sampling, tokens, seed, gold
-        )
-        policies[name] = keep(f"train-{method}", trained)
+    if prepared.recipe.study is not None:
+        return None, _compare(context, prepared, keep)
+    trained = train_policies(context, prepared, keep)
+    return _evaluate(context, prepared, trained, keep), trained
+
+
+def _evaluate(
+    context: Context, prepared: Prepared, trained: list[TrainedPolicy], keep: Keep
+) -> Champion | None:
+    """Measure the reference, every policy and the champion on the same held-out rows."""
+    recipe, pairs, reference = prepared.recipe, prepared.pairs, prepared.reference
+    by_name = {one.node.policy: one.manifest for one in trained}
+    policies = {REFERENCE: reference} | {name: by_name[name] for name in recipe.policies}
     champion = None if context.plan else find_champion(tracker_of(context), recipe.registered_name)
-    if champion and champion.manifest.sha256 != policy.sha256:
-        policies[NAME] = champion.manifest
-    # A known reward measures also where the methods learned from the model: that shows over-optimisation.
-    proxy = reward_model if source is None else None
-    measured = evaluate(context, policies, judged, pairs, proxy, source, recipe.evaluate, tokens, seed)
+    if champion and champion.manifest.sha256 != policies[recipe.candidate_name].sha256:
+        policies[CHAMPION] = champion.manifest
+    # A known reward measures also where policies learned from the model: that shows over-optimisation.
+    source = recipe.reward.source
+    proxy = None if source else next((one.reward_model for one in trained if one.reward_model), None)
+    if source is None and proxy is None:
+        proxy = prepared.train_reward(context, recipe.seed, "", keep)
+    measured = evaluate(
+        context, policies, prepared.judged, pairs, proxy, source, recipe.evaluate, recipe.tokens, recipe.seed
+    )
     answers = keep("evaluate", measured)
     if recipe.judge:
-        keep("judge", judge_policies(context, answers, recipe.judge, seed))
+        keep("judge", judge_policies(context, answers, recipe.judge, recipe.seed))
     if recipe.suites.names:
         for name, model in policies.items():
             labelled = context.model_copy(update={"label": f" {name}"})
-            asked = evaluate_suites(labelled, name, model, reference, pairs, recipe.suites, tokens)
+            asked = evaluate_suites(labelled, name, model, reference, pairs, recipe.suites, recipe.tokens)
             keep(f"suites {name}", asked)
     return champion
+
+
+def _compare(context: Context, prepared: Prepared, keep: Keep) -> list[TrainedPolicy]:
+    """Train every point of the study and measure it, and the reference, on the same prompts."""
+    recipe = prepared.recipe
+    study = recipe.study
+    assert study is not None
+    if not context.plan:
+        share_cores(study.parallel)
+
+    def measured(label: str, model: Manifest, samples: int) -> Manifest:
+        go_on()
+        config = recipe.evaluate.model_copy(update={"samples_per_prompt": samples})
+        result = measure(
+            context.model_copy(update={"label": label}),
+            model,
+            prepared.reference,
+            prepared.judged,
+            str(recipe.reward.source),
+            config,
+            recipe.tokens,
+            recipe.seed,
+        )
+        return keep(f"measure{label}", result)
+
+    own = recipe.evaluate.samples_per_prompt
+    measured(f" {REFERENCE}", prepared.reference, max([*study.best_of, own]))
+    return train_policies(
+        context, prepared, keep, study.parallel, then=lambda one: measured(one.node.label, one.manifest, own)
+    )

@@ -52,7 +52,6 @@ def deployed(
         settings: a YAML file with the settings of that cluster (dpo config cluster).
     """
     from flows import alignment
-    from flows import study as frontier
     from flows.process.guard import guarded
     from flows.run_lifecycle import recorded
 
@@ -60,14 +59,13 @@ def deployed(
     log.setLevel(logging.INFO)
     try:
         from flows.cli.launch import cluster_config, send_to
-        from tasks.recipe.recipe import load_recipe
+        from tasks.recipe.read import load_recipe
 
         sets = [*(overrides or []), *data_overrides(data)]
         send_to(on, cluster_config(on, settings, []))
         resolved = load_recipe(recipe, sets)
-        stages: Any = frontier.run_stages if resolved.frontier else alignment.run_stages
         with guarded(resolved.workspace, resolved.tracking):
-            report = recorded(resolved, resume, stages, command_of(recipe, sets, on, settings))
+            report = recorded(resolved, resume, alignment.run_stages, command_of(recipe, sets, on, settings))
     except DpoError as error:
         log.error("%s", error)
         return Failed(name=_ENDS.get(error.exit_code, "Failed"), message=str(error))

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from dpo_core.data.tokens.chat_template import template_in
 from dpo_core.data.tokens.config import settled
 from dpo_core.errors import RecipeError
-from dpo_core.methods.dpo import DpoConfig
 from dpo_core.methods.reward import no_agreement
 from tasks.recipe.recipe import Recipe
 from tasks.reports.run_warnings import too_few_prompts
-from tasks.stages.base import Context, Stage, StageResult
-from tasks.stages.data import load_data, sample_pairs, validate
-from tasks.stages.models import CACHE, CACHE_GUIDE, cache_reference, import_model
-from tasks.stages.training import DPO, GUIDE, prepare_sft, train_dpo
+from tasks.stages.base import Context, StageResult
+from tasks.stages.data import SAMPLE, load_data, sample_pairs, validate
+from tasks.stages.models import import_model
+from tasks.stages.prepare_sft import prepare_sft
+from tasks.stages.train_reward import REWARD, train_reward
 from tasks.store.facts import GateFacts, LoadFacts, facts_of
 from tasks.store.manifest import Manifest
 
@@ -36,6 +36,15 @@ class Prepared:
     """Pairs, or unpaired rows, that passed the gate."""
     recipe: Recipe
     """With the day that the chat template writes, where it writes one."""
+    sampled: Manifest | None = None
+    """Pairs as they were sampled, where the data are prompts."""
+
+    def train_reward(self, context: Context, seed: int, label: str, keep: Keep) -> Manifest:
+        """A reward model trained on the pairs."""
+        labelled = context.model_copy(update={"label": label})
+        settings = self.recipe.reward.model
+        result = train_reward(labelled, self.reference, self.pairs, settings, self.recipe.tokens, seed)
+        return keep(REWARD.name + label, result)
 
 
 def prepare(context: Context, recipe: Recipe, keep: Keep) -> Prepared:
@@ -44,8 +53,7 @@ def prepare(context: Context, recipe: Recipe, keep: Keep) -> Prepared:
     loaded = keep("load-data", load_data(context, recipe.data))
     kind = facts_of(loaded, LoadFacts).kind
     _require_labels(recipe, kind)
-    longest, precision = recipe.tokens.max_length, recipe.dpo.engine.precision
-    imported = import_model(context, recipe.model, longest, precision)
+    imported = import_model(context, recipe.model, recipe.tokens.max_length, recipe.precision)
     base = keep("import-model", imported)
     recipe = _dated(recipe, loaded, base)
     tokens = recipe.tokens
@@ -56,13 +64,13 @@ def prepare(context: Context, recipe: Recipe, keep: Keep) -> Prepared:
     if recipe.sft.enabled:
         given = None if kind == "prompts" else judged
         reference = keep("prepare-sft", prepare_sft(context, base, given, recipe.sft, tokens, seed))
-    pairs = judged
+    pairs, sampled = judged, None
     if kind == "prompts":
         source = str(recipe.reward.source)
-        sampled = sample_pairs(context, judged, reference, recipe.pairs, tokens, source, seed)
-        sampled_rows = keep("sample-pairs", sampled)
-        pairs = keep("validate-pairs", validate(context, "pairs", sampled_rows, base, recipe.gate, tokens))
-    return Prepared(reference, judged, pairs, recipe)
+        drawn = sample_pairs(context, judged, reference, recipe.pairs, tokens, source, seed)
+        sampled = keep(SAMPLE.name, drawn)
+        pairs = keep("validate-pairs", validate(context, "pairs", sampled, base, recipe.gate, tokens))
+    return Prepared(reference, judged, pairs, recipe, sampled)
 
 
 def _dated(recipe: Recipe, loaded: Manifest, base: Manifest) -> Recipe:
@@ -73,52 +81,6 @@ def _dated(recipe: Recipe, loaded: Manifest, base: Manifest) -> Recipe:
     day = datetime.date.fromisoformat(str(facts_of(loaded, LoadFacts).read_on))
     tokens = settled(recipe.tokens, template_in(base.path), day)
     return recipe.model_copy(update={"tokens": tokens})
-
-
-def cached(
-    context: Context, recipe: Recipe, config: DpoConfig, model: Manifest, pairs: Manifest, stage: Stage
-) -> StageResult:
-    """Reference log-probs of the pairs under a model."""
-    engine, budget = config.engine, recipe.cache.token_budget
-    return cache_reference(
-        context,
-        model,
-        pairs,
-        recipe.tokens,
-        engine.precision,
-        budget,
-        engine.processes,
-        engine.threads,
-        stage,
-        config,
-    )
-
-
-def align_on_pairs(
-    context: Context,
-    recipe: Recipe,
-    prepared: Prepared,
-    keep: Keep,
-    config: DpoConfig,
-    guide: DpoConfig | None,
-    seed: int,
-) -> Manifest:
-    """DPO or a relative on the pairs, with cached log-probs where it reads such; with a guide, Pre-DPO's two
-    passes."""
-    reference, pairs, tokens = prepared.reference, prepared.pairs, recipe.tokens
-
-    def logps(config: DpoConfig, opponent: Manifest, stage: Stage) -> Manifest | None:
-        if not config.needs_cached_logps:
-            return None
-        return keep(stage.name, cached(context, recipe, config, opponent, pairs, stage))
-
-    opponent, cache = reference, CACHE
-    if guide is not None:
-        known = logps(guide, reference, CACHE)
-        first = train_dpo(context, reference, reference, pairs, known, guide, tokens, seed, GUIDE)
-        opponent, cache = keep(GUIDE.name, first), CACHE_GUIDE
-    known = logps(config, opponent, cache)
-    return keep(DPO.name, train_dpo(context, reference, opponent, pairs, known, config, tokens, seed))
 
 
 def _require_answers(recipe: Recipe, judged: Manifest) -> None:
@@ -132,7 +94,7 @@ def _require_answers(recipe: Recipe, judged: Manifest) -> None:
     held_out = facts.held_out_prompts
     if held_out is not None and (few := too_few_prompts(recipe, held_out)):
         log.warning("%s", few)
-    if recipe.reward.margin_by_agreement and facts.with_agreement == 0:
+    if recipe.margin_by_agreement and facts.with_agreement == 0:
         raise no_agreement()
     if facts.desirable == 0 and _sft_reads_answers(recipe):
         raise RecipeError(
@@ -153,16 +115,11 @@ def _require_labels(recipe: Recipe, kind: str) -> None:
     own, and a reward, because a reward model is trained on pairs.
     """
     if kind == "unpaired":
-        if recipe.frontier is not None:
-            raise RecipeError(
-                "the data are unpaired rows, and the arms of a comparison study share pairs",
-                "Give rows with a chosen and a rejected answer, or prompts",
-            )
-        for name, config in (("guide", recipe.guide), ("dpo", recipe.dpo)):
-            if config is not None and not config.unpaired:
+        for name, policy in recipe.policies.items():
+            if policy.entry.data == "pairs":
                 raise RecipeError(
-                    f"the data are unpaired rows, and objective '{config.objective}' learns from pairs",
-                    f"Set {name}.objective to kto or bco, or give rows with a chosen and a rejected answer",
+                    f"the data are unpaired rows, and policy {name} learns from pairs",
+                    f"Set policies.{name}.method to kto, or give rows with a chosen and a rejected answer",
                 )
         if recipe.reward.source is None:
             raise RecipeError(
@@ -170,10 +127,10 @@ def _require_labels(recipe: Recipe, kind: str) -> None:
                 "pairs",
                 "Set reward.source",
             )
-        if recipe.reward.learned:
+        if recipe.learned_reward:
             raise RecipeError(
-                "the data are unpaired rows, and the reward model of reward.optimise is trained on pairs",
-                "Set reward.optimise to source",
+                "the data are unpaired rows, and a policy's reward is a model, which is trained on pairs",
+                "Leave the policy's reward out",
             )
     if kind != "prompts":
         return
@@ -181,7 +138,7 @@ def _require_labels(recipe: Recipe, kind: str) -> None:
         raise RecipeError(
             "the data are prompts without pairs, and no reward labels samples", "Set reward.source"
         )
-    if recipe.reward.margin_by_agreement:  # nobody votes on sampled pairs
+    if recipe.margin_by_agreement:  # nobody votes on sampled pairs
         raise no_agreement()
     if _sft_reads_answers(recipe):
         raise RecipeError(

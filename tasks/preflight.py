@@ -16,7 +16,7 @@ from expectations.drift import load_baseline
 from tasks.recipe.recipe import Recipe
 from tasks.runs.recipe import require_same_recipe
 from tasks.runs.record import find_run, list_runs
-from tasks.stages.training import check_demonstrations
+from tasks.stages.prepare_sft import check_demonstrations
 from tasks.store.files import open_workspace, require_writable
 from tasks.tracking.database import begin_writing
 from tasks.tracking.tracker import resolve_uri

@@ -61,4 +61,4 @@ def hardware() -> str:
 def command_line() -> str:
     """The command that started this process, as a person would type it."""
     name = Path(sys.argv[0]).name
-    return hidden(shlex.join(["dpo" if name == "cli.py" else name, *sys.argv[1:]]))
+    return hidden(shlex.join(["dpo" if name == "main.py" else name, *sys.argv[1:]]))

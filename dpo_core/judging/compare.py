@@ -58,8 +58,8 @@ def _rewards(
 
         return load_reward(config.source)(prompts, answers)
     from dpo_core.data.tokens.tokenise import Tokenise
-    from dpo_core.methods.build import is_reward_model, scorer
     from dpo_core.models.load import load_tokenizer
+    from dpo_core.rewards.model import is_reward_model, scorer
 
     if not is_reward_model(config.source):
         raise RecipeError(

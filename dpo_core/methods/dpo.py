@@ -14,11 +14,15 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from dpo_core.config import Config
-from dpo_core.data.tokens.tokenise import TokenPair
+from dpo_core.data.tokens.tokenise import Sequence, Tokenise, TokenPair
 from dpo_core.errors import RecipeError, StageFailed
-from dpo_core.models.lora import LoraConfig
+from dpo_core.methods.build import export_model, read_rows, start
+from dpo_core.methods.estimate import Inputs, Work, loop, with_forward_pass
+from dpo_core.methods.job import Job
+from dpo_core.methods.method import PREFERENCE, Export, Method, Reference
+from dpo_core.methods.preference import PreferenceConfig, require_reference_values
+from dpo_core.models.load import load_model
 from dpo_core.objectives import (
-    Objective,
     ObjectiveName,
     PairLogps,
     Term,
@@ -34,8 +38,7 @@ from dpo_core.scoring.branch_scores import BranchScores, branch_scores
 from dpo_core.scoring.layout import Document
 from dpo_core.scoring.lm_head import keeps_logits
 from dpo_core.scoring.logprobs import autocast
-from dpo_core.training.config import EngineConfig, OptimConfig
-from dpo_core.training.loop import PackedLoopConfig, PackedTrainer
+from dpo_core.training.loop import PackedTrainer
 
 log = logging.getLogger(__name__)
 
@@ -60,14 +63,11 @@ class ReferenceSync(Config):
     """The policy's share: reference = mix · policy + (1 - mix) · reference."""
 
 
-class DpoConfig(PackedLoopConfig):
-    """Which objective, and how it is trained."""
+class DpoConfig(PreferenceConfig):
+    """Preference optimisation on pairs."""
 
     objective: ObjectiveName = "dpo"
-    """A name from `dpo objectives`. One for unpaired rows learns from pairs, too: it takes them apart, chosen
-    as desirable and rejected as undesirable, and an example of a batch is then one completion."""
-    parameters: dict[str, float] = Field(default_factory=dict)
-    """Numbers of the objective; one that it does not read is an error."""
+    """A name from `dpo objectives`, of those that learn from pairs."""
     weight: float = Field(1.0, gt=0)
     """What the objective counts where `plus` adds others."""
     plus: list[TermConfig] = Field(default_factory=list)
@@ -76,30 +76,14 @@ class DpoConfig(PackedLoopConfig):
     """wpo: each pair counts by how likely the policy itself is to write it (WPO, arXiv 2406.11827)."""
     reference_sync: ReferenceSync | None = None
     """TR-DPO's moving reference (arXiv 2404.09656); keeps the reference in memory beside the policy."""
-    optim: OptimConfig = OptimConfig(learning_rate=1e-5)
-    """Optimiser and schedule."""
-    engine: EngineConfig = EngineConfig()
-    """Precision, ZeRO stage, ranks, checkpoints."""
-    lora: LoraConfig | None = None
-    """Train low-rank additions only, merged into the result; empty trains every weight."""
-    limit: int | None = Field(None, ge=1)
-    """Train on so many of the pairs only, a seeded choice: for studies of few samples. Empty: on all."""
-    check_rows: int = Field(8, ge=0)
-    """Pairs whose cached reference log-probs are computed again before the first step."""
 
     @model_validator(mode="after")
     def _objectives_fit(self) -> "DpoConfig":
-        for term in self.terms[1:]:
+        for term in self.terms:
             if get(term.name).data != "pairs":
-                raise ValueError(f"objective '{term.name}' learns from unpaired rows and is no part of a sum")
-        for name, unread in (
-            ("plus", self.plus),
-            ("weighting", self.weighting != "none"),
-            ("reference_sync", self.reference_sync),
-        ):
-            if self.unpaired and unread:
                 raise ValueError(
-                    f"{name} is for objectives on pairs, and '{self.objective}' learns from unpaired rows"
+                    f"objective '{term.name}' learns from single answers: set method: kto, whose objectives "
+                    "are kto and bco"
                 )
         if self.weight != 1 and not self.plus:
             raise ValueError("weight is read only where plus adds other objectives")
@@ -113,21 +97,10 @@ class DpoConfig(PackedLoopConfig):
 
     @property
     def terms(self) -> list[Term]:
-        """The weighted sum, with every parameter filled in."""
         first = Term(self.objective, self.weight, get(self.objective).resolve(self.parameters))
         return [first] + [
             Term(t.objective, t.weight, get(t.objective).resolve(t.parameters)) for t in self.plus
         ]
-
-    @property
-    def objectives(self) -> list[Objective]:
-        """The objectives of the sum."""
-        return [get(term.name) for term in self.terms]
-
-    @property
-    def unpaired(self) -> bool:
-        """Whether the objective learns from single completions, each labelled desirable or not."""
-        return get(self.objective).data == "unpaired"
 
     @property
     def needs_reference(self) -> bool:
@@ -135,33 +108,9 @@ class DpoConfig(PackedLoopConfig):
         return any(o.needs_reference for o in self.objectives)
 
     @property
-    def needs_cached_logps(self) -> bool:
-        """Whether cached reference log-probs are read: not where none are, nor beside a live reference."""
-        return self.needs_reference and not self.needs_live_reference
-
-    @property
     def needs_live_reference(self) -> bool:
         """Whether the reference has to be in memory: whole distributions, or one that moves."""
         return self.reference_sync is not None or any(o.needs_full_vocabulary for o in self.objectives)
-
-
-# How far a log-prob of about 50 tokens may move between two batch shapes, in nats.
-_TOLERANCE = {"fp32": 1e-3, "bf16": 0.5}
-
-
-def require_reference_values(gaps_B: Tensor, precision: str) -> None:
-    """Refuse to start where log π/π_ref (B,) of a policy that is its own reference differs from zero.
-
-    Raises:
-        StageFailed: the cached log-probs are not those of this model.
-    """
-    gap, allowed = float(gaps_B.abs().max()), _TOLERANCE[precision]
-    if not gap <= allowed:  # also refuses NaN
-        raise StageFailed(
-            f"before the first step policy and reference differ by {gap:.3g} nats "
-            f"(allowed {allowed}), so the reference log-probs are not those of this model",
-            "Run the cache stage again; if it repeats, the attention or precision of the two differ",
-        )
 
 
 class DpoTrainer(PackedTrainer[TokenPair]):
@@ -352,3 +301,58 @@ def _common(scores: BranchScores, table_SL: Tensor) -> tuple[Tensor, Tensor]:
     shorter_S = scores.lengths_S.view(-1, 2).amin(1).repeat_interleave(2)
     inside_SL = torch.arange(table_SL.shape[1], device=table_SL.device) < shorter_S[:, None]
     return _sides((table_SL * inside_SL).sum(-1))
+
+
+def reference_of(config: DpoConfig) -> Reference:
+    """See `Method.reference`. Cached log-probs are not read beside a reference in memory."""
+    if config.needs_live_reference:
+        return "live"
+    return "cached" if config.needs_reference else "none"
+
+
+def cached_sequences(
+    tokenise: Tokenise, rows: Seq[dict[str, Any]], config: DpoConfig
+) -> tuple[list[Sequence], dict[str, int]]:
+    """See `Method.cached`."""
+    pairs, dropped = tokenise.pairs(rows)
+    return [s for p in pairs for s in (p.chosen, p.rejected)], dropped
+
+
+def build(job: Job, config: DpoConfig) -> tuple[Any, Export]:
+    """See `Method.build`."""
+    model, tokenizer, tokenise = start(job, config)
+    pairs, dropped = tokenise.pairs(read_rows(job.data))
+    if not pairs:
+        raise StageFailed(f"no training row is left after tokenising ({dropped})", "Raise tokens.max_length")
+    trainer = DpoTrainer(
+        model,
+        pairs,
+        config,
+        reference=LogpShard.open(Path(job.reference_logps)) if job.reference_logps else None,
+        live_reference=load_model(Path(job.reference)) if job.reference else None,
+        policy_is_reference=job.policy_is_reference,
+        seed=job.seed,
+        work=Path(job.work),
+    )
+    return trainer, export_model(model, tokenizer, job, lora=config.lora is not None)
+
+
+def estimate(config: DpoConfig, inputs: Inputs) -> Work:
+    """See `Method.estimate`. A reference in memory reads every example too."""
+    work = loop(config, inputs.examples("pairs", config.limit), inputs)
+    return with_forward_pass(work, inputs.shape, references=1) if config.needs_live_reference else work
+
+
+METHOD = Method(
+    name="dpo",
+    title="Direct preference optimisation and its relatives on pairs",
+    citation="Rafailov et al. 2023, arXiv 2305.18290; each objective names its own paper",
+    settings=DpoConfig,
+    data="pairs",
+    build=build,
+    estimate=estimate,
+    curves=PREFERENCE,
+    version=2,
+    reference=reference_of,
+    cached=cached_sequences,
+)

@@ -1,20 +1,24 @@
 """GRPO with its corrections, and RLOO: several samples of each prompt are one another's baseline; no critic.
 
-The arithmetic is in `group_math`, the loop in `rounds`. Shapes: B episodes, T response tokens of the longest.
+The arithmetic is in `grpo_math`, the loop in `loop`. Shapes: B episodes, T response tokens of the longest.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from dpo_core.methods.online import grpo_math as group_math
-from dpo_core.methods.online import ppo_math
+from dpo_core.methods.build import start
+from dpo_core.methods.estimate import Inputs, Work, rounds
+from dpo_core.methods.job import Job
+from dpo_core.methods.method import ROUNDS, Export, Method
+from dpo_core.methods.online import grpo_math, ppo_math
 from dpo_core.methods.online.grpo_math import Aggregate, Level, Scale
-from dpo_core.methods.online.loop import OnlineTrainer, RoundsConfig
+from dpo_core.methods.online.loop import OnlineTrainer, RoundsConfig, export_trained
 from dpo_core.methods.online.rollouts import (
     FromEpisode,
     Rollout,
@@ -23,8 +27,9 @@ from dpo_core.methods.online.rollouts import (
     response_logps,
     rows_of,
 )
-from dpo_core.methods.online.sampler import Surroundings
+from dpo_core.methods.online.sampler import RolloutContext, rollout_context
 from dpo_core.models.dropout import set_training
+from dpo_core.models.load import load_model
 from dpo_core.scoring.logprobs import autocast
 
 
@@ -55,7 +60,7 @@ VARIANTS: dict[str, Rules] = {
 """Each as its paper defines it; RLOO with the clip of TRL, which is idle on the first step of a round."""
 
 
-class GroupConfig(RoundsConfig):
+class GrpoConfig(RoundsConfig):
     """A method with a group baseline. Fields that are empty take the variant's own value."""
 
     variant: Literal["grpo", "dr_grpo", "dapo", "gspo", "rloo"] = "grpo"
@@ -107,7 +112,7 @@ class GroupConfig(RoundsConfig):
         return replace(VARIANTS[self.variant], **{k: v for k, v in given.items() if v is not None})
 
     @model_validator(mode="after")
-    def _is_read(self) -> "GroupConfig":
+    def _is_read(self) -> "GrpoConfig":
         leave_one_out = VARIANTS[self.variant].baseline == "leave_one_out"
         if leave_one_out and self.scale not in (None, "none"):
             raise ValueError("rloo's advantages are not scaled: leave scale out")
@@ -130,10 +135,10 @@ class Judged(FromEpisode):
     """False: it was cut off, and `mask_truncated` leaves it out."""
 
 
-class GroupTrainer(OnlineTrainer[Judged]):
+class GrpoTrainer(OnlineTrainer[Judged]):
     """The loop with a group baseline; every group is whole on one rank, and its members are dealt apart."""
 
-    def __init__(self, policy: Any, reference: Any, around: Surroundings, config: GroupConfig) -> None:
+    def __init__(self, policy: Any, reference: Any, around: RolloutContext, config: GrpoConfig) -> None:
         self.config, self.rules = config, config.rules
         super().__init__(policy, reference, around, config)
 
@@ -142,9 +147,9 @@ class GroupTrainer(OnlineTrainer[Judged]):
         rewards_N = torch.cat([self._paid(r) for r in rollouts])
         groups_N = torch.cat([r.of("group") for r in rollouts])
         if self.rules.baseline == "leave_one_out":
-            advantages_N = group_math.leave_one_out(rewards_N, groups_N)
+            advantages_N = grpo_math.leave_one_out(rewards_N, groups_N)
         else:
-            advantages_N = group_math.group_advantages(
+            advantages_N = grpo_math.group_advantages(
                 rewards_N, groups_N, self.rules.scale, self._batch_std(rewards_N), self.config.sample_std
             )
         parts = advantages_N.split([len(r.episodes) for r in rollouts])
@@ -165,7 +170,7 @@ class GroupTrainer(OnlineTrainer[Judged]):
         rewards_B = self.rewards(rollout)
         if self.config.soft_overlong:
             longest = self.around.sampling.max_new_tokens
-            rewards_B = rewards_B + group_math.soft_overlong(
+            rewards_B = rewards_B + grpo_math.soft_overlong(
                 rollout.lengths_B, longest, self.config.soft_overlong
             )
         if self.rules.kl_in == "reward":
@@ -181,13 +186,13 @@ class GroupTrainer(OnlineTrainer[Judged]):
         return (self.engine.all_sum(((rewards_N.double() - mean) ** 2).sum()) / (count - 1)).sqrt()
 
     def optimise(self, minibatch: list[list[Judged]]) -> dict[str, float]:
-        """One optimiser step; see `group_math.denominator` for what the loss is a mean over."""
+        """One optimiser step; see `grpo_math.denominator` for what the loss is a mean over."""
         mine = [judged for micro in minibatch for judged in micro]
         learnt = sum(len(judged.logps_T) for judged in mine if judged.learnt)
         counts = torch.tensor([len(mine), learnt], dtype=torch.float64)
         responses, tokens = self.engine.all_sum(counts).tolist()
         longest = self.around.sampling.max_new_tokens
-        total = group_math.denominator(self.rules.aggregate, responses, tokens, longest)
+        total = grpo_math.denominator(self.rules.aggregate, responses, tokens, longest)
         sums: dict[str, float] = {}
         norm = 0.0
         set_training(self.module)
@@ -210,12 +215,12 @@ class GroupTrainer(OnlineTrainer[Judged]):
         learnt_B = torch.tensor([judged.learnt for judged in micro], device=self.engine.device)
         mask_BT = leading_mask(rows.lengths_S) & learnt_B[:, None]
         advantages_B = torch.stack([judged.advantage for judged in micro])
-        ratio = group_math.log_ratios(
+        ratio = grpo_math.log_ratios(
             logps_BT, padded([judged.logps_T for judged in micro]), mask_BT, rules.level
         )
-        losses, clipped = group_math.clipped_losses(ratio, advantages_B, rules.clip_low, rules.clip_high)
+        losses, clipped = grpo_math.clipped_losses(ratio, advantages_B, rules.clip_low, rules.clip_high)
         mask = mask_BT if rules.level == "token" else mask_BT.any(1, keepdim=True)
-        policy = group_math.aggregate(losses, mask, rules.aggregate)
+        policy = grpo_math.aggregate(losses, mask, rules.aggregate)
         kl_BT = ppo_math.kl_per_token(
             logps_BT,
             padded([judged.ref_logps_T for judged in micro]),
@@ -224,7 +229,7 @@ class GroupTrainer(OnlineTrainer[Judged]):
         )
         loss = policy
         if rules.kl_in == "loss" and rules.kl_coef:
-            loss = loss + rules.kl_coef * group_math.aggregate(kl_BT, mask_BT, rules.aggregate)
+            loss = loss + rules.kl_coef * grpo_math.aggregate(kl_BT, mask_BT, rules.aggregate)
         # A ratio of whole responses is that of each of their tokens.
         over_tokens: Callable[[Tensor], Tensor] = lambda x: torch.where(  # noqa: E731
             mask_BT, x.to(torch.float32).expand_as(mask_BT), 0.0
@@ -244,8 +249,8 @@ class GroupTrainer(OnlineTrainer[Judged]):
     def facts(self, rollouts: list[Rollout]) -> dict[str, float]:
         rewards_N = torch.cat([self._paid(r) for r in rollouts]).double()
         groups_N = torch.cat([r.of("group") for r in rollouts])
-        stds_N = group_math.group_stds(rewards_N, groups_N)
-        flat = group_math.flat_groups(torch.cat([r.of("score") for r in rollouts]), groups_N)
+        stds_N = grpo_math.group_stds(rewards_N, groups_N)
+        flat = grpo_math.flat_groups(torch.cat([r.of("score") for r in rollouts]), groups_N)
         groups = self.config.episodes / self.config.group_size
         sums = self.engine.all_sum(
             torch.stack([rewards_N.sum(), stds_N.sum(), torch.tensor(float(flat)).double()])
@@ -259,3 +264,32 @@ class GroupTrainer(OnlineTrainer[Judged]):
 
 # Sums that are a part of the loss already; the others are means over the tokens learnt from.
 _SUMMED = ("loss", "loss/policy_avg")
+
+
+def build(job: Job, config: GrpoConfig) -> tuple[Any, Export]:
+    """See `Method.build`."""
+    policy, tokenizer, tokenise = start(job, config)
+    around = rollout_context(job, tokenise, config.engine.precision)
+    trainer = GrpoTrainer(policy, load_model(Path(str(job.reference))), around, config)
+    return trainer, export_trained(policy, tokenizer, job)
+
+
+def estimate(config: GrpoConfig, inputs: Inputs) -> Work:
+    """See `Method.estimate`."""
+    return rounds(config, inputs)
+
+
+METHOD = Method(
+    name="grpo",
+    title="Group baselines: GRPO, Dr. GRPO, DAPO, GSPO, RLOO",
+    citation="Shao et al. 2024, arXiv 2402.03300; each variant names its own paper",
+    settings=GrpoConfig,
+    data="prompts",
+    build=build,
+    estimate=estimate,
+    curves=ROUNDS,
+    version=2,
+    scored=True,
+    reference=lambda config: "live",
+    total_steps=lambda config, rows: config.iterations,
+)

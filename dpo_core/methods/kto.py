@@ -4,25 +4,30 @@ Both losses depend on one number of the whole batch: KTO's z_0 and BCO's delta. 
 losses, in a forward pass of its own without gradient, over all ranks; so the loss does not depend on how a
 batch is split into micro-batches, packs and ranks. That pass costs about a third of a step's time.
 
-Shapes: E training examples, B examples of a micro-batch.
+Shapes: B examples of a micro-batch.
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from dpo_core.data.tokens.tokenise import Sequence, Tokenise
-from dpo_core.errors import DataError, StageFailed
-from dpo_core.methods.dpo import DpoConfig, require_reference_values
-from dpo_core.objectives import UnpairedLogps, class_means, get, unpaired_metrics, z0
+from dpo_core.errors import StageFailed
+from dpo_core.methods.build import export_model, read_rows, start
+from dpo_core.methods.estimate import Inputs, Work, loop, with_forward_pass
+from dpo_core.methods.job import Job
+from dpo_core.methods.method import PREFERENCE, Export, Method
+from dpo_core.methods.preference import PreferenceConfig, require_reference_values
+from dpo_core.methods.unpaired_rows import UnpairedExample, mismatched, unpaired_examples
+from dpo_core.objectives import ObjectiveName, UnpairedLogps, class_means, get, unpaired_metrics, z0
 from dpo_core.reference import LogpShard, sequence_key
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.attention import whole_blocks
@@ -36,134 +41,6 @@ log = logging.getLogger(__name__)
 
 BALANCED = (1.0, 4 / 3)
 """Where the KTO paper wants λ_D·n_D / (λ_U·n_U) to lie (Eq. 8 of arXiv 2402.01306)."""
-
-
-@dataclass(frozen=True)
-class UnpairedExample:
-    """A completion that was found desirable, or not."""
-
-    id: str
-    sequence: Sequence
-    desirable: bool
-
-
-def unpaired_examples(
-    tokenise: Tokenise, rows: Seq[dict[str, Any]]
-) -> tuple[list[UnpairedExample], dict[str, int]]:
-    """All usable examples of canonical rows, and how many rows were left out for each reason.
-
-    Pairs are taken apart: chosen is desirable, rejected is not. An answer of several pairs counts as often as
-    it stands there, also with both labels.
-    """
-    if rows and "chosen" in rows[0]:
-        pairs, dropped = tokenise.pairs(rows)
-        sides = [(f"{p.id}/{name}", p, name) for p in pairs for name in ("chosen", "rejected")]
-        return [UnpairedExample(id_, getattr(p, name), name == "chosen") for id_, p, name in sides], dropped
-    kept: list[UnpairedExample] = []
-    dropped = {}
-    for row in rows:
-        found = tokenise.single(row)
-        if isinstance(found, str):
-            dropped[found] = dropped.get(found, 0) + 1
-        else:
-            kept.append(UnpairedExample(row["id"], found, bool(row["label"])))
-    return kept, dropped
-
-
-def reads_mismatched(config: DpoConfig) -> bool:
-    """Whether the objective compares with mismatched pairs, whose reference log-probs it then needs."""
-    return config.objective == "kto"
-
-
-def needed_sequences(
-    tokenise: Tokenise, rows: Seq[dict[str, Any]], config: DpoConfig
-) -> tuple[list[Sequence], dict[str, int]]:
-    """What training on canonical rows, pairs or unpaired, reads reference log-probs of; and rows left out.
-
-    Raises:
-        DataError: KTO with fewer than two different examples.
-    """
-    if not config.unpaired:
-        pairs, dropped = tokenise.pairs(rows)
-        return [s for p in pairs for s in (p.chosen, p.rejected)], dropped
-    examples, dropped = unpaired_examples(tokenise, rows)
-    strangers = mismatched(examples) if examples and reads_mismatched(config) else []
-    return [e.sequence for e in examples] + strangers, dropped
-
-
-def mismatched(examples: Seq[UnpairedExample]) -> list[Sequence]:
-    """For each example its prompt with the completion of another: the pairs of KTO's z_0.
-
-    A rotation over the data set and not over the batch, so that a batch may have any size and order. Examples
-    are put in the order of their content's hash; each takes the completion of the next one that has another
-    prompt and another completion (failing that, another completion; failing that, another prompt). The
-    partners are the same in every run, epoch and process, and an added row changes only its neighbours'.
-    Completions are cut so that nothing gets longer than the longest example.
-
-    Raises:
-        DataError: there are no two different examples.
-    """
-    order_E = np.array(sorted(range(len(examples)), key=lambda i: sequence_key(examples[i].sequence)), int)
-    in_order = [examples[i].sequence for i in order_E]
-    found_E = _next_other(_codes(s.prompt for s in in_order), _codes(s.completion for s in in_order))
-    if not len(found_E) or (found_E < 0).any():
-        raise DataError(
-            "KTO compares each prompt with the answer of another example, and there are no two different "
-            "training examples",
-            "Add rows with other prompts and answers, or choose objective bco",
-        )
-    longest = max(len(s) for s in in_order)
-    pairs: list[Sequence] = [in_order[0]] * len(in_order)
-    for place, (own, other) in enumerate(zip(order_E, found_E, strict=True)):
-        prompt, theirs = in_order[place].prompt, in_order[other]
-        kept = theirs.completion[: longest - len(prompt)]
-        learnt = theirs.learnt and theirs.learnt[: len(kept)]
-        # A cut that leaves nothing learnt would leave nothing to compare: then all of it is.
-        learnt = learnt if learnt and any(learnt) else None
-        pairs[own] = Sequence(prompt, kept, len(kept) < len(theirs.completion), learnt)
-    return pairs
-
-
-def _codes(values: Iterable[tuple[int, ...]]) -> NDArray[np.int64]:
-    seen: dict[tuple[int, ...], int] = {}
-    return np.array([seen.setdefault(value, len(seen)) for value in values], np.int64)
-
-
-def _times(codes_E: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How often each one's code stands there."""
-    return np.bincount(codes_E)[codes_E] if len(codes_E) else codes_E
-
-
-def _next_change(codes_E: NDArray[np.int64]) -> NDArray[np.int64]:
-    """For each place the next, round the end, with another code: a search may leap over what is alike."""
-    changes = np.flatnonzero(codes_E != np.roll(codes_E, 1))
-    found = np.searchsorted(changes, np.arange(len(codes_E)), side="right")
-    return changes[found % len(changes)]
-
-
-def _next_other(prompt_E: NDArray[np.int64], completion_E: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Place of each one's partner: the next, round the end, that differs as much as any does; -1: none."""
-    size = len(prompt_E)
-    as_prompt_E, as_completion_E = _times(prompt_E), _times(completion_E)
-    as_both_E = _times(_codes(zip(prompt_E.tolist(), completion_E.tolist(), strict=True)))
-    partner_E = np.full(size, -1)
-    # How many differ is counted first: only for an example that has such a partner does the search end.
-    for differing_E, codes in (
-        (size - as_prompt_E - as_completion_E + as_both_E, (prompt_E, completion_E)),
-        (size - as_completion_E, (completion_E,)),
-        (size - as_prompt_E, (prompt_E,)),
-    ):
-        left = np.flatnonzero((differing_E > 0) & (partner_E < 0))
-        if not left.size:
-            continue
-        other, leaps = (left + 1) % size, [_next_change(code) for code in codes]
-        while left.size:
-            differs = np.logical_and.reduce([code[left] != code[other] for code in codes])
-            partner_E[left[differs]] = other[differs]
-            left, other = left[~differs], other[~differs]
-            for code, leap in zip(codes, leaps, strict=True):
-                other = np.where(code[left] == code[other], leap[other], other)
-    return partner_E
 
 
 def imbalance(parameters: Mapping[str, float], desirable: int, undesirable: int) -> str | None:
@@ -185,6 +62,29 @@ def imbalance(parameters: Mapping[str, float], desirable: int, undesirable: int)
     )
 
 
+class KtoConfig(PreferenceConfig):
+    """Preference optimisation on single answers.
+
+    Pairs are taken apart, chosen as desirable and rejected as undesirable; an example of a batch is then one
+    answer.
+    """
+
+    objective: ObjectiveName = "kto"
+    """kto or bco."""
+
+    @model_validator(mode="after")
+    def _learns_from_single_answers(self) -> "KtoConfig":
+        if get(self.objective).data != "unpaired":
+            raise ValueError(f"objective '{self.objective}' learns from pairs: set method: dpo")
+        get(self.objective).resolve(self.parameters)
+        return self
+
+    @property
+    def reads_mismatched(self) -> bool:
+        """Whether the objective compares with mismatched pairs, whose reference log-probs it then needs."""
+        return self.objective == "kto"
+
+
 class UnpairedTrainer(PackedTrainer[UnpairedExample]):
     """Mean over the examples of the global batch of an objective on single completions.
 
@@ -201,7 +101,7 @@ class UnpairedTrainer(PackedTrainer[UnpairedExample]):
         self,
         module: nn.Module,
         examples: Seq[UnpairedExample],
-        config: DpoConfig,
+        config: KtoConfig,
         *,
         reference: LogpShard | None,
         policy_is_reference: bool,
@@ -217,7 +117,7 @@ class UnpairedTrainer(PackedTrainer[UnpairedExample]):
         self.policy_is_reference = policy_is_reference
         self.longest = max(len(e.sequence) for e in examples)
         self.strangers: dict[str, UnpairedExample] = {}
-        if reads_mismatched(config):
+        if config.reads_mismatched:
             pairs = zip(examples, mismatched(examples), strict=True)
             self.strangers = {e.id: replace(e, sequence=other) for e, other in pairs}
         sequences = list({e.sequence: None for e in (*examples, *self.strangers.values())})
@@ -340,3 +240,52 @@ class UnpairedTrainer(PackedTrainer[UnpairedExample]):
     def load_state(self, state: dict[str, Any]) -> None:
         if not self.strangers:
             self.rewards, self.seen = float(state["rewards"]), int(state["seen"])
+
+
+def cached_sequences(
+    tokenise: Tokenise, rows: Seq[dict[str, Any]], config: KtoConfig
+) -> tuple[list[Sequence], dict[str, int]]:
+    """See `Method.cached`: every example, and for KTO every mismatched pair.
+
+    Raises:
+        DataError: KTO with fewer than two different examples.
+    """
+    examples, dropped = unpaired_examples(tokenise, rows)
+    others = mismatched(examples) if examples and config.reads_mismatched else []
+    return [e.sequence for e in examples] + others, dropped
+
+
+def build(job: Job, config: KtoConfig) -> tuple[Any, Export]:
+    """See `Method.build`."""
+    model, tokenizer, tokenise = start(job, config)
+    examples, _ = unpaired_examples(tokenise, read_rows(job.data))
+    trainer = UnpairedTrainer(
+        model,
+        examples,
+        config,
+        reference=LogpShard.open(Path(job.reference_logps)) if job.reference_logps else None,
+        policy_is_reference=job.policy_is_reference,
+        seed=job.seed,
+        work=Path(job.work),
+    )
+    return trainer, export_model(model, tokenizer, job, lora=config.lora is not None)
+
+
+def estimate(config: KtoConfig, inputs: Inputs) -> Work:
+    """See `Method.estimate`. KTO's z_0 and BCO's delta take a forward pass of the policy."""
+    work = loop(config, inputs.examples("unpaired", config.limit), inputs)
+    return with_forward_pass(work, inputs.shape, references=0)
+
+
+METHOD = Method(
+    name="kto",
+    title="Preference optimisation on single answers: KTO and BCO",
+    citation="Ethayarajh et al. 2024, arXiv 2402.01306; Jung et al. 2024, arXiv 2404.04656",
+    settings=KtoConfig,
+    data="unpaired",
+    build=build,
+    estimate=estimate,
+    curves=PREFERENCE,
+    reference=lambda config: "cached",
+    cached=cached_sequences,
+)

@@ -10,17 +10,23 @@ Shapes: P pairs of a micro-batch, S = 2P completions (chosen and rejected in tur
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from dpo_core.methods.build import start
+from dpo_core.methods.estimate import Inputs, Work, rounds
+from dpo_core.methods.job import Job
+from dpo_core.methods.method import PREFERENCE, ROUNDS, Export, Method
 from dpo_core.methods.online.grpo_math import flat_groups
-from dpo_core.methods.online.loop import OnlineTrainer, RoundsConfig, move
+from dpo_core.methods.online.loop import OnlineTrainer, RoundsConfig, export_trained, move
 from dpo_core.methods.online.rollouts import Episode, Rollout, micro_batches, rows_of
-from dpo_core.methods.online.sampler import Surroundings
+from dpo_core.methods.online.sampler import RolloutContext, rollout_context
 from dpo_core.models.dropout import set_training
+from dpo_core.models.load import load_model
 from dpo_core.objectives import ObjectiveName, PairLogps, Term, Totals, combine, get, pair_metrics
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.branch_scores import branch_scores
@@ -40,8 +46,9 @@ class OnlineDpoConfig(RoundsConfig):
     """Passes over each round's pairs."""
     min_gap: float = Field(0.0, ge=0)
     """A pair whose scores differ by no more is a tie and teaches nothing."""
-    reference: Literal["fixed", "each_round"] = "fixed"
-    """fixed: the SFT reference, as in online DPO; each_round: the policy that the round began with."""
+    renew_reference: bool = False
+    """false: the reference stays, as in online DPO; true: each round takes the policy that it began with as
+    its reference, as iterative DPO does."""
 
     @property
     def samples_each(self) -> int:
@@ -60,8 +67,8 @@ class OnlineDpoConfig(RoundsConfig):
                 f"objective '{self.objective}' reads more than the log-probs of a pair, which is all that a "
                 "round has: choose dpo, ipo_mean, hinge or another such"
             )
-        if self.reference == "each_round" and self.reference_ema is not None:
-            raise ValueError("reference_ema moves a reference that reference each_round replaces: choose one")
+        if self.renew_reference and self.reference_ema is not None:
+            raise ValueError("reference_ema moves a reference that renew_reference replaces: choose one")
         pairs = self.episodes // self.samples_per_prompt
         share = self.minibatches * self.micro_batch_size * self.engine.processes
         if pairs % share:
@@ -92,7 +99,7 @@ class Pair:
 class OnlineDpoTrainer(OnlineTrainer[Pair]):
     """The loop with preference steps; `micro_batch_size` counts pairs in the updates."""
 
-    def __init__(self, policy: Any, reference: Any, around: Surroundings, config: OnlineDpoConfig) -> None:
+    def __init__(self, policy: Any, reference: Any, around: RolloutContext, config: OnlineDpoConfig) -> None:
         self.config, self.term = config, config.term
         scale = get(config.objective).reward_scale
         self.beta = self.term.parameters[scale] if scale else 1.0
@@ -169,7 +176,7 @@ class OnlineDpoTrainer(OnlineTrainer[Pair]):
         return {"frac_reward_zero_std": float(self.engine.all_sum(torch.tensor(float(flat)))) / groups}
 
     def move_reference(self) -> None:
-        if self.config.reference == "each_round":
+        if self.config.renew_reference:
             move(self.reference, self.module, 1.0)
         super().move_reference()
 
@@ -179,7 +186,7 @@ class OnlineDpoTrainer(OnlineTrainer[Pair]):
         return self.config.epochs * share * self._passes(rollouts, cost.training)
 
     def state(self) -> dict[str, Any]:
-        moving = self.config.reference == "each_round"
+        moving = self.config.renew_reference
         return super().state() | ({"reference": self.reference.state_dict()} if moving else {})
 
 
@@ -196,3 +203,31 @@ def extremes(candidates: Seq[Candidate]) -> tuple[Candidate, Candidate]:
     """The best and the worst of a prompt's candidates; of equals the one drawn first is the better."""
     ranked = sorted(candidates, key=lambda c: (-c.reward, c.episode.sample))
     return ranked[0], ranked[-1]
+
+
+def build(job: Job, config: OnlineDpoConfig) -> tuple[Any, Export]:
+    """See `Method.build`."""
+    policy, tokenizer, tokenise = start(job, config)
+    around = rollout_context(job, tokenise, config.engine.precision)
+    trainer = OnlineDpoTrainer(policy, load_model(Path(str(job.reference))), around, config)
+    return trainer, export_trained(policy, tokenizer, job)
+
+
+def estimate(config: OnlineDpoConfig, inputs: Inputs) -> Work:
+    """See `Method.estimate`. Of a prompt's samples the best and the worst are learnt from."""
+    return rounds(config, inputs, learnt=2 / config.samples_each)
+
+
+METHOD = Method(
+    name="online_dpo",
+    title="Online and iterative DPO",
+    citation="Guo et al. 2024, arXiv 2402.04792; Xu et al. 2024, arXiv 2404.10719",
+    settings=OnlineDpoConfig,
+    data="prompts",
+    build=build,
+    estimate=estimate,
+    curves=(*PREFERENCE[:-1], *ROUNDS),
+    scored=True,
+    reference=lambda config: "live",
+    total_steps=lambda config, rows: config.iterations,
+)

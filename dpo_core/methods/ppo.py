@@ -1,6 +1,6 @@
 """PPO for RLHF: a critic beside the policy, per-token KL in the reward, GAE, clipped updates.
 
-The mathematics is in `ppo_math`, the loop in `rounds`. Shapes: B episodes, R response tokens of the longest,
+The mathematics is in `ppo_math`, the loop in `loop`. Shapes: B episodes, R response tokens of the longest,
 V states of the longest: R, or R + 1 where the state after the last token has a value too.
 
 Sources: Ziegler et al. 2019 (arXiv 1909.08593), the N+ implementation details (2403.17031), and for the three
@@ -12,14 +12,19 @@ import copy
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from dpo_core.methods.build import start
+from dpo_core.methods.estimate import Inputs, Work, rounds
+from dpo_core.methods.job import Job
+from dpo_core.methods.method import ROUNDS, Export, Method
 from dpo_core.methods.online import ppo_math
-from dpo_core.methods.online.loop import OnlineTrainer, RoundsConfig
+from dpo_core.methods.online.loop import OnlineTrainer, RoundsConfig, export_trained
 from dpo_core.methods.online.rollouts import (
     Episode,
     FromEpisode,
@@ -29,9 +34,11 @@ from dpo_core.methods.online.rollouts import (
     response_logps,
     rows_of,
 )
-from dpo_core.methods.online.sampler import Surroundings
-from dpo_core.models.dropout import set_training
+from dpo_core.methods.online.sampler import RolloutContext, rollout_context
+from dpo_core.models.dropout import disable_dropout, set_training
+from dpo_core.models.load import load_model
 from dpo_core.models.reward_model import RewardModel
+from dpo_core.rewards.model import is_reward_model
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.attention import trunk_of
 from dpo_core.scoring.layout import Document, PaddedRows, pad
@@ -41,10 +48,8 @@ from dpo_core.training.engine import Engine
 
 
 class PpoConfig(RoundsConfig):
-    """The PPO baseline."""
+    """Proximal policy optimisation."""
 
-    enabled: bool = True
-    """False: no baseline; the page says so."""
     kl_coef: float = Field(0.05, ge=0)
     """Weight of the per-token KL penalty in the reward."""
     kl_estimator: ppo_math.KlEstimator = "k1"
@@ -95,7 +100,7 @@ class PpoTrainer(OnlineTrainer[Estimated]):
     """
 
     def __init__(
-        self, policy: Any, reference: Any, critic: RewardModel, around: Surroundings, config: PpoConfig
+        self, policy: Any, reference: Any, critic: RewardModel, around: RolloutContext, config: PpoConfig
     ) -> None:
         self.config, self.critic = config, critic
         self.later = int(config.score_at == "after_last")
@@ -290,3 +295,35 @@ def state_values(critic: RewardModel, rows: PaddedRows) -> Tensor:
     """Values (B,V): of the state in which each response token is chosen, 0 after a row's end."""
     values_N = critic.per_token(rows.ids_ST, rows.attention_ST).flatten()[rows.predicts_N]
     return rows.table(values_N)
+
+
+def build(job: Job, config: PpoConfig) -> tuple[Any, Export]:
+    """See `Method.build`. The critic starts from the reward model where one is learnt from."""
+    policy, tokenizer, tokenise = start(job, config)
+    around = rollout_context(job, tokenise, config.engine.precision)
+    reference = load_model(Path(str(job.reference)))
+    source = str(job.reward_source)
+    critic = RewardModel.load(source) if is_reward_model(source) else make_critic(reference)
+    disable_dropout(critic)
+    return PpoTrainer(policy, reference, critic, around, config), export_trained(policy, tokenizer, job)
+
+
+def estimate(config: PpoConfig, inputs: Inputs) -> Work:
+    """See `Method.estimate`. The critic reads and learns too."""
+    return rounds(config, inputs, critic=True)
+
+
+METHOD = Method(
+    name="ppo",
+    title="Proximal policy optimisation",
+    citation="Schulman et al. 2017, arXiv 1707.06347; Ziegler et al. 2019, arXiv 1909.08593",
+    settings=PpoConfig,
+    data="prompts",
+    build=build,
+    estimate=estimate,
+    curves=ROUNDS,
+    version=3,
+    scored=True,
+    reference=lambda config: "live",
+    total_steps=lambda config, rows: config.iterations,
+)

@@ -1,21 +1,27 @@
-"""Training a Bradley-Terry reward model on pairs, and scoring with it."""
+"""Training a Bradley-Terry reward model on pairs."""
 
-from collections.abc import Callable
+import json
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from dpo_core.data.tokens.tokenise import Sequence, TokenPair
+from dpo_core.data.tokens.tokenise import TokenPair
 from dpo_core.errors import RecipeError
+from dpo_core.methods.build import read_rows, start
+from dpo_core.methods.estimate import Examples, Inputs, Work, loop
+from dpo_core.methods.job import Job
+from dpo_core.methods.method import GRADIENT, LOSS, Export, Method, Panel
 from dpo_core.models.reward_model import RewardModel, bradley_terry_loss
+from dpo_core.rewards.model import normalise_on, read_sizes, reward_of
 from dpo_core.scoring import flops as cost
-from dpo_core.scoring.layout import right_padded
-from dpo_core.scoring.logprobs import autocast, length_batches
+from dpo_core.scoring.attention import trunk_of
+from dpo_core.scoring.layout import Document
 from dpo_core.training.config import EngineConfig, OptimConfig
+from dpo_core.training.engine import put_state
 from dpo_core.training.loop import LoopConfig, Trainer
 
 
@@ -94,11 +100,6 @@ class RewardTrainer(Trainer[TokenPair]):
         return losses_B.sum(), metrics
 
 
-def read_sizes(sequences: Seq[Sequence]) -> cost.Sizes:
-    """What `reward_of` computes, from lengths alone; the head reads one position of each."""
-    return cost.padded_sizes([len(s) for s in sequences], len(sequences))
-
-
 def no_agreement() -> RecipeError:
     """What stops a margin by agreement on data of which no row knows any."""
     return RecipeError(
@@ -107,50 +108,46 @@ def no_agreement() -> RecipeError:
     )
 
 
-def reward_of(model: RewardModel, sequences: Seq[Sequence], precision: str) -> Tensor:
-    """Rewards (B,) of sequences in one forward pass, read at each one's last token."""
-    device = next(model.parameters()).device
-    ids_BT, attention_BT = right_padded([s.prompt + s.completion for s in sequences])
-    last_B = torch.tensor([len(s) - 1 for s in sequences], device=device)
-    with autocast(precision, device):  # type: ignore[arg-type]
-        return model(ids_BT.to(device), attention_BT.to(device), last_B)
+def build(job: Job, config: RewardModelConfig) -> tuple[Any, Export]:
+    """See `Method.build`."""
+    model, tokenizer, tokenise = start(job, config)
+    pairs, _ = tokenise.pairs(read_rows(job.data))
+    reward_model = RewardModel(trunk_of(model), torch.Generator().manual_seed(job.seed))
+    trainer = RewardTrainer(reward_model, pairs, config, seed=job.seed, work=Path(job.work))
+
+    def export(state: dict[str, Tensor]) -> None:
+        put_state(reward_model, state)
+        facts = normalise_on(reward_model, pairs, config.engine.precision)
+        reward_model.save(Path(job.out))
+        tokenizer.save_pretrained(job.out)
+        (Path(job.out) / "reward.json").write_text(json.dumps(facts))
+
+    return trainer, export
 
 
-@torch.no_grad()
-def score(
-    model: RewardModel,
-    sequences: Seq[Sequence],
-    precision: str,
-    token_budget: int = 4096,
-    progress: Callable[[int], None] = lambda done: None,
-) -> list[float]:
-    """Rewards of any number of sequences, in order, batched by length."""
-    model.eval()
-    rewards = [0.0] * len(sequences)
-    done = 0
-    for group in length_batches([len(s) for s in sequences], token_budget):
-        values = reward_of(model, [sequences[i] for i in group], precision)
-        for index, value in zip(group, values.tolist(), strict=True):
-            rewards[index] = value
-        done += len(group)
-        progress(done)
-    return rewards
+def estimate(config: RewardModelConfig, inputs: Inputs) -> Work:
+    """See `Method.estimate`. The whole answer is read and only its end is scored."""
+    pairs = inputs.examples("pairs")
+    ends = [Document(d.prompt + d.branches[0], tuple(b[-1:] for b in d.branches)) for d in pairs.documents]
+    return loop(config, Examples(ends, pairs.count, pairs.note), inputs)
 
 
-def scoring_flops(shape: cost.Shape, sequences: Seq[Sequence], token_budget: int = 4096) -> float:
-    """Operations of `score`, of a reward model of this shape."""
-    groups = length_batches([len(s) for s in sequences], token_budget)
-    return sum(cost.forward(shape, *read_sizes([sequences[i] for i in group])) for group in groups)
-
-
-def normalise_on(
-    model: RewardModel, pairs: Seq[TokenPair], precision: str, most: int = 256
-) -> dict[str, float]:
-    """Set the model's gain and bias so that rewards of training answers have mean 0 and deviation 1.
-
-    Returns the accuracy on these pairs, which normalising does not change.
-    """
-    some = list(pairs)[:most]
-    raw = torch.tensor(score(model, [s for p in some for s in (p.chosen, p.rejected)], precision))
-    model.normalise(raw)
-    return {"accuracy": float((raw[0::2] > raw[1::2]).float().mean())}
+METHOD = Method(
+    name="reward",
+    title="Reward model",
+    citation="Bradley and Terry 1952; Ouyang et al. 2022, arXiv 2203.02155, equation 1",
+    settings=RewardModelConfig,
+    data="pairs",
+    build=build,
+    estimate=estimate,
+    curves=(
+        LOSS,
+        Panel("Rewards", "reward", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected")), 0.0),
+        Panel("Reward margin", "reward", (("rewards/margins", "margin"),), 0.0),
+        Panel("Preference accuracy", "share of pairs", (("rewards/accuracies", "accuracy"),), 0.5),
+        GRADIENT,
+    ),
+    version=2,
+    policy=False,
+    artifact="reward-model",
+)

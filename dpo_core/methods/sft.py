@@ -2,11 +2,17 @@
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from dpo_core.data.tokens.tokenise import Sequence
+from dpo_core.methods.build import export_model, read_rows, start
+from dpo_core.methods.estimate import Inputs, Work, loop
+from dpo_core.methods.job import Job
+from dpo_core.methods.method import GRADIENT, LOSS, Export, Method
 from dpo_core.models.lora import LoraConfig
 from dpo_core.scoring.branch_scores import branch_scores
 from dpo_core.scoring.layout import Document
@@ -64,3 +70,34 @@ class SftTrainer(PackedTrainer[Demonstration]):
         with autocast(self.config.engine.precision, self.engine.device):
             logps_SL = branch_scores(self.module, self.lay_out(batch)).logps_SL
         return -logps_SL.sum(), {"logps/chosen": logps_SL.sum()}
+
+
+def build(job: Job, config: SftConfig) -> tuple[Any, Export]:
+    """See `Method.build`."""
+    model, tokenizer, tokenise = start(job, config)
+    examples = []
+    for row in read_rows(job.data):
+        sequence = tokenise.demonstration(row)
+        if isinstance(sequence, Sequence):
+            examples.append(Demonstration(row["id"], sequence))
+    trainer = SftTrainer(model, examples, config, seed=job.seed, work=Path(job.work))
+    return trainer, export_model(model, tokenizer, job, lora=config.lora is not None)
+
+
+def estimate(config: SftConfig, inputs: Inputs) -> Work:
+    """See `Method.estimate`."""
+    return loop(config, inputs.examples("demonstrations"), inputs)
+
+
+METHOD = Method(
+    name="sft",
+    title="Supervised fine-tuning",
+    citation="Ouyang et al. 2022, arXiv 2203.02155, section 3.5",
+    settings=SftConfig,
+    data="demonstrations",
+    build=build,
+    estimate=estimate,
+    curves=(LOSS, GRADIENT),
+    version=2,
+    policy=False,
+)

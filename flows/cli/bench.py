@@ -11,7 +11,7 @@ from rich.table import Table
 from dpo_core.bench.compare import Bench, compare
 from dpo_core.models.load import ModelConfig, convert
 from flows.cli.terminal import terminal
-from tasks.recipe.recipe import overridden
+from tasks.recipe.read import overridden
 
 
 def run_bench(overrides: Sequence[str], as_json: bool) -> None:

@@ -110,7 +110,7 @@ def check_deployment(deployment: Any) -> Any:
 def _check_parameters(flow: Any, deployment: Any, where: str, parameters: dict[str, Any]) -> None:
     from prefect.exceptions import ParameterTypeError, SignatureMismatchError
 
-    from tasks.recipe.recipe import load_recipe
+    from tasks.recipe.read import load_recipe
 
     try:
         flow.validate_parameters(parameters)

@@ -62,7 +62,7 @@ def _check_model(name: str, overrides: list[str], as_json: bool) -> None:
     from dpo_core.methods.dpo import DpoConfig
     from dpo_core.model_check import REMEDY, check_named
     from dpo_core.models.load import ModelConfig
-    from tasks.recipe.recipe import overridden
+    from tasks.recipe.read import overridden
 
     class Checked(Config):
         """The slices of a recipe that the check reads."""

@@ -107,7 +107,7 @@ def _list_suites() -> None:
 def _run(
     models: list[str], given: dict[str, Any], workspace: str, overrides: list[str], as_json: bool
 ) -> None:
-    from tasks.recipe.recipe import overridden
+    from tasks.recipe.read import overridden
     from tasks.stages.standalone_evaluation import EvaluationRequest, evaluate_models
     from tasks.store.files import open_workspace, require_writable
 

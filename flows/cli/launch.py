@@ -72,7 +72,7 @@ def cluster_config(on: str, path: str | None, overrides: list[str]) -> Any:
     from dpo_core.errors import RecipeError
     from dpo_core.system import read_small
     from dpo_core.yaml import read_yaml
-    from tasks.recipe.recipe import overridden
+    from tasks.recipe.read import overridden
 
     if on == "local":
         if path or overrides:
@@ -98,16 +98,16 @@ def rendered(recipe: str, overrides: list[str], on: str, config: Any) -> str:
     The last folder of a job is known only once its data are made, and reads ID here.
     """
     from flows.cli.plan import plan_recipe
-    from tasks.recipe.recipe import load_recipe
+    from tasks.recipe.read import load_recipe
 
     resolved = load_recipe(recipe, overrides)
     told = plan_recipe(resolved)
-    trainings = [row for row in told.stages if row.name == "prepare-sft" or row.name.startswith("train-")]
+    trainings = [row for row in told.stages if row.trains]
     cached = [f"# {row.name}: cached, nothing to submit\n" for row in trainings if row.state == "cached"]
     texts = []
     # A stage that trains has a peak of memory; without one (no demonstrations) it copies the base.
     for row in (row for row in trainings if row.state == "runs" and row.memory_bytes is not None):
-        work = Path(told.workspace) / "work" / row.name / "ID"
+        work = Path(told.workspace) / "work" / row.name.partition(" ")[0] / "ID"
         text = _place(on, config, row.name, work).render(work / "job.json", row.processes)
         texts.append(f"# {row.name}\n{text.rstrip()}\n")
     # Several documents of one file, where they are YAML.

@@ -160,7 +160,7 @@ def config_show(recipe: RecipeArgument, overrides: SetOption = None) -> None:
     But for parameters of an objective that are its defaults: another objective has others.
     """
     from dpo_core.yaml import commented
-    from tasks.recipe.recipe import load_recipe
+    from tasks.recipe.read import load_recipe
 
     typer.echo(commented(load_recipe(recipe, overrides or []).without_default_parameters()), nl=False)
 
@@ -191,7 +191,7 @@ def config_schema() -> None:
 def config_list() -> None:
     """List the recipes that come with the package."""
     from dpo_core.yaml import read_yaml
-    from tasks.recipe.recipe import shipped
+    from tasks.recipe.read import shipped
 
     for name, path in shipped().items():
         about = str((read_yaml(path.read_text()) or {}).get("description", ""))

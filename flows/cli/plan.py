@@ -9,7 +9,7 @@ from flows.cli.options import JsonOption, RecipeArgument, SetOption
 
 def plan(recipe: RecipeArgument, overrides: SetOption = None, as_json: JsonOption = False) -> None:
     """Tell what `dpo run` would do: stages, cache, tokens, operations, memory and time. Starts nothing."""
-    from tasks.recipe.recipe import load_recipe
+    from tasks.recipe.read import load_recipe
 
     resolved = load_recipe(recipe, overrides or [])
     _try_reward(resolved)
@@ -31,18 +31,15 @@ def _try_reward(recipe: Any) -> None:
 
 def plan_recipe(recipe: Any) -> Any:
     """The plan of a recipe; the flow's own composition asks the store, stage by stage."""
-    from flows import alignment
-    from flows import study as frontier
+    from flows.alignment import compose
     from tasks.planning.plan import make_plan
     from tasks.stages.base import Context, StageResult
     from tasks.store.files import open_workspace
 
     workspace = str(open_workspace(recipe.workspace))
     stages: dict[str, StageResult] = {}
-    compose = frontier.compose if recipe.frontier else alignment.compose
     compose(Context(workspace=workspace, run_id="plan", mlflow_run_id="", plan=True), recipe, stages)
-    configs = {spec.label: spec.config for spec in frontier.specs(recipe)} if recipe.frontier else {}
-    return make_plan(recipe, workspace, stages, configs)
+    return make_plan(recipe, workspace, stages)
 
 
 def show(told: Any) -> None:

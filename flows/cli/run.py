@@ -20,7 +20,7 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Run a recipe from the data gate to the run page. Finished stages are reused."""
-    from tasks.recipe.recipe import load_recipe
+    from tasks.recipe.read import load_recipe
 
     resolved = load_recipe(recipe, overrides or [])
     _say(as_json, f"recipe {resolved.name}, workspace {Path(resolved.workspace).absolute()}")
@@ -46,7 +46,6 @@ def _through_prefect(recipe: Any, resume: str | None) -> Any:
     from flows.process.orphans import end_orphans
     from flows.process.prefect_server import prefect_away
     from flows.process.temporary_server import start_temporary_server
-    from flows.study import frontier
     from tasks.runs.record import own_run
     from tasks.signals import stoppable
 
@@ -54,7 +53,7 @@ def _through_prefect(recipe: Any, resume: str | None) -> Any:
     try:
         with guarded(recipe.workspace, recipe.tracking), stoppable():
             start_temporary_server()
-            return (frontier if recipe.frontier else alignment)(recipe, resume)
+            return alignment(recipe, resume)
     except (RuntimeError, httpx.TransportError, PrefectHTTPStatusError) as error:
         record = own_run(recipe.workspace)
         away = prefect_away(error, begun=record is not None)
@@ -103,7 +102,7 @@ def _report(workspace: str, run_id: str) -> Any:
     """The report of a finished run or study."""
     from dpo_core.errors import RecipeError
     from tasks.reports.run_report import RunReport
-    from tasks.reports.study_report import FrontierReport
+    from tasks.reports.study_report import StudyReport
     from tasks.runs.record import list_runs
     from tasks.store.files import plain_name
 
@@ -119,7 +118,7 @@ def _report(workspace: str, run_id: str) -> Any:
         )
     try:
         text = path.read_bytes()
-        kind = FrontierReport if "study" in json.loads(text) else RunReport
+        kind = StudyReport if "study" in json.loads(text) else RunReport
         return kind.model_validate_json(text)
     except ValueError as error:
         raise RecipeError(
@@ -132,7 +131,7 @@ def _show(report: Any, workspace: str) -> None:
     from rich.text import Text
 
     from flows.cli.terminal import terminal
-    from tasks.reports import study_report as frontier_report
+    from tasks.reports import study_report
     from tasks.reports.run_report import RunReport
     from tasks.reports.run_text import terminal_table
     from tasks.reports.verdict import verdict
@@ -140,7 +139,7 @@ def _show(report: Any, workspace: str) -> None:
 
     console = terminal()
     one_run = isinstance(report, RunReport)
-    console.print(terminal_table(report) if one_run else frontier_report.terminal_table(report))
+    console.print(terminal_table(report) if one_run else study_report.terminal_table(report))
     if one_run:
         console.print(Text(verdict(report).headline, style="bold"))
     folder = run_folder(Path(workspace).absolute(), report.run.name)

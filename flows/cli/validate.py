@@ -22,7 +22,7 @@ from expectations.gate import judge
 from expectations.report import GateReport
 from expectations.thresholds import GateConfig
 from flows.cli.shown_rows import as_data, as_text, shown
-from tasks.recipe.recipe import overridden
+from tasks.recipe.read import overridden
 
 
 class _Asked(Config):

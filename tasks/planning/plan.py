@@ -3,7 +3,6 @@
 The store answers what is cached; `plan_work` says what a stage would compute; the rest is arithmetic here.
 """
 
-import operator
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -11,10 +10,10 @@ from pydantic import Field, ValidationError
 
 from dpo_core.config import Config
 from dpo_core.errors import DpoError
+from dpo_core.methods.estimate import Work
 from tasks.planning.speed import Speed
-from tasks.planning.workload import Work, Workload
+from tasks.planning.workload import Workload
 from tasks.recipe.recipe import Recipe
-from tasks.recipe.study import Settings
 from tasks.reports.format import duration
 from tasks.reports.run_warnings import answers_cut, measure_answers, too_few_prompts
 from tasks.stages.base import StageResult, Why
@@ -37,6 +36,8 @@ class StagePlan(Config):
     """Peak of each training process; none for stages that train nothing."""
     memory_parts: dict[str, int] = Field(default_factory=dict)
     """The same by part: process, weights, reference, gradients, optimiser, step."""
+    trains: bool = False
+    """Whether it is a training job."""
     processes: int = 1
     """Training processes on this machine."""
     note: str = ""
@@ -65,19 +66,13 @@ class Plan(Config):
     warnings: list[str] = Field(default_factory=list)
 
 
-def make_plan(
-    recipe: Recipe,
-    workspace: str,
-    stages: Mapping[str, StageResult],
-    configs: Mapping[str, Settings] | None = None,
-) -> Plan:
+def make_plan(recipe: Recipe, workspace: str, stages: Mapping[str, StageResult]) -> Plan:
     """The plan of a recipe.
 
     Args:
         stages: what the flow found in the store, in the order of the run.
-        configs: see `Workload`.
     """
-    work = Workload(recipe, stages, configs)
+    work = Workload(recipe, stages)
     speed = Speed.of(workspace)
     rows = [_stage(name, found, work, speed) for name, found in stages.items()]
     running = [row for row in rows if row.state == "runs"]
@@ -94,9 +89,9 @@ def make_plan(
         flops=sum(row.flops for row in running),
         seconds=sum(row.seconds for row in running),
         warnings=[
-            *(line for row in running if (line := _too_large(row, recipe, configs or {}, speed))),
+            *(line for row in running if (line := _too_large(row, work, speed))),
             *_foretold(recipe, work),
-            *([] if recipe.frontier else _baseline(running)),
+            *([] if recipe.study else _baselines(running, work)),
         ],
     )
 
@@ -106,30 +101,37 @@ def _foretold(recipe: Recipe, work: Workload) -> list[str]:
     held_out = work.judged[work.judged["split"] == "eval"].drop_duplicates(["prompt", "chat"])
     found = [
         too_few_prompts(recipe, len(held_out)),
-        "" if recipe.frontier else answers_cut(recipe, measure_answers(work.judged, work.tokenise)),
+        "" if recipe.study else answers_cut(recipe, measure_answers(work.judged, work.tokenise)),
     ]
     return [*recipe.unusual_parameters, *(line for line in found if line)]
 
 
-def _baseline(rows: list[StagePlan]) -> list[str]:
-    """That PPO, which is there to compare with, takes most of the time."""
+def _baselines(rows: list[StagePlan], work: Workload) -> list[str]:
+    """That policies which are there to compare with take most of the time."""
     total = sum(row.seconds for row in rows)
-    ppo = sum(row.seconds for row in rows if row.name == "train-ppo")
-    if not ppo or ppo < total / 2:
-        return []
-    without = f"without it ~{duration(total - ppo)}: --set 'ppo={{enabled: false}}'"
-    return [f"the PPO baseline alone takes ~{duration(ppo)} of ~{duration(total)}; {without}"]
+    lines = []
+    for row in rows:
+        node = work.nodes.get(row.name)
+        if node is None or node.policy == work.recipe.candidate_name or row.seconds < total / 2:
+            continue
+        lines.append(
+            f"policy {node.policy} alone takes ~{duration(row.seconds)} of ~{duration(total)}, and is there "
+            f"to compare with: without it, take it out of policies"
+        )
+    return lines
 
 
 def _stage(name: str, found: StageResult, workload: Workload, speed: Speed) -> StagePlan:
+    trains = workload.settings(name) is not None
     if found.cached:
-        return StagePlan(name=name, state="cached")
+        return StagePlan(name=name, state="cached", trains=trains)
     work = workload.of(name)
     parts = _memory(work, workload, speed)
     return StagePlan(
         name=name,
         state="runs",
         why=found.why,
+        trains=trains,
         tokens=round(work.tokens),
         flops=work.flops,
         seconds=speed.seconds(name, work.flops, work.precision, work.engine.processes if work.engine else 1),
@@ -156,28 +158,15 @@ def _memory(work: Work, workload: Workload, speed: Speed) -> dict[str, int]:
     return dict(vars(peak))
 
 
-_SECTIONS = {
-    "prepare-sft": "sft",
-    "train-guide": "guide",
-    "train-dpo": "dpo",
-    "train-reward": "reward.model",
-    "train-ppo": "ppo",
-    "train-grpo": "grpo",
-    "train-online": "online",
-}
-"""Where the recipe has the settings of a training stage."""
-
-
-def _too_large(row: StagePlan, recipe: Recipe, configs: Mapping[str, Settings], speed: Speed) -> str:
+def _too_large(row: StagePlan, work: Workload, speed: Speed) -> str:
     """A warning that names the fields which would help, where a stage does not fit."""
     # Ranks share a machine's memory; each GPU is one rank's own.
     needed = (row.memory_bytes or 0) * (1 if speed.on_gpu else row.processes)
     if needed <= speed.memory_bytes:
         return ""
-    stage, space, label = row.name.partition(" ")
-    # A policy of a study begins with the recipe's section, where an arm's own fields do not replace it.
-    section = _SECTIONS[stage] if space + label not in configs else _SECTIONS[stage.replace("guide", "dpo")]
-    config: Any = configs.get(space + label) or operator.attrgetter(section)(recipe)
+    place = work.settings(row.name)
+    assert place is not None
+    section, config = place
     remedies = []
     if row.memory_parts["step"] > row.memory_bytes / 3:  # type: ignore[operator]
         packed = getattr(config, "pack_tokens", None) is not None

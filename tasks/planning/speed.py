@@ -9,6 +9,7 @@ import psutil
 import torch
 from pydantic import ValidationError
 
+from dpo_core.methods.registry import methods
 from dpo_core.scoring.flops import matmul_rate
 from tasks.reports.run_report import RunReport, StageRow
 from tasks.store.facts import Facts, facts_of
@@ -20,7 +21,6 @@ _FIXED = {
     "evaluate": 5.0,
     "sample-pairs": 4.0,
     "cache-reference": 4.0,
-    "cache-guide": 4.0,
 }
 _FIXED_OTHER = {"train": 20.0, "prepare": 20.0, "validate": 5.0}
 # The share of a bare matrix product's speed that a training step reaches.
@@ -98,10 +98,11 @@ def _stages_run(workspace: Path) -> Iterator[StageRow]:
 
 
 def _operations(workspace: str, row: StageRow) -> float:
-    """What a training counted (PPO samples as well, which is slower: left out)."""
-    if row.kind != "model" or row.name == "train-ppo":
+    """What a training counted; those that sample as well are slower and left out."""
+    samplers = {method.stage for method in methods().values() if method.scored}
+    if row.kind != "model" or row.name.partition(" ")[0] in samplers:
         return 0.0
-    for manifest in Store(workspace).history(row.name):
+    for manifest in Store(workspace).history(row.name.partition(" ")[0]):
         if manifest.sha256 == row.sha256:
             return facts_of(manifest, Facts).flops or 0.0
     return 0.0

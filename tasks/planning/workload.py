@@ -5,7 +5,7 @@ sampled count with their most tokens, and the plan says so.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,22 +14,23 @@ import pandas as pd
 from dpo_core.data.load import load
 from dpo_core.data.split import split_table
 from dpo_core.data.tokens.tokenise import Tokenise
-from dpo_core.methods.dpo import DpoConfig
-from dpo_core.methods.grpo import GroupConfig
-from dpo_core.methods.kto import reads_mismatched, unpaired_examples
-from dpo_core.methods.online_dpo import OnlineDpoConfig
-from dpo_core.methods.ppo import PpoConfig
+from dpo_core.methods import reward, sft
+from dpo_core.methods.estimate import CAPPED, Examples, Inputs, Work, read, unknown
+from dpo_core.methods.unpaired_rows import unpaired_examples
 from dpo_core.models.load import ModelConfig, load_tokenizer, locate, read_config
 from dpo_core.scoring import flops as cost
-from dpo_core.scoring.layout import Document, Layout, pack, pad
-from dpo_core.scoring.lm_head import keeps_logits
-from dpo_core.training.batches import PackedBatches, PaddedBatches
-from dpo_core.training.engine import EngineConfig
-from dpo_core.training.loop import LoopConfig, PackedLoopConfig
+from dpo_core.scoring.layout import Document
+from tasks.recipe.policies import REFERENCE, PolicyFields
 from tasks.recipe.recipe import Recipe
-from tasks.recipe.study import Settings
 from tasks.stages.base import StageResult
-from tasks.stages.training import chosen_side, demonstrations
+from tasks.stages.data import SAMPLE
+from tasks.stages.evaluation import EVALUATE
+from tasks.stages.judging import JUDGE
+from tasks.stages.measure import MEASURE
+from tasks.stages.models import CACHE
+from tasks.stages.prepare_sft import SFT, chosen_side, demonstrations
+from tasks.stages.suites import SUITES
+from tasks.stages.train_reward import REWARD
 from tasks.store.facts import ImportFacts, LoadFacts, facts_of
 from tasks.store.manifest import Manifest
 
@@ -37,52 +38,16 @@ from tasks.store.manifest import Manifest
 SAMPLED_ROWS = 2000
 
 
-@dataclass(frozen=True)
-class Work:
-    """What a stage computes."""
-
-    tokens: float = 0.0
-    flops: float = 0.0
-    precision: str = "fp32"
-    engine: EngineConfig | None = None
-    """Of a training stage; the fields below are its own too."""
-    layout: Layout | None = None
-    """The fullest micro-batch."""
-    micro_batches: int = 1
-    references: int = 0
-    """Models in memory beside the trained one."""
-    note: str = ""
-    """What was assumed."""
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Prompts with completions; `documents` stand for `count` of them."""
-
-    documents: list[Document]
-    count: int
-    note: str = ""
-
-    def mean(self, value: Callable[[Document], float]) -> float:
-        """Of one example."""
-        return float(np.mean([value(d) for d in self.documents])) if self.documents else 0.0
-
-
 class Workload:
     """The work of every stage of a recipe, from what the plan found in the store.
 
     Args:
         stages: what `compose` found; artifacts that are there are read.
-        configs: for stages of a comparison study, by their label, the settings that differ from the recipe's.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        stages: Mapping[str, StageResult],
-        configs: Mapping[str, Settings] | None = None,
-    ) -> None:
-        self.recipe, self.stages, self.configs = recipe, stages, configs or {}
+    def __init__(self, recipe: Recipe, stages: Mapping[str, StageResult]) -> None:
+        self.recipe, self.stages = recipe, stages
+        self.nodes = {node.config.entry.stage + node.label: node for node in recipe.nodes()}
         base = stages["import-model"].manifest
         trust = recipe.model.trust_remote_code
         source = locate(recipe.model) if base.planned else base.path
@@ -91,33 +56,47 @@ class Workload:
         self.layout = _layout(recipe, base)
         self.shape = cost.Shape.of(self.config)
         self.tokenise = Tokenise(load_tokenizer(source), recipe.tokens)
-        self.kind = facts_of(stages["load-data"].manifest, LoadFacts).kind
+        self.kind = str(facts_of(stages["load-data"].manifest, LoadFacts).kind)
         self.judged = self._rows(f"validate-{self.kind}", "load-data")
         self.pairs = {side: self._pairs(side) for side in ("train", "eval")}
 
     def of(self, stage: str) -> Work:
         """The work of a stage; nothing for those that do not run the model."""
-        name, space, label = stage.partition(" ")
-        recipe, own = self.recipe, self.configs.get(space + label)
-        dpo = own if isinstance(own, DpoConfig) else recipe.dpo
-        work = {
-            "prepare-sft": self._sft,
-            "sample-pairs": self._sampling,
-            "cache-reference": lambda: self._cache(recipe.guide or dpo),
-            "cache-guide": lambda: self._cache(dpo),
-            "train-guide": lambda: self._dpo(dpo if own else recipe.guide or dpo),
-            "train-dpo": lambda: self._dpo(dpo),
-            "train-reward": self._reward,
-            "train-ppo": lambda: self._online(own or recipe.ppo),
-            "train-grpo": lambda: self._online(own or recipe.grpo or GroupConfig()),
-            "train-online": lambda: self._online(own or recipe.online or OnlineDpoConfig()),
-            "evaluate": lambda: self._evaluate(2 + len(recipe.online_methods())),
-            "measure": lambda: self._evaluate(1),
+        if stage in self.nodes:
+            policy = self.nodes[stage].config
+            return policy.entry.estimate(policy.settings, self._inputs(policy))
+        name = stage.partition(" ")[0]
+        recipe = self.recipe
+        work: dict[str, Callable[[], Work]] = {
+            SFT.name: lambda: sft.estimate(recipe.sft, self._inputs()),
+            REWARD.name: lambda: reward.estimate(recipe.reward.model, self._inputs()),
+            SAMPLE.name: self._sampling,
+            CACHE.name: lambda: self._cache(stage.removeprefix(CACHE.name).strip() or REFERENCE),
+            EVALUATE.name: lambda: self._evaluate(1 + len(recipe.policies)),
+            MEASURE.name: lambda: self._evaluate(1),
             **dict.fromkeys(
-                ("suites", "judge"), lambda: Work(note="the work of suites and judge is left out")
+                (SUITES.name, JUDGE.name), lambda: Work(note="the work of suites and judge is left out")
             ),
-        }.get(name)
-        return work() if work else Work()
+        }
+        return work[name]() if name in work else Work()
+
+    def settings(self, stage: str) -> tuple[str, Any] | None:
+        """Where the recipe has the settings of a training stage, and the settings; None of other stages."""
+        if stage in self.nodes:
+            node = self.nodes[stage]
+            return f"policies.{node.policy}", node.config.settings
+        own = {SFT.name: ("sft", self.recipe.sft), REWARD.name: ("reward.model", self.recipe.reward.model)}
+        return own.get(stage.partition(" ")[0])
+
+    def _inputs(self, policy: PolicyFields | None = None) -> Inputs:
+        return Inputs(
+            shape=self.shape,
+            examples=self._examples,
+            packed=self.layout.startswith("packed"),
+            seed=self.recipe.seed,
+            new_tokens=self.recipe.evaluate.sampling.max_new_tokens,
+            learned_reward=policy is not None and self.recipe.learns_from_model(policy),
+        )
 
     # Examples ----------------------------------------------------------------------------------------------
 
@@ -143,28 +122,32 @@ class Workload:
         documents = [Document.of(p.chosen, p.rejected) for p in kept]
         return Examples(documents, round(len(rows) * len(kept) / max(len(_some(rows)), 1)))
 
-    def _trained_on(self, config: DpoConfig) -> Examples:
-        """What an objective learns from: pairs, or single answers, into which it takes pairs apart."""
+    def _examples(self, data: str, limit: int | None = None) -> Examples:
+        """The training examples of a kind of data; single answers of pairs are both of their sides."""
+        if data == "demonstrations":
+            return self._demonstrations()
+        if data == "prompts":
+            new = self.recipe.evaluate.sampling.max_new_tokens
+            prompts, count = self._prompts("train", new, distinct=True)
+            return Examples([Document(p, (unknown(new),)) for p in prompts], count)
         if self.kind == "unpaired":
             rows = self.judged[self.judged["split"] == "train"]
             kept, _ = unpaired_examples(self.tokenise, _some(rows).to_dict("records"))
             documents = [Document(e.sequence.prompt, (e.sequence.completion,)) for e in kept]
-            found = Examples(documents, round(len(rows) * len(kept) / max(len(_some(rows)), 1)))
-        else:
-            found = self.pairs["train"]
-        if config.limit is not None:
-            found = replace(found, count=min(found.count, config.limit))
-        if config.unpaired and self.kind != "unpaired":
-            documents = [Document(d.prompt, (side,)) for d in found.documents for side in d.branches]
-            found = replace(found, documents=documents, count=2 * found.count)
-        return found
+            whole = Examples(documents, round(len(rows) * len(kept) / max(len(_some(rows)), 1)))
+            return whole.limited(limit)
+        pairs = self.pairs["train"].limited(limit)
+        if data == "pairs":
+            return pairs
+        sides = [Document(d.prompt, (side,)) for d in pairs.documents for side in d.branches]
+        return replace(pairs, documents=sides, count=2 * pairs.count)
 
     def _pairs_to_come(self, side: str) -> Examples:
         config = self.recipe.pairs
         prompts, count = self._prompts(side, config.sampling.max_new_tokens)
         drawn = config.samples_per_prompt
         each = drawn * (drawn - 1) // 2 if config.pairing == "all" else 1
-        documents = [Document(p, (_unknown(config.sampling.max_new_tokens),) * 2) for p in prompts]
+        documents = [Document(p, (unknown(config.sampling.max_new_tokens),) * 2) for p in prompts]
         note = f"pairs still to be sampled: at most {each} a prompt, each answer of the most tokens"
         return Examples(documents, count * each, note)
 
@@ -193,74 +176,6 @@ class Workload:
 
     # Stages ------------------------------------------------------------------------------------------------
 
-    def _sft(self) -> Work:
-        return self._loop(self._demonstrations(), self.recipe.sft)
-
-    def _dpo(self, config: DpoConfig) -> Work:
-        work = self._loop(self._trained_on(config), config)
-        if not config.needs_live_reference and not config.unpaired:
-            return work
-        # A live reference reads every example too; KTO's z_0 and BCO's δ take a pass of the policy.
-        trained = cost.training(self.shape, 1, 0, 0)
-        again = work.flops * cost.forward(self.shape, 1, 0, 0) / trained
-        return replace(work, flops=work.flops + again, references=int(config.needs_live_reference))
-
-    def _reward(self) -> Work:
-        pairs = self.pairs["train"]
-        # The whole answer is read and only its end is scored.
-        documents = [
-            Document(d.prompt + d.branches[0], tuple(b[-1:] for b in d.branches)) for d in pairs.documents
-        ]
-        return self._loop(Examples(documents, pairs.count, pairs.note), self.recipe.reward.model)
-
-    def _loop(self, examples: Examples, config: LoopConfig) -> Work:
-        """A training over fixed examples."""
-        packed = isinstance(config, PackedLoopConfig) and config.pack_tokens is not None
-        packed = packed and self.layout.startswith("packed")
-        steps = config.steps(examples.count)
-        seen = steps * min(config.batch_size, examples.count)
-        sizes = [cost.sizes(d, packed) for d in examples.documents]
-        tokens, squares, scored = (float(np.mean(column)) for column in zip(*sizes, strict=True))
-        layout, micro_batches = self._fullest(examples, config, packed)
-        flops = cost.training(
-            self.shape,
-            tokens,
-            squares,
-            scored,
-            checkpointing=config.engine.gradient_checkpointing,
-            head_again=not keeps_logits(len(layout.targets_N), self.shape.vocabulary),
-        )
-        return Work(
-            tokens=seen * tokens,
-            flops=seen * flops,
-            precision=config.engine.precision,
-            engine=config.engine,
-            layout=layout,
-            micro_batches=micro_batches,
-            note=examples.note,
-        )
-
-    def _fullest(self, examples: Examples, config: LoopConfig, packed: bool) -> tuple[Layout, int]:
-        """The largest micro-batch of the first epoch on the first rank, and how many a step has."""
-        ranks, seed = config.engine.processes, self.recipe.seed
-        of = np.resize(np.arange(len(examples.documents)), max(examples.count, 1))
-        documents = examples.documents
-        if packed and isinstance(config, PackedLoopConfig) and config.pack_tokens is not None:
-            lengths = np.array([len(d) for d in documents])[of]
-            batches: Any = PackedBatches(
-                lengths, config.batch_size, config.pack_tokens, epochs=1, seed=seed, rank=0, world=ranks
-            )
-            steps = batches.plans[0].steps
-        else:
-            rows = np.array([max(len(d.prompt) + len(b) for b in d.branches) for d in documents])[of]
-            size = config.rows_at_a_time(ranks)
-            batches = PaddedBatches(rows.tolist(), config.batch_size, size, seed=seed, rank=0, world=ranks)
-            lengths, steps = rows, max(1, len(rows) // config.batch_size)
-        micros = [m for step in range(min(steps, config.steps(len(of)))) for m in batches.of_step(step).mine]
-        fullest = max(micros, key=lambda m: (sum if packed else max)(int(lengths[i]) for i in m))
-        chosen = [documents[of[i]] for i in fullest]
-        return (pack if packed else pad)(chosen), batches.micro_batches
-
     def _sampling(self) -> Work:
         config = self.recipe.pairs
         return self._drawn(None, config.sampling.max_new_tokens, config.samples_per_prompt)
@@ -272,72 +187,35 @@ class Workload:
         lengths = [len(p) for p in prompts]
         flops = cost.generation(self.shape, lengths, new) / max(len(lengths), 1)
         tokens = float(np.mean(lengths)) + new
-        return Work(count * tokens, count * flops, note="every completion of the most tokens")
+        return Work(count * tokens, count * flops, note=CAPPED)
 
-    def _cache(self, config: DpoConfig) -> Work:
-        examples = self._trained_on(config.model_copy(update={"limit": None}))  # the cache holds all rows
-        tokens, flops = self._read(examples)
-        times = 1 + reads_mismatched(config)
-        return Work(times * tokens, times * flops, config.engine.precision, note=examples.note)
-
-    def _read(self, examples: Examples) -> tuple[float, float]:
-        """Tokens and operations of one forward pass over all examples, each prompt once."""
-        sizes = [cost.sizes(d, packed=True) for d in examples.documents] or [cost.Sizes(0.0, 0.0, 0.0)]
-        means = [float(np.mean(column)) for column in zip(*sizes, strict=True)]
-        return examples.count * means[0], examples.count * cost.forward(self.shape, *means)
-
-    def _online(self, config: Any) -> Work:
-        """Rounds of sampling, reading twice, scoring and updating; PPO's critic reads and learns too."""
-        new = self.recipe.evaluate.sampling.max_new_tokens
-        prompts, _ = self._prompts("train", new, distinct=True)
-        documents = [Document(p, (_unknown(new),)) for p in prompts]
-        episodes = Examples(documents, config.iterations * config.episodes)
-        drawn = episodes.count * cost.generation(self.shape, map(len, prompts), new) / len(prompts)
-        tokens, once = self._read(episodes)
-        sizes = [cost.sizes(d, packed=False) for d in documents]
-        trained = cost.training(self.shape, *(float(np.mean(column)) for column in zip(*sizes, strict=True)))
-        learned, critic = self.recipe.reward.learned, isinstance(config, PpoConfig)
-        # Of a prompt's samples, online DPO trains on the best and the worst.
-        share = 2 / config.samples_each if isinstance(config, OnlineDpoConfig) else 1
-        longest = sorted(documents, key=len)[-config.micro_batch_size :]
-        updates = config.iterations * config.epochs * config.minibatches
-        shared = config.micro_batch_size * config.engine.processes
-        return Work(
-            tokens=tokens * (1 + config.epochs * share),
-            flops=drawn
-            + (2 + learned + critic) * once
-            + (1 + critic) * share * episodes.count * config.epochs * trained,
-            precision=config.engine.precision,
-            engine=config.engine,
-            layout=pad(longest),
-            micro_batches=max(1, round(share * episodes.count * config.epochs / (updates * shared))),
-            # The critic is in memory with its gradients and the two moments of its optimiser.
-            references=1 + learned + 4 * critic,
-            note="every completion of the most tokens",
-        )
+    def _cache(self, reference: str) -> Work:
+        """Reading what the first policy held to this reference trains on; the cache holds all rows."""
+        name = reference.partition(" seed ")[0]
+        policy = next(p for p in self.recipe.policies.values() if p.reference == name and p.entry.cached)
+        examples = self._examples(policy.entry.data)
+        tokens, flops = read(self.shape, examples)
+        times = 1 + bool(getattr(policy.settings, "reads_mismatched", False))
+        precision = policy.settings.engine.precision
+        return Work(times * tokens, times * flops, precision, note=examples.note)
 
     def _evaluate(self, policies: int) -> Work:
         config, new = self.recipe.evaluate, self.recipe.evaluate.sampling.max_new_tokens
         drawn = self._drawn("eval", new, config.samples_per_prompt, config.prompts)
         held_out = self.pairs["eval"]
-        tokens, read = self._read(replace(held_out, count=min(held_out.count, config.pairs)))
+        tokens, reading = read(self.shape, replace(held_out, count=min(held_out.count, config.pairs)))
         # Each policy samples, reads its samples, and the reference reads them too.
         again = drawn.tokens * cost.forward(self.shape, 1, 0, 0)
         return replace(
             drawn,
             tokens=policies * (drawn.tokens + tokens),
-            flops=policies * (drawn.flops + read) + (2 * policies - 1) * again,
+            flops=policies * (drawn.flops + reading) + (2 * policies - 1) * again,
             precision=config.sampling.precision,
         )
 
 
 def _some(rows: pd.DataFrame) -> pd.DataFrame:
     return rows if len(rows) <= SAMPLED_ROWS else rows.sample(SAMPLED_ROWS, random_state=0)
-
-
-def _unknown(tokens: int) -> tuple[int, ...]:
-    """A completion of which only the length counts."""
-    return (0,) * tokens
 
 
 def _layout(recipe: Recipe, base: Manifest) -> str:
@@ -351,7 +229,7 @@ def _layout(recipe: Recipe, base: Manifest) -> str:
         return f"{facts.layout}: {facts.reason}"
     from dpo_core.model_check import check_named
 
-    longest, precision = recipe.tokens.max_length, recipe.dpo.engine.precision
+    longest, precision = recipe.tokens.max_length, recipe.precision
     check = check_named(recipe.model, precision=precision, longest=longest)
     check.require()
     return f"{check.layout}: {check.reason}"

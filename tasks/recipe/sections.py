@@ -1,7 +1,5 @@
 """Sections of the recipe that belong to no one stage: reward, cache, registry, tracking."""
 
-from typing import Literal
-
 from pydantic import Field
 
 from dpo_core.config import Config
@@ -15,21 +13,8 @@ class RewardConfig(Config):
     """A known reward: `sentiment`, `package.module:callable`, `file.py:callable` or the address of a server
     (`http://…`, `https://…`). Empty: a reward model is trained on the pairs; it is a proxy, and the page says
     so."""
-    optimise: Literal["source", "model"] = "source"
-    """What PPO learns from where a reward is known: that, or a reward model trained on the pairs, while
-    evaluation still measures with the known one. Without a known reward it is always the model."""
     model: RewardModelConfig = RewardModelConfig()
     """Training of the reward model; read only when one is trained."""
-
-    @property
-    def learned(self) -> bool:
-        """Whether a reward model is trained."""
-        return self.source is None or self.optimise == "model"
-
-    @property
-    def margin_by_agreement(self) -> bool:
-        """Whether the reward model's margins are read from the pairs."""
-        return self.learned and self.model.margin == "agreement"
 
 
 class CacheConfig(Config):

@@ -1,96 +1,145 @@
-"""What a comparison study trains: arms, each a method with its changes to the recipe, at some settings."""
+"""A comparison study: the policies of a recipe over a grid of settings and over seeds."""
 
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from dpo_core.config import Config
-from dpo_core.methods.dpo import DpoConfig
-from dpo_core.methods.grpo import GroupConfig
-from dpo_core.methods.online_dpo import OnlineDpoConfig
-from dpo_core.methods.ppo import PpoConfig
+from dpo_core.errors import RecipeError
+from tasks.recipe.policies import CLASSES, REFERENCE, PolicyFields, elsewhere, in_order
 
-Method = Literal["dpo", "ppo", "grpo", "online"]
-Settings = DpoConfig | PpoConfig | GroupConfig | OnlineDpoConfig
-_SECTIONS: dict[Method, type[Settings]] = {
-    "dpo": DpoConfig,
-    "ppo": PpoConfig,
-    "grpo": GroupConfig,
-    "online": OnlineDpoConfig,
-}
+Grid = dict[str, list[Any]]
+"""Values of fields, by dotted name; every combination is a point."""
 
 
-class ArmConfig(Config):
-    """One way to align, at one or more settings. Fields have the names of the recipe's section."""
-
-    name: str = Field(min_length=1, max_length=40)
-    """What tables call it: DPO, PPO, PPO-GT (with the known reward), TDPO1, f-DPO, "Pre-DPO, few"."""
-    method: Method
-    """The recipe's section that it starts from: dpo, ppo, grpo or online."""
-    base: dict[str, Any] = Field(default_factory=dict)
-    """Laid over that section for every setting, `{parameters.beta: 0.1}`."""
-    settings: list[dict[str, Any]] = Field(min_length=1)
-    """What varies: one dictionary of fields for each point on the frontier."""
-    reward: Literal["model", "source"] = "source"
-    """What methods that sample learn from: a reward model trained on the pairs, or the known reward."""
-    guided: bool = False
-    """Pre-DPO: the same training runs first, and its result is the reference of a second one from SFT."""
-    drawn: bool = True
-    """Whether the figures show it; arms that only answer a claim need not be there."""
-
-    @model_validator(mode="after")
-    def _is_read(self) -> "ArmConfig":
-        if self.method == "dpo" and self.reward != "source":
-            raise ValueError(f"arm '{self.name}' is trained on pairs and reads no reward: leave reward out")
-        if self.method != "dpo" and self.guided:
-            raise ValueError(f"arm '{self.name}' is not trained on pairs, so that guided is not read")
-        return self
-
-    def label(self, setting: dict[str, Any]) -> str:
-        """A setting in words: "beta=0.1"; the last parts of the names say enough."""
-        return ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in setting.items())
-
-    def config(self, section: Settings | None, setting: dict[str, Any]) -> Settings:
-        """The method's settings at a point.
-
-        Args:
-            section: the recipe's own; the defaults where it has none.
-
-        Raises:
-            pydantic.ValidationError: a field is unknown or its value out of range.
-        """
-        kind = _SECTIONS[self.method]
-        fields = (section or kind()).model_dump(mode="json")
-        for key, value in {**self.base, **setting}.items():
-            *path, last = key.split(".")
-            place = fields
-            for part in path:
-                place = place.setdefault(part, {})
-            place[last] = value
-        return kind.model_validate(fields)
-
-
-class FrontierConfig(Config):
-    """A comparison study: arms, settings and seeds from one SFT reference, measured on the same prompts."""
+class StudyConfig(Config):
+    """The same policies over a grid and seeds, measured on the same prompts and compared at equal KL."""
 
     seeds: list[int] = Field([0, 1, 2], min_length=1)
     """Seeds of training: order of examples, sampling, reward model. Data and reference are shared."""
-    arms: list[ArmConfig] = Field(min_length=1)
-    """What is compared."""
+    grid: dict[str, Grid | list[Grid]] = Field(default_factory=dict)
+    """By policy, what varies: `DPO: {parameters.beta: [0.1, 0.5]}`, or several such grids as a list."""
     kl_at: list[float] = Field([2.0, 5.0, 10.0], min_length=1)
     """KLs, in nats, at which rewards are compared; chosen before the results are seen."""
     best_of: list[int] = Field([2, 4, 8, 16])
     """The best of so many samples of the reference, as a line to compare with."""
+    hidden: list[str] = Field(default_factory=list)
+    """Policies that the figures leave out: those that only answer a claim, or guide another."""
     parallel: int = Field(1, ge=1)
     """Policies trained at a time; give their engines that share of the cores (`engine.threads`)."""
 
     @model_validator(mode="after")
-    def _names_differ(self) -> "FrontierConfig":
-        for what, names in (("arm", [arm.name for arm in self.arms]), ("seed", self.seeds)):
-            if len(set(names)) < len(names):
-                raise ValueError(f"an {what} is there twice: {names}")
-        for arm in self.arms:
-            labels = [arm.label(setting) for setting in arm.settings]
+    def _each_once(self) -> "StudyConfig":
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"a seed is there twice: {self.seeds}")
+        for name in self.grid:
+            labels = [label(point) for point in self.points(name)]
+            if not labels:
+                raise ValueError(f"grid.{name} has no point: give each field at least one value")
             if len(set(labels)) < len(labels):
-                raise ValueError(f"arm '{arm.name}' has a setting twice: {labels}")
+                raise ValueError(f"grid.{name} has a point twice: {labels}")
         return self
+
+    def points(self, policy: str) -> list[dict[str, Any]]:
+        """The points of a policy; one without changes where the grid does not name it."""
+        grids = self.grid.get(policy, {})
+        return [
+            dict(zip(grid, values, strict=True))
+            for grid in (grids if isinstance(grids, list) else [grids])
+            for values in product(*grid.values())
+        ]
+
+
+def label(point: Mapping[str, Any]) -> str:
+    """A point in words: "beta=0.1"; the last parts of the names say enough."""
+    return ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in point.items())
+
+
+@dataclass(frozen=True)
+class Node:
+    """One policy to train: in a study, at one point of its grid and with one seed."""
+
+    policy: str
+    config: PolicyFields
+    seed: int
+    point: str | None = None
+    """In words; None outside a study."""
+
+    @property
+    def label(self) -> str:
+        """What tells its stages from others of their kind."""
+        if self.point is None:
+            return f" {self.policy}"
+        return f" {self.policy}{' ' + self.point if self.point else ''} seed {self.seed}"
+
+    @property
+    def needs(self) -> list[tuple[str, int]]:
+        """The policies that it starts from or is held to, with their seed."""
+        return [(m, self.seed) for m in self.config.models if m != REFERENCE and not elsewhere(m)]
+
+
+def nodes(policies: Mapping[str, PolicyFields], study: StudyConfig | None, seed: int) -> Iterator[Node]:
+    """Every policy to train, each after those that it needs.
+
+    In a study all policies of a seed come before the next seed, so that a stopped study compares them all.
+
+    Raises:
+        ValueError: the graph has a cycle or an unknown name.
+        RecipeError, pydantic.ValidationError: a point of the grid is no valid setting.
+    """
+    order = in_order(policies)
+    if study is None:
+        yield from (Node(name, policies[name], seed) for name in order)
+        return
+    for one in study.seeds:
+        for name in order:
+            for point in study.points(name):
+                yield Node(name, changed(policies[name], point), one, label(point))
+
+
+def changed(policy: PolicyFields, changes: Mapping[str, Any]) -> PolicyFields:
+    """A policy with other values of some fields, by dotted name."""
+    fields = policy.model_dump(mode="json")
+    for key, value in changes.items():
+        *path, last = key.split(".")
+        place = fields
+        for part in path:
+            place = place.setdefault(part, {})
+        place[last] = value
+    return CLASSES[policy.method].model_validate(fields)
+
+
+def check_study(policies: Mapping[str, PolicyFields], study: StudyConfig) -> None:
+    """Refuse a study whose grid cannot be trained, before anything is.
+
+    Raises:
+        ValueError: so.
+    """
+    for field, names in (("grid", study.grid), ("hidden", study.hidden)):
+        unknown = [name for name in names if name not in policies]
+        if unknown:
+            raise ValueError(
+                f"study.{field}: there is no policy '{unknown[0]}'; there are {', '.join(policies)}"
+            )
+    for name, policy in policies.items():
+        for model in policy.models:
+            if model in policies and len(study.points(model)) > 1:
+                raise ValueError(
+                    f"policy {name} needs {model}, which study.grid gives {len(study.points(model))} points: "
+                    "which of them is not said. Give that policy one point, or name a policy for each"
+                )
+        for point in study.points(name):
+            fixed = [key for key in point if key.split(".")[0] in ("method", "start", "reference")]
+            if fixed:
+                raise ValueError(f"study.grid.{name}: {fixed[0]} cannot vary; name a policy for each value")
+            try:
+                changed(policy, point)
+            except (ValidationError, RecipeError) as error:
+                what = str(error)
+                if isinstance(error, ValidationError):
+                    first = error.errors()[0]
+                    what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+                raise ValueError(f"study.grid.{name}, point {label(point) or 'as it is'}: {what}") from error

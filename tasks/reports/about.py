@@ -7,21 +7,24 @@ from typing import Any
 import pandas as pd
 
 from dpo_core.data.tokens.tokenise import Tokenise
-from dpo_core.methods.dpo import DpoConfig
 from dpo_core.models.load import load_tokenizer
+from tasks.recipe.policies import REFERENCE, PolicyFields
 from tasks.recipe.recipe import Recipe
-from tasks.reports.run_report import Trained
+from tasks.reports.run_report import PolicyAbout, Trained
 from tasks.reports.run_warnings import Answers, measure_answers
 from tasks.store.facts import GateFacts, TrainingFacts, facts_of
 from tasks.store.manifest import Manifest, kind_of
 
+SAMPLED = "sample-pairs"
 
-def trained(recipe: Recipe, manifests: Mapping[str, Manifest]) -> Trained:
-    """What the run trained."""
+
+def trained(recipe: Recipe, manifests: Mapping[str, Manifest], made: Manifest) -> Trained:
+    """What the run trained; `made` is the candidate."""
     rows = _rows(manifests)
     frame = pd.read_parquet(rows.path / "data.parquet", columns=["split", "prompt"])
     used = int((frame["split"] == "train").sum())
-    used = min(used, recipe.dpo.limit or used)
+    candidate = recipe.policies[recipe.candidate_name]
+    used = min(used, getattr(candidate, "limit", None) or used)
     held_out = manifests.get("validate-prompts") or rows
     unit = "pairs" if kind_of(rows) == "pairs" else "rows"
     return Trained(
@@ -30,19 +33,44 @@ def trained(recipe: Recipe, manifests: Mapping[str, Manifest]) -> Trained:
         f"{_sampled(recipe, manifests)}; {_count(held_out):,} held-out prompts",
         rows_trained=used,
         reference=_reference(recipe),
-        objective=objective_words(recipe.dpo)
-        + (f"; guided by a model trained with {objective_words(recipe.guide)}" if recipe.guide else ""),
-        training=_training(recipe.dpo, manifests["train-dpo"]) + f", seed {recipe.seed}",
+        objective=words_of(candidate),
+        training=f"{training_words(candidate, made)}, seed {recipe.seed}",
         reward=_reward(recipe),
         baselines="; ".join(
-            f"{name}, {config.iterations} rounds of {config.episodes} episodes, "
-            f"learning rate {config.optim.learning_rate:g}"
-            for _, name, config in recipe.online_methods()
+            f"{name}, {words_of(policy)}, {training_words(policy)}"
+            for name, policy in recipe.policies.items()
+            if policy is not candidate
         ),
     )
 
 
-def objective_words(config: DpoConfig) -> str:
+def policies_about(recipe: Recipe) -> dict[str, PolicyAbout]:
+    """What each policy of the recipe is."""
+    return {
+        node.policy: PolicyAbout(
+            method=node.config.method,
+            words=words_of(node.config),
+            objective=objective_name(node.config),
+            scored=node.config.entry.scored,
+            start=node.config.start,
+            reference=node.config.reference,
+            stage=node.config.entry.stage + node.label,
+        )
+        for node in sorted(recipe.nodes(), key=lambda node: list(recipe.policies).index(node.policy))
+    }
+
+
+def words_of(policy: PolicyFields) -> str:
+    """Method or objective, and where it begins and what it is held to where that is not the reference."""
+    parts = [objective_words(policy) if hasattr(policy, "terms") else policy.method]
+    if policy.start != REFERENCE:
+        parts.append(f"starts from {policy.start}")
+    if policy.reference != REFERENCE:
+        parts.append(f"held to {policy.reference}")
+    return "; ".join(parts)
+
+
+def objective_words(config: Any) -> str:
     """`simpo, beta 2, gamma_beta_ratio 0.5`; the terms of a sum with their weights."""
     terms = [
         ", ".join([term.name, *(f"{name} {value:g}" for name, value in term.parameters.items())])
@@ -50,15 +78,16 @@ def objective_words(config: DpoConfig) -> str:
     ]
     if len(terms) > 1:
         terms = [f"{term.weight:g} × ({words})" for term, words in zip(config.terms, terms, strict=True)]
-    extras = [] if config.weighting == "none" else [f"weighting {config.weighting}"]
-    if sync := config.reference_sync:
+    weighting = getattr(config, "weighting", "none")
+    extras = [] if weighting == "none" else [f"weighting {weighting}"]
+    if sync := getattr(config, "reference_sync", None):
         extras.append(f"reference moved by {sync.mix:g} every {sync.every} steps")
     return "; ".join([" + ".join(terms), *extras])
 
 
-def objective_name(config: DpoConfig) -> str:
-    """`simpo`, or `dpo + sft` for a sum."""
-    return " + ".join(term.name for term in config.terms)
+def objective_name(config: Any) -> str:
+    """`simpo`, or `dpo + sft` for a sum; empty where the method has no objective."""
+    return " + ".join(term.name for term in getattr(config, "terms", []))
 
 
 def answers_of_data(recipe: Recipe, manifests: Mapping[str, Manifest]) -> Answers | None:
@@ -84,9 +113,12 @@ def learned_from_reward(recipe: Recipe, manifests: Mapping[str, Manifest]) -> li
     """The policies that learned from the reward that measures them; None where that is a reward model."""
     if recipe.reward.source is None:
         return None
-    labelled = ["DPO"] if "sample-pairs" in manifests else []
-    online = [] if recipe.reward.optimise == "model" else [name for _, name, _ in recipe.online_methods()]
-    return labelled + online
+    labelled = SAMPLED in manifests
+    return [
+        name
+        for name, policy in recipe.policies.items()
+        if (labelled if not policy.entry.scored else not recipe.learns_from_model(policy))
+    ]
 
 
 def _model(recipe: Recipe, manifests: Mapping[str, Manifest]) -> str:
@@ -116,7 +148,7 @@ def _paths(settings: Any) -> list[str]:
 
 
 def _sampled(recipe: Recipe, manifests: Mapping[str, Manifest]) -> str:
-    if "sample-pairs" not in manifests:
+    if SAMPLED not in manifests:
         return ""
     return f", sampled from the reference and labelled by {recipe.reward.source}"
 
@@ -137,20 +169,30 @@ def _reference(recipe: Recipe) -> str:
     return f"the base model after SFT on {shown}, learning rate {sft.optim.learning_rate:g}"
 
 
-def _training(config: DpoConfig, made: Manifest) -> str:
-    steps = facts_of(made, TrainingFacts).steps
+def training_words(policy: PolicyFields, made: Manifest | None = None) -> str:
+    """Steps, batch, learning rate and which weights are trained."""
+    settings = policy.settings
+    if policy.entry.scored:
+        size = f"{settings.iterations} rounds of {settings.episodes} episodes"
+    else:
+        size = f"batches of {settings.batch_size:,}"
+    steps = facts_of(made, TrainingFacts).steps if made else None
     parts = [
         *([f"{steps:,} steps"] if steps is not None else []),
-        f"batches of {config.batch_size:,}",
-        f"learning rate {config.optim.learning_rate:g}",
-        "low-rank additions (LoRA)" if config.lora else "every weight",
+        size,
+        f"learning rate {settings.optim.learning_rate:g}",
     ]
+    if hasattr(settings, "lora"):
+        parts.append("low-rank additions (LoRA)" if settings.lora else "every weight")
     return ", ".join(parts)
 
 
 def _reward(recipe: Recipe) -> str:
     if recipe.reward.source is None:
         return "a reward model, trained on the same pairs"
-    if recipe.reward.optimise == "model":
-        return f"{recipe.reward.source}; PPO and its kin learn from a reward model trained on the pairs"
+    learned = [name for name, policy in recipe.policies.items() if recipe.learns_from_model(policy)]
+    if learned:
+        return (
+            f"{recipe.reward.source}; {', '.join(learned)} learned from a reward model trained on the pairs"
+        )
     return recipe.reward.source

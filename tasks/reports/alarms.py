@@ -4,6 +4,7 @@ import math
 from statistics import fmean, stdev
 from typing import NamedTuple
 
+from tasks.recipe.policies import REFERENCE
 from tasks.reports.curves import clear_change, quarters, series, start_and_end
 from tasks.reports.format import cell, number, percent
 from tasks.reports.run_report import Evaluation, PolicyRow, RunReport
@@ -11,7 +12,7 @@ from tasks.reports.run_report import Evaluation, PolicyRow, RunReport
 KL_LIMIT_NATS = (
     10.0  # beyond this the reward of every direct method has been seen to degrade (arXiv 2406.02900)
 )
-KL_TIMES_PPO = 3.0  # DPO this many times as far from the reference as PPO pays too much for its reward
+KL_TIMES_SAMPLER = 3.0  # DPO this many times as far from the reference as PPO pays too much for its reward
 KL_FLOOR_NATS = 1.0  # below one nat the ratio of two KLs is mostly noise
 COLLAPSE_SHARE = 0.5  # entropy or distinct-2 under this share of SFT's
 LENGTH_DRIFT = 1.5  # mean length longer than SFT's by this factor, or shorter by it
@@ -40,16 +41,21 @@ def alarms(report: RunReport) -> list[Alarm]:
     """Signs of the known failures of preference training, each with the numbers that raised it."""
     found = _training_alarms(report) + _answer_alarms(report)
     evaluation = report.evaluation
-    sft = evaluation.policy("SFT") if evaluation else None
-    trained = [row for row in evaluation.policies if row.name != "SFT"] if evaluation else []
-    ppo = evaluation.policy("PPO") if evaluation else None
+    sft = evaluation.policy(REFERENCE) if evaluation else None
+    trained = [row for row in evaluation.policies if row.name != REFERENCE] if evaluation else []
+    sampler, sampled_kl = _farthest_sampler(report)
     for row in trained:
         kl = row.kl.value if row.kl else 0.0
         if kl > KL_LIMIT_NATS:
             message = f"{report.label(row.name)} is {number(kl)} nats from the reference."
             found.append(Alarm("KL run-away", message, row.name))
-        elif row.name == "DPO" and ppo and ppo.kl and kl > max(KL_TIMES_PPO * ppo.kl.value, KL_FLOOR_NATS):
-            paid = f"{number(kl)} nats from the reference, PPO {number(ppo.kl.value)}."
+        elif (
+            row.name == report.candidate
+            and row.name not in report.samplers
+            and sampler
+            and kl > max(KL_TIMES_SAMPLER * sampled_kl, KL_FLOOR_NATS)
+        ):
+            paid = f"{number(kl)} nats from the reference, {sampler} {number(sampled_kl)}."
             message = f"{report.label(row.name)} is {paid}"
             found.append(Alarm("KL run-away", message, row.name))
         if sft is None:
@@ -79,6 +85,13 @@ def alarms(report: RunReport) -> list[Alarm]:
     return found
 
 
+def _farthest_sampler(report: RunReport) -> tuple[str, float]:
+    """Of the policies that learned from their own samples, the one farthest from the reference."""
+    rows = report.evaluation.policies if report.evaluation else []
+    kls = {row.name: row.kl.value for row in rows if row.kl and row.name in report.samplers}
+    return max(kls.items(), key=lambda item: item[1], default=("", 0.0))
+
+
 def _rows(count: int) -> str:
     return f", {count:,} rows" if count else ""
 
@@ -87,9 +100,9 @@ def _sentence(text: str) -> str:
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
-def against_promotion(raised: list[Alarm]) -> dict[str, str]:
+def against_promotion(raised: list[Alarm], candidate: str) -> dict[str, str]:
     """Messages of the alarms that concern the model to be promoted, its reference or its data, by name."""
-    concern = [alarm for alarm in raised if alarm.policy in ("", "DPO", "SFT")]
+    concern = [alarm for alarm in raised if alarm.policy in ("", candidate, REFERENCE)]
     names = dict.fromkeys(alarm.name for alarm in concern)
     return {name: " ".join(alarm.message for alarm in concern if alarm.name == name) for name in names}
 
@@ -148,7 +161,8 @@ def _clearly_below_zero(values: list[float]) -> bool:
 
 def _training_alarms(report: RunReport) -> list[Alarm]:
     found: list[Alarm] = []
-    dpo = report.evaluation.policy("DPO") if report.evaluation else None
+    candidate = report.candidate
+    dpo = report.evaluation.policy(candidate) if report.evaluation else None
     for stage, rows in report.curves.items():
         found += _on_policy_alarms(stage, rows)
         chosen = start_and_end(series(rows, "logps/chosen")[1])
@@ -161,7 +175,7 @@ def _training_alarms(report: RunReport) -> list[Alarm]:
                     "Likelihood displacement",
                     f"log p(chosen) fell from {number(chosen[0])} to {number(chosen[1])} and ended below "
                     f"the reference (implicit reward {number(reward[1])}): preferred answers became rarer.",
-                    "DPO",
+                    stage if stage in report.policies else candidate,
                 )
             )
         accuracies = series(rows, "eval_rewards/accuracies")[1] or series(rows, "rewards/accuracies")[1]
@@ -171,10 +185,10 @@ def _training_alarms(report: RunReport) -> list[Alarm]:
             if late < early - ACCURACY_DROP:
                 drop = f"fell from {percent(early)} to {percent(late)}"
                 message = f"The evaluation's reward rose while the preference accuracy of {stage} {drop}."
-                found.append(Alarm("Reward without accuracy", message, "DPO"))
+                found.append(Alarm("Reward without accuracy", message, candidate))
     if dpo and dpo.accuracy and dpo.gain and dpo.gain.value > 0 and dpo.accuracy.high < 0.5:
         message = f"The reward rose, yet held-out preference accuracy is {cell('accuracy', dpo.accuracy)}."
-        found.append(Alarm("Reward without accuracy", message, "DPO"))
+        found.append(Alarm("Reward without accuracy", message, candidate))
     return found
 
 

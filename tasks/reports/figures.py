@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, NamedTuple
 
+from dpo_core.methods.method import Panel
+from tasks.recipe.policies import CHAMPION, REFERENCE
 from tasks.reports.curves import series, start_and_end
 from tasks.reports.format import number
 from tasks.reports.run_report import Evaluation
@@ -14,52 +16,18 @@ if TYPE_CHECKING:
 
 MAX_POINTS = 200  # a longer curve is averaged over neighbours: more points cannot be told apart at this size
 
-_POLICY = {"SFT": (MUTED, "s"), "DPO": (BLUE, "o"), "PPO": (ORANGE, "^"), "Online DPO": (PURPLE, "v"),
-           "Champion": (TEAL, "P")}  # fmt: skip
-_GROUP_METHOD = (GREEN, "D")  # GRPO, a variant of it, or RLOO: a run has one of them
+_REFERENCE, _CHAMPION = (MUTED, "s"), (TEAL, "P")
+_POLICIES = ((BLUE, "o"), (ORANGE, "^"), (GREEN, "D"), (PURPLE, "v"))
+"""Colour and marker of the policies, in the order of the recipe; more of them begin again."""
 
 
-class Panel(NamedTuple):
-    """Which metrics share one pair of axes."""
-
-    title: str
-    unit: str
-    metrics: tuple[tuple[str, str], ...]
-    """(metric, label) in the order blue, orange."""
-    baseline: float | None = None
-    """A value to compare with, drawn dotted: 0 for a margin, 0.5 for an accuracy, 1 for a ratio."""
-
-
-PANELS = (
-    Panel("Loss", "", (("loss", "loss"),)),
-    Panel(
-        "Implicit rewards", "nats × β", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected")), 0.0
-    ),
-    Panel("Reward margin", "nats × β", (("rewards/margins", "margin"),), 0.0),
-    Panel("Preference accuracy", "share of pairs", (("rewards/accuracies", "accuracy"),), 0.5),
-    Panel("Log-probability of chosen", "nats", (("logps/chosen", "log p(chosen)"),)),
-    Panel("Accuracy", "share of pairs", (("accuracy", "accuracy"),), 0.5),
-    Panel(
-        "Score", "reward", (("objective/scores", "score"), ("objective/rlhf_reward", "score minus KL cost"))
-    ),
-    Panel("Known reward, not trained on", "reward", (("objective/gold_scores", "known reward"),)),
-    Panel("KL to the reference", "nats", (("objective/kl", "KL"),), 0.0),
-    Panel("Probability ratio", "new / old", (("val/ratio", "ratio"),), 1.0),
-    Panel("Approximate KL of an update", "nats", (("policy/approxkl_avg", "KL"),), 0.0),
-    Panel("Reward", "reward", (("reward", "reward"),)),
-    Panel("KL to the reference", "nats", (("kl", "KL"),), 0.0),
-    Panel("Completion length", "tokens", (("completions/mean_length", "length"),)),
-    Panel("Gradient norm", "", (("grad_norm", "gradient norm"),)),
-)
-
-
-def curve_figures(stage: str, rows: Sequence[dict[str, float]]) -> list[Figure]:
-    """One figure for each panel of which the stage logged a metric. `eval_` metrics join theirs, dashed."""
+def curve_figures(name: str, panels: Sequence[Panel], rows: Sequence[dict[str, float]]) -> list[Figure]:
+    """One figure for each panel whose metrics were logged. `eval_` metrics join theirs, dashed."""
     figures = []
-    for index, panel in enumerate(PANELS):
+    for index, panel in enumerate(panels):
         lines = _lines(panel, rows)
         if lines:
-            figures.append(_curve(f"{slug(stage)}-{index}", stage, panel, lines))
+            figures.append(_curve(f"{slug(name)}-{index}", name, panel, lines))
     return figures
 
 
@@ -137,21 +105,23 @@ def frontier_figure(evaluation: Evaluation, label: Callable[[str], str] = str) -
     """
     points = [row for row in evaluation.policies if row.gain is not None and row.kl is not None]
     points = sorted(
-        (row for row in points if row.name != "SFT"), key=lambda row: row.kl.value if row.kl else 0
+        (row for row in points if row.name != REFERENCE), key=lambda row: row.kl.value if row.kl else 0
     )
     if not points:
         return None
+    trained = [row.name for row in evaluation.policies if row.name not in (REFERENCE, CHAMPION)]
+    styles = dict(zip(trained, cycle(_POLICIES), strict=False))
 
     def draw(axes: "Axes") -> None:
         axes.axhline(0, color=MUTED, linewidth=1, linestyle=":")
-        axes.plot([0], [0], _POLICY["SFT"][1], color=_POLICY["SFT"][0], markersize=7)
-        axes.annotate("SFT", (0, 0), (7, -14), textcoords="offset points", color=INK, fontweight="bold")
+        axes.plot([0], [0], _REFERENCE[1], color=_REFERENCE[0], markersize=7)
+        axes.annotate(REFERENCE, (0, 0), (7, -14), textcoords="offset points", color=INK, fontweight="bold")
         # From left to right, each label on its own side: policies that coincide can still be told apart.
         sides = [((-7, 6), "right"), ((7, 6), "left"), ((-7, -14), "right"), ((7, -14), "left")]
         for row, (offset, side) in zip(points, cycle(sides), strict=False):
             assert row.gain is not None
             assert row.kl is not None
-            colour, marker = _POLICY.get(row.name, _GROUP_METHOD)
+            colour, marker = _CHAMPION if row.name == CHAMPION else styles[row.name]
             axes.errorbar(
                 row.kl.value, row.gain.value, fmt=marker, color=colour, markersize=7, elinewidth=1.4,
                 capsize=3,

@@ -7,6 +7,8 @@ from urllib.parse import urlsplit
 
 from dpo_core.evaluation.compare import Comparison
 from dpo_core.judging.results import WinRate
+from dpo_core.methods.method import Panel
+from dpo_core.methods.registry import methods
 from tasks.reports.alarms import alarms
 from tasks.reports.figures import Figure, curve_figures, frontier_figure
 from tasks.reports.forest_plot import difference_figures, win_rate_figure
@@ -65,6 +67,15 @@ def render(report: RunReport) -> str:
     return fill("run_page.html.j2", _context(report))
 
 
+def _panels(report: RunReport, name: str) -> Sequence[Panel]:
+    """The panels of a curve's method; of an older report, which does not say it, those of all methods."""
+    known = methods()
+    method = report.policies[name].method if name in report.policies else name
+    if method in known:
+        return known[method].curves
+    return list(dict.fromkeys(panel for one in known.values() for panel in one.curves))
+
+
 def fill(template: str, context: dict[str, Any]) -> str:
     """One of the page templates with its values: everything escaped, nothing undefined."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -86,7 +97,9 @@ def fill(template: str, context: dict[str, Any]) -> str:
 def _context(report: RunReport) -> dict[str, Any]:
     report = report.named()
     evaluation = report.evaluation
-    curves = [Curves(stage, curve_figures(stage, rows)) for stage, rows in report.curves.items()]
+    curves = [
+        Curves(name, curve_figures(name, _panels(report, name), rows)) for name, rows in report.curves.items()
+    ]
     curves = [group for group in curves if group.figures]
     frontier = frontier_figure(evaluation, report.label) if evaluation else None
     # The first stage that left an artifact is its maker; a later one with the same digest found it again.
@@ -105,10 +118,9 @@ def _context(report: RunReport) -> dict[str, Any]:
         Part("lineage", "Lineage", "" if digests or report.model else "no artifact digests were recorded"),
         Part("reproduce", "Reproduce"),
     ]
-    names = {row.name for row in evaluation.policies} if evaluation else set()
     left_out = [part for part in parts if part.absent]
-    if evaluation and "PPO" not in names:
-        left_out.append(Part("ppo", "PPO baseline", "the run did not evaluate one"))
+    if evaluation and report.policies and not report.samplers:
+        left_out.append(Part("baseline", "Baseline that samples (PPO, GRPO)", "the recipe lists none"))
     if report.decision is None:
         left_out.append(Part("decision", "Decision to promote", "the run did not ask for one"))
     return {

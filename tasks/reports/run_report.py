@@ -104,7 +104,8 @@ class GateRow(Config):
 class PolicyRow(Config):
     """One policy, measured on the evaluation's prompts. Intervals are at 95 %, resampled by prompt."""
 
-    name: Literal["SFT", "DPO", "PPO", "GRPO", "Dr. GRPO", "DAPO", "GSPO", "RLOO", "Online DPO", "Champion"]
+    name: str
+    """A policy of the run, the reference or the champion."""
     reward: Estimate
     gain: Estimate | None = None
     """Paired difference of the reward to SFT's on the same prompts."""
@@ -233,6 +234,22 @@ class ModelRow(Config):
     """Whether an earlier run had registered the same weights: version and aliases are as they were."""
 
 
+class PolicyAbout(Config):
+    """What a policy of the run is."""
+
+    method: str
+    words: str
+    """Objective and settings, in words."""
+    objective: str = ""
+    """Name of the objective, or of the sum; empty where the method has none."""
+    scored: bool = False
+    """Whether it learned from a reward on its own samples."""
+    start: str
+    reference: str
+    stage: str
+    """The row of the stage table that trained it."""
+
+
 class RunReport(Config):
     """Everything that the run page, the terminal table and the Markdown artifact show."""
 
@@ -242,8 +259,10 @@ class RunReport(Config):
     evaluation: Evaluation | None = None
     trained: Trained | None = None
     """What was trained; older reports do not say."""
-    objective: str = "dpo"
-    """Name of the objective that the policy DPO was trained with."""
+    candidate: str = "DPO"
+    """The policy that was registered; older reports know one name alone."""
+    policies: dict[str, PolicyAbout] = Field(default_factory=dict)
+    """What was trained, by name, in the order of the recipe; older reports do not say."""
     recipe_text: str = ""
     """The resolved recipe, as it lies beside the page."""
     decision: Decision | None = None
@@ -262,14 +281,22 @@ class RunReport(Config):
 
     def label(self, policy: str) -> str:
         """A policy as tables and sentences name it: DPO, or DPO (simpo)."""
-        return f"DPO ({self.objective})" if policy == "DPO" and self.objective != "dpo" else policy
+        about = self.policies.get(policy)
+        if about is None or not about.objective or about.objective in policy.lower():
+            return policy
+        return f"{policy} ({about.objective})"
+
+    @property
+    def samplers(self) -> list[str]:
+        """The policies that learned from a reward on their own samples."""
+        return [name for name, about in self.policies.items() if about.scored]
 
     def named(self) -> "RunReport":
         """The report for people: its policies under their labels in win rates, suites, comparisons, samples.
 
         `evaluation.policies` keeps the names, by which its rows are found.
         """
-        if self.label("DPO") == "DPO":
+        if all(self.label(name) == name for name in self.policies):
             return self
 
         def renamed(part: _Part, *fields: str) -> _Part:

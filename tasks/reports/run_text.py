@@ -86,7 +86,8 @@ def reward_use(report: RunReport) -> str:
     evaluation = report.evaluation
     if evaluation is None:
         return ""
-    learned = "PPO learned from it. " if evaluation.policy("PPO") else ""
+    samplers = ", ".join(map(report.label, report.samplers))
+    learned = f"{samplers} learned from it. " if samplers else ""
     measure = f"{evaluation.reward_name}, not with it" if evaluation.reward_is_true else "it"
     return f"{learned}The policies were measured with {measure}."
 

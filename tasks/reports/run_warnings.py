@@ -54,7 +54,7 @@ def answers_cut(recipe: Recipe, answers: Answers | None) -> str:
 def too_few_prompts(recipe: Recipe, held_out: int) -> str:
     """A warning where so few prompts are held out that the model cannot be promoted; empty where it can."""
     wanted, most = recipe.promotion.min_prompts, recipe.evaluate.prompts
-    if recipe.frontier is not None or min(held_out, most) >= wanted:
+    if recipe.study is not None or min(held_out, most) >= wanted:
         return ""
     if most < wanted <= held_out:
         remedy = "raise evaluate.prompts"

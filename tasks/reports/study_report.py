@@ -26,7 +26,7 @@ from tasks.reports.study_tables import (
 from tasks.store.files import write_whole
 
 
-class FrontierReport(Config):
+class StudyReport(Config):
     """Everything that the page, the terminal tables and the Markdown show."""
 
     run: RunInfo
@@ -44,22 +44,22 @@ class Headline(NamedTuple):
     kind: Literal["good", "bad", "unclear", "plain"]
 
 
-def frontier_report(
+def study_report(
     study: Study,
     run: RunInfo,
     stages: list[StageRow] | None = None,
     cost: Cost | None = None,
     notes: dict[str, JsonValue] | None = None,
-) -> FrontierReport:
+) -> StudyReport:
     """Summarise the study, judge the claims, and put both beside the run's facts."""
     summary = summarise(study)
-    return FrontierReport(
+    return StudyReport(
         run=run, study=study, summary=summary, claims=claims(study, summary), stages=stages or [], cost=cost,
         notes=notes or {},
     )  # fmt: skip
 
 
-def write_report(report: FrontierReport, folder: Path) -> Path:
+def write_report(report: StudyReport, folder: Path) -> Path:
     """Write `page.html`, `summary.md`, `report.json` and, where arms are drawn, `frontier.png`; the page."""
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / "page.html"
@@ -71,7 +71,7 @@ def write_report(report: FrontierReport, folder: Path) -> Path:
     return page
 
 
-def headline(report: FrontierReport) -> Headline:
+def headline(report: StudyReport) -> Headline:
     """What the study says of its first claim, or else what it compares."""
     first = report.claims[0]
     if first.verdict == "not measured":
@@ -98,7 +98,7 @@ def _reward_words(study: Study) -> str:
 # ---------------------------------------------------------------------------------------------------- page
 
 
-def render(report: FrontierReport) -> str:
+def render(report: StudyReport) -> str:
     """The whole page as HTML: self-contained, without script, every text escaped."""
     shown = tables(report.study, report.summary)
     parts = [
@@ -131,7 +131,7 @@ def render(report: FrontierReport) -> str:
 # -------------------------------------------------------------------------------------- Markdown, terminal
 
 
-def markdown(report: FrontierReport) -> str:
+def markdown(report: StudyReport) -> str:
     """The report as GitHub Markdown: every table, no figure."""
     parts = [
         f"# {plain(headline(report).text)}",
@@ -145,7 +145,7 @@ def markdown(report: FrontierReport) -> str:
     return "\n\n".join([*parts, "## Reproduce", fenced(report.run.command)]) + "\n"
 
 
-def terminal_table(report: FrontierReport) -> RichTable:
+def terminal_table(report: StudyReport) -> RichTable:
     """The end of a run in 80 columns: headline, claims, arms, settings."""
     page = RichTable.grid(padding=(0, 0))
     colours = {"good": "green", "bad": "red", "unclear": "yellow", "plain": "default"}

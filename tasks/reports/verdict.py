@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from dpo_core.evaluation.decision import NEW_WEIGHTS, Decision, Reason
+from tasks.recipe.policies import REFERENCE
 from tasks.reports.alarms import Alarm, alarms
 from tasks.reports.format import cell, number
 from tasks.reports.run_report import RunReport
@@ -57,40 +58,47 @@ def mark(reason: Reason) -> str:
 
 
 def finding(report: RunReport) -> Verdict:
-    """Whether DPO beat SFT: the 95 % interval of the paired gain decides, and nothing else does."""
+    """Whether the candidate beat the reference: the 95 % interval of the paired gain alone decides."""
     refused = [row.subject for row in report.gate if row.refused]
     if refused:
         return Verdict(f"The data gate refused {', '.join(refused)}", "bad", ["Nothing after the gate ran."])
     evaluation = report.evaluation
-    dpo = evaluation.policy("DPO") if evaluation else None
-    if evaluation is None or dpo is None:
-        return Verdict("DPO was not evaluated", "unclear", ["The run has no measurement of a DPO policy."])
-    if dpo.gain is None:
+    name = report.candidate
+    policy = evaluation.policy(name) if evaluation else None
+    if evaluation is None or policy is None:
+        return Verdict(f"{name} was not evaluated", "unclear", [f"The run has no measurement of {name}."])
+    if policy.gain is None:
         return Verdict(
-            "DPO was not compared with SFT", "unclear", ["The paired difference was not measured."]
+            f"{name} was not compared with {REFERENCE}",
+            "unclear",
+            ["The paired difference was not measured."],
         )
 
-    gain, own = cell("gain", dpo.gain), report.label("DPO")
-    if dpo.gain.low > 0:
-        outcome: tuple[str, Literal["good", "bad", "unclear"]] = (f"{own} scores higher than SFT", "good")
-    elif dpo.gain.high < 0:
-        outcome = (f"{own} scores lower than SFT", "bad")
+    gain, own = cell("gain", policy.gain), report.label(name)
+    if policy.gain.low > 0:
+        outcome: tuple[str, Literal["good", "bad", "unclear"]] = (
+            f"{own} scores higher than {REFERENCE}",
+            "good",
+        )
+    elif policy.gain.high < 0:
+        outcome = (f"{own} scores lower than {REFERENCE}", "bad")
     else:
-        outcome = (f"No difference between {own} and SFT is shown", "unclear")
+        outcome = (f"No difference between {own} and {REFERENCE} is shown", "unclear")
     reasons = [
-        f"Reward gain over SFT {gain.value}, 95% interval {gain.interval}, paired on {dpo.gain.n:,} prompts."
+        f"Reward gain over {REFERENCE} {gain.value}, 95% interval {gain.interval}, paired on "
+        f"{policy.gain.n:,} prompts."
     ]
-    if dpo.gain.low <= 0 <= dpo.gain.high:
+    if policy.gain.low <= 0 <= policy.gain.high:
         reasons.append("The interval contains zero: this run can neither show nor exclude an improvement.")
-    if dpo.win_rate:
-        reasons.append(f"Win rate against SFT {cell('win_rate', dpo.win_rate)}.")
+    if policy.win_rate:
+        reasons.append(f"Win rate against SFT {cell('win_rate', policy.win_rate)}.")
     for other in evaluation.policies:
-        if other.name not in ("SFT", "DPO") and other.gain:
+        if other.name not in (REFERENCE, name) and other.gain:
             # k3 is never negative; a distance below zero reads like a mistake.
-            theirs, ours = other.kl_k3 or other.kl, dpo.kl_k3 or dpo.kl
+            theirs, ours = other.kl_k3 or other.kl, policy.kl_k3 or policy.kl
             at_kl = f" at KL {number(theirs.value)} nats" if theirs else ""
             beside = f" ({own}: KL {number(ours.value)} nats)" if ours else ""
-            reasons.append(f"{other.name}: gain {cell('gain', other.gain)}{at_kl}{beside}.")
+            reasons.append(f"{report.label(other.name)}: gain {cell('gain', other.gain)}{at_kl}{beside}.")
     return Verdict(*outcome, [*reasons, measured_with(report)])
 
 

@@ -12,7 +12,8 @@ import yaml
 
 from dpo_core.errors import RecipeError
 from dpo_core.system import digest_file
-from tasks.recipe.recipe import Recipe, load_recipe
+from tasks.recipe.read import load_recipe
+from tasks.recipe.recipe import Recipe
 from tasks.runs.record import RunRecord
 from tasks.store.files import disk_errors, run_folder, write_whole
 from tasks.tracking.mlflow_run import flatten

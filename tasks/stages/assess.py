@@ -9,14 +9,13 @@ from dpo_core.evaluation.results import SuiteResult
 from dpo_core.evaluation.suites.registry import find
 from dpo_core.judging.results import WinRate
 from dpo_core.statistics.estimates import Estimate
-from tasks.promotion.champion import NAME, Champion
+from tasks.promotion.champion import Champion
+from tasks.recipe.policies import CHAMPION, REFERENCE
 from tasks.recipe.recipe import Recipe
 from tasks.reports.run_report import GateRow, SuiteRow
 from tasks.stages.judging import load_win_rates
 from tasks.stages.suites import load_suites
 from tasks.store.manifest import Manifest
-
-CANDIDATE, REFERENCE = "DPO", "SFT"
 
 
 class Assessment(NamedTuple):
@@ -40,8 +39,8 @@ def assess(recipe: Recipe, manifests: Mapping[str, Manifest], evaluation: dict[s
         if name.startswith("suites ")
     }
     comparisons = [
-        compare(results[CANDIDATE], results[other], seed=recipe.seed)
-        for other in (REFERENCE, NAME)
+        compare(results[recipe.candidate_name], results[other], seed=recipe.seed)
+        for other in (REFERENCE, CHAMPION)
         if results and other in results
     ]
     return Assessment(
@@ -70,12 +69,12 @@ def judge_candidate(
         champion: the registered model. It was not evaluated where it is the trained model itself.
         candidate: as sentences name the trained model.
     """
-    rival = NAME if any(row["name"] == NAME for row in evaluation["policies"]) else REFERENCE
-    if champion and rival != NAME:
+    rival = CHAMPION if any(row["name"] == CHAMPION for row in evaluation["policies"]) else REFERENCE
+    if champion and rival != CHAMPION:
         return nothing_new(candidate, champion.title)
     against = [c for c in comparisons if c.baseline == rival]
-    row = next(row for row in evaluation["policies"] if row["name"] == CANDIDATE)
-    gain = row["gain"] if rival == REFERENCE else evaluation["gain_over_champion"][CANDIDATE]
+    row = next(row for row in evaluation["policies"] if row["name"] == recipe.candidate_name)
+    gain = row["gain"] if rival == REFERENCE else evaluation["gain_over_champion"][recipe.candidate_name]
     return decide(
         recipe.promotion,
         candidate=candidate,

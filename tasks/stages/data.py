@@ -207,8 +207,9 @@ def sample_pairs(
 
     def work(given: Work) -> Output:
         from dpo_core.data.tokens.tokenise import Tokenise
-        from dpo_core.methods.build import read_rows, scorer
+        from dpo_core.methods.build import read_rows
         from dpo_core.models.load import load_model, load_tokenizer
+        from dpo_core.rewards.model import scorer
         from dpo_core.scoring import flops as cost
 
         rows = read_rows(prompts.path / "data.parquet")

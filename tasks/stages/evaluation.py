@@ -12,6 +12,7 @@ from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.errors import StageFailed
 from dpo_core.evaluation.policies import EvaluateConfig
 from dpo_core.rewards.functions import reward_identity
+from tasks.recipe.policies import CHAMPION, REFERENCE
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 from tasks.store.checked_json import read_sealed, write_sealed
 from tasks.store.facts import Facts
@@ -93,11 +94,11 @@ def _evaluate(
     """What the policies were measured at, and the operations that it took."""
     from dpo_core.data.tokens.tokenise import Tokenise
     from dpo_core.evaluation.policies import sequence_logps, summarise
-    from dpo_core.methods.build import scorer
     from dpo_core.models.load import load_model, load_tokenizer
+    from dpo_core.rewards.model import scorer
     from dpo_core.scoring.logprobs import read_flops
 
-    reference_path = policies["SFT"].path
+    reference_path = policies[REFERENCE].path
     tokenise = Tokenise(load_tokenizer(reference_path), tokens)
     asked = held_out_prompts(prompts, tokenise, config)
     held_out = _held_out_pairs(pairs, tokenise, config.pairs, seed)
@@ -114,7 +115,7 @@ def _evaluate(
         # A killed evaluation keeps the policies it had finished.
         facts = read_sealed(path, f"{name} is measured again")
         if facts is None:
-            policy = reference if name == "SFT" else load_model(manifest.path)
+            policy = reference if name == REFERENCE else load_model(manifest.path)
             done = number * len(asked) * config.samples_per_prompt
             facts = _measure(
                 policy,
@@ -136,9 +137,9 @@ def _evaluate(
     samples = {name: _samples(facts) for name, facts in measured.items()}
     rows = []
     for name, facts in measured.items():
-        baseline = None if name == "SFT" else samples["SFT"]
+        baseline = None if name == REFERENCE else samples[REFERENCE]
         row = summarise(samples[name], baseline, seed=seed, length=config.sampling.max_new_tokens)
-        rows.append({"name": name, **row, "accuracy": None if name == "SFT" else facts["accuracy"]})
+        rows.append({"name": name, **row, "accuracy": None if name == REFERENCE else facts["accuracy"]})
     flops = read_flops(reference, sides, config.token_budget) + sum(f["flops"] for f in measured.values())
     results = {
         "reward_name": "reward model" if reward_model else reward,
@@ -157,7 +158,7 @@ def _evaluate(
         "win_rates": _win_rates(samples, "reward model" if reward_model else str(reward), seed),
         "answers": {
             "prompts": [text for _, text in asked],
-            "prompt_index": samples["SFT"].prompt_index,
+            "prompt_index": samples[REFERENCE].prompt_index,
             "answers": {name: drawn.texts for name, drawn in samples.items()},
             "rewards": {name: drawn.rewards for name, drawn in samples.items()},
         },
@@ -190,9 +191,9 @@ def rivals(policies: Sequence[str]) -> list[tuple[str, str]]:
     """Who is held against whom: every policy against the reference, then against a champion that is there."""
     return [
         (name, rival)
-        for rival in ("SFT", "Champion")
+        for rival in (REFERENCE, CHAMPION)
         for name in policies
-        if rival in policies and name not in ("SFT", rival)
+        if rival in policies and name not in (REFERENCE, rival)
     ]
 
 
@@ -200,13 +201,13 @@ def _over_champion(samples: dict[str, Any], seed: int) -> dict[str, Any]:
     """What each policy gains over the champion on the same prompts; empty where there is no champion."""
     from dpo_core.statistics.estimates import paired_bootstrap
 
-    champion = samples.get("Champion")
+    champion = samples.get(CHAMPION)
     if champion is None:
         return {}
     return {
         name: paired_bootstrap(drawn.rewards, champion.rewards, drawn.prompt_index, seed=seed).model_dump()
         for name, drawn in samples.items()
-        if name not in ("SFT", "Champion")
+        if name not in (REFERENCE, CHAMPION)
     }
 
 
@@ -315,7 +316,7 @@ def _accuracy_by_source(
 
 def _scoring_flops(reference: Any, facts: dict[str, Any]) -> float:
     """Operations of a reward model, which was made of the reference, on the samples."""
-    from dpo_core.methods.reward import scoring_flops
+    from dpo_core.rewards.model import scoring_flops
     from dpo_core.scoring.flops import Shape
 
     return scoring_flops(Shape.of_module(reference).as_reward_model(), _samples(facts).sequences)

@@ -1,6 +1,7 @@
 """One policy of a comparison study on its held-out prompts: rewards, KLs, entropy, diversity."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.evaluation.policies import EvaluateConfig
 from dpo_core.rewards.functions import reward_identity
 from dpo_core.study import Cost, Point
+from tasks.recipe.study import Node
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 from tasks.stages.evaluation import held_out_prompts
 from tasks.store.facts import Facts, facts_of
@@ -68,8 +70,8 @@ def _measured(
 ) -> dict[str, Any]:
     from dpo_core.data.tokens.tokenise import Tokenise
     from dpo_core.evaluation.policies import kl_estimates, sample_policy, sequence_logps
-    from dpo_core.methods.build import scorer
     from dpo_core.models.load import load_model, load_tokenizer
+    from dpo_core.rewards.model import scorer
     from dpo_core.statistics.text import distinct_n
 
     tokenise = Tokenise(load_tokenizer(reference.path), tokens)
@@ -114,32 +116,27 @@ def read_measurement(manifest: Manifest) -> dict[str, Any]:
     return facts
 
 
-def point_of(arm: str, setting: str, seed: int, measured: Manifest, made_by: dict[str, Manifest]) -> Point:
+def point_of(node: Node, trained: Manifest, measured: Manifest, needed: Mapping[str, Manifest]) -> Point:
     """A policy as a point of the study.
 
     Args:
-        made_by: every stage that the policy needed after the SFT reference, by name.
+        needed: the artifacts after the reference that it needed beside its own training, by name.
     """
     facts = read_measurement(measured)
     rewards = facts.pop("rewards_PS")
-    costs = [facts_of(manifest, Facts) for manifest in made_by.values()]
-    memory = [one.peak_memory_bytes for one in costs if one.peak_memory_bytes]
+    costs = [facts_of(manifest, Facts) for manifest in (trained, *needed.values())]
+    memory = [cost.peak_memory_bytes for cost in costs if cost.peak_memory_bytes]
     cost = Cost(
-        flops=sum(one.flops or 0.0 for one in costs),
-        seconds=sum(one.seconds or 0.0 for one in costs),
+        flops=sum(cost.flops or 0.0 for cost in costs),
+        seconds=sum(cost.seconds or 0.0 for cost in costs),
         peak_memory_bytes=max(memory, default=None),
     )
-    shared = {
-        name: one.flops or 0.0
-        for name, one in zip(made_by, costs, strict=True)
-        if not name.startswith(("train-dpo", "train-ppo", "train-grpo", "train-online"))
-    }
     return Point(
-        arm=arm,
-        setting=setting,
-        seed=seed,
+        arm=node.policy,
+        setting=node.point or "",
+        seed=node.seed,
         rewards_P=np.mean(rewards, axis=1).tolist(),
         cost=cost,
-        shared_cost=shared,
+        shared_cost={name: facts_of(m, Facts).flops or 0.0 for name, m in needed.items()},
         **facts,
     )

@@ -6,9 +6,8 @@ from typing import Any
 
 import pandas as pd
 
-from dpo_core.data.tokens.tokenise import TokenConfig
+from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise
 from dpo_core.errors import ModelError, StageFailed
-from dpo_core.methods.dpo import DpoConfig
 from dpo_core.model_check import CHECK_VERSION, check_folder
 from dpo_core.models.folder import code_digest
 from dpo_core.models.load import (
@@ -17,6 +16,7 @@ from dpo_core.models.load import (
     check_source_context,
     config_in,
     convert,
+    load_tokenizer,
     locate,
     parameter_count,
     read_template,
@@ -24,8 +24,10 @@ from dpo_core.models.load import (
     weights_digest,
 )
 from dpo_core.models.remote_code import trust
+from dpo_core.reference.job import reference_logps
 from dpo_core.reference.keys import DEFINITION_VERSION
 from dpo_core.scoring.logprobs import Precision
+from tasks.recipe.policies import PolicyFields
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task, tracker_of
 from tasks.store.facts import ImportFacts, LogpsFacts, weights_sha256
 from tasks.store.files import CACHE_FOLDER
@@ -34,7 +36,6 @@ from tasks.store.manifest import Manifest, kind_of
 log = logging.getLogger(__name__)
 IMPORT = Stage("import-model", 2, "model", ImportFacts)
 CACHE = Stage("cache-reference", 1, "reference-logps", LogpsFacts)
-CACHE_GUIDE = Stage("cache-guide", 1, "reference-logps", LogpsFacts)
 
 
 @stage_task("import-model")
@@ -95,37 +96,30 @@ def _digest(source: Path) -> str:
         ) from error
 
 
-@stage_task("cache-reference", "{stage.name}{context.label}")
+@stage_task("cache-reference", "cache-reference{context.label}")
 def cache_reference(
     context: Context,
     reference: Manifest,
-    pairs: Manifest,
+    rows: Manifest,
+    policy: PolicyFields,
     tokens: TokenConfig,
-    precision: str,
     token_budget: int,
-    processes: int = 1,
-    threads: int | None = None,
-    stage: Stage = CACHE,
-    config: DpoConfig | None = None,
 ) -> StageResult:
-    """Log-probs of every training completion under the reference; only those not yet known are computed.
+    """Log-probs of what a policy's training reads, under its reference; only unknown ones are computed.
 
     Args:
-        pairs: pairs, or unpaired rows.
-        config: what will be trained, which decides what is needed; empty: both sides of pairs.
-        stage: `CACHE_GUIDE` for the second reference of Pre-DPO.
+        rows: pairs, or unpaired rows.
+        policy: what will be trained, which decides what is needed.
     """
+    method, settings = policy.entry, policy.settings
+    engine = settings.engine
 
     def work(given: Work) -> Output:
-        from dpo_core.data.tokens.tokenise import Tokenise
-        from dpo_core.methods.kto import needed_sequences
-        from dpo_core.models.load import load_tokenizer
-        from dpo_core.reference.job import reference_logps
-
-        frame = pd.read_parquet(pairs.path / "data.parquet")
+        frame = pd.read_parquet(rows.path / "data.parquet")
         tokenise = Tokenise(load_tokenizer(reference.path), tokens)
-        rows = frame[frame["split"] == "train"].to_dict("records")
-        sequences, dropped = needed_sequences(tokenise, rows, config or DpoConfig())
+        training = frame[frame["split"] == "train"].to_dict("records")
+        assert method.cached is not None
+        sequences, dropped = method.cached(tokenise, training, settings)
         if not sequences:
             raise StageFailed(
                 f"no training row is left after tokenising ({dropped})", "Raise tokens.max_length"
@@ -136,40 +130,40 @@ def cache_reference(
             reference.path,
             weights,
             described=f"{reference.stage} of {context.run_id}, {reference.parameters or 0:,} parameters",
-            precision=precision,  # type: ignore[arg-type]
+            precision=engine.precision,
             token_budget=token_budget,
             caches=Path(context.workspace) / CACHE_FOLDER,
             work=given.scratch,
-            processes=processes,
-            threads=threads,
+            processes=engine.processes,
+            threads=engine.threads,
             progress=lambda total: given.progress(total).update,
         )
         out = given.fresh("out")
         logps.shard.save(out / "shard")
-        found = logps.sequences - logps.computed
+        known = logps.sequences - logps.computed
         facts = LogpsFacts(
             reference_weights=weights,
-            precision=precision,
+            precision=engine.precision,
             attention=logps.attention,
             sequences=logps.sequences,
             computed=logps.computed,
-            from_cache=found,
+            from_cache=known,
             flops=logps.flops,
             **{f"dropped_{reason}": count for reason, count in dropped.items()},
         )
-        metrics = {"cache/computed": float(logps.computed), "cache/found": float(found)}
+        metrics = {"cache/computed": float(logps.computed), "cache/found": float(known)}
         metrics["cost/flops"] = logps.flops
         metrics |= {f"data/{reason}": float(count) for reason, count in dropped.items()}
-        return Output(out, rows=len(rows) - sum(dropped.values()), facts=facts, metrics=metrics)
+        return Output(out, rows=len(training) - sum(dropped.values()), facts=facts, metrics=metrics)
 
     # Token budget, processes and threads decide the time and not the values, so they stay out of the key.
     slice_: dict[str, Any] = {
         "tokens": tokens.model_dump(mode="json"),
-        "precision": precision,
+        "precision": engine.precision,
         "definition": DEFINITION_VERSION,
     }
-    if config is not None and config.unpaired:
-        slice_["objective"] = config.objective  # KTO needs more than BCO
+    if method.data == "unpaired":
+        slice_["objective"] = settings.objective  # KTO needs more than BCO
     if not reference.planned:
         weights_sha256(reference)  # missing, it is an error before the work begins
-    return run_stage(context, stage, {"reference": reference, kind_of(pairs): pairs}, slice_, work)
+    return run_stage(context, CACHE, {"reference": reference, kind_of(rows): rows}, slice_, work)

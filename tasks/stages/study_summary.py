@@ -6,15 +6,16 @@ import numpy as np
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
 from dpo_core.study import Study, best_of_n
+from tasks.recipe.policies import REFERENCE
 from tasks.recipe.recipe import Recipe
-from tasks.reports.study_report import FrontierReport, frontier_report, headline, markdown, write_report
+from tasks.reports.study_report import StudyReport, headline, markdown, study_report, write_report
 from tasks.runs.record import Started
 from tasks.stages.base import Context, StageResult, run_task, tracker_of
-from tasks.stages.measure import point_of, read_measurement
+from tasks.stages.measure import MEASURE, point_of, read_measurement
 from tasks.stages.prefect_artifacts import tell
 from tasks.stages.summary import cost_of, run_info, stage_row
+from tasks.stages.training import TrainedPolicy
 from tasks.store.files import run_folder
-from tasks.store.manifest import Manifest
 
 
 @run_task("summary")
@@ -22,19 +23,19 @@ def summarise_study(
     context: Context,
     recipe: Recipe,
     stages: Mapping[str, StageResult],
-    made: Mapping[str, Mapping[str, Manifest]],
+    trained: list[TrainedPolicy],
     started: Started,
     command: str,
-) -> FrontierReport:
+) -> StudyReport:
     """Write the study's page, Markdown and picture, record them, and give the report back.
 
     Args:
-        made: for each policy's label, the manifests that it needed and its measurement.
+        trained: every point, each with what it took.
     """
     tracker = tracker_of(context)
     info = run_info(context, recipe, tracker, started, command)
-    report = frontier_report(
-        study_of(recipe, stages, made),
+    report = study_report(
+        study_of(recipe, stages, trained),
         info,
         [stage_row(name, result) for name, result in stages.items()],
         cost_of(stages, info.seconds),
@@ -60,20 +61,16 @@ def _key(arm: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in arm.lower())
 
 
-def study_of(
-    recipe: Recipe, stages: Mapping[str, StageResult], made: Mapping[str, Mapping[str, Manifest]]
-) -> Study:
+def study_of(recipe: Recipe, stages: Mapping[str, StageResult], trained: list[TrainedPolicy]) -> Study:
     """All that was measured."""
-    config = recipe.frontier
+    config = recipe.study
     assert config is not None
-    base = read_measurement(stages["measure SFT"].manifest)
+    base = read_measurement(stages[f"{MEASURE.name} {REFERENCE}"].manifest)
     rewards_PS = np.asarray(base["rewards_PS"])
-    points = []
-    for seed in config.seeds:
-        for arm in config.arms:
-            for setting in map(arm.label, arm.settings):
-                needed = dict(made[f" {arm.name} {setting} seed {seed}"])
-                points.append(point_of(arm.name, setting, seed, needed.pop("measure"), needed))
+    points = [
+        point_of(one.node, one.manifest, stages[MEASURE.name + one.node.label].manifest, one.needed)
+        for one in trained
+    ]
     return Study(
         prompts=len(rewards_PS),
         samples_per_prompt=recipe.evaluate.samples_per_prompt,
@@ -86,6 +83,6 @@ def study_of(
         best_of=best_of_n(rewards_PS, config.best_of) if config.best_of else [],
         points=points,
         kl_at=config.kl_at,
-        drawn=[arm.name for arm in config.arms if arm.drawn],
+        drawn=[name for name in recipe.policies if name not in config.hidden],
         seed=recipe.seed,
     )

@@ -10,6 +10,7 @@ from dpo_core.evaluation.contamination import TrainingText, training_texts
 from dpo_core.evaluation.results import SuiteResult
 from dpo_core.evaluation.run_suite import SuitesConfig, data_digest, without_training_data
 from dpo_core.evaluation.suites.registry import find
+from tasks.recipe.policies import REFERENCE
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 from tasks.stages.suite_results import suite_result
 from tasks.store.facts import Facts
@@ -43,7 +44,7 @@ def evaluate_suites(
 
         frame = pd.read_parquet(trained_on.path / "data.parquet")
         training = TrainingText(training_texts(frame[frame["split"] == "train"]))
-        base = Subject(reference.path, "SFT", tokens)
+        base = Subject(reference.path, REFERENCE, tokens)
         subject = Subject(model.path, policy, tokens, base, Path(context.workspace) / CACHE_FOLDER)
         bar = given.progress(1000 * len(files))
         results = []

@@ -18,7 +18,13 @@ from dpo_core.rewards.quality import RewardQuality
 from tasks.promotion.champion import Champion
 from tasks.provenance import hardware, source_tags
 from tasks.recipe.recipe import Recipe
-from tasks.reports.about import answers_of_data, learned_from_reward, objective_name, trained, vocabulary_size
+from tasks.reports.about import (
+    answers_of_data,
+    learned_from_reward,
+    policies_about,
+    vocabulary_size,
+)
+from tasks.reports.about import trained as trained_words
 from tasks.reports.alarms import REMOTE_CODE, UNUSUAL, against_promotion, alarms
 from tasks.reports.data_notes import data_notes
 from tasks.reports.run_page import render
@@ -41,7 +47,7 @@ from tasks.stages.assess import assess, judge_candidate
 from tasks.stages.base import Context, StageResult, run_task, tracker_of
 from tasks.stages.evaluation import load_evaluation
 from tasks.stages.prefect_artifacts import tell
-from tasks.stages.unpaired import class_facts
+from tasks.stages.training import TrainedPolicy, class_facts
 from tasks.store.facts import Facts, ImportFacts, RewardFacts, facts_of, weights_sha256
 from tasks.store.files import run_folder, write_whole
 from tasks.store.manifest import Manifest
@@ -54,6 +60,7 @@ def summarise(
     context: Context,
     recipe: Recipe,
     stages: dict[str, StageResult],
+    trained: list[TrainedPolicy],
     champion: Champion | None,
     started: Started,
     command: str,
@@ -61,44 +68,44 @@ def summarise(
     """Write the run page and its Markdown, register the model, and give the report back.
 
     Args:
-        champion: the registered model that the new one is held against.
+        trained: the policies, each with what it took.
+        champion: the registered model that the candidate is held against.
     """
     tracker = tracker_of(context)
     manifests = {name: result.manifest for name, result in stages.items()}
-    about = trained(recipe, manifests)
-    model = _register(recipe, manifests, tracker, about)
+    candidate = {one.node.policy: one for one in trained}[recipe.candidate_name]
+    about = trained_words(recipe, manifests, candidate.manifest)
+    model = _register(recipe, candidate.manifest, manifests, tracker, about)
     info = run_info(context, recipe, tracker, started, command)
     evaluation = load_evaluation(manifests["evaluate"])
     gate = [_gate_row(context.workspace, m) for name, m in manifests.items() if name.startswith("validate-")]
     assessed = assess(recipe, manifests, evaluation)
+    config = candidate.node.config
     report = RunReport(
         run=info,
         stages=[stage_row(name, result) for name, result in stages.items()],
         gate=gate,
         evaluation=_evaluation(recipe, manifests, evaluation),
         trained=about,
-        objective=objective_name(recipe.dpo),
+        candidate=recipe.candidate_name,
+        policies=policies_about(recipe),
         recipe_text=recipe_path(context.workspace, context.run_id).read_text(),
         win_rates=assessed.win_rates,
         suites=assessed.suites,
         comparisons=assessed.comparisons,
         reward_model=_reward_quality(manifests),
-        curves={
-            name.removeprefix("train-").removeprefix("prepare-"): _curve(manifest)
-            for name, manifest in manifests.items()
-            if (manifest.path / "metrics.jsonl").exists()
-        },
+        curves=_curves(stages, trained),
         cost=cost_of(stages, info.seconds),
         model=model,
         notes=({"description": recipe.description} if recipe.description else {})
-        | class_facts(recipe.dpo, _trained_on(manifests))
+        | class_facts(config, _trained_on(manifests))
         | ({UNUSUAL: "; ".join(recipe.unusual_parameters) + "."} if recipe.unusual_parameters else {})
         | data_notes(manifests, evaluation)
         | _remote_code(recipe, manifests),
     )
-    concern = against_promotion(alarms(report))
-    candidate = f"{model.name} version {model.version}"
-    decision = judge_candidate(recipe, evaluation, report.comparisons, gate, concern, champion, candidate)
+    concern = against_promotion(alarms(report), recipe.candidate_name)
+    title = f"{model.name} version {model.version}"
+    decision = judge_candidate(recipe, evaluation, report.comparisons, gate, concern, champion, title)
     report = report.model_copy(update={"decision": decision})
     page = publish(report, run_folder(context.workspace, context.run_id), tracker)
     text, name = markdown(report), report.run.name
@@ -172,10 +179,10 @@ def headline_metrics(report: RunReport) -> dict[str, float]:
 
 
 def _register(
-    recipe: Recipe, manifests: Mapping[str, Manifest], tracker: Tracker, about: Trained
+    recipe: Recipe, model: Manifest, manifests: Mapping[str, Manifest], tracker: Tracker, about: Trained
 ) -> ModelRow:
     """The trained model in the registry; weights that are there already keep their version and aliases."""
-    model, name = manifests["train-dpo"], recipe.registered_name
+    name = recipe.registered_name
     known = version_with(tracker, name, model.sha256)
     if known is not None and known.run_id != tracker.run_id:
         version = str(known.version)
@@ -251,6 +258,20 @@ def _page_part(evaluation: dict[str, Any]) -> dict[str, Any]:
 def _reward_quality(manifests: Mapping[str, Manifest]) -> RewardQuality | None:
     made = manifests.get("train-reward")
     return None if made is None else facts_of(made, RewardFacts).quality
+
+
+def _curves(
+    stages: Mapping[str, StageResult], trained: list[TrainedPolicy]
+) -> dict[str, list[dict[str, float]]]:
+    """Of policies by their name, of the rest by the method that trained them."""
+    policies = {one.manifest.sha256: one.node.policy for one in trained}
+    curves = {}
+    for name, result in stages.items():
+        manifest = result.manifest
+        if (manifest.path / "metrics.jsonl").exists():
+            short = name.removeprefix("train-").removeprefix("prepare-")
+            curves[policies.get(manifest.sha256, short)] = _curve(manifest)
+    return curves
 
 
 def _curve(manifest: Manifest) -> list[dict[str, float]]:

@@ -6,7 +6,8 @@ from pydantic import ValidationError
 
 from deploy.launchers.registry import TARGETS
 from dpo_core.yaml import commented, form
-from tasks.recipe.recipe import Recipe, load_recipe, shipped
+from tasks.recipe.read import load_recipe, shipped
+from tasks.recipe.recipe import Recipe
 
 
 @pytest.mark.parametrize("name", shipped())

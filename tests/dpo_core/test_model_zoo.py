@@ -151,8 +151,8 @@ def go_through(model: Path, work: Path) -> None:
 
 def require_reward_reloads(folder: Path, reference: Path, rows: list[dict[str, Any]]) -> None:
     """Two loads of a reward model give the same scores, and not all the same."""
-    from dpo_core.methods.reward import score
     from dpo_core.models.reward_model import RewardModel
+    from dpo_core.rewards.model import score
 
     sequences = [side for pair in token_pairs(reference, rows) for side in (pair.chosen, pair.rejected)]
     first, second = (score(RewardModel.load(folder), sequences, "fp32") for _ in range(2))

@@ -13,7 +13,7 @@ from dpo_core.models.load import read_template
 from dpo_core.system import MOST_BYTES, read_small
 from dpo_core.yaml import quoted, read_yaml
 from flows.cli.launch import cluster_config
-from tasks.recipe.recipe import load_recipe
+from tasks.recipe.read import load_recipe
 
 REPO = Path(__file__).resolve().parents[2]
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -73,7 +73,7 @@ def test_what_is_no_plain_writing_is_refused_wherever_yaml_is_read(name: str, tm
     ["/d/p😀.jsonl", "/d/𠮷.jsonl", 'a "b" \\ c', "a\u2028b\u0085c", "\x7f\ttab\nline", "ü: #x", "\udc80"],
 )
 def test_a_quoted_text_is_read_back_as_it_was(text: str) -> None:
-    from tasks.recipe.recipe import overridden
+    from tasks.recipe.read import overridden
 
     assert read_yaml(quoted(text)) == text
     if text.isprintable():

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from flows.preparation import _dated
-from tasks.recipe.recipe import load_recipe
+from tasks.recipe.read import load_recipe
 from tests.support.models.chat_families import TEMPLATES, make_tokenizer
 
 CLOCK = "{{ strftime_now('%d %b %Y') }}" + TEMPLATES["end and a line break"]

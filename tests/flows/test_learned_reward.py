@@ -10,9 +10,9 @@ import pytest
 from mlflow import MlflowClient
 
 from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise
-from dpo_core.methods.reward import score
 from dpo_core.models.load import load_tokenizer
 from dpo_core.models.reward_model import RewardModel
+from dpo_core.rewards.model import score
 from tests.flows.cli.test_plan import planned, reasons
 from tests.support.runs.tiny_run import ENGINE, Bench
 

@@ -11,7 +11,8 @@ from mlflow import MlflowClient
 
 from dpo_core.errors import RecipeError
 from flows.cli.run import show
-from tasks.recipe.recipe import Recipe, load_recipe
+from tasks.recipe.read import load_recipe
+from tasks.recipe.recipe import Recipe
 from tasks.runs.recipe import keep_recipe, recipe_path, reproducing, require_same_recipe
 from tasks.runs.record import RunRecord, new_run, save_run
 from tests.support.runs.tiny_run import Bench

@@ -258,8 +258,8 @@ def _encode(tokenizer: Any, prompts: list[str], answers: list[str], settings: An
 
 def _reward_model(folder: Path, tokens: TokenConfig) -> Judge:
     from dpo_core.evaluation.suites.prompting import asked
-    from dpo_core.methods.reward import score
     from dpo_core.models.reward_model import RewardModel
+    from dpo_core.rewards.model import score
 
     model, tokenizer = RewardModel.load(folder), load_tokenizer(folder)
     tokenise = Tokenise(tokenizer, tokens)

@@ -9,6 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
+from pathlib import Path
 from typing import Any, Generic, Literal
 
 import numpy as np
@@ -18,9 +19,11 @@ from torch import Tensor
 
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError
+from dpo_core.methods.job import Job
 from dpo_core.methods.online import ppo_math
 from dpo_core.methods.online.rollouts import Episode, Item, Rollout, deal, micro_batches, read, sampler_gap
-from dpo_core.methods.online.sampler import Sampler, Surroundings
+from dpo_core.methods.online.sampler import RolloutContext, Sampler
+from dpo_core.models.save import export_policy
 from dpo_core.scoring import flops as cost
 from dpo_core.training.config import EngineConfig, OptimConfig
 from dpo_core.training.engine import Engine, MetricsFile, Stopped
@@ -95,7 +98,7 @@ class OnlineTrainer(ABC, Generic[Item]):
         reference: not trained; it moves only where `config.reference_ema` says so.
     """
 
-    def __init__(self, policy: Any, reference: Any, around: Surroundings, config: RoundsConfig) -> None:
+    def __init__(self, policy: Any, reference: Any, around: RolloutContext, config: RoundsConfig) -> None:
         self.rounds, self.around = config, around
         self.reference = reference.eval().requires_grad_(False)
         self.module = policy
@@ -363,3 +366,13 @@ def move(reference: Any, policy: Any, share: float) -> None:
     """reference ← share · policy + (1 - share) · reference, in place."""
     for theirs, mine in zip(reference.parameters(), policy.parameters(), strict=True):
         theirs.lerp_(mine.to(theirs.dtype), share)
+
+
+def export_trained(policy: Any, tokenizer: Any, job: Job) -> Callable[[dict[str, Tensor]], None]:
+    """Writes the policy."""
+
+    def export(state: dict[str, Tensor]) -> None:
+        policy.load_state_dict(state)
+        export_policy(policy, tokenizer, Path(job.model), Path(job.out))
+
+    return export

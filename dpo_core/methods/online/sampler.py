@@ -14,23 +14,23 @@ import numpy as np
 import torch
 from torch import nn
 
-from dpo_core.data.tokens.tokenise import Sequence
+from dpo_core.data.tokens.tokenise import Sequence, Tokenise
 from dpo_core.errors import StageFailed
 from dpo_core.generation.generate import SamplingConfig, sample, seed_for
+from dpo_core.methods.build import read_rows
+from dpo_core.methods.job import Job
 from dpo_core.methods.online.rollouts import Episode
+from dpo_core.rewards.model import Scorer, scorer, scoring_flops_of
 from dpo_core.training.batches import Order
 from dpo_core.training.engine import Engine
-
-# Scores of completions: token sequences and the prompt texts they answer, in order.
-Scorer = Callable[[Seq[Sequence], Seq[str]], list[float]]
 
 # A prompt's token ids and its text.
 Prompt = tuple[tuple[int, ...], str]
 
 
 @dataclass(frozen=True)
-class Surroundings:
-    """What a job of rounds samples from, is paid by, and writes to.
+class RolloutContext:
+    """Prompts, sampling settings, reward and output folder of a job that trains on its own samples.
 
     Raises:
         StageFailed: there are no prompts.
@@ -55,6 +55,30 @@ class Surroundings:
             raise StageFailed("there are no prompts to sample from", "Look at what the data gate dropped")
 
 
+def rollout_context(job: Job, tokenise: Tokenise, precision: str) -> RolloutContext:
+    """The context that a job file describes.
+
+    Raises:
+        StageFailed: it names no reference, sampling settings or reward; or there are no prompts.
+    """
+    if job.reference is None or job.sampling is None or job.reward_source is None:
+        raise StageFailed(
+            f"the {job.method} job lacks its reference, sampling settings or reward", "Write them"
+        )
+    rows = read_rows(job.data)
+    tokens = [(tokenise.prompt_of(row, job.sampling.max_new_tokens), row["prompt"]) for row in rows]
+    return RolloutContext(
+        prompts=[(ids, text) for ids, text in tokens if ids],
+        sampling=job.sampling,
+        eos_id=tokenise.stop_ids,
+        scorer=scorer(job.reward_source, tokenise, precision),
+        gold=scorer(job.gold_source, tokenise, precision) if job.gold_source else None,
+        scoring_flops=scoring_flops_of(job.reward_source),
+        seed=job.seed,
+        work=Path(job.work),
+    )
+
+
 class Sampler:
     """Draws the rounds of one job on this rank; every prompt's completions stay on one rank.
 
@@ -65,7 +89,7 @@ class Sampler:
     """
 
     def __init__(
-        self, policy: Any, around: Surroundings, engine: Engine, *, prompts: int, each: int, redraws: int
+        self, policy: Any, around: RolloutContext, engine: Engine, *, prompts: int, each: int, redraws: int
     ) -> None:
         self.policy, self.around, self.engine = policy, around, engine
         self.prompts, self.each, self.redraws = prompts, each, redraws

@@ -305,9 +305,9 @@ def test_a_reward_model_judges(tiny: Path, tmp_path: Path) -> None:
     import torch
 
     from dpo_core.data.tokens.tokenise import Sequence, TokenConfig
-    from dpo_core.methods.reward import score
     from dpo_core.models.load import load_model, load_tokenizer
     from dpo_core.models.reward_model import RewardModel
+    from dpo_core.rewards.model import score
 
     model = RewardModel(load_model(tiny).get_decoder(), torch.Generator().manual_seed(0))
     folder = tmp_path / "reward"

@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 
 from dpo_core.generation.generate import SamplingConfig
-from dpo_core.methods.grpo import GroupConfig, GroupTrainer
+from dpo_core.methods.grpo import GrpoConfig, GrpoTrainer
 from dpo_core.methods.online.rollouts import response_logps
-from dpo_core.methods.online.sampler import Surroundings
+from dpo_core.methods.online.sampler import RolloutContext
 from dpo_core.methods.ppo import PpoConfig, PpoTrainer, make_critic
 from dpo_core.models.load import load_model
 from dpo_core.objectives import PairLogps, Term, combine, get
@@ -69,8 +69,8 @@ def optimum(log_ref: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(scores - np.logaddexp.reduce(scores))
 
 
-def around(work: Path, answers: Answers = ANSWERS) -> Surroundings:
-    return Surroundings(
+def around(work: Path, answers: Answers = ANSWERS) -> RolloutContext:
+    return RolloutContext(
         prompts=[(PROMPT, "")],
         sampling=SamplingConfig(max_new_tokens=len(answers[0]), batch_size=256, precision="fp32"),
         eos_id=NO_EOS,
@@ -99,9 +99,9 @@ def test_the_reference_is_far_from_the_optimum(log_ref: NDArray[np.float64]) -> 
         PpoConfig(**ROUNDS, epochs=2, kl_coef=BETA),
         PpoConfig(**ROUNDS, epochs=2, kl_coef=BETA, lam=1.0, whiten_advantages=False),
         PpoConfig(**ROUNDS, epochs=2, kl_coef=BETA, score_at="after_last"),
-        GroupConfig(**ROUNDS, variant="rloo", group_size=8, kl_coef=BETA),
-        GroupConfig(**ROUNDS, variant="grpo", group_size=8, kl_coef=BETA, kl_in="reward", kl_estimator="k1"),
-        GroupConfig(
+        GrpoConfig(**ROUNDS, variant="rloo", group_size=8, kl_coef=BETA),
+        GrpoConfig(**ROUNDS, variant="grpo", group_size=8, kl_coef=BETA, kl_in="reward", kl_estimator="k1"),
+        GrpoConfig(
             **ROUNDS, variant="dr_grpo", group_size=8, kl_coef=BETA, kl_in="reward", kl_estimator="k1"
         ),
     ],
@@ -121,7 +121,7 @@ def test_reinforcement_reaches_the_optimum(
     if isinstance(method, PpoConfig):
         trainer = PpoTrainer(policy, reference, make_critic(reference), around(tmp_path), method)
     else:
-        trainer = GroupTrainer(policy, reference, around(tmp_path), method)
+        trainer = GrpoTrainer(policy, reference, around(tmp_path), method)
     trainer.train()
     found = log_policy(policy)
     assert kl(found, optimum(log_ref)) < TOLERANCE
@@ -169,8 +169,8 @@ def test_grpo_as_its_paper_has_it_reaches_another_optimum(
     rewards = REWARDS[:VOCABULARY]
     policy, reference = load_model(folder), load_model(folder)
     log_start = log_policy(reference, answers)
-    config = GroupConfig(**ROUNDS, variant="dr_grpo", group_size=32, kl_coef=BETA)
-    GroupTrainer(policy, reference, around(tmp_path, answers), config).train()
+    config = GrpoConfig(**ROUNDS, variant="dr_grpo", group_size=32, kl_coef=BETA)
+    GrpoTrainer(policy, reference, around(tmp_path, answers), config).train()
     found = log_policy(policy, answers)
     low, high = rewards.max() + 1e-9, rewards.max() + 10.0
     for _ in range(200):  # the multiplier at which the probabilities add up to 1

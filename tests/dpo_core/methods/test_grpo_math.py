@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_core.methods.grpo import VARIANTS, GroupConfig
+from dpo_core.methods.grpo import VARIANTS, GrpoConfig
 from dpo_core.methods.online.grpo_math import (
     aggregate,
     clipped_losses,
@@ -165,7 +165,7 @@ def test_the_variants_are_their_papers() -> None:
 
 
 def test_a_field_changes_its_variant_and_nothing_else() -> None:
-    rules = GroupConfig(variant="dapo", clip_high=0.4).rules
+    rules = GrpoConfig(variant="dapo", clip_high=0.4).rules
     assert (rules.clip_high, rules.clip_low, rules.aggregate) == (0.4, 0.2, "token")
 
 
@@ -183,4 +183,4 @@ def test_a_field_changes_its_variant_and_nothing_else() -> None:
 )
 def test_what_would_not_be_read_is_refused(fields: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        GroupConfig(**fields)  # type: ignore[arg-type]
+        GrpoConfig(**fields)  # type: ignore[arg-type]

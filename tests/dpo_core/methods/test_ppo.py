@@ -16,7 +16,7 @@ from dpo_core import job as train
 from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.methods.build import build
 from dpo_core.methods.online.rollouts import Episode, response_logps
-from dpo_core.methods.online.sampler import Surroundings
+from dpo_core.methods.online.sampler import RolloutContext
 from dpo_core.methods.ppo import PpoConfig, make_critic, state_values
 from dpo_core.models.load import load_model, load_tokenizer
 from dpo_core.models.reward_model import RewardModel
@@ -285,7 +285,7 @@ def test_no_prompts_are_told(tmp_path: Path) -> None:
     from dpo_core.generation.generate import SamplingConfig
 
     with pytest.raises(StageFailed, match="no prompts"):
-        Surroundings(
+        RolloutContext(
             prompts=[], sampling=SamplingConfig(), eos_id=0, scorer=lambda s, p: [], seed=0, work=tmp_path
         )
 

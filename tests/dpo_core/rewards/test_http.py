@@ -15,10 +15,10 @@ import pytest
 
 from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.errors import RecipeError, StageFailed
-from dpo_core.methods.build import scorer
 from dpo_core.models.load import load_tokenizer
 from dpo_core.rewards.functions import CheckedReward, check_reward, load_reward, reward_identity
 from dpo_core.rewards.http import TOKEN, HttpReward
+from dpo_core.rewards.model import scorer
 
 Answer = tuple[int, dict[str, str], bytes]
 

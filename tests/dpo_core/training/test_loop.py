@@ -417,8 +417,8 @@ def test_a_signal_saves_the_step_at_hand(
 
 
 def test_the_reward_model_separates_what_can_be_separated(alone: None, tiny: Path, tmp_path: Path) -> None:
-    from dpo_core.methods.reward import score
     from dpo_core.models.reward_model import RewardModel
+    from dpo_core.rewards.model import score
 
     rows = [
         r | {"chosen": f" good {training_jobs.text(i, 3)}", "rejected": f" bad {training_jobs.text(i, 3)}"}

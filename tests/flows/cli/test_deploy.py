@@ -220,7 +220,7 @@ def test_a_server_that_is_away_is_named(
 @pytest.mark.parametrize("path", ["/data/a b.jsonl", "null", "/x/{a: 1}", "/x/ü'\".jsonl"])
 def test_a_data_set_of_any_name_takes_the_recipes_place(path: str) -> None:
     from flows.deployed import command_of, data_overrides
-    from tasks.recipe.recipe import load_recipe
+    from tasks.recipe.read import load_recipe
 
     sets = data_overrides(path)
     assert load_recipe("demo", sets).data.path == path

@@ -12,7 +12,7 @@ from deploy.launchers.registry import VARIABLE
 from dpo_core.errors import RecipeError
 from flows.cli.launch import cluster_config, rendered, send_to
 from tasks.preflight import check_ahead
-from tasks.recipe.recipe import load_recipe
+from tasks.recipe.read import load_recipe
 from tests.support.runs.tiny_run import Bench
 from tests.support.sites import slurm_site
 

@@ -255,7 +255,7 @@ def test_what_does_not_fit_is_said_with_the_field_to_change(bench, tmp_path, mon
     own.recipe.write_text(plain)
     from flows.cli.plan import plan_recipe
     from tasks.planning import speed as plan_speed
-    from tasks.recipe.recipe import load_recipe
+    from tasks.recipe.read import load_recipe
 
     small = replace(plan_speed.Speed.of(str(own.workspace)), memory_bytes=2**20, on_gpu=on_gpu)
     monkeypatch.setattr("tasks.planning.plan.Speed.of", lambda _: small)

@@ -75,7 +75,7 @@ def main(recipe_path: str, fault: str, image: str, place: str) -> None:
     os.environ["MLFLOW_SQLALCHEMYSTORE_POOLCLASS"] = "NullPool"
     from dpo_core.errors import DpoError
     from flows.alignment import alignment
-    from tasks.recipe.recipe import load_recipe
+    from tasks.recipe.read import load_recipe
     from tasks.store.store import Store
     from tests.scenarios.faults.disks import SmallDisk
     from tests.support.runs.stored import assert_clean

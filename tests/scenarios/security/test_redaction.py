@@ -13,7 +13,7 @@ from dpo_core.errors import DpoError, RecipeError, StageFailed, without_secrets
 from dpo_core.redaction import hidden, place_of_secret
 from flows.cli.validate import _own_folder
 from flows.process.environment import hide_secrets_in_logs
-from tasks.recipe.recipe import load_recipe
+from tasks.recipe.read import load_recipe
 from tests.scenarios.bad_inputs import dpo
 
 CANARY = "canary-5b1f"

@@ -1,4 +1,4 @@
-"""Several training jobs, one after the other, in the same ranks of one torchrun (`many_jobs JOB...`).
+"""Several training jobs one after the other in the same ranks, started by torchrun.
 
 Starting ranks costs more than a tiny job. Each job runs through the real entry point of a rank.
 """

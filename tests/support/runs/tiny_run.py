@@ -30,8 +30,24 @@ def tiny_recipe(model: Path, workspace: Path) -> dict:
         },
         "pairs": {"samples_per_prompt": 4, "sampling": {"max_new_tokens": 12, "precision": "fp32"}},
         "reward": {"source": f"{reward}:vowels"},
-        "dpo": {"epochs": 50, "max_steps": 3, "batch_size": 8, "micro_batch_size": 8, "engine": ENGINE},
-        "ppo": {"iterations": 2, "episodes": 8, "micro_batch_size": 8, "epochs": 1, "engine": ENGINE},
+        "policies": {
+            "DPO": {
+                "method": "dpo",
+                "epochs": 50,
+                "max_steps": 3,
+                "batch_size": 8,
+                "micro_batch_size": 8,
+                "engine": ENGINE,
+            },
+            "PPO": {
+                "method": "ppo",
+                "iterations": 2,
+                "episodes": 8,
+                "micro_batch_size": 8,
+                "epochs": 1,
+                "engine": ENGINE,
+            },
+        },
         "evaluate": {
             "prompts": 6,
             "samples_per_prompt": 2,

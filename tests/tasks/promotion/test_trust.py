@@ -14,7 +14,8 @@ from dpo_core.evaluation.model_under_test import Asked
 from dpo_core.methods.dpo import DpoConfig
 from dpo_core.objectives import get
 from tasks.promotion.champion import Champion
-from tasks.recipe.recipe import Recipe, load_recipe
+from tasks.recipe.read import load_recipe
+from tasks.recipe.recipe import Recipe
 from tasks.reports.about import objective_words
 from tasks.reports.alarms import against_promotion, alarms
 from tasks.reports.run_page import render

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from dpo_core.errors import RecipeError
-from tasks.recipe.recipe import load_recipe
+from tasks.recipe.read import load_recipe
 
 
 @pytest.mark.parametrize("name", ["sft", "dpo"])

@@ -1,0 +1,167 @@
+"""What a training would compute: tokens, operations, and its fullest micro-batch, from lengths alone."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+
+from dpo_core.scoring import flops as cost
+from dpo_core.scoring.layout import Document, Layout, pack, pad
+from dpo_core.scoring.lm_head import keeps_logits
+from dpo_core.training.batches import PackedBatches, PaddedBatches
+from dpo_core.training.config import EngineConfig
+from dpo_core.training.loop import LoopConfig, PackedLoopConfig
+
+CAPPED = "every completion of the most tokens"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage computes."""
+
+    tokens: float = 0.0
+    flops: float = 0.0
+    precision: str = "fp32"
+    engine: EngineConfig | None = None
+    """Of a training stage; the fields below are its own too."""
+    layout: Layout | None = None
+    """The fullest micro-batch."""
+    micro_batches: int = 1
+    references: int = 0
+    """Models in memory beside the trained one."""
+    note: str = ""
+    """What was assumed."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Prompts with completions; `documents` stand for `count` of them."""
+
+    documents: list[Document]
+    count: int
+    note: str = ""
+
+    def limited(self, limit: int | None) -> "Examples":
+        """At most so many."""
+        return self if limit is None else replace(self, count=min(self.count, limit))
+
+
+class ExamplesOf(Protocol):
+    """Gives the training examples of a kind of data, at most `limit` rows of them."""
+
+    def __call__(self, data: str, limit: int | None = None) -> Examples: ...
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What an estimate reads of the run."""
+
+    shape: cost.Shape
+    """Of the trained model."""
+    examples: ExamplesOf
+    """Prompts come with a completion of the most tokens."""
+    packed: bool
+    """Whether this model's documents may share a row."""
+    seed: int
+    new_tokens: int
+    """The most that a sample may have."""
+    learned_reward: bool
+
+
+def read(shape: cost.Shape, examples: Examples) -> tuple[float, float]:
+    """Tokens and operations of one forward pass over all examples, each prompt once."""
+    sizes = [cost.sizes(d, packed=True) for d in examples.documents] or [cost.Sizes(0.0, 0.0, 0.0)]
+    means = [float(np.mean(column)) for column in zip(*sizes, strict=True)]
+    return examples.count * means[0], examples.count * cost.forward(shape, *means)
+
+
+def loop(config: LoopConfig, examples: Examples, inputs: Inputs) -> Work:
+    """A training over fixed examples."""
+    packed = inputs.packed and isinstance(config, PackedLoopConfig) and config.pack_tokens is not None
+    seen = config.steps(examples.count) * min(config.batch_size, examples.count)
+    sizes = [cost.sizes(d, packed) for d in examples.documents]
+    tokens, squares, scored = (float(np.mean(column)) for column in zip(*sizes, strict=True))
+    layout, micro_batches = _fullest(config, examples, inputs.seed, packed)
+    flops = cost.training(
+        inputs.shape,
+        tokens,
+        squares,
+        scored,
+        checkpointing=config.engine.gradient_checkpointing,
+        head_again=not keeps_logits(len(layout.targets_N), inputs.shape.vocabulary),
+    )
+    return Work(
+        tokens=seen * tokens,
+        flops=seen * flops,
+        precision=config.engine.precision,
+        engine=config.engine,
+        layout=layout,
+        micro_batches=micro_batches,
+        note=examples.note,
+    )
+
+
+def with_forward_pass(work: Work, shape: cost.Shape, references: int) -> Work:
+    """The work with one more forward pass over what it trains on, and models beside the trained one."""
+    again = work.flops * cost.forward(shape, 1, 0, 0) / cost.training(shape, 1, 0, 0)
+    return replace(work, flops=work.flops + again, references=references)
+
+
+def _fullest(config: LoopConfig, examples: Examples, seed: int, packed: bool) -> tuple[Layout, int]:
+    """The largest micro-batch of the first epoch on the first rank, and how many a step has."""
+    ranks, documents = config.engine.processes, examples.documents
+    of = np.resize(np.arange(len(documents)), max(examples.count, 1))
+    if packed and isinstance(config, PackedLoopConfig) and config.pack_tokens is not None:
+        lengths = np.array([len(d) for d in documents])[of]
+        batches: Any = PackedBatches(
+            lengths, config.batch_size, config.pack_tokens, epochs=1, seed=seed, rank=0, world=ranks
+        )
+        steps = batches.plans[0].steps
+    else:
+        rows = np.array([max(len(d.prompt) + len(b) for b in d.branches) for d in documents])[of]
+        size = config.rows_at_a_time(ranks)
+        batches = PaddedBatches(rows.tolist(), config.batch_size, size, seed=seed, rank=0, world=ranks)
+        lengths, steps = rows, max(1, len(rows) // config.batch_size)
+    micros = [m for step in range(min(steps, config.steps(len(of)))) for m in batches.of_step(step).mine]
+    fullest = max(micros, key=lambda m: (sum if packed else max)(int(lengths[i]) for i in m))
+    chosen = [documents[of[i]] for i in fullest]
+    return (pack if packed else pad)(chosen), batches.micro_batches
+
+
+def rounds(config: Any, inputs: Inputs, *, learnt: float = 1.0, critic: bool = False) -> Work:
+    """Rounds of sampling, reading twice, scoring and updating.
+
+    Args:
+        config: a `RoundsConfig`.
+        learnt: share of the samples that the updates read.
+        critic: whether a second model reads and learns too.
+    """
+    prompts = inputs.examples("prompts")
+    documents = prompts.documents
+    episodes = Examples(documents, config.iterations * config.episodes)
+    lengths = [len(d.prompt) for d in documents]
+    drawn = episodes.count * cost.generation(inputs.shape, lengths, inputs.new_tokens) / len(lengths)
+    tokens, once = read(inputs.shape, episodes)
+    sizes = [cost.sizes(d, packed=False) for d in documents]
+    means = (float(np.mean(column)) for column in zip(*sizes, strict=True))
+    trained = cost.training(inputs.shape, *means)
+    updates = config.iterations * config.epochs * config.minibatches
+    shared = config.micro_batch_size * config.engine.processes
+    return Work(
+        tokens=tokens * (1 + config.epochs * learnt),
+        flops=drawn
+        + (2 + inputs.learned_reward + critic) * once
+        + (1 + critic) * learnt * episodes.count * config.epochs * trained,
+        precision=config.engine.precision,
+        engine=config.engine,
+        layout=pad(sorted(documents, key=len)[-config.micro_batch_size :]),
+        micro_batches=max(1, round(learnt * episodes.count * config.epochs / (updates * shared))),
+        # A critic is in memory with its gradients and the two moments of its optimiser.
+        references=1 + inputs.learned_reward + 4 * critic,
+        note=CAPPED,
+    )
+
+
+def unknown(tokens: int) -> tuple[int, ...]:
+    """A completion of which only the length counts."""
+    return (0,) * tokens

@@ -1,0 +1,37 @@
+"""The methods by name: what the modules of this package export as `METHOD`."""
+
+import difflib
+import importlib
+import pkgutil
+from functools import cache
+
+from dpo_core import methods as package
+from dpo_core.errors import RecipeError
+from dpo_core.methods.method import Method
+
+
+@cache
+def methods() -> dict[str, Method]:
+    """All methods, those that a policy may name first."""
+    modules = [
+        importlib.import_module(f"{package.__name__}.{entry.name}")
+        for entry in pkgutil.iter_modules(package.__path__)
+        if entry.name != "registry"
+    ]
+    known = [module.METHOD for module in modules if hasattr(module, "METHOD")]
+    return {method.name: method for method in sorted(known, key=lambda m: (not m.policy, m.name))}
+
+
+def get(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    known = methods()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        names = ", ".join(method.name for method in known.values() if method.policy)
+        raise RecipeError(f"there is no method '{name}'{hint}", f"Methods: {names}; see dpo methods")
+    return known[name]

@@ -1,0 +1,109 @@
+"""Scoring with a reward model, and the reward of completions whether a model or a function gives it."""
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise, TokenPair
+from dpo_core.models.load import config_in
+from dpo_core.models.reward_model import RewardModel
+from dpo_core.rewards.functions import load_reward
+from dpo_core.scoring import flops as cost
+from dpo_core.scoring.layout import right_padded
+from dpo_core.scoring.logprobs import autocast, length_batches
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Scorer = Callable[[Seq[Sequence], Seq[str]], list[float]]
+"""Rewards of completions, given their sequences and the texts of their prompts."""
+
+
+def reward_of(model: RewardModel, sequences: Seq[Sequence], precision: str) -> Tensor:
+    """Rewards (B,) of sequences in one forward pass, read at each one's last token."""
+    device = next(model.parameters()).device
+    ids_BT, attention_BT = right_padded([s.prompt + s.completion for s in sequences])
+    last_B = torch.tensor([len(s) - 1 for s in sequences], device=device)
+    with autocast(precision, device):  # type: ignore[arg-type]
+        return model(ids_BT.to(device), attention_BT.to(device), last_B)
+
+
+@torch.no_grad()
+def score(
+    model: RewardModel,
+    sequences: Seq[Sequence],
+    precision: str,
+    token_budget: int = 4096,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[float]:
+    """Rewards of any number of sequences, in order, batched by length."""
+    model.eval()
+    rewards = [0.0] * len(sequences)
+    done = 0
+    for group in length_batches([len(s) for s in sequences], token_budget):
+        values = reward_of(model, [sequences[i] for i in group], precision)
+        for index, value in zip(group, values.tolist(), strict=True):
+            rewards[index] = value
+        done += len(group)
+        progress(done)
+    return rewards
+
+
+def read_sizes(sequences: Seq[Sequence]) -> cost.Sizes:
+    """What `reward_of` computes, from lengths alone; the head reads one position of each."""
+    return cost.padded_sizes([len(s) for s in sequences], len(sequences))
+
+
+def scoring_flops(shape: cost.Shape, sequences: Seq[Sequence], token_budget: int = 4096) -> float:
+    """Operations of `score`, of a reward model of this shape."""
+    groups = length_batches([len(s) for s in sequences], token_budget)
+    return sum(cost.forward(shape, *read_sizes([sequences[i] for i in group])) for group in groups)
+
+
+def normalise_on(
+    model: RewardModel, pairs: Seq[TokenPair], precision: str, most: int = 256
+) -> dict[str, float]:
+    """Set the model's gain and bias so that rewards of training answers have mean 0 and deviation 1.
+
+    Returns the accuracy on these pairs, which normalising does not change.
+    """
+    some = list(pairs)[:most]
+    raw = torch.tensor(score(model, [s for p in some for s in (p.chosen, p.rejected)], precision))
+    model.normalise(raw)
+    return {"accuracy": float((raw[0::2] > raw[1::2]).float().mean())}
+
+
+def scorer(source: str, tokenise: "Tokenise | PreTrainedTokenizerBase", precision: str) -> Scorer:
+    """The reward of finished completions: a reward model's folder, or a name for `load_reward`.
+
+    Args:
+        tokenise: turns completions into the texts that a reward reads.
+    """
+    if is_reward_model(source):
+        model = RewardModel.load(Path(source))
+        return lambda sequences, prompts: score(model, sequences, precision)
+    reward = load_reward(source)
+
+    known = tokenise if isinstance(tokenise, Tokenise) else Tokenise(tokenise, TokenConfig())
+
+    def by_text(sequences: Seq[Sequence], prompts: Seq[str]) -> list[float]:
+        return reward(list(prompts), [known.text(s.completion, s.prompt) for s in sequences])
+
+    return by_text
+
+
+def is_reward_model(source: str) -> bool:
+    """Whether a reward's source is the folder of a trained reward model."""
+    return Path(source, "reward.json").is_file()
+
+
+def scoring_flops_of(source: str) -> Callable[[Seq[Sequence]], float]:
+    """Operations of scoring sequences; those of a reward that is no model of ours are unknown and count 0."""
+    if not is_reward_model(source):
+        return lambda sequences: 0.0
+    shape = cost.Shape.of(config_in(Path(source, "backbone"))).as_reward_model()
+    return lambda sequences: scoring_flops(shape, sequences)

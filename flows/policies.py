@@ -1,0 +1,192 @@
+"""Training the graph of policies: each after those that it starts from or is held to."""
+
+import contextvars
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dpo_core.errors import RecipeError
+from flows.preparation import Keep, Prepared
+from tasks.recipe.policies import REFERENCE, elsewhere
+from tasks.recipe.study import Node
+from tasks.signals import begin_stop, go_on
+from tasks.stages.base import Context
+from tasks.stages.data import SAMPLE
+from tasks.stages.models import CACHE, cache_reference, import_model
+from tasks.stages.training import Scoring, TrainedPolicy, Training, train_policy
+from tasks.store.manifest import Manifest
+
+
+def train_policies(
+    context: Context,
+    prepared: Prepared,
+    keep: Keep,
+    parallel: int = 1,
+    then: Callable[[TrainedPolicy], Any] = lambda one: None,
+) -> list[TrainedPolicy]:
+    """Train every node of the recipe's graph.
+
+    Args:
+        parallel: how many at a time; the first error stops those that have not begun.
+        then: what follows each training, in the same thread.
+    """
+    nodes = prepared.recipe.nodes()
+    models = {name: _fetch(context, prepared, name, keep) for name in _outside(nodes)}
+    learners = {n.seed: None for n in nodes if prepared.recipe.learns_from_model(n.config)}
+    one_seed = prepared.recipe.study is None
+    rewards = {
+        seed: prepared.train_reward(context, seed, "" if one_seed else f" seed {seed}", keep)
+        for seed in learners
+    }
+
+    def train(node: Node, earlier: dict[tuple[str, int], TrainedPolicy]) -> TrainedPolicy:
+        go_on()  # a thread that ends its work takes the next before the rest can be called off
+        trained = _Trainer(context, prepared, keep, models, earlier).train(node, rewards.get(node.seed))
+        then(trained)
+        return trained
+
+    if parallel == 1:
+        done: dict[tuple[str, int], TrainedPolicy] = {}
+        results = []
+        for node in nodes:
+            done[node.policy, node.seed] = trained = train(node, done)
+            results.append(trained)
+        return results
+    return _in_threads(nodes, train, parallel)
+
+
+def _in_threads(
+    nodes: list[Node],
+    train: Callable[[Node, dict[tuple[str, int], TrainedPolicy]], TrainedPolicy],
+    parallel: int,
+) -> list[TrainedPolicy]:
+    """All nodes, so many at a time; a node waits for those that it needs, which were begun before it."""
+    futures: dict[tuple[str, int], Future[TrainedPolicy]] = {}
+
+    def begin(node: Node) -> TrainedPolicy:
+        return train(node, {key: futures[key].result() for key in node.needs})
+
+    with ThreadPoolExecutor(parallel) as pool:
+        running = []
+        for node in nodes:
+            # Prefect knows a task's flow by context variables, which a thread does not inherit.
+            future = pool.submit(contextvars.copy_context().run, begin, node)
+            futures[node.policy, node.seed] = future
+            running.append(future)
+        try:
+            return [future.result() for future in running]
+        except BaseException as error:
+            begin_stop(error)  # where it is a stop, the other threads end their work too; else they finish it
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _outside(nodes: list[Node]) -> list[str]:
+    """The models of the registry or of earlier runs that policies name."""
+    return list(dict.fromkeys(m for node in nodes for m in node.config.models if elsewhere(m)))
+
+
+def _fetch(context: Context, prepared: Prepared, name: str, keep: Keep) -> Manifest:
+    """A model from outside the recipe, which must read the tokens of this run."""
+    recipe = prepared.recipe
+    label = f" {name}"
+    config = recipe.model.model_copy(update={"name": name, "scratch": None})
+    labelled = context.model_copy(update={"label": label})
+    result = import_model(labelled, config, recipe.tokens.max_length, recipe.precision)
+    manifest = keep(f"import-model{label}", result)
+    if not manifest.planned and not prepared.reference.planned:
+        require_same_tokens(prepared.reference.path, manifest.path, name)
+    return manifest
+
+
+def require_same_tokens(base: Path, other: Path, name: str) -> None:
+    """Refuse a model whose tokenizer is not that of the run's model: its ids would mean other texts.
+
+    Raises:
+        RecipeError: so.
+    """
+    file = "tokenizer.json"
+    if (base / file).read_bytes() != (other / file).read_bytes():
+        raise RecipeError(
+            f"{name} has another tokenizer than the run's model, so that its tokens mean other texts",
+            "Name a model that was trained from the same base model",
+        )
+
+
+@dataclass(frozen=True)
+class _Trainer:
+    """Trains one node from what is there already."""
+
+    context: Context
+    prepared: Prepared
+    keep: Keep
+    models: dict[str, Manifest]
+    earlier: dict[tuple[str, int], TrainedPolicy]
+
+    def train(self, node: Node, reward_model: Manifest | None) -> TrainedPolicy:
+        prepared, recipe, policy = self.prepared, self.prepared.recipe, node.config
+        needed = self._needed(node)
+        logps = None
+        if policy.entry.reference(policy.settings) == "cached":
+            logps = self._logps(node)
+            needed[f"{CACHE.name} {policy.reference}"] = logps
+        scoring = None
+        if policy.entry.scored:
+            learned = recipe.learns_from_model(policy)
+            reward_model = reward_model if learned else None
+            source = recipe.reward.source
+            scoring = Scoring(
+                recipe.evaluate.sampling,
+                reward_model,
+                None if learned else source,
+                source if learned else None,
+            )
+            if reward_model is not None:
+                needed["train-reward"] = reward_model
+        if scoring is None or reward_model is not None:
+            needed |= {SAMPLE.name: prepared.sampled} if prepared.sampled else {}
+        training = Training(
+            policy,
+            self._model(policy.start, node.seed),
+            self._model(policy.reference, node.seed),
+            prepared.judged if scoring else prepared.pairs,
+            recipe.tokens,
+            node.seed,
+            logps,
+            scoring,
+        )
+        labelled = self.context.model_copy(update={"label": node.label})
+        manifest = self.keep(training.stage.name + node.label, train_policy(labelled, training))
+        return TrainedPolicy(node, manifest, needed, scoring.reward_model if scoring else None)
+
+    def _model(self, name: str, seed: int) -> Manifest:
+        if name == REFERENCE:
+            return self.prepared.reference
+        return self.models[name] if elsewhere(name) else self.earlier[name, seed].manifest
+
+    def _needed(self, node: Node) -> dict[str, Manifest]:
+        """What the policies that this one needs took, and they themselves."""
+        needed: dict[str, Manifest] = {}
+        for key in node.needs:
+            other = self.earlier[key]
+            needed |= other.needed | {other.node.policy: other.manifest}
+        return needed
+
+    def _logps(self, node: Node) -> Manifest:
+        prepared, policy = self.prepared, node.config
+        label = ""
+        if policy.reference != REFERENCE:
+            own = prepared.recipe.study is not None and not elsewhere(policy.reference)
+            label = f" {policy.reference}{f' seed {node.seed}' if own else ''}"
+        reference = self._model(policy.reference, node.seed)
+        result = cache_reference(
+            self.context.model_copy(update={"label": label}),
+            reference,
+            prepared.pairs,
+            policy,
+            prepared.recipe.tokens,
+            prepared.recipe.cache.token_budget,
+        )
+        return self.keep(CACHE.name + label, result)

@@ -1,0 +1,197 @@
+"""Reading a recipe: shipped or a file, with overrides laid over it; every fault named with its field."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from yaml.constructor import ConstructorError
+
+from dpo_core.errors import RecipeError
+from dpo_core.redaction import place_of_secret
+from dpo_core.system import read_small
+from dpo_core.yaml import read_yaml
+from tasks.recipe.old_recipe import require_new_form
+from tasks.recipe.policies import CLASSES
+from tasks.recipe.recipe import Recipe
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    folder = Path(str(resources.files("flows"))) / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a shipped recipe or a YAML file and lay `a.b=value` overrides over it.
+
+    Raises:
+        RecipeError: unknown recipe, unreadable or malformed YAML, unknown field, value out of range.
+    """
+    path = _find(name)
+    try:
+        raw = read_yaml(read_small(path))
+    except OSError as error:
+        raise RecipeError(f"the recipe {path} cannot be read ({error.strerror})", "Check its path") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = " ".join(str(error).split())
+        raise RecipeError(
+            f"the recipe {path} is not valid YAML: {where}", "Mend the line it names"
+        ) from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"the recipe {path} is not a mapping of fields", "Start from a shipped recipe")
+    return overridden(Recipe, raw, overrides, f"the recipe {name} cannot be used", _KNOWN_FIELDS)
+
+
+_KNOWN_FIELDS = "See every field and its range with: dpo config schema"
+
+
+def _find(name: str) -> Path:
+    recipes = shipped()
+    if name in recipes:
+        return recipes[name]
+    path = Path(name).expanduser()
+    if path.is_dir():
+        raise RecipeError(f"{path} is a folder, not a recipe", "Name the YAML file")
+    if not path.exists():
+        raise RecipeError(
+            f"there is no recipe named {name} and no such file",
+            f"Shipped recipes: {', '.join(recipes)}; or name a YAML file",
+        )
+    return path
+
+
+def overridden(
+    model: type[Model], raw: dict[str, Any], overrides: Sequence[str], unusable: str, remedy: str
+) -> Model:
+    """Settings with `a.b=value` overrides laid over them; `unusable` begins the error if they cannot be used.
+
+    Raises:
+        RecipeError: an override of another form, an unknown field, a value out of range.
+    """
+    for override in overrides:
+        _lay_over(raw, override)
+    if model is Recipe:
+        require_new_form(raw, unusable)
+    try:
+        settings = model.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(f"{unusable}: {_faults_of(error, model)}", remedy) from error
+    except RecipeError as error:  # of the judge, which says itself what may be chosen
+        raise RecipeError(f"{unusable}: {error.problem}", error.remedy) from error
+    if place := place_of_secret(raw):
+        # MLflow, Prefect, manifests and pages would all show it.
+        raise RecipeError(f"{unusable}: {place} holds a secret, which every record would show", _INSTEAD)
+    return settings
+
+
+_INSTEAD = (
+    "Take it out; secrets are read from the environment alone: HF_TOKEN, DPO_REWARD_TOKEN, DPO_JUDGE_KEY, "
+    "MLFLOW_TRACKING_USERNAME with MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_URI for a database's address"
+)
+
+
+def _lay_over(raw: dict[str, Any], override: str) -> None:
+    """Lay one `a.b=value` over a mapping; the value is read as YAML.
+
+    Raises:
+        RecipeError: it is not of that form.
+    """
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise RecipeError(
+            f"--set {override} is not of the form a.b=value", "Write for example policies.DPO.epochs=2"
+        )
+    try:
+        value = read_yaml(text) if text else None
+    except yaml.YAMLError as error:
+        said = f"--set {_short(override)}: the value is not valid YAML{_why(error)}"
+        raise RecipeError(said, "Quote it") from error
+    if isinstance(value, str):
+        value = _number(value)
+    place = raw
+    for part in parts[:-1]:
+        inner = place.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(f"--set {override}: {part} holds a value, not fields", _KNOWN_FIELDS)
+        place[part] = inner = dict(inner)  # where YAML aliases share it, the others keep their values
+        place = inner
+    place[parts[-1]] = value
+
+
+def _why(error: yaml.YAMLError) -> str:
+    problem = getattr(error, "problem", None)
+    return f": {problem}" if isinstance(error, ConstructorError) and problem else ""
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]} …"
+
+
+def _number(text: str) -> str | float:
+    """YAML 1.1 reads 1e-5 as a string; people mean a number."""
+    try:
+        return float(text) if text[:1] in "0123456789.-+" else text
+    except ValueError:
+        return text
+
+
+def _faults_of(error: ValidationError, root: type[BaseModel]) -> str:
+    """Every fault with its field, in one line; `root` is the model that was asked."""
+    faults = []
+    for fault in error.errors():
+        place = fault["loc"]
+        owner = root
+        if root is Recipe and place[:1] == ("policies",) and len(place) > 2:
+            owner = CLASSES[str(place[2])]  # pydantic puts the method between the policy and its field
+            place = (*place[:2], *place[3:])
+        field = ".".join(map(str, place)) or "recipe"
+        if fault["type"] == "extra_forbidden":
+            meant = _meant(owner, fault["loc"][3:] if owner is not root else place)
+            faults.append(f"there is no field {field}{meant}")
+            continue
+        message = fault["msg"].removeprefix("Value error, ")
+        given = f" (given {fault['input']!r})" if not isinstance(fault["input"], dict) else ""
+        faults.append(f"{field}: {message}{given if len(given) < 80 else ''}")
+    return "; ".join(faults)
+
+
+def _meant(root: type[BaseModel], place: tuple[int | str, ...]) -> str:
+    """The field that a mistyped one most likely was to be: its place elsewhere, or the nearest name there."""
+    model, wanted = root, _LONG.get(str(place[-1]), str(place[-1]))
+    for part in place[:-1]:
+        known = model.model_fields.get(str(part))
+        inner = _model_of(known.annotation) if known else None
+        if inner is None:
+            return ""
+        model = inner
+    near = difflib.get_close_matches(wanted, model.model_fields, n=1)
+    elsewhere = [path for path in _paths(root) if path.rpartition(".")[2] == wanted]
+    elsewhere.sort(key=lambda path: (path.count("."), path))
+    found = near if wanted in near or not elsewhere else elsewhere
+    return f" (did you mean {found[0]}?)" if found else ""
+
+
+# What other trainers call them.
+_LONG = {"lr": "learning_rate", "bs": "batch_size", "max_tokens": "max_new_tokens", "lora_config": "lora"}
+
+
+def _model_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds, also where it may be empty."""
+    kinds = [annotation, *get_args(annotation)]
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+
+
+def _paths(model: type[BaseModel], above: str = "") -> Iterator[str]:
+    """Dotted names of all fields of a model and of its sections."""
+    for name, field in model.model_fields.items():
+        yield above + name
+        inner = _model_of(field.annotation)
+        if inner is not None and inner is not model:
+            yield from _paths(inner, f"{above}{name}.")
