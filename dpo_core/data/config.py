@@ -1,16 +1,16 @@
 """What the recipe says about the data."""
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
 from dpo_core.config import Config
+from dpo_core.data.formats import ADAPTERS
 
-Format = Literal[
-    "hh", "prompt-pairs", "sharegpt", "pandalm", "stackexchange", "kto", "prompts", "ranked", "scored",
-    "oasst", "helpsteer2", "helpsteer3", "shp", "pku-saferlhf", "pku-saferlhf-safer", "summaries", "webgpt",
-    "arena",
-]  # fmt: skip
+if TYPE_CHECKING:
+    Format = str
+else:
+    Format = Literal[tuple(ADAPTERS)]
 Column = Literal[
     "prompt", "chosen", "rejected", "completion", "label", "system", "messages", "conversations", "history",
     "instruction", "input", "tools", "agreement", "margin", "answers", "answer", "score",

@@ -1,164 +1,21 @@
 """The table of formats, and how the format of rows is recognised."""
 
 import difflib
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
-from dpo_core.data.config import Format
-from dpo_core.data.layouts import common as usual
-from dpo_core.data.layouts import public, rankings
-from dpo_core.data.layouts.fields import Fault, Kind, Ranked, Row, has, type_of
+from dpo_core.data import layouts
+from dpo_core.data.layouts.adapter import Adapter
+from dpo_core.data.layouts.fields import Fault, Row, type_of
 from dpo_core.errors import DataError
+from dpo_core.system import modules_of
 
 SAMPLE_ROWS = 100
-Assemble = Callable[[list[tuple[int, Any]], Counter[str]], Iterable[Ranked]]
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """One format: what its rows become, how they look, and the function that converts one."""
-
-    kind: Kind
-    looks: str
-    fits: Callable[[Row], bool]
-    convert: Callable[[Row], Any]
-    columns: tuple[str, ...] = ()
-    """The columns that make the format, for saying what rows come near to."""
-    assemble: Assemble | None = None
-    """Where an answer stands in a row of its own: makes ranked lists of what `convert` gave for all rows."""
-    note: str = ""
-    """A choice that the format made, said after reading."""
-    ranked: bool = False
-    """Whether `data.pairs` is read."""
-
-
-ADAPTERS: dict[Format, Adapter] = {
-    "hh": Adapter("pairs", "chosen and rejected are Human/Assistant transcripts", usual.is_hh, usual.hh),
-    "prompt-pairs": Adapter(
-        "pairs",
-        "a prompt (or the turns inside the answers) with chosen and rejected",
-        usual.is_prompt_pairs,
-        usual.prompt_pairs,
-        ("prompt", "chosen", "rejected"),
-    ),
-    "sharegpt": Adapter(
-        "pairs",
-        "conversations with a chosen and a rejected message",
-        lambda row: has(row, "conversations", "chosen", "rejected"),
-        usual.sharegpt,
-        ("conversations", "chosen", "rejected"),
-    ),
-    "pandalm": Adapter(
-        "pairs",
-        "an instruction, response1 and response2, and annotators' votes",
-        lambda row: has(row, "instruction", "response1", "response2", "annotator1"),
-        usual.pandalm,
-        ("instruction", "response1", "response2", "annotator1"),
-    ),
-    "stackexchange": Adapter(
-        "pairs",
-        "a question with response_j preferred to response_k",
-        lambda row: has(row, "question", "response_j", "response_k"),
-        usual.stackexchange,
-        ("question", "response_j", "response_k"),
-    ),
-    "kto": Adapter(
-        "unpaired",
-        "one answer a row with a true/false label",
-        usual.is_kto,
-        usual.kto,
-        ("prompt", "completion", "label"),
-    ),
-    "prompts": Adapter("prompts", "a prompt or text and no answer", usual.is_prompts, usual.prompts),
-    "ranked": Adapter(
-        "pairs",
-        "a prompt with a list of answers, each with a score or a rank",
-        rankings.is_ranked,
-        rankings.ranked,
-        ("prompt", "answers"),
-        ranked=True,
-    ),
-    "scored": Adapter(
-        "pairs",
-        "a prompt, one answer and its score, several rows a prompt",
-        rankings.is_scored,
-        rankings.scored,
-        ("prompt", "response", "score"),
-        assemble=rankings.by_prompt,
-        ranked=True,
-    ),
-    "oasst": Adapter(
-        "pairs",
-        "messages of conversation trees with ranked replies (OpenAssistant)",
-        rankings.is_oasst,
-        rankings.oasst,
-        ("message_id", "parent_id", "text", "role"),
-        assemble=rankings.by_tree,
-        ranked=True,
-    ),
-    "helpsteer2": Adapter(
-        "pairs",
-        "a prompt, response_1, response_2 and preference_strength (HelpSteer2)",
-        lambda row: has(row, "prompt", "response_1", "response_2", "preference_strength"),
-        public.helpsteer2,
-        ("prompt", "response_1", "response_2", "preference_strength"),
-    ),
-    "helpsteer3": Adapter(
-        "pairs",
-        "a context, response1, response2 and overall_preference (HelpSteer3)",
-        lambda row: has(row, "context", "response1", "response2", "overall_preference"),
-        public.helpsteer3,
-        ("context", "response1", "response2", "overall_preference"),
-    ),
-    "shp": Adapter(
-        "pairs",
-        "a history, human_ref_A, human_ref_B and labels (SHP)",
-        lambda row: has(row, "history", "human_ref_A", "human_ref_B", "labels"),
-        public.shp,
-        ("history", "human_ref_A", "human_ref_B", "labels"),
-    ),
-    "pku-saferlhf": Adapter(
-        "pairs",
-        "a prompt, response_0, response_1 and better_response_id (PKU-SafeRLHF)",
-        lambda row: has(row, "prompt", "response_0", "response_1", "better_response_id"),
-        public.pku_better,
-        ("prompt", "response_0", "response_1", "better_response_id"),
-        note="the more helpful response was chosen; data.format=pku-saferlhf-safer chooses the safer one",
-    ),
-    "pku-saferlhf-safer": Adapter(
-        "pairs",
-        "the same rows, of which safer_response_id decides",
-        lambda row: (
-            has(row, "prompt", "response_0", "response_1", "safer_response_id")
-            and row.get("better_response_id") is None
-        ),
-        public.pku_safer,
-        ("prompt", "response_0", "response_1", "safer_response_id"),
-    ),
-    "summaries": Adapter(
-        "pairs",
-        "info with a post or article, two summaries and a choice (TL;DR comparisons)",
-        lambda row: has(row, "info", "summaries", "choice"),
-        public.summaries,
-        ("info", "summaries", "choice"),
-    ),
-    "webgpt": Adapter(
-        "pairs",
-        "a question, answer_0, answer_1, score_0 and score_1 (WebGPT comparisons)",
-        lambda row: has(row, "question", "answer_0", "answer_1", "score_0", "score_1"),
-        public.webgpt,
-        ("question", "answer_0", "answer_1", "score_0", "score_1"),
-    ),
-    "arena": Adapter(
-        "pairs",
-        "conversations or responses of two models and the winner (Chatbot Arena)",
-        public.is_arena,
-        public.arena,
-        ("conversation_a", "conversation_b", "winner"),
-    ),
+ADAPTERS: dict[str, Adapter] = {
+    name: adapter
+    for module in modules_of(layouts)
+    for name, adapter in getattr(module, "FORMATS", {}).items()
 }
+"""The formats by name: what the modules of `layouts` export as `FORMATS`."""
 
 
 def fits(adapter: Adapter, row: Row) -> bool:
@@ -169,7 +26,7 @@ def fits(adapter: Adapter, row: Row) -> bool:
         return False
 
 
-def recognise(rows: Sequence[Row]) -> tuple[Format, str]:
+def recognise(rows: Sequence[Row]) -> tuple[str, str]:
     """The one format that at least half of the first rows fit, and a sentence that says why.
 
     Raises:
@@ -208,9 +65,9 @@ def recognise(rows: Sequence[Row]) -> tuple[Format, str]:
     )
 
 
-def _nearest(sample: Sequence[Row], fields: list[str]) -> tuple[Format | None, str]:
+def _nearest(sample: Sequence[Row], fields: list[str]) -> tuple[str | None, str]:
     """The format that most of the fields belong to, and what keeps the rows from being it."""
-    best: Format | None = None
+    best: str | None = None
     share, absent = 0.0, [""]
     for name, adapter in ADAPTERS.items():
         missing = [column for column in adapter.columns if column not in fields]

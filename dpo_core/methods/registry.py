@@ -1,23 +1,18 @@
 """The methods by name: what the modules of this package export as `METHOD`."""
 
 import difflib
-import importlib
-import pkgutil
 from functools import cache
 
 from dpo_core import methods as package
 from dpo_core.errors import RecipeError
 from dpo_core.methods.method import Method
+from dpo_core.system import modules_of
 
 
 @cache
 def methods() -> dict[str, Method]:
     """All methods, those that a policy may name first."""
-    modules = [
-        importlib.import_module(f"{package.__name__}.{entry.name}")
-        for entry in pkgutil.iter_modules(package.__path__)
-        if entry.name != "registry"
-    ]
+    modules = modules_of(package, without=("registry",))
     known = [module.METHOD for module in modules if hasattr(module, "METHOD")]
     return {method.name: method for method in sorted(known, key=lambda m: (not m.policy, m.name))}
 

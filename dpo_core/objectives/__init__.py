@@ -4,24 +4,20 @@
     parameters = objective.resolve({"beta": 0.1})
     loss = objective.function(PairLogps(...), **parameters).mean()
 
-A new family is a new file beside `pairs.py` that registers its functions and is imported below.
+A new family is a new file beside `pairs.py` that registers its functions.
 """
 
-from dpo_core.objectives import (  # noqa: F401  importing a family registers it
-    classifiers,
-    divergences,
-    pairs,
-    reference_free,
-    regularised,
-    token_level,
-    transport,
-)
+import sys
+
 from dpo_core.objectives.inputs import PairLogps, Totals, UnpairedLogps
 from dpo_core.objectives.metrics import class_means, pair_metrics, unpaired_metrics, wpo_weights
 from dpo_core.objectives.parameter import Parameter
 from dpo_core.objectives.registry import Objective, ObjectiveName, Term, combine, get, names, objective
 from dpo_core.objectives.unpaired import z0
 from dpo_core.objectives.variants import VARIANTS, Variant
+from dpo_core.system import modules_of
+
+modules_of(sys.modules[__name__])  # a family registers its functions when it is imported
 
 __all__ = [
     "VARIANTS",

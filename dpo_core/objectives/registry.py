@@ -10,6 +10,7 @@ from pydantic import AfterValidator
 
 from dpo_core.errors import RecipeError
 from dpo_core.objectives.parameter import Parameter
+from dpo_core.objectives.variants import VARIANTS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,7 +73,7 @@ class Objective:
         """All that is known of the objective, ready for JSON."""
         return {
             "name": self.name,
-            "setting": f"dpo.objective: {self.name}",
+            "setting": f"policies: {{NAME: {{method: {_METHODS[self.data]}, objective: {self.name}}}}}",
             "needs": self.needs(),
             "caveat": self.caveat,
             "definition": inspect.getdoc(self.function),
@@ -126,6 +127,9 @@ class Objective:
             found.append(f"{self.name} with {name} {value:g} (its default: {default:g}{whose})")
         return found
 
+
+_METHODS = {"pairs": "dpo", "unpaired": "kto"}
+"""The method whose policies name an objective, by the data that it learns from."""
 
 # A tenth of a default, or ten times it, is a usual try.
 _UNUSUAL_TIMES = 11
@@ -201,8 +205,6 @@ def get(name: str) -> Objective:
         RecipeError: there is none; the message lists those there are, or says what a variant is set by.
     """
     if name not in _OBJECTIVES:
-        from dpo_core.objectives.variants import VARIANTS  # which needs this file
-
         settings = {variant.name: variant.setting for variant in VARIANTS}
         remedy = f"Choose one of: {', '.join(names())}."
         if name in settings:

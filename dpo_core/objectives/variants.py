@@ -33,7 +33,7 @@ _WEIGHT = Parameter(1.0, 0.0, math.inf, "what the term counts in the sum; above 
 VARIANTS = (
     Variant(
         "rpo",
-        "dpo: {objective: dpo, plus: [{objective: sft, weight: 1}]}",
+        "policies: {RPO: {method: dpo, plus: [{objective: sft, weight: 1}]}}",
         "Pang et al., Iterative Reasoning Preference Optimization, NeurIPS 2024, arXiv 2404.19733 (weight "
         "1); Liu et al., Provably Mitigating Overoptimization in RLHF, 2024, arXiv 2405.16436 (weight 0.005)",
         ("pairs", "reference"),
@@ -43,8 +43,8 @@ VARIANTS = (
     ),
     Variant(
         "mpo",
-        "dpo: {objective: dpo, weight: 0.8, plus: [{objective: bco_pair, weight: 0.2}, "
-        "{objective: sft, weight: 1}]}",
+        "policies: {MPO: {method: dpo, weight: 0.8, plus: [{objective: bco_pair, weight: 0.2}, "
+        "{objective: sft, weight: 1}]}}",
         "Wang et al., Mixed Preference Optimization, 2024, arXiv 2411.10442",
         ("pairs", "reference"),
         {"weight": _WEIGHT, "plus.weight": _WEIGHT},
@@ -53,7 +53,7 @@ VARIANTS = (
     ),
     Variant(
         "wpo",
-        "dpo: {objective: dpo, weighting: wpo}",
+        "policies: {WPO: {method: dpo, weighting: wpo}}",
         "Zhou et al., WPO: Enhancing RLHF with Weighted Preference Optimization, EMNLP 2024, "
         "arXiv 2406.11827",
         ("pairs", "reference"),
@@ -63,7 +63,7 @@ VARIANTS = (
     ),
     Variant(
         "tr_dpo",
-        "dpo: {objective: dpo, reference_sync: {every: 512, mix: 0.6}}",
+        "policies: {TR-DPO: {method: dpo, reference_sync: {every: 512, mix: 0.6}}}",
         "Gorbatovski et al., Learn Your Reference Model for Real Good Alignment, 2024, arXiv 2404.09656",
         ("pairs", "live reference"),
         {
@@ -74,12 +74,12 @@ VARIANTS = (
     ),
     Variant(
         "pre_dpo",
-        "guide: {objective: dpo}",
+        "policies: {Guide: {method: dpo}, Pre-DPO: {method: dpo, reference: Guide}}",
         "Pan, Shen, Huang, Zhou, Zhang, Pre-DPO: Improving Data Utilization in Direct Preference "
         "Optimization Using a Guiding Reference Model, AAAI 2026, arXiv 2504.15843",
         ("pairs", "reference"),
         {},
-        "Two passes: a guide is trained with the settings under `guide` (DPO or SimPO in the paper) and "
-        "becomes the reference of `dpo`, which starts again from the SFT model. The recipe pre-dpo shows it.",
+        "Two policies: a guide is trained first (DPO or SimPO in the paper) and becomes the reference of a "
+        "second one, which starts again from the SFT model. The recipe pre-dpo shows it.",
     ),
 )

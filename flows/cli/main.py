@@ -153,6 +153,17 @@ def objectives(
     list_objectives(names or [], as_json)
 
 
+@app.command()
+def methods(
+    names: Annotated[list[str] | None, typer.Argument(help="Show these alone, with their settings.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the methods that a policy may name: what they learn from, need and cite, and their settings."""
+    from flows.cli.methods import list_methods
+
+    list_methods(names or [], as_json)
+
+
 @config_app.command("show")
 def config_show(recipe: RecipeArgument, overrides: SetOption = None) -> None:
     """Print the resolved recipe, every default written out and explained.

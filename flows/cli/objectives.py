@@ -11,7 +11,7 @@ from dpo_core.objectives import VARIANTS, get, names
 _LEGEND = """\
 w = chosen, l = rejected, n = tokens of the completion; log π is summed over the completion, EOS included;
 h = log π - log π_ref; D = h_w - h_l; u = beta·D. The loss is the mean over the global batch (B,).
-Parameters of an objective are set under dpo.parameters.
+Parameters of an objective are set under policies.NAME.parameters.
 """
 
 

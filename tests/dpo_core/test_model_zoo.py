@@ -112,7 +112,7 @@ def go_through(model: Path, work: Path) -> None:
 
     shard = write_reference(reference, rows, work / "shard")
     dpo = {"batch_size": 8, "epochs": 2, "optim": OPTIM, "engine": ENGINE}
-    policy = run(write_job(work / "dpo", "dpo", reference, rows, dpo=dpo, reference=str(shard)))
+    policy = run(write_job(work / "dpo", "dpo", reference, rows, settings=dpo, reference_logps=str(shard)))
     steps = curve(work / "dpo")
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-4), "the policy starts as its reference"
     assert steps[1]["loss"] != steps[0]["loss"]
@@ -126,7 +126,9 @@ def go_through(model: Path, work: Path) -> None:
 
     lora = dpo | {"lora": {"rank": 2, "alpha": 4.0}}
     try:
-        merged = run(write_job(work / "lora", "dpo", reference, rows, dpo=lora, reference=str(shard)))
+        merged = run(
+            write_job(work / "lora", "dpo", reference, rows, settings=lora, reference_logps=str(shard))
+        )
     except AssertionError:
         left = (work / "lora" / "error.json").read_text()
         assert "LoRA" in left, left  # refused in words, before a step
@@ -135,7 +137,7 @@ def go_through(model: Path, work: Path) -> None:
         require_plain_logps(merged)
 
     reward = {"batch_size": 8, "max_steps": 1, "optim": OPTIM, "engine": ENGINE, "micro_batch_size": 8}
-    judge = run(write_job(work / "reward", "reward", reference, rows, reward=reward))
+    judge = run(write_job(work / "reward", "reward", reference, rows, settings=reward))
     require_reward_reloads(judge, reference, rows)
 
     rounds: dict[str, Any] = {"iterations": 1, "episodes": 8, "micro_batch_size": 4, "engine": ENGINE}

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from dpo_core.methods.dpo import DpoConfig, DpoTrainer
-from dpo_core.methods.kto import UnpairedTrainer
+from dpo_core.methods.kto import KtoConfig, UnpairedTrainer
 from dpo_core.models.dropout import disable_dropout
 from dpo_core.models.load import load_model
 from dpo_core.objectives import get, names
@@ -62,7 +62,8 @@ def trainer_of(
 ) -> Any:
     """A trainer of an objective or variant, for pairs or unpaired rows, here: fp32, all `rows` a batch."""
     settings = VARIANTS.get(name, {}) | settings
-    config = DpoConfig(
+    unpaired = kind_of(name) == "unpaired"
+    config = (KtoConfig if unpaired else DpoConfig)(
         objective="dpo" if name in VARIANTS else name,
         **{"batch_size": len(rows), "micro_batch_size": len(rows), "epochs": 100.0, "max_steps": steps}
         | settings,
@@ -78,7 +79,7 @@ def trainer_of(
         "seed": 3,
         "work": work,
     }
-    if config.unpaired:
+    if isinstance(config, KtoConfig):
         return UnpairedTrainer(module.train(), token_examples(model, rows), config, **shared)
     reference = load_model(live) if live else None
     return DpoTrainer(module.train(), token_pairs(model, rows), config, live_reference=reference, **shared)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from dpo_core.data.layouts.adapter import Adapter
 from dpo_core.data.layouts.fields import (
     Fault,
     Pair,
@@ -268,3 +269,44 @@ def is_prompts(row: Row) -> bool:
         return False
     prompt = row.get("prompt")
     return isinstance(prompt, str | list) or is_turns(prompt) or isinstance(row.get("text"), str)
+
+
+FORMATS = {
+    "hh": Adapter("pairs", "chosen and rejected are Human/Assistant transcripts", is_hh, hh),
+    "prompt-pairs": Adapter(
+        "pairs",
+        "a prompt (or the turns inside the answers) with chosen and rejected",
+        is_prompt_pairs,
+        prompt_pairs,
+        ("prompt", "chosen", "rejected"),
+    ),
+    "sharegpt": Adapter(
+        "pairs",
+        "conversations with a chosen and a rejected message",
+        lambda row: has(row, "conversations", "chosen", "rejected"),
+        sharegpt,
+        ("conversations", "chosen", "rejected"),
+    ),
+    "pandalm": Adapter(
+        "pairs",
+        "an instruction, response1 and response2, and annotators' votes",
+        lambda row: has(row, "instruction", "response1", "response2", "annotator1"),
+        pandalm,
+        ("instruction", "response1", "response2", "annotator1"),
+    ),
+    "stackexchange": Adapter(
+        "pairs",
+        "a question with response_j preferred to response_k",
+        lambda row: has(row, "question", "response_j", "response_k"),
+        stackexchange,
+        ("question", "response_j", "response_k"),
+    ),
+    "kto": Adapter(
+        "unpaired",
+        "one answer a row with a true/false label",
+        is_kto,
+        kto,
+        ("prompt", "completion", "label"),
+    ),
+    "prompts": Adapter("prompts", "a prompt or text and no answer", is_prompts, prompts),
+}

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from dpo_core.data.layouts.adapter import Adapter
 from dpo_core.data.layouts.fields import (
     Fault,
     Pair,
@@ -257,3 +258,33 @@ def pairs_of(ranked: Ranked, mode: str) -> list[tuple[Pair, int]]:
         for i, k in places
         if order[i][1] > order[k][1]
     ]
+
+
+FORMATS = {
+    "ranked": Adapter(
+        "pairs",
+        "a prompt with a list of answers, each with a score or a rank",
+        is_ranked,
+        ranked,
+        ("prompt", "answers"),
+        ranked=True,
+    ),
+    "scored": Adapter(
+        "pairs",
+        "a prompt, one answer and its score, several rows a prompt",
+        is_scored,
+        scored,
+        ("prompt", "response", "score"),
+        assemble=by_prompt,
+        ranked=True,
+    ),
+    "oasst": Adapter(
+        "pairs",
+        "messages of conversation trees with ranked replies (OpenAssistant)",
+        is_oasst,
+        oasst,
+        ("message_id", "parent_id", "text", "role"),
+        assemble=by_tree,
+        ranked=True,
+    ),
+}

@@ -1,8 +1,11 @@
-"""The suites by name."""
+"""The suites by name: what the modules of this package export as `SUITES`."""
+
+from functools import cache
 
 from dpo_core.errors import RecipeError
-from dpo_core.evaluation.suites import code, gsm8k, preference, refusal, truthfulqa
+from dpo_core.evaluation import suites as package
 from dpo_core.evaluation.suites.base import Suite
+from dpo_core.system import modules_of
 
 
 def find(name: str) -> Suite:
@@ -17,7 +20,8 @@ def find(name: str) -> Suite:
     return known[name]
 
 
+@cache
 def suites() -> dict[str, Suite]:
-    """All suites by name: what `SUITES` of the modules of this package list."""
-    modules = (preference, truthfulqa, gsm8k, code, refusal)
-    return {suite.name: suite for module in modules for suite in module.SUITES}
+    """All suites."""
+    modules = modules_of(package, without=("registry",))
+    return {suite.name: suite for module in modules for suite in getattr(module, "SUITES", ())}

@@ -16,7 +16,8 @@ from dpo_core import job as train
 from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise
 from dpo_core.errors import StageFailed
 from dpo_core.evaluation.policies import sequence_logps
-from dpo_core.methods.kto import UnpairedTrainer, imbalance, mismatched, unpaired_examples
+from dpo_core.methods.kto import UnpairedTrainer, imbalance
+from dpo_core.methods.unpaired_rows import mismatched, unpaired_examples
 from dpo_core.models.load import load_model, load_tokenizer
 from dpo_core.reference import LogpShard, sequence_key
 from tests.support.golden_objectives import GOLDEN, STEPS, step_of, trainer_of
@@ -182,10 +183,10 @@ def test_two_ranks_at_every_zero_stage_are_one_process(
         loop = {"epochs": 100.0, "max_steps": 5, "objective": name, "optim": optim}
         settings = {
             "policy_is_reference": False,
-            "reference": str(shard),
-            "dpo": {**sizes, **loop, "engine": engine},
+            "reference_logps": str(shard),
+            "settings": {**sizes, **loop, "engine": engine},
         }
-        return write_job(tmp_path / str(processes), "dpo", other, rows, **settings)
+        return write_job(tmp_path / str(processes), "kto", other, rows, **settings)
 
     assert train.main(["--config", str(job(1, 0))]) == 0
     assert launch(job(2, stage), 2) is State.DONE

@@ -69,7 +69,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "grpo": ("grpo", {"group_size": 4}),
     "rloo": ("grpo", {"group_size": 4, "variant": "rloo"}),
     "dapo": ("grpo", {"group_size": 4, "variant": "dapo", "mask_truncated": True}),
-    "online": ("online", {"samples_per_prompt": 2}),
+    "online_dpo": ("online_dpo", {"samples_per_prompt": 2}),
 }
 
 

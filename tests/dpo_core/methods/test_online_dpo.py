@@ -26,7 +26,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def online(work: Path, tiny: Path, **changes: Any) -> Path:
-    return online_job(work, tiny, "online", SETTINGS | changes)
+    return online_job(work, tiny, "online_dpo", SETTINGS | changes)
 
 
 def test_every_round_starts_at_ln_2_where_the_reference_is_its_policy(
@@ -56,9 +56,9 @@ def test_a_reward_that_can_be_learnt_is_learnt(alone: None, tiny: Path, tmp_path
     assert np.mean(scores[-3:]) > np.mean(scores[:2]) + 0.5
 
 
-@pytest.mark.parametrize("reference", ["fixed", pytest.param("each_round", marks=pytest.mark.slow)])
-def test_a_killed_run_goes_on_bit_for_bit(tiny: Path, tmp_path: Path, reference: str) -> None:
-    changes = {"reference": reference, "iterations": 4, "epochs": 2, "minibatches": 2}
+@pytest.mark.parametrize("renew", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_killed_run_goes_on_bit_for_bit(tiny: Path, tmp_path: Path, renew: bool) -> None:
+    changes = {"renew_reference": renew, "iterations": 4, "epochs": 2, "minibatches": 2}
     straight = online(tmp_path / "straight", tiny, **changes)
     assert launch(straight) is State.DONE
     job = online(tmp_path / "killed", tiny, **changes)
@@ -106,7 +106,7 @@ def test_ties_teach_nothing(alone: None, tiny: Path, tmp_path: Path) -> None:
     [
         ({"objective": "tdpo1"}, "reads more than the log-probs of a pair"),
         ({"objective": "kto"}, "reads more than the log-probs of a pair"),
-        ({"reference": "each_round", "reference_ema": 0.1}, "choose one"),
+        ({"renew_reference": True, "reference_ema": 0.1}, "choose one"),
         ({"episodes": 48, "samples_per_prompt": 4, "micro_batch_size": 8}, "the 12 pairs of a round"),
     ],
 )

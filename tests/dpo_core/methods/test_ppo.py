@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from deploy.launchers import State
 from dpo_core import job as train
 from dpo_core.data.tokens.tokenise import Sequence
-from dpo_core.methods.build import build
 from dpo_core.methods.online.rollouts import Episode, response_logps
 from dpo_core.methods.online.sampler import RolloutContext
 from dpo_core.methods.ppo import PpoConfig, make_critic, state_values
@@ -23,7 +22,7 @@ from dpo_core.models.reward_model import RewardModel
 from dpo_core.scoring.layout import Document, pad
 from tests.support.models.logps import full_logps, random_sequences
 from tests.support.runs.online_jobs import kill_in_round, online_job, timeless
-from tests.support.runs.training_jobs import curve, launch
+from tests.support.runs.training_jobs import build_trainer, curve, launch
 
 ROUNDS = 12
 
@@ -185,8 +184,7 @@ def test_the_critic_starts_from_the_reward_model(alone: None, tiny: Path, tmp_pa
         reward_source=str(tmp_path / "reward"),
         gold_source=f"{tmp_path / 'work' / 'reward.py'}:count_o",
     )
-    parsed = train.Job.model_validate_json(job.read_text())
-    trainer, _ = build(parsed)
+    trainer = build_trainer(job)
     sequences = [Sequence((5, 6), tuple(range(7, 7 + length))) for length in (1, 3, 7, 8)]
     scores = trainer.around.scorer(sequences, [""] * 4)
     episodes = [

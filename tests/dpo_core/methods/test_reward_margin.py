@@ -75,7 +75,7 @@ def test_a_margin_widens_the_gap_that_training_makes(alone: None, tiny: Path, tm
     loop["optim"] = {"learning_rate": 3e-4}
     gaps = {}
     for name, extra in {"none": {}, "agreement": {"margin": "agreement", "margin_scale": 4.0}}.items():
-        job = write_job(tmp_path / name, "reward", tiny, rows, reward=loop | extra)
+        job = write_job(tmp_path / name, "reward", tiny, rows, settings=loop | extra)
         assert train.main(["--config", str(job)]) == 0
         gaps[name] = curve(tmp_path / name)[-1]["rewards/margins"]
     assert gaps["agreement"] > gaps["none"] + 0.3

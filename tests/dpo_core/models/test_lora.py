@@ -32,7 +32,7 @@ def lora_job(folder: Path, tiny: Path, shard: Path, **changes: Any) -> Path:
         "optim": {"learning_rate": 1e-2, "epsilon": 1e-6},
         "engine": {"precision": "fp32", "threads": 1} | changes,
     }
-    return write_job(folder, "dpo", tiny, ROWS, reference=str(shard), dpo=settings)
+    return write_job(folder, "dpo", tiny, ROWS, reference_logps=str(shard), settings=settings)
 
 
 @pytest.fixture(scope="module")

@@ -188,7 +188,7 @@ def job(folder: Path, tiny: Path) -> Path:
         "engine": {"precision": "fp32", "threads": 1, "save_every": 3},
     }
     shard = write_reference(tiny, ROWS, folder / "reference")
-    return write_job(folder, "dpo", tiny, ROWS, reference=str(shard), dpo=settings)
+    return write_job(folder, "dpo", tiny, ROWS, reference_logps=str(shard), settings=settings)
 
 
 def result(folder: Path) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def job(folder: Path, tiny: Path, **engine: Any) -> Path:
         "optim": {"learning_rate": 1e-3},
         "engine": {"precision": "fp32", "threads": 1, "save_every": 2} | engine,
     }
-    return write_job(folder, "sft", tiny, ROWS, sft=settings)
+    return write_job(folder, "sft", tiny, ROWS, settings=settings)
 
 
 def run(job: Path) -> int:

@@ -57,7 +57,7 @@ class Lab:
             "engine": {"precision": "fp32", "threads": 1, "save_every": 3} | engine,
         }
         work = self.folder / name
-        return write_job(work, "dpo", self.tiny, ROWS, reference=str(self.shard), dpo=settings)
+        return write_job(work, "dpo", self.tiny, ROWS, reference_logps=str(self.shard), settings=settings)
 
     def half(self, name: str, of: str, **engine: Any) -> Path:
         """A job whose work folder is as another's was after three steps."""
@@ -158,9 +158,9 @@ def test_the_reward_model_is_the_same_at_every_stage(lab: Lab) -> None:
     """Its result is normalised after training, by forward passes without the engine."""
 
     def job(name: str, **engine: Any) -> Path:
-        settings = json.loads(lab.job(name, **engine).read_text())["dpo"]
+        settings = json.loads(lab.job(name, **engine).read_text())["settings"]
         settings.pop("parameters")
-        return write_job(lab.folder / name, "reward", lab.tiny, ROWS, reward=settings)
+        return write_job(lab.folder / name, "reward", lab.tiny, ROWS, settings=settings)
 
     lab.run(1, [job("reward-0", zero_stage=0), job("reward-3", zero_stage=3)])
     lab.run(2, [job(f"reward-{stage}-of-2", zero_stage=stage, processes=2) for stage in (2, 3)])
@@ -179,9 +179,9 @@ def test_more_readers_of_the_output_head_are_the_same_with_all_cut_up(lab: Lab, 
     """Beside a whole live reference, and over the prompts."""
 
     def job(work: str, **engine: Any) -> Path:
-        settings = json.loads(lab.job(work, **engine).read_text())["dpo"]
+        settings = json.loads(lab.job(work, **engine).read_text())["settings"]
         settings |= {"objective": name, "parameters": {}}
-        return write_job(lab.folder / work, "dpo", lab.tiny, ROWS, live_reference=str(lab.tiny), dpo=settings)
+        return write_job(lab.folder / work, "dpo", lab.tiny, ROWS, reference=str(lab.tiny), settings=settings)
 
     whole, cut_up = f"{name}-whole", f"{name}-cut-up"
     lab.run(1, [job(whole)])
@@ -235,8 +235,8 @@ def test_the_rank_that_fails_by_itself_says_why(lab: Lab) -> None:
     entries[sequence_key(bad.chosen)][0] = float("nan")
     LogpShard.build(entries).save(lab.folder / "spoilt")
     settings = json.loads(job.read_text())
-    settings["reference"] = str(lab.folder / "spoilt")
-    settings["dpo"] |= {"check_rows": 0, "pack_tokens": None}  # padded rows are dealt as above
+    settings["reference_logps"] = str(lab.folder / "spoilt")
+    settings["settings"] |= {"check_rows": 0, "pack_tokens": None}  # padded rows are dealt as above
     job.write_text(json.dumps(settings))
     with pytest.raises(AssertionError, match="lost another rank"):
         lab.run(2, [job])

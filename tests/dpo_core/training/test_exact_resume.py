@@ -58,7 +58,7 @@ def write(folder: Path, tiny: Path, case: Case) -> Path:
     rows = pair_rows(case.rows)
     extra: dict[str, Any] = {}
     if case.kind == "dpo":
-        extra["reference"] = str(write_reference(tiny, rows, folder / "reference"))
+        extra["reference_logps"] = str(write_reference(tiny, rows, folder / "reference"))
     if case.kind == "sft":
         rows = [
             {"id": r["id"], "prompt": r["prompt"], "chat": False, "completion": r["rejected"], "ended": True}
@@ -72,7 +72,7 @@ def write(folder: Path, tiny: Path, case: Case) -> Path:
         "optim": {"learning_rate": 1e-3, "schedule": "cosine", "warmup_fraction": 0.4},
         "engine": {"precision": "fp32", "threads": 1, "save_every": 3} | case.engine,
     }
-    return write_job(folder, case.kind, tiny, rows, **{case.kind: settings | case.settings}, **extra)
+    return write_job(folder, case.kind, tiny, rows, settings=settings | case.settings, **extra)
 
 
 def numbers(work: Path) -> list[dict[str, float]]:

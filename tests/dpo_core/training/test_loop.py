@@ -31,6 +31,7 @@ from tests.support.models.tiny import make_tiny_model
 from tests.support.runs import training_jobs
 from tests.support.runs.training_jobs import (
     TOKENS,
+    build_trainer,
     curve,
     launch,
     pair_rows,
@@ -59,7 +60,7 @@ def shard(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def dpo_job(folder: Path, tiny: Path, shard: Path, rows: Any = ROWS, **changes: Any) -> Path:
     settings = loop(**changes) | {"parameters": {"beta": 0.5}}
-    return write_job(folder, "dpo", tiny, rows, reference=str(shard), dpo=settings)
+    return write_job(folder, "dpo", tiny, rows, reference_logps=str(shard), settings=settings)
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +198,7 @@ def test_the_mean_of_sft_is_over_tokens_whatever_the_micro_batches(
     for micro in (8, 2, 1):
         works.append(tmp_path / str(micro))
         settings = loop(micro_batch_size=micro, max_steps=6, optim={"learning_rate": 2e-3})
-        assert run_here(write_job(works[-1], "sft", tiny, rows, sft=settings)) == 0
+        assert run_here(write_job(works[-1], "sft", tiny, rows, settings=settings)) == 0
     for work in works[1:]:
         assert_same_sft(work, works[0])
     # One batch is the whole set: its loss is minus the mean log-prob of all completion tokens.
@@ -224,15 +225,14 @@ def assert_same_sft(work: Path, other: Path) -> None:
 
 
 def test_a_demonstration_without_a_prompt_is_left_out(alone: None, tiny: Path, tmp_path: Path) -> None:
-    from dpo_core.methods.build import build
 
     rows = [
         {"id": str(i), "prompt": prompt, "chat": False, "completion": " good soup", "ended": True}
         for i, prompt in enumerate(["The", "", "It"])
     ]
     settings = loop(batch_size=2, micro_batch_size=2)
-    job = write_job(tmp_path, "sft", tiny, rows, sft=settings)
-    trainer, _ = build(train.Job.model_validate(json.loads(job.read_text())))
+    job = write_job(tmp_path, "sft", tiny, rows, settings=settings)
+    trainer = build_trainer(job)
     assert [e.id for e in trainer.examples] == ["0", "2"]
 
 
@@ -388,7 +388,6 @@ def test_a_signal_saves_the_step_at_hand(
     alone: None, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     """The test process sends itself in the middle of its own run what torchrun hands on to its ranks."""
-    from dpo_core.methods.build import build
     from dpo_core.training.engine import Stopped
 
     rows = [
@@ -398,8 +397,8 @@ def test_a_signal_saves_the_step_at_hand(
     for name, value in {"TORCHELASTIC_RUN_ID": "test", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     settings = loop(batch_size=2, max_steps=9)
-    job = write_job(tmp_path, "sft", tiny, rows, sft=settings)
-    trainer, _ = build(train.Job.model_validate(json.loads(job.read_text())))
+    job = write_job(tmp_path, "sft", tiny, rows, settings=settings)
+    trainer = build_trainer(job)
     plain = trainer.losses
 
     def losses(batch: Any) -> Any:
@@ -426,7 +425,7 @@ def test_the_reward_model_separates_what_can_be_separated(alone: None, tiny: Pat
     ]
     settings = loop(micro_batch_size=8, max_steps=40, optim={"learning_rate": 3e-3})
     del settings["pack_tokens"]  # rewards are read from padded rows
-    assert run_here(write_job(tmp_path, "reward", tiny, rows, reward=settings)) == 0
+    assert run_here(write_job(tmp_path, "reward", tiny, rows, settings=settings)) == 0
     lines = curve(tmp_path)
     assert lines[-1]["loss"] < 0.1 < lines[0]["loss"]
     assert json.loads((tmp_path / "out" / "reward.json").read_text()) == {"accuracy": 1.0}

@@ -204,7 +204,7 @@ def _peak(model: Path, kind: str, settings: dict[str, Any], reference: Path, wor
     """What the training process itself took at most."""
     rows, extra = _rows(), {}
     if kind == "dpo":
-        extra = {"reference": str(reference)}
+        extra = {"reference_logps": str(reference)}
     elif kind == "sft":
         rows = [r | {"completion": r["chosen"], "ended": True} for r in rows]
     else:
@@ -215,7 +215,7 @@ def _peak(model: Path, kind: str, settings: dict[str, Any], reference: Path, wor
             "reward_source": f"{reward}:vowels",
         }
     tokens = TOKENS.model_dump(mode="json")
-    job = write_job(work, kind, model, rows, **{kind: settings}, tokens=tokens, **extra)
+    job = write_job(work, kind, model, rows, settings=settings, tokens=tokens, **extra)
     done = subprocess.run(
         [sys.executable, "-c", _WATCHED, str(job)],
         capture_output=True,

@@ -57,7 +57,7 @@ def trained(folder: Path, source: Path, pack_tokens: int | None, **asked: Any) -
     config.write_text(json.dumps(json.loads(config.read_text()) | asked))
     path = sft_job(folder, source)
     job = json.loads(path.read_text())
-    job["sft"] |= {"pack_tokens": pack_tokens, "batch_size": 16, "micro_batch_size": 16}
+    job["settings"] |= {"pack_tokens": pack_tokens, "batch_size": 16, "micro_batch_size": 16}
     path.write_text(json.dumps(job))
     assert train.main(["--config", str(path)]) == 0
     return curve(folder)
@@ -84,7 +84,7 @@ def test_pairs_and_reward_models_add_it_too(alone: None, tmp_path: Path) -> None
     rows = pair_rows(8)
     for kind in ("dpo", "reward"):
         more = {"objective": "simpo"} if kind == "dpo" else {}
-        job = write_job(tmp_path / kind, kind, source, rows, **{kind: settings | more})
+        job = write_job(tmp_path / kind, kind, source, rows, settings=settings | more)
         assert train.main(["--config", str(job)]) == 0
         assert curve(tmp_path / kind)[0]["router/aux_loss"] > 1.9
     assert router_balance(RewardModel(trunk_of(load_model(source)))) is not None

@@ -65,7 +65,7 @@ def job(folder: Path, model: Path, shard: Path, **engine: Any) -> Path:
         "optim": {"learning_rate": 1e-3, "schedule": "cosine", "epsilon": 1e-6},
         "engine": {"precision": "fp32", "threads": 1, "save_every": 5, "zero_stage": 2} | engine,
     }
-    return write_job(folder, "dpo", model, ROWS, reference=str(shard), dpo=settings)
+    return write_job(folder, "dpo", model, ROWS, reference_logps=str(shard), settings=settings)
 
 
 class Gang:

@@ -27,8 +27,8 @@ def count_o(prompts, completions):
 TIMES = ("seconds_per_step", "time")
 
 
-def online_job(work: Path, tiny: Path, kind: str, settings: dict[str, Any], **job: Any) -> Path:
-    """A job file of kind ppo, grpo or online; `engine` in the settings is laid over fp32 on one thread."""
+def online_job(work: Path, tiny: Path, method: str, settings: dict[str, Any], **job: Any) -> Path:
+    """A job file of ppo, grpo or online_dpo; `engine` in the settings is laid over fp32 on one thread."""
     work.mkdir(parents=True, exist_ok=True)
     (work / "reward.py").write_text(REWARD)
     engine = {"precision": "fp32", "threads": 1, "save_every": 2} | settings.pop("engine", {})
@@ -37,9 +37,9 @@ def online_job(work: Path, tiny: Path, kind: str, settings: dict[str, Any], **jo
         "reference": str(tiny),
         "reward_source": f"{work / 'reward.py'}:count_o",
         "sampling": {"max_new_tokens": 8, "batch_size": 16, "precision": "fp32"},
-        kind: {"optim": optim} | settings | {"engine": engine},
+        "settings": {"optim": optim} | settings | {"engine": engine},
     }
-    return write_job(work, kind, tiny, PROMPTS, **(given | job))
+    return write_job(work, method, tiny, PROMPTS, **(given | job))
 
 
 def timeless(work: Path) -> list[dict[str, float]]:

@@ -10,7 +10,9 @@ import pandas as pd
 
 from deploy.launchers import LocalLauncher, State
 from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise, TokenPair
-from dpo_core.methods.kto import UnpairedExample, mismatched, unpaired_examples
+from dpo_core.methods.job import Job
+from dpo_core.methods.registry import get
+from dpo_core.methods.unpaired_rows import UnpairedExample, mismatched, unpaired_examples
 from dpo_core.models.load import load_model, load_tokenizer
 from dpo_core.reference import LogpShard
 from dpo_core.reference.compute import compute
@@ -91,13 +93,14 @@ def _write(model: Path, sequences: list[Sequence], folder: Path) -> Path:
     return folder
 
 
-def write_job(folder: Path, kind: str, model: Path, rows: list[dict[str, Any]], **settings: Any) -> Path:
-    """A job file in `folder`, which becomes its work folder; `settings` are fields of the job."""
+def write_job(folder: Path, method: str, model: Path, rows: list[dict[str, Any]], **fields: Any) -> Path:
+    """A job file in `folder`, which becomes its work folder; `fields` are those of the job."""
     folder.mkdir(parents=True, exist_ok=True)
     data = folder / "rows.parquet"
     pd.DataFrame(rows).to_parquet(data, index=False)
     job = {
-        "kind": kind,
+        "method": method,
+        "settings": {},
         "model": str(model),
         "data": str(data),
         "out": str(folder / "out"),
@@ -106,8 +109,16 @@ def write_job(folder: Path, kind: str, model: Path, rows: list[dict[str, Any]], 
         "seed": 3,
     }
     path = folder / "job.json"
-    path.write_text(json.dumps(job | settings))
+    path.write_text(json.dumps(job | fields))
     return path
+
+
+def build_trainer(job: Path) -> Any:
+    """The trainer of a job file, in this process."""
+    parsed = Job.model_validate(json.loads(job.read_text()))
+    method = get(parsed.method)
+    trainer, _ = method.build(parsed, method.settings.model_validate(parsed.settings))
+    return trainer
 
 
 def sft_job(folder: Path, model: Path, epochs: int = 1) -> Path:
@@ -117,7 +128,9 @@ def sft_job(folder: Path, model: Path, epochs: int = 1) -> Path:
         for r in pair_rows(16)
     ]
     engine = {"precision": "fp32", "save_every": 2, "threads": 1}
-    return write_job(folder, "sft", model, rows, sft={"epochs": epochs, "batch_size": 4, "engine": engine})
+    return write_job(
+        folder, "sft", model, rows, settings={"epochs": epochs, "batch_size": 4, "engine": engine}
+    )
 
 
 def curve(work: Path) -> list[dict[str, float]]:
