@@ -116,7 +116,7 @@ def _baselines(rows: list[StagePlan], work: Workload) -> list[str]:
             continue
         lines.append(
             f"policy {node.policy} alone takes ~{duration(row.seconds)} of ~{duration(total)}, and is there "
-            f"to compare with: without it, take it out of policies"
+            f"to compare with: without it, set policies.{node.policy}=null"
         )
     return lines
 

@@ -31,6 +31,23 @@ def require_new_form(raw: Mapping[str, Any], unusable: str) -> None:
     )
 
 
+def require_new_override(raw: Mapping[str, Any], override: str) -> None:
+    """Refuse `--set dpo.…` and its like on a recipe of today's form.
+
+    Raises:
+        RecipeError: the override names a section that became part of `policies`.
+    """
+    section, _, field = override.partition("=")[0].strip().partition(".")
+    policies = raw.get("policies")
+    if section not in _SECTIONS or not isinstance(policies, Mapping):
+        return
+    raise RecipeError(
+        f"--set {override.partition('=')[0]}: there is no section {section}; settings of a method belong to "
+        "a policy",
+        f"Write policies.NAME{'.' + field if field else ''}; there are {', '.join(map(str, policies))}",
+    )
+
+
 def replacement(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The sections `policies` and `study` that say what the old sections of a recipe said."""
     sections = {name: dict(raw.get(name) or {}) for name in ("dpo", "ppo", "grpo", "online")}

@@ -73,12 +73,15 @@ else:
 
 
 def require_methods(policies: Any) -> Any:
-    """Refuse a policy that names no method, or none that trains policies, in words of its own.
+    """The policies that are there (one set to null is left out); each names a method that trains policies.
 
     Raises:
         ValueError: so that pydantic names the field.
     """
-    for name, raw in policies.items() if isinstance(policies, Mapping) else ():
+    if not isinstance(policies, Mapping):
+        return policies
+    policies = {name: raw for name, raw in policies.items() if raw is not None}
+    for name, raw in policies.items():
         if not isinstance(raw, Mapping):
             continue
         method = raw.get("method")
@@ -95,7 +98,7 @@ def require_methods(policies: Any) -> Any:
         try:
             CLASSES[known.name].model_validate(raw)
         except RecipeError as error:  # an objective says what may be chosen
-            raise ValueError(f"policy {name}: {error.problem}; {error.remedy}") from error
+            raise ValueError(f"policy {name}: {error.problem}. {error.remedy.rstrip('.')}") from error
         except ValidationError:
             pass  # told with its field when the recipe is read
     return policies

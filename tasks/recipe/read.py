@@ -14,7 +14,7 @@ from dpo_core.errors import RecipeError
 from dpo_core.redaction import place_of_secret
 from dpo_core.system import read_small
 from dpo_core.yaml import read_yaml
-from tasks.recipe.old_recipe import require_new_form
+from tasks.recipe.old_recipe import require_new_form, require_new_override
 from tasks.recipe.policies import CLASSES
 from tasks.recipe.recipe import Recipe
 
@@ -75,6 +75,8 @@ def overridden(
         RecipeError: an override of another form, an unknown field, a value out of range.
     """
     for override in overrides:
+        if model is Recipe:
+            require_new_override(raw, override)
         _lay_over(raw, override)
     if model is Recipe:
         require_new_form(raw, unusable)
@@ -153,7 +155,11 @@ def _faults_of(error: ValidationError, root: type[BaseModel]) -> str:
             place = (*place[:2], *place[3:])
         field = ".".join(map(str, place)) or "recipe"
         if fault["type"] == "extra_forbidden":
-            meant = _meant(owner, fault["loc"][3:] if owner is not root else place)
+            meant = (
+                _meant(owner, fault["loc"][3:], f"policies.{place[1]}.")
+                if owner is not root
+                else _meant(root, place)
+            )
             faults.append(f"there is no field {field}{meant}")
             continue
         message = fault["msg"].removeprefix("Value error, ")
@@ -162,8 +168,12 @@ def _faults_of(error: ValidationError, root: type[BaseModel]) -> str:
     return "; ".join(faults)
 
 
-def _meant(root: type[BaseModel], place: tuple[int | str, ...]) -> str:
-    """The field that a mistyped one most likely was to be: its place elsewhere, or the nearest name there."""
+def _meant(root: type[BaseModel], place: tuple[int | str, ...], above: str = "") -> str:
+    """The field that a mistyped one most likely was to be: its place elsewhere, or the nearest name there.
+
+    Args:
+        above: where `root` lies in the recipe.
+    """
     model, wanted = root, _LONG.get(str(place[-1]), str(place[-1]))
     for part in place[:-1]:
         known = model.model_fields.get(str(part))
@@ -175,7 +185,7 @@ def _meant(root: type[BaseModel], place: tuple[int | str, ...]) -> str:
     elsewhere = [path for path in _paths(root) if path.rpartition(".")[2] == wanted]
     elsewhere.sort(key=lambda path: (path.count("."), path))
     found = near if wanted in near or not elsewhere else elsewhere
-    return f" (did you mean {found[0]}?)" if found else ""
+    return f" (did you mean {above}{found[0]}?)" if found else ""
 
 
 # What other trainers call them.

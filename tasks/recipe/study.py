@@ -138,7 +138,7 @@ def check_study(policies: Mapping[str, PolicyFields], study: StudyConfig) -> Non
             try:
                 changed(policy, point)
             except (ValidationError, RecipeError) as error:
-                what = str(error)
+                what = str(error).rstrip(".")
                 if isinstance(error, ValidationError):
                     first = error.errors()[0]
                     what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
