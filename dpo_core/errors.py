@@ -2,7 +2,7 @@
 
 Each class carries the exit code of the command line: 2 usage or recipe, 3 data gate, 4 a stage failed,
 5 promotion refused. The command line prints the message as one line; the traceback goes to the log. What is
-secret (`secrecy`) is left out of every message.
+secret (`redaction`) is left out of every message.
 """
 
 from collections.abc import Iterator

@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _end_without(what: str, work: Path) -> None:
-    """End this rank although its main thread may hang in a collective; see `watch.Watch`."""
+    """End this rank although its main thread may hang in a collective; see `liveness.Watch`."""
     from dpo_core.training.distributed import lost_rank
 
     error = lost_rank("gone or cut off", what)

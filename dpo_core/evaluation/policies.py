@@ -122,7 +122,7 @@ def kl_estimates(policy: Seq[torch.Tensor], reference: Seq[torch.Tensor]) -> tup
 def summarise(
     samples: PolicySamples, baseline: PolicySamples | None, *, seed: int, length: int
 ) -> dict[str, Any]:
-    """The row of one policy, as plain data. Intervals at 95 %, over prompts (`stats`).
+    """The row of one policy, as plain data. Intervals at 95 %, over prompts (`statistics.estimates`).
 
     Args:
         baseline: the reference's samples; None when `samples` are the reference's own.

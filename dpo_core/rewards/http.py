@@ -200,7 +200,7 @@ def _quoted(content: bytes) -> str:
 
 
 def _without_token(text: str) -> str:
-    """`secrecy` hides long tokens in every error; a short one is known only here."""
+    """`redaction` hides long tokens in every error; a short one is known only here."""
     token = os.environ.get(TOKEN, "").strip()
     return text.replace(token, HIDDEN) if token else text
 

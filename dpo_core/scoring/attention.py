@@ -3,7 +3,7 @@
 Two ways to the same numbers. On a GPU FlexAttention with a block mask that is built from the documents'
 borders (compiling a mask function over 16,384 tokens hung the compiler for over a minute). Elsewhere, and
 where heads are too small for it, the pack is cut into its documents for the attention alone
-(`document_attention`); everything else in the model runs on the packed tokens.
+(`cpu_attention`); everything else in the model runs on the packed tokens.
 """
 
 import inspect

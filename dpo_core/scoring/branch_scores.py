@@ -1,6 +1,6 @@
 """What objectives read of a model: token log-probs of every completion, and what some need besides.
 
-One function for padded rows and for packs: only the trunk's forward differs. The output head (see `head`)
+One function for padded rows and for packs: only the trunk's forward differs. The output head (see `lm_head`)
 runs in chunks of tokens, over scored positions only; large batches recompute each chunk in the backward pass.
 
 Shapes: S branches, L tokens of the longest, D documents, N scored tokens, C tokens of a chunk, V vocabulary.

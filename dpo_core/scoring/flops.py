@@ -162,7 +162,7 @@ def training(
 
     Args:
         checkpointing: the layers run forward once more in the backward pass.
-        head_again: so does the head (see `head.KEEP_LOGITS_BYTES`).
+        head_again: so does the head (see `lm_head.KEEP_LOGITS_BYTES`).
     """
     attention = _attention(shape, squares)
     trunk, head = 6 * shape.trunk - 2 * shape.frozen_trunk, 6 * shape.head - 2 * shape.frozen_head

@@ -1,6 +1,6 @@
 """Log-probs of given completions under a frozen model: which share a forward pass, in which precision.
 
-What a log-prob is stands in `scores`.
+`branch_scores` defines a log-prob.
 """
 
 from collections.abc import Iterator

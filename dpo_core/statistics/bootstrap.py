@@ -1,4 +1,4 @@
-"""Resampling of whole prompts: what the intervals of `stats` and the tests of `significance` share.
+"""Resampling of whole prompts: what the intervals of `estimates` and the tests of `significance` share.
 
 Plain percentiles of a bootstrap are too narrow for few prompts: resamples vary by the variance with divisor
 n, and the normal tails forget that it was estimated. The expanded percentile interval (Hesterberg 2015, "What

@@ -85,7 +85,7 @@ def bootstrap_mean(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> Estimate:
-    """Mean of all values with an expanded percentile bootstrap interval (Hesterberg 2015; `resampling`).
+    """Mean of all values with an expanded percentile bootstrap interval (Hesterberg 2015; `bootstrap`).
 
     Args:
         values: (N,) finite numbers.

@@ -48,9 +48,9 @@ def bootstrap_p(
 ) -> float:
     """Two-sided p-value of no mean difference of a and b, resampled by prompt.
 
-    It inverts the interval of `stats.paired_bootstrap` on the same draws: where p is below 5 %, the 95 %
+    It inverts the interval of `estimates.paired_bootstrap` on the same draws: where p is below 5 %, the 95 %
     interval leaves zero out. Never below what the resamples can tell, 2/(n_resamples + 1) or somewhat more.
-    Arguments and errors: `stats.paired_bootstrap`.
+    Arguments and errors: `estimates.paired_bootstrap`.
     """
     sums, sizes = cluster_sums(paired_difference(a, b), clusters)
     need_two(len(sums))

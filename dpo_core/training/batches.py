@@ -87,7 +87,7 @@ class PaddedBatches:
 
 
 class PackedBatches:
-    """Micro-batches that are packs of a fixed number of tokens (see `packing`).
+    """Micro-batches that are packs of a fixed number of tokens (see `pack_plan`).
 
     Args:
         lengths_E: tokens that each example takes in a pack.

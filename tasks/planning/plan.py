@@ -1,6 +1,6 @@
 """What a run would do: which stages run and why, tokens, operations, memory, time. Nothing is started.
 
-The store answers what is cached; `plan_work` says what a stage would compute; the rest is arithmetic here.
+The store answers what is cached; `workload` says what a stage would compute; the rest is arithmetic here.
 """
 
 from collections.abc import Mapping

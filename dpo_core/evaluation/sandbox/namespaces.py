@@ -1,4 +1,4 @@
-"""What stands between a program that a model wrote and this machine; started as a script by `sandbox`.
+"""What stands between a program that a model wrote and this machine; started as a script by `run`.
 
 Three processes. The launcher stays outside and waits; the keeper is process 1 of a process namespace of its
 own, builds the jail and holds every privilege inside it; the program is its child, with none. When the keeper

@@ -1,7 +1,7 @@
 """Suites that EleutherAI's lm-eval measures, asked from local files.
 
 Prompts, shots, filters and metrics are the library's own task definitions; only the data set is replaced, and
-multiple choice is read by the engine of `harness_lm`.
+multiple choice is read by the engine of `lm_eval_model`.
 """
 
 import logging

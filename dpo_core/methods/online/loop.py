@@ -350,7 +350,7 @@ class OnlineTrainer(ABC, Generic[Item]):
         """Operations of one pass over the rollouts' padded rows.
 
         Args:
-            count: `cost.forward` or `cost.training`.
+            count: `flops.forward` or `flops.training`.
             head: whether the output head runs on the response tokens.
         """
         total = 0.0
