@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from expectations.config import GateConfig
 from expectations.drift import Profile, distance, profile, read_profile
 from expectations.features import TEXTS, Budget, Features, Subject, compute, relations
 from expectations.report import Finding, GateReport, to_do
-from expectations.rules import RULES_OF, SCHEMA, content_suite, schema_frame, schema_suite, words_of
+from expectations.rules import rules_of, words_of
+from expectations.suite import SCHEMA, content_suite, schema_frame, schema_suite
 from expectations.template_rule import Writes, template_flags
-from expectations.thresholds import BandRule, DistanceRule, GateConfig, RateRule, Severity
+from expectations.thresholds import BandRule, DistanceRule, RateRule, Severity
 from expectations.token_rules import Tokens, token_flags
 
 _ROWS_SHOWN = 10
@@ -155,7 +157,7 @@ def _skipped(
             threshold=config.rule(name).threshold,
             message=f"not judged: {reasons[name]}",
         )
-        for name in RULES_OF[subject]
+        for name in rules_of(subject)
         if name in reasons and name not in flags.columns and config.rule(name).severity != "off"
     ]
 
@@ -166,7 +168,7 @@ def _critical_hits(
     """The rows that the quarantine drops, one boolean column a critical row-level rule."""
     names = [
         name
-        for name in RULES_OF[subject]
+        for name in rules_of(subject)
         if name in flags and isinstance(rule := config.rule(name), RateRule) and rule.severity == "critical"
     ]
     hits = pd.DataFrame({name: flags[name].to_numpy() == 1 for name in names}, index=keys.index)
@@ -240,7 +242,7 @@ def judge(
     """Judges a frame of canonical prompts, pairs or unpaired rows.
 
     Args:
-        frame: one row an example; columns as in `expectations.rules.SCHEMA`, more are allowed.
+        frame: one row an example; columns as in `expectations.suite.SCHEMA`, more are allowed.
         docs_dir: folder for the Great Expectations project and its Data Docs; nothing is written elsewhere.
         tokens: how training tokenises (`Tokenise`, or `PlainTokens` round a function); with
             `max_length` it turns on the two token rules.

@@ -1,241 +1,237 @@
-"""Great Expectations suites, built from a `GateConfig`: this code is their source; the JSON is output.
+"""The rules of the data gate, one entry each; `features` has a function for each."""
 
-Each expectation is a built-in one on a feature column and carries its rule's name in `meta["rule"]`.
-"""
-
-from typing import TYPE_CHECKING, Any
-
-import pandas as pd
-from pandas.api import types as kinds
+from dataclasses import dataclass
+from typing import Literal
 
 from expectations.features import Subject
-from expectations.thresholds import BandRule, CountRule, DistanceRule, GateConfig, RateRule
-
-if TYPE_CHECKING:
-    import great_expectations as gx
+from expectations.thresholds import AnyRule, BandRule, CountRule, DistanceRule, RateRule, warn
 
 _MEND = "mend these rows, or set gate.quarantine=drop to go on without them"
+EVERY: tuple[Subject, ...] = ("prompts", "pairs", "unpaired")
 
-# rule -> (what the offending rows do, or what is measured; what to do about it)
-RULES: dict[str, tuple[str, str]] = {
+
+@dataclass(frozen=True)
+class RuleEntry:
+    """One rule."""
+
+    default: AnyRule
+    """Severity and threshold where the recipe says nothing."""
+    subjects: tuple[Subject, ...]
+    about: str
+    """What it is about, for the recipe."""
+    says: str
+    """What the offending rows do, or what is measured."""
+    remedy: str
+    of_unpaired: tuple[str, str] | None = None
+    """What to say, and what to do, of unpaired rows where that differs."""
+    of_all: Literal["mean", "median"] | None = None
+    """Which number of the whole set a band is for."""
+
+
+RULES: dict[str, RuleEntry] = {
+    "fault": RuleEntry(
+        RateRule(),
+        EVERY,
+        "Rows that could not be read: a field missing, or not a string.",
+        "could not be read",
+        _MEND,
+    ),
+    "type": RuleEntry(
+        RateRule(),
+        EVERY,
+        "Rows in which a text column holds something that is not a string.",
+        "hold something that is not a string in a text column",
+        _MEND,
+    ),
+    "split": RuleEntry(
+        RateRule(),
+        EVERY,
+        "Rows whose split is neither train nor eval.",
+        "belong to neither train nor eval",
+        "set split to train or eval in these rows",
+    ),
+    "empty_prompt": RuleEntry(
+        RateRule(),
+        EVERY,
+        "Prompts that are empty or whitespace only.",
+        "have an empty prompt",
+        _MEND,
+    ),
+    "empty_chosen": RuleEntry(
+        RateRule(),
+        ("pairs",),
+        "Chosen answers that are empty or whitespace only.",
+        "have an empty chosen answer",
+        _MEND,
+    ),
+    "empty_rejected": RuleEntry(
+        RateRule(),
+        ("pairs",),
+        "Rejected answers that are empty or whitespace only.",
+        "have an empty rejected answer",
+        _MEND,
+    ),
+    "empty_completion": RuleEntry(
+        RateRule(),
+        ("unpaired",),
+        "Completions of unpaired rows that are empty or whitespace only.",
+        "have an empty completion",
+        _MEND,
+    ),
+    "identical": RuleEntry(
+        RateRule(),
+        ("pairs",),
+        "Pairs whose answers are equal, surrounding whitespace aside.",
+        "have a chosen answer equal to the rejected one",
+        _MEND,
+    ),
+    "identical_after_truncation": RuleEntry(
+        RateRule(),
+        ("pairs",),
+        "Pairs whose answers differ but keep the same tokens within the token budget.",
+        "have answers that are equal within the token budget",
+        "raise the token budget (max_length), or set gate.quarantine=drop to go on without these rows",
+    ),
+    "contradiction": RuleEntry(
+        RateRule(),
+        ("pairs", "unpaired"),
+        "Pairs that are also there the other way round: A over B and B over A for one prompt. "
+        "Unpaired rows that are also there with the other label.",
+        "are contradicted by a row that prefers the same two answers the other way round",
+        "decide which order is right, or set gate.quarantine=drop to go on without both",
+        of_unpaired=(
+            "are contradicted by a row with the same answer and the other label",
+            "decide which label is right, or set gate.quarantine=drop to go on without both",
+        ),
+    ),
+    "leakage": RuleEntry(
+        RateRule(),
+        EVERY,
+        "Training rows whose prompt (letter case, width and whitespace aside) is also in the eval split.",
+        "are training rows whose prompt is also in the eval split",
+        "split by prompt, or set gate.quarantine=drop to take them out of the training split",
+    ),
+    "special_tokens": RuleEntry(
+        RateRule(),
+        EVERY,
+        "Rows holding a special token of the tokenizer in use, or in chats a word that its template"
+        " writes around turns, such as [INST]: it would be read as control.",
+        "hold a special token of the tokenizer in use, which would be read as a control token",
+        "remove the token from the text, or set gate.quarantine=drop",
+    ),
+    "template": RuleEntry(
+        RateRule(),
+        EVERY,
+        "Rows that the chat template cannot write, or whose answer does not continue the prompt as "
+        "it is written.",
+        "cannot be written by the chat template so that the answer continues the prompt",
+        "mend the rows, set tokens.template_arguments or model.chat_template, or set gate.quarantine=drop",
+    ),
+    "duplicate": RuleEntry(
+        warn(0.01),
+        EVERY,
+        "Rows that repeat an earlier row (pairs: prompt and both answers; unpaired rows: prompt, "
+        "completion and label; prompts: the prompt).",
+        "repeat an earlier row",
+        "remove the repeats, or make the rule critical and drop",
+    ),
+    "template_tokens": RuleEntry(
+        warn(0.0),
+        EVERY,
+        "Rows holding a control token of a well-known chat template, such as <|im_start|> or "
+        "[INST], or a token that the template in use writes, such as <think> or <tool_call>.",
+        "hold a control token of a chat template",
+        "strip the template from the source and give the bare turns",
+    ),
+    "control_characters": RuleEntry(
+        warn(0.001),
+        EVERY,
+        "Rows holding a C0 or C1 control character (tab, line feed and carriage return aside) or U+FFFD.",
+        "hold control characters or U+FFFD",
+        "read the source in its true encoding; samples end in U+FFFD where cut inside a character",
+    ),
+    "prompt_repeated": RuleEntry(
+        warn(0.01),
+        ("pairs", "unpaired"),
+        "Rows in which an answer begins with its prompt (chat: with the first or last message).",
+        "have an answer that begins with the prompt",
+        "cut the prompt from the answers: an answer holds only the completion",
+    ),
+    "over_long": RuleEntry(
+        warn(0.05),
+        EVERY,
+        "Rows whose tokens exceed the budget, so that they are truncated.",
+        "are over the token budget and will be truncated",
+        "raise the token budget (max_length)",
+    ),
+    "length_skew": RuleEntry(
+        BandRule(severity="warning", low=0.2, high=0.8),
+        ("pairs",),
+        "Share of pairs whose chosen answer is the longer one; a tie counts one half.",
+        "share of pairs whose chosen answer is the longer one",
+        "balance the pairs by length, or use an objective less drawn to it: simpo, dpo_norm, r_dpo or ld_dpo",
+        of_all="mean",
+    ),
+    "length_ratio": RuleEntry(
+        BandRule(severity="warning", low=-0.5, high=0.5),
+        ("pairs",),
+        "Median over pairs of log(characters of chosen / characters of rejected).",
+        "median log ratio of the lengths of chosen and rejected",
+        "balance the pairs by length, or use an objective less drawn to it: simpo, dpo_norm, r_dpo or ld_dpo",
+        of_all="median",
+    ),
+    "label_balance": RuleEntry(
+        BandRule(severity="warning", low=0.05, high=0.95),
+        ("unpaired",),
+        "Share of unpaired rows that are labelled desirable: with one class only, there is nothing "
+        "to tell apart.",
+        "share of rows that are labelled desirable",
+        "add rows of the rarer label; the weights of the objective make up for little of it",
+        of_all="mean",
+    ),
+    "script_drift": RuleEntry(
+        DistanceRule(severity="warning"),
+        EVERY,
+        "Distance of the distribution of letters over Unicode scripts to the baseline's.",
+        "distance of the mix of scripts to the baseline",
+        "look for a new source in another script, or take this run's profile as the new baseline",
+    ),
+    "language_drift": RuleEntry(
+        DistanceRule(severity="warning", max_distance=0.15),
+        EVERY,
+        "Distance of the distribution of rows over guessed languages to the baseline's.",
+        "distance of the mix of languages to the baseline",
+        "look for a new source in another language, or take this run's profile as the new baseline",
+    ),
+    "too_few": RuleEntry(
+        CountRule(severity="warning"),
+        EVERY,
+        "Number of rows, after quarantine.",
+        "number of rows",
+        "add data, or lower too_few.min_rows",
+    ),
+}
+
+_ALWAYS = {
     "schema": (
         "columns or types are not those of the subject",
         "write the data through the canonical reader",
     ),
-    "fault": ("could not be read", _MEND),
-    "type": ("hold something that is not a string in a text column", _MEND),
-    "split": ("belong to neither train nor eval", "set split to train or eval in these rows"),
-    "empty_prompt": ("have an empty prompt", _MEND),
-    "empty_chosen": ("have an empty chosen answer", _MEND),
-    "empty_rejected": ("have an empty rejected answer", _MEND),
-    "empty_completion": ("have an empty completion", _MEND),
-    "identical": ("have a chosen answer equal to the rejected one", _MEND),
-    "identical_after_truncation": (
-        "have answers that are equal within the token budget",
-        "raise the token budget (max_length), or set gate.quarantine=drop to go on without these rows",
-    ),
-    "contradiction": (
-        "are contradicted by a row that prefers the same two answers the other way round",
-        "decide which order is right, or set gate.quarantine=drop to go on without both",
-    ),
-    "leakage": (
-        "are training rows whose prompt is also in the eval split",
-        "split by prompt, or set gate.quarantine=drop to take them out of the training split",
-    ),
-    "duplicate": ("repeat an earlier row", "remove the repeats, or make the rule critical and drop"),
-    "special_tokens": (
-        "hold a special token of the tokenizer in use, which would be read as a control token",
-        "remove the token from the text, or set gate.quarantine=drop",
-    ),
-    "template": (
-        "cannot be written by the chat template so that the answer continues the prompt",
-        "mend the rows, set tokens.template_arguments or model.chat_template, or set gate.quarantine=drop",
-    ),
-    "template_tokens": (
-        "hold a control token of a chat template",
-        "strip the template from the source and give the bare turns",
-    ),
-    "control_characters": (
-        "hold control characters or U+FFFD",
-        "read the source in its true encoding; samples end in U+FFFD where cut inside a character",
-    ),
-    "prompt_repeated": (
-        "have an answer that begins with the prompt",
-        "cut the prompt from the answers: an answer holds only the completion",
-    ),
-    "over_long": ("are over the token budget and will be truncated", "raise the token budget (max_length)"),
-    "length_skew": (
-        "share of pairs whose chosen answer is the longer one",
-        "balance the pairs by length, or use an objective less drawn to it: simpo, dpo_norm, r_dpo or ld_dpo",
-    ),
-    "length_ratio": (
-        "median log ratio of the lengths of chosen and rejected",
-        "balance the pairs by length, or use an objective less drawn to it: simpo, dpo_norm, r_dpo or ld_dpo",
-    ),
-    "label_balance": (
-        "share of rows that are labelled desirable",
-        "add rows of the rarer label; the weights of the objective make up for little of it",
-    ),
-    "script_drift": (
-        "distance of the mix of scripts to the baseline",
-        "look for a new source in another script, or take this run's profile as the new baseline",
-    ),
-    "language_drift": (
-        "distance of the mix of languages to the baseline",
-        "look for a new source in another language, or take this run's profile as the new baseline",
-    ),
-    "too_few": ("number of rows", "add data, or lower too_few.min_rows"),
     "dropped": ("were left out by the quarantine", "mend the source, or raise max_dropped_rate"),
 }
+"""Rules that the recipe cannot set."""
 
-# What a rule that several subjects share says of unpaired rows.
-_SAID_OF_UNPAIRED: dict[str, tuple[str, str]] = {
-    "contradiction": (
-        "are contradicted by a row with the same answer and the other label",
-        "decide which label is right, or set gate.quarantine=drop to go on without both",
-    ),
-}
+
+def rules_of(subject: Subject) -> list[str]:
+    """The rules that judge a subject."""
+    return [name for name, entry in RULES.items() if subject in entry.subjects]
 
 
 def words_of(rule: str, subject: Subject) -> tuple[str, str]:
     """What the offending rows of a subject do, or what is measured; and what to do about it."""
-    own = _SAID_OF_UNPAIRED if subject == "unpaired" else {}
-    return own.get(rule, RULES[rule])
-
-
-_COMMON = ("fault", "type", "split", "empty_prompt", "leakage", "special_tokens", "duplicate",
-           "template", "template_tokens", "control_characters", "over_long", "script_drift", "language_drift",
-           "too_few")  # fmt: skip
-_OF_PAIRS = ("empty_chosen", "empty_rejected", "identical", "identical_after_truncation", "contradiction",
-             "prompt_repeated", "length_skew", "length_ratio")  # fmt: skip
-_OF_UNPAIRED = ("empty_completion", "contradiction", "prompt_repeated", "label_balance")
-RULES_OF: dict[Subject, tuple[str, ...]] = {
-    "prompts": _COMMON,
-    "pairs": _COMMON + _OF_PAIRS,
-    "unpaired": _COMMON + _OF_UNPAIRED,
-}
-
-SCHEMA: dict[Subject, dict[str, str]] = {
-    "prompts": {
-        "id": "text", "row": "integer", "prompt": "text", "chat": "bool", "fault": "text", "split": "text",
-    },
-}  # fmt: skip
-SCHEMA["pairs"] = SCHEMA["prompts"] | {
-    "chosen": "text", "rejected": "text", "chosen_ended": "bool", "rejected_ended": "bool",
-    "agreement": "number",
-}  # fmt: skip
-SCHEMA["unpaired"] = SCHEMA["prompts"] | {"completion": "text", "label": "bool", "ended": "bool"}
-
-
-def schema_frame(frame: pd.DataFrame, subject: Subject) -> pd.DataFrame:
-    """One row that holds the kind of each column: pandas has many dtypes for one kind, all good here."""
-    found: dict[str, list[str]] = {}
-    for name in frame.columns:
-        column = frame[name]
-        wanted = SCHEMA[subject].get(str(name))
-        if wanted in ("bool", "integer") and column.isna().any():
-            kind = f"{column.dtype} with missing values"
-        elif kinds.is_bool_dtype(column):
-            kind = "bool"
-        elif kinds.is_integer_dtype(column):
-            kind = "number" if wanted == "number" else "integer"
-        elif kinds.is_numeric_dtype(column):
-            kind = "number"
-        elif wanted == "text" and (kinds.is_string_dtype(column) or kinds.is_object_dtype(column)):
-            kind = "text"  # single foreign values in an object column are the row-level rule `type`
-        else:
-            kind = str(column.dtype)
-        found[str(name)] = [kind]
-    return pd.DataFrame(found, index=pd.RangeIndex(1))
-
-
-def schema_suite(subject: Subject, columns: list[str]) -> "gx.ExpectationSuite":
-    """The columns are there (more may be) and of the right kind. Always critical: nothing works without."""
-    import great_expectations as gx
-
-    text = f"{subject}/schema"
-    meta = {"rule": "schema"}
-    suite: Any = gx.ExpectationSuite(name=f"{subject}-schema")
-    suite.add_expectation(
-        gx.expectations.ExpectTableColumnsToMatchSet(
-            column_set=list(SCHEMA[subject]),
-            exact_match=False,
-            severity="critical",
-            meta=meta,
-            description=f"{text}: the columns {', '.join(SCHEMA[subject])} are there",
-        )
-    )
-    for name, kind in SCHEMA[subject].items():
-        if name in columns:
-            suite.add_expectation(
-                gx.expectations.ExpectColumnValuesToBeInSet(
-                    column=name,
-                    value_set=[kind],
-                    severity="critical",
-                    meta=meta,
-                    description=f"{text}: column {name} is of kind {kind}",
-                )
-            )
-    return suite
-
-
-def _expectation(name: str, rule: Any, subject: Subject, boolean: bool) -> Any:
-    import great_expectations as gx
-
-    E = gx.expectations
-    what = words_of(name, subject)[0]
-    common = {"severity": rule.severity, "meta": {"rule": name}}
-    if isinstance(rule, RateRule):
-        # 1 - 0.57 is 0.43000000000000004 in floats; rounded, exactly the tolerated share still passes.
-        return E.ExpectColumnValuesToBeInSet(
-            column=name,
-            value_set=[False] if boolean else [0.0],
-            mostly=round(1 - rule.max_rate, 12),
-            description=f"{subject}/{name}: at most {rule.max_rate:.2%} of the rows {what}",
-            **common,
-        )
-    if isinstance(rule, BandRule):
-        between = {
-            "length_skew": E.ExpectColumnMeanToBeBetween,
-            "label_balance": E.ExpectColumnMeanToBeBetween,
-            "length_ratio": E.ExpectColumnMedianToBeBetween,
-        }
-        return between[name](
-            column=name,
-            min_value=rule.low,
-            max_value=rule.high,
-            description=f"{subject}/{name}: the {what} is between {rule.low:g} and {rule.high:g}",
-            **common,
-        )
-    if isinstance(rule, DistanceRule):
-        return E.ExpectColumnMaxToBeBetween(
-            column=name,
-            max_value=rule.max_distance,
-            description=f"{subject}/{name}: the {what} is at most {rule.max_distance:g}",
-            **common,
-        )
-    assert isinstance(rule, CountRule)
-    return E.ExpectTableRowCountToBeBetween(
-        min_value=rule.min_rows,
-        description=f"{subject}/{name}: at least {rule.min_rows} rows",
-        **common,
-    )
-
-
-def content_suite(
-    subject: Subject, config: GateConfig, flags: pd.DataFrame, name: str
-) -> "gx.ExpectationSuite":
-    """One expectation for each rule that is on and whose feature column is in `flags`."""
-    import great_expectations as gx
-
-    suite: Any = gx.ExpectationSuite(name=name)
-    for rule_name in (*RULES_OF[subject], "dropped"):
-        if rule_name == "dropped":
-            rule: Any = RateRule(max_rate=config.max_dropped_rate)
-        else:
-            rule = config.rule(rule_name)
-        if rule.severity == "off" or (rule_name not in flags.columns and not isinstance(rule, CountRule)):
-            continue
-        boolean = rule_name in flags.columns and kinds.is_bool_dtype(flags[rule_name])
-        suite.add_expectation(_expectation(rule_name, rule, subject, boolean))
-    return suite
+    if rule in _ALWAYS:
+        return _ALWAYS[rule]
+    entry = RULES[rule]
+    if subject == "unpaired" and entry.of_unpaired:
+        return entry.of_unpaired
+    return entry.says, entry.remedy

@@ -106,7 +106,7 @@ def load_reward(spec: str) -> RewardFunction:
 
     Args:
         spec: "sentiment", "package.module:callable", "path/to/file.py:callable" (relative to the current
-            folder) or the address of a server (see `rewards.http`). A class is instantiated without arguments.
+            folder) or the address of a server (see `http`). A class is instantiated without arguments.
 
     Raises:
         RecipeError: nothing of that name can be loaded, or it is not callable.

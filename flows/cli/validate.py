@@ -17,10 +17,10 @@ from dpo_core.data.split import by_source, split_table
 from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise
 from dpo_core.errors import RecipeError
 from dpo_core.models.load import ModelConfig, load_tokenizer, locate, read_template, templates_of
+from expectations.config import GateConfig
 from expectations.drift import load_baseline
 from expectations.gate import judge
 from expectations.report import GateReport
-from expectations.thresholds import GateConfig
 from flows.cli.shown_rows import as_data, as_text, shown
 from tasks.recipe.read import overridden
 

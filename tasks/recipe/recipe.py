@@ -20,7 +20,7 @@ from dpo_core.models.load import ModelConfig
 from dpo_core.models.lora import LORA_EXTRA
 from dpo_core.objectives import get
 from dpo_core.scoring.logprobs import Precision
-from expectations.thresholds import GateConfig
+from expectations.config import GateConfig
 from tasks.recipe.policies import (
     CLASSES,
     Policy,

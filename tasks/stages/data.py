@@ -19,8 +19,8 @@ from dpo_core.errors import DataError, GateRefused, ModelError, StageFailed
 from dpo_core.methods.pair_sampling import PairSamplingConfig, Scored, pair_up
 from dpo_core.rewards.functions import reward_identity
 from dpo_core.system import digest_file
+from expectations.config import GateConfig
 from expectations.drift import load_baseline
-from expectations.thresholds import GateConfig
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 from tasks.store.checked_json import read_sealed, write_sealed
 from tasks.store.facts import GateFacts, LoadFacts, SamplingFacts

@@ -7,9 +7,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from expectations.config import GateConfig
 from expectations.gate import judge
 from expectations.report import GateReport
-from expectations.thresholds import GateConfig
 
 
 @pytest.fixture

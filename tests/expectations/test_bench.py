@@ -55,8 +55,8 @@ def big_frame(rows: int) -> Any:
 def measure(rows: int, folder: Path) -> dict[str, Any]:
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+    from expectations.config import GateConfig
     from expectations.gate import judge
-    from expectations.thresholds import GateConfig
     from expectations.token_rules import PlainTokens
 
     frame = big_frame(rows)

@@ -14,9 +14,9 @@ from dpo_core.data.config import DataConfig
 from dpo_core.data.load import load
 from dpo_core.data.split import split_by_prompt
 from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise
+from expectations.config import GateConfig
 from expectations.features import Budget, compute
 from expectations.report import GateReport
-from expectations.thresholds import GateConfig
 from expectations.token_rules import PlainTokens, _judge_row, token_flags
 from tests.support.frames import clean_pairs, failed
 

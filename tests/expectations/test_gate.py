@@ -13,8 +13,9 @@ from dpo_core.data.config import DataConfig
 from dpo_core.data.load import load
 from dpo_core.data.split import split_by_prompt
 from dpo_core.errors import DataError, GateRefused
+from expectations.config import GateConfig
 from expectations.report import GateReport
-from expectations.thresholds import CountRule, GateConfig, RateRule
+from expectations.thresholds import CountRule, RateRule
 from tests.support.frames import clean_pairs, clean_prompts, failed, row_number
 
 Gate = Callable[..., tuple[GateReport, pd.DataFrame]]

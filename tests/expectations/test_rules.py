@@ -8,9 +8,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from expectations.config import GateConfig
 from expectations.drift import Profile
-from expectations.rules import RULES_OF
-from expectations.thresholds import GateConfig
+from expectations.rules import rules_of
 from expectations.token_rules import PlainTokens
 from tests.support.frames import clean_pairs, clean_prompts, failed, row_number
 
@@ -110,7 +110,7 @@ def test_a_clean_frame_passes(gate: Gate) -> None:
     assert not failed(report)
     assert kept.equals(clean_pairs())
     judged = {f.rule for f in report.findings if not f.skipped}
-    assert judged == {"pairs/schema", *(f"pairs/{name}" for name in RULES_OF["pairs"])}
+    assert judged == {"pairs/schema", *(f"pairs/{name}" for name in rules_of("pairs"))}
 
 
 @pytest.mark.parametrize("case", PAIR_BREAKS)

@@ -7,8 +7,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from expectations.rules import RULES_OF
-from expectations.thresholds import GateConfig
+from expectations.config import GateConfig
+from expectations.rules import rules_of
 from expectations.token_rules import PlainTokens
 from tests.expectations.test_rules import BAD, copy_of, put, words
 from tests.support.frames import clean_prompts, failed, row_number
@@ -76,7 +76,7 @@ def test_a_clean_frame_passes_every_rule(gate: Gate) -> None:
     assert not failed(report)
     assert kept.equals(clean_unpaired())
     judged = {f.rule for f in report.findings if not f.skipped}
-    assert judged == {"unpaired/schema", *(f"unpaired/{name}" for name in RULES_OF["unpaired"])}
+    assert judged == {"unpaired/schema", *(f"unpaired/{name}" for name in rules_of("unpaired"))}
 
 
 @pytest.mark.parametrize("case", BREAKS)

@@ -1,4 +1,4 @@
-"""Runs Python code that a model wrote behind `namespaces`: no network, no files of this machine, bounded resources.
+"""Runs Python code that a model wrote: no network, no files of this machine, bounded resources.
 
 The program sees the interpreter with its standard library and the system's libraries, read-only, and an empty
 folder in memory; it is a user without rights in namespaces of its own (users, mounts, network, processes,
