@@ -38,6 +38,37 @@ def facts(method: Method) -> dict[str, Any]:
     }
 
 
+def markdown() -> str:
+    """The page of the docs: every method with its needs and settings."""
+    lines = [
+        "# Methods",
+        "",
+        "What a policy of a recipe may name, as `dpo methods` lists it. Each method is one file of "
+        "`dpo_core/methods/`, which declares its settings, the data that it learns from, how it reads the "
+        "reference, its trainer, its estimate for `dpo plan`, and the curves of the run page.",
+    ]
+    for method in methods().values():
+        needs = ", ".join(method.needs(method.settings()))
+        use = (
+            f"`policies: {{NAME: {{method: {method.name}}}}}`"
+            if method.policy
+            else "Serves the run; no policy."
+        )
+        lines += [
+            "",
+            f"## {method.name}",
+            "",
+            f"{method.title}. {method.citation}.",
+            "",
+            f"Needs: {needs}. {use}",
+        ]
+        lines += ["", "| setting | default | |", "| --- | --- | --- |"]
+        for name, field in method.settings.model_fields.items():
+            text = " ".join((field.description or "").split()).replace("|", "\\|")
+            lines.append(f"| `{name}` | `{_default(field)}` | {text} |")
+    return "\n".join(lines) + "\n"
+
+
 def _text(method: Method, whole: bool) -> str:
     where = f"policies: {{NAME: {{method: {method.name}}}}}" if method.policy else "serves the run; no policy"
     lines = [f"{method.name}  ({', '.join(method.needs(method.settings()))})", f"  {method.title}"]
