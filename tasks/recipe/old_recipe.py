@@ -1,15 +1,19 @@
 """Recipes of the form before `policies`: rejected with the sections that say the same today."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
 from dpo_core.errors import RecipeError
-from dpo_core.methods.registry import get
+from tasks.recipe.policies import CHAMPION, REFERENCE
 
 _SECTIONS = ("dpo", "guide", "ppo", "grpo", "online", "frontier")
-_VARIANTS = {"grpo": "GRPO", "dr_grpo": "DrGRPO", "dapo": "DAPO", "gspo": "GSPO", "rloo": "RLOO"}
+_METHODS = {"guide": "dpo", "online": "online_dpo"}
+_NAMES = {"dpo": "DPO", "guide": "Guide", "ppo": "PPO", "online": "Online DPO"}
+_VARIANTS = {"dr_grpo": "Dr GRPO"}
+Fields = dict[str, Any]
 
 
 def require_new_form(raw: Mapping[str, Any], unusable: str) -> None:
@@ -24,10 +28,11 @@ def require_new_form(raw: Mapping[str, Any], unusable: str) -> None:
         old.append("reward.optimise")
     if not old:
         return
-    text = yaml.safe_dump(replacement(raw), sort_keys=False, allow_unicode=True, width=100)
+    remedy = f"Put in their place:\n\n{_as_yaml(replacement(raw))}"
+    if isinstance(raw.get("policies"), Mapping):
+        remedy = "Take them out and say it in policies, which are there"
     raise RecipeError(
-        f"{unusable}: {', '.join(old)} became part of `policies`, where each policy names its method",
-        f"Put in their place:\n\n{text}",
+        f"{unusable}: {', '.join(old)} became part of `policies`, where each policy names its method", remedy
     )
 
 
@@ -37,82 +42,127 @@ def require_new_override(raw: Mapping[str, Any], override: str) -> None:
     Raises:
         RecipeError: the override names a section that became part of `policies`.
     """
-    section, _, field = override.partition("=")[0].strip().partition(".")
+    key = override.partition("=")[0].strip()
+    section, _, field = key.partition(".")
     policies = raw.get("policies")
-    if section not in _SECTIONS or not isinstance(policies, Mapping):
+    if not isinstance(policies, Mapping) or not (section in _SECTIONS or key == "reward.optimise"):
         return
+    write = f"policies.NAME{'.' + field if field else ''}"
+    if field == "enabled":
+        write = "policies.NAME=null to take a policy out"
+    elif key == "reward.optimise":
+        write = "policies.NAME.reward=model"
+    elif section == "frontier":
+        write = f"study.{field or 'seeds'}"
+    elif section == "guide":
+        write = "policies.Guide, and policies.NAME.reference=Guide"
     raise RecipeError(
-        f"--set {override.partition('=')[0]}: there is no section {section}; settings of a method belong to "
-        "a policy",
-        f"Write policies.NAME{'.' + field if field else ''}; there are {', '.join(map(str, policies))}",
+        f"--set {key}: there is no field {section if section in _SECTIONS else key} any more; policies are "
+        + ", ".join(map(str, policies)),
+        f"Write {write}",
     )
 
 
-def replacement(raw: Mapping[str, Any]) -> dict[str, Any]:
+class _Plain(yaml.SafeDumper):
+    """Writes out what aliases would share."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _as_yaml(sections: Fields) -> str:
+    return yaml.dump(sections, Dumper=_Plain, sort_keys=False, allow_unicode=True, width=100)
+
+
+def replacement(raw: Mapping[str, Any]) -> Fields:
     """The sections `policies` and `study` that say what the old sections of a recipe said."""
-    sections = {name: dict(raw.get(name) or {}) for name in ("dpo", "ppo", "grpo", "online")}
-    optimise = (raw.get("reward") or {}).get("optimise", "source")
+    sections = {name: _mapping(raw.get(name)) for name in ("dpo", "guide", "ppo", "grpo", "online")}
     if raw.get("frontier"):
         return _study(sections, raw["frontier"])
-    policies: dict[str, Any] = dict(raw["policies"]) if isinstance(raw.get("policies"), Mapping) else {}
+    own = {"reward": "model"} if _mapping(raw.get("reward")).get("optimise") == "model" else {}
+    policies: Fields = {}
     if raw.get("guide") is not None:
-        policies["Guide"] = _policy("dpo", dict(raw["guide"]))
+        policies["Guide"] = _policy("guide", sections["guide"])
     policies["DPO"] = _policy("dpo", sections["dpo"])
-    if raw.get("guide") is not None:
+    if "Guide" in policies:
         policies["DPO"]["reference"] = "Guide"
-    own = {"reward": "model"} if optimise == "model" else {}
-    if sections["ppo"].pop("enabled", True) and ("ppo" in raw or not policies.get("PPO")):
+    if sections["ppo"].get("enabled", True):  # PPO was there unless it was switched off
         policies["PPO"] = _policy("ppo", sections["ppo"]) | own
-    if raw.get("grpo") is not None:
-        policies[_VARIANTS.get(sections["grpo"].get("variant", "grpo"), "GRPO")] = (
-            _policy("grpo", sections["grpo"]) | own
-        )
-    if raw.get("online") is not None:
-        policies["OnlineDPO"] = _policy("online", sections["online"]) | own
+    for name in ("grpo", "online"):
+        if raw.get(name) is not None:
+            policies[_name(name, sections[name])] = _policy(name, sections[name]) | own
     return {"policies": policies} | ({"candidate": "DPO"} if "Guide" in policies else {})
 
 
-def _policy(section: str, fields: dict[str, Any]) -> dict[str, Any]:
+def _mapping(section: Any) -> Fields:
+    return dict(section) if isinstance(section, Mapping) else {}
+
+
+def _name(section: str, fields: Fields) -> str:
+    variant = str(fields.get("variant", "grpo"))
+    return _NAMES.get(section) or _VARIANTS.get(variant, variant.upper())
+
+
+def _method(section: str, fields: Fields) -> str:
+    unpaired = section in ("dpo", "guide") and fields.get("objective") in ("kto", "bco")
+    return "kto" if unpaired else _METHODS.get(section, section)
+
+
+def _policy(section: str, fields: Fields) -> Fields:
     """The settings of an old section as a policy."""
-    method = {"online": "online_dpo"}.get(section, section)
-    objective = fields.get("objective")
-    if section == "dpo" and objective in ("kto", "bco"):
-        method = get("kto").name
-    if method == "online_dpo" and "reference" in fields:
-        fields = {k: v for k, v in fields.items() if k != "reference"} | {
-            "renew_reference": fields["reference"] == "each_round"
-        }
-    return {"method": method} | {k: v for k, v in fields.items() if k != "enabled"}
+    kept = {key: value for key, value in fields.items() if key != "enabled"}
+    if section == "online" and "reference" in kept:
+        kept["renew_reference"] = kept.pop("reference") == "each_round"
+    return {"method": _method(section, fields), **kept}
 
 
-def _study(sections: Mapping[str, dict[str, Any]], frontier: Mapping[str, Any]) -> dict[str, Any]:
+def _study(sections: Mapping[str, Fields], frontier: Mapping[str, Any]) -> Fields:
     """The old frontier: an arm is a policy, its settings a grid."""
-    policies: dict[str, Any] = {}
-    grid: dict[str, list[dict[str, list[Any]]]] = {}
+    policies: Fields = {}
+    grid: Fields = {}
     hidden = []
     for arm in frontier.get("arms") or []:
-        method, name = arm["method"], str(arm["name"]).replace(".", "")
-        policy = _policy(method, dict(sections[method]))
-        for key, value in (arm.get("base") or {}).items():
-            _put(policy, key, value)
-        if arm.get("reward") == "model":
-            policy["reward"] = "model"
-        if arm.get("guided"):
-            guide = f"Guide of {name}"
-            policies[guide], policy["reference"] = dict(policy), guide
-            grid[guide] = _points(arm)[:1]
-            hidden.append(guide)
-        policies[name], grid[name] = policy, _points(arm)
-        if arm.get("drawn") is False:
-            hidden.append(name)
+        for settings in _parts(arm):
+            name = _free(str(arm["name"]), policies)
+            fields = sections[arm["method"]]
+            for key, value in {**_mapping(arm.get("base")), **_shared(settings)}.items():
+                fields = _with(fields, key, value)
+            policy = _policy(arm["method"], fields)
+            if arm.get("reward") == "model":
+                policy["reward"] = "model"
+            if arm.get("guided"):
+                guide = _free(f"Guide of {name}", policies)
+                policies[guide], grid[guide], policy["reference"] = dict(policy), _points(settings), guide
+                hidden.append(guide)
+            policies[name], grid[name] = policy, _points(settings)
+            if arm.get("drawn") is False:
+                hidden.append(name)
     study = {key: value for key, value in frontier.items() if key != "arms"} | {"grid": grid}
     return {"policies": policies, "study": study | ({"hidden": hidden} if hidden else {})}
 
 
-def _points(arm: Mapping[str, Any]) -> list[dict[str, list[Any]]]:
-    """An arm's settings as grids: those that change one and the same field together."""
+def _parts(arm: Mapping[str, Any]) -> list[list[Fields]]:
+    """The settings of an arm that one policy can have: those with one guide, and with one method."""
+    settings = [dict(setting) for setting in arm.get("settings") or [{}]]
+    if arm.get("guided"):
+        return [[setting] for setting in settings]
+    by_objective: dict[Any, list[Fields]] = {}
+    for setting in settings:
+        unpaired = setting.get("objective") in ("kto", "bco")
+        by_objective.setdefault(setting.get("objective") if unpaired else None, []).append(setting)
+    return list(by_objective.values())
+
+
+def _shared(settings: list[Fields]) -> Fields:
+    """The objective of settings that differ from the arm's in their method."""
+    objectives = {str(setting.get("objective")) for setting in settings}
+    return {"objective": objectives.pop()} if len(objectives) == 1 and "None" not in objectives else {}
+
+
+def _points(settings: list[Fields]) -> list[dict[str, list[Any]]]:
+    """Settings as grids: those that change one and the same field together."""
     grids: list[dict[str, list[Any]]] = []
-    for setting in arm.get("settings") or [{}]:
+    for setting in settings:
         if len(setting) == 1 and grids and list(grids[-1]) == list(setting):
             grids[-1][next(iter(setting))] += setting.values()
         else:
@@ -120,9 +170,15 @@ def _points(arm: Mapping[str, Any]) -> list[dict[str, list[Any]]]:
     return grids
 
 
-def _put(policy: dict[str, Any], key: str, value: Any) -> None:
-    *path, last = key.split(".")
-    place = policy
-    for part in path:
-        place[part] = place = dict(place.get(part) or {})
-    place[last] = value
+def _free(name: str, policies: Mapping[str, Any]) -> str:
+    """The name, as a policy may have it and none has yet."""
+    name = " ".join(re.sub(r"[^\w +*&,()-]", " ", name).split())[:36]
+    taken = {other.lower() for other in (REFERENCE, CHAMPION, *policies)}
+    numbered = (name if n == 1 else f"{name} {n}" for n in range(1, len(taken) + 2))
+    return next(one for one in numbered if one.lower() not in taken)
+
+
+def _with(fields: Mapping[str, Any], key: str, value: Any) -> Fields:
+    """Fields with another value of one, by dotted name."""
+    first, _, rest = key.partition(".")
+    return {**fields, first: _with(_mapping(fields.get(first)), rest, value) if rest else value}

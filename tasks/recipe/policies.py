@@ -1,6 +1,7 @@
 """The graph of policies: how each is trained, what it starts from and what it is held to."""
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from functools import reduce
 from operator import or_
@@ -18,6 +19,7 @@ REFERENCE = "SFT"
 CHAMPION = "Champion"
 """What tables call the registered champion; no policy may have this name."""
 _ELSEWHERE = ("models:/", "runs:/")
+_NAME = re.compile(r"[\w +*&,()-]{1,40}")
 
 
 class PolicyFields(Config):
@@ -73,18 +75,15 @@ else:
 
 
 def require_methods(policies: Any) -> Any:
-    """The policies that are there (one set to null is left out); each names a method that trains policies.
+    """Refuse a policy that names no method, or none that trains policies, in words of its own.
 
     Raises:
         ValueError: so that pydantic names the field.
     """
-    if not isinstance(policies, Mapping):
-        return policies
-    policies = {name: raw for name, raw in policies.items() if raw is not None}
-    for name, raw in policies.items():
-        if not isinstance(raw, Mapping):
+    for name, raw in policies.items() if isinstance(policies, Mapping) else ():
+        if not isinstance(raw, Mapping | None):
             continue
-        method = raw.get("method")
+        method = raw.get("method") if raw else None
         if method is None:
             raise ValueError(
                 f"policy {name} names no method: set policies.{name}.method to one of {_known()}"
@@ -143,38 +142,39 @@ def in_order(policies: Mapping[str, PolicyFields]) -> list[str]:
 
 
 def _near(name: str, policies: Iterable[str]) -> str:
-    known = [REFERENCE, *policies]
-    near = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {near[0]}?)" if near else f"; there are {', '.join(known)}"
+    known = {policy.lower(): policy for policy in (REFERENCE, *policies)}
+    if name.lower() == CHAMPION.lower():
+        return "; the champion of a registered model is models:/NAME@champion"
+    near = difflib.get_close_matches(name.lower(), known, n=1)
+    return f" (did you mean {known[near[0]]}?)" if near else f"; there are {', '.join(known.values())}"
 
 
 def check_names(policies: Mapping[str, PolicyFields]) -> None:
     """Refuse names that tables, metrics or files could not tell apart.
 
     Raises:
-        ValueError: a name is taken, too long, has characters that no table can show, or is there twice.
+        ValueError: a name is taken, too long, has characters that a table or a query cannot hold, or is there
+            twice.
     """
     taken: dict[str, str] = {name.lower(): name for name in (REFERENCE, CHAMPION)}
     for name in policies:
-        if (
-            not (0 < len(name) <= 40)
-            or name != name.strip()
-            or not name.isprintable()
-            or set(name) & set("/:.=")
-        ):
+        if not _NAME.fullmatch(name) or name != name.strip():
             raise ValueError(
-                f"'{name}' cannot name a policy: use at most 40 printable characters, without / : . = and "
+                f"'{name}' cannot name a policy: use 1 to 40 letters, digits, blanks and _ - + * & , ( ), "
                 "without blanks at its ends"
             )
-        if name.lower() in taken:
-            other = taken[name.lower()]
-            why = (
-                f"'{other}' is the name of a model that every run has"
-                if other in (REFERENCE, CHAMPION)
-                else (f"'{other}' and '{name}' differ in capitals alone")
-            )
+        key = _as_metric(name)
+        if other := taken.get(key):
+            why = f"'{other}' and '{name}' differ in capitals or signs alone, and share their metrics' names"
+            if other in (REFERENCE, CHAMPION):
+                why = f"'{other}' is the name of a model that every run has"
             raise ValueError(f"'{name}' cannot name a policy: {why}")
-        taken[name.lower()] = name
+        taken[key] = name
+
+
+def _as_metric(name: str) -> str:
+    """A policy's name as metrics have it: in small letters, with the signs that MLflow takes."""
+    return re.sub(r"[^\w -]", "_", name.lower(), flags=re.ASCII)
 
 
 def check_is_read(policies: Mapping[str, PolicyFields], known_reward: bool) -> None:

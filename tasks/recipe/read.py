@@ -99,7 +99,7 @@ _INSTEAD = (
 
 
 def _lay_over(raw: dict[str, Any], override: str) -> None:
-    """Lay one `a.b=value` over a mapping; the value is read as YAML.
+    """Lay one `a.b=value` over a mapping; the value is read as YAML. `policies.NAME=null` takes a policy out.
 
     Raises:
         RecipeError: it is not of that form.
@@ -124,7 +124,12 @@ def _lay_over(raw: dict[str, Any], override: str) -> None:
             raise RecipeError(f"--set {override}: {part} holds a value, not fields", _KNOWN_FIELDS)
         place[part] = inner = dict(inner)  # where YAML aliases share it, the others keep their values
         place = inner
-    place[parts[-1]] = value
+    if value is None and parts[:-1] == ["policies"]:
+        if parts[-1] not in place:
+            raise RecipeError(f"--set {override}: there is no policy '{parts[-1]}'", _KNOWN_FIELDS)
+        del place[parts[-1]]
+    else:
+        place[parts[-1]] = value
 
 
 def _why(error: yaml.YAMLError) -> str:
@@ -149,6 +154,9 @@ def _faults_of(error: ValidationError, root: type[BaseModel]) -> str:
     faults = []
     for fault in error.errors():
         place = fault["loc"]
+        if place[-1:] == ("[key]",):
+            faults.append(f"{'.'.join(map(str, place[:-1]))}: names are texts; write {place[-2]!r} in quotes")
+            continue
         owner = root
         if root is Recipe and place[:1] == ("policies",) and len(place) > 2:
             owner = CLASSES[str(place[2])]  # pydantic puts the method between the policy and its field

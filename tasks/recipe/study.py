@@ -9,7 +9,14 @@ from pydantic import Field, ValidationError, model_validator
 
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError
-from tasks.recipe.policies import CLASSES, REFERENCE, PolicyFields, elsewhere, in_order
+from tasks.recipe.policies import (
+    CLASSES,
+    REFERENCE,
+    PolicyFields,
+    check_is_read,
+    elsewhere,
+    in_order,
+)
 
 Grid = dict[str, list[Any]]
 """Values of fields, by dotted name; every combination is a point."""
@@ -101,13 +108,21 @@ def nodes(policies: Mapping[str, PolicyFields], study: StudyConfig | None, seed:
 
 
 def changed(policy: PolicyFields, changes: Mapping[str, Any]) -> PolicyFields:
-    """A policy with other values of some fields, by dotted name."""
+    """A policy with other values of some fields, by dotted name.
+
+    Raises:
+        RecipeError, pydantic.ValidationError: a field is unknown, or its value out of range.
+    """
     fields = policy.model_dump(mode="json")
     for key, value in changes.items():
         *path, last = key.split(".")
         place = fields
         for part in path:
-            place = place.setdefault(part, {})
+            if place.get(part) is None:  # a section that is empty by default, as `lora`
+                place[part] = {}
+            place = place[part]
+            if not isinstance(place, dict):
+                raise RecipeError(f"{part} holds a value, not fields", "Name a field of the policy")
         place[last] = value
     return CLASSES[policy.method].model_validate(fields)
 
@@ -132,14 +147,14 @@ def check_study(policies: Mapping[str, PolicyFields], study: StudyConfig) -> Non
                     "which of them is not said. Give that policy one point, or name a policy for each"
                 )
         for point in study.points(name):
-            fixed = [key for key in point if key.split(".")[0] in ("method", "start", "reference")]
+            fixed = [key for key in point if key.split(".")[0] in ("method", "start", "reference", "reward")]
             if fixed:
                 raise ValueError(f"study.grid.{name}: {fixed[0]} cannot vary; name a policy for each value")
             try:
-                changed(policy, point)
-            except (ValidationError, RecipeError) as error:
+                check_is_read({name: changed(policy, point)}, known_reward=True)
+            except (ValueError, RecipeError) as error:
                 what = str(error).rstrip(".")
-                if isinstance(error, ValidationError):
+                if isinstance(error, ValidationError):  # a ValueError too
                     first = error.errors()[0]
                     what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
                 raise ValueError(f"study.grid.{name}, point {label(point) or 'as it is'}: {what}") from error
