@@ -1,6 +1,6 @@
 """What a run would do: which stages run and why, tokens, operations, memory, time. Nothing is started.
 
-The store answers what is cached; `workload` says what a stage would compute; the rest is arithmetic here.
+The store answers what is cached; each stage estimates what it would compute; the rest is arithmetic here.
 """
 
 from collections.abc import Mapping
@@ -12,11 +12,13 @@ from dpo_core.config import Config
 from dpo_core.errors import DpoError
 from dpo_core.methods.estimate import Work
 from tasks.planning.speed import Speed
-from tasks.planning.workload import Workload
+from tasks.planning.workload import workload_of
 from tasks.recipe.recipe import Recipe
 from tasks.reports.format import duration
 from tasks.reports.run_warnings import answers_cut, measure_answers, too_few_prompts
 from tasks.stages.base import StageResult, Why
+from tasks.stages.registry import label_of, stage_of
+from tasks.stages.workload import Workload
 
 
 class StagePlan(Config):
@@ -72,7 +74,7 @@ def make_plan(recipe: Recipe, workspace: str, stages: Mapping[str, StageResult])
     Args:
         stages: what the flow found in the store, in the order of the run.
     """
-    work = Workload(recipe, stages)
+    work = workload_of(recipe, stages)
     speed = Speed.of(workspace)
     rows = [_stage(name, found, work, speed) for name, found in stages.items()]
     running = [row for row in rows if row.state == "runs"]
@@ -111,8 +113,13 @@ def _baselines(rows: list[StagePlan], work: Workload) -> list[str]:
     total = sum(row.seconds for row in rows)
     lines = []
     for row in rows:
-        node = work.nodes.get(row.name)
-        if node is None or node.policy == work.recipe.candidate_name or row.seconds < total / 2:
+        node = work.nodes.get(label_of(row.name))
+        if (
+            not row.trains
+            or node is None
+            or node.policy == work.recipe.candidate_name
+            or row.seconds < total / 2
+        ):
             continue
         lines.append(
             f"policy {node.policy} alone takes ~{duration(row.seconds)} of ~{duration(total)}, and is there "
@@ -122,10 +129,11 @@ def _baselines(rows: list[StagePlan], work: Workload) -> list[str]:
 
 
 def _stage(name: str, found: StageResult, workload: Workload, speed: Speed) -> StagePlan:
-    trains = workload.settings(name) is not None
+    stage = stage_of(name)
+    trains = stage.settings is not None
     if found.cached:
         return StagePlan(name=name, state="cached", trains=trains)
-    work = workload.of(name)
+    work = stage.estimate(workload, label_of(name)) if stage.estimate else Work()
     parts = _memory(work, workload, speed)
     return StagePlan(
         name=name,
@@ -164,9 +172,9 @@ def _too_large(row: StagePlan, work: Workload, speed: Speed) -> str:
     needed = (row.memory_bytes or 0) * (1 if speed.on_gpu else row.processes)
     if needed <= speed.memory_bytes:
         return ""
-    place = work.settings(row.name)
-    assert place is not None
-    section, config = place
+    settings = stage_of(row.name).settings
+    assert settings is not None  # what has a peak of memory trains
+    section, config = settings(work, label_of(row.name))
     remedies = []
     if row.memory_parts["step"] > row.memory_bytes / 3:  # type: ignore[operator]
         packed = getattr(config, "pack_tokens", None) is not None

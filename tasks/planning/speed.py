@@ -12,17 +12,10 @@ from pydantic import ValidationError
 from dpo_core.methods.registry import methods
 from dpo_core.scoring.flops import matmul_rate
 from tasks.reports.run_report import RunReport, StageRow
+from tasks.stages.registry import is_stage, stage_of
 from tasks.store.facts import Facts, facts_of
 from tasks.store.store import Store
 
-# What a stage takes whatever its size: starting processes, loading the model, writing artifacts.
-_FIXED = {
-    "import-model": 5.0,
-    "evaluate": 5.0,
-    "sample-pairs": 4.0,
-    "cache-reference": 4.0,
-}
-_FIXED_OTHER = {"train": 20.0, "prepare": 20.0, "validate": 5.0}
 # The share of a bare matrix product's speed that a training step reaches.
 _EFFICIENCY = 0.5
 # Earlier stages smaller than this tell of start-up, not of speed.
@@ -53,7 +46,7 @@ class Speed:
         for row in _stages_run(Path(workspace)):
             earlier.setdefault(row.name, []).append(row.seconds)
             done = _operations(workspace, row)
-            spent = row.seconds - _fixed(row.name)
+            spent = row.seconds - stage_of(row.name).overhead
             if done >= _ENOUGH_FLOPS and spent > 0:
                 flops, seconds, count = flops + done, seconds + spent, count + 1
         gpu = torch.cuda.is_available()
@@ -72,20 +65,17 @@ class Speed:
 
     def seconds(self, stage: str, flops: float, precision: str, processes: int) -> float:
         """Time of a stage."""
+        overhead = stage_of(stage).overhead
         if not flops:
-            return statistics.median(self.earlier[stage]) if stage in self.earlier else _fixed(stage)
+            return statistics.median(self.earlier[stage]) if stage in self.earlier else overhead
         rate = self.measured or _EFFICIENCY * self._matmul(precision)
         # Ranks on one CPU share its cores.
-        return _fixed(stage) + flops / (rate * (processes if self.on_gpu else 1))
+        return overhead + flops / (rate * (processes if self.on_gpu else 1))
 
     def _matmul(self, precision: str) -> float:
         if precision not in self.timed:
             self.timed[precision] = matmul_rate(torch.bfloat16 if precision == "bf16" else torch.float32)
         return self.timed[precision]
-
-
-def _fixed(stage: str) -> float:
-    return _FIXED.get(stage, _FIXED_OTHER.get(stage.partition("-")[0], 2.0))
 
 
 def _stages_run(workspace: Path) -> Iterator[StageRow]:
@@ -94,7 +84,7 @@ def _stages_run(workspace: Path) -> Iterator[StageRow]:
             report = RunReport.model_validate_json(path.read_bytes())
         except (OSError, ValidationError):
             continue
-        yield from (row for row in report.stages if row.state == "ran")
+        yield from (row for row in report.stages if row.state == "ran" and is_stage(row.name))
 
 
 def _operations(workspace: str, row: StageRow) -> float:

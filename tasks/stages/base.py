@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
@@ -31,6 +31,13 @@ from tasks.store.store import Store
 from tasks.tracking.mlflow_run import StageRun, flatten
 from tasks.tracking.tracker import Tracker
 
+if TYPE_CHECKING:
+    from dpo_core.methods import estimate
+    from tasks.stages.workload import Workload
+
+    Estimate = Callable[[Workload, str], estimate.Work]
+    Settings = Callable[[Workload, str], tuple[str, Any]]
+
 log = logging.getLogger("dpo")
 
 
@@ -44,6 +51,14 @@ class Stage:
     """Of its artifact."""
     facts: type[Facts]
     """What it states about its artifact."""
+    estimate: "Estimate | None" = None
+    """What it would compute in a run to come, by its label; None: nothing with the model."""
+    overhead: float = 2.0
+    """Seconds that it takes whatever its size: starting processes, loading a model, writing artifacts."""
+    settings: "Settings | None" = None
+    """Of a training, by its label: where the recipe has its settings (`reward.model`), and the settings."""
+    subject: str = ""
+    """Of a data gate, what it judges; what passes is what the whole run learns from."""
 
 
 @dataclass
@@ -260,10 +275,8 @@ def run_stage(
                     found = _do(store, stage, name, key, digest, inputs, work, child)
     if child is None:
         tracker_of(context).close_stage(name, found, _as_params(config), total_steps)
-    if stage.name.startswith("validate-"):
-        # What passed the gate is what the whole alignment learns from: the parent shows it.
-        subject = stage.name.removeprefix("validate-")
-        tracker_of(context).parent.dataset(subject, found.sha256, found.rows, found.uri, "training")
+    if stage.subject:
+        tracker_of(context).parent.dataset(stage.subject, found.sha256, found.rows, found.uri, "training")
     result = StageResult(
         manifest=found,
         cached=child is None,

@@ -16,12 +16,14 @@ from dpo_core.data.records import to_frame
 from dpo_core.data.split import by_source, split_table
 from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.errors import DataError, GateRefused, ModelError, StageFailed
+from dpo_core.methods import estimate
 from dpo_core.methods.pair_sampling import PairSamplingConfig, Scored, pair_up
 from dpo_core.rewards.functions import reward_identity
 from dpo_core.system import digest_file
 from expectations.config import GateConfig
 from expectations.drift import load_baseline
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
+from tasks.stages.workload import Workload
 from tasks.store.checked_json import read_sealed, write_sealed
 from tasks.store.facts import GateFacts, LoadFacts, SamplingFacts
 from tasks.store.manifest import Manifest
@@ -29,11 +31,18 @@ from tasks.store.manifest import Manifest
 log = logging.getLogger("dpo")
 
 LOAD = Stage("load-data", 4, "dataset", LoadFacts)
-GATE_PROMPTS = Stage("validate-prompts", 2, "dataset", GateFacts)
-GATE_PAIRS = Stage("validate-pairs", 2, "dataset", GateFacts)
-GATE_UNPAIRED = Stage("validate-unpaired", 2, "dataset", GateFacts)
-_GATES = {"prompts": GATE_PROMPTS, "pairs": GATE_PAIRS, "unpaired": GATE_UNPAIRED}
-SAMPLE = Stage("sample-pairs", 3, "dataset", SamplingFacts)
+GATES = {
+    kind: Stage(f"validate-{kind}", 2, "dataset", GateFacts, overhead=5.0, subject=kind)
+    for kind in ("prompts", "pairs", "unpaired")
+}
+
+
+def _sampling(workload: Workload, label: str) -> estimate.Work:
+    config = workload.recipe.pairs
+    return workload.drawn(None, config.sampling.max_new_tokens, config.samples_per_prompt)
+
+
+SAMPLE = Stage("sample-pairs", 3, "dataset", SamplingFacts, _sampling, overhead=4.0)
 
 
 def source_digests(config: DataConfig) -> dict[str, str]:
@@ -56,7 +65,7 @@ def _visible(folder: Path) -> list[Path]:
     return [f for f in files if not any(part.startswith(".") for part in f.relative_to(folder).parts)]
 
 
-@stage_task("load-data")
+@stage_task(LOAD.name)
 def load_data(context: Context, config: DataConfig) -> StageResult:
     """Read pairs, unpaired rows or prompts into the canonical table, split by prompt."""
 
@@ -153,7 +162,7 @@ def validate(
         "baseline": baseline,
         "tokens": tokens.model_dump(mode="json"),
     }
-    return run_stage(context, _GATES[subject], {"data": data, "tokenizer": model}, slice_, work)
+    return run_stage(context, GATES[subject], {"data": data, "tokenizer": model}, slice_, work)
 
 
 def _labels(kept: pd.DataFrame, subject: str) -> dict[str, int]:
@@ -193,7 +202,7 @@ def _require_sides(kept: pd.DataFrame, dropped: int, *, sampled: bool) -> None:
             )
 
 
-@stage_task("sample-pairs")
+@stage_task(SAMPLE.name)
 def sample_pairs(
     context: Context,
     prompts: Manifest,

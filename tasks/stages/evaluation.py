@@ -20,10 +20,17 @@ from tasks.store.manifest import Manifest, kind_of
 
 log = logging.getLogger("dpo")
 
-EVALUATE = Stage("evaluate", 3, "evaluation", Facts)
+EVALUATE = Stage(
+    "evaluate",
+    3,
+    "evaluation",
+    Facts,
+    lambda workload, label: workload.evaluated(1 + len(workload.recipe.policies)),
+    overhead=5.0,
+)
 
 
-@stage_task("evaluate")
+@stage_task(EVALUATE.name)
 def evaluate(
     context: Context,
     policies: dict[str, Manifest],

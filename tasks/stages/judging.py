@@ -18,10 +18,11 @@ from dpo_core.judging.results import WinRate
 from tasks.reports.run_report import Sample
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 from tasks.stages.evaluation import load_answers, readable, rivals
+from tasks.stages.suites import LEFT_OUT
 from tasks.store.facts import Facts
 from tasks.store.manifest import Manifest
 
-JUDGE = Stage("judge", 1, "win-rates", Facts)
+JUDGE = Stage("judge", 1, "win-rates", Facts, lambda workload, label: LEFT_OUT)
 REPLIES = "judgements"
 """Folder of the workspace that holds the judges' earlier replies."""
 
@@ -82,7 +83,7 @@ def judge_models(
     return rate, samples
 
 
-@stage_task("judge")
+@stage_task(JUDGE.name)
 def judge_policies(context: Context, evaluation: Manifest, config: JudgeConfig, seed: int) -> StageResult:
     """Win rates of every policy over the reference, and over the champion where there is one.
 

@@ -16,10 +16,10 @@ from tasks.stages.evaluation import held_out_prompts
 from tasks.store.facts import Facts, facts_of
 from tasks.store.manifest import Manifest
 
-MEASURE = Stage("measure", 2, "measurement", Facts)
+MEASURE = Stage("measure", 2, "measurement", Facts, lambda workload, label: workload.evaluated(1))
 
 
-@stage_task("measure", "measure{context.label}")
+@stage_task(MEASURE.name, f"{MEASURE.name}{{context.label}}")
 def measure(
     context: Context,
     policy: Manifest,

@@ -8,6 +8,7 @@ import pandas as pd
 
 from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise
 from dpo_core.errors import ModelError, StageFailed
+from dpo_core.methods import estimate
 from dpo_core.model_check import CHECK_VERSION, check_folder
 from dpo_core.models.folder import code_digest
 from dpo_core.models.load import (
@@ -27,18 +28,32 @@ from dpo_core.models.remote_code import trust
 from dpo_core.reference.job import reference_logps
 from dpo_core.reference.keys import DEFINITION_VERSION
 from dpo_core.scoring.logprobs import Precision
-from tasks.recipe.policies import PolicyFields
+from tasks.recipe.policies import REFERENCE, PolicyFields
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task, tracker_of
+from tasks.stages.workload import Workload
 from tasks.store.facts import ImportFacts, LogpsFacts, weights_sha256
 from tasks.store.files import CACHE_FOLDER
 from tasks.store.manifest import Manifest, kind_of
 
 log = logging.getLogger(__name__)
-IMPORT = Stage("import-model", 2, "model", ImportFacts)
-CACHE = Stage("cache-reference", 1, "reference-logps", LogpsFacts)
+IMPORT = Stage("import-model", 2, "model", ImportFacts, overhead=5.0)
 
 
-@stage_task("import-model")
+def _reading(workload: Workload, label: str) -> estimate.Work:
+    """What the first policy held to this reference trains on; the cache holds all rows."""
+    name = (label.strip() or REFERENCE).partition(" seed ")[0]
+    policy = next(p for p in workload.recipe.policies.values() if p.reference == name and p.entry.cached)
+    examples = workload.examples(policy.entry.data)
+    tokens, flops = estimate.read(workload.shape, examples)
+    times = 1 + bool(getattr(policy.settings, "reads_mismatched", False))
+    precision = policy.settings.engine.precision
+    return estimate.Work(times * tokens, times * flops, precision, note=examples.note)
+
+
+CACHE = Stage("cache-reference", 1, "reference-logps", LogpsFacts, _reading, overhead=4.0)
+
+
+@stage_task(IMPORT.name)
 def import_model(context: Context, config: ModelConfig, max_length: int, precision: Precision) -> StageResult:
     """The base model as a checkpoint folder that can be aligned: packed or padded, else refused.
 
@@ -96,7 +111,7 @@ def _digest(source: Path) -> str:
         ) from error
 
 
-@stage_task("cache-reference", "cache-reference{context.label}")
+@stage_task(CACHE.name, f"{CACHE.name}{{context.label}}")
 def cache_reference(
     context: Context,
     reference: Manifest,

@@ -1,5 +1,6 @@
 """The stage that prepares the reference: supervised fine-tuning on demonstrations."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,41 @@ from dpo_core.data.demo.demonstrations import review_demonstrations
 from dpo_core.data.files.read import check_source, read_rows
 from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.errors import DataError, StageFailed
+from dpo_core.methods import estimate
 from dpo_core.methods.sft import METHOD, SftConfig
+from dpo_core.scoring.layout import Document
 from dpo_core.system import digest_file
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 from tasks.stages.training_job import Run, settings_of, train
+from tasks.stages.workload import SAMPLED_ROWS, Workload
 from tasks.store.facts import TrainingFacts
 from tasks.store.manifest import Manifest, kind_of
 
-SFT = Stage("prepare-sft", METHOD.version, METHOD.artifact, TrainingFacts)
+
+def _estimate(workload: Workload, label: str) -> estimate.Work:
+    config, recipe = workload.recipe.sft, workload.recipe
+    if config.made_demonstrations is None and config.demonstrations is None:
+        rows = chosen_side(workload.judged, workload.kind)
+    else:
+        rows = demonstrations(config, None, recipe.seed)[0]()
+    sequences = [workload.tokenise.demonstration(row) for row in rows[:SAMPLED_ROWS]]
+    documents = [Document.of(s) for s in sequences if not isinstance(s, str)]
+    examples = estimate.Examples(documents, len(rows))
+    return METHOD.estimate(config, replace(workload.inputs(), examples=lambda data, limit=None: examples))
 
 
-@stage_task("prepare-sft")
+SFT = Stage(
+    "prepare-sft",
+    METHOD.version,
+    METHOD.artifact,
+    TrainingFacts,
+    _estimate,
+    overhead=20.0,
+    settings=lambda workload, label: ("sft", workload.recipe.sft),
+)
+
+
+@stage_task(SFT.name)
 def prepare_sft(
     context: Context,
     base: Manifest,

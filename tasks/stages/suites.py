@@ -10,6 +10,7 @@ from dpo_core.evaluation.contamination import TrainingText, training_texts
 from dpo_core.evaluation.results import SuiteResult
 from dpo_core.evaluation.run_suite import SuitesConfig, data_digest, without_training_data
 from dpo_core.evaluation.suites.registry import find
+from dpo_core.methods import estimate
 from tasks.recipe.policies import REFERENCE
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 from tasks.stages.suite_results import suite_result
@@ -17,10 +18,11 @@ from tasks.store.facts import Facts
 from tasks.store.files import CACHE_FOLDER
 from tasks.store.manifest import Manifest, kind_of
 
-SUITES = Stage("suites", 1, "suite-results", Facts)
+LEFT_OUT = estimate.Work(note="the work of suites and judge is left out")
+SUITES = Stage("suites", 1, "suite-results", Facts, lambda workload, label: LEFT_OUT)
 
 
-@stage_task("suites", "suites{context.label}")
+@stage_task(SUITES.name, f"{SUITES.name}{{context.label}}")
 def evaluate_suites(
     context: Context,
     policy: str,

@@ -15,10 +15,18 @@ from tasks.stages.training_job import Run, settings_of, split_to, train
 from tasks.store.facts import RewardFacts
 from tasks.store.manifest import Manifest
 
-REWARD = Stage(METHOD.stage, METHOD.version, METHOD.artifact, RewardFacts)
+REWARD = Stage(
+    METHOD.stage,
+    METHOD.version,
+    METHOD.artifact,
+    RewardFacts,
+    lambda workload, label: METHOD.estimate(workload.recipe.reward.model, workload.inputs()),
+    overhead=20.0,
+    settings=lambda workload, label: ("reward.model", workload.recipe.reward.model),
+)
 
 
-@stage_task("train-reward", "train-reward{context.label}")
+@stage_task(REWARD.name, f"{REWARD.name}{{context.label}}")
 def train_reward(
     context: Context,
     base: Manifest,

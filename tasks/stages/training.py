@@ -9,16 +9,45 @@ import pandas as pd
 from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.errors import StageFailed
 from dpo_core.generation.generate import SamplingConfig
+from dpo_core.methods import estimate
 from dpo_core.methods.kto import imbalance
+from dpo_core.methods.registry import methods
 from dpo_core.rewards.functions import reward_identity
 from tasks.recipe.policies import PolicyFields
 from tasks.recipe.study import Node
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 from tasks.stages.training_job import Run, settings_of, split_to, train
+from tasks.stages.workload import Workload
 from tasks.store.facts import GateFacts, LogpsFacts, TrainingFacts, facts_of, weights_sha256
 from tasks.store.manifest import Manifest, kind_of
 
 log = logging.getLogger("dpo")
+
+
+def _estimate(workload: Workload, label: str) -> estimate.Work:
+    policy = workload.nodes[label].config
+    return policy.entry.estimate(policy.settings, workload.inputs(policy))
+
+
+def _settings(workload: Workload, label: str) -> tuple[str, Any]:
+    node = workload.nodes[label]
+    return f"policies.{node.policy}", node.config.settings
+
+
+STAGES = {
+    method.name: Stage(
+        method.stage,
+        method.version,
+        method.artifact,
+        TrainingFacts,
+        _estimate,
+        overhead=20.0,
+        settings=_settings,
+    )
+    for method in methods().values()
+    if method.policy
+}
+"""By method, the stage that trains a policy with it."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +96,7 @@ class Training:
     @property
     def stage(self) -> Stage:
         """The stage of its method."""
-        method = self.policy.entry
-        return Stage(method.stage, method.version, method.artifact, TrainingFacts)
+        return STAGES[self.policy.method]
 
     @property
     def live(self) -> bool:

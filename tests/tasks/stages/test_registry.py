@@ -1,0 +1,119 @@
+"""The registry finds every stage, and no other file of the product writes a stage's name."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import tasks
+from tasks.stages.base import Stage
+from tasks.stages.registry import is_stage, label_of, stage_of, stages
+from tasks.store.facts import Facts
+
+ROOT = Path(tasks.__file__).parent.parent
+PRODUCT = ("tasks", "flows", "deploy", "expectations")
+
+ALLOWED = {
+    "flows/alignment.py",
+    "flows/policies.py",
+    "flows/preparation.py",
+    "tasks/reports/about.py",
+    "tasks/reports/data_notes.py",
+    "tasks/reports/lineage.py",
+    "tasks/reports/run_page.py",
+    "tasks/stages/assess.py",
+    "tasks/stages/suite_results.py",
+    "tasks/stages/summary.py",
+    "tasks/store/manifest.py",
+}
+"""Files that still write names of stages: the list only gets shorter."""
+
+
+def literals(tree: ast.AST) -> Iterator[tuple[int, str, ast.AST]]:
+    """Line, text and parent of every string literal; of an f-string its constant parts.
+
+    Docstrings are left out, and the name that a stage is declared with.
+    """
+    for child in ast.iter_child_nodes(tree):
+        if isinstance(tree, ast.Call) and called(tree) == "Stage" and child in tree.args[:1]:
+            continue
+        text = child.value if isinstance(child, ast.Constant) else None
+        if isinstance(text, str) and not isinstance(tree, ast.Expr):
+            yield child.lineno, text, tree
+        yield from literals(child)
+
+
+def called(call: ast.Call) -> str:
+    """The last part of what is called."""
+    return call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+
+
+def is_key(parent: ast.AST) -> bool:
+    """Whether a literal is what something is looked up or compared by."""
+    if isinstance(parent, ast.Subscript | ast.Compare):
+        return True
+    lookups = {"get", "pop", "setdefault", "startswith", "removeprefix", "keep", "stage_task"}
+    return isinstance(parent, ast.Call) and called(parent) in lookups
+
+
+def written(source: str, names: set[str]) -> list[str]:
+    """The literals that stand for stages: a name, a name with a label, or what names begin with.
+
+    Names without a hyphen are words of the language too: they count where something is looked up by them.
+    """
+    prefixes = {name.partition("-")[0] + "-" for name in names if "-" in name}
+    lines = []
+    for line, text, parent in literals(ast.parse(source)):
+        name = text.partition(" ")[0]
+        labelled = name in names and ("-" in name or text != name or is_key(parent))
+        sentence = text.count(" ") > 1 and not isinstance(parent, ast.JoinedStr)
+        if (labelled and not sentence) or text in prefixes:
+            lines.append(f"{line}: {text!r}")
+    return lines
+
+
+def test_what_counts_as_a_name() -> None:
+    names = {"train-dpo", "judge"}
+    assert written('x["judge"]; "judge" in x; keep("judge", y)', names) == ["1: 'judge'"] * 3
+    assert written('f"train-{method}"; f"judge {policy}"; a = "train-dpo"', names) == [
+        "1: 'train-'", "1: 'judge '", "1: 'train-dpo'",
+    ]  # fmt: skip
+    assert written('Stage("train-dpo", 1, "model")', names) == []
+    assert written('"""train-dpo"""; a = "judge"; b = "the judge"; c = "judge by its work"', names) == []
+
+
+def test_a_stage_is_named_where_it_is_declared_and_nowhere_else() -> None:
+    names = set(stages())
+    paths = [path for package in PRODUCT for path in sorted((ROOT / package).rglob("*.py"))]
+    lines = {path.relative_to(ROOT).as_posix(): written(path.read_text(), names) for path in paths}
+    found = {path: listed for path, listed in lines.items() if listed}
+    assert {path: lines for path, lines in found.items() if path not in ALLOWED} == {}
+    assert set(found) >= ALLOWED, "these write no name any more: take them from the list"
+
+
+def test_a_row_of_a_run_is_of_a_stage() -> None:
+    name = "measure DPO beta=0.1 seed 0"
+    assert (stage_of(name).name, label_of(name)) == ("measure", " DPO beta=0.1 seed 0")
+    assert is_stage(name)
+    assert not is_stage("of-another-version")
+    with pytest.raises(KeyError):
+        stage_of("of-another-version")
+
+
+def test_every_stage_is_whole() -> None:
+    for stage in stages().values():
+        assert issubclass(stage.facts, Facts)
+        assert stage.settings is None or stage.estimate is not None, stage.name
+
+
+def test_two_stages_of_one_name_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tasks.stages import data
+
+    monkeypatch.setattr(data, "AGAIN", Stage("judge", 7, "dataset", Facts), raising=False)
+    stages.cache_clear()
+    try:
+        with pytest.raises(ValueError, match="two stages are called judge"):
+            stages()
+    finally:
+        stages.cache_clear()
