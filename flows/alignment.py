@@ -64,8 +64,8 @@ def compose(
     Returns the registered model that the candidate is held against, where there is one, and what was trained.
     """
 
-    def keep(name: str, result: StageResult) -> Manifest:
-        return stages.setdefault(name, result).manifest
+    def keep(result: StageResult) -> Manifest:
+        return stages.setdefault(result.name, result).manifest
 
     prepared = prepare(context, recipe, keep)
     if prepared.recipe.study is not None:
@@ -92,14 +92,14 @@ def _evaluate(
     measured = evaluate(
         context, policies, prepared.judged, pairs, proxy, source, recipe.evaluate, recipe.tokens, recipe.seed
     )
-    answers = keep("evaluate", measured)
+    answers = keep(measured)
     if recipe.judge:
-        keep("judge", judge_policies(context, answers, recipe.judge, recipe.seed))
+        keep(judge_policies(context, answers, recipe.judge, recipe.seed))
     if recipe.suites.names:
         for name, model in policies.items():
             labelled = context.model_copy(update={"label": f" {name}"})
             asked = evaluate_suites(labelled, name, model, reference, pairs, recipe.suites, recipe.tokens)
-            keep(f"suites {name}", asked)
+            keep(asked)
     return champion
 
 
@@ -124,7 +124,7 @@ def _compare(context: Context, prepared: Prepared, keep: Keep) -> list[TrainedPo
             recipe.tokens,
             recipe.seed,
         )
-        return keep(f"measure{label}", result)
+        return keep(result)
 
     own = recipe.evaluate.samples_per_prompt
     measured(f" {REFERENCE}", prepared.reference, max([*study.best_of, own]))

@@ -15,6 +15,7 @@ from tasks.signals import begin_stop, go_on
 from tasks.stages.base import Context
 from tasks.stages.data import SAMPLE
 from tasks.stages.models import CACHE, cache_reference, import_model
+from tasks.stages.train_reward import REWARD
 from tasks.stages.training import Scoring, TrainedPolicy, Training, train_policy
 from tasks.store.manifest import Manifest
 
@@ -95,7 +96,7 @@ def _fetch(context: Context, prepared: Prepared, name: str, keep: Keep) -> Manif
     config = recipe.model.model_copy(update={"name": name, "scratch": None})
     labelled = context.model_copy(update={"label": label})
     result = import_model(labelled, config, recipe.tokens.max_length, recipe.precision)
-    manifest = keep(f"import-model{label}", result)
+    manifest = keep(result)
     if not manifest.planned and not prepared.reference.planned:
         require_same_tokens(prepared.reference.path, manifest.path, name)
     return manifest
@@ -144,7 +145,7 @@ class _Trainer:
                 source if learned else None,
             )
             if reward_model is not None:
-                needed["train-reward"] = reward_model
+                needed[REWARD.name] = reward_model
         if scoring is None or reward_model is not None:
             needed |= {SAMPLE.name: prepared.sampled} if prepared.sampled else {}
         training = Training(
@@ -158,7 +159,7 @@ class _Trainer:
             scoring,
         )
         labelled = self.context.model_copy(update={"label": node.label})
-        manifest = self.keep(training.stage.name + node.label, train_policy(labelled, training))
+        manifest = self.keep(train_policy(labelled, training))
         return TrainedPolicy(node, manifest, needed, scoring.reward_model if scoring else None)
 
     def _model(self, name: str, seed: int) -> Manifest:
@@ -189,4 +190,4 @@ class _Trainer:
             prepared.recipe.tokens,
             prepared.recipe.cache.token_budget,
         )
-        return self.keep(CACHE.name + label, result)
+        return self.keep(result)

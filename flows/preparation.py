@@ -12,16 +12,16 @@ from dpo_core.methods.reward import no_agreement
 from tasks.recipe.recipe import Recipe
 from tasks.reports.run_warnings import too_few_prompts
 from tasks.stages.base import Context, StageResult
-from tasks.stages.data import SAMPLE, load_data, sample_pairs, validate
+from tasks.stages.data import load_data, sample_pairs, validate
 from tasks.stages.models import import_model
 from tasks.stages.prepare_sft import prepare_sft
-from tasks.stages.train_reward import REWARD, train_reward
+from tasks.stages.train_reward import train_reward
 from tasks.store.facts import GateFacts, LoadFacts, facts_of
 from tasks.store.manifest import Manifest
 
 log = logging.getLogger("dpo")
 
-Keep = Callable[[str, StageResult], Manifest]
+Keep = Callable[[StageResult], Manifest]
 """Enters what a stage came to under a name, and hands on its manifest."""
 
 
@@ -44,32 +44,32 @@ class Prepared:
         labelled = context.model_copy(update={"label": label})
         settings = self.recipe.reward.model
         result = train_reward(labelled, self.reference, self.pairs, settings, self.recipe.tokens, seed)
-        return keep(REWARD.name + label, result)
+        return keep(result)
 
 
 def prepare(context: Context, recipe: Recipe, keep: Keep) -> Prepared:
     """Load, import, judge, fine-tune, and where the data are prompts sample pairs and judge those."""
     seed = recipe.seed
-    loaded = keep("load-data", load_data(context, recipe.data))
+    loaded = keep(load_data(context, recipe.data))
     kind = facts_of(loaded, LoadFacts).kind
     _require_labels(recipe, kind)
     imported = import_model(context, recipe.model, recipe.tokens.max_length, recipe.precision)
-    base = keep("import-model", imported)
+    base = keep(imported)
     recipe = _dated(recipe, loaded, base)
     tokens = recipe.tokens
-    judged = keep(f"validate-{kind}", validate(context, kind, loaded, base, recipe.gate, tokens))
+    judged = keep(validate(context, kind, loaded, base, recipe.gate, tokens))
     _require_answers(recipe, judged)
 
     reference = base
     if recipe.sft.enabled:
         given = None if kind == "prompts" else judged
-        reference = keep("prepare-sft", prepare_sft(context, base, given, recipe.sft, tokens, seed))
+        reference = keep(prepare_sft(context, base, given, recipe.sft, tokens, seed))
     pairs, sampled = judged, None
     if kind == "prompts":
         source = str(recipe.reward.source)
         drawn = sample_pairs(context, judged, reference, recipe.pairs, tokens, source, seed)
-        sampled = keep(SAMPLE.name, drawn)
-        pairs = keep("validate-pairs", validate(context, "pairs", sampled, base, recipe.gate, tokens))
+        sampled = keep(drawn)
+        pairs = keep(validate(context, "pairs", sampled, base, recipe.gate, tokens))
     return Prepared(reference, judged, pairs, recipe, sampled)
 
 

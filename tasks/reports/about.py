@@ -1,8 +1,8 @@
 """What a run trained, in words: base model, data, objective, steps and reward, from recipe and manifests."""
 
 import json
-from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -13,24 +13,46 @@ from tasks.recipe.recipe import Recipe
 from tasks.reports.run_report import PolicyAbout, Trained
 from tasks.reports.run_warnings import Answers, measure_answers
 from tasks.store.facts import GateFacts, TrainingFacts, facts_of
-from tasks.store.manifest import Manifest, kind_of
-
-SAMPLED = "sample-pairs"
+from tasks.store.manifest import Manifest
 
 
-def trained(recipe: Recipe, manifests: Mapping[str, Manifest], made: Manifest) -> Trained:
+@dataclass(frozen=True)
+class RunData:
+    """The artifacts that a run begins with, by what they are."""
+
+    loaded: Manifest
+    """The data as they were read."""
+    base: Manifest
+    """The model as it was imported."""
+    prompts: Manifest
+    """The rows of the data that passed the gate; the held-out prompts are theirs."""
+    rows: Manifest
+    """What policies were trained on: these rows, or pairs that were sampled after their prompts."""
+    kind: Literal["pairs", "unpaired"]
+    """Of these rows."""
+
+    @property
+    def sampled(self) -> bool:
+        """Whether the pairs were sampled."""
+        return self.rows is not self.prompts
+
+    @property
+    def gates(self) -> list[Manifest]:
+        """All that passed a gate."""
+        return [self.prompts, self.rows] if self.sampled else [self.rows]
+
+
+def trained(recipe: Recipe, data: RunData, made: Manifest) -> Trained:
     """What the run trained; `made` is the candidate."""
-    rows = _rows(manifests)
-    frame = pd.read_parquet(rows.path / "data.parquet", columns=["split", "prompt"])
+    frame = pd.read_parquet(data.rows.path / "data.parquet", columns=["split", "prompt"])
     used = int((frame["split"] == "train").sum())
     candidate = recipe.policies[recipe.candidate_name]
     used = min(used, getattr(candidate, "limit", None) or used)
-    held_out = manifests.get("validate-prompts") or rows
-    unit = "pairs" if kind_of(rows) == "pairs" else "rows"
+    unit = "pairs" if data.kind == "pairs" else "rows"
     return Trained(
-        base_model=_model(recipe, manifests),
+        base_model=_model(recipe, data.base),
         data=f"{_source(recipe)}; {used:,} {unit} trained on, {(frame['split'] == 'eval').sum():,} held out"
-        f"{_sampled(recipe, manifests)}; {_count(held_out):,} held-out prompts",
+        f"{_sampled(recipe, data)}; {_count(data.prompts):,} held-out prompts",
         rows_trained=used,
         reference=_reference(recipe),
         objective=words_of(candidate),
@@ -90,16 +112,11 @@ def objective_name(config: Any) -> str:
     return " + ".join(term.name for term in getattr(config, "terms", []))
 
 
-def answers_of_data(recipe: Recipe, manifests: Mapping[str, Manifest]) -> Answers | None:
+def answers_of_data(recipe: Recipe, data: RunData) -> Answers | None:
     """The chosen or desirable answers that the policy was trained on."""
-    frame = pd.read_parquet(_rows(manifests).path / "data.parquet")
-    tokenizer = load_tokenizer(manifests["import-model"].path)
+    frame = pd.read_parquet(data.rows.path / "data.parquet")
+    tokenizer = load_tokenizer(data.base.path)
     return measure_answers(frame, Tokenise(tokenizer, recipe.tokens))
-
-
-def _rows(manifests: Mapping[str, Manifest]) -> Manifest:
-    """The pairs or unpaired rows that passed the gate."""
-    return manifests.get("validate-pairs") or manifests["validate-unpaired"]
 
 
 def vocabulary_size(model: Manifest) -> int | None:
@@ -109,20 +126,18 @@ def vocabulary_size(model: Manifest) -> int | None:
     return int(size) if size else None
 
 
-def learned_from_reward(recipe: Recipe, manifests: Mapping[str, Manifest]) -> list[str] | None:
+def learned_from_reward(recipe: Recipe, data: RunData) -> list[str] | None:
     """The policies that learned from the reward that measures them; None where that is a reward model."""
     if recipe.reward.source is None:
         return None
-    labelled = SAMPLED in manifests
     return [
         name
         for name, policy in recipe.policies.items()
-        if (labelled if not policy.entry.scored else not recipe.learns_from_model(policy))
+        if (data.sampled if not policy.entry.scored else not recipe.learns_from_model(policy))
     ]
 
 
-def _model(recipe: Recipe, manifests: Mapping[str, Manifest]) -> str:
-    made = manifests["import-model"]
+def _model(recipe: Recipe, made: Manifest) -> str:
     parts = [recipe.model.name + (f" at {recipe.model.revision}" if recipe.model.revision else "")]
     if recipe.model.scratch:
         parts[0] = f"a new model with random weights, architecture and tokenizer of {parts[0]}"
@@ -147,8 +162,8 @@ def _paths(settings: Any) -> list[str]:
     return own + [path for inner in settings.values() for path in _paths(inner)]
 
 
-def _sampled(recipe: Recipe, manifests: Mapping[str, Manifest]) -> str:
-    if SAMPLED not in manifests:
+def _sampled(recipe: Recipe, data: RunData) -> str:
+    if not data.sampled:
         return ""
     return f", sampled from the reference and labelled by {recipe.reward.source}"
 

@@ -5,17 +5,17 @@ from typing import Any
 
 from pydantic import JsonValue
 
+from tasks.reports.about import RunData
 from tasks.store.facts import GateFacts, LoadFacts, facts_of
-from tasks.store.manifest import Manifest
 
 
-def data_notes(manifests: Mapping[str, Manifest], evaluation: Mapping[str, Any]) -> dict[str, JsonValue]:
+def data_notes(data: RunData, evaluation: Mapping[str, Any]) -> dict[str, JsonValue]:
     """Remarks of the reader, how prompts became tokens, and rows and accuracy of each set."""
-    loaded = facts_of(manifests["load-data"], LoadFacts)
+    loaded = facts_of(data.loaded, LoadFacts)
     notes: dict[str, JsonValue] = {}
     if loaded.remarks:
         notes["How the data were read"] = "; ".join(loaded.remarks)
-    judged = [facts_of(m, GateFacts) for name, m in manifests.items() if name.startswith("validate-")]
+    judged = [facts_of(manifest, GateFacts) for manifest in data.gates]
     written = dict.fromkeys(facts.written_as for facts in judged if facts.written_as)
     if written:
         notes["How prompts were written"] = "; ".join(written)

@@ -18,9 +18,10 @@ def chain(report: RunReport) -> list[Link]:
     """Dataset, reference, run and model version, each with its digest.
 
     Dataset and reference are the nearest ones behind the registered model; of a run that registered none, the
-    last of their kind before the end. What a `train-` stage made is no reference.
+    last of their kind before the end. A policy of the run is no reference.
     """
-    behind = _ancestors(report)
+    policies = {about.stage for about in report.policies.values()}
+    behind = [stage for stage in _ancestors(report) if stage.name not in policies]
     dataset = _nearest(behind, "dataset")
     # The weights say which model the reference is; its cached log-probs stand in where no stage made a model.
     reference = _nearest(behind, "model") or _nearest(behind, "reference-logps")
@@ -39,8 +40,7 @@ def _made(label: str, stage: StageRow | None) -> Link:
 
 
 def _nearest(stages: list[StageRow], kind: str) -> StageRow | None:
-    found = (stage for stage in stages if stage.kind == kind and not stage.name.startswith("train-"))
-    return next(found, None)
+    return next((stage for stage in stages if stage.kind == kind), None)
 
 
 def _ancestors(report: RunReport) -> list[StageRow]:

@@ -211,7 +211,7 @@ def _no_frontier(report: RunReport) -> str:
 
 
 def _no_reward_model(report: RunReport) -> str:
-    trained = any(stage.name == "train-reward" for stage in report.stages)
+    trained = any(stage.kind == "reward-model" for stage in report.stages)
     return "no pairs were held out to measure it" if trained else "the run trained none"
 
 

@@ -13,8 +13,9 @@ from tasks.promotion.champion import Champion
 from tasks.recipe.policies import CHAMPION, REFERENCE
 from tasks.recipe.recipe import Recipe
 from tasks.reports.run_report import GateRow, SuiteRow
-from tasks.stages.judging import load_win_rates
-from tasks.stages.suites import load_suites
+from tasks.stages.judging import JUDGE, load_win_rates
+from tasks.stages.registry import label_of, stage_of
+from tasks.stages.suites import SUITES, load_suites
 from tasks.store.manifest import Manifest
 
 
@@ -34,9 +35,9 @@ def assess(recipe: Recipe, manifests: Mapping[str, Manifest], evaluation: dict[s
         evaluation: what the evaluation stage wrote.
     """
     results = {
-        name.removeprefix("suites "): load_suites(manifest)
+        label_of(name).strip(): load_suites(manifest)
         for name, manifest in manifests.items()
-        if name.startswith("suites ")
+        if stage_of(name) is SUITES
     }
     comparisons = [
         compare(results[recipe.candidate_name], results[other], seed=recipe.seed)
@@ -48,7 +49,7 @@ def assess(recipe: Recipe, manifests: Mapping[str, Manifest], evaluation: dict[s
         comparisons=comparisons,
         win_rates=[
             *(WinRate.model_validate(rate) for rate in evaluation["win_rates"]),
-            *(load_win_rates(manifests["judge"]) if "judge" in manifests else []),
+            *(load_win_rates(manifests[JUDGE.name]) if JUDGE.name in manifests else []),
         ],
     )
 

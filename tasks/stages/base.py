@@ -80,6 +80,8 @@ Why = Literal["new", "changed", "data", "damaged"]
 class StageResult(Config):
     """What the flow hands on: the manifest, and how it came about."""
 
+    name: str
+    """The stage's, with its label."""
     manifest: Manifest
     """The artifact."""
     cached: bool
@@ -261,7 +263,7 @@ def run_stage(
     digest = digest_config(config)
     key = stage_key(stage.name, stage.version, digest, {role: m.sha256 for role, m in inputs.items()})
     if context.plan:
-        return _look(store, stage, key, digest, inputs, ahead)
+        return _look(store, stage, name, key, digest, inputs, ahead)
     note_need(store, context.run_id, stage.name, key, [m.sha256 for m in inputs.values()])
     found = store.lookup(stage.name, key, verify=context.verify)
     child: StageRun | None = None
@@ -278,6 +280,7 @@ def run_stage(
     if stage.subject:
         tracker_of(context).parent.dataset(stage.subject, found.sha256, found.rows, found.uri, "training")
     result = StageResult(
+        name=name,
         manifest=found,
         cached=child is None,
         seconds=time.monotonic() - start,
@@ -290,6 +293,7 @@ def run_stage(
 def _look(
     store: Store,
     stage: Stage,
+    name: str,
     key: str,
     digest: str,
     inputs: Mapping[str, Manifest],
@@ -299,7 +303,7 @@ def _look(
     known = not any(manifest.planned for manifest in inputs.values())
     found = store.peek(stage.name, key) if known else None
     if found is not None:
-        return StageResult(manifest=found, cached=True, seconds=0.0)
+        return StageResult(name=name, manifest=found, cached=True, seconds=0.0)
     why = _why(store.history(stage.name), stage, digest, tuple(m.sha256 for m in inputs.values()))
     planned = Manifest(
         kind=stage.kind,
@@ -311,7 +315,7 @@ def _look(
         config_digest=digest,
         extra=ahead().as_extra() if ahead else {},
     )
-    return StageResult(manifest=planned, cached=False, seconds=0.0, why=why)
+    return StageResult(name=name, manifest=planned, cached=False, seconds=0.0, why=why)
 
 
 def _why(earlier: list[Manifest], stage: Stage, digest: str, parents: tuple[str, ...]) -> Why:

@@ -5,7 +5,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -35,6 +35,11 @@ GATES = {
     kind: Stage(f"validate-{kind}", 2, "dataset", GateFacts, overhead=5.0, subject=kind)
     for kind in ("prompts", "pairs", "unpaired")
 }
+
+
+def kind_of(rows: Manifest) -> Literal["pairs", "unpaired"]:
+    """What the rows that a policy is trained on are, and how the stages that read them name this input."""
+    return "unpaired" if rows.stage == GATES["unpaired"].name else "pairs"
 
 
 def _sampling(workload: Workload, label: str) -> estimate.Work:

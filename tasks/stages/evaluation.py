@@ -14,9 +14,10 @@ from dpo_core.evaluation.policies import EvaluateConfig
 from dpo_core.rewards.functions import reward_identity
 from tasks.recipe.policies import CHAMPION, REFERENCE
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
+from tasks.stages.data import kind_of
 from tasks.store.checked_json import read_sealed, write_sealed
 from tasks.store.facts import Facts
-from tasks.store.manifest import Manifest, kind_of
+from tasks.store.manifest import Manifest
 
 log = logging.getLogger("dpo")
 

@@ -30,10 +30,11 @@ from dpo_core.reference.keys import DEFINITION_VERSION
 from dpo_core.scoring.logprobs import Precision
 from tasks.recipe.policies import REFERENCE, PolicyFields
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task, tracker_of
+from tasks.stages.data import kind_of
 from tasks.stages.workload import Workload
 from tasks.store.facts import ImportFacts, LogpsFacts, weights_sha256
 from tasks.store.files import CACHE_FOLDER
-from tasks.store.manifest import Manifest, kind_of
+from tasks.store.manifest import Manifest
 
 log = logging.getLogger(__name__)
 IMPORT = Stage("import-model", 2, "model", ImportFacts, overhead=5.0)

@@ -15,10 +15,11 @@ from dpo_core.methods.sft import METHOD, SftConfig
 from dpo_core.scoring.layout import Document
 from dpo_core.system import digest_file
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
+from tasks.stages.data import kind_of
 from tasks.stages.training_job import Run, settings_of, train
 from tasks.stages.workload import SAMPLED_ROWS, Workload
 from tasks.store.facts import TrainingFacts
-from tasks.store.manifest import Manifest, kind_of
+from tasks.store.manifest import Manifest
 
 
 def _estimate(workload: Workload, label: str) -> estimate.Work:

@@ -13,10 +13,11 @@ from dpo_core.evaluation.suites.registry import find
 from dpo_core.methods import estimate
 from tasks.recipe.policies import REFERENCE
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
+from tasks.stages.data import kind_of
 from tasks.stages.suite_results import suite_result
 from tasks.store.facts import Facts
 from tasks.store.files import CACHE_FOLDER
-from tasks.store.manifest import Manifest, kind_of
+from tasks.store.manifest import Manifest
 
 LEFT_OUT = estimate.Work(note="the work of suites and judge is left out")
 SUITES = Stage("suites", 1, "suite-results", Facts, lambda workload, label: LEFT_OUT)

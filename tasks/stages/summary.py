@@ -19,6 +19,7 @@ from tasks.promotion.champion import Champion
 from tasks.provenance import hardware, source_tags
 from tasks.recipe.recipe import Recipe
 from tasks.reports.about import (
+    RunData,
     answers_of_data,
     learned_from_reward,
     policies_about,
@@ -45,10 +46,15 @@ from tasks.runs.recipe import recipe_path, reproducing
 from tasks.runs.record import Started
 from tasks.stages.assess import assess, judge_candidate
 from tasks.stages.base import Context, StageResult, run_task, tracker_of
-from tasks.stages.evaluation import load_evaluation
+from tasks.stages.data import GATES, LOAD, kind_of
+from tasks.stages.evaluation import EVALUATE, load_evaluation
+from tasks.stages.models import IMPORT
 from tasks.stages.prefect_artifacts import tell
+from tasks.stages.prepare_sft import SFT
+from tasks.stages.registry import stage_of
+from tasks.stages.train_reward import REWARD
 from tasks.stages.training import TrainedPolicy, class_facts
-from tasks.store.facts import Facts, ImportFacts, RewardFacts, facts_of, weights_sha256
+from tasks.store.facts import Facts, ImportFacts, LoadFacts, RewardFacts, facts_of, weights_sha256
 from tasks.store.files import run_folder, write_whole
 from tasks.store.manifest import Manifest
 from tasks.tracking.registry import register_model, version_with
@@ -74,18 +80,20 @@ def summarise(
     tracker = tracker_of(context)
     manifests = {name: result.manifest for name, result in stages.items()}
     candidate = {one.node.policy: one for one in trained}[recipe.candidate_name]
-    about = trained_words(recipe, manifests, candidate.manifest)
-    model = _register(recipe, candidate.manifest, manifests, tracker, about)
+    data = _run_data(manifests)
+    about = trained_words(recipe, data, candidate.manifest)
+    reference = manifests.get(SFT.name, data.base)
+    model = _register(recipe, candidate.manifest, reference, data.rows, tracker, about)
     info = run_info(context, recipe, tracker, started, command)
-    evaluation = load_evaluation(manifests["evaluate"])
-    gate = [_gate_row(context.workspace, m) for name, m in manifests.items() if name.startswith("validate-")]
+    evaluation = load_evaluation(manifests[EVALUATE.name])
+    gate = [_gate_row(context.workspace, manifest) for manifest in data.gates]
     assessed = assess(recipe, manifests, evaluation)
     config = candidate.node.config
     report = RunReport(
         run=info,
         stages=[stage_row(name, result) for name, result in stages.items()],
         gate=gate,
-        evaluation=_evaluation(recipe, manifests, evaluation),
+        evaluation=_evaluation(recipe, data, evaluation),
         trained=about,
         candidate=recipe.candidate_name,
         policies=policies_about(recipe),
@@ -98,10 +106,10 @@ def summarise(
         cost=cost_of(stages, info.seconds),
         model=model,
         notes=({"description": recipe.description} if recipe.description else {})
-        | class_facts(config, _trained_on(manifests))
+        | class_facts(config, data.rows)
         | ({UNUSUAL: "; ".join(recipe.unusual_parameters) + "."} if recipe.unusual_parameters else {})
-        | data_notes(manifests, evaluation)
-        | _remote_code(recipe, manifests),
+        | data_notes(data, evaluation)
+        | _remote_code(recipe, data.base),
     )
     concern = against_promotion(alarms(report), recipe.candidate_name)
     title = f"{model.name} version {model.version}"
@@ -114,10 +122,18 @@ def summarise(
     return report
 
 
-def _remote_code(recipe: Recipe, manifests: dict[str, Manifest]) -> dict[str, JsonValue]:
+def _run_data(manifests: Mapping[str, Manifest]) -> RunData:
+    loaded = manifests[LOAD.name]
+    kind = facts_of(loaded, LoadFacts).kind
+    prompts = manifests[GATES[kind].name]
+    rows = manifests[GATES["pairs"].name] if kind == "prompts" else prompts
+    return RunData(loaded, manifests[IMPORT.name], prompts, rows, kind_of(rows))
+
+
+def _remote_code(recipe: Recipe, base: Manifest) -> dict[str, JsonValue]:
     if not recipe.model.trust_remote_code:
         return {}
-    code = facts_of(manifests["import-model"], ImportFacts).remote_code_sha256
+    code = facts_of(base, ImportFacts).remote_code_sha256
     return {REMOTE_CODE: f"Code that ships with the model was allowed to run (sha256 {code})."}
 
 
@@ -179,7 +195,7 @@ def headline_metrics(report: RunReport) -> dict[str, float]:
 
 
 def _register(
-    recipe: Recipe, model: Manifest, manifests: Mapping[str, Manifest], tracker: Tracker, about: Trained
+    recipe: Recipe, model: Manifest, reference: Manifest, rows: Manifest, tracker: Tracker, about: Trained
 ) -> ModelRow:
     """The trained model in the registry; weights that are there already keep their version and aliases."""
     name = recipe.registered_name
@@ -193,18 +209,14 @@ def _register(
         "dpo.data": about.data,
         "dpo.weights_sha256": weights_sha256(model),
         "dpo.artifact_sha256": model.sha256,
-        "dpo.dataset_digest": _trained_on(manifests).sha256,
-        "dpo.ref_digest": weights_sha256(manifests.get("prepare-sft", manifests["import-model"])),
+        "dpo.dataset_digest": rows.sha256,
+        "dpo.ref_digest": weights_sha256(reference),
     }
     given = {key: value for key, value in tags.items() if value}
     version = register_model(tracker, name, str(model.path), alias=recipe.registry.alias, tags=given)
     return ModelRow(
         name=name, version=version, alias=recipe.registry.alias, uri=model.uri, sha256=model.sha256
     )
-
-
-def _trained_on(manifests: Mapping[str, Manifest]) -> Manifest:
-    return manifests.get("validate-pairs") or manifests["validate-unpaired"]
 
 
 def stage_row(name: str, result: StageResult) -> StageRow:
@@ -237,14 +249,14 @@ def _gate_row(workspace: str, manifest: Manifest) -> GateRow:
     )
 
 
-def _evaluation(recipe: Recipe, manifests: Mapping[str, Manifest], evaluation: dict[str, Any]) -> Evaluation:
-    answers = answers_of_data(recipe, manifests)
+def _evaluation(recipe: Recipe, data: RunData, evaluation: dict[str, Any]) -> Evaluation:
+    answers = answers_of_data(recipe, data)
     about = {
-        "learned_from": learned_from_reward(recipe, manifests),
+        "learned_from": learned_from_reward(recipe, data),
         "max_new_tokens": recipe.evaluate.sampling.max_new_tokens,
         "chosen_tokens": answers and answers.median,
         "chosen_ended": answers and answers.complete,
-        "vocabulary": vocabulary_size(manifests["import-model"]),
+        "vocabulary": vocabulary_size(data.base),
     }
     return Evaluation.model_validate(_page_part(evaluation) | about)
 
@@ -256,7 +268,7 @@ def _page_part(evaluation: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reward_quality(manifests: Mapping[str, Manifest]) -> RewardQuality | None:
-    made = manifests.get("train-reward")
+    made = manifests.get(REWARD.name)
     return None if made is None else facts_of(made, RewardFacts).quality
 
 
@@ -269,7 +281,7 @@ def _curves(
     for name, result in stages.items():
         manifest = result.manifest
         if (manifest.path / "metrics.jsonl").exists():
-            short = name.removeprefix("train-").removeprefix("prepare-")
+            short = stage_of(name).name.partition("-")[2]
             curves[policies.get(manifest.sha256, short)] = _curve(manifest)
     return curves
 

@@ -16,10 +16,11 @@ from dpo_core.rewards.functions import reward_identity
 from tasks.recipe.policies import PolicyFields
 from tasks.recipe.study import Node
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
+from tasks.stages.data import kind_of
 from tasks.stages.training_job import Run, settings_of, split_to, train
 from tasks.stages.workload import Workload
 from tasks.store.facts import GateFacts, LogpsFacts, TrainingFacts, facts_of, weights_sha256
-from tasks.store.manifest import Manifest, kind_of
+from tasks.store.manifest import Manifest
 
 log = logging.getLogger("dpo")
 

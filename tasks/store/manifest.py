@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 from urllib.parse import unquote, urlsplit
 
 from pydantic import AwareDatetime, BaseModel, Field, JsonValue
@@ -223,8 +223,3 @@ def stage_key(
     """
     given = dict(inputs) if isinstance(inputs, Mapping) else sorted(inputs)
     return digest_config([stage, stage_version, config_digest, given])
-
-
-def kind_of(rows: Manifest) -> Literal["pairs", "unpaired"]:
-    """What the rows that a policy is trained on are, and how the stages that read them name this input."""
-    return "unpaired" if rows.stage == "validate-unpaired" else "pairs"

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from dpo_core.data.tokens.tokenise import Sequence, TokenPair
+from tasks.reports.about import RunData
 from tasks.reports.data_notes import data_notes
 from tasks.stages.evaluation import _accuracy_by_source
 from tasks.store.manifest import Manifest
@@ -22,6 +23,10 @@ def test_accuracy_of_each_set() -> None:
     assert _accuracy_by_source(pairs, ours, theirs, {}) == {}
 
 
+def data(loaded: Manifest) -> RunData:
+    return RunData(loaded, base=loaded, prompts=loaded, rows=loaded, kind="pairs")
+
+
 def test_notes_of_the_page(tmp_path: Path) -> None:
     loaded = Manifest(
         kind="dataset", uri=tmp_path.as_uri(), sha256="0" * 64, schema_version=1, stage="load-data",
@@ -30,10 +35,10 @@ def test_notes_of_the_page(tmp_path: Path) -> None:
                "sources": {"x": {"train": 8, "eval": 2}}},
     )  # fmt: skip
     estimate = {"value": 0.5, "low": 0.1, "high": 0.9, "n": 2}
-    assert data_notes({"load-data": loaded}, {"accuracy_by_source": {"DPO": {"x": estimate}}}) == {
+    assert data_notes(data(loaded), {"accuracy_by_source": {"DPO": {"x": estimate}}}) == {
         "How the data were read": "columns not read: hint",
         "Rows by set": "x: 8 to train on, 2 held out",
         "Preference accuracy of DPO by set": "x: 50.0% [10.0%, 90.0%] of 2 pairs",
     }
     plain = loaded.model_copy(update={"extra": {"kind": "pairs"}})
-    assert data_notes({"load-data": plain}, {}) == {}
+    assert data_notes(data(plain), {}) == {}

@@ -257,7 +257,7 @@ def test_the_learned_reward_has_a_part_of_its_own() -> None:
 def test_the_page_says_why_it_shows_no_learned_reward() -> None:
     assert "Reward model (the run trained none)" in render(example(steps=2))
     stages = [
-        s.model_copy(update={"name": "train-reward"}) if s.name == "prepare-sft" else s for s in make_stages()
+        s.model_copy(update={"kind": "reward-model"}) if s.name == "prepare-sft" else s for s in make_stages()
     ]
     page = render(example(steps=2, stages=stages))
     assert "Reward model (no pairs were held out to measure it)" in page

@@ -8,6 +8,7 @@ from rich.table import Table
 from dpo_core.statistics.estimates import Estimate
 from tasks.reports.format import measured, p_value
 from tasks.reports.lineage import chain
+from tasks.reports.run_report import PolicyAbout
 from tasks.reports.run_text import markdown as run_markdown
 from tasks.reports.run_text import note
 from tasks.reports.run_text import terminal_table as run_table
@@ -130,8 +131,15 @@ def test_the_terminal_shows_tasks_comparisons_and_win_rates_in_80_columns() -> N
 # ------------------------------------------------------------------------------------------------- lineage
 
 
+def about(method: str) -> PolicyAbout:
+    return PolicyAbout(method=method, words=method, start="SFT", reference="SFT", stage=f"train-{method}")
+
+
+POLICIES = {"Guide": about("guide"), "DPO": about("dpo"), "PPO": about("ppo")}
+
+
 def test_the_chain_of_a_run_that_registered_nothing_still_names_data_and_reference() -> None:
-    links = chain(reports.example(steps=2, model=None))
+    links = chain(reports.example(steps=2, model=None, policies=POLICIES))
     assert [link.name for link in links] == [
         "validate-pairs",
         "prepare-sft",
@@ -145,5 +153,6 @@ def test_the_reference_is_what_the_model_came_from_and_not_its_guide() -> None:
     stages = reports.make_stages()
     guide = stages[4].model_copy(update={"name": "train-guide", "sha256": reports.digest("guide")})
     dpo = stages[4].model_copy(update={"parents": [reports.digest("guide"), *stages[4].parents]})
-    links = chain(reports.example(steps=2, stages=[*stages[:4], guide, dpo, *stages[5:]]))
+    rows = [*stages[:4], guide, dpo, *stages[5:]]
+    links = chain(reports.example(steps=2, stages=rows, policies=POLICIES))
     assert [link.name for link in links][:2] == ["validate-pairs", "prepare-sft"]
