@@ -151,10 +151,34 @@ def _fields(config: BaseModel, indent: str) -> str:
         value = getattr(config, name)
         lines += _comment(field.description, indent)
         if isinstance(value, BaseModel) and type(value).model_fields:
-            lines.append(f"{indent}{name}:\n{_fields(value, indent + '  ').rstrip()}")
+            lines.append(_nested(name, value, indent))
+        elif isinstance(value, dict) and any(isinstance(part, BaseModel) for part in value.values()):
+            lines.append(f"{indent}{name}:")
+            for key, part in value.items():
+                lines += [
+                    *_comment(type(part).__doc__, indent + "  "),
+                    _nested(_key(key), part, indent + "  "),
+                ]
         else:
             lines.append(_line(name, plain[name], indent))
     return "\n".join(lines) + "\n"
+
+
+def _nested(name: str, config: BaseModel, indent: str) -> str:
+    """A configuration below its name."""
+    return f"{indent}{name}:\n{_fields(config, indent + '  ').rstrip()}"
+
+
+def _key(name: str) -> str:
+    """A name that people chose, quoted where YAML would read it otherwise."""
+    return name if _plain(name) else quoted(name)
+
+
+def _plain(name: str) -> bool:
+    try:
+        return bool(yaml.safe_load(f"{name}: 0") == {name: 0})
+    except yaml.YAMLError:
+        return False
 
 
 def _comment(description: str | None, indent: str) -> list[str]:

@@ -18,6 +18,7 @@ REFERENCE = "SFT"
 """What recipes and tables call the prepared reference; no policy may have this name."""
 CHAMPION = "Champion"
 """What tables call the registered champion; no policy may have this name."""
+_METHOD = "A name from `dpo methods`."
 _ELSEWHERE = ("models:/", "runs:/")
 _NAME = re.compile(r"[\w +*&,()-]{1,40}")
 
@@ -25,8 +26,7 @@ _NAME = re.compile(r"[\w +*&,()-]{1,40}")
 class PolicyFields(Config):
     """What every policy has beside the settings of its method."""
 
-    method: str
-    """A name from `dpo methods`."""
+    method: str = Field(description=_METHOD)
     start: str = Field(REFERENCE, min_length=1)
     """Initial weights: SFT (the prepared reference), another policy, `models:/NAME@champion`,
     `models:/NAME/VERSION`, or `runs:/RUN/POLICY`."""
@@ -60,7 +60,7 @@ def _policy_class(method: Method) -> type[PolicyFields]:
         f"{title}Policy",
         __base__=(method.settings, PolicyFields),
         __doc__=f"{method.title}: {method.citation}.",
-        method=(Literal[method.name], method.name),  # type: ignore[arg-type]
+        method=(Literal[method.name], Field(method.name, description=_METHOD)),  # type: ignore[arg-type]
     )
 
 
