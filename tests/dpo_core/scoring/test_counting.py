@@ -15,11 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_core import job as train
 from dpo_core.data.tokens.tokenise import Sequence
-from dpo_core.methods.reward import RewardModelConfig, RewardTrainer, score, scoring_flops
+from dpo_core.methods.reward import RewardModelConfig, RewardTrainer
 from dpo_core.methods.sft import Demonstration, SftConfig, SftTrainer
 from dpo_core.models.load import load_model
 from dpo_core.models.lora import LoraConfig, add_lora
 from dpo_core.models.reward_model import RewardModel
+from dpo_core.rewards.model import score, scoring_flops
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring import lm_head as head
 from dpo_core.scoring.layout import Document
