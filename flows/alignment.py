@@ -1,10 +1,10 @@
 """The alignment flow: data gate, reference, pairs, the graph of policies, evaluation or study, page."""
 
-from pathlib import Path
 from typing import TypeAlias
 
 from prefect import flow
 
+from deploy.launchers import Cluster
 from dpo_core.training.distributed import share_cores
 from flows.policies import train_policies
 from flows.preparation import Keep, Prepared, prepare
@@ -15,8 +15,7 @@ from tasks.recipe.recipe import Recipe
 from tasks.reports.run_report import RunReport
 from tasks.reports.study_report import StudyReport
 from tasks.runs.record import Started
-from tasks.signals import go_on
-from tasks.stages.base import Context, StageResult, tracker_of
+from tasks.stages.base import Context, StageResult
 from tasks.stages.evaluation import evaluate
 from tasks.stages.judging import judge_policies
 from tasks.stages.measure import measure
@@ -31,18 +30,19 @@ Report: TypeAlias = RunReport | StudyReport
 
 
 @flow(name="dpo-alignment", flow_run_name="{recipe.name}", log_prints=False, persist_result=False)
-def alignment(recipe: Recipe, resume: str | None = None) -> Report:
+def alignment(recipe: Recipe, resume: str | None = None, cluster: Cluster | None = None) -> Report:
     """Align a model, or compare ways to, as the recipe says.
 
     Args:
         recipe: decides everything about the run.
         resume: name of an earlier run to go on with, or `latest`; its MLflow run is continued.
+        cluster: where its training jobs run; empty: on this machine.
 
     Raises:
         GateRefused: the data gate refused; nothing after it ran.
         DpoError: a stage failed; the message says what to do.
     """
-    return recorded(recipe, resume, run_stages)
+    return recorded(recipe, resume, run_stages, cluster=cluster)
 
 
 def run_stages(context: Context, recipe: Recipe, command: str) -> Report:
@@ -50,7 +50,7 @@ def run_stages(context: Context, recipe: Recipe, command: str) -> Report:
     started = Started()
     stages: dict[str, StageResult] = {}
     champion, trained = compose(context, recipe, stages)
-    with disk_errors(Path(context.workspace), "writing the run's page"):
+    with disk_errors(context.workspace, "writing the run's page"):
         if recipe.study is not None:
             return summarise_study(context, recipe, stages, trained, started, command)
         return summarise(context, recipe, stages, trained, champion, started, command)
@@ -81,7 +81,7 @@ def _evaluate(
     recipe, pairs, reference = prepared.recipe, prepared.pairs, prepared.reference
     by_name = {one.node.policy: one.manifest for one in trained}
     policies = {REFERENCE: reference} | {name: by_name[name] for name in recipe.policies}
-    champion = None if context.plan else find_champion(tracker_of(context), recipe.registered_name)
+    champion = None if context.plan else find_champion(context.tracker, recipe.registered_name)
     if champion and champion.manifest.sha256 != policies[recipe.candidate_name].sha256:
         policies[CHAMPION] = champion.manifest
     # A known reward measures also where policies learned from the model: that shows over-optimisation.
@@ -97,7 +97,7 @@ def _evaluate(
         keep(judge_policies(context, answers, recipe.judge, recipe.seed))
     if recipe.suites.names:
         for name, model in policies.items():
-            labelled = context.model_copy(update={"label": f" {name}"})
+            labelled = context.labelled(f" {name}")
             asked = evaluate_suites(labelled, name, model, reference, pairs, recipe.suites, recipe.tokens)
             keep(asked)
     return champion
@@ -112,10 +112,10 @@ def _compare(context: Context, prepared: Prepared, keep: Keep) -> list[TrainedPo
         share_cores(study.parallel)
 
     def measured(label: str, model: Manifest, samples: int) -> Manifest:
-        go_on()
+        context.stop.check()
         config = recipe.evaluate.model_copy(update={"samples_per_prompt": samples})
         result = measure(
-            context.model_copy(update={"label": label}),
+            context.labelled(label),
             model,
             prepared.reference,
             prepared.judged,

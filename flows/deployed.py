@@ -58,14 +58,15 @@ def deployed(
     log = logging.getLogger("dpo")
     log.setLevel(logging.INFO)
     try:
-        from flows.cli.launch import cluster_config, send_to
+        from flows.cli.launch import read_cluster
         from tasks.recipe.read import load_recipe
 
         sets = [*(overrides or []), *data_overrides(data)]
-        send_to(on, cluster_config(on, settings, []))
+        cluster = read_cluster(on, settings, [])
         resolved = load_recipe(recipe, sets)
         with guarded(resolved.workspace, resolved.tracking):
-            report = recorded(resolved, resume, alignment.run_stages, command_of(recipe, sets, on, settings))
+            command = command_of(recipe, sets, on, settings)
+            report = recorded(resolved, resume, alignment.run_stages, command, cluster)
     except DpoError as error:
         log.error("%s", error)
         return Failed(name=_ENDS.get(error.exit_code, "Failed"), message=str(error))

@@ -11,7 +11,7 @@ from dpo_core.errors import RecipeError
 from flows.preparation import Keep, Prepared
 from tasks.recipe.policies import REFERENCE, elsewhere
 from tasks.recipe.study import Node
-from tasks.signals import begin_stop, go_on
+from tasks.signals import Stop
 from tasks.stages.base import Context
 from tasks.stages.data import SAMPLE
 from tasks.stages.models import CACHE, cache_reference, import_model
@@ -43,7 +43,6 @@ def train_policies(
     }
 
     def train(node: Node, earlier: dict[tuple[str, int], TrainedPolicy]) -> TrainedPolicy:
-        go_on()  # a thread that ends its work takes the next before the rest can be called off
         trained = _Trainer(context, prepared, keep, models, earlier).train(node, rewards.get(node.seed))
         then(trained)
         return trained
@@ -55,18 +54,20 @@ def train_policies(
             done[node.policy, node.seed] = trained = train(node, done)
             results.append(trained)
         return results
-    return _in_threads(nodes, train, parallel)
+    return _in_threads(nodes, train, parallel, context.stop)
 
 
 def _in_threads(
     nodes: list[Node],
     train: Callable[[Node, dict[tuple[str, int], TrainedPolicy]], TrainedPolicy],
     parallel: int,
+    stop: Stop,
 ) -> list[TrainedPolicy]:
     """All nodes, so many at a time; a node waits for those that it needs, which were begun before it."""
     futures: dict[tuple[str, int], Future[TrainedPolicy]] = {}
 
     def begin(node: Node) -> TrainedPolicy:
+        stop.check()  # a thread that ends its work takes the next before the rest can be called off
         return train(node, {key: futures[key].result() for key in node.needs})
 
     with ThreadPoolExecutor(parallel) as pool:
@@ -79,7 +80,7 @@ def _in_threads(
         try:
             return [future.result() for future in running]
         except BaseException as error:
-            begin_stop(error)  # where it is a stop, the other threads end their work too; else they finish it
+            stop.begin(error)  # where it is a stop, the other threads end their work too; else they finish it
             pool.shutdown(wait=True, cancel_futures=True)
             raise
 
@@ -94,7 +95,7 @@ def _fetch(context: Context, prepared: Prepared, name: str, keep: Keep) -> Manif
     recipe = prepared.recipe
     label = f" {name}"
     config = recipe.model.model_copy(update={"name": name, "scratch": None})
-    labelled = context.model_copy(update={"label": label})
+    labelled = context.labelled(label)
     result = import_model(labelled, config, recipe.tokens.max_length, recipe.precision)
     manifest = keep(result)
     if not manifest.planned and not prepared.reference.planned:
@@ -158,7 +159,7 @@ class _Trainer:
             logps,
             scoring,
         )
-        labelled = self.context.model_copy(update={"label": node.label})
+        labelled = self.context.labelled(node.label)
         manifest = self.keep(train_policy(labelled, training))
         return TrainedPolicy(node, manifest, needed, scoring.reward_model if scoring else None)
 
@@ -183,7 +184,7 @@ class _Trainer:
             label = f" {policy.reference}{f' seed {node.seed}' if own else ''}"
         reference = self._model(policy.reference, node.seed)
         result = cache_reference(
-            self.context.model_copy(update={"label": label}),
+            self.context.labelled(label),
             reference,
             prepared.pairs,
             policy,

@@ -41,7 +41,7 @@ class Prepared:
 
     def train_reward(self, context: Context, seed: int, label: str, keep: Keep) -> Manifest:
         """A reward model trained on the pairs."""
-        labelled = context.model_copy(update={"label": label})
+        labelled = context.labelled(label)
         settings = self.recipe.reward.model
         result = train_reward(labelled, self.reference, self.pairs, settings, self.recipe.tokens, seed)
         return keep(result)

@@ -3,9 +3,9 @@
 import contextlib
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import TypeVar
 
+from deploy.launchers import Cluster
 from dpo_core.errors import DpoError, GateRefused, without_secrets
 from dpo_core.redaction import hidden
 from flows.process.environment import hide_secrets_in_logs
@@ -14,8 +14,8 @@ from tasks.provenance import command_line
 from tasks.recipe.recipe import Recipe
 from tasks.runs.recipe import keep_recipe
 from tasks.runs.record import KILLED, RunRecord, close_abandoned, find_run, held, new_run, save_run
-from tasks.signals import begin_stop, stop_reason
-from tasks.stages.base import Context, remember_tracker
+from tasks.signals import stop_of_process
+from tasks.stages.base import Context
 from tasks.store.files import open_workspace
 from tasks.store.owner import myself
 from tasks.store.store import Store
@@ -30,15 +30,17 @@ def recorded(
     resume: str | None,
     run_stages: Callable[[Context, Recipe, str], Report],
     command: str | None = None,
+    cluster: Cluster | None = None,
 ) -> Report:
     """What `run_stages` reports, with the run on record from its start to its end.
 
     Args:
         run_stages: given the context, the recipe and the command that started the run.
         command: what to put down as that command, where this process was not started by it.
+        cluster: where the training jobs run; None: on this machine.
     """
     hide_secrets_in_logs()
-    check_ahead(recipe, resume)
+    check_ahead(recipe, resume, cluster)
     workspace = open_workspace(recipe.workspace)
     command = command or command_line()
     record = find_run(workspace, resume, recipe.name) if resume else new_run(workspace, recipe.name, command)
@@ -51,12 +53,14 @@ def recorded(
                     record.run_id,
                 )
             record = keep_recipe(workspace, record, recipe)
-        return _held(recipe, workspace, record, run_stages, command, begun=bool(resume))
+        tracker = Tracker(recipe.tracking, workspace)
+        context = Context(record.run_id, Store(workspace), tracker, stop_of_process(), cluster)
+        return _held(context, recipe, record, run_stages, command, begun=bool(resume))
 
 
 def _held(
+    context: Context,
     recipe: Recipe,
-    workspace: Path,
     record: RunRecord,
     run_stages: Callable[[Context, Recipe, str], Report],
     command: str,
@@ -68,7 +72,7 @@ def _held(
             "lower the batch sizes of the stage it was in, in a new run); going on with it",
             record.run_id,
         )
-    tracker = Tracker(recipe.tracking, workspace)
+    workspace, tracker = context.workspace, context.tracker
     close_abandoned(workspace, tracker)
     # On record before MLflow hears of it: a kill in between leaves a run that can be resumed.
     record = record.model_copy(update={"status": "running", "error": None, "owner": myself()})
@@ -80,7 +84,7 @@ def _held(
         save_run(workspace, record)
 
     try:
-        mlflow_id = tracker.start_parent(
+        tracker.start_parent(
             record.run_id,
             recipe=recipe.model_dump(mode="json"),
             run_id=record.mlflow_run_id,
@@ -89,13 +93,11 @@ def _held(
             tags={"dpo.run": record.run_id, "dpo.command": command},
             opened=opened,
         )
-        context = Context(workspace=str(workspace), run_id=record.run_id, mlflow_run_id=mlflow_id)
-        remember_tracker(context, tracker)
-        Store(workspace).sweep()
+        context.store.sweep()
         report = run_stages(context, recipe, command)
     except BaseException as error:
-        begin_stop(error)
-        _ended_badly(workspace, record, tracker, error)
+        context.stop.begin(error)
+        _ended_badly(context, record, error)
         raise
     tracker.finish_parent("FINISHED")
     save_run(workspace, record.model_copy(update={"status": "done"}))
@@ -114,13 +116,14 @@ def reason_of(error: BaseException) -> str:
     return f"the run ended with {name}, which gives no reason; the traceback is in the log"
 
 
-def _ended_badly(workspace: Path, record: RunRecord, tracker: Tracker, error: BaseException) -> None:
+def _ended_badly(context: Context, record: RunRecord, error: BaseException) -> None:
+    tracker, stopped = context.tracker, context.stop.reason
     status = "refused" if isinstance(error, GateRefused) else "failed"
     reason = hidden(reason_of(error))
-    if stopped := stop_reason():
+    if stopped:
         status, reason = "stopped", stopped
     with contextlib.suppress(DpoError):  # a full disk must not hide why the run ended
-        save_run(workspace, record.model_copy(update={"status": status, "error": reason}))
+        save_run(context.workspace, record.model_copy(update={"status": status, "error": reason}))
     if not tracker.run_id:  # MLflow has not heard of it
         return
     tracker.parent.tag("dpo.error", reason)

@@ -5,7 +5,7 @@ import sqlite3
 import tempfile
 from pathlib import Path
 
-from deploy.launchers.registry import check_cluster
+from deploy.launchers import Cluster
 from dpo_core.data.files.read import check_source
 from dpo_core.data.tokens.chat_template import check_template
 from dpo_core.errors import RecipeError
@@ -26,7 +26,7 @@ log = logging.getLogger("dpo")
 _TRACKED = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
 
 
-def check_ahead(recipe: Recipe, resume: str | None = None) -> None:
+def check_ahead(recipe: Recipe, resume: str | None = None, cluster: Cluster | None = None) -> None:
     """Refuse a recipe whose workspace, cluster, files, reward, model or tracking database cannot be used.
 
     Only what costs no more than seconds is looked at; a model on the hub is fetched here.
@@ -40,7 +40,8 @@ def check_ahead(recipe: Recipe, resume: str | None = None) -> None:
         require_same_recipe(workspace, find_run(workspace, resume, recipe.name), recipe)
     for line in recipe.unusual_parameters:
         log.warning("unusual: %s", line)
-    check_cluster(workspace)
+    if cluster:
+        cluster.check(workspace)
     _check_database(resolve_uri(recipe.tracking, workspace), workspace)
     for path in recipe.data.paths:
         check_source(path)

@@ -2,7 +2,7 @@
 
 The first signal raises in the main thread: KeyboardInterrupt, `Terminated`, or Prefect's TerminationSignal.
 On its way out it passes what has to be brought to an end: a job saves its state, MLflow and the record of the
-run are told. None of that may be cut short: from `begin_stop` on signals raise no more, and work in other
+run are told. None of that may be cut short: from `Stop.begin` on signals raise no more, and work in other
 threads ends at its next sign of progress. Nor may a signal raise in the middle of a database's transaction:
 see `undisturbed`.
 """
@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
-
-from deploy.launchers import local
 
 LIMIT = 25.0
 """Seconds from the signal to the end, whatever hangs; a temporary server may take 5 more."""
@@ -41,64 +39,83 @@ def _is_stop(error: BaseException) -> bool:
     return isinstance(error, stops) or (prefect is not None and isinstance(error, prefect.TerminationSignal))
 
 
-class _Stop:
-    """The stop of this process."""
+class Stop:
+    """The stop of one run: whether it has begun, why, and the clock that ends what hangs."""
 
     def __init__(self) -> None:
-        self.begun = threading.Event()
-        self.reason = ""
-        self.timer: threading.Timer | None = None
+        self.hurry = threading.Event()
+        """Set by a second Ctrl-C: jobs that are cancelled get no time to save."""
+        self._begun = threading.Event()
+        self._reason = ""
+        self._timer: threading.Timer | None = None
+
+    @property
+    def reason(self) -> str | None:
+        """Why the run is being stopped; None while it is not."""
+        return self._reason if self._begun.is_set() else None
+
+    def begin(self, error: BaseException) -> None:
+        """If the error is that of a signal, let nothing disturb the run's end any more, nor let it last.
+
+        Later errors are consequences: a console whose reader, the worker, is gone raises SystemExit.
+        """
+        if self._begun.is_set() or not _is_stop(error):
+            return
+        number = int(getattr(error, "signal", None) or signal.SIGINT)
+        self._reason = f"stopped by {signal.Signals(number).name}"
+        if isinstance(error, SystemExit) and not isinstance(error, Terminated):
+            self._reason = f"stopped by {error!r}"
+        self._begun.set()
+        self.start_clock(number)
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                signal.signal(number, self.on_later_signal)
+
+    def check(self) -> None:
+        """Raise `WorkStopped` in a thread of a run that is being stopped; the main thread has its signal."""
+        if self._begun.is_set() and threading.current_thread() is not threading.main_thread():
+            raise WorkStopped
+
+    def start_clock(self, number: int) -> None:
+        """End the process `LIMIT` seconds after its first signal, whatever hangs."""
+        if self._timer is None:
+            self._timer = threading.Timer(LIMIT, os._exit, [128 + number])
+            self._timer.daemon = True
+            self._timer.start()
+
+    def stop_clock(self) -> None:
+        """The command has ended in time."""
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
+
+    def on_first_signal(self, number: int, frame: FrameType | None) -> NoReturn:
+        """Handler: begin the stop and raise in the main thread."""
+        error = KeyboardInterrupt() if number == signal.SIGINT else Terminated(number)
+        self.begin(error)
+        raise error
+
+    def on_later_signal(self, number: int, frame: FrameType | None) -> None:
+        """Handler once the stop has begun: raises nothing."""
+        # Who presses Ctrl-C twice does not want to wait until the step at hand is saved.
+        if number == signal.SIGINT:
+            self.hurry.set()
 
 
-_stop = _Stop()
+def stop_of_process() -> Stop:
+    """The stop that signals to this process begin; a new one where `stoppable` handles none of them.
 
-
-def stop_reason() -> str | None:
-    """Why this run is being stopped; None while it is not."""
-    return _stop.reason if _stop.begun.is_set() else None
-
-
-def begin_stop(error: BaseException) -> None:
-    """Where the error is that of a signal: let nothing disturb the run's end any more, nor let it last.
-
-    What comes up on the way is a consequence: a console whose reader, the worker, is gone raises SystemExit.
+    The process's table of handlers, which Python keeps, says whose they are: a variable beside it could
+    disagree. Under a worker, Prefect's handler raises an error, and the new stop begins with that.
     """
-    if _stop.begun.is_set() or not _is_stop(error):
-        return
-    number = int(getattr(error, "signal", None) or signal.SIGINT)
-    _stop.reason = f"stopped by {signal.Signals(number).name}"
-    if isinstance(error, SystemExit) and not isinstance(error, Terminated):
-        _stop.reason = f"stopped by {error!r}"
-    _stop.begun.set()
-    _start_clock(number)
-    if threading.current_thread() is threading.main_thread():
-        for number in _SIGNALS:
-            signal.signal(number, _again)
+    owners = (_owner(signal.getsignal(number)) for number in _SIGNALS)
+    return next((stop for stop in owners if stop), None) or Stop()
 
 
-def _start_clock(number: int) -> None:
-    if _stop.timer is None:
-        _stop.timer = threading.Timer(LIMIT, os._exit, [128 + number])
-        _stop.timer.daemon = True
-        _stop.timer.start()
-
-
-def go_on() -> None:
-    """Raise in a thread that works for a run which is being stopped; the main thread has its own signal."""
-    if _stop.begun.is_set() and threading.current_thread() is not threading.main_thread():
-        raise WorkStopped
-
-
-def _again(number: int, frame: FrameType | None) -> None:
-    # Who presses Ctrl-C twice does not want to wait until the step at hand is saved.
-    if number == signal.SIGINT:
-        local.hurry.set()
-
-
-def _first(number: int, frame: FrameType | None) -> NoReturn:
-    error = KeyboardInterrupt() if number == signal.SIGINT else Terminated(number)
-    begin_stop(error)
-    raise error
+def _owner(handler: object) -> Stop | None:
+    """The stop that a handler belongs to, None where it is of somebody else."""
+    stop = getattr(handler, "__self__", None)
+    return stop if isinstance(stop, Stop) else None
 
 
 @contextmanager
@@ -118,21 +135,18 @@ def _handlers(
 
 
 @contextmanager
-def stoppable() -> Iterator[None]:
+def stoppable() -> Iterator[Stop]:
     """Within it SIGINT, SIGTERM and SIGHUP stop the run of a command in good order."""
+    stop = Stop()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield stop
         return
     try:
         # Who ignores SIGHUP (nohup) means it.
-        with _handlers(_first, lambda own: own is not signal.SIG_IGN):
-            yield
+        with _handlers(stop.on_first_signal, lambda own: own is not signal.SIG_IGN):
+            yield stop
     finally:
-        if _stop.timer:
-            _stop.timer.cancel()
-            _stop.timer = None
-        _stop.begun.clear()
-        local.hurry.clear()
+        stop.stop_clock()
 
 
 @contextmanager
@@ -146,12 +160,12 @@ def undisturbed() -> Iterator[None]:
         yield
         return
     came: list[int] = []
-    stops = [number for number in _SIGNALS if signal.getsignal(number) is _first]
+    stops: dict[int, Stop | None] = {number: _owner(signal.getsignal(number)) for number in _SIGNALS}
 
     def later(number: int, frame: FrameType | None) -> None:
         came.append(number)
-        if number in stops:
-            _start_clock(number)
+        if stop := stops[number]:
+            stop.start_clock(number)
 
     try:
         # What is ignored stays so, and what ends the process at once may.

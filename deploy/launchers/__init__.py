@@ -2,6 +2,6 @@
 
 from deploy.launchers.base import Launcher, State
 from deploy.launchers.local import LocalLauncher
-from deploy.launchers.registry import chosen
+from deploy.launchers.registry import Cluster, launcher_of
 
-__all__ = ["Launcher", "LocalLauncher", "State", "chosen"]
+__all__ = ["Cluster", "Launcher", "LocalLauncher", "State", "launcher_of"]

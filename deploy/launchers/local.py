@@ -16,8 +16,6 @@ from deploy.launchers import torchrun
 from deploy.launchers.base import LOG, State, clear, ended, tail
 
 MODULE = torchrun.MODULE
-hurry = threading.Event()
-"""While it is set, jobs that are cancelled are given no time to save."""
 
 
 class LocalLauncher:
@@ -25,11 +23,15 @@ class LocalLauncher:
 
     The child stays in the flow's process group: a Prefect worker that cancels a run kills that group, and a
     child in a session of its own would go on training unseen.
+
+    Args:
+        hurry: while it is set, jobs that are cancelled are given no time to save.
     """
 
     pause = 0.5
 
-    def __init__(self) -> None:
+    def __init__(self, hurry: threading.Event | None = None) -> None:
+        self._hurry = hurry or threading.Event()
         self._jobs: dict[str, tuple[subprocess.Popen[bytes], Path, Path]] = {}
         self._before: dict[str, tuple[int, int]] = {}  # length of the log, and kills for memory until then
 
@@ -44,7 +46,7 @@ class LocalLauncher:
         """Start torchrun, once whatever a killed flow left running on this job is ended."""
         job = job.absolute()
         # Two trainers on one folder would ruin its checkpoints.
-        _end(job, grace=10.0)
+        _end(job, 10.0, self._hurry)
         clear(work)
         before = (work / LOG).stat().st_size, _kills_for_memory()
         with (work / LOG).open("ab") as output:
@@ -78,7 +80,7 @@ class LocalLauncher:
 
     def cancel(self, handle: str, grace: float = 20.0) -> None:
         process, job, _ = self._jobs[handle]
-        _end(job, grace)
+        _end(job, grace, self._hurry)
         process.wait()
 
     def logs(self, handle: str, lines: int = 50) -> str:
@@ -122,7 +124,7 @@ def _with_children(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
     return list(family)
 
 
-def _end(job: Path, grace: float) -> None:
+def _end(job: Path, grace: float, hurry: threading.Event) -> None:
     """SIGTERM to torchrun and its ranks; SIGKILL to whoever lives after the grace time."""
     named = _torchrun_and_ranks(job)
     alive = _with_children(named)

@@ -1,10 +1,11 @@
-"""Where training jobs run: beside the flow, or on the cluster that the environment names."""
+"""Where training jobs run: beside the flow, or on a cluster."""
 
-import json
-import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
+
+from pydantic import SerializeAsAny, model_validator
 
 from deploy.launchers.base import Launcher, State
 from deploy.launchers.cluster import ClusterConfig
@@ -13,10 +14,7 @@ from deploy.launchers.kubernetes_manifests import KubernetesConfig
 from deploy.launchers.local import LocalLauncher
 from deploy.launchers.skypilot import SkyPilotConfig, SkyPilotLauncher
 from deploy.launchers.slurm import SlurmConfig, SlurmLauncher
-from dpo_core.errors import RecipeError
-
-VARIABLE = "DPO_LAUNCH"
-"""Set by `dpo launch` for the flow that it starts: {"on": TARGET, "settings": {...}} as JSON."""
+from dpo_core.config import Config
 
 Target = tuple[type[ClusterConfig], Callable[..., Any]]
 TARGETS: dict[str, Target] = {
@@ -42,39 +40,49 @@ class ClusterLauncher(Launcher, Protocol):
         ...
 
 
-def chosen(run: str) -> Launcher:
-    """The launcher for a run's training job: this machine's, unless the environment names a cluster.
+class Cluster(Config):
+    """A cluster that runs training jobs; plain data, so that it can be a parameter of a flow."""
 
-    Raises:
-        RecipeError: the variable is not what `dpo launch` sets.
+    on: str
+    """Its name in `TARGETS`."""
+    settings: SerializeAsAny[ClusterConfig]
+    """Its settings, of the class that `TARGETS` names."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_settings(cls, values: Any) -> Any:
+        """Settings as JSON become those of the named target."""
+        if not isinstance(values, dict):
+            return values
+        if values.get("on") not in TARGETS:
+            raise ValueError(f"there is no cluster {values.get('on')!r}; known are {', '.join(TARGETS)}")
+        config, _ = TARGETS[values["on"]]
+        return values | {"settings": config.model_validate(values.get("settings"))}
+
+    def launcher(self, job: str) -> "Rejoining":
+        """The launcher for a training job, which has this name on the cluster."""
+        _, make = TARGETS[self.on]
+        return Rejoining(lambda attempt: make(self.settings, job, attempt))
+
+    def check(self, workspace: Path) -> None:
+        """Pre-flight check: this machine can speak to the cluster, whose nodes see the workspace.
+
+        Raises:
+            RecipeError: it cannot, or they do not.
+        """
+        launcher = self.launcher("ahead")
+        launcher.require_seen(workspace)
+        launcher.require_client()
+
+
+def launcher_of(cluster: Cluster | None, job: str, hurry: threading.Event) -> Launcher:
+    """The launcher for a training job: the cluster's, else this machine's.
+
+    Args:
+        job: its name on a cluster.
+        hurry: while it is set, jobs on this machine that are cancelled get no time to save.
     """
-    said = os.environ.get(VARIABLE)
-    if not said:
-        return LocalLauncher()
-    try:
-        facts = json.loads(said)
-        config, _ = TARGETS[facts["on"]]
-        return launcher(facts["on"], config.model_validate(facts["settings"]), run)
-    except (ValueError, KeyError, TypeError) as error:
-        raise RecipeError(f"{VARIABLE} cannot be used ({error})", "Start with: dpo launch RECIPE") from error
-
-
-def check_cluster(workspace: Path) -> None:
-    """Refuse a cluster that this machine cannot speak to, or that would not see the workspace.
-
-    Raises:
-        RecipeError: it is so.
-    """
-    place = chosen("ahead")
-    if isinstance(place, Rejoining):
-        place.require_seen(workspace)
-        place.require_client()
-
-
-def launcher(on: str, config: ClusterConfig, run: str) -> "Rejoining":
-    """The launcher of a cluster."""
-    _, make = TARGETS[on]
-    return Rejoining(lambda attempt: make(config, run, attempt))
+    return cluster.launcher(job) if cluster else LocalLauncher(hurry)
 
 
 class Rejoining:

@@ -138,7 +138,7 @@ def _check_parameters(flow: Any, deployment: Any, where: str, parameters: dict[s
 
 
 def _check_cluster(where: str, parameters: dict[str, Any]) -> None:
-    from flows.cli.launch import cluster_config
+    from flows.cli.launch import read_cluster
 
     settings = parameters.get("settings")
     if settings is not None and not Path(settings).expanduser().is_absolute():
@@ -147,7 +147,7 @@ def _check_cluster(where: str, parameters: dict[str, Any]) -> None:
             "Give the whole path",
         )
     try:
-        cluster_config(parameters.get("on", "local"), settings, [])
+        read_cluster(parameters.get("on", "local"), settings, [])
     except RecipeError as error:
         raise RecipeError(f"{where}: {error.problem}", error.remedy) from error
 

@@ -1,7 +1,5 @@
 """`dpo launch`: a run whose training jobs go to a cluster."""
 
-import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,35 +38,24 @@ def launch(
 
     The workspace lies on storage that this machine and the cluster's see at the same path.
     """
-    config = cluster_config(on, settings, over_settings or [])
+    cluster = read_cluster(on, settings, over_settings or [])
     if render:
-        typer.echo(rendered(recipe, overrides or [], on, config), nl=False)
+        typer.echo(rendered(recipe, overrides or [], cluster), nl=False)
         return
-    from flows.cli.run import run
+    from flows.cli.run import run_recipe
 
-    send_to(on, config)
-    run(recipe, overrides, resume)
-
-
-def send_to(on: str, config: Any) -> None:
-    """From now on this process's training jobs run there; without a configuration, on this machine."""
-    from deploy.launchers.registry import VARIABLE
-
-    if config is not None:
-        os.environ[VARIABLE] = json.dumps({"on": on, "settings": config.model_dump(mode="json")})
-    else:
-        os.environ.pop(VARIABLE, None)
+    run_recipe(recipe, overrides or [], resume, cluster)
 
 
-def cluster_config(on: str, path: str | None, overrides: list[str]) -> Any:
-    """The settings of a cluster; None for this machine.
+def read_cluster(on: str, path: str | None, overrides: list[str]) -> Any:
+    """The cluster with its settings; None for this machine.
 
     Raises:
         RecipeError: there is no such target, or its settings cannot be used.
     """
     import yaml
 
-    from deploy.launchers.registry import TARGETS
+    from deploy.launchers.registry import TARGETS, Cluster
     from dpo_core.errors import RecipeError
     from dpo_core.system import read_small
     from dpo_core.yaml import read_yaml
@@ -89,10 +76,11 @@ def cluster_config(on: str, path: str | None, overrides: list[str]) -> Any:
     kind, _ = TARGETS[on]
     raw = {name: value for name, value in raw.items() if value is not None}  # a form's field left empty
     remedy = f"Set it in the --settings file or by --with NAME=VALUE; what there is: dpo config cluster {on}"
-    return overridden(kind, raw, overrides, f"the settings for {on} cannot be used", remedy)
+    config = overridden(kind, raw, overrides, f"the settings for {on} cannot be used", remedy)
+    return Cluster(on=on, settings=config)
 
 
-def rendered(recipe: str, overrides: list[str], on: str, config: Any) -> str:
+def rendered(recipe: str, overrides: list[str], cluster: Any) -> str:
     """What would be submitted for every training stage, in their order; of cached ones only that they are.
 
     The last folder of a job is known only once its data are made, and reads ID here.
@@ -108,22 +96,21 @@ def rendered(recipe: str, overrides: list[str], on: str, config: Any) -> str:
     # A stage that trains has a peak of memory; without one (no demonstrations) it copies the base.
     for row in (row for row in trainings if row.state == "runs" and row.memory_bytes is not None):
         work = Path(told.workspace) / "work" / row.name.partition(" ")[0] / "ID"
-        text = _place(on, config, row.name, work).render(work / "job.json", row.processes)
+        text = _place(cluster, row.name, work).render(work / "job.json", row.processes)
         texts.append(f"# {row.name}\n{text.rstrip()}\n")
     # Several documents of one file, where they are YAML.
-    between = "---\n" if on in {"kubernetes", "skypilot"} else "\n"
+    between = "---\n" if cluster and cluster.on in {"kubernetes", "skypilot"} else "\n"
     return "".join(cached) + between.join(texts)
 
 
-def _place(on: str, config: Any, stage: str, work: Path) -> Any:
+def _place(cluster: Any, stage: str, work: Path) -> Any:
     """The launcher of a training; a warning where its nodes would not see the work folder."""
     from deploy.launchers import LocalLauncher
-    from deploy.launchers.registry import launcher
     from dpo_core.errors import RecipeError
 
-    if config is None:
+    if cluster is None:
         return LocalLauncher()
-    place = launcher(on, config, f"{stage} {work}")
+    place = cluster.launcher(f"{stage} {work}")
     try:
         place.require_seen(work)
     except RecipeError as error:  # what is only looked at need not be there

@@ -33,13 +33,16 @@ def plan_recipe(recipe: Any) -> Any:
     """The plan of a recipe; the flow's own composition asks the store, stage by stage."""
     from flows.alignment import compose
     from tasks.planning.plan import make_plan
+    from tasks.signals import Stop
     from tasks.stages.base import Context, StageResult
-    from tasks.store.files import open_workspace
+    from tasks.store.store import Store
+    from tasks.tracking.tracker import Tracker
 
-    workspace = str(open_workspace(recipe.workspace))
+    store = Store(recipe.workspace)
+    context = Context("plan", store, Tracker(recipe.tracking, store.workspace), Stop(), plan=True)
     stages: dict[str, StageResult] = {}
-    compose(Context(workspace=workspace, run_id="plan", mlflow_run_id="", plan=True), recipe, stages)
-    return make_plan(recipe, workspace, stages)
+    compose(context, recipe, stages)
+    return make_plan(recipe, str(store.workspace), stages)
 
 
 def show(told: Any) -> None:

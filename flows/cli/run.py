@@ -20,23 +20,30 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Run a recipe from the data gate to the run page. Finished stages are reused."""
+    run_recipe(recipe, overrides or [], resume, as_json=as_json)
+
+
+def run_recipe(
+    recipe: str, overrides: list[str], resume: str | None, cluster: Any = None, as_json: bool = False
+) -> None:
+    """Run a recipe; its training jobs run on the cluster, without one on this machine."""
     from tasks.recipe.read import load_recipe
 
-    resolved = load_recipe(recipe, overrides or [])
+    resolved = load_recipe(recipe, overrides)
     _say(as_json, f"recipe {resolved.name}, workspace {Path(resolved.workspace).absolute()}")
     from tasks.preflight import check_ahead
 
     # Before the flow, which checks again: Prefect's server takes seconds to start.
-    check_ahead(resolved, resume)
-    with _resumable(resolved.workspace, recipe, overrides or []):
-        report = _through_prefect(resolved, resume)
+    check_ahead(resolved, resume, cluster)
+    with _resumable(resolved.workspace, recipe, overrides):
+        report = _through_prefect(resolved, resume, cluster)
     if as_json:
         typer.echo(report.model_dump_json())
     else:
         _show(report, resolved.workspace)
 
 
-def _through_prefect(recipe: Any, resume: str | None) -> Any:
+def _through_prefect(recipe: Any, resume: str | None, cluster: Any) -> Any:
     """The report of the recipe's flow, which this process runs."""
     import httpx
     from prefect.exceptions import PrefectHTTPStatusError
@@ -53,7 +60,7 @@ def _through_prefect(recipe: Any, resume: str | None) -> Any:
     try:
         with guarded(recipe.workspace, recipe.tracking), stoppable():
             start_temporary_server()
-            return alignment(recipe, resume)
+            return alignment(recipe, resume, cluster)
     except (RuntimeError, httpx.TransportError, PrefectHTTPStatusError) as error:
         record = own_run(recipe.workspace)
         away = prefect_away(error, begun=record is not None)

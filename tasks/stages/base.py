@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
@@ -19,11 +19,12 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 
+from deploy.launchers import Cluster
 from dpo_core.config import Config
 from dpo_core.errors import DpoError, without_secrets
 from tasks.runs.references import note_need
-from tasks.signals import begin_stop, go_on
-from tasks.stages.prefect_artifacts import tell
+from tasks.signals import Stop
+from tasks.stages.prefect_artifacts import PrefectArtifacts
 from tasks.store.facts import Facts, scalar_facts
 from tasks.store.files import disk_fault
 from tasks.store.manifest import PLANNED, Manifest, digest_config, stage_key
@@ -94,19 +95,56 @@ class StageResult(Config):
     """In a plan, why the stage would run."""
 
 
+@dataclass(frozen=True)
+class Context:
+    """The run around its stages, which every task of it is handed: its name and its live objects.
+
+    Not plain data: all tasks of a run work in the process of its flow. Prefect searches the parameters of a
+    task, and their fields, for futures; it neither looks into these objects nor copies them.
+    """
+
+    run_id: str
+    """Name of the alignment run."""
+    store: Store
+    """The workspace's artifacts."""
+    tracker: Tracker
+    """The run in MLflow. In a plan it is not opened."""
+    stop: Stop
+    """Whether the run is being stopped."""
+    cluster: Cluster | None = None
+    """Where its training jobs run; None: on this machine."""
+    prefect_artifacts: PrefectArtifacts = field(default_factory=PrefectArtifacts)
+    label: str = ""
+    """What tells this stage from others of its name in the run: " DPO beta=0.1 seed 0"."""
+    plan: bool = False
+    """Only look what the store holds. A stage that would have to run hands on a `planned` manifest."""
+
+    @property
+    def workspace(self) -> Path:
+        """The workspace, absolute."""
+        return self.store.workspace
+
+    def labelled(self, label: str) -> "Context":
+        """The same run, for stages that have this label."""
+        return replace(self, label=label)
+
+
 _LINE_SECONDS = 60.0
 
 
 class Progress:
     """One progress bar on the terminal, else a line a minute; one in Prefect (every few seconds)."""
 
-    def __init__(self, stage: str, total: int) -> None:
+    def __init__(self, stage: str, total: int, context: Context) -> None:
         self.stage, self.total = stage, max(total, 1)
+        self._stop, self._prefect = context.stop, context.prefect_artifacts
         self._told = time.monotonic()
         self._bar: Any = None
         self._sent = time.monotonic()
         key = f"progress-{slug(stage)}"
-        self._artifact: Any = tell(lambda: create_progress_artifact(progress=0.0, key=key, description=stage))
+        self._artifact: Any = self._prefect.send(
+            lambda: create_progress_artifact(progress=0.0, key=key, description=stage)
+        )
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.markup import escape
@@ -118,7 +156,7 @@ class Progress:
 
     def update(self, done: int) -> None:
         """So many of the total are done."""
-        go_on()
+        self._stop.check()
         if self._bar:
             self._bar.update(self._task, completed=done)
         elif time.monotonic() - self._told > _LINE_SECONDS:
@@ -131,7 +169,7 @@ class Progress:
         self._sent = time.monotonic()
         share = min(100.0, 100.0 * done / self.total)
         if self._artifact is not None:
-            tell(lambda: update_progress_artifact(artifact_id=self._artifact, progress=share))
+            self._prefect.send(lambda: update_progress_artifact(artifact_id=self._artifact, progress=share))
 
     def close(self, finished: bool) -> None:
         """Take the bar away; a finished stage stands at 100 %."""
@@ -146,16 +184,20 @@ class Work:
     """What the work of a stage is given."""
 
     stage: Stage
-    name: str
-    """The stage's, with its label."""
+    context: Context
     scratch: Path
     """Survives a kill: checkpoints and partial results may lie here."""
     mlflow: StageRun
     _bars: list[Progress] = field(default_factory=list)
 
+    @property
+    def name(self) -> str:
+        """The stage's, with its label."""
+        return self.stage.name + self.context.label
+
     def progress(self, total: int) -> Progress:
         """Start a progress bar over `total` units."""
-        bar = Progress(self.name, total)
+        bar = Progress(self.name, total, self.context)
         self._bars.append(bar)
         return bar
 
@@ -165,23 +207,6 @@ class Work:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         return folder
-
-
-class Context(Config):
-    """What tasks need of the run around them; plain data, so that a task can run in another process."""
-
-    workspace: str
-    """The workspace, absolute."""
-    run_id: str
-    """Name of the alignment run."""
-    mlflow_run_id: str
-    """The parent run."""
-    verify: bool = True
-    """Compare cached artifacts with their digests."""
-    label: str = ""
-    """What tells this stage from others of its name in the run: " DPO beta=0.1 seed 0"."""
-    plan: bool = False
-    """Only look what the store holds. A stage that would have to run hands on a `planned` manifest."""
 
 
 P = ParamSpec("P")
@@ -226,19 +251,6 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-_trackers: dict[str, Tracker] = {}
-
-
-def remember_tracker(context: Context, tracker: Tracker) -> None:
-    """Make the run's tracker known to the stages of this process."""
-    _trackers[context.run_id] = tracker
-
-
-def tracker_of(context: Context) -> Tracker:
-    """The tracker that the flow opened."""
-    return _trackers[context.run_id]
-
-
 def run_stage(
     context: Context,
     stage: Stage,
@@ -259,26 +271,26 @@ def run_stage(
     """
     start = time.monotonic()
     name = stage.name + context.label
-    store = Store(context.workspace)
+    store, tracker = context.store, context.tracker
     digest = digest_config(config)
     key = stage_key(stage.name, stage.version, digest, {role: m.sha256 for role, m in inputs.items()})
     if context.plan:
         return _look(store, stage, name, key, digest, inputs, ahead)
     note_need(store, context.run_id, stage.name, key, [m.sha256 for m in inputs.values()])
-    found = store.lookup(stage.name, key, verify=context.verify)
+    found = store.lookup(stage.name, key)
     child: StageRun | None = None
     if found is None:
         with store.lock(stage.name, key):
-            found = store.lookup(stage.name, key, verify=context.verify)
+            found = store.lookup(stage.name, key)
             if found is None:
                 tags = {"dpo.config_digest": digest, "dpo.run": context.run_id}
-                with tracker_of(context).child(name, total_steps=total_steps, tags=tags) as child:
+                with tracker.child(name, total_steps=total_steps, tags=tags) as child:
                     child.params(_as_params(config))
-                    found = _do(store, stage, name, key, digest, inputs, work, child)
+                    found = _do(context, stage, key, digest, inputs, work, child)
     if child is None:
-        tracker_of(context).close_stage(name, found, _as_params(config), total_steps)
+        context.tracker.close_stage(name, found, _as_params(config), total_steps)
     if stage.subject:
-        tracker_of(context).parent.dataset(stage.subject, found.sha256, found.rows, found.uri, "training")
+        context.tracker.parent.dataset(stage.subject, found.sha256, found.rows, found.uri, "training")
     result = StageResult(
         name=name,
         manifest=found,
@@ -286,7 +298,7 @@ def run_stage(
         seconds=time.monotonic() - start,
         mlflow_run_id=child.run_id if child else None,
     )
-    _announce(name, result)
+    _announce(context, name, result)
     return result
 
 
@@ -338,18 +350,18 @@ def _as_params(config: Any) -> dict[str, Any]:
 
 
 def _do(
-    store: Store,
+    context: Context,
     stage: Stage,
-    name: str,
     key: str,
     digest: str,
     inputs: Mapping[str, Manifest],
     work: Callable[[Work], Output],
     child: StageRun,
 ) -> Manifest:
-    log.info("%s: running", name)
+    store = context.store
+    given = Work(stage, context, store.begin(stage.name, key), child)
+    log.info("%s: running", given.name)
     start = time.monotonic()
-    given = Work(stage, name, store.begin(stage.name, key), child)
     for role, manifest in inputs.items():
         child.dataset(
             role, manifest.sha256, manifest.rows, manifest.uri, _CONTEXTS.get(manifest.kind, "training")
@@ -382,7 +394,7 @@ def _do(
             raise fault from error
         raise
     except BaseException as error:
-        begin_stop(error)
+        context.stop.begin(error)
         raise
     finally:
         for bar in given._bars:
@@ -401,7 +413,7 @@ def _checked(stage: Stage, facts: Facts, seconds: float) -> Facts:
 _CONTEXTS = {"model": "reference", "reference-logps": "reference", "evaluation": "evaluation"}
 
 
-def _announce(name: str, result: StageResult) -> None:
+def _announce(context: Context, name: str, result: StageResult) -> None:
     manifest = result.manifest
     size = f"{manifest.rows:,} rows" if manifest.rows is not None else ""
     if manifest.parameters is not None:
@@ -420,4 +432,6 @@ def _announce(name: str, result: StageResult) -> None:
         }.items()
     )
     text = f"| {name} | |\n| --- | --- |\n{facts}"
-    tell(lambda: create_markdown_artifact(key=f"stage-{slug(name)}", markdown=text, description=state))
+    context.prefect_artifacts.send(
+        lambda: create_markdown_artifact(key=f"stage-{slug(name)}", markdown=text, description=state)
+    )

@@ -127,7 +127,7 @@ def validate(
         bar = given.progress(len(frame))
         # Beside the store and not in it: pages with times and random names would give every run of the same
         # data another digest.
-        docs = Path(context.workspace) / "data_docs" / f"{subject}-{given.scratch.name}"
+        docs = context.workspace / "data_docs" / f"{subject}-{given.scratch.name}"
         shutil.rmtree(docs, ignore_errors=True)
         report, kept = judge(
             frame,

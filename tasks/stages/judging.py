@@ -106,7 +106,7 @@ def judge_policies(context: Context, evaluation: Manifest, config: JudgeConfig, 
                 a=name,
                 b=rival,
                 clusters=said["prompt_index"],
-                cache=Path(context.workspace) / REPLIES,
+                cache=context.workspace / REPLIES,
                 seed=seed,
             )
             rates.append(rate)

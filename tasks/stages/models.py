@@ -29,7 +29,7 @@ from dpo_core.reference.job import reference_logps
 from dpo_core.reference.keys import DEFINITION_VERSION
 from dpo_core.scoring.logprobs import Precision
 from tasks.recipe.policies import REFERENCE, PolicyFields
-from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task, tracker_of
+from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 from tasks.stages.data import kind_of
 from tasks.stages.workload import Workload
 from tasks.store.facts import ImportFacts, LogpsFacts, weights_sha256
@@ -95,7 +95,7 @@ def import_model(context: Context, config: ModelConfig, max_length: int, precisi
     result = run_stage(context, IMPORT, {}, slice_, work)
     if config.trust_remote_code and not context.plan:
         # Of the whole run, also where an earlier one had imported the model.
-        tracker_of(context).parent.tag("dpo.trust_remote_code", "true")
+        context.tracker.parent.tag("dpo.trust_remote_code", "true")
     if not result.manifest.planned:
         if config.trust_remote_code:
             trust(result.manifest.path)  # for everything that is made of it in this run
@@ -148,7 +148,7 @@ def cache_reference(
             described=f"{reference.stage} of {context.run_id}, {reference.parameters or 0:,} parameters",
             precision=engine.precision,
             token_budget=token_budget,
-            caches=Path(context.workspace) / CACHE_FOLDER,
+            caches=context.workspace / CACHE_FOLDER,
             work=given.scratch,
             processes=engine.processes,
             threads=engine.threads,

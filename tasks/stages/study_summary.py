@@ -3,16 +3,14 @@
 from collections.abc import Mapping
 
 import numpy as np
-from prefect.artifacts import create_link_artifact, create_markdown_artifact
 
 from dpo_core.study import Study, best_of_n
 from tasks.recipe.policies import REFERENCE
 from tasks.recipe.recipe import Recipe
 from tasks.reports.study_report import StudyReport, headline, markdown, study_report, write_report
 from tasks.runs.record import Started
-from tasks.stages.base import Context, StageResult, run_task, tracker_of
+from tasks.stages.base import Context, StageResult, run_task
 from tasks.stages.measure import MEASURE, point_of, read_measurement
-from tasks.stages.prefect_artifacts import tell
 from tasks.stages.summary import cost_of, run_info, stage_row
 from tasks.stages.training import TrainedPolicy
 from tasks.store.files import run_folder
@@ -32,8 +30,7 @@ def summarise_study(
     Args:
         trained: every point, each with what it took.
     """
-    tracker = tracker_of(context)
-    info = run_info(context, recipe, tracker, started, command)
+    info = run_info(context, recipe, started, command)
     report = study_report(
         study_of(recipe, stages, trained),
         info,
@@ -43,7 +40,7 @@ def summarise_study(
     )
     folder = run_folder(context.workspace, context.run_id)
     page = write_report(report, folder)
-    parent = tracker.parent
+    parent = context.tracker.parent
     for path in sorted(folder.iterdir()):
         if path.suffix in (".html", ".md", ".json", ".png"):
             parent.artifact(path)
@@ -51,9 +48,7 @@ def summarise_study(
         {f"area/{_key(row.arm)}": row.area.value for row in report.summary.arms if row.area is not None}
     )
     parent.tag("dpo.verdict", headline(report).text)
-    text = markdown(report)
-    tell(lambda: create_markdown_artifact(key="run-summary", markdown=text, description=info.name))
-    tell(lambda: create_link_artifact(key="run-page", link=page.as_uri(), link_text="Study page"))
+    context.prefect_artifacts.send_report(report.run.name, markdown(report), page, "Study page")
     return report
 
 

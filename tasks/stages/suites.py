@@ -1,7 +1,6 @@
 """The stage that puts one policy through the evaluation suites of the recipe."""
 
 import json
-from pathlib import Path
 
 import pandas as pd
 
@@ -48,7 +47,7 @@ def evaluate_suites(
         frame = pd.read_parquet(trained_on.path / "data.parquet")
         training = TrainingText(training_texts(frame[frame["split"] == "train"]))
         base = Subject(reference.path, REFERENCE, tokens)
-        subject = Subject(model.path, policy, tokens, base, Path(context.workspace) / CACHE_FOLDER)
+        subject = Subject(model.path, policy, tokens, base, context.workspace / CACHE_FOLDER)
         bar = given.progress(1000 * len(files))
         results = []
         for number, (name, file) in enumerate(files.items()):
@@ -56,9 +55,7 @@ def evaluate_suites(
             def told(done: int, total: int, number: int = number) -> None:
                 bar.update(1000 * number + 1000 * done // max(total, 1))
 
-            result, _ = suite_result(
-                Path(context.workspace), find(name), subject, file, config.settings, told
-            )
+            result, _ = suite_result(context.workspace, find(name), subject, file, config.settings, told)
             results.append(without_training_data(result, training))
         out = given.fresh("out")
         text = json.dumps([result.model_dump(mode="json") for result in results], ensure_ascii=False)

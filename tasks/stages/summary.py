@@ -10,7 +10,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from pydantic import JsonValue
 
 from dpo_core.redaction import hidden
@@ -45,11 +44,10 @@ from tasks.reports.verdict import verdict
 from tasks.runs.recipe import recipe_path, reproducing
 from tasks.runs.record import Started
 from tasks.stages.assess import assess, judge_candidate
-from tasks.stages.base import Context, StageResult, run_task, tracker_of
+from tasks.stages.base import Context, StageResult, run_task
 from tasks.stages.data import GATES, LOAD, kind_of
 from tasks.stages.evaluation import EVALUATE, load_evaluation
 from tasks.stages.models import IMPORT
-from tasks.stages.prefect_artifacts import tell
 from tasks.stages.prepare_sft import SFT
 from tasks.stages.registry import stage_of
 from tasks.stages.train_reward import REWARD
@@ -77,14 +75,14 @@ def summarise(
         trained: the policies, each with what it took.
         champion: the registered model that the candidate is held against.
     """
-    tracker = tracker_of(context)
+    tracker = context.tracker
     manifests = {name: result.manifest for name, result in stages.items()}
     candidate = {one.node.policy: one for one in trained}[recipe.candidate_name]
     data = _run_data(manifests)
     about = trained_words(recipe, data, candidate.manifest)
     reference = manifests.get(SFT.name, data.base)
     model = _register(recipe, candidate.manifest, reference, data.rows, tracker, about)
-    info = run_info(context, recipe, tracker, started, command)
+    info = run_info(context, recipe, started, command)
     evaluation = load_evaluation(manifests[EVALUATE.name])
     gate = [_gate_row(context.workspace, manifest) for manifest in data.gates]
     assessed = assess(recipe, manifests, evaluation)
@@ -116,9 +114,7 @@ def summarise(
     decision = judge_candidate(recipe, evaluation, report.comparisons, gate, concern, champion, title)
     report = report.model_copy(update={"decision": decision})
     page = publish(report, run_folder(context.workspace, context.run_id), tracker)
-    text, name = markdown(report), report.run.name
-    tell(lambda: create_markdown_artifact(key="run-summary", markdown=text, description=name))
-    tell(lambda: create_link_artifact(key="run-page", link=page.as_uri(), link_text="Run page"))
+    context.prefect_artifacts.send_report(report.run.name, markdown(report), page, "Run page")
     return report
 
 
@@ -137,7 +133,7 @@ def _remote_code(recipe: Recipe, base: Manifest) -> dict[str, JsonValue]:
     return {REMOTE_CODE: f"Code that ships with the model was allowed to run (sha256 {code})."}
 
 
-def run_info(context: Context, recipe: Recipe, tracker: Tracker, started: Started, command: str) -> RunInfo:
+def run_info(context: Context, recipe: Recipe, started: Started, command: str) -> RunInfo:
     """Which run this is, up to now; `command` is the one that this process was started by."""
     seconds = started.seconds()
     return RunInfo(
@@ -150,8 +146,8 @@ def run_info(context: Context, recipe: Recipe, tracker: Tracker, started: Starte
         command=reproducing(command, context.workspace, context.run_id),
         folder=str(Path.cwd()),
         started_by=command,
-        mlflow_run_id=context.mlflow_run_id,
-        tracking_uri=hidden(tracker.uri),
+        mlflow_run_id=context.tracker.run_id,
+        tracking_uri=hidden(context.tracker.uri),
         python=platform.python_version(),
         platform=platform.platform(),
         hardware=hardware(),
@@ -236,7 +232,7 @@ def stage_row(name: str, result: StageResult) -> StageRow:
     )
 
 
-def _gate_row(workspace: str, manifest: Manifest) -> GateRow:
+def _gate_row(workspace: Path, manifest: Manifest) -> GateRow:
     facts = json.loads((manifest.path / "gate.json").read_text())
     findings = [GateFinding.model_validate(f) for f in facts["findings"]]
     return GateRow(

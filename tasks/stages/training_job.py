@@ -9,13 +9,12 @@ from typing import Any
 
 import pandas as pd
 
-from deploy.launchers import Launcher, State, chosen
+from deploy.launchers import Launcher, State, launcher_of
 from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.errors import DpoError, StageFailed
 from dpo_core.methods.method import Method
 from dpo_core.models.load import parameter_count, weights_digest
 from dpo_core.models.remote_code import trusted
-from tasks.signals import begin_stop, go_on
 from tasks.stages.base import Output, Progress, Work
 from tasks.store.facts import TrainingFacts
 from tasks.store.files import disk_fault
@@ -90,7 +89,7 @@ def train(given: Work, run: Run, job: dict[str, Any], rows: int) -> Output:
     path = given.scratch / "job.json"
     path.write_text(json.dumps(job | shared, indent=1))
     # The folder is the training's own: its stage, settings and data.
-    launcher = chosen(f"{given.name} {given.scratch}")
+    launcher = launcher_of(given.context.cluster, f"{given.name} {given.scratch}", given.context.stop.hurry)
     given.mlflow.tag("dpo.command", launcher.render(path, processes))
     _watch(given, launcher, path, processes, given.progress(run.method.total_steps(run.settings, rows)))
     result = json.loads((given.scratch / "result.json").read_text())
@@ -121,7 +120,7 @@ def _watch(given: Work, launcher: Launcher, path: Path, processes: int, bar: Pro
     handle = launcher.submit(path, processes, given.scratch)
     try:
         while True:
-            go_on()
+            given.context.stop.check()
             state = launcher.poll(handle)
             offset = given.mlflow.metrics_from_jsonl(curve, offset)
             if curve.exists():
@@ -131,7 +130,7 @@ def _watch(given: Work, launcher: Launcher, path: Path, processes: int, bar: Pro
             time.sleep(launcher.pause)
         why = launcher.why(handle) if state is State.FAILED else ""
     except BaseException as error:
-        begin_stop(error)
+        given.context.stop.begin(error)
         raise
     finally:
         launcher.cancel(handle)

@@ -1,34 +1,45 @@
 """Which launcher a flow gets, and how a flow that begins again treats the job that it finds."""
 
-import json
+import threading
 from pathlib import Path
 
 import pytest
 
-from deploy.launchers import LocalLauncher, State, chosen
-from deploy.launchers.registry import TARGETS, VARIABLE, Rejoining
+from deploy.launchers import Cluster, LocalLauncher, State, launcher_of
+from deploy.launchers.registry import TARGETS, Rejoining
 from deploy.launchers.slurm import SlurmConfig, SlurmLauncher
-from dpo_core.errors import RecipeError
 from tests.deploy.test_slurm_launcher import Make, make, site  # noqa: F401
 from tests.support.runs.training_jobs import wait_until
 from tests.support.sites import slurm_site, stand_in
 
 
-def test_jobs_run_here_unless_the_environment_names_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(VARIABLE, raising=False)
-    assert isinstance(chosen("a run"), LocalLauncher)
-    settings = SlurmConfig(partition="gpu").model_dump(mode="json")
-    monkeypatch.setenv(VARIABLE, json.dumps({"on": "slurm", "settings": settings}))
-    assert "--partition=gpu" in chosen("a run").render(Path("/ws/job.json"), 8)
+def test_jobs_run_here_without_a_cluster() -> None:
+    assert isinstance(launcher_of(None, "a run", threading.Event()), LocalLauncher)
+    cluster = Cluster(on="slurm", settings=SlurmConfig(partition="gpu"))
+    launcher = launcher_of(cluster, "a run", threading.Event())
+    assert "--partition=gpu" in launcher.render(Path("/ws/job.json"), 8)
+
+
+def test_a_cluster_is_a_parameter_of_a_flow() -> None:
+    """Prefect keeps parameters as JSON, and shows them."""
+    cluster = Cluster(on="slurm", settings=SlurmConfig(partition="gpu", nodes=2))
+    again = Cluster.model_validate_json(cluster.model_dump_json())
+    assert again == cluster
+    assert isinstance(again.settings, SlurmConfig)
 
 
 @pytest.mark.parametrize(
-    "said", ["slurm", "[]", '{"on": "moon", "settings": {}}', '{"on": "slurm", "settings": {"a": 1}}']
+    ("values", "words"),
+    [
+        ({"on": "moon", "settings": {}}, "no cluster 'moon'; known are kubernetes, slurm, skypilot"),
+        ({"on": "slurm", "settings": {"a": 1}}, "Extra inputs are not permitted"),
+        ({"on": "slurm"}, "settings"),
+        ("slurm", "valid dictionary"),
+    ],
 )
-def test_a_variable_that_is_not_ours_is_refused(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
-    monkeypatch.setenv(VARIABLE, said)
-    with pytest.raises(RecipeError, match=VARIABLE):
-        chosen("a run")
+def test_a_cluster_that_is_none_is_refused(values: object, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Cluster.model_validate(values)
 
 
 def test_every_setting_of_every_cluster_says_what_it_is() -> None:

@@ -170,11 +170,9 @@ def test_nothing_of_a_stubborn_job_survives_the_grace_time(launcher: LocalLaunch
     assert launcher.poll(handle) is State.FAILED
 
 
-def test_whoever_is_in_a_hurry_does_not_wait_for_the_grace_time(
-    launcher: LocalLauncher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_whoever_is_in_a_hurry_does_not_wait_for_the_grace_time(tmp_path: Path) -> None:
     hurry = threading.Event()
-    monkeypatch.setattr(local, "hurry", hurry)
+    launcher = LocalLauncher(hurry)
     job = make_job(tmp_path, "stubborn")
     handle = launcher.submit(job, 1, job.parent)
     wait_until(lambda: started(job), "a rank")

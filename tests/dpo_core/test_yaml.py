@@ -12,7 +12,7 @@ from dpo_core.errors import DpoError, RecipeError
 from dpo_core.models.load import read_template
 from dpo_core.system import MOST_BYTES, read_small
 from dpo_core.yaml import quoted, read_yaml
-from flows.cli.launch import cluster_config
+from flows.cli.launch import read_cluster
 from tasks.recipe.read import load_recipe
 
 REPO = Path(__file__).resolve().parents[2]
@@ -55,7 +55,7 @@ def test_what_is_no_plain_writing_is_refused_wherever_yaml_is_read(name: str, tm
     began = time.process_time()
     readers = [
         lambda: load_recipe(str(path)),
-        lambda: cluster_config("slurm", str(path), []),
+        lambda: read_cluster("slurm", str(path), []),
         lambda: read_prefect_file(path, {}),
     ]
     for read in readers:
@@ -101,4 +101,4 @@ def _deploy_file(path: str) -> object:
 
 
 def _cluster_settings(path: str) -> object:
-    return cluster_config("slurm", path, [])
+    return read_cluster("slurm", path, [])

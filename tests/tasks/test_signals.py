@@ -8,13 +8,13 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from prefect.exceptions import TerminationSignal
 
-from deploy.launchers import local
-from tasks import signals as stopping
-from tasks.signals import Terminated, WorkStopped, begin_stop, go_on, stop_reason, stoppable, undisturbed
+from tasks.signals import Terminated, WorkStopped, stop_of_process, stoppable, undisturbed
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -46,50 +46,51 @@ def wait(seconds: float = 30) -> None:
 )
 def test_a_second_signal_does_not_disturb_the_end(number: signal.Signals, kind: type[BaseException]) -> None:
     cleaned = []
-    with pytest.raises(kind), stoppable():  # noqa: PT012
+    with pytest.raises(kind), stoppable() as stop:  # noqa: PT012
         try:
             os.kill(os.getpid(), number)
             wait()
         finally:
             for again in (signal.SIGTERM, signal.SIGINT):
-                assert not local.hurry.is_set()
+                assert not stop.hurry.is_set()
                 os.kill(os.getpid(), again)
                 wait(0.05)
-            assert local.hurry.is_set(), "after a Ctrl-C more, jobs get no time to save"
+            assert stop.hurry.is_set(), "after a Ctrl-C more, jobs get no time to save"
             cleaned.append("all of it")
     assert cleaned
-    assert not local.hurry.is_set()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_work_in_threads_ends_with_the_run(soon: threading.Timer) -> None:
-    from flows.study import _each
+    from flows.policies import _in_threads
 
     begun, ended = [], []
+    nodes: Any = [SimpleNamespace(policy=str(seed), seed=seed, needs=[]) for seed in (1, 2, 3, 4)]
 
-    def work(spec: int) -> dict[str, int]:
-        begun.append(spec)
+    def train(node: Any, earlier: object) -> Any:
+        begun.append(node.seed)
         try:
             for _ in range(3000):
-                go_on()
+                stop.check()
                 time.sleep(0.01)
         except WorkStopped:
-            ended.append(spec)
+            ended.append(node.seed)
             raise
 
     start = time.monotonic()
     soon.start()
-    with pytest.raises(KeyboardInterrupt), stoppable():
-        list(_each(2, work, [1, 2, 3, 4]))  # type: ignore[arg-type,list-item]
+    with pytest.raises(KeyboardInterrupt), stoppable() as stop:
+        _in_threads(nodes, train, 2, stop)
     assert time.monotonic() - start < 25
     assert sorted(begun) == sorted(ended) == [1, 2], "two were at work, and no other was begun"
-    go_on()  # over: another run of this process may begin
+    with stoppable() as later:
+        assert later.reason is None, "another run of this process is not stopped"
 
 
 def test_what_hangs_is_ended_when_time_is_up() -> None:
     code = (
-        "import time; from tasks import stopping\nstopping.LIMIT = 0.3\n"
-        "with stopping.stoppable():\n"
+        "import time; from tasks import signals\nsignals.LIMIT = 0.3\n"
+        "with signals.stoppable():\n"
         "    try:\n        print(flush=True); time.sleep(60)\n"
         "    finally:\n        time.sleep(60)"
     )
@@ -111,13 +112,12 @@ def test_what_hangs_is_ended_when_time_is_up() -> None:
     ],
 )
 def test_the_first_error_is_the_reason(error: BaseException, reason: str | None) -> None:
-    with stoppable():
-        begin_stop(error)
-        assert stop_reason() == reason
+    with stoppable() as stop:
+        stop.begin(error)
+        assert stop.reason == reason
         if reason:
-            begin_stop(SystemExit(1))
-            assert stop_reason() == reason, "what follows is a consequence"
-    assert stop_reason() is None
+            stop.begin(SystemExit(1))
+            assert stop.reason == reason, "what follows is a consequence"
 
 
 def test_prefects_handler_gives_way_once_the_stop_has_begun() -> None:
@@ -132,7 +132,7 @@ def test_prefects_handler_gives_way_once_the_stop_has_begun() -> None:
         with pytest.raises(TerminationSignal):  # noqa: PT012
             os.kill(os.getpid(), signal.SIGTERM)
             wait()
-        begin_stop(TerminationSignal(signal=signal.SIGTERM))
+        stop_of_process().begin(TerminationSignal(signal=signal.SIGTERM))
         os.kill(os.getpid(), signal.SIGTERM)
         wait(0.05)
     assert signal.getsignal(signal.SIGTERM) is before
@@ -140,29 +140,29 @@ def test_prefects_handler_gives_way_once_the_stop_has_begun() -> None:
 
 def test_a_signal_waits_for_the_end_of_what_must_not_be_cut_in_two() -> None:
     done = []
-    with pytest.raises(Terminated), stoppable():  # noqa: PT012
+    with pytest.raises(Terminated), stoppable() as stop:  # noqa: PT012
         with undisturbed():
             os.kill(os.getpid(), signal.SIGTERM)
             wait(0.05)
             os.kill(os.getpid(), signal.SIGINT)
             wait(0.05)
             done.append("the transaction")
-            assert stop_reason() is None
-            assert stopping._stop.timer is not None, "the time to the end counts from the signal"
+            assert stop.reason is None
+            assert stop._timer is not None, "the time to the end counts from the signal"
         done.append("what follows")
     assert done == ["the transaction"]
-    assert stopping._stop.timer is None
+    assert stop._timer is None
 
 
 def test_of_two_signals_that_waited_the_second_is_heard_too() -> None:
-    with pytest.raises(KeyboardInterrupt), stoppable():  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), stoppable() as stop:  # noqa: PT012
         try:
             with undisturbed():
                 for _ in range(2):
                     os.kill(os.getpid(), signal.SIGINT)
                     wait(0.05)
         finally:
-            assert local.hurry.is_set()
+            assert stop.hurry.is_set()
 
 
 def test_handlers_are_as_before_and_what_is_ignored_stays_so() -> None:
@@ -175,3 +175,11 @@ def test_handlers_are_as_before_and_what_is_ignored_stays_so() -> None:
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_finds_the_stop_of_its_command_and_else_has_its_own() -> None:
+    with stoppable() as stop:
+        assert stop_of_process() is stop
+        stop.begin(KeyboardInterrupt())
+        assert stop_of_process() is stop, "also once it has begun"
+    assert stop_of_process() is not stop

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deploy.launchers.registry import VARIABLE
 from dpo_core.errors import RecipeError
-from flows.cli.launch import cluster_config, rendered, send_to
+from flows.cli.launch import read_cluster, rendered
 from tasks.preflight import check_ahead
 from tasks.recipe.read import load_recipe
 from tests.support.runs.tiny_run import Bench
@@ -28,7 +27,7 @@ SETTINGS = {
 @pytest.mark.parametrize("on", SETTINGS)
 def test_render_prints_every_training_and_starts_nothing(bench: Bench, on: str, tmp_path: Path) -> None:
     workspace = tmp_path / "runs"  # of its own: what another run has trained would not be trained again
-    text = rendered(str(bench.recipe), [f"workspace={workspace}"], on, cluster_config(on, None, SETTINGS[on]))
+    text = rendered(str(bench.recipe), [f"workspace={workspace}"], read_cluster(on, None, SETTINGS[on]))
     assert [line[2:] for line in text.splitlines() if line[2:] in STAGES] == STAGES
     for stage in STAGES:
         assert str(workspace / "work" / stage / "ID" / "job.json") in text
@@ -41,7 +40,7 @@ def test_render_prints_every_training_and_starts_nothing(bench: Bench, on: str, 
 
 
 def test_render_tells_of_trainings_that_are_cached(finished: tuple[Bench, dict]) -> None:
-    text = rendered(str(finished[0].recipe), [], "slurm", cluster_config("slurm", None, SETTINGS["slurm"]))
+    text = rendered(str(finished[0].recipe), [], read_cluster("slurm", None, SETTINGS["slurm"]))
     assert text.splitlines() == [f"# {stage}: cached, nothing to submit" for stage in STAGES]
 
 
@@ -49,13 +48,13 @@ def test_a_field_of_the_form_that_is_left_empty_is_as_one_that_is_missing(tmp_pa
     path = tmp_path / "cluster.yaml"
     path.write_text("image:\nclaim: ws\nmount: /ws\n")
     with pytest.raises(RecipeError, match="image: Field required"):
-        cluster_config("kubernetes", str(path), [])
+        read_cluster("kubernetes", str(path), [])
 
 
 def test_settings_come_from_a_file_and_are_overridden(tmp_path: Path) -> None:
     path = tmp_path / "cluster.yaml"
     path.write_text("nodes: 4\npartition: gpu\n")
-    config = cluster_config("slurm", str(path), ["nodes=2"])
+    config = read_cluster("slurm", str(path), ["nodes=2"]).settings
     assert (config.nodes, config.partition) == (2, "gpu")
 
 
@@ -71,7 +70,7 @@ def test_settings_come_from_a_file_and_are_overridden(tmp_path: Path) -> None:
 )
 def test_settings_that_cannot_be_used_are_refused(on: str, settings: list[str], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
-        cluster_config(on, None, settings)
+        read_cluster(on, None, settings)
 
 
 @pytest.mark.parametrize(
@@ -93,17 +92,16 @@ def test_a_cluster_out_of_reach_is_refused_before_anything_runs(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
-    monkeypatch.setenv(VARIABLE, "")
-    send_to(on, cluster_config(on, None, [part.format(workspace=tmp_path) for part in settings]))
+    cluster = read_cluster(on, None, [part.format(workspace=tmp_path) for part in settings])
     with pytest.raises(RecipeError, match=words):
-        check_ahead(load_recipe("demo", [f"workspace={tmp_path / 'runs'}"]))
+        check_ahead(load_recipe("demo", [f"workspace={tmp_path / 'runs'}"]), cluster=cluster)
 
 
 def test_what_a_cluster_would_not_see_or_use_is_told_with_the_manifest(
     bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = cluster_config("kubernetes", None, ["image=i", "claim=c", "mount=/ws", "gpus=8"])
-    rendered(str(bench.recipe), [f"workspace={tmp_path / 'runs'}"], "kubernetes", config)
+    cluster = read_cluster("kubernetes", None, ["image=i", "claim=c", "mount=/ws", "gpus=8"])
+    rendered(str(bench.recipe), [f"workspace={tmp_path / 'runs'}"], cluster)
     assert "warning: " in capsys.readouterr().err
     assert "each node has gpus=8, and engine.processes=1 uses no more of them" in caplog.text
 

@@ -1,21 +1,24 @@
 """How far a stage is, where no terminal shows a bar."""
 
 import logging
+from pathlib import Path
 
 import pytest
 
 from tasks.stages import base as stage
+from tests.support.runs.contexts import make_context
 
 
 def test_a_long_stage_tells_its_progress_in_the_log(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(stage, "tell", lambda call: None)
+    context = make_context(tmp_path)
+    monkeypatch.setattr(context.prefect_artifacts, "send", lambda call: None)
     monkeypatch.setattr(stage.sys.stderr, "isatty", lambda: False, raising=False)
     monkeypatch.setattr(logging.getLogger("dpo"), "propagate", True)
     clock = [0.0]
     monkeypatch.setattr(stage.time, "monotonic", lambda: clock[0])
-    bar = stage.Progress("train-ppo", 12)
+    bar = stage.Progress("train-ppo", 12, context)
     with caplog.at_level(logging.INFO, "dpo"):
         for done, clock[0] in ((1, 30.0), (2, 61.0), (3, 90.0), (4, 130.0)):
             bar.update(done)
