@@ -31,9 +31,6 @@ HASH_THREADS = 2
 # A file written this recently may change again within the resolution of its time stamp: hash it again.
 _SETTLED_SECONDS = 2.0
 
-# Digests already computed in this process, by (path, size, mtime_ns, inode).
-_known: dict[tuple[str, int, int, int], str] = {}
-
 
 class FileEntry(Config):
     """One file of an artifact."""
@@ -163,19 +160,30 @@ def digest_folder(folder: Path | str) -> str:
     return digest_entries(digest_files(list_files(folder)))
 
 
-def _digest_known(path: Path) -> str:
-    stat = path.stat()
-    mark = (str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)
-    if mark in _known:
-        return _known[mark]
-    digest = digest_file(path)
-    if time.time() - stat.st_mtime > _SETTLED_SECONDS:
-        _known[mark] = digest
-    return digest
+class Digests:
+    """Digests of files, each computed once as long as the file is not touched."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, int, int, int], str] = {}
+        """By path, size, time stamp in nanoseconds and inode."""
+
+    def of(self, path: Path) -> str:
+        """SHA-256 of the file's content."""
+        stat = path.stat()
+        mark = (str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+        if mark in self._known:
+            return self._known[mark]
+        digest = digest_file(path)
+        if time.time() - stat.st_mtime > _SETTLED_SECONDS:
+            self._known[mark] = digest
+        return digest
 
 
-def find_damage(folder: Path, files: Mapping[str, FileEntry]) -> str | None:
+def find_damage(folder: Path, files: Mapping[str, FileEntry], digests: Digests) -> str | None:
     """The first way in which a folder differs from the files that its manifest lists, in words; else None.
+
+    Args:
+        digests: of files whose content was read before.
 
     Raises:
         PermissionError: a file may not be read: that is no damage.
@@ -188,8 +196,8 @@ def find_damage(folder: Path, files: Mapping[str, FileEntry]) -> str | None:
             if fault:
                 return f"file {name}: {fault}"
         with ThreadPoolExecutor(HASH_THREADS) as pool:
-            digests = pool.map(_digest_known, present.values())
-            for name, digest in zip(present, digests, strict=True):
+            contents = pool.map(digests.of, present.values())
+            for name, digest in zip(present, contents, strict=True):
                 if digest != files[name].sha256:
                     return f"file {name}: content {digest[:12]} instead of {files[name].sha256[:12]}"
     except PermissionError:

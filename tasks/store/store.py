@@ -32,6 +32,7 @@ from dpo_core.system import sync
 from tasks.store.files import disk_errors, open_workspace, remove
 from tasks.store.locks import locked
 from tasks.store.manifest import (
+    Digests,
     Manifest,
     digest_config,
     digest_entries,
@@ -45,8 +46,7 @@ log = logging.getLogger(__name__)
 
 # Unfinished folders of another machine cannot be asked for their process; past this age nobody waits.
 _FOREIGN_TMP_SECONDS = 24 * 3600.0
-_in_use: set[str] = set()
-"""Names of the folders under `store/tmp` that this process works in."""
+_HELD = "held"  # in a folder under `store/tmp`: a lock that whoever works in it holds
 _WAIT_LINE_SECONDS = 60.0
 
 
@@ -63,6 +63,7 @@ class Store:
     def __init__(self, workspace: str | Path) -> None:
         self.workspace = open_workspace(workspace)
         self.root = self.workspace / "store"
+        self._digests = Digests()
 
     def lookup(self, stage: str, key: str, *, verify: bool = True) -> Manifest | None:
         """What a stage made for this key, or None if it has to run.
@@ -172,7 +173,7 @@ class Store:
             with self._object_lock(sha256), self._temporary() as temporary:
                 # All that needs room on the disk comes first; what follows are renames.
                 entry = self._write_entry(temporary / index.name, manifest)
-                if os.path.lexists(target) and find_damage(target, entries) is not None:
+                if os.path.lexists(target) and find_damage(target, entries, self._digests) is not None:
                     self._discard(target)
                 own = None if keep_work else scratch
                 staged = None if os.path.lexists(target) else self._stage_files(files, folder, own, temporary)
@@ -261,7 +262,7 @@ class Store:
     def _damage(self, manifest: Manifest) -> str | None:
         if digest_entries(manifest.files) != manifest.sha256:
             return "its list of files does not match its digest"
-        return find_damage(manifest.path, manifest.files)
+        return find_damage(manifest.path, manifest.files, self._digests)
 
     def _read_index(self, index: Path, *, forget: bool = True) -> Manifest | None:
         try:
@@ -332,12 +333,11 @@ class Store:
         name = f"{me.host}+{me.pid}+{me.born}+{uuid.uuid4().hex[:8]}"
         folder = self.root / "tmp" / name
         folder.mkdir(parents=True)
-        _in_use.add(name)
         try:
-            yield folder
+            with FileLock(folder / _HELD):
+                yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-            _in_use.discard(name)
 
     @staticmethod
     def _children(folder: Path) -> list[Path]:
@@ -371,6 +371,16 @@ def _same_device(first: Path, second: Path) -> bool:
     return first.stat().st_dev == second.stat().st_dev
 
 
+def _is_held(temporary: Path) -> bool:
+    try:
+        with FileLock(temporary / _HELD, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # a disk that can only be read: nobody works there
+        return False
+
+
 def _has_owner(temporary: Path) -> bool:
     """Whether the process that made a folder under `store/tmp` still lives."""
     try:
@@ -379,7 +389,7 @@ def _has_owner(temporary: Path) -> bool:
         if not owner.is_here():
             return time.time() - temporary.stat().st_mtime < _FOREIGN_TMP_SECONDS
         if owner == myself():  # a disk that failed may have kept it
-            return temporary.name in _in_use
+            return _is_held(temporary)
         return not owner.is_gone()
     except (ValueError, FileNotFoundError):
         return False

@@ -33,7 +33,7 @@ def test_a_cluster_is_a_parameter_of_a_flow() -> None:
     [
         ({"on": "moon", "settings": {}}, "no cluster 'moon'; known are kubernetes, slurm, skypilot"),
         ({"on": "slurm", "settings": {"a": 1}}, "Extra inputs are not permitted"),
-        ({"on": "slurm"}, "settings"),
+        ({"on": "slurm"}, "valid dictionary or instance of SlurmConfig"),
         ("slurm", "valid dictionary"),
     ],
 )
