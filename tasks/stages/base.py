@@ -28,7 +28,7 @@ from tasks.stages.prefect_artifacts import PrefectArtifacts
 from tasks.store.facts import Facts, scalar_facts
 from tasks.store.files import disk_fault
 from tasks.store.manifest import PLANNED, Manifest, digest_config, stage_key
-from tasks.store.store import Store
+from tasks.store.store import ArtifactInfo, Store
 from tasks.tracking.mlflow_run import StageRun, flatten
 from tasks.tracking.tracker import Tracker
 
@@ -372,10 +372,7 @@ def _do(
         facts = _checked(stage, output.facts, time.monotonic() - start)
         # All numbers before the result is stored: a stage that is killed after that is not done again.
         child.metrics(output.metrics | {"cost/seconds": time.monotonic() - start})
-        manifest = store.commit(
-            stage.name,
-            key,
-            output.files,
+        about = ArtifactInfo(
             kind=stage.kind,
             stage_version=stage.version,
             config_digest=digest,
@@ -384,6 +381,7 @@ def _do(
             parameters=output.parameters,
             extra=facts.as_extra(),
         )
+        manifest = store.commit(stage.name, key, output.files, about)
         child.made(manifest)
         finished = True
     except DpoError:

@@ -20,6 +20,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -48,6 +49,19 @@ log = logging.getLogger(__name__)
 _FOREIGN_TMP_SECONDS = 24 * 3600.0
 _HELD = "held"  # in a folder under `store/tmp`: a lock that whoever works in it holds
 _WAIT_LINE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class ArtifactInfo:
+    """What the manifest of an artifact states beside its files; the fields are those of `Manifest`."""
+
+    kind: str
+    stage_version: int
+    config_digest: str
+    parents: Sequence[str] = ()
+    rows: int | None = None
+    parameters: int | None = None
+    extra: Mapping[str, JsonValue] = field(default_factory=dict)
 
 
 class Store:
@@ -118,15 +132,8 @@ class Store:
         stage: str,
         key: str,
         source: Path | str | Mapping[str, Path | str],
+        about: ArtifactInfo,
         *,
-        kind: str,
-        stage_version: int,
-        config_digest: str,
-        parents: Sequence[str] = (),
-        schema_version: int = 1,
-        rows: int | None = None,
-        parameters: int | None = None,
-        extra: Mapping[str, JsonValue] | None = None,
         keep_work: bool = False,
     ) -> Manifest:
         """Store what a stage made and remember it under the key; then remove the stage's scratch folder.
@@ -152,19 +159,19 @@ class Store:
                 raise StageFailed(f"stage {stage} made no files in {folder or scratch}")
             entries = digest_files(files)
             sha256 = digest_entries(entries)
-            target = self.root / "objects" / kind / sha256[:2] / sha256
+            target = self.root / "objects" / about.kind / sha256[:2] / sha256
             manifest = Manifest(
-                kind=kind,
+                kind=about.kind,
                 uri=target.as_uri(),
                 sha256=sha256,
-                schema_version=schema_version,
-                rows=rows,
-                parameters=parameters,
-                parents=tuple(parents),
+                schema_version=1,
+                rows=about.rows,
+                parameters=about.parameters,
+                parents=tuple(about.parents),
                 stage=stage,
-                stage_version=stage_version,
-                config_digest=config_digest,
-                extra=_finite(dict(extra or {})),
+                stage_version=about.stage_version,
+                config_digest=about.config_digest,
+                extra=_finite(dict(about.extra)),
                 files=entries,
             )
             target.parent.mkdir(parents=True, exist_ok=True)

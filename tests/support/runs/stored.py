@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from tasks.store.manifest import Manifest, digest_config, digest_folder, stage_key
-from tasks.store.store import Store
+from tasks.store.store import ArtifactInfo, Store
 
 REPO = Path(__file__).resolve().parents[3]
 CONFIG = digest_config({"lr": 1e-6})
 KEY = stage_key("sft", 1, CONFIG, [])
+INFO = ArtifactInfo("model", 1, CONFIG)
 
 
 def write(folder: Path, files: Mapping[str, bytes]) -> Path:
@@ -22,7 +23,7 @@ def write(folder: Path, files: Mapping[str, bytes]) -> Path:
 
 def make(store: Store, files: Mapping[str, bytes], key: str = KEY, stage: str = "sft") -> Manifest:
     folder = write(store.begin(stage, key) / "artifact", files)
-    return store.commit(stage, key, folder, kind="model", stage_version=1, config_digest=CONFIG, rows=1)
+    return store.commit(stage, key, folder, ArtifactInfo("model", 1, CONFIG, rows=1))
 
 
 def assert_clean(store: Store) -> None:

@@ -24,7 +24,7 @@ from tasks.runs.record import RunRecord, save_run
 from tasks.runs.references import note_need
 from tasks.store.manifest import digest_config
 from tasks.store.owner import myself
-from tasks.store.store import Store
+from tasks.store.store import ArtifactInfo, Store
 from tests.support.runs.promotions import NAME, World, dpo_killed
 from tests.support.runs.stored import CONFIG, REPO
 
@@ -75,8 +75,8 @@ def _build(folder: Path, made: list[Made], asked: list[Asked]) -> list[str]:
         scratch.mkdir()
         (scratch / "data").write_bytes(bytes([result.content]) * 100)
         parents = [digests[parent] for parent in result.parents]
-        facts = {"stage_version": 1, "config_digest": CONFIG, "parents": parents}
-        digests.append(store.commit("made", _key(number), scratch, kind="dataset", **facts).sha256)  # type: ignore[arg-type]
+        about = ArtifactInfo("dataset", 1, CONFIG, parents)
+        digests.append(store.commit("made", _key(number), scratch, about).sha256)
     for number, result in enumerate(made):
         if not result.entry:
             (store.root / "index" / "made" / f"{_key(number)}.json").unlink()
@@ -212,8 +212,8 @@ def test_evaluated_models_stay(tmp_path: Path) -> None:
     for number, weights in enumerate(["aa", "bb"]):
         (store.begin("train", _key(number)) / "weights").write_bytes(bytes([number]))
         source = {"weights": store.begin("train", _key(number)) / "weights"}
-        facts = {"stage_version": 1, "config_digest": CONFIG, "extra": {"weights_sha256": weights}}
-        store.commit("train", _key(number), source, kind="model", **facts)  # type: ignore[arg-type]
+        about = ArtifactInfo("model", 1, CONFIG, extra={"weights_sha256": weights})
+        store.commit("train", _key(number), source, about)
     (tmp_path / "evaluations" / "one").mkdir(parents=True)
     (tmp_path / "evaluations" / "one" / "report.json").write_text('{"models": [{"sha256": "bb"}]}')
     free(tmp_path)

@@ -20,7 +20,7 @@ from tasks.store.facts import (
     weights_sha256,
 )
 from tasks.store.manifest import Manifest
-from tasks.store.store import Store
+from tasks.store.store import ArtifactInfo, Store
 
 STAGE = Stage("train", 1, "model", TrainingFacts)
 
@@ -29,10 +29,7 @@ def made(tmp_path: Path, extra: dict[str, Any]) -> Manifest:
     (tmp_path / "file").write_text("weights")
     store = Store(tmp_path / "workspace")
     key = "a" * 64
-    store.commit(
-        "train", key, {"file": tmp_path / "file"}, kind="model", stage_version=1, config_digest=key,
-        extra=extra,
-    )  # fmt: skip
+    store.commit("train", key, {"file": tmp_path / "file"}, ArtifactInfo("model", 1, key, extra=extra))
     manifest = store.lookup("train", key)
     assert manifest is not None
     return manifest

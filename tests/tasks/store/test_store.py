@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 import tasks.store.manifest
 from dpo_core.errors import RecipeError, StageFailed
 from tasks.store.manifest import digest_folder, stage_key
-from tasks.store.store import Store
-from tests.support.runs.stored import CONFIG, KEY, REPO, assert_clean, make, write
+from tasks.store.store import ArtifactInfo, Store
+from tests.support.runs.stored import CONFIG, INFO, KEY, REPO, assert_clean, make, write
 
 
 def test_commit_then_lookup(tmp_path: Path) -> None:
@@ -25,9 +25,11 @@ def test_commit_then_lookup(tmp_path: Path) -> None:
     assert scratch == store.begin("sft", KEY) == tmp_path / "work" / "sft" / KEY[:16]
     write(scratch, {"artifact/model.bin": b"weights", "artifact/a/config.json": b"{}", "checkpoint": b"big"})
     made = store.commit(
-        "sft", KEY, scratch / "artifact", kind="model", stage_version=1, config_digest=CONFIG,
-        parents=[CONFIG], parameters=7, extra={"loss": 0.5},
-    )  # fmt: skip
+        "sft",
+        KEY,
+        scratch / "artifact",
+        ArtifactInfo("model", 1, CONFIG, [CONFIG], parameters=7, extra={"loss": 0.5}),
+    )
     assert made.path == tmp_path / "store" / "objects" / "model" / made.sha256[:2] / made.sha256
     assert digest_folder(made.path) == made.sha256
     assert (made.parameters, made.rows, made.extra, made.parents) == (7, None, {"loss": 0.5}, (CONFIG,))
@@ -56,7 +58,7 @@ def test_named_files_are_taken_from_the_scratch_and_copied_from_elsewhere(tmp_pa
         "t/tokenizer.json": other / "tokenizer.json",
         "l": other / "link.json",
     }
-    made = store.commit("sft", KEY, files, kind="model", stage_version=1, config_digest=CONFIG)
+    made = store.commit("sft", KEY, files, INFO)
     assert (made.path / "model.bin").read_bytes() == b"mine"
     assert (made.path / "l").read_bytes() == b"theirs"
     assert (other / "tokenizer.json").stat().st_nlink == 1, (
@@ -64,10 +66,7 @@ def test_named_files_are_taken_from_the_scratch_and_copied_from_elsewhere(tmp_pa
     )
     assert (made.path / "model.bin").stat().st_nlink == 1
     assert not own.exists()
-    kept = store.commit(
-        "copy", KEY, {"a": other / "tokenizer.json"},
-        kind="model", stage_version=1, config_digest=CONFIG, keep_work=True,
-    )  # fmt: skip
+    kept = store.commit("copy", KEY, {"a": other / "tokenizer.json"}, INFO, keep_work=True)
     (other / "tokenizer.json").write_bytes(b"edited")
     assert (kept.path / "a").read_bytes() == b"theirs"
     assert_clean(store)
@@ -75,9 +74,7 @@ def test_named_files_are_taken_from_the_scratch_and_copied_from_elsewhere(tmp_pa
 
 def test_a_users_folder_is_copied_not_moved(tmp_path: Path) -> None:
     user = write(tmp_path / "user", {"model.bin": b"1"})
-    made = Store(tmp_path / "w").commit(
-        "base", KEY, user, kind="model", stage_version=1, config_digest=CONFIG
-    )
+    made = Store(tmp_path / "w").commit("base", KEY, user, INFO)
     assert (user / "model.bin").read_bytes() == b"1"
     assert (made.path / "model.bin").read_bytes() == b"1"
 
@@ -85,9 +82,7 @@ def test_a_users_folder_is_copied_not_moved(tmp_path: Path) -> None:
 def test_keep_work_leaves_everything(tmp_path: Path) -> None:
     store = Store(tmp_path)
     scratch = write(store.begin("sft", KEY), {"a/f": b"1", "checkpoint": b"2"})
-    made = store.commit(
-        "sft", KEY, scratch / "a", kind="model", stage_version=1, config_digest=CONFIG, keep_work=True
-    )
+    made = store.commit("sft", KEY, scratch / "a", INFO, keep_work=True)
     (scratch / "a/f").write_bytes(b"3")
     assert (made.path / "f").read_bytes() == b"1"
     assert (scratch / "checkpoint").exists()
@@ -205,16 +200,15 @@ def test_verification_is_remembered_but_never_hides_a_change(
 
 def test_bad_sources_and_names(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    facts = {"kind": "model", "stage_version": 1, "config_digest": CONFIG}
     with pytest.raises(StageFailed, match="made no files"):
-        store.commit("sft", KEY, store.begin("sft", KEY), **facts)  # type: ignore[arg-type]
+        store.commit("sft", KEY, store.begin("sft", KEY), INFO)
     with pytest.raises(StageFailed, match="nowhere"):
-        store.commit("sft", KEY, tmp_path / "nowhere", **facts)  # type: ignore[arg-type]
+        store.commit("sft", KEY, tmp_path / "nowhere", INFO)
     with pytest.raises(StageFailed, match="nowhere"):
-        store.commit("sft", KEY, {"f": tmp_path / "nowhere"}, **facts)  # type: ignore[arg-type]
+        store.commit("sft", KEY, {"f": tmp_path / "nowhere"}, INFO)
     for name in ("../f", "/f", "a//b", "."):
         with pytest.raises(ValueError, match="relative path"):
-            store.commit("sft", KEY, {name: REPO / "LICENSE"}, **facts)  # type: ignore[arg-type]
+            store.commit("sft", KEY, {name: REPO / "LICENSE"}, INFO)
     with pytest.raises(ValueError, match="stage name"):
         store.begin("../sft", KEY)
     assert not list(tmp_path.glob("store/objects/*/*/*"))

@@ -17,13 +17,13 @@ import pytest
 from dpo_core.errors import RecipeError, StageFailed
 from tasks.store.manifest import stage_key
 from tasks.store.store import Store
-from tests.support.runs.stored import CONFIG, KEY, REPO, assert_clean, make, python, write
+from tests.support.runs.stored import CONFIG, INFO, KEY, REPO, assert_clean, make, python, write
 
 COMMIT_FOREVER = """
 import os, sys
 from pathlib import Path
 from tasks.store.manifest import digest_config, stage_key
-from tasks.store.store import Store
+from tasks.store.store import ArtifactInfo, Store
 store, how, number = Store(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 print("ready", flush=True)
 while True:
@@ -35,8 +35,7 @@ while True:
         folder.mkdir(exist_ok=True)
         for name in "abcd":
             (folder / name).write_bytes(os.urandom(300_000))
-        store.commit("sft", key, folder, kind="model", stage_version=number, config_digest="c" * 64,
-                     keep_work=how == "copy")
+        store.commit("sft", key, folder, ArtifactInfo("model", number, "c" * 64), keep_work=how == "copy")
 """
 
 
@@ -113,12 +112,12 @@ def test_scratch_of_a_stage_that_was_killed_just_after_it_was_done_is_swept(tmp_
 RIVAL = """
 import sys, time, logging
 from pathlib import Path
-from tasks.store.store import Store
+from tasks.store.store import ArtifactInfo, Store
 # As the command line shows it: of `dpo` what it tells, of the rooms only warnings.
 logging.basicConfig(level="WARNING", stream=sys.stdout, format="%(message)s")
 logging.getLogger("dpo").setLevel("INFO")
 store, key, locked, seed = Store(sys.argv[1]), sys.argv[2], sys.argv[3] == "lock", sys.argv[4]
-facts = dict(kind="model", stage_version=1, config_digest="c" * 64)
+about = ArtifactInfo("model", 1, "c" * 64)
 print("ready", flush=True)
 sys.stdin.readline()
 def work(text):
@@ -127,7 +126,7 @@ def work(text):
     source.mkdir(exist_ok=True)
     for name in "abcdef":
         (source / name).write_text(text * 100_000)
-    return store.commit("sft", key, source, **facts)
+    return store.commit("sft", key, source, about)
 if locked:
     with store.lock("sft", key):
         if store.lookup("sft", key) is None:
@@ -195,9 +194,7 @@ def test_no_permission_names_the_path_and_the_remedy() -> None:
                 call(Store(folder / "w"))
             assert "workspace" in caught.value.remedy
         with pytest.raises(RecipeError, match="no access"):
-            Store(folder / "w").commit(
-                "sft", KEY, {"f": REPO / "LICENSE"}, kind="model", stage_version=1, config_digest=CONFIG
-            )
+            Store(folder / "w").commit("sft", KEY, {"f": REPO / "LICENSE"}, INFO)
         assert Store(folder / "w").lookup("sft", KEY) is None
         assert Store(folder / "w").sweep() == 0
         assert not (folder / "w").exists()
@@ -220,14 +217,14 @@ def test_full_disk_leaves_nothing_half_written(small_disk: Path, tmp_path: Path)
     big = write(tmp_path / "big", {"a": bytes(400_000), "b": bytes(900_000)})
     other = stage_key("sft", 9, CONFIG, [])
     with pytest.raises(StageFailed, match="full") as caught:
-        store.commit("sft", other, big, kind="model", stage_version=1, config_digest=CONFIG)
+        store.commit("sft", other, big, INFO)
     assert str(small_disk) in caught.value.problem
     assert "Free some space" in caught.value.remedy
     assert store.lookup("sft", other) is None
     assert store.lookup("sft", KEY) is not None
     assert_clean(store)
     (big / "b").unlink()
-    store.commit("sft", other, big, kind="model", stage_version=1, config_digest=CONFIG)
+    store.commit("sft", other, big, INFO)
     assert_clean(store)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from tasks.recipe.sections import TrackingConfig
 from tasks.store.manifest import Manifest
-from tasks.store.store import Store
+from tasks.store.store import ArtifactInfo, Store
 from tasks.tracking import mlflow_run as tracking_run
 from tasks.tracking import registry
 from tasks.tracking.registry import register_model
@@ -70,7 +70,7 @@ def name_of(tracker: Tracker) -> str:
 def stored(workspace: Path) -> Manifest:
     store = Store(workspace)
     folder = write(store.begin("train", KEY) / "out", {"metrics.jsonl": lines(range(1, 5)).encode()})
-    return store.commit("train", KEY, folder, kind="model", stage_version=1, config_digest=CONFIG)
+    return store.commit("train", KEY, folder, ArtifactInfo("model", 1, CONFIG))
 
 
 def test_a_database_is_made_by_one_of_two_and_nothing_half_made_is_left(
