@@ -173,6 +173,28 @@ class Control:
     """Whether prompts that are texts become turns too."""
 
 
+def control_of(
+    special_tokens: Sequence[str] = (),
+    template_tokens: Sequence[str] = (),
+    turn_markers: Sequence[str] = (),
+    wraps: bool = False,
+) -> Control:
+    """What may be taken for control under a tokenizer and its chat template.
+
+    Args:
+        special_tokens: the tokenizer's own special tokens.
+        template_tokens: other tokens that its chat template writes.
+        turn_markers: words that the template writes around turns.
+        wraps: whether prompts that are texts become turns too.
+    """
+    return Control(
+        known=tokens_pattern([*TEMPLATE_TOKENS, *template_tokens]),
+        own=tokens_pattern(special_tokens),
+        turns=tokens_pattern(turn_markers),
+        wraps=wraps,
+    )
+
+
 def _tools_bound(arrays: dict[str, Any]) -> Any:
     """Tokens of tools at most: written out in other words, with a text on how to call them."""
     if "tools" not in arrays:
@@ -299,10 +321,7 @@ def compute(
     frame: pd.DataFrame,
     subject: Subject,
     *,
-    special_tokens: Sequence[str] = (),
-    template_tokens: Sequence[str] = (),
-    turn_markers: Sequence[str] = (),
-    wraps: bool = False,
+    control: Control | None = None,
     budget: Budget | None = None,
     echo_min_chars: int = 20,
     tick: Callable[[int], None] | None = None,
@@ -311,20 +330,12 @@ def compute(
 
     Args:
         frame: the canonical columns; its index is ignored, source rows are in `row`.
-        special_tokens: the tokenizer's own special tokens.
-        template_tokens: other tokens that its chat template writes.
-        turn_markers: words that the template writes around turns.
-        wraps: whether prompts that are texts become turns too.
+        control: what no text may hold; without it the tokens of well-known templates.
         budget: token budget; without one no row is a candidate of the token rules.
         echo_min_chars: shortest prompt (or message) looked for at the start of an answer.
         tick: called with the number of rows done after each slice.
     """
-    control = Control(
-        known=tokens_pattern([*TEMPLATE_TOKENS, *template_tokens]),
-        own=tokens_pattern(special_tokens),
-        turns=tokens_pattern(turn_markers),
-        wraps=wraps,
-    )
+    control = control or control_of()
     parts: dict[str, list[_Array]] = {}
     for start in range(0, max(len(frame), 1), SLICE):
         part = frame.iloc[start : start + SLICE]

@@ -6,8 +6,7 @@ result is kept as Data Docs (static HTML) under the folder given.
 
 import os
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,13 @@ import pandas as pd
 
 from expectations.config import GateConfig
 from expectations.drift import Profile, distance, profile, read_profile
-from expectations.features import TEXTS, Budget, Features, Subject, compute, relations
+from expectations.features import TEXTS, Features, Subject, compute, relations
 from expectations.report import Finding, GateReport, to_do
 from expectations.rules import rules_of, words_of
 from expectations.suite import SCHEMA, content_suite, schema_frame, schema_suite
 from expectations.template_rule import Writes, template_flags
 from expectations.thresholds import BandRule, DistanceRule, RateRule, Severity
-from expectations.token_rules import Tokens, token_flags
+from expectations.token_rules import Tokenisation, token_flags
 
 _ROWS_SHOWN = 10
 # Great Expectations keeps its current project in a global: two gates in threads of one process take turns.
@@ -228,14 +227,7 @@ def judge(
     subject: Subject,
     config: GateConfig,
     docs_dir: Path,
-    tokens: Tokens | None = None,
-    max_length: int | None = None,
-    max_prompt_length: int | None = None,
-    special_tokens: Sequence[str] = (),
-    template_tokens: Sequence[str] = (),
-    turn_markers: Sequence[str] = (),
-    wraps: bool = False,
-    template_frame: int | None = None,
+    tokenisation: Tokenisation | None = None,
     baseline: dict[str, object] | None = None,
     tick: Callable[[int], None] | None = None,
 ) -> tuple[GateReport, pd.DataFrame]:
@@ -244,15 +236,7 @@ def judge(
     Args:
         frame: one row an example; columns as in `expectations.suite.SCHEMA`, more are allowed.
         docs_dir: folder for the Great Expectations project and its Data Docs; nothing is written elsewhere.
-        tokens: how training tokenises (`Tokenise`, or `PlainTokens` round a function); with
-            `max_length` it turns on the two token rules.
-        max_length: most tokens of prompt and answer together.
-        max_prompt_length: most tokens of the prompt when both do not fit; for prompts the budget itself.
-        special_tokens: the tokenizer's own special tokens, which no text may hold.
-        template_tokens: other tokens that its chat template writes; a text that holds one is a warning.
-        turn_markers: words that the template writes around turns, which no conversation may hold.
-        wraps: whether prompts that are texts become turns of a user.
-        template_frame: tokens that the template writes beside the messages, at most.
+        tokenisation: the tokenizer, its template and the token budget, where they are known.
         baseline: the `profile` of an earlier report, for the drift rules.
         tick: called with the number of rows whose features are done, for a progress bar.
 
@@ -263,6 +247,8 @@ def judge(
         DataError: the baseline is not a profile. A refusal is not raised: see `GateReport.raise_if_refused`.
     """
     earlier = None if baseline is None else read_profile(baseline)
+    tokenisation = tokenisation or Tokenisation()
+    tokens, budget = tokenisation.tokens, tokenisation.budget
     with _ONE_AT_A_TIME:
         docs = _Expectations(Path(docs_dir))
         kinds = schema_frame(frame, subject)
@@ -271,16 +257,10 @@ def judge(
             return _report(subject, len(frame), docs, [schema], Profile()), frame
 
         judged = _Judge(subject, config, docs, earlier)
-        budget = Budget(max_length, max_prompt_length)
-        if template_frame is not None:
-            budget = replace(budget, frame=template_frame)
         features = compute(
             frame,
             subject,
-            special_tokens=special_tokens,
-            template_tokens=template_tokens,
-            turn_markers=turn_markers,
-            wraps=wraps,
+            control=tokenisation.control,
             budget=budget,
             echo_min_chars=config.echo_min_chars,
             tick=tick,
@@ -305,7 +285,7 @@ def judge(
             refused, why = template_flags(frame, usable, tokens)
             flags = flags.assign(template=refused)
             judged.notes |= {"template": why}
-        if not special_tokens:
+        if not tokenisation.special_tokens:
             flags = flags.drop(columns="special_tokens")
             judged.reasons["special_tokens"] = "no tokenizer was given"
         if config.quarantine == "refuse":

@@ -8,13 +8,14 @@ BPE); one that maps different texts to one unknown token can hide a pair from th
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 import pandas as pd
 
 from dpo_core.data.tokens.chat_template import TemplateError
-from expectations.features import Budget, Features, Subject, _Array
+from expectations.features import Budget, Control, Features, Subject, _Array, control_of
 
 
 class Tokens(Protocol):
@@ -35,6 +36,40 @@ class Tokens(Protocol):
     ) -> Sequence[int]:
         """Ids of an answer to a prompt, with the end token where it ended."""
         ...
+
+
+@dataclass(frozen=True)
+class Tokenisation:
+    """What the gate knows of the tokenizer, its chat template and the token budget; by default nothing."""
+
+    tokens: Tokens | None = None
+    """How training tokenises (`Tokenise`, or `PlainTokens` round a function); with `max_length` it turns on
+    the two token rules."""
+    max_length: int | None = None
+    """Most tokens of prompt and answer together."""
+    max_prompt_length: int | None = None
+    """Most tokens of the prompt when both do not fit; for prompts the budget itself."""
+    special_tokens: Sequence[str] = ()
+    """The tokenizer's own special tokens, which no text may hold."""
+    template_tokens: Sequence[str] = ()
+    """Other tokens that its chat template writes; a text that holds one is a warning."""
+    turn_markers: Sequence[str] = ()
+    """Words that the template writes around turns, which no conversation may hold."""
+    wraps: bool = False
+    """Whether prompts that are texts become turns of a user."""
+    template_frame: int | None = None
+    """Tokens that the template writes beside the messages, at most."""
+
+    @property
+    def budget(self) -> Budget:
+        """The token budget."""
+        budget = Budget(self.max_length, self.max_prompt_length)
+        return budget if self.template_frame is None else replace(budget, frame=self.template_frame)
+
+    @property
+    def control(self) -> Control:
+        """What no text may hold."""
+        return control_of(self.special_tokens, self.template_tokens, self.turn_markers, self.wraps)
 
 
 class PlainTokens:

@@ -16,7 +16,7 @@ from tasks.reports.run_report import RunReport
 from tasks.reports.study_report import StudyReport
 from tasks.runs.record import Started
 from tasks.stages.base import Context, StageResult
-from tasks.stages.evaluation import evaluate
+from tasks.stages.evaluation import EvaluationSettings, evaluate
 from tasks.stages.judging import judge_policies
 from tasks.stages.measure import measure
 from tasks.stages.study_summary import summarise_study
@@ -89,9 +89,8 @@ def _evaluate(
     proxy = None if source else next((one.reward_model for one in trained if one.reward_model), None)
     if source is None and proxy is None:
         proxy = prepared.train_reward(context, recipe.seed, "", keep)
-    measured = evaluate(
-        context, policies, prepared.judged, pairs, proxy, source, recipe.evaluate, recipe.tokens, recipe.seed
-    )
+    settings = EvaluationSettings(recipe.evaluate, recipe.tokens, recipe.seed, source)
+    measured = evaluate(context, policies, prepared.judged, pairs, proxy, settings)
     answers = keep(measured)
     if recipe.judge:
         keep(judge_policies(context, answers, recipe.judge, recipe.seed))
@@ -119,10 +118,7 @@ def _compare(context: Context, prepared: Prepared, keep: Keep) -> list[TrainedPo
             model,
             prepared.reference,
             prepared.judged,
-            str(recipe.reward.source),
-            config,
-            recipe.tokens,
-            recipe.seed,
+            EvaluationSettings(config, recipe.tokens, recipe.seed, recipe.reward.source),
         )
         return keep(result)
 

@@ -1,6 +1,7 @@
 """Whether a model may take the champion's place, and why: a rule for each reason, all of which must hold."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field
@@ -79,37 +80,41 @@ class Decision(Config):
     """All rules, those that failed first."""
 
 
-def decide(
-    config: PromotionConfig,
-    *,
-    candidate: str,
-    champion: str,
-    gain: Estimate | None,
-    kl: Estimate | None,
-    comparison: Comparison | None,
-    gate_green: bool,
-    alarms: Mapping[str, str] | None = None,
-) -> Decision:
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of a candidate."""
+
+    gain: Estimate | None
+    """Mean reward of the candidate minus the champion's on the same prompts."""
+    kl: Estimate | None
+    """Nats a sequence from the reference."""
+    comparison: Comparison | None
+    """The candidate against the champion on the suites; None where no suite was run."""
+    gate_green: bool
+    """Whether the data gate found no critical fault."""
+    alarms: Mapping[str, str] | None = None
+    """Messages about the candidate, its reference and its data, by name; None if nobody looked."""
+
+
+def decide(config: PromotionConfig, evidence: Evidence, *, candidate: str, champion: str) -> Decision:
     """Judge a candidate by every rule; it is promoted where all hold.
 
     Args:
         candidate, champion: as sentences name them ("champion v3"; "the reference" while there is none).
-        gain: mean reward of the candidate minus the champion's on the same prompts.
-        kl: nats a sequence from the reference.
-        comparison: the candidate against the champion on the suites; None where no suite was run.
-        gate_green: whether the data gate found no critical fault.
-        alarms: messages about the candidate, its reference and its data, by name; None if nobody looked.
 
     Raises:
         RecipeError: `primary` names no measure of the comparison that has a better direction.
     """
-    what, difference = _primary(config.primary, gain, comparison)
+    comparison, alarms = evidence.comparison, evidence.alarms
+    what, difference = _primary(config.primary, evidence.gain, comparison)
     reasons = [*_of_difference(config, f"{what} over {champion}", difference)]
     if config.max_kl is not None:
-        reasons.append(_of_kl(config.max_kl, kl))
+        reasons.append(_of_kl(config.max_kl, evidence.kl))
     if config.data_gate:
-        text = "no critical fault" if gate_green else "a critical fault"
-        reasons.append(_reason("data_gate", gate_green, f"the data gate found {text} in the training data"))
+        text = "no critical fault" if evidence.gate_green else "a critical fault"
+        reasons.append(
+            _reason("data_gate", evidence.gate_green, f"the data gate found {text} in the training data")
+        )
     if alarms is not None and config.alarms:
         reasons.append(_of_alarms(config.alarms, alarms))
     reasons += _of_suites(config, champion, comparison)

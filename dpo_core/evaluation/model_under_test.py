@@ -16,7 +16,7 @@ from dpo_core.errors import ModelError
 from dpo_core.generation.generate import SamplingConfig, sample
 from dpo_core.model_check import check_definition
 from dpo_core.models.load import check_context, config_in, load_model, load_tokenizer, weights_digest
-from dpo_core.reference.job import reference_logps
+from dpo_core.reference.job import Reference, Resources, reference_logps
 from dpo_core.reference.keys import sequence_key
 from dpo_core.scoring.logprobs import Precision
 from dpo_core.statistics.estimates import Floats
@@ -119,14 +119,8 @@ class Subject:
         """
         assert self.reference is not None
         with tempfile.TemporaryDirectory() as scratch:
-            known = reference_logps(
-                sequences,
-                self.reference.path,
-                self.reference.weights,
-                described=self.reference.name,
-                precision=precision,
-                token_budget=token_budget,
-                caches=self.caches or Path(scratch) / "caches",
-                work=Path(scratch),
-            )
+            own = self.reference
+            reference = Reference(own.path, own.weights, precision, described=own.name)
+            caches = self.caches or Path(scratch) / "caches"
+            known = reference_logps(sequences, reference, Resources(caches, Path(scratch), token_budget))
             return known.shard.sums([sequence_key(s) for s in sequences])

@@ -1,24 +1,18 @@
 """The win rate of one set of answers over another, whichever the judge."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.errors import RecipeError
-from dpo_core.judging.judge import JudgeConfig, judge_answers, judge_by_scores, win_rate
+from dpo_core.judging.judge import AnswerPairs, JudgeConfig, judge_answers, judge_by_scores, win_rate
 from dpo_core.judging.results import WinRate
 
 
 def compare_answers(
     config: JudgeConfig,
-    prompts: Sequence[str],
-    answers_a: Sequence[str],
-    answers_b: Sequence[str],
+    pairs: AnswerPairs,
     *,
-    a: str,
-    b: str,
-    chat: Sequence[bool] | None = None,
-    clusters: Sequence[Hashable] | None = None,
     tokens: TokenConfig | None = None,
     cache: Path | None = None,
     seed: int = 0,
@@ -27,27 +21,20 @@ def compare_answers(
     """Judge answers of two models to the same prompts.
 
     Args:
-        prompts: text, or the JSON of a conversation's messages.
-        chat: which are conversations; only a reward model needs to be told.
-        a, b: names of the models.
-        clusters: the prompt of each comparison; None: the prompts' texts, so that several answers to one
-            prompt are resampled together.
         tokens: how a reward model is shown text.
         cache: the folder of a language model's earlier replies.
 
     Raises:
         StageFailed, RecipeError, ModelError: the judge cannot be used, or fails.
     """
+    prompts, a, b = pairs.prompts, pairs.answers_a, pairs.answers_b
     if config.kind == "llm":
-        judgements = judge_answers(config, prompts, answers_a, answers_b, cache=cache, progress=progress)
+        judgements = judge_answers(config, prompts, a, b, cache=cache, progress=progress)
     else:
-        told = list(chat) if chat is not None else [False] * len(prompts)
-        both = _rewards(
-            config, [*prompts, *prompts], [*answers_a, *answers_b], told * 2, tokens or TokenConfig()
-        )
+        chat = list(pairs.chat) if pairs.chat is not None else [False] * len(prompts)
+        both = _rewards(config, [*prompts, *prompts], [*a, *b], chat * 2, tokens or TokenConfig())
         judgements = judge_by_scores(both[: len(prompts)], both[len(prompts) :])
-    names = list(prompts) if clusters is None else clusters
-    return win_rate(judgements, answers_a, answers_b, a=a, b=b, judge=config.name, clusters=names, seed=seed)
+    return win_rate(judgements, pairs, judge=config.name, seed=seed)
 
 
 def _rewards(

@@ -8,6 +8,7 @@ import hashlib
 import math
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -257,27 +258,30 @@ def _broken(config: JudgeConfig, bad: int, asked: int, example: Reply) -> StageF
     )
 
 
-def win_rate(
-    judgements: Sequence[Judgement],
-    answers_a: Sequence[str],
-    answers_b: Sequence[str],
-    *,
-    a: str,
-    b: str,
-    judge: str,
-    clusters: Sequence[Hashable] | None = None,
-    seed: int = 0,
-) -> WinRate:
-    """What the judgements come to; those without a score are counted and left out.
+@dataclass(frozen=True)
+class AnswerPairs:
+    """The answers of two models to the same prompts, side by side."""
 
-    Args:
-        a, b: names of the two models.
-        clusters: the prompt of each comparison, where one was answered several times.
+    a: str
+    """Name of the first model."""
+    b: str
+    prompts: Sequence[str]
+    """Text, or the JSON of a conversation's messages."""
+    answers_a: Sequence[str]
+    answers_b: Sequence[str]
+    chat: Sequence[bool] | None = None
+    """Which prompts are conversations; only a reward model needs it."""
+    clusters: Sequence[Hashable] | None = None
+    """What is resampled together: the prompt of each comparison; None: the prompts' texts."""
+
+
+def win_rate(judgements: Sequence[Judgement], pairs: AnswerPairs, *, judge: str, seed: int = 0) -> WinRate:
+    """What the judgements come to; those without a score are counted and left out.
 
     Raises:
         StageFailed: no comparison was judged, or those of a single prompt contradict each other.
     """
-    names = list(range(len(judgements))) if clusters is None else list(clusters)
+    names = list(pairs.prompts if pairs.clusters is None else pairs.clusters)
     kept = [i for i, one in enumerate(judgements) if one.score is not None]
     if not kept:
         raise StageFailed(
@@ -285,13 +289,13 @@ def win_rate(
         )
     scores = np.asarray([judgements[i].score for i in kept], np.float64)
     kept_names = [names[i] for i in kept]
-    long_a = np.asarray([len(text) for text in answers_a], np.float64)
-    long_b = np.asarray([len(text) for text in answers_b], np.float64)
+    long_a = np.asarray([len(text) for text in pairs.answers_a], np.float64)
+    long_b = np.asarray([len(text) for text in pairs.answers_b], np.float64)
     orders = [one.consistent for one in judgements if one.consistent is not None]
     costs = [one.cost for one in judgements if one.verdicts]
     return WinRate(
-        a=a,
-        b=b,
+        a=pairs.a,
+        b=pairs.b,
         judge=judge,
         rate=stats.share(scores, kept_names),
         wins=int((scores == 1).sum()),

@@ -81,52 +81,66 @@ class ReferenceLogps:
     """Operations of what was computed."""
 
 
+@dataclass(frozen=True)
+class Reference:
+    """The model whose log-probs are kept, and how they are computed: a cache's key."""
+
+    model: Path
+    """Checkpoint folder."""
+    weights_sha256: str
+    precision: Precision
+    described: str
+    """In words, for people who look at the cache; no part of the key."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Where log-probs are computed and kept: what decides the time and not the values."""
+
+    caches: Path
+    """The folder that holds one cache a reference."""
+    work: Path
+    """Scratch of this computation."""
+    token_budget: int
+    """Tokens in one forward pass."""
+    processes: int = 1
+    threads: int | None = None
+    """CPU threads a process; all cores shared out when empty."""
+
+
 def reference_logps(
     sequences: Seq[Sequence],
-    model: Path,
-    weights_sha256: str,
-    *,
-    described: str,
-    precision: Precision,
-    token_budget: int,
-    caches: Path,
-    work: Path,
-    processes: int = 1,
-    threads: int | None = None,
+    reference: Reference,
+    resources: Resources,
     progress: Progress = lambda total: lambda done: None,
 ) -> ReferenceLogps:
     """Log-probs of sequences, of which only those that no cache knows are computed.
-
-    Args:
-        described: the reference in words, for people who look at the cache.
-        caches: the folder that holds one cache a reference.
-        work: scratch of this computation.
 
     Raises:
         StageFailed: a rank failed; what was kept is not computed again.
     """
     wanted = {sequence_key(s): s for s in sequences}
-    attention = attention_of(model)
-    facts = reference_facts(weights_sha256, precision, attention, described)
-    cache = ReferenceCache(caches / facts.key, facts)
+    attention = attention_of(reference.model)
+    facts = reference_facts(reference.weights_sha256, reference.precision, attention, reference.described)
+    cache = ReferenceCache(resources.caches / facts.key, facts)
     known = cache.has(list(wanted))
     missing = [s for s, there in zip(wanted.values(), known, strict=True) if not there]
     tell = progress(len(missing))
     flops = 0.0
     if missing:
         job = ReferenceJob(
-            model=str(model),
+            model=str(reference.model),
             attention=attention,
-            sequences=str(work / "missing.npz"),
+            sequences=str(resources.work / "missing.npz"),
             cache=str(cache.folder),
-            work=str(work),
-            precision=precision,
-            token_budget=token_budget,
-            threads=threads,
+            work=str(resources.work),
+            precision=reference.precision,
+            token_budget=resources.token_budget,
+            threads=resources.threads,
             trusted_code=tuple(trusted()),
         )
         write_sequences(Path(job.sequences), missing)
-        flops = run_ranks(job, processes, tell)
+        flops = run_ranks(job, resources.processes, tell)
         cache.reload()
     return ReferenceLogps(cache.select(list(wanted)), attention, len(wanted), len(missing), flops)
 

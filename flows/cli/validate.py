@@ -21,6 +21,7 @@ from expectations.config import GateConfig
 from expectations.drift import load_baseline
 from expectations.gate import judge
 from expectations.report import GateReport
+from expectations.token_rules import Tokenisation
 from flows.cli.shown_rows import as_data, as_text, shown
 from tasks.recipe.read import overridden
 
@@ -83,7 +84,7 @@ def judge_file(
         config=gate,
         docs_dir=docs,
         baseline=baseline,
-        **(tokenise.gate_settings() if tokenise else {}),
+        tokenisation=Tokenisation(**tokenise.gate_settings()) if tokenise else None,
     )
     said = [f"{loaded.format} ({loaded.recognised_by}); {_counted(loaded.notes)}", *loaded.remarks]
     if config.eval_path is not None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from dpo_core.evaluation.compare import Comparison, compare
-from dpo_core.evaluation.decision import Decision, decide, nothing_new
+from dpo_core.evaluation.decision import Decision, Evidence, decide, nothing_new
 from dpo_core.evaluation.results import SuiteResult
 from dpo_core.evaluation.suites.registry import find
 from dpo_core.judging.results import WinRate
@@ -76,16 +76,15 @@ def judge_candidate(
     against = [c for c in comparisons if c.baseline == rival]
     row = next(row for row in evaluation["policies"] if row["name"] == recipe.candidate_name)
     gain = row["gain"] if rival == REFERENCE else evaluation["gain_over_champion"][recipe.candidate_name]
-    return decide(
-        recipe.promotion,
-        candidate=candidate,
-        champion=champion.title if champion else "the reference",
+    evidence = Evidence(
         gain=Estimate.model_validate(gain),
         kl=Estimate.model_validate(row["kl"]) if row.get("kl") else None,
         comparison=against[0] if against else None,
         gate_green=not any(row.refused for row in gate),
         alarms=alarms,
     )
+    title = champion.title if champion else "the reference"
+    return decide(recipe.promotion, evidence, candidate=candidate, champion=title)
 
 
 def suite_row(result: SuiteResult) -> SuiteRow:

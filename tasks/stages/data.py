@@ -119,6 +119,7 @@ def validate(
         from dpo_core.data.tokens.tokenise import Tokenise
         from dpo_core.models.load import load_tokenizer
         from expectations.gate import judge
+        from expectations.token_rules import Tokenisation
 
         frame = pd.read_parquet(data.path / "data.parquet")
         tokenise = Tokenise(load_tokenizer(model.path), tokens)
@@ -134,7 +135,7 @@ def validate(
             subject=subject,  # type: ignore[arg-type]
             config=gate,
             docs_dir=docs,
-            **tokenise.gate_settings(),
+            tokenisation=Tokenisation(**tokenise.gate_settings()),
             baseline=baseline,
             tick=bar.update,
         )

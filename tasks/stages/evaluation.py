@@ -3,8 +3,8 @@
 import json
 import logging
 import re
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Sequence, Set
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,27 @@ EVALUATE = Stage(
 )
 
 
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How policies are measured, beside the models and data."""
+
+    config: EvaluateConfig
+    tokens: TokenConfig
+    seed: int
+    """Of the samples; the same for every policy, so that differences are paired."""
+    reward: str | None
+    """The known reward, where there is one."""
+
+    def as_slice(self, exclude: Set[str] = frozenset()) -> dict[str, Any]:
+        """Their part of a stage's key, without fields of `config` that the stage does not read."""
+        return {
+            "config": self.config.model_dump(mode="json", exclude=set(exclude)),
+            "tokens": self.tokens.model_dump(mode="json"),
+            "reward": reward_identity(self.reward),
+            "seed": self.seed,
+        }
+
+
 @stage_task(EVALUATE.name)
 def evaluate(
     context: Context,
@@ -38,10 +59,7 @@ def evaluate(
     prompts: Manifest,
     pairs: Manifest,
     reward_model: Manifest | None,
-    reward: str | None,
-    config: EvaluateConfig,
-    tokens: TokenConfig,
-    seed: int,
+    settings: EvaluationSettings,
 ) -> StageResult:
     """Reward, KL, win rate, length, distinct-2 and preference accuracy, each with its 95 % interval.
 
@@ -52,9 +70,7 @@ def evaluate(
     """
 
     def work(given: Work) -> Output:
-        results, flops = _evaluate(
-            given, policies, prompts, pairs, reward_model, reward, config, tokens, seed
-        )
+        results, flops = _evaluate(given, policies, prompts, pairs, reward_model, settings)
         out = given.fresh("out")
         answers = results.pop("answers")
         (out / "evaluation.json").write_text(
@@ -79,13 +95,7 @@ def evaluate(
     inputs |= {"prompts": prompts, kind_of(pairs): pairs}
     if reward_model:
         inputs["reward_model"] = reward_model
-    slice_ = {
-        "config": config.model_dump(mode="json"),
-        "tokens": tokens.model_dump(mode="json"),
-        "reward": reward_identity(reward),
-        "seed": seed,
-    }
-    return run_stage(context, EVALUATE, inputs, slice_, work)
+    return run_stage(context, EVALUATE, inputs, settings.as_slice(), work)
 
 
 def _evaluate(
@@ -94,10 +104,7 @@ def _evaluate(
     prompts: Manifest,
     pairs: Manifest,
     reward_model: Manifest | None,
-    reward: str | None,
-    config: EvaluateConfig,
-    tokens: TokenConfig,
-    seed: int,
+    settings: EvaluationSettings,
 ) -> tuple[dict[str, Any], float]:
     """What the policies were measured at, and the operations that it took."""
     from dpo_core.data.tokens.tokenise import Tokenise
@@ -106,17 +113,18 @@ def _evaluate(
     from dpo_core.rewards.model import scorer
     from dpo_core.scoring.logprobs import read_flops
 
+    config, seed = settings.config, settings.seed
     reference_path = policies[REFERENCE].path
-    tokenise = Tokenise(load_tokenizer(reference_path), tokens)
+    tokenise = Tokenise(load_tokenizer(reference_path), settings.tokens)
     asked = held_out_prompts(prompts, tokenise, config)
-    held_out = _held_out_pairs(pairs, tokenise, config.pairs, seed)
-    sources = _sources(pairs)
-    source = str(reward_model.path) if reward_model else str(reward)
+    rows = _held_out_pairs(pairs, tokenise, config.pairs, seed)
+    source = str(reward_model.path) if reward_model else str(settings.reward)
     score = scorer(source, tokenise, config.precision)
     reference = load_model(reference_path)
     bar = given.progress(len(policies) * len(asked) * config.samples_per_prompt)
-    sides = [s for p in held_out for s in (p.chosen, p.rejected)]
+    sides = [s for p in rows for s in (p.chosen, p.rejected)]
     known = sequence_logps(reference, sides, config.precision, config.token_budget)
+    held_out = _HeldOut(asked, rows, sides, known, _sources(pairs))
     measured: dict[str, dict[str, Any]] = {}
     for number, (name, manifest) in enumerate(policies.items()):
         path = given.scratch / f"policy-{name}.json"
@@ -128,13 +136,10 @@ def _evaluate(
             facts = _measure(
                 policy,
                 reference,
-                asked,
-                (held_out, sides, known),
-                sources,
-                config,
+                held_out,
+                settings,
                 score,
                 tokenise.stop_ids,
-                seed,
                 lambda n, done=done: bar.update(done + n),
             )
             facts["flops"] += _scoring_flops(reference, facts) if reward_model else 0.0
@@ -143,27 +148,32 @@ def _evaluate(
             facts = json.loads(json.dumps(facts))  # as one that is read
         measured[name] = facts
     samples = {name: _samples(facts) for name, facts in measured.items()}
-    rows = []
+    table = []
     for name, facts in measured.items():
         baseline = None if name == REFERENCE else samples[REFERENCE]
         row = summarise(samples[name], baseline, seed=seed, length=config.sampling.max_new_tokens)
-        rows.append({"name": name, **row, "accuracy": None if name == REFERENCE else facts["accuracy"]})
+        table.append({"name": name, **row, "accuracy": None if name == REFERENCE else facts["accuracy"]})
     flops = read_flops(reference, sides, config.token_budget) + sum(f["flops"] for f in measured.values())
     results = {
-        "reward_name": "reward model" if reward_model else reward,
+        "reward_name": "reward model" if reward_model else settings.reward,
         "reward_is_true": reward_model is None,
         "n_prompts": len(asked),
         "samples_per_prompt": config.samples_per_prompt,
-        "held_out_pairs": len(held_out),
+        "held_out_pairs": len(rows),
         "accuracy_by_source": {
             name: facts["accuracy_by_source"]
             for name, facts in measured.items()
             if facts["accuracy_by_source"]
         },
-        "policies": rows,
+        "policies": table,
         "samples": _side_by_side(samples, asked, config.shown),
         "gain_over_champion": _over_champion(samples, seed),
-        "win_rates": _win_rates(samples, "reward model" if reward_model else str(reward), seed),
+        "win_rates": _win_rates(
+            samples,
+            [text for _, text in asked],
+            "reward model" if reward_model else str(settings.reward),
+            seed,
+        ),
         "answers": {
             "prompts": [text for _, text in asked],
             "prompt_index": samples[REFERENCE].prompt_index,
@@ -174,24 +184,20 @@ def _evaluate(
     return results, flops
 
 
-def _win_rates(samples: dict[str, Any], judge: str, seed: int) -> list[dict[str, Any]]:
+def _win_rates(
+    samples: dict[str, Any], prompts: Sequence[str], judge: str, seed: int
+) -> list[dict[str, Any]]:
     """By the reward: every policy against the reference, and against the champion where there is one."""
-    from dpo_core.judging.judge import judge_by_scores, win_rate
+    from dpo_core.judging.judge import AnswerPairs, judge_by_scores, win_rate
 
     rates = []
     for name, rival in rivals(list(samples)):
         drawn, other = samples[name], samples[rival]
-        rate = win_rate(
-            judge_by_scores(drawn.rewards, other.rewards),
-            drawn.texts,
-            other.texts,
-            a=name,
-            b=rival,
-            judge=judge,
-            clusters=drawn.prompt_index,
-            seed=seed,
-        )
-        rates.append(rate.model_dump())
+        index = drawn.prompt_index
+        texts = [prompts[i] for i in index]
+        pairs = AnswerPairs(name, rival, texts, drawn.texts, other.texts, clusters=index)
+        judgements = judge_by_scores(drawn.rewards, other.rewards)
+        rates.append(win_rate(judgements, pairs, judge=judge, seed=seed).model_dump())
     return rates
 
 
@@ -256,24 +262,31 @@ def _sources(pairs: Manifest) -> dict[str, str]:
     return dict(zip(frame["id"], frame["source"], strict=True))
 
 
+@dataclass(frozen=True)
+class _HeldOut:
+    """What every policy is measured on."""
+
+    prompts: Sequence[tuple[tuple[int, ...], str]]
+    """Ids and text of each."""
+    pairs: Sequence[Any]
+    sides: Sequence[Any]
+    """The sequences of the pairs, chosen and rejected in turn."""
+    reference_logps: Sequence[Any]
+    """Of the sides."""
+    sources: dict[str, str]
+    """The set of a mixture that a pair is of, by the pair's id."""
+
+
 def _measure(
     policy: Any,
     reference: Any,
-    asked: Sequence[tuple[tuple[int, ...], str]],
-    held_out: tuple[Sequence[Any], Sequence[Any], Sequence[Any]],
-    sources: dict[str, str],
-    config: EvaluateConfig,
+    held_out: _HeldOut,
+    settings: EvaluationSettings,
     score: Any,
     stop_ids: frozenset[int],
-    seed: int,
     progress: Any,
 ) -> dict[str, Any]:
-    """Samples of one policy with rewards and KL, its accuracy on the held-out pairs, and the operations.
-
-    Args:
-        held_out: the pairs, their sequences (chosen and rejected in turn) and these under the reference.
-        sources: which set of a mixture a pair is of, by the pair's id.
-    """
+    """Samples of one policy with rewards and KL, its accuracy on the held-out pairs, and the operations."""
     from dpo_core.evaluation.policies import (
         kl_estimates,
         own_scores,
@@ -284,23 +297,31 @@ def _measure(
     from dpo_core.scoring import flops as cost
     from dpo_core.scoring.logprobs import read_flops
 
-    same = policy is reference
-    drawn = sample_policy(policy, asked, config, scorer=score, eos_id=stop_ids, seed=seed, progress=progress)
-    settings = (config.precision, config.token_budget)
-    ours, drawn.entropies = own_scores(policy, drawn.sequences, *settings)
-    theirs = ours if same else sequence_logps(reference, drawn.sequences, *settings)
+    same, config = policy is reference, settings.config
+    drawn = sample_policy(
+        policy,
+        held_out.prompts,
+        config,
+        scorer=score,
+        eos_id=stop_ids,
+        seed=settings.seed,
+        progress=progress,
+    )
+    computing = (config.precision, config.token_budget)
+    ours, drawn.entropies = own_scores(policy, drawn.sequences, *computing)
+    theirs = ours if same else sequence_logps(reference, drawn.sequences, *computing)
     drawn.kl_k1, drawn.kl_k3 = kl_estimates(ours, theirs)
     drawn.entropy = -float(sum(x.double().sum() for x in ours)) / sum(len(x) for x in ours)
     lengths = [(len(s.prompt), len(s.completion)) for s in drawn.sequences]
     flops = cost.sampling(cost.Shape.of_module(policy), lengths)
     flops += read_flops(policy, drawn.sequences, config.token_budget) * (1 if same else 2)
     accuracy, by_source = None, {}
-    pairs, sides, known = held_out
+    pairs, known = held_out.pairs, held_out.reference_logps
     if pairs and not same:
-        flops += read_flops(policy, sides, config.token_budget)
-        ours = sequence_logps(policy, sides, *settings)
+        flops += read_flops(policy, held_out.sides, config.token_budget)
+        ours = sequence_logps(policy, held_out.sides, *computing)
         accuracy = preference_accuracy(pairs, ours, known).model_dump()
-        by_source = _accuracy_by_source(pairs, ours, known, sources)
+        by_source = _accuracy_by_source(pairs, ours, known, held_out.sources)
     return {**asdict(drawn), "accuracy": accuracy, "accuracy_by_source": by_source, "flops": flops}
 
 

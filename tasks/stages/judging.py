@@ -13,7 +13,7 @@ from dpo_core.errors import RecipeError
 from dpo_core.evaluation.model_under_test import Asked, Subject
 from dpo_core.generation.generate import SamplingConfig, seed_for
 from dpo_core.judging.compare import compare_answers
-from dpo_core.judging.judge import JudgeConfig
+from dpo_core.judging.judge import AnswerPairs, JudgeConfig
 from dpo_core.judging.results import WinRate
 from tasks.reports.run_report import Sample
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
@@ -44,8 +44,7 @@ def chosen_prompts(config: DataConfig, most: int, seed: int) -> list[Asked]:
 
 
 def judge_models(
-    a: Subject,
-    b: Subject,
+    models: tuple[Subject, Subject],
     asked: list[Asked],
     sampling: SamplingConfig,
     judge: JudgeConfig,
@@ -54,23 +53,20 @@ def judge_models(
     seed: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[WinRate, list[Sample]]:
-    """The win rate of a over b on the prompts, and all answers side by side.
+    """The win rate of the first model over the second on the prompts, and all answers side by side.
 
     Args:
         progress: told how many of how many answers and questions are done.
     """
+    a, b = models
     total = 2 * len(asked)
     own = seed_for(seed, "answers")
     answers_a = a.answers(asked, sampling, seed=own, progress=lambda done: progress(done, total))
     answers_b = b.answers(asked, sampling, seed=own, progress=lambda done: progress(len(asked) + done, total))
+    prompts, chat = [one.prompt for one in asked], [one.chat for one in asked]
     rate = compare_answers(
         judge,
-        [one.prompt for one in asked],
-        answers_a,
-        answers_b,
-        a=a.name,
-        b=b.name,
-        chat=[one.chat for one in asked],
+        AnswerPairs(a.name, b.name, prompts, answers_a, answers_b, chat),
         tokens=a.tokens,
         cache=workspace / REPLIES,
         seed=seed,
@@ -100,12 +96,14 @@ def judge_policies(context: Context, evaluation: Manifest, config: JudgeConfig, 
         for number, (name, rival) in enumerate(against):
             rate = compare_answers(
                 config,
-                prompts,
-                said["answers"][name],
-                said["answers"][rival],
-                a=name,
-                b=rival,
-                clusters=said["prompt_index"],
+                AnswerPairs(
+                    name,
+                    rival,
+                    prompts,
+                    said["answers"][name],
+                    said["answers"][rival],
+                    clusters=said["prompt_index"],
+                ),
                 cache=context.workspace / REPLIES,
                 seed=seed,
             )

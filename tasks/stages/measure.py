@@ -6,13 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from dpo_core.data.tokens.tokenise import TokenConfig
-from dpo_core.evaluation.policies import EvaluateConfig
-from dpo_core.rewards.functions import reward_identity
 from dpo_core.study import Cost, Point
 from tasks.recipe.study import Node
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
-from tasks.stages.evaluation import held_out_prompts
+from tasks.stages.evaluation import EvaluationSettings, held_out_prompts
 from tasks.store.facts import Facts, facts_of
 from tasks.store.manifest import Manifest
 
@@ -25,19 +22,12 @@ def measure(
     policy: Manifest,
     reference: Manifest,
     prompts: Manifest,
-    reward: str,
-    config: EvaluateConfig,
-    tokens: TokenConfig,
-    seed: int,
+    settings: EvaluationSettings,
 ) -> StageResult:
-    """Sample a policy on the held-out prompts, score it with the known reward, and estimate its KL.
-
-    Args:
-        seed: of the samples; the same for every policy, so that differences are paired.
-    """
+    """Sample a policy on the held-out prompts, score it with the known reward, and estimate its KL."""
 
     def work(given: Work) -> Output:
-        facts = _measured(given, policy, reference, prompts, reward, config, tokens, seed)
+        facts = _measured(given, policy, reference, prompts, settings)
         out = given.fresh("out")
         (out / "measurement.json").write_text(json.dumps(facts, allow_nan=False))
         metrics = {
@@ -49,13 +39,7 @@ def measure(
         return Output(out, rows=len(facts["kl_P"]), metrics=metrics)
 
     inputs = {"policy": policy, "reference": reference, "prompts": prompts}
-    slice_ = {
-        "config": config.model_dump(mode="json", exclude={"pairs", "shown"}),
-        "tokens": tokens.model_dump(mode="json"),
-        "reward": reward_identity(reward),
-        "seed": seed,
-    }
-    return run_stage(context, MEASURE, inputs, slice_, work)
+    return run_stage(context, MEASURE, inputs, settings.as_slice(exclude={"pairs", "shown"}), work)
 
 
 def _measured(
@@ -63,10 +47,7 @@ def _measured(
     policy: Manifest,
     reference: Manifest,
     prompts: Manifest,
-    reward: str,
-    config: EvaluateConfig,
-    tokens: TokenConfig,
-    seed: int,
+    settings: EvaluationSettings,
 ) -> dict[str, Any]:
     from dpo_core.data.tokens.tokenise import Tokenise
     from dpo_core.evaluation.policies import kl_estimates, sample_policy, sequence_logps
@@ -74,7 +55,8 @@ def _measured(
     from dpo_core.rewards.model import scorer
     from dpo_core.statistics.text import distinct_n
 
-    tokenise = Tokenise(load_tokenizer(reference.path), tokens)
+    config = settings.config
+    tokenise = Tokenise(load_tokenizer(reference.path), settings.tokens)
     asked = held_out_prompts(prompts, tokenise, config)
     bar = given.progress(len(asked) * config.samples_per_prompt)
     own = load_model(policy.path)
@@ -82,15 +64,15 @@ def _measured(
         own,
         asked,
         config,
-        scorer=scorer(reward, tokenise, config.precision),
+        scorer=scorer(str(settings.reward), tokenise, config.precision),
         eos_id=tokenise.stop_ids,
-        seed=seed,
+        seed=settings.seed,
         progress=bar.update,
     )
-    settings = (config.precision, config.token_budget)
-    ours = sequence_logps(own, drawn.sequences, *settings)
+    computing = (config.precision, config.token_budget)
+    ours = sequence_logps(own, drawn.sequences, *computing)
     base = own if policy.sha256 == reference.sha256 else load_model(reference.path)
-    theirs = ours if base is own else sequence_logps(base, drawn.sequences, *settings)
+    theirs = ours if base is own else sequence_logps(base, drawn.sequences, *computing)
     k1, k3 = kl_estimates(ours, theirs)
 
     def by_prompt(values: list[float]) -> np.ndarray:

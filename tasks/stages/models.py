@@ -25,7 +25,7 @@ from dpo_core.models.load import (
     weights_digest,
 )
 from dpo_core.models.remote_code import trust
-from dpo_core.reference.job import reference_logps
+from dpo_core.reference.job import Reference, Resources, reference_logps
 from dpo_core.reference.keys import DEFINITION_VERSION
 from dpo_core.scoring.logprobs import Precision
 from tasks.recipe.policies import REFERENCE, PolicyFields
@@ -141,17 +141,17 @@ def cache_reference(
                 f"no training row is left after tokenising ({dropped})", "Raise tokens.max_length"
             )
         weights = weights_sha256(reference)
+        described = f"{reference.stage} of {context.run_id}, {reference.parameters or 0:,} parameters"
         logps = reference_logps(
             sequences,
-            reference.path,
-            weights,
-            described=f"{reference.stage} of {context.run_id}, {reference.parameters or 0:,} parameters",
-            precision=engine.precision,
-            token_budget=token_budget,
-            caches=context.workspace / CACHE_FOLDER,
-            work=given.scratch,
-            processes=engine.processes,
-            threads=engine.threads,
+            Reference(reference.path, weights, engine.precision, described),
+            Resources(
+                context.workspace / CACHE_FOLDER,
+                given.scratch,
+                token_budget,
+                processes=engine.processes,
+                threads=engine.threads,
+            ),
             progress=lambda total: given.progress(total).update,
         )
         out = given.fresh("out")

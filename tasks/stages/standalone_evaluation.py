@@ -119,8 +119,7 @@ def evaluate_models(
             _warn_of_known(asked, training)
             with terminal_bar(f"answers, {request.judge.name}") as told:
                 rate, samples = judge_models(
-                    subjects[0],
-                    subjects[1],
+                    (subjects[0], subjects[1]),
                     asked,
                     request.answers,
                     request.judge,

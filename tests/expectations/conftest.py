@@ -1,5 +1,6 @@
 """The gate, run on a frame in a folder of the test's own."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,16 @@ import pytest
 from expectations.config import GateConfig
 from expectations.gate import judge
 from expectations.report import GateReport
+from expectations.token_rules import Tokenisation
+
+NAMES = [field.name for field in dataclasses.fields(Tokenisation)]
 
 
 @pytest.fixture
 def gate(tmp_path: Path) -> Callable[..., tuple[GateReport, pd.DataFrame]]:
     def run(frame: pd.DataFrame, **options: Any) -> tuple[GateReport, pd.DataFrame]:
         settings: dict[str, Any] = {"subject": "pairs", "config": GateConfig(), "docs_dir": tmp_path / "docs"}
-        return judge(frame, **(settings | options))
+        known = {name: options.pop(name) for name in NAMES if name in options}
+        return judge(frame, tokenisation=Tokenisation(**known), **(settings | options))
 
     return run

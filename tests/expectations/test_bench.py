@@ -57,7 +57,7 @@ def measure(rows: int, folder: Path) -> dict[str, Any]:
 
     from expectations.config import GateConfig
     from expectations.gate import judge
-    from expectations.token_rules import PlainTokens
+    from expectations.token_rules import PlainTokens, Tokenisation
 
     frame = big_frame(rows)
     bpe = Tokenizer(models.BPE())
@@ -74,10 +74,7 @@ def measure(rows: int, folder: Path) -> dict[str, Any]:
         config=GateConfig(quarantine="drop"),
         docs_dir=folder,
         # 512 bytes do not hold a row, 512 tokens do: every row is a candidate, and the estimate is exercised.
-        tokens=PlainTokens(lambda text: bpe.encode(text).ids),
-        max_length=512,
-        max_prompt_length=256,
-        special_tokens=["<|mine|>"],
+        tokenisation=Tokenisation(PlainTokens(lambda text: bpe.encode(text).ids), 512, 256, ["<|mine|>"]),
     )
     return {
         "rows": rows,

@@ -270,7 +270,7 @@ class Tokenise:
         )
 
     def gate_settings(self) -> dict[str, Any]:
-        """What the data gate has to know of the tokenizer and its template (`expectations.gate.judge`)."""
+        """What the gate has to know of tokenizer and template: `expectations.token_rules.Tokenisation`."""
         added = self.tokenizer.added_tokens_decoder.values()
         settings: dict[str, Any] = {
             "tokens": self,

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from dpo_core.errors import RecipeError
 from dpo_core.evaluation.compare import Comparison, compare
-from dpo_core.evaluation.decision import Decision, PromotionConfig, decide, nothing_new
+from dpo_core.evaluation.decision import Decision, Evidence, PromotionConfig, decide, nothing_new
 from dpo_core.statistics.estimates import Estimate
 from tests.support.reports.made import HARM, LENGTH, items_of, result_of
 
@@ -32,9 +32,8 @@ def suites(right: int = 0, harm: int = 0) -> Comparison:
 
 def judged(config: PromotionConfig | None = None, **changed: Any) -> Decision:
     given: dict[str, Any] = {"gain": GAIN, "kl": KL, "comparison": suites(), "gate_green": True}
-    return decide(
-        config or PromotionConfig(max_kl=5), candidate="new", champion="champion v3", **(given | changed)
-    )
+    evidence = Evidence(**(given | changed))
+    return decide(config or PromotionConfig(max_kl=5), evidence, candidate="new", champion="champion v3")
 
 
 def failures(decision: Decision) -> dict[str, str]:

@@ -10,7 +10,14 @@ import pytest
 from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.judging.client import Endpoint
 from dpo_core.judging.compare import compare_answers
-from dpo_core.judging.judge import JudgeConfig, Judgement, judge_answers, judge_by_scores, win_rate
+from dpo_core.judging.judge import (
+    AnswerPairs,
+    JudgeConfig,
+    Judgement,
+    judge_answers,
+    judge_by_scores,
+    win_rate,
+)
 from dpo_core.judging.results import WinRate
 from dpo_core.statistics import estimates as stats
 from tests.support.sites.judge_server import Server, longer_wins, shown
@@ -19,8 +26,10 @@ PROMPTS = ["a post", "another post", "a third"]
 LONG, SHORT = ["longer one", "longer two", "longer three"], ["s1", "s2", "s3"]
 
 
-def rate(judgements: list[Judgement], a: list[str], b: list[str], **changes: Any) -> WinRate:
-    return win_rate(judgements, a, b, **({"a": "ours", "b": "theirs", "judge": "rule"} | changes))
+def rate(judgements: list[Judgement], a: list[str], b: list[str]) -> WinRate:
+    return win_rate(
+        judgements, AnswerPairs("ours", "theirs", [str(i) for i in range(len(a))], a, b), judge="rule"
+    )
 
 
 def test_a_fair_judge_is_asked_in_both_orders(server: Server) -> None:
@@ -254,7 +263,7 @@ def test_a_damaged_entry_is_asked_again(server: Server, tmp_path: Path) -> None:
 def test_a_model_against_itself(server: Server) -> None:
     rows = 30
     prompts, texts = [f"p{i}" for i in range(rows)], ["x" * (i + 1) for i in range(rows)]
-    found = compare_answers(server.config(), prompts, texts, texts, a="m", b="m")
+    found = compare_answers(server.config(), AnswerPairs("m", "m", prompts, texts, texts))
     assert (found.rate.value, found.ties, found.requests) == (0.5, rows, 0)
     assert found.length_controlled is not None
     assert found.length_controlled.value == 0.5
@@ -275,14 +284,14 @@ def test_the_length_controlled_rate_sees_through_a_judge_of_length(server: Serve
         return f"Preferred: {'A' if len(first) < len(second) else 'B'}"
 
     server.judge = judge
-    found = compare_answers(server.config(concurrency=4), prompts, a, b, a="ours", b="theirs")
+    found = compare_answers(server.config(concurrency=4), AnswerPairs("ours", "theirs", prompts, a, b))
     assert found.rate.low > 0.55
     assert found.length_controlled is not None
     assert found.length_controlled.low < 0.5 < found.length_controlled.high
     assert found.length_a > found.length_b
     # One who looks at nothing else leaves no verdict between answers of equal length.
     server.judge = longer_wins
-    found = compare_answers(server.config(concurrency=4), prompts, a, b, a="ours", b="theirs")
+    found = compare_answers(server.config(concurrency=4), AnswerPairs("ours", "theirs", prompts, a, b))
     assert found.length_controlled is None
 
 
@@ -295,7 +304,7 @@ def test_scores_of_a_known_reward() -> None:
         judge_by_scores([1, 2], [1])
     prompts = ["The film was", "The soup was", "The soup was"]
     good, bad = [" wonderful.", " great.", " a soup."], [" terrible.", " great.", " bad."]
-    found = compare_answers(JudgeConfig(), prompts, good, bad, a="good", b="bad")
+    found = compare_answers(JudgeConfig(), AnswerPairs("good", "bad", prompts, good, bad))
     assert (found.judge, found.wins, found.ties, found.losses) == ("sentiment", 2, 1, 0)
     assert found.rate.n == 2, "two prompts"
     assert (found.position_consistency, found.cost, found.requests) == (None, None, 0)
@@ -316,11 +325,11 @@ def test_a_reward_model_judges(tiny: Path, tmp_path: Path) -> None:
     tokenizer.save_pretrained(folder)
     config = JudgeConfig(kind="reward_model", source=str(folder))
     with pytest.raises(RecipeError, match="not the folder of a trained reward model"):
-        compare_answers(config, ["p"], ["a"], ["b"], a="a", b="b")
+        compare_answers(config, AnswerPairs("a", "b", ["p"], ["a"], ["b"]))
     (folder / "reward.json").write_text("{}")
     prompts = ["The film was", "I ordered the soup", "After two weeks"]
     a, b = [" good", "", " bad"], [" bad.", " and it came", " nice"]
-    found = compare_answers(config, prompts, a, b, a="ours", b="theirs")
+    found = compare_answers(config, AnswerPairs("ours", "theirs", prompts, a, b))
 
     def rewards(answers: list[str]) -> list[float]:
         encode, end = tokenizer.encode, tokenizer.eos_token_id
@@ -335,7 +344,9 @@ def test_a_reward_model_judges(tiny: Path, tmp_path: Path) -> None:
     assert found.judge == "reward model"
     # What does not fit is cut, the prompt from the left.
     short = TokenConfig(max_length=48, max_prompt_length=24)
-    compare_answers(config, [p * 40 for p in prompts], [t * 90 for t in a], b, a="a", b="b", tokens=short)
+    compare_answers(
+        config, AnswerPairs("a", "b", [p * 40 for p in prompts], [t * 90 for t in a], b), tokens=short
+    )
 
 
 @pytest.mark.parametrize(

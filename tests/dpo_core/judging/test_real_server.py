@@ -22,7 +22,7 @@ import pytest
 from dpo_core.errors import StageFailed
 from dpo_core.judging.client import KEY, Endpoint
 from dpo_core.judging.compare import compare_answers
-from dpo_core.judging.judge import JudgeConfig, judge_answers, win_rate
+from dpo_core.judging.judge import AnswerPairs, JudgeConfig, judge_answers, win_rate
 from dpo_core.judging.prompts import verdict
 from dpo_core.models.load import ModelConfig, convert
 from tests.support.models.tiny import CHAT_TEMPLATE
@@ -128,7 +128,7 @@ def test_a_model_that_tells_stories_is_no_judge(served: tuple[str, str], tmp_pat
         assert one.requests == 0 or (one.cost or 0) > 2 * 100e-6, "the server counts some hundred tokens"
     if all(one.score is None for one in judged):
         with pytest.raises(StageFailed, match="none of 4 comparisons was judged"):
-            win_rate(judged, GOOD, BAD, a="good", b="bad", judge="stories")
+            win_rate(judged, AnswerPairs("good", "bad", PROMPTS, GOOD, BAD), judge="stories")
     assert "sk-canary" not in "".join(p.read_text() for p in tmp_path.rglob("*.json"))
 
 
@@ -171,8 +171,7 @@ def test_a_chat_model_judges_end_to_end(tmp_path: Path) -> None:
         assert all(j.requests == 2 for j in judged)
         assert all("paris" in reply.lower() for reply in judged[1].replies), "it has read the question"
         if any(j.score is not None for j in judged):
-            found = compare_answers(
-                settings, PROMPTS[rows], GOOD[rows], BAD[rows], a="good", b="bad", cache=cache
-            )
+            pairs = AnswerPairs("good", "bad", PROMPTS[rows], GOOD[rows], BAD[rows])
+            found = compare_answers(settings, pairs, cache=cache)
             assert found.wins + found.ties + found.losses + found.unjudged == 2
             assert (found.requests, found.cached, found.cost) == (0, 4, 0)

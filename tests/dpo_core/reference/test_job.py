@@ -22,8 +22,10 @@ from dpo_core.models.load import load_model, load_tokenizer, weights_digest
 from dpo_core.reference import ReferenceCache, reference_facts, sequence_key, share
 from dpo_core.reference.cache import read_facts, shard_folders
 from dpo_core.reference.job import (
+    Reference,
     ReferenceJob,
     ReferenceLogps,
+    Resources,
     attention_of,
     read_sequences,
     reference_logps,
@@ -73,13 +75,8 @@ def cached(pairs: list[TokenPair], model: Path, folder: Path, precision: Any = "
     work.mkdir(parents=True, exist_ok=True)
     return reference_logps(
         [s for p in pairs for s in (p.chosen, p.rejected)],
-        model,
-        weights_digest(model),
-        described="tiny",
-        precision=precision,
-        token_budget=256,
-        caches=folder / "caches",
-        work=work,
+        Reference(model, weights_digest(model), precision, "tiny"),
+        Resources(folder / "caches", work, token_budget=256),
     )
 
 

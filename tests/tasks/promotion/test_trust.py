@@ -9,7 +9,7 @@ import pytest
 
 from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise
 from dpo_core.errors import RecipeError
-from dpo_core.evaluation.decision import PromotionConfig, decide, nothing_new
+from dpo_core.evaluation.decision import Evidence, PromotionConfig, decide, nothing_new
 from dpo_core.evaluation.model_under_test import Asked
 from dpo_core.methods.dpo import DpoConfig
 from dpo_core.objectives import get
@@ -138,10 +138,8 @@ def test_noise_raises_an_alarm() -> None:
 
 def test_alarms_count_in_the_decision() -> None:
     raised = alarms(answering(ended=0.0))
-    decision = decide(
-        PromotionConfig(), candidate="m version 2", champion="the reference", gain=estimate(0.5, 0.1),
-        kl=estimate(3, 0.1), comparison=None, gate_green=True, alarms=against_promotion(raised),
-    )  # fmt: skip
+    evidence = Evidence(estimate(0.5, 0.1), estimate(3, 0.1), None, True, against_promotion(raised))
+    decision = decide(PromotionConfig(), evidence, candidate="m version 2", champion="the reference")
     assert not decision.promote
     (failed,) = (reason for reason in decision.reasons if not reason.passed)
     assert failed.rule == "alarms"
