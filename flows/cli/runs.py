@@ -7,6 +7,7 @@ import typer
 
 from dpo_core.errors import RecipeError
 from flows.cli.format import count
+from tasks.reports.old_report import is_old, upgraded
 from tasks.runs.record import STATUSES, list_runs
 from tasks.store.files import run_folder
 
@@ -15,14 +16,18 @@ def _outcome(workspace: str, run_id: str) -> str:
     """The decision, the gain and the registered version of a finished run, as far as its report says them."""
     try:
         facts = json.loads((run_folder(workspace, run_id) / "report.json").read_bytes())
+        if "study" in facts:
+            return ""
+        facts = upgraded(facts) if is_old(facts) else facts
+        candidate = facts["candidate"]
         decision, rows = facts.get("decision"), (facts.get("evaluation") or {}).get("policies") or []
-        gain = next((row["gain"] for row in rows if row["name"] == "DPO" and row.get("gain")), None)
-        objective, model = facts.get("objective") or "", facts.get("model")
+        gain = next((row["gain"] for row in rows if row["name"] == candidate and row.get("gain")), None)
+        about, model = facts["policies"].get(candidate) or {}, facts.get("model")
         parts = [
             ("promote" if decision["promote"] else "do not promote") if decision else "",
             f"gain {gain['value']:+.3f} [{gain['low']:.3f}, {gain['high']:.3f}]" if gain else "",
             f"{model['name']} version {model['version']}" if model else "",
-            objective,
+            about.get("objective") or about.get("method") or "",
         ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # gone, damaged or of another version
         return ""

@@ -1,6 +1,7 @@
 """What a run trained, in words: base model, data, objective, steps and reward, from recipe and manifests."""
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,9 +9,10 @@ import pandas as pd
 
 from dpo_core.data.tokens.tokenise import Tokenise
 from dpo_core.models.load import load_tokenizer
+from dpo_core.objectives import get
 from tasks.recipe.policies import REFERENCE, PolicyFields
 from tasks.recipe.recipe import Recipe
-from tasks.reports.run_report import PolicyAbout, Trained
+from tasks.reports.run_report import PolicyAbout, Trained, lineage
 from tasks.reports.run_warnings import Answers, measure_answers
 from tasks.store.facts import GateFacts, TrainingFacts, facts_of
 from tasks.store.manifest import Manifest
@@ -41,55 +43,94 @@ class RunData:
         """All that passed a gate."""
         return [self.prompts, self.rows] if self.sampled else [self.rows]
 
+    def read_by(self, policy: PolicyFields) -> Manifest:
+        """What a policy is trained on: pairs or unpaired rows, or the rows whose prompts it samples."""
+        return self.prompts if policy.entry.scored else self.rows
 
-def trained(recipe: Recipe, data: RunData, made: Manifest) -> Trained:
-    """What the run trained; `made` is the candidate."""
-    frame = pd.read_parquet(data.rows.path / "data.parquet", columns=["split", "prompt"])
-    used = int((frame["split"] == "train").sum())
+
+def trained(recipe: Recipe, data: RunData, made: Manifest, policies: Mapping[str, PolicyAbout]) -> Trained:
+    """What the run trained.
+
+    Args:
+        made: the candidate.
+        policies: all of them, in words.
+    """
     candidate = recipe.policies[recipe.candidate_name]
-    used = min(used, getattr(candidate, "limit", None) or used)
+    columns = ["split", "prompt", "chat"]
+    frame = pd.read_parquet(data.read_by(candidate).path / "data.parquet", columns=columns)
     unit = "pairs" if data.kind == "pairs" else "rows"
+    if candidate.entry.scored:
+        frame, unit = frame.drop_duplicates(columns), "prompts"
+    used = int((frame["split"] == "train").sum())
+    used = min(used, getattr(candidate, "limit", None) or used)
+    counts = [f"{used:,} {unit} trained on, {(frame['split'] == 'eval').sum():,} held out"]
+    if not candidate.entry.scored:
+        counts[0] += _sampled(recipe, data)
+        counts.append(f"{_count(data.prompts):,} held-out prompts")
+    behind = lineage(policies, recipe.candidate_name)
+
+    def listed(chosen: Iterable[str]) -> str:
+        return "; ".join(
+            f"{name}, {words_of(recipe.policies[name])}, {training_words(recipe.policies[name])}"
+            for name in chosen
+        )
+
     return Trained(
         base_model=_model(recipe, data.base),
-        data=f"{_source(recipe)}; {used:,} {unit} trained on, {(frame['split'] == 'eval').sum():,} held out"
-        f"{_sampled(recipe, data)}; {_count(data.prompts):,} held-out prompts",
+        data="; ".join([_source(recipe), *counts]),
         rows_trained=used,
         reference=_reference(recipe),
         objective=words_of(candidate),
         training=f"{training_words(candidate, made)}, seed {recipe.seed}",
         reward=_reward(recipe),
-        baselines="; ".join(
-            f"{name}, {words_of(policy)}, {training_words(policy)}"
-            for name, policy in recipe.policies.items()
-            if policy is not candidate
-        ),
+        before=listed(name for name in behind if name in policies),
+        baselines=listed(n for n in policies if n not in (recipe.candidate_name, *behind)),
     )
 
 
 def policies_about(recipe: Recipe) -> dict[str, PolicyAbout]:
-    """What each policy of the recipe is."""
+    """What each policy of the recipe is, in the order of the recipe."""
+    nodes = {node.policy: node for node in recipe.nodes()}
     return {
-        node.policy: PolicyAbout(
-            method=node.config.method,
-            words=words_of(node.config),
-            objective=objective_name(node.config),
-            scored=node.config.entry.scored,
-            start=node.config.start,
-            reference=node.config.reference,
-            stage=node.config.entry.stage + node.label,
+        name: PolicyAbout(
+            method=policy.method,
+            words=settings_words(policy),
+            objective=objective_name(policy),
+            reward=_learned_from(recipe, policy),
+            start=policy.start,
+            reference=policy.reference,
+            stage=policy.entry.stage + nodes[name].label,
+            unusual=_unusual(policy),
         )
-        for node in sorted(recipe.nodes(), key=lambda node: list(recipe.policies).index(node.policy))
+        for name, policy in recipe.policies.items()
     }
 
 
+def _learned_from(recipe: Recipe, policy: PolicyFields) -> Literal["source", "model"] | None:
+    if not policy.entry.scored:
+        return None
+    return "model" if recipe.learns_from_model(policy) else "source"
+
+
+def _unusual(policy: PolicyFields) -> str:
+    terms = getattr(policy, "terms", [])
+    words = [told for term in terms for told in get(term.name).unusual(term.parameters)]
+    return f"{'; '.join(words)}." if words else ""
+
+
 def words_of(policy: PolicyFields) -> str:
-    """Method or objective, and where it begins and what it is held to where that is not the reference."""
-    parts = [objective_words(policy) if hasattr(policy, "terms") else policy.method]
+    """Method or objective; what it starts from and what it is held to, where these are not the reference."""
+    parts = [settings_words(policy)]
     if policy.start != REFERENCE:
         parts.append(f"starts from {policy.start}")
     if policy.reference != REFERENCE:
         parts.append(f"held to {policy.reference}")
     return "; ".join(parts)
+
+
+def settings_words(policy: PolicyFields) -> str:
+    """The objective with every parameter, or the method where it has none."""
+    return objective_words(policy) if hasattr(policy, "terms") else policy.method
 
 
 def objective_words(config: Any) -> str:

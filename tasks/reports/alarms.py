@@ -12,7 +12,9 @@ from tasks.reports.run_report import Evaluation, PolicyRow, RunReport
 KL_LIMIT_NATS = (
     10.0  # beyond this the reward of every direct method has been seen to degrade (arXiv 2406.02900)
 )
-KL_TIMES_SAMPLER = 3.0  # DPO this many times as far from the reference as PPO pays too much for its reward
+# A policy trained on pairs pays too much when it is this many times as far from the reference as one that
+# samples.
+KL_TIMES_SAMPLER = 3.0
 KL_FLOOR_NATS = 1.0  # below one nat the ratio of two KLs is mostly noise
 COLLAPSE_SHARE = 0.5  # entropy or distinct-2 under this share of SFT's
 LENGTH_DRIFT = 1.5  # mean length longer than SFT's by this factor, or shorter by it
@@ -27,6 +29,7 @@ NOISE_SHARE = 0.85  # of ln(vocabulary), the entropy of uniform noise; frequent 
 
 REMOTE_CODE = "Remote code"
 UNUSUAL = "Unusual parameters"
+CLASS_WEIGHTS = "Class weights"
 CUT, NOISE = "Cut answers", "Noise"
 
 
@@ -43,45 +46,48 @@ def alarms(report: RunReport) -> list[Alarm]:
     evaluation = report.evaluation
     sft = evaluation.policy(REFERENCE) if evaluation else None
     trained = [row for row in evaluation.policies if row.name != REFERENCE] if evaluation else []
-    sampler, sampled_kl = _farthest_sampler(report)
-    for row in trained:
-        kl = row.kl.value if row.kl else 0.0
-        if kl > KL_LIMIT_NATS:
-            message = f"{report.label(row.name)} is {number(kl)} nats from the reference."
-            found.append(Alarm("KL run-away", message, row.name))
-        elif (
-            row.name == report.candidate
-            and row.name not in report.samplers
-            and sampler
-            and kl > max(KL_TIMES_SAMPLER * sampled_kl, KL_FLOOR_NATS)
-        ):
-            paid = f"{number(kl)} nats from the reference, {sampler} {number(sampled_kl)}."
-            message = f"{report.label(row.name)} is {paid}"
-            found.append(Alarm("KL run-away", message, row.name))
-        if sft is None:
-            continue
-        for label, own, base in (
-            ("entropy", row.entropy, sft.entropy),
-            ("distinct-2", row.distinct_2, sft.distinct_2),
-        ):
-            if own is not None and base is not None and own < COLLAPSE_SHARE * base:
-                message = f"{report.label(row.name)}'s {label} is {number(own)}, SFT's {number(base)}."
-                found.append(Alarm("Diversity collapse", message, row.name))
-        own, base = row.length.value, sft.length.value
-        if own > LENGTH_DRIFT * base or own * LENGTH_DRIFT < base:
-            message = f"{report.label(row.name)} writes {number(own)} tokens on average, SFT {number(base)}."
-            found.append(Alarm("Length drift", message, row.name))
-    if (unusual := report.notes.get(UNUSUAL)) is not None:
-        found.append(Alarm(UNUSUAL, str(unusual)))
-    if (weights := report.notes.get("Class weights")) is not None:
-        found.append(Alarm("Class weights", str(weights)))
-    if (code := report.notes.get(REMOTE_CODE)) is not None:
-        found.append(Alarm(REMOTE_CODE, str(code)))
+    found += [alarm for row in trained for alarm in _policy_alarms(report, row, sft)]
+    for name, about in report.policies.items():
+        if about.unusual:
+            found.append(Alarm(UNUSUAL, f"{name}: {about.unusual}", name))
+    # Older reports have unusual parameters as a note of the run.
+    found += [
+        Alarm(name, str(report.notes[name]))
+        for name in (UNUSUAL, CLASS_WEIGHTS, REMOTE_CODE)
+        if name in report.notes
+    ]
     for gate in report.gate:
         failed = [f for f in gate.findings if not f.passed and f.severity in ("critical", "warning")]
         if failed:
             told = [f"{f.rule} ({f.severity}{_rows(f.count)}): {_sentence(f.message)}" for f in failed]
             found.append(Alarm("Data gate", f"{gate.subject}: {' '.join(told)}"))
+    return found
+
+
+def _policy_alarms(report: RunReport, row: PolicyRow, sft: PolicyRow | None) -> list[Alarm]:
+    """Of a policy's evaluation: distance, diversity and length, to the reference's."""
+    found = []
+    name, kl = report.label(row.name), row.kl.value if row.kl else 0.0
+    sampler, sampled_kl = _farthest_sampler(report)
+    direct = row.name in report.policies and row.name not in report.samplers
+    if kl > KL_LIMIT_NATS:
+        found.append(Alarm("KL run-away", f"{name} is {number(kl)} nats from the reference.", row.name))
+    elif direct and sampler and kl > max(KL_TIMES_SAMPLER * sampled_kl, KL_FLOOR_NATS):
+        paid = f"{number(kl)} nats from the reference, {report.label(sampler)} {number(sampled_kl)}."
+        found.append(Alarm("KL run-away", f"{name} is {paid}", row.name))
+    if sft is None:
+        return found
+    for measure, own, base in (
+        ("entropy", row.entropy, sft.entropy),
+        ("distinct-2", row.distinct_2, sft.distinct_2),
+    ):
+        if own is not None and base is not None and own < COLLAPSE_SHARE * base:
+            message = f"{name}'s {measure} is {number(own)}, {REFERENCE}'s {number(base)}."
+            found.append(Alarm("Diversity collapse", message, row.name))
+    own, base = row.length.value, sft.length.value
+    if own > LENGTH_DRIFT * base or own * LENGTH_DRIFT < base:
+        message = f"{name} writes {number(own)} tokens on average, {REFERENCE} {number(base)}."
+        found.append(Alarm("Length drift", message, row.name))
     return found
 
 
@@ -100,9 +106,10 @@ def _sentence(text: str) -> str:
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
-def against_promotion(raised: list[Alarm], candidate: str) -> dict[str, str]:
-    """Messages of the alarms that concern the model to be promoted, its reference or its data, by name."""
-    concern = [alarm for alarm in raised if alarm.policy in ("", candidate, REFERENCE)]
+def against_promotion(raised: list[Alarm], report: RunReport) -> dict[str, str]:
+    """Messages of the alarms that concern the candidate, the models behind it or its data, by name."""
+    behind = ("", REFERENCE, report.candidate, *report.lineage(report.candidate))
+    concern = [alarm for alarm in raised if alarm.policy in behind]
     names = dict.fromkeys(alarm.name for alarm in concern)
     return {name: " ".join(alarm.message for alarm in concern if alarm.name == name) for name in names}
 
@@ -161,47 +168,73 @@ def _clearly_below_zero(values: list[float]) -> bool:
 
 def _training_alarms(report: RunReport) -> list[Alarm]:
     found: list[Alarm] = []
-    candidate = report.candidate
-    dpo = report.evaluation.policy(candidate) if report.evaluation else None
     for stage, rows in report.curves.items():
-        found += _on_policy_alarms(stage, rows)
-        chosen = start_and_end(series(rows, "logps/chosen")[1])
-        rewards = series(rows, "rewards/chosen")[1]
-        reward = start_and_end(rewards)
-        fell = chosen and chosen[1] < chosen[0] and _clearly_below_zero(rewards)
-        if chosen and reward and fell and reward[1] < DISPLACED_REWARD:
-            found.append(
-                Alarm(
-                    "Likelihood displacement",
-                    f"log p(chosen) fell from {number(chosen[0])} to {number(chosen[1])} and ended below "
-                    f"the reference (implicit reward {number(reward[1])}): preferred answers became rarer.",
-                    stage if stage in report.policies else candidate,
-                )
+        policy = report.policy_of(stage)
+        if policy is None:  # SFT and the reward model
+            continue
+        name, row = report.label(policy), report.evaluation.policy(policy) if report.evaluation else None
+        found += [
+            Alarm(alarm, f"{name}: {message}", policy)
+            for alarm, message in (
+                ("Likelihood displacement", _displaced(report.policies[policy].reference, rows)),
+                ("Reward without accuracy", _without_accuracy(rows, row)),
+                *_on_policy_alarms(rows),
             )
-        accuracies = series(rows, "eval_rewards/accuracies")[1] or series(rows, "rewards/accuracies")[1]
-        half = len(accuracies) // 2
-        if half and dpo and dpo.gain and dpo.gain.value > 0:
-            early, late = sum(accuracies[:half]) / half, sum(accuracies[half:]) / (len(accuracies) - half)
-            if late < early - ACCURACY_DROP:
-                drop = f"fell from {percent(early)} to {percent(late)}"
-                message = f"The evaluation's reward rose while the preference accuracy of {stage} {drop}."
-                found.append(Alarm("Reward without accuracy", message, candidate))
-    if dpo and dpo.accuracy and dpo.gain and dpo.gain.value > 0 and dpo.accuracy.high < 0.5:
-        message = f"The reward rose, yet held-out preference accuracy is {cell('accuracy', dpo.accuracy)}."
-        found.append(Alarm("Reward without accuracy", message, candidate))
+            if message
+        ]
+    for policy in report.policies:
+        row = report.evaluation.policy(policy) if report.evaluation else None
+        if policy in report.samplers or row is None or row.accuracy is None or not _gained(row):
+            continue
+        if row.accuracy.high < 0.5:
+            accuracy = cell("accuracy", row.accuracy)
+            message = f"the reward rose, yet held-out preference accuracy is {accuracy}."
+            found.append(Alarm("Reward without accuracy", f"{report.label(policy)}: {message}", policy))
     return found
 
 
-def _on_policy_alarms(stage: str, rows: list[dict[str, float]]) -> list[Alarm]:
-    """What only a stage shows that samples from its own policy."""
+def _gained(row: PolicyRow | None) -> bool:
+    return row is not None and row.gain is not None and row.gain.value > 0
+
+
+def _displaced(reference: str, rows: list[dict[str, float]]) -> str:
+    """By the implicit reward, which compares a policy with what it is held to."""
+    chosen = start_and_end(series(rows, "logps/chosen")[1])
+    rewards = series(rows, "rewards/chosen")[1]
+    reward = start_and_end(rewards)
+    if not chosen or not reward or chosen[1] >= chosen[0] or reward[1] >= DISPLACED_REWARD:
+        return ""
+    if not _clearly_below_zero(rewards):
+        return ""
+    below = "the reference" if reference == REFERENCE else reference
+    return (
+        f"log p(chosen) fell from {number(chosen[0])} to {number(chosen[1])} and ended below {below} "
+        f"(implicit reward {number(reward[1])}): preferred answers became rarer."
+    )
+
+
+def _without_accuracy(rows: list[dict[str, float]], row: PolicyRow | None) -> str:
+    """Of a policy that learned from pairs: its reward rose while it ranked them worse."""
+    accuracies = series(rows, "eval_rewards/accuracies")[1] or series(rows, "rewards/accuracies")[1]
+    half = len(accuracies) // 2
+    if not half or not _gained(row):
+        return ""
+    early, late = fmean(accuracies[:half]), fmean(accuracies[half:])
+    if late >= early - ACCURACY_DROP:
+        return ""
+    drop = f"fell from {percent(early)} to {percent(late)}"
+    return f"the evaluation's reward rose while the preference accuracy of the training {drop}."
+
+
+def _on_policy_alarms(rows: list[dict[str, float]]) -> list[tuple[str, str]]:
+    """What only a training shows that samples from its own policy."""
     if not series(rows, "objective/scores")[1]:
         return []
-    messages = {
-        "Over-optimisation": _over_optimised(rows),
-        "KL run-away": _kl_ran_away(rows),
-        "Entropy collapse": _entropy_collapsed(rows),
-    }
-    return [Alarm(name, f"{stage}: {message}", stage) for name, message in messages.items() if message]
+    return [
+        ("Over-optimisation", _over_optimised(rows)),
+        ("KL run-away", _kl_ran_away(rows)),
+        ("Entropy collapse", _entropy_collapsed(rows)),
+    ]
 
 
 def _over_optimised(rows: list[dict[str, float]]) -> str:

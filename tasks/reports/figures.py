@@ -9,25 +9,30 @@ from tasks.recipe.policies import CHAMPION, REFERENCE
 from tasks.reports.curves import series, start_and_end
 from tasks.reports.format import number
 from tasks.reports.run_report import Evaluation
-from tasks.reports.svg import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE, TEAL, WIDE, Figure, reach, slug, svg
+from tasks.reports.svg import BLUE, INK, MUTED, ORANGE, TEAL, WIDE, Figure, Look, looks, reach, svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MAX_POINTS = 200  # a longer curve is averaged over neighbours: more points cannot be told apart at this size
 
-_REFERENCE, _CHAMPION = (MUTED, "s"), (TEAL, "P")
-_POLICIES = ((BLUE, "o"), (ORANGE, "^"), (GREEN, "D"), (PURPLE, "v"))
-"""Colour and marker of the policies, in the order of the recipe; more of them begin again."""
+_REFERENCE, _CHAMPION = Look(MUTED, "s"), Look(TEAL, "P")
 
 
-def curve_figures(name: str, panels: Sequence[Panel], rows: Sequence[dict[str, float]]) -> list[Figure]:
-    """One figure for each panel whose metrics were logged. `eval_` metrics join theirs, dashed."""
+def curve_figures(
+    key: str, name: str, panels: Sequence[Panel], rows: Sequence[dict[str, float]]
+) -> list[Figure]:
+    """One figure for each panel whose metrics were logged. `eval_` metrics join theirs, dashed.
+
+    Args:
+        key: of the figures' ids, another for each training of a page.
+        name: what was trained.
+    """
     figures = []
     for index, panel in enumerate(panels):
         lines = _lines(panel, rows)
         if lines:
-            figures.append(_curve(f"{slug(name)}-{index}", name, panel, lines))
+            figures.append(_curve(f"{key}-{index}", name, panel, lines))
     return figures
 
 
@@ -110,18 +115,18 @@ def frontier_figure(evaluation: Evaluation, label: Callable[[str], str] = str) -
     if not points:
         return None
     trained = [row.name for row in evaluation.policies if row.name not in (REFERENCE, CHAMPION)]
-    styles = dict(zip(trained, cycle(_POLICIES), strict=False))
+    styles = looks(trained) | {CHAMPION: _CHAMPION}
 
     def draw(axes: "Axes") -> None:
         axes.axhline(0, color=MUTED, linewidth=1, linestyle=":")
-        axes.plot([0], [0], _REFERENCE[1], color=_REFERENCE[0], markersize=7)
+        axes.plot([0], [0], _REFERENCE.marker, color=_REFERENCE.colour, markersize=7)
         axes.annotate(REFERENCE, (0, 0), (7, -14), textcoords="offset points", color=INK, fontweight="bold")
         # From left to right, each label on its own side: policies that coincide can still be told apart.
         sides = [((-7, 6), "right"), ((7, 6), "left"), ((-7, -14), "right"), ((7, -14), "left")]
         for row, (offset, side) in zip(points, cycle(sides), strict=False):
             assert row.gain is not None
             assert row.kl is not None
-            colour, marker = _CHAMPION if row.name == CHAMPION else styles[row.name]
+            colour, marker = styles[row.name]
             axes.errorbar(
                 row.kl.value, row.gain.value, fmt=marker, color=colour, markersize=7, elinewidth=1.4,
                 capsize=3,
@@ -133,7 +138,7 @@ def frontier_figure(evaluation: Evaluation, label: Callable[[str], str] = str) -
                 color=INK, fontweight="bold",
             )  # fmt: skip
         axes.set_xlabel("KL to the reference, nats per sequence (k1)")
-        axes.set_ylabel("reward gain over SFT")
+        axes.set_ylabel(f"reward gain over {REFERENCE}")
         axes.margins(0.12)
         left, right = axes.get_xlim()
         right = max(1.0, right)  # differences far below one nat are noise
@@ -146,7 +151,7 @@ def frontier_figure(evaluation: Evaluation, label: Callable[[str], str] = str) -
         for row in points
         if row.gain and row.kl
     )
-    drawn = svg("frontier", "Reward gain over SFT against KL to the reference", words, draw, WIDE)
+    drawn = svg("frontier", f"Reward gain over {REFERENCE} against KL to the reference", words, draw, WIDE)
     return Figure(
         "Reward against KL", drawn, "Up is better, left is closer to the reference. Bars: 95% intervals."
     )

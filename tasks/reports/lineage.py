@@ -2,7 +2,8 @@
 
 from typing import NamedTuple
 
-from tasks.reports.run_report import RunReport, StageRow
+from tasks.recipe.policies import REFERENCE
+from tasks.reports.run_report import PolicyAbout, RunReport, StageRow
 
 
 class Link(NamedTuple):
@@ -15,23 +16,48 @@ class Link(NamedTuple):
 
 
 def chain(report: RunReport) -> list[Link]:
-    """Dataset, reference, run and model version, each with its digest.
+    """Dataset, reference, the models that the candidate starts from or is held to, run and model version.
 
-    Dataset and reference are the nearest ones behind the registered model; of a run that registered none, the
-    last of their kind before the end. A policy of the run is no reference.
+    The dataset is the nearest one behind the registered model; of a run that registered none, the last one.
     """
-    policies = {about.stage for about in report.policies.values()}
-    behind = [stage for stage in _ancestors(report) if stage.name not in policies]
-    dataset = _nearest(behind, "dataset")
+    behind = _ancestors(report)
+    reference = report.models.get(REFERENCE)
     # The weights say which model the reference is; its cached log-probs stand in where no stage made a model.
-    reference = _nearest(behind, "model") or _nearest(behind, "reference-logps")
+    reference = reference or _nearest(behind, "model") or _nearest(behind, "reference-logps")
     model = report.model
     version = f"{model.name}{f' version {model.version}' if model.version else ''}" if model else ""
     return [
-        _made("Dataset", dataset),
+        _made("Dataset", _nearest(behind, "dataset")),
         _made("Reference", reference),
+        *(_behind(report, name) for name in report.lineage(report.candidate)),
         Link("Run", report.run.name, report.run.mlflow_run_id or ""),
         Link("Model version", version, model.sha256) if model else Link("Model version", "none registered"),
+    ]
+
+
+def _behind(report: RunReport, name: str) -> Link:
+    """A policy, or a model from outside the recipe, which a stage of its name fetched."""
+    followers = [report.candidate, *report.lineage(report.candidate)]
+    starts = any(report.policies[one].start == name for one in followers if one in report.policies)
+    row = report.models.get(name) or next((r for r in report.stages if r.name.endswith(f" {name}")), None)
+    label = "Start" if starts else "Held to"
+    return Link(label, report.label(name), (row.sha256 if row else None) or "")
+
+
+class PolicyLine(NamedTuple):
+    """A policy in the table of what was trained."""
+
+    name: str
+    about: PolicyAbout
+    sha256: str
+
+
+def policy_lines(report: RunReport) -> list[PolicyLine]:
+    """Every policy that was trained, in the order of the recipe."""
+    made = report.models
+    return [
+        PolicyLine(report.label(name), about, (made[name].sha256 if name in made else None) or "")
+        for name, about in report.policies.items()
     ]
 
 
@@ -50,7 +76,8 @@ def _ancestors(report: RunReport) -> list[StageRow]:
         if stage.sha256:
             made.setdefault(stage.sha256, stage)
     if report.model is None or report.model.sha256 not in made:
-        return [stage for stage in report.stages[::-1] if stage.sha256]
+        trained = {about.stage for about in report.policies.values()}
+        return [stage for stage in report.stages[::-1] if stage.sha256 and stage.name not in trained]
     found: list[StageRow] = []
     wave = [report.model.sha256]
     seen = set(wave)

@@ -9,11 +9,12 @@ from dpo_core.evaluation.compare import Comparison
 from dpo_core.judging.results import WinRate
 from dpo_core.methods.method import Panel
 from dpo_core.methods.registry import methods
+from tasks.recipe.policies import REFERENCE
 from tasks.reports.alarms import alarms
 from tasks.reports.figures import Figure, curve_figures, frontier_figure
 from tasks.reports.forest_plot import difference_figures, win_rate_figure
 from tasks.reports.format import duration, number, percent, scaled
-from tasks.reports.lineage import chain
+from tasks.reports.lineage import chain, policy_lines
 from tasks.reports.run_report import Cost, RunReport, Sample, SuiteRow
 from tasks.reports.run_text import policy_metrics, reward_metrics, reward_use, stage_size
 from tasks.reports.tables import (
@@ -67,13 +68,25 @@ def render(report: RunReport) -> str:
     return fill("run_page.html.j2", _context(report))
 
 
-def _panels(report: RunReport, name: str) -> Sequence[Panel]:
-    """The panels of a curve's method; of an older report, which does not say it, those of all methods."""
+def _curves(report: RunReport) -> list[Curves]:
+    """The curves of the named report, each under the policy, or else the stage, that was trained."""
+    groups = []
+    for index, (stage, rows) in enumerate(report.curves.items()):
+        policy = report.policy_of(stage)
+        title = report.label(policy) if policy else REFERENCE if stage == report.reference_stage else stage
+        figures = curve_figures(f"curve-{index}", title, _panels(report, stage), rows)
+        groups += [Curves(title, figures)] if figures else []
+    return groups
+
+
+def _panels(report: RunReport, stage: str) -> Sequence[Panel]:
+    """The panels of a training's method; of SFT and the reward model, those of all methods."""
     known = methods()
-    method = report.policies[name].method if name in report.policies else name
-    if method in known:
-        return known[method].curves
-    return list(dict.fromkeys(panel for one in known.values() for panel in one.curves))
+    policy = report.policy_of(stage)
+    if policy is not None and report.policies[policy].method in known:
+        return known[report.policies[policy].method].curves
+    own = [one for one in known.values() if one.stage == stage] or known.values()
+    return list(dict.fromkeys(panel for one in own for panel in one.curves))
 
 
 def fill(template: str, context: dict[str, Any]) -> str:
@@ -97,10 +110,7 @@ def fill(template: str, context: dict[str, Any]) -> str:
 def _context(report: RunReport) -> dict[str, Any]:
     report = report.named()
     evaluation = report.evaluation
-    curves = [
-        Curves(name, curve_figures(name, _panels(report, name), rows)) for name, rows in report.curves.items()
-    ]
-    curves = [group for group in curves if group.figures]
+    curves = _curves(report)
     frontier = frontier_figure(evaluation, report.label) if evaluation else None
     # The first stage that left an artifact is its maker; a later one with the same digest found it again.
     digests = {stage.sha256: stage.name for stage in reversed(report.stages) if stage.sha256}
@@ -120,7 +130,7 @@ def _context(report: RunReport) -> dict[str, Any]:
     ]
     left_out = [part for part in parts if part.absent]
     if evaluation and report.policies and not report.samplers:
-        left_out.append(Part("baseline", "Baseline that samples (PPO, GRPO)", "the recipe lists none"))
+        left_out.append(Part("baseline", "Policy that learns from its own samples", "the recipe lists none"))
     if report.decision is None:
         left_out.append(Part("decision", "Decision to promote", "the run did not ask for one"))
     return {
@@ -139,6 +149,7 @@ def _context(report: RunReport) -> dict[str, Any]:
         "curves": curves,
         "cost": cost_facts(report.cost, report.win_rates),
         "chain": chain(report),
+        "policy_lines": policy_lines(report),
         "stage_size": stage_size,
         "producer": digests,
         "seconds_by_stage": report.cost.seconds_by_stage if report.cost else {},

@@ -1,10 +1,11 @@
 """What one alignment run found out, as data that other stages measured; nothing is computed here."""
 
 import math
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any, Literal, TypeVar
 
-from pydantic import Field, JsonValue, field_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from dpo_core.config import Config
 from dpo_core.evaluation.compare import Comparison
@@ -13,7 +14,9 @@ from dpo_core.evaluation.results import Measure
 from dpo_core.judging.results import WinRate
 from dpo_core.rewards.quality import RewardQuality
 from dpo_core.statistics.estimates import Estimate
+from tasks.recipe.policies import REFERENCE
 from tasks.reports.format import number
+from tasks.reports.old_report import is_old, upgraded
 
 _Part = TypeVar("_Part", bound=Config)
 
@@ -144,8 +147,10 @@ class Trained(Config):
     training: str
     """Steps, batch size, learning rate, seed."""
     reward: str
+    before: str = ""
+    """The policies that the candidate starts from or is held to; empty where there is none."""
     baselines: str = ""
-    """PPO and the like; empty where there is none."""
+    """The other policies; empty where there is none."""
 
     @property
     def lines(self) -> list[tuple[str, str]]:
@@ -156,6 +161,7 @@ class Trained(Config):
             ("Reference", self.reference),
             ("Objective", self.objective),
             ("Training", self.training),
+            ("Trained before", self.before),
             ("Reward", self.reward),
             ("Baselines", self.baselines),
         ]
@@ -242,12 +248,35 @@ class PolicyAbout(Config):
     """Objective and settings, in words."""
     objective: str = ""
     """Name of the objective, or of the sum; empty where the method has none."""
-    scored: bool = False
-    """Whether it learned from a reward on its own samples."""
+    reward: Literal["source", "model"] | None = None
+    """What scored its own samples: the known reward or the reward model; none of a method that does not
+    sample."""
     start: str
+    """Its initial weights: the reference, another policy, or a model from outside the recipe."""
     reference: str
+    """What it is held to, named likewise."""
     stage: str
     """The row of the stage table that trained it."""
+    unusual: str = ""
+    """Parameters of its objective that are far from their defaults, in words."""
+
+
+def lineage(policies: Mapping[str, PolicyAbout], policy: str) -> list[str]:
+    """The models that a policy starts from or is held to, and those behind them, the earliest first.
+
+    The run's reference is left out; a model from outside the recipe is named as the recipe names it.
+    """
+    found: list[str] = []
+
+    def visit(name: str) -> None:
+        about = policies.get(name)
+        for model in (about.start, about.reference) if about else ():
+            if model not in (REFERENCE, policy, *found):
+                visit(model)
+                found.append(model)
+
+    visit(policy)
+    return found
 
 
 class RunReport(Config):
@@ -259,10 +288,12 @@ class RunReport(Config):
     evaluation: Evaluation | None = None
     trained: Trained | None = None
     """What was trained; older reports do not say."""
-    candidate: str = "DPO"
-    """The policy that was registered; older reports know one name alone."""
+    candidate: str
+    """The policy that was registered."""
     policies: dict[str, PolicyAbout] = Field(default_factory=dict)
-    """What was trained, by name, in the order of the recipe; older reports do not say."""
+    """What was trained, by name, in the order of the recipe."""
+    reference_stage: str = ""
+    """The row of the stage table that made the reference."""
     recipe_text: str = ""
     """The resolved recipe, as it lies beside the page."""
     decision: Decision | None = None
@@ -274,7 +305,8 @@ class RunReport(Config):
     reward_model: RewardQuality | None = None
     """The learned reward on held-out pairs, where one was trained and pairs were held out."""
     curves: dict[str, list[dict[str, float]]] = Field(default_factory=dict)
-    """By stage: rows of `step` and metrics. Values that are not finite are dropped: JSON cannot hold them."""
+    """By row of the stage table: rows of `step` and metrics. Values that are not finite are dropped: JSON
+    cannot hold them."""
     cost: Cost | None = None
     model: ModelRow | None = None
     notes: dict[str, JsonValue] = Field(default_factory=dict)
@@ -284,20 +316,44 @@ class RunReport(Config):
         about = self.policies.get(policy)
         if about is None or not about.objective or about.objective in policy.lower():
             return policy
-        return f"{policy} ({about.objective})"
+        longer = f"{policy} ({about.objective})"
+        return policy if longer in self.policies else longer
+
+    def policy_of(self, stage: str) -> str | None:
+        """The policy that a row of the stage table trained; None of the other stages."""
+        return next((name for name, about in self.policies.items() if about.stage == stage), None)
+
+    def stage_label(self, stage: str) -> str:
+        """A row of the stage table for people: without the policy's name where the method says enough."""
+        policy = self.policy_of(stage)
+        if policy is None:
+            return stage
+        method = self.policies[policy].method
+        alone = [about.method for about in self.policies.values()].count(method) == 1
+        return stage.removesuffix(f" {policy}") if alone else stage
+
+    @property
+    def models(self) -> dict[str, StageRow]:
+        """The reference and the policies, each with the row of the stage table that made its model."""
+        rows = {row.name: row for row in reversed(self.stages)}
+        made = {REFERENCE: self.reference_stage} | {n: about.stage for n, about in self.policies.items()}
+        return {name: rows[stage] for name, stage in made.items() if stage in rows}
+
+    def lineage(self, policy: str) -> list[str]:
+        """The models behind a policy; see `lineage`."""
+        return lineage(self.policies, policy)
 
     @property
     def samplers(self) -> list[str]:
         """The policies that learned from a reward on their own samples."""
-        return [name for name, about in self.policies.items() if about.scored]
+        return [name for name, about in self.policies.items() if about.reward is not None]
 
     def named(self) -> "RunReport":
-        """The report for people: its policies under their labels in win rates, suites, comparisons, samples.
+        """The report for people: its stages under their labels, and its policies in win rates, suites,
+        comparisons and samples.
 
-        `evaluation.policies` keeps the names, by which its rows are found.
+        `evaluation.policies` and `policies` keep the names, by which their rows are found.
         """
-        if all(self.label(name) == name for name in self.policies):
-            return self
 
         def renamed(part: _Part, *fields: str) -> _Part:
             return part.model_copy(update={field: self.label(getattr(part, field)) for field in fields})
@@ -306,7 +362,16 @@ class RunReport(Config):
             "win_rates": [renamed(rate, "a", "b") for rate in self.win_rates],
             "suites": [renamed(row, "policy") for row in self.suites],
             "comparisons": [renamed(found, "candidate", "baseline") for found in self.comparisons],
+            "stages": [row.model_copy(update={"name": self.stage_label(row.name)}) for row in self.stages],
+            "policies": {
+                name: about.model_copy(update={"stage": self.stage_label(about.stage)})
+                for name, about in self.policies.items()
+            },
+            "curves": {self.stage_label(stage): rows for stage, rows in self.curves.items()},
         }
+        if self.cost:
+            seconds = {self.stage_label(stage): s for stage, s in self.cost.seconds_by_stage.items()}
+            changed["cost"] = self.cost.model_copy(update={"seconds_by_stage": seconds})
         if self.evaluation:
             samples = [
                 Sample(
@@ -318,6 +383,11 @@ class RunReport(Config):
             ]
             changed["evaluation"] = self.evaluation.model_copy(update={"samples": samples})
         return self.model_copy(update=changed)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_earlier_version(cls, facts: Any) -> Any:
+        return upgraded(facts) if isinstance(facts, Mapping) and is_old(facts) else facts
 
     @field_validator("curves", mode="before")
     @classmethod

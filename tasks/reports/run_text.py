@@ -86,8 +86,8 @@ def reward_use(report: RunReport) -> str:
     evaluation = report.evaluation
     if evaluation is None:
         return ""
-    samplers = ", ".join(map(report.label, report.samplers))
-    learned = f"{samplers} learned from it. " if samplers else ""
+    learners = [name for name, about in report.policies.items() if about.reward == "model"]
+    learned = f"{', '.join(map(report.label, learners))} learned from it. " if learners else ""
     measure = f"{evaluation.reward_name}, not with it" if evaluation.reward_is_true else "it"
     return f"{learned}The policies were measured with {measure}."
 
@@ -263,6 +263,7 @@ def note(report: RunReport, page: str) -> str:
 
 def markdown(report: RunReport) -> str:
     """The report as GitHub Markdown, for a Prefect artifact: no samples, no curves."""
+    report = report.named()
     parts = _findings(report)
     if report.stages:
         stages = [

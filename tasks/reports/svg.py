@@ -8,6 +8,7 @@ a phone at its natural size, and the page lays the panels out in columns where t
 import io
 import re
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -60,6 +61,25 @@ _STYLE: dict[str, object] = {
     "legend.fontsize": 12,
     "lines.linewidth": 1.6,
 }
+
+
+class Look(NamedTuple):
+    """Colour and shape of a policy's marks."""
+
+    colour: str
+    marker: str
+
+
+_LOOKS = (
+    *(Look(BLUE, "o"), Look(ORANGE, "^"), Look(GREEN, "D"), Look(PURPLE, "v"), Look(PINK, "P")),
+    *(Look(TEAL, "X"), Look(INK, "p"), Look(BLUE, "<"), Look(ORANGE, ">"), Look(GREEN, "h")),
+    *(Look(PURPLE, "d"), Look(PINK, "8"), Look(TEAL, "*")),
+)
+
+
+def looks(policies: Sequence[str]) -> dict[str, Look]:
+    """A look for each policy, by its place; after thirteen they recur."""
+    return dict(zip(policies, cycle(_LOOKS), strict=False))
 
 
 class Figure(NamedTuple):

@@ -17,7 +17,7 @@ class Verdict(NamedTuple):
 
 
 def verdict(report: RunReport) -> Verdict:
-    """The decision to promote where one was made, else whether DPO beat SFT."""
+    """The decision to promote where one was made, else whether the candidate beat the reference."""
     return finding(report) if report.decision is None else decided(report.decision, alarms(report))
 
 
@@ -91,7 +91,7 @@ def finding(report: RunReport) -> Verdict:
     if policy.gain.low <= 0 <= policy.gain.high:
         reasons.append("The interval contains zero: this run can neither show nor exclude an improvement.")
     if policy.win_rate:
-        reasons.append(f"Win rate against SFT {cell('win_rate', policy.win_rate)}.")
+        reasons.append(f"Win rate against {REFERENCE} {cell('win_rate', policy.win_rate)}.")
     for other in evaluation.policies:
         if other.name not in (REFERENCE, name) and other.gain:
             # k3 is never negative; a distance below zero reads like a mistake.

@@ -1,4 +1,4 @@
-"""The evaluation stage: the reference, DPO and PPO on the same held-out prompts."""
+"""The evaluation stage: the reference, the policies and the champion on the same held-out prompts."""
 
 import json
 import logging
@@ -18,6 +18,7 @@ from tasks.stages.data import kind_of
 from tasks.store.checked_json import read_sealed, write_sealed
 from tasks.store.facts import Facts
 from tasks.store.manifest import Manifest
+from tasks.tracking.mlflow_run import metric_keys
 
 log = logging.getLogger("dpo")
 
@@ -79,16 +80,17 @@ def evaluate(
         (out / "answers.json").write_text(json.dumps(answers, ensure_ascii=False, allow_nan=False))
         given.mlflow.artifact(out / "evaluation.json")
         metrics = {"cost/flops": flops}
+        keys = metric_keys(row["name"] for row in results["policies"])
         for row in results["policies"]:
             for name, value in row.items():
                 number = value["value"] if isinstance(value, dict) else value
                 if isinstance(number, int | float):
-                    metrics[f"{name}/{row['name'].lower()}"] = float(number)
+                    metrics[f"{name}/{keys[row['name']]}"] = float(number)
         for name, by_source in results["accuracy_by_source"].items():
             for source, accuracy in by_source.items():
                 # MLflow takes no other signs; of a long path the end tells most.
                 label = re.sub(r"[^\w. -]", "_", source)[-60:]
-                metrics[f"accuracy/{name.lower()}/{label}"] = accuracy["value"]
+                metrics[f"accuracy/{keys[name]}/{label}"] = accuracy["value"]
         return Output(out, rows=results["n_prompts"], facts=Facts(flops=flops), metrics=metrics)
 
     inputs = {f"policy-{name}": manifest for name, manifest in policies.items()}

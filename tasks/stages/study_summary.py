@@ -14,6 +14,7 @@ from tasks.stages.measure import MEASURE, point_of, read_measurement
 from tasks.stages.summary import cost_of, run_info, stage_row
 from tasks.stages.training import TrainedPolicy
 from tasks.store.files import run_folder
+from tasks.tracking.mlflow_run import metric_keys
 
 
 @run_task("summary")
@@ -44,16 +45,12 @@ def summarise_study(
     for path in sorted(folder.iterdir()):
         if path.suffix in (".html", ".md", ".json", ".png"):
             parent.artifact(path)
-    parent.metrics(
-        {f"area/{_key(row.arm)}": row.area.value for row in report.summary.arms if row.area is not None}
-    )
+    rows = report.summary.arms
+    keys = metric_keys(row.arm for row in rows)
+    parent.metrics({f"area/{keys[row.arm]}": row.area.value for row in rows})
     parent.tag("dpo.verdict", headline(report).text)
     context.prefect_artifacts.send_report(report.run.name, markdown(report), page, "Study page")
     return report
-
-
-def _key(arm: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in arm.lower())
 
 
 def study_of(recipe: Recipe, stages: Mapping[str, StageResult], trained: list[TrainedPolicy]) -> Study:

@@ -25,7 +25,7 @@ from tasks.reports.about import (
     vocabulary_size,
 )
 from tasks.reports.about import trained as trained_words
-from tasks.reports.alarms import REMOTE_CODE, UNUSUAL, against_promotion, alarms
+from tasks.reports.alarms import REMOTE_CODE, against_promotion, alarms
 from tasks.reports.data_notes import data_notes
 from tasks.reports.run_page import render
 from tasks.reports.run_report import (
@@ -49,12 +49,12 @@ from tasks.stages.data import GATES, LOAD, kind_of
 from tasks.stages.evaluation import EVALUATE, load_evaluation
 from tasks.stages.models import IMPORT
 from tasks.stages.prepare_sft import SFT
-from tasks.stages.registry import stage_of
 from tasks.stages.train_reward import REWARD
 from tasks.stages.training import TrainedPolicy, class_facts
 from tasks.store.facts import Facts, ImportFacts, LoadFacts, RewardFacts, facts_of, weights_sha256
 from tasks.store.files import run_folder, write_whole
 from tasks.store.manifest import Manifest
+from tasks.tracking.mlflow_run import metric_keys
 from tasks.tracking.registry import register_model, version_with
 from tasks.tracking.tracker import Tracker
 
@@ -77,16 +77,20 @@ def summarise(
     """
     tracker = context.tracker
     manifests = {name: result.manifest for name, result in stages.items()}
-    candidate = {one.node.policy: one for one in trained}[recipe.candidate_name]
     data = _run_data(manifests)
-    about = trained_words(recipe, data, candidate.manifest)
-    reference = manifests.get(SFT.name, data.base)
-    model = _register(recipe, candidate.manifest, reference, data.rows, tracker, about)
+    policies = policies_about(recipe)
+    by_name = {one.node.policy: one.manifest for one in trained}
+    candidate = by_name[recipe.candidate_name]
+    config = recipe.policies[recipe.candidate_name]
+    about = trained_words(recipe, data, candidate, policies)
+    base = manifests.get(SFT.name, data.base)
+    outside = manifests.get(f"{IMPORT.name} {config.reference}", base)
+    reference = by_name.get(config.reference, outside)
+    model = _register(recipe, candidate, reference, data.read_by(config), tracker, about)
     info = run_info(context, recipe, started, command)
     evaluation = load_evaluation(manifests[EVALUATE.name])
     gate = [_gate_row(context.workspace, manifest) for manifest in data.gates]
     assessed = assess(recipe, manifests, evaluation)
-    config = candidate.node.config
     report = RunReport(
         run=info,
         stages=[stage_row(name, result) for name, result in stages.items()],
@@ -94,22 +98,22 @@ def summarise(
         evaluation=_evaluation(recipe, data, evaluation),
         trained=about,
         candidate=recipe.candidate_name,
-        policies=policies_about(recipe),
+        policies=policies,
+        reference_stage=SFT.name if SFT.name in manifests else IMPORT.name,
         recipe_text=recipe_path(context.workspace, context.run_id).read_text(),
         win_rates=assessed.win_rates,
         suites=assessed.suites,
         comparisons=assessed.comparisons,
         reward_model=_reward_quality(manifests),
-        curves=_curves(stages, trained),
+        curves={name: _curve(m) for name, m in manifests.items() if (m.path / "metrics.jsonl").exists()},
         cost=cost_of(stages, info.seconds),
         model=model,
         notes=({"description": recipe.description} if recipe.description else {})
-        | class_facts(config, data.rows)
-        | ({UNUSUAL: "; ".join(recipe.unusual_parameters) + "."} if recipe.unusual_parameters else {})
+        | class_facts(config, data.read_by(config))
         | data_notes(data, evaluation)
         | _remote_code(recipe, data.base),
     )
-    concern = against_promotion(alarms(report), recipe.candidate_name)
+    concern = against_promotion(alarms(report), report)
     title = f"{model.name} version {model.version}"
     decision = judge_candidate(recipe, evaluation, report.comparisons, gate, concern, champion, title)
     report = report.model_copy(update={"decision": decision})
@@ -178,11 +182,13 @@ def publish(report: RunReport, folder: Path, tracker: Tracker) -> Path:
 def headline_metrics(report: RunReport) -> dict[str, float]:
     """The numbers by which whole runs are compared, named as the evaluation names them: `gain/dpo`."""
     metrics: dict[str, float] = {}
-    for row in report.evaluation.policies if report.evaluation else []:
-        for key in ("reward", "gain", "win_rate", "kl", "accuracy", "length"):
-            estimate = getattr(row, key)
+    rows = report.evaluation.policies if report.evaluation else []
+    keys = metric_keys(row.name for row in rows)
+    for row in rows:
+        for measure in ("reward", "gain", "win_rate", "kl", "accuracy", "length"):
+            estimate = getattr(row, measure)
             if estimate is not None:
-                metrics[f"{key}/{row.name.lower()}"] = estimate.value
+                metrics[f"{measure}/{keys[row.name]}"] = estimate.value
     for name in ("seconds", "tokens_trained", "flops", "peak_memory_bytes"):
         value = getattr(report.cost, name, None)
         if value is not None:
@@ -193,13 +199,20 @@ def headline_metrics(report: RunReport) -> dict[str, float]:
 def _register(
     recipe: Recipe, model: Manifest, reference: Manifest, rows: Manifest, tracker: Tracker, about: Trained
 ) -> ModelRow:
-    """The trained model in the registry; weights that are there already keep their version and aliases."""
+    """The candidate in the registry; weights that are there already keep their version and aliases.
+
+    Args:
+        model: the candidate.
+        reference: what it is held to.
+        rows: what it was trained on.
+    """
     name = recipe.registered_name
     known = version_with(tracker, name, model.sha256)
     if known is not None and known.run_id != tracker.run_id:
         version = str(known.version)
         return ModelRow(name=name, version=version, uri=model.uri, sha256=model.sha256, known=True)
     tags = {
+        "dpo.policy": recipe.candidate_name,
         "dpo.objective": about.objective,
         "dpo.base_model": about.base_model,
         "dpo.data": about.data,
@@ -266,20 +279,6 @@ def _page_part(evaluation: dict[str, Any]) -> dict[str, Any]:
 def _reward_quality(manifests: Mapping[str, Manifest]) -> RewardQuality | None:
     made = manifests.get(REWARD.name)
     return None if made is None else facts_of(made, RewardFacts).quality
-
-
-def _curves(
-    stages: Mapping[str, StageResult], trained: list[TrainedPolicy]
-) -> dict[str, list[dict[str, float]]]:
-    """Of policies by their name, of the rest by the method that trained them."""
-    policies = {one.manifest.sha256: one.node.policy for one in trained}
-    curves = {}
-    for name, result in stages.items():
-        manifest = result.manifest
-        if (manifest.path / "metrics.jsonl").exists():
-            short = stage_of(name).name.partition("-")[2]
-            curves[policies.get(manifest.sha256, short)] = _curve(manifest)
-    return curves
 
 
 def _curve(manifest: Manifest) -> list[dict[str, float]]:

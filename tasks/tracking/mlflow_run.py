@@ -9,8 +9,9 @@ import math
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,6 +43,16 @@ def clean_key(key: str) -> str:
     """A name that MLflow accepts for a metric, parameter or tag."""
     key = re.sub(r"[^\w\-. :/]", "_", key, flags=re.ASCII)
     return re.sub(r"/+", "/", key).strip("/")[:_KEY_CHARS] or "_"
+
+
+def metric_keys(names: Iterable[str]) -> dict[str, str]:
+    """Each name as a part of metric names: in small letters that MLflow accepts, no two alike."""
+    keys: dict[str, str] = {}
+    for name in names:
+        key = clean_key(name.lower())
+        numbered = (key if number == 1 else f"{key}-{number}" for number in count(1))
+        keys[name] = next(free for free in numbered if free not in keys.values())
+    return keys
 
 
 def now_ms() -> int:

@@ -12,7 +12,7 @@ from dpo_core.errors import RecipeError
 from flows.cli.run import show
 from tasks.runs.record import RunRecord, new_run, save_run
 from tasks.store.owner import myself
-from tests.support.reports.run_reports import decided
+from tests.support.reports.run_reports import decided, make_policies
 from tests.support.runs.stored import REPO
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
@@ -81,7 +81,10 @@ def test_a_finished_run_says_what_came_of_it(tmp_path: Path) -> None:
     save_run(tmp_path, record)
     report = tmp_path / "runs" / record.run_id / "report.json"
     for text, told in (
-        (decided(promote=True, objective="simpo").model_dump_json(), "promote, gain +0.523 [0.465, 0.581], "),
+        (
+            decided(promote=True, policies=make_policies("simpo")).model_dump_json(),
+            "promote, gain +0.523 [0.465, 0.581], ",
+        ),
         (decided(promote=False).model_dump_json(), "do not promote, gain"),
         ('{"decision": 7, "evaluation": []}', ""),
         ("{", ""),

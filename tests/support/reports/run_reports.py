@@ -4,7 +4,7 @@ import math
 import random
 from datetime import UTC, datetime, timedelta
 from hashlib import sha256
-from typing import Any
+from typing import Any, Literal
 
 from dpo_core.rewards.quality import RewardQuality
 from dpo_core.statistics.estimates import Estimate
@@ -14,6 +14,7 @@ from tasks.reports.run_report import (
     GateFinding,
     GateRow,
     ModelRow,
+    PolicyAbout,
     PolicyRow,
     RunInfo,
     RunReport,
@@ -72,7 +73,29 @@ def make_curves(steps: int) -> dict[str, list[dict[str, float]]]:
                 "policy/approxkl_avg": abs(near(0.01, 0.004)),
             }
         )
-    return {"sft": sft, "train_dpo": dpo, "ppo": ppo}
+    return {"prepare-sft": sft, "train-dpo DPO": dpo, "train-ppo PPO": ppo}
+
+
+def make_policy(method: str, name: str, **changes: Any) -> PolicyAbout:
+    """A policy of a method, from SFT and held to it."""
+    paired = method == "dpo"
+    known: dict[str, Any] = {
+        "method": method, "words": "dpo, beta 0.1" if paired else method,
+        "objective": "dpo" if paired else "",
+        "reward": None if paired else "source", "start": "SFT", "reference": "SFT",
+        "stage": f"train-{method} {name}",
+    }  # fmt: skip
+    return PolicyAbout(**(known | changes))
+
+
+def make_policies(
+    objective: str = "dpo", ppo_reward: Literal["source", "model"] = "source"
+) -> dict[str, PolicyAbout]:
+    """DPO, with another objective where that is named, and PPO."""
+    return {
+        "DPO": make_policy("dpo", "DPO", objective=objective, words=f"{objective}, beta 0.1"),
+        "PPO": make_policy("ppo", "PPO", reward=ppo_reward),
+    }
 
 
 def digest(name: str) -> str:
@@ -86,7 +109,7 @@ def make_stages() -> list[StageRow]:
         ("prepare-sft", "cached", 0.3, "model", None, 134_515_008, ["validate-pairs"]),
         ("cache-reference", "ran", 48.2, "reference-logps", 4812, None, ["validate-pairs", "prepare-sft"]),
         (
-            "train-dpo",
+            "train-dpo DPO",
             "ran",
             1325.0,
             "model",
@@ -94,8 +117,16 @@ def make_stages() -> list[StageRow]:
             134_515_008,
             ["prepare-sft", "validate-pairs", "cache-reference"],
         ),
-        ("train-ppo", "ran", 2874.5, "model", None, 134_515_008, ["prepare-sft"]),
-        ("evaluate", "ran", 310.7, "evaluation", 256, None, ["prepare-sft", "train-dpo", "train-ppo"]),
+        ("train-ppo PPO", "ran", 2874.5, "model", None, 134_515_008, ["prepare-sft"]),
+        (
+            "evaluate",
+            "ran",
+            310.7,
+            "evaluation",
+            256,
+            None,
+            ["prepare-sft", "train-dpo DPO", "train-ppo PPO"],
+        ),
         ("promote", "skipped", 0.0, "registration", None, None, ["evaluate"]),
     ]
     return [
@@ -188,6 +219,9 @@ def example(steps: int = 300, **changes: Any) -> RunReport:
             hardware="1 × accelerator with 80 GiB, 16 cores, 128 GiB memory",
         ),
         "stages": stages,
+        "candidate": "DPO",
+        "policies": make_policies(),
+        "reference_stage": "prepare-sft",
         "gate": make_gate(),
         "evaluation": make_evaluation(),
         "decision": None,
@@ -201,7 +235,7 @@ def example(steps: int = 300, **changes: Any) -> RunReport:
         ),
         "model": ModelRow(
             name="imdb-dpo", version="4", alias="champion", uri="models:/imdb-dpo@champion",
-            sha256=digest("train-dpo"),
+            sha256=digest("train-dpo DPO"),
         ),
         "notes": {"seed": 7, "beta": 0.1},
     }  # fmt: skip
@@ -227,7 +261,7 @@ def with_policy(name: str, **changes: Any) -> RunReport:
 def alarming() -> RunReport:
     """A run that went wrong in every way that the page can show."""
     curves = make_curves(120)
-    for row in curves["train_dpo"]:
+    for row in curves["train-dpo DPO"]:
         row |= {"logps/chosen": -88 - 0.4 * row["step"], "rewards/chosen": -0.02 * row["step"]}
     evaluation = make_evaluation()
     changes: dict[str, dict[str, Any]] = {
@@ -309,7 +343,7 @@ def hostile() -> RunReport:
             **hostile_measured(HOSTILE),
             "gate": [gate],
             "stages": stages,
-            "curves": {HOSTILE: base.curves["train_dpo"]},
+            "curves": {HOSTILE: base.curves["train-dpo DPO"]},
             "notes": {HOSTILE: HOSTILE},
         }
     )

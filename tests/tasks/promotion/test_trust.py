@@ -12,6 +12,7 @@ from dpo_core.errors import RecipeError
 from dpo_core.evaluation.decision import Evidence, PromotionConfig, decide, nothing_new
 from dpo_core.evaluation.model_under_test import Asked
 from dpo_core.methods.dpo import DpoConfig
+from dpo_core.methods.kto import KtoConfig
 from dpo_core.objectives import get
 from tasks.promotion.champion import Champion
 from tasks.recipe.read import load_recipe
@@ -30,7 +31,13 @@ from tasks.stages.suite_results import trained_rows
 from tasks.store.manifest import Manifest
 from tests.support.models.tiny import make_tokenizer
 from tests.support.reports.outline import Outline
-from tests.support.reports.run_reports import estimate, example, make_evaluation, with_policy
+from tests.support.reports.run_reports import (
+    estimate,
+    example,
+    make_evaluation,
+    make_policies,
+    with_policy,
+)
 
 
 def measured_by(**changes: Any) -> RunReport:
@@ -60,13 +67,13 @@ def test_a_reward_is_called_what_it_is(changes: dict[str, Any], said: str) -> No
 
 
 def trained_with(objective: str, **parameters: float) -> RunReport:
-    config = DpoConfig(objective=objective, parameters=parameters)
+    config = (KtoConfig if objective == "kto" else DpoConfig)(objective=objective, parameters=parameters)
     about = Trained(
         base_model="llama, 1,000 parameters", data="support.jsonl; 51 pairs trained on, 17 held out",
         rows_trained=51, reference="the base model", objective=objective_words(config),
         training="4 steps, learning rate 1e-05", reward="my_reward.py:polite",
     )  # fmt: skip
-    return example(steps=2, trained=about, objective=objective)
+    return example(steps=2, trained=about, policies=make_policies(objective))
 
 
 def in_words(report: RunReport) -> dict[str, str]:
@@ -138,7 +145,8 @@ def test_noise_raises_an_alarm() -> None:
 
 def test_alarms_count_in_the_decision() -> None:
     raised = alarms(answering(ended=0.0))
-    evidence = Evidence(estimate(0.5, 0.1), estimate(3, 0.1), None, True, against_promotion(raised))
+    concern = against_promotion(raised, example(steps=2))
+    evidence = Evidence(estimate(0.5, 0.1), estimate(3, 0.1), None, True, concern)
     decision = decide(PromotionConfig(), evidence, candidate="m version 2", champion="the reference")
     assert not decision.promote
     (failed,) = (reason for reason in decision.reasons if not reason.passed)
@@ -149,7 +157,8 @@ def test_alarms_count_in_the_decision() -> None:
     assert (headline, kind) == ("Promote? Look at an alarm first", "unclear"), "no green above an alarm"
     assert "Alarms: Length drift." in reasons[0]
     assert decided(allowed).headline == "Promote"
-    assert against_promotion(alarms(with_policy("PPO", length=estimate(90, 2)))) == {}, "of a baseline"
+    longer = with_policy("PPO", length=estimate(90, 2))
+    assert against_promotion(alarms(longer), longer) == {}, "of a baseline"
 
 
 def test_the_champions_own_weights_are_nothing_new() -> None:
@@ -176,17 +185,20 @@ def test_a_recipe_to_start_from_keeps_no_parameter_that_is_a_default() -> None:
     recipe = Recipe.model_validate(
         {
             "name": "m", "data": {"path": "pairs.jsonl"},
-            "dpo": {
-                "parameters": {"beta": 0.1},
-                "plus": [{"objective": "simpo", "parameters": {"beta": 2.0, "gamma_beta_ratio": 0.3}}],
+            "policies": {
+                "DPO": {
+                    "method": "dpo",
+                    "parameters": {"beta": 0.1},
+                    "plus": [{"objective": "simpo", "parameters": {"beta": 2.0, "gamma_beta_ratio": 0.3}}],
+                },
+                "Online": {"method": "online_dpo", "parameters": {"beta": 0.1}},
             },
-            "online": {"parameters": {"beta": 0.1}},
         }
     )  # fmt: skip
-    trimmed = recipe.without_default_parameters()
-    assert trimmed.dpo.parameters == trimmed.online.parameters == {}  # type: ignore[union-attr]
-    assert trimmed.dpo.plus[0].parameters == {"gamma_beta_ratio": 0.3}
-    assert trimmed.dpo.terms == recipe.dpo.terms
+    trimmed = recipe.without_default_parameters().policies
+    assert trimmed["DPO"].settings.parameters == trimmed["Online"].settings.parameters == {}
+    assert trimmed["DPO"].settings.plus[0].parameters == {"gamma_beta_ratio": 0.3}
+    assert trimmed["DPO"].settings.terms == recipe.policies["DPO"].settings.terms
 
 
 def test_what_data_and_recipe_tell_before_the_run() -> None:
@@ -225,11 +237,11 @@ def test_answers_of_the_data_are_measured_as_they_are_learnt(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("override", "meant"),
     [
-        ("dpo.optim.lr=1e-5", "did you mean learning_rate?"),
-        ("learning_rate=1e-5", "did you mean dpo.optim.learning_rate?"),
+        ("policies.DPO.optim.lr=1e-5", "learning_rate?"),
+        ("learning_rate=1e-5", "did you mean sft.optim.learning_rate?"),
         ("max_new_tokens=9", "did you mean evaluate.sampling.max_new_tokens?"),
-        ("grpo={varient: rloo}", "did you mean variant?"),
-        ("ppo={enabled: false, iterations: 3}", "override the whole section: --set 'ppo={enabled: false}'"),
+        ("policies.DPO={method: grpo, varient: rloo}", "did you mean policies.DPO.variant?"),
+        ("sft={enabled: false, epochs: 3}", "override the whole section: --set 'sft={enabled: false}'"),
     ],
 )
 def test_a_field_that_is_not_there_is_answered_with_the_one_that_was_meant(override: str, meant: str) -> None:
@@ -239,8 +251,11 @@ def test_a_field_that_is_not_there_is_answered_with_the_one_that_was_meant(overr
 
 
 def test_objectives_are_named_in_capitals_or_not() -> None:
-    recipe = load_recipe("hh-harmless", ["data.path=x.jsonl", "dpo.objective=SimPO", "dpo.parameters={}"])
-    assert recipe.dpo.objective == recipe.dpo.terms[0].name == "simpo"
+    recipe = load_recipe(
+        "hh-harmless", ["data.path=x.jsonl", "policies.DPO.objective=SimPO", "policies.DPO.parameters={}"]
+    )
+    settings = recipe.policies["DPO"].settings
+    assert settings.objective == settings.terms[0].name == "simpo"
 
 
 def test_prompts_that_a_run_was_trained_on_are_pointed_out(

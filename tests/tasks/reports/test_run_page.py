@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 
+from dpo_core.methods.registry import get
 from tasks.reports.figures import MAX_POINTS, curve_figures
 from tasks.reports.forest_plot import MAX_BARS, difference_figures
 from tasks.reports.run_page import MAX_SAMPLES, render
@@ -18,6 +19,7 @@ from tests.support.reports.run_reports import (
     hostile,
     make_curves,
     make_evaluation,
+    make_policies,
     make_quality,
     make_stages,
 )
@@ -43,7 +45,7 @@ def test_page_is_accessible_in_structure(page: str) -> None:
     outline = Outline(page)
     assert outline.all("html")[0]["lang"] == "en"
     assert any(meta.get("name") == "viewport" for meta in outline.all("meta"))
-    assert len(outline.all("table")) == len(outline.all("caption")) == 12
+    assert len(outline.all("table")) == len(outline.all("caption")) == 13
     assert all(cell.get("scope") in ("col", "row") for cell in outline.all("th"))
     ids = [a["id"] for _, a in outline.tags if "id" in a]
     assert len(ids) == len(set(ids))
@@ -83,7 +85,7 @@ def test_page_says_the_numbers(page: str) -> None:
     ):
         assert word in page, word
     assert "dpo run imdb_sentiment --set dpo.beta=0.1 --set seed=7" in page
-    assert digest("train-dpo") in page  # whole, so that it can be copied
+    assert digest("train-dpo DPO") in page  # whole, so that it can be copied
     assert "No alarms." in page
     assert "(empty)" in page
 
@@ -109,9 +111,13 @@ def test_page_says_what_is_missing() -> None:
     evaluation = make_evaluation()
     no_ppo = [row for row in evaluation.policies if row.name != "PPO"]
     page = render(
-        example(evaluation=evaluation.model_copy(update={"policies": no_ppo, "samples": []}), curves={})
+        example(
+            evaluation=evaluation.model_copy(update={"policies": no_ppo, "samples": []}),
+            curves={},
+            policies={"DPO": make_policies()["DPO"]},
+        )
     )
-    assert "PPO baseline (the run did not evaluate one)" in page
+    assert "Policy that learns from its own samples (the recipe lists none)" in page
     assert "Training (no training metrics were recorded)" in page
     assert "Samples (no completions were recorded)" in page
     assert 'id="training"' not in page
@@ -120,7 +126,7 @@ def test_page_says_what_is_missing() -> None:
 
 
 def test_page_of_a_run_that_only_has_a_name() -> None:
-    page = render(RunReport(run=example(steps=2).run))
+    page = render(RunReport(run=example(steps=2).run, candidate="DPO"))
     assert [text for level, text in Outline(page).headings if level < 3] == [
         "DPO was not evaluated", "Reproduce",
     ]  # fmt: skip
@@ -139,7 +145,7 @@ def test_page_cuts_long_texts_and_says_so() -> None:
 
 def test_long_curves_are_averaged_not_cut() -> None:
     rows = [{"step": float(i), "loss": float(i % 2)} for i in range(1000)]
-    (figure,) = curve_figures("sft", rows)
+    (figure,) = curve_figures("sft", "SFT", get("sft").curves, rows)
     path = max(re.findall(r'<path d="([^"]+)"', figure.svg), key=len)
     assert MAX_POINTS / 2 <= len(re.findall("[ML]", path)) <= MAX_POINTS + 1  # matplotlib repeats the last
     assert "between 0.400 and 0.600, steps 2 to 997" in figure.svg  # means of five neighbours
@@ -148,7 +154,7 @@ def test_long_curves_are_averaged_not_cut() -> None:
 
 def test_figures_keep_the_digits_of_their_labels() -> None:
     rows = [{"step": float(i), "loss": 0.5 + 0.002 * i} for i in range(20)]
-    (figure,) = curve_figures("sft", rows)
+    (figure,) = curve_figures("sft", "SFT", get("sft").curves, rows)
     ticks = [float(t) for t in re.findall(r"<text[^>]*>(0\.\d+)</text>", figure.svg)]
     steps = [round(b - a, 4) for a, b in pairwise(ticks)]
     assert len(ticks) > 2
@@ -156,8 +162,13 @@ def test_figures_keep_the_digits_of_their_labels() -> None:
 
 
 def test_figures_colour_by_theme_and_follow_it() -> None:
-    figures = [f for stage, rows in make_curves(30).items() for f in curve_figures(stage, rows)]
-    assert [f.title for f in figures if "train_dpo" in f.svg] == [
+    panels = {"prepare-sft": "sft", "train-dpo DPO": "dpo", "train-ppo PPO": "ppo"}
+    figures = [
+        figure
+        for stage, rows in make_curves(30).items()
+        for figure in curve_figures(panels[stage], stage, get(panels[stage]).curves, rows)
+    ]
+    assert [f.title for f in figures if "train-dpo DPO" in f.svg] == [
         "Loss", "Implicit rewards", "Reward margin", "Preference accuracy", "Log-probability of chosen",
         "Gradient norm",
     ]  # fmt: skip
@@ -233,7 +244,7 @@ def test_the_lineage_goes_from_the_data_to_the_model() -> None:
     names = re.findall(r"<strong>(.*?)</strong>", chain)
     assert names == ["validate-pairs", "prepare-sft", "calm-otter-17", "imdb-dpo version 4"]
     digests = re.findall(r'title="(\w+)"', chain)
-    made = [digest("validate-pairs"), digest("prepare-sft"), digest("run")[:32], digest("train-dpo")]
+    made = [digest("validate-pairs"), digest("prepare-sft"), digest("run")[:32], digest("train-dpo DPO")]
     assert digests == made
 
 
@@ -245,7 +256,7 @@ def test_the_cost_adds_up_what_judges_were_paid() -> None:
 
 
 def test_the_learned_reward_has_a_part_of_its_own() -> None:
-    page = render(example(steps=2, reward_model=make_quality()))
+    page = render(example(steps=2, reward_model=make_quality(), policies=make_policies(ppo_reward="model")))
     headings = [text for level, text in Outline(page).headings if level == 2]
     assert headings[5:7] == ["Reward model", "Training"]
     part = page[page.index('<section id="reward"') : page.index('<section id="training"')]
@@ -257,7 +268,8 @@ def test_the_learned_reward_has_a_part_of_its_own() -> None:
 def test_the_page_says_why_it_shows_no_learned_reward() -> None:
     assert "Reward model (the run trained none)" in render(example(steps=2))
     stages = [
-        s.model_copy(update={"kind": "reward-model"}) if s.name == "prepare-sft" else s for s in make_stages()
+        s.model_copy(update={"name": "train-reward", "kind": "reward-model"}) if s.name == "evaluate" else s
+        for s in make_stages()
     ]
     page = render(example(steps=2, stages=stages))
     assert "Reward model (no pairs were held out to measure it)" in page
@@ -265,5 +277,5 @@ def test_the_page_says_why_it_shows_no_learned_reward() -> None:
 
 def test_the_known_reward_of_a_learned_one_has_its_own_chart() -> None:
     rows = [{"step": i, "objective/scores": i / 9, "objective/gold_scores": -i / 9} for i in range(1, 20)]
-    titles = [figure.title for figure in curve_figures("ppo", rows)]
+    titles = [figure.title for figure in curve_figures("ppo", "PPO", get("ppo").curves, rows)]
     assert titles == ["Score", "Known reward, not trained on"]

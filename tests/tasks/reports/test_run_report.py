@@ -26,6 +26,7 @@ from tests.support.reports.run_reports import (
     hostile,
     make_evaluation,
     make_gate,
+    make_policies,
     make_quality,
     make_stages,
     with_policy,
@@ -42,7 +43,7 @@ def test_report_is_frozen_and_closed() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         report.notes = {}  # type: ignore[misc]
     with pytest.raises(ValidationError, match="speed"):
-        RunReport(run=report.run, speed=1)  # type: ignore[call-arg]
+        RunReport(run=report.run, candidate="DPO", speed=1)  # type: ignore[call-arg]
 
 
 def test_every_metric_of_the_evaluation_stands_in_the_table() -> None:
@@ -65,11 +66,11 @@ def test_every_metric_of_the_evaluation_stands_in_the_table() -> None:
 
 def test_values_that_are_not_finite_are_dropped_from_curves() -> None:
     rows = [{"step": 1, "loss": 0.7, "grad_norm": math.nan}, {"step": 2, "loss": math.inf, "grad_norm": 2}]
-    report = example(curves={"train_dpo": rows})
-    assert report.curves["train_dpo"] == [{"step": 1, "loss": 0.7}, {"step": 2, "grad_norm": 2}]
+    report = example(curves={"train-dpo DPO": rows})
+    assert report.curves["train-dpo DPO"] == [{"step": 1, "loss": 0.7}, {"step": 2, "grad_norm": 2}]
     assert RunReport.model_validate_json(report.model_dump_json()) == report
     with pytest.raises(ValidationError):
-        example(curves={"train_dpo": [{"step": 1, "loss": "high"}]})
+        example(curves={"train-dpo DPO": [{"step": 1, "loss": "high"}]})
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,7 @@ def _curve(**metrics: list[float]) -> dict[str, list[dict[str, float]]]:
     rows = [
         {"step": float(i), **{k.replace("__", "/"): v[i] for k, v in metrics.items()}} for i in range(length)
     ]
-    return {"train_dpo": rows}
+    return {"train-dpo DPO": rows}
 
 
 FALLING, RISING = [float(-i) for i in range(20)], [float(i) for i in range(20)]
@@ -178,7 +179,7 @@ def _ppo(steps: int = 40, seed: int = 0, spread: float = 0.1, **means: tuple[flo
         | {k: a + (b - a) * i / (steps - 1) + rng.gauss(0, spread) for k, (a, b) in known.items()}
         for i in range(steps)
     ]
-    return example(steps=2, curves={"ppo": rows})
+    return example(steps=2, curves={"train-ppo PPO": rows})
 
 
 LENGTH = {"completions__mean_length": (20.0, 20.0)}
@@ -188,15 +189,15 @@ LENGTH = {"completions__mean_length": (20.0, 20.0)}
     ("report", "name", "words"),
     [
         (_ppo(objective__scores=(0, 1), objective__gold_scores=(0.5, 0.1)), "Over-optimisation",
-         ("ppo: the learned reward rose from 0.1", "while the known reward fell from 0.4")),
+         ("PPO: the learned reward rose from 0.1", "while the known reward fell from 0.4")),
         (_ppo(8, spread=0.02, objective__scores=(0, 1), objective__gold_scores=(0.5, -0.5)),
          "Over-optimisation", ()),
-        (_ppo(objective__kl=(0, 14)), "KL run-away", ("ppo: the policy was 12.", "nats from the reference")),
+        (_ppo(objective__kl=(0, 14)), "KL run-away", ("PPO: the policy was 12.", "nats from the reference")),
         (_ppo(objective__kl=(0, 8), objective__kl_target=(2, 2), spread=0.0), "KL run-away",
-         ("ppo: the policy was 7.08 nats", "for a target of 2.00")),
+         ("PPO: the policy was 7.08 nats", "for a target of 2.00")),
         (_ppo(objective__entropy=(50, 15), **LENGTH), "Entropy collapse",
-         ("ppo: the entropy of a token fell from 2.4", "to 0.8")),
-        (_ppo(policy__entropy_avg=(3, 1)), "Entropy collapse", ("ppo: the entropy of a token fell from",)),
+         ("PPO: the entropy of a token fell from 2.4", "to 0.8")),
+        (_ppo(policy__entropy_avg=(3, 1)), "Entropy collapse", ("PPO: the entropy of a token fell from",)),
     ],
 )  # fmt: skip
 def test_each_failure_of_on_policy_training_raises_its_own_alarm(report, name, words) -> None:
@@ -293,7 +294,8 @@ def test_terminal_table_fits_80_columns() -> None:
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text
     for stage in make_stages():
-        assert stage.name in text
+        assert stage.name.removesuffix(" DPO").removesuffix(" PPO") in text
+    assert "train-dpo DPO" not in text, "one policy has that method"
     for word in (
         "DPO scores higher than SFT",
         "+0.523",
@@ -334,7 +336,9 @@ def test_markdown_of_the_example() -> None:
 
 
 def test_markdown_shows_the_reward_model_and_what_it_was_for() -> None:
-    report = example(steps=2, reward_model=make_quality(temperature=None))
+    report = example(
+        steps=2, reward_model=make_quality(temperature=None), policies=make_policies(ppo_reward="model")
+    )
     text = markdown(report)
     about = "512 held-out pairs. PPO learned from it. The policies were measured with "
     about += "vader\\_compound, not with it."
