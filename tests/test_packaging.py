@@ -1,4 +1,4 @@
-"""What a user of the wheel gets: the five rooms with their data files, and a command line that works."""
+"""What a user of the wheel gets: the five packages with their data files, and a command line that works."""
 
 import os
 import subprocess
@@ -23,13 +23,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return site
 
 
-def test_the_wheel_holds_the_rooms_and_nothing_else(wheel: Path) -> None:
+def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
     top = {path.name for path in wheel.iterdir() if not path.name.endswith(".dist-info")}
     assert top == {"dpo_core", "expectations", "tasks", "flows", "deploy"}
     assert (wheel / "flows" / "recipes" / "demo.yaml").is_file()
     assert (wheel / "deploy" / "prefect.yaml").is_file()
     assert (wheel / "deploy" / "work_pools" / "kubernetes.json").is_file()
-    assert list((wheel / "tasks" / "templates").iterdir())
+    assert list((wheel / "tasks" / "reports" / "templates").iterdir())
     assert not (wheel / "flows" / "docs").exists(), "pictures of the README stay out"
 
 
