@@ -373,9 +373,9 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
     assert not curve(tmp_path)
 
 
-def test_settings_that_are_missing_are_told(alone: None, tiny: Path, tmp_path: Path) -> None:
-    assert run_here(write_job(tmp_path, "dpo", tiny, ROWS)) == 4
-    assert "carries no settings" in error_of(tmp_path)["problem"]
+def test_a_method_that_there_is_not_is_told(alone: None, tiny: Path, tmp_path: Path) -> None:
+    assert run_here(write_job(tmp_path, "dppo", tiny, ROWS)) == 2
+    assert "no method 'dppo' (did you mean" in error_of(tmp_path)["problem"]
 
 
 def test_a_parameter_that_the_objective_does_not_read_is_an_error() -> None:
