@@ -65,7 +65,10 @@ def compose(
     """
 
     def keep(result: StageResult) -> Manifest:
-        return stages.setdefault(result.name, result).manifest
+        known = stages.get(result.name)
+        if known is None or (known.cached and not result.cached):  # a thread may have waited for another's
+            stages[result.name] = result
+        return result.manifest
 
     prepared = prepare(context, recipe, keep)
     if prepared.recipe.study is not None:
@@ -110,7 +113,7 @@ def _compare(context: Context, prepared: Prepared, keep: Keep) -> list[TrainedPo
     if not context.plan:
         share_cores(study.parallel)
 
-    def measured(label: str, model: Manifest, samples: int) -> Manifest:
+    def measured(label: str, model: Manifest, samples: int, keep: Keep = keep) -> Manifest:
         context.stop.check()
         config = recipe.evaluate.model_copy(update={"samples_per_prompt": samples})
         result = measure(
@@ -124,6 +127,8 @@ def _compare(context: Context, prepared: Prepared, keep: Keep) -> list[TrainedPo
 
     own = recipe.evaluate.samples_per_prompt
     measured(f" {REFERENCE}", prepared.reference, max([*study.best_of, own]))
-    return train_policies(
-        context, prepared, keep, study.parallel, then=lambda one: measured(one.node.label, one.manifest, own)
-    )
+
+    def then(one: TrainedPolicy, keep: Keep) -> None:
+        measured(one.node.label, one.manifest, own, keep)
+
+    return train_policies(context, prepared, keep, study.parallel, then)

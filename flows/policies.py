@@ -1,8 +1,9 @@
 """Training the graph of policies: each after those that it starts from or is held to."""
 
 import contextvars
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from flows.preparation import Keep, Prepared
 from tasks.recipe.policies import REFERENCE, elsewhere
 from tasks.recipe.study import Node
 from tasks.signals import Stop
-from tasks.stages.base import Context
+from tasks.stages.base import Context, StageResult
 from tasks.stages.data import SAMPLE
-from tasks.stages.models import CACHE, cache_reference, import_model
+from tasks.stages.models import CACHE, cache_labels, cache_reference, import_model
 from tasks.stages.train_reward import REWARD
 from tasks.stages.training import Scoring, TrainedPolicy, Training, train_policy
 from tasks.store.manifest import Manifest
@@ -25,7 +26,7 @@ def train_policies(
     prepared: Prepared,
     keep: Keep,
     parallel: int = 1,
-    then: Callable[[TrainedPolicy], Any] = lambda one: None,
+    then: Callable[[TrainedPolicy, Keep], Any] = lambda one, keep: None,
 ) -> list[TrainedPolicy]:
     """Train every node of the recipe's graph.
 
@@ -34,6 +35,7 @@ def train_policies(
         then: what follows each training, in the same thread.
     """
     nodes = prepared.recipe.nodes()
+    labels = cache_labels(nodes)
     models = {name: _fetch(context, prepared, name, keep) for name in _outside(nodes)}
     learners = {n.seed: None for n in nodes if prepared.recipe.learns_from_model(n.config)}
     one_seed = prepared.recipe.study is None
@@ -42,33 +44,61 @@ def train_policies(
         for seed in learners
     }
 
-    def train(node: Node, earlier: dict[tuple[str, int], TrainedPolicy]) -> TrainedPolicy:
-        trained = _Trainer(context, prepared, keep, models, earlier).train(node, rewards.get(node.seed))
-        then(trained)
-        return trained
+    def train(node: Node, earlier: Earlier) -> tuple[TrainedPolicy, list[StageResult]]:
+        context.stop.check()  # a thread that ends its work takes the next before the rest can be called off
+        own: list[StageResult] = []
 
-    if parallel == 1:
-        done: dict[tuple[str, int], TrainedPolicy] = {}
-        results = []
-        for node in nodes:
-            done[node.policy, node.seed] = trained = train(node, done)
-            results.append(trained)
-        return results
-    return _in_threads(nodes, train, parallel, context.stop)
+        def note(result: StageResult) -> Manifest:
+            own.append(result)
+            return result.manifest
+
+        trainer = _Trainer(context, prepared, note, models, labels, earlier)
+        trained = trainer.train(node, rewards.get(node.seed))
+        then(trained, note)
+        return trained, own
+
+    trained = []
+    for policy, own in _each(nodes, train, 1 if context.plan else parallel, context.stop):
+        trained.append(policy)
+        for result in own:  # in the order of the recipe, whichever thread was faster
+            keep(result)
+    return trained
+
+
+Earlier = dict[tuple[str, int], TrainedPolicy]
+"""What is trained already, by name and seed."""
+_Trained = tuple[TrainedPolicy, list[StageResult]]
+
+
+def _each(
+    nodes: list[Node], train: Callable[[Node, Earlier], _Trained], parallel: int, stop: Stop
+) -> Iterator[_Trained]:
+    """All nodes in their order, so many at a time."""
+    if parallel > 1:
+        yield from _in_threads(nodes, train, parallel, stop)
+        return
+    done: Earlier = {}
+    for node in nodes:
+        result = train(node, done)
+        done[node.policy, node.seed] = result[0]
+        yield result
 
 
 def _in_threads(
-    nodes: list[Node],
-    train: Callable[[Node, dict[tuple[str, int], TrainedPolicy]], TrainedPolicy],
-    parallel: int,
-    stop: Stop,
-) -> list[TrainedPolicy]:
-    """All nodes, so many at a time; a node waits for those that it needs, which were begun before it."""
-    futures: dict[tuple[str, int], Future[TrainedPolicy]] = {}
+    nodes: list[Node], train: Callable[[Node, Earlier], _Trained], parallel: int, stop: Stop
+) -> list[_Trained]:
+    """All nodes; a node waits for those that it needs, which were begun before it."""
+    futures: dict[tuple[str, int], Future[_Trained]] = {}
+    failed = threading.Event()
 
-    def begin(node: Node) -> TrainedPolicy:
-        stop.check()  # a thread that ends its work takes the next before the rest can be called off
-        return train(node, {key: futures[key].result() for key in node.needs})
+    def begin(node: Node) -> _Trained:
+        if failed.is_set():
+            raise CancelledError
+        try:
+            return train(node, {key: futures[key].result()[0] for key in node.needs})
+        except BaseException:
+            failed.set()
+            raise
 
     with ThreadPoolExecutor(parallel) as pool:
         running = []
@@ -78,6 +108,9 @@ def _in_threads(
             futures[node.policy, node.seed] = future
             running.append(future)
         try:
+            for future in wait(running, return_when=FIRST_EXCEPTION).done:
+                if not isinstance(future.exception(), CancelledError):
+                    future.result()
             return [future.result() for future in running]
         except BaseException as error:
             stop.begin(error)  # where it is a stop, the other threads end their work too; else they finish it
@@ -125,7 +158,9 @@ class _Trainer:
     prepared: Prepared
     keep: Keep
     models: dict[str, Manifest]
-    earlier: dict[tuple[str, int], TrainedPolicy]
+    labels: dict[str, str]
+    """See `cache_labels`."""
+    earlier: Earlier
 
     def train(self, node: Node, reward_model: Manifest | None) -> TrainedPolicy:
         prepared, recipe, policy = self.prepared, self.prepared.recipe, node.config
@@ -177,11 +212,7 @@ class _Trainer:
         return needed
 
     def _logps(self, node: Node) -> Manifest:
-        prepared, policy = self.prepared, node.config
-        label = ""
-        if policy.reference != REFERENCE:
-            own = prepared.recipe.study is not None and not elsewhere(policy.reference)
-            label = f" {policy.reference}{f' seed {node.seed}' if own else ''}"
+        prepared, policy, label = self.prepared, node.config, self.labels[node.label]
         reference = self._model(policy.reference, node.seed)
         result = cache_reference(
             self.context.labelled(label),

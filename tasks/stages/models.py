@@ -1,6 +1,7 @@
 """Model stages without training: import the base model, take it as the reference, cache its log-probs."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from dpo_core.reference.job import Reference, Resources, reference_logps
 from dpo_core.reference.keys import DEFINITION_VERSION
 from dpo_core.scoring.logprobs import Precision
 from tasks.recipe.policies import REFERENCE, PolicyFields
+from tasks.recipe.study import Node
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 from tasks.stages.data import kind_of
 from tasks.stages.workload import Workload
@@ -41,9 +43,9 @@ IMPORT = Stage("import-model", 2, "model", ImportFacts, overhead=5.0)
 
 
 def _reading(workload: Workload, label: str) -> estimate.Work:
-    """What the first policy held to this reference trains on; the cache holds all rows."""
-    name = (label.strip() or REFERENCE).partition(" seed ")[0]
-    policy = next(p for p in workload.recipe.policies.values() if p.reference == name and p.entry.cached)
+    """What the first policy of this stage trains on; the cache holds all rows."""
+    labels = cache_labels(list(workload.nodes.values()))
+    policy = next(workload.nodes[node].config for node, cache in labels.items() if cache == label)
     examples = workload.examples(policy.entry.data)
     tokens, flops = estimate.read(workload.shape, examples)
     times = 1 + bool(getattr(policy.settings, "reads_mismatched", False))
@@ -172,14 +174,40 @@ def cache_reference(
         metrics |= {f"data/{reason}": float(count) for reason, count in dropped.items()}
         return Output(out, rows=len(training) - sum(dropped.values()), facts=facts, metrics=metrics)
 
-    # Token budget, processes and threads decide the time and not the values, so they stay out of the key.
-    slice_: dict[str, Any] = {
-        "tokens": tokens.model_dump(mode="json"),
-        "precision": engine.precision,
-        "definition": DEFINITION_VERSION,
-    }
-    if method.data == "unpaired":
-        slice_["objective"] = settings.objective  # KTO needs more than BCO
+    slice_: dict[str, Any] = {"tokens": tokens.model_dump(mode="json"), "definition": DEFINITION_VERSION}
+    slice_ |= _read_of(policy)
     if not reference.planned:
         weights_sha256(reference)  # missing, it is an error before the work begins
     return run_stage(context, CACHE, {"reference": reference, kind_of(rows): rows}, slice_, work)
+
+
+def _read_of(policy: PolicyFields) -> dict[str, str]:
+    """What decides which log-probs a policy's training reads, beside reference, rows and tokens.
+
+    Token budget, processes and threads decide the time and not the values.
+    """
+    settings = policy.settings
+    read = {"precision": settings.engine.precision}
+    if policy.entry.data == "unpaired":
+        read["objective"] = settings.objective  # KTO needs more than BCO
+    return read
+
+
+def cache_labels(nodes: Sequence[Node]) -> dict[str, str]:
+    """By the label of each node that reads cached log-probs, the label of the stage that makes them.
+
+    Nodes that read the same share it. It names a reference that is not the prepared one, and the node where
+    an earlier one reads others of the same reference.
+    """
+    labels: dict[str, str] = {}
+    first: dict[str, PolicyFields] = {}
+    for node in nodes:
+        policy = node.config
+        if policy.entry.reference(policy.settings) != "cached":
+            continue
+        label = "" if policy.reference == REFERENCE else f" {policy.reference}"
+        if node.point is not None and (policy.reference, node.seed) in node.needs:
+            label += f" seed {node.seed}"
+        other = first.setdefault(label, policy)
+        labels[node.label] = label if _read_of(other) == _read_of(policy) else f"{label} for{node.label}"
+    return labels
