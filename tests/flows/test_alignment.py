@@ -17,8 +17,8 @@ STAGES = [
     "sample-pairs",
     "validate-pairs",
     "cache-reference",
-    "train-dpo",
-    "train-ppo",
+    "train-dpo DPO",
+    "train-ppo PPO",
     "evaluate",
 ]
 
@@ -67,7 +67,7 @@ def test_tracking_has_one_parent_and_one_child_a_stage(finished):
     children = client.search_runs([parent.info.experiment_id], query)
     assert sorted(c.info.run_name for c in children) == sorted(STAGES)
     assert {c.info.status for c in children} == {"FINISHED"}
-    trained = next(c for c in children if c.info.run_name == "train-dpo")
+    trained = next(c for c in children if c.info.run_name == "train-dpo DPO")
     history = client.get_metric_history(trained.info.run_id, "rewards/margins")
     assert [m.step for m in sorted(history, key=lambda m: m.step)] == [1, 2, 3]
     assert abs(history[0].value) < 1e-4, "at the first step policy and reference are one"
@@ -81,15 +81,15 @@ def test_what_was_computed_is_counted_and_stands_on_the_page(finished):
     extras = {stage["name"]: _manifest(bench, report, stage["name"])["extra"] for stage in report["stages"]}
     counted = {name: extra["flops"] for name, extra in extras.items() if "flops" in extra}
     read = {"sample-pairs", "cache-reference", "evaluate"}
-    trained = {"prepare-sft", "train-dpo", "train-ppo"}
+    trained = {"prepare-sft", "train-dpo DPO", "train-ppo PPO"}
     assert counted.keys() == read | trained
-    assert all(counted[name] > 0 for name in counted.keys() - {"train-ppo"})
+    assert all(counted[name] > 0 for name in counted.keys() - {"train-ppo PPO"})
     assert report["cost"]["flops"] == sum(counted.values())
     peaks = [extras[name]["peak_memory_bytes"] for name in trained]
     assert report["cost"]["peak_memory_bytes"] == max(peaks) > 200 << 20
-    assert 0 < extras["train-dpo"]["seconds"] < 600
+    assert 0 < extras["train-dpo DPO"]["seconds"] < 600
     # Three forward passes of training are one of reading: each pair is trained on once in a while.
-    assert 0.1 < counted["train-dpo"] / (3 * counted["cache-reference"]) < 10
+    assert 0.1 < counted["train-dpo DPO"] / (3 * counted["cache-reference"]) < 10
     page = (bench.workspace / "runs" / report["run"]["name"] / "page.html").read_text()
     assert "<dt>Compute</dt>" in page
     assert "<dt>Peak memory</dt>" in page
@@ -98,9 +98,9 @@ def test_what_was_computed_is_counted_and_stands_on_the_page(finished):
         client.get_run(report["run"]["mlflow_run_id"]).data.metrics["cost/flops"] == report["cost"]["flops"]
     )
     runs = {stage["name"]: stage["mlflow_run_id"] for stage in report["stages"]}
-    for name in ("train-dpo", "evaluate"):
+    for name in ("train-dpo DPO", "evaluate"):
         assert client.get_run(runs[name]).data.metrics["cost/flops"] == counted[name]
-    curve = Path(report["stages"][STAGES.index("train-dpo")]["uri"].removeprefix("file://"), "metrics.jsonl")
+    curve = Path(report["stages"][STAGES.index("train-dpo DPO")]["uri"].removeprefix("file://"), "metrics.jsonl")
     names = set(json.loads(curve.read_text().splitlines()[0]))
     assert not names & {"time", "seconds_per_step", "tokens_per_second"}, "the same training, the same bytes"
 
@@ -126,9 +126,9 @@ def test_a_second_run_does_nothing_and_is_quick(finished):
 def test_another_learning_rate_runs_again_from_training_on(finished):
     # In a copy: other tests compare their stores with this one.
     bench = finished[0].copy("rate")
-    report = bench.run("--set", "dpo.optim.learning_rate=3e-5")
+    report = bench.run("--set", "policies.DPO.optim.learning_rate=3e-5")
     ran = {name for name, state in bench.states(report).items() if state == "ran"}
-    assert ran == {"train-dpo", "evaluate"}
+    assert ran == {"train-dpo DPO", "evaluate"}
 
 
 @pytest.mark.slow
@@ -142,7 +142,7 @@ def test_pre_dpo_trains_a_guide_and_starts_again(finished):
     assert [name for name, state in states.items() if state == "ran"] == [
         "train-guide",
         "cache-guide",
-        "train-dpo",
+        "train-dpo DPO",
         "evaluate",
     ]
     stages = {stage["name"]: stage for stage in report["stages"]}
@@ -150,10 +150,10 @@ def test_pre_dpo_trains_a_guide_and_starts_again(finished):
     # The guide is trained exactly as the first run's policy was: same start, same pairs, same settings.
     weights = [
         Path(s["uri"].removeprefix("file://"), "model.safetensors").read_bytes()
-        for s in (stages["train-guide"], before["train-dpo"])
+        for s in (stages["train-guide"], before["train-dpo DPO"])
     ]
     assert weights[0] == weights[1]
-    curve = Path(stages["train-dpo"]["uri"].removeprefix("file://"), "metrics.jsonl").read_text()
+    curve = Path(stages["train-dpo DPO"]["uri"].removeprefix("file://"), "metrics.jsonl").read_text()
     start = json.loads(curve.splitlines()[0])
     assert start["rewards/margins"] < 0, "the start ranks the pairs less well than its guide"
     assert start["loss"] > math.log(2)
@@ -207,7 +207,7 @@ def _manifest(bench, report: dict, name: str) -> dict:
 def test_a_damaged_artifact_is_rebuilt(finished):
     bench, first = finished
     own = bench.copy("damaged")
-    stage = next(s for s in first["stages"] if s["name"] == "train-dpo")
+    stage = next(s for s in first["stages"] if s["name"] == "train-dpo DPO")
     weights = own.workspace / "store" / stage["uri"].split("/store/")[1] / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
@@ -217,7 +217,7 @@ def test_a_damaged_artifact_is_rebuilt(finished):
     assert "is damaged" in done.stderr
     report = json.loads(done.stdout)
     ran = {name for name, state in own.states(report).items() if state == "ran"}
-    assert ran == {"train-dpo"}, "rebuilt bit for bit, so that nothing after it has to run"
+    assert ran == {"train-dpo DPO"}, "rebuilt bit for bit, so that nothing after it has to run"
 
 
 def test_a_refusal_stops_everything_after_it(finished):

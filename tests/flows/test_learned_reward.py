@@ -31,8 +31,8 @@ def learned(finished: tuple[Bench, dict[str, Any]]) -> tuple[Bench, dict[str, An
 def test_only_what_reads_the_learned_reward_runs_again(learned) -> None:
     bench, report, foretold = learned
     ran = [name for name, state in bench.states(report).items() if state == "ran"]
-    assert ran == ["train-reward", "train-ppo", "evaluate"]
-    assert foretold == {"train-reward": "new", "train-ppo": "changed", "evaluate": "data"}
+    assert ran == ["train-reward", "train-ppo PPO", "evaluate"]
+    assert foretold == {"train-reward": "new", "train-ppo PPO": "changed", "evaluate": "data"}
     assert set(reasons(planned(bench, *LEARNED))) == set()
 
 
@@ -40,9 +40,9 @@ def test_ppo_learns_from_the_model_and_the_known_reward_measures(learned, finish
     bench, report, _ = learned
     client = MlflowClient(f"sqlite:///{bench.workspace / 'mlflow.db'}")
     runs = {s["name"]: client.get_run(s["mlflow_run_id"]) for s in report["stages"] if s["state"] == "ran"}
-    read = {i.dataset.name for i in runs["train-ppo"].inputs.dataset_inputs}
+    read = {i.dataset.name for i in runs["train-ppo PPO"].inputs.dataset_inputs}
     assert read == {"reference", "prompts", "reward_model"}
-    params = runs["train-ppo"].data.params
+    params = runs["train-ppo PPO"].data.params
     assert "reward" not in params
     assert params["gold"].startswith("vowels of ")
     read = {i.dataset.name for i in runs["evaluate"].inputs.dataset_inputs}
@@ -96,7 +96,7 @@ def _folder(report: dict[str, Any], name: str) -> Path:
 def test_the_plan_counts_the_reward_model_in_ppos_memory(bench: Bench, tmp_path: Path) -> None:
     def memory(*changes: str) -> dict[str, int]:
         plan = planned(bench, "--set", f"workspace={tmp_path / 'none'}", *changes)
-        return next(s["memory_parts"] for s in plan["stages"] if s["name"] == "train-ppo")
+        return next(s["memory_parts"] for s in plan["stages"] if s["name"] == "train-ppo PPO")
 
     # The reference, and the critic with its gradients and two moments, are there in both: five models.
     assert 5 * memory(*LEARNED)["reference"] == 6 * memory()["reference"] > 0

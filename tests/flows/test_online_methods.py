@@ -53,11 +53,11 @@ def test_a_policy_is_found_by_its_name_and_never_by_another(both) -> None:
     run = report["run"]["name"]
     made = {stage["name"]: Path(stage["uri"].removeprefix("file://")) for stage in report["stages"]}
     stages = {
-        "": "train-dpo",
+        "": "train-dpo DPO",
         ":sft": "prepare-sft",
-        ":dpo": "train-dpo",
-        ":ppo": "train-ppo",
-        ":PPO": "train-ppo",
+        ":dpo": "train-dpo DPO",
+        ":ppo": "train-ppo PPO",
+        ":PPO": "train-ppo PPO",
         ":rloo": "train-grpo",
         ":online-dpo": "train-online",
     }

@@ -30,10 +30,10 @@ def test_every_stage_reads_the_code_that_the_recipe_trusts(tmp_path: Path) -> No
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     report = bench.run()
     states = bench.states(report)
-    assert {"train-reward", "train-ppo", "train-dpo", "evaluate"} <= set(states)
+    assert {"train-reward", "train-ppo PPO", "train-dpo DPO", "evaluate"} <= set(states)
     for stage in report["stages"]:
         written = Path(stage["uri"].removeprefix("file://"))
-        if stage["name"] in {"import-model", "prepare-sft", "train-dpo", "train-ppo"}:
+        if stage["name"] in {"import-model", "prepare-sft", "train-dpo DPO", "train-ppo PPO"}:
             assert (written / "modeling_own.py").is_file(), stage["name"]
             assert json.loads((written / "config.json").read_text())["architectures"] == ["OwnForCausalLM"]
     assert set(bench.states(bench.run()).values()) == {"cached"}, "also where the import is not run again"

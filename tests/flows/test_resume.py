@@ -21,7 +21,7 @@ from tests.support.runs.tiny_run import Bench
 @pytest.fixture
 def begun(tmp_path: Path, bench: Bench) -> tuple[Path, RunRecord, Recipe]:
     """A workspace with a run that was stopped, and its recipe."""
-    sets = ("seed=1", "dpo.objective=simpo", "dpo.parameters.beta=2.5")
+    sets = ("seed=1", "policies.DPO.objective=simpo", "policies.DPO.parameters.beta=2.5")
     recipe = load_recipe(str(bench.recipe), sets)
     command = shlex.join(["dpo", "run", "my recipe.yaml", *(w for s in sets for w in ("--set", s)), "--json"])
     record = new_run(tmp_path, recipe.name, command)
@@ -41,8 +41,8 @@ def test_other_settings_are_refused_field_by_field(
     with pytest.raises(RecipeError) as caught:
         require_same_recipe(workspace, record, plain)
     told = str(caught.value)
-    assert f"the run {record.run_id} began with seed=1, dpo.objective=simpo, dpo.parameters.beta=2.5" in told
-    assert "this says seed=0, dpo.objective=dpo, no dpo.parameters.beta" in told
+    assert f"the run {record.run_id} began with seed=1, policies.DPO.objective=simpo, policies.DPO.parameters.beta=2.5" in told
+    assert "this says seed=0, policies.DPO.objective=dpo, no policies.DPO.parameters.beta" in told
     path = recipe_path(workspace, record.run_id)
     assert f"Go on as it began: dpo run {path} --resume {record.run_id}" in told
     assert "start a new run without --resume" in told
@@ -75,7 +75,7 @@ def test_a_kept_recipe_that_was_changed_is_not_gone_by(begun: tuple[Path, RunRec
 
 def test_the_whole_line_that_resumes_is_shown(begun: tuple[Path, RunRecord, Recipe]) -> None:
     workspace, record, _ = begun
-    line = "dpo run 'my recipe.yaml' --set seed=1 --set dpo.objective=simpo --set dpo.parameters.beta=2.5"
+    line = "dpo run 'my recipe.yaml' --set seed=1 --set policies.DPO.objective=simpo --set policies.DPO.parameters.beta=2.5"
     assert record.resume_line == f"{line} --resume {record.run_id}"
     with pytest.raises(RecipeError) as caught:
         show(record.run_id, workspace=str(workspace))

@@ -16,8 +16,8 @@ STAGES = [
     "validate-unpaired",
     "prepare-sft",
     "cache-reference",
-    "train-dpo",
-    "train-ppo",
+    "train-dpo DPO",
+    "train-ppo PPO",
     "evaluate",
 ]
 SIZES = {"epochs": 50, "max_steps": 3, "batch_size": 8, "micro_batch_size": 8, "engine": ENGINE}
@@ -81,9 +81,9 @@ def test_every_stage_runs(unpaired: tuple[Bench, dict[str, Any]]) -> None:
     assert report["trained"]["objective"] == objective
     client = MlflowClient(f"sqlite:///{bench.workspace / 'mlflow.db'}")
     version = client.get_model_version(report["model"]["name"], report["model"]["version"])
-    assert version.tags["dpo.objective"] == objective
+    assert version.tags["policies.DPO.objective"] == objective
     parent = client.get_run(report["run"]["mlflow_run_id"])
-    assert parent.data.tags["dpo.objective"] == objective
+    assert parent.data.tags["policies.DPO.objective"] == objective
     texts = [(folder / name).read_text() for name in ("page.html", "summary.md")]
     for text in (*texts, version.description, parent.data.tags["mlflow.note.content"]):
         flat = text.replace("\\", "")
@@ -132,9 +132,9 @@ def test_the_page_and_the_table_say_what_was_learnt_from(unpaired) -> None:
 def test_the_cache_holds_the_mismatched_pairs_for_kto_and_not_for_bco(unpaired) -> None:
     bench, first = unpaired
     facts = json.loads((stage(first, "cache-reference") / "shard" / "shard.json").read_text())
-    report = bench.run("--set", "dpo.objective=bco")
+    report = bench.run("--set", "policies.DPO.objective=bco")
     ran = {name for name, state in bench.states(report).items() if state == "ran"}
-    assert ran == {"cache-reference", "train-dpo", "evaluate"}
+    assert ran == {"cache-reference", "train-dpo DPO", "evaluate"}
     less = json.loads((stage(report, "cache-reference") / "shard" / "shard.json").read_text())
     assert facts["entries"] == 2 * less["entries"]
     assert report["curves"]["dpo"][0]["loss"] == pytest.approx(0.693147, abs=1e-5)

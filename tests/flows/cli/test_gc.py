@@ -27,7 +27,7 @@ def test_after_gc_the_kept_run_is_cached_and_a_rollback_finds_its_weights(
 ) -> None:
     bench, first = finished[0].copy("gc"), finished[1]
     assert bench.dpo("promote", first["run"]["name"], "--force").returncode == 0
-    changes = ("--set", "dpo.optim.learning_rate=3e-5")
+    changes = ("--set", "policies.DPO.optim.learning_rate=3e-5")
     second = bench.run(*changes)
     assert bench.dpo("promote", second["run"]["name"], "--force").returncode == 0
     assert bench.run(*changes)["stages"], "held against itself"
@@ -41,7 +41,7 @@ def test_after_gc_the_kept_run_is_cached_and_a_rollback_finds_its_weights(
     gone = {one["sha256"] for one in done["unused"]}
     of_first = {stage["name"]: stage["sha256"] for stage in first["stages"]}
     assert of_first["evaluate"] in gone
-    assert of_first["train-dpo"] not in gone, "a champion to go back to"
+    assert of_first["train-dpo DPO"] not in gone, "a champion to go back to"
 
     again = bench.run(*changes)
     assert set(bench.states(again).values()) == {"cached"}

@@ -15,7 +15,7 @@ from tasks.recipe.read import load_recipe
 from tests.support.runs.tiny_run import Bench
 from tests.support.sites import slurm_site
 
-STAGES = ["prepare-sft", "train-dpo", "train-ppo"]
+STAGES = ["prepare-sft", "train-dpo DPO", "train-ppo PPO"]
 SETTINGS = {
     "local": [],
     "slurm": ["gpus=0", "nodes=2"],

@@ -59,12 +59,12 @@ def test_in_an_empty_workspace_all_is_new_and_nothing_is_made(bench, tmp_path):
     assert set(reasons(plan).values()) == {"new"}
     assert len(plan["stages"]) == 10
     stages = {stage["name"]: stage for stage in plan["stages"]}
-    for name in ("prepare-sft", "train-dpo", "train-ppo"):
+    for name in ("prepare-sft", "train-dpo DPO", "train-ppo PPO"):
         parts = stages[name]["memory_parts"]
         assert stages[name]["memory_bytes"] == sum(parts.values()) > parts["process"] > 0
-    assert "at most 6 a prompt" in stages["train-dpo"]["note"]
+    assert "at most 6 a prompt" in stages["train-dpo DPO"]["note"]
     # The run has at most six pairs of 24 prompts, 70 % of them in training; 3 steps of 8 pairs are trained.
-    assert 0 < stages["train-dpo"]["tokens"] <= 3 * 8 * 96
+    assert 0 < stages["train-dpo DPO"]["tokens"] <= 3 * 8 * 96
     assert plan["flops"] == sum(stage["flops"] for stage in plan["stages"]) > 0
     told = [line for line in plan["warnings"] if "PPO baseline alone" not in line]
     assert [line.split(",")[0] for line in told] == ["6 held-out prompts will be compared"]
@@ -81,22 +81,22 @@ def test_after_a_run_all_is_cached_and_not_a_byte_is_changed(finished):
 
 
 def test_another_learning_rate_runs_training_and_evaluation(finished):
-    plan = planned(finished[0], "--set", "dpo.optim.learning_rate=6e-5")
-    assert reasons(plan) == {"train-dpo": "changed", "evaluate": "data"}
+    plan = planned(finished[0], "--set", "policies.DPO.optim.learning_rate=6e-5")
+    assert reasons(plan) == {"train-dpo DPO": "changed", "evaluate": "data"}
 
 
 def test_another_definition_of_log_probs_computes_them_anew(finished, monkeypatch):
     monkeypatch.setattr("tasks.stages.models.DEFINITION_VERSION", 99)
     plan = planned(finished[0])
-    assert reasons(plan) == {"cache-reference": "changed", "train-dpo": "data", "evaluate": "data"}
+    assert reasons(plan) == {"cache-reference": "changed", "train-dpo DPO": "data", "evaluate": "data"}
 
 
 @pytest.mark.slow
 def test_what_a_run_then_does_is_what_was_planned(finished):
     own = finished[0].copy("plan-rate")
-    change = ("--set", "dpo.optim.learning_rate=7e-5")
+    change = ("--set", "policies.DPO.optim.learning_rate=7e-5")
     plan = planned(own, *change)
-    assert reasons(plan) == {"train-dpo": "changed", "evaluate": "data"}
+    assert reasons(plan) == {"train-dpo DPO": "changed", "evaluate": "data"}
     report = own.run(*change)
     told = {name for name, state in states(plan).items() if state == "runs"}
     assert told == {name for name, state in own.states(report).items() if state == "ran"}
@@ -107,7 +107,7 @@ def test_what_a_run_then_does_is_what_was_planned(finished):
         for path in (own.workspace / "store" / "index" / "train-dpo").glob("*.json")
     ]
     trained = {m["extra"]["tokens_trained"] for m in manifests}
-    told_tokens = next(s["tokens"] for s in plan["stages"] if s["name"] == "train-dpo")
+    told_tokens = next(s["tokens"] for s in plan["stages"] if s["name"] == "train-dpo DPO")
     assert 0.4 * max(trained) < told_tokens < max(trained), "prompts are shared, and read once"
 
 
@@ -144,11 +144,11 @@ def test_a_run_from_scratch(finished):
 
 def test_a_damaged_artifact_is_planned_to_be_made_again_and_left_alone(finished):
     own = finished[0].copy("plan-damaged")
-    stage = next(s for s in finished[1]["stages"] if s["name"] == "train-dpo")
+    stage = next(s for s in finished[1]["stages"] if s["name"] == "train-dpo DPO")
     weights = own.workspace / "store" / stage["uri"].split("/store/")[1] / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     before = contents(own.workspace)
-    assert reasons(planned(own)) == {"train-dpo": "damaged", "evaluate": "data"}
+    assert reasons(planned(own)) == {"train-dpo DPO": "damaged", "evaluate": "data"}
     assert contents(own.workspace) == before
 
 
@@ -170,16 +170,16 @@ def test_given_pairs_and_the_objectives_around_them(bench, tmp_path):
     assert "train-reward" in names
     assert "sample-pairs" not in names
     stages = {stage["name"]: stage for stage in plan["stages"]}
-    assert stages["train-dpo"]["note"] == ""
+    assert stages["train-dpo DPO"]["note"] == ""
     unlike = planned(own, "--set", "dpo={objective: SimPO, parameters: {beta: 0.1}, engine: {threads: 1}}")
     assert "dpo: simpo with beta 0.1 (its default: 2; 0.1 is dpo's)" in unlike["warnings"]
     cut = planned(own, "--set", "evaluate.sampling.max_new_tokens=2")["warnings"]
     assert [line for line in cut if "100.0% of the answers are cut" in line]
     # A live reference is one more model in memory, and one more forward pass.
-    live = planned(own, "--set", "dpo.reference_sync={}")
-    moved = {stage["name"]: stage for stage in live["stages"]}["train-dpo"]
+    live = planned(own, "--set", "policies.DPO.reference_sync={}")
+    moved = {stage["name"]: stage for stage in live["stages"]}["train-dpo DPO"]
     assert moved["memory_parts"]["reference"] == moved["memory_parts"]["weights"] > 0
-    assert 1.2 < moved["flops"] / stages["train-dpo"]["flops"] < 1.4
+    assert 1.2 < moved["flops"] / stages["train-dpo DPO"]["flops"] < 1.4
 
 
 @pytest.mark.parametrize(
@@ -197,22 +197,22 @@ def test_given_pairs_and_the_objectives_around_them(bench, tmp_path):
 )
 def test_log_probs_are_cached_only_where_they_are_read(finished, settings, cached):
     """Not for objectives without a reference, nor beside one in memory."""
-    changes = [part for k, v in settings.items() for part in ("--set", f"dpo.{k}={json.dumps(v)}")]
+    changes = [part for k, v in settings.items() for part in ("--set", f"policies.DPO.{k}={json.dumps(v)}")]
     plan = planned(finished[0], *changes)
     assert ("cache-reference" in states(plan)) == cached
-    assert reasons(plan)["train-dpo"] in ("changed", "data")
+    assert reasons(plan)["train-dpo DPO"] in ("changed", "data")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["simpo", "tdpo2"])
 def test_a_run_without_cached_log_probs(finished, objective):
     own = finished[0].copy(f"without-{objective}")
-    report = own.run("--set", f"dpo.objective={objective}")
+    report = own.run("--set", f"policies.DPO.objective={objective}")
     stages = {stage["name"]: stage["parents"] for stage in report["stages"]}
     assert "cache-reference" not in stages
-    assert ("prepare-sft" in stages["train-dpo"]) is True
+    assert ("prepare-sft" in stages["train-dpo DPO"]) is True
     assert report["model"]["alias"] == "challenger"
-    assert set(states(planned(own, "--set", f"dpo.objective={objective}")).values()) == {"cached"}
+    assert set(states(planned(own, "--set", f"policies.DPO.objective={objective}")).values()) == {"cached"}
 
 
 @pytest.mark.parametrize(("objective", "times"), [("kto", 2), ("bco", 1)])
@@ -235,13 +235,13 @@ def test_unpaired_rows(bench, tmp_path, objective, times):
     plan = planned(own)
     assert "validate-unpaired" in states(plan)
     stages = {stage["name"]: stage for stage in plan["stages"]}
-    epoch = stages["train-dpo"]["tokens"]
+    epoch = stages["train-dpo DPO"]["tokens"]
     # KTO reads log-probs of mismatched pairs too.
     assert stages["cache-reference"]["tokens"] == pytest.approx(times * epoch, rel=0.2)
     assert 0 < stages["prepare-sft"]["tokens"] < 0.8 * epoch, "the desirable answers alone"
-    assert stages["train-dpo"]["memory_bytes"] > 0
-    fewer = planned(own, "--set", "dpo.limit=16")
-    assert {s["name"]: s for s in fewer["stages"]}["train-dpo"]["tokens"] < 0.5 * epoch
+    assert stages["train-dpo DPO"]["memory_bytes"] > 0
+    fewer = planned(own, "--set", "policies.DPO.limit=16")
+    assert {s["name"]: s for s in fewer["stages"]}["train-dpo DPO"]["tokens"] < 0.5 * epoch
 
 
 METHODS = {"grpo": {"group_size": 2, "episodes": 32}, "online": {"episodes": 32}}
@@ -261,7 +261,7 @@ def test_what_does_not_fit_is_said_with_the_field_to_change(bench, tmp_path, mon
     monkeypatch.setattr("tasks.planning.plan.Speed.of", lambda _: small)
     told = plan_recipe(load_recipe(str(own.recipe), []))
     sections = dict(
-        zip(["prepare-sft", "train-dpo", "train-ppo", "train-grpo", "train-online"],
+        zip(["prepare-sft", "train-dpo DPO", "train-ppo PPO", "train-grpo", "train-online"],
             ["sft", "dpo", "ppo", "grpo", "online"], strict=True)
     )  # fmt: skip
     lacking = [line for line in told.warnings if "GiB and this machine has" in line]
@@ -276,14 +276,14 @@ def test_what_does_not_fit_is_said_with_the_field_to_change(bench, tmp_path, mon
         for field, highest in re.findall(r"(\S+\.zero_stage) \(to (\d) at most", advice):
             load_recipe(str(own.recipe), [f"{field}={highest}"])
     assert on_gpu == any("train-grpo" in line and "(to 2 at most)" in line for line in told.warnings)
-    assert on_gpu == any("train-dpo" in line and "(to 3 at most)" in line for line in told.warnings)
+    assert on_gpu == any("train-dpo DPO" in line and "(to 3 at most)" in line for line in told.warnings)
 
 
 def test_the_table_and_a_mistake(bench, tmp_path):
     own = empty(bench, tmp_path)
     done = own.dpo("plan", str(own.recipe))
     assert done.returncode == 0, done.stderr
-    for part in ("Plan of tiny", "train-dpo", "runs: new", "Peak memory", "estimate: pairs still to be"):
+    for part in ("Plan of tiny", "train-dpo DPO", "runs: new", "Peak memory", "estimate: pairs still to be"):
         assert part in done.stdout
     assert not own.workspace.exists()
     databases = [path for path in tmp_path.rglob("*") if path.suffix in {".db", ".sqlite"}]

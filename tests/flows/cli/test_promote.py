@@ -32,7 +32,7 @@ def test_the_next_run_is_held_against_the_champion(finished: tuple[Bench, dict])
     unchanged = bench.dpo("promote", same["run"]["name"])
     assert (unchanged.returncode, "nothing changed" in unchanged.stdout) == (0, True)
 
-    second = bench.run("--set", "dpo.optim.learning_rate=3e-5")
+    second = bench.run("--set", "policies.DPO.optim.learning_rate=3e-5")
     title = f"dpo-tiny version {champion['champion']}"
     assert second["decision"]["champion"] == title
     assert title in second["decision"]["reasons"][0]["text"]

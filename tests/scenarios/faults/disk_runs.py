@@ -29,9 +29,9 @@ MOMENTS = [
     "sample-pairs: running",
     "validate-pairs: running",
     "cache-reference: running",
-    "train-dpo: running",
+    "train-dpo DPO: running",
     "work/train-dpo/*/checkpoints/step-00000002",
-    "train-ppo: running",
+    "train-ppo PPO: running",
     "evaluate: running",
     ENDED,
 ]
@@ -122,7 +122,7 @@ def _left(workspace: Path) -> dict[str, Any]:
     children: dict[str, list[str]] = {}
     for child in client.search_runs([parent.info.experiment_id], query):
         children.setdefault(child.info.run_name, []).append(child.info.status)
-        if child.info.run_name == "train-dpo":
+        if child.info.run_name == "train-dpo DPO":
             steps = sorted(m.step for m in client.get_metric_history(child.info.run_id, "loss"))
     return {
         "index": {

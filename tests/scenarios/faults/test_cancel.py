@@ -163,10 +163,10 @@ def assert_goes_on(bench: Bench, reference: Bench, site: Site) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_stopped_in_training(whole: Bench, shop: "Shop", family: Family, tell: Tell, way: str) -> None:
     own = whole.copy(way.replace(" ", "-"))
-    runs.forget(own, "train-dpo", "evaluate")
+    runs.forget(own, "train-dpo DPO", "evaluate")
     seconds, code = train_and_stop(own, family, way)
     (step,) = runs.assert_whole(own.workspace)
-    status, record = assert_recorded(own.workspace, "train-dpo", killed=way == "kill -9")
+    status, record = assert_recorded(own.workspace, "train-dpo DPO", killed=way == "kill -9")
     assert code == WAYS[way][1]
     assert_goes_on(own, whole, shop.site)
     tell(way, f"{seconds:.1f}", f"whole, step {step}", status, record, code, "bit for bit")
@@ -195,10 +195,10 @@ def test_stopped_in_two_stages_side_by_side(
     studied: Bench, shop: "Shop", family: Family, tell: Tell, way: str
 ) -> None:
     own = studied.copy(f"study-{way.replace(' ', '-')}")
-    runs.forget(own, "train-dpo", "measure")
+    runs.forget(own, "train-dpo DPO", "measure")
     seconds, code = train_and_stop(own, family, way, trainings=2)
     steps = runs.assert_whole(own.workspace, 2)
-    status, record = assert_recorded(own.workspace, "train-dpo", killed=way == "kill -9")
+    status, record = assert_recorded(own.workspace, "train-dpo DPO", killed=way == "kill -9")
     assert code == WAYS[way][1]
     assert_goes_on(own, studied, shop.site)
     tell(
@@ -311,7 +311,7 @@ def test_stopped_under_a_worker(
     state: set[str],
 ) -> None:
     own = whole.copy(f"worker-{act.__name__}")
-    runs.forget(own, "train-dpo", "evaluate")
+    runs.forget(own, "train-dpo DPO", "evaluate")
     run = shop.run(own)
     worker = shop.worker
     begun = time.monotonic()
@@ -322,7 +322,7 @@ def test_stopped_under_a_worker(
     seconds = time.monotonic() - begun
     assert seconds < runs.PATIENCE
     (step,) = runs.assert_whole(own.workspace)
-    status, record = assert_recorded(own.workspace, "train-dpo", killed=act is kill_flow)
+    status, record = assert_recorded(own.workspace, "train-dpo DPO", killed=act is kill_flow)
     until(lambda: shop.state(run)["type"] in state, 60)
     ended = shop.state(run)["type"]
     assert_goes_on(own, whole, shop.site)

@@ -88,7 +88,7 @@ def test_a_run_that_is_killed_goes_on_in_an_earlier_year(finished, library):
     """The newest unfinished run is the last that began; its runs in MLflow end after their start."""
     reference, whole = finished
     own = reference.copy("clock-resumed")
-    forget_from(own, "train-dpo")
+    forget_from(own, "train-dpo DPO")
     flows = [_killed_in_training(own, {}), _killed_in_training(own, set_back(library, YEAR))]
     last, first = names(own)[:2]
     assert last < first
@@ -107,10 +107,10 @@ def test_a_run_that_is_killed_goes_on_in_an_earlier_year(finished, library):
     parent = client.get_run(report["run"]["mlflow_run_id"])
     mine = [r for r in tracked.children if r.data.tags["mlflow.parentRunId"] == parent.info.run_id]
     assert [r.info.run_name for r in mine if r.info.status != "FINISHED"] == []
-    assert {r.info.run_name for r in mine} == set(STAGES[STAGES.index("train-dpo") :])
+    assert {r.info.run_name for r in mine} == set(STAGES[STAGES.index("train-dpo DPO") :])
     for run in (parent, *mine):
         assert run.info.end_time >= run.info.start_time
-    trained = next(r for r in mine if r.info.run_name == "train-dpo")
+    trained = next(r for r in mine if r.info.run_name == "train-dpo DPO")
     assert [step for step, _ in tracked.curves(trained)["loss"]] == [1, 2, 3]
 
 
@@ -126,7 +126,7 @@ def _killed_in_training(bench: Bench, clock: dict[str, str]) -> int:
             stderr=output,
         )
     limit = time.monotonic() + 900
-    while not ("train-dpo: running" in log.read_text() and any(work.glob("*/checkpoints/step-*"))):
+    while not ("train-dpo DPO: running" in log.read_text() and any(work.glob("*/checkpoints/step-*"))):
         assert flow.poll() is None, log.read_text()
         assert time.monotonic() < limit, log.read_text()
         time.sleep(0.02)

@@ -13,7 +13,7 @@ import pytest
 from tests.flows.test_alignment import STAGES
 from tests.scenarios.faults.whole import forget_from
 
-TRAINED = {"prepare-sft", "train-dpo", "train-ppo"}
+TRAINED = {"prepare-sft", "train-dpo DPO", "train-ppo PPO"}
 
 
 def _in_the_middle(bench, stage: str, log: Path) -> bool:
@@ -74,8 +74,8 @@ def test_a_trainer_killed_between_checkpoints_goes_on_exactly(finished):
     """The same for one stage, in the default run: the orphaned trainer is ended and training goes on."""
     reference, whole = finished
     own = reference.copy("killed-default")
-    forget_from(own, "train-dpo")
-    flow = _kill_in(own, "train-dpo")
+    forget_from(own, "train-dpo DPO")
+    flow = _kill_in(own, "train-dpo DPO")
     assert _started_by(flow), "the trainer and the Prefect server outlive the flow"
     report = own.run("--resume")
     assert not _started_by(flow)

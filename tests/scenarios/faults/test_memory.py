@@ -50,7 +50,7 @@ def run_until(
 
 def rank_of(flow: psutil.Process, said: str) -> psutil.Process | None:
     """The process that trains, once it does."""
-    for process in flow.children(recursive=True) if "train-dpo: running" in said else []:
+    for process in flow.children(recursive=True) if "train-dpo DPO: running" in said else []:
         if {"-u", "dpo_core.job"} <= set(process.cmdline()):
             return process
     return None
@@ -59,7 +59,7 @@ def rank_of(flow: psutil.Process, said: str) -> psutil.Process | None:
 def test_a_trainer_that_the_kernel_killed_for_memory(finished, small):
     reference, whole = finished
     own = reference.copy("oom-trainer")
-    forget_from(own, "train-dpo")
+    forget_from(own, "train-dpo DPO")
     flow, said = run_until(own, rank_of, small)
     assert flow.returncode == 4, said
     assert "error: train-dpo failed: out of memory: the kernel killed a process of it. " in said

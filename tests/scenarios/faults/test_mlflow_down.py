@@ -108,10 +108,10 @@ def assert_all_there(server: Server, own: Bench) -> None:
     assert {name: [r.info.status for r in found] for name, found in runs.items()} == {
         name: ["FINISHED"]
         for name in (
-            "load-data", "import-model", "validate-pairs", "cache-reference", "train-dpo", "evaluate",
+            "load-data", "import-model", "validate-pairs", "cache-reference", "train-dpo DPO", "evaluate",
         )
     }  # fmt: skip
-    (trained,) = runs["train-dpo"]
+    (trained,) = runs["train-dpo DPO"]
     (curve,) = own.workspace.glob("store/objects/model/*/*/metrics.jsonl")
     lines = [json.loads(line) for line in curve.read_text().splitlines()]
     assert len(lines) == STEPS, "training lost no step"
@@ -165,6 +165,6 @@ def test_mlflow_gone_for_good_keeps_what_it_would_have_been_told(server: Server,
     again = own.dpo("run", str(own.recipe), "--resume")
     assert again.returncode == 0, again.stderr
     assert "sending" in again.stderr
-    assert "train-dpo: cached" in again.stderr
+    assert "train-dpo DPO: cached" in again.stderr
     assert_all_there(server, own)
     assert not (own.workspace / "tracking_outbox").exists()

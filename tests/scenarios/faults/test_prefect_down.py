@@ -90,9 +90,9 @@ def until(flow: subprocess.Popen[bytes], log: Path, line: str) -> None:
 def test_a_server_that_is_back_in_half_a_minute_costs_nothing(finished, server: Server) -> None:
     reference, _ = finished
     own = reference.copy(f"prefect-back-{server.port}")
-    forget_from(own, "train-dpo")
+    forget_from(own, "train-dpo DPO")
     flow, log = start(own, server.api)
-    until(flow, log, "train-dpo: running")
+    until(flow, log, "train-dpo DPO: running")
     server.kill()
     time.sleep(AWAY)
     server.start()
@@ -110,10 +110,10 @@ def test_a_server_that_is_back_in_half_a_minute_costs_nothing(finished, server: 
 def test_a_run_does_without_a_server_that_is_gone_for_good(finished, server: Server) -> None:
     reference, whole = finished
     own = reference.copy(f"prefect-gone-{server.port}")
-    forget_from(own, "train-dpo")
+    forget_from(own, "train-dpo DPO")
     # Two tries in place of seven: the same course in less time.
     flow, log = start(own, server.api, PREFECT_CLIENT_MAX_RETRIES="2")
-    until(flow, log, "train-dpo: running")
+    until(flow, log, "train-dpo DPO: running")
     server.kill()
     code = flow.wait(timeout=900)
     text = log.read_text()

@@ -102,11 +102,11 @@ def test_two_recipes_share_what_they_have_in_common(finished):
     own = reference.copy("two-recipes")
     before = runs_of(own)
     for path in (own.workspace / "store" / "index").glob("*/*.json"):
-        if path.parent.name in {"cache-reference", "train-dpo", "evaluate"}:
+        if path.parent.name in {"cache-reference", "train-dpo DPO", "evaluate"}:
             path.unlink()
-    rivals = [Rival(own, "a"), Rival(own, "b", "--set", "dpo.optim.learning_rate=3e-5")]
+    rivals = [Rival(own, "a"), Rival(own, "b", "--set", "policies.DPO.optim.learning_rate=3e-5")]
     reports = [rival.report() for rival in rivals]
-    assert ran(*reports) == {"cache-reference": 1, "train-dpo": 2, "evaluate": 2}
+    assert ran(*reports) == {"cache-reference": 1, "train-dpo DPO": 2, "evaluate": 2}
     assert reports[0]["evaluation"] == whole["evaluation"]
     assert reports[1]["evaluation"] != whole["evaluation"]
     assert {k: own.index()[k] for k in reference.index()} == reference.index()
@@ -120,7 +120,7 @@ def test_one_is_killed_while_the_other_waits_for_its_stage(finished):
     for path in (own.workspace / "store" / "index" / "train-dpo").glob("*.json"):
         path.unlink()
     first = Rival(own, "a")
-    _until(first, "train-dpo: running")
+    _until(first, "train-dpo DPO: running")
     time.sleep(2)  # not in the middle of a write to MLflow, which nobody could then read
     os.kill(first.process.pid, signal.SIGSTOP)  # it holds its lock until the other has come so far
     second = Rival(own, "b")
@@ -128,13 +128,13 @@ def test_one_is_killed_while_the_other_waits_for_its_stage(finished):
     os.kill(first.process.pid, signal.SIGKILL)
     first.process.wait()
     report = second.report()
-    assert "train-dpo" in ran(report)
+    assert "train-dpo DPO" in ran(report)
     assert report["evaluation"] == whole["evaluation"]
     assert own.index() == reference.index()
     resumed = Rival(own, "c", "--resume")
     assert ran(resumed.report()) == {}
     tracked = assert_sound(own, [second, resumed], before + 2)
-    trained = [run for run in tracked.children if run.info.run_name == "train-dpo"]
+    trained = [run for run in tracked.children if run.info.run_name == "train-dpo DPO"]
     curves = [tracked.curves(run)["loss"] for run in trained]
     assert [[step for step, _ in curve] for curve in curves] == [[1, 2, 3]] * 3
     assert curves[0] == curves[1] == curves[2]
@@ -144,11 +144,11 @@ def test_one_is_killed_while_the_other_waits_for_its_stage(finished):
 def test_a_database_that_is_locked_for_a_minute_costs_nothing_but_time(finished):
     reference, whole = finished
     own = reference.copy("locked")
-    for stage in ("train-dpo", "evaluate"):
+    for stage in ("train-dpo DPO", "evaluate"):
         for path in (own.workspace / "store" / "index" / stage).glob("*.json"):
             path.unlink()
     rival = Rival(own, "a")
-    _until(rival, "train-dpo: running")
+    _until(rival, "train-dpo DPO: running")
     lock = sqlite3.connect(own.workspace / "mlflow.db", timeout=30)
     lock.execute("begin immediate")
     time.sleep(60)
@@ -158,7 +158,7 @@ def test_a_database_that_is_locked_for_a_minute_costs_nothing_but_time(finished)
     assert "refused" not in rival.said()
     tracked = Tracked(own.workspace)
     tracked.assert_sound()
-    curves = [tracked.curves(run)["loss"] for run in tracked.children if run.info.run_name == "train-dpo"]
+    curves = [tracked.curves(run)["loss"] for run in tracked.children if run.info.run_name == "train-dpo DPO"]
     assert curves[0] == curves[1]
     assert_store_clean(own.workspace)
 

@@ -16,7 +16,7 @@ from typing import Any
 from tasks.store.manifest import digest_config, digest_folder
 from tests.support.runs.tiny_run import Bench
 
-OWN = ("train-dpo", "evaluate")
+OWN = ("train-dpo DPO", "evaluate")
 """Stages whose artifacts are each run's own; the others are shared."""
 Row = dict[str, Any]
 
