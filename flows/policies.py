@@ -168,7 +168,7 @@ class _Trainer:
         logps = None
         if policy.entry.reference(policy.settings) == "cached":
             logps = self._logps(node)
-            needed[f"{CACHE.name} {policy.reference}"] = logps
+            needed[CACHE.name + self.labels[node.label]] = logps
         scoring = None
         if policy.entry.scored:
             learned = recipe.learns_from_model(policy)

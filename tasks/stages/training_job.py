@@ -141,7 +141,7 @@ def _watch(given: Work, launcher: Launcher, path: Path, processes: int, bar: Pro
 
 def _error_of(given: Work, tail: str, state: State, why: str) -> DpoError:
     """The error that the job left, as the class its exit code stands for."""
-    name = given.stage.name
+    name = given.name
     if state is State.STOPPED:
         return StageFailed(f"{name} was stopped and saved its state", "Resume the run")
     if _short_of_memory(why):  # the other ranks have only missed the one that was killed
@@ -160,7 +160,7 @@ def _error_of(given: Work, tail: str, state: State, why: str) -> DpoError:
 
 def _without_word(given: Work, tail: str, why: str) -> DpoError:
     """The error of a job that left none."""
-    name = given.stage.name
+    name = given.name
     if fault := disk_fault(tail, given.scratch, f"stage {name}"):
         return fault
     if why:

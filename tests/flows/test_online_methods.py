@@ -17,11 +17,11 @@ from tests.flows.cli.test_plan import planned, reasons
 from tests.support.runs.tiny_run import ENGINE, Bench
 
 ROUNDS = {"iterations": 2, "episodes": 8, "micro_batch_size": 8, "epochs": 1, "engine": ENGINE}
+RLOO = {"method": "grpo", "variant": "rloo", "group_size": 4, **ROUNDS}
+ONLINE = {"method": "online_dpo", "renew_reference": True, **ROUNDS, "micro_batch_size": 4}
 CHANGES = (
-    "--set",
-    f"grpo={json.dumps({**ROUNDS, 'variant': 'rloo', 'group_size': 4})}",
-    "--set",
-    f"online={json.dumps({**ROUNDS, 'micro_batch_size': 4, 'reference': 'each_round'})}",
+    *("--set", f"policies.RLOO={json.dumps(RLOO)}"),
+    *("--set", f"policies.Online DPO={json.dumps(ONLINE)}"),
 )
 
 
@@ -35,7 +35,7 @@ def both(finished: tuple[Bench, dict[str, Any]]) -> tuple[Bench, dict[str, Any],
 def test_only_the_new_methods_run(both) -> None:
     bench, report, foretold = both
     ran = [name for name, state in bench.states(report).items() if state == "ran"]
-    assert ran == list(foretold) == ["train-grpo", "train-online", "evaluate"]
+    assert ran == list(foretold) == ["train-grpo RLOO", "train-online_dpo Online DPO", "evaluate"]
 
 
 def test_they_stand_beside_the_others(both) -> None:
@@ -44,8 +44,8 @@ def test_they_stand_beside_the_others(both) -> None:
     assert names == ["SFT", "DPO", "PPO", "RLOO", "Online DPO"]
     page = (bench.workspace / "runs" / report["run"]["name"] / "page.html").read_text()
     assert "Online DPO" in page
-    assert {"grpo", "online"} <= set(report["curves"])
-    assert report["curves"]["grpo"][0]["val/ratio_first"] == 1.0
+    assert {"RLOO", "Online DPO"} <= set(report["curves"])
+    assert report["curves"]["RLOO"][0]["val/ratio_first"] == 1.0
 
 
 def test_a_policy_is_found_by_its_name_and_never_by_another(both) -> None:
@@ -58,8 +58,8 @@ def test_a_policy_is_found_by_its_name_and_never_by_another(both) -> None:
         ":dpo": "train-dpo DPO",
         ":ppo": "train-ppo PPO",
         ":PPO": "train-ppo PPO",
-        ":rloo": "train-grpo",
-        ":online-dpo": "train-online",
+        ":rloo": "train-grpo RLOO",
+        ":online-dpo": "train-online_dpo Online DPO",
     }
     assert {name: find_model(run + name, bench.workspace) for name in stages} == {
         name: made[stage] for name, stage in stages.items()
@@ -88,10 +88,10 @@ def test_the_help_names_the_policies() -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ("grpo={variant: rloo, scale: group}", "not scaled"),
-        ("online={objective: kto}", "reads more than the log-probs of a pair"),
-        ("ppo={missing_eos: replace}", "missing_eos is read only where missing_eos_penalty is set"),
-        ("grpo={engine: {zero_stage: 3}}", "use zero_stage 0 to 2"),
+        ("policies.A={method: grpo, variant: rloo, scale: group}", "not scaled"),
+        ("policies.A={method: online_dpo, objective: kto}", "reads more than the log-probs of a pair"),
+        ("policies.PPO.missing_eos=replace", "missing_eos is read only where missing_eos_penalty is set"),
+        ("policies.A={method: grpo, engine: {zero_stage: 3}}", "use zero_stage 0 to 2"),
     ],
 )
 def test_what_would_not_be_read_is_refused(bench: Bench, change: str, words: str) -> None:

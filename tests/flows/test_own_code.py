@@ -20,7 +20,8 @@ def test_every_stage_reads_the_code_that_the_recipe_trusts(tmp_path: Path) -> No
     folder.mkdir()
     model = with_own_code(make_tiny_model(tmp_path / "model", taught=True))
     recipe = tiny_recipe(model, folder / "runs")
-    recipe["reward"] |= {"optimise": "model", "model": REWARD}
+    recipe["reward"]["model"] = REWARD
+    recipe["policies"]["PPO"]["reward"] = "model"
     (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     bench = Bench(folder)
     refused = bench.dpo("run", str(bench.recipe))

@@ -22,7 +22,9 @@ def test_another_rate_beta_and_folder_compute_no_reference_log_prob(finished):
     bench, first = finished
     own = bench.copy("elsewhere")
     shutil.rmtree(own.workspace / "store" / "index" / "cache-reference")
-    report = own.run("--set", "policies.DPO.optim.learning_rate=3e-5", "--set", "policies.DPO.parameters.beta=0.3")
+    report = own.run(
+        "--set", "policies.DPO.optim.learning_rate=3e-5", "--set", "policies.DPO.parameters.beta=0.3"
+    )
     assert own.states(report)["cache-reference"] == "ran"
     before, facts = _facts(bench, first), _facts(own, report)
     assert before["computed"] == before["sequences"] > 0

@@ -16,7 +16,7 @@ STAGES = [
     "validate-unpaired",
     "prepare-sft",
     "cache-reference",
-    "train-dpo DPO",
+    "train-kto KTO",
     "train-ppo PPO",
     "evaluate",
 ]
@@ -36,7 +36,7 @@ def labelled(count: int = 36) -> list[dict[str, Any]]:
     ]
 
 
-def recipe_for(bench: Bench, rows: list[dict[str, Any]], name: str, **dpo: Any) -> dict[str, Any]:
+def recipe_for(bench: Bench, rows: list[dict[str, Any]], name: str, **kto: Any) -> dict[str, Any]:
     """The tiny recipe on rows of one's own."""
     data = bench.folder / f"{name}.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
@@ -45,8 +45,9 @@ def recipe_for(bench: Bench, rows: list[dict[str, Any]], name: str, **dpo: Any) 
         "name": name,
         "data": {"path": str(data), "eval_fraction": 0.2},
         "sft": {"batch_size": 8, "micro_batch_size": 8, "engine": ENGINE},
-        "dpo": SIZES | dpo,
     }
+    ppo = recipe["policies"]["PPO"]
+    recipe["policies"] = {"KTO": {"method": "kto", **SIZES, **kto}, "PPO": ppo}
     recipe.pop("pairs", None)
     return recipe
 
@@ -59,7 +60,7 @@ def stage(report: dict[str, Any], name: str) -> Path:
 def unpaired(bench: Bench) -> tuple[Bench, dict[str, Any]]:
     """A workspace of its own after one whole KTO run, and its report."""
     own = bench.copy("unpaired")
-    own.recipe.write_text(yaml.safe_dump(recipe_for(own, labelled(), "kto", objective="kto")))
+    own.recipe.write_text(yaml.safe_dump(recipe_for(own, labelled(), "kto")))
     return own, own.run()
 
 
@@ -71,9 +72,9 @@ def test_every_stage_runs(unpaired: tuple[Bench, dict[str, Any]]) -> None:
     (gate,) = report["gate"]
     assert gate["subject"] == "unpaired"
     policies = {row["name"]: row for row in report["evaluation"]["policies"]}
-    assert list(policies) == ["SFT", "DPO", "PPO"]
-    assert policies["DPO"]["accuracy"] is None
-    assert policies["DPO"]["gain"]["low"] <= policies["DPO"]["gain"]["value"]
+    assert list(policies) == ["SFT", "KTO", "PPO"]
+    assert policies["KTO"]["accuracy"] is None
+    assert policies["KTO"]["gain"]["low"] <= policies["KTO"]["gain"]["value"]
     assert report["model"]["alias"] == "challenger"
     # It does not look like a DPO run.
     folder = bench.workspace / "runs" / report["run"]["name"]
@@ -81,14 +82,14 @@ def test_every_stage_runs(unpaired: tuple[Bench, dict[str, Any]]) -> None:
     assert report["trained"]["objective"] == objective
     client = MlflowClient(f"sqlite:///{bench.workspace / 'mlflow.db'}")
     version = client.get_model_version(report["model"]["name"], report["model"]["version"])
-    assert version.tags["policies.DPO.objective"] == objective
+    assert version.tags["dpo.objective"] == objective
     parent = client.get_run(report["run"]["mlflow_run_id"])
-    assert parent.data.tags["policies.DPO.objective"] == objective
+    assert parent.data.tags["dpo.objective"] == objective
     texts = [(folder / name).read_text() for name in ("page.html", "summary.md")]
     for text in (*texts, version.description, parent.data.tags["mlflow.note.content"]):
         flat = text.replace("\\", "")
         assert objective in flat
-        assert "DPO (kto)" in flat
+        assert "DPO" not in flat
         rows = report["trained"]["rows_trained"]
         assert f"kto.jsonl; {rows} rows trained on, {36 - rows} held out" in flat
         assert "3 steps, batches of 8, learning rate 1e-05" in flat
@@ -97,7 +98,7 @@ def test_every_stage_runs(unpaired: tuple[Bench, dict[str, Any]]) -> None:
 
 def test_it_starts_at_one_half_and_logs_what_unpaired_training_has(unpaired) -> None:
     _, report = unpaired
-    first, *_, last = report["curves"]["dpo"]
+    first, *_, last = report["curves"]["KTO"]
     assert first["loss"] == pytest.approx(0.5, abs=1e-5)
     assert first["kl"] == pytest.approx(0, abs=1e-4)
     assert first["count/chosen"] + first["count/rejected"] == 8
@@ -132,12 +133,12 @@ def test_the_page_and_the_table_say_what_was_learnt_from(unpaired) -> None:
 def test_the_cache_holds_the_mismatched_pairs_for_kto_and_not_for_bco(unpaired) -> None:
     bench, first = unpaired
     facts = json.loads((stage(first, "cache-reference") / "shard" / "shard.json").read_text())
-    report = bench.run("--set", "policies.DPO.objective=bco")
+    report = bench.run("--set", "policies.KTO.objective=bco")
     ran = {name for name, state in bench.states(report).items() if state == "ran"}
-    assert ran == {"cache-reference", "train-dpo DPO", "evaluate"}
+    assert ran == {"cache-reference", "train-kto KTO", "evaluate"}
     less = json.loads((stage(report, "cache-reference") / "shard" / "shard.json").read_text())
     assert facts["entries"] == 2 * less["entries"]
-    assert report["curves"]["dpo"][0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert report["curves"]["KTO"][0]["loss"] == pytest.approx(0.693147, abs=1e-5)
     assert "Class weights" not in report["notes"], "BCO has none"
 
 
@@ -149,8 +150,9 @@ def test_pairs_are_taken_apart_for_an_objective_on_single_answers(unpaired) -> N
         {"prompt": f"The soup of day {i} was", "chosen": f" good and warm {i}.", "rejected": f" bad {i}."}
         for i in range(30)
     ]
-    recipe = recipe_for(own, rows, "apart", objective="kto")
-    own.recipe.write_text(yaml.safe_dump(recipe | {"ppo": {"enabled": False}}))
+    recipe = recipe_for(own, rows, "apart")
+    del recipe["policies"]["PPO"]
+    own.recipe.write_text(yaml.safe_dump(recipe))
     done = own.dpo("run", str(own.recipe), "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
@@ -160,7 +162,7 @@ def test_pairs_are_taken_apart_for_an_objective_on_single_answers(unpaired) -> N
     # Pairs stay pairs for the gate and the evaluation.
     assert report["gate"][0]["subject"] == "pairs"
     assert report["evaluation"]["policies"][1]["accuracy"] is not None
-    assert report["curves"]["dpo"][0]["loss"] == pytest.approx(0.5, abs=1e-5)
+    assert report["curves"]["KTO"][0]["loss"] == pytest.approx(0.5, abs=1e-5)
 
 
 def test_validate_judges_unpaired_rows(unpaired) -> None:

@@ -46,7 +46,10 @@ def deployment(**changes: Any) -> Deployment:
         ({"parameters": {"recipe": 3}}, "recipe"),
         ({"parameters": {"recipe": "dmo"}}, "nightly: there is no recipe named dmo"),
         ({"parameters": {"recipe": "mine.yaml"}}, "workers run elsewhere"),
-        ({"parameters": {"recipe": "demo", "overrides": ["dpo.epoch=2"]}}, "did you mean epochs?"),
+        (
+            {"parameters": {"recipe": "demo", "overrides": ["policies.DPO.epoch=2"]}},
+            "did you mean policies.DPO.epochs?",
+        ),
         ({"parameters": {"recipe": "demo", "on": "moon"}}, "nightly: there is no launcher 'moon'"),
         ({"parameters": {"recipe": "demo", "on": "kubernetes"}}, "nightly: the settings for kubernetes"),
         ({"parameters": {"recipe": "demo", "on": "slurm", "settings": "x.yaml"}}, "workers run elsewhere"),

@@ -66,7 +66,7 @@ def test_in_an_empty_workspace_all_is_new_and_nothing_is_made(bench, tmp_path):
     # The run has at most six pairs of 24 prompts, 70 % of them in training; 3 steps of 8 pairs are trained.
     assert 0 < stages["train-dpo DPO"]["tokens"] <= 3 * 8 * 96
     assert plan["flops"] == sum(stage["flops"] for stage in plan["stages"]) > 0
-    told = [line for line in plan["warnings"] if "PPO baseline alone" not in line]
+    told = [line for line in plan["warnings"] if "policy PPO alone" not in line]
     assert [line.split(",")[0] for line in told] == ["6 held-out prompts will be compared"]
 
 
@@ -159,11 +159,9 @@ def test_given_pairs_and_the_objectives_around_them(bench, tmp_path):
     ]
     data = tmp_path / "pairs.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
-    own = empty(
-        bench, tmp_path, data={"path": str(data), "eval_fraction": 0.2}, sft={}, ppo={"enabled": False}
-    )
+    own = empty(bench, tmp_path, data={"path": str(data), "eval_fraction": 0.2}, sft={})
     recipe = yaml.safe_load(own.recipe.read_text())
-    del recipe["pairs"], recipe["reward"]
+    del recipe["pairs"], recipe["reward"], recipe["policies"]["PPO"]
     own.recipe.write_text(yaml.safe_dump(recipe))
     plan = planned(own)
     names = list(states(plan))
@@ -171,8 +169,12 @@ def test_given_pairs_and_the_objectives_around_them(bench, tmp_path):
     assert "sample-pairs" not in names
     stages = {stage["name"]: stage for stage in plan["stages"]}
     assert stages["train-dpo DPO"]["note"] == ""
-    unlike = planned(own, "--set", "dpo={objective: SimPO, parameters: {beta: 0.1}, engine: {threads: 1}}")
-    assert "dpo: simpo with beta 0.1 (its default: 2; 0.1 is dpo's)" in unlike["warnings"]
+    unlike = planned(
+        own,
+        "--set",
+        "policies.DPO={method: dpo, objective: SimPO, parameters: {beta: 0.1}, engine: {threads: 1}}",
+    )
+    assert "DPO: simpo with beta 0.1 (its default: 2; 0.1 is dpo's)" in unlike["warnings"]
     cut = planned(own, "--set", "evaluate.sampling.max_new_tokens=2")["warnings"]
     assert [line for line in cut if "100.0% of the answers are cut" in line]
     # A live reference is one more model in memory, and one more forward pass.
@@ -227,7 +229,8 @@ def test_unpaired_rows(bench, tmp_path, objective, times):
     ]
     data = tmp_path / "ratings.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
-    changes = {"data": {"path": str(data), "eval_fraction": 0.2}, "sft": {}, "dpo": {"objective": objective}}
+    policies = {"KTO": {"method": "kto", "objective": objective}}
+    changes = {"data": {"path": str(data), "eval_fraction": 0.2}, "sft": {}, "policies": policies}
     own = empty(bench, tmp_path, **changes)
     recipe = yaml.safe_load(own.recipe.read_text())
     del recipe["pairs"]
@@ -235,24 +238,28 @@ def test_unpaired_rows(bench, tmp_path, objective, times):
     plan = planned(own)
     assert "validate-unpaired" in states(plan)
     stages = {stage["name"]: stage for stage in plan["stages"]}
-    epoch = stages["train-dpo DPO"]["tokens"]
+    epoch = stages["train-kto KTO"]["tokens"]
     # KTO reads log-probs of mismatched pairs too.
     assert stages["cache-reference"]["tokens"] == pytest.approx(times * epoch, rel=0.2)
     assert 0 < stages["prepare-sft"]["tokens"] < 0.8 * epoch, "the desirable answers alone"
-    assert stages["train-dpo DPO"]["memory_bytes"] > 0
-    fewer = planned(own, "--set", "policies.DPO.limit=16")
-    assert {s["name"]: s for s in fewer["stages"]}["train-dpo DPO"]["tokens"] < 0.5 * epoch
+    assert stages["train-kto KTO"]["memory_bytes"] > 0
+    fewer = planned(own, "--set", "policies.KTO.limit=16")
+    assert {s["name"]: s for s in fewer["stages"]}["train-kto KTO"]["tokens"] < 0.5 * epoch
 
 
-METHODS = {"grpo": {"group_size": 2, "episodes": 32}, "online": {"episodes": 32}}
+MORE = {
+    "GRPO": {"method": "grpo", "group_size": 2, "episodes": 32},
+    "Online DPO": {"method": "online_dpo", "episodes": 32},
+}
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_what_does_not_fit_is_said_with_the_field_to_change(bench, tmp_path, monkeypatch, on_gpu):
     """And the recipe takes what it says."""
-    own = empty(bench, tmp_path, **METHODS)
-    plain = json.dumps(yaml.safe_load(own.recipe.read_text()))  # every engine its own, none an alias
-    own.recipe.write_text(plain)
+    own = empty(bench, tmp_path)
+    recipe = yaml.safe_load(own.recipe.read_text())
+    recipe["policies"] |= MORE
+    own.recipe.write_text(json.dumps(recipe))  # every engine its own, none an alias
     from flows.cli.plan import plan_recipe
     from tasks.planning import speed as plan_speed
     from tasks.recipe.read import load_recipe
@@ -260,21 +267,22 @@ def test_what_does_not_fit_is_said_with_the_field_to_change(bench, tmp_path, mon
     small = replace(plan_speed.Speed.of(str(own.workspace)), memory_bytes=2**20, on_gpu=on_gpu)
     monkeypatch.setattr("tasks.planning.plan.Speed.of", lambda _: small)
     told = plan_recipe(load_recipe(str(own.recipe), []))
-    sections = dict(
-        zip(["prepare-sft", "train-dpo DPO", "train-ppo PPO", "train-grpo", "train-online"],
-            ["sft", "dpo", "ppo", "grpo", "online"], strict=True)
-    )  # fmt: skip
+    sections = {"prepare-sft": "sft"} | {
+        f"train-{policy['method']} {name}": f"policies.{name}" for name, policy in recipe["policies"].items()
+    }
     lacking = [line for line in told.warnings if "GiB and this machine has" in line]
-    assert [line.split()[0] for line in lacking] == list(sections)
-    for line in lacking:
-        advice = line.partition(": ")[2]
-        fields = re.findall(r"[a-z_]+(?:\.[a-z_]+)+", advice)
+    stages = [line.partition(" needs ")[0] for line in lacking]
+    assert stages == list(sections)
+    for stage, line in zip(stages, lacking, strict=True):
+        # Of the stage's own section.
+        advice = line.partition(": ")[2].replace(f"{sections[stage]}.", "OWN.")
+        fields = re.findall(r"[A-Za-z_]+(?:\.[a-z_]+)+", advice)
         assert on_gpu <= bool(fields)
-        assert {field.partition(".")[0] for field in fields} <= {sections[line.split()[0]]}
-        for change in re.findall(r"set (\S+=true)", advice):
-            load_recipe(str(own.recipe), [change.rstrip(",")])
-        for field, highest in re.findall(r"(\S+\.zero_stage) \(to (\d) at most", advice):
-            load_recipe(str(own.recipe), [f"{field}={highest}"])
+        assert {field.partition(".")[0] for field in fields} <= {"OWN"}
+        for change in re.findall(r"set OWN(\S+=true)", advice):
+            load_recipe(str(own.recipe), [sections[stage] + change.rstrip(",")])
+        for field, highest in re.findall(r"OWN(\S+\.zero_stage) \(to (\d) at most", advice):
+            load_recipe(str(own.recipe), [f"{sections[stage]}{field}={highest}"])
     assert on_gpu == any("train-grpo" in line and "(to 2 at most)" in line for line in told.warnings)
     assert on_gpu == any("train-dpo DPO" in line and "(to 3 at most)" in line for line in told.warnings)
 

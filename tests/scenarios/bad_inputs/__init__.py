@@ -136,8 +136,7 @@ class World:
             "tokens": {"max_length": 160, "max_prompt_length": 80},
             "sft": {"enabled": False},
             "reward": {"source": "sentiment"},
-            "dpo": dict(SIZES),
-            "ppo": {"enabled": False},
+            "policies": {"DPO": {"method": "dpo", **SIZES}},
             "evaluate": {"prompts": 2, "samples_per_prompt": 1, "sampling": SAMPLING, "precision": "fp32"},
         }
         return _merged(copy.deepcopy(good), changes)

@@ -83,9 +83,9 @@ def unknown_field(world: World) -> list[str]:
     return world.run(modle={"name": "x"})
 
 
-@bad(2, "there is no field dpo.optim.lr", "dpo config schema")
+@bad(2, "there is no field policies.DPO.optim.lr", "dpo config schema")
 def unknown_nested_field(world: World) -> list[str]:
-    return world.run(dpo={"optim": {"lr": 1e-5}})
+    return world.run(policies={"DPO": {"optim": {"lr": 1e-5}}})
 
 
 @bad(2, "there is no field gate.contradicton (did you mean contradiction?)")
@@ -93,29 +93,29 @@ def unknown_gate_rule(world: World) -> list[str]:
     return world.run(gate={"contradicton": {"max_rate": 0.5}})
 
 
-@bad(2, "dpo.epochs: Input should be a valid number", "'many'")
+@bad(2, "policies.DPO.epochs: Input should be a valid number", "'many'")
 def field_of_the_wrong_type(world: World) -> list[str]:
-    return world.run(dpo={"epochs": "many"})
+    return world.run(policies={"DPO": {"epochs": "many"}})
 
 
-@bad(2, "dpo.epochs: Input should be greater than 0", "given 0")
+@bad(2, "policies.DPO.epochs: Input should be greater than 0", "given 0")
 def field_out_of_range(world: World) -> list[str]:
-    return world.run(dpo={"epochs": 0})
+    return world.run(policies={"DPO": {"epochs": 0}})
 
 
-@bad(2, "dpo.optim.learning_rate: Input should be a finite number", "nan")
+@bad(2, "policies.DPO.optim.learning_rate: Input should be a finite number", "nan")
 def field_is_nan(world: World) -> list[str]:
-    return world.run(dpo={"optim": {"learning_rate": float("nan")}})
+    return world.run(policies={"DPO": {"optim": {"learning_rate": float("nan")}}})
 
 
-@bad(2, "dpo.epochs: Input should be greater than 0", "ppo.lam: Input should be less than", "data.limit")
+@bad(2, "policies.DPO.epochs: Input should be", "policies.PPO.lam: Input should be less", "data.limit")
 def three_faults_are_named_at_once(world: World) -> list[str]:
-    return world.run(dpo={"epochs": 0}, ppo={"enabled": True, "lam": 2}, data={"limit": 1})
+    return world.run(policies={"DPO": {"epochs": 0}, "PPO": {"method": "ppo", "lam": 2}}, data={"limit": 1})
 
 
-@bad(2, "dpo: batch_size 6 is not a multiple of micro_batch_size x processes = 4")
+@bad(2, "policies.DPO: batch_size 6 is not a multiple of micro_batch_size x processes = 4")
 def batch_that_does_not_divide(world: World) -> list[str]:
-    return world.run("--set", "dpo.pack_tokens=null", dpo={"batch_size": 6})
+    return world.run("--set", "policies.DPO.pack_tokens=null", policies={"DPO": {"batch_size": 6}})
 
 
 @bad(2, "tokens: max_prompt_length must be below max_length")
@@ -156,13 +156,14 @@ def a_margin_by_votes_that_nobody_counted(world: World) -> list[str]:
 @bad(2, "reward.model.margin is agreement, and no training pair says", adds="load-data")
 def a_margin_by_votes_on_sampled_pairs(world: World) -> list[str]:
     prompts = lines([{"prompt": row["prompt"]} for row in good_rows()])
-    learned = {"optimise": "model", "model": {"margin": "agreement"}}
-    return world.run_with("votes.jsonl", prompts, reward=learned, ppo={"enabled": True})
+    ppo = {"method": "ppo", "reward": "model"}
+    learned = {"model": {"margin": "agreement"}}
+    return world.run_with("votes.jsonl", prompts, reward=learned, policies={"PPO": ppo})
 
 
-@bad(2, "reward.optimise would not be read: ppo.enabled is false")
+@bad(2, "policies.DPO.reward would not be read: method dpo learns from labelled data")
 def a_learned_reward_that_nobody_learns_from(world: World) -> list[str]:
-    return world.run(reward={"optimise": "model"})
+    return world.run(policies={"DPO": {"reward": "model"}})
 
 
 @bad(2, "sft.* would not be read: sft.enabled is false")
@@ -170,9 +171,24 @@ def sft_set_and_disabled(world: World) -> list[str]:
     return world.run(sft={"epochs": 3})
 
 
-@bad(2, "ppo.* would not be read: ppo.enabled is false")
-def ppo_set_and_disabled(world: World) -> list[str]:
-    return world.run(ppo={"kl_coef": 0.5})
+@bad(2, "the recipe", "dpo, ppo became part of `policies`", "Put in their place:", "PPO:")
+def recipe_of_the_old_form(world: World) -> list[str]:
+    return world.run(policies=None, dpo={"epochs": 2}, ppo={"kl_coef": 0.5})
+
+
+@bad(2, "policies need each other, so that none can be trained first: B → DPO → B")
+def policies_in_a_cycle(world: World) -> list[str]:
+    return world.run(policies={"DPO": {"start": "B"}, "B": {"method": "dpo", "reference": "DPO"}})
+
+
+@bad(2, "policies.DPO.start: there is no policy 'B'; there are SFT, DPO")
+def policy_that_starts_from_an_unknown_one(world: World) -> list[str]:
+    return world.run(policies={"DPO": {"start": "B"}})
+
+
+@bad(2, "'dpo' cannot name a policy: 'DPO' and 'dpo' differ in capitals")
+def policies_of_one_name(world: World) -> list[str]:
+    return world.run(policies={"dpo": {"method": "dpo"}})
 
 
 @bad(2, "sft: demonstrations and made_demonstrations are both set: choose one")
@@ -188,32 +204,32 @@ def evaluation_set_twice(world: World) -> list[str]:
 # --- the objective ----------------------------------------------------------------------------------------
 
 
-@bad(2, "there is no objective 'dopo'", "recipe.yaml cannot be used: dpo:", "Choose one of", "ipo")
+@bad(2, "there is no objective 'dopo'", "cannot be used: policies: policy DPO:", "Choose one of", "ipo")
 def unknown_objective(world: World) -> list[str]:
-    return world.run(dpo={"objective": "dopo"})
+    return world.run(policies={"DPO": {"objective": "dopo"}})
 
 
-@bad(2, "'dpo' does not read the parameter 'tau'", "dpo:", "the parameters of 'dpo' are: beta")
+@bad(2, "'dpo' does not read the parameter 'tau'", "policy DPO:", "the parameters of 'dpo' are: beta")
 def parameter_that_is_not_read(world: World) -> list[str]:
-    return world.run(dpo={"parameters": {"tau": 0.5}})
+    return world.run(policies={"DPO": {"parameters": {"tau": 0.5}}})
 
 
 @bad(2, "beta=-1.0 is outside the range of objective 'dpo'", "Choose beta")
 def parameter_out_of_range(world: World) -> list[str]:
-    return world.run("--set", "dpo.parameters.beta=-1")
+    return world.run("--set", "policies.DPO.parameters.beta=-1")
 
 
 # --- overrides --------------------------------------------------------------------------------------------
 
 
-@bad(2, "--set dpo.epochs is not of the form a.b=value", "Write for example")
+@bad(2, "--set policies.DPO.epochs is not of the form a.b=value", "Write for example")
 def override_without_a_value(world: World) -> list[str]:
-    return world.run("--set", "dpo.epochs")
+    return world.run("--set", "policies.DPO.epochs")
 
 
-@bad(2, "there is no field dpo.epoch", "did you mean epochs?", "dpo config schema")
+@bad(2, "there is no field policies.DPO.epoch", "did you mean policies.DPO.epochs?", "dpo config schema")
 def override_of_an_unknown_field(world: World) -> list[str]:
-    return world.run("--set", "dpo.epoch=2")
+    return world.run("--set", "policies.DPO.epoch=2")
 
 
 @bad(2, "--set name.first=x: name holds a value, not fields", "dpo config schema")
@@ -221,9 +237,9 @@ def override_below_a_value(world: World) -> list[str]:
     return world.run("--set", "name.first=x")
 
 
-@bad(2, "--set dpo.epochs=[1: the value is not valid YAML", "Quote it")
+@bad(2, "--set policies.DPO.epochs=[1: the value is not valid YAML", "Quote it")
 def override_that_is_not_yaml(world: World) -> list[str]:
-    return world.run("--set", "dpo.epochs=[1")
+    return world.run("--set", "policies.DPO.epochs=[1")
 
 
 @bad(2, "--set", "requires an argument", usage=True)

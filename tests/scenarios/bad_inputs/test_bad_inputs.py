@@ -95,15 +95,15 @@ def test_two_rows_of_ones_own_run_to_the_end(world: World) -> None:
             sft={"enabled": True, "engine": {"threads": 1}},
             reward={"source": None, "model": small},
             evaluate={"samples_per_prompt": 2},
-            ppo={"enabled": True, "iterations": 1, "episodes": 4, "micro_batch_size": 4},
+            policies={"PPO": {"method": "ppo", "iterations": 1, "episodes": 4, "micro_batch_size": 4}},
         )
     )
     assert done.code == 0, done.err
     report = json.loads(done.out)
     ran = [stage["name"] for stage in report["stages"]]
     assert ran == [
-        "load-data", "import-model", "validate-pairs", "prepare-sft", "cache-reference", "train-dpo",
-        "train-reward", "train-ppo", "evaluate",
+        "load-data", "import-model", "validate-pairs", "prepare-sft", "train-reward", "cache-reference",
+        "train-dpo DPO", "train-ppo PPO", "evaluate",
     ]  # fmt: skip
     findings = {f["rule"]: f for f in report["gate"][0]["findings"]}
     assert findings["pairs/too_few"]["passed"] is False

@@ -1,8 +1,8 @@
 """Unpaired rows: of the wrong kind for the recipe, or with labels that cannot be learnt from."""
 
-from tests.scenarios.bad_inputs import Rows, World, bad, good_rows
+from tests.scenarios.bad_inputs import SIZES, Rows, World, bad, good_rows
 
-KTO = {"objective": "kto"}
+KTO = {"DPO": None, "KTO": {"method": "kto", **SIZES}}
 
 
 def labelled() -> Rows:
@@ -14,7 +14,7 @@ def labelled() -> Rows:
 
 
 @bad(
-    2, "the data are unpaired rows", "objective 'dpo' learns from pairs", "Set dpo.objective to kto or bco",
+    2, "the data are unpaired rows", "policy DPO learns from pairs", "Set policies.DPO.method to kto",
     adds="load-data",
 )  # fmt: skip
 def unpaired_for_an_objective_on_pairs(world: World) -> list[str]:
@@ -22,11 +22,11 @@ def unpaired_for_an_objective_on_pairs(world: World) -> list[str]:
 
 
 @bad(
-    2, "the data are unpaired rows", "objective 'dpo' learns from pairs", "Set guide.objective",
+    2, "the data are unpaired rows", "policy Guide learns from pairs", "Set policies.Guide.method to kto",
     adds="load-data",
 )  # fmt: skip
 def unpaired_for_a_guide_on_pairs(world: World) -> list[str]:
-    return world.run_on(labelled(), dpo={"objective": "bco"}, guide={"objective": "dpo"})
+    return world.run_on(labelled(), policies=KTO | {"Guide": {"method": "dpo"}})
 
 
 @bad(
@@ -34,15 +34,15 @@ def unpaired_for_a_guide_on_pairs(world: World) -> list[str]:
     adds="load-data",
 )  # fmt: skip
 def unpaired_without_a_reward(world: World) -> list[str]:
-    return world.run_on(labelled(), dpo=KTO, reward={"source": None})
+    return world.run_on(labelled(), policies=KTO, reward={"source": None})
 
 
 @bad(
-    2, "the data are unpaired rows", "reward.optimise is trained on pairs", "Set reward.optimise to source",
+    2, "the data are unpaired rows", "reward is a model, which is trained", "Leave the policy's reward out",
     adds="load-data",
 )  # fmt: skip
 def unpaired_for_a_learned_reward(world: World) -> list[str]:
-    return world.run_on(labelled(), dpo=KTO, reward={"optimise": "model"}, ppo={"enabled": True})
+    return world.run_on(labelled(), policies=KTO | {"PPO": {"method": "ppo", "reward": "model"}})
 
 
 @bad(
@@ -51,7 +51,7 @@ def unpaired_for_a_learned_reward(world: World) -> list[str]:
 )  # fmt: skip
 def unpaired_of_which_none_is_desirable(world: World) -> list[str]:
     rows = [row | {"label": False} for row in labelled()]
-    return world.run_on(rows, dpo=KTO, sft={"enabled": True})
+    return world.run_on(rows, policies=KTO, sft={"enabled": True})
 
 
 @bad(
@@ -60,14 +60,14 @@ def unpaired_of_which_none_is_desirable(world: World) -> list[str]:
 )  # fmt: skip
 def unpaired_with_both_labels(world: World) -> list[str]:
     rows = labelled()
-    return world.run_on([*rows, rows[3] | {"label": False}], dpo=KTO)
+    return world.run_on([*rows, rows[3] | {"label": False}], policies=KTO)
 
 
 @bad(3, "refused the unpaired rows", "unpaired/fault: 1 of 24 rows", "label is missing", adds="load-data")
 def unpaired_without_a_label(world: World) -> list[str]:
     rows = labelled()
     del rows[3]["label"]
-    return world.run_on(rows, dpo=KTO)
+    return world.run_on(rows, policies=KTO)
 
 
 @bad(
@@ -79,9 +79,9 @@ def unpaired_of_one_answer_for_kto(world: World) -> list[str]:
         {"prompt": "The soup", "completion": " was good.", "label": True},
         {"prompt": "The bread", "completion": " was bad.", "label": False},
     ]
-    return world.run_on(rows, dpo=KTO, evaluate={"samples_per_prompt": 2})
+    return world.run_on(rows, policies=KTO, evaluate={"samples_per_prompt": 2})
 
 
-@bad(2, "plus is for objectives on pairs, and 'kto' learns from unpaired rows")
+@bad(2, "there is no field policies.KTO.plus")
 def unpaired_objective_in_a_sum(world: World) -> list[str]:
-    return world.run(dpo={"objective": "kto", "plus": [{"objective": "sft"}]})
+    return world.run(policies={"KTO": {"method": "kto", "plus": [{"objective": "sft"}]}})

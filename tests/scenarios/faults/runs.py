@@ -31,13 +31,13 @@ MEASURED = {"prompts": 6, "samples_per_prompt": 4, "sampling": SAMPLING, "precis
 def long_recipe(world: World, **changes: Any) -> dict[str, Any]:
     """The stages that there must be; training and evaluation last long enough to be stopped."""
     (world.folder / "good.jsonl").write_text(lines(good_rows()))
-    return world.recipe_of(dpo=TRAINING, evaluate=MEASURED, **changes)
+    return world.recipe_of(policies={"DPO": TRAINING}, evaluate=MEASURED, **changes)
 
 
 def forget(bench: Bench, *stages: str) -> None:
     """As if these stages had never run."""
     for stage in stages:
-        for path in (bench.workspace / "store" / "index" / stage).glob("*.json"):
+        for path in (bench.workspace / "store" / "index" / stage.partition(" ")[0]).glob("*.json"):
             path.unlink()
 
 

@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(1800)]
 Process = subprocess.Popen[bytes]
 Tell = Callable[..., None]
 ENDED = {"KILLED", "FAILED"}
-ARMS = [{"name": "DPO", "method": "dpo", "settings": [{"parameters.beta": 0.1}, {"parameters.beta": 0.5}]}]
+GRID = {"DPO": {"parameters.beta": [0.1, 0.5]}}
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +65,8 @@ def whole(model: Path, shop: "Shop", tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def studied(model: Path, shop: "Shop", tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    study = {"seeds": [0], "arms": ARMS, "best_of": [2], "parallel": 2}
-    return make_bench(tmp_path_factory.mktemp("study") / "whole", model, shop.site, frontier=study)
+    study = {"seeds": [0], "grid": GRID, "best_of": [2], "parallel": 2}
+    return make_bench(tmp_path_factory.mktemp("study") / "whole", model, shop.site, study=study)
 
 
 @pytest.fixture

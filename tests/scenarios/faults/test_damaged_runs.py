@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.timeout(1200)]
 
 def artifact(bench: Bench, stage: str) -> Path:
     """The folder that the stage has made."""
-    (entry,) = (bench.workspace / "store" / "index" / stage).glob("*.json")
+    (entry,) = (bench.workspace / "store" / "index" / stage.partition(" ")[0]).glob("*.json")
     return bench.workspace / "store" / json.loads(entry.read_text())["manifest"]["uri"]
 
 

@@ -19,7 +19,7 @@ TRAINED = {"prepare-sft", "train-dpo DPO", "train-ppo PPO"}
 def _in_the_middle(bench, stage: str, log: Path) -> bool:
     if f"{stage}: running" not in log.read_text():
         return False
-    work = bench.workspace / "work" / stage
+    work = bench.workspace / "work" / stage.partition(" ")[0]
     # A trainer is killed between two checkpoints, with one on the disk.
     return stage not in TRAINED or any(work.glob("*/checkpoints/step-*"))
 

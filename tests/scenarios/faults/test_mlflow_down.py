@@ -43,8 +43,9 @@ def own(bench: Bench, server: Server, tmp_path: Path) -> Bench:
     data.write_text("\n".join(map(json.dumps, rows)))
     recipe = yaml.safe_load(bench.recipe.read_text())
     recipe |= {"workspace": str(own.workspace), "data": {"path": str(data), "eval_fraction": 0.2}}
-    recipe |= {"sft": {"enabled": False}, "ppo": {"enabled": False}, "tracking": {"uri": server.uri}}
-    recipe["dpo"] |= {"epochs": 1000, "max_steps": STEPS, "engine": ENGINE | {"save_every": 100}}
+    recipe |= {"sft": {"enabled": False}, "tracking": {"uri": server.uri}}
+    del recipe["policies"]["PPO"]
+    recipe["policies"]["DPO"] |= {"epochs": 1000, "max_steps": STEPS, "engine": ENGINE | {"save_every": 100}}
     del recipe["pairs"]
     own.recipe.write_text(yaml.safe_dump(recipe))
     return own

@@ -37,7 +37,7 @@ def make_bench(folder: Path, model: Path) -> Bench:
 def done(bench: Bench) -> list[str]:
     """The stages that the store holds."""
     index = bench.workspace / "store" / "index"
-    return [stage for stage in STAGES if any((index / stage).glob("*.json"))]
+    return [stage for stage in STAGES if any((index / stage.partition(" ")[0]).glob("*.json"))]
 
 
 def storing(bench: Bench) -> bool:

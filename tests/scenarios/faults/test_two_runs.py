@@ -102,7 +102,7 @@ def test_two_recipes_share_what_they_have_in_common(finished):
     own = reference.copy("two-recipes")
     before = runs_of(own)
     for path in (own.workspace / "store" / "index").glob("*/*.json"):
-        if path.parent.name in {"cache-reference", "train-dpo DPO", "evaluate"}:
+        if path.parent.name in {"cache-reference", "train-dpo", "evaluate"}:
             path.unlink()
     rivals = [Rival(own, "a"), Rival(own, "b", "--set", "policies.DPO.optim.learning_rate=3e-5")]
     reports = [rival.report() for rival in rivals]
@@ -144,7 +144,7 @@ def test_one_is_killed_while_the_other_waits_for_its_stage(finished):
 def test_a_database_that_is_locked_for_a_minute_costs_nothing_but_time(finished):
     reference, whole = finished
     own = reference.copy("locked")
-    for stage in ("train-dpo DPO", "evaluate"):
+    for stage in ("train-dpo", "evaluate"):
         for path in (own.workspace / "store" / "index" / stage).glob("*.json"):
             path.unlink()
     rival = Rival(own, "a")

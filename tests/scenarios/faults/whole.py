@@ -132,7 +132,7 @@ def report_of(bench: Bench) -> dict[str, Any]:
 def forget_from(bench: Bench, stage: str) -> None:
     """As if the run had come no further than just before this stage."""
     for later in STAGES[STAGES.index(stage) :]:
-        for path in (bench.workspace / "store" / "index" / later).glob("*.json"):
+        for path in (bench.workspace / "store" / "index" / later.partition(" ")[0]).glob("*.json"):
             path.unlink()
 
 

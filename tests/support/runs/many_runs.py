@@ -43,7 +43,7 @@ def _on_disk(workspace: Path, report: dict[str, Any], number: int, parent: str) 
     for stage in stages:
         if stage["name"] in OWN:
             stage["sha256"], key = _artifact(workspace, stage, number)
-            lines.append({"stage": stage["name"], "key": key, "inputs": stage["parents"]})
+            lines.append({"stage": stage["name"].partition(" ")[0], "key": key, "inputs": stage["parents"]})
     (folder / "stages.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     own = report | {"stages": stages, "run": report["run"] | {"name": name, "mlflow_run_id": parent}}
     (folder / "report.json").write_text(json.dumps(own))
@@ -53,7 +53,7 @@ def _artifact(workspace: Path, stage: dict[str, Any], number: int) -> tuple[str,
     store = workspace / "store"
     index = next(
         path
-        for path in (store / "index" / stage["name"]).glob("*.json")
+        for path in (store / "index" / stage["name"].partition(" ")[0]).glob("*.json")
         if json.loads(path.read_text())["manifest"]["sha256"] == stage["sha256"]
     )
     facts = json.loads(index.read_text())["manifest"]
