@@ -7,26 +7,25 @@
 Pure numpy: nothing here needs torch.
 """
 
-from dpo_core.study.claims import Claim, claims
+from dpo_core.study.claims import DOMINATES, Claim, claims
 from dpo_core.study.envelopes import area, compute_to_reach, envelope, envelope_at
 from dpo_core.study.points import BestOf, Cost, Point, Study, best_of_kl, best_of_n
 from dpo_core.study.results import (
-    ArmDifference,
-    ArmRow,
     AtKl,
     BestOfRow,
     ComputeRatio,
     DiversityDifference,
-    FrontierSummary,
     GainRatio,
+    PolicyDifference,
+    PolicySummary,
     SeedRange,
     SettingRow,
+    StudySummary,
 )
 from dpo_core.study.summary import reward_at_kl, summarise
 
 __all__ = [
-    "ArmDifference",
-    "ArmRow",
+    "DOMINATES",
     "AtKl",
     "BestOf",
     "BestOfRow",
@@ -34,12 +33,14 @@ __all__ = [
     "ComputeRatio",
     "Cost",
     "DiversityDifference",
-    "FrontierSummary",
     "GainRatio",
     "Point",
+    "PolicyDifference",
+    "PolicySummary",
     "SeedRange",
     "SettingRow",
     "Study",
+    "StudySummary",
     "area",
     "best_of_kl",
     "best_of_n",

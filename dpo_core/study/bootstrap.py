@@ -15,7 +15,7 @@ import numpy as np
 from dpo_core.statistics.estimates import Estimate, Floats
 from dpo_core.study.points import Point, Study
 
-Setting = tuple[str, str]  # an arm and its setting
+Setting = tuple[str, str]  # a policy and its setting
 
 
 class Resampling:
@@ -48,9 +48,9 @@ class Resampling:
         mean_R: Floats = self._prompts_RP @ np.asarray(values_P, dtype=np.float64)
         return mean_R
 
-    def of_arm(self, values_R: dict[Setting, Floats], arm: str) -> Floats:
-        """(R, K): one column for each of the arm's K settings."""
-        return np.stack([values for (name, _), values in values_R.items() if name == arm], axis=1)
+    def of_policy(self, values_R: dict[Setting, Floats], policy: str) -> Floats:
+        """(R, K): one column for each of the policy's K settings."""
+        return np.stack([values for (name, _), values in values_R.items() if name == policy], axis=1)
 
     def estimate(self, values_R: Floats, confidence: float = 0.95) -> Estimate:
         """The measured value with the percentile interval of the resamples."""
@@ -72,12 +72,12 @@ class Resampling:
 
 
 def points_by_setting(study: Study) -> dict[Setting, list[Point]]:
-    """Points in order of their seed; arms, and settings within them, in order of their first point."""
+    """Points in order of their seed; policies, and settings within them, in order of their first point."""
     found: dict[Setting, list[Point]] = {}
-    for arm in study.arms():
+    for policy in study.policies():
         for point in study.points:
-            if point.arm == arm:
-                found.setdefault((arm, point.setting), []).append(point)
+            if point.policy == policy:
+                found.setdefault((policy, point.setting), []).append(point)
     return {setting: sorted(points, key=lambda point: point.seed) for setting, points in found.items()}
 
 

@@ -1,11 +1,11 @@
 """Published claims held against a study. The rules err towards "undecided".
 
-An interval that contains both sides of a claim decides nothing, and neither does an arm of which a setting
+An interval that contains both sides of a claim decides nothing, and neither does a policy of which a setting
 has fewer than `SEEDS` seeds. What each seed measured once is judged by the range over the seeds. "supported"
 speaks of this study's model, data and settings; it proves nothing about others.
 
-Three seeds that differ as much as the arms do make intervals too narrow all the same: in simulations of equal
-arms, where prompts add little noise, about one study in eight was decided instead of one in twenty.
+Three seeds that differ as much as the policies do make intervals too narrow all the same: in simulations of
+equal policies, where prompts add little noise, about one study in eight was decided instead of one in twenty.
 """
 
 from collections.abc import Sequence
@@ -14,13 +14,18 @@ from typing import Literal
 from dpo_core.config import Config
 from dpo_core.statistics.estimates import Estimate
 from dpo_core.study.points import Study
-from dpo_core.study.results import FrontierSummary
+from dpo_core.study.results import StudySummary
+from dpo_core.study.summary import FEW
 
 SEEDS = 3  # of every setting; three fall on one side of their median by chance in a quarter of cases
 DEFINED = 0.95  # share of resamples in which a ratio must exist
 COMPUTE_CLAIM, COMPUTE_SHARE = 1 / 3, 0.9
 ENTROPY_CLAIM = 0.37
 FEW_CLAIM = 0.15
+DIRECT, RLHF = "DPO", ("PPO", "PPO-GT")
+"""The policies that the claims speak of: on pairs; on samples, with a reward model or the known reward."""
+DOMINATES = "dominates"
+"""The word of the claim that a study's headline states."""
 TOKEN_LEVEL = ("TDPO1", "TDPO2", "f-DPO")
 
 Verdict = Literal["supported", "contradicted", "undecided", "not measured"]
@@ -35,28 +40,28 @@ class Claim(Config):
     verdict: Verdict
 
 
-def claims(study: Study, summary: FrontierSummary) -> list[Claim]:
-    """Every claim that a study like this can speak to, the ones without their arms as "not measured"."""
-    arms = study.arms()
-    rivals = ["PPO", *(arm for arm in ["PPO-GT"] if arm in arms)]
-    return [
-        *(_dominates(summary, rival) for rival in rivals),
-        _compute(summary),
-        *(claim for arm in TOKEN_LEVEL for claim in _diversity(summary, arm)),
-        _few_samples(summary),
-    ]
+def claims(study: Study, summary: StudySummary) -> list[Claim]:
+    """The claims whose policies the study has, by the names that the claims give them."""
+    named = set(study.policies())
+    judged: list[Claim] = []
+    if DIRECT in named:
+        judged += [_dominates(summary, rival) for rival in RLHF if rival in named]
+    if study.base == DIRECT:  # compute and diversity are compared with the first policy's
+        judged += [_compute(summary)] if RLHF[0] in named else []
+        judged += [claim for name in TOKEN_LEVEL if name in named for claim in _diversity(summary, name)]
+    return judged + ([_few_samples(summary)] if named.issuperset(FEW) else [])
 
 
-def _dominates(summary: FrontierSummary, rival: str) -> Claim:
-    """Judged where both arms are: the area to the KL that both reach, and the fixed KLs up to there.
+def _dominates(summary: StudySummary, rival: str) -> Claim:
+    """Judged where both policies are: the area to the KL that both reach, and the fixed KLs up to there.
 
     Supported: more in all of them. Contradicted: less in one of them.
     """
-    claim = f"DPO's reward-KL frontier dominates {rival}'s"
+    claim = f"{DIRECT}'s reward-KL frontier {DOMINATES} {rival}'s"
     claimed = "more reward at every KL"
-    difference = summary.difference("DPO", rival)
+    difference = summary.difference(DIRECT, rival)
     if difference is None:
-        return _absent(summary, claim, claimed, "DPO", rival)
+        return _absent(claim, claimed, DIRECT, rival)
     common = [at for at in difference.at_kl if at.reached]
     found = f"DPO minus {rival}: mean gain up to {summary.kl_end:g} nats {_words(difference.area)}"
     if difference.common_area and difference.common_kl < summary.kl_end:
@@ -65,21 +70,22 @@ def _dominates(summary: FrontierSummary, rival: str) -> Claim:
     verdict: Verdict = "undecided"
     if not common or difference.common_area is None:
         found += "; no fixed KL that both reach"
-    elif not _too_few(summary, "DPO", rival):
+    elif not _too_few(summary, DIRECT, rival):
         parts = [difference.common_area, *(at.reward for at in common)]
         if all(part.low > 0 for part in parts):
             verdict = "supported"
         elif any(part.high < 0 for part in parts):
             verdict = "contradicted"
-    return Claim(claim=claim, claimed=claimed, found=found + _seeds(summary, "DPO", rival), verdict=verdict)
+    return Claim(claim=claim, claimed=claimed, found=found + _seeds(summary, DIRECT, rival), verdict=verdict)
 
 
-def _compute(summary: FrontierSummary) -> Claim:
+def _compute(summary: StudySummary) -> Claim:
     """Supported: at most a third, by the whole interval. Contradicted: more than a third, likewise."""
     claim, claimed = "DPO needs a third of RLHF's compute for the same reward", "at most 0.333 of PPO's FLOPs"
-    rows = [r for r in summary.compute if (r.arm, r.other, r.gain_share) == ("DPO", "PPO", COMPUTE_SHARE)]
+    wanted = (DIRECT, RLHF[0], COMPUTE_SHARE)
+    rows = [r for r in summary.compute if (r.policy, r.other, r.gain_share) == wanted]
     if not rows:
-        return _absent(summary, claim, claimed, "DPO", "PPO")
+        return _absent(claim, claimed, DIRECT, RLHF[0])
     (row,) = rows
     if row.ratio is None:
         found = "DPO and PPO have no gain in common to compare at"
@@ -88,12 +94,14 @@ def _compute(summary: FrontierSummary) -> Claim:
         f"{row.ratio.value:.3g} of PPO's FLOPs ({row.ratio.low:.3g} to {row.ratio.high:.3g}) at "
         f"{row.gain_share:.0%} of the gain that both reach, defined in {row.defined:.0%} of resamples"
     )
-    sure = row.defined >= DEFINED and not _too_few(summary, "DPO", "PPO")
+    sure = row.defined >= DEFINED and not _too_few(summary, DIRECT, RLHF[0])
     verdict = _at_least(-row.ratio.high, -row.ratio.low, -COMPUTE_CLAIM) if sure else "undecided"
-    return Claim(claim=claim, claimed=claimed, found=found + _seeds(summary, "DPO", "PPO"), verdict=verdict)
+    return Claim(
+        claim=claim, claimed=claimed, found=found + _seeds(summary, DIRECT, RLHF[0]), verdict=verdict
+    )
 
 
-def _diversity(summary: FrontierSummary, arm: str) -> list[Claim]:
+def _diversity(summary: StudySummary, policy: str) -> list[Claim]:
     """Supported: every seed at every common beta is on the claim's side. Contradicted: every one is not."""
     found = []
     for metric, name, limit in (
@@ -101,12 +109,11 @@ def _diversity(summary: FrontierSummary, arm: str) -> list[Claim]:
         ("distinct_1", "distinct-1", 0.0),
         ("distinct_2", "distinct-2", 0.0),
     ):
-        claim = f"{arm} has more {name} than DPO"
+        claim = f"{policy} has more {name} than DPO"
         claimed = f"{limit:+.0%} at the same β" if limit else "more at the same β"
-        rows = [r for r in summary.diversity if (r.arm, r.other, r.metric) == (arm, "DPO", metric)]
+        rows = [r for r in summary.diversity if (r.policy, r.other, r.metric) == (policy, DIRECT, metric)]
         if not rows:
-            # One line says that an arm is absent.
-            return [_absent(summary, claim, claimed, arm, "DPO")]
+            return [_absent(claim, claimed, policy, DIRECT)]
         ranges = [row.relative for row in rows]
         sides = {_at_least(part.low, part.high, limit) for part in ranges}
         fewest = min(part.seeds for part in ranges)
@@ -120,14 +127,13 @@ def _diversity(summary: FrontierSummary, arm: str) -> list[Claim]:
     return found
 
 
-def _few_samples(summary: FrontierSummary) -> Claim:
+def _few_samples(summary: StudySummary) -> Claim:
     """Supported: at least so much more gain over the reference, by the whole interval."""
     claim = "Pre-DPO gains more than DPO from few samples"
     claimed = f"{FEW_CLAIM:+.0%}"
-    arms = ("Pre-DPO, few", "DPO, few")
-    rows = [row for row in summary.gains if (row.arm, row.other) == arms]
+    rows = [row for row in summary.gains if (row.policy, row.other) == FEW]
     if not rows:
-        return _absent(summary, claim, claimed, *arms)
+        return _absent(claim, claimed, *FEW)
     (row,) = rows
     if row.relative is None:
         found = f"DPO itself gains nothing: {_words(row.other_gain)}"
@@ -139,7 +145,7 @@ def _few_samples(summary: FrontierSummary) -> Claim:
     )
     sure = row.defined >= DEFINED and row.fewest_seeds >= SEEDS
     verdict = _at_least(relative.low, relative.high, FEW_CLAIM) if sure else "undecided"
-    return Claim(claim=claim, claimed=claimed, found=found + _seeds(summary, *arms), verdict=verdict)
+    return Claim(claim=claim, claimed=claimed, found=found + _seeds(summary, *FEW), verdict=verdict)
 
 
 def _at_least(low: float, high: float, limit: float) -> Verdict:
@@ -152,24 +158,23 @@ def _at_least(low: float, high: float, limit: float) -> Verdict:
     return "contradicted" if high < limit else "undecided"
 
 
-def _absent(summary: FrontierSummary, claim: str, claimed: str, *arms: str) -> Claim:
-    missing = [arm for arm in arms if summary.arm(arm) is None]
-    found = f"the study has no {' and no '.join(missing)}" if missing else "the arms share no setting"
+def _absent(claim: str, claimed: str, *policies: str) -> Claim:
+    found = f"{' and '.join(policies)} share no setting"
     return Claim(claim=claim, claimed=claimed, found=found, verdict="not measured")
 
 
-def _too_few(summary: FrontierSummary, *arms: str) -> bool:
-    return _fewest_seeds(summary, arms) < SEEDS
+def _too_few(summary: StudySummary, *policies: str) -> bool:
+    return _fewest_seeds(summary, policies) < SEEDS
 
 
-def _seeds(summary: FrontierSummary, *arms: str) -> str:
-    fewest = _fewest_seeds(summary, arms)
+def _seeds(summary: StudySummary, *policies: str) -> str:
+    fewest = _fewest_seeds(summary, policies)
     count = f"; {fewest} seed{'s' if fewest > 1 else ''}"
     return count if fewest >= SEEDS else f"{count} of a setting, fewer than the {SEEDS} that a verdict needs"
 
 
-def _fewest_seeds(summary: FrontierSummary, arms: Sequence[str]) -> int:
-    return min(row.fewest_seeds for row in summary.arms if row.arm in arms)
+def _fewest_seeds(summary: StudySummary, policies: Sequence[str]) -> int:
+    return min(row.fewest_seeds for row in summary.policies if row.policy in policies)
 
 
 def _words(estimate: Estimate) -> str:

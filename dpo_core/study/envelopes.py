@@ -1,11 +1,11 @@
-"""The best that an arm's policies offer: reward for a given KL, compute for a given reward.
+"""The best that a policy's points offer: reward for a given KL, compute for a given reward.
 
 The envelope in the (KL, reward) plane is the non-decreasing concave hull from the reference at (0, its
 reward). A mixture that answers each prompt with one of two policies by a biased coin has the mixed reward and
 at most the mixed KL, so that all of the hull can be had. Compute has no such mixtures: its envelope is a
 staircase.
 
-Legend: R resamples, K points of one arm, the reference excepted.
+Legend: R resamples, K points of one policy, the reference excepted.
 """
 
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ def envelope_at(points: Sequence[XY], kl: float, reference: float) -> float:
 def area(points: Sequence[XY], kl_max: float, reference: float) -> float:
     """Mean height of the envelope above the reference's reward from 0 to `kl_max` nats.
 
-    The area divided by `kl_max`: it reads as a mean gain. An arm that stops short of `kl_max` stays flat.
+    The area divided by `kl_max`: it reads as a mean gain. A policy that stops short of `kl_max` stays flat.
     """
     kl_RK, reward_RK = np.array([[x for x, _ in points]]), np.array([[y for _, y in points]])
     return float(areas(kl_RK, reward_RK, np.array([reference]), kl_max)[0])

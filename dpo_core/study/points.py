@@ -1,4 +1,4 @@
-"""What a comparison of many trained policies measured: every arm, setting and seed on the same prompts.
+"""What a comparison of many trained policies measured: every policy, setting and seed on the same prompts.
 
 Legend: P prompts, S samples of a prompt. A list that ends in `_P` holds one mean per prompt, over that
 prompt's samples, and all of them name the prompts in the same order.
@@ -30,12 +30,12 @@ class Cost(Config):
 
 
 class Point(Config):
-    """One trained policy, measured on the study's prompts."""
+    """A policy at one setting with one seed, measured on the study's prompts."""
 
-    arm: str
-    """The method: "DPO", "PPO", "PPO-GT" (PPO with the known reward), "TDPO1", "DPO, few", …"""
+    policy: str
+    """Its name in the recipe: "DPO", "PPO-GT", "DPO, few", …"""
     setting: str
-    """What varies within the arm, as `name=value`: "beta=0.1"."""
+    """What varies within the policy, as `name=value`: "beta=0.1"."""
     seed: int
     rewards_P: list[float]
     kl_P: list[float]
@@ -53,7 +53,7 @@ class Point(Config):
     """FLOPs by stage, of those that other policies use too. They are part of `cost`."""
 
     def __str__(self) -> str:
-        return f"{self.arm} {self.setting} seed {self.seed}"
+        return f"{self.policy} {self.setting} seed {self.seed}"
 
 
 class BestOf(Config):
@@ -66,7 +66,7 @@ class BestOf(Config):
 
 
 class Study(Config):
-    """Arms trained from one reference at several settings and seeds, and what each policy answered."""
+    """Policies trained from one reference at several settings and seeds, and what each policy answered."""
 
     prompts: int = Field(ge=2)
     samples_per_prompt: int = Field(ge=1)
@@ -83,9 +83,9 @@ class Study(Config):
     kl_at: list[float] = Field(default_factory=lambda: [2.0, 5.0, 10.0])
     """The KLs, in nats, at which rewards are compared. Choose them before the results are seen."""
     kl_max: float | None = Field(None, gt=0)
-    """Where areas end; the largest of `kl_at` when not given. The same for all arms."""
+    """Where areas end; the largest of `kl_at` when not given. The same for all policies."""
     drawn: list[str] | None = None
-    """Arms that the reward-KL figure shows; all when not given. The rest serve a claim only."""
+    """Policies that the reward-KL figure shows; all when not given. The rest serve a claim only."""
     resamples: int = Field(2000, ge=100)
     seed: int = 0
     """Of the resampling."""
@@ -105,8 +105,8 @@ class Study(Config):
                 raise ValueError(f"{name} is there {times} times; measure it once")
         if not self.kl_at or min(self.kl_at) <= 0:
             raise ValueError(f"kl_at {self.kl_at} must name KLs above 0")
-        for arm in set(self.drawn or ()) - {p.arm for p in self.points}:
-            raise ValueError(f"drawn names the arm '{arm}', which has no point")
+        for policy in set(self.drawn or ()) - {p.policy for p in self.points}:
+            raise ValueError(f"drawn names the policy '{policy}', which has no point")
         return self
 
     @property
@@ -114,13 +114,19 @@ class Study(Config):
         """Where areas end."""
         return max(self.kl_at) if self.kl_max is None else self.kl_max
 
-    def arms(self) -> list[str]:
-        """In the order of their first point."""
-        return list(dict.fromkeys(point.arm for point in self.points))
+    def policies(self) -> list[str]:
+        """Those of the reward-KL figure, in their order, then the rest in the order of their first point."""
+        measured = dict.fromkeys(point.policy for point in self.points)
+        return list(dict.fromkeys([*(self.drawn or ()), *measured]))
 
-    def drawn_arms(self) -> list[str]:
-        """Those of the reward-KL figure."""
-        return [arm for arm in self.arms() if self.drawn is None or arm in self.drawn]
+    def drawn_policies(self) -> list[str]:
+        """Those of the reward-KL figure, as the recipe lists them."""
+        return self.policies() if self.drawn is None else self.drawn
+
+    @property
+    def base(self) -> str:
+        """The first policy, whose compute and diversity the others are held against; empty where none is."""
+        return next(iter(self.policies()), "")
 
 
 def best_of_kl(n: int) -> float:

@@ -19,9 +19,9 @@ class SeedRange(Config):
 
 
 class SettingRow(Config):
-    """One setting of one arm: the mean over its seeds."""
+    """One setting of one policy: the mean over its seeds."""
 
-    arm: str
+    policy: str
     setting: str
     seeds: list[int]
     reward: Estimate
@@ -47,13 +47,13 @@ class AtKl(Config):
     kl: float
     reward: Estimate
     reached: bool
-    """False: no policy came that far, and the envelope is its flat end (of either arm, for a difference)."""
+    """False: no setting came that far: the envelope is its flat end (of either policy, for a difference)."""
 
 
-class ArmRow(Config):
-    """What one arm's settings offer together."""
+class PolicySummary(Config):
+    """What one policy's settings offer together."""
 
-    arm: str
+    policy: str
     settings: int
     seeds: list[int]
     fewest_seeds: int
@@ -69,42 +69,42 @@ class ArmRow(Config):
     """Steps of (FLOPs, reward): each costs more than the one before and reaches more."""
 
 
-class ArmDifference(Config):
-    """One arm's envelope minus another's, on the same prompts and seeds."""
+class PolicyDifference(Config):
+    """One policy's envelope minus another's, on the same prompts and seeds."""
 
-    arm: str
+    policy: str
     other: str
     area: Estimate
     """To the study's last KL, the flat ends included."""
     common_kl: float
-    """Nats that both arms reach, within the study's last KL; beyond, an arm may just not have been pushed."""
+    """Nats that both policies reach, within the study's last KL; one may just not have been pushed beyond."""
     common_area: Estimate | None
-    """To `common_kl`; None where one arm did not leave the reference."""
+    """To `common_kl`; None where one policy did not leave the reference."""
     at_kl: list[AtKl]
     """Intervals that hold at all these KLs together (Bonferroni): any of them may be pointed at."""
 
 
 class ComputeRatio(Config):
-    """What an arm's compute is to another's where both reach the same reward."""
+    """What a policy's compute is to another's where both reach the same reward."""
 
-    arm: str
+    policy: str
     other: str
     gain_share: float
-    """The reward asked for: this share of the largest gain that both arms reach, in each resample anew."""
+    """The reward asked for: this share of the largest gain that both reach, in each resample anew."""
     reward: float | None
-    """As measured; None where one of the arms gains nothing."""
+    """As measured; None where one of the policies gains nothing."""
     flops: float | None
     other_flops: float | None
     ratio: Estimate | None
     """Over the resamples in which it is defined."""
     defined: float
-    """Share of resamples in which both arms gain something."""
+    """Share of resamples in which both policies gain something."""
 
 
 class DiversityDifference(Config):
-    """How much more varied one arm writes than another at one setting, relative, paired by seed."""
+    """How much more varied one policy writes than another at one setting, relative, paired by seed."""
 
-    arm: str
+    policy: str
     other: str
     setting: str
     metric: str
@@ -114,16 +114,16 @@ class DiversityDifference(Config):
 
 
 class GainRatio(Config):
-    """One arm's gain over the reference against another's, at the settings that both have."""
+    """One policy's gain over the reference against another's, at the settings that both have."""
 
-    arm: str
+    policy: str
     other: str
     settings: list[str]
     fewest_seeds: int
     gain: Estimate
     other_gain: Estimate
     relative: Estimate | None
-    """0.15 says 15 % more gain. Over the resamples in which the other arm gains something."""
+    """0.15 says 15 % more gain. Over the resamples in which the other policy gains something."""
     defined: float
     """Share of those resamples."""
 
@@ -137,7 +137,7 @@ class BestOfRow(Config):
     gain: Estimate
 
 
-class FrontierSummary(Config):
+class StudySummary(Config):
     """Everything that the tables and figures of a study show."""
 
     prompts: int
@@ -148,32 +148,32 @@ class FrontierSummary(Config):
     reference: Estimate
     """Its reward."""
     settings: list[SettingRow]
-    arms: list[ArmRow]
-    differences: list[ArmDifference]
-    """Each pair of arms once, the one that comes first in the study minus the other."""
+    policies: list[PolicySummary]
+    differences: list[PolicyDifference]
+    """Each pair of policies once, the one that comes first in the study minus the other."""
     compute: list[ComputeRatio]
     diversity: list[DiversityDifference]
     gains: list[GainRatio]
     best_of: list[BestOfRow]
 
-    def arm(self, name: str) -> ArmRow | None:
-        """The row of that arm, None where the study has none."""
-        return next((row for row in self.arms if row.arm == name), None)
+    def policy(self, name: str) -> PolicySummary | None:
+        """The row of that policy, None where the study has none."""
+        return next((row for row in self.policies if row.policy == name), None)
 
-    def rows(self, arm: str) -> list[SettingRow]:
-        """The arm's settings."""
-        return [row for row in self.settings if row.arm == arm]
+    def rows(self, policy: str) -> list[SettingRow]:
+        """The policy's settings."""
+        return [row for row in self.settings if row.policy == policy]
 
-    def difference(self, arm: str, other: str) -> ArmDifference | None:
-        """`arm` minus `other`, whichever way it is kept."""
+    def difference(self, policy: str, other: str) -> PolicyDifference | None:
+        """`policy` minus `other`, whichever way it is kept."""
         for row in self.differences:
-            if (row.arm, row.other) == (arm, other):
+            if (row.policy, row.other) == (policy, other):
                 return row
-            if (row.arm, row.other) == (other, arm):
+            if (row.policy, row.other) == (other, policy):
                 at_kl = [at.model_copy(update={"reward": _negated(at.reward)}) for at in row.at_kl]
                 return row.model_copy(
                     update={
-                        "arm": arm,
+                        "policy": policy,
                         "other": other,
                         "area": _negated(row.area),
                         "common_area": _negated(row.common_area) if row.common_area else None,

@@ -1,8 +1,8 @@
 """From a study to its numbers: settings, envelopes, compute, diversity, each with its uncertainty.
 
-An arm's envelope is drawn through the means over seeds of its settings, never through single runs: the best
-of many noisy runs is too good. An arm with more settings still has more chances; compare arms that have about
-as many.
+A policy's envelope is drawn through the means over seeds of its settings, never through single runs: the best
+of many noisy runs is too good. A policy with more settings still has more chances; compare policies that have
+about as many.
 """
 
 import re
@@ -16,30 +16,30 @@ from dpo_core.study.bootstrap import Resampling, Setting, points_by_setting
 from dpo_core.study.envelopes import XY, areas, envelope, envelope_at, rewards_at
 from dpo_core.study.points import BestOf, Cost, Point, Study
 from dpo_core.study.results import (
-    ArmDifference,
-    ArmRow,
     AtKl,
     BestOfRow,
     ComputeRatio,
     DiversityDifference,
-    FrontierSummary,
     GainRatio,
+    PolicyDifference,
+    PolicySummary,
     SeedRange,
     SettingRow,
+    StudySummary,
 )
 
-BASE = "DPO"  # whose compute and diversity the others are held against
 GAIN_SHARES = (0.5, 0.9)
-FEW = (("Pre-DPO, few", "DPO, few"),)
+FEW = ("Pre-DPO, few", "DPO, few")  # what a published claim compares
 DIVERSITY = ("entropy", "distinct_1", "distinct_2")
 
 
-def summarise(study: Study) -> FrontierSummary:
+def summarise(study: Study) -> StudySummary:
     """Everything that the tables and figures of the study show. The same study gives the same numbers."""
     resampling = Resampling(study)
-    arms = study.arms()
-    others = [arm for arm in arms if arm != BASE] if BASE in arms else []
-    return FrontierSummary(
+    policies = study.policies()
+    base = study.base
+    others = [policy for policy in policies if policy != base]
+    return StudySummary(
         prompts=study.prompts,
         seeds=sorted({point.seed for point in study.points}),
         resamples=study.resamples,
@@ -47,18 +47,20 @@ def summarise(study: Study) -> FrontierSummary:
         kl_at=study.kl_at,
         reference=resampling.estimate(resampling.reference_R),
         settings=[_setting_row(resampling, setting) for setting in resampling.points],
-        arms=[_arm_row(study, resampling, arm) for arm in arms],
-        differences=[_difference(study, resampling, *pair) for pair in combinations(arms, 2)],
-        compute=[_compute_ratio(resampling, BASE, arm, share) for arm in others for share in GAIN_SHARES],
-        diversity=[row for arm in others for row in _diversity(resampling, arm, BASE)],
-        gains=[_gain_ratio(resampling, *pair) for pair in FEW if _matched(resampling, *pair)],
+        policies=[_policy_row(study, resampling, policy) for policy in policies],
+        differences=[_difference(study, resampling, *pair) for pair in combinations(policies, 2)],
+        compute=[
+            _compute_ratio(resampling, base, policy, share) for policy in others for share in GAIN_SHARES
+        ],
+        diversity=[row for policy in others for row in _diversity(resampling, policy, base)],
+        gains=[_gain_ratio(resampling, *FEW)] if _matched(resampling, *FEW) else [],
         best_of=[_best_of_row(resampling, best) for best in study.best_of],
     )
 
 
-def reward_at_kl(study: Study, arm: str, kl: float) -> float:
-    """The reward that the arm's envelope reaches at `kl` nats, as measured."""
-    means = [_mean_point(points) for (name, _), points in points_by_setting(study).items() if name == arm]
+def reward_at_kl(study: Study, policy: str, kl: float) -> float:
+    """The reward that the policy's envelope reaches at `kl` nats, as measured."""
+    means = [_mean_point(points) for (name, _), points in points_by_setting(study).items() if name == policy]
     return envelope_at(means, kl, float(np.mean(study.reference_rewards_P)))
 
 
@@ -71,7 +73,7 @@ def _setting_row(resampling: Resampling, setting: Setting) -> SettingRow:
     memory = [p.cost.peak_memory_bytes for p in points if p.cost.peak_memory_bytes is not None]
     stages = dict.fromkeys(stage for point in points for stage in point.shared_cost)
     return SettingRow(
-        arm=setting[0],
+        policy=setting[0],
         setting=setting[1],
         seeds=[point.seed for point in points],
         reward=resampling.estimate(resampling.reward_R[setting]),
@@ -101,13 +103,16 @@ def _seed_range(values: Sequence[float]) -> SeedRange:
 # -------------------------------------------------------------------------------------------- envelopes
 
 
-def _arm_row(study: Study, resampling: Resampling, arm: str) -> ArmRow:
-    kl_RK, reward_RK = resampling.of_arm(resampling.kl_R, arm), resampling.of_arm(resampling.reward_R, arm)
+def _policy_row(study: Study, resampling: Resampling, policy: str) -> PolicySummary:
+    kl_RK, reward_RK = (
+        resampling.of_policy(resampling.kl_R, policy),
+        resampling.of_policy(resampling.reward_R, policy),
+    )
     reach = max(0.0, float(kl_RK[0].max()))
-    flops_K = resampling.of_arm(resampling.flops_R, arm)[0]
-    groups = [points for (name, _), points in resampling.points.items() if name == arm]
-    return ArmRow(
-        arm=arm,
+    flops_K = resampling.of_policy(resampling.flops_R, policy)[0]
+    groups = [points for (name, _), points in resampling.points.items() if name == policy]
+    return PolicySummary(
+        policy=policy,
         settings=len(groups),
         seeds=sorted({point.seed for points in groups for point in points}),
         fewest_seeds=min(map(len, groups)),
@@ -138,10 +143,10 @@ def _staircase(points: Sequence[XY]) -> list[XY]:
     return steps
 
 
-def _difference(study: Study, resampling: Resampling, arm: str, other: str) -> ArmDifference:
+def _difference(study: Study, resampling: Resampling, policy: str, other: str) -> PolicyDifference:
     sides = [
-        (resampling.of_arm(resampling.kl_R, name), resampling.of_arm(resampling.reward_R, name))
-        for name in (arm, other)
+        (resampling.of_policy(resampling.kl_R, name), resampling.of_policy(resampling.reward_R, name))
+        for name in (policy, other)
     ]
     reach = max(0.0, min(float(kl_RK[0].max()) for kl_RK, _ in sides))
     common_kl = min(study.kl_end, reach)
@@ -154,8 +159,8 @@ def _difference(study: Study, resampling: Resampling, arm: str, other: str) -> A
         ours_R, theirs_R = (rewards_at(*side, resampling.reference_R, kl) for side in sides)
         return resampling.estimate(ours_R - theirs_R, confidence=1 - 0.05 / len(study.kl_at))
 
-    return ArmDifference(
-        arm=arm,
+    return PolicyDifference(
+        policy=policy,
         other=other,
         area=area_to(study.kl_end),
         common_kl=common_kl,
@@ -164,19 +169,19 @@ def _difference(study: Study, resampling: Resampling, arm: str, other: str) -> A
     )
 
 
-def _compute_ratio(resampling: Resampling, arm: str, other: str, share: float) -> ComputeRatio:
-    rewards = [resampling.of_arm(resampling.reward_R, name) for name in (arm, other)]
+def _compute_ratio(resampling: Resampling, policy: str, other: str, share: float) -> ComputeRatio:
+    rewards = [resampling.of_policy(resampling.reward_R, name) for name in (policy, other)]
     common_R = np.minimum(*(reward_RK.max(axis=1) for reward_RK in rewards)) - resampling.reference_R
     target_R = resampling.reference_R + share * common_R
     flops_R, other_R = (
-        _cheapest(resampling.of_arm(resampling.flops_R, name), reward_RK, target_R)
-        for name, reward_RK in zip((arm, other), rewards, strict=True)
+        _cheapest(resampling.of_policy(resampling.flops_R, name), reward_RK, target_R)
+        for name, reward_RK in zip((policy, other), rewards, strict=True)
     )
     defined_R = (common_R > 0) & (other_R > 0)
     ratio_R = np.divide(flops_R, other_R, out=np.zeros_like(flops_R), where=defined_R)
     ratio, defined = resampling.estimate_where(ratio_R, defined_R)
     return ComputeRatio(
-        arm=arm,
+        policy=policy,
         other=other,
         gain_share=share,
         reward=float(target_R[0]) if ratio else None,
@@ -188,20 +193,20 @@ def _compute_ratio(resampling: Resampling, arm: str, other: str, share: float) -
 
 
 def _cheapest(flops_RK: Floats, reward_RK: Floats, target_R: Floats) -> Floats:
-    """`compute_to_reach` of each resample; the target is one that the arm reaches."""
+    """`compute_to_reach` of each resample; the target is one that the policy reaches."""
     found_R: Floats = np.where(reward_RK >= target_R[:, None], flops_RK, np.inf).min(axis=1)
     return found_R
 
 
-# ---------------------------------------------------------------------------------- arms at one setting
+# ---------------------------------------------------------------------------------- policies at one setting
 
 
-def _matched(resampling: Resampling, arm: str, other: str) -> list[tuple[Setting, Setting]]:
-    """Settings of two arms that are the same, or else have the same beta and no rival for it."""
+def _matched(resampling: Resampling, policy: str, other: str) -> list[tuple[Setting, Setting]]:
+    """Settings of two policies that are the same, or else have the same beta and no rival for it."""
     found = []
     theirs = [setting for setting in resampling.points if setting[0] == other]
     for ours in resampling.points:
-        if ours[0] != arm:
+        if ours[0] != policy:
             continue
         same = [setting for setting in theirs if setting[1] == ours[1]]
         beta = _beta(ours[1])
@@ -215,9 +220,9 @@ def _beta(setting: str) -> float | None:
     return float(match[1]) if match else None
 
 
-def _diversity(resampling: Resampling, arm: str, other: str) -> list[DiversityDifference]:
+def _diversity(resampling: Resampling, policy: str, other: str) -> list[DiversityDifference]:
     rows = []
-    for ours, theirs in _matched(resampling, arm, other):
+    for ours, theirs in _matched(resampling, policy, other):
         by_seed = {point.seed: point for point in resampling.points[theirs]}
         both = [(p, by_seed[p.seed]) for p in resampling.points[ours] if p.seed in by_seed]
         for metric in DIVERSITY:
@@ -226,14 +231,14 @@ def _diversity(resampling: Resampling, arm: str, other: str) -> list[DiversityDi
                 relative = _seed_range([value / base - 1 for value, base in values])
                 rows.append(
                     DiversityDifference(
-                        arm=arm, other=other, setting=ours[1], metric=metric, relative=relative
+                        policy=policy, other=other, setting=ours[1], metric=metric, relative=relative
                     )
                 )
     return rows
 
 
-def _gain_ratio(resampling: Resampling, arm: str, other: str) -> GainRatio:
-    matched = _matched(resampling, arm, other)
+def _gain_ratio(resampling: Resampling, policy: str, other: str) -> GainRatio:
+    matched = _matched(resampling, policy, other)
     gain_R, other_R = (
         np.mean([resampling.reward_R[pair[side]] for pair in matched], axis=0) - resampling.reference_R
         for side in (0, 1)
@@ -242,7 +247,7 @@ def _gain_ratio(resampling: Resampling, arm: str, other: str) -> GainRatio:
     ratio_R = np.divide(gain_R, other_R, out=np.ones_like(gain_R), where=defined_R)
     relative, defined = resampling.estimate_where(ratio_R - 1, defined_R)
     return GainRatio(
-        arm=arm,
+        policy=policy,
         other=other,
         settings=[ours[1] for ours, _ in matched],
         fewest_seeds=min(len(resampling.points[setting]) for pair in matched for setting in pair),

@@ -18,7 +18,7 @@ def finished_report(workspace: Path, run_id: str) -> tuple[RunReport, ModelRow]:
     """The report of a finished alignment run, and the model that it registered.
 
     Raises:
-        RecipeError: there is no such run, or it is not finished, damaged, or a frontier.
+        RecipeError: there is no such run, or it is not finished, damaged, or a study.
     """
     runs = list_runs(workspace)
     record = next((run for run in runs if run.run_id == run_id), None)
@@ -32,9 +32,7 @@ def finished_report(workspace: Path, run_id: str) -> tuple[RunReport, ModelRow]:
     try:
         facts = json.loads(path.read_bytes())
         if isinstance(facts, dict) and "study" in facts:
-            raise RecipeError(
-                f"{run_id} is a frontier, which registers no model", "Promote a run of `dpo run`."
-            )
+            raise RecipeError(f"{run_id} is a study, which registers no model", "Promote a run of `dpo run`.")
         report = RunReport.model_validate(facts)
     except (OSError, ValueError) as error:
         raise RecipeError(f"the report {path} is missing, damaged or of another version", again) from error
@@ -85,7 +83,7 @@ def _removed(uri: str) -> bool:
 
 def _newest_uri(workspace: Path) -> str | None:
     for record in list_runs(workspace):
-        with suppress(OSError, ValueError):  # unfinished, damaged or a frontier: the next will do
+        with suppress(OSError, ValueError):  # unfinished, damaged or a study: the next will do
             text = _report_of(workspace, record.run_id).read_bytes()
             return RunReport.model_validate_json(text).run.tracking_uri
     return None

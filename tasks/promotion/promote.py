@@ -64,7 +64,7 @@ def promote(workspace: str | Path, run_id: str, *, force: bool = False, reason: 
     Raises:
         PromotionRefused: a rule failed, the champion is another one than the run was held against, the
             version or its weights are gone or damaged, or another promotion came first.
-        RecipeError: there is no such run, or it is not finished, damaged, or a frontier.
+        RecipeError: there is no such run, or it is not finished, damaged, or a study.
     """
     place = open_workspace(workspace)
     report, model = finished_report(place, run_id)

@@ -1,29 +1,24 @@
-"""A study's two figures: the reward that each arm buys with KL, and with compute.
+"""A study's two figures: the reward that each policy buys with KL, and with compute.
 
-Colour and shape tell the arms apart, each arm's the same in both figures. One mark is one setting, the mean
-of its seeds.
+Colour and shape tell the policies apart, the same in both figures. One mark is one point, the mean of its
+seeds.
 """
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from dpo_core.study import ArmRow, FrontierSummary, Study
+from dpo_core.study import PolicySummary, Study, StudySummary
+from tasks.recipe.policies import REFERENCE
 from tasks.reports.format import number, scaled
 from tasks.reports.svg import (
-    BLUE,
-    GREEN,
-    INK,
     LIGHT,
     MUTED,
-    ORANGE,
-    PINK,
-    PURPLE,
-    TEAL,
     THEMED,
     WIDE,
     Figure,
     Palette,
+    looks,
     picture,
     reach,
     svg,
@@ -33,32 +28,13 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
-# The arms of every run look as they do on its page; others take what is left, in their order.
-_KNOWN = {"DPO": (BLUE, "o"), "PPO": (ORANGE, "^"), "GRPO": (GREEN, "D")}
-_LEFT = ((PURPLE, "v"), (PINK, "P"), (TEAL, "X"), (INK, "p"))
-_MORE = ((BLUE, "<"), (ORANGE, ">"), (GREEN, "h"), (PURPLE, "d"), (PINK, "8"), (TEAL, "*"))
 _LONGEST_NAME = 16  # letters in a legend; three columns of these fit
 
 
-class Look(NamedTuple):
-    """Colour and shape of an arm's marks."""
-
-    colour: str
-    marker: str
-
-
-def looks(arms: Sequence[str]) -> dict[str, Look]:
-    """A look for each arm; all differ up to ten arms besides DPO, PPO and GRPO, then they recur."""
-    rest = [*_LEFT, *_MORE]
-    others = [arm for arm in arms if arm not in _KNOWN]
-    chosen = {arm: rest[i % len(rest)] for i, arm in enumerate(others)}
-    return {arm: Look(*(_KNOWN.get(arm) or chosen[arm])) for arm in arms}
-
-
-def figures(study: Study, summary: FrontierSummary) -> list[Figure]:
-    """Reward against KL, and reward against compute; none where no arm is drawn."""
-    arms = study.drawn_arms()
-    if not arms:
+def figures(study: Study, summary: StudySummary) -> list[Figure]:
+    """Reward against KL, and reward against compute; none where no policy is drawn."""
+    policies = study.drawn_policies()
+    if not policies:
         return []
     kl_words, flops_words = _kl_words(study, summary), _flops_words(study, summary)
     return [
@@ -67,8 +43,8 @@ def figures(study: Study, summary: FrontierSummary) -> list[Figure]:
             svg(
                 "reward-kl", "Reward against KL to the reference", kl_words, _kl(study, summary, THEMED), WIDE
             ),
-            "Up is better, left is closer to the reference. Bars: 95% intervals. Lines: what mixtures of an "
-            "arm's policies reach; dotted beyond the farthest one.",
+            "Up is better, left is closer to the reference. Bars: 95% intervals. Lines: what mixtures of "
+            "a policy's points reach; dotted beyond the farthest one.",
         ),
         Figure(
             "Reward against compute",
@@ -79,7 +55,7 @@ def figures(study: Study, summary: FrontierSummary) -> list[Figure]:
     ]
 
 
-def write_picture(study: Study, summary: FrontierSummary, file: Path) -> None:
+def write_picture(study: Study, summary: StudySummary, file: Path) -> None:
     """Both figures side by side in one file, PNG or SVG by its name, on a light ground."""
     picture(file, [_kl(study, summary, LIGHT), _flops(study, summary, LIGHT)], (2 * WIDE[0], WIDE[1] + 0.3))
 
@@ -87,24 +63,24 @@ def write_picture(study: Study, summary: FrontierSummary, file: Path) -> None:
 # ------------------------------------------------------------------------------------------------ drawing
 
 
-def _kl(study: Study, summary: FrontierSummary, palette: Palette) -> Callable[["Axes"], None]:
+def _kl(study: Study, summary: StudySummary, palette: Palette) -> Callable[["Axes"], None]:
     rows = _drawn(study, summary)
     end = max([summary.kl_end, *(row.reach for row in rows)])
 
     def draw(axes: "Axes") -> None:
-        look = looks(study.arms())
+        look = looks(study.policies())
         handles: list[tuple[str, Artist]] = []
         for row in rows:
-            colour, marker = palette[look[row.arm].colour], look[row.arm].marker
+            colour, marker = palette[look[row.policy].colour], look[row.policy].marker
             for x, y, style in _envelope_lines(row, end):
                 axes.plot(x, y, style, color=colour, linewidth=1.4, zorder=2)
-            for setting in summary.rows(row.arm):
+            for setting in summary.rows(row.policy):
                 axes.errorbar(
                     setting.kl.value, setting.reward.value, fmt=marker, color=colour, markersize=6,
                     elinewidth=1, zorder=3, xerr=reach(setting.kl.value, setting.kl.low, setting.kl.high),
                     yerr=reach(setting.reward.value, setting.reward.low, setting.reward.high),
                 )  # fmt: skip
-            handles.append((row.arm, axes.plot([], [], f"-{marker}", color=colour, markersize=6)[0]))
+            handles.append((row.policy, axes.plot([], [], f"-{marker}", color=colour, markersize=6)[0]))
         if summary.best_of:
             best = sorted((best.kl_bound, best.reward.value) for best in summary.best_of)
             line = axes.plot(
@@ -114,7 +90,7 @@ def _kl(study: Study, summary: FrontierSummary, palette: Palette) -> Callable[["
             handles.append((f"best of {max(best.n for best in summary.best_of)}", line))
         reference = summary.reference.value
         handles.append(
-            ("SFT", axes.plot([0], [reference], "s", color=palette[MUTED], markersize=7, zorder=4)[0])
+            (REFERENCE, axes.plot([0], [reference], "s", color=palette[MUTED], markersize=7, zorder=4)[0])
         )
         axes.set_xlabel("KL to the reference, nats per sequence (k1)")
         axes.set_ylabel("reward")
@@ -124,7 +100,7 @@ def _kl(study: Study, summary: FrontierSummary, palette: Palette) -> Callable[["
     return draw
 
 
-def _envelope_lines(row: ArmRow, end: float) -> list[tuple[list[float], list[float], str]]:
+def _envelope_lines(row: PolicySummary, end: float) -> list[tuple[list[float], list[float], str]]:
     """The envelope as far as a policy went, and dotted from there."""
     corners = row.envelope
     top, far = corners[-1][1], max(row.reach, corners[-1][0])
@@ -133,31 +109,31 @@ def _envelope_lines(row: ArmRow, end: float) -> list[tuple[list[float], list[flo
     return [*lines, ([far, end], [top, top], ":")] if far < end else lines
 
 
-def _flops(study: Study, summary: FrontierSummary, palette: Palette) -> Callable[["Axes"], None]:
+def _flops(study: Study, summary: StudySummary, palette: Palette) -> Callable[["Axes"], None]:
     rows = _drawn(study, summary)
     # A logarithmic axis has no place for a cost of 0.
-    costs = [s.cost.flops for row in rows for s in summary.rows(row.arm) if s.cost.flops > 0] or [1.0]
+    costs = [s.cost.flops for row in rows for s in summary.rows(row.policy) if s.cost.flops > 0] or [1.0]
 
     def draw(axes: "Axes") -> None:
-        look = looks(study.arms())
+        look = looks(study.policies())
         handles: list[tuple[str, Artist]] = []
         for row in rows:
-            colour, marker = palette[look[row.arm].colour], look[row.arm].marker
+            colour, marker = palette[look[row.policy].colour], look[row.policy].marker
             stairs = _stairs(row, summary.reference.value, max(costs))
             axes.plot(
                 [x for x, _ in stairs], [y for _, y in stairs], color=colour, linewidth=1, alpha=0.5,
                 zorder=2, drawstyle="steps-post",
             )  # fmt: skip
-            for setting in summary.rows(row.arm):
+            for setting in summary.rows(row.policy):
                 if setting.cost.flops > 0:
                     axes.errorbar(
                         setting.cost.flops, setting.reward.value, fmt=marker, color=colour, markersize=6,
                         elinewidth=1, zorder=3,
                         yerr=reach(setting.reward.value, setting.reward.low, setting.reward.high),
                     )  # fmt: skip
-            handles.append((row.arm, axes.plot([], [], f"-{marker}", color=colour, markersize=6)[0]))
+            handles.append((row.policy, axes.plot([], [], f"-{marker}", color=colour, markersize=6)[0]))
         reference = axes.axhline(summary.reference.value, color=palette[MUTED], linewidth=1.2, linestyle=":")
-        handles.append(("SFT", reference))
+        handles.append((REFERENCE, reference))
         axes.set_xlabel("compute after SFT, FLOPs (T: 10¹², P: 10¹⁵, E: 10¹⁸)")
         axes.set_ylabel("reward")
         axes.margins(y=0.08)
@@ -167,8 +143,8 @@ def _flops(study: Study, summary: FrontierSummary, palette: Palette) -> Callable
     return draw
 
 
-def _stairs(row: ArmRow, reference: float, dearest: float) -> list[tuple[float, float]]:
-    """The arm's staircase, up from the reference and on to the right; a cost of 0 has no place there."""
+def _stairs(row: PolicySummary, reference: float, dearest: float) -> list[tuple[float, float]]:
+    """The policy's staircase, up from the reference and on to the right; a cost of 0 has no place there."""
     steps = [step for step in row.staircase if step[0] > 0]
     return [(steps[0][0], reference), *steps, (dearest, steps[-1][1])] if steps else []
 
@@ -194,18 +170,18 @@ def _legend(axes: "Axes", handles: Sequence[tuple[str, "Artist"]]) -> None:
         borderaxespad=0, handlelength=1.8, columnspacing=1.1, handletextpad=0.5,
     )  # fmt: skip
     for text in legend.get_texts():
-        text.set_parse_math(False)  # a dollar in the name of an arm is a dollar
+        text.set_parse_math(False)  # a dollar in the name of a policy is a dollar
 
 
-def _drawn(study: Study, summary: FrontierSummary) -> list[ArmRow]:
-    drawn = study.drawn_arms()
-    return [row for row in summary.arms if row.arm in drawn]
+def _drawn(study: Study, summary: StudySummary) -> list[PolicySummary]:
+    drawn = study.drawn_policies()
+    return [row for row in summary.policies if row.policy in drawn]
 
 
 # ------------------------------------------------------------------------------------------------ in words
 
 
-def _kl_words(study: Study, summary: FrontierSummary) -> str:
+def _kl_words(study: Study, summary: StudySummary) -> str:
     parts = [f"SFT has reward {number(summary.reference.value)} at KL 0"]
     for row in _drawn(study, summary):
         heights = ", ".join(
@@ -213,7 +189,7 @@ def _kl_words(study: Study, summary: FrontierSummary) -> str:
             + ("" if at.reached else ", which it does not reach")
             for at in row.at_kl
         )
-        parts.append(f"{row.arm}, {_settings(row)} to KL {number(row.reach)}: {heights}")
+        parts.append(f"{row.policy}, {_settings(row)} to KL {number(row.reach)}: {heights}")
     parts += [
         f"the best of {best.n} of SFT has {number(best.reward.value)} at KL {number(best.kl_bound)} or less"
         for best in summary.best_of
@@ -221,15 +197,15 @@ def _kl_words(study: Study, summary: FrontierSummary) -> str:
     return "; ".join(parts)
 
 
-def _flops_words(study: Study, summary: FrontierSummary) -> str:
+def _flops_words(study: Study, summary: StudySummary) -> str:
     parts = [f"SFT has reward {number(summary.reference.value)}"]
     for row in _drawn(study, summary):
         stairs = ", ".join(
             f"{number(reward)} for {scaled(flops, 'FLOP')}" for flops, reward in row.staircase if flops > 0
         )
-        parts.append(f"{row.arm}, {_settings(row)}: {stairs or 'no compute was recorded'}")
+        parts.append(f"{row.policy}, {_settings(row)}: {stairs or 'no compute was recorded'}")
     return "; ".join(parts)
 
 
-def _settings(row: ArmRow) -> str:
-    return f"{row.settings} setting{'s' if row.settings > 1 else ''}"
+def _settings(row: PolicySummary) -> str:
+    return f"{row.settings} point{'s' if row.settings > 1 else ''}"

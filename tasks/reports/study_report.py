@@ -1,14 +1,14 @@
 """The report of a comparison study: a self-contained page, Markdown, and the end of a run in a terminal."""
 
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, model_validator
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from dpo_core.config import Config
-from dpo_core.study import Claim, FrontierSummary, Study, claims, summarise
+from dpo_core.study import DOMINATES, Claim, Study, StudySummary, claims, summarise
 from tasks.reports.run_page import Part, cost_facts, fill
 from tasks.reports.run_report import Cost, RunInfo, StageRow
 from tasks.reports.run_text import fenced, markdown_table, plain, stage_size
@@ -17,9 +17,9 @@ from tasks.reports.study_tables import (
     CLAIMS_HEAD,
     VERDICT_KIND,
     Table,
-    arms_table,
     claims_rows,
     measured_on,
+    policies_table,
     settings_table,
     tables,
 )
@@ -31,12 +31,28 @@ class StudyReport(Config):
 
     run: RunInfo
     study: Study
-    summary: FrontierSummary
+    summary: StudySummary
     claims: list[Claim]
     stages: list[StageRow] = Field(default_factory=list)
     cost: Cost | None = None
     """What the whole study used."""
     notes: dict[str, JsonValue] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_earlier_version(cls, facts: Any) -> Any:
+        """Earlier reports said arm where these say policy."""
+        if not isinstance(facts, dict) or not isinstance(facts.get("summary"), dict):
+            return facts
+        return facts | {part: _renamed(facts.get(part)) for part in ("study", "summary")}
+
+
+def _renamed(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_renamed(inner) for inner in value]
+    if isinstance(value, dict):
+        return {{"arm": "policy", "arms": "policies"}.get(key, key): _renamed(v) for key, v in value.items()}
+    return value
 
 
 class Headline(NamedTuple):
@@ -60,38 +76,38 @@ def study_report(
 
 
 def write_report(report: StudyReport, folder: Path) -> Path:
-    """Write `page.html`, `summary.md`, `report.json` and, where arms are drawn, `frontier.png`; the page."""
+    """Write `page.html`, `summary.md`, `report.json` and, where policies are drawn, `frontier.png`."""
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / "page.html"
     write_whole(page, render(report))
     write_whole(folder / "summary.md", markdown(report))
     write_whole(folder / "report.json", report.model_dump_json(indent=1))
-    if report.study.drawn_arms():
+    if report.study.drawn_policies():
         write_picture(report.study, report.summary, folder / "frontier.png")
     return page
 
 
 def headline(report: StudyReport) -> Headline:
-    """What the study says of its first claim, or else what it compares."""
-    first = report.claims[0]
-    if first.verdict == "not measured":
-        arms = report.study.drawn_arms()
-        return Headline(f"Reward against KL: {', '.join(arms) or 'no arm was measured'}", "plain")
+    """What the study says of dominance where it can, or else what it compares."""
+    claim = next((claim for claim in report.claims if DOMINATES in claim.claim), None)
+    if claim is None or claim.verdict == "not measured":
+        drawn = report.study.drawn_policies()
+        return Headline(f"Reward against KL: {', '.join(drawn) or 'no policy was measured'}", "plain")
     words = {
-        "supported": first.claim,
-        "contradicted": "DPO's reward-KL frontier does not dominate PPO's",
-        "undecided": "Whether DPO's reward-KL frontier dominates PPO's is undecided",
+        "supported": claim.claim,
+        "contradicted": claim.claim.replace(DOMINATES, "does not dominate"),
+        "undecided": f"Whether {claim.claim} is undecided",
     }
     kinds: dict[str, Literal["good", "bad", "unclear"]] = {
         "supported": "good", "contradicted": "bad", "undecided": "unclear",
     }  # fmt: skip
-    return Headline(words[first.verdict], kinds[first.verdict])
+    return Headline(words[claim.verdict], kinds[claim.verdict])
 
 
 def _reward_words(study: Study) -> str:
     nature = "a learned proxy that can be exploited"
     if study.reward_is_true:
-        nature = "known; arms that learned from it may have gained for it alone"
+        nature = "known; policies that learned from it may have gained for it alone"
     return f"Reward: {study.reward_name}, {nature}."
 
 
@@ -102,14 +118,20 @@ def render(report: StudyReport) -> str:
     """The whole page as HTML: self-contained, without script, every text escaped."""
     shown = tables(report.study, report.summary)
     parts = [
-        Part("frontier", "Frontier", "" if report.study.drawn_arms() else "no arm was measured"),
-        Part("claims", "Claims"),
+        Part(
+            "frontier",
+            "Reward against KL and compute",
+            "" if report.study.drawn_policies() else "no policy was measured",
+        ),
+        Part(
+            "claims", "Claims", "" if report.claims else "the study has none of the policies that they name"
+        ),
         *(Part(table.key, table.title) for table in shown),
         Part("stages", "Stages and cost", "" if report.stages else "no stages were recorded"),
         Part("reproduce", "Reproduce"),
     ]
     return fill(
-        "frontier.html.j2",
+        "study.html.j2",
         {
             "report": report,
             "headline": headline(report),
@@ -136,9 +158,9 @@ def markdown(report: StudyReport) -> str:
     parts = [
         f"# {plain(headline(report).text)}",
         plain(f"{measured_on(report.study, report.summary)} {_reward_words(report.study)}"),
-        "## Claims",
-        markdown_table(CLAIMS_HEAD, claims_rows(report.claims)),
     ]
+    if report.claims:
+        parts += ["## Claims", markdown_table(CLAIMS_HEAD, claims_rows(report.claims))]
     for table in tables(report.study, report.summary):
         rows = [[str(cell) for cell in row] for row in table.rows]
         parts += [f"## {plain(table.title)}", plain(table.caption), markdown_table(table.head, rows)]
@@ -146,7 +168,7 @@ def markdown(report: StudyReport) -> str:
 
 
 def terminal_table(report: StudyReport) -> RichTable:
-    """The end of a run in 80 columns: headline, claims, arms, settings."""
+    """The end of a run in 80 columns: headline, claims, policies, settings."""
     page = RichTable.grid(padding=(0, 0))
     colours = {"good": "green", "bad": "red", "unclear": "yellow", "plain": "default"}
     text, kind = headline(report)
@@ -158,8 +180,9 @@ def terminal_table(report: StudyReport) -> RichTable:
     for claim in report.claims:
         verdict = Text(claim.verdict, style=colours[VERDICT_KIND[claim.verdict]])
         judged.add_row(Text(f"{claim.claim} ({claim.claimed})"), verdict, Text(claim.found), end_section=True)
-    page.add_row(judged)
-    for table in (arms_table(report.summary), settings_table(report.study, report.summary, brief=True)):
+    if report.claims:
+        page.add_row(judged)
+    for table in (policies_table(report.summary), settings_table(report.study, report.summary, brief=True)):
         if table.rows:
             page.add_row(_rich(table))
     return page

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from dpo_core.statistics.estimates import Estimate
-from dpo_core.study import AtKl, Claim, FrontierSummary, SettingRow, Study
+from dpo_core.study import AtKl, Claim, SettingRow, Study, StudySummary
+from tasks.recipe.policies import REFERENCE
 from tasks.reports.format import Cell, duration, number, percent, scaled
 
 VERDICT_KIND = {
     "supported": "good", "contradicted": "bad", "undecided": "unclear", "not measured": "plain",
 }  # fmt: skip
-_BASE = "DPO"
 
 
 class Table(NamedTuple):
@@ -24,10 +24,10 @@ class Table(NamedTuple):
     labels: int
 
 
-def tables(study: Study, summary: FrontierSummary) -> list[Table]:
+def tables(study: Study, summary: StudySummary) -> list[Table]:
     """All tables that have a row, the most telling first."""
     made = [
-        arms_table(summary),
+        policies_table(summary),
         _differences(study, summary),
         settings_table(study, summary),
         _compute(study, summary),
@@ -45,47 +45,47 @@ def claims_rows(claims: Sequence[Claim]) -> list[list[str]]:
 CLAIMS_HEAD = ["Claim", "Claimed", "Found", "Verdict"]
 
 
-def measured_on(study: Study, summary: FrontierSummary) -> str:
+def measured_on(study: Study, summary: StudySummary) -> str:
     """What the numbers rest on and what their intervals resample."""
     seeds = f"{len(summary.seeds)} seed{'' if len(summary.seeds) == 1 else 's'}"
     named = f" ({', '.join(map(str, summary.seeds))})" if summary.seeds else ""
     return (
         f"{study.prompts:,} held-out prompts, {study.samples_per_prompt} sample"
         f"{'' if study.samples_per_prompt == 1 else 's'} of each policy for each; {seeds}{named}. Intervals "
-        f"are at 95%, from {summary.resamples:,} resamples of prompts and of the seeds of a setting, the "
+        f"are at 95%, from {summary.resamples:,} resamples of prompts and of the seeds of a point, the "
         "same for all policies; with one seed they resample prompts only."
     )
 
 
-def arms_table(summary: FrontierSummary) -> Table:
-    """What each arm offers."""
-    head = ["Arm", "Settings", "Seeds", "Farthest KL", f"Mean gain to {summary.kl_end:g} nats"]
+def policies_table(summary: StudySummary) -> Table:
+    """What each policy offers."""
+    head = ["Policy", "Points", "Seeds", "Farthest KL", f"Mean gain to {summary.kl_end:g} nats"]
     rows = [
         [
-            Cell(row.arm),
+            Cell(row.policy),
             Cell(str(row.settings)),
             Cell(str(row.fewest_seeds)),
             Cell(number(row.reach)),
             _estimate(row.area, signed=True),
             *(_at_kl(at, signed=False) for at in row.at_kl),
         ]
-        for row in summary.arms
+        for row in summary.policies
     ]
     caption = (
-        "Envelopes through the settings' means. Mean gain: the area between the envelope and the reference's "
-        f"reward from 0 to {summary.kl_end:g} nats, over {summary.kl_end:g}. Seeds: of the setting with "
-        "fewest. *: farther than the arm went, so that its envelope is flat."
+        "Envelopes through the points' means. Mean gain: the area between the envelope and the reference's "
+        f"reward from 0 to {summary.kl_end:g} nats, over {summary.kl_end:g}. Seeds: of the point with "
+        "fewest. *: farther than the policy went, so that its envelope is flat."
     )
     head += [f"Reward at {kl:g} nats" for kl in summary.kl_at]
-    return Table("arms", "Arms", caption, head, rows, 1)
+    return Table("policies", "Policies", caption, head, rows, 1)
 
 
-def settings_table(study: Study, summary: FrontierSummary, brief: bool = False) -> Table:
+def settings_table(study: Study, summary: StudySummary, brief: bool = False) -> Table:
     """Every setting, the reference first; `brief` leaves out what 80 columns have no room for."""
-    head = ["Arm", "Setting", "Gain", "KL (k1)", "Entropy", "FLOPs"]
+    head = ["Policy", "Point", "Gain", "KL (k1)", "Entropy", "FLOPs"]
     if not brief:
         head = [
-            "Arm", "Setting", "Seeds", "Reward", "Reward by seed", "Gain", "KL (k1)", "KL (k3)", "Entropy",
+            "Policy", "Point", "Seeds", "Reward", "Reward by seed", "Gain", "KL (k1)", "KL (k3)", "Entropy",
             "distinct-2", "Length", "FLOPs", "Time", "Peak memory", "Shared stages",
         ]  # fmt: skip
     rows = [_reference_cells(study, summary), *(_setting_cells(row) for row in summary.settings)]
@@ -93,15 +93,15 @@ def settings_table(study: Study, summary: FrontierSummary, brief: bool = False) 
         "Means over the seeds. Gain: over SFT on the same prompts. KL: nats per sequence. FLOPs, time and "
         "memory: the whole pipeline after SFT; shared stages are part of it, counted in full for each policy."
     )
-    return Table("settings", "Settings", caption, head, [[row[name] for name in head] for row in rows], 2)
+    return Table("points", "Points", caption, head, [[row[name] for name in head] for row in rows], 2)
 
 
-def _reference_cells(study: Study, summary: FrontierSummary) -> dict[str, Cell]:
+def _reference_cells(study: Study, summary: StudySummary) -> dict[str, Cell]:
     none = Cell("–")
     cells = dict.fromkeys(("Seeds", "Reward by seed", "Gain", "KL (k1)", "KL (k3)"), none)
     return cells | {
-        "Arm": Cell("SFT"),
-        "Setting": Cell("reference"),
+        "Policy": Cell(REFERENCE),
+        "Point": Cell("reference"),
         "Reward": _estimate(summary.reference),
         "Entropy": Cell(number(study.reference_entropy)),
         "distinct-2": Cell(number(study.reference_distinct_2)),
@@ -117,8 +117,8 @@ def _setting_cells(row: SettingRow) -> dict[str, Cell]:
     memory = row.cost.peak_memory_bytes
     shared = ", ".join(f"{stage} {scaled(flops, 'FLOP')}" for stage, flops in row.shared_cost.items())
     return {
-        "Arm": Cell(row.arm),
-        "Setting": Cell(row.setting),
+        "Policy": Cell(row.policy),
+        "Point": Cell(row.setting),
         "Seeds": Cell(str(len(row.seeds))),
         "Reward": _estimate(row.reward),
         "Reward by seed": Cell(f"{number(row.seed_rewards.low)} to {number(row.seed_rewards.high)}"),
@@ -135,15 +135,15 @@ def _setting_cells(row: SettingRow) -> dict[str, Cell]:
     }
 
 
-def _differences(study: Study, summary: FrontierSummary) -> Table:
-    drawn = study.drawn_arms()
-    base = _BASE if _BASE in drawn else next(iter(drawn), "")
-    found = [summary.difference(base, arm) for arm in drawn if arm != base]
+def _differences(study: Study, summary: StudySummary) -> Table:
+    drawn = study.drawn_policies()
+    base = study.base
+    found = [summary.difference(base, policy) for policy in drawn if policy != base]
     end = f"{summary.kl_end:g}"
-    head = ["Arms", f"Mean gain to {end} nats", "Farthest common KL", "Mean gain to there"]
+    head = ["Policies", f"Mean gain to {end} nats", "Farthest common KL", "Mean gain to there"]
     rows = [
         [
-            Cell(f"{row.arm} − {row.other}"),
+            Cell(f"{row.policy} − {row.other}"),
             _estimate(row.area, signed=True),
             Cell(number(row.common_kl)),
             _estimate(row.common_area, signed=True) if row.common_area else Cell("–"),
@@ -160,10 +160,10 @@ def _differences(study: Study, summary: FrontierSummary) -> Table:
     return Table("differences", f"{base} against the others", caption, head, rows, 1)
 
 
-def _compute(study: Study, summary: FrontierSummary) -> Table:
+def _compute(study: Study, summary: StudySummary) -> Table:
     rows = [
         [
-            Cell(f"{row.arm} / {row.other}"),
+            Cell(f"{row.policy} / {row.other}"),
             Cell(percent(row.gain_share)),
             Cell("–" if row.reward is None else number(row.reward)),
             Cell("–" if row.flops is None else scaled(row.flops, "FLOP")),
@@ -172,36 +172,36 @@ def _compute(study: Study, summary: FrontierSummary) -> Table:
             Cell(percent(row.defined)),
         ]
         for row in summary.compute
-        if row.other in study.drawn_arms()
+        if row.other in study.drawn_policies()
     ]
-    head = ["Arms", "Share of gain", "Reward", "First", "Second", "Ratio", "Defined in"]
+    head = ["Policies", "Share of gain", "Reward", "First", "Second", "Ratio", "Defined in"]
     caption = (
-        "The least FLOPs with which each arm reaches the same reward: a share of the largest gain that both "
-        "reach. Defined in: share of resamples in which both gain something."
+        "The least FLOPs with which each policy reaches the same reward: a share of the largest gain that "
+        "both reach. Defined in: share of resamples in which both gain something."
     )
     return Table("compute-ratio", "Compute for the same reward", caption, head, rows, 1)
 
 
-def _diversity(study: Study, summary: FrontierSummary) -> Table:
+def _diversity(study: Study, summary: StudySummary) -> Table:
     metrics = {"entropy": "Entropy", "distinct_1": "distinct-1", "distinct_2": "distinct-2"}
     by_setting: dict[tuple[str, str], dict[str, Cell]] = {}
     for row in summary.diversity:
-        if row.arm not in study.drawn_arms():
+        if row.policy not in study.drawn_policies():
             continue
         part = row.relative
-        cells = by_setting.setdefault((row.arm, row.setting), {"Seeds": Cell(str(part.seeds))})
+        cells = by_setting.setdefault((row.policy, row.setting), {"Seeds": Cell(str(part.seeds))})
         between = f"{part.low:+.1%} to {part.high:+.1%}" if part.seeds > 1 else ""
         cells[metrics[row.metric]] = Cell(f"{part.value:+.1%}", between)
     head = ["Seeds", *metrics.values()]
     rows = [
-        [Cell(arm), Cell(setting), *(cells.get(name, Cell("–")) for name in head)]
-        for (arm, setting), cells in by_setting.items()
+        [Cell(policy), Cell(setting), *(cells.get(name, Cell("–")) for name in head)]
+        for (policy, setting), cells in by_setting.items()
     ]
-    caption = "Relative to DPO at the same setting, paired by seed. Below: the range over the seeds."
-    return Table("diversity", "Diversity against DPO", caption, ["Arm", "Setting", *head], rows, 2)
+    caption = f"Relative to {study.base} at the same point, paired by seed. Below: the range over the seeds."
+    return Table("diversity", f"Diversity against {study.base}", caption, ["Policy", "Point", *head], rows, 2)
 
 
-def _best_of(summary: FrontierSummary) -> Table:
+def _best_of(summary: StudySummary) -> Table:
     rows = [
         [
             Cell(f"best of {row.n}"),

@@ -114,7 +114,7 @@ def point_of(node: Node, trained: Manifest, measured: Manifest, needed: Mapping[
         peak_memory_bytes=max(memory, default=None),
     )
     return Point(
-        arm=node.policy,
+        policy=node.policy,
         setting=node.point or "",
         seed=node.seed,
         rewards_P=np.mean(rewards, axis=1).tolist(),

@@ -45,9 +45,9 @@ def summarise_study(
     for path in sorted(folder.iterdir()):
         if path.suffix in (".html", ".md", ".json", ".png"):
             parent.artifact(path)
-    rows = report.summary.arms
-    keys = metric_keys(row.arm for row in rows)
-    parent.metrics({f"area/{keys[row.arm]}": row.area.value for row in rows})
+    rows = report.summary.policies
+    keys = metric_keys(row.policy for row in rows)
+    parent.metrics({f"area/{keys[row.policy]}": row.area.value for row in rows})
     parent.tag("dpo.verdict", headline(report).text)
     context.prefect_artifacts.send_report(report.run.name, markdown(report), page, "Study page")
     return report

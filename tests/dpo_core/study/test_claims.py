@@ -15,7 +15,7 @@ def judged(points: list[Point], words: str, **changes: object) -> Claim:
     return claim
 
 
-def arm(name: str, rewards: list[float], *, kl: float = 4.0, **changes: object) -> list[Point]:
+def policy(name: str, rewards: list[float], *, kl: float = 4.0, **changes: object) -> list[Point]:
     """One setting, one seed for each reward."""
     return [
         point(name, "beta=0.1", seed, kl=kl, reward=reward, **changes)  # type: ignore[arg-type]
@@ -39,7 +39,7 @@ def arm(name: str, rewards: list[float], *, kl: float = 4.0, **changes: object) 
     ],
 )
 def test_dominance(rival: str, dpo: list[float], ppo: list[float], verdict: str) -> None:
-    claim = judged([*arm("DPO", dpo), *arm(rival, ppo)], f"dominates {rival}'s")
+    claim = judged([*policy("DPO", dpo), *policy(rival, ppo)], f"dominates {rival}'s")
     assert claim.verdict == verdict
     assert ("fewer than the 3" in claim.found) == (len(dpo) < 3)
     assert "at 1 nats" in claim.found
@@ -47,25 +47,25 @@ def test_dominance(rival: str, dpo: list[float], ppo: list[float], verdict: str)
 
 def test_less_at_one_fixed_kl_contradicts_dominance() -> None:
     early = [point("PPO", "beta=1", seed, kl=0.5, reward=0.9) for seed in SEEDS]
-    claim = judged([*arm("DPO", [2.0, 2.0, 2.0]), *early, *arm("PPO", [0.9] * 3)], "dominates PPO's")
+    claim = judged([*policy("DPO", [2.0, 2.0, 2.0]), *early, *policy("PPO", [0.9] * 3)], "dominates PPO's")
     # DPO has more area (its envelope is the higher one from KL 1.8 on), yet less at 1 nat.
     assert "mean gain up to 4 nats +0.156" in claim.found
     assert claim.verdict == "contradicted"
 
 
-def test_dominance_is_judged_where_both_arms_are() -> None:
-    """An arm that was not pushed as far says nothing of what it would do there."""
-    short = arm("DPO", [0.5] * 3, kl=1.5)
-    claim = judged([*short, *arm("PPO", [0.6] * 3)], "dominates PPO's")
+def test_dominance_is_judged_where_both_policies_are() -> None:
+    """A policy that was not pushed as far says nothing of what it would do there."""
+    short = policy("DPO", [0.5] * 3, kl=1.5)
+    claim = judged([*short, *policy("PPO", [0.6] * 3)], "dominates PPO's")
     assert claim.verdict == "supported"
     assert "up to the 1.5 that both reach" in claim.found
     assert "at 4 nats" not in claim.found
-    nearer = arm("DPO", [0.5] * 3, kl=0.7)
-    claim = judged([*nearer, *arm("PPO", [0.6] * 3)], "dominates PPO's")
+    nearer = policy("DPO", [0.5] * 3, kl=0.7)
+    claim = judged([*nearer, *policy("PPO", [0.6] * 3)], "dominates PPO's")
     assert claim.verdict == "undecided"
     assert "no fixed KL that both reach" in claim.found
-    still = arm("DPO", [0.5] * 3, kl=-0.1)
-    assert judged([*still, *arm("PPO", [0.6] * 3)], "dominates PPO's").verdict == "undecided"
+    still = policy("DPO", [0.5] * 3, kl=-0.1)
+    assert judged([*still, *policy("PPO", [0.6] * 3)], "dominates PPO's").verdict == "undecided"
 
 
 def test_random_studies_are_judged_as_they_were_made() -> None:
@@ -101,11 +101,11 @@ def test_compute(dpo: list[float], ppo: list[float], verdict: str) -> None:
 
 
 def test_compute_that_is_seldom_defined_decides_nothing() -> None:
-    ppo = arm("PPO", [0.9, -0.5, -0.1], flops=9e12)
-    claim = judged([*arm("DPO", [0.5] * 3), *ppo], "compute")
+    ppo = policy("PPO", [0.9, -0.5, -0.1], flops=9e12)
+    claim = judged([*policy("DPO", [0.5] * 3), *ppo], "compute")
     assert claim.verdict == "undecided"
     assert "defined in 5" in claim.found
-    nothing = judged([*arm("DPO", [0.5] * 3), *arm("PPO", [-0.1] * 3)], "compute")
+    nothing = judged([*policy("DPO", [0.5] * 3), *policy("PPO", [-0.1] * 3)], "compute")
     assert (nothing.verdict, nothing.found) == (
         "undecided", "DPO and PPO have no gain in common to compare at",
     )  # fmt: skip
@@ -126,7 +126,7 @@ def test_compute_that_is_seldom_defined_decides_nothing() -> None:
 )
 def test_entropy(name: str, entropies: list[float], verdict: str) -> None:
     ours = [point(name, "beta=0.1", seed, entropy=value) for seed, value in enumerate(entropies)]
-    claim = judged([*arm("DPO", [0.5] * 3), *ours], f"{name} has more entropy")
+    claim = judged([*policy("DPO", [0.5] * 3), *ours], f"{name} has more entropy")
     assert claim.verdict == verdict
     assert claim.claimed == "+37% at the same β"
     assert f"over {len(entropies)} seeds" in claim.found
@@ -147,7 +147,7 @@ def test_distinct_n(values: list[float], verdict: str) -> None:
         for seed, value in enumerate(values)
     ]
     for metric in ("distinct-1", "distinct-2"):
-        claim = judged([*arm("DPO", [0.5] * 3), *ours], metric)
+        claim = judged([*policy("DPO", [0.5] * 3), *ours], metric)
         assert claim.verdict == verdict
         assert claim.claimed == "more at the same β"
 
@@ -181,7 +181,7 @@ def test_diversity_must_agree_at_every_beta() -> None:
     ],
 )
 def test_few_samples(pre: list[float], plain: list[float], verdict: str) -> None:
-    claim = judged([*arm("Pre-DPO, few", pre), *arm("DPO, few", plain)], "few samples")
+    claim = judged([*policy("Pre-DPO, few", pre), *policy("DPO, few", plain)], "few samples")
     assert claim.verdict == verdict
     assert claim.claimed == "+15%"
 
@@ -189,25 +189,21 @@ def test_few_samples(pre: list[float], plain: list[float], verdict: str) -> None
 # ------------------------------------------------------------------------------------------- what lacks
 
 
-def test_absent_arms_are_named() -> None:
-    made = study([])
-    found = {claim.claim: (claim.found, claim.verdict) for claim in claims(made, summarise(made))}
-    assert found == {
-        "DPO's reward-KL frontier dominates PPO's": ("the study has no DPO and no PPO", "not measured"),
-        "DPO needs a third of RLHF's compute for the same reward": (
-            "the study has no DPO and no PPO", "not measured",
-        ),
-        "TDPO1 has more entropy than DPO": ("the study has no TDPO1 and no DPO", "not measured"),
-        "TDPO2 has more entropy than DPO": ("the study has no TDPO2 and no DPO", "not measured"),
-        "f-DPO has more entropy than DPO": ("the study has no f-DPO and no DPO", "not measured"),
-        "Pre-DPO gains more than DPO from few samples": (
-            "the study has no Pre-DPO, few and no DPO, few", "not measured",
-        ),
-    }  # fmt: skip
+def test_claims_are_stated_where_their_policies_are() -> None:
+    for points in ([], policy("A", [0.5]) + policy("B", [0.4]), policy("DPO", [0.5])):
+        made = study(points)
+        assert claims(made, summarise(made)) == []
+    made = study([*policy("DPO", [0.5]), *policy("PPO", [0.4])])
+    assert [claim.claim for claim in claims(made, summarise(made))] == [
+        "DPO's reward-KL frontier dominates PPO's", "DPO needs a third of RLHF's compute for the same reward",
+    ]  # fmt: skip
+    # Compute is compared with the first policy's.
+    made = study([*policy("PPO", [0.4]), *policy("DPO", [0.5])])
+    assert [claim.claim for claim in claims(made, summarise(made))] == [
+        "DPO's reward-KL frontier dominates PPO's"
+    ]
 
 
-def test_one_arm_is_absent_or_shares_no_setting() -> None:
-    assert judged(arm("DPO", [0.5]), "dominates PPO's").found == "the study has no PPO"
-    other = [point("TDPO1", "beta=7", 0)]
-    claim = judged([*arm("DPO", [0.5]), *other], "TDPO1 has more entropy")
-    assert (claim.found, claim.verdict) == ("the arms share no setting", "not measured")
+def test_policies_that_share_no_setting_are_named() -> None:
+    claim = judged([*policy("DPO", [0.5]), point("TDPO1", "beta=7", 0)], "TDPO1 has more entropy")
+    assert (claim.found, claim.verdict) == ("TDPO1 and DPO share no setting", "not measured")

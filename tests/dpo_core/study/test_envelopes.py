@@ -29,7 +29,7 @@ def test_area_reads_as_a_mean_gain() -> None:
     assert area([(2.0, 1.0)], 2.0, 0.0) == 0.5
 
 
-def test_an_arm_below_the_reference_offers_the_reference() -> None:
+def test_an_policy_below_the_reference_offers_the_reference() -> None:
     assert envelope([(1.0, -1.0)], 0.0) == [(0.0, 0.0)]
     assert area([(1.0, -1.0)], 4.0, 0.0) == 0.0
     assert envelope_at([], 3.0, 0.25) == 0.25

@@ -46,10 +46,13 @@ def test_a_study_survives_json() -> None:
     assert Study.model_validate_json(made.model_dump_json()) == made
 
 
-def test_arms_keep_their_order_and_the_drawn_ones_are_chosen() -> None:
-    points = [point(arm, "beta=0.1", seed) for seed in (0, 1) for arm in ("PPO", "DPO", "DPO, few")]
-    assert study(points).drawn_arms() == study(points).arms() == ["PPO", "DPO", "DPO, few"]
-    assert study(points, drawn=["DPO", "PPO"]).drawn_arms() == ["PPO", "DPO"]
+def test_policies_keep_their_order_and_the_drawn_ones_are_chosen() -> None:
+    points = [point(policy, "beta=0.1", seed) for seed in (0, 1) for policy in ("PPO", "DPO", "DPO, few")]
+    assert study(points).drawn_policies() == study(points).policies() == ["PPO", "DPO", "DPO, few"]
+    chosen = study(points, drawn=["DPO", "PPO"])
+    assert chosen.drawn_policies() == ["DPO", "PPO"], "as the recipe lists them"
+    assert chosen.policies() == ["DPO", "PPO", "DPO, few"]
+    assert (chosen.base, study(points).base, study([]).base) == ("DPO", "PPO", "")
 
 
 def test_areas_end_at_the_largest_fixed_kl_unless_told() -> None:

@@ -14,8 +14,8 @@ CURVE = {"beta=0.05": (6.0, 0.9), "beta=0.1": (3.0, 0.7), "beta=0.5": (1.2, 0.45
 LOWER = {setting: (kl, reward - 0.15) for setting, (kl, reward) in CURVE.items()}
 
 
-def _row(made: Study, arm: str, setting: str) -> SettingRow:
-    return next(row for row in summarise(made).settings if (row.arm, row.setting) == (arm, setting))
+def _row(made: Study, policy: str, setting: str) -> SettingRow:
+    return next(row for row in summarise(made).settings if (row.policy, row.setting) == (policy, setting))
 
 
 def test_a_setting_is_the_mean_of_its_seeds() -> None:
@@ -38,12 +38,12 @@ def test_a_setting_is_the_mean_of_its_seeds() -> None:
 
 
 def test_the_order_is_that_of_the_study() -> None:
-    points = [point(arm, setting, 0) for setting in ("beta=1", "beta=0.1") for arm in ("PPO", "DPO")]
-    rows = [(row.arm, row.setting) for row in summarise(study(points)).settings]
+    points = [point(policy, setting, 0) for setting in ("beta=1", "beta=0.1") for policy in ("PPO", "DPO")]
+    rows = [(row.policy, row.setting) for row in summarise(study(points)).settings]
     assert rows == [("PPO", "beta=1"), ("PPO", "beta=0.1"), ("DPO", "beta=1"), ("DPO", "beta=0.1")]
 
 
-def test_arms_offer_the_envelope_of_their_settings_not_of_their_runs() -> None:
+def test_policies_offer_the_envelope_of_their_settings_not_of_their_runs() -> None:
     points = [
         *(point("DPO", "beta=0.1", seed, kl=2.0, reward=reward) for seed, reward in ((0, 0.2), (1, 0.6))),
         point("DPO", "beta=1", 0, kl=-0.1, reward=0.1),
@@ -51,7 +51,7 @@ def test_arms_offer_the_envelope_of_their_settings_not_of_their_runs() -> None:
     ]
     made = study(points, kl_at=[1.0, 3.0])
     summary = summarise(made)
-    row = summary.arm("DPO")
+    row = summary.policy("DPO")
     assert row
     assert np.ravel(row.envelope) == pytest.approx([0.0, 0.1, 2.0, 0.4])
     assert row.area.value == pytest.approx(area([(2.0, 0.4), (0.0, 0.1)], 3.0, 0.0)) == pytest.approx(0.9 / 3)
@@ -81,12 +81,12 @@ def test_a_difference_turned_round_changes_its_signs() -> None:
 
 
 def test_resampling_is_paired_over_prompts_and_seeds() -> None:
-    """Two arms that share their prompts' and seeds' luck differ by a constant, and the interval sees it."""
+    """Two policies that share their prompts' and seeds' luck differ by a constant: the interval sees it."""
     rng = np.random.default_rng(1)
     prompt_P, seed_S = rng.normal(size=PROMPTS), rng.normal(size=4)
     points = [
-        point(arm, "beta=0.1", seed, rewards_P=(prompt_P + seed_S[seed] + shift).tolist())
-        for arm, shift in (("DPO", 0.3), ("PPO", 0.0))
+        point(policy, "beta=0.1", seed, rewards_P=(prompt_P + seed_S[seed] + shift).tolist())
+        for policy, shift in (("DPO", 0.3), ("PPO", 0.0))
         for seed in range(4)
     ]
     summary = summarise(study(points, reference_rewards_P=(prompt_P - 5).tolist()))
@@ -109,7 +109,7 @@ def test_the_interval_grows_with_the_seeds_as_their_mean_varies() -> None:
 def test_a_study_without_points_has_empty_tables() -> None:
     best = best_of_n(np.tile([0.0, 1.0], (PROMPTS, 1)), [1, 2])
     summary = summarise(study([], best_of=best))
-    assert (summary.settings, summary.arms, summary.differences, summary.compute) == ([], [], [], [])
+    assert (summary.settings, summary.policies, summary.differences, summary.compute) == ([], [], [], [])
     assert [row.gain.value for row in summary.best_of] == pytest.approx([0.5, 1.0])
 
 
@@ -137,7 +137,7 @@ def test_compute_at_the_gain_that_both_reach() -> None:
     assert (most.ratio.value, most.ratio.low, most.ratio.high, most.defined) == (0.25, 0.25, 0.25, 1.0)
 
 
-def test_compute_where_an_arm_gains_nothing() -> None:
+def test_compute_where_a_policy_gains_nothing() -> None:
     points = [point("DPO", "beta=0.1", 0, reward=0.5), point("PPO", "kl=3", 0, reward=-0.1)]
     for row in summarise(study(points)).compute:
         assert (row.ratio, row.flops, row.defined) == (None, None, 0.0)
@@ -178,7 +178,7 @@ def test_a_beta_that_two_settings_share_is_matched_by_the_whole_setting_only() -
 # ------------------------------------------------------------------------------------- as a statistic
 
 
-def test_intervals_cover_the_truth_and_see_a_dominated_arm() -> None:
+def test_intervals_cover_the_truth_and_see_a_dominated_policy() -> None:
     studies, covered, found = 60, 0, []
     for data_seed in range(studies):
         summary = summarise(noisy({"DPO": CURVE, "PPO": LOWER}, data_seed=data_seed))
@@ -191,7 +191,7 @@ def test_intervals_cover_the_truth_and_see_a_dominated_arm() -> None:
     assert np.mean(found) >= 0.95
 
 
-def test_equal_arms_are_seldom_told_apart() -> None:
+def test_equal_policies_are_seldom_told_apart() -> None:
     decided = 0
     for data_seed in range(60):
         difference = summarise(noisy({"DPO": CURVE, "PPO": CURVE}, data_seed=data_seed)).differences[0]
@@ -201,7 +201,7 @@ def test_equal_arms_are_seldom_told_apart() -> None:
 
 def test_two_thousand_resamples_of_a_hundred_policies_take_seconds() -> None:
     curve = {f"beta={i}": (float(i), 0.1 * i) for i in range(5)}
-    made = noisy({f"arm {i}": curve for i in range(7)}, prompts=256, resamples=2000)
+    made = noisy({f"policy {i}": curve for i in range(7)}, prompts=256, resamples=2000)
     assert len(made.points) == 105
     start = time.process_time()
     summarise(made)

@@ -10,7 +10,7 @@ PROMPTS = 40
 
 
 def point(
-    arm: str, setting: str, seed: int, *, kl: float = 1.0, reward: float = 0.5, flops: float = 1e12,
+    policy: str, setting: str, seed: int, *, kl: float = 1.0, reward: float = 0.5, flops: float = 1e12,
     prompts: int = PROMPTS, **changes: Any,
 ) -> Point:  # fmt: skip
     """A policy with the same reward and KL on every prompt."""
@@ -19,7 +19,7 @@ def point(
         "entropy": 2.0, "distinct_1": 0.2, "distinct_2": 0.5, "length": 20.0,
         "cost": Cost(flops=flops, seconds=60.0, peak_memory_bytes=2**30),
     }  # fmt: skip
-    return Point(arm=arm, setting=setting, seed=seed, **(parts | changes))
+    return Point(policy=policy, setting=setting, seed=seed, **(parts | changes))
 
 
 def study(points: list[Point], **changes: Any) -> Study:
@@ -33,24 +33,25 @@ def study(points: list[Point], **changes: Any) -> Study:
 
 
 def noisy(
-    arms: dict[str, dict[str, tuple[float, float]]], *, seeds: int = 3, prompts: int = 64, data_seed: int = 0,
-    seed_spread: float = 0.02, prompt_spread: float = 0.3, noise: float = 0.3, **changes: Any,
+    policies: dict[str, dict[str, tuple[float, float]]], *, seeds: int = 3, prompts: int = 64,
+    data_seed: int = 0, seed_spread: float = 0.02,
+    prompt_spread: float = 0.3, noise: float = 0.3, **changes: Any,
 ) -> Study:  # fmt: skip
-    """A study drawn at random around the truth `{arm: {setting: (KL, reward)}}`.
+    """A study drawn at random around the truth `{policy: {setting: (KL, reward)}}`.
 
     Prompts differ by `prompt_spread`, alike for all policies; seeds by `seed_spread`; the rest is `noise`.
     """
     rng = np.random.default_rng(data_seed)
     prompt_P = rng.normal(0, prompt_spread, prompts)
     points = []
-    for arm, settings in arms.items():
+    for policy, settings in policies.items():
         for setting, (kl, reward) in settings.items():
             for seed in range(seeds):
                 rewards_P = reward + rng.normal(0, seed_spread) + prompt_P + rng.normal(0, noise, prompts)
                 kl_P = kl + rng.normal(0, noise, prompts)
                 points.append(
                     point(
-                        arm, setting, seed, prompts=prompts, rewards_P=rewards_P.tolist(),
+                        policy, setting, seed, prompts=prompts, rewards_P=rewards_P.tolist(),
                         kl_P=kl_P.tolist(), kl_k3_P=np.abs(kl_P).tolist(),
                     )
                 )  # fmt: skip

@@ -11,7 +11,7 @@ from rich.console import Console
 from dpo_core.study import Study, summarise
 from tasks.reports.study_figures import figures, looks, write_picture
 from tasks.reports.study_report import (
-    FrontierReport,
+    StudyReport,
     headline,
     markdown,
     render,
@@ -25,12 +25,12 @@ from tests.support.reports.studies_measured import ARMS, RUN, hostile_report, ma
 
 
 @pytest.fixture(scope="module")
-def report() -> FrontierReport:
+def report() -> StudyReport:
     return make_report(make_study())
 
 
 @pytest.fixture(scope="module")
-def page(report: FrontierReport) -> str:
+def page(report: StudyReport) -> str:
     return render(report)
 
 
@@ -41,7 +41,8 @@ def test_page_order(page: str) -> None:
     outline = Outline(page)
     assert outline.headings[0] == (1, "DPO's reward-KL frontier dominates PPO's")
     assert [text for level, text in outline.headings if level == 2] == [
-        "Frontier", "Claims", "Arms", "DPO against the others", "Settings", "Compute for the same reward",
+        "Reward against KL and compute", "Claims", "Policies", "DPO against the others", "Points",
+        "Compute for the same reward",
         "Diversity against DPO", "Best of n", "Stages and cost", "Reproduce",
     ]  # fmt: skip
     levels = [level for level, _ in outline.headings]
@@ -66,11 +67,11 @@ def test_page_is_accessible_and_fetches_nothing(page: str) -> None:
     assert len(page.encode()) < 200_000
 
 
-def test_page_names_what_the_intervals_rest_on(page: str, report: FrontierReport) -> None:
+def test_page_names_what_the_intervals_rest_on(page: str, report: StudyReport) -> None:
     for word in (
         "48 held-out prompts, 16 samples of each policy for each; 3 seeds (0, 1, 2)",
-        "400 resamples of prompts and of the seeds of a setting",
-        "vader_compound, known; arms that learned from it may have gained for it alone",
+        "400 resamples of prompts and of the seeds of a point",
+        "vader_compound, known; policies that learned from it may have gained for it alone",
         RUN.run.hardware,
         "sample_pairs 300 TFLOP",
         "No correction for the number of claims",
@@ -94,16 +95,21 @@ def test_page_escapes_everything() -> None:
 
 def test_pages_of_studies_that_lack_much() -> None:
     nothing = render(make_report(make_study({}, best_of=[])))
-    assert "Reward against KL: no arm was measured" in nothing
-    assert "Frontier (no arm was measured)" in nothing
-    assert 'id="arms"' not in nothing
+    assert "Reward against KL: no policy was measured" in nothing
+    assert "Reward against KL and compute (no policy was measured)" in nothing
+    assert 'id="policies"' not in nothing
     alone = make_report(make_study({"GRPO": (2.0, 1e15)}, seeds=1))
     assert headline(alone).text == "Reward against KL: GRPO"
     assert "1 seed (0)" in render(alone)
     assert 'id="differences"' not in render(alone)
-    without_few = make_study({"DPO": (2.0, 1e15), "PPO": (2.0, 1e15)})
-    points = [p for p in without_few.points if "few" not in p.arm]
-    assert "not measured" in render(make_report(without_few.model_copy(update={"points": points})))
+    without_few = make_study({"A": (2.0, 1e15), "B": (2.0, 1e15)})
+    points = [p for p in without_few.points if "few" not in p.policy]
+    named = make_report(without_few.model_copy(update={"points": points}))
+    assert named.claims == [], "the claims speak of other policies"
+    assert headline(named).text == "Reward against KL: A, B"
+    assert "A against the others" in render(named)
+    assert 'id="claims"' not in render(named)
+    assert "DPO" not in markdown(named)
 
 
 @pytest.mark.parametrize(
@@ -120,8 +126,12 @@ def test_headline(ours: float, theirs: float, seeds: int, words: str, kind: str)
     assert headline(make_report(study)) == (words, kind)
 
 
-def test_a_report_survives_json(report: FrontierReport) -> None:
-    assert FrontierReport.model_validate_json(report.model_dump_json()) == report
+def test_a_report_survives_json(report: StudyReport) -> None:
+    text = report.model_dump_json()
+    assert StudyReport.model_validate_json(text) == report
+    earlier = text.replace('"policy":', '"arm":').replace('"policies":', '"arms":')
+    assert earlier != text
+    assert StudyReport.model_validate_json(earlier) == report
 
 
 # ------------------------------------------------------------------------------------------------- figures
@@ -133,40 +143,40 @@ def _marks(svg: str) -> dict[str, int]:
     return {colour: uses.count(colour) for colour in set(uses)}
 
 
-def test_each_arm_has_its_own_look() -> None:
+def test_each_policy_has_its_own_look() -> None:
     names = [*ARMS, *(f"other {i}" for i in range(6))]
     assert len({tuple(look) for look in looks(names).values()}) == len(names)
     assert len({look.colour for look in looks(list(ARMS)).values()}) == 7
     assert len({look.marker for look in looks(list(ARMS)).values()}) == 7
-    assert looks(["X", "PPO", "DPO"])["DPO"] == looks(["DPO"])["DPO"]
+    assert looks(["X", "PPO"])["X"] == looks(["DPO"])["DPO"], "by place, not by name"
 
 
-def test_figures_have_one_mark_a_setting_and_the_legend(report: FrontierReport) -> None:
+def test_figures_have_one_mark_a_setting_and_the_legend(report: StudyReport) -> None:
     kl, flops = figures(report.study, report.summary)
     for figure in (kl, flops):
         marks = _marks(figure.svg)
         for look in ("blue", "orange", "green", "purple", "pink", "teal", "ink"):
             # Bars have marks of their own for nothing: no caps are drawn.
             assert marks[look] == 4 + 1, (figure.title, look)
-        for arm in ARMS:
-            assert f">{arm}</text>" in figure.svg
-        assert "few" not in figure.svg, "arms that serve a claim only stay out"
+        for policy in ARMS:
+            assert f">{policy}</text>" in figure.svg
+        assert "few" not in figure.svg, "policies that serve a claim only stay out"
         bare = re.sub(r"var\(--\w+, #[0-9a-f]{6}\)", "", figure.svg)
         assert re.findall(r"#[0-9a-f]{6}\b(?!-)", bare) == []
     assert ">best of 16</text>" in kl.svg
     assert "stroke-dasharray" in kl.svg
 
 
-def test_figures_are_said_in_words(report: FrontierReport) -> None:
+def test_figures_are_said_in_words(report: StudyReport) -> None:
     kl, flops = figures(report.study, report.summary)
-    row = report.summary.arm("PPO")
+    row = report.summary.policy("PPO")
     assert row
-    assert f"PPO, 4 settings to KL {row.reach:.2f}: {row.at_kl[0].reward.value:.3f} (" in kl.svg
+    assert f"PPO, 4 points to KL {row.reach:.2f}: {row.at_kl[0].reward.value:.3f} (" in kl.svg
     assert "the best of 16 of SFT has" in kl.svg
-    assert re.search(r"PPO, 4 settings: 0\.\d+ for 8\.57 PFLOP", flops.svg)
+    assert re.search(r"PPO, 4 points: 0\.\d+ for 8\.57 PFLOP", flops.svg)
 
 
-def test_figures_of_hostile_and_odd_arms() -> None:
+def test_figures_of_hostile_and_odd_policies() -> None:
     made = hostile_report()
     for figure in figures(made.study, made.summary):
         assert "<script" not in figure.svg
@@ -187,7 +197,7 @@ def test_figures_of_hostile_and_odd_arms() -> None:
 
 
 @pytest.mark.parametrize("drawn", [None, ["PPO"]])
-def test_no_figure_without_arms(drawn: list[str] | None) -> None:
+def test_no_figure_without_policies(drawn: list[str] | None) -> None:
     empty = make_study({}, drawn=None)
     assert figures(empty, summarise(empty)) == []
     one = make_study(drawn=drawn)
@@ -195,7 +205,7 @@ def test_no_figure_without_arms(drawn: list[str] | None) -> None:
 
 
 @pytest.mark.parametrize(("name", "start"), [("f.png", b"\x89PNG"), ("f.svg", b"<?xml")])
-def test_the_picture_for_a_readme(tmp_path: Path, report: FrontierReport, name: str, start: bytes) -> None:
+def test_the_picture_for_a_readme(tmp_path: Path, report: StudyReport, name: str, start: bytes) -> None:
     write_picture(report.study, report.summary, tmp_path / name)
     data = (tmp_path / name).read_bytes()
     assert data.startswith(start)
@@ -206,7 +216,7 @@ def test_the_picture_for_a_readme(tmp_path: Path, report: FrontierReport, name: 
         assert b"<text" not in data, "letters are outlines"
 
 
-def test_the_picture_has_a_light_ground_and_colours(tmp_path: Path, report: FrontierReport) -> None:
+def test_the_picture_has_a_light_ground_and_colours(tmp_path: Path, report: StudyReport) -> None:
     from matplotlib.image import imread
 
     write_picture(report.study, report.summary, tmp_path / "f.png")
@@ -234,7 +244,7 @@ def test_markdown_tables_keep_their_columns_and_escape_markup() -> None:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
 
 
-def test_markdown_holds_every_number_of_a_setting(report: FrontierReport) -> None:
+def test_markdown_holds_every_number_of_a_setting(report: StudyReport) -> None:
     text = markdown(report)
     line = next(line for line in text.splitlines() if line.startswith("| PPO | beta=0.05 | 3 | "))
     for word in ("8.57 PFLOP", "14 min 00 s", "6 GiB", "51.5", "0.375"):
@@ -243,12 +253,14 @@ def test_markdown_holds_every_number_of_a_setting(report: FrontierReport) -> Non
     assert "| 7.00 |" in text
 
 
-def test_tables_compare_the_drawn_arms_and_mark_what_an_arm_does_not_reach(report: FrontierReport) -> None:
+def test_tables_compare_the_drawn_policies_and_mark_what_a_policy_does_not_reach(
+    report: StudyReport,
+) -> None:
     made = {table.key: table for table in tables(report.study, report.summary)}
     for key in ("differences", "compute-ratio", "diversity"):
         assert made[key].rows
         assert "few" not in str(made[key].rows)
-    last = {row[0].value: row[-1].value for row in made["arms"].rows}
+    last = {row[0].value: row[-1].value for row in made["policies"].rows}
     assert last["DPO, few"].endswith("*"), "its KL is below 2"
     assert not last["DPO"].endswith("*")
 
@@ -264,7 +276,7 @@ def test_terminal_fits_80_columns() -> None:
         assert word in out.getvalue()
 
 
-def test_write_report(tmp_path: Path, report: FrontierReport, page: str) -> None:
+def test_write_report(tmp_path: Path, report: StudyReport, page: str) -> None:
     assert write_report(report, tmp_path / "study").read_text() == page
     assert {file.name for file in (tmp_path / "study").iterdir()} == {
         "page.html", "summary.md", "report.json", "frontier.png",
