@@ -4,10 +4,11 @@ import math
 from statistics import fmean, stdev
 from typing import NamedTuple
 
+from dpo_core.evaluation.policy_row import PolicyRow
 from tasks.recipe.policies import REFERENCE
 from tasks.reports.curves import clear_change, quarters, series, start_and_end
 from tasks.reports.format import cell, number, percent
-from tasks.reports.run_report import Evaluation, PolicyRow, RunReport
+from tasks.reports.run_report import Evaluation, RunReport
 
 KL_LIMIT_NATS = (
     10.0  # beyond this the reward of every direct method has been seen to degrade (arXiv 2406.02900)
@@ -187,7 +188,7 @@ def _training_alarms(report: RunReport) -> list[Alarm]:
         if policy in report.samplers or row is None or row.accuracy is None or not _gained(row):
             continue
         if row.accuracy.high < 0.5:
-            accuracy = cell("accuracy", row.accuracy)
+            accuracy = cell(row.accuracy, "share")
             message = f"the reward rose, yet held-out preference accuracy is {accuracy}."
             found.append(Alarm("Reward without accuracy", f"{report.label(policy)}: {message}", policy))
     return found

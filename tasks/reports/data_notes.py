@@ -1,15 +1,13 @@
 """What the run page says of how the data were read, and of the sets of a mixture."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from pydantic import JsonValue
 
 from tasks.reports.about import RunData
+from tasks.reports.run_report import Measured
 from tasks.store.facts import GateFacts, LoadFacts, facts_of
 
 
-def data_notes(data: RunData, evaluation: Mapping[str, Any]) -> dict[str, JsonValue]:
+def data_notes(data: RunData, evaluation: Measured) -> dict[str, JsonValue]:
     """Remarks of the reader, how prompts became tokens, and rows and accuracy of each set."""
     loaded = facts_of(data.loaded, LoadFacts)
     notes: dict[str, JsonValue] = {}
@@ -24,9 +22,9 @@ def data_notes(data: RunData, evaluation: Mapping[str, Any]) -> dict[str, JsonVa
             f"{name}: {count['train']} to train on, {count['eval']} held out"
             for name, count in loaded.sources.items()
         )
-    for policy, found in evaluation.get("accuracy_by_source", {}).items():
+    for policy, found in evaluation.accuracy_by_source.items():
         notes[f"Preference accuracy of {policy} by set"] = "; ".join(
-            f"{name}: {one['value']:.1%} [{one['low']:.1%}, {one['high']:.1%}] of {one['n']} pairs"
+            f"{name}: {one.value:.1%} [{one.low:.1%}, {one.high:.1%}] of {one.n} pairs"
             for name, one in found.items()
         )
     return notes

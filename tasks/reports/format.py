@@ -1,7 +1,7 @@
 """How numbers are written for people: the same digits in the page, the terminal and Markdown."""
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from dpo_core.statistics.estimates import Estimate
 
@@ -63,11 +63,11 @@ class Cell(NamedTuple):
         return f"{self.value} [{self.interval}]" if self.interval else self.value
 
 
-def cell(key: str, value: Estimate | float | None) -> Cell:
-    """An estimate, number or gap of the policy table, written as its metric `key` asks for."""
+def cell(value: Estimate | float | None, kind: Literal["number", "share", "gap"] = "number") -> Cell:
+    """A number: a share in per cent, a gap with its sign; an estimate with its interval."""
 
     def show(v: float, scale: float | None = None) -> str:
-        return percent(v) if key in ("win_rate", "accuracy", "ended") else number(v, key == "gain", scale)
+        return percent(v) if kind == "share" else number(v, kind == "gap", scale)
 
     if value is None:
         return Cell("–")

@@ -10,6 +10,7 @@ from pydantic import Field, JsonValue, field_validator, model_validator
 from dpo_core.config import Config
 from dpo_core.evaluation.compare import Comparison
 from dpo_core.evaluation.decision import Decision
+from dpo_core.evaluation.policy_row import PolicyRow
 from dpo_core.evaluation.results import Measure
 from dpo_core.judging.results import WinRate
 from dpo_core.rewards.quality import RewardQuality
@@ -104,35 +105,6 @@ class GateRow(Config):
     findings: list[GateFinding] = Field(default_factory=list)
 
 
-class PolicyRow(Config):
-    """One policy, measured on the evaluation's prompts. Intervals are at 95 %, resampled by prompt."""
-
-    name: str
-    """A policy of the run, the reference or the champion."""
-    reward: Estimate
-    gain: Estimate | None = None
-    """Paired difference of the reward to SFT's on the same prompts."""
-    kl: Estimate | None = None
-    """Sequence KL to the reference in nats, estimator k1."""
-    kl_k3: Estimate | None = None
-    win_rate: Estimate | None = None
-    """Against SFT, a tie counts half."""
-    length: Estimate
-    """Tokens of a completion."""
-    distinct_2: float
-    accuracy: Estimate | None = None
-    """Preference accuracy of the implicit reward on held-out pairs."""
-    entropy: float | None = None
-    """Nats per token, of the tokens that were sampled."""
-    distinct_1: float | None = None
-    self_bleu: Estimate | None = None
-    """Of a completion against the others to the same prompt; high is repetitive."""
-    predictive_entropy: Estimate | None = None
-    """Nats per token, exact over the vocabulary at sampled positions."""
-    ended: float | None = None
-    """Share of the answers that ended by themselves; the others were cut at the limit."""
-
-
 class Trained(Config):
     """What was trained on what, in words, so that two runs with other settings look different."""
 
@@ -176,7 +148,7 @@ class Sample(Config):
     rewards: dict[str, float] = Field(default_factory=dict)
 
 
-class Evaluation(Config):
+class PolicyTable(Config):
     """The policies side by side."""
 
     reward_name: str
@@ -186,6 +158,27 @@ class Evaluation(Config):
     samples_per_prompt: int
     policies: list[PolicyRow]
     samples: list[Sample] = Field(default_factory=list)
+
+    def policy(self, name: str) -> PolicyRow | None:
+        """The row of that name, None where it was not evaluated."""
+        return next((row for row in self.policies if row.name == name), None)
+
+
+class Measured(PolicyTable):
+    """All that the evaluation stage measured; what the table has no room for is shown elsewhere."""
+
+    held_out_pairs: int
+    accuracy_by_source: dict[str, dict[str, Estimate]] = Field(default_factory=dict)
+    """By policy and set of a mixture: preference accuracy."""
+    gain_over_champion: dict[str, Estimate] = Field(default_factory=dict)
+    """By policy; empty where there is no champion."""
+    win_rates: list[WinRate] = Field(default_factory=list)
+    """By the reward: every policy against the reference, and against the champion where there is one."""
+
+
+class Evaluation(PolicyTable):
+    """The policies side by side, and what their numbers are read with."""
+
     learned_from: list[str] | None = None
     """Policies that learned from the reward that all are measured with; None of a learned reward, and where
     an older run did not say."""
@@ -197,10 +190,6 @@ class Evaluation(Config):
     """Share of these that are complete."""
     vocabulary: int | None = None
     """Tokens that the model chooses from."""
-
-    def policy(self, name: str) -> PolicyRow | None:
-        """The row of that name, None where it was not evaluated."""
-        return next((row for row in self.policies if row.name == name), None)
 
 
 class SuiteRow(Config):

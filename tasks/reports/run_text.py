@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_core.evaluation.compare import Comparison
+from dpo_core.evaluation.policy_row import PolicyRow
 from dpo_core.judging.results import WinRate
 from dpo_core.rewards.quality import RewardQuality
 from dpo_core.statistics.estimates import Estimate
@@ -36,33 +37,14 @@ class Metric(NamedTuple):
     cells: list[Cell]
 
 
-_METRICS = (
-    ("reward", "Reward", "mean score per prompt"),
-    ("gain", "Gain over SFT", "paired difference on the same prompts"),
-    ("win_rate", "Win rate", "against SFT; a tie counts half"),
-    ("kl", "KL (k1), nats", "per sequence, to the reference; unbiased, may be negative"),
-    ("kl_k3", "KL (k3), nats", "the same distance; estimator that is never negative"),
-    ("accuracy", "Preference accuracy", "implicit reward on held-out pairs"),
-    ("length", "Length, tokens", "mean completion"),
-    ("ended", "Answers that end", "share of completions that are not cut at the most tokens"),
-    ("distinct_1", "distinct-1", "share of words that are unique; low is repetitive"),
-    ("distinct_2", "distinct-2", "share of word pairs that are unique; low is repetitive"),
-    ("self_bleu", "Self-BLEU", "against other completions of the prompt; high is repetitive"),
-    ("entropy", "Entropy, nats", "mean per token, of the tokens that were sampled"),
-    ("predictive_entropy", "Predictive entropy, nats", "mean per token, exact over the vocabulary"),
-)
-
-
 def policy_metrics(evaluation: Evaluation) -> list[Metric]:
-    """The policy table by line, one cell a policy; lines that nobody measured are left out.
-
-    But for the preference accuracy: it stands with dashes where there were no held-out pairs.
-    """
+    """The policy table by line, one cell a policy; most lines that nobody measured are left out."""
     lines = []
-    for key, label, hint in _METRICS:
+    for key, shown in PolicyRow.shown().items():
         values = [getattr(row, key) for row in evaluation.policies]
-        if key == "accuracy" or any(value is not None for value in values):
-            lines.append(Metric(key, label, hint, [cell(key, value) for value in values]))
+        if shown.always or any(value is not None for value in values):
+            cells = [cell(value, shown.kind) for value in values]
+            lines.append(Metric(key, shown.label, shown.hint, cells))
     return lines
 
 
@@ -78,7 +60,10 @@ def reward_metrics(quality: RewardQuality) -> list[Metric]:
         ("length", "Spearman with length", "reward against tokens of the answer", quality.length_spearman),
         ("gap", "Spearman of the gaps", "gap of rewards against gap of lengths", quality.gap_spearman),
     ]  # fmt: skip
-    return [Metric(key, label, hint, [cell(key, value)]) for key, label, hint, value in known]
+    return [
+        Metric(key, label, hint, [cell(value, "share" if key == "accuracy" else "number")])
+        for key, label, hint, value in known
+    ]
 
 
 def reward_use(report: RunReport) -> str:

@@ -74,7 +74,7 @@ def finding(report: RunReport) -> Verdict:
             ["The paired difference was not measured."],
         )
 
-    gain, own = cell("gain", policy.gain), report.label(name)
+    gain, own = cell(policy.gain, "gap"), report.label(name)
     if policy.gain.low > 0:
         outcome: tuple[str, Literal["good", "bad", "unclear"]] = (
             f"{own} scores higher than {REFERENCE}",
@@ -91,14 +91,14 @@ def finding(report: RunReport) -> Verdict:
     if policy.gain.low <= 0 <= policy.gain.high:
         reasons.append("The interval contains zero: this run can neither show nor exclude an improvement.")
     if policy.win_rate:
-        reasons.append(f"Win rate against {REFERENCE} {cell('win_rate', policy.win_rate)}.")
+        reasons.append(f"Win rate against {REFERENCE} {cell(policy.win_rate, 'share')}.")
     for other in evaluation.policies:
         if other.name not in (REFERENCE, name) and other.gain:
             # k3 is never negative; a distance below zero reads like a mistake.
             theirs, ours = other.kl_k3 or other.kl, policy.kl_k3 or policy.kl
             at_kl = f" at KL {number(theirs.value)} nats" if theirs else ""
             beside = f" ({own}: KL {number(ours.value)} nats)" if ours else ""
-            reasons.append(f"{report.label(other.name)}: gain {cell('gain', other.gain)}{at_kl}{beside}.")
+            reasons.append(f"{report.label(other.name)}: gain {cell(other.gain, 'gap')}{at_kl}{beside}.")
     return Verdict(*outcome, [*reasons, measured_with(report)])
 
 

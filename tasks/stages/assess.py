@@ -1,18 +1,17 @@
 """What a run's evaluation comes to: tables of suites, comparisons, win rates, and the decision to promote."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dpo_core.evaluation.compare import Comparison, compare
 from dpo_core.evaluation.decision import Decision, Evidence, decide, nothing_new
 from dpo_core.evaluation.results import SuiteResult
 from dpo_core.evaluation.suites.registry import find
 from dpo_core.judging.results import WinRate
-from dpo_core.statistics.estimates import Estimate
 from tasks.promotion.champion import Champion
 from tasks.recipe.policies import CHAMPION, REFERENCE
 from tasks.recipe.recipe import Recipe
-from tasks.reports.run_report import GateRow, SuiteRow
+from tasks.reports.run_report import GateRow, Measured, SuiteRow
 from tasks.stages.judging import JUDGE, load_win_rates
 from tasks.stages.registry import label_of, stage_of
 from tasks.stages.suites import SUITES, load_suites
@@ -27,7 +26,7 @@ class Assessment(NamedTuple):
     win_rates: list[WinRate]
 
 
-def assess(recipe: Recipe, manifests: Mapping[str, Manifest], evaluation: dict[str, Any]) -> Assessment:
+def assess(recipe: Recipe, manifests: Mapping[str, Manifest], evaluation: Measured) -> Assessment:
     """What was measured beside the evaluation, in tables.
 
     Args:
@@ -48,7 +47,7 @@ def assess(recipe: Recipe, manifests: Mapping[str, Manifest], evaluation: dict[s
         suites=[suite_row(result) for listed in results.values() for result in listed],
         comparisons=comparisons,
         win_rates=[
-            *(WinRate.model_validate(rate) for rate in evaluation["win_rates"]),
+            *evaluation.win_rates,
             *(load_win_rates(manifests[JUDGE.name]) if JUDGE.name in manifests else []),
         ],
     )
@@ -56,7 +55,7 @@ def assess(recipe: Recipe, manifests: Mapping[str, Manifest], evaluation: dict[s
 
 def judge_candidate(
     recipe: Recipe,
-    evaluation: dict[str, Any],
+    evaluation: Measured,
     comparisons: Sequence[Comparison],
     gate: Sequence[GateRow],
     alarms: Mapping[str, str],
@@ -70,15 +69,17 @@ def judge_candidate(
         champion: the registered model. It was not evaluated where it is the trained model itself.
         candidate: as sentences name the trained model.
     """
-    rival = CHAMPION if any(row["name"] == CHAMPION for row in evaluation["policies"]) else REFERENCE
+    rival = CHAMPION if evaluation.policy(CHAMPION) else REFERENCE
     if champion and rival != CHAMPION:
         return nothing_new(candidate, champion.title)
     against = [c for c in comparisons if c.baseline == rival]
-    row = next(row for row in evaluation["policies"] if row["name"] == recipe.candidate_name)
-    gain = row["gain"] if rival == REFERENCE else evaluation["gain_over_champion"][recipe.candidate_name]
+    name = recipe.candidate_name
+    row = next(row for row in evaluation.policies if row.name == name)
+    gain = row.gain if rival == REFERENCE else evaluation.gain_over_champion[name]
+    assert gain is not None  # every policy but the reference has one
     evidence = Evidence(
-        gain=Estimate.model_validate(gain),
-        kl=Estimate.model_validate(row["kl"]) if row.get("kl") else None,
+        gain=gain,
+        kl=row.kl,
         comparison=against[0] if against else None,
         gate_green=not any(row.refused for row in gate),
         alarms=alarms,

@@ -11,8 +11,12 @@ from typing import Any
 from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.errors import StageFailed
 from dpo_core.evaluation.policies import EvaluateConfig
+from dpo_core.evaluation.policy_row import PolicyRow
+from dpo_core.judging.results import WinRate
 from dpo_core.rewards.functions import reward_identity
+from dpo_core.statistics.estimates import Estimate
 from tasks.recipe.policies import CHAMPION, REFERENCE
+from tasks.reports.run_report import Measured, Sample
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 from tasks.stages.data import kind_of
 from tasks.store.checked_json import read_sealed, write_sealed
@@ -22,6 +26,7 @@ from tasks.tracking.mlflow_run import metric_keys
 
 log = logging.getLogger("dpo")
 
+FILE = "evaluation.json"
 EVALUATE = Stage(
     "evaluate",
     3,
@@ -71,27 +76,28 @@ def evaluate(
     """
 
     def work(given: Work) -> Output:
-        results, flops = _evaluate(given, policies, prompts, pairs, reward_model, settings)
+        measured, answers, flops = _evaluate(given, policies, prompts, pairs, reward_model, settings)
         out = given.fresh("out")
-        answers = results.pop("answers")
-        (out / "evaluation.json").write_text(
-            json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)
+        (out / FILE).write_text(
+            json.dumps(
+                measured.model_dump(mode="json", exclude_unset=True),
+                indent=1,
+                ensure_ascii=False,
+                allow_nan=False,
+            )
         )
         (out / "answers.json").write_text(json.dumps(answers, ensure_ascii=False, allow_nan=False))
-        given.mlflow.artifact(out / "evaluation.json")
+        given.mlflow.artifact(out / FILE)
         metrics = {"cost/flops": flops}
-        keys = metric_keys(row["name"] for row in results["policies"])
-        for row in results["policies"]:
-            for name, value in row.items():
-                number = value["value"] if isinstance(value, dict) else value
-                if isinstance(number, int | float):
-                    metrics[f"{name}/{keys[row['name']]}"] = float(number)
-        for name, by_source in results["accuracy_by_source"].items():
+        keys = metric_keys(row.name for row in measured.policies)
+        for row in measured.policies:
+            metrics |= {f"{name}/{keys[row.name]}": value for name, value in row.values().items()}
+        for name, by_source in measured.accuracy_by_source.items():
             for source, accuracy in by_source.items():
                 # MLflow takes no other signs; of a long path the end tells most.
                 label = re.sub(r"[^\w. -]", "_", source)[-60:]
-                metrics[f"accuracy/{keys[name]}/{label}"] = accuracy["value"]
-        return Output(out, rows=results["n_prompts"], facts=Facts(flops=flops), metrics=metrics)
+                metrics[f"accuracy/{keys[name]}/{label}"] = accuracy.value
+        return Output(out, rows=measured.n_prompts, facts=Facts(flops=flops), metrics=metrics)
 
     inputs = {f"policy-{name}": manifest for name, manifest in policies.items()}
     inputs |= {"prompts": prompts, kind_of(pairs): pairs}
@@ -107,8 +113,8 @@ def _evaluate(
     pairs: Manifest,
     reward_model: Manifest | None,
     settings: EvaluationSettings,
-) -> tuple[dict[str, Any], float]:
-    """What the policies were measured at, and the operations that it took."""
+) -> tuple[Measured, dict[str, Any], float]:
+    """What the policies were measured at, all that they answered, and the operations that it took."""
     from dpo_core.data.tokens.tokenise import Tokenise
     from dpo_core.evaluation.policies import sequence_logps, summarise
     from dpo_core.models.load import load_model, load_tokenizer
@@ -127,7 +133,7 @@ def _evaluate(
     sides = [s for p in rows for s in (p.chosen, p.rejected)]
     known = sequence_logps(reference, sides, config.precision, config.token_budget)
     held_out = _HeldOut(asked, rows, sides, known, _sources(pairs))
-    measured: dict[str, dict[str, Any]] = {}
+    by_policy: dict[str, dict[str, Any]] = {}
     for number, (name, manifest) in enumerate(policies.items()):
         path = given.scratch / f"policy-{name}.json"
         # A killed evaluation keeps the policies it had finished.
@@ -148,47 +154,43 @@ def _evaluate(
             facts["texts"] = [tokenise.text(s["completion"], s["prompt"]) for s in facts["sequences"]]
             write_sealed(path, facts)
             facts = json.loads(json.dumps(facts))  # as one that is read
-        measured[name] = facts
-    samples = {name: _samples(facts) for name, facts in measured.items()}
+        by_policy[name] = facts
+    samples = {name: _samples(facts) for name, facts in by_policy.items()}
     table = []
-    for name, facts in measured.items():
+    for name, facts in by_policy.items():
         baseline = None if name == REFERENCE else samples[REFERENCE]
         row = summarise(samples[name], baseline, seed=seed, length=config.sampling.max_new_tokens)
-        table.append({"name": name, **row, "accuracy": None if name == REFERENCE else facts["accuracy"]})
-    flops = read_flops(reference, sides, config.token_budget) + sum(f["flops"] for f in measured.values())
-    results = {
-        "reward_name": "reward model" if reward_model else settings.reward,
-        "reward_is_true": reward_model is None,
-        "n_prompts": len(asked),
-        "samples_per_prompt": config.samples_per_prompt,
-        "held_out_pairs": len(rows),
-        "accuracy_by_source": {
+        accuracy = None if name == REFERENCE else facts["accuracy"]
+        table.append(PolicyRow(name=name, **row, accuracy=accuracy))
+    flops = read_flops(reference, sides, config.token_budget) + sum(f["flops"] for f in by_policy.values())
+    reward_name = "reward model" if reward_model else str(settings.reward)
+    texts = [text for _, text in asked]
+    measured = Measured(
+        reward_name=reward_name,
+        reward_is_true=reward_model is None,
+        n_prompts=len(asked),
+        samples_per_prompt=config.samples_per_prompt,
+        held_out_pairs=len(rows),
+        accuracy_by_source={
             name: facts["accuracy_by_source"]
-            for name, facts in measured.items()
+            for name, facts in by_policy.items()
             if facts["accuracy_by_source"]
         },
-        "policies": table,
-        "samples": _side_by_side(samples, asked, config.shown),
-        "gain_over_champion": _over_champion(samples, seed),
-        "win_rates": _win_rates(
-            samples,
-            [text for _, text in asked],
-            "reward model" if reward_model else str(settings.reward),
-            seed,
-        ),
-        "answers": {
-            "prompts": [text for _, text in asked],
-            "prompt_index": samples[REFERENCE].prompt_index,
-            "answers": {name: drawn.texts for name, drawn in samples.items()},
-            "rewards": {name: drawn.rewards for name, drawn in samples.items()},
-        },
+        policies=table,
+        samples=_side_by_side(samples, asked, config.shown),
+        gain_over_champion=_over_champion(samples, seed),
+        win_rates=_win_rates(samples, texts, reward_name, seed),
+    )
+    answers = {
+        "prompts": texts,
+        "prompt_index": samples[REFERENCE].prompt_index,
+        "answers": {name: drawn.texts for name, drawn in samples.items()},
+        "rewards": {name: drawn.rewards for name, drawn in samples.items()},
     }
-    return results, flops
+    return measured, answers, flops
 
 
-def _win_rates(
-    samples: dict[str, Any], prompts: Sequence[str], judge: str, seed: int
-) -> list[dict[str, Any]]:
+def _win_rates(samples: dict[str, Any], prompts: Sequence[str], judge: str, seed: int) -> list[WinRate]:
     """By the reward: every policy against the reference, and against the champion where there is one."""
     from dpo_core.judging.judge import AnswerPairs, judge_by_scores, win_rate
 
@@ -199,7 +201,7 @@ def _win_rates(
         texts = [prompts[i] for i in index]
         pairs = AnswerPairs(name, rival, texts, drawn.texts, other.texts, clusters=index)
         judgements = judge_by_scores(drawn.rewards, other.rewards)
-        rates.append(win_rate(judgements, pairs, judge=judge, seed=seed).model_dump())
+        rates.append(win_rate(judgements, pairs, judge=judge, seed=seed))
     return rates
 
 
@@ -213,7 +215,7 @@ def rivals(policies: Sequence[str]) -> list[tuple[str, str]]:
     ]
 
 
-def _over_champion(samples: dict[str, Any], seed: int) -> dict[str, Any]:
+def _over_champion(samples: dict[str, Any], seed: int) -> dict[str, Estimate]:
     """What each policy gains over the champion on the same prompts; empty where there is no champion."""
     from dpo_core.statistics.estimates import paired_bootstrap
 
@@ -221,7 +223,7 @@ def _over_champion(samples: dict[str, Any], seed: int) -> dict[str, Any]:
     if champion is None:
         return {}
     return {
-        name: paired_bootstrap(drawn.rewards, champion.rewards, drawn.prompt_index, seed=seed).model_dump()
+        name: paired_bootstrap(drawn.rewards, champion.rewards, drawn.prompt_index, seed=seed)
         for name, drawn in samples.items()
         if name not in (REFERENCE, CHAMPION)
     }
@@ -364,7 +366,7 @@ def _samples(facts: dict[str, Any]) -> Any:
 
 def _side_by_side(
     samples: dict[str, Any], asked: Sequence[tuple[tuple[int, ...], str]], shown: int
-) -> list[dict[str, Any]]:
+) -> list[Sample]:
     """The first sample of each policy for the first prompts."""
     table = []
     for index in range(min(shown, len(asked))):
@@ -373,7 +375,7 @@ def _side_by_side(
             first = drawn.prompt_index.index(index)
             texts[name] = drawn.texts[first]
             rewards[name] = drawn.rewards[first]
-        table.append({"prompt": readable(asked[index][1]), "completions": texts, "rewards": rewards})
+        table.append(Sample(prompt=readable(asked[index][1]), completions=texts, rewards=rewards))
     return table
 
 
@@ -386,10 +388,9 @@ def readable(prompt: str) -> str:
         return prompt
 
 
-def load_evaluation(manifest: Manifest) -> dict[str, Any]:
+def load_evaluation(manifest: Manifest) -> Measured:
     """What the stage wrote."""
-    facts: dict[str, Any] = json.loads(Path(manifest.path / "evaluation.json").read_text())
-    return facts
+    return Measured.model_validate_json((manifest.path / FILE).read_bytes())
 
 
 def load_answers(manifest: Manifest) -> dict[str, Any]:

@@ -8,10 +8,10 @@ import platform
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 from pydantic import JsonValue
 
+from dpo_core.evaluation.policy_row import PolicyRow
 from dpo_core.redaction import hidden
 from dpo_core.rewards.quality import RewardQuality
 from tasks.promotion.champion import Champion
@@ -33,7 +33,9 @@ from tasks.reports.run_report import (
     Evaluation,
     GateFinding,
     GateRow,
+    Measured,
     ModelRow,
+    PolicyTable,
     RunInfo,
     RunReport,
     StageRow,
@@ -183,12 +185,10 @@ def headline_metrics(report: RunReport) -> dict[str, float]:
     """The numbers by which whole runs are compared, named as the evaluation names them: `gain/dpo`."""
     metrics: dict[str, float] = {}
     rows = report.evaluation.policies if report.evaluation else []
-    keys = metric_keys(row.name for row in rows)
+    keys, shown = metric_keys(row.name for row in rows), PolicyRow.shown()
     for row in rows:
-        for measure in ("reward", "gain", "win_rate", "kl", "accuracy", "length"):
-            estimate = getattr(row, measure)
-            if estimate is not None:
-                metrics[f"{measure}/{keys[row.name]}"] = estimate.value
+        values = {name: value for name, value in row.values().items() if shown[name].headline}
+        metrics |= {f"{name}/{keys[row.name]}": value for name, value in values.items()}
     for name in ("seconds", "tokens_trained", "flops", "peak_memory_bytes"):
         value = getattr(report.cost, name, None)
         if value is not None:
@@ -258,22 +258,16 @@ def _gate_row(workspace: Path, manifest: Manifest) -> GateRow:
     )
 
 
-def _evaluation(recipe: Recipe, data: RunData, evaluation: dict[str, Any]) -> Evaluation:
+def _evaluation(recipe: Recipe, data: RunData, measured: Measured) -> Evaluation:
     answers = answers_of_data(recipe, data)
-    about = {
-        "learned_from": learned_from_reward(recipe, data),
-        "max_new_tokens": recipe.evaluate.sampling.max_new_tokens,
-        "chosen_tokens": answers and answers.median,
-        "chosen_ended": answers and answers.complete,
-        "vocabulary": vocabulary_size(data.base),
-    }
-    return Evaluation.model_validate(_page_part(evaluation) | about)
-
-
-def _page_part(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """What the page's model knows, and all of every policy's row: a metric without a place there is an error.
-    The rest is read elsewhere, or stays in evaluation.json."""
-    return {k: v for k, v in evaluation.items() if k in Evaluation.model_fields}
+    return Evaluation(
+        **{name: getattr(measured, name) for name in PolicyTable.model_fields},
+        learned_from=learned_from_reward(recipe, data),
+        max_new_tokens=recipe.evaluate.sampling.max_new_tokens,
+        chosen_tokens=answers and answers.median,
+        chosen_ended=answers and answers.complete,
+        vocabulary=vocabulary_size(data.base),
+    )
 
 
 def _reward_quality(manifests: Mapping[str, Manifest]) -> RewardQuality | None:

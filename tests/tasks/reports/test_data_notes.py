@@ -5,8 +5,10 @@ from pathlib import Path
 import torch
 
 from dpo_core.data.tokens.tokenise import Sequence, TokenPair
+from dpo_core.statistics.estimates import Estimate
 from tasks.reports.about import RunData
 from tasks.reports.data_notes import data_notes
+from tasks.reports.run_report import Measured
 from tasks.stages.evaluation import _accuracy_by_source
 from tasks.store.manifest import Manifest
 
@@ -34,11 +36,15 @@ def test_notes_of_the_page(tmp_path: Path) -> None:
         extra={"kind": "pairs", "remarks": ["columns not read: hint"],
                "sources": {"x": {"train": 8, "eval": 2}}},
     )  # fmt: skip
-    estimate = {"value": 0.5, "low": 0.1, "high": 0.9, "n": 2}
-    assert data_notes(data(loaded), {"accuracy_by_source": {"DPO": {"x": estimate}}}) == {
+    accuracy = Estimate(value=0.5, low=0.1, high=0.9, n=2)
+    measured = Measured(
+        reward_name="sentiment", reward_is_true=True, n_prompts=2, samples_per_prompt=1, policies=[],
+        held_out_pairs=2, accuracy_by_source={"DPO": {"x": accuracy}},
+    )  # fmt: skip
+    assert data_notes(data(loaded), measured) == {
         "How the data were read": "columns not read: hint",
         "Rows by set": "x: 8 to train on, 2 held out",
         "Preference accuracy of DPO by set": "x: 50.0% [10.0%, 90.0%] of 2 pairs",
     }
     plain = loaded.model_copy(update={"extra": {"kind": "pairs"}})
-    assert data_notes(data(plain), {}) == {}
+    assert data_notes(data(plain), measured.model_copy(update={"accuracy_by_source": {}})) == {}

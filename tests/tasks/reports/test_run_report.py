@@ -11,15 +11,15 @@ from rich.console import Console
 
 from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.evaluation.policies import PolicySamples, summarise
+from dpo_core.evaluation.policy_row import PolicyRow
 from dpo_core.statistics.estimates import Estimate
 from expectations.report import Finding
 from tasks.reports.alarms import alarms
 from tasks.reports.format import duration, number, scaled
 from tasks.reports.run_page import render
-from tasks.reports.run_report import Evaluation, GateFinding, GateRow, PolicyRow, RunReport
+from tasks.reports.run_report import GateFinding, GateRow, Measured, PolicyTable, RunReport
 from tasks.reports.run_text import markdown, policy_metrics, terminal_table
 from tasks.reports.verdict import verdict
-from tasks.stages.summary import _page_part
 from tests.support.reports.run_reports import (
     estimate,
     example,
@@ -58,10 +58,23 @@ def test_every_metric_of_the_evaluation_stands_in_the_table() -> None:
     lines = {line.key: line for line in policy_metrics(evaluation)}
     assert lines.keys() == row.keys() | {"accuracy"}
     assert lines["ended"].cells[0].value == "75.0%"
-    found = evaluation.model_dump(mode="json") | {"answers": {}}
-    found["policies"][0]["surprise"] = 1.0
+    assert policies[0].values().keys() == row.keys(), "MLflow is sent all of them"
+
+
+def test_a_metric_that_reports_do_not_know_is_an_error_where_it_is_measured() -> None:
     with pytest.raises(ValidationError, match="surprise"):
-        Evaluation.model_validate(_page_part(found))
+        PolicyRow(**make_evaluation().policies[0].model_dump(), surprise=1.0)
+    assert PolicyRow.shown().keys() == PolicyRow.model_fields.keys() - {"name"}
+
+
+def test_what_was_measured_is_read_as_it_was_written() -> None:
+    table = make_evaluation().model_dump(mode="json", include=set(PolicyTable.model_fields))
+    measured = Measured(**table, held_out_pairs=3)
+    again = Measured.model_validate_json(measured.model_dump_json(exclude_unset=True))
+    assert again == measured
+    assert measured.policy("DPO") == again.policies[1]
+    with pytest.raises(ValidationError, match="surprise"):
+        Measured(**table, held_out_pairs=3, surprise={})
 
 
 def test_values_that_are_not_finite_are_dropped_from_curves() -> None:

@@ -1,0 +1,84 @@
+"""The metrics of a policy and how reports show them; `policies.summarise` measures them."""
+
+from typing import Annotated, Literal, NamedTuple
+
+from dpo_core.config import Config
+from dpo_core.statistics.estimates import Estimate
+
+
+class Shown(NamedTuple):
+    """How reports show a metric of a policy."""
+
+    label: str
+    hint: str
+    kind: Literal["number", "share", "gap"] = "number"
+    """A share is written in per cent, a gap with its sign."""
+    headline: bool = False
+    """Whether whole runs are compared by it."""
+    always: bool = False
+    """Whether its line stands, with dashes, also where nobody measured it."""
+
+
+class PolicyRow(Config):
+    """One policy, measured on the evaluation's prompts, in the order in which reports list the metrics.
+
+    Intervals are at 95 %, resampled by prompt. A metric that is declared here is on the page and in MLflow.
+    """
+
+    name: str
+    """A policy of the run, the reference or the champion."""
+    reward: Annotated[Estimate, Shown("Reward", "mean score per prompt", headline=True)]
+    gain: Annotated[
+        Estimate | None, Shown("Gain over SFT", "paired difference on the same prompts", "gap", headline=True)
+    ] = None
+    win_rate: Annotated[
+        Estimate | None, Shown("Win rate", "against SFT; a tie counts half", "share", headline=True)
+    ] = None
+    kl: Annotated[
+        Estimate | None,
+        Shown("KL (k1), nats", "per sequence, to the reference; unbiased, may be negative", headline=True),
+    ] = None
+    kl_k3: Annotated[
+        Estimate | None, Shown("KL (k3), nats", "the same distance; estimator that is never negative")
+    ] = None
+    accuracy: Annotated[
+        Estimate | None,
+        Shown(
+            "Preference accuracy", "implicit reward on held-out pairs", "share", headline=True, always=True
+        ),
+    ] = None
+    length: Annotated[Estimate, Shown("Length, tokens", "mean completion", headline=True)]
+    ended: Annotated[
+        float | None,
+        Shown("Answers that end", "share of completions that are not cut at the most tokens", "share"),
+    ] = None
+    distinct_1: Annotated[
+        float | None, Shown("distinct-1", "share of words that are unique; low is repetitive")
+    ] = None
+    distinct_2: Annotated[
+        float, Shown("distinct-2", "share of word pairs that are unique; low is repetitive")
+    ]
+    self_bleu: Annotated[
+        Estimate | None, Shown("Self-BLEU", "against other completions of the prompt; high is repetitive")
+    ] = None
+    entropy: Annotated[
+        float | None, Shown("Entropy, nats", "mean per token, of the tokens that were sampled")
+    ] = None
+    predictive_entropy: Annotated[
+        Estimate | None, Shown("Predictive entropy, nats", "mean per token, exact over the vocabulary")
+    ] = None
+
+    @classmethod
+    def shown(cls) -> dict[str, Shown]:
+        """How each metric is shown, by its name."""
+        fields = cls.model_fields.items()
+        return {name: one for name, field in fields for one in field.metadata if isinstance(one, Shown)}
+
+    def values(self) -> dict[str, float]:
+        """The metrics that were measured, of estimates their value."""
+        measured = ((name, getattr(self, name)) for name in self.shown())
+        return {
+            name: float(value.value if isinstance(value, Estimate) else value)
+            for name, value in measured
+            if value is not None
+        }
