@@ -13,6 +13,7 @@ from dpo_core.evaluation.decision import PromotionConfig
 from dpo_core.evaluation.policies import EvaluateConfig
 from dpo_core.evaluation.run_suite import SuitesConfig
 from dpo_core.judging.judge import JudgeConfig
+from dpo_core.methods import dpo
 from dpo_core.methods.pair_sampling import PairSamplingConfig
 from dpo_core.methods.reward import RewardModelConfig
 from dpo_core.methods.sft import SftConfig
@@ -64,7 +65,7 @@ class Recipe(Config):
     cache: CacheConfig = CacheConfig()
     """Reference log-probs."""
     policies: Annotated[dict[str, Policy], BeforeValidator(require_methods)] = Field(
-        default_factory=lambda: {"DPO": CLASSES["dpo"](method="dpo")}, min_length=1
+        default_factory=lambda: {"DPO": CLASSES[dpo.METHOD.name](method=dpo.METHOD.name)}, min_length=1
     )
     """What is trained, by name; see `dpo methods`."""
     candidate: str | None = Field(None, min_length=1)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import tasks
+from dpo_core.methods.registry import methods
 from tasks.stages.base import Stage
 from tasks.stages.registry import is_stage, label_of, stage_of, stages
 from tasks.store.facts import Facts
@@ -38,6 +39,13 @@ def literals(tree: ast.AST) -> Iterator[tuple[int, str, ast.AST]]:
 def called(call: ast.Call) -> str:
     """The last part of what is called."""
     return call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+
+
+def product() -> Iterator[tuple[str, str]]:
+    """Path and source of every file that may name stages and methods by their registries alone."""
+    for package in PRODUCT:
+        for path in sorted((ROOT / package).rglob("*.py")):
+            yield path.relative_to(ROOT).as_posix(), path.read_text()
 
 
 def is_key(parent: ast.AST) -> bool:
@@ -76,11 +84,22 @@ def test_what_counts_as_a_name() -> None:
 
 def test_a_stage_is_named_where_it_is_declared_and_nowhere_else() -> None:
     names = set(stages())
-    paths = [path for package in PRODUCT for path in sorted((ROOT / package).rglob("*.py"))]
-    lines = {path.relative_to(ROOT).as_posix(): written(path.read_text(), names) for path in paths}
-    found = {path: listed for path, listed in lines.items() if listed}
+    found = {path: lines for path, source in product() if (lines := written(source, names))}
     assert {path: lines for path, lines in found.items() if path not in ALLOWED} == {}
     assert set(found) >= ALLOWED, "these write no name any more: take them from the list"
+
+
+def test_a_method_is_named_by_its_registry_alone() -> None:
+    """`dpo` is the program's name too: it counts where something is looked up or chosen by it."""
+    names = {method.name for method in methods().values() if method.policy}
+    found = {
+        path: f"{line}: {text!r}"
+        for path, source in product()
+        for line, text, parent in literals(ast.parse(source))
+        if text in names and (text != "dpo" or is_key(parent) or getattr(parent, "arg", None) == "method")
+    }
+    # It says what sections of earlier recipes have become.
+    assert found.keys() == {"tasks/recipe/old_recipe.py"}, found
 
 
 def test_a_row_of_a_run_is_of_a_stage() -> None:
