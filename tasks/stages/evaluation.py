@@ -5,9 +5,9 @@ import logging
 import re
 from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
+from dpo_core.config import Config
 from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.errors import StageFailed
 from dpo_core.evaluation.policies import EvaluateConfig
@@ -26,7 +26,7 @@ from tasks.tracking.mlflow_run import metric_keys
 
 log = logging.getLogger("dpo")
 
-FILE = "evaluation.json"
+FILE, ANSWERS_FILE = "evaluation.json", "answers.json"
 EVALUATE = Stage(
     "evaluate",
     3,
@@ -58,6 +58,17 @@ class EvaluationSettings:
         }
 
 
+class Answers(Config):
+    """All that the policies answered."""
+
+    prompts: list[str]
+    prompt_index: list[int]
+    """Of each answer, its prompt's place."""
+    answers: dict[str, list[str]]
+    """By policy."""
+    rewards: dict[str, list[float]]
+
+
 @stage_task(EVALUATE.name)
 def evaluate(
     context: Context,
@@ -78,15 +89,8 @@ def evaluate(
     def work(given: Work) -> Output:
         measured, answers, flops = _evaluate(given, policies, prompts, pairs, reward_model, settings)
         out = given.fresh("out")
-        (out / FILE).write_text(
-            json.dumps(
-                measured.model_dump(mode="json", exclude_unset=True),
-                indent=1,
-                ensure_ascii=False,
-                allow_nan=False,
-            )
-        )
-        (out / "answers.json").write_text(json.dumps(answers, ensure_ascii=False, allow_nan=False))
+        (out / FILE).write_text(measured.model_dump_json(indent=1, exclude_unset=True))
+        (out / ANSWERS_FILE).write_text(json.dumps(answers.model_dump(), ensure_ascii=False, allow_nan=False))
         given.mlflow.artifact(out / FILE)
         metrics = {"cost/flops": flops}
         keys = metric_keys(row.name for row in measured.policies)
@@ -113,7 +117,7 @@ def _evaluate(
     pairs: Manifest,
     reward_model: Manifest | None,
     settings: EvaluationSettings,
-) -> tuple[Measured, dict[str, Any], float]:
+) -> tuple[Measured, Answers, float]:
     """What the policies were measured at, all that they answered, and the operations that it took."""
     from dpo_core.data.tokens.tokenise import Tokenise
     from dpo_core.evaluation.policies import sequence_logps, summarise
@@ -181,12 +185,12 @@ def _evaluate(
         gain_over_champion=_over_champion(samples, seed),
         win_rates=_win_rates(samples, texts, reward_name, seed),
     )
-    answers = {
-        "prompts": texts,
-        "prompt_index": samples[REFERENCE].prompt_index,
-        "answers": {name: drawn.texts for name, drawn in samples.items()},
-        "rewards": {name: drawn.rewards for name, drawn in samples.items()},
-    }
+    answers = Answers(
+        prompts=texts,
+        prompt_index=samples[REFERENCE].prompt_index,
+        answers={name: drawn.texts for name, drawn in samples.items()},
+        rewards={name: drawn.rewards for name, drawn in samples.items()},
+    )
     return measured, answers, flops
 
 
@@ -393,7 +397,6 @@ def load_evaluation(manifest: Manifest) -> Measured:
     return Measured.model_validate_json((manifest.path / FILE).read_bytes())
 
 
-def load_answers(manifest: Manifest) -> dict[str, Any]:
-    """All that the policies answered: `prompts`, `prompt_index`, and `answers` and `rewards` by policy."""
-    facts: dict[str, Any] = json.loads(Path(manifest.path / "answers.json").read_text())
-    return facts
+def load_answers(manifest: Manifest) -> Answers:
+    """What the stage wrote."""
+    return Answers.model_validate_json((manifest.path / ANSWERS_FILE).read_bytes())

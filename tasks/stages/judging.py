@@ -88,9 +88,9 @@ def judge_policies(context: Context, evaluation: Manifest, config: JudgeConfig, 
     """
 
     def work(given: Work) -> Output:
-        said = load_answers(evaluation)
-        prompts = [said["prompts"][i] for i in said["prompt_index"]]
-        against = rivals(list(said["answers"]))
+        answered = load_answers(evaluation)
+        prompts = [answered.prompts[i] for i in answered.prompt_index]
+        against = rivals(list(answered.answers))
         bar = given.progress(len(against))
         rates = []
         for number, (name, rival) in enumerate(against):
@@ -100,9 +100,9 @@ def judge_policies(context: Context, evaluation: Manifest, config: JudgeConfig, 
                     name,
                     rival,
                     prompts,
-                    said["answers"][name],
-                    said["answers"][rival],
-                    clusters=said["prompt_index"],
+                    answered.answers[name],
+                    answered.answers[rival],
+                    clusters=answered.prompt_index,
                 ),
                 cache=context.workspace / REPLIES,
                 seed=seed,

@@ -2,10 +2,10 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 
+from dpo_core.config import Config
 from dpo_core.study import Cost, Point
 from tasks.recipe.study import Node
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
@@ -13,7 +13,23 @@ from tasks.stages.evaluation import EvaluationSettings, held_out_prompts
 from tasks.store.facts import Facts, facts_of
 from tasks.store.manifest import Manifest
 
+FILE = "measurement.json"
 MEASURE = Stage("measure", 2, "measurement", Facts, lambda workload, label: workload.evaluated(1))
+
+
+class Measurement(Config):
+    """A policy on P prompts with S samples each."""
+
+    rewards_PS: list[list[float]]
+    kl_P: list[float]
+    """Nats, estimator k1, mean over a prompt's samples."""
+    kl_k3_P: list[float]
+    entropy: float
+    """Nats per token, of the tokens that were sampled."""
+    distinct_1: float
+    distinct_2: float
+    length: float
+    """Mean tokens of a completion."""
 
 
 @stage_task(MEASURE.name, f"{MEASURE.name}{{context.label}}")
@@ -27,16 +43,16 @@ def measure(
     """Sample a policy on the held-out prompts, score it with the known reward, and estimate its KL."""
 
     def work(given: Work) -> Output:
-        facts = _measured(given, policy, reference, prompts, settings)
+        measured = _measured(given, policy, reference, prompts, settings)
         out = given.fresh("out")
-        (out / "measurement.json").write_text(json.dumps(facts, allow_nan=False))
+        (out / FILE).write_text(json.dumps(measured.model_dump(mode="json"), allow_nan=False))
         metrics = {
-            "reward": float(np.mean(facts["rewards_PS"])),
-            "kl": float(np.mean(facts["kl_P"])),
-            "kl_k3": float(np.mean(facts["kl_k3_P"])),
-            **{name: float(facts[name]) for name in ("entropy", "distinct_1", "distinct_2", "length")},
+            "reward": float(np.mean(measured.rewards_PS)),
+            "kl": float(np.mean(measured.kl_P)),
+            "kl_k3": float(np.mean(measured.kl_k3_P)),
+            **measured.model_dump(include={"entropy", "distinct_1", "distinct_2", "length"}),
         }
-        return Output(out, rows=len(facts["kl_P"]), metrics=metrics)
+        return Output(out, rows=len(measured.kl_P), metrics=metrics)
 
     inputs = {"policy": policy, "reference": reference, "prompts": prompts}
     return run_stage(context, MEASURE, inputs, settings.as_slice(exclude={"pairs", "shown"}), work)
@@ -48,7 +64,7 @@ def _measured(
     reference: Manifest,
     prompts: Manifest,
     settings: EvaluationSettings,
-) -> dict[str, Any]:
+) -> Measurement:
     from dpo_core.data.tokens.tokenise import Tokenise
     from dpo_core.evaluation.policies import kl_estimates, sample_policy, sequence_logps
     from dpo_core.models.load import load_model, load_tokenizer
@@ -81,21 +97,20 @@ def _measured(
 
     completions = [s.completion for s in drawn.sequences]
     length = config.sampling.max_new_tokens
-    return {
-        "rewards_PS": by_prompt(drawn.rewards).tolist(),
-        "kl_P": by_prompt(k1).mean(1).tolist(),
-        "kl_k3_P": by_prompt(k3).mean(1).tolist(),
-        "entropy": -float(sum(x.double().sum() for x in ours)) / sum(len(x) for x in ours),
-        "distinct_1": distinct_n(completions, 1, length=length),
-        "distinct_2": distinct_n(completions, 2, length=length),
-        "length": float(np.mean([len(c) for c in completions])),
-    }
+    return Measurement(
+        rewards_PS=by_prompt(drawn.rewards).tolist(),
+        kl_P=by_prompt(k1).mean(1).tolist(),
+        kl_k3_P=by_prompt(k3).mean(1).tolist(),
+        entropy=-float(sum(x.double().sum() for x in ours)) / sum(len(x) for x in ours),
+        distinct_1=distinct_n(completions, 1, length=length),
+        distinct_2=distinct_n(completions, 2, length=length),
+        length=float(np.mean([len(c) for c in completions])),
+    )
 
 
-def read_measurement(manifest: Manifest) -> dict[str, Any]:
+def read_measurement(manifest: Manifest) -> Measurement:
     """What the stage wrote."""
-    facts: dict[str, Any] = json.loads((manifest.path / "measurement.json").read_text())
-    return facts
+    return Measurement.model_validate_json((manifest.path / FILE).read_bytes())
 
 
 def point_of(node: Node, trained: Manifest, measured: Manifest, needed: Mapping[str, Manifest]) -> Point:
@@ -104,8 +119,7 @@ def point_of(node: Node, trained: Manifest, measured: Manifest, needed: Mapping[
     Args:
         needed: the artifacts after the reference that it needed beside its own training, by name.
     """
-    facts = read_measurement(measured)
-    rewards = facts.pop("rewards_PS")
+    measurement = read_measurement(measured)
     costs = [facts_of(manifest, Facts) for manifest in (trained, *needed.values())]
     memory = [cost.peak_memory_bytes for cost in costs if cost.peak_memory_bytes]
     cost = Cost(
@@ -117,8 +131,8 @@ def point_of(node: Node, trained: Manifest, measured: Manifest, needed: Mapping[
         policy=node.policy,
         setting=node.point or "",
         seed=node.seed,
-        rewards_P=np.mean(rewards, axis=1).tolist(),
+        rewards_P=np.mean(measurement.rewards_PS, axis=1).tolist(),
         cost=cost,
         shared_cost={name: facts_of(m, Facts).flops or 0.0 for name, m in needed.items()},
-        **facts,
+        **measurement.model_dump(exclude={"rewards_PS"}),
     )

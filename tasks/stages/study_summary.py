@@ -58,7 +58,7 @@ def study_of(recipe: Recipe, stages: Mapping[str, StageResult], trained: list[Tr
     config = recipe.study
     assert config is not None
     base = read_measurement(stages[f"{MEASURE.name} {REFERENCE}"].manifest)
-    rewards_PS = np.asarray(base["rewards_PS"])
+    rewards_PS = np.asarray(base.rewards_PS)
     points = [
         point_of(one.node, one.manifest, stages[MEASURE.name + one.node.label].manifest, one.needed)
         for one in trained
@@ -68,10 +68,10 @@ def study_of(recipe: Recipe, stages: Mapping[str, StageResult], trained: list[Tr
         samples_per_prompt=recipe.evaluate.samples_per_prompt,
         reward_name=str(recipe.reward.source),
         reference_rewards_P=rewards_PS.mean(1).tolist(),
-        reference_entropy=base["entropy"],
-        reference_distinct_1=base["distinct_1"],
-        reference_distinct_2=base["distinct_2"],
-        reference_length=base["length"],
+        reference_entropy=base.entropy,
+        reference_distinct_1=base.distinct_1,
+        reference_distinct_2=base.distinct_2,
+        reference_length=base.length,
         best_of=best_of_n(rewards_PS, config.best_of) if config.best_of else [],
         points=points,
         kl_at=config.kl_at,
