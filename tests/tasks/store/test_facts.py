@@ -1,5 +1,6 @@
 """Facts of artifacts: strict where they are written, lenient where they are read."""
 
+import ast
 import math
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+import tasks
 from dpo_core.errors import StageFailed
 from tasks.stages.base import Output, Stage, _checked
 from tasks.store.facts import (
@@ -69,3 +71,16 @@ def test_a_missing_fact_is_named(tmp_path: Path) -> None:
     with pytest.raises(StageFailed, match="does not state weights_sha256"):
         weights_sha256(manifest)
     assert weights_sha256(made(tmp_path, ModelFacts(weights_sha256="w").as_extra())) == "w"
+
+
+def test_facts_are_read_in_one_place() -> None:
+    """Everything else asks for a model of them."""
+    root = Path(tasks.__file__).parent.parent
+    readers = {
+        path.relative_to(root).as_posix()
+        for package in ("tasks", "flows")
+        for path in (root / package).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr == "extra"
+    }
+    assert readers == {"tasks/store/facts.py", "tasks/store/store.py"}, "the store only writes them"
