@@ -28,12 +28,7 @@ log = logging.getLogger("dpo")
 
 FILE, ANSWERS_FILE = "evaluation.json", "answers.json"
 EVALUATE = Stage(
-    "evaluate",
-    3,
-    "evaluation",
-    Facts,
-    lambda workload, label: workload.evaluated(1 + len(workload.recipe.policies)),
-    overhead=5.0,
+    "evaluate", 3, "evaluation", Facts, lambda w, _: w.evaluated(1 + len(w.recipe.policies)), overhead=5.0
 )
 
 
