@@ -127,7 +127,7 @@ def _fetch(context: Context, prepared: Prepared, name: str, keep: Keep) -> Manif
     """A model from outside the recipe, which must read the tokens of this run."""
     recipe = prepared.recipe
     label = f" {name}"
-    config = recipe.model.model_copy(update={"name": name, "scratch": None})
+    config = recipe.model.model_copy(update={"name": name, "revision": None, "scratch": None})
     labelled = context.labelled(label)
     result = import_model(labelled, config, recipe.tokens.max_length, recipe.precision)
     manifest = keep(result)

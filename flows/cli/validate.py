@@ -23,6 +23,7 @@ from expectations.gate import judge
 from expectations.report import GateReport
 from expectations.token_rules import Tokenisation
 from flows.cli.shown_rows import as_data, as_text, shown
+from tasks.promotion.model_source import as_folder
 from tasks.recipe.read import overridden
 
 
@@ -114,7 +115,7 @@ def _tokenise(asked: _Asked) -> Tokenise:
     """The tokenizer that `import-model` would keep, with its template."""
     from dpo_core.data.tokens.chat_template import check_template
 
-    config = asked.model
+    config, _ = as_folder(asked.model, Path("runs"))
     folder = Path(config.name).expanduser()
     # Weights are not needed: a folder with a tokenizer alone will do.
     source = folder if (folder / "tokenizer_config.json").is_file() else locate(config)

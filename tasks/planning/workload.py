@@ -1,6 +1,7 @@
 """The workload of a run to come, from the recipe and what the plan found in the store."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import pandas as pd
 
@@ -8,6 +9,7 @@ from dpo_core.data.load import load
 from dpo_core.data.split import split_table
 from dpo_core.data.tokens.tokenise import Tokenise
 from dpo_core.models.load import ModelConfig, load_tokenizer, locate, read_config
+from tasks.promotion.model_source import as_folder
 from tasks.recipe.recipe import Recipe
 from tasks.stages.base import StageResult
 from tasks.stages.data import GATES, LOAD
@@ -15,6 +17,7 @@ from tasks.stages.models import IMPORT
 from tasks.stages.workload import Workload
 from tasks.store.facts import ImportFacts, LoadFacts, facts_of
 from tasks.store.manifest import Manifest
+from tasks.tracking.tracker import Tracker
 
 
 def workload_of(recipe: Recipe, stages: Mapping[str, StageResult]) -> Workload:
@@ -27,17 +30,19 @@ def workload_of(recipe: Recipe, stages: Mapping[str, StageResult]) -> Workload:
         ModelError: the run would refuse the model.
     """
     base = stages[IMPORT.name].manifest
-    imported = ModelConfig(name=str(base.path), trust_remote_code=recipe.model.trust_remote_code)
-    source = locate(recipe.model) if base.planned else base.path
+    model = ModelConfig(name=str(base.path), trust_remote_code=recipe.model.trust_remote_code)
+    if base.planned:
+        workspace = Path(recipe.workspace)
+        model, _ = as_folder(recipe.model, workspace, Tracker(recipe.tracking, workspace))
     kind = facts_of(stages[LOAD.name].manifest, LoadFacts).kind
     judged = _rows(stages, GATES[kind].name, LOAD.name)
     if judged is None:
         judged = _sound(split_table(load(recipe.data), recipe.data))
     return Workload(
         recipe=recipe,
-        config=read_config(recipe.model if base.planned else imported),
-        layout=_layout(recipe, base),
-        tokenise=Tokenise(load_tokenizer(source), recipe.tokens),
+        config=read_config(model),
+        layout=_layout(recipe, base, model),
+        tokenise=Tokenise(load_tokenizer(locate(model)), recipe.tokens),
         kind=kind,
         judged=judged,
         sampled=_rows(stages, GATES["pairs"].name) if kind == "prompts" else None,
@@ -56,7 +61,7 @@ def _sound(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[frame["fault"] == ""]
 
 
-def _layout(recipe: Recipe, base: Manifest) -> str:
+def _layout(recipe: Recipe, base: Manifest, model: ModelConfig) -> str:
     """`packed: why`, as the import found it or, where there was none yet, as it would find it.
 
     Raises:
@@ -68,6 +73,6 @@ def _layout(recipe: Recipe, base: Manifest) -> str:
     from dpo_core.model_check import check_named
 
     longest, precision = recipe.tokens.max_length, recipe.precision
-    check = check_named(recipe.model, precision=precision, longest=longest)
+    check = check_named(model, precision=precision, longest=longest)
     check.require()
     return f"{check.layout}: {check.reason}"

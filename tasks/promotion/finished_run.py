@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterable
 from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 
 from dpo_core.errors import RecipeError
@@ -20,11 +21,27 @@ def finished_report(workspace: Path, run_id: str) -> tuple[RunReport, ModelRow]:
     Raises:
         RecipeError: there is no such run, or it is not finished, damaged, or a study.
     """
+    report = read_report(workspace, run_id)
+    if report.model is None or report.model.version is None:
+        raise RecipeError(f"the run {run_id} registered no model", f"Run it again: {report.run.command}")
+    return report, report.model
+
+
+def read_report(workspace: Path, run_id: str) -> RunReport:
+    """The report of a finished alignment run.
+
+    Raises:
+        RecipeError: there is no such run, or it is not finished, damaged, or a study.
+    """
     runs = list_runs(workspace)
     record = next((run for run in runs if run.run_id == run_id), None)
     if record is None:
-        names = ", ".join(run.run_id for run in runs[:5]) or "none"
-        raise RecipeError(f"the workspace {workspace} holds no run named {run_id}", f"Newest runs: {names}")
+        names = [run.run_id for run in runs]
+        near = get_close_matches(run_id, names, n=1, cutoff=0.8)
+        raise RecipeError(
+            f"the workspace {workspace} holds no run named {run_id}",
+            f"{f'Did you mean {near[0]}? ' if near else ''}Newest runs: {', '.join(names[:5]) or 'none'}",
+        )
     again = f"Finish it first: {record.resume_line}"
     if record.status != "done":
         raise RecipeError(f"the run {run_id} is not finished: its status is {record.status}", again)
@@ -32,13 +49,18 @@ def finished_report(workspace: Path, run_id: str) -> tuple[RunReport, ModelRow]:
     try:
         facts = json.loads(path.read_bytes())
         if isinstance(facts, dict) and "study" in facts:
-            raise RecipeError(f"{run_id} is a study, which registers no model", "Promote a run of `dpo run`.")
-        report = RunReport.model_validate(facts)
+            raise RecipeError(f"{run_id} is a study, which registers no model", "Name a run of `dpo run`.")
+        return RunReport.model_validate(facts)
     except (OSError, ValueError) as error:
         raise RecipeError(f"the report {path} is missing, damaged or of another version", again) from error
-    if report.model is None or report.model.version is None:
-        raise RecipeError(f"the run {run_id} registered no model", again)
-    return report, report.model
+
+
+def newest_report(workspace: Path) -> RunReport | None:
+    """The report of the newest finished alignment run; None where there is none."""
+    for record in list_runs(workspace):
+        with suppress(RecipeError):  # unfinished, damaged or a study: the next will do
+            return read_report(workspace, record.run_id)
+    return None
 
 
 def registry_of(workspace: Path, report: RunReport | None = None) -> Tracker:
@@ -50,7 +72,8 @@ def registry_of(workspace: Path, report: RunReport | None = None) -> Tracker:
         RecipeError: nothing was ever tracked there.
     """
     own = workspace / "mlflow.db"
-    uri = _moved(report.run.tracking_uri if report else _newest_uri(workspace), own)
+    report = report or newest_report(workspace)
+    uri = _moved(report.run.tracking_uri if report else None, own)
     if not (uri or own.exists() or os.environ.get("MLFLOW_TRACKING_URI")):
         raise RecipeError(f"the workspace {workspace} holds no finished run", "List its runs with: dpo runs")
     return Tracker(TrackingConfig(uri=uri), workspace)
@@ -65,7 +88,7 @@ def registries_of(workspace: Path, uris: Iterable[str | None]) -> list[Tracker]:
     named = {_moved(uri, own) for uri in uris} - {None}
     if own.exists() or os.environ.get("MLFLOW_TRACKING_URI"):
         named.add(resolve_uri(TrackingConfig(), workspace))
-    there = sorted(uri for uri in named if uri and not _removed(uri))
+    there = sorted(uri for uri in named if uri and not database_gone(uri))
     return [Tracker(TrackingConfig(uri=uri), workspace) for uri in there]
 
 
@@ -77,16 +100,9 @@ def _moved(uri: str | None, own: Path) -> str | None:
     return uri
 
 
-def _removed(uri: str) -> bool:
+def database_gone(uri: str) -> bool:
+    """Whether a tracking URI names a SQLite file that is not there; MLflow would make it."""
     return uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists()
-
-
-def _newest_uri(workspace: Path) -> str | None:
-    for record in list_runs(workspace):
-        with suppress(OSError, ValueError):  # unfinished, damaged or a study: the next will do
-            text = _report_of(workspace, record.run_id).read_bytes()
-            return RunReport.model_validate_json(text).run.tracking_uri
-    return None
 
 
 def _report_of(workspace: Path, run_id: str) -> Path:

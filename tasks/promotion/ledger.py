@@ -33,16 +33,16 @@ from pydantic import AwareDatetime, Field, ValidationError
 from dpo_core.config import Config
 from dpo_core.errors import StageFailed
 from dpo_core.evaluation.decision import Decision
-from tasks.promotion.champion import ALIAS
 from tasks.store.locks import locked
 from tasks.tracking.mlflow_calls import unless_there
 from tasks.tracking.mlflow_run import TAG_CHARS, cut
 from tasks.tracking.outbox import one_line
-from tasks.tracking.registry import version_of
+from tasks.tracking.registry import numbered, version_of
 from tasks.tracking.tracker import Tracker
 
 log = logging.getLogger("dpo")
 
+ALIAS = "champion"
 PREVIOUS = "previous-champion"
 SUFFIX = ".promotions"
 _CHANGE, _STATE = "dpo.change", "dpo.state"
@@ -148,17 +148,7 @@ class Ledger:
 
     def version(self, number: str) -> Any | None:
         """A registered version of the model; None where it was deleted."""
-        from mlflow.exceptions import MlflowException
-
-        def find(client: Any) -> Any | None:
-            try:
-                return client.get_model_version(self.model, number)
-            except MlflowException as error:
-                if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                    return None
-                raise
-
-        return self._tracker.ask(f"version {number} of {self.model}", find)
+        return numbered(self._tracker, self.model, number)
 
     def _carry_out(self, entry: Entry) -> None:
         change = entry.change
@@ -214,6 +204,15 @@ class Ledger:
             return write(client)
 
         self._tracker.ask(what, again)
+
+
+def champion_of(tracker: Tracker, name: str) -> Any | None:
+    """The version that is champion, without a write: what the alias names, or what the last change made
+    champion where it was not carried out yet. None where there is none."""
+    ledger = Ledger(tracker, name)
+    pending = [entry.change.version for entry in ledger.read()[-1:] if not entry.state]
+    version = ledger.version(pending[0]) if pending else None
+    return version_of(tracker, name, ALIAS) if version is None else version
 
 
 def reigns(entries: list[Entry]) -> list[str]:

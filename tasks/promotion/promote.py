@@ -18,9 +18,9 @@ from pydantic import Field
 
 from dpo_core.config import Config
 from dpo_core.errors import PromotionRefused, RecipeError
-from tasks.promotion.champion import ALIAS, titled, weights_of
 from tasks.promotion.finished_run import finished_report, registry_of
-from tasks.promotion.ledger import PREVIOUS, SUFFIX, Change, Ledger, hold_champion, reigns
+from tasks.promotion.ledger import ALIAS, PREVIOUS, SUFFIX, Change, Ledger, hold_champion, reigns
+from tasks.promotion.model_source import titled, weights_of
 from tasks.reports.alarms import alarms
 from tasks.reports.run_report import ModelRow, RunReport
 from tasks.store.files import disk_errors, open_workspace

@@ -14,7 +14,7 @@ from tasks.recipe.policies import REFERENCE, PolicyFields
 from tasks.recipe.recipe import Recipe
 from tasks.reports.run_report import PolicyAbout, Trained, lineage
 from tasks.reports.run_warnings import Answers, measure_answers
-from tasks.store.facts import GateFacts, TrainingFacts, facts_of
+from tasks.store.facts import GateFacts, ImportFacts, TrainingFacts, facts_of
 from tasks.store.manifest import Manifest
 
 
@@ -77,6 +77,7 @@ def trained(recipe: Recipe, data: RunData, made: Manifest, policies: Mapping[str
 
     return Trained(
         base_model=_model(recipe, data.base),
+        started_from=facts_of(data.base, ImportFacts).started_from,
         data="; ".join([_source(recipe), *counts]),
         rows_trained=used,
         reference=_reference(recipe),
@@ -179,7 +180,10 @@ def learned_from_reward(recipe: Recipe, data: RunData) -> list[str] | None:
 
 
 def _model(recipe: Recipe, made: Manifest) -> str:
+    origin = facts_of(made, ImportFacts).started_from
     parts = [recipe.model.name + (f" at {recipe.model.revision}" if recipe.model.revision else "")]
+    if origin is not None:
+        parts = [origin.sentence]
     if recipe.model.scratch:
         parts[0] = f"a new model with random weights, architecture and tokenizer of {parts[0]}"
     if made.parameters:

@@ -16,7 +16,8 @@ class Link(NamedTuple):
 
 
 def chain(report: RunReport) -> list[Link]:
-    """Dataset, reference, the models that the candidate starts from or is held to, run and model version.
+    """Dataset, the trained model that the run starts from, reference, the models that the candidate starts
+    from or is held to, run and model version.
 
     The dataset is the nearest one behind the registered model; of a run that registered none, the last one.
     """
@@ -26,8 +27,10 @@ def chain(report: RunReport) -> list[Link]:
     reference = reference or _nearest(behind, "model") or _nearest(behind, "reference-logps")
     model = report.model
     version = f"{model.name}{f' version {model.version}' if model.version else ''}" if model else ""
+    origin = report.trained.started_from if report.trained else None
     return [
         _made("Dataset", _nearest(behind, "dataset")),
+        *([Link("Started from", origin.sentence, origin.sha256)] if origin else []),
         _made("Reference", reference),
         *(_behind(report, name) for name in report.lineage(report.candidate)),
         Link("Run", report.run.name, report.run.mlflow_run_id or ""),

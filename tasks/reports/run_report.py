@@ -18,6 +18,7 @@ from dpo_core.statistics.estimates import Estimate
 from tasks.recipe.policies import REFERENCE
 from tasks.reports.format import number
 from tasks.reports.old_report import is_old, upgraded
+from tasks.store.facts import Origin
 
 _Part = TypeVar("_Part", bound=Config)
 
@@ -109,6 +110,8 @@ class Trained(Config):
     """What was trained on what, in words, so that two runs with other settings look different."""
 
     base_model: str
+    started_from: Origin | None = None
+    """Of a base model that was trained here."""
     data: str
     """Where the rows come from, how many were trained on and how many held out."""
     rows_trained: int

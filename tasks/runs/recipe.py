@@ -5,13 +5,16 @@ Without it a resume with other settings would be recorded under the settings tha
 
 import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
+from dpo_core.config import Config
 from dpo_core.errors import RecipeError
 from dpo_core.system import digest_file
+from tasks.recipe.policies import elsewhere
 from tasks.recipe.read import load_recipe
 from tasks.recipe.recipe import Recipe
 from tasks.runs.record import RunRecord
@@ -24,11 +27,31 @@ _MAY_DIFFER = frozenset({"workspace", "tracking", "description"})
 _SHOWN = 6
 # Options of `dpo launch` that say where a run's trainings run, each with a value.
 _WHERE = ("--on", "--settings", "--with")
+Part = TypeVar("Part", bound=Config)
 
 
 def recipe_path(workspace: str | Path, run_id: str) -> Path:
     """Where the resolved recipe of a run is kept."""
     return run_folder(workspace, run_id).absolute() / FILE
+
+
+def model_names(recipe: Recipe) -> list[str]:
+    """Every name of a model from outside the recipe, to start from or to be held to."""
+    named = [model for policy in recipe.policies.values() for model in policy.models if elsewhere(model)]
+    return list(dict.fromkeys([recipe.model.name, *named]))
+
+
+def with_models(recipe: Recipe, names: Mapping[str, str]) -> Recipe:
+    """The recipe with other names of models in place of some: `RunRecord.models`."""
+    if not names:
+        return recipe
+
+    def renamed(part: Part, *fields: str) -> Part:
+        own = {field: getattr(part, field) for field in fields}
+        return part.model_copy(update={field: names.get(name, name) for field, name in own.items()})
+
+    policies = {name: renamed(policy, "start", "reference") for name, policy in recipe.policies.items()}
+    return recipe.model_copy(update={"model": renamed(recipe.model, "name"), "policies": policies})
 
 
 def keep_recipe(workspace: Path, record: RunRecord, recipe: Recipe) -> RunRecord:

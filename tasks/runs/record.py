@@ -65,6 +65,9 @@ class RunRecord(Config):
     """The command that started it."""
     recipe_sha256: str | None = None
     """Digest of the resolved recipe beside it, from which a resume may not differ; older runs have none."""
+    models: dict[str, str] = Field(default_factory=dict)
+    """What the recipe's names that may move named when the run began: `models:/dpo-demo@champion` and
+    `models:/dpo-demo/3`. A resume goes on with that."""
     error: str | None = None
     """Why it ended, when it did not end well."""
     owner: Owner | None = None
@@ -207,6 +210,11 @@ def read_records(workspace: str | Path) -> list[RunRecord]:
     found = [_read(path) for path in (open_workspace(workspace) / "runs").glob("*/run.json")]
     readable = [record for record in found if record is not None]
     return sorted(readable, key=lambda record: (record.number, record.started_at), reverse=True)
+
+
+def read_run(workspace: str | Path, run_id: str) -> RunRecord | None:
+    """The record of a run as it was written; None where it is missing or damaged."""
+    return _read(run_folder(workspace, run_id) / "run.json")
 
 
 def _read(path: Path) -> RunRecord | None:

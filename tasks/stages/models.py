@@ -29,12 +29,14 @@ from dpo_core.models.remote_code import trust
 from dpo_core.reference.job import Reference, Resources, reference_logps
 from dpo_core.reference.keys import DEFINITION_VERSION
 from dpo_core.scoring.logprobs import Precision
+from tasks.promotion.model_source import as_folder
 from tasks.recipe.policies import REFERENCE, PolicyFields
 from tasks.recipe.study import Node
+from tasks.runs.record import read_run
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 from tasks.stages.data import kind_of
 from tasks.stages.workload import Workload
-from tasks.store.facts import ImportFacts, LogpsFacts, weights_sha256
+from tasks.store.facts import ImportFacts, LogpsFacts, Origin, weights_sha256
 from tasks.store.files import CACHE_FOLDER
 from tasks.store.manifest import Manifest
 
@@ -64,6 +66,7 @@ def import_model(context: Context, config: ModelConfig, max_length: int, precisi
         max_length: tokens of the longest rows that will be trained.
         precision: of training.
     """
+    config, origin = _start(context, config)
     source = locate(config)
     check_source_context(source, max_length)
 
@@ -79,21 +82,18 @@ def import_model(context: Context, config: ModelConfig, max_length: int, precisi
         log.info("%s: %s", check.layout, check.reason)
         given.mlflow.tag("dpo.layout", f"{check.layout}: {check.reason}")
         facts = ImportFacts(weights_sha256=weights_digest(out), **vars(check))
+        if origin is not None:
+            facts = facts.model_copy(update={"started_from": origin})
         if config.trust_remote_code:
             given.mlflow.tag("dpo.trust_remote_code", "true")
-            facts = facts.model_copy(update={"remote_code_sha256": code or "no Python file"})
+            code = slice_.get("code", "no Python file")
+            facts = facts.model_copy(update={"remote_code_sha256": code})
         return Output(out, parameters=parameter_count(out), facts=facts)
 
-    # Digests and contents, not paths: a model or template overwritten in place is another one.
-    slice_ = {**config.model_dump(mode="json"), "source": _digest(source)}
+    slice_ = _settings(config, source)
+    if origin is not None:
+        del slice_["name"]  # the same weights under another version or run are the same model
     slice_["check"] = {"version": CHECK_VERSION, "longest": max_length, "precision": precision}
-    code = code_digest(source) if config.trust_remote_code else None
-    if code is not None:
-        slice_["code"] = code
-    if config.scratch is None:
-        del slice_["scratch"]  # as before there was any, so that models in the store stay found
-    if config.chat_template:
-        slice_["chat_template"] = read_template(config.chat_template)
     result = run_stage(context, IMPORT, {}, slice_, work)
     if config.trust_remote_code and not context.plan:
         # Of the whole run, also where an earlier one had imported the model.
@@ -102,7 +102,35 @@ def import_model(context: Context, config: ModelConfig, max_length: int, precisi
         if config.trust_remote_code:
             trust(result.manifest.path)  # for everything that is made of it in this run
         check_source_context(result.manifest.path, max_length)  # the token budget is no part of its key
-    return result
+    if origin is None:
+        return result
+    # Of this run, also where an earlier one had imported the same weights by another name.
+    extra = result.manifest.extra | {"started_from": origin.model_dump(mode="json")}
+    return result.model_copy(update={"manifest": result.manifest.model_copy(update={"extra": extra})})
+
+
+def _start(context: Context, config: ModelConfig) -> tuple[ModelConfig, Origin | None]:
+    """`as_folder`, with the alias that the recipe named before the run noted which version that is."""
+    folder, origin = as_folder(config, context.workspace, context.tracker, verify=True)
+    record = None if context.plan or origin is None else read_run(context.workspace, context.run_id)
+    for named, pinned in record.models.items() if record else ():
+        if origin and pinned == origin.name == config.name and "@" in named:
+            origin = origin.model_copy(update={"title": f"{origin.title} ({named.partition('@')[2]})"})
+    return folder, origin
+
+
+def _settings(config: ModelConfig, source: Path) -> dict[str, Any]:
+    """What decides the model, by digests and contents besides paths: a model or template overwritten in place
+    is another one."""
+    settings = {**config.model_dump(mode="json"), "source": _digest(source)}
+    code = code_digest(source) if config.trust_remote_code else None
+    if code is not None:
+        settings["code"] = code
+    if config.scratch is None:
+        del settings["scratch"]  # as before there was any, so that models in the store stay found
+    if config.chat_template:
+        settings["chat_template"] = read_template(config.chat_template)
+    return settings
 
 
 def _digest(source: Path) -> str:

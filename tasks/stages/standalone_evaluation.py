@@ -31,6 +31,7 @@ from dpo_core.judging.results import WinRate
 from dpo_core.models.remote_code import trust
 from dpo_core.rewards.functions import check_reward
 from tasks.provenance import command_line, hardware
+from tasks.recipe.policies import elsewhere
 from tasks.reports.evaluation_page import render_evaluation
 from tasks.reports.evaluation_report import EvaluatedModel, EvaluationReport
 from tasks.reports.run_report import Sample
@@ -178,7 +179,7 @@ def _found(spec: str, request: EvaluationRequest, workspace: Path) -> Path:
 
 def labels(models: Sequence[str]) -> list[str]:
     """Short names for tables: the last part of a path, where that tells the models apart."""
-    short = [spec if spec.startswith("models:/") else Path(spec).name for spec in models]
+    short = [spec if elsewhere(spec) else Path(spec).name for spec in models]
     return short if len(set(short)) == len(short) else list(models)
 
 

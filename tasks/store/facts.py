@@ -91,6 +91,25 @@ class ModelFacts(Facts):
     """Digest of the weights alone; none of a reward model."""
 
 
+class Origin(Config):
+    """Where a model that was trained here comes from."""
+
+    name: str
+    """`models:/NAME/VERSION` or `runs:/RUN/POLICY`."""
+    title: str
+    """`dpo-demo version 3 (champion)`."""
+    sha256: str
+    """Digest of its artifact."""
+    run: str | None = None
+    """The run that trained it; none where MLflow does not know it any more."""
+
+    @property
+    def sentence(self) -> str:
+        """`dpo-demo version 3 (champion), trained by the run demo-20261125-224737`."""
+        by = f", trained by the run {self.run}" if self.run and self.run not in self.title else ""
+        return self.title + by
+
+
 class ImportFacts(ModelFacts):
     """The base model and how it can be trained (`dpo_core.model_check.ModelCheck`)."""
 
@@ -99,6 +118,8 @@ class ImportFacts(ModelFacts):
     sampling: str
     remote_code_sha256: str = "not recorded"
     """Of Python code that ships with the model, where that was allowed to run."""
+    started_from: Origin | None = None
+    """The registered version, or the run, that the recipe names; none of other models."""
 
 
 class TrainingFacts(ModelFacts):

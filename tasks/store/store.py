@@ -159,7 +159,7 @@ class Store:
                 raise StageFailed(f"stage {stage} made no files in {folder or scratch}")
             entries = digest_files(files)
             sha256 = digest_entries(entries)
-            target = self.root / "objects" / about.kind / sha256[:2] / sha256
+            target = self.object(about.kind, sha256)
             manifest = Manifest(
                 kind=about.kind,
                 uri=target.as_uri(),
@@ -242,6 +242,10 @@ class Store:
                     lock = FileLock(self._lock(stage.name, keys[folder.name]), timeout=0)
                     with suppress(Timeout, OSError), lock:
                         yield folder
+
+    def object(self, kind: str, sha256: str) -> Path:
+        """Where an artifact lies, whether it is there or not."""
+        return self.root / "objects" / kind / sha256[:2] / sha256
 
     def usage(self) -> dict[str, int]:
         """Bytes on the disk by kind of artifact, and of the stages' scratch folders as `work`."""

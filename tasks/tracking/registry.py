@@ -1,7 +1,7 @@
 """MLflow's model registry: models registered by reference, and who holds an alias."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -123,14 +123,32 @@ def version_of(tracker: Tracker, name: str, alias: str) -> Any | None:
         StageFailed: MLflow does not answer.
         RecipeError: it refuses.
     """
+    return _if_there(
+        tracker, f"the {alias} of {name}", lambda client: client.get_model_version_by_alias(name, alias)
+    )
+
+
+def numbered(tracker: Tracker, name: str, number: str) -> Any | None:
+    """A registered version by its number; None where there is none.
+
+    Raises:
+        StageFailed: MLflow does not answer.
+        RecipeError: it refuses.
+    """
+    return _if_there(
+        tracker, f"version {number} of {name}", lambda client: client.get_model_version(name, number)
+    )
+
+
+def _if_there(tracker: Tracker, what: str, read: Callable[[Any], Any]) -> Any | None:
     from mlflow.exceptions import MlflowException
 
     def find(client: Any) -> Any | None:
         try:
-            return client.get_model_version_by_alias(name, alias)
+            return read(client)
         except MlflowException as error:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 return None
             raise
 
-    return tracker.ask(f"the {alias} of {name}", find)
+    return tracker.ask(what, find)

@@ -76,7 +76,7 @@ def test_a_policy_is_found_by_its_name_and_never_by_another(both) -> None:
 def test_a_run_that_is_not_finished_is_no_model(tmp_path: Path) -> None:
     record = new_run(tmp_path, "tiny", "dpo run tiny")
     save_run(tmp_path, record)
-    with pytest.raises(RecipeError, match="is not finished and has no report"):
+    with pytest.raises(RecipeError, match="is not finished: its status is running"):
         find_model(f"{record.run_id}:ppo", tmp_path)
 
 

@@ -178,9 +178,9 @@ def garbage(place: Path) -> Iterator[Finding]:
 
 def champions(place: Path) -> Iterator[Finding]:
     """Aliases, ledger and weights of every model agree; weights are not read here."""
-    from tasks.promotion.champion import ALIAS, titled, weights_of
     from tasks.promotion.finished_run import registries_of
-    from tasks.promotion.ledger import SUFFIX, Ledger
+    from tasks.promotion.ledger import ALIAS, SUFFIX, Ledger
+    from tasks.promotion.model_source import titled, weights_of
     from tasks.tracking.mlflow_calls import every
     from tasks.tracking.registry import version_of
 

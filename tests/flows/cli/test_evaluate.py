@@ -158,7 +158,7 @@ def test_what_cannot_be_asked_is_said(
 
 
 def test_a_model_that_is_not_there_is_said(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"registry knows no models:/dpo-x@champion"):
+    with pytest.raises(RecipeError, match="has no model dpo-x, so it has no champion yet"):
         find_model("models:/dpo-x@champion", tmp_path)
 
 

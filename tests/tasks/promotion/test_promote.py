@@ -15,20 +15,6 @@ from tasks.reports.run_report import RunReport
 from tests.support.runs.promotions import NAME, World, dpo, dpo_at_once, dpo_killed
 
 
-@pytest.fixture(scope="module")
-def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty MLflow database: making its tables costs more than the tests."""
-    folder = tmp_path_factory.mktemp("empty")
-    World(folder).tracker.ask("the tables", lambda client: client.search_registered_models())
-    return folder / "mlflow.db"
-
-
-@pytest.fixture
-def world(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return World.on(database, tmp_path / "runs")
-
-
 def test_a_promotion_is_recorded_where_people_look(world: World) -> None:
     world.run("first")
     standing = promote(world.workspace, "first", reason="the first that is fit")
@@ -185,7 +171,7 @@ def test_bad_runs_are_told_apart(world: World) -> None:
         spoilt("half", whole, "running"): "not finished: its status is running",
         spoilt("torn", whole[:200]): "missing, damaged or of another version. Finish it first: dpo run tiny",
         spoilt("list", "[]"): "missing, damaged or of another version",
-        spoilt("study", '{"study": {}}'): "is a frontier",
+        spoilt("study", '{"study": {}}'): "is a study",
         spoilt("bare", report.model_copy(update={"model": None}).model_dump_json()): "registered no model",
     }
     for run_id, words in said.items():

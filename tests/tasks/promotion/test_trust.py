@@ -1,6 +1,7 @@
 """What a page claims: what was trained, what measured it, and alarms that count in the decision."""
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ from tasks.reports.run_report import RunReport, StageRow, Trained
 from tasks.reports.run_text import markdown, note, terminal_table
 from tasks.reports.run_warnings import Answers, answers_cut, measure_answers, too_few_prompts
 from tasks.reports.verdict import decided, measured_with, verdict
+from tasks.runs.record import RunRecord, save_run
 from tasks.stages.assess import judge_candidate
 from tasks.stages.standalone_evaluation import _training as known_texts
 from tasks.stages.standalone_evaluation import _warn_of_known as warn_of_known
 from tasks.stages.suite_results import trained_rows
+from tasks.store.files import run_folder
 from tasks.store.manifest import Manifest
 from tests.support.models.tiny import make_tokenizer
 from tests.support.reports.outline import Outline
@@ -268,9 +271,10 @@ def test_prompts_that_a_run_was_trained_on_are_pointed_out(
         table / "data.parquet"
     )
     stage = StageRow(name="validate-pairs", state="ran", seconds=1, uri=table.as_uri())
-    run = tmp_path / "runs" / "m-1"
-    run.mkdir(parents=True)
-    (run / "report.json").write_text(example(steps=2, stages=[stage]).model_dump_json())
+    record = RunRecord(run_id="m-1", recipe="m", status="done", started_at=datetime.now(UTC))
+    save_run(tmp_path, record)
+    report = run_folder(tmp_path, "m-1") / "report.json"
+    report.write_text(example(steps=2, stages=[stage]).model_dump_json())
     found = [trained_rows(spec, tmp_path) for spec in ("m-1", "m-1:ppo", "elsewhere", "/a/folder")]
     assert found == [table / "data.parquet"] * 2 + [None, None]
     training = known_texts(None, found)

@@ -14,7 +14,7 @@ import pytest
 from dpo_core.errors import DpoError, RecipeError
 from dpo_core.training.checkpoints import Checkpoints, Made
 from tasks.preflight import _check_database
-from tasks.promotion.champion import require_whole
+from tasks.promotion.model_source import require_whole
 from tasks.runs.record import RunRecord, find_run, list_runs, save_run
 from tasks.store.checked_json import read_sealed, write_sealed
 from tasks.store.manifest import digest_folder
