@@ -31,15 +31,15 @@ def test_the_frontier_at_demo_size(tmp_path: Path) -> None:
     report = json.loads(done.stdout)
     points = report["study"]["points"]
     print(f"\n{len(points)} policies in {minutes:.0f} minutes")
-    for arm in ("DPO", "PPO", "PPO-GT", "GRPO"):
-        settings = {p["setting"] for p in points if p["arm"] == arm}
-        assert len(settings) >= 3, arm
-        assert {p["seed"] for p in points if p["arm"] == arm} == {0, 1, 2}
+    for policy in ("DPO", "PPO", "PPO-GT", "GRPO"):
+        settings = {p["setting"] for p in points if p["policy"] == policy}
+        assert len(settings) >= 3, policy
+        assert {p["seed"] for p in points if p["policy"] == policy} == {0, 1, 2}
     for claim in report["claims"]:
         print(f"{claim['verdict']:12} {claim['claim']}: {claim['found']}")
         assert claim["verdict"] != "not measured", claim
     # What must hold whatever the study finds: training on the known reward raises it.
     reference = report["study"]["reference_rewards_P"]
-    best = max(sum(p["rewards_P"]) / len(p["rewards_P"]) for p in points if p["arm"] == "PPO-GT")
+    best = max(sum(p["rewards_P"]) / len(p["rewards_P"]) for p in points if p["policy"] == "PPO-GT")
     assert best > sum(reference) / len(reference) + 0.1
     assert minutes < LIMIT_MINUTES

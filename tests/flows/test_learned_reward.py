@@ -50,7 +50,7 @@ def test_ppo_learns_from_the_model_and_the_known_reward_measures(learned, finish
     assert report["evaluation"]["reward_name"].endswith("vowels.py:vowels")
     assert report["evaluation"]["reward_is_true"] is True
     # The same first samples as in the run that learned from the known reward, and other scores for them.
-    before, now = (r["curves"]["PPO"][0] for r in (finished[1], report))
+    before, now = (r["curves"]["train-ppo PPO"][0] for r in (finished[1], report))
     assert now["completions/mean_length"] == before["completions/mean_length"]
     assert now["objective/scores"] != before["objective/scores"]
 

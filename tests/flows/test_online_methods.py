@@ -44,8 +44,8 @@ def test_they_stand_beside_the_others(both) -> None:
     assert names == ["SFT", "DPO", "PPO", "RLOO", "Online DPO"]
     page = (bench.workspace / "runs" / report["run"]["name"] / "page.html").read_text()
     assert "Online DPO" in page
-    assert {"RLOO", "Online DPO"} <= set(report["curves"])
-    assert report["curves"]["RLOO"][0]["val/ratio_first"] == 1.0
+    assert {"train-grpo RLOO", "train-online_dpo Online DPO"} <= set(report["curves"])
+    assert report["curves"]["train-grpo RLOO"][0]["val/ratio_first"] == 1.0
 
 
 def test_a_policy_is_found_by_its_name_and_never_by_another(both) -> None:

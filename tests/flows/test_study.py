@@ -51,7 +51,7 @@ def studied(finished: tuple[Bench, dict[str, Any]]) -> tuple[Bench, Path, dict[s
 def test_every_policy_is_measured_on_the_same_prompts(studied) -> None:
     _, _, report = studied
     study = report["study"]
-    points = {(p["arm"], p["setting"], p["seed"]) for p in study["points"]}
+    points = {(p["policy"], p["setting"], p["seed"]) for p in study["points"]}
     assert len(points) == 2 * 7
     assert ("DPO", "beta=0.5", 1) in points
     for point in study["points"]:
@@ -65,7 +65,7 @@ def test_every_policy_is_measured_on_the_same_prompts(studied) -> None:
 
 def test_the_cost_of_a_policy_is_that_of_all_it_needed(studied) -> None:
     _, _, report = studied
-    shared = {p["arm"]: set(p["shared_cost"]) for p in report["study"]["points"] if p["seed"] == 0}
+    shared = {p["policy"]: set(p["shared_cost"]) for p in report["study"]["points"] if p["seed"] == 0}
     assert shared["DPO"] == {"sample-pairs", "cache-reference"}
     assert shared["PPO"] == {"sample-pairs", "train-reward"}, "the reward model learned from the pairs"
     assert shared["PPO-GT"] == set()

@@ -98,7 +98,7 @@ def test_every_stage_runs(unpaired: tuple[Bench, dict[str, Any]]) -> None:
 
 def test_it_starts_at_one_half_and_logs_what_unpaired_training_has(unpaired) -> None:
     _, report = unpaired
-    first, *_, last = report["curves"]["KTO"]
+    first, *_, last = report["curves"]["train-kto KTO"]
     assert first["loss"] == pytest.approx(0.5, abs=1e-5)
     assert first["kl"] == pytest.approx(0, abs=1e-4)
     assert first["count/chosen"] + first["count/rejected"] == 8
@@ -113,7 +113,7 @@ def test_sft_learns_from_the_desirable_answers_only(unpaired) -> None:
     _, report = unpaired
     frame = pd.read_parquet(stage(report, "validate-unpaired") / "data.parquet")
     good = int(frame.loc[frame["split"] == "train", "label"].sum())
-    steps = len(report["curves"]["sft"])
+    steps = len(report["curves"]["prepare-sft"])
     assert 0 < good < (frame["split"] == "train").sum()
     assert steps == round(good / 8)
 
@@ -138,7 +138,7 @@ def test_the_cache_holds_the_mismatched_pairs_for_kto_and_not_for_bco(unpaired) 
     assert ran == {"cache-reference", "train-kto KTO", "evaluate"}
     less = json.loads((stage(report, "cache-reference") / "shard" / "shard.json").read_text())
     assert facts["entries"] == 2 * less["entries"]
-    assert report["curves"]["KTO"][0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert report["curves"]["train-kto KTO"][0]["loss"] == pytest.approx(0.693147, abs=1e-5)
     assert "Class weights" not in report["notes"], "BCO has none"
 
 
@@ -162,7 +162,7 @@ def test_pairs_are_taken_apart_for_an_objective_on_single_answers(unpaired) -> N
     # Pairs stay pairs for the gate and the evaluation.
     assert report["gate"][0]["subject"] == "pairs"
     assert report["evaluation"]["policies"][1]["accuracy"] is not None
-    assert report["curves"]["KTO"][0]["loss"] == pytest.approx(0.5, abs=1e-5)
+    assert report["curves"]["train-kto KTO"][0]["loss"] == pytest.approx(0.5, abs=1e-5)
 
 
 def test_validate_judges_unpaired_rows(unpaired) -> None:
