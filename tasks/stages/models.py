@@ -36,7 +36,7 @@ from tasks.runs.record import read_run
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 from tasks.stages.data import kind_of
 from tasks.stages.workload import Workload
-from tasks.store.facts import ImportFacts, LogpsFacts, Origin, weights_sha256
+from tasks.store.facts import ImportFacts, LogpsFacts, Origin, OriginFacts, weights_sha256, with_facts
 from tasks.store.files import CACHE_FOLDER
 from tasks.store.manifest import Manifest
 
@@ -105,8 +105,8 @@ def import_model(context: Context, config: ModelConfig, max_length: int, precisi
     if origin is None:
         return result
     # Of this run, also where an earlier one had imported the same weights by another name.
-    extra = result.manifest.extra | {"started_from": origin.model_dump(mode="json")}
-    return result.model_copy(update={"manifest": result.manifest.model_copy(update={"extra": extra})})
+    manifest = with_facts(result.manifest, OriginFacts(started_from=origin))
+    return result.model_copy(update={"manifest": manifest})
 
 
 def _start(context: Context, config: ModelConfig) -> tuple[ModelConfig, Origin | None]:

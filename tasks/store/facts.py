@@ -110,7 +110,14 @@ class Origin(Config):
         return self.title + by
 
 
-class ImportFacts(ModelFacts):
+class OriginFacts(ModelFacts):
+    """Where a model was taken from."""
+
+    started_from: Origin | None = None
+    """The registered version, or the run, that the recipe names; none of other models."""
+
+
+class ImportFacts(OriginFacts):
     """The base model and how it can be trained (`dpo_core.model_check.ModelCheck`)."""
 
     layout: str
@@ -118,8 +125,6 @@ class ImportFacts(ModelFacts):
     sampling: str
     remote_code_sha256: str = "not recorded"
     """Of Python code that ships with the model, where that was allowed to run."""
-    started_from: Origin | None = None
-    """The registered version, or the run, that the recipe names; none of other models."""
 
 
 class TrainingFacts(ModelFacts):
@@ -172,6 +177,11 @@ def facts_of(manifest: Manifest, model: type[F]) -> F:
             f"the manifest of stage {manifest.stage} ({manifest.sha256[:12]}) does not state {names}",
             "Run the recipe again in another workspace, or remove the stage's entries from store/index",
         ) from error
+
+
+def with_facts(manifest: Manifest, facts: Facts) -> Manifest:
+    """The manifest with these facts in place of its own, for this run; the store keeps what it has."""
+    return manifest.model_copy(update={"extra": manifest.extra | facts.as_extra()})
 
 
 def weights_sha256(manifest: Manifest) -> str:
