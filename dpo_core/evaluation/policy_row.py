@@ -5,6 +5,9 @@ from typing import Annotated, Literal, NamedTuple
 from dpo_core.config import Config
 from dpo_core.statistics.estimates import Estimate
 
+VERSION = 3
+"""Of the evaluation: raised when a metric is added or measured otherwise, so that runs measure it anew."""
+
 
 class Shown(NamedTuple):
     """How reports show a metric of a policy."""

@@ -11,7 +11,7 @@ from dpo_core.config import Config
 from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.errors import StageFailed
 from dpo_core.evaluation.policies import EvaluateConfig
-from dpo_core.evaluation.policy_row import PolicyRow
+from dpo_core.evaluation.policy_row import VERSION, PolicyRow
 from dpo_core.judging.results import WinRate
 from dpo_core.rewards.functions import reward_identity
 from dpo_core.statistics.estimates import Estimate
@@ -28,7 +28,12 @@ log = logging.getLogger("dpo")
 
 FILE, ANSWERS_FILE = "evaluation.json", "answers.json"
 EVALUATE = Stage(
-    "evaluate", 3, "evaluation", Facts, lambda w, _: w.evaluated(1 + len(w.recipe.policies)), overhead=5.0
+    "evaluate",
+    VERSION,
+    "evaluation",
+    Facts,
+    lambda w, _: w.evaluated(1 + len(w.recipe.policies)),
+    overhead=5.0,
 )
 
 
