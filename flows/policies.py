@@ -5,17 +5,15 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from dpo_core.errors import RecipeError
 from flows.preparation import Keep, Prepared
 from tasks.recipe.policies import REFERENCE, elsewhere
 from tasks.recipe.study import Node
 from tasks.signals import Stop
 from tasks.stages.base import Context, StageResult
 from tasks.stages.data import SAMPLE
-from tasks.stages.models import CACHE, cache_labels, cache_reference, import_model
+from tasks.stages.models import CACHE, cache_labels, cache_reference
 from tasks.stages.train_reward import REWARD
 from tasks.stages.training import Scoring, TrainedPolicy, Training, train_policy
 from tasks.store.manifest import Manifest
@@ -36,7 +34,6 @@ def train_policies(
     """
     nodes = prepared.recipe.nodes()
     labels = cache_labels(nodes)
-    models = {name: _fetch(context, prepared, name, keep) for name in _outside(nodes)}
     learners = {n.seed: None for n in nodes if prepared.recipe.learns_from_model(n.config)}
     one_seed = prepared.recipe.study is None
     rewards = {
@@ -52,7 +49,7 @@ def train_policies(
             own.append(result)
             return result.manifest
 
-        trainer = _Trainer(context, prepared, note, models, labels, earlier)
+        trainer = _Trainer(context, prepared, note, labels, earlier)
         trained = trainer.train(node, rewards.get(node.seed))
         then(trained, note)
         return trained, own
@@ -118,38 +115,6 @@ def _in_threads(
             raise
 
 
-def _outside(nodes: list[Node]) -> list[str]:
-    """The models of the registry or of earlier runs that policies name."""
-    return list(dict.fromkeys(m for node in nodes for m in node.config.models if elsewhere(m)))
-
-
-def _fetch(context: Context, prepared: Prepared, name: str, keep: Keep) -> Manifest:
-    """A model from outside the recipe, which must read the tokens of this run."""
-    recipe = prepared.recipe
-    label = f" {name}"
-    config = recipe.model.model_copy(update={"name": name, "revision": None, "scratch": None})
-    labelled = context.labelled(label)
-    result = import_model(labelled, config, recipe.tokens.max_length, recipe.precision)
-    manifest = keep(result)
-    if not manifest.planned and not prepared.reference.planned:
-        require_same_tokens(prepared.reference.path, manifest.path, name)
-    return manifest
-
-
-def require_same_tokens(base: Path, other: Path, name: str) -> None:
-    """Refuse a model whose tokenizer is not that of the run's model: its ids would mean other texts.
-
-    Raises:
-        RecipeError: so.
-    """
-    file = "tokenizer.json"
-    if (base / file).read_bytes() != (other / file).read_bytes():
-        raise RecipeError(
-            f"{name} has another tokenizer than the run's model, so that its tokens mean other texts",
-            "Name a model that was trained from the same base model",
-        )
-
-
 @dataclass(frozen=True)
 class _Trainer:
     """Trains one node from what is there already."""
@@ -157,7 +122,6 @@ class _Trainer:
     context: Context
     prepared: Prepared
     keep: Keep
-    models: dict[str, Manifest]
     labels: dict[str, str]
     """See `cache_labels`."""
     earlier: Earlier
@@ -201,7 +165,7 @@ class _Trainer:
     def _model(self, name: str, seed: int) -> Manifest:
         if name == REFERENCE:
             return self.prepared.reference
-        return self.models[name] if elsewhere(name) else self.earlier[name, seed].manifest
+        return self.prepared.models[name] if elsewhere(name) else self.earlier[name, seed].manifest
 
     def _needed(self, node: Node) -> dict[str, Manifest]:
         """What the policies that this one needs took, and they themselves."""

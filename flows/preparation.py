@@ -2,13 +2,16 @@
 
 import datetime
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from dpo_core.data.tokens.chat_template import template_in
 from dpo_core.data.tokens.config import settled
 from dpo_core.errors import RecipeError
 from dpo_core.methods.reward import no_agreement
+from dpo_core.models.load import load_tokenizer
+from tasks.recipe.policies import elsewhere
 from tasks.recipe.recipe import Recipe
 from tasks.reports.run_warnings import too_few_prompts
 from tasks.stages.base import Context, StageResult
@@ -38,6 +41,8 @@ class Prepared:
     """With the day that the chat template writes, where it writes one."""
     sampled: Manifest | None = None
     """Pairs as they were sampled, where the data are prompts."""
+    models: Mapping[str, Manifest] = field(default_factory=dict)
+    """Models of the registry or of earlier runs, by the name that policies give them."""
 
     def train_reward(self, context: Context, seed: int, label: str, keep: Keep) -> Manifest:
         """A reward model trained on the pairs."""
@@ -55,6 +60,7 @@ def prepare(context: Context, recipe: Recipe, keep: Keep) -> Prepared:
     _require_labels(recipe, kind)
     imported = import_model(context, recipe.model, recipe.tokens.max_length, recipe.precision)
     base = keep(imported)
+    models = _from_elsewhere(context, recipe, base, keep)
     recipe = _dated(recipe, loaded, base)
     tokens = recipe.tokens
     judged = keep(validate(context, kind, loaded, base, recipe.gate, tokens))
@@ -70,7 +76,34 @@ def prepare(context: Context, recipe: Recipe, keep: Keep) -> Prepared:
         drawn = sample_pairs(context, judged, reference, recipe.pairs, tokens, source, seed)
         sampled = keep(drawn)
         pairs = keep(validate(context, "pairs", sampled, base, recipe.gate, tokens))
-    return Prepared(reference, judged, pairs, recipe, sampled)
+    return Prepared(reference, judged, pairs, recipe, sampled, models)
+
+
+def _from_elsewhere(context: Context, recipe: Recipe, base: Manifest, keep: Keep) -> dict[str, Manifest]:
+    """The models from outside the recipe that policies name, which must read the tokens of this run."""
+    models = {}
+    for name in dict.fromkeys(m for node in recipe.nodes() for m in node.config.models if elsewhere(m)):
+        config = recipe.model.model_copy(update={"name": name, "revision": None, "scratch": None})
+        labelled = context.labelled(f" {name}")
+        model = keep(import_model(labelled, config, recipe.tokens.max_length, recipe.precision))
+        if not model.planned and not base.planned:
+            require_same_tokens(base.path, model.path, name)
+        models[name] = model
+    return models
+
+
+def require_same_tokens(base: Path, other: Path, name: str) -> None:
+    """Refuse a model whose tokenizer is not that of the run's model: its ids would mean other texts.
+
+    Raises:
+        RecipeError: so.
+    """
+    ours, theirs = (load_tokenizer(path).get_vocab() for path in (base, other))
+    if ours != theirs:
+        raise RecipeError(
+            f"{name} has another tokenizer than the run's model, so that its tokens mean other texts",
+            "Name a model that was trained from the same base model",
+        )
 
 
 def _dated(recipe: Recipe, loaded: Manifest, base: Manifest) -> Recipe:

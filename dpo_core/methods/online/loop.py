@@ -94,7 +94,7 @@ class OnlineTrainer(ABC, Generic[Item]):
     """One training job. A subclass says what is learnt from a round's rollouts.
 
     Args:
-        policy: starts as a copy of the reference.
+        policy: what is trained; a copy of the reference, or another start.
         reference: not trained; it moves only where `config.reference_ema` says so.
     """
 
