@@ -59,9 +59,9 @@ def _check_model(name: str, overrides: list[str], workspace: Path, as_json: bool
 
     from dpo_core.config import Config
     from dpo_core.data.tokens.tokenise import TokenConfig
-    from dpo_core.methods.dpo import DpoConfig
     from dpo_core.model_check import REMEDY, check_named
     from dpo_core.models.load import ModelConfig
+    from dpo_core.scoring.logprobs import Precision
     from tasks.promotion.model_source import as_folder
     from tasks.recipe.read import overridden
 
@@ -70,13 +70,13 @@ def _check_model(name: str, overrides: list[str], workspace: Path, as_json: bool
 
         model: ModelConfig
         tokens: TokenConfig = TokenConfig()
-        dpo: DpoConfig = DpoConfig()
+        precision: Precision = "bf16"
 
-    slices = {"model": {"name": name}, "tokens": {}, "dpo": {}}
+    slices = {"model": {"name": name}, "tokens": {}}
     asked = overridden(Checked, slices, overrides, f"{name} cannot be checked", "Correct the override")
     longest = asked.tokens.max_length if "max_length" in asked.tokens.model_fields_set else None
     model, _ = as_folder(asked.model, workspace)
-    check = check_named(model, precision=asked.dpo.engine.precision, longest=longest)
+    check = check_named(model, precision=asked.precision, longest=longest)
     if as_json:
         typer.echo(json.dumps({"layout": check.layout, "reason": check.reason, "sampling": check.sampling}))
     else:

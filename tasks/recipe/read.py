@@ -192,6 +192,11 @@ def _meant(root: type[BaseModel], place: tuple[int | str, ...], above: str = "")
     near = difflib.get_close_matches(wanted, model.model_fields, n=1)
     elsewhere = [path for path in _paths(root) if path.rpartition(".")[2] == wanted]
     elsewhere.sort(key=lambda path: (path.count("."), path))
+    if root is Recipe and len(place) == 1:  # most people mean the training of a policy
+        own = (path for kind in CLASSES.values() for path in _paths(kind))
+        elsewhere = [f"policies.NAME.{p}" for p in own if p.rpartition(".")[2] == wanted] + elsewhere
+    if above and near and (wanted in near or not elsewhere):
+        return f" (did you mean {above}{'.'.join(map(str, (*place[:-1], near[0])))}?)"
     found = near if wanted in near or not elsewhere else elsewhere
     return f" (did you mean {above}{found[0]}?)" if found else ""
 
