@@ -1,6 +1,6 @@
 """What a method declares: settings, data, reference, trainer, estimate, curves."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -83,6 +83,9 @@ class Method:
     curves: tuple[Panel, ...]
     version: int = 1
     """Of its training stage: raised, it trains again everywhere."""
+    retired: Mapping[str, Any] = field(default_factory=dict)
+    """Settings that it had, with the one value that they had: still in the stage's key, so that earlier results
+    are found."""
     policy: bool = True
     """False: it serves the run (reference, reward model) and is no policy of its own."""
     artifact: Literal["model", "reward-model"] = "model"

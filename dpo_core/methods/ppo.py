@@ -323,6 +323,7 @@ METHOD = Method(
     estimate=estimate,
     curves=ROUNDS,
     version=3,
+    retired={"enabled": True},
     scored=True,
     reference=lambda config: "live",
     total_steps=lambda config, rows: config.iterations,

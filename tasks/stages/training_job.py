@@ -42,7 +42,7 @@ class Run:
 def settings_of(run: Run) -> dict[str, Any]:
     """What every training's key holds of the recipe."""
     return {
-        "config": run.settings.model_dump(mode="json"),
+        "config": run.settings.model_dump(mode="json") | dict(run.method.retired),
         "tokens": run.tokens.model_dump(mode="json"),
         "seed": run.seed,
     }

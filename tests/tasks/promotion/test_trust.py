@@ -12,6 +12,7 @@ from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise
 from dpo_core.errors import RecipeError
 from dpo_core.evaluation.decision import Evidence, PromotionConfig, decide, nothing_new
 from dpo_core.evaluation.model_under_test import Asked
+from dpo_core.evaluation.policy_row import PolicyRow
 from dpo_core.methods.dpo import DpoConfig
 from dpo_core.methods.kto import KtoConfig
 from dpo_core.objectives import get
@@ -21,7 +22,7 @@ from tasks.recipe.recipe import Recipe
 from tasks.reports.about import objective_words
 from tasks.reports.alarms import against_promotion, alarms
 from tasks.reports.run_page import render
-from tasks.reports.run_report import RunReport, StageRow, Trained
+from tasks.reports.run_report import Measured, RunReport, StageRow, Trained
 from tasks.reports.run_text import markdown, note, terminal_table
 from tasks.reports.run_warnings import Answers, answers_cut, measure_answers, too_few_prompts
 from tasks.reports.verdict import decided, measured_with, verdict
@@ -167,7 +168,8 @@ def test_alarms_count_in_the_decision() -> None:
 def test_the_champions_own_weights_are_nothing_new() -> None:
     champion = Champion("m version 1", Manifest.model_construct(sha256="a"))
     recipe = Recipe.model_validate({"name": "m", "data": {"path": "pairs.jsonl"}})
-    evaluation = {"policies": [{"name": "SFT"}, {"name": "DPO"}]}
+    rows = [PolicyRow.model_construct(name=name) for name in ("SFT", "DPO")]
+    evaluation = Measured.model_construct(policies=rows)
     decision = judge_candidate(recipe, evaluation, [], [], {}, champion, "m version 1")
     assert decision == nothing_new("m version 1", "m version 1")
     headline, kind, reasons = decided(decision)
