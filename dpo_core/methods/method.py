@@ -84,7 +84,7 @@ class Method:
     version: int = 1
     """Of its training stage: raised, it trains again everywhere."""
     retired: Mapping[str, Any] = field(default_factory=dict)
-    """Settings that it had, with the one value that they had: still in the stage's key, so that earlier results
+    """Settings that it no longer has, with their one value: part of the stage's key, so that earlier results
     are found."""
     policy: bool = True
     """False: it serves the run (reference, reward model) and is no policy of its own."""
