@@ -10,6 +10,7 @@ from dpo_core.errors import RecipeError
 from dpo_core.methods.dpo import DpoConfig, ReferenceSync
 from dpo_core.objectives import VARIANTS, get, names
 from flows.cli.main import app
+from tasks.recipe.recipe import Recipe
 
 MADE = [variant.name for variant in VARIANTS]
 
@@ -73,14 +74,15 @@ def test_json_has_everything() -> None:
         assert fact["citation"]
         assert fact["definition"]
         assert fact["needs"]
-        assert fact["setting"]
+        assert fact["setting"].startswith("policies: {")
     assert [fact["name"] for fact in json.loads(shown("cpo", "--json"))] == ["cpo"]
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=MADE)
 def test_the_settings_of_a_variant_are_those_of_the_recipe(variant) -> None:
-    (settings,) = yaml.safe_load(variant.setting).values()
-    config = DpoConfig(**settings)
+    written = yaml.safe_load(variant.setting)
+    recipe = Recipe.model_validate({"name": "made", "data": {"path": "pairs.jsonl"}} | written)
+    config = list(recipe.policies.values())[-1].settings
     assert config.needs_live_reference is ("live reference" in variant.needs)
     if config.reference_sync:
         defaults = {f"reference_sync.{name}": value for name, value in ReferenceSync().model_dump().items()}
@@ -89,5 +91,7 @@ def test_the_settings_of_a_variant_are_those_of_the_recipe(variant) -> None:
 
 
 def test_a_variant_taken_for_an_objective_is_explained() -> None:
-    with pytest.raises(RecipeError, match=r"made of settings; write dpo: \{objective: dpo, weighting: wpo\}"):
+    with pytest.raises(
+        RecipeError, match=r"made of settings; write policies: \{WPO: \{method: dpo, weighting: wpo\}\}"
+    ):
         DpoConfig(objective="wpo")
