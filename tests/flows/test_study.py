@@ -34,7 +34,7 @@ def study_recipe(bench: Bench, name: str = "study", **study: Any) -> Path:
         "study": {"seeds": [0, 1], "grid": GRID, "hidden": FEW, "best_of": [2, 4]} | study,
     }
     path = bench.folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(recipe))
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
     return path
 
 
