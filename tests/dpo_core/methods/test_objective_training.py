@@ -14,6 +14,7 @@ import torch
 
 from dpo_core.errors import RecipeError
 from dpo_core.methods.dpo import DpoConfig, DpoTrainer
+from dpo_core.methods.kto import KtoConfig
 from dpo_core.models.load import load_model
 from dpo_core.objectives import get, names
 from dpo_core.reference import LogpShard
@@ -183,11 +184,8 @@ def test_a_guiding_reference_weighs_pairs_from_the_first_step(alone, tiny, other
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"objective": "kto", "plus": [{"objective": "sft"}]}, "plus is for objectives on pairs"),
-        ({"objective": "kto", "weighting": "wpo"}, "weighting is for objectives on pairs"),
-        ({"objective": "bco", "reference_sync": {}}, "reference_sync is for objectives on pairs"),
-        ({"objective": "kto", "weight": 2.0}, "weight is read only where plus adds"),
-        ({"plus": [{"objective": "bco"}]}, "objective 'bco' learns from unpaired rows"),
+        ({"objective": "kto"}, "objective 'kto' learns from single answers: set method: kto"),
+        ({"plus": [{"objective": "bco"}]}, "objective 'bco' learns from single answers"),
         ({"weight": 2.0}, "weight is read only where plus adds"),
         ({"objective": "simpo", "reference_sync": {}}, "has no reference that reference_sync could move"),
         ({"reference_sync": {}, "engine": {"zero_stage": 3}}, "choose zero_stage 0 to 2"),
@@ -196,6 +194,14 @@ def test_a_guiding_reference_weighs_pairs_from_the_first_step(alone, tiny, other
 def test_settings_that_cannot_be_meant_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         DpoConfig(**settings)
+
+
+@pytest.mark.parametrize("name", ["plus", "weighting", "reference_sync", "weight"])
+def test_a_method_on_single_answers_has_no_settings_of_pairs(name):
+    with pytest.raises(ValueError, match="Extra inputs are not permitted"):
+        KtoConfig(**{name: None})
+    with pytest.raises(ValueError, match="objective 'dpo' learns from pairs: set method: dpo"):
+        KtoConfig(objective="dpo")
 
 
 def test_a_missing_cache_is_named(alone, tiny, tmp_path):

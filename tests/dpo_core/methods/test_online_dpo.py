@@ -32,7 +32,7 @@ def online(work: Path, tiny: Path, **changes: Any) -> Path:
 def test_every_round_starts_at_ln_2_where_the_reference_is_its_policy(
     alone: None, tiny: Path, tmp_path: Path
 ) -> None:
-    job = online(tmp_path, tiny, reference="each_round")
+    job = online(tmp_path, tiny, renew_reference=True)
     assert train.main(["--config", str(job)]) == 0
     for line in curve(tmp_path):
         assert line["loss"] == pytest.approx(math.log(2), abs=1e-5)
