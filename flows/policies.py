@@ -172,7 +172,7 @@ class _Trainer:
         needed: dict[str, Manifest] = {}
         for key in node.needs:
             other = self.earlier[key]
-            needed |= other.needed | {other.node.policy: other.manifest}
+            needed |= other.needed | {other.node.config.entry.stage + other.node.label: other.manifest}
         return needed
 
     def _logps(self, node: Node) -> Manifest:
@@ -185,5 +185,6 @@ class _Trainer:
             policy,
             prepared.recipe.tokens,
             prepared.recipe.cache.token_budget,
+            node.seed,
         )
         return self.keep(result)

@@ -8,9 +8,11 @@ from pathlib import Path
 
 from dpo_core.data.tokens.chat_template import template_in
 from dpo_core.data.tokens.config import settled
+from dpo_core.data.tokens.stop_tokens import stop_ids
 from dpo_core.errors import RecipeError
 from dpo_core.methods.reward import no_agreement
 from dpo_core.models.load import load_tokenizer
+from tasks.promotion.champion import find_champion
 from tasks.recipe.policies import elsewhere
 from tasks.recipe.recipe import Recipe
 from tasks.reports.run_warnings import too_few_prompts
@@ -61,6 +63,7 @@ def prepare(context: Context, recipe: Recipe, keep: Keep) -> Prepared:
     imported = import_model(context, recipe.model, recipe.tokens.max_length, recipe.precision)
     base = keep(imported)
     models = _from_elsewhere(context, recipe, base, keep)
+    _require_comparable_champion(context, recipe, base)
     recipe = _dated(recipe, loaded, base)
     tokens = recipe.tokens
     judged = keep(validate(context, kind, loaded, base, recipe.gate, tokens))
@@ -87,22 +90,43 @@ def _from_elsewhere(context: Context, recipe: Recipe, base: Manifest, keep: Keep
         labelled = context.labelled(f" {name}")
         model = keep(import_model(labelled, config, recipe.tokens.max_length, recipe.precision))
         if not model.planned and not base.planned:
-            require_same_tokens(base.path, model.path, name)
+            require_same_tokens(
+                base.path, model.path, name, "Name a model that was trained from the same base model"
+            )
         models[name] = model
     return models
 
 
-def require_same_tokens(base: Path, other: Path, name: str) -> None:
-    """Refuse a model whose tokenizer is not that of the run's model: its ids would mean other texts.
+def _require_comparable_champion(context: Context, recipe: Recipe, base: Manifest) -> None:
+    """Refuse a run whose candidate could not be held against the champion of its registered name."""
+    if context.plan or base.planned or recipe.study is not None:
+        return
+    champion = find_champion(context.tracker, recipe.registered_name)
+    if champion is not None:
+        remedy = "Set registry.name to another name, under which this model has no champion yet"
+        require_same_tokens(base.path, champion.manifest.path, f"the champion {champion.title}", remedy)
+
+
+def require_same_tokens(base: Path, other: Path, name: str, remedy: str) -> None:
+    """Refuse a model that would not read and write the rows as the run's model does.
 
     Raises:
-        RecipeError: so.
+        RecipeError: its tokenizer, its chat template or the tokens that end its answers are others.
     """
-    ours, theirs = (load_tokenizer(path).get_vocab() for path in (base, other))
-    if ours != theirs:
+    ours, theirs = load_tokenizer(base), load_tokenizer(other)
+    differing = [
+        what
+        for what, own, foreign in (
+            ("tokenizer", ours.get_vocab(), theirs.get_vocab()),
+            ("chat template", ours.chat_template, theirs.chat_template),
+            ("end of an answer", stop_ids(ours), stop_ids(theirs)),
+        )
+        if own != foreign
+    ]
+    if differing:
         raise RecipeError(
-            f"{name} has another tokenizer than the run's model, so that its tokens mean other texts",
-            "Name a model that was trained from the same base model",
+            f"{name} has another {differing[0]} than the run's model, so that its tokens mean other texts",
+            remedy,
         )
 
 

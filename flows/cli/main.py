@@ -242,7 +242,10 @@ def main() -> None:
         app(_with_resume_value(sys.argv[1:]))
     except DpoError as error:
         _keep_traceback()
-        typer.echo(f"error: {_one_line(error)}", err=True)
+        remedy, _, block = error.remedy.partition("\n\n")  # such as YAML to put into a recipe
+        typer.echo(f"error: {_one_line(type(error)(error.problem, remedy))}", err=True)
+        if block:
+            typer.echo(f"\n{block}", err=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         typer.echo("stopped", err=True)

@@ -13,6 +13,7 @@ from dpo_core.errors import DpoError
 from dpo_core.methods.estimate import Work
 from tasks.planning.speed import Speed
 from tasks.planning.workload import workload_of
+from tasks.recipe.policies import PolicyFields
 from tasks.recipe.recipe import Recipe
 from tasks.reports.format import duration
 from tasks.reports.run_warnings import answers_cut, measure_answers, too_few_prompts
@@ -111,21 +112,23 @@ def _foretold(recipe: Recipe, work: Workload) -> list[str]:
 def _baselines(rows: list[StagePlan], work: Workload) -> list[str]:
     """That policies which are there to compare with take most of the time."""
     total = sum(row.seconds for row in rows)
+    needed = _needed(work.recipe.policies, work.recipe.candidate_name)
     lines = []
     for row in rows:
         node = work.nodes.get(label_of(row.name))
-        if (
-            not row.trains
-            or node is None
-            or node.policy == work.recipe.candidate_name
-            or row.seconds < total / 2
-        ):
+        if not row.trains or node is None or node.policy in needed or row.seconds < total / 2:
             continue
         lines.append(
             f"policy {node.policy} alone takes ~{duration(row.seconds)} of ~{duration(total)}, and is there "
             f"to compare with: without it, set policies.{node.policy}=null"
         )
     return lines
+
+
+def _needed(policies: Mapping[str, PolicyFields], name: str) -> set[str]:
+    """A policy with all that it starts from or is held to."""
+    own = [model for model in policies[name].models if model in policies]
+    return {name}.union(*(_needed(policies, model) for model in own))
 
 
 def _stage(name: str, found: StageResult, workload: Workload, speed: Speed) -> StagePlan:

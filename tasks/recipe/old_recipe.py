@@ -28,7 +28,10 @@ def require_new_form(raw: Mapping[str, Any], unusable: str) -> None:
         old.append("reward.optimise")
     if not old:
         return
-    remedy = f"Put in their place:\n\n{_as_yaml(replacement(raw))}"
+    try:
+        remedy = f"Put in their place:\n\n{_as_yaml(replacement(raw))}"
+    except (AttributeError, KeyError, TypeError, ValueError):  # it was no recipe of the old form either
+        remedy = "Write policies, each with its method; see a shipped recipe: dpo config show demo"
     if isinstance(raw.get("policies"), Mapping):
         remedy = "Take them out and say it in policies, which are there"
     raise RecipeError(

@@ -137,6 +137,8 @@ class Recipe(Config):
                 raise ValueError("suites and judge would not be read: a comparison study asks neither")
             if self.candidate is not None:
                 raise ValueError("candidate would not be read: a comparison study registers no model")
+            if self.evaluate.prompts < 2:
+                raise ValueError("study needs intervals over prompts: set evaluate.prompts to 2 or more")
         if self.judge and self.judge.kind != "llm":
             raise ValueError("judge.kind must be llm: the run measures with its reward anyway")
         return self

@@ -1,9 +1,10 @@
 """A comparison study: the policies of a recipe over a grid of settings and over seeds."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -25,13 +26,13 @@ Grid = dict[str, list[Any]]
 class StudyConfig(Config):
     """The same policies over a grid and seeds, measured on the same prompts and compared at equal KL."""
 
-    seeds: list[int] = Field([0, 1, 2], min_length=1)
+    seeds: list[Annotated[int, Field(ge=0, strict=True)]] = Field([0, 1, 2], min_length=1)
     """Seeds of training: order of examples, sampling, reward model. Data and reference are shared."""
     grid: dict[str, Grid | list[Grid]] = Field(default_factory=dict)
     """By policy, what varies: `DPO: {parameters.beta: [0.1, 0.5]}`, or several such grids as a list."""
-    kl_at: list[float] = Field([2.0, 5.0, 10.0], min_length=1)
+    kl_at: list[Annotated[float, Field(gt=0)]] = Field([2.0, 5.0, 10.0], min_length=1)
     """KLs, in nats, at which rewards are compared; chosen before the results are seen."""
-    best_of: list[int] = Field([2, 4, 8, 16])
+    best_of: list[Annotated[int, Field(ge=1)]] = Field([2, 4, 8, 16])
     """The best of so many samples of the reference, as a line to compare with."""
     hidden: list[str] = Field(default_factory=list)
     """Policies that the figures leave out: those that only answer a claim, or guide another."""
@@ -48,6 +49,12 @@ class StudyConfig(Config):
                 raise ValueError(f"grid.{name} has no point: give each field at least one value")
             if len(set(labels)) < len(labels):
                 raise ValueError(f"grid.{name} has a point twice: {labels}")
+            for key in {key for point in self.points(name) for key in point}:
+                above = [
+                    other for point in self.points(name) for other in point if key.startswith(f"{other}.")
+                ]
+                if above:
+                    raise ValueError(f"grid.{name}: {above[0]} would overwrite {key}; give one of them")
         return self
 
     def points(self, policy: str) -> list[dict[str, Any]]:
@@ -123,7 +130,7 @@ def changed(policy: PolicyFields, changes: Mapping[str, Any]) -> PolicyFields:
             place = place[part]
             if not isinstance(place, dict):
                 raise RecipeError(f"{part} holds a value, not fields", "Name a field of the policy")
-        place[last] = value
+        place[last] = copy.deepcopy(value)
     return CLASSES[policy.method].model_validate(fields)
 
 
@@ -146,15 +153,19 @@ def check_study(policies: Mapping[str, PolicyFields], study: StudyConfig) -> Non
                     f"policy {name} needs {model}, which study.grid gives {len(study.points(model))} points: "
                     "which of them is not said. Give that policy one point, or name a policy for each"
                 )
+        trainings: list[PolicyFields] = []
         for point in study.points(name):
             fixed = [key for key in point if key.split(".")[0] in ("method", "start", "reference", "reward")]
             if fixed:
                 raise ValueError(f"study.grid.{name}: {fixed[0]} cannot vary; name a policy for each value")
             try:
-                check_is_read({name: changed(policy, point)}, known_reward=True)
+                trainings.append(changed(policy, point))
+                check_is_read({name: trainings[-1]}, known_reward=True)
             except (ValueError, RecipeError) as error:
                 what = str(error).rstrip(".")
                 if isinstance(error, ValidationError):  # a ValueError too
                     first = error.errors()[0]
                     what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
                 raise ValueError(f"study.grid.{name}, point {label(point) or 'as it is'}: {what}") from error
+            if trainings[-1] in trainings[:-1]:
+                raise ValueError(f"study.grid.{name}: two points are the same training: {label(point)}")

@@ -70,10 +70,7 @@ def trained(recipe: Recipe, data: RunData, made: Manifest, policies: Mapping[str
     behind = lineage(policies, recipe.candidate_name)
 
     def listed(chosen: Iterable[str]) -> str:
-        return "; ".join(
-            f"{name}, {words_of(recipe.policies[name])}, {training_words(recipe.policies[name])}"
-            for name in chosen
-        )
+        return "; ".join(", ".join(_named(name, recipe.policies[name])) for name in chosen)
 
     return Trained(
         base_model=_model(recipe, data.base),
@@ -87,6 +84,12 @@ def trained(recipe: Recipe, data: RunData, made: Manifest, policies: Mapping[str
         before=listed(name for name in behind if name in policies),
         baselines=listed(n for n in policies if n not in (recipe.candidate_name, *behind)),
     )
+
+
+def _named(name: str, policy: PolicyFields) -> list[str]:
+    """A policy in words, which do not repeat its name."""
+    words = words_of(policy)
+    return [name, *([] if words.casefold() == name.casefold() else [words]), training_words(policy)]
 
 
 def policies_about(recipe: Recipe) -> dict[str, PolicyAbout]:
@@ -172,11 +175,13 @@ def learned_from_reward(recipe: Recipe, data: RunData) -> list[str] | None:
     """The policies that learned from the reward that measures them; None where that is a reward model."""
     if recipe.reward.source is None:
         return None
-    return [
-        name
-        for name, policy in recipe.policies.items()
-        if (data.sampled if not policy.entry.scored else not recipe.learns_from_model(policy))
-    ]
+
+    def learned(name: str) -> bool:
+        policy = recipe.policies[name]
+        own = data.sampled if not policy.entry.scored else not recipe.learns_from_model(policy)
+        return own or any(learned(model) for model in policy.models if model in recipe.policies)
+
+    return [name for name in recipe.policies if learned(name)]
 
 
 def _model(recipe: Recipe, made: Manifest) -> str:

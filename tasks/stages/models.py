@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise
 from dpo_core.errors import ModelError, StageFailed
 from dpo_core.methods import estimate
@@ -35,6 +33,7 @@ from tasks.recipe.study import Node
 from tasks.runs.record import read_run
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 from tasks.stages.data import kind_of
+from tasks.stages.training_job import rows_of
 from tasks.stages.workload import Workload
 from tasks.store.facts import ImportFacts, LogpsFacts, Origin, OriginFacts, weights_sha256, with_facts
 from tasks.store.files import CACHE_FOLDER
@@ -150,20 +149,22 @@ def cache_reference(
     policy: PolicyFields,
     tokens: TokenConfig,
     token_budget: int,
+    seed: int,
 ) -> StageResult:
     """Log-probs of what a policy's training reads, under its reference; only unknown ones are computed.
 
     Args:
         rows: pairs, or unpaired rows.
         policy: what will be trained, which decides what is needed.
+        seed: of that training, which chooses the rows where the policy has a limit.
     """
     method, settings = policy.entry, policy.settings
     engine = settings.engine
 
     def work(given: Work) -> Output:
-        frame = pd.read_parquet(rows.path / "data.parquet")
         tokenise = Tokenise(load_tokenizer(reference.path), tokens)
-        training = frame[frame["split"] == "train"].to_dict("records")
+        limit = _read_of(policy, seed).get("limit")
+        training = rows_of(rows, "train", limit=limit, seed=seed).to_dict("records")
         assert method.cached is not None
         sequences, dropped = method.cached(tokenise, training, settings)
         if not sequences:
@@ -203,21 +204,23 @@ def cache_reference(
         return Output(out, rows=len(training) - sum(dropped.values()), facts=facts, metrics=metrics)
 
     slice_: dict[str, Any] = {"tokens": tokens.model_dump(mode="json"), "definition": DEFINITION_VERSION}
-    slice_ |= _read_of(policy)
+    slice_ |= _read_of(policy, seed)
     if not reference.planned:
         weights_sha256(reference)  # missing, it is an error before the work begins
     return run_stage(context, CACHE, {"reference": reference, kind_of(rows): rows}, slice_, work)
 
 
-def _read_of(policy: PolicyFields) -> dict[str, str]:
+def _read_of(policy: PolicyFields, seed: int) -> dict[str, Any]:
     """What decides which log-probs a policy's training reads, beside reference, rows and tokens.
 
     Token budget, processes and threads decide the time and not the values.
     """
     settings = policy.settings
-    read = {"precision": settings.engine.precision}
+    read: dict[str, Any] = {"precision": settings.engine.precision}
     if policy.entry.data == "unpaired":
         read["objective"] = settings.objective  # KTO needs more than BCO
+        if settings.limit is not None:  # whose answer KTO sets against whose depends on all rows
+            read |= {"limit": settings.limit, "seed": seed}
     return read
 
 
@@ -228,7 +231,7 @@ def cache_labels(nodes: Sequence[Node]) -> dict[str, str]:
     an earlier one reads others of the same reference.
     """
     labels: dict[str, str] = {}
-    first: dict[str, PolicyFields] = {}
+    first: dict[str, tuple[PolicyFields, int]] = {}
     for node in nodes:
         policy = node.config
         if policy.entry.reference(policy.settings) != "cached":
@@ -236,6 +239,8 @@ def cache_labels(nodes: Sequence[Node]) -> dict[str, str]:
         label = "" if policy.reference == REFERENCE else f" {policy.reference}"
         if node.point is not None and (policy.reference, node.seed) in node.needs:
             label += f" seed {node.seed}"
-        other = first.setdefault(label, policy)
-        labels[node.label] = label if _read_of(other) == _read_of(policy) else f"{label} for{node.label}"
+        other = first.setdefault(label, (policy, node.seed))
+        labels[node.label] = (
+            label if _read_of(*other) == _read_of(policy, node.seed) else f"{label} for{node.label}"
+        )
     return labels

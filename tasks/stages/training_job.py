@@ -58,14 +58,18 @@ def split_to(
     seed: int = 0,
 ) -> int:
     """Write one side of a split for the job, or a seeded choice of its rows; returns how many."""
-    frame = pd.read_parquet(data.path / "data.parquet")
-    frame = frame[frame["split"] == split]
+    frame = rows_of(data, split, limit=limit, seed=seed)
     if distinct:
         frame = frame.drop_duplicates(distinct)[distinct]
-    if limit is not None and len(frame) > limit:
-        frame = frame.sample(limit, random_state=seed)
     frame.to_parquet(path, index=False)
     return len(frame)
+
+
+def rows_of(data: Manifest, split: str, *, limit: int | None = None, seed: int = 0) -> pd.DataFrame:
+    """One side of a split, or a seeded choice of its rows."""
+    frame = pd.read_parquet(data.path / "data.parquet")
+    frame = frame[frame["split"] == split]
+    return frame if limit is None or len(frame) <= limit else frame.sample(limit, random_state=seed)
 
 
 def train(given: Work, run: Run, job: dict[str, Any], rows: int) -> Output:

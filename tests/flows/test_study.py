@@ -70,7 +70,7 @@ def test_the_cost_of_a_policy_is_that_of_all_it_needed(studied) -> None:
     assert shared["PPO"] == {"sample-pairs", "train-reward"}, "the reward model learned from the pairs"
     assert shared["PPO-GT"] == set()
     assert shared["Pre-DPO, few"] == {
-        "sample-pairs", "cache-reference", "DPO, few", "cache-reference DPO, few seed 0",
+        "sample-pairs", "cache-reference", "train-dpo DPO, few seed 0", "cache-reference DPO, few seed 0",
     }  # fmt: skip
     states = {s["name"]: s["state"] for s in report["stages"]}
     # In the order of the recipe, whichever thread was faster.

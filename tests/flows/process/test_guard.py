@@ -108,7 +108,7 @@ def test_a_guard_that_does_not_start_is_an_error(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("DPO_FLOW_PID", "")
     with (
-        pytest.raises(StageFailed, match=r"did not start: .*No module named flows.process.guard"),
+        pytest.raises(StageFailed, match=r"did not start: .*No module named 'flows.process'"),
         guarded(tmp_path / "runs", TrackingConfig()),
     ):
         raise AssertionError("the run has begun without its guard")

@@ -161,6 +161,13 @@ def test_a_field_that_would_not_be_read_is_refused(tmp_path: Path, sections: Any
         ({"grid": {"A": {"objective": ["dpo", "simpo"]}}}, "=simpo: policies.A.reference would"),
         ({"grid": {"Guide": {"epochs": [1, 2]}}}, "policy A needs Guide, which study.grid gives 2 points"),
         ({"seeds": [1, 1]}, "a seed is there twice"),
+        ({"seeds": [-1]}, "study.seeds.0: Input should be greater than or equal to 0"),
+        ({"seeds": [True]}, "study.seeds.0: Input should be a valid integer"),
+        ({"best_of": [0]}, "study.best_of.0: Input should be greater than or equal to 1"),
+        ({"kl_at": [-1.0]}, "study.kl_at.0: Input should be greater than 0"),
+        ({"grid": {"A": {"epochs": [1, 1.0]}}}, "two points are the same training: epochs=1.0"),
+        ({"grid": {"A": {"optim.learning_rate": [1e-4, 2e-4], "optim": [{}]}}},
+         "grid.A: optim would overwrite optim.learning_rate"),
     ],
 )  # fmt: skip
 def test_a_study_that_cannot_be_trained_is_refused(tmp_path: Path, study: Any, words: str) -> None:

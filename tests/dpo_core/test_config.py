@@ -1,0 +1,35 @@
+"""Sections that are given in part: the rest is the default of their field."""
+
+import pytest
+
+from dpo_core.methods.registry import methods
+from tasks.recipe.policies import CLASSES
+from tasks.recipe.recipe import Recipe
+
+GIVEN = {"optim": {"schedule": "cosine"}, "engine": {"precision": "fp32"}}
+
+
+@pytest.mark.parametrize("name", methods())
+def test_a_part_of_a_section_leaves_the_method_its_other_defaults(name: str) -> None:
+    kind = methods()[name].settings
+    plain, given = kind(), kind(**GIVEN)
+    assert given.optim == plain.optim.model_copy(update=GIVEN["optim"])
+    assert given.engine == plain.engine.model_copy(update=GIVEN["engine"])
+
+
+def test_so_it_is_in_a_policy_and_in_the_sections_of_a_recipe() -> None:
+    optim = {"schedule": "constant"}
+    recipe = Recipe.model_validate(
+        {
+            "name": "a",
+            "data": {"path": "rows.jsonl"},
+            "policies": {"PPO": {"method": "ppo", "optim": optim, "critic_optim": optim}},
+            "sft": {"optim": optim},
+            "reward": {"model": {"optim": optim}},
+        }
+    )
+    ppo = recipe.policies["PPO"].settings
+    for part in (ppo.optim, ppo.critic_optim):
+        assert (part.learning_rate, part.epsilon, part.warmup_fraction) == (1e-5, 1e-5, 0.0)
+    assert recipe.sft.optim.learning_rate == recipe.reward.model.optim.learning_rate == 2e-5
+    assert CLASSES["dpo"](method="dpo", optim=optim).settings.optim.learning_rate == 1e-5
