@@ -143,6 +143,15 @@ def test_the_cache_holds_the_mismatched_pairs_for_kto_and_not_for_bco(unpaired) 
 
 
 @pytest.mark.slow
+def test_a_limit_is_that_of_the_cache_too(unpaired) -> None:
+    bench, _ = unpaired
+    report = bench.run("--set", "policies.KTO.limit=12")
+    ran = {name for name, state in bench.states(report).items() if state == "ran"}
+    assert ran == {"cache-reference", "train-kto KTO", "evaluate"}
+    assert report["curves"]["train-kto KTO"][0]["loss"] == pytest.approx(0.5, abs=1e-5)
+
+
+@pytest.mark.slow
 def test_pairs_are_taken_apart_for_an_objective_on_single_answers(unpaired) -> None:
     bench, _ = unpaired
     own = bench.copy("apart")
