@@ -170,6 +170,7 @@ def test_nothing_of_a_stubborn_job_survives_the_grace_time(launcher: LocalLaunch
     assert launcher.poll(handle) is State.FAILED
 
 
+@pytest.mark.usefixtures("launcher")  # for the module that torchrun starts
 def test_whoever_is_in_a_hurry_does_not_wait_for_the_grace_time(tmp_path: Path) -> None:
     hurry = threading.Event()
     launcher = LocalLauncher(hurry)
