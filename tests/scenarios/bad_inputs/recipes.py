@@ -171,7 +171,7 @@ def sft_set_and_disabled(world: World) -> list[str]:
     return world.run(sft={"epochs": 3})
 
 
-@bad(2, "the recipe", "dpo, ppo became part of `policies`", "Put in their place:", "PPO:")
+@bad(2, "the recipe", "dpo, ppo became part of `policies`", "Put in their place:")
 def recipe_of_the_old_form(world: World) -> list[str]:
     return world.run(policies=None, dpo={"epochs": 2}, ppo={"kl_coef": 0.5})
 
