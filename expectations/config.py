@@ -1,12 +1,12 @@
 """What the recipe says about the data gate: `gate.<field>`, and `gate.<rule>.<threshold>` for each rule."""
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, create_model, model_validator
+from pydantic import Field, create_model
 
 from dpo_core.config import Config
 from expectations.rules import RULES
-from expectations.thresholds import AnyRule, BandRule, CountRule, DistanceRule, RateRule, Rule
+from expectations.thresholds import AnyRule, BandRule, CountRule, DistanceRule, RateRule
 
 
 class _GateSettings(Config):
@@ -28,19 +28,6 @@ class _GateSettings(Config):
     """A prompt shorter than this many characters is not looked for at the start of a completion."""
     profile_rows: int = Field(default=20_000, ge=100)
     """Rows sampled for the script and language profile."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _keep_defaults(cls, given: Any) -> Any:
-        """Lays `{max_rate: 0.01}` over the rule's own defaults, so that a warning stays a warning."""
-        if not isinstance(given, dict):
-            return given
-        merged = dict(given)
-        for name, value in given.items():
-            field = cls.model_fields.get(name)
-            if field is not None and isinstance(value, dict) and isinstance(field.default, Rule):
-                merged[name] = field.default.model_dump() | value
-        return merged
 
     def rule(self, name: str) -> AnyRule:
         """The rule called `name`, without the subject ("contradiction", not "pairs/contradiction")."""

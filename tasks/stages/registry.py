@@ -1,11 +1,10 @@
 """The stages by name: what the modules of this package export as a `Stage`, alone or in a mapping."""
 
-import importlib
-import pkgutil
 from collections.abc import Iterator, Mapping
 from functools import cache
 from types import ModuleType
 
+from dpo_core.system import modules_of
 from tasks import stages as package
 from tasks.stages.base import Stage
 
@@ -18,8 +17,8 @@ def stages() -> dict[str, Stage]:
         ValueError: two stages have one name.
     """
     known: dict[str, Stage] = {}
-    for entry in pkgutil.iter_modules(package.__path__):
-        for stage in _exported(importlib.import_module(f"{package.__name__}.{entry.name}")):
+    for module in modules_of(package):
+        for stage in _exported(module):
             if known.setdefault(stage.name, stage) is not stage:
                 raise ValueError(f"two stages are called {stage.name}: give one of them another name")
     return known
