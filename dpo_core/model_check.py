@@ -26,8 +26,9 @@ from dpo_core.models.load import (
 from dpo_core.scoring.attention import attention_on_trial, whole_blocks
 from dpo_core.scoring.branch_scores import branch_scores
 from dpo_core.scoring.layout import Document, pack, pad
-from dpo_core.scoring.logprobs import Precision, autocast
+from dpo_core.scoring.logprobs import autocast
 from dpo_core.scoring.packing_check import RAW_ERRORS, difference, first_line, packing_fault, trial_documents
+from dpo_core.scoring.precision import Precision
 
 REMEDY = "Use a causal language model of another architecture, such as Llama, Qwen, Mistral, Gemma or OLMo"
 CHECK_VERSION = 1

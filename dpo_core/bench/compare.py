@@ -22,7 +22,7 @@ from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.models.load import config_in
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.layout import Document
-from dpo_core.scoring.logprobs import Precision
+from dpo_core.scoring.precision import Precision
 
 # How far the losses of single pairs may lie apart: bf16 rounds differently in other batch shapes.
 AGREEMENT = {"fp32": 1e-4, "bf16": 0.1}

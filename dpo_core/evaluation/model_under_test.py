@@ -13,12 +13,13 @@ from dpo_core.data.tokens.chat_template import template_in
 from dpo_core.data.tokens.config import settled
 from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise
 from dpo_core.errors import ModelError
-from dpo_core.generation.generate import SamplingConfig, sample
+from dpo_core.generation.config import SamplingConfig
+from dpo_core.generation.generate import sample
 from dpo_core.model_check import check_definition
 from dpo_core.models.load import check_context, config_in, load_model, load_tokenizer, weights_digest
 from dpo_core.reference.job import Reference, Resources, reference_logps
 from dpo_core.reference.keys import sequence_key
-from dpo_core.scoring.logprobs import Precision
+from dpo_core.scoring.precision import Precision
 from dpo_core.statistics.estimates import Floats
 
 if TYPE_CHECKING:

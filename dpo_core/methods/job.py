@@ -4,7 +4,7 @@ from typing import Any
 
 from dpo_core.config import Config
 from dpo_core.data.tokens.tokenise import TokenConfig
-from dpo_core.generation.generate import SamplingConfig
+from dpo_core.generation.config import SamplingConfig
 
 
 class Job(Config):

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from dpo_core.config import Config
-from dpo_core.generation.generate import SamplingConfig
+from dpo_core.generation.config import SamplingConfig
 
 
 class PairSamplingConfig(Config):

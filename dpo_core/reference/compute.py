@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.errors import StageFailed
 from dpo_core.reference.keys import sequence_key
-from dpo_core.scoring.logprobs import Precision, completion_logps
+from dpo_core.scoring.logprobs import completion_logps
+from dpo_core.scoring.precision import Precision
 
 
 def compute(

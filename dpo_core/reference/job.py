@@ -34,7 +34,8 @@ from dpo_core.reference.cache import ReferenceCache
 from dpo_core.reference.compute import compute
 from dpo_core.reference.keys import reference_facts, sequence_key, share
 from dpo_core.reference.shard import LogpShard, ends
-from dpo_core.scoring.logprobs import Precision, read_flops
+from dpo_core.scoring.logprobs import read_flops
+from dpo_core.scoring.precision import Precision
 
 log = logging.getLogger(__name__)
 

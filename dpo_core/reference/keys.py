@@ -15,7 +15,7 @@ from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.reference.cache import ReferenceFacts
 
 if TYPE_CHECKING:
-    from dpo_core.scoring.logprobs import Precision
+    from dpo_core.scoring.precision import Precision
 
 # Part of every key of a cache: raise it whenever the numbers of `compute` could change.
 DEFINITION_VERSION = 2

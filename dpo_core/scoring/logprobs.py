@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,7 @@ from dpo_core.scoring.attention import whole_blocks
 from dpo_core.scoring.branch_scores import branch_scores
 from dpo_core.scoring.layout import Document, pack, pad
 from dpo_core.scoring.packing_check import packing_fault
-
-Precision = Literal["fp32", "bf16"]
+from dpo_core.scoring.precision import Precision
 
 # Completions that share one prompt in a pack: attention over more of them costs what the prompt saves.
 SIBLINGS = 4

@@ -9,8 +9,8 @@ from pydantic import BeforeValidator, Field, model_validator
 from dpo_core.config import Config
 from dpo_core.data.config import DataConfig
 from dpo_core.data.tokens.tokenise import TokenConfig
+from dpo_core.evaluation.config import EvaluateConfig
 from dpo_core.evaluation.decision import PromotionConfig
-from dpo_core.evaluation.policies import EvaluateConfig
 from dpo_core.evaluation.run_suite import SuitesConfig
 from dpo_core.judging.judge import JudgeConfig
 from dpo_core.methods import dpo
@@ -20,7 +20,7 @@ from dpo_core.methods.sft import SftConfig
 from dpo_core.models.load import ModelConfig
 from dpo_core.models.lora import LORA_EXTRA
 from dpo_core.objectives import get
-from dpo_core.scoring.logprobs import Precision
+from dpo_core.scoring.precision import Precision
 from expectations.config import GateConfig
 from tasks.recipe.policies import (
     CLASSES,

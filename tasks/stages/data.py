@@ -279,7 +279,8 @@ def _sample(
     seed: int,
 ) -> list[Any]:
     """Completions in portions, each saved when it is done, so that a killed stage goes on where it was."""
-    from dpo_core.generation.generate import Completion, sample, seed_for
+    from dpo_core.generation.config import seed_for
+    from dpo_core.generation.generate import Completion, sample
 
     bar = given.progress(len(wanted))
     portion = config.sampling.batch_size * _SAVE_EVERY

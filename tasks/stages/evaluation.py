@@ -10,7 +10,7 @@ from typing import Any
 from dpo_core.config import Config
 from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.errors import StageFailed
-from dpo_core.evaluation.policies import EvaluateConfig
+from dpo_core.evaluation.config import EvaluateConfig
 from dpo_core.evaluation.policy_row import VERSION, PolicyRow
 from dpo_core.judging.results import WinRate
 from dpo_core.rewards.functions import reward_identity
@@ -120,7 +120,8 @@ def _evaluate(
 ) -> tuple[Measured, Answers, float]:
     """What the policies were measured at, all that they answered, and the operations that it took."""
     from dpo_core.data.tokens.tokenise import Tokenise
-    from dpo_core.evaluation.policies import sequence_logps, summarise
+    from dpo_core.evaluation.policies import sequence_logps
+    from dpo_core.evaluation.summary import summarise
     from dpo_core.models.load import load_model, load_tokenizer
     from dpo_core.rewards.model import scorer
     from dpo_core.scoring.logprobs import read_flops
@@ -361,7 +362,7 @@ def _scoring_flops(reference: Any, facts: dict[str, Any]) -> float:
 
 def _samples(facts: dict[str, Any]) -> Any:
     from dpo_core.data.tokens.tokenise import Sequence as Ids
-    from dpo_core.evaluation.policies import PolicySamples
+    from dpo_core.evaluation.summary import PolicySamples
 
     fields = {k: v for k, v in facts.items() if k not in ("accuracy", "accuracy_by_source", "flops")}
     fields["sequences"] = [Ids(tuple(s["prompt"]), tuple(s["completion"])) for s in facts["sequences"]]

@@ -11,7 +11,7 @@ from dpo_core.data.config import DataConfig
 from dpo_core.data.load import load
 from dpo_core.errors import RecipeError
 from dpo_core.evaluation.model_under_test import Asked, Subject
-from dpo_core.generation.generate import SamplingConfig, seed_for
+from dpo_core.generation.config import SamplingConfig, seed_for
 from dpo_core.judging.compare import compare_answers
 from dpo_core.judging.judge import AnswerPairs, JudgeConfig
 from dpo_core.judging.results import WinRate

@@ -26,7 +26,7 @@ from dpo_core.models.load import (
 from dpo_core.models.remote_code import trust
 from dpo_core.reference.job import Reference, Resources, reference_logps
 from dpo_core.reference.keys import DEFINITION_VERSION
-from dpo_core.scoring.logprobs import Precision
+from dpo_core.scoring.precision import Precision
 from tasks.promotion.model_source import as_folder
 from tasks.recipe.policies import REFERENCE, PolicyFields
 from tasks.recipe.study import Node

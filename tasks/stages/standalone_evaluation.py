@@ -25,7 +25,7 @@ from dpo_core.evaluation.results import Item, SuiteResult
 from dpo_core.evaluation.run_suite import SuitesConfig, without_training_data
 from dpo_core.evaluation.suites.base import SuiteConfig
 from dpo_core.evaluation.suites.registry import find
-from dpo_core.generation.generate import SamplingConfig
+from dpo_core.generation.config import SamplingConfig
 from dpo_core.judging.judge import JudgeConfig
 from dpo_core.judging.results import WinRate
 from dpo_core.models.remote_code import trust

@@ -8,7 +8,7 @@ import pandas as pd
 
 from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.errors import StageFailed
-from dpo_core.generation.generate import SamplingConfig
+from dpo_core.generation.config import SamplingConfig
 from dpo_core.methods import estimate
 from dpo_core.methods.kto import imbalance
 from dpo_core.methods.registry import methods

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from dpo_core import job as train
-from dpo_core.generation.generate import SamplingConfig, sample
+from dpo_core.generation.config import SamplingConfig
+from dpo_core.generation.generate import sample
 from dpo_core.model_check import check_folder
 from dpo_core.models.dropout import disable_dropout
 from dpo_core.models.load import load_model

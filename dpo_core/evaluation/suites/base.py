@@ -10,8 +10,8 @@ from pydantic import Field
 from dpo_core.config import Config
 from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.evaluation.results import Outcome
-from dpo_core.generation.generate import SamplingConfig
-from dpo_core.scoring.logprobs import Precision
+from dpo_core.generation.config import SamplingConfig
+from dpo_core.scoring.precision import Precision
 
 
 class SuiteConfig(Config):

@@ -14,7 +14,8 @@ from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.evaluation.suites.rows import Progress
 from dpo_core.model_check import check_definition
 from dpo_core.models.load import check_context
-from dpo_core.scoring.logprobs import Precision, completion_logps
+from dpo_core.scoring.logprobs import completion_logps
+from dpo_core.scoring.precision import Precision
 
 
 class HarnessLM(HFLM):

@@ -16,7 +16,8 @@ from torch import nn
 
 from dpo_core.data.tokens.tokenise import Sequence, Tokenise
 from dpo_core.errors import StageFailed
-from dpo_core.generation.generate import SamplingConfig, sample, seed_for
+from dpo_core.generation.config import SamplingConfig, seed_for
+from dpo_core.generation.generate import sample
 from dpo_core.methods.build import read_rows
 from dpo_core.methods.job import Job
 from dpo_core.methods.online.rollouts import Episode

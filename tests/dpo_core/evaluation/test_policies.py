@@ -9,16 +9,10 @@ import torch
 
 from dpo_core.data.tokens.tokenise import Sequence, TokenPair
 from dpo_core.errors import StageFailed
-from dpo_core.evaluation.policies import (
-    EvaluateConfig,
-    PolicySamples,
-    kl_estimates,
-    preference_accuracy,
-    sample_policy,
-    sequence_logps,
-    summarise,
-)
-from dpo_core.generation.generate import SamplingConfig
+from dpo_core.evaluation.config import EvaluateConfig
+from dpo_core.evaluation.policies import kl_estimates, preference_accuracy, sample_policy, sequence_logps
+from dpo_core.evaluation.summary import PolicySamples, summarise
+from dpo_core.generation.config import SamplingConfig
 from dpo_core.models.load import load_model
 from tests.support.models.logps import full_logps, random_sequences
 

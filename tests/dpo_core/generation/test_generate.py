@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_core.generation.generate import Completion, SamplingConfig, sample, seed_for
+from dpo_core.generation.config import SamplingConfig, seed_for
+from dpo_core.generation.generate import Completion, sample
 from dpo_core.models.load import load_model
 from tests.support.models.tiny import make_tiny_model
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from dpo_core.generation.generate import SamplingConfig
+from dpo_core.generation.config import SamplingConfig
 from dpo_core.methods.grpo import GrpoConfig, GrpoTrainer
 from dpo_core.methods.online.rollouts import response_logps
 from dpo_core.methods.online.sampler import RolloutContext

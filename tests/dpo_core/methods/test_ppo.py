@@ -280,7 +280,7 @@ def test_a_reward_that_fails_stops_the_run_with_its_words(alone: None, tiny: Pat
 
 def test_no_prompts_are_told(tmp_path: Path) -> None:
     from dpo_core.errors import StageFailed
-    from dpo_core.generation.generate import SamplingConfig
+    from dpo_core.generation.config import SamplingConfig
 
     with pytest.raises(StageFailed, match="no prompts"):
         RolloutContext(

@@ -8,7 +8,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from dpo_core.generation.generate import SamplingConfig, sample
+from dpo_core.generation.config import SamplingConfig
+from dpo_core.generation.generate import sample
 from dpo_core.generation.next_token import cache_is_exact
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring import lm_head as head

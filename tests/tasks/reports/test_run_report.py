@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from dpo_core.data.tokens.tokenise import Sequence
-from dpo_core.evaluation.policies import PolicySamples, summarise
 from dpo_core.evaluation.policy_row import PolicyRow
+from dpo_core.evaluation.summary import PolicySamples, summarise
 from dpo_core.statistics.estimates import Estimate
 from expectations.report import Finding
 from tasks.reports.alarms import alarms

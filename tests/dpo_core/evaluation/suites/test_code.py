@@ -28,7 +28,7 @@ from dpo_core.evaluation.suites.code import (
     score,
 )
 from dpo_core.evaluation.suites.registry import find
-from dpo_core.generation.generate import SamplingConfig
+from dpo_core.generation.config import SamplingConfig
 from tests.support.models.tiny import make_tiny_model
 from tests.support.sandboxes import why_no_namespaces
 

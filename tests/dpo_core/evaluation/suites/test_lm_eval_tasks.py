@@ -18,7 +18,7 @@ from dpo_core.evaluation.suites import lm_eval_tasks as harness
 from dpo_core.evaluation.suites.base import SuiteConfig
 from dpo_core.evaluation.suites.registry import find
 from dpo_core.evaluation.suites.rows import some
-from dpo_core.generation.generate import SamplingConfig
+from dpo_core.generation.config import SamplingConfig
 from tests.support.models.tiny import make_tiny_model
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed")

@@ -21,7 +21,7 @@ from dpo_core.evaluation.suites.safety_classifier import (
     load_classifier,
     safe_class,
 )
-from dpo_core.generation.generate import SamplingConfig
+from dpo_core.generation.config import SamplingConfig
 from tests.support.models.tiny import make_tiny_model, make_tokenizer
 
 REFUSED = [

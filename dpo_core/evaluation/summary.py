@@ -1,0 +1,75 @@
+"""The row of one policy: reward, KL, win rate, length, diversity, from its samples, with intervals.
+
+Every policy answers the same prompts; the unit of resampling is the prompt.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from dpo_core.data.tokens.tokenise import Sequence
+from dpo_core.errors import StageFailed
+from dpo_core.statistics import estimates as stats
+from dpo_core.statistics.estimates import Estimate
+from dpo_core.statistics.text import distinct_n, self_bleu
+
+
+@dataclass
+class PolicySamples:
+    """One policy's answers, prompt by prompt, with each one's KL estimates and the policy's entropy."""
+
+    prompt_index: list[int]
+    sequences: list[Sequence]
+    ended: list[bool]
+    rewards: list[float]
+    kl_k1: list[float] = field(default_factory=list)
+    kl_k3: list[float] = field(default_factory=list)
+    entropy: float | None = None
+    """Nats per token: minus the mean log-prob of its own samples."""
+    entropies: list[float] = field(default_factory=list)
+    """Nats per token of each sample: the mean entropy of the next-token distributions along it."""
+    texts: list[str] = field(default_factory=list)
+    """The completions as people read them."""
+
+
+def summarise(
+    samples: PolicySamples, baseline: PolicySamples | None, *, seed: int, length: int
+) -> dict[str, Any]:
+    """The row of one policy, as plain data. Intervals at 95 %, over prompts (`statistics.estimates`).
+
+    Args:
+        baseline: the reference's samples; None when `samples` are the reference's own.
+        length: tokens to which completions are cut for distinct-2, the same for every policy.
+    """
+    # A single prompt cannot be resampled: the interval is then over its samples, and n says so.
+    clusters = samples.prompt_index if len(set(samples.prompt_index)) > 1 else None
+    row: dict[str, Any] = {
+        "reward": _data(stats.bootstrap_mean(samples.rewards, clusters, seed=seed)),
+        "length": _data(
+            stats.bootstrap_mean([len(s.completion) for s in samples.sequences], clusters, seed=seed)
+        ),
+        "distinct_1": distinct_n([s.completion for s in samples.sequences], 1, length=length),
+        "distinct_2": distinct_n([s.completion for s in samples.sequences], 2, length=length),
+        "entropy": samples.entropy,
+        "ended": float(np.mean(samples.ended)),
+    }
+    by_prompt: dict[int, list[str]] = {}
+    for index, text in zip(samples.prompt_index, samples.texts, strict=False):
+        by_prompt.setdefault(index, []).append(text)
+    if len(by_prompt) > 1 and min(map(len, by_prompt.values())) > 1:
+        row["self_bleu"] = _data(stats.share(self_bleu(list(by_prompt.values()))))
+    if samples.entropies:
+        row["predictive_entropy"] = _data(stats.bootstrap_mean(samples.entropies, clusters, seed=seed))
+    if baseline is not None:
+        row["kl"] = _data(stats.bootstrap_mean(samples.kl_k1, clusters, seed=seed))
+        row["kl_k3"] = _data(stats.bootstrap_mean(samples.kl_k3, clusters, seed=seed))
+        if baseline.prompt_index != samples.prompt_index:
+            raise StageFailed("two policies answered different prompts", "Run the evaluation again")
+        row["gain"] = _data(stats.paired_bootstrap(samples.rewards, baseline.rewards, clusters, seed=seed))
+        row["win_rate"] = _data(stats.win_rate(samples.rewards, baseline.rewards, clusters))
+    return row
+
+
+def _data(estimate: Estimate) -> dict[str, Any]:
+    return estimate.model_dump()
