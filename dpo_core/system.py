@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import os
 import pkgutil
+import shutil
 import stat
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +23,26 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a text file completely or not at all, even if the machine loses power or the disk fails."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)  # otherwise the new name may reach the disk before the content, leaving an empty file
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder or a link, whichever it is."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def digest_file(path: Path | str) -> str:

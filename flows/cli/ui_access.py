@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dpo_core.errors import RecipeError
-from tasks.store.files import write_whole
+from dpo_core.system import write_atomic
 
 USER, PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
 """What MLflow's own clients read too."""
@@ -57,7 +57,7 @@ def access(host: str, workspace: Path) -> Access:
     if "\n" in str(users):
         raise RecipeError(f"the path of the workspace, {workspace!r}, has a line break", "Name another one")
     # MLflow reads %(name)s in it as what stands under that name.
-    write_whole(config, _CONFIG.format(users=str(users).replace("%", "%%")))
+    write_atomic(config, _CONFIG.format(users=str(users).replace("%", "%%")))
     return Access(
         options=["--app-name", "basic-auth"],
         environment={

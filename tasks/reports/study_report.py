@@ -9,6 +9,7 @@ from rich.text import Text
 
 from dpo_core.config import Config
 from dpo_core.study import DOMINATES, Claim, Study, StudySummary, claims, summarise
+from dpo_core.system import write_atomic
 from tasks.reports.run_page import Part, cost_facts, fill
 from tasks.reports.run_report import Cost, RunInfo, StageRow
 from tasks.reports.run_text import fenced, markdown_table, plain, stage_size
@@ -23,7 +24,6 @@ from tasks.reports.study_tables import (
     settings_table,
     tables,
 )
-from tasks.store.files import write_whole
 
 
 class StudyReport(Config):
@@ -79,9 +79,9 @@ def write_report(report: StudyReport, folder: Path) -> Path:
     """Write `page.html`, `summary.md`, `report.json` and, where policies are drawn, `frontier.png`."""
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / "page.html"
-    write_whole(page, render(report))
-    write_whole(folder / "summary.md", markdown(report))
-    write_whole(folder / "report.json", report.model_dump_json(indent=1))
+    write_atomic(page, render(report))
+    write_atomic(folder / "summary.md", markdown(report))
+    write_atomic(folder / "report.json", report.model_dump_json(indent=1))
     if report.study.drawn_policies():
         write_picture(report.study, report.summary, folder / "frontier.png")
     return page

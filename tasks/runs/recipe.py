@@ -13,12 +13,12 @@ import yaml
 
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError
-from dpo_core.system import digest_file
+from dpo_core.system import digest_file, write_atomic
 from tasks.recipe.policies import elsewhere
 from tasks.recipe.read import load_recipe
 from tasks.recipe.recipe import Recipe
 from tasks.runs.record import RunRecord
-from tasks.store.files import disk_errors, run_folder, write_whole
+from tasks.store.files import disk_errors, run_folder
 from tasks.tracking.mlflow_run import flatten
 
 FILE = "recipe.yaml"
@@ -64,7 +64,7 @@ def keep_recipe(workspace: Path, record: RunRecord, recipe: Recipe) -> RunRecord
         f"# Relative paths in it begin at {json.dumps(str(Path.cwd()))}.\n"
     )
     with disk_errors(workspace, "writing the recipe of the run"):
-        write_whole(path, about + yaml.safe_dump(facts, sort_keys=False, allow_unicode=True))
+        write_atomic(path, about + yaml.safe_dump(facts, sort_keys=False, allow_unicode=True))
     return record.model_copy(update={"recipe_sha256": digest_file(path)})
 
 

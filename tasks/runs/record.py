@@ -22,7 +22,8 @@ from pydantic import AwareDatetime, Field, ValidationError
 
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError
-from tasks.store.files import disk_errors, open_workspace, run_folder, write_whole
+from dpo_core.system import write_atomic
+from tasks.store.files import disk_errors, open_workspace, run_folder
 from tasks.store.locks import holder_of, locked
 from tasks.store.owner import Owner, myself
 
@@ -173,7 +174,7 @@ def _busy(run_id: str, who: str) -> RecipeError:
 def save_run(workspace: str | Path, record: RunRecord) -> None:
     """Write the record, whole or not at all."""
     with disk_errors(Path(workspace), "writing the record of the run"):
-        write_whole(run_folder(workspace, record.run_id) / "run.json", record.model_dump_json(indent=1))
+        write_atomic(run_folder(workspace, record.run_id) / "run.json", record.model_dump_json(indent=1))
 
 
 def list_runs(workspace: str | Path) -> list[RunRecord]:

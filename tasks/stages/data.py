@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from dpo_core.checked_json import read_checked, write_checked
 from dpo_core.data.config import DataConfig
 from dpo_core.data.files.read import check_source
 from dpo_core.data.load import load
@@ -24,7 +25,6 @@ from expectations.config import GateConfig
 from expectations.drift import load_baseline
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 from tasks.stages.workload import Workload
-from tasks.store.checked_json import read_sealed, write_sealed
 from tasks.store.facts import GateFacts, LoadFacts, SamplingFacts
 from tasks.store.manifest import Manifest
 
@@ -287,7 +287,7 @@ def _sample(
     drawn: list[Completion] = []
     for start in range(0, len(wanted), portion):
         path = given.scratch / f"samples-{start:08d}.json"
-        known = read_sealed(path, "its samples are drawn again")
+        known = read_checked(path, "its samples are drawn again")
         if known is None:
             prompts = [ids for _, ids in wanted[start : start + portion]]
             done = len(drawn)
@@ -300,7 +300,7 @@ def _sample(
                 progress=lambda n, done=done: bar.update(done + n),  # type: ignore[misc]
             )
             known = [[list(c.ids), c.ended] for c in new]
-            write_sealed(path, known)
+            write_checked(path, known)
         drawn += [Completion(tuple(ids), ended) for ids, ended in known]
     return drawn
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence, Set
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dpo_core.checked_json import read_checked, write_checked
 from dpo_core.config import Config
 from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.errors import StageFailed
@@ -19,7 +20,6 @@ from tasks.recipe.policies import CHAMPION, REFERENCE
 from tasks.reports.run_report import Measured, Sample
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 from tasks.stages.data import kind_of
-from tasks.store.checked_json import read_sealed, write_sealed
 from tasks.store.facts import Facts
 from tasks.store.manifest import Manifest
 from tasks.tracking.mlflow_run import metric_keys
@@ -142,7 +142,7 @@ def _evaluate(
     for number, (name, manifest) in enumerate(policies.items()):
         path = given.scratch / f"policy-{name}.json"
         # A killed evaluation keeps the policies it had finished.
-        facts = read_sealed(path, f"{name} is measured again")
+        facts = read_checked(path, f"{name} is measured again")
         if facts is None:
             policy = reference if name == REFERENCE else load_model(manifest.path)
             done = number * len(asked) * config.samples_per_prompt
@@ -157,7 +157,7 @@ def _evaluate(
             )
             facts["flops"] += _scoring_flops(reference, facts) if reward_model else 0.0
             facts["texts"] = [tokenise.text(s["completion"], s["prompt"]) for s in facts["sequences"]]
-            write_sealed(path, facts)
+            write_checked(path, facts)
             facts = json.loads(json.dumps(facts))  # as one that is read
         by_policy[name] = facts
     samples = {name: _samples(facts) for name, facts in by_policy.items()}

@@ -30,6 +30,7 @@ from dpo_core.judging.judge import JudgeConfig
 from dpo_core.judging.results import WinRate
 from dpo_core.models.remote_code import trust
 from dpo_core.rewards.functions import check_reward
+from dpo_core.system import write_atomic
 from tasks.provenance import command_line, hardware
 from tasks.recipe.policies import elsewhere
 from tasks.reports.evaluation_page import render_evaluation
@@ -38,7 +39,7 @@ from tasks.reports.run_report import Sample
 from tasks.stages.assess import suite_row
 from tasks.stages.judging import chosen_prompts, judge_models
 from tasks.stages.suite_results import FOLDER, find_model, suite_result, trained_rows
-from tasks.store.files import CACHE_FOLDER, disk_errors, write_whole
+from tasks.store.files import CACHE_FOLDER, disk_errors
 
 log = logging.getLogger("dpo")
 
@@ -244,12 +245,12 @@ def _keep(
     with disk_errors(workspace, "writing the page of an evaluation"):
         folder.mkdir(parents=True)
         items = [result.model_dump(mode="json") for result in results]
-        write_whole(folder / "results.json", json.dumps(items, indent=1, ensure_ascii=False))
+        write_atomic(folder / "results.json", json.dumps(items, indent=1, ensure_ascii=False))
         if samples:
             answers = [sample.model_dump(mode="json") for sample in samples]
-            write_whole(folder / "answers.json", json.dumps(answers, indent=1, ensure_ascii=False))
-        write_whole(folder / "report.json", report.model_dump_json(indent=1))
-        write_whole(folder / "page.html", render_evaluation(report))
+            write_atomic(folder / "answers.json", json.dumps(answers, indent=1, ensure_ascii=False))
+        write_atomic(folder / "report.json", report.model_dump_json(indent=1))
+        write_atomic(folder / "page.html", render_evaluation(report))
     return folder / "page.html"
 
 

@@ -10,17 +10,18 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from dpo_core.checked_json import read_checked, write_checked
 from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.evaluation.results import SuiteResult
 from dpo_core.evaluation.run_suite import data_digest, run_suite
 from dpo_core.evaluation.suites.base import Suite, SuiteConfig
 from dpo_core.evaluation.suites.safety_classifier import identity
 from dpo_core.models.load import ModelConfig, convert, locate, source_digest
+from dpo_core.system import remove
 from tasks.promotion.model_source import RUNS, report_of, resolve
 from tasks.recipe.policies import elsewhere
 from tasks.stages.data import GATES
-from tasks.store.checked_json import read_sealed, write_sealed
-from tasks.store.files import disk_errors, remove
+from tasks.store.files import disk_errors
 from tasks.store.manifest import digest_config, digest_folder
 
 log = logging.getLogger("dpo")
@@ -57,7 +58,7 @@ def suite_result(
     result = run_suite(suite, subject, file, config, progress)
     with disk_errors(workspace, "writing the result of a suite"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_sealed(path, result.model_dump(mode="json"))
+        write_checked(path, result.model_dump(mode="json"))
     return result, False
 
 
@@ -69,7 +70,7 @@ def _version(package: str) -> str | None:
 
 
 def _read(path: Path) -> SuiteResult | None:
-    facts = read_sealed(path, "the suite is run again")
+    facts = read_checked(path, "the suite is run again")
     try:
         return None if facts is None else SuiteResult.model_validate(facts)
     except ValidationError:
@@ -121,7 +122,7 @@ def _converted(spec: str, source: Path, workspace: Path) -> Path:
     """A model that is no plain checkpoint folder as one, made once."""
     folder = workspace / MODELS / source_digest(source)[:24]
     seal = folder.with_suffix(".json")
-    whole = read_sealed(seal, "the model is converted again")
+    whole = read_checked(seal, "the model is converted again")
     if whole is None or not folder.is_dir() or digest_folder(folder) != whole:
         with disk_errors(workspace, "converting a model"):
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +134,7 @@ def _converted(spec: str, source: Path, workspace: Path) -> Path:
                         log.warning("the converted model %s is damaged; it is converted again", folder)
                     remove(folder)
                 os.replace(temporary, folder)
-                write_sealed(seal, digest_folder(folder))
+                write_checked(seal, digest_folder(folder))
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
     return folder

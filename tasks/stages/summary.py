@@ -14,6 +14,7 @@ from pydantic import JsonValue
 from dpo_core.evaluation.policy_row import PolicyRow
 from dpo_core.redaction import hidden
 from dpo_core.rewards.quality import RewardQuality
+from dpo_core.system import write_atomic
 from tasks.promotion.champion import Champion
 from tasks.provenance import hardware, source_tags
 from tasks.recipe.recipe import Recipe
@@ -54,7 +55,7 @@ from tasks.stages.prepare_sft import SFT
 from tasks.stages.train_reward import REWARD
 from tasks.stages.training import TrainedPolicy, class_facts
 from tasks.store.facts import Facts, ImportFacts, LoadFacts, RewardFacts, facts_of, weights_sha256
-from tasks.store.files import run_folder, write_whole
+from tasks.store.files import run_folder
 from tasks.store.manifest import Manifest
 from tasks.tracking.mlflow_run import metric_keys
 from tasks.tracking.registry import register_model, version_with
@@ -163,9 +164,9 @@ def run_info(context: Context, recipe: Recipe, started: Started, command: str) -
 def publish(report: RunReport, folder: Path, tracker: Tracker) -> Path:
     """Write the report's files into the run's folder and record them in MLflow; returns the page's path."""
     page, text = folder / "page.html", folder / "summary.md"
-    write_whole(page, render(report))
-    write_whole(text, markdown(report))
-    write_whole(folder / "report.json", report.model_dump_json(indent=1))
+    write_atomic(page, render(report))
+    write_atomic(text, markdown(report))
+    write_atomic(folder / "report.json", report.model_dump_json(indent=1))
     parent = tracker.parent
     for path in (page, text, folder / "report.json"):
         parent.artifact(path)

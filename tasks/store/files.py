@@ -11,7 +11,6 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from dpo_core.errors import RecipeError, StageFailed
-from dpo_core.system import sync
 
 CACHE_FOLDER = "reference_cache"
 """Folder of a workspace that holds the caches of reference log-probs."""
@@ -159,26 +158,6 @@ def disk_errors(path: Path, doing: str) -> Iterator[None]:
         raise StageFailed(
             f"{doing} failed at {where}: {error.strerror or error}", "Resume the run."
         ) from error
-
-
-def remove(path: Path) -> None:
-    """Remove a file, a folder or a link, whichever stands there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file whole or not at all, also where the machine loses its power or the disk fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        sync(temporary)  # else the new name may reach the disk before the content, and an empty file is left
-        os.replace(temporary, path)
-        sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def size_of(path: Path) -> int:

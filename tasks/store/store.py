@@ -29,8 +29,8 @@ from filelock import FileLock, Timeout
 from pydantic import JsonValue, ValidationError
 
 from dpo_core.errors import StageFailed
-from dpo_core.system import sync
-from tasks.store.files import disk_errors, open_workspace, remove
+from dpo_core.system import remove, sync
+from tasks.store.files import disk_errors, open_workspace
 from tasks.store.locks import locked
 from tasks.store.manifest import (
     Digests,

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from dpo_core.redaction import hidden
+from dpo_core.system import write_atomic
 from tasks.signals import undisturbed
-from tasks.store.files import says_disk_full, says_read_only, write_whole
+from tasks.store.files import says_disk_full, says_read_only
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ class Outbox:
                     }
                     for w in waiting
                 ]
-                write_whole(self.folder / _WRITES, json.dumps({"place": self.place, "writes": facts}))
+                write_atomic(self.folder / _WRITES, json.dumps({"place": self.place, "writes": facts}))
             elif self.folder.exists():
                 forget(self.folder)
         except OSError as error:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from dpo_core.checked_json import read_checked, write_checked
 from dpo_core.errors import DpoError, RecipeError
 from dpo_core.training.checkpoints import Checkpoints, Made
 from tasks.preflight import _check_database
 from tasks.promotion.model_source import require_whole
 from tasks.runs.record import RunRecord, find_run, list_runs, save_run
-from tasks.store.checked_json import read_sealed, write_sealed
 from tasks.store.manifest import digest_folder
 from tasks.store.store import Store
 from tests.support.runs.stored import KEY, assert_clean, make, write
@@ -126,14 +126,14 @@ def test_a_damaged_partial_result_is_made_again(
     path = tmp_path / "work" / "policy-DPO.json"
     path.parent.mkdir()
     value = {"rewards": [0.5, float("inf")], "texts": ["é"]}
-    write_sealed(path, value)
-    assert read_sealed(path, "again") == value
+    write_checked(path, value)
+    assert read_checked(path, "again") == value
     DAMAGES[damage](path)
-    assert read_sealed(path, "DPO is measured again") is None
+    assert read_checked(path, "DPO is measured again") is None
     told = "DPO is measured again" in caplog.text
     assert told == (damage not in ("delete", "dead link")), "what is not there is no damage"
-    write_sealed(path, value)
-    assert read_sealed(path, "again") == value
+    write_checked(path, value)
+    assert read_checked(path, "again") == value
 
 
 @every_damage
@@ -223,5 +223,5 @@ def test_a_damaged_model_is_neither_champion_nor_evaluated(tmp_path: Path, damag
 
 
 def test_a_sealed_file_is_json_below_its_digest(tmp_path: Path) -> None:
-    write_sealed(tmp_path / "f", [1, "é"])
+    write_checked(tmp_path / "f", [1, "é"])
     assert json.loads((tmp_path / "f").read_text().splitlines()[1]) == [1, "é"]

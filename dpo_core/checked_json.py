@@ -1,0 +1,45 @@
+"""JSON files with a checksum: a file that a disk or a person has changed is detected and not used.
+
+The first line is the SHA-256 of the second line, which is the JSON.
+"""
+
+import hashlib
+import json
+import logging
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from dpo_core.system import remove, write_atomic
+
+log = logging.getLogger("dpo")
+
+
+def write_checked(path: Path, value: Any) -> None:
+    """Write JSON with its checksum, completely or not at all."""
+    text = json.dumps(value)
+    write_atomic(path, f"{_digest(text)}\n{text}")
+
+
+def read_checked(path: Path, consequence: str) -> Any | None:
+    """The value of a file; None if there is no file. A damaged file is removed and logged.
+
+    Args:
+        consequence: what happens without the file, for the log line.
+    """
+    try:
+        digest, _, text = path.read_text(encoding="utf-8").partition("\n")
+        if digest != _digest(text):
+            raise ValueError("its checksum does not match")
+        return json.loads(text)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        log.warning("%s is damaged (%s); %s", path, error, consequence)
+        with suppress(OSError):
+            remove(path)
+        return None
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
