@@ -25,7 +25,8 @@ from dpo_core.models.load import (
 )
 from dpo_core.scoring.attention import attention_on_trial, whole_blocks
 from dpo_core.scoring.branch_scores import branch_scores
-from dpo_core.scoring.layout import Document, pack, pad
+from dpo_core.scoring.document import Document
+from dpo_core.scoring.layout import pack, pad
 from dpo_core.scoring.logprobs import autocast
 from dpo_core.scoring.packing_check import RAW_ERRORS, difference, first_line, packing_fault, trial_documents
 from dpo_core.scoring.precision import Precision

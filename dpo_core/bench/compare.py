@@ -21,7 +21,9 @@ from dpo_core.data.tokens.tokenise import TokenPair
 from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.models.load import config_in
 from dpo_core.scoring import flops as cost
-from dpo_core.scoring.layout import Document
+from dpo_core.scoring.document import Document
+from dpo_core.scoring.matmul_rate import matmul_rate
+from dpo_core.scoring.model_shape import shape_of_config
 from dpo_core.scoring.precision import Precision
 
 # How far the losses of single pairs may lie apart: bf16 rounds differently in other batch shapes.
@@ -170,7 +172,7 @@ def _reference_sums(model: Any, pairs: list[TokenPair]) -> NDArray[np.float64]:
 
 def _needed(model: Path, pairs: list[TokenPair]) -> float:
     """Operations that training on a pair takes at least, on average."""
-    shape = cost.Shape.of(config_in(model))
+    shape = shape_of_config(config_in(model))
     total = 0.0
     for pair in pairs:
         document = Document.of(pair.chosen, pair.rejected)
@@ -245,7 +247,7 @@ def matmul_tflops() -> dict[str, float]:
     """What square matrix products reach here, by precision."""
     import torch
 
-    return {name: cost.matmul_rate(getattr(torch, dtype)) / 1e12 for name, dtype in _DTYPES.items()}
+    return {name: matmul_rate(getattr(torch, dtype)) / 1e12 for name, dtype in _DTYPES.items()}
 
 
 def hardware() -> dict[str, Any]:

@@ -18,6 +18,7 @@ import torch
 from dpo_core.config import Config
 from dpo_core.data.tokens.tokenise import Sequence, TokenPair
 from dpo_core.scoring import flops as cost
+from dpo_core.scoring.model_shape import shape_of_config
 from dpo_core.training.distributed import peak_bytes
 
 BETA = 0.1
@@ -174,7 +175,7 @@ def _trl(race: Race, rows: list[dict[str, Any]], work: Path) -> dict[str, Any]:
             trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch)).item() for batch in batches
         ]
 
-    flops, shape, collate = 0.0, cost.Shape.of(module.config), trainer.data_collator
+    flops, shape, collate = 0.0, shape_of_config(module.config), trainer.data_collator
 
     def counted(rows: list[dict[str, Any]]) -> dict[str, Any]:
         nonlocal flops

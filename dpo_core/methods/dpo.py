@@ -35,9 +35,10 @@ from dpo_core.objectives import (
 from dpo_core.reference import LogpShard, sequence_key
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.branch_scores import BranchScores, branch_scores
-from dpo_core.scoring.layout import Document
-from dpo_core.scoring.lm_head import keeps_logits
+from dpo_core.scoring.document import Document
+from dpo_core.scoring.flops import keeps_logits
 from dpo_core.scoring.logprobs import autocast
+from dpo_core.scoring.model_shape import shape_of
 from dpo_core.training.loop import PackedTrainer
 
 log = logging.getLogger(__name__)
@@ -148,7 +149,7 @@ class DpoTrainer(PackedTrainer[TokenPair]):
         self.live = live_reference if config.needs_live_reference else None
         if self.live is not None:
             self.live.to(self.engine.device).eval().requires_grad_(False)
-            self.live_shape = cost.Shape.of_module(self.live)
+            self.live_shape = shape_of(self.live)
         elif config.needs_reference:
             if reference is None:
                 raise StageFailed("the DPO job names no reference log-probs", "Run the cache stage first")

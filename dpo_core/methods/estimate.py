@@ -6,11 +6,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from dpo_core.scoring import flops as cost
-from dpo_core.scoring.layout import Document, Layout, pack, pad
-from dpo_core.scoring.lm_head import keeps_logits
+from dpo_core.scoring.document import Document, MicroBatch
 from dpo_core.training.batches import PackedBatches, PaddedBatches
-from dpo_core.training.config import EngineConfig
-from dpo_core.training.loop import LoopConfig, PackedLoopConfig
+from dpo_core.training.config import EngineConfig, LoopConfig, PackedLoopConfig
 
 CAPPED = "every completion of the most tokens"
 
@@ -24,8 +22,8 @@ class Work:
     precision: str = "fp32"
     engine: EngineConfig | None = None
     """Of a training stage; the fields below are its own too."""
-    layout: Layout | None = None
-    """The fullest micro-batch."""
+    fullest: MicroBatch | None = None
+    """The micro-batch of the most tokens."""
     micro_batches: int = 1
     references: int = 0
     """Models in memory beside the trained one."""
@@ -81,21 +79,21 @@ def loop(config: LoopConfig, examples: Examples, inputs: Inputs) -> Work:
     seen = config.steps(examples.count) * min(config.batch_size, examples.count)
     sizes = [cost.sizes(d, packed) for d in examples.documents]
     tokens, squares, scored = (float(np.mean(column)) for column in zip(*sizes, strict=True))
-    layout, micro_batches = _fullest(config, examples, inputs.seed, packed)
+    fullest, micro_batches = _fullest(config, examples, inputs.seed, packed)
     flops = cost.training(
         inputs.shape,
         tokens,
         squares,
         scored,
         checkpointing=config.engine.gradient_checkpointing,
-        head_again=not keeps_logits(len(layout.targets_N), inputs.shape.vocabulary),
+        head_again=not cost.keeps_logits(fullest.targets, inputs.shape.vocabulary),
     )
     return Work(
         tokens=seen * tokens,
         flops=seen * flops,
         precision=config.engine.precision,
         engine=config.engine,
-        layout=layout,
+        fullest=fullest,
         micro_batches=micro_batches,
         note=examples.note,
     )
@@ -107,7 +105,7 @@ def with_forward_pass(work: Work, shape: cost.Shape, references: int) -> Work:
     return replace(work, flops=work.flops + again, references=references)
 
 
-def _fullest(config: LoopConfig, examples: Examples, seed: int, packed: bool) -> tuple[Layout, int]:
+def _fullest(config: LoopConfig, examples: Examples, seed: int, packed: bool) -> tuple[MicroBatch, int]:
     """The largest micro-batch of the first epoch on the first rank, and how many a step has."""
     ranks, documents = config.engine.processes, examples.documents
     of = np.resize(np.arange(len(documents)), max(examples.count, 1))
@@ -125,7 +123,7 @@ def _fullest(config: LoopConfig, examples: Examples, seed: int, packed: bool) ->
     micros = [m for step in range(min(steps, config.steps(len(of)))) for m in batches.of_step(step).mine]
     fullest = max(micros, key=lambda m: (sum if packed else max)(int(lengths[i]) for i in m))
     chosen = [documents[of[i]] for i in fullest]
-    return (pack if packed else pad)(chosen), batches.micro_batches
+    return MicroBatch(chosen, packed), batches.micro_batches
 
 
 def rounds(config: Any, inputs: Inputs, *, learnt: float = 1.0, critic: bool = False) -> Work:
@@ -154,7 +152,7 @@ def rounds(config: Any, inputs: Inputs, *, learnt: float = 1.0, critic: bool = F
         + (1 + critic) * learnt * episodes.count * config.epochs * trained,
         precision=config.engine.precision,
         engine=config.engine,
-        layout=pad(sorted(documents, key=len)[-config.micro_batch_size :]),
+        fullest=MicroBatch(sorted(documents, key=len)[-config.micro_batch_size :], packed=False),
         micro_batches=max(1, round(learnt * episodes.count * config.epochs / (updates * shared))),
         # A critic is in memory with its gradients and the two moments of its optimiser.
         references=1 + inputs.learned_reward + 4 * critic,

@@ -32,7 +32,7 @@ from dpo_core.reference import LogpShard, sequence_key
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.attention import whole_blocks
 from dpo_core.scoring.branch_scores import branch_scores
-from dpo_core.scoring.layout import Document
+from dpo_core.scoring.document import Document
 from dpo_core.scoring.logprobs import autocast
 from dpo_core.training.batches import Batch
 from dpo_core.training.loop import PackedTrainer

@@ -41,7 +41,8 @@ from dpo_core.models.reward_model import RewardModel
 from dpo_core.rewards.model import is_reward_model
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.attention import trunk_of
-from dpo_core.scoring.layout import Document, PaddedRows, pad
+from dpo_core.scoring.document import Document
+from dpo_core.scoring.layout import PaddedRows, pad
 from dpo_core.scoring.logprobs import autocast
 from dpo_core.training.config import OptimConfig
 from dpo_core.training.engine import Engine

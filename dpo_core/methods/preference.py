@@ -4,10 +4,9 @@ from pydantic import Field
 from torch import Tensor
 
 from dpo_core.errors import StageFailed
-from dpo_core.models.lora import LoraConfig
+from dpo_core.models.lora_config import LoraConfig
 from dpo_core.objectives import Objective, ObjectiveName, Term, get
-from dpo_core.training.config import EngineConfig, OptimConfig
-from dpo_core.training.loop import PackedLoopConfig
+from dpo_core.training.config import EngineConfig, OptimConfig, PackedLoopConfig
 
 
 class PreferenceConfig(PackedLoopConfig):

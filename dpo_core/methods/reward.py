@@ -19,10 +19,10 @@ from dpo_core.models.reward_model import RewardModel, bradley_terry_loss
 from dpo_core.rewards.model import normalise_on, read_sizes, reward_of
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.attention import trunk_of
-from dpo_core.scoring.layout import Document
-from dpo_core.training.config import EngineConfig, OptimConfig
+from dpo_core.scoring.document import Document
+from dpo_core.training.config import EngineConfig, LoopConfig, OptimConfig
 from dpo_core.training.engine import put_state
-from dpo_core.training.loop import LoopConfig, Trainer
+from dpo_core.training.loop import Trainer
 
 
 class RewardModelConfig(LoopConfig):

@@ -13,12 +13,12 @@ from dpo_core.methods.build import export_model, read_rows, start
 from dpo_core.methods.estimate import Inputs, Work, loop
 from dpo_core.methods.job import Job
 from dpo_core.methods.method import GRADIENT, LOSS, Export, Method
-from dpo_core.models.lora import LoraConfig
+from dpo_core.models.lora_config import LoraConfig
 from dpo_core.scoring.branch_scores import branch_scores
-from dpo_core.scoring.layout import Document
+from dpo_core.scoring.document import Document
 from dpo_core.scoring.logprobs import autocast
-from dpo_core.training.config import EngineConfig, OptimConfig
-from dpo_core.training.loop import PackedLoopConfig, PackedTrainer
+from dpo_core.training.config import EngineConfig, OptimConfig, PackedLoopConfig
+from dpo_core.training.loop import PackedTrainer
 
 
 class SftConfig(PackedLoopConfig):

@@ -6,28 +6,12 @@ has the additions merged in. Source: Hu et al. 2021, arXiv 2106.09685.
 """
 
 import importlib.util
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 
-from dpo_core.config import Config
 from dpo_core.errors import RecipeError
-
-LORA_EXTRA = (
-    "pip install 'dpo-pipeline[lora]' (in a checkout: .venv/bin/pip install -c constraints.txt -e '.[lora]')"
-)
-
-
-class LoraConfig(Config):
-    """Which weights get an addition (alpha / rank) B A, and of what rank. There is no dropout."""
-
-    rank: int = Field(16, ge=1)
-    """Rank of each addition."""
-    alpha: float = Field(32.0, gt=0)
-    """Scale of the additions, before it is divided by the rank."""
-    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Names of linear layers, such as q_proj; all but the output head when not given."""
+from dpo_core.models.lora_config import LORA_EXTRA, LoraConfig
 
 
 def add_lora(model: Any, config: LoraConfig, seed: int) -> None:

@@ -15,6 +15,7 @@ from dpo_core.rewards.functions import load_reward
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.layout import right_padded
 from dpo_core.scoring.logprobs import autocast, length_batches
+from dpo_core.scoring.model_shape import shape_of_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -105,5 +106,5 @@ def scoring_flops_of(source: str) -> Callable[[Seq[Sequence]], float]:
     """Operations of scoring sequences; those of a reward that is no model of ours are unknown and count 0."""
     if not is_reward_model(source):
         return lambda sequences: 0.0
-    shape = cost.Shape.of(config_in(Path(source, "backbone"))).as_reward_model()
+    shape = shape_of_config(config_in(Path(source, "backbone"))).as_reward_model()
     return lambda sequences: scoring_flops(shape, sequences)

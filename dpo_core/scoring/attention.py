@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from dpo_core.errors import ModelError
 from dpo_core.scoring.cpu_attention import Bf16Attention, DocumentParts
-from dpo_core.scoring.flops import head_size
 from dpo_core.scoring.layout import Pack
+from dpo_core.scoring.model_shape import head_size
 
 NAME = "dpo"
 BLOCK = 128

@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from dpo_core.scoring import lm_head as head
 from dpo_core.scoring.attention import packed_hidden, padded_hidden
+from dpo_core.scoring.flops import keeps_logits
 from dpo_core.scoring.layout import Layout, Pack, PaddedRows
-from dpo_core.scoring.lm_head import head_of, keeps_logits, logits, softcap_of, target_logps
+from dpo_core.scoring.lm_head import head_of, logits, softcap_of, target_logps
 
 
 @dataclass(frozen=True)

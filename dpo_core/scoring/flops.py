@@ -3,23 +3,22 @@
 A matrix weight costs 2 operations a token forward and 4 backward (Kaplan et al. 2020, "6N"); scores and
 mixing of attention cost 4 times the attention's width for each pair of positions and layer. Pairs of
 positions are counted as kernels with a mask compute them: the whole square of a row. Norms and activations
-count nothing. What a machine can do at most is timed.
+count nothing.
 
 Shapes: T tokens fed, N scored positions (where the output head runs).
 """
 
-import time
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from dpo_core.models.remote_code import build
-from dpo_core.models.transformers_lock import quiet_transformers
-from dpo_core.scoring.layout import Document
+from dpo_core.scoring.document import Document
 
 # Backward of attention: four products of the size of forward's two, with the scores kept from forward.
 _ATTENTION_BACKWARD = 2
+KEEP_LOGITS_BYTES = 1 << 29
+"""Logits above this size are computed again in the backward pass; smaller ones are kept, a quarter faster."""
 
 
 @dataclass(frozen=True)
@@ -42,59 +41,9 @@ class Shape:
     frozen_head: int = 0
     """The same of the output head."""
 
-    @classmethod
-    def of(cls, config: Any) -> "Shape":
-        """Read off a causal language model that is built without memory, so that any architecture counts."""
-        import torch
-
-        with quiet_transformers(), torch.device("meta"):
-            return cls.of_module(build(config))
-
-    @classmethod
-    def of_module(cls, module: Any) -> "Shape":
-        """Read off a causal language model or a reward model, as long as ZeRO 3 has not cut its weights up.
-
-        Experts count by the share of them that a token meets.
-        """
-        import torch
-
-        # Not by the name `backbone`: Mamba calls its own trunk so.
-        trunk = module if hasattr(module, "get_output_embeddings") else module.backbone
-        head = (module.get_output_embeddings() if trunk is module else module.head).weight
-        text = trunk.config.get_text_config()
-        embeddings = {m.weight for m in module.modules() if isinstance(m, torch.nn.Embedding)} | {head}
-        names = ("num_local_experts", "num_experts", "n_routed_experts")
-        experts = next((n for name in names if (n := getattr(text, name, None))), 1)
-        met = getattr(text, "num_experts_per_tok", None) or experts
-
-        def count(weights: Iterable[Any]) -> int:
-            return sum(p.numel() * met // experts if p.ndim == 3 else p.numel() for p in weights)
-
-        matrices = [p for p in module.parameters() if p.ndim >= 2 and p not in embeddings]
-        heads = getattr(text, "num_attention_heads", 0)  # none where a state does their work
-        width = head_size(text) or (text.hidden_size // heads if heads else 0)
-        return cls(
-            parameters=sum(p.numel() for p in module.parameters()),
-            trunk=count(matrices),
-            head=head.numel(),
-            layers=text.num_hidden_layers,
-            attention=heads * width,
-            vocabulary=len(head),
-            frozen_trunk=count(p for p in matrices if not p.requires_grad),
-            frozen_head=0 if head.requires_grad else head.numel(),
-        )
-
     def as_reward_model(self) -> "Shape":
         """The same trunk with a head of one row."""
         return replace(self, head=self.head // self.vocabulary, vocabulary=1)
-
-
-def head_size(config: Any) -> int | None:
-    """The size of an attention head that a config names; None where it names none, or one a layer."""
-    try:
-        return getattr(config, "head_dim", None)
-    except Exception:  # transformers raises an error of its own for sizes that differ from layer to layer
-        return None
 
 
 class Sizes(NamedTuple):
@@ -162,7 +111,7 @@ def training(
 
     Args:
         checkpointing: the layers run forward once more in the backward pass.
-        head_again: so does the head (see `lm_head.KEEP_LOGITS_BYTES`).
+        head_again: so does the head (see `keeps_logits`).
     """
     attention = _attention(shape, squares)
     trunk, head = 6 * shape.trunk - 2 * shape.frozen_trunk, 6 * shape.head - 2 * shape.frozen_head
@@ -170,6 +119,11 @@ def training(
     if checkpointing:
         total += 2 * shape.trunk * tokens + attention
     return total + (2 * shape.head * scored if head_again else 0)
+
+
+def keeps_logits(tokens: int, vocabulary: int) -> bool:
+    """Whether the forward pass keeps what the backward pass needs of so many tokens' logits."""
+    return tokens * vocabulary * 4 <= KEEP_LOGITS_BYTES
 
 
 def generation(shape: Shape, prompts: Iterable[int], new: float) -> float:
@@ -195,22 +149,3 @@ def sampling(shape: Shape, drawn: Iterable[tuple[int, int]]) -> float:
 
 def _attention(shape: Shape, squares: float) -> float:
     return 4 * shape.layers * shape.attention * squares
-
-
-def matmul_rate(dtype: Any, seconds: float = 0.5) -> float:
-    """Operations a second of a square matrix product on this machine's GPU or CPU, timed for some seconds."""
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    size = 8192 if device == "cuda" else 1024
-    left = torch.randn(size, size, device=device).to(dtype)
-
-    def product() -> None:
-        (left @ left)[0, 0].item()  # waits for a GPU
-
-    product()
-    start, rounds = time.perf_counter(), 0
-    while rounds == 0 or time.perf_counter() - start < seconds:
-        product()
-        rounds += 1
-    return rounds * 2 * size**3 / (time.perf_counter() - start)

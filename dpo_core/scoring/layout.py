@@ -15,46 +15,16 @@ Shapes: T tokens of a pack, N predicted tokens, S branches of all D documents, L
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from dpo_core.data.tokens.tokenise import Sequence
-
+from dpo_core.scoring.document import Document, MicroBatch
 
 _Indices = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Document:
-    """A prompt and the completions that share it; none is empty. Its length is what the model is fed."""
-
-    prompt: tuple[int, ...]
-    branches: tuple[tuple[int, ...], ...]
-    learnt: tuple[tuple[bool, ...] | None, ...] | None = None
-    """Of each branch, which tokens are predicted, at least one; None: all. The others are read only."""
-
-    @classmethod
-    def of(cls, *sequences: "Sequence") -> "Document":
-        """Of completions of one prompt."""
-        masks = tuple(s.learnt for s in sequences)
-        completions = tuple(s.completion for s in sequences)
-        return cls(sequences[0].prompt, completions, None if all(m is None for m in masks) else masks)
-
-    def targets(self) -> list[_Indices]:
-        """Places of the predicted tokens in each branch."""
-        masks = self.learnt or (None,) * len(self.branches)
-        return [
-            np.arange(len(tokens)) if mask is None else np.flatnonzero(mask)
-            for tokens, mask in zip(self.branches, masks, strict=True)
-        ]
-
-    def __len__(self) -> int:
-        return len(self.prompt) + sum(len(branch) - 1 for branch in self.branches)
 
 
 @dataclass(frozen=True)
@@ -110,6 +80,15 @@ def _moved(value: Any, device: torch.device | str) -> Any:
     if isinstance(value, tuple):
         return tuple(_moved(part, device) for part in value)
     return value.to(device) if isinstance(value, Tensor) else value
+
+
+def lay_out(micro_batch: MicroBatch) -> Layout:
+    """A micro-batch as tensors.
+
+    Raises:
+        ValueError: a prompt or a branch is empty.
+    """
+    return (pack if micro_batch.packed else pad)(micro_batch.documents)
 
 
 def pack(documents: Seq[Document], pad_to: int | None = None) -> Pack:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dpo_core.scoring.flops import keeps_logits
+
 # fp32 logits of one chunk: 512 x 49,152 x 4 bytes is 100 MB.
 CHUNK_TOKENS = 512
-# Logits above this size are computed again in the backward pass; smaller ones are kept, a quarter faster.
-KEEP_LOGITS_BYTES = 1 << 29
 
 
 def head_of(model: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -52,11 +52,6 @@ def logits(model: nn.Module, hidden_CH: Tensor) -> Tensor:
         logits_CV = F.linear(hidden_CH.float(), weight_VH.float(), bias_V)
         logits_CV = logits_CV if scale == 1 else logits_CV * scale
     return torch.tanh(logits_CV / softcap) * softcap if softcap else logits_CV
-
-
-def keeps_logits(tokens: int, vocabulary: int) -> bool:
-    """Whether the forward pass keeps what the backward pass needs of so many tokens' logits."""
-    return tokens * vocabulary * 4 <= KEEP_LOGITS_BYTES
 
 
 def target_logps(model: nn.Module, hidden_NH: Tensor, targets_N: Tensor, temperature: float = 1.0) -> Tensor:

@@ -16,7 +16,9 @@ from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.attention import whole_blocks
 from dpo_core.scoring.branch_scores import branch_scores
-from dpo_core.scoring.layout import Document, pack, pad
+from dpo_core.scoring.document import Document
+from dpo_core.scoring.layout import pack, pad
+from dpo_core.scoring.model_shape import shape_of
 from dpo_core.scoring.packing_check import packing_fault
 from dpo_core.scoring.precision import Precision
 
@@ -105,7 +107,7 @@ def read_flops(model: nn.Module, sequences: Seq[Sequence], token_budget: int) ->
     """Operations of `completion_logps`, counted from lengths."""
     if not sequences:
         return 0.0
-    shape, plan = cost.Shape.of_module(model), _plan(model, sequences, token_budget)
+    shape, plan = shape_of(model), _plan(model, sequences, token_budget)
     passes = [[plan.documents[d] for d in group] for group in plan.groups]
     sizes = [cost.pass_sizes(one, packed=plan.shared, length=plan.width) for one in passes]
     return sum(cost.forward(shape, *one) for one in sizes)

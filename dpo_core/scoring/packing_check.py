@@ -18,7 +18,8 @@ from dpo_core.errors import ModelError
 from dpo_core.models.load import position_limit
 from dpo_core.scoring.attention import attention_on_trial, trunk_of, whole_blocks
 from dpo_core.scoring.branch_scores import branch_scores
-from dpo_core.scoring.layout import Document, Layout, pack, pad
+from dpo_core.scoring.document import Document
+from dpo_core.scoring.layout import Layout, pack, pad
 from dpo_core.scoring.lm_head import head_of
 
 # What a difference may be, as a share of the spread of log-probs, and at least in nats: rounding in fp32.

@@ -1,5 +1,6 @@
-"""What a recipe says about optimiser, schedule, precision, memory, ranks and checkpoints."""
+"""What a recipe says about optimiser, schedule, precision, memory, ranks, checkpoints and batches."""
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -63,6 +64,63 @@ class EngineConfig(Config):
                 f"offload '{self.offload}' needs zero_stage {needed} or more, not {self.zero_stage}"
             )
         return self
+
+
+class LoopConfig(Config):
+    """What every loop over a fixed set of examples reads."""
+
+    epochs: float = Field(1.0, gt=0)
+    """Passes over the training examples."""
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after so many optimiser steps, whatever `epochs` says."""
+    batch_size: int = Field(16, ge=1)
+    """Examples (pairs, for preferences) in one optimiser step, over all ranks."""
+    micro_batch_size: int = Field(8, ge=1)
+    """Examples in one forward pass on one rank."""
+    optim: OptimConfig = OptimConfig()
+    """Optimiser and schedule."""
+    engine: EngineConfig = EngineConfig()
+    """Precision, ZeRO stage, ranks, checkpoints."""
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> "LoopConfig":
+        share = self.micro_batch_size * self.engine.processes
+        if self.rows_are_padded and self.batch_size % share:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size x processes = {share}"
+            )
+        return self
+
+    @property
+    def rows_are_padded(self) -> bool:
+        """Whether `micro_batch_size` decides what shares a forward pass."""
+        return True
+
+    def rows_at_a_time(self, world: int) -> int:
+        """Examples in a forward pass of padded rows on one of so many ranks.
+
+        Where packs were asked for and cannot be, the recipe's two sizes need not divide each other.
+        """
+        if self.rows_are_padded:
+            return self.micro_batch_size
+        return math.gcd(self.batch_size // world, self.micro_batch_size)
+
+    def steps(self, examples: int) -> int:
+        """Optimiser steps for so many examples."""
+        wanted = max(1, round(examples * self.epochs / self.batch_size))
+        return min(wanted, self.max_steps or wanted)
+
+
+class PackedLoopConfig(LoopConfig):
+    """A loop whose examples are prompts with completions, which can be packed."""
+
+    pack_tokens: int | None = Field(4096, ge=64)
+    """Tokens of one forward pass on one rank: each prompt once with its completions, nothing padded. Empty:
+    padded rows, `micro_batch_size` examples at a time; so also for a model that cannot share a prompt."""
+
+    @property
+    def rows_are_padded(self) -> bool:
+        return self.pack_tokens is None
 
 
 class Schedule:

@@ -5,7 +5,6 @@ PPO draws its own data and has its own loop; it uses the same engine.
 
 import json
 import logging
-import math
 import os
 import time
 from abc import ABC, abstractmethod
@@ -15,81 +14,24 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from dpo_core.config import Config
 from dpo_core.errors import StageFailed
 from dpo_core.models.dropout import set_training
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.attention import checkpoint_layers, trunk_of, whole_blocks
-from dpo_core.scoring.layout import Document, Layout, Pack, pack, pad
-from dpo_core.scoring.lm_head import keeps_logits
+from dpo_core.scoring.document import Document
+from dpo_core.scoring.flops import keeps_logits
+from dpo_core.scoring.layout import Layout, Pack, pack, pad
+from dpo_core.scoring.model_shape import shape_of
 from dpo_core.scoring.packing_check import packing_fault
 from dpo_core.training.batches import Batch, Batches, PackedBatches, PaddedBatches
-from dpo_core.training.config import EngineConfig, OptimConfig
+from dpo_core.training.config import LoopConfig, PackedLoopConfig
 from dpo_core.training.engine import Engine, MetricsFile, Stopped
 from dpo_core.training.routing import router_balance
 
 log = logging.getLogger(__name__)
 Example = TypeVar("Example")
-
-
-class LoopConfig(Config):
-    """What every loop over a fixed set of examples reads."""
-
-    epochs: float = Field(1.0, gt=0)
-    """Passes over the training examples."""
-    max_steps: int | None = Field(None, ge=1)
-    """Stop after so many optimiser steps, whatever `epochs` says."""
-    batch_size: int = Field(16, ge=1)
-    """Examples (pairs, for preferences) in one optimiser step, over all ranks."""
-    micro_batch_size: int = Field(8, ge=1)
-    """Examples in one forward pass on one rank."""
-    optim: OptimConfig = OptimConfig()
-    """Optimiser and schedule."""
-    engine: EngineConfig = EngineConfig()
-    """Precision, ZeRO stage, ranks, checkpoints."""
-
-    @model_validator(mode="after")
-    def _batches_divide(self) -> "LoopConfig":
-        share = self.micro_batch_size * self.engine.processes
-        if self.rows_are_padded and self.batch_size % share:
-            raise ValueError(
-                f"batch_size {self.batch_size} is not a multiple of micro_batch_size x processes = {share}"
-            )
-        return self
-
-    @property
-    def rows_are_padded(self) -> bool:
-        """Whether `micro_batch_size` decides what shares a forward pass."""
-        return True
-
-    def rows_at_a_time(self, world: int) -> int:
-        """Examples in a forward pass of padded rows on one of so many ranks.
-
-        Where packs were asked for and cannot be, the recipe's two sizes need not divide each other.
-        """
-        if self.rows_are_padded:
-            return self.micro_batch_size
-        return math.gcd(self.batch_size // world, self.micro_batch_size)
-
-    def steps(self, examples: int) -> int:
-        """Optimiser steps for so many examples."""
-        wanted = max(1, round(examples * self.epochs / self.batch_size))
-        return min(wanted, self.max_steps or wanted)
-
-
-class PackedLoopConfig(LoopConfig):
-    """A loop whose examples are prompts with completions, which can be packed."""
-
-    pack_tokens: int | None = Field(4096, ge=64)
-    """Tokens of one forward pass on one rank: each prompt once with its completions, nothing padded. Empty:
-    padded rows, `micro_batch_size` examples at a time; so also for a model that cannot share a prompt."""
-
-    @property
-    def rows_are_padded(self) -> bool:
-        return self.pack_tokens is None
 
 
 class Trainer(ABC, Generic[Example]):
@@ -104,7 +46,7 @@ class Trainer(ABC, Generic[Example]):
         self.module = module
         self.total_steps = config.steps(len(examples))
         self.batches = self.make_batches()
-        self.shape = cost.Shape.of_module(module)  # before ZeRO cuts the weights up
+        self.shape = shape_of(module)  # before ZeRO cuts the weights up
         self.balance = router_balance(module)
         if config.engine.gradient_checkpointing:
             checkpoint_layers(module)

@@ -154,11 +154,12 @@ def _stage(name: str, found: StageResult, workload: Workload, speed: Speed) -> S
 
 
 def _memory(work: Work, workload: Workload, speed: Speed) -> dict[str, int]:
+    from dpo_core.scoring.layout import lay_out
     from dpo_core.training.memory import step_memory, training_memory
 
-    if work.engine is None or work.layout is None:
+    if work.engine is None or work.fullest is None:
         return {}
-    step = step_memory(workload.config, work.layout, work.engine, on_gpu=speed.on_gpu)
+    step = step_memory(workload.config, lay_out(work.fullest), work.engine, on_gpu=speed.on_gpu)
     peak = training_memory(
         step,
         work.engine,

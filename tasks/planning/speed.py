@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from dpo_core.methods.registry import methods
-from dpo_core.scoring.flops import matmul_rate
+from dpo_core.scoring.matmul_rate import matmul_rate
 from tasks.reports.run_report import RunReport, StageRow
 from tasks.stages.registry import is_stage, stage_of
 from tasks.store.facts import Facts, facts_of

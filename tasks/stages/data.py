@@ -226,6 +226,7 @@ def sample_pairs(
         from dpo_core.models.load import load_model, load_tokenizer
         from dpo_core.rewards.model import scorer
         from dpo_core.scoring import flops as cost
+        from dpo_core.scoring.model_shape import shape_of
 
         rows = read_rows(prompts.path / "data.parquet")
         tokenise = Tokenise(load_tokenizer(reference.path), tokens)
@@ -253,7 +254,7 @@ def sample_pairs(
         frame.to_parquet(out / "data.parquet", index=False)
         metrics = {f"data/{k}": float(v) for k, v in counts.items()}
         lengths = [(len(ids), len(c.ids)) for (_, ids), c in zip(wanted, drawn, strict=True)]
-        flops = cost.sampling(cost.Shape.of_module(model), lengths)
+        flops = cost.sampling(shape_of(model), lengths)
         facts = SamplingFacts(**counts, flops=flops)
         return Output(out, rows=len(frame), facts=facts, metrics=metrics | {"cost/flops": flops})
 

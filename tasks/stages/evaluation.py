@@ -305,6 +305,7 @@ def _measure(
     )
     from dpo_core.scoring import flops as cost
     from dpo_core.scoring.logprobs import read_flops
+    from dpo_core.scoring.model_shape import shape_of
 
     same, config = policy is reference, settings.config
     drawn = sample_policy(
@@ -322,7 +323,7 @@ def _measure(
     drawn.kl_k1, drawn.kl_k3 = kl_estimates(ours, theirs)
     drawn.entropy = -float(sum(x.double().sum() for x in ours)) / sum(len(x) for x in ours)
     lengths = [(len(s.prompt), len(s.completion)) for s in drawn.sequences]
-    flops = cost.sampling(cost.Shape.of_module(policy), lengths)
+    flops = cost.sampling(shape_of(policy), lengths)
     flops += read_flops(policy, drawn.sequences, config.token_budget) * (1 if same else 2)
     accuracy, by_source = None, {}
     pairs, known = held_out.pairs, held_out.reference_logps
@@ -355,9 +356,9 @@ def _accuracy_by_source(
 def _scoring_flops(reference: Any, facts: dict[str, Any]) -> float:
     """Operations of a reward model, which was made of the reference, on the samples."""
     from dpo_core.rewards.model import scoring_flops
-    from dpo_core.scoring.flops import Shape
+    from dpo_core.scoring.model_shape import shape_of
 
-    return scoring_flops(Shape.of_module(reference).as_reward_model(), _samples(facts).sequences)
+    return scoring_flops(shape_of(reference).as_reward_model(), _samples(facts).sequences)
 
 
 def _samples(facts: dict[str, Any]) -> Any:

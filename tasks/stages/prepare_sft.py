@@ -12,7 +12,7 @@ from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.errors import DataError, StageFailed
 from dpo_core.methods import estimate
 from dpo_core.methods.sft import METHOD, SftConfig
-from dpo_core.scoring.layout import Document
+from dpo_core.scoring.document import Document
 from dpo_core.system import digest_file
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 from tasks.stages.data import kind_of

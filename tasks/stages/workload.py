@@ -15,7 +15,7 @@ from dpo_core.data.tokens.tokenise import Tokenise
 from dpo_core.methods.estimate import CAPPED, Examples, Inputs, Work, read, unknown
 from dpo_core.methods.unpaired_rows import unpaired_examples
 from dpo_core.scoring import flops as cost
-from dpo_core.scoring.layout import Document
+from dpo_core.scoring.document import Document
 from tasks.recipe.policies import PolicyFields
 from tasks.recipe.recipe import Recipe
 from tasks.recipe.study import Node
@@ -44,7 +44,9 @@ class Workload:
     @cached_property
     def shape(self) -> cost.Shape:
         """Of the model."""
-        return cost.Shape.of(self.config)
+        from dpo_core.scoring.model_shape import shape_of_config
+
+        return shape_of_config(self.config)
 
     @cached_property
     def nodes(self) -> dict[str, Node]:

@@ -25,6 +25,7 @@ from dpo_core.methods.online.rollouts import Episode, Item, Rollout, deal, micro
 from dpo_core.methods.online.sampler import RolloutContext, Sampler
 from dpo_core.models.save import export_policy
 from dpo_core.scoring import flops as cost
+from dpo_core.scoring.model_shape import shape_of
 from dpo_core.training.config import EngineConfig, OptimConfig
 from dpo_core.training.engine import Engine, MetricsFile, Stopped
 from dpo_core.training.routing import router_balance
@@ -104,7 +105,7 @@ class OnlineTrainer(ABC, Generic[Item]):
         self.module = policy
         if router_balance(policy) is not None:
             log.warning("the router's auxiliary loss, which the model's config asks for, is left out here")
-        self.shape = cost.Shape.of_module(policy)
+        self.shape = shape_of(policy)
         self.micro_per_step = self._micro_per_step()
         self.engine = self.make_engine(policy, config.optim, self.companions())
         self.reference.to(self.engine.device)

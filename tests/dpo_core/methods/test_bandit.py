@@ -21,7 +21,8 @@ from dpo_core.methods.online.sampler import RolloutContext
 from dpo_core.methods.ppo import PpoConfig, PpoTrainer, make_critic
 from dpo_core.models.load import load_model
 from dpo_core.objectives import PairLogps, Term, combine, get
-from dpo_core.scoring.layout import Document, pad
+from dpo_core.scoring.document import Document
+from dpo_core.scoring.layout import pad
 from dpo_core.training.config import EngineConfig, OptimConfig
 from tests.support.models.tiny import make_tiny_model
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from dpo_core import job as train
 from dpo_core.errors import RecipeError
 from dpo_core.models.load import load_model
-from dpo_core.models.lora import LoraConfig, add_lora, merge_lora
+from dpo_core.models.lora import add_lora, merge_lora
+from dpo_core.models.lora_config import LoraConfig
 from tests.support.models.families import make_family
 from tests.support.models.tiny import make_tiny_model
 from tests.support.runs import training_jobs

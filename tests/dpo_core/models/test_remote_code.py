@@ -14,8 +14,8 @@ from dpo_core.models import remote_code
 from dpo_core.models.load import ModelConfig, config_in, convert, load_model
 from dpo_core.models.reward_model import RewardModel
 from dpo_core.reference.job import attention_of
-from dpo_core.scoring import flops as cost
 from dpo_core.scoring.attention import trunk_of
+from dpo_core.scoring.model_shape import shape_of_config
 from tests.support.models.families import with_own_code
 from tests.support.models.tiny import make_tiny_model
 from tests.support.runs.training_jobs import sft_job
@@ -49,7 +49,7 @@ def test_what_was_imported_is_read_everywhere_and_keeps_its_code(own: Path, tmp_
     assert type(model).__name__ == "OwnForCausalLM"
     assert (out / "modeling_own.py").read_bytes() == (own / "modeling_own.py").read_bytes()
     assert attention_of(out) == "sdpa"
-    assert cost.Shape.of(config_in(out)).parameters == sum(p.numel() for p in model.parameters())
+    assert shape_of_config(config_in(out)).parameters == sum(p.numel() for p in model.parameters())
     with torch.no_grad():
         reward = RewardModel(trunk_of(model))
         inputs = torch.tensor([[5, 6, 7]]), torch.ones(1, 3), torch.tensor([2])

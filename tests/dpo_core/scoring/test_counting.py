@@ -18,13 +18,14 @@ from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.methods.reward import RewardModelConfig, RewardTrainer
 from dpo_core.methods.sft import Demonstration, SftConfig, SftTrainer
 from dpo_core.models.load import load_model
-from dpo_core.models.lora import LoraConfig, add_lora
+from dpo_core.models.lora import add_lora
+from dpo_core.models.lora_config import LoraConfig
 from dpo_core.models.reward_model import RewardModel
 from dpo_core.rewards.model import score, scoring_flops
 from dpo_core.scoring import flops as cost
-from dpo_core.scoring import lm_head as head
-from dpo_core.scoring.layout import Document
+from dpo_core.scoring.document import Document
 from dpo_core.scoring.logprobs import completion_logps, read_flops
+from dpo_core.scoring.model_shape import shape_of
 from dpo_core.training.batches import PackedBatches, PaddedBatches
 from tests.support.golden_objectives import trainer_of
 from tests.support.models.tiny import make_tiny_model
@@ -83,7 +84,7 @@ def test_a_step_of_preferences(name: str, layout: dict[str, Any], alone, wide, t
 @pytest.mark.parametrize("name", ["dpo", "tdpo2", "tr_dpo"])
 def test_logits_that_are_computed_again(name: str, alone, wide, tmp_path, monkeypatch):
     """The KL needs the reference's distribution again, its log-probs alone do not."""
-    monkeypatch.setattr(head, "KEEP_LOGITS_BYTES", 0)
+    monkeypatch.setattr(cost, "KEEP_LOGITS_BYTES", 0)
     rows, shard = shard_of(wide, name, tmp_path)
     check(trainer_of(name, wide, rows, tmp_path, shard=shard, live=wide))
 
@@ -123,7 +124,7 @@ def test_a_step_of_a_reward_model(alone, wide, tmp_path):
         model.train(), token_pairs(wide, ROWS), RewardModelConfig(**STEP), seed=0, work=tmp_path
     )
     assert (trainer.shape.head, trainer.shape.vocabulary) == (64, 1)
-    of_language = cost.Shape.of_module(load_model(wide)).as_reward_model()
+    of_language = shape_of(load_model(wide)).as_reward_model()
     assert replace(of_language, parameters=trainer.shape.parameters) == trainer.shape
     check(trainer)
 
@@ -146,7 +147,7 @@ def test_reading_and_scoring_without_training(wide):
     assert read_flops(model, [], 128) == 0
     reward = RewardModel(load_model(wide).get_decoder())
     real = measured(lambda: score(reward, sequences, "fp32", 128))
-    assert scoring_flops(cost.Shape.of_module(reward), sequences, 128) == pytest.approx(real, rel=0.02)
+    assert scoring_flops(shape_of(reward), sequences, 128) == pytest.approx(real, rel=0.02)
 
 
 def test_every_rank_counts_the_passes_of_all(alone):

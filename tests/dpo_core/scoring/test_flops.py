@@ -12,10 +12,11 @@ from dpo_core.generation.config import SamplingConfig
 from dpo_core.generation.generate import sample
 from dpo_core.generation.next_token import cache_is_exact
 from dpo_core.scoring import flops as cost
-from dpo_core.scoring import lm_head as head
 from dpo_core.scoring.attention import checkpoint_layers
 from dpo_core.scoring.branch_scores import branch_scores
-from dpo_core.scoring.layout import Document, pack, pad
+from dpo_core.scoring.document import Document
+from dpo_core.scoring.layout import pack, pad
+from dpo_core.scoring.model_shape import shape_of_config
 
 LLAMA = LlamaConfig(
     vocab_size=128,
@@ -55,7 +56,7 @@ def sizes(packed: bool) -> tuple[int, int, int]:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_forward_and_training(name):
     config = CONFIGS[name]
-    model, shape = built(config), cost.Shape.of(config)
+    model, shape = built(config), shape_of_config(config)
     assert shape.parameters == sum(p.numel() for p in model.parameters())
     packed = name != "gpt2"
     layout = (pack if packed else pad)(DOCUMENTS)
@@ -67,15 +68,15 @@ def test_forward_and_training(name):
 
 
 def test_a_shared_prompt_counts_once():
-    shape = cost.Shape.of(LLAMA)
+    shape = shape_of_config(LLAMA)
     saved = cost.training(shape, *sizes(packed=True)) / cost.training(shape, *sizes(packed=False))
     tokens = sizes(packed=True)[0] / sizes(packed=False)[0]
     assert tokens < saved < 1.1 * tokens, "of the trunk the share of tokens; the head is the same"
 
 
 def test_what_the_backward_pass_computes_again(monkeypatch):
-    monkeypatch.setattr(head, "KEEP_LOGITS_BYTES", 0)
-    model, shape = built(LLAMA).train(), cost.Shape.of(LLAMA)
+    monkeypatch.setattr(cost, "KEEP_LOGITS_BYTES", 0)
+    model, shape = built(LLAMA).train(), shape_of_config(LLAMA)
     checkpoint_layers(model)
     measured = counted(lambda: branch_scores(model, pack(DOCUMENTS)).logps_SL.sum().backward())
     told = cost.training(shape, *sizes(packed=True), checkpointing=True, head_again=True)
@@ -86,7 +87,7 @@ def test_what_the_backward_pass_computes_again(monkeypatch):
 
 
 def test_sampling():
-    model, shape = built(LLAMA).eval(), cost.Shape.of(LLAMA)
+    model, shape = built(LLAMA).eval(), shape_of_config(LLAMA)
     prompts = [tuple(range(1, 21))] * 3
     config = SamplingConfig(max_new_tokens=10, precision="fp32")
     assert cache_is_exact(model)  # tried once a model, and no part of what sampling costs

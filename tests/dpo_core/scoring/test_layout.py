@@ -17,7 +17,8 @@ from transformers import (
 from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.scoring.attention import _blocks, block_mask, has_flex_heads
 from dpo_core.scoring.branch_scores import branch_scores, hidden_of
-from dpo_core.scoring.layout import Document, pack, pad
+from dpo_core.scoring.document import Document
+from dpo_core.scoring.layout import pack, pad
 from dpo_core.scoring.logprobs import autocast
 from dpo_core.scoring.packing_check import packing_fault
 from tests.support.models.logps import full_logps
@@ -177,7 +178,7 @@ def test_recomputed_chunks_give_the_same_gradients(monkeypatch):
         return [p.grad.clone() for p in model.parameters()]
 
     kept = gradients()
-    monkeypatch.setattr("dpo_core.scoring.lm_head.KEEP_LOGITS_BYTES", 0)
+    monkeypatch.setattr("dpo_core.scoring.flops.KEEP_LOGITS_BYTES", 0)
     monkeypatch.setattr("dpo_core.scoring.lm_head.CHUNK_TOKENS", 5)
     for a, b in zip(kept, gradients(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

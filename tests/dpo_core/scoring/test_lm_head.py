@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dpo_core.scoring import flops as cost
 from dpo_core.scoring import lm_head as head
 from dpo_core.scoring.lm_head import target_logps
 
@@ -53,7 +54,7 @@ def both(function: Any, model: Headed, hidden_NH: Tensor, weights_N: Tensor, *re
 def test_values_and_gradients_are_those_of_autograd(bias, temperature, keep, monkeypatch):
     model, hidden_NH, targets_N, weights_N = made(bias=bias)
     monkeypatch.setattr(head, "CHUNK_TOKENS", 5)
-    monkeypatch.setattr(head, "KEEP_LOGITS_BYTES", 1 << 29 if keep else 0)
+    monkeypatch.setattr(cost, "KEEP_LOGITS_BYTES", 1 << 29 if keep else 0)
     ours = both(target_logps, model, hidden_NH, weights_N, targets_N, temperature)
     theirs = both(plain, model, hidden_NH, weights_N, targets_N, temperature)
     assert len(ours) == len(theirs) == 3 + bias

@@ -16,9 +16,11 @@ from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.errors import ModelError
 from dpo_core.model_check import check_definition
 from dpo_core.scoring import attention
+from dpo_core.scoring import flops as cost
 from dpo_core.scoring import lm_head as head
 from dpo_core.scoring.branch_scores import branch_scores, hidden_of, token_scores
-from dpo_core.scoring.layout import Document, PaddedRows, pad
+from dpo_core.scoring.document import Document
+from dpo_core.scoring.layout import PaddedRows, pad
 from dpo_core.scoring.logprobs import autocast, completion_logps, length_batches
 from tests.support.models.logps import full_logps, random_sequences
 
@@ -218,7 +220,7 @@ def test_recomputed_chunks_give_the_kept_values(
     assert len(passes) == 1, "what was kept is not computed again"
     chunks = math.ceil(len(rows.targets_N) / 5)
     monkeypatch.setattr(head, "CHUNK_TOKENS", 5)
-    monkeypatch.setattr(head, "KEEP_LOGITS_BYTES", 0)
+    monkeypatch.setattr(cost, "KEEP_LOGITS_BYTES", 0)
     passes.clear()
     recomputed = branch_scores(model, rows).logps_SL
     assert len(passes) == chunks > 1

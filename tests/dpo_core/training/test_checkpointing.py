@@ -11,7 +11,8 @@ from dpo_core.models.load import load_model
 from dpo_core.models.reward_model import RewardModel
 from dpo_core.scoring.attention import checkpoint_layers
 from dpo_core.scoring.branch_scores import branch_scores
-from dpo_core.scoring.layout import Document, pack, pad
+from dpo_core.scoring.document import Document
+from dpo_core.scoring.layout import pack, pad
 from dpo_core.training.engine import EngineConfig
 
 DOCUMENTS = [Document((5, 6, 7), ((8, 9), (10, 11, 12))), Document((13, 14), ((15,), (16, 17)))]
