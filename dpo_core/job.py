@@ -32,6 +32,7 @@ def run(job: Job, watch: "Watch") -> dict[str, float]:
     """Train, write the model, write the result. Every rank calls this."""
     from dpo_core.methods.registry import get
     from dpo_core.models.remote_code import trust_digests
+    from dpo_core.trainers.registry import build
     from dpo_core.training.distributed import peak_memory, start_distributed
     from dpo_core.training.engine import read_metrics
     from dpo_core.training.loop import write_result
@@ -46,7 +47,7 @@ def run(job: Job, watch: "Watch") -> dict[str, float]:
         # Left by ranks that torchrun has replaced since, or by the run before.
         for left in (ERROR, STOP_FILE):
             (Path(job.work) / left).unlink(missing_ok=True)
-    trainer, export = method.build(job, settings)
+    trainer, export = build(job, settings)
     metrics = trainer.train()
     peak = peak_memory()
     state = trainer.engine.full_state()

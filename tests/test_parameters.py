@@ -11,7 +11,7 @@ LONG = {
     "dpo_core/scoring/branch_scores.py:token_scores": "tensors",
     "dpo_core/scoring/lm_head.py:forward": "tensors, as torch.autograd.Function hands them",
     "dpo_core/objectives/registry.py:objective": "the fields of a registered objective, each by its name",
-    "dpo_core/methods/dpo.py:__init__": "the model, its examples and its reference in one of three forms",
+    "dpo_core/trainers/dpo.py:__init__": "the model, its examples and its reference in one of three forms",
     "flows/cli/evaluate.py:compare": "options of a command",
     "flows/cli/evaluate.py:evaluate": "options of a command",
 }

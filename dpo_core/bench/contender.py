@@ -80,9 +80,10 @@ def run(race: Race) -> dict[str, Any]:
 def _ours(race: Race, rows: list[dict[str, Any]], work: Path) -> dict[str, Any]:
     import numpy as np
 
-    from dpo_core.methods.dpo import DpoConfig, DpoTrainer
+    from dpo_core.methods.dpo import DpoConfig
     from dpo_core.models.load import load_model
     from dpo_core.reference import LogpShard, sequence_key
+    from dpo_core.trainers.dpo import DpoTrainer
     from dpo_core.training.distributed import start_distributed
 
     pairs = [

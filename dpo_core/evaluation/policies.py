@@ -11,8 +11,8 @@ from dpo_core.evaluation.config import EvaluateConfig
 from dpo_core.evaluation.summary import PolicySamples
 from dpo_core.generation.config import seed_for
 from dpo_core.generation.generate import sample
-from dpo_core.methods.online.ppo_math import k1, k3
-from dpo_core.methods.online.sampler import Scorer
+from dpo_core.rewards.model import Scorer
+from dpo_core.scoring.kl import k1, k3
 from dpo_core.scoring.logprobs import CompletionScores, completion_logps, completion_scores
 from dpo_core.scoring.precision import Precision
 from dpo_core.statistics import estimates as stats

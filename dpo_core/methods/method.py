@@ -1,23 +1,17 @@
-"""What a method declares: settings, data, reference, trainer, estimate, curves."""
+"""What a method declares: settings, data, reference, estimate, curves."""
 
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from torch import Tensor
-
 from dpo_core.data.tokens.tokenise import Sequence, Tokenise
 from dpo_core.methods.estimate import Inputs, Work
-from dpo_core.methods.job import Job
 
 Data = Literal["demonstrations", "pairs", "unpaired", "prompts"]
 Reference = Literal["none", "cached", "live"]
 
 Cached = Callable[[Tokenise, Seq[dict[str, Any]], Any], tuple[list[Sequence], dict[str, int]]]
-
-# Given the full trained weights, write the result.
-Export = Callable[[dict[str, Tensor]], None]
 
 
 class Panel(NamedTuple):
@@ -65,7 +59,7 @@ def _no_reference(settings: Any) -> Reference:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to train. `dpo methods` lists those that a policy may name.
+    """A way to train. `dpo methods` lists those that a policy may name; `trainers` has a module of its name.
 
     `settings` is a pydantic class with `optim` and `engine`; the functions are given a value of it.
     """
@@ -76,8 +70,6 @@ class Method:
     settings: type[Any]
     data: Data
     """What it learns from. Pairs can also be taken apart into unpaired rows."""
-    build: Callable[[Job, Any], tuple[Any, Export]]
-    """The trainer of a job, and the function that writes what it trained."""
     estimate: Callable[[Any, Inputs], Work]
     """Tokens, operations and the fullest micro-batch of a training, before it runs."""
     curves: tuple[Panel, ...]

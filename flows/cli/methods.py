@@ -45,7 +45,8 @@ def markdown() -> str:
         "",
         "What a policy of a recipe may name, as `dpo methods` lists it. Each method is one file of "
         "`dpo_core/methods/`, which declares its settings, the data that it learns from, how it reads the "
-        "reference, its trainer, its estimate for `dpo plan`, and the curves of the run page.",
+        "reference, its estimate for `dpo plan`, and the curves of the run page; its trainer is the file of "
+        "the same name in `dpo_core/trainers/`.",
     ]
     for method in methods().values():
         needs = ", ".join(method.needs(method.settings()))

@@ -221,8 +221,8 @@ def sample_pairs(
     """Completions of training and held-out prompts from the reference, labelled by a known reward."""
 
     def work(given: Work) -> Output:
+        from dpo_core.data.files.parquet import read_rows
         from dpo_core.data.tokens.tokenise import Tokenise
-        from dpo_core.methods.build import read_rows
         from dpo_core.models.load import load_model, load_tokenizer
         from dpo_core.rewards.model import scorer
         from dpo_core.scoring import flops as cost

@@ -10,12 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
-from dpo_core.methods.dpo import DpoConfig, DpoTrainer
-from dpo_core.methods.kto import KtoConfig, UnpairedTrainer
+from dpo_core.methods.dpo import DpoConfig
+from dpo_core.methods.kto import KtoConfig
 from dpo_core.models.dropout import disable_dropout
 from dpo_core.models.load import load_model
 from dpo_core.objectives import get, names
 from dpo_core.reference import LogpShard
+from dpo_core.trainers.dpo import DpoTrainer
+from dpo_core.trainers.kto import UnpairedTrainer
 from dpo_core.training.distributed import start_distributed
 from tests.support.runs.training_jobs import (
     pair_rows,

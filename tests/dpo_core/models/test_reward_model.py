@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2Model, LlamaConfig, LlamaModel
 
 from dpo_core.errors import ModelError, StageFailed
-from dpo_core.methods.ppo import make_critic
 from dpo_core.models.load import load_model
 from dpo_core.models.reward_model import RewardModel, bradley_terry_loss
 from dpo_core.scoring.attention import trunk_of
+from dpo_core.trainers.ppo import make_critic
 from tests.support.models.families import make_family
 
 TEXTS = [[5, 9, 3, 2], [7, 2], [4, 4, 8, 6, 1, 2]]

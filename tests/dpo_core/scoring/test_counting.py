@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_core import job as train
 from dpo_core.data.tokens.tokenise import Sequence
-from dpo_core.methods.reward import RewardModelConfig, RewardTrainer
-from dpo_core.methods.sft import Demonstration, SftConfig, SftTrainer
+from dpo_core.methods.reward import RewardModelConfig
+from dpo_core.methods.sft import SftConfig
 from dpo_core.models.load import load_model
 from dpo_core.models.lora import add_lora
 from dpo_core.models.lora_config import LoraConfig
@@ -26,6 +26,8 @@ from dpo_core.scoring import flops as cost
 from dpo_core.scoring.document import Document
 from dpo_core.scoring.logprobs import completion_logps, read_flops
 from dpo_core.scoring.model_shape import shape_of
+from dpo_core.trainers.reward import RewardTrainer
+from dpo_core.trainers.sft import Demonstration, SftTrainer
 from dpo_core.training.batches import PackedBatches, PaddedBatches
 from tests.support.golden_objectives import trainer_of
 from tests.support.models.tiny import make_tiny_model

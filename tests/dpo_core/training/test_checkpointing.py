@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from dpo_core.data.tokens.tokenise import Sequence, TokenPair
-from dpo_core.methods.reward import RewardModelConfig, RewardTrainer
+from dpo_core.methods.reward import RewardModelConfig
 from dpo_core.models.load import load_model
 from dpo_core.models.reward_model import RewardModel
 from dpo_core.scoring.attention import checkpoint_layers
 from dpo_core.scoring.branch_scores import branch_scores
 from dpo_core.scoring.document import Document
 from dpo_core.scoring.layout import pack, pad
+from dpo_core.trainers.reward import RewardTrainer
 from dpo_core.training.engine import EngineConfig
 
 DOCUMENTS = [Document((5, 6, 7), ((8, 9), (10, 11, 12))), Document((13, 14), ((15,), (16, 17)))]

@@ -56,7 +56,7 @@ def test_the_page_of_the_docs_is_the_registry() -> None:
     assert (REPO / "flows" / "docs" / "methods.md").read_text() == markdown()
 
 
-def test_a_file_is_all_that_a_new_method_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_file_declares_a_new_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "imitate.py").write_text(NEW)
     monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
     registry.methods.cache_clear()

@@ -35,7 +35,7 @@ _IMPORTED = [
     "transformers",
     "dpo_core.models.load",
     "dpo_core.generation.generate",
-    "dpo_core.methods.dpo",
+    "dpo_core.trainers.dpo",
     "tasks.stages.summary",
     "tasks.promotion.champion",
 ]

@@ -16,6 +16,7 @@ from dpo_core.methods.unpaired_rows import UnpairedExample, mismatched, unpaired
 from dpo_core.models.load import load_model, load_tokenizer
 from dpo_core.reference import LogpShard
 from dpo_core.reference.compute import compute
+from dpo_core.trainers.registry import build
 
 PATIENCE = 600.0
 """Seconds that anything may take on a shared machine; what is over sooner costs nothing."""
@@ -117,7 +118,7 @@ def build_trainer(job: Path) -> Any:
     """The trainer of a job file, in this process."""
     parsed = Job.model_validate(json.loads(job.read_text()))
     method = get(parsed.method)
-    trainer, _ = method.build(parsed, method.settings.model_validate(parsed.settings))
+    trainer, _ = build(parsed, method.settings.model_validate(parsed.settings))
     return trainer
 
 

@@ -9,10 +9,11 @@ import torch
 
 from dpo_core import job as train
 from dpo_core.errors import RecipeError
-from dpo_core.methods.reward import RewardModelConfig, RewardTrainer
+from dpo_core.methods.reward import RewardModelConfig
 from dpo_core.models.load import load_model
 from dpo_core.models.reward_model import RewardModel, bradley_terry_loss
 from dpo_core.rewards.model import reward_of
+from dpo_core.trainers.reward import RewardTrainer
 from tests.support.runs.training_jobs import curve, pair_rows, token_pairs, write_job
 
 ENGINE = {"precision": "fp32", "threads": 1}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dpo_core.methods.grpo import VARIANTS, GrpoConfig
-from dpo_core.methods.online.grpo_math import (
+from dpo_core.trainers.online.grpo_math import (
     aggregate,
     clipped_losses,
     denominator,

@@ -10,85 +10,28 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Any, Generic, Literal
+from typing import Any, Generic
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from dpo_core.config import Config
 from dpo_core.errors import RecipeError
 from dpo_core.methods.job import Job
-from dpo_core.methods.online import ppo_math
-from dpo_core.methods.online.rollouts import Episode, Item, Rollout, deal, micro_batches, read, sampler_gap
-from dpo_core.methods.online.sampler import RolloutContext, Sampler
+from dpo_core.methods.rounds import RoundsConfig
 from dpo_core.models.save import export_policy
 from dpo_core.scoring import flops as cost
+from dpo_core.scoring.kl import k3
 from dpo_core.scoring.model_shape import shape_of
-from dpo_core.training.config import EngineConfig, OptimConfig
+from dpo_core.trainers.common import Export
+from dpo_core.trainers.online import ppo_math
+from dpo_core.trainers.online.rollouts import Episode, Item, Rollout, deal, micro_batches, read, sampler_gap
+from dpo_core.trainers.online.sampler import RolloutContext, Sampler
+from dpo_core.training.config import OptimConfig
 from dpo_core.training.engine import Engine, MetricsFile, Stopped
 from dpo_core.training.routing import router_balance
 
 log = logging.getLogger(__name__)
-
-
-class RoundsConfig(Config):
-    """What every method that trains on its own samples reads."""
-
-    iterations: int = Field(8, ge=1)
-    """Rounds of sampling and updating."""
-    episodes: int = Field(64, ge=2)
-    """Completions sampled in each round, over all ranks: the large batch of Xu et al. (arXiv 2404.10719)."""
-    epochs: int = Field(2, ge=1)
-    """Passes over each round's episodes."""
-    minibatches: int = Field(1, ge=1)
-    """Optimiser steps in each pass; the episodes are dealt to them at random, anew in every pass."""
-    micro_batch_size: int = Field(16, ge=1)
-    """Episodes in one forward pass on one rank; the rest of a minibatch is accumulated."""
-    missing_eos_penalty: float | None = Field(None, ge=0)
-    """What a completion that does not end costs; empty: nothing."""
-    missing_eos: Literal["subtract", "replace"] = "subtract"
-    """subtract the penalty from the score (TRL), or replace the score by minus the penalty (N+ details)."""
-    score_clip: float | None = Field(None, gt=0)
-    """Scores are cut to this range around zero before anything is learnt from them; empty: not."""
-    reference_ema: float | None = Field(None, gt=0, le=1)
-    """After each round the reference moves this share of its way to the policy (Xu et al.); empty: fixed."""
-    optim: OptimConfig = OptimConfig(learning_rate=1e-5, epsilon=1e-5, warmup_fraction=0.0)
-    """Optimiser and schedule of the policy."""
-    engine: EngineConfig = EngineConfig(save_every=2)
-    """Precision, ZeRO stage, ranks; `save_every` counts rounds."""
-
-    @property
-    def samples_each(self) -> int:
-        """Completions of each prompt in a round."""
-        return 1
-
-    @property
-    def redraws(self) -> int:
-        """How often prompts whose samples all score the same are replaced by others."""
-        return 0
-
-    @model_validator(mode="after")
-    def _rounds_divide(self) -> "RoundsConfig":
-        if self.engine.zero_stage == 3:
-            raise ValueError("the policy is sampled from, and ZeRO 3 has cut it up: use zero_stage 0 to 2")
-        for name in ("gradient_checkpointing", "compile"):
-            if getattr(self.engine, name):
-                raise ValueError(f"engine.{name} is not read by training on own samples: leave it out")
-        if self.missing_eos == "replace" and self.missing_eos_penalty is None:
-            raise ValueError("missing_eos is read only where missing_eos_penalty is set")
-        shares = {
-            "minibatches x micro_batch_size x processes": self.minibatches
-            * self.micro_batch_size
-            * self.engine.processes
-        }
-        if self.samples_each > 1:
-            shares["samples of a prompt x processes"] = self.samples_each * self.engine.processes
-        for what, share in shares.items():
-            if self.episodes % share:
-                raise ValueError(f"episodes {self.episodes} is not a multiple of {what} = {share}")
-        return self
 
 
 class OnlineTrainer(ABC, Generic[Item]):
@@ -308,7 +251,7 @@ class OnlineTrainer(ABC, Generic[Item]):
         lengths_B = over(lambda r: r.lengths_B)
         sums = {
             "objective/kl": over(lambda r: (r.logps_BR - r.ref_logps_BR).sum(1)),
-            "objective/kl_k3": over(lambda r: ppo_math.k3(r.logps_BR, r.ref_logps_BR).sum(1)),
+            "objective/kl_k3": over(lambda r: k3(r.logps_BR, r.ref_logps_BR).sum(1)),
             "objective/scores": over(lambda r: r.of("score")),
             "objective/entropy": over(lambda r: -r.logps_BR.sum(1)),
             "completions/mean_length": lengths_B,
@@ -369,7 +312,7 @@ def move(reference: Any, policy: Any, share: float) -> None:
         theirs.lerp_(mine.to(theirs.dtype), share)
 
 
-def export_trained(policy: Any, tokenizer: Any, job: Job) -> Callable[[dict[str, Tensor]], None]:
+def export_trained(policy: Any, tokenizer: Any, job: Job) -> Export:
     """Writes the policy."""
 
     def export(state: dict[str, Tensor]) -> None:

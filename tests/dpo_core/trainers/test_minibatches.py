@@ -9,7 +9,7 @@ from scipy import stats
 
 from dpo_core import job as train
 from dpo_core.data.tokens.tokenise import Sequence
-from dpo_core.methods.online.rollouts import Episode, deal
+from dpo_core.trainers.online.rollouts import Episode, deal
 from tests.support.runs.online_jobs import online_job
 from tests.support.runs.training_jobs import curve
 

@@ -12,14 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpo_core.errors import StageFailed
-from dpo_core.methods.online.ppo_math import (
-    KL_ESTIMATORS,
+from dpo_core.scoring.kl import KL_ESTIMATORS, k1, k3
+from dpo_core.trainers.online.ppo_math import (
     AdaptiveKL,
     KlEstimator,
     eos_penalty,
     gae,
-    k1,
-    k3,
     kl_per_token,
     last_token_index,
     masked_mean,

@@ -16,10 +16,11 @@ from dpo_core import job as train
 from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise
 from dpo_core.errors import StageFailed
 from dpo_core.evaluation.policies import sequence_logps
-from dpo_core.methods.kto import UnpairedTrainer, imbalance
+from dpo_core.methods.kto import imbalance
 from dpo_core.methods.unpaired_rows import mismatched, unpaired_examples
 from dpo_core.models.load import load_model, load_tokenizer
 from dpo_core.reference import LogpShard, sequence_key
+from dpo_core.trainers.kto import UnpairedTrainer
 from tests.support.golden_objectives import GOLDEN, STEPS, step_of, trainer_of
 from tests.support.models.tiny import make_tiny_model
 from tests.support.runs.training_jobs import (
@@ -344,6 +345,6 @@ def test_weights_outside_the_papers_band_are_named(weights, counts, says) -> Non
 
 
 def test_the_trainer_warns_of_them(alone: None, tiny: Path, shard: Path, tmp_path: Path, caplog) -> None:
-    with caplog.at_level(logging.WARNING, logger="dpo_core.methods.kto"):
+    with caplog.at_level(logging.WARNING, logger="dpo_core.trainers.kto"):
         trainer_of("kto", tiny, ROWS, tmp_path, shard=shard)
     assert "is 2 with 8 desirable and 4 undesirable" in caplog.text

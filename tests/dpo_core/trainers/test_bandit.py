@@ -15,14 +15,16 @@ import torch
 from numpy.typing import NDArray
 
 from dpo_core.generation.config import SamplingConfig
-from dpo_core.methods.grpo import GrpoConfig, GrpoTrainer
-from dpo_core.methods.online.rollouts import response_logps
-from dpo_core.methods.online.sampler import RolloutContext
-from dpo_core.methods.ppo import PpoConfig, PpoTrainer, make_critic
+from dpo_core.methods.grpo import GrpoConfig
+from dpo_core.methods.ppo import PpoConfig
 from dpo_core.models.load import load_model
 from dpo_core.objectives import PairLogps, Term, combine, get
 from dpo_core.scoring.document import Document
 from dpo_core.scoring.layout import pad
+from dpo_core.trainers.grpo import GrpoTrainer
+from dpo_core.trainers.online.rollouts import response_logps
+from dpo_core.trainers.online.sampler import RolloutContext
+from dpo_core.trainers.ppo import PpoTrainer, make_critic
 from dpo_core.training.config import EngineConfig, OptimConfig
 from tests.support.models.tiny import make_tiny_model
 

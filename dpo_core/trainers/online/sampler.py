@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from dpo_core.data.files.parquet import read_rows
 from dpo_core.data.tokens.tokenise import Sequence, Tokenise
 from dpo_core.errors import StageFailed
 from dpo_core.generation.config import SamplingConfig, seed_for
 from dpo_core.generation.generate import sample
-from dpo_core.methods.build import read_rows
 from dpo_core.methods.job import Job
-from dpo_core.methods.online.rollouts import Episode
 from dpo_core.rewards.model import Scorer, scorer, scoring_flops_of
+from dpo_core.trainers.online.rollouts import Episode
 from dpo_core.training.batches import Order
 from dpo_core.training.engine import Engine
 

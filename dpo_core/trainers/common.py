@@ -1,10 +1,9 @@
-"""What the builders of methods share: the model to train, its examples, and how the result is written."""
+"""What the trainers of several methods share: the model to train, and how the result is written."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from torch import Tensor
 
 from dpo_core.data.tokens.tokenise import Tokenise
@@ -15,10 +14,8 @@ from dpo_core.models.lora import add_lora, merge_lora
 from dpo_core.models.save import export_policy
 from dpo_core.training.engine import put_state
 
-
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
-    """Rows of a parquet file as dictionaries."""
-    return pd.read_parquet(path).to_dict("records")
+Export = Callable[[dict[str, Tensor]], None]
+"""Given the full trained weights, writes the result."""
 
 
 def start(job: Job, config: Any) -> tuple[Any, Any, Tokenise]:
@@ -33,7 +30,7 @@ def start(job: Job, config: Any) -> tuple[Any, Any, Tokenise]:
     return model, tokenizer, Tokenise(tokenizer, job.tokens)
 
 
-def export_model(model: Any, tokenizer: Any, job: Job, *, lora: bool) -> Callable[[dict[str, Tensor]], None]:
+def export_model(model: Any, tokenizer: Any, job: Job, *, lora: bool) -> Export:
     """Writes a policy; low-rank additions are merged into it."""
 
     def export(state: dict[str, Tensor]) -> None:

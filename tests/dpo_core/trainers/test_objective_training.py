@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from dpo_core.errors import RecipeError
-from dpo_core.methods.dpo import DpoConfig, DpoTrainer
+from dpo_core.methods.dpo import DpoConfig
 from dpo_core.methods.kto import KtoConfig
 from dpo_core.models.load import load_model
 from dpo_core.objectives import get, names
 from dpo_core.reference import LogpShard
+from dpo_core.trainers.dpo import DpoTrainer
 from tests.support.golden_objectives import GOLDEN, GUIDED, STEPS, VARIANTS, step_of, trainer_of
 from tests.support.models.tiny import make_tiny_model
 from tests.support.runs.training_jobs import pair_rows, token_pairs, write_reference

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from deploy.launchers import State
 from dpo_core import job as train
 from dpo_core.data.tokens.tokenise import Sequence
-from dpo_core.methods.online.rollouts import Episode
-from dpo_core.methods.online.sampler import replaced
+from dpo_core.trainers.online.rollouts import Episode
+from dpo_core.trainers.online.sampler import replaced
 from tests.support.runs.online_jobs import kill_in_round, online_job, timeless
 from tests.support.runs.training_jobs import curve, launch
 

@@ -10,13 +10,13 @@ N+ implementation details (2403.17031).
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from dpo_core.errors import StageFailed
-from dpo_core.objectives.common import bounded_expm1
+from dpo_core.methods.rounds import KlEstimator
+from dpo_core.scoring.kl import KL_ESTIMATORS
 
 Reduce = Callable[[Tensor], Tensor]
 """Sums a tensor over all ranks (an all-reduce) and returns the sum."""
@@ -76,29 +76,6 @@ def masked_whiten(
     if not shift_mean:
         whitened_BT = whitened_BT + center
     return _zero_masked(whitened_BT, mask_BT).to(values_BT.dtype)
-
-
-def k1(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """log π - log π_ref per token: unbiased for KL(π‖π_ref), may be negative. Any shape."""
-    return logps - ref_logps
-
-
-def k2(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """½(log π - log π_ref)² per token: biased, never negative; as a loss its gradient is that of the KL."""
-    return 0.5 * (logps - ref_logps) ** 2
-
-
-def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
-    """e^d - 1 - d with d = log π_ref - log π, per token: unbiased, never negative. Never apply it to sums.
-
-    Beyond d = 30 the exponential goes on as its tangent, so that a gradient that is to be clipped is finite.
-    """
-    d = ref_logps - logps
-    return bounded_expm1(d) - d
-
-
-KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
-KlEstimator = Literal["k1", "k2", "k3"]
 
 
 def kl_per_token(logps_BT: Tensor, ref_logps_BT: Tensor, mask_BT: Tensor, estimator: KlEstimator) -> Tensor:

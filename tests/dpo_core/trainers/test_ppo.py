@@ -14,13 +14,14 @@ from safetensors.torch import load_file
 from deploy.launchers import State
 from dpo_core import job as train
 from dpo_core.data.tokens.tokenise import Sequence
-from dpo_core.methods.online.rollouts import Episode, response_logps
-from dpo_core.methods.online.sampler import RolloutContext
-from dpo_core.methods.ppo import PpoConfig, make_critic, state_values
+from dpo_core.methods.ppo import PpoConfig
 from dpo_core.models.load import load_model, load_tokenizer
 from dpo_core.models.reward_model import RewardModel
 from dpo_core.scoring.document import Document
 from dpo_core.scoring.layout import pad
+from dpo_core.trainers.online.rollouts import Episode, response_logps
+from dpo_core.trainers.online.sampler import RolloutContext
+from dpo_core.trainers.ppo import make_critic, state_values
 from tests.support.models.logps import full_logps, random_sequences
 from tests.support.runs.online_jobs import kill_in_round, online_job, timeless
 from tests.support.runs.training_jobs import build_trainer, curve, launch

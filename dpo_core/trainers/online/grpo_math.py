@@ -6,14 +6,10 @@ Sources: Shao et al. 2024 (GRPO, arXiv 2402.03300), Liu et al. 2025 (Dr. GRPO, 2
 (DAPO, 2503.14476), Zheng et al. 2025 (GSPO, 2507.18071), Ahmadian et al. 2024 (RLOO, 2402.14740).
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Scale = Literal["group", "batch", "none"]
-Level = Literal["token", "mean", "sum"]
-Aggregate = Literal["sequence", "token", "constant"]
+from dpo_core.methods.grpo import Aggregate, Level, Scale
 
 # As TRL adds it; a group whose rewards are equal has advantage 0 and not 0/0.
 STD_EPSILON = 1e-4

@@ -1,0 +1,11 @@
+"""Rows of parquet files."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """Rows of a parquet file as dictionaries."""
+    return pd.read_parquet(path).to_dict("records")

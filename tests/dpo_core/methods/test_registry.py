@@ -1,0 +1,17 @@
+"""The registry is read by processes that never compute with a model."""
+
+import subprocess
+import sys
+
+LISTED = """
+import sys
+from dpo_core.methods.registry import methods
+
+assert {"dpo", "kto", "sft", "reward"} < methods().keys()
+print(*sorted({"torch", "transformers", "deepspeed", "safetensors"} & sys.modules.keys()))
+"""
+
+
+def test_settings_and_estimates_import_no_torch() -> None:
+    done = subprocess.run([sys.executable, "-c", LISTED], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
