@@ -122,7 +122,7 @@ def _require_known(place: Path, runs: list[Needs], keep_runs: set[str], drop_run
     for name in sorted(keep_runs | drop_runs):
         if name not in known:
             raise RecipeError(
-                f"the workspace {place} holds no run named {name}", "List its runs with: dpo runs --all"
+                f"the workspace {place} has no run named {name}", "List its runs with: dpo runs --all"
             )
         record = known[name].record
         if name in drop_runs and record and record.status == "running" and not record.is_abandoned:

@@ -1,1 +1,1 @@
-"""Who is champion of a registered model, and how that changes."""
+"""Promotion: which version of a registered model is the champion, and how the champion is replaced."""

@@ -1,4 +1,4 @@
-"""The model that a new one is held against: the version of the registry with the alias `champion`."""
+"""The champion: the registered version with the alias `champion`, which new models are compared with."""
 
 import logging
 from typing import NamedTuple
@@ -11,11 +11,11 @@ from tasks.tracking.tracker import Tracker
 log = logging.getLogger("dpo")
 
 NAME = "Champion"
-"""Of the policy in tables."""
+"""The champion's name as a policy in tables."""
 
 
 class Champion(NamedTuple):
-    """A registered version whose files are here."""
+    """A registered version whose files are on this machine."""
 
     title: str
     """`dpo-demo version 3`."""
@@ -29,7 +29,10 @@ def find_champion(tracker: Tracker, registered: str) -> Champion | None:
         return None
     title = titled(version)
     if weights_of(version) is None or not version.tags.get("dpo.artifact_sha256"):
-        log.warning("the champion %s has no files here; the run is held against its reference", title)
+        log.warning(
+            "the files of the champion %s are not on this machine; the run is compared with its reference",
+            title,
+        )
         return None
     model = of_version(tracker, version)
     require_whole(model.path, model.origin.sha256, f"the champion {title}")

@@ -8,14 +8,14 @@ model of its own, `<name>.promotions`. Its entry n holds one change and the numb
 on; it counts if that was the last one that counts. All readers come to the same answer, so one of two
 promotions that were decided on the same champion is void, on whatever machines they ran.
 
-Creating the entry is the promotion. Tags, artifact and aliases follow from it (`settle`): they can be written
-again, in an order that leaves the old champion in its place until the last write but one. Whoever was killed
-in between is made good by the next promotion, rollback or check.
+Creating the entry is the promotion. `settle` then writes the tags, the artifact and the aliases. These writes
+can be repeated, and the alias `champion` moves in the last write but one. If a process is killed in between,
+the next promotion, rollback or check completes its entry.
 
-What remains: an alias moved by hand in MLflow is no entry; it is taken as it stands. Of two machines that
-carry out the same entry, one that sleeps for longer than the next whole promotion takes and then wakes
-writes an old alias and mends that with its next call; killed exactly between the two, it leaves the alias
-on an earlier champion, which `Ledger.moved` tells.
+Two limits remain. An alias that somebody moved by hand in MLflow is not in the ledger and is used as it is.
+And if two machines apply the same entry and one of them pauses for longer than the next promotion takes, it
+sets the alias to an old champion and corrects that with its next call; if it is killed between these two
+calls, the alias stays on the old champion, which `Ledger.moved` reports.
 """
 
 import logging
@@ -60,24 +60,24 @@ class Change(Config):
     version: str
     """Its new champion."""
     replaced: str | None
-    """The champion until then."""
+    """The champion before the change."""
     previous: str | None
-    """What `previous-champion` names from then on."""
+    """The version that gets the alias `previous-champion`."""
     at: AwareDatetime
     by: str
     run: str | None = None
     """The run whose model was promoted."""
     forced: bool = False
-    """Whether `--force` overrode what stood against it."""
+    """Whether `--force` overrode objections."""
     overridden: list[str] = Field(default_factory=list)
-    """What stood against it."""
+    """The objections that `--force` overrode."""
     reason: str = ""
-    """Why, in the words of who did it."""
+    """The reason that the user gave."""
     decision: Decision | None = None
     after: int
-    """Number of the entry that this one was decided on; 0 for none."""
+    """Number of the last entry when this change was decided; 0 if there was none."""
     mark: str
-    """Tells entries apart."""
+    """Random id of the change."""
 
 
 class Entry(NamedTuple):
@@ -86,7 +86,7 @@ class Entry(NamedTuple):
     number: int
     change: Change
     state: str
-    """Empty until it was carried out; then `done`, or `abandoned` where its version is gone."""
+    """Empty until the change is applied; then `done`, or `abandoned` if its version was deleted."""
 
 
 class Ledger:
@@ -97,15 +97,15 @@ class Ledger:
         self.name = name + SUFFIX
 
     def read(self) -> list[Entry]:
-        """The entries that count, in their order."""
+        """The valid entries in order. An entry is valid if it was decided on the last valid one before it."""
         query = f"name = '{self.name}'"
-        found = self._tracker.ask(
+        versions = self._tracker.ask(
             f"the ledger of {self.model}", lambda c: list(c.search_model_versions(query))
         )
-        return _that_count([entry for version in found if (entry := _entry(version)) is not None])
+        return _valid([entry for version in versions if (entry := _entry(version)) is not None])
 
     def append(self, change: Change) -> bool:
-        """Write a change down; from then on it has happened. False: another was written before it."""
+        """Record a change, which makes it effective. Returns False if another change was recorded first."""
         source = f"models:/{self.model}/{change.version}"
         about = _ABOUT.format(name=self.model)
 
@@ -119,42 +119,44 @@ class Ledger:
             return str(made.version)
 
         number = self._tracker.ask(f"the {change.kind} of {self.model}", write)
-        # By its mark: an answer lost on the way makes two entries of one change, and the first may count.
+        # Compare marks, not numbers: after a lost answer one change may have two entries, the first valid.
         won = any(entry.change.mark == change.mark for entry in self.read())
         if not won:
             self._tracker.ask("a void entry", lambda c: c.delete_model_version(self.name, number))
         return won
 
     def settle(self) -> Change | None:
-        """Carry out the last change if that was not done yet; returns it then."""
-        carried: Entry | None = None
+        """Apply the last change if it is not applied yet, and return it; None if there was nothing to do."""
+        applied: Entry | None = None
         while True:
             entries = self.read()
             if not entries:
                 return None
             last = entries[-1]
-            if carried.number == last.number if carried else last.state:
-                return carried.change if carried else None
-            # After one was carried out, a later one is carried out again: our alias may have come after its.
-            self._carry_out(last)
-            carried = last
+            if applied.number == last.number if applied else last.state:
+                return applied.change if applied else None
+            # If a later change was recorded meanwhile, apply it again: our alias may have overwritten its.
+            self._apply(last)
+            applied = last
 
     def moved(self) -> str | None:
-        """The champion by the ledger where the alias, all settled, names another version."""
+        """The ledger's champion if the alias names another version, else None."""
         entries = [entry for entry in self.read() if entry.state == "done"]
-        held = version_of(self._tracker, self.model, ALIAS)
-        wanted = entries[-1].change.version if entries else None
-        return wanted if wanted and (held is None or str(held.version) != wanted) else None
+        champion = version_of(self._tracker, self.model, ALIAS)
+        recorded = entries[-1].change.version if entries else None
+        return recorded if recorded and (champion is None or str(champion.version) != recorded) else None
 
     def version(self, number: str) -> Any | None:
-        """A registered version of the model; None where it was deleted."""
+        """A registered version of the model; None if it was deleted."""
         return numbered(self._tracker, self.model, number)
 
-    def _carry_out(self, entry: Entry) -> None:
+    def _apply(self, entry: Entry) -> None:
         change = entry.change
         version = self.version(change.version)
         if version is None:
-            log.warning("%s: version %s was deleted, it is not made champion", self.model, change.version)
+            log.warning(
+                "%s: version %s was deleted, so it does not become champion", self.model, change.version
+            )
             self._set_state(entry, "abandoned")
             return
         self._tag(change.version, _tags(change))
@@ -187,9 +189,10 @@ class Ledger:
         self._upsert(what, lambda client: client.set_model_version_tag(model, version, key, value))
 
     def _upsert(self, what: str, write: Callable[[Any], None]) -> None:
-        """Write a tag or an alias that another process may be writing too.
+        """Write a tag or an alias that another process may be writing at the same time.
 
-        MLflow looks whether the row is there and then inserts it: of two at once, one breaks the key.
+        MLflow checks whether the row exists and then inserts it. Of two processes that do so at once, one
+        violates the primary key; it has to try again.
         """
         from mlflow.exceptions import MlflowException
 
@@ -207,24 +210,24 @@ class Ledger:
 
 
 def champion_of(tracker: Tracker, name: str) -> Any | None:
-    """The version that is champion, without a write: what the alias names, or what the last change made
-    champion where it was not carried out yet. None where there is none."""
+    """The champion's version, or None. Writes nothing: if the last change is not applied yet, its version is
+    returned, else the version with the alias."""
     ledger = Ledger(tracker, name)
     pending = [entry.change.version for entry in ledger.read()[-1:] if not entry.state]
     version = ledger.version(pending[0]) if pending else None
     return version_of(tracker, name, ALIAS) if version is None else version
 
 
-def reigns(entries: list[Entry]) -> list[str]:
-    """The champions that a rollback can go back to, the present one last.
+def champion_history(entries: list[Entry]) -> list[str]:
+    """The champions that a rollback can go back to, oldest first, the present one last.
 
-    A promotion adds one. A rollback takes off what it went back over, so that two in a row go back by two
-    and never to the model that was found bad.
+    A promotion appends its version. A rollback removes the versions after its target, so that two rollbacks
+    in a row go back two steps, never to the model that was rolled back.
     """
     stack: list[str] = []
     for change in (entry.change for entry in entries if entry.state != "abandoned"):
         if change.replaced and stack[-1:] != [change.replaced]:
-            stack.append(change.replaced)  # moved by hand in between
+            stack.append(change.replaced)  # somebody moved the alias by hand
         if change.kind == "promotion":
             stack.append(change.version)
         else:
@@ -235,7 +238,7 @@ def reigns(entries: list[Entry]) -> list[str]:
 
 
 def sentence(change: Change) -> str:
-    """A change in one line."""
+    """One line that describes a change."""
     verb = "promoted" if change.kind == "promotion" else "brought back"
     forced = " by force" if change.forced else ""
     instead = f" in place of version {change.replaced}" if change.replaced else ""
@@ -246,7 +249,7 @@ def sentence(change: Change) -> str:
 
 
 def _entry(version: Any) -> Entry | None:
-    """None for a version that somebody else put there."""
+    """The entry that a registered version holds; None for a version that this code did not write."""
     try:
         change = Change.model_validate_json(version.tags[_CHANGE])
     except (KeyError, ValidationError):
@@ -254,16 +257,16 @@ def _entry(version: Any) -> Entry | None:
     return Entry(int(version.version), change, version.tags.get(_STATE, ""))
 
 
-def _that_count(entries: list[Entry]) -> list[Entry]:
-    counted: list[Entry] = []
+def _valid(entries: list[Entry]) -> list[Entry]:
+    valid: list[Entry] = []
     for entry in sorted(entries, key=lambda entry: entry.number):
-        if entry.change.after == (counted[-1].number if counted else 0):
-            counted.append(entry)
-    return counted
+        if entry.change.after == (valid[-1].number if valid else 0):
+            valid.append(entry)
+    return valid
 
 
 def _tags(change: Change) -> dict[str, str]:
-    """Of the version that becomes champion. A rollback leaves what its promotion wrote."""
+    """Tags of the new champion. A rollback keeps the tags that its promotion wrote."""
     if change.kind == "rollback":
         tags = {"dpo.restored_at": _moment(change.at), "dpo.restored_by": change.by}
         return tags | ({"dpo.restored_reason": change.reason} if change.reason else {})
@@ -286,12 +289,12 @@ def _tags_of_replaced(change: Change) -> dict[str, str]:
 
 
 def _record(client: Any, run_id: str, change: Change) -> None:
-    """The change as an artifact of the run that made the model. The ledger has it all the same."""
+    """Log the change as an artifact of the run that trained the model. A failure costs only this copy."""
     name = "decision.json" if change.kind == "promotion" else "rollback.json"
     try:
         client.log_text(run_id, change.model_dump_json(indent=1), name)
     except Exception as error:
-        log.warning("MLflow did not take %s for run %s: %s", name, run_id, one_line(error)[:300])
+        log.warning("MLflow did not store %s for run %s: %s", name, run_id, one_line(error)[:300])
 
 
 def _moment(at: datetime) -> str:
@@ -300,13 +303,13 @@ def _moment(at: datetime) -> str:
 
 @contextmanager
 def hold_champion(workspace: Path, name: str) -> Iterator[None]:
-    """Hold the model's champion against other processes on this workspace. A killed holder lets go."""
+    """Lock the model's champion against other processes of this workspace. Released if the process dies."""
     path = workspace / "store" / "locks" / f"promotion-{quote(name, safe='')}.lock"
 
     def busy(who: str) -> NoReturn:
         raise StageFailed(
-            f"another promotion of {name} has been at work for {_LOCK_SECONDS / 60:.0f} minutes ({who})",
-            "Look for its process, then try again.",
+            f"another promotion of {name} has held the lock for {_LOCK_SECONDS / 60:.0f} minutes ({who})",
+            "Wait for that process or end it, then try again.",
         )
 
     with locked(path, "locking the champion", busy, patience=_LOCK_SECONDS):

@@ -1,13 +1,13 @@
-"""Models that were trained here, by name: a version of MLflow's registry, or a policy of a finished run.
+"""Resolves the names of trained models (`models:/…`, `runs:/…`) to checkpoint folders.
 
-    models:/NAME@ALIAS     the registered version that holds the alias
+    models:/NAME@ALIAS     the registered version with the alias
     models:/NAME/VERSION   a registered version
-    runs:/RUN              the model that a run of the workspace registered; RUN is a name of `dpo runs`, or
-                           `latest`: the newest finished run, of whatever recipe
-    runs:/RUN/POLICY       a policy of the run, in capitals or not
+    runs:/RUN              the model that a run of the workspace registered; RUN is a name in `dpo runs`, or
+                           `latest`: the newest finished run of any recipe
+    runs:/RUN/POLICY       a policy of the run; case does not matter
 
-Aliases and `latest` move. A run therefore notes at its start which version or policy they name
-(`RunRecord.models`), and a resume goes on with that one.
+Aliases and `latest` move. A run therefore records at its start which version or policy they name
+(`RunRecord.models`), and a resume uses the recorded one.
 """
 
 import re
@@ -38,7 +38,7 @@ FORMS = "Write models:/NAME@ALIAS, models:/NAME/VERSION, runs:/RUN or runs:/RUN/
 
 
 class TrainedModel(NamedTuple):
-    """A model that was trained here and whose files are on this machine."""
+    """A trained model whose files are on this machine."""
 
     origin: Origin
     path: Path
@@ -46,7 +46,7 @@ class TrainedModel(NamedTuple):
 
     @property
     def manifest(self) -> Manifest:
-        """The model as stages hand it on."""
+        """The model as a manifest, the form in which stages exchange it."""
         return Manifest(
             kind="model",
             uri=self.path.as_uri(),
@@ -62,16 +62,16 @@ class TrainedModel(NamedTuple):
 def resolve(
     name: str, workspace: Path, tracker: Tracker | None = None, *, verify: bool = True
 ) -> TrainedModel:
-    """The model of that name; changes nothing.
+    """The trained model of that name. Changes nothing.
 
     Args:
         name: one of the forms above.
-        tracker: whose registry is asked; None: the MLflow that the runs of the workspace wrote to.
-        verify: compare the files with their digest, which reads them all.
+        tracker: the MLflow registry to search; None: the one that the runs of the workspace wrote to.
+        verify: compare the files with their digest, which reads all of them.
 
     Raises:
-        RecipeError: no such model, version, alias, run or policy; its files are not here, are damaged, or are
-            a reward model's.
+        RecipeError: the model, version, alias, run or policy does not exist; or its files are not on this
+            machine, are damaged, or hold a reward model.
         StageFailed: MLflow does not answer.
     """
     if name.startswith(RUNS):
@@ -84,21 +84,21 @@ def resolve(
 
 
 def pinned_name(name: str, workspace: Path, tracker: Tracker) -> str:
-    """The name that will always mean the model that `name` means now. Raises as `resolve`."""
+    """The permanent name of the model that `name` refers to now. Raises as `resolve`."""
     return resolve(name, workspace, tracker, verify=False).origin.name if elsewhere(name) else name
 
 
 def as_folder(
     config: ModelConfig, workspace: Path, tracker: Tracker | None = None, *, verify: bool = False
 ) -> tuple[ModelConfig, Origin | None]:
-    """The settings with a trained model's checkpoint folder in place of its name, and where that comes from;
-    of other models the settings as they are, and None. Raises as `resolve`."""
+    """The settings with a trained model's checkpoint folder in place of its name, and the model's origin.
+    For other models: the settings unchanged, and None. Raises as `resolve`."""
     if not elsewhere(config.name):
         return config, None
     if config.revision is not None:
         raise RecipeError(
-            f"model.revision would not be read: {config.name} is no model of the hub",
-            "Leave it out; models:/NAME/VERSION names a version",
+            f"model.revision has no effect: {config.name} is not a model of the hub",
+            "Remove model.revision; models:/NAME/VERSION names a version",
         )
     model = resolve(config.name, workspace, tracker, verify=verify)
     return config.model_copy(update={"name": str(model.path)}), model.origin
@@ -110,9 +110,9 @@ def as_folder(
 def _registered(name: str, tracker: Tracker) -> TrainedModel:
     model, mark, chosen = re.fullmatch(r"models:/([^/@]*)([/@]?)(.*)", name).groups()  # type: ignore[union-attr]
     if not model or not chosen or "/" in chosen:
-        raise RecipeError(f"{name} names no registered version", FORMS)
+        raise RecipeError(f"{name} is not the name of a registered version", FORMS)
     version = None
-    if database_gone(tracker.uri):  # MLflow would make it
+    if database_gone(tracker.uri):  # MLflow would create it
         pass
     elif mark == "@" and chosen == ALIAS:
         version = champion_of(tracker, model)
@@ -126,19 +126,19 @@ def _registered(name: str, tracker: Tracker) -> TrainedModel:
 
 
 def _registry(workspace: Path) -> Tracker:
-    with suppress(RecipeError):  # no run has finished there
+    with suppress(RecipeError):  # the workspace has no finished run
         return registry_of(workspace)
     return Tracker(TrackingConfig(), workspace)
 
 
 def of_version(tracker: Tracker, version: Any, alias: str | None = None) -> TrainedModel:
-    """A registered version as a model.
+    """The trained model of a registered version.
 
     Args:
-        alias: the one that named it.
+        alias: the alias that named the version, for the title.
 
     Raises:
-        RecipeError: its files are not on this machine, or they are no policy's.
+        RecipeError: its files are not on this machine, or are not a language model.
     """
     title = titled(version)
     run = _trained_by(tracker, version.run_id) if version.run_id else None
@@ -149,12 +149,13 @@ def of_version(tracker: Tracker, version: Any, alias: str | None = None) -> Trai
     if not place or not sha256:
         raise RecipeError(
             f"{title} was not registered by a run: it lacks the tags dpo.weights_uri and dpo.artifact_sha256",
-            "Download it, and name its folder",
+            "Download the model and give its folder",
         )
     if folder is None:
-        again = f"run again what trained it, the run {run}" if run else "run again what trained it"
+        again = f"train it again, as in the run {run}" if run else "train it again"
         raise RecipeError(
-            f"the files of {title} are not on this machine: {place}", f"Go on where they are, or {again}"
+            f"the files of {title} are not on this machine: {place}",
+            f"Use the machine that has them, or {again}",
         )
     origin = Origin(
         name=f"{MODELS}{version.name}/{version.version}",
@@ -166,36 +167,36 @@ def of_version(tracker: Tracker, version: Any, alias: str | None = None) -> Trai
 
 
 def titled(version: Any) -> str:
-    """A registered version as sentences and decisions name it."""
+    """The name of a registered version in messages and decisions: `dpo-demo version 3`."""
     return f"{version.name} version {version.version}"
 
 
 def weights_of(version: Any) -> Path | None:
-    """The checkpoint folder of a registered version; None where it is not on this machine."""
+    """The checkpoint folder of a registered version; None if it is not on this machine."""
     parts = urlsplit(version.tags.get("dpo.weights_uri", ""))
     folder = Path(unquote(parts.path))
     return folder if parts.scheme == "file" and (folder / "config.json").is_file() else None
 
 
 def require_whole(folder: Path, sha256: str | None, what: str) -> None:
-    """Refuse files that are not those of the artifact with this digest.
+    """Check that a folder's files have the artifact's digest.
 
     Raises:
-        RecipeError: they are damaged.
+        RecipeError: they differ or cannot be read.
     """
     try:
-        whole = sha256 is None or digest_folder(folder) == sha256
+        intact = sha256 is None or digest_folder(folder) == sha256
     except (OSError, StageFailed):
-        whole = False
-    if not whole:
+        intact = False
+    if not intact:
         raise RecipeError(
             f"{what} is damaged: the files in {folder} are not those that were stored",
-            "Run the recipe that made it again, which rebuilds them",
+            "Run its recipe again, which rebuilds the files",
         )
 
 
 def _trained_by(tracker: Tracker, run_id: str) -> str | None:
-    """The name of a run in MLflow; None where it was deleted."""
+    """The name of a run in MLflow; None if it was deleted."""
     from mlflow.exceptions import MlflowException
 
     def read(client: Any) -> str | None:
@@ -211,7 +212,7 @@ def _trained_by(tracker: Tracker, run_id: str) -> str | None:
 
 
 def _unknown(tracker: Tracker, model: str, mark: str, chosen: str) -> RecipeError:
-    """What is not there, and what is."""
+    """The error for a model, alias or version that does not exist, with the existing ones as the remedy."""
     first = (
         "Start the first run from a base model (--set model.name=…) and promote what it registers: "
         "dpo promote RUN"
@@ -231,11 +232,11 @@ def _unknown(tracker: Tracker, model: str, mark: str, chosen: str) -> RecipeErro
     if mark == "@":
         aliases = [str(alias) for alias in models[model].aliases]
         return RecipeError(f"{model} has no alias {chosen}", _choices(chosen, aliases, "Its aliases"))
-    found = tracker.ask(
+    registered = tracker.ask(
         f"the versions of {model}",
         lambda client: every(partial(client.search_model_versions, f"name = '{model}'")),
     )
-    versions = sorted((str(version.version) for version in found), key=int)
+    versions = sorted((str(version.version) for version in registered), key=int)
     return RecipeError(f"{model} has no version {chosen}", _choices(chosen, versions, "Its versions"))
 
 
@@ -252,12 +253,12 @@ def report_of(name: str, workspace: Path) -> RunReport:
     """The report of the run that `runs:/RUN` or `runs:/RUN/POLICY` names.
 
     Raises:
-        RecipeError: there is no such run, or it is not finished, damaged, or a study.
+        RecipeError: the run does not exist, is unfinished, is a study, or its report is damaged.
     """
     run = name.removeprefix(RUNS).partition("/")[0]
     report = newest_report(workspace) if run == LATEST else read_report(workspace, run)
     if report is None:
-        raise RecipeError(f"the workspace {workspace} holds no finished run", "List its runs with: dpo runs")
+        raise RecipeError(f"the workspace {workspace} has no finished run", "List its runs with: dpo runs")
     return report
 
 
@@ -278,19 +279,21 @@ def _of_run(name: str, workspace: Path) -> TrainedModel:
             if slash
             else f"the run {run} registered no model"
         )
-        raise RecipeError(problem, f"It has: {', '.join(policies)}")
+        raise RecipeError(problem, f"Its policies: {', '.join(policies)}")
     row = policies[chosen]
     if row.kind not in (None, "model") or row.sha256 is None:
-        raise RecipeError(f"{chosen} of the run {run} is no language model", f"It has: {', '.join(policies)}")
+        problem = f"{chosen} of the run {run} is not a language model"
+        raise RecipeError(problem, f"Its policies: {', '.join(policies)}")
     path = Store(workspace).object("model", row.sha256)
     if not path.is_dir():
         raise RecipeError(
-            f"the model {chosen} of the run {run} is gone from {path}", f"Run again: {report.run.command}"
+            f"the model {chosen} of the run {run} is missing: {path} does not exist",
+            f"Run again: {report.run.command}",
         )
     title = f"{chosen} of the run {run}"
     return TrainedModel(Origin(name=f"{RUNS}{run}/{chosen}", title=title, sha256=row.sha256, run=run), path)
 
 
 def _plain(policy: str) -> str:
-    """A policy's name as people type it: online-dpo, dr_grpo."""
+    """A policy's name without case and punctuation, so that `online-dpo` matches `Online DPO`."""
     return re.sub("[^a-z0-9]", "", policy.lower())

@@ -1,8 +1,7 @@
-"""Promotion and rollback: who is champion, decided on what a run measured and written down with the reasons.
+"""Promotion and rollback: check a run's decision, make its model the champion, and record the reasons.
 
-On one machine a file lock in the workspace lets promotions wait for each other; across machines the ledger
-decides (see `tasks.promotion.ledger`). Weights are read and compared with their digest before they become
-champion.
+On one machine a file lock in the workspace serialises promotions; across machines the ledger decides (see
+`tasks.promotion.ledger`). The digest of the weights is verified before they become champion.
 """
 
 import getpass
@@ -19,7 +18,7 @@ from pydantic import Field
 from dpo_core.config import Config
 from dpo_core.errors import PromotionRefused, RecipeError
 from tasks.promotion.finished_run import finished_report, registry_of
-from tasks.promotion.ledger import ALIAS, PREVIOUS, SUFFIX, Change, Ledger, hold_champion, reigns
+from tasks.promotion.ledger import ALIAS, PREVIOUS, SUFFIX, Change, Ledger, champion_history, hold_champion
 from tasks.promotion.model_source import titled, weights_of
 from tasks.reports.alarms import alarms
 from tasks.reports.run_report import ModelRow, RunReport
@@ -31,12 +30,12 @@ from tasks.tracking.tracker import Tracker
 
 log = logging.getLogger("dpo")
 
-_LOOK = "Look with: dpo promote --check"
+_LOOK = "See the current champion with: dpo promote --check"
 _CHALLENGER = "challenger"
 
 
 class Standing(Config):
-    """Who holds which alias of a registered model."""
+    """The versions of a registered model that have the aliases champion, previous-champion and challenger."""
 
     name: str
     champion: str | None
@@ -45,52 +44,50 @@ class Standing(Config):
     changed: bool = False
     """Whether this call changed the champion."""
     change: Change | None = None
-    """The last change that the ledger knows."""
+    """The last change in the ledger."""
     notes: list[str] = Field(default_factory=list)
-    """What was mended, and what is not as it should be."""
+    """Interrupted changes that were completed, and problems."""
     sound: bool = True
-    """Whether the champion's weights, where these were checked, are those that were registered."""
+    """False if the champion's weights were checked and differ from the registered ones."""
 
 
 def promote(workspace: str | Path, run_id: str, *, force: bool = False, reason: str = "") -> Standing:
-    """Make a run's model the champion. Where it is that already, nothing changes.
+    """Make a run's model the champion. Does nothing if it already is.
 
     Args:
         run_id: a finished alignment run.
-        force: promote against the rules, or a decision that was made on another champion; what was overridden
-            is written down. A version or weights that are not there cannot be forced.
-        reason: why, in own words; kept with the change.
+        force: promote although a rule failed, or although the run was compared with an earlier champion; the
+            overridden objections are recorded. A missing version or missing weights cannot be forced.
+        reason: free text; recorded with the change.
 
     Raises:
-        PromotionRefused: a rule failed, the champion is another one than the run was held against, the
-            version or its weights are gone or damaged, or another promotion came first.
-        RecipeError: there is no such run, or it is not finished, damaged, or a study.
+        PromotionRefused: a rule failed, the run was compared with another champion than the present one, the
+            version or its weights are missing or damaged, or another promotion was recorded first.
+        RecipeError: the run does not exist, is unfinished, is a study, or its report is damaged.
     """
     place = open_workspace(workspace)
     report, model = finished_report(place, run_id)
     tracker = registry_of(place, report)
     with hold_champion(place, model.name):
-        ledger, mended = _settled(tracker, model.name)
+        ledger, notes = _settled(tracker, model.name)
         entries = ledger.read()
         champion = version_of(tracker, model.name, ALIAS)
         candidate = ledger.version(str(model.version))
         if candidate is None or not _made_by(candidate, report, model):
-            problem = f"{model.name} version {model.version}, which the run {run_id} registered, is not there"
             refuse(
-                problem,
-                ["it was deleted, or this is another registry"],
+                f"{model.name} version {model.version}, registered by the run {run_id}, does not exist",
+                ["it was deleted, or MLflow uses another registry"],
                 "Run it again: " + report.run.command,
             )
         if champion is not None and champion.version == candidate.version:
-            return _standing(tracker, model.name, notes=mended)
+            return _standing(tracker, model.name, notes=notes)
         against = objections(report, model, champion)
-        mended += [f"alarm  {alarm.name}: {alarm.message}" for alarm in alarms(report)]
+        notes += [f"alarm  {alarm.name}: {alarm.message}" for alarm in alarms(report)]
         if against and not force:
-            again = f"Hold it against the present champion by running it again: {report.run.command}"
             remedy = (
-                again
+                f"Run it again to compare it with the present champion: {report.run.command}"
                 if _stale(report, champion)
-                else "Its page shows the numbers; --force overrides the rules, on record."
+                else "The run page shows the numbers. --force promotes anyway and records what it overrode."
             )
             refuse(f"{titled(candidate)} is not promoted", against, remedy)
         _check_weights(candidate)
@@ -109,25 +106,25 @@ def promote(workspace: str | Path, run_id: str, *, force: bool = False, reason: 
             after=entries[-1].number if entries else 0,
             **_signature(),
         )
-        return _write(tracker, ledger, change, mended)
+        return _record(tracker, ledger, change, notes)
 
 
 def rollback(workspace: str | Path, name: str | None = None, *, reason: str = "") -> Standing:
     """Make the previous champion the champion again.
 
     Args:
-        name: the registered model; without it, the only one that has a champion.
+        name: the registered model; may be left out if only one model has a champion.
 
     Raises:
-        PromotionRefused: there is no previous champion, its weights are gone or damaged, or another promotion
-            came first.
-        RecipeError: there is no such model, or a name is needed.
+        PromotionRefused: there is no previous champion, its weights are missing or damaged, or another
+            promotion was recorded first.
+        RecipeError: the model does not exist, or several models have a champion and no name was given.
     """
     place = open_workspace(workspace)
     tracker = registry_of(place)
     name = _only(tracker, name)
     with hold_champion(place, name):
-        ledger, mended = _settled(tracker, name)
+        ledger, notes = _settled(tracker, name)
         entries = ledger.read()
         champion, target = (version_of(tracker, name, alias) for alias in (ALIAS, PREVIOUS))
         if target is None or (champion is not None and champion.version == target.version):
@@ -144,21 +141,21 @@ def rollback(workspace: str | Path, name: str | None = None, *, reason: str = ""
             after=entries[-1].number if entries else 0,
             **_signature(),
         )
-        return _write(tracker, ledger, change, mended)
+        return _record(tracker, ledger, change, notes)
 
 
 def check(workspace: str | Path) -> list[Standing]:
-    """Finish what a killed promotion left, and tell of every registered model who is champion."""
+    """Complete interrupted promotions, verify the champions' weights, and list every model's champion."""
     place = open_workspace(workspace)
     tracker = registry_of(place)
-    found = []
+    standings = []
     for name in _models(tracker):
         with hold_champion(place, name):
             ledger, notes = _settled(tracker, name)
             champion = version_of(tracker, name, ALIAS)
-            if (wanted := ledger.moved()) is not None:
+            if (recorded := ledger.moved()) is not None:
                 notes.append(
-                    f"the alias {ALIAS} was moved by hand: the last change made version {wanted} champion"
+                    f"the alias {ALIAS} was moved by hand: the last change made version {recorded} champion"
                 )
             sound = True
             try:
@@ -167,43 +164,43 @@ def check(workspace: str | Path) -> list[Standing]:
             except PromotionRefused as error:
                 sound = False
                 notes.append(str(error))
-            found.append(_standing(tracker, name, notes=notes).model_copy(update={"sound": sound}))
-    return found
+            standings.append(_standing(tracker, name, notes=notes).model_copy(update={"sound": sound}))
+    return standings
 
 
 def objections(report: RunReport, model: ModelRow, champion: Any | None) -> list[str]:
-    """All that stands against a promotion, a sentence each; empty where nothing does."""
+    """The reasons against a promotion, one sentence each; empty if there are none."""
     decision = report.decision
     if decision is None:
-        return ["no decision was made in this run"]
-    found = [f"{reason.rule}: {reason.text}" for reason in decision.reasons if not reason.passed]
-    if not decision.promote and not found:
-        found.append("the decision of the run is not to promote")
+        return ["this run made no decision"]
+    against = [f"{reason.rule}: {reason.text}" for reason in decision.reasons if not reason.passed]
+    if not decision.promote and not against:
+        against.append("the decision of the run is not to promote")
     if champion is not None and champion.tags.get("dpo.artifact_sha256") == model.sha256:
-        found.append(f"the weights are those of the champion, {titled(champion)}")
+        against.append(f"the weights are those of the champion, {titled(champion)}")
     elif _stale(report, champion):
         now = "there is no champion now" if champion is None else f"the champion is {titled(champion)} now"
-        found.append(f"it was held against {decision.champion}, and {now}")
-    return found
+        against.append(f"it was compared with {decision.champion}, but {now}")
+    return against
 
 
 def _stale(report: RunReport, champion: Any | None) -> bool:
-    """Whether the decision was made on another champion than the present one."""
+    """Whether the decision compared the model with another champion than the present one."""
     present = "the reference" if champion is None else titled(champion)
     return report.decision is not None and report.decision.champion != present
 
 
 def refuse(problem: str, reasons: list[str], remedy: str) -> NoReturn:
-    """Every refused promotion and rollback ends here."""
-    told = f"{problem}: {'; '.join(reasons)}" if reasons else problem
-    raise PromotionRefused(told, remedy)
+    """Raise PromotionRefused with the problem, its reasons and the remedy."""
+    message = f"{problem}: {'; '.join(reasons)}" if reasons else problem
+    raise PromotionRefused(message, remedy)
 
 
-def _write(tracker: Tracker, ledger: Ledger, change: Change, notes: list[str]) -> Standing:
+def _record(tracker: Tracker, ledger: Ledger, change: Change, notes: list[str]) -> Standing:
     if not ledger.append(change):
         first = ledger.read()[-1].change
-        problem = f"the {change.kind} of {change.name} version {change.version} came too late"
-        refuse(f"{problem}: version {first.version} became champion meanwhile", [], _LOOK)
+        problem = f"the {change.kind} of {change.name} version {change.version} was rejected"
+        refuse(f"{problem}: version {first.version} was promoted concurrently", [], _LOOK)
     ledger.settle()
     return _standing(tracker, change.name, changed=True, notes=notes)
 
@@ -213,36 +210,36 @@ def _settled(tracker: Tracker, name: str) -> tuple[Ledger, list[str]]:
     change = ledger.settle()
     if change is None:
         return ledger, []
-    note = f"finished the {change.kind} of {name} version {change.version}, which was cut off"
+    note = f"completed the interrupted {change.kind} of {name} version {change.version}"
     log.warning(note)
     return ledger, [note]
 
 
 def _below(ledger: Ledger, version: str) -> str | None:
-    """The champion before this one, of those that are still registered."""
-    stack = reigns(ledger.read())
+    """The champion before this version, among those that are still registered."""
+    stack = champion_history(ledger.read())
     while stack and stack.pop() != version:
         pass
     return next((earlier for earlier in reversed(stack) if ledger.version(earlier) is not None), None)
 
 
 def _check_weights(version: Any) -> None:
-    """Refuse a version whose files are not, byte by byte, those that were registered."""
-    folder, wanted = weights_of(version), version.tags.get("dpo.artifact_sha256")
+    """Refuse a version whose files are missing or differ from those that were registered."""
+    folder, registered = weights_of(version), version.tags.get("dpo.artifact_sha256")
     place = version.tags.get("dpo.weights_uri", "an unknown place")
-    if folder is None or not wanted:
+    if folder is None or not registered:
         problem = f"the files of {titled(version)} are not on this machine: {place}"
-        refuse(problem, [], "Go on where they are, or run again what made them.")
+        refuse(problem, [], "Use the machine that has them, or run again what made them.")
     with disk_errors(folder, "reading the weights"):
-        found = digest_folder(folder)
-    if found != wanted:
-        digests = f"has the digest {found[:12]}, not {wanted[:12]}"
+        digest = digest_folder(folder)
+    if digest != registered:
+        digests = f"has the digest {digest[:12]}, not {registered[:12]}"
         problem = f"the weights of {titled(version)} are damaged: {place} {digests}"
-        refuse(problem, [], "Run again what made them: a damaged artifact is made anew.")
+        refuse(problem, [], "Run their recipe again, which rebuilds damaged artifacts.")
 
 
 def _made_by(version: Any, report: RunReport, model: ModelRow) -> bool:
-    """Whether the registered version is the run's model, or has its weights from an earlier run."""
+    """Whether the registered version holds the run's weights, registered by this run or by an earlier one."""
     same_run = model.known or version.run_id == report.run.mlflow_run_id
     return same_run and version.tags.get("dpo.artifact_sha256") == model.sha256
 
@@ -250,7 +247,7 @@ def _made_by(version: Any, report: RunReport, model: ModelRow) -> bool:
 def _signature() -> dict[str, Any]:
     try:
         user = getpass.getuser()
-    except (KeyError, OSError):  # a container's user need not have a name
+    except (KeyError, OSError):  # in a container the user may have no name
         user = str(os.getuid())
     return {"at": datetime.now(UTC), "by": f"{user}@{socket.gethostname()}", "mark": uuid.uuid4().hex}
 
@@ -273,8 +270,8 @@ def _standing(tracker: Tracker, name: str, *, changed: bool = False, notes: list
 
 
 def _models(tracker: Tracker) -> list[str]:
-    found = tracker.ask("the registered models", lambda client: every(client.search_registered_models))
-    return sorted(model.name for model in found if not model.name.endswith(SUFFIX))
+    models = tracker.ask("the registered models", lambda client: every(client.search_registered_models))
+    return sorted(model.name for model in models if not model.name.endswith(SUFFIX))
 
 
 def _only(tracker: Tracker, name: str | None) -> str:

@@ -257,4 +257,4 @@ def find_run(workspace: str | Path, wanted: str, recipe_name: str) -> RunRecord:
             return record
     names = ", ".join(r.run_id for r in runs[:5]) or "none"
     known = re.sub(r"\s+", " ", names)
-    raise RecipeError(f"the workspace {workspace} holds no run named {wanted}", f"Newest runs: {known}")
+    raise RecipeError(f"the workspace {workspace} has no run named {wanted}", f"Newest runs: {known}")

@@ -1,1 +1,1 @@
-"""What MLflow is told, and what is kept for it while it is away."""
+"""MLflow tracking: writing runs and registering models, with a retry queue for outages."""

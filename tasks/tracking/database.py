@@ -1,7 +1,7 @@
-"""MLflow's SQLite database: made once, and there only when it is whole.
+"""Creates MLflow's SQLite database atomically, so that no process ever opens a half-made one.
 
-MLflow makes its tables in the file that it is given, over seconds. Of two processes that do so at once one
-fails, for a table that it was about to make is there already.
+MLflow needs seconds to create its tables. If two processes do so in one file at once, one of them fails
+because a table exists already.
 """
 
 import os
@@ -12,12 +12,12 @@ from filelock import FileLock
 
 
 def make_database(uri: str) -> None:
-    """Make the database that the tracking URI names, where it is a file that is not there.
+    """Create the SQLite file of a tracking URI if it does not exist; other URIs are ignored.
 
-    It is made beside its place and renamed; of two processes at once one makes it.
+    The file is created under a temporary name and renamed. A lock makes a second process wait for it.
 
     Raises:
-        OSError: its folder cannot be written.
+        OSError: its folder is not writable.
     """
     path = Path(uri.removeprefix("sqlite:///"))
     if not uri.startswith("sqlite:///") or path.exists():
@@ -27,7 +27,7 @@ def make_database(uri: str) -> None:
         if path.exists():
             return
         temporary = path.with_name(f".{path.name}.new")
-        # Of a process that was killed here. SQLite would play its journal back into the new file.
+        # Left by a process that was killed here. SQLite would replay its journal into the new file.
         for left in path.parent.glob(f"{temporary.name}*"):
             left.unlink()
         _make_tables(temporary, path.parent / "mlartifacts")
@@ -35,12 +35,12 @@ def make_database(uri: str) -> None:
 
 
 def begin_writing(database: sqlite3.Connection) -> None:
-    """Begin a transaction that writes, for the caller to roll back.
+    """Start a write transaction, which the caller rolls back.
 
-    `begin immediate` alone begins one also where the database can only be read.
+    `begin immediate` alone succeeds on a read-only database too, so a table is created as well.
 
     Raises:
-        sqlite3.Error: it cannot be written, or another process is writing.
+        sqlite3.Error: the database is read-only, or another process is writing.
     """
     database.execute("begin immediate")
     database.execute("create table dpo_tried_to_write (number)")

@@ -1,11 +1,11 @@
-"""Calls to MLflow that another process may have made before, and searches that answer in pages."""
+"""Helpers for MLflow's client: create what may already exist, and read all pages of a search."""
 
 from collections.abc import Callable
 from typing import Any
 
 
 def unless_there(create: Callable[[], object]) -> None:
-    """Create something that another process may have created in the meantime."""
+    """Call `create`; ignore MLflow's error if the object exists already."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -16,10 +16,10 @@ def unless_there(create: Callable[[], object]) -> None:
 
 
 def every(search: Callable[..., Any]) -> list[Any]:
-    """All that a search of MLflow's finds; it answers in pages."""
+    """The results of all pages of an MLflow search."""
     page = search()
-    found = list(page)
+    results = list(page)
     while page.token:
         page = search(page_token=page.token)
-        found += page
-    return found
+        results += page
+    return results

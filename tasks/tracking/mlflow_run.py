@@ -1,6 +1,6 @@
-"""Writing to one MLflow run: parameters, tags, artifacts, data sets, numbers, and a trainer's curves.
+"""Writes to one MLflow run: parameters, tags, artifacts, data sets, metrics, and a trainer's curves.
 
-Points of a metric carry the time of their own line, so that a batch sent twice is stored once.
+Each metric point carries the time of its line in the metrics file, so that a batch sent twice is stored once.
 """
 
 import json
@@ -46,7 +46,7 @@ def clean_key(key: str) -> str:
 
 
 def metric_keys(names: Iterable[str]) -> dict[str, str]:
-    """Each name as a part of metric names: in small letters that MLflow accepts, no two alike."""
+    """A unique lower-case key for each name, of characters that MLflow accepts in metric names."""
     keys: dict[str, str] = {}
     for name in names:
         key = clean_key(name.lower())
@@ -67,7 +67,7 @@ def cut(value: Any, limit: int) -> str:
 
 
 class TrackedRun:
-    """Writes shared by parent and child runs. The run may not exist yet: `run_id` is set when it does.
+    """Writes shared by parent and child runs. `run_id` is None until the run exists in MLflow.
 
     Every write is queued as the name and arguments of a `send_` method; see `Outbox`.
     """
@@ -76,21 +76,21 @@ class TrackedRun:
 
     def __init__(self, client: Any, outbox: Outbox, run_id: str | None = None, start_ms: int = 0) -> None:
         self._client, self._outbox, self.run_id, self._start_ms = client, outbox, run_id, start_ms
-        self._sent: dict[str, dict[int, float]] | None = None  # what the run holds; None: not asked yet
+        self._sent: dict[str, dict[int, float]] | None = None  # the run's points; None: not read yet
 
     def params(self, values: Mapping[str, Any]) -> None:
-        """Record parameters: nested mappings with dotted names, long values cut. A recorded one stays."""
+        """Record parameters. Nested names are dotted, long values cut; a recorded value is never changed."""
         flat = {clean_key(key): cut(value, _PARAM_CHARS) for key, value in flatten(values).items()}
         self._put("parameters", "send_params", flat)
 
     def send_params(self, flat: dict[str, str]) -> None:
         from mlflow.entities import Param
 
-        there = self._client.get_run(self.run_id).data.params
-        changed = [key for key, value in flat.items() if there.get(key, value) != value]
+        recorded = self._client.get_run(self.run_id).data.params
+        changed = [key for key, value in flat.items() if recorded.get(key, value) != value]
         if changed:
             log.warning("MLflow keeps the first value of %s", ", ".join(changed))
-        new = [Param(key, value) for key, value in flat.items() if key not in there]
+        new = [Param(key, value) for key, value in flat.items() if key not in recorded]
         for start in range(0, len(new), _PARAMS_A_BATCH):
             self._client.log_batch(self.run_id, params=new[start : start + _PARAMS_A_BATCH])
 
@@ -105,7 +105,7 @@ class TrackedRun:
         """Upload a small file, or a folder of them, below `folder` of the run's artifacts."""
         write = Write(f"artifact {path}", self, "send_artifact", [str(path), folder])
         if not self._outbox.put(write):
-            write.given = [str(self._outbox.keep_file(Path(path))), folder]
+            write.args = [str(self._outbox.keep_file(Path(path))), folder]
 
     def send_artifact(self, path: str, folder: str | None) -> None:
         upload = self._client.log_artifacts if os.path.isdir(path) else self._client.log_artifact
@@ -140,8 +140,8 @@ class TrackedRun:
     def send_dataset(self, facts: dict[str, str], context: str) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        given = DatasetInput(Dataset(**facts), [InputTag("mlflow.data.context", context)])
-        self._client.log_inputs(self.run_id, [given])
+        dataset = DatasetInput(Dataset(**facts), [InputTag("mlflow.data.context", context)])
+        self._client.log_inputs(self.run_id, [dataset])
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Record numbers at a step. The same numbers at the same step are recorded once."""
@@ -155,7 +155,7 @@ class TrackedRun:
         self._log([p for p in new if not _same(known.get(p[0], {}).get(p[3]), p[1])])
 
     def end(self, status: str) -> None:
-        """Set the run's status, as of now."""
+        """Set the run's final status, with the present time as its end."""
         self._put("status", "send_end", status, now_ms())
 
     def send_end(self, status: str, end: int) -> None:
@@ -165,11 +165,11 @@ class TrackedRun:
     def send_description(self, name: str, version: str, text: str) -> None:
         self._client.update_model_version(name, version, text)
 
-    def _put(self, what: str, call: str, *given: Any) -> None:
-        self._outbox.put(Write(what, self, call, list(given)))
+    def _put(self, what: str, call: str, *args: Any) -> None:
+        self._outbox.put(Write(what, self, call, list(args)))
 
     def _history(self) -> dict[str, dict[int, float]]:
-        """What the run holds: metric to step to value. Read back once for a run that was opened again."""
+        """The run's points in MLflow: metric to step to value. Read once when a run is reopened."""
         if self._sent is None:
             self._sent = {
                 key: {m.step: m.value for m in self._client.get_metric_history(self.run_id, key)}
@@ -188,12 +188,12 @@ class TrackedRun:
 
 
 class StageRun(TrackedRun):
-    """The child run of one stage. No method raises for MLflow's sake."""
+    """The child run of one stage. No method raises because of MLflow."""
 
     def __init__(self, client: Any, outbox: Outbox, stage: str, total_steps: int | None) -> None:
-        super().__init__(client, outbox, start_ms=now_ms())  # a run that MLflow takes later still began now
+        super().__init__(client, outbox, start_ms=now_ms())  # the start time, even if MLflow is down now
         self.stage, self._total_steps = stage, total_steps
-        self._finished_ms: int | None = None  # end of a run that was finished before and has nothing new
+        self._finished_ms: int | None = None  # end of a run that had finished and got no new points
         self._held: dict[str, Point] = {}
         self._streams: dict[Path, tuple[IO[bytes], int]] = {}
 
@@ -205,14 +205,14 @@ class StageRun(TrackedRun):
         """Safe to repeat."""
         query = f"tags.`mlflow.parentRunId` = '{parent}' and tags.`dpo.stage` = '{self.stage}'"
         order = ["attributes.start_time DESC"]
-        found = self._client.search_runs([experiment], query, max_results=1, order_by=order)
-        if found:
-            run = found[0]
+        runs = self._client.search_runs([experiment], query, max_results=1, order_by=order)
+        if runs:
+            run = runs[0]
             if run.info.status == "FINISHED":
                 self._finished_ms = run.info.end_time
             else:
                 self._client.update_run(run.info.run_id, status="RUNNING")
-                with suppress(Exception):  # there need not be one
+                with suppress(Exception):  # the tag may not exist
                     self._client.delete_tag(run.info.run_id, "dpo.error")
         else:
             own = {"mlflow.parentRunId": parent, "dpo.stage": self.stage}
@@ -224,32 +224,32 @@ class StageRun(TrackedRun):
         """Send the complete lines that a trainer appended to its metrics file since `offset`.
 
         A line is a JSON object with `step` (integer), `time` (seconds since 1970, recommended) and numbers.
-        At most 2000 points a metric are sent, evenly over `total_steps` where the stage gave it, else ever
-        wider apart; the last one always is. Steps that the run already has are left out, so that after a
-        resume the file may be read from 0 again. What could not be sent is tried again at the stage's end.
+        At most 2000 points per metric are sent, always including the last: evenly spaced if `total_steps` is
+        known, else with growing distance. Steps that the run already has are skipped, so that the file may be
+        read from 0 again after a resume. Points that could not be sent are sent at the stage's end.
 
         Returns:
-            The offset for the next call: the old one, or less far, while MLflow is away.
+            The offset for the next call. It does not advance while MLflow is unreachable.
         """
         path = Path(path)
         try:
             file = self._follow(path)
-        except OSError:  # the trainer has not written yet
+        except OSError:  # the trainer has not created the file yet
             return offset
         size = os.fstat(file.fileno()).st_size
-        self._streams[path] = (file, offset if offset <= size else 0)  # shorter: begun anew by a resume
+        self._streams[path] = (file, offset if offset <= size else 0)  # a resume may have started a new file
         if self._outbox.drain():
             self._outbox.attempt(f"metrics of {path}", lambda: self.send_curve(str(path)))
         return self._streams[path][1]
 
     def made(self, artifact: Manifest) -> None:
-        """Record what the stage has stored."""
+        """Record the stage's artifact: its facts, digest and URI."""
         self.params({f"out.{name}": value for name, value in scalar_facts(artifact).items()})
         self.tag("dpo.artifact_sha256", artifact.sha256)
         self.tag("dpo.artifact_uri", artifact.uri)
 
     def close(self, status: str, error: BaseException | None = None) -> None:
-        """End the run: the rest of its metrics, the reason of a failure, the status."""
+        """End the run: send its remaining metrics, the error if it failed, and its status."""
         curves = [Write(f"metrics of {p}", self, "send_curve", [str(p)]) for p in self._streams]
         for curve in curves:
             self._outbox.put(curve)
@@ -261,13 +261,13 @@ class StageRun(TrackedRun):
             self._keep_curves(curves)
 
     def _keep_curves(self, curves: list[Write]) -> None:
-        """Copies of the curves that wait: their stage's folder will be gone when MLflow is back."""
+        """Copy unsent metrics files, because the stage's folder will be gone when MLflow answers again."""
         for curve in curves:
-            path = Path(curve.given[0])
+            path = Path(curve.args[0])
             if curve in self._outbox.queue:
                 copy = self._outbox.keep_file(path, self._streams[path][0])
                 self._streams[copy] = self._streams.pop(path)
-                curve.given = [str(copy)]
+                curve.args = [str(copy)]
 
     def send_end(self, status: str, end: int) -> None:
         if status == "FINISHED" and self._finished_ms is not None:
@@ -277,7 +277,7 @@ class StageRun(TrackedRun):
             file.close()
 
     def _follow(self, path: Path) -> IO[bytes]:
-        """The open file. It stays open, so that lines are not lost when the stage commits its folder."""
+        """The open metrics file. It stays open, so that no line is lost when the stage's folder is moved."""
         if path in self._streams:
             file = self._streams[path][0]
             if not path.exists() or os.path.samestat(os.fstat(file.fileno()), path.stat()):
@@ -286,9 +286,9 @@ class StageRun(TrackedRun):
         return open(path, "rb")
 
     def send_curve(self, name: str) -> None:
-        """The lines of a metrics file that were not sent yet."""
+        """Send the lines of a metrics file that were not sent yet."""
         path = Path(name)
-        if path not in self._streams:  # kept by an earlier process
+        if path not in self._streams:  # copied by an earlier process
             self._streams[path] = (path.open("rb"), 0)
         while True:
             file, offset = self._streams[path]
@@ -325,7 +325,7 @@ class StageRun(TrackedRun):
         return step if step < 1000 else min(_BUCKETS, 1000 + int(75 * math.log2(step / 1000)))
 
     def send_last(self) -> None:
-        """The last points, which thinning may have left out."""
+        """Send the last points, which thinning may have left out."""
         known = self._history()
         self._log([p for key, p in self._held.items() if p[3] > max(known.get(key, {-1: 0.0}))])
 
@@ -347,11 +347,13 @@ def _points(block: bytes, start_ms: int) -> list[Point]:
             facts = json.loads(line)
             step = int(facts.pop("step"))
             moment = facts.pop("time", None)
-            # A line without time gets one made of its step: the same at each attempt.
+            # A line without a time gets one derived from its step, so that every attempt sends the same.
             when = int(float(moment) * 1000) if moment is not None else start_ms + step
         except (ValueError, KeyError, TypeError, AttributeError):
             if line.strip():
-                log.warning("a line of the metrics file is not an object with a step: %.80r", line)
+                log.warning(
+                    "ignored a line of the metrics file that is not an object with a step: %.80r", line
+                )
             continue
         for key, value in facts.items():
             if isinstance(value, int | float):

@@ -1,7 +1,7 @@
-"""The outbox of MLflow writes: none is lost to a server's nap, and none holds up a stage.
+"""Retry queue for MLflow writes; survives outages and process restarts, and never blocks a stage for long.
 
-While MLflow does not answer, writes wait in their order and the caller goes on. What still waits when a stage
-or the run ends is put on the disk, and the next run of the workspace sends it:
+While MLflow does not answer, writes are queued in order and the caller continues. Writes that are still
+queued when a stage or the run ends are saved to disk, and the next run of the workspace sends them:
 
     tracking_outbox/<parent run>/writes.json    the writes, each a method of a run with its arguments
     tracking_outbox/<parent run>/files/         copies of the files that they upload or read
@@ -28,7 +28,7 @@ from tasks.store.files import says_disk_full, says_read_only
 log = logging.getLogger(__name__)
 
 PATIENCE = {"FINISHED": 30.0, "FAILED": 30.0, "KILLED": 5.0}  # seconds to wait for MLflow when a run ends
-STAGE_PATIENCE = 5.0  # when a stage ends: what waits longer is safe on the disk
+STAGE_PATIENCE = 5.0  # seconds to wait when a stage ends; unsent writes are on disk
 FOLDER = "tracking_outbox"
 _WRITES = "writes.json"
 _PAUSE = (0.5, 15.0)  # first and longest pause between two attempts, seconds
@@ -40,32 +40,32 @@ _REFUSALS = {
 
 
 def one_line(error: BaseException) -> str:
-    # Without passwords of a database, in logs and tags.
+    """An error's message on one line, with secrets redacted, for logs and tags."""
     return hidden(" ".join(str(error).split()) or type(error).__name__)
 
 
 @dataclass
 class Write:
-    """One write: a method of a run with arguments that JSON can hold, so that another process can do it."""
+    """One write: the name of a run's method and its arguments, which are JSON so that they can be saved."""
 
     what: str
-    """In words, for warnings."""
+    """What is written, for warnings."""
     run: Any
-    """A TrackedRun; its `stage` names it on the disk."""
+    """A TrackedRun; its `stage` identifies it on disk."""
     call: str
-    given: list[Any]
+    args: list[Any]
 
     def send(self) -> None:
-        """Do it."""
-        getattr(self.run, self.call)(*self.given)
+        """Call the method."""
+        getattr(self.run, self.call)(*self.args)
 
 
 class Outbox:
-    """Writes to MLflow in their order; those that cannot go out now wait for the next call.
+    """A first-in, first-out queue of MLflow writes. Writes that cannot be sent stay queued for the next call.
 
     Args:
         place: the tracking URI.
-        alive: asks MLflow anything.
+        alive: any request to MLflow; raises if MLflow does not answer.
     """
 
     def __init__(self, place: str, alive: Callable[[], object]) -> None:
@@ -78,18 +78,18 @@ class Outbox:
         self._next_try, self._pause, self._bad_tries = 0.0, _PAUSE[0], 0
         self._for_the_disk = False
         self.folder: Path | None = None
-        """Where what is kept of this run lies; None before it is known."""
+        """Folder for the unsent writes of this run; None until the run's id is known."""
 
     def put(self, write: Write) -> bool:
-        """Queue a write and send what waits; True when it is sent."""
+        """Queue a write and try to send the queue; True if the queue is empty afterwards."""
         with self._lock:
             self.queue.append(write)
             return self.drain()
 
     def keep(self, own: Callable[[Any], bool]) -> bool:
-        """Put on the disk what still waits for runs that are `own`, or remove what lies there of before.
+        """Save the queued writes of the runs selected by `own`; without any, remove earlier saved ones.
 
-        Returns whether nothing that waits would be lost with this process.
+        Returns True if no queued write would be lost when this process ends.
         """
         if self.folder is None:
             return False
@@ -104,7 +104,7 @@ class Outbox:
                         "stage": w.run.stage,
                         "run_id": w.run.run_id,
                         "call": w.call,
-                        "given": w.given,
+                        "given": w.args,
                     }
                     for w in waiting
                 ]
@@ -112,15 +112,16 @@ class Outbox:
             elif self.folder.exists():
                 forget(self.folder)
         except OSError as error:
-            log.warning("%d MLflow writes could not be kept in %s: %s", len(waiting), self.folder, error)
+            log.warning("%d MLflow writes could not be saved in %s: %s", len(waiting), self.folder, error)
             return False
         return True
 
     def keep_file(self, path: Path, opened: IO[bytes] | None = None) -> Path:
-        """A copy of a file or folder that a waiting write needs and its stage may remove; itself if not.
+        """Copy a file or folder that a queued write needs and its stage may remove; returns the copy's path,
+        or `path` if it could not be copied.
 
         Args:
-            opened: the file, where its path may be gone already.
+            opened: the open file, if its path may no longer exist.
         """
         if self.folder is None:
             return path
@@ -134,25 +135,25 @@ class Outbox:
             else:
                 (shutil.copytree if path.is_dir() else shutil.copyfile)(path, copy)
         except OSError as error:
-            log.warning("%s could not be kept for MLflow: %s", path, error)
+            log.warning("%s could not be copied for MLflow: %s", path, error)
             return path
         return copy
 
     def drain(self, patience: float = 0.0) -> bool:
-        """Send what waits; True when nothing is left. Waits for MLflow up to `patience` seconds."""
+        """Send the queued writes; True if all were sent. Waits for MLflow up to `patience` seconds."""
         deadline = time.monotonic() + patience
         with self._lock:
             while self.queue:
                 if self.attempt(self.queue[0].what, self.queue[0].send, force=patience > 0):
                     self.queue.popleft()
-                elif time.monotonic() >= deadline or self._for_the_disk:  # waiting makes no room on a disk
+                elif time.monotonic() >= deadline or self._for_the_disk:  # waiting does not free disk space
                     return False
                 else:
                     time.sleep(min(1.0, self._pause, max(0.0, deadline - time.monotonic())))
             return True
 
     def attempt(self, what: str, send: Callable[[], None], *, force: bool = False) -> bool:
-        """Try one write. True: it is done with, sent or refused for good; False: MLflow is away."""
+        """Try one write. True: it was sent, or MLflow rejected it for good. False: MLflow is unreachable."""
         with self._lock:
             if time.monotonic() < self._next_try and not force:
                 return False
@@ -171,19 +172,20 @@ class Outbox:
             return True
 
     def whole(self) -> AbstractContextManager[None]:
-        """Around a call of MLflow's: no signal cuts a transaction of its database in two.
+        """Context for a call that writes to MLflow's database directly: signals wait until it has finished.
 
-        A server ends its own; a call of one that hangs is given up at once.
+        Calls to a server are not protected: the server completes its own transactions, and a call that hangs
+        must remain interruptible.
         """
         return nullcontext() if self._probe else undisturbed()
 
     def is_outage(self, error: Exception) -> bool:
-        """Whether a failure is the server's absence rather than the write's own fault."""
+        """Whether an error means that MLflow is unreachable, rather than that the write itself is invalid."""
         from mlflow.exceptions import MlflowException
         from requests import RequestException
         from sqlalchemy.exc import OperationalError
 
-        # Its database answers questions, and takes writes again when there is room.
+        # The database still answers reads, and accepts writes again when there is space.
         self._for_the_disk = says_disk_full(error) or says_read_only(error)
         if self._for_the_disk:
             return True
@@ -191,7 +193,7 @@ class Outbox:
             return False
         if getattr(error, "error_code", "") in _REFUSALS:
             return False
-        # By another run's writes, while reading goes on; by a server that would let the question hang, too.
+        # Another run's writes lock the database although reads succeed; or the probe would time out as well.
         if "database is locked" in str(error) or "timed out" in str(error):
             return True
         try:
@@ -199,12 +201,12 @@ class Outbox:
                 self._alive()
         except Exception:
             return True
-        # The server answers others: a passing fault, or one write that it can never take.
+        # The server answers other requests: a transient fault, or a write that it will never accept.
         self._bad_tries += 1
         return self._bad_tries < 4
 
     def _look(self) -> None:
-        """A quick look at a server that was away: one that hangs must not hold every write."""
+        """Probe a server that was down. The timeout is short: a hanging server must not block writes."""
         import requests
 
         if self._probe:
@@ -214,7 +216,7 @@ class Outbox:
         if self._down_since is None:
             self._down_since = time.monotonic()
             log.warning(
-                "MLflow at %s does not answer (%s); the run goes on, metrics are kept and sent later",
+                "MLflow at %s does not answer (%s); the run continues, metrics are saved and sent later",
                 self.place,
                 one_line(error)[:300],
             )
@@ -226,18 +228,20 @@ class Outbox:
         if self._down_since is not None:
             away = time.monotonic() - self._down_since
             self.delay_s, self._down_since = self.delay_s + away, None
-            log.warning("MLflow at %s answers again after %.0f s; sending what waited", self.place, away)
+            log.warning(
+                "MLflow at %s answers again after %.0f s; sending the queued writes", self.place, away
+            )
 
 
 def kept(workspace: Path) -> list[Path]:
-    """The folders of runs whose writes wait on the disk."""
+    """The folders of runs that have unsent writes on disk."""
     return sorted(path.parent for path in (workspace / FOLDER).glob(f"*/{_WRITES}"))
 
 
 def read_kept(folder: Path, place: str) -> Sequence[dict[str, Any]] | None:
-    """The writes of a folder, in their order; None if damaged, or for another MLflow than `place`.
+    """The saved writes of a folder, in order; None if the file is damaged or `place` is not their MLflow.
 
-    A damaged file is put aside, with a line in the log; what the writes would upload stays beside it.
+    A damaged file is renamed and logged; the files that its writes would upload stay in the folder.
     """
     try:
         facts = json.loads((folder / _WRITES).read_bytes())
@@ -246,9 +250,9 @@ def read_kept(folder: Path, place: str) -> Sequence[dict[str, Any]] | None:
         writes = list(facts["writes"])
         for write in writes:
             if set(write) != {"what", "stage", "run_id", "call", "given"} or write["call"] not in SENDERS:
-                raise ValueError("it holds no writes")
+                raise ValueError("an entry is not a write")
     except (OSError, ValueError, TypeError, KeyError) as error:
-        log.warning("the MLflow writes kept in %s cannot be read (%s); they are not sent", folder, error)
+        log.warning("the MLflow writes saved in %s cannot be read (%s) and are not sent", folder, error)
         with suppress(OSError):
             (folder / _WRITES).rename(folder / f"{_WRITES}.damaged")
         return None
@@ -259,11 +263,11 @@ SENDERS = {
     "send_open", "send_params", "send_tag", "send_artifact", "send_text", "send_dataset", "send_points",
     "send_curve", "send_last", "send_end", "send_description",
 }  # fmt: skip
-"""The methods of runs that a file may name."""
+"""The methods that a saved write may call."""
 
 
 def forget(folder: Path) -> None:
-    """Remove what was kept of a run, now that it is sent."""
+    """Remove a run's saved writes after they were sent."""
     shutil.rmtree(folder, ignore_errors=True)
-    with suppress(OSError):  # others may lie there
+    with suppress(OSError):  # other runs may have unsent writes
         folder.parent.rmdir()

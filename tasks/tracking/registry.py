@@ -1,4 +1,4 @@
-"""MLflow's model registry: models registered by reference, and who holds an alias."""
+"""MLflow's model registry: register weights by reference, and find versions by alias, number or digest."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -22,32 +22,31 @@ def register_model(
 ) -> str:
     """Register weights by reference, without uploading them; returns the version.
 
-    The version's tag `dpo.weights_uri` holds the URI. Its source does so too, except on a server, which
-    takes no local paths: there the source is the logged model. The same weights of the same run are
-    registered once.
+    The version's tag `dpo.weights_uri` holds the URI, and so does its source. Servers accept no local paths
+    as a source; there the source is the logged model. The same weights of the same run are registered once.
 
     Args:
-        folder: where the weights are: a path or a URI.
-        parent_run: the alignment that made them; the tracker's own if not given.
+        folder: path or URI of the weights.
+        parent_run: id of the MLflow run that trained them; default: the tracker's own run.
 
     Raises:
         StageFailed: MLflow does not answer.
-        RecipeError: it refuses.
+        RecipeError: MLflow rejects the request.
     """
     run_id = parent_run or tracker.run_id
     uri = folder if "://" in folder else Path(folder).absolute().as_uri()
-    given = {key: cut(value, TAG_CHARS) for key, value in (tags or {}).items()} | {"dpo.weights_uri": uri}
+    all_tags = {key: cut(value, TAG_CHARS) for key, value in (tags or {}).items()} | {"dpo.weights_uri": uri}
 
     def register(client: Any) -> str:
         unless_there(lambda: client.create_registered_model(name))
-        # Of this run alone: a model of a nightly recipe has a version for every night.
+        # Search this run's versions only: the model of a nightly recipe has one for every night.
         known = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
-        same = [found.version for found in known if found.tags.get("dpo.weights_uri") == uri]
+        same = [entry.version for entry in known if entry.tags.get("dpo.weights_uri") == uri]
         if same:
             version = str(same[0])
         else:
-            model_id = _logged_model(client, tracker.uri, name, uri, run_id, given)
-            version = _new_version(client, name, uri, run_id, given, model_id)
+            model_id = _logged_model(client, tracker.uri, name, uri, run_id, all_tags)
+            version = _new_version(client, name, uri, run_id, all_tags, model_id)
         client.set_registered_model_alias(name, alias, version)
         return version
 
@@ -55,10 +54,10 @@ def register_model(
 
 
 def version_with(tracker: Tracker, name: str, sha256: str) -> Any | None:
-    """The newest registered version whose weights have this digest and still are where they were; else None.
+    """The newest registered version whose weights have this digest and still exist; None if there is none.
 
     Args:
-        sha256: of the artifact, as the tag `dpo.artifact_sha256` holds it.
+        sha256: the artifact's digest, as in the tag `dpo.artifact_sha256`.
 
     Raises:
         StageFailed: MLflow does not answer.
@@ -66,16 +65,14 @@ def version_with(tracker: Tracker, name: str, sha256: str) -> Any | None:
 
     def find(client: Any) -> Any | None:
         versions = every(partial(client.search_model_versions, f"name = '{name}'"))
-        same = [
-            found for found in versions if found.tags.get("dpo.artifact_sha256") == sha256 and _there(found)
-        ]
-        return max(same, key=lambda found: int(found.version), default=None)
+        same = [v for v in versions if v.tags.get("dpo.artifact_sha256") == sha256 and _exists(v)]
+        return max(same, key=lambda version: int(version.version), default=None)
 
     return tracker.ask(f"the versions of {name}", find)
 
 
-def _there(version: Any) -> bool:
-    """Whether its files are here; those of another kind of store are taken to be."""
+def _exists(version: Any) -> bool:
+    """Whether a version's files exist; True without a check if its URI is not a local one."""
     parts = urlsplit(version.tags.get("dpo.weights_uri", ""))
     return parts.scheme != "file" or Path(unquote(parts.path)).is_dir()
 
@@ -95,17 +92,17 @@ def _new_version(client: Any, name: str, uri: str, run_id: str, tags: dict[str, 
 def _logged_model(
     client: Any, tracking_uri: str, name: str, uri: str, run_id: str, tags: dict[str, str]
 ) -> str:
-    """The logged model of these weights of this run; a killed process may have left it, or half of it."""
+    """Id of the run's logged model for these weights. One that a killed process left unready is replaced."""
     import mlflow
     from mlflow.entities import LoggedModelStatus
 
     experiment = client.get_run(run_id).info.experiment_id
-    for found in client.search_logged_models([experiment], f"source_run_id = '{run_id}'"):
-        if found.tags.get("dpo.weights_uri") == uri:
-            if found.status == LoggedModelStatus.READY:
-                return str(found.model_id)
-            client.delete_logged_model(found.model_id)
-    mlflow.set_tracking_uri(tracking_uri)  # create_external_model knows the global address only
+    for logged in client.search_logged_models([experiment], f"source_run_id = '{run_id}'"):
+        if logged.tags.get("dpo.weights_uri") == uri:
+            if logged.status == LoggedModelStatus.READY:
+                return str(logged.model_id)
+            client.delete_logged_model(logged.model_id)
+    mlflow.set_tracking_uri(tracking_uri)  # create_external_model reads only the global address
     made = mlflow.create_external_model(
         name=re.sub(r"[/:.%\"']", "-", name),
         source_run_id=run_id,
@@ -117,30 +114,30 @@ def _logged_model(
 
 
 def version_of(tracker: Tracker, name: str, alias: str) -> Any | None:
-    """The registered version that the alias points to; None where model or alias is not there.
+    """The registered version with the alias; None if the model or the alias does not exist.
 
     Raises:
         StageFailed: MLflow does not answer.
-        RecipeError: it refuses.
+        RecipeError: MLflow rejects the request.
     """
-    return _if_there(
+    return _if_exists(
         tracker, f"the {alias} of {name}", lambda client: client.get_model_version_by_alias(name, alias)
     )
 
 
 def numbered(tracker: Tracker, name: str, number: str) -> Any | None:
-    """A registered version by its number; None where there is none.
+    """The registered version with this number; None if it does not exist.
 
     Raises:
         StageFailed: MLflow does not answer.
-        RecipeError: it refuses.
+        RecipeError: MLflow rejects the request.
     """
-    return _if_there(
+    return _if_exists(
         tracker, f"version {number} of {name}", lambda client: client.get_model_version(name, number)
     )
 
 
-def _if_there(tracker: Tracker, what: str, read: Callable[[Any], Any]) -> Any | None:
+def _if_exists(tracker: Tracker, what: str, read: Callable[[Any], Any]) -> Any | None:
     from mlflow.exceptions import MlflowException
 
     def find(client: Any) -> Any | None:

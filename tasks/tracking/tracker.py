@@ -1,6 +1,6 @@
-"""MLflow tracking: one parent run an alignment, one child run a stage.
+"""Records an alignment in MLflow: one parent run per alignment, one child run per stage.
 
-Every write after the parent's start goes through the outbox, so that a server's absence costs only delay.
+After the parent run is created, every write goes through the retry queue, so that an outage only delays it.
 """
 
 import json
@@ -26,11 +26,11 @@ from tasks.tracking.mlflow_run import TAG_CHARS, StageRun, TrackedRun, clean_key
 from tasks.tracking.outbox import FOLDER, PATIENCE, Outbox, Write, forget, kept, one_line, read_kept
 
 log = logging.getLogger(__name__)
-said = logging.getLogger("dpo")
+terminal = logging.getLogger("dpo")
 T = TypeVar("T")
 
 _HEADLINE_PARAMS = 200
-# Else MLflow's UI may take the experiment for one of prompts and traces.
+# Without this tag MLflow's UI may show the experiment as one of prompts and traces.
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 _START_PATIENCE = 30.0
 _STAGE_TAG = "dpo.stage"
@@ -38,24 +38,24 @@ _RUN_PATIENCE = 180.0
 
 
 def resolve_uri(config: TrackingConfig, workspace: Path) -> str:
-    """The tracking URI, absolute whatever the working directory is later.
+    """The tracking URI as an absolute one, independent of the working directory.
 
     Raises:
-        RecipeError: it names MLflow's file store, which MLflow dropped in 3.13, or the path of the workspace
-            cannot be part of an address.
+        RecipeError: it names MLflow's file store, which MLflow dropped in 3.13, or the workspace's path
+            contains a character that a URI cannot contain.
     """
     uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri and "?" in str(workspace.absolute()):
         raise RecipeError(
-            f"the path of the workspace, {workspace}, has a question mark, where the address of its tracking "
-            "database would end",
-            "Name another workspace, or the database of runs with tracking.uri or MLFLOW_TRACKING_URI",
+            f"the workspace's path, {workspace}, contains a question mark, which would end the address of "
+            "its tracking database",
+            "Choose another workspace, or set tracking.uri or MLFLOW_TRACKING_URI",
         )
     uri = uri or f"sqlite:///{workspace / 'mlflow.db'}"
     if ("://" not in uri and uri != "databricks") or uri.startswith("file:"):
         raise RecipeError(
             f"tracking URI {uri} is a folder, which MLflow no longer writes to",
-            "Use sqlite:///<absolute path>.db, the http:// URL of an MLflow server, or leave it out.",
+            "Use sqlite:///<absolute path>.db or the http:// URL of an MLflow server, or remove the setting.",
         )
     if uri.startswith("sqlite:///"):
         uri = f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
@@ -91,19 +91,19 @@ class Tracker:
         tags: Mapping[str, str] | None = None,
         opened: Callable[[str], None] = lambda run_id: None,
     ) -> str:
-        """Open the run of a whole alignment, or go on with `run_id`; returns its id.
+        """Create the parent run of an alignment, or reopen `run_id`; returns its id.
 
         Args:
             recipe: the resolved recipe in JSON types; stored as `config/recipe.yaml`, its outermost values
                 as parameters.
-            begun: without a `run_id`, go on with the one that has the same tag `dpo.run`: a process may have
-                opened it and been killed before it could note the id.
+            begun: if there is no `run_id`, reopen the run with the same tag `dpo.run`. A process may have
+                created it and been killed before it recorded the id.
             description: Markdown for the run's page.
-            opened: given the id as soon as there is one, before anything else is sent.
+            opened: called with the id as soon as it is known, before anything else is sent.
 
         Raises:
             StageFailed: MLflow does not answer.
-            RecipeError: there is no run `run_id`, or the database cannot be used.
+            RecipeError: the run `run_id` does not exist, or the database cannot be used.
         """
         self._connect()
         self.run_name = name
@@ -119,7 +119,7 @@ class Tracker:
                 return self._client.create_run(self._experiment(experiment), tags=every, run_name=name).info
             info = self._client.get_run(known).info
             self._client.update_run(known, status="RUNNING")
-            with suppress(Exception):  # there need not be one
+            with suppress(Exception):  # the tag may not exist
                 self._client.delete_tag(known, "dpo.error")
             for key, value in every.items():
                 self._client.set_tag(known, key, value)
@@ -138,13 +138,13 @@ class Tracker:
         )
         self.parent.text(json.dumps(environment(), indent=1), "environment.json")
         facts = {key: value for key, value in recipe.items() if key != "description"}
-        given = {key: value for key, value in flatten(facts).items() if value is not None}
-        headline = sorted(given, key=lambda key: key.count("."))[:_HEADLINE_PARAMS]
-        self.parent.params({key: given[key] for key in headline})
+        settings = {key: value for key, value in flatten(facts).items() if value is not None}
+        headline = sorted(settings, key=lambda key: key.count("."))[:_HEADLINE_PARAMS]
+        self.parent.params({key: settings[key] for key in headline})
         return self.run_id
 
     def finish_parent(self, status: str = "FINISHED") -> None:
-        """End the parent with FINISHED, FAILED or KILLED. Warns if MLflow never took some of the writes."""
+        """End the parent run with FINISHED, FAILED or KILLED; logs a warning if some writes were not sent."""
         self.parent.end(status)
         if self._outbox.drain(PATIENCE[status]) and self._outbox.delay_s >= 1:
             self.parent.tag("dpo.tracking_delay_s", round(self._outbox.delay_s))
@@ -152,41 +152,41 @@ class Tracker:
         if self._outbox.queue:
             waiting = sorted({write.what for write in self._outbox.queue})
             log.warning(
-                "MLflow at %s did not take %d writes (%s); the artifacts are whole, and %s",
+                "MLflow at %s did not accept %d writes (%s); the artifacts are complete, and %s",
                 self._outbox.place,
                 len(self._outbox.queue),
                 cut(", ".join(waiting), 500),
-                f"the next run of this workspace, or --resume {self.run_name}, sends what waits in "
+                f"the next run of this workspace, or --resume {self.run_name}, sends the writes saved in "
                 f"{self._outbox.folder}"
                 if safe
-                else "these writes are lost: they could not be kept on the disk either",
+                else "these writes are lost: they could not be saved to disk either",
             )
 
     def _keep(self) -> bool:
         return self._outbox.keep(lambda run: run is self.parent or run in self._stages)
 
     def _deliver_kept(self, resumed: str | None) -> None:
-        """Send what MLflow did not take of earlier runs of this workspace, before anything new."""
+        """Send the saved writes of this workspace's earlier runs, before anything new."""
         for folder in kept(self.workspace):
             parent = TrackedRun(self._client, self._outbox, folder.name)
             runs: dict[str, TrackedRun] = {"": parent}
-            found = read_kept(folder, self._outbox.place)
-            if found is None:
+            saved = read_kept(folder, self._outbox.place)
+            if saved is None:
                 continue
-            # A run that is resumed writes all of its own again, and is not over.
-            writes = [w for w in found if not (folder.name == resumed and w["stage"] == "")]
+            # A resumed run repeats its parent's writes and has no end yet: skip them.
+            writes = [w for w in saved if not (folder.name == resumed and w["stage"] == "")]
             if writes:
-                said.info("sending %d MLflow writes that an earlier run could not send", len(writes))
+                terminal.info("sending %d MLflow writes that an earlier run could not send", len(writes))
             for facts in writes:
                 stage = facts["stage"]
                 run = runs.setdefault(stage, StageRun(self._client, self._outbox, stage, None))
-                run.run_id = run.run_id or facts["run_id"]  # None where MLflow never heard of the stage
+                run.run_id = run.run_id or facts["run_id"]  # None if the stage's run was never created
                 self._outbox.put(Write(facts["what"], run, facts["call"], facts["given"]))
             if self._outbox.drain():
                 forget(folder)
 
     def close_killed(self, run_id: str | None, reason: str) -> bool:
-        """End a killed run and those below it that still say RUNNING as KILLED; whether it is known here.
+        """Set a killed run and its child runs from RUNNING to KILLED; False if MLflow does not have the run.
 
         Raises:
             StageFailed: MLflow does not answer.
@@ -212,10 +212,10 @@ class Tracker:
     def child(
         self, stage: str, *, total_steps: int | None = None, tags: Mapping[str, str] | None = None
     ) -> Iterator[StageRun]:
-        """The stage's own run below the parent; on a resume the one that it already has.
+        """The child run of a stage; a resume reopens the existing one.
 
-        Ends FINISHED; FAILED with the message in the tag `dpo.error` when the stage raises; KILLED when it is
-        interrupted. What the stage raises goes on unchanged.
+        It ends as FINISHED, as FAILED if the stage raises (the message is in the tag `dpo.error`), or as
+        KILLED if the stage is interrupted. The stage's exception is re-raised unchanged.
         """
         run = StageRun(self._client, self._outbox, stage, total_steps)
         self._stages.append(run)
@@ -227,7 +227,7 @@ class Tracker:
         try:
             yield run
         except BaseException as error:
-            # Interrupts and the signals that orchestrators raise are no Exception.
+            # Interrupts and the signals of orchestrators are BaseExceptions, not Exceptions.
             run.close("FAILED" if isinstance(error, Exception) else "KILLED", error)
             raise
         else:
@@ -242,10 +242,10 @@ class Tracker:
         params: Mapping[str, Any] | None = None,
         total_steps: int | None = None,
     ) -> None:
-        """End the run of a stage that did not end it itself, though its result is there.
+        """End the child run of a stage whose artifact exists but which did not end its run itself.
 
-        It was killed after it had stored the result, or the disk was gone at that moment, or another run has
-        made it since. Nothing happens where no such run was left when the parent was opened.
+        The process was killed after it stored the artifact, the disk failed at that moment, or another run
+        made the artifact since. Does nothing if the stage had no unfinished run when the parent was opened.
         """
         if stage not in self._unfinished:
             return
@@ -256,28 +256,28 @@ class Tracker:
             run.made(artifact)
 
     def ask(self, what: str, call: Callable[[Any], T]) -> T:
-        """What MLflow answers to `call`, which is given its client and may be called again after an outage.
+        """Call `call` with MLflow's client and return its result; repeats the call during an outage.
 
         Raises:
             StageFailed: MLflow does not answer.
-            RecipeError: it refuses.
+            RecipeError: MLflow rejects the request.
         """
         self._connect()
         return self._must(what, lambda: call(self._client))
 
     def describe_version(self, name: str, version: str, text: str) -> None:
-        """Give a registered version its Markdown description."""
+        """Set the Markdown description of a registered version."""
         text = cut(text, TAG_CHARS)
         what = f"description of {name} {version}"
         self._outbox.put(Write(what, self.parent, "send_description", [name, version, text]))
 
     def _opened_before(self, experiment: str, tags: Mapping[str, str]) -> str | None:
-        found = self._client.get_experiment_by_name(experiment)
-        if found is None or "dpo.run" not in tags:
+        known = self._client.get_experiment_by_name(experiment)
+        if known is None or "dpo.run" not in tags:
             return None
         query = f"tags.`dpo.run` = '{tags['dpo.run']}'"
-        runs = self._client.search_runs([found.experiment_id], query)
-        # Stages carry the tag too.
+        runs = self._client.search_runs([known.experiment_id], query)
+        # Child runs have the tag too.
         return next((run.info.run_id for run in runs if _STAGE_TAG not in run.data.tags), None)
 
     def _stages_without_end(self, parent: Any) -> set[str]:
@@ -290,11 +290,11 @@ class Tracker:
             return
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("DO_NOT_TRACK", "1")
-        # MLflow's own seven retries hold a call for minutes; the outbox does the waiting.
+        # MLflow's own seven retries block a call for minutes; the retry queue waits instead.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
         logging.getLogger("alembic").setLevel(logging.WARNING)
-        # It prints the traceback of what it raises anyway, and the outbox says it in one line.
+        # It logs the traceback of each error that it raises; the retry queue logs one line.
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
         from mlflow import MlflowClient
 
@@ -302,7 +302,7 @@ class Tracker:
             make_database(self.uri)
         except OSError as error:
             raise RecipeError(
-                f"the tracking database's folder {error.filename} cannot be written: {error.strerror}",
+                f"the tracking database's folder {error.filename} is not writable: {error.strerror}",
                 "Make it writable, or set tracking.uri.",
             ) from error
         client = self._unlocked(
@@ -312,7 +312,7 @@ class Tracker:
         self._client = client
 
     def _unlocked(self, opened: Callable[[], T]) -> T:
-        """MLflow reads a SQLite file when it opens it, which another process may hold for a while."""
+        """Open MLflow's client; wait if another process has locked the SQLite file, which opening reads."""
         deadline = time.monotonic() + _START_PATIENCE
         while True:
             try:
@@ -324,28 +324,28 @@ class Tracker:
                 if time.monotonic() > deadline:
                     raise StageFailed(
                         f"the tracking database {self.uri} is locked by another process",
-                        "Look for a run, or another program, that hangs on it; then resume the run.",
+                        "End the run or program that holds the lock, then resume the run.",
                     ) from error
                 time.sleep(0.5)
 
     def _experiment(self, name: str) -> str:
-        found = self._client.get_experiment_by_name(name)
-        if found is None:
+        experiment = self._client.get_experiment_by_name(name)
+        if experiment is None:
             # Without a server MLflow would put artifacts below the working directory.
             local = "://" in self.uri and not self.uri.startswith("http")
             location = (self.workspace / "mlartifacts").as_uri() if local else None
             unless_there(lambda: self._client.create_experiment(name, location, dict(_EXPERIMENT_TAGS)))
-            found = self._client.get_experiment_by_name(name)
-        if found.lifecycle_stage != "active":
+            experiment = self._client.get_experiment_by_name(name)
+        if experiment.lifecycle_stage != "active":
             raise RecipeError(
                 f"the experiment {name} was deleted in MLflow",
-                f"Restore it (mlflow experiments restore -x {found.experiment_id}) or name another one.",
+                f"Restore it (mlflow experiments restore -x {experiment.experiment_id}) or use another name.",
             )
-        return str(found.experiment_id)
+        return str(experiment.experiment_id)
 
     def _must(self, what: str, call: Callable[[], T]) -> T:
-        """A call whose answer is needed now: waits a little for MLflow, then gives up."""
-        # In the middle of a run there is something to lose.
+        """Make a call whose answer is needed now; waits for MLflow for a limited time."""
+        # In the middle of a run, work would be lost: wait longer.
         deadline = time.monotonic() + (_RUN_PATIENCE if self.run_id else _START_PATIENCE)
         while True:
             try:
@@ -356,17 +356,17 @@ class Tracker:
             except Exception as error:
                 if getattr(error, "error_code", "") == "UNAUTHENTICATED":
                     raise RecipeError(
-                        f"MLflow at {self._outbox.place} asks for a password, or for another one",
+                        f"MLflow at {self._outbox.place} rejected the user name or password",
                         "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
                     ) from error
                 if not self._outbox.is_outage(error):
                     raise RecipeError(
                         f"MLflow at {self._outbox.place} refused {what}: {one_line(error)}",
-                        "Check tracking.uri and the name.",
+                        "Check tracking.uri and the name in the message.",
                     ) from error
                 if self.uri.startswith("sqlite:"):
                     fault = disk_fault(error, self.workspace, f"recording {what} in MLflow")
-                    if fault:  # waiting makes no room
+                    if fault:  # waiting does not free disk space
                         raise fault from error
                 if time.monotonic() > deadline:
                     raise StageFailed(

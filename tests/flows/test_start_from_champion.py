@@ -107,7 +107,7 @@ def test_names_of_nothing_are_refused_before_a_run(nightly: tuple[Bench, dict, d
     runs = sorted((bench.workspace / "runs").iterdir())
     for model, words in {
         "models:/dpo-tiny@champoin": "dpo-tiny has no alias champoin. Did you mean champion?",
-        f"runs:/{first['run']['name']}/GRPO": "has no policy GRPO. It has: SFT, DPO, PPO",
+        f"runs:/{first['run']['name']}/GRPO": "has no policy GRPO. Its policies: SFT, DPO, PPO",
     }.items():
         with pytest.raises(RecipeError) as error:
             import_state(bench, model)

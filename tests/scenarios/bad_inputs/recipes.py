@@ -340,7 +340,7 @@ def nothing_to_resume(world: World) -> list[str]:
     return world.run("--resume", name="fresh")
 
 
-@bad(2, "holds no run named tiny-19990101-000000", "Newest runs: tiny-")
+@bad(2, "has no run named tiny-19990101-000000", "Newest runs: tiny-")
 def resume_of_an_unknown_run(world: World) -> list[str]:
     return world.run("--resume", "tiny-19990101-000000")
 

@@ -159,7 +159,7 @@ def test_mlflow_gone_for_good_keeps_what_it_would_have_been_told(server: Server,
     assert code == 4, text
     assert "does not answer" in text
     assert "to resume: dpo run" in text
-    assert "sends what waits in" in text
+    assert "sends the writes saved in" in text
     assert list(own.workspace.glob("tracking_outbox/*/writes.json"))
     assert list(own.workspace.glob("store/index/train-dpo/*.json")), "what was trained is kept"
     server.start()

@@ -74,10 +74,10 @@ def test_a_decision_on_another_champion_does_not_count(world: World) -> None:
     world.run("beside")
     promote(world.workspace, "first")
     with pytest.raises(
-        PromotionRefused, match="held against the reference, and the champion is dpo-tiny vers"
+        PromotionRefused, match="compared with the reference, but the champion is dpo-tiny vers"
     ) as e:
         promote(world.workspace, "beside")
-    assert "running it again: dpo run imdb_sentiment" in e.value.remedy
+    assert "present champion: dpo run imdb_sentiment" in e.value.remedy
     assert world.aliases()["champion"] == "1"
     world.run("foretold", f"{NAME} version 9")
     with pytest.raises(PromotionRefused, match="version 9, and the champion is dpo-tiny version 1 now"):
@@ -166,11 +166,11 @@ def test_bad_runs_are_told_apart(world: World) -> None:
 
     whole = report.model_dump_json()
     said = {
-        "nobody": "holds no run named nobody. Newest runs: bare, study",
-        "../runs/good": "holds no run named",
+        "nobody": "has no run named nobody. Newest runs: bare, study",
+        "../runs/good": "has no run named",
         spoilt("half", whole, "running"): "not finished: its status is running",
-        spoilt("torn", whole[:200]): "missing, damaged or of another version. Finish it first: dpo run tiny",
-        spoilt("list", "[]"): "missing, damaged or of another version",
+        spoilt("torn", whole[:200]): "damaged or written by another version of dpo. Finish it first: dpo run",
+        spoilt("list", "[]"): "missing, damaged or written by another version",
         spoilt("study", '{"study": {}}'): "is a study",
         spoilt("bare", report.model_copy(update={"model": None}).model_dump_json()): "registered no model",
     }
@@ -183,7 +183,7 @@ def test_bad_runs_are_told_apart(world: World) -> None:
         promote(world.workspace, "list")
     undecided = RunReport.model_validate_json(whole).model_copy(update={"decision": None})
     world.report_of("good").write_text(undecided.model_dump_json())
-    with pytest.raises(PromotionRefused, match="no decision was made"):
+    with pytest.raises(PromotionRefused, match="made no decision"):
         promote(world.workspace, "good")
     assert world.aliases() == {"challenger": "1"}
 
@@ -191,7 +191,7 @@ def test_bad_runs_are_told_apart(world: World) -> None:
 def test_a_version_that_is_gone_or_not_the_runs_own_cannot_be_forced(world: World) -> None:
     gone, other = world.run("gone"), world.run("other")
     world.report_of("gone").write_text(gone.model_copy(update={"model": other.model}).model_dump_json())
-    with pytest.raises(PromotionRefused, match="version 2, which the run gone registered, is not there"):
+    with pytest.raises(PromotionRefused, match="version 2, registered by the run gone, does not exist"):
         promote(world.workspace, "gone", force=True)
     world.client.delete_model_version(NAME, "2")
     with pytest.raises(PromotionRefused, match="it was deleted"):
@@ -201,7 +201,7 @@ def test_a_version_that_is_gone_or_not_the_runs_own_cannot_be_forced(world: Worl
 def test_looking_at_an_empty_workspace_makes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     for call in (check, rollback):
-        with pytest.raises(RecipeError, match="holds no finished run"):
+        with pytest.raises(RecipeError, match="has no finished run"):
             call(tmp_path / "runs")
     assert os.listdir(tmp_path) == []
 
@@ -267,7 +267,7 @@ def test_of_eight_machines_that_decided_at_once_one_wins(database: Path, tmp_pat
     )
     winner = _one_winner(ended, worlds[0])
     late = [e.said for e in ended if e.code == 5]
-    assert all(f"came too late: version {winner} became champion meanwhile" in said for said in late)
+    assert all(f"was rejected: version {winner} was promoted concurrently" in said for said in late)
     (entry,) = Ledger(worlds[0].tracker, NAME).read()
     assert (entry.change.version, entry.state) == (winner, "done")
     for world in worlds:

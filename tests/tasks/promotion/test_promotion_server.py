@@ -45,7 +45,7 @@ def test_of_eight_machines_on_a_server_one_wins_and_the_killed_one_is_made_good(
     assert worlds[0].aliases()["champion"] == first
     (standing,) = check(worlds[1].workspace)
     assert (standing.champion, standing.previous) == ("9", first)
-    assert standing.notes[0] == "finished the promotion of dpo-tiny version 9, which was cut off"
+    assert standing.notes[0] == "completed the interrupted promotion of dpo-tiny version 9"
     assert worlds[0].artifact("next", "decision.json").exists()
     winner = worlds[int(first) - 1]
     assert rollback(winner.workspace, reason="too long").champion == first

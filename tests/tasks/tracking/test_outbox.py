@@ -99,7 +99,7 @@ def test_the_next_run_sends_what_waits(
         tracker.parent.tag("dpo.error", "the disk is full")
         tracker.finish_parent("FAILED")
         assert time.monotonic() - start < 25, "waiting makes no room on a disk"
-    assert "--resume run, sends what waits in" in caplog.text
+    assert "--resume run, sends the writes saved in" in caplog.text
     assert not children(tracker)
 
     again = opened(workspace, tracker.run_id if next_run == "resumed" else None)
@@ -197,6 +197,6 @@ def test_what_could_not_be_kept_is_not_promised(workspace: Path, caplog: pytest.
     with full_disk(workspace):
         tracker.parent.tag("dpo.error", "the disk is full")
         tracker.finish_parent("FAILED")
-    assert "writes could not be kept" in caplog.text
+    assert "writes could not be saved" in caplog.text
     assert "these writes are lost" in caplog.text
-    assert "sends what waits" not in caplog.text
+    assert "sends the writes saved" not in caplog.text
