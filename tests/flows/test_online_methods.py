@@ -65,7 +65,7 @@ def test_a_policy_is_found_by_its_name_and_never_by_another(both) -> None:
         name: made[stage] for name, stage in stages.items()
     }
     for name in (":grpo", ":kto", ":nonsense", ":train-ppo", ":"):
-        with pytest.raises(RecipeError, match=r"has no policy .* Its policies: SFT, DPO, PPO, RLOO, Online DPO"):
+        with pytest.raises(RecipeError, match=r"has no policy .* Its policies: .*PPO, RLOO, Online DPO"):
             find_model(run + name, bench.workspace)
     (bench.folder / "hhh_alignment.jsonl").touch()
     asked = EvaluationRequest(suites=["hhh"], data=str(bench.folder))

@@ -80,7 +80,7 @@ def test_a_decision_on_another_champion_does_not_count(world: World) -> None:
     assert "present champion: dpo run imdb_sentiment" in e.value.remedy
     assert world.aliases()["champion"] == "1"
     world.run("foretold", f"{NAME} version 9")
-    with pytest.raises(PromotionRefused, match="version 9, and the champion is dpo-tiny version 1 now"):
+    with pytest.raises(PromotionRefused, match="version 9, but the champion is dpo-tiny version 1 now"):
         promote(world.workspace, "foretold")
 
 
