@@ -21,11 +21,12 @@ def write_checked(path: Path, value: Any) -> None:
     write_atomic(path, f"{_digest(text)}\n{text}")
 
 
-def read_checked(path: Path, consequence: str) -> Any | None:
-    """The value of a file; None if there is no file. A damaged file is removed and logged.
+def read_checked(path: Path, consequence: str, *, keep: bool = False) -> Any | None:
+    """The value of a file; None if there is no file. A damaged file is logged and removed.
 
     Args:
         consequence: what happens without the file, for the log line.
+        keep: leave a damaged file where it is.
     """
     try:
         digest, _, text = path.read_text(encoding="utf-8").partition("\n")
@@ -36,8 +37,9 @@ def read_checked(path: Path, consequence: str) -> Any | None:
         return None
     except (OSError, ValueError) as error:
         log.warning("%s is damaged (%s); %s", path, error, consequence)
-        with suppress(OSError):
-            remove(path)
+        if not keep:
+            with suppress(OSError):
+                remove(path)
         return None
 
 

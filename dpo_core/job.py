@@ -1,79 +1,80 @@
-"""The training job that torchrun starts: `python -m dpo_core.job --config job.json`.
+"""One rank of a job of any kind: `python -m dpo_core.job --config job.json`.
 
-The job file says what to train, from what, with which settings, and where to write. The same file runs on one
-process, on many, and on a cluster. At the end `out` holds a checkpoint folder (or a reward model) and
-`work/result.json` the last metrics, the operations of all steps and the peak memory. Exit status: 0 done,
-2 bad input, 4 failed, 75 stopped on purpose.
+The job file names the kind (`dpo_core.jobs`), the inputs, the settings, and where to write. The same file
+runs on one process, on many, and on a cluster. At the end `work/result.json` holds what rank 0 reports. Exit
+status: 0 done, 2 bad input, 4 failed, 75 stopped on purpose.
 """
 
 import argparse
+import importlib
 import json
 import logging
 import os
+import pkgutil
 import signal
 import sys
 import threading
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from dpo_core import jobs
 from dpo_core.errors import DpoError, RankLost, StageFailed
-from dpo_core.methods.job import Job
+from dpo_core.jobs.files import ERROR, STOP_FILE
 from dpo_core.redaction import hidden
+from dpo_core.system import write_atomic
 
 if TYPE_CHECKING:
     from dpo_core.training.liveness import Watch
 
 STOPPED = 75  # EX_TEMPFAIL: run again and it goes on
-ERROR, STOP_FILE = "error.json", "stopped"
+RESULT = "result.json"
 
 
-def run(job: Job, watch: "Watch") -> dict[str, float]:
-    """Train, write the model, write the result. Every rank calls this."""
-    from dpo_core.methods.registry import get
+def module_of(kind: str) -> Any:
+    """The module of `dpo_core.jobs` that runs a kind of job: `FILE`, its job file, and `run`.
+
+    Raises:
+        StageFailed: there is no such kind.
+    """
+    name = kind.replace("-", "_")
+    known = {entry.name for entry in pkgutil.iter_modules(jobs.__path__)} - {"files", "start"}
+    if name not in known:
+        raise StageFailed(
+            f"there is no job of the kind '{kind}', only {', '.join(sorted(known))}",
+            "Install the same version of dpo here as where the run was started",
+        )
+    return importlib.import_module(f"{jobs.__name__}.{name}")
+
+
+def run(kind: Any, job: Any, watch: "Watch") -> None:
+    """Run the job and write its result. Every rank calls this."""
     from dpo_core.models.remote_code import trust_digests
-    from dpo_core.trainers.registry import build
-    from dpo_core.training.distributed import peak_memory, start_distributed
-    from dpo_core.training.engine import read_metrics
-    from dpo_core.training.loop import write_result
 
+    work = Path(job.work)
     trust_digests(job.trusted_code)
-    method = get(job.method)
-    settings = method.settings.model_validate(job.settings)
-    engine = settings.engine
-    start_distributed(engine)
-    watch.start(engine.lost_after_seconds, engine.timeout_seconds)
-    if os.environ["RANK"] == "0":
-        # Left by ranks that torchrun has replaced since, or by the run before.
-        for left in (ERROR, STOP_FILE):
-            (Path(job.work) / left).unlink(missing_ok=True)
-    trainer, export = build(job, settings)
-    metrics = trainer.train()
-    peak = peak_memory()
-    state = trainer.engine.full_state()
-    if trainer.engine.rank == 0:
-        export(state)
-        # All lines, so that what was computed before a resume is in it.
-        flops = sum(line.get("flops", 0.0) for line in read_metrics(Path(job.work) / "metrics.jsonl"))
-        write_result(Path(job.work), {"metrics": metrics, "flops": flops, "peak_memory_bytes": peak})
-    trainer.engine.barrier()
+    result = kind.run(job, watch)
+    if result is not None:
+        # Its presence is the launcher's proof that the job finished.
+        write_atomic(work / RESULT, json.dumps(result, indent=1))
     watch.leave()
-    return metrics
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of each rank."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", required=True, help="the job file (JSON)")
-    job = Job.model_validate(json.loads(Path(parser.parse_args(argv).config).read_text()))
+    told = json.loads(Path(parser.parse_args(argv).config).read_text())
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    from dpo_core.training.engine import Stopped
     from dpo_core.training.liveness import Watch
+    from dpo_core.training.stop import Stopped
 
+    kind = module_of(told.get("kind", "train"))
+    job = kind.FILE.model_validate(told)
     agent = os.getppid()
     watch = Watch(lambda what: _end_without(what, Path(job.work)))
     try:
-        run(job, watch)
+        run(kind, job, watch)
     except Stopped as stop:
         watch.leave()
         # torchrun hides the exit status of its ranks; this file tells a stop from a failure.

@@ -60,7 +60,9 @@ def recorded(
                     record.run_id,
                 )
             record = keep_recipe(workspace, record, recipe)
-        context = Context(record.run_id, Store(workspace), tracker, stop_of_process(), cluster)
+        context = Context(
+            record.run_id, Store(workspace), tracker, stop_of_process(), cluster, recipe.inference
+        )
         return _held(context, recipe, record, run_stages, command, begun=bool(resume))
 
 

@@ -4,7 +4,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Protocol
 
-RESULT, ERROR, STOPPED, LOG = "result.json", "error.json", "stopped", "train.log"
+RESULT, ERROR, STOPPED, LOG = "result.json", "error.json", "stopped", "job.log"
 """What a job and its launcher leave in the work folder."""
 
 

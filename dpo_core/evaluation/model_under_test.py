@@ -2,7 +2,6 @@
 
 import datetime
 import tempfile
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,6 +16,7 @@ from dpo_core.generation.config import SamplingConfig
 from dpo_core.generation.generate import sample
 from dpo_core.model_check import check_definition
 from dpo_core.models.load import check_context, config_in, load_model, load_tokenizer, weights_digest
+from dpo_core.ranks import Alone, Ranks
 from dpo_core.reference.job import Reference, Resources, reference_logps
 from dpo_core.reference.keys import sequence_key
 from dpo_core.scoring.precision import Precision
@@ -43,6 +43,7 @@ class Subject:
         reference: what it was trained from, for implicit rewards.
         caches: folder of the reference log-probs that are already known.
         device: where the model computes.
+        ranks: share what is computed; all ask the same in the same order.
     """
 
     path: Path
@@ -50,7 +51,8 @@ class Subject:
     tokens: TokenConfig = field(default_factory=TokenConfig)
     reference: "Subject | None" = None
     caches: Path | None = None
-    device: str = "cpu"
+    device: Any = "cpu"
+    ranks: Ranks = field(default_factory=Alone)
 
     def __post_init__(self) -> None:
         # One day for all that is asked, and in the key of what is kept.
@@ -90,7 +92,6 @@ class Subject:
         sampling: SamplingConfig,
         *,
         seed: int,
-        progress: Callable[[int], None] = lambda done: None,
     ) -> list[str]:
         """One sampled answer a prompt, as text without special tokens; repeat a prompt to get more.
 
@@ -105,7 +106,7 @@ class Subject:
             )
         self.check_length(max(map(len, prompts), default=0) + room)
         stops = self.tokenise.stop_ids
-        drawn = sample(self.scored, prompts, sampling, eos_id=stops, seed=seed, progress=progress)
+        drawn = sample(self.scored, prompts, sampling, eos_id=stops, seed=seed, ranks=self.ranks)
         return [self.tokenise.text(c.ids, ids) for c, ids in zip(drawn, prompts, strict=True)]
 
     def check_length(self, longest: int) -> None:

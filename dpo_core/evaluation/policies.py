@@ -1,6 +1,6 @@
 """What a policy is measured by on held-out prompts: samples, log-probs, KL, preference accuracy."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from collections.abc import Sequence as Seq
 from typing import Any
 
@@ -11,9 +11,9 @@ from dpo_core.evaluation.config import EvaluateConfig
 from dpo_core.evaluation.summary import PolicySamples
 from dpo_core.generation.config import seed_for
 from dpo_core.generation.generate import sample
-from dpo_core.rewards.model import Scorer
+from dpo_core.ranks import Ranks
 from dpo_core.scoring.kl import k1, k3
-from dpo_core.scoring.logprobs import CompletionScores, completion_logps, completion_scores
+from dpo_core.scoring.logprobs import completion_scores
 from dpo_core.scoring.precision import Precision
 from dpo_core.statistics import estimates as stats
 from dpo_core.statistics.estimates import Estimate
@@ -21,50 +21,50 @@ from dpo_core.statistics.estimates import Estimate
 
 def sample_policy(
     model: Any,
-    prompts: Seq[tuple[tuple[int, ...], str]],
+    prompts: Seq[tuple[int, ...]],
     config: EvaluateConfig,
     *,
-    scorer: Scorer,
     eos_id: int | Collection[int],
     seed: int,
-    progress: Callable[[int], None],
+    ranks: Ranks | None = None,
 ) -> PolicySamples:
-    """Draw `samples_per_prompt` completions of every prompt and score them. KL is filled in later."""
+    """Draw `samples_per_prompt` completions of every prompt. Rewards and KL are filled in later."""
     index = [i for i in range(len(prompts)) for _ in range(config.samples_per_prompt)]
     drawn = sample(
         model,
-        [prompts[i][0] for i in index],
+        [prompts[i] for i in index],
         config.sampling,
         eos_id=eos_id,
         seed=seed_for(seed, "evaluate"),
-        progress=progress,
+        ranks=ranks,
     )
-    sequences = [Sequence(prompts[i][0], c.ids) for i, c in zip(index, drawn, strict=True)]
-    rewards = scorer(sequences, [prompts[i][1] for i in index])
-    return PolicySamples(index, sequences, [c.ended for c in drawn], rewards)
+    sequences = [Sequence(prompts[i], c.ids) for i, c in zip(index, drawn, strict=True)]
+    return PolicySamples(index, sequences, [c.ended for c in drawn])
 
 
 def sequence_logps(
-    model: Any, sequences: Seq[Sequence], precision: Precision, token_budget: int
+    model: Any,
+    sequences: Seq[Sequence],
+    precision: Precision,
+    token_budget: int,
+    ranks: Ranks | None = None,
 ) -> list[torch.Tensor]:
     """Token log-probs of each sequence's completion, in order."""
-    found: dict[int, torch.Tensor] = {}
-    for logps in completion_logps(model, sequences, precision, token_budget):
-        found |= logps
-    return [found[i] for i in range(len(sequences))]
+    scores = completion_scores(model, sequences, precision, token_budget, ranks=ranks)
+    return [one.logps for one in scores]
 
 
 def own_scores(
-    model: Any, sequences: Seq[Sequence], precision: Precision, token_budget: int
+    model: Any,
+    sequences: Seq[Sequence],
+    precision: Precision,
+    token_budget: int,
+    ranks: Ranks | None = None,
 ) -> tuple[list[torch.Tensor], list[float]]:
     """Token log-probs of a policy's own samples, and the mean entropy along each in nats per token."""
-    found: dict[int, CompletionScores] = {}
-    for scores in completion_scores(model, sequences, precision, token_budget, entropy=True):
-        found |= scores
-    listed = [found[i] for i in range(len(sequences))]
-    return [one.logps for one in listed], [
-        float(one.entropy.double().mean()) for one in listed if one.entropy is not None
-    ]
+    scores = completion_scores(model, sequences, precision, token_budget, entropy=True, ranks=ranks)
+    entropies = [float(one.entropy.double().mean()) for one in scores if one.entropy is not None]
+    return [one.logps for one in scores], entropies
 
 
 def kl_estimates(policy: Seq[torch.Tensor], reference: Seq[torch.Tensor]) -> tuple[list[float], list[float]]:

@@ -22,7 +22,7 @@ class PolicySamples:
     prompt_index: list[int]
     sequences: list[Sequence]
     ended: list[bool]
-    rewards: list[float]
+    rewards: list[float] = field(default_factory=list)
     kl_k1: list[float] = field(default_factory=list)
     kl_k3: list[float] = field(default_factory=list)
     entropy: float | None = None

@@ -1,7 +1,7 @@
 """Seeded batched sampling of completions from a model."""
 
 import copy
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dpo_core.generation.config import SamplingConfig
 from dpo_core.generation.next_token import cache_is_exact, open_rows
+from dpo_core.ranks import Alone, Ranks
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ def sample(
     eos_id: int | Collection[int],
     seed: int,
     places: Seq[int] | None = None,
-    progress: Callable[[int], None] = lambda done: None,
+    ranks: Ranks | None = None,
 ) -> list[Completion]:
     """One completion a prompt (repeat a prompt to get more).
 
@@ -45,30 +46,29 @@ def sample(
         prompts: token ids, one tuple a completion wanted.
         eos_id: the tokens that end a completion (`Tokenise.stop_ids`), or the only one.
         places: the place of each prompt among those of all ranks; its place in `prompts` when empty.
-        progress: called with the number of completions drawn so far.
+        ranks: share the batches, all called with the same prompts; empty: this process draws all.
     """
     stops = frozenset([eos_id] if isinstance(eos_id, int) else eos_id)
     cache_is_exact(model)  # tried in full precision; a copy keeps the answer
     sampler = copy.deepcopy(model).to(torch.bfloat16) if config.precision == "bf16" else model
-    results: list[Completion | None] = [None] * len(prompts)
     places = range(len(prompts)) if places is None else places
     # Neighbours in length share a batch, so that little of it is padding.
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
-    done = 0
-    for start in range(0, len(order), config.batch_size):
-        indices = order[start : start + config.batch_size]
+    batches = [order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)]
+
+    def draw(batch: list[int]) -> list[list[tuple[int, float]]]:
         uniforms_BT = np.stack(
-            [np.random.default_rng((seed, places[i])).random(config.max_new_tokens) for i in indices]
+            [np.random.default_rng((seed, places[i])).random(config.max_new_tokens) for i in batch]
         )
-        drawn = _generate(
-            sampler, [prompts[i] for i in indices], config, stops, torch.from_numpy(uniforms_BT)
-        )
-        for index, tokens in zip(indices, drawn, strict=True):
+        return _generate(sampler, [prompts[i] for i in batch], config, stops, torch.from_numpy(uniforms_BT))
+
+    drawn = (ranks or Alone()).map("samples", batches, draw, [len(batch) for batch in batches])
+    results: dict[int, Completion] = {}
+    for batch, completions in zip(batches, drawn, strict=True):
+        for index, tokens in zip(batch, completions, strict=True):
             ids, logps = zip(*tokens, strict=True)
             results[index] = Completion(ids, ids[-1] in stops, logps)
-        done += len(indices)
-        progress(done)
-    return [result for result in results if result is not None]
+    return [results[index] for index in range(len(prompts))]
 
 
 def _generate(

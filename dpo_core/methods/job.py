@@ -1,6 +1,6 @@
 """What a training job file says: what to train, from what, with which settings, and where to write."""
 
-from typing import Any
+from typing import Any, Literal
 
 from dpo_core.config import Config
 from dpo_core.data.tokens.tokenise import TokenConfig
@@ -10,6 +10,7 @@ from dpo_core.generation.config import SamplingConfig
 class Job(Config):
     """One training job."""
 
+    kind: Literal["train"] = "train"
     method: str
     """A name of the method registry."""
     settings: dict[str, Any]

@@ -11,6 +11,7 @@ from torch import Tensor
 from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise, TokenPair
 from dpo_core.models.load import config_in
 from dpo_core.models.reward_model import RewardModel
+from dpo_core.ranks import Alone, Ranks
 from dpo_core.rewards.functions import load_reward
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.layout import right_padded
@@ -39,19 +40,24 @@ def score(
     sequences: Seq[Sequence],
     precision: str,
     token_budget: int = 4096,
-    progress: Callable[[int], None] = lambda done: None,
+    ranks: Ranks | None = None,
 ) -> list[float]:
-    """Rewards of any number of sequences, in order, batched by length."""
+    """Rewards of any number of sequences, in order, batched by length.
+
+    Args:
+        ranks: share the batches, all called with the same sequences; empty: this process computes all.
+    """
     model.eval()
-    rewards = [0.0] * len(sequences)
-    done = 0
-    for group in length_batches([len(s) for s in sequences], token_budget):
-        values = reward_of(model, [sequences[i] for i in group], precision)
-        for index, value in zip(group, values.tolist(), strict=True):
-            rewards[index] = value
-        done += len(group)
-        progress(done)
-    return rewards
+    groups = length_batches([len(s) for s in sequences], token_budget)
+
+    def compute(group: list[int]) -> list[float]:
+        values: list[float] = reward_of(model, [sequences[i] for i in group], precision).tolist()
+        return values
+
+    values = (ranks or Alone()).map("rewards", groups, compute)
+    order = [index for group in groups for index in group]
+    rewards = dict(zip(order, (value for some in values for value in some), strict=True))
+    return [rewards[index] for index in range(len(sequences))]
 
 
 def read_sizes(sequences: Seq[Sequence]) -> cost.Sizes:
@@ -78,21 +84,33 @@ def normalise_on(
     return {"accuracy": float((raw[0::2] > raw[1::2]).float().mean())}
 
 
-def scorer(source: str, tokenise: "Tokenise | PreTrainedTokenizerBase", precision: str) -> Scorer:
+def scorer(
+    source: str,
+    tokenise: "Tokenise | PreTrainedTokenizerBase",
+    precision: str,
+    *,
+    device: torch.device | str = "cpu",
+    ranks: Ranks | None = None,
+) -> Scorer:
     """The reward of finished completions: a reward model's folder, or a name for `load_reward`.
 
     Args:
         tokenise: turns completions into the texts that a reward reads.
+        device: of a reward model.
+        ranks: share the batches of a reward model. A function sees all completions at once, on one rank.
     """
     if is_reward_model(source):
-        model = RewardModel.load(Path(source))
-        return lambda sequences, prompts: score(model, sequences, precision)
+        model = RewardModel.load(Path(source)).to(device)
+        return lambda sequences, prompts: score(model, sequences, precision, ranks=ranks)
     reward = load_reward(source)
 
     known = tokenise if isinstance(tokenise, Tokenise) else Tokenise(tokenise, TokenConfig())
 
     def by_text(sequences: Seq[Sequence], prompts: Seq[str]) -> list[float]:
-        return reward(list(prompts), [known.text(s.completion, s.prompt) for s in sequences])
+        texts = [known.text(s.completion, s.prompt) for s in sequences]
+        rewards: list[float]
+        (rewards,) = (ranks or Alone()).map("rewards", [len(texts)], lambda _: reward(list(prompts), texts))
+        return rewards
 
     return by_text
 

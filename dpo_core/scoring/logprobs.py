@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_core.data.tokens.tokenise import Sequence
+from dpo_core.ranks import Alone, Ranks
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.attention import whole_blocks
 from dpo_core.scoring.branch_scores import branch_scores
@@ -33,17 +34,6 @@ def autocast(precision: Precision, device: torch.device | str = "cpu") -> Abstra
     return torch.autocast(torch.device(device).type, torch.bfloat16)
 
 
-def completion_logps(
-    model: nn.Module, sequences: Seq[Sequence], precision: Precision, token_budget: int
-) -> Iterator[dict[int, Tensor]]:
-    """Token log-probs of completions, pass by pass: {index of the sequence: (n,) fp32 on the CPU}.
-
-    Arguments: `completion_scores`.
-    """
-    for scores in completion_scores(model, sequences, precision, token_budget):
-        yield {index: one.logps for index, one in scores.items()}
-
-
 class CompletionScores(NamedTuple):
     """Of one completion of n learnt tokens, on the CPU."""
 
@@ -53,6 +43,21 @@ class CompletionScores(NamedTuple):
     """(n,) nats of the next-token distribution at each position, where asked for."""
 
 
+def completion_logps(
+    model: nn.Module, sequences: Seq[Sequence], precision: Precision, token_budget: int
+) -> Iterator[dict[int, Tensor]]:
+    """Token log-probs of completions, pass by pass: {index of the sequence: (n,) fp32 on the CPU}.
+
+    Arguments: `completion_scores`.
+    """
+    if sequences:
+        plan = _plan(model, sequences, token_budget)
+        with _weights_cast_once():
+            for group in plan.groups:
+                scores = _pass(model, sequences, plan, group, precision)
+                yield {index: one.logps for index, one in scores.items()}
+
+
 def completion_scores(
     model: nn.Module,
     sequences: Seq[Sequence],
@@ -60,33 +65,61 @@ def completion_scores(
     token_budget: int,
     *,
     entropy: bool = False,
-) -> Iterator[dict[int, CompletionScores]]:
-    """Scores of completions, pass by pass, by the index of the sequence.
+    ranks: Ranks | None = None,
+) -> list[CompletionScores]:
+    """Scores of completions, in order.
 
     eval mode, no gradients, batched by length. A prompt is read once for up to four completions; a model that
     cannot share it gets padded rows.
 
     Args:
         token_budget: tokens in one forward pass; decides the time, not the values.
+        ranks: share the passes, all called with the same sequences; empty: this process computes all.
     """
     if not sequences:
-        return
+        return []
+    plan = _plan(model, sequences, token_budget)
+
+    def compute(group: list[int]) -> list[Any]:
+        scores = _pass(model, sequences, plan, group, precision, entropy=entropy)
+        return [
+            (index, one.logps.tolist(), None if one.entropy is None else one.entropy.tolist())
+            for index, one in scores.items()
+        ]
+
+    with _weights_cast_once():
+        passes = (ranks or Alone()).map("scores", plan.groups, compute)
+    found = {
+        index: CompletionScores(torch.tensor(logps), None if spread is None else torch.tensor(spread))
+        for one in passes
+        for index, logps, spread in one
+    }
+    return [found[index] for index in range(len(sequences))]
+
+
+def _pass(
+    model: nn.Module,
+    sequences: Seq[Sequence],
+    plan: "_Plan",
+    group: list[int],
+    precision: Precision,
+    *,
+    entropy: bool = False,
+) -> dict[int, CompletionScores]:
+    """Scores of the sequences of one forward pass, by their index."""
     model.eval()
     device = next(model.parameters()).device
-    plan = _plan(model, sequences, token_budget)
-    with _weights_cast_once():
-        for group in plan.groups:
-            chosen = [plan.documents[d] for d in group]
-            layout = (pack(chosen, plan.width) if plan.shared else pad(chosen)).to(device)
-            with torch.no_grad(), autocast(precision, device):
-                scores = branch_scores(model, layout, entropy=entropy)
-            logps = scores.logps_SL.cpu()
-            spread = None if scores.entropy_SL is None else scores.entropy_SL.cpu()
-            found = {}
-            for place, i in enumerate(i for d in group for i in plan.families[d]):
-                part = place, slice(sequences[i].targets)
-                found[i] = CompletionScores(logps[part], None if spread is None else spread[part])
-            yield found
+    chosen = [plan.documents[d] for d in group]
+    layout = (pack(chosen, plan.width) if plan.shared else pad(chosen)).to(device)
+    with torch.no_grad(), autocast(precision, device):
+        scores = branch_scores(model, layout, entropy=entropy)
+    logps = scores.logps_SL.cpu()
+    spread = None if scores.entropy_SL is None else scores.entropy_SL.cpu()
+    found = {}
+    for place, index in enumerate(index for d in group for index in plan.families[d]):
+        part = place, slice(sequences[index].targets)
+        found[index] = CompletionScores(logps[part], None if spread is None else spread[part])
+    return found
 
 
 @contextmanager

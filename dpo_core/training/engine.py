@@ -5,9 +5,7 @@ One process on a laptop and many nodes run the same code; torchrun starts it eve
 
 import json
 import logging
-import os
 import shutil
-import signal
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,21 +26,10 @@ from dpo_core.training.checkpoints import (
 )
 from dpo_core.training.config import EngineConfig, OptimConfig, Schedule
 from dpo_core.training.distributed import limit_waiting
+from dpo_core.training.stop import StopSignals
 
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
-
-
-class Stopped(Exception):
-    """A signal to stop came: the state is saved and the process may end.
-
-    Args:
-        told: whether it came to this very rank.
-    """
-
-    def __init__(self, told: bool) -> None:
-        super().__init__()
-        self.told = told
 
 
 class Engine:
@@ -96,12 +83,8 @@ class Engine:
             # DeepSpeed would copy all gradients into one tensor and back, to sum them with nobody's.
             self.engine.enable_backward_allreduce = False
         self.companions = dict(companions or {})
-        self.told = False
-        # torchrun hands on the signal that it got itself: a terminal's Ctrl-C reaches it with the flow.
-        under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
         # The engine made last hears the signals: the one that has the companions.
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if under_torchrun else (signal.SIGTERM,):
-            signal.signal(number, self._on_stop)
+        self.signals = StopSignals()
 
     def _deepspeed_config(self, micro_batches: int) -> dict[str, Any]:
         return {
@@ -262,12 +245,9 @@ class Engine:
 
     def stop_requested(self) -> bool:
         """Whether a signal to stop reached any rank; all ranks get the same answer at the same step."""
-        flag = torch.tensor([float(self.told)], device=self.device)
+        flag = torch.tensor([float(self.signals.received)], device=self.device)
         torch.distributed.all_reduce(flag)
         return bool(flag.item())
-
-    def _on_stop(self, *_: Any) -> None:
-        self.told = True
 
     def barrier(self) -> None:
         torch.distributed.barrier()

@@ -3,9 +3,7 @@
 PPO draws its own data and has its own loop; it uses the same engine.
 """
 
-import json
 import logging
-import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence as Seq
@@ -27,8 +25,9 @@ from dpo_core.scoring.model_shape import shape_of
 from dpo_core.scoring.packing_check import packing_fault
 from dpo_core.training.batches import Batch, Batches, PackedBatches, PaddedBatches
 from dpo_core.training.config import LoopConfig, PackedLoopConfig
-from dpo_core.training.engine import Engine, MetricsFile, Stopped
+from dpo_core.training.engine import Engine, MetricsFile
 from dpo_core.training.routing import router_balance
+from dpo_core.training.stop import Stopped
 
 log = logging.getLogger(__name__)
 Example = TypeVar("Example")
@@ -153,7 +152,7 @@ class Trainer(ABC, Generic[Example]):
             if stop or final or (step + 1) % self.config.engine.save_every == 0:
                 self.engine.save(step + 1, {"metrics": last, "trainer": self.state()})
             if stop and not final:
-                raise Stopped(self.engine.told)
+                raise Stopped(self.engine.signals.received)
         return last
 
     def _step(self, step: int) -> dict[str, float]:
@@ -269,10 +268,3 @@ def compile_layers(module: nn.Module) -> None:
     """Compile each decoder layer in place; names of weights and checkpoints stay as they are."""
     for layer in trunk_of(getattr(module, "backbone", module)).layers:
         layer.compile()
-
-
-def write_result(folder: Path, result: dict[str, Any]) -> None:
-    """`result.json`, whole or not at all: the launcher's proof that a job came to its end."""
-    temporary = folder / "result.json.tmp"
-    temporary.write_text(json.dumps(result, indent=1))
-    os.replace(temporary, folder / "result.json")

@@ -12,6 +12,7 @@ from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.evaluation.config import EvaluateConfig
 from dpo_core.evaluation.decision import PromotionConfig
 from dpo_core.evaluation.run_suite import SuitesConfig
+from dpo_core.jobs.files import InferenceConfig
 from dpo_core.judging.judge import JudgeConfig
 from dpo_core.methods import dpo
 from dpo_core.methods.pair_sampling import PairSamplingConfig
@@ -74,6 +75,8 @@ class Recipe(Config):
     """A comparison study instead of one alignment: the policies over a grid and seeds."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """Evaluation on held-out prompts."""
+    inference: InferenceConfig = InferenceConfig()
+    """Ranks of the jobs that import, sample, score and evaluate; each training has its own in `engine`."""
     suites: SuitesConfig = SuitesConfig()
     """Evaluation suites: preferences, capabilities, harm."""
     judge: JudgeConfig | None = None

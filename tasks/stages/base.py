@@ -22,6 +22,7 @@ from prefect.cache_policies import NO_CACHE
 from deploy.launchers import Cluster
 from dpo_core.config import Config
 from dpo_core.errors import DpoError, without_secrets
+from dpo_core.jobs.files import InferenceConfig
 from tasks.runs.references import note_need
 from tasks.signals import Stop
 from tasks.stages.prefect_artifacts import PrefectArtifacts
@@ -112,7 +113,9 @@ class Context:
     stop: Stop
     """Whether the run is being stopped."""
     cluster: Cluster | None = None
-    """Where its training jobs run; None: on this machine."""
+    """Where its jobs run; None: on this machine."""
+    ranks: InferenceConfig = field(default_factory=InferenceConfig)
+    """Of its jobs that sample, score or evaluate."""
     prefect_artifacts: PrefectArtifacts = field(default_factory=PrefectArtifacts)
     label: str = ""
     """What tells this stage from others of its name in the run: " DPO beta=0.1 seed 0"."""

@@ -9,21 +9,21 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from dpo_core.checked_json import read_checked, write_checked
 from dpo_core.data.config import DataConfig
 from dpo_core.data.files.read import check_source
 from dpo_core.data.load import load
-from dpo_core.data.records import to_frame
 from dpo_core.data.split import by_source, split_table
 from dpo_core.data.tokens.tokenise import TokenConfig
-from dpo_core.errors import DataError, GateRefused, ModelError, StageFailed
+from dpo_core.errors import DataError, GateRefused, ModelError
+from dpo_core.jobs.files import PairSamplingJob
 from dpo_core.methods import estimate
-from dpo_core.methods.pair_sampling import PairSamplingConfig, Scored, pair_up
+from dpo_core.methods.pair_sampling import PairSamplingConfig
 from dpo_core.rewards.functions import reward_identity
 from dpo_core.system import digest_file
 from expectations.config import GateConfig
 from expectations.drift import load_baseline
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
+from tasks.stages.job import common, run_model_job
 from tasks.stages.workload import Workload
 from tasks.store.facts import GateFacts, LoadFacts, SamplingFacts
 from tasks.store.manifest import Manifest
@@ -221,42 +221,25 @@ def sample_pairs(
     """Completions of training and held-out prompts from the reference, labelled by a known reward."""
 
     def work(given: Work) -> Output:
-        from dpo_core.data.files.parquet import read_rows
-        from dpo_core.data.tokens.tokenise import Tokenise
-        from dpo_core.models.load import load_model, load_tokenizer
-        from dpo_core.rewards.model import scorer
-        from dpo_core.scoring import flops as cost
-        from dpo_core.scoring.model_shape import shape_of
-
-        rows = read_rows(prompts.path / "data.parquet")
-        tokenise = Tokenise(load_tokenizer(reference.path), tokens)
-        room = config.sampling.max_new_tokens
-        asked = [(row, tokenise.prompt_of(row, room)) for row in rows]
-        rows = [row for row, ids in asked if ids]
-        wanted = [one for one in asked if one[1] for _ in range(config.samples_per_prompt)]
-        model = load_model(reference.path)
-        drawn = _sample(given, model, wanted, config, tokenise.stop_ids, seed)
-        from dpo_core.data.tokens.tokenise import Sequence
-
-        texts = [tokenise.text(c.ids, ids) for (_, ids), c in zip(wanted, drawn, strict=True)]
-        rewards = scorer(reward, tokenise, "fp32")(
-            [Sequence(ids, c.ids) for (_, ids), c in zip(wanted, drawn, strict=True)],
-            [row["prompt"] for row, _ in wanted],
-        )
-        frame, counts = _label(rows, texts, [c.ended for c in drawn], rewards, config)
-        if frame.empty:
-            raise StageFailed(
-                f"no pair could be made of {counts['samples']} samples: {counts['ties']} candidate pairs are "
-                f"ties under the reward {reward}, the other samples are empty or no valid text",
-                "Draw more or longer samples (pairs.*), or choose a reward that tells them apart",
-            )
         out = given.fresh("out")
-        frame.to_parquet(out / "data.parquet", index=False)
-        metrics = {f"data/{k}": float(v) for k, v in counts.items()}
-        lengths = [(len(ids), len(c.ids)) for (_, ids), c in zip(wanted, drawn, strict=True)]
-        flops = cost.sampling(shape_of(model), lengths)
-        facts = SamplingFacts(**counts, flops=flops)
-        return Output(out, rows=len(frame), facts=facts, metrics=metrics | {"cost/flops": flops})
+        rows = prompts.path / "data.parquet"
+        job = PairSamplingJob(
+            **common(given),
+            prompts=str(rows),
+            model=str(reference.path),
+            out=str(out / "data.parquet"),
+            config=config,
+            tokens=tokens,
+            reward=reward,
+            seed=seed,
+        )
+        total = len(pd.read_parquet(rows, columns=["split"])) * config.samples_per_prompt
+        facts = SamplingFacts(**run_model_job(given, job, total=total))
+        counts = facts.model_dump(include={"samples", "pairs", "ties", "mean_reward"})
+        metrics = {f"data/{name}": float(value) for name, value in counts.items()}
+        return Output(
+            out, rows=facts.pairs, facts=facts, metrics=metrics | {"cost/flops": facts.flops or 0.0}
+        )
 
     slice_ = {
         "pairs": config.model_dump(mode="json"),
@@ -265,91 +248,3 @@ def sample_pairs(
         "seed": seed,
     }
     return run_stage(context, SAMPLE, {"prompts": prompts, "reference": reference}, slice_, work)
-
-
-# Prompts sampled between two saves: what a kill may cost.
-_SAVE_EVERY = 8
-
-
-def _sample(
-    given: Work,
-    model: Any,
-    wanted: list[Any],
-    config: PairSamplingConfig,
-    stop_ids: frozenset[int],
-    seed: int,
-) -> list[Any]:
-    """Completions in portions, each saved when it is done, so that a killed stage goes on where it was."""
-    from dpo_core.generation.config import seed_for
-    from dpo_core.generation.generate import Completion, sample
-
-    bar = given.progress(len(wanted))
-    portion = config.sampling.batch_size * _SAVE_EVERY
-    drawn: list[Completion] = []
-    for start in range(0, len(wanted), portion):
-        path = given.scratch / f"samples-{start:08d}.json"
-        known = read_checked(path, "its samples are drawn again")
-        if known is None:
-            prompts = [ids for _, ids in wanted[start : start + portion]]
-            done = len(drawn)
-            new = sample(
-                model,
-                prompts,
-                config.sampling,
-                eos_id=stop_ids,
-                seed=seed_for(seed, "pairs", start),
-                progress=lambda n, done=done: bar.update(done + n),  # type: ignore[misc]
-            )
-            known = [[list(c.ids), c.ended] for c in new]
-            write_checked(path, known)
-        drawn += [Completion(tuple(ids), ended) for ids, ended in known]
-    return drawn
-
-
-def _label(
-    rows: list[dict[str, Any]],
-    texts: list[str],
-    ended: list[bool],
-    rewards: list[float],
-    config: PairSamplingConfig,
-) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Pairs of every prompt as a canonical table that keeps each prompt's split, and the counts."""
-    from dpo_core.data.layouts.fields import Pair
-
-    records: list[Pair] = []
-    numbers: list[int] = []
-    splits: list[str] = []
-    ties = 0
-    size = config.samples_per_prompt
-    for index, row in enumerate(rows):
-        scored = [
-            Scored(text, end, value)
-            for text, end, value in zip(
-                texts[index * size : (index + 1) * size],
-                ended[index * size : (index + 1) * size],
-                rewards[index * size : (index + 1) * size],
-                strict=True,
-            )
-            # A completion cut inside a character cannot be written as text, an empty one teaches nothing.
-            if text.strip() and "�" not in text
-        ]
-        pairs, tied = pair_up(scored, config) if len(scored) > 1 else ([], 0)
-        ties += tied
-        for better, worse in pairs:
-            records.append(
-                Pair(
-                    row["prompt"],
-                    bool(row["chat"]),
-                    better.text,
-                    worse.text,
-                    chosen_ended=better.ended,
-                    rejected_ended=worse.ended,
-                    tools=row.get("tools", ""),
-                    source=row.get("source", ""),
-                )
-            )
-            numbers.append(int(row["row"]))
-            splits.append(row["split"])
-    frame = to_frame(records, "pairs", numbers).assign(split=pd.array(splits, dtype="string[pyarrow]"))
-    mean = sum(rewards) / len(rewards)
-    return frame, {"samples": len(texts), "pairs": len(frame), "ties": ties, "mean_reward": mean}

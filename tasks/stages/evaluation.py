@@ -4,15 +4,18 @@ import json
 import logging
 import re
 from collections.abc import Sequence, Set
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from dpo_core.checked_json import read_checked, write_checked
+import pandas as pd
+
 from dpo_core.config import Config
+from dpo_core.data.tokens.tokenise import Sequence as Ids
 from dpo_core.data.tokens.tokenise import TokenConfig
-from dpo_core.errors import StageFailed
 from dpo_core.evaluation.config import EvaluateConfig
 from dpo_core.evaluation.policy_row import VERSION, PolicyRow
+from dpo_core.evaluation.summary import PolicySamples, summarise
+from dpo_core.jobs.files import EvaluationJob
 from dpo_core.judging.results import WinRate
 from dpo_core.rewards.functions import reward_identity
 from dpo_core.statistics.estimates import Estimate
@@ -20,6 +23,7 @@ from tasks.recipe.policies import CHAMPION, REFERENCE
 from tasks.reports.run_report import Measured, Sample
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 from tasks.stages.data import kind_of
+from tasks.stages.job import common, run_model_job
 from tasks.store.facts import Facts
 from tasks.store.manifest import Manifest
 from tasks.tracking.mlflow_run import metric_keys
@@ -118,71 +122,40 @@ def _evaluate(
     reward_model: Manifest | None,
     settings: EvaluationSettings,
 ) -> tuple[Measured, Answers, float]:
-    """What the policies were measured at, all that they answered, and the operations that it took."""
-    from dpo_core.data.tokens.tokenise import Tokenise
-    from dpo_core.evaluation.policies import sequence_logps
-    from dpo_core.evaluation.summary import summarise
-    from dpo_core.models.load import load_model, load_tokenizer
-    from dpo_core.rewards.model import scorer
-    from dpo_core.scoring.logprobs import read_flops
-
+    """The measurements, all that the policies answered, and the operations that it took."""
     config, seed = settings.config, settings.seed
-    reference_path = policies[REFERENCE].path
-    tokenise = Tokenise(load_tokenizer(reference_path), settings.tokens)
-    asked = held_out_prompts(prompts, tokenise, config)
-    rows = _held_out_pairs(pairs, tokenise, config.pairs, seed)
-    source = str(reward_model.path) if reward_model else str(settings.reward)
-    score = scorer(source, tokenise, config.precision)
-    reference = load_model(reference_path)
-    bar = given.progress(len(policies) * len(asked) * config.samples_per_prompt)
-    sides = [s for p in rows for s in (p.chosen, p.rejected)]
-    known = sequence_logps(reference, sides, config.precision, config.token_budget)
-    held_out = _HeldOut(asked, rows, sides, known, _sources(pairs))
-    by_policy: dict[str, dict[str, Any]] = {}
-    for number, (name, manifest) in enumerate(policies.items()):
-        path = given.scratch / f"policy-{name}.json"
-        # A killed evaluation keeps the policies it had finished.
-        facts = read_checked(path, f"{name} is measured again")
-        if facts is None:
-            policy = reference if name == REFERENCE else load_model(manifest.path)
-            done = number * len(asked) * config.samples_per_prompt
-            facts = _measure(
-                policy,
-                reference,
-                held_out,
-                settings,
-                score,
-                tokenise.stop_ids,
-                lambda n, done=done: bar.update(done + n),
-            )
-            facts["flops"] += _scoring_flops(reference, facts) if reward_model else 0.0
-            facts["texts"] = [tokenise.text(s["completion"], s["prompt"]) for s in facts["sequences"]]
-            write_checked(path, facts)
-            facts = json.loads(json.dumps(facts))  # as one that is read
-        by_policy[name] = facts
-    samples = {name: _samples(facts) for name, facts in by_policy.items()}
+    result = run_evaluation(
+        given,
+        {name: str(manifest.path) for name, manifest in policies.items()},
+        policies[REFERENCE],
+        prompts,
+        settings,
+        reference_name=REFERENCE,
+        pairs=pairs,
+        reward=str(reward_model.path) if reward_model else str(settings.reward),
+    )
+    by_policy, texts = result["policies"], result["prompts"]
+    samples = {name: read_samples(facts["samples"]) for name, facts in by_policy.items()}
     table = []
     for name, facts in by_policy.items():
         baseline = None if name == REFERENCE else samples[REFERENCE]
         row = summarise(samples[name], baseline, seed=seed, length=config.sampling.max_new_tokens)
         accuracy = None if name == REFERENCE else facts["accuracy"]
         table.append(PolicyRow(name=name, **row, accuracy=accuracy))
-    flops = read_flops(reference, sides, config.token_budget) + sum(f["flops"] for f in by_policy.values())
     reward_name = "reward model" if reward_model else str(settings.reward)
-    texts = [text for _, text in asked]
     measured = Measured(
         reward_name=reward_name,
         reward_is_true=reward_model is None,
-        n_prompts=len(asked),
+        n_prompts=len(texts),
         samples_per_prompt=config.samples_per_prompt,
-        held_out_pairs=len(rows),
+        held_out_pairs=result["held_out_pairs"],
         accuracy_by_source={
             name: facts["accuracy_by_source"]
             for name, facts in by_policy.items()
             if facts["accuracy_by_source"]
         },
         policies=table,
-        samples=_side_by_side(samples, asked, config.shown),
+        samples=_side_by_side(samples, texts, config.shown),
         gain_over_champion=_over_champion(samples, seed),
         win_rates=_win_rates(samples, texts, reward_name, seed),
     )
@@ -192,7 +165,45 @@ def _evaluate(
         answers={name: drawn.texts for name, drawn in samples.items()},
         rewards={name: drawn.rewards for name, drawn in samples.items()},
     )
-    return measured, answers, flops
+    return measured, answers, result["flops"]
+
+
+def run_evaluation(
+    given: Work,
+    policies: dict[str, str],
+    reference: Manifest,
+    prompts: Manifest,
+    settings: EvaluationSettings,
+    *,
+    reference_name: str | None,
+    reward: str,
+    pairs: Manifest | None = None,
+    entropies: bool = True,
+) -> dict[str, Any]:
+    """What the evaluation job reports; see `dpo_core.jobs.evaluate`."""
+    rows = prompts.path / "data.parquet"
+    job = EvaluationJob(
+        **common(given),
+        policies=policies,
+        reference=str(reference.path),
+        reference_name=reference_name,
+        prompts=str(rows),
+        pairs=str(pairs.path / "data.parquet") if pairs else None,
+        config=settings.config,
+        tokens=settings.tokens,
+        reward=reward,
+        entropies=entropies,
+        seed=settings.seed,
+    )
+    held_out = pd.read_parquet(rows, columns=["split"])["split"].eq("eval").sum()
+    answers = min(int(held_out), settings.config.prompts) * settings.config.samples_per_prompt
+    return run_model_job(given, job, total=len(policies) * answers)
+
+
+def read_samples(facts: dict[str, Any]) -> PolicySamples:
+    """The samples of a policy as the evaluation job reports them."""
+    sequences = [Ids(tuple(s["prompt"]), tuple(s["completion"])) for s in facts["sequences"]]
+    return PolicySamples(**{**facts, "sequences": sequences})
 
 
 def _win_rates(samples: dict[str, Any], prompts: Sequence[str], judge: str, seed: int) -> list[WinRate]:
@@ -234,154 +245,16 @@ def _over_champion(samples: dict[str, Any], seed: int) -> dict[str, Estimate]:
     }
 
 
-def held_out_prompts(
-    prompts: Manifest, tokenise: Any, config: EvaluateConfig
-) -> list[tuple[tuple[int, ...], str]]:
-    import pandas as pd
-
-    frame = pd.read_parquet(prompts.path / "data.parquet")
-    frame = frame[frame["split"] == "eval"].drop_duplicates(["prompt", "chat"]).head(config.prompts)
-    if frame.empty:
-        raise StageFailed("no held-out prompt is left to evaluate on", "Raise data.eval_fraction")
-    room = config.sampling.max_new_tokens
-    asked = [(tokenise.prompt_of(row, room), row["prompt"]) for row in frame.to_dict("records")]
-    return [(ids, text) for ids, text in asked if ids]
-
-
-def _held_out_pairs(pairs: Manifest, tokenise: Any, most: int, seed: int) -> list[Any]:
-    import pandas as pd
-
-    frame = pd.read_parquet(pairs.path / "data.parquet")
-    if "chosen" not in frame:
-        return []  # unpaired rows: there is nothing to prefer
-    frame = frame[frame["split"] == "eval"]
-    if len(frame) > most:
-        frame = frame.sample(most, random_state=seed)
-    return tokenise.pairs(frame.to_dict("records"))[0]
-
-
-def _sources(pairs: Manifest) -> dict[str, str]:
-    """The set of a mixture that each held-out pair is of, by its id; empty for a single set."""
-    import pandas as pd
-
-    frame = pd.read_parquet(pairs.path / "data.parquet")
-    if "source" not in frame:
-        return {}
-    frame = frame[(frame["split"] == "eval") & (frame["source"] != "")]
-    return dict(zip(frame["id"], frame["source"], strict=True))
-
-
-@dataclass(frozen=True)
-class _HeldOut:
-    """What every policy is measured on."""
-
-    prompts: Sequence[tuple[tuple[int, ...], str]]
-    """Ids and text of each."""
-    pairs: Sequence[Any]
-    sides: Sequence[Any]
-    """The sequences of the pairs, chosen and rejected in turn."""
-    reference_logps: Sequence[Any]
-    """Of the sides."""
-    sources: dict[str, str]
-    """The set of a mixture that a pair is of, by the pair's id."""
-
-
-def _measure(
-    policy: Any,
-    reference: Any,
-    held_out: _HeldOut,
-    settings: EvaluationSettings,
-    score: Any,
-    stop_ids: frozenset[int],
-    progress: Any,
-) -> dict[str, Any]:
-    """Samples of one policy with rewards and KL, its accuracy on the held-out pairs, and the operations."""
-    from dpo_core.evaluation.policies import (
-        kl_estimates,
-        own_scores,
-        preference_accuracy,
-        sample_policy,
-        sequence_logps,
-    )
-    from dpo_core.scoring import flops as cost
-    from dpo_core.scoring.logprobs import read_flops
-    from dpo_core.scoring.model_shape import shape_of
-
-    same, config = policy is reference, settings.config
-    drawn = sample_policy(
-        policy,
-        held_out.prompts,
-        config,
-        scorer=score,
-        eos_id=stop_ids,
-        seed=settings.seed,
-        progress=progress,
-    )
-    computing = (config.precision, config.token_budget)
-    ours, drawn.entropies = own_scores(policy, drawn.sequences, *computing)
-    theirs = ours if same else sequence_logps(reference, drawn.sequences, *computing)
-    drawn.kl_k1, drawn.kl_k3 = kl_estimates(ours, theirs)
-    drawn.entropy = -float(sum(x.double().sum() for x in ours)) / sum(len(x) for x in ours)
-    lengths = [(len(s.prompt), len(s.completion)) for s in drawn.sequences]
-    flops = cost.sampling(shape_of(policy), lengths)
-    flops += read_flops(policy, drawn.sequences, config.token_budget) * (1 if same else 2)
-    accuracy, by_source = None, {}
-    pairs, known = held_out.pairs, held_out.reference_logps
-    if pairs and not same:
-        flops += read_flops(policy, held_out.sides, config.token_budget)
-        ours = sequence_logps(policy, held_out.sides, *computing)
-        accuracy = preference_accuracy(pairs, ours, known).model_dump()
-        by_source = _accuracy_by_source(pairs, ours, known, held_out.sources)
-    return {**asdict(drawn), "accuracy": accuracy, "accuracy_by_source": by_source, "flops": flops}
-
-
-def _accuracy_by_source(
-    pairs: Sequence[Any], ours: Sequence[Any], theirs: Sequence[Any], sources: dict[str, str]
-) -> dict[str, Any]:
-    """The preference accuracy on the held-out pairs of each set of a mixture."""
-    from dpo_core.evaluation.policies import preference_accuracy
-
-    places: dict[str, list[int]] = {}
-    for at, pair in enumerate(pairs):
-        if source := sources.get(pair.id):
-            places.setdefault(source, []).append(at)
-    found = {}
-    for source, listed in places.items():
-        sides = [side for at in listed for side in (2 * at, 2 * at + 1)]
-        some = [pairs[at] for at in listed], [ours[i] for i in sides], [theirs[i] for i in sides]
-        found[source] = preference_accuracy(*some).model_dump()
-    return found
-
-
-def _scoring_flops(reference: Any, facts: dict[str, Any]) -> float:
-    """Operations of a reward model, which was made of the reference, on the samples."""
-    from dpo_core.rewards.model import scoring_flops
-    from dpo_core.scoring.model_shape import shape_of
-
-    return scoring_flops(shape_of(reference).as_reward_model(), _samples(facts).sequences)
-
-
-def _samples(facts: dict[str, Any]) -> Any:
-    from dpo_core.data.tokens.tokenise import Sequence as Ids
-    from dpo_core.evaluation.summary import PolicySamples
-
-    fields = {k: v for k, v in facts.items() if k not in ("accuracy", "accuracy_by_source", "flops")}
-    fields["sequences"] = [Ids(tuple(s["prompt"]), tuple(s["completion"])) for s in facts["sequences"]]
-    return PolicySamples(**fields)
-
-
-def _side_by_side(
-    samples: dict[str, Any], asked: Sequence[tuple[tuple[int, ...], str]], shown: int
-) -> list[Sample]:
+def _side_by_side(samples: dict[str, PolicySamples], prompts: Sequence[str], shown: int) -> list[Sample]:
     """The first sample of each policy for the first prompts."""
     table = []
-    for index in range(min(shown, len(asked))):
+    for index in range(min(shown, len(prompts))):
         texts, rewards = {}, {}
         for name, drawn in samples.items():
             first = drawn.prompt_index.index(index)
             texts[name] = drawn.texts[first]
             rewards[name] = drawn.rewards[first]
-        table.append(Sample(prompt=readable(asked[index][1]), completions=texts, rewards=rewards))
+        table.append(Sample(prompt=readable(prompts[index]), completions=texts, rewards=rewards))
     return table
 
 

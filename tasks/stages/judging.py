@@ -59,10 +59,9 @@ def judge_models(
         progress: told how many of how many answers and questions are done.
     """
     a, b = models
-    total = 2 * len(asked)
     own = seed_for(seed, "answers")
-    answers_a = a.answers(asked, sampling, seed=own, progress=lambda done: progress(done, total))
-    answers_b = b.answers(asked, sampling, seed=own, progress=lambda done: progress(len(asked) + done, total))
+    answers_a = a.answers(asked, sampling, seed=own)
+    answers_b = b.answers(asked, sampling, seed=own)
     prompts, chat = [one.prompt for one in asked], [one.chat for one in asked]
     rate = compare_answers(
         judge,

@@ -6,14 +6,15 @@ from collections.abc import Mapping
 import numpy as np
 
 from dpo_core.config import Config
+from dpo_core.statistics.text import distinct_n
 from dpo_core.study import Cost, Point
 from tasks.recipe.study import Node
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
-from tasks.stages.evaluation import EvaluationSettings, held_out_prompts
+from tasks.stages.evaluation import EvaluationSettings, read_samples, run_evaluation
 from tasks.store.facts import Facts, facts_of
 from tasks.store.manifest import Manifest
 
-FILE = "measurement.json"
+FILE, POLICY = "measurement.json", "policy"
 MEASURE = Stage("measure", 2, "measurement", Facts, lambda workload, label: workload.evaluated(1))
 
 
@@ -65,43 +66,30 @@ def _measured(
     prompts: Manifest,
     settings: EvaluationSettings,
 ) -> Measurement:
-    from dpo_core.data.tokens.tokenise import Tokenise
-    from dpo_core.evaluation.policies import kl_estimates, sample_policy, sequence_logps
-    from dpo_core.models.load import load_model, load_tokenizer
-    from dpo_core.rewards.model import scorer
-    from dpo_core.statistics.text import distinct_n
-
     config = settings.config
-    tokenise = Tokenise(load_tokenizer(reference.path), settings.tokens)
-    asked = held_out_prompts(prompts, tokenise, config)
-    bar = given.progress(len(asked) * config.samples_per_prompt)
-    own = load_model(policy.path)
-    drawn = sample_policy(
-        own,
-        asked,
-        config,
-        scorer=scorer(str(settings.reward), tokenise, config.precision),
-        eos_id=tokenise.stop_ids,
-        seed=settings.seed,
-        progress=bar.update,
+    result = run_evaluation(
+        given,
+        {POLICY: str(policy.path)},
+        reference,
+        prompts,
+        settings,
+        reference_name=POLICY if policy.sha256 == reference.sha256 else None,
+        reward=str(settings.reward),
+        entropies=False,
     )
-    computing = (config.precision, config.token_budget)
-    ours = sequence_logps(own, drawn.sequences, *computing)
-    base = own if policy.sha256 == reference.sha256 else load_model(reference.path)
-    theirs = ours if base is own else sequence_logps(base, drawn.sequences, *computing)
-    k1, k3 = kl_estimates(ours, theirs)
+    drawn = read_samples(result["policies"][POLICY]["samples"])
 
     def by_prompt(values: list[float]) -> np.ndarray:
         # Samples of a prompt lie side by side.
-        return np.asarray(values, dtype=np.float64).reshape(len(asked), config.samples_per_prompt)
+        return np.asarray(values, dtype=np.float64).reshape(len(result["prompts"]), config.samples_per_prompt)
 
     completions = [s.completion for s in drawn.sequences]
     length = config.sampling.max_new_tokens
     return Measurement(
         rewards_PS=by_prompt(drawn.rewards).tolist(),
-        kl_P=by_prompt(k1).mean(1).tolist(),
-        kl_k3_P=by_prompt(k3).mean(1).tolist(),
-        entropy=-float(sum(x.double().sum() for x in ours)) / sum(len(x) for x in ours),
+        kl_P=by_prompt(drawn.kl_k1).mean(1).tolist(),
+        kl_k3_P=by_prompt(drawn.kl_k3).mean(1).tolist(),
+        entropy=float(str(drawn.entropy)),
         distinct_1=distinct_n(completions, 1, length=length),
         distinct_2=distinct_n(completions, 2, length=length),
         length=float(np.mean([len(c) for c in completions])),

@@ -136,7 +136,7 @@ def test_a_job_whose_rank_was_killed_says_so(
     launcher: LocalLauncher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = make_job(tmp_path, "wait")
-    (job.parent / "train.log").write_text("an earlier one: Signal 9 (SIGKILL) received\n")
+    (job.parent / "job.log").write_text("an earlier one: Signal 9 (SIGKILL) received\n")
     handle = launcher.submit(job, 1, job.parent)
     assert launcher.why(handle) == ""
     wait_until(lambda: started(job), "a rank")

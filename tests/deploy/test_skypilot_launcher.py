@@ -106,9 +106,9 @@ def test_a_job_ends_as_its_files_say(make: Make, site: Path, tmp_path: Path, wha
     assert "--nnodes=2 --nproc-per-node=1 --node-rank=" in launcher.logs(handle)
     assert launcher.why(handle) == ("" if what == "done" else "its command failed: node 0 exited with 1")
     launcher.cancel(handle)  # after the end: nothing to do
-    log = (job.parent / "train.log").read_text()
+    log = (job.parent / "job.log").read_text()
     launcher.poll(handle)
-    assert (job.parent / "train.log").read_text() == log, "the log is kept once"
+    assert (job.parent / "job.log").read_text() == log, "the log is kept once"
     assert make(nodes=2).submit(job, 1, job.parent) == handle
 
 

@@ -68,7 +68,7 @@ def test_the_script_says_what_is_asked_for(tmp_path: Path) -> None:
         *("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=8", "--cpus-per-task=96", "--mem=900G"),
         *("--time=90", "--partition=gpu", "--account=lab", "--qos=high", "--constraint='h100&nvlink'"),
         *("--exclusive", "--requeue", "--signal=B:USR1@90", "--open-mode=append"),
-        f"--output='{tmp_path}/a 100%% folder/train.log'",
+        f"--output='{tmp_path}/a 100%% folder/job.log'",
         "--reservation=dpo",
     ]
     assert "export NCCL_SOCKET_IFNAME=ib0" in script

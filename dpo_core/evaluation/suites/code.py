@@ -206,9 +206,7 @@ def _runner(
         chat = wants_chat(subject, config)
         asked = [_asked(problem, chat) for problem in problems for _ in range(config.samples)]
         total = 2 * len(asked)
-        drawn = subject.answers(
-            asked, config.sampling, seed=config.seed, progress=lambda done: progress(done, total)
-        )
+        drawn = subject.answers(asked, config.sampling, seed=config.seed)
         answers = [drawn[i : i + config.samples] for i in range(0, len(drawn), config.samples)]
         items, counts = score(
             problems,

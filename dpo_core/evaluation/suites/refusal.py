@@ -119,7 +119,6 @@ def run(subject: Subject, rows: list[Row], config: SuiteConfig, progress: Progre
         [asked(question, chat=chat) for question in questions],
         config.sampling,
         seed=config.seed,
-        progress=lambda done: progress(done, len(questions)),
     )
     marks: list[dict[str, float]] = [{"refused": float(is_refusal(answer))} for answer in answers]
     if classifier:

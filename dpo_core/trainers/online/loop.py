@@ -28,8 +28,9 @@ from dpo_core.trainers.online import ppo_math
 from dpo_core.trainers.online.rollouts import Episode, Item, Rollout, deal, micro_batches, read, sampler_gap
 from dpo_core.trainers.online.sampler import RolloutContext, Sampler
 from dpo_core.training.config import OptimConfig
-from dpo_core.training.engine import Engine, MetricsFile, Stopped
+from dpo_core.training.engine import Engine, MetricsFile
 from dpo_core.training.routing import router_balance
+from dpo_core.training.stop import Stopped
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +160,7 @@ class OnlineTrainer(ABC, Generic[Item]):
             if stop or final or (iteration + 1) % self.rounds.engine.save_every == 0:
                 self.engine.save(iteration + 1, {"metrics": last, "trainer": self.state()})
             if stop and not final:
-                raise Stopped(self.engine.told)
+                raise Stopped(self.engine.signals.received)
         return last
 
     def _round(self, iteration: int) -> dict[str, float]:

@@ -108,9 +108,8 @@ def test_a_policy_that_is_the_reference_has_kl_and_gain_of_zero(tiny: Path) -> N
 
     drawn = []
     for model in (load_model(tiny), load_model(tiny)):
-        samples = sample_policy(
-            model, prompts, config, scorer=scorer, eos_id=0, seed=4, progress=lambda done: None
-        )
+        samples = sample_policy(model, [ids for ids, _ in prompts], config, eos_id=0, seed=4)
+        samples.rewards = scorer(samples.sequences, [prompts[i][1] for i in samples.prompt_index])
         drawn.append((samples, sequence_logps(model, samples.sequences, "fp32", config.token_budget)))
     (policy, ours), (reference, theirs) = drawn
     assert policy.prompt_index == [0, 0, 1, 1, 2, 2]

@@ -387,7 +387,7 @@ def test_a_signal_saves_the_step_at_hand(
     alone: None, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     """The test process sends itself in the middle of its own run what torchrun hands on to its ranks."""
-    from dpo_core.training.engine import Stopped
+    from dpo_core.training.stop import Stopped
 
     rows = [
         {"id": "a", "prompt": "The soup", "chat": False, "completion": " was good", "ended": True},

@@ -122,7 +122,7 @@ def assert_all_there(server: Server, own: Bench) -> None:
         assert sent == [(line["step"], line[key]) for line in lines], key
     assert trained.data.params["objective"]
     assert trained.data.tags["dpo.artifact_sha256"]
-    assert [i.path for i in client.list_artifacts(trained.info.run_id, "logs")] == ["logs/train.log"]
+    assert [i.path for i in client.list_artifacts(trained.info.run_id, "logs")] == ["logs/job.log"]
 
 
 @pytest.mark.parametrize("how", ["killed", "hangs"])

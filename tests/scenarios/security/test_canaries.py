@@ -324,7 +324,7 @@ def test_a_whole_run_and_all_around_it_leave_no_secret(site: Site, reward: str) 
     assert any("train-dpo" in str(path) for path in site.jobs), "so was its file"
     kept = [path for path in site.folder.rglob("*") if path.is_file()]
     names = {path.name for path in kept}
-    assert {"mlflow.db", "page.html", "report.json", "recipe.yaml", "train.log"} <= names, names
+    assert {"mlflow.db", "page.html", "report.json", "recipe.yaml", "job.log"} <= names, names
     assert any(path.name.startswith("prefect.db") for path in kept), "Prefect's database was looked at"
     assert any(re.fullmatch(r"dpo-\d+\.log", path.name) for path in kept), "so was the log of tracebacks"
     site.clean()

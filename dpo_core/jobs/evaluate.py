@@ -1,0 +1,193 @@
+"""Measure policies on the same held-out prompts and pairs: rewards, KL, entropy, preference accuracy.
+
+One model is in memory at a time: every policy samples and reads its samples, then the reference reads those
+of all policies, then the reward scores them.
+"""
+
+from collections.abc import Sequence as Seq
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from torch import Tensor
+
+from dpo_core.data.tokens.tokenise import Tokenise, TokenPair
+from dpo_core.errors import StageFailed
+from dpo_core.evaluation.config import EvaluateConfig
+from dpo_core.evaluation.policies import (
+    kl_estimates,
+    own_scores,
+    preference_accuracy,
+    sample_policy,
+    sequence_logps,
+)
+from dpo_core.evaluation.summary import PolicySamples
+from dpo_core.jobs.files import EvaluationJob
+from dpo_core.jobs.start import device, start_ranks
+from dpo_core.models.load import load_model, load_tokenizer
+from dpo_core.ranks import Ranks
+from dpo_core.rewards.model import scorer, scoring_flops_of
+from dpo_core.scoring import flops as cost
+from dpo_core.scoring.logprobs import read_flops
+from dpo_core.scoring.model_shape import shape_of
+from dpo_core.training.liveness import Watch
+
+FILE = EvaluationJob
+
+
+def run(job: EvaluationJob, watch: Watch) -> dict[str, Any] | None:
+    """Every rank calls this; rank 0 returns the prompts, the measurements by policy, and the operations.
+
+    Raises:
+        StageFailed: no prompt or pair is held out.
+    """
+    ranks = start_ranks(Path(job.work), job.ranks, watch)
+    tokenise = Tokenise(load_tokenizer(Path(job.reference)), job.tokens)
+    evaluation = _Evaluation(job, ranks, tokenise)
+    for name in job.policies:
+        evaluation.sample(name)
+    evaluation.read_with_reference()
+    evaluation.score()
+    return evaluation.result() if ranks.rank == 0 else None
+
+
+class _Evaluation:
+    def __init__(self, job: EvaluationJob, ranks: Ranks, tokenise: Tokenise) -> None:
+        self.job, self.ranks, self.tokenise = job, ranks, tokenise
+        self.prompts = held_out_prompts(job.prompts, tokenise, job.config)
+        self.pairs = _held_out_pairs(job, tokenise)
+        self.sides = [side for pair in self.pairs for side in (pair.chosen, pair.rejected)]
+        self.samples: dict[str, PolicySamples] = {}
+        self.own: dict[str, list[Tensor]] = {}
+        """Log-probs of each policy's samples under itself."""
+        self.own_sides: dict[str, list[Tensor]] = {}
+        """Log-probs of the held-out pairs under each policy."""
+        self.reference_sides: list[Tensor] = []
+        self.flops: dict[str, float] = {}
+        self.reference_flops = 0.0
+
+    @property
+    def _computing(self) -> tuple[Any, int]:
+        return self.job.config.precision, self.job.config.token_budget
+
+    def sample(self, name: str) -> None:
+        """The policy's answers, and its log-probs of them and of the held-out pairs."""
+        job, config = self.job, self.job.config
+        same = self._is_reference(name)
+        policy = load_model(Path(job.policies[name])).to(device())
+        drawn = sample_policy(
+            policy,
+            [ids for ids, _ in self.prompts],
+            config,
+            eos_id=self.tokenise.stop_ids,
+            seed=job.seed,
+            ranks=self.ranks,
+        )
+        drawn.texts = [self.tokenise.text(s.completion, s.prompt) for s in drawn.sequences]
+        if job.entropies:
+            own, drawn.entropies = own_scores(policy, drawn.sequences, *self._computing, self.ranks)
+        else:
+            own = sequence_logps(policy, drawn.sequences, *self._computing, self.ranks)
+        drawn.entropy = -float(sum(x.double().sum() for x in own)) / sum(len(x) for x in own)
+        lengths = [(len(s.prompt), len(s.completion)) for s in drawn.sequences]
+        flops = cost.sampling(shape_of(policy), lengths)
+        flops += read_flops(policy, drawn.sequences, config.token_budget) * (1 if same else 2)
+        if self.pairs and not same:
+            flops += read_flops(policy, self.sides, config.token_budget)
+            self.own_sides[name] = sequence_logps(policy, self.sides, *self._computing, self.ranks)
+        self.samples[name], self.own[name], self.flops[name] = drawn, own, flops
+
+    def _is_reference(self, name: str) -> bool:
+        return name == self.job.reference_name
+
+    def read_with_reference(self) -> None:
+        """The KL of every policy, and the reference's log-probs of the held-out pairs."""
+        reference = load_model(Path(self.job.reference)).to(device())
+        if self.pairs:
+            self.reference_sides = sequence_logps(reference, self.sides, *self._computing, self.ranks)
+            self.reference_flops = read_flops(reference, self.sides, self.job.config.token_budget)
+        for name, drawn in self.samples.items():
+            own = self.own[name]
+            theirs = own
+            if not self._is_reference(name):
+                theirs = sequence_logps(reference, drawn.sequences, *self._computing, self.ranks)
+            drawn.kl_k1, drawn.kl_k3 = kl_estimates(own, theirs)
+
+    def score(self) -> None:
+        """The rewards of all samples."""
+        job = self.job
+        score = scorer(job.reward, self.tokenise, job.config.precision, device=device(), ranks=self.ranks)
+        flops_of = scoring_flops_of(job.reward)
+        for name, drawn in self.samples.items():
+            texts = [self.prompts[index][1] for index in drawn.prompt_index]
+            drawn.rewards = score(drawn.sequences, texts)
+            self.flops[name] += flops_of(drawn.sequences)
+
+    def result(self) -> dict[str, Any]:
+        """What `EvaluationResult` reads."""
+        return {
+            "prompts": [text for _, text in self.prompts],
+            "held_out_pairs": len(self.pairs),
+            "policies": {name: self._policy(name) for name in self.samples},
+            "flops": self.reference_flops + sum(self.flops.values()),
+        }
+
+    def _policy(self, name: str) -> dict[str, Any]:
+        own = self.own_sides.get(name)
+        if own is None:
+            return {"samples": asdict(self.samples[name]), "accuracy": None, "accuracy_by_source": {}}
+        accuracy = preference_accuracy(self.pairs, own, self.reference_sides).model_dump()
+        by_source = _accuracy_by_source(self.pairs, own, self.reference_sides, _sources(str(self.job.pairs)))
+        return {"samples": asdict(self.samples[name]), "accuracy": accuracy, "accuracy_by_source": by_source}
+
+
+def held_out_prompts(
+    path: str, tokenise: Tokenise, config: EvaluateConfig
+) -> list[tuple[tuple[int, ...], str]]:
+    """Ids and text of each held-out prompt, at most `config.prompts`."""
+    frame = pd.read_parquet(path)
+    frame = frame[frame["split"] == "eval"].drop_duplicates(["prompt", "chat"]).head(config.prompts)
+    if frame.empty:
+        raise StageFailed("no held-out prompt is left to evaluate on", "Raise data.eval_fraction")
+    room = config.sampling.max_new_tokens
+    prompts = [(tokenise.prompt_of(row, room), row["prompt"]) for row in frame.to_dict("records")]
+    return [(ids, text) for ids, text in prompts if ids]
+
+
+def _held_out_pairs(job: EvaluationJob, tokenise: Tokenise) -> list[TokenPair]:
+    """The held-out pairs, or a seeded choice of them; none where the rows are not pairs."""
+    if job.pairs is None:
+        return []
+    frame = pd.read_parquet(job.pairs)
+    if "chosen" not in frame:
+        return []
+    frame = frame[frame["split"] == "eval"]
+    if len(frame) > job.config.pairs:
+        frame = frame.sample(job.config.pairs, random_state=job.seed)
+    return tokenise.pairs(frame.to_dict("records"))[0]
+
+
+def _sources(path: str) -> dict[str, str]:
+    """The set of a mixture that each held-out pair is of, by its id; empty for a single set."""
+    frame = pd.read_parquet(path)
+    if "source" not in frame:
+        return {}
+    frame = frame[(frame["split"] == "eval") & (frame["source"] != "")]
+    return dict(zip(frame["id"], frame["source"], strict=True))
+
+
+def _accuracy_by_source(
+    pairs: Seq[TokenPair], own: Seq[Tensor], reference: Seq[Tensor], sources: dict[str, str]
+) -> dict[str, Any]:
+    """The preference accuracy on the held-out pairs of each set of a mixture."""
+    places: dict[str, list[int]] = {}
+    for at, pair in enumerate(pairs):
+        if source := sources.get(pair.id):
+            places.setdefault(source, []).append(at)
+    accuracies = {}
+    for source, listed in places.items():
+        sides = [side for at in listed for side in (2 * at, 2 * at + 1)]
+        some = [pairs[at] for at in listed], [own[i] for i in sides], [reference[i] for i in sides]
+        accuracies[source] = preference_accuracy(*some).model_dump()
+    return accuracies

@@ -1,0 +1,119 @@
+"""Job files: what each kind of job is told. The flow writes them, every rank of the job reads them.
+
+Training has a file of its own: `dpo_core.methods.job.Job`.
+"""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from dpo_core.config import Config
+from dpo_core.data.tokens.config import TokenConfig
+from dpo_core.evaluation.config import EvaluateConfig
+from dpo_core.methods.pair_sampling import PairSamplingConfig
+from dpo_core.models.load import ModelConfig
+from dpo_core.scoring.precision import Precision
+
+ERROR, STOP_FILE = "error.json", "stopped"
+"""Files of the work folder: the error of a job that failed, and the mark of one that was stopped."""
+
+
+class InferenceConfig(Config):
+    """Ranks of the jobs that compute with a model without training it. No number depends on them."""
+
+    processes: int = Field(1, ge=1)
+    """Ranks on each node; they share the prompts, items or rows of a job."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads a rank; all cores shared out when empty."""
+    lost_after_seconds: float = Field(12.0, ge=1)
+    """How long another rank's node may be silent on the network before the job ends."""
+    timeout_seconds: float = Field(600.0, gt=0)
+    """How long a rank waits at the start for the others."""
+
+
+class ModelJob(Config):
+    """What every kind of job but training is told."""
+
+    work: str
+    """Folder for partial results, progress and the result; survives a kill. All nodes see it."""
+    ranks: InferenceConfig = InferenceConfig()
+    trusted_code: tuple[str, ...] = ()
+    """sha256 of the Python files that ship with models and may run; see `remote_code`."""
+
+
+class ImportJob(ModelJob):
+    """Turn a model into a checkpoint folder, and try it."""
+
+    kind: Literal["import-model"] = "import-model"
+    model: ModelConfig
+    """Where it comes from."""
+    out: str
+    """The folder to write."""
+    longest: int
+    """Tokens of the longest rows that will be read."""
+    precision: Precision
+    """Of training."""
+
+
+class PairSamplingJob(ModelJob):
+    """Draw completions of prompts, score them with a reward, and make pairs of them."""
+
+    kind: Literal["sample-pairs"] = "sample-pairs"
+    prompts: str
+    """Parquet file of prompts."""
+    model: str
+    """Checkpoint folder that is sampled from."""
+    out: str
+    """Parquet file of pairs to write."""
+    config: PairSamplingConfig
+    tokens: TokenConfig
+    reward: str
+    """A name for `rewards.functions.load_reward`."""
+    seed: int
+
+
+class ReferenceJob(ModelJob):
+    """Log-probs of the rows of a training under its reference; only those that the cache lacks."""
+
+    kind: Literal["cache-reference"] = "cache-reference"
+    model: str
+    """Checkpoint folder of the reference."""
+    weights_sha256: str
+    described: str
+    """The reference in words, for people who look at the cache."""
+    rows: str
+    """Parquet file of the training rows."""
+    method: str
+    """A name of the method registry, whose training will read the log-probs."""
+    settings: dict[str, Any]
+    """Its settings."""
+    tokens: TokenConfig
+    caches: str
+    """The folder that holds one cache a reference."""
+    out: str
+    """Folder of the shard to write."""
+    token_budget: int = Field(4096, ge=1)
+    """Tokens in one forward pass; decides the time, not the values."""
+
+
+class EvaluationJob(ModelJob):
+    """Samples, rewards, KL and preference accuracy of several policies on the same held-out rows."""
+
+    kind: Literal["evaluate"] = "evaluate"
+    policies: dict[str, str]
+    """Checkpoint folder of each policy by name."""
+    reference: str
+    """Checkpoint folder of the reference."""
+    reference_name: str | None = None
+    """The policy that is the reference, where it is among them: its KL is zero, its accuracy no number."""
+    prompts: str
+    """Parquet file of the judged rows, whose held-out prompts are answered."""
+    pairs: str | None = None
+    """Parquet file of rows, whose held-out pairs the preference accuracy is measured on."""
+    config: EvaluateConfig
+    tokens: TokenConfig
+    reward: str
+    """A name for `rewards.functions.load_reward`, or the folder of a reward model."""
+    entropies: bool = True
+    """Also measure the entropy of the next-token distributions along the samples."""
+    seed: int

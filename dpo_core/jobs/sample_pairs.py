@@ -1,0 +1,128 @@
+"""Draw completions of training and held-out prompts, score them with a known reward, and pair them up."""
+
+from collections.abc import Sequence as Seq
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from dpo_core.data.files.parquet import read_rows
+from dpo_core.data.layouts.fields import Pair
+from dpo_core.data.records import to_frame
+from dpo_core.data.tokens.tokenise import Sequence, Tokenise
+from dpo_core.errors import StageFailed
+from dpo_core.generation.config import seed_for
+from dpo_core.generation.generate import Completion, sample
+from dpo_core.jobs.files import PairSamplingJob
+from dpo_core.jobs.start import device, start_ranks
+from dpo_core.methods.pair_sampling import PairSamplingConfig, Scored, pair_up
+from dpo_core.models.load import load_model, load_tokenizer
+from dpo_core.ranks import Ranks
+from dpo_core.rewards.model import scorer
+from dpo_core.scoring import flops as cost
+from dpo_core.scoring.model_shape import shape_of
+from dpo_core.training.liveness import Watch
+
+FILE = PairSamplingJob
+
+# Batches that are drawn with one seed: part of what decides the samples.
+_BATCHES_A_SEED = 8
+
+
+def run(job: PairSamplingJob, watch: Watch) -> dict[str, Any] | None:
+    """Every rank calls this; rank 0 writes the pairs and returns their counts.
+
+    Raises:
+        StageFailed: no two samples of a prompt make a pair.
+    """
+    ranks = start_ranks(Path(job.work), job.ranks, watch)
+    config, model_path = job.config, Path(job.model)
+    tokenise = Tokenise(load_tokenizer(model_path), job.tokens)
+    room = config.sampling.max_new_tokens
+    prompts = [(row, tokenise.prompt_of(row, room)) for row in read_rows(job.prompts)]
+    rows = [row for row, ids in prompts if ids]
+    wanted = [(row, ids) for row, ids in prompts if ids for _ in range(config.samples_per_prompt)]
+    model = load_model(model_path).to(device())
+    drawn = _draw(ranks, model, [ids for _, ids in wanted], job, tokenise.stop_ids)
+    sequences = [Sequence(ids, c.ids) for (_, ids), c in zip(wanted, drawn, strict=True)]
+    score = scorer(job.reward, tokenise, "fp32", ranks=ranks)
+    rewards = score(sequences, [row["prompt"] for row, _ in wanted])
+    if ranks.rank != 0:
+        return None
+    texts = [tokenise.text(s.completion, s.prompt) for s in sequences]
+    frame, counts = pair_rows(rows, texts, [c.ended for c in drawn], rewards, config)
+    if frame.empty:
+        raise StageFailed(
+            f"no pair could be made of {counts['samples']} samples: {counts['ties']} candidate pairs are "
+            f"ties under the reward {job.reward}, the other samples are empty or no valid text",
+            "Draw more or longer samples (pairs.*), or choose a reward that tells them apart",
+        )
+    frame.to_parquet(job.out, index=False)
+    lengths = [(len(s.prompt), len(s.completion)) for s in sequences]
+    return counts | {"flops": cost.sampling(shape_of(model), lengths)}
+
+
+def _draw(
+    ranks: Ranks, model: Any, prompts: Seq[Any], job: PairSamplingJob, stop_ids: frozenset[int]
+) -> list[Completion]:
+    sampling = job.config.sampling
+    portion = sampling.batch_size * _BATCHES_A_SEED
+    return [
+        completion
+        for start in range(0, len(prompts), portion)
+        for completion in sample(
+            model,
+            prompts[start : start + portion],
+            sampling,
+            eos_id=stop_ids,
+            seed=seed_for(job.seed, "pairs", start),
+            ranks=ranks,
+        )
+    ]
+
+
+def pair_rows(
+    rows: list[dict[str, Any]],
+    texts: list[str],
+    ended: list[bool],
+    rewards: list[float],
+    config: PairSamplingConfig,
+) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """Pairs of every prompt as a canonical table that keeps each prompt's split, and the counts."""
+    records: list[Pair] = []
+    numbers: list[int] = []
+    splits: list[str] = []
+    ties = 0
+    size = config.samples_per_prompt
+    for index, row in enumerate(rows):
+        scored = [
+            Scored(text, end, value)
+            for text, end, value in zip(
+                texts[index * size : (index + 1) * size],
+                ended[index * size : (index + 1) * size],
+                rewards[index * size : (index + 1) * size],
+                strict=True,
+            )
+            # A completion cut inside a character cannot be written as text, an empty one teaches nothing.
+            if text.strip() and "�" not in text
+        ]
+        pairs, tied = pair_up(scored, config) if len(scored) > 1 else ([], 0)
+        ties += tied
+        for better, worse in pairs:
+            records.append(
+                Pair(
+                    row["prompt"],
+                    bool(row["chat"]),
+                    better.text,
+                    worse.text,
+                    chosen_ended=better.ended,
+                    rejected_ended=worse.ended,
+                    tools=row.get("tools", ""),
+                    source=row.get("source", ""),
+                )
+            )
+            numbers.append(int(row["row"]))
+            splits.append(row["split"])
+    frame = to_frame(records, "pairs", numbers).assign(split=pd.array(splits, dtype="string[pyarrow]"))
+    mean = sum(rewards) / len(rewards)
+    return frame, {"samples": len(texts), "pairs": len(frame), "ties": ties, "mean_reward": mean}

@@ -1,0 +1,56 @@
+"""How a rank of a job without training starts: its share of the cores, its device, its connection to the
+other ranks."""
+
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from dpo_core.jobs.files import ERROR, STOP_FILE, InferenceConfig
+from dpo_core.ranks import JobRanks
+from dpo_core.training.distributed import share_cores
+from dpo_core.training.liveness import Watch
+from dpo_core.training.stop import Stopped, StopSignals
+
+
+def start_ranks(work: Path, config: InferenceConfig, watch: Watch) -> JobRanks:
+    """The ranks of this job, connected.
+
+    Raises:
+        StageFailed: rank 0 and another rank cannot reach each other.
+    """
+    signals = StopSignals()
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    share_cores(config.processes)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if torch.cuda.is_available():
+        # As in training, where torch 2.13's cuDNN attention gives NaN gradients in bf16.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        torch.cuda.set_device(device())
+    if world > 1:
+        # Only to find each other: results are exchanged as files.
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=config.timeout_seconds))
+        watch.start(config.lost_after_seconds, config.timeout_seconds)
+    forget_earlier_end(work)
+
+    def check() -> None:
+        if signals.received or (world > 1 and (work / STOP_FILE).exists()):
+            raise Stopped(signals.received)
+
+    return JobRanks(work, rank, world, check=check)
+
+
+def forget_earlier_end(work: Path) -> None:
+    """Remove how ranks ended that torchrun has replaced since, or those of the run before."""
+    if os.environ.get("RANK", "0") == "0":
+        for left in (ERROR, STOP_FILE):
+            (work / left).unlink(missing_ok=True)
+
+
+def device() -> torch.device:
+    """The device of this rank: its own GPU, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())

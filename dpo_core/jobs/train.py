@@ -1,0 +1,35 @@
+"""Train a model by a method of the registry, and write the result."""
+
+from pathlib import Path
+from typing import Any
+
+from dpo_core.jobs.start import forget_earlier_end
+from dpo_core.methods.job import Job
+from dpo_core.methods.registry import get
+from dpo_core.trainers.registry import build
+from dpo_core.training.distributed import peak_memory, start_distributed
+from dpo_core.training.engine import read_metrics
+from dpo_core.training.liveness import Watch
+
+
+def run(job: Job, watch: Watch) -> dict[str, Any] | None:
+    """Train and write the model. Every rank calls this; rank 0 returns what goes into the result."""
+    settings = get(job.method).settings.model_validate(job.settings)
+    start_distributed(settings.engine)
+    watch.start(settings.engine.lost_after_seconds, settings.engine.timeout_seconds)
+    forget_earlier_end(Path(job.work))
+    trainer, export = build(job, settings)
+    metrics = trainer.train()
+    peak = peak_memory()
+    state = trainer.engine.full_state()
+    result = None
+    if trainer.engine.rank == 0:
+        export(state)
+        # All lines, so that what was computed before a resume is in it.
+        flops = sum(line.get("flops", 0.0) for line in read_metrics(Path(job.work) / "metrics.jsonl"))
+        result = {"metrics": metrics, "flops": flops, "peak_memory_bytes": peak}
+    trainer.engine.barrier()
+    return result
+
+
+FILE = Job
