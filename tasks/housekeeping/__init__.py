@@ -1,1 +1,1 @@
-"""Upkeep of a workspace: the doctor, garbage collection, caches of reference log-probs."""
+"""Maintenance of a workspace: health checks, garbage collection, and reference log-prob caches."""

@@ -1,12 +1,12 @@
-"""What of a workspace no kept run needs, and its removal.
+"""Garbage collection (`dpo gc`): removes artifacts, working folders and Data Docs that no kept run needs.
 
-Kept is what a kept run's records name, and all that this was made from, so that the run stays cached from
-end to end; what an alias of the registry points at, and what a rollback goes back to; and models that were
-evaluated by themselves. Run folders and MLflow keep the evidence of every run.
+It keeps the artifacts that a kept run references and everything these were made from, so that the run stays
+fully cached; models that a registry alias or a possible rollback refers to; and separately evaluated models.
+Run folders and MLflow keep the evidence of every run.
 
-Everything goes out of sight under the store's guard, index entries first: a kill in between leaves objects
-without an entry, which the next call frees, and never an entry without its object. An object leaves in one
-rename. Only then are bytes removed.
+Garbage is first hidden by renames under the store's guard, index entries first. A kill in between leaves
+objects without an entry, which the next call removes, but never an entry without its object. Only then are
+bytes deleted.
 """
 
 import errno
@@ -30,11 +30,11 @@ from tasks.tracking.mlflow_calls import every
 from tasks.tracking.tracker import Tracker
 
 KEEP = 10
-"""Finished runs that stay cached, where nothing else is said."""
+"""Default number of finished runs that stay cached."""
 
 
 class Unused(Config):
-    """An artifact that goes."""
+    """An artifact to remove."""
 
     kind: str
     sha256: str
@@ -42,23 +42,24 @@ class Unused(Config):
 
 
 class Freed(Config):
-    """What `gc` did, or would do."""
+    """The result of a garbage collection, or of its dry run."""
 
     kept: list[str]
     """Runs that stay cached."""
     let_go: list[str]
-    """Runs that do not: their pages and records stay, what they made goes unless others need it."""
+    """Runs that do not stay cached. Their pages and records are kept, their artifacts only if others need
+    them."""
     unused: list[Unused]
-    """Artifacts that nothing kept needs."""
+    """Artifacts that no kept run or model needs."""
     entries: int
-    """Results of stages that are forgotten with them."""
+    """Index entries removed with them."""
     leftovers: list[str]
-    """Working folders and unfinished files that nobody will go on with, and pages of Data Docs."""
+    """Working folders, unfinished files and Data Docs that no run will use."""
     freed_bytes: int
-    """Bytes of all that."""
+    """Bytes of the artifacts and leftovers."""
     held_back: list[str]
-    """Unfinished runs of an older version, which do not say what they need: with them, nothing of the store
-    is freed."""
+    """Unfinished runs of older versions, whose references are unknown. While there are any, nothing in the
+    store is freed."""
 
 
 class _Entry(NamedTuple):
@@ -71,7 +72,7 @@ class _Entry(NamedTuple):
 
 
 class _Going(NamedTuple):
-    """What is to be taken away, by paths."""
+    """The paths to remove."""
 
     entries: list[Path]
     objects: list[Path]
@@ -86,17 +87,17 @@ def free(
     drop_runs: Iterable[str] = (),
     dry_run: bool = False,
 ) -> Freed:
-    """Remove what no kept run needs.
+    """Remove everything that no kept run needs.
 
     Args:
-        keep: so many finished runs, the newest.
-        keep_runs: runs to keep besides.
-        drop_runs: runs to let go, though they are new, unfinished or studies.
-        dry_run: only say what would be done.
+        keep: number of finished runs to keep, the newest ones.
+        keep_runs: further runs to keep.
+        drop_runs: runs not to keep, even if they are new, unfinished or studies.
+        dry_run: change nothing, only return what would be removed.
 
     Raises:
-        RecipeError: there is no such run, or the workspace cannot be read or written.
-        StageFailed: an MLflow that may know champions does not answer.
+        RecipeError: a named run does not exist, or the workspace is not readable or writable.
+        StageFailed: an MLflow registry that may have champions does not answer.
     """
     place = open_workspace(workspace)
     store = Store(place)
@@ -107,14 +108,16 @@ def free(
         done_before = {needs.run_id for needs in before if needs.finished}
         champions = _champions(place, before, held, dry_run)
         if dry_run:
-            return _look(store, _kept(before, done_before, keep, keep_runs, drop_runs), before, champions)[0]
+            return _select(store, _kept(before, done_before, keep, keep_runs, drop_runs), before, champions)[
+                0
+            ]
         with store._temporary() as trash, store.guard():
-            # Who began, or ended, since then keeps what it needs: its model may be registered by now.
+            # Runs that started or ended meanwhile keep their references: a model may be registered by now.
             now = read_needs(place)
             kept = _kept(now, done_before, keep, keep_runs, drop_runs)
-            told, going = _look(store, kept, now, champions)
+            freed, going = _select(store, kept, now, champions)
             _hide(going, trash)
-    return told
+    return freed
 
 
 def _require_known(place: Path, runs: list[Needs], keep_runs: set[str], drop_runs: set[str]) -> None:
@@ -126,9 +129,10 @@ def _require_known(place: Path, runs: list[Needs], keep_runs: set[str], drop_run
             )
         record = known[name].record
         if name in drop_runs and record and record.status == "running" and not record.is_abandoned:
-            raise RecipeError(f"the run {name} is at work", "Stop it first, or wait for its end")
+            raise RecipeError(f"the run {name} is in progress", "Stop it, or wait until it ends")
         if name in keep_runs & drop_runs:
-            raise RecipeError(f"the run {name} is both to be kept and to be let go", "Say one of them")
+            problem = f"the run {name} is in both --keep-run and --drop-run"
+            raise RecipeError(problem, "Remove it from one of them")
 
 
 def _kept(
@@ -142,7 +146,7 @@ def _kept(
 
 
 def _champions(place: Path, runs: list[Needs], held: ExitStack, dry_run: bool) -> set[str]:
-    """Artifacts of models that an alias, or the last change of the champion, names; promotions wait."""
+    """Digests of the models that an alias or a champion's last change refers to; locks promotions."""
     digests: set[str] = set()
     for tracker in registries_of(place, (needs.tracking_uri for needs in runs)):
         names = tracker.ask("the registered models", lambda c: every(c.search_registered_models))
@@ -157,84 +161,84 @@ def _named_weights(tracker: Tracker, name: str) -> set[str]:
     model = tracker.ask(f"the model {name}", lambda client: client.get_registered_model(name))
     ledger = Ledger(tracker, name)
     changes = [entry.change for entry in ledger.read()[-1:] if entry.state != "abandoned"]
-    # The last change may not have been carried out yet.
+    # The last change may not have been applied yet.
     named = {*model.aliases.values(), *(v for c in changes for v in (c.version, c.previous, c.replaced) if v)}
-    found = set()
+    digests = set()
     for number in sorted(str(version) for version in named):
         version = ledger.version(number)
         if version is not None:
-            found.add(version.tags.get("dpo.artifact_sha256", ""))
-            found.add(Path(version.tags.get("dpo.weights_uri", "")).name)
-    return found
+            digests.add(version.tags.get("dpo.artifact_sha256", ""))
+            digests.add(Path(version.tags.get("dpo.weights_uri", "")).name)
+    return digests
 
 
-def _look(store: Store, kept: list[Needs], runs: list[Needs], champions: set[str]) -> tuple[Freed, _Going]:
-    """What goes; touches nothing."""
+def _select(store: Store, kept: list[Needs], runs: list[Needs], champions: set[str]) -> tuple[Freed, _Going]:
+    """Select what to remove; changes nothing."""
     entries, broken = _entries(store)
-    silent = [needs.run_id for needs in kept if not needs.told]
+    unknown = [needs.run_id for needs in kept if not needs.complete]
     keys = {key for needs in kept for key in needs.keys}
-    asked = {digest for needs in kept for digest in needs.digests}
-    wanted = _closure(entries, asked | {e.sha256 for e in entries if (e.stage, e.key) in keys})
+    referenced = {digest for needs in kept for digest in needs.digests}
+    needed = _closure(entries, referenced | {e.sha256 for e in entries if (e.stage, e.key) in keys})
     evaluated = _evaluated(store.workspace)
-    wanted |= champions | {e.sha256 for e in entries if e.weights in evaluated}
-    going = [] if silent else [e for e in entries if e.sha256 not in wanted]
-    objects = [] if silent else [o for o in _objects(store) if o.name not in wanted]
+    needed |= champions | {e.sha256 for e in entries if e.weights in evaluated}
+    going = [] if unknown else [e for e in entries if e.sha256 not in needed]
+    objects = [] if unknown else [o for o in _objects(store) if o.name not in needed]
     folders = store.leftovers()
-    if not silent:
-        stay = [e for e in entries if e.sha256 in wanted]
+    if not unknown:
+        stay = [e for e in entries if e.sha256 in needed]
         folders += _scratch(store, keys, {(e.stage, e.key) for e in stay}) + _docs(store, keys, stay)
     sizes = {path: size_of(path) for path in (*objects, *folders)}
-    told = Freed(
+    freed = Freed(
         kept=sorted(needs.run_id for needs in kept),
         let_go=sorted({needs.run_id for needs in runs} - {needs.run_id for needs in kept}),
         unused=[Unused(kind=o.parent.parent.name, sha256=o.name, bytes=sizes[o]) for o in objects],
         entries=len(going) + len(broken),
         leftovers=[str(folder.relative_to(store.workspace)) for folder in folders],
         freed_bytes=sum(sizes.values()),
-        held_back=silent,
+        held_back=unknown,
     )
-    return told, _Going([e.path for e in going] + broken, objects, folders)
+    return freed, _Going([e.path for e in going] + broken, objects, folders)
 
 
 def _entries(store: Store) -> tuple[list[_Entry], list[Path]]:
-    """The store's index, and the entries that no stage could read."""
-    found, broken = [], []
+    """The entries of the store's index, and the paths of unreadable ones."""
+    entries, broken = [], []
     for path in sorted((store.root / "index").glob("*/*.json")):
         manifest = store._read_index(path, forget=False)
         if manifest is None:
             broken.append(path)
             continue
         own = (path, path.parent.name, path.stem, manifest.sha256, manifest.parents)
-        found.append(_Entry(*own, facts_of(manifest, ModelFacts).weights_sha256))
-    return found, broken
+        entries.append(_Entry(*own, facts_of(manifest, ModelFacts).weights_sha256))
+    return entries, broken
 
 
 def _closure(entries: list[_Entry], wanted: set[str]) -> set[str]:
-    """These artifacts, and all that they were made from."""
+    """These artifacts and all their ancestors."""
     parents: dict[str, set[str]] = {}
     for entry in entries:
         parents.setdefault(entry.sha256, set()).update(entry.parents)
-    found: set[str] = set()
+    closure: set[str] = set()
     pending = list(wanted)
     while pending:
         digest = pending.pop()
-        if digest not in found:
-            found.add(digest)
+        if digest not in closure:
+            closure.add(digest)
             pending += parents.get(digest, ())
-    return found
+    return closure
 
 
 def _evaluated(workspace: Path) -> set[str]:
-    """Digests of weights that `dpo evaluate` and `dpo compare` tell of."""
-    found = set()
+    """Digests of the weights in reports of `dpo evaluate` and `dpo compare`."""
+    digests = set()
     for path in (workspace / "evaluations").glob("*/report.json"):
         with suppress(OSError, ValueError, KeyError, TypeError):
-            found |= {model["sha256"] for model in json.loads(path.read_bytes())["models"]}
-    return found
+            digests |= {model["sha256"] for model in json.loads(path.read_bytes())["models"]}
+    return digests
 
 
 def _objects(store: Store) -> Iterator[Path]:
-    """Every object; anything that is not named by a digest is not ours."""
+    """Every object of the store; folders whose name is not a digest are skipped."""
     digits = set("0123456789abcdef")
     for path in sorted((store.root / "objects").glob("*/*/*")):
         if len(path.name) == 64 and set(path.name) <= digits:
@@ -242,14 +246,14 @@ def _objects(store: Store) -> Iterator[Path]:
 
 
 def _scratch(store: Store, keys: set[tuple[str, str]], finished: set[tuple[str, str]]) -> list[Path]:
-    """Working folders of stages that are finished, or that no unfinished run will go on with."""
+    """Working folders of finished stages, and of stages that no unfinished run references."""
     in_work = {(stage, key[:16]) for stage, key in keys - finished}
     folders = sorted((store.workspace / "work").glob("*/*"))
     return [folder for folder in folders if (folder.parent.name, folder.name) not in in_work]
 
 
 def _docs(store: Store, keys: set[tuple[str, str]], stay: list[_Entry]) -> list[Path]:
-    """Data Docs, one folder a judgement, whose data go."""
+    """Data Docs folders (one per validation) whose data are removed."""
     named = {key[:16] for _, key in keys} | {entry.key[:16] for entry in stay}
     folders = sorted((store.workspace / "data_docs").glob("*-*"))
     return [folder for folder in folders if folder.name.rpartition("-")[2] not in named]
@@ -266,4 +270,4 @@ def _hide(going: _Going, trash: Path) -> None:
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
-            shutil.rmtree(path, ignore_errors=True)  # a working folder on a disk of its own
+            shutil.rmtree(path, ignore_errors=True)  # a working folder on another disk cannot be renamed

@@ -1,6 +1,6 @@
-"""Looking after a workspace's reference log-probs: what is known, whether it is whole, what may go.
+"""Maintains a workspace's caches of reference log-probs: list, verify, merge and remove them.
 
-All of it can be computed again, so nothing here can cost more than time.
+Every entry can be computed again, so an error here costs time but no result.
 """
 
 from datetime import UTC, datetime, timedelta
@@ -32,70 +32,68 @@ class CacheSummary(Config):
     key: str
     """Name of the folder: a digest of weights, precision, attention and definition version."""
     reference: ReferenceFacts | None
-    """What the key stands for; none where an older version did not write it."""
+    """The weights and settings behind the key; None for caches of older versions."""
     entries: int
     """Distinct sequences."""
     tokens: int
     """Log-probs stored."""
     bytes: int
-    """Bytes on the disk."""
+    """Bytes on disk."""
     shards: int
-    """Folders that the entries lie in; `gc` makes them one."""
+    """Number of folders that hold the entries; `gc` merges them."""
     current: bool
-    """Whether this version still reads it; else it lies there until `gc --unused-for`."""
+    """Whether this version of the package reads the cache. Others are removed by `gc --unused-for`."""
     damaged: int
     """Shards that cannot be opened; `verify` also reads the content of the others."""
     last_used: AwareDatetime
-    """Last time that a stage opened it or added to it."""
+    """Last time that a stage read or extended it."""
 
 
 class Damage(Config):
-    """A shard that is not what was written."""
+    """A damaged shard."""
 
     key: str
-    """The cache that it belongs to."""
+    """The cache's key."""
     shard: str
-    """Name of its folder."""
+    """Name of the shard's folder."""
     problem: str
-    """What is wrong."""
     removed: bool
-    """Whether it was removed, so that its entries are computed again."""
+    """Whether the shard was removed, so that its entries are computed again."""
 
 
 class Verification(Config):
-    """What a look at every byte told."""
+    """The result of comparing every shard with its digests."""
 
     shards: int
-    """Shards that were read."""
+    """Number of shards read."""
     entries: int
-    """Entries of those that are whole."""
+    """Number of entries in intact shards."""
     damaged: list[Damage]
-    """The others."""
 
 
 class Collected(Config):
-    """What `gc` did, or would do."""
+    """The result of a garbage collection, or of its dry run."""
 
     leftovers: list[str]
     """Unfinished folders of killed processes, relative to the cache."""
     unused: list[str]
-    """Keys of the caches that nobody had used for so long."""
+    """Keys of removed caches, which were unused for too long."""
     merged: dict[str, int]
-    """Shards by key, of the caches whose shards became one."""
+    """Number of shards merged into one, by cache key."""
     freed_bytes: int
     """Bytes of leftovers and unused caches."""
 
 
 def list_caches(workspace: str | Path) -> list[CacheSummary]:
-    """Every reference's cache, last used first. Reads the keys and shapes only, changes nothing.
+    """All caches, most recently used first. Reads only keys and shapes; changes nothing.
 
     Raises:
-        RecipeError: the workspace cannot be read.
+        RecipeError: the workspace is not readable.
     """
     root = _root(workspace)
     with disk_errors(root, "reading the reference cache"):
-        found = [_summary(folder) for folder in _folders(root)]
-    return sorted(found, key=lambda summary: summary.last_used, reverse=True)
+        summaries = [_summary(folder) for folder in _folders(root)]
+    return sorted(summaries, key=lambda summary: summary.last_used, reverse=True)
 
 
 def _summary(folder: Path) -> CacheSummary:
@@ -124,10 +122,10 @@ def verify_caches(workspace: str | Path, *, repair: bool = False) -> Verificatio
     """Read every shard and compare it with its digests.
 
     Args:
-        repair: remove the damaged ones; the next run computes their entries again.
+        repair: remove damaged shards; the next run computes their entries again.
 
     Raises:
-        RecipeError: the workspace cannot be read, or not be written for a repair.
+        RecipeError: the workspace is not readable, or not writable for a repair.
     """
     root = _root(workspace)
     shards, entries, damaged = 0, 0, []
@@ -151,17 +149,17 @@ def verify_caches(workspace: str | Path, *, repair: bool = False) -> Verificatio
 def collect_garbage(
     workspace: str | Path, *, unused_for: float | None = None, dry_run: bool = False
 ) -> Collected:
-    """Remove what killed processes left, merge small shards, and remove caches that nobody uses.
+    """Remove leftovers of killed processes, merge shards, and remove unused caches.
 
-    A merge holds one cache's log-probs in memory. A run at work on the same cache loses nothing: at worst it
-    computes again what moved under its hands.
+    A merge holds one cache's log-probs in memory. It is safe while a run uses the same cache: at worst the
+    run computes some entries again.
 
     Args:
-        unused_for: remove caches not used for so many days; None keeps all.
-        dry_run: only say what would be done.
+        unused_for: remove caches that were not used for this many days; None keeps all.
+        dry_run: change nothing, only return what would be removed.
 
     Raises:
-        RecipeError: the workspace cannot be read or written.
+        RecipeError: the workspace is not readable or writable.
     """
     root = _root(workspace)
     left: list[str] = []
@@ -184,7 +182,7 @@ def collect_garbage(
             count = len(shard_folders(folder))
             if count > 1:
                 merged[folder.name] = count if dry_run else ReferenceCache(folder).merge()
-        for path in leftovers(root):  # of removals that were killed
+        for path in leftovers(root):  # left by interrupted removals
             left.append(path.name)
             freed += size_of(path)
             if not dry_run:
@@ -197,7 +195,7 @@ def _root(workspace: str | Path) -> Path:
 
 
 def _folders(root: Path) -> list[Path]:
-    """The caches; anything that is not named by a digest is not ours."""
+    """The folders of the caches; folders whose name is not a digest are skipped."""
     if not root.is_dir():
         return []
     digits = set("0123456789abcdef")

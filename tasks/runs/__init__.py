@@ -1,1 +1,1 @@
-"""The record of each run of a workspace."""
+"""Records of a workspace's runs: status, resolved recipe, and the artifacts that each run references."""

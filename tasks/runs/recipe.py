@@ -1,6 +1,6 @@
-"""The resolved recipe of a run, kept beside its page: what a resume goes on with and what reproduces the run.
+"""Stores a run's resolved recipe, checks a resume against it, and gives the command that reproduces the run.
 
-Without it a resume with other settings would be recorded under the settings that the run began with.
+Without the check, a resume with other settings would be recorded under the settings of the first start.
 """
 
 import json
@@ -22,27 +22,27 @@ from tasks.store.files import disk_errors, run_folder
 from tasks.tracking.mlflow_run import flatten
 
 FILE = "recipe.yaml"
-# Where a run lies and is recorded, and what is said of it: nothing that was computed depends on these.
+# No computed number depends on these settings.
 _MAY_DIFFER = frozenset({"workspace", "tracking", "description"})
 _SHOWN = 6
-# Options of `dpo launch` that say where a run's trainings run, each with a value.
+# Options of `dpo launch` that choose where jobs run, each with a value.
 _WHERE = ("--on", "--settings", "--with")
 Part = TypeVar("Part", bound=Config)
 
 
 def recipe_path(workspace: str | Path, run_id: str) -> Path:
-    """Where the resolved recipe of a run is kept."""
+    """Path of a run's resolved recipe."""
     return run_folder(workspace, run_id).absolute() / FILE
 
 
 def model_names(recipe: Recipe) -> list[str]:
-    """Every name of a model from outside the recipe, to start from or to be held to."""
+    """The names of all models from outside the recipe: the base model, starts and references."""
     named = [model for policy in recipe.policies.values() for model in policy.models if elsewhere(model)]
     return list(dict.fromkeys([recipe.model.name, *named]))
 
 
 def with_models(recipe: Recipe, names: Mapping[str, str]) -> Recipe:
-    """The recipe with other names of models in place of some: `RunRecord.models`."""
+    """The recipe with model names replaced as in `names`; see `RunRecord.models`."""
     if not names:
         return recipe
 
@@ -69,12 +69,12 @@ def keep_recipe(workspace: Path, record: RunRecord, recipe: Recipe) -> RunRecord
 
 
 def require_same_recipe(workspace: Path, record: RunRecord, recipe: Recipe) -> None:
-    """Refuse to go on with a run under other settings than those it began with.
+    """Refuse to resume a run with other settings than it was started with.
 
-    A run of an older version kept no recipe, and is not compared.
+    Runs of older versions stored no recipe and are not checked.
 
     Raises:
-        RecipeError: a setting differs, or the recipe that was kept is gone or damaged.
+        RecipeError: a setting differs, or the stored recipe is missing or damaged.
     """
     if record.recipe_sha256 is None:
         return
@@ -82,25 +82,26 @@ def require_same_recipe(workspace: Path, record: RunRecord, recipe: Recipe) -> N
     anew = "start a new run without --resume: finished stages are not run again"
     if not path.is_file() or digest_file(path) != record.recipe_sha256:
         raise RecipeError(
-            f"the recipe that the run {record.run_id} began with, {path}, is gone or was changed, so this "
-            "one cannot be compared with it",
+            f"the stored recipe of the run {record.run_id}, {path}, is missing or was changed, so the "
+            "present settings cannot be compared with it",
             anew.capitalize(),
         )
-    began, says = _settings(load_recipe(str(path))), _settings(recipe)
-    names = [name for name in {**began, **says} if began.get(name) != says.get(name)]
+    stored, current = _settings(load_recipe(str(path))), _settings(recipe)
+    names = [name for name in {**stored, **current} if stored.get(name) != current.get(name)]
     if not names:
         return
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     shown = names[:_SHOWN]
     raise RecipeError(
-        f"the run {record.run_id} began with {_listed(began, shown)}{more}; this says "
-        f"{_listed(says, shown)}{more}",
-        f"Go on as it began: {_run_again(record.command, path)} --resume {record.run_id}; or {anew}",
+        f"the run {record.run_id} was started with {_listed(stored, shown)}{more}; this recipe has "
+        f"{_listed(current, shown)}{more}",
+        f"Resume with the stored recipe: {_run_again(record.command, path)} --resume {record.run_id}; "
+        f"or {anew}",
     )
 
 
 def reproducing(command: str, workspace: str | Path, run_id: str) -> str:
-    """The command that does a run again, whatever has become of the recipe that `command` named."""
+    """The command that repeats a run from its stored recipe, even if the original file has changed."""
     return _run_again(command, recipe_path(workspace, run_id))
 
 
@@ -116,7 +117,7 @@ def _run_again(command: str, path: Path) -> str:
 
 
 def _settings(recipe: Recipe) -> dict[str, str]:
-    """Every setting that decides what is computed, by its dotted name, as it is written in a recipe."""
+    """Every setting that affects results: dotted name to its JSON text."""
     facts: dict[str, Any] = recipe.model_dump(mode="json", exclude=set(_MAY_DIFFER))
     return {name: json.dumps(value, ensure_ascii=False) for name, value in flatten(facts).items()}
 

@@ -1,8 +1,8 @@
-"""The record of each run under the workspace: what was asked, where it stands, how to go on with it.
+"""The record of each run (`run.json`): recipe, status, owner process and the command that resumes it.
 
-A run that was killed could not write its end: its record reads `running`, and its process is gone. Readers
-see it as `stopped`, and the next run of the workspace, or the killed one's guard, writes that down; see
-`close_abandoned`.
+A killed run cannot record its end: its record says `running` although its process is gone. Such records are
+read as `stopped`. The next run of the workspace, or the killed run's supervisor, writes that status to disk;
+see `close_abandoned`.
 """
 
 import json
@@ -28,7 +28,7 @@ from tasks.store.locks import holder_of, locked
 from tasks.store.owner import Owner, myself
 
 if TYPE_CHECKING:
-    from tasks.tracking.tracker import Tracker  # else a list of runs would load it
+    from tasks.tracking.tracker import Tracker  # listing runs must not import it
 
 log = logging.getLogger(__name__)
 
@@ -37,13 +37,13 @@ STATUSES = ("running", "done", "failed", "refused", "stopped")
 
 @dataclass(frozen=True)
 class Started:
-    """When work began."""
+    """The start of some work, with a clock for its duration."""
 
     at: datetime = field(default_factory=lambda: datetime.now(UTC))
     _ticks: float = field(default_factory=time.monotonic)
 
     def seconds(self) -> float:
-        """Since then, on a clock that nobody sets."""
+        """Seconds since the start, by the monotonic clock."""
         return time.monotonic() - self._ticks
 
 
@@ -51,9 +51,9 @@ class RunRecord(Config):
     """One alignment run."""
 
     run_id: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,250}$")
-    """Its name: recipe and start time."""
+    """The run's name: recipe and start time."""
     number: int = 0
-    """Its place among the workspace's runs. Clocks are set back; this is not."""
+    """Sequence number among the workspace's runs. Unlike times, it is not affected by clock changes."""
     recipe: str
     """Name of the recipe."""
     status: str = "running"
@@ -65,25 +65,25 @@ class RunRecord(Config):
     command: str = ""
     """The command that started it."""
     recipe_sha256: str | None = None
-    """Digest of the resolved recipe beside it, from which a resume may not differ; older runs have none."""
+    """Digest of the stored resolved recipe, which a resume must match; None for runs of older versions."""
     models: dict[str, str] = Field(default_factory=dict)
-    """What the recipe's names that may move named when the run began: `models:/dpo-demo@champion` and
-    `models:/dpo-demo/3`. A resume goes on with that."""
+    """The permanent name of each movable model name at the run's start: `models:/dpo-demo@champion` to
+    `models:/dpo-demo/3`. A resume uses the permanent names."""
     error: str | None = None
-    """Why it ended, when it did not end well."""
+    """The error that ended the run, if it failed."""
     owner: Owner | None = None
-    """The process that does it, or did last; older versions did not say."""
+    """The process that runs it, or ran it last; None for runs of older versions."""
     lists_stages: bool = False
-    """Whether `stages.jsonl` beside it lists what it needs from its start on; older versions did not."""
+    """Whether `stages.jsonl` lists all of the run's references; False for runs of older versions."""
 
     @property
     def is_abandoned(self) -> bool:
-        """Whether its process ended and never came to write the run's end."""
+        """True if the owning process is gone but the record still says `running`."""
         return self.status == "running" and self.owner is not None and self.owner.is_gone()
 
     @property
     def resume_line(self) -> str:
-        """The command that goes on with it."""
+        """The command that resumes the run."""
         words = shlex.split(self.command) or ["dpo", "run", self.recipe]
         for place in [i for i, word in enumerate(words) if word == "--resume"]:  # and the run that it names
             if not "".join(words[place + 1 : place + 2]).startswith("-"):
@@ -92,7 +92,7 @@ class RunRecord(Config):
         return shlex.join([*kept, "--resume", self.run_id])
 
     def as_stopped(self) -> "RunRecord":
-        """The record that it would have left."""
+        """The record with status `stopped` and the reason."""
         return self.model_copy(update={"status": "stopped", "error": KILLED})
 
 
@@ -100,7 +100,7 @@ KILLED = "its process was killed"
 
 
 def new_run(workspace: str | Path, recipe_name: str, command: str) -> RunRecord:
-    """A record with a name and a folder that no other run has, also where two start at once."""
+    """A new record with a unique name and its own folder, even if two runs start at the same time."""
     started = datetime.now(UTC)
     stem = name = f"{recipe_name}-{started:%Y%m%d-%H%M%S}"
     count = 1
@@ -131,22 +131,22 @@ def _made(folder: Path) -> bool:
 
 @contextmanager
 def held(workspace: str | Path, run_id: str) -> Iterator[None]:
-    """Keep every other process from going on with this run. A killed one lets go by itself.
+    """Hold the run's lock. It is released if the process dies.
 
     Raises:
-        RecipeError: another process is at work on it.
+        RecipeError: another process holds the lock.
     """
 
     def busy(who: str) -> NoReturn:
         raise _busy(run_id, who)
 
-    # For a second: another may only be asking.
+    # Wait a second: another process may hold it only to test whether the run is active.
     with locked(_lock_path(workspace, run_id), "locking the run", busy, patience=1):
         yield
 
 
 def is_held(workspace: str | Path, run_id: str) -> bool:
-    """Whether a living process is at work on the run."""
+    """Whether a living process holds the run's lock."""
     lock = FileLock(_lock_path(workspace, run_id))
     if not Path(lock.lock_file).exists():
         return False
@@ -154,7 +154,7 @@ def is_held(workspace: str | Path, run_id: str) -> bool:
         lock.acquire(timeout=0)
     except Timeout:
         return True
-    except OSError:  # where nothing can be written, nobody is at work
+    except OSError:  # nobody can run in a folder that is not writable
         return False
     lock.release()
     return False
@@ -166,32 +166,32 @@ def _lock_path(workspace: str | Path, run_id: str) -> Path:
 
 def _busy(run_id: str, who: str) -> RecipeError:
     return RecipeError(
-        f"run {run_id} is being done by {who}",
-        "Wait for its end, or start one of your own without --resume: finished stages are shared",
+        f"run {run_id} is in progress: {who}",
+        "Wait until it ends, or start another run without --resume: finished stages are shared",
     )
 
 
 def save_run(workspace: str | Path, record: RunRecord) -> None:
-    """Write the record, whole or not at all."""
+    """Write the record atomically."""
     with disk_errors(Path(workspace), "writing the record of the run"):
         write_atomic(run_folder(workspace, record.run_id) / "run.json", record.model_dump_json(indent=1))
 
 
 def list_runs(workspace: str | Path) -> list[RunRecord]:
-    """All records, newest first, killed runs as stopped; unreadable ones are left out."""
+    """All records, newest first, killed runs as stopped. Unreadable records are left out."""
     return [record.as_stopped() if record.is_abandoned else record for record in read_records(workspace)]
 
 
 def own_run(workspace: str | Path) -> RunRecord | None:
-    """The newest run that this process has begun or gone on with."""
+    """The newest run that this process started or resumed."""
     me = myself()
     return next((record for record in read_records(workspace) if record.owner == me), None)
 
 
 def close_abandoned(workspace: str | Path, tracker: "Tracker") -> None:
-    """Write down the end of runs that were killed, in MLflow and in their records.
+    """Set killed runs to stopped in their records, and to KILLED in MLflow.
 
-    One that this MLflow does not know keeps its record: a run with the settings of its own will find it.
+    The record of a run that this MLflow does not have is left unchanged, for a run that uses its MLflow.
 
     Raises:
         StageFailed: MLflow does not answer.
@@ -200,21 +200,21 @@ def close_abandoned(workspace: str | Path, tracker: "Tracker") -> None:
         if not record.is_abandoned:
             continue
         with FileLock(_lock_path(workspace, f"{record.run_id}-end")):
-            # Looked at again: another may have closed it by now, and even have gone on with it.
+            # Read again under the lock: another process may have closed or resumed the run meanwhile.
             now = _read(run_folder(workspace, record.run_id) / "run.json")
             if now and now.is_abandoned and tracker.close_killed(now.mlflow_run_id, KILLED):
                 save_run(workspace, now.as_stopped())
 
 
 def read_records(workspace: str | Path) -> list[RunRecord]:
-    """All records as they were written, newest first; damaged ones are left out, with a line in the log."""
-    found = [_read(path) for path in (open_workspace(workspace) / "runs").glob("*/run.json")]
-    readable = [record for record in found if record is not None]
+    """All records as stored, newest first. Damaged records are logged and left out."""
+    records = [_read(path) for path in (open_workspace(workspace) / "runs").glob("*/run.json")]
+    readable = [record for record in records if record is not None]
     return sorted(readable, key=lambda record: (record.number, record.started_at), reverse=True)
 
 
 def read_run(workspace: str | Path, run_id: str) -> RunRecord | None:
-    """The record of a run as it was written; None where it is missing or damaged."""
+    """A run's record as stored; None if it is missing or damaged."""
     return _read(run_folder(workspace, run_id) / "run.json")
 
 
@@ -223,20 +223,20 @@ def _read(path: Path) -> RunRecord | None:
         return RunRecord.model_validate(json.loads(path.read_text()))
     except (OSError, ValueError, ValidationError):
         log.warning(
-            "the record %s is damaged and left out; run its recipe without --resume: finished stages are "
-            "not run again",
+            "the record %s is damaged and was ignored; run its recipe without --resume: finished stages are "
+            "reused",
             path,
         )
         return None
 
 
 def find_run(workspace: str | Path, wanted: str, recipe_name: str) -> RunRecord:
-    """The run to resume: by name, or the newest unfinished one of this recipe for `latest`.
+    """The run to resume: by name, or with `latest` the newest unfinished run of this recipe.
 
-    One that a living process is at work on is not unfinished.
+    Runs that are in progress are not unfinished.
 
     Raises:
-        RecipeError: there is none.
+        RecipeError: no such run exists.
     """
     runs = list_runs(workspace)
     if wanted == "latest":
@@ -246,14 +246,14 @@ def find_run(workspace: str | Path, wanted: str, recipe_name: str) -> RunRecord:
             raise _busy(begun[0].run_id, holder_of(_lock_path(workspace, begun[0].run_id)))
         if not unfinished:
             raise RecipeError(
-                f"the workspace {workspace} holds no unfinished run of {recipe_name}",
-                "Start one without --resume; finished stages are not run again anyway",
+                f"the workspace {workspace} has no unfinished run of {recipe_name}",
+                "Start a run without --resume; finished stages are not run again",
             )
         return unfinished[0]
     for record in runs:
         if record.run_id == wanted:
             if record.recipe != recipe_name:
-                raise RecipeError(f"run {wanted} is of recipe {record.recipe}", "Name that recipe")
+                raise RecipeError(f"run {wanted} is of recipe {record.recipe}", "Give that recipe")
             return record
     names = ", ".join(r.run_id for r in runs[:5]) or "none"
     known = re.sub(r"\s+", " ", names)

@@ -1,8 +1,8 @@
-"""What a run needs of the store: the stages that it asked for, written down before it looks for them.
+"""The stages and artifacts that each run references, so that garbage collection keeps them.
 
-A run's `stages.jsonl` holds one line a stage, appended under the store's guard. `dpo gc` holds the guard
-while it looks and takes things out of sight: a stage is either written down before that, and stays, or it
-looks afterwards, and finds that it has to run.
+A run appends a line per stage to its `stages.jsonl` before it looks the stage up, under the store's guard.
+`dpo gc` holds the guard while it selects and hides artifacts. So a stage was either recorded before that and
+is kept, or it is looked up afterwards and runs again.
 """
 
 import json
@@ -20,37 +20,37 @@ LIST = "stages.jsonl"
 
 
 class Needs(NamedTuple):
-    """What one run holds on to."""
+    """The references of one run."""
 
     run_id: str
     record: RunRecord | None
-    """None where it is not readable."""
+    """None if it is not readable."""
     keys: frozenset[tuple[str, str]]
-    """Stages and keys that it asked for."""
+    """Stages and keys that the run looked up."""
     digests: frozenset[str]
-    """Artifacts that it read or made."""
+    """Artifacts that the run read or made."""
     is_study: bool
-    """Whether it is a finished frontier."""
+    """Whether it is a finished study."""
     tracking_uri: str | None
-    """The MLflow that its model was registered in."""
+    """The MLflow in which its model was registered."""
 
     @property
     def finished(self) -> bool:
-        """Whether it ended well."""
+        """Whether the run ended successfully."""
         return self.record is not None and self.record.status == "done"
 
     @property
-    def told(self) -> bool:
-        """Whether all that the run needs is known. Older versions wrote it down at the end only."""
+    def complete(self) -> bool:
+        """Whether all references of the run are known. Older versions recorded them only at the end."""
         if self.record is None:
             return bool(self.keys)
         return self.record.lists_stages or (self.finished and bool(self.digests))
 
 
 def note_need(store: Store, run_id: str, stage: str, key: str, inputs: Iterable[str]) -> None:
-    """Write down that a run is about to look for a stage, and what that stage reads."""
+    """Record that a run is about to look up a stage, and which artifacts that stage reads."""
     line = json.dumps({"stage": stage, "key": key, "inputs": list(inputs)}) + "\n"
-    with disk_errors(store.workspace, "writing down what the run needs"), store.guard():
+    with disk_errors(store.workspace, "recording the run's references"), store.guard():
         path = run_folder(store.workspace, run_id) / LIST
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         try:
@@ -60,10 +60,9 @@ def note_need(store: Store, run_id: str, stage: str, key: str, inputs: Iterable[
 
 
 def read_needs(workspace: Path) -> list[Needs]:
-    """What every run of the workspace needs; a folder without a record and a list is no run."""
+    """The references of every run of the workspace. A folder without a record and a list is not a run."""
     folders = [folder for folder in (workspace / "runs").glob("*") if folder.is_dir()]
-    found = [_needs(folder) for folder in sorted(folders)]
-    return [needs for needs in found if needs is not None]
+    return [needs for folder in sorted(folders) if (needs := _needs(folder)) is not None]
 
 
 def _needs(folder: Path) -> Needs | None:
@@ -91,7 +90,7 @@ def _needs(folder: Path) -> Needs | None:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines; a kill, or a full disk, may have cut one."""
+    """The complete lines of the list. A kill or a full disk may have cut the last one."""
     lines = []
     with suppress(OSError):
         for text in path.read_text().splitlines():

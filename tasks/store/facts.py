@@ -1,7 +1,7 @@
-"""What stages state about their artifacts, one model for each kind of stage, kept in the manifest's `extra`.
+"""Typed facts about artifacts (metrics, counts, origins), one model per kind of stage.
 
-Writing is strict: a fact without a field here is an error in the stage that states it. Reading is lenient:
-manifests of earlier versions lack newer facts and hold some that are no longer stated.
+They are stored in the manifest's `extra`. Writing is strict: a fact without a field here is an error. Reading
+is lenient: manifests of earlier versions lack newer facts and contain facts that were removed since.
 """
 
 from typing import Literal, TypeVar
@@ -17,37 +17,37 @@ F = TypeVar("F", bound="Facts")
 
 
 class Facts(Config):
-    """What any stage may state: the cost of its work."""
+    """Facts of any stage: the cost of its work."""
 
-    # A metric that is not finite is no reason to lose a training: the store writes null for it.
+    # A metric that is not finite must not lose a training: the store writes null for it.
     model_config = ConfigDict(allow_inf_nan=True)
 
     seconds: float | None = None
-    """Time of the work, of a training that of its steps."""
+    """Wall-clock time; of a training, the time of its steps."""
     flops: float | None = None
     """Floating-point operations."""
     tokens_trained: float | None = None
-    """Tokens that a training read."""
+    """Tokens processed by a training."""
     peak_memory_bytes: int | None = None
-    """Of the training process that took most."""
+    """Peak of the training process that used most."""
 
     def as_extra(self) -> dict[str, JsonValue]:
-        """The facts that were stated, as a manifest keeps them; defaults are left out."""
+        """The facts that were set, as JSON for a manifest; unset ones are left out."""
         return {name: v for name, v in self.model_dump(mode="json").items() if name in self.model_fields_set}
 
 
 class LoadFacts(Facts):
-    """How the data were read. A plan knows the kind alone."""
+    """How the data were read. In a plan, only the kind is known."""
 
     kind: Literal["pairs", "unpaired", "prompts"]
     format: str = ""
     recognised_by: str = ""
-    """A sentence: how the format was recognised."""
+    """A sentence that says how the format was recognised."""
     read_on: str | None = None
-    """The day of the first reading, as an ISO date."""
+    """The day on which the data were first read, as an ISO date."""
     eval_rows: int = 0
     remarks: list[str] = Field(default_factory=list)
-    """Sentences on what was read in a way that is not plain, and on columns that were not read."""
+    """Sentences about conversions that were made and columns that were not read."""
     sources: dict[str, dict[str, int]] = Field(default_factory=dict)
     """Rows for `train` and `eval` of each set of a mixture; empty for a single set."""
     rows_read: int = 0
@@ -59,23 +59,23 @@ class LoadFacts(Facts):
 
 
 class GateFacts(Facts):
-    """What passed the data gate."""
+    """The rows that passed the data gate."""
 
     dropped: int = 0
     warnings: list[str] = Field(default_factory=list)
-    """Rules that failed and did not refuse."""
+    """Failed rules with severity warning."""
     held_out_prompts: int | None = None
     written_as: str = ""
-    """How prompts became tokens, where there was a choice."""
+    """How prompts become tokens, if there was a choice."""
     with_agreement: int | None = None
-    """Training pairs that say how many annotators agreed."""
+    """Training pairs with an annotator agreement."""
     desirable: int | None = None
     undesirable: int | None = None
     """Training rows of each label, of unpaired rows."""
 
 
 class SamplingFacts(Facts):
-    """Pairs that were made of samples."""
+    """Preference pairs made from sampled completions."""
 
     samples: int
     pairs: int
@@ -88,11 +88,11 @@ class ModelFacts(Facts):
     """A model, whichever stage made it."""
 
     weights_sha256: str | None = None
-    """Digest of the weights alone; none of a reward model."""
+    """Digest of the weights alone; None for a reward model."""
 
 
 class Origin(Config):
-    """Where a model that was trained here comes from."""
+    """The registry version or run from which a trained model was taken."""
 
     name: str
     """`models:/NAME/VERSION` or `runs:/RUN/POLICY`."""
@@ -101,7 +101,7 @@ class Origin(Config):
     sha256: str
     """Digest of its artifact."""
     run: str | None = None
-    """The run that trained it; none where MLflow does not know it any more."""
+    """The run that trained it; None if that run was deleted in MLflow."""
 
     @property
     def sentence(self) -> str:
@@ -111,10 +111,10 @@ class Origin(Config):
 
 
 class OriginFacts(ModelFacts):
-    """Where a model was taken from."""
+    """The origin of a model."""
 
     started_from: Origin | None = None
-    """The registered version, or the run, that the recipe names; none of other models."""
+    """The registered version or the run that the recipe names; None for other models."""
 
 
 class ImportFacts(OriginFacts):
@@ -124,7 +124,7 @@ class ImportFacts(OriginFacts):
     reason: str
     sampling: str
     remote_code_sha256: str = "not recorded"
-    """Of Python code that ships with the model, where that was allowed to run."""
+    """Digest of the Python code that ships with the model, if it was allowed to run."""
 
 
 class TrainingFacts(ModelFacts):
@@ -139,19 +139,19 @@ class RewardFacts(TrainingFacts):
     """A trained reward model."""
 
     quality: RewardQuality | None = None
-    """On held-out pairs; none without such."""
+    """Quality on held-out pairs; None without held-out pairs."""
 
 
 class LogpsFacts(Facts):
     """Cached log-probs."""
 
     reference_weights: str
-    """`weights_sha256` of the model whose log-probs these are."""
+    """`weights_sha256` of the model that computed the log-probs."""
     precision: str
     attention: str
     sequences: int
     computed: int
-    """Sequences that were not in the cache yet."""
+    """Sequences computed by this run, because the cache did not contain them."""
     from_cache: int
     dropped_refused_by_template: int = 0
     dropped_empty_prompt: int = 0
@@ -163,7 +163,7 @@ def facts_of(manifest: Manifest, model: type[F]) -> F:
     """The facts of an artifact.
 
     Args:
-        model: what to read; one that other facts derive from reads those of all of them.
+        model: the facts class to read; a base class reads the facts of all its subclasses.
 
     Raises:
         StageFailed: a fact is missing or of the wrong type.
@@ -174,13 +174,13 @@ def facts_of(manifest: Manifest, model: type[F]) -> F:
     except ValidationError as error:
         names = ", ".join(".".join(map(str, e["loc"])) for e in error.errors())
         raise StageFailed(
-            f"the manifest of stage {manifest.stage} ({manifest.sha256[:12]}) does not state {names}",
+            f"the manifest of stage {manifest.stage} ({manifest.sha256[:12]}) has no valid {names}",
             "Run the recipe again in another workspace, or remove the stage's entries from store/index",
         ) from error
 
 
 def with_facts(manifest: Manifest, facts: Facts) -> Manifest:
-    """The manifest with these facts in place of its own, for this run; the store keeps what it has."""
+    """A copy of the manifest with these facts, for this run. The stored manifest is not changed."""
     return manifest.model_copy(update={"extra": manifest.extra | facts.as_extra()})
 
 
@@ -188,17 +188,17 @@ def weights_sha256(manifest: Manifest) -> str:
     """Digest of a model's weights.
 
     Raises:
-        StageFailed: its manifest does not state it.
+        StageFailed: the manifest has none.
     """
     weights = facts_of(manifest, ModelFacts).weights_sha256
     if weights is None:
         raise StageFailed(
-            f"the manifest of stage {manifest.stage} ({manifest.sha256[:12]}) does not state weights_sha256",
-            "Name a language model, or run the stages that made it again",
+            f"the manifest of stage {manifest.stage} ({manifest.sha256[:12]}) has no weights_sha256",
+            "Use a language model, or run the stages that made it again",
         )
     return weights
 
 
 def scalar_facts(manifest: Manifest) -> dict[str, JsonValue]:
-    """The facts that fit in a table's cell, for display."""
+    """The facts that are single values, for tables."""
     return {name: value for name, value in manifest.extra.items() if not isinstance(value, dict | list)}

@@ -1,4 +1,4 @@
-"""The workspace: the folder that holds a person's runs and artifacts, and what its disk may answer."""
+"""Workspace paths, atomic writes, and translation of OS errors into messages that say what to do."""
 
 import errno
 import os
@@ -17,21 +17,21 @@ CACHE_FOLDER = "reference_cache"
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _UNUSABLE = {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG}
 _NOTHING_FREE = 2**20  # bytes
-_WRITABLE = "Mount it writable again, after a check where its device has a fault."
+_WRITABLE = "Mount it writable again, after checking its device for faults."
 
 
 def open_workspace(workspace: str | Path) -> Path:
     """The workspace as an absolute path.
 
     Raises:
-        RecipeError: it is a remote URL, or a file stands there.
+        RecipeError: the workspace is a remote URL or a file.
     """
     text = os.fspath(workspace)
     if text.startswith("file://"):
         text = unquote(urlsplit(text).path)
     if re.match(r"^[A-Za-z][A-Za-z0-9+.-]+://", text):
         raise RecipeError(
-            f"workspace {text} is a remote URL, and the store works on mounted folders only so far",
+            f"workspace {text} is a remote URL, but a workspace must be a mounted folder",
             "Give a local path, or mount the bucket and give the mount point.",
         )
     path = Path(text).expanduser().absolute()
@@ -42,10 +42,10 @@ def open_workspace(workspace: str | Path) -> Path:
 
 
 def run_folder(workspace: str | Path, run_id: str) -> Path:
-    """Where a run's page, report and log lie.
+    """The folder of a run's page, report and log; created if it does not exist.
 
     Raises:
-        RecipeError: the name leads out of the folder of all runs.
+        RecipeError: the name is a path.
     """
     folder = Path(workspace) / "runs" / plain_name(run_id)
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,10 +53,10 @@ def run_folder(workspace: str | Path, run_id: str) -> Path:
 
 
 def plain_name(run_id: str) -> str:
-    """The name of a run, which is a folder's beside those of other runs.
+    """Check that a run's name is a plain folder name, and return it.
 
     Raises:
-        RecipeError: it is a path.
+        RecipeError: it is not, for example because it is a path.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,250}", run_id):
         raise RecipeError(f"{run_id!r} is not the name of a run", "List them with: dpo runs")
@@ -64,10 +64,10 @@ def plain_name(run_id: str) -> str:
 
 
 def require_writable(workspace: Path) -> None:
-    """Make the workspace and try to write there, before anything is spent on a run that could keep nothing.
+    """Create the workspace and test a write, before a run spends time on results that it could not store.
 
     Raises:
-        RecipeError: it cannot be made or written.
+        RecipeError: the workspace cannot be created or written.
         StageFailed: its disk is full.
     """
     with disk_errors(workspace, "making the workspace"):
@@ -78,17 +78,17 @@ def require_writable(workspace: Path) -> None:
         except OSError as error:
             if error.errno != errno.EROFS:
                 raise
-            # Nothing ran yet that could be resumed.
+            # The remedy must not mention a resume: nothing has run yet.
             raise RecipeError(disk_read_only(workspace, "making the workspace").problem, _WRITABLE) from error
 
 
 def disk_fault(said: object, path: Path, doing: str) -> StageFailed | None:
-    """The error that says what the disk that holds `path` has to do with a failure; None where nothing.
+    """A disk-full or read-only error if that caused the failure, else None.
 
     Args:
-        said: the failure, or the text of one.
+        said: the error, or its text.
     """
-    # Libraries in other languages (safetensors, torch, SQLite) say it in words, or not at all.
+    # Libraries in other languages (safetensors, torch, SQLite) report it only as text, or not at all.
     if says_disk_full(said) or shutil.disk_usage(path).free < _NOTHING_FREE:
         return disk_full(path, doing)
     if says_read_only(said) or _is_read_only(path):
@@ -97,7 +97,7 @@ def disk_fault(said: object, path: Path, doing: str) -> StageFailed | None:
 
 
 def _is_read_only(path: Path) -> bool:
-    """Asked by a write: ext4 does not show in its mount flags that it stopped after a fault."""
+    """Whether a test write fails: after a device fault, ext4's mount flags still say writable."""
     path = next(place for place in (path, *path.parents) if place.is_dir())
     try:
         tempfile.TemporaryFile(dir=path).close()
@@ -107,7 +107,7 @@ def _is_read_only(path: Path) -> bool:
 
 
 def says_disk_full(said: object) -> bool:
-    """Whether an error, or the text of one, names a full disk."""
+    """Whether an error, or its text, reports a full disk."""
     if isinstance(said, OSError) and said.errno in _FULL:
         return True
     text = str(said).lower()
@@ -115,7 +115,7 @@ def says_disk_full(said: object) -> bool:
 
 
 def says_read_only(said: object) -> bool:
-    """Whether an error, or the text of one, names a disk that can only be read."""
+    """Whether an error, or its text, reports a read-only disk."""
     if isinstance(said, OSError) and said.errno == errno.EROFS:
         return True
     text = str(said).lower()
@@ -123,25 +123,25 @@ def says_read_only(said: object) -> bool:
 
 
 def disk_full(path: Path, doing: str) -> StageFailed:
-    """The error that says so."""
+    """The error for a full disk."""
     return StageFailed(
-        f"the disk that holds {path} is full ({doing}); nothing half-written was kept",
+        f"the disk that holds {path} is full ({doing}); no partial result was stored",
         "Free some space there, then resume the run.",
     )
 
 
 def disk_read_only(path: Path, doing: str) -> StageFailed:
-    """The error that says so. A kernel makes a disk read-only when it meets a fault of the device."""
+    """The error for a read-only disk. The kernel makes a disk read-only when its device has a fault."""
     return StageFailed(
-        f"the disk that holds {path} can only be read ({doing}: Read-only file system); "
-        "nothing half-written was kept",
+        f"the disk that holds {path} is read-only ({doing}: Read-only file system); "
+        "no partial result was stored",
         f"{_WRITABLE} Then resume the run.",
     )
 
 
 @contextmanager
 def disk_errors(path: Path, doing: str) -> Iterator[None]:
-    """Turns an OSError into a sentence with the path and what to do."""
+    """Turn an OSError into a RecipeError or StageFailed with the path and the remedy."""
     try:
         yield
     except OSError as error:
@@ -161,7 +161,7 @@ def disk_errors(path: Path, doing: str) -> Iterator[None]:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of the files below a folder."""
+    """Size in bytes of a file, or of all files below a folder."""
     total = path.stat().st_size if path.is_file() else 0
     for where, _, files in os.walk(path):
         for file in files:

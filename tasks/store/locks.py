@@ -1,4 +1,4 @@
-"""Locks between processes of one workspace, whose holders say who they are."""
+"""File locks between processes; each lock names its holder, for the message of whoever waits."""
 
 import os
 import socket
@@ -16,17 +16,18 @@ from tasks.store.files import disk_errors
 def locked(
     path: Path, what: str, busy: Callable[[str], float], patience: float = 0.0, poll: float = 0.05
 ) -> Iterator[None]:
-    """Hold a lock. A killed holder lets go by itself. Do not take the same lock twice in one thread.
+    """Hold a lock. It is released if the process dies. A thread must not take the same lock twice.
 
     Args:
-        path: the lock's file; its name and place are made.
-        what: what is done, for the error of a disk that fails ("locking the store").
-        busy: told who holds the lock when patience is over; raises, or gives the seconds to wait on.
-        patience: seconds to wait before that.
-        poll: seconds between two looks.
+        path: the lock's file; created with its folder.
+        what: the action in disk error messages ("locking the store").
+        busy: called with the holder's name when `patience` is over; raises, or returns the seconds to go on
+            waiting.
+        patience: seconds to wait before the first call of `busy`.
+        poll: seconds between two attempts.
 
     Raises:
-        StageFailed: the disk is full or may not be written.
+        StageFailed: the disk is full or not writable.
     """
     holder, lock = path.with_suffix(".holder"), FileLock(path, poll_interval=poll)
     with disk_errors(path, what):
@@ -36,7 +37,7 @@ def locked(
                 lock.acquire(timeout=patience)
             except Timeout:
                 patience = busy(holder_of(path))
-        with suppress(OSError):  # only a courtesy to those who wait
+        with suppress(OSError):  # only informs those who wait
             started = time.strftime("%Y-%m-%d %H:%M:%S")
             holder.write_text(f"process {os.getpid()} on {socket.gethostname()} since {started}")
     try:
@@ -48,7 +49,7 @@ def locked(
 
 
 def holder_of(path: Path) -> str:
-    """Who holds a lock. The holder writes its name just after it took it: a moment is given for that."""
+    """The holder of a lock, in words. Waits up to half a second for its name, written after locking."""
     for _ in range(10):
         with suppress(OSError):
             if who := path.with_suffix(".holder").read_text():

@@ -1,6 +1,6 @@
-"""Manifests: what one stage hands to the next in place of models, tensors or tables.
+"""Manifests: the JSON descriptions of artifacts that stages exchange in place of models, tensors or tables.
 
-A manifest names an artifact (a folder of files) by the digest of its content and says where it came from.
+A manifest identifies an artifact (a folder of files) by the digest of its content, and records its origin.
 """
 
 import hashlib
@@ -20,12 +20,12 @@ from dpo_core.config import Config
 from dpo_core.errors import DpoError, StageFailed
 from dpo_core.system import digest_file
 
-# Stands where a plan cannot know the digest of what is still to be made.
+# The digest in a plan of an artifact that does not exist yet.
 PLANNED = "0" * 64
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
-# hashlib releases the GIL, and a SHA-256 unit outruns most disks: more threads than this gain nothing.
+# hashlib releases the GIL, and SHA-256 in hardware is faster than most disks: more threads gain nothing.
 HASH_THREADS = 2
 
 # A file written this recently may change again within the resolution of its time stamp: hash it again.
@@ -42,16 +42,16 @@ class FileEntry(Config):
 
 
 class Manifest(Config):
-    """What an artifact is, where it lies and what it was made from; JSON-able and immutable."""
+    """The kind, location, digest and origin of an artifact; immutable."""
 
     kind: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """What the artifact holds: dataset, model, reference, report, ..."""
+    """Kind of content: dataset, model, reference, report, ..."""
     uri: str
     """Absolute `file://` URI of the artifact's folder."""
     sha256: Sha256
     """Digest of the folder: see `digest_entries`."""
     schema_version: int = Field(ge=1)
-    """Version of the layout of the files inside."""
+    """Version of the file layout."""
     rows: int | None = Field(default=None, ge=0)
     """Number of rows, for data."""
     parameters: int | None = Field(default=None, ge=0)
@@ -61,19 +61,19 @@ class Manifest(Config):
     stage: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """The stage that made it."""
     stage_version: int = Field(ge=0)
-    """Version of that stage's code; raising it makes the stage run again."""
+    """Version of that stage's code. Raising it makes the stage run again."""
     config_digest: Sha256
-    """Digest of the slice of the recipe that the stage read."""
+    """Digest of the part of the recipe that the stage read."""
     created_at: AwareDatetime = Field(default_factory=lambda: datetime.now(UTC))
-    """When it was committed (UTC)."""
+    """Time of the commit (UTC)."""
     extra: dict[str, JsonValue] = Field(default_factory=dict)
     """Small facts: metrics, counts. Not part of the digest."""
     files: dict[str, FileEntry] = Field(default_factory=dict)
-    """Path inside the folder (with `/`) to size and digest."""
+    """Size and digest of each file, by its path inside the folder (with `/`)."""
 
     @property
     def planned(self) -> bool:
-        """Whether the artifact is only foreseen by a plan, and has no files."""
+        """Whether the artifact is only planned and has no files."""
         return self.sha256 == PLANNED
 
     @property
@@ -92,8 +92,8 @@ class Manifest(Config):
 def digest_config(config: Any) -> str:
     """SHA-256 of the canonical JSON of a configuration.
 
-    Keys are sorted and spacing is fixed, so that neither the order of a recipe's lines nor its comments
-    count. Takes a pydantic model or anything of dicts, lists, strings, numbers, booleans, None and paths.
+    Keys are sorted and spacing is fixed, so that the digest does not depend on the order of a recipe's lines
+    or on its comments. Takes a pydantic model, or dicts, lists, strings, numbers, booleans, None and paths.
 
     Raises:
         TypeError: a value has no JSON form.
@@ -114,13 +114,13 @@ def digest_config(config: Any) -> str:
 
 
 def list_files(folder: Path | str) -> dict[str, Path]:
-    """Every file below a folder, by its relative path with `/`, sorted. Empty sub-folders do not count.
+    """Every file below a folder, by its relative path with `/`, sorted. Empty folders are ignored.
 
     Raises:
-        StageFailed: there is a symbolic link, socket or device: its content is not the folder's own.
+        StageFailed: the folder contains a symbolic link, socket or device.
         OSError: the folder cannot be read.
     """
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     pending = [Path(folder)]
     while pending:
         with os.scandir(pending.pop()) as entries:
@@ -129,13 +129,13 @@ def list_files(folder: Path | str) -> dict[str, Path]:
                 if entry.is_dir(follow_symlinks=False):
                     pending.append(path)
                 elif entry.is_file(follow_symlinks=False):
-                    found[path.relative_to(folder).as_posix()] = path
+                    files[path.relative_to(folder).as_posix()] = path
                 else:
                     raise StageFailed(
-                        f"{path} is a symbolic link or a special file, which an artifact cannot hold",
+                        f"{path} is a symbolic link or a special file, which an artifact cannot contain",
                         "Write a copy of the file instead.",
                     )
-    return dict(sorted(found.items()))
+    return dict(sorted(files.items()))
 
 
 def digest_files(files: Mapping[str, Path]) -> dict[str, FileEntry]:
@@ -156,12 +156,12 @@ def digest_entries(files: Mapping[str, FileEntry]) -> str:
 
 
 def digest_folder(folder: Path | str) -> str:
-    """Digest of a folder as an artifact: the same content under the same relative names, the same digest."""
+    """Digest of a folder as an artifact. Depends only on relative paths and contents."""
     return digest_entries(digest_files(list_files(folder)))
 
 
 class Digests:
-    """Digests of files, each computed once as long as the file is not touched."""
+    """A cache of file digests; a file that changed is hashed again."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, int, int, int], str] = {}
@@ -180,13 +180,13 @@ class Digests:
 
 
 def find_damage(folder: Path, files: Mapping[str, FileEntry], digests: Digests) -> str | None:
-    """The first way in which a folder differs from the files that its manifest lists, in words; else None.
+    """The first difference between a folder and the files that its manifest lists, in words; None if equal.
 
     Args:
-        digests: of files whose content was read before.
+        digests: a cache of file digests.
 
     Raises:
-        PermissionError: a file may not be read: that is no damage.
+        PermissionError: a file is not readable, which is not damage.
     """
     try:
         present = list_files(folder)
@@ -203,7 +203,7 @@ def find_damage(folder: Path, files: Mapping[str, FileEntry], digests: Digests) 
     except PermissionError:
         raise
     except FileNotFoundError as error:
-        fault = f"file {error.filename}: gone"
+        fault = f"file {error.filename}: missing"
     except (OSError, DpoError) as error:
         fault = f"unreadable: {error}"
     else:
@@ -212,7 +212,7 @@ def find_damage(folder: Path, files: Mapping[str, FileEntry], digests: Digests) 
 
 
 def _fault(size: int | None, entry: FileEntry | None) -> str | None:
-    """What is wrong with a file before its content is read: its size on the disk against its entry."""
+    """The fault of a file that shows without reading its content: missing, unexpected or of another size."""
     if size is None:
         return "missing"
     if entry is None:
@@ -223,11 +223,11 @@ def _fault(size: int | None, entry: FileEntry | None) -> str | None:
 def stage_key(
     stage: str, stage_version: int, config_digest: str, inputs: Mapping[str, str] | Iterable[str]
 ) -> str:
-    """The name under which a stage's result is looked up.
+    """The key under which a stage's result is stored and looked up.
 
     Args:
-        inputs: digests of all that the stage reads. A plain list is taken without order; where roles
-            matter (policy and reference of one kind), give a mapping from role to digest.
+        inputs: digests of all artifacts that the stage reads. The order of a list does not matter; give a
+            mapping from role to digest if roles matter (policy and reference).
     """
-    given = dict(inputs) if isinstance(inputs, Mapping) else sorted(inputs)
-    return digest_config([stage, stage_version, config_digest, given])
+    digests = dict(inputs) if isinstance(inputs, Mapping) else sorted(inputs)
+    return digest_config([stage, stage_version, config_digest, digests])

@@ -1,4 +1,4 @@
-"""Which process does a piece of work, and whether that process still lives."""
+"""Process identity: which process owns a piece of work, and whether it is still alive."""
 
 import os
 import socket
@@ -10,21 +10,21 @@ from dpo_core.system import birth
 
 
 class Owner(Config):
-    """One process, told from every other that ever had its number."""
+    """One process, distinguished from all others that had the same process id."""
 
     host: str
     """Name of its machine."""
     pid: int
-    """Its number there."""
+    """Its process id."""
     born: int
-    """When it was born (`dpo_core.system.birth`)."""
+    """Its start time (`dpo_core.system.birth`)."""
 
     def is_here(self) -> bool:
-        """Whether it is or was one of this machine; others cannot be asked for."""
+        """Whether the process ran on this machine. Processes of other machines cannot be checked."""
         return self.host == socket.gethostname()
 
     def is_gone(self) -> bool:
-        """Whether it has ended. Of another machine's nobody knows: then it is not."""
+        """Whether the process has ended; False for processes of other machines."""
         if not self.is_here():
             return False
         try:

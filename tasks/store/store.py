@@ -1,13 +1,13 @@
 """The content-addressed store of artifacts that makes a stage run once.
 
     store/objects/<kind>/<sha256[:2]>/<sha256>/   the artifact's files, never changed in place
-    store/index/<stage>/<key>.json                the manifest of what a stage made
-    store/locks/                                  one lock a key, so that two runs share the work
-    store/tmp/                                    everything unfinished; see `Store.sweep`
-    work/<stage>/<key[:16]>/                      a stage's scratch; survives a kill
+    store/index/<stage>/<key>.json                the manifest of a stage's result
+    store/locks/                                  one lock per key, so that two runs share the work
+    store/tmp/                                    unfinished files; see `Store.sweep`
+    work/<stage>/<key[:16]>/                      a stage's working folder; survives a kill
 
-All of it lies in the workspace. Nothing is written in place: files and folders are completed beside and
-renamed, and the index entry comes last. A kill therefore leaves a whole artifact or none.
+All paths are in the workspace. Files and folders are completed under a temporary name and renamed, the index
+entry last. A kill therefore leaves a complete artifact or none.
 """
 
 import json
@@ -45,15 +45,15 @@ from tasks.store.owner import Owner, myself
 
 log = logging.getLogger(__name__)
 
-# Unfinished folders of another machine cannot be asked for their process; past this age nobody waits.
+# The process behind an unfinished folder of another machine cannot be checked; older folders are removed.
 _FOREIGN_TMP_SECONDS = 24 * 3600.0
-_HELD = "held"  # in a folder under `store/tmp`: a lock that whoever works in it holds
+_HELD = "held"  # lock file in a folder under `store/tmp`, held while a process uses the folder
 _WAIT_LINE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class ArtifactInfo:
-    """What the manifest of an artifact states beside its files; the fields are those of `Manifest`."""
+    """The fields of an artifact's `Manifest` that the stage decides."""
 
     kind: str
     stage_version: int
@@ -65,10 +65,10 @@ class ArtifactInfo:
 
 
 class Store:
-    """The artifacts of one workspace. Creating the object touches nothing on the disk.
+    """The artifacts of one workspace. Creating the object changes nothing on disk.
 
     Args:
-        workspace: folder that holds `store/` and `work/`; a path or a `file://` URI.
+        workspace: folder that contains `store/` and `work/`; a path or a `file://` URI.
 
     Raises:
         RecipeError: the workspace is a remote URL or not a folder.
@@ -80,13 +80,13 @@ class Store:
         self._digests = Digests()
 
     def lookup(self, stage: str, key: str, *, verify: bool = True) -> Manifest | None:
-        """What a stage made for this key, or None if it has to run.
+        """The stage's result for this key, or None if the stage has to run.
 
-        The artifact is compared with its manifest first: every name, size and digest. A damaged or missing
-        one is reported in one line of the log and forgotten. `verify=False` trusts the disk.
+        The artifact's file names, sizes and digests are compared with its manifest first. A damaged or
+        missing artifact is logged, removed and reported as None. `verify=False` skips the comparison.
 
         Raises:
-            RecipeError: the store may not be read.
+            RecipeError: the store is not readable.
         """
         index = self._index(stage, key)
         with disk_errors(index, "reading the store"):
@@ -99,28 +99,28 @@ class Store:
             log.warning(
                 "artifact %s of stage %s is damaged (%s); it will be rebuilt", manifest.sha256, stage, damage
             )
-            # A workspace that cannot be written still answers; the commit will say why it cannot go on.
+            # In a read-only workspace look-ups still work; the commit will report the problem.
             with suppress(OSError), self._object_lock(manifest.sha256):
-                if self._damage(manifest) is not None:  # nobody rebuilt it meanwhile
+                if self._damage(manifest) is not None:  # no other process rebuilt it meanwhile
                     index.unlink(missing_ok=True)
                     self._discard(manifest.path)
         return None
 
     def peek(self, stage: str, key: str) -> Manifest | None:
-        """`lookup` that leaves no trace: a damaged artifact stays where it is, and is told as None."""
+        """`lookup` without side effects: a damaged artifact is reported as None and not removed."""
         index = self._index(stage, key)
         with disk_errors(index, "reading the store"):
             manifest = self._read_index(index, forget=False)
             return manifest if manifest is not None and self._damage(manifest) is None else None
 
     def history(self, stage: str) -> list[Manifest]:
-        """What the stage made in earlier runs, for whatever key; leaves no trace."""
+        """The stage's results for all keys; changes nothing."""
         paths = self._children(self.root / "index" / stage)
         entries = [self._read_index(path, forget=False) for path in paths]
         return [manifest for manifest in entries if manifest is not None]
 
     def begin(self, stage: str, key: str) -> Path:
-        """The stage's scratch folder: the same for a key, so that a killed stage finds its checkpoints."""
+        """The working folder of a stage and key, created if needed; a killed stage finds its checkpoints."""
         self._index(stage, key)
         scratch = self._scratch(stage, key)
         with disk_errors(scratch, f"making the working folder of stage {stage}"):
@@ -136,19 +136,19 @@ class Store:
         *,
         keep_work: bool = False,
     ) -> Manifest:
-        """Store what a stage made and remember it under the key; then remove the stage's scratch folder.
+        """Store a stage's result under its key, then remove the stage's working folder.
 
         Args:
-            source: the folder to store, or the files to store by their name inside the artifact. What lies in
-                the stage's scratch is moved; anything else is copied and left as it was.
-            keep_work: leave the scratch folder (and what was stored from it) in place.
+            source: the folder to store, or the files to store by their name inside the artifact. Files in the
+                stage's working folder are moved, others copied.
+            keep_work: keep the working folder and copy from it.
 
         Returns:
             The manifest. The same content committed again gives the same artifact.
 
         Raises:
-            StageFailed: nothing to store, or the disk is full or broken.
-            RecipeError: the workspace cannot be written.
+            StageFailed: the result has no files, or the disk is full or broken.
+            RecipeError: the workspace is not writable.
         """
         index, scratch = self._index(stage, key), self._scratch(stage, key)
         doing = f"storing the result of stage {stage}"
@@ -156,7 +156,7 @@ class Store:
             folder = None if isinstance(source, Mapping) else Path(source).absolute()
             files = list_files(folder) if folder else _named_files(source)  # type: ignore[arg-type]
             if not files:
-                raise StageFailed(f"stage {stage} made no files in {folder or scratch}")
+                raise StageFailed(f"stage {stage} produced no files in {folder or scratch}")
             entries = digest_files(files)
             sha256 = digest_entries(entries)
             target = self.object(about.kind, sha256)
@@ -176,15 +176,15 @@ class Store:
             )
             target.parent.mkdir(parents=True, exist_ok=True)
             index.parent.mkdir(parents=True, exist_ok=True)
-            # One lock over object and index, so that no check of the same content removes it in between.
+            # Lock both object and index, so that no check of the same content removes the object in between.
             with self._object_lock(sha256), self._temporary() as temporary:
-                # All that needs room on the disk comes first; what follows are renames.
+                # Everything that needs disk space comes first; only renames follow.
                 entry = self._write_entry(temporary / index.name, manifest)
                 if os.path.lexists(target) and find_damage(target, entries, self._digests) is not None:
                     self._discard(target)
                 own = None if keep_work else scratch
                 staged = None if os.path.lexists(target) else self._stage_files(files, folder, own, temporary)
-                with self.guard():  # else an object without an entry, or one about to be removed
+                with self.guard():  # keeps `dpo gc` from removing the object before its entry exists
                     if not os.path.lexists(target):
                         os.rename(staged or self._stage_files(files, folder, own, temporary), target)
                         sync(target.parent)
@@ -196,16 +196,16 @@ class Store:
 
     @contextmanager
     def lock(self, stage: str, key: str) -> Iterator[None]:
-        """Hold a stage and key, so that of two runs at once one works and the other finds the result.
+        """Lock a stage and key: of two concurrent runs one does the work and the other uses its result.
 
-        Waiting is announced in the log with the holder's process. A killed holder lets go by itself. Do not
-        take the same lock twice in one thread.
+        A process that waits logs the holder. The lock is released if the process dies. A thread must not take
+        the same lock twice.
         """
         self._index(stage, key)
 
         def wait(who: str) -> float:
-            told = logging.getLogger("dpo")  # what the run says of itself, on the terminal
-            told.info("stage %s (key %s) is being done by %s; waiting", stage, key[:16], who)
+            terminal = logging.getLogger("dpo")
+            terminal.info("waiting for stage %s (key %s), which is in progress: %s", stage, key[:16], who)
             return _WAIT_LINE_SECONDS
 
         with locked(self._lock(stage, key), "locking the store", wait, poll=0.2):
@@ -213,49 +213,49 @@ class Store:
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """Hold what the store keeps against `dpo gc`, for moments: see `tasks.runs.references`."""
+        """Lock the store against `dpo gc` for a short time; see `tasks.runs.references`."""
         path = self.root / "locks" / "gc.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path, poll_interval=0.05):
             yield
 
     def sweep(self) -> int:
-        """Remove what killed processes left unfinished; returns the number of folders removed."""
+        """Remove the unfinished folders of killed processes; returns the number of folders removed."""
         removed = 0
-        # One after the other: each scratch folder is locked while it is looked at and removed.
+        # One at a time: each working folder is locked while it is checked and removed.
         for folder in chain(self.leftovers(), self._used_scratch()):
             shutil.rmtree(folder, ignore_errors=True)
             removed += not folder.exists()
         return removed
 
     def leftovers(self) -> list[Path]:
-        """The folders of killed processes."""
+        """The unfinished folders of killed processes."""
         return [folder for folder in self._children(self.root / "tmp") if not _has_owner(folder)]
 
     def _used_scratch(self) -> Iterator[Path]:
-        """Scratch folders of stages that are done: killed after the index entry, they never come back."""
+        """Working folders of finished stages, left by a kill between index entry and removal."""
         for stage in self._children(self.workspace / "work"):
             keys = {path.stem[:16]: path.stem for path in self._children(self.root / "index" / stage.name)}
             for folder in self._children(stage):
                 if folder.name in keys:
-                    # Whoever works there holds the lock: the artifact may be damaged, and made again.
+                    # A process that uses the folder holds the lock: it may be rebuilding a damaged artifact.
                     lock = FileLock(self._lock(stage.name, keys[folder.name]), timeout=0)
                     with suppress(Timeout, OSError), lock:
                         yield folder
 
     def object(self, kind: str, sha256: str) -> Path:
-        """Where an artifact lies, whether it is there or not."""
+        """The folder of an artifact, whether it exists or not."""
         return self.root / "objects" / kind / sha256[:2] / sha256
 
     def usage(self) -> dict[str, int]:
-        """Bytes on the disk by kind of artifact, and of the stages' scratch folders as `work`."""
+        """Bytes on disk by kind of artifact; the stages' working folders are `work`."""
         places = {folder.name: folder for folder in self._children(self.root / "objects")}
         places["work"] = self.workspace / "work"
         sizes = dict.fromkeys(places, 0)
         for name, folder in places.items():
             for where, _, files in os.walk(folder):
                 for file in files:
-                    with suppress(FileNotFoundError):  # a run at work may remove its scratch
+                    with suppress(FileNotFoundError):  # an active run may remove its working folder
                         sizes[name] += os.lstat(os.path.join(where, file)).st_size
         return sizes
 
@@ -279,7 +279,7 @@ class Store:
         try:
             entry = json.loads(index.read_bytes())
             if digest_config(entry["manifest"]) != entry["sha256"]:
-                raise ValueError("its digest does not match")
+                raise ValueError("its checksum does not match")
             manifest = Manifest.model_validate(entry["manifest"])
         except (FileNotFoundError, NotADirectoryError):
             return None
@@ -289,7 +289,7 @@ class Store:
                 with suppress(OSError):
                     remove(index)
             return None
-        # The entry holds the path inside the store, so that a workspace may be moved.
+        # The entry holds a path relative to the store, so that workspaces can be moved.
         return manifest.model_copy(update={"uri": (self.root / manifest.uri).as_uri()})
 
     def _write_entry(self, path: Path, manifest: Manifest) -> Path:
@@ -302,9 +302,9 @@ class Store:
     def _stage_files(
         self, files: Mapping[str, Path], folder: Path | None, own: Path | None, temporary: Path
     ) -> Path:
-        """A complete, flushed folder on the store's file system, ready for its rename.
+        """A complete, flushed folder on the store's file system, ready to be renamed.
 
-        `own` is the scratch whose files may be taken over; None copies everything.
+        `own` is the working folder whose files may be moved; None copies everything.
         """
         if folder and own and folder.is_relative_to(own) and _same_device(folder, temporary):
             staged, parts = folder, files
@@ -313,7 +313,7 @@ class Store:
             for name, path in files.items():
                 part = parts[name] = staged / name
                 part.parent.mkdir(parents=True, exist_ok=True)
-                # A link costs nothing and leaves the scratch whole until the artifact is safe.
+                # A hard link costs nothing and keeps the working folder complete until the artifact is safe.
                 if own and path.is_relative_to(own) and _same_device(path, temporary):
                     os.link(path, part)
                 else:
@@ -326,7 +326,7 @@ class Store:
         return staged
 
     def _discard(self, folder: Path) -> None:
-        """Remove an object: out of sight in one step first, so that a kill leaves no half of it."""
+        """Remove an object. It is renamed first, so that a kill leaves no partial object in the store."""
         with self._temporary() as temporary, suppress(FileNotFoundError):
             os.rename(folder, temporary / "discarded")
 
@@ -339,7 +339,7 @@ class Store:
 
     @contextmanager
     def _temporary(self) -> Iterator[Path]:
-        """A folder of this process under `store/tmp`, removed at the end whatever happens."""
+        """A temporary folder of this process under `store/tmp`, always removed at the end."""
         me = myself()
         name = f"{me.host}+{me.pid}+{me.born}+{uuid.uuid4().hex[:8]}"
         folder = self.root / "tmp" / name
@@ -359,7 +359,7 @@ class Store:
 
 
 def _finite(value: Any) -> Any:
-    """JSON without NaN and infinity, which become None: a strange metric must not cost the artifact."""
+    """Replace NaN and infinity by None, so that such a metric does not prevent storing the artifact."""
     if isinstance(value, dict):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -373,7 +373,7 @@ def _named_files(source: Mapping[str, Path | str]) -> dict[str, Path]:
         pure = PurePosixPath(name)
         if pure.is_absolute() or ".." in pure.parts or pure.as_posix() != name or name == ".":
             raise ValueError(f"{name!r} is not a plain relative path inside an artifact")
-        # Resolved, so that a symbolic link is stored as the content that it points to.
+        # Resolve symbolic links, so that the file's content is stored.
         files[name] = Path(path).resolve(strict=True)
     return files
 
@@ -388,18 +388,18 @@ def _is_held(temporary: Path) -> bool:
             return False
     except Timeout:
         return True
-    except OSError:  # a disk that can only be read: nobody works there
+    except OSError:  # nobody works on a read-only disk
         return False
 
 
 def _has_owner(temporary: Path) -> bool:
-    """Whether the process that made a folder under `store/tmp` still lives."""
+    """Whether the process that created a folder under `store/tmp` is still alive."""
     try:
         host, pid, born, _ = temporary.name.split("+")
         owner = Owner(host=host, pid=int(pid), born=int(born))
         if not owner.is_here():
             return time.time() - temporary.stat().st_mtime < _FOREIGN_TMP_SECONDS
-        if owner == myself():  # a disk that failed may have kept it
+        if owner == myself():  # this process could not remove it when the disk failed
             return _is_held(temporary)
         return not owner.is_gone()
     except (ValueError, FileNotFoundError):

@@ -42,13 +42,13 @@ def test_other_settings_are_refused_field_by_field(
         require_same_recipe(workspace, record, plain)
     told = str(caught.value)
     beta, objective = "policies.DPO.parameters.beta", "policies.DPO.objective"
-    assert f"the run {record.run_id} began with seed=1, {objective}=simpo, {beta}=2.5" in told
-    assert f"this says seed=0, {objective}=dpo, no {beta}" in told
+    assert f"the run {record.run_id} was started with seed=1, {objective}=simpo, {beta}=2.5" in told
+    assert f"this recipe has seed=0, {objective}=dpo, no {beta}" in told
     path = recipe_path(workspace, record.run_id)
-    assert f"Go on as it began: dpo run {path} --resume {record.run_id}" in told
+    assert f"Resume with the stored recipe: dpo run {path} --resume {record.run_id}" in told
     assert "start a new run without --resume" in told
     many = load_recipe(str(bench.recipe), ["policies.GRPO={method: grpo}"])
-    with pytest.raises(RecipeError, match=r"this says .*policies.GRPO\..* and \d+ more"):
+    with pytest.raises(RecipeError, match=r"this recipe has .*policies.GRPO\..* and \d+ more"):
         require_same_recipe(workspace, record, many)
 
 
@@ -66,10 +66,10 @@ def test_a_kept_recipe_that_was_changed_is_not_gone_by(begun: tuple[Path, RunRec
     workspace, record, recipe = begun
     path = recipe_path(workspace, record.run_id)
     path.write_text(path.read_text().replace("seed: 1", "seed: 2"))
-    with pytest.raises(RecipeError, match="is gone or was changed"):
+    with pytest.raises(RecipeError, match="is missing or was changed"):
         require_same_recipe(workspace, record, recipe)
     path.unlink()
-    with pytest.raises(RecipeError, match=r"is gone or was changed.*Start a new run without --resume"):
+    with pytest.raises(RecipeError, match=r"is missing or was changed.*Start a new run without --resume"):
         require_same_recipe(workspace, record, recipe)
     require_same_recipe(workspace, record.model_copy(update={"recipe_sha256": None}), recipe)
 
@@ -97,7 +97,7 @@ def test_a_finished_run_is_resumed_under_its_own_settings_only(
     before = (folder / "run.json").read_bytes(), (folder / "report.json").read_bytes()
     refused = own.dpo("run", str(own.recipe), "--resume", name, "--set", "seed=1")
     assert refused.returncode == 2
-    assert f"the run {name} began with seed=0; this says seed=1" in refused.stderr
+    assert f"the run {name} was started with seed=0; this recipe has seed=1" in refused.stderr
     assert before == ((folder / "run.json").read_bytes(), (folder / "report.json").read_bytes())
 
 

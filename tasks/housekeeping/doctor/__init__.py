@@ -1,1 +1,1 @@
-"""The common faults of an installation, a workspace and its servers; each check looks and changes nothing."""
+"""Health checks (`dpo doctor`) of the installation, the workspace and its servers. Checks change nothing."""

@@ -1,4 +1,4 @@
-"""What a check says, and running many of them so that none can hold up the others."""
+"""The result of a health check, and a runner that isolates checks that fail or hang."""
 
 import threading
 from collections.abc import Callable, Iterable
@@ -9,17 +9,17 @@ from dpo_core.errors import DpoError
 
 State = Literal["ok", "warning", "failure", "skipped"]
 PATIENCE = 60.0
-"""Seconds for all checks of a group: a disk that hangs must not hang the doctor."""
+"""Time limit for the checks of a group, in seconds: a disk that hangs must not block the doctor."""
 
 
 class Finding(Config):
-    """What one check found."""
+    """The result of one check."""
 
     check: str
     state: State
     says: str
     remedy: str = ""
-    """What to do; empty where nothing is to be done."""
+    """What to do; empty if nothing."""
 
 
 def ok(check: str, says: str) -> Finding:
@@ -42,29 +42,29 @@ Check = Callable[[], Iterable[Finding]]
 
 
 def run_checks(groups: Iterable[tuple[str, Iterable[Check]]], patience: float = PATIENCE) -> list[Finding]:
-    """The findings of all checks. Groups run side by side; a check that breaks or hangs is a finding too."""
+    """The findings of all checks. Groups run in parallel; a check that raises or hangs is a failure."""
     started = []
     for name, checks in groups:
-        found: list[Finding] = []
-        thread = threading.Thread(target=_all, args=(name, list(checks), found), daemon=True)
+        findings: list[Finding] = []
+        thread = threading.Thread(target=_run_group, args=(name, list(checks), findings), daemon=True)
         thread.start()
-        started.append((name, thread, found))
-    told = []
-    for name, thread, found in started:
+        started.append((name, thread, findings))
+    results = []
+    for name, thread, findings in started:
         thread.join(patience)
-        told += list(found)
+        results += list(findings)
         if thread.is_alive():
             hangs = f"a check did not end within {patience:.0f} s"
-            told.append(failure(name, hangs, "Look whether the disk or the server behind it hangs"))
-    return told
+            results.append(failure(name, hangs, "Check whether its disk or server hangs"))
+    return results
 
 
-def _all(name: str, checks: list[Check], found: list[Finding]) -> None:
+def _run_group(name: str, checks: list[Check], findings: list[Finding]) -> None:
     for check in checks:
         try:
-            found.extend(check())
+            findings.extend(check())
         except DpoError as error:
-            found.append(failure(name, error.problem, error.remedy))
+            findings.append(failure(name, error.problem, error.remedy))
         except Exception as error:
-            says = f"the check {getattr(check, '__name__', 'itself')} broke: {type(error).__name__}: {error}"
-            found.append(failure(name, says, "Report it"))
+            says = f"the check {getattr(check, '__name__', '')} failed with {type(error).__name__}: {error}"
+            findings.append(failure(name, says, "Please report this as a bug"))

@@ -1,4 +1,4 @@
-"""Asking servers that may be dead, slow or of another kind."""
+"""HTTP requests to servers that may be down or slow, with a short timeout."""
 
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -13,20 +13,20 @@ SECONDS = 3.0
 _SKEW = 60.0
 
 
-def ask(method: str, address: str, **given: Any) -> httpx.Response | str:
-    """The answer, or why there is none, within some seconds."""
+def ask(method: str, address: str, **options: Any) -> httpx.Response | str:
+    """The response, or the reason why there is none; waits at most `SECONDS`."""
     try:
-        return httpx.request(method, address, timeout=SECONDS, **given)
+        return httpx.request(method, address, timeout=SECONDS, **options)
     except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
         return " ".join(str(error).split()) or type(error).__name__
 
 
 def skew(check: str, answer: httpx.Response) -> Iterator[Finding]:
-    """Whether the clocks of both sides agree."""
+    """Warns if the clocks of server and client differ by more than a minute."""
     if "date" not in answer.headers:
         return
     apart = (parsedate_to_datetime(answer.headers["date"]) - datetime.now(UTC)).total_seconds()
     if abs(apart) > _SKEW:
         ahead = "ahead of" if apart > 0 else "behind"
         says = f"the server's clock is {abs(apart):.0f} s {ahead} this machine's"
-        yield warning(check, says, "Set both by a time server: schedules and heartbeats go by them")
+        yield warning(check, says, "Synchronise both with a time server: schedules and heartbeats need it")

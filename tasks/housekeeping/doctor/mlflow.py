@@ -25,45 +25,45 @@ _NEWEST = 10
 
 
 def tracking(place: Path) -> Iterator[Finding]:
-    """The database or server can be used, and is of the version that is installed."""
+    """The tracking database or server is usable and matches the installed version of MLflow."""
     uri = resolve_uri(TrackingConfig(), place)
     if uri.startswith("sqlite:///"):
         yield from _database(Path(uri.removeprefix("sqlite:///")))
     elif uri.startswith("http"):
         yield from _server(uri.rstrip("/"))
     else:
-        yield skipped("mlflow", f"{one_line(ValueError(uri))} is not looked at")
+        yield skipped("mlflow", f"{one_line(ValueError(uri))} is not checked")
 
 
 def _database(path: Path) -> Iterator[Finding]:
     if not path.exists():
-        yield ok("mlflow", f"{path} is made by the first run")
+        yield ok("mlflow", f"{path} will be created by the first run")
         return
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=1)) as database:
-            found = database.execute("select version_num from alembic_version").fetchone()
+            row = database.execute("select version_num from alembic_version").fetchone()
             begin_writing(database)
             database.rollback()
     except sqlite3.Error as error:
         if "locked" in str(error):
-            yield ok("mlflow", f"{path} is being written")
+            yield ok("mlflow", f"{path} is being written by another process")
             return
-        remedy = "Make it writable; if it is damaged, set it aside: runs begin a new one, and artifacts stay"
+        remedy = "Make it writable. If it is damaged, move it away: runs create a new one and keep artifacts"
         yield failure("mlflow", f"{path} cannot be used ({error})", remedy)
         return
     known = _revisions()
-    if found and known and found[0] not in known:
+    if row and known and row[0] not in known:
         says = f"{path} was written by a newer MLflow than {version('mlflow')}"
         yield failure("mlflow", says, "pip install --upgrade mlflow, as in constraints.txt")
-    elif found and known and found[0] in known.values():
-        remedy = f"Copy the file, then: mlflow db upgrade sqlite:///{path}"
-        yield failure("mlflow", f"{path} is of an older MLflow than {version('mlflow')}", remedy)
+    elif row and known and row[0] in known.values():
+        remedy = f"Back up the file, then: mlflow db upgrade sqlite:///{path}"
+        yield failure("mlflow", f"{path} was written by an older MLflow than {version('mlflow')}", remedy)
     else:
-        yield ok("mlflow", f"{path} can be written and is of this version")
+        yield ok("mlflow", f"{path} is writable and has this version's schema")
 
 
 def _revisions() -> dict[str, str | None]:
-    """Every revision of MLflow's tables that is installed, with the one before it; without importing it."""
+    """Each schema revision of the installed MLflow and its predecessor, read without importing MLflow."""
     spec = find_spec("mlflow")
     places = (spec and spec.submodule_search_locations) or ()
     folders = [Path(place) / "store/db_migrations/versions" for place in places]
@@ -91,32 +91,32 @@ def _server(uri: str) -> Iterator[Finding]:
         return
     if answer.status_code == 401:
         remedy = "export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-        yield failure("mlflow", f"{place} asks for another name and password", remedy)
+        yield failure("mlflow", f"{place} rejected the user name or password", remedy)
     elif answer.status_code == 403:
         host = httpx.URL(uri).netloc.decode()
-        remedy = f"Start it with --allowed-hosts {host} (the port counts)"
+        remedy = f"Start it with --allowed-hosts {host} (including the port)"
         yield failure("mlflow", f"{place} refuses this host name ({answer.text[:80]})", remedy)
     elif answer.status_code != 200:
         says = f"{place} answers {answer.status_code}: {answer.text[:120]}"
-        yield failure("mlflow", says, "Look whether this is the address of an MLflow server")
+        yield failure("mlflow", says, "Check that this is the address of an MLflow server")
     else:
-        told = ask("GET", f"{uri}/version", auth=auth)
-        theirs = told.text.strip() if not isinstance(told, str) and told.status_code == 200 else "unknown"
-        yield from _alike(place, theirs)
+        reply = ask("GET", f"{uri}/version", auth=auth)
+        remote = reply.text.strip() if not isinstance(reply, str) and reply.status_code == 200 else "unknown"
+        yield from _same_version(place, remote)
     yield from skew("mlflow", answer)
 
 
-def _alike(place: str, theirs: str) -> Iterator[Finding]:
-    ours = version("mlflow")
-    if theirs.split(".")[:1] == ours.split(".")[:1]:
-        yield ok("mlflow", f"{place} answers, version {theirs}")
+def _same_version(place: str, remote: str) -> Iterator[Finding]:
+    local = version("mlflow")
+    if remote.split(".")[:1] == local.split(".")[:1]:
+        yield ok("mlflow", f"{place} answers, version {remote}")
     else:
-        remedy = "Install the same on both"
-        yield warning("mlflow", f"{place} is of version {theirs}, this is {ours}", remedy)
+        remedy = "Install the same version on both"
+        yield warning("mlflow", f"{place} has version {remote}, this machine has {local}", remedy)
 
 
 def undelivered(place: Path) -> Iterator[Finding]:
-    """Newest runs that are done here and not in MLflow: what it missed is sent by a resume."""
+    """The newest finished runs have also ended in MLflow; a resume sends writes that MLflow missed."""
     done = [r for r in list_runs(place) if r.status == "done" and r.mlflow_run_id][:_NEWEST]
     uri = resolve_uri(TrackingConfig(), place)
     if not done:
@@ -127,11 +127,9 @@ def undelivered(place: Path) -> Iterator[Finding]:
         states = {str(r.mlflow_run_id): _state_on(uri.rstrip("/"), str(r.mlflow_run_id)) for r in done}
     late = [r for r in done if states.get(str(r.mlflow_run_id)) == "RUNNING"]
     for record in late:
-        yield warning(
-            "mlflow", f"{record.run_id} is done, and MLflow did not take its end", record.resume_line
-        )
+        yield warning("mlflow", f"{record.run_id} is done, but still running in MLflow", record.resume_line)
     if not late:
-        yield ok("mlflow", f"the newest {len(done)} finished runs are delivered")
+        yield ok("mlflow", f"the newest {len(done)} finished runs have ended in MLflow too")
 
 
 def _states_in(path: Path) -> dict[str, str | None]:

@@ -1,4 +1,4 @@
-"""Checks of what listens on this machine: the ports that are to be used, and servers open to others."""
+"""Checks of network ports: the default ports are available, and no server is open without a password."""
 
 import socket
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from tasks.housekeeping.doctor.http import ask
 
 _USUAL = {4200: ("Prefect", "/api/admin/version"), 5000: ("MLflow", "/version")}
 _CHANGE = {4200: "prefect server start --port N", 5000: "dpo ui --port N"}
-# A question that only a server without passwords answers.
+# Requests that only a server without passwords answers.
 _OPEN = {
     "MLflow": (
         "GET",
@@ -25,7 +25,7 @@ _OPEN = {
 
 
 def usual(ports: dict[int, tuple[str, str]] | None = None) -> Iterator[Finding]:
-    """The usual ports are free, or taken by what they are for."""
+    """The default ports are free, or used by the servers that they are for."""
     for port, (what, path) in (ports or _USUAL).items():
         with socket.socket() as probe:
             probe.settimeout(1)
@@ -36,7 +36,7 @@ def usual(ports: dict[int, tuple[str, str]] | None = None) -> Iterator[Finding]:
         if not isinstance(answer, str) and (answer.status_code in (200, 401)) and len(answer.text) < 80:
             yield ok("ports", f"{what} answers on {port}")
         else:
-            says = f"{port}, where {what} would listen, is taken by {_holder(port)}"
+            says = f"port {port} of {what} is in use by {_holder(port)}"
             yield warning("ports", says, f"Stop it, or choose another: {_CHANGE.get(port, 'another port')}")
 
 
@@ -49,29 +49,30 @@ def _holder(port: int) -> str:
 def _listening(port: int | None = None) -> Iterator[tuple[int, tuple[str, int], psutil.Process]]:
     for process in psutil.process_iter():
         with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            for one in process.net_connections(kind="tcp"):
-                if one.status == psutil.CONN_LISTEN and port in (None, one.laddr.port):
-                    yield process.pid, (one.laddr.ip, one.laddr.port), process
+            for connection in process.net_connections(kind="tcp"):
+                ip, number = connection.laddr.ip, connection.laddr.port
+                if connection.status == psutil.CONN_LISTEN and port in (None, number):
+                    yield process.pid, (ip, number), process
 
 
 def open_to_all() -> Iterator[Finding]:
-    """No MLflow or Prefect of this user's listens to other machines and asks for no password."""
-    found, bad = set(), 0
+    """No MLflow or Prefect server of this user accepts connections from other machines without a password."""
+    checked, bad = set(), 0
     for pid, (host, port), process in _listening():
         what = _kind(process)
-        if what is None or _own(host) or port in found:
+        if what is None or _is_loopback(host) or port in checked:
             continue
-        found.add(port)
+        checked.add(port)
         method, path, remedy = _OPEN[what]
-        asked = "127.0.0.1" if ip_address(host).is_unspecified else host
-        given: dict[str, Any] = {"json": {}} if method == "POST" else {}
-        answer = ask(method, f"http://{asked}:{port}{path}", **given)
+        address = "127.0.0.1" if ip_address(host).is_unspecified else host
+        body: dict[str, Any] = {"json": {}} if method == "POST" else {}
+        answer = ask(method, f"http://{address}:{port}{path}", **body)
         if not isinstance(answer, str) and answer.status_code == 200:
             bad += 1
-            says = f"{what} (process {pid}) listens on {host}:{port} and asks nobody for a password"
+            says = f"{what} (process {pid}) listens on {host}:{port} without a password"
             yield failure("exposure", says, f"Bind it to 127.0.0.1, or: {remedy}")
     if not bad:
-        yield ok("exposure", "no server of this user's is open to other machines without a password")
+        yield ok("exposure", "no server of this user is open to other machines without a password")
 
 
 def _kind(process: psutil.Process) -> str | None:
@@ -79,5 +80,5 @@ def _kind(process: psutil.Process) -> str | None:
     return "MLflow" if "mlflow" in line else "Prefect" if "prefect" in line else None
 
 
-def _own(host: str) -> bool:
+def _is_loopback(host: str) -> bool:
     return ip_address(host.split("%", maxsplit=1)[0]).is_loopback

@@ -1,4 +1,4 @@
-"""Checks of Prefect: the server, who works for it, and what it was told to do when nobody does."""
+"""Checks of Prefect: server, work pools, workers, deployments, late runs and automations."""
 
 import os
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ _FLOW = "dpo"
 
 
 class Api:
-    """A Prefect server that answered."""
+    """The REST API of a Prefect server."""
 
     def __init__(self, address: str, auth: tuple[str, str] | None) -> None:
         self.address, self._auth = address.rstrip("/"), auth
@@ -33,13 +33,13 @@ class Api:
 
 
 def server() -> Iterator[Finding]:
-    """All about the server that is named; without one, runs start their own."""
+    """All checks of the configured server; without one, runs start temporary servers."""
     from prefect.settings import get_current_settings
 
     settings = get_current_settings()
     address = settings.api.url
     if address is None:
-        yield skipped("prefect", "no server is named (PREFECT_API_URL): runs start one of their own")
+        yield skipped("prefect", "no server is configured (PREFECT_API_URL): runs start temporary ones")
         return
     secret = settings.api.auth_string.get_secret_value() if settings.api.auth_string else ""
     user, _, password = secret.partition(":")
@@ -51,35 +51,37 @@ def server() -> Iterator[Finding]:
         return
     if answer.status_code == 401:
         remedy = "export PREFECT_API_AUTH_STRING=user:password, the server's PREFECT_SERVER_API_AUTH_STRING"
-        yield failure("prefect", f"{address} asks for another name and password", remedy)
+        yield failure("prefect", f"{address} rejected the user name or password", remedy)
         return
     if answer.status_code != 200:
-        remedy = "PREFECT_API_URL ends in /api: http://127.0.0.1:4200/api"
-        yield failure("prefect", f"{address} answers {answer.status_code}, as no Prefect server does", remedy)
+        remedy = "Check PREFECT_API_URL; it ends in /api, as in http://127.0.0.1:4200/api"
+        says = f"{address} answers {answer.status_code} and is not a Prefect server"
+        yield failure("prefect", says, remedy)
         return
-    theirs, ours = str(answer.json()), version("prefect")
-    if theirs != ours:
-        says = f"the server is of version {theirs}, this is {ours}"
-        yield warning("prefect", says, "Install the same on both, the server first")
+    remote, local = str(answer.json()), version("prefect")
+    if remote != local:
+        says = f"the server has version {remote}, this machine has {local}"
+        yield warning("prefect", says, "Install the same version on both, on the server first")
     else:
-        yield ok("prefect", f"{address} answers, version {theirs}")
+        yield ok("prefect", f"{address} answers, version {remote}")
     yield from skew("prefect", answer)
     for check in (_workers, _deployments, _late, _automations):
         yield from check(api)
     if settings.flows.heartbeat_frequency is None:
         remedy = "unset PREFECT_FLOWS_HEARTBEAT_FREQUENCY, or set it to 180"
-        yield warning("heartbeats", "runs send none: a lost one stays Running for ever", remedy)
+        yield warning("heartbeats", "runs send no heartbeats: a lost run stays Running for ever", remedy)
 
 
 def _workers(api: Api) -> Iterator[Finding]:
     deployed = api.post("/deployments/filter", limit=200)
-    used = {one["work_pool_name"] for one in deployed if one.get("work_pool_name")}
+    used = {d["work_pool_name"] for d in deployed if d.get("work_pool_name")}
     pools = {pool["name"]: pool for pool in api.post("/work_pools/filter", limit=200)}
     if not pools:
         remedy = "prefect work-pool create dpo --type process"
-        yield warning("work pool", "there is none: nothing scheduled can run", remedy)
+        yield warning("work pool", "the server has no work pool: scheduled runs cannot start", remedy)
     for name in sorted(used - set(pools)):
-        yield failure("work pool", f"{name} is gone", f"prefect work-pool create {name} --type process")
+        says = f"{name} does not exist, but deployments use it"
+        yield failure("work pool", says, f"prefect work-pool create {name} --type process")
     for name in sorted(used & set(pools) or set(pools)):
         if pools[name].get("is_paused"):
             yield warning("work pool", f"{name} is paused", f"prefect work-pool resume {name}")
@@ -90,24 +92,24 @@ def _workers(api: Api) -> Iterator[Finding]:
         else:
             last = max((worker.get("last_heartbeat_time") or "" for worker in workers), default="")
             says = f"no worker is online in {name}" + (
-                f", the last was heard of at {last[:16]}" if last else ""
+                f"; the last heartbeat was at {last[:16]}" if last else ""
             )
             yield failure("worker", says, f"prefect worker start --pool {name}")
 
 
 def _deployments(api: Api) -> Iterator[Finding]:
-    found = api.post("/deployments/filter", limit=200)
-    if not found:
-        yield warning("deployments", "there are none on the server", "dpo deploy")
+    deployments = api.post("/deployments/filter", limit=200)
+    if not deployments:
+        yield warning("deployments", "the server has no deployments", "dpo deploy")
         return
-    yield ok("deployments", ", ".join(sorted(one["name"] for one in found)))
-    for one in found:
-        slugs = [s.get("slug") or s["id"] for s in one.get("schedules", ()) if not s.get("active")]
-        if one.get("paused"):
-            remedy = f"prefect deployment resume {_FLOW}/{one['name']}"
-            yield warning("schedules", f"{one['name']} is paused", remedy)
+    yield ok("deployments", ", ".join(sorted(deployment["name"] for deployment in deployments)))
+    for deployment in deployments:
+        name, schedules = deployment["name"], deployment.get("schedules", ())
+        slugs = [s.get("slug") or s["id"] for s in schedules if not s.get("active")]
+        if deployment.get("paused"):
+            yield warning("schedules", f"{name} is paused", f"prefect deployment resume {_FLOW}/{name}")
         elif slugs:
-            yield ok("schedules", f"paused of {one['name']}: {', '.join(slugs)}")
+            yield ok("schedules", f"{name} has paused schedules: {', '.join(slugs)}")
 
 
 def _late(api: Api) -> Iterator[Finding]:
@@ -118,8 +120,8 @@ def _late(api: Api) -> Iterator[Finding]:
         return
     first = datetime.fromisoformat(late[0]["expected_start_time"].replace("Z", "+00:00"))
     hours = (datetime.now(UTC) - first).total_seconds() / 3600
-    says = f"{len(late)} wait for a worker, the first for {hours:.1f} hours"
-    remedy = "Start a worker, or look who holds the limit: prefect flow-run ls --state Running"
+    says = f"{len(late)} runs wait for a worker, the first for {hours:.1f} hours"
+    remedy = "Start a worker, or see which runs use up the limit: prefect flow-run ls --state Running"
     yield warning("late runs", says, remedy)
 
 
@@ -128,48 +130,48 @@ def _automations(api: Api) -> Iterator[Finding]:
     from tasks.scheduling.heartbeats import ZOMBIES
 
     automations = api.post("/automations/filter", limit=200)
-    found = {one["name"]: one.get("enabled", True) for one in automations}
-    there = {one["id"] for one in api.post("/deployments/filter", limit=200)}
-    for one in automations:
-        runs = {action["deployment_id"] for action in one["actions"] if action.get("deployment_id")}
-        if runs and not runs & there:
-            says = f"{one['name']} asks for a deployment that is gone"
+    enabled = {automation["name"]: automation.get("enabled", True) for automation in automations}
+    known = {deployment["id"] for deployment in api.post("/deployments/filter", limit=200)}
+    for automation in automations:
+        runs = {action["deployment_id"] for action in automation["actions"] if action.get("deployment_id")}
+        if runs and not runs & known:
+            says = f"{automation['name']} runs a deployment that does not exist"
             yield warning("triggers", says, "dpo deploy removes it, or delete the automation in the UI")
-    if found.get(ZOMBIES):
+    if enabled.get(ZOMBIES):
         yield ok("lost runs", "an automation ends them")
     else:
-        says = "is off" if ZOMBIES in found else "is missing"
-        remedy = "dpo deploy makes it" if ZOMBIES not in found else "Switch it on in the UI, or: dpo deploy"
+        says = "is disabled" if ZOMBIES in enabled else "is missing"
+        remedy = "Enable it in the UI, or: dpo deploy" if ZOMBIES in enabled else "dpo deploy creates it"
         yield warning("lost runs", f"the automation that ends runs of dead workers {says}", remedy)
-    if not any(name.startswith(PREFIX) for name in found):
-        says = "nobody is told of failed and late runs"
+    if not any(name.startswith(PREFIX) for name in enabled):
+        says = "no notification is configured for failed or late runs"
         yield warning("alerts", says, "export DPO_NOTIFY_URL=…, then dpo deploy")
-    elif off := [name for name in ALERTS if not found.get(PREFIX + name)]:
-        yield warning("alerts", f"missing or off: {', '.join(off)}", "dpo deploy")
+    elif off := [name for name in ALERTS if not enabled.get(PREFIX + name)]:
+        yield warning("alerts", f"missing or disabled: {', '.join(off)}", "dpo deploy")
     else:
         yield ok("alerts", f"{len(ALERTS)} automations{_delay(api)}")
 
 
 def _delay(api: Api) -> str:
-    """That some alerts come late, where the server orders events as Prefect does by itself."""
+    """A note that some alerts are late, if the server uses Prefect's default event ordering."""
     answer = api.get("/admin/settings")
     with suppress(ValueError, LookupError, TypeError):
         settings = {} if isinstance(answer, str) else answer.json()
         if settings["server"]["events"]["causal_ordering"] == "tasks.scheduling.event_order":
             return ""
-    return "; some come up to 15 minutes late (deploy/README.md, Alerts, says which, and what ends it)"
+    return "; some come up to 15 minutes late (for the remedy see deploy/README.md, Alerts)"
 
 
 def home() -> Iterator[Finding]:
-    """Prefect can write its own folder, where the temporary servers of runs keep their database."""
-    if found := unwritable_home():
-        yield failure("prefect home", f"{found[0]} cannot be written ({found[1]})", REMEDY)
+    """Prefect's folder is writable; the temporary servers of runs keep their database there."""
+    if problem := unwritable_home():
+        yield failure("prefect home", f"{problem[0]} is not writable ({problem[1]})", REMEDY)
     else:
-        yield ok("prefect home", "can be written")
+        yield ok("prefect home", "is writable")
 
 
 def credentials() -> Iterator[Finding]:
-    """A password that was given goes with a user's name."""
+    """PREFECT_API_AUTH_STRING, if set, has the form user:password."""
     text = os.environ.get("PREFECT_API_AUTH_STRING")
     if text is not None and ":" not in text:
-        yield failure("prefect", "PREFECT_API_AUTH_STRING holds no colon", "Write it as user:password")
+        yield failure("prefect", "PREFECT_API_AUTH_STRING has no colon", "Write it as user:password")

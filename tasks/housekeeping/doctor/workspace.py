@@ -1,4 +1,4 @@
-"""Checks of a workspace: its disk, its owner, runs and locks that nobody tends, and its champions."""
+"""Checks of a workspace: folder, owner, disk space, stuck runs, leftovers, clock, garbage and champions."""
 
 import os
 import shutil
@@ -18,20 +18,21 @@ from tasks.store.files import require_writable
 from tasks.store.manifest import Manifest
 from tasks.store.store import Store
 
-_LITTLE = 5 * 10**9  # a run of the demo leaves 2 GB, and needs as much again while it works
+_LITTLE = 5 * 10**9  # a run of the demo stores 2 GB and needs as much again while it runs
 _NOTHING = 10**9
 _ENTRIES = 5000
 _QUIET = timedelta(days=1)
 
 
 def folder(place: Path) -> Iterator[Finding]:
-    """The workspace is there and can be written, and what is renamed in it stays on one disk."""
+    """The workspace is writable, and its folders are on one file system, so that renames work."""
     above = next(path for path in (place, *place.parents) if path.exists())
     if above != place:
         if above.is_dir() and os.access(above, os.W_OK):
-            yield ok("workspace", f"{place} is made by the first run")
+            yield ok("workspace", f"{place} will be created by the first run")
         else:
-            yield failure("workspace", f"{place} cannot be made in {above}", "Choose another: --workspace")
+            says = f"{place} cannot be created: {above} is not a writable folder"
+            yield failure("workspace", says, "Choose another workspace: --workspace")
         return
     try:
         require_writable(place)
@@ -41,14 +42,14 @@ def folder(place: Path) -> Iterator[Finding]:
     parts = [place / name for name in ("store", "store/objects", "store/tmp", "work", "runs")]
     apart = [part.name for part in parts if part.exists() and part.stat().st_dev != place.stat().st_dev]
     if apart:
-        says = f"{', '.join(apart)} of {place} lie on other disks: results are copied, not renamed"
-        yield warning("workspace", says, "Put the whole workspace on one file system")
+        says = f"{', '.join(apart)} of {place} are on other disks: results are copied, not renamed"
+        yield warning("workspace", says, "Put the workspace on a single file system")
     else:
-        yield ok("workspace", f"{place} can be written")
+        yield ok("workspace", f"{place} is writable")
 
 
 def owner(place: Path) -> Iterator[Finding]:
-    """No file belongs to another user, as after a run with sudo."""
+    """No file belongs to another user, which happens after a run with sudo."""
     if not place.exists():
         return
     own, seen, others = place.stat().st_uid, 0, []
@@ -67,27 +68,28 @@ def owner(place: Path) -> Iterator[Finding]:
         says = f"{others[0]} belongs to another user than the workspace"
         yield failure("owner", says, f"sudo chown -R $(stat -c %u:%g {place}) {place}")
     else:
-        yield ok("owner", "files belong to the owner of the workspace")
+        yield ok("owner", "all files belong to the owner of the workspace")
 
 
 def disk(place: Path) -> Iterator[Finding]:
-    """There is room for another run like the newest."""
-    there = next(path for path in (place, *place.parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    """The disk has space for another run like the newest."""
+    existing = next(path for path in (place, *place.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
     took = _newest_bytes(Store(place))
     needed = max(2 * took, _NOTHING) if took else _LITTLE
-    says = f"{free / 1e9:.1f} GB free at {there}"
+    says = f"{free / 1e9:.1f} GB free at {existing}"
+    remedy = "Free some space: dpo gc --dry-run lists what it would remove"
     if free < _NOTHING:
-        yield failure("disk", says, "Free some: dpo gc --dry-run says what could go")
+        yield failure("disk", says, remedy)
     elif free < needed:
         like = f"a run like the newest takes up to {needed / 1e9:.1f} GB"
-        yield warning("disk", f"{says}; {like}", "Free some: dpo gc --dry-run says what could go")
+        yield warning("disk", f"{says}; {like}", remedy)
     else:
         yield ok("disk", says)
 
 
 def _newest_bytes(store: Store) -> int:
-    """Bytes of what the newest finished run made or used."""
+    """Bytes of the artifacts that the newest finished run made or used."""
     finished = [needs for needs in read_needs(store.workspace) if needs.finished and needs.record]
     if not finished:
         return 0
@@ -101,17 +103,17 @@ def _newest_bytes(store: Store) -> int:
 
 
 def stuck_runs(place: Path) -> Iterator[Finding]:
-    """No run is recorded as running whose process is gone."""
+    """No run is recorded as running although its process is gone."""
     running = [record for record in read_records(place) if record.status == "running"]
     stuck = 0
     for record in running:
         if why := _stuck(place, record):
             stuck += 1
-            go_on = f"Go on with it: {record.resume_line}"
-            close = f"or let go of what it made: dpo gc --drop-run {record.run_id}"
-            yield failure("runs", f"{record.run_id} is recorded as running, and {why}", f"{go_on}; {close}")
+            resume = f"Resume it: {record.resume_line}"
+            drop = f"or free its artifacts: dpo gc --drop-run {record.run_id}"
+            yield failure("runs", f"{record.run_id} is recorded as running, but {why}", f"{resume}; {drop}")
     if not stuck:
-        yield ok("runs", f"{len(running)} at work, none stuck")
+        yield ok("runs", f"{len(running)} in progress, none stuck")
 
 
 def _stuck(place: Path, record: RunRecord) -> str | None:
@@ -125,7 +127,7 @@ def _stuck(place: Path, record: RunRecord) -> str | None:
 
 
 def leftovers(place: Path) -> Iterator[Finding]:
-    """Nothing unfinished lies about, and nobody is named as the holder of a lock who is gone."""
+    """No unfinished folders of killed processes remain; reports locks that name a dead holder."""
     store = Store(place)
     left = store.leftovers()
     stale = [path for path in (store.root / "locks").glob("*.holder") if _holder_gone(path)]
@@ -133,7 +135,7 @@ def leftovers(place: Path) -> Iterator[Finding]:
         says = f"{len(left)} unfinished folders of killed processes in {store.root / 'tmp'}"
         yield warning("leftovers", says, "dpo gc removes them; so does the next run")
     elif stale:
-        says = f"{stale[0].stem} names a holder that is gone; the lock itself is free"
+        says = f"{stale[0].stem} names a holder that has ended; the lock itself is free"
         yield ok("leftovers", says)
     else:
         yield ok("leftovers", "none")
@@ -148,28 +150,31 @@ def _holder_gone(path: Path) -> bool:
 
 
 def clock(place: Path) -> Iterator[Finding]:
-    """No record is of a time that is still to come."""
+    """No run has a start time in the future."""
     newest = max((record.started_at for record in list_runs(place)), default=None)
     ahead = (newest - datetime.now(UTC)).total_seconds() if newest else 0.0
     if ahead > 60:
-        says = f"the newest run began {ahead / 60:.0f} minutes from now: a clock is wrong, or was"
-        yield warning("clock", says, "Set it (timedatectl set-ntp true): runs are listed by their time")
+        says = f"the newest run started {ahead / 60:.0f} minutes in the future: a clock is or was wrong"
+        yield warning(
+            "clock", says, "Set the clock (timedatectl set-ntp true): runs are listed by start time"
+        )
     else:
         yield ok("clock", time.strftime("%Y-%m-%d %H:%M:%S %z"))
 
 
 def garbage(place: Path) -> Iterator[Finding]:
-    """How much the store holds, and how much of it no kept run needs."""
+    """The size of the store, and how much of it garbage collection would free."""
     from tasks.housekeeping.garbage_collection import free
 
     if not (place / "store").exists():
-        yield skipped("store", "nothing was stored yet")
+        yield skipped("store", "the store is empty")
         return
     could = free(place, dry_run=True)
     size = sum(Store(place).usage().values())
     says = f"{size / 1e9:.2f} GB, of which dpo gc would free {could.freed_bytes / 1e9:.2f} GB"
     if could.held_back:
-        yield warning("store", f"{says}; {could.held_back[0]} holds all back", "See: dpo gc --dry-run")
+        says = f"{says}; the unfinished run {could.held_back[0]} prevents that"
+        yield warning("store", says, "See: dpo gc --dry-run")
     elif could.freed_bytes > max(size / 2, _LITTLE):
         yield warning("store", says, "dpo gc --dry-run, then dpo gc")
     else:
@@ -177,31 +182,31 @@ def garbage(place: Path) -> Iterator[Finding]:
 
 
 def champions(place: Path) -> Iterator[Finding]:
-    """Aliases, ledger and weights of every model agree; weights are not read here."""
+    """Aliases, ledger and weights of every registered model agree. The weights are not read."""
     from tasks.promotion.finished_run import registries_of
     from tasks.promotion.ledger import ALIAS, SUFFIX, Ledger
     from tasks.promotion.model_source import titled, weights_of
     from tasks.tracking.mlflow_calls import every
     from tasks.tracking.registry import version_of
 
-    look, told = "dpo promote --check", 0
+    check, count = "dpo promote --check", 0
     for tracker in registries_of(place, (needs.tracking_uri for needs in read_needs(place))):
         names = [m.name for m in tracker.ask("the models", lambda c: every(c.search_registered_models))]
         for name in (name for name in names if not name.endswith(SUFFIX)):
             ledger, champion = Ledger(tracker, name), version_of(tracker, name, ALIAS)
             entries = ledger.read()
-            told += 1
+            count += 1
             if entries and not entries[-1].state:
                 change = entries[-1].change
-                says = f"the {change.kind} of {name} version {change.version} was cut off"
-                yield failure("champion", says, look)
-            elif (wanted := ledger.moved()) is not None:
-                says = f"the alias {ALIAS} of {name} was moved by hand: by the records it is version {wanted}"
-                yield warning("champion", says, f"{look}; then dpo promote or dpo rollback")
+                says = f"the {change.kind} of {name} version {change.version} was interrupted"
+                yield failure("champion", says, check)
+            elif (recorded := ledger.moved()) is not None:
+                says = f"the alias {ALIAS} of {name} was moved by hand: the ledger has version {recorded}"
+                yield warning("champion", says, f"{check}; then dpo promote or dpo rollback")
             elif champion is not None and weights_of(champion) is None:
                 says = f"the weights of {titled(champion)} are not at {champion.tags.get('dpo.weights_uri')}"
-                yield failure("champion", says, "dpo rollback, or run again what made them")
+                yield failure("champion", says, "dpo rollback, or train the model again")
             else:
-                yield ok("champion", titled(champion) if champion else f"{name} has none")
-    if not told:
+                yield ok("champion", titled(champion) if champion else f"{name} has no champion")
+    if not count:
         yield skipped("champion", "no model is registered")

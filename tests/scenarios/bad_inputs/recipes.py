@@ -335,7 +335,7 @@ def demonstration_without_an_answer(world: World) -> list[str]:
 # --- runs and services ------------------------------------------------------------------------------------
 
 
-@bad(2, "holds no unfinished run of fresh", "Start one without --resume")
+@bad(2, "holds no unfinished run of fresh", "Start a run without --resume")
 def nothing_to_resume(world: World) -> list[str]:
     return world.run("--resume", name="fresh")
 
@@ -345,7 +345,7 @@ def resume_of_an_unknown_run(world: World) -> list[str]:
     return world.run("--resume", "tiny-19990101-000000")
 
 
-@bad(2, "is of recipe tiny", "Name that recipe")
+@bad(2, "is of recipe tiny", "Give that recipe")
 def resume_of_another_recipes_run(world: World) -> list[str]:
     some = next((world.workspace / "runs").iterdir()).name
     return world.run("--resume", some, name="fresh")

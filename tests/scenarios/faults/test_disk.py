@@ -1,4 +1,4 @@
-"""A disk that fills up, or can only be read from now on, in every stage of a real run.
+"""A disk that fills up, or is read-only from now on, in every stage of a real run.
 
 One run meets the fault at the first moment, is resumed and meets it at the second, and so on to the last:
 what it ends with is what a run left in peace ends with.
@@ -21,7 +21,7 @@ from tests.support.runs.tiny_run import Bench
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
 SAYS = {
     "full": ("is full", "Free some space there, then resume the run."),
-    "read-only": ("can only be read", "Mount it writable again"),
+    "read-only": ("is read-only", "Mount it writable again"),
 }
 
 
@@ -114,7 +114,7 @@ def test_a_disk_that_can_only_be_read_is_refused_before_anything_runs(own: Bench
     disk.fail()
     refused = own.dpo("run", str(own.recipe))
     assert refused.returncode == 2
-    assert "can only be read (making the workspace: Read-only file system)" in refused.stderr
+    assert "is read-only (making the workspace: Read-only file system)" in refused.stderr
     assert "Mount it writable again" in refused.stderr
     assert len(refused.stderr.splitlines()) <= 2
 

@@ -124,7 +124,7 @@ def test_one_is_killed_while_the_other_waits_for_its_stage(finished):
     time.sleep(2)  # not in the middle of a write to MLflow, which nobody could then read
     os.kill(first.process.pid, signal.SIGSTOP)  # it holds its lock until the other has come so far
     second = Rival(own, "b")
-    _until(second, f"is being done by process {first.process.pid}")
+    _until(second, f"is in progress: process {first.process.pid}")
     os.kill(first.process.pid, signal.SIGKILL)
     first.process.wait()
     report = second.report()

@@ -187,7 +187,7 @@ def test_a_run_whose_process_was_killed_is_stuck_and_one_at_work_is_not(tmp_path
     found = only(workspace.stuck_runs(tmp_path), "failure")
     run.wait()
     assert found == only(workspace.stuck_runs(tmp_path), "failure")
-    assert found.says == "cut is recorded as running, and its process is gone"
+    assert found.says == "cut is recorded as running, but its process is gone"
     assert "dpo run tiny --resume cut" in found.remedy
     assert "dpo gc --drop-run cut" in found.remedy
 
@@ -212,7 +212,9 @@ def test_what_killed_processes_left(tmp_path: Path) -> None:
 def test_a_clock_that_was_set_back(tmp_path: Path) -> None:
     soon = datetime.now(UTC) + timedelta(hours=2)
     save_run(tmp_path, RunRecord(run_id="later", recipe="t", started_at=soon, status="done"))
-    assert re.search("began 1(19|20) minutes from now", only(workspace.clock(tmp_path), "warning").says)
+    assert re.search(
+        "started 1(19|20) minutes in the future", only(workspace.clock(tmp_path), "warning").says
+    )
 
 
 def _database(path: Path, revision: str) -> None:
@@ -331,7 +333,7 @@ def test_a_server_whose_clock_is_wrong(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_port_that_somebody_else_took() -> None:
     with silent() as port:
         found = only(ports.usual({port: ("MLflow", "/version")}), "warning")
-    assert f"{port}, where MLflow would listen, is taken by process {os.getpid()}" in found.says
+    assert f"{port} of MLflow is in use by process {os.getpid()}" in found.says
     assert all_ok(ports.usual({port: ("MLflow", "/version")}))
 
 
@@ -354,7 +356,7 @@ def test_a_server_that_is_open_to_other_machines() -> None:
         port = exposed.stdout.readline().strip()
         told = [f for f in ports.open_to_all() if f.state == "failure" and f":{port} " in f.says]
         assert [f.says for f in told] == [
-            f"MLflow (process {exposed.pid}) listens on 0.0.0.0:{port} and asks nobody for a password"
+            f"MLflow (process {exposed.pid}) listens on 0.0.0.0:{port} without a password"
         ]
     finally:
         exposed.kill()
@@ -406,7 +408,7 @@ def test_the_command_tells_in_json_and_by_its_exit_code(tmp_path: Path) -> None:
         "ports",
     }
     assert [f["says"] for f in told if f["check"] == "runs"] == [
-        "cut is recorded as running, and its process is gone"
+        "cut is recorded as running, but its process is gone"
     ]
     assert "error: broken: " in done.stderr
     assert [record.status for record in read_records(tmp_path)] == ["running"], "it changes nothing"

@@ -201,7 +201,7 @@ def test_named_runs_are_kept_and_let_go(tmp_path: Path) -> None:
 
 def test_a_run_at_work_is_not_let_go_and_a_name_must_be_known(tmp_path: Path) -> None:
     record(tmp_path, "busy", status="running", owner=myself())
-    with pytest.raises(RecipeError, match="the run busy is at work"):
+    with pytest.raises(RecipeError, match="the run busy is in progress"):
         free(tmp_path, drop_runs=["busy"])
     with pytest.raises(RecipeError, match="no run named nothing"):
         free(tmp_path, keep_runs=["nothing"])

@@ -52,9 +52,9 @@ def holder(tmp_path: Path) -> subprocess.Popen[str]:
 def test_a_run_that_is_being_done_is_not_gone_on_with(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
     busy, free = [record.run_id for record in list_runs(tmp_path)]
     assert find_run(tmp_path, "latest", "tiny").run_id == free
-    with pytest.raises(RecipeError, match=f"run {busy} is being done by process {holder.pid} on"):
+    with pytest.raises(RecipeError, match=f"run {busy} is in progress: process {holder.pid} on"):
         held(tmp_path, busy).__enter__()
-    with held(tmp_path, free), pytest.raises(RecipeError, match=f"{busy} is being done"):
+    with held(tmp_path, free), pytest.raises(RecipeError, match=f"{busy} is in progress"):
         find_run(tmp_path, "latest", "tiny")
     holder.kill()
     holder.communicate()

@@ -66,9 +66,9 @@ def test_manifests_of_other_versions_are_read(tmp_path: Path) -> None:
 
 def test_a_missing_fact_is_named(tmp_path: Path) -> None:
     manifest = made(tmp_path, {"layout": "packed", "sampling": 3})
-    with pytest.raises(StageFailed, match=r"stage train .* does not state reason, sampling"):
+    with pytest.raises(StageFailed, match=r"stage train .* has no valid reason, sampling"):
         facts_of(manifest, ImportFacts)
-    with pytest.raises(StageFailed, match="does not state weights_sha256"):
+    with pytest.raises(StageFailed, match="has no weights_sha256"):
         weights_sha256(manifest)
     assert weights_sha256(made(tmp_path, ModelFacts(weights_sha256="w").as_extra())) == "w"
 

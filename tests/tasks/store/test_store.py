@@ -200,7 +200,7 @@ def test_verification_is_remembered_but_never_hides_a_change(
 
 def test_bad_sources_and_names(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    with pytest.raises(StageFailed, match="made no files"):
+    with pytest.raises(StageFailed, match="produced no files"):
         store.commit("sft", KEY, store.begin("sft", KEY), INFO)
     with pytest.raises(StageFailed, match="nowhere"):
         store.commit("sft", KEY, tmp_path / "nowhere", INFO)

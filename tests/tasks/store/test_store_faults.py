@@ -158,7 +158,7 @@ def test_of_rivals_with_the_lock_one_works_and_the_others_are_told_who(tmp_path:
     outputs = race(tmp_path, "lock")
     assert "".join(outputs).count("worked") == 1
     waiting = [output for output in outputs if "worked" not in output]
-    assert all(f"stage sft (key {KEY[:16]}) is being done by process " in output for output in waiting)
+    assert all(f"stage sft (key {KEY[:16]}), which is in progress: process " in output for output in waiting)
     assert Store(tmp_path).lookup("sft", KEY)
     assert_clean(Store(tmp_path))
 
@@ -236,6 +236,6 @@ def test_read_only_disk_can_be_read(small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     assert store.lookup("sft", KEY) == made
     assert store.lookup("broken", KEY) is None
-    with pytest.raises(StageFailed, match="can only be read") as caught:
+    with pytest.raises(StageFailed, match="is read-only") as caught:
         make(store, {"f": b"4"}, stage="new")
     assert "resume the run" in caught.value.remedy

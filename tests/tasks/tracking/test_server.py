@@ -161,4 +161,4 @@ def test_mlflow_gone_for_good_loses_no_result(
     with pytest.raises(KeyboardInterrupt), tracker.child("evaluate"):
         raise KeyboardInterrupt
     tracker.finish_parent()
-    assert "did not take" in caplog.text
+    assert "did not accept" in caplog.text
