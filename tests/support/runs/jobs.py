@@ -1,0 +1,95 @@
+"""Jobs that compute with a model without training it: on several ranks, killed in the middle, and resumed.
+
+`python -m tests.support.runs.jobs --config JOB` is the real entry point of a rank that kills itself.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from deploy.launchers import State, torchrun
+from dpo_core import ranks
+from dpo_core.job import main
+from dpo_core.jobs.files import InferenceConfig, ModelJob
+from tasks.stages.job import write_job
+from tests.support.runs.training_jobs import launch
+
+_REPO = Path(__file__).resolve().parents[3]
+_UNITS = "UNITS_BEFORE_THE_KILL"
+
+
+def on(work: Path, processes: int) -> dict[str, Any]:
+    """The fields of a job file that say where it works and on how many ranks, each with one thread."""
+    return {"work": str(work), "ranks": InferenceConfig(processes=processes, threads=1)}
+
+
+def run_job_file(job: ModelJob) -> dict[str, Any]:
+    """Run a job under torchrun by the launcher of this machine; what its rank 0 reports."""
+    state = launch(write_job(job), job.ranks.processes)
+    assert state is State.DONE
+    result: dict[str, Any] = json.loads((Path(job.work) / "result.json").read_text())
+    return result
+
+
+def kill_in_the_middle(job: ModelJob, units: int) -> None:
+    """Run a job whose last rank dies of SIGKILL once it has kept the results of so many units of its maps."""
+    processes = job.ranks.processes
+    died = subprocess.run(
+        torchrun.command(write_job(job), processes, module=__name__),
+        env=torchrun.environment() | {_UNITS: str(units), "PYTHONPATH": str(_REPO)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "exitcode  : -9" in died.stderr, died.stdout + died.stderr
+    assert not (Path(job.work) / "result.json").exists()
+
+
+def kept(work: Path) -> dict[Path, list[int]]:
+    """Files of partial results, and the units of their map that each holds."""
+    listed = {}
+    for path in sorted(work.glob("parts/*/part-*.json")):
+        listed[path] = [index for index, _ in json.loads(path.read_text().partition("\n")[2])]
+    return listed
+
+
+def killed_and_resumed(job: ModelJob, units: int) -> dict[str, Any]:
+    """What a job reports that was killed and run again, which must not compute a kept unit again."""
+    kill_in_the_middle(job, units)
+    work = Path(job.work)
+    before = kept(work)
+    assert sum(map(len, before.values())) >= units
+    result = run_job_file(job)
+    after = kept(work)
+    assert before.items() < after.items(), "what was kept is still there, and something was left to do"
+    for folder in {path.parent for path in after}:
+        computed = [index for path, held in after.items() if path.parent == folder for index in held]
+        assert len(computed) == len(set(computed)), f"a unit of {folder.name} was computed twice"
+    return result
+
+
+def _main() -> int:
+    world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    left = int(os.environ[_UNITS])
+    add = ranks._Parts.add
+
+    def add_and_die(self: ranks._Parts, results: dict[int, Any]) -> None:
+        nonlocal left
+        add(self, results)
+        left -= len(results)
+        if left <= 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if rank == world - 1:
+        ranks._Parts.add = add_and_die  # type: ignore[method-assign]
+    # Keep every unit at once: the kill falls between two units, not between two maps.
+    ranks.JobRanks.__init__.__kwdefaults__["keep_seconds"] = 0.0
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(_main())
