@@ -32,8 +32,8 @@ from dpo_core.scoring.packing_check import RAW_ERRORS, difference, first_line, p
 from dpo_core.scoring.precision import Precision
 
 REMEDY = "Use a causal language model of another architecture, such as Llama, Qwen, Mistral, Gemma or OLMo"
-CHECK_VERSION = 1
-"""Raised where the check finds more or less than before: models are then checked again."""
+
+
 _SHORT = 24
 
 

@@ -9,6 +9,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import time
 import uuid
 from collections.abc import Callable
@@ -23,6 +24,7 @@ log = logging.getLogger("dpo")
 
 Unit = TypeVar("Unit")
 
+PARTS = "parts"
 PROGRESS = "progress-{rank}"
 """File of the work folder that holds how much a rank has done, in the sizes of `map`."""
 
@@ -49,6 +51,22 @@ class Ranks(Protocol):
         """
         ...
 
+    def check(self) -> None:
+        """End the work if it is to be stopped: call this between two steps that are not units of a map."""
+        ...
+
+    def forget(self) -> None:
+        """Remove the results of all maps, so that the next start of the job computes them again."""
+        ...
+
+    def advance(self, size: int) -> None:
+        """Count so much more as done in the job's progress."""
+        ...
+
+    def wait_until(self, complete: Callable[[], bool]) -> None:
+        """Wait for what other ranks write."""
+        ...
+
 
 class Alone:
     """One process that keeps its results in memory.
@@ -73,9 +91,21 @@ class Alone:
         for index, unit in enumerate(units):
             results.append(compute(unit))
             if sizes:
-                self._done += sizes[index]
-                self._progress(self._done)
+                self.advance(sizes[index])
         return results
+
+    def check(self) -> None:
+        """Nothing stops it."""
+
+    def forget(self) -> None:
+        """Nothing is kept."""
+
+    def advance(self, size: int) -> None:
+        self._done += size
+        self._progress(self._done)
+
+    def wait_until(self, complete: Callable[[], bool]) -> None:
+        """Nobody else writes anything."""
 
 
 class JobRanks:
@@ -110,38 +140,51 @@ class JobRanks:
         units = list(units)
         self._maps += 1
         digest = hashlib.sha256(repr(units).encode()).hexdigest()[:12]
-        parts = _Parts(self.work / "parts" / f"{self._maps:03d}-{name}-{digest}")
-        self._advance(parts.results if self.rank == 0 else (), sizes)
+        parts = _Parts(self.work / PARTS / f"{self._maps:03d}-{name}-{digest}")
+        if sizes and self.rank == 0:
+            self.advance(sum(sizes[index] for index in parts.results))
         kept_at = time.monotonic()
         new: dict[int, Any] = {}
         try:
             for index in range(self.rank, len(units), self.world):
                 if index in parts.results:
                     continue
-                self._check()
+                self.check()
                 new[index] = compute(units[index])
-                self._advance((index,), sizes)
+                if sizes:
+                    self.advance(sizes[index])
                 if time.monotonic() - kept_at >= self._keep_seconds:
                     parts.add(new)
                     new, kept_at = {}, time.monotonic()
         finally:
             parts.add(new)
+
+        def complete() -> bool:
+            parts.read()
+            return len(parts.results) == len(units)
+
+        self.wait_until(complete)
+        return [parts.results[index] for index in range(len(units))]
+
+    def check(self) -> None:
+        self._check()
+
+    def forget(self) -> None:
+        shutil.rmtree(self.work / PARTS, ignore_errors=True)
+
+    def advance(self, size: int) -> None:
+        self._done += size
+        path = self.work / PROGRESS.format(rank=self.rank)
+        temporary = path.with_name(f"new-{path.name}")  # never read half, or the bar would fall back
+        temporary.write_text(str(self._done))
+        os.replace(temporary, path)
+
+    def wait_until(self, complete: Callable[[], bool]) -> None:
         pause = 0.02
-        while len(parts.results) < len(units):
+        while not complete():
             self._check()
             time.sleep(pause)
             pause = min(1.0, 1.5 * pause)
-            parts.read()
-        return [parts.results[index] for index in range(len(units))]
-
-    def _advance(self, indices: Any, sizes: Seq[int] | None) -> None:
-        if not sizes:
-            return
-        self._done += sum(sizes[index] for index in indices)
-        path = self.work / PROGRESS.format(rank=self.rank)
-        temporary = path.with_name(f"new-{path.name}")
-        temporary.write_text(str(self._done))
-        os.replace(temporary, path)
 
 
 class _Parts:

@@ -17,8 +17,8 @@ from dpo_core.generation.generate import sample
 from dpo_core.model_check import check_definition
 from dpo_core.models.load import check_context, config_in, load_model, load_tokenizer, weights_digest
 from dpo_core.ranks import Alone, Ranks
-from dpo_core.reference.job import Reference, Resources, reference_logps
 from dpo_core.reference.keys import sequence_key
+from dpo_core.reference.logps import Reference, Resources, reference_logps
 from dpo_core.scoring.precision import Precision
 from dpo_core.statistics.estimates import Floats
 
@@ -124,5 +124,6 @@ class Subject:
             own = self.reference
             reference = Reference(own.path, own.weights, precision, described=own.name)
             caches = self.caches or Path(scratch) / "caches"
-            known = reference_logps(sequences, reference, Resources(caches, Path(scratch), token_budget))
+            resources = Resources(caches, token_budget, self.device)
+            known = reference_logps(sequences, reference, resources, self.ranks)
             return known.shard.sums([sequence_key(s) for s in sequences])

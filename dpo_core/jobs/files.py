@@ -41,6 +41,10 @@ class ModelJob(Config):
     """sha256 of the Python files that ship with models and may run; see `remote_code`."""
 
 
+CHECK_VERSION = 1
+"""Raised where the check finds more or less than before: models are then checked again."""
+
+
 class ImportJob(ModelJob):
     """Turn a model into a checkpoint folder, and try it."""
 
@@ -94,6 +98,8 @@ class ReferenceJob(ModelJob):
     """Folder of the shard to write."""
     token_budget: int = Field(4096, ge=1)
     """Tokens in one forward pass; decides the time, not the values."""
+    keep_seconds: float = Field(30.0, ge=0)
+    """How much work a kill may cost a rank."""
 
 
 class EvaluationJob(ModelJob):

@@ -22,28 +22,32 @@ def compute(
     precision: Precision,
     token_budget: int,
     keep: Callable[[dict[bytes, NDArray[np.float32]]], None],
-    progress: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = lambda more: None,
     keep_seconds: float = 30.0,
+    only: Callable[[int, list[int]], bool] = lambda number, indices: True,
 ) -> None:
     """Token log-probs of sequences under a frozen model, handed to `keep` from time to time and at the end.
 
     Args:
         token_budget: tokens in one forward pass; decides the time, not the values.
+        progress: called with the number of sequences of each pass.
         keep_seconds: how much work a kill may cost; 0 keeps after every batch.
+        only: whether to compute a pass, given its number and the indices of its sequences.
 
     Raises:
         StageFailed: a log-prob is not finite.
     """
     entries: dict[bytes, NDArray[np.float32]] = {}
-    done, kept_at = 0, time.monotonic()
-    for logps in completion_logps(model, sequences, precision, token_budget):
+    kept_at = time.monotonic()
+    for logps in completion_logps(model, sequences, precision, token_budget, only):
         for index, logps_L in logps.items():
             values = logps_L.numpy().copy()
             if not np.isfinite(values).all():
                 raise StageFailed("a reference log-prob is not finite", "Check the reference model's weights")
             entries[sequence_key(sequences[index])] = values
-        done += len(logps)
-        if time.monotonic() - kept_at >= keep_seconds or done == len(sequences):
+        if time.monotonic() - kept_at >= keep_seconds:
             keep(entries)
             entries, kept_at = {}, time.monotonic()
-        progress(done)
+        progress(len(logps))
+    if entries:
+        keep(entries)

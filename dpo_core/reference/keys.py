@@ -1,4 +1,4 @@
-"""What names a reference log-prob, and which process computes it.
+"""What names a reference log-prob, and the cache that holds it.
 
 Key of an entry: the exact ids of prompt and completion, and the mask where not all of them are learnt. Key of
 a cache folder: the reference's weight files, the precision, the attention implementation and the definition
@@ -8,7 +8,6 @@ weight, template or token what it touches.
 
 import hashlib
 import struct
-from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING
 
 from dpo_core.data.tokens.tokenise import Sequence
@@ -47,16 +46,3 @@ def reference_facts(
 def reference_key(weights_sha256: str, precision: "Precision", attention: str) -> str:
     """The name of a reference's cache folder."""
     return reference_facts(weights_sha256, precision, attention).key
-
-
-def share(sequences: Seq[Sequence], rank: int, world: int) -> list[Sequence]:
-    """The sequences that fall to one of `world` processes.
-
-    Decided by each prompt's own ids, so that completions of one prompt stay together, and processes that see
-    different parts of the work already done still leave nothing out and do nothing twice.
-    """
-
-    def owner(prompt: tuple[int, ...]) -> int:
-        return int.from_bytes(sequence_key(Sequence(prompt, ()))[:8], "little") % world
-
-    return [s for s in sequences if owner(s.prompt) == rank]

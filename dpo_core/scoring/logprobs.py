@@ -3,7 +3,7 @@
 `branch_scores` defines a log-prob.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -44,16 +44,25 @@ class CompletionScores(NamedTuple):
 
 
 def completion_logps(
-    model: nn.Module, sequences: Seq[Sequence], precision: Precision, token_budget: int
+    model: nn.Module,
+    sequences: Seq[Sequence],
+    precision: Precision,
+    token_budget: int,
+    only: Callable[[int, list[int]], bool] = lambda number, indices: True,
 ) -> Iterator[dict[int, Tensor]]:
     """Token log-probs of completions, pass by pass: {index of the sequence: (n,) fp32 on the CPU}.
 
-    Arguments: `completion_scores`.
+    Args:
+        only: whether to compute a pass, given its number and the indices of its sequences.
+
+    Other arguments: `completion_scores`.
     """
     if sequences:
         plan = _plan(model, sequences, token_budget)
         with _weights_cast_once():
-            for group in plan.groups:
+            for number, group in enumerate(plan.groups):
+                if not only(number, [index for d in group for index in plan.families[d]]):
+                    continue
                 scores = _pass(model, sequences, plan, group, precision)
                 yield {index: one.logps for index, one in scores.items()}
 

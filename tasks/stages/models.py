@@ -5,18 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise
-from dpo_core.errors import ModelError, StageFailed
+from dpo_core.data.tokens.config import TokenConfig
+from dpo_core.errors import ModelError
+from dpo_core.jobs.files import CHECK_VERSION, ImportJob, InferenceConfig, ReferenceJob
 from dpo_core.methods import estimate
-from dpo_core.model_check import CHECK_VERSION, check_folder
 from dpo_core.models.folder import code_digest
 from dpo_core.models.load import (
     ModelConfig,
-    check_context,
     check_source_context,
-    config_in,
-    convert,
-    load_tokenizer,
     locate,
     parameter_count,
     read_template,
@@ -24,16 +20,17 @@ from dpo_core.models.load import (
     weights_digest,
 )
 from dpo_core.models.remote_code import trust
-from dpo_core.reference.job import Reference, Resources, reference_logps
 from dpo_core.reference.keys import DEFINITION_VERSION
 from dpo_core.scoring.precision import Precision
+from dpo_core.training.config import EngineConfig
 from tasks.promotion.model_source import as_folder
 from tasks.recipe.policies import REFERENCE, PolicyFields
 from tasks.recipe.study import Node
 from tasks.runs.record import read_run
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 from tasks.stages.data import kind_of
-from tasks.stages.training_job import rows_of
+from tasks.stages.job import common, run_model_job
+from tasks.stages.training_job import split_to
 from tasks.stages.workload import Workload
 from tasks.store.facts import ImportFacts, LogpsFacts, Origin, OriginFacts, weights_sha256, with_facts
 from tasks.store.files import CACHE_FOLDER
@@ -71,16 +68,11 @@ def import_model(context: Context, config: ModelConfig, max_length: int, precisi
 
     def work(given: Work) -> Output:
         out = given.fresh("out")
-        bar = given.progress(2)
-        convert(config, out)
-        bar.update(1)
-        check_context(config_in(out), max_length)
-        # Of what was written, so that it is known to load again.
-        check = check_folder(out, precision=precision, longest=max_length)
-        check.require()
-        log.info("%s: %s", check.layout, check.reason)
-        given.mlflow.tag("dpo.layout", f"{check.layout}: {check.reason}")
-        facts = ImportFacts(weights_sha256=weights_digest(out), **vars(check))
+        job = ImportJob(**common(given), model=config, out=str(out), longest=max_length, precision=precision)
+        check = run_model_job(given, job)
+        log.info("%s: %s", check["layout"], check["reason"])
+        given.mlflow.tag("dpo.layout", f"{check['layout']}: {check['reason']}")
+        facts = ImportFacts(weights_sha256=weights_digest(out), **check)
         if origin is not None:
             facts = facts.model_copy(update={"started_from": origin})
         if config.trust_remote_code:
@@ -158,56 +150,53 @@ def cache_reference(
         policy: what will be trained, which decides what is needed.
         seed: of that training, which chooses the rows where the policy has a limit.
     """
-    method, settings = policy.entry, policy.settings
+    settings = policy.settings
     engine = settings.engine
 
     def work(given: Work) -> Output:
-        tokenise = Tokenise(load_tokenizer(reference.path), tokens)
         limit = _read_of(policy, seed).get("limit")
-        training = rows_of(rows, "train", limit=limit, seed=seed).to_dict("records")
-        assert method.cached is not None
-        sequences, dropped = method.cached(tokenise, training, settings)
-        if not sequences:
-            raise StageFailed(
-                f"no training row is left after tokenising ({dropped})", "Raise tokens.max_length"
-            )
-        weights = weights_sha256(reference)
-        described = f"{reference.stage} of {context.run_id}, {reference.parameters or 0:,} parameters"
-        logps = reference_logps(
-            sequences,
-            Reference(reference.path, weights, engine.precision, described),
-            Resources(
-                context.workspace / CACHE_FOLDER,
-                given.scratch,
-                token_budget,
-                processes=engine.processes,
-                threads=engine.threads,
-            ),
-            progress=lambda total: given.progress(total).update,
-        )
+        training = given.scratch / "train.parquet"
+        count = split_to(rows, "train", training, limit=limit, seed=seed)
         out = given.fresh("out")
-        logps.shard.save(out / "shard")
-        known = logps.sequences - logps.computed
+        weights = weights_sha256(reference)
+        job = ReferenceJob(
+            **common(given),
+            model=str(reference.path),
+            weights_sha256=weights,
+            described=f"{reference.stage} of {context.run_id}, {reference.parameters or 0:,} parameters",
+            rows=str(training),
+            method=policy.method,
+            settings=settings.model_dump(mode="json"),
+            tokens=tokens,
+            caches=str(context.workspace / CACHE_FOLDER),
+            out=str(out / "shard"),
+            token_budget=token_budget,
+        )
+        job = job.model_copy(update={"ranks": _ranks_of(engine, job.ranks)})
+        result = run_model_job(given, job, total=2 * count)
+        dropped = result.pop("dropped")
         facts = LogpsFacts(
             reference_weights=weights,
             precision=engine.precision,
-            attention=logps.attention,
-            sequences=logps.sequences,
-            computed=logps.computed,
-            from_cache=known,
-            flops=logps.flops,
-            **{f"dropped_{reason}": count for reason, count in dropped.items()},
+            from_cache=result["sequences"] - result["computed"],
+            **result,
+            **{f"dropped_{reason}": number for reason, number in dropped.items()},
         )
-        metrics = {"cache/computed": float(logps.computed), "cache/found": float(known)}
-        metrics["cost/flops"] = logps.flops
-        metrics |= {f"data/{reason}": float(count) for reason, count in dropped.items()}
-        return Output(out, rows=len(training) - sum(dropped.values()), facts=facts, metrics=metrics)
+        metrics = {"cache/computed": float(facts.computed), "cache/found": float(facts.from_cache)}
+        metrics["cost/flops"] = facts.flops or 0.0
+        metrics |= {f"data/{reason}": float(number) for reason, number in dropped.items()}
+        return Output(out, rows=count - sum(dropped.values()), facts=facts, metrics=metrics)
 
     slice_: dict[str, Any] = {"tokens": tokens.model_dump(mode="json"), "definition": DEFINITION_VERSION}
     slice_ |= _read_of(policy, seed)
     if not reference.planned:
         weights_sha256(reference)  # missing, it is an error before the work begins
     return run_stage(context, CACHE, {"reference": reference, kind_of(rows): rows}, slice_, work)
+
+
+def _ranks_of(engine: EngineConfig, ranks: InferenceConfig) -> InferenceConfig:
+    """The ranks of the training that will read the log-probs."""
+    return ranks.model_copy(update={"processes": engine.processes, "threads": engine.threads})
 
 
 def _read_of(policy: PolicyFields, seed: int) -> dict[str, Any]:

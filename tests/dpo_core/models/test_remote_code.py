@@ -13,7 +13,7 @@ from dpo_core.errors import ModelError
 from dpo_core.models import remote_code
 from dpo_core.models.load import ModelConfig, config_in, convert, load_model
 from dpo_core.models.reward_model import RewardModel
-from dpo_core.reference.job import attention_of
+from dpo_core.reference.logps import attention_of
 from dpo_core.scoring.attention import trunk_of
 from dpo_core.scoring.model_shape import shape_of_config
 from tests.support.models.families import with_own_code

@@ -7,7 +7,6 @@ import pytest
 from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.models.load import weights_digest
 from dpo_core.reference import keys, reference_key, sequence_key
-from dpo_core.reference.job import read_sequences, write_sequences
 from tests.support.models.tiny import make_tiny_model
 
 
@@ -61,10 +60,3 @@ def test_what_is_learnt_is_part_of_the_key() -> None:
     plain, masked = Sequence((1, 2), (3, 4)), Sequence((1, 2), (3, 4), learnt=(False, True))
     assert sequence_key(plain) != sequence_key(masked)
     assert sequence_key(masked) != sequence_key(Sequence((1, 2), (3, 4), learnt=(True, False)))
-
-
-def test_masks_reach_other_processes(tmp_path: Path) -> None:
-    masked = Sequence((1,), (2, 3), learnt=(True, False))
-    listed = [masked, Sequence((4, 5), (6,)), Sequence((7,), (8,), learnt=(True,))]
-    write_sequences(tmp_path / "sequences.npz", listed)
-    assert read_sequences(tmp_path / "sequences.npz") == listed

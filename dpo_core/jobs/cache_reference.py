@@ -1,0 +1,47 @@
+"""Log-probs of the rows of a training under its reference, computed where the cache lacks them."""
+
+from pathlib import Path
+from typing import Any
+
+from dpo_core.data.files.parquet import read_rows
+from dpo_core.data.tokens.tokenise import Tokenise
+from dpo_core.errors import StageFailed
+from dpo_core.jobs.files import ReferenceJob
+from dpo_core.jobs.start import device, start_ranks
+from dpo_core.methods.registry import get
+from dpo_core.models.load import load_tokenizer
+from dpo_core.reference.logps import Reference, Resources, reference_logps
+from dpo_core.training.liveness import Watch
+
+FILE = ReferenceJob
+
+
+def run(job: ReferenceJob, watch: Watch) -> dict[str, Any] | None:
+    """Every rank calls this; rank 0 writes the shard and returns the counts.
+
+    Raises:
+        StageFailed: no training row is left after tokenising.
+    """
+    ranks = start_ranks(Path(job.work), job.ranks, watch)
+    method, model = get(job.method), Path(job.model)
+    settings = method.settings.model_validate(job.settings)
+    if method.cached is None:
+        raise StageFailed(f"the method {job.method} reads no cached log-probs", "Report this as a bug")
+    sequences, dropped = method.cached(
+        Tokenise(load_tokenizer(model), job.tokens), read_rows(job.rows), settings
+    )
+    if not sequences:
+        raise StageFailed(f"no training row is left after tokenising ({dropped})", "Raise tokens.max_length")
+    reference = Reference(model, job.weights_sha256, settings.engine.precision, job.described)
+    resources = Resources(Path(job.caches), job.token_budget, device(), job.keep_seconds)
+    logps = reference_logps(sequences, reference, resources, ranks)
+    if ranks.rank != 0:
+        return None
+    logps.shard.save(Path(job.out))
+    return {
+        "attention": logps.attention,
+        "sequences": logps.sequences,
+        "computed": logps.computed,
+        "flops": logps.flops,
+        "dropped": dropped,
+    }

@@ -1,0 +1,31 @@
+"""Turn a model into a checkpoint folder that can be aligned, and try what was written."""
+
+from pathlib import Path
+from typing import Any
+
+from dpo_core.jobs.files import ImportJob
+from dpo_core.jobs.start import start_ranks
+from dpo_core.model_check import check_folder
+from dpo_core.models.load import check_context, config_in, convert
+from dpo_core.training.liveness import Watch
+
+FILE = ImportJob
+
+
+def run(job: ImportJob, watch: Watch) -> dict[str, Any] | None:
+    """Rank 0 writes the folder and returns how the model can be trained (`model_check.ModelCheck`).
+
+    Raises:
+        ModelError: the model cannot be read, or can be trained neither packed nor padded.
+    """
+    ranks = start_ranks(Path(job.work), job.ranks, watch)
+    if ranks.rank != 0:
+        return None
+    out = Path(job.out)
+    convert(job.model, out)
+    check_context(config_in(out), job.longest)
+    # Of what was written, so that it is known to load again.
+    check = check_folder(out, precision=job.precision, longest=job.longest)
+    check.require()
+    ranks.advance(1)
+    return dict(vars(check))

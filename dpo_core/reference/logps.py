@@ -1,0 +1,149 @@
+"""Reference log-probs of sequences: from the cache, and those that it lacks computed by all ranks of a job.
+
+Each rank adds shards of its own to the cache, so a killed rank costs only what it had not kept yet.
+"""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dpo_core.data.tokens.tokenise import Sequence
+from dpo_core.errors import ModelError, StageFailed
+from dpo_core.model_check import check_definition
+from dpo_core.models.dropout import disable_dropout
+from dpo_core.models.load import config_in, load_model
+from dpo_core.models.remote_code import build
+from dpo_core.ranks import Alone, Ranks
+from dpo_core.reference.cache import ReferenceCache
+from dpo_core.reference.compute import compute
+from dpo_core.reference.keys import reference_facts, sequence_key
+from dpo_core.reference.shard import LogpShard
+from dpo_core.scoring.logprobs import read_flops
+from dpo_core.scoring.precision import Precision
+
+
+@dataclass(frozen=True)
+class ReferenceLogps:
+    """The log-probs of some sequences, and what it took to get them."""
+
+    shard: LogpShard
+    attention: str
+    sequences: int
+    computed: int
+    flops: float
+    """Operations of what was computed, by all ranks."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The model whose log-probs are kept, and how they are computed: a cache's key."""
+
+    model: Path
+    """Checkpoint folder."""
+    weights_sha256: str
+    precision: Precision
+    described: str
+    """In words, for people who look at the cache; no part of the key."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Where log-probs are computed and kept: what decides the time and not the values."""
+
+    caches: Path
+    """The folder that holds one cache a reference."""
+    token_budget: int
+    """Tokens in one forward pass."""
+    device: torch.device | str = "cpu"
+    keep_seconds: float = 30.0
+    """How much work a kill may cost a rank."""
+
+
+def reference_logps(
+    sequences: Seq[Sequence], reference: Reference, resources: Resources, ranks: Ranks | None = None
+) -> ReferenceLogps:
+    """Log-probs of sequences, of which only those that no cache knows are computed.
+
+    Every rank calls this with the same sequences; the values do not depend on the number of ranks.
+
+    Raises:
+        StageFailed: a log-prob is not finite.
+        ModelError: the model's log-probs cannot be computed from its trunk and head.
+    """
+    ranks = ranks or Alone()
+    wanted = {sequence_key(s): s for s in sequences}
+    keys = list(wanted)
+    attention = attention_of(reference.model)
+    facts = reference_facts(reference.weights_sha256, reference.precision, attention, reference.described)
+    cache = ReferenceCache(resources.caches / facts.key, facts if ranks.rank == 0 else None)
+    # Decided once: ranks that start later, or after a kill, must plan the same passes.
+    (absent,) = ranks.map("missing", [len(keys)], lambda _: (~cache.has(keys)).nonzero()[0].tolist())
+    missing = [wanted[keys[at]] for at in absent]
+    if not cache.has(sorted(set(keys) - {keys[at] for at in absent})).all():
+        ranks.forget()
+        raise StageFailed(
+            f"reference log-probs that this job had found in {cache.folder} were removed since",
+            "Start the run again: they are computed again",
+        )
+    flops = _compute(cache, missing, reference, resources, ranks) if missing else 0.0
+    cache.reload()
+    return ReferenceLogps(cache.select(keys), attention, len(keys), len(missing), flops)
+
+
+def _compute(
+    cache: ReferenceCache,
+    missing: Seq[Sequence],
+    reference: Reference,
+    resources: Resources,
+    ranks: Ranks,
+) -> float:
+    """Compute this rank's passes and wait for those of the others; returns the operations of all."""
+    model = load_model(reference.model)
+    disable_dropout(model)
+    model.to(resources.device)
+    check_definition(model)
+    keys = [sequence_key(s) for s in missing]
+    cache.reload()
+
+    def is_mine(number: int, indices: list[int]) -> bool:
+        ranks.check()
+        if number % ranks.world != ranks.rank:
+            return False
+        known = bool(cache.has([keys[i] for i in indices]).all())
+        if known:
+            ranks.advance(len(indices))
+        return not known
+
+    compute(
+        model,
+        missing,
+        precision=reference.precision,
+        token_budget=resources.token_budget,
+        keep=cache.add,
+        progress=ranks.advance,
+        keep_seconds=resources.keep_seconds,
+        only=is_mine,
+    )
+
+    def complete() -> bool:
+        cache.reload()
+        return bool(cache.has(keys).all())
+
+    ranks.wait_until(complete)
+    return read_flops(model, missing, resources.token_budget)
+
+
+def attention_of(model: Path) -> str:
+    """The attention implementation that `load_model` will use, without reading a weight.
+
+    Raises:
+        ModelError: not a checkpoint that transformers knows.
+    """
+    try:
+        with torch.device("meta"):
+            built = build(config_in(model))
+    except Exception as error:
+        raise ModelError(f"the model in {model} cannot be built: {error}", "Run the import again") from error
+    return str(built.config._attn_implementation)
