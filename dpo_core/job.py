@@ -32,11 +32,16 @@ RESULT = "result.json"
 
 
 def module_of(kind: str) -> Any:
-    """The module of `dpo_core.jobs` that runs a kind of job: `FILE`, its job file, and `run`.
+    """The module that runs a kind of job: `FILE`, the class of its job file, and `run`.
+
+    Args:
+        kind: a module of `dpo_core.jobs`, or the full name of a module elsewhere.
 
     Raises:
         StageFailed: there is no such kind.
     """
+    if "." in kind:
+        return importlib.import_module(kind)
     name = kind.replace("-", "_")
     known = {entry.name for entry in pkgutil.iter_modules(jobs.__path__)} - {"files", "start"}
     if name not in known:

@@ -1,11 +1,12 @@
 """The alignment flow: data gate, reference, pairs, the graph of policies, evaluation or study, page."""
 
+import os
+from dataclasses import replace
 from typing import TypeAlias
 
 from prefect import flow
 
 from deploy.launchers import Cluster
-from dpo_core.training.distributed import share_cores
 from flows.policies import train_policies
 from flows.preparation import Keep, Prepared, prepare
 from flows.run_lifecycle import recorded
@@ -110,8 +111,10 @@ def _compare(context: Context, prepared: Prepared, keep: Keep) -> list[TrainedPo
     recipe = prepared.recipe
     study = recipe.study
     assert study is not None
-    if not context.plan:
-        share_cores(study.parallel)
+    if study.parallel > 1 and context.ranks.threads is None:
+        # Threads of computations that all want all cores wait for each other: slower than one by one.
+        share = max(1, (os.cpu_count() or 1) // study.parallel)
+        context = replace(context, ranks=context.ranks.model_copy(update={"threads": share}))
 
     def measured(label: str, model: Manifest, samples: int, keep: Keep = keep) -> Manifest:
         context.stop.check()

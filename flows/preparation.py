@@ -4,14 +4,11 @@ import datetime
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from dpo_core.data.tokens.chat_template import template_in
 from dpo_core.data.tokens.config import settled
-from dpo_core.data.tokens.stop_tokens import stop_ids
 from dpo_core.errors import RecipeError
 from dpo_core.methods.reward import no_agreement
-from dpo_core.models.load import load_tokenizer
 from tasks.promotion.champion import find_champion
 from tasks.recipe.policies import elsewhere
 from tasks.recipe.recipe import Recipe
@@ -20,6 +17,7 @@ from tasks.stages.base import Context, StageResult
 from tasks.stages.data import load_data, sample_pairs, validate
 from tasks.stages.models import import_model
 from tasks.stages.prepare_sft import prepare_sft
+from tasks.stages.same_tokens import require_same_tokens
 from tasks.stages.train_reward import train_reward
 from tasks.store.facts import GateFacts, LoadFacts, facts_of
 from tasks.store.manifest import Manifest
@@ -91,7 +89,7 @@ def _from_elsewhere(context: Context, recipe: Recipe, base: Manifest, keep: Keep
         model = keep(import_model(labelled, config, recipe.tokens.max_length, recipe.precision))
         if not model.planned and not base.planned:
             require_same_tokens(
-                base.path, model.path, name, "Name a model that was trained from the same base model"
+                context, base.path, model.path, name, "Name a model that was trained from the same base model"
             )
         models[name] = model
     return models
@@ -104,29 +102,8 @@ def _require_comparable_champion(context: Context, recipe: Recipe, base: Manifes
     champion = find_champion(context.tracker, recipe.registered_name)
     if champion is not None:
         remedy = "Set registry.name to another name, under which this model has no champion yet"
-        require_same_tokens(base.path, champion.manifest.path, f"the champion {champion.title}", remedy)
-
-
-def require_same_tokens(base: Path, other: Path, name: str, remedy: str) -> None:
-    """Refuse a model that would not read and write the rows as the run's model does.
-
-    Raises:
-        RecipeError: its tokenizer, its chat template or the tokens that end its answers are others.
-    """
-    ours, theirs = load_tokenizer(base), load_tokenizer(other)
-    differing = [
-        what
-        for what, own, foreign in (
-            ("tokenizer", ours.get_vocab(), theirs.get_vocab()),
-            ("chat template", ours.chat_template, theirs.chat_template),
-            ("end of an answer", stop_ids(ours), stop_ids(theirs)),
-        )
-        if own != foreign
-    ]
-    if differing:
-        raise RecipeError(
-            f"{name} has another {differing[0]} than the run's model, so that its tokens mean other texts",
-            remedy,
+        require_same_tokens(
+            context, base.path, champion.manifest.path, f"the champion {champion.title}", remedy
         )
 
 

@@ -59,6 +59,16 @@ class ImportJob(ModelJob):
     """Of training."""
 
 
+class CompareTokensJob(ModelJob):
+    """Say whether two models read and write the same tokens."""
+
+    kind: Literal["compare-tokens"] = "compare-tokens"
+    model: str
+    """Checkpoint folder."""
+    other: str
+    """Checkpoint folder."""
+
+
 class PairSamplingJob(ModelJob):
     """Draw completions of prompts, score them with a reward, and make pairs of them."""
 
@@ -100,6 +110,20 @@ class ReferenceJob(ModelJob):
     """Tokens in one forward pass; decides the time, not the values."""
     keep_seconds: float = Field(30.0, ge=0)
     """How much work a kill may cost a rank."""
+
+
+class RewardQualityJob(ModelJob):
+    """What held-out pairs say about a reward model."""
+
+    kind: Literal["reward-quality"] = "reward-quality"
+    model: str
+    """Folder of the reward model."""
+    pairs: str
+    """Parquet file of pairs, of which the held-out ones are scored."""
+    tokens: TokenConfig
+    precision: Precision
+    seed: int
+    """Of the intervals."""
 
 
 class EvaluationJob(ModelJob):

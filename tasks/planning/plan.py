@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from dpo_core.config import Config
+from dpo_core.data.answers import measure_answers
 from dpo_core.errors import DpoError
 from dpo_core.methods.estimate import Work
 from tasks.planning.speed import Speed
@@ -16,7 +17,7 @@ from tasks.planning.workload import workload_of
 from tasks.recipe.policies import PolicyFields
 from tasks.recipe.recipe import Recipe
 from tasks.reports.format import duration
-from tasks.reports.run_warnings import answers_cut, measure_answers, too_few_prompts
+from tasks.reports.run_warnings import answers_cut, too_few_prompts
 from tasks.stages.base import StageResult, Why
 from tasks.stages.registry import label_of, stage_of
 from tasks.stages.workload import Workload

@@ -7,13 +7,10 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from dpo_core.data.tokens.tokenise import Tokenise
-from dpo_core.models.load import load_tokenizer
 from dpo_core.objectives import get
 from tasks.recipe.policies import REFERENCE, PolicyFields
 from tasks.recipe.recipe import Recipe
 from tasks.reports.run_report import PolicyAbout, Trained, lineage
-from tasks.reports.run_warnings import Answers, measure_answers
 from tasks.store.facts import GateFacts, ImportFacts, TrainingFacts, facts_of
 from tasks.store.manifest import Manifest
 
@@ -155,13 +152,6 @@ def objective_words(config: Any) -> str:
 def objective_name(config: Any) -> str:
     """`simpo`, or `dpo + sft` for a sum; empty where the method has no objective."""
     return " + ".join(term.name for term in getattr(config, "terms", []))
-
-
-def answers_of_data(recipe: Recipe, data: RunData) -> Answers | None:
-    """The chosen or desirable answers that the policy was trained on."""
-    frame = pd.read_parquet(data.rows.path / "data.parquet")
-    tokenizer = load_tokenizer(data.base.path)
-    return measure_answers(frame, Tokenise(tokenizer, recipe.tokens))
 
 
 def vocabulary_size(model: Manifest) -> int | None:

@@ -1,11 +1,10 @@
 """The data stages: load and split, judge at the gate, sample pairs where there are none."""
 
 import datetime
-import json
 import logging
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pandas as pd
 
@@ -14,7 +13,7 @@ from dpo_core.data.files.read import check_source
 from dpo_core.data.load import load
 from dpo_core.data.split import by_source, split_table
 from dpo_core.data.tokens.tokenise import TokenConfig
-from dpo_core.errors import DataError, GateRefused, ModelError
+from dpo_core.errors import DataError, GateRefused
 from dpo_core.jobs.files import PairSamplingJob
 from dpo_core.methods import estimate
 from dpo_core.methods.pair_sampling import PairSamplingConfig
@@ -22,6 +21,8 @@ from dpo_core.rewards.functions import reward_identity
 from dpo_core.system import digest_file
 from expectations.config import GateConfig
 from expectations.drift import load_baseline
+from expectations.job_file import GateJob
+from expectations.report import GateReport
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 from tasks.stages.job import common, run_model_job
 from tasks.stages.workload import Workload
@@ -116,50 +117,37 @@ def validate(
     baseline = load_baseline(gate.baseline) if gate.baseline else None
 
     def work(given: Work) -> Output:
-        from dpo_core.data.tokens.tokenise import Tokenise
-        from dpo_core.models.load import load_tokenizer
-        from expectations.gate import judge
-        from expectations.token_rules import Tokenisation
-
-        frame = pd.read_parquet(data.path / "data.parquet")
-        tokenise = Tokenise(load_tokenizer(model.path), tokens)
-        if gate.quarantine == "refuse":
-            _check_template(frame, tokenise)
-        bar = given.progress(len(frame))
+        out = given.fresh("out")
         # Beside the store and not in it: pages with times and random names would give every run of the same
         # data another digest.
         docs = context.workspace / "data_docs" / f"{subject}-{given.scratch.name}"
         shutil.rmtree(docs, ignore_errors=True)
-        report, kept = judge(
-            frame,
-            subject=subject,  # type: ignore[arg-type]
+        job = GateJob(
+            **common(given),
+            subject=subject,
+            rows=str(data.path / "data.parquet"),
+            model=str(model.path),
             config=gate,
-            docs_dir=docs,
-            tokenisation=Tokenisation(**tokenise.gate_settings()),
             baseline=baseline,
-            tick=bar.update,
+            tokens=tokens,
+            docs=str(docs),
+            out=str(out / "data.parquet"),
         )
-        out = given.fresh("out")
+        result = run_model_job(given, job, total=data.rows or 1)
+        report = GateReport.model_validate(result.pop("report"))
         index = Path(report.docs_index).relative_to(context.workspace)
         facts = report.model_copy(update={"docs_index": str(index)})
         (out / "gate.json").write_text(facts.model_dump_json(indent=1))
         given.mlflow.artifact(out / "gate.json")
         given.mlflow.artifact(Path(report.docs_index).parent, "data_docs")
-        failed = [f for f in report.findings if not f.passed]
         report.raise_if_refused()
-        _require_sides(kept, report.dropped, sampled=data.stage == SAMPLE.name)
-        kept.to_parquet(out / "data.parquet", index=False)
-        held_out = kept[kept["split"] == "eval"].drop_duplicates(["prompt", "chat"])
-        stated = GateFacts(
-            dropped=report.dropped,
-            warnings=[f.rule for f in failed],
-            held_out_prompts=len(held_out),
-            written_as=tokenise.note_on(kept["chat"].tolist()),
-            **_labels(kept, subject),
-        )
+        rows, sides = result.pop("rows"), result.pop("sides")
+        _require_sides(sides, report.dropped, sampled=data.stage == SAMPLE.name)
+        failed = [f.rule for f in report.findings if not f.passed]
+        stated = GateFacts(dropped=report.dropped, warnings=failed, **result)
         metrics = {f"gate/{f.rule}": float(f.rate) for f in report.findings if not f.skipped}
-        metrics |= {"data/rows": float(len(kept)), "data/dropped": float(report.dropped)}
-        return Output(out, rows=len(kept), facts=stated, metrics=metrics)
+        metrics |= {"data/rows": float(rows), "data/dropped": float(report.dropped)}
+        return Output(out, rows=rows, facts=stated, metrics=metrics)
 
     slice_ = {
         "subject": subject,
@@ -171,40 +159,14 @@ def validate(
     return run_stage(context, GATES[subject], {"data": data, "tokenizer": model}, slice_, work)
 
 
-def _labels(kept: pd.DataFrame, subject: str) -> dict[str, int]:
-    """How many training rows there are of each label, or how many pairs say how sure theirs is."""
-    train = kept[kept["split"] == "train"]
-    if subject == "pairs":
-        return {"with_agreement": int(train["agreement"].notna().sum())}
-    if subject == "prompts":
-        return {}
-    label = train["label"]
-    return {"desirable": int(label.sum()), "undesirable": int((~label).sum())}
-
-
-def _check_template(frame: pd.DataFrame, tokenise: Any) -> None:
-    """Write one conversation of each order of roles, so that no template fails later, in the training."""
-    seen: set[Any] = set()
-    sound = frame[frame["chat"] & (frame["fault"] == "")]
-    for row in sound.to_dict("records"):
-        number, prompt, tools = row["row"], row["prompt"], row.get("tools") or ""
-        roles = (bool(tools), *((turn["role"], *sorted(turn)) for turn in json.loads(prompt)))
-        if roles in seen:
-            continue
-        seen.add(roles)
-        try:
-            tokenise.prompt(prompt, True, tools=tools)
-        except ModelError as error:
-            raise ModelError(f"row {number} of the data: {error.problem}", error.remedy) from error
-
-
-def _require_sides(kept: pd.DataFrame, dropped: int, *, sampled: bool) -> None:
+def _require_sides(sides: dict[str, int], dropped: int, *, sampled: bool) -> None:
     """Both sides of the split must hold something; sampled pairs may lack held-out ones."""
     for side, use in {"train": "training", "eval": "evaluation"}.items():
-        if not (kept["split"] == side).any() and not (sampled and side == "eval"):
+        if not sides.get(side) and not (sampled and side == "eval"):
             raise GateRefused(
-                f"no row is left for {use}: the gate dropped {dropped} rows and kept {len(kept)} others",
-                "Mend the rows that it names, or add data",
+                f"no row is left for {use}: the gate dropped {dropped} rows and kept {sum(sides.values())} "
+                "others",
+                "Correct the rows that it names, or add data",
             )
 
 

@@ -86,7 +86,12 @@ def write_job(job: ModelJob | Job) -> Path:
 
 
 def watch(
-    name: str, launcher: Launcher, path: Path, processes: int, stop: Stop, look: Callable[[], None]
+    name: str,
+    launcher: Launcher,
+    path: Path,
+    processes: int,
+    stop: Stop,
+    look: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Submit a job and wait for it. Whatever ends the wait ends the job too."""
     work = path.parent

@@ -20,7 +20,6 @@ from tasks.provenance import hardware, source_tags
 from tasks.recipe.recipe import Recipe
 from tasks.reports.about import (
     RunData,
-    answers_of_data,
     learned_from_reward,
     policies_about,
     vocabulary_size,
@@ -54,7 +53,7 @@ from tasks.stages.models import IMPORT
 from tasks.stages.prepare_sft import SFT
 from tasks.stages.train_reward import REWARD
 from tasks.stages.training import TrainedPolicy, class_facts
-from tasks.store.facts import Facts, ImportFacts, LoadFacts, RewardFacts, facts_of, weights_sha256
+from tasks.store.facts import Facts, GateFacts, ImportFacts, LoadFacts, RewardFacts, facts_of, weights_sha256
 from tasks.store.files import run_folder
 from tasks.store.manifest import Manifest
 from tasks.tracking.mlflow_run import metric_keys
@@ -260,13 +259,13 @@ def _gate_row(workspace: Path, manifest: Manifest) -> GateRow:
 
 
 def _evaluation(recipe: Recipe, data: RunData, measured: Measured) -> Evaluation:
-    answers = answers_of_data(recipe, data)
+    answers = facts_of(data.rows, GateFacts)
     return Evaluation(
         **{name: getattr(measured, name) for name in PolicyTable.model_fields},
         learned_from=learned_from_reward(recipe, data),
         max_new_tokens=recipe.evaluate.sampling.max_new_tokens,
-        chosen_tokens=answers and answers.median,
-        chosen_ended=answers and answers.complete,
+        chosen_tokens=answers.answer_tokens,
+        chosen_ended=answers.answers_ended,
         vocabulary=vocabulary_size(data.base),
     )
 

@@ -1,16 +1,12 @@
 """The stage that trains a reward model on the pairs, with its quality on the held-out ones."""
 
-from pathlib import Path
-
-import pandas as pd
-
-from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise
+from dpo_core.data.tokens.config import TokenConfig
+from dpo_core.jobs.files import RewardQualityJob
 from dpo_core.methods.reward import METHOD, RewardModelConfig
-from dpo_core.models.load import load_tokenizer
-from dpo_core.models.reward_model import RewardModel
-from dpo_core.rewards.model import score
-from dpo_core.rewards.quality import RewardQuality, reward_quality
+from dpo_core.rewards.quality import RewardQuality
+from dpo_core.scoring.precision import Precision
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
+from tasks.stages.job import common, run_model_job
 from tasks.stages.training_job import Run, settings_of, split_to, train
 from tasks.store.facts import RewardFacts
 from tasks.store.manifest import Manifest
@@ -41,7 +37,7 @@ def train_reward(
         rows = given.scratch / "train.parquet"
         count = split_to(pairs, "train", rows)
         output = train(given, run, {"model": str(base.path), "data": str(rows)}, count)
-        quality = _reward_quality(given.scratch / "out", pairs, tokens, config.engine.precision, seed)
+        quality = _reward_quality(given, pairs, tokens, config.engine.precision, seed)
         output.facts = RewardFacts(**output.facts.model_dump(), quality=quality)
         output.metrics |= _quality_metrics(quality) if quality else {}
         return output
@@ -51,22 +47,20 @@ def train_reward(
 
 
 def _reward_quality(
-    model: Path, pairs: Manifest, tokens: TokenConfig, precision: str, seed: int
+    given: Work, pairs: Manifest, tokens: TokenConfig, precision: Precision, seed: int
 ) -> RewardQuality | None:
-    """What the held-out pairs say about a reward model; None where there are none."""
-
-    frame = pd.read_parquet(pairs.path / "data.parquet")
-    tokenise = Tokenise(load_tokenizer(model), tokens)
-    held_out, _ = tokenise.pairs(frame[frame["split"] == "eval"].to_dict("records"))
-    if not held_out:
-        return None
-    reward_model = RewardModel.load(model)
-    sequences = [s for p in held_out for s in (p.chosen, p.rejected)]
-    rewards = score(reward_model, sequences, precision)
-    lengths = [s.targets for s in sequences]
-    # The gain made the rewards one standard deviation wide, whatever the loss had taught them.
-    scale = float(reward_model.gain)
-    return reward_quality(rewards[0::2], rewards[1::2], lengths[0::2], lengths[1::2], scale=scale, seed=seed)
+    """What the held-out pairs say about the reward model; None where there are none."""
+    work = given.scratch / "quality"
+    job = RewardQualityJob(
+        **common(given) | {"work": str(work)},
+        model=str(given.scratch / "out"),
+        pairs=str(pairs.path / "data.parquet"),
+        tokens=tokens,
+        precision=precision,
+        seed=seed,
+    )
+    quality = run_model_job(given, job)
+    return RewardQuality.model_validate(quality) if quality else None
 
 
 def _quality_metrics(quality: RewardQuality) -> dict[str, float]:

@@ -68,7 +68,11 @@ class GateFacts(Facts):
     written_as: str = ""
     """How prompts become tokens, if there was a choice."""
     with_agreement: int | None = None
-    """Training pairs with an annotator agreement."""
+    """Training pairs that say how many annotators agreed."""
+    answer_tokens: float | None = None
+    """Median length of the chosen or desirable answers, the end of the turn included; none of prompts."""
+    answers_ended: float | None = None
+    """Share of them that end; an answer that was sampled up to a limit does not."""
     desirable: int | None = None
     undesirable: int | None = None
     """Training rows of each label, of unpaired rows."""

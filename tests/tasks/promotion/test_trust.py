@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from dpo_core.data.answers import Answers, measure_answers
 from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise
 from dpo_core.errors import RecipeError
 from dpo_core.evaluation.decision import Evidence, PromotionConfig, decide, nothing_new
@@ -24,7 +25,7 @@ from tasks.reports.alarms import against_promotion, alarms
 from tasks.reports.run_page import render
 from tasks.reports.run_report import Measured, RunReport, StageRow, Trained
 from tasks.reports.run_text import markdown, note, terminal_table
-from tasks.reports.run_warnings import Answers, answers_cut, measure_answers, too_few_prompts
+from tasks.reports.run_warnings import answers_cut, too_few_prompts
 from tasks.reports.verdict import decided, measured_with, verdict
 from tasks.runs.record import RunRecord, save_run
 from tasks.stages.assess import judge_candidate

@@ -1,0 +1,29 @@
+"""Compare the tokenizers, chat templates and ends of answers of two checkpoint folders."""
+
+from pathlib import Path
+from typing import Any
+
+from dpo_core.data.tokens.stop_tokens import stop_ids
+from dpo_core.jobs.files import CompareTokensJob
+from dpo_core.jobs.start import start_ranks
+from dpo_core.models.load import load_tokenizer
+from dpo_core.training.liveness import Watch
+
+FILE = CompareTokensJob
+
+
+def run(job: CompareTokensJob, watch: Watch) -> dict[str, Any] | None:
+    """Rank 0 returns what differs, in words."""
+    if start_ranks(Path(job.work), job.ranks, watch).rank != 0:
+        return None
+    own, other = load_tokenizer(Path(job.model)), load_tokenizer(Path(job.other))
+    differing = [
+        what
+        for what, a, b in (
+            ("tokenizer", own.get_vocab(), other.get_vocab()),
+            ("chat template", own.chat_template, other.chat_template),
+            ("end of an answer", stop_ids(own), stop_ids(other)),
+        )
+        if a != b
+    ]
+    return {"differing": differing}

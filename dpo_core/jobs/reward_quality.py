@@ -1,0 +1,39 @@
+"""Score the held-out pairs with a reward model, and say how far its rewards can be trusted."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from dpo_core.data.tokens.tokenise import Tokenise
+from dpo_core.jobs.files import RewardQualityJob
+from dpo_core.jobs.start import device, start_ranks
+from dpo_core.models.load import load_tokenizer
+from dpo_core.models.reward_model import RewardModel
+from dpo_core.rewards.model import score
+from dpo_core.rewards.quality import reward_quality
+from dpo_core.training.liveness import Watch
+
+FILE = RewardQualityJob
+
+
+def run(job: RewardQualityJob, watch: Watch) -> dict[str, Any] | None:
+    """Every rank calls this; rank 0 returns the `RewardQuality`, empty where no pair is held out."""
+    ranks = start_ranks(Path(job.work), job.ranks, watch)
+    frame = pd.read_parquet(job.pairs)
+    tokenise = Tokenise(load_tokenizer(Path(job.model)), job.tokens)
+    held_out, _ = tokenise.pairs(frame[frame["split"] == "eval"].to_dict("records"))
+    if not held_out:
+        return {} if ranks.rank == 0 else None
+    model = RewardModel.load(Path(job.model)).to(device())
+    sequences = [s for p in held_out for s in (p.chosen, p.rejected)]
+    rewards = score(model, sequences, job.precision, ranks=ranks)
+    if ranks.rank != 0:
+        return None
+    lengths = [s.targets for s in sequences]
+    # The gain made the rewards one standard deviation wide, whatever the loss had taught them.
+    scale = float(model.gain)
+    quality = reward_quality(
+        rewards[0::2], rewards[1::2], lengths[0::2], lengths[1::2], scale=scale, seed=job.seed
+    )
+    return quality.model_dump(mode="json")

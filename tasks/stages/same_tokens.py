@@ -1,0 +1,50 @@
+"""Whether a model from elsewhere reads and writes the tokens of the run's own model."""
+
+import tempfile
+from pathlib import Path
+
+from deploy.launchers import launcher_of
+from dpo_core.errors import RecipeError
+from dpo_core.jobs.files import CompareTokensJob
+from dpo_core.models.remote_code import trusted
+from dpo_core.system import digest_file
+from tasks.stages.base import Context
+from tasks.stages.job import watch, write_job
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
+_OTHER = ("config.json", "model.safetensors.index.json", "metrics.jsonl")
+
+
+def require_same_tokens(context: Context, base: Path, other: Path, name: str, remedy: str) -> None:
+    """Refuse a model that would not read and write the rows as the run's model does.
+
+    Raises:
+        RecipeError: its tokenizer, its chat template or the tokens that end its answers are others.
+    """
+    if _token_files(base) == _token_files(other):
+        return
+    with tempfile.TemporaryDirectory(dir=context.workspace, prefix=".compare-tokens-") as folder:
+        job = CompareTokensJob(
+            work=folder,
+            ranks=context.ranks.model_copy(update={"processes": 1}),
+            trusted_code=tuple(trusted()),
+            model=str(base),
+            other=str(other),
+        )
+        launcher = launcher_of(context.cluster, f"compare tokens {folder}", context.stop.hurry)
+        result = watch("compare-tokens", launcher, write_job(job), 1, context.stop)
+    if result["differing"]:
+        raise RecipeError(
+            f"{name} has another {result['differing'][0]} than the run's model, so that its tokens mean "
+            "other texts",
+            remedy,
+        )
+
+
+def _token_files(folder: Path) -> dict[str, str]:
+    """Digests of a checkpoint's files that can decide its tokens."""
+    return {
+        file.name: digest_file(file)
+        for file in sorted(folder.iterdir())
+        if file.is_file() and file.suffix not in _WEIGHTS and file.name not in _OTHER
+    }
