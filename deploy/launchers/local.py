@@ -1,4 +1,4 @@
-"""Training on this machine: torchrun as a child in the flow's own process group."""
+"""Jobs on this machine: one rank, or torchrun with several, as a child in the flow's own process group."""
 
 import contextlib
 import re
@@ -19,7 +19,7 @@ MODULE = torchrun.MODULE
 
 
 class LocalLauncher:
-    """torchrun beside the flow.
+    """Jobs beside the flow.
 
     The child stays in the flow's process group: a Prefect worker that cancels a run kills that group, and a
     child in a session of its own would go on training unseen.
@@ -36,14 +36,14 @@ class LocalLauncher:
         self._before: dict[str, tuple[int, int]] = {}  # length of the log, and kills for memory until then
 
     def command(self, job: Path, processes: int) -> list[str]:
-        """The torchrun command line of a job."""
+        """The command line of a job."""
         return torchrun.command(job, processes, module=MODULE)
 
     def render(self, job: Path, processes: int) -> str:
         return shlex.join(self.command(job, processes))
 
     def submit(self, job: Path, processes: int, work: Path) -> str:
-        """Start torchrun, once whatever a killed flow left running on this job is ended."""
+        """Start the job, once whatever a killed flow left running on it is ended."""
         job = job.absolute()
         # Two trainers on one folder would ruin its checkpoints.
         _end(job, 10.0, self._hurry)

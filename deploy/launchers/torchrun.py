@@ -8,6 +8,9 @@ from pathlib import Path
 
 MODULE = "dpo_core.job"
 
+LAUNCHED = "DPO_LAUNCHED"
+"""Variable by which a rank knows that a launcher started it, which passes on signals to stop."""
+
 
 @dataclass(frozen=True)
 class Rendezvous:
@@ -62,6 +65,9 @@ def command(
         processes: ranks on each node.
         rendezvous: where the nodes meet; None for one node.
     """
+    if processes == 1 and rendezvous is None:
+        # Nobody to find: torchrun would only take its own three seconds to start.
+        return [sys.executable, "-u", "-m", module, "--config", str(job)]
     # Alone, torchrun has its store at hand and cannot be cut off from it. By its address: a container may not
     # know the machine's name, and torchrun would ask for it without end.
     starter = "dpo_core.training.elastic_agent" if rendezvous else "torch.distributed.run"
@@ -83,7 +89,12 @@ def node_command(job: Path, arguments: Sequence[str] = (), python: str = "python
     return [python, "-m", "dpo_core.training.elastic_agent", *arguments, "-m", MODULE, "--config", str(job)]
 
 
-NODE_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}
+NODE_ENVIRONMENT = {
+    LAUNCHED: "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONUNBUFFERED": "1",
+    "PYTHONSAFEPATH": "1",
+}
 """What every node is given. PYTHONSAFEPATH: no package in the current folder replaces an installed one."""
 
 
@@ -92,5 +103,5 @@ def environment(rendezvous: Rendezvous | None = None) -> dict[str, str]:
     variables = dict(os.environ)
     # DeepSpeed looks for ninja on PATH even when nothing is built.
     variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{variables.get('PATH', '')}"
-    variables = NODE_ENVIRONMENT | variables | {"PYTHONSAFEPATH": "1"}
+    variables = NODE_ENVIRONMENT | variables | {LAUNCHED: "1", "PYTHONSAFEPATH": "1"}
     return variables | (rendezvous.environment() if rendezvous else {})

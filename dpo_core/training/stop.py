@@ -22,9 +22,9 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received = False
-        # torchrun hands on the signal that it got itself: a terminal's Ctrl-C reaches it with the flow.
-        under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if under_torchrun else (signal.SIGTERM,):
+        # A terminal's Ctrl-C reaches the ranks with the flow, directly or through torchrun.
+        launched = "DPO_LAUNCHED" in os.environ
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if launched else (signal.SIGTERM,):
             signal.signal(number, self._receive)
 
     def _receive(self, *_: Any) -> None:

@@ -103,14 +103,17 @@ def test_render_is_the_command_and_starts_nothing(tmp_path: Path) -> None:
         "--config",
         str(job),
     ]
+    alone = [sys.executable, "-u", "-m", "dpo_core.job", "--config", str(job)]
+    assert shlex.split(LocalLauncher().render(job, 1)) == alone, "one process has nobody to meet"
     assert not list(tmp_path.iterdir())
     protocol: Launcher = LocalLauncher()
     assert protocol
 
 
-def test_a_job_that_ends_well_is_done(launcher: LocalLauncher, tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_job_that_ends_well_is_done(launcher: LocalLauncher, tmp_path: Path, processes: int) -> None:
     job = make_job(tmp_path, "done")
-    handle = launcher.submit(job, 1, job.parent)
+    handle = launcher.submit(job, processes, job.parent)
     assert launcher.poll(handle) is State.RUNNING
     wait_until(lambda: launcher.poll(handle) is not State.RUNNING, "the end")
     assert launcher.poll(handle) is State.DONE
@@ -118,12 +121,15 @@ def test_a_job_that_ends_well_is_done(launcher: LocalLauncher, tmp_path: Path) -
     assert launcher.poll(handle) is State.DONE
 
 
-def test_a_job_that_fails_shows_the_end_of_its_log(launcher: LocalLauncher, tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_job_that_fails_shows_the_end_of_its_log(
+    launcher: LocalLauncher, tmp_path: Path, processes: int
+) -> None:
     job = make_job(tmp_path, "fail")
     # What an earlier job left on this folder says nothing about this one.
     for name in ("result.json", "stopped", "error.json"):
         (job.parent / name).write_text("{}")
-    handle = launcher.submit(job, 1, job.parent)
+    handle = launcher.submit(job, processes, job.parent)
     wait_until(lambda: launcher.poll(handle) is not State.RUNNING, "the end")
     assert launcher.poll(handle) is State.FAILED
     log = launcher.logs(handle, lines=1000)
@@ -132,12 +138,13 @@ def test_a_job_that_fails_shows_the_end_of_its_log(launcher: LocalLauncher, tmp_
     assert launcher.logs(handle, lines=2) == "\n".join(log.splitlines()[-2:])
 
 
+@pytest.mark.parametrize("processes", [1, 2])
 def test_a_job_whose_rank_was_killed_says_so(
-    launcher: LocalLauncher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    launcher: LocalLauncher, tmp_path: Path, processes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = make_job(tmp_path, "wait")
     (job.parent / "job.log").write_text("an earlier one: Signal 9 (SIGKILL) received\n")
-    handle = launcher.submit(job, 1, job.parent)
+    handle = launcher.submit(job, processes, job.parent)
     assert launcher.why(handle) == ""
     wait_until(lambda: started(job), "a rank")
     ranks(tmp_path)[0].kill()
@@ -187,7 +194,7 @@ def test_whoever_is_in_a_hurry_does_not_wait_for_the_grace_time(tmp_path: Path) 
 def test_ranks_are_told_even_if_torchrun_does_not_tell_them(launcher: LocalLauncher, tmp_path: Path) -> None:
     """As when a second signal breaks off the orderly end that a first one began."""
     job = make_job(tmp_path, "polite")
-    handle = launcher.submit(job, 1, job.parent)
+    handle = launcher.submit(job, 2, job.parent)
     wait_until(lambda: started(job), "a rank")
     psutil.Process(int(handle)).suspend()
     launcher.cancel(handle, grace=2)
@@ -205,7 +212,7 @@ def test_children_born_while_a_job_is_ended_are_ended_too(launcher: LocalLaunche
 
 def test_ranks_that_outlive_torchrun_are_ended_too(launcher: LocalLauncher, tmp_path: Path) -> None:
     job = make_job(tmp_path, "stubborn")
-    handle = launcher.submit(job, 1, job.parent)
+    handle = launcher.submit(job, 2, job.parent)
     wait_until(lambda: started(job), "a rank")
     psutil.Process(int(handle)).kill()
     wait_until(lambda: launcher.poll(handle) is not State.RUNNING, "the end of torchrun")
@@ -227,7 +234,7 @@ def test_the_orphans_of_a_killed_flow_are_reaped_by_the_next_submit(
             "import sys, time; from pathlib import Path; from deploy.launchers import local\n"
             f"local.MODULE = {MODULE!r}\n"
             f"for job in (Path({str(job)!r}), Path({str(bystander)!r})):\n"
-            "    print(local.LocalLauncher().submit(job, 1, job.parent), flush=True)\n"
+            "    print(local.LocalLauncher().submit(job, 2, job.parent), flush=True)\n"
             "time.sleep(600)",
         ],
         stdout=subprocess.PIPE,
@@ -235,14 +242,14 @@ def test_the_orphans_of_a_killed_flow_are_reaped_by_the_next_submit(
     )
     assert flow.stdout is not None
     torchrun = psutil.Process(int(flow.stdout.readline()))
-    wait_until(lambda: started(job) and started(bystander), "both jobs")
+    wait_until(lambda: started(job) and started(bystander) and len(ranks(tmp_path)) == 4, "both jobs")
     flow.kill()
     flow.wait()
     if torchrun_too:
         torchrun.kill()
     orphans = {p.pid for p in left_over(tmp_path) if str(job.parent) in " ".join(p.cmdline())}
     others = {p.pid for p in left_over(tmp_path) if str(bystander) in p.cmdline()}
-    assert len(orphans) == (1 if torchrun_too else 2)
+    assert len(orphans) == (2 if torchrun_too else 3)
 
     (job.parent / "ready").unlink()
     make_job(tmp_path, "done")

@@ -393,7 +393,7 @@ def test_a_signal_saves_the_step_at_hand(
         {"id": "a", "prompt": "The soup", "chat": False, "completion": " was good", "ended": True},
         {"id": "b", "prompt": "The film", "chat": False, "completion": " was long", "ended": True},
     ]
-    for name, value in {"TORCHELASTIC_RUN_ID": "test", "LOCAL_RANK": "0"}.items():
+    for name, value in {"DPO_LAUNCHED": "1", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     settings = loop(batch_size=2, max_steps=9)
     job = write_job(tmp_path, "sft", tiny, rows, settings=settings)
