@@ -1,8 +1,8 @@
-"""Errors meant for people: what is wrong, where, and what to do about it.
+"""User errors: exceptions whose message says what is wrong, where, and what to do about it.
 
-Each class carries the exit code of the command line: 2 usage or recipe, 3 data gate, 4 a stage failed,
-5 promotion refused. The command line prints the message as one line; the traceback goes to the log. What is
-secret (`redaction`) is left out of every message.
+Each class has an exit code for the command line: 2 usage or recipe, 3 data gate, 4 a stage failed, 5
+promotion refused. The command line prints the message as one line; the traceback goes to the log. Secrets are
+removed from every message (`redaction`).
 """
 
 from collections.abc import Iterator
@@ -16,14 +16,14 @@ class DpoError(Exception):
 
     Args:
         problem: what is wrong and where (file, row, field), without a trailing full stop.
-        remedy: what the reader can do about it; an imperative.
+        remedy: what the user can do about it, as an imperative.
     """
 
     exit_code = 4
 
     def __init__(self, problem: str, remedy: str = "") -> None:
         problem, remedy = hidden(problem), hidden(remedy)
-        # Both go to Exception so that the error survives pickling between processes.
+        # Pass both to Exception, so that the error survives pickling between processes.
         super().__init__(problem, remedy)
         self.problem = problem
         self.remedy = remedy
@@ -45,39 +45,39 @@ class DataError(DpoError):
 
 
 class ModelError(DpoError):
-    """A model or tokenizer cannot be used for what the recipe asks."""
+    """A model or tokenizer cannot be used as the recipe requires."""
 
     exit_code = 2
 
 
 class GateRefused(DpoError):
-    """The data gate found a critical fault; nothing downstream ran."""
+    """A critical rule of the data gate failed; no later stage ran."""
 
     exit_code = 3
 
 
 class StageFailed(DpoError):
-    """A stage broke while it ran; the run can be resumed."""
+    """A stage failed; the run can be resumed."""
 
     exit_code = 4
 
 
 class RankLost(StageFailed):
-    """This rank is sound but misses another."""
+    """Another rank of the job is lost; this one is intact."""
 
 
 class PromotionRefused(DpoError):
-    """The model does not become champion; the champion stays what it was."""
+    """The model was not promoted; the champion is unchanged."""
 
     exit_code = 5
 
 
 @contextmanager
 def without_secrets() -> Iterator[None]:
-    """Let an error that nobody expected come out without what is secret in its text: it is shown and stored.
+    """Replace an unexpected error whose text contains a secret, because errors are shown and stored.
 
     Raises:
-        StageFailed: in its place.
+        StageFailed: in place of such an error, with the secret removed.
     """
     try:
         yield
@@ -86,4 +86,4 @@ def without_secrets() -> Iterator[None]:
     except Exception as error:
         if hidden(str(error)) == str(error):
             raise
-        raise StageFailed(f"{type(error).__name__}: {error}", "Resume the run when it is mended") from error
+        raise StageFailed(f"{type(error).__name__}: {error}", "Fix the cause, then resume the run") from error

@@ -1,7 +1,7 @@
-"""Secrets: which variables hold one, how a text is shown without them, and which settings hold one.
+"""Redaction: removes secrets from texts and log records, and finds secrets in settings.
 
-A recipe is written into MLflow, Prefect, manifests and the run page, and errors into logs; a secret lives in
-the environment alone, where the code that needs it reads it.
+Recipes are written to MLflow, Prefect, manifests and the run page, and errors to logs. Secrets therefore
+belong only in environment variables, from which the code that needs them reads them.
 """
 
 import logging
@@ -15,9 +15,9 @@ SECRET_NAME = re.compile(
     r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|_KEY$|AUTH_STRING|NOTIFY_URL",
     re.IGNORECASE,
 )
-"""Names of environment variables that hold a secret."""
+"""Names of environment variables that contain a secret."""
 _NAMES_A_FILE = re.compile(r"(FILE|PATH|DIR|APPLICATION_CREDENTIALS)$", re.IGNORECASE)
-# Shorter ones (true, 4096) would tear holes into ordinary text.
+# Removing shorter values (true, 4096) would damage ordinary text.
 _SHORTEST = 8
 _USER_PART = re.compile(r"(\b[A-Za-z][A-Za-z0-9+.-]*://)[^\s/?#'\"\\]+@")
 _QUERY = re.compile(
@@ -25,7 +25,7 @@ _QUERY = re.compile(
     r"[^&\s#'\"\\]+",
     re.IGNORECASE,
 )
-# As their makers mark them, so that they can be found.
+# Tokens with the prefixes by which their issuers mark them.
 _MARKED = re.compile(
     r"\b(?:hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}"
     r"|AKIA[0-9A-Z]{16}|xox[abpr]-[A-Za-z0-9-]{10,}|glpat-[\w-]{20,})"
@@ -33,7 +33,7 @@ _MARKED = re.compile(
 
 
 def hidden(text: str) -> str:
-    """The text without what is secret in it: user parts and tokens of addresses, secret variables."""
+    """The text without secrets: user parts and tokens of addresses, known token formats, secret variables."""
     for value in _values(os.environ):
         text = text.replace(value, HIDDEN)
     text = _USER_PART.sub(rf"\1{HIDDEN}@", text)
@@ -42,17 +42,17 @@ def hidden(text: str) -> str:
 
 
 def _values(environment: Mapping[str, str]) -> list[str]:
-    """Values of the secret variables, the longest first: one may hold another."""
-    found = {
+    """Values of the secret variables, longest first because one may contain another."""
+    values = {
         value.strip()
         for name, value in environment.items()
         if SECRET_NAME.search(name) and not _NAMES_A_FILE.search(name)
     }
-    return sorted((value for value in found if len(value) >= _SHORTEST), key=len, reverse=True)
+    return sorted((value for value in values if len(value) >= _SHORTEST), key=len, reverse=True)
 
 
 def place_of_secret(settings: Any) -> str | None:
-    """Where in settings the first text stands that holds a secret, as `data.path`; None if none does."""
+    """The place in settings of the first text with a secret, as `data.path`; None if there is none."""
     return next((hidden(place) for place, text in _texts(settings, "") if hidden(text) != text), None)
 
 
@@ -70,10 +70,10 @@ def _texts(value: Any, place: str) -> Iterator[tuple[str, str]]:
 
 
 class WithoutSecrets(logging.Filter):
-    """For a handler of logs: libraries name in their errors whatever address they were given."""
+    """A filter for log handlers that removes secrets, which libraries put into their errors."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Let every record through, its text and its traceback without secrets."""
+        """Pass every record, with secrets removed from its text and traceback."""
         record.msg, record.args = hidden(record.getMessage()), None
         if record.exc_info and not record.exc_text:
             record.exc_text = logging.Formatter().formatException(record.exc_info)

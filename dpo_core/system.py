@@ -1,4 +1,4 @@
-"""Files, processes and modules: what is on the disk, which process is which, what a package consists of."""
+"""Operating system helpers: atomic writes, file digests, process start times, modules of a package."""
 
 import errno
 import hashlib
@@ -13,11 +13,11 @@ from types import ModuleType
 import psutil
 
 MOST_BYTES = 2**20
-"""A recipe has some thousand bytes, the longest chat template of a known model about twenty thousand."""
+"""Size limit of `read_small`. Recipes have a few kB, the longest known chat template about 20 kB."""
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or a folder's list of names, to the disk."""
+    """Flush a file, or a folder's entries, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -38,7 +38,7 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a folder or a link, whichever it is."""
+    """Remove a file, folder or link."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -46,7 +46,7 @@ def remove(path: Path) -> None:
 
 
 def digest_file(path: Path | str) -> str:
-    """SHA-256 of a file's content, read in blocks of 2 MB whatever the file's size."""
+    """SHA-256 of a file's content, read in blocks of 2 MB."""
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         while block := file.read(2 << 20):
@@ -55,14 +55,15 @@ def digest_file(path: Path | str) -> str:
 
 
 def read_small(path: Path) -> str:
-    """The text of a file.
+    """The text of a small file.
 
     Raises:
-        OSError: it cannot be opened, is no regular file (a device or a pipe may never end), or has more than
-            `MOST_BYTES`.
+        OSError: the file cannot be opened, is not a regular file (a device or pipe may never end), or has
+        more
+            than `MOST_BYTES`.
         UnicodeDecodeError: it is not UTF-8.
     """
-    # Not to wait for somebody to write where it is a pipe.
+    # Open without blocking: a pipe would wait for a writer.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "it is not a regular file", str(path))
@@ -73,19 +74,19 @@ def read_small(path: Path) -> str:
 
 
 def birth(pid: int) -> int:
-    """When a process was born, on a clock that nobody sets: the same number whenever it is asked for.
+    """Start time of a process in clock ticks since boot, which does not change if the machine's clock is set.
 
-    psutil's `create_time` is a time of day, and moves when the clock of the machine is set.
+    psutil's `create_time` is a time of day and changes with the clock.
 
     Raises:
-        psutil.NoSuchProcess: there is none.
+        psutil.NoSuchProcess: the process does not exist.
     """
     try:
-        # Its name, which may hold anything, ends at the last bracket.
+        # The process name may contain any character; it ends at the last bracket.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except ProcessLookupError:
         raise psutil.NoSuchProcess(pid) from None
-    except OSError:  # there is no such process, or no /proc
+    except OSError:  # the process or /proc does not exist
         return int(psutil.Process(pid).create_time())
     return int(fields[19])
 

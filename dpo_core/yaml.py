@@ -1,8 +1,8 @@
-"""YAML as people write it: plain values, each key once, and no more of them than a person would write.
+"""Strict YAML: reads plain values, refuses duplicate keys and alias bombs; writes commented configurations.
 
-PyYAML's safe loader makes plain values alone, but takes the last of two equal keys without a word, and lets
-aliases of aliases stand for more values than fit in memory. `commented` and `form` write a configuration with
-what each field means above it, to start a file of one's own from.
+PyYAML's safe loader creates only plain values, but silently takes the last of two equal keys, and lets
+aliases of aliases expand to more values than fit in memory. `commented` and `form` write a configuration with
+the meaning of each field above it, as a starting point for the user's own file.
 """
 
 import json
@@ -17,15 +17,16 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 DEEPEST = 100
 MOST_VALUES = 100_000
-"""Values in one text, each alias counted as all that it stands for."""
+"""Maximum number of values in a text; an alias counts with all values that it expands to."""
 
 
 def read_yaml(text: str) -> Any:
     """The values of a text.
 
     Raises:
-        yaml.YAMLError: it is not YAML, asks for a Python object, has a key twice, or stands for more than
-            `MOST_VALUES`, or a value that its type does not have; the line is named where there is one.
+        yaml.YAMLError: the text is not YAML, contains a Python object or a duplicate key, expands to more
+        than
+            `MOST_VALUES` values, or has a value that does not match its tag. The error has the line, if any.
     """
     loader = _Loader(text)
     try:
@@ -41,7 +42,7 @@ def read_yaml(text: str) -> Any:
 
 
 def quoted(text: str) -> str:
-    """A text as YAML, as `--set a.b=…` takes it. JSON is none where it writes a character in two parts."""
+    """A text as a YAML string for `--set a.b=…`. JSON's surrogate pairs are not valid YAML."""
     return "".join(_escaped(character) for character in json.dumps(text, ensure_ascii=False))
 
 
@@ -53,7 +54,7 @@ def _escaped(character: str) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Ends where values are nested more deeply than a person nests them; PyYAML takes minutes, and breaks."""
+    """Refuses deeply nested values, on which PyYAML would take minutes and then fail."""
 
     depth = 0
 
@@ -64,13 +65,13 @@ class _Loader(yaml.SafeLoader):
             # 2026-02-30, !!int abc, !!bool maybe, a number of more digits than Python reads.
             kind = node.tag.rpartition(":")[2]
             shown = str(node.value)[:40] if isinstance(node, ScalarNode) else "this"
-            said = f"{shown} cannot be read as {kind} (in quotes it is a text)"
-            raise ConstructorError(None, None, said, node.start_mark) from error
+            problem = f"{shown} cannot be read as {kind} (put it in quotes to make it a text)"
+            raise ConstructorError(None, None, problem, node.start_mark) from error
 
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
         self.depth += 1
         if self.depth > DEEPEST:
-            raise ConstructorError(None, None, "it is nested too deeply", self.peek_event().start_mark)
+            raise ConstructorError(None, None, "values are nested too deeply", self.peek_event().start_mark)
         node: Node | None = super().compose_node(parent, index)
         self.depth -= 1
         return node
@@ -83,17 +84,17 @@ def _children(node: Node) -> list[Node]:
 
 
 def _count(node: Node, known: dict[int, int | None]) -> int:
-    """Values that a node stands for."""
+    """The number of values that a node expands to."""
     if id(node) in known:
         size = known[id(node)]
         if size is None:
-            raise ConstructorError(None, None, "an alias stands inside of what it names", node.start_mark)
+            raise ConstructorError(None, None, "an alias refers to a value that contains it", node.start_mark)
         return size
     known[id(node)] = None
     size = 1 + sum(_count(child, known) for child in _children(node))
     if size > MOST_VALUES:
         raise ConstructorError(
-            None, None, f"aliases stand for more than {MOST_VALUES:,} values", node.start_mark
+            None, None, f"aliases expand to more than {MOST_VALUES:,} values", node.start_mark
         )
     known[id(node)] = size
     return size
@@ -112,28 +113,29 @@ def _mappings(node: Node, seen: set[int]) -> Iterator[MappingNode]:
 def _refuse_twins(mapping: MappingNode) -> None:
     lines: dict[tuple[str, str], int] = {}
     for key, _ in mapping.value:
-        # Merged keys (<<) are meant to be written over.
+        # Merged keys (<<) are meant to be overwritten.
         if not isinstance(key, ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
             continue
         line = key.start_mark.line + 1
         here = (key.tag, key.value)
         if here in lines:
-            said = f"the key {key.value} stands on line {lines[here]} and again on line {line}"
-            raise ConstructorError(None, None, said, key.start_mark)
+            problem = f"the key {key.value} is on line {lines[here]} and again on line {line}"
+            raise ConstructorError(None, None, problem, key.start_mark)
         lines[here] = line
 
 
 _WIDTH = 100
-_SCALAR_END = "...\n"  # what YAML ends a lone scalar with
+_SCALAR_END = "...\n"  # YAML's end mark after a single scalar
 
 
 def commented(config: BaseModel) -> str:
-    """The fields of a configuration, nested ones indented, each below its description."""
+    """The fields of a configuration as YAML, each below a comment with its description."""
     return _fields(config, "")
 
 
 def form(kind: type[BaseModel]) -> str:
-    """All fields of a kind of configuration with their defaults; those without one have to be filled in."""
+    """All fields of a configuration class with their defaults; fields without a default are marked
+    required."""
     lines = []
     for name, field in kind.model_fields.items():
         lines += _comment(field.description, "")
@@ -165,12 +167,12 @@ def _fields(config: BaseModel, indent: str) -> str:
 
 
 def _nested(name: str, config: BaseModel, indent: str) -> str:
-    """A configuration below its name."""
+    """The fields of a nested configuration, indented below its name."""
     return f"{indent}{name}:\n{_fields(config, indent + '  ').rstrip()}"
 
 
 def _key(name: str) -> str:
-    """A name that people chose, quoted where YAML would read it otherwise."""
+    """A user's name as a YAML key, quoted if necessary."""
     return name if _plain(name) else quoted(name)
 
 
@@ -182,11 +184,11 @@ def _plain(name: str) -> bool:
 
 
 def _comment(description: str | None, indent: str) -> list[str]:
-    told = " ".join((description or "").split())
-    return [f"{indent}# {line}" for line in textwrap.wrap(told, _WIDTH - len(indent))]
+    text = " ".join((description or "").split())
+    return [f"{indent}# {line}" for line in textwrap.wrap(text, _WIDTH - len(indent))]
 
 
 def _line(name: str, value: Any, indent: str) -> str:
-    """One field; lists and mappings stay on its line."""
+    """One field on one line, including lists and mappings."""
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**6)
     return f"{indent}{name}: {text.removesuffix(_SCALAR_END).strip()}"

@@ -1,1 +1,1 @@
-"""Which of two answers is better, by a known reward, a reward model or a language model that judges."""
+"""Pairwise comparison of answers by a known reward, a reward model or a language model as judge."""

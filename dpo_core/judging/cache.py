@@ -1,13 +1,13 @@
-"""Judges' replies by content, so that no question is paid for twice.
+"""Cache of judges' replies by question, so that no request is paid for twice.
 
     <folder>/<first two digits>/<sha256 of the question>.json
 
-The question is the wording of the template, the judge's address and model, its sampling and the messages.
-The address belongs to it: local servers answer to whatever name they are given, and a reply that another
-model gave would be wrong without a sign of it; asking again after a move costs time only.
+The question includes the template's version, the judge's address and model, its sampling settings and the
+messages. It includes the address because local servers accept any model name, and a reply of another model
+would be wrong without notice. After a server moved, questions are asked again.
 
-One file a reply, which appears whole by one rename: several processes may read and add at once. Whatever is
-not what was written, a torn or an edited file, counts as absent.
+Each reply is one file that is renamed into place, so that several processes may read and write at once. A
+damaged or edited file counts as missing.
 """
 
 import hashlib
@@ -24,13 +24,13 @@ from dpo_core.errors import StageFailed
 
 
 class Reply(Config):
-    """What a judge answered to one question."""
+    """A judge's reply to one question."""
 
     text: str
     refused: str = ""
-    """What the server said where it would not answer this one question; such a reply is not kept."""
+    """The server's error if it rejected this question; such a reply is not cached."""
     tokens_in: int | None = Field(None, ge=0)
-    """Tokens as the server counted them; None where it did not say."""
+    """Token count reported by the server; None if it reported none."""
     tokens_out: int | None = Field(None, ge=0)
 
 
@@ -41,7 +41,7 @@ class _Entry(Config):
 
 
 def question_key(question: dict[str, Any]) -> str:
-    """sha256 of a question's JSON, whatever the order of its fields."""
+    """SHA-256 of a question's JSON, independent of the order of its fields."""
     return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()
 
 
@@ -49,14 +49,14 @@ class ReplyCache:
     """The replies in a folder.
 
     Args:
-        folder: made with the first reply; None keeps nothing.
+        folder: created with the first reply; None disables the cache.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
 
     def get(self, key: str) -> Reply | None:
-        """The reply to that question; None where there is none or it is damaged."""
+        """The reply to a question; None if it is missing or damaged."""
         if self.folder is None:
             return None
         try:
@@ -67,10 +67,10 @@ class ReplyCache:
         return entry.reply if sound else None
 
     def put(self, key: str, reply: Reply) -> None:
-        """Keep a reply; the last of several for one question stays.
+        """Store a reply, in place of an earlier one for the same question.
 
         Raises:
-            StageFailed: the folder cannot be written.
+            StageFailed: the folder is not writable.
         """
         if self.folder is None:
             return
@@ -86,8 +86,8 @@ class ReplyCache:
                 temporary.unlink(missing_ok=True)
         except OSError as error:
             raise StageFailed(
-                f"a judge's reply cannot be kept in {self.folder} ({error.strerror or error})",
-                "Make room there or let it be written, then run again: earlier replies are kept",
+                f"a judge's reply cannot be stored in {self.folder} ({error.strerror or error})",
+                "Free space there or make it writable, then run again: earlier replies are kept",
             ) from error
 
     @staticmethod

@@ -1,8 +1,8 @@
-"""A judge behind an OpenAI-compatible endpoint: one question, one reply.
+"""Client of a judge behind an OpenAI-compatible endpoint: sends one question, returns one reply.
 
-Waiting and trying again (no connection, a time-out, 408, 409, 429, 5xx) is the `openai` package's: it keeps
-to a Retry-After of up to two minutes and otherwise doubles its waits from half a second to eight. The key is
-read from the environment and appears in no setting, error, log or kept reply, even if the server repeats it.
+The `openai` package retries (no connection, time-out, 408, 409, 429, 5xx): it respects a Retry-After of up to
+two minutes, otherwise it doubles its waits from half a second to eight. The key is read from the environment
+and appears in no setting, error, log or cached reply, even if the server repeats it.
 """
 
 import logging
@@ -19,11 +19,11 @@ from dpo_core.judging.cache import Reply
 from dpo_core.judging.prompts import Message
 
 KEY = "DPO_JUDGE_KEY"
-"""Environment variable of the key, unless the recipe names another."""
+"""Default environment variable of the key."""
 _SHOWN = 240  # characters of an answer that an error quotes
-_ABOUT_THIS_QUESTION = (400, 413, 422)  # too long for the judge, or against its rules: others may pass
-_KEPT = "then run again: what was judged is kept"
-# Whatever a server repeats in its headers is logged by these at DEBUG level.
+_ABOUT_THIS_QUESTION = (400, 413, 422)  # this question is too long or against the rules; others may pass
+_KEPT = "then run again: finished judgements are kept"
+# These loggers write the server's headers, which may repeat the key, at DEBUG level.
 _LOGGERS = (
     "openai._base_client",
     *(f"httpx{n}" for n in ("", "2")),
@@ -36,32 +36,32 @@ _LOGGERS = (
 
 
 class Endpoint(Config):
-    """Where a language model that judges is asked, and how."""
+    """Address, model and request settings of a language model used as judge."""
 
     base_url: str
     """Address up to the version, as `https://api.openai.com/v1` or `http://127.0.0.1:8000/v1`."""
     model: str = Field(min_length=1)
-    """The judge, as the endpoint names it."""
+    """The endpoint's name of the judge model."""
     key_env: str = KEY
-    """The environment variable that holds the key; a local server needs none."""
+    """The environment variable that contains the key; a local server needs none."""
     temperature: float | None = Field(0.0, ge=0)
-    """Empty: not sent, for models that allow none to be set."""
+    """Sampling temperature. Empty: not sent, for models that do not accept one."""
     max_tokens: int = Field(256, ge=1)
-    """Tokens of a reply, at most; a reasoning model needs thousands."""
+    """Maximum tokens of a reply; a reasoning model needs thousands."""
     token_field: str = Field("max_tokens", pattern="^max_(completion_)?tokens$")
-    """What the endpoint calls that limit; newer models of OpenAI ask for `max_completion_tokens`."""
+    """The endpoint's name of that limit; newer models of OpenAI need `max_completion_tokens`."""
     timeout: float = Field(60.0, gt=0)
-    """Seconds without a byte after which a request counts as failed."""
+    """Seconds without received data after which a request counts as failed."""
     retries: int = Field(5, ge=0)
-    """How often a request is tried again."""
+    """Maximum number of retries of a request."""
     concurrency: int = Field(8, ge=1, le=256)
-    """Requests at a time."""
+    """Number of parallel requests."""
     price_in: float | None = Field(None, ge=0)
-    """Per million tokens of the questions, in any currency; for the cost in the report."""
+    """Price per million tokens of questions, in any currency; for the cost in the report."""
     price_out: float | None = Field(None, ge=0)
-    """Per million tokens of the replies."""
+    """Price per million tokens of replies."""
 
-    # A key may have been written into the wrong field, and pydantic's errors quote the value.
+    # The value is not quoted: a user may have written the key into the wrong field.
     @field_validator("base_url")
     @classmethod
     def _is_address(cls, url: str) -> str:
@@ -71,11 +71,11 @@ class Endpoint(Config):
         except ValueError:
             usable = None
         if not usable or not url.isascii() or any(c <= " " for c in url):
-            raise RecipeError("the judge's base_url is no address of a server", "Write http://host:port/v1")
+            raise RecipeError("the judge's base_url is not a server address", "Write http://host:port/v1")
         if "@" in parts.netloc or parts.query or parts.fragment:
             raise RecipeError(
-                "the judge's base_url holds credentials or a query, which every record would show",
-                f"Take them out, and put the key into the environment variable {KEY}",
+                "the judge's base_url contains credentials or a query, which reports and logs would show",
+                f"Remove them, and put the key into the environment variable {KEY}",
             )
         return url.rstrip("/")
 
@@ -84,24 +84,24 @@ class Endpoint(Config):
     def _is_name(cls, name: str) -> str:
         if not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", name):
             raise RecipeError(
-                "the judge's key_env is no name of an environment variable in capitals",
-                "Write the name there, and put the key itself into that variable",
+                "the judge's key_env is not the name of an environment variable in capitals",
+                "Set key_env to the name, and put the key itself into that variable",
             )
         return name
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """What decides a reply beside the question."""
+        """The sampling settings of a request."""
         chosen = {} if self.temperature is None else {"temperature": self.temperature}
         return chosen | {self.token_field: self.max_tokens}
 
     @property
     def priced(self) -> bool:
-        """Whether a cost can be told."""
+        """Whether prices are set, so that costs are known."""
         return self.price_in is not None or self.price_out is not None
 
     def cost(self, reply: Reply) -> float | None:
-        """What a reply was charged; None without prices, or where the server did not count tokens."""
+        """Cost of a reply; None without prices or without token counts."""
         if not self.priced:
             return None
         if reply.refused:
@@ -116,7 +116,7 @@ class Judge:
     """A connection to a judge; close it, or use it in a `with`. Threads may share it.
 
     Raises:
-        RecipeError: the environment variable that `key_env` names is not set, or is no key.
+        RecipeError: the environment variable `key_env` is not set, or cannot be a key.
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
@@ -124,7 +124,7 @@ class Judge:
 
         self.endpoint = endpoint
         key = _key(endpoint.key_env)
-        # What the package would take from its own variables is meant for another server than this.
+        # Omit values that the package would read from its own variables: they belong to another server.
         self._headers: dict[str, Any] = {"OpenAI-Organization": Omit(), "OpenAI-Project": Omit()}
         if not key:
             self._headers["Authorization"] = Omit()
@@ -133,7 +133,7 @@ class Judge:
             api_key=key or "none",
             timeout=endpoint.timeout,
             max_retries=endpoint.retries,
-            # A redirect would send the texts as a GET, perhaps to another server.
+            # A redirect would repeat the request as a GET, perhaps to another server.
             http_client=DefaultHttpxClient(follow_redirects=False, timeout=endpoint.timeout),
         )
         self._filter = _WithoutKey(key)
@@ -155,11 +155,12 @@ class Judge:
         """The judge's reply to one question.
 
         Raises:
-            StageFailed: no answer after all attempts, a refusal that concerns every question, or an answer
-                without a reply in it.
+            StageFailed: there is no answer after all attempts, the server rejects all questions, or its
+            answer
+                contains no reply.
         """
         content, failure = self._send(messages)
-        # Raised here: the package's own error would hang on it and might repeat the key in the log.
+        # Raise here, outside the except blocks: a chained error of the package might log the key.
         if isinstance(failure, DpoError):
             raise failure
         return failure or self._reply(content)
@@ -179,43 +180,43 @@ class Judge:
             return answer.content, None
         except APITimeoutError:
             return b"", self._failed(
-                f"did not answer within {endpoint.timeout:g} s, asked {attempts}",
+                f"did not answer within {endpoint.timeout:g} s, tried {attempts}",
                 f"Raise the endpoint's timeout or lower its concurrency, {_KEPT}",
             )
         except APIConnectionError as error:
             why = error.__cause__ or error
             return b"", self._failed(
                 f"could not be reached, tried {attempts} ({type(why).__name__}: {self._clean(str(why))})",
-                f"See that a server runs at that address, {_KEPT}",
+                f"Check that a server runs at that address, {_KEPT}",
             )
         except APIStatusError as error:
             return b"", self._refused(error.status_code, error.response.headers, error.response.text)
 
     def _refused(self, status: int, headers: Any, body: str) -> DpoError | Reply:
-        said = f"answered {status}{self._quoted(body)}"
+        problem = f"answered {status}{self._quoted(body)}"
         if status in _ABOUT_THIS_QUESTION:
-            return Reply(text="", refused=said)
+            return Reply(text="", refused=problem)
         if status in (401, 403):
-            have = "a valid key" if self._filter.key else "the key that it asks for"
+            have = "a valid key" if self._filter.key else "the required key"
             remedy = f"Put {have} into the environment variable {self.endpoint.key_env}, {_KEPT}"
         elif status == 404:
             remedy = (
-                f"See that it serves a model named '{self.endpoint.model}', and that base_url ends as its "
-                "documentation says, mostly in /v1"
+                f"Check that it serves a model named '{self.endpoint.model}', and that base_url ends as in "
+                "its documentation, usually in /v1"
             )
         elif status == 429:
             wait = self._clean(headers.get("retry-after", ""))
-            said += f", asked {self.endpoint.retries + 1} times" if not wait else f", to be asked in {wait} s"
-            remedy = f"Lower the endpoint's concurrency, raise its retries, or see to its quota, {_KEPT}"
+            problem += f", retry after {wait} s" if wait else f", tried {self.endpoint.retries + 1} times"
+            remedy = f"Lower the endpoint's concurrency, raise its retries or its quota, {_KEPT}"
         elif 300 <= status < 400:
-            leads = self._clean(headers.get("location", "it does not say"))
-            remedy = f"Set base_url to where it leads: {leads}"
+            target = self._clean(headers.get("location", "it does not say"))
+            remedy = f"Set base_url to the redirect's target: {target}"
         elif status >= 500 or status in (408, 409):
-            said += f", asked {self.endpoint.retries + 1} times"
-            remedy = f"See what the server says about it, {_KEPT}"
+            problem += f", tried {self.endpoint.retries + 1} times"
+            remedy = f"See the server's log, {_KEPT}"
         else:
-            remedy = f"See what the endpoint expects, {_KEPT}"
-        return self._failed(said, remedy)
+            remedy = f"See the endpoint's documentation, {_KEPT}"
+        return self._failed(problem, remedy)
 
     def _reply(self, content: bytes) -> Reply:
         text = content.decode(errors="replace")
@@ -227,7 +228,7 @@ class Judge:
         if answer is None:
             raise self._failed(
                 f"answered without a reply{self._quoted(text)}",
-                "See that base_url leads to an OpenAI-compatible endpoint for chat completions, " + _KEPT,
+                "Check that base_url is an OpenAI-compatible endpoint for chat completions, " + _KEPT,
             )
         usage = answer.usage or _Usage()
         return Reply(
@@ -243,7 +244,7 @@ class Judge:
         return self._filter.clean(text)
 
     def _quoted(self, text: str) -> str:
-        # Cleaned before it is cut: half a key would not be recognised.
+        # Redact before cutting: half a key would not be recognised.
         shown = " ".join(self._clean(text).split())
         return f": {shown[:_SHOWN]!r}{'…' if len(shown) > _SHOWN else ''}" if shown else ""
 
@@ -262,14 +263,14 @@ class _Usage(BaseModel):
 
 
 class _Answer(BaseModel):
-    """The part of a chat completion that is read; servers differ in the rest."""
+    """The fields read from a chat completion; servers differ in the others."""
 
     choices: list[_Choice]
     usage: _Usage | None = None
 
 
 class _WithoutKey(logging.Filter):
-    """Takes the key out of log records."""
+    """A log filter that removes the key."""
 
     def __init__(self, key: str) -> None:
         super().__init__()
@@ -279,20 +280,21 @@ class _WithoutKey(logging.Filter):
         return text.replace(self.key, "…") if self.key else text
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if self.key and self.key in (said := record.getMessage()):
-            record.msg, record.args = self.clean(said), None
+        if self.key and self.key in (message := record.getMessage()):
+            record.msg, record.args = self.clean(message), None
         return True
 
 
 def _key(name: str) -> str:
     key = os.environ.get(name, "").strip()
     if not key and name != KEY:
-        # Not named here: it might be a key that was taken for the name of its variable.
+        # Do not show the name: it might be a key that the user wrote in place of a name.
         raise RecipeError(
-            "the environment variable that the judge's key_env names is not set",
-            f"Set it, or leave key_env out where {KEY} holds the key or none is needed",
+            "the environment variable named in the judge's key_env is not set",
+            f"Set it, or remove key_env if {KEY} contains the key or no key is needed",
         )
-    # The error of the HTTP library would quote it.
+    # The error of the HTTP library would quote the key.
     if not (key.isascii() and key.isprintable()):
-        raise RecipeError(f"the key in {name} holds characters that no header may", "Set it again")
+        problem = f"the key in {name} contains characters that are invalid in an HTTP header"
+        raise RecipeError(problem, "Set it again")
     return key

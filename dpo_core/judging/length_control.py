@@ -1,16 +1,16 @@
-"""The win rate at equal lengths: what a judge would say if both answers were equally long.
+"""Length-controlled win rate: an estimate of the win rate if both answers were equally long.
 
 Dubois et al. 2024 (arXiv 2404.04475; AlpacaEval 2) fit a logistic model of the preference
 
     logit p = θ + φ·tanh(Δlen / std(Δlen)) + ψ·difficulty
 
-and report the mean of p with Δlen set to 0. Here without the difficulty of the instructions, which exists
-for AlpacaEval's own 805 only, and without their rows of models that game the length; the rate is then σ(θ),
-and it is not comparable with the leaderboard's. Nor is there their L1 penalty, chosen by cross-validation: on
-their 805 instructions it moves the rate by less than a point; on a few dozen prompts it may draw the rate to
-exactly one half, with an interval that knows nothing of the choice. A tie is half a win and half a loss.
+and report the mean of p with Δlen set to 0. This version leaves out the difficulty of the instructions, which
+is known only for AlpacaEval's own 805, and their rows of models that exploit length. The rate is then σ(θ)
+and not comparable with the leaderboard. It also leaves out their L1 penalty, chosen by cross-validation: on
+their 805 instructions it changes the rate by less than a point, but on a few dozen prompts it may set the
+rate to exactly one half, with an interval that ignores the choice. A tie is half a win and half a loss.
 
-Where length and quality go together, some of the quality counts as length.
+If length and quality are correlated, part of the quality is attributed to length.
 
 Shapes: N comparisons, R resamples of their prompts.
 """
@@ -24,8 +24,9 @@ from dpo_core.statistics import estimates as stats
 from dpo_core.statistics.estimates import Estimate, Floats
 
 FEWEST = 25
-"""Prompts below which there is no rate: resamples of so few are often separated by length, θ without end."""
-# Of both coefficients, against an information of about N/4: it only keeps θ of a separated resample finite.
+"""Minimum number of prompts: resamples of fewer are often separated by length, which makes θ infinite."""
+# Ridge penalty on both coefficients; small against an information of about N/4, it only keeps θ of a
+# separated resample finite.
 _RIDGE = 1e-3
 
 
@@ -36,18 +37,18 @@ def length_controlled(
 ) -> Estimate | None:  # fmt: skip
     """The length-controlled win rate of a over b, with a percentile interval over resampled prompts.
 
-    Exchanging a and b gives one minus the rate. Length does not explain a verdict that never varies: its rate
-    and interval are `share`'s.
+    Exchanging a and b gives one minus the rate. If all verdicts are equal, length cannot explain them, and
+    rate and interval are those of `share`.
 
     Args:
-        scores_N: 1 a wins, 0 b wins, between them a tie or a probability.
-        lengths_a_N, lengths_b_N: characters of the answers.
-        clusters: the prompt of each comparison; None: every one is its own.
+        scores_N: 1 if a wins, 0 if b wins, between them for a tie or a probability.
+        lengths_a_N, lengths_b_N: lengths of the answers in characters.
+        clusters: the prompt of each comparison; None: each comparison has its own prompt.
 
     Returns:
-        None where length cannot be told from quality: fewer than `FEWEST` prompts, lengths that always differ
-        by the same amount, or lengths that say every verdict, in these comparisons or in more of the
-        resamples than lie beyond one end of the interval.
+        None if length cannot be separated from quality: there are fewer than `FEWEST` prompts, the lengths
+        always differ by the same amount, or the lengths predict every verdict, in these comparisons or in
+        more than one tail of the resamples.
     """
     scores = np.asarray(scores_N, np.float64)
     longer = np.asarray(lengths_a_N, np.float64) - np.asarray(lengths_b_N, np.float64)
@@ -60,7 +61,7 @@ def length_controlled(
         return stats.share(scores, names, confidence=confidence)
     generator = np.random.default_rng(seed)
     drawn_RP = generator.multinomial(prompts, np.full(prompts, 1 / prompts), size=resamples)
-    # The first row is the comparisons themselves.
+    # The first row is the original comparisons.
     weight_RN = np.concatenate([np.ones((1, len(scores))), drawn_RP[:, prompt_N]])
     tail = (1 - confidence) / 2
     separated_R = _separated(scores, longer, weight_RN)
@@ -69,12 +70,12 @@ def length_controlled(
     theta_R, _ = fit(scores, scaled(longer, weight_RN), weight_RN)
     value, *rates = np.exp(-np.logaddexp(0, -theta_R))
     low, high = np.quantile(rates, [tail, 1 - tail])
-    # A few resamples may all lie on one side of the value.
+    # A few resamples may all be on one side of the value.
     return Estimate(value=float(value), low=min(low, value), high=max(high, value), n=prompts)
 
 
 def fit(scores_N: Floats, tanh_RN: Floats, weight_RN: Floats) -> tuple[Floats, Floats]:
-    """θ and φ (R,) of logit p = θ + φ·x by Newton's method, each row with its own x and weights."""
+    """Fit θ and φ (R,) of logit p = θ + φ·x by Newton's method; each row has its own x and weights."""
     theta_R, phi_R = np.zeros(len(tanh_RN)), np.zeros(len(tanh_RN))
     for _ in range(100):
         p_RN = np.exp(-np.logaddexp(0, -theta_R[:, None] - phi_R[:, None] * tanh_RN))
@@ -83,7 +84,7 @@ def fit(scores_N: Floats, tanh_RN: Floats, weight_RN: Floats) -> tuple[Floats, F
         a, b = spread_RN.sum(1) + _RIDGE, (spread_RN * tanh_RN).sum(1)
         c = (spread_RN * tanh_RN**2).sum(1) + _RIDGE
         steps = np.stack([c * slope - b * slope_x, a * slope_x - b * slope]) / (a * c - b * b)
-        steps = steps.clip(-2, 2)  # a full step may overshoot where nearly every p is 0 or 1
+        steps = steps.clip(-2, 2)  # a full step may overshoot if nearly every p is 0 or 1
         theta_R, phi_R = theta_R + steps[0], phi_R + steps[1]
         if np.abs(steps).max() < 1e-10:
             break
@@ -91,7 +92,7 @@ def fit(scores_N: Floats, tanh_RN: Floats, weight_RN: Floats) -> tuple[Floats, F
 
 
 def scaled(longer_N: Floats, weight_RN: Floats) -> Floats:
-    """tanh(Δlen / std(Δlen)) (R,N), the standard deviation over comparisons that count `weight_RN` times."""
+    """tanh(Δlen / std(Δlen)) (R,N), with the standard deviation of comparisons weighted by `weight_RN`."""
     total = weight_RN.sum(-1, keepdims=True)
     mean = (weight_RN * longer_N).sum(-1, keepdims=True) / total
     spread = np.sqrt((weight_RN * (longer_N - mean) ** 2).sum(-1, keepdims=True) / (total - 1))
@@ -100,7 +101,8 @@ def scaled(longer_N: Floats, weight_RN: Floats) -> Floats:
 
 
 def _separated(scores_N: Floats, longer_N: Floats, weight_RN: Floats) -> NDArray[np.bool_]:
-    """Where some difference of lengths parts all wins from all losses, so that φ has no end (R,)."""
+    """(R,): whether a threshold on the length difference separates wins from losses, which makes φ
+    infinite."""
 
     def ends(member_N: NDArray[np.bool_]) -> tuple[Floats, Floats]:
         inside_RN = member_N & (weight_RN > 0)
@@ -111,7 +113,7 @@ def _separated(scores_N: Floats, longer_N: Floats, weight_RN: Floats) -> NDArray
 
     (low_won, high_won), (low_lost, high_lost) = ends(scores_N > 0), ends(scores_N < 1)
     parted = (high_lost <= low_won) | (high_won <= low_lost)
-    # One verdict alone is not explained by length, nor is anything where all lengths are equal.
+    # Length explains nothing if there is only one kind of verdict or if all lengths are equal.
     both = np.isfinite(low_won) & np.isfinite(low_lost)
     some_RN = (weight_RN > 0) & (longer_N != 0)
     value: NDArray[np.bool_] = parted & both & some_RN.any(1)

@@ -1,7 +1,7 @@
-"""What a judging model is asked, in our own words, and how its verdict is read.
+"""Prompt templates for judge models, and the parser of their verdicts.
 
-The form is that of Rafailov et al. 2023 (appendix C.2): first one sentence that compares, then a line with
-only the letter of the better answer. Which answer stands under which letter is the caller's business.
+The reply has the form of Rafailov et al. 2023 (appendix C.2): one sentence that compares, then a line with
+only the letter of the better answer. The caller decides which answer has which letter.
 """
 
 import json
@@ -18,28 +18,28 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Template:
-    """One question to a judge; its wording decides the verdicts, so a change of it raises `version`."""
+    """A judge's prompt template. Any change of its text must raise `version`, because it affects verdicts."""
 
     name: str
     version: int
     opening: str
-    """What is shown and what is asked."""
+    """The instruction to the judge."""
     shown: str
     """Heading of the prompt."""
     answer: str
     """Heading of an answer."""
     label: str
-    """Begins the line of the verdict."""
+    """Start of the verdict's line."""
 
     @property
     def identity(self) -> str:
-        """Names the wording in the cache."""
+        """Name and version of the template, part of the cache key."""
         return f"{self.name}/{self.version}"
 
     def messages(self, prompt: str, first: str, second: str) -> list[Message]:
         """The chat that asks which answer is better, `first` under the letter A.
 
-        One turn of the user: not every model has a system role.
+        It is a single user turn, because some models have no system role.
         """
         text = "\n\n".join(
             [
@@ -108,10 +108,10 @@ TEMPLATES = {template.name: template for template in _ALL}
 
 
 def find_template(name: str) -> Template:
-    """The judge prompt of that name.
+    """The template with this name.
 
     Raises:
-        RecipeError: there is none.
+        RecipeError: it does not exist.
     """
     if name not in TEMPLATES:
         raise RecipeError(f"there is no judge prompt '{name}'", f"Judge prompts: {', '.join(TEMPLATES)}")
@@ -119,7 +119,7 @@ def find_template(name: str) -> Template:
 
 
 def readable(prompt: str) -> str:
-    """A prompt as a judge is shown it: the JSON of a conversation turn by turn, text as it is."""
+    """A prompt as text for a judge: the JSON of a conversation becomes its turns, other text is unchanged."""
     if not prompt.lstrip().startswith("["):
         return prompt
     try:
@@ -137,7 +137,8 @@ _LABEL = re.compile(
 )
 _BARE = re.compile(rf"^\W*(?:{_NOUN}\W+)?([ab])\W*$", re.IGNORECASE)
 _NAMED = re.compile(r"(?<![A-Za-z0-9])[AB](?![A-Za-z0-9])")
-# "A" also begins sentences ("A tie", "A mix of both"): only these may follow where it is a letter's name.
+# "A" also begins sentences ("A tie", "A mix of both"). As the name of an answer it is followed by one of
+# these.
 _A_ALONE = re.compile(
     r"(?<![A-Za-z0-9])A(?=\s*$|['’]s\b|\s*[^\w\s]|"
     r"\s+(?:is|was|has|does|because|since|as|for|by|with|due|overall|clearly)\b)"
@@ -146,24 +147,24 @@ _NO_CHOICE = re.compile(r"\b(?:both|neither|none|tie|tied|equal|equally|same)\b"
 
 
 def verdict(text: str) -> Letter | None:
-    """The letter that a judge chose; None where it chose none, both, or first one and then the other.
+    """The letter that a judge chose; None if it chose none, both, or changed its choice.
 
-    Read from lines that begin with a label ("Preferred: B"), else from a last line that is the letter alone:
-    a sentence that merely mentions an answer is no verdict. Markdown, case and words after the letter do not
-    matter; a line that names both letters, even to say which is better, is not interpreted. What a reasoning
-    model thinks aloud (`<think>`) does not count.
+    The verdict is read from lines that begin with a label ("Preferred: B"), or from a last line that is only
+    the letter; a sentence that mentions an answer is not a verdict. Markdown, case and words after the
+    letter do not matter. A line with both letters is not interpreted, even if it says which is better. The
+    reasoning of a reasoning model (`<think>`) is ignored.
     """
     lines = _lines(text)
-    found: list[Letter | None] = []
+    choices: list[Letter | None] = []
     for number, line in enumerate(lines):
         if label := _LABEL.search(line):
             rest = label.group(1) or (lines[number + 1] if number + 1 < len(lines) else "")
-            found.append(_letter(rest))
-    if not found:
+            choices.append(_letter(rest))
+    if not choices:
         bare = _BARE.match(lines[-1]) if lines else None
         return _as_letter(bare.group(1)) if bare else None
-    # A model may repeat the form it was given ("A or B") before it fills it in.
-    return found[-1] if len(set(found) - {None}) == 1 else None
+    # A model may repeat the required form ("A or B") before it fills it in.
+    return choices[-1] if len(set(choices) - {None}) == 1 else None
 
 
 def _lines(text: str) -> list[str]:

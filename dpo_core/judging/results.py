@@ -1,4 +1,4 @@
-"""What a comparison of two sets of answers to the same prompts comes to."""
+"""The result of comparing two sets of answers to the same prompts: a win rate with its interval and cost."""
 
 from pydantic import Field
 
@@ -7,7 +7,7 @@ from dpo_core.statistics.estimates import Estimate
 
 
 class WinRate(Config):
-    """How often the answers of `a` beat those of `b`, a tie counting one half."""
+    """How often the answers of `a` beat those of `b`; a tie counts one half."""
 
     a: str
     b: str
@@ -19,18 +19,18 @@ class WinRate(Config):
     ties: int = Field(ge=0)
     losses: int = Field(ge=0)
     unjudged: int = Field(0, ge=0)
-    """Comparisons without a usable verdict; they are in no rate."""
+    """Comparisons without a usable verdict, excluded from the rates."""
     position_consistency: float | None = None
-    """Share of comparisons whose verdict did not change when the answers changed places; None where one order
+    """Share of comparisons whose verdict did not change when the answers were swapped; None if a single order
     suffices, as for a reward."""
     length_controlled: Estimate | None = None
-    """The rate at equal lengths (Dubois et al. 2024), without the instructions' difficulty; None where the
-    comparisons do not tell length from quality."""
+    """The rate at equal lengths (Dubois et al. 2024), without the instructions' difficulty; None if length
+    and quality cannot be separated."""
     length_a: float
     """Mean characters of an answer."""
     length_b: float
     cost: float | None = None
-    """What the judge was paid for this comparison, in the currency of the prices that were set."""
+    """Cost of the judge for this comparison, in the currency of the configured prices."""
     requests: int = 0
     cached: int = 0
-    """Judgements found from earlier times, which cost nothing."""
+    """Judgements taken from the cache, which cost nothing."""

@@ -1,1 +1,1 @@
-"""What completions are worth: functions, servers, and the quality of a reward model."""
+"""Rewards of completions: functions, HTTP servers, reward models, and the quality of reward models."""

@@ -1,6 +1,6 @@
-"""Reward functions of text: the built-in one, and those that a recipe names.
+"""Loads the reward function that a recipe names (built-in, Python or HTTP) and checks its scores.
 
-A reward function takes N prompts and N completions and returns N finite numbers, larger meaning better.
+A reward function takes N prompts and N completions and returns N finite numbers; larger is better.
 """
 
 import importlib
@@ -24,7 +24,7 @@ _FORMS = (
 
 @runtime_checkable
 class RewardFunction(Protocol):
-    """What the pipeline calls to score text."""
+    """The interface of a reward function."""
 
     name: str
 
@@ -36,7 +36,7 @@ class RewardFunction(Protocol):
 class SentimentReward:
     """The VADER compound score of the completion alone, in [-1, 1]; 0 for text without any known word.
 
-    A lexicon, not a model: deterministic, fast, and easy to please. Hutto and Gilbert, ICWSM 2014.
+    It is a lexicon, not a model: deterministic, fast, and easy to exploit. Hutto and Gilbert, ICWSM 2014.
     """
 
     name = "sentiment"
@@ -51,7 +51,7 @@ class SentimentReward:
 
 
 class CheckedReward:
-    """A reward function whose answers are checked before anybody trains on them."""
+    """A reward function whose scores are checked before they are used."""
 
     def __init__(self, function: Callable[..., Any], name: str) -> None:
         self.function = function
@@ -70,9 +70,9 @@ class CheckedReward:
         if not completions:
             return []
         try:
-            # Lists of its own: a function that edits its arguments must not edit the caller's.
+            # Pass copies, so that a function that modifies its arguments does not modify the caller's lists.
             scores = list(self.function(list(prompts), list(completions)))
-        except DpoError:  # says itself what to do
+        except DpoError:  # already has a remedy
             raise
         except Exception as error:
             raise StageFailed(
@@ -89,20 +89,20 @@ class CheckedReward:
 
     def _number(self, score: Any, row: int, completion: str) -> float:
         try:
-            # float("0.5") would work; a reward that returns text is more likely broken than meant.
+            # float("0.5") would work, but a reward that returns text is probably broken.
             number = math.nan if isinstance(score, str) else float(score)
         except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not math.isfinite(number):
             raise StageFailed(
                 f"the reward '{self.name}' returned {score!r} for row {row} (completion {completion[:60]!r})",
-                "Return a finite number for every completion, the empty one included.",
+                "Return a finite number for every completion, including empty ones.",
             )
         return number
 
 
 def load_reward(spec: str) -> RewardFunction:
-    """The reward function that a recipe names, with its answers checked on every call.
+    """The reward function that a recipe names; its scores are checked on every call.
 
     Args:
         spec: "sentiment", "package.module:callable", "path/to/file.py:callable" (relative to the current
@@ -120,31 +120,32 @@ def load_reward(spec: str) -> RewardFunction:
         raise RecipeError(f"'{spec}' does not name a reward function", _FORMS)
     module = _load_file(Path(place), spec) if place.endswith(".py") else _load_module(place, spec)
     if not hasattr(module, attribute):
-        raise RecipeError(f"the reward '{spec}' is not there: '{place}' defines no '{attribute}'", _FORMS)
-    found = getattr(module, attribute)
-    if inspect.isclass(found):
+        raise RecipeError(f"the reward '{spec}' does not exist: '{place}' has no '{attribute}'", _FORMS)
+    function = getattr(module, attribute)
+    if inspect.isclass(function):
         try:
-            found = found()
+            function = function()
         except Exception as error:
             raise _cannot_load(spec, error) from error
-    if not callable(found):
-        raise RecipeError(f"the reward '{spec}' is {type(found).__name__}, which cannot be called", _FORMS)
-    name = getattr(found, "name", None)
-    return CheckedReward(found, name if isinstance(name, str) else attribute)
+    if not callable(function):
+        kind = type(function).__name__
+        raise RecipeError(f"the reward '{spec}' is not callable: it is of type {kind}", _FORMS)
+    name = getattr(function, "name", None)
+    return CheckedReward(function, name if isinstance(name, str) else attribute)
 
 
 def reward_identity(spec: str | None) -> str | None:
-    """What names a reward in a stage's key: its spec, and the content of the file that defines it.
+    """A reward's identity in a stage's key: its spec and the digest of the file that defines it.
 
-    An edited reward under the same name is another reward. What that file imports is not looked at, and a
-    server is its address: whoever changes what it answers gives it another one (`/v2`).
+    An edited reward is a different reward. Changes in modules that the file imports are not noticed. A server
+    is identified by its address, so a changed server needs a new address (`/v2`).
     """
     if spec is None or spec == SentimentReward.name or is_url(spec):
         return spec
     place = spec.rpartition(":")[0]
     if not place.endswith(".py"):
-        found = importlib.util.find_spec(place)
-        place = found.origin or "" if found else ""
+        module = importlib.util.find_spec(place)
+        place = module.origin or "" if module else ""
     path = Path(place).expanduser()
     content = sha256(path.read_bytes()).hexdigest() if path.is_file() else "no source"
     return f"{spec.rpartition(':')[2]} of {content}"

@@ -1,6 +1,6 @@
-"""A reward that a server answers.
+"""Client of a reward server: sends prompts and completions over HTTP, returns rewards.
 
-Each request is `POST {"prompts": [...], "completions": [...]}` as JSON, the answer `{"rewards": [...]}` or
+Each request is `POST {"prompts": [...], "completions": [...]}` as JSON. The answer is `{"rewards": [...]}` or
 the list alone: one number for each completion, in order. The prompt of a conversation is the JSON of its
 messages.
 """
@@ -23,7 +23,7 @@ from dpo_core.redaction import HIDDEN
 log = logging.getLogger(__name__)
 
 TOKEN = "DPO_REWARD_TOKEN"
-"""Environment variable of the bearer token; it stands in no recipe, no artifact and no log."""
+"""Environment variable of the bearer token, which appears in no recipe, artifact or log."""
 _LONGEST_WAIT = 30.0
 _SHOWN = 160  # characters of an answer that an error quotes
 
@@ -34,16 +34,16 @@ def is_url(spec: str) -> bool:
 
 
 class HttpReward:
-    """Asks a server in batches; what may pass (no connection, 429, 5xx) is tried again, each time later.
+    """Sends batches to a server; retries transient failures (no connection, 429, 5xx) with growing waits.
 
     Args:
-        batch_size: completions in one request.
-        timeout: seconds without a byte after which a request counts as failed.
-        attempts: how often a batch is asked for in all.
+        batch_size: completions per request.
+        timeout: seconds without received data after which a request counts as failed.
+        attempts: maximum number of attempts per batch.
         first_wait: seconds before the second attempt; doubled before each further one.
 
     Raises:
-        RecipeError: the address cannot be used.
+        RecipeError: the address is invalid.
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class HttpReward:
         self.attempts, self.first_wait = attempts, first_wait
 
     def __call__(self, prompts: list[str], completions: list[str]) -> list[Any]:
-        """What the server answered, one entry per completion; `CheckedReward` looks at the entries.
+        """The rewards of the server, one per completion; `CheckedReward` checks the values.
 
         Raises:
-            StageFailed: the server is not there, refuses, or answers something else than rewards.
+            StageFailed: the server is unreachable, rejects the request, or answers without rewards.
         """
         rewards: list[Any] = []
         for start in range(0, len(completions), self.batch_size):
@@ -77,11 +77,11 @@ class HttpReward:
         for attempt in range(1, self.attempts + 1):
             try:
                 return self._rewards(self._once(body), len(completions))
-            except _MayPassError as error:
+            except _TransientError as error:
                 if attempt == self.attempts:
                     raise StageFailed(
-                        f"the reward at {self.name} failed {attempt} times, at last because it {error.why}",
-                        "See that the server runs and can keep up, then run again: finished stages are kept",
+                        f"the reward at {self.name} failed {attempt} times; the last time it {error.why}",
+                        "Check that the server runs and is fast enough, then run again",
                     ) from error
                 wait = min(max(self.first_wait * 2 ** (attempt - 1), error.wait), _LONGEST_WAIT)
                 log.warning("the reward at %s %s; trying again in %.1f s", self.name, error.why, wait)
@@ -102,24 +102,24 @@ class HttpReward:
             if isinstance(reason, ssl.SSLCertVerificationError):
                 raise StageFailed(
                     f"the certificate of the reward at {self.name} is not trusted ({reason.verify_message})",
-                    "Name its authority in SSL_CERT_FILE, or ask the server by another address",
+                    "Set SSL_CERT_FILE to its certificate authority, or use another address of the server",
                 ) from error
             if isinstance(reason, TimeoutError):
-                raise _MayPassError(f"did not answer within {self.timeout:g} s") from error
-            raise _MayPassError(f"could not be reached ({reason or type(reason).__name__})") from error
+                raise _TransientError(f"did not answer within {self.timeout:g} s") from error
+            raise _TransientError(f"could not be reached ({reason or type(reason).__name__})") from error
 
     def _of_status(self, error: HTTPError) -> Exception:
-        said = _without_token(f"answered {error.code} {error.reason}")
+        problem = _without_token(f"answered {error.code} {error.reason}")
         if error.code == 429 or error.code >= 500:
-            return _MayPassError(said, _seconds(error.headers.get("Retry-After")))
+            return _TransientError(problem, _seconds(error.headers.get("Retry-After")))
         if 300 <= error.code < 400:
-            leads = _without_token(error.headers.get("Location", "it does not say"))
-            remedy = f"Set reward.source to where it leads: {leads}"
+            target = _without_token(error.headers.get("Location", "it does not say"))
+            remedy = f"Set reward.source to the redirect's target: {target}"
         elif error.code in (401, 403):
             remedy = f"Put a valid token into the environment variable {TOKEN}"
         else:
-            remedy = "Check the address in reward.source, and what the server expects"
-        return StageFailed(f"the reward at {self.name} {said}{_quoted(_read(error))}", remedy)
+            remedy = "Check the address in reward.source and the server's documentation"
+        return StageFailed(f"the reward at {self.name} {problem}{_quoted(_read(error))}", remedy)
 
     def _rewards(self, content: bytes, wanted: int) -> list[Any]:
         try:
@@ -129,20 +129,20 @@ class HttpReward:
         rewards = answer.get("rewards") if isinstance(answer, dict) else answer
         if not isinstance(rewards, list):
             raise StageFailed(
-                f"the reward at {self.name} answered no rewards{_quoted(content)}",
-                'Answer the JSON {"rewards": [numbers]}, one number for each completion',
+                f"the reward at {self.name} answered without rewards{_quoted(content)}",
+                'Make the server answer {"rewards": [numbers]}, one number for each completion',
             )
-        # Counted in each request: one short and one long answer must not shift the rewards between rows.
+        # Check each request: one short and one long answer must not shift the rewards between rows.
         if len(rewards) != wanted:
             raise StageFailed(
                 f"the reward at {self.name} answered {len(rewards)} rewards for {wanted} completions",
-                "Answer exactly one number for each completion, in order",
+                "Make the server answer exactly one number for each completion, in order",
             )
         return rewards
 
 
-class _MayPassError(Exception):
-    """A failure that another attempt may not meet."""
+class _TransientError(Exception):
+    """A failure that a retry may overcome."""
 
     def __init__(self, why: str, wait: float = 0.0) -> None:
         super().__init__(why)
@@ -150,7 +150,7 @@ class _MayPassError(Exception):
 
 
 class _StayHere(HTTPRedirectHandler):
-    """Follows no redirect: that would send the texts as a GET, and the token to another server."""
+    """Follows no redirect, which would repeat the request as a GET and send the token to another server."""
 
     def redirect_request(
         self, req: Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
@@ -168,20 +168,22 @@ def _check_address(url: str) -> None:
     except ValueError:
         usable = None
     if not usable or not url.isascii() or any(c <= " " for c in url):
-        raise RecipeError(f"the reward {url!r} is no address of a server", "Write http://host:port/path")
+        raise RecipeError(f"the reward {url!r} is not a server address", "Write http://host:port/path")
     if parts.username is not None or parts.password is not None:
-        # Not repeated here: the message is logged.
+        # Do not quote the address: the message is logged.
         raise RecipeError(
-            f"the address of the reward at {parts.hostname} holds credentials, which every record would show",
-            f"Take them out, and put a token into the environment variable {TOKEN}",
+            f"the address of the reward at {parts.hostname} contains credentials, which reports and logs "
+            "would show",
+            f"Remove them, and put a token into the environment variable {TOKEN}",
         )
 
 
 def _headers() -> dict[str, str]:
     token = os.environ.get(TOKEN, "").strip()
-    # The error of http.client would quote it.
+    # The error of http.client would quote the token.
     if not (token.isascii() and token.isprintable()):
-        raise RecipeError(f"the token in {TOKEN} holds characters that no header may", "Set it again")
+        problem = f"the token in {TOKEN} contains characters that are invalid in an HTTP header"
+        raise RecipeError(problem, "Set it again")
     headers = {"Content-Type": "application/json", "Accept": "application/json"}
     return headers | ({"Authorization": f"Bearer {token}"} if token else {})
 
@@ -194,19 +196,19 @@ def _read(error: HTTPError) -> bytes:
 
 
 def _quoted(content: bytes) -> str:
-    """The beginning of an answer for an error, without the token should the server repeat it."""
+    """The beginning of an answer, for an error message, without the token."""
     text = _without_token(" ".join(content[: 4 * _SHOWN].decode(errors="replace").split()))
     return f": {text[:_SHOWN]!r}" if text else ""
 
 
 def _without_token(text: str) -> str:
-    """`redaction` hides long tokens in every error; a short one is known only here."""
+    """Remove the token from a text. `redaction` only removes long ones."""
     token = os.environ.get(TOKEN, "").strip()
     return text.replace(token, HIDDEN) if token else text
 
 
 def _seconds(text: str | None) -> float:
-    """A Retry-After header in seconds; its other form, a date, is passed over."""
+    """A Retry-After header in seconds; 0 if it is missing or a date."""
     try:
         return max(float(text or 0), 0.0)
     except ValueError:

@@ -1,7 +1,7 @@
-"""How good a reward model is on pairs that it has not seen: accuracy, calibration, and its taste for length.
+"""Quality of a reward model on held-out pairs: accuracy, calibration, and correlation with length.
 
-Shapes: N pairs, M numbers. The probabilities are those that the Bradley-Terry loss trains, p(A beats B) =
-σ(r_A - r_B); a model whose rewards were rescaled afterwards is measured on the scale of the loss.
+Shapes: N pairs, M numbers. The probabilities are those of the Bradley-Terry loss, p(A beats B) = σ(r_A -
+r_B). If the rewards were rescaled after training, they are measured on the scale of the loss.
 """
 
 import numpy as np
@@ -12,29 +12,29 @@ from dpo_core.config import Config
 from dpo_core.statistics.estimates import Estimate, Floats, wilson
 
 BINS = 10
-_STEPS = 200  # halvings of the bracket of the temperature: far below the rounding of a float
+_STEPS = 200  # bisection steps for the temperature, beyond the precision of a float
 
 
 class RewardQuality(Config):
-    """What held-out pairs say about a reward model."""
+    """Metrics of a reward model on held-out pairs."""
 
     pairs: int = Field(ge=1)
-    """Held-out pairs."""
+    """Number of held-out pairs."""
     accuracy: Estimate
-    """Share of pairs whose chosen answer has the larger reward (strict), Wilson interval."""
+    """Share of pairs whose chosen answer has the strictly larger reward; Wilson interval."""
     ece: float
-    """Expected calibration error over ten bins of equal size; biased upwards where there are few pairs."""
+    """Expected calibration error over ten bins of equal size; biased upwards for few pairs."""
     brier: float
-    """Mean squared error of the probabilities; 0.25 is what a coin gets."""
+    """Mean squared error of the probabilities; 0.25 for random guessing."""
     nll: float
-    """Mean negative log-likelihood in nats; ln 2 is what a coin gets."""
+    """Mean negative log-likelihood in nats; ln 2 for random guessing."""
     temperature: float | None
-    """What the gaps must be divided by to fit best: above 1 the model is too sure of itself. None where no
-    finite one is best: every pair is ranked rightly, or the gaps tell nothing."""
+    """The divisor of the gaps that fits best; above 1 the model is overconfident. None if no finite value is
+    best: every pair is ranked correctly, or the gaps are uninformative."""
     length_spearman: float | None
-    """Rank correlation of the reward with the tokens of the completion; None where one does not vary."""
+    """Rank correlation of the reward with the length of the completion in tokens; None if one is constant."""
     gap_spearman: float | None
-    """The same of the gaps of the pairs, each taken in both orders."""
+    """Rank correlation of reward gaps with length gaps, each pair in both orders."""
 
 
 def reward_quality(
@@ -45,17 +45,18 @@ def reward_quality(
 
     Args:
         chosen_N, rejected_N: rewards.
-        lengths_chosen_N, lengths_rejected_N: tokens of the completions.
-        scale: what the rewards were multiplied by after training (a reward model's `gain`).
-        seed: of the order in which the two answers of a pair are shown to the calibration.
+        lengths_chosen_N, lengths_rejected_N: lengths of the completions in tokens.
+        scale: factor by which the rewards were multiplied after training (a reward model's `gain`).
+        seed: seed of the random order of each pair's answers in the calibration.
 
     Raises:
-        StageFailed: there is no pair.
+        StageFailed: there are no pairs.
     """
     chosen, rejected = np.asarray(chosen_N, np.float64), np.asarray(rejected_N, np.float64)
     gap_N = (chosen - rejected) / scale
     accuracy = wilson(int((gap_N > 0).sum()), len(gap_N))
-    # In a random order "A is better" is not always the truth, so that a tie is right half of the time.
+    # Answers are in random order, so that "A is better" is not always true and a tie is right half of the
+    # time.
     a_is_chosen_N = np.random.default_rng(seed).random(len(gap_N)) < 0.5
     logit_N = np.where(a_is_chosen_N, gap_N, -gap_N)
     p_N = _sigmoid(logit_N)
@@ -76,8 +77,8 @@ def calibration_error(p_N: ArrayLike, happened_N: ArrayLike, bins: int = BINS) -
     """Expected calibration error: Σ (share of bin)·|accuracy - confidence| over bins of equal size.
 
     Args:
-        p_N: probabilities of the event; the confidence is max(p, 1 - p), in the likelier outcome.
-        happened_N: whether it happened.
+        p_N: probabilities of the event; the confidence in the likelier outcome is max(p, 1 - p).
+        happened_N: whether the event happened.
     """
     p, happened = np.asarray(p_N, np.float64), np.asarray(happened_N, bool)
     confidence, right = np.maximum(p, 1 - p), (p >= 0.5) == happened
@@ -88,9 +89,9 @@ def calibration_error(p_N: ArrayLike, happened_N: ArrayLike, bins: int = BINS) -
 
 
 def best_temperature(gap_N: ArrayLike) -> float | None:
-    """The T > 0 that minimises the mean of -log σ(gap/T), gaps of the chosen over the rejected answer.
+    """The T > 0 that minimises the mean of -log σ(gap/T), for gaps of the chosen over the rejected answer.
 
-    Convex in 1/T: the derivative is bisected. None where the minimum is at no finite T > 0.
+    The mean is convex in 1/T, so its derivative is bisected. None if no finite T > 0 is a minimum.
     """
     gap = np.asarray(gap_N, np.float64)
     if not (gap < 0).any() or gap.mean() <= 0:
@@ -102,7 +103,7 @@ def best_temperature(gap_N: ArrayLike) -> float | None:
         return -float(np.mean(gap * _sigmoid(-scaled)))
 
     low, high = -30.0, 30.0
-    if slope(low) >= 0 or slope(high) <= 0:  # beyond what a temperature can mend
+    if slope(low) >= 0 or slope(high) <= 0:  # no finite temperature is best
         return None
     for _ in range(_STEPS):
         middle = (low + high) / 2
@@ -111,7 +112,7 @@ def best_temperature(gap_N: ArrayLike) -> float | None:
 
 
 def spearman(x_M: ArrayLike, y_M: ArrayLike) -> float | None:
-    """Rank correlation, equal values sharing their mean rank; None where one side does not vary."""
+    """Rank correlation; equal values get their mean rank. None if one side is constant."""
     x, y = _ranks(np.asarray(x_M, np.float64)), _ranks(np.asarray(y_M, np.float64))
     x, y = x - x.mean(), y - y.mean()
     spread = float(np.sqrt((x @ x) * (y @ y)))

@@ -1,1 +1,1 @@
-"""Estimates with intervals, tests, and measures of texts."""
+"""Statistics: estimates with intervals, significance tests, and text metrics."""

@@ -1,10 +1,10 @@
-"""Resampling of whole prompts: what the intervals of `estimates` and the tests of `significance` share.
+"""Bootstrap over prompts: the resampling behind the intervals of `estimates` and the tests of `significance`.
 
-Plain percentiles of a bootstrap are too narrow for few prompts: resamples vary by the variance with divisor
-n, and the normal tails forget that it was estimated. The expanded percentile interval (Hesterberg 2015, "What
-Teachers Should Know About the Bootstrap", The American Statistician 69(4), section 3.3) mends both: for tails
-of α/2 it reads the quantiles at Φ(-√(n/(n-1))·t_{n-1, 1-α/2}), the normal tail beyond Student's t. Of 30
-prompts that is 1.9 % for 2.5 %; of 1,000 prompts 2.49 %.
+Plain percentiles of a bootstrap are too narrow for few prompts: the resamples have the variance with divisor
+n, and normal tails ignore that it was estimated. The expanded percentile interval (Hesterberg 2015, "What
+Teachers Should Know About the Bootstrap", The American Statistician 69(4), section 3.3) corrects both: for
+tails of α/2 it uses the quantiles at Φ(-√(n/(n-1))·t_{n-1, 1-α/2}), the normal tail beyond Student's t. For
+30 prompts that is 1.9 % instead of 2.5 %; for 1,000 prompts 2.49 %.
 """
 
 import math
@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from dpo_core.errors import StageFailed
 
-# Indices drawn at a time: bounds the memory of a bootstrap over many prompts to some tens of MB.
+# Indices drawn at a time, which limits the memory of a bootstrap over many prompts to some tens of MB.
 _DRAWS_PER_BLOCK = 2_000_000
 
 Floats = NDArray[np.float64]
@@ -26,8 +26,8 @@ def finite(values: ArrayLike) -> Floats:
     """The values as (N,) float64.
 
     Raises:
-        StageFailed: one is not finite.
-        ValueError: there is more than one number an item.
+        StageFailed: a value is not finite.
+        ValueError: the array is not one-dimensional.
     """
     x = np.asarray(values, dtype=np.float64)
     if x.ndim != 1:
@@ -35,8 +35,8 @@ def finite(values: ArrayLike) -> Floats:
     bad = np.flatnonzero(~np.isfinite(x))
     if len(bad):
         raise StageFailed(
-            f"value {bad[0]} of {len(x)} is {x[bad[0]]} ({len(bad)} in all are not finite)",
-            "Find out why the evaluation produced it; dropping it would bias the result.",
+            f"value {bad[0]} of {len(x)} is {x[bad[0]]} ({len(bad)} values are not finite)",
+            "Find out why the evaluation produced it; leaving it out would bias the result.",
         )
     return x
 
@@ -50,7 +50,7 @@ def paired_difference(a: ArrayLike, b: ArrayLike) -> Floats:
 
 
 def cluster_codes(clusters: Sequence[Hashable] | None, items: int) -> NDArray[np.intp]:
-    """(N,): the number of each item's cluster, in order of first appearance; None: every item is its own."""
+    """(N,): index of each item's cluster, in order of first appearance. None: each item is a cluster."""
     if clusters is None:
         return np.arange(items)
     if len(clusters) != items:
@@ -60,13 +60,13 @@ def cluster_codes(clusters: Sequence[Hashable] | None, items: int) -> NDArray[np
 
 
 def cluster_sums(x: Floats, clusters: Sequence[Hashable] | None) -> tuple[Floats, Floats]:
-    """Sum and number of the values of each cluster, in order of first appearance."""
+    """Sum and count of the values of each cluster, in order of first appearance."""
     codes = cluster_codes(clusters, len(x))
     return np.bincount(codes, weights=x).astype(np.float64), np.bincount(codes).astype(np.float64)
 
 
 def need_two(prompts: int) -> None:
-    """Raises StageFailed for fewer than two prompts: an interval would be a fiction."""
+    """Raise StageFailed for fewer than two prompts, for which no interval exists."""
     if prompts < 2:
         raise StageFailed(
             f"a bootstrap interval needs at least 2 prompts, not {prompts}", "Evaluate on more prompts."
@@ -74,7 +74,8 @@ def need_two(prompts: int) -> None:
 
 
 def resampled_means(sums: Floats, sizes: Floats, n_resamples: int, seed: int) -> Floats:
-    """(R,): the mean over all values in each resample of the clusters; same seed and sizes, same draws."""
+    """(R,): the mean of all values in each resample of the clusters. Equal seed and sizes give equal
+    draws."""
     generator = np.random.default_rng(seed)
     n = len(sums)
     equal = bool((sizes == sizes[0]).all())
@@ -96,13 +97,13 @@ def expanded_interval(resampled: Floats, prompts: int, confidence: float) -> tup
 
 
 def expanded_p(resampled: Floats, prompts: int) -> float:
-    """Two-sided p-value of zero: the level at which the expanded interval would end at it.
+    """Two-sided p-value of zero: the level at which the expanded interval ends at zero.
 
-    The smaller share of resamples on one side of zero, itself counted with both sides and the data as one
-    resample more (Davison & Hinkley 1997, section 4.2), so that p is never 0; that share is the tail whose
-    Student's t the interval would use.
+    The tail is the smaller share of resamples on one side of zero. Zeros count for both sides, and the data
+    count as one more resample (Davison & Hinkley 1997, section 4.2), so that p is never 0. The p-value
+    follows from the Student's t that the interval would use for that tail.
     """
-    # Sums of the same differences in another order may miss zero by their rounding.
+    # Sums of the same differences in another order may differ from zero by rounding.
     zero = np.abs(resampled) <= 1e-12 * np.abs(resampled).max(initial=0.0)
     below, above = int(((resampled < 0) | zero).sum()), int(((resampled > 0) | zero).sum())
     tail = (min(below, above) + 1) / (len(resampled) + 1)
@@ -113,12 +114,12 @@ def expanded_p(resampled: Floats, prompts: int) -> float:
 
 
 def student_quantile(confidence: float, prompts: int) -> float:
-    """t beyond which the tails of Student's distribution with n-1 degrees of freedom leave the confidence."""
+    """The two-sided quantile of Student's t with n-1 degrees of freedom at this confidence."""
     return float(special().stdtrit(prompts - 1, (1 + confidence) / 2))
 
 
 def special() -> Any:
-    """The distributions of SciPy, which comes with MLflow; who only reads estimates does not wait for it."""
+    """SciPy's special functions, imported late: code that only reads estimates does not need SciPy."""
     import scipy.special  # type: ignore[import-untyped]
 
     return scipy.special

@@ -1,11 +1,11 @@
-"""Estimates with their uncertainty. The unit of resampling is the prompt, never a token or one judgement.
+"""Estimates with confidence intervals. The unit of resampling is the prompt, never a token or a judgement.
 
-Two numbers measured on the same prompts are compared by `paired_bootstrap` (means) or `share_difference`
-(shares), not by looking at two intervals; `significance` has the tests.
+Compare two numbers measured on the same prompts by `paired_bootstrap` (means) or `share_difference` (shares),
+not by looking at two intervals; `significance` has the tests.
 
-Measured on 1,000 simulated evaluations of 30, 60 and 200 prompts (`test_coverage.py`), the 95 %
-intervals cover what they should in 93 to 97 % of them. They fall short where few values carry the mean: of 30
-prompts with log-normal values (σ = 1) 87 %, and no interval made of such data alone does much better.
+In 1,000 simulated evaluations of 30, 60 and 200 prompts (`test_coverage.py`) the 95 % intervals cover the
+true value in 93 to 97 % of the cases. Coverage is lower if few values dominate the mean: 87 % for 30 prompts
+with log-normal values (σ = 1), where no interval from the data alone does much better.
 """
 
 import math
@@ -42,8 +42,7 @@ __all__ = [
     "win_rate",
 ]
 
-# Of the resamples, those in which a statistic may be undefined before its interval is given up: more would
-# take the interval's own tail away.
+# Largest share of resamples in which a statistic may be undefined: more would remove a tail of its interval.
 _UNDEFINED = 0.01
 
 
@@ -56,14 +55,14 @@ class Estimate(BaseModel):
     low: float
     high: float
     n: int
-    """How many independent units (prompts) it rests on."""
+    """Number of independent units (prompts)."""
 
     def __str__(self) -> str:
         return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}] (n={self.n})"
 
 
 def wilson(successes: float, n: int, confidence: float = 0.95) -> Estimate:
-    """A share with the Wilson score interval (Wilson 1927), which stays honest at 0 and at n successes.
+    """A share with the Wilson score interval (Wilson 1927), which is valid at 0 and at n successes too.
 
     Raises:
         StageFailed: n is 0.
@@ -89,12 +88,12 @@ def bootstrap_mean(
 
     Args:
         values: (N,) finite numbers.
-        clusters: the prompt of each value; whole prompts are resampled. None: every value is its own.
-            A prompt with more values weighs more, as it does in the plain mean.
-        seed: same seed and data, same interval.
+        clusters: the prompt of each value; prompts are resampled with all their values. None: each value is a
+            prompt of its own. A prompt with more values has more weight, as in the plain mean.
+        seed: equal seed and data give equal intervals.
 
     Raises:
-        StageFailed: fewer than two clusters (an interval would be a fiction), or a value is not finite.
+        StageFailed: there are fewer than two clusters, or a value is not finite.
         ValueError: `clusters` has another length.
     """
     x = finite(values)
@@ -115,7 +114,7 @@ def paired_bootstrap(
 ) -> Estimate:
     """Mean of a - b, measured on the same items, with a bootstrap interval over prompts.
 
-    `low > 0` says that a is larger than b at this confidence. Arguments and errors: `bootstrap_mean`.
+    If `low > 0`, a is larger than b at this confidence. Arguments and errors: `bootstrap_mean`.
     """
     differences = paired_difference(a, b)
     return bootstrap_mean(differences, clusters, n_resamples=n_resamples, seed=seed, confidence=confidence)
@@ -131,21 +130,22 @@ def bootstrap_statistic(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> Estimate | None:
-    """A statistic that is no mean (a rank correlation, a temperature, a calibration error), with an interval.
+    """A statistic other than a mean (rank correlation, temperature, calibration error) with an interval.
 
     Args:
-        function: of the arrays; None where the statistic is not defined.
-        arrays: of N rows each, resampled together.
+        function: computes the statistic from the arrays; returns None if it is undefined.
+        arrays: N rows each, resampled together.
         clusters: the prompt of each row, as in `bootstrap_mean`.
-        interval: the expanded percentile interval, or its mirror image in the value, `basic` (Davison &
-            Hinkley 1997, section 5.2), for a statistic that noise biases. A calibration error of few rows is
-            too large and that of their resamples larger again, so that percentiles lie above the truth: of 60
-            pairs whose true error is 0.06 they never cover it, basic in 80 %; of 200 with 0.10, 83 and 88 %;
-            of 600, 94 and 93 %. Its value may lie outside a basic interval, and an error of 0 in neither.
+        interval: the expanded percentile interval, or `basic`, its mirror image about the value (Davison &
+            Hinkley 1997, section 5.2), for statistics that noise biases. The calibration error of few rows is
+            too large, and that of their resamples larger still, so that percentiles are above the true value:
+            for 60 pairs with a true error of 0.06 they never cover it, basic in 80 %; for 200 pairs with 0.10
+            in 83 and 88 %; for 600 in 94 and 93 %. The value may be outside a basic interval, and an error of
+            0 is in neither.
 
     Returns:
-        None where the statistic is undefined for the data, or in more than 1 % of the resamples: an interval
-        over the rest would leave out a tail.
+        None if the statistic is undefined for the data or in more than 1 % of the resamples, because an
+        interval over the others would leave out a tail.
 
     Raises:
         StageFailed: fewer than two clusters.
@@ -161,11 +161,11 @@ def bootstrap_statistic(
     if value is None:
         return None
     generator = np.random.default_rng(seed)
-    found = []
+    resampled = []
     for _ in range(n_resamples):
         rows = np.concatenate([members[i] for i in generator.integers(0, len(members), len(members))])
-        found.append(function(*(column[rows] for column in columns)))
-    defined = [one for one in found if one is not None]
+        resampled.append(function(*(column[rows] for column in columns)))
+    defined = [statistic for statistic in resampled if statistic is not None]
     if len(defined) < (1 - _UNDEFINED) * n_resamples:
         return None
     low, high = expanded_interval(np.array(defined, np.float64), len(members), confidence)
@@ -181,7 +181,7 @@ def win_rate(
     *,
     confidence: float = 0.95,
 ) -> Estimate:
-    """Share of items in which a's score beats b's, a tie counting one half. Interval and errors: `share`."""
+    """Share of items in which a's score beats b's; a tie counts one half. Interval and errors: `share`."""
     scores = (np.sign(paired_difference(a, b)) + 1) / 2
     return share(scores, clusters, confidence=confidence)
 
@@ -189,22 +189,22 @@ def win_rate(
 def share(
     values: ArrayLike, clusters: Sequence[Hashable] | None = None, *, confidence: float = 0.95
 ) -> Estimate:
-    """Mean of values in [0, 1] (right or wrong, a win or half of one), with an interval that stays in it.
+    """Mean of values in [0, 1] (right or wrong, a win or half of one), with an interval within [0, 1].
 
-    Wilson's where every value is its own prompt and either 0 or 1. Else Wilson's of the effective number of
-    prompts: that at which a plain share would vary as this one does from prompt to prompt, with Student's t
-    for the normal quantile (Korn & Graubard 1998, Survey Methodology 24(2); Wilson's form compared by Franco
-    et al. 2019, Journal of Survey Statistics and Methodology 7(3)). A bootstrap covers down to 88 % where a
-    share is near 0 or 1. Where all prompts have the same share (all right, all tied) their variation says
-    nothing, and the number of prompts stands in.
+    If every value is 0 or 1 and a prompt of its own, the interval is Wilson's. Otherwise it is Wilson's for
+    the effective number of prompts, at which a plain share would vary as much as this one varies between
+    prompts, with Student's t in place of the normal quantile (Korn & Graubard 1998, Survey Methodology 24(2);
+    Wilson's form compared by Franco et al. 2019, Journal of Survey Statistics and Methodology 7(3)). A
+    bootstrap covers as little as 88 % if the share is near 0 or 1. If all prompts have the same share (all
+    right, all tied), their variation is uninformative and the number of prompts is used.
 
     Args:
         values: (N,) numbers in [0, 1].
         clusters: the prompt of each value, as in `bootstrap_mean`.
 
     Raises:
-        StageFailed: no prompt, one whose values differ, or a value is not finite.
-        ValueError: a value lies outside [0, 1], or `clusters` has another length.
+        StageFailed: there is no prompt, there is one prompt whose values differ, or a value is not finite.
+        ValueError: a value is outside [0, 1], or `clusters` has another length.
     """
     x = finite(values)
     if len(x) and not 0 <= x.min() <= x.max() <= 1:
@@ -230,18 +230,18 @@ def share_difference(
 ) -> Estimate:
     """Mean of a - b, both in [0, 1] and measured on the same items.
 
-    Newcombe's hybrid score interval with the correlation corrected for continuity (1998, Statistics in
-    Medicine 17:2635, method 10), of the intervals of `share` and the correlation over prompts: two models
-    that agree on every item still have an interval, where a bootstrap would claim certainty. Arguments and
-    errors: `share`.
+    The interval is Newcombe's hybrid score interval with the correlation corrected for continuity (1998,
+    Statistics in Medicine 17:2635, method 10), from the intervals of `share` and the correlation over
+    prompts. Two models that agree on every item have an interval of positive width, where a bootstrap would
+    have none. Arguments and errors: `share`.
     """
     x, y = finite(a), finite(b)
     value = float(paired_difference(x, y).mean()) if len(x) else 0.0
-    first, second = (share(one, clusters, confidence=confidence) for one in (x, y))
+    first, second = (share(values, clusters, confidence=confidence) for values in (x, y))
     r = _correlation(x, y, clusters)
 
-    def reach(ours: float, theirs: float) -> float:
-        return math.sqrt(max(0.0, ours**2 - 2 * r * ours * theirs + theirs**2))
+    def reach(one: float, other: float) -> float:
+        return math.sqrt(max(0.0, one**2 - 2 * r * one * other + other**2))
 
     down = reach(first.value - first.low, second.high - second.value)
     up = reach(first.high - first.value, second.value - second.low)
@@ -249,21 +249,21 @@ def share_difference(
 
 
 def _score_interval(p: float, n: float, confidence: float) -> tuple[float, float]:
-    """Wilson's interval of a share p of n, which need not be whole."""
+    """Wilson's interval of a share p of n, which need not be an integer."""
     z = NormalDist().inv_cdf((1 + confidence) / 2)
     center = p + z * z / (2 * n)
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    # Exactly 0 and 1 at the ends, where rounding would leave 1e-17.
+    # Return exactly 0 and 1 at the ends, where rounding would give 1e-17.
     return 0.0 if p == 0 else (center - half) / scale, 1.0 if p == 1 else (center + half) / scale
 
 
 def _effective_size(sums: Floats, sizes: Floats, confidence: float) -> float:
-    """n* with p(1-p)/n* the variance of the share over prompts, less what Student's t takes for n-1.
+    """The n* for which p(1-p)/n* is the variance of the share over prompts, reduced for Student's t.
 
-    One prompt is added whose answers are all alike, of variance p(1-p): where only a few prompts differ from
-    the rest, how alike two answers to one prompt are is a guess, and guessing that they are independent would
-    make the interval too narrow (of 30 prompts with p = 0.95 it covers 90 %, with the one more 97 %).
+    One prompt with identical answers, of variance p(1-p), is added. If only a few prompts differ from the
+    rest, the correlation of answers to the same prompt is poorly known, and assuming independence would make
+    the interval too narrow (for 30 prompts with p = 0.95 it covers 90 %, with the added prompt 97 %).
     """
     n, total = len(sums), sizes.sum()
     p = sums.sum() / total
@@ -274,7 +274,8 @@ def _effective_size(sums: Floats, sizes: Floats, confidence: float) -> float:
 
 
 def _correlation(x: Floats, y: Floats, clusters: Sequence[Hashable] | None) -> float:
-    """Of two shares over prompts; a positive one corrected for continuity, 0 where one is constant."""
+    """Correlation of two shares over prompts, corrected for continuity if positive; 0 if a share is
+    constant."""
     (sums_x, sizes), (sums_y, _) = cluster_sums(x, clusters), cluster_sums(y, clusters)
     p, q = x.mean(), y.mean()
     dx, dy = sums_x - p * sizes, sums_y - q * sizes

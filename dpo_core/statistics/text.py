@@ -1,4 +1,4 @@
-"""Numbers about the text that a policy writes."""
+"""Text metrics of a policy's answers: distinct-n and self-BLEU."""
 
 from collections.abc import Hashable, Sequence
 from itertools import chain
@@ -9,8 +9,8 @@ from dpo_core.errors import StageFailed
 def distinct_n(responses: Sequence[Sequence[Hashable]], n: int, *, length: int) -> float:
     """Unique n-grams over all n-grams, pooled over the responses (Li et al. 2016); 0.0 if there are none.
 
-    The share falls as text grows, so every response is first cut to its first `length` tokens; compare two
-    policies at the same `length` and the same number of responses. N-grams do not span responses.
+    The share falls as texts get longer, so each response is cut to its first `length` tokens. Compare
+    policies at the same `length` and number of responses. N-grams do not cross responses.
 
     Args:
         responses: the tokens (ids or words) of each response.
@@ -27,11 +27,11 @@ def distinct_n(responses: Sequence[Sequence[Hashable]], n: int, *, length: int) 
 
 
 def self_bleu(answers: Sequence[Sequence[str]]) -> list[float]:
-    """Self-BLEU of each prompt (Zhu et al. 2018, Texygen): 1 where all answers are the same, 0 if unalike.
+    """Self-BLEU of each prompt (Zhu et al. 2018, Texygen): 1 if all answers are equal, 0 without overlap.
 
-    The mean over a prompt's answers of the BLEU-4 of each against the others as references, as sacrebleu's
-    `sentence_bleu` has it (13a tokens, exponential smoothing, effective order), on the scale from 0 to 1. It
-    rises with the number of answers: compare policies at the same number. An empty answer resembles nothing.
+    The mean over a prompt's answers of BLEU-4 with the other answers as references, computed by sacrebleu's
+    `sentence_bleu` (13a tokens, exponential smoothing, effective order) and scaled to 0 to 1. It rises with
+    the number of answers, so compare policies at the same number. An empty answer scores 0.
 
     Args:
         answers: the sampled texts of each prompt.
@@ -41,15 +41,15 @@ def self_bleu(answers: Sequence[Sequence[str]]) -> list[float]:
     """
     from sacrebleu import sentence_bleu
 
-    found = []
+    values = []
     for place, texts in enumerate(answers):
         if len(texts) < 2:
             raise StageFailed(
-                f"prompt {place + 1} of {len(answers)} has {len(texts)} answer(s) to compare with each other",
-                "Sample at least two answers a prompt",
+                f"prompt {place + 1} of {len(answers)} has {len(texts)} answer(s); self-BLEU needs two",
+                "Sample at least two answers per prompt",
             )
         others = [[*texts[:i], *texts[i + 1 :]] for i in range(len(texts))]
         scores = [sentence_bleu(text, rest).score for text, rest in zip(texts, others, strict=True)]
-        # Of equal texts the geometric mean is 100 only to rounding.
-        found.append(min(1.0, sum(scores) / len(scores) / 100))
-    return found
+        # For equal texts the geometric mean is 100 only up to rounding.
+        values.append(min(1.0, sum(scores) / len(scores) / 100))
+    return values

@@ -1,1 +1,1 @@
-"""Reports of runs, studies and evaluations: what they hold and how they are shown."""
+"""Reports of runs, studies and evaluations: their data and their pages, tables and figures."""

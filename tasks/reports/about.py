@@ -1,4 +1,4 @@
-"""What a run trained, in words: base model, data, objective, steps and reward, from recipe and manifests."""
+"""Describes in words what a run trained: base model, data, objective, steps and reward."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -17,18 +17,18 @@ from tasks.store.manifest import Manifest
 
 @dataclass(frozen=True)
 class RunData:
-    """The artifacts that a run begins with, by what they are."""
+    """The data and the base model of a run."""
 
     loaded: Manifest
-    """The data as they were read."""
+    """The data as read."""
     base: Manifest
-    """The model as it was imported."""
+    """The imported model."""
     prompts: Manifest
-    """The rows of the data that passed the gate; the held-out prompts are theirs."""
+    """The rows that passed the gate; the held-out prompts are taken from them."""
     rows: Manifest
-    """What policies were trained on: these rows, or pairs that were sampled after their prompts."""
+    """The training rows: the same rows, or pairs sampled from their prompts."""
     kind: Literal["pairs", "unpaired"]
-    """Of these rows."""
+    """Kind of the training rows."""
 
     @property
     def sampled(self) -> bool:
@@ -37,20 +37,20 @@ class RunData:
 
     @property
     def gates(self) -> list[Manifest]:
-        """All that passed a gate."""
+        """The data sets that passed a gate."""
         return [self.prompts, self.rows] if self.sampled else [self.rows]
 
     def read_by(self, policy: PolicyFields) -> Manifest:
-        """What a policy is trained on: pairs or unpaired rows, or the rows whose prompts it samples."""
+        """The data of a policy: pairs or unpaired rows, or the rows whose prompts it samples."""
         return self.prompts if policy.entry.scored else self.rows
 
 
 def trained(recipe: Recipe, data: RunData, made: Manifest, policies: Mapping[str, PolicyAbout]) -> Trained:
-    """What the run trained.
+    """The description of a run's candidate and its training.
 
     Args:
-        made: the candidate.
-        policies: all of them, in words.
+        made: the candidate's artifact.
+        policies: descriptions of all policies.
     """
     candidate = recipe.policies[recipe.candidate_name]
     columns = ["split", "prompt", "chat"]
@@ -84,13 +84,13 @@ def trained(recipe: Recipe, data: RunData, made: Manifest, policies: Mapping[str
 
 
 def _named(name: str, policy: PolicyFields) -> list[str]:
-    """A policy in words, which do not repeat its name."""
+    """The description of a policy, without repeating its name."""
     words = words_of(policy)
     return [name, *([] if words.casefold() == name.casefold() else [words]), training_words(policy)]
 
 
 def policies_about(recipe: Recipe) -> dict[str, PolicyAbout]:
-    """What each policy of the recipe is, in the order of the recipe."""
+    """The description of each policy, in the recipe's order."""
     nodes = {node.policy: node for node in recipe.nodes()}
     return {
         name: PolicyAbout(
@@ -115,22 +115,22 @@ def _learned_from(recipe: Recipe, policy: PolicyFields) -> Literal["source", "mo
 
 def _unusual(policy: PolicyFields) -> str:
     terms = getattr(policy, "terms", [])
-    words = [told for term in terms for told in get(term.name).unusual(term.parameters)]
+    words = [note for term in terms for note in get(term.name).unusual(term.parameters)]
     return f"{'; '.join(words)}." if words else ""
 
 
 def words_of(policy: PolicyFields) -> str:
-    """Method or objective; what it starts from and what it is held to, where these are not the reference."""
+    """Method or objective; start and reference if they differ from the run's reference."""
     parts = [settings_words(policy)]
     if policy.start != REFERENCE:
         parts.append(f"starts from {policy.start}")
     if policy.reference != REFERENCE:
-        parts.append(f"held to {policy.reference}")
+        parts.append(f"reference {policy.reference}")
     return "; ".join(parts)
 
 
 def settings_words(policy: PolicyFields) -> str:
-    """The objective with every parameter, or the method where it has none."""
+    """The objective with all parameters, or the method if it has no objective."""
     return objective_words(policy) if hasattr(policy, "terms") else policy.method
 
 
@@ -150,19 +150,19 @@ def objective_words(config: Any) -> str:
 
 
 def objective_name(config: Any) -> str:
-    """`simpo`, or `dpo + sft` for a sum; empty where the method has no objective."""
+    """`simpo`, or `dpo + sft` for a sum; empty if the method has no objective."""
     return " + ".join(term.name for term in getattr(config, "terms", []))
 
 
 def vocabulary_size(model: Manifest) -> int | None:
-    """Next tokens that the model chooses from; None where its configuration does not say."""
+    """Size of the model's vocabulary; None if its configuration has none."""
     facts: dict[str, Any] = json.loads((model.path / "config.json").read_text())
     size = facts.get("vocab_size") or facts.get("text_config", {}).get("vocab_size")
     return int(size) if size else None
 
 
 def learned_from_reward(recipe: Recipe, data: RunData) -> list[str] | None:
-    """The policies that learned from the reward that measures them; None where that is a reward model."""
+    """The policies that learned from the reward used for evaluation; None if that is a reward model."""
     if recipe.reward.source is None:
         return None
 
@@ -193,7 +193,7 @@ def _source(recipe: Recipe) -> str:
 
 
 def _paths(settings: Any) -> list[str]:
-    """Every file or data set that is named, at whatever depth."""
+    """All paths of files or data sets in nested settings."""
     if isinstance(settings, list):
         return [path for inner in settings for path in _paths(inner)]
     if not isinstance(settings, dict):
@@ -225,7 +225,7 @@ def _reference(recipe: Recipe) -> str:
 
 
 def training_words(policy: PolicyFields, made: Manifest | None = None) -> str:
-    """Steps, batch, learning rate and which weights are trained."""
+    """Steps, batch size, learning rate, and whether all weights or LoRA weights are trained."""
     settings = policy.settings
     if policy.entry.scored:
         size = f"{settings.iterations} rounds of {settings.episodes} episodes"
@@ -238,7 +238,7 @@ def training_words(policy: PolicyFields, made: Manifest | None = None) -> str:
         f"learning rate {settings.optim.learning_rate:g}",
     ]
     if hasattr(settings, "lora"):
-        parts.append("low-rank additions (LoRA)" if settings.lora else "every weight")
+        parts.append("LoRA weights" if settings.lora else "all weights")
     return ", ".join(parts)
 
 

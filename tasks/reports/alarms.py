@@ -1,4 +1,8 @@
-"""Signs of the known failures of preference training, each with the numbers that raised it."""
+"""Alarms: detects known failures of preference training in a run's report, with the numbers behind each.
+
+The failures: large KL, collapsed diversity, length drift, likelihood displacement, over-optimisation of the
+reward, cut answers and noise.
+"""
 
 import math
 from statistics import fmean, stdev
@@ -13,17 +17,16 @@ from tasks.reports.run_report import Evaluation, RunReport
 KL_LIMIT_NATS = (
     10.0  # beyond this the reward of every direct method has been seen to degrade (arXiv 2406.02900)
 )
-# A policy trained on pairs pays too much when it is this many times as far from the reference as one that
-# samples.
+# A policy trained on pairs raises an alarm if its KL is this many times that of a policy that samples.
 KL_TIMES_SAMPLER = 3.0
 KL_FLOOR_NATS = 1.0  # below one nat the ratio of two KLs is mostly noise
 COLLAPSE_SHARE = 0.5  # entropy or distinct-2 under this share of SFT's
 LENGTH_DRIFT = 1.5  # mean length longer than SFT's by this factor, or shorter by it
 DISPLACED_REWARD = -0.05  # implicit reward of the chosen answers; nearer to 0 it is mostly noise
 ACCURACY_DROP = 0.05  # fall of the mean accuracy between the two halves of training
-KL_TIMES_TARGET = 3.0  # the steering of the KL coefficient has lost it
-CUT_SHARE = 0.5  # of answers that do not end; from here on they are pointed out
-# Of the data's answers that do: where these are cut by design, those of a policy are, too.
+KL_TIMES_TARGET = 3.0  # beyond this the adaptive KL coefficient no longer controls the KL
+CUT_SHARE = 0.5  # smallest share of unfinished answers that raises an alarm
+# Smallest share of complete answers in the data; if the data are cut by design, so are a policy's answers.
 COMPLETE_SHARE = 0.5
 NOISE_SHARE = 0.85  # of ln(vocabulary), the entropy of uniform noise; frequent words alone are far below
 
@@ -38,21 +41,21 @@ class Alarm(NamedTuple):
     name: str
     message: str
     policy: str = ""
-    """Whose; empty where it is of the run or its data."""
+    """The policy concerned; empty if the alarm is about the run or its data."""
 
 
 def alarms(report: RunReport) -> list[Alarm]:
-    """Signs of the known failures of preference training, each with the numbers that raised it."""
-    found = _training_alarms(report) + _answer_alarms(report)
+    """All alarms of a run, each with the numbers that raised it."""
+    raised = _training_alarms(report) + _answer_alarms(report)
     evaluation = report.evaluation
     sft = evaluation.policy(REFERENCE) if evaluation else None
     trained = [row for row in evaluation.policies if row.name != REFERENCE] if evaluation else []
-    found += [alarm for row in trained for alarm in _policy_alarms(report, row, sft)]
+    raised += [alarm for row in trained for alarm in _policy_alarms(report, row, sft)]
     for name, about in report.policies.items():
         if about.unusual:
-            found.append(Alarm(UNUSUAL, f"{name}: {about.unusual}", name))
-    # Older reports have unusual parameters as a note of the run.
-    found += [
+            raised.append(Alarm(UNUSUAL, f"{name}: {about.unusual}", name))
+    # Reports of older versions contain unusual parameters as a note of the run.
+    raised += [
         Alarm(name, str(report.notes[name]))
         for name in (UNUSUAL, CLASS_WEIGHTS, REMOTE_CODE)
         if name in report.notes
@@ -60,40 +63,40 @@ def alarms(report: RunReport) -> list[Alarm]:
     for gate in report.gate:
         failed = [f for f in gate.findings if not f.passed and f.severity in ("critical", "warning")]
         if failed:
-            told = [f"{f.rule} ({f.severity}{_rows(f.count)}): {_sentence(f.message)}" for f in failed]
-            found.append(Alarm("Data gate", f"{gate.subject}: {' '.join(told)}"))
-    return found
+            lines = [f"{f.rule} ({f.severity}{_rows(f.count)}): {_sentence(f.message)}" for f in failed]
+            raised.append(Alarm("Data gate", f"{gate.subject}: {' '.join(lines)}"))
+    return raised
 
 
 def _policy_alarms(report: RunReport, row: PolicyRow, sft: PolicyRow | None) -> list[Alarm]:
-    """Of a policy's evaluation: distance, diversity and length, to the reference's."""
-    found = []
+    """Alarms from a policy's evaluation: its KL, diversity and length against the reference."""
+    raised = []
     name, kl = report.label(row.name), row.kl.value if row.kl else 0.0
     sampler, sampled_kl = _farthest_sampler(report)
     direct = row.name in report.policies and row.name not in report.samplers
     if kl > KL_LIMIT_NATS:
-        found.append(Alarm("KL run-away", f"{name} is {number(kl)} nats from the reference.", row.name))
+        raised.append(Alarm("KL run-away", f"{name} is {number(kl)} nats from the reference.", row.name))
     elif direct and sampler and kl > max(KL_TIMES_SAMPLER * sampled_kl, KL_FLOOR_NATS):
-        paid = f"{number(kl)} nats from the reference, {report.label(sampler)} {number(sampled_kl)}."
-        found.append(Alarm("KL run-away", f"{name} is {paid}", row.name))
+        distance = f"{number(kl)} nats from the reference, {report.label(sampler)} {number(sampled_kl)}."
+        raised.append(Alarm("KL run-away", f"{name} is {distance}", row.name))
     if sft is None:
-        return found
+        return raised
     for measure, own, base in (
         ("entropy", row.entropy, sft.entropy),
         ("distinct-2", row.distinct_2, sft.distinct_2),
     ):
         if own is not None and base is not None and own < COLLAPSE_SHARE * base:
             message = f"{name}'s {measure} is {number(own)}, {REFERENCE}'s {number(base)}."
-            found.append(Alarm("Diversity collapse", message, row.name))
+            raised.append(Alarm("Diversity collapse", message, row.name))
     own, base = row.length.value, sft.length.value
     if own > LENGTH_DRIFT * base or own * LENGTH_DRIFT < base:
         message = f"{name} writes {number(own)} tokens on average, {REFERENCE} {number(base)}."
-        found.append(Alarm("Length drift", message, row.name))
-    return found
+        raised.append(Alarm("Length drift", message, row.name))
+    return raised
 
 
 def _farthest_sampler(report: RunReport) -> tuple[str, float]:
-    """Of the policies that learned from their own samples, the one farthest from the reference."""
+    """Name and KL of the policy with the largest KL among those that learned from their own samples."""
     rows = report.evaluation.policies if report.evaluation else []
     kls = {row.name: row.kl.value for row in rows if row.kl and row.name in report.samplers}
     return max(kls.items(), key=lambda item: item[1], default=("", 0.0))
@@ -108,7 +111,7 @@ def _sentence(text: str) -> str:
 
 
 def against_promotion(raised: list[Alarm], report: RunReport) -> dict[str, str]:
-    """Messages of the alarms that concern the candidate, the models behind it or its data, by name."""
+    """Messages, by alarm name, of the alarms about the candidate, its ancestors or its data."""
     behind = ("", REFERENCE, report.candidate, *report.lineage(report.candidate))
     concern = [alarm for alarm in raised if alarm.policy in behind]
     names = dict.fromkeys(alarm.name for alarm in concern)
@@ -116,30 +119,30 @@ def against_promotion(raised: list[Alarm], report: RunReport) -> dict[str, str]:
 
 
 def cut_message(cut: float, limit: int, median: float) -> str:
-    """How many answers are cut, and what to raise.
+    """The message about cut answers, with the setting to raise.
 
     Args:
-        cut: share of the answers.
-        limit: tokens of a sampled answer, at most.
-        median: of the data's own answers, in tokens.
+        cut: share of the answers that are cut.
+        limit: maximum number of tokens of a sampled answer.
+        median: median length of the data's answers, in tokens.
     """
     return (
-        f"{percent(cut)} of the answers are cut at evaluate.sampling.max_new_tokens {limit:,}, and their "
+        f"{percent(cut)} of the answers are cut at evaluate.sampling.max_new_tokens {limit:,}, so their "
         f"reward is that of unfinished answers. The data's chosen answers have a median of {median:,.0f} "
         "tokens: raise evaluate.sampling.max_new_tokens."
     )
 
 
 def _answer_alarms(report: RunReport) -> list[Alarm]:
-    """What shows that answers are not worth comparing: they are cut, or noise."""
-    found: list[Alarm] = []
+    """Alarms about answers that cannot be compared: they are cut, or noise."""
+    raised: list[Alarm] = []
     evaluation = report.evaluation
     for row in evaluation.policies if evaluation else []:
         assert evaluation is not None
-        told = {CUT: _cut(evaluation, row), NOISE: _noise(evaluation, row)}
+        messages = {CUT: _cut(evaluation, row), NOISE: _noise(evaluation, row)}
         who = report.label(row.name)
-        found += [Alarm(name, f"{who}: {message}", row.name) for name, message in told.items() if message]
-    return found
+        raised += [Alarm(name, f"{who}: {text}", row.name) for name, text in messages.items() if text]
+    return raised
 
 
 def _cut(evaluation: Evaluation, row: PolicyRow) -> str:
@@ -156,25 +159,25 @@ def _noise(evaluation: Evaluation, row: PolicyRow) -> str:
     if entropy is None or not most or entropy <= NOISE_SHARE * most:
         return ""
     return (
-        f"it writes noise: its entropy is {number(entropy)} of at most {number(most)} nats a token, and no "
-        "comparison with it means anything. Start from a trained model, or train the reference longer."
+        f"it writes noise: its entropy is {number(entropy)} of at most {number(most)} nats per token, so "
+        "comparisons with it are meaningless. Start from a trained model, or train the reference longer."
     )
 
 
 def _clearly_below_zero(values: list[float]) -> bool:
-    """Whether the mean of the last quarter is below zero by two standard errors: batches differ."""
+    """Whether the mean of the last quarter is more than two standard errors below zero."""
     last = values[-max(2, len(values) // 4) :]
     return len(last) > 1 and fmean(last) + 2 * stdev(last) / len(last) ** 0.5 < 0
 
 
 def _training_alarms(report: RunReport) -> list[Alarm]:
-    found: list[Alarm] = []
+    raised: list[Alarm] = []
     for stage, rows in report.curves.items():
         policy = report.policy_of(stage)
         if policy is None:  # SFT and the reward model
             continue
         name, row = report.label(policy), report.evaluation.policy(policy) if report.evaluation else None
-        found += [
+        raised += [
             Alarm(alarm, f"{name}: {message}", policy)
             for alarm, message in (
                 ("Likelihood displacement", _displaced(report.policies[policy].reference, rows)),
@@ -189,9 +192,9 @@ def _training_alarms(report: RunReport) -> list[Alarm]:
             continue
         if row.accuracy.high < 0.5:
             accuracy = cell(row.accuracy, "share")
-            message = f"the reward rose, yet held-out preference accuracy is {accuracy}."
-            found.append(Alarm("Reward without accuracy", f"{report.label(policy)}: {message}", policy))
-    return found
+            message = f"the reward rose, but held-out preference accuracy is {accuracy}."
+            raised.append(Alarm("Reward without accuracy", f"{report.label(policy)}: {message}", policy))
+    return raised
 
 
 def _gained(row: PolicyRow | None) -> bool:
@@ -199,7 +202,7 @@ def _gained(row: PolicyRow | None) -> bool:
 
 
 def _displaced(reference: str, rows: list[dict[str, float]]) -> str:
-    """By the implicit reward, which compares a policy with what it is held to."""
+    """Likelihood displacement by the implicit reward, which compares a policy with its reference."""
     chosen = start_and_end(series(rows, "logps/chosen")[1])
     rewards = series(rows, "rewards/chosen")[1]
     reward = start_and_end(rewards)
@@ -210,12 +213,12 @@ def _displaced(reference: str, rows: list[dict[str, float]]) -> str:
     below = "the reference" if reference == REFERENCE else reference
     return (
         f"log p(chosen) fell from {number(chosen[0])} to {number(chosen[1])} and ended below {below} "
-        f"(implicit reward {number(reward[1])}): preferred answers became rarer."
+        f"(implicit reward {number(reward[1])}): preferred answers became less likely."
     )
 
 
 def _without_accuracy(rows: list[dict[str, float]], row: PolicyRow | None) -> str:
-    """Of a policy that learned from pairs: its reward rose while it ranked them worse."""
+    """For a policy trained on pairs: its reward rose while its preference accuracy fell."""
     accuracies = series(rows, "eval_rewards/accuracies")[1] or series(rows, "rewards/accuracies")[1]
     half = len(accuracies) // 2
     if not half or not _gained(row):
@@ -224,11 +227,11 @@ def _without_accuracy(rows: list[dict[str, float]], row: PolicyRow | None) -> st
     if late >= early - ACCURACY_DROP:
         return ""
     drop = f"fell from {percent(early)} to {percent(late)}"
-    return f"the evaluation's reward rose while the preference accuracy of the training {drop}."
+    return f"the evaluation's reward rose while the training's preference accuracy {drop}."
 
 
 def _on_policy_alarms(rows: list[dict[str, float]]) -> list[tuple[str, str]]:
-    """What only a training shows that samples from its own policy."""
+    """Alarms that only concern trainings that sample from their own policy."""
     if not series(rows, "objective/scores")[1]:
         return []
     return [
@@ -251,10 +254,10 @@ def _over_optimised(rows: list[dict[str, float]]) -> str:
 
 
 def _kl_ran_away(rows: list[dict[str, float]]) -> str:
-    found = quarters(series(rows, "objective/kl")[1])
-    if found is None:
+    parts = quarters(series(rows, "objective/kl")[1])
+    if parts is None:
         return ""
-    kl, targets = fmean(found[1]), series(rows, "objective/kl_target")[1]
+    kl, targets = fmean(parts[1]), series(rows, "objective/kl_target")[1]
     far = f"the policy was {number(kl)} nats from the reference in the last quarter of training"
     if targets and kl > KL_TIMES_TARGET * targets[-1]:
         return f"{far}, for a target of {number(targets[-1])}."
@@ -262,13 +265,13 @@ def _kl_ran_away(rows: list[dict[str, float]]) -> str:
 
 
 def _entropy_collapsed(rows: list[dict[str, float]]) -> str:
-    """By the entropy of a token: that of a response also falls where answers become short."""
+    """Uses the entropy per token, because the entropy of a response also falls if answers get shorter."""
     values = series(rows, "policy/entropy_avg")[1] or [
         row["objective/entropy"] / row["completions/mean_length"]
         for row in rows
         if "objective/entropy" in row and row.get("completions/mean_length", 0) > 0
     ]
-    found = start_and_end(values)
-    if found is None or found[1] >= COLLAPSE_SHARE * found[0]:
+    ends = start_and_end(values)
+    if ends is None or ends[1] >= COLLAPSE_SHARE * ends[0]:
         return ""
-    return f"the entropy of a token fell from {number(found[0])} to {number(found[1])} nats during training."
+    return f"the entropy per token fell from {number(ends[0])} to {number(ends[1])} nats during training."

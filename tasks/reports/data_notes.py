@@ -1,4 +1,4 @@
-"""What the run page says of how the data were read, and of the sets of a mixture."""
+"""Notes on the run page about the data: how they were read, and results for each set of a mixture."""
 
 from pydantic import JsonValue
 
@@ -8,7 +8,7 @@ from tasks.store.facts import GateFacts, LoadFacts, facts_of
 
 
 def data_notes(data: RunData, evaluation: Measured) -> dict[str, JsonValue]:
-    """Remarks of the reader, how prompts became tokens, and rows and accuracy of each set."""
+    """Notes by title: remarks of the reader, how prompts became tokens, and rows and accuracy of each set."""
     loaded = facts_of(data.loaded, LoadFacts)
     notes: dict[str, JsonValue] = {}
     if loaded.remarks:
@@ -16,15 +16,15 @@ def data_notes(data: RunData, evaluation: Measured) -> dict[str, JsonValue]:
     judged = [facts_of(manifest, GateFacts) for manifest in data.gates]
     written = dict.fromkeys(facts.written_as for facts in judged if facts.written_as)
     if written:
-        notes["How prompts were written"] = "; ".join(written)
+        notes["How prompts became tokens"] = "; ".join(written)
     if loaded.sources:
         notes["Rows by set"] = "; ".join(
             f"{name}: {count['train']} to train on, {count['eval']} held out"
             for name, count in loaded.sources.items()
         )
-    for policy, found in evaluation.accuracy_by_source.items():
+    for policy, accuracies in evaluation.accuracy_by_source.items():
         notes[f"Preference accuracy of {policy} by set"] = "; ".join(
-            f"{name}: {one.value:.1%} [{one.low:.1%}, {one.high:.1%}] of {one.n} pairs"
-            for name, one in found.items()
+            f"{name}: {accuracy.value:.1%} [{accuracy.low:.1%}, {accuracy.high:.1%}] of {accuracy.n} pairs"
+            for name, accuracy in accuracies.items()
         )
     return notes

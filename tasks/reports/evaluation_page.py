@@ -1,4 +1,4 @@
-"""The page of an evaluation outside a run: one HTML file that needs no network, script or server."""
+"""The HTML page of `dpo evaluate` and `dpo compare`: one file without script or network access."""
 
 from tasks.reports.evaluation_report import EvaluationReport, headline
 from tasks.reports.format import duration

@@ -1,4 +1,4 @@
-"""What an evaluation outside a run found: one model on suites, or several held against each other."""
+"""The report of `dpo evaluate` and `dpo compare`: its data, headline, Markdown and terminal table."""
 
 from datetime import datetime
 from typing import Literal, NamedTuple
@@ -17,16 +17,16 @@ from tasks.reports.tables import outcome
 
 
 class EvaluatedModel(Config):
-    """A model that was asked."""
+    """An evaluated model."""
 
     name: str
-    """As the user named it; the columns of the tables carry it."""
+    """The user's name for it, shown in the tables."""
     sha256: str
-    """Of the weights."""
+    """Digest of the weights."""
 
 
 class EvaluationReport(Config):
-    """Everything that the page, the terminal tables and the Markdown of an evaluation show."""
+    """The data that the page, the terminal tables and the Markdown of an evaluation show."""
 
     models: list[EvaluatedModel] = Field(min_length=1)
     suites: list[SuiteRow] = Field(default_factory=list)
@@ -48,25 +48,25 @@ class Headline(NamedTuple):
 
 
 def headline(report: EvaluationReport) -> Headline:
-    """What the first comparison comes to, or else what was asked of which models.
+    """The result of the first comparison; without one, the win rate or the names of the models.
 
-    It counts the tested measures on which the candidate is better or worse, and calls it neither as a whole:
-    an undecided difference is no equality.
+    It counts the tested measures on which the candidate is better or worse. It does not call the candidate
+    equal: an undecided difference is not evidence of equality.
     """
     suites = list(dict.fromkeys(row.title for row in report.suites))
-    asked = [f"{len(suites)} suite{'' if len(suites) == 1 else 's'}: {', '.join(suites)}."] if suites else []
-    asked += [_contaminated(row) for row in report.suites if row.contaminated]
+    scope = [f"{len(suites)} suite{'' if len(suites) == 1 else 's'}: {', '.join(suites)}."] if suites else []
+    scope += [_contaminated(row) for row in report.suites if row.contaminated]
     judged = [_judged(rate) for rate in report.win_rates]
     if not report.comparisons:
         if judged:
-            return Headline(judged[0], "plain", asked or ["Answers to the same prompts were judged."])
-        return Headline(f"Evaluation of {' and '.join(m.name for m in report.models)}", "plain", asked)
+            return Headline(judged[0], "plain", scope or ["Answers to the same prompts were judged."])
+        return Headline(f"Evaluation of {' and '.join(m.name for m in report.models)}", "plain", scope)
     reasons = [f"{c.candidate} against {c.baseline}: {outcome(c)}." for c in report.comparisons]
-    reasons += [f"{one}." for one in judged] + asked
-    return _found(report.comparisons[0], reasons)
+    reasons += [f"{sentence}." for sentence in judged] + scope
+    return _result(report.comparisons[0], reasons)
 
 
-def _found(first: Comparison, reasons: list[str]) -> Headline:
+def _result(first: Comparison, reasons: list[str]) -> Headline:
     tested = [row.finding for row in first.rows if row.p_holm is not None]
     if not tested:
         text = f"The suites could not compare {first.candidate} with {first.baseline}"
@@ -87,7 +87,7 @@ def _found(first: Comparison, reasons: list[str]) -> Headline:
 
 
 def _contaminated(row: SuiteRow) -> str:
-    return f"{row.contaminated:,} of {row.items:,} items of {row.title} stand in the training data."
+    return f"{row.contaminated:,} of {row.items:,} items of {row.title} are in the training data."
 
 
 def _judged(rate: WinRate) -> str:
@@ -96,9 +96,9 @@ def _judged(rate: WinRate) -> str:
 
 
 def markdown(report: EvaluationReport) -> str:
-    """The report as GitHub Markdown: every table, no figure, no samples."""
-    said = headline(report)
-    parts = [f"# {plain(said.text)}", "\n".join(f"- {plain(reason)}" for reason in said.reasons)]
+    """The report as GitHub Markdown: all tables, without figures and samples."""
+    summary = headline(report)
+    parts = [f"# {plain(summary.text)}", "\n".join(f"- {plain(reason)}" for reason in summary.reasons)]
     parts += markdown_measured(report.win_rates, report.suites, report.comparisons)
     models = [[model.name, model.sha256] for model in report.models]
     parts += ["## Models", markdown_table(["Model", "sha256 of the weights"], models)]
@@ -107,12 +107,13 @@ def markdown(report: EvaluationReport) -> str:
 
 
 def terminal_table(report: EvaluationReport) -> Table:
-    """The end of an evaluation in 80 columns: headline, models, win rates, suites, comparisons."""
-    said = headline(report)
+    """The terminal's summary of an evaluation in 80 columns: headline, models, win rates, suites,
+    comparisons."""
+    summary = headline(report)
     colours = {"good": "green", "bad": "red", "unclear": "yellow", "plain": "default"}
     page = Table.grid(padding=(0, 0))
-    page.add_row(Text(said.text, style=f"bold {colours[said.kind]}"))
-    for reason in said.reasons:
+    page.add_row(Text(summary.text, style=f"bold {colours[summary.kind]}"))
+    for reason in summary.reasons:
         page.add_row(Text(reason))
     for model in report.models:
         page.add_row(Text(f"{model.name}: weights {model.sha256[:12]}"))

@@ -1,4 +1,4 @@
-"""The run page's figures, each also said in words."""
+"""Draws the run page's figures (training curves, reward against KL), each with a description in words."""
 
 from collections.abc import Callable, Sequence
 from itertools import cycle
@@ -14,7 +14,7 @@ from tasks.reports.svg import BLUE, INK, MUTED, ORANGE, TEAL, WIDE, Figure, Look
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MAX_POINTS = 200  # a longer curve is averaged over neighbours: more points cannot be told apart at this size
+MAX_POINTS = 200  # longer curves are averaged over neighbours; more points are not distinguishable
 
 _REFERENCE, _CHAMPION = Look(MUTED, "s"), Look(TEAL, "P")
 
@@ -22,11 +22,11 @@ _REFERENCE, _CHAMPION = Look(MUTED, "s"), Look(TEAL, "P")
 def curve_figures(
     key: str, name: str, panels: Sequence[Panel], rows: Sequence[dict[str, float]]
 ) -> list[Figure]:
-    """One figure for each panel whose metrics were logged. `eval_` metrics join theirs, dashed.
+    """One figure for each panel whose metrics were logged. `eval_` metrics are drawn in the same panel.
 
     Args:
-        key: of the figures' ids, another for each training of a page.
-        name: what was trained.
+        key: prefix of the figures' ids, unique for each training on a page.
+        name: the trained policy or stage.
     """
     figures = []
     for index, panel in enumerate(panels):
@@ -55,7 +55,7 @@ def _lines(panel: Panel, rows: Sequence[dict[str, float]]) -> list[_Line]:
 
 
 def _thin(steps: list[float], values: list[float]) -> tuple[list[float], list[float]]:
-    """Neighbours averaged until at most MAX_POINTS are left; the last group may be smaller."""
+    """Average neighbours so that at most MAX_POINTS remain; the last group may be smaller."""
     size = -(-len(values) // MAX_POINTS)
     if size <= 1:
         return steps, values
@@ -70,9 +70,9 @@ def _curve(key: str, stage: str, panel: Panel, lines: list[_Line]) -> Figure:
     def draw(axes: "Axes") -> None:
         if panel.baseline is not None:
             axes.axhline(panel.baseline, color=MUTED, linewidth=1, linestyle=":")
-        covered = {line.colour for line in lines if line.held_out}  # pale, so that the rarer points show
+        covered = {line.colour for line in lines if line.held_out}  # drawn pale, so that held-out points show
         for index, line in enumerate(lines):
-            # Shape tells the lines apart as well as colour does: dashes for the second, dots for held out.
+            # Lines differ in shape as well as in colour: dashes for the second, dots for held out.
             style = "--" if line.colour != BLUE else "-"
             marker = "o" if line.held_out or len(line.values) == 1 else None
             axes.plot(
@@ -103,10 +103,10 @@ def _curve(key: str, stage: str, panel: Panel, lines: list[_Line]) -> Figure:
 
 
 def frontier_figure(evaluation: Evaluation, label: Callable[[str], str] = str) -> Figure | None:
-    """Reward gained over SFT against the KL paid for it, with 95 % intervals; SFT is the origin.
+    """The figure of reward gain over SFT against KL, with 95 % intervals; SFT is the origin.
 
-    The paired gain is drawn, not the reward: its interval says whether a policy differs from SFT.
-    None where no policy has both numbers. `label` writes a policy's name for people.
+    The paired gain is drawn instead of the reward, because its interval shows whether a policy differs from
+    SFT. None if no policy has both numbers. `label` gives the displayed name of a policy.
     """
     points = [row for row in evaluation.policies if row.gain is not None and row.kl is not None]
     points = sorted(
@@ -121,7 +121,7 @@ def frontier_figure(evaluation: Evaluation, label: Callable[[str], str] = str) -
         axes.axhline(0, color=MUTED, linewidth=1, linestyle=":")
         axes.plot([0], [0], _REFERENCE.marker, color=_REFERENCE.colour, markersize=7)
         axes.annotate(REFERENCE, (0, 0), (7, -14), textcoords="offset points", color=INK, fontweight="bold")
-        # From left to right, each label on its own side: policies that coincide can still be told apart.
+        # From left to right, labels on alternating sides, so that coinciding policies stay readable.
         sides = [((-7, 6), "right"), ((7, 6), "left"), ((-7, -14), "right"), ((7, -14), "left")]
         for row, (offset, side) in zip(points, cycle(sides), strict=False):
             assert row.gain is not None

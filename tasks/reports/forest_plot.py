@@ -1,4 +1,4 @@
-"""Rates and differences with their intervals, one below the other, against a line of no difference."""
+"""Forest plots of win rates and of suite differences: one interval per row, with a line at no difference."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +17,7 @@ from tasks.reports.tables import FINDINGS, row_name
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MAX_BARS = 24  # more are a wall; the table has them all
+MAX_BARS = 24  # more are unreadable; the table has all of them
 MAX_LABEL = 42  # characters: a longer name would run into the number on its right
 _MARK = {"good": (GREEN, "^"), "bad": (RED, "v"), "plain": (MUTED, "o")}
 
@@ -27,16 +27,16 @@ class Bar(NamedTuple):
 
     label: str
     text: str
-    """The number in words, at the right."""
+    """The number as text, at the right."""
     value: Estimate
     tone: str
-    """good, bad or plain, told apart by shape as well as by colour."""
+    """good, bad or plain; shown by shape as well as by colour."""
     second: Estimate | None = None
-    """A second estimate of the same, drawn hollow below the first."""
+    """A second estimate of the same quantity, drawn hollow below the first."""
 
 
 def win_rate_figure(rates: Sequence[WinRate]) -> Figure | None:
-    """Every win rate with its interval, against one half; the rate at equal length hollow below it."""
+    """All win rates with intervals against 50%; the length-controlled rate is drawn hollow below."""
     if not rates:
         return None
     bars = [
@@ -53,7 +53,7 @@ def win_rate_figure(rates: Sequence[WinRate]) -> Figure | None:
 
 
 def difference_figures(comparison: Comparison, suites: Sequence[SuiteRow]) -> list[Figure]:
-    """The tested differences of one comparison: shares in one panel, each other unit in its own."""
+    """The tested differences of one comparison: all shares in one panel, one panel for each other unit."""
     titles = {row.suite: row.title for row in suites}
     panels: dict[tuple[Kind, str], list[Row]] = {}
     tested = [row for row in comparison.rows if row.p_holm is not None]
@@ -96,7 +96,7 @@ def _cut(count: int) -> str:
 
 
 def _clearest(rows: Sequence[Row]) -> list[Row]:
-    """In the order of the table; of too many, those with the smallest p."""
+    """At most MAX_BARS rows, those with the smallest p, in the order of the table."""
     kept = sorted(range(len(rows)), key=lambda i: rows[i].p)[:MAX_BARS]
     return [rows[i] for i in sorted(kept)]
 
@@ -112,7 +112,7 @@ def _forest(key: str, title: str, bars: Sequence[Bar], nothing: float, kind: Kin
         beside = axes.get_yaxis_transform()  # x as a share of the width, y in rows
         for y, bar in enumerate(bars):
             colour, marker = _MARK[bar.tone]
-            # The line of no difference leaves out the words between the bars.
+            # Interrupt the line of no difference at the labels between the bars.
             axes.vlines(nothing, y - 0.06, y + 0.5, color=MUTED, linewidth=1, linestyle=":")
             _bar(axes, bar.value, y + 0.12, colour, marker, colour)
             if bar.second:

@@ -1,4 +1,4 @@
-"""How numbers are written for people: the same digits in the page, the terminal and Markdown."""
+"""Formats numbers, shares, durations and intervals identically for the page, the terminal and Markdown."""
 
 import math
 from typing import Literal, NamedTuple
@@ -9,7 +9,7 @@ from dpo_core.statistics.estimates import Estimate
 def number(value: float, signed: bool = False, scale: float | None = None) -> str:
     """Three significant digits, thousands grouped: 0.0123, 1.23, 12.3, 1,234, 1.2e-05.
 
-    `scale` sets the decimals of numbers that stand together: with 0.118 beside it, 0.066 is 0.066.
+    `scale` sets the decimals of numbers shown together: beside 0.118, 0.066 is written 0.066.
     """
     scale = abs(value) if scale is None else scale
     if scale == 0:
@@ -44,12 +44,12 @@ def scaled(value: float, unit: str, base: int = 1000) -> str:
 
 
 def p_value(p: float) -> str:
-    """0.032, or < 0.001: more digits than a resampling can give say nothing."""
+    """0.032, or < 0.001, because resampling is not more precise."""
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 class Cell(NamedTuple):
-    """One estimate in words: "1.24" and "1.02 to 1.46"."""
+    """One estimate as text: "1.24" and "1.02 to 1.46"."""
 
     value: str
     interval: str = ""
@@ -57,14 +57,14 @@ class Cell(NamedTuple):
     more: str = ""
     """A remark below the interval."""
     tone: str = ""
-    """The page's colour for it: good, bad, unclear, plain; the words say the same."""
+    """The page's colour: good, bad, unclear or plain; the text gives the same information."""
 
     def __str__(self) -> str:
         return f"{self.value} [{self.interval}]" if self.interval else self.value
 
 
 def cell(value: Estimate | float | None, kind: Literal["number", "share", "gap"] = "number") -> Cell:
-    """A number: a share in per cent, a gap with its sign; an estimate with its interval."""
+    """The cell of a number: shares in per cent, gaps with their sign, estimates with their interval."""
 
     def show(v: float, scale: float | None = None) -> str:
         return percent(v) if kind == "share" else number(v, kind == "gap", scale)
@@ -85,7 +85,8 @@ def share(value: Estimate, more: str = "") -> Cell:
 
 
 def measured(value: Estimate, kind: str, *, difference: bool = False, more: str = "") -> Cell:
-    """A measure of a suite, or a difference of two; shares in per cent, their differences in points (pp)."""
+    """The cell of a suite's measure or of a difference; shares in per cent, their differences in points
+    (pp)."""
     if kind == "share" and not difference:
         return share(value, more)
     widest = max(abs(value.low), abs(value.high), abs(value.value))

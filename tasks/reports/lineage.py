@@ -1,4 +1,4 @@
-"""From the data to the registered model: what a reader wants before the list of all stages."""
+"""The lineage shown on the run page: the chain from the data to the registered model."""
 
 from typing import NamedTuple
 
@@ -12,18 +12,19 @@ class Link(NamedTuple):
     label: str
     name: str
     sha256: str = ""
-    """Digest or id, empty where there is none."""
+    """Digest or id; empty if there is none."""
 
 
 def chain(report: RunReport) -> list[Link]:
-    """Dataset, the trained model that the run starts from, reference, the models that the candidate starts
-    from or is held to, run and model version.
+    """Data set, the trained model that the run starts from, reference, the candidate's ancestors, run and
+    model version.
 
-    The dataset is the nearest one behind the registered model; of a run that registered none, the last one.
+    The data set is the registered model's nearest ancestor of that kind; if no model was registered, the
+    run's last data set.
     """
     behind = _ancestors(report)
     reference = report.models.get(REFERENCE)
-    # The weights say which model the reference is; its cached log-probs stand in where no stage made a model.
+    # The reference is a model; if no stage made one, show its cached log-probs instead.
     reference = reference or _nearest(behind, "model") or _nearest(behind, "reference-logps")
     model = report.model
     version = f"{model.name}{f' version {model.version}' if model.version else ''}" if model else ""
@@ -39,16 +40,16 @@ def chain(report: RunReport) -> list[Link]:
 
 
 def _behind(report: RunReport, name: str) -> Link:
-    """A policy, or a model from outside the recipe, which a stage of its name fetched."""
+    """A policy, or a model from outside the recipe, which the stage with its name imported."""
     followers = [report.candidate, *report.lineage(report.candidate)]
-    starts = any(report.policies[one].start == name for one in followers if one in report.policies)
+    starts = any(report.policies[other].start == name for other in followers if other in report.policies)
     row = report.models.get(name) or next((r for r in report.stages if r.name.endswith(f" {name}")), None)
-    label = "Start" if starts else "Held to"
+    label = "Start" if starts else "KL reference"
     return Link(label, report.label(name), (row.sha256 if row else None) or "")
 
 
 class PolicyLine(NamedTuple):
-    """A policy in the table of what was trained."""
+    """A row of the table of trained policies."""
 
     name: str
     about: PolicyAbout
@@ -56,7 +57,7 @@ class PolicyLine(NamedTuple):
 
 
 def policy_lines(report: RunReport) -> list[PolicyLine]:
-    """Every policy that was trained, in the order of the recipe."""
+    """All trained policies, in the recipe's order."""
     made = report.models
     return [
         PolicyLine(report.label(name), about, (made[name].sha256 if name in made else None) or "")
@@ -73,7 +74,7 @@ def _nearest(stages: list[StageRow], kind: str) -> StageRow | None:
 
 
 def _ancestors(report: RunReport) -> list[StageRow]:
-    """The stages behind the registered model, nearest first, without the one that made it."""
+    """The stages of the registered model's ancestors, nearest first."""
     made: dict[str, StageRow] = {}
     for stage in report.stages:
         if stage.sha256:
@@ -81,12 +82,12 @@ def _ancestors(report: RunReport) -> list[StageRow]:
     if report.model is None or report.model.sha256 not in made:
         trained = {about.stage for about in report.policies.values()}
         return [stage for stage in report.stages[::-1] if stage.sha256 and stage.name not in trained]
-    found: list[StageRow] = []
-    wave = [report.model.sha256]
-    seen = set(wave)
-    while wave:
-        parents = [parent for digest in wave for parent in made[digest].parents if parent in made]
-        wave = [parent for parent in dict.fromkeys(parents) if parent not in seen]
-        seen.update(wave)
-        found += [made[parent] for parent in wave]
-    return found
+    ancestors: list[StageRow] = []
+    level = [report.model.sha256]
+    seen = set(level)
+    while level:
+        parents = [parent for digest in level for parent in made[digest].parents if parent in made]
+        level = [parent for parent in dict.fromkeys(parents) if parent not in seen]
+        seen.update(level)
+        ancestors += [made[parent] for parent in level]
+    return ancestors

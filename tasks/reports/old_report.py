@@ -1,4 +1,4 @@
-"""Reports of runs that an earlier version made: one policy had the name DPO and was the candidate."""
+"""Converts reports of earlier versions, in which the candidate always had the name DPO."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,18 +11,18 @@ _TRAINED_BY = {
     **dict.fromkeys(("GRPO", "Dr. GRPO", "DAPO", "GSPO", "RLOO"), ("train-grpo", "grpo")),
     "Online DPO": ("train-online", "online_dpo"),
 }
-"""By policy its stage and its method."""
+"""Stage and method by policy."""
 _PAIRED = (_GUIDE, _CANDIDATE)
 _REFERENCES = ("prepare-sft", "import-model")
 
 
 def is_old(facts: Mapping[str, Any]) -> bool:
-    """Whether a report names neither its candidate nor its policies."""
+    """Whether a report was written by an earlier version: it has neither candidate nor policies."""
     return "candidate" not in facts and "policies" not in facts
 
 
 def upgraded(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of an old report as `RunReport` names them."""
+    """The fields of an old report under the names of `RunReport`."""
     new = dict(facts)
     objective = new.pop("objective", "dpo")
     stages = [_name(row) for row in facts.get("stages") or ()]

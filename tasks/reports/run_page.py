@@ -1,4 +1,4 @@
-"""The run page: one HTML file that says what a run found, readable without network, script or server."""
+"""Renders the run page: one HTML file with a run's results, without script or network access."""
 
 import re
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ MAX_TEXT = 1500  # characters of a prompt or completion that are shown
 
 
 class Part(NamedTuple):
-    """A section of the page; `absent` says why it has nothing to show."""
+    """A section of the page; `absent` is the reason why it is left out."""
 
     key: str
     title: str
@@ -62,14 +62,14 @@ class Fact(NamedTuple):
 def render(report: RunReport) -> str:
     """The whole page as HTML: self-contained, without script, text from models and data escaped.
 
-    Sections without data are left out and named at the end with the reason. At most `MAX_SAMPLES` samples and
-    `MAX_TEXT` characters of each text are shown, and the page says what it cut.
+    Sections without data are left out and listed at the end with the reason. At most `MAX_SAMPLES` samples
+    and `MAX_TEXT` characters of each text are shown; the page states what was cut.
     """
     return fill("run_page.html.j2", _context(report))
 
 
 def _curves(report: RunReport) -> list[Curves]:
-    """The curves of the named report, each under the policy, or else the stage, that was trained."""
+    """The training curves of a report, each titled with its policy or, without one, its stage."""
     groups = []
     for index, (stage, rows) in enumerate(report.curves.items()):
         policy = report.policy_of(stage)
@@ -80,17 +80,17 @@ def _curves(report: RunReport) -> list[Curves]:
 
 
 def _panels(report: RunReport, stage: str) -> Sequence[Panel]:
-    """The panels of a training's method; of SFT and the reward model, those of all methods."""
+    """The panels of a training's method; for SFT and the reward model, the panels of all methods."""
     known = methods()
     policy = report.policy_of(stage)
     if policy is not None and report.policies[policy].method in known:
         return known[report.policies[policy].method].curves
-    own = [one for one in known.values() if one.stage == stage] or known.values()
-    return list(dict.fromkeys(panel for one in own for panel in one.curves))
+    chosen = [method for method in known.values() if method.stage == stage] or known.values()
+    return list(dict.fromkeys(panel for method in chosen for panel in method.curves))
 
 
 def fill(template: str, context: dict[str, Any]) -> str:
-    """One of the page templates with its values: everything escaped, nothing undefined."""
+    """Render a page template. All values are escaped; an undefined one is an error."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -112,7 +112,7 @@ def _context(report: RunReport) -> dict[str, Any]:
     evaluation = report.evaluation
     curves = _curves(report)
     frontier = frontier_figure(evaluation, report.label) if evaluation else None
-    # The first stage that left an artifact is its maker; a later one with the same digest found it again.
+    # An artifact is attributed to the first stage that produced it; later stages may have the same digest.
     digests = {stage.sha256: stage.name for stage in reversed(report.stages) if stage.sha256}
     parts = [
         Part("frontier", "Reward against KL", "" if frontier else _no_frontier(report)),
@@ -130,9 +130,9 @@ def _context(report: RunReport) -> dict[str, Any]:
     ]
     left_out = [part for part in parts if part.absent]
     if evaluation and report.policies and not report.samplers:
-        left_out.append(Part("baseline", "Policy that learns from its own samples", "the recipe lists none"))
+        left_out.append(Part("baseline", "Policy that learns from its own samples", "the recipe has none"))
     if report.decision is None:
-        left_out.append(Part("decision", "Decision to promote", "the run did not ask for one"))
+        left_out.append(Part("decision", "Decision to promote", "the recipe does not request one"))
     return {
         "report": report,
         "verdict": verdict(report),
@@ -162,7 +162,7 @@ def _context(report: RunReport) -> dict[str, Any]:
 def measured_parts(
     win_rates: Sequence[WinRate], suites: Sequence[SuiteRow], comparisons: Sequence[Comparison]
 ) -> list[Part]:
-    """The sections that the page of a run and that of an evaluation share."""
+    """The sections common to the pages of runs and evaluations."""
     return [
         Part("win-rates", "Win rates", "" if win_rates else "no judge compared answers"),
         Part("suites", "Tasks", "" if suites else "no suite was run"),
@@ -173,7 +173,7 @@ def measured_parts(
 def measured_context(
     win_rates: Sequence[WinRate], suites: Sequence[SuiteRow], comparisons: Sequence[Comparison]
 ) -> dict[str, Any]:
-    """What the templates of those sections read."""
+    """Template values of these sections."""
     return {
         "win_rate_figure": win_rate_figure(win_rates),
         "win_rate_head": WIN_RATE_HEAD,
@@ -181,19 +181,19 @@ def measured_context(
         "suites": suite_table(suites),
         "comparison_head": COMPARISON_HEAD,
         "comparisons": [
-            Compared(comparison_table(found, suites), difference_figures(found, suites))
-            for found in comparisons
+            Compared(comparison_table(comparison, suites), difference_figures(comparison, suites))
+            for comparison in comparisons
         ],
     }
 
 
 def sample_context(samples: Sequence[Sample]) -> dict[str, Any]:
-    """The samples that are shown, and how many there are."""
+    """The samples to show and the number recorded."""
     return {"samples": samples[:MAX_SAMPLES], "samples_recorded": len(samples)}
 
 
 def cost_facts(cost: Cost | None, win_rates: Sequence[WinRate] = ()) -> list[Fact]:
-    """What was used, as far as it was counted; the judge's pay is the sum over the win rates."""
+    """Time, tokens, compute, memory and judge cost, as far as recorded."""
     facts = []
     if cost:
         facts += [
@@ -208,7 +208,7 @@ def cost_facts(cost: Cost | None, win_rates: Sequence[WinRate] = ()) -> list[Fac
 
 
 def judge_facts(win_rates: Sequence[WinRate]) -> list[Fact]:
-    """What judging cost, where a judge was paid or asked."""
+    """The total cost and requests of the judge; empty if no judge was used."""
     paid = [rate.cost for rate in win_rates if rate.cost is not None]
     requests, cached = sum(rate.requests for rate in win_rates), sum(rate.cached for rate in win_rates)
     if not paid and not requests:
@@ -227,7 +227,7 @@ def _no_reward_model(report: RunReport) -> str:
 
 
 def _minus(text: object) -> str:
-    """The typographic minus where a number starts; hyphens elsewhere stay."""
+    """Replace the hyphen before a number by a minus sign; keep other hyphens."""
     return re.sub(r"(?<!\S)([(\[]?)-(?=\d)", r"\1−", str(text))
 
 
@@ -238,5 +238,5 @@ def _clip(text: str) -> str:
 
 
 def _link(uri: str | None) -> str | None:
-    """The address if a reader may follow it; None for anything else (`javascript:`, `s3:`, plain paths)."""
+    """The address if it is safe to link (http, https, file); None otherwise (`javascript:`, `s3:`, paths)."""
     return uri if uri and urlsplit(uri).scheme in ("http", "https", "file") else None

@@ -1,4 +1,4 @@
-"""What one alignment run found out, as data that other stages measured; nothing is computed here."""
+"""The data of a run's report, from which its page, terminal tables and Markdown are rendered."""
 
 import math
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ _Part = TypeVar("_Part", bound=Config)
 
 
 class RunInfo(Config):
-    """Which run this is and how to get it again."""
+    """The run's name, times, command and environment."""
 
     name: str
     recipe: str
@@ -33,11 +33,11 @@ class RunInfo(Config):
     seconds: float
     git_commit: str | None = None
     command: str
-    """The command that reproduces the run: on the resolved recipe that lies beside the page."""
+    """The command that reproduces the run from the resolved recipe in its folder."""
     folder: str = ""
-    """Where relative paths of the recipe begin: the folder that the run was started in."""
+    """The folder in which the run was started; relative paths of the recipe are relative to it."""
     started_by: str = ""
-    """The command as it was typed, of a resumed run the last one."""
+    """The command that the user typed; for a resumed run, the last one."""
     mlflow_run_id: str | None = None
     tracking_uri: str | None = None
     python: str
@@ -47,7 +47,7 @@ class RunInfo(Config):
 
 
 class StageRow(Config):
-    """One stage and the artifact that it left."""
+    """One stage and its artifact."""
 
     name: str
     state: Literal["ran", "cached", "skipped"]
@@ -63,33 +63,33 @@ class StageRow(Config):
 
 
 class GateFinding(Config):
-    """What one rule of the data gate saw: the fields of `expectations.report.Finding`."""
+    """The result of one rule of the data gate, with the fields of `expectations.report.Finding`."""
 
     rule: str
     severity: Literal["critical", "warning", "info", "off"]
     passed: bool
     skipped: bool = False
-    """Whether the rule could not be judged; the message says why."""
+    """Whether the rule could not be checked; the message gives the reason."""
     count: int = 0
     rate: float | None = None
     """Share of the rows that break the rule, 0 to 1."""
     observed: float | None = None
-    """The number measured, for rules on the whole set."""
+    """The measured value, for rules on the whole data set."""
     threshold: float | dict[str, float] | None = None
-    """The limit applied, or several by their names in the recipe."""
+    """The limit, or several limits by their names in the recipe."""
     rows: list[int | str] = Field(default_factory=list)
-    """The first rows that break the rule: their numbers or ids."""
+    """Numbers or ids of the first rows that break the rule."""
     message: str = ""
     remedy: str = ""
 
     @property
     def measured(self) -> float | None:
-        """The number to hold against the limit."""
+        """The value that is compared with the limit."""
         return self.rate if self.observed is None else self.observed
 
     @property
     def limit(self) -> str:
-        """The limit in words."""
+        """The limit as text."""
         if isinstance(self.threshold, dict):
             return ", ".join(f"{name} {number(value)}" for name, value in self.threshold.items()) or "–"
         return "–" if self.threshold is None else number(self.threshold)
@@ -107,25 +107,25 @@ class GateRow(Config):
 
 
 class Trained(Config):
-    """What was trained on what, in words, so that two runs with other settings look different."""
+    """A description of the training that differs between any two runs with different settings."""
 
     base_model: str
     started_from: Origin | None = None
-    """Of a base model that was trained here."""
+    """The origin of the base model, if it is a trained model."""
     data: str
-    """Where the rows come from, how many were trained on and how many held out."""
+    """Source of the rows, and the numbers of training and held-out rows."""
     rows_trained: int
     """Pairs or unpaired rows."""
     reference: str
     objective: str
-    """With every parameter: `simpo, beta 2, gamma_beta_ratio 0.5`."""
+    """The objective with all parameters: `simpo, beta 2, gamma_beta_ratio 0.5`."""
     training: str
     """Steps, batch size, learning rate, seed."""
     reward: str
     before: str = ""
-    """The policies that the candidate starts from or is held to; empty where there is none."""
+    """The policies that are the candidate's start or reference; empty if there are none."""
     baselines: str = ""
-    """The other policies; empty where there is none."""
+    """The other policies; empty if there are none."""
 
     @property
     def lines(self) -> list[tuple[str, str]]:
@@ -144,7 +144,7 @@ class Trained(Config):
 
 
 class Sample(Config):
-    """One prompt and what each policy answered."""
+    """One prompt with each policy's answer."""
 
     prompt: str
     completions: dict[str, str]
@@ -152,7 +152,7 @@ class Sample(Config):
 
 
 class PolicyTable(Config):
-    """The policies side by side."""
+    """The evaluation of the policies on the same prompts."""
 
     reward_name: str
     reward_is_true: bool
@@ -163,36 +163,36 @@ class PolicyTable(Config):
     samples: list[Sample] = Field(default_factory=list)
 
     def policy(self, name: str) -> PolicyRow | None:
-        """The row of that name, None where it was not evaluated."""
+        """The row of a policy; None if it was not evaluated."""
         return next((row for row in self.policies if row.name == name), None)
 
 
 class Measured(PolicyTable):
-    """All that the evaluation stage measured; what the table has no room for is shown elsewhere."""
+    """The full result of the evaluation stage."""
 
     held_out_pairs: int
     accuracy_by_source: dict[str, dict[str, Estimate]] = Field(default_factory=dict)
-    """By policy and set of a mixture: preference accuracy."""
+    """Preference accuracy by policy and set of a mixture."""
     gain_over_champion: dict[str, Estimate] = Field(default_factory=dict)
-    """By policy; empty where there is no champion."""
+    """Reward gain by policy; empty without a champion."""
     win_rates: list[WinRate] = Field(default_factory=list)
-    """By the reward: every policy against the reference, and against the champion where there is one."""
+    """Win rates by the reward: every policy against the reference and, if there is one, the champion."""
 
 
 class Evaluation(PolicyTable):
-    """The policies side by side, and what their numbers are read with."""
+    """The evaluation of the policies, with the facts needed to interpret it."""
 
     learned_from: list[str] | None = None
-    """Policies that learned from the reward that all are measured with; None of a learned reward, and where
-    an older run did not say."""
+    """Policies that learned from the reward that is used for evaluation; None for a learned reward, and in
+    reports of older runs."""
     max_new_tokens: int | None = None
-    """Where a sampled answer was cut."""
+    """Length limit of sampled answers, in tokens."""
     chosen_tokens: float | None = None
-    """Median length of the chosen, or desirable, answers of the data."""
+    """Median length of the data's chosen or desirable answers, in tokens."""
     chosen_ended: float | None = None
-    """Share of these that are complete."""
+    """Share of these answers that are complete."""
     vocabulary: int | None = None
-    """Tokens that the model chooses from."""
+    """Size of the model's vocabulary."""
 
 
 class SuiteRow(Config):
@@ -201,23 +201,23 @@ class SuiteRow(Config):
     suite: str
     title: str
     policy: str
-    """A policy of the run, the `Champion`, or a checkpoint as the user named it."""
+    """A policy of the run, `Champion`, or the user's name of a checkpoint."""
     items: int
     contaminated: int = 0
-    """Items that stand in the training data; 0 also where that was not looked for."""
+    """Number of items that are in the training data; 0 also if this was not checked."""
     measures: list[Measure]
 
 
 class Cost(Config):
-    """What the run used."""
+    """Time, tokens, compute and memory that the run used."""
 
     seconds: float
     seconds_by_stage: dict[str, float] = Field(default_factory=dict)
     tokens_trained: int = 0
     flops: float | None = None
-    """Floating-point operations, as each stage counted its own."""
+    """Floating-point operations, summed over the stages that count them."""
     peak_memory_bytes: int | None = None
-    """Of the training job that took most."""
+    """Peak of the training job that used most."""
 
 
 class ModelRow(Config):
@@ -229,82 +229,82 @@ class ModelRow(Config):
     uri: str
     sha256: str
     known: bool = False
-    """Whether an earlier run had registered the same weights: version and aliases are as they were."""
+    """Whether an earlier run had registered the same weights; version and aliases are then unchanged."""
 
 
 class PolicyAbout(Config):
-    """What a policy of the run is."""
+    """The description of a policy."""
 
     method: str
     words: str
     """Objective and settings, in words."""
     objective: str = ""
-    """Name of the objective, or of the sum; empty where the method has none."""
+    """Name of the objective, or of a sum of objectives; empty if the method has none."""
     reward: Literal["source", "model"] | None = None
-    """What scored its own samples: the known reward or the reward model; none of a method that does not
+    """The reward of its samples: the recipe's source or the reward model; None if the method does not
     sample."""
     start: str
     """Its initial weights: the reference, another policy, or a model from outside the recipe."""
     reference: str
-    """What it is held to, named likewise."""
+    """The reference of its KL term, named as `start`."""
     stage: str
     """The row of the stage table that trained it."""
     unusual: str = ""
-    """Parameters of its objective that are far from their defaults, in words."""
+    """Objective parameters that are far from their defaults, in words."""
 
 
 def lineage(policies: Mapping[str, PolicyAbout], policy: str) -> list[str]:
-    """The models that a policy starts from or is held to, and those behind them, the earliest first.
+    """A policy's ancestors: the starts and references of the policy and of its ancestors, earliest first.
 
-    The run's reference is left out; a model from outside the recipe is named as the recipe names it.
+    The run's reference is left out. A model from outside the recipe has its name from the recipe.
     """
-    found: list[str] = []
+    ancestors: list[str] = []
 
     def visit(name: str) -> None:
         about = policies.get(name)
         for model in (about.start, about.reference) if about else ():
-            if model not in (REFERENCE, policy, *found):
+            if model not in (REFERENCE, policy, *ancestors):
                 visit(model)
-                found.append(model)
+                ancestors.append(model)
 
     visit(policy)
-    return found
+    return ancestors
 
 
 class RunReport(Config):
-    """Everything that the run page, the terminal table and the Markdown artifact show."""
+    """The data that the run page, the terminal table and the Markdown artifact show."""
 
     run: RunInfo
     stages: list[StageRow] = Field(default_factory=list)
     gate: list[GateRow] = Field(default_factory=list)
     evaluation: Evaluation | None = None
     trained: Trained | None = None
-    """What was trained; older reports do not say."""
+    """What was trained; None in reports of older versions."""
     candidate: str
     """The policy that was registered."""
     policies: dict[str, PolicyAbout] = Field(default_factory=dict)
-    """What was trained, by name, in the order of the recipe."""
+    """The trained policies by name, in the recipe's order."""
     reference_stage: str = ""
     """The row of the stage table that made the reference."""
     recipe_text: str = ""
-    """The resolved recipe, as it lies beside the page."""
+    """The resolved recipe."""
     decision: Decision | None = None
-    """Whether the model may take the champion's place; the page's headline where it was asked."""
+    """Whether the model may be promoted, if the recipe requests a decision; the page's headline."""
     win_rates: list[WinRate] = Field(default_factory=list)
     suites: list[SuiteRow] = Field(default_factory=list)
     comparisons: list[Comparison] = Field(default_factory=list)
-    """Against the reference, and against the champion where there is one."""
+    """Comparisons with the reference and, if there is one, the champion."""
     reward_model: RewardQuality | None = None
-    """The learned reward on held-out pairs, where one was trained and pairs were held out."""
+    """Quality of the reward model on held-out pairs; None without one of the two."""
     curves: dict[str, list[dict[str, float]]] = Field(default_factory=dict)
-    """By row of the stage table: rows of `step` and metrics. Values that are not finite are dropped: JSON
-    cannot hold them."""
+    """Training metrics by row of the stage table: rows of `step` and metrics. Values that are not finite are
+    left out, because JSON cannot represent them."""
     cost: Cost | None = None
     model: ModelRow | None = None
     notes: dict[str, JsonValue] = Field(default_factory=dict)
 
     def label(self, policy: str) -> str:
-        """A policy as tables and sentences name it: DPO, or DPO (simpo)."""
+        """The displayed name of a policy: DPO, or DPO (simpo)."""
         about = self.policies.get(policy)
         if about is None or not about.objective or about.objective in policy.lower():
             return policy
@@ -312,11 +312,11 @@ class RunReport(Config):
         return policy if longer in self.policies else longer
 
     def policy_of(self, stage: str) -> str | None:
-        """The policy that a row of the stage table trained; None of the other stages."""
+        """The policy that a stage trained; None for other stages."""
         return next((name for name, about in self.policies.items() if about.stage == stage), None)
 
     def stage_label(self, stage: str) -> str:
-        """A row of the stage table for people: without the policy's name where the method says enough."""
+        """The displayed name of a stage: without the policy's name if its method is unique in the run."""
         policy = self.policy_of(stage)
         if policy is None:
             return stage
@@ -326,13 +326,13 @@ class RunReport(Config):
 
     @property
     def models(self) -> dict[str, StageRow]:
-        """The reference and the policies, each with the row of the stage table that made its model."""
+        """The rows of the stage table that made the reference and the policies, by name."""
         rows = {row.name: row for row in reversed(self.stages)}
         made = {REFERENCE: self.reference_stage} | {n: about.stage for n, about in self.policies.items()}
         return {name: rows[stage] for name, stage in made.items() if stage in rows}
 
     def lineage(self, policy: str) -> list[str]:
-        """The models behind a policy; see `lineage`."""
+        """A policy's ancestors; see the function `lineage`."""
         return lineage(self.policies, policy)
 
     @property
@@ -341,10 +341,10 @@ class RunReport(Config):
         return [name for name, about in self.policies.items() if about.reward is not None]
 
     def named(self) -> "RunReport":
-        """The report for people: its stages under their labels, and its policies in win rates, suites,
-        comparisons and samples.
+        """The report with displayed names of stages, and of policies in win rates, suites, comparisons and
+        samples.
 
-        `evaluation.policies` and `policies` keep the names, by which their rows are found.
+        `evaluation.policies` and `policies` keep the original names, which are their keys.
         """
 
         def renamed(part: _Part, *fields: str) -> _Part:
@@ -353,7 +353,7 @@ class RunReport(Config):
         changed: dict[str, Any] = {
             "win_rates": [renamed(rate, "a", "b") for rate in self.win_rates],
             "suites": [renamed(row, "policy") for row in self.suites],
-            "comparisons": [renamed(found, "candidate", "baseline") for found in self.comparisons],
+            "comparisons": [renamed(row, "candidate", "baseline") for row in self.comparisons],
             "stages": [row.model_copy(update={"name": self.stage_label(row.name)}) for row in self.stages],
             "policies": {
                 name: about.model_copy(update={"stage": self.stage_label(about.stage)})

@@ -1,4 +1,4 @@
-"""A run's report in 80 columns of a terminal, and as GitHub Markdown."""
+"""Renders a run's report for the terminal (80 columns) and as GitHub Markdown."""
 
 import re
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ class Metric(NamedTuple):
 
 
 def policy_metrics(evaluation: Evaluation) -> list[Metric]:
-    """The policy table by line, one cell a policy; most lines that nobody measured are left out."""
+    """The lines of the policy table, one cell per policy; optional metrics without values are left out."""
     lines = []
     for key, shown in PolicyRow.shown().items():
         values = [getattr(row, key) for row in evaluation.policies]
@@ -49,16 +49,16 @@ def policy_metrics(evaluation: Evaluation) -> list[Metric]:
 
 
 def reward_metrics(quality: RewardQuality) -> list[Metric]:
-    """The quality of the learned reward by line, one cell each."""
+    """The lines of the reward model's table, one cell each."""
     known: list[tuple[str, str, str, Estimate | float | None]] = [
         ("accuracy", "Accuracy", "share of held-out pairs ranked as labelled", quality.accuracy),
-        ("ece", "Calibration error", "ECE, ten equal bins; too high where pairs are few", quality.ece),
-        ("brier", "Brier score", "a coin gets 0.25", quality.brier),
-        ("nll", "NLL, nats", "a coin gets 0.693", quality.nll),
-        ("temperature", "Best temperature", "above 1 too sure; none if all or no pairs are told apart",
+        ("ece", "Calibration error", "ECE, ten equal bins; biased upwards if pairs are few", quality.ece),
+        ("brier", "Brier score", "chance is 0.25", quality.brier),
+        ("nll", "NLL, nats", "chance is 0.693", quality.nll),
+        ("temperature", "Best temperature", "above 1: overconfident; none if all or no pairs are right",
          quality.temperature),
-        ("length", "Spearman with length", "reward against tokens of the answer", quality.length_spearman),
-        ("gap", "Spearman of the gaps", "gap of rewards against gap of lengths", quality.gap_spearman),
+        ("length", "Spearman with length", "reward against answer length", quality.length_spearman),
+        ("gap", "Spearman of the gaps", "reward gap against length gap", quality.gap_spearman),
     ]  # fmt: skip
     return [
         Metric(key, label, hint, [cell(value, "share" if key == "accuracy" else "number")])
@@ -67,27 +67,27 @@ def reward_metrics(quality: RewardQuality) -> list[Metric]:
 
 
 def reward_use(report: RunReport) -> str:
-    """What the learned reward was for, in a sentence or two."""
+    """One or two sentences on what the reward model was used for."""
     evaluation = report.evaluation
     if evaluation is None:
         return ""
     learners = [name for name, about in report.policies.items() if about.reward == "model"]
     learned = f"{', '.join(map(report.label, learners))} learned from it. " if learners else ""
     measure = f"{evaluation.reward_name}, not with it" if evaluation.reward_is_true else "it"
-    return f"{learned}The policies were measured with {measure}."
+    return f"{learned}The policies were evaluated with {measure}."
 
 
 def stage_size(stage: StageRow) -> str:
-    """What the artifact holds: "1,200 rows", "134,515,008 parameters", or an en dash."""
+    """The size of the artifact: "1,200 rows", "134,515,008 parameters", or an en dash."""
     sizes = [(stage.rows, "rows"), (stage.parameters, "parameters")]
     return ", ".join(f"{count:,} {unit}" for count, unit in sizes if count is not None) or "–"
 
 
-def _say(page: Table, said: Verdict, reasons: int) -> None:
-    """A headline in its colour, and the first of its reasons."""
-    colour = {"good": "green", "bad": "red", "unclear": "yellow"}[said.kind]
-    page.add_row(Text(said.headline, style=f"bold {colour}"))
-    for reason in said.reasons[:reasons]:
+def _add_verdict(page: Table, shown: Verdict, reasons: int) -> None:
+    """Add a headline in its colour, and its first reasons."""
+    colour = {"good": "green", "bad": "red", "unclear": "yellow"}[shown.kind]
+    page.add_row(Text(shown.headline, style=f"bold {colour}"))
+    for reason in shown.reasons[:reasons]:
         page.add_row(Text(reason))
 
 
@@ -99,10 +99,10 @@ def terminal_measured(
     *,
     undecided: bool = True,
 ) -> None:
-    """Win rates, suites and comparisons as rows of a page; subsets and rows that only inform stay out.
+    """Add win rates, suites and comparisons to a page, without subsets and untested rows.
 
     Args:
-        undecided: whether differences are listed that are neither better nor worse; they are counted anyhow.
+        undecided: whether to list undecided differences; they are always counted.
     """
     if win_rates:
         keep = [0, 1, 2]
@@ -113,26 +113,25 @@ def terminal_measured(
         lines = [line._replace(cells=[*line.cells[:-1], Cell(line.cells[-1].value)]) for line in table.lines]
         page.add_row(rich_table("Tasks (95% interval)", table.head, lines))
     for comparison in comparisons:
-        made = comparison_table(comparison, suites)
-        title = f"{made.candidate} against {made.baseline}: {made.outcome}"
+        compared = comparison_table(comparison, suites)
+        title = f"{compared.candidate} against {compared.baseline}: {compared.outcome}"
         keep = [0, 5, 1]
-        shown = [line for line in made.tested if undecided or line.cells[1] != FINDINGS["undecided"]]
+        shown = [line for line in compared.tested if undecided or line.cells[1] != FINDINGS["undecided"]]
         lines = [line._replace(cells=[line.cells[i] for i in keep]) for line in shown]
         page.add_row(rich_table(title, [COMPARISON_HEAD[i] for i in keep], lines) if lines else Text(title))
 
 
 def terminal_table(report: RunReport) -> Table:
-    """The end of a run in 80 columns: verdict, stages with times, policies, alarms."""
+    """The terminal's summary of a run in 80 columns: verdict, stages with times, policies, alarms."""
     report = report.named()
     page = Table.grid(padding=(0, 0))
-    found = finding(report)
     if report.decision:
-        _say(page, verdict(report), 1 + len(report.decision.reasons))
-    _say(page, found, 1)
+        _add_verdict(page, verdict(report), 1 + len(report.decision.reasons))
+    _add_verdict(page, finding(report), 1)
     if report.trained:
         block = Table.grid(padding=(0, 2))
-        for label, told in report.trained.lines:
-            block.add_row(Text(label), Text(told))
+        for label, text in report.trained.lines:
+            block.add_row(Text(label), Text(text))
         page.add_row(block)
     stages = Table(title=Text(f"Stages of {report.run.name}"), title_justify="left")
     for name in ("Stage", "State", "Time", "Artifact"):
@@ -161,19 +160,19 @@ def terminal_table(report: RunReport) -> Table:
 
 
 def fenced(command: str) -> str:
-    """A command as a block of code; the fence is longer than any run of backticks inside it."""
+    """A command as a code block, whose fence is longer than any sequence of backticks in it."""
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", command)), default=0))
     return f"{fence}sh\n{command}\n{fence}"
 
 
 def plain(text: object) -> str:
-    """Text that Markdown shows as it is, on one line: no markup, no HTML, no cell border."""
+    """Escape a text for Markdown, on one line: no markup, HTML or cell border."""
     flat = " ".join(str(text).split())
     return re.sub(r"([\\`*_{}\[\]<>|#~$])", r"\\\1", flat.replace("&", "&amp;"))
 
 
 def markdown_table(head: list[str], rows: list[list[str]]) -> str:
-    """A table of GitHub Markdown; the cells are shown as they are."""
+    """A table of GitHub Markdown; the cells are escaped."""
     lines = [head, ["---"] * len(head), *([plain(cell) for cell in row] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -185,7 +184,7 @@ def _listed(reasons: Sequence[str]) -> str:
 def markdown_measured(
     win_rates: Sequence[WinRate], suites: Sequence[SuiteRow], comparisons: Sequence[Comparison]
 ) -> list[str]:
-    """Win rates, suites and comparisons as paragraphs; subsets and rows that only inform stay out."""
+    """Win rates, suites and comparisons as Markdown, without subsets and untested rows."""
     parts = []
     if win_rates:
         lines = [flat(line) for line in win_rate_lines(win_rates)]
@@ -195,37 +194,37 @@ def markdown_measured(
         head = ["", *map(plain, table.head)]
         parts += ["## Tasks", markdown_table(head, [flat(line) for line in table.lines])]
     for comparison in comparisons:
-        made = comparison_table(comparison, suites)
-        parts.append(plain_heading(f"{made.candidate} against {made.baseline}: {made.outcome}"))
-        if made.tested:
-            parts.append(markdown_table(["", *COMPARISON_HEAD], [flat(line) for line in made.tested]))
-        if made.left_out:
-            parts.append(plain(f"Not compared: {'; '.join(made.left_out)}."))
+        compared = comparison_table(comparison, suites)
+        parts.append(plain_heading(f"{compared.candidate} against {compared.baseline}: {compared.outcome}"))
+        if compared.tested:
+            parts.append(markdown_table(["", *COMPARISON_HEAD], [flat(line) for line in compared.tested]))
+        if compared.left_out:
+            parts.append(plain(f"Not compared: {'; '.join(compared.left_out)}."))
     return parts
 
 
 def plain_heading(text: str) -> str:
-    """A heading of the second level."""
+    """A second-level heading."""
     return f"## {plain(text)}"
 
 
 def _findings(report: RunReport) -> list[str]:
-    """Paragraphs: verdict with reasons, alarms, policies, what was measured on them, the learned reward."""
+    """Markdown of the results: verdict with reasons, alarms, policies, comparisons, reward model."""
     report = report.named()
-    said, found = verdict(report), finding(report)
+    decision, result = verdict(report), finding(report)
     raised = [f"**{plain(alarm.name)}**: {plain(alarm.message)}" for alarm in alarms(report)]
     if report.decision:
-        parts = [f"# {plain(said.headline)}", plain(said.reasons[0]), _listed(said.reasons[1:])]
-        parts += [f"**{plain(found.headline)}**", _listed(found.reasons)]
+        parts = [f"# {plain(decision.headline)}", plain(decision.reasons[0]), _listed(decision.reasons[1:])]
+        parts += [f"**{plain(result.headline)}**", _listed(result.reasons)]
     else:
-        parts = [f"# {plain(found.headline)}", _listed(found.reasons)]
+        parts = [f"# {plain(result.headline)}", _listed(result.reasons)]
     if report.trained:
-        parts.append("\n".join(f"- **{label}**: {plain(told)}" for label, told in report.trained.lines))
+        parts.append("\n".join(f"- **{label}**: {plain(text)}" for label, text in report.trained.lines))
     if raised:
         parts += ["## Alarms", "\n".join(f"- {line}" for line in raised)]
     if report.evaluation:
         lines = [[metric.label, *map(str, metric.cells)] for metric in policy_metrics(report.evaluation)]
-        parts += ["## Policies", "Brackets hold 95% intervals, resampled by prompt."]
+        parts += ["## Policies", "Brackets show 95% intervals, resampled by prompt."]
         head = ["", *(plain(report.label(row.name)) for row in report.evaluation.policies)]
         parts.append(markdown_table(head, lines))
     parts += markdown_measured(report.win_rates, report.suites, report.comparisons)
@@ -240,14 +239,14 @@ def _findings(report: RunReport) -> list[str]:
 
 
 def note(report: RunReport, page: str) -> str:
-    """The report in brief, as the Markdown description of a tracked run. `page` names its run page."""
+    """A short Markdown report for the tracked run's description. `page` is the address of the run page."""
     about = str(report.notes.get("description", ""))
     parts = [*_findings(report), *([plain(about)] if about else [])]
     return "\n\n".join([*parts, f"Curves, samples, stages and lineage: {page}"]) + "\n"
 
 
 def markdown(report: RunReport) -> str:
-    """The report as GitHub Markdown, for a Prefect artifact: no samples, no curves."""
+    """The report as GitHub Markdown for a Prefect artifact, without samples and curves."""
     report = report.named()
     parts = _findings(report)
     if report.stages:
@@ -262,7 +261,7 @@ def markdown(report: RunReport) -> str:
             for row in report.gate
             for rule in [", ".join(f.rule for f in row.findings if not f.passed) or "none"]
         ]
-        head = ["Data", "Rows", "Dropped", "Gate", "Rules not met"]
+        head = ["Data", "Rows", "Dropped", "Gate", "Failed rules"]
         parts += ["## Data gate", markdown_table(head, gate)]
     parts += ["## Reproduce", fenced(report.run.command)]
     return "\n\n".join(parts) + "\n"

@@ -1,4 +1,4 @@
-"""What the data and the recipe tell before the training of how its result will be judged."""
+"""Warnings before the training: answers that evaluation would cut, too few held-out prompts to promote."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ from tasks.reports.alarms import COMPLETE_SHARE, CUT_SHARE, cut_message
 
 
 def answers_cut(recipe: Recipe, answers: Answers | None) -> str:
-    """A warning where answers as long as the data's would be cut; empty where they would not."""
+    """A warning if answers as long as the data's would be cut; else empty."""
     limit = recipe.evaluate.sampling.max_new_tokens
     if answers is None or answers.complete < COMPLETE_SHARE:
         return ""
@@ -17,17 +17,17 @@ def answers_cut(recipe: Recipe, answers: Answers | None) -> str:
 
 
 def too_few_prompts(recipe: Recipe, held_out: int) -> str:
-    """A warning where so few prompts are held out that the model cannot be promoted; empty where it can."""
-    wanted, most = recipe.promotion.min_prompts, recipe.evaluate.prompts
-    if recipe.study is not None or min(held_out, most) >= wanted:
+    """A warning if too few prompts are held out to promote the model; else empty."""
+    needed, most = recipe.promotion.min_prompts, recipe.evaluate.prompts
+    if recipe.study is not None or min(held_out, most) >= needed:
         return ""
-    if most < wanted <= held_out:
+    if most < needed <= held_out:
         remedy = "raise evaluate.prompts"
-    elif most < wanted:
-        remedy = "give more data or raise data.eval_fraction, and raise evaluate.prompts"
+    elif most < needed:
+        remedy = "add data or raise data.eval_fraction, and raise evaluate.prompts"
     else:
-        remedy = "give more data, or raise data.eval_fraction"
+        remedy = "add data, or raise data.eval_fraction"
     return (
         f"{min(held_out, most):,} held-out prompts will be compared, fewer than promotion.min_prompts "
-        f"{wanted:,}: the model will not be promoted. To change that, {remedy}."
+        f"{needed:,}: the model will not be promoted. To change that, {remedy}."
     )

@@ -1,7 +1,6 @@
-"""A study's two figures: the reward that each policy buys with KL, and with compute.
+"""Draws a study's two figures: reward against KL, and reward against compute.
 
-Colour and shape tell the policies apart, the same in both figures. One mark is one point, the mean of its
-seeds.
+Each policy has the same colour and shape in both figures. Each mark is one setting, the mean of its seeds.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,11 +27,11 @@ if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
-_LONGEST_NAME = 16  # letters in a legend; three columns of these fit
+_LONGEST_NAME = 16  # characters in a legend; three columns of these fit
 
 
 def figures(study: Study, summary: StudySummary) -> list[Figure]:
-    """Reward against KL, and reward against compute; none where no policy is drawn."""
+    """The figures of reward against KL and against compute; empty if there is no policy to draw."""
     policies = study.drawn_policies()
     if not policies:
         return []
@@ -43,20 +42,20 @@ def figures(study: Study, summary: StudySummary) -> list[Figure]:
             svg(
                 "reward-kl", "Reward against KL to the reference", kl_words, _kl(study, summary, THEMED), WIDE
             ),
-            "Up is better, left is closer to the reference. Bars: 95% intervals. Lines: what mixtures of "
-            "a policy's points reach; dotted beyond the farthest one.",
+            "Up is better, left is closer to the reference. Bars: 95% intervals. Lines: the reward that "
+            "mixtures of a policy's points reach, dotted beyond its largest KL.",
         ),
         Figure(
             "Reward against compute",
             svg("reward-flops", "Reward against compute", flops_words, _flops(study, summary, THEMED), WIDE),
-            "Up is better, left is cheaper. Bars: 95% intervals. Lines: the most reward for at most so many "
-            "FLOPs.",
+            "Up is better, left is cheaper. Bars: 95% intervals. Lines: the highest reward for at most that "
+            "many FLOPs.",
         ),
     ]
 
 
 def write_picture(study: Study, summary: StudySummary, file: Path) -> None:
-    """Both figures side by side in one file, PNG or SVG by its name, on a light ground."""
+    """Write both figures side by side into one file (PNG or SVG by its name) on a light background."""
     picture(file, [_kl(study, summary, LIGHT), _flops(study, summary, LIGHT)], (2 * WIDE[0], WIDE[1] + 0.3))
 
 
@@ -101,7 +100,7 @@ def _kl(study: Study, summary: StudySummary, palette: Palette) -> Callable[["Axe
 
 
 def _envelope_lines(row: PolicySummary, end: float) -> list[tuple[list[float], list[float], str]]:
-    """The envelope as far as a policy went, and dotted from there."""
+    """The envelope, solid up to the policy's largest KL and dotted beyond."""
     corners = row.envelope
     top, far = corners[-1][1], max(row.reach, corners[-1][0])
     solid = [*corners, (far, top)]
@@ -111,7 +110,7 @@ def _envelope_lines(row: PolicySummary, end: float) -> list[tuple[list[float], l
 
 def _flops(study: Study, summary: StudySummary, palette: Palette) -> Callable[["Axes"], None]:
     rows = _drawn(study, summary)
-    # A logarithmic axis has no place for a cost of 0.
+    # A logarithmic axis cannot show a cost of 0.
     costs = [s.cost.flops for row in rows for s in summary.rows(row.policy) if s.cost.flops > 0] or [1.0]
 
     def draw(axes: "Axes") -> None:
@@ -144,13 +143,13 @@ def _flops(study: Study, summary: StudySummary, palette: Palette) -> Callable[["
 
 
 def _stairs(row: PolicySummary, reference: float, dearest: float) -> list[tuple[float, float]]:
-    """The policy's staircase, up from the reference and on to the right; a cost of 0 has no place there."""
+    """The policy's staircase from the reference's reward to the right edge; costs of 0 are left out."""
     steps = [step for step in row.staircase if step[0] > 0]
     return [(steps[0][0], reference), *steps, (dearest, steps[-1][1])] if steps else []
 
 
 def _log_axis(axes: "Axes", low: float, high: float) -> None:
-    """From a little under `low` to a little over `high`, with two to five labels however narrow that is."""
+    """Set a logarithmic axis from just below `low` to just above `high`, with two to five labels."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     margin = max(1.3, (6 / (high / low)) ** 0.5)
@@ -170,7 +169,7 @@ def _legend(axes: "Axes", handles: Sequence[tuple[str, "Artist"]]) -> None:
         borderaxespad=0, handlelength=1.8, columnspacing=1.1, handletextpad=0.5,
     )  # fmt: skip
     for text in legend.get_texts():
-        text.set_parse_math(False)  # a dollar in the name of a policy is a dollar
+        text.set_parse_math(False)  # policy names may contain dollar signs
 
 
 def _drawn(study: Study, summary: StudySummary) -> list[PolicySummary]:
@@ -186,7 +185,7 @@ def _kl_words(study: Study, summary: StudySummary) -> str:
     for row in _drawn(study, summary):
         heights = ", ".join(
             f"{number(at.reward.value)} ({number(at.reward.low)} to {number(at.reward.high)}) at KL {at.kl:g}"
-            + ("" if at.reached else ", which it does not reach")
+            + ("" if at.reached else ", beyond its largest KL")
             for at in row.at_kl
         )
         parts.append(f"{row.policy}, {_settings(row)} to KL {number(row.reach)}: {heights}")

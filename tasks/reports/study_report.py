@@ -1,4 +1,4 @@
-"""The report of a comparison study: a self-contained page, Markdown, and the end of a run in a terminal."""
+"""The report of a comparison study: its data, HTML page, Markdown and terminal table."""
 
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -27,7 +27,7 @@ from tasks.reports.study_tables import (
 
 
 class StudyReport(Config):
-    """Everything that the page, the terminal tables and the Markdown show."""
+    """The data that the page, the terminal tables and the Markdown show."""
 
     run: RunInfo
     study: Study
@@ -35,13 +35,13 @@ class StudyReport(Config):
     claims: list[Claim]
     stages: list[StageRow] = Field(default_factory=list)
     cost: Cost | None = None
-    """What the whole study used."""
+    """Cost of the whole study."""
     notes: dict[str, JsonValue] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
     def _of_earlier_version(cls, facts: Any) -> Any:
-        """Earlier reports said arm where these say policy."""
+        """Rename `arm` in reports of earlier versions to `policy`."""
         if not isinstance(facts, dict) or not isinstance(facts.get("summary"), dict):
             return facts
         return facts | {part: _renamed(facts.get(part)) for part in ("study", "summary")}
@@ -67,7 +67,7 @@ def study_report(
     cost: Cost | None = None,
     notes: dict[str, JsonValue] | None = None,
 ) -> StudyReport:
-    """Summarise the study, judge the claims, and put both beside the run's facts."""
+    """Summarise the study, check the claims, and combine both with the run's facts."""
     summary = summarise(study)
     return StudyReport(
         run=run, study=study, summary=summary, claims=claims(study, summary), stages=stages or [], cost=cost,
@@ -76,7 +76,7 @@ def study_report(
 
 
 def write_report(report: StudyReport, folder: Path) -> Path:
-    """Write `page.html`, `summary.md`, `report.json` and, where policies are drawn, `frontier.png`."""
+    """Write `page.html`, `summary.md`, `report.json` and, if there are policies to draw, `frontier.png`."""
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / "page.html"
     write_atomic(page, render(report))
@@ -88,7 +88,7 @@ def write_report(report: StudyReport, folder: Path) -> Path:
 
 
 def headline(report: StudyReport) -> Headline:
-    """What the study says of dominance where it can, or else what it compares."""
+    """The verdict on the claim of dominance; if it was not measured, the names of the compared policies."""
     claim = next((claim for claim in report.claims if DOMINATES in claim.claim), None)
     if claim is None or claim.verdict == "not measured":
         drawn = report.study.drawn_policies()
@@ -107,7 +107,7 @@ def headline(report: StudyReport) -> Headline:
 def _reward_words(study: Study) -> str:
     nature = "a learned proxy that can be exploited"
     if study.reward_is_true:
-        nature = "known; policies that learned from it may have gained for it alone"
+        nature = "known; a gain of policies that learned from it may not carry over to other measures"
     return f"Reward: {study.reward_name}, {nature}."
 
 
@@ -123,9 +123,7 @@ def render(report: StudyReport) -> str:
             "Reward against KL and compute",
             "" if report.study.drawn_policies() else "no policy was measured",
         ),
-        Part(
-            "claims", "Claims", "" if report.claims else "the study has none of the policies that they name"
-        ),
+        Part("claims", "Claims", "" if report.claims else "the study has none of the policies in the claims"),
         *(Part(table.key, table.title) for table in shown),
         Part("stages", "Stages and cost", "" if report.stages else "no stages were recorded"),
         Part("reproduce", "Reproduce"),
@@ -154,7 +152,7 @@ def render(report: StudyReport) -> str:
 
 
 def markdown(report: StudyReport) -> str:
-    """The report as GitHub Markdown: every table, no figure."""
+    """The report as GitHub Markdown: all tables, without figures."""
     parts = [
         f"# {plain(headline(report).text)}",
         plain(f"{measured_on(report.study, report.summary)} {_reward_words(report.study)}"),
@@ -168,7 +166,7 @@ def markdown(report: StudyReport) -> str:
 
 
 def terminal_table(report: StudyReport) -> RichTable:
-    """The end of a run in 80 columns: headline, claims, policies, settings."""
+    """The terminal's summary of a study in 80 columns: headline, claims, policies, settings."""
     page = RichTable.grid(padding=(0, 0))
     colours = {"good": "green", "bad": "red", "unclear": "yellow", "plain": "default"}
     text, kind = headline(report)

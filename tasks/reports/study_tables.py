@@ -1,4 +1,4 @@
-"""A study's tables, once for the page, Markdown and the terminal."""
+"""The tables of a study's report, shared by the page, Markdown and the terminal."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,7 +14,7 @@ VERDICT_KIND = {
 
 
 class Table(NamedTuple):
-    """Rows of cells; the first `labels` columns are text that names the row, the rest are numbers."""
+    """A table: the first `labels` columns are text that identifies the row, the others are numbers."""
 
     key: str
     title: str
@@ -25,7 +25,7 @@ class Table(NamedTuple):
 
 
 def tables(study: Study, summary: StudySummary) -> list[Table]:
-    """All tables that have a row, the most telling first."""
+    """All tables that have rows, the most important first."""
     made = [
         policies_table(summary),
         _differences(study, summary),
@@ -38,7 +38,7 @@ def tables(study: Study, summary: StudySummary) -> list[Table]:
 
 
 def claims_rows(claims: Sequence[Claim]) -> list[list[str]]:
-    """Claim, what was claimed, what was found, verdict."""
+    """Rows of the claims table: claim, claimed value, measured value, verdict."""
     return [[claim.claim, claim.claimed, claim.found, claim.verdict] for claim in claims]
 
 
@@ -46,7 +46,7 @@ CLAIMS_HEAD = ["Claim", "Claimed", "Found", "Verdict"]
 
 
 def measured_on(study: Study, summary: StudySummary) -> str:
-    """What the numbers rest on and what their intervals resample."""
+    """A sentence on the numbers of prompts, samples and seeds, and on how intervals are computed."""
     seeds = f"{len(summary.seeds)} seed{'' if len(summary.seeds) == 1 else 's'}"
     named = f" ({', '.join(map(str, summary.seeds))})" if summary.seeds else ""
     return (
@@ -58,7 +58,7 @@ def measured_on(study: Study, summary: StudySummary) -> str:
 
 
 def policies_table(summary: StudySummary) -> Table:
-    """What each policy offers."""
+    """The policies' envelopes: largest KL, mean gain and reward at fixed KLs."""
     head = ["Policy", "Points", "Seeds", "Farthest KL", f"Mean gain to {summary.kl_end:g} nats"]
     rows = [
         [
@@ -73,15 +73,15 @@ def policies_table(summary: StudySummary) -> Table:
     ]
     caption = (
         "Envelopes through the points' means. Mean gain: the area between the envelope and the reference's "
-        f"reward from 0 to {summary.kl_end:g} nats, over {summary.kl_end:g}. Seeds: of the point with "
-        "fewest. *: farther than the policy went, so that its envelope is flat."
+        f"reward from 0 to {summary.kl_end:g} nats, divided by {summary.kl_end:g}. Seeds: of the point with "
+        "fewest. *: beyond the policy's largest KL, where its envelope is flat."
     )
     head += [f"Reward at {kl:g} nats" for kl in summary.kl_at]
     return Table("policies", "Policies", caption, head, rows, 1)
 
 
 def settings_table(study: Study, summary: StudySummary, brief: bool = False) -> Table:
-    """Every setting, the reference first; `brief` leaves out what 80 columns have no room for."""
+    """All settings, the reference first; `brief` has only the columns that fit in 80 characters."""
     head = ["Policy", "Point", "Gain", "KL (k1)", "Entropy", "FLOPs"]
     if not brief:
         head = [
@@ -138,7 +138,7 @@ def _setting_cells(row: SettingRow) -> dict[str, Cell]:
 def _differences(study: Study, summary: StudySummary) -> Table:
     drawn = study.drawn_policies()
     base = study.base
-    found = [summary.difference(base, policy) for policy in drawn if policy != base]
+    differences = [summary.difference(base, policy) for policy in drawn if policy != base]
     end = f"{summary.kl_end:g}"
     head = ["Policies", f"Mean gain to {end} nats", "Farthest common KL", "Mean gain to there"]
     rows = [
@@ -149,13 +149,13 @@ def _differences(study: Study, summary: StudySummary) -> Table:
             _estimate(row.common_area, signed=True) if row.common_area else Cell("–"),
             *(_at_kl(at, signed=True) for at in row.at_kl),
         ]
-        for row in found
+        for row in differences
         if row
     ]
     head += [f"Reward at {kl:g} nats" for kl in summary.kl_at]
     caption = (
         "Paired on the same prompts and seeds. The intervals at fixed KLs hold together (Bonferroni over "
-        f"{len(summary.kl_at)}). *: farther than one of the two went."
+        f"{len(summary.kl_at)}). *: beyond the largest KL of one of the two."
     )
     return Table("differences", f"{base} against the others", caption, head, rows, 1)
 
@@ -176,8 +176,8 @@ def _compute(study: Study, summary: StudySummary) -> Table:
     ]
     head = ["Policies", "Share of gain", "Reward", "First", "Second", "Ratio", "Defined in"]
     caption = (
-        "The least FLOPs with which each policy reaches the same reward: a share of the largest gain that "
-        "both reach. Defined in: share of resamples in which both gain something."
+        "The fewest FLOPs with which each policy reaches the same reward, a share of the largest gain that "
+        "both reach. Defined in: share of resamples in which both policies gain."
     )
     return Table("compute-ratio", "Compute for the same reward", caption, head, rows, 1)
 
@@ -211,7 +211,7 @@ def _best_of(summary: StudySummary) -> Table:
         ]
         for row in summary.best_of
     ]
-    caption = "The best of n samples of SFT by the known reward: what choosing reaches without training."
+    caption = "The best of n samples of SFT by the known reward: what selection reaches without training."
     return Table("best-of", "Best of n", caption, ["Policy", "KL at most", "Reward", "Gain"], rows, 1)
 
 

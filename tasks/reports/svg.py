@@ -1,8 +1,8 @@
-"""How figures are drawn: inline SVG in a page's light or dark theme, or one file with a light ground.
+"""Draws figures with matplotlib: as inline SVG that follows the page's light or dark theme, or as a file.
 
-matplotlib draws with stand-in colours; each is then replaced by a CSS variable of the page (with a fallback,
-so that a figure cut out of the page still has its colours). One panel is one small figure: it can be read on
-a phone at its natural size, and the page lays the panels out in columns where there is room.
+matplotlib draws with placeholder colours, which are then replaced by CSS variables of the page (with fallback
+colours for use outside the page). Each panel is one small figure that is readable on a phone; wide pages show
+panels in columns.
 """
 
 import io
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 PANEL, WIDE = (4.6, 3.0), (5.1, 3.4)  # inches of 72 units: close to CSS pixels where the page shows them
 
-# Stand-in colour for matplotlib -> (CSS variable, fallback)
+# Placeholder colour for matplotlib -> (CSS variable, fallback)
 _THEME = {
     "#010201": ("--ink", "#1c2127"),
     "#010202": ("--muted", "#59636e"),
@@ -33,7 +33,7 @@ _THEME = {
     "#010210": ("--red", "#b3261e"),
 }
 INK, MUTED, RULE, BLUE, ORANGE, GREEN, PURPLE, PINK, TEAL, RED = _THEME
-Palette = dict[str, str]  # stand-in colour -> the colour that is drawn
+Palette = dict[str, str]  # placeholder colour -> drawn colour
 THEMED: Palette = {colour: colour for colour in _THEME}
 LIGHT: Palette = {colour: fallback for colour, (_, fallback) in _THEME.items()}
 
@@ -78,12 +78,12 @@ _LOOKS = (
 
 
 def looks(policies: Sequence[str]) -> dict[str, Look]:
-    """A look for each policy, by its place; after thirteen they recur."""
+    """Colour and marker for each policy, by position; they repeat after thirteen."""
     return dict(zip(policies, cycle(_LOOKS), strict=False))
 
 
 class Figure(NamedTuple):
-    """One drawn panel: its title, the SVG, and one line of numbers below it."""
+    """One panel: its title, the SVG, and a line of text below it."""
 
     title: str
     svg: Markup
@@ -93,15 +93,15 @@ class Figure(NamedTuple):
 def svg(
     key: str, title: str, description: str, draw: Callable[["Axes"], None], size: tuple[float, float] = PANEL
 ) -> Markup:
-    """Draw one panel. The same input gives the same text, byte for byte; ids are unique by `key`."""
+    """Draw one panel as SVG. Equal input gives equal bytes; `key` makes its ids unique on a page."""
     text = _draw([draw], size, {**_STYLE, "svg.hashsalt": key})
     return Markup(_inline(text.decode(), key, title, description))
 
 
 def picture(file: Path, draws: Sequence[Callable[["Axes"], None]], size: tuple[float, float]) -> None:
-    """Panels side by side as one file on a light ground, PNG or SVG by its name; they draw in `LIGHT`.
+    """Write panels side by side into one file (PNG or SVG by its name) on a light background.
 
-    Letters are outlines there: a viewer of the file has no page to take a font from.
+    The panels use the colours of `LIGHT`. Text is drawn as outlines, because the file has no page's font.
     """
     light = {
         key: LIGHT.get(value, value) if isinstance(value, str) else value for key, value in _STYLE.items()
@@ -121,7 +121,7 @@ def _draw(
     from matplotlib.figure import Figure as Canvas
 
     buffer = io.BytesIO()
-    # "default" first: a matplotlibrc on the machine must not change the page.
+    # Start from "default", so that a matplotlibrc on the machine does not change the page.
     with style.context("default"), matplotlib.rc_context(settings):
         canvas = Canvas(figsize=size, layout="constrained")
         for axes, draw in zip(canvas.subplots(1, len(draws), squeeze=False)[0], draws, strict=True):
@@ -133,7 +133,7 @@ def _draw(
 
 
 def reach(value: float, low: float, high: float) -> list[list[float]]:
-    # A percentile interval may miss its own estimate by a hair; matplotlib refuses a negative length.
+    # A percentile interval may narrowly exclude its own estimate; matplotlib rejects negative lengths.
     return [[max(0.0, value - low)], [max(0.0, high - value)]]
 
 

@@ -1,4 +1,4 @@
-"""The tables of suites, comparisons and win rates, once for the page, Markdown and the terminal."""
+"""The tables of suites, comparisons and win rates, shared by the page, Markdown and the terminal."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -24,7 +24,7 @@ _TOO_FEW = Cell("–", more="too few to tell")
 
 
 class Line(NamedTuple):
-    """One line of a table: what it is about, and its cells."""
+    """One line of a table: label, hint and cells."""
 
     label: str
     hint: str
@@ -32,7 +32,7 @@ class Line(NamedTuple):
 
 
 class SuiteTable(NamedTuple):
-    """All suites: a line for each measure over all items, and by suite the measures of its subsets."""
+    """All suites: a line for each measure over all items, and the measures of subsets by suite."""
 
     head: list[str]
     """The models, then the number of items."""
@@ -41,7 +41,7 @@ class SuiteTable(NamedTuple):
 
 
 class ComparisonTable(NamedTuple):
-    """A candidate against a baseline: the rows that were tested together, and those that only inform."""
+    """A candidate against a baseline: the rows that were tested together, and the untested ones."""
 
     candidate: str
     baseline: str
@@ -61,22 +61,22 @@ WIN_RATE_HEAD = [
 
 
 def suite_table(suites: Sequence[SuiteRow]) -> SuiteTable:
-    """One line a measure, one cell a model; a dash where the model was not asked that."""
+    """One line per measure, one cell per model; a dash if the model was not measured."""
     policies = list(dict.fromkeys(row.policy for row in suites))
     lines: list[Line] = []
     subsets: dict[str, list[Line]] = {}
     for suite in dict.fromkeys(row.suite for row in suites):
         rows = [row for row in suites if row.suite == suite]
         title = rows[0].title
-        found = {(row.policy, m.subset, m.name): m for row in rows for m in row.measures}
-        for (subset, name), measure in {key[1:]: m for key, m in found.items()}.items():
-            cells = [_suite_cell(found.get((policy, subset, name))) for policy in policies]
+        measures = {(row.policy, m.subset, m.name): m for row in rows for m in row.measures}
+        for (subset, name), measure in {key[1:]: m for key, m in measures.items()}.items():
+            cells = [_suite_cell(measures.get((policy, subset, name))) for policy in policies]
             hint = ", ".join(part for part in (measure.label, measure.unit, _LOWER[measure.better]) if part)
             if subset:
                 subsets.setdefault(title, []).append(Line(subset, hint, cells))
             else:
-                asked = [m.estimate.n for p in policies if (m := found.get((p, subset, name)))]
-                lines.append(Line(title, hint, [*cells, _asked_prompts(set(asked), rows)]))
+                counts = {m.estimate.n for p in policies if (m := measures.get((p, subset, name)))}
+                lines.append(Line(title, hint, [*cells, _prompts(counts, rows)]))
     return SuiteTable([*policies, "Prompts"], lines, subsets)
 
 
@@ -87,14 +87,14 @@ def _suite_cell(measure: Measure | None) -> Cell:
     return measured(measure.estimate, measure.kind, more=clean)
 
 
-def _asked_prompts(prompts: set[int], rows: Sequence[SuiteRow]) -> Cell:
-    """How many prompts the measure rests on, and how many items of the suite stand in the training data."""
+def _prompts(prompts: set[int], rows: Sequence[SuiteRow]) -> Cell:
+    """The number of prompts of a measure, and of items of the suite that are in the training data."""
     dirty = _span({row.contaminated for row in rows})
     return Cell(_span(prompts), more="" if dirty == "0" else f"{dirty} items in training")
 
 
 def _span(counts: set[int]) -> str:
-    """1,319, or 1,200 to 1,319 where models differ."""
+    """1,319, or 1,200 to 1,319 if models differ."""
     return " to ".join(f"{count:,}" for count in sorted({min(counts), max(counts)}))
 
 
@@ -102,7 +102,7 @@ def _span(counts: set[int]) -> str:
 
 
 def comparison_table(comparison: Comparison, suites: Sequence[SuiteRow]) -> ComparisonTable:
-    """The rows of one comparison in words."""
+    """The table of one comparison."""
     titles = {row.suite: row.title for row in suites}
     lines = [(row, _comparison_line(row, titles)) for row in comparison.rows]
     return ComparisonTable(
@@ -116,7 +116,7 @@ def comparison_table(comparison: Comparison, suites: Sequence[SuiteRow]) -> Comp
 
 
 def outcome(comparison: Comparison) -> str:
-    """2 better, 1 worse, 5 undecided."""
+    """The counts of a comparison: "2 better, 1 worse, 5 undecided"."""
     tested = [row.finding for row in comparison.rows if row.p_holm is not None]
     if not tested:
         return "nothing was tested"
@@ -147,7 +147,7 @@ def _comparison_line(row: Row, titles: Mapping[str, str]) -> Line:
 
 
 def win_rate_lines(rates: Iterable[WinRate]) -> list[Line]:
-    """One line a comparison, with the cells of `WIN_RATE_HEAD`."""
+    """One line per win rate, with the cells of `WIN_RATE_HEAD`."""
     return [
         Line(
             f"{rate.a} vs {rate.b}",
@@ -161,14 +161,14 @@ def win_rate_lines(rates: Iterable[WinRate]) -> list[Line]:
                 ),
                 _NOTHING if rate.position_consistency is None else Cell(percent(rate.position_consistency)),
                 Cell(f"{number(rate.length_a)} / {number(rate.length_b)}"),
-                Cell("–" if rate.cost is None else f"{rate.cost:,.2f}", more=_asked(rate)),
+                Cell("–" if rate.cost is None else f"{rate.cost:,.2f}", more=_requests(rate)),
             ],
         )
         for rate in rates
     ]
 
 
-def _asked(rate: WinRate) -> str:
+def _requests(rate: WinRate) -> str:
     known = [(rate.requests, "requests"), (rate.cached, "cached")]
     return ", ".join(f"{count:,} {word}" for count, word in known if count)
 
@@ -183,7 +183,7 @@ def flat(line: Line) -> list[str]:
 
 
 def rich_table(title: str, head: Sequence[str], lines: Iterable[Line]) -> RichTable:
-    """A table for the terminal; nothing in it is read as markup."""
+    """A table for the terminal, whose cells are not parsed as markup."""
     table = RichTable(title=Text(title), title_justify="left")
     table.add_column("")
     for name in head:

@@ -1,4 +1,4 @@
-"""What a run's numbers say in one line, with the reasons."""
+"""A run's verdict in one line, with its reasons: the promotion decision, or the gain over the reference."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -17,18 +17,18 @@ class Verdict(NamedTuple):
 
 
 def verdict(report: RunReport) -> Verdict:
-    """The decision to promote where one was made, else whether the candidate beat the reference."""
+    """The promotion decision if there is one, else whether the candidate beat the reference."""
     return finding(report) if report.decision is None else decided(report.decision, alarms(report))
 
 
 def decided(decision: Decision, raised: Sequence[Alarm] = ()) -> Verdict:
-    """The decision in words: what it comes to, then every rule, those that failed first.
+    """The decision in words: the outcome, then every rule, failed ones first.
+
+    A symbol and a word show whether a rule holds, so that no reader needs colour.
 
     Args:
-        raised: alarms of the run. None of them refused the model where the decision is to promote it, but
-            somebody should have looked at them before.
-
-    A symbol and a word say whether a rule holds, so that no reader needs the colour.
+        raised: alarms of the run. They do not refuse the model, but a person should look at them before
+            promoting it.
     """
     if any(reason.rule == NEW_WEIGHTS for reason in decision.reasons):
         same = f"{decision.candidate} has the weights of the champion, {decision.champion}."
@@ -36,10 +36,10 @@ def decided(decision: Decision, raised: Sequence[Alarm] = ()) -> Verdict:
     rules = sorted(decision.reasons, key=lambda reason: reason.passed)
     failed = sum(not reason.passed for reason in rules)
     if decision.promote:
-        outcome = f"{decision.candidate} may take the place of {decision.champion}: every rule holds."
+        outcome = f"{decision.candidate} may replace {decision.champion}: every rule holds."
     else:
-        held = f"{failed} of {len(rules)} rules {'does' if failed == 1 else 'do'} not hold"
-        outcome = f"{decision.candidate} does not take the place of {decision.champion}: {held}."
+        held = f"{failed} of {len(rules)} rules {'fails' if failed == 1 else 'fail'}"
+        outcome = f"{decision.candidate} does not replace {decision.champion}: {held}."
     marked = [f"{mark(reason)}: {reason.text}" for reason in rules]
     if not decision.promote:
         return Verdict("Do not promote", "bad", [outcome, *marked])
@@ -51,14 +51,14 @@ def decided(decision: Decision, raised: Sequence[Alarm] = ()) -> Verdict:
 
 
 def mark(reason: Reason) -> str:
-    """What became of a rule, as a symbol and a word."""
+    """The result of a rule as a symbol and a word."""
     if reason.skipped:
         return "– skipped"
     return "✓ passed" if reason.passed else "✗ failed"
 
 
 def finding(report: RunReport) -> Verdict:
-    """Whether the candidate beat the reference: the 95 % interval of the paired gain alone decides."""
+    """Whether the candidate beat the reference, decided by the 95 % interval of the paired gain."""
     refused = [row.subject for row in report.gate if row.refused]
     if refused:
         return Verdict(f"The data gate refused {', '.join(refused)}", "bad", ["Nothing after the gate ran."])
@@ -66,7 +66,7 @@ def finding(report: RunReport) -> Verdict:
     name = report.candidate
     policy = evaluation.policy(name) if evaluation else None
     if evaluation is None or policy is None:
-        return Verdict(f"{name} was not evaluated", "unclear", [f"The run has no measurement of {name}."])
+        return Verdict(f"{name} was not evaluated", "unclear", [f"The run has no evaluation of {name}."])
     if policy.gain is None:
         return Verdict(
             f"{name} was not compared with {REFERENCE}",
@@ -94,7 +94,7 @@ def finding(report: RunReport) -> Verdict:
         reasons.append(f"Win rate against {REFERENCE} {cell(policy.win_rate, 'share')}.")
     for other in evaluation.policies:
         if other.name not in (REFERENCE, name) and other.gain:
-            # k3 is never negative; a distance below zero reads like a mistake.
+            # Prefer k3, which is never negative: a negative distance looks like an error.
             theirs, ours = other.kl_k3 or other.kl, policy.kl_k3 or policy.kl
             at_kl = f" at KL {number(theirs.value)} nats" if theirs else ""
             beside = f" ({own}: KL {number(ours.value)} nats)" if ours else ""
@@ -103,17 +103,19 @@ def finding(report: RunReport) -> Verdict:
 
 
 def measured_with(report: RunReport) -> str:
-    """What the reward of the evaluation is, and which policies learned from it."""
+    """A sentence on the reward of the evaluation and the policies that learned from it."""
     evaluation = report.evaluation
     assert evaluation is not None
     name, learned = evaluation.reward_name, evaluation.learned_from
     if not evaluation.reward_is_true:
         kind = "The reward model" if name == "reward model" else f"The reward {name}"
-        return f"{kind} is a learned proxy: part of a gain may be its exploitation."
+        return f"{kind} is a learned proxy: part of a gain may be reward exploitation."
     if learned is None:
         return f"Measured with {name}."
     if not learned:
         return f"Measured with {name}, which no policy of this run learned from."
     *others, last = map(report.label, learned)
     names = f"{', '.join(others)} and {last}" if others else last
-    return f"Measured with {name}, which {names} also learned from: a gain may be learned for it alone."
+    return (
+        f"Measured with {name}, which {names} also learned from: a gain may not carry over to other measures."
+    )

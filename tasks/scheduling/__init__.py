@@ -1,1 +1,1 @@
-"""What a Prefect server is asked to do: deployments, schedules, alerts, work pools."""
+"""Configures a Prefect server: deployments, schedules, triggers, alerts and work pools."""

@@ -1,6 +1,6 @@
-"""Automations that tell people: which ends of a run are worth a message, and where it goes.
+"""Alerts: Prefect automations that send a message when a run fails, crashes, is late or is refused.
 
-The address is a secret: it is kept in a block of the server, and never shown, logged or compared in the open.
+The address is a secret. It is stored in a block of the server and never shown or logged.
 """
 
 from typing import Any
@@ -9,15 +9,15 @@ from dpo_core.errors import RecipeError
 from tasks.scheduling.deployments import MADE_BY, Change, automation_fields
 
 TAG = "dpo"
-"""Tag of the runs that are told of; those of every deployment in the shipped file have it."""
+"""Tag of the runs that alerts report; every deployment in the shipped file has it."""
 BLOCK = "dpo-notify"
 _SLUGS = {"webhook", "slack-webhook"}
 NONE = "none"
-"""In place of an address: nobody is to be told."""
+"""Given in place of an address, this removes all alerts."""
 PREFIX = "dpo alert: "
 PROMOTION_REFUSED = "dpo.promotion.refused"
 
-# Prefect makes an event of each state that a run enters, named after it; flows.deployed names the refusals.
+# Prefect emits an event for each state that a run enters, named after it; flows.deployed names the refusals.
 ALERTS = {
     "failed": ["prefect.flow-run.Failed", "prefect.flow-run.TimedOut"],
     "crashed": ["prefect.flow-run.Crashed"],
@@ -34,10 +34,10 @@ _TEXT = (
 
 
 def _block(url: str) -> Any:
-    """The block that holds the address: a plain webhook, or one that Apprise sends to.
+    """A Prefect block with the address: a webhook, or an address that Apprise supports.
 
     Raises:
-        RecipeError: Apprise does not know the kind of address.
+        RecipeError: Apprise does not support the address.
     """
     from apprise import Apprise
     from prefect.blocks.notifications import SlackWebhook
@@ -46,19 +46,19 @@ def _block(url: str) -> Any:
 
     slack = "hooks.slack" in url
     if url.startswith(("http://", "https://")) and not slack:
-        # Proxies of some receivers refuse a body of no type.
+        # The proxies of some receivers reject a body without a content type.
         return Webhook(url=SecretStr(url), headers={"Content-Type": "application/json"})
     if not Apprise().add(url):
         scheme = url.partition(":")[0] if ":" in url else "nothing"
         raise RecipeError(
-            f"no message can be sent to the given address (it begins with {scheme})",
+            f"the alert address is not supported (it begins with {scheme})",
             "Give a webhook (https://…) or an Apprise address (slack://…, mailto://…)",
         )
-    # Prefect has no block for any Apprise address; this one passes on whatever is not Slack's.
+    # Prefect has no block for arbitrary Apprise addresses; the Slack block passes any address to Apprise.
     return SlackWebhook(url=SecretStr(url))
 
 
-# The body of a webhook; `tojson` quotes whatever the text holds.
+# The body of a webhook; `tojson` quotes the text.
 _JSON = (
     "{% set text %}" + _TEXT + "{% endset %}"
     '{"alert": "KIND", "event": {{ event.event|tojson }}, "text": {{ text|tojson }}}'
@@ -89,16 +89,16 @@ def _automation(kind: str, action: Any) -> Any:
 
 
 def plan_alerts(client: Any, url: str | None) -> tuple[list[Change], list[str]]:
-    """What `apply_alerts` would change, without the address itself, and what a person should know.
+    """The changes that `apply_alerts` would make, without the address itself, and notes for the user.
 
     Args:
-        url: where to send; `none` takes all alerts away, nothing leaves them as they are.
+        url: the address; `none` removes all alerts; None or "" leaves them unchanged.
     """
-    here = _ours(client)
+    existing = _existing(client)
     if url == NONE:
-        return [Change(kind="removed", place=name) for name in here], []
+        return [Change(kind="removed", place=name) for name in existing], []
     if not url:
-        return [], [] if here else ["nobody is told of runs that fail: set DPO_NOTIFY_URL"]
+        return [], [] if existing else ["no alert is sent when a run fails: set DPO_NOTIFY_URL"]
     document = _document(client, url)
     changes = []
     if document is None:
@@ -106,42 +106,43 @@ def plan_alerts(client: Any, url: str | None) -> tuple[list[Change], list[str]]:
     elif document.data.get("url") != url:
         changes.append(Change(kind="changed", place="alert address", old="another", new="the given one"))
     for kind in ALERTS:
-        found = here.pop(PREFIX + kind, None)
+        automation = existing.pop(PREFIX + kind, None)
         place = PREFIX + kind
-        if found is None:
+        if automation is None:
             changes.append(Change(kind="added", place=place))
-        elif not (document and _same(found, kind, document.id, url)):
+        elif not (document and _is_current(automation, kind, document.id, url)):
             changes.append(Change(kind="changed", place=place, old="another", new="of this version"))
-    return changes + [Change(kind="removed", place=name) for name in here], []
+    return changes + [Change(kind="removed", place=name) for name in existing], []
 
 
 def apply_alerts(client: Any, url: str | None) -> None:
-    """Keep the address in its block, and make each automation once; or take them away."""
-    here = _ours(client)
+    """Store the address in its block and create each automation once; with `none`, remove them."""
+    existing = _existing(client)
     if url and url != NONE:
         document = _document(client, url)
         if document is None or document.data.get("url") != url:
-            document = _kept(client, url, document)
+            document = _save(client, url, document)
         for kind in ALERTS:
-            found = here.get(PREFIX + kind)
-            if found is not None and _same(found, kind, document.id, url):
-                del here[PREFIX + kind]
+            automation = existing.get(PREFIX + kind)
+            if automation is not None and _is_current(automation, kind, document.id, url):
+                del existing[PREFIX + kind]
             else:
                 client.create_automation(_automation(kind, _action(document.id, kind, url)))
-    for stale in here.values():
+    for stale in existing.values():
         client.delete_automation(stale.id)
     for slug in _SLUGS - ({_block(url).get_block_type_slug()} if url and url != NONE else set()):
         if document := _read(client, slug):
             client.delete_block_document(document.id)
 
 
-def _ours(client: Any) -> dict[str, Any]:
-    return {one.name: one for one in client.read_automations() if one.name.startswith(PREFIX)}
+def _existing(client: Any) -> dict[str, Any]:
+    automations = client.read_automations()
+    return {automation.name: automation for automation in automations if automation.name.startswith(PREFIX)}
 
 
-def _same(found: Any, kind: str, block_id: Any, url: str) -> bool:
+def _is_current(automation: Any, kind: str, block_id: Any, url: str) -> bool:
     wanted = _automation(kind, _action(block_id, kind, url))
-    return automation_fields(found) == automation_fields(wanted)
+    return automation_fields(automation) == automation_fields(wanted)
 
 
 def _is_webhook(url: str) -> bool:
@@ -149,7 +150,7 @@ def _is_webhook(url: str) -> bool:
 
 
 def _document(client: Any, url: str) -> Any:
-    """The block that holds an address of this kind, if there is one."""
+    """The stored block for this kind of address, or None."""
     return _read(client, _block(url).get_block_type_slug())
 
 
@@ -162,7 +163,7 @@ def _read(client: Any, slug: str) -> Any:
         return None
 
 
-def _kept(client: Any, url: str, document: Any) -> Any:
+def _save(client: Any, url: str, document: Any) -> Any:
     import asyncio
 
     block = _block(url)

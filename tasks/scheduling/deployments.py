@@ -1,7 +1,7 @@
-"""Deployments on a Prefect server: what the file wants, what the server has, the difference, and applying it.
+"""Deployments on a Prefect server: compare the server with the deployment file, and apply the file.
 
-Prefect leaves a schedule that vanished from the file in place, where it goes on firing. Here the server is
-made to hold what the file says: a deployment that differs is written anew, with its schedules and triggers.
+Prefect keeps a schedule that was removed from the file, and it continues to fire. Here the server is made to
+match the file: a deployment that differs is rewritten with its schedules and triggers.
 """
 
 import json
@@ -35,10 +35,10 @@ Fields = dict[str, Any]
 
 
 def wanted(deployment: Deployment, flow: Any) -> Fields:
-    """The fields that the file asks for.
+    """The deployment's fields according to the file.
 
     Raises:
-        RecipeError: Prefect cannot read a schedule or a trigger.
+        RecipeError: a schedule or a trigger is invalid.
     """
     from prefect.utilities.callables import parameter_schema
 
@@ -74,11 +74,11 @@ def wanted(deployment: Deployment, flow: Any) -> Fields:
 
 _NOBODY = "00000000-0000-0000-0000-000000000000"
 MADE_BY = "Made by dpo deploy."
-"""Ends the description of its automations: the server does not say who owns one."""
+"""The end of every automation's description, which marks it: the server does not record who owns it."""
 
 
 def _automations(deployment: Deployment, deployment_id: Any) -> Iterator[Any]:
-    """The automations that the deployment's triggers stand for."""
+    """The automations of the deployment's triggers."""
     from uuid import UUID
 
     from prefect.events.schemas.deployment_triggers import DeploymentEventTrigger
@@ -91,13 +91,13 @@ def _automations(deployment: Deployment, deployment_id: Any) -> Iterator[Any]:
 
 
 def automation_fields(automation: Any) -> Fields:
-    """What tells one automation from another: not its number, nor that of the deployment that owns it."""
+    """The fields by which automations are compared: all but their ids and that of their deployment."""
     trigger = automation.trigger.model_dump(mode="json", exclude={"id"})
     actions = [
         action.model_dump(mode="json", exclude={"deployment_id"}, exclude_none=True)
         for action in automation.actions
     ]
-    # Sets have no order.
+    # Sort the lists that Prefect makes from sets.
     trigger = {key: sorted(value) if isinstance(value, list) else value for key, value in trigger.items()}
     return {
         "description": automation.description,
@@ -108,49 +108,49 @@ def automation_fields(automation: Any) -> Fields:
 
 
 def present(client: Any, flow_name: str, name: str) -> Fields | None:
-    """The fields that the server has; none where it does not know the deployment."""
+    """The deployment's fields on the server; None if it does not exist there."""
     from prefect.exceptions import ObjectNotFound
 
     try:
-        found = client.read_deployment_by_name(f"{flow_name}/{name}")
+        deployed = client.read_deployment_by_name(f"{flow_name}/{name}")
     except ObjectNotFound:
         return None
-    options, limit = found.concurrency_options, found.global_concurrency_limit
+    options, limit = deployed.concurrency_options, deployed.global_concurrency_limit
     return {
-        "entrypoint": found.entrypoint,
-        "description": found.description or "",
-        "version": found.version,
-        "tags": sorted(found.tags),
-        "parameters": found.parameters,
-        "parameter_schema": found.parameter_openapi_schema,
-        "enforce_parameter_schema": found.enforce_parameter_schema,
-        "paused": found.paused,
+        "entrypoint": deployed.entrypoint,
+        "description": deployed.description or "",
+        "version": deployed.version,
+        "tags": sorted(deployed.tags),
+        "parameters": deployed.parameters,
+        "parameter_schema": deployed.parameter_openapi_schema,
+        "enforce_parameter_schema": deployed.enforce_parameter_schema,
+        "paused": deployed.paused,
         "concurrency_limit": limit.limit if limit else None,
         "collision_strategy": options.collision_strategy.value if options else None,
         "grace_period_seconds": options.grace_period_seconds if options else None,
-        "work_pool": found.work_pool_name,
-        "work_queue": found.work_queue_name,
-        "job_variables": found.job_variables,
+        "work_pool": deployed.work_pool_name,
+        "work_queue": deployed.work_queue_name,
+        "job_variables": deployed.job_variables,
         "schedules": {
-            # One without a slug was made by hand; it is known by its number.
-            one.slug or f"(no slug) {one.id}": {
-                **comparable(one.schedule),
-                "active": one.active,
-                "parameters": one.parameters,
+            # A schedule without a slug was created by hand and is identified by its id.
+            schedule.slug or f"(no slug) {schedule.id}": {
+                **comparable(schedule.schedule),
+                "active": schedule.active,
+                "parameters": schedule.parameters,
             }
-            for one in found.schedules
+            for schedule in deployed.schedules
         },
-        "triggers": {one.name: automation_fields(one) for one in _owned(client, found.id)},
+        "triggers": {trigger.name: automation_fields(trigger) for trigger in _owned(client, deployed.id)},
     }
 
 
 def _owned(client: Any, deployment_id: Any) -> list[Any]:
     related = client.read_resource_related_automations(f"prefect.deployment.{deployment_id}")
-    return [one for one in related if one.description.endswith(MADE_BY)]
+    return [automation for automation in related if automation.description.endswith(MADE_BY)]
 
 
 def difference(name: str, new: Fields, old: Fields | None) -> list[Change]:
-    """What applying the file would change of one deployment."""
+    """The changes that applying the file would make to one deployment."""
     changes = [] if old else [Change(kind="added", place=name)]
     for part in ("schedules", "triggers"):
         changes += _of_part(f"{name} {part.removesuffix('s')}", new[part], old[part] if old else {})
@@ -180,13 +180,14 @@ def _of_part(place: str, new: Fields, old: Fields) -> Iterator[Change]:
 
 
 def _sentence(part: Fields) -> str:
-    """A schedule or a trigger in a line for people."""
+    """One line that describes a schedule or a trigger."""
     if trigger := part.get("trigger"):
-        about = ", ".join(map(str, (trigger.get("match") or {}).values()))
-        return f"when {' or '.join(trigger.get('expect') or ['anything'])} is told of {about or 'anything'}"
+        resource = ", ".join(map(str, (trigger.get("match") or {}).values()))
+        events = " or ".join(trigger.get("expect") or ["any"])
+        return f"on event {events} for resource {resource or 'any'}"
     rule = next((f"{kind} {part[kind]}" for kind in ("cron", "interval", "rrule") if kind in part), "never")
-    given = f", parameters {_short(part['parameters'])}" if part.get("parameters") else ""
-    return f"{rule}, {part.get('timezone') or 'UTC'}{given}{'' if part.get('active') else ', paused'}"
+    values = f", parameters {_short(part['parameters'])}" if part.get("parameters") else ""
+    return f"{rule}, {part.get('timezone') or 'UTC'}{values}{'' if part.get('active') else ', paused'}"
 
 
 def _short(value: Any) -> str:
@@ -195,9 +196,9 @@ def _short(value: Any) -> str:
 
 
 def apply(client: Any, deployment: Deployment, flow: Any) -> None:
-    """Make the server hold exactly this deployment, its schedules and its triggers.
+    """Replace the server's deployment, schedules and triggers by those of the file.
 
-    The server deletes the schedules that it had, and the runs that they had planned ahead; it plans anew.
+    The server deletes the old schedules with the runs that they had scheduled, and schedules new ones.
     """
     from prefect.client.schemas.actions import DeploymentScheduleCreate
     from prefect.client.schemas.objects import ConcurrencyOptions
@@ -206,12 +207,12 @@ def apply(client: Any, deployment: Deployment, flow: Any) -> None:
     limit, pool = deployment.concurrency_limit, deployment.work_pool
     schedules = [
         DeploymentScheduleCreate(
-            schedule=prefect_schedule(one, f"{deployment.name} schedule {one.slug}"),
-            active=one.active,
-            parameters=one.parameters,
-            slug=one.slug,
+            schedule=prefect_schedule(schedule, f"{deployment.name} schedule {schedule.slug}"),
+            active=schedule.active,
+            parameters=schedule.parameters,
+            slug=schedule.slug,
         )
-        for one in deployment.schedules
+        for schedule in deployment.schedules
     ]
     deployment_id = client.create_deployment(
         flow_id=client.create_flow_from_name(flow.name),
@@ -238,30 +239,37 @@ def apply(client: Any, deployment: Deployment, flow: Any) -> None:
 
 
 def strangers(client: Any, flow_name: str, names: set[str]) -> list[Any]:
-    """Deployments of the flow on the server that the file does not have."""
+    """Deployments of the flow on the server that are not in the file."""
     from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 
     of_flow = FlowFilter(name=FlowFilterName(any_=[flow_name]))
-    return [one for one in client.read_deployments(flow_filter=of_flow) if one.name not in names]
+    deployed = client.read_deployments(flow_filter=of_flow)
+    return [deployment for deployment in deployed if deployment.name not in names]
 
 
 def remove(client: Any, deployment_id: Any) -> None:
-    """Delete a deployment with its triggers: Prefect leaves automations behind that name what is gone."""
+    """Delete a deployment with its triggers, which Prefect would keep."""
     client.delete_resource_owned_automations(f"prefect.deployment.{deployment_id}")
     client.delete_deployment(deployment_id)
 
 
 def lost_triggers(client: Any) -> list[Any]:
-    """Automations of `dpo deploy` that run a deployment which is no more, such as one deleted in the UI."""
+    """Automations of `dpo deploy` whose deployment no longer exists, such as one deleted in the UI."""
     from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
 
-    runs = {}
-    for one in client.read_automations():
-        if one.description.endswith(MADE_BY):
-            runs[one.id] = one, {number for a in one.actions if (number := getattr(a, "deployment_id", None))}
-    named = sorted({number for _, numbers in runs.values() for number in numbers})
+    automations = client.read_automations()
+    ours = [automation for automation in automations if automation.description.endswith(MADE_BY)]
+    runs = [
+        {number for action in automation.actions if (number := getattr(action, "deployment_id", None))}
+        for automation in ours
+    ]
+    named = sorted({number for numbers in runs for number in numbers})
     if not named:
         return []
     known = client.read_deployments(deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=named)))
-    there = {one.id for one in known}
-    return [one for one, numbers in runs.values() if numbers and not numbers & there]
+    existing = {deployment.id for deployment in known}
+    return [
+        automation
+        for automation, numbers in zip(ours, runs, strict=True)
+        if numbers and not numbers & existing
+    ]

@@ -1,10 +1,11 @@
-"""For Prefect's server: let an event wait half a minute, not a quarter of an hour, for the one it follows.
+"""Prefect server plug-in that shortens the wait for out-of-order events from 15 minutes to 30 seconds.
 
     PREFECT_SERVER_EVENTS_CAUSAL_ORDERING=tasks.scheduling.event_order prefect server start
 
-Automations see events in their order. Where a state follows another within five minutes, the server holds its
-event back until it has seen that of the other, 15 minutes at most. Some it never sees: those of runs that a
-schedule plans, and what came before a restart. Alerts of late and crashed runs would come that much later.
+Automations receive events in order. If a state follows another within five minutes, the server holds back its
+event until it has seen the event of the other state, for at most 15 minutes. It never sees some of them:
+those of runs that a schedule created, and those from before a restart. Without this plug-in, alerts about
+late and crashed runs are delayed by that time.
 """
 
 from datetime import timedelta

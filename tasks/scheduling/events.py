@@ -1,4 +1,7 @@
-"""Events that do not come from a flow run: sent in one request, so that a server that is away is noticed."""
+"""Sends events to a Prefect server, such as a refused promotion, and finds the automations that expect them.
+
+An event is sent in one synchronous request, so that an unreachable server raises an error.
+"""
 
 from fnmatch import fnmatchcase
 from typing import Any
@@ -9,43 +12,43 @@ from tasks.scheduling.alerts import PROMOTION_REFUSED, TAG
 def send(
     client: Any, event: str, resource: str, name: str, payload: dict[str, Any], *, tagged: bool = False
 ) -> str:
-    """Send one event; returns its number.
+    """Send one event; returns its id.
 
     Args:
         client: a synchronous client of the server.
-        resource: what the event is about; triggers match on it.
-        tagged: relate it to the tag whose runs are told of.
+        resource: id of the resource that the event is about; triggers match on it.
+        tagged: relate the event to the tag that alerts match.
     """
     from datetime import UTC, datetime
 
     from prefect.events.schemas.events import Event, RelatedResource, Resource
 
     tag = {"prefect.resource.id": f"prefect.tag.{TAG}", "prefect.resource.role": "tag"}
-    made = Event(
+    message = Event(
         event=event,
         occurred=datetime.now(UTC),
         resource=Resource({"prefect.resource.id": resource, "prefect.resource.name": name}),
         related=[RelatedResource(tag)] if tagged else [],
         payload=payload,
     )
-    client.request("POST", "/events", json=[made.model_dump(mode="json")])
-    return str(made.id)
+    client.request("POST", "/events", json=[message.model_dump(mode="json")])
+    return str(message.id)
 
 
 def deployments_waiting(client: Any, event: str, resource: str) -> list[str]:
-    """Names of the automations that are switched on and run a deployment on such an event.
+    """Names of the enabled automations that run a deployment on this event.
 
     Args:
-        resource: what the event is about.
+        resource: id of the resource that the event is about.
     """
-    found: list[Any] = []
+    automations: list[Any] = []
     page: list[Any] | None = None
     while page is None or len(page) == _PAGE:
-        page = client.read_automations(limit=_PAGE, offset=len(found))
-        found += page
+        page = client.read_automations(limit=_PAGE, offset=len(automations))
+        automations += page
     return sorted(
         automation.name
-        for automation in found
+        for automation in automations
         if automation.enabled
         and any(action.type == "run-deployment" for action in automation.actions)
         and _expects(automation.trigger, event, {"prefect.resource.id": resource})
@@ -56,7 +59,7 @@ _PAGE = 200
 
 
 def _expects(trigger: Any, event: str, resource: dict[str, str]) -> bool:
-    """Whether a trigger, or a part of it, waits for an event that is related to nothing."""
+    """Whether a trigger, or a part of it, matches an event without related resources."""
     from prefect.events.schemas.events import Resource
 
     if inner := getattr(trigger, "triggers", None):
@@ -69,12 +72,12 @@ def _expects(trigger: Any, event: str, resource: dict[str, str]) -> bool:
 
 
 def _root(specification: Any) -> Any:
-    """The labels of a specification, or of the first of several."""
+    """The labels of a specification, or of the first in a list."""
     first = specification[0] if isinstance(specification, list) else specification
     return getattr(first, "root", first)
 
 
 def promotion_refused(client: Any, model: str, version: str, message: str) -> str:
-    """Say that a version was not made champion; the alert of that name passes on the message."""
+    """Send the event of a refused promotion, whose message an alert forwards; returns the event's id."""
     payload = {"model": model, "version": version, "message": message}
     return send(client, PROMOTION_REFUSED, f"dpo.model.{model}", model, payload, tagged=True)

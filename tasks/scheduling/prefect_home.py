@@ -1,13 +1,13 @@
-"""Prefect's own folder, where it keeps its database, profiles and locks."""
+"""Checks that Prefect's home folder (database, profiles, locks) is writable."""
 
 import tempfile
 from pathlib import Path
 
-REMEDY = "Set PREFECT_HOME (or HOME) to a folder that can be written"
+REMEDY = "Set PREFECT_HOME (or HOME) to a writable folder"
 
 
 def unwritable_home() -> tuple[Path, str] | None:
-    """The folder, and why nothing can be written there; None where it can. The folder is made."""
+    """The folder and the reason why it is not writable; None if it is. Creates the folder."""
     from prefect.settings import get_current_settings
 
     home = get_current_settings().home

@@ -1,4 +1,4 @@
-"""Schedules as Prefect understands them, and when they fire next."""
+"""Converts schedules of the deployment file to Prefect's, and computes when they fire next."""
 
 import asyncio
 from datetime import UTC, datetime
@@ -12,10 +12,10 @@ from dpo_core.errors import RecipeError
 
 
 def prefect_schedule(schedule: Schedule, where: str) -> Any:
-    """The schedule as the client sends it.
+    """The schedule as an object of Prefect's client.
 
     Raises:
-        RecipeError: its cron line or recurrence rule cannot be read.
+        RecipeError: its cron line or recurrence rule is invalid.
     """
     from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule, RRuleSchedule
 
@@ -34,13 +34,13 @@ def prefect_schedule(schedule: Schedule, where: str) -> Any:
     except ValidationError as error:
         fault = error.errors()[0]
         raise RecipeError(
-            f"{where}: {fault['msg'].removeprefix('Value error, ')} (given {fault['input']!r})",
-            "Mend it; nothing was sent to the server",
+            f"{where}: {fault['msg'].removeprefix('Value error, ')} (value: {fault['input']!r})",
+            "Correct it; nothing was sent to the server",
         ) from error
 
 
 def comparable(schedule: Any) -> dict[str, Any]:
-    """A client's schedule as JSON; an anchor is an instant, in whatever zone it is told."""
+    """A client's schedule as JSON that can be compared; its anchor date is converted to UTC."""
     fields: dict[str, Any] = schedule.model_dump(mode="json", exclude_none=True)
     if anchor := getattr(schedule, "anchor_date", None):
         fields["anchor_date"] = anchor.astimezone(UTC).isoformat()
@@ -48,11 +48,12 @@ def comparable(schedule: Any) -> dict[str, Any]:
 
 
 def next_times(schedule: Any, count: int = 5, start: datetime | None = None) -> list[datetime]:
-    """When a client's schedule fires next, by the server's own rules, in the schedule's time zone."""
+    """The next times at which a client's schedule fires, by the server's rules, in the schedule's time
+    zone."""
     from prefect.server.schemas.schedules import SCHEDULE_TYPES
 
     kind: Any = TypeAdapter(SCHEDULE_TYPES)
-    asked = kind.validate_python(schedule.model_dump())
-    times = asyncio.run(asked.get_dates(n=count, start=start or datetime.now(UTC)))
+    on_server = kind.validate_python(schedule.model_dump())
+    times = asyncio.run(on_server.get_dates(n=count, start=start or datetime.now(UTC)))
     zone = ZoneInfo(schedule.timezone or "UTC")
     return [datetime.fromtimestamp(time.timestamp(), zone) for time in times]

@@ -88,7 +88,7 @@ def test_many_processes_write_the_same_entries(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file")
-    with pytest.raises(StageFailed, match=r"cannot be kept in .*taken") as caught:
+    with pytest.raises(StageFailed, match=r"cannot be stored in .*taken") as caught:
         ReplyCache(tmp_path / "taken").put("k" * 64, REPLY)
     assert "earlier replies are kept" in caught.value.remedy
 

@@ -94,14 +94,14 @@ def test_429_for_ever(server: Server) -> None:
     assert "run again" in error.remedy
     server.asked.clear()
     server.always = (429, {"Retry-After": "3600"}, b"quota")
-    assert "to be asked in 3600 s" in failure(server).problem
+    assert "retry after 3600 s" in failure(server).problem
     assert len(server.asked) == 1, "nobody waits an hour"
 
 
 def test_a_slow_judge(server: Server) -> None:
     server.delay = 0.6
     error = failure(server, timeout=0.2)
-    assert error.problem.endswith("did not answer within 0.2 s, asked 2 times")
+    assert error.problem.endswith("did not answer within 0.2 s, tried 2 times")
     assert "timeout" in error.remedy
     assert len(server.asked) == 2
 
@@ -122,11 +122,11 @@ def test_nobody_there(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("status", "requests", "said", "remedy"),
     [
-        (401, 1, "answered 401: 'no'", f"the key that it asks for into the environment variable {KEY}"),
+        (401, 1, "answered 401: 'no'", f"the required key into the environment variable {KEY}"),
         (403, 1, "answered 403: 'no'", KEY),
         (404, 1, "answered 404: 'no'", "a model named 'rule', and that base_url ends as"),
-        (402, 1, "answered 402: 'no'", "what the endpoint expects"),
-        (500, 2, "answered 500: 'no', asked 2 times", "run again"),
+        (402, 1, "answered 402: 'no'", "the endpoint's documentation"),
+        (500, 2, "answered 500: 'no', tried 2 times", "run again"),
         (DROP, 2, "could not be reached, tried 2 times", "a server runs"),
     ],
 )
@@ -254,14 +254,14 @@ class Recipe(BaseModel):
 @pytest.mark.parametrize(
     ("field", "value", "problem"),
     [
-        ("key_env", "sk-proj-s3cret", "no name of an environment variable"),
-        ("key_env", "s3cret", "no name of an environment variable"),
+        ("key_env", "sk-proj-s3cret", "not the name of an environment variable"),
+        ("key_env", "s3cret", "not the name of an environment variable"),
         ("base_url", "http://me:s3cret@host/v1", "credentials or a query"),
         ("base_url", "https://host/v1?api_key=s3cret", "credentials or a query"),
-        ("base_url", "s3cret", "no address"),
-        ("base_url", "ftp://s3cret", "no address"),
-        ("base_url", "http://host:99999/s3cret", "no address"),
-        ("base_url", "http://ho st/s3cret", "no address"),
+        ("base_url", "s3cret", "not a server address"),
+        ("base_url", "ftp://s3cret", "not a server address"),
+        ("base_url", "http://host:99999/s3cret", "not a server address"),
+        ("base_url", "http://ho st/s3cret", "not a server address"),
     ],
 )
 def test_a_key_in_the_wrong_field_is_refused_and_not_repeated(field: str, value: str, problem: str) -> None:
@@ -274,7 +274,7 @@ def test_a_key_that_is_none_is_refused(server: Server, monkeypatch: pytest.Monke
     with pytest.raises(RecipeError, match="is not set"):
         ask(server, key_env="MY_JUDGE")
     monkeypatch.setenv("MY_JUDGE", "s3cret\nX-Other: 1")
-    with pytest.raises(RecipeError, match="MY_JUDGE holds characters") as caught:
+    with pytest.raises(RecipeError, match="MY_JUDGE contains characters") as caught:
         ask(server, key_env="MY_JUDGE")
     assert "s3cret" not in str(caught.value)
     monkeypatch.setenv("MY_JUDGE", " own-key \n")

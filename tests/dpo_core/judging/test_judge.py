@@ -161,7 +161,7 @@ def test_what_was_judged_before_a_failure_is_kept(server: Server, tmp_path: Path
     server.judge = fails_at_the_tenth
     with pytest.raises(StageFailed, match="answered 401: 'expired'") as caught:
         judge_answers(config, prompts, a, b, cache=tmp_path)
-    assert "what was judged is kept" in caught.value.remedy
+    assert "finished judgements are kept" in caught.value.remedy
     assert len(server.asked) <= 14, "the questions that waited are not asked"
     kept = sum(path.is_file() for path in tmp_path.rglob("*"))
     assert kept >= 8

@@ -154,7 +154,7 @@ def test_a_server_that_dies_between_two_questions(stories: Path, tmp_path: Path)
         process.wait(15)
         with pytest.raises(StageFailed, match="could not be reached, tried 2 times") as caught:
             judge_answers(settings, PROMPTS, GOOD, BAD, cache=cache)
-        assert "what was judged is kept" in caught.value.remedy
+        assert "finished judgements are kept" in caught.value.remedy
         assert judge_answers(settings, PROMPTS[:1], GOOD[:1], BAD[:1], cache=cache)[0].cached == 2
 
 

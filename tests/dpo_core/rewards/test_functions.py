@@ -92,8 +92,8 @@ def test_a_callable_of_an_installed_module() -> None:
         (":f", "does not name a reward function"),
         ("json:", "does not name a reward function"),
         ("no_such_package.rewards:f", "No module named 'no_such_package'"),
-        ("json:no_such_name", "'json' defines no 'no_such_name'"),
-        ("math:pi", "is float, which cannot be called"),
+        ("json:no_such_name", "'json' has no 'no_such_name'"),
+        ("math:pi", "is not callable: it is of type float"),
         ("nowhere/mine.py:f", "no file 'nowhere/mine.py'"),
     ],
 )
@@ -110,7 +110,7 @@ def test_a_spec_that_cannot_be_loaded(spec: str, fragment: str) -> None:
         ("import no_such_thing", "f", "No module named 'no_such_thing'"),
         ("def f(:", "f", "SyntaxError"),
         ("class R:\n    def __init__(self, k): ...\n", "R", "missing 1 required positional argument"),
-        ("class R: ...\n", "R", "which cannot be called"),
+        ("class R: ...\n", "R", "is not callable"),
     ],
 )
 def test_a_broken_file(tmp_path: Path, code: str, attribute: str, fragment: str) -> None:

@@ -135,7 +135,7 @@ def test_differences_are_told_by_schedule_trigger_and_field() -> None:
         "+ nightly schedule day: cron 0 13 * * *, Europe/Berlin, paused",
         "- nightly schedule gone: cron 0 1 * * *, UTC",
         "~ nightly schedule night cron: 0 1 * * * -> 0 3 * * *",
-        "- nightly trigger new: when a or b is told of anything",
+        "- nightly trigger new: on event a or b for resource any",
         "~ nightly collision_strategy: ENQUEUE -> CANCEL_NEW",
         "~ nightly concurrency_limit: 1 -> 2",
         "~ nightly parameters",

@@ -265,12 +265,12 @@ def reward_file_missing(world: World) -> list[str]:
     return world.run(reward={"source": str(world.new_folder() / "absent.py") + ":own"})
 
 
-@bad(2, "defines no 'own'", "own.py")
+@bad(2, "has no 'own'", "own.py")
 def reward_name_missing(world: World) -> list[str]:
     return world.run_reward("other = 1\n")
 
 
-@bad(2, "is int, which cannot be called")
+@bad(2, "is not callable: it is of type int")
 def reward_not_callable(world: World) -> list[str]:
     return world.run_reward("own = 1\n")
 

@@ -56,12 +56,12 @@ def measured_by(**changes: Any) -> RunReport:
         ({"learned_from": None}, "Measured with vader_compound."),
         (
             {"learned_from": ["DPO", "PPO", "GRPO"], "reward_name": "r.py:polite"},
-            "Measured with r.py:polite, which DPO, PPO and GRPO also learned from: a gain may be learned "
-            "for it alone.",
+            "Measured with r.py:polite, which DPO, PPO and GRPO also learned from: a gain may not "
+            "carry over to other measures.",
         ),
         (
             {"reward_is_true": False, "reward_name": "reward model"},
-            "The reward model is a learned proxy: part of a gain may be its exploitation.",
+            "The reward model is a learned proxy: part of a gain may be reward exploitation.",
         ),
     ],
 )
@@ -144,7 +144,7 @@ def test_answers_that_are_all_cut_raise_an_alarm_with_the_field_to_raise() -> No
 def test_noise_raises_an_alarm() -> None:
     (alarm,) = alarms(answering("SFT", predictive_entropy=estimate(10.79, 0.01)))
     assert (alarm.name, alarm.policy) == ("Noise", "SFT")
-    assert "its entropy is 10.8 of at most 10.8 nats a token" in alarm.message
+    assert "its entropy is 10.8 of at most 10.8 nats per token" in alarm.message
     assert alarms(answering("SFT", predictive_entropy=estimate(7.0, 0.1))) == [], "words by their frequency"
 
 

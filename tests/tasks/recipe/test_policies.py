@@ -102,7 +102,7 @@ def test_other_names_are_free(tmp_path: Path, name: str) -> None:
 def test_a_name_written_twice_is_refused_with_its_lines(tmp_path: Path) -> None:
     path = tmp_path / "twice.yaml"
     path.write_text("name: mine\npolicies:\n  A: {method: dpo}\n  A: {method: ppo}\ndata: {path: x.jsonl}\n")
-    with pytest.raises(RecipeError, match="the key A stands on line 3 and again on line 4"):
+    with pytest.raises(RecipeError, match="the key A is on line 3 and again on line 4"):
         load_recipe(str(path))
 
 

@@ -114,7 +114,7 @@ def test_alarms_count_where_their_policy_is_behind_the_candidate(policy: str, co
     report = chained(curves={stage: DISPLACED})
     (alarm,) = alarms(report)
     assert (alarm.name, alarm.policy) == ("Likelihood displacement", policy)
-    assert ("below A" in alarm.message) == (policy == "B"), "what B is held to"
+    assert ("below A" in alarm.message) == (policy == "B"), "B's reference"
     assert (alarm.name in against_promotion([alarm], report)) == counts
 
 

@@ -117,7 +117,7 @@ def test_page_says_what_is_missing() -> None:
             policies={"DPO": make_policies()["DPO"]},
         )
     )
-    assert "Policy that learns from its own samples (the recipe lists none)" in page
+    assert "Policy that learns from its own samples (the recipe has none)" in page
     assert "Training (no training metrics were recorded)" in page
     assert "Samples (no completions were recorded)" in page
     assert 'id="training"' not in page
@@ -205,9 +205,9 @@ def test_a_decision_is_the_headline_and_what_was_measured_stays_below_it() -> No
         ("✗ failed", "min_win_rate"), ("✓ passed", "min_gain"), ("✓ passed", "max_kl"),
         ("✓ passed", "no_regression"),
     ]  # fmt: skip
-    assert "imdb-dpo version 4 does not take the place of imdb-dpo version 3" in page
+    assert "imdb-dpo version 4 does not replace imdb-dpo version 3" in page
     assert "Decision to promote" not in page
-    assert "Decision to promote (the run did not ask for one)" in render(example(curves={}))
+    assert "Decision to promote (the recipe does not request one)" in render(example(curves={}))
     assert Outline(render(decided(promote=True, curves={}))).headings[0] == (1, "Promote")
 
 
@@ -261,7 +261,7 @@ def test_the_learned_reward_has_a_part_of_its_own() -> None:
     assert headings[5:7] == ["Reward model", "Training"]
     part = page[page.index('<section id="reward"') : page.index('<section id="training"')]
     for word in ("512 held-out pairs", "68.4%", "64.4% to 72.4%", "0.0413", "1.37", "0.312", "−0.0840",
-                 "PPO learned from it.", "measured with vader_compound, not with it"):  # fmt: skip
+                 "PPO learned from it.", "evaluated with vader_compound, not with it"):  # fmt: skip
         assert word in part, word
 
 

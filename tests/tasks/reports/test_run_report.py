@@ -209,8 +209,8 @@ LENGTH = {"completions__mean_length": (20.0, 20.0)}
         (_ppo(objective__kl=(0, 8), objective__kl_target=(2, 2), spread=0.0), "KL run-away",
          ("PPO: the policy was 7.08 nats", "for a target of 2.00")),
         (_ppo(objective__entropy=(50, 15), **LENGTH), "Entropy collapse",
-         ("PPO: the entropy of a token fell from 2.4", "to 0.8")),
-        (_ppo(policy__entropy_avg=(3, 1)), "Entropy collapse", ("PPO: the entropy of a token fell from",)),
+         ("PPO: the entropy per token fell from 2.4", "to 0.8")),
+        (_ppo(policy__entropy_avg=(3, 1)), "Entropy collapse", ("PPO: the entropy per token fell from",)),
     ],
 )  # fmt: skip
 def test_each_failure_of_on_policy_training_raises_its_own_alarm(report, name, words) -> None:
@@ -353,7 +353,7 @@ def test_markdown_shows_the_reward_model_and_what_it_was_for() -> None:
         steps=2, reward_model=make_quality(temperature=None), policies=make_policies(ppo_reward="model")
     )
     text = markdown(report)
-    about = "512 held-out pairs. PPO learned from it. The policies were measured with "
+    about = "512 held-out pairs. PPO learned from it. The policies were evaluated with "
     about += "vader\\_compound, not with it."
     assert f"## Reward model\n\n{about}\n" in text
     assert "| Accuracy | 68.4% \\[64.4% to 72.4%\\] |" in text
@@ -361,5 +361,5 @@ def test_markdown_shows_the_reward_model_and_what_it_was_for() -> None:
     assert "| Best temperature | – |" in text
     assert "| Spearman of the gaps | -0.0840 |" in text
     proxy = make_evaluation().model_copy(update={"reward_is_true": False})
-    assert "The policies were measured with it." in markdown(report.model_copy(update={"evaluation": proxy}))
+    assert "The policies were evaluated with it." in markdown(report.model_copy(update={"evaluation": proxy}))
     assert "Reward model" not in markdown(example(steps=2))

@@ -71,7 +71,7 @@ def test_page_names_what_the_intervals_rest_on(page: str, report: StudyReport) -
     for word in (
         "48 held-out prompts, 16 samples of each policy for each; 3 seeds (0, 1, 2)",
         "400 resamples of prompts and of the seeds of a point",
-        "vader_compound, known; policies that learned from it may have gained for it alone",
+        "vader_compound, known; a gain of policies that learned from it may not carry over to other measures",
         RUN.run.hardware,
         "sample_pairs 300 TFLOP",
         "No correction for the number of claims",

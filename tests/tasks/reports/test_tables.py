@@ -92,18 +92,18 @@ def test_a_decision_names_failed_rules_first_by_symbol_and_word() -> None:
     unsorted = make_decision().model_copy(update={"reasons": make_decision().reasons[::-1]})
     said = decided(unsorted)
     assert (said.headline, said.kind) == ("Do not promote", "bad")
-    assert said.reasons[0].endswith("imdb-dpo version 3: 1 of 4 rules does not hold.")
+    assert said.reasons[0].endswith("imdb-dpo version 3: 1 of 4 rules fails.")
     assert [reason.split(":")[0] for reason in said.reasons[1:]] == ["✗ failed"] + ["✓ passed"] * 3
     said = decided(make_decision(promote=True))
     assert (said.headline, said.kind) == ("Promote", "good")
-    assert said.reasons[0] == "imdb-dpo version 4 may take the place of imdb-dpo version 3: every rule holds."
+    assert said.reasons[0] == "imdb-dpo version 4 may replace imdb-dpo version 3: every rule holds."
 
 
 def test_the_decision_leads_wherever_the_report_is_shown() -> None:
     report = reports.decided(promote=False)
     assert verdict(report).headline == "Do not promote"
     for text in (run_markdown(report), note(report, "page.html")):
-        assert text.startswith("# Do not promote\n\nimdb-dpo version 4 does not take the place of")
+        assert text.startswith("# Do not promote\n\nimdb-dpo version 4 does not replace")
         failed = "- ✗ failed: Win rate against the champion 52.1% \\[46.6% to 57.6%\\]; asked:"
         assert failed in text
         assert text.index("✗ failed") < text.index("✓ passed") < text.index("**DPO scores higher than SFT**")

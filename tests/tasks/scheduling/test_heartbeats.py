@@ -74,7 +74,7 @@ def test_a_run_that_fell_silent_is_crashed_and_holds_nobody_back(site: Site) -> 
     ended = until(lambda: (now := state(lost))["type"] != "RUNNING" and now, 4 * 3 * SECONDS)
     assert (ended["type"], ended["message"].split(":")[0]) == (
         "CRASHED",
-        f"Nothing was heard of the run for {3 * SECONDS} s",
+        f"No heartbeat for {3 * SECONDS} s",
     )
     last = until(lambda: (now := state(waiting))["type"] in ("COMPLETED", "FAILED", "CRASHED") and now, 400)
     assert last["type"] == "COMPLETED", last
