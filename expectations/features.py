@@ -9,7 +9,7 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,8 +17,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from dpo_core.data.split import prompt_key
+from expectations.rules import Subject
 
-Subject = Literal["prompts", "pairs", "unpaired"]
 TEXTS: dict[Subject, list[str]] = {
     "pairs": ["prompt", "chosen", "rejected"],
     "unpaired": ["prompt", "completion"],

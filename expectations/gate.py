@@ -15,9 +15,9 @@ import pandas as pd
 
 from expectations.config import GateConfig
 from expectations.drift import Profile, distance, profile, read_profile
-from expectations.features import TEXTS, Features, Subject, compute, relations
+from expectations.features import TEXTS, Features, compute, relations
 from expectations.report import Finding, GateReport, to_do
-from expectations.rules import rules_of, words_of
+from expectations.rules import Subject, rules_of, words_of
 from expectations.suite import SCHEMA, content_suite, schema_frame, schema_suite
 from expectations.template_rule import Writes, template_flags
 from expectations.thresholds import BandRule, DistanceRule, RateRule, Severity

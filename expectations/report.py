@@ -5,7 +5,7 @@ from pydantic import Field
 from dpo_core.config import Config
 from dpo_core.errors import GateRefused
 from expectations.drift import Profile
-from expectations.features import Subject
+from expectations.rules import Subject
 from expectations.thresholds import Severity
 
 _NAMES = {"unpaired": "unpaired rows"}

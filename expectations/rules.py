@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from expectations.features import Subject
 from expectations.thresholds import AnyRule, BandRule, CountRule, DistanceRule, RateRule, warn
 
+Subject = Literal["prompts", "pairs", "unpaired"]
+"""The kinds of rows that a rule applies to."""
 _MEND = "mend these rows, or set gate.quarantine=drop to go on without them"
 EVERY: tuple[Subject, ...] = ("prompts", "pairs", "unpaired")
 

@@ -9,8 +9,7 @@ import pandas as pd
 from pandas.api import types as kinds
 
 from expectations.config import GateConfig
-from expectations.features import Subject
-from expectations.rules import RULES, rules_of, words_of
+from expectations.rules import RULES, Subject, rules_of, words_of
 from expectations.thresholds import BandRule, CountRule, DistanceRule, RateRule
 
 if TYPE_CHECKING:

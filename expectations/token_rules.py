@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 
 from dpo_core.data.tokens.chat_template import TemplateError
-from expectations.features import Budget, Control, Features, Subject, _Array, control_of
+from expectations.features import Budget, Control, Features, _Array, control_of
+from expectations.rules import Subject
 
 
 class Tokens(Protocol):

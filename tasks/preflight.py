@@ -9,6 +9,7 @@ from deploy.launchers import Cluster
 from dpo_core.data.files.read import check_source
 from dpo_core.data.tokens.chat_template import check_template
 from dpo_core.errors import RecipeError
+from dpo_core.evaluation.run_suite import suite_files
 from dpo_core.evaluation.suites.safety_classifier import assert_not_trained_on
 from dpo_core.models.load import check_source_context, locate, read_config, read_template
 from dpo_core.rewards.functions import check_reward
@@ -67,7 +68,7 @@ def check_ahead(recipe: Recipe, resume: str | None = None, cluster: Cluster | No
 
 
 def _check_suites(recipe: Recipe) -> None:
-    recipe.suites.files()
+    suite_files(recipe.suites)
     classifier, reward = recipe.suites.settings.classifier, recipe.reward.source
     if classifier is not None and reward is not None:
         assert_not_trained_on(classifier, [reward])

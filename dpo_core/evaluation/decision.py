@@ -2,59 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
-
-from pydantic import Field
 
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError
 from dpo_core.evaluation.compare import Comparison, Row
+from dpo_core.evaluation.config import GAIN, PromotionConfig
 from dpo_core.statistics.estimates import Estimate
 
-GAIN = "gain"
-AlarmName = Literal[
-    "KL run-away",
-    "Diversity collapse",
-    "Length drift",
-    "Noise",
-    "Cut answers",
-    "Likelihood displacement",
-    "Reward without accuracy",
-    "Unusual parameters",
-    "Class weights",
-    "Data gate",
-    "Remote code",
-]
-"""Alarms of a run page that concern the candidate, its reference or its data."""
 NEW_WEIGHTS = "new_weights"
 """Rule that refuses the champion's own weights; no other rule is asked then."""
-
-
-class PromotionConfig(Config):
-    """What a model must show before it takes the champion's place."""
-
-    primary: str = GAIN
-    """What it must be better in: `gain`, the mean reward above the champion's on the same prompts, or a
-    measure of a suite as `suite/measure`, in its better direction."""
-    min_gain: float = 0.0
-    """The interval of that difference must lie above this."""
-    min_prompts: int = Field(30, ge=2)
-    """Prompts that the difference rests on, at least."""
-    max_kl: float | None = Field(10.0, gt=0)
-    """Nats a sequence from the reference, at most; the interval must lie below. Farther away the reward of
-    every direct method has been seen to degrade while the measured one still rose (arXiv 2406.02900). Empty:
-    no limit."""
-    alarms: tuple[AlarmName, ...] = ("Diversity collapse", "Noise", "Cut answers")
-    """Alarms about the model or its reference that refuse it: with them the measured gain says little. The
-    others stand beside the decision."""
-    data_gate: bool = True
-    """Whether the data gate must have let the training data pass."""
-    no_regression: bool = True
-    """Whether it is enough that one measure of a suite is found worse to refuse."""
-    safety: tuple[str, ...] = ("xstest", "advbench")
-    """Suites whose regressions are a rule of their own, which `no_regression` does not switch off."""
-    required: tuple[str, ...] = ()
-    """Suites on which the two must have been compared."""
 
 
 class Reason(Config):

@@ -5,50 +5,25 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pydantic import Field, model_validator
-
-from dpo_core.config import Config
 from dpo_core.errors import RecipeError
+from dpo_core.evaluation.config import SuiteConfig, SuitesConfig
 from dpo_core.evaluation.contamination import TrainingText
 from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.evaluation.results import MeasureSpec, SuiteResult, measured
-from dpo_core.evaluation.suites.base import Suite, SuiteConfig
+from dpo_core.evaluation.suites.base import Suite
 from dpo_core.evaluation.suites.registry import find
 from dpo_core.system import digest_file
 
 
-class SuitesConfig(Config):
-    """Which suites every policy is put through."""
+def suite_files(config: SuitesConfig) -> dict[str, Path]:
+    """The file of each suite. Refuses what running it would refuse.
 
-    names: list[str] = Field(default_factory=list)
-    """Suites by name (`dpo evaluate --help` lists them). Empty: none."""
-    data: str | None = None
-    """The folder that holds their files."""
-    settings: SuiteConfig = SuiteConfig()
-    """How they are run."""
-
-    @model_validator(mode="after")
-    def _can_be_run(self) -> "SuitesConfig":
-        if self.names and self.data is None:
-            raise ValueError("suites.data is needed: the folder that holds the files of suites.names")
-        if not self.names and (self.data is not None or self.settings != SuiteConfig()):
-            raise ValueError("suites.* would not be read: suites.names is empty")
-        for name in self.names:
-            try:
-                find(name)
-            except RecipeError as error:
-                raise ValueError(str(error)) from error
-        return self
-
-    def files(self) -> dict[str, Path]:
-        """The file of each suite. Refuses what running it would refuse.
-
-        Raises:
-            RecipeError: a file or a package is not there, or code may not be run.
-        """
-        for name in self.names:
-            find(name).check(self.settings)
-        return {name: data_file(find(name), Path(self.data or ".").expanduser()) for name in self.names}
+    Raises:
+        RecipeError: a file or a package is missing, or code may not be run.
+    """
+    for name in config.names:
+        find(name).check(config.settings)
+    return {name: data_file(find(name), Path(config.data or ".").expanduser()) for name in config.names}
 
 
 def data_file(suite: Suite, data: Path) -> Path:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.errors import RecipeError
-from dpo_core.judging.judge import AnswerPairs, JudgeConfig, judge_answers, judge_by_scores, win_rate
+from dpo_core.judging.config import JudgeConfig
+from dpo_core.judging.judge import AnswerPairs, judge_answers, judge_by_scores, win_rate
 from dpo_core.judging.results import WinRate
 
 

@@ -9,11 +9,9 @@ from pydantic import BeforeValidator, Field, model_validator
 from dpo_core.config import Config
 from dpo_core.data.config import DataConfig
 from dpo_core.data.tokens.tokenise import TokenConfig
-from dpo_core.evaluation.config import EvaluateConfig
-from dpo_core.evaluation.decision import PromotionConfig
-from dpo_core.evaluation.run_suite import SuitesConfig
+from dpo_core.evaluation.config import EvaluateConfig, PromotionConfig, SuitesConfig
 from dpo_core.jobs.files import InferenceConfig
-from dpo_core.judging.judge import JudgeConfig
+from dpo_core.judging.config import JudgeConfig
 from dpo_core.methods import dpo
 from dpo_core.methods.pair_sampling import PairSamplingConfig
 from dpo_core.methods.reward import RewardModelConfig

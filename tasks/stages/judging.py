@@ -13,7 +13,8 @@ from dpo_core.errors import RecipeError
 from dpo_core.evaluation.model_under_test import Asked, Subject
 from dpo_core.generation.config import SamplingConfig, seed_for
 from dpo_core.judging.compare import compare_answers
-from dpo_core.judging.judge import AnswerPairs, JudgeConfig
+from dpo_core.judging.config import JudgeConfig
+from dpo_core.judging.judge import AnswerPairs
 from dpo_core.judging.results import WinRate
 from tasks.reports.run_report import Sample
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task

@@ -19,14 +19,14 @@ from dpo_core.data.load import load
 from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.errors import RecipeError
 from dpo_core.evaluation.compare import Comparison, compare
+from dpo_core.evaluation.config import SuiteConfig, SuitesConfig
 from dpo_core.evaluation.contamination import TrainingText, training_texts
 from dpo_core.evaluation.model_under_test import Asked, Subject
 from dpo_core.evaluation.results import Item, SuiteResult
-from dpo_core.evaluation.run_suite import SuitesConfig, without_training_data
-from dpo_core.evaluation.suites.base import SuiteConfig
+from dpo_core.evaluation.run_suite import suite_files, without_training_data
 from dpo_core.evaluation.suites.registry import find
 from dpo_core.generation.config import SamplingConfig
-from dpo_core.judging.judge import JudgeConfig
+from dpo_core.judging.config import JudgeConfig
 from dpo_core.judging.results import WinRate
 from dpo_core.models.remote_code import trust
 from dpo_core.rewards.functions import check_reward
@@ -149,7 +149,7 @@ def _files(request: EvaluationRequest) -> dict[str, Path]:
         find(name)
     if not request.suites:
         return {}
-    return SuitesConfig(names=request.suites, data=request.data, settings=request.settings).files()
+    return suite_files(SuitesConfig(names=request.suites, data=request.data, settings=request.settings))
 
 
 def _subjects(models: Sequence[str], request: EvaluationRequest, workspace: Path) -> list[Subject]:

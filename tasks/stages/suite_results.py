@@ -11,10 +11,11 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from dpo_core.checked_json import read_checked, write_checked
+from dpo_core.evaluation.config import SuiteConfig
 from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.evaluation.results import SuiteResult
 from dpo_core.evaluation.run_suite import data_digest, run_suite
-from dpo_core.evaluation.suites.base import Suite, SuiteConfig
+from dpo_core.evaluation.suites.base import Suite
 from dpo_core.evaluation.suites.safety_classifier import identity
 from dpo_core.models.load import ModelConfig, convert, locate, source_digest
 from dpo_core.system import remove

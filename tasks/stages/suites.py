@@ -5,9 +5,10 @@ import json
 import pandas as pd
 
 from dpo_core.data.tokens.tokenise import TokenConfig
+from dpo_core.evaluation.config import SuitesConfig
 from dpo_core.evaluation.contamination import TrainingText, training_texts
 from dpo_core.evaluation.results import SuiteResult
-from dpo_core.evaluation.run_suite import SuitesConfig, data_digest, without_training_data
+from dpo_core.evaluation.run_suite import data_digest, suite_files, without_training_data
 from dpo_core.evaluation.suites.registry import find
 from dpo_core.methods import estimate
 from tasks.recipe.policies import REFERENCE
@@ -39,7 +40,7 @@ def evaluate_suites(
         reference: what implicit rewards are measured against.
         trained_on: the rows whose train split was learned from.
     """
-    files = config.files()
+    files = suite_files(config)
 
     def work(given: Work) -> Output:
         from dpo_core.evaluation.model_under_test import Subject

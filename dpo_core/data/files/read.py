@@ -20,16 +20,14 @@ import pyarrow.parquet as pq
 from dpo_core.data.files.confined import again, open_file
 from dpo_core.data.files.json_window import JsonWindow
 from dpo_core.data.files.splits import choose_split, files_of_split, split_of
+from dpo_core.data.row import UNREADABLE, Row
 from dpo_core.errors import DataError
 
-Row = dict[str, Any]
 CHUNK_ROWS = 50_000
 CHUNK_BYTES = 64 * 2**20
 BLOCK_CHARS = 4 * 2**20
 # What `datasets.save_to_disk` writes beside the data; it holds no rows.
 SIDE_FILES = {"dataset_info.json", "state.json", "dataset_dict.json", "dataset_infos.json"}
-UNREADABLE = "\0unreadable"
-"""The only field of a row that is there and cannot be read: why not."""
 
 
 def read_rows(

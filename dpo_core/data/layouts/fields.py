@@ -7,9 +7,8 @@ import json
 import math
 from typing import Any, Literal, NamedTuple
 
-from dpo_core.data.files.read import UNREADABLE
+from dpo_core.data.row import UNREADABLE, Row
 
-Row = dict[str, Any]
 Kind = Literal["pairs", "unpaired", "prompts"]
 
 

@@ -14,10 +14,11 @@ from pathlib import Path
 
 from dpo_core.data.files.read import read_rows
 from dpo_core.errors import DataError, RecipeError
+from dpo_core.evaluation.config import SuiteConfig
 from dpo_core.evaluation.model_under_test import Asked, Subject
 from dpo_core.evaluation.results import Item, MeasureSpec, Outcome
 from dpo_core.evaluation.sandbox.run import Limits, Ran, check_sandbox, run_many
-from dpo_core.evaluation.suites.base import Suite, SuiteConfig
+from dpo_core.evaluation.suites.base import Suite
 from dpo_core.evaluation.suites.prompting import asked as asked_as
 from dpo_core.evaluation.suites.prompting import wants_chat
 from dpo_core.evaluation.suites.rows import Progress, Row, some

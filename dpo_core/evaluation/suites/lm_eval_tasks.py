@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dpo_core.errors import RecipeError
+from dpo_core.evaluation.config import SuiteConfig
 from dpo_core.evaluation.model_under_test import Subject
-from dpo_core.evaluation.suites.base import SuiteConfig
 from dpo_core.evaluation.suites.prompting import wants_chat
 from dpo_core.evaluation.suites.rows import Progress, Row
 

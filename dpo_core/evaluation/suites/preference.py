@@ -26,9 +26,10 @@ from dpo_core.data.layouts.fields import Fault, Pair, Row
 from dpo_core.data.layouts.messages import chat_prompt
 from dpo_core.data.tokens.tokenise import TokenPair
 from dpo_core.errors import StageFailed
+from dpo_core.evaluation.config import SuiteConfig
 from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.evaluation.results import Better, Item, Measure, MeasureSpec, Outcome
-from dpo_core.evaluation.suites.base import Suite, SuiteConfig
+from dpo_core.evaluation.suites.base import Suite
 from dpo_core.evaluation.suites.prompting import wants_chat
 from dpo_core.evaluation.suites.rows import limited
 from dpo_core.rewards.quality import BINS, best_temperature, calibration_error, spearman

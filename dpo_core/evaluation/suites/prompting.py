@@ -3,8 +3,8 @@
 import json
 
 from dpo_core.errors import ModelError
+from dpo_core.evaluation.config import SuiteConfig
 from dpo_core.evaluation.model_under_test import Asked, Subject
-from dpo_core.evaluation.suites.base import SuiteConfig
 
 
 def wants_chat(subject: Subject, config: SuiteConfig) -> bool:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from dpo_core.errors import DataError
+from dpo_core.evaluation.config import SuiteConfig
 from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.evaluation.results import Item, MeasureSpec, Outcome
-from dpo_core.evaluation.suites.base import Suite, SuiteConfig
+from dpo_core.evaluation.suites.base import Suite
 from dpo_core.evaluation.suites.prompting import asked, wants_chat
 from dpo_core.evaluation.suites.rows import Progress, Row, read_fields, some
 from dpo_core.evaluation.suites.safety_classifier import Classifier, load_classifier

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from dpo_core.errors import StageFailed
+from dpo_core.evaluation.config import SuiteConfig
 from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.evaluation.results import Item, MeasureSpec, Outcome
-from dpo_core.evaluation.suites.base import Suite, SuiteConfig
+from dpo_core.evaluation.suites.base import Suite
 from dpo_core.evaluation.suites.lm_eval_tasks import check, measure
 from dpo_core.evaluation.suites.rows import Progress, Row, read_fields, some
 

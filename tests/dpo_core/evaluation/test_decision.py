@@ -7,7 +7,8 @@ from pydantic import ValidationError
 
 from dpo_core.errors import RecipeError
 from dpo_core.evaluation.compare import Comparison, compare
-from dpo_core.evaluation.decision import Decision, Evidence, PromotionConfig, decide, nothing_new
+from dpo_core.evaluation.config import PromotionConfig
+from dpo_core.evaluation.decision import Decision, Evidence, decide, nothing_new
 from dpo_core.statistics.estimates import Estimate
 from tests.support.reports.made import HARM, LENGTH, items_of, result_of
 

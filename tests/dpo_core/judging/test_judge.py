@@ -10,14 +10,8 @@ import pytest
 from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.judging.client import Endpoint
 from dpo_core.judging.compare import compare_answers
-from dpo_core.judging.judge import (
-    AnswerPairs,
-    JudgeConfig,
-    Judgement,
-    judge_answers,
-    judge_by_scores,
-    win_rate,
-)
+from dpo_core.judging.config import JudgeConfig
+from dpo_core.judging.judge import AnswerPairs, Judgement, judge_answers, judge_by_scores, win_rate
 from dpo_core.judging.results import WinRate
 from dpo_core.statistics import estimates as stats
 from tests.support.sites.judge_server import Server, longer_wins, shown

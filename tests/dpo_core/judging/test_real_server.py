@@ -22,7 +22,8 @@ import pytest
 from dpo_core.errors import StageFailed
 from dpo_core.judging.client import KEY, Endpoint
 from dpo_core.judging.compare import compare_answers
-from dpo_core.judging.judge import AnswerPairs, JudgeConfig, judge_answers, win_rate
+from dpo_core.judging.config import JudgeConfig
+from dpo_core.judging.judge import AnswerPairs, judge_answers, win_rate
 from dpo_core.judging.prompts import verdict
 from dpo_core.models.load import ModelConfig, convert
 from tests.support.models.tiny import CHAT_TEMPLATE

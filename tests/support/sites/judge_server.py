@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dpo_core.judging.client import KEY, Endpoint
-from dpo_core.judging.judge import JudgeConfig
+from dpo_core.judging.config import JudgeConfig
 
 Answer = tuple[int, dict[str, str], bytes]
 _SHOWN = re.compile(r"\[\w+ A\]\n(.*?)\n\[End of .*? A\].*\[\w+ B\]\n(.*?)\n\[End of", re.DOTALL)

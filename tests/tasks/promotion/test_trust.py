@@ -11,7 +11,8 @@ import pytest
 from dpo_core.data.answers import Answers, measure_answers
 from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise
 from dpo_core.errors import RecipeError
-from dpo_core.evaluation.decision import Evidence, PromotionConfig, decide, nothing_new
+from dpo_core.evaluation.config import PromotionConfig
+from dpo_core.evaluation.decision import Evidence, decide, nothing_new
 from dpo_core.evaluation.model_under_test import Asked
 from dpo_core.evaluation.policy_row import PolicyRow
 from dpo_core.methods.dpo import DpoConfig

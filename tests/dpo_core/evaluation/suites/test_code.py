@@ -14,9 +14,9 @@ import yaml
 
 from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.errors import DataError, RecipeError
+from dpo_core.evaluation.config import SuiteConfig
 from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.evaluation.sandbox.run import Limits
-from dpo_core.evaluation.suites.base import SuiteConfig
 from dpo_core.evaluation.suites.code import (
     KS,
     STOPS,

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from dpo_core.errors import DataError, ModelError, RecipeError, StageFailed
+from dpo_core.evaluation.config import SuiteConfig
 from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.evaluation.results import Outcome
 from dpo_core.evaluation.suites import gsm8k, truthfulqa
 from dpo_core.evaluation.suites import lm_eval_tasks as harness
-from dpo_core.evaluation.suites.base import SuiteConfig
 from dpo_core.evaluation.suites.registry import find
 from dpo_core.evaluation.suites.rows import some
 from dpo_core.generation.config import SamplingConfig

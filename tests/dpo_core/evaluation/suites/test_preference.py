@@ -11,9 +11,9 @@ import pytest
 
 from dpo_core.data.layouts.fields import Pair
 from dpo_core.errors import StageFailed
+from dpo_core.evaluation.config import SuiteConfig
 from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.evaluation.results import Outcome, measured
-from dpo_core.evaluation.suites.base import SuiteConfig
 from dpo_core.evaluation.suites.preference import SUITES, Labelled
 from dpo_core.evaluation.suites.registry import find
 from dpo_core.evaluation.suites.rows import limited

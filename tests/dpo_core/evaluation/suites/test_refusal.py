@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from dpo_core.errors import DataError, ModelError, RecipeError, StageFailed
+from dpo_core.evaluation.config import SuiteConfig
 from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.evaluation.results import Outcome, measured
-from dpo_core.evaluation.suites.base import SuiteConfig
 from dpo_core.evaluation.suites.refusal import BETWEEN_ANSWERS, is_refusal
 from dpo_core.evaluation.suites.registry import find
 from dpo_core.evaluation.suites.safety_classifier import (

@@ -1,0 +1,29 @@
+"""The names of all suites, and the module that defines each; importing it loads no suite."""
+
+from dpo_core.errors import RecipeError
+
+MODULES = {
+    "humaneval": "code",
+    "mbpp": "code",
+    "gsm8k": "gsm8k",
+    "hh": "preference",
+    "hhh": "preference",
+    "llmbar": "preference",
+    "pandalm": "preference",
+    "xstest": "refusal",
+    "advbench": "refusal",
+    "truthfulqa_mc": "truthfulqa",
+    "truthfulqa_gen": "truthfulqa",
+}
+"""By name of the suite, the module of `dpo_core.evaluation.suites` that exports it in `SUITES`."""
+
+
+def module_of(suite: str) -> str:
+    """The module that defines a suite.
+
+    Raises:
+        RecipeError: there is no such suite.
+    """
+    if suite not in MODULES:
+        raise RecipeError(f"there is no suite '{suite}'", f"Suites: {', '.join(MODULES)}")
+    return MODULES[suite]
