@@ -32,6 +32,29 @@ def test_a_quick_command_loads_no_heavy_package(command: list[str], tmp_path: Pa
     assert not HEAVY & set(json.loads(done.stderr.splitlines()[-1]))
 
 
+def test_a_run_prints_its_first_line_before_it_loads_anything_heavy(tmp_path: Path) -> None:
+    ends_there = "import sys; sys.modules['tasks.preflight'] = None\n"  # the next import after the line
+    called = [sys.executable, "-c", ends_there + REPORT, "run", "demo"]
+    done = subprocess.run(called, cwd=tmp_path, check=False, capture_output=True, text=True)
+    assert done.stdout == f"recipe demo, workspace {tmp_path / 'runs'}\n"
+    assert "tasks.preflight" in done.stderr
+    assert not HEAVY & set(json.loads(done.stderr.splitlines()[-1]))
+
+
+@pytest.mark.bench
+def test_a_run_prints_its_first_line_within_a_second(tmp_path: Path) -> None:
+    def seconds() -> float:
+        start = time.monotonic()
+        command = [Path(sys.executable).with_name("dpo"), "run", "demo"]
+        with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE) as run:
+            assert run.stdout is not None and run.stdout.readline().startswith(b"recipe demo")
+            taken = time.monotonic() - start
+            run.kill()
+        return taken
+
+    assert statistics.median(seconds() for _ in range(5)) < 1
+
+
 @pytest.mark.bench
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_a_quick_command_answers_in_seven_tenths_of_a_second(command: list[str], tmp_path: Path) -> None:
