@@ -113,6 +113,8 @@ def _held(
         context.stop.begin(error)
         _ended_badly(context, record, error)
         raise
+    finally:
+        context.server.close()
     tracker.finish_parent("FINISHED")
     save_run(workspace, record.model_copy(update={"status": "done"}))
     return report

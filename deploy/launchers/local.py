@@ -1,6 +1,7 @@
 """Jobs on this machine: one rank, or torchrun with several, as a child in the flow's own process group."""
 
 import contextlib
+import logging
 import re
 import shlex
 import signal
@@ -14,8 +15,12 @@ import psutil
 
 from deploy.launchers import torchrun
 from deploy.launchers.base import LOG, State, clear, ended, tail
+from deploy.launchers.warm import PID_FILE, JobServer, ServerGone, WarmJob
+from dpo_core.system import birth
 
 MODULE = torchrun.MODULE
+
+log = logging.getLogger("dpo")
 
 
 class LocalLauncher:
@@ -26,13 +31,15 @@ class LocalLauncher:
 
     Args:
         hurry: while it is set, jobs that are cancelled are given no time to save.
+        server: starts jobs of one process, where there is one.
     """
 
     pause = 0.5
 
-    def __init__(self, hurry: threading.Event | None = None) -> None:
+    def __init__(self, hurry: threading.Event | None = None, server: JobServer | None = None) -> None:
         self._hurry = hurry or threading.Event()
-        self._jobs: dict[str, tuple[subprocess.Popen[bytes], Path, Path]] = {}
+        self._server = server
+        self._jobs: dict[str, tuple[subprocess.Popen[bytes] | WarmJob, Path, Path]] = {}
         self._before: dict[str, tuple[int, int]] = {}  # length of the log, and kills for memory until then
 
     def command(self, job: Path, processes: int) -> list[str]:
@@ -49,17 +56,25 @@ class LocalLauncher:
         _end(job, 10.0, self._hurry)
         clear(work)
         before = (work / LOG).stat().st_size, _kills_for_memory()
-        with (work / LOG).open("ab") as output:
-            process = subprocess.Popen(
+        process = self._start(job, processes, work / LOG)
+        handle = str(process.pid)
+        self._jobs[handle] = (process, job, work)
+        self._before[handle] = before
+        return handle
+
+    def _start(self, job: Path, processes: int, log_file: Path) -> "subprocess.Popen[bytes] | WarmJob":
+        if self._server is not None and self._server.serves(processes):
+            try:
+                return self._server.start(job, log_file)
+            except ServerGone:
+                log.warning("the warm process ended unexpectedly; the job starts in a new one")
+        with log_file.open("ab") as output:
+            return subprocess.Popen(
                 self.command(job, processes),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=torchrun.environment(),
             )
-        handle = str(process.pid)
-        self._jobs[handle] = (process, job, work)
-        self._before[handle] = before
-        return handle
 
     def poll(self, handle: str) -> State:
         process, _, work = self._jobs[handle]
@@ -102,7 +117,7 @@ def _kills_for_memory() -> int:
 
 
 def _torchrun_and_ranks(job: Path) -> list[psutil.Process]:
-    """The processes of a job, told by their command lines; torchrun first.
+    """The processes of a job: told by their command lines, torchrun first, or by the file of a warm one.
 
     Not by parenthood alone: torchrun gives each rank a session of its own, so that ranks outlive a torchrun
     that was killed and then hang below process 1.
@@ -112,7 +127,12 @@ def _torchrun_and_ranks(job: Path) -> list[psutil.Process]:
         for process in psutil.process_iter(["cmdline", "create_time"])
         if {MODULE, str(job)} <= set(process.info["cmdline"] or ())
     ]
-    return sorted(named, key=lambda process: process.info["create_time"])
+    named.sort(key=lambda process: process.info["create_time"])
+    with contextlib.suppress(OSError, ValueError, psutil.NoSuchProcess):
+        pid, born = map(int, (job.parent / PID_FILE).read_text().split())
+        if birth(pid) == born:
+            named.append(psutil.Process(pid))
+    return named
 
 
 def _with_children(processes: Iterable[psutil.Process]) -> list[psutil.Process]:

@@ -14,6 +14,7 @@ from deploy.launchers.kubernetes_manifests import KubernetesConfig
 from deploy.launchers.local import LocalLauncher
 from deploy.launchers.skypilot import SkyPilotConfig, SkyPilotLauncher
 from deploy.launchers.slurm import SlurmConfig, SlurmLauncher
+from deploy.launchers.warm import JobServer
 from dpo_core.config import Config
 
 Target = tuple[type[ClusterConfig], Callable[..., Any]]
@@ -75,14 +76,17 @@ class Cluster(Config):
         launcher.require_client()
 
 
-def launcher_of(cluster: Cluster | None, job: str, hurry: threading.Event) -> Launcher:
-    """The launcher for a training job: the cluster's, else this machine's.
+def launcher_of(
+    cluster: Cluster | None, job: str, hurry: threading.Event, server: JobServer | None = None
+) -> Launcher:
+    """The launcher for a job: the cluster's, else this machine's.
 
     Args:
         job: its name on a cluster.
         hurry: while it is set, jobs on this machine that are cancelled get no time to save.
+        server: starts jobs of one process on this machine.
     """
-    return cluster.launcher(job) if cluster else LocalLauncher(hurry)
+    return cluster.launcher(job) if cluster else LocalLauncher(hurry, server)
 
 
 class Rejoining:

@@ -19,7 +19,8 @@ from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 
-from deploy.launchers import Cluster
+from deploy.launchers import Cluster, Launcher, launcher_of
+from deploy.launchers.warm import JobServer
 from dpo_core.config import Config
 from dpo_core.errors import DpoError, without_secrets
 from dpo_core.jobs.files import InferenceConfig
@@ -116,6 +117,8 @@ class Context:
     """Where its jobs run; None: on this machine."""
     ranks: InferenceConfig = field(default_factory=InferenceConfig)
     """Of its jobs that sample, score or evaluate."""
+    server: JobServer = field(default_factory=JobServer)
+    """Starts jobs of one process on this machine; whoever makes the context closes it."""
     prefect_artifacts: PrefectArtifacts = field(default_factory=PrefectArtifacts)
     label: str = ""
     """What tells this stage from others of its name in the run: " DPO beta=0.1 seed 0"."""
@@ -126,6 +129,10 @@ class Context:
     def workspace(self) -> Path:
         """The workspace, absolute."""
         return self.store.workspace
+
+    def launcher(self, job: str) -> Launcher:
+        """The launcher for a job of this name."""
+        return launcher_of(self.cluster, job, self.stop.hurry, self.server)
 
     def labelled(self, label: str) -> "Context":
         """The same run, for stages that have this label."""

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from deploy.launchers import Launcher, State, launcher_of
+from deploy.launchers import Launcher, State
 from deploy.launchers.base import LOG
 from dpo_core.errors import DpoError, StageFailed
 from dpo_core.jobs.files import ERROR, ModelJob
@@ -65,7 +65,7 @@ def run_job(given: Work, job: ModelJob | Job, processes: int, look: Callable[[],
     path = write_job(job)
     work = Path(job.work)
     # The folder is this job's own: its stage, settings and data.
-    launcher = launcher_of(given.context.cluster, f"{given.name} {work}", given.context.stop.hurry)
+    launcher = given.context.launcher(f"{given.name} {work}")
     given.mlflow.tag("dpo.command", launcher.render(path, processes))
     try:
         return watch(given.name, launcher, path, processes, given.context.stop, look)

@@ -3,7 +3,6 @@
 import tempfile
 from pathlib import Path
 
-from deploy.launchers import launcher_of
 from dpo_core.errors import RecipeError
 from dpo_core.jobs.files import CompareTokensJob
 from dpo_core.models.remote_code import trusted
@@ -31,7 +30,7 @@ def require_same_tokens(context: Context, base: Path, other: Path, name: str, re
             model=str(base),
             other=str(other),
         )
-        launcher = launcher_of(context.cluster, f"compare tokens {folder}", context.stop.hurry)
+        launcher = context.launcher(f"compare tokens {folder}")
         result = watch("compare-tokens", launcher, write_job(job), 1, context.stop)
     if result["differing"]:
         raise RecipeError(

@@ -1,0 +1,116 @@
+"""A process that loads the libraries once, then forks one rank for each job: `python -m dpo_core.job_server`.
+
+It serves one run on one machine, whose jobs would otherwise each take seconds to load the same libraries. One
+request a line on standard input, one answer a line on standard output, both JSON: `{"job": ..., "log": ...}`
+starts a job and answers `{"pid": ...}`; `{"pid": ...}` answers `{"status": ...}`, null while the job runs.
+At the end of its input it ends its jobs and itself.
+"""
+
+import ctypes
+import gc
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+_LIBRARIES = (
+    "dpo_core.training.engine",
+    "transformers.models.llama.modeling_llama",
+    "dpo_core.jobs.train",
+    "dpo_core.jobs.evaluate",
+    "dpo_core.jobs.import_model",
+    "dpo_core.jobs.cache_reference",
+    "dpo_core.jobs.sample_pairs",
+    "dpo_core.trainers.dpo",
+    "deepspeed",
+)
+_PR_SET_PDEATHSIG = 1
+_GRACE = 20.0
+
+
+def main() -> int:
+    """Serve until the input ends."""
+    signal.signal(signal.SIGINT, _ignore)  # a Ctrl-C reaches the jobs by their launcher
+    signal.signal(signal.SIGHUP, _ignore)
+    signal.signal(signal.SIGTERM, _ignore)
+    # Whatever libraries print must not be taken for an answer.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    _load()
+    jobs: dict[int, int | None] = {}
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "job" in request:
+            pid = os.fork()
+            if pid == 0:
+                _run(Path(request["job"]), Path(request["log"]))
+            jobs[pid] = None
+            answer: dict[str, Any] = {"pid": pid}
+        else:
+            answer = {"status": _status(request["pid"], jobs)}
+        print(json.dumps(answer), file=answers, flush=True)
+    _end([pid for pid in jobs if _status(pid, jobs) is None], jobs)
+    return 0
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """A handler and not SIG_IGN, which a program that a job starts would inherit."""
+
+
+def _load() -> None:
+    from dpo_core.models.accelerator import name_accelerator
+
+    name_accelerator()  # DeepSpeed asks for it when it is loaded
+    for name in _LIBRARIES:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # so that collections in the jobs do not copy every page
+
+
+def _status(pid: int, jobs: dict[int, int | None]) -> int | None:
+    """Exit status of a job, negative for a signal; None while it runs."""
+    if jobs[pid] is None:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            jobs[pid] = os.waitstatus_to_exitcode(status)
+    return jobs[pid]
+
+
+def _end(running: list[int], jobs: dict[int, int | None]) -> None:
+    deadline = time.monotonic() + _GRACE
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for pid in running:
+            if _status(pid, jobs) is None:
+                os.kill(pid, number)
+        while any(_status(pid, jobs) is None for pid in running) and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+
+def _run(job: Path, log: Path) -> None:
+    """Become the rank of a job; does not return."""
+    status = 4
+    try:
+        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        # A server that is killed takes its jobs along: nobody else would hear of their end.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        for target, source in ((0, nothing), (1, output), (2, output)):
+            os.dup2(source, target)
+        from dpo_core.job import main as run_job
+
+        status = run_job(["--config", str(job)])
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
