@@ -77,7 +77,7 @@ class JobServer:
                 if "job" not in request:
                     raise ServerGone
                 self._process = subprocess.Popen(
-                    [sys.executable, "-u", "-m", "dpo_core.job_server"],
+                    [sys.executable, "-P", "-u", "-m", "dpo_core.job_server"],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.DEVNULL,

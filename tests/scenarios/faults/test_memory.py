@@ -9,6 +9,7 @@ import pytest
 
 from tests.scenarios.faults.memory import Room, room
 from tests.scenarios.faults.whole import assert_store_clean, forget_from, left_running
+from tests.support.runs.processes import jobs_among
 from tests.support.runs.tiny_run import Bench
 
 pytestmark = pytest.mark.faults
@@ -50,10 +51,9 @@ def run_until(
 
 def rank_of(flow: psutil.Process, said: str) -> psutil.Process | None:
     """The process that trains, once it does."""
-    for process in flow.children(recursive=True) if "train-dpo DPO: running" in said else []:
-        if {"-u", "dpo_core.job"} <= set(process.cmdline()):
-            return process
-    return None
+    if "train-dpo DPO: running" not in said:
+        return None
+    return next(iter(jobs_among(flow.children(recursive=True))), None)
 
 
 def test_a_trainer_that_the_kernel_killed_for_memory(finished, small):

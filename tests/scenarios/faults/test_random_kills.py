@@ -19,6 +19,7 @@ from tests.flows.test_alignment import STAGES
 from tests.scenarios.faults.warm import Started, prefect_server, start_cold, start_warm
 from tests.scenarios.faults.whole import assert_as_undisturbed, left_running
 from tests.support.models.tiny import make_tiny_model
+from tests.support.runs.processes import jobs_among
 from tests.support.runs.tiny_run import Bench, tiny_recipe
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(4 * 3600)]
@@ -99,8 +100,8 @@ def place_of(said: str) -> str:
 
 
 def ranks_of(run: Started) -> list[psutil.Process]:
-    """The processes that train, without the torchrun that watches them."""
-    return [p for p in run.family() if {"-u", "dpo_core.job"} <= set(p.cmdline())]
+    """The processes of its jobs, without those that only start and watch them."""
+    return jobs_among(run.family())
 
 
 def strike(run: Started, chance: random.Random) -> str:
