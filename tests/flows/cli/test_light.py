@@ -47,7 +47,8 @@ def test_a_run_prints_its_first_line_within_a_second(tmp_path: Path) -> None:
         start = time.monotonic()
         command = [Path(sys.executable).with_name("dpo"), "run", "demo"]
         with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE) as run:
-            assert run.stdout is not None and run.stdout.readline().startswith(b"recipe demo")
+            assert run.stdout is not None
+            assert run.stdout.readline().startswith(b"recipe demo")
             taken = time.monotonic() - start
             run.kill()
         return taken
