@@ -14,15 +14,10 @@ from torch import Tensor, nn
 
 from dpo_core.errors import ModelError
 from dpo_core.generation.next_token import cache_is_exact
+from dpo_core.models.config import ModelConfig
 from dpo_core.models.dropout import disable_dropout, set_training
-from dpo_core.models.load import (
-    ModelConfig,
-    check_source_context,
-    load_model,
-    locate,
-    position_limit,
-    read_config,
-)
+from dpo_core.models.load import load_model, read_config
+from dpo_core.models.source import check_source_context, locate, position_limit
 from dpo_core.scoring.attention import attention_on_trial, whole_blocks
 from dpo_core.scoring.branch_scores import branch_scores
 from dpo_core.scoring.document import Document

@@ -11,7 +11,8 @@ from dpo_core.data.tokens.chat_template import check_template
 from dpo_core.errors import RecipeError
 from dpo_core.evaluation.run_suite import suite_files
 from dpo_core.evaluation.suites.safety_classifier import assert_not_trained_on
-from dpo_core.models.load import check_source_context, locate, read_config, read_template
+from dpo_core.models.load import read_config
+from dpo_core.models.source import check_source_context, locate, read_template
 from dpo_core.rewards.functions import check_reward
 from expectations.drift import load_baseline
 from tasks.promotion.model_source import as_folder, resolve

@@ -15,7 +15,8 @@ from dpo_core.errors import ModelError
 from dpo_core.generation.config import SamplingConfig
 from dpo_core.generation.generate import sample
 from dpo_core.model_check import check_definition
-from dpo_core.models.load import check_context, config_in, load_model, load_tokenizer, weights_digest
+from dpo_core.models.load import config_in, load_model, load_tokenizer
+from dpo_core.models.source import check_context, weights_digest
 from dpo_core.ranks import Alone, Ranks
 from dpo_core.reference.keys import sequence_key
 from dpo_core.reference.logps import Reference, Resources, reference_logps

@@ -11,7 +11,7 @@ from dpo_core.config import Config
 from dpo_core.data.tokens.config import TokenConfig
 from dpo_core.evaluation.config import EvaluateConfig
 from dpo_core.methods.pair_sampling import PairSamplingConfig
-from dpo_core.models.load import ModelConfig
+from dpo_core.models.config import ModelConfig
 from dpo_core.scoring.precision import Precision
 
 ERROR, STOP_FILE = "error.json", "stopped"

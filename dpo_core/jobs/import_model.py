@@ -6,7 +6,8 @@ from typing import Any
 from dpo_core.jobs.files import ImportJob
 from dpo_core.jobs.start import start_ranks
 from dpo_core.model_check import check_folder
-from dpo_core.models.load import check_context, config_in, convert
+from dpo_core.models.load import config_in, convert
+from dpo_core.models.source import check_context
 from dpo_core.training.liveness import Watch
 
 FILE = ImportJob

@@ -3,11 +3,9 @@
 import copy
 from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, model_validator
-
-from dpo_core.config import Config
 from dpo_core.data.demo.demonstrations import review_demonstrations
 from dpo_core.errors import ModelError
+from dpo_core.models.config import ScratchConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -17,40 +15,6 @@ _WIDTHS = ("intermediate_size", "n_inner", "ffn_dim")
 _REMEDY = (
     "Name a plain decoder such as Llama, Qwen, Mistral or GPT-2 in model.name, or leave model.scratch out"
 )
-
-
-class ScratchConfig(Config):
-    """Random weights in this shape, not the named model's; its context stays, and so does its tokenizer."""
-
-    layers: int = Field(4, ge=1)
-    """Decoder layers."""
-    hidden_size: int = Field(256, ge=2)
-    """Width of the layers; a multiple of `heads`."""
-    heads: int = Field(4, ge=1)
-    """Attention heads, each with keys and values of its own."""
-    intermediate_size: int | None = Field(None, ge=1)
-    """Width of the feed-forward layers; empty: four times `hidden_size`, in whole 64s."""
-    vocabulary: int | None = Field(None, ge=300)
-    """Train the named model's kind of tokenizer anew, on the self-made reviews, for so many tokens: with a
-    large vocabulary the output head is most of what a small model computes. Empty: its own tokenizer."""
-    seed: int = Field(0, ge=0)
-    """Draws the weights."""
-
-    @model_validator(mode="after")
-    def _heads_divide(self) -> "ScratchConfig":
-        if self.hidden_size % self.heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of heads {self.heads}")
-        if self.hidden_size // self.heads % 2:
-            raise ValueError(
-                f"a head of {self.hidden_size // self.heads} numbers cannot be turned by its position: make "
-                "hidden_size / heads even"
-            )
-        return self
-
-    @property
-    def feed_forward(self) -> int:
-        """Width of the feed-forward layers."""
-        return self.intermediate_size or -(-4 * self.hidden_size // 64) * 64
 
 
 def scratch_shape(source: Any, scratch: ScratchConfig) -> Any:

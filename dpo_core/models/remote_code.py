@@ -9,9 +9,6 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-from dpo_core.models.transformers_lock import quiet_transformers
 
 _trusted: set[str] = set()
 
@@ -35,15 +32,6 @@ def trusts(folder: Path) -> bool:
     """Whether the code of a checkpoint may run: it lies in the folder, and every file of it is trusted."""
     digests = _digests(folder)
     return bool(digests) and _trusted.issuperset(digests) and not _names_other_repositories(folder)
-
-
-def build(config: Any, **settings: Any) -> Any:
-    """A causal language model of a config that was read from a folder, with random weights."""
-    with quiet_transformers():
-        from transformers import AutoModelForCausalLM
-
-        allowed = trusts(Path(config.name_or_path)) if config.name_or_path else False
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=allowed, **settings)
 
 
 def _digests(folder: Path) -> list[str]:

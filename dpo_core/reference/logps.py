@@ -12,9 +12,9 @@ import torch
 from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.errors import ModelError, StageFailed
 from dpo_core.model_check import check_definition
+from dpo_core.models.build import build
 from dpo_core.models.dropout import disable_dropout
 from dpo_core.models.load import config_in, load_model
-from dpo_core.models.remote_code import build
 from dpo_core.ranks import Alone, Ranks
 from dpo_core.reference.cache import ReferenceCache
 from dpo_core.reference.compute import compute

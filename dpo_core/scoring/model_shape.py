@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from dpo_core.models.remote_code import build
+from dpo_core.models.build import build
 from dpo_core.models.transformers_lock import quiet_transformers
 from dpo_core.scoring.flops import Shape
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_core.errors import ModelError
-from dpo_core.models.load import position_limit
+from dpo_core.models.source import position_limit
 from dpo_core.scoring.attention import attention_on_trial, trunk_of, whole_blocks
 from dpo_core.scoring.branch_scores import branch_scores
 from dpo_core.scoring.document import Document

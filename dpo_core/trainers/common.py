@@ -9,9 +9,10 @@ from torch import Tensor
 from dpo_core.data.tokens.tokenise import Tokenise
 from dpo_core.methods.job import Job
 from dpo_core.models.dropout import disable_dropout
-from dpo_core.models.load import check_context, load_model, load_tokenizer
+from dpo_core.models.load import load_model, load_tokenizer
 from dpo_core.models.lora import add_lora, merge_lora
 from dpo_core.models.save import export_policy
+from dpo_core.models.source import check_context
 from dpo_core.training.engine import put_state
 
 Export = Callable[[dict[str, Tensor]], None]

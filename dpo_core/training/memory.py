@@ -17,8 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dpo_core.models.build import build
 from dpo_core.models.dropout import set_training
-from dpo_core.models.remote_code import build
 from dpo_core.models.transformers_lock import quiet_transformers
 from dpo_core.scoring.attention import checkpoint_layers, has_flex_heads, packed_hidden, trunk_of
 from dpo_core.scoring.branch_scores import hidden_of, token_scores

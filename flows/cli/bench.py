@@ -9,7 +9,8 @@ from typing import Any
 from rich.table import Table
 
 from dpo_core.bench.compare import Bench, compare
-from dpo_core.models.load import ModelConfig, convert
+from dpo_core.models.config import ModelConfig
+from dpo_core.models.load import convert
 from flows.cli.terminal import terminal
 from tasks.recipe.read import overridden
 

@@ -60,7 +60,7 @@ def _check_model(name: str, overrides: list[str], workspace: Path, as_json: bool
     from dpo_core.config import Config
     from dpo_core.data.tokens.tokenise import TokenConfig
     from dpo_core.model_check import REMEDY, check_named
-    from dpo_core.models.load import ModelConfig
+    from dpo_core.models.config import ModelConfig
     from dpo_core.scoring.precision import Precision
     from tasks.promotion.model_source import as_folder
     from tasks.recipe.read import overridden

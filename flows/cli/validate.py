@@ -16,7 +16,9 @@ from dpo_core.data.load import load
 from dpo_core.data.split import by_source, split_table
 from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise
 from dpo_core.errors import RecipeError
-from dpo_core.models.load import ModelConfig, load_tokenizer, locate, read_template, templates_of
+from dpo_core.models.config import ModelConfig
+from dpo_core.models.load import load_tokenizer, templates_of
+from dpo_core.models.source import locate, read_template
 from expectations.config import GateConfig
 from expectations.drift import load_baseline
 from expectations.gate import judge

@@ -8,7 +8,9 @@ import pandas as pd
 from dpo_core.data.load import load
 from dpo_core.data.split import split_table
 from dpo_core.data.tokens.tokenise import Tokenise
-from dpo_core.models.load import ModelConfig, load_tokenizer, locate, read_config
+from dpo_core.models.config import ModelConfig
+from dpo_core.models.load import load_tokenizer, read_config
+from dpo_core.models.source import locate
 from tasks.promotion.model_source import as_folder
 from tasks.recipe.recipe import Recipe
 from tasks.stages.base import StageResult

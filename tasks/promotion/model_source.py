@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from dpo_core.errors import RecipeError, StageFailed
-from dpo_core.models.load import ModelConfig, weights_digest
+from dpo_core.models.config import ModelConfig
+from dpo_core.models.source import weights_digest
 from dpo_core.redaction import hidden
 from tasks.promotion.finished_run import database_gone, newest_report, read_report, registry_of
 from tasks.promotion.ledger import ALIAS, SUFFIX, champion_of

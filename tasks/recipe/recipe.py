@@ -16,7 +16,7 @@ from dpo_core.methods import dpo
 from dpo_core.methods.pair_sampling import PairSamplingConfig
 from dpo_core.methods.reward import RewardModelConfig
 from dpo_core.methods.sft import SftConfig
-from dpo_core.models.load import ModelConfig
+from dpo_core.models.config import ModelConfig
 from dpo_core.models.lora_config import LORA_EXTRA
 from dpo_core.objectives import get
 from dpo_core.scoring.precision import Precision

@@ -9,9 +9,10 @@ from dpo_core.data.tokens.config import TokenConfig
 from dpo_core.errors import ModelError
 from dpo_core.jobs.files import CHECK_VERSION, ImportJob, InferenceConfig, ReferenceJob
 from dpo_core.methods import estimate
+from dpo_core.models.config import ModelConfig
 from dpo_core.models.folder import code_digest
-from dpo_core.models.load import (
-    ModelConfig,
+from dpo_core.models.remote_code import trust
+from dpo_core.models.source import (
     check_source_context,
     locate,
     parameter_count,
@@ -19,7 +20,6 @@ from dpo_core.models.load import (
     source_digest,
     weights_digest,
 )
-from dpo_core.models.remote_code import trust
 from dpo_core.reference.keys import DEFINITION_VERSION
 from dpo_core.scoring.precision import Precision
 from dpo_core.training.config import EngineConfig

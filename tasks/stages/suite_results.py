@@ -17,7 +17,9 @@ from dpo_core.evaluation.results import SuiteResult
 from dpo_core.evaluation.run_suite import data_digest, run_suite
 from dpo_core.evaluation.suites.base import Suite
 from dpo_core.evaluation.suites.safety_classifier import identity
-from dpo_core.models.load import ModelConfig, convert, locate, source_digest
+from dpo_core.models.config import ModelConfig
+from dpo_core.models.load import convert
+from dpo_core.models.source import locate, source_digest
 from dpo_core.system import remove
 from tasks.promotion.model_source import RUNS, report_of, resolve
 from tasks.recipe.policies import elsewhere

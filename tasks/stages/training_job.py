@@ -10,8 +10,8 @@ import pandas as pd
 from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.methods.job import Job
 from dpo_core.methods.method import Method
-from dpo_core.models.load import parameter_count, weights_digest
 from dpo_core.models.remote_code import trusted
+from dpo_core.models.source import parameter_count, weights_digest
 from tasks.stages.base import Output, Work
 from tasks.stages.job import run_job
 from tasks.store.facts import TrainingFacts

@@ -9,7 +9,7 @@ import yaml
 
 from dpo_core.data.config import DataConfig
 from dpo_core.errors import DpoError, RecipeError
-from dpo_core.models.load import read_template
+from dpo_core.models.source import read_template
 from dpo_core.system import MOST_BYTES, read_small
 from dpo_core.yaml import quoted, read_yaml
 from flows.cli.launch import read_cluster

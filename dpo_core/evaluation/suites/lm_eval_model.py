@@ -13,7 +13,7 @@ from dpo_core.errors import ModelError, StageFailed
 from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.evaluation.suites.rows import Progress
 from dpo_core.model_check import check_definition
-from dpo_core.models.load import check_context
+from dpo_core.models.source import check_context
 from dpo_core.scoring.logprobs import completion_logps
 from dpo_core.scoring.precision import Precision
 

@@ -19,7 +19,8 @@ from typing import Any
 
 from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise
 from dpo_core.errors import ModelError, RecipeError, StageFailed
-from dpo_core.models.load import load_tokenizer, weights_digest
+from dpo_core.models.load import load_tokenizer
+from dpo_core.models.source import weights_digest
 from dpo_core.models.transformers_lock import quiet_transformers
 from dpo_core.rewards.functions import load_reward, reward_identity
 from dpo_core.rewards.http import is_url

@@ -25,7 +25,8 @@ from dpo_core.judging.compare import compare_answers
 from dpo_core.judging.config import JudgeConfig
 from dpo_core.judging.judge import AnswerPairs, judge_answers, win_rate
 from dpo_core.judging.prompts import verdict
-from dpo_core.models.load import ModelConfig, convert
+from dpo_core.models.config import ModelConfig
+from dpo_core.models.load import convert
 from tests.support.models.tiny import CHAT_TEMPLATE
 
 pytestmark = pytest.mark.slow

@@ -9,16 +9,10 @@ from pydantic import ValidationError
 from transformers import AutoConfig, GPT2Config, LlamaConfig, MixtralConfig, Qwen3Config, T5Config
 
 from dpo_core.errors import ModelError
-from dpo_core.models.from_scratch import ScratchConfig, make_from_scratch, scratch_shape
-from dpo_core.models.load import (
-    ModelConfig,
-    convert,
-    load_model,
-    load_tokenizer,
-    parameter_count,
-    read_config,
-    weights_digest,
-)
+from dpo_core.models.config import ModelConfig, ScratchConfig
+from dpo_core.models.from_scratch import make_from_scratch, scratch_shape
+from dpo_core.models.load import convert, load_model, load_tokenizer, read_config
+from dpo_core.models.source import parameter_count, weights_digest
 
 SHAPE = {"layers": 3, "hidden_size": 24, "heads": 2}
 

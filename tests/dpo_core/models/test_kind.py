@@ -9,7 +9,9 @@ from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING
 
 from dpo_core.errors import ModelError
-from dpo_core.models.load import ModelConfig, check_context, convert, load_model, position_limit, read_config
+from dpo_core.models.config import ModelConfig
+from dpo_core.models.load import convert, load_model, read_config
+from dpo_core.models.source import check_context, position_limit
 from tests.support.models.families import WIDTHS, family_config, make_family
 from tests.support.models.tiny import make_tokenizer
 

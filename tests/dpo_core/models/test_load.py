@@ -13,19 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dpo_core.errors import ModelError
+from dpo_core.models.config import ModelConfig
 from dpo_core.models.dropout import disable_dropout
-from dpo_core.models.load import (
-    ModelConfig,
-    check_context,
-    check_finite,
-    check_tokenizer_fits,
-    convert,
-    load_model,
-    load_tokenizer,
-    locate,
-    parameter_count,
-    source_digest,
-)
+from dpo_core.models.load import check_finite, check_tokenizer_fits, convert, load_model, load_tokenizer
+from dpo_core.models.source import check_context, locate, parameter_count, source_digest
 from dpo_core.models.transformers_lock import quiet_transformers
 from tests.support.models.tiny import CHAT_TEMPLATE, make_tiny_model
 

@@ -11,7 +11,8 @@ import torch
 from dpo_core import job as train
 from dpo_core.errors import ModelError
 from dpo_core.models import remote_code
-from dpo_core.models.load import ModelConfig, config_in, convert, load_model
+from dpo_core.models.config import ModelConfig
+from dpo_core.models.load import config_in, convert, load_model
 from dpo_core.models.reward_model import RewardModel
 from dpo_core.reference.logps import attention_of
 from dpo_core.scoring.attention import trunk_of

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dpo_core import job as train
-from dpo_core.models.load import ModelConfig, convert, load_model
+from dpo_core.models.config import ModelConfig
+from dpo_core.models.load import convert, load_model
 from dpo_core.models.save import save_checkpoint
 from tests.support.models.families import make_family
 from tests.support.models.tiny import make_tiny_model, make_tokenizer

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise, TokenPair
-from dpo_core.models.load import load_model, load_tokenizer, weights_digest
+from dpo_core.models.load import load_model, load_tokenizer
+from dpo_core.models.source import weights_digest
 from dpo_core.reference import sequence_key
 from dpo_core.reference.cache import read_facts
 from dpo_core.reference.logps import (

@@ -20,7 +20,8 @@ from dpo_core import job as train
 from dpo_core.data.tokens.tokenise import Tokenise
 from dpo_core.errors import RecipeError
 from dpo_core.methods.dpo import DpoConfig
-from dpo_core.models.load import load_model, load_tokenizer, weights_digest
+from dpo_core.models.load import load_model, load_tokenizer
+from dpo_core.models.source import weights_digest
 from dpo_core.reference import LogpShard, sequence_key
 from dpo_core.training.batches import Order
 from dpo_core.training.config import LoopConfig, OptimConfig, Schedule

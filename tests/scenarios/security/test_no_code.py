@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 
 from dpo_core.data.files.read import read_rows
 from dpo_core.errors import DataError, ModelError, StageFailed
+from dpo_core.models.config import ModelConfig
 from dpo_core.models.folder import check_folder, code_digest
-from dpo_core.models.load import ModelConfig, convert, load_tokenizer
+from dpo_core.models.load import convert, load_tokenizer
 from dpo_core.reference.shard import LogpShard
 from dpo_core.training.checkpoints import (
     _own_digest,

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from dpo_core.errors import RecipeError, StageFailed
-from dpo_core.models.load import ModelConfig, weights_digest
+from dpo_core.models.config import ModelConfig
+from dpo_core.models.source import weights_digest
 from tasks.preflight import check_ahead
 from tasks.promotion.champion import find_champion
 from tasks.promotion.model_source import as_folder, pinned_name, resolve

