@@ -17,7 +17,7 @@ from dpo_core.models.dropout import disable_dropout
 from dpo_core.models.load import config_in, load_model
 from dpo_core.ranks import Alone, Ranks
 from dpo_core.reference.cache import ReferenceCache
-from dpo_core.reference.compute import compute
+from dpo_core.reference.compute import Buffer, compute
 from dpo_core.reference.keys import reference_facts, sequence_key
 from dpo_core.reference.shard import LogpShard
 from dpo_core.scoring.logprobs import read_flops
@@ -116,16 +116,19 @@ def _compute(
             ranks.advance(len(indices))
         return not known
 
-    compute(
-        model,
-        missing,
-        precision=reference.precision,
-        token_budget=resources.token_budget,
-        keep=cache.add,
-        progress=ranks.advance,
-        keep_seconds=resources.keep_seconds,
-        only=is_mine,
-    )
+    buffer = Buffer(cache.add, resources.keep_seconds)
+    try:
+        compute(
+            model,
+            missing,
+            precision=reference.precision,
+            token_budget=resources.token_budget,
+            keep=buffer.add,
+            progress=ranks.advance,
+            only=is_mine,
+        )
+    finally:
+        buffer.flush()
 
     def complete() -> bool:
         cache.reload()

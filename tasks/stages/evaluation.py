@@ -126,13 +126,15 @@ def _evaluate(
     config, seed = settings.config, settings.seed
     result = run_evaluation(
         given,
-        {name: str(manifest.path) for name, manifest in policies.items()},
-        policies[REFERENCE],
         prompts,
         settings,
-        reference_name=REFERENCE,
-        pairs=pairs,
-        reward=str(reward_model.path) if reward_model else str(settings.reward),
+        {
+            "policies": {name: str(manifest.path) for name, manifest in policies.items()},
+            "reference": str(policies[REFERENCE].path),
+            "reference_name": REFERENCE,
+            "pairs": str(pairs.path / "data.parquet"),
+            "reward": str(reward_model.path) if reward_model else str(settings.reward),
+        },
     )
     by_policy, texts = result["policies"], result["prompts"]
     samples = {name: read_samples(facts["samples"]) for name, facts in by_policy.items()}
@@ -169,35 +171,25 @@ def _evaluate(
 
 
 def run_evaluation(
-    given: Work,
-    policies: dict[str, str],
-    reference: Manifest,
-    prompts: Manifest,
-    settings: EvaluationSettings,
-    *,
-    reference_name: str | None,
-    reward: str,
-    pairs: Manifest | None = None,
-    entropies: bool = True,
+    given: Work, prompts: Manifest, settings: EvaluationSettings, job: dict[str, Any]
 ) -> dict[str, Any]:
-    """What the evaluation job reports; see `dpo_core.jobs.evaluate`."""
+    """What the evaluation job reports; see `dpo_core.jobs.evaluate`.
+
+    Args:
+        job: the other fields of `EvaluationJob`.
+    """
     rows = prompts.path / "data.parquet"
-    job = EvaluationJob(
+    file = EvaluationJob(
         **common(given),
-        policies=policies,
-        reference=str(reference.path),
-        reference_name=reference_name,
         prompts=str(rows),
-        pairs=str(pairs.path / "data.parquet") if pairs else None,
         config=settings.config,
         tokens=settings.tokens,
-        reward=reward,
-        entropies=entropies,
         seed=settings.seed,
+        **job,
     )
     held_out = pd.read_parquet(rows, columns=["split"])["split"].eq("eval").sum()
     answers = min(int(held_out), settings.config.prompts) * settings.config.samples_per_prompt
-    return run_model_job(given, job, total=len(policies) * answers)
+    return run_model_job(given, file, total=len(file.policies) * answers)
 
 
 def read_samples(facts: dict[str, Any]) -> PolicySamples:

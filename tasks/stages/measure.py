@@ -69,13 +69,15 @@ def _measured(
     config = settings.config
     result = run_evaluation(
         given,
-        {POLICY: str(policy.path)},
-        reference,
         prompts,
         settings,
-        reference_name=POLICY if policy.sha256 == reference.sha256 else None,
-        reward=str(settings.reward),
-        entropies=False,
+        {
+            "policies": {POLICY: str(policy.path)},
+            "reference": str(reference.path),
+            "reference_name": POLICY if policy.sha256 == reference.sha256 else None,
+            "reward": str(settings.reward),
+            "entropies": False,
+        },
     )
     drawn = read_samples(result["policies"][POLICY]["samples"])
 

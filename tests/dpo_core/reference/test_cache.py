@@ -45,7 +45,6 @@ def test_values_are_those_of_each_sequence_alone(model: Any, sequences: list[Seq
         token_budget=64,
         keep=entries.update,
         progress=seen.append,
-        keep_seconds=0.0,
     )
     assert torch.get_rng_state().equal(before)
     assert sum(seen) == len(sequences)
@@ -136,7 +135,7 @@ class Killed(Exception):
 def test_going_on_after_a_kill_gives_the_same_bits(
     model: Any, sequences: list[Sequence], tmp_path: Path
 ) -> None:
-    settings: dict[str, Any] = {"precision": "fp32", "token_budget": 64, "keep_seconds": 0.0}
+    settings: dict[str, Any] = {"precision": "fp32", "token_budget": 64}
     straight: Entries = {}
     compute(model, sequences, keep=straight.update, **settings)
     cache = ReferenceCache(tmp_path)
