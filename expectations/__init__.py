@@ -1,1 +1,1 @@
-"""The data gate: Great Expectations suites as Python builders with typed thresholds."""
+"""The data gate: checks data with Great Expectations suites built in Python, with typed thresholds."""

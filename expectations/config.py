@@ -1,4 +1,4 @@
-"""What the recipe says about the data gate: `gate.<field>`, and `gate.<rule>.<threshold>` for each rule."""
+"""The recipe's `gate` section: `gate.<field>`, and `gate.<rule>.<threshold>` for each rule."""
 
 from typing import TYPE_CHECKING, Literal
 
@@ -10,30 +10,31 @@ from expectations.thresholds import AnyRule, BandRule, CountRule, DistanceRule, 
 
 
 class _GateSettings(Config):
-    """The data gate: what to do with bad rows, and the severity and threshold of each rule."""
+    """The data gate: the handling of bad rows, and the severity and threshold of each rule."""
 
     quarantine: Literal["refuse", "drop"] = "refuse"
-    """refuse: a critical failure stops the run; drop: rows hit by critical rules are left out and counted,
-    and what is left must pass."""
+    """refuse: a failed critical rule stops the run; drop: rows that break critical rules are dropped and
+    counted, and the remaining rows must pass."""
     max_dropped_rate: float = Field(default=0.2, ge=0, le=1)
-    """Largest share of rows that `quarantine: drop` may leave out before the data is refused after all."""
+    """Largest share of rows that `quarantine: drop` may drop; with more, the data are refused."""
     max_candidates: int = Field(default=50_000, ge=1_000)
-    """Rows that may be tokenised for the two token rules; with more candidates, both are estimated from a
-    seeded sample of the rows."""
+    """Maximum number of rows tokenised for the two token rules; with more candidates, both are estimated from
+    a seeded sample of the rows."""
     baseline: str | None = Field(default=None, min_length=1)
-    """An earlier run's gate.json, for the drift rules; without one they are skipped."""
+    """The gate.json of an earlier run, for the drift rules; without it they are skipped."""
     seed: int = 0
     """Seed of the samples (token rules, language profile)."""
     echo_min_chars: int = Field(default=20, ge=1)
-    """A prompt shorter than this many characters is not looked for at the start of a completion."""
+    """Shortest prompt, in characters, that is searched for at the start of a completion."""
     profile_rows: int = Field(default=20_000, ge=100)
     """Rows sampled for the script and language profile."""
 
     def rule(self, name: str) -> AnyRule:
-        """The rule called `name`, without the subject ("contradiction", not "pairs/contradiction")."""
-        found = getattr(self, name)
-        assert isinstance(found, RateRule | BandRule | DistanceRule | CountRule), name
-        return found
+        """The settings of a rule by its name without the subject ("contradiction", not
+        "pairs/contradiction")."""
+        rule = getattr(self, name)
+        assert isinstance(rule, RateRule | BandRule | DistanceRule | CountRule), name
+        return rule
 
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
-"""The script and language profile of a data set, and its distance to an earlier one.
+"""Detects drift: the script and language profile of a data set, and its distance to an earlier profile.
 
-Both are coarse on purpose: they answer "is this still the same mix of languages?", not "which language is
-this row in?". Letters are counted by Unicode block; a language is guessed from its commonest words.
+Both are deliberately coarse: they answer "is this still the same mix of languages?", not "which language is
+this row in?". Letters are counted by Unicode block; a language is guessed from its most common words.
 """
 
 import json
@@ -40,7 +40,7 @@ _SCRIPTS = sorted({script for _, script in _BLOCKS} - {""})
 _STARTS = np.array([start for start, _ in _BLOCKS], dtype=np.uint32)
 _SCRIPT_OF_BLOCK = np.array([_SCRIPTS.index(s) if s else len(_SCRIPTS) for _, s in _BLOCKS])
 
-# A row written mostly in one of these scripts needs no words to tell its language group.
+# These scripts determine the language group without looking at words.
 _LANGUAGE_OF_SCRIPT = {
     "Hiragana": "ja", "Katakana": "ja", "Hangul": "ko", "Han": "zh", "Cyrillic": "cyrillic",
     "Arabic": "arabic", "Greek": "el",
@@ -69,20 +69,21 @@ _WORD = re.compile(r"[^\W\d_]+")
 
 
 class Profile(Config):
-    """What one run saw; stored as JSON, it is a later run's baseline. Shares sum to 1 (or are empty)."""
+    """The scripts and languages of a data set; stored as JSON for later runs. Shares sum to 1 (or are
+    empty)."""
 
     version: Literal[1] = 1
-    """Changes when the counting changes, so that two profiles are never compared across definitions."""
+    """Version of the definition, so that profiles of different definitions are never compared."""
     rows: int = 0
-    """Rows that were looked at (a sample of the set)."""
+    """Number of rows in the sample."""
     scripts: dict[str, float] = Field(default_factory=dict)
     """Share of letters by Unicode script."""
     languages: dict[str, float] = Field(default_factory=dict)
-    """Share of rows by guessed language; "und" where nothing could be told."""
+    """Share of rows by guessed language; "und" if it is unknown."""
 
 
 def read_profile(baseline: dict[str, object]) -> Profile:
-    """The baseline as a profile; raises DataError when it is not one of this version."""
+    """The baseline as a profile; raises DataError if it is not a profile of this version."""
     try:
         return Profile.model_validate(baseline)
     except ValidationError as error:
@@ -90,7 +91,7 @@ def read_profile(baseline: dict[str, object]) -> Profile:
         where = ".".join(str(part) for part in first["loc"])
         raise DataError(
             f"the gate's baseline is not a profile: {where}: {first['msg']}",
-            "Give the `profile` object of an earlier gate report, or none",
+            "Use the `profile` object of an earlier gate report, or remove the baseline",
         ) from error
 
 
@@ -98,13 +99,14 @@ def load_baseline(path: str) -> dict[str, object]:
     """The profile in an earlier gate report.
 
     Raises:
-        DataError: the file cannot be read or holds no profile of this version.
+        DataError: the file cannot be read or contains no profile of this version.
     """
     try:
         report = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(
-            f"the gate's baseline {path} cannot be read ({error})", "Give the gate.json of an earlier run"
+            f"the gate's baseline {path} cannot be read ({error})",
+            "Set gate.baseline to the gate.json of an earlier run",
         ) from error
     profile = report.get("profile", report) if isinstance(report, dict) else {}
     return read_profile(profile).model_dump()
@@ -127,7 +129,7 @@ def _script_counts(text: str) -> np.ndarray:
 
 
 def _language(text: str, scripts: np.ndarray) -> str:
-    """A guess at the row's language from its scripts, then from common words."""
+    """The guessed language of a row, from its scripts or its common words."""
     letters = int(scripts.sum())
     if not letters:
         return "und"
@@ -146,12 +148,12 @@ def _language(text: str, scripts: np.ndarray) -> str:
 def profile(
     frame: pd.DataFrame, usable: "np.ndarray", text_columns: list[str], *, rows: int, seed: int
 ) -> Profile:
-    """Counts scripts and guesses languages over a seeded sample of at most `rows` rows.
+    """Count scripts and guess languages in a seeded sample of at most `rows` rows.
 
     Args:
         frame: has `chat`, `prompt` and the text columns.
-        usable: (rows,) bool, the rows whose texts are all strings; the others are not looked at.
-        text_columns: the columns whose texts are joined; a chat prompt counts by its messages.
+        usable: (rows,) bool, the rows whose texts are all strings; others are skipped.
+        text_columns: the columns whose texts are joined; of a chat prompt, the texts of its messages.
     """
     picks = np.flatnonzero(usable)
     if len(picks) > rows:
@@ -165,7 +167,7 @@ def profile(
             _plain(text, bool(chat)) if column == "prompt" else text
             for column, text in zip(text_columns, texts, strict=True)
         ]
-        # The first characters of a long row are enough to tell its language, and keep the cost bounded.
+        # The first characters of a long row suffice to guess its language, and limit the cost.
         text = "\n".join(part[:1000] for part in parts)
         counts = _script_counts(text)
         letters += counts
@@ -182,5 +184,5 @@ def profile(
 
 
 def distance(left: dict[str, float], right: dict[str, float]) -> float:
-    """Total variation between two distributions, 0 to 1: half the sum of absolute differences."""
+    """Total variation distance of two distributions, 0 to 1: half the sum of absolute differences."""
     return 0.5 * sum(abs(left.get(key, 0.0) - right.get(key, 0.0)) for key in left.keys() | right.keys())

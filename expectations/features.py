@@ -1,7 +1,7 @@
-"""Feature columns: one column a rule, computed once and vectorised, on which the suites then expect.
+"""Computes one feature column per rule of the data gate; the suites are expectations on these columns.
 
-A row-level column is True where the row offends its rule; the two token columns are floats (0, 1, NaN = not
-looked at). Texts are worked on in slices, so that memory stays near the size of the frame itself.
+A row-level column is True if the row breaks its rule; the two token columns are floats (0, 1, NaN = not
+checked). Texts are processed in slices, so that memory stays near the size of the frame.
 """
 
 import json
@@ -39,10 +39,11 @@ _CONTROL = r"[\x00-\x08\x0B\x0C\x0E-\x1F\x7F-\x{9F}\x{FFFD}]"
 _CONTROL_JSON = (
     r"(?:^|[^\\])(?:\\\\)*\\(?:[bf]|u(?:00(?:0[0-8bBcCeEfF]|1[0-9a-fA-F]|7[fF]|[89][0-9a-fA-F])|[fF]{3}[dD]))"
 )
-# A message whose content has anything but whitespace; quotes inside contents are escaped: it cannot be faked.
+# A message whose content is not only whitespace. Quotes inside contents are escaped, so text cannot imitate
+# it.
 _CHAT_CONTENT = r'"content": ?"(?:\s|\\[nrt])*(?:[^"\s\\]|\\[^nrt])'
 _CONTENT_KEY = '"content":"'
-# A chat template may add a system turn of its own; its tokens are not in the row's bytes.
+# A chat template may add its own system turn, whose tokens are not in the row's bytes.
 _TEMPLATE_SLACK = 128
 
 _Array = np.ndarray[Any, np.dtype[Any]]
@@ -55,10 +56,10 @@ class Budget:
     max_length: int | None = None
     max_prompt_length: int | None = None
     frame: int = _TEMPLATE_SLACK
-    """Tokens that the chat template writes beside the messages, at most."""
+    """Maximum number of tokens that the chat template adds to the messages."""
 
     def limit(self, subject: Subject) -> int | None:
-        """Tokens above which a row of `subject` is cut; None = no limit."""
+        """Number of tokens above which a row of `subject` is cut; None = no limit."""
         if subject != "prompts":
             return self.max_length
         return self.max_prompt_length if self.max_prompt_length is not None else self.max_length
@@ -66,8 +67,8 @@ class Budget:
 
 @dataclass(frozen=True)
 class Features:
-    """`flags`: what the suites judge, indexed by source row number. `keys`: hashes that rows are compared by.
-    `maybe_over`, `maybe_equal`: rows whose token rules cannot be decided from bytes alone."""
+    """`flags`: the columns that the suites check, indexed by source row number. `keys`: hashes for comparing
+    rows. `maybe_over`, `maybe_equal`: rows whose token rules cannot be decided from bytes alone."""
 
     flags: pd.DataFrame
     keys: pd.DataFrame
@@ -76,7 +77,7 @@ class Features:
 
 
 def _as_text(series: pd.Series) -> tuple[list[str], _Array]:
-    """Python strings ("" in place of anything else), and which values were something else."""
+    """Python strings ("" in place of other values), and which values were not strings."""
     values = series.to_list()
     foreign = np.fromiter((type(v) is not str for v in values), bool, len(values))
     if foreign.any():
@@ -87,9 +88,9 @@ def _as_text(series: pd.Series) -> tuple[list[str], _Array]:
 def _arrow(texts: list[str]) -> Any:
     try:
         return pa.array(texts, type=pa.large_string())
-    except UnicodeEncodeError:  # lone surrogates are not text; as U+FFFD the control-character rule sees them
-        mended = [t.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for t in texts]
-        return pa.array(mended, type=pa.large_string())
+    except UnicodeEncodeError:  # lone surrogates become U+FFFD, which the control-character rule detects
+        replaced = [t.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for t in texts]
+        return pa.array(replaced, type=pa.large_string())
 
 
 def _matches(array: Any, pattern: str) -> _Array:
@@ -97,7 +98,7 @@ def _matches(array: Any, pattern: str) -> _Array:
 
 
 def _hash(texts: Iterable[str]) -> _Array:
-    """64-bit hashes: among a million different texts, two share one with probability 3e-8."""
+    """64-bit hashes; the probability of a collision among a million different texts is 3e-8."""
     values = np.array([t.encode("utf-8", "surrogatepass") for t in texts] or [b""], dtype=object)
     return pd.util.hash_array(values, categorize=False)[: len(values)]
 
@@ -111,7 +112,7 @@ def _mix(first: _Array, *others: _Array) -> _Array:
 
 
 def tokens_pattern(tokens: Sequence[str]) -> str | None:
-    """One regular expression for literal tokens, as plain text and as JSON escapes; None when none is left.
+    """A regular expression for literal tokens, as plain text and as JSON escapes; None if there are none.
 
     Tokens shorter than three characters (some tokenizers pad with "!") are ordinary text and are skipped.
     """
@@ -124,7 +125,7 @@ def _repeats(prompt: str, chat: bool, answers: tuple[str, ...], least: int) -> b
     if not chat:
         start = prompt.strip()
         return len(start) >= least and any(a.startswith(start) for a in answers)
-    # Most rows part within the first letters of a message: only the others are worth parsing.
+    # Most rows differ within the first letters of a message; only the others need parsing.
     for at in (prompt.find(_CONTENT_KEY), prompt.rfind(_CONTENT_KEY)):
         head = prompt[at + len(_CONTENT_KEY) :][:8]
         unsure = at < 0 or "\\" in head or '"' in head or head != head.lstrip()
@@ -141,12 +142,12 @@ def _repeats(prompt: str, chat: bool, answers: tuple[str, ...], least: int) -> b
 
 
 def _normal(prompt: str, chat: bool, usable: bool) -> str:
-    """The splitter's key: one definition of "the same prompt" for splitting and for finding leaks."""
+    """The splitter's prompt key, so that splitting and leak detection agree on equal prompts."""
     if not usable:
         return ""
     try:
         return prompt_key(prompt, chat)
-    except (ValueError, KeyError, TypeError):  # not the JSON of messages that it claims to be
+    except (ValueError, KeyError, TypeError):  # a chat prompt that is not the JSON of messages
         return prompt_key(prompt)
 
 
@@ -161,16 +162,16 @@ def _equal_start(chosen: str, rejected: str, kept: int) -> bool:
 
 @dataclass(frozen=True)
 class Control:
-    """Regular expressions for what may be taken for control; None: nothing."""
+    """Regular expressions for texts that could be read as control tokens; None: nothing."""
 
     known: str | None = None
-    """Tokens of well-known templates, and those that the one in use writes but that are not special."""
+    """Tokens of well-known templates, and non-special tokens that the template in use writes."""
     own: str | None = None
     """Special tokens of the tokenizer in use."""
     turns: str | None = None
     """Words that the template in use writes around turns."""
     wraps: bool = False
-    """Whether prompts that are texts become turns too."""
+    """Whether text prompts become turns too."""
 
 
 def control_of(
@@ -179,13 +180,13 @@ def control_of(
     turn_markers: Sequence[str] = (),
     wraps: bool = False,
 ) -> Control:
-    """What may be taken for control under a tokenizer and its chat template.
+    """The texts that could be read as control tokens by a tokenizer and its chat template.
 
     Args:
         special_tokens: the tokenizer's own special tokens.
         template_tokens: other tokens that its chat template writes.
         turn_markers: words that the template writes around turns.
-        wraps: whether prompts that are texts become turns too.
+        wraps: whether text prompts become turns too.
     """
     return Control(
         known=tokens_pattern([*TEMPLATE_TOKENS, *template_tokens]),
@@ -196,7 +197,7 @@ def control_of(
 
 
 def _tools_bound(arrays: dict[str, Any]) -> Any:
-    """Tokens of tools at most: written out in other words, with a text on how to call them."""
+    """Upper bound of the tokens of tools, which templates rewrite and precede by instructions."""
     if "tools" not in arrays:
         return 0
     length = pc.binary_length(arrays["tools"]).to_numpy(zero_copy_only=False)
@@ -206,7 +207,7 @@ def _tools_bound(arrays: dict[str, Any]) -> Any:
 def _slice_features(
     part: pd.DataFrame, subject: Subject, *, control: "Control", budget: Budget, least: int
 ) -> dict[str, _Array]:
-    """All features of one slice that need no other row. Names with a leading "_" are not for the suites."""
+    """The features of one slice that do not depend on other rows. Names with a leading "_" are internal."""
     texts: dict[str, list[str]] = {}
     foreign = np.zeros(len(part), dtype=bool)
     for column in TEXTS[subject]:
@@ -278,7 +279,7 @@ def _slice_features(
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.log(lengths[0]) - np.log(lengths[1])
     repeats = map(lambda p, c, a, b: _repeats(p, c, (a, b), least), texts["prompt"], chats, chosen, rejected)
-    # Tokens <= bytes (plus a begin or end token and a leading-space piece), so these rows surely fit.
+    # Tokens <= bytes (plus a begin or end token and a leading-space piece), so the other rows certainly fit.
     answers = np.maximum(size["chosen"], size["rejected"]) + 2
     over = usable & (prompt_bound + answers > limit if limit else np.zeros(len(part), dtype=bool))
     equal = over & both & ~same
@@ -302,7 +303,8 @@ def _slice_features(
 
 
 def relations(keys: pd.DataFrame, subject: Subject) -> dict[str, _Array]:
-    """The rules that compare rows: duplicates (but the first), contradictions (both), leaks (train side)."""
+    """The rules that compare rows: duplicates (except the first), contradictions (both), leaks (train
+    side)."""
     usable = keys["usable"].to_numpy()
     evals = keys["eval"].to_numpy()
     normal = keys["normal"]
@@ -326,14 +328,14 @@ def compute(
     echo_min_chars: int = 20,
     tick: Callable[[int], None] | None = None,
 ) -> Features:
-    """Features of a frame whose schema was found right.
+    """Features of a frame that passed the schema check.
 
     Args:
         frame: the canonical columns; its index is ignored, source rows are in `row`.
-        control: what no text may hold; without it the tokens of well-known templates.
-        budget: token budget; without one no row is a candidate of the token rules.
-        echo_min_chars: shortest prompt (or message) looked for at the start of an answer.
-        tick: called with the number of rows done after each slice.
+        control: texts that no row may contain; default: the tokens of well-known templates.
+        budget: token budget; without one, no row is a candidate for the token rules.
+        echo_min_chars: shortest prompt (or message) that is searched for at the start of an answer.
+        tick: called after each slice with the number of rows done.
     """
     control = control or control_of()
     parts: dict[str, list[_Array]] = {}
@@ -352,7 +354,7 @@ def compute(
     if subject == "pairs":
         prompt, chosen, rejected = hidden["prompt"], hidden["chosen"], hidden["rejected"]
         keys["row_key"] = _mix(prompt, chosen, rejected)
-        # The splitter's prompt: the same pair as text and as a chat, turned round, is a contradiction too.
+        # Uses the splitter's prompt key, so that swapped pairs match across text and chat prompts.
         keys["order_key"] = _mix(hidden["normal"], chosen, rejected)
         keys["turned_key"] = _mix(hidden["normal"], rejected, chosen)
     elif subject == "unpaired":
@@ -363,6 +365,6 @@ def compute(
     else:
         keys["row_key"] = hidden["prompt"]
     table = pd.DataFrame(keys)
-    # The index stays unnamed: for a named one Great Expectations builds a dict for each offending row.
+    # Leave the index unnamed: for a named index Great Expectations builds a dict for each offending row.
     flags = pd.DataFrame(columns | relations(table, subject), index=pd.Index(frame["row"].to_numpy()))
     return Features(flags, table, hidden["maybe_over"], hidden["maybe_equal"])

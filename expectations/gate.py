@@ -1,7 +1,7 @@
-"""The data gate: judges prompts, preference pairs or unpaired rows, and refuses, drops or lets them through.
+"""The data gate: validates prompts, preference pairs or unpaired rows, and refuses, drops or passes them.
 
-Great Expectations decides: every finding's verdict, count and rows are read from its validation result. The
-result is kept as Data Docs (static HTML) under the folder given.
+Every finding's result, count and rows are read from a Great Expectations validation result, which is also
+written as Data Docs (static HTML).
 """
 
 import os
@@ -24,7 +24,7 @@ from expectations.thresholds import BandRule, DistanceRule, RateRule, Severity
 from expectations.token_rules import Tokenisation, token_flags
 
 _ROWS_SHOWN = 10
-# Great Expectations keeps its current project in a global: two gates in threads of one process take turns.
+# Great Expectations keeps its current project in a global variable, so gates in threads must take turns.
 _ONE_AT_A_TIME = threading.Lock()
 
 
@@ -43,7 +43,7 @@ class _Expectations:
         self.index = folder / "gx" / "uncommitted" / "data_docs" / "local_site" / "index.html"
 
     def run(self, suite: Any, frame: pd.DataFrame) -> list[dict[str, Any]]:
-        """Validates `frame` against `suite`, builds the Data Docs, and returns the results as plain dicts."""
+        """Validate `frame` against `suite`, build the Data Docs, and return the results as plain dicts."""
         import great_expectations as gx
         from great_expectations.checkpoint import UpdateDataDocsAction
 
@@ -77,7 +77,7 @@ def _exception(result: dict[str, Any]) -> str:
 
 
 def _finding(result: dict[str, Any], subject: Subject, config: GateConfig, notes: dict[str, str]) -> Finding:
-    """One validation result as a finding; `notes` holds what a rule's message says in brackets."""
+    """The finding of one validation result; `notes` has texts in brackets for rules' messages."""
     name = result["expectation_config"]["meta"]["rule"]
     severity: Severity = result["expectation_config"]["severity"]
     rule = RateRule(max_rate=config.max_dropped_rate) if name == "dropped" else config.rule(name)
@@ -86,25 +86,25 @@ def _finding(result: dict[str, Any], subject: Subject, config: GateConfig, notes
     values = result["result"]
     count, rate, observed, rows = 0, 0.0, None, []
     if broken := _exception(result):
-        passed, said = False, f"the expectation could not be evaluated ({broken})"
+        passed, text = False, f"the expectation could not be evaluated ({broken})"
     elif isinstance(rule, RateRule):
         judged = values["element_count"] - values.get("missing_count", 0)
         count = int(values["unexpected_count"])
         rate = count / judged if judged else 0.0
         rows = [int(at) for at in values.get("partial_unexpected_index_list") or []][:_ROWS_SHOWN]
-        said = f"{count} of {judged} rows ({rate:.2%}) {what}; tolerated {rule.max_rate:.2%}"
+        text = f"{count} of {judged} rows ({rate:.2%}) {what}; tolerated {rule.max_rate:.2%}"
         if count and name in notes:
-            said += f" ({notes[name]})"
+            text += f" ({notes[name]})"
         if rows:
-            said += f"; source rows {', '.join(map(str, rows))}{', …' if count > len(rows) else ''}"
+            text += f"; source rows {', '.join(map(str, rows))}{', …' if count > len(rows) else ''}"
     else:
         observed = float(values["observed_value"])
         if isinstance(rule, BandRule):
-            said = f"the {what} is {observed:.3f}, accepted {rule.low:g} to {rule.high:g}"
+            text = f"the {what} is {observed:.3f}, accepted {rule.low:g} to {rule.high:g}"
         elif isinstance(rule, DistanceRule):
-            said = f"the {what} is {observed:.3f}, accepted up to {rule.max_distance:g}"
+            text = f"the {what} is {observed:.3f}, accepted up to {rule.max_distance:g}"
         else:
-            said = f"the {what} is {observed:.0f}, at least {rule.min_rows} are needed"
+            text = f"the {what} is {observed:.0f}, at least {rule.min_rows} are needed"
     remedy = "" if passed else remedy
     return Finding(
         rule=f"{subject}/{name}",
@@ -115,7 +115,7 @@ def _finding(result: dict[str, Any], subject: Subject, config: GateConfig, notes
         observed=observed,
         threshold=rule.threshold,
         rows=rows,
-        message=said + to_do(remedy),
+        message=text + to_do(remedy),
         remedy=remedy,
     )
 
@@ -146,7 +146,7 @@ def _schema_finding(results: list[dict[str, Any]], subject: Subject) -> Finding:
 def _skipped(
     subject: Subject, config: GateConfig, flags: pd.DataFrame, reasons: dict[str, str]
 ) -> list[Finding]:
-    """A finding for each rule that is on but has no feature column in this run."""
+    """A finding for each enabled rule without a feature column in this run."""
     return [
         Finding(
             rule=f"{subject}/{name}",
@@ -172,7 +172,7 @@ def _critical_hits(
     ]
     hits = pd.DataFrame({name: flags[name].to_numpy() == 1 for name in names}, index=keys.index)
     if "duplicate" in hits:
-        # The first of several equal rows stays unless another rule takes it: judge repeats among the others.
+        # The first of several equal rows stays unless another rule drops it, so find duplicates afterwards.
         stay = ~hits.drop(columns="duplicate").any(axis=1)
         hits["duplicate"] = False
         hits.loc[stay, "duplicate"] = relations(keys[stay], subject)["duplicate"]
@@ -180,13 +180,13 @@ def _critical_hits(
 
 
 def _reasons(fault: pd.Series) -> str:
-    """The two commonest reasons why rows could not be read, with their counts."""
+    """The two most common reasons why rows could not be read, with their counts."""
     common = fault[fault.fillna("") != ""].value_counts().head(2)
     return "; ".join(f"{count}: {reason}" for reason, count in common.items())
 
 
 class _Judge:
-    """What the runs before and after quarantine share."""
+    """Validates one data set, before and after the quarantine."""
 
     def __init__(
         self, subject: Subject, config: GateConfig, docs: _Expectations, baseline: Profile | None
@@ -198,7 +198,7 @@ class _Judge:
     def run(
         self, frame: pd.DataFrame, flags: pd.DataFrame, usable: Any, name: str
     ) -> tuple[list[Finding], Profile]:
-        """Adds the columns that concern the whole set, runs the suite, and reads its findings."""
+        """Add the columns about the whole set, run the suite, and return its findings."""
         columns, config = TEXTS[self.subject], self.config
         seen = profile(frame, usable, columns, rows=config.profile_rows, seed=config.seed)
         reasons = dict(self.reasons)
@@ -231,17 +231,17 @@ def judge(
     baseline: dict[str, object] | None = None,
     tick: Callable[[int], None] | None = None,
 ) -> tuple[GateReport, pd.DataFrame]:
-    """Judges a frame of canonical prompts, pairs or unpaired rows.
+    """Validate a frame of canonical prompts, pairs or unpaired rows.
 
     Args:
-        frame: one row an example; columns as in `expectations.suite.SCHEMA`, more are allowed.
+        frame: one row per example; columns as in `expectations.suite.SCHEMA`, more are allowed.
         docs_dir: folder for the Great Expectations project and its Data Docs; nothing is written elsewhere.
-        tokenisation: the tokenizer, its template and the token budget, where they are known.
+        tokenisation: the tokenizer, its template and the token budget, if known.
         baseline: the `profile` of an earlier report, for the drift rules.
         tick: called with the number of rows whose features are done, for a progress bar.
 
     Returns:
-        The report, and the rows that go on (all of them unless the quarantine dropped some).
+        The report and the rows that pass (all rows unless the quarantine dropped some).
 
     Raises:
         DataError: the baseline is not a profile. A refusal is not raised: see `GateReport.raise_if_refused`.
@@ -297,7 +297,7 @@ def judge(
 def _quarantine(
     frame: pd.DataFrame, flags: pd.DataFrame, features: Features, judged: _Judge, schema: Finding
 ) -> tuple[GateReport, pd.DataFrame]:
-    """Judges, drops the rows hit by critical rules, and judges what is left."""
+    """Validate, drop the rows that break critical rules, and validate the remaining rows."""
     subject, keys = judged.subject, features.keys
     hits = _critical_hits(flags, keys, subject, judged.config)
     out = hits.any(axis=1).to_numpy()

@@ -1,4 +1,4 @@
-"""What the gate says: one finding a rule, the report, and the refusal as an error."""
+"""The data gate's report: one finding per rule, and the error for refused data."""
 
 from pydantic import Field
 
@@ -12,7 +12,7 @@ _NAMES = {"unpaired": "unpaired rows"}
 
 
 class Finding(Config):
-    """The verdict on one rule."""
+    """The result of one rule."""
 
     rule: str
     """Subject and name, as `pairs/contradiction`; the name is the field of `GateConfig`."""
@@ -21,49 +21,50 @@ class Finding(Config):
     passed: bool
     """Whether the rule holds within its threshold (True when it was skipped)."""
     skipped: bool = False
-    """Whether the rule could not be judged; the message says why."""
+    """Whether the rule could not be checked; the message gives the reason."""
     count: int = 0
-    """Offending rows among the rows judged; 0 for rules on the whole set."""
+    """Number of offending rows; 0 for rules on the whole set."""
     rate: float = 0.0
-    """Offending share of the rows judged."""
+    """Share of offending rows among the checked rows."""
     observed: float | None = None
-    """The number measured, for rules on the whole set."""
+    """The measured value, for rules on the whole set."""
     threshold: dict[str, float] = Field(default_factory=dict)
-    """The thresholds applied, by their names in the recipe."""
+    """The thresholds, by their names in the recipe."""
     rows: list[int] = Field(default_factory=list)
     """Source row numbers of the first ten offending rows."""
     message: str
-    """One sentence: what was found, and the remedy where the rule failed."""
+    """One sentence with the result and, if the rule failed, the remedy."""
     remedy: str = ""
-    """What to do when it failed."""
+    """What to do if the rule failed."""
 
 
 class GateReport(Config):
-    """What the gate found. With rows dropped, `findings` judge what is left, `before` what came in."""
+    """The gate's findings. If rows were dropped, `findings` are about the remaining rows, `before` about
+    all."""
 
     subject: Subject
     """prompts, pairs or unpaired."""
     rows: int
-    """Rows that came in."""
+    """Number of rows before the quarantine."""
     dropped: int = 0
-    """Rows left out by the quarantine."""
+    """Number of rows dropped by the quarantine."""
     dropped_by: dict[str, int] = Field(default_factory=dict)
-    """Rows dropped by rule; a row hit by several rules counts for each."""
+    """Number of dropped rows by rule; a row that breaks several rules counts for each."""
     refused: bool
     """Whether a critical rule failed."""
     findings: list[Finding]
-    """The verdict on each rule."""
+    """The result of each rule."""
     before: list[Finding] = Field(default_factory=list)
-    """With rows dropped: the findings before they were."""
+    """If rows were dropped: the findings before that."""
     docs_index: str
     """Path of the Data Docs' index.html."""
     remarks: list[str] = Field(default_factory=list)
-    """How the data were read, where the reader says it (`dpo validate`)."""
+    """The reader's remarks about the data (`dpo validate`)."""
     profile: Profile
-    """Scripts and languages of the rows that go on: the baseline for a later run."""
+    """Scripts and languages of the remaining rows: the baseline for a later run."""
 
     def raise_if_refused(self) -> None:
-        """Raises GateRefused naming each failed critical rule, its count, rate, first rows and remedy."""
+        """Raise GateRefused with each failed critical rule, its count, rate, first rows and remedy."""
         failed = [f for f in self.findings if f.severity == "critical" and not f.passed]
         if not self.refused:
             return

@@ -1,4 +1,4 @@
-"""The rules of the data gate, one entry each; `features` has a function for each."""
+"""The table of the data gate's rules: default, severity, subjects, texts and remedy of each."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -7,7 +7,7 @@ from expectations.thresholds import AnyRule, BandRule, CountRule, DistanceRule, 
 
 Subject = Literal["prompts", "pairs", "unpaired"]
 """The kinds of rows that a rule applies to."""
-_MEND = "mend these rows, or set gate.quarantine=drop to go on without them"
+_CORRECT = "correct these rows, or set gate.quarantine=drop to continue without them"
 EVERY: tuple[Subject, ...] = ("prompts", "pairs", "unpaired")
 
 
@@ -16,17 +16,17 @@ class RuleEntry:
     """One rule."""
 
     default: AnyRule
-    """Severity and threshold where the recipe says nothing."""
+    """Default severity and threshold."""
     subjects: tuple[Subject, ...]
     about: str
-    """What it is about, for the recipe."""
+    """Description for the recipe."""
     says: str
-    """What the offending rows do, or what is measured."""
+    """Predicate of the offending rows, or name of the measured value, for messages."""
     remedy: str
     of_unpaired: tuple[str, str] | None = None
-    """What to say, and what to do, of unpaired rows where that differs."""
+    """`says` and `remedy` for unpaired rows, if they differ."""
     of_all: Literal["mean", "median"] | None = None
-    """Which number of the whole set a band is for."""
+    """The statistic of the whole set that a band limits."""
 
 
 RULES: dict[str, RuleEntry] = {
@@ -35,14 +35,14 @@ RULES: dict[str, RuleEntry] = {
         EVERY,
         "Rows that could not be read: a field missing, or not a string.",
         "could not be read",
-        _MEND,
+        _CORRECT,
     ),
     "type": RuleEntry(
         RateRule(),
         EVERY,
         "Rows in which a text column holds something that is not a string.",
         "hold something that is not a string in a text column",
-        _MEND,
+        _CORRECT,
     ),
     "split": RuleEntry(
         RateRule(),
@@ -56,42 +56,42 @@ RULES: dict[str, RuleEntry] = {
         EVERY,
         "Prompts that are empty or whitespace only.",
         "have an empty prompt",
-        _MEND,
+        _CORRECT,
     ),
     "empty_chosen": RuleEntry(
         RateRule(),
         ("pairs",),
         "Chosen answers that are empty or whitespace only.",
         "have an empty chosen answer",
-        _MEND,
+        _CORRECT,
     ),
     "empty_rejected": RuleEntry(
         RateRule(),
         ("pairs",),
         "Rejected answers that are empty or whitespace only.",
         "have an empty rejected answer",
-        _MEND,
+        _CORRECT,
     ),
     "empty_completion": RuleEntry(
         RateRule(),
         ("unpaired",),
         "Completions of unpaired rows that are empty or whitespace only.",
         "have an empty completion",
-        _MEND,
+        _CORRECT,
     ),
     "identical": RuleEntry(
         RateRule(),
         ("pairs",),
         "Pairs whose answers are equal, surrounding whitespace aside.",
         "have a chosen answer equal to the rejected one",
-        _MEND,
+        _CORRECT,
     ),
     "identical_after_truncation": RuleEntry(
         RateRule(),
         ("pairs",),
         "Pairs whose answers differ but keep the same tokens within the token budget.",
         "have answers that are equal within the token budget",
-        "raise the token budget (max_length), or set gate.quarantine=drop to go on without these rows",
+        "raise the token budget (max_length), or set gate.quarantine=drop to continue without these rows",
     ),
     "contradiction": RuleEntry(
         RateRule(),
@@ -99,10 +99,10 @@ RULES: dict[str, RuleEntry] = {
         "Pairs that are also there the other way round: A over B and B over A for one prompt. "
         "Unpaired rows that are also there with the other label.",
         "are contradicted by a row that prefers the same two answers the other way round",
-        "decide which order is right, or set gate.quarantine=drop to go on without both",
+        "decide which order is right, or set gate.quarantine=drop to continue without both",
         of_unpaired=(
             "are contradicted by a row with the same answer and the other label",
-            "decide which label is right, or set gate.quarantine=drop to go on without both",
+            "decide which label is right, or set gate.quarantine=drop to continue without both",
         ),
     ),
     "leakage": RuleEntry(
@@ -126,7 +126,7 @@ RULES: dict[str, RuleEntry] = {
         "Rows that the chat template cannot write, or whose answer does not continue the prompt as "
         "it is written.",
         "cannot be written by the chat template so that the answer continues the prompt",
-        "mend the rows, set tokens.template_arguments or model.chat_template, or set gate.quarantine=drop",
+        "correct the rows, set tokens.template_arguments or model.chat_template, or set gate.quarantine=drop",
     ),
     "duplicate": RuleEntry(
         warn(0.01),
@@ -218,18 +218,18 @@ _ALWAYS = {
         "columns or types are not those of the subject",
         "write the data through the canonical reader",
     ),
-    "dropped": ("were left out by the quarantine", "mend the source, or raise max_dropped_rate"),
+    "dropped": ("were left out by the quarantine", "correct the source, or raise max_dropped_rate"),
 }
 """Rules that the recipe cannot set."""
 
 
 def rules_of(subject: Subject) -> list[str]:
-    """The rules that judge a subject."""
+    """The rules for a subject."""
     return [name for name, entry in RULES.items() if subject in entry.subjects]
 
 
 def words_of(rule: str, subject: Subject) -> tuple[str, str]:
-    """What the offending rows of a subject do, or what is measured; and what to do about it."""
+    """The texts `says` and `remedy` of a rule for a subject."""
     if rule in _ALWAYS:
         return _ALWAYS[rule]
     entry = RULES[rule]

@@ -1,6 +1,7 @@
-"""Great Expectations suites, built from a `GateConfig`: this code is their source; the JSON is output.
+"""Builds the Great Expectations suites of the data gate from a `GateConfig`.
 
-Each expectation is a built-in one on a feature column and carries its rule's name in `meta["rule"]`.
+Each expectation is a built-in one on a feature column, with its rule's name in `meta["rule"]`. The JSON that
+Great Expectations writes is output; this code is the source.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -28,8 +29,8 @@ SCHEMA["unpaired"] = SCHEMA["prompts"] | {"completion": "text", "label": "bool",
 
 
 def schema_frame(frame: pd.DataFrame, subject: Subject) -> pd.DataFrame:
-    """One row that holds the kind of each column: pandas has many dtypes for one kind, all good here."""
-    found: dict[str, list[str]] = {}
+    """One row with the kind of each column; pandas has several dtypes for each kind, and all are accepted."""
+    columns: dict[str, list[str]] = {}
     for name in frame.columns:
         column = frame[name]
         wanted = SCHEMA[subject].get(str(name))
@@ -42,15 +43,15 @@ def schema_frame(frame: pd.DataFrame, subject: Subject) -> pd.DataFrame:
         elif kinds.is_numeric_dtype(column):
             kind = "number"
         elif wanted == "text" and (kinds.is_string_dtype(column) or kinds.is_object_dtype(column)):
-            kind = "text"  # single foreign values in an object column are the row-level rule `type`
+            kind = "text"  # the row-level rule `type` checks single values of an object column
         else:
             kind = str(column.dtype)
-        found[str(name)] = [kind]
-    return pd.DataFrame(found, index=pd.RangeIndex(1))
+        columns[str(name)] = [kind]
+    return pd.DataFrame(columns, index=pd.RangeIndex(1))
 
 
 def schema_suite(subject: Subject, columns: list[str]) -> "gx.ExpectationSuite":
-    """The columns are there (more may be) and of the right kind. Always critical: nothing works without."""
+    """All columns exist (more are allowed) and have the right kind. Always critical."""
     import great_expectations as gx
 
     text = f"{subject}/schema"
@@ -121,7 +122,7 @@ def _expectation(name: str, rule: Any, subject: Subject, boolean: bool) -> Any:
 def content_suite(
     subject: Subject, config: GateConfig, flags: pd.DataFrame, name: str
 ) -> "gx.ExpectationSuite":
-    """One expectation for each rule that is on and whose feature column is in `flags`."""
+    """One expectation for each enabled rule whose feature column is in `flags`."""
     import great_expectations as gx
 
     suite: Any = gx.ExpectationSuite(name=name)

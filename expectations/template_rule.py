@@ -1,8 +1,8 @@
-"""The rule that needs the chat template: rows that it cannot write so that the answer continues the prompt.
+"""The gate's rule `template`: finds rows whose answer the chat template does not write after the prompt.
 
-Whether a template writes a row depends on the roles of its turns and on what they carry beside text (calls,
-tools, reasoning), so one row of each kind is written. A template may still refuse a text: such rows are left
-out, and counted, when the data is tokenised.
+Whether a template can write a row depends on the roles of its turns and their parts beyond text (calls,
+tools, reasoning), so one row of each kind is tried. A template may still refuse a text; such rows are left
+out and counted during tokenisation.
 """
 
 import json
@@ -18,15 +18,16 @@ _ANSWERS = ("chosen", "rejected", "completion")
 
 @runtime_checkable
 class Writes(Protocol):
-    """What can write a row as training does; `dpo_core.data.tokens.tokenise.Tokenise` is one."""
+    """Writes rows as training does; implemented by `dpo_core.data.tokens.tokenise.Tokenise`."""
 
     def refusal(self, row: dict[str, Any]) -> str | None:
-        """Why the chat template cannot write a canonical row."""
+        """The reason why the chat template cannot write a canonical row; None if it can."""
         ...
 
 
 def template_flags(frame: pd.DataFrame, usable: _Array, tokens: Writes) -> tuple[_Array, str]:
-    """1 for rows that the template cannot write, (rows,) float32, and why, with an example's row number."""
+    """(rows,) float32: 1 for rows that the template cannot write; and the first reason with its row
+    number."""
     seen: dict[Any, str | None] = {}
     flags = np.zeros(len(frame), dtype=np.float32)
     note = ""

@@ -1,4 +1,4 @@
-"""The kinds of rules of the data gate, by what their threshold is."""
+"""The kinds of rules of the data gate by their thresholds: rate, band, distance and count."""
 
 from typing import Annotated, Literal, Self
 
@@ -8,19 +8,19 @@ from dpo_core.config import Config
 
 # YAML reads a bare `off` as false.
 Severity = Annotated[
-    Literal["critical", "warning", "off"], BeforeValidator(lambda given: "off" if given is False else given)
+    Literal["critical", "warning", "off"], BeforeValidator(lambda value: "off" if value is False else value)
 ]
 
 
 class Rule(Config):
-    """What every rule has."""
+    """Settings common to all rules."""
 
     severity: Severity = "critical"
-    """critical: a failure refuses the data; warning: it is shown on the page; off: not checked."""
+    """critical: a failure refuses the data; warning: a failure is shown on the page; off: not checked."""
 
 
 class RateRule(Rule):
-    """A rule on single rows: the share of offending rows may not exceed `max_rate`."""
+    """A rule on single rows: the share of offending rows must not exceed `max_rate`."""
 
     max_rate: float = Field(default=0.0, ge=0, le=1)
     """Largest tolerated share of offending rows, 0 to 1."""
@@ -31,7 +31,7 @@ class RateRule(Rule):
 
 
 class BandRule(Rule):
-    """A rule on one number of the whole set: it must lie in [`low`, `high`]."""
+    """A rule on a statistic of the whole set: it must be in [`low`, `high`]."""
 
     low: float
     """Smallest accepted value."""

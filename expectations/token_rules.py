@@ -1,10 +1,10 @@
-"""The two rules that need tokens: rows over the budget, and answers that truncation makes equal.
+"""The two token rules: rows over the token budget, and answers that become equal by truncation.
 
-Tokenising a million rows costs minutes; bytes decide nearly all of them. A token spells at least one byte, so
-a row whose bytes fit the budget fits it in tokens, and two answers can keep equal tokens only if they begin
-with at least that many equal bytes. What is left is tokenised exactly as training would, or, where it is too
-many, for a seeded sample of the rows. The bounds hold for lossless tokenizers (byte-level or byte-fallback
-BPE); one that maps different texts to one unknown token can hide a pair from the second rule.
+Tokenising a million rows takes minutes, but bytes decide nearly all rows. A token has at least one byte, so a
+row whose bytes fit the budget fits it in tokens, and two answers can keep equal tokens only if they begin
+with at least that many equal bytes. The other rows are tokenised exactly as in training, or if there are too
+many, a seeded sample of them. The bounds hold for lossless tokenizers (byte-level or byte-fallback BPE); a
+tokenizer that maps different texts to one unknown token can hide a pair from the second rule.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from expectations.rules import Subject
 
 
 class Tokens(Protocol):
-    """How training turns text into ids; `dpo_core.data.tokens.tokenise.Tokenise` is one."""
+    """Tokenises text as training does; implemented by `dpo_core.data.tokens.tokenise.Tokenise`."""
 
     def prompt(self, text: str, chat: bool, budget: int | None = None, tools: str = "") -> Sequence[int]:
         """Ids of a prompt, at most `budget` of them."""
@@ -35,31 +35,31 @@ class Tokens(Protocol):
         tools: str = "",
         answer_chat: bool = False,
     ) -> Sequence[int]:
-        """Ids of an answer to a prompt, with the end token where it ended."""
+        """Ids of an answer to a prompt, with the end token if it ended."""
         ...
 
 
 @dataclass(frozen=True)
 class Tokenisation:
-    """What the gate knows of the tokenizer, its chat template and the token budget; by default nothing."""
+    """The tokenizer, its chat template and the token budget, as far as the gate knows them."""
 
     tokens: Tokens | None = None
-    """How training tokenises (`Tokenise`, or `PlainTokens` round a function); with `max_length` it turns on
-    the two token rules."""
+    """The tokeniser (`Tokenise`, or `PlainTokens` around a function); with `max_length` it enables the two
+    token rules."""
     max_length: int | None = None
-    """Most tokens of prompt and answer together."""
+    """Maximum tokens of prompt and answer together."""
     max_prompt_length: int | None = None
-    """Most tokens of the prompt when both do not fit; for prompts the budget itself."""
+    """Maximum tokens of the prompt if both do not fit; for prompts, the budget itself."""
     special_tokens: Sequence[str] = ()
-    """The tokenizer's own special tokens, which no text may hold."""
+    """The tokenizer's own special tokens, which no text may contain."""
     template_tokens: Sequence[str] = ()
-    """Other tokens that its chat template writes; a text that holds one is a warning."""
+    """Other tokens that its chat template writes; a text that contains one causes a warning."""
     turn_markers: Sequence[str] = ()
-    """Words that the template writes around turns, which no conversation may hold."""
+    """Words that the template writes around turns, which no conversation may contain."""
     wraps: bool = False
-    """Whether prompts that are texts become turns of a user."""
+    """Whether text prompts become user turns."""
     template_frame: int | None = None
-    """Tokens that the template writes beside the messages, at most."""
+    """Maximum number of tokens that the template adds to the messages."""
 
     @property
     def budget(self) -> Budget:
@@ -69,12 +69,13 @@ class Tokenisation:
 
     @property
     def control(self) -> Control:
-        """What no text may hold."""
+        """Regular expressions for texts that no row may contain."""
         return control_of(self.special_tokens, self.template_tokens, self.turn_markers, self.wraps)
 
 
 class PlainTokens:
-    """`Tokens` from a function text -> ids: a chat counts as its JSON, prompts are cut from the left."""
+    """`Tokens` from a function text -> ids. A chat is tokenised as its JSON; prompts are cut from the
+    left."""
 
     def __init__(self, encode: Callable[[str], Sequence[int]], eos: int = -1) -> None:
         self.encode = encode
@@ -126,13 +127,13 @@ def token_flags(
     max_candidates: int,
     seed: int,
 ) -> tuple[dict[str, _Array], dict[str, int]]:
-    """Columns over_long and, for pairs, identical_after_truncation: 1 offends, 0 does not, NaN not looked at.
+    """Columns over_long and, for pairs, identical_after_truncation: 1 offends, 0 does not, NaN not checked.
 
-    With more than `max_candidates` undecided rows a seeded share of ALL rows is looked at, the decided ones
-    included, so that the rate over the rows looked at is an unbiased estimate of the set's.
+    With more than `max_candidates` undecided rows, a seeded share of ALL rows is checked, including decided
+    ones, so that the rate over the checked rows is an unbiased estimate of the set's rate.
 
     Returns:
-        The columns, each (rows,) float32, and for each estimated one how many rows the estimate rests on.
+        The columns, each (rows,) float32, and the number of checked rows for each estimated column.
     """
     wanted = {"over_long": features.maybe_over}
     if subject == "pairs":
@@ -153,7 +154,7 @@ def token_flags(
     for at, row in zip(positions.tolist(), frame.iloc[positions].to_dict("records"), strict=True):
         try:
             hits = _judge_row(tokens, row, budget, subject)
-        except TemplateError:  # counted by the template's own rule, or when the data is tokenised
+        except TemplateError:  # counted by the rule `template`, or during tokenisation
             continue
         for name, hit in zip(wanted, hits, strict=False):
             if hit and wanted[name][at] and not np.isnan(columns[name][at]):

@@ -1,1 +1,1 @@
-"""Preference data: files of any usual format become one canonical table of rows, split by prompt."""
+"""Preference data: converts files of common formats to one canonical table of rows, split by prompt."""

@@ -1,4 +1,4 @@
-"""Lengths of the chosen or desirable answers of the data, in tokens, and how many of them end."""
+"""Measures the data's chosen or desirable answers: lengths in tokens, and the share that is complete."""
 
 from typing import Any, NamedTuple
 
@@ -9,21 +9,21 @@ _MEASURED = 500  # answers that are tokenised
 
 
 class Answers(NamedTuple):
-    """The chosen, or desirable, answers of the data."""
+    """Statistics of the data's chosen or desirable answers."""
 
     tokens: list[int]
-    """Lengths of some of them, the end of the turn included."""
+    """Lengths of a sample of them, including the end of the turn."""
     complete: float
-    """Share that ends; an answer that was sampled up to a limit does not."""
+    """Share of complete answers; an answer that was cut at a length limit is not complete."""
 
     @property
     def median(self) -> float:
-        """Of their lengths."""
+        """Median length in tokens."""
         return float(np.median(self.tokens))
 
 
 def measure_answers(frame: pd.DataFrame, tokenise: Any) -> Answers | None:
-    """The answers of pairs or unpaired rows; None of prompts.
+    """Statistics of the answers of pairs or unpaired rows; None for prompts.
 
     Args:
         tokenise: a `dpo_core.data.tokens.tokenise.Tokenise`.

@@ -1,4 +1,4 @@
-"""What the recipe says about the data."""
+"""The recipe's `data` section: sources, formats, mixtures, limits and the evaluation split."""
 
 from typing import TYPE_CHECKING, Literal
 
@@ -25,82 +25,82 @@ class SourceConfig(Config):
     """A local file, a folder of files, or the name of a data set on the Hugging Face hub."""
 
     format: Literal["auto"] | Format = "auto"
-    """How a row is written; `auto` recognises it from the first rows."""
+    """Format of the rows; `auto` recognises it from the first rows."""
 
     split: str | None = Field(default=None, min_length=1)
-    """Which split is read of a hub data set, or of a folder whose files are named by splits."""
+    """The split to read from a hub data set, or from a folder whose files are named by splits."""
 
     columns: dict[Column, str] | None = Field(default=None, min_length=1)
-    """Which columns hold what, where they have names of their own: {prompt: ask, chosen: good, …}."""
+    """The data's own column names, if they differ: {prompt: ask, chosen: good, …}."""
 
     limit: int | None = Field(default=None, ge=1)
-    """Keep a seeded random sample of this many examples of the set; empty keeps all."""
+    """Keep a seeded random sample of this many examples of the set. Empty: all."""
 
     weight: float | None = Field(default=None, gt=0, allow_inf_nan=False)
-    """Share of the mixture that comes from this set, relative to the other weights. Empty, for all sets of
-    the mixture: all their examples."""
+    """Share of the mixture that comes from this set, relative to the other weights. If it is empty for all
+    sets, the mixture has all their examples."""
 
 
 class DataConfig(Config):
-    """Where the examples come from, how they are read, and which of them are held out."""
+    """The sources of the examples, their format, and the evaluation split."""
 
     path: str | None = Field(default=None, min_length=1)
     """A local file, a folder of files, or the name of a data set on the Hugging Face hub."""
 
     mixture: list[SourceConfig] | None = Field(default=None, min_length=1)
     """Several sets in place of `path`, each with its own path, format, split, columns, limit and weight. With
-    weights the mixture is as large as it can be without repeating an example."""
+    weights, the mixture is as large as possible without repeating an example."""
 
     format: Literal["auto"] | Format = "auto"
-    """How a row is written; `auto` recognises it from the first rows."""
+    """Format of the rows; `auto` recognises it from the first rows."""
 
     split: str | None = Field(default=None, min_length=1)
-    """Which split is read of a hub data set, or of a folder whose files are named by splits. Empty: train."""
+    """The split to read from a hub data set, or a folder whose files are named by splits. Empty: train."""
 
     columns: dict[Column, str] | None = Field(default=None, min_length=1)
-    """Which columns hold what, where they have names of their own: {prompt: ask, chosen: good, …}."""
+    """The data's own column names, if they differ: {prompt: ask, chosen: good, …}."""
 
     pairs: Pairing = "best_worst"
-    """Which pairs a ranked list of answers makes: the best with the worst, every two, or neighbours."""
+    """The pairs made from a ranked list of answers: best with worst, all pairs, or neighbours."""
 
     limit: int | None = Field(default=None, ge=2)
-    """Keep a seeded random sample of this many examples, in file order; empty keeps all."""
+    """Keep a seeded random sample of this many examples, in file order. Empty: all."""
 
     eval_fraction: float = Field(default=0.1, gt=0, lt=1)
-    """Share of the distinct prompts that is held out for evaluation."""
+    """Share of the distinct prompts that are held out for evaluation."""
 
     eval_path: str | None = Field(default=None, min_length=1)
-    """Examples for evaluation, in place of a share of `path`; same format setting as `path`."""
+    """Examples for evaluation, in place of a share of `path`; `format` applies to both."""
 
     eval_split: str | None = Field(default=None, min_length=1)
-    """Which split of `eval_path` is read. Empty: a folder's test (or validation) split, the hub's train."""
+    """The split to read from `eval_path`. Empty: a folder's test (or validation) split, the hub's train."""
 
     openings: int | None = Field(default=None, ge=2)
-    """How many self-made review openings to use as prompts when there is no `path`."""
+    """Number of generated review openings to use as prompts in place of a `path`."""
 
     seed: int = Field(default=0, ge=0)
-    """Seed of the samples, of the split and of the self-made openings."""
+    """Seed of samples, of the split and of the generated openings."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "DataConfig":
-        given = [name for name in ("path", "openings", "mixture") if getattr(self, name) is not None]
-        if len(given) != 1:
-            said = {0: "neither is set", 2: "both are set", 3: "all are set"}[len(given)]
+        sources = [name for name in ("path", "openings", "mixture") if getattr(self, name) is not None]
+        if len(sources) != 1:
+            state = {0: "none is set", 2: "two are set", 3: "all are set"}[len(sources)]
             raise ValueError(
-                f"{said}: give data.path (a file, a folder or a hub name), data.mixture (several of them), "
-                "or data.openings (a number of self-made prompts), exactly one of the three"
+                "set exactly one of data.path (a file, a folder or a hub name), data.mixture (several of "
+                f"them) and data.openings (a number of generated prompts); {state}"
             )
         unread = {
             "path": (),
             "mixture": ("split",) if self.eval_path is not None else ("format", "split", "columns"),
             "openings": ("format", "split", "columns", "limit", "pairs"),
-        }[given[0]]
+        }[sources[0]]
         if changed := [name for name in unread if self._changed(name)]:
             names = ", ".join(f"data.{name}" for name in changed)
             why = (
                 "there is no data.path, only data.openings"
                 if self.openings is not None
-                else "each set of data.mixture says it for itself"
+                else "each set of data.mixture has its own"
             )
             raise ValueError(f"{names} would not be read: {why}")
         if self.eval_path is not None and self._changed("eval_fraction"):
@@ -109,7 +109,7 @@ class DataConfig(Config):
             raise ValueError("data.eval_split would not be read: there is no data.eval_path")
         weighted = [source.weight is not None for source in self.mixture or ()]
         if any(weighted) and not all(weighted):
-            raise ValueError("data.mixture: give all sets a weight, or none")
+            raise ValueError("data.mixture: set a weight for all sets, or for none")
         return self
 
     def _changed(self, name: str) -> bool:
@@ -117,6 +117,6 @@ class DataConfig(Config):
 
     @property
     def paths(self) -> list[str]:
-        """Every file, folder and hub name that is read, for training or evaluation."""
+        """All files, folders and hub names that are read, for training or evaluation."""
         mixed = [source.path for source in self.mixture or ()]
         return [path for path in (self.path, *mixed, self.eval_path) if path is not None]

@@ -1,4 +1,4 @@
-"""From the rows of one source to canonical records: format, columns by other names, faults, remarks."""
+"""Converts the rows of one source to canonical records, and collects faults and remarks about them."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -24,12 +24,12 @@ from dpo_core.data.layouts.rankings import pairs_of
 from dpo_core.data.layouts.structured import columns_of_source, is_conversation, parse_source
 from dpo_core.errors import DataError
 
-# Unread, these would change what a row says.
+# Columns that change the meaning of a row: it is an error if they are not read.
 _MATTER = {
     *SYSTEM_NAMES, "tools", "functions", "tool_calls", "reasoning_content", "history", "initial_reason_steps",
     "image", "images", "audio", "audios", "video", "videos",
 }  # fmt: skip
-# And these would not: names, numbers and origins of rows, scores that do not decide anything.
+# Columns that do not: names, numbers and origins of rows, scores that no format uses.
 _HARMLESS = (
     "id", "idx", "index", "uid", "uuid", "source", "dataset", "origin", "subset", "category", "categories",
     "task", "lang", "language", "score", "model", "models", "timestamp", "tstamp", "date", "created_at",
@@ -46,17 +46,17 @@ _EMPTY: dict[Kind, Record] = {
 
 
 def faulty(kind: Kind, why: str) -> Record:
-    """The record of a row that cannot be used."""
+    """An empty record with the reason why its row cannot be used."""
     return _EMPTY[kind]._replace(fault=why)
 
 
 class Converter:
-    """Converts the chunks of one source, in order. What the first chunk shows holds for the others."""
+    """Converts the chunks of one source in order. The first chunk decides the format of all."""
 
     def __init__(self, source: SourceConfig, pairing: Pairing, *, by_column: bool = False) -> None:
         self.source, self.pairing = source, pairing
         self.by_column = by_column
-        """Whether a column `split` of the rows, and no file, says which rows are of the wanted split."""
+        """Whether the split of a row is given by its column `split` instead of its file."""
         self.name: Format | None = None if source.format == "auto" else source.format
         self.recognised_by = "the recipe set data.format"
         self.notes = {"rows_read": 0, "ties_dropped": 0}
@@ -71,18 +71,18 @@ class Converter:
 
     @property
     def format(self) -> Format:
-        """The format, once the first rows were seen."""
+        """The format; known after the first rows."""
         assert self.name is not None  # read_rows yields rows or raises
         return self.name
 
     @property
     def kind(self) -> Kind:
-        """What the rows become."""
+        """The kind of records."""
         return ADAPTERS[self.format].kind
 
     @property
     def assembled(self) -> bool:
-        """Whether records are made when all rows have been seen."""
+        """Whether records can only be made from all rows together."""
         return ADAPTERS[self.format].assemble is not None
 
     def convert(self, rows: Sequence[Row], first: int) -> tuple[list[Record], list[int]]:
@@ -92,7 +92,7 @@ class Converter:
         rows = [self._renamed(row) for row in rows]
         if not self._begun:
             self._begin(rows)
-        # A system text in one row makes chats of all: a null beside it is a chat without a system turn.
+        # If one row has a system text, all become chats: a null in that column is a chat without system turn.
         self._as_chat = self._as_chat or any(
             isinstance(row.get(name), str) and bool(row[name]) for row in rows for name in SYSTEM_NAMES
         )
@@ -109,7 +109,7 @@ class Converter:
         return records, numbers
 
     def rest(self) -> tuple[list[Record], list[int]]:
-        """What can be made only of all rows together."""
+        """The records that are made from all rows together."""
         assemble = ADAPTERS[self.format].assemble
         if assemble is None:
             return [], []
@@ -130,20 +130,20 @@ class Converter:
         adapter = ADAPTERS[self.name]
         if self.pairing != "best_worst" and not adapter.ranked:
             raise DataError(
-                f"data.pairs would not be read: {self.source.path} is {self.name}, which ranks nothing",
-                "Leave data.pairs out",
+                f"data.pairs would not be read: {self.source.path} ({self.name}) has no rankings",
+                "Remove data.pairs",
             )
         if adapter.note:
             self._remarks[adapter.note] = 0
         if self.by_column and all(row.get("split") != self.source.split for row in rows):
             raise DataError(
-                f"there is no split {self.source.split} in {self.source.path}: neither file names nor a "
-                "column split tell of it",
-                "Leave data.split (data.eval_split) empty, or name the file of the split",
+                f"there is no split {self.source.split} in {self.source.path}: neither file names nor the "
+                "column split contain it",
+                "Remove data.split (or data.eval_split), or give the path of the split's file",
             )
 
     def _renamed(self, row: Row) -> Row:
-        """The row with the columns that the recipe names under the names that the formats know."""
+        """The row with the recipe's columns renamed to the names of the formats."""
         columns = self.source.columns
         if not columns or unreadable(row):
             return row
@@ -152,7 +152,7 @@ class Converter:
         return renamed | {name: _at(row, column) for name, column in columns.items()}
 
     def _require_columns(self, rows: Sequence[Row]) -> None:
-        """Refuse a name that is no column's, before every row is said to lack it."""
+        """Refuse a name in `data.columns` that no row has; otherwise every row would be reported."""
         for name, column in (self.source.columns or {}).items():
             if all(_at(row, column) is None for row in rows):
                 seen = sorted({str(key) for row in rows[:SAMPLE_ROWS] for key in row})
@@ -162,7 +162,7 @@ class Converter:
                 )
 
     def _parsed(self, row: Row) -> tuple[Row, list[str]]:
-        """The row with lists in place of their source text, and the columns where that was so."""
+        """The row with lists and objects parsed from text, and the names of the parsed columns."""
         values = {name: parse_source(row[name]) for name in self._as_source if isinstance(row.get(name), str)}
         parsed = {name: value for name, value in values.items() if value is not None}
         return (row | parsed if parsed else row), list(parsed)
@@ -170,7 +170,7 @@ class Converter:
     def _of_row(self, row: Row, number: int) -> list[tuple[Record, int]]:
         adapter = ADAPTERS[self.format]
         try:
-            found = self._read(row, number)
+            converted = self._read(row, number)
         except Fault as fault:
             return [(faulty(adapter.kind, str(fault)), number)]
         except RecursionError:
@@ -179,24 +179,24 @@ class Converter:
             why = f"the row cannot be read ({type(error).__name__}: {str(error)[:100]})"
             return [(faulty(adapter.kind, why), number)]
         if adapter.assemble is not None:
-            self._parts.append((number, found))
+            self._parts.append((number, converted))
             return []
-        if isinstance(found, Ranked):
-            made = self._pairs(found)
-        elif found is None:
+        if isinstance(converted, Ranked):
+            made = self._pairs(converted)
+        elif converted is None:
             self.notes["ties_dropped"] += 1
             made = []
         else:
-            made = [(found, number)]
+            made = [(converted, number)]
         for record, _ in made:
             self._kinds[record.chat] += 1
         return made
 
     def _read(self, row: Row, number: int) -> Any:
-        """What the adapter makes of a row.
+        """The adapter's conversion of a row.
 
         Raises:
-            Fault: nothing, or only a part of what the row says.
+            Fault: the row cannot be read, or has a column that changes its meaning and is not read.
         """
         if why := unreadable(row):
             raise Fault(why)
@@ -205,13 +205,13 @@ class Converter:
             if name not in parsed and str(row.get(name) or "").lstrip().startswith(("[", "{")):
                 raise Fault(f"{name} holds JSON or Python source that cannot be parsed")
         source = SourceRow(readable, number, as_chat=self._as_chat)
-        found = ADAPTERS[self.format].convert(source)
+        converted = ADAPTERS[self.format].convert(source)
         unread = source.unread()
         for name in unread:
             if name in _MATTER:
                 raise Fault(f"{name} is there, and rows of the format {self.format} are read without it")
         self._note(source, row, parsed, unread)
-        return found
+        return converted
 
     def _pairs(self, ranked: Ranked) -> list[tuple[Record, int]]:
         made: list[tuple[Record, int]] = list(pairs_of(ranked, self.pairing))
@@ -238,39 +238,39 @@ class Converter:
                 self._remarks[f"{name} looks like messages written as text, and was read as text"] += 1
 
     def remarks(self) -> list[str]:
-        """What the user should know of how the rows were read."""
-        said = [f"{text}{f' ({count} rows)' if count else ''}" for text, count in self._remarks.items()]
+        """Sentences for the user about how the rows were read."""
+        remarks = [f"{text}{f' ({count} rows)' if count else ''}" for text, count in self._remarks.items()]
         if self._unread:
             total = self.notes["rows_read"]
             names = (f"{n}{f' ({c} rows)' if c < total else ''}" for n, c in sorted(self._unread.items()))
-            said.append(f"columns not read: {', '.join(names)}")
+            remarks.append(f"columns not read: {', '.join(names)}")
         if len(self._splits) > 1:
             counts = ", ".join(f"{name} ({count} rows)" for name, count in self._splits.most_common(6))
-            said.append(f"the column split was not read, and rows of all its values were kept: {counts}")
+            remarks.append(f"the column split was not read; rows of all splits were kept: {counts}")
         if self._kinds[True] and self._kinds[False]:
-            said.append(
+            remarks.append(
                 f"{self._kinds[True]} prompts are conversations and {self._kinds[False]} plain text: with "
-                "tokens.template=auto only the conversations are written with the chat template"
+                "tokens.template=auto only the conversations use the chat template"
             )
-        return said
+        return remarks
 
     def nothing(self) -> DataError:
-        """The error of a source of which no record came."""
+        """The error for a source without any usable record."""
         count = self.notes["rows_read"]
         if self.assembled or self.notes.get("single_answers"):
             return DataError(
-                f"the {count} rows of {self.source.path} were read as {self.format}, and none of its prompts "
-                "has two answers with different scores or ranks",
-                "Give several answers a prompt, or other rows",
+                f"the {count} rows of {self.source.path} were read as {self.format}, but no prompt has two "
+                "answers with different scores or ranks",
+                "Use data with several answers per prompt",
             )
         return DataError(
-            f"all {count} rows of {self.source.path} are ties, which prefer neither answer",
-            "Give rows in which one answer is preferred, by a majority of the annotators or by its score",
+            f"all {count} rows of {self.source.path} are ties, without a preferred answer",
+            "Use data in which one answer is preferred, by most annotators or by its score",
         )
 
 
 def _at(row: Row, column: str) -> Any:
-    """A column by its name, or a field of an object in one: `question.full_text`."""
+    """The value of a column, or of a field in an object column: `question.full_text`."""
     if column in row or "." not in column:
         return row.get(column)
     outer, _, inner = column.partition(".")

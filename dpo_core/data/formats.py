@@ -1,4 +1,4 @@
-"""The table of formats, and how the format of rows is recognised."""
+"""The registry of data formats, and the recognition of the format of rows."""
 
 import difflib
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ ADAPTERS: dict[str, Adapter] = {
     for module in modules_of(layouts)
     for name, adapter in getattr(module, "FORMATS", {}).items()
 }
-"""The formats by name: what the modules of `layouts` export as `FORMATS`."""
+"""All formats by name, from the `FORMATS` of the modules in `layouts`."""
 
 
 def fits(adapter: Adapter, row: Row) -> bool:
-    """Whether a row looks like a format; one odd row ends nothing."""
+    """Whether a row fits a format; False if the test itself fails on an odd row."""
     try:
         return adapter.fits(row)
     except Exception:
@@ -27,7 +27,7 @@ def fits(adapter: Adapter, row: Row) -> bool:
 
 
 def recognise(rows: Sequence[Row]) -> tuple[str, str]:
-    """The one format that at least half of the first rows fit, and a sentence that says why.
+    """The only format that at least half of the first rows fit, and a sentence with the reason.
 
     Raises:
         DataError: no format fits, or several do.
@@ -50,7 +50,7 @@ def recognise(rows: Sequence[Row]) -> tuple[str, str]:
         many = "; ".join(f"{name}: {ADAPTERS[name].looks}" for name in fitting)
         raise DataError(
             f"the rows fit several formats ({many}); the fields are {seen}",
-            f"Set data.format to the one that is meant: {', '.join(fitting)}",
+            f"Set data.format to one of: {', '.join(fitting)}",
         )
     near = _nearest(sample, list(fields))
     alone = any(isinstance(row.get(name), str | list) for row in sample for name in ("prompt", "text"))
@@ -59,30 +59,30 @@ def recognise(rows: Sequence[Row]) -> tuple[str, str]:
     )
     raise DataError(
         f"the rows fit no known format{near[1]}; the fields are {seen}",
-        "Rename the fields or name them in data.columns={prompt: …, chosen: …, rejected: …}, or set "
+        "Rename the fields, map them with data.columns={prompt: …, chosen: …, rejected: …}, or set "
         f"data.format to one of these ({every})"
-        + ("; data.format=prompts reads the prompts alone" if alone else ""),
+        + ("; data.format=prompts reads only the prompts" if alone else ""),
     )
 
 
 def _nearest(sample: Sequence[Row], fields: list[str]) -> tuple[str | None, str]:
-    """The format that most of the fields belong to, and what keeps the rows from being it."""
+    """The format that has most of the fields, and the reason why the rows do not fit it."""
     best: str | None = None
     share, absent = 0.0, [""]
     for name, adapter in ADAPTERS.items():
         missing = [column for column in adapter.columns if column not in fields]
-        found = 1 - len(missing) / len(adapter.columns) if adapter.columns else 0.0
-        if found > share:
-            best, share, absent = name, found, missing
+        present = 1 - len(missing) / len(adapter.columns) if adapter.columns else 0.0
+        if present > share:
+            best, share, absent = name, present, missing
     if best is None or share < 0.6:
         return None, ""
     why = f"{' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} missing" if absent else ""
     for column in absent:
         near = difflib.get_close_matches(column, fields, n=1, cutoff=0.75)
-        why += f" (is {near[0]} meant for it?)" if near else ""
+        why += f" (similar: {near[0]})" if near else ""
     if not absent:
         why = next(
-            filter(None, (_fault(ADAPTERS[best], row) for row in sample)), "its fields hold other types"
+            filter(None, (_fault(ADAPTERS[best], row) for row in sample)), "their fields have other types"
         )
     return best, f" (they look like {best}, but {why})"
 

@@ -1,4 +1,4 @@
-"""From what the recipe says about the data to one canonical table: files, a mixture, or self-made prompts."""
+"""Loads the recipe's data into one canonical table: from files, a mixture, or generated prompts."""
 
 from dpo_core.data.config import DataConfig, SourceConfig
 from dpo_core.data.demo.openings import review_openings
@@ -8,10 +8,10 @@ from dpo_core.data.records import Loaded, limited, load_source, to_frame
 
 
 def load(config: DataConfig) -> Loaded:
-    """Reads `config.path` or `config.mixture`, or makes `config.openings` prompts, into a canonical table.
+    """The canonical table of `config.path`, `config.mixture`, or `config.openings` generated prompts.
 
     Raises:
-        DataError: the source cannot be read, or its format not be recognised.
+        DataError: the source cannot be read, or its format is not recognised.
     """
     if config.mixture is not None:
         return limited(load_mixture(config), config.limit, config.seed)
@@ -24,7 +24,7 @@ def load(config: DataConfig) -> Loaded:
 
 
 def load_eval(config: DataConfig) -> Loaded | None:
-    """Reads `config.eval_path` in full, or None without one. A limit is meant for the training data."""
+    """The table of `config.eval_path`, without the limit for training data; None without a path."""
     if config.eval_path is None:
         return None
     source = SourceConfig(

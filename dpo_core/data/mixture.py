@@ -1,4 +1,4 @@
-"""Several data sets in one table: each read for itself, sampled to its share, and named in `source`."""
+"""Loads a mixture: several data sets in one table, each sampled to its weight and named in `source`."""
 
 from dataclasses import replace
 
@@ -10,8 +10,8 @@ from dpo_core.errors import DataError
 
 
 def load_mixture(config: DataConfig) -> Loaded:
-    """The sets of `config.mixture` one after the other. Rows are numbered through, so that a number names one
-    row of one set. With weights, the largest table in which the sets have their shares and nothing repeats.
+    """The sets of `config.mixture` one after another, with continuous row numbers. With weights, the largest
+    table in which the sets have their shares and no row repeats.
 
     Raises:
         DataError: a set cannot be read, the sets differ in kind, or a share is less than one row.
@@ -26,13 +26,13 @@ def load_mixture(config: DataConfig) -> Loaded:
         frame = part.frame.assign(row=part.frame["row"] + first)
         frame["source"] = pd.array([name] * len(frame), dtype=part.frame["source"].dtype)
         remarks.append(f"rows {first + 1} to {first + read} are those of {name} ({part.format})")
-        remarks += [f"{name}: {said}" for said in part.remarks]
+        remarks += [f"{name}: {sentence}" for sentence in part.remarks]
         parts.append(limited(replace(part, frame=frame), source.limit, config.seed))
         first += read
     kinds = {name: part.kind for name, part in zip(names, parts, strict=True)}
     if len(set(kinds.values())) > 1:
-        said = ", ".join(f"{name} holds {kind}" for name, kind in kinds.items())
-        raise DataError(f"the sets of data.mixture are of different kinds: {said}", "Mix sets of one kind")
+        listed = ", ".join(f"{name} has {kind}" for name, kind in kinds.items())
+        raise DataError(f"the sets of data.mixture differ in kind: {listed}", "Mix sets of the same kind")
     parts = _weighted(parts, sources, names, config.seed)
     frame = pd.concat([part.frame for part in parts], ignore_index=True)
     notes = {key: sum(part.notes.get(key, 0) for part in parts) for part in parts for key in part.notes}
@@ -49,7 +49,7 @@ def load_mixture(config: DataConfig) -> Loaded:
 
 
 def _names(sources: list[SourceConfig]) -> list[str]:
-    """What each set is called: its path, with its split or place in the list where that tells nothing."""
+    """The name of each set: its path, with its split or position if several sets have the same path."""
     paths = [source.path for source in sources]
     names = [
         f"{source.path} ({source.split})" if paths.count(source.path) > 1 and source.split else source.path
@@ -68,7 +68,7 @@ def _weighted(parts: list[Loaded], sources: list[SourceConfig], names: list[str]
     if 0 in wanted:
         name = names[wanted.index(0)]
         raise DataError(
-            f"data.mixture: with these weights no row of {name} would be taken",
-            "Raise its weight, or give more rows of the other sets",
+            f"data.mixture: with these weights no row of {name} would be used",
+            "Raise its weight, or add rows to the other sets",
         )
     return [limited(part, count, seed) for part, count in zip(parts, wanted, strict=True)]

@@ -1,6 +1,6 @@
-"""The canonical tables that every later stage reads, and how one source becomes one.
+"""The canonical tables of pairs, unpaired rows and prompts, and loading one source into such a table.
 
-Bad rows are kept with a reason in `fault` and empty texts: the data gate counts them and decides.
+Bad rows are kept with a reason in `fault` and empty texts; the data gate counts them and decides.
 """
 
 import hashlib
@@ -67,9 +67,9 @@ _SCHEMAS: dict[Kind, Any] = {
 PAIR_COLUMNS: list[str] = _SCHEMAS["pairs"].names
 """id (sha256 of the content), row (source row, from 1), prompt (text, or compact JSON messages if chat),
 chat, chosen, rejected, *_ended (the answer is complete, so EOS follows it), agreement (share of votes for
-the chosen answer, empty where nobody counted), tools (JSON list of functions, "" = none), answer_chat (the
-answers are compact JSON messages: tool calls, reasoning or several turns), margin (difference of the scores,
-empty without), source (which set of a mixture, else ""), fault ("" = none)."""
+the chosen answer, empty if unknown), tools (JSON list of functions, "" = none), answer_chat (the answers are
+compact JSON messages: tool calls, reasoning or several turns), margin (difference of the scores, empty if
+unknown), source (the set of a mixture, else ""), fault ("" = none)."""
 UNPAIRED_COLUMNS: list[str] = _SCHEMAS["unpaired"].names
 PROMPT_COLUMNS: list[str] = _SCHEMAS["prompts"].names
 
@@ -79,26 +79,26 @@ _RECORDS: dict[Kind, Any] = {"pairs": Pair, "unpaired": Unpaired, "prompts": Pro
 
 @dataclass(frozen=True)
 class Loaded:
-    """A canonical table and where it came from."""
+    """A canonical table with its format and remarks about reading it."""
 
     frame: pd.DataFrame
     kind: Kind
     format: Format
     recognised_by: str
-    """A sentence: how the format was recognised, or that the recipe set it."""
+    """A sentence that says how the format was recognised, or that the recipe set it."""
     notes: dict[str, int] = field(default_factory=dict)
-    """Counts: rows_read, ties_dropped, faults, and left_by_limit where a limit applied."""
+    """Counts: rows_read, ties_dropped, faults, and left_by_limit if a limit applied."""
     remarks: list[str] = field(default_factory=list)
-    """Sentences on what was read in a way that is not plain, and on columns that were not read."""
+    """Sentences about conversions that were made and columns that were not read."""
 
 
 def record_id(record: Record) -> str:
-    """sha256 (hex) of what a model would learn from: texts, chat and the ended flags, not votes or row.
+    """SHA-256 (hex) of a record's texts and flags, without votes and row number.
 
     Raises:
-        UnicodeEncodeError: a text holds half of a surrogate pair, which no file can store.
+        UnicodeEncodeError: a text contains half of a surrogate pair, which no file can store.
     """
-    # The lengths in front keep ("ab", "c") and ("a", "bc") apart.
+    # The lengths distinguish ("ab", "c") from ("a", "bc").
     match record:
         case Pair():
             lengths = f"{len(record.prompt)},{len(record.chosen)}"
@@ -109,7 +109,7 @@ def record_id(record: Record) -> str:
             content = f"unpaired {len(record.prompt)},{flags}\n{record.prompt}{record.completion}"
         case Prompt():
             content = f"prompt {record.chat:d}\n{record.prompt}"
-    # Only where they are there, so that the ids of rows without them are what they always were.
+    # Added only if present, so that the ids of other rows are the same as in earlier versions.
     if record.tools:
         content += f"\ntools {record.tools}"
     if not isinstance(record, Prompt) and record.answer_chat:
@@ -120,7 +120,7 @@ def record_id(record: Record) -> str:
 def to_frame(
     records: Iterable[Record], kind: Kind = "pairs", rows: Sequence[int] | None = None
 ) -> pd.DataFrame:
-    """The canonical table of records, with ids and row numbers (1, 2, ... unless given)."""
+    """The canonical table of records, with ids and row numbers (default: 1, 2, ...)."""
     listed = list(records)
     return _frame([_table(listed, kind, range(1, len(listed) + 1) if rows is None else rows)])
 
@@ -147,10 +147,10 @@ def _frame(tables: list[Any]) -> pd.DataFrame:
 
 
 def load_source(source: SourceConfig, config: DataConfig, *, evaluation: bool = False) -> Loaded:
-    """Reads one file, folder or hub data set in full.
+    """The table of one file, folder or hub data set.
 
     Raises:
-        DataError: it cannot be read, its format not be recognised, or it holds nothing but ties.
+        DataError: it cannot be read, its format is not recognised, or all rows are ties.
     """
     by_column = source.split is not None and not names_splits(source.path)
     converter = Converter(source, config.pairs, by_column=by_column)
@@ -159,7 +159,7 @@ def load_source(source: SourceConfig, config: DataConfig, *, evaluation: bool = 
     for first, rows in read_rows(source.path, source.split, evaluation=evaluation, remarks=files):
         records, numbers = converter.convert(rows, first)
         tables.append(_table(records, converter.kind, numbers))
-        del rows  # else two chunks of Python objects live at once while the next one is read
+        del rows  # otherwise two chunks of Python objects are in memory while the next one is read
     records, numbers = converter.rest()
     tables.append(_table(records, converter.kind, numbers))
     frame = _frame(tables)
@@ -173,12 +173,12 @@ def load_source(source: SourceConfig, config: DataConfig, *, evaluation: bool = 
 
 
 def limited(loaded: Loaded, limit: int | None, seed: int) -> Loaded:
-    """A seeded sample of the table's rows in file order, where it has more than the limit."""
+    """A seeded sample of `limit` rows in file order; the table itself if it has no more rows."""
     frame, notes = loaded.frame, dict(loaded.notes)
     if limit is None or limit >= len(frame):
         return loaded
     keep = np.random.default_rng(seed).permutation(len(frame))[:limit]
-    # Faults last, as they are counted among the rows that stay.
+    # Count faults again, among the remaining rows.
     notes.pop("faults", None)
     notes["left_by_limit"] = len(frame) - limit
     frame = frame.iloc[np.sort(keep)].reset_index(drop=True)

@@ -1,4 +1,4 @@
-"""Training and evaluation rows, parted by prompt: a prompt is never on both sides."""
+"""Splits rows into training and evaluation by prompt, so that no prompt is on both sides."""
 
 import hashlib
 import json
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
 
 def prompt_key(prompt: str, chat: bool = False) -> str:
-    """What makes two prompts the same: their words, whatever the case, width and white space.
+    """The key by which prompts are compared: their words without case, character width and white space.
 
-    Of a chat the turns' texts count, so that a question is the same as plain text and as a single turn.
+    For a chat it is the texts of the turns, so that a question has the same key as text and as a single turn.
     """
     text = "\n".join(turn["content"] for turn in json.loads(prompt)) if chat else prompt
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def split_table(loaded: "Loaded", config: DataConfig) -> pd.DataFrame:
-    """The table with its column `split`, as every later stage reads it.
+    """The table with a column `split`.
 
     Raises:
-        DataError: there is nothing to split, or `data.eval_path` cannot be read or holds another kind.
+        DataError: there are too few prompts to split, or `data.eval_path` cannot be read or has another kind.
     """
     from dpo_core.data.load import load_eval
 
@@ -37,9 +37,10 @@ def split_table(loaded: "Loaded", config: DataConfig) -> pd.DataFrame:
         return split_by_prompt(loaded.frame, config.eval_fraction, config.seed)
     if held_out.kind != loaded.kind:
         raise DataError(
-            f"data.path holds {loaded.kind} and data.eval_path holds {held_out.kind}", "Give both as one kind"
+            f"data.path has {loaded.kind}, but data.eval_path has {held_out.kind}",
+            "Use data of the same kind for both",
         )
-    loaded.remarks.extend(f"{config.eval_path}: {said}" for said in held_out.remarks)
+    loaded.remarks.extend(f"{config.eval_path}: {sentence}" for sentence in held_out.remarks)
     frame = held_out.frame
     if config.mixture is not None:
         frame = frame.assign(source=pd.array([config.eval_path] * len(frame), dtype=frame["source"].dtype))

@@ -25,7 +25,7 @@ def test_rows_that_the_template_cannot_write_are_named_with_the_reason(gate: Any
     report, _ = gate(frame, **settings("trims"))
     finding = failed(report)["template"]
     assert (finding.severity, finding.count, finding.rows) == ("critical", 1, [row_number(4)])
-    assert f"row {row_number(4)}: the chat template has no place for tool_calls" in finding.message
+    assert f"row {row_number(4)}: the chat template does not support tool_calls" in finding.message
 
 
 @pytest.mark.parametrize("kind", ["end and a line break", "no end", "wrapped answer"])

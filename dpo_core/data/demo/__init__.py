@@ -1,1 +1,1 @@
-"""Prompts and demonstrations that the package makes itself, for runs without any data."""
+"""Generated prompts and demonstrations, for runs without data files."""

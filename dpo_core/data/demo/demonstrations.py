@@ -1,8 +1,8 @@
-"""Openings with continuations that teach a small model to write reviews, a third each good, bad and mixed.
+"""Generates review demonstrations for SFT of a small model: a third each positive, negative and mixed.
 
 A continuation is a predicate that suits the kind of thing (only food has a flavor, only gadgets a battery)
-and a second sentence. `[a|b]` is a choice; {was}, {it} and {them} agree with the opening's thing.
-Predicates stand in the past tense, so that they follow "it", "they" and every noun alike.
+and a second sentence. `[a|b]` is a choice; {was}, {it} and {them} agree with the opening's thing. Predicates
+are in the past tense, so that they fit "it", "they" and every noun.
 """
 
 # ruff: noqa: E501  (a sentence a line reads better than sentences in pieces)

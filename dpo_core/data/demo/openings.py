@@ -1,4 +1,4 @@
-"""Self-made prompts: neutral openings of film, food and product reviews, for the demo without any data.
+"""Generates neutral openings of film, food and product reviews as prompts, for the demo without data.
 
 A small grammar: things of eight kinds, put into the templates that suit the kind. An opening says nothing
 good or bad, so that its continuation can go either way. Two openings in three are prompts; the third goes

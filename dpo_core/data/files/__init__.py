@@ -1,1 +1,1 @@
-"""Rows out of files, and which files of a folder they are in."""
+"""Reads rows from files, folders and hub data sets."""

@@ -1,7 +1,7 @@
-"""Data sets that strangers name: none of their files may be read through a link that leads elsewhere.
+"""Confines untrusted data paths to a folder: refuses files that are links to places outside of it.
 
-The name is looked at when it is given. What lies in a folder can be another file when it is opened, so each
-opened file is asked where it really lies.
+A path is checked when it is configured, but a file may be replaced before it is opened. So the real path of
+each opened file is checked as well.
 """
 
 import os
@@ -11,19 +11,19 @@ from typing import BinaryIO
 from dpo_core.errors import DataError
 
 _allowed: dict[Path, Path] = {}
-"""By the place that was named: the folder, links followed, that its files must lie in."""
+"""The resolved folder that files must be in, by the configured path."""
 
 
 def confine(source: str, folder: Path) -> None:
-    """From now on this process reads no file of the source that lies outside of the folder."""
+    """From now on, refuse in this process to open files of the source outside of the folder."""
     _allowed[Path(source).expanduser().absolute()] = folder.expanduser().resolve()
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a file to read; of a confined source only where it lies in its folder.
+    """Open a file for reading; a file of a confined source must be in its folder.
 
     Raises:
-        DataError: it does not.
+        DataError: the file is outside of the folder.
         OSError: it cannot be opened.
     """
     file = path.open("rb", buffering=2**20)
@@ -32,14 +32,14 @@ def open_file(path: Path) -> BinaryIO:
         if place.is_relative_to(source) and not _lies_in(file, folder):
             file.close()
             raise DataError(
-                f"{path} is a link out of {folder}, and this worker reads no other data (DPO_DATA)",
-                "Put the file itself there",
+                f"{path} is a link to a place outside of {folder}, the only data folder allowed (DPO_DATA)",
+                "Put the file itself into the folder",
             )
     return file
 
 
 def again(file: BinaryIO, path: Path) -> str:
-    """A path that opens the very file once more while it is open; without a /proc its own path."""
+    """A path that opens the same open file again; without /proc, the file's own path."""
     opened = f"/proc/self/fd/{file.fileno()}"
     return opened if os.path.exists(opened) else str(path)
 

@@ -1,6 +1,6 @@
-"""Rows out of files: JSON lines, JSON, CSV, Parquet and Arrow, plain or compressed, or a hub data set.
+"""Reads rows from JSON lines, JSON, CSV, Parquet and Arrow files, plain or compressed, and hub data sets.
 
-Everything is streamed in chunks, so that a million rows never lie in memory as Python objects.
+Rows are streamed in chunks, so that a million rows are never in memory as Python objects.
 """
 
 import csv
@@ -26,26 +26,26 @@ from dpo_core.errors import DataError
 CHUNK_ROWS = 50_000
 CHUNK_BYTES = 64 * 2**20
 BLOCK_CHARS = 4 * 2**20
-# What `datasets.save_to_disk` writes beside the data; it holds no rows.
+# Files without rows that `datasets.save_to_disk` writes beside the data.
 SIDE_FILES = {"dataset_info.json", "state.json", "dataset_dict.json", "dataset_infos.json"}
 
 
 def read_rows(
     path: str, split: str | None = None, *, evaluation: bool = False, remarks: list[str] | None = None
 ) -> Iterator[tuple[int, list[Row]]]:
-    """Yields chunks `(number of the first row, rows)`; rows count from 1, without headers and blank lines.
+    """Yield chunks `(number of the first row, rows)`; rows count from 1, without headers and blank lines.
 
-    The files of a folder are read in the order of their names and numbered through. Text is split at
+    The files of a folder are read in the order of their names, with continuous row numbers. Text is split at
     line feeds only: U+0085 and U+2028 are ordinary characters inside a line.
 
     Args:
-        path: a local file or folder; anything else is asked of the Hugging Face hub.
+        path: a local file or folder; any other name is loaded from the Hugging Face hub.
         split: the split of a hub data set, or of a folder whose files are named by splits (default: train).
-        evaluation: whether the default is the split that is held out.
-        remarks: takes a sentence on files that are of other splits.
+        evaluation: whether the default is the held-out split.
+        remarks: a list to which sentences about files of other splits are appended.
 
     Raises:
-        DataError: the file cannot be found, read or parsed, or holds no rows.
+        DataError: the file does not exist, cannot be read or parsed, or has no rows.
     """
     first = 1
     for rows in _chunks(path, split, evaluation, [] if remarks is None else remarks):
@@ -54,10 +54,10 @@ def read_rows(
 
 
 def check_source(path: str) -> None:
-    """Refuse at once what `read_rows` would refuse before its first row; a hub name is not asked for.
+    """Check a source as `read_rows` does before its first row; the hub is not contacted.
 
     Raises:
-        DataError: nothing is there, it may not be read, it is empty, or no reader knows its ending.
+        DataError: the path does not exist, is not readable, is empty, or has an unknown ending.
     """
     with _readable(path):
         files = _local_files(path)
@@ -68,7 +68,7 @@ def check_source(path: str) -> None:
 
 
 def names_splits(path: str) -> bool:
-    """Whether files (or the hub) say which rows are of which split; False for one file and unnamed ones."""
+    """Whether the split of rows is given by file names or the hub; False for one file or other file names."""
     with _readable(path):
         files, folder = _local_files(path), Path(path).expanduser()
         return files is None or (folder.is_dir() and any(split_of(file, folder) for file in files))
@@ -88,7 +88,7 @@ def _chunks(path: str, split: str | None, evaluation: bool, remarks: list[str]) 
 
 
 def _local_files(path: str) -> list[Path] | None:
-    """The files of a local source; None where nothing local is there."""
+    """The files of a local source; None if the path does not exist locally."""
     local = Path(path).expanduser()
     if local.is_dir():
         return _files_of(local)
@@ -101,10 +101,10 @@ def _readable(path: str) -> Iterator[None]:
         yield
     except PermissionError as error:
         raise DataError(
-            f"{error.filename or path} may not be read (permission denied)",
+            f"{error.filename or path} is not readable (permission denied)",
             "Give this user read access: chmod u+r for a file, u+rx for each folder above it",
         ) from error
-    except (OSError, RuntimeError) as error:  # a name that is too long; ~ of an unknown user
+    except (OSError, RuntimeError) as error:  # such as a name that is too long, or ~ of an unknown user
         raise DataError(f"{path[:200]} cannot be read ({error})"[:400], "Check the path") from error
 
 
@@ -137,18 +137,18 @@ _LFS = b"version https://git-lfs.github.com/spec/"
 
 
 def _check_file(path: Path) -> Callable[[Path], "Parsed"]:
-    """The parser of a file that is there, may be read and is not empty."""
+    """The parser of a file, which must be readable and not empty."""
     parse = _parser(path)
     if parse is None:
         raise DataError(
-            f"{path} has an ending that no reader knows",
-            f"Known are {_known()}, each also with .gz or .zst; convert or rename the file",
+            f"{path} has an unknown ending",
+            f"Convert or rename the file to one of {_known()}, each optionally with .gz or .zst",
         )
     if not path.is_file():
-        raise DataError(f"{path} is neither a file nor a folder", "Point data.path at a regular file")
+        raise DataError(f"{path} is neither a file nor a folder", "Set data.path to a regular file")
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty (0 bytes)", "Check how it was written or copied")
-    with open_file(path) as file:  # says now whether it may be read
+    with open_file(path) as file:  # raises if it is not readable
         if file.read(len(_LFS)) == _LFS:
             raise DataError(
                 f"{path} is a git-lfs pointer, not the data", "Fetch the data: git lfs pull, in its folder"
@@ -178,50 +178,52 @@ def _file_chunks(path: Path) -> Iterator[list[Row]]:
     if rows:
         yield rows
     elif not done:
-        raise DataError(f"{path} holds no rows", "Check how it was written")
+        raise DataError(f"{path} has no rows", "Check how it was written")
 
 
 def _require_hub_name(name: str) -> None:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or name.startswith(".") or _parser(Path(name)):
         raise DataError(
             f"there is no file or folder {name}",
-            "Check the path; a relative one starts where dpo was called",
+            "Check the path; a relative path starts in the folder in which dpo was called",
         )
 
 
-def _hub_chunks(name: str, asked: str | None, remarks: list[str]) -> Iterator[list[Row]]:
+def _hub_chunks(name: str, wanted: str | None, remarks: list[str]) -> Iterator[list[Row]]:
     _require_hub_name(name)
-    split = asked or "train"
+    split = wanted or "train"
     try:
         import datasets
 
         try:
-            found = datasets.load_dataset(name, split=split)
+            data = datasets.load_dataset(name, split=split)
         except ValueError as error:
-            if asked or "split" not in str(error):
+            if wanted or "split" not in str(error):
                 raise
             splits = datasets.get_dataset_split_names(name)
             split = choose_split(splits, None)
-            remarks.append(f"the split {split} was read of {', '.join(splits)} (data.split chooses)")
-            found = datasets.load_dataset(name, split=split)
-        found = found.with_format("arrow")
+            remarks.append(
+                f"of the splits {', '.join(splits)}, {split} was read (set data.split to change it)"
+            )
+            data = datasets.load_dataset(name, split=split)
+        data = data.with_format("arrow")
     except DataError:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise DataError(
-            f"{name} is no local file or folder, and the hub data set {name} (split {split}) could not be "
+            f"{name} is not a local file or folder, and the hub data set {name} (split {split}) could not be "
             f"loaded: {type(error).__name__}: {reason}",
-            "Check the name, data.split and the network (HF_HUB_OFFLINE too), or name a local copy",
+            "Check the name, data.split, the network and HF_HUB_OFFLINE, or give the path of a local copy",
         ) from error
-    if not len(found):
-        raise DataError(f"the hub data set {name} (split {split}) holds no rows", "Choose another data.split")
-    for table in found.iter(batch_size=CHUNK_ROWS):
+    if not len(data):
+        raise DataError(f"the hub data set {name} (split {split}) has no rows", "Choose another data.split")
+    for table in data.iter(batch_size=CHUNK_ROWS):
         for part in _slices(table):
             yield _python_rows(part)
 
 
-# --- one parser a container: each yields (row, size in bytes) ---------------------------------------------
+# --- one parser per file format: each yields (row, size in bytes) -----------------------------------------
 
 Parsed = Iterator[tuple[Row, int]]
 
@@ -246,9 +248,9 @@ def _json_lines(path: Path) -> Parsed:
 
 
 def _json(path: Path) -> Parsed:
-    """Lists of rows, `{"data": [rows]}`, or row after row; read piece by piece, never as a whole.
+    """Reads lists of rows, `{"data": [rows]}`, or single rows, streamed.
 
-    A second list after the first is read too: files that were joined end to end.
+    Several lists in one file are read too, because files may have been concatenated.
     """
     number = 0
     with _open(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
@@ -277,13 +279,13 @@ def _csv(path: Path) -> Parsed:
     csv.field_size_limit(2**31 - 1)  # an answer may be longer than the module's 128 KiB
     number = 0
     with _open(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
-        # strict: an unclosed quote would otherwise swallow the rest of the file as one field.
+        # strict: otherwise an unclosed quote would make the rest of the file one field.
         reader = csv.DictReader(text, strict=True)
         try:
             names = list(reader.fieldnames or [])
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
-                raise DataError(f"{path} has the column {twice[0]!r} twice", "Rename one of the two columns")
+                raise DataError(f"{path} has two columns named {twice[0]!r}", "Rename one of them")
             for number, row in enumerate(reader, 1):  # noqa: B007  (the error messages need it)
                 yield row, sum(len(value) for value in row.values() if value)
         except csv.Error as error:
@@ -322,7 +324,7 @@ def _table_rows(table: Any) -> Parsed:
 
 
 def _python_rows(table: Any) -> list[Row]:
-    """The rows of a table. Arrow gives each object of a list the fields of all, null where it has none."""
+    """The rows of a table, without the null fields that Arrow adds to the objects of a list."""
     nested = [column.name for column in table.schema if _holds_objects(column.type)]
     rows: list[Row] = table.to_pylist()
     for row in rows if nested else ():
@@ -343,7 +345,7 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _slices(table: Any) -> Iterator[Any]:
-    """Cuts a batch so that no slice becomes too many Python objects (wide columns, embeddings)."""
+    """Cut a batch into slices of limited size as Python objects (wide columns, embeddings)."""
     step = max(1, min(CHUNK_ROWS, CHUNK_BYTES * max(table.num_rows, 1) // max(table.nbytes, 1)))
     for start in range(0, table.num_rows, step):
         yield table.slice(start, step)
@@ -371,7 +373,7 @@ def _known() -> str:
 
 
 def _open(path: Path) -> BinaryIO:
-    """The decompressed bytes. The file's first bytes decide, for its ending may be wrong."""
+    """The decompressed bytes. The file's first bytes decide, because its ending may be wrong."""
     file = open_file(path)
     magic = file.read(4)
     file.seek(0)
@@ -379,7 +381,7 @@ def _open(path: Path) -> BinaryIO:
         return io.BufferedReader(gzip.GzipFile(fileobj=file), 2**20)
     # A skippable frame (pzstd writes one in front) counts too: 0x184D2A50 to 0x184D2A5F.
     if magic == b"\x28\xb5\x2f\xfd" or (magic[1:] == b"\x2a\x4d\x18" and magic[0] >> 4 == 5):
-        # Not zstandard's own reader: at a cut-off file that one just ends, without an error.
+        # zstandard's own reader is not used: it reports no error at the end of a truncated file.
         with file:
             return io.BufferedReader(pa.input_stream(again(file, path), compression="zstd"), 2**20)
     return file
@@ -405,5 +407,5 @@ def _checked(row: object, path: Path, where: str) -> Row:
 def _not_utf8(path: Path, where: str, error: UnicodeDecodeError) -> DataError:
     return DataError(
         f"{where} of {path} is not UTF-8 text (byte 0x{error.object[error.start]:02x}: {error.reason})",
-        "Save the file as UTF-8, for example: iconv -f UTF-16 -t UTF-8 (or the encoding it really has)",
+        "Save the file as UTF-8, for example with: iconv -f UTF-16 -t UTF-8 (with its real encoding)",
     )

@@ -1,4 +1,4 @@
-"""Which files of a folder belong to which split, as clones of hub data sets name them."""
+"""Assigns the files of a folder to splits by their names, as in clones of hub data sets."""
 
 import re
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from dpo_core.errors import DataError
 _TRAIN = ("train", "training")
 _TEST = ("test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation", "heldout")
 _WORDS = (*_TRAIN, *_TEST)
-# Of several training splits the one with preferences: train_sft and train_gen hold single answers.
+# Prefer the training split with preferences: train_sft and train_gen contain single answers.
 _PREFERENCES = ("_prefs", "_preferences", "_preference", "_pref")
 _SHARD = re.compile(r"[-_.](\d+[-_]of[-_]\d+|\d+)(-[0-9a-f]{8,})?$")
 
@@ -17,7 +17,7 @@ _ENDINGS = re.compile(r"(\.(gz|zst|jsonl?|ndjson|csv|parquet|arrow))+$")
 
 
 def split_of(file: Path, folder: Path) -> str | None:
-    """The split that the name of a file or its folder tells (train, test_prefs); None where it tells none."""
+    """The split in the name of a file or its folders (train, test_prefs); None if there is none."""
     stem = _SHARD.sub("", _ENDINGS.sub("", file.name.lower()))
     for name in (stem, *(part.lower() for part in reversed(file.relative_to(folder).parts[:-1]))):
         words = re.split(r"[-_.]", name)
@@ -29,10 +29,10 @@ def split_of(file: Path, folder: Path) -> str | None:
 
 
 def choose_split(names: Sequence[str], split: str | None, *, evaluation: bool = False) -> str:
-    """The one of several splits that is meant: the one asked for, else the training (or held-out) one.
+    """The split to read: `split`, or by default the training (or held-out) split.
 
     Raises:
-        DataError: none or several of them could be meant.
+        DataError: none or several splits match.
     """
     wanted = [split] if split else list(_TEST if evaluation else _TRAIN)
     for word in wanted:
@@ -46,17 +46,19 @@ def choose_split(names: Sequence[str], split: str | None, *, evaluation: bool = 
             names = kin
             break
     which = "data.eval_split" if evaluation else "data.split"
-    asked = f"there is no split {split}" if split else "no split was asked for"
-    raise DataError(f"{asked}, and the files are of {', '.join(names)}", f"Set {which} to one of these")
+    problem = f"there is no split {split}" if split else "no split is set"
+    raise DataError(
+        f"{problem}; the files have the splits {', '.join(names)}", f"Set {which} to one of these"
+    )
 
 
 def files_of_split(
     files: Sequence[Path], folder: Path, split: str | None, *, evaluation: bool = False
 ) -> tuple[list[Path], str]:
-    """The files of the wanted split, and a sentence on what was left out ("" where nothing was).
+    """The files of the split to read, and a sentence about the files left out ("" if there are none).
 
     Raises:
-        DataError: the folder has no such split, or several that could be meant.
+        DataError: no split or several splits of the folder match.
     """
     labels = {file: split_of(file, folder) for file in files}
     named = list(dict.fromkeys(label for label in labels.values() if label is not None))
@@ -74,5 +76,5 @@ def files_of_split(
     kept = [file for file, label in labels.items() if label == chosen]
     left = list(dict.fromkeys(label or file.name for file, label in labels.items() if label != chosen))
     which = "data.eval_split" if evaluation else "data.split"
-    said = f"the split {chosen} was read ({len(kept)} files)"
-    return kept, f"{said}; not read: {', '.join(left)} ({which} chooses)" if left else ""
+    read = f"the split {chosen} was read ({len(kept)} files)"
+    return kept, f"{read}; not read: {', '.join(left)} (set {which} to change it)" if left else ""

@@ -1,1 +1,1 @@
-"""How rows are laid out in files of people and public sets, and what each layout becomes."""
+"""Adapters from the row layouts of common files and public data sets to canonical records."""

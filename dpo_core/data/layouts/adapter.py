@@ -1,4 +1,4 @@
-"""What a module of layouts declares of each format that it reads, in its `FORMATS`."""
+"""The `Adapter`: what each format declares in its module's `FORMATS` (kind, recognition, conversion)."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -12,17 +12,17 @@ Assemble = Callable[[list[tuple[int, Any]], Counter[str]], Iterable[Ranked]]
 
 @dataclass(frozen=True)
 class Adapter:
-    """One format: what its rows become, how they look, and the function that converts one."""
+    """One format: the kind of its records, how to recognise its rows, and how to convert one."""
 
     kind: Kind
     looks: str
     fits: Callable[[Row], bool]
     convert: Callable[[Row], Any]
     columns: tuple[str, ...] = ()
-    """The columns that make the format, for saying what rows come near to."""
+    """The format's columns, for naming the closest format in an error."""
     assemble: Assemble | None = None
-    """Where an answer stands in a row of its own: makes ranked lists of what `convert` gave for all rows."""
+    """For formats with one answer per row: makes ranked lists from the results of `convert` for all rows."""
     note: str = ""
-    """A choice that the format made, said after reading."""
+    """A choice made by the format, reported after reading."""
     ranked: bool = False
-    """Whether `data.pairs` is read."""
+    """Whether the format uses `data.pairs`."""

@@ -1,4 +1,4 @@
-"""Adapters for the usual layouts: pairs as text or conversations, votes, labelled answers, bare prompts."""
+"""Adapters for common layouts: pairs as text or conversations, votes, labelled answers, prompts."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
 def hh(row: Row) -> Pair:
-    """Transcripts; the prompt is everything up to and with the last "Assistant:", and the same in both."""
+    """Transcripts. The prompt is the text up to and including the last "Assistant:", equal in both."""
     chosen, rejected = text(row, "chosen"), text(row, "rejected")
     ends = []
     for name, transcript in (("chosen", chosen), ("rejected", rejected)):
@@ -49,13 +49,13 @@ def hh(row: Row) -> Pair:
 
 
 def prompt_pairs(row: Row) -> Pair:
-    """`{prompt, chosen, rejected}` as strings or messages, whose first turns may be the prompt; votes,
-    scores, a system text, earlier turns and tools may stand beside them."""
+    """`{prompt, chosen, rejected}` as strings or messages, whose first turns may be the prompt; optionally
+    with votes, scores, a system text, earlier turns and tools."""
     return _prompt_pair(row)._replace(agreement=_agreement(row), margin=_margin(row))
 
 
 def _agreement(row: Row) -> float | None:
-    """The share of votes for the chosen answer where it is given; CSV files hold it as text."""
+    """The share of votes for the chosen answer, if given; in CSV files it is text."""
     try:
         share = number(row, "agreement")
     except Fault:
@@ -65,7 +65,7 @@ def _agreement(row: Row) -> float | None:
     return share
 
 
-# The scores that public sets put beside the two answers.
+# Names of the two answers' scores in public data sets.
 _SCORES = (
     ("score_chosen", "score_rejected"),
     ("chosen_score", "rejected_score"),
@@ -77,7 +77,7 @@ _SCORES = (
 
 
 def _margin(row: Row) -> float | None:
-    """How much better the chosen answer is, by `margin` or by the scores of the two."""
+    """The margin of the chosen answer, from `margin` or from the two scores."""
     margin = number(row, "margin")
     if margin is None:
         for names in (pair for pair in _SCORES if pair[0] in row):
@@ -98,7 +98,7 @@ def _prompt_pair(row: Row) -> Pair:
         if not isinstance(given, list | dict):
             given = _with_steps(row, text({"prompt": given}, "prompt"))
             if HUMAN in given and chosen.startswith(given) and rejected.startswith(given):
-                # Transcripts that repeat their prompt: the answer is what follows it.
+                # Transcripts that repeat their prompt: the answer follows it.
                 chosen, rejected = chosen[len(given) :], rejected[len(given) :]
         prompt, chat = read_prompt(row, given, name, tools)
         return Pair(prompt, chat, chosen, rejected, tools=tools)
@@ -124,7 +124,7 @@ def _prompt_pair(row: Row) -> Pair:
 
 
 def _start_of_answers(better: list[Any], worse: list[Any], prompt: list[Any] | None) -> int:
-    """The place in both conversations at which the answers begin; 0 where they hold nothing but answers."""
+    """The index in both conversations at which the answers begin; 0 if they contain only answers."""
     for turns, name in ((better, "chosen"), (worse, "rejected")):
         if turns[-1]["role"] != "assistant":
             raise Fault(f"{name} ends with a turn of the {turns[-1]['role']}, not of the assistant")
@@ -136,7 +136,7 @@ def _start_of_answers(better: list[Any], worse: list[Any], prompt: list[Any] | N
 
 
 def _given_prompt(row: Row) -> tuple[str, Any]:
-    """The prompt by its usual names: prompt, instruction (+ input), question, or input; and that name."""
+    """Column name and value of the prompt: prompt, instruction (+ input), question, or input."""
     if row.get("prompt") is not None:
         return "prompt", row["prompt"]
     if isinstance(row.get("instruction"), str):
@@ -150,13 +150,13 @@ def _instruction(row: Row) -> str:
 
 
 def _with_steps(row: Row, prompt: str) -> str:
-    """Step-DPO: the steps before the one that is judged stand between the question and the answers."""
+    """Step-DPO: the steps before the compared one follow the question."""
     steps = row.get("initial_reason_steps")
     return prompt if is_empty(steps) else f"{prompt}\n\n{text(row, 'initial_reason_steps')}"
 
 
 def sharegpt(row: Row) -> Pair:
-    """LLaMA-Factory's pairs: `conversations` is the prompt, `chosen` and `rejected` one message each."""
+    """LLaMA-Factory's pairs: `conversations` is the prompt, `chosen` and `rejected` are one message each."""
     tools = read_tools(row)
     prompt, _ = read_prompt(row, read_messages(row, row.get("conversations"), "conversations"), tools=tools)
     sides = [read_answer(row, row.get(name), name) for name in ("chosen", "rejected")]
@@ -165,7 +165,7 @@ def sharegpt(row: Row) -> Pair:
 
 
 def pandalm(row: Row) -> Pair | None:
-    """Two responses with the annotators' votes (1, 2, or 0 for a tie); None where no majority prefers one."""
+    """Two responses with annotators' votes (1, 2, or 0 for a tie); None without a majority."""
     votes = []
     for name in sorted(key for key in row if isinstance(key, str) and key.startswith("annotator")):
         vote = str(row[name]).strip().removesuffix(".0")
@@ -221,17 +221,17 @@ def prompts(row: Row) -> Prompt:
     return Prompt(*read_prompt(row, value, "prompt", tools), tools=tools)
 
 
-# --- what rows look like ------------------------------------------------------------------------------------
+# --- recognition of rows ------------------------------------------------------------------------------------
 
 
 def is_hh(row: Row) -> bool:
-    """Two transcripts and no prompt of their own."""
+    """Two transcripts without a separate prompt."""
     both = row.get("chosen"), row.get("rejected")
     return row.get("prompt") is None and all(isinstance(t, str) and ASSISTANT in t for t in both)
 
 
 def is_prompt_pairs(row: Row) -> bool:
-    """Two answers, and a prompt beside or inside them."""
+    """Two answers with a prompt, either separate or inside them."""
     if not has(row, "chosen", "rejected") or row.get("conversations") is not None:
         return False
     if is_hh(row):
@@ -248,7 +248,7 @@ def is_kto(row: Row) -> bool:
     return is_flag(row.get("label")) and answered
 
 
-# Beside a prompt, columns so named hold answers, or what was found of them.
+# Columns with these prefixes contain answers, or judgements of answers.
 _ANSWERS = (
     "answer", "chosen", "rejected", "completion", "messages", "conversation", "response", "label_confidence",
     "output", "generation", "candidate", "summaries", "replies", "rank", "winner", "score",
@@ -256,12 +256,12 @@ _ANSWERS = (
 
 
 def is_turns(value: object) -> bool:
-    """Whether an object is a message, or messages as Parquet's nested columns hold them."""
+    """Whether an object is a message, or messages in the form of Parquet's nested columns."""
     return isinstance(value, dict) and bool({"role", "from"} & value.keys())
 
 
 def is_prompts(row: Row) -> bool:
-    """A prompt or text, and nothing that holds an answer or what was found of one."""
+    """A prompt or text, without answers or judgements of answers."""
     answered = any(not is_empty(row[key]) and str(key).lower().startswith(_ANSWERS) for key in row)
     tree = isinstance(row.get("prompt"), dict) and "replies" in row["prompt"]
     # A message of a tree or of a log: its speaker may be the assistant.

@@ -1,6 +1,6 @@
-"""A row of a file, what it may become, and how its fields are read.
+"""Row and record types, and typed access to the fields of a row.
 
-An adapter raises `Fault` for a row that it cannot use; the reader of records keeps such a row, marked.
+An adapter raises `Fault` for a row that it cannot use. Such a row is kept with the reason in `fault`.
 """
 
 import json
@@ -13,14 +13,14 @@ Kind = Literal["pairs", "unpaired", "prompts"]
 
 
 class Fault(Exception):
-    """Why one row cannot be used."""
+    """A row cannot be used; the message is the reason."""
 
 
 class Pair(NamedTuple):
-    """A prompt with a better and a worse answer. `*_ended`: the answer is complete, not cut off. `agreement`:
-    share of votes for the better answer, None where nobody counted. `tools`: JSON list of the functions that
-    the model may call, "" where there are none. `answer_chat`: the answers are JSON lists of messages.
-    `margin`: score of the better answer minus that of the worse one, None without scores."""
+    """A prompt with a chosen and a rejected answer. `*_ended`: the answer is complete, not cut off.
+    `agreement`: share of votes for the chosen answer, None if unknown. `tools`: JSON list of the functions
+    that the model may call, "" if there are none. `answer_chat`: the answers are JSON lists of messages.
+    `margin`: score of the chosen answer minus that of the rejected one, None without scores."""
 
     prompt: str
     chat: bool
@@ -37,7 +37,7 @@ class Pair(NamedTuple):
 
 
 class Unpaired(NamedTuple):
-    """A prompt with one answer that was found good (label True) or bad."""
+    """A prompt with one answer, labelled desirable (True) or undesirable."""
 
     prompt: str
     chat: bool
@@ -51,7 +51,7 @@ class Unpaired(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """A prompt alone."""
+    """A prompt without an answer."""
 
     prompt: str
     chat: bool
@@ -64,9 +64,9 @@ Record = Pair | Unpaired | Prompt
 
 
 class Ranked(NamedTuple):
-    """A prompt with any number of answers, each `(answer, score, number of its row)`: more is better.
+    """A prompt with any number of answers, each `(answer, score, number of its row)`; higher is better.
 
-    `scored` is False where the scores are places in a ranking, whose differences measure nothing."""
+    `scored` is False if the scores are ranks, whose differences have no meaning."""
 
     prompt: str
     chat: bool
@@ -76,13 +76,13 @@ class Ranked(NamedTuple):
 
 
 class SourceRow(Row):
-    """A row that remembers which of its columns were read, and counts what is worth a remark."""
+    """A row that records which of its columns were read, and collects remarks."""
 
     def __init__(self, row: Row, number: int = 0, *, as_chat: bool = False) -> None:
         super().__init__(row)
         self.number = number
         self.as_chat = as_chat
-        """Whether a bare prompt becomes a user's turn: other rows of the set have a system text."""
+        """Whether a text prompt becomes a user turn, because other rows of the set have a system text."""
         self.was_read: set[str] = set()
         self.remarks: list[str] = []
 
@@ -95,18 +95,18 @@ class SourceRow(Row):
         return super().__getitem__(key)
 
     def unread(self) -> list[str]:
-        """The columns that hold something and were never asked for."""
+        """The columns that are not empty and were not read."""
         return [key for key, value in self.items() if key not in self.was_read and not is_empty(value)]
 
 
 def remark(row: Row, text: str) -> None:
-    """Count something that the user is told of after reading."""
+    """Add a remark, which is reported to the user after reading."""
     if isinstance(row, SourceRow):
         row.remarks.append(text)
 
 
 def is_empty(value: object) -> bool:
-    """Whether a field holds nothing: null, NaN, or an empty text, list or object."""
+    """Whether a value is null, NaN, or an empty text, list or object."""
     if isinstance(value, float):
         return math.isnan(value)
     return value is None or (isinstance(value, str | list | dict | tuple) and not value)
@@ -119,10 +119,10 @@ def type_of(value: object) -> str:
 
 
 def text(row: Row, name: str) -> str:
-    """A field that must be a string.
+    """A required string field.
 
     Raises:
-        Fault: it is missing, or something else.
+        Fault: it is missing or not a string.
     """
     value = row.get(name)
     if value is None:
@@ -133,7 +133,7 @@ def text(row: Row, name: str) -> str:
 
 
 def optional_text(row: Row, *names: str) -> tuple[str, str]:
-    """The first of the fields that holds something, and its name; "" where none does."""
+    """The first field that is not empty, and its name; "" if all are empty."""
     for name in names:
         if not is_empty(row.get(name)):
             return text(row, name), name
@@ -144,7 +144,7 @@ _TRUTH = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0
 
 
 def is_flag(value: object) -> bool:
-    """Whether a value can be read as true or false. CSV files hold it as a word, pandas as 1.0 or 0.0."""
+    """Whether a value can be read as true or false; CSV files contain words, pandas 1.0 or 0.0."""
     return not isinstance(value, list | dict) and str(value).strip().lower() in _TRUTH
 
 
@@ -163,30 +163,30 @@ def flag(row: Row, name: str) -> bool:
 
 
 def number(row: Row, name: str) -> float | None:
-    """A number, which CSV files hold as text; None where the field is empty.
+    """An optional number, also as text as in CSV files; None if the field is empty.
 
     Raises:
-        Fault: it is something else, infinite, or too large for a float.
+        Fault: it is not a number, infinite, or too large for a float.
     """
     value = row.get(name)
     if is_empty(value):
         return None
     try:
-        found = math.inf if isinstance(value, bool | list | dict) else float(value or 0)
+        parsed = math.inf if isinstance(value, bool | list | dict) else float(value or 0)
     except (TypeError, ValueError, OverflowError):
-        found = math.inf
-    if math.isnan(found):
+        parsed = math.inf
+    if math.isnan(parsed):
         return None
-    if math.isinf(found):
+    if math.isinf(parsed):
         raise Fault(f"{name} is {str(value)[:20]!r}, not a number")
-    return found
+    return parsed
 
 
 def required_number(row: Row, name: str) -> float:
-    """A number that must be there.
+    """A required number.
 
     Raises:
-        Fault: it is missing, or something else.
+        Fault: it is missing or not a number.
     """
     value = number(row, name)
     if value is None:
@@ -195,10 +195,10 @@ def required_number(row: Row, name: str) -> float:
 
 
 def objects(value: object, name: str) -> list[Row]:
-    """A list of objects; also written as an object of equally long lists, as Parquet's nested columns are.
+    """A list of objects, or an object of equally long lists as in Parquet's nested columns.
 
     Raises:
-        Fault: it is something else.
+        Fault: it is neither.
     """
     if isinstance(value, dict) and value and all(isinstance(v, list) or v is None for v in value.values()):
         columns = {key: column for key, column in value.items() if column is not None}
@@ -213,7 +213,7 @@ def objects(value: object, name: str) -> list[Row]:
 
 
 def has(row: Row, *names: str) -> bool:
-    """Whether all these fields hold something."""
+    """Whether none of these fields is null."""
     return all(row.get(name) is not None for name in names)
 
 
@@ -221,13 +221,13 @@ def compact(value: object) -> str:
     """Compact JSON.
 
     Raises:
-        ValueError: it holds a number that JSON does not have (NaN, infinity).
+        ValueError: the value contains NaN or infinity.
     """
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 def unreadable(row: Row) -> str:
-    """Why the file's reader could not read the whole row; "" where it could."""
-    if None in row:  # what the CSV reader names the fields beyond the header's
+    """The reason why the file's reader could not read the row; "" if it could."""
+    if None in row:  # the CSV reader's key for fields beyond the header
         return "the row has more fields than the header"
     return str(row.get(UNREADABLE, ""))

@@ -1,7 +1,7 @@
-"""Conversations: the many ways in which files write them, and the one in which the canonical table does.
+"""Converts conversations from the forms found in files to canonical messages.
 
-A canonical message has `role` and `content`, and where they hold something `reasoning_content`, `tool_calls`,
-`name` and `tool_call_id`, in this order.
+A canonical message has `role` and `content`, and if not empty `reasoning_content`, `tool_calls`, `name` and
+`tool_call_id`, in this order.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from dpo_core.data.layouts.structured import parse_source
 Message = dict[str, Any]
 Messages = list[Message]
 
-# The names of the speakers in the wild, and the ones that chat templates know.
+# Names of speakers in data files, and the roles of chat templates.
 ROLES = {
     "system": "system",
     "developer": "system",
@@ -46,15 +46,15 @@ ROLES = {
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _PAYLOADS = ("image", "images", "audio", "video", "videos", "file", "files")
 _READ = {"role", "from", "content", "value", "tool_calls", "function_call", "name", "tool_call_id"}
-# What says nothing that a model could learn: remarks leave it out.
+# Fields without content to learn, for which there is no remark.
 _HARMLESS = {"id", "message_id", "index", "timestamp", "created_at", "num_tokens", "loss", "turn_identifier"}
 
 
 def read_messages(row: Row, value: object, name: str) -> Messages:
-    """Messages as `{role, content}` or `{from, value}`; a single message may stand without its list.
+    """Messages as `{role, content}` or `{from, value}`, in a list or a single one.
 
     Raises:
-        Fault: a message is no object, or has a role or content that no template could write.
+        Fault: a message is not an object, or has an unknown role or unsupported content.
     """
     single = isinstance(value, dict) and any(isinstance(value.get(key), str) for key in ("role", "from"))
     listed = [value] if single else value
@@ -129,7 +129,7 @@ def _content(message: Row, name: str, *, optional: bool) -> str:
 
 
 def _tool_calls(message: Row, name: str) -> list[Row]:
-    """Calls as `{type, function: {name, arguments}}`; templates expect the arguments as an object."""
+    """Calls as `{type, function: {name, arguments}}`, with the arguments as an object as templates expect."""
     value = message.get("tool_calls")
     if is_empty(value) and not is_empty(message.get("function_call")):
         value = message["function_call"]  # the older form, one call
@@ -162,7 +162,7 @@ def read_tools(row: Row) -> str:
     """The functions that the model may call, as compact JSON in the form of chat templates; "" for none.
 
     Raises:
-        Fault: `tools` (or `functions`) is no list of objects with names.
+        Fault: `tools` (or `functions`) is not a list of objects with names.
     """
     name = "tools" if not is_empty(row.get("tools")) else "functions"
     value = row.get(name)
@@ -227,10 +227,10 @@ def read_prompt(row: Row, value: object, name: str = "prompt", tools: str = "") 
 
 
 def add_system(turns: Messages, system: str) -> Messages:
-    """The turns behind the row's system text.
+    """The turns with the row's system text in front.
 
     Raises:
-        Fault: they begin with another system text.
+        Fault: they begin with a different system text.
     """
     if not system or turns[:1] == [{"role": "system", "content": system}]:
         return turns
@@ -240,7 +240,7 @@ def add_system(turns: Messages, system: str) -> Messages:
 
 
 def _history(row: Row) -> Messages:
-    """Earlier turns: LLaMA-Factory's pairs of a question and its answer, or messages."""
+    """Earlier turns, as LLaMA-Factory's pairs of question and answer or as messages."""
     value = row.get("history")
     if isinstance(value, str):
         value = parse_source(value) if value.strip() else None
@@ -259,7 +259,7 @@ def _history(row: Row) -> Messages:
 
 
 def read_answer(row: Row, value: object, name: str) -> Messages:
-    """The turns of an answer: text, one message, or several that begin and end with the assistant's."""
+    """The turns of an answer: text, one message, or several that begin and end with the assistant."""
     if isinstance(value, str):
         return [{"role": "assistant", "content": value}]
     turns = read_messages(row, value, name)
@@ -268,10 +268,10 @@ def read_answer(row: Row, value: object, name: str) -> Messages:
 
 
 def check_answer(turns: Messages, name: str) -> None:
-    """An answer begins and ends with the assistant, and nothing in it stands twice in a row.
+    """Check that an answer begins and ends with the assistant, without system or repeated assistant turns.
 
     Raises:
-        Fault: it does not.
+        Fault: the check fails.
     """
     if not turns:
         raise Fault(f"{name} has no turn of the assistant")
@@ -285,23 +285,23 @@ def check_answer(turns: Messages, name: str) -> None:
 
 
 def write_answers(*answers: Messages) -> tuple[list[str], bool]:
-    """The canonical answers of a row, and whether they are JSON lists of messages: where one of them is more
-    than a single text (tool calls, reasoning, several turns), all are."""
+    """The canonical answers of a row, and whether they are JSON lists of messages. All are if one of them is
+    more than a single text (tool calls, reasoning, several turns)."""
     plain = all(len(turns) == 1 and turns[0].keys() == {"role", "content"} for turns in answers)
     if plain:
         return [turns[0]["content"] for turns in answers], False
     for turns in answers:
         if turns[-1].keys() == {"role", "content"} and not turns[-1]["content"].strip():
-            # As JSON it would not look empty to the gate's rules for empty answers.
+            # As JSON it would not be empty for the gate's rules for empty answers.
             raise Fault("an answer is empty, or its last turn is")
     return [_json(turns, "an answer") for turns in answers], True
 
 
 def common_turns(better: Messages, worse: Messages) -> int:
-    """How many turns two conversations share before the answers begin.
+    """The number of common turns of two conversations before the answers begin.
 
     Raises:
-        Fault: they part at a turn that is not the assistant's.
+        Fault: the first different turn is not the assistant's.
     """
     if better[:-1] == worse[:-1]:
         return len(better) - 1

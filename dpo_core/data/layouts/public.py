@@ -1,6 +1,6 @@
-"""Adapters for the layouts of public preference data sets, and for answers that carry scores or ranks.
+"""Adapters for public preference data sets (HelpSteer, SHP, PKU-SafeRLHF, TL;DR, WebGPT, Chatbot Arena).
 
-Column names are those of the sets' cards on the Hugging Face hub.
+Column names are those of the data set cards on the Hugging Face hub.
 """
 
 import re
@@ -35,14 +35,14 @@ from dpo_core.data.layouts.structured import parse_source
 def _better(
     row: Row, prompt: Any, answers: tuple[Any, Any], better: int, margin: float | None = None
 ) -> Pair:
-    """The pair of two answers, which are text, of which number `better` (0 or 1) is chosen."""
+    """The pair of two text answers, of which number `better` (0 or 1) is chosen."""
     tools = read_tools(row)
     canonical, chat = read_prompt(row, prompt, tools=tools)
     return Pair(canonical, chat, answers[better], answers[1 - better], tools=tools, margin=margin)
 
 
 def _side(row: Row, name: str) -> int:
-    """A choice between 0 and 1, which files also hold as text or as truth values."""
+    """A choice of 0 or 1, also as text or as a truth value."""
     value = row.get(name)
     side = float(value) if isinstance(value, bool) else required_number(row, name)
     if side not in (0, 1):
@@ -50,7 +50,7 @@ def _side(row: Row, name: str) -> int:
     return int(side)
 
 
-# --- two answers and a verdict ----------------------------------------------------------------------------
+# --- two answers and a preference -------------------------------------------------------------------------
 
 # HelpSteer2 writes the turns of a conversation into one text.
 _EXTRA_ID = re.compile(r"\n?<extra_id_1>(User|Assistant)\n")
@@ -66,7 +66,7 @@ def _helpsteer_turns(prompt: str) -> str | Messages:
         for role, content in zip(parts[1::2], parts[2::2], strict=True)
     ]
     if turns[-1] == {"role": "assistant", "content": ""}:
-        turns.pop()  # where the answer begins
+        turns.pop()  # the start of the answer
     return turns
 
 
@@ -90,7 +90,7 @@ def helpsteer3(row: Row) -> Pair | None:
 
 
 def shp(row: Row) -> Pair:
-    """A post (history) and two comments; labels is 1 where A was preferred."""
+    """A post (history) and two comments; labels is 1 if A was preferred."""
     scores = [number(row, f"score_{side}") for side in "AB"]
     better = 1 - _side(row, "labels")
     margin = None if scores[0] is None or scores[1] is None else (scores[0] - scores[1]) * (1 - 2 * better)
@@ -146,20 +146,20 @@ def webgpt(row: Row) -> Pair | None:
 
 
 def is_arena(row: Row) -> bool:
-    """Battles with a `winner`, or Kaggle's table of them with one column for each outcome."""
+    """Battles with a `winner`, or Kaggle's table with one column per outcome."""
     return has(row, "conversation_a", "conversation_b", "winner") or has(
         row, "prompt", "response_a", "response_b", "winner_model_a", "winner_model_b"
     )
 
 
 def arena(row: Row) -> Pair | None:
-    """The winner's conversation is chosen; None for ties. The answer is all that follows the common start."""
+    """The winner's conversation is chosen; None for ties. The answer is the part after the common start."""
     sides: list[Messages] = []
     if row.get("conversation_a") is not None:
         better = _winner(row)
         sides = [read_messages(row, row.get(f"conversation_{s}"), f"conversation_{s}") for s in "ab"]
         turn = number(row, "turn") if not is_empty(row.get("judge")) else None
-        if turn is not None:  # MT-bench: the verdict is on this turn, what follows was not judged
+        if turn is not None:  # MT-bench: only the turns up to this one were judged
             sides = [_until_turn(turns, int(turn)) for turns in sides]
     else:
         better = next((i for i, s in enumerate("ab") if _side(row, f"winner_model_{s}")), None)
@@ -201,10 +201,10 @@ def _until_turn(turns: Messages, turn: int) -> Messages:
 def _texts(row: Row, name: str) -> list[str]:
     """Kaggle's turns: a JSON list of texts."""
     value = row.get(name)
-    found = parse_source(value) if isinstance(value, str) else value
-    if not isinstance(found, list) or not all(isinstance(t, str) for t in found):
+    texts = parse_source(value) if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
         raise Fault(f"{name} is not a JSON list of texts")
-    return found
+    return texts
 
 
 FORMATS = {
@@ -239,7 +239,7 @@ FORMATS = {
     ),
     "pku-saferlhf-safer": Adapter(
         "pairs",
-        "the same rows, of which safer_response_id decides",
+        "the same rows, with safer_response_id as the preference",
         lambda row: (
             has(row, "prompt", "response_0", "response_1", "safer_response_id")
             and row.get("better_response_id") is None

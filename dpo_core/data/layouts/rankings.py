@@ -1,4 +1,4 @@
-"""Answers with scores or ranks: lists in one row, one answer a row, conversation trees; and their pairs."""
+"""Adapters for answers with scores or ranks (lists, single rows, conversation trees), and their pairs."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -25,14 +25,14 @@ from dpo_core.data.layouts.messages import ROLES, Messages, chat_prompt, read_pr
 
 _LISTS = ("answers", "completions", "responses", "candidates", "generations", "outputs", "choices")
 _TEXTS = ("answer", "response", "text", "completion", "content", "output", "generation")
-# UltraFeedback's overall_score is known to be wrong for some answers: the mean of its ratings goes first.
+# UltraFeedback's overall_score is known to be wrong for some answers: the mean of its ratings is preferred.
 _ITEM_SCORES = ("fine-grained_score", "score", "overall_score", "rating", "reward", "pm_score")
 _RANKS = ("rank", "ranking")
 _PARALLEL = ("scores", "ratings", "rewards", "rating", "score", "ranks", "rankings", "rank")
 
 
 def _list_of(row: Row) -> str | None:
-    """The column that holds the ranked answers."""
+    """The column of the ranked answers."""
     for name in _LISTS:
         value = row.get(name)
         if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
@@ -54,12 +54,12 @@ def _prompt_name(row: Row) -> str | None:
 
 
 def is_ranked(row: Row) -> bool:
-    """A prompt and one list of answers that are ordered by something."""
+    """A prompt and a list of answers with scores or ranks."""
     return _prompt_name(row) is not None and row.get("chosen") is None and _list_of(row) is not None
 
 
 def ranked(row: Row) -> Ranked:
-    """UltraFeedback, Nectar, Stack Exchange preferences, and lists of their kind."""
+    """UltraFeedback, Nectar, Stack Exchange preferences, and similar lists."""
     name, column = _prompt_name(row), _list_of(row)
     if name is None:
         raise Fault("prompt is missing")
@@ -69,7 +69,7 @@ def ranked(row: Row) -> Ranked:
             return Ranked(prompt, chat, tools, [])
         raise Fault("there is no list of answers with a score or a rank each")
     if not chat and prompt.endswith("Assistant: "):
-        # The blank belongs to the answer, as in HH: tokenizers join it with the word that follows.
+        # The space belongs to the answer, as in HH: tokenizers join it with the next word.
         prompt, space = prompt[:-1], " "
     where = row.number if isinstance(row, SourceRow) else 0
     value = row[column]
@@ -121,7 +121,7 @@ _SCORE_NAMES = ("score", "rating", "reward", "overall_score", "helpfulness", "ra
 
 
 def is_scored(row: Row) -> bool:
-    """A prompt, one answer and a number; a row with a label as well is an answer judged by itself."""
+    """A prompt, one answer and a number; a row that also has a label is an unpaired row."""
     if _prompt_name(row) is None or has(row, "chosen") or has(row, "label") or has(row, "message_id"):
         return False
     answer = any(isinstance(row.get(name), str) for name in _ANSWER_NAMES)
@@ -136,7 +136,7 @@ def _is_number(value: object) -> bool:
 
 
 def scored(row: Row) -> Scored:
-    """`{prompt, answer, score}`; HelpSteer's ratings count by helpfulness."""
+    """`{prompt, answer, score}`; for HelpSteer the score is the helpfulness."""
     name = _prompt_name(row)
     if name is None:
         raise Fault("prompt is missing")
@@ -153,8 +153,8 @@ def by_prompt(parts: list[tuple[int, Scored]], remarks: Counter[str]) -> Iterabl
     """One ranked list for each prompt, in the order in which the prompts appear."""
     lists: dict[tuple[str, bool, str], Ranked] = {}
     for row, part in parts:
-        one = Ranked(part.prompt, part.chat, part.tools, [], scored=not part.ranks)
-        lists.setdefault(part[:3], one).answers.append((part.answer, part.score, row))
+        empty = Ranked(part.prompt, part.chat, part.tools, [], scored=not part.ranks)
+        lists.setdefault(part[:3], empty).answers.append((part.answer, part.score, row))
     return lists.values()
 
 
@@ -169,7 +169,7 @@ class Node(NamedTuple):
 
 
 def is_oasst(row: Row) -> bool:
-    """A message with its parent's id, or a whole tree under `prompt`."""
+    """A message with its parent's id, or a full tree under `prompt`."""
     tree = row.get("prompt")
     if isinstance(tree, dict):
         return "replies" in tree and isinstance(tree.get("text"), str)
@@ -177,7 +177,7 @@ def is_oasst(row: Row) -> bool:
 
 
 def oasst(row: Row) -> list[Node]:
-    """The messages of a row: one, or those of a tree."""
+    """The messages of a row: one message or all messages of a tree."""
     waiting = [(row["prompt"] if isinstance(row.get("prompt"), dict) else row, row.get("parent_id"))]
     nodes: list[Node] = []
     while waiting:
@@ -199,7 +199,7 @@ def oasst(row: Row) -> list[Node]:
 
 
 def by_tree(parts: list[tuple[int, list[Node]]], remarks: Counter[str]) -> Iterable[Ranked]:
-    """The ranked replies of the assistant to each message, with the conversation that led there."""
+    """The ranked replies of the assistant to each message, with the conversation before them."""
     nodes = {node.id: node for _, listed in parts for node in listed}
     lists: dict[str, Ranked] = {}
     for row, listed in parts:
@@ -216,7 +216,7 @@ def by_tree(parts: list[tuple[int, list[Node]]], remarks: Counter[str]) -> Itera
 
 
 def _path(nodes: dict[str, Node], last: str) -> Messages | None:
-    """The turns from the root to a message; None where one is missing, or is its own ancestor."""
+    """The turns from the root to a message; None if one is missing or they form a cycle."""
     turns: Messages = []
     at: str | None = last
     seen: set[str] = set()
@@ -234,8 +234,8 @@ def _path(nodes: dict[str, Node], last: str) -> Messages | None:
 
 
 def pairs_of(ranked: Ranked, mode: str) -> list[tuple[Pair, int]]:
-    """Pairs of a ranked list with the row of the chosen answer: `best_worst` is one pair, `adjacent` each
-    answer with the next worse one, `all` every two. Equal scores prefer neither and make no pair."""
+    """Pairs of a ranked list with the row of the chosen answer. `best_worst`: one pair; `adjacent`: each
+    answer with the next worse one; `all`: every two answers. Equal scores make no pair."""
     order = sorted(ranked.answers, key=lambda answer: -answer[1])
     last = len(order) - 1
     places = {

@@ -1,4 +1,4 @@
-"""Columns that hold JSON or Python source as text: messages that a CSV export or pandas wrote out."""
+"""Parses columns that contain JSON or Python literals as text, as in CSV exports and pandas output."""
 
 import ast
 import json
@@ -6,15 +6,15 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-# Longer texts are no exported messages that anybody would want parsed by the slower of the two parsers.
+# Longer texts are not exported messages; they are not given to the slower parser.
 _LONGEST = 2**20
 _SPEAKER = ("role", "from")
-# Columns whose lists hold something else than messages.
+# Columns whose lists do not contain messages.
 _LISTS = ("answers", "completions", "responses", "candidates", "generations", "summaries", "info", "question")
 
 
 def parse_source(text: str) -> Any:
-    """What a JSON or Python literal stands for; None where the text is neither list nor object."""
+    """The value of a JSON or Python literal; None if the text is neither a list nor an object."""
     bare = text.strip()
     if not (bare.startswith(("[", "{")) and bare.endswith(("]", "}"))):
         return None
@@ -24,7 +24,7 @@ def parse_source(text: str) -> Any:
         pass
     if len(bare) > _LONGEST:
         return None
-    # numpy's repr, which pandas writes for a column of lists, has no commas between objects.
+    # pandas writes a column of lists as numpy's repr, which has no commas between objects.
     for source in (bare, re.sub(r"\}\s+\{", "}, {", bare)):
         try:
             value = ast.literal_eval(source)
@@ -48,8 +48,8 @@ def is_conversation(value: object) -> bool:
 
 
 def columns_of_source(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """The columns of which at least half of the texts are lists or objects written out as source."""
-    found = []
+    """The columns in which at least half of the texts are lists or objects written as source."""
+    columns = []
     for name in dict.fromkeys(key for row in rows for key in row if isinstance(key, str)):
         texts = [row[name] for row in rows if isinstance(row.get(name), str) and row[name].strip()]
         values = [parse_source(value) for value in texts]
@@ -57,5 +57,5 @@ def columns_of_source(rows: Sequence[dict[str, Any]]) -> list[str]:
             is_conversation(v) or (name in _LISTS and isinstance(v, list | dict) and bool(v)) for v in values
         )
         if texts and 2 * hits >= len(texts):
-            found.append(name)
-    return found
+            columns.append(name)
+    return columns

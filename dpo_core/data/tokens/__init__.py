@@ -1,1 +1,1 @@
-"""From text to tokens: chat templates, what is learnt of them, and where conversations are cut."""
+"""Tokenisation: chat templates, the tokens that carry loss, and truncation of conversations."""

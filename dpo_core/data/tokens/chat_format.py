@@ -1,16 +1,16 @@
-"""Which tokens of a rendered conversation the assistant has to write: its turn, as the template ends it.
+"""Finds the tokens of a rendered conversation that the assistant writes and that therefore carry loss.
 
-An answer is what the template writes for prompt and answer less what it writes for the prompt with the
-assistant's turn opened: a channel header or an empty think block belongs to it, and so does the end of the
-turn. What follows the end (a line break, or an end of text after it) is not learnt.
+The answer is the rendering of prompt and answer minus the rendering of the prompt with the assistant's turn
+opened. It includes a channel header or an empty think block, and the end of the turn. Text after the end of
+the turn (a line break, or an end-of-text token) carries no loss.
 
-The template itself shows where a turn ends: a mark is put behind the answer's last text, and what is written
-after the mark is compared with what is written there when another turn follows. The last control token that
-both share is the end, else the first one after the answer. A template that writes none ends an answer with
-the token that opens the next turn.
+The end of a turn is found by rendering: a mark is placed after the answer's last text, and the text after the
+mark is compared with the text there when another turn follows. The end is the last control token that both
+have in common, otherwise the first one after the answer. If a template writes none, an answer ends with the
+token that opens the next turn.
 
 Text is data: a control token spelled out in a message is rendered between two private marks, so that it is
-encoded as text while those that the template writes become control.
+encoded as text, while the control tokens of the template are encoded as control tokens.
 """
 
 import re
@@ -22,7 +22,7 @@ from typing import Any
 
 from dpo_core.data.tokens.chat_template import REASONING, ChatTemplate, Message, TemplateError
 
-# Private-use characters: around a control token that a message spells out, and behind an answer's texts.
+# Private-use characters: around a control token that a message spells out, and after an answer's texts.
 _OPEN, _CLOSE, _END = "\U000f5a01", "\U000f5a02", "\U000f5a03"
 _WORD = "Xq7Zword"  # stands for a message's text
 _MARKS = re.compile(f"[{_OPEN}{_CLOSE}]")
@@ -33,25 +33,25 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as text, and the parts of it that are learnt.
+    """A conversation as text, with the spans that carry loss.
 
-    The text may hold marks around control tokens that are data (see `ChatFormat.encode`).
+    The text may contain marks around control tokens that are data (see `ChatFormat.encode`).
     """
 
     text: str
-    """Up to the last learnt character."""
+    """The text up to the last character that carries loss."""
     start: int
-    """Where the prompt ends: its text with the assistant's turn opened."""
+    """End of the prompt, which includes the opening of the assistant's turn."""
     spans: list[Span]
-    """Learnt characters, in order."""
+    """Character spans that carry loss, in order."""
 
 
 class ChatFormat:
-    """How one tokenizer's template writes turns.
+    """The way in which one tokenizer's template writes turns.
 
     Args:
-        template: the template with the moment and the variables that it reads.
-        tokenizer: with the template's control tokens among its added tokens.
+        template: the template with its time and variables.
+        tokenizer: its added tokens include the template's control tokens.
     """
 
     def __init__(self, template: ChatTemplate, tokenizer: Any) -> None:
@@ -67,14 +67,14 @@ class ChatFormat:
     # --- text ---------------------------------------------------------------------------------------------
 
     def write(self, messages: list[Message], tools: list[Any] | None, *, opened: bool) -> str:
-        """The conversation's text, with marks around control tokens that stand in the messages themselves."""
+        """The conversation's text, with marks around control tokens that are part of the messages."""
         self._require_places(messages, tools)
         text = self.template.render(messages, tools, opened=opened)
         self._require_texts(messages, tools, opened=opened)
         spelled = set(_found(self._control, (messages, tools)))
         if not spelled:
             return text
-        # A template that looks for a token (</think>) would miss it between marks: it stays as it is.
+        # A template that searches for a token (</think>) would not find it between marks; leave it unmarked.
         marked = text
         for tokens in [spelled, *({token} for token in sorted(spelled, key=len, reverse=True))]:
             pattern = _any_of(tokens)
@@ -86,11 +86,11 @@ class ChatFormat:
         return marked
 
     def encode(self, text: str) -> list[int]:
-        """Ids of marked text: control tokens outside marks are control, those between marks are text."""
+        """Ids of marked text: control tokens between marks are encoded as text, others as control tokens."""
         if not _MARKS.search(text):
             return list(self.tokenizer.encode(text, add_special_tokens=False))
         ids: list[int] = []
-        # What is between two of the template's control tokens is encoded as one text.
+        # The text between two of the template's control tokens is encoded in one piece.
         pieces = re.split(f"({_OPEN}.*?{_CLOSE})|({self._control.pattern})", text, flags=re.DOTALL)
         run = ""
         for at in range(0, len(pieces), 3):
@@ -109,18 +109,18 @@ class ChatFormat:
         return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
 
     def _require_places(self, messages: list[Message], tools: list[Any] | None) -> None:
-        """Refuse what the template would leave out without a word."""
+        """Refuse parts of messages that the template would silently leave out."""
         keys = {key for m in messages for key in ("tool_calls", *REASONING) if m.get(key)}
         for key in [*sorted(keys), *(["tools"] if tools else [])]:
             if not self.template.has_place_for(key):
                 raise TemplateError(
-                    f"the chat template has no place for {key}",
-                    "Take it out of the data, or set model.chat_template to a template that writes it",
+                    f"the chat template does not support {key}",
+                    "Remove it from the data, or set model.chat_template to a template that writes it",
                 )
 
     def _require_texts(self, messages: list[Message], tools: list[Any] | None, *, opened: bool) -> None:
-        """Refuse a message whose text the template leaves out: many know no system or tool turns, or write
-        calls without the text beside them."""
+        """Refuse a message whose text the template leaves out: many support no system or tool turns, or write
+        tool calls without the message's text."""
         for at, message in enumerate(messages):
             called = bool(message.get("tool_calls"))
             shape = (str(message["role"]), called, at == 0, at == len(messages) - 1)
@@ -131,7 +131,7 @@ class ChatFormat:
                 beside = " beside its tool_calls" if called else ""
                 raise TemplateError(
                     f"the chat template leaves out the text of message {at + 1} ({message['role']}){beside}",
-                    "Take it out of the data, or set model.chat_template to a template that writes it",
+                    "Remove it from the data, or set model.chat_template to a template that writes it",
                 )
             self._read.add(shape)
 
@@ -146,15 +146,15 @@ class ChatFormat:
         ended: bool,
         every_turn: bool,
     ) -> Rendered:
-        """Prompt and answer as one text, with what is learnt of it.
+        """Prompt and answer as one text, with the spans that carry loss.
 
         Args:
-            turns: of the answer: the last is the assistant's.
-            ended: whether the last turn's end is written too.
-            every_turn: learn all turns of the assistant in the answer; else the last alone.
+            turns: the answer's turns; the last is the assistant's.
+            ended: whether to write the end of the last turn.
+            every_turn: whether all assistant turns of the answer carry loss, or only the last.
 
         Raises:
-            TemplateError: the template writes an answer that does not continue the prompt.
+            TemplateError: the rendered answer does not continue the rendered prompt.
         """
         whole = prompt + turns
         text = self.write(whole, tools, opened=False)
@@ -182,9 +182,9 @@ class ChatFormat:
         for (begin, _), k in zip(spans, [*learnt, last], strict=True):
             if self.opens_reasoning and text.startswith(self.header, begin):
                 raise TemplateError(
-                    f"message {k + 1} has no reasoning_content, and the chat template opens the assistant's "
+                    f"message {k + 1} has no reasoning_content, but the chat template opens the assistant's "
                     f"turn for it: the model would learn to write {_shown(self.header)} at once",
-                    "Set tokens.template_arguments (such as {enable_thinking: false}), or give the reasoning",
+                    "Set tokens.template_arguments (such as {enable_thinking: false}), or add the reasoning",
                 )
         return Rendered(text, len(opening), spans)
 
@@ -195,14 +195,14 @@ class ChatFormat:
         arguments = "Set tokens.template_arguments (such as {enable_thinking: false})"
         keep = "tokens.learn to last_turn, " if where else ""
         raise TemplateError(
-            f"the chat template writes the answer{where} otherwise than it opens the assistant's turn: after "
-            f"{_shown(start[max(0, at - 20) : at])} it opens with {_shown(start[at : at + 30])} and writes "
-            f"{_shown(text[at : at + 30])}",
-            f"{arguments}, {keep}or model.chat_template to a template that keeps turns as they were",
+            f"the chat template's answer{where} does not continue the opened assistant's turn: after "
+            f"{_shown(start[max(0, at - 20) : at])} the opening has {_shown(start[at : at + 30])}, the "
+            f"answer {_shown(text[at : at + 30])}",
+            f"{arguments}, {keep}or model.chat_template to a template that does not rewrite turns",
         )
 
     def _tail(self, messages: list[Message], tools: list[Any] | None, text: str) -> str:
-        """What the template writes after the last text of the last message."""
+        """The text that the template writes after the last message's text."""
         message = messages[-1]
         shape = tuple(sorted(key for key, value in message.items() if value))
         plain = not message.get("tool_calls")
@@ -218,7 +218,7 @@ class ChatFormat:
             probe = ""
         tail = probe.rpartition(_END)[2] if _END in probe else None
         if tail is None or not text.endswith(tail):
-            # The template shows the message changed: what ends other answers ends this one.
+            # The template changes the message: use the end of other answers.
             tail = text[text.rindex(self.end) :] if self.end and self.end in text else ""
         elif plain:
             self._tails[shape] = tail
@@ -226,7 +226,7 @@ class ChatFormat:
 
     @cached_property
     def _ways(self) -> tuple[str, str]:
-        """What the template writes after an answer: at the end, and when a user's turn follows."""
+        """The text that the template writes after an answer, at the end and before a user's turn."""
         marked = {"role": "assistant", "content": f"Yes{_END}"}
         user, system = {"role": "user", "content": "Well"}, {"role": "system", "content": "Be kind"}
         for front in ([user], [system, user]):
@@ -241,18 +241,18 @@ class ChatFormat:
 
     @cached_property
     def end(self) -> str:
-        """The control token that ends an answer, empty where the template writes none."""
+        """The control token that ends an answer; empty if the template writes none."""
         last, middle = self._ways
         both = _shared(last, middle)
         shared = [m for m in self._ends.finditer(last) if m.end() <= both]
-        found = shared[-1] if shared else self._ends.search(last)
-        return found.group() if found else ""
+        match = shared[-1] if shared else self._ends.search(last)
+        return match.group() if match else ""
 
     def bare(self, text: str, *, header: bool = True) -> str:
-        """An answer's own text, without what the template writes as text around it.
+        """An answer's own text, without the template's text around it.
 
         Args:
-            header: whether it may still begin with what the template writes in front of answers.
+            header: whether it may begin with the template's header of answers.
         """
         before, end, _ = self._ways[0].partition(self.end) if self.end else (self._ways[0], "", "")
         if not end and (written := self._ways[0].strip()):  # a turn that ends with text
@@ -261,22 +261,22 @@ class ChatFormat:
         return text.removesuffix(before)
 
     def _closing(self, tail: str, messages: list[Message], tools: list[Any] | None) -> str:
-        """The end of the last turn: of what the template writes after the answer, or what opens the next."""
+        """The end of the last turn: from the template's text after the answer, or the next turn's opening."""
         if self.end:
             at = tail.find(self.end)
-            found = self._ends.search(tail)
-            if at < 0 and found is None:
+            match = self._ends.search(tail)
+            if at < 0 and match is None:
                 return tail + self.end
-            return tail[: at + len(self.end)] if at >= 0 else tail[: found.end()] if found else tail
+            return tail[: at + len(self.end)] if at >= 0 else tail[: match.end()] if match else tail
         opener = self._opener(messages, tools)
-        if not opener:  # text alone ends a turn: it is learnt, but for line breaks
+        if not opener:  # text ends the turn: it carries loss, except for line breaks
             return tail.rstrip() + str(self.tokenizer.eos_token)
         blanks = opener[: len(opener) - len(opener.lstrip())]
         return (tail if tail.endswith(blanks) else tail + blanks) + opener.lstrip()
 
     def _opener(self, messages: list[Message], tools: list[Any] | None) -> str:
-        """Where the template ends no turn: the control token that opens the turn that follows, with line
-        breaks in front; empty where none opens it."""
+        """For a template without an end of turn: the control token that opens the next turn, with the line
+        breaks before it; empty if there is none."""
         if messages[-1].get("tool_calls"):
             result = {"role": "tool", "content": "Done"}
             try:
@@ -284,30 +284,29 @@ class ChatFormat:
                 after = self.write([*messages, result], tools, opened=False)
             except TemplateError:
                 after = before = ""
-            found = self._ends.match(after, len(before)) if after.startswith(before) else None
-            if found:
-                return found.group()
+            match = self._ends.match(after, len(before)) if after.startswith(before) else None
+            if match:
+                return match.group()
         middle = self._ways[1]
-        found = self._ends.match(middle, len(middle) - len(middle.lstrip()))
-        return middle[: found.end()] if found else ""
+        match = self._ends.match(middle, len(middle) - len(middle.lstrip()))
+        return middle[: match.end()] if match else ""
 
     def _end_inside(self, text: str, end: int, tail: str) -> int:
-        """Where an earlier turn of the assistant ends in the whole text."""
+        """The end of an earlier assistant turn in the full text."""
         closing = tail[: tail.find(self.end) + len(self.end)] if self.end and self.end in tail else ""
         if closing and text.startswith(closing, end):
             return end + len(closing)
-        found = self._ends.match(text, end + _shared(tail, text[end:]))
-        found = found or self._ends.match(text, end)
-        return found.end() if found else end
+        match = self._ends.match(text, end + _shared(tail, text[end:])) or self._ends.match(text, end)
+        return match.end() if match else end
 
     @cached_property
     def header(self) -> str:
-        """What the template writes between the opened turn and an answer without reasoning."""
+        """The template's text between the opened turn and an answer without reasoning."""
         return self._behind_opening({"role": "assistant", "content": _END}).partition(_END)[0]
 
     @cached_property
     def opens_reasoning(self) -> bool:
-        """Whether the opened turn is meant for reasoning, which an answer without it has to close."""
+        """Whether the opened turn begins with reasoning, which an answer without reasoning has to close."""
         thought = {"role": "assistant", "content": "Yes", "reasoning_content": _END}
         return bool(self.header.strip()) and self._behind_opening(thought).startswith(_END)
 
@@ -322,11 +321,11 @@ class ChatFormat:
 
     @cached_property
     def stops(self) -> frozenset[str]:
-        """Tokens that end an answer, or a call of a tool, in this template."""
+        """Tokens that end an answer or a tool call in this template."""
         function = {"name": "look", "arguments": {"at": "it"}}
         call = {"type": "function", "function": function, "id": "call00001"}
-        asked: Message = {"role": "user", "content": "Well"}
-        messages = [asked, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        question: Message = {"role": "user", "content": "Well"}
+        messages = [question, {"role": "assistant", "content": "", "tool_calls": [call]}]
         ends = {self.end or self._opener([{}], None).lstrip() or str(self.tokenizer.eos_token)}
         if self.template.has_place_for("tool_calls"):
             try:
@@ -355,7 +354,7 @@ def _any_of(tokens: frozenset[str] | set[str]) -> re.Pattern[str]:
 
 
 def _found(pattern: re.Pattern[str], data: Any) -> list[str]:
-    """Matches in all strings of some JSON."""
+    """Matches in all strings of a JSON value."""
     if isinstance(data, str):
         return pattern.findall(data)
     parts = data.values() if isinstance(data, dict) else data if isinstance(data, list | tuple) else ()
@@ -371,7 +370,7 @@ def _mark(pattern: re.Pattern[str], data: Any) -> Any:
 
 
 def _mark_ends(data: Any) -> Any:
-    """The same JSON with a mark at the end of each string."""
+    """The JSON value with a mark at the end of each string."""
     if isinstance(data, str):
         return data + _END
     if isinstance(data, dict):
@@ -381,7 +380,7 @@ def _mark_ends(data: Any) -> Any:
 
 
 def _shared(one: str, other: str) -> int:
-    """Characters at which two texts begin alike."""
+    """The length of the common prefix of two texts."""
     differ = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     return next(differ, min(len(one), len(other)))
 
@@ -393,12 +392,11 @@ def _shown(text: str) -> str:
 def encode_parts(
     rendered: Rendered, encode: Encode, inside: Encode
 ) -> tuple[list[int], list[int], list[bool]]:
-    """Ids of the prompt, ids of what follows it, and which of the latter are learnt.
+    """Ids of the prompt, ids of the rest, and which of the latter carry loss.
 
     Args:
-        encode: of text at the beginning of a sequence.
-        inside: of text that goes on.
-
+        encode: encodes text at the beginning of a sequence.
+        inside: encodes text that continues a sequence.
     """
     text, start = rendered.text, rendered.start
     prompt, whole = encode(text[:start]), encode(text)
@@ -410,8 +408,8 @@ def encode_parts(
         counts[place] = len(ids)
         fits &= whole[: len(ids)] == ids
     if not fits:
-        # A token of the whole text reaches over a border (a line break before the answer's own). The model
-        # writes on after the tokens of its prompt, so the pieces are encoded apart.
+        # A token of the full text crosses a border (such as a line break before the answer's own). The model
+        # continues the tokens of its prompt, so the pieces are encoded separately.
         whole = list(prompt)
         for begin, end in pairwise(borders):
             whole += inside(text[begin:end])

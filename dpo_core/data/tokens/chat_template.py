@@ -1,8 +1,8 @@
-"""Renders a tokenizer's chat template: the text that a conversation becomes.
+"""Renders conversations as text with a tokenizer's chat template, in a sandbox and with a fixed date.
 
 The environment is that of transformers' `apply_chat_template`, except for the clock: a template that writes
-the date or the time gets the same moment in every rendering. Templates come from strangers; they run in
-Jinja's sandbox, and `check_template` runs each once in a process that can be ended.
+the date or the time gets the same moment in every rendering. Templates are untrusted: they run in Jinja's
+sandbox, and `check_template` runs each once in a process with time and memory limits.
 """
 
 import json
@@ -19,24 +19,24 @@ from dpo_core.errors import ModelError
 
 Message = dict[str, Any]
 
-# Names of the time that templates read; transformers gives them `strftime_now`.
+# Names by which templates read the time; transformers provides `strftime_now`.
 _CLOCK = re.compile(r"\b(?:strftime_now|datetime|now)\b")
-# Names under which a message carries its reasoning: each is given to templates that read another.
+# Names of a message's reasoning in different templates; a message is rendered with all of them.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 SECONDS = 20.0
 
 
 class TemplateError(ModelError):
-    """The chat template cannot write a conversation, or writes it so that it cannot be trained on."""
+    """The chat template cannot write a conversation, or not in a form that can be trained on."""
 
 
 def reads_clock(source: str) -> bool:
-    """Whether a template's text asks for the time."""
+    """Whether a template reads the time."""
     return bool(_CLOCK.search(source))
 
 
 def source_of(tokenizer: Any, tools: bool = False) -> str | None:
-    """The text of a tokenizer's chat template; of several named ones that for tools, or the default."""
+    """The text of a tokenizer's chat template; of several named ones, the one for tools or the default."""
     template = tokenizer.chat_template
     if isinstance(template, dict):
         return template.get("tool_use" if tools and "tool_use" in template else "default")
@@ -44,25 +44,26 @@ def source_of(tokenizer: Any, tools: bool = False) -> str | None:
 
 
 def template_in(folder: Path) -> str | None:
-    """The text of the chat templates in a checkpoint's folder, None without; nothing is loaded."""
+    """The text of all chat templates in a checkpoint's folder, without loading the tokenizer; None if
+    none."""
     file = folder / "chat_template.jinja"
     named = [*folder.glob("additional_chat_templates/*.jinja"), *([file] if file.is_file() else [])]
-    found = [path.read_text(encoding="utf-8") for path in named]
+    texts = [path.read_text(encoding="utf-8") for path in named]
     try:
         inside = json.loads((folder / "tokenizer_config.json").read_bytes()).get("chat_template")
     except (OSError, ValueError):
         inside = None
-    found += [inside] if isinstance(inside, str) else [str(one.get("template")) for one in inside or ()]
-    return "\n".join(found) or None
+    texts += [inside] if isinstance(inside, str) else [str(named.get("template")) for named in inside or ()]
+    return "\n".join(texts) or None
 
 
 class ChatTemplate:
-    """One template at one moment.
+    """A template with its variables and a fixed date.
 
     Args:
         source: the template's text.
         variables: the special tokens by name, and the user's `tokens.template_arguments`.
-        day: the date that the template reads; midnight of it is the time.
+        day: the date that the template reads; the time is midnight.
     """
 
     def __init__(self, source: str, variables: Mapping[str, Any], day: date) -> None:
@@ -79,10 +80,10 @@ class ChatTemplate:
         """The text of a conversation.
 
         Args:
-            opened: whether the template's beginning of an assistant's turn follows (its generation prompt).
+            opened: whether to append the opening of an assistant's turn (the generation prompt).
 
         Raises:
-            TemplateError: the template refuses the conversation, or is broken.
+            TemplateError: the template refuses the conversation, or fails.
         """
         moment = datetime.combine(self.day, time())
         try:
@@ -97,7 +98,7 @@ class ChatTemplate:
         except Exception as error:
             roles = ", ".join(str(m.get("role")) for m in messages[:8])
             raise TemplateError(
-                f"the chat template cannot write a conversation of the roles {roles}: {error}",
+                f"the chat template cannot write a conversation with the roles {roles}: {error}",
                 "Set tokens.template to transcript, or model.chat_template to another template",
             ) from error
 
@@ -120,7 +121,7 @@ def _environment() -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(jinja2.ext.Extension):
-        """`{% generation %}`, which marks what the assistant wrote; its text is written as it is."""
+        """`{% generation %}`, which marks the assistant's text; the text is written unchanged."""
 
         tags = {"generation"}  # noqa: RUF012 (as Jinja declares it)
 
@@ -130,7 +131,7 @@ def _environment() -> Any:
             return nodes.Scope(body).set_lineno(line)
 
     class Namespace(jinja2.utils.Namespace):
-        """Without attributes that reach into Python."""
+        """A namespace that refuses attributes with access to Python internals."""
 
         def __setitem__(self, name: str, value: Any) -> None:
             if str(name).startswith("_"):
@@ -169,12 +170,13 @@ def _environment() -> Any:
 
 
 def check_template(source: str, seconds: float = SECONDS) -> None:
-    """Refuse a template that is no Jinja, or that does not come to an end.
+    """Check that a template is valid and terminates.
 
-    Another process writes a small conversation with it: only a process can be stopped in whatever it does.
+    It renders a small conversation in another process, because only a process can be stopped at any time.
 
     Raises:
-        TemplateError: it is not valid, or took longer than `seconds` or more memory than 2 GiB.
+        TemplateError: the template is invalid, takes longer than `seconds`, or needs more than 2 GiB of
+        memory.
     """
     ChatTemplate(source, {}, date(2000, 1, 1))
     try:
@@ -188,16 +190,16 @@ def check_template(source: str, seconds: float = SECONDS) -> None:
     except subprocess.TimeoutExpired as error:
         raise TemplateError(
             f"the chat template did not write three short messages within {seconds:g} s",
-            "It loops: correct it, or set model.chat_template to another",
+            "Correct the endless loop, or set model.chat_template to another",
         ) from error
     if done.returncode:
         raise TemplateError(
-            "the chat template exhausted the memory on three short messages",
+            "the chat template ran out of memory on three short messages",
             "Correct it, or set model.chat_template to another",
         )
 
 
-# Whether the template accepts the conversation is not the question here: the data decides that.
+# The trial does not test whether the template accepts the conversation; that depends on the data.
 _TRIAL = """
 import resource, sys
 sys.path[:] = sys.argv[1:]
@@ -208,7 +210,7 @@ trial(sys.stdin.buffer.read().decode())
 
 
 def trial(source: str) -> None:
-    """Write small conversations, in the process of `check_template`."""
+    """Render small conversations; runs in the process of `check_template`."""
     turns = [{"role": role, "content": "Hi"} for role in ("user", "assistant", "user")]
     template = ChatTemplate(source, {"bos_token": "<s>", "eos_token": "</s>"}, date(2000, 1, 1))
     for messages, opened in ((turns[:1], True), (turns[:2], False), (turns, True)):

@@ -1,7 +1,7 @@
-"""Text to ids and back, where a text continues another.
+"""Encodes and decodes text that continues another text, without the extra space of some tokenizers.
 
-A tokenizer of the SentencePiece kind puts a blank in front of every text, and drops it when it decodes: right
-at the beginning of a sequence, wrong for an answer that follows its prompt.
+SentencePiece tokenizers add a space before every text and remove it when decoding. That is right at the
+beginning of a sequence, but wrong for an answer that follows its prompt.
 """
 
 from collections.abc import Callable
@@ -10,44 +10,45 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Texts that no tokenizer joins with a letter, tried in turn.
+# Texts that tokenizers do not merge with a letter, tried in order.
 _ANCHORS = ("\n", "\n\n", ".", "0")
 
 
 class TextCodec:
-    """Encodes and decodes plain text, in which control tokens are text."""
+    """Encodes and decodes plain text; control tokens in it are encoded as text."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self.tokenizer = tokenizer
         alone, added = self.encode("a"), tokenizer.encode("a", add_special_tokens=True)
         before = next((i for i in range(len(added)) if added[i : i + len(alone)] == alone), 0)
-        # The beginning-of-sequence id, where the tokenizer itself would add one.
+        # The beginning-of-sequence id, if the tokenizer adds one.
         self.begin: list[int] = [i for i in added[:before][:1] if i == tokenizer.bos_token_id]
         usable = [a for a in _ANCHORS if self._after(a, "a", self.encode) is not None]
-        # None: a text has the same ids wherever it stands.
+        # None: the ids of a text do not depend on its position.
         differs = usable and self._after(usable[0], "a", self.encode) != alone
         self._anchors = usable if differs else []
         self._anchor = usable[0] if differs else None
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text at the beginning of a sequence."""
-        # Text is data: a special token written inside it must not become control. The gate reports such rows.
+        # Text is data: a special token spelled out in it must not become a control token. The gate reports
+        # it.
         return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
 
     def inside(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
-        """Ids of a text that continues another: no blank is added in front.
+        """Ids of a text that continues another, without a space added in front.
 
         Args:
-            encode: of text at the beginning, with or without control tokens.
+            encode: encodes text at the beginning of a sequence.
         """
         if not text:
             return encode(text)
-        # A text that begins with line breaks shares a token with some anchors.
+        # A text that begins with line breaks may be merged with some anchors.
         behind = (self._after(anchor, text, encode) for anchor in self._anchors)
         return next((ids for ids in behind if ids is not None), None) or encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids that continue a prompt, without special tokens; blanks in front are kept."""
+        """The text of ids that continue a prompt, without special tokens; leading spaces are kept."""
         if self._anchor is None:
             return self._decoded(ids)
         anchor = self.encode(self._anchor)
@@ -60,6 +61,6 @@ class TextCodec:
 
     @staticmethod
     def _after(anchor: str, text: str, encode: Callable[[str], list[int]]) -> list[int] | None:
-        """Ids of the text behind an anchor, None where the two share a token."""
+        """Ids of the text after an anchor; None if a token covers parts of both."""
         start, whole = encode(anchor), encode(anchor + text)
         return whole[len(start) :] if whole[: len(start)] == start else None

@@ -1,8 +1,8 @@
-"""From text to token ids, with what is learnt of them as data.
+"""Tokenises prompts and completions, with an explicit mask of the tokens that carry loss.
 
-Chosen and rejected agree on the prompt to the token. Which tokens an answer has, the chat template decides
-(`chat_format`); without one they are those of its text and an end-of-sequence token. Nothing later infers a
-mask from token values (pad may equal eos).
+Chosen and rejected have exactly the same prompt tokens. The chat template decides the tokens of an answer
+(`chat_format`); without one they are the tokens of its text and an end-of-sequence token. Later code never
+infers a mask from token values, because pad may equal eos.
 """
 
 import datetime
@@ -28,20 +28,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sequence:
-    """One prompt with one completion. Each holds at least one id."""
+    """One prompt with one completion, each of at least one id."""
 
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
     truncated: bool = False
     learnt: tuple[bool, ...] | None = None
-    """Which tokens of the completion are learnt, at least one; None: all of them."""
+    """Which tokens of the completion carry loss, at least one; None: all of them."""
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.completion)
 
     @property
     def targets(self) -> int:
-        """Number of learnt tokens."""
+        """Number of tokens that carry loss."""
         return len(self.completion) if self.learnt is None else sum(self.learnt)
 
 
@@ -53,11 +53,11 @@ class TokenPair:
     chosen: Sequence
     rejected: Sequence
     agreement: float | None = field(default=None, kw_only=True)
-    """Share of votes for the chosen answer; None where nobody counted."""
+    """Share of votes for the chosen answer; None if unknown."""
 
 
 Ids = tuple[int, ...]
-# Ids of a completion, and which are learnt (None: all).
+# Ids of a completion, and which carry loss (None: all).
 Completion = tuple[Ids, tuple[bool, ...] | None]
 
 
@@ -78,17 +78,17 @@ class Tokenise:
         }
         ends = {tokenizer.convert_tokens_to_ids(t) for f in self._formats.values() for t in f.stops}
         self.stop_ids: frozenset[int] = frozenset(stop_ids(tokenizer) | ends)
-        """Tokens that end a sampled answer: those of the model's files and the template's end of turn."""
+        """Tokens that end a sampled answer, from the model's files and the template's end of turn."""
 
     # --- prompts ------------------------------------------------------------------------------------------
 
     def prompt(self, text: str, chat: bool, budget: int | None = None, tools: str = "") -> Ids:
-        """Prompt ids, at most `budget` of them: oldest turns go first, then text from the left of a turn.
+        """Prompt ids, at most `budget`: oldest turns are dropped first, then text from the left of a turn.
 
-        Empty where even a prompt without text does not fit.
+        Empty if even a prompt without text does not fit.
 
         Args:
-            tools: JSON of the tools that the conversation may call, empty without.
+            tools: JSON of the tools that the conversation may call; empty for none.
         """
         turns = self._turns(text, chat)
         if turns is None:
@@ -101,8 +101,8 @@ class Tokenise:
         return tuple(self._opened(turns, listed))
 
     def prompt_of(self, row: dict[str, Any], room: int) -> Ids:
-        """The prompt of a canonical row before an answer of at most `room` tokens: cut only where both exceed
-        `max_length`, as training cuts it."""
+        """The prompt ids of a canonical row before an answer of at most `room` tokens; cut as in training,
+        only if both together exceed `max_length`."""
         text, chat, tools = row["prompt"], bool(row["chat"]), row.get("tools") or ""
         ids = self.prompt(text, chat, tools=tools)
         if len(ids) + room <= self.config.max_length:
@@ -111,26 +111,26 @@ class Tokenise:
         return self.prompt(text, chat, budget, tools)
 
     def chat_format(self, tools: Any = None) -> ChatFormat:
-        """How conversations are written.
+        """The format in which the chat template writes conversations.
 
         Raises:
             ModelError: the tokenizer has no chat template.
         """
-        found = self._formats.get(bool(tools))
-        if found is None:
+        form = self._formats.get(bool(tools))
+        if form is None:
             raise ModelError(
-                "the prompts are conversations and the tokenizer has no chat template",
+                "the prompts are conversations, but the tokenizer has no chat template",
                 "Set tokens.template to transcript, or model.chat_template to a template file",
             )
-        return found
+        return form
 
     @property
     def writes_template(self) -> bool:
-        """Whether the tokenizer has a chat template that is written for messages."""
+        """Whether messages are written with the tokenizer's chat template."""
         return bool(self._formats) and self.config.template in ("auto", "chat")
 
     def _turns(self, text: str, chat: bool) -> list[Message] | None:
-        """The messages of a prompt; None for bare text."""
+        """The messages of a prompt; None for plain text."""
         if chat:
             return list(json.loads(text))
         if self.config.template != "chat":
@@ -149,17 +149,17 @@ class Tokenise:
     def _transcript(self, turns: list[Message], tools: list[Any] | None) -> str:
         if tools or any(m.get("tool_calls") for m in turns):
             raise TemplateError(
-                f"tokens.template {self.config.template} has no place for tools and their calls",
-                "Set tokens.template to chat, or take them out of the data",
+                f"tokens.template {self.config.template} does not support tools and tool calls",
+                "Set tokens.template to chat, or remove them from the data",
             )
         texts = [m.get("content") or "" for m in turns]
         if self.config.template == "plain":
             return "\n\n".join(texts)
-        said = zip(turns, texts, strict=True)
-        return "".join(f"\n\n{SPEAKERS[m['role']]}: {t}" for m, t in said) + "\n\nAssistant:"
+        spoken = zip(turns, texts, strict=True)
+        return "".join(f"\n\n{SPEAKERS[m['role']]}: {t}" for m, t in spoken) + "\n\nAssistant:"
 
     def _cut(self, turns: list[Message], tools: list[Any] | None, budget: int) -> list[Message] | None:
-        """The conversation within the budget, None where its frame alone exceeds it."""
+        """The conversation cut to the budget; None if the template's text alone exceeds it."""
 
         def fits(kept: list[Message]) -> bool:
             return len(self._opened(kept, tools)) <= budget
@@ -180,11 +180,11 @@ class Tokenise:
         tools: str = "",
         answer_chat: bool = False,
     ) -> Ids:
-        """Ids of an answer, and of the end of its turn if it `ended`; a cut answer has none.
+        """Ids of an answer, with the end of its turn if it `ended`; a cut answer has no end.
 
         Args:
-            prompt: what it answers: in a conversation the template decides what belongs to an answer. None:
-                the text alone.
+            prompt: the prompt, from which the template determines the tokens of the answer. None: encode only
+                the text.
             answer_chat: `text` is the JSON of the answer's messages.
         """
         turns = None if prompt is None else self._turns(prompt, chat)
@@ -194,7 +194,7 @@ class Tokenise:
     def _answer(
         self, turns: list[Message] | None, answer: list[Message], tools: list[Any] | None, ended: bool
     ) -> tuple[Ids, Completion]:
-        """The prompt before an answer (empty for bare text), and the answer."""
+        """The ids of the prompt (empty for plain text) and of the answer."""
         if turns is not None and self.config.template in ("auto", "chat"):
             form = self.chat_format(tools)
             every = self.config.learn == "all_turns"
@@ -215,7 +215,7 @@ class Tokenise:
         return (), ((*self.codec.inside(text, self.codec.encode), *end), None)
 
     def _side(self, row: dict[str, Any], name: str, ended: str, budget: int | None) -> tuple[Ids, Completion]:
-        """Prompt, cut to the budget, and the answer of one side of a canonical row."""
+        """The prompt, cut to the budget, and the answer of one side of a canonical row."""
         tools = row.get("tools") or ""
         listed = json.loads(tools) if tools else None
         turns = self._turns(row["prompt"], bool(row["chat"]))
@@ -231,7 +231,8 @@ class Tokenise:
         return prompt or tuple(self._opened(turns, listed)), completion
 
     def _sides(self, row: dict[str, Any], sides: dict[str, str]) -> list[Sequence] | str:
-        """Sequences of the sides of a row (answer -> its flag), with one prompt; or why there are none."""
+        """The sequences of a row's sides (answer -> its flag) with a common prompt, or the reason for
+        none."""
         try:
             drawn = [self._side(row, name, ended, None) for name, ended in sides.items()]
             if any(len(p) + len(c[0]) > self.config.max_length for p, c in drawn):
@@ -246,7 +247,7 @@ class Tokenise:
         return kept if len(kept) == len(made) else "empty_completion"
 
     def refusal(self, row: dict[str, Any]) -> str | None:
-        """Why the chat template cannot write a canonical row of any kind, None where it can."""
+        """The reason why the chat template cannot write a canonical row; None if it can."""
         sides = {"chosen": "chosen_ended", "rejected": "rejected_ended", "completion": "ended"}
         try:
             self.prompt(row["prompt"], bool(row["chat"]), tools=row.get("tools") or "")
@@ -258,19 +259,18 @@ class Tokenise:
         return None
 
     def note_on(self, chat: list[bool]) -> str:
-        """What was chosen for prompts that are texts where the model has a chat template, and how to choose
-        otherwise; empty where there was nothing to choose."""
+        """A note if text prompts are written without the model's chat template, with the settings that change
+        that; empty if that does not apply."""
         texts = len(chat) - sum(map(bool, chat))
         if not texts or not self._formats or self.config.template != "auto":
             return ""
         return (
-            f"{texts} of {len(chat)} prompts are texts: they are written as they stand, without the model's "
-            "chat template. Set tokens.template to chat to make each the turn of a user, or to plain to say "
-            "that this is meant"
+            f"{texts} of {len(chat)} prompts are texts and are written without the model's chat template. "
+            "Set tokens.template to chat to make each a user turn, or to plain to confirm this"
         )
 
     def gate_settings(self) -> dict[str, Any]:
-        """What the gate has to know of tokenizer and template: `expectations.token_rules.Tokenisation`."""
+        """The arguments of `expectations.token_rules.Tokenisation` for this tokenizer and template."""
         added = self.tokenizer.added_tokens_decoder.values()
         settings: dict[str, Any] = {
             "tokens": self,
@@ -293,10 +293,10 @@ class Tokenise:
     def sequence(
         self, prompt: Ids, completion: Ids, learnt: tuple[bool, ...] | None = None
     ) -> Sequence | None:
-        """Join and cut the completion from the right to `max_length`; None when nothing learnt is left of it.
+        """Join prompt and completion and cut the completion from the right to `max_length`.
 
-        A cut answer ends where it was cut: no end-of-sequence token is written over it. Also None without a
-        prompt: nothing would predict the first token.
+        A cut answer gets no end-of-sequence token. None if no token that carries loss is left, or if there is
+        no prompt, from which the first token would be predicted.
         """
         room = self.config.max_length - len(prompt)
         kept = completion[: max(room, 0)]
@@ -306,7 +306,7 @@ class Tokenise:
         return Sequence(prompt, kept, len(kept) < len(completion), learnt)
 
     def pair(self, row: dict[str, Any]) -> TokenPair | str:
-        """A pair of a canonical row, or the reason why it cannot be used."""
+        """The pair of a canonical row, or the reason why it cannot be used."""
         sides = self._sides(row, {"chosen": "chosen_ended", "rejected": "rejected_ended"})
         if isinstance(sides, str):
             return sides
@@ -322,10 +322,10 @@ class Tokenise:
         return sides if isinstance(sides, str) else sides[0]
 
     def scored(self, prompt: str, chat: bool, answer: str) -> Sequence:
-        """A finished answer to a prompt, for a reward model.
+        """The sequence of a complete answer to a prompt, for a reward model.
 
         Raises:
-            ModelError: the two cannot be put together within `max_length`.
+            ModelError: prompt and answer do not fit into `max_length`, or the template refuses them.
         """
         made = self.single({"prompt": prompt, "chat": chat, "completion": answer, "ended": True})
         if isinstance(made, str):
@@ -336,8 +336,8 @@ class Tokenise:
         return made
 
     def demonstration(self, row: dict[str, Any]) -> Sequence | str:
-        """`single` for supervised fine-tuning: with `learn: all_turns` the assistant's turns in the prompt
-        belong to the answer."""
+        """`single` for supervised fine-tuning: with `learn: all_turns` the assistant turns in the prompt are
+        part of the answer."""
         turns = json.loads(row["prompt"]) if row["chat"] else []
         first = next((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), 0)
         if self.config.learn == "last_turn" or not first:
@@ -347,9 +347,9 @@ class Tokenise:
         return self.single({**row, **moved})
 
     def sides(self, row: dict[str, Any]) -> dict[str, Sequence | str]:
-        """The sides of a canonical row of any kind by name: sequences, or why there is none.
+        """The sides of a canonical row of any kind by name: sequences, or the reasons why there are none.
 
-        A prompt alone is a sequence without completion.
+        A row with only a prompt gives a sequence without completion.
         """
         if "chosen" in row:
             both = {"chosen": "chosen_ended", "rejected": "rejected_ended"}
@@ -365,7 +365,7 @@ class Tokenise:
         return {"prompt": Sequence(ids, ()) if ids else "empty_prompt"}
 
     def pairs(self, rows: Iterable[dict[str, Any]]) -> tuple[list[TokenPair], dict[str, int]]:
-        """All usable pairs, and how many were left out for each reason."""
+        """All usable pairs, and the number of rows left out by reason."""
         kept: list[TokenPair] = []
         dropped: dict[str, int] = {}
         for row in rows:
@@ -377,11 +377,11 @@ class Tokenise:
         return kept, dropped
 
     def text(self, completion: Iterable[int], prompt: Iterable[int] | None = None) -> str:
-        """A sampled answer as people and rewards read it: up to the end of its turn, without what the
-        template writes around answers, and without special tokens.
+        """The text of a sampled answer for people and rewards: up to the end of its turn, without special
+        tokens and the template's text around answers.
 
         Args:
-            prompt: ids that were answered: after bare text nothing is taken for the template's. None: a
+            prompt: ids of the prompt; after plain text, no text is removed as the template's. None: a
                 conversation.
         """
         ids = list(completion)
@@ -392,7 +392,7 @@ class Tokenise:
         return self._own_text(ids, blank=self._adds_blank)
 
     def _own_text(self, ids: list[int], *, blank: bool) -> str:
-        """The text of a template's answer without the header; `blank`: less one in front of it."""
+        """The text of a template's answer without the header; `blank`: also without one leading space."""
         form = self.chat_format()
         start = self.codec.inside(form.header, form.encode) if form.header else []
         headed = bool(start) and ids[: len(start)] == start
@@ -400,7 +400,7 @@ class Tokenise:
         return form.bare(text.removeprefix(" ") if blank else text, header=not headed)
 
     def _is_opened(self, prompt: Iterable[int] | None) -> bool:
-        """Whether a prompt ends as the template opens the assistant's turn."""
+        """Whether a prompt ends with the template's opening of the assistant's turn."""
         if prompt is None:
             return True
         last = self._opening
@@ -408,8 +408,8 @@ class Tokenise:
 
     @cached_property
     def _opening(self) -> list[int]:
-        """The last tokens, at most two, of every prompt with the assistant's turn opened; empty where the
-        template refuses a short one."""
+        """The last one or two tokens common to all prompts with the assistant's turn opened; empty if the
+        template refuses a short prompt."""
         try:
             one, other = (
                 self._opened([{"role": "user", "content": text}], None) for text in ("Well", "Is it 5?")
@@ -421,8 +421,8 @@ class Tokenise:
 
     @cached_property
     def _adds_blank(self) -> bool:
-        """Whether the tokenizer puts a blank behind the opened turn that the template does not write, as
-        those of the Llama 2 kind do behind each control token."""
+        """Whether the tokenizer adds a space after the opened turn that the template does not write, as
+        Llama 2 tokenizers do after each control token."""
         user: list[Message] = [{"role": "user", "content": "Well"}]
         try:
             ids = list(self._answer(user, _answer_turns("Yes", False), None, False)[1][0])
@@ -437,7 +437,7 @@ def _answer_turns(answer: str, answer_chat: bool) -> list[Message]:
 
 
 def _keep_end(ids: list[int], budget: int, keep_first: int) -> list[int]:
-    """The last ids, with the first `keep_first` (a begin token) kept in front."""
+    """The last ids, after the first `keep_first` ids (a begin token)."""
     if len(ids) <= budget:
         return ids
     return ids[:keep_first] + ids[len(ids) - (budget - keep_first) :]

@@ -1,4 +1,4 @@
-"""Shortens conversations that are too long: whole turns first, then text inside a turn."""
+"""Shortens conversations that are too long: drops the oldest turns first, then cuts text inside a turn."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ def _first_turn(messages: list[Message]) -> int:
 
 
 def can_drop_turn(messages: list[Message]) -> bool:
-    """Whether a later turn can open the conversation: many templates refuse all but a user's."""
+    """Whether the oldest turn can be dropped: a later user turn exists, which many templates need first."""
     first = _first_turn(messages)
     return len(messages) - first > 1 and _next_opening(messages) is not None
 
@@ -24,16 +24,16 @@ def _next_opening(messages: list[Message]) -> int | None:
 
 
 def drop_turn(messages: list[Message]) -> None:
-    """Drop the oldest turn and all that answers it, up to the user's next; a system turn stays."""
+    """Drop the oldest turns up to the next user turn; a system turn stays."""
     following = _next_opening(messages)
     if following is not None:
         del messages[_first_turn(messages) : following]
 
 
 def shortened(messages: list[Message], fits: Callable[[list[Message]], bool]) -> list[Message] | None:
-    """The messages with the beginnings of their texts cut until they fit, oldest first, the system's last.
+    """The messages with the beginnings of their texts cut until they fit: oldest first, the system turn last.
 
-    At least one character of a text stays; None where that is not enough.
+    At least one character of each text stays; None if they still do not fit.
     """
     messages = list(messages)
     first = _first_turn(messages)
@@ -53,6 +53,6 @@ def shortened(messages: list[Message], fits: Callable[[list[Message]], bool]) ->
 
 
 def _ending(messages: list[Message], at: int, characters: int) -> list[Message]:
-    """The messages with the last characters of one of them alone."""
+    """The messages, of one of which only the last characters are kept."""
     cut = {**messages[at], "content": messages[at]["content"][-characters:]}
     return [*messages[:at], cut, *messages[at + 1 :]]

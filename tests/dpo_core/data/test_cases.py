@@ -145,7 +145,7 @@ def test_rankings_and_scores_make_pairs(shared: Path) -> None:
 
 
 def test_a_tree_is_read_as_a_tree(shared: Path) -> None:
-    with pytest.raises(DataError, match="were read as oasst, and none of its prompts has two answers"):
+    with pytest.raises(DataError, match="were read as oasst, but no prompt has two answers"):
         _load(shared, "oasst_flat.jsonl")
 
 
@@ -160,5 +160,5 @@ def test_splits_of_a_cloned_data_set(shared: Path, split: str | None, rows: int)
     loaded = _load(shared, "hub_clone_train_test", split=split)
     assert len(loaded.frame) == rows
     assert loaded.remarks[0].startswith(f"the split {split or 'train'} was read")
-    with pytest.raises(DataError, match="there is no split dev, and the files are of test, train"):
+    with pytest.raises(DataError, match="there is no split dev; the files have the splits test, train"):
         _load(shared, "hub_clone_train_test", split="dev")

@@ -240,9 +240,9 @@ def test_a_prompt_that_opens_a_thought_needs_one_or_an_argument() -> None:
 def test_what_the_template_has_no_place_for_is_refused() -> None:
     tokenise = Tokenise(make_tokenizer(TEMPLATES["trims"]), TokenConfig())
     prompt, answer, tools = CONVERSATIONS["call"]
-    assert "no place for tool_calls" in str(tokenise.refusal(row_of(prompt, answer)))
-    assert "no place for tools" in str(tokenise.refusal(row_of(prompt, [assistant("Good")], tools)))
-    assert "no place for reasoning_content" in str(tokenise.refusal(row_of(*CONVERSATIONS["thought"])))
+    assert "does not support tool_calls" in str(tokenise.refusal(row_of(prompt, answer)))
+    assert "does not support tools" in str(tokenise.refusal(row_of(prompt, [assistant("Good")], tools)))
+    assert "does not support reasoning_content" in str(tokenise.refusal(row_of(*CONVERSATIONS["thought"])))
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)
@@ -388,7 +388,7 @@ def test_real_families_agree_with_their_template_token_for_token(shared: Path, f
     for prompt, answer, tools in CONVERSATIONS.values():
         row = row_of(prompt, answer, tools)
         if tokenise.refusal(row):
-            continue  # it has no place for the row, or refuses its roles
+            continue  # it does not support the row, or refuses its roles
         made = tokenise.single(row)
         assert isinstance(made, Sequence)
         whole = tokenizer.apply_chat_template([*prompt, *answer], tools=tools, return_dict=False, **arguments)

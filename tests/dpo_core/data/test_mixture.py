@@ -93,9 +93,9 @@ def test_sets_of_different_kinds_are_refused(tmp_path: Path) -> None:
     prompts = tmp_path / "p.jsonl"
     prompts.write_text('{"prompt": "x"}\n')
     config = DataConfig(mixture=[{"path": _pairs(tmp_path / "a.jsonl", "a", 3)}, {"path": str(prompts)}])  # type: ignore[list-item]
-    with pytest.raises(DataError, match=r"of different kinds: .*a\.jsonl holds pairs, .*p\.jsonl holds"):
+    with pytest.raises(DataError, match=r"differ in kind: .*a\.jsonl has pairs, .*p\.jsonl has"):
         load(config)
-    with pytest.raises(DataError, match=r"no row of .*z\.jsonl would be taken"):
+    with pytest.raises(DataError, match=r"no row of .*z\.jsonl would be used"):
         load(_mixture(tmp_path, 1, 1, 0.001))
 
 
@@ -110,11 +110,11 @@ def test_every_file_of_a_mixture_is_in_the_stages_key(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        ({"path": "x", "mixture": [{"path": "y"}]}, "both are set"),
+        ({"path": "x", "mixture": [{"path": "y"}]}, "two are set"),
         ({"mixture": []}, "at least 1 item"),
         ({"mixture": [{"path": "x"}], "format": "hh"}, "data.format would not be read: each set"),
         ({"mixture": [{"path": "x"}], "split": "test"}, "data.split would not be read"),
-        ({"mixture": [{"path": "x", "weight": 1}, {"path": "y"}]}, "give all sets a weight, or none"),
+        ({"mixture": [{"path": "x", "weight": 1}, {"path": "y"}]}, "set a weight for all sets"),
         ({"mixture": [{"path": "x", "weight": 0}]}, "greater than 0"),
         ({"mixture": [{"path": "x", "wight": 1}]}, "Extra inputs are not permitted"),
         ({"path": "x", "columns": {"promt": "ask"}}, "'prompt'"),
@@ -176,7 +176,7 @@ def test_splits_of_a_folder(tmp_path: Path, case: str) -> None:
 def test_a_split_that_is_not_there_or_not_certain(tmp_path: Path) -> None:
     for kind in ("sft", "gen"):
         _pairs(tmp_path / f"train_{kind}-00000-of-00001.jsonl", kind, 3)
-    with pytest.raises(DataError, match=r"no split was asked for, and the files are of train_gen, train_sft"):
+    with pytest.raises(DataError, match=r"no split is set; the files have the splits train_gen, train_sft"):
         list(read_rows(str(tmp_path)))
     with pytest.raises(DataError, match="there is no split test"):
         list(read_rows(str(tmp_path), "test"))
@@ -204,7 +204,7 @@ def test_splits_in_a_column(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     said = load(DataConfig(path=str(path))).remarks
     assert said == [
-        "the column split was not read, and rows of all its values were kept: train (7 rows), val (2 rows)"
+        "the column split was not read; rows of all splits were kept: train (7 rows), val (2 rows)"
     ]
     loaded = load(DataConfig(path=str(path), split="val"))
     assert list(loaded.frame["row"]) == [8, 9]

@@ -109,7 +109,10 @@ def test_a_column_that_changes_the_row_is_a_fault_where_it_is_not_read(tmp_path:
 @pytest.mark.parametrize(
     ("row", "why"),
     [
-        ({"prompt": "p", "chosen": "c", "rejcted": "r"}, "prompt-pairs, but rejected is missing (is rejcted"),
+        (
+            {"prompt": "p", "chosen": "c", "rejcted": "r"},
+            "prompt-pairs, but rejected is missing (similar: rejcted)",
+        ),
         ({"prompt": "p", "completion": "c", "label": "maybe"}, "kto, but label is neither true nor false"),
         ({"prompt": "p", "completion": "c", "label": 0.7}, "kto, but label is neither true nor false"),
         ({"question": "q", "response_j": "a", "response": "b"}, "stackexchange, but response_k is missing"),
@@ -136,7 +139,7 @@ def test_the_nearest_format_is_named_first(row: dict, why: str) -> None:
 def test_rows_with_answers_are_no_bare_prompts(row: dict) -> None:
     with pytest.raises(DataError, match="no known format") as caught:
         recognise([row])
-    assert "data.format=prompts reads the prompts alone" in caught.value.remedy
+    assert "data.format=prompts reads only the prompts" in caught.value.remedy
 
 
 def test_own_column_names(tmp_path: Path) -> None:

@@ -268,7 +268,7 @@ def test_trees(tmp_path: Path, form: str) -> None:
 def test_a_tree_with_a_cycle_or_without_its_root(tmp_path: Path) -> None:
     rows = _flat()
     rows[0]["parent_id"] = "a0"
-    with pytest.raises(DataError, match="none of its prompts has two answers"):
+    with pytest.raises(DataError, match="no prompt has two answers"):
         _lines(tmp_path / "x.jsonl", rows)
     rows = [*_flat(), {**_flat()[1], "message_id": "x", "parent_id": "nowhere"}]
     assert _lines(tmp_path / "x.jsonl", rows).remarks == [

@@ -148,13 +148,13 @@ BAD_FILES = {
     "json not utf-8": ("x.json", b'\x80[{"a": 1}]', ["not UTF-8", "0x80"]),
     "utf-16 csv": ("x.csv", "text\nabc\n".encode("utf-16"), ["not UTF-8", "iconv"]),
     "empty": ("x.jsonl", b"", ["empty (0 bytes)"]),
-    "only white space": ("x.jsonl", b"\n \n", ["holds no rows"]),
-    "empty list": ("x.json", b"[]", ["holds no rows"]),
-    "empty data": ("x.json", b'{"data": []}', ["holds no rows"]),
-    "header only": ("x.csv", b"prompt,chosen\n", ["holds no rows"]),
-    "column twice": ("x.csv", b"a,b,a\n1,2,3\n", ["'a' twice"]),
+    "only white space": ("x.jsonl", b"\n \n", ["has no rows"]),
+    "empty list": ("x.json", b"[]", ["has no rows"]),
+    "empty data": ("x.json", b'{"data": []}', ["has no rows"]),
+    "header only": ("x.csv", b"prompt,chosen\n", ["has no rows"]),
+    "column twice": ("x.csv", b"a,b,a\n1,2,3\n", ["two columns named 'a'"]),
     "open quote": ("x.csv", b'a,b\n1,2\n3,"4\n', ["row 2", "not valid CSV"]),
-    "unknown ending": ("x.docx", b"PK", [".docx", ".jsonl", "convert"]),
+    "unknown ending": ("x.docx", b"PK", [".docx", ".jsonl", "Convert"]),
     "no parquet": ("x.parquet", b"PAR0 nothing of the kind", ["damaged"]),
     "no arrow": ("x.arrow", b"nothing of the kind", ["damaged"]),
 }
@@ -206,7 +206,7 @@ def test_hub_name_offline_says_what_was_tried() -> None:
     with pytest.raises(DataError) as caught:
         rows_of("nobody-here/no-such-data")
     message = str(caught.value)
-    assert "no local file or folder" in message
+    assert "not a local file or folder" in message
     assert "hub data set nobody-here/no-such-data (split train)" in message
     assert "HF_HUB_OFFLINE" in message
 
@@ -223,7 +223,7 @@ def test_without_permission(tmp_path: Path, closed: str) -> None:
     finally:
         folder.chmod(0o700)
         shutil.rmtree(folder)
-    assert f"{path} may not be read (permission denied)" in message
+    assert f"{path} is not readable (permission denied)" in message
     assert "chmod" in message
 
 

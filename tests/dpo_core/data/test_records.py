@@ -248,8 +248,8 @@ def test_no_records_make_an_empty_table() -> None:
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        ({}, "neither is set"),
-        ({"path": "x", "openings": 5}, "both are set"),
+        ({}, "none is set"),
+        ({"path": "x", "openings": 5}, "two are set"),
         ({"openings": 5, "limit": 3}, "data.limit would not be read"),
         ({"openings": 5, "format": "hh"}, "data.format would not be read"),
         ({"path": "x", "eval_path": "y", "eval_fraction": 0.2}, "data.eval_fraction would not be read"),

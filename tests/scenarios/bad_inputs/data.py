@@ -35,7 +35,7 @@ def data_in_an_empty_folder(world: World) -> list[str]:
     return world.run(data={"path": str(world.new_folder())})
 
 
-@bad(2, "rows.xlsx has an ending that no reader knows", ".jsonl, .ndjson, .json, .csv, .parquet")
+@bad(2, "rows.xlsx has an unknown ending", ".jsonl, .ndjson, .json, .csv, .parquet")
 def data_of_an_unknown_ending(world: World) -> list[str]:
     return world.run_with("rows.xlsx", lines(good_rows()))
 
@@ -91,7 +91,7 @@ def data_with_other_columns(world: World) -> list[str]:
     return world.run_on(rows)
 
 
-@bad(2, "the rows fit several formats (prompt-pairs", "stackexchange", "Set data.format to the one")
+@bad(2, "the rows fit several formats (prompt-pairs", "stackexchange", "Set data.format to one of")
 def data_of_two_formats(world: World) -> list[str]:
     rows = [r | {"question": r["prompt"], "response_j": "a", "response_k": "b"} for r in good_rows()]
     return world.run_on(rows)
@@ -112,7 +112,7 @@ def data_of_a_single_prompt(world: World) -> list[str]:
     return world.run_on([row | {"prompt": "The soup"} for row in good_rows()])
 
 
-@bad(2, "all 24 rows of", "are ties", "a majority of the annotators")
+@bad(2, "all 24 rows of", "are ties", "by most annotators")
 def data_of_ties_only(world: World) -> list[str]:
     votes = {"annotator1": 1, "annotator2": 2, "annotator3": 0}
     rows = [
@@ -128,7 +128,7 @@ def data_of_ties_only(world: World) -> list[str]:
     return world.run_on(rows)
 
 
-@bad(2, "data.path holds pairs and data.eval_path holds prompts", "Give both as one kind")
+@bad(2, "data.path has pairs, but data.eval_path has prompts", "Use data of the same kind")
 def evaluation_data_of_another_kind(world: World) -> list[str]:
     held_out = world.file("held_out.jsonl", lines([{"prompt": "And what of the bread?"}]))
     return world.run(data={"eval_path": held_out, "eval_fraction": None})
@@ -236,7 +236,7 @@ def chats_without_a_template(world: World) -> list[str]:
     return [*argv, "--set", f"data.path={data}"]
 
 
-@bad(2, "row 1 of the data", "cannot write a conversation of the roles system, user", "no system here",
+@bad(2, "row 1 of the data", "cannot write a conversation with the roles system, user", "no system here",
      adds="load-data import-model")  # fmt: skip
 def chats_that_the_template_refuses(world: World) -> list[str]:
     template = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}"
@@ -274,12 +274,12 @@ def validate_a_cut_off_list(world: World) -> list[str]:
     return ["validate", world.file("rows.json", json.dumps(good_rows(2))[:-40])]
 
 
-@bad(2, "the gate's baseline", "absent-gate.json", "Give the gate.json of an earlier run")
+@bad(2, "the gate's baseline", "absent-gate.json", "Set gate.baseline to the gate.json")
 def gate_baseline_missing(world: World) -> list[str]:
     return world.run(gate={"baseline": str(world.new_folder() / "absent-gate.json")})
 
 
-@bad(2, "the gate's baseline is not a profile", "Give the `profile` object")
+@bad(2, "the gate's baseline is not a profile", "Use the `profile` object")
 def gate_baseline_of_another_kind(world: World) -> list[str]:
     path = world.new_folder() / "gate.json"
     path.write_text('{"profile": {"scripts": "Latin"}}')

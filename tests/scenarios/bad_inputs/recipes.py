@@ -128,12 +128,12 @@ def no_room_for_the_prompt(world: World) -> list[str]:
     return world.run(evaluate={"sampling": {"max_new_tokens": 160}})
 
 
-@bad(2, "data: both are set: give data.path", "or data.openings")
+@bad(2, "data: set exactly one of data.path", "and data.openings")
 def two_sources_of_data(world: World) -> list[str]:
     return world.run(data={"openings": 24})
 
 
-@bad(2, "data: neither is set: give data.path", "or data.openings")
+@bad(2, "data: set exactly one of data.path", "and data.openings")
 def no_source_of_data(world: World) -> list[str]:
     return world.run(data={"path": None})
 

@@ -141,7 +141,7 @@ def _without_override() -> list[str]:
 def test_no_permission(world: World, what: str) -> None:
     before, words = _without_override(), {
         "recipe": "the recipe {} cannot be read (Permission denied). Check its path",
-        "data": "{} may not be read (permission denied). Give this user read access",
+        "data": "{} is not readable (permission denied). Give this user read access",
         "workspace": "no access to {}",
         "model": "{} cannot be read",
     }  # fmt: skip

@@ -96,7 +96,7 @@ def test_no_link_in_a_folder_that_an_event_named_leads_out_of_the_folder_of_data
     monkeypatch.setenv("DPO_DATA", str(data))
     data_overrides(str(data / "set"))
     for read in (read_rows, check_source):
-        with pytest.raises(DataError, match="is a link out of"):
+        with pytest.raises(DataError, match="is a link to a place outside of"):
             list(read(str(data / "set")) or ())
     assert [rows for _, rows in read_rows(str(outside))] == [table.to_pylist()], "other data may lie anywhere"
     # A link to what lies inside leads nowhere else.
