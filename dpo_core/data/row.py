@@ -1,7 +1,7 @@
-"""A row as a file holds it, before any layout is recognised in it."""
+"""The type of a row as read from a file, and the mark of an unreadable row."""
 
 from typing import Any
 
 Row = dict[str, Any]
 UNREADABLE = "\0unreadable"
-"""The only field of a row that is in the file and cannot be read; its value says why."""
+"""The only field of an unreadable row; its value is the reason."""

@@ -1,9 +1,8 @@
-"""The guard of a run: a small process that outlives it, to clean up where the run itself cannot any more.
+"""The supervisor of a run: a small process that cleans up after the run was killed.
 
-A run that gets SIGKILL, from a person or for the memory it took, cannot end its trainers or write how it
-ended. Nor does a run that a Prefect worker has started notice that its worker is gone: it would go on unseen,
-and no button would stop it. The guard sees both. It is in a session of its own, where no signal to the run
-reaches it.
+A run that is killed (SIGKILL, out of memory) can neither end its trainers nor record its end. A run started
+by a Prefect worker does not notice that the worker is gone: it would continue unseen, and no button would
+stop it. The supervisor detects both. It has its own session, so that signals to the run do not reach it.
 """
 
 import json
@@ -28,11 +27,11 @@ from flows.process.orphans import end_family, mark_own
 
 _LOOK = 0.5
 _GRACE = 20.0
-"""Seconds that a run without its worker has to save and to end."""
+"""Seconds that a run without its worker has to save and end."""
 _LONGEST = 28
-"""Seconds that the guard outlives its run."""
+"""Maximum seconds that the supervisor outlives its run."""
 _PATIENCE = 120.0
-"""Seconds for the guard to start, on a machine that is busy."""
+"""Maximum seconds for the supervisor to start, on a busy machine."""
 _READY = b"ready"
 
 log = logging.getLogger("dpo")
@@ -40,29 +39,29 @@ log = logging.getLogger("dpo")
 
 @contextmanager
 def guarded(workspace: str | Path, tracking: Any) -> Iterator[None]:
-    """Within it this process is the run, and has a guard.
+    """Run the body in this process under a supervisor.
 
     Args:
         tracking: the recipe's `TrackingConfig`.
 
     Raises:
-        StageFailed: the guard did not start.
+        StageFailed: the supervisor did not start.
     """
     mark_own()
-    # Not by its command line, which everybody on the machine can read: an address may hold a password.
-    told = {"workspace": str(Path(workspace).absolute()), "tracking": tracking.model_dump(mode="json")}
-    guard = _start(json.dumps(told).encode())
+    # Not passed on the command line, which all users can read: an address may contain a password.
+    settings = {"workspace": str(Path(workspace).absolute()), "tracking": tracking.model_dump(mode="json")}
+    guard = _start(json.dumps(settings).encode())
     try:
         yield
     except Exception:
         _dismiss(guard)
         raise
-    # After a signal it stays, until this process has ended.
+    # After a signal, the supervisor stays until this process has ended.
     _dismiss(guard)
 
 
-def _start(told: bytes) -> subprocess.Popen[bytes]:
-    """A guard that is at work."""
+def _start(settings: bytes) -> subprocess.Popen[bytes]:
+    """Start a supervisor and wait until it is ready."""
     pipe = subprocess.PIPE
     command = [sys.executable, "-P", "-m", "flows.process.guard", str(os.getpid())]
     guard = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True)
@@ -71,25 +70,25 @@ def _start(told: bytes) -> subprocess.Popen[bytes]:
     assert guard.stderr
     with guard.stdout, guard.stderr:
         with suppress(BrokenPipeError), guard.stdin:
-            guard.stdin.write(told)
+            guard.stdin.write(settings)
         begun = select.select([guard.stdout], [], [], _PATIENCE)[0]
         if begun and os.read(guard.stdout.fileno(), len(_READY)) == _READY:
             return guard
         guard.kill()
         last = guard.stderr.read().decode(errors="replace").strip().splitlines()
     status = guard.wait()
-    said = last[-1] if last else f"it says nothing (status {status})" if begun else "it does not answer"
+    reason = last[-1] if last else f"no output (status {status})" if begun else "it does not answer"
     raise StageFailed(
-        f"the guard of the run, which cleans up where the run is killed, did not start: {said}",
-        "Run again; if a module is missing, PYTHONPATH puts another in its place",
+        f"the supervisor of the run, which cleans up after a kill, did not start: {reason}",
+        "Run again; if a module is missing, check that PYTHONPATH does not replace it",
     )
 
 
 def _dismiss(guard: subprocess.Popen[bytes]) -> None:
     if (status := guard.poll()) is not None:
         log.warning(
-            "the guard of the run had ended before it (status %s); had the run been killed, its "
-            "processes would have lived on",
+            "the supervisor of the run ended before it (status %s); had the run been killed, its processes "
+            "would have continued",
             status,
         )
     guard.kill()
@@ -98,23 +97,23 @@ def _dismiss(guard: subprocess.Popen[bytes]) -> None:
 
 def main() -> None:
     """Wait for the run's end, then clean up."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a service manager tells every process of a unit
-    number, told = int(sys.argv[1]), {}
-    with suppress(ValueError, psutil.NoSuchProcess):  # it may be gone before the guard is there
-        told = json.load(sys.stdin)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a service manager signals every process of a unit
+    number, settings = int(sys.argv[1]), {}
+    with suppress(ValueError, psutil.NoSuchProcess):  # the run may have ended already
+        settings = json.load(sys.stdin)
         run = psutil.Process(number)
         _report_ready()
         _watch(run, worker_of(run))
-    signal.alarm(_LONGEST)  # what is not done by then is left to the next run
-    # While the trainers save: MLflow takes seconds to import.
-    closing = threading.Thread(target=_close, args=[told, number])
+    signal.alarm(_LONGEST)  # the next run does what is not finished by then
+    # Close the records while the trainers save: importing MLflow takes seconds.
+    closing = threading.Thread(target=_close, args=[settings, number])
     closing.start()
     end_family(number, but=[os.getpid()])
     closing.join()
 
 
 def _report_ready() -> None:
-    """Let the run begin; from now on nobody reads what the guard prints."""
+    """Tell the run to begin, then discard all output, which nobody reads from now on."""
     sys.stdout.buffer.write(_READY)
     sys.stdout.flush()
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -123,7 +122,7 @@ def _report_ready() -> None:
 
 
 def worker_of(run: psutil.Process) -> psutil.Process | None:
-    """The Prefect worker that has started a run; None where a person has."""
+    """The Prefect worker that started a run; None if no worker did."""
     if "PREFECT__FLOW_RUN_ID" not in os.environ:
         return None
     with suppress(psutil.AccessDenied):
@@ -138,13 +137,14 @@ def _is_prefect(process: psutil.Process) -> bool:
 
 
 def _watch(run: psutil.Process, worker: psutil.Process | None) -> None:
-    """Return when the run is gone. One without its worker is told to end, and then made to."""
-    alone: float | None = None
+    """Wait until the run has ended. If its worker is gone, terminate the run, and kill it after a grace
+    time."""
+    orphaned: float | None = None
     while _lives(run):
-        if worker and alone is None and not _lives(worker):
-            alone = time.monotonic()
+        if worker and orphaned is None and not _lives(worker):
+            orphaned = time.monotonic()
             run.terminate()
-        if alone is not None and time.monotonic() - alone > _GRACE:
+        if orphaned is not None and time.monotonic() - orphaned > _GRACE:
             run.kill()
         time.sleep(_LOOK)
 
@@ -156,7 +156,7 @@ def _lives(process: psutil.Process) -> bool:
 
 
 def _left_running(workspace: Path, number: int) -> bool:
-    """Whether the run did not come to write its end."""
+    """Whether a record still says that the run with this process id is running."""
     for path in (workspace / "runs").glob("*/run.json"):
         with suppress(OSError, ValueError, KeyError, TypeError):
             record = json.loads(path.read_text())
@@ -165,15 +165,15 @@ def _left_running(workspace: Path, number: int) -> bool:
     return False
 
 
-def _close(told: dict[str, Any], number: int) -> None:
-    _close_records(told, number)
-    _tell_prefect()
+def _close(settings: dict[str, Any], number: int) -> None:
+    _close_records(settings, number)
+    _report_crash()
 
 
-def _tell_prefect() -> None:
-    """Let a run that still reads Running be Crashed: a worker that is told to end does not say so.
+def _report_crash() -> None:
+    """Set a flow run that is still Running to Crashed, because a worker that is stopped does not do so.
 
-    One that is being cancelled is its worker's to report.
+    The worker itself reports a run that is being cancelled.
     """
     flow_run = os.environ.get("PREFECT__FLOW_RUN_ID")
     if not flow_run:
@@ -183,24 +183,24 @@ def _tell_prefect() -> None:
 
     from flows.process.prefect_server import server_address
 
-    if server_address() is None:  # a client would start a server of its own, which knows nothing of the run
+    if server_address() is None:  # a client would start its own server, which does not have the run
         return
-    with suppress(Exception), get_client(sync_client=True) as client:  # the server may be gone as well
+    with suppress(Exception), get_client(sync_client=True) as client:  # the server may be gone too
         state = client.read_flow_run(UUID(flow_run)).state
         if state is not None and state.is_running():
             client.set_flow_run_state(UUID(flow_run), Crashed(message="Its process is gone."))
 
 
-def _close_records(told: dict[str, Any], number: int) -> None:
-    """Let the record and MLflow say that the run was killed, where it did not come to say how it ended."""
-    if not told or not _left_running(Path(told["workspace"]), number):
+def _close_records(settings: dict[str, Any], number: int) -> None:
+    """Record in the workspace and in MLflow that the run was killed, if it did not record its end."""
+    if not settings or not _left_running(Path(settings["workspace"]), number):
         return
     from tasks.recipe.sections import TrackingConfig
     from tasks.runs.record import close_abandoned
     from tasks.tracking.tracker import Tracker
 
-    tracker = Tracker(TrackingConfig.model_validate(told["tracking"]), told["workspace"])
-    close_abandoned(told["workspace"], tracker)
+    tracker = Tracker(TrackingConfig.model_validate(settings["tracking"]), settings["workspace"])
+    close_abandoned(settings["workspace"], tracker)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Let a run of a deployment outlive a Prefect server that restarts or is away for a while.
+"""Keeps a deployment's run alive if the Prefect server restarts or is unreachable for a while.
 
-Prefect keeps the limit of a deployment by leases. The engine renews the lease of its run every 225 s, and
-ends the run when that fails three times. A server that restarts has lost its leases unless it stores them;
-one that is away renews none. Either would end a training that needs no server. Here a renewal that fails is
-logged and the run goes on; its place in the limit stays taken until the run ends.
+Prefect enforces a deployment's concurrency limit by leases. The engine renews its run's lease every 225 s and
+ends the run if that fails three times. A server that restarts loses its leases unless it stores them, and one
+that is unreachable renews none; either would end a training that needs no server. Here a failed renewal is
+logged and the run continues; it counts towards the limit until it ends.
 """
 
 import functools
@@ -14,18 +14,18 @@ from uuid import UUID
 log = logging.getLogger("dpo")
 
 LEASE_SECONDS = 3600.0
-"""How long each renewal lasts, so that the lease outlives a server that is away for less than that."""
+"""Duration of each renewal, so that the lease outlives shorter outages of the server."""
 _RENEWED = "_renewed_by_dpo"
 
 
 def outlive_leases() -> None:
-    """From now on no failed renewal of this run's own lease ends this process."""
+    """From now on, failed renewals of this run's own lease do not end this process."""
     from prefect.client.orchestration import SyncPrefectClient
 
     plain = SyncPrefectClient.renew_concurrency_lease
     if hasattr(plain, _RENEWED):
         return
-    told = set()
+    logged = set()
 
     @functools.wraps(plain)
     def renew(self: Any, lease_id: UUID, lease_duration: float) -> Any:
@@ -34,9 +34,9 @@ def outlive_leases() -> None:
         try:
             return plain(self, lease_id, LEASE_SECONDS)
         except Exception as error:
-            if (kind := _kind(error)) not in told:
-                told.add(kind)
-                log.warning("%s; the run goes on, and keeps its place in the limit of its deployment", kind)
+            if (kind := _kind(error)) not in logged:
+                logged.add(kind)
+                log.warning("%s; the run continues and still counts towards its deployment's limit", kind)
             return None
 
     setattr(renew, _RENEWED, True)
@@ -55,7 +55,7 @@ def _lease_of_run() -> UUID | None:
 def _kind(error: Exception) -> str:
     if getattr(getattr(error, "response", None), "status_code", None) == 410:
         return (
-            "Prefect's server has lost the lease of this run: it was restarted, and keeps leases in memory "
-            "unless PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE names another place"
+            "Prefect's server lost the lease of this run in a restart, because it keeps leases in memory "
+            "(see PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE)"
         )
-    return f"Prefect's server could not be asked to renew the lease of this run ({type(error).__name__})"
+    return f"Prefect's server did not renew the lease of this run ({type(error).__name__})"

@@ -1,7 +1,7 @@
-"""What a killed run leaves behind: its temporary Prefect server and its trainers would go on.
+"""Finds and ends orphaned processes of killed runs: temporary Prefect servers and trainers.
 
-The guard of a run (`flows.process.guard`) ends them. Where it was killed too, the next run ends the server,
-which would idle for ever, and the trainers of a job that it starts again (`deploy.launchers.local`).
+Usually the run's supervisor (`flows.process.guard`) ends them. If it was killed too, the next run ends the
+server, which would idle for ever, and the trainers of a job that it restarts (`deploy.launchers.local`).
 """
 
 import contextlib
@@ -15,12 +15,12 @@ _SERVER = "prefect.server.api.server"
 
 
 def mark_own() -> None:
-    """Processes started from now on carry this one's number."""
+    """Mark processes started from now on with this process's id."""
     os.environ[_MARK] = str(os.getpid())
 
 
 def end_orphans() -> int:
-    """End the temporary servers whose run is gone; returns how many. Other users are not touched."""
+    """End this user's temporary servers whose run is gone; returns their number."""
     ended = 0
     for process in psutil.process_iter(["cmdline", "uids"]):
         if process.info["uids"].real != os.getuid() or not _is_server(process.info["cmdline"]):
@@ -34,36 +34,36 @@ def end_orphans() -> int:
 
 
 def find_orphans() -> list[psutil.Process]:
-    """What a run that is gone started and left behind: its temporary server, its trainers."""
-    found = []
+    """The processes of runs that are gone: temporary servers and trainers."""
+    orphans = []
     for process in psutil.process_iter(["uids"]):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, ValueError):
             owner = process.environ().get(_MARK) if process.info["uids"].real == os.getuid() else None
             if owner and not psutil.pid_exists(int(owner)):
-                found.append(process)
-    return found
+                orphans.append(process)
+    return orphans
 
 
 def end_family(owner: int, but: Iterable[int] = (), grace: float = 15.0) -> None:
-    """End what the run with this number has started: trainers get the time to save, the server needs none."""
+    """End all processes started by the run with this process id; trainers get `grace` seconds to save."""
     alive = _family(owner, but)
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
     psutil.wait_procs(alive, timeout=grace)
-    for process in _family(owner, but):  # looked for again: some may be born since
+    for process in _family(owner, but):  # search again: new ones may have started
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
 
 
 def _family(owner: int, but: Iterable[int]) -> list[psutil.Process]:
-    found = []
+    family = []
     for process in psutil.process_iter():
-        # Other users' cannot be read, and are none of ours.
+        # Skip other users' processes, which are not readable.
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             if process.environ().get(_MARK) == str(owner) and process.pid not in but:
-                found.append(process)
-    return found
+                family.append(process)
+    return family
 
 
 def _is_server(cmdline: list[str] | None) -> bool:

@@ -1,4 +1,4 @@
-"""The Prefect server that a command speaks to."""
+"""Connects commands to the configured Prefect server, and turns its errors into user errors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ _REMEDY = "Start one with: prefect server start; then: export PREFECT_API_URL=ht
 
 
 def server_address() -> str | None:
-    """Where the server is; none where the environment and the profile name none."""
+    """The configured server's address; None if neither environment nor profile has one."""
     from prefect.settings import PREFECT_API_URL
 
     address: str | None = PREFECT_API_URL.value()
@@ -18,26 +18,25 @@ def server_address() -> str | None:
 
 
 def refused(error: Any) -> RecipeError:
-    """What to tell a person of an answer that Prefect's client takes for an error."""
+    """The user error for an HTTP error of the server."""
     address, status = server_address(), error.response.status_code
     if status == 401:
         return RecipeError(
-            f"the Prefect server at {address} asks for a password, or for another one",
-            "Set PREFECT_API_AUTH_STRING to NAME:PASSWORD, as the server has it in "
-            "PREFECT_SERVER_API_AUTH_STRING",
+            f"the Prefect server at {address} requires a valid user name and password",
+            "Set PREFECT_API_AUTH_STRING to NAME:PASSWORD, as in the server's PREFECT_SERVER_API_AUTH_STRING",
         )
-    said = " ".join(error.response.text.split())[:500]
+    answer = " ".join(error.response.text.split())[:500]
     return RecipeError(
-        f"the Prefect server at {address} refused ({status}: {said})", "See what its log says about it"
+        f"the Prefect server at {address} refused the request ({status}: {answer})", "See the server's log"
     )
 
 
 @contextmanager
 def server() -> Iterator[Any]:
-    """A client of the server. A temporary one would forget what it is told, so none is started.
+    """A client of the configured server. No temporary server is started, because it would lose the changes.
 
     Raises:
-        RecipeError: no server is named, it does not answer, or it refuses what it was sent.
+        RecipeError: no server is configured, it does not answer, or it refuses the request.
     """
     import httpx
     from prefect.client.orchestration import get_client
@@ -45,7 +44,7 @@ def server() -> Iterator[Any]:
 
     address = server_address()
     if address is None:
-        raise RecipeError("no Prefect server is named, and schedules live on one", _REMEDY)
+        raise RecipeError("no Prefect server is configured, and schedules need one", _REMEDY)
     try:
         with get_client(sync_client=True) as client:
             yield client
@@ -58,13 +57,12 @@ def server() -> Iterator[Any]:
 
 
 def prefect_away(error: Exception, begun: bool) -> Exception:
-    """What to say where Prefect's API cannot be reached; other errors stay what they are.
+    """The user error if Prefect's API cannot be reached; other errors are returned unchanged.
 
-    At the start Prefect says so in a bare RuntimeError; later, when its patience is over, the error of the
-    connection comes through.
+    At the start Prefect raises a plain RuntimeError; later, after its retries, the connection error.
 
     Args:
-        begun: whether the run is on record, and can be resumed.
+        begun: whether the run has a record and can be resumed.
     """
     import httpx
     from prefect.exceptions import PrefectHTTPStatusError
@@ -75,17 +73,17 @@ def prefect_away(error: Exception, begun: bool) -> Exception:
     away = isinstance(error, httpx.TransportError)
     if away and begun:
         return StageFailed(
-            f"the Prefect API at {where or 'the temporary server of the run'} went away in the middle of the "
+            f"the Prefect API at {where or 'the temporary server of the run'} became unreachable during the "
             f"run ({type(error).__name__}); finished stages are kept",
             "Start it again, or unset PREFECT_API_URL, then resume the run",
         )
-    if not away and not any(said in str(error) for said in ("Failed to reach API", "ephemeral Prefect API")):
+    if not away and not any(text in str(error) for text in ("Failed to reach API", "ephemeral Prefect API")):
         return error
     if where is None:
         return RecipeError(
-            f"Prefect's own server did not start ({error})", "Run again, or set PREFECT_API_URL"
+            f"Prefect's temporary server did not start ({error})", "Run again, or set PREFECT_API_URL"
         )
     return RecipeError(
         f"the Prefect API at {where} does not answer",
-        "Start it with: prefect server start; or unset PREFECT_API_URL, and the run starts one of its own",
+        "Start it with: prefect server start; or unset PREFECT_API_URL to use a temporary server",
     )

@@ -1,4 +1,4 @@
-"""Prefect's temporary server of a local run, out of reach of what the terminal sends to the run."""
+"""Starts Prefect's temporary server of a local run in its own session, so that Ctrl-C does not end it."""
 
 import functools
 import subprocess
@@ -12,10 +12,10 @@ from tasks.scheduling.prefect_home import REMEDY, unwritable_home
 
 
 class _Apart(SubprocessASGIServer):
-    """In a session of its own.
+    """A server in its own session.
 
-    Ctrl-C reaches every process of the terminal's group. A server that ended with the run could not take the
-    news of its end: Prefect would ask one that is gone, again and again.
+    Ctrl-C reaches all processes of the terminal's group. If the server ended with the run, Prefect would
+    retry again and again to report the run's end to it.
     """
 
     def _run_uvicorn_command(self) -> "subprocess.Popen[Any]":
@@ -28,13 +28,13 @@ class _Apart(SubprocessASGIServer):
 
 
 def start_temporary_server() -> None:
-    """Start it, where the run is to have one: Prefect takes the one that is there, and stops it at the end.
+    """Start the temporary server if no server is configured; Prefect uses it and stops it at the end.
 
     Raises:
-        RecipeError: its folder cannot be written, so that it would try for two minutes.
-        RuntimeError: it did not start.
+        RecipeError: Prefect's folder is not writable; the server would retry for two minutes.
+        RuntimeError: the server did not start.
     """
     if PREFECT_API_URL.value() is None and PREFECT_SERVER_ALLOW_EPHEMERAL_MODE.value():
-        if found := unwritable_home():
-            raise RecipeError(f"Prefect cannot write its folder {found[0]} ({found[1]})", REMEDY)
+        if problem := unwritable_home():
+            raise RecipeError(f"Prefect cannot write its folder {problem[0]} ({problem[1]})", REMEDY)
         _Apart().start()

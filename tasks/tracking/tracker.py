@@ -356,7 +356,7 @@ class Tracker:
             except Exception as error:
                 if getattr(error, "error_code", "") == "UNAUTHENTICATED":
                     raise RecipeError(
-                        f"MLflow at {self._outbox.place} rejected the user name or password",
+                        f"MLflow at {self._outbox.place} requires a valid user name and password",
                         "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
                     ) from error
                 if not self._outbox.is_outage(error):

@@ -91,7 +91,7 @@ def _server(uri: str) -> Iterator[Finding]:
         return
     if answer.status_code == 401:
         remedy = "export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-        yield failure("mlflow", f"{place} rejected the user name or password", remedy)
+        yield failure("mlflow", f"{place} requires a valid user name and password", remedy)
     elif answer.status_code == 403:
         host = httpx.URL(uri).netloc.decode()
         remedy = f"Start it with --allowed-hosts {host} (including the port)"

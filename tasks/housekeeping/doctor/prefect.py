@@ -51,7 +51,7 @@ def server() -> Iterator[Finding]:
         return
     if answer.status_code == 401:
         remedy = "export PREFECT_API_AUTH_STRING=user:password, the server's PREFECT_SERVER_API_AUTH_STRING"
-        yield failure("prefect", f"{address} rejected the user name or password", remedy)
+        yield failure("prefect", f"{address} requires a valid user name and password", remedy)
         return
     if answer.status_code != 200:
         remedy = "Check PREFECT_API_URL; it ends in /api, as in http://127.0.0.1:4200/api"

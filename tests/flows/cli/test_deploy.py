@@ -191,7 +191,7 @@ def test_the_command_line_tells_what_is_wrong_and_when_it_would_run(
         }
         done = dpo("deploy")
         assert (done.code, len(done.errors)) == (2, 1)
-        assert "no Prefect server is named" in done.errors[0]
+        assert "no Prefect server is configured" in done.errors[0]
     path = tmp_path / "prefect.yaml"
     path.write_text(yaml.safe_dump({"deployments": [GOOD | {"shedules": []}]}))
     done = dpo("deploy", "--file", str(path), "--dry-run")

@@ -59,8 +59,8 @@ def test_a_lost_lease_of_the_run_ends_nothing(restarted: str, monkeypatch: pytes
     with pytest.raises(PrefectHTTPStatusError):
         client.renew_concurrency_lease(lease, 300)
     (line,) = told
-    assert "it was restarted" in line
-    assert "the run goes on" in line
+    assert "in a restart" in line
+    assert "the run continues" in line
 
 
 @pytest.mark.parametrize("error", [CancelledError(), ValueError(), RuntimeError("  ")])

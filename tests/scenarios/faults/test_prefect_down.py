@@ -120,7 +120,7 @@ def test_a_run_does_without_a_server_that_is_gone_for_good(finished, server: Ser
     assert code == 0, text
     (line,) = [line for line in text.splitlines() if line.startswith("warning: ")]
     assert "the run is done, but Prefect does not know" in line
-    assert f"the Prefect API at {server.api} went away" in line
+    assert f"the Prefect API at {server.api} became unreachable" in line
     assert "Traceback" not in text
     assert "to resume" not in text
     assert "Do not promote" in text, "its table is shown"
