@@ -185,7 +185,7 @@ def reconcile(
         lost_triggers,
         present,
         remove,
-        strangers,
+        unmanaged_deployments,
         wanted,
     )
     from tasks.scheduling.heartbeats import apply_zombies, plan_zombies
@@ -200,7 +200,9 @@ def reconcile(
         )
     changes = [change for _, _, some in planned for change in some]
     extra = [
-        one for name in {flow.name for flow in flows.values()} for one in strangers(client, name, set(flows))
+        one
+        for name in {flow.name for flow in flows.values()}
+        for one in unmanaged_deployments(client, name, set(flows))
     ]
     if prune:
         changes += [Change(kind="removed", place=one.name) for one in extra]

@@ -48,9 +48,9 @@ def resume(name: NameArgument) -> None:
 
 
 def _found(client: Any) -> list[tuple[Any, Any]]:
-    from tasks.scheduling.deployments import strangers
+    from tasks.scheduling.deployments import unmanaged_deployments
 
-    deployments = sorted(strangers(client, "dpo", set()), key=lambda one: one.name)
+    deployments = sorted(unmanaged_deployments(client, "dpo", set()), key=lambda one: one.name)
     return [(deployment, schedule) for deployment in deployments for schedule in deployment.schedules]
 
 

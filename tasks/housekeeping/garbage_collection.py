@@ -26,7 +26,7 @@ from tasks.runs.references import Needs, read_needs
 from tasks.store.facts import ModelFacts, facts_of
 from tasks.store.files import disk_errors, open_workspace, size_of
 from tasks.store.store import Store
-from tasks.tracking.mlflow_calls import every
+from tasks.tracking.mlflow_calls import all_pages
 from tasks.tracking.tracker import Tracker
 
 KEEP = 10
@@ -149,7 +149,7 @@ def _champions(place: Path, runs: list[Needs], held: ExitStack, dry_run: bool) -
     """Digests of the models that an alias or a champion's last change refers to; locks promotions."""
     digests: set[str] = set()
     for tracker in registries_of(place, (needs.tracking_uri for needs in runs)):
-        names = tracker.ask("the registered models", lambda c: every(c.search_registered_models))
+        names = tracker.ask("the registered models", lambda c: all_pages(c.search_registered_models))
         for name in sorted(model.name for model in names if not model.name.endswith(SUFFIX)):
             if not dry_run:
                 held.enter_context(hold_champion(place, name))

@@ -34,7 +34,7 @@ from dpo_core.config import Config
 from dpo_core.errors import StageFailed
 from dpo_core.evaluation.decision import Decision
 from tasks.store.locks import locked
-from tasks.tracking.mlflow_calls import unless_there
+from tasks.tracking.mlflow_calls import create_if_missing
 from tasks.tracking.mlflow_run import TAG_CHARS, cut
 from tasks.tracking.outbox import one_line
 from tasks.tracking.registry import numbered, version_of
@@ -110,7 +110,7 @@ class Ledger:
         about = _ABOUT.format(name=self.model)
 
         def write(client: Any) -> str:
-            unless_there(lambda: client.create_registered_model(self.name, description=about))
+            create_if_missing(lambda: client.create_registered_model(self.name, description=about))
             run_id = client.get_model_version(self.model, change.version).run_id
             tags = {_CHANGE: change.model_dump_json()}
             made = client.create_model_version(

@@ -30,7 +30,7 @@ from tasks.reports.run_report import RunReport
 from tasks.store.facts import ModelFacts, Origin
 from tasks.store.manifest import Manifest, digest_folder
 from tasks.store.store import Store
-from tasks.tracking.mlflow_calls import every
+from tasks.tracking.mlflow_calls import all_pages
 from tasks.tracking.registry import numbered, version_of
 from tasks.tracking.tracker import Tracker
 
@@ -220,7 +220,9 @@ def _unknown(tracker: Tracker, model: str, mark: str, chosen: str) -> RecipeErro
     )
     models = {}
     if not database_gone(tracker.uri):
-        search = tracker.ask("the registered models", lambda client: every(client.search_registered_models))
+        search = tracker.ask(
+            "the registered models", lambda client: all_pages(client.search_registered_models)
+        )
         models = {known.name: known for known in search if not known.name.endswith(SUFFIX)}
     if model not in models:
         problem = f"the registry at {hidden(tracker.uri)} has no model {model}"
@@ -235,7 +237,7 @@ def _unknown(tracker: Tracker, model: str, mark: str, chosen: str) -> RecipeErro
         return RecipeError(f"{model} has no alias {chosen}", _choices(chosen, aliases, "Its aliases"))
     registered = tracker.ask(
         f"the versions of {model}",
-        lambda client: every(partial(client.search_model_versions, f"name = '{model}'")),
+        lambda client: all_pages(partial(client.search_model_versions, f"name = '{model}'")),
     )
     versions = sorted((str(version.version) for version in registered), key=int)
     return RecipeError(f"{model} has no version {chosen}", _choices(chosen, versions, "Its versions"))

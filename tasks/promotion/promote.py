@@ -24,7 +24,7 @@ from tasks.reports.alarms import alarms
 from tasks.reports.run_report import ModelRow, RunReport
 from tasks.store.files import disk_errors, open_workspace
 from tasks.store.manifest import digest_folder
-from tasks.tracking.mlflow_calls import every
+from tasks.tracking.mlflow_calls import all_pages
 from tasks.tracking.registry import version_of
 from tasks.tracking.tracker import Tracker
 
@@ -270,7 +270,7 @@ def _standing(tracker: Tracker, name: str, *, changed: bool = False, notes: list
 
 
 def _models(tracker: Tracker) -> list[str]:
-    models = tracker.ask("the registered models", lambda client: every(client.search_registered_models))
+    models = tracker.ask("the registered models", lambda client: all_pages(client.search_registered_models))
     return sorted(model.name for model in models if not model.name.endswith(SUFFIX))
 
 

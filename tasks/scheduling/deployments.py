@@ -238,7 +238,7 @@ def apply(client: Any, deployment: Deployment, flow: Any) -> None:
         client.create_automation(automation)
 
 
-def strangers(client: Any, flow_name: str, names: set[str]) -> list[Any]:
+def unmanaged_deployments(client: Any, flow_name: str, names: set[str]) -> list[Any]:
     """Deployments of the flow on the server that are not in the file."""
     from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 

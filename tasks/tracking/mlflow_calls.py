@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-def unless_there(create: Callable[[], object]) -> None:
+def create_if_missing(create: Callable[[], object]) -> None:
     """Call `create`; ignore MLflow's error if the object exists already."""
     from mlflow.exceptions import MlflowException
 
@@ -15,7 +15,7 @@ def unless_there(create: Callable[[], object]) -> None:
             raise
 
 
-def every(search: Callable[..., Any]) -> list[Any]:
+def all_pages(search: Callable[..., Any]) -> list[Any]:
     """The results of all pages of an MLflow search."""
     page = search()
     results = list(page)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from tasks.tracking.mlflow_calls import every, unless_there
+from tasks.tracking.mlflow_calls import all_pages, create_if_missing
 from tasks.tracking.mlflow_run import TAG_CHARS, cut
 from tasks.tracking.tracker import Tracker
 
@@ -38,7 +38,7 @@ def register_model(
     all_tags = {key: cut(value, TAG_CHARS) for key, value in (tags or {}).items()} | {"dpo.weights_uri": uri}
 
     def register(client: Any) -> str:
-        unless_there(lambda: client.create_registered_model(name))
+        create_if_missing(lambda: client.create_registered_model(name))
         # Search this run's versions only: the model of a nightly recipe has one for every night.
         known = client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'")
         same = [entry.version for entry in known if entry.tags.get("dpo.weights_uri") == uri]
@@ -64,7 +64,7 @@ def version_with(tracker: Tracker, name: str, sha256: str) -> Any | None:
     """
 
     def find(client: Any) -> Any | None:
-        versions = every(partial(client.search_model_versions, f"name = '{name}'"))
+        versions = all_pages(partial(client.search_model_versions, f"name = '{name}'"))
         same = [v for v in versions if v.tags.get("dpo.artifact_sha256") == sha256 and _exists(v)]
         return max(same, key=lambda version: int(version.version), default=None)
 

@@ -21,7 +21,7 @@ from tasks.signals import undisturbed
 from tasks.store.files import disk_fault, open_workspace
 from tasks.store.manifest import Manifest
 from tasks.tracking.database import make_database
-from tasks.tracking.mlflow_calls import unless_there
+from tasks.tracking.mlflow_calls import create_if_missing
 from tasks.tracking.mlflow_run import TAG_CHARS, StageRun, TrackedRun, clean_key, cut, flatten
 from tasks.tracking.outbox import FOLDER, PATIENCE, Outbox, Write, forget, kept, one_line, read_kept
 
@@ -334,7 +334,7 @@ class Tracker:
             # Without a server MLflow would put artifacts below the working directory.
             local = "://" in self.uri and not self.uri.startswith("http")
             location = (self.workspace / "mlartifacts").as_uri() if local else None
-            unless_there(lambda: self._client.create_experiment(name, location, dict(_EXPERIMENT_TAGS)))
+            create_if_missing(lambda: self._client.create_experiment(name, location, dict(_EXPERIMENT_TAGS)))
             experiment = self._client.get_experiment_by_name(name)
         if experiment.lifecycle_stage != "active":
             raise RecipeError(

@@ -186,12 +186,12 @@ def champions(place: Path) -> Iterator[Finding]:
     from tasks.promotion.finished_run import registries_of
     from tasks.promotion.ledger import ALIAS, SUFFIX, Ledger
     from tasks.promotion.model_source import titled, weights_of
-    from tasks.tracking.mlflow_calls import every
+    from tasks.tracking.mlflow_calls import all_pages
     from tasks.tracking.registry import version_of
 
     check, count = "dpo promote --check", 0
     for tracker in registries_of(place, (needs.tracking_uri for needs in read_needs(place))):
-        names = [m.name for m in tracker.ask("the models", lambda c: every(c.search_registered_models))]
+        names = [m.name for m in tracker.ask("the models", lambda c: all_pages(c.search_registered_models))]
         for name in (name for name in names if not name.endswith(SUFFIX)):
             ledger, champion = Ledger(tracker, name), version_of(tracker, name, ALIAS)
             entries = ledger.read()
