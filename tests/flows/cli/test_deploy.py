@@ -85,7 +85,7 @@ def test_a_package_in_the_working_folder_that_would_replace_the_flow_is_refused(
             check_deployment(deployment(work_pool=pool))
     (tmp_path / "flows").rename(tmp_path / "tasks")
     pool["job_variables"]["env"] = {"OTHER": "1"}
-    with pytest.raises(RecipeError, match=f"finds {tmp_path}/tasks/__init__.py in place of the installed"):
+    with pytest.raises(RecipeError, match=f"imports {tmp_path}/tasks/__init__.py in place of the installed"):
         check_deployment(deployment(work_pool=pool))
     (tmp_path / "tasks").rename(tmp_path / "mine")
     pool["job_variables"]["env"] = {"OTHER": "2"}
