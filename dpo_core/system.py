@@ -15,6 +15,10 @@ import psutil
 MOST_BYTES = 2**20
 """Size limit of `read_small`. Recipes have a few kB, the longest known chat template about 20 kB."""
 
+JOB_PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "gguf", "safetensors")
+"""The packages that only jobs need, and commands that compute with a model in their own process."""
+INSTALL_JOB_PACKAGES = "pip install 'dpo-pipeline[train]'"
+
 
 def sync(path: Path) -> None:
     """Flush a file, or a folder's entries, to disk."""

@@ -1,6 +1,7 @@
 """Jobs on this machine: one rank, or torchrun with several, as a child in the flow's own process group."""
 
 import contextlib
+import importlib.util
 import logging
 import re
 import shlex
@@ -16,7 +17,8 @@ import psutil
 from deploy.launchers import torchrun
 from deploy.launchers.base import LOG, State, clear, ended, tail
 from deploy.launchers.warm import PID_FILE, JobServer, ServerGone, WarmJob
-from dpo_core.system import birth
+from dpo_core.errors import StageFailed
+from dpo_core.system import INSTALL_JOB_PACKAGES, JOB_PACKAGES, birth
 
 MODULE = torchrun.MODULE
 
@@ -50,7 +52,12 @@ class LocalLauncher:
         return shlex.join(self.command(job, processes))
 
     def submit(self, job: Path, processes: int, work: Path) -> str:
-        """Start the job, once whatever a killed flow left running on it is ended."""
+        """Start the job, once whatever a killed flow left running on it is ended.
+
+        Raises:
+            StageFailed: a package that jobs need is not installed.
+        """
+        require_packages_of_jobs()
         job = job.absolute()
         # Two trainers on one folder would ruin its checkpoints.
         _end(job, 10.0, self._hurry)
@@ -101,6 +108,20 @@ class LocalLauncher:
     def logs(self, handle: str, lines: int = 50) -> str:
         _, _, work = self._jobs[handle]
         return tail(work, lines)
+
+
+def require_packages_of_jobs() -> None:
+    """Refuse to start a job in an environment without the extra `train`.
+
+    Raises:
+        StageFailed: it names the packages that are missing.
+    """
+    missing = [name for name in JOB_PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise StageFailed(
+            f"the job cannot start on this machine: {', '.join(missing)} not installed",
+            f"Run: {INSTALL_JOB_PACKAGES}; or start jobs on a cluster: dpo launch --on",
+        )
 
 
 # What torchrun says of a rank.

@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 from dpo_core.redaction import WithoutSecrets, hidden
+from dpo_core.system import INSTALL_JOB_PACKAGES, JOB_PACKAGES
 from flows.cli.cache import app as cache_app
 from flows.cli.deploy import deploy as deploy_command
 from flows.cli.doctor import doctor as doctor_command
@@ -251,6 +252,9 @@ def main() -> None:
         typer.echo("stopped", err=True)
         sys.exit(130)
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name in JOB_PACKAGES:
+            typer.echo(f"error: {error.name} is not installed. Run: {INSTALL_JOB_PACKAGES}", err=True)
+            sys.exit(2)
         path = _keep_traceback()
         kept = f"The traceback is in {path}" if path else "Its traceback could not be kept"
         typer.echo(f"error: {type(error).__name__}: {_one_line(error)}. {kept}", err=True)

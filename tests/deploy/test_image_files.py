@@ -73,6 +73,17 @@ def test_the_variant_chooses_torch_and_the_lock_its_version(variant: str, torch:
         requirements(ROOT, variant, ["clowd"])
 
 
+def test_the_image_of_a_worker_has_no_package_of_jobs() -> None:
+    from deploy.docker.requirements import requirements
+
+    def names(variant: str) -> set[str]:
+        return {re.split(r"[<>=\[]", one)[0] for one in requirements(ROOT, variant, ["cloud", "kubernetes"])}
+
+    jobs = {"torch", "transformers", "deepspeed", "accelerate", "gguf"}
+    assert not jobs & names("worker")
+    assert names("cpu") == names("cuda") == names("worker") | jobs
+
+
 def test_what_compose_refers_to_is_there() -> None:
     body = compose_file()
     volumes, services = set(body["volumes"]), body["services"]

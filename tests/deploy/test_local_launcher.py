@@ -13,6 +13,8 @@ import psutil
 import pytest
 
 from deploy.launchers import Launcher, LocalLauncher, State, local
+from deploy.launchers.base import LOG
+from dpo_core.errors import StageFailed
 from tests.support.runs.training_jobs import wait_until
 
 # A job of one rank that does what its job file says. Ranks are told by this module's name and the job's path.
@@ -259,3 +261,13 @@ def test_the_orphans_of_a_killed_flow_are_reaped_by_the_next_submit(
     assert others <= alive, "the job of another folder is left alone"
     wait_until(lambda: launcher.poll(handle) is not State.RUNNING, "the end")
     assert launcher.poll(handle) is State.DONE
+
+
+def test_without_the_packages_of_jobs_nothing_starts_and_the_error_names_the_extra(
+    launcher: LocalLauncher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(StageFailed, match="deepspeed not installed") as caught:
+        launcher.submit(tmp_path / "job.json", 1, tmp_path)
+    assert "pip install 'dpo-pipeline[train]'" in str(caught.value)
+    assert not (tmp_path / LOG).exists()

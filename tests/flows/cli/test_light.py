@@ -32,6 +32,14 @@ def test_a_quick_command_loads_no_heavy_package(command: list[str], tmp_path: Pa
     assert not HEAVY & set(json.loads(done.stderr.splitlines()[-1]))
 
 
+def test_a_command_that_needs_torch_names_the_extra_where_it_is_missing(tmp_path: Path) -> None:
+    without = "import sys; sys.modules['torch'] = None\nfrom flows.cli.main import main; main()"
+    called = [sys.executable, "-c", without, "plan", "demo"]
+    done = subprocess.run(called, cwd=tmp_path, check=False, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: torch is not installed. Run: pip install 'dpo-pipeline[train]'\n"
+
+
 def test_a_run_prints_its_first_line_before_it_loads_anything_heavy(tmp_path: Path) -> None:
     ends_there = "import sys; sys.modules['tasks.preflight'] = None\n"  # the next import after the line
     called = [sys.executable, "-c", ends_there + REPORT, "run", "demo"]
