@@ -69,21 +69,20 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of each rank."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", required=True, help="the job file (JSON)")
-    told = json.loads(Path(parser.parse_args(argv).config).read_text())
+    config = json.loads(Path(parser.parse_args(argv).config).read_text())
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     from dpo_core.training.liveness import Watch
     from dpo_core.training.stop import Stopped
 
-    kind = module_of(told.get("kind", "train"))
-    job = kind.FILE.model_validate(told)
-    agent = os.getppid()
-    watch = Watch(lambda what: _end_without(what, Path(job.work)))
+    work, agent = Path(config["work"]), os.getppid()
+    watch = Watch(lambda what: _end_without(what, work))
     try:
-        run(kind, job, watch)
+        kind = module_of(config.get("kind", "train"))
+        run(kind, kind.FILE.model_validate(config), watch)
     except Stopped as stop:
         watch.leave()
         # torchrun hides the exit status of its ranks; this file tells a stop from a failure.
-        (Path(job.work) / STOP_FILE).touch()
+        (work / STOP_FILE).touch()
         if not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
             return STOPPED
         if not stop.told:
@@ -93,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         watch.stand_down()
         print(hidden(traceback.format_exc()), file=sys.stderr)
-        _report(Path(job.work), error)
+        _report(work, error)
         watch.close()  # only now: the others do not write over what is there
         return error.exit_code if isinstance(error, DpoError) else 4
     return 0

@@ -85,7 +85,11 @@ class LocalLauncher:
 
     def poll(self, handle: str) -> State:
         process, _, work = self._jobs[handle]
-        return State.RUNNING if process.poll() is None else ended(work)
+        if process.poll() is None:
+            return State.RUNNING
+        state = ended(work)
+        # torchrun stops the other ranks of one that was killed, and these save their state.
+        return State.FAILED if state is State.STOPPED and self.why(handle) else state
 
     def why(self, handle: str) -> str:
         """Whether a process of the job was killed, which it could not say itself, and whether for memory."""

@@ -1,0 +1,103 @@
+"""The cache job: two ranks give the log-probs of one, and a killed rank costs only what it had not kept."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+
+from deploy.launchers import LocalLauncher, State
+from dpo_core.data.tokens.tokenise import TokenConfig
+from dpo_core.jobs.files import ReferenceJob
+from dpo_core.models.source import weights_digest
+from dpo_core.reference.shard import LogpShard
+from tasks.stages.job import write_job
+from tests.support.models.tiny import make_tiny_model
+from tests.support.runs.jobs import on, run_job_file
+from tests.support.runs.processes import jobs_among
+from tests.support.runs.training_jobs import wait_until
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def job(place: Path, model: Path, processes: int, rows: int = 60, budget: int = 64) -> ReferenceJob:
+    """Small passes, each kept at once."""
+    place.mkdir(exist_ok=True)
+    listed = [
+        {
+            "id": f"row-{i}",
+            "prompt": f"The soup of day {i} was",
+            "chat": False,
+            "chosen": f" good on day {i} and warm.",
+            "rejected": f" cold, {i} times.",
+            "chosen_ended": True,
+            "rejected_ended": True,
+        }
+        for i in range(rows)
+    ]
+    pd.DataFrame(listed).to_parquet(place / "rows.parquet", index=False)
+    return ReferenceJob(
+        **on(place / "work", processes),
+        model=str(model),
+        weights_sha256=weights_digest(model),
+        described="tiny",
+        rows=str(place / "rows.parquet"),
+        method="dpo",
+        settings={"engine": {"precision": "fp32"}},
+        tokens=TokenConfig(max_length=64, max_prompt_length=24),
+        caches=str(place / "caches"),
+        out=str(place / "out"),
+        token_budget=budget,
+        keep_seconds=0.0,
+    )
+
+
+def values(done: ReferenceJob) -> Any:
+    shard = LogpShard.open(Path(done.out))
+    return shard.keys_N2, shard.offsets, shard.values
+
+
+def assert_same(one: ReferenceJob, other: ReferenceJob) -> None:
+    for a, b in zip(values(one), values(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_two_ranks_give_the_log_probs_of_one(model: Path, tmp_path: Path) -> None:
+    alone, two = job(tmp_path / "alone", model, 1), job(tmp_path / "two", model, 2)
+    result = run_job_file(alone)
+    assert result["computed"] == result["sequences"] == 120
+    assert run_job_file(two) == result
+    assert_same(alone, two)
+    # A second job finds all of them in the cache.
+    again = two.model_copy(update={"work": str(tmp_path / "again"), "out": str(tmp_path / "again-out")})
+    assert run_job_file(again) == result | {"computed": 0, "flops": 0.0}
+    assert_same(alone, again)
+
+
+def test_a_killed_rank_costs_only_what_it_had_not_kept(model: Path, tmp_path: Path) -> None:
+    alone = job(tmp_path / "alone", model, 1, rows=200, budget=32)
+    result = run_job_file(alone)
+    killed = job(tmp_path / "killed", model, 2, rows=200, budget=32)
+    caches = Path(killed.caches)
+    launcher, path = LocalLauncher(), write_job(killed)
+    handle = launcher.submit(path, 2, path.parent)
+    wait_until(lambda: len(list(caches.glob("*/shard-*"))) >= 8, "some shards")
+    jobs_among(psutil.Process(int(handle)).children(recursive=True))[1].kill()
+    wait_until(lambda: launcher.poll(handle) is not State.RUNNING, "the end")
+    assert launcher.poll(handle) is State.FAILED
+    assert "SIGKILL" in launcher.why(handle)
+    launcher.cancel(handle)
+    kept = {shard.name: (shard / "keys.npy").stat().st_mtime_ns for shard in caches.glob("*/shard-*")}
+    assert len(kept) >= 8
+    began = time.time_ns()
+    assert run_job_file(killed) == result
+    assert_same(alone, killed)
+    shards = [LogpShard.open(shard) for shard in caches.glob("*/shard-*")]
+    assert sum(len(shard) for shard in shards) == 400, "no log-prob was computed twice"
+    assert all(born < began for born in kept.values())
