@@ -10,7 +10,7 @@ from dpo_core.data.files.read import check_source
 from dpo_core.data.tokens.chat_template import check_template
 from dpo_core.errors import RecipeError
 from dpo_core.evaluation.run_suite import suite_files
-from dpo_core.evaluation.suites.safety_classifier import assert_not_trained_on
+from dpo_core.evaluation.safety_classifier import assert_not_trained_on
 from dpo_core.models.load import read_config
 from dpo_core.models.source import check_source_context, locate, read_template
 from dpo_core.rewards.functions import check_reward

@@ -6,12 +6,17 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from dpo_core.data.tokens.chat_template import template_in
 from dpo_core.data.tokens.config import settled
 from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise
 from dpo_core.errors import ModelError
+from dpo_core.evaluation.asked import Asked
+from dpo_core.evaluation.safety_classifier import Classifier
+from dpo_core.evaluation.safety_models import load_classifier
 from dpo_core.generation.config import SamplingConfig
 from dpo_core.generation.generate import sample
 from dpo_core.model_check import check_definition
@@ -20,18 +25,12 @@ from dpo_core.models.source import check_context, weights_digest
 from dpo_core.ranks import Alone, Ranks
 from dpo_core.reference.keys import sequence_key
 from dpo_core.reference.logps import Reference, Resources, reference_logps
+from dpo_core.scoring.logprobs import completion_scores
 from dpo_core.scoring.precision import Precision
 from dpo_core.statistics.estimates import Floats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-class Asked(NamedTuple):
-    """A prompt for generation: text, or the JSON of its messages where `chat`."""
-
-    prompt: str
-    chat: bool
 
 
 @dataclass
@@ -44,7 +43,8 @@ class Subject:
         reference: what it was trained from, for implicit rewards.
         caches: folder of the reference log-probs that are already known.
         device: where the model computes.
-        ranks: share what is computed; all ask the same in the same order.
+        ranks: share what is computed; all ask the same in the same order. With more than one, `caches` is
+            where all of them see it.
     """
 
     path: Path
@@ -84,8 +84,9 @@ class Subject:
 
     @cached_property
     def weights(self) -> str:
-        """sha256 of the weights."""
-        return weights_digest(self.path)
+        """sha256 of the weights; one rank reads them for all."""
+        (digest,) = self.ranks.map("weights", [str(self.path)], lambda path: weights_digest(Path(path)))
+        return str(digest)
 
     def answers(
         self,
@@ -114,6 +115,16 @@ class Subject:
         """Refuse rows of more tokens than the model, or its reference, has positions for."""
         for subject in (self, self.reference) if self.reference else (self,):
             check_context(config_in(subject.path), longest)
+
+    def sums(self, sequences: Seq[Sequence], precision: Precision, token_budget: int) -> Floats:
+        """Summed log-prob of each sequence's completion."""
+        self.check_length(max(map(len, sequences), default=0))
+        scores = completion_scores(self.scored, sequences, precision, token_budget, ranks=self.ranks)
+        return np.array([float(one.logps.double().sum()) for one in scores])
+
+    def classifier(self, spec: str, safe_label: str | None) -> Classifier:
+        """What judges whether its answers are safe; see `load_classifier`."""
+        return load_classifier(spec, safe_label, self.tokens, device=self.device, ranks=self.ranks)
 
     def reference_sums(self, sequences: Seq[Sequence], precision: Precision, token_budget: int) -> Floats:
         """Summed log-prob of each sequence's completion under the reference, which there must be.

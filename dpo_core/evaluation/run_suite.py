@@ -2,17 +2,19 @@
 
 import hashlib
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dpo_core.errors import RecipeError
 from dpo_core.evaluation.config import SuiteConfig, SuitesConfig
 from dpo_core.evaluation.contamination import TrainingText
-from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.evaluation.results import MeasureSpec, SuiteResult, measured
 from dpo_core.evaluation.suites.base import Suite
 from dpo_core.evaluation.suites.registry import find
 from dpo_core.system import digest_file
+
+if TYPE_CHECKING:
+    from dpo_core.evaluation.model_under_test import Subject
 
 
 def suite_files(config: SuitesConfig) -> dict[str, Path]:
@@ -52,21 +54,11 @@ def data_digest(suite: Suite, file: Path) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def run_suite(
-    suite: Suite,
-    subject: Subject,
-    file: Path,
-    config: SuiteConfig,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> SuiteResult:
-    """Ask the subject, and measure what came of it.
-
-    Args:
-        progress: told how many of how many units are done.
-    """
+def run_suite(suite: Suite, subject: "Subject", file: Path, config: SuiteConfig) -> SuiteResult:
+    """Ask the subject, and measure what came of it. Every rank of the subject calls this."""
     started = time.monotonic()
     rows = suite.read(file)
-    outcome = suite.run(subject, rows, config, progress)
+    outcome = suite.run(subject, rows, config)
     return SuiteResult(
         suite=suite.name,
         model=subject.name,

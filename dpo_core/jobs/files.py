@@ -9,7 +9,8 @@ from pydantic import Field
 
 from dpo_core.config import Config
 from dpo_core.data.tokens.config import TokenConfig
-from dpo_core.evaluation.config import EvaluateConfig
+from dpo_core.evaluation.config import EvaluateConfig, SuiteConfig
+from dpo_core.generation.config import SamplingConfig
 from dpo_core.methods.pair_sampling import PairSamplingConfig
 from dpo_core.models.config import ModelConfig
 from dpo_core.scoring.precision import Precision
@@ -46,16 +47,16 @@ CHECK_VERSION = 1
 
 
 class ImportJob(ModelJob):
-    """Turn a model into a checkpoint folder, and try it."""
+    """Turn a model into a checkpoint folder, and try it if it is to be trained."""
 
     kind: Literal["import-model"] = "import-model"
     model: ModelConfig
     """Where it comes from."""
     out: str
     """The folder to write."""
-    longest: int
-    """Tokens of the longest rows that will be read."""
-    precision: Precision
+    longest: int | None = None
+    """Tokens of the longest rows that will be trained; empty: the model is only evaluated, and not tried."""
+    precision: Precision = "bf16"
     """Of training."""
 
 
@@ -147,3 +148,57 @@ class EvaluationJob(ModelJob):
     entropies: bool = True
     """Also measure the entropy of the next-token distributions along the samples."""
     seed: int
+
+
+class AskedModel(Config):
+    """A model that suites and prompts are put to."""
+
+    name: str
+    """As tables call it."""
+    path: str
+    """Checkpoint folder."""
+    tokens: TokenConfig
+    """How much of a text it reads, with the day that its chat template writes."""
+
+
+PER_SUITE = 1000
+"""What one model on one suite counts in the progress of `SuitesJob`."""
+
+
+class SuitesJob(ModelJob):
+    """Put models through evaluation suites."""
+
+    kind: Literal["suites"] = "suites"
+    models: list[AskedModel]
+    asked: list[tuple[str, str]]
+    """Model and suite of each result by their names, the suites of one model side by side."""
+    files: dict[str, str]
+    """Data file of each suite."""
+    config: SuiteConfig
+    reference: AskedModel | None = None
+    """What implicit rewards are measured against."""
+    caches: str
+    """The folder that holds one cache of log-probs a reference."""
+
+
+class AnswersJob(ModelJob):
+    """Let models answer the same prompts."""
+
+    kind: Literal["answers"] = "answers"
+    models: list[AskedModel]
+    prompts: str
+    """Parquet file with the columns `prompt` and `chat`."""
+    sampling: SamplingConfig
+    seed: int
+
+
+class ScoreJob(ModelJob):
+    """Rewards of given answers."""
+
+    kind: Literal["score"] = "score"
+    reward: str
+    """A name for `rewards.functions.load_reward`, or the folder of a reward model."""
+    answers: str
+    """Parquet file with the columns `prompt`, `chat` and `answer`."""
+    tokens: TokenConfig
+    """How a reward model reads text."""

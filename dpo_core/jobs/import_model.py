@@ -24,9 +24,11 @@ def run(job: ImportJob, watch: Watch) -> dict[str, Any] | None:
         return None
     out = Path(job.out)
     convert(job.model, out)
+    ranks.advance(1)
+    if job.longest is None:
+        return {}
     check_context(config_in(out), job.longest)
     # Of what was written, so that it is known to load again.
     check = check_folder(out, precision=job.precision, longest=job.longest)
     check.require()
-    ranks.advance(1)
     return dict(vars(check))

@@ -134,6 +134,11 @@ def load_reward(spec: str) -> RewardFunction:
     return CheckedReward(function, name if isinstance(name, str) else attribute)
 
 
+def is_reward_model(source: str) -> bool:
+    """Whether a reward's source is the folder of a trained reward model."""
+    return Path(source, "reward.json").is_file()
+
+
 def reward_identity(spec: str | None) -> str | None:
     """A reward's identity in a stage's key: its spec and the digest of the file that defines it.
 

@@ -12,7 +12,7 @@ from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise, Token
 from dpo_core.models.load import config_in
 from dpo_core.models.reward_model import RewardModel
 from dpo_core.ranks import Alone, Ranks
-from dpo_core.rewards.functions import load_reward
+from dpo_core.rewards.functions import is_reward_model, load_reward
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.layout import right_padded
 from dpo_core.scoring.logprobs import autocast, length_batches
@@ -113,11 +113,6 @@ def scorer(
         return rewards
 
     return by_text
-
-
-def is_reward_model(source: str) -> bool:
-    """Whether a reward's source is the folder of a trained reward model."""
-    return Path(source, "reward.json").is_file()
 
 
 def scoring_flops_of(source: str) -> Callable[[Seq[Sequence]], float]:

@@ -23,7 +23,7 @@ from dpo_core.methods.ppo import PpoConfig
 from dpo_core.models.dropout import disable_dropout, set_training
 from dpo_core.models.load import load_model
 from dpo_core.models.reward_model import RewardModel
-from dpo_core.rewards.model import is_reward_model
+from dpo_core.rewards.functions import is_reward_model
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.attention import trunk_of
 from dpo_core.scoring.document import Document

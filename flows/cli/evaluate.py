@@ -108,13 +108,15 @@ def _run(
     models: list[str], given: dict[str, Any], workspace: str, overrides: list[str], as_json: bool
 ) -> None:
     from tasks.recipe.read import overridden
+    from tasks.signals import stoppable
     from tasks.stages.standalone_evaluation import EvaluationRequest, evaluate_models
     from tasks.store.files import open_workspace, require_writable
 
     request = overridden(EvaluationRequest, given, overrides, "it cannot be evaluated", _FIELDS)
     folder = open_workspace(workspace)
     require_writable(folder)
-    report, page = evaluate_models(models, request, folder)
+    with stoppable():
+        report, page = evaluate_models(models, request, folder)
     if as_json:
         typer.echo(report.model_dump_json())
         return

@@ -46,7 +46,7 @@ def run_model_job(
     bar = given.progress(total)
 
     def look() -> None:
-        bar.update(min(_done(work), total))
+        bar.update(min(done(work), total))
         tick()
 
     return run_job(given, job, job.ranks.processes, look)
@@ -116,7 +116,7 @@ def watch(
     return result
 
 
-def _done(work: Path) -> int:
+def done(work: Path) -> int:
     """What the ranks of a job have done, in the sizes of their units."""
     return sum(int(path.read_text()) for path in work.glob(PROGRESS.format(rank="*")))
 

@@ -2,26 +2,32 @@
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from dpo_core.data.config import DataConfig
 from dpo_core.data.load import load
+from dpo_core.data.tokens.config import TokenConfig
 from dpo_core.errors import RecipeError
-from dpo_core.evaluation.model_under_test import Asked, Subject
+from dpo_core.evaluation.asked import Asked
+from dpo_core.evaluation.safety_classifier import identity
 from dpo_core.generation.config import SamplingConfig, seed_for
+from dpo_core.jobs.files import AnswersJob, AskedModel, ScoreJob
 from dpo_core.judging.compare import compare_answers
 from dpo_core.judging.config import JudgeConfig
 from dpo_core.judging.judge import AnswerPairs
 from dpo_core.judging.results import WinRate
-from tasks.reports.run_report import Sample
+from dpo_core.models.source import source_digest
+from dpo_core.rewards.functions import is_reward_model
+from tasks.stages.asking import RunJob
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
-from tasks.stages.evaluation import load_answers, readable, rivals
+from tasks.stages.evaluation import load_answers, rivals
 from tasks.stages.suites import LEFT_OUT
 from tasks.store.facts import Facts
-from tasks.store.manifest import Manifest
+from tasks.store.manifest import Manifest, digest_config
 
 JUDGE = Stage("judge", 1, "win-rates", Facts, lambda workload, label: LEFT_OUT)
 REPLIES = "judgements"
@@ -44,39 +50,53 @@ def chosen_prompts(config: DataConfig, most: int, seed: int) -> list[Asked]:
     return [Asked(row["prompt"], bool(row["chat"])) for row in frame.iloc[kept].to_dict("records")]
 
 
-def judge_models(
-    models: tuple[Subject, Subject],
-    asked: list[Asked],
-    sampling: SamplingConfig,
-    judge: JudgeConfig,
-    *,
-    workspace: Path,
-    seed: int,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> tuple[WinRate, list[Sample]]:
-    """The win rate of the first model over the second on the prompts, and all answers side by side.
+def answers_of(
+    models: Sequence[AskedModel], asked: Sequence[Asked], sampling: SamplingConfig, seed: int, run: RunJob
+) -> dict[str, list[str]]:
+    """What each model answers to the prompts, by its name; computed in a job."""
+    digests = {model.name: [source_digest(Path(model.path)), model.tokens] for model in models}
+    decides = {"models": digests, "prompts": asked, "sampling": sampling, "seed": seed}
+
+    def job(fields: dict[str, Any]) -> AnswersJob:
+        table = _table(fields, pd.DataFrame(asked, columns=Asked._fields))
+        own = seed_for(seed, "answers")
+        return AnswersJob(**fields, models=list(models), prompts=table, sampling=sampling, seed=own)
+
+    answers: dict[str, list[str]] = run(digest_config(decides), job, len(models) * len(asked))["answers"]
+    return answers
+
+
+def rewards_of(source: str, pairs: AnswerPairs, tokens: TokenConfig, run: RunJob) -> list[float]:
+    """Rewards of the answers of the first model, then of the second; computed in a job.
 
     Args:
-        progress: told how many of how many answers and questions are done.
+        source: folder of a trained reward model.
+
+    Raises:
+        RecipeError: it is none.
     """
-    a, b = models
-    own = seed_for(seed, "answers")
-    answers_a = a.answers(asked, sampling, seed=own)
-    answers_b = b.answers(asked, sampling, seed=own)
-    prompts, chat = [one.prompt for one in asked], [one.chat for one in asked]
-    rate = compare_answers(
-        judge,
-        AnswerPairs(a.name, b.name, prompts, answers_a, answers_b, chat),
-        tokens=a.tokens,
-        cache=workspace / REPLIES,
-        seed=seed,
-        progress=progress,
-    )
-    samples = [
-        Sample(prompt=readable(one.prompt), completions={a.name: ours, b.name: theirs})
-        for one, ours, theirs in zip(asked, answers_a, answers_b, strict=True)
-    ]
-    return rate, samples
+    if not is_reward_model(source):
+        raise RecipeError(
+            f"'{source}' is not the folder of a trained reward model",
+            "Name the folder that holds its reward.json, or set the judge's kind to reward",
+        )
+    sides = {"prompt": pairs.prompts, "chat": pairs.chat or [False] * len(pairs.prompts)}
+    frames = [pd.DataFrame(sides | {"answer": answers}) for answers in (pairs.answers_a, pairs.answers_b)]
+    rows = pd.concat(frames, ignore_index=True)
+    decides = {"reward": identity(source), "rows": rows.to_dict("list"), "tokens": tokens}
+
+    def job(fields: dict[str, Any]) -> ScoreJob:
+        return ScoreJob(**fields, reward=source, answers=_table(fields, rows), tokens=tokens)
+
+    rewards: list[float] = run(digest_config(decides), job, 1)["rewards"]
+    return rewards
+
+
+def _table(fields: dict[str, Any], frame: pd.DataFrame) -> str:
+    """Rows that a job reads, in its work folder."""
+    path = Path(fields["work"]) / "rows.parquet"
+    frame.to_parquet(path, index=False)
+    return str(path)
 
 
 @stage_task(JUDGE.name)

@@ -10,25 +10,29 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
-import torch
 from pydantic import Field, model_validator
 
 from dpo_core.config import Config
 from dpo_core.data.config import DataConfig
 from dpo_core.data.load import load
-from dpo_core.data.tokens.tokenise import TokenConfig
+from dpo_core.data.tokens.chat_template import template_in
+from dpo_core.data.tokens.config import TokenConfig
 from dpo_core.errors import RecipeError
+from dpo_core.evaluation.asked import Asked
 from dpo_core.evaluation.compare import Comparison, compare
 from dpo_core.evaluation.config import SuiteConfig, SuitesConfig
 from dpo_core.evaluation.contamination import TrainingText, training_texts
-from dpo_core.evaluation.model_under_test import Asked, Subject
 from dpo_core.evaluation.results import Item, SuiteResult
 from dpo_core.evaluation.run_suite import suite_files, without_training_data
 from dpo_core.evaluation.suites.registry import find
 from dpo_core.generation.config import SamplingConfig
+from dpo_core.jobs.files import AskedModel, InferenceConfig
+from dpo_core.judging.compare import compare_answers
 from dpo_core.judging.config import JudgeConfig
+from dpo_core.judging.judge import AnswerPairs
 from dpo_core.judging.results import WinRate
 from dpo_core.models.remote_code import trust
+from dpo_core.models.source import weights_digest
 from dpo_core.rewards.functions import check_reward
 from dpo_core.system import write_atomic
 from tasks.provenance import command_line, hardware
@@ -36,10 +40,12 @@ from tasks.recipe.policies import elsewhere
 from tasks.reports.evaluation_page import render_evaluation
 from tasks.reports.evaluation_report import EvaluatedModel, EvaluationReport
 from tasks.reports.run_report import Sample
+from tasks.stages.asking import CommandJobs, asked_model
 from tasks.stages.assess import suite_row
-from tasks.stages.judging import chosen_prompts, judge_models
-from tasks.stages.suite_results import FOLDER, find_model, suite_result, trained_rows
-from tasks.store.files import CACHE_FOLDER, disk_errors
+from tasks.stages.evaluation import readable
+from tasks.stages.judging import REPLIES, answers_of, chosen_prompts, rewards_of
+from tasks.stages.suite_results import FOLDER, SuiteRequest, checkpoint_of, suite_results, trained_rows
+from tasks.store.files import disk_errors
 
 log = logging.getLogger("dpo")
 
@@ -74,6 +80,8 @@ class EvaluationRequest(Config):
     """Who says which answer is better."""
     seed: int = Field(0, ge=0)
     """Of the choice of prompts, the answers and the intervals."""
+    ranks: InferenceConfig = InferenceConfig()
+    """Processes that share the work."""
 
     @model_validator(mode="after")
     def _what_is_set_is_read(self) -> "EvaluationRequest":
@@ -101,38 +109,24 @@ def evaluate_models(
     files = _files(request)
     if len(models) == 2 and request.prompts is not None and request.judge.kind == "reward":
         check_reward(request.judge.source)
-    subjects = _subjects(models, request, workspace)
-    if len({subject.path.resolve() for subject in subjects}) < len(subjects):
-        raise RecipeError(f"{models[0]} and {models[1]} are one model", "Name two models")
-    request = _alike(request, subjects)
+    jobs = CommandJobs(workspace, request.ranks, terminal_bar)
+    asked = _models(models, request, jobs)
+    request = _alike(request, asked)
     training = _training(request.train, [trained_rows(spec, workspace) for spec in models])
-    results = [
-        [_one(workspace, name, file, subject, request, training) for name, file in files.items()]
-        for subject in subjects
-    ]
+    results = _suites(request, files, asked, training, jobs) if files else []
     comparisons: list[Comparison] = []
     win_rates: list[WinRate] = []
     samples: list[Sample] = []
-    if len(subjects) == 2:
+    if len(asked) == 2:
         if files:
-            comparisons = [compare(results[0], results[1], seed=request.seed)]
+            ours, theirs = (results[: len(files)], results[len(files) :])
+            comparisons = [compare(ours, theirs, seed=request.seed)]
         if request.prompts is not None:
-            asked = chosen_prompts(request.prompts, request.most_prompts, request.seed)
-            _warn_of_known(asked, training)
-            with terminal_bar(f"answers, {request.judge.name}") as told:
-                rate, samples = judge_models(
-                    (subjects[0], subjects[1]),
-                    asked,
-                    request.answers,
-                    request.judge,
-                    workspace=workspace,
-                    seed=request.seed,
-                    progress=told,
-                )
+            rate, samples = _judged(request, asked, training, jobs)
             win_rates = [rate]
     report = EvaluationReport(
-        models=[EvaluatedModel(name=s.name, sha256=s.weights) for s in subjects],
-        suites=[suite_row(result) for one in results for result in one],
+        models=[EvaluatedModel(name=one.name, sha256=weights_digest(Path(one.path))) for one in asked],
+        suites=[suite_row(result) for result in results],
         comparisons=comparisons,
         win_rates=win_rates,
         samples=samples[:SHOWN],
@@ -141,7 +135,7 @@ def evaluate_models(
         hardware=hardware(),
         seconds=time.monotonic() - started,
     )
-    return report, _keep(report, [result for one in results for result in one], samples, workspace)
+    return report, _keep(report, results, samples, workspace)
 
 
 def _files(request: EvaluationRequest) -> dict[str, Path]:
@@ -152,27 +146,18 @@ def _files(request: EvaluationRequest) -> dict[str, Path]:
     return suite_files(SuitesConfig(names=request.suites, data=request.data, settings=request.settings))
 
 
-def _subjects(models: Sequence[str], request: EvaluationRequest, workspace: Path) -> list[Subject]:
-    reference = None
-    if request.reference is not None:
-        reference = Subject(_found(request.reference, request, workspace), request.reference, request.tokens)
-    caches = workspace / CACHE_FOLDER
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    subjects = [
-        Subject(_found(spec, request, workspace), name, request.tokens, reference, caches, device)
-        for spec, name in zip(models, labels(models), strict=True)
+def _models(specs: Sequence[str], request: EvaluationRequest, jobs: CommandJobs) -> list[AskedModel]:
+    models = [
+        asked_model(name, _found(spec, request, jobs), request.tokens)
+        for spec, name in zip(specs, labels(specs), strict=True)
     ]
-    for subject in subjects if reference else []:
-        if reference and reference.tokenizer.get_vocab() != subject.tokenizer.get_vocab():
-            raise RecipeError(
-                f"the reference {reference.name} has another vocabulary than {subject.name}",
-                "Name the model that this one was trained from, or leave --reference out",
-            )
-    return subjects
+    if len({Path(model.path).resolve() for model in models}) < len(models):
+        raise RecipeError(f"{specs[0]} and {specs[1]} are one model", "Name two models")
+    return models
 
 
-def _found(spec: str, request: EvaluationRequest, workspace: Path) -> Path:
-    folder = find_model(spec, workspace)
+def _found(spec: str, request: EvaluationRequest, jobs: CommandJobs) -> Path:
+    folder = checkpoint_of(spec, jobs.workspace, jobs.named("import-model", f"converting {spec}"))
     if request.trust_remote_code:
         trust(folder)
     return folder
@@ -184,10 +169,10 @@ def labels(models: Sequence[str]) -> list[str]:
     return short if len(set(short)) == len(short) else list(models)
 
 
-def _alike(request: EvaluationRequest, subjects: Sequence[Subject]) -> EvaluationRequest:
+def _alike(request: EvaluationRequest, models: Sequence[AskedModel]) -> EvaluationRequest:
     """Two models are asked in one way: in chat only where both have a template."""
-    without = [subject.name for subject in subjects if not subject.tokenizer.chat_template]
-    if request.settings.chat != "auto" or not 0 < len(without) < len(subjects):
+    without = [model.name for model in models if not template_in(Path(model.path))]
+    if request.settings.chat != "auto" or not 0 < len(without) < len(models):
         return request
     log.info("%s has no chat template: both are asked without one", without[0])
     settings = request.settings.model_copy(update={"chat": "never"})
@@ -223,18 +208,55 @@ def _warn_of_known(asked: Sequence[Asked], training: TrainingText | None) -> Non
         )
 
 
-def _one(
-    workspace: Path,
-    name: str,
-    file: Path,
-    subject: Subject,
+def _suites(
     request: EvaluationRequest,
+    files: dict[str, Path],
+    models: Sequence[AskedModel],
     training: TrainingText | None,
-) -> SuiteResult:
-    with terminal_bar(f"{name}, {subject.name}") as told:
-        result, cached = suite_result(workspace, find(name), subject, file, request.settings, told)
-    log.info("%s, %s: %s", name, subject.name, "known from before" if cached else f"{result.seconds:.1f} s")
-    return result if training is None else without_training_data(result, training)
+    jobs: CommandJobs,
+) -> list[SuiteResult]:
+    """Every model on every suite, model by model."""
+    reference = None
+    if request.reference is not None:
+        folder = _found(request.reference, request, jobs)
+        reference = asked_model(request.reference, folder, request.tokens)
+    paths = {name: file.absolute() for name, file in files.items()}
+    asked = SuiteRequest(models, paths, request.settings, reference)
+    found, known = suite_results(asked, jobs.workspace, jobs.named("suites", ", ".join(files)))
+    for (model, name), result in found.items():
+        how = "known from before" if (model, name) in known else f"{result.seconds:.1f} s"
+        log.info("%s, %s: %s", name, model, how)
+    if training is None:
+        return list(found.values())
+    return [without_training_data(result, training) for result in found.values()]
+
+
+def _judged(
+    request: EvaluationRequest,
+    models: Sequence[AskedModel],
+    training: TrainingText | None,
+    jobs: CommandJobs,
+) -> tuple[WinRate, list[Sample]]:
+    """The win rate of the first model over the second on the prompts, and all answers side by side."""
+    assert request.prompts is not None
+    judge, seed = request.judge, request.seed
+    asked = chosen_prompts(request.prompts, request.most_prompts, seed)
+    _warn_of_known(asked, training)
+    answers = answers_of(models, asked, request.answers, seed, jobs.named("answers", "answers"))
+    a, b = (model.name for model in models)
+    chat = [one.chat for one in asked]
+    pairs = AnswerPairs(a, b, [one.prompt for one in asked], answers[a], answers[b], chat)
+    rewards = None
+    if judge.kind == "reward_model":
+        rewards = rewards_of(judge.source, pairs, models[0].tokens, jobs.named("score", judge.name))
+    with terminal_bar(judge.name) as told:
+        cache = jobs.workspace / REPLIES
+        rate = compare_answers(judge, pairs, rewards=rewards, cache=cache, seed=seed, progress=told)
+    samples = [
+        Sample(prompt=readable(one.prompt), completions={a: ours, b: theirs})
+        for one, ours, theirs in zip(asked, answers[a], answers[b], strict=True)
+    ]
+    return rate, samples
 
 
 def _keep(

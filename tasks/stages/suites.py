@@ -4,7 +4,7 @@ import json
 
 import pandas as pd
 
-from dpo_core.data.tokens.tokenise import TokenConfig
+from dpo_core.data.tokens.config import TokenConfig
 from dpo_core.evaluation.config import SuitesConfig
 from dpo_core.evaluation.contamination import TrainingText, training_texts
 from dpo_core.evaluation.results import SuiteResult
@@ -12,11 +12,11 @@ from dpo_core.evaluation.run_suite import data_digest, suite_files, without_trai
 from dpo_core.evaluation.suites.registry import find
 from dpo_core.methods import estimate
 from tasks.recipe.policies import REFERENCE
+from tasks.stages.asking import asked_model, jobs_of_stage
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
 from tasks.stages.data import kind_of
-from tasks.stages.suite_results import suite_result
+from tasks.stages.suite_results import SuiteRequest, suite_results
 from tasks.store.facts import Facts
-from tasks.store.files import CACHE_FOLDER
 from tasks.store.manifest import Manifest
 
 LEFT_OUT = estimate.Work(note="the work of suites and judge is left out")
@@ -43,21 +43,16 @@ def evaluate_suites(
     files = suite_files(config)
 
     def work(given: Work) -> Output:
-        from dpo_core.evaluation.model_under_test import Subject
-
         frame = pd.read_parquet(trained_on.path / "data.parquet")
         training = TrainingText(training_texts(frame[frame["split"] == "train"]))
-        base = Subject(reference.path, REFERENCE, tokens)
-        subject = Subject(model.path, policy, tokens, base, context.workspace / CACHE_FOLDER)
-        bar = given.progress(1000 * len(files))
-        results = []
-        for number, (name, file) in enumerate(files.items()):
-
-            def told(done: int, total: int, number: int = number) -> None:
-                bar.update(1000 * number + 1000 * done // max(total, 1))
-
-            result, _ = suite_result(context.workspace, find(name), subject, file, config.settings, told)
-            results.append(without_training_data(result, training))
+        request = SuiteRequest(
+            [asked_model(policy, model.path, tokens)],
+            {name: file.absolute() for name, file in files.items()},
+            config.settings,
+            asked_model(REFERENCE, reference.path, tokens),
+        )
+        found, _ = suite_results(request, context.workspace, jobs_of_stage(given))
+        results = [without_training_data(result, training) for result in found.values()]
         out = given.fresh("out")
         text = json.dumps([result.model_dump(mode="json") for result in results], ensure_ascii=False)
         (out / "suites.json").write_text(text, encoding="utf-8")

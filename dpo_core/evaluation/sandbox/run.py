@@ -22,7 +22,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -95,22 +95,16 @@ def run_many(
     programs: Sequence[str],
     limits: Limits = Limits(),  # noqa: B008  (frozen)
     threads: int | None = None,
-    progress: Callable[[int], None] = lambda done: None,
 ) -> list[Ran]:
     """`run_python` of each program, in order, some at once.
 
     Args:
         threads: sandboxes at once; None: twice as many as there are processors, for part of a run is
             waiting for the kernel to take the namespaces down.
-        progress: called with the number of programs that are done.
     """
     check_sandbox()
-    results = []
     with ThreadPoolExecutor(threads or 2 * len(os.sched_getaffinity(0))) as pool:
-        for ran in pool.map(lambda code: _run(code, limits), programs):
-            results.append(ran)
-            progress(len(results))
-    return results
+        return list(pool.map(lambda code: _run(code, limits), programs))
 
 
 @cache

@@ -3,14 +3,16 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dpo_core.evaluation.config import SuiteConfig
-from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.evaluation.results import Outcome
 
-Run = Callable[[Subject, list[dict[str, Any]], SuiteConfig, Callable[[int, int], None]], Outcome]
-"""Subject, rows of the file, settings, and a function that is told how many of how many units are done."""
+if TYPE_CHECKING:
+    from dpo_core.evaluation.model_under_test import Subject
+
+Run = Callable[["Subject", list[dict[str, Any]], SuiteConfig], Outcome]
+"""Takes the subject, the rows of the file, and the settings. Every rank of the subject calls it."""
 
 
 @dataclass(frozen=True)

@@ -6,22 +6,28 @@ and only where the user allowed it.
 """
 
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dpo_core.data.files.read import read_rows
 from dpo_core.errors import DataError, RecipeError
+from dpo_core.evaluation.asked import Asked
+from dpo_core.evaluation.asked import asked as asked_as
 from dpo_core.evaluation.config import SuiteConfig
-from dpo_core.evaluation.model_under_test import Asked, Subject
 from dpo_core.evaluation.results import Item, MeasureSpec, Outcome
 from dpo_core.evaluation.sandbox.run import Limits, Ran, check_sandbox, run_many
-from dpo_core.evaluation.suites.base import Suite
-from dpo_core.evaluation.suites.prompting import asked as asked_as
+from dpo_core.evaluation.suites.base import Run, Suite
 from dpo_core.evaluation.suites.prompting import wants_chat
-from dpo_core.evaluation.suites.rows import Progress, Row, some
+from dpo_core.evaluation.suites.rows import Row, some
+from dpo_core.ranks import Alone, Ranks
+
+if TYPE_CHECKING:
+    from dpo_core.evaluation.model_under_test import Subject
 
 KS = (1, 10, 100)
 LIMITS = Limits()
@@ -29,6 +35,7 @@ STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 """Where a completion of HumanEval ends: what begins a line of its own there is not the function's body."""
 DONE = "[DONE]"
 """What ends a solution of MBPP in the prompt of the paper."""
+_PROGRAMS = 32  # in one unit of work; some of them run at once
 _NO_CODE = ("SyntaxError", "IndentationError", "TabError")
 
 
@@ -150,13 +157,14 @@ def score(
     chat: bool,
     limits: Limits = LIMITS,
     threads: int | None = None,
-    progress: Callable[[float], None] = lambda share: None,
+    ranks: Ranks | None = None,
 ) -> tuple[list[Item], Counter[str]]:
     """Run every answer against its tests, equal programs once.
 
     Args:
         answers: of each problem, the same number.
-        progress: called with the share of programs that have run.
+        threads: sandboxes at once on each rank; None: as many as the processors can carry, shared out.
+        ranks: share the programs; empty: this process runs all.
 
     Returns:
         One item a problem, and how many answers came to which end: `passed`, `failed`, `timeout`, `killed`,
@@ -167,8 +175,7 @@ def score(
         for problem, own in zip(problems, answers, strict=True)
     ]
     different = list(dict.fromkeys(code for own in programs for code in own if code is not None))
-    ran = run_many(different, limits, threads, progress=lambda done: progress(done / len(different)))
-    ends = dict(zip(different, map(_end, ran), strict=True))
+    ends = _run_shared(different, limits, threads, ranks or Alone())
     items, counts = [], Counter[str]()
     for problem, own, given in zip(problems, programs, answers, strict=True):
         came = [ends[code] if code is not None else "no code" for code in own]
@@ -187,15 +194,22 @@ def score(
     return items, counts
 
 
+def _run_shared(programs: list[str], limits: Limits, threads: int | None, ranks: Ranks) -> dict[str, str]:
+    """How each program ended; each runs on one rank."""
+    # Too many at once and their time on the clock is over before they have had a processor.
+    threads = threads or max(1, 2 * len(os.sched_getaffinity(0)) // ranks.world)
+    parts = [programs[start : start + _PROGRAMS] for start in range(0, len(programs), _PROGRAMS)]
+    ends = ranks.map("programs", parts, lambda part: [_end(ran) for ran in run_many(part, limits, threads)])
+    return dict(zip(programs, (end for part in ends for end in part), strict=True))
+
+
 def _end(ran: Ran) -> str:
     last = ran.tail.rstrip().rpartition("\n")[2]
     return "no code" if ran.outcome == "failed" and last.startswith(_NO_CODE) else ran.outcome
 
 
-def _runner(
-    suite: str, make: Callable[[Row], Problem], about: dict[str, str]
-) -> Callable[[Subject, list[Row], SuiteConfig, Progress], Outcome]:
-    def run(subject: Subject, rows: list[Row], config: SuiteConfig, progress: Progress) -> Outcome:
+def _runner(suite: str, make: Callable[[Row], Problem], about: dict[str, str]) -> Run:
+    def run(subject: "Subject", rows: list[Row], config: SuiteConfig) -> Outcome:
         """Draw `samples` answers to each problem and test them.
 
         Raises:
@@ -206,16 +220,9 @@ def _runner(
         problems = [make(row) for row in some(rows, config.limit, config.seed)]
         chat = wants_chat(subject, config)
         asked = [_asked(problem, chat) for problem in problems for _ in range(config.samples)]
-        total = 2 * len(asked)
         drawn = subject.answers(asked, config.sampling, seed=config.seed)
         answers = [drawn[i : i + config.samples] for i in range(0, len(drawn), config.samples)]
-        items, counts = score(
-            problems,
-            answers,
-            chat=chat,
-            progress=lambda share: progress(len(asked) + int(share * len(asked)), total),
-        )
-        progress(total, total)
+        items, counts = score(problems, answers, chat=chat, ranks=subject.ranks)
         room = subject.tokens.max_length - config.sampling.max_new_tokens
         cut = sum(len(subject.tokenise.prompt(*one)) > room for one in asked[:: config.samples])
         return Outcome(

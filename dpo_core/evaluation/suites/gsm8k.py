@@ -4,16 +4,18 @@ Source: Cobbe et al. 2021, arXiv 2110.14168.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dpo_core.errors import DataError
 from dpo_core.evaluation.config import SuiteConfig
-from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.evaluation.results import Item, MeasureSpec, Outcome
 from dpo_core.evaluation.suites.base import Suite
 from dpo_core.evaluation.suites.lm_eval_tasks import check, measure
-from dpo_core.evaluation.suites.rows import Progress, Row, read_fields, some
+from dpo_core.evaluation.suites.rows import Row, read_fields, some
 from dpo_core.system import digest_file
+
+if TYPE_CHECKING:
+    from dpo_core.evaluation.model_under_test import Subject
 
 _NO_ANSWER = "[invalid]"  # what lm-eval's filters give where they find nothing
 
@@ -45,7 +47,7 @@ MEASURES = [
 ]
 
 
-def run(subject: Subject, rows: list[Row], config: SuiteConfig, progress: Progress) -> Outcome:
+def run(subject: "Subject", rows: list[Row], config: SuiteConfig) -> Outcome:
     """lm-eval's `gsm8k`, five shots drawn from the training questions for every question.
 
     Without a file of training questions its `gsm8k_cot`, which brings eight shots of its own and asks for
@@ -55,7 +57,7 @@ def run(subject: Subject, rows: list[Row], config: SuiteConfig, progress: Progre
     train, source = shots(asked)
     name = "gsm8k" if train else "gsm8k_cot"
     splits = {"test": questions(asked), "train": train}
-    samples, settings, facts = measure(subject, "gsm8k", [name], splits, config, progress)
+    samples, settings, facts = measure(subject, "gsm8k", [name], splits, config)
     logged = {(s["filter"], s["doc_id"]): s for s in samples[name]}
     items = []
     for place, row in enumerate(asked):

@@ -1,7 +1,7 @@
 """Suites that EleutherAI's lm-eval measures, asked from local files.
 
 Prompts, shots, filters and metrics are the library's own task definitions; only the data set is replaced, and
-multiple choice is read by the engine of `lm_eval_model`.
+multiple choice is read by the engine of `dpo_core.evaluation.lm_eval_model`.
 """
 
 import logging
@@ -9,14 +9,17 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpo_core.errors import RecipeError
 from dpo_core.evaluation.config import SuiteConfig
-from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.evaluation.suites.prompting import wants_chat
-from dpo_core.evaluation.suites.rows import Progress, Row
+from dpo_core.evaluation.suites.rows import Row
+
+if TYPE_CHECKING:
+    from dpo_core.evaluation.model_under_test import Subject
 
 _ANSWER_BATCH = 16  # prompts with their shots answered at once, at most: they are long
 
@@ -31,12 +34,11 @@ class Measured(NamedTuple):
 
 
 def measure(
-    subject: Subject,
+    subject: "Subject",
     family: str,
     names: Seq[str],
     splits: dict[str, list[Row]],
     config: SuiteConfig,
-    progress: Progress,
     **overrides: dict[str, Any],
 ) -> Measured:
     """Run tasks of the library on a model.
@@ -49,7 +51,7 @@ def measure(
     """
     check(config)
     with _quiet():
-        from dpo_core.evaluation.suites.lm_eval_model import HarnessLM
+        from dpo_core.evaluation.lm_eval_model import HarnessLM
 
         tasks = load_tasks(family, names, splits, **overrides)
         chat = wants_chat(subject, config)
@@ -70,7 +72,6 @@ def measure(
             precision=config.precision,
             token_budget=config.token_budget,
             batch_size=min(config.sampling.batch_size, _ANSWER_BATCH),
-            progress=progress,
         )
         samples = ask(lm, tasks, chat=chat)
     return Measured(samples, settings, {"prompts_cut_to_the_context": lm.cut})
@@ -122,15 +123,13 @@ def check(config: SuiteConfig) -> None:
     """Refuse where lm-eval is missing.
 
     Raises:
-        RecipeError: it cannot be imported.
+        RecipeError: it is not installed.
     """
-    try:
-        import lm_eval.api.task  # noqa: F401
-    except ImportError as error:
+    if find_spec("lm_eval") is None:
         raise RecipeError(
-            f"this suite needs EleutherAI's lm-eval, which cannot be imported ({error})",
+            "this suite needs EleutherAI's lm-eval, which is not installed",
             "Run: .venv/bin/pip install -c constraints.txt -e '.[eval]'",
-        ) from error
+        )
 
 
 @contextmanager

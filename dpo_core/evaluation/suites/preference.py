@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from pydantic import JsonValue
@@ -27,14 +27,15 @@ from dpo_core.data.layouts.messages import chat_prompt
 from dpo_core.data.tokens.tokenise import TokenPair
 from dpo_core.errors import StageFailed
 from dpo_core.evaluation.config import SuiteConfig
-from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.evaluation.results import Better, Item, Measure, MeasureSpec, Outcome
 from dpo_core.evaluation.suites.base import Suite
 from dpo_core.evaluation.suites.prompting import wants_chat
 from dpo_core.evaluation.suites.rows import limited
 from dpo_core.rewards.quality import BINS, best_temperature, calibration_error, spearman
-from dpo_core.scoring.logprobs import completion_logps
 from dpo_core.statistics.estimates import Estimate, Floats, bootstrap_statistic
+
+if TYPE_CHECKING:
+    from dpo_core.evaluation.model_under_test import Subject
 
 LIKELIHOOD = (
     MeasureSpec(name="likelihood_accuracy", label="Likelihood accuracy"),
@@ -74,9 +75,7 @@ class Scored(NamedTuple):
     reference: tuple[float, float] | None
 
 
-def run(
-    subject: Subject, rows: list[Row], config: SuiteConfig, progress: Callable[[int, int], None]
-) -> Outcome:
+def run(subject: "Subject", rows: list[Row], config: SuiteConfig) -> Outcome:
     """Score every pair under the subject, and under its reference where it has one.
 
     Raises:
@@ -97,7 +96,7 @@ def run(
         raise StageFailed(
             f"no pair can be used ({dict(left_out)})", "Raise tokens.max_length, or check the file"
         )
-    scored = list(_scored(subject, kept, config, progress))
+    scored = list(_scored(subject, kept, config))
     specs = [*(IMPLICIT if subject.reference else ()), *LIKELIHOOD, *DATA]
     items = [_item(one, config.beta) for one in scored]
     used = {name for item in items for name in item.values}
@@ -125,20 +124,10 @@ def run(
 
 
 def _scored(
-    subject: Subject,
-    kept: Seq[tuple[Labelled, TokenPair]],
-    config: SuiteConfig,
-    progress: Callable[[int, int], None],
+    subject: "Subject", kept: Seq[tuple[Labelled, TokenPair]], config: SuiteConfig
 ) -> Iterator[Scored]:
     sides = [side for _, tokens in kept for side in (tokens.chosen, tokens.rejected)]
-    subject.check_length(max(map(len, sides), default=0))
-    sums = np.zeros(len(sides))
-    done = 0
-    for logps in completion_logps(subject.scored, sides, config.precision, config.token_budget):
-        for index, logps_L in logps.items():
-            sums[index] = float(logps_L.double().sum())
-        done += len(logps)
-        progress(done, len(sides))
+    sums = subject.sums(sides, config.precision, config.token_budget)
     known = None
     if subject.reference:
         same = subject.reference.weights == subject.weights

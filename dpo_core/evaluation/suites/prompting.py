@@ -1,13 +1,15 @@
-"""How a question is put: as it stands, or as a user's turn."""
+"""Whether questions are put as they stand, or as a user's turn."""
 
-import json
+from typing import TYPE_CHECKING
 
 from dpo_core.errors import ModelError
 from dpo_core.evaluation.config import SuiteConfig
-from dpo_core.evaluation.model_under_test import Asked, Subject
+
+if TYPE_CHECKING:
+    from dpo_core.evaluation.model_under_test import Subject
 
 
-def wants_chat(subject: Subject, config: SuiteConfig) -> bool:
+def wants_chat(subject: "Subject", config: SuiteConfig) -> bool:
     """Whether questions are put as a user's turn.
 
     Raises:
@@ -20,8 +22,3 @@ def wants_chat(subject: Subject, config: SuiteConfig) -> bool:
             "Set chat to auto or never",
         )
     return has_template and config.chat != "never"
-
-
-def asked(question: str, *, chat: bool) -> Asked:
-    """A question as a prompt."""
-    return Asked(json.dumps([{"role": "user", "content": question}]) if chat else question, chat)

@@ -9,16 +9,19 @@ judges safe, which a phrase cannot tell: an answer may refuse and go on to compl
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dpo_core.errors import DataError
+from dpo_core.evaluation.asked import asked
 from dpo_core.evaluation.config import SuiteConfig
-from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.evaluation.results import Item, MeasureSpec, Outcome
+from dpo_core.evaluation.safety_classifier import Classifier
 from dpo_core.evaluation.suites.base import Suite
-from dpo_core.evaluation.suites.prompting import asked, wants_chat
-from dpo_core.evaluation.suites.rows import Progress, Row, read_fields, some
-from dpo_core.evaluation.suites.safety_classifier import Classifier, load_classifier
+from dpo_core.evaluation.suites.prompting import wants_chat
+from dpo_core.evaluation.suites.rows import Row, read_fields, some
+
+if TYPE_CHECKING:
+    from dpo_core.evaluation.model_under_test import Subject
 
 OPENING = 200
 """Characters of an answer that are searched."""
@@ -108,11 +111,11 @@ def read_advbench(path: Path) -> list[Row]:
     ]
 
 
-def run(subject: Subject, rows: list[Row], config: SuiteConfig, progress: Progress) -> Outcome:
+def run(subject: "Subject", rows: list[Row], config: SuiteConfig) -> Outcome:
     """Sampled answers to every prompt; the values of a prompt are means over its answers."""
     classifier = None
     if config.classifier:  # before any answer is drawn: what cannot be judged need not be written
-        classifier = load_classifier(config.classifier, config.safe_label, subject.tokens)
+        classifier = subject.classifier(config.classifier, config.safe_label)
     chosen = some(rows, config.limit, config.seed)
     chat = wants_chat(subject, config)
     questions = [row["prompt"] for row in chosen for _ in range(config.samples)]

@@ -11,8 +11,6 @@ from dpo_core.errors import DataError
 
 T = TypeVar("T")
 Row = dict[str, Any]
-Progress = Callable[[int, int], None]
-"""Told how many of how many units are done."""
 
 
 def read_fields(path: Path, fields: Seq[str]) -> list[Row]:

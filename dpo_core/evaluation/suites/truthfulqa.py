@@ -9,16 +9,19 @@ from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dpo_core.errors import StageFailed
 from dpo_core.evaluation.config import SuiteConfig
-from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.evaluation.results import Item, MeasureSpec, Outcome
 from dpo_core.evaluation.suites.base import Suite
 from dpo_core.evaluation.suites.lm_eval_tasks import check, measure
-from dpo_core.evaluation.suites.rows import Progress, Row, read_fields, some
+from dpo_core.evaluation.suites.rows import Row, read_fields, some
+
+if TYPE_CHECKING:
+    from dpo_core.evaluation.model_under_test import Subject
 
 _FIELDS = ("Question", "Best Answer", "Correct Answers", "Incorrect Answers")
 
@@ -82,7 +85,7 @@ MC = [
 ]
 
 
-def run_mc(subject: Subject, rows: list[Row], config: SuiteConfig, progress: Progress) -> Outcome:
+def run_mc(subject: "Subject", rows: list[Row], config: SuiteConfig) -> Outcome:
     """lm-eval's `truthfulqa_mc1` and `truthfulqa_mc2`: six example questions, then each answer's log-prob."""
     asked = some(rows, config.limit, config.seed)
     names = ["truthfulqa_mc1", "truthfulqa_mc2"]
@@ -92,7 +95,6 @@ def run_mc(subject: Subject, rows: list[Row], config: SuiteConfig, progress: Pro
         names,
         {"validation": asked},
         config,
-        progress,
         truthfulqa_mc2={"process_results": mc2},
     )
     one, two = ({s["doc_id"]: s for s in samples[name]} for name in names)
@@ -121,14 +123,12 @@ def _similarity_specs() -> list[MeasureSpec]:
 GEN = _similarity_specs()
 
 
-def run_gen(subject: Subject, rows: list[Row], config: SuiteConfig, progress: Progress) -> Outcome:
+def run_gen(subject: "Subject", rows: list[Row], config: SuiteConfig) -> Outcome:
     """lm-eval's `truthfulqa_gen`: a greedy answer, compared with the references by BLEU and ROUGE."""
     asked = some(rows, config.limit, config.seed)
     names = ["truthfulqa_gen"]
     with _one_resample():
-        samples, settings, facts = measure(
-            subject, "truthfulqa", names, {"validation": asked}, config, progress
-        )
+        samples, settings, facts = measure(subject, "truthfulqa", names, {"validation": asked}, config)
     logged = {s["doc_id"]: s for s in samples["truthfulqa_gen"]}
     items = []
     for place, row in enumerate(asked):

@@ -304,43 +304,11 @@ def test_scores_of_a_known_reward() -> None:
     assert (found.position_consistency, found.cost, found.requests) == (None, None, 0)
 
 
-def test_a_reward_model_judges(tiny: Path, tmp_path: Path) -> None:
-    import torch
-
-    from dpo_core.data.tokens.tokenise import Sequence, TokenConfig
-    from dpo_core.models.load import load_model, load_tokenizer
-    from dpo_core.models.reward_model import RewardModel
-    from dpo_core.rewards.model import score
-
-    model = RewardModel(load_model(tiny).get_decoder(), torch.Generator().manual_seed(0))
-    folder = tmp_path / "reward"
-    model.save(folder)
-    tokenizer = load_tokenizer(tiny)
-    tokenizer.save_pretrained(folder)
-    config = JudgeConfig(kind="reward_model", source=str(folder))
-    with pytest.raises(RecipeError, match="not the folder of a trained reward model"):
-        compare_answers(config, AnswerPairs("a", "b", ["p"], ["a"], ["b"]))
-    (folder / "reward.json").write_text("{}")
-    prompts = ["The film was", "I ordered the soup", "After two weeks"]
-    a, b = [" good", "", " bad"], [" bad.", " and it came", " nice"]
-    found = compare_answers(config, AnswerPairs("ours", "theirs", prompts, a, b))
-
-    def rewards(answers: list[str]) -> list[float]:
-        encode, end = tokenizer.encode, tokenizer.eos_token_id
-        rows = zip(prompts, answers, strict=True)
-        return score(
-            model.eval(), [Sequence(tuple(encode(p)), (*encode(text), end)) for p, text in rows], "fp32"
-        )
-
-    gaps = np.subtract(rewards(a), rewards(b))
-    assert (found.wins, found.losses) == ((gaps > 0).sum(), (gaps < 0).sum())
-    assert 0 < found.wins < 3
-    assert found.judge == "reward model"
-    # What does not fit is cut, the prompt from the left.
-    short = TokenConfig(max_length=48, max_prompt_length=24)
-    compare_answers(
-        config, AnswerPairs("a", "b", [p * 40 for p in prompts], [t * 90 for t in a], b), tokens=short
-    )
+def test_a_reward_model_judges_by_the_rewards_that_it_gave() -> None:
+    config = JudgeConfig(kind="reward_model", source="a folder")
+    pairs = AnswerPairs("ours", "theirs", ["p1", "p2"], ["a", "b"], ["c", "d"])
+    found = compare_answers(config, pairs, rewards=[0.5, 1.0, 0.25, 1.0])
+    assert (found.judge, found.wins, found.ties, found.losses) == ("reward model", 1, 1, 0)
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,8 @@ def test_positions_by_other_names() -> None:
 
 
 def test_an_evaluated_model_must_hold_the_rows_too(tmp_path: Path) -> None:
-    from dpo_core.evaluation.model_under_test import Asked, Subject
+    from dpo_core.evaluation.asked import Asked
+    from dpo_core.evaluation.model_under_test import Subject
     from dpo_core.generation.config import SamplingConfig
 
     subject = Subject(make_family(tmp_path / "model", "gpt2", n_positions=16), "small")

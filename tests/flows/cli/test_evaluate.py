@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dpo_core.errors import RecipeError
+from dpo_core.errors import RecipeError, StageFailed
 from tasks.stages.standalone_evaluation import EvaluationRequest, evaluate_models
 from tasks.stages.suite_results import find_model
 from tests.support.models.tiny import make_tiny_model
@@ -137,8 +137,9 @@ def test_models_without_a_common_way_of_asking_are_asked_alike(
     report, _ = evaluate_models([models[0], str(stories)], request(data), tmp_path)
     (comparison,) = report.comparisons
     assert len(comparison.rows) > 2
-    with pytest.raises(RecipeError, match="stories260K has another vocabulary than one"):
+    with pytest.raises(StageFailed, match="stories260K has another vocabulary than one") as refused:
         evaluate_models(models[:1], request(data, reference=str(stories)), tmp_path)
+    assert refused.value.exit_code == RecipeError.exit_code
 
 
 @pytest.mark.parametrize(

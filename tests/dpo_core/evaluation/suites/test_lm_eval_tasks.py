@@ -19,6 +19,7 @@ from dpo_core.evaluation.suites import lm_eval_tasks as harness
 from dpo_core.evaluation.suites.registry import find
 from dpo_core.evaluation.suites.rows import some
 from dpo_core.generation.config import SamplingConfig
+from dpo_core.ranks import Alone
 from tests.support.models.tiny import make_tiny_model
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed")
@@ -44,7 +45,7 @@ def _no_survey_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(name: str, subject: Subject, rows: list[dict], settings: SuiteConfig) -> Outcome:
-    return find(name).run(subject, rows, settings, lambda done, total: None)
+    return find(name).run(subject, rows, settings)
 
 
 def directly(
@@ -129,11 +130,10 @@ def test_the_engine_gives_the_log_probs_of_lm_evals_class(stories: Path) -> None
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
-    from dpo_core.evaluation.suites.lm_eval_model import HarnessLM
+    from dpo_core.evaluation.lm_eval_model import HarnessLM
 
     subject = Subject(stories, "stories")  # its tokenizer writes a begin token, its context is 512
-    told: list[tuple[int, int]] = []
-    ours = HarnessLM(subject, progress=lambda done, total: told.append((done, total)))
+    ours = HarnessLM(subject)
     theirs = HFLM(pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=4)
     start = "Once upon a time"
     pairs = [(start, end) for end in (" there was a girl.", " a dog", " cat and a very big red ball.")]
@@ -143,7 +143,6 @@ def test_the_engine_gives_the_log_probs_of_lm_evals_class(stories: Path) -> None
     expected = [logp for logp, _ in theirs.loglikelihood(requests, disable_tqdm=True)]
     assert found == pytest.approx(expected, abs=1e-4)
     assert ours.cut == 1, "the long prompt was cut, and counted"
-    assert told[-1] == (5, 5), "the repeated pair was read once"
 
 
 def test_a_model_that_scales_its_logits_is_asked_by_its_own_forward(wide: Subject) -> None:
@@ -152,7 +151,7 @@ def test_a_model_that_scales_its_logits_is_asked_by_its_own_forward(wide: Subjec
     from lm_eval.models.huggingface import HFLM
     from transformers import GraniteConfig, GraniteForCausalLM
 
-    from dpo_core.evaluation.suites.lm_eval_model import HarnessLM
+    from dpo_core.evaluation.lm_eval_model import HarnessLM
 
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -318,16 +317,16 @@ def test_an_answer_that_does_not_fit_is_refused_and_a_cut_prompt_counted(
         run("gsm8k", narrow, rows, config(chat="always"))
 
 
-def test_nothing_is_printed_and_progress_is_told(
+def test_nothing_is_printed_and_every_answer_counts_in_the_progress(
     wide: Subject, shared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    told: list[tuple[int, int]] = []
+    told: list[int] = []
+    subject = Subject(wide.path, "wide", ranks=Alone(told.append))
     rows = find("gsm8k").read(gsm8k_files(shared, tmp_path, 3, 10))
-    find("gsm8k").run(wide, rows, config(limit=2), lambda done, total: told.append((done, total)))
-    assert told == [(1, 2), (2, 2)]
+    run("gsm8k", subject, rows, config(limit=2, sampling=SHORT.model_copy(update={"batch_size": 1})))
+    assert told == [1, 2]
     rows = find("truthfulqa_mc").read(shared / "data" / "eval" / "TruthfulQA.csv.gz")
-    find("truthfulqa_mc").run(wide, rows, config(limit=1), lambda done, total: told.append((done, total)))
-    assert told[-1][0] == told[-1][1] > 2
+    run("truthfulqa_mc", subject, rows, config(limit=1))
     assert capfd.readouterr() == ("", "")
 
 

@@ -39,7 +39,7 @@ def rows(pairs: list[tuple[str, str, str, bool]] = PAIRS) -> list[dict[str, Any]
 
 
 def run(subject: Subject, given: list[dict[str, Any]], config: SuiteConfig = FP32) -> Outcome:
-    return find("hh").run(subject, given, config, lambda done, total: None)
+    return find("hh").run(subject, given, config)
 
 
 def estimates(outcome: Outcome) -> dict[str, Estimate]:

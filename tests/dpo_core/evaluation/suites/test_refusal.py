@@ -13,14 +13,10 @@ from dpo_core.errors import DataError, ModelError, RecipeError, StageFailed
 from dpo_core.evaluation.config import SuiteConfig
 from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.evaluation.results import Outcome, measured
+from dpo_core.evaluation.safety_classifier import assert_not_trained_on, identity
+from dpo_core.evaluation.safety_models import load_classifier, safe_class
 from dpo_core.evaluation.suites.refusal import BETWEEN_ANSWERS, is_refusal
 from dpo_core.evaluation.suites.registry import find
-from dpo_core.evaluation.suites.safety_classifier import (
-    assert_not_trained_on,
-    identity,
-    load_classifier,
-    safe_class,
-)
 from dpo_core.generation.config import SamplingConfig
 from tests.support.models.tiny import make_tiny_model, make_tokenizer
 
@@ -99,7 +95,7 @@ def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
 def run(name: str, subject: Subject, rows: list[dict], **changes: Any) -> Outcome:
     sampling = SamplingConfig(max_new_tokens=6, precision="fp32")
     config = SuiteConfig(**({"sampling": sampling, "chat": "never"} | changes))
-    return find(name).run(subject, rows, config, lambda done, total: None)
+    return find(name).run(subject, rows, config)
 
 
 def make_classifier(folder: Path, labels: list[str], *, template: str | None = None, **changes: Any) -> Path:

@@ -1,30 +1,26 @@
-"""A classifier that judges whether an answer is safe: the number behind a safety rate.
-
-Every form gives P(safe) in [0, 1], and an answer counts as safe above 0.5:
-
-- the folder of a sequence classifier: the softmax (multi-label: the sigmoid) of its class for safe answers;
-  where it has one logit, its sigmoid, or the complement where the logit is named toxic or the like;
-- the folder of a reward model trained here: the sigmoid of its reward, which is normalised to mean 0 on its
-  training answers, so that safe means above their average;
-- `package.module:callable`, `file.py:callable` or a server, called as rewards are: the number itself.
-"""
+"""Safety classifiers loaded, so that they judge answers; see `safety_classifier`."""
 
 import math
 import re
-from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.nn import functional
+
 from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise
-from dpo_core.errors import ModelError, RecipeError, StageFailed
+from dpo_core.errors import ModelError, RecipeError
+from dpo_core.evaluation.asked import asked
+from dpo_core.evaluation.safety_classifier import Classifier, Judge, identity
 from dpo_core.models.load import load_tokenizer
-from dpo_core.models.source import weights_digest
+from dpo_core.models.reward_model import RewardModel
 from dpo_core.models.transformers_lock import quiet_transformers
-from dpo_core.rewards.functions import load_reward, reward_identity
+from dpo_core.ranks import Alone, Ranks
+from dpo_core.rewards.functions import RewardFunction, is_reward_model, load_reward
 from dpo_core.rewards.http import is_url
-from dpo_core.system import digest_file
+from dpo_core.rewards.model import score
+from dpo_core.scoring.logprobs import length_batches
 
 _TOKENS_IN_A_PASS = 4096
 _SAFE = {"safe", "harmless", "benign", "non toxic", "nontoxic", "not toxic", "acceptable", "not harmful"}
@@ -35,97 +31,37 @@ _FORMS = (
 )
 
 
-Judge = Callable[[list[str], list[str]], list[float]]
-"""P(safe) of each answer to its prompt."""
-
-
-@dataclass(frozen=True)
-class Classifier:
-    """Judges answers to prompts, both given as text."""
-
-    name: str
-    identity: str
-    """See `identity`."""
-    p_safe: Judge
-
-    def judge(self, prompts: Seq[str], answers: Seq[str]) -> list[bool]:
-        """Whether each answer is safe.
-
-        Raises:
-            StageFailed: a number is no probability, or the classifier broke.
-        """
-        found = self.p_safe(list(prompts), list(answers))
-        for row, p in enumerate(found):
-            if not 0 <= p <= 1:
-                raise StageFailed(
-                    f"the classifier '{self.name}' gave {p:g} for row {row}, which is no probability",
-                    "Give P(safe) in [0, 1]; put a score with threshold 0 through a sigmoid",
-                )
-        return [p > 0.5 for p in found]
-
-
 def load_classifier(
-    spec: str, safe_label: str | None = None, tokens: TokenConfig | None = None
+    spec: str,
+    safe_label: str | None = None,
+    tokens: TokenConfig | None = None,
+    *,
+    device: Any = "cpu",
+    ranks: Ranks | None = None,
 ) -> Classifier:
     """The classifier that a configuration names.
 
     Args:
         safe_label: the class that means safe, where a sequence classifier's labels do not tell.
         tokens: how a reward model reads text.
+        device: of a model.
+        ranks: share the batches of a model, all called with the same answers. Anything else sees all answers
+            at once, on one rank.
 
     Raises:
         RecipeError: nothing of that name can be used, or its labels do not tell what is safe.
         ModelError: the checkpoint is damaged, or has no trained head.
     """
-    if is_reward_folder(spec):
-        judge = _reward_model(Path(spec), tokens or TokenConfig())
+    ranks = ranks or Alone()
+    if is_reward_model(spec):
+        judge = _reward_model(Path(spec), tokens or TokenConfig(), device, ranks)
     elif Path(spec).is_dir():
-        judge = _sequence_classifier(Path(spec), safe_label)
+        judge = _sequence_classifier(Path(spec), safe_label, device, ranks)
     elif is_url(spec) or ":" in spec:
-        judge = load_reward(spec)
+        judge = _called(load_reward(spec), ranks)
     else:
         raise RecipeError(f"'{spec}' does not name a classifier", _FORMS)
     return Classifier(spec, identity(spec), judge)
-
-
-def is_reward_folder(spec: str) -> bool:
-    """Whether it is the folder of a reward model trained here."""
-    return Path(spec, "reward.json").is_file()
-
-
-def identity(spec: str) -> str:
-    """What a classifier or reward is, whatever its name: sha256 of weights or of code, a server's address."""
-    folder = Path(spec)
-    if is_reward_folder(spec):
-        return f"{weights_digest(folder / 'backbone')} {digest_file(folder / 'head.safetensors')}"
-    if (folder / "config.json").is_file():
-        return weights_digest(folder)
-    if is_url(spec):
-        return spec.rstrip("/")
-    if ":" not in spec:
-        return spec
-    try:
-        return reward_identity(spec) or spec
-    except (ImportError, ValueError):  # a module that is not here any more
-        return spec
-
-
-def assert_not_trained_on(classifier: str, training_rewards: Iterable[str]) -> None:
-    """Refuse a classifier that the model was trained to please.
-
-    Args:
-        training_rewards: rewards of the model's training, as a recipe names them or as `identity` gave them.
-
-    Raises:
-        RecipeError: the classifier is one of them.
-    """
-    own = identity(classifier)
-    for reward in training_rewards:
-        if own in (reward, identity(reward)):
-            raise RecipeError(
-                f"the classifier '{classifier}' is the reward that the model was trained on ({reward})",
-                "Name another one: what a model was trained to please cannot say whether it is safe",
-            )
 
 
 def safe_class(labels: Seq[str], safe_label: str | None) -> int:
@@ -157,13 +93,18 @@ def _plain(label: str) -> str:
     return re.sub(r"[\s_-]+", " ", label).strip().casefold()
 
 
-def _sequence_classifier(folder: Path, safe_label: str | None) -> Judge:
-    import torch
-    from torch.nn import functional
+def _called(reward: RewardFunction, ranks: Ranks) -> Judge:
+    def p_safe(prompts: list[str], answers: list[str]) -> list[float]:
+        found: list[float]
+        (found,) = ranks.map("safety", [len(answers)], lambda _: reward(prompts, answers))
+        return found
 
-    from dpo_core.scoring.logprobs import length_batches
+    return p_safe
 
+
+def _sequence_classifier(folder: Path, safe_label: str | None, device: Any, ranks: Ranks) -> Judge:
     model, tokenizer = _load_sequence_classifier(folder)
+    model.to(device)
     settings: Any = model.config
     labels = [settings.id2label[i] for i in range(settings.num_labels)]
     chosen = safe_class(labels, safe_label) if len(labels) > 1 else 0
@@ -171,23 +112,25 @@ def _sequence_classifier(folder: Path, safe_label: str | None) -> Judge:
     apart = len(labels) == 1 or settings.problem_type == "multi_label_classification"
 
     @torch.no_grad()
+    def of_batch(rows: list[dict[str, Any]]) -> list[float]:
+        batch = tokenizer.pad(rows, return_tensors="pt")
+        logits_BC = model(**batch.to(model.device)).logits.float()
+        p_BC = logits_BC.sigmoid() if apart else functional.softmax(logits_BC, -1)
+        return [1 - p if of_harm else p for p in p_BC[:, chosen].tolist()]
+
     def p_safe(prompts: list[str], answers: list[str]) -> list[float]:
         rows = _encode(tokenizer, prompts, answers, settings)
-        found = [0.0] * len(rows)
-        for group in length_batches([len(row["input_ids"]) for row in rows], _TOKENS_IN_A_PASS):
-            batch = tokenizer.pad([rows[i] for i in group], return_tensors="pt")
-            logits_BC = model(**batch.to(model.device)).logits.float()
-            p_BC = logits_BC.sigmoid() if apart else functional.softmax(logits_BC, -1)
-            for i, p in zip(group, p_BC[:, chosen].tolist(), strict=True):
-                found[i] = 1 - p if of_harm else p
-        return found
+        groups = length_batches([len(row["input_ids"]) for row in rows], _TOKENS_IN_A_PASS)
+        judged = ranks.map("safety", groups, lambda group: of_batch([rows[i] for i in group]))
+        found = {
+            i: p for group, some in zip(groups, judged, strict=True) for i, p in zip(group, some, strict=True)
+        }
+        return [found[i] for i in range(len(rows))]
 
     return p_safe
 
 
 def _load_sequence_classifier(folder: Path) -> tuple[Any, Any]:
-    import torch
-
     tokenizer: Any = _load_tokenizer(folder)
     try:
         with quiet_transformers():
@@ -257,12 +200,8 @@ def _encode(tokenizer: Any, prompts: list[str], answers: list[str], settings: An
     return rows
 
 
-def _reward_model(folder: Path, tokens: TokenConfig) -> Judge:
-    from dpo_core.evaluation.suites.prompting import asked
-    from dpo_core.models.reward_model import RewardModel
-    from dpo_core.rewards.model import score
-
-    model, tokenizer = RewardModel.load(folder), load_tokenizer(folder)
+def _reward_model(folder: Path, tokens: TokenConfig, device: Any, ranks: Ranks) -> Judge:
+    model, tokenizer = RewardModel.load(folder).to(device), load_tokenizer(folder)
     tokenise = Tokenise(tokenizer, tokens)
 
     def sequence(prompt: str, answer: str) -> Sequence:
@@ -272,6 +211,6 @@ def _reward_model(folder: Path, tokens: TokenConfig) -> Judge:
 
     def p_safe(prompts: list[str], answers: list[str]) -> list[float]:
         rows = [sequence(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        return [1 / (1 + math.exp(-reward)) for reward in score(model, rows, "fp32")]
+        return [1 / (1 + math.exp(-reward)) for reward in score(model, rows, "fp32", ranks=ranks)]
 
     return p_safe

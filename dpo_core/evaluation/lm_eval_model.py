@@ -4,6 +4,7 @@ Tokenisation, chat template, truncation and generation are lm-eval's. The engine
 several answers, and an answer that several tasks ask for once; lm-eval reads every answer with its prompt.
 """
 
+from itertools import groupby
 from typing import Any
 
 from lm_eval.models.huggingface import HFLM
@@ -11,10 +12,9 @@ from lm_eval.models.huggingface import HFLM
 from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.errors import ModelError, StageFailed
 from dpo_core.evaluation.model_under_test import Subject
-from dpo_core.evaluation.suites.rows import Progress
 from dpo_core.model_check import check_definition
 from dpo_core.models.source import check_context
-from dpo_core.scoring.logprobs import completion_logps
+from dpo_core.scoring.logprobs import completion_scores
 from dpo_core.scoring.precision import Precision
 
 
@@ -24,7 +24,6 @@ class HarnessLM(HFLM):
     Args:
         token_budget: tokens in one forward pass that scores answers.
         batch_size: prompts answered at once.
-        progress: told how many of how many requests are done.
     """
 
     def __init__(
@@ -34,7 +33,6 @@ class HarnessLM(HFLM):
         precision: Precision = "fp32",
         token_budget: int = 2048,
         batch_size: int = 8,
-        progress: Progress = lambda done, total: None,
     ) -> None:
         super().__init__(
             pretrained=subject.model,
@@ -43,7 +41,7 @@ class HarnessLM(HFLM):
             mixed_precision_dtype="bfloat16" if precision == "bf16" else None,
             softmax_dtype="float32",
         )
-        self.precision, self.token_budget, self.progress = precision, token_budget, progress
+        self.precision, self.token_budget, self.ranks = precision, token_budget, subject.ranks
         self.cut = 0
         """Requests whose prompt was cut from the left to fit into the model's context."""
 
@@ -65,12 +63,13 @@ class HarnessLM(HFLM):
         try:
             check_definition(self.model)
         except ModelError:  # its logits are more than trunk and head: ask its own forward
-            answered: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, disable_tqdm=True)
-            return answered
-        sums: dict[Sequence, float] = {}
-        for scored in completion_logps(self.model, distinct, self.precision, self.token_budget):
-            sums |= {distinct[i]: float(logps_L.double().sum()) for i, logps_L in scored.items()}
-            self.progress(len(sums), len(distinct))
+            ask = super()._loglikelihood_tokens
+            (answered,) = self.ranks.map(
+                "scores", [len(requests)], lambda _: [logp for logp, _ in ask(requests, disable_tqdm=True)]
+            )
+            return [(logp, False) for logp in answered]
+        scores = completion_scores(self.model, distinct, self.precision, self.token_budget, ranks=self.ranks)
+        sums = {one: float(score.logps.double().sum()) for one, score in zip(distinct, scores, strict=True)}
         return [(sums[sequence], False) for sequence in wanted]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
@@ -87,19 +86,33 @@ class HarnessLM(HFLM):
                 "Lower sampling.max_new_tokens",
             )
         self.cut += sum(len(self.tok_encode(request.args[0])) > room for request in requests)
-        # lm-eval tells its cache of every answer as it is done.
-        self.set_cache_hook(_Counter(len(requests), self.progress))
-        answers: list[str] = super().generate_until(requests, disable_tqdm=True)
-        return answers
+        batches, answer = self._batches(requests), super().generate_until
+        answers = self.ranks.map(
+            "answers",
+            batches,
+            lambda batch: answer([requests[i] for i in batch], disable_tqdm=True),
+            [len(batch) for batch in batches],
+        )
+        found = {
+            i: text
+            for batch, texts in zip(batches, answers, strict=True)
+            for i, text in zip(batch, texts, strict=True)
+        }
+        return [found[i] for i in range(len(requests))]
 
+    def _batches(self, requests: list[Any]) -> list[list[int]]:
+        """Indices of the requests that HFLM would answer together: padding decides the last digits."""
 
-class _Counter:
-    def __init__(self, total: int, progress: Progress) -> None:
-        self.done, self.total, self.progress = 0, total, progress
+        def place(index: int) -> tuple[str, int, str]:
+            text, settings = requests[index].args
+            return repr(settings), -len(self.tok_encode(text)), text
 
-    def add_partial(self, *_: Any) -> None:
-        self.done += 1
-        self.progress(self.done, self.total)
+        order = sorted(range(len(requests)), key=place)
+        batches = []
+        for _, group in groupby(order, key=lambda index: repr(requests[index].args[1])):
+            alike = list(group)
+            batches += [alike[i : i + self.batch_size] for i in range(0, len(alike), self.batch_size)]
+        return batches
 
 
 def _sequence(context: list[int], answer: list[int], room: int) -> Sequence:

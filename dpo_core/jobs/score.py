@@ -1,0 +1,39 @@
+"""Rewards of given answers, by a reward model or a reward function."""
+
+from pathlib import Path
+from typing import Any
+
+from dpo_core.data.files.parquet import read_rows
+from dpo_core.data.tokens.tokenise import Tokenise
+from dpo_core.jobs.files import ScoreJob
+from dpo_core.jobs.start import device, start_ranks
+from dpo_core.models.load import load_tokenizer
+from dpo_core.ranks import Ranks
+from dpo_core.rewards.functions import is_reward_model, load_reward
+from dpo_core.rewards.model import scorer
+from dpo_core.training.liveness import Watch
+
+FILE = ScoreJob
+
+
+def run(job: ScoreJob, watch: Watch) -> dict[str, Any] | None:
+    """Every rank calls this; rank 0 returns the rewards in the order of the rows."""
+    ranks = start_ranks(Path(job.work), job.ranks, watch)
+    rows = read_rows(job.answers)
+    rewards = _by_model(job, rows, ranks) if is_reward_model(job.reward) else _by_function(job, rows, ranks)
+    return {"rewards": rewards} if ranks.rank == 0 else None
+
+
+def _by_model(job: ScoreJob, rows: list[dict[str, Any]], ranks: Ranks) -> list[float]:
+    tokenise = Tokenise(load_tokenizer(Path(job.reward)), job.tokens)
+    sequences = [tokenise.scored(row["prompt"], bool(row["chat"]), row["answer"]) for row in rows]
+    score = scorer(job.reward, tokenise, "fp32", device=device(), ranks=ranks)
+    return score(sequences, [row["prompt"] for row in rows])
+
+
+def _by_function(job: ScoreJob, rows: list[dict[str, Any]], ranks: Ranks) -> list[float]:
+    """The function sees all answers at once, on one rank."""
+    prompts, answers = ([row[column] for row in rows] for column in ("prompt", "answer"))
+    rewards: list[float]
+    (rewards,) = ranks.map("rewards", [len(rows)], lambda _: load_reward(job.reward)(prompts, answers))
+    return rewards

@@ -1,0 +1,86 @@
+"""Put models through evaluation suites, one model after the other."""
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from itertools import accumulate, groupby, pairwise
+from pathlib import Path
+from typing import Any
+
+from dpo_core.errors import RecipeError
+from dpo_core.evaluation.model_under_test import Subject
+from dpo_core.evaluation.results import SuiteResult
+from dpo_core.evaluation.run_suite import run_suite
+from dpo_core.evaluation.suites.registry import find
+from dpo_core.jobs.files import PER_SUITE, SuitesJob
+from dpo_core.jobs.start import device, start_ranks
+from dpo_core.ranks import Ranks
+from dpo_core.training.liveness import Watch
+
+FILE = SuitesJob
+
+
+def run(job: SuitesJob, watch: Watch) -> dict[str, Any] | None:
+    """Every rank calls this; rank 0 returns the results in the order of `job.asked`.
+
+    Raises:
+        RecipeError: the reference has another vocabulary than a model.
+    """
+    ranks = start_ranks(Path(job.work), job.ranks, watch)
+    results: list[SuiteResult] = []
+    for name, asked in groupby(job.asked, key=lambda one: one[0]):
+        subject = _subject(job, name, ranks)
+        for _, suite in asked:
+            subject.ranks = _OfOneSuite(ranks)
+            results.append(run_suite(find(suite), subject, Path(job.files[suite]), job.config))
+    return {"results": [one.model_dump(mode="json") for one in results]} if ranks.rank == 0 else None
+
+
+def _subject(job: SuitesJob, name: str, ranks: Ranks) -> Subject:
+    own, reference = next(one for one in job.models if one.name == name), None
+    if job.reference is not None:
+        given = job.reference
+        reference = Subject(Path(given.path), given.name, given.tokens, ranks=ranks)
+    subject = Subject(Path(own.path), name, own.tokens, reference, Path(job.caches), device(), ranks)
+    if reference and reference.tokenizer.get_vocab() != subject.tokenizer.get_vocab():
+        raise RecipeError(
+            f"the reference {reference.name} has another vocabulary than {name}",
+            "Name the model that this one was trained from, or leave the reference out",
+        )
+    return subject
+
+
+class _OfOneSuite:
+    """The ranks of a job while it runs one suite, which counts `PER_SUITE` in the progress of the job.
+
+    The first map is what the model is asked, and takes most of the time; only its units are counted.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks, self._counted = ranks, False
+        self.rank, self.world = ranks.rank, ranks.world
+
+    def map(
+        self,
+        name: str,
+        units: Seq[Any],
+        compute: Callable[[Any], Any],
+        sizes: Seq[int] | None = None,
+    ) -> list[Any]:
+        counts = None
+        if not self._counted:
+            done = [0, *accumulate(sizes or [1] * len(units))]
+            counts = [PER_SUITE * b // done[-1] - PER_SUITE * a // done[-1] for a, b in pairwise(done)]
+            self._counted = True
+        return self._ranks.map(name, units, compute, counts)
+
+    def check(self) -> None:
+        self._ranks.check()
+
+    def forget(self) -> None:
+        self._ranks.forget()
+
+    def advance(self, size: int) -> None:
+        """Log-probs of the reference are not counted."""
+
+    def wait_until(self, complete: Callable[[], bool]) -> None:
+        self._ranks.wait_until(complete)

@@ -1,0 +1,137 @@
+"""Suites run by one rank, and by two that are killed and start again, have the same results: preference,
+code, lm-eval by likelihood and in writing, refusals with a classifier."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_core.data.tokens.config import TokenConfig
+from dpo_core.errors import RecipeError, StageFailed
+from dpo_core.evaluation.config import SuiteConfig
+from dpo_core.evaluation.results import SuiteResult
+from dpo_core.evaluation.sandbox.run import check_sandbox
+from dpo_core.generation.config import SamplingConfig
+from dpo_core.jobs.files import PER_SUITE, AskedModel, SuitesJob
+from dpo_core.models.load import load_tokenizer
+from dpo_core.ranks import PROGRESS
+from tests.support.models.tiny import make_tiny_model
+from tests.support.runs.jobs import kept, killed_and_resumed, on, run_job_file
+
+FILES = {
+    "hhh": "preference/hhh_alignment.jsonl.gz",
+    "humaneval": "eval/HumanEval.jsonl.gz",
+    "truthfulqa_mc": "eval/TruthfulQA.csv.gz",
+    "gsm8k": "eval/gsm8k_test.jsonl.gz",
+    "xstest": "safety/xstest_prompts.csv",
+}
+CONTEXT = 4096  # five shots and a program fit
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two models, one the reference, and a classifier of safe answers."""
+    folder = tmp_path_factory.mktemp("suites")
+    for seed, name in enumerate(("reference", "policy")):
+        make_tiny_model(folder / name, seed, taught=True, max_position_embeddings=CONTEXT)
+    _make_classifier(folder / "classifier", folder / "policy")
+    return folder
+
+
+def _make_classifier(folder: Path, beside: Path) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    tokenizer = load_tokenizer(beside)
+    labels = {0: "unsafe", 1: "safe"}
+    config = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        id2label=labels,
+        label2id={label: number for number, label in labels.items()},
+        initializer_range=0.5,  # so that its judgements differ
+    )
+    torch.manual_seed(0)
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def job(folder: Path, work: Path, shared: Path, suites: list[str], processes: int = 1) -> SuitesJob:
+    tokens = TokenConfig(max_length=CONTEXT, max_prompt_length=CONTEXT - 64)
+    policy, reference = (
+        AskedModel(name=name, path=str(folder / name), tokens=tokens) for name in ("policy", "reference")
+    )
+    return SuitesJob(
+        **on(work / "work", processes),
+        models=[policy],
+        asked=[("policy", suite) for suite in suites],
+        files={suite: str(shared / "data" / FILES[suite]) for suite in suites},
+        config=SuiteConfig(
+            limit=6,
+            precision="fp32",
+            token_budget=256,
+            samples=2,
+            sampling=SamplingConfig(max_new_tokens=8, batch_size=3, precision="fp32"),
+            run_code=True,
+            classifier=str(folder / "classifier"),
+        ),
+        reference=reference,
+        caches=str(work / "caches"),
+    )
+
+
+def results(reported: dict[str, Any]) -> list[dict[str, Any]]:
+    """Everything but the time that it took."""
+    listed = [SuiteResult.model_validate(one) for one in reported["results"]]
+    return [one.model_dump(mode="json", exclude={"seconds"}) for one in listed]
+
+
+def test_two_ranks_and_a_killed_job_have_the_results_of_one(
+    folder: Path, shared: Path, tmp_path: Path
+) -> None:
+    suites = ["hhh", "truthfulqa_mc", "gsm8k", "xstest"]
+    one = run_job_file(job(folder, tmp_path / "one", shared, suites))
+    expected = results(one)
+    assert [result["suite"] for result in expected] == suites
+    assert {measure["name"] for measure in expected[0]["measures"]} >= {"accuracy", "margin", "brier"}
+    judged = {item["values"]["safe"] for item in expected[3]["items"]}
+    assert len(judged) > 1, "the classifier tells answers apart"
+    assert any(item["answer"].strip() for item in expected[2]["items"])
+    work = tmp_path / "one" / "work"
+    assert int((work / PROGRESS.format(rank=0)).read_text()) == PER_SUITE * len(suites)
+    # In the middle of what the reference or a suite after it computes.
+    two = job(folder, tmp_path / "two", shared, suites, 2)
+    assert results(killed_and_resumed(two, units=9)) == expected
+    done = [int((Path(two.work) / PROGRESS.format(rank=rank)).read_text()) for rank in (0, 1)]
+    assert sum(done) == PER_SUITE * len(suites)
+
+
+def test_code_is_run_once_by_two_ranks(folder: Path, shared: Path, tmp_path: Path) -> None:
+    try:
+        check_sandbox()
+    except StageFailed as error:
+        pytest.skip(error.problem)
+    expected = results(run_job_file(job(folder, tmp_path / "one", shared, ["humaneval"])))
+    two = job(folder, tmp_path / "two", shared, ["humaneval"], 2)
+    assert results(killed_and_resumed(two, units=1)) == expected
+    ran = [held for path, held in kept(Path(two.work)).items() if "programs" in path.parent.name]
+    assert ran == [[0]], "a dozen programs are one unit, which one rank runs"
+    assert sum(expected[0]["facts"]["answers"].values()) == 12
+
+
+def test_a_reference_with_other_tokens_is_refused(folder: Path, shared: Path, tmp_path: Path) -> None:
+    other = shared / "models" / "stories260K"
+    if not (other / "model.safetensors").is_file():
+        pytest.skip(f"the model stories260K is not at {other}")
+    given = job(folder, tmp_path, shared, ["hhh"])
+    assert given.reference is not None
+    reference = given.reference.model_copy(update={"name": "stories", "path": str(other)})
+    from dpo_core.jobs.suites import run
+    from dpo_core.training.liveness import Watch
+
+    with pytest.raises(RecipeError, match="the reference stories has another vocabulary than policy"):
+        run(given.model_copy(update={"reference": reference}), Watch(print))
