@@ -5,6 +5,7 @@ promotion refused; 130 stopped by Ctrl-C (SIGINT), 143 by SIGTERM, 129 by SIGHUP
 line on stderr; its traceback goes to a log.
 """
 
+import gc
 import json
 import logging
 import os
@@ -235,6 +236,8 @@ def _with_resume_value(arguments: list[str]) -> list[str]:
 
 def main() -> None:
     """Entry point of the command `dpo`."""
+    # Imports make tens of thousands of objects that stay; to look through them again and again takes 0.1 s.
+    gc.set_threshold(50_000)
     keep_quiet()  # before Prefect, MLflow and Great Expectations are imported
     _log_to_terminal()
     from dpo_core.errors import DpoError
