@@ -6,6 +6,7 @@ from typing import Any
 from dpo_core.data.files.parquet import read_rows
 from dpo_core.data.tokens.tokenise import Tokenise
 from dpo_core.errors import StageFailed
+from dpo_core.examples.cached import cached_sequences
 from dpo_core.jobs.files import ReferenceJob
 from dpo_core.jobs.start import device, start_ranks
 from dpo_core.methods.registry import get
@@ -25,11 +26,8 @@ def run(job: ReferenceJob, watch: Watch) -> dict[str, Any] | None:
     ranks = start_ranks(Path(job.work), job.ranks, watch)
     method, model = get(job.method), Path(job.model)
     settings = method.settings.model_validate(job.settings)
-    if method.cached is None:
-        raise StageFailed(f"the method {job.method} reads no cached log-probs", "Report this as a bug")
-    sequences, dropped = method.cached(
-        Tokenise(load_tokenizer(model), job.tokens), read_rows(job.rows), settings
-    )
+    tokenise = Tokenise(load_tokenizer(model), job.tokens)
+    sequences, dropped = cached_sequences(job.method, settings, tokenise, read_rows(job.rows))
     if not sequences:
         raise StageFailed(f"no training row is left after tokenising ({dropped})", "Raise tokens.max_length")
     reference = Reference(model, job.weights_sha256, settings.engine.precision, job.described)

@@ -1,1 +1,1 @@
-"""The ways to train: a file for each method, with its settings and its estimate; `trainers` has the rest."""
+"""The ways to train: a file for each method, with its settings; `trainers` and `estimates` have the rest."""

@@ -1,13 +1,10 @@
-"""Preference optimisation on pairs: settings and estimate."""
+"""Preference optimisation on pairs: settings."""
 
-from collections.abc import Sequence as Seq
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, model_validator
 
 from dpo_core.config import Config
-from dpo_core.data.tokens.tokenise import Sequence, Tokenise
-from dpo_core.methods.estimate import Inputs, Work, loop, with_forward_pass
 from dpo_core.methods.method import PREFERENCE, Method, Reference
 from dpo_core.methods.preference import PreferenceConfig
 from dpo_core.objectives import (
@@ -94,29 +91,13 @@ def reference_of(config: DpoConfig) -> Reference:
     return "cached" if config.needs_reference else "none"
 
 
-def cached_sequences(
-    tokenise: Tokenise, rows: Seq[dict[str, Any]], config: DpoConfig
-) -> tuple[list[Sequence], dict[str, int]]:
-    """See `Method.cached`."""
-    pairs, dropped = tokenise.pairs(rows)
-    return [s for p in pairs for s in (p.chosen, p.rejected)], dropped
-
-
-def estimate(config: DpoConfig, inputs: Inputs) -> Work:
-    """See `Method.estimate`. A reference in memory reads every example too."""
-    work = loop(config, inputs.examples("pairs", config.limit), inputs)
-    return with_forward_pass(work, inputs.shape, references=1) if config.needs_live_reference else work
-
-
 METHOD = Method(
     name="dpo",
     title="Direct preference optimisation and its relatives on pairs",
     citation="Rafailov et al. 2023, arXiv 2305.18290; each objective names its own paper",
     settings=DpoConfig,
     data="pairs",
-    estimate=estimate,
     curves=PREFERENCE,
     version=2,
     reference=reference_of,
-    cached=cached_sequences,
 )

@@ -1,11 +1,10 @@
-"""GRPO, its variants and RLOO: settings and estimate."""
+"""GRPO, its variants and RLOO: settings."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from dpo_core.methods.estimate import Inputs, Work, rounds
 from dpo_core.methods.method import ROUNDS, Method
 from dpo_core.methods.rounds import KlEstimator, RoundsConfig
 
@@ -104,18 +103,12 @@ class GrpoConfig(RoundsConfig):
         return self
 
 
-def estimate(config: GrpoConfig, inputs: Inputs) -> Work:
-    """See `Method.estimate`."""
-    return rounds(config, inputs)
-
-
 METHOD = Method(
     name="grpo",
     title="Group baselines: GRPO, Dr. GRPO, DAPO, GSPO, RLOO",
     citation="Shao et al. 2024, arXiv 2402.03300; each variant names its own paper",
     settings=GrpoConfig,
     data="prompts",
-    estimate=estimate,
     curves=ROUNDS,
     version=2,
     scored=True,

@@ -1,16 +1,11 @@
 """Preference optimisation on single completions, each labelled desirable or not: KTO and BCO."""
 
 from collections.abc import Mapping
-from collections.abc import Sequence as Seq
-from typing import Any
 
 from pydantic import model_validator
 
-from dpo_core.data.tokens.tokenise import Sequence, Tokenise
-from dpo_core.methods.estimate import Inputs, Work, loop, with_forward_pass
 from dpo_core.methods.method import PREFERENCE, Method
 from dpo_core.methods.preference import PreferenceConfig
-from dpo_core.methods.unpaired_rows import mismatched, unpaired_examples
 from dpo_core.objectives import ObjectiveName, get
 
 BALANCED = (1.0, 4 / 3)
@@ -59,33 +54,12 @@ class KtoConfig(PreferenceConfig):
         return self.objective == "kto"
 
 
-def cached_sequences(
-    tokenise: Tokenise, rows: Seq[dict[str, Any]], config: KtoConfig
-) -> tuple[list[Sequence], dict[str, int]]:
-    """See `Method.cached`: every example, and for KTO every mismatched pair.
-
-    Raises:
-        DataError: KTO with fewer than two different examples.
-    """
-    examples, dropped = unpaired_examples(tokenise, rows)
-    others = mismatched(examples) if examples and config.reads_mismatched else []
-    return [e.sequence for e in examples] + others, dropped
-
-
-def estimate(config: KtoConfig, inputs: Inputs) -> Work:
-    """See `Method.estimate`. KTO's z_0 and BCO's delta take a forward pass of the policy."""
-    work = loop(config, inputs.examples("unpaired", config.limit), inputs)
-    return with_forward_pass(work, inputs.shape, references=0)
-
-
 METHOD = Method(
     name="kto",
     title="Preference optimisation on single answers: KTO and BCO",
     citation="Ethayarajh et al. 2024, arXiv 2402.01306; Jung et al. 2024, arXiv 2404.04656",
     settings=KtoConfig,
     data="unpaired",
-    estimate=estimate,
     curves=PREFERENCE,
     reference=lambda config: "cached",
-    cached=cached_sequences,
 )

@@ -1,17 +1,11 @@
-"""What a method declares: settings, data, reference, estimate, curves."""
+"""What a method declares: settings, data, reference, curves."""
 
 from collections.abc import Callable, Mapping
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from dpo_core.data.tokens.tokenise import Sequence, Tokenise
-from dpo_core.methods.estimate import Inputs, Work
-
 Data = Literal["demonstrations", "pairs", "unpaired", "prompts"]
 Reference = Literal["none", "cached", "live"]
-
-Cached = Callable[[Tokenise, Seq[dict[str, Any]], Any], tuple[list[Sequence], dict[str, int]]]
 
 
 class Panel(NamedTuple):
@@ -70,8 +64,6 @@ class Method:
     settings: type[Any]
     data: Data
     """What it learns from. Pairs can also be taken apart into unpaired rows."""
-    estimate: Callable[[Any, Inputs], Work]
-    """Tokens, operations and the fullest micro-batch of a training, before it runs."""
     curves: tuple[Panel, ...]
     version: int = 1
     """Of its training stage: raised, it trains again everywhere."""
@@ -85,10 +77,6 @@ class Method:
     """Whether a reward scores what it samples."""
     reference: Callable[[Any], Reference] = _no_reference
     """How settings read the reference: not, from cached log-probs, or as a model in memory."""
-    cached: Callable[[Tokenise, Seq[dict[str, Any]], Any], tuple[list[Sequence], dict[str, int]]] | None = (
-        None
-    )
-    """The sequences whose reference log-probs it reads, of canonical rows, and rows left out by reason."""
     total_steps: Callable[[Any, int], int] = field(default=lambda settings, rows: settings.steps(rows))
     """Lines of the curve of a training on so many rows."""
 

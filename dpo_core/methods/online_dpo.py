@@ -1,4 +1,4 @@
-"""Online and iterative DPO: settings and estimate.
+"""Online and iterative DPO: settings.
 
 Online DPO (Guo et al. 2024, arXiv 2402.04792): many rounds, one step each, a fixed reference. Iterative DPO
 (Xu et al. 2024, 2404.10719): few rounds of many episodes and steps, each with the policy that the round began
@@ -7,7 +7,6 @@ with as its reference.
 
 from pydantic import Field, model_validator
 
-from dpo_core.methods.estimate import Inputs, Work, rounds
 from dpo_core.methods.method import PREFERENCE, ROUNDS, Method
 from dpo_core.methods.rounds import RoundsConfig
 from dpo_core.objectives import ObjectiveName, Term, get
@@ -59,18 +58,12 @@ class OnlineDpoConfig(RoundsConfig):
         return self
 
 
-def estimate(config: OnlineDpoConfig, inputs: Inputs) -> Work:
-    """See `Method.estimate`. Of a prompt's samples the best and the worst are learnt from."""
-    return rounds(config, inputs, learnt=2 / config.samples_each)
-
-
 METHOD = Method(
     name="online_dpo",
     title="Online and iterative DPO",
     citation="Guo et al. 2024, arXiv 2402.04792; Xu et al. 2024, arXiv 2404.10719",
     settings=OnlineDpoConfig,
     data="prompts",
-    estimate=estimate,
     curves=(*PREFERENCE[:-1], *ROUNDS),
     scored=True,
     reference=lambda config: "live",

@@ -1,10 +1,9 @@
-"""PPO for RLHF: settings and estimate."""
+"""PPO for RLHF: settings."""
 
 from typing import Literal
 
 from pydantic import Field
 
-from dpo_core.methods.estimate import Inputs, Work, rounds
 from dpo_core.methods.method import ROUNDS, Method
 from dpo_core.methods.rounds import KlEstimator, RoundsConfig
 from dpo_core.training.config import OptimConfig
@@ -42,18 +41,12 @@ class PpoConfig(RoundsConfig):
     trained, else from the reference with a head of zeros."""
 
 
-def estimate(config: PpoConfig, inputs: Inputs) -> Work:
-    """See `Method.estimate`. The critic reads and learns too."""
-    return rounds(config, inputs, critic=True)
-
-
 METHOD = Method(
     name="ppo",
     title="Proximal policy optimisation",
     citation="Schulman et al. 2017, arXiv 1707.06347; Ziegler et al. 2019, arXiv 1909.08593",
     settings=PpoConfig,
     data="prompts",
-    estimate=estimate,
     curves=ROUNDS,
     version=3,
     retired={"enabled": True},

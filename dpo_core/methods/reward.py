@@ -1,4 +1,4 @@
-"""The Bradley-Terry reward model: settings and estimate."""
+"""The Bradley-Terry reward model: settings."""
 
 from typing import Literal
 
@@ -6,9 +6,7 @@ from pydantic import Field, model_validator
 
 from dpo_core.data.tokens.tokenise import TokenPair
 from dpo_core.errors import RecipeError
-from dpo_core.methods.estimate import Examples, Inputs, Work, loop
 from dpo_core.methods.method import GRADIENT, LOSS, Method, Panel
-from dpo_core.scoring.document import Document
 from dpo_core.training.config import EngineConfig, LoopConfig, OptimConfig
 
 
@@ -48,20 +46,12 @@ def no_agreement() -> RecipeError:
     )
 
 
-def estimate(config: RewardModelConfig, inputs: Inputs) -> Work:
-    """See `Method.estimate`. The whole answer is read and only its end is scored."""
-    pairs = inputs.examples("pairs")
-    ends = [Document(d.prompt + d.branches[0], tuple(b[-1:] for b in d.branches)) for d in pairs.documents]
-    return loop(config, Examples(ends, pairs.count, pairs.note), inputs)
-
-
 METHOD = Method(
     name="reward",
     title="Reward model",
     citation="Bradley and Terry 1952; Ouyang et al. 2022, arXiv 2203.02155, equation 1",
     settings=RewardModelConfig,
     data="pairs",
-    estimate=estimate,
     curves=(
         LOSS,
         Panel("Rewards", "reward", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected")), 0.0),

@@ -1,8 +1,7 @@
-"""Supervised fine-tuning on completions: settings and estimate."""
+"""Supervised fine-tuning on completions: settings."""
 
 from pydantic import Field, model_validator
 
-from dpo_core.methods.estimate import Inputs, Work, loop
 from dpo_core.methods.method import GRADIENT, LOSS, Method
 from dpo_core.models.lora_config import LoraConfig
 from dpo_core.training.config import EngineConfig, OptimConfig, PackedLoopConfig
@@ -33,18 +32,12 @@ class SftConfig(PackedLoopConfig):
         return self
 
 
-def estimate(config: SftConfig, inputs: Inputs) -> Work:
-    """See `Method.estimate`."""
-    return loop(config, inputs.examples("demonstrations"), inputs)
-
-
 METHOD = Method(
     name="sft",
     title="Supervised fine-tuning",
     citation="Ouyang et al. 2022, arXiv 2203.02155, section 3.5",
     settings=SftConfig,
     data="demonstrations",
-    estimate=estimate,
     curves=(LOSS, GRADIENT),
     version=2,
     policy=False,

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from dpo_core.data.files.parquet import read_rows
 from dpo_core.errors import StageFailed
+from dpo_core.examples.unpaired import UnpairedExample, mismatched, unpaired_examples
 from dpo_core.methods.job import Job
 from dpo_core.methods.kto import KtoConfig, imbalance
-from dpo_core.methods.unpaired_rows import UnpairedExample, mismatched, unpaired_examples
 from dpo_core.objectives import UnpairedLogps, class_means, get, unpaired_metrics, z0
 from dpo_core.reference import LogpShard, sequence_key
 from dpo_core.scoring import flops as cost

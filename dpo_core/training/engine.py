@@ -24,8 +24,9 @@ from dpo_core.training.checkpoints import (
     save_random_state,
     to_universal,
 )
-from dpo_core.training.config import EngineConfig, OptimConfig, Schedule
+from dpo_core.training.config import EngineConfig, OptimConfig
 from dpo_core.training.distributed import limit_waiting
+from dpo_core.training.schedule import Schedule
 from dpo_core.training.stop import StopSignals
 
 log = logging.getLogger(__name__)

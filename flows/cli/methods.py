@@ -45,8 +45,8 @@ def markdown() -> str:
         "",
         "What a policy of a recipe may name, as `dpo methods` lists it. Each method is one file of "
         "`dpo_core/methods/`, which declares its settings, the data that it learns from, how it reads the "
-        "reference, its estimate for `dpo plan`, and the curves of the run page; its trainer is the file of "
-        "the same name in `dpo_core/trainers/`.",
+        "reference, and the curves of the run page; its trainer is the file of the same name in "
+        "`dpo_core/trainers/`, its estimate for `dpo plan` is in `dpo_core/estimates/by_method.py`.",
     ]
     for method in methods().values():
         needs = ", ".join(method.needs(method.settings()))

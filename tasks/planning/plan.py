@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 from dpo_core.config import Config
 from dpo_core.data.answers import measure_answers
 from dpo_core.errors import DpoError
-from dpo_core.methods.estimate import Work
+from dpo_core.estimates.estimate import Work
 from tasks.planning.speed import Speed
 from tasks.planning.workload import workload_of
 from tasks.recipe.policies import PolicyFields

@@ -35,7 +35,7 @@ from tasks.tracking.mlflow_run import StageRun, flatten
 from tasks.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
-    from dpo_core.methods import estimate
+    from dpo_core.estimates import estimate
     from tasks.stages.workload import Workload
 
     Estimate = Callable[[Workload, str], estimate.Work]

@@ -14,8 +14,8 @@ from dpo_core.data.load import load
 from dpo_core.data.split import by_source, split_table
 from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.errors import DataError, GateRefused
+from dpo_core.estimates import estimate
 from dpo_core.jobs.files import PairSamplingJob
-from dpo_core.methods import estimate
 from dpo_core.methods.pair_sampling import PairSamplingConfig
 from dpo_core.rewards.functions import reward_identity
 from dpo_core.system import digest_file

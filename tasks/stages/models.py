@@ -7,8 +7,8 @@ from typing import Any
 
 from dpo_core.data.tokens.config import TokenConfig
 from dpo_core.errors import ModelError
+from dpo_core.estimates import estimate
 from dpo_core.jobs.files import CHECK_VERSION, ImportJob, InferenceConfig, ReferenceJob
-from dpo_core.methods import estimate
 from dpo_core.models.config import ModelConfig
 from dpo_core.models.folder import code_digest
 from dpo_core.models.remote_code import trust

@@ -10,7 +10,8 @@ from dpo_core.data.demo.demonstrations import review_demonstrations
 from dpo_core.data.files.read import check_source, read_rows
 from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.errors import DataError, StageFailed
-from dpo_core.methods import estimate
+from dpo_core.estimates import estimate
+from dpo_core.estimates.by_method import estimate_training
 from dpo_core.methods.sft import METHOD, SftConfig
 from dpo_core.scoring.document import Document
 from dpo_core.system import digest_file
@@ -31,7 +32,8 @@ def _estimate(workload: Workload, label: str) -> estimate.Work:
     sequences = [workload.tokenise.demonstration(row) for row in rows[:SAMPLED_ROWS]]
     documents = [Document.of(s) for s in sequences if not isinstance(s, str)]
     examples = estimate.Examples(documents, len(rows))
-    return METHOD.estimate(config, replace(workload.inputs(), examples=lambda data, limit=None: examples))
+    inputs = replace(workload.inputs(), examples=lambda data, limit=None: examples)
+    return estimate_training(METHOD.name, config, inputs)
 
 
 SFT = Stage(

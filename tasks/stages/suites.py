@@ -5,12 +5,12 @@ import json
 import pandas as pd
 
 from dpo_core.data.tokens.config import TokenConfig
+from dpo_core.estimates import estimate
 from dpo_core.evaluation.config import SuitesConfig
 from dpo_core.evaluation.contamination import TrainingText, training_texts
 from dpo_core.evaluation.results import SuiteResult
 from dpo_core.evaluation.run_suite import data_digest, suite_files, without_training_data
 from dpo_core.evaluation.suites.registry import find
-from dpo_core.methods import estimate
 from tasks.recipe.policies import REFERENCE
 from tasks.stages.asking import asked_model, jobs_of_stage
 from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task

@@ -1,6 +1,7 @@
 """The stage that trains a reward model on the pairs, with its quality on the held-out ones."""
 
 from dpo_core.data.tokens.config import TokenConfig
+from dpo_core.estimates.by_method import estimate_training
 from dpo_core.jobs.files import RewardQualityJob
 from dpo_core.methods.reward import METHOD, RewardModelConfig
 from dpo_core.rewards.quality import RewardQuality
@@ -16,7 +17,7 @@ REWARD = Stage(
     METHOD.version,
     METHOD.artifact,
     RewardFacts,
-    lambda workload, label: METHOD.estimate(workload.recipe.reward.model, workload.inputs()),
+    lambda workload, label: estimate_training(METHOD.name, workload.recipe.reward.model, workload.inputs()),
     overhead=20.0,
     settings=lambda workload, label: ("reward.model", workload.recipe.reward.model),
 )

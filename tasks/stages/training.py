@@ -8,8 +8,9 @@ import pandas as pd
 
 from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.errors import StageFailed
+from dpo_core.estimates import estimate
+from dpo_core.estimates.by_method import estimate_training
 from dpo_core.generation.config import SamplingConfig
-from dpo_core.methods import estimate
 from dpo_core.methods.kto import imbalance
 from dpo_core.methods.registry import methods
 from dpo_core.rewards.functions import reward_identity
@@ -27,7 +28,7 @@ log = logging.getLogger("dpo")
 
 def _estimate(workload: Workload, label: str) -> estimate.Work:
     policy = workload.nodes[label].config
-    return policy.entry.estimate(policy.settings, workload.inputs(policy))
+    return estimate_training(policy.method, policy.settings, workload.inputs(policy))
 
 
 def _settings(workload: Workload, label: str) -> tuple[str, Any]:

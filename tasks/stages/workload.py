@@ -12,8 +12,8 @@ import numpy as np
 import pandas as pd
 
 from dpo_core.data.tokens.tokenise import Tokenise
-from dpo_core.methods.estimate import CAPPED, Examples, Inputs, Work, read, unknown
-from dpo_core.methods.unpaired_rows import unpaired_examples
+from dpo_core.estimates.estimate import CAPPED, Examples, Inputs, Work, read, unknown
+from dpo_core.examples.unpaired import unpaired_examples
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.document import Document
 from tasks.recipe.policies import PolicyFields

@@ -16,8 +16,8 @@ from dpo_core import job as train
 from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise
 from dpo_core.errors import StageFailed
 from dpo_core.evaluation.policies import sequence_logps
+from dpo_core.examples.unpaired import mismatched, unpaired_examples
 from dpo_core.methods.kto import imbalance
-from dpo_core.methods.unpaired_rows import mismatched, unpaired_examples
 from dpo_core.models.load import load_model, load_tokenizer
 from dpo_core.reference import LogpShard, sequence_key
 from dpo_core.trainers.kto import UnpairedTrainer

@@ -24,8 +24,9 @@ from dpo_core.models.load import load_model, load_tokenizer
 from dpo_core.models.source import weights_digest
 from dpo_core.reference import LogpShard, sequence_key
 from dpo_core.training.batches import Order
-from dpo_core.training.config import LoopConfig, OptimConfig, Schedule
+from dpo_core.training.config import LoopConfig, OptimConfig
 from dpo_core.training.engine import MetricsFile
+from dpo_core.training.schedule import Schedule
 from tests.support.models.logps import full_logps
 from tests.support.models.tiny import make_tiny_model
 from tests.support.runs import training_jobs

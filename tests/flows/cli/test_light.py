@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 HEAVY = {
-    *("torch", "transformers", "deepspeed", "datasets", "scipy", "pandas", "pyarrow", "matplotlib"),
+    *("torch", "transformers", "deepspeed", "datasets", "scipy", "numpy", "pandas", "pyarrow", "matplotlib"),
     *("prefect", "mlflow", "great_expectations"),
 }
 COMMANDS = [["--help"], ["run", "--help"], ["runs"], ["config", "show", "demo"], ["config", "schema"]]

@@ -10,9 +10,9 @@ import pandas as pd
 
 from deploy.launchers import LocalLauncher, State
 from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise, TokenPair
+from dpo_core.examples.unpaired import UnpairedExample, mismatched, unpaired_examples
 from dpo_core.methods.job import Job
 from dpo_core.methods.registry import get
-from dpo_core.methods.unpaired_rows import UnpairedExample, mismatched, unpaired_examples
 from dpo_core.models.load import load_model, load_tokenizer
 from dpo_core.reference import LogpShard
 from dpo_core.reference.compute import compute

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.errors import DataError
-from dpo_core.methods.unpaired_rows import UnpairedExample, _next_other, mismatched
+from dpo_core.examples.unpaired import UnpairedExample, _next_other, mismatched
 
 
 def example(prompt: int, completion: int, desirable: bool = True) -> UnpairedExample:

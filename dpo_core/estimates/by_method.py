@@ -1,0 +1,67 @@
+"""Estimates the training of each method: tokens, operations and the fullest micro-batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+from dpo_core.estimates.estimate import Examples, Inputs, Work, loop, rounds, with_forward_pass
+from dpo_core.methods.dpo import DpoConfig
+from dpo_core.methods.kto import KtoConfig
+from dpo_core.methods.online_dpo import OnlineDpoConfig
+from dpo_core.methods.ppo import PpoConfig
+from dpo_core.methods.reward import RewardModelConfig
+from dpo_core.methods.sft import SftConfig
+from dpo_core.scoring.document import Document
+
+
+def estimate_training(method: str, settings: Any, inputs: Inputs) -> Work:
+    """What a training by a method of the registry computes.
+
+    Args:
+        settings: a value of the method's settings class.
+    """
+    return ESTIMATES[method](settings, inputs)
+
+
+def _dpo(config: DpoConfig, inputs: Inputs) -> Work:
+    """A reference in memory reads every example too."""
+    work = loop(config, inputs.examples("pairs", config.limit), inputs)
+    return with_forward_pass(work, inputs.shape, references=1) if config.needs_live_reference else work
+
+
+def _kto(config: KtoConfig, inputs: Inputs) -> Work:
+    """KTO's z_0 and BCO's delta take a forward pass of the policy."""
+    work = loop(config, inputs.examples("unpaired", config.limit), inputs)
+    return with_forward_pass(work, inputs.shape, references=0)
+
+
+def _online_dpo(config: OnlineDpoConfig, inputs: Inputs) -> Work:
+    """Of a prompt's samples the best and the worst are learnt from."""
+    return rounds(config, inputs, learnt=2 / config.samples_each)
+
+
+def _ppo(config: PpoConfig, inputs: Inputs) -> Work:
+    """The critic reads and learns too."""
+    return rounds(config, inputs, critic=True)
+
+
+def _reward(config: RewardModelConfig, inputs: Inputs) -> Work:
+    """The whole answer is read and only its end is scored."""
+    pairs = inputs.examples("pairs")
+    ends = [Document(d.prompt + d.branches[0], tuple(b[-1:] for b in d.branches)) for d in pairs.documents]
+    return loop(config, Examples(ends, pairs.count, pairs.note), inputs)
+
+
+def _sft(config: SftConfig, inputs: Inputs) -> Work:
+    return loop(config, inputs.examples("demonstrations"), inputs)
+
+
+ESTIMATES: dict[str, Callable[[Any, Inputs], Work]] = {
+    "dpo": _dpo,
+    "grpo": rounds,
+    "kto": _kto,
+    "online_dpo": _online_dpo,
+    "ppo": _ppo,
+    "reward": _reward,
+    "sft": _sft,
+}
+"""By name of the method."""

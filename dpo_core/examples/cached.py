@@ -1,0 +1,43 @@
+"""Lists the sequences whose reference log-probs the training of a method reads from the cache."""
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from typing import Any
+
+from dpo_core.data.tokens.tokenise import Sequence, Tokenise
+from dpo_core.examples.unpaired import mismatched, unpaired_examples
+from dpo_core.methods.kto import KtoConfig
+
+Found = tuple[list[Sequence], dict[str, int]]
+
+
+def cached_sequences(method: str, settings: Any, tokenise: Tokenise, rows: Seq[dict[str, Any]]) -> Found:
+    """The sequences of canonical rows, and how many rows were left out for each reason.
+
+    Args:
+        method: one whose settings can read cached log-probs.
+        settings: a value of the method's settings class.
+
+    Raises:
+        DataError: KTO with fewer than two different examples.
+    """
+    return CACHED[method](settings, tokenise, rows)
+
+
+def _of_pairs(settings: Any, tokenise: Tokenise, rows: Seq[dict[str, Any]]) -> Found:
+    pairs, dropped = tokenise.pairs(rows)
+    return [s for p in pairs for s in (p.chosen, p.rejected)], dropped
+
+
+def _of_unpaired(settings: KtoConfig, tokenise: Tokenise, rows: Seq[dict[str, Any]]) -> Found:
+    """Every example, and for KTO every mismatched pair."""
+    examples, dropped = unpaired_examples(tokenise, rows)
+    others = mismatched(examples) if examples and settings.reads_mismatched else []
+    return [e.sequence for e in examples] + others, dropped
+
+
+CACHED: dict[str, Callable[[Any, Tokenise, Seq[dict[str, Any]]], Found]] = {
+    "dpo": _of_pairs,
+    "kto": _of_unpaired,
+}
+"""By name of the method."""

@@ -1,0 +1,14 @@
+"""Every method has its estimate, and every one that may read cached log-probs its sequences."""
+
+from dpo_core.estimates.by_method import ESTIMATES
+from dpo_core.examples.cached import CACHED
+from dpo_core.methods.registry import methods
+
+
+def test_every_method_has_an_estimate() -> None:
+    assert ESTIMATES.keys() == methods().keys()
+
+
+def test_every_method_that_reads_cached_log_probs_says_of_which_sequences() -> None:
+    reads = {name for name, method in methods().items() if method.reference(method.settings()) == "cached"}
+    assert CACHED.keys() == reads
