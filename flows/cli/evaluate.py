@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from flows.cli.launch import OnOption, SettingsOption, WithOption, read_cluster
 from flows.cli.options import JsonOption
 
 SuiteOption = Annotated[
@@ -23,7 +24,9 @@ TrainOption = Annotated[
 WorkspaceOption = Annotated[str, typer.Option(help="Workspace folder; results are kept there.")]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="A.B=VALUE", help="A field of settings.*, tokens.*, judge.*, answers.*."),
+    typer.Option(
+        "--set", metavar="A.B=VALUE", help="A field of settings.*, tokens.*, judge.*, answers.*, ranks.*."
+    ),
 ]
 ModelHelp = (
     "A checkpoint folder, .gguf file, package:NAME, hub name, models:/NAME@ALIAS, models:/NAME/VERSION, "
@@ -43,6 +46,9 @@ def evaluate(
         bool, typer.Option("--run-code", help="Let code that the model wrote be run, in a sandbox.")
     ] = False,
     overrides: SetOption = None,
+    on: OnOption = "local",
+    cluster: SettingsOption = None,
+    over_cluster: WithOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Put one model through evaluation suites, without a pipeline run. Without a model: list the suites."""
@@ -51,7 +57,8 @@ def evaluate(
         return
     settings = {"run_code": True} if run_code else {}
     given = {"suites": _names(suite or []), "data": data, "reference": reference, "train": _train(train)}
-    _run([model], given | {"settings": settings}, workspace, overrides or [], as_json)
+    place = read_cluster(on, cluster, over_cluster or [])
+    _run([model], given | {"settings": settings}, workspace, overrides or [], place, as_json)
 
 
 def compare(
@@ -73,18 +80,22 @@ def compare(
         bool, typer.Option("--run-code", help="Let code that the models wrote be run, in a sandbox.")
     ] = False,
     overrides: SetOption = None,
+    on: OnOption = "local",
+    cluster: SettingsOption = None,
+    over_cluster: WithOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare two models item by item on suites, and by a judge on prompts."""
     settings = {"run_code": True} if run_code else {}
     given = {"suites": _names(suite or []), "data": data, "reference": reference, "train": _train(train)}
     given |= {"settings": settings, "prompts": {"path": prompts} if prompts else None}
-    _run([a, b], given, workspace, overrides or [], as_json)
+    place = read_cluster(on, cluster, over_cluster or [])
+    _run([a, b], given, workspace, overrides or [], place, as_json)
 
 
 _FIELDS = (
     "Fields are settings.limit, .precision, .chat, .samples, .sampling, .classifier and others of "
-    "suites.settings in `dpo config schema`; tokens.max_length; for --prompts most_prompts, "
+    "suites.settings in `dpo config schema`; tokens.max_length; ranks.processes; for --prompts most_prompts, "
     "answers.max_new_tokens, judge.source, judge.kind, judge.endpoint.base_url, judge.endpoint.model"
 )
 
@@ -105,7 +116,12 @@ def _list_suites() -> None:
 
 
 def _run(
-    models: list[str], given: dict[str, Any], workspace: str, overrides: list[str], as_json: bool
+    models: list[str],
+    given: dict[str, Any],
+    workspace: str,
+    overrides: list[str],
+    cluster: Any,
+    as_json: bool,
 ) -> None:
     from tasks.recipe.read import overridden
     from tasks.signals import stoppable
@@ -116,7 +132,7 @@ def _run(
     folder = open_workspace(workspace)
     require_writable(folder)
     with stoppable():
-        report, page = evaluate_models(models, request, folder)
+        report, page = evaluate_models(models, request, folder, cluster)
     if as_json:
         typer.echo(report.model_dump_json())
         return

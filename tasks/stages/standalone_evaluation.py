@@ -12,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 from pydantic import Field, model_validator
 
+from deploy.launchers import Cluster
 from dpo_core.config import Config
 from dpo_core.data.config import DataConfig
 from dpo_core.data.load import load
@@ -94,9 +95,12 @@ _ANSWERS = SamplingConfig(max_new_tokens=128)
 
 
 def evaluate_models(
-    models: Sequence[str], request: EvaluationRequest, workspace: Path
+    models: Sequence[str], request: EvaluationRequest, workspace: Path, cluster: Cluster | None = None
 ) -> tuple[EvaluationReport, Path]:
     """Ask every model, compare the first with the second where there are two; the report and its page.
+
+    Args:
+        cluster: where the models compute; None: on this machine.
 
     Raises:
         RecipeError: a suite, its file or a model is not there, or nothing was asked for.
@@ -109,7 +113,9 @@ def evaluate_models(
     files = _files(request)
     if len(models) == 2 and request.prompts is not None and request.judge.kind == "reward":
         check_reward(request.judge.source)
-    jobs = CommandJobs(workspace, request.ranks, terminal_bar)
+    if cluster is not None:
+        cluster.check(workspace)
+    jobs = CommandJobs(workspace, request.ranks, terminal_bar, cluster)
     asked = _models(models, request, jobs)
     request = _alike(request, asked)
     training = _training(request.train, [trained_rows(spec, workspace) for spec in models])

@@ -1,6 +1,9 @@
 """Suites and comparisons: of any checkpoint by `dpo evaluate` and `dpo compare`, and of a run's policies."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from tasks.stages.standalone_evaluation import EvaluationRequest, evaluate_model
 from tasks.stages.suite_results import find_model
 from tests.support.models.tiny import make_tiny_model
 from tests.support.runs.tiny_run import Bench
+from tests.support.sites import slurm_site
 from tests.support.sites.judge_server import Server, server
 
 __all__ = ["server"]  # a fixture
@@ -101,6 +105,26 @@ def test_a_suite_is_not_asked_twice(data: Path, models: list[str], tmp_path: Pat
     evaluate_models(models[:1], request(data, settings={"precision": "bf16"}), tmp_path)
     evaluate_models(models[1:], request(data), tmp_path)
     assert len(list((tmp_path / "evaluations").glob("hhh-*.json"))) == 3, "other settings, another model"
+
+
+def test_a_cluster_puts_the_model_through_the_suites(data: Path, models: list[str], tmp_path: Path) -> None:
+    commands = slurm_site.install(tmp_path / "site")
+    path = os.pathsep.join([str(commands), str(Path(sys.executable).parent), os.environ["PATH"]])
+    bench = Bench(tmp_path)
+    given = ["--suite", "hhh", "--data", str(data), "--workspace", str(bench.workspace), "--json"]
+    given += ["--on", "slurm", "--with", "gpus=0", "--with", f"python={sys.executable}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.cli.main", "evaluate", models[0], *given],
+        env=bench.environment() | {"SLURM_SITE": str(tmp_path / "site"), "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)["suites"][0]["items"] == len(ROWS)
+    (job,) = slurm_site.jobs(tmp_path / "site")
+    assert job["state"] == "COMPLETED"
+    assert job["options"]["job-name"].startswith("dpo-suites")
 
 
 def test_two_models_are_compared_item_by_item_and_by_a_judge(

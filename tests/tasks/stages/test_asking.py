@@ -1,0 +1,62 @@
+"""Jobs of a command: one that was killed goes on when the command is repeated, and leaves nothing behind."""
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_core.checked_json import write_checked
+from dpo_core.data.tokens.config import TokenConfig
+from dpo_core.evaluation.asked import Asked
+from dpo_core.evaluation.model_under_test import Subject
+from dpo_core.generation.config import SamplingConfig, seed_for
+from dpo_core.jobs.files import InferenceConfig, ModelJob
+from tasks.stages.asking import CommandJobs, asked_model
+from tasks.stages.judging import answers_of
+from tasks.store.store import Store
+from tests.support.models.tiny import make_tiny_model
+from tests.support.runs.jobs import kept, kill_in_the_middle, on
+
+ASKED = [Asked(text, False) for text in ("The film was", "I ordered the soup", "After two weeks", "This is")]
+SAMPLING = SamplingConfig(max_new_tokens=6, batch_size=1, precision="fp32")
+TOKENS = TokenConfig(max_length=64, max_prompt_length=32)
+
+
+class Killed(Exception):
+    """Stands for the end of a command."""
+
+
+def test_a_repeated_command_goes_on_where_its_job_was_killed(tmp_path: Path) -> None:
+    model = asked_model("tiny", make_tiny_model(tmp_path / "model"), TOKENS)
+    told: list[tuple[int, int]] = []
+    jobs = CommandJobs(
+        tmp_path, InferenceConfig(threads=1), lambda title: nullcontext(lambda *now: told.append(now))
+    )
+    works: list[Path] = []
+
+    def killed(key: str, make: Callable[[dict[str, Any]], ModelJob], total: int) -> dict[str, Any]:
+        works.append(Store(tmp_path).begin("answers", key))
+        kill_in_the_middle(make(on(works[0], 2)), units=1)
+        raise Killed
+
+    with pytest.raises(Killed):
+        answers_of([model], ASKED, SAMPLING, 3, killed)
+    (work,) = works
+    before = kept(work)
+    assert 0 < sum(map(len, before.values())) < len(ASKED)
+    # What is kept is told from what would be computed again by an answer that no model gave.
+    path = next(iter(before))
+    listed = json.loads(path.read_text().partition("\n")[2])
+    listed[0][1] = [[[5, -1.0]]]
+    write_checked(path, listed)
+
+    answers = answers_of([model], ASKED, SAMPLING, 3, jobs.named("answers", "answers"))["tiny"]
+    subject = Subject(Path(model.path), "tiny", TOKENS)
+    whole = subject.answers(ASKED, SAMPLING, seed=seed_for(3, "answers"))
+    differing = [ours for ours, theirs in zip(answers, whole, strict=True) if ours != theirs]
+    assert differing == [subject.tokenizer.decode([5])], "what was kept, and nothing else"
+    assert told[-1] == (len(ASKED), len(ASKED))
+    assert not work.exists()
