@@ -57,11 +57,11 @@ class LocalLauncher:
         Raises:
             StageFailed: a package that jobs need is not installed.
         """
-        require_packages_of_jobs()
         job = job.absolute()
         # Two trainers on one folder would ruin its checkpoints.
         _end(job, 10.0, self._hurry)
         clear(work)
+        require_packages_of_jobs()
         before = (work / LOG).stat().st_size, _kills_for_memory()
         process = self._start(job, processes, work / LOG)
         handle = str(process.pid)
