@@ -3,7 +3,17 @@
 The address is a secret. It is stored in a block of the server and never shown or logged.
 """
 
+import asyncio
 from typing import Any
+
+from apprise import Apprise
+from prefect.blocks.notifications import SlackWebhook
+from prefect.blocks.webhook import Webhook
+from prefect.events.actions import CallWebhook, SendNotification
+from prefect.events.schemas.automations import AutomationCore, EventTrigger
+from prefect.events.schemas.events import ResourceSpecification
+from prefect.exceptions import ObjectNotFound
+from pydantic import SecretStr
 
 from dpo_core.errors import RecipeError
 from tasks.scheduling.deployments import MADE_BY, Change, automation_fields
@@ -39,11 +49,6 @@ def _block(url: str) -> Any:
     Raises:
         RecipeError: Apprise does not support the address.
     """
-    from apprise import Apprise
-    from prefect.blocks.notifications import SlackWebhook
-    from prefect.blocks.webhook import Webhook
-    from pydantic import SecretStr
-
     slack = "hooks.slack" in url
     if url.startswith(("http://", "https://")) and not slack:
         # The proxies of some receivers reject a body without a content type.
@@ -66,17 +71,12 @@ _JSON = (
 
 
 def _action(block_id: Any, kind: str, url: str) -> Any:
-    from prefect.events.actions import CallWebhook, SendNotification
-
     if _is_webhook(url):
         return CallWebhook(block_document_id=block_id, payload=_JSON.replace("KIND", kind))
     return SendNotification(block_document_id=block_id, subject=f"dpo: {kind}", body=_TEXT)
 
 
 def _automation(kind: str, action: Any) -> Any:
-    from prefect.events.schemas.automations import AutomationCore, EventTrigger
-    from prefect.events.schemas.events import ResourceSpecification
-
     trigger = EventTrigger(
         expect=set(ALERTS[kind]),
         match=ResourceSpecification({"prefect.resource.id": ["prefect.flow-run.*", "dpo.model.*"]}),
@@ -155,8 +155,6 @@ def _document(client: Any, url: str) -> Any:
 
 
 def _read(client: Any, slug: str) -> Any:
-    from prefect.exceptions import ObjectNotFound
-
     try:
         return client.read_block_document_by_name(BLOCK, slug, include_secrets=True)
     except ObjectNotFound:
@@ -164,8 +162,6 @@ def _read(client: Any, slug: str) -> Any:
 
 
 def _save(client: Any, url: str, document: Any) -> Any:
-    import asyncio
-
     block = _block(url)
     asyncio.run(block.asave(BLOCK, overwrite=document is not None))
     return _read(client, block.get_block_type_slug())

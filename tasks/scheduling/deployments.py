@@ -7,6 +7,14 @@ match the file: a deployment that differs is rewritten with its schedules and tr
 import json
 from collections.abc import Iterator
 from typing import Any, Literal
+from uuid import UUID
+
+from prefect.client.schemas.actions import DeploymentScheduleCreate
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId, FlowFilter, FlowFilterName
+from prefect.client.schemas.objects import ConcurrencyOptions
+from prefect.events.schemas.deployment_triggers import DeploymentEventTrigger
+from prefect.exceptions import ObjectNotFound
+from prefect.utilities.callables import parameter_schema
 
 from deploy.prefect_file import Deployment
 from dpo_core.config import Config
@@ -40,8 +48,6 @@ def wanted(deployment: Deployment, flow: Any) -> Fields:
     Raises:
         RecipeError: a schedule or a trigger is invalid.
     """
-    from prefect.utilities.callables import parameter_schema
-
     limit, pool = deployment.concurrency_limit, deployment.work_pool
     return {
         "entrypoint": deployment.entrypoint,
@@ -79,10 +85,6 @@ MADE_BY = "Made by dpo deploy."
 
 def _automations(deployment: Deployment, deployment_id: Any) -> Iterator[Any]:
     """The automations of the deployment's triggers."""
-    from uuid import UUID
-
-    from prefect.events.schemas.deployment_triggers import DeploymentEventTrigger
-
     for trigger in deployment.triggers:
         described = f"{trigger.description} {MADE_BY}".strip()
         made = DeploymentEventTrigger.model_validate(trigger.model_dump() | {"description": described})
@@ -109,8 +111,6 @@ def automation_fields(automation: Any) -> Fields:
 
 def present(client: Any, flow_name: str, name: str) -> Fields | None:
     """The deployment's fields on the server; None if it does not exist there."""
-    from prefect.exceptions import ObjectNotFound
-
     try:
         deployed = client.read_deployment_by_name(f"{flow_name}/{name}")
     except ObjectNotFound:
@@ -200,10 +200,6 @@ def apply(client: Any, deployment: Deployment, flow: Any) -> None:
 
     The server deletes the old schedules with the runs that they had scheduled, and schedules new ones.
     """
-    from prefect.client.schemas.actions import DeploymentScheduleCreate
-    from prefect.client.schemas.objects import ConcurrencyOptions
-    from prefect.utilities.callables import parameter_schema
-
     limit, pool = deployment.concurrency_limit, deployment.work_pool
     schedules = [
         DeploymentScheduleCreate(
@@ -240,8 +236,6 @@ def apply(client: Any, deployment: Deployment, flow: Any) -> None:
 
 def unmanaged_deployments(client: Any, flow_name: str, names: set[str]) -> list[Any]:
     """Deployments of the flow on the server that are not in the file."""
-    from prefect.client.schemas.filters import FlowFilter, FlowFilterName
-
     of_flow = FlowFilter(name=FlowFilterName(any_=[flow_name]))
     deployed = client.read_deployments(flow_filter=of_flow)
     return [deployment for deployment in deployed if deployment.name not in names]
@@ -255,8 +249,6 @@ def remove(client: Any, deployment_id: Any) -> None:
 
 def lost_triggers(client: Any) -> list[Any]:
     """Automations of `dpo deploy` whose deployment no longer exists, such as one deleted in the UI."""
-    from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterId
-
     automations = client.read_automations()
     ours = [automation for automation in automations if automation.description.endswith(MADE_BY)]
     runs = [

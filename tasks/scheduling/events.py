@@ -3,8 +3,11 @@
 An event is sent in one synchronous request, so that an unreachable server raises an error.
 """
 
+from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from typing import Any
+
+from prefect.events.schemas.events import Event, RelatedResource, Resource
 
 from tasks.scheduling.alerts import PROMOTION_REFUSED, TAG
 
@@ -19,10 +22,6 @@ def send(
         resource: id of the resource that the event is about; triggers match on it.
         tagged: relate the event to the tag that alerts match.
     """
-    from datetime import UTC, datetime
-
-    from prefect.events.schemas.events import Event, RelatedResource, Resource
-
     tag = {"prefect.resource.id": f"prefect.tag.{TAG}", "prefect.resource.role": "tag"}
     message = Event(
         event=event,
@@ -60,8 +59,6 @@ _PAGE = 200
 
 def _expects(trigger: Any, event: str, resource: dict[str, str]) -> bool:
     """Whether a trigger, or a part of it, matches an event without related resources."""
-    from prefect.events.schemas.events import Resource
-
     if inner := getattr(trigger, "triggers", None):
         return any(_expects(part, event, resource) for part in inner)
     expected = getattr(trigger, "expect", None)

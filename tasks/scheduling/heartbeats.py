@@ -8,6 +8,12 @@ send heartbeats, but a self-hosted server does nothing when they stop unless it 
 from datetime import timedelta
 from typing import Any
 
+from prefect.client.schemas.objects import StateType
+from prefect.events.actions import ChangeFlowRunState
+from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+from prefect.events.schemas.events import ResourceSpecification
+from prefect.settings import get_current_settings
+
 from tasks.scheduling.deployments import MADE_BY, Change, automation_fields
 
 ZOMBIES = "dpo: crash runs that fell silent"
@@ -17,8 +23,6 @@ _MISSED = 3
 
 def silence() -> timedelta:
     """The longest time without a heartbeat: three times PREFECT_FLOWS_HEARTBEAT_FREQUENCY (180 seconds)."""
-    from prefect.settings import get_current_settings
-
     return timedelta(seconds=_MISSED * (get_current_settings().flows.heartbeat_frequency or 180))
 
 
@@ -51,11 +55,6 @@ def _existing(client: Any) -> Any:
 
 
 def _automation() -> Any:
-    from prefect.client.schemas.objects import StateType
-    from prefect.events.actions import ChangeFlowRunState
-    from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
-    from prefect.events.schemas.events import ResourceSpecification
-
     trigger = EventTrigger(
         posture=Posture.Proactive,
         after={"prefect.flow-run.heartbeat"},

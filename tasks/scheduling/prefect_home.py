@@ -3,13 +3,13 @@
 import tempfile
 from pathlib import Path
 
+from prefect.settings import get_current_settings
+
 REMEDY = "Set PREFECT_HOME (or HOME) to a writable folder"
 
 
 def unwritable_home() -> tuple[Path, str] | None:
     """The folder and the reason why it is not writable; None if it is. Creates the folder."""
-    from prefect.settings import get_current_settings
-
     home = get_current_settings().home
     try:
         home.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,8 @@ from datetime import UTC, datetime
 from typing import Any
 from zoneinfo import ZoneInfo
 
+from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule, RRuleSchedule
+from prefect.server.schemas.schedules import SCHEDULE_TYPES
 from pydantic import TypeAdapter, ValidationError
 
 from deploy.prefect_file import Schedule
@@ -17,8 +19,6 @@ def prefect_schedule(schedule: Schedule, where: str) -> Any:
     Raises:
         RecipeError: its cron line or recurrence rule is invalid.
     """
-    from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule, RRuleSchedule
-
     zone = schedule.timezone
     try:
         if schedule.cron is not None:
@@ -50,8 +50,6 @@ def comparable(schedule: Any) -> dict[str, Any]:
 def next_times(schedule: Any, count: int = 5, start: datetime | None = None) -> list[datetime]:
     """The next times at which a client's schedule fires, by the server's rules, in the schedule's time
     zone."""
-    from prefect.server.schemas.schedules import SCHEDULE_TYPES
-
     kind: Any = TypeAdapter(SCHEDULE_TYPES)
     on_server = kind.validate_python(schedule.model_dump())
     times = asyncio.run(on_server.get_dates(n=count, start=start or datetime.now(UTC)))

@@ -4,6 +4,9 @@ import difflib
 from importlib import resources
 from typing import Any
 
+from prefect.exceptions import ObjectNotFound
+from prefect.utilities.schema_tools import ValidationError, validate
+
 from deploy.prefect_file import Deployment
 from dpo_core.errors import RecipeError
 
@@ -14,8 +17,6 @@ def require_work_pool(client: Any, deployment: Deployment) -> None:
     Raises:
         RecipeError: the server has no such work pool, or the pool's template rejects the job variables.
     """
-    from prefect.exceptions import ObjectNotFound
-
     pool = deployment.work_pool.name
     try:
         existing = client.read_work_pool(pool)
@@ -43,8 +44,6 @@ def check_job_variables(deployment: Deployment, kind: str, template: dict[str, A
     Raises:
         RecipeError: a variable is unknown, missing or of the wrong type.
     """
-    from prefect.utilities.schema_tools import ValidationError, validate
-
     schema = template.get("variables")
     if not schema:
         return  # a pool without a template gets that of its first worker
