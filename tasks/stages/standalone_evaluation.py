@@ -163,7 +163,7 @@ def _models(specs: Sequence[str], request: EvaluationRequest, jobs: CommandJobs)
 
 
 def _found(spec: str, request: EvaluationRequest, jobs: CommandJobs) -> Path:
-    folder = checkpoint_of(spec, jobs.workspace, jobs.named("import-model", f"converting {spec}"))
+    folder = checkpoint_of(spec, jobs.workspace, jobs.named("convert-model", f"converting {spec}"))
     if request.trust_remote_code:
         trust(folder)
     return folder

