@@ -5,11 +5,14 @@ when a machine loses its power. The disk is shared, as it is on a cluster.
 """
 
 import itertools
+import json
 import os
 import shutil
 import subprocess
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -31,6 +34,9 @@ def why_not() -> str | None:
         return "network namespaces cannot be made here"
     subprocess.run(["ip", "netns", "delete", name], check=True)
     return None
+
+
+_REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 @dataclass
@@ -125,3 +131,30 @@ class TwoNodes:
             if node.process.poll() is None:
                 node.kill()
         self.running.clear()
+
+
+class Gang:
+    """One job on both nodes."""
+
+    def __init__(self, room: TwoNodes, job: Path, restarts: int = 0) -> None:
+        self.room, self.job, self.restarts = room, job, restarts
+        self.work, self.port = job.parent, room.port()
+        self.a, self.b = self.start("a"), self.start("b")
+
+    def start(self, end: str) -> Node:
+        meeting = self.room.meeting(end, self.job.parent.name, self.port, self.restarts)
+        command = torchrun.command(self.job, 1, meeting)
+        return self.room.start(end, command, meeting, self.work / f"node-{end}.log", _REPOSITORY)
+
+    def finish(self) -> None:
+        for node in (self.a, self.b):
+            assert node.process.wait(timeout=600) == 0, node.text()
+
+    def left_after(self, node: Node) -> float:
+        """Seconds until a node has ended by itself, with a failure."""
+        start = time.monotonic()
+        assert node.process.wait(timeout=600) != 0
+        return time.monotonic() - start
+
+    def error(self) -> dict[str, Any]:
+        return json.loads((self.work / "error.json").read_text())

@@ -3,7 +3,6 @@
 The nodes are real network namespaces with one rank each, started by torchrun with a c10d rendezvous.
 """
 
-import json
 import signal
 import time
 from collections.abc import Iterator
@@ -13,8 +12,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from deploy.launchers import torchrun
-from tests.scenarios.faults.nodes import Node, TwoNodes, why_not
+from tests.scenarios.faults.nodes import Gang, TwoNodes, why_not
 from tests.support.models.tiny import make_tiny_model
 from tests.support.runs import training_jobs
 from tests.support.runs.training_jobs import curve, launch, pair_rows, wait_until, write_job
@@ -68,36 +66,10 @@ def job(folder: Path, model: Path, shard: Path, **engine: Any) -> Path:
     return write_job(folder, "dpo", model, ROWS, reference_logps=str(shard), settings=settings)
 
 
-class Gang:
-    """One job on both nodes."""
-
-    def __init__(self, room: TwoNodes, job: Path, restarts: int = 0) -> None:
-        self.room, self.job, self.restarts = room, job, restarts
-        self.work, self.port = job.parent, room.port()
-        self.a, self.b = self.start("a"), self.start("b")
-
-    def start(self, end: str) -> Node:
-        meeting = self.room.meeting(end, self.job.parent.name, self.port, self.restarts)
-        command = torchrun.command(self.job, 1, meeting)
-        return self.room.start(end, command, meeting, self.work / f"node-{end}.log", REPOSITORY)
-
-    def until(self, step: int) -> None:
-        """Wait for a step; the run must not have ended before."""
-        wait_until(lambda: len(curve(self.work)) >= step, f"step {step} of\n{self.a.text()}")
-        assert len(curve(self.work)) < STEPS, "too late to interrupt it"
-
-    def finish(self) -> None:
-        for node in (self.a, self.b):
-            assert node.process.wait(timeout=600) == 0, node.text()
-
-    def left_after(self, node: Node) -> float:
-        """Seconds until a node has ended by itself, with a failure."""
-        start = time.monotonic()
-        assert node.process.wait(timeout=600) != 0
-        return time.monotonic() - start
-
-    def error(self) -> dict[str, Any]:
-        return json.loads((self.work / "error.json").read_text())
+def until(gang: Gang, step: int) -> None:
+    """Wait for a step; the run must not have ended before."""
+    wait_until(lambda: len(curve(gang.work)) >= step, f"step {step} of\n{gang.a.text()}")
+    assert len(curve(gang.work)) < STEPS, "too late to interrupt it"
 
 
 def numbers(work: Path) -> list[dict[str, float]]:
@@ -147,7 +119,7 @@ def test_a_killed_node_ends_the_other_and_the_run_resumes_exactly(
     room: TwoNodes, straight: Path, model: Path, shard: Path, tmp_path: Path
 ) -> None:
     gang = Gang(room, job(tmp_path, model, shard))
-    gang.until(7)
+    until(gang, 7)
     gang.b.kill()
     assert gang.left_after(gang.a) < WAIT
     assert "rank 0 lost another rank: a process or node is gone" in gang.error()["problem"]
@@ -162,7 +134,7 @@ def test_the_node_that_hosts_the_rendezvous_is_killed(
     room: TwoNodes, straight: Path, model: Path, shard: Path, tmp_path: Path
 ) -> None:
     gang = Gang(room, job(tmp_path, model, shard))
-    gang.until(7)
+    until(gang, 7)
     gang.a.kill()
     assert gang.left_after(gang.b) < WAIT
     assert "rank 1 lost another rank" in gang.error()["problem"]
@@ -175,7 +147,7 @@ def test_a_node_that_is_cut_off_ends_the_other_and_the_run_resumes_exactly(
 ) -> None:
     """With the settings as they come."""
     gang = Gang(room, job(tmp_path, model, shard))
-    gang.until(7)
+    until(gang, 7)
     start = time.monotonic()
     room.cut()
     for node, rank in ((gang.a, 0), (gang.b, 1)):
@@ -194,7 +166,7 @@ def test_a_rank_that_stands_still_for_longer_than_silence_is_borne_is_not_lost(
 ) -> None:
     gang = Gang(room, job(tmp_path, model, shard, lost_after_seconds=1))
     for step, node in ((7, gang.a), (12, gang.b)):
-        gang.until(step)
+        until(gang, step)
         worker = node.worker()
         worker.suspend()
         time.sleep(4)
@@ -208,7 +180,7 @@ def test_a_killed_worker_is_replaced_and_the_run_goes_on(
     room: TwoNodes, straight: Path, model: Path, shard: Path, tmp_path: Path, end: str
 ) -> None:
     gang = Gang(room, job(tmp_path, model, shard), restarts=3)
-    gang.until(7)
+    until(gang, 7)
     getattr(gang, end).worker().kill()
     gang.finish()
     assert "going on from" in gang.a.text()
@@ -220,7 +192,7 @@ def test_a_killed_node_is_replaced_and_the_run_goes_on(
     room: TwoNodes, straight: Path, model: Path, shard: Path, tmp_path: Path
 ) -> None:
     gang = Gang(room, job(tmp_path, model, shard), restarts=3)
-    gang.until(7)
+    until(gang, 7)
     gang.b.kill()
     time.sleep(3)
     gang.b = gang.start("b")
@@ -233,7 +205,7 @@ def test_a_link_that_comes_back_in_time_lets_the_run_go_on(
     room: TwoNodes, straight: Path, model: Path, shard: Path, tmp_path: Path
 ) -> None:
     gang = Gang(room, job(tmp_path, model, shard), restarts=3)
-    gang.until(7)
+    until(gang, 7)
     room.cut()
     wait_until(
         lambda: all("lost another" in n.text() for n in (gang.a, gang.b)), "the end of both ranks", WAIT
@@ -251,7 +223,7 @@ def test_sigterm_saves_and_ends_both_nodes_and_the_run_resumes_exactly(
 ) -> None:
     """It is enough to tell one node."""
     gang = Gang(room, job(tmp_path, model, shard), restarts)
-    gang.until(7)
+    until(gang, 7)
     for end in told:
         getattr(gang, end).torchrun().send_signal(signal.SIGTERM)
     start = time.monotonic()
