@@ -11,6 +11,7 @@ from expectations.features import Subject
 class GateJob(ModelJob):
     """Judge rows, and write those that may go on."""
 
+    one_rank = True
     kind: Literal["expectations.job"] = "expectations.job"
     subject: Subject
     rows: str

@@ -60,9 +60,8 @@ def recorded(
                     record.run_id,
                 )
             record = keep_recipe(workspace, record, recipe)
-        context = Context(
-            record.run_id, Store(workspace), tracker, stop_of_process(), cluster, recipe.inference
-        )
+        ranks = recipe.inference.on_node(cluster.settings.gpus if cluster else 0)
+        context = Context(record.run_id, Store(workspace), tracker, stop_of_process(), cluster, ranks)
         return _held(context, recipe, record, run_stages, command, begun=bool(resume))
 
 

@@ -1,4 +1,4 @@
-"""Where training jobs run: beside the flow, or on a cluster."""
+"""Where jobs run: beside the flow, or on a cluster."""
 
 import threading
 from collections.abc import Callable
@@ -42,7 +42,7 @@ class ClusterLauncher(Launcher, Protocol):
 
 
 class Cluster(Config):
-    """A cluster that runs training jobs; plain data, so that it can be a parameter of a flow."""
+    """A cluster that runs jobs; plain data, so that it can be a parameter of a flow."""
 
     on: str
     """Its name in `TARGETS`."""
@@ -61,9 +61,13 @@ class Cluster(Config):
         return values | {"settings": config.model_validate(values.get("settings"))}
 
     def launcher(self, job: str) -> "Rejoining":
-        """The launcher for a training job, which has this name on the cluster."""
+        """The launcher for a job, which has this name on the cluster."""
         _, make = TARGETS[self.on]
         return Rejoining(lambda attempt: make(self.settings, job, attempt))
+
+    def for_one_rank(self) -> "Cluster":
+        """The same cluster for a job of a single rank: one node without GPUs."""
+        return self.model_copy(update={"settings": self.settings.model_copy(update={"nodes": 1, "gpus": 0})})
 
     def check(self, workspace: Path) -> None:
         """Pre-flight check: this machine can speak to the cluster, whose nodes see the workspace.

@@ -20,6 +20,8 @@ class Work:
     tokens: float = 0.0
     flops: float = 0.0
     precision: str = "fp32"
+    processes: int | None = None
+    """Ranks on each node; empty: those of the recipe's `inference`."""
     engine: EngineConfig | None = None
     """Of a training stage; the fields below are its own too."""
     fullest: MicroBatch | None = None

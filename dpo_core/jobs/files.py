@@ -3,7 +3,7 @@
 Training has a file of its own: `dpo_core.methods.job.Job`.
 """
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -22,8 +22,9 @@ ERROR, STOP_FILE = "error.json", "stopped"
 class InferenceConfig(Config):
     """Ranks of the jobs that compute with a model without training it. No number depends on them."""
 
-    processes: int = Field(1, ge=1)
-    """Ranks on each node; they share the prompts, items or rows of a job."""
+    processes: int | None = Field(None, ge=1)
+    """Ranks on each node; they share the prompts, items or rows of a job. Empty: one for each GPU of a
+    cluster's node, one on this machine."""
     threads: int | None = Field(None, ge=1)
     """CPU threads a rank; all cores shared out when empty."""
     lost_after_seconds: float = Field(12.0, ge=1)
@@ -31,15 +32,26 @@ class InferenceConfig(Config):
     timeout_seconds: float = Field(600.0, gt=0)
     """How long a rank waits at the start for the others."""
 
+    def on_node(self, gpus: int) -> "InferenceConfig":
+        """With the number of ranks filled in, for a node with so many GPUs."""
+        return self.model_copy(update={"processes": self.processes or max(gpus, 1)})
+
 
 class ModelJob(Config):
     """What every kind of job but training is told."""
 
+    one_rank: ClassVar[bool] = False
+    """Whether a single rank does it, on one node and without a GPU."""
     work: str
     """Folder for partial results, progress and the result; survives a kill. All nodes see it."""
     ranks: InferenceConfig = InferenceConfig()
     trusted_code: tuple[str, ...] = ()
     """sha256 of the Python files that ship with models and may run; see `remote_code`."""
+
+    @property
+    def processes(self) -> int:
+        """Ranks on each node."""
+        return 1 if self.one_rank else self.ranks.processes or 1
 
 
 CHECK_VERSION = 1
@@ -49,6 +61,7 @@ CHECK_VERSION = 1
 class ImportJob(ModelJob):
     """Turn a model into a checkpoint folder, and try it if it is to be trained."""
 
+    one_rank = True
     kind: Literal["import-model"] = "import-model"
     model: ModelConfig
     """Where it comes from."""
@@ -63,6 +76,7 @@ class ImportJob(ModelJob):
 class CompareTokensJob(ModelJob):
     """Say whether two models read and write the same tokens."""
 
+    one_rank = True
     kind: Literal["compare-tokens"] = "compare-tokens"
     model: str
     """Checkpoint folder."""

@@ -22,7 +22,7 @@ def start_ranks(work: Path, config: InferenceConfig, watch: Watch) -> JobRanks:
     """
     signals = StopSignals()
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    share_cores(config.processes)
+    share_cores(config.processes or 1)
     if config.threads:
         torch.set_num_threads(config.threads)
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""`dpo launch`: a run whose training jobs go to a cluster."""
+"""`dpo launch`: a run whose jobs go to a cluster."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,7 +34,7 @@ def launch(
         typer.Option(metavar="[RUN]", help="Go on with a run; without a name, the newest unfinished one."),
     ] = None,
 ) -> None:
-    """Run a recipe; its training jobs run on a cluster, everything else here.
+    """Run a recipe; everything that computes with a model runs on a cluster, the flow here.
 
     The workspace lies on storage that this machine and the cluster's see at the same path.
     """
@@ -81,7 +81,7 @@ def read_cluster(on: str, path: str | None, overrides: list[str]) -> Any:
 
 
 def rendered(recipe: str, overrides: list[str], cluster: Any) -> str:
-    """What would be submitted for every training stage, in their order; of cached ones only that they are.
+    """What would be submitted for every job of the run, in order; of cached ones only that they are.
 
     The last folder of a job is known only once its data are made, and reads ID here.
     """
@@ -89,14 +89,16 @@ def rendered(recipe: str, overrides: list[str], cluster: Any) -> str:
     from tasks.recipe.read import load_recipe
 
     resolved = load_recipe(recipe, overrides)
-    told = plan_recipe(resolved)
-    trainings = [row for row in told.stages if row.trains]
-    cached = [f"# {row.name}: cached, nothing to submit\n" for row in trainings if row.state == "cached"]
+    plan = plan_recipe(resolved)
+    jobs = [row for row in plan.stages if row.job != "none"]
+    cached = [f"# {row.name}: cached, nothing to submit\n" for row in jobs if row.state == "cached"]
     texts = []
-    # A stage that trains has a peak of memory; without one (no demonstrations) it copies the base.
-    for row in (row for row in trainings if row.state == "runs" and row.memory_bytes is not None):
-        work = Path(told.workspace) / "work" / row.name.partition(" ")[0] / "ID"
-        text = _place(cluster, row.name, work).render(work / "job.json", row.processes)
+    # A training has a peak of memory; one without demonstrations only copies the base.
+    for row in (row for row in jobs if row.state == "runs" and not (row.trains and row.memory_bytes is None)):
+        work = Path(plan.workspace) / "work" / row.name.partition(" ")[0] / "ID"
+        place = cluster.for_one_rank() if cluster and row.job == "one rank" else cluster
+        processes = row.processes or max(1, place.settings.gpus if place else 1)
+        text = _place(place, row.name, work).render(work / "job.json", processes)
         texts.append(f"# {row.name}\n{text.rstrip()}\n")
     # Several documents of one file, where they are YAML.
     between = "---\n" if cluster and cluster.on in {"kubernetes", "skypilot"} else "\n"
@@ -104,7 +106,7 @@ def rendered(recipe: str, overrides: list[str], cluster: Any) -> str:
 
 
 def _place(cluster: Any, stage: str, work: Path) -> Any:
-    """The launcher of a training; a warning where its nodes would not see the work folder."""
+    """The launcher of a job; a warning where its nodes would not see the work folder."""
     from deploy.launchers import LocalLauncher
     from dpo_core.errors import RecipeError
 

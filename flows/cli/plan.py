@@ -63,7 +63,7 @@ def show(told: Any) -> None:
     for row in told.stages:
         state = f"runs: {row.why}" if row.why else row.state
         memory = amount(row.memory_bytes or 0, "B", 1024)
-        ranks = f"{row.processes} x " if memory and row.processes > 1 else ""
+        ranks = f"{row.processes} x " if memory and (row.processes or 1) > 1 else ""
         took = f"~{duration(row.seconds)}" if row.state == "runs" else ""
         cells = amount(row.tokens, ""), amount(row.flops, "FLOP"), ranks + memory, took
         table.add_row(Text(row.name), state, *cells, style="dim" if row.state == "cached" else "")

@@ -42,8 +42,11 @@ class StagePlan(Config):
     """The same by part: process, weights, reference, gradients, optimiser, step."""
     trains: bool = False
     """Whether it is a training job."""
-    processes: int = 1
-    """Training processes on this machine."""
+    job: Literal["none", "one rank", "shared", "training"] = "none"
+    """What its job needs: none, it works in the flow's process; a single rank without a GPU; the ranks of the
+    recipe's `inference`; or those of the training's engine."""
+    processes: int | None = 1
+    """Ranks on each node; empty: as many as the node has GPUs."""
     note: str = ""
     """What was assumed."""
 
@@ -135,21 +138,26 @@ def _needed(policies: Mapping[str, PolicyFields], name: str) -> set[str]:
 def _stage(name: str, found: StageResult, workload: Workload, speed: Speed) -> StagePlan:
     stage = stage_of(name)
     trains = stage.settings is not None
+    job = "training" if trains else stage.job
     if found.cached:
-        return StagePlan(name=name, state="cached", trains=trains)
+        return StagePlan(name=name, state="cached", trains=trains, job=job)
     work = stage.estimate(workload, label_of(name)) if stage.estimate else Work()
     parts = _memory(work, workload, speed)
+    processes = work.engine.processes if work.engine else work.processes
+    if processes is None:
+        processes = workload.recipe.inference.processes if stage.job == "shared" else 1
     return StagePlan(
         name=name,
         state="runs",
         why=found.why,
         trains=trains,
+        job=job,
         tokens=round(work.tokens),
         flops=work.flops,
-        seconds=speed.seconds(name, work.flops, work.precision, work.engine.processes if work.engine else 1),
+        seconds=speed.seconds(name, work.flops, work.precision, processes or 1),
         memory_bytes=sum(parts.values()) or None,
         memory_parts=parts,
-        processes=work.engine.processes if work.engine else 1,
+        processes=processes,
         note=work.note,
     )
 
@@ -174,7 +182,7 @@ def _memory(work: Work, workload: Workload, speed: Speed) -> dict[str, int]:
 def _too_large(row: StagePlan, work: Workload, speed: Speed) -> str:
     """A warning that names the fields which would help, where a stage does not fit."""
     # Ranks share a machine's memory; each GPU is one rank's own.
-    needed = (row.memory_bytes or 0) * (1 if speed.on_gpu else row.processes)
+    needed = (row.memory_bytes or 0) * (1 if speed.on_gpu else row.processes or 1)
     if needed <= speed.memory_bytes:
         return ""
     settings = stage_of(row.name).settings
@@ -190,7 +198,7 @@ def _too_large(row: StagePlan, work: Workload, speed: Speed) -> str:
         stages = [n for n in range(config.engine.zero_stage + 1, 4) if _allowed(config, {"zero_stage": n})]
         higher = f" and {section}.engine.zero_stage (to {stages[-1]} at most)" if stages else ""
         remedies.append(f"raise {section}.engine.processes{higher}")
-    elif row.processes > 1:
+    elif (row.processes or 1) > 1:
         remedies.append(f"lower {section}.engine.processes")
     gib = 2**30
     return (

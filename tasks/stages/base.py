@@ -60,6 +60,9 @@ class Stage:
     """Seconds that it takes whatever its size: starting processes, loading a model, writing artifacts."""
     settings: "Settings | None" = None
     """Of a training, by its label: where the recipe has its settings (`reward.model`), and the settings."""
+    job: Literal["none", "one rank", "shared"] = "none"
+    """Of a stage without training, what its job needs: none, it works in the flow's process; a single rank
+    without a GPU; or the ranks of the recipe's `inference`."""
     subject: str = ""
     """Of a data gate, what it judges; what passes is what the whole run learns from."""
 
@@ -130,9 +133,14 @@ class Context:
         """The workspace, absolute."""
         return self.store.workspace
 
-    def launcher(self, job: str) -> Launcher:
-        """The launcher for a job of this name."""
-        return launcher_of(self.cluster, job, self.stop.hurry, self.server)
+    def launcher(self, job: str, *, one_rank: bool = False) -> Launcher:
+        """The launcher for a job of this name.
+
+        Args:
+            one_rank: the job is done by a single rank without a GPU.
+        """
+        cluster = self.cluster.for_one_rank() if self.cluster and one_rank else self.cluster
+        return launcher_of(cluster, job, self.stop.hurry, self.server)
 
     def labelled(self, label: str) -> "Context":
         """The same run, for stages that have this label."""

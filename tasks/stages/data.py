@@ -33,7 +33,7 @@ log = logging.getLogger("dpo")
 
 LOAD = Stage("load-data", 4, "dataset", LoadFacts)
 GATES = {
-    kind: Stage(f"validate-{kind}", 2, "dataset", GateFacts, overhead=5.0, subject=kind)
+    kind: Stage(f"validate-{kind}", 2, "dataset", GateFacts, overhead=5.0, job="one rank", subject=kind)
     for kind in ("prompts", "pairs", "unpaired")
 }
 
@@ -48,7 +48,7 @@ def _sampling(workload: Workload, label: str) -> estimate.Work:
     return workload.drawn(None, config.sampling.max_new_tokens, config.samples_per_prompt)
 
 
-SAMPLE = Stage("sample-pairs", 3, "dataset", SamplingFacts, _sampling, overhead=4.0)
+SAMPLE = Stage("sample-pairs", 3, "dataset", SamplingFacts, _sampling, overhead=4.0, job="shared")
 
 
 def source_digests(config: DataConfig) -> dict[str, str]:

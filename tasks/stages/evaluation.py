@@ -38,6 +38,7 @@ EVALUATE = Stage(
     Facts,
     lambda w, _: w.evaluated(1 + len(w.recipe.policies)),
     overhead=5.0,
+    job="shared",
 )
 
 

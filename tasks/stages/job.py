@@ -49,7 +49,7 @@ def run_model_job(
         bar.update(min(done(work), total))
         tick()
 
-    return run_job(given, job, job.ranks.processes, look)
+    return run_job(given, job, job.processes, look)
 
 
 def run_job(given: Work, job: ModelJob | Job, processes: int, look: Callable[[], None]) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def run_job(given: Work, job: ModelJob | Job, processes: int, look: Callable[[],
     path = write_job(job)
     work = Path(job.work)
     # The folder is this job's own: its stage, settings and data.
-    launcher = given.context.launcher(f"{given.name} {work}")
+    launcher = given.context.launcher(f"{given.name} {work}", one_rank=getattr(job, "one_rank", False))
     given.mlflow.tag("dpo.command", launcher.render(path, processes))
     try:
         return watch(given.name, launcher, path, processes, given.context.stop, look)

@@ -15,7 +15,9 @@ from tasks.store.facts import Facts, facts_of
 from tasks.store.manifest import Manifest
 
 FILE, POLICY = "measurement.json", "policy"
-MEASURE = Stage("measure", 2, "measurement", Facts, lambda workload, label: workload.evaluated(1))
+MEASURE = Stage(
+    "measure", 2, "measurement", Facts, lambda workload, label: workload.evaluated(1), job="shared"
+)
 
 
 class Measurement(Config):

@@ -37,7 +37,7 @@ from tasks.store.files import CACHE_FOLDER
 from tasks.store.manifest import Manifest
 
 log = logging.getLogger(__name__)
-IMPORT = Stage("import-model", 2, "model", ImportFacts, overhead=5.0)
+IMPORT = Stage("import-model", 2, "model", ImportFacts, overhead=5.0, job="one rank")
 
 
 def _reading(workload: Workload, label: str) -> estimate.Work:
@@ -48,10 +48,16 @@ def _reading(workload: Workload, label: str) -> estimate.Work:
     tokens, flops = estimate.read(workload.shape, examples)
     times = 1 + bool(getattr(policy.settings, "reads_mismatched", False))
     precision = policy.settings.engine.precision
-    return estimate.Work(times * tokens, times * flops, precision, note=examples.note)
+    return estimate.Work(
+        times * tokens,
+        times * flops,
+        precision,
+        note=examples.note,
+        processes=policy.settings.engine.processes,
+    )
 
 
-CACHE = Stage("cache-reference", 1, "reference-logps", LogpsFacts, _reading, overhead=4.0)
+CACHE = Stage("cache-reference", 1, "reference-logps", LogpsFacts, _reading, overhead=4.0, job="shared")
 
 
 @stage_task(IMPORT.name)

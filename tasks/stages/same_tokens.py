@@ -25,12 +25,12 @@ def require_same_tokens(context: Context, base: Path, other: Path, name: str, re
     with tempfile.TemporaryDirectory(dir=context.workspace, prefix=".compare-tokens-") as folder:
         job = CompareTokensJob(
             work=folder,
-            ranks=context.ranks.model_copy(update={"processes": 1}),
+            ranks=context.ranks,
             trusted_code=tuple(trusted()),
             model=str(base),
             other=str(other),
         )
-        launcher = context.launcher(f"compare tokens {folder}")
+        launcher = context.launcher(f"compare tokens {folder}", one_rank=True)
         result = watch("compare-tokens", launcher, write_job(job), 1, context.stop)
     if result["differing"]:
         raise RecipeError(

@@ -15,7 +15,18 @@ from tasks.recipe.read import load_recipe
 from tests.support.runs.tiny_run import Bench
 from tests.support.sites import slurm_site
 
-STAGES = ["prepare-sft", "train-dpo DPO", "train-ppo PPO"]
+STAGES = [
+    "import-model",
+    "validate-prompts",
+    "prepare-sft",
+    "sample-pairs",
+    "validate-pairs",
+    "cache-reference",
+    "train-dpo DPO",
+    "train-ppo PPO",
+    "evaluate",
+]
+ONE_RANK = ["import-model", "validate-prompts", "validate-pairs"]
 SETTINGS = {
     "local": [],
     "slurm": ["gpus=0", "nodes=2"],
@@ -33,9 +44,11 @@ def test_render_prints_every_training_and_starts_nothing(bench: Bench, on: str, 
         assert str(workspace / "work" / stage.partition(" ")[0] / "ID" / "job.json") in text
     if on == "kubernetes":
         kinds = [document["kind"] for document in yaml.safe_load_all(text)]
-        assert kinds == ["TrainingRuntime", "TrainJob"] * 3
+        assert kinds == ["TrainingRuntime", "TrainJob"] * len(STAGES)
     if on == "skypilot":
-        assert [task["num_nodes"] for task in yaml.safe_load_all(text)] == [2, 2, 2]
+        assert [task["num_nodes"] for task in yaml.safe_load_all(text)] == [
+            1 if stage in ONE_RANK else 2 for stage in STAGES
+        ]
     assert not list(tmp_path.rglob("job.json"))
 
 
@@ -114,7 +127,7 @@ def _on_slurm(bench: Bench, site: Path) -> dict[str, str]:
 
 def _trained_on(site: Path) -> None:
     jobs = slurm_site.jobs(site)
-    assert [job["state"] for job in jobs] == ["COMPLETED"] * 3
+    assert [job["state"] for job in jobs] == ["COMPLETED"] * len(STAGES)
     for stage, job in zip(STAGES, jobs, strict=True):
         assert job["options"]["job-name"].startswith(f"dpo-{stage}-")
 
