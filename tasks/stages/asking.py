@@ -72,7 +72,7 @@ class CommandJobs:
                 def look() -> None:
                     told(min(done(work), total), total)
 
-                result = watch(name, launcher, path, self.ranks.processes, stop, look)
+                result = watch(name, launcher, path, self.ranks.processes or 1, stop, look)
             shutil.rmtree(work, ignore_errors=True)
             return result
 

@@ -52,8 +52,8 @@ def _reading(workload: Workload, label: str) -> estimate.Work:
         times * tokens,
         times * flops,
         precision,
-        note=examples.note,
         processes=policy.settings.engine.processes,
+        note=examples.note,
     )
 
 

@@ -20,7 +20,7 @@ from tasks.store.facts import Facts
 from tasks.store.manifest import Manifest
 
 LEFT_OUT = estimate.Work(note="the work of suites and judge is left out")
-SUITES = Stage("suites", 1, "suite-results", Facts, lambda workload, label: LEFT_OUT)
+SUITES = Stage("suites", 1, "suite-results", Facts, lambda workload, label: LEFT_OUT, job="shared")
 
 
 @stage_task(SUITES.name, f"{SUITES.name}{{context.label}}")
