@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 
 from dpo_core.data.tokens.tokenise import Sequence, TokenPair
+from dpo_core.jobs.evaluate import _accuracy_by_source
 from dpo_core.statistics.estimates import Estimate
 from tasks.reports.about import RunData
 from tasks.reports.data_notes import data_notes
 from tasks.reports.run_report import Measured
-from tasks.stages.evaluation import _accuracy_by_source
 from tasks.store.manifest import Manifest
 
 
