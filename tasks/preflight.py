@@ -11,7 +11,6 @@ from dpo_core.data.tokens.chat_template import check_template
 from dpo_core.errors import RecipeError
 from dpo_core.evaluation.run_suite import suite_files
 from dpo_core.evaluation.safety_classifier import assert_not_trained_on
-from dpo_core.models.load import read_config
 from dpo_core.models.source import check_source_context, locate, read_template
 from dpo_core.rewards.functions import check_reward
 from expectations.drift import load_baseline
@@ -64,8 +63,6 @@ def check_ahead(recipe: Recipe, resume: str | None = None, cluster: Cluster | No
     check_source_context(locate(model), recipe.tokens.max_length)
     for name in model_names(recipe)[1:]:
         check_source_context(resolve(name, workspace, tracker, verify=False).path, recipe.tokens.max_length)
-    if model.scratch is not None:
-        read_config(model)
 
 
 def _check_suites(recipe: Recipe) -> None:

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from dpo_core.redaction import hidden
 
 
@@ -35,14 +37,12 @@ def source_tags() -> dict[str, str]:
 
 
 def environment() -> dict[str, Any]:
-    """Python, packages and machine; PyTorch is asked only where it is loaded anyway."""
-    torch = sys.modules.get("torch")
+    """Python, packages and machine."""
     packages = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
-        "torch_threads": torch.get_num_threads() if torch else None,
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "packages": dict(sorted(packages.items(), key=lambda item: str(item[0]).lower())),
     }
@@ -50,12 +50,18 @@ def environment() -> dict[str, Any]:
 
 def hardware() -> str:
     """The machine in one line."""
-    import psutil
-    import torch
-
     memory = psutil.virtual_memory().total / 2**30
-    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return f"{os.cpu_count()} CPU cores, {memory:.0f} GiB memory, {', '.join(names) or 'no GPU'}"
+    gpus = ", ".join(_gpu_names()) or "no GPU"
+    return f"{os.cpu_count()} CPU cores, {memory:.0f} GiB memory, {gpus}"
+
+
+def _gpu_names() -> list[str]:
+    """The GPUs that NVIDIA's driver of this machine knows: PyTorch need not be installed here."""
+    names = []
+    for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        fields = dict(line.split(":", 1) for line in file.read_text().splitlines() if ":" in line)
+        names.append(fields.get("Model", "GPU").strip())
+    return names
 
 
 def command_line() -> str:
