@@ -24,6 +24,11 @@ class Room:
         with contextlib.suppress(OSError):  # there need be no swap
             (self.folder / "memory.swap.max").write_text("0")
 
+    def peak(self) -> int:
+        """The most bytes that its processes have had."""
+        names = ("memory.peak", "memory.max_usage_in_bytes")
+        return int(next(self.folder / name for name in names if (self.folder / name).exists()).read_text())
+
     def takes(self, pid: int) -> None:
         """Everything that the process starts from now on is inside too."""
         (self.folder / "cgroup.procs").write_text(str(pid))

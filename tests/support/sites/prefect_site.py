@@ -37,6 +37,7 @@ class Site:
         self.api = f"http://127.0.0.1:{free_port()}/api"
         self.told: list[dict[str, Any]] = []
         self.running: list[subprocess.Popen[bytes]] = []
+        self.python = sys.executable
 
     def environment(self) -> dict[str, str]:
         return os.environ | {
@@ -55,7 +56,7 @@ class Site:
     def start(self, *arguments: str, **more: str) -> subprocess.Popen[bytes]:
         with (self.folder / f"{arguments[1]}-{arguments[0]}.log").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "prefect", *arguments],
+                [self.python, "-m", "prefect", *arguments],
                 cwd=self.elsewhere,
                 env=self.environment() | more,
                 stdout=log,

@@ -168,6 +168,8 @@ def srun(arguments: list[str]) -> str:
 
 
 def controller(arguments: list[str]) -> str:
+    if group := os.environ.get("SLURM_SITE_GROUP"):  # the control group of the cluster, not of who submits
+        (Path(group) / "cgroup.procs").write_text(str(os.getpid()))
     number = int(arguments[0])
     while True:
         if not wait_for_turn(number):
