@@ -141,8 +141,10 @@ class JobRanks:
         self._maps += 1
         digest = hashlib.sha256(repr(units).encode()).hexdigest()[:12]
         parts = _Parts(self.work / PARTS / f"{self._maps:03d}-{name}-{digest}")
-        if sizes and self.rank == 0:
-            self.advance(sum(sizes[index] for index in parts.results))
+        if sizes:
+            # Of its own units alone: another rank may have added new ones already, and counts them itself.
+            mine = (index for index in parts.results if index % self.world == self.rank)
+            self.advance(sum(sizes[index] for index in mine))
         kept_at = time.monotonic()
         new: dict[int, Any] = {}
         try:

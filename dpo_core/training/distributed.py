@@ -1,11 +1,13 @@
 """The processes of one job: how they find each other, how long they wait, and what a lost one looks like."""
 
+import contextlib
 import logging
 import os
 import re
 import resource
 import sys
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -61,6 +63,11 @@ def peak_bytes() -> int:
     """This process's peak so far: allocated on its GPU, resident where there is none."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError):
+        # What `getrusage` tells begins with the size of the process that started this one.
+        peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        if peak:
+            return int(peak[1]) * 1024
     # Linux counts the resident set in KiB, macOS in bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 

@@ -31,7 +31,8 @@ def reward(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def job(work: Path, reward: str, processes: int = 1, answers: list[str] = ANSWERS, **tokens: int) -> ScoreJob:
     path = work / "answers.parquet"
-    pd.DataFrame({"prompt": PROMPTS, "chat": False, "answer": answers}).to_parquet(path)
+    prompts = (PROMPTS * 4)[: len(answers)]
+    pd.DataFrame({"prompt": prompts, "chat": False, "answer": answers}).to_parquet(path)
     return ScoreJob(**on(work, processes), reward=reward, answers=str(path), tokens=TokenConfig(**tokens))
 
 
@@ -47,7 +48,7 @@ def test_rewards_are_those_of_the_model_whatever_the_ranks(reward: str, tiny: Pa
 
 
 def test_what_does_not_fit_is_cut_and_a_killed_job_goes_on(reward: str, tmp_path: Path) -> None:
-    long = [answer * 300 for answer in ANSWERS]  # more than one batch
+    long = [answer * 300 for answer in ANSWERS] * 4  # several batches for each rank
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     for folder in (alone, killed):
         folder.mkdir()

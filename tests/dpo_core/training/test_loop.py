@@ -252,8 +252,7 @@ def resumed(
 
     handle = launcher.submit(job, 1, work)
     wait_until((work / "checkpoints" / "step-00000005").exists, "the first checkpoint")
-    for process in psutil.Process(int(handle)).children(recursive=True):
-        process.kill()
+    psutil.Process(int(handle)).kill()
     wait_until(lambda: launcher.poll(handle) is not State.RUNNING, "the end of a killed job")
     lengths.append(len(curve(work)))
     states.append(launcher.poll(handle))

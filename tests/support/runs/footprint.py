@@ -19,6 +19,8 @@ def _write() -> None:
 
 if __name__ == "__main__":
     atexit.register(_write)  # first, so that it is called last
-    from flows.cli.main import main
+    import flows.cli.main as command
 
-    main()
+    sys.argv[0] = str(command.__file__)  # as `python -m flows.cli.main`
+
+    command.main()
