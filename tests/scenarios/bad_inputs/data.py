@@ -25,7 +25,7 @@ def data_empty(world: World) -> list[str]:
     return world.run_with("empty.jsonl", "")
 
 
-@bad(2, "blank.jsonl holds no rows")
+@bad(2, "blank.jsonl has no rows")
 def data_of_blank_lines(world: World) -> list[str]:
     return world.run_with("blank.jsonl", "\n\n  \n")
 
