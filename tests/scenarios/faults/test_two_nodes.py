@@ -5,14 +5,13 @@ The nodes are real network namespaces with one rank each, started by torchrun wi
 
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.scenarios.faults.nodes import Gang, TwoNodes, why_not
+from tests.scenarios.faults.nodes import Gang, TwoNodes
 from tests.support.models.tiny import make_tiny_model
 from tests.support.runs import training_jobs
 from tests.support.runs.training_jobs import curve, launch, pair_rows, wait_until, write_job
@@ -34,22 +33,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def shard(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return training_jobs.write_reference(model, ROWS, tmp_path_factory.mktemp("reference") / "shard")
-
-
-@pytest.fixture(scope="module")
-def _room() -> Iterator[TwoNodes]:
-    reason = why_not()
-    if reason:
-        pytest.skip(reason)
-    with TwoNodes() as room:
-        yield room
-
-
-@pytest.fixture
-def room(_room: TwoNodes) -> Iterator[TwoNodes]:
-    yield _room
-    _room.end()
-    _room.mend()
 
 
 def job(folder: Path, model: Path, shard: Path, **engine: Any) -> Path:

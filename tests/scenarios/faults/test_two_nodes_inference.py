@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from dpo_core.generation.config import SamplingConfig
 from dpo_core.jobs.files import EvaluationJob, ModelJob, PairSamplingJob
 from dpo_core.methods.pair_sampling import PairSamplingConfig
 from tasks.stages.job import write_job
-from tests.scenarios.faults.nodes import Gang, TwoNodes, why_not
+from tests.scenarios.faults.nodes import Gang, TwoNodes
 from tests.support.models.tiny import make_tiny_model
 from tests.support.runs.jobs import kept, on, run_job_file
 from tests.support.runs.training_jobs import TOKENS, pair_rows, wait_until
@@ -72,22 +71,6 @@ def sampling(work: Path, models: dict[str, str], rows: str) -> PairSamplingJob:
         reward="sentiment",
         seed=3,
     )
-
-
-@pytest.fixture(scope="module")
-def _room() -> Iterator[TwoNodes]:
-    reason = why_not()
-    if reason:
-        pytest.skip(reason)
-    with TwoNodes() as room:
-        yield room
-
-
-@pytest.fixture
-def room(_room: TwoNodes) -> Iterator[TwoNodes]:
-    yield _room
-    _room.end()
-    _room.mend()
 
 
 @pytest.fixture(scope="module")
