@@ -335,7 +335,7 @@ def demonstration_without_an_answer(world: World) -> list[str]:
 # --- runs and services ------------------------------------------------------------------------------------
 
 
-@bad(2, "holds no unfinished run of fresh", "Start a run without --resume")
+@bad(2, "has no unfinished run of fresh", "Start a run without --resume")
 def nothing_to_resume(world: World) -> list[str]:
     return world.run("--resume", name="fresh")
 

@@ -173,7 +173,10 @@ def test_handlers_of_logs_show_no_secret_in_words_or_tracebacks(
 
 def test_an_unforeseen_error_of_a_task_tells_prefect_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DPO_REWARD_TOKEN", CANARY)
-    with pytest.raises(StageFailed, match=r"KeyError: 'no …'\. Resume") as caught, without_secrets():
+    with (
+        pytest.raises(StageFailed, match=r"KeyError: 'no …'\. Fix the cause, then resume the run") as caught,
+        without_secrets(),
+    ):
         raise KeyError(f"no {CANARY}")
     assert caught.value.exit_code == 4
     for error in (KeyError("harmless"), RecipeError(f"no {CANARY}")):
