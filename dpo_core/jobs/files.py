@@ -3,6 +3,7 @@
 Training has a file of its own: `dpo_core.methods.job.Job`.
 """
 
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field
@@ -11,8 +12,10 @@ from dpo_core.config import Config
 from dpo_core.data.tokens.config import TokenConfig
 from dpo_core.evaluation.config import EvaluateConfig, SuiteConfig
 from dpo_core.generation.config import SamplingConfig
+from dpo_core.methods.job import Job
 from dpo_core.methods.pair_sampling import PairSamplingConfig
 from dpo_core.models.config import ModelConfig
+from dpo_core.ranks import PROGRESS
 from dpo_core.scoring.precision import Precision
 
 ERROR, STOP_FILE = "error.json", "stopped"
@@ -216,3 +219,14 @@ class ScoreJob(ModelJob):
     """Parquet file with the columns `prompt`, `chat` and `answer`."""
     tokens: TokenConfig
     """How a reward model reads text."""
+
+
+def write_job(job: ModelJob | Job) -> Path:
+    """Write the job file into the job's work folder."""
+    work = Path(job.work)
+    work.mkdir(parents=True, exist_ok=True)
+    path = work / "job.json"
+    path.write_text(job.model_dump_json(indent=1))
+    for stale in work.glob(PROGRESS.format(rank="*")):
+        stale.unlink()
+    return path

@@ -10,11 +10,11 @@ from typing import Any
 from deploy.launchers import Cluster, launcher_of
 from dpo_core.data.tokens.chat_template import template_in
 from dpo_core.data.tokens.config import TokenConfig, settled
-from dpo_core.jobs.files import AskedModel, InferenceConfig, ModelJob
+from dpo_core.jobs.files import AskedModel, InferenceConfig, ModelJob, write_job
 from dpo_core.models.remote_code import trusted
 from tasks.signals import stop_of_process
 from tasks.stages.base import Work
-from tasks.stages.job import common, done, run_model_job, watch, write_job
+from tasks.stages.job import common, done, run_model_job, watch
 from tasks.store.store import Store
 
 RunJob = Callable[[str, Callable[[dict[str, Any]], ModelJob], int], dict[str, Any]]

@@ -11,7 +11,7 @@ from typing import Any
 from deploy.launchers import Launcher, State
 from deploy.launchers.base import LOG
 from dpo_core.errors import DpoError, StageFailed
-from dpo_core.jobs.files import ERROR, ModelJob
+from dpo_core.jobs.files import ERROR, ModelJob, write_job
 from dpo_core.methods.job import Job
 from dpo_core.models.remote_code import trusted
 from dpo_core.ranks import PROGRESS
@@ -72,17 +72,6 @@ def run_job(given: Work, job: ModelJob | Job, processes: int, look: Callable[[],
     finally:
         with suppress(FileNotFoundError):
             given.mlflow.artifact(work / LOG, "logs")
-
-
-def write_job(job: ModelJob | Job) -> Path:
-    """Write the job file into the job's work folder."""
-    work = Path(job.work)
-    work.mkdir(parents=True, exist_ok=True)
-    path = work / "job.json"
-    path.write_text(job.model_dump_json(indent=1))
-    for stale in work.glob(PROGRESS.format(rank="*")):
-        stale.unlink()
-    return path
 
 
 def watch(

@@ -4,11 +4,11 @@ import tempfile
 from pathlib import Path
 
 from dpo_core.errors import RecipeError
-from dpo_core.jobs.files import CompareTokensJob
+from dpo_core.jobs.files import CompareTokensJob, write_job
 from dpo_core.models.remote_code import trusted
 from dpo_core.system import digest_file
 from tasks.stages.base import Context
-from tasks.stages.job import watch, write_job
+from tasks.stages.job import watch
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 _OTHER = ("config.json", "model.safetensors.index.json", "metrics.jsonl")

@@ -13,8 +13,7 @@ import pytest
 
 from deploy.launchers import LocalLauncher, State
 from deploy.launchers.warm import PID_FILE, JobServer
-from dpo_core.jobs.files import CompareTokensJob
-from tasks.stages.job import write_job
+from dpo_core.jobs.files import CompareTokensJob, write_job
 from tests.support.models.tiny import make_tiny_model
 from tests.support.runs.training_jobs import wait_until
 

@@ -11,10 +11,9 @@ import pytest
 
 from deploy.launchers import LocalLauncher, State
 from dpo_core.data.tokens.tokenise import TokenConfig
-from dpo_core.jobs.files import ReferenceJob
+from dpo_core.jobs.files import ReferenceJob, write_job
 from dpo_core.models.source import weights_digest
 from dpo_core.reference.shard import LogpShard
-from tasks.stages.job import write_job
 from tests.support.models.tiny import make_tiny_model
 from tests.support.runs.jobs import on, run_job_file
 from tests.support.runs.processes import jobs_among

@@ -14,11 +14,10 @@ import pytest
 
 from deploy.launchers import torchrun
 from dpo_core.data.tokens.tokenise import TokenConfig
-from dpo_core.jobs.files import CompareTokensJob, ImportJob, ModelJob
+from dpo_core.jobs.files import CompareTokensJob, ImportJob, ModelJob, write_job
 from dpo_core.models.config import ModelConfig
 from expectations.config import GateConfig
 from expectations.job_file import GateJob
-from tasks.stages.job import write_job
 from tasks.store.manifest import digest_folder
 from tests.support.models.tiny import make_tiny_model
 from tests.support.runs.jobs import on, run_job_file

@@ -202,7 +202,8 @@ def test_disk_full(world: World, small_disk: Path) -> None:
     done = dpo(*world.run(workspace=str(runs), tracking={"uri": uri}))
     assert done.code == 4, done.err
     (error,) = done.errors
-    assert f"the disk that holds {runs}" in error and "is full (stage validate-pairs)" in error
+    assert f"the disk that holds {runs}" in error
+    assert "is full (stage validate-pairs)" in error
     assert "Free some space there, then resume the run" in error
     assert "to resume: dpo run" in done.err
     assert "Traceback" not in done.err

@@ -10,9 +10,8 @@ import pytest
 
 from dpo_core.evaluation.config import EvaluateConfig
 from dpo_core.generation.config import SamplingConfig
-from dpo_core.jobs.files import EvaluationJob, ModelJob, PairSamplingJob
+from dpo_core.jobs.files import EvaluationJob, ModelJob, PairSamplingJob, write_job
 from dpo_core.methods.pair_sampling import PairSamplingConfig
-from tasks.stages.job import write_job
 from tests.scenarios.faults.nodes import Gang, TwoNodes
 from tests.support.models.tiny import make_tiny_model
 from tests.support.runs.jobs import kept, on, run_job_file

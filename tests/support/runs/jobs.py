@@ -14,8 +14,7 @@ from typing import Any
 from deploy.launchers import LocalLauncher, torchrun
 from dpo_core import ranks
 from dpo_core.job import main
-from dpo_core.jobs.files import InferenceConfig, ModelJob
-from tasks.stages.job import write_job
+from dpo_core.jobs.files import InferenceConfig, ModelJob, write_job
 
 _REPO = Path(__file__).resolve().parents[3]
 _UNITS = "UNITS_BEFORE_THE_KILL"
