@@ -1,1 +1,1 @@
-"""Where a training job runs: launchers that share one protocol."""
+"""Launchers of jobs on this machine and on clusters, the Prefect deployments, and the images."""

@@ -1,4 +1,4 @@
-"""`python -m deploy.docker.answers URL`: does a server answer? For health checks: the image has no curl."""
+"""Health check of a server, because the image has no curl: `python -m deploy.docker.answers URL`."""
 
 import sys
 import urllib.request

@@ -9,29 +9,30 @@ import tomllib
 from pathlib import Path
 
 VARIANTS: dict[str, str | None] = {"worker": None, "cpu": "+cpu", "cuda": ""}
-"""By name of the image, the suffix of its torch's version; None: an image without torch."""
+"""The suffix of the torch version for each image; None: an image without torch."""
 
 
 def requirements(folder: Path, variant: str, extras: list[str]) -> list[str]:
-    """The dependencies of the package and of the extras; except for a worker also those of jobs.
+    """The dependencies of the package and the extras, and those of jobs unless the variant is `worker`.
 
     Raises:
-        SystemExit: there is no such variant or extra.
+        SystemExit: the variant or an extra does not exist.
     """
     project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
     optional = project["optional-dependencies"]
     unknown = [name for name in extras if name not in optional]
     if unknown or variant not in VARIANTS:
         known = f"variants {', '.join(VARIANTS)}; extras {', '.join(optional)}"
-        raise SystemExit(f"there is no {', '.join(unknown) or variant}; known are {known}")
+        raise SystemExit(f"there is no {', '.join(unknown) or variant}; choose from {known}")
     suffix = VARIANTS[variant]
     if suffix is None:
-        return [*project["dependencies"], *(one for name in extras for one in optional[name])]
+        return [*project["dependencies"], *(package for name in extras for package in optional[name])]
     locked = re.search(r"^torch==([0-9.]+)", (folder / "constraints.txt").read_text(), re.MULTILINE)
     assert locked, "constraints.txt names no torch"
-    wanted = [*project["dependencies"], *(one for name in ["train", *extras] for one in optional[name])]
-    return [*wanted, f"torch=={locked[1]}{suffix}"]
+    extras = ["train", *extras]
+    packages = [*project["dependencies"], *(package for name in extras for package in optional[name])]
+    return [*packages, f"torch=={locked[1]}{suffix}"]
 
 
 if __name__ == "__main__":
-    print("\n".join(requirements(Path(), sys.argv[1], [one for one in sys.argv[2].split(",") if one])))
+    print("\n".join(requirements(Path(), sys.argv[1], [name for name in sys.argv[2].split(",") if name])))

@@ -1,4 +1,4 @@
-"""How a training job is started, watched and stopped, wherever it runs."""
+"""Launchers: start, watch and stop a job on this machine, Kubernetes, SLURM or SkyPilot."""
 
 from deploy.launchers.base import Launcher, State
 from deploy.launchers.local import LocalLauncher

@@ -1,21 +1,21 @@
-"""The protocol of every launcher: the same job file, the same verbs, on a laptop and on a cluster."""
+"""The interface of all launchers: submit, poll and cancel a job, and read its log."""
 
 from enum import Enum
 from pathlib import Path
 from typing import Protocol
 
 RESULT, ERROR, STOPPED, LOG = "result.json", "error.json", "stopped", "job.log"
-"""What a job and its launcher leave in the work folder."""
+"""Files that a job and its launcher write to the work folder."""
 
 
 class State(Enum):
-    """Where a job stands."""
+    """State of a job."""
 
     RUNNING = "running"
-    """Running, or waiting for its turn, or about to be started again after a loss."""
+    """Running, queued, or about to restart after a node was lost."""
     DONE = "done"
     STOPPED = "stopped"
-    """Ended on purpose, with its state saved."""
+    """Ended on request, after saving a checkpoint."""
     FAILED = "failed"
 
 
@@ -23,10 +23,10 @@ class Launcher(Protocol):
     """Starts one training job and watches it."""
 
     pause: float
-    """Seconds to let pass between two polls; a busy scheduler is not asked more often."""
+    """Seconds between two polls, long enough for a busy scheduler."""
 
     def render(self, job: Path, processes: int) -> str:
-        """What would be run, as text; starts nothing."""
+        """The command or manifest that `submit` would use; starts nothing."""
         ...
 
     def submit(self, job: Path, processes: int, work: Path) -> str:
@@ -34,15 +34,15 @@ class Launcher(Protocol):
         ...
 
     def poll(self, handle: str) -> State:
-        """Where the job stands now."""
+        """The job's state now."""
         ...
 
     def why(self, handle: str) -> str:
-        """What the platform says of the job's state, in words; empty where it says nothing of its own."""
+        """The platform's reason for the job's state; empty if it has none."""
         ...
 
     def cancel(self, handle: str, grace: float = 25.0) -> None:
-        """Ask the job to save and end; after `grace` seconds no process of it lives."""
+        """Ask the job to save and end; kill what is left of it after `grace` seconds."""
         ...
 
     def logs(self, handle: str, lines: int = 50) -> str:
@@ -50,10 +50,10 @@ class Launcher(Protocol):
         ...
 
 
-def ended(work: Path) -> State:
-    """How a job that no longer runs has ended.
+def final_state(work: Path) -> State:
+    """State of a job that no longer runs, from the files that it wrote.
 
-    Files tell it: torchrun answers 1 whatever its ranks said, and a scheduler passes that on.
+    Exit codes do not tell: torchrun exits with 1 whatever its ranks return, and schedulers report that.
     """
     if (work / RESULT).exists():
         return State.DONE
@@ -62,14 +62,14 @@ def ended(work: Path) -> State:
 
 
 def clear(work: Path) -> None:
-    """Remove what an earlier job left, which says nothing about the next, and begin the log."""
+    """Remove the result files of an earlier job, and create the log."""
     for leftover in (RESULT, ERROR, STOPPED):
         (work / leftover).unlink(missing_ok=True)
     (work / LOG).touch()
 
 
 def tail(work: Path, lines: int) -> str:
-    """The last lines of the log in the work folder; empty where there is none."""
+    """The last lines of the log in the work folder; empty if there is no log."""
     log = work / LOG
     text = log.read_text(errors="replace") if log.exists() else ""
     return "\n".join(text.splitlines()[-lines:])

@@ -1,4 +1,4 @@
-"""What the launchers of all clusters share: sizes, names that survive a lost watcher, handles."""
+"""Shared by the launchers of all clusters: job size, checks, job names and handles."""
 
 import hashlib
 import logging
@@ -17,78 +17,78 @@ log = logging.getLogger("dpo")
 
 
 class ClusterConfig(Config):
-    """The size of a job, and what its nodes are given."""
+    """The size of a job and the environment of its nodes."""
 
     nodes: int = Field(1, ge=1)
-    """Nodes."""
+    """Number of nodes."""
     gpus: int = Field(8, ge=0)
-    """GPUs on each node; 0 trains on its CPUs."""
+    """GPUs per node; 0: train on CPUs."""
     cpus: int | None = Field(None, ge=1)
-    """CPU cores on each node; what the cluster gives when empty."""
+    """CPU cores per node; empty: the cluster's default."""
     memory_gib: int | None = Field(None, ge=1)
-    """Memory on each node; what the cluster gives when empty."""
+    """Memory per node, in GiB; empty: the cluster's default."""
     hours: float | None = Field(None, gt=0)
-    """The longest that the job may run."""
+    """Time limit of the job, in hours."""
     environment: dict[str, str] = Field({})
-    """Variables of every node, such as NCCL_SOCKET_IFNAME. They are shown in manifests: never secrets."""
+    """Environment variables of every node, such as NCCL_SOCKET_IFNAME. Manifests show them: no secrets."""
     python: str = "python"
-    """The interpreter on the nodes that has this package."""
+    """Python interpreter on the nodes that has this package."""
 
     @field_validator("environment")
     @classmethod
     def _names(cls, variables: dict[str, str]) -> dict[str, str]:
         for name in variables:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-                raise ValueError(f"{name!r} is no name of a variable: letters, digits and _ alone")
+                raise ValueError(f"{name!r} is not a valid variable name: use letters, digits and _ only")
             if SECRET_NAME.search(name):
-                raise ValueError(f"{name} looks like a secret, and these variables are shown in manifests")
+                raise ValueError(f"{name} looks like a secret, and manifests show these variables")
         return variables
 
     def check(self, processes: int) -> None:
-        """Refuse more ranks than GPUs on a node, and tell of GPUs that would stand idle.
+        """Refuse more ranks than GPUs per node, and warn of unused GPUs.
 
         Raises:
-            RecipeError: there are more.
+            RecipeError: there are more ranks than GPUs.
         """
         if self.gpus and processes > self.gpus:
             raise RecipeError(
                 f"engine.processes is {processes}, but the nodes have gpus={self.gpus}",
-                "Lower engine.processes or ask for more GPUs a node",
+                "Lower engine.processes, or request more GPUs per node",
             )
         if processes < self.gpus:
             log.warning(
-                "each node has gpus=%d, and engine.processes=%d uses no more of them", self.gpus, processes
+                "each node has gpus=%d, but engine.processes=%d uses only some of them", self.gpus, processes
             )
 
 
 def require_seen(folder: Path, mount: str, where: str) -> None:
-    """Refuse a folder that the nodes would not see.
+    """Refuse a folder that the nodes cannot see.
 
     Raises:
-        RecipeError: it does not lie below the mount.
+        RecipeError: the folder is not below the mount.
     """
     if not folder.absolute().is_relative_to(mount):
         raise RecipeError(
             f"{folder.absolute()} is not {where} at {mount}",
-            "Mount it at the same place here and put the workspace there",
+            "Mount it at the same path on this machine, and put the workspace there",
         )
 
 
 def require_command(name: str, remedy: str) -> None:
-    """Refuse to go on without a command.
+    """Refuse to continue if a command is not installed.
 
     Raises:
-        RecipeError: this machine does not have it.
+        RecipeError: it is not on PATH.
     """
     if shutil.which(name) is None:
-        raise RecipeError(f"there is no command {name} on this machine", remedy)
+        raise RecipeError(f"the command {name} is not installed on this machine", remedy)
 
 
 class Handle(NamedTuple):
-    """A job as any process with the same settings finds it again; as text `ID WORK`."""
+    """Identifies a job of a cluster to any process; as text `ID WORK`."""
 
     id: str
-    """How the cluster calls it; without a blank."""
+    """The cluster's name or number of the job; contains no blank."""
     work: Path
     """Its work folder."""
 
@@ -97,22 +97,22 @@ class Handle(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> "Handle":
-        """Read a handle back.
+        """Parse the text of a handle.
 
         Raises:
-            StageFailed: it is none.
+            StageFailed: the text is not a handle.
         """
         name, blank, work = text.partition(" ")
         if not (name and blank and work):
-            raise StageFailed(f"'{text}' is no handle of a cluster job", "Take what submit returned")
+            raise StageFailed(f"'{text}' is not a handle of a cluster job", "Use the handle from submit")
         return cls(name, Path(work))
 
 
 def job_name(run: str, attempt: int) -> str:
-    """The name of one attempt at a run, the same whenever it is asked for.
+    """The name of one attempt at a job; the same arguments give the same name.
 
-    It is a DNS label of at most 48 characters: Kubernetes makes host names of it by adding up to 15. The
-    digest keeps apart runs whose names differ only in what a label cannot hold.
+    It is a DNS label of at most 48 characters, because Kubernetes appends up to 15 to make host names. The
+    digest distinguishes jobs whose names differ only in characters that a label cannot contain.
     """
     digest = hashlib.sha256(run.encode()).hexdigest()[:8]
     readable = re.sub(r"[^a-z0-9]+", "-", run.lower())[:28].strip("-")

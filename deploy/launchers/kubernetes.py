@@ -1,4 +1,4 @@
-"""Training on Kubernetes: a TrainJob or a JobSet, watched through the API."""
+"""The launcher for Kubernetes: creates a TrainJob or a JobSet and watches it through the API."""
 
 import logging
 import time
@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from deploy.launchers import kubernetes_reasons as reasons
-from deploy.launchers.base import LOG, State, clear, ended, tail
+from deploy.launchers.base import LOG, State, clear, final_state, tail
 from deploy.launchers.cluster import Handle, job_name, require_seen
 from deploy.launchers.kubernetes_api import KubeApi
 from deploy.launchers.kubernetes_manifests import (
@@ -27,11 +27,11 @@ log = logging.getLogger("dpo")
 
 _INDEX = "batch.kubernetes.io/job-completion-index"
 _AFTER_GRACE = 20.0
-"""Seconds for the kubelet and the API to agree that pods are gone, beyond their own grace."""
+"""Seconds, beyond the pods' grace time, until the API must report them gone."""
 
 
 class KubernetesLauncher:
-    """One attempt at a run. Any process with the same settings, run and attempt finds its job again."""
+    """Launches one attempt at a job. Any process with the same settings, job and attempt can rejoin it."""
 
     pause = 3.0
 
@@ -43,11 +43,11 @@ class KubernetesLauncher:
         self.resource = (*JOBSET, "jobsets") if config.kind == "jobset" else (*TRAINER, "trainjobs")
         self._api = api
         self._not_started: dict[str, float] = {}
-        self._last_words: dict[str, str] = {}
+        self._reasons: dict[str, str] = {}
 
     @property
     def api(self) -> KubeApi:
-        """Connected at the first call, so that rendering needs no cluster."""
+        """The API, connected at the first use so that `render` needs no cluster."""
         if self._api is None:
             self._api = KubeApi(self.config.namespace)
         return self._api
@@ -56,71 +56,71 @@ class KubernetesLauncher:
         return "---\n".join(yaml.safe_dump(m, sort_keys=False) for m in self._manifests(job, processes))
 
     def require_seen(self, folder: Path) -> None:
-        """Refuse a folder that does not lie on the volume."""
-        require_seen(folder, self.config.mount, "on the volume, which pods see")
+        """Refuse a folder that is not on the volume."""
+        require_seen(folder, self.config.mount, "on the volume that the pods mount")
 
     def require_client(self) -> None:
-        """Refuse to go on without credentials."""
+        """Refuse to continue without credentials."""
         _ = self.api
 
     def find(self, work: Path) -> str | None:
-        """The handle of the job of this run and attempt, None where there is none."""
-        there = self.api.get(self.resource, self.name)
-        return str(Handle(self.name, work)) if there else None
+        """The handle of this attempt's job; None if it does not exist."""
+        exists = self.api.get(self.resource, self.name)
+        return str(Handle(self.name, work)) if exists else None
 
     def submit(self, job: Path, processes: int, work: Path) -> str:
-        """Create the job, or find the one that an earlier call created.
+        """Create the job, or rejoin the one that an earlier call created.
 
         Raises:
-            RecipeError: the job does not lie on the volume.
-            StageFailed: the API refuses, or the name belongs to something else.
+            RecipeError: the job is not on the volume.
+            StageFailed: the API refuses, or a different job has the name.
         """
         job, work = job.absolute(), work.absolute()
         for path in (job, work):
             self.require_seen(path)
-        made = self._manifests(job, processes)
-        there = self.api.get(self.resource, self.name)
-        if there is None:
+        ours = self._manifests(job, processes)
+        existing = self.api.get(self.resource, self.name)
+        if existing is None:
             clear(work)
-            for manifest in made:
+            for manifest in ours:
                 created = self.api.create(manifest)
-            if not created:  # another process was faster, or our first request had arrived after all
-                there = self.api.get(self.resource, self.name)
-        if there is not None:
-            _check_same(there, made[-1])
+            if not created:  # another process was faster, or an earlier request did arrive
+                existing = self.api.get(self.resource, self.name)
+        if existing is not None:
+            _check_same(existing, ours[-1])
         return str(Handle(self.name, work))
 
     def poll(self, handle: str) -> State:
         name, work = Handle.parse(handle)
-        there = self.api.get(self.resource, name)
-        if there is None:
-            self._last_words.setdefault(handle, "its object was deleted from the cluster")
-            return ended(work)
-        if reasons.condition(there, "Complete", "Completed", "Failed"):
-            self._keep_words(handle, there)
-            return ended(work)
+        existing = self.api.get(self.resource, name)
+        if existing is None:
+            self._reasons.setdefault(handle, "its object was deleted from the cluster")
+            return final_state(work)
+        if reasons.condition(existing, "Complete", "Completed", "Failed"):
+            self._keep_reason(handle, existing)
+            return final_state(work)
         pods = self.api.pods(name)
-        if not self._may_start(handle, there, pods):
-            self._keep_words(handle, there)
+        if not self._may_start(handle, existing, pods):
+            self._keep_reason(handle, existing)
             return State.FAILED
         return State.RUNNING
 
     def why(self, handle: str) -> str:
-        if handle in self._last_words:
-            return self._last_words[handle]
+        if handle in self._reasons:
+            return self._reasons[handle]
         name, _ = Handle.parse(handle)
-        there = self.api.get(self.resource, name)
-        return self._words(there) if there else "its object was deleted from the cluster"
+        existing = self.api.get(self.resource, name)
+        return self._reason(existing) if existing else "its object was deleted from the cluster"
 
     def cancel(self, handle: str, grace: float = 25.0) -> None:
         """Delete the job's object; the pods get SIGTERM and save."""
         name, _ = Handle.parse(handle)
-        there = self.api.get(self.resource, name)
-        if there is None and not self.api.pods(name):
+        existing = self.api.get(self.resource, name)
+        if existing is None and not self.api.pods(name):
             return
-        if there is not None:
-            self._keep_words(handle, there)
-        # First the owner, or pods would be made anew.
+        if existing is not None:
+            self._keep_reason(handle, existing)
+        # The owner first, because it would recreate pods.
         self.api.delete(self.resource, name)
         self.api.end_pods(name, grace)
         limit = time.monotonic() + grace + _AFTER_GRACE
@@ -129,9 +129,9 @@ class KubernetesLauncher:
             if not left and self.api.get(self.resource, name) is None:
                 return
             time.sleep(0.2)
-        # The kubelet of a lost node confirms nothing; the node itself stops what it was told to stop.
+        # The kubelet of a lost node confirms nothing, so remove the pods from the API without it.
         names = ", ".join(pod["metadata"]["name"] for pod in left)
-        log.warning("pods of %s do not end (%s); they are removed from the API", name, names or "none left")
+        log.warning("pods of %s do not end (%s); removing them from the API", name, names or "none left")
         self.api.end_pods(name, 0)
 
     def logs(self, handle: str, lines: int = 50) -> str:
@@ -144,56 +144,56 @@ class KubernetesLauncher:
         self.config.check(processes)
         return manifests(self.config, job, processes, self.run, self.attempt, self.name)
 
-    def _may_start(self, handle: str, there: Manifest, pods: list[Manifest]) -> bool:
-        """Whether the pods run, or may yet. Time in the queue does not count."""
+    def _may_start(self, handle: str, existing: Manifest, pods: list[Manifest]) -> bool:
+        """Whether the pods run or can still start in time. Time in the queue does not count."""
         if any(reasons.is_hopeless(pod) for pod in pods):
             return False
         started = len(pods) >= self.config.nodes and all(_phase(pod) != "Pending" for pod in pods)
-        if started or reasons.condition(there, "Suspended"):
+        if started or reasons.condition(existing, "Suspended"):
             self._not_started.pop(handle, None)
             return True
         since = self._not_started.setdefault(handle, time.monotonic())
         return time.monotonic() - since <= self.config.start_minutes * 60
 
-    def _words(self, there: Manifest) -> str:
-        """The cluster's own account: of the pods first, then of whoever makes them, then of the job."""
-        name = there["metadata"]["name"]
-        queue = self._queue_words(there)
+    def _reason(self, existing: Manifest) -> str:
+        """The cluster's reason: from the queue, then the pods, then events, then the job."""
+        name = existing["metadata"]["name"]
+        queue = self._queue_reason(existing)
         if queue:
             return queue
         pods = filter(None, (reasons.of_pod(pod) for pod in self.api.pods(name)))
-        # A rank that only misses another ends with a status of its own; disruptions are told before.
-        said = sorted(set(pods), key=lambda words: "ended with status" in words)
-        if said:
-            return said[0]
-        warned = [reasons.of_event(event) for event in self.api.warnings(name)]
-        if warned:
-            return warned[-1]
-        failed = reasons.condition(there, "Failed")
+        # Ranks that lost another rank exit with a status too, so disruptions come first.
+        of_pods = sorted(set(pods), key=lambda reason: "ended with status" in reason)
+        if of_pods:
+            return of_pods[0]
+        warnings = [reasons.of_event(event) for event in self.api.warnings(name)]
+        if warnings:
+            return warnings[-1]
+        failed = reasons.condition(existing, "Failed")
         return f"{failed.get('reason')}: {failed.get('message')}" if failed else ""
 
-    def _queue_words(self, there: Manifest) -> str:
-        if not reasons.condition(there, "Suspended"):
+    def _queue_reason(self, existing: Manifest) -> str:
+        if not reasons.condition(existing, "Suspended"):
             return ""
-        workload = self.api.workload(there["metadata"]["name"]) or {}
+        workload = self.api.workload(existing["metadata"]["name"]) or {}
         for condition in workload.get("status", {}).get("conditions", []):
             if condition["type"] == "QuotaReserved" and condition["status"] == "False":
                 return f"waiting in queue {self.config.queue}: {condition.get('message')}"
         return f"suspended, waiting in queue {self.config.queue}" if self.config.queue else "suspended"
 
-    def _keep_words(self, handle: str, there: Manifest) -> None:
-        """Keep the log and the reason: they go with the pods."""
-        if handle in self._last_words:
+    def _keep_reason(self, handle: str, existing: Manifest) -> None:
+        """Save the log and the reason, which are deleted with the pods."""
+        if handle in self._reasons:
             return
         name, work = Handle.parse(handle)
-        # Of a job that is done, old warnings say nothing.
-        words = "" if ended(work) is State.DONE else self._words(there)
-        self._last_words[handle] = words
+        # Warnings about a job that is done are outdated.
+        reason = "" if final_state(work) is State.DONE else self._reason(existing)
+        self._reasons[handle] = reason
         first = self._first_pod(name)
         text = self.api.log(first) if first else ""
-        if text or words:
+        if text or reason:
             with (work / LOG).open("a") as file:
-                file.write(text + (f"kubernetes: {words}\n" if words else ""))
+                file.write(text + (f"kubernetes: {reason}\n" if reason else ""))
 
     def _first_pod(self, name: str) -> str | None:
         """The newest pod of rank 0."""
@@ -211,12 +211,12 @@ def _index(pod: Manifest) -> Any:
     return metadata.get("labels", {}).get(_INDEX) or metadata.get("annotations", {}).get(_INDEX)
 
 
-def _check_same(there: Manifest | None, ours: Manifest) -> None:
-    """Refuse to watch a job of the same name that is another."""
-    marks = (there or {}).get("metadata", {}).get("annotations", {})
-    wanted = ours["metadata"]["annotations"]
-    if there is None or any(marks.get(key) != wanted[key] for key in (RUN, ATTEMPT, DIGEST)):
+def _check_same(existing: Manifest | None, ours: Manifest) -> None:
+    """Refuse to rejoin a different job of the same name."""
+    marks = (existing or {}).get("metadata", {}).get("annotations", {})
+    expected = ours["metadata"]["annotations"]
+    if existing is None or any(marks.get(key) != expected[key] for key in (RUN, ATTEMPT, DIGEST)):
         raise StageFailed(
             f"a job named {ours['metadata']['name']} exists with other settings",
-            "Give the next attempt a number of its own, or delete that job",
+            "Delete that job, or use another attempt number",
         )

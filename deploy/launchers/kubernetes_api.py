@@ -1,7 +1,7 @@
-"""The few calls to the Kubernetes API that a launcher makes, patient with a server that is slow or away.
+"""A small client of the Kubernetes API that retries while the server is slow or unreachable.
 
-Objects are their JSON. Credentials are found by the `kubernetes` package: a kubeconfig with whatever login
-it names, or the service account of the pod.
+Objects are plain JSON. The `kubernetes` package finds the credentials: a kubeconfig with its login, or the
+service account of the pod.
 """
 
 import json
@@ -17,12 +17,12 @@ from dpo_core.errors import RecipeError, StageFailed
 log = logging.getLogger("dpo")
 
 TIMEOUT = 15.0
-"""Seconds that one request may take."""
+"""Maximum seconds of one request."""
 _LATER = {429, 500, 502, 503, 504}
 
 
 def connect() -> Any:
-    """An API client with the credentials at hand.
+    """An API client with the credentials of this machine.
 
     Raises:
         RecipeError: the package or the credentials are missing.
@@ -38,43 +38,43 @@ def connect() -> Any:
         if "KUBERNETES_SERVICE_HOST" in os.environ and "KUBECONFIG" not in os.environ:
             config.load_incluster_config(client_configuration=settings)
         else:
-            # Named outright: the package looks at the variable only while it is imported.
+            # Passed explicitly, because the package reads the variable only when it is imported.
             config.load_kube_config(os.environ.get("KUBECONFIG"), client_configuration=settings)
     except config.ConfigException as error:
         raise RecipeError(
             f"there are no credentials for a Kubernetes cluster ({error})",
-            "Set KUBECONFIG, or log in as your cluster asks",
+            "Set KUBECONFIG, or log in to your cluster",
         ) from error
     return client.ApiClient(settings)
 
 
 class KubeApi:
-    """Objects of one namespace.
+    """Reads and changes the objects of one namespace.
 
     Args:
-        away_seconds: how long the server may be away before that is an error; the job goes on meanwhile.
+        away_seconds: how long the server may be unreachable before a call fails; the job continues meanwhile.
     """
 
     def __init__(self, namespace: str, api: Any = None, away_seconds: float = 600.0) -> None:
         api = api or connect()
         from kubernetes import client  # only now: connecting says what to do where it is missing
 
-        # Its own retries would multiply with ours.
+        # The package's retries would multiply with ours.
         api.rest_client.pool_manager.connection_pool_kw["retries"] = False
         self.namespace, self.away_seconds = namespace, away_seconds
         self.objects, self.core = client.CustomObjectsApi(api), client.CoreV1Api(api)
 
     def get(self, resource: tuple[str, str, str], name: str) -> Manifest | None:
-        """One object, None where there is none."""
+        """One object; None if it does not exist."""
         group, version, plural = resource
         call = self.objects.get_namespaced_custom_object
         return self._call(call, group, version, self.namespace, plural, name, missing=None)
 
     def create(self, manifest: Manifest) -> bool:
-        """Create an object; False where its name is taken.
+        """Create an object; False if its name is taken.
 
         Raises:
-            StageFailed: the server refuses it: quota, rights, a field.
+            StageFailed: the server refuses it, for quota, permissions or a field.
         """
         group, version, plural = resource_of(manifest)
         call = self.objects.create_namespaced_custom_object
@@ -82,7 +82,7 @@ class KubeApi:
         return made is not False
 
     def delete(self, resource: tuple[str, str, str], name: str) -> None:
-        """Delete an object and then, before it is gone itself, all that it owns."""
+        """Delete an object after all objects that it owns."""
         group, version, plural = resource
         call = self.objects.delete_namespaced_custom_object
         options = {"propagation_policy": "Foreground"}
@@ -95,13 +95,13 @@ class KubeApi:
         return self._list(call, self.namespace, label_selector=selector)
 
     def end_pods(self, jobset: str, grace: float) -> None:
-        """Ask the pods of a JobSet to end within so many seconds; 0 asks nobody."""
+        """Delete the pods of a JobSet with so many seconds of grace; with 0 the kubelets need not confirm."""
         call = self.core.delete_collection_namespaced_pod
         selector = f"jobset.sigs.k8s.io/jobset-name={jobset}"
         self._call(call, self.namespace, label_selector=selector, grace_period_seconds=int(grace))
 
     def log(self, pod: str, lines: int | None = None) -> str:
-        """The output of a pod; empty where it is gone or never started."""
+        """The output of a pod; empty if it is gone or never started."""
         call = self.core.read_namespaced_pod_log
         options = {"tail_lines": lines} if lines else {}
         answer = self._call(
@@ -110,13 +110,13 @@ class KubeApi:
         return answer.data.decode(errors="replace") if answer is not None else ""
 
     def warnings(self, part: str) -> list[Manifest]:
-        """Warnings about objects with this in their name, oldest first."""
+        """Warnings about objects whose name contains this text, oldest first."""
         events = self._list(self.core.list_namespaced_event, self.namespace, field_selector="type=Warning")
-        found = [event for event in events if part in event["involvedObject"]["name"]]
-        return sorted(found, key=lambda e: e.get("lastTimestamp") or e.get("eventTime") or "")
+        matching = [event for event in events if part in event["involvedObject"]["name"]]
+        return sorted(matching, key=lambda e: e.get("lastTimestamp") or e.get("eventTime") or "")
 
     def workload(self, owner: str) -> Manifest | None:
-        """Kueue's Workload of an object; None without Kueue, or where it may not be read."""
+        """Kueue's Workload of an object; None without Kueue or without permission to read it."""
         call = self.objects.list_namespaced_custom_object
         place = ("kueue.x-k8s.io", "v1beta2", self.namespace, "workloads")
         listed = self._call(call, *place, missing=None, forbidden=None) or {}
@@ -130,8 +130,8 @@ class KubeApi:
         return json.loads(answer.data)["items"]
 
     def _call(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """Call until the server answers. Of `missing` (404), `taken` (409), `unready` (400) and `forbidden`
-        (403), those given are returned instead of an error."""
+        """Call until the server answers. Values passed as `missing` (404), `taken` (409), `unready` (400) and
+        `forbidden` (403) are returned instead of an error."""
         from kubernetes.client import ApiException
         from urllib3.exceptions import HTTPError
 
@@ -152,28 +152,28 @@ class KubeApi:
             if time.monotonic() + pause > limit:
                 raise StageFailed(
                     f"the Kubernetes API has not answered for {self.away_seconds:g} s ({problem})",
-                    "The job may go on; resume the run when the API is back",
+                    "The job may continue; resume the run when the API is back",
                 )
-            log.debug("the Kubernetes API: %s; asked again in %g s", problem, pause)
+            log.debug("the Kubernetes API: %s; retrying in %g s", problem, pause)
             time.sleep(pause)
             pause = min(2 * pause, 15.0)
 
 
 def _refused(error: Any) -> StageFailed:
-    """What the server says, with what can be done about it."""
+    """The user error for a refused request, with its remedy."""
     try:
         message = json.loads(error.body)["message"]
     except (TypeError, ValueError, KeyError):
         message = f"{error.status} {error.reason}"
     if "exceeded quota" in message:
         return StageFailed(
-            f"quota exceeded: {message}", "Ask for less, wait for other jobs, or have the quota raised"
+            f"quota exceeded: {message}", "Request less, wait for other jobs, or have the quota raised"
         )
     remedies = {
         401: "Log in to the cluster again",
-        403: "Have the namespace's administrator allow it",
-        404: "Install the kind on the cluster, or choose kind=jobset",
+        403: "Ask the namespace's administrator for permission",
+        404: "Install this kind of object on the cluster, or choose kind=jobset",
         422: "Change the setting that the message names",
     }
-    remedy = remedies.get(error.status, "Look at the settings of the cluster")
-    return StageFailed(f"Kubernetes refuses ({error.status}): {message}", remedy)
+    remedy = remedies.get(error.status, "Check the settings of the cluster")
+    return StageFailed(f"Kubernetes refused the request ({error.status}): {message}", remedy)

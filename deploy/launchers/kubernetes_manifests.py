@@ -1,9 +1,8 @@
-"""The Kubernetes objects of a training job: a TrainJob and its runtime, or a JobSet where no Trainer is.
+"""Builds the Kubernetes objects of a job: a TrainJob and its runtime, or a JobSet.
 
 Fields as in kubeflow trainer 2.3 (`trainer.kubeflow.org/v1alpha1`) and JobSet 0.12
-(`jobset.x-k8s.io/v1alpha2`). torchrun runs in every pod, as process 1, so that the kubelet's SIGTERM reaches
-it; it takes its place among the nodes from `PET_*` variables, which the Trainer sets itself and refuses in a
-TrainJob.
+(`jobset.x-k8s.io/v1alpha2`). torchrun is process 1 of every pod, so that the kubelet's SIGTERM reaches it. It
+reads its node rank from `PET_*` variables, which the Trainer sets itself and refuses in a TrainJob.
 """
 
 import hashlib
@@ -23,52 +22,52 @@ JOBSET = ("jobset.x-k8s.io", "v1alpha2")
 RUN, ATTEMPT, DIGEST = "dpo.io/run", "dpo.io/attempt", "dpo.io/digest"
 PORT = 29500
 NODE = "node"
-"""Name of the group of pods and of their container; the Trainer knows the trainer's container by it."""
+"""Name of the replicated job and of its container; the Trainer requires this name."""
 
 
 class KubernetesConfig(ClusterConfig):
-    """A training job on Kubernetes."""
+    """Settings of jobs on Kubernetes."""
 
     image: str
-    """Image with this package; its `python` is run as a user that is not root."""
+    """Image with this package; it runs as a user other than root."""
     claim: str
     """PersistentVolumeClaim (ReadWriteMany) that holds the workspace."""
     mount: str
-    """Where the claim is mounted, in the pods and on the machine of the flow."""
+    """Path at which the claim is mounted, in the pods and on the flow's machine."""
     namespace: str = "default"
     """Namespace of all objects."""
     kind: Literal["trainjob", "jobset"] = "trainjob"
-    """What is made: a TrainJob, or a JobSet where Kubeflow Trainer is not installed."""
+    """Kind of object: a TrainJob, or a JobSet if Kubeflow Trainer is not installed."""
     runtime: str | None = None
-    """An installed ClusterTrainingRuntime for torch; empty makes a TrainingRuntime that restarts a job."""
+    """An installed ClusterTrainingRuntime for torch; empty: create a TrainingRuntime that restarts a job."""
     restarts: int = Field(3, ge=0)
-    """How often all pods are started again after one failed. Evictions and lost nodes do not count."""
+    """How often all pods restart after one failed. Evictions and lost nodes do not count."""
     queue: str | None = None
-    """Kueue LocalQueue that admits the job; empty starts it at once."""
+    """Kueue LocalQueue that admits the job; empty: start it at once."""
     priority: str | None = None
     """Kueue WorkloadPriorityClass."""
     gpu_resource: str = "nvidia.com/gpu"
-    """What the device plugin calls a GPU."""
+    """Resource name of a GPU."""
     shared_memory_gib: int = Field(16, ge=1)
-    """Size of /dev/shm, which NCCL and the data loaders use; counts as memory of the pod."""
+    """Size of /dev/shm in GiB, which NCCL and the data loaders use; counts as memory of the pod."""
     grace_seconds: int = Field(120, ge=5)
-    """How long a pod may take to save when it is asked to end."""
+    """Seconds that a pod has to save a checkpoint after SIGTERM."""
     start_minutes: float = Field(60.0, gt=0)
-    """How long an admitted job may wait for its pods to start, before it counts as failed."""
+    """Minutes that the pods of an admitted job may take to start before the job counts as failed."""
     node_selector: dict[str, str] = Field({})
-    """Labels of the nodes that may be used."""
+    """Labels that nodes must have."""
     service_account: str | None = None
-    """Service account of the pods; they need no rights."""
+    """Service account of the pods; they need no permissions."""
     pull_secret: str | None = None
     """Secret with the registry's credentials."""
     secrets: dict[str, str] = Field({})
-    """Variables from Secrets of the namespace: name to SECRET/KEY."""
+    """Environment variables from Secrets of the namespace: NAME: SECRET/KEY."""
 
     @field_validator("mount")
     @classmethod
     def _absolute(cls, path: str) -> str:
         if not PurePosixPath(path).is_absolute() or path == "/":
-            raise ValueError("the mount is an absolute path, not the root")
+            raise ValueError("the mount must be an absolute path other than /")
         return path
 
     @field_validator("secrets")
@@ -83,20 +82,20 @@ class KubernetesConfig(ClusterConfig):
 def manifests(config: KubernetesConfig, job: Path, processes: int, run: str, attempt: int, name: str) -> Any:
     """The objects of a job in the order of their creation; the last is the job itself."""
     if config.kind == "jobset":
-        made = [_jobset(config, job, processes, name)]
+        objects = [_jobset(config, job, processes, name)]
     elif config.runtime:
-        made = [_trainjob(config, job, processes, name)]
+        objects = [_trainjob(config, job, processes, name)]
     else:
-        made = [_runtime(config), _trainjob(config, job, processes, name)]
-    # What is compared when the name is already there: servers fill in defaults, so not the object itself.
-    written = json.dumps(made, sort_keys=True).encode()
+        objects = [_runtime(config), _trainjob(config, job, processes, name)]
+    # A digest to compare with an existing object of the name, because servers fill in defaults.
+    written = json.dumps(objects, sort_keys=True).encode()
     marks = {RUN: run, ATTEMPT: str(attempt), DIGEST: hashlib.sha256(written).hexdigest()[:16]}
-    made[-1]["metadata"]["annotations"] = marks
-    return made
+    objects[-1]["metadata"]["annotations"] = marks
+    return objects
 
 
 def resource_of(manifest: Manifest) -> tuple[str, str, str]:
-    """Group, version and plural of an object of these kinds, as in its URL."""
+    """Group, version and plural name of an object's kind, as in its URL."""
     group, version = manifest["apiVersion"].split("/")
     return group, version, manifest["kind"].lower() + "s"
 
@@ -105,7 +104,7 @@ def _trainjob(config: KubernetesConfig, job: Path, processes: int, name: str) ->
     kind = "ClusterTrainingRuntime" if config.runtime else "TrainingRuntime"
     runtime = config.runtime or _runtime(config)["metadata"]["name"]
     pod = _pod(config)
-    # The Trainer's own container takes variables, image and resources from `trainer` alone.
+    # The Trainer takes variables, image and resources of its container from `trainer` only.
     pod["containers"] = [{"name": NODE, "securityContext": _UNPRIVILEGED, "volumeMounts": _mounts(config)}]
     patched = {"name": NODE, "template": {"spec": {"template": {"spec": pod}}}}
     spec: Manifest = {
@@ -131,9 +130,9 @@ def _trainjob(config: KubernetesConfig, job: Path, processes: int, name: str) ->
 
 
 def _runtime(config: KubernetesConfig) -> Manifest:
-    """What a TrainJob cannot say itself: how pods fail, and that the job is started again.
+    """The TrainingRuntime with the failure policy, which a TrainJob itself cannot have.
 
-    All jobs with as many restarts share one, under one name; it stays when they are gone.
+    All jobs with the same number of restarts share one; it is not deleted with them.
     """
     pod = {"restartPolicy": "Never", "containers": [{"name": NODE, "image": "set-by-the-trainjob"}]}
     template = {
@@ -203,7 +202,7 @@ def _object(api: tuple[str, str], kind: str, config: KubernetesConfig, name: str
 
 
 def _failing_once() -> Manifest:
-    """A pod that fails ends its Job at once: the others cannot go on without it."""
+    """A pod that fails ends its Job at once, because the others cannot continue without it."""
     disrupted = {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
     return {"backoffLimit": 0, "podFailurePolicy": {"rules": [disrupted]}}
 
@@ -252,14 +251,14 @@ def _resources(config: KubernetesConfig) -> Manifest:
         amounts["cpu"] = str(config.cpus)
     if config.memory_gib:
         amounts["memory"] = f"{config.memory_gib}Gi"
-    # Requests equal to limits: the last that a node short of memory evicts.
+    # Requests equal to limits, so that a node short of memory evicts this pod last.
     return {"limits": amounts, "requests": dict(amounts)} if amounts else {}
 
 
 def _environment(config: KubernetesConfig) -> list[Manifest]:
     variables = torchrun.NODE_ENVIRONMENT | config.environment
-    made: list[Manifest] = [{"name": name, "value": value} for name, value in variables.items()]
+    entries: list[Manifest] = [{"name": name, "value": value} for name, value in variables.items()]
     for name, place in config.secrets.items():
         secret, key = place.split("/")
-        made.append({"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}})
-    return made
+        entries.append({"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}})
+    return entries

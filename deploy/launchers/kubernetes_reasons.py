@@ -1,4 +1,4 @@
-"""Why pods do not run, in words, from what the Kubernetes API says of them (objects as its JSON)."""
+"""Explains why pods do not run, from the JSON of their objects in the Kubernetes API."""
 
 from typing import Any
 
@@ -18,10 +18,10 @@ _HOPELESS = {"InvalidImageName", "ErrImageNeverPull"}
 
 
 def of_pod(pod: Json) -> str:
-    """What ails a pod; empty where nothing does."""
+    """The problem of a pod; empty if there is none."""
     status = pod.get("status", {})
-    said = _disruption(status) or _container(status) or _unscheduled(status)
-    return f"pod {pod['metadata']['name']}: {said}" if said else ""
+    problem = _disruption(status) or _container(status) or _unscheduled(status)
+    return f"pod {pod['metadata']['name']}: {problem}" if problem else ""
 
 
 def _disruption(status: Json) -> str:
@@ -44,9 +44,9 @@ def _container(status: Json) -> str:
         if waiting.get("reason") in _PULLS:
             return f"the image is not pulled: {waiting['reason']} ({_flat(waiting.get('message'))})"
         if waiting.get("reason") in _UNMADE:
-            return f"the container is not made: {_flat(waiting.get('message'))}"
+            return f"the container cannot be created: {_flat(waiting.get('message'))}"
         if end.get("reason") == "OOMKilled":
-            return "out of memory: the container passed its memory limit"
+            return "out of memory: the container exceeded its memory limit"
         if end.get("exitCode"):
             return f"its command ended with status {end['exitCode']}"
     return ""
@@ -55,27 +55,27 @@ def _container(status: Json) -> str:
 def _unscheduled(status: Json) -> str:
     for condition in status.get("conditions", []):
         if condition["type"] == "PodScheduled" and condition["status"] == "False":
-            return f"no node takes it: {_flat(condition.get('message'))}"
+            return f"no node can run it: {_flat(condition.get('message'))}"
     return ""
 
 
 def of_event(event: Json) -> str:
-    """A warning of the job's own objects."""
+    """The text of a warning about the job's objects."""
     message = _flat(event.get("message"))
     return f"quota exceeded: {message}" if "exceeded quota" in message else message
 
 
 def is_hopeless(pod: Json) -> bool:
-    """Whether waiting longer cannot help."""
+    """Whether the pod can never start."""
     containers = pod.get("status", {}).get("containerStatuses", [])
     return any(c.get("state", {}).get("waiting", {}).get("reason") in _HOPELESS for c in containers)
 
 
 def condition(manifest: Json, *names: str) -> Json | None:
-    """The first condition of these types that holds."""
-    for found in manifest.get("status", {}).get("conditions") or []:
-        if found["type"] in names and found["status"] == "True":
-            return found
+    """The first condition of these types that is true."""
+    for entry in manifest.get("status", {}).get("conditions") or []:
+        if entry["type"] in names and entry["status"] == "True":
+            return entry
     return None
 
 

@@ -1,4 +1,4 @@
-"""Jobs on this machine: one rank, or torchrun with several, as a child in the flow's own process group."""
+"""The launcher for this machine: runs a job as a child process, with torchrun if it has several ranks."""
 
 import contextlib
 import importlib.util
@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 from deploy.launchers import torchrun
-from deploy.launchers.base import LOG, State, clear, ended, tail
+from deploy.launchers.base import LOG, State, clear, final_state, tail
 from deploy.launchers.warm import PID_FILE, JobServer, ServerGone, WarmJob
 from dpo_core.errors import StageFailed
 from dpo_core.system import INSTALL_JOB_PACKAGES, JOB_PACKAGES, birth
@@ -26,14 +26,14 @@ log = logging.getLogger("dpo")
 
 
 class LocalLauncher:
-    """Jobs beside the flow.
+    """Starts jobs on this machine.
 
     The child stays in the flow's process group: a Prefect worker that cancels a run kills that group, and a
-    child in a session of its own would go on training unseen.
+    child in its own session would continue unseen.
 
     Args:
-        hurry: while it is set, jobs that are cancelled are given no time to save.
-        server: starts jobs of one process, where there is one.
+        hurry: while it is set, cancelled jobs get no time to save.
+        server: starts jobs of one process, if given.
     """
 
     pause = 0.5
@@ -42,7 +42,7 @@ class LocalLauncher:
         self._hurry = hurry or threading.Event()
         self._server = server
         self._jobs: dict[str, tuple[subprocess.Popen[bytes] | WarmJob, Path, Path]] = {}
-        self._before: dict[str, tuple[int, int]] = {}  # length of the log, and kills for memory until then
+        self._before: dict[str, tuple[int, int]] = {}  # log length and out-of-memory kills at the start
 
     def command(self, job: Path, processes: int) -> list[str]:
         """The command line of a job."""
@@ -52,17 +52,17 @@ class LocalLauncher:
         return shlex.join(self.command(job, processes))
 
     def submit(self, job: Path, processes: int, work: Path) -> str:
-        """Start the job, once whatever a killed flow left running on it is ended.
+        """End processes of this job that a killed flow left, then start it.
 
         Raises:
             StageFailed: a package that jobs need is not installed.
         """
         job = job.absolute()
-        # Two trainers on one folder would ruin its checkpoints.
+        # Two trainers in one folder would corrupt its checkpoints.
         _end(job, 10.0, self._hurry)
         clear(work)
         require_packages_of_jobs()
-        before = (work / LOG).stat().st_size, _kills_for_memory()
+        before = (work / LOG).stat().st_size, _out_of_memory_kills()
         process = self._start(job, processes, work / LOG)
         handle = str(process.pid)
         self._jobs[handle] = (process, job, work)
@@ -87,12 +87,12 @@ class LocalLauncher:
         process, _, work = self._jobs[handle]
         if process.poll() is None:
             return State.RUNNING
-        state = ended(work)
-        # torchrun stops the other ranks of one that was killed, and these save their state.
+        state = final_state(work)
+        # When a rank is killed, torchrun stops the others, which save and report "stopped".
         return State.FAILED if state is State.STOPPED and self.why(handle) else state
 
     def why(self, handle: str) -> str:
-        """Whether a process of the job was killed, which it could not say itself, and whether for memory."""
+        """Says whether a process of the job was killed, and whether because of memory."""
         process, _, work = self._jobs[handle]
         length, kills = self._before[handle]
         with (work / LOG).open("rb") as log:
@@ -100,9 +100,9 @@ class LocalLauncher:
             killed = process.poll() == -signal.SIGKILL or _KILLED.search(log.read())
         if not killed:
             return ""
-        if _kills_for_memory() > kills:
-            return "out of memory: the kernel killed a process of it"
-        return "a process of it was killed (SIGKILL), and the kernel does not say that it was for memory"
+        if _out_of_memory_kills() > kills:
+            return "out of memory: the kernel killed one of its processes"
+        return "one of its processes was killed (SIGKILL); the kernel reports no kill for memory"
 
     def cancel(self, handle: str, grace: float = 20.0) -> None:
         process, job, _ = self._jobs[handle]
@@ -115,10 +115,10 @@ class LocalLauncher:
 
 
 def require_packages_of_jobs() -> None:
-    """Refuse to start a job in an environment without the extra `train`.
+    """Refuse to start a job without the packages of the extra `train`.
 
     Raises:
-        StageFailed: it names the packages that are missing.
+        StageFailed: a package is missing; the message names it.
     """
     missing = [name for name in JOB_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
@@ -128,12 +128,12 @@ def require_packages_of_jobs() -> None:
         )
 
 
-# What torchrun says of a rank.
+# How torchrun reports a killed rank.
 _KILLED = re.compile(rb"Signal 9 \(SIGKILL\) received|exitcode\s*:\s*-9\b")
 
 
-def _kills_for_memory() -> int:
-    """How many processes the kernel of this machine has killed for memory, in all containers."""
+def _out_of_memory_kills() -> int:
+    """Number of processes that this machine's kernel killed for memory, in all containers."""
     with contextlib.suppress(OSError), open("/proc/vmstat") as numbers:
         for line in numbers:
             if line.startswith("oom_kill "):
@@ -142,26 +142,25 @@ def _kills_for_memory() -> int:
 
 
 def _torchrun_and_ranks(job: Path) -> list[psutil.Process]:
-    """The processes of a job: told by their command lines, torchrun first, or by the file of a warm one.
+    """The processes of a job, by their command lines, torchrun first; a warm one by its pid file.
 
-    Not by parenthood alone: torchrun gives each rank a session of its own, so that ranks outlive a torchrun
-    that was killed and then hang below process 1.
+    Parent processes do not tell: ranks outlive a torchrun that was killed and become children of process 1.
     """
-    named = [
+    processes = [
         process
         for process in psutil.process_iter(["cmdline", "create_time"])
         if {MODULE, str(job)} <= set(process.info["cmdline"] or ())
     ]
-    named.sort(key=lambda process: process.info["create_time"])
+    processes.sort(key=lambda process: process.info["create_time"])
     with contextlib.suppress(OSError, ValueError, psutil.NoSuchProcess):
         pid, born = map(int, (job.parent / PID_FILE).read_text().split())
         if birth(pid) == born:
-            named.append(psutil.Process(pid))
-    return named
+            processes.append(psutil.Process(pid))
+    return processes
 
 
 def _with_children(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
-    """These processes, in order, and all that they started, each once."""
+    """These processes in order, then their descendants."""
     family = dict.fromkeys(processes)
     for process in list(family):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -170,12 +169,12 @@ def _with_children(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
 
 
 def _end(job: Path, grace: float, hurry: threading.Event) -> None:
-    """SIGTERM to torchrun and its ranks; SIGKILL to whoever lives after the grace time."""
-    named = _torchrun_and_ranks(job)
-    alive = _with_children(named)
-    for process in named:
-        # To each: a torchrun that a signal to the flow's group has reached before breaks off what it is doing
-        # at a second one, and might not have told its ranks yet.
+    """Send SIGTERM to torchrun and its ranks, and SIGKILL to what is left after the grace time."""
+    processes = _torchrun_and_ranks(job)
+    alive = _with_children(processes)
+    for process in processes:
+        # To ranks too: a torchrun that already got a signal as part of the flow's group aborts at the second,
+        # maybe before it has signalled its ranks.
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
     deadline = time.monotonic() + grace
@@ -189,9 +188,9 @@ def _end(job: Path, grace: float, hurry: threading.Event) -> None:
 
 
 def _freeze(processes: list[psutil.Process]) -> list[psutil.Process]:
-    """Stop these processes and what they have started meanwhile, until none of them can start another.
+    """Suspend these processes and all their descendants, so that none can start another.
 
-    A child that is born after the list was made, and whose parent is then killed, would be nobody's.
+    A child that starts after the list was made would otherwise outlive its killed parent unnoticed.
     """
     frozen: dict[psutil.Process, None] = {}
     while new := [process for process in _with_children(processes) if process not in frozen]:

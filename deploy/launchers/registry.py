@@ -1,4 +1,4 @@
-"""Where jobs run: beside the flow, or on a cluster."""
+"""The known clusters, and the choice of a job's launcher: this machine or a cluster."""
 
 import threading
 from collections.abc import Callable
@@ -26,42 +26,42 @@ TARGETS: dict[str, Target] = {
 
 
 class ClusterLauncher(Launcher, Protocol):
-    """A launcher whose jobs outlive their watcher."""
+    """A launcher whose jobs continue if the flow ends."""
 
     def require_seen(self, folder: Path) -> None:
-        """Refuse a folder that the nodes would not see."""
+        """Refuse a folder that the nodes cannot see."""
         ...
 
     def require_client(self) -> None:
-        """Refuse to go on without what this machine needs to speak to the cluster."""
+        """Refuse to continue without the commands or credentials of the cluster."""
         ...
 
     def find(self, work: Path) -> str | None:
-        """The handle of the job of its run and attempt, None where there is none."""
+        """The handle of this attempt's job; None if it does not exist."""
         ...
 
 
 class Cluster(Config):
-    """A cluster that runs jobs; plain data, so that it can be a parameter of a flow."""
+    """A cluster and its settings, as a parameter of a flow."""
 
     on: str
-    """Its name in `TARGETS`."""
+    """Name of the cluster in `TARGETS`."""
     settings: SerializeAsAny[ClusterConfig]
-    """Its settings, of the class that `TARGETS` names."""
+    """Settings, of the class in `TARGETS`."""
 
     @model_validator(mode="before")
     @classmethod
     def _read_settings(cls, values: Any) -> Any:
-        """Settings as JSON become those of the named target."""
+        """Read settings that are plain JSON with the class of the named cluster."""
         if not isinstance(values, dict):
             return values
         if values.get("on") not in TARGETS:
-            raise ValueError(f"there is no cluster {values.get('on')!r}; known are {', '.join(TARGETS)}")
+            raise ValueError(f"there is no cluster {values.get('on')!r}; choose one of {', '.join(TARGETS)}")
         config, _ = TARGETS[values["on"]]
         return values | {"settings": config.model_validate(values.get("settings"))}
 
     def launcher(self, job: str) -> "Rejoining":
-        """The launcher for a job, which has this name on the cluster."""
+        """The launcher for the job of this name."""
         _, make = TARGETS[self.on]
         return Rejoining(lambda attempt: make(self.settings, job, attempt))
 
@@ -70,10 +70,10 @@ class Cluster(Config):
         return self.model_copy(update={"settings": self.settings.model_copy(update={"nodes": 1, "gpus": 0})})
 
     def check(self, workspace: Path) -> None:
-        """Pre-flight check: this machine can speak to the cluster, whose nodes see the workspace.
+        """Pre-flight check: the nodes see the workspace, and this machine can reach the cluster.
 
         Raises:
-            RecipeError: it cannot, or they do not.
+            RecipeError: the check failed.
         """
         launcher = self.launcher("ahead")
         launcher.require_seen(workspace)
@@ -83,18 +83,18 @@ class Cluster(Config):
 def launcher_of(
     cluster: Cluster | None, job: str, hurry: threading.Event, server: JobServer | None = None
 ) -> Launcher:
-    """The launcher for a job: the cluster's, else this machine's.
+    """The launcher for a job: the cluster's, or without one this machine's.
 
     Args:
         job: its name on a cluster.
-        hurry: while it is set, jobs on this machine that are cancelled get no time to save.
+        hurry: while it is set, cancelled jobs on this machine get no time to save.
         server: starts jobs of one process on this machine.
     """
     return cluster.launcher(job) if cluster else LocalLauncher(hurry, server)
 
 
 class Rejoining:
-    """Goes on with the job that a lost watcher left; after one that ended badly, begins the next attempt."""
+    """Rejoins the job of a flow that was lost; if the job failed or stopped, starts the next attempt."""
 
     def __init__(self, make: Callable[[int], ClusterLauncher]) -> None:
         self._make = make
@@ -111,13 +111,13 @@ class Rejoining:
         return self._launcher.render(job, processes)
 
     def submit(self, job: Path, processes: int, work: Path) -> str:
-        # In the work folder, which is as old as the run's state, and is locked by whoever runs the stage.
+        # The stage that runs the job holds the lock of the work folder.
         count = work / "attempt"
         attempt = int(count.read_text()) if count.exists() else 1
         self._launcher = self._make(attempt)
-        left = self._launcher.find(work)
-        if left and self._launcher.poll(left) in {State.FAILED, State.STOPPED}:
-            self._launcher.cancel(left)
+        previous = self._launcher.find(work)
+        if previous and self._launcher.poll(previous) in {State.FAILED, State.STOPPED}:
+            self._launcher.cancel(previous)
             attempt += 1
             self._launcher = self._make(attempt)
         count.write_text(str(attempt))

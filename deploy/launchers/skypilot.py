@@ -1,7 +1,7 @@
-"""Training as a managed job of SkyPilot, on whatever cloud or cluster has room, through its command `sky`.
+"""The launcher for SkyPilot: runs a job as a managed job on any cloud or cluster, by the command `sky`.
 
-SkyPilot pins packages that this project needs in other versions: install it in an environment of its own and
-put its `sky` on PATH. Facts are those of version 0.14.
+SkyPilot pins packages that this project needs in other versions, so install it in its own environment and put
+`sky` on PATH. Written for version 0.14.
 """
 
 import json
@@ -17,23 +17,23 @@ from filelock import FileLock
 from pydantic import Field, field_validator
 
 from deploy.launchers import torchrun
-from deploy.launchers.base import LOG, State, clear, ended, tail
+from deploy.launchers.base import LOG, State, clear, final_state, tail
 from deploy.launchers.cluster import ClusterConfig, Handle, job_name, require_command, require_seen
 from dpo_core.errors import RecipeError, StageFailed
 
 log = logging.getLogger("dpo")
 
 TIMEOUT = 300.0
-"""Seconds that one command may take: the first starts SkyPilot's own server."""
-INSTALL = "Install SkyPilot in an environment of its own (uv tool install skypilot) and put it on PATH"
+"""Maximum seconds of one command; the first one starts SkyPilot's server."""
+INSTALL = "Install SkyPilot in its own environment (uv tool install skypilot) and put sky on PATH"
 AWAY = 600.0
-"""Seconds that its server or controller may be away."""
+"""Maximum seconds that its server or controller may be unreachable."""
 _PORT = 8008
 _ENDS = {
     "CANCELLED": "cancelled",
     "FAILED": "its command failed",
     "FAILED_SETUP": "its setup failed",
-    "FAILED_PRECHECKS": "no cloud can be asked for it",
+    "FAILED_PRECHECKS": "no cloud passed SkyPilot's checks",
     "FAILED_NO_RESOURCE": "no cloud has room or quota for it",
     "FAILED_CONTROLLER": "SkyPilot's controller failed",
     "SUCCEEDED": "",
@@ -46,39 +46,39 @@ _WAITS = {
 
 
 class SkyPilotConfig(ClusterConfig):
-    """A training job through SkyPilot."""
+    """Settings of jobs that SkyPilot runs."""
 
     bucket: str
     """Bucket that holds the workspace, such as s3://NAME or gs://NAME."""
     mount: str
-    """Where the bucket is mounted, on the machines and on that of the flow."""
+    """Path at which the bucket is mounted, on the nodes and on the flow's machine."""
     accelerator: str = "H100"
-    """Kind of GPU; `gpus` says how many a node."""
+    """Kind of GPU; `gpus` is their number per node."""
     infra: str | None = None
-    """Cloud, region or cluster, such as aws/us-east-1 or k8s; the cheapest when empty."""
+    """Cloud, region or cluster, such as aws/us-east-1 or k8s; empty: the cheapest."""
     image: str | None = None
-    """Image with this package; without one, `setup` installs it."""
+    """Image with this package; empty: `setup` must install it."""
     setup: str = ""
-    """Shell lines before the first start on a machine."""
+    """Shell lines that run once on each new machine."""
     spot: bool = False
-    """Machines that may be taken away, and are replaced when they are."""
+    """Use spot machines, which the cloud may reclaim; SkyPilot replaces them."""
     max_hourly_cost: float | None = Field(None, gt=0)
-    """Refuse machines that cost more, in dollars an hour."""
+    """Refuse machines that cost more, in dollars per hour."""
     restarts: int = Field(3, ge=0)
-    """How often a job that failed by itself is started again. Lost machines do not count."""
+    """How often a job that failed restarts. Lost machines do not count."""
     secrets: list[str] = Field([])
-    """Names of variables here whose values go to the machines; SkyPilot does not show them."""
+    """Names of environment variables of this machine to pass on; SkyPilot hides their values."""
 
     @field_validator("mount")
     @classmethod
     def _absolute(cls, path: str) -> str:
         if not PurePosixPath(path).is_absolute() or path == "/":
-            raise ValueError("the mount is an absolute path, not the root")
+            raise ValueError("the mount must be an absolute path other than /")
         return path
 
 
 class SkyPilotLauncher:
-    """One attempt at a run. Any process of the same user finds its job again by run and attempt."""
+    """Launches one attempt at a job. Any process of the same user can rejoin it by job and attempt."""
 
     pause = 30.0
 
@@ -91,33 +91,33 @@ class SkyPilotLauncher:
         return yaml.safe_dump(_task(self.config, self.name, job.absolute(), processes), sort_keys=False)
 
     def require_seen(self, folder: Path) -> None:
-        """Refuse a folder that does not lie in the bucket."""
-        require_seen(folder, self.config.mount, "in the bucket, which machines see")
+        """Refuse a folder that is not in the bucket."""
+        require_seen(folder, self.config.mount, "in the bucket that the nodes mount")
 
     def require_client(self) -> None:
-        """Refuse to go on without the command of SkyPilot."""
+        """Refuse to continue if `sky` is not installed."""
         require_command("sky", INSTALL)
 
     def find(self, work: Path) -> str | None:
-        """The handle of the job of this run and attempt, None where there is none."""
+        """The handle of this attempt's job; None if it does not exist."""
         ids = [row["job_id"] for row in _queue() if row["job_name"] == self.name]
         return str(Handle(str(max(ids)), work)) if ids else None
 
     def submit(self, job: Path, processes: int, work: Path) -> str:
-        """Hand the job to SkyPilot, or find the one that an earlier call handed over.
+        """Submit the job, or rejoin the one that an earlier call submitted.
 
         Raises:
-            RecipeError: the job does not lie in the bucket, or `sky` is missing.
-            StageFailed: SkyPilot refuses it.
+            RecipeError: the job is not in the bucket, or `sky` is missing.
+            StageFailed: SkyPilot refuses the job.
         """
         work = work.absolute()
         self.require_seen(job)
         task = work / f"{self.name}.yaml"
-        # SkyPilot takes two jobs of one name.
+        # SkyPilot accepts two jobs of the same name.
         with FileLock(work / f"{self.name}.lock"):
-            found = self.find(work)
-            if found:
-                return found
+            handle = self.find(work)
+            if handle:
+                return handle
             clear(work)
             task.write_text(self.render(job, processes))
             secrets = [part for name in self.config.secrets for part in ("--secret", name)]
@@ -125,11 +125,13 @@ class SkyPilotLauncher:
             try:
                 _sky("jobs", "launch", *options, str(task))
             except StageFailed as error:
-                # The answer may be lost and the job there.
-                found = self.find(work)
-                if found is None:
-                    raise StageFailed(error.problem, "Change what it names, or try again later") from error
-            return found or self.find(work) or _vanished(self.name)
+                # The answer may be lost although the job was accepted.
+                handle = self.find(work)
+                if handle is None:
+                    raise StageFailed(
+                        error.problem, "Change the setting that it names, or try again later"
+                    ) from error
+            return handle or self.find(work) or _vanished(self.name)
 
     def poll(self, handle: str) -> State:
         number, work = Handle.parse(handle)
@@ -137,18 +139,18 @@ class SkyPilotLauncher:
         if status and status not in _ENDS:
             return State.RUNNING
         self._keep_log(number, work)
-        return ended(work)
+        return final_state(work)
 
     def why(self, handle: str) -> str:
         row = _row(Handle.parse(handle).id)
         if row is None:
             return "SkyPilot does not know the job any more"
-        words = _ENDS.get(row["status"]) or _WAITS.get(row["status"], "")
-        reason = " ".join((row.get("failure_reason") or row.get("details") or "").split())
-        return f"{words}: {reason}" if words and reason else words
+        status = _ENDS.get(row["status"]) or _WAITS.get(row["status"], "")
+        details = " ".join((row.get("failure_reason") or row.get("details") or "").split())
+        return f"{status}: {details}" if status and details else status
 
     def cancel(self, handle: str, grace: float = 25.0) -> None:
-        """Have SkyPilot stop the job and give the machines back once the bucket holds what was saved."""
+        """Have SkyPilot stop the job, upload what it saved, and release the machines."""
         number, _ = Handle.parse(handle)
         if self.poll(handle) is not State.RUNNING:
             return
@@ -157,7 +159,7 @@ class SkyPilotLauncher:
         limit = time.monotonic() + grace + TIMEOUT
         while self.poll(handle) is State.RUNNING:
             if time.monotonic() > limit:
-                log.warning("job %s of SkyPilot does not end; look at it with: sky jobs queue", number)
+                log.warning("SkyPilot's job %s does not end; check it with: sky jobs queue", number)
                 return
             time.sleep(1.0)
 
@@ -166,7 +168,7 @@ class SkyPilotLauncher:
         return tail(work, lines) or "\n".join(_log(number).splitlines()[-lines:])
 
     def _keep_log(self, number: str, work: Path) -> None:
-        """Once the job is over: its machines are given back, and its log with them."""
+        """Save the log once the job has ended, because it is lost with the machines."""
         kept = work / f"{self.name}.log-kept"
         if not kept.exists():
             with (work / LOG).open("a") as file:
@@ -199,7 +201,7 @@ def _task(config: SkyPilotConfig, name: str, job: Path, processes: int) -> dict[
         "name": name,
         "num_nodes": config.nodes,
         "resources": {key: value for key, value in resources.items() if value is not None},
-        # Checkpoints are renamed and read back, which a plain mount of a bucket does not do.
+        # MOUNT_CACHED, because a plain mount can neither rename checkpoints nor read them back.
         "file_mounts": {config.mount: {"source": config.bucket, "mode": "MOUNT_CACHED"}},
         "envs": torchrun.NODE_ENVIRONMENT | config.environment,
     }
@@ -220,20 +222,20 @@ def _sky(*arguments: str) -> str:
             ["sky", *arguments], capture_output=True, text=True, timeout=TIMEOUT, check=False
         )
     except FileNotFoundError as error:
-        raise RecipeError("there is no command sky on this machine", INSTALL) from error
+        raise RecipeError("the command sky is not installed on this machine", INSTALL) from error
     except subprocess.TimeoutExpired as error:
         raise StageFailed(f"sky has not answered for {TIMEOUT:g} s", "Try again later") from error
     if done.returncode:
-        said = " ".join((done.stderr or done.stdout).split())[-600:]
-        raise StageFailed(f"sky {' '.join(arguments[:2])}: {said}", "Try again later")
+        output = " ".join((done.stderr or done.stdout).split())[-600:]
+        raise StageFailed(f"sky {' '.join(arguments[:2])}: {output}", "Try again later")
     return done.stdout
 
 
 def _queue() -> list[dict[str, Any]]:
-    """All managed jobs of this user, waited for while SkyPilot is away: they go on meanwhile.
+    """All managed jobs of this user. While SkyPilot is unreachable, the jobs continue and this call retries.
 
     Raises:
-        StageFailed: it stays away.
+        StageFailed: SkyPilot is unreachable for too long.
     """
     limit, pause = time.monotonic() + AWAY, 0.5
     while True:
@@ -242,11 +244,11 @@ def _queue() -> list[dict[str, Any]]:
         except StageFailed as error:
             problem = error.problem
         except ValueError as error:
-            problem = f"what it lists is no JSON ({error})"
+            problem = f"its answer is not JSON ({error})"
         if time.monotonic() + pause > limit:
             raise StageFailed(
                 f"SkyPilot has not answered for {AWAY:g} s ({problem})",
-                "The job may go on; resume the run when it is back",
+                "The job may continue; resume the run when SkyPilot is back",
             )
         time.sleep(pause)
         pause = min(2 * pause, 15.0)
@@ -264,4 +266,4 @@ def _log(number: str) -> str:
 
 
 def _vanished(name: str) -> str:
-    raise StageFailed(f"SkyPilot took the job {name} and does not list it", "Look at: sky jobs queue --all")
+    raise StageFailed(f"SkyPilot accepted the job {name} but does not list it", "Check: sky jobs queue --all")

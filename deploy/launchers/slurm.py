@@ -1,6 +1,6 @@
-"""Training on SLURM: one batch job, one torchrun a node, watched with squeue, sacct and scancel.
+"""The launcher for SLURM: runs a job as one batch job with one torchrun per node, by sbatch and squeue.
 
-The workspace is on a file system that this machine and the nodes share.
+The workspace must be on a file system that this machine and the nodes share.
 """
 
 import logging
@@ -14,19 +14,19 @@ from filelock import FileLock
 from pydantic import Field, field_validator
 
 from deploy.launchers import torchrun
-from deploy.launchers.base import LOG, State, clear, ended, tail
+from deploy.launchers.base import LOG, State, clear, final_state, tail
 from deploy.launchers.cluster import ClusterConfig, Handle, job_name, require_command
 from dpo_core.errors import RecipeError, StageFailed
 
 log = logging.getLogger("dpo")
 
 TIMEOUT = 60.0
-"""Seconds that one command may take; the controller of a busy cluster takes its time."""
+"""Maximum seconds of one command; the controller of a busy cluster is slow."""
 LOGIN = "Run on a login node of the SLURM cluster"
 AWAY = 600.0
-"""Seconds that the controller may be away."""
+"""Maximum seconds that the controller may be unreachable."""
 _KILL_WAIT = 60.0
-"""Seconds beyond the grace time: SLURM kills after its own KillWait (30), then runs its epilogs."""
+"""Seconds beyond the grace time: SLURM kills after its KillWait (30), then runs its epilogs."""
 
 _WAITS = {
     *("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "RESIZING", "SIGNALING", "STAGE_OUT"),
@@ -39,41 +39,41 @@ _ENDS = {
     "FAILED": "its command ended with status {exit}",
     "LAUNCH_FAILED": "a node could not start it",
     "NODE_FAIL": "a node was lost",
-    "OUT_OF_MEMORY": "out of memory: a node passed its memory limit",
+    "OUT_OF_MEMORY": "out of memory: a node exceeded its memory limit",
     "PREEMPTED": "preempted by a job of higher priority",
     "RECONFIG_FAIL": "a node could not be configured",
     "REVOKED": "moved to another cluster",
-    "TIMEOUT": "its time limit passed",
+    "TIMEOUT": "it exceeded its time limit",
 }
 _QUOTAS = re.compile(r"QOS|Assoc|accounting/QOS policy|limit", re.IGNORECASE)
 
 
 class SlurmConfig(ClusterConfig):
-    """A training job on SLURM."""
+    """Settings of jobs on SLURM."""
 
     partition: str | None = None
-    """Partition; the cluster's own choice when empty."""
+    """Partition; empty: the cluster's default."""
     account: str | None = None
     """Account that is charged."""
     qos: str | None = None
     """Quality of service."""
     constraint: str | None = None
-    """Features that the nodes must have."""
+    """Features that nodes must have."""
     exclusive: bool = True
-    """Nodes of one's own."""
+    """Share no node with other jobs."""
     grace_seconds: int = Field(120, ge=30)
-    """Before the time limit the job saves, so many seconds early, and is queued again."""
+    """Seconds before the time limit at which the job saves and is queued again."""
     setup: str = ""
-    """Shell lines that make `python` the right one: module load, source .../activate."""
+    """Shell lines that put the right `python` on PATH: module load, source .../activate."""
     options: list[str] = Field([])
-    """Further options of sbatch, such as --reservation=NAME."""
+    """Additional options of sbatch, such as --reservation=NAME."""
 
     @field_validator("partition", "account", "qos", "constraint")
     @classmethod
     def _one_line(cls, value: str | None) -> str | None:
-        # A line of the batch script ends with it, and the next one would be a command.
+        # After a line break, the rest would be a command of the batch script.
         if value is not None and not value.isprintable():
-            raise ValueError("it has a line break or another character that cannot be printed")
+            raise ValueError("it contains a line break or another character that cannot be printed")
         return value
 
     @field_validator("options")
@@ -86,7 +86,7 @@ class SlurmConfig(ClusterConfig):
 
 
 class SlurmLauncher:
-    """One attempt at a run. Any process of the same user finds its job again by run and attempt."""
+    """Launches one attempt at a job. Any process of the same user can rejoin it by job and attempt."""
 
     pause = 10.0
 
@@ -97,69 +97,69 @@ class SlurmLauncher:
         """The batch script.
 
         Raises:
-            RecipeError: it would need more ranks than there are GPUs, or a path that no line of it can hold.
+            RecipeError: the job has more ranks than GPUs, or its path contains a line break.
         """
         self.config.check(processes)
         if not str(job.absolute()).isprintable():
             raise RecipeError(
-                f"the folder of the job, {str(job.parent)!r}, has a character that cannot be printed",
-                "Name another workspace",
+                f"the job's folder {str(job.parent)!r} contains a character that cannot be printed",
+                "Choose another workspace",
             )
         return _script(self.config, self.name, job.absolute(), processes)
 
     def require_seen(self, folder: Path) -> None:
-        """Where a cluster shares its storage cannot be seen from here."""
+        """Checks nothing: this machine cannot know which folders the nodes share."""
 
     def require_client(self) -> None:
-        """Refuse to go on without the commands of SLURM."""
+        """Refuse to continue if SLURM is not installed."""
         require_command("sbatch", LOGIN)
 
     def find(self, work: Path) -> str | None:
-        """The handle of the job of this run and attempt, None where there is none."""
+        """The handle of this attempt's job; None if it does not exist."""
         record = self._record(work)
         if record.exists():
             return record.read_text()
         queued = _run("squeue", "--me", "--noheader", "--format=%i", f"--name={self.name}")
-        # Jobs of the last month: without a start sacct knows today's only.
+        # Jobs of the last month; without a start time sacct lists only today's.
         past = ("--noheader", "--allocations", "--parsable2", "--format=JobIDRaw", "--starttime=now-30days")
         ids = queued.stdout.split() or _accounting(*past, f"--name={self.name}").split()
         return str(Handle(ids[-1], work)) if ids else None
 
     def submit(self, job: Path, processes: int, work: Path) -> str:
-        """Queue the job, or find the one that an earlier call queued.
+        """Queue the job, or rejoin the one that an earlier call queued.
 
         Raises:
-            StageFailed: sbatch refuses it.
+            StageFailed: sbatch refuses the job.
         """
         work = work.absolute()
         script = self.render(job, processes)
-        # SLURM takes two jobs of one name.
+        # SLURM accepts two jobs of the same name.
         with FileLock(work / f"{self.name}.lock"):
-            found = self.find(work)
-            if found:
-                return found
+            existing = self.find(work)
+            if existing:
+                return existing
             clear(work)
             (work / f"{self.name}.sbatch").write_text(script)
             try:
                 answer = _run("sbatch", "--parsable", text=script)
             except StageFailed as error:
-                # A controller that is too slow to answer has often taken the job all the same.
-                found = self.find(work)
-                if found:
-                    return found
+                # A controller that is too slow to answer has often accepted the job.
+                existing = self.find(work)
+                if existing:
+                    return existing
                 raise _refused(error) from error
             handle = str(Handle(answer.stdout.strip().split(";")[0], work))
             self._record(work).write_text(handle)
             return handle
 
     def _record(self, work: Path) -> Path:
-        """Where the handle is written: not every cluster keeps accounts of ended jobs."""
+        """The file of the handle, because not every cluster keeps accounts of ended jobs."""
         return work / f"{self.name}.handle"
 
     def poll(self, handle: str) -> State:
         number, work = Handle.parse(handle)
         state, _, _ = _status(number)
-        return State.RUNNING if state in _WAITS else ended(work)
+        return State.RUNNING if state in _WAITS else final_state(work)
 
     def why(self, handle: str) -> str:
         number, _ = Handle.parse(handle)
@@ -172,7 +172,7 @@ class SlurmLauncher:
         return _ENDS[state].format(exit=exit_code) if state in _ENDS else ""
 
     def cancel(self, handle: str, grace: float = 25.0) -> None:
-        """Have the batch script stop the ranks, which save; after the grace time SLURM ends what is left."""
+        """Have the batch script stop the ranks, which save; SLURM kills them after the grace time."""
         number, _ = Handle.parse(handle)
         state, _, _ = _status(number)
         if state not in _WAITS:
@@ -183,7 +183,7 @@ class SlurmLauncher:
                 return
         _run("scancel", number, check=False)
         if not _ends_within(number, _KILL_WAIT):
-            log.warning("SLURM job %s does not end; look at it with: scontrol show job %s", number, number)
+            log.warning("SLURM job %s does not end; check it with: scontrol show job %s", number, number)
 
     def logs(self, handle: str, lines: int = 50) -> str:
         return tail(Handle.parse(handle).work, lines)
@@ -221,11 +221,11 @@ def _script(config: SlurmConfig, name: str, job: Path, processes: int) -> str:
         "#!/bin/bash",
         *(f"#SBATCH {directive}" for directive in directives if directive),
         *(f"export {key}={shlex.quote(value)}" for key, value in variables.items()),
-        # Left by the start before, where this is a job that was queued again.
+        # Result files of an earlier start, if the job was queued again.
         f"rm -f {shlex.quote(str(job.parent / 'stopped'))} {shlex.quote(str(job.parent / 'error.json'))}",
         *config.setup.splitlines(),
         'export HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
-        "# Jobs that share a node do not share a port. Linux itself hands out those from 32768 on.",
+        "# Jobs on the same node need different ports. Linux assigns those from 32768 on itself.",
         "export PORT=$((20000 + SLURM_JOB_ID % 12000))",
     ]
     if config.cpus:
@@ -233,7 +233,7 @@ def _script(config: SlurmConfig, name: str, job: Path, processes: int) -> str:
     return "\n".join(lines) + "\n" + _WATCH.replace("COMMAND", shlex.quote(command))
 
 
-# TERM comes of a cancel or a preemption, USR1 before the time limit. Either way the ranks save first.
+# SLURM sends TERM at a cancel or preemption, and USR1 before the time limit. The ranks save in both cases.
 _WATCH = """\
 srun --kill-on-bad-exit=1 bash -c COMMAND &
 step=$!
@@ -252,7 +252,7 @@ def _run(*command: str, text: str | None = None, check: bool = True) -> subproce
     """Run a command of SLURM.
 
     Raises:
-        RecipeError: SLURM is not installed here.
+        RecipeError: SLURM is not installed.
         StageFailed: the command fails or does not answer.
     """
     try:
@@ -260,34 +260,34 @@ def _run(*command: str, text: str | None = None, check: bool = True) -> subproce
             command, input=text, capture_output=True, text=True, timeout=TIMEOUT, check=False
         )
     except FileNotFoundError as error:
-        raise RecipeError(f"there is no {command[0]} on this machine", LOGIN) from error
+        raise RecipeError(f"the command {command[0]} is not installed on this machine", LOGIN) from error
     except subprocess.TimeoutExpired as error:
         raise StageFailed(f"{command[0]} has not answered for {TIMEOUT:g} s", "Try again later") from error
     if check and done.returncode:
-        said = " ".join(done.stderr.split()) or f"it ended with status {done.returncode}"
-        raise StageFailed(f"{command[0]}: {said.removeprefix(f'{command[0]}: error: ')}", "Try again later")
+        output = " ".join(done.stderr.split()) or f"it ended with status {done.returncode}"
+        raise StageFailed(f"{command[0]}: {output.removeprefix(f'{command[0]}: error: ')}", "Try again later")
     return done
 
 
 def _refused(error: StageFailed) -> StageFailed:
-    """sbatch's answer, with what can be done about it."""
+    """sbatch's error with its remedy."""
     if _QUOTAS.search(error.problem):
-        remedy = "Ask for less, wait for other jobs, or choose another account or QOS"
+        remedy = "Request less, wait for other jobs, or choose another account or QOS"
         return StageFailed(f"quota exceeded: {error.problem}", remedy)
     return StageFailed(error.problem, "Change the setting that it names, or try again later")
 
 
 def _accounting(*options: str) -> str:
-    """sacct's answer; empty where the cluster keeps no accounts."""
+    """sacct's output; empty if the cluster keeps no accounts."""
     done = _run("sacct", *options, check=False)
     return done.stdout if done.returncode == 0 else ""
 
 
 def _status(number: str) -> tuple[str, str, str]:
-    """State of a job, its exit status, and why it waits; empty where SLURM has forgotten it.
+    """A job's state, exit status and reason for waiting; empty if SLURM no longer knows it.
 
-    squeue knows a job until some minutes after its end, sacct for months, but only where accounts are kept
-    and some seconds late.
+    squeue knows a job until some minutes after its end. sacct knows it for months, but only if accounts are
+    kept, and some seconds late.
     """
     queued = _patiently("squeue", "--noheader", "--states=all", f"--jobs={number}", "--format=%T|%r")
     now = queued.stdout.strip().partition("|") if queued.returncode == 0 else ("", "", "")
@@ -296,17 +296,17 @@ def _status(number: str) -> tuple[str, str, str]:
     options = ("--noheader", "--allocations", "--parsable2", "--format=State,ExitCode", f"--jobs={number}")
     state, _, exit_code = _accounting(*options).strip().partition("|")
     state = state.partition(" ")[0]  # CANCELLED by 1000
-    # Accounts lag behind, and of a job whose end was never booked they say RUNNING for ever.
+    # Accounts lag behind, and a job whose end was never recorded stays RUNNING there for ever.
     if not state or state in _WAITS:
         state = now[0]
     return state, exit_code.partition(":")[0] or "unknown", ""
 
 
 def _patiently(*command: str) -> subprocess.CompletedProcess[str]:
-    """squeue's answer, waited for while the controller is away: the job goes on meanwhile.
+    """squeue's output. While the controller is unreachable, the job continues and this call retries.
 
     Raises:
-        StageFailed: it stays away.
+        StageFailed: the controller is unreachable for too long.
     """
     limit, pause = time.monotonic() + AWAY, 0.25
     while True:
@@ -320,7 +320,7 @@ def _patiently(*command: str) -> subprocess.CompletedProcess[str]:
         if time.monotonic() + pause > limit:
             raise StageFailed(
                 f"SLURM has not answered for {AWAY:g} s ({problem})",
-                "The job may go on; resume the run when it is back",
+                "The job may continue; resume the run when SLURM is back",
             )
         time.sleep(pause)
         pause = min(2 * pause, 15.0)

@@ -1,4 +1,4 @@
-"""The torchrun command line of a training job, on one node or on many."""
+"""The command line that starts the ranks of a job, on one node or several."""
 
 import os
 import sys
@@ -9,15 +9,15 @@ from pathlib import Path
 MODULE = "dpo_core.job"
 
 LAUNCHED = "DPO_LAUNCHED"
-"""Variable by which a rank knows that a launcher started it, which passes on signals to stop."""
+"""Variable that tells a rank that a launcher started it, which forwards signals to stop."""
 
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """How the nodes of one job find each other. All run one command but for `host` and `address`.
+    """How the nodes of a job find each other. Their commands differ only in `host` and `address`.
 
-    The node that hosts the rendezvous store must live as long as the job; any other may be replaced by a new
-    one with the same values while restarts are left.
+    The node that hosts the rendezvous store must live as long as the job. Any other node can be replaced by a
+    new one with the same values, while restarts are left.
     """
 
     nodes: int
@@ -27,13 +27,13 @@ class Rendezvous:
     job: str
     """Name of the job at that endpoint; the same on every node and after a restart."""
     host: bool
-    """Whether this node holds the store. Said outright: torchrun's guess by host name can be wrong."""
+    """Whether this node holds the store. Explicit, because torchrun's guess by host name can be wrong."""
     address: str
-    """Address by which the other nodes reach this one."""
+    """Address at which the other nodes reach this one."""
     interface: str | None = None
-    """Network interface of that address, for gloo; without it gloo takes what the host name resolves to."""
+    """Network interface of that address, for gloo; by default the one that the host name resolves to."""
     restarts: int = 3
-    """Times that the ranks are started again after one was lost; one incident may need two."""
+    """How often the ranks restart after one was lost; one incident may need two."""
 
     def arguments(self) -> list[str]:
         """torchrun's options."""
@@ -48,8 +48,8 @@ class Rendezvous:
         ]
 
     def environment(self) -> dict[str, str]:
-        """Variables that torchrun and its ranks need beside."""
-        # With the store shared, agents remember where the first ranks met, and a new node never gets there.
+        """Environment variables of torchrun and its ranks."""
+        # If the store were shared, agents would remember its first address, and a new node would never join.
         variables = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         if self.interface:
             variables |= {"GLOO_SOCKET_IFNAME": self.interface, "NCCL_SOCKET_IFNAME": self.interface}
@@ -63,13 +63,13 @@ def command(
 
     Args:
         processes: ranks on each node.
-        rendezvous: where the nodes meet; None for one node.
+        rendezvous: how the nodes find each other; None for one node.
     """
     if processes == 1 and rendezvous is None:
-        # Nobody to find: torchrun would only take its own three seconds to start.
+        # torchrun is not needed and takes three seconds to start.
         return [sys.executable, "-u", "-m", module, "--config", str(job)]
-    # Alone, torchrun has its store at hand and cannot be cut off from it. By its address: a container may not
-    # know the machine's name, and torchrun would ask for it without end.
+    # A single node cannot be cut off from its store, so plain torchrun suffices. The address is explicit,
+    # because a container may not resolve its host name, and torchrun would retry for ever.
     starter = "dpo_core.training.elastic_agent" if rendezvous else "torch.distributed.run"
     meeting = rendezvous.arguments() if rendezvous else ["--standalone", "--local-addr=127.0.0.1"]
     start = [sys.executable, "-m", starter, *meeting, f"--nproc-per-node={processes}"]
@@ -77,14 +77,14 @@ def command(
 
 
 def node_command(job: Path, arguments: Sequence[str] = (), python: str = "python") -> list[str]:
-    """The command line of a node whose place among the others its scheduler tells.
+    """The command line of a node that a cluster's scheduler starts.
 
-    Whoever schedules starts lost nodes again, all together, so torchrun itself restarts nothing: the ranks
-    meet at a fixed address, and their end is the end of the job.
+    The scheduler restarts lost nodes, all together, so torchrun restarts nothing: the ranks meet at a fixed
+    address, and the job ends with them.
 
     Args:
-        arguments: torchrun's options; those that it takes from `PET_*` variables may be missing.
-        python: the interpreter there, which is not the one here.
+        arguments: torchrun's options, except those that it reads from `PET_*` variables.
+        python: the interpreter on the node.
     """
     return [python, "-m", "dpo_core.training.elastic_agent", *arguments, "-m", MODULE, "--config", str(job)]
 
@@ -95,13 +95,13 @@ NODE_ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
     "PYTHONSAFEPATH": "1",
 }
-"""What every node is given. PYTHONSAFEPATH: no package in the current folder replaces an installed one."""
+"""Variables of every node. PYTHONSAFEPATH: no package in the current folder replaces an installed one."""
 
 
 def environment(rendezvous: Rendezvous | None = None) -> dict[str, str]:
-    """The caller's environment without what would confuse torch or DeepSpeed."""
+    """This process's environment with the variables of a job."""
     variables = dict(os.environ)
-    # DeepSpeed looks for ninja on PATH even when nothing is built.
+    # DeepSpeed looks for ninja on PATH even if it compiles nothing.
     variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{variables.get('PATH', '')}"
     variables = NODE_ENVIRONMENT | variables | {LAUNCHED: "1", "PYTHONSAFEPATH": "1"}
     return variables | (rendezvous.environment() if rendezvous else {})

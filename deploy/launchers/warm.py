@@ -1,4 +1,4 @@
-"""The client of `dpo_core.job_server`: jobs of one process start at once, with the libraries loaded."""
+"""Starts jobs of one process without loading the libraries again: the client of `dpo_core.job_server`."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ from dpo_core.system import birth, write_atomic
 log = logging.getLogger("dpo")
 
 PID_FILE = "pid"
-"""File of a job's work folder: number and birth of the forked process that runs it."""
+"""File in a job's work folder with the id and start time of the process that runs it."""
 
 
 class ServerGone(Exception):
@@ -22,7 +22,7 @@ class ServerGone(Exception):
 
 
 class JobServer:
-    """One warm process for the jobs of a run; it starts with the first job and ends with `close`."""
+    """A process with loaded libraries that forks a run's jobs; it starts with the first job."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
@@ -30,7 +30,7 @@ class JobServer:
 
     @staticmethod
     def serves(processes: int) -> bool:
-        """Whether jobs of so many ranks are started warm: not where a GPU is, which no fork may inherit."""
+        """Whether the server starts jobs of so many ranks; never with a GPU, which a fork cannot inherit."""
         return processes == 1 and not Path("/dev/nvidia0").exists()
 
     def start(self, job: Path, output: Path) -> "WarmJob":
@@ -53,7 +53,7 @@ class JobServer:
         return status
 
     def close(self) -> None:
-        """End the server, and with it the jobs that still run."""
+        """End the server and its running jobs."""
         with self._lock:
             self._close()
 
@@ -94,7 +94,7 @@ class JobServer:
             except OSError as error:
                 raise ServerGone from error
             except BaseException:
-                # A signal broke off the exchange: the next answer would be taken for that of another request.
+                # A signal interrupted the exchange, and the next request would read this answer.
                 self._close()
                 raise
             if not answer:
@@ -113,11 +113,11 @@ class WarmJob:
         """Exit status, negative for a signal; None while it runs."""
         try:
             return self._server.status(self.pid)
-        except ServerGone:  # its jobs have ended with it
+        except ServerGone:  # its jobs end with it
             return -15
 
     def wait(self) -> None:
-        """Wait until it has ended."""
+        """Wait until the job has ended."""
         pause = threading.Event()
         while self.poll() is None:
             pause.wait(0.05)

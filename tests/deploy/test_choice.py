@@ -31,7 +31,7 @@ def test_a_cluster_is_a_parameter_of_a_flow() -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"on": "moon", "settings": {}}, "no cluster 'moon'; known are kubernetes, slurm, skypilot"),
+        ({"on": "moon", "settings": {}}, "no cluster 'moon'; choose one of kubernetes, slurm, skypilot"),
         ({"on": "slurm", "settings": {"a": 1}}, "Extra inputs are not permitted"),
         ({"on": "slurm"}, "valid dictionary or instance of SlurmConfig"),
         ("slurm", "valid dictionary"),

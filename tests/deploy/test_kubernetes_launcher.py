@@ -189,7 +189,7 @@ def test_a_server_that_stays_away_is_an_error_and_the_job_goes_on(
     [
         (lambda c: setattr(c, "quota", "object:exceeded quota: jobs"), "quota exceeded: .*jobs"),
         (lambda c: c.kinds.discard("trainjobs"), "404.*choose kind=jobset"),
-        (lambda c: c.faults.append(("POST", "403")), "refuses .403.*administrator"),
+        (lambda c: c.faults.append(("POST", "403")), "refused the request .403.*administrator"),
     ],
 )
 def test_a_refused_job_says_why(

@@ -151,7 +151,7 @@ def test_a_job_whose_rank_was_killed_says_so(
     wait_until(lambda: started(job), "a rank")
     ranks(tmp_path)[0].kill()
     wait_until(lambda: launcher.poll(handle) is not State.RUNNING, "the end")
-    assert "was killed (SIGKILL), and the kernel does not say" in launcher.why(handle)
+    assert "was killed (SIGKILL); the kernel reports no kill" in launcher.why(handle)
     kills = local._kills_for_memory()
     monkeypatch.setattr(local, "_kills_for_memory", lambda: kills + 1)
     assert launcher.why(handle).startswith("out of memory: ")

@@ -100,7 +100,7 @@ def test_names_are_labels_with_room_for_host_names(run: str) -> None:
 def test_a_handle_is_read_back_whatever_the_folder_is_called() -> None:
     handle = Handle("dpo-1", Path("/a folder/work"))
     assert Handle.parse(str(handle)) == handle
-    with pytest.raises(StageFailed, match="no handle"):
+    with pytest.raises(StageFailed, match="not a handle"):
         Handle.parse("4711")
 
 

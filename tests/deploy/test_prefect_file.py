@@ -72,15 +72,15 @@ def test_the_shipped_file_has_the_four_deployments() -> None:
         ("deployments.0.concurrency_limit.grace_period", 60, "did you mean grace_period_seconds?"),
         ("deployments.0.triggers.0.expected", ["x"], "did you mean expect?"),
         ("deploymets", [], "deploymets: there is no such key (did you mean deployments?)"),
-        ("deployments.0.zzz", 1, "known are name, description"),
+        ("deployments.0.zzz", 1, "use one of name, description"),
         ("deployments.0.schedules.0.timezone", "Europe/Berlim", "did you mean Europe/Berlin?"),
         ("deployments.0.schedules.0.timezone", ..., "schedules[0].timezone: Field required"),
         ("deployments.0.schedules.0.slug", ..., "slug: Field required"),
         ("deployments.0.schedules.0.active", ..., "active: Field required"),
         ("deployments.0.schedules.0.slug", "Every Night", "should match pattern"),
-        ("deployments.0.schedules.0.interval", 60, "exactly one of cron, interval, rrule (given: cron,"),
-        ("deployments.0.schedules.0.anchor_date", "2026-01-01", "interval and anchor_date belong together"),
-        ("deployments.0.concurrency_limit.limit", 0, "greater than or equal to 1 (given 0)"),
+        ("deployments.0.schedules.0.interval", 60, "exactly one of cron, interval, rrule (set: cron,"),
+        ("deployments.0.schedules.0.anchor_date", "2026-01-01", "anchor_date must be set together"),
+        ("deployments.0.concurrency_limit.limit", 0, "greater than or equal to 1 (the value is 0)"),
         ("deployments.0.concurrency_limit.collision_strategy", "QUEUE", "'ENQUEUE' or 'CANCEL_NEW'"),
         ("deployments.0.concurrency_limit", ..., "concurrency_limit: Field required"),
         ("deployments.0.entrypoint", "flows/deployed.py:deployed", "should match pattern"),
@@ -105,9 +105,9 @@ def test_a_fault_is_named_with_its_place_and_line(tmp_path: Path, place: str, va
 @pytest.mark.parametrize(
     ("place", "words"),
     [
-        ("deployments.0.schedules", "two of the slug night"),
-        ("deployments.0.triggers", "two of the trigger new"),
-        ("deployments", "two of the deployment nightly"),
+        ("deployments.0.schedules", "the slug night appears twice"),
+        ("deployments.0.triggers", "the trigger new appears twice"),
+        ("deployments", "the deployment nightly appears twice"),
     ],
 )
 def test_what_is_known_by_its_name_is_there_once(tmp_path: Path, place: str, words: str) -> None:

@@ -94,7 +94,7 @@ def test_no_setting_adds_a_line_to_the_script(field: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("name", ["A=1; touch x;B", "A B", "1A", "", "A\nB", "ÄB"])
 def test_what_is_no_name_of_a_variable_is_refused(name: str) -> None:
-    with pytest.raises(ValidationError, match="no name of a variable"):
+    with pytest.raises(ValidationError, match="not a valid variable name"):
         SlurmConfig(environment={name: "1"})
 
 
@@ -198,7 +198,7 @@ def test_before_the_time_limit_the_job_saves_and_is_queued_again(
         ("NODE_FAIL", "a node was lost"),
         ("PREEMPTED", "preempted by a job of higher priority"),
         ("OUT_OF_MEMORY", "out of memory"),
-        ("TIMEOUT", "its time limit passed"),
+        ("TIMEOUT", "exceeded its time limit"),
         ("CANCELLED", "cancelled"),
     ],
 )

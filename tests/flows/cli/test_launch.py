@@ -89,10 +89,18 @@ def test_settings_that_cannot_be_used_are_refused(on: str, settings: list[str], 
 @pytest.mark.parametrize(
     ("on", "settings", "words"),
     [
-        ("slurm", [], "there is no command sbatch on this machine.*login node"),
-        ("skypilot", ["bucket=s3://b", "mount={workspace}"], "there is no command sky on this machine"),
-        ("skypilot", ["bucket=s3://b", "mount=/ws"], "is not in the bucket, which machines see at /ws"),
-        ("kubernetes", ["image=i", "claim=c", "mount=/ws"], "is not on the volume, which pods see at /ws"),
+        ("slurm", [], "the command sbatch is not installed on this machine.*login node"),
+        (
+            "skypilot",
+            ["bucket=s3://b", "mount={workspace}"],
+            "the command sky is not installed on this machine",
+        ),
+        ("skypilot", ["bucket=s3://b", "mount=/ws"], "is not in the bucket that the nodes mount at /ws"),
+        (
+            "kubernetes",
+            ["image=i", "claim=c", "mount=/ws"],
+            "is not on the volume that the pods mount at /ws",
+        ),
         (
             "kubernetes",
             ["image=i", "claim=c", "mount={workspace}"],

@@ -62,7 +62,7 @@ def test_a_trainer_that_the_kernel_killed_for_memory(finished, small):
     forget_from(own, "train-dpo DPO")
     flow, said = run_until(own, rank_of, small)
     assert flow.returncode == 4, said
-    assert "error: train-dpo DPO failed: out of memory: the kernel killed a process of it. " in said
+    assert "error: train-dpo DPO failed: out of memory: the kernel killed one of its processes. " in said
     for remedy in ("micro_batch_size", "pack_tokens", "engine.gradient_checkpointing=true", "dpo plan"):
         assert remedy in said
     assert "to resume: dpo run" in said
