@@ -19,10 +19,10 @@ from dpo_core.models.dropout import disable_dropout, set_training
 from dpo_core.models.load import load_model, read_config
 from dpo_core.models.source import check_source_context, locate, position_limit
 from dpo_core.scoring.attention import attention_on_trial, whole_blocks
+from dpo_core.scoring.autocast import autocast, effective
 from dpo_core.scoring.branch_scores import branch_scores
 from dpo_core.scoring.document import Document
 from dpo_core.scoring.layout import pack, pad
-from dpo_core.scoring.logprobs import autocast
 from dpo_core.scoring.packing_check import RAW_ERRORS, difference, first_line, packing_fault, trial_documents
 from dpo_core.scoring.precision import Precision
 
@@ -186,9 +186,9 @@ def _reads_ahead(model: Any, document: Document) -> str | None:
 
 def _reduced_fault(model: nn.Module, precision: Precision) -> str | None:
     """Packs in bf16 must be about as near to fp32 as padded rows in bf16 are."""
-    if precision == "fp32":
-        return None
     device = next(model.parameters()).device
+    if effective(precision, device) == "fp32":
+        return None
     documents = trial_documents(model, _SHORT)
     tokens = sum(map(len, documents))
     layouts = pad(documents), pack(documents, whole_blocks(tokens) if device.type == "cuda" else None)

@@ -35,6 +35,12 @@ def shared() -> Path:
     return folder
 
 
+@pytest.fixture
+def real_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 also on a processor that has to compute it in loops: fast enough for a tiny model."""
+    monkeypatch.setattr("dpo_core.scoring.autocast._processor_has_bf16", lambda: True)
+
+
 @pytest.fixture(scope="session")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """An empty workspace with the tiny recipe, in a folder with packages of the names of this project's."""

@@ -7,6 +7,7 @@ import numpy as np
 
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.document import Document, MicroBatch
+from dpo_core.scoring.precision import Precision
 from dpo_core.training.batches import PackedBatches, PaddedBatches
 from dpo_core.training.config import EngineConfig, LoopConfig, PackedLoopConfig
 
@@ -19,7 +20,7 @@ class Work:
 
     tokens: float = 0.0
     flops: float = 0.0
-    precision: str = "fp32"
+    precision: Precision = "fp32"
     processes: int | None = None
     """Ranks on each node; empty: those of the recipe's `inference`."""
     engine: EngineConfig | None = None

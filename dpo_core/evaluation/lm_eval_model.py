@@ -14,6 +14,7 @@ from dpo_core.errors import ModelError, StageFailed
 from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.model_check import check_definition
 from dpo_core.models.source import check_context
+from dpo_core.scoring.autocast import effective
 from dpo_core.scoring.logprobs import completion_scores
 from dpo_core.scoring.precision import Precision
 
@@ -34,11 +35,12 @@ class HarnessLM(HFLM):
         token_budget: int = 2048,
         batch_size: int = 8,
     ) -> None:
+        half = effective(precision, subject.model.device) == "bf16"
         super().__init__(
             pretrained=subject.model,
             tokenizer=subject.tokenizer,
             batch_size=batch_size,
-            mixed_precision_dtype="bfloat16" if precision == "bf16" else None,
+            mixed_precision_dtype="bfloat16" if half else None,
             softmax_dtype="float32",
         )
         self.precision, self.token_budget, self.ranks = precision, token_budget, subject.ranks

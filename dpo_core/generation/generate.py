@@ -12,6 +12,7 @@ from torch import Tensor
 from dpo_core.generation.config import SamplingConfig
 from dpo_core.generation.next_token import cache_is_exact, open_rows
 from dpo_core.ranks import Alone, Ranks
+from dpo_core.scoring.autocast import effective
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ def sample(
     """
     stops = frozenset([eos_id] if isinstance(eos_id, int) else eos_id)
     cache_is_exact(model)  # tried in full precision; a copy keeps the answer
-    sampler = copy.deepcopy(model).to(torch.bfloat16) if config.precision == "bf16" else model
+    precision = effective(config.precision, next(model.parameters()).device)
+    sampler = copy.deepcopy(model).to(torch.bfloat16) if precision == "bf16" else model
     places = range(len(prompts)) if places is None else places
     # Neighbours in length share a batch, so that little of it is padding.
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))

@@ -14,8 +14,9 @@ from dpo_core.models.reward_model import RewardModel
 from dpo_core.ranks import Alone, Ranks
 from dpo_core.rewards.functions import is_reward_model, load_reward
 from dpo_core.scoring import flops as cost
+from dpo_core.scoring.autocast import autocast
 from dpo_core.scoring.layout import right_padded
-from dpo_core.scoring.logprobs import autocast, length_batches
+from dpo_core.scoring.logprobs import length_batches
 from dpo_core.scoring.model_shape import shape_of_config
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.ranks import Alone, Ranks
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.attention import whole_blocks
+from dpo_core.scoring.autocast import autocast
 from dpo_core.scoring.branch_scores import branch_scores
 from dpo_core.scoring.document import Document
 from dpo_core.scoring.layout import pack, pad
@@ -25,13 +26,6 @@ from dpo_core.scoring.precision import Precision
 
 # Completions that share one prompt in a pack: attention over more of them costs what the prompt saves.
 SIBLINGS = 4
-
-
-def autocast(precision: Precision, device: torch.device | str = "cpu") -> AbstractContextManager[Any]:
-    """bf16 autocast over fp32 weights, or nothing."""
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(torch.device(device).type, torch.bfloat16)
 
 
 class CompletionScores(NamedTuple):

@@ -28,10 +28,10 @@ from dpo_core.objectives import (
 )
 from dpo_core.reference import LogpShard, sequence_key
 from dpo_core.scoring import flops as cost
+from dpo_core.scoring.autocast import autocast
 from dpo_core.scoring.branch_scores import BranchScores, branch_scores
 from dpo_core.scoring.document import Document
 from dpo_core.scoring.flops import keeps_logits
-from dpo_core.scoring.logprobs import autocast
 from dpo_core.scoring.model_shape import shape_of
 from dpo_core.trainers.common import Export, export_model, start
 from dpo_core.trainers.start_check import require_reference_values

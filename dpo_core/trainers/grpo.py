@@ -15,7 +15,7 @@ from dpo_core.methods.grpo import GrpoConfig
 from dpo_core.methods.job import Job
 from dpo_core.models.dropout import set_training
 from dpo_core.models.load import load_model
-from dpo_core.scoring.logprobs import autocast
+from dpo_core.scoring.autocast import autocast
 from dpo_core.trainers.common import Export, start
 from dpo_core.trainers.online import grpo_math, ppo_math
 from dpo_core.trainers.online.loop import OnlineTrainer, export_trained

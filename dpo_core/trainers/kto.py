@@ -26,9 +26,9 @@ from dpo_core.objectives import UnpairedLogps, class_means, get, unpaired_metric
 from dpo_core.reference import LogpShard, sequence_key
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.attention import whole_blocks
+from dpo_core.scoring.autocast import autocast
 from dpo_core.scoring.branch_scores import branch_scores
 from dpo_core.scoring.document import Document
-from dpo_core.scoring.logprobs import autocast
 from dpo_core.trainers.common import Export, export_model, start
 from dpo_core.trainers.start_check import require_reference_values
 from dpo_core.training.batches import Batch

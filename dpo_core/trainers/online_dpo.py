@@ -22,8 +22,8 @@ from dpo_core.models.dropout import set_training
 from dpo_core.models.load import load_model
 from dpo_core.objectives import PairLogps, Totals, combine, get, pair_metrics
 from dpo_core.scoring import flops as cost
+from dpo_core.scoring.autocast import autocast
 from dpo_core.scoring.branch_scores import branch_scores
-from dpo_core.scoring.logprobs import autocast
 from dpo_core.trainers.common import Export, start
 from dpo_core.trainers.online.grpo_math import flat_groups
 from dpo_core.trainers.online.loop import OnlineTrainer, export_trained, move

@@ -26,9 +26,9 @@ from dpo_core.models.reward_model import RewardModel
 from dpo_core.rewards.functions import is_reward_model
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.attention import trunk_of
+from dpo_core.scoring.autocast import autocast
 from dpo_core.scoring.document import Document
 from dpo_core.scoring.layout import PaddedRows, pad
-from dpo_core.scoring.logprobs import autocast
 from dpo_core.trainers.common import Export, start
 from dpo_core.trainers.online import ppo_math
 from dpo_core.trainers.online.loop import OnlineTrainer, export_trained

@@ -11,9 +11,9 @@ from dpo_core.data.files.parquet import read_rows
 from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.methods.job import Job
 from dpo_core.methods.sft import SftConfig
+from dpo_core.scoring.autocast import autocast
 from dpo_core.scoring.branch_scores import branch_scores
 from dpo_core.scoring.document import Document
-from dpo_core.scoring.logprobs import autocast
 from dpo_core.trainers.common import Export, export_model, start
 from dpo_core.training.loop import PackedTrainer
 

@@ -31,7 +31,8 @@ class EngineConfig(Config):
     """How the arithmetic is done and how often it is saved."""
 
     precision: Literal["fp32", "bf16"] = "bf16"
-    """bf16: autocast over fp32 weights and an fp32 head. fp32: everything in fp32."""
+    """bf16: autocast over fp32 weights and an fp32 head; fp32 on processors without bf16 arithmetic (x86
+    without AVX-512). fp32: everything in fp32."""
     zero_stage: int = Field(0, ge=0, le=3)
     """DeepSpeed ZeRO stage. 0 replicates everything and is the fastest in one process."""
     offload: Literal["none", "optimizer", "parameters"] = "none"

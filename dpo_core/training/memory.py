@@ -21,10 +21,10 @@ from dpo_core.models.build import build
 from dpo_core.models.dropout import set_training
 from dpo_core.models.transformers_lock import quiet_transformers
 from dpo_core.scoring.attention import checkpoint_layers, has_flex_heads, packed_hidden, trunk_of
+from dpo_core.scoring.autocast import autocast
 from dpo_core.scoring.branch_scores import hidden_of, token_scores
 from dpo_core.scoring.cpu_attention import DocumentParts
 from dpo_core.scoring.layout import Layout, Pack
-from dpo_core.scoring.logprobs import autocast
 from dpo_core.training.engine import EngineConfig
 
 # Resident before the first weight: Python, PyTorch, transformers, DeepSpeed and their libraries (torch 2.13,

@@ -10,7 +10,9 @@ import torch
 from pydantic import ValidationError
 
 from dpo_core.methods.registry import methods
+from dpo_core.scoring.autocast import effective
 from dpo_core.scoring.matmul_rate import matmul_rate
+from dpo_core.scoring.precision import Precision
 from tasks.reports.run_report import RunReport, StageRow
 from tasks.stages.registry import is_stage, stage_of
 from tasks.store.facts import Facts, facts_of
@@ -63,7 +65,7 @@ class Speed:
             earlier=earlier,
         )
 
-    def seconds(self, stage: str, flops: float, precision: str, processes: int) -> float:
+    def seconds(self, stage: str, flops: float, precision: Precision, processes: int) -> float:
         """Time of a stage."""
         overhead = stage_of(stage).overhead
         if not flops:
@@ -72,7 +74,8 @@ class Speed:
         # Ranks on one CPU share its cores.
         return overhead + flops / (rate * (processes if self.on_gpu else 1))
 
-    def _matmul(self, precision: str) -> float:
+    def _matmul(self, precision: Precision) -> float:
+        precision = effective(precision, "cuda" if self.on_gpu else "cpu")
         if precision not in self.timed:
             self.timed[precision] = matmul_rate(torch.bfloat16 if precision == "bf16" else torch.float32)
         return self.timed[precision]

@@ -67,6 +67,7 @@ def test_an_override_without_a_model_is_an_error() -> None:
     assert result.exit_code != 0
 
 
+@pytest.mark.usefixtures("real_bf16")
 def test_bf16_packs_are_tried_too(tmp_path: Path) -> None:
     """Keys and values of two sizes, which a kernel for bf16 may take for one."""
     code, answer = ask("--model", str(make_family(tmp_path / "m", "deepseek_v3")))

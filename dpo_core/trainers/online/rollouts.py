@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from dpo_core.data.tokens.tokenise import Sequence
+from dpo_core.scoring.autocast import autocast
 from dpo_core.scoring.branch_scores import hidden_of, token_scores
 from dpo_core.scoring.document import Document
 from dpo_core.scoring.layout import PaddedRows, pad
-from dpo_core.scoring.logprobs import autocast
 from dpo_core.scoring.precision import Precision
 
 

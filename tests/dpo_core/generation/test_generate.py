@@ -152,6 +152,7 @@ def test_answers_come_in_the_order_of_their_prompts(small: Any) -> None:
     assert seen == [3, 4]
 
 
+@pytest.mark.usefixtures("real_bf16")
 def test_bf16_leaves_the_model_as_it_was(tiny: Path) -> None:
     model = load_model(tiny)
     before = {name: p.clone() for name, p in model.named_parameters()}

@@ -119,6 +119,7 @@ CHANGES: dict[str, tuple[Any, int]] = {
 }
 
 
+@pytest.mark.usefixtures("real_bf16")
 @pytest.mark.parametrize("what", CHANGES)
 def test_what_decides_a_log_prob_is_computed_anew(
     tiny: Path, tmp_path: Path, what: str, forwards: list[str]

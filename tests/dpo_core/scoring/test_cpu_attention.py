@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from dpo_core.scoring.attention import packed_hidden
+from dpo_core.scoring.autocast import autocast
 from dpo_core.scoring.branch_scores import branch_scores
 from dpo_core.scoring.cpu_attention import Bf16Attention, DocumentParts
 from dpo_core.scoring.layout import Pack, pack
-from dpo_core.scoring.logprobs import autocast
 from tests.dpo_core.scoring.test_layout import dense_mask, documents, llama
 
 
@@ -44,6 +44,7 @@ def test_values_and_gradients_are_near_those_of_fp32(heads, kv_heads):
         assert (ours - theirs).abs().max() <= 0.03 * theirs.abs().max()
 
 
+@pytest.mark.usefixtures("real_bf16")
 def test_a_model_under_autocast_is_near_itself_in_fp32_and_reads_nothing_it_may_not_see():
     chosen = documents(9, seed=5, longest=30)
     weights = torch.from_numpy(np.random.default_rng(0).normal(size=(18, 30))).float()

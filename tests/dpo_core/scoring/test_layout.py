@@ -16,10 +16,10 @@ from transformers import (
 
 from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.scoring.attention import _blocks, block_mask, has_flex_heads
+from dpo_core.scoring.autocast import autocast
 from dpo_core.scoring.branch_scores import branch_scores, hidden_of
 from dpo_core.scoring.document import Document
 from dpo_core.scoring.layout import pack, pad
-from dpo_core.scoring.logprobs import autocast
 from dpo_core.scoring.packing_check import packing_fault
 from tests.support.models.logps import full_logps
 

@@ -18,10 +18,11 @@ from dpo_core.model_check import check_definition
 from dpo_core.scoring import attention
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring import lm_head as head
+from dpo_core.scoring.autocast import autocast
 from dpo_core.scoring.branch_scores import branch_scores, hidden_of, token_scores
 from dpo_core.scoring.document import Document
 from dpo_core.scoring.layout import PaddedRows, pad
-from dpo_core.scoring.logprobs import autocast, completion_logps, length_batches
+from dpo_core.scoring.logprobs import completion_logps, length_batches
 from tests.support.models.logps import full_logps, random_sequences
 
 
@@ -229,6 +230,7 @@ def test_recomputed_chunks_give_the_kept_values(
     assert len(passes) == 2 * chunks
 
 
+@pytest.mark.usefixtures("real_bf16")
 def test_bf16_keeps_the_head_in_fp32(model: Any, sequences: list[Sequence]) -> None:
     rows = padded(sequences)
     with torch.no_grad():
@@ -244,6 +246,7 @@ def test_bf16_keeps_the_head_in_fp32(model: Any, sequences: list[Sequence]) -> N
     torch.testing.assert_close(rounded, exact, rtol=0, atol=0.1)
 
 
+@pytest.mark.usefixtures("real_bf16")
 def test_bf16_packs_are_as_near_to_fp32_as_bf16_rows(model: Any) -> None:
     sequences = families(4)
     exact, packed = (

@@ -156,6 +156,7 @@ def test_sampler_and_trainer_are_the_same_policy(straight: Path) -> None:
         assert line["sampling/importance_sampling_ratio/max"] == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.usefixtures("real_bf16")
 def test_a_bf16_sampler_shows_in_the_difference(alone: None, tiny: Path, tmp_path: Path) -> None:
     sampling = {"max_new_tokens": 8, "batch_size": 16, "precision": "bf16"}
     job = online_job(

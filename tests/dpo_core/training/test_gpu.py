@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from dpo_core.scoring.autocast import autocast
 from dpo_core.scoring.branch_scores import branch_scores
 from dpo_core.scoring.layout import pack, pad
-from dpo_core.scoring.logprobs import autocast
 from dpo_core.training.loop import compile_layers
 from tests.dpo_core.scoring.test_layout import SIZES, documents
 from tests.support.models.tiny import make_tiny_model

@@ -17,10 +17,10 @@ from dpo_core.methods.dpo import DpoConfig
 from dpo_core.methods.ppo import PpoConfig
 from dpo_core.models.load import load_tokenizer
 from dpo_core.scoring.attention import checkpoint_layers
+from dpo_core.scoring.autocast import autocast
 from dpo_core.scoring.branch_scores import branch_scores
 from dpo_core.scoring.document import Document
 from dpo_core.scoring.layout import Layout, pack, pad
-from dpo_core.scoring.logprobs import autocast
 from dpo_core.training.batches import PackedBatches, PaddedBatches
 from dpo_core.training.engine import EngineConfig
 from dpo_core.training.memory import PROCESS_BYTES, _Living, step_memory, training_memory
