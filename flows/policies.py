@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flows.preparation import Keep, Prepared
-from tasks.recipe.policies import REFERENCE, elsewhere
+from tasks.recipe.policies import REFERENCE, is_external
 from tasks.recipe.study import Node
 from tasks.signals import Stop
 from tasks.stages.base import Context, StageResult
@@ -165,7 +165,7 @@ class _Trainer:
     def _model(self, name: str, seed: int) -> Manifest:
         if name == REFERENCE:
             return self.prepared.reference
-        return self.prepared.models[name] if elsewhere(name) else self.earlier[name, seed].manifest
+        return self.prepared.models[name] if is_external(name) else self.earlier[name, seed].manifest
 
     def _needed(self, node: Node) -> dict[str, Manifest]:
         """What the policies that this one needs took, and they themselves."""

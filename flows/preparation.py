@@ -10,7 +10,7 @@ from dpo_core.data.tokens.config import settled
 from dpo_core.errors import RecipeError
 from dpo_core.methods.reward import no_agreement
 from tasks.promotion.champion import find_champion
-from tasks.recipe.policies import elsewhere
+from tasks.recipe.policies import is_external
 from tasks.recipe.recipe import Recipe
 from tasks.reports.run_warnings import too_few_prompts
 from tasks.stages.base import Context, StageResult
@@ -83,7 +83,7 @@ def prepare(context: Context, recipe: Recipe, keep: Keep) -> Prepared:
 def _from_elsewhere(context: Context, recipe: Recipe, base: Manifest, keep: Keep) -> dict[str, Manifest]:
     """The models from outside the recipe that policies name, which must read the tokens of this run."""
     models = {}
-    for name in dict.fromkeys(m for node in recipe.nodes() for m in node.config.models if elsewhere(m)):
+    for name in dict.fromkeys(m for node in recipe.nodes() for m in node.config.models if is_external(m)):
         config = recipe.model.model_copy(update={"name": name, "revision": None, "scratch": None})
         labelled = context.labelled(f" {name}")
         model = keep(import_model(labelled, config, recipe.tokens.max_length, recipe.precision))
@@ -161,7 +161,7 @@ def _require_labels(recipe: Recipe, kind: str) -> None:
                 "pairs",
                 "Set reward.source",
             )
-        if recipe.learned_reward:
+        if recipe.trains_reward_model:
             raise RecipeError(
                 "the data are unpaired rows, and a policy's reward is a model, which is trained on pairs",
                 "Leave the policy's reward out",

@@ -9,7 +9,7 @@ from deploy.launchers import Cluster
 from dpo_core.errors import DpoError, GateRefused, without_secrets
 from dpo_core.redaction import hidden
 from flows.process.environment import hide_secrets_in_logs
-from tasks.preflight import check_ahead
+from tasks.preflight import check_before_run
 from tasks.promotion.model_source import pinned_name
 from tasks.provenance import command_line
 from tasks.recipe.recipe import Recipe
@@ -41,7 +41,7 @@ def recorded(
         cluster: where the training jobs run; None: on this machine.
     """
     hide_secrets_in_logs()
-    check_ahead(recipe, resume, cluster)
+    check_before_run(recipe, resume, cluster)
     workspace = open_workspace(recipe.workspace)
     command = command or command_line()
     tracker = Tracker(recipe.tracking, workspace)

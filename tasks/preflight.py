@@ -1,4 +1,7 @@
-"""What a look can refuse, before a server is started, a run is recorded or a model is loaded."""
+"""Pre-flight checks: reject a recipe whose files, model, cluster or tracking database cannot be used.
+
+They run before a server is started, a run is recorded or a model is loaded.
+"""
 
 import logging
 import sqlite3
@@ -28,13 +31,13 @@ log = logging.getLogger("dpo")
 _TRACKED = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
 
 
-def check_ahead(recipe: Recipe, resume: str | None = None, cluster: Cluster | None = None) -> None:
+def check_before_run(recipe: Recipe, resume: str | None = None, cluster: Cluster | None = None) -> None:
     """Refuse a recipe whose workspace, cluster, files, reward, model or tracking database cannot be used.
 
-    Only what costs no more than seconds is looked at; a model on the hub is fetched here.
+    The checks take seconds, except that a model on the hub is downloaded.
 
     Raises:
-        DpoError: the first fault found; nothing was written but the empty workspace.
+        DpoError: the first fault; nothing was written but the empty workspace.
     """
     workspace = open_workspace(recipe.workspace)
     require_writable(workspace)
@@ -73,12 +76,12 @@ def _check_suites(recipe: Recipe) -> None:
 
 
 def _check_database(uri: str, workspace: Path) -> None:
-    """A tracking database that is a local file can be opened and written; MLflow would wait for it."""
+    """Refuse a local tracking database that cannot be opened or written; MLflow would only wait for it."""
     kind = uri.partition(":")[0].partition("+")[0]
     if kind not in _TRACKED:
         raise RecipeError(
-            f"MLflow knows no tracking URI like {uri}",
-            f"Set tracking.uri to one of {', '.join(_TRACKED)}, or leave it out",
+            f"MLflow supports no tracking URI like {uri}",
+            f"Set tracking.uri to a URI that begins with one of {', '.join(_TRACKED)}, or leave it out",
         )
     if not uri.startswith("sqlite:///"):
         return
@@ -90,8 +93,8 @@ def _check_database(uri: str, workspace: Path) -> None:
             tempfile.TemporaryFile(dir=path.parent).close()
             if tracked and path == workspace / "mlflow.db":
                 log.warning(
-                    "the tracking database %s of %d earlier runs is gone or empty: a new one begins, which "
-                    "knows no earlier run, model or champion",
+                    "the tracking database %s of %d earlier runs is missing or empty: a new one is created, "
+                    "without the earlier runs, models and champion",
                     path,
                     len(tracked),
                 )
@@ -99,9 +102,9 @@ def _check_database(uri: str, workspace: Path) -> None:
         database = sqlite3.connect(path, timeout=0)
         try:
             begin_writing(database)
-            # Pages that do not fit each other; what stands in a cell SQLite cannot check.
-            found = [row[0] for row in database.execute("pragma quick_check(20)")]
-            faults = [line for text in found for line in text.splitlines() if not _harmless(line)]
+            # The check finds inconsistent pages; it cannot check the values.
+            messages = [row[0] for row in database.execute("pragma quick_check(20)")]
+            faults = [line for text in messages for line in text.splitlines() if not _harmless(line)]
             if faults:
                 raise sqlite3.DatabaseError(f"it is damaged: {faults[0]}")
             database.rollback()
@@ -113,10 +116,10 @@ def _check_database(uri: str, workspace: Path) -> None:
         why = getattr(error, "strerror", None) or error
         raise RecipeError(
             f"the tracking database {path} cannot be used ({why})",
-            "Make it writable or put back a copy, or set tracking.uri to another one",
+            "Make it writable, restore a copy, or set tracking.uri to another one",
         ) from error
 
 
 def _harmless(line: str) -> bool:
-    """Of what SQLite's check says: headings, and pages that a write left unused when the disk failed."""
+    """True for lines of SQLite's check that are headings, or pages left unused by a failed write."""
     return line == "ok" or line.startswith("***") or line.endswith("is never used")

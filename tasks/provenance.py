@@ -1,4 +1,4 @@
-"""Where a run's numbers come from: the code that ran, the packages, the machine."""
+"""Provenance of a run: code version, packages, machine and command line."""
 
 import importlib.metadata
 import os
@@ -15,17 +15,17 @@ from dpo_core.redaction import hidden
 
 
 def source_tags() -> dict[str, str]:
-    """Which code ran: commit, branch and dirty flag from git, else the commit in $DPO_GIT_COMMIT."""
+    """MLflow tags of the code: commit, branch and dirty flag from git, else the commit in $DPO_GIT_COMMIT."""
     here = Path(__file__)
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(here.parent), "--no-optional-locks", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-        return done.stdout.strip()
+        process = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return process.stdout.strip()
 
     tags = {"mlflow.source.name": "dpo", "mlflow.source.type": "LOCAL"}
     try:
-        # An installed package may lie in a folder that belongs to some other repository.
+        # An installed package may be in a folder of another repository.
         git("ls-files", "--error-unmatch", here.name)
         tags["mlflow.source.git.commit"] = git("rev-parse", "HEAD")
         tags["mlflow.source.git.branch"] = git("rev-parse", "--abbrev-ref", "HEAD")
@@ -37,7 +37,7 @@ def source_tags() -> dict[str, str]:
 
 
 def environment() -> dict[str, Any]:
-    """Python, packages and machine."""
+    """Versions of Python and packages, and facts of the machine."""
     packages = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
     return {
         "python": platform.python_version(),
@@ -56,7 +56,7 @@ def hardware() -> str:
 
 
 def _gpu_names() -> list[str]:
-    """The GPUs that NVIDIA's driver of this machine knows: PyTorch need not be installed here."""
+    """GPU names from NVIDIA's driver, because PyTorch may not be installed here."""
     names = []
     for file in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
         fields = dict(line.split(":", 1) for line in file.read_text().splitlines() if ":" in line)

@@ -1,10 +1,10 @@
-"""How a run that is told to stop comes to its end, and in time.
+"""Signal handling: stop a run in order and within a time limit after SIGINT, SIGTERM or SIGHUP.
 
 The first signal raises in the main thread: KeyboardInterrupt, `Terminated`, or Prefect's TerminationSignal.
-On its way out it passes what has to be brought to an end: a job saves its state, MLflow and the record of the
-run are told. None of that may be cut short: from `Stop.begin` on signals raise no more, and work in other
-threads ends at its next sign of progress. Nor may a signal raise in the middle of a database's transaction:
-see `undisturbed`.
+While the error propagates, the running job saves its state, and the status is written to MLflow and to the
+run's record. Nothing may interrupt that: after `Stop.begin` signals raise no more, and work in other threads
+ends at its next progress update. A signal must not raise inside a database transaction either: see
+`signals_deferred`.
 """
 
 import os
@@ -17,12 +17,12 @@ from types import FrameType
 from typing import NoReturn
 
 LIMIT = 25.0
-"""Seconds from the signal to the end, whatever hangs; a temporary server may take 5 more."""
+"""Seconds from the first signal to the end of the process; a temporary server may take 5 more."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Terminated(SystemExit):
-    """SIGTERM or SIGHUP came; the exit status is the one that shells know."""
+    """SIGTERM or SIGHUP arrived; the exit status follows the convention of shells."""
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
@@ -30,21 +30,21 @@ class Terminated(SystemExit):
 
 
 class WorkStopped(BaseException):
-    """The run is being stopped, and this thread's work with it."""
+    """Ends the work of a thread whose run is being stopped."""
 
 
 def _is_stop(error: BaseException) -> bool:
-    prefect = sys.modules.get("prefect.exceptions")  # not imported for this: nobody else raises its signal
+    prefect = sys.modules.get("prefect.exceptions")  # if it was not imported, nothing raises its signal
     stops = (KeyboardInterrupt, SystemExit, WorkStopped)
     return isinstance(error, stops) or (prefect is not None and isinstance(error, prefect.TerminationSignal))
 
 
 class Stop:
-    """The stop of one run: whether it has begun, why, and the clock that ends what hangs."""
+    """The stop of one run: whether it has begun, its reason, and the timer that ends a hanging process."""
 
     def __init__(self) -> None:
-        self.hurry = threading.Event()
-        """Set by a second Ctrl-C: jobs that are cancelled get no time to save."""
+        self.no_time_to_save = threading.Event()
+        """Set by a second Ctrl-C: cancelled jobs get no time to save."""
         self._begun = threading.Event()
         self._reason = ""
         self._timer: threading.Timer | None = None
@@ -55,7 +55,7 @@ class Stop:
         return self._reason if self._begun.is_set() else None
 
     def begin(self, error: BaseException) -> None:
-        """If the error is that of a signal, let nothing disturb the run's end any more, nor let it last.
+        """If a signal raised the error, ignore further signals and start the timer.
 
         Later errors are consequences: a console whose reader, the worker, is gone raises SystemExit.
         """
@@ -66,25 +66,25 @@ class Stop:
         if isinstance(error, SystemExit) and not isinstance(error, Terminated):
             self._reason = f"stopped by {error!r}"
         self._begun.set()
-        self.start_clock(number)
+        self.start_timer(number)
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 signal.signal(number, self.on_later_signal)
 
     def check(self) -> None:
-        """Raise `WorkStopped` in a thread of a run that is being stopped; the main thread has its signal."""
+        """Raise `WorkStopped` if the run is being stopped and this is not the main thread."""
         if self._begun.is_set() and threading.current_thread() is not threading.main_thread():
             raise WorkStopped
 
-    def start_clock(self, number: int) -> None:
-        """End the process `LIMIT` seconds after its first signal, whatever hangs."""
+    def start_timer(self, number: int) -> None:
+        """End the process `LIMIT` seconds after its first signal, even if something hangs."""
         if self._timer is None:
             self._timer = threading.Timer(LIMIT, os._exit, [128 + number])
             self._timer.daemon = True
             self._timer.start()
 
-    def stop_clock(self) -> None:
-        """The command has ended in time."""
+    def stop_timer(self) -> None:
+        """Cancel the timer, because the command has ended in time."""
         if self._timer:
             self._timer.cancel()
             self._timer = None
@@ -97,35 +97,35 @@ class Stop:
 
     def on_later_signal(self, number: int, frame: FrameType | None) -> None:
         """Handler once the stop has begun: raises nothing."""
-        # Who presses Ctrl-C twice does not want to wait until the step at hand is saved.
+        # A user who presses Ctrl-C twice does not want to wait until the current step is saved.
         if number == signal.SIGINT:
-            self.hurry.set()
+            self.no_time_to_save.set()
 
 
 def stop_of_process() -> Stop:
-    """The stop that signals to this process begin; a new one where `stoppable` handles none of them.
+    """The `Stop` that handles this process's signals; a new one if `stoppable` handles none of them.
 
-    The process's table of handlers, which Python keeps, says whose they are: a variable beside it could
-    disagree. Under a worker, Prefect's handler raises an error, and the new stop begins with that.
+    It is read from the process's signal handlers, because a separate variable could disagree with them. Under
+    a worker, Prefect's handler raises an error, and the new stop begins with that error.
     """
     owners = (_owner(signal.getsignal(number)) for number in _SIGNALS)
     return next((stop for stop in owners if stop), None) or Stop()
 
 
 def _owner(handler: object) -> Stop | None:
-    """The stop that a handler belongs to, None where it is of somebody else."""
+    """The `Stop` whose method the handler is; None for other handlers."""
     stop = getattr(handler, "__self__", None)
     return stop if isinstance(stop, Stop) else None
 
 
 @contextmanager
 def _handlers(
-    handler: Callable[[int, FrameType | None], object], instead: Callable[[object], bool]
+    handler: Callable[[int, FrameType | None], object], may_replace: Callable[[object], bool]
 ) -> Iterator[None]:
-    """Within it `handler` hears the signals whose own handler is one that it may stand `instead` of."""
+    """Within it `handler` replaces each signal's handler for which `may_replace` is true."""
     before = {number: signal.getsignal(number) for number in _SIGNALS}
     for number, own in before.items():
-        if instead(own):
+        if may_replace(own):
             signal.signal(number, handler)
     try:
         yield
@@ -136,43 +136,43 @@ def _handlers(
 
 @contextmanager
 def stoppable() -> Iterator[Stop]:
-    """Within it SIGINT, SIGTERM and SIGHUP stop the run of a command in good order."""
+    """Within it SIGINT, SIGTERM and SIGHUP stop the run of a command in order."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
     try:
-        # Who ignores SIGHUP (nohup) means it.
+        # Ignored signals stay ignored, such as SIGHUP under nohup.
         with _handlers(stop.on_first_signal, lambda own: own is not signal.SIG_IGN):
             yield stop
     finally:
-        stop.stop_clock()
+        stop.stop_timer()
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
-    """Within it no signal raises in the main thread; one that comes does so at its end.
+def signals_deferred() -> Iterator[None]:
+    """Within it no signal raises in the main thread; signals that arrive are raised at its end.
 
-    A write to a database that is interrupted half way leaves its transaction open, and the database locked,
-    for as long as the error lives: all through the run's end, which writes there too.
+    An interrupted database write would leave its transaction open and the database locked while the error
+    propagates, and the end of the run writes to the same database.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[int] = []
+    arrived: list[int] = []
     stops: dict[int, Stop | None] = {number: _owner(signal.getsignal(number)) for number in _SIGNALS}
 
     def later(number: int, frame: FrameType | None) -> None:
-        came.append(number)
+        arrived.append(number)
         if stop := stops[number]:
-            stop.start_clock(number)
+            stop.start_timer(number)
 
     try:
-        # What is ignored stays so, and what ends the process at once may.
+        # Ignored signals and default handlers are left as they are.
         with _handlers(later, callable):
             yield
     finally:
-        _raise_again(came)
+        _raise_again(arrived)
 
 
 def _raise_again(numbers: Sequence[int]) -> None:

@@ -12,7 +12,7 @@ from dpo_core.bench.compare import Bench, compare
 from dpo_core.models.config import ModelConfig
 from dpo_core.models.load import convert
 from flows.cli.terminal import terminal
-from tasks.recipe.read import overridden
+from tasks.recipe.read import with_overrides
 
 
 def run_bench(overrides: Sequence[str], as_json: bool) -> None:
@@ -22,7 +22,7 @@ def run_bench(overrides: Sequence[str], as_json: bool) -> None:
         RecipeError: a setting cannot be used, or TRL is not installed.
         StageFailed: a contender failed, or the losses of the two do not agree.
     """
-    bench = overridden(Bench, {}, overrides, "the comparison cannot be run", "See README.md")
+    bench = with_overrides(Bench, {}, overrides, "the comparison cannot be run", "See README.md")
     console = terminal(stderr=True)
     with tempfile.TemporaryDirectory(prefix="dpo-bench-") as folder:
         work = Path(folder)

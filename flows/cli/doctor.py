@@ -63,7 +63,7 @@ def _check_model(name: str, overrides: list[str], workspace: Path, as_json: bool
     from dpo_core.models.config import ModelConfig
     from dpo_core.scoring.precision import Precision
     from tasks.promotion.model_source import as_folder
-    from tasks.recipe.read import overridden
+    from tasks.recipe.read import with_overrides
 
     class Checked(Config):
         """The slices of a recipe that the check reads."""
@@ -73,7 +73,7 @@ def _check_model(name: str, overrides: list[str], workspace: Path, as_json: bool
         precision: Precision = "bf16"
 
     slices = {"model": {"name": name}, "tokens": {}}
-    asked = overridden(Checked, slices, overrides, f"{name} cannot be checked", "Correct the override")
+    asked = with_overrides(Checked, slices, overrides, f"{name} cannot be checked", "Correct the override")
     longest = asked.tokens.max_length if "max_length" in asked.tokens.model_fields_set else None
     model, _ = as_folder(asked.model, workspace)
     check = check_named(model, precision=asked.precision, longest=longest)

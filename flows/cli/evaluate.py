@@ -123,12 +123,12 @@ def _run(
     cluster: Any,
     as_json: bool,
 ) -> None:
-    from tasks.recipe.read import overridden
+    from tasks.recipe.read import with_overrides
     from tasks.signals import stoppable
     from tasks.stages.standalone_evaluation import EvaluationRequest, evaluate_models
     from tasks.store.files import open_workspace, require_writable
 
-    request = overridden(EvaluationRequest, given, overrides, "it cannot be evaluated", _FIELDS)
+    request = with_overrides(EvaluationRequest, given, overrides, "it cannot be evaluated", _FIELDS)
     folder = open_workspace(workspace)
     require_writable(folder)
     with stoppable():

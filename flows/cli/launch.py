@@ -59,7 +59,7 @@ def read_cluster(on: str, path: str | None, overrides: list[str]) -> Any:
     from dpo_core.errors import RecipeError
     from dpo_core.system import read_small
     from dpo_core.yaml import read_yaml
-    from tasks.recipe.read import overridden
+    from tasks.recipe.read import with_overrides
 
     if on == "local":
         if path or overrides:
@@ -76,7 +76,7 @@ def read_cluster(on: str, path: str | None, overrides: list[str]) -> Any:
     kind, _ = TARGETS[on]
     raw = {name: value for name, value in raw.items() if value is not None}  # a form's field left empty
     remedy = f"Set it in the --settings file or by --with NAME=VALUE; what there is: dpo config cluster {on}"
-    config = overridden(kind, raw, overrides, f"the settings for {on} cannot be used", remedy)
+    config = with_overrides(kind, raw, overrides, f"the settings for {on} cannot be used", remedy)
     return Cluster(on=on, settings=config)
 
 

@@ -204,9 +204,9 @@ def config_schema() -> None:
 def config_list() -> None:
     """List the recipes that come with the package."""
     from dpo_core.yaml import read_yaml
-    from tasks.recipe.read import shipped
+    from tasks.recipe.read import shipped_recipes
 
-    for name, path in shipped().items():
+    for name, path in shipped_recipes().items():
         about = str((read_yaml(path.read_text()) or {}).get("description", ""))
         typer.echo(f"{name:16} {path}\n{'':16} {' '.join(about.split())}")
 

@@ -31,10 +31,10 @@ def run_recipe(
 
     resolved = load_recipe(recipe, overrides)
     _say(as_json, f"recipe {resolved.name}, workspace {Path(resolved.workspace).absolute()}")
-    from tasks.preflight import check_ahead
+    from tasks.preflight import check_before_run
 
     # Before the flow, which checks again: Prefect's server takes seconds to start.
-    check_ahead(resolved, resume, cluster)
+    check_before_run(resolved, resume, cluster)
     with _resumable(resolved.workspace, recipe, overrides):
         report = _through_prefect(resolved, resume, cluster)
     if as_json:

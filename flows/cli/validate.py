@@ -26,7 +26,7 @@ from expectations.report import GateReport
 from expectations.token_rules import Tokenisation
 from flows.cli.shown_rows import as_data, as_text, shown
 from tasks.promotion.model_source import as_folder
-from tasks.recipe.read import overridden
+from tasks.recipe.read import with_overrides
 
 
 class _Asked(Config):
@@ -71,7 +71,7 @@ def judge_file(
         _require_model(overrides, show)
     named = {"name": model} if model else {}
     given: dict[str, Any] = {"data": {"path": data}, "gate": {}, "tokens": {}, "model": named}
-    asked = overridden(_Asked, given, overrides, f"{data} cannot be judged", "Mend the override")
+    asked = with_overrides(_Asked, given, overrides, f"{data} cannot be judged", "Mend the override")
     config, gate = asked.data, asked.gate
     loaded = load(config)
     frame = split_table(loaded, config)

@@ -1,1 +1,1 @@
-"""What a run would cost before it starts: work, speed, memory."""
+"""Estimate what a run would cost before it starts: work, speed, memory."""

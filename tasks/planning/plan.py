@@ -1,6 +1,6 @@
-"""What a run would do: which stages run and why, tokens, operations, memory, time. Nothing is started.
+"""The plan of a run: which stages would run and why, with their tokens, operations, memory and time.
 
-The store answers what is cached; each stage estimates what it would compute; the rest is arithmetic here.
+The store knows what is cached, and each stage estimates its own work. Nothing is started.
 """
 
 from collections.abc import Mapping
@@ -24,48 +24,48 @@ from tasks.stages.workload import Workload
 
 
 class StagePlan(Config):
-    """One stage of the run to come."""
+    """One stage of a planned run."""
 
     name: str
     state: Literal["cached", "runs"]
     why: Why | None = None
-    """Why it runs: never done here; other settings or code; other data, or still to be made; not whole."""
+    """Why it would run: it never ran here; settings or code changed; other data; damaged artifact."""
     tokens: int = 0
-    """Tokens through the model; 0 where the stage runs no model."""
+    """Tokens through the model; 0 if the stage runs no model."""
     flops: float = 0.0
     """Floating-point operations."""
     seconds: float = 0.0
-    """Rough time; 0 where cached."""
+    """Rough time; 0 if cached."""
     memory_bytes: int | None = None
-    """Peak of each training process; none for stages that train nothing."""
+    """Peak of each training process; None if the stage trains nothing."""
     memory_parts: dict[str, int] = Field(default_factory=dict)
     """The same by part: process, weights, reference, gradients, optimiser, step."""
     trains: bool = False
     """Whether it is a training job."""
     job: Literal["none", "one rank", "shared", "training"] = "none"
-    """What its job needs: none, it works in the flow's process; a single rank without a GPU; the ranks of the
-    recipe's `inference`; or those of the training's engine."""
+    """Where it computes: in the flow's process; in a job of one rank without a GPU; on the ranks of the
+    recipe's `inference`; or on those of the training's engine."""
     processes: int | None = 1
-    """Ranks on each node; empty: as many as the node has GPUs."""
+    """Ranks on each node; None: as many as the node has GPUs."""
     note: str = ""
-    """What was assumed."""
+    """Assumptions of the estimate."""
 
 
 class Plan(Config):
-    """The run to come."""
+    """The plan of a run."""
 
     recipe: str
     workspace: str
     device: str
-    """What would compute."""
+    """GPU or CPU that would compute."""
     memory_bytes: int
-    """Its memory."""
+    """Memory of the device."""
     parameters: int
-    """Of the model."""
+    """Parameters of the model."""
     layout: str
     """Whether the model can be aligned, and how: packed, padded (why) or refused (why)."""
     speed: str
-    """What the times are based on."""
+    """Source of the times."""
     stages: list[StagePlan]
     tokens: int
     flops: float
@@ -77,11 +77,11 @@ def make_plan(recipe: Recipe, workspace: str, stages: Mapping[str, StageResult])
     """The plan of a recipe.
 
     Args:
-        stages: what the flow found in the store, in the order of the run.
+        stages: results of the stages in a plan, in the order of the run.
     """
     work = workload_of(recipe, stages)
     speed = Speed.of(workspace)
-    rows = [_stage(name, found, work, speed) for name, found in stages.items()]
+    rows = [_stage(name, result, work, speed) for name, result in stages.items()]
     running = [row for row in rows if row.state == "runs"]
     return Plan(
         recipe=recipe.name,
@@ -97,24 +97,24 @@ def make_plan(recipe: Recipe, workspace: str, stages: Mapping[str, StageResult])
         seconds=sum(row.seconds for row in running),
         warnings=[
             *(line for row in running if (line := _too_large(row, work, speed))),
-            *_foretold(recipe, work),
+            *_early_warnings(recipe, work),
             *([] if recipe.study else _baselines(running, work)),
         ],
     )
 
 
-def _foretold(recipe: Recipe, work: Workload) -> list[str]:
-    """What can be said before the run of how its result will be judged."""
-    held_out = work.judged[work.judged["split"] == "eval"].drop_duplicates(["prompt", "chat"])
-    found = [
+def _early_warnings(recipe: Recipe, work: Workload) -> list[str]:
+    """Warnings about the evaluation that are known before the run."""
+    held_out = work.gated[work.gated["split"] == "eval"].drop_duplicates(["prompt", "chat"])
+    warnings = [
         too_few_prompts(recipe, len(held_out)),
-        "" if recipe.study else answers_cut(recipe, measure_answers(work.judged, work.tokenise)),
+        "" if recipe.study else answers_cut(recipe, measure_answers(work.gated, work.tokenise)),
     ]
-    return [*recipe.unusual_parameters, *(line for line in found if line)]
+    return [*recipe.unusual_parameters, *(line for line in warnings if line)]
 
 
 def _baselines(rows: list[StagePlan], work: Workload) -> list[str]:
-    """That policies which are there to compare with take most of the time."""
+    """Warnings about policies that only serve for comparison and take most of the time."""
     total = sum(row.seconds for row in rows)
     needed = _needed(work.recipe.policies, work.recipe.candidate_name)
     lines = []
@@ -130,16 +130,16 @@ def _baselines(rows: list[StagePlan], work: Workload) -> list[str]:
 
 
 def _needed(policies: Mapping[str, PolicyFields], name: str) -> set[str]:
-    """A policy with all that it starts from or is held to."""
+    """The names of a policy and of all policies that it starts from or uses as reference."""
     own = [model for model in policies[name].models if model in policies]
     return {name}.union(*(_needed(policies, model) for model in own))
 
 
-def _stage(name: str, found: StageResult, workload: Workload, speed: Speed) -> StagePlan:
+def _stage(name: str, result: StageResult, workload: Workload, speed: Speed) -> StagePlan:
     stage = stage_of(name)
     trains = stage.settings is not None
     job = "training" if trains else stage.job
-    if found.cached:
+    if result.cached:
         return StagePlan(name=name, state="cached", trains=trains, job=job)
     work = stage.estimate(workload, label_of(name)) if stage.estimate else Work()
     parts = _memory(work, workload, speed)
@@ -149,7 +149,7 @@ def _stage(name: str, found: StageResult, workload: Workload, speed: Speed) -> S
     return StagePlan(
         name=name,
         state="runs",
-        why=found.why,
+        why=result.why,
         trains=trains,
         job=job,
         tokens=round(work.tokens),
@@ -180,13 +180,13 @@ def _memory(work: Work, workload: Workload, speed: Speed) -> dict[str, int]:
 
 
 def _too_large(row: StagePlan, work: Workload, speed: Speed) -> str:
-    """A warning that names the fields which would help, where a stage does not fit."""
-    # Ranks share a machine's memory; each GPU is one rank's own.
+    """A warning with remedies if a stage needs more memory than the device has; else empty."""
+    # CPU ranks share the machine's memory; every GPU rank has its own.
     needed = (row.memory_bytes or 0) * (1 if speed.on_gpu else row.processes or 1)
     if needed <= speed.memory_bytes:
         return ""
     settings = stage_of(row.name).settings
-    assert settings is not None  # what has a peak of memory trains
+    assert settings is not None  # only trainings have a memory estimate
     section, config = settings(work, label_of(row.name))
     remedies = []
     if row.memory_parts["step"] > row.memory_bytes / 3:  # type: ignore[operator]
@@ -208,7 +208,7 @@ def _too_large(row: StagePlan, work: Workload, speed: Speed) -> str:
 
 
 def _allowed(config: Any, engine: dict[str, Any]) -> bool:
-    """Whether the settings of a stage take these of the engine, and do not have them already."""
+    """True if these engine settings are valid for the stage and would change it."""
     fields = config.model_dump(mode="json")
     if fields["engine"].items() >= engine.items():
         return False

@@ -1,4 +1,4 @@
-"""How fast this machine trains: from earlier runs of the workspace, else from a short timing; rough."""
+"""Estimate how fast this machine trains: from earlier runs of the workspace, else from a short timing."""
 
 import statistics
 from collections.abc import Iterator
@@ -20,37 +20,37 @@ from tasks.store.store import Store
 
 # The share of a bare matrix product's speed that a training step reaches.
 _EFFICIENCY = 0.5
-# Earlier stages smaller than this tell of start-up, not of speed.
+# In smaller stages the start-up time dominates.
 _ENOUGH_FLOPS = 1e12
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Operations a second, and what stages took besides."""
+    """Operations per second of this machine, and the times of earlier stages."""
 
     device: str
     on_gpu: bool
     memory_bytes: int
     measured: float | None
-    """Operations a second of earlier trainings."""
+    """Operations per second of earlier trainings; None without such."""
     source: str
     earlier: dict[str, list[float]] = field(default_factory=dict)
     """Seconds of earlier runs of each stage."""
     timed: dict[str, float] = field(default_factory=dict)
-    """Operations a second of a matrix product, by precision; filled when asked for."""
+    """Operations per second of a matrix product, by precision; measured at the first use."""
 
     @classmethod
     def of(cls, workspace: str) -> "Speed":
-        """What the workspace's reports tell, and the machine."""
+        """Read the reports of the workspace, and query the machine."""
         earlier: dict[str, list[float]] = {}
         flops = seconds = 0.0
         count = 0
         for row in _stages_run(Path(workspace)):
             earlier.setdefault(row.name, []).append(row.seconds)
-            done = _operations(workspace, row)
+            operations = _operations(workspace, row)
             spent = row.seconds - stage_of(row.name).overhead
-            if done >= _ENOUGH_FLOPS and spent > 0:
-                flops, seconds, count = flops + done, seconds + spent, count + 1
+            if operations >= _ENOUGH_FLOPS and spent > 0:
+                flops, seconds, count = flops + operations, seconds + spent, count + 1
         gpu = torch.cuda.is_available()
         return cls(
             device=torch.cuda.get_device_name(0) if gpu else f"CPU, {torch.get_num_threads()} threads",
@@ -66,7 +66,7 @@ class Speed:
         )
 
     def seconds(self, stage: str, flops: float, precision: Precision, processes: int) -> float:
-        """Time of a stage."""
+        """Estimated time of a stage."""
         overhead = stage_of(stage).overhead
         if not flops:
             return statistics.median(self.earlier[stage]) if stage in self.earlier else overhead
@@ -91,7 +91,7 @@ def _stages_run(workspace: Path) -> Iterator[StageRow]:
 
 
 def _operations(workspace: str, row: StageRow) -> float:
-    """What a training counted; those that sample as well are slower and left out."""
+    """Operations that a training counted; 0 for methods that sample, which are slower."""
     samplers = {method.stage for method in methods().values() if method.scored}
     if row.kind != "model" or row.name.partition(" ")[0] in samplers:
         return 0.0

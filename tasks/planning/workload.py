@@ -1,4 +1,4 @@
-"""The workload of a run to come, from the recipe and what the plan found in the store."""
+"""Build the workload of a planned run from its recipe and the artifacts that exist already."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +26,7 @@ def workload_of(recipe: Recipe, stages: Mapping[str, StageResult]) -> Workload:
     """The workload of a recipe.
 
     Args:
-        stages: what `compose` found; artifacts that are there are read.
+        stages: results of the stages in a plan; existing artifacts are read.
 
     Raises:
         ModelError: the run would refuse the model.
@@ -37,22 +37,22 @@ def workload_of(recipe: Recipe, stages: Mapping[str, StageResult]) -> Workload:
         workspace = Path(recipe.workspace)
         model, _ = as_folder(recipe.model, workspace, Tracker(recipe.tracking, workspace))
     kind = facts_of(stages[LOAD.name].manifest, LoadFacts).kind
-    judged = _rows(stages, GATES[kind].name, LOAD.name)
-    if judged is None:
-        judged = _sound(split_table(load(recipe.data), recipe.data))
+    gated = _rows(stages, GATES[kind].name, LOAD.name)
+    if gated is None:
+        gated = _sound(split_table(load(recipe.data), recipe.data))
     return Workload(
         recipe=recipe,
         config=read_config(model),
         layout=_layout(recipe, base, model),
         tokenise=Tokenise(load_tokenizer(locate(model)), recipe.tokens),
         kind=kind,
-        judged=judged,
+        gated=gated,
         sampled=_rows(stages, GATES["pairs"].name) if kind == "prompts" else None,
     )
 
 
 def _rows(stages: Mapping[str, StageResult], *names: str) -> pd.DataFrame | None:
-    """The rows of the first of these artifacts that is there."""
+    """The rows of the first of these stages whose artifact exists; None if none exists."""
     for name in names:
         if name in stages and stages[name].cached:
             return _sound(pd.read_parquet(stages[name].manifest.path / "data.parquet"))
@@ -64,7 +64,7 @@ def _sound(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _layout(recipe: Recipe, base: Manifest, model: ModelConfig) -> str:
-    """`packed: why`, as the import found it or, where there was none yet, as it would find it.
+    """`packed: why` or `padded: why`, from the imported model or, if it is not imported yet, from a check.
 
     Raises:
         ModelError: the run would refuse the model.

@@ -24,7 +24,7 @@ from dpo_core.models.source import weights_digest
 from dpo_core.redaction import hidden
 from tasks.promotion.finished_run import database_gone, newest_report, read_report, registry_of
 from tasks.promotion.ledger import ALIAS, SUFFIX, champion_of
-from tasks.recipe.policies import elsewhere
+from tasks.recipe.policies import is_external
 from tasks.recipe.sections import TrackingConfig
 from tasks.reports.run_report import RunReport
 from tasks.store.facts import ModelFacts, Origin
@@ -86,7 +86,7 @@ def resolve(
 
 def pinned_name(name: str, workspace: Path, tracker: Tracker) -> str:
     """The permanent name of the model that `name` refers to now. Raises as `resolve`."""
-    return resolve(name, workspace, tracker, verify=False).origin.name if elsewhere(name) else name
+    return resolve(name, workspace, tracker, verify=False).origin.name if is_external(name) else name
 
 
 def as_folder(
@@ -94,7 +94,7 @@ def as_folder(
 ) -> tuple[ModelConfig, Origin | None]:
     """The settings with a trained model's checkpoint folder in place of its name, and the model's origin.
     For other models: the settings unchanged, and None. Raises as `resolve`."""
-    if not elsewhere(config.name):
+    if not is_external(config.name):
         return config, None
     if config.revision is not None:
         raise RecipeError(

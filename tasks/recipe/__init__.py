@@ -1,1 +1,1 @@
-"""The recipe: what it may say and how it is read."""
+"""The recipe: its fields, its checks, and reading it from YAML."""

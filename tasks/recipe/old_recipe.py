@@ -1,4 +1,4 @@
-"""Recipes of the form before `policies`: rejected with the sections that say the same today."""
+"""Reject recipes of the form before `policies`, and show the equivalent sections of today's form."""
 
 import re
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ Fields = dict[str, Any]
 
 
 def require_new_form(raw: Mapping[str, Any], unusable: str) -> None:
-    """Refuse sections that today's recipe does not have, and show their replacement.
+    """Refuse sections of the old form, and show their replacement.
 
     Raises:
         RecipeError: the recipe has such a section.
@@ -30,10 +30,10 @@ def require_new_form(raw: Mapping[str, Any], unusable: str) -> None:
         return
     try:
         remedy = f"Put in their place:\n\n{_as_yaml(replacement(raw))}"
-    except (AttributeError, KeyError, TypeError, ValueError):  # it was no recipe of the old form either
+    except (AttributeError, KeyError, TypeError, ValueError):  # not valid in the old form either
         remedy = "Write policies, each with its method; see a shipped recipe: dpo config show demo"
     if isinstance(raw.get("policies"), Mapping):
-        remedy = "Take them out and say it in policies, which are there"
+        remedy = "Remove them; the recipe already has policies, so set their fields there"
     raise RecipeError(
         f"{unusable}: {', '.join(old)} became part of `policies`, where each policy names its method", remedy
     )
@@ -52,7 +52,7 @@ def require_new_override(raw: Mapping[str, Any], override: str) -> None:
         return
     write = f"policies.NAME{'.' + field if field else ''}"
     if field == "enabled":
-        write = "policies.NAME=null to take a policy out"
+        write = "policies.NAME=null to remove a policy"
     elif key == "reward.optimise":
         write = "policies.NAME.reward=model"
     elif section == "frontier":
@@ -67,7 +67,7 @@ def require_new_override(raw: Mapping[str, Any], override: str) -> None:
 
 
 class _Plain(yaml.SafeDumper):
-    """Writes out what aliases would share."""
+    """Repeats shared parts instead of writing aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -78,7 +78,7 @@ def _as_yaml(sections: Fields) -> str:
 
 
 def replacement(raw: Mapping[str, Any]) -> Fields:
-    """The sections `policies` and `study` that say what the old sections of a recipe said."""
+    """The sections `policies` and `study` that are equivalent to the old sections of a recipe."""
     sections = {name: _mapping(raw.get(name)) for name in ("dpo", "guide", "ppo", "grpo", "online")}
     if raw.get("frontier"):
         return _study(sections, raw["frontier"])
@@ -89,7 +89,7 @@ def replacement(raw: Mapping[str, Any]) -> Fields:
     policies["DPO"] = _policy("dpo", sections["dpo"])
     if "Guide" in policies:
         policies["DPO"]["reference"] = "Guide"
-    if sections["ppo"].get("enabled", True):  # PPO was there unless it was switched off
+    if sections["ppo"].get("enabled", True):  # PPO was on by default
         policies["PPO"] = _policy("ppo", sections["ppo"]) | own
     for name in ("grpo", "online"):
         if raw.get(name) is not None:
@@ -120,21 +120,21 @@ def _policy(section: str, fields: Fields) -> Fields:
 
 
 def _study(sections: Mapping[str, Fields], frontier: Mapping[str, Any]) -> Fields:
-    """The old frontier: an arm is a policy, its settings a grid."""
+    """The replacement of an old frontier: an arm becomes a policy, its settings a grid."""
     policies: Fields = {}
     grid: Fields = {}
     hidden = []
     for arm in frontier.get("arms") or []:
         for settings in _parts(arm):
-            name = _free(str(arm["name"]), policies)
+            name = _free_name(str(arm["name"]), policies)
             fields = sections[arm["method"]]
             for key, value in {**_mapping(arm.get("base")), **_shared(settings)}.items():
-                fields = _with(fields, key, value)
+                fields = _replaced(fields, key, value)
             policy = _policy(arm["method"], fields)
             if arm.get("reward") == "model":
                 policy["reward"] = "model"
             if arm.get("guided"):
-                guide = _free(f"Guide of {name}", policies)
+                guide = _free_name(f"Guide of {name}", policies)
                 policies[guide], grid[guide], policy["reference"] = dict(policy), _points(settings), guide
                 hidden.append(guide)
             policies[name], grid[name] = policy, _points(settings)
@@ -145,7 +145,7 @@ def _study(sections: Mapping[str, Fields], frontier: Mapping[str, Any]) -> Field
 
 
 def _parts(arm: Mapping[str, Any]) -> list[list[Fields]]:
-    """The settings of an arm that one policy can have: those with one guide, and with one method."""
+    """The settings of an arm, split so that each part fits one policy: one guide, and one method."""
     settings = [dict(setting) for setting in arm.get("settings") or [{}]]
     if arm.get("guided"):
         return [[setting] for setting in settings]
@@ -157,13 +157,13 @@ def _parts(arm: Mapping[str, Any]) -> list[list[Fields]]:
 
 
 def _shared(settings: list[Fields]) -> Fields:
-    """The objective of settings that differ from the arm's in their method."""
+    """The objective that all these settings share, if they do."""
     objectives = {str(setting.get("objective")) for setting in settings}
     return {"objective": objectives.pop()} if len(objectives) == 1 and "None" not in objectives else {}
 
 
 def _points(settings: list[Fields]) -> list[dict[str, list[Any]]]:
-    """Settings as grids: those that change one and the same field together."""
+    """Settings as grids; consecutive settings of the same single field become one grid."""
     grids: list[dict[str, list[Any]]] = []
     for setting in settings:
         if len(setting) == 1 and grids and list(grids[-1]) == list(setting):
@@ -173,15 +173,15 @@ def _points(settings: list[Fields]) -> list[dict[str, list[Any]]]:
     return grids
 
 
-def _free(name: str, policies: Mapping[str, Any]) -> str:
-    """The name, as a policy may have it and none has yet."""
+def _free_name(name: str, policies: Mapping[str, Any]) -> str:
+    """A valid policy name from `name` that is not taken."""
     name = " ".join(re.sub(r"[^\w +*&,()-]", " ", name).split())[:36]
     taken = {other.lower() for other in (REFERENCE, CHAMPION, *policies)}
     numbered = (name if n == 1 else f"{name} {n}" for n in range(1, len(taken) + 2))
-    return next(one for one in numbered if one.lower() not in taken)
+    return next(free for free in numbered if free.lower() not in taken)
 
 
-def _with(fields: Mapping[str, Any], key: str, value: Any) -> Fields:
-    """Fields with another value of one, by dotted name."""
+def _replaced(fields: Mapping[str, Any], key: str, value: Any) -> Fields:
+    """A copy of the fields with one value replaced, by dotted name."""
     first, _, rest = key.partition(".")
-    return {**fields, first: _with(_mapping(fields.get(first)), rest, value) if rest else value}
+    return {**fields, first: _replaced(_mapping(fields.get(first)), rest, value) if rest else value}

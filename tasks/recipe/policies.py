@@ -1,4 +1,4 @@
-"""The graph of policies: how each is trained, what it starts from and what it is held to."""
+"""The graph of policies: the method, start and reference of each policy, and checks of the graph."""
 
 import difflib
 import re
@@ -15,27 +15,27 @@ from dpo_core.methods.method import Method
 from dpo_core.methods.registry import get, methods
 
 REFERENCE = "SFT"
-"""What recipes and tables call the prepared reference; no policy may have this name."""
+"""Name of the prepared reference in recipes and tables; no policy may have it."""
 CHAMPION = "Champion"
-"""What tables call the registered champion; no policy may have this name."""
+"""Name of the registered champion in tables; no policy may have it."""
 _METHOD = "A name from `dpo methods`."
-_ELSEWHERE = ("models:/", "runs:/")
+_EXTERNAL_PREFIXES = ("models:/", "runs:/")
 _NAME = re.compile(r"[\w +*&,()-]{1,40}")
 
 
 class PolicyFields(Config):
-    """What every policy has beside the settings of its method."""
+    """The fields that every policy has beside the settings of its method."""
 
     method: str = Field(description=_METHOD)
     start: str = Field(REFERENCE, min_length=1)
     """Initial weights: SFT (the prepared reference), another policy, `models:/NAME@champion`,
     `models:/NAME/VERSION`, or `runs:/RUN/POLICY`."""
     reference: str = Field(REFERENCE, min_length=1)
-    """What the policy is held to, by its KL term or its log-ratios: SFT, another policy (Pre-DPO), or a model
+    """The model that the KL term or the log-ratios compare with: SFT, another policy (Pre-DPO), or a model
     named as for `start`."""
     reward: Literal["source", "model"] | None = None
-    """What a method that samples learns from: the known reward (`reward.source`), or a reward model trained
-    on the pairs. Empty: the known one where there is one."""
+    """The reward of a method that samples: the known reward (`source`, set by `reward.source`), or a reward
+    model trained on the pairs (`model`). Empty: the known reward if `reward.source` is set."""
 
     @property
     def entry(self) -> Method:
@@ -44,13 +44,13 @@ class PolicyFields(Config):
 
     @property
     def settings(self) -> Any:
-        """The settings of the method alone, which decide its training."""
+        """The settings of the method, without the fields of `PolicyFields`."""
         own = self.model_dump(mode="json", exclude=set(PolicyFields.model_fields))
         return self.entry.settings.model_validate(own)
 
     @property
     def models(self) -> tuple[str, str]:
-        """What it starts from and what it is held to."""
+        """Its start and its reference."""
         return self.start, self.reference
 
 
@@ -75,10 +75,10 @@ else:
 
 
 def require_methods(policies: Any) -> Any:
-    """Refuse a policy that names no method, or none that trains policies, in words of its own.
+    """Refuse a policy without a method that trains policies, with a clearer error than pydantic's.
 
     Raises:
-        ValueError: so that pydantic names the field.
+        ValueError: a policy has no such method; pydantic adds the field.
     """
     for name, raw in policies.items() if isinstance(policies, Mapping) else ():
         if not isinstance(raw, Mapping | None):
@@ -89,17 +89,17 @@ def require_methods(policies: Any) -> Any:
                 f"policy {name} names no method: set policies.{name}.method to one of {_known()}"
             )
         try:
-            known = get(str(method))
+            entry = get(str(method))
         except RecipeError as error:
             raise ValueError(f"policy {name}: {error.problem}; methods of policies: {_known()}") from error
-        if not known.policy:
+        if not entry.policy:
             raise ValueError(f"policy {name}: method {method} trains no policy; choose one of {_known()}")
         try:
-            CLASSES[known.name].model_validate(raw)
+            CLASSES[entry.name].model_validate(raw)
         except RecipeError as error:  # an objective says what may be chosen
             raise ValueError(f"policy {name}: {error.problem}. {error.remedy.rstrip('.')}") from error
         except ValidationError:
-            pass  # told with its field when the recipe is read
+            pass  # reported with its field when the whole recipe is validated
     return policies
 
 
@@ -107,16 +107,16 @@ def _known() -> str:
     return ", ".join(CLASSES)
 
 
-def elsewhere(model: str) -> bool:
-    """Whether a name is that of a model outside the recipe: of the registry, or of an earlier run."""
-    return model.startswith(_ELSEWHERE)
+def is_external(model: str) -> bool:
+    """True if the name is of a model outside the recipe: from the registry or an earlier run."""
+    return model.startswith(_EXTERNAL_PREFIXES)
 
 
-def in_order(policies: Mapping[str, PolicyFields]) -> list[str]:
-    """The names of the policies, each after those that it needs, else as the recipe lists them.
+def training_order(policies: Mapping[str, PolicyFields]) -> list[str]:
+    """The policies in training order: each after those that it needs, else in the recipe's order.
 
     Raises:
-        ValueError: a policy needs one that there is not, or policies need each other.
+        ValueError: a policy needs one that does not exist, or policies need each other.
     """
     done: list[str] = []
 
@@ -127,11 +127,11 @@ def in_order(policies: Mapping[str, PolicyFields]) -> list[str]:
         if name in done:
             return
         for field, model in zip(("start", "reference"), policies[name].models, strict=True):
-            if model == REFERENCE or elsewhere(model):
+            if model == REFERENCE or is_external(model):
                 continue
             if model not in policies:
                 raise ValueError(
-                    f"policies.{name}.{field}: there is no policy '{model}'{_near(model, policies)}"
+                    f"policies.{name}.{field}: there is no policy '{model}'{_suggestion(model, policies)}"
                 )
             visit(model, (*path, name))
         done.append(name)
@@ -141,7 +141,7 @@ def in_order(policies: Mapping[str, PolicyFields]) -> list[str]:
     return done
 
 
-def _near(name: str, policies: Iterable[str]) -> str:
+def _suggestion(name: str, policies: Iterable[str]) -> str:
     known = {policy.lower(): policy for policy in (REFERENCE, *policies)}
     if name.lower() == CHAMPION.lower():
         return "; the champion of a registered model is models:/NAME@champion"
@@ -150,11 +150,10 @@ def _near(name: str, policies: Iterable[str]) -> str:
 
 
 def check_names(policies: Mapping[str, PolicyFields]) -> None:
-    """Refuse names that tables, metrics or files could not tell apart.
+    """Refuse policy names that tables, metrics or files could not distinguish.
 
     Raises:
-        ValueError: a name is taken, too long, has characters that a table or a query cannot hold, or is there
-            twice.
+        ValueError: a name is reserved, too long, has invalid characters, or equals another one.
     """
     taken: dict[str, str] = {name.lower(): name for name in (REFERENCE, CHAMPION)}
     for name in policies:
@@ -165,7 +164,7 @@ def check_names(policies: Mapping[str, PolicyFields]) -> None:
             )
         key = _as_metric(name)
         if other := taken.get(key):
-            why = f"'{other}' and '{name}' differ in capitals or signs alone, and share their metrics' names"
+            why = f"'{other}' and '{name}' differ only in case or punctuation, and would share metric names"
             if other in (REFERENCE, CHAMPION):
                 why = f"'{other}' is the name of a model that every run has"
             raise ValueError(f"'{name}' cannot name a policy: {why}")
@@ -173,15 +172,15 @@ def check_names(policies: Mapping[str, PolicyFields]) -> None:
 
 
 def _as_metric(name: str) -> str:
-    """A policy's name as metrics have it: in small letters, with the signs that MLflow takes."""
+    """A policy's name in metrics: lower case, with the characters that MLflow allows."""
     return re.sub(r"[^\w -]", "_", name.lower(), flags=re.ASCII)
 
 
-def check_is_read(policies: Mapping[str, PolicyFields], known_reward: bool) -> None:
-    """Refuse fields that a policy's method would not read.
+def require_fields_used(policies: Mapping[str, PolicyFields], known_reward: bool) -> None:
+    """Refuse fields of a policy that its method would ignore.
 
     Raises:
-        ValueError: so.
+        ValueError: the first such field.
     """
     for name, policy in policies.items():
         settings = policy.settings
@@ -194,4 +193,4 @@ def check_is_read(policies: Mapping[str, PolicyFields], known_reward: bool) -> N
                 f"policies.{name}.reward would not be read: method {policy.method} learns from labelled data"
             )
         if policy.reward == "source" and not known_reward:
-            raise ValueError(f"policies.{name}.reward is source, and reward.source names none")
+            raise ValueError(f"policies.{name}.reward is source, but reward.source is not set")

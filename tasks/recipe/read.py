@@ -1,4 +1,4 @@
-"""Reading a recipe: shipped or a file, with overrides laid over it; every fault named with its field."""
+"""Read a recipe from a shipped or own YAML file, apply overrides, and report every fault with its field."""
 
 import difflib
 from collections.abc import Iterator, Sequence
@@ -21,14 +21,14 @@ from tasks.recipe.recipe import Recipe
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def shipped() -> dict[str, Path]:
-    """The recipes that come with the package, by name."""
+def shipped_recipes() -> dict[str, Path]:
+    """The shipped recipes, by name."""
     folder = Path(str(resources.files("flows"))) / "recipes"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a shipped recipe or a YAML file and lay `a.b=value` overrides over it.
+    """Read a shipped recipe or a YAML file and apply overrides of the form `a.b=value`.
 
     Raises:
         RecipeError: unknown recipe, unreadable or malformed YAML, unknown field, value out of range.
@@ -40,19 +40,17 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"the recipe {path} cannot be read ({error.strerror})", "Check its path") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = " ".join(str(error).split())
-        raise RecipeError(
-            f"the recipe {path} is not valid YAML: {where}", "Mend the line it names"
-        ) from error
+        raise RecipeError(f"the recipe {path} is not valid YAML: {where}", "Correct that line") from error
     if not isinstance(raw, dict):
         raise RecipeError(f"the recipe {path} is not a mapping of fields", "Start from a shipped recipe")
-    return overridden(Recipe, raw, overrides, f"the recipe {name} cannot be used", _KNOWN_FIELDS)
+    return with_overrides(Recipe, raw, overrides, f"the recipe {name} cannot be used", _KNOWN_FIELDS)
 
 
 _KNOWN_FIELDS = "See every field and its range with: dpo config schema"
 
 
 def _find(name: str) -> Path:
-    recipes = shipped()
+    recipes = shipped_recipes()
     if name in recipes:
         return recipes[name]
     path = Path(name).expanduser()
@@ -66,10 +64,14 @@ def _find(name: str) -> Path:
     return path
 
 
-def overridden(
+def with_overrides(
     model: type[Model], raw: dict[str, Any], overrides: Sequence[str], unusable: str, remedy: str
 ) -> Model:
-    """Settings with `a.b=value` overrides laid over them; `unusable` begins the error if they cannot be used.
+    """Validate settings after applying overrides of the form `a.b=value`.
+
+    Args:
+        unusable: beginning of the error messages.
+        remedy: remedy of validation errors.
 
     Raises:
         RecipeError: an override of another form, an unknown field, a value out of range.
@@ -77,32 +79,34 @@ def overridden(
     for override in overrides:
         if model is Recipe:
             require_new_override(raw, override)
-        _lay_over(raw, override)
+        _apply_override(raw, override)
     if model is Recipe:
         require_new_form(raw, unusable)
     try:
         settings = model.model_validate(raw)
     except ValidationError as error:
-        raise RecipeError(f"{unusable}: {_faults_of(error, model)}", remedy) from error
-    except RecipeError as error:  # of the judge, which says itself what may be chosen
+        raise RecipeError(f"{unusable}: {_describe_faults(error, model)}", remedy) from error
+    except RecipeError as error:  # raised by a validator, with its own remedy
         raise RecipeError(f"{unusable}: {error.problem}", error.remedy) from error
     if place := place_of_secret(raw):
-        # MLflow, Prefect, manifests and pages would all show it.
-        raise RecipeError(f"{unusable}: {place} holds a secret, which every record would show", _INSTEAD)
+        # It would appear in MLflow, Prefect, manifests and pages.
+        raise RecipeError(
+            f"{unusable}: {place} holds a secret, which every record would show", _REMOVE_SECRET
+        )
     return settings
 
 
-_INSTEAD = (
-    "Take it out; secrets are read from the environment alone: HF_TOKEN, DPO_REWARD_TOKEN, DPO_JUDGE_KEY, "
+_REMOVE_SECRET = (
+    "Remove it; secrets are read from the environment alone: HF_TOKEN, DPO_REWARD_TOKEN, DPO_JUDGE_KEY, "
     "MLFLOW_TRACKING_USERNAME with MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_URI for a database's address"
 )
 
 
-def _lay_over(raw: dict[str, Any], override: str) -> None:
-    """Lay one `a.b=value` over a mapping; the value is read as YAML. `policies.NAME=null` takes a policy out.
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    """Apply one override `a.b=value` to a mapping; the value is YAML. `policies.NAME=null` removes a policy.
 
     Raises:
-        RecipeError: it is not of that form.
+        RecipeError: the override is not of that form.
     """
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
@@ -113,8 +117,8 @@ def _lay_over(raw: dict[str, Any], override: str) -> None:
     try:
         value = read_yaml(text) if text else None
     except yaml.YAMLError as error:
-        said = f"--set {_short(override)}: the value is not valid YAML{_why(error)}"
-        raise RecipeError(said, "Quote it") from error
+        problem = f"--set {_short(override)}: the value is not valid YAML{_why(error)}"
+        raise RecipeError(problem, "Quote it") from error
     if isinstance(value, str):
         value = _number(value)
     place = raw
@@ -122,7 +126,7 @@ def _lay_over(raw: dict[str, Any], override: str) -> None:
         inner = place.setdefault(part, {})
         if not isinstance(inner, dict):
             raise RecipeError(f"--set {override}: {part} holds a value, not fields", _KNOWN_FIELDS)
-        place[part] = inner = dict(inner)  # where YAML aliases share it, the others keep their values
+        place[part] = inner = dict(inner)  # a copy, because YAML aliases may share it
         place = inner
     if value is None and parts[:-1] == ["policies"]:
         if parts[-1] not in place:
@@ -149,8 +153,8 @@ def _number(text: str) -> str | float:
         return text
 
 
-def _faults_of(error: ValidationError, root: type[BaseModel]) -> str:
-    """Every fault with its field, in one line; `root` is the model that was asked."""
+def _describe_faults(error: ValidationError, root: type[BaseModel]) -> str:
+    """Every fault with its field, in one line; `root` is the model that was validated."""
     faults = []
     for fault in error.errors():
         place = fault["loc"]
@@ -163,26 +167,26 @@ def _faults_of(error: ValidationError, root: type[BaseModel]) -> str:
             place = (*place[:2], *place[3:])
         field = ".".join(map(str, place)) or "recipe"
         if fault["type"] == "extra_forbidden":
-            meant = (
-                _meant(owner, fault["loc"][3:], f"policies.{place[1]}.")
+            hint = (
+                _hint(owner, fault["loc"][3:], f"policies.{place[1]}.")
                 if owner is not root
-                else _meant(root, place)
+                else _hint(root, place)
             )
-            faults.append(f"there is no field {field}{meant}")
+            faults.append(f"there is no field {field}{hint}")
             continue
         message = fault["msg"].removeprefix("Value error, ")
-        given = f" (given {fault['input']!r})" if not isinstance(fault["input"], dict) else ""
-        faults.append(f"{field}: {message}{given if len(given) < 80 else ''}")
+        value = f" (given {fault['input']!r})" if not isinstance(fault["input"], dict) else ""
+        faults.append(f"{field}: {message}{value if len(value) < 80 else ''}")
     return "; ".join(faults)
 
 
-def _meant(root: type[BaseModel], place: tuple[int | str, ...], above: str = "") -> str:
-    """The field that a mistyped one most likely was to be: its place elsewhere, or the nearest name there.
+def _hint(root: type[BaseModel], place: tuple[int | str, ...], above: str = "") -> str:
+    """A suggestion for an unknown field: the same name in another section, or the nearest name in its own.
 
     Args:
-        above: where `root` lies in the recipe.
+        above: path of `root` in the recipe, with a dot at its end.
     """
-    model, wanted = root, _LONG.get(str(place[-1]), str(place[-1]))
+    model, wanted = root, _ALIASES.get(str(place[-1]), str(place[-1]))
     for part in place[:-1]:
         known = model.model_fields.get(str(part))
         inner = _model_of(known.annotation) if known else None
@@ -190,29 +194,29 @@ def _meant(root: type[BaseModel], place: tuple[int | str, ...], above: str = "")
             return ""
         model = inner
     near = difflib.get_close_matches(wanted, model.model_fields, n=1)
-    elsewhere = [path for path in _paths(root) if path.rpartition(".")[2] == wanted]
-    elsewhere.sort(key=lambda path: (path.count("."), path))
-    if root is Recipe and len(place) == 1:  # most people mean the training of a policy
+    same_name = [path for path in _paths(root) if path.rpartition(".")[2] == wanted]
+    same_name.sort(key=lambda path: (path.count("."), path))
+    if root is Recipe and len(place) == 1:  # most likely a setting of a policy's training
         own = (path for kind in CLASSES.values() for path in _paths(kind))
-        elsewhere = [f"policies.NAME.{p}" for p in own if p.rpartition(".")[2] == wanted] + elsewhere
-    if above and near and (wanted in near or not elsewhere):
+        same_name = [f"policies.NAME.{p}" for p in own if p.rpartition(".")[2] == wanted] + same_name
+    if above and near and (wanted in near or not same_name):
         return f" (did you mean {above}{'.'.join(map(str, (*place[:-1], near[0])))}?)"
-    found = near if wanted in near or not elsewhere else elsewhere
-    return f" (did you mean {above}{found[0]}?)" if found else ""
+    suggestions = near if wanted in near or not same_name else same_name
+    return f" (did you mean {above}{suggestions[0]}?)" if suggestions else ""
 
 
-# What other trainers call them.
-_LONG = {"lr": "learning_rate", "bs": "batch_size", "max_tokens": "max_new_tokens", "lora_config": "lora"}
+# Names of fields in other trainers.
+_ALIASES = {"lr": "learning_rate", "bs": "batch_size", "max_tokens": "max_new_tokens", "lora_config": "lora"}
 
 
 def _model_of(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds, also where it may be empty."""
+    """The model of a section from its annotation, also of an optional section; None for other fields."""
     kinds = [annotation, *get_args(annotation)]
     return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def _paths(model: type[BaseModel], above: str = "") -> Iterator[str]:
-    """Dotted names of all fields of a model and of its sections."""
+    """Dotted names of all fields of a model, including those of its sections."""
     for name, field in model.model_fields.items():
         yield above + name
         inner = _model_of(field.annotation)

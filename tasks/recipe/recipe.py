@@ -1,4 +1,4 @@
-"""One recipe = one YAML = one run: everything that decides it."""
+"""The recipe: one YAML file with everything that decides a run, and the checks across its sections."""
 
 import importlib.util
 import json
@@ -25,15 +25,17 @@ from tasks.recipe.policies import (
     CLASSES,
     Policy,
     PolicyFields,
-    check_is_read,
     check_names,
-    in_order,
+    require_fields_used,
     require_methods,
+    training_order,
 )
 from tasks.recipe.sections import CacheConfig, RegistryConfig, RewardConfig, TrackingConfig
 from tasks.recipe.study import Node, StudyConfig, check_study, nodes
 
-_ALONE = "Delete the other fields under {0}, or override the whole section: --set '{0}={{enabled: false}}'"
+_DISABLE_ONLY = (
+    "Delete the other fields under {0}, or override the whole section: --set '{0}={{enabled: false}}'"
+)
 
 
 class Recipe(Config):
@@ -48,29 +50,29 @@ class Recipe(Config):
     seed: int = Field(0, ge=0)
     """Seed of sampling, order of examples and intervals."""
     model: ModelConfig = ModelConfig()
-    """Where the run starts from."""
+    """The base model."""
     data: DataConfig
-    """Preference pairs, single answers labelled desirable or not, or prompts."""
+    """Preference pairs, unpaired rows (answers labelled desirable or undesirable), or prompts."""
     gate: GateConfig = GateConfig()
     """The data gate."""
     tokens: TokenConfig = TokenConfig()
     """From text to tokens."""
     sft: SftConfig = SftConfig()
-    """Preparing the reference."""
+    """Preparation of the reference by supervised fine-tuning."""
     pairs: PairSamplingConfig = PairSamplingConfig()
     """Sampling pairs; read only when the data has prompts but no pairs."""
     reward: RewardConfig = RewardConfig()
-    """What completions are worth."""
+    """The reward of completions."""
     cache: CacheConfig = CacheConfig()
-    """Reference log-probs."""
+    """Computation of reference log-probs."""
     policies: Annotated[dict[str, Policy], BeforeValidator(require_methods)] = Field(
         default_factory=lambda: {"DPO": CLASSES[dpo.METHOD.name](method=dpo.METHOD.name)}, min_length=1
     )
-    """What is trained, by name; see `dpo methods`."""
+    """The policies to train, by name; see `dpo methods`."""
     candidate: str | None = Field(None, min_length=1)
     """The policy that is registered and may be promoted. Empty: the first."""
     study: StudyConfig | None = None
-    """A comparison study instead of one alignment: the policies over a grid and seeds."""
+    """Makes the run a study: it compares the policies over a grid of settings and seeds."""
     evaluate: EvaluateConfig = EvaluateConfig()
     """Evaluation on held-out prompts."""
     inference: InferenceConfig = InferenceConfig()
@@ -78,19 +80,19 @@ class Recipe(Config):
     suites: SuitesConfig = SuitesConfig()
     """Evaluation suites: preferences, capabilities, harm."""
     judge: JudgeConfig | None = None
-    """A language model that says which policy's answers are better. Empty: the reward alone says it."""
+    """A language model that decides which policy's answers are better. Empty: only the reward decides."""
     promotion: PromotionConfig = PromotionConfig()
-    """What the model must show to be promoted."""
+    """The rules for a promotion."""
     tracking: TrackingConfig = TrackingConfig()
     """MLflow."""
     registry: RegistryConfig = RegistryConfig()
     """The model registry."""
 
     @model_validator(mode="after")
-    def _policies_fit(self) -> "Recipe":
+    def _check_policies(self) -> "Recipe":
         check_names(self.policies)
-        in_order(self.policies)
-        check_is_read(self.policies, known_reward=self.reward.source is not None)
+        training_order(self.policies)
+        require_fields_used(self.policies, known_reward=self.reward.source is not None)
         if self.candidate is not None and self.candidate not in self.policies:
             raise ValueError(
                 f"candidate: there is no policy '{self.candidate}'; there are {', '.join(self.policies)}"
@@ -103,16 +105,16 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
-    def _what_is_set_is_read(self) -> "Recipe":
-        if not self.learned_reward and self.reward.model != RewardModelConfig():
+    def _check_sections(self) -> "Recipe":
+        if not self.trains_reward_model and self.reward.model != RewardModelConfig():
             raise ValueError(
-                "reward.model would not be read: reward.source gives a known reward; a policy with "
-                "reward: model learns from a reward model all the same"
+                "reward.model would not be read: reward.source gives a known reward, and no policy has "
+                "reward: model"
             )
         if self.data.openings is not None:
             if self.reward.source is None:
                 raise ValueError(
-                    "reward.source is needed: without pairs only a known reward can label samples"
+                    "reward.source is needed: the data has prompts only, and a known reward labels samples"
                 )
             if self.sft.enabled and self.sft.demonstrations is None and self.sft.made_demonstrations is None:
                 raise ValueError(
@@ -120,7 +122,7 @@ class Recipe(Config):
                     "(a number), or sft.enabled to false"
                 )
         if not self.sft.enabled and self.sft != SftConfig(enabled=False):
-            raise ValueError(f"sft.* would not be read: sft.enabled is false. {_ALONE.format('sft')}")
+            raise ValueError(f"sft.* would not be read: sft.enabled is false. {_DISABLE_ONLY.format('sft')}")
         if self.sft.lora and importlib.util.find_spec("peft") is None:
             raise ValueError(f"sft.lora needs peft, which is not installed: {LORA_EXTRA}")
         for name in ("pairs", "evaluate"):
@@ -130,22 +132,22 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
-    def _what_is_asked_beside_the_reward(self) -> "Recipe":
+    def _check_study_and_judge(self) -> "Recipe":
         if self.study is not None:
             if self.reward.source is None:
-                raise ValueError("study compares true rewards: set reward.source")
+                raise ValueError("a study compares true rewards: set reward.source")
             if self.suites.names or self.judge:
-                raise ValueError("suites and judge would not be read: a comparison study asks neither")
+                raise ValueError("suites and judge would not be read: a study uses neither")
             if self.candidate is not None:
-                raise ValueError("candidate would not be read: a comparison study registers no model")
+                raise ValueError("candidate would not be read: a study registers no model")
             if self.evaluate.prompts < 2:
-                raise ValueError("study needs intervals over prompts: set evaluate.prompts to 2 or more")
+                raise ValueError("a study needs intervals over prompts: set evaluate.prompts to 2 or more")
         if self.judge and self.judge.kind != "llm":
-            raise ValueError("judge.kind must be llm: the run measures with its reward anyway")
+            raise ValueError("judge.kind must be llm: a run always measures with its reward")
         return self
 
     def nodes(self) -> list[Node]:
-        """Every policy to train, each after those that it needs."""
+        """Every training of a policy, each after those that it needs."""
         return list(nodes(self.policies, self.study, self.seed))
 
     @property
@@ -155,36 +157,36 @@ class Recipe(Config):
 
     @property
     def precision(self) -> Precision:
-        """In which the candidate is trained, and models are checked."""
+        """Precision in which the candidate is trained, and models are checked."""
         precision: Precision = self.policies[self.candidate_name].settings.engine.precision
         return precision
 
     def learns_from_model(self, policy: PolicyFields) -> bool:
-        """Whether a policy learns from a reward model that is trained on the pairs."""
+        """True if the policy learns from a reward model that is trained on the pairs."""
         return policy.entry.scored and (self.reward.source is None or policy.reward == "model")
 
     @property
-    def learned_reward(self) -> bool:
-        """Whether a reward model is trained."""
+    def trains_reward_model(self) -> bool:
+        """True if a reward model is trained."""
         return self.reward.source is None or any(map(self.learns_from_model, self.policies.values()))
 
     @property
     def margin_by_agreement(self) -> bool:
-        """Whether the reward model's margins are read from the pairs."""
-        return self.learned_reward and self.reward.model.margin == "agreement"
+        """True if the reward model's margins are read from the pairs."""
+        return self.trains_reward_model and self.reward.model.margin == "agreement"
 
     def without_default_parameters(self) -> "Recipe":
-        """The same recipe, to start another from: parameters that are an objective's defaults are left out.
+        """The recipe without parameters that equal an objective's defaults, as a start for another recipe.
 
-        Written out, they would stay when the objective is changed to one whose defaults are others.
+        Written out, they would remain when the objective is changed to one with other defaults.
         """
 
         def trimmed(part: Any) -> Any:
             if not hasattr(part, "objective"):
                 return part
             own = get(part.objective).parameters
-            kept = {name: value for name, value in part.parameters.items() if value != own[name].default}
-            changes: dict[str, Any] = {"parameters": kept}
+            changed = {name: value for name, value in part.parameters.items() if value != own[name].default}
+            changes: dict[str, Any] = {"parameters": changed}
             if plus := getattr(part, "plus", None):
                 changes["plus"] = [trimmed(term) for term in plus]
             return part.model_copy(update=changes)

@@ -1,4 +1,4 @@
-"""Sections of the recipe that belong to no one stage: reward, cache, registry, tracking."""
+"""Sections of the recipe that belong to no single stage: reward, cache, registry, tracking."""
 
 from pydantic import Field
 
@@ -7,7 +7,7 @@ from dpo_core.methods.reward import RewardModelConfig
 
 
 class RewardConfig(Config):
-    """What completions are worth."""
+    """The reward of completions."""
 
     source: str | None = None
     """A known reward: `sentiment`, `package.module:callable`, `file.py:callable` or the address of a server
@@ -18,23 +18,23 @@ class RewardConfig(Config):
 
 
 class CacheConfig(Config):
-    """How reference log-probs are computed. Only `precision` decides their values."""
+    """How reference log-probs are computed; it does not change their values."""
 
     token_budget: int = Field(4096, ge=64)
     """Tokens in one forward pass."""
 
 
 class RegistryConfig(Config):
-    """Under which name the aligned model is registered."""
+    """Registration of the candidate in MLflow."""
 
     name: str | None = Field(None, min_length=1, pattern=r"^[^/:]+$")
     """Registered model; `dpo-<recipe name>` when empty."""
     alias: str = Field("challenger", pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")
-    """Alias that points to this run's model."""
+    """Alias that is set to this run's model."""
 
 
 class TrackingConfig(Config):
-    """Where the runs are recorded."""
+    """The MLflow server and experiment that record the run."""
 
     uri: str | None = None
     """MLflow tracking URI; else $MLFLOW_TRACKING_URI, else `mlflow.db` (SQLite) in the workspace."""

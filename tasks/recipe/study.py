@@ -1,4 +1,4 @@
-"""A comparison study: the policies of a recipe over a grid of settings and over seeds."""
+"""Studies: the policies of a recipe over a grid of settings and over seeds, as a list of trainings."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -14,9 +14,9 @@ from tasks.recipe.policies import (
     CLASSES,
     REFERENCE,
     PolicyFields,
-    check_is_read,
-    elsewhere,
-    in_order,
+    is_external,
+    require_fields_used,
+    training_order,
 )
 
 Grid = dict[str, list[Any]]
@@ -24,25 +24,25 @@ Grid = dict[str, list[Any]]
 
 
 class StudyConfig(Config):
-    """The same policies over a grid and seeds, measured on the same prompts and compared at equal KL."""
+    """Policies over a grid and seeds, measured on the same prompts and compared at equal KL."""
 
     seeds: list[Annotated[int, Field(ge=0, strict=True)]] = Field([0, 1, 2], min_length=1)
     """Seeds of training: order of examples, sampling, reward model. Data and reference are shared."""
     grid: dict[str, Grid | list[Grid]] = Field(default_factory=dict)
-    """By policy, what varies: `DPO: {parameters.beta: [0.1, 0.5]}`, or several such grids as a list."""
+    """The fields that vary, by policy: `DPO: {parameters.beta: [0.1, 0.5]}`, or a list of such grids."""
     kl_at: list[Annotated[float, Field(gt=0)]] = Field([2.0, 5.0, 10.0], min_length=1)
     """KLs, in nats, at which rewards are compared; chosen before the results are seen."""
     best_of: list[Annotated[int, Field(ge=1)]] = Field([2, 4, 8, 16])
     """The best of so many samples of the reference, as a line to compare with."""
     hidden: list[str] = Field(default_factory=list)
-    """Policies that the figures leave out: those that only answer a claim, or guide another."""
+    """Policies that the figures leave out, such as those that only serve as reference of another."""
     parallel: int = Field(1, ge=1)
-    """Policies trained at a time; give their engines that share of the cores (`engine.threads`)."""
+    """Policies trained at the same time; give each engine its share of the cores (`engine.threads`)."""
 
     @model_validator(mode="after")
-    def _each_once(self) -> "StudyConfig":
+    def _check_grid(self) -> "StudyConfig":
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"a seed is there twice: {self.seeds}")
+            raise ValueError(f"a seed is listed twice: {self.seeds}")
         for name in self.grid:
             labels = [label(point) for point in self.points(name)]
             if not labels:
@@ -68,7 +68,7 @@ class StudyConfig(Config):
 
 
 def label(point: Mapping[str, Any]) -> str:
-    """A point in words: "beta=0.1"; the last parts of the names say enough."""
+    """A point as text: "beta=0.1", with the last part of each field's name."""
     return ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in point.items())
 
 
@@ -80,42 +80,42 @@ class Node:
     config: PolicyFields
     seed: int
     point: str | None = None
-    """In words; None outside a study."""
+    """The point as text; None outside a study."""
 
     @property
     def label(self) -> str:
-        """What tells its stages from others of their kind."""
+        """Distinguishes its stages from others of the same name."""
         if self.point is None:
             return f" {self.policy}"
         return f" {self.policy}{' ' + self.point if self.point else ''} seed {self.seed}"
 
     @property
     def needs(self) -> list[tuple[str, int]]:
-        """The policies that it starts from or is held to, with their seed."""
-        return [(m, self.seed) for m in self.config.models if m != REFERENCE and not elsewhere(m)]
+        """The policies that it starts from or uses as reference, with their seed."""
+        return [(m, self.seed) for m in self.config.models if m != REFERENCE and not is_external(m)]
 
 
 def nodes(policies: Mapping[str, PolicyFields], study: StudyConfig | None, seed: int) -> Iterator[Node]:
-    """Every policy to train, each after those that it needs.
+    """Every training, each after those that it needs.
 
-    In a study all policies of a seed come before the next seed, so that a stopped study compares them all.
+    In a study all policies of one seed come before the next seed, so that a stopped study can compare them.
 
     Raises:
         ValueError: the graph has a cycle or an unknown name.
         RecipeError, pydantic.ValidationError: a point of the grid is no valid setting.
     """
-    order = in_order(policies)
+    order = training_order(policies)
     if study is None:
         yield from (Node(name, policies[name], seed) for name in order)
         return
-    for one in study.seeds:
+    for study_seed in study.seeds:
         for name in order:
             for point in study.points(name):
-                yield Node(name, changed(policies[name], point), one, label(point))
+                yield Node(name, with_changes(policies[name], point), study_seed, label(point))
 
 
-def changed(policy: PolicyFields, changes: Mapping[str, Any]) -> PolicyFields:
-    """A policy with other values of some fields, by dotted name.
+def with_changes(policy: PolicyFields, changes: Mapping[str, Any]) -> PolicyFields:
+    """A copy of the policy with new values of fields, by dotted name.
 
     Raises:
         RecipeError, pydantic.ValidationError: a field is unknown, or its value out of range.
@@ -135,10 +135,10 @@ def changed(policy: PolicyFields, changes: Mapping[str, Any]) -> PolicyFields:
 
 
 def check_study(policies: Mapping[str, PolicyFields], study: StudyConfig) -> None:
-    """Refuse a study whose grid cannot be trained, before anything is.
+    """Refuse a study with an invalid grid before anything is trained.
 
     Raises:
-        ValueError: so.
+        ValueError: the first fault.
     """
     for field, names in (("grid", study.grid), ("hidden", study.hidden)):
         unknown = [name for name in names if name not in policies]
@@ -151,16 +151,16 @@ def check_study(policies: Mapping[str, PolicyFields], study: StudyConfig) -> Non
             if model in policies and len(study.points(model)) > 1:
                 raise ValueError(
                     f"policy {name} needs {model}, which study.grid gives {len(study.points(model))} points: "
-                    "which of them is not said. Give that policy one point, or name a policy for each"
+                    "it is unclear which of them. Give that policy one point, or define a policy for each"
                 )
         trainings: list[PolicyFields] = []
         for point in study.points(name):
             fixed = [key for key in point if key.split(".")[0] in ("method", "start", "reference", "reward")]
             if fixed:
-                raise ValueError(f"study.grid.{name}: {fixed[0]} cannot vary; name a policy for each value")
+                raise ValueError(f"study.grid.{name}: {fixed[0]} cannot vary; define a policy for each value")
             try:
-                trainings.append(changed(policy, point))
-                check_is_read({name: trainings[-1]}, known_reward=True)
+                trainings.append(with_changes(policy, point))
+                require_fields_used({name: trainings[-1]}, known_reward=True)
             except (ValueError, RecipeError) as error:
                 what = str(error).rstrip(".")
                 if isinstance(error, ValidationError):  # a ValueError too

@@ -14,7 +14,7 @@ import yaml
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError
 from dpo_core.system import digest_file, write_atomic
-from tasks.recipe.policies import elsewhere
+from tasks.recipe.policies import is_external
 from tasks.recipe.read import load_recipe
 from tasks.recipe.recipe import Recipe
 from tasks.runs.record import RunRecord
@@ -37,7 +37,7 @@ def recipe_path(workspace: str | Path, run_id: str) -> Path:
 
 def model_names(recipe: Recipe) -> list[str]:
     """The names of all models from outside the recipe: the base model, starts and references."""
-    named = [model for policy in recipe.policies.values() for model in policy.models if elsewhere(model)]
+    named = [model for policy in recipe.policies.values() for model in policy.models if is_external(model)]
     return list(dict.fromkeys([recipe.model.name, *named]))
 
 

@@ -1,1 +1,1 @@
-"""The stages of a run, and the frame that each of them has."""
+"""The stages of a run, and the frame that runs each of them."""

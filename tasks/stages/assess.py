@@ -1,4 +1,4 @@
-"""What a run's evaluation comes to: tables of suites, comparisons, win rates, and the decision to promote."""
+"""Assess a run's evaluation: tables of suites, comparisons and win rates, and the decision to promote."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from tasks.store.manifest import Manifest
 
 
 class Assessment(NamedTuple):
-    """Parts of a run's report."""
+    """Tables of a run's report."""
 
     suites: list[SuiteRow]
     comparisons: list[Comparison]
@@ -27,11 +27,11 @@ class Assessment(NamedTuple):
 
 
 def assess(recipe: Recipe, manifests: Mapping[str, Manifest], evaluation: Measured) -> Assessment:
-    """What was measured beside the evaluation, in tables.
+    """The results of suites and judges as tables.
 
     Args:
         manifests: by stage.
-        evaluation: what the evaluation stage wrote.
+        evaluation: the result of the evaluation stage.
     """
     results = {
         label_of(name).strip(): load_suites(manifest)
@@ -53,7 +53,7 @@ def assess(recipe: Recipe, manifests: Mapping[str, Manifest], evaluation: Measur
     )
 
 
-def judge_candidate(
+def decide_promotion(
     recipe: Recipe,
     evaluation: Measured,
     comparisons: Sequence[Comparison],
@@ -62,12 +62,12 @@ def judge_candidate(
     champion: Champion | None,
     candidate: str,
 ) -> Decision:
-    """Hold the trained model against the champion, or against the reference while there is none.
+    """Compare the candidate with the champion, or with the reference if there is no champion.
 
     Args:
-        alarms: those that concern the candidate, its reference or its data, by name.
-        champion: the registered model. It was not evaluated where it is the trained model itself.
-        candidate: as sentences name the trained model.
+        alarms: the alarms about the candidate, its reference or its data, by name.
+        champion: the registered model; it is not evaluated if it is the candidate itself.
+        candidate: the candidate's name in sentences.
     """
     rival = CHAMPION if evaluation.policy(CHAMPION) else REFERENCE
     if champion and rival != CHAMPION:
@@ -89,7 +89,7 @@ def judge_candidate(
 
 
 def suite_row(result: SuiteResult) -> SuiteRow:
-    """A result as tables show it."""
+    """A result as a row of tables."""
     return SuiteRow(
         suite=result.suite,
         title=find(result.suite).title,

@@ -1,7 +1,7 @@
-"""What every stage shares: look in the store, or do the work under a lock; MLflow child, artifact, progress.
+"""The frame of every stage: reuse its artifact from the store, or compute it under a lock and record it.
 
-A stage is a function from manifests and its slice of the recipe to files. It sees neither Prefect nor MLflow;
-`run_stage` wraps it in both.
+A stage is a function from manifests and its part of the recipe to files. It uses neither Prefect nor MLflow;
+`run_stage` adds both.
 """
 
 import logging
@@ -46,30 +46,30 @@ log = logging.getLogger("dpo")
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage's identity: raising the version makes it run again everywhere."""
+    """What identifies and describes a stage. Raising the version makes it run again everywhere."""
 
     name: str
     version: int
     kind: str
-    """Of its artifact."""
+    """Kind of its artifact."""
     facts: type[Facts]
-    """What it states about its artifact."""
+    """Class of the facts that it records with its artifact."""
     estimate: "Estimate | None" = None
-    """What it would compute in a run to come, by its label; None: nothing with the model."""
+    """Estimates the stage's computation before a run, by its label; None: it runs no model."""
     overhead: float = 2.0
-    """Seconds that it takes whatever its size: starting processes, loading a model, writing artifacts."""
+    """Seconds that it takes at any size: starting processes, loading a model, writing artifacts."""
     settings: "Settings | None" = None
-    """Of a training, by its label: where the recipe has its settings (`reward.model`), and the settings."""
+    """For a training, by its label: the settings' place in the recipe (`reward.model`), and the settings."""
     job: Literal["none", "one rank", "shared"] = "none"
-    """Of a stage without training, what its job needs: none, it works in the flow's process; a single rank
-    without a GPU; or the ranks of the recipe's `inference`."""
+    """Where a stage without training computes: none, in the flow's process; one rank, in a job of a single
+    rank without a GPU; shared, in a job on the ranks of the recipe's `inference`."""
     subject: str = ""
-    """Of a data gate, what it judges; what passes is what the whole run learns from."""
+    """For a data gate: the kind of rows that it checks. Its artifact is logged as an input of the run."""
 
 
 @dataclass
 class Output:
-    """What the work of a stage produced."""
+    """What a stage computed."""
 
     files: Path | Mapping[str, Path]
     rows: int | None = None
@@ -78,55 +78,54 @@ class Output:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-# Why a stage would run: it never did here; its settings or its code are not those of earlier runs; it reads
-# other data, or data that are still to be made; what it made is no longer whole.
+# Why a stage would run: it never ran here; its settings or code differ from earlier runs; its inputs differ
+# or do not exist yet; its stored artifact is damaged.
 Why = Literal["new", "changed", "data", "damaged"]
 
 
 class StageResult(Config):
-    """What the flow hands on: the manifest, and how it came about."""
+    """Result of a stage: the manifest of its artifact, and whether an earlier run computed it."""
 
     name: str
-    """The stage's, with its label."""
+    """The stage's name, with its label."""
     manifest: Manifest
-    """The artifact."""
     cached: bool
-    """Whether an earlier run had made it."""
+    """Whether the artifact was in the store."""
     seconds: float
     """Time of this stage in this run."""
     mlflow_run_id: str | None = None
-    """The stage's child run; none when it was cached."""
+    """The stage's child run in MLflow; None if cached."""
     why: Why | None = None
-    """In a plan, why the stage would run."""
+    """In a plan: why the stage would run."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """The run around its stages, which every task of it is handed: its name and its live objects.
+    """The run that a task belongs to: its name, its store, its tracker and its settings.
 
-    Not plain data: all tasks of a run work in the process of its flow. Prefect searches the parameters of a
-    task, and their fields, for futures; it neither looks into these objects nor copies them.
+    It holds live objects, because all tasks of a run execute in the process of its flow. Prefect searches the
+    parameters of a task, and their fields, for futures; it neither looks into these objects nor copies them.
     """
 
     run_id: str
-    """Name of the alignment run."""
+    """Name of the run."""
     store: Store
     """The workspace's artifacts."""
     tracker: Tracker
-    """The run in MLflow. In a plan it is not opened."""
+    """The run in MLflow; not opened in a plan."""
     stop: Stop
     """Whether the run is being stopped."""
     cluster: Cluster | None = None
-    """Where its jobs run; None: on this machine."""
+    """Where jobs run; None: on this machine."""
     ranks: InferenceConfig = field(default_factory=InferenceConfig)
-    """Of its jobs that sample, score or evaluate."""
+    """Ranks of the jobs that sample, score or evaluate."""
     server: JobServer = field(default_factory=JobServer)
-    """Starts jobs of one process on this machine; whoever makes the context closes it."""
+    """Starts jobs of one process on this machine; the creator of the context closes it."""
     prefect_artifacts: PrefectArtifacts = field(default_factory=PrefectArtifacts)
     label: str = ""
-    """What tells this stage from others of its name in the run: " DPO beta=0.1 seed 0"."""
+    """Distinguishes this stage from others of its name in the run: " DPO beta=0.1 seed 0"."""
     plan: bool = False
-    """Only look what the store holds. A stage that would have to run hands on a `planned` manifest."""
+    """Only look into the store. A stage that would have to run returns a `planned` manifest."""
 
     @property
     def workspace(self) -> Path:
@@ -137,13 +136,13 @@ class Context:
         """The launcher for a job of this name.
 
         Args:
-            one_rank: the job is done by a single rank without a GPU.
+            one_rank: a single rank without a GPU does the job.
         """
         cluster = self.cluster.for_one_rank() if self.cluster and one_rank else self.cluster
-        return launcher_of(cluster, job, self.stop.hurry, self.server)
+        return launcher_of(cluster, job, self.stop.no_time_to_save, self.server)
 
     def labelled(self, label: str) -> "Context":
-        """The same run, for stages that have this label."""
+        """The same run, for stages with this label."""
         return replace(self, label=label)
 
 
@@ -151,15 +150,15 @@ _LINE_SECONDS = 60.0
 
 
 class Progress:
-    """One progress bar on the terminal, else a line a minute; one in Prefect (every few seconds)."""
+    """Progress of a stage: a bar on the terminal, else a log line a minute, and a bar in Prefect."""
 
     def __init__(self, stage: str, total: int, context: Context) -> None:
         self.stage, self.total = stage, max(total, 1)
         self._stop, self._prefect = context.stop, context.prefect_artifacts
-        self._told = time.monotonic()
+        self._last_line = time.monotonic()
         self._bar: Any = None
-        self._sent = time.monotonic()
-        key = f"progress-{slug(stage)}"
+        self._last_sent = time.monotonic()
+        key = f"progress-{artifact_key(stage)}"
         self._artifact: Any = self._prefect.send(
             lambda: create_progress_artifact(progress=0.0, key=key, description=stage)
         )
@@ -173,24 +172,24 @@ class Progress:
             self._task = self._bar.add_task(escape(stage), total=self.total)
 
     def update(self, done: int) -> None:
-        """So many of the total are done."""
+        """Report that `done` units of the total are done."""
         self._stop.check()
         if self._bar:
             self._bar.update(self._task, completed=done)
-        elif time.monotonic() - self._told > _LINE_SECONDS:
-            self._told = time.monotonic()
+        elif time.monotonic() - self._last_line > _LINE_SECONDS:
+            self._last_line = time.monotonic()
             log.info("%s: %d of %d", self.stage, done, self.total)
-        if time.monotonic() - self._sent > 3.0:
+        if time.monotonic() - self._last_sent > 3.0:
             self._send(done)
 
     def _send(self, done: int) -> None:
-        self._sent = time.monotonic()
+        self._last_sent = time.monotonic()
         share = min(100.0, 100.0 * done / self.total)
         if self._artifact is not None:
             self._prefect.send(lambda: update_progress_artifact(artifact_id=self._artifact, progress=share))
 
     def close(self, finished: bool) -> None:
-        """Take the bar away; a finished stage stands at 100 %."""
+        """Remove the bar; a finished stage ends at 100 %."""
         if self._bar:
             self._bar.stop()
         if finished:
@@ -198,19 +197,19 @@ class Progress:
 
 
 @dataclass
-class Work:
-    """What the work of a stage is given."""
+class RunningStage:
+    """A stage while it computes: its folders, its MLflow run and its progress bars."""
 
     stage: Stage
     context: Context
     scratch: Path
-    """Survives a kill: checkpoints and partial results may lie here."""
+    """Survives a kill: the folder for checkpoints and partial results."""
     mlflow: StageRun
     _bars: list[Progress] = field(default_factory=list)
 
     @property
     def name(self) -> str:
-        """The stage's, with its label."""
+        """The stage's name, with its label."""
         return self.stage.name + self.context.label
 
     def progress(self, total: int) -> Progress:
@@ -219,7 +218,7 @@ class Work:
         self._bars.append(bar)
         return bar
 
-    def fresh(self, name: str) -> Path:
+    def empty_folder(self, name: str) -> Path:
         """An empty folder of that name in the scratch folder."""
         folder = self.scratch / name
         shutil.rmtree(folder, ignore_errors=True)
@@ -234,13 +233,13 @@ StageFunction = Callable[Concatenate[Context, P], StageResult]
 
 
 def run_task(name: str, task_run_name: str | None = None) -> Callable[[Callable[Q, R]], Callable[Q, R]]:
-    """A function as a Prefect task that keeps no result, and whose errors name no secret."""
+    """Make a function a Prefect task that stores no result, and whose errors contain no secret."""
 
     def wrap(function: Callable[Q, R]) -> Callable[Q, R]:
         return task(
             name=name,
             task_run_name=task_run_name or name,
-            # Manifests decide what is cached, in the store; Prefect's own caching would not check the files.
+            # The store decides what is cached; Prefect's own caching would not check the files.
             cache_policy=NO_CACHE,
             persist_result=False,
             log_prints=False,
@@ -250,7 +249,7 @@ def run_task(name: str, task_run_name: str | None = None) -> Callable[[Callable[
 
 
 def stage_task(name: str, task_run_name: str | None = None) -> Callable[[StageFunction[P]], StageFunction[P]]:
-    """A stage as a Prefect task; in a plan as the plain function, which asks no server."""
+    """Make a stage a Prefect task; in a plan call the plain function, which needs no server."""
 
     def wrap(function: StageFunction[P]) -> StageFunction[P]:
         tracked = run_task(name, task_run_name)(function)
@@ -264,8 +263,8 @@ def stage_task(name: str, task_run_name: str | None = None) -> Callable[[StageFu
     return wrap
 
 
-def slug(name: str) -> str:
-    """A name as Prefect wants the key of an artifact: small letters, digits, single dashes."""
+def artifact_key(name: str) -> str:
+    """A name as the key of a Prefect artifact: lower-case letters, digits, single dashes."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -274,18 +273,18 @@ def run_stage(
     stage: Stage,
     inputs: Mapping[str, Manifest],
     config: Any,
-    work: Callable[[Work], Output],
+    compute: Callable[[RunningStage], Output],
     *,
     total_steps: int | None = None,
-    ahead: Callable[[], Facts] | None = None,
+    planned_facts: Callable[[], Facts] | None = None,
 ) -> StageResult:
-    """The stage's artifact: from the store if it is there and whole, else by doing the work.
+    """Return the stage's artifact: from the store if it is there and intact, else by computing it.
 
     Args:
-        inputs: what the stage reads, by role; their digests are part of the key.
+        inputs: the artifacts that the stage reads, by role; their digests are part of the key.
         config: everything else that decides the result (models, numbers, strings).
         total_steps: optimiser steps that will be reported, for even thinning of long curves.
-        ahead: facts of the result that a plan can state before the work is done.
+        planned_facts: facts of the artifact that a plan can state before it is computed.
     """
     start = time.monotonic()
     name = stage.name + context.label
@@ -293,25 +292,27 @@ def run_stage(
     digest = digest_config(config)
     key = stage_key(stage.name, stage.version, digest, {role: m.sha256 for role, m in inputs.items()})
     if context.plan:
-        return _look(store, stage, name, key, digest, inputs, ahead)
+        return _plan_stage(store, stage, name, key, digest, inputs, planned_facts)
     note_need(store, context.run_id, stage.name, key, [m.sha256 for m in inputs.values()])
-    found = store.lookup(stage.name, key)
+    manifest = store.lookup(stage.name, key)
     child: StageRun | None = None
-    if found is None:
+    if manifest is None:
         with store.lock(stage.name, key):
-            found = store.lookup(stage.name, key)
-            if found is None:
+            manifest = store.lookup(stage.name, key)
+            if manifest is None:
                 tags = {"dpo.config_digest": digest, "dpo.run": context.run_id}
                 with tracker.child(name, total_steps=total_steps, tags=tags) as child:
                     child.params(_as_params(config))
-                    found = _do(context, stage, key, digest, inputs, work, child)
+                    manifest = _compute(context, stage, key, digest, inputs, compute, child)
     if child is None:
-        context.tracker.close_stage(name, found, _as_params(config), total_steps)
+        context.tracker.close_stage(name, manifest, _as_params(config), total_steps)
     if stage.subject:
-        context.tracker.parent.dataset(stage.subject, found.sha256, found.rows, found.uri, "training")
+        context.tracker.parent.dataset(
+            stage.subject, manifest.sha256, manifest.rows, manifest.uri, "training"
+        )
     result = StageResult(
         name=name,
-        manifest=found,
+        manifest=manifest,
         cached=child is None,
         seconds=time.monotonic() - start,
         mlflow_run_id=child.run_id if child else None,
@@ -320,20 +321,20 @@ def run_stage(
     return result
 
 
-def _look(
+def _plan_stage(
     store: Store,
     stage: Stage,
     name: str,
     key: str,
     digest: str,
     inputs: Mapping[str, Manifest],
-    ahead: Callable[[], Facts] | None,
+    planned_facts: Callable[[], Facts] | None,
 ) -> StageResult:
-    """What `run_stage` would find, without a trace on the disk."""
-    known = not any(manifest.planned for manifest in inputs.values())
-    found = store.peek(stage.name, key) if known else None
-    if found is not None:
-        return StageResult(name=name, manifest=found, cached=True, seconds=0.0)
+    """What `run_stage` would return, without writing to the disk."""
+    inputs_exist = not any(manifest.planned for manifest in inputs.values())
+    cached = store.peek(stage.name, key) if inputs_exist else None
+    if cached is not None:
+        return StageResult(name=name, manifest=cached, cached=True, seconds=0.0)
     why = _why(store.history(stage.name), stage, digest, tuple(m.sha256 for m in inputs.values()))
     planned = Manifest(
         kind=stage.kind,
@@ -343,13 +344,13 @@ def _look(
         stage=stage.name,
         stage_version=stage.version,
         config_digest=digest,
-        extra=ahead().as_extra() if ahead else {},
+        extra=planned_facts().as_extra() if planned_facts else {},
     )
     return StageResult(name=name, manifest=planned, cached=False, seconds=0.0, why=why)
 
 
 def _why(earlier: list[Manifest], stage: Stage, digest: str, parents: tuple[str, ...]) -> Why:
-    """Why a stage runs, from what it made in earlier runs."""
+    """Why a stage runs, by comparison with its artifacts of earlier runs."""
     if not earlier:
         return "new"
     same_data = [m for m in earlier if m.parents == parents]
@@ -360,25 +361,25 @@ def _why(earlier: list[Manifest], stage: Stage, digest: str, parents: tuple[str,
 
 
 def _as_params(config: Any) -> dict[str, Any]:
-    """A stage's slice of the recipe as parameters of its run, named as in the recipe."""
-    given = dict(config) if isinstance(config, Mapping) else {}
-    own = given.pop("config", {})
-    given.pop("files", None)  # digests under paths: in the stage's key, and no parameters
-    return {key: value for key, value in flatten({**own, **given}).items() if value is not None}
+    """A stage's part of the recipe as parameters of its MLflow run, named as in the recipe."""
+    fields = dict(config) if isinstance(config, Mapping) else {}
+    own = fields.pop("config", {})
+    fields.pop("files", None)  # digests by path: part of the stage's key, not parameters
+    return {key: value for key, value in flatten({**own, **fields}).items() if value is not None}
 
 
-def _do(
+def _compute(
     context: Context,
     stage: Stage,
     key: str,
     digest: str,
     inputs: Mapping[str, Manifest],
-    work: Callable[[Work], Output],
+    compute: Callable[[RunningStage], Output],
     child: StageRun,
 ) -> Manifest:
     store = context.store
-    given = Work(stage, context, store.begin(stage.name, key), child)
-    log.info("%s: running", given.name)
+    running = RunningStage(stage, context, store.begin(stage.name, key), child)
+    log.info("%s: running", running.name)
     start = time.monotonic()
     for role, manifest in inputs.items():
         child.dataset(
@@ -386,11 +387,11 @@ def _do(
         )
     finished = False
     try:
-        output = work(given)
-        facts = _checked(stage, output.facts, time.monotonic() - start)
-        # All numbers before the result is stored: a stage that is killed after that is not done again.
+        output = compute(running)
+        facts = _checked_facts(stage, output.facts, time.monotonic() - start)
+        # Record all numbers before the artifact is stored: a stage killed after that is not run again.
         child.metrics(output.metrics | {"cost/seconds": time.monotonic() - start})
-        about = ArtifactInfo(
+        info = ArtifactInfo(
             kind=stage.kind,
             stage_version=stage.version,
             config_digest=digest,
@@ -399,7 +400,7 @@ def _do(
             parameters=output.parameters,
             extra=facts.as_extra(),
         )
-        manifest = store.commit(stage.name, key, output.files, about)
+        manifest = store.commit(stage.name, key, output.files, info)
         child.made(manifest)
         finished = True
     except DpoError:
@@ -413,16 +414,20 @@ def _do(
         context.stop.begin(error)
         raise
     finally:
-        for bar in given._bars:
+        for bar in running._bars:
             bar.close(finished)
     return manifest
 
 
-def _checked(stage: Stage, facts: Facts, seconds: float) -> Facts:
-    """The facts that the work stated, which are those of the stage, with the time that it took."""
+def _checked_facts(stage: Stage, facts: Facts, seconds: float) -> Facts:
+    """The facts with the stage's time.
+
+    Raises:
+        TypeError: they are not of the class that the stage declares.
+    """
     if type(facts) is not stage.facts:
-        stated, declared = type(facts).__name__, stage.facts.__name__
-        raise TypeError(f"stage {stage.name} stated {stated}, and declares {declared}")
+        actual, declared = type(facts).__name__, stage.facts.__name__
+        raise TypeError(f"stage {stage.name} returned {actual}, but declares {declared}")
     return facts if facts.seconds is not None else facts.model_copy(update={"seconds": seconds})
 
 
@@ -449,5 +454,5 @@ def _announce(context: Context, name: str, result: StageResult) -> None:
     )
     text = f"| {name} | |\n| --- | --- |\n{facts}"
     context.prefect_artifacts.send(
-        lambda: create_markdown_artifact(key=f"stage-{slug(name)}", markdown=text, description=state)
+        lambda: create_markdown_artifact(key=f"stage-{artifact_key(name)}", markdown=text, description=state)
     )

@@ -1,4 +1,4 @@
-"""The data stages: load and split, judge at the gate, sample pairs where there are none."""
+"""The data stages: load and split the data, validate it at the gate, sample pairs if it has only prompts."""
 
 import datetime
 import logging
@@ -23,8 +23,8 @@ from expectations.config import GateConfig
 from expectations.drift import load_baseline
 from expectations.job_file import GateJob
 from expectations.report import GateReport
-from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
-from tasks.stages.job import common, run_model_job
+from tasks.stages.base import Context, Output, RunningStage, Stage, StageResult, run_stage, stage_task
+from tasks.stages.job import common_fields, run_model_job
 from tasks.stages.workload import Workload
 from tasks.store.facts import GateFacts, LoadFacts, SamplingFacts
 from tasks.store.manifest import Manifest
@@ -39,20 +39,20 @@ GATES = {
 
 
 def kind_of(rows: Manifest) -> Literal["pairs", "unpaired"]:
-    """What the rows that a policy is trained on are, and how the stages that read them name this input."""
+    """The kind of the training rows, which is also the name of this input of stages."""
     return "unpaired" if rows.stage == GATES["unpaired"].name else "pairs"
 
 
-def _sampling(workload: Workload, label: str) -> estimate.Work:
+def _estimate(workload: Workload, label: str) -> estimate.Work:
     config = workload.recipe.pairs
-    return workload.drawn(None, config.sampling.max_new_tokens, config.samples_per_prompt)
+    return workload.sampling_work(None, config.sampling.max_new_tokens, config.samples_per_prompt)
 
 
-SAMPLE = Stage("sample-pairs", 3, "dataset", SamplingFacts, _sampling, overhead=4.0, job="shared")
+SAMPLE = Stage("sample-pairs", 3, "dataset", SamplingFacts, _estimate, overhead=4.0, job="shared")
 
 
 def source_digests(config: DataConfig) -> dict[str, str]:
-    """Digests of the local files that the data comes from: a changed file is other data."""
+    """Digests of the local data files, by path, so that an edited file does not match the cache."""
     digests: dict[str, str] = {}
     for path in config.paths:
         try:
@@ -60,13 +60,13 @@ def source_digests(config: DataConfig) -> dict[str, str]:
             files = sorted(_visible(place)) if place.is_dir() else [place]
             digests |= {str(file): digest_file(file) for file in files if file.is_file()}
         except (OSError, RuntimeError) as error:
-            check_source(path)  # says it better where it can
+            check_source(path)  # raises a clearer error for known causes
             raise DataError(f"{path} cannot be read ({error})", "Check its permissions") from error
     return digests
 
 
 def _visible(folder: Path) -> list[Path]:
-    """The files of a folder, without those that the reader never opens: a clone's .git, caches."""
+    """The files of a folder without hidden ones, which the reader never opens: a clone's .git, caches."""
     files = (path for path in folder.rglob("*") if path.is_file())
     return [f for f in files if not any(part.startswith(".") for part in f.relative_to(folder).parts)]
 
@@ -75,13 +75,13 @@ def _visible(folder: Path) -> list[Path]:
 def load_data(context: Context, config: DataConfig) -> StageResult:
     """Read pairs, unpaired rows or prompts into the canonical table, split by prompt."""
 
-    def work(given: Work) -> Output:
+    def compute(running: RunningStage) -> Output:
         loaded = load(config)
         frame = split_table(loaded, config)
-        for said in loaded.remarks:
-            log.info("%s: %s", given.name, said)
-        given.mlflow.tag("dpo.data_format", f"{loaded.format}: {loaded.recognised_by}")
-        out = given.fresh("out")
+        for remark in loaded.remarks:
+            log.info("%s: %s", running.name, remark)
+        running.mlflow.tag("dpo.data_format", f"{loaded.format}: {loaded.recognised_by}")
+        out = running.empty_folder("out")
         frame.to_parquet(out / "data.parquet", index=False)
         facts = LoadFacts(
             kind=loaded.kind,
@@ -95,9 +95,10 @@ def load_data(context: Context, config: DataConfig) -> StageResult:
         )
         return Output(out, rows=len(frame), facts=facts)
 
-    # The digests stand in the config, so that an edited file misses the cache under the same name.
     slice_ = {"data": config.model_dump(mode="json"), "files": source_digests(config)}
-    return run_stage(context, LOAD, {}, slice_, work, ahead=lambda: LoadFacts(kind=load(config).kind))
+    return run_stage(
+        context, LOAD, {}, slice_, compute, planned_facts=lambda: LoadFacts(kind=load(config).kind)
+    )
 
 
 @stage_task("validate", "validate-{subject}")
@@ -109,21 +110,21 @@ def validate(
     gate: GateConfig,
     tokens: TokenConfig,
 ) -> StageResult:
-    """Great Expectations on prompts, pairs or unpaired rows; the rows that may go on, report and Data Docs.
+    """Check prompts, pairs or unpaired rows with Great Expectations; write the rows that pass and a report.
 
     Raises:
-        GateRefused: a critical rule failed. Nothing is committed, so nothing downstream can run.
+        GateRefused: a critical rule failed. Nothing is stored, so no later stage can run.
     """
     baseline = load_baseline(gate.baseline) if gate.baseline else None
 
-    def work(given: Work) -> Output:
-        out = given.fresh("out")
-        # Beside the store and not in it: pages with times and random names would give every run of the same
-        # data another digest.
-        docs = context.workspace / "data_docs" / f"{subject}-{given.scratch.name}"
+    def compute(running: RunningStage) -> Output:
+        out = running.empty_folder("out")
+        # Outside the store: the pages contain times and random names, so that the same data would get another
+        # digest in every run.
+        docs = context.workspace / "data_docs" / f"{subject}-{running.scratch.name}"
         shutil.rmtree(docs, ignore_errors=True)
         job = GateJob(
-            **common(given),
+            **common_fields(running),
             subject=subject,
             rows=str(data.path / "data.parquet"),
             model=str(model.path),
@@ -133,40 +134,39 @@ def validate(
             docs=str(docs),
             out=str(out / "data.parquet"),
         )
-        result = run_model_job(given, job, total=data.rows or 1)
+        result = run_model_job(running, job, total=data.rows or 1)
         report = GateReport.model_validate(result.pop("report"))
         index = Path(report.docs_index).relative_to(context.workspace)
         facts = report.model_copy(update={"docs_index": str(index)})
         (out / "gate.json").write_text(facts.model_dump_json(indent=1))
-        given.mlflow.artifact(out / "gate.json")
-        given.mlflow.artifact(Path(report.docs_index).parent, "data_docs")
+        running.mlflow.artifact(out / "gate.json")
+        running.mlflow.artifact(Path(report.docs_index).parent, "data_docs")
         report.raise_if_refused()
         rows, sides = result.pop("rows"), result.pop("sides")
         _require_sides(sides, report.dropped, sampled=data.stage == SAMPLE.name)
         failed = [f.rule for f in report.findings if not f.passed]
-        stated = GateFacts(dropped=report.dropped, warnings=failed, **result)
+        gate_facts = GateFacts(dropped=report.dropped, warnings=failed, **result)
         metrics = {f"gate/{f.rule}": float(f.rate) for f in report.findings if not f.skipped}
         metrics |= {"data/rows": float(rows), "data/dropped": float(report.dropped)}
-        return Output(out, rows=rows, facts=stated, metrics=metrics)
+        return Output(out, rows=rows, facts=gate_facts, metrics=metrics)
 
     slice_ = {
         "subject": subject,
-        # The baseline by what it says, not by its path.
+        # The baseline by its content, not by its path.
         "gate": gate.model_dump(mode="json", exclude={"baseline"}),
         "baseline": baseline,
         "tokens": tokens.model_dump(mode="json"),
     }
-    return run_stage(context, GATES[subject], {"data": data, "tokenizer": model}, slice_, work)
+    return run_stage(context, GATES[subject], {"data": data, "tokenizer": model}, slice_, compute)
 
 
 def _require_sides(sides: dict[str, int], dropped: int, *, sampled: bool) -> None:
-    """Both sides of the split must hold something; sampled pairs may lack held-out ones."""
+    """Refuse an empty side of the split; sampled pairs may lack held-out ones."""
     for side, use in {"train": "training", "eval": "evaluation"}.items():
         if not sides.get(side) and not (sampled and side == "eval"):
             raise GateRefused(
-                f"no row is left for {use}: the gate dropped {dropped} rows and kept {sum(sides.values())} "
-                "others",
-                "Correct the rows that it names, or add data",
+                f"no row is left for {use}: the gate dropped {dropped} rows and kept {sum(sides.values())}",
+                "Correct the rows that the gate names, or add data",
             )
 
 
@@ -180,13 +180,13 @@ def sample_pairs(
     reward: str,
     seed: int,
 ) -> StageResult:
-    """Completions of training and held-out prompts from the reference, labelled by a known reward."""
+    """Sample completions of all prompts from the reference, and pair them by a known reward."""
 
-    def work(given: Work) -> Output:
-        out = given.fresh("out")
+    def compute(running: RunningStage) -> Output:
+        out = running.empty_folder("out")
         rows = prompts.path / "data.parquet"
         job = PairSamplingJob(
-            **common(given),
+            **common_fields(running),
             prompts=str(rows),
             model=str(reference.path),
             out=str(out / "data.parquet"),
@@ -196,7 +196,7 @@ def sample_pairs(
             seed=seed,
         )
         total = len(pd.read_parquet(rows, columns=["split"])) * config.samples_per_prompt
-        facts = SamplingFacts(**run_model_job(given, job, total=total))
+        facts = SamplingFacts(**run_model_job(running, job, total=total))
         counts = facts.model_dump(include={"samples", "pairs", "ties", "mean_reward"})
         metrics = {f"data/{name}": float(value) for name, value in counts.items()}
         return Output(
@@ -209,4 +209,4 @@ def sample_pairs(
         "reward": reward_identity(reward),
         "seed": seed,
     }
-    return run_stage(context, SAMPLE, {"prompts": prompts, "reference": reference}, slice_, work)
+    return run_stage(context, SAMPLE, {"prompts": prompts, "reference": reference}, slice_, compute)

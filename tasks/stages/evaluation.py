@@ -21,9 +21,9 @@ from dpo_core.rewards.functions import reward_identity
 from dpo_core.statistics.estimates import Estimate
 from tasks.recipe.policies import CHAMPION, REFERENCE
 from tasks.reports.run_report import Measured, Sample
-from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
+from tasks.stages.base import Context, Output, RunningStage, Stage, StageResult, run_stage, stage_task
 from tasks.stages.data import kind_of
-from tasks.stages.job import common, run_model_job
+from tasks.stages.job import common_fields, run_model_job
 from tasks.store.facts import Facts
 from tasks.store.manifest import Manifest
 from tasks.tracking.mlflow_run import metric_keys
@@ -36,7 +36,7 @@ EVALUATE = Stage(
     VERSION,
     "evaluation",
     Facts,
-    lambda w, _: w.evaluated(1 + len(w.recipe.policies)),
+    lambda w, _: w.evaluation_work(1 + len(w.recipe.policies)),
     overhead=5.0,
     job="shared",
 )
@@ -44,17 +44,17 @@ EVALUATE = Stage(
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How policies are measured, beside the models and data."""
+    """Everything that decides an evaluation beside the models and the data."""
 
     config: EvaluateConfig
     tokens: TokenConfig
     seed: int
-    """Of the samples; the same for every policy, so that differences are paired."""
+    """Seed of the samples; the same for every policy, so that differences are paired."""
     reward: str | None
-    """The known reward, where there is one."""
+    """The known reward, if there is one."""
 
     def as_slice(self, exclude: Set[str] = frozenset()) -> dict[str, Any]:
-        """Their part of a stage's key, without fields of `config` that the stage does not read."""
+        """The settings as part of a stage's key, without fields of `config` that the stage does not read."""
         return {
             "config": self.config.model_dump(mode="json", exclude=set(exclude)),
             "tokens": self.tokens.model_dump(mode="json"),
@@ -64,11 +64,11 @@ class EvaluationSettings:
 
 
 class Answers(Config):
-    """All that the policies answered."""
+    """The answers of all policies, with their rewards."""
 
     prompts: list[str]
     prompt_index: list[int]
-    """Of each answer, its prompt's place."""
+    """The prompt of each answer, as an index into `prompts`."""
     answers: dict[str, list[str]]
     """By policy."""
     rewards: dict[str, list[float]]
@@ -83,27 +83,26 @@ def evaluate(
     reward_model: Manifest | None,
     settings: EvaluationSettings,
 ) -> StageResult:
-    """Reward, KL, win rate, length, distinct-2 and preference accuracy, each with its 95 % interval.
+    """Measure reward, KL, win rate, length, distinct-2 and preference accuracy with 95 % intervals.
 
     Args:
-        policies: checkpoint of each policy by name; `SFT` is the reference, `Champion` the registered model
-            that a new one is held against.
-        pairs: what was trained on; the preference accuracy is measured where these are pairs.
+        policies: checkpoint of each policy by name; `SFT` is the reference, `Champion` the registered model.
+        pairs: the training rows; the preference accuracy is measured if they are pairs.
     """
 
-    def work(given: Work) -> Output:
-        measured, answers, flops = _evaluate(given, policies, prompts, pairs, reward_model, settings)
-        out = given.fresh("out")
+    def compute(running: RunningStage) -> Output:
+        measured, answers, flops = _evaluate(running, policies, prompts, pairs, reward_model, settings)
+        out = running.empty_folder("out")
         (out / FILE).write_text(measured.model_dump_json(indent=1, exclude_unset=True))
         (out / ANSWERS_FILE).write_text(json.dumps(answers.model_dump(), ensure_ascii=False, allow_nan=False))
-        given.mlflow.artifact(out / FILE)
+        running.mlflow.artifact(out / FILE)
         metrics = {"cost/flops": flops}
         keys = metric_keys(row.name for row in measured.policies)
         for row in measured.policies:
             metrics |= {f"{name}/{keys[row.name]}": value for name, value in row.values().items()}
         for name, by_source in measured.accuracy_by_source.items():
             for source, accuracy in by_source.items():
-                # MLflow takes no other signs; of a long path the end tells most.
+                # MLflow allows no other characters; the end of a long path is the most specific.
                 label = re.sub(r"[^\w. -]", "_", source)[-60:]
                 metrics[f"accuracy/{keys[name]}/{label}"] = accuracy.value
         return Output(out, rows=measured.n_prompts, facts=Facts(flops=flops), metrics=metrics)
@@ -112,21 +111,21 @@ def evaluate(
     inputs |= {"prompts": prompts, kind_of(pairs): pairs}
     if reward_model:
         inputs["reward_model"] = reward_model
-    return run_stage(context, EVALUATE, inputs, settings.as_slice(), work)
+    return run_stage(context, EVALUATE, inputs, settings.as_slice(), compute)
 
 
 def _evaluate(
-    given: Work,
+    running: RunningStage,
     policies: dict[str, Manifest],
     prompts: Manifest,
     pairs: Manifest,
     reward_model: Manifest | None,
     settings: EvaluationSettings,
 ) -> tuple[Measured, Answers, float]:
-    """The measurements, all that the policies answered, and the operations that it took."""
+    """The measurements, all answers, and the floating-point operations of the job."""
     config, seed = settings.config, settings.seed
     result = run_evaluation(
-        given,
+        running,
         prompts,
         settings,
         {
@@ -159,7 +158,7 @@ def _evaluate(
         },
         policies=table,
         samples=_side_by_side(samples, texts, config.shown),
-        gain_over_champion=_over_champion(samples, seed),
+        gain_over_champion=_gain_over_champion(samples, seed),
         win_rates=_win_rates(samples, texts, reward_name, seed),
     )
     answers = Answers(
@@ -172,16 +171,16 @@ def _evaluate(
 
 
 def run_evaluation(
-    given: Work, prompts: Manifest, settings: EvaluationSettings, job: dict[str, Any]
+    running: RunningStage, prompts: Manifest, settings: EvaluationSettings, job: dict[str, Any]
 ) -> dict[str, Any]:
-    """What the evaluation job reports; see `dpo_core.jobs.evaluate`.
+    """Run the evaluation job and return its result; see `dpo_core.jobs.evaluate`.
 
     Args:
         job: the other fields of `EvaluationJob`.
     """
     rows = prompts.path / "data.parquet"
     file = EvaluationJob(
-        **common(given),
+        **common_fields(running),
         prompts=str(rows),
         config=settings.config,
         tokens=settings.tokens,
@@ -190,17 +189,17 @@ def run_evaluation(
     )
     held_out = pd.read_parquet(rows, columns=["split"])["split"].eq("eval").sum()
     answers = min(int(held_out), settings.config.prompts) * settings.config.samples_per_prompt
-    return run_model_job(given, file, total=len(file.policies) * answers)
+    return run_model_job(running, file, total=len(file.policies) * answers)
 
 
 def read_samples(facts: dict[str, Any]) -> PolicySamples:
-    """The samples of a policy as the evaluation job reports them."""
+    """The samples of a policy, from the result of the evaluation job."""
     sequences = [Ids(tuple(s["prompt"]), tuple(s["completion"])) for s in facts["sequences"]]
     return PolicySamples(**{**facts, "sequences": sequences})
 
 
 def _win_rates(samples: dict[str, Any], prompts: Sequence[str], judge: str, seed: int) -> list[WinRate]:
-    """By the reward: every policy against the reference, and against the champion where there is one."""
+    """Win rates by the reward: every policy against the reference, and against the champion if any."""
     from dpo_core.judging.judge import AnswerPairs, judge_by_scores, win_rate
 
     rates = []
@@ -215,7 +214,7 @@ def _win_rates(samples: dict[str, Any], prompts: Sequence[str], judge: str, seed
 
 
 def rivals(policies: Sequence[str]) -> list[tuple[str, str]]:
-    """Who is held against whom: every policy against the reference, then against a champion that is there."""
+    """Pairs to compare: every policy with the reference, then with the champion if there is one."""
     return [
         (name, rival)
         for rival in (REFERENCE, CHAMPION)
@@ -224,8 +223,8 @@ def rivals(policies: Sequence[str]) -> list[tuple[str, str]]:
     ]
 
 
-def _over_champion(samples: dict[str, Any], seed: int) -> dict[str, Estimate]:
-    """What each policy gains over the champion on the same prompts; empty where there is no champion."""
+def _gain_over_champion(samples: dict[str, Any], seed: int) -> dict[str, Estimate]:
+    """The gain of each policy over the champion on the same prompts; empty without a champion."""
     from dpo_core.statistics.estimates import paired_bootstrap
 
     champion = samples.get(CHAMPION)
@@ -252,7 +251,7 @@ def _side_by_side(samples: dict[str, PolicySamples], prompts: Sequence[str], sho
 
 
 def readable(prompt: str) -> str:
-    """A prompt for people: turns on lines of their own where it is a conversation."""
+    """A prompt as text for people; each turn of a conversation begins a line."""
     try:
         turns = json.loads(prompt)
         return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
@@ -261,10 +260,10 @@ def readable(prompt: str) -> str:
 
 
 def load_evaluation(manifest: Manifest) -> Measured:
-    """What the stage wrote."""
+    """Read the measurements that the stage wrote."""
     return Measured.model_validate_json((manifest.path / FILE).read_bytes())
 
 
 def load_answers(manifest: Manifest) -> Answers:
-    """What the stage wrote."""
+    """Read the answers that the stage wrote."""
     return Answers.model_validate_json((manifest.path / ANSWERS_FILE).read_bytes())

@@ -1,4 +1,4 @@
-"""Run one job of a stage: write its file, give it to the launcher, wait for its end, report its error."""
+"""Run a job: write its file, submit it to the launcher, wait for its end, raise its error."""
 
 import json
 import logging
@@ -16,62 +16,64 @@ from dpo_core.methods.job import Job
 from dpo_core.models.remote_code import trusted
 from dpo_core.ranks import PROGRESS
 from tasks.signals import Stop
-from tasks.stages.base import Work
+from tasks.stages.base import RunningStage
 from tasks.store.files import disk_fault
 
 log = logging.getLogger("dpo")
 
 _LESS_MEMORY = (
     "Give it more memory, or lower its micro_batch_size (pack_tokens where it packs) or engine.processes, or "
-    "set engine.gradient_checkpointing=true (dpo plan tells what it needs), and start the run again without "
-    "--resume: finished stages are not run again"
+    "set engine.gradient_checkpointing=true (dpo plan shows the memory it needs), and start the run again "
+    "without --resume: finished stages are not run again"
 )
 
 
-def common(given: Work) -> dict[str, Any]:
-    """The fields that every job file but a training's has."""
-    return {"work": str(given.scratch), "ranks": given.context.ranks, "trusted_code": tuple(trusted())}
+def common_fields(running: RunningStage) -> dict[str, Any]:
+    """The fields of every job file except a training's."""
+    return {"work": str(running.scratch), "ranks": running.context.ranks, "trusted_code": tuple(trusted())}
 
 
 def run_model_job(
-    given: Work, job: ModelJob, *, total: int = 1, tick: Callable[[], None] = lambda: None
+    running: RunningStage, job: ModelJob, *, total: int = 1, tick: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
-    """Run a job that samples, scores or evaluates, with a progress bar; returns what its rank 0 reports.
+    """Run a job that samples, scores or evaluates, with a progress bar; returns the result of its rank 0.
 
     Args:
-        total: the sum of the sizes that the job's progress counts.
-        tick: called at each look at the job.
+        total: the units that the job's progress counts.
+        tick: called at every poll of the job.
     """
     work = Path(job.work)
-    bar = given.progress(total)
+    bar = running.progress(total)
 
-    def look() -> None:
-        bar.update(min(done(work), total))
+    def on_poll() -> None:
+        bar.update(min(finished_units(work), total))
         tick()
 
-    return run_job(given, job, job.processes, look)
+    return run_job(running, job, job.processes, on_poll)
 
 
-def run_job(given: Work, job: ModelJob | Job, processes: int, look: Callable[[], None]) -> dict[str, Any]:
-    """Run one job of a stage to its end; returns what its rank 0 reports.
+def run_job(
+    running: RunningStage, job: ModelJob | Job, processes: int, on_poll: Callable[[], None]
+) -> dict[str, Any]:
+    """Run one job of a stage to its end; returns the result of its rank 0.
 
     Args:
         processes: ranks on each node.
-        look: called every now and then while the job runs.
+        on_poll: called at every poll of the job.
 
     Raises:
-        DpoError: the error that the job left, or what is known of a job that left none.
+        DpoError: the job failed; the error that it wrote, or one built from its log.
     """
     path = write_job(job)
     work = Path(job.work)
-    # The folder is this job's own: its stage, settings and data.
-    launcher = given.context.launcher(f"{given.name} {work}", one_rank=getattr(job, "one_rank", False))
-    given.mlflow.tag("dpo.command", launcher.render(path, processes))
+    # The folder identifies the job: its stage, settings and data.
+    launcher = running.context.launcher(f"{running.name} {work}", one_rank=getattr(job, "one_rank", False))
+    running.mlflow.tag("dpo.command", launcher.render(path, processes))
     try:
-        return watch(given.name, launcher, path, processes, given.context.stop, look)
+        return watch(running.name, launcher, path, processes, running.context.stop, on_poll)
     finally:
         with suppress(FileNotFoundError):
-            given.mlflow.artifact(work / LOG, "logs")
+            running.mlflow.artifact(work / LOG, "logs")
 
 
 def watch(
@@ -80,16 +82,16 @@ def watch(
     path: Path,
     processes: int,
     stop: Stop,
-    look: Callable[[], None] = lambda: None,
+    on_poll: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Submit a job and wait for it. Whatever ends the wait ends the job too."""
+    """Submit a job and wait for it. An error or a signal in the meantime cancels the job."""
     work = path.parent
     handle = launcher.submit(path, processes, work)
     try:
         while True:
             stop.check()
             state = launcher.poll(handle)
-            look()
+            on_poll()
             if state is not State.RUNNING:
                 break
             time.sleep(launcher.pause)
@@ -100,36 +102,36 @@ def watch(
     finally:
         launcher.cancel(handle)
     if state is not State.DONE:
-        raise _error_of(name, work, launcher.logs(handle), state, why)
+        raise _job_error(name, work, launcher.logs(handle), state, why)
     result: dict[str, Any] = json.loads((work / "result.json").read_text())
     return result
 
 
-def done(work: Path) -> int:
-    """What the ranks of a job have done, in the sizes of their units."""
+def finished_units(work: Path) -> int:
+    """The units that the ranks of a job have finished, in total."""
     return sum(int(path.read_text()) for path in work.glob(PROGRESS.format(rank="*")))
 
 
-def _error_of(name: str, work: Path, tail: str, state: State, why: str) -> DpoError:
-    """The error that the job left, as the class its exit code stands for."""
+def _job_error(name: str, work: Path, tail: str, state: State, why: str) -> DpoError:
+    """The error of a job that failed or was stopped, with the exit code that the job wrote."""
     if state is State.STOPPED:
         return StageFailed(f"{name} was stopped and saved its state", "Resume the run")
-    if _short_of_memory(why):  # the other ranks have only missed the one that was killed
+    if _short_of_memory(why):  # the other ranks only report that one was killed
         return StageFailed(f"{name} failed: {why}", _LESS_MEMORY)
     try:
-        left = json.loads((work / ERROR).read_text())
+        written = json.loads((work / ERROR).read_text())
     except (OSError, ValueError):
-        return _without_message(name, work, tail, why)
-    if fault := disk_fault(left["problem"], work, f"stage {name}"):
+        return _error_without_message(name, work, tail, why)
+    if fault := disk_fault(written["problem"], work, f"stage {name}"):
         return fault
-    remedy = _LESS_MEMORY if _short_of_memory(left["problem"]) else left["remedy"]
-    error = StageFailed(f"{name}: {left['problem']}", remedy)
-    error.exit_code = int(left["exit_code"])
+    remedy = _LESS_MEMORY if _short_of_memory(written["problem"]) else written["remedy"]
+    error = StageFailed(f"{name}: {written['problem']}", remedy)
+    error.exit_code = int(written["exit_code"])
     return error
 
 
-def _without_message(name: str, work: Path, tail: str, why: str) -> DpoError:
-    """The error of a job that left none."""
+def _error_without_message(name: str, work: Path, tail: str, why: str) -> DpoError:
+    """The error of a job that wrote none."""
     if fault := disk_fault(tail, work, f"stage {name}"):
         return fault
     if why:
@@ -142,6 +144,6 @@ def _without_message(name: str, work: Path, tail: str, why: str) -> DpoError:
 
 
 def _short_of_memory(message: str) -> bool:
-    """Whether a message of a platform or library (torch on GPU and CPU, Python) means too little memory."""
+    """True if a message of a platform or library (torch on GPU or CPU, Python) reports too little memory."""
     message = message.lower()
     return any(words in message for words in ("out of memory", "can't allocate memory", "memoryerror"))

@@ -1,4 +1,4 @@
-"""Two models answer the same prompts, and a judge says which answers are better."""
+"""Win rates by a judge: collect the answers of two models to the same prompts and have them judged."""
 
 import json
 import random
@@ -23,46 +23,46 @@ from dpo_core.judging.results import WinRate
 from dpo_core.models.source import source_digest
 from dpo_core.rewards.functions import is_reward_model
 from tasks.stages.asking import RunJob
-from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
+from tasks.stages.base import Context, Output, RunningStage, Stage, StageResult, run_stage, stage_task
 from tasks.stages.evaluation import load_answers, rivals
-from tasks.stages.suites import LEFT_OUT
+from tasks.stages.suites import NOT_ESTIMATED
 from tasks.store.facts import Facts
 from tasks.store.manifest import Manifest, digest_config
 
-JUDGE = Stage("judge", 1, "win-rates", Facts, lambda workload, label: LEFT_OUT)
+JUDGE = Stage("judge", 1, "win-rates", Facts, lambda workload, label: NOT_ESTIMATED)
 REPLIES = "judgements"
-"""Folder of the workspace that holds the judges' earlier replies."""
+"""Folder of the workspace with the judges' cached replies."""
 
 
 def chosen_prompts(config: DataConfig, most: int, seed: int) -> list[Asked]:
-    """At most so many different prompts of a data file, a seeded choice in the order of the file.
+    """At most `most` distinct prompts of a data file, chosen by the seed, in the order of the file.
 
     Raises:
-        RecipeError: the file has fewer than two that can be used.
+        RecipeError: the file has fewer than two usable prompts.
     """
     frame: pd.DataFrame = load(config).frame
     frame = frame[frame["fault"] == ""].drop_duplicates(["prompt", "chat"])
     if len(frame) < 2:
         raise RecipeError(
-            f"{config.path} holds {len(frame)} prompts that can be used", "Give at least two for a win rate"
+            f"{config.path} has {len(frame)} usable prompts", "Give at least two for a win rate"
         )
-    kept = sorted(random.Random(seed).sample(range(len(frame)), min(most, len(frame))))
-    return [Asked(row["prompt"], bool(row["chat"])) for row in frame.iloc[kept].to_dict("records")]
+    chosen = sorted(random.Random(seed).sample(range(len(frame)), min(most, len(frame))))
+    return [Asked(row["prompt"], bool(row["chat"])) for row in frame.iloc[chosen].to_dict("records")]
 
 
 def answers_of(
-    models: Sequence[AskedModel], asked: Sequence[Asked], sampling: SamplingConfig, seed: int, run: RunJob
+    models: Sequence[AskedModel], prompts: Sequence[Asked], sampling: SamplingConfig, seed: int, run: RunJob
 ) -> dict[str, list[str]]:
-    """What each model answers to the prompts, by its name; computed in a job."""
+    """The answers of each model to the prompts, by the model's name; computed in a job."""
     digests = {model.name: [source_digest(Path(model.path)), model.tokens] for model in models}
-    decides = {"models": digests, "prompts": asked, "sampling": sampling, "seed": seed}
+    decides = {"models": digests, "prompts": prompts, "sampling": sampling, "seed": seed}
 
     def job(fields: dict[str, Any]) -> AnswersJob:
-        table = _table(fields, pd.DataFrame(asked, columns=Asked._fields))
+        table = _table(fields, pd.DataFrame(prompts, columns=Asked._fields))
         own = seed_for(seed, "answers")
         return AnswersJob(**fields, models=list(models), prompts=table, sampling=sampling, seed=own)
 
-    answers: dict[str, list[str]] = run(digest_config(decides), job, len(models) * len(asked))["answers"]
+    answers: dict[str, list[str]] = run(digest_config(decides), job, len(models) * len(prompts))["answers"]
     return answers
 
 
@@ -73,7 +73,7 @@ def rewards_of(source: str, pairs: AnswerPairs, tokens: TokenConfig, run: RunJob
         source: folder of a trained reward model.
 
     Raises:
-        RecipeError: it is none.
+        RecipeError: the folder is no reward model.
     """
     if not is_reward_model(source):
         raise RecipeError(
@@ -93,7 +93,7 @@ def rewards_of(source: str, pairs: AnswerPairs, tokens: TokenConfig, run: RunJob
 
 
 def _table(fields: dict[str, Any], frame: pd.DataFrame) -> str:
-    """Rows that a job reads, in its work folder."""
+    """Write the rows that a job reads into its work folder; returns the path."""
     path = Path(fields["work"]) / "rows.parquet"
     frame.to_parquet(path, index=False)
     return str(path)
@@ -101,17 +101,17 @@ def _table(fields: dict[str, Any], frame: pd.DataFrame) -> str:
 
 @stage_task(JUDGE.name)
 def judge_policies(context: Context, evaluation: Manifest, config: JudgeConfig, seed: int) -> StageResult:
-    """Win rates of every policy over the reference, and over the champion where there is one.
+    """Win rates of every policy over the reference, and over the champion if there is one.
 
     Args:
-        evaluation: what the policies answered to the held-out prompts.
+        evaluation: artifact of the evaluation stage, with the answers to the held-out prompts.
     """
 
-    def work(given: Work) -> Output:
-        answered = load_answers(evaluation)
-        prompts = [answered.prompts[i] for i in answered.prompt_index]
-        against = rivals(list(answered.answers))
-        bar = given.progress(len(against))
+    def compute(running: RunningStage) -> Output:
+        answers = load_answers(evaluation)
+        prompts = [answers.prompts[i] for i in answers.prompt_index]
+        against = rivals(list(answers.answers))
+        bar = running.progress(len(against))
         rates = []
         for number, (name, rival) in enumerate(against):
             rate = compare_answers(
@@ -120,26 +120,26 @@ def judge_policies(context: Context, evaluation: Manifest, config: JudgeConfig, 
                     name,
                     rival,
                     prompts,
-                    answered.answers[name],
-                    answered.answers[rival],
-                    clusters=answered.prompt_index,
+                    answers.answers[name],
+                    answers.answers[rival],
+                    clusters=answers.prompt_index,
                 ),
                 cache=context.workspace / REPLIES,
                 seed=seed,
             )
             rates.append(rate)
             bar.update(number + 1)
-        out = given.fresh("out")
+        out = running.empty_folder("out")
         listed = [rate.model_dump(mode="json") for rate in rates]
         (out / "win_rates.json").write_text(json.dumps(listed, ensure_ascii=False), encoding="utf-8")
         metrics = {f"judge/{rate.a.lower()}-over-{rate.b.lower()}": rate.rate.value for rate in rates}
         return Output(out, rows=len(prompts), metrics=metrics)
 
     slice_ = {"config": config.model_dump(mode="json"), "seed": seed}
-    return run_stage(context, JUDGE, {"evaluation": evaluation}, slice_, work)
+    return run_stage(context, JUDGE, {"evaluation": evaluation}, slice_, compute)
 
 
 def load_win_rates(manifest: Manifest) -> list[WinRate]:
-    """What the stage wrote."""
+    """Read the win rates that the stage wrote."""
     listed = json.loads((manifest.path / "win_rates.json").read_text(encoding="utf-8"))
-    return [WinRate.model_validate(one) for one in listed]
+    return [WinRate.model_validate(rate) for rate in listed]

@@ -1,4 +1,4 @@
-"""One policy of a comparison study on its held-out prompts: rewards, KLs, entropy, diversity."""
+"""The stage that measures one policy of a study on held-out prompts: rewards, KL, entropy, diversity."""
 
 import json
 from collections.abc import Mapping
@@ -9,19 +9,19 @@ from dpo_core.config import Config
 from dpo_core.statistics.text import distinct_n
 from dpo_core.study import Cost, Point
 from tasks.recipe.study import Node
-from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
+from tasks.stages.base import Context, Output, RunningStage, Stage, StageResult, run_stage, stage_task
 from tasks.stages.evaluation import EvaluationSettings, read_samples, run_evaluation
 from tasks.store.facts import Facts, facts_of
 from tasks.store.manifest import Manifest
 
 FILE, POLICY = "measurement.json", "policy"
 MEASURE = Stage(
-    "measure", 2, "measurement", Facts, lambda workload, label: workload.evaluated(1), job="shared"
+    "measure", 2, "measurement", Facts, lambda workload, label: workload.evaluation_work(1), job="shared"
 )
 
 
 class Measurement(Config):
-    """A policy on P prompts with S samples each."""
+    """Measurements of a policy on P prompts with S samples each."""
 
     rewards_PS: list[list[float]]
     kl_P: list[float]
@@ -45,9 +45,9 @@ def measure(
 ) -> StageResult:
     """Sample a policy on the held-out prompts, score it with the known reward, and estimate its KL."""
 
-    def work(given: Work) -> Output:
-        measured = _measured(given, policy, reference, prompts, settings)
-        out = given.fresh("out")
+    def compute(running: RunningStage) -> Output:
+        measured = _measured(running, policy, reference, prompts, settings)
+        out = running.empty_folder("out")
         (out / FILE).write_text(json.dumps(measured.model_dump(mode="json"), allow_nan=False))
         metrics = {
             "reward": float(np.mean(measured.rewards_PS)),
@@ -58,11 +58,11 @@ def measure(
         return Output(out, rows=len(measured.kl_P), metrics=metrics)
 
     inputs = {"policy": policy, "reference": reference, "prompts": prompts}
-    return run_stage(context, MEASURE, inputs, settings.as_slice(exclude={"pairs", "shown"}), work)
+    return run_stage(context, MEASURE, inputs, settings.as_slice(exclude={"pairs", "shown"}), compute)
 
 
 def _measured(
-    given: Work,
+    running: RunningStage,
     policy: Manifest,
     reference: Manifest,
     prompts: Manifest,
@@ -70,7 +70,7 @@ def _measured(
 ) -> Measurement:
     config = settings.config
     result = run_evaluation(
-        given,
+        running,
         prompts,
         settings,
         {
@@ -84,7 +84,7 @@ def _measured(
     drawn = read_samples(result["policies"][POLICY]["samples"])
 
     def by_prompt(values: list[float]) -> np.ndarray:
-        # Samples of a prompt lie side by side.
+        # The samples of a prompt are consecutive.
         return np.asarray(values, dtype=np.float64).reshape(len(result["prompts"]), config.samples_per_prompt)
 
     completions = [s.completion for s in drawn.sequences]
@@ -101,7 +101,7 @@ def _measured(
 
 
 def read_measurement(manifest: Manifest) -> Measurement:
-    """What the stage wrote."""
+    """Read the measurement that the stage wrote."""
     return Measurement.model_validate_json((manifest.path / FILE).read_bytes())
 
 
@@ -109,7 +109,7 @@ def point_of(node: Node, trained: Manifest, measured: Manifest, needed: Mapping[
     """A policy as a point of the study.
 
     Args:
-        needed: the artifacts after the reference that it needed beside its own training, by name.
+        needed: artifacts made after the reference that its training needed, by name.
     """
     measurement = read_measurement(measured)
     costs = [facts_of(manifest, Facts) for manifest in (trained, *needed.values())]

@@ -1,4 +1,4 @@
-"""Model stages without training: import the base model, take it as the reference, cache its log-probs."""
+"""Model stages without training: import a model, and cache the log-probs of a reference."""
 
 import logging
 from collections.abc import Sequence
@@ -27,10 +27,10 @@ from tasks.promotion.model_source import as_folder
 from tasks.recipe.policies import REFERENCE, PolicyFields
 from tasks.recipe.study import Node
 from tasks.runs.record import read_run
-from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
+from tasks.stages.base import Context, Output, RunningStage, Stage, StageResult, run_stage, stage_task
 from tasks.stages.data import kind_of
-from tasks.stages.job import common, run_model_job
-from tasks.stages.training_job import split_to
+from tasks.stages.job import common_fields, run_model_job
+from tasks.stages.training_job import write_split
 from tasks.stages.workload import Workload
 from tasks.store.facts import ImportFacts, LogpsFacts, Origin, OriginFacts, weights_sha256, with_facts
 from tasks.store.files import CACHE_FOLDER
@@ -40,8 +40,8 @@ log = logging.getLogger(__name__)
 IMPORT = Stage("import-model", 2, "model", ImportFacts, overhead=5.0, job="one rank")
 
 
-def _reading(workload: Workload, label: str) -> estimate.Work:
-    """What the first policy of this stage trains on; the cache holds all rows."""
+def _estimate(workload: Workload, label: str) -> estimate.Work:
+    """Reading the training examples of the first policy that uses this cache."""
     labels = cache_labels(list(workload.nodes.values()))
     policy = next(workload.nodes[node].config for node, cache in labels.items() if cache == label)
     examples = workload.examples(policy.entry.data)
@@ -57,80 +57,83 @@ def _reading(workload: Workload, label: str) -> estimate.Work:
     )
 
 
-CACHE = Stage("cache-reference", 1, "reference-logps", LogpsFacts, _reading, overhead=4.0, job="shared")
+CACHE = Stage("cache-reference", 1, "reference-logps", LogpsFacts, _estimate, overhead=4.0, job="shared")
 
 
 @stage_task(IMPORT.name)
 def import_model(context: Context, config: ModelConfig, max_length: int, precision: Precision) -> StageResult:
-    """The base model as a checkpoint folder that can be aligned: packed or padded, else refused.
+    """Import a model as a checkpoint folder, and check that it can be trained, packed or padded.
 
     Args:
-        max_length: tokens of the longest rows that will be trained.
-        precision: of training.
+        max_length: tokens of the longest training rows.
+        precision: of the training.
     """
-    config, origin = _start(context, config)
+    config, origin = _resolve(context, config)
     source = locate(config)
     check_source_context(source, max_length)
 
-    def work(given: Work) -> Output:
-        out = given.fresh("out")
-        job = ImportJob(**common(given), model=config, out=str(out), longest=max_length, precision=precision)
-        check = run_model_job(given, job)
+    def compute(running: RunningStage) -> Output:
+        out = running.empty_folder("out")
+        job = ImportJob(
+            **common_fields(running), model=config, out=str(out), longest=max_length, precision=precision
+        )
+        check = run_model_job(running, job)
         log.info("%s: %s", check["layout"], check["reason"])
-        given.mlflow.tag("dpo.layout", f"{check['layout']}: {check['reason']}")
+        running.mlflow.tag("dpo.layout", f"{check['layout']}: {check['reason']}")
         facts = ImportFacts(weights_sha256=weights_digest(out), **check)
         if origin is not None:
             facts = facts.model_copy(update={"started_from": origin})
         if config.trust_remote_code:
-            given.mlflow.tag("dpo.trust_remote_code", "true")
+            running.mlflow.tag("dpo.trust_remote_code", "true")
             code = slice_.get("code", "no Python file")
             facts = facts.model_copy(update={"remote_code_sha256": code})
         return Output(out, parameters=parameter_count(out), facts=facts)
 
-    slice_ = _settings(config, source)
+    slice_ = _import_slice(config, source)
     if origin is not None:
-        del slice_["name"]  # the same weights under another version or run are the same model
+        del slice_["name"]  # the same weights of another version or run are the same model
     slice_["check"] = {"version": CHECK_VERSION, "longest": max_length, "precision": precision}
-    result = run_stage(context, IMPORT, {}, slice_, work)
+    result = run_stage(context, IMPORT, {}, slice_, compute)
     if config.trust_remote_code and not context.plan:
-        # Of the whole run, also where an earlier one had imported the model.
+        # On the whole run, even if an earlier run imported the model.
         context.tracker.parent.tag("dpo.trust_remote_code", "true")
     if not result.manifest.planned:
         if config.trust_remote_code:
-            trust(result.manifest.path)  # for everything that is made of it in this run
+            trust(result.manifest.path)  # for all later jobs of this run
         check_source_context(result.manifest.path, max_length)  # the token budget is no part of its key
     if origin is None:
         return result
-    # Of this run, also where an earlier one had imported the same weights by another name.
+    # The origin in this run, even if an earlier run imported the same weights by another name.
     manifest = with_facts(result.manifest, OriginFacts(started_from=origin))
     return result.model_copy(update={"manifest": manifest})
 
 
-def _start(context: Context, config: ModelConfig) -> tuple[ModelConfig, Origin | None]:
-    """`as_folder`, with the alias that the recipe named before the run noted which version that is."""
+def _resolve(context: Context, config: ModelConfig) -> tuple[ModelConfig, Origin | None]:
+    """Like `as_folder`; the origin also shows the alias that the recipe names, if it names one."""
     folder, origin = as_folder(config, context.workspace, context.tracker, verify=True)
     record = None if context.plan or origin is None else read_run(context.workspace, context.run_id)
-    for named, pinned in record.models.items() if record else ():
-        if origin and pinned == origin.name == config.name and "@" in named:
-            origin = origin.model_copy(update={"title": f"{origin.title} ({named.partition('@')[2]})"})
+    for alias, pinned in record.models.items() if record else ():
+        if origin and pinned == origin.name == config.name and "@" in alias:
+            origin = origin.model_copy(update={"title": f"{origin.title} ({alias.partition('@')[2]})"})
     return folder, origin
 
 
-def _settings(config: ModelConfig, source: Path) -> dict[str, Any]:
-    """What decides the model, by digests and contents besides paths: a model or template overwritten in place
-    is another one."""
-    settings = {**config.model_dump(mode="json"), "source": _digest(source)}
+def _import_slice(config: ModelConfig, source: Path) -> dict[str, Any]:
+    """Everything that decides the model. Digests and contents are included beside paths, so that a model or
+    template overwritten in place does not match the cache."""
+    settings = {**config.model_dump(mode="json"), "source": _source_digest(source)}
     code = code_digest(source) if config.trust_remote_code else None
     if code is not None:
         settings["code"] = code
     if config.scratch is None:
-        del settings["scratch"]  # as before there was any, so that models in the store stay found
+        # As in keys from before this field existed, so that stored models still match.
+        del settings["scratch"]
     if config.chat_template:
         settings["chat_template"] = read_template(config.chat_template)
     return settings
 
 
-def _digest(source: Path) -> str:
+def _source_digest(source: Path) -> str:
     try:
         return source_digest(source)
     except OSError as error:
@@ -149,24 +152,24 @@ def cache_reference(
     token_budget: int,
     seed: int,
 ) -> StageResult:
-    """Log-probs of what a policy's training reads, under its reference; only unknown ones are computed.
+    """Log-probs of a policy's training rows under its reference; only those not yet cached are computed.
 
     Args:
         rows: pairs, or unpaired rows.
-        policy: what will be trained, which decides what is needed.
-        seed: of that training, which chooses the rows where the policy has a limit.
+        policy: the policy to train, which decides the log-probs that are needed.
+        seed: of that training; it chooses the rows if the policy has a limit.
     """
     settings = policy.settings
     engine = settings.engine
 
-    def work(given: Work) -> Output:
-        limit = _read_of(policy, seed).get("limit")
-        training = given.scratch / "train.parquet"
-        count = split_to(rows, "train", training, limit=limit, seed=seed)
-        out = given.fresh("out")
+    def compute(running: RunningStage) -> Output:
+        limit = _logps_slice(policy, seed).get("limit")
+        training = running.scratch / "train.parquet"
+        count = write_split(rows, "train", training, limit=limit, seed=seed)
+        out = running.empty_folder("out")
         weights = weights_sha256(reference)
         job = ReferenceJob(
-            **common(given),
+            **common_fields(running),
             model=str(reference.path),
             weights_sha256=weights,
             described=f"{reference.stage} of {context.run_id}, {reference.parameters or 0:,} parameters",
@@ -179,7 +182,7 @@ def cache_reference(
             token_budget=token_budget,
         )
         job = job.model_copy(update={"ranks": _ranks_of(engine, job.ranks)})
-        result = run_model_job(given, job, total=2 * count)
+        result = run_model_job(running, job, total=2 * count)
         dropped = result.pop("dropped")
         facts = LogpsFacts(
             reference_weights=weights,
@@ -194,10 +197,10 @@ def cache_reference(
         return Output(out, rows=count - sum(dropped.values()), facts=facts, metrics=metrics)
 
     slice_: dict[str, Any] = {"tokens": tokens.model_dump(mode="json"), "definition": DEFINITION_VERSION}
-    slice_ |= _read_of(policy, seed)
+    slice_ |= _logps_slice(policy, seed)
     if not reference.planned:
-        weights_sha256(reference)  # missing, it is an error before the work begins
-    return run_stage(context, CACHE, {"reference": reference, kind_of(rows): rows}, slice_, work)
+        weights_sha256(reference)  # raises if it is missing, before the job starts
+    return run_stage(context, CACHE, {"reference": reference, kind_of(rows): rows}, slice_, compute)
 
 
 def _ranks_of(engine: EngineConfig, ranks: InferenceConfig) -> InferenceConfig:
@@ -205,25 +208,25 @@ def _ranks_of(engine: EngineConfig, ranks: InferenceConfig) -> InferenceConfig:
     return ranks.model_copy(update={"processes": engine.processes, "threads": engine.threads})
 
 
-def _read_of(policy: PolicyFields, seed: int) -> dict[str, Any]:
-    """What decides which log-probs a policy's training reads, beside reference, rows and tokens.
+def _logps_slice(policy: PolicyFields, seed: int) -> dict[str, Any]:
+    """Everything beside reference, rows and tokens that decides the log-probs of a policy's training.
 
-    Token budget, processes and threads decide the time and not the values.
+    Token budget, processes and threads change the time and not the values.
     """
     settings = policy.settings
-    read: dict[str, Any] = {"precision": settings.engine.precision}
+    needed: dict[str, Any] = {"precision": settings.engine.precision}
     if policy.entry.data == "unpaired":
-        read["objective"] = settings.objective  # KTO needs more than BCO
-        if settings.limit is not None:  # whose answer KTO sets against whose depends on all rows
-            read |= {"limit": settings.limit, "seed": seed}
-    return read
+        needed["objective"] = settings.objective  # KTO needs more than BCO
+        if settings.limit is not None:  # KTO's mismatched pairs depend on all rows
+            needed |= {"limit": settings.limit, "seed": seed}
+    return needed
 
 
 def cache_labels(nodes: Sequence[Node]) -> dict[str, str]:
-    """By the label of each node that reads cached log-probs, the label of the stage that makes them.
+    """Map the label of each node that reads cached log-probs to the label of the stage that computes them.
 
-    Nodes that read the same share it. It names a reference that is not the prepared one, and the node where
-    an earlier one reads others of the same reference.
+    Nodes that need the same log-probs share a stage. Its label names a reference other than the prepared one,
+    and the node if an earlier node needs other log-probs of the same reference.
     """
     labels: dict[str, str] = {}
     first: dict[str, tuple[PolicyFields, int]] = {}
@@ -236,6 +239,6 @@ def cache_labels(nodes: Sequence[Node]) -> dict[str, str]:
             label += f" seed {node.seed}"
         other = first.setdefault(label, (policy, node.seed))
         labels[node.label] = (
-            label if _read_of(*other) == _read_of(policy, node.seed) else f"{label} for{node.label}"
+            label if _logps_slice(*other) == _logps_slice(policy, node.seed) else f"{label} for{node.label}"
         )
     return labels

@@ -15,9 +15,9 @@ from dpo_core.estimates.by_method import estimate_training
 from dpo_core.methods.sft import METHOD, SftConfig
 from dpo_core.scoring.document import Document
 from dpo_core.system import digest_file
-from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
+from tasks.stages.base import Context, Output, RunningStage, Stage, StageResult, run_stage, stage_task
 from tasks.stages.data import kind_of
-from tasks.stages.training_job import Run, settings_of, train
+from tasks.stages.training_job import TrainingSetup, train, training_slice
 from tasks.stages.workload import SAMPLED_ROWS, Workload
 from tasks.store.facts import TrainingFacts
 from tasks.store.manifest import Manifest
@@ -26,7 +26,7 @@ from tasks.store.manifest import Manifest
 def _estimate(workload: Workload, label: str) -> estimate.Work:
     config, recipe = workload.recipe.sft, workload.recipe
     if config.made_demonstrations is None and config.demonstrations is None:
-        rows = chosen_side(workload.judged, workload.kind)
+        rows = chosen_answers(workload.gated, workload.kind)
     else:
         rows = demonstrations(config, None, recipe.seed)[0]()
     sequences = [workload.tokenise.demonstration(row) for row in rows[:SAMPLED_ROWS]]
@@ -56,29 +56,28 @@ def prepare_sft(
     tokens: TokenConfig,
     seed: int,
 ) -> StageResult:
-    """Fine-tune on demonstrations, or on the chosen or desirable answers; the result is the reference of
-    everything after."""
+    """Make the reference: fine-tune the base model on demonstrations, or on chosen or desirable answers."""
     rows, source = demonstrations(config, data, seed)
     inputs = {"base": base}
     if source == "chosen" and data is not None:
         inputs[kind_of(data)] = data
 
-    def work(given: Work) -> Output:
-        examples = given.scratch / "demonstrations.parquet"
+    def compute(running: RunningStage) -> Output:
+        examples = running.scratch / "demonstrations.parquet"
         pd.DataFrame(rows()).to_parquet(examples, index=False)
         count = len(pd.read_parquet(examples, columns=["id"]))
-        return train(given, run, {"model": str(base.path), "data": str(examples)}, count)
+        return train(running, setup, {"model": str(base.path), "data": str(examples)}, count)
 
-    run = Run(METHOD, config, tokens, seed)
-    return run_stage(context, SFT, inputs, settings_of(run) | {"source": source}, work)
+    setup = TrainingSetup(METHOD, config, tokens, seed)
+    return run_stage(context, SFT, inputs, training_slice(setup) | {"source": source}, compute)
 
 
 def demonstrations(config: SftConfig, data: Manifest | None, seed: int) -> tuple[Any, str]:
-    """A function that gives the demonstrations, and what names them in the stage's key."""
+    """A function that returns the demonstrations, and their identity in the stage's key."""
     if config.made_demonstrations is not None:
         count = config.made_demonstrations
-        made = review_demonstrations(count, seed)
-        return lambda: [_demonstration(i, p, c) for i, (p, c) in enumerate(made)], f"made:{count}"
+        reviews = review_demonstrations(count, seed)
+        return lambda: [_demonstration(i, p, c) for i, (p, c) in enumerate(reviews)], f"made:{count}"
     if config.demonstrations is not None:
         path = config.demonstrations
         place = check_demonstrations(path)
@@ -86,11 +85,11 @@ def demonstrations(config: SftConfig, data: Manifest | None, seed: int) -> tuple
     if data is None:
         raise StageFailed("SFT has neither demonstrations nor pairs", "Set sft.demonstrations")
 
-    return lambda: chosen_side(pd.read_parquet(data.path / "data.parquet"), kind_of(data)), "chosen"
+    return lambda: chosen_answers(pd.read_parquet(data.path / "data.parquet"), kind_of(data)), "chosen"
 
 
-def chosen_side(rows: pd.DataFrame, kind: str = "pairs") -> list[dict[str, Any]]:
-    """The chosen or desirable answers of the training rows as demonstrations, each once."""
+def chosen_answers(rows: pd.DataFrame, kind: str = "pairs") -> list[dict[str, Any]]:
+    """The chosen or desirable answers of the training rows as demonstrations, without duplicates."""
     frame = rows[rows["split"] == "train"]
     if kind == "unpaired":
         frame = frame[frame["label"]]
@@ -101,10 +100,10 @@ def chosen_side(rows: pd.DataFrame, kind: str = "pairs") -> list[dict[str, Any]]
 
 
 def check_demonstrations(path: str) -> Path:
-    """The file of demonstrations, which is there and can be read.
+    """Return the path of the file of demonstrations.
 
     Raises:
-        DataError: it is not, or it is not one file.
+        DataError: the file does not exist, cannot be read, or is a folder.
     """
     check_source(path)
     place = Path(path).expanduser()
@@ -118,15 +117,15 @@ def _demonstration(index: int, prompt: str, completion: str) -> dict[str, Any]:
 
 
 def _read_demonstrations(path: str) -> list[dict[str, Any]]:
-    found = []
+    entries = []
     for first, rows in read_rows(path):
         for number, row in enumerate(rows, first):
             prompt, completion = row.get("prompt"), row.get("completion")
             if not (isinstance(prompt, str) and isinstance(completion, str) and completion.strip()):
                 raise DataError(
                     f"{path}, row {number}: a demonstration needs a prompt and a completion, both text",
-                    "Mend or remove the row",
+                    "Correct or remove the row",
                 )
             entry = _demonstration(number, prompt, completion)
-            found.append(entry | {"id": f"row-{number}"})
-    return found
+            entries.append(entry | {"id": f"row-{number}"})
+    return entries

@@ -1,4 +1,4 @@
-"""The stages by name: what the modules of this package export as a `Stage`, alone or in a mapping."""
+"""Look up stages by name: every `Stage` that a module of this package exports, alone or in a mapping."""
 
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -16,35 +16,35 @@ def stages() -> dict[str, Stage]:
     Raises:
         ValueError: two stages have one name.
     """
-    known: dict[str, Stage] = {}
+    by_name: dict[str, Stage] = {}
     for module in modules_of(package):
         for stage in _exported(module):
-            if known.setdefault(stage.name, stage) is not stage:
+            if by_name.setdefault(stage.name, stage) is not stage:
                 raise ValueError(f"two stages are called {stage.name}: give one of them another name")
-    return known
+    return by_name
 
 
 def _exported(module: ModuleType) -> Iterator[Stage]:
     for value in vars(module).values():
-        for one in value.values() if isinstance(value, Mapping) else (value,):
-            if isinstance(one, Stage):
-                yield one
+        for item in value.values() if isinstance(value, Mapping) else (value,):
+            if isinstance(item, Stage):
+                yield item
 
 
 def is_stage(row: str) -> bool:
-    """Whether a row of a run is of a stage of this version."""
+    """True if this version has the stage of a row of a run."""
     return row.partition(" ")[0] in stages()
 
 
 def stage_of(row: str) -> Stage:
-    """The stage of a row of a run: of `measure DPO beta=0.1 seed 0` the stage `measure`.
+    """The stage of a row of a run: `measure` for `measure DPO beta=0.1 seed 0`.
 
     Raises:
-        KeyError: a stage of an earlier version.
+        KeyError: this version has no such stage.
     """
     return stages()[row.partition(" ")[0]]
 
 
 def label_of(row: str) -> str:
-    """What tells the row from others of its stage, with the space before it: ` DPO beta=0.1 seed 0`."""
+    """The label of a row, with the space before it: ` DPO beta=0.1 seed 0`."""
     return row.removeprefix(stage_of(row).name)

@@ -1,4 +1,4 @@
-"""Whether a model from elsewhere reads and writes the tokens of the run's own model."""
+"""Check that a model from outside the run has the same tokenizer and chat template as the run's model."""
 
 import tempfile
 from pathlib import Path
@@ -15,10 +15,10 @@ _OTHER = ("config.json", "model.safetensors.index.json", "metrics.jsonl")
 
 
 def require_same_tokens(context: Context, base: Path, other: Path, name: str, remedy: str) -> None:
-    """Refuse a model that would not read and write the rows as the run's model does.
+    """Refuse a model that would tokenise the rows differently from the run's model.
 
     Raises:
-        RecipeError: its tokenizer, its chat template or the tokens that end its answers are others.
+        RecipeError: its tokenizer, chat template or end-of-answer tokens differ.
     """
     if _token_files(base) == _token_files(other):
         return

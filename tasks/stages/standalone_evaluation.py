@@ -1,4 +1,4 @@
-"""Evaluation of checkpoints outside a run: suites, and a win rate of two models on the same prompts."""
+"""Evaluate checkpoints outside a run: suites, and a win rate of two models on the same prompts."""
 
 import json
 import logging
@@ -37,7 +37,7 @@ from dpo_core.models.source import weights_digest
 from dpo_core.rewards.functions import check_reward
 from dpo_core.system import write_atomic
 from tasks.provenance import command_line, hardware
-from tasks.recipe.policies import elsewhere
+from tasks.recipe.policies import is_external
 from tasks.reports.evaluation_page import render_evaluation
 from tasks.reports.evaluation_report import EvaluatedModel, EvaluationReport
 from tasks.reports.run_report import Sample
@@ -51,36 +51,36 @@ from tasks.store.files import disk_errors
 log = logging.getLogger("dpo")
 
 SHOWN = 8
-"""Prompts whose answers stand on the page; all of them are kept beside it."""
+"""Prompts whose answers the page shows; all answers are in `answers.json` beside it."""
 
 
 class EvaluationRequest(Config):
-    """What `dpo evaluate` and `dpo compare` are asked for."""
+    """Settings of `dpo evaluate` and `dpo compare`."""
 
     suites: list[str] = Field(default_factory=list)
     """Names of suites."""
     data: str = "."
-    """Folder of their files."""
+    """Folder of the suites' files."""
     settings: SuiteConfig = SuiteConfig()
     """How suites are run."""
     reference: str | None = None
-    """What the models were trained from."""
+    """The models' reference, for implicit rewards."""
     train: DataConfig | None = None
-    """What they were trained on, to look for evaluation items in it."""
+    """Training data of the models, to find evaluation items in it."""
     tokens: TokenConfig = TokenConfig(max_length=2048, max_prompt_length=1536)
-    """How much of a text is read."""
+    """Maximum lengths in tokens."""
     prompts: DataConfig | None = None
-    """Prompts that both models answer, to be judged."""
+    """Prompts that both models answer, for a win rate."""
     most_prompts: int = Field(64, ge=2)
-    """Of these, at most; a seeded choice."""
+    """Maximum number of these prompts; a seeded choice."""
     answers: SamplingConfig = SamplingConfig(max_new_tokens=128)
-    """How the answers are drawn."""
+    """Sampling of the answers."""
     trust_remote_code: bool = False
     """Run Python code that ships with the models."""
     judge: JudgeConfig = JudgeConfig()
-    """Who says which answer is better."""
+    """What decides which answer is better."""
     seed: int = Field(0, ge=0)
-    """Of the choice of prompts, the answers and the intervals."""
+    """Seed of the choice of prompts, the answers and the intervals."""
     ranks: InferenceConfig = InferenceConfig()
     """Processes that share the work."""
 
@@ -97,41 +97,45 @@ _ANSWERS = SamplingConfig(max_new_tokens=128)
 def evaluate_models(
     models: Sequence[str], request: EvaluationRequest, workspace: Path, cluster: Cluster | None = None
 ) -> tuple[EvaluationReport, Path]:
-    """Ask every model, compare the first with the second where there are two; the report and its page.
+    """Evaluate every model, and compare the two if there are two; returns the report and its page's path.
 
     Args:
-        cluster: where the models compute; None: on this machine.
+        cluster: where the jobs run; None: on this machine.
 
     Raises:
-        RecipeError: a suite, its file or a model is not there, or nothing was asked for.
+        RecipeError: a suite, its file or a model does not exist, or the request is empty.
     """
     started = time.monotonic()
     if len(set(models)) < len(models):
         raise RecipeError(f"{models[0]} would be compared with itself", "Name two models")
     if not request.suites and (request.prompts is None or len(models) < 2):
-        raise RecipeError("nothing is asked for", "Name suites with --suite, or prompts with --prompts")
+        raise RecipeError(
+            "there is nothing to evaluate", "Name suites with --suite, or prompts with --prompts"
+        )
     files = _files(request)
     if len(models) == 2 and request.prompts is not None and request.judge.kind == "reward":
         check_reward(request.judge.source)
     if cluster is not None:
         cluster.check(workspace)
     jobs = CommandJobs(workspace, request.ranks, terminal_bar, cluster)
-    asked = _models(models, request, jobs)
-    request = _alike(request, asked)
+    asked_models = _models(models, request, jobs)
+    request = _same_chat(request, asked_models)
     training = _training(request.train, [trained_rows(spec, workspace) for spec in models])
-    results = _suites(request, files, asked, training, jobs) if files else []
+    results = _suites(request, files, asked_models, training, jobs) if files else []
     comparisons: list[Comparison] = []
     win_rates: list[WinRate] = []
     samples: list[Sample] = []
-    if len(asked) == 2:
+    if len(asked_models) == 2:
         if files:
             ours, theirs = (results[: len(files)], results[len(files) :])
             comparisons = [compare(ours, theirs, seed=request.seed)]
         if request.prompts is not None:
-            rate, samples = _judged(request, asked, training, jobs)
+            rate, samples = _win_rate(request, asked_models, training, jobs)
             win_rates = [rate]
     report = EvaluationReport(
-        models=[EvaluatedModel(name=one.name, sha256=weights_digest(Path(one.path))) for one in asked],
+        models=[
+            EvaluatedModel(name=model.name, sha256=weights_digest(Path(model.path))) for model in asked_models
+        ],
         suites=[suite_row(result) for result in results],
         comparisons=comparisons,
         win_rates=win_rates,
@@ -141,7 +145,7 @@ def evaluate_models(
         hardware=hardware(),
         seconds=time.monotonic() - started,
     )
-    return report, _keep(report, results, samples, workspace)
+    return report, _write(report, results, samples, workspace)
 
 
 def _files(request: EvaluationRequest) -> dict[str, Path]:
@@ -154,15 +158,15 @@ def _files(request: EvaluationRequest) -> dict[str, Path]:
 
 def _models(specs: Sequence[str], request: EvaluationRequest, jobs: CommandJobs) -> list[AskedModel]:
     models = [
-        asked_model(name, _found(spec, request, jobs), request.tokens)
+        asked_model(name, _checkpoint(spec, request, jobs), request.tokens)
         for spec, name in zip(specs, labels(specs), strict=True)
     ]
     if len({Path(model.path).resolve() for model in models}) < len(models):
-        raise RecipeError(f"{specs[0]} and {specs[1]} are one model", "Name two models")
+        raise RecipeError(f"{specs[0]} and {specs[1]} are the same model", "Name two models")
     return models
 
 
-def _found(spec: str, request: EvaluationRequest, jobs: CommandJobs) -> Path:
+def _checkpoint(spec: str, request: EvaluationRequest, jobs: CommandJobs) -> Path:
     folder = checkpoint_of(spec, jobs.workspace, jobs.named("convert-model", f"converting {spec}"))
     if request.trust_remote_code:
         trust(folder)
@@ -170,23 +174,23 @@ def _found(spec: str, request: EvaluationRequest, jobs: CommandJobs) -> Path:
 
 
 def labels(models: Sequence[str]) -> list[str]:
-    """Short names for tables: the last part of a path, where that tells the models apart."""
-    short = [spec if elsewhere(spec) else Path(spec).name for spec in models]
+    """Short names for tables: the last part of each path if these differ, else the whole paths."""
+    short = [spec if is_external(spec) else Path(spec).name for spec in models]
     return short if len(set(short)) == len(short) else list(models)
 
 
-def _alike(request: EvaluationRequest, models: Sequence[AskedModel]) -> EvaluationRequest:
-    """Two models are asked in one way: in chat only where both have a template."""
+def _same_chat(request: EvaluationRequest, models: Sequence[AskedModel]) -> EvaluationRequest:
+    """The request without chat if only one of two models has a chat template."""
     without = [model.name for model in models if not template_in(Path(model.path))]
     if request.settings.chat != "auto" or not 0 < len(without) < len(models):
         return request
-    log.info("%s has no chat template: both are asked without one", without[0])
+    log.info("%s has no chat template: both models are prompted without one", without[0])
     settings = request.settings.model_copy(update={"chat": "never"})
     return request.model_copy(update={"settings": settings})
 
 
 def _training(config: DataConfig | None, runs: Sequence[Path | None]) -> TrainingText | None:
-    """What the models were trained on: the data that are named, else what the runs that made them kept."""
+    """The models' training texts: from the named data, else from the runs that trained them."""
     if config is not None:
         frames = [load(config).frame]
     else:
@@ -198,19 +202,19 @@ def _training(config: DataConfig | None, runs: Sequence[Path | None]) -> Trainin
     return TrainingText(text for frame in sound for text in training_texts(frame))
 
 
-def _warn_of_known(asked: Sequence[Asked], training: TrainingText | None) -> None:
-    """Say how many of the prompts stand in the training data: an answer to them may be known by heart."""
+def _warn_of_contamination(prompts: Sequence[Asked], training: TrainingText | None) -> None:
+    """Warn if prompts occur in the training data: the models may have memorised the answers."""
     if training is None:
         return
-    last = [json.loads(one.prompt)[-1]["content"] if one.chat else one.prompt for one in asked]
-    named = ((str(number), str(text)) for number, text in enumerate(last))
-    found = training.find(Item(id=name, cluster=name, prompt=text, values={}) for name, text in named)
-    if found:
+    questions = [json.loads(p.prompt)[-1]["content"] if p.chat else p.prompt for p in prompts]
+    named = ((str(number), str(text)) for number, text in enumerate(questions))
+    contaminated = training.find(Item(id=name, cluster=name, prompt=text, values={}) for name, text in named)
+    if contaminated:
         log.warning(
-            "%d of %d prompts stand in the data that the models were trained on: a win rate on these says "
-            "little about new ones",
-            len(found),
-            len(asked),
+            "%d of %d prompts are in the models' training data: a win rate on them says little about new "
+            "prompts",
+            len(contaminated),
+            len(prompts),
         )
 
 
@@ -221,54 +225,54 @@ def _suites(
     training: TrainingText | None,
     jobs: CommandJobs,
 ) -> list[SuiteResult]:
-    """Every model on every suite, model by model."""
+    """The results of every model on every suite, model by model."""
     reference = None
     if request.reference is not None:
-        folder = _found(request.reference, request, jobs)
+        folder = _checkpoint(request.reference, request, jobs)
         reference = asked_model(request.reference, folder, request.tokens)
     paths = {name: file.absolute() for name, file in files.items()}
-    asked = SuiteRequest(models, paths, request.settings, reference)
-    found, known = suite_results(asked, jobs.workspace, jobs.named("suites", ", ".join(files)))
-    for (model, name), result in found.items():
-        how = "known from before" if (model, name) in known else f"{result.seconds:.1f} s"
-        log.info("%s, %s: %s", name, model, how)
+    suites = SuiteRequest(models, paths, request.settings, reference)
+    results, cached = suite_results(suites, jobs.workspace, jobs.named("suites", ", ".join(files)))
+    for (model, name), result in results.items():
+        state = "cached" if (model, name) in cached else f"{result.seconds:.1f} s"
+        log.info("%s, %s: %s", name, model, state)
     if training is None:
-        return list(found.values())
-    return [without_training_data(result, training) for result in found.values()]
+        return list(results.values())
+    return [without_training_data(result, training) for result in results.values()]
 
 
-def _judged(
+def _win_rate(
     request: EvaluationRequest,
     models: Sequence[AskedModel],
     training: TrainingText | None,
     jobs: CommandJobs,
 ) -> tuple[WinRate, list[Sample]]:
-    """The win rate of the first model over the second on the prompts, and all answers side by side."""
+    """The win rate of the first model over the second, and the answers of both to every prompt."""
     assert request.prompts is not None
     judge, seed = request.judge, request.seed
-    asked = chosen_prompts(request.prompts, request.most_prompts, seed)
-    _warn_of_known(asked, training)
-    answers = answers_of(models, asked, request.answers, seed, jobs.named("answers", "answers"))
+    prompts = chosen_prompts(request.prompts, request.most_prompts, seed)
+    _warn_of_contamination(prompts, training)
+    answers = answers_of(models, prompts, request.answers, seed, jobs.named("answers", "answers"))
     a, b = (model.name for model in models)
-    chat = [one.chat for one in asked]
-    pairs = AnswerPairs(a, b, [one.prompt for one in asked], answers[a], answers[b], chat)
+    chat = [prompt.chat for prompt in prompts]
+    pairs = AnswerPairs(a, b, [prompt.prompt for prompt in prompts], answers[a], answers[b], chat)
     rewards = None
     if judge.kind == "reward_model":
         rewards = rewards_of(judge.source, pairs, models[0].tokens, jobs.named("score", judge.name))
-    with terminal_bar(judge.name) as told:
+    with terminal_bar(judge.name) as show:
         cache = jobs.workspace / REPLIES
-        rate = compare_answers(judge, pairs, rewards=rewards, cache=cache, seed=seed, progress=told)
+        rate = compare_answers(judge, pairs, rewards=rewards, cache=cache, seed=seed, progress=show)
     samples = [
-        Sample(prompt=readable(one.prompt), completions={a: ours, b: theirs})
-        for one, ours, theirs in zip(asked, answers[a], answers[b], strict=True)
+        Sample(prompt=readable(prompt.prompt), completions={a: ours, b: theirs})
+        for prompt, ours, theirs in zip(prompts, answers[a], answers[b], strict=True)
     ]
     return rate, samples
 
 
-def _keep(
+def _write(
     report: EvaluationReport, results: list[SuiteResult], samples: list[Sample], workspace: Path
 ) -> Path:
-    """Page, report, every item and every answer to the prompts, in a folder of their own."""
+    """Write page, report, all items and all answers into a new folder; returns the page's path."""
     folder = workspace / FOLDER / f"evaluation-{report.finished_at:%Y%m%d-%H%M%S-%f}"
     with disk_errors(workspace, "writing the page of an evaluation"):
         folder.mkdir(parents=True)
@@ -284,7 +288,7 @@ def _keep(
 
 @contextmanager
 def terminal_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal, nothing elsewhere; it is told how many of how many units are done."""
+    """A progress bar on a terminal, nothing elsewhere; yields a function of the done and total units."""
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return

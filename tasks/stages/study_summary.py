@@ -1,4 +1,4 @@
-"""The last stage of a comparison study: points from manifests, the page, and what MLflow keeps of it."""
+"""The last task of a study: build the report from the manifests, write its page, record it in MLflow."""
 
 from collections.abc import Mapping
 
@@ -26,10 +26,10 @@ def summarise_study(
     started: Started,
     command: str,
 ) -> StudyReport:
-    """Write the study's page, Markdown and picture, record them, and give the report back.
+    """Write the study's page, Markdown and figures, record them in MLflow, and return the report.
 
     Args:
-        trained: every point, each with what it took.
+        trained: the trained policy of every point.
     """
     info = run_info(context, recipe, started, command)
     report = study_report(
@@ -54,14 +54,16 @@ def summarise_study(
 
 
 def study_of(recipe: Recipe, stages: Mapping[str, StageResult], trained: list[TrainedPolicy]) -> Study:
-    """All that was measured."""
+    """All measurements of the study."""
     config = recipe.study
     assert config is not None
     base = read_measurement(stages[f"{MEASURE.name} {REFERENCE}"].manifest)
     rewards_PS = np.asarray(base.rewards_PS)
     points = [
-        point_of(one.node, one.manifest, stages[MEASURE.name + one.node.label].manifest, one.needed)
-        for one in trained
+        point_of(
+            policy.node, policy.manifest, stages[MEASURE.name + policy.node.label].manifest, policy.needed
+        )
+        for policy in trained
     ]
     return Study(
         prompts=len(rewards_PS),

@@ -1,4 +1,4 @@
-"""Results of suites by what they depend on: a model is asked once and not again for every comparison."""
+"""Cache of suite results: a model is evaluated on a suite once, and every comparison reuses the result."""
 
 import logging
 import os
@@ -24,7 +24,7 @@ from dpo_core.models.config import ModelConfig
 from dpo_core.models.source import locate, source_digest
 from dpo_core.system import remove
 from tasks.promotion.model_source import RUNS, report_of, resolve
-from tasks.recipe.policies import elsewhere
+from tasks.recipe.policies import is_external
 from tasks.stages.asking import RunJob
 from tasks.stages.data import GATES
 from tasks.store.files import CACHE_FOLDER, disk_errors
@@ -41,7 +41,7 @@ Place = tuple[str, str]
 
 @dataclass(frozen=True)
 class SuiteRequest:
-    """Models, and the suites that each of them is put through."""
+    """Models, and the suites on which each of them is evaluated."""
 
     models: Sequence[AskedModel]
     files: dict[str, Path]
@@ -51,7 +51,7 @@ class SuiteRequest:
 
     @cached_property
     def keys(self) -> dict[Place, str]:
-        """SHA-256 of what decides each result, the suites of a model side by side."""
+        """SHA-256 of everything that decides each result; the suites of a model are consecutive."""
         common = {
             "reference": source_digest(Path(self.reference.path)) if self.reference else None,
             "config": self.config,
@@ -71,20 +71,20 @@ class SuiteRequest:
 def suite_results(
     request: SuiteRequest, workspace: Path, run: RunJob
 ) -> tuple[dict[Place, SuiteResult], set[Place]]:
-    """Every model on every suite, and which of these were known from before; one job computes the others."""
-    known = {}
+    """Results of every model on every suite, and the places of cached ones. One job computes the others."""
+    cached = {}
     for place, key in request.keys.items():
         if result := _read(_path(workspace, place, key)):
-            known[place] = result.model_copy(update={"model": place[0]})
-    missing = [place for place in request.keys if place not in known]
+            cached[place] = result.model_copy(update={"model": place[0]})
+    missing = [place for place in request.keys if place not in cached]
     computed = _compute(request, missing, workspace, run) if missing else {}
     for place, result in computed.items():
         path = _path(workspace, place, request.keys[place])
         with disk_errors(workspace, "writing the result of a suite"):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_checked(path, result.model_dump(mode="json"))
-    both = known | computed
-    return {place: both[place] for place in request.keys}, set(known)
+    both = cached | computed
+    return {place: both[place] for place in request.keys}, set(cached)
 
 
 def _compute(
@@ -101,7 +101,7 @@ def _compute(
             caches=str(workspace / CACHE_FOLDER),
         )
 
-    # Not the keys alone: what was asked of models that have become one is two results.
+    # With the places, because two models of the same content have one key and still need two results.
     key = digest_config([[place, request.keys[place]] for place in missing])
     listed = run(key, job, PER_SUITE * len(missing))["results"]
     return dict(zip(missing, map(SuiteResult.model_validate, listed), strict=True))
@@ -123,12 +123,12 @@ def _read(path: Path) -> SuiteResult | None:
     try:
         return None if facts is None else SuiteResult.model_validate(facts)
     except ValidationError:
-        log.warning("the result %s is of another version; the suite is run again", path)
+        log.warning("the cached result %s was written by another version; the suite is run again", path)
         return None
 
 
 def find_model(spec: str, workspace: Path) -> Path:
-    """The files of a model: a checkpoint folder, or what `checkpoint_of` makes one of.
+    """The files of a model: a checkpoint folder, or files that `checkpoint_of` can convert.
 
     Args:
         spec: as `model.name` in a recipe; or a finished run of the workspace without `runs:/`, its policy
@@ -136,18 +136,18 @@ def find_model(spec: str, workspace: Path) -> Path:
 
     Raises:
         RecipeError: there is no such run, policy or registered version, or its files are damaged.
-        ModelError: nothing is there.
+        ModelError: there is no such model.
     """
     name = trained_name(spec, workspace)
-    if elsewhere(name):
+    if is_external(name):
         return resolve(name, workspace).path
     return locate(ModelConfig(name=name))
 
 
 def checkpoint_of(spec: str, workspace: Path, run: RunJob) -> Path:
-    """The checkpoint folder of a model; one that is none yet is converted in a job.
+    """The checkpoint folder of a model; other formats are converted in a job.
 
-    Arguments and errors: `find_model`.
+    Arguments and errors are those of `find_model`.
     """
     source = find_model(spec, workspace)
     if source.is_dir() and not (source / "adapter_config.json").exists():
@@ -156,7 +156,7 @@ def checkpoint_of(spec: str, workspace: Path, run: RunJob) -> Path:
 
 
 def trained_name(spec: str, workspace: Path) -> str:
-    """`runs:/RUN/POLICY` of `RUN:POLICY`, where the workspace has such a run; else the name as it is."""
+    """`runs:/RUN/POLICY` for `RUN:POLICY` if the workspace has that run; else the name unchanged."""
     run, colon, policy = spec.partition(":")
     folder = workspace / "runs" / run
     if "/" in run or not any((folder / file).is_file() for file in ("run.json", "report.json")):
@@ -165,7 +165,7 @@ def trained_name(spec: str, workspace: Path) -> str:
 
 
 def trained_rows(spec: str, workspace: Path) -> Path | None:
-    """The table of rows that a run's policies were trained on; None of other models, or where it is gone."""
+    """The table of rows that a run's policies were trained on; None for other models or a missing table."""
     name = trained_name(spec, workspace)
     if not name.startswith(RUNS):
         return None
@@ -176,11 +176,11 @@ def trained_rows(spec: str, workspace: Path) -> Path | None:
 
 
 def _converted(spec: str, source: Path, workspace: Path, run: RunJob) -> Path:
-    """A model that is no plain checkpoint folder as one, made once."""
+    """Convert a model to a checkpoint folder, or return the folder of an earlier conversion."""
     folder = workspace / MODELS / source_digest(source)[:24]
-    seal = folder.with_suffix(".json")
-    whole = read_checked(seal, "the model is converted again")
-    if whole is None or not folder.is_dir() or digest_folder(folder) != whole:
+    checksum_file = folder.with_suffix(".json")
+    checksum = read_checked(checksum_file, "the model is converted again")
+    if checksum is None or not folder.is_dir() or digest_folder(folder) != checksum:
         with disk_errors(workspace, "converting a model"):
             folder.parent.mkdir(parents=True, exist_ok=True)
             temporary = Path(tempfile.mkdtemp(dir=folder.parent))
@@ -188,11 +188,11 @@ def _converted(spec: str, source: Path, workspace: Path, run: RunJob) -> Path:
                 model, out = ModelConfig(name=spec), str(temporary)
                 run(source_digest(source), lambda fields: ImportJob(**fields, model=model, out=out), 1)
                 if folder.exists() or folder.is_symlink():
-                    if whole is not None:
+                    if checksum is not None:
                         log.warning("the converted model %s is damaged; it is converted again", folder)
                     remove(folder)
                 os.replace(temporary, folder)
-                write_checked(seal, digest_folder(folder))
+                write_checked(checksum_file, digest_folder(folder))
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
     return folder

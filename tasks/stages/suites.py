@@ -1,4 +1,4 @@
-"""The stage that puts one policy through the evaluation suites of the recipe."""
+"""The stage that evaluates one policy on the suites of the recipe."""
 
 import json
 
@@ -13,14 +13,14 @@ from dpo_core.evaluation.run_suite import data_digest, suite_files, without_trai
 from dpo_core.evaluation.suites.registry import find
 from tasks.recipe.policies import REFERENCE
 from tasks.stages.asking import asked_model, jobs_of_stage
-from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
+from tasks.stages.base import Context, Output, RunningStage, Stage, StageResult, run_stage, stage_task
 from tasks.stages.data import kind_of
 from tasks.stages.suite_results import SuiteRequest, suite_results
 from tasks.store.facts import Facts
 from tasks.store.manifest import Manifest
 
-LEFT_OUT = estimate.Work(note="the work of suites and judge is left out")
-SUITES = Stage("suites", 1, "suite-results", Facts, lambda workload, label: LEFT_OUT, job="shared")
+NOT_ESTIMATED = estimate.Work(note="suites and judge are not estimated")
+SUITES = Stage("suites", 1, "suite-results", Facts, lambda workload, label: NOT_ESTIMATED, job="shared")
 
 
 @stage_task(SUITES.name, f"{SUITES.name}{{context.label}}")
@@ -33,16 +33,16 @@ def evaluate_suites(
     config: SuitesConfig,
     tokens: TokenConfig,
 ) -> StageResult:
-    """Results of one policy on every suite, items included, with what stands in the training data named.
+    """Evaluate one policy on every suite, and mark the items that occur in the training data.
 
     Args:
         policy: its name in the tables.
-        reference: what implicit rewards are measured against.
-        trained_on: the rows whose train split was learned from.
+        reference: the model that implicit rewards compare with.
+        trained_on: the rows whose train split the policy learned from.
     """
     files = suite_files(config)
 
-    def work(given: Work) -> Output:
+    def compute(running: RunningStage) -> Output:
         frame = pd.read_parquet(trained_on.path / "data.parquet")
         training = TrainingText(training_texts(frame[frame["split"] == "train"]))
         request = SuiteRequest(
@@ -51,9 +51,9 @@ def evaluate_suites(
             config.settings,
             asked_model(REFERENCE, reference.path, tokens),
         )
-        found, _ = suite_results(request, context.workspace, jobs_of_stage(given))
-        results = [without_training_data(result, training) for result in found.values()]
-        out = given.fresh("out")
+        by_place, _ = suite_results(request, context.workspace, jobs_of_stage(running))
+        results = [without_training_data(result, training) for result in by_place.values()]
+        out = running.empty_folder("out")
         text = json.dumps([result.model_dump(mode="json") for result in results], ensure_ascii=False)
         (out / "suites.json").write_text(text, encoding="utf-8")
         metrics = {
@@ -72,10 +72,10 @@ def evaluate_suites(
         "versions": {name: find(name).version for name in files},
     }
     inputs = {"policy": model, "reference": reference, kind_of(trained_on): trained_on}
-    return run_stage(context, SUITES, inputs, slice_, work)
+    return run_stage(context, SUITES, inputs, slice_, compute)
 
 
 def load_suites(manifest: Manifest) -> list[SuiteResult]:
-    """What the stage wrote."""
+    """Read the results that the stage wrote."""
     listed = json.loads((manifest.path / "suites.json").read_text(encoding="utf-8"))
-    return [SuiteResult.model_validate(one) for one in listed]
+    return [SuiteResult.model_validate(result) for result in listed]

@@ -1,6 +1,6 @@
-"""The last stage: one report of the run as a page, Markdown, a table, and a registered model.
+"""The last task of a run: write its page and report, register the candidate, decide on its promotion.
 
-It always runs: a cached run, too, gets its page.
+It always runs, so that a fully cached run also gets its page.
 """
 
 import json
@@ -45,14 +45,14 @@ from tasks.reports.run_text import markdown, note
 from tasks.reports.verdict import verdict
 from tasks.runs.recipe import recipe_path, reproducing
 from tasks.runs.record import Started
-from tasks.stages.assess import assess, judge_candidate
+from tasks.stages.assess import assess, decide_promotion
 from tasks.stages.base import Context, StageResult, run_task
 from tasks.stages.data import GATES, LOAD, kind_of
 from tasks.stages.evaluation import EVALUATE, load_evaluation
 from tasks.stages.models import IMPORT
 from tasks.stages.prepare_sft import SFT
 from tasks.stages.train_reward import REWARD
-from tasks.stages.training import TrainedPolicy, class_facts
+from tasks.stages.training import TrainedPolicy, label_notes
 from tasks.store.facts import Facts, GateFacts, ImportFacts, LoadFacts, RewardFacts, facts_of, weights_sha256
 from tasks.store.files import run_folder
 from tasks.store.manifest import Manifest
@@ -71,17 +71,17 @@ def summarise(
     started: Started,
     command: str,
 ) -> RunReport:
-    """Write the run page and its Markdown, register the model, and give the report back.
+    """Write the run page and its Markdown, register the candidate, and return the report.
 
     Args:
-        trained: the policies, each with what it took.
-        champion: the registered model that the candidate is held against.
+        trained: the trained policies.
+        champion: the registered model that the candidate is compared with.
     """
     tracker = context.tracker
     manifests = {name: result.manifest for name, result in stages.items()}
     data = _run_data(manifests)
     policies = policies_about(recipe)
-    by_name = {one.node.policy: one.manifest for one in trained}
+    by_name = {policy.node.policy: policy.manifest for policy in trained}
     candidate = by_name[recipe.candidate_name]
     config = recipe.policies[recipe.candidate_name]
     about = trained_words(recipe, data, candidate, policies)
@@ -92,7 +92,7 @@ def summarise(
     info = run_info(context, recipe, started, command)
     evaluation = load_evaluation(manifests[EVALUATE.name])
     gate = [_gate_row(context.workspace, manifest) for manifest in data.gates]
-    assessed = assess(recipe, manifests, evaluation)
+    assessment = assess(recipe, manifests, evaluation)
     report = RunReport(
         run=info,
         stages=[stage_row(name, result) for name, result in stages.items()],
@@ -103,21 +103,21 @@ def summarise(
         policies=policies,
         reference_stage=SFT.name if SFT.name in manifests else IMPORT.name,
         recipe_text=recipe_path(context.workspace, context.run_id).read_text(),
-        win_rates=assessed.win_rates,
-        suites=assessed.suites,
-        comparisons=assessed.comparisons,
+        win_rates=assessment.win_rates,
+        suites=assessment.suites,
+        comparisons=assessment.comparisons,
         reward_model=_reward_quality(manifests),
         curves={name: _curve(m) for name, m in manifests.items() if (m.path / "metrics.jsonl").exists()},
         cost=cost_of(stages, info.seconds),
         model=model,
         notes=({"description": recipe.description} if recipe.description else {})
-        | class_facts(config, data.read_by(config))
+        | label_notes(config, data.read_by(config))
         | data_notes(data, evaluation)
         | _remote_code(recipe, data.base),
     )
     concern = against_promotion(alarms(report), report)
     title = f"{model.name} version {model.version}"
-    decision = judge_candidate(recipe, evaluation, report.comparisons, gate, concern, champion, title)
+    decision = decide_promotion(recipe, evaluation, report.comparisons, gate, concern, champion, title)
     report = report.model_copy(update={"decision": decision})
     page = publish(report, run_folder(context.workspace, context.run_id), tracker)
     context.prefect_artifacts.send_report(report.run.name, markdown(report), page, "Run page")
@@ -140,7 +140,7 @@ def _remote_code(recipe: Recipe, base: Manifest) -> dict[str, JsonValue]:
 
 
 def run_info(context: Context, recipe: Recipe, started: Started, command: str) -> RunInfo:
-    """Which run this is, up to now; `command` is the one that this process was started by."""
+    """Identity, times and environment of the run until now; `command` started this process."""
     seconds = started.seconds()
     return RunInfo(
         name=context.run_id,
@@ -173,8 +173,8 @@ def publish(report: RunReport, folder: Path, tracker: Tracker) -> Path:
     parent.tag("dpo.verdict", verdict(report).headline)
     parent.tag("dpo.alarms", ", ".join(sorted({alarm.name for alarm in alarms(report)})) or "none")
     parent.tag("mlflow.note.content", note(report, "the artifact `page.html` of this run."))
-    for label, told in report.trained.lines if report.trained else []:
-        parent.tag(f"dpo.{label.lower().replace(' ', '_')}", told)
+    for label, text in report.trained.lines if report.trained else []:
+        parent.tag(f"dpo.{label.lower().replace(' ', '_')}", text)
     if report.model and report.model.version and not report.model.known:
         brief = note(report, "the artifact `page.html` of the source run.")
         tracker.describe_version(report.model.name, report.model.version, brief)
@@ -182,7 +182,7 @@ def publish(report: RunReport, folder: Path, tracker: Tracker) -> Path:
 
 
 def headline_metrics(report: RunReport) -> dict[str, float]:
-    """The numbers by which whole runs are compared, named as the evaluation names them: `gain/dpo`."""
+    """The numbers that compare runs, with the names that the evaluation uses: `gain/dpo`."""
     metrics: dict[str, float] = {}
     rows = report.evaluation.policies if report.evaluation else []
     keys, shown = metric_keys(row.name for row in rows), PolicyRow.shown()
@@ -199,12 +199,12 @@ def headline_metrics(report: RunReport) -> dict[str, float]:
 def _register(
     recipe: Recipe, model: Manifest, reference: Manifest, rows: Manifest, tracker: Tracker, about: Trained
 ) -> ModelRow:
-    """The candidate in the registry; weights that are there already keep their version and aliases.
+    """Register the candidate; weights that are registered already keep their version and aliases.
 
     Args:
         model: the candidate.
-        reference: what it is held to.
-        rows: what it was trained on.
+        reference: its reference.
+        rows: its training rows.
     """
     name = recipe.registered_name
     known = version_with(tracker, name, model.sha256)
@@ -221,15 +221,15 @@ def _register(
         "dpo.dataset_digest": rows.sha256,
         "dpo.ref_digest": weights_sha256(reference),
     }
-    given = {key: value for key, value in tags.items() if value}
-    version = register_model(tracker, name, str(model.path), alias=recipe.registry.alias, tags=given)
+    tags = {key: value for key, value in tags.items() if value}
+    version = register_model(tracker, name, str(model.path), alias=recipe.registry.alias, tags=tags)
     return ModelRow(
         name=name, version=version, alias=recipe.registry.alias, uri=model.uri, sha256=model.sha256
     )
 
 
 def stage_row(name: str, result: StageResult) -> StageRow:
-    """A stage as reports list it."""
+    """A stage as a row of a report."""
     manifest = result.manifest
     return StageRow(
         name=name,
@@ -271,8 +271,8 @@ def _evaluation(recipe: Recipe, data: RunData, measured: Measured) -> Evaluation
 
 
 def _reward_quality(manifests: Mapping[str, Manifest]) -> RewardQuality | None:
-    made = manifests.get(REWARD.name)
-    return None if made is None else facts_of(made, RewardFacts).quality
+    manifest = manifests.get(REWARD.name)
+    return None if manifest is None else facts_of(manifest, RewardFacts).quality
 
 
 def _curve(manifest: Manifest) -> list[dict[str, float]]:
@@ -281,8 +281,7 @@ def _curve(manifest: Manifest) -> list[dict[str, float]]:
 
 
 def cost_of(stages: Mapping[str, StageResult], seconds: float) -> Cost:
-    """What the stages that ran counted; those found in the store cost nothing."""
-
+    """The cost of the stages that ran; cached ones cost nothing."""
     ran = [facts_of(result.manifest, Facts) for result in stages.values() if not result.cached]
     return Cost(
         seconds=seconds,

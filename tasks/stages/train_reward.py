@@ -1,4 +1,4 @@
-"""The stage that trains a reward model on the pairs, with its quality on the held-out ones."""
+"""The stage that trains a reward model on the pairs and measures its quality on the held-out pairs."""
 
 from dpo_core.data.tokens.config import TokenConfig
 from dpo_core.estimates.by_method import estimate_training
@@ -6,9 +6,9 @@ from dpo_core.jobs.files import RewardQualityJob
 from dpo_core.methods.reward import METHOD, RewardModelConfig
 from dpo_core.rewards.quality import RewardQuality
 from dpo_core.scoring.precision import Precision
-from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
-from tasks.stages.job import common, run_model_job
-from tasks.stages.training_job import Run, settings_of, split_to, train
+from tasks.stages.base import Context, Output, RunningStage, Stage, StageResult, run_stage, stage_task
+from tasks.stages.job import common_fields, run_model_job
+from tasks.stages.training_job import TrainingSetup, train, training_slice, write_split
 from tasks.store.facts import RewardFacts
 from tasks.store.manifest import Manifest
 
@@ -32,35 +32,35 @@ def train_reward(
     tokens: TokenConfig,
     seed: int,
 ) -> StageResult:
-    """A Bradley-Terry reward model on the training pairs, with its quality on the held-out ones."""
+    """Train a Bradley-Terry reward model on the training pairs; measure it on the held-out pairs."""
 
-    def work(given: Work) -> Output:
-        rows = given.scratch / "train.parquet"
-        count = split_to(pairs, "train", rows)
-        output = train(given, run, {"model": str(base.path), "data": str(rows)}, count)
-        quality = _reward_quality(given, pairs, tokens, config.engine.precision, seed)
+    def compute(running: RunningStage) -> Output:
+        rows = running.scratch / "train.parquet"
+        count = write_split(pairs, "train", rows)
+        output = train(running, setup, {"model": str(base.path), "data": str(rows)}, count)
+        quality = _reward_quality(running, pairs, tokens, config.engine.precision, seed)
         output.facts = RewardFacts(**output.facts.model_dump(), quality=quality)
         output.metrics |= _quality_metrics(quality) if quality else {}
         return output
 
-    run = Run(METHOD, config, tokens, seed)
-    return run_stage(context, REWARD, {"base": base, "pairs": pairs}, settings_of(run), work)
+    setup = TrainingSetup(METHOD, config, tokens, seed)
+    return run_stage(context, REWARD, {"base": base, "pairs": pairs}, training_slice(setup), compute)
 
 
 def _reward_quality(
-    given: Work, pairs: Manifest, tokens: TokenConfig, precision: Precision, seed: int
+    running: RunningStage, pairs: Manifest, tokens: TokenConfig, precision: Precision, seed: int
 ) -> RewardQuality | None:
-    """What the held-out pairs say about the reward model; None where there are none."""
-    work = given.scratch / "quality"
+    """The reward model's quality on the held-out pairs; None if there are none."""
+    work = running.scratch / "quality"
     job = RewardQualityJob(
-        **common(given) | {"work": str(work)},
-        model=str(given.scratch / "out"),
+        **common_fields(running) | {"work": str(work)},
+        model=str(running.scratch / "out"),
         pairs=str(pairs.path / "data.parquet"),
         tokens=tokens,
         precision=precision,
         seed=seed,
     )
-    quality = run_model_job(given, job)
+    quality = run_model_job(running, job)
     return RewardQuality.model_validate(quality) if quality else None
 
 

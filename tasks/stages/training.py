@@ -16,9 +16,9 @@ from dpo_core.methods.registry import methods
 from dpo_core.rewards.functions import reward_identity
 from tasks.recipe.policies import PolicyFields
 from tasks.recipe.study import Node
-from tasks.stages.base import Context, Output, Stage, StageResult, Work, run_stage, stage_task
+from tasks.stages.base import Context, Output, RunningStage, Stage, StageResult, run_stage, stage_task
 from tasks.stages.data import kind_of
-from tasks.stages.training_job import Run, settings_of, split_to, train
+from tasks.stages.training_job import TrainingSetup, train, training_slice, write_split
 from tasks.stages.workload import Workload
 from tasks.store.facts import GateFacts, LogpsFacts, TrainingFacts, facts_of, weights_sha256
 from tasks.store.manifest import Manifest
@@ -31,7 +31,7 @@ def _estimate(workload: Workload, label: str) -> estimate.Work:
     return estimate_training(policy.method, policy.settings, workload.inputs(policy))
 
 
-def _settings(workload: Workload, label: str) -> tuple[str, Any]:
+def _place_and_settings(workload: Workload, label: str) -> tuple[str, Any]:
     node = workload.nodes[label]
     return f"policies.{node.policy}", node.config.settings
 
@@ -44,37 +44,37 @@ STAGES = {
         TrainingFacts,
         _estimate,
         overhead=20.0,
-        settings=_settings,
+        settings=_place_and_settings,
     )
     for method in methods().values()
     if method.policy
 }
-"""By method, the stage that trains a policy with it."""
+"""The training stage of each method, by the method's name."""
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """What a method that samples draws with and is scored by."""
+    """Sampling settings and reward of a method that samples."""
 
     sampling: SamplingConfig
     reward_model: Manifest | None
-    """The learned reward, where that is learnt from."""
+    """The reward model, if the policy learns from one."""
     reward: str | None
-    """The known reward, where that is learnt from."""
+    """The known reward, if the policy learns from it."""
     gold: str | None = None
     """A known reward that is logged beside a learned one and never trained on."""
 
 
 @dataclass(frozen=True)
 class TrainedPolicy:
-    """A policy, and what it took."""
+    """A trained policy, and the artifacts that its training needed."""
 
     node: Node
     manifest: Manifest
     needed: dict[str, Manifest]
-    """By name, the artifacts after the reference that it needed and that other policies may share."""
+    """Artifacts made after the reference that it needed and other policies may share, by name."""
     reward_model: Manifest | None = None
-    """The learned reward that it learned from."""
+    """The reward model that it learned from."""
 
 
 @dataclass(frozen=True)
@@ -85,15 +85,15 @@ class Training:
     start: Manifest
     """Its initial weights."""
     reference: Manifest
-    """What it is held to."""
+    """The model that its KL term or log-ratios compare it with."""
     data: Manifest
     """Pairs, unpaired rows, or rows whose prompts are sampled."""
     tokens: TokenConfig
     seed: int
     logps: Manifest | None = None
-    """Log-probs of the data under the reference, where the method reads such."""
+    """Log-probs of the data under the reference, if the method reads them."""
     scoring: Scoring | None = None
-    """Of a method that samples."""
+    """Set for a method that samples."""
 
     @property
     def stage(self) -> Stage:
@@ -101,19 +101,19 @@ class Training:
         return STAGES[self.policy.method]
 
     @property
-    def live(self) -> bool:
-        """Whether the reference is in memory while it trains."""
+    def needs_reference_model(self) -> bool:
+        """True if the reference is in memory during the training."""
         return self.policy.entry.reference(self.policy.settings) == "live"
 
     def inputs(self) -> dict[str, Manifest]:
-        """What the stage reads, by role."""
+        """The artifacts that the stage reads, by role."""
         samples = self.scoring is not None
         inputs: dict[str, Manifest] = {"prompts" if samples else kind_of(self.data): self.data}
         if not samples or self.start.sha256 != self.reference.sha256:
             inputs["policy"] = self.start
         if self.logps is not None:
             inputs["logps"] = self.logps
-        if self.live:
+        if self.needs_reference_model:
             inputs["reference"] = self.reference
         if self.scoring is not None and self.scoring.reward_model is not None:
             inputs["reward_model"] = self.scoring.reward_model
@@ -122,36 +122,36 @@ class Training:
 
 @stage_task("train-policy", "{training.stage.name}{context.label}")
 def train_policy(context: Context, training: Training) -> StageResult:
-    """Train a policy from its start, held to its reference."""
+    """Train a policy from its start against its reference."""
     policy, scoring = training.policy, training.scoring
-    run = Run(policy.entry, policy.settings, training.tokens, training.seed)
+    setup = TrainingSetup(policy.entry, policy.settings, training.tokens, training.seed)
 
-    def work(given: Work) -> Output:
+    def compute(running: RunningStage) -> Output:
         job: dict[str, Any] = {
             "model": str(training.start.path),
             "reference_logps": str(training.logps.path / "shard") if training.logps else None,
-            "reference": str(training.reference.path) if training.live else None,
+            "reference": str(training.reference.path) if training.needs_reference_model else None,
             "policy_is_reference": weights_sha256(training.start) == weights_sha256(training.reference),
         }
         if scoring is not None:
-            rows = given.scratch / "prompts.parquet"
-            count = split_to(training.data, "train", rows, distinct=["prompt", "chat"])
+            rows = running.scratch / "prompts.parquet"
+            count = write_split(training.data, "train", rows, distinct=["prompt", "chat"])
             job |= {
                 "sampling": scoring.sampling.model_dump(mode="json"),
                 "reward_source": str(scoring.reward_model.path) if scoring.reward_model else scoring.reward,
                 "gold_source": scoring.gold,
             }
         else:
-            rows = given.scratch / "train.parquet"
-            count = split_to(training.data, "train", rows, limit=run.settings.limit, seed=training.seed)
-            if takes_apart(policy, training.data):
-                log.info("%s: %s", given.name, taken_apart(policy, count))
+            rows = running.scratch / "train.parquet"
+            count = write_split(training.data, "train", rows, limit=setup.settings.limit, seed=training.seed)
+            if unpairs(policy, training.data):
+                log.info("%s: %s", running.name, unpairing_note(policy, count))
                 count *= 2
-        return train(given, run, job | {"data": str(rows)}, count)
+        return train(running, setup, job | {"data": str(rows)}, count)
 
     if training.logps is not None:
         _require_reference(training.reference, training.logps)
-    slice_ = settings_of(run)
+    slice_ = training_slice(setup)
     if scoring is not None:
         slice_ |= {
             "sampling": scoring.sampling.model_dump(mode="json"),
@@ -159,37 +159,37 @@ def train_policy(context: Context, training: Training) -> StageResult:
         }
         if scoring.gold is not None:
             slice_["gold"] = reward_identity(scoring.gold)
-    return run_stage(context, training.stage, training.inputs(), slice_, work)
+    return run_stage(context, training.stage, training.inputs(), slice_, compute)
 
 
 def _require_reference(reference: Manifest, logps: Manifest) -> None:
     if not logps.planned and facts_of(logps, LogpsFacts).reference_weights != weights_sha256(reference):
         raise StageFailed(
-            "the cached log-probs are not those of the reference", "Run the cache stage on this reference"
+            "the cached log-probs belong to another reference", "Run the cache stage on this reference"
         )
 
 
-def takes_apart(policy: PolicyFields, rows: Manifest) -> bool:
-    """Whether a method on single answers is given pairs."""
+def unpairs(policy: PolicyFields, rows: Manifest) -> bool:
+    """True if a method on unpaired rows gets pairs as its data."""
     return policy.entry.data == "unpaired" and kind_of(rows) == "pairs"
 
 
-def taken_apart(policy: PolicyFields, pairs: int) -> str:
-    """What a method on single answers makes of pairs, in words."""
+def unpairing_note(policy: PolicyFields, pairs: int) -> str:
+    """A sentence on how a method on unpaired rows uses pairs."""
     return (
         f"objective {policy.settings.objective} learns from single answers: {pairs:,} pairs are taken apart, "
         "chosen as desirable and rejected as undesirable"
     )
 
 
-def class_facts(policy: PolicyFields, rows: Manifest) -> dict[str, str]:
-    """Notes for the run page: how many answers of each label, and class weights that are out of balance."""
+def label_notes(policy: PolicyFields, rows: Manifest) -> dict[str, str]:
+    """Notes for the run page: the number of answers of each label, and a warning on unbalanced weights."""
     if policy.entry.data != "unpaired":
         return {}
-    if takes_apart(policy, rows):
+    if unpairs(policy, rows):
         split = pd.read_parquet(rows.path / "data.parquet", columns=["split"])["split"]
         good = bad = int((split == "train").sum())
-        notes = {"Training data": taken_apart(policy, good)}
+        notes = {"Training data": unpairing_note(policy, good)}
     else:
         facts = facts_of(rows, GateFacts)
         good, bad = facts.desirable or 0, facts.undesirable or 0

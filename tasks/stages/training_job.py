@@ -1,4 +1,4 @@
-"""A training job: its rows, its file, its curves, and the facts of what it wrote."""
+"""Run a training job of a stage: write its rows and its file, follow its metrics, describe its output."""
 
 import json
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from dpo_core.methods.job import Job
 from dpo_core.methods.method import Method
 from dpo_core.models.remote_code import trusted
 from dpo_core.models.source import parameter_count, weights_digest
-from tasks.stages.base import Output, Work
+from tasks.stages.base import Output, RunningStage
 from tasks.stages.job import run_job
 from tasks.store.facts import TrainingFacts
 from tasks.store.manifest import Manifest
 
 
 @dataclass(frozen=True)
-class Run:
-    """What a training is given beside its own files: the method with its settings, and how text is read."""
+class TrainingSetup:
+    """What decides a training beside its data and models."""
 
     method: Method
     settings: Any
@@ -28,16 +28,16 @@ class Run:
     seed: int
 
 
-def settings_of(run: Run) -> dict[str, Any]:
-    """What every training's key holds of the recipe."""
+def training_slice(setup: TrainingSetup) -> dict[str, Any]:
+    """The part of the recipe that belongs to the key of every training."""
     return {
-        "config": run.settings.model_dump(mode="json") | dict(run.method.retired),
-        "tokens": run.tokens.model_dump(mode="json"),
-        "seed": run.seed,
+        "config": setup.settings.model_dump(mode="json") | dict(setup.method.retired),
+        "tokens": setup.tokens.model_dump(mode="json"),
+        "seed": setup.seed,
     }
 
 
-def split_to(
+def write_split(
     data: Manifest,
     split: str,
     path: Path,
@@ -46,53 +46,56 @@ def split_to(
     limit: int | None = None,
     seed: int = 0,
 ) -> int:
-    """Write one side of a split for the job, or a seeded choice of its rows; returns how many."""
-    frame = rows_of(data, split, limit=limit, seed=seed)
+    """Write the rows of `split_rows` to a file for the job; returns their number.
+
+    Args:
+        distinct: columns to keep, with duplicate rows removed.
+    """
+    frame = split_rows(data, split, limit=limit, seed=seed)
     if distinct:
         frame = frame.drop_duplicates(distinct)[distinct]
     frame.to_parquet(path, index=False)
     return len(frame)
 
 
-def rows_of(data: Manifest, split: str, *, limit: int | None = None, seed: int = 0) -> pd.DataFrame:
-    """One side of a split, or a seeded choice of its rows."""
+def split_rows(data: Manifest, split: str, *, limit: int | None = None, seed: int = 0) -> pd.DataFrame:
+    """The rows of one side of the split, train or eval; a seeded sample of them where they exceed `limit`."""
     frame = pd.read_parquet(data.path / "data.parquet")
     frame = frame[frame["split"] == split]
     return frame if limit is None or len(frame) <= limit else frame.sample(limit, random_state=seed)
 
 
-def train(given: Work, run: Run, job: dict[str, Any], rows: int) -> Output:
-    """Run one training job to its end, streaming its metrics, and describe what it wrote.
+def train(running: RunningStage, setup: TrainingSetup, job: dict[str, Any], rows: int) -> Output:
+    """Run one training job to its end, stream its metrics, and describe its output.
 
     Args:
-        job: fields of `dpo_core.methods.job.Job` that this training alone has.
-        rows: how many it learns from.
+        job: further fields of `dpo_core.methods.job.Job`.
+        rows: the number of training rows.
     """
-    out = given.scratch / "out"
-    curve_file, offset = given.scratch / "metrics.jsonl", 0
-    bar = given.progress(run.method.total_steps(run.settings, rows))
+    out = running.scratch / "out"
+    curve_file, offset = running.scratch / "metrics.jsonl", 0
+    bar = running.progress(setup.method.total_steps(setup.settings, rows))
 
-    def look() -> None:
-        """The curves reach MLflow while the job runs."""
+    def on_poll() -> None:
         nonlocal offset
-        offset = given.mlflow.metrics_from_jsonl(curve_file, offset)
+        offset = running.mlflow.metrics_from_jsonl(curve_file, offset)
         if curve_file.exists():
             bar.update(curve_file.read_bytes().count(b"\n"))
 
     file = Job(
-        method=run.method.name,
-        settings=run.settings.model_dump(mode="json"),
-        tokens=run.tokens,
-        seed=run.seed,
+        method=setup.method.name,
+        settings=setup.settings.model_dump(mode="json"),
+        tokens=setup.tokens,
+        seed=setup.seed,
         out=str(out),
-        work=str(given.scratch),
+        work=str(running.scratch),
         trusted_code=tuple(trusted()),
         **job,
     )
-    result = run_job(given, file, run.settings.engine.processes, look)
+    result = run_job(running, file, setup.settings.engine.processes, on_poll)
     lines = curve_file.read_text().splitlines()
     curve = [json.loads(line) for line in lines]
-    (out / "metrics.jsonl").write_text("".join(json.dumps(_timeless(row)) + "\n" for row in curve))
+    (out / "metrics.jsonl").write_text("".join(json.dumps(_without_times(row)) + "\n" for row in curve))
     facts = TrainingFacts(
         steps=len(curve),
         tokens_trained=sum(row.get("num_tokens", 0.0) for row in curve),
@@ -106,6 +109,6 @@ def train(given: Work, run: Run, job: dict[str, Any], rows: int) -> Output:
     return Output(out, parameters=parameter_count(out), facts=facts, metrics=costs)
 
 
-def _timeless(row: dict[str, float]) -> dict[str, float]:
-    """A line of the curve without clock times, so that the same training gives the same artifact."""
+def _without_times(row: dict[str, float]) -> dict[str, float]:
+    """A line of the curve without times, so that the same training gives the same artifact."""
     return {k: v for k, v in row.items() if k not in {"time", "seconds_per_step", "tokens_per_second"}}

@@ -1,7 +1,7 @@
-"""What the estimates of stages read: the model's shape, its tokenizer, and the rows of the run to come.
+"""The workload of a planned run, for the estimates of its stages: model shape, tokenizer and rows.
 
-Lengths come from the real rows and the real tokenizer where there are rows; completions that are still to be
-sampled count with their most tokens, and the plan says so.
+Lengths come from the actual rows and tokenizer. Completions that are not sampled yet count with the maximum
+number of tokens, and the plan says so.
 """
 
 from dataclasses import dataclass, replace
@@ -21,12 +21,12 @@ from tasks.recipe.recipe import Recipe
 from tasks.recipe.study import Node
 
 SAMPLED_ROWS = 2000
-"""Rows that are tokenised; of larger sets this many stand for all."""
+"""At most so many rows are tokenised; the estimate for all rows is extrapolated from them."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A run to come, as far as it is known."""
+    """The model, tokenizer and rows of a planned run."""
 
     recipe: Recipe
     config: Any
@@ -35,15 +35,15 @@ class Workload:
     """`packed: why`, or `padded: why`."""
     tokenise: Tokenise
     kind: Literal["pairs", "unpaired", "prompts"]
-    """Of the data."""
-    judged: pd.DataFrame
-    """Rows of the data that passed the gate; while that has not run, those without a fault."""
+    """Kind of the data."""
+    gated: pd.DataFrame
+    """Rows of the data that passed the gate; before the gate has run, those without a fault."""
     sampled: pd.DataFrame | None = None
-    """Pairs that were sampled after the data's prompts and passed the gate; None while there are none."""
+    """Sampled pairs that passed the gate; None if none are sampled yet."""
 
     @cached_property
     def shape(self) -> cost.Shape:
-        """Of the model."""
+        """The model's shape."""
         from dpo_core.scoring.model_shape import shape_of_config
 
         return shape_of_config(self.config)
@@ -54,7 +54,7 @@ class Workload:
         return {node.label: node for node in self.recipe.nodes()}
 
     def inputs(self, policy: PolicyFields | None = None) -> Inputs:
-        """What the estimate of a training reads."""
+        """The inputs of a training's estimate."""
         return Inputs(
             shape=self.shape,
             examples=self.examples,
@@ -68,15 +68,15 @@ class Workload:
         """The training examples of a kind of data, at most `limit` rows of them.
 
         Args:
-            data: pairs, unpaired (pairs are taken apart), or prompts with a completion of the most tokens.
+            data: pairs, unpaired (pairs are taken apart), or prompts, each with a completion of full length.
         """
         if data == "prompts":
             new = self.recipe.evaluate.sampling.max_new_tokens
             prompts, count = self.prompts("train", new, distinct=True)
             return Examples([Document(p, (unknown(new),)) for p in prompts], count)
         if self.kind == "unpaired":
-            rows = self.judged[self.judged["split"] == "train"]
-            kept, _ = unpaired_examples(self.tokenise, some(rows).to_dict("records"))
+            rows = self.gated[self.gated["split"] == "train"]
+            kept, _ = unpaired_examples(self.tokenise, sample_rows(rows).to_dict("records"))
             documents = [Document(e.sequence.prompt, (e.sequence.completion,)) for e in kept]
             return Examples(documents, _usable(rows, len(kept))).limited(limit)
         pairs = self.pairs["train"].limited(limit)
@@ -87,39 +87,42 @@ class Workload:
 
     @cached_property
     def pairs(self) -> dict[str, Examples]:
-        """The pairs of both sides of the split, train and eval; none of unpaired rows."""
+        """The pairs of each side of the split, train and eval; none if the data is unpaired."""
         return {side: self._pairs(side) for side in ("train", "eval")}
 
     def _pairs(self, side: str) -> Examples:
         if self.kind == "unpaired":
             return Examples([], 0)
-        frame = self.judged if self.kind == "pairs" else self.sampled
+        frame = self.gated if self.kind == "pairs" else self.sampled
         if frame is None:
-            return self._pairs_to_come(side)
+            return self._unsampled_pairs(side)
         rows = frame[frame["split"] == side]
-        kept, _ = self.tokenise.pairs(some(rows).to_dict("records"))
+        kept, _ = self.tokenise.pairs(sample_rows(rows).to_dict("records"))
         return Examples([Document.of(p.chosen, p.rejected) for p in kept], _usable(rows, len(kept)))
 
-    def _pairs_to_come(self, side: str) -> Examples:
+    def _unsampled_pairs(self, side: str) -> Examples:
         config = self.recipe.pairs
         prompts, count = self.prompts(side, config.sampling.max_new_tokens)
-        drawn = config.samples_per_prompt
-        each = drawn * (drawn - 1) // 2 if config.pairing == "all" else 1
+        samples = config.samples_per_prompt
+        each = samples * (samples - 1) // 2 if config.pairing == "all" else 1
         documents = [Document(p, (unknown(config.sampling.max_new_tokens),) * 2) for p in prompts]
-        note = f"pairs still to be sampled: at most {each} a prompt, each answer of the most tokens"
+        note = f"pairs are not sampled yet: at most {each} per prompt, each answer of maximum length"
         return Examples(documents, count * each, note)
 
     def prompts(self, side: str | None, new: int, distinct: bool = False) -> tuple[list[Any], int]:
-        """Ids of (some of) the prompts of a side that leave room for `new` tokens, and how many there are."""
-        rows = self.judged if side is None else self.judged[self.judged["split"] == side]
+        """Token ids of a sample of a side's prompts, and the number of usable ones among all.
+
+        Usable prompts leave room for `new` tokens.
+        """
+        rows = self.gated if side is None else self.gated[self.gated["split"] == side]
         if distinct:
             rows = rows.drop_duplicates(["prompt", "chat"])
-        prompts = [self.tokenise.prompt_of(row, new) for row in some(rows).to_dict("records")]
+        prompts = [self.tokenise.prompt_of(row, new) for row in sample_rows(rows).to_dict("records")]
         kept = [ids for ids in prompts if ids]
         return kept, _usable(rows, len(kept))
 
-    def drawn(self, side: str | None, new: int, each: int, most: int | None = None) -> Work:
-        """Sampling `each` completions of `new` tokens after every prompt of a side, or `most` of them."""
+    def sampling_work(self, side: str | None, new: int, each: int, most: int | None = None) -> Work:
+        """The work of sampling `each` completions of `new` tokens for all prompts of a side, or `most`."""
         prompts, count = self.prompts(side, new, distinct=most is not None)
         count = min(count, most or count) * each
         lengths = [len(p) for p in prompts]
@@ -127,28 +130,28 @@ class Workload:
         tokens = float(np.mean(lengths)) + new
         return Work(count * tokens, count * flops, note=CAPPED)
 
-    def evaluated(self, policies: int) -> Work:
-        """An evaluation of so many policies, the reference among them.
+    def evaluation_work(self, policies: int) -> Work:
+        """The work of an evaluation of `policies` models, the reference among them.
 
-        Each samples and reads its samples, and the reference reads them too.
+        Each model samples and scores its samples, and the reference scores them too.
         """
         config, new = self.recipe.evaluate, self.recipe.evaluate.sampling.max_new_tokens
-        drawn = self.drawn("eval", new, config.samples_per_prompt, config.prompts)
+        sampling = self.sampling_work("eval", new, config.samples_per_prompt, config.prompts)
         tokens, reading = read(self.shape, self.pairs["eval"].limited(config.pairs))
-        again = drawn.tokens * cost.forward(self.shape, 1, 0, 0)
+        again = sampling.tokens * cost.forward(self.shape, 1, 0, 0)
         return replace(
-            drawn,
-            tokens=policies * (drawn.tokens + tokens),
-            flops=policies * (drawn.flops + reading) + (2 * policies - 1) * again,
+            sampling,
+            tokens=policies * (sampling.tokens + tokens),
+            flops=policies * (sampling.flops + reading) + (2 * policies - 1) * again,
             precision=config.sampling.precision,
         )
 
 
-def some(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows, or a seeded choice that stands for all of them."""
+def sample_rows(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows, or a seeded sample of `SAMPLED_ROWS` of them."""
     return rows if len(rows) <= SAMPLED_ROWS else rows.sample(SAMPLED_ROWS, random_state=0)
 
 
 def _usable(rows: pd.DataFrame, kept: int) -> int:
-    """How many of all rows can be used, as `kept` of those that were tokenised could."""
-    return round(len(rows) * kept / max(len(some(rows)), 1))
+    """Estimated number of usable rows, from the number `kept` of the tokenised rows."""
+    return round(len(rows) * kept / max(len(sample_rows(rows)), 1))

@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from dpo_core.redaction import hidden
 from dpo_core.system import write_atomic
-from tasks.signals import undisturbed
+from tasks.signals import signals_deferred
 from tasks.store.files import says_disk_full, says_read_only
 
 log = logging.getLogger(__name__)
@@ -177,7 +177,7 @@ class Outbox:
         Calls to a server are not protected: the server completes its own transactions, and a call that hangs
         must remain interruptible.
         """
-        return nullcontext() if self._probe else undisturbed()
+        return nullcontext() if self._probe else signals_deferred()
 
     def is_outage(self, error: Exception) -> bool:
         """Whether an error means that MLflow is unreachable, rather than that the write itself is invalid."""

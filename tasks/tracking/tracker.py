@@ -17,7 +17,7 @@ import yaml
 from dpo_core.errors import RecipeError, StageFailed
 from tasks.provenance import environment, source_tags
 from tasks.recipe.sections import TrackingConfig
-from tasks.signals import undisturbed
+from tasks.signals import signals_deferred
 from tasks.store.files import disk_fault, open_workspace
 from tasks.store.manifest import Manifest
 from tasks.tracking.database import make_database
@@ -316,7 +316,7 @@ class Tracker:
         deadline = time.monotonic() + _START_PATIENCE
         while True:
             try:
-                with undisturbed():
+                with signals_deferred():
                     return opened()
             except Exception as error:
                 if "database is locked" not in str(error):

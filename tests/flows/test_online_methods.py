@@ -69,7 +69,7 @@ def test_a_policy_is_found_by_its_name_and_never_by_another(both) -> None:
             find_model(run + name, bench.workspace)
     (bench.folder / "hhh_alignment.jsonl").touch()
     asked = EvaluationRequest(suites=["hhh"], data=str(bench.folder))
-    with pytest.raises(RecipeError, match=f"{run} and {run}:dpo are one model"):
+    with pytest.raises(RecipeError, match=f"{run} and {run}:dpo are the same model"):
         evaluate_models([run, f"{run}:dpo"], asked, bench.workspace)
 
 

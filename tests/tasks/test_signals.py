@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from prefect.exceptions import TerminationSignal
 
-from tasks.signals import Terminated, WorkStopped, stop_of_process, stoppable, undisturbed
+from tasks.signals import Terminated, WorkStopped, signals_deferred, stop_of_process, stoppable
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -52,10 +52,10 @@ def test_a_second_signal_does_not_disturb_the_end(number: signal.Signals, kind: 
             wait()
         finally:
             for again in (signal.SIGTERM, signal.SIGINT):
-                assert not stop.hurry.is_set()
+                assert not stop.no_time_to_save.is_set()
                 os.kill(os.getpid(), again)
                 wait(0.05)
-            assert stop.hurry.is_set(), "after a Ctrl-C more, jobs get no time to save"
+            assert stop.no_time_to_save.is_set(), "after a Ctrl-C more, jobs get no time to save"
             cleaned.append("all of it")
     assert cleaned
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -141,7 +141,7 @@ def test_prefects_handler_gives_way_once_the_stop_has_begun() -> None:
 def test_a_signal_waits_for_the_end_of_what_must_not_be_cut_in_two() -> None:
     done = []
     with pytest.raises(Terminated), stoppable() as stop:  # noqa: PT012
-        with undisturbed():
+        with signals_deferred():
             os.kill(os.getpid(), signal.SIGTERM)
             wait(0.05)
             os.kill(os.getpid(), signal.SIGINT)
@@ -157,18 +157,18 @@ def test_a_signal_waits_for_the_end_of_what_must_not_be_cut_in_two() -> None:
 def test_of_two_signals_that_waited_the_second_is_heard_too() -> None:
     with pytest.raises(KeyboardInterrupt), stoppable() as stop:  # noqa: PT012
         try:
-            with undisturbed():
+            with signals_deferred():
                 for _ in range(2):
                     os.kill(os.getpid(), signal.SIGINT)
                     wait(0.05)
         finally:
-            assert stop.hurry.is_set()
+            assert stop.no_time_to_save.is_set()
 
 
 def test_handlers_are_as_before_and_what_is_ignored_stays_so() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with undisturbed():
+        with signals_deferred():
             os.kill(os.getpid(), signal.SIGHUP)
             wait(0.05)
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN

@@ -172,7 +172,7 @@ def test_models_without_a_common_way_of_asking_are_asked_alike(
         ({"suites": ["hellaswag"]}, "there is no suite 'hellaswag'.*hhh"),
         ({"suites": ["gsm8k"]}, "finds no gsm8k_test.jsonl in .*openai/grade-school-math"),
         ({"suites": ["mbpp"]}, "runs code that the model writes, which nobody has allowed.*--run-code"),
-        ({"suites": []}, "nothing is asked for.*--suite"),
+        ({"suites": []}, "there is nothing to evaluate.*--suite"),
     ],
 )
 def test_what_cannot_be_asked_is_said(

@@ -10,7 +10,7 @@ import yaml
 
 from dpo_core.errors import RecipeError
 from flows.cli.launch import read_cluster, rendered
-from tasks.preflight import check_ahead
+from tasks.preflight import check_before_run
 from tasks.recipe.read import load_recipe
 from tests.support.runs.tiny_run import Bench
 from tests.support.sites import slurm_site
@@ -115,7 +115,7 @@ def test_a_cluster_out_of_reach_is_refused_before_anything_runs(
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     cluster = read_cluster(on, None, [part.format(workspace=tmp_path) for part in settings])
     with pytest.raises(RecipeError, match=words):
-        check_ahead(load_recipe("demo", [f"workspace={tmp_path / 'runs'}"]), cluster=cluster)
+        check_before_run(load_recipe("demo", [f"workspace={tmp_path / 'runs'}"]), cluster=cluster)
 
 
 def test_what_a_cluster_would_not_see_or_use_is_told_with_the_manifest(

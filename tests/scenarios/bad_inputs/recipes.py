@@ -18,7 +18,7 @@ def recipe_is_a_folder(world: World) -> list[str]:
     return ["run", str(world.new_folder())]
 
 
-@bad(2, "recipe.yaml is not valid YAML", "line 3, column 1", "Mend the line")
+@bad(2, "recipe.yaml is not valid YAML", "line 3, column 1", "Correct that line")
 def recipe_is_not_yaml(world: World) -> list[str]:
     return ["run", world.file("recipe.yaml", "name: tiny\ndata: [1, {\n")]
 
@@ -138,7 +138,7 @@ def no_source_of_data(world: World) -> list[str]:
     return world.run(data={"path": None})
 
 
-@bad(2, "reward.source is needed: without pairs only a known reward can label samples")
+@bad(2, "reward.source is needed: the data has prompts only")
 def openings_without_a_reward(world: World) -> list[str]:
     return world.run(data={"path": None, "openings": 24}, reward=None)
 
@@ -186,7 +186,7 @@ def policy_that_starts_from_an_unknown_one(world: World) -> list[str]:
     return world.run(policies={"DPO": {"start": "B"}})
 
 
-@bad(2, "'dpo' cannot name a policy: 'DPO' and 'dpo' differ in capitals")
+@bad(2, "'dpo' cannot name a policy: 'DPO' and 'dpo' differ only in case")
 def policies_of_one_name(world: World) -> list[str]:
     return world.run(policies={"dpo": {"method": "dpo"}})
 
@@ -326,7 +326,7 @@ def demonstrations_missing(world: World) -> list[str]:
     return world.run(sft={"enabled": True, "demonstrations": str(world.new_folder() / "absent.jsonl")})
 
 
-@bad(2, "shown.jsonl, row 2: a demonstration needs a prompt and a completion", "Mend or remove the row")
+@bad(2, "shown.jsonl, row 2: a demonstration needs a prompt and a completion", "Correct or remove the row")
 def demonstration_without_an_answer(world: World) -> list[str]:
     shown = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": " "}]
     return world.run(sft={"enabled": True, "demonstrations": world.file("shown.jsonl", lines(shown))})
@@ -369,7 +369,7 @@ def tracking_in_a_folder(world: World) -> list[str]:
     return world.run(tracking={"uri": str(world.new_folder())})
 
 
-@bad(2, "MLflow knows no tracking URI like gopher://x", "Set tracking.uri to one of sqlite, http")
+@bad(2, "MLflow supports no tracking URI like gopher://x", "a URI that begins with one of sqlite, http")
 def tracking_of_an_unknown_kind(world: World) -> list[str]:
     return world.run(tracking={"uri": "gopher://x"})
 

@@ -9,7 +9,7 @@ import pytest
 from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.models.config import ModelConfig
 from dpo_core.models.source import weights_digest
-from tasks.preflight import check_ahead
+from tasks.preflight import check_before_run
 from tasks.promotion.champion import find_champion
 from tasks.promotion.model_source import as_folder, pinned_name, resolve
 from tasks.promotion.promote import promote, rollback
@@ -166,10 +166,10 @@ def test_a_recipe_with_an_unknown_model_is_refused_before_a_run_and_leaves_no_da
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     recipe = load_recipe("demo", [f"workspace={tmp_path}", "model.name=models:/dpo-nightly@champion"])
     with pytest.raises(RecipeError, match=r"has no champion yet.*promote what it registers") as error:
-        check_ahead(recipe)
+        check_before_run(recipe)
     assert error.value.exit_code == 2
     with pytest.raises(RecipeError, match="has no run named nobody"):
-        check_ahead(load_recipe("demo", [f"workspace={tmp_path}", "model.name=runs:/nobody"]))
+        check_before_run(load_recipe("demo", [f"workspace={tmp_path}", "model.name=runs:/nobody"]))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -29,9 +29,9 @@ from tasks.reports.run_text import markdown, note, terminal_table
 from tasks.reports.run_warnings import answers_cut, too_few_prompts
 from tasks.reports.verdict import decided, measured_with, verdict
 from tasks.runs.record import RunRecord, save_run
-from tasks.stages.assess import judge_candidate
+from tasks.stages.assess import decide_promotion
 from tasks.stages.standalone_evaluation import _training as known_texts
-from tasks.stages.standalone_evaluation import _warn_of_known as warn_of_known
+from tasks.stages.standalone_evaluation import _warn_of_contamination as warn_of_contamination
 from tasks.stages.suite_results import trained_rows
 from tasks.store.files import run_folder
 from tasks.store.manifest import Manifest
@@ -172,7 +172,7 @@ def test_the_champions_own_weights_are_nothing_new() -> None:
     recipe = Recipe.model_validate({"name": "m", "data": {"path": "pairs.jsonl"}})
     rows = [PolicyRow.model_construct(name=name) for name in ("SFT", "DPO")]
     evaluation = Measured.model_construct(policies=rows)
-    decision = judge_candidate(recipe, evaluation, [], [], {}, champion, "m version 1")
+    decision = decide_promotion(recipe, evaluation, [], [], {}, champion, "m version 1")
     assert decision == nothing_new("m version 1", "m version 1")
     headline, kind, reasons = decided(decision)
     assert (headline, kind) == ("Nothing new: these are the champion's weights", "unclear")
@@ -284,6 +284,6 @@ def test_prompts_that_a_run_was_trained_on_are_pointed_out(
     training = known_texts(None, found)
     chat = json.dumps([{"role": "user", "content": "Is the soup warm?"}])
     asked = [Asked("is the soup warm", False), Asked(chat, True), Asked("And the bread?", False)]
-    warn_of_known(asked, training)
-    assert "2 of 3 prompts stand in the data that the models were trained on" in caplog.text
+    warn_of_contamination(asked, training)
+    assert "2 of 3 prompts are in the models' training data" in caplog.text
     assert known_texts(None, [None]) is None

@@ -148,7 +148,7 @@ def test_arms_of_a_frontier_are_policies_and_their_settings_a_grid(tmp_path: Pat
     ("override", "write"),
     [
         ("dpo.parameters.beta=0.05", "Write policies.NAME.parameters.beta"),
-        ("ppo.enabled=false", "Write policies.NAME=null to take a policy out"),
+        ("ppo.enabled=false", "Write policies.NAME=null to remove a policy"),
         ("grpo={}", "Write policies.NAME"),
         ("online.iterations=3", "Write policies.NAME.iterations"),
         ("guide={objective: dpo}", "Write policies.Guide, and policies.NAME.reference=Guide"),

@@ -75,7 +75,7 @@ def test_a_graph_that_cannot_be_trained_is_refused(tmp_path: Path, policies: Any
 @pytest.mark.parametrize(
     ("policies", "words"),
     [
-        ({"DPO": DPO, "dpo": DPO}, "'dpo' cannot name a policy: 'DPO' and 'dpo' differ in capitals or signs"),
+        ({"DPO": DPO, "dpo": DPO}, "'dpo' cannot name a policy: 'DPO' and 'dpo' differ only in case"),
         ({"a,b": DPO, "a+b": DPO}, "share their metrics' names"),
         ({"sft": DPO}, "'SFT' is the name of a model that every run has"),
         ({"Champion": DPO}, "'Champion' is the name of a model that every run has"),
@@ -135,7 +135,7 @@ def test_what_a_policy_says_wrongly_is_named_with_its_field(
         ({"policies": {"A": DPO | {"reward": "model"}}},
          "policies.A.reward would not be read: method dpo learns from labelled data"),
         ({"policies": {"A": PPO | {"reward": "source"}}, "reward": {}},
-         "policies.A.reward is source, and reward.source names none"),
+         "policies.A.reward is source, but reward.source is not set"),
         ({"policies": {"A": DPO}, "study": {}, "candidate": "A"}, "candidate would not be read"),
         ({"policies": {"A": PPO}, "reward": {"source": "sentiment", "model": {"epochs": 3}}},
          "reward.model would not be read"),
@@ -156,11 +156,11 @@ def test_a_field_that_would_not_be_read_is_refused(tmp_path: Path, sections: Any
         ({"grid": {"A": {"epochs": []}}}, "grid.A has no point"),
         ({"grid": {"A": []}}, "grid.A has no point"),
         ({"grid": {"A": {"epochs": [1, 1]}}}, "grid.A has a point twice"),
-        *(({"grid": {"A": {field: ["SFT"]}}}, f"{field} cannot vary; name a policy for each value")
+        *(({"grid": {"A": {field: ["SFT"]}}}, f"{field} cannot vary; define a policy for each value")
           for field in ("method", "start", "reference", "reward")),
         ({"grid": {"A": {"objective": ["dpo", "simpo"]}}}, "=simpo: policies.A.reference would"),
         ({"grid": {"Guide": {"epochs": [1, 2]}}}, "policy A needs Guide, which study.grid gives 2 points"),
-        ({"seeds": [1, 1]}, "a seed is there twice"),
+        ({"seeds": [1, 1]}, "a seed is listed twice"),
         ({"seeds": [-1]}, "study.seeds.0: Input should be greater than or equal to 0"),
         ({"seeds": [True]}, "study.seeds.0: Input should be a valid integer"),
         ({"best_of": [0]}, "study.best_of.0: Input should be greater than or equal to 1"),

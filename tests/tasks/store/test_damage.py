@@ -204,11 +204,11 @@ def test_a_damaged_tracking_database_is_told_before_anything_runs(
     if damage in ("empty", "delete", "dead link"):
         with caplog.at_level(logging.WARNING):
             _check_database(f"sqlite:///{path}", workspace)
-        assert "is gone or empty: a new one begins" in caplog.text
+        assert "is missing or empty: a new one is created" in caplog.text
     else:
         with pytest.raises(RecipeError, match="cannot be used") as caught:
             _check_database(f"sqlite:///{path}", workspace)
-        assert "put back a copy" in caught.value.remedy
+        assert "restore a copy" in caught.value.remedy
 
 
 @every_damage

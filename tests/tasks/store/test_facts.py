@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 import tasks
 from dpo_core.errors import StageFailed
-from tasks.stages.base import Output, Stage, _checked
+from tasks.stages.base import Output, Stage, _checked_facts
 from tasks.store.facts import (
     Facts,
     GateFacts,
@@ -52,10 +52,10 @@ def test_an_unknown_fact_is_an_error_where_it_is_written() -> None:
 
 
 def test_a_stage_states_the_facts_that_it_declares() -> None:
-    with pytest.raises(TypeError, match="stage train stated GateFacts, and declares TrainingFacts"):
-        _checked(STAGE, Output(Path(), facts=GateFacts()).facts, 1.0)
-    assert _checked(STAGE, TrainingFacts(), 1.0).seconds == 1.0
-    assert _checked(STAGE, TrainingFacts(seconds=9.0), 1.0).seconds == 9.0
+    with pytest.raises(TypeError, match="stage train returned GateFacts, but declares TrainingFacts"):
+        _checked_facts(STAGE, Output(Path(), facts=GateFacts()).facts, 1.0)
+    assert _checked_facts(STAGE, TrainingFacts(), 1.0).seconds == 1.0
+    assert _checked_facts(STAGE, TrainingFacts(seconds=9.0), 1.0).seconds == 9.0
 
 
 def test_manifests_of_other_versions_are_read(tmp_path: Path) -> None:
