@@ -13,12 +13,12 @@ from tasks.preflight import check_before_run
 from tasks.promotion.model_source import pinned_name
 from tasks.provenance import command_line
 from tasks.recipe.recipe import Recipe
-from tasks.runs.recipe import keep_recipe, model_names, with_models
-from tasks.runs.record import KILLED, RunRecord, close_abandoned, find_run, held, new_run, save_run
+from tasks.runs.recipe import model_names, store_recipe, with_models
+from tasks.runs.record import KILLED, RunRecord, close_abandoned, find_run, new_run, run_lock, save_run
 from tasks.signals import stop_of_process
 from tasks.stages.base import Context
 from tasks.store.files import open_workspace
-from tasks.store.owner import myself
+from tasks.store.owner import this_process
 from tasks.store.store import Store
 from tasks.tracking.tracker import Tracker
 
@@ -51,7 +51,7 @@ def recorded(
         models = _moving_names(recipe, tracker)
         record = new_run(workspace, recipe.name, command).model_copy(update={"models": models})
     recipe = with_models(recipe, record.models)
-    with held(workspace, record.run_id), without_secrets():
+    with run_lock(workspace, record.run_id), without_secrets():
         if record.recipe_sha256 is None:
             if resume:
                 log.warning(
@@ -59,7 +59,7 @@ def recorded(
                     "settings cannot be compared",
                     record.run_id,
                 )
-            record = keep_recipe(workspace, record, recipe)
+            record = store_recipe(workspace, record, recipe)
         ranks = recipe.inference.on_node(cluster.settings.gpus if cluster else 0)
         context = Context(record.run_id, Store(workspace), tracker, stop_of_process(), cluster, ranks)
         return _held(context, recipe, record, run_stages, command, begun=bool(resume))
@@ -88,7 +88,7 @@ def _held(
     workspace, tracker = context.workspace, context.tracker
     close_abandoned(workspace, tracker)
     # On record before MLflow hears of it: a kill in between leaves a run that can be resumed.
-    record = record.model_copy(update={"status": "running", "error": None, "owner": myself()})
+    record = record.model_copy(update={"status": "running", "error": None, "owner": this_process()})
     save_run(workspace, record)
 
     def opened(mlflow_id: str) -> None:

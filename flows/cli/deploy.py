@@ -188,7 +188,7 @@ def reconcile(
         unmanaged_deployments,
         wanted,
     )
-    from tasks.scheduling.heartbeats import apply_zombies, plan_zombies
+    from tasks.scheduling.heartbeats import apply_heartbeats, plan_heartbeats
     from tasks.scheduling.work_pools import require_work_pool
 
     planned = []
@@ -212,11 +212,11 @@ def reconcile(
         ]
     alerts, note = plan_alerts(client, notify)
     told["notes"] += note
-    zombies = plan_zombies(client)
+    heartbeats = plan_heartbeats(client)
     lost = lost_triggers(client)
     gone = "of a deployment that is gone"
     changes += [Change(kind="removed", place=f"trigger {one.name} {gone}") for one in lost]
-    everything = [*changes, *alerts, *zombies]
+    everything = [*changes, *alerts, *heartbeats]
     told["changes"] = [{**change.model_dump(), "text": str(change)} for change in everything]
     if dry_run:
         return
@@ -229,8 +229,8 @@ def reconcile(
         client.delete_automation(automation.id)
     if alerts:
         apply_alerts(client, notify)
-    if zombies:
-        apply_zombies(client)
+    if heartbeats:
+        apply_heartbeats(client)
 
 
 def _as_text(told: dict[str, Any], dry_run: bool) -> str:

@@ -22,7 +22,7 @@ from dpo_core.config import Config
 from dpo_core.errors import RecipeError
 from tasks.promotion.finished_run import registries_of
 from tasks.promotion.ledger import SUFFIX, Ledger, hold_champion
-from tasks.runs.references import Needs, read_needs
+from tasks.runs.references import References, read_references
 from tasks.store.facts import ModelFacts, facts_of
 from tasks.store.files import disk_errors, open_workspace, size_of
 from tasks.store.store import Store
@@ -71,7 +71,7 @@ class _Entry(NamedTuple):
     weights: str | None
 
 
-class _Going(NamedTuple):
+class _Removal(NamedTuple):
     """The paths to remove."""
 
     entries: list[Path]
@@ -102,26 +102,26 @@ def free(
     place = open_workspace(workspace)
     store = Store(place)
     keep_runs, drop_runs = set(keep_runs), set(drop_runs)
-    with disk_errors(place, "freeing the store"), ExitStack() as held:
-        before = read_needs(place)
+    with disk_errors(place, "freeing the store"), ExitStack() as locks:
+        before = read_references(place)
         _require_known(place, before, keep_runs, drop_runs)
-        done_before = {needs.run_id for needs in before if needs.finished}
-        champions = _champions(place, before, held, dry_run)
+        done_before = {run.run_id for run in before if run.finished}
+        champions = _champions(place, before, locks, dry_run)
         if dry_run:
-            return _select(store, _kept(before, done_before, keep, keep_runs, drop_runs), before, champions)[
-                0
-            ]
+            return _select(
+                store, _runs_to_keep(before, done_before, keep, keep_runs, drop_runs), before, champions
+            )[0]
         with store._temporary() as trash, store.guard():
             # Runs that started or ended meanwhile keep their references: a model may be registered by now.
-            now = read_needs(place)
-            kept = _kept(now, done_before, keep, keep_runs, drop_runs)
+            now = read_references(place)
+            kept = _runs_to_keep(now, done_before, keep, keep_runs, drop_runs)
             freed, going = _select(store, kept, now, champions)
             _hide(going, trash)
     return freed
 
 
-def _require_known(place: Path, runs: list[Needs], keep_runs: set[str], drop_runs: set[str]) -> None:
-    known = {needs.run_id: needs for needs in runs}
+def _require_known(place: Path, runs: list[References], keep_runs: set[str], drop_runs: set[str]) -> None:
+    known = {run.run_id: run for run in runs}
     for name in sorted(keep_runs | drop_runs):
         if name not in known:
             raise RecipeError(
@@ -135,24 +135,24 @@ def _require_known(place: Path, runs: list[Needs], keep_runs: set[str], drop_run
             raise RecipeError(problem, "Remove it from one of them")
 
 
-def _kept(
-    runs: list[Needs], done_before: set[str], keep: int, keep_runs: set[str], drop_runs: set[str]
-) -> list[Needs]:
+def _runs_to_keep(
+    runs: list[References], done_before: set[str], keep: int, keep_runs: set[str], drop_runs: set[str]
+) -> list[References]:
     """The runs that stay cached."""
     done = [(n.record.started_at, n.run_id) for n in runs if n.record and n.finished and not n.is_study]
     done = sorted(((at, run) for at, run in done if run in done_before), reverse=True)
     old = {run for _, run in done[keep:]} - keep_runs
-    return [needs for needs in runs if needs.run_id not in old | drop_runs]
+    return [run for run in runs if run.run_id not in old | drop_runs]
 
 
-def _champions(place: Path, runs: list[Needs], held: ExitStack, dry_run: bool) -> set[str]:
+def _champions(place: Path, runs: list[References], locks: ExitStack, dry_run: bool) -> set[str]:
     """Digests of the models that an alias or a champion's last change refers to; locks promotions."""
     digests: set[str] = set()
-    for tracker in registries_of(place, (needs.tracking_uri for needs in runs)):
+    for tracker in registries_of(place, (run.tracking_uri for run in runs)):
         names = tracker.ask("the registered models", lambda c: all_pages(c.search_registered_models))
         for name in sorted(model.name for model in names if not model.name.endswith(SUFFIX)):
             if not dry_run:
-                held.enter_context(hold_champion(place, name))
+                locks.enter_context(hold_champion(place, name))
             digests |= _named_weights(tracker, name)
     return digests
 
@@ -172,12 +172,14 @@ def _named_weights(tracker: Tracker, name: str) -> set[str]:
     return digests
 
 
-def _select(store: Store, kept: list[Needs], runs: list[Needs], champions: set[str]) -> tuple[Freed, _Going]:
+def _select(
+    store: Store, kept: list[References], runs: list[References], champions: set[str]
+) -> tuple[Freed, _Removal]:
     """Select what to remove; changes nothing."""
     entries, broken = _entries(store)
-    unknown = [needs.run_id for needs in kept if not needs.complete]
-    keys = {key for needs in kept for key in needs.keys}
-    referenced = {digest for needs in kept for digest in needs.digests}
+    unknown = [run.run_id for run in kept if not run.complete]
+    keys = {key for run in kept for key in run.keys}
+    referenced = {digest for run in kept for digest in run.digests}
     needed = _closure(entries, referenced | {e.sha256 for e in entries if (e.stage, e.key) in keys})
     evaluated = _evaluated(store.workspace)
     needed |= champions | {e.sha256 for e in entries if e.weights in evaluated}
@@ -189,15 +191,15 @@ def _select(store: Store, kept: list[Needs], runs: list[Needs], champions: set[s
         folders += _scratch(store, keys, {(e.stage, e.key) for e in stay}) + _docs(store, keys, stay)
     sizes = {path: size_of(path) for path in (*objects, *folders)}
     freed = Freed(
-        kept=sorted(needs.run_id for needs in kept),
-        let_go=sorted({needs.run_id for needs in runs} - {needs.run_id for needs in kept}),
+        kept=sorted(run.run_id for run in kept),
+        let_go=sorted({run.run_id for run in runs} - {run.run_id for run in kept}),
         unused=[Unused(kind=o.parent.parent.name, sha256=o.name, bytes=sizes[o]) for o in objects],
         entries=len(going) + len(broken),
         leftovers=[str(folder.relative_to(store.workspace)) for folder in folders],
         freed_bytes=sum(sizes.values()),
         held_back=unknown,
     )
-    return freed, _Going([e.path for e in going] + broken, objects, folders)
+    return freed, _Removal([e.path for e in going] + broken, objects, folders)
 
 
 def _entries(store: Store) -> tuple[list[_Entry], list[Path]]:
@@ -259,7 +261,7 @@ def _docs(store: Store, keys: set[tuple[str, str]], stay: list[_Entry]) -> list[
     return [folder for folder in folders if folder.name.rpartition("-")[2] not in named]
 
 
-def _hide(going: _Going, trash: Path) -> None:
+def _hide(going: _Removal, trash: Path) -> None:
     for path in going.entries:
         path.unlink(missing_ok=True)
     for number, path in enumerate((*going.objects, *going.folders)):

@@ -4,7 +4,7 @@ import logging
 from typing import NamedTuple
 
 from tasks.promotion.ledger import champion_of
-from tasks.promotion.model_source import of_version, require_whole, titled, weights_of
+from tasks.promotion.model_source import model_of_version, require_intact, version_title, weights_of
 from tasks.store.manifest import Manifest
 from tasks.tracking.tracker import Tracker
 
@@ -27,13 +27,13 @@ def find_champion(tracker: Tracker, registered: str) -> Champion | None:
     version = champion_of(tracker, registered)
     if version is None:
         return None
-    title = titled(version)
+    title = version_title(version)
     if weights_of(version) is None or not version.tags.get("dpo.artifact_sha256"):
         log.warning(
             "the files of the champion %s are not on this machine; the run is compared with its reference",
             title,
         )
         return None
-    model = of_version(tracker, version)
-    require_whole(model.path, model.origin.sha256, f"the champion {title}")
+    model = model_of_version(tracker, version)
+    require_intact(model.path, model.origin.sha256, f"the champion {title}")
     return Champion(title, model.manifest)

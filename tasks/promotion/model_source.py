@@ -80,7 +80,7 @@ def resolve(
     else:
         model = _registered(name, tracker or _registry(workspace))
     if verify:
-        require_whole(model.path, model.origin.sha256, model.origin.title)
+        require_intact(model.path, model.origin.sha256, model.origin.title)
     return model
 
 
@@ -123,7 +123,7 @@ def _registered(name: str, tracker: Tracker) -> TrainedModel:
         version = numbered(tracker, model, chosen)
     if version is None:
         raise _unknown(tracker, model, mark, chosen)
-    return of_version(tracker, version, chosen if mark == "@" else None)
+    return model_of_version(tracker, version, chosen if mark == "@" else None)
 
 
 def _registry(workspace: Path) -> Tracker:
@@ -132,7 +132,7 @@ def _registry(workspace: Path) -> Tracker:
     return Tracker(TrackingConfig(), workspace)
 
 
-def of_version(tracker: Tracker, version: Any, alias: str | None = None) -> TrainedModel:
+def model_of_version(tracker: Tracker, version: Any, alias: str | None = None) -> TrainedModel:
     """The trained model of a registered version.
 
     Args:
@@ -141,7 +141,7 @@ def of_version(tracker: Tracker, version: Any, alias: str | None = None) -> Trai
     Raises:
         RecipeError: its files are not on this machine, or are not a language model.
     """
-    title = titled(version)
+    title = version_title(version)
     run = _trained_by(tracker, version.run_id) if version.run_id else None
     folder, sha256 = weights_of(version), version.tags.get("dpo.artifact_sha256")
     place = version.tags.get("dpo.weights_uri", "")
@@ -167,7 +167,7 @@ def of_version(tracker: Tracker, version: Any, alias: str | None = None) -> Trai
     return TrainedModel(origin, folder)
 
 
-def titled(version: Any) -> str:
+def version_title(version: Any) -> str:
     """The name of a registered version in messages and decisions: `dpo-demo version 3`."""
     return f"{version.name} version {version.version}"
 
@@ -179,7 +179,7 @@ def weights_of(version: Any) -> Path | None:
     return folder if parts.scheme == "file" and (folder / "config.json").is_file() else None
 
 
-def require_whole(folder: Path, sha256: str | None, what: str) -> None:
+def require_intact(folder: Path, sha256: str | None, what: str) -> None:
     """Check that a folder's files have the artifact's digest.
 
     Raises:
@@ -223,7 +223,7 @@ def _unknown(tracker: Tracker, model: str, mark: str, chosen: str) -> RecipeErro
         search = tracker.ask(
             "the registered models", lambda client: all_pages(client.search_registered_models)
         )
-        models = {known.name: known for known in search if not known.name.endswith(SUFFIX)}
+        models = {entry.name: entry for entry in search if not entry.name.endswith(SUFFIX)}
     if model not in models:
         problem = f"the registry at {hidden(tracker.uri)} has no model {model}"
         remedy = _choices(model, list(models), "Registered models")
@@ -271,11 +271,11 @@ def _of_run(name: str, workspace: Path) -> TrainedModel:
     run = report.run.name
     policies = report.models
     if slash:
-        alike = (known for known in policies if _plain(known) == _plain(policy))
+        alike = (name for name in policies if _plain(name) == _plain(policy))
         chosen = policy if policy in policies else next(alike, None)
     else:
         digest = report.model.sha256 if report.model else None
-        chosen = next((known for known, row in policies.items() if row.sha256 == digest), None)
+        chosen = next((name for name, row in policies.items() if row.sha256 == digest), None)
     if chosen is None:
         problem = (
             f"the run {run} has no policy {policy or '(empty)'}"

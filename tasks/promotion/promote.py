@@ -19,7 +19,7 @@ from dpo_core.config import Config
 from dpo_core.errors import PromotionRefused, RecipeError
 from tasks.promotion.finished_run import finished_report, registry_of
 from tasks.promotion.ledger import ALIAS, PREVIOUS, SUFFIX, Change, Ledger, champion_history, hold_champion
-from tasks.promotion.model_source import titled, weights_of
+from tasks.promotion.model_source import version_title, weights_of
 from tasks.reports.alarms import alarms
 from tasks.reports.run_report import ModelRow, RunReport
 from tasks.store.files import disk_errors, open_workspace
@@ -30,7 +30,7 @@ from tasks.tracking.tracker import Tracker
 
 log = logging.getLogger("dpo")
 
-_LOOK = "See the current champion with: dpo promote --check"
+_SEE_CHAMPION = "See the current champion with: dpo promote --check"
 _CHALLENGER = "challenger"
 
 
@@ -89,7 +89,7 @@ def promote(workspace: str | Path, run_id: str, *, force: bool = False, reason: 
                 if _stale(report, champion)
                 else "The run page shows the numbers. --force promotes anyway and records what it overrode."
             )
-            refuse(f"{titled(candidate)} is not promoted", against, remedy)
+            refuse(f"{version_title(candidate)} is not promoted", against, remedy)
         _check_weights(candidate)
         replaced = None if champion is None else str(champion.version)
         change = Change(
@@ -122,7 +122,7 @@ def rollback(workspace: str | Path, name: str | None = None, *, reason: str = ""
     """
     place = open_workspace(workspace)
     tracker = registry_of(place)
-    name = _only(tracker, name)
+    name = _model_with_champion(tracker, name)
     with hold_champion(place, name):
         ledger, notes = _settled(tracker, name)
         entries = ledger.read()
@@ -135,7 +135,7 @@ def rollback(workspace: str | Path, name: str | None = None, *, reason: str = ""
             name=name,
             version=str(target.version),
             replaced=None if champion is None else str(champion.version),
-            previous=_below(ledger, str(target.version)),
+            previous=_previous_champion(ledger, str(target.version)),
             run=next((e.change.run for e in entries if e.change.version == str(target.version)), None),
             reason=reason,
             after=entries[-1].number if entries else 0,
@@ -177,16 +177,20 @@ def objections(report: RunReport, model: ModelRow, champion: Any | None) -> list
     if not decision.promote and not against:
         against.append("the decision of the run is not to promote")
     if champion is not None and champion.tags.get("dpo.artifact_sha256") == model.sha256:
-        against.append(f"the weights are those of the champion, {titled(champion)}")
+        against.append(f"the weights are those of the champion, {version_title(champion)}")
     elif _stale(report, champion):
-        now = "there is no champion now" if champion is None else f"the champion is {titled(champion)} now"
+        now = (
+            "there is no champion now"
+            if champion is None
+            else f"the champion is {version_title(champion)} now"
+        )
         against.append(f"it was compared with {decision.champion}, but {now}")
     return against
 
 
 def _stale(report: RunReport, champion: Any | None) -> bool:
     """Whether the decision compared the model with another champion than the present one."""
-    present = "the reference" if champion is None else titled(champion)
+    present = "the reference" if champion is None else version_title(champion)
     return report.decision is not None and report.decision.champion != present
 
 
@@ -200,7 +204,7 @@ def _record(tracker: Tracker, ledger: Ledger, change: Change, notes: list[str]) 
     if not ledger.append(change):
         first = ledger.read()[-1].change
         problem = f"the {change.kind} of {change.name} version {change.version} was rejected"
-        refuse(f"{problem}: version {first.version} was promoted concurrently", [], _LOOK)
+        refuse(f"{problem}: version {first.version} was promoted concurrently", [], _SEE_CHAMPION)
     ledger.settle()
     return _standing(tracker, change.name, changed=True, notes=notes)
 
@@ -215,7 +219,7 @@ def _settled(tracker: Tracker, name: str) -> tuple[Ledger, list[str]]:
     return ledger, [note]
 
 
-def _below(ledger: Ledger, version: str) -> str | None:
+def _previous_champion(ledger: Ledger, version: str) -> str | None:
     """The champion before this version, among those that are still registered."""
     stack = champion_history(ledger.read())
     while stack and stack.pop() != version:
@@ -228,13 +232,13 @@ def _check_weights(version: Any) -> None:
     folder, registered = weights_of(version), version.tags.get("dpo.artifact_sha256")
     place = version.tags.get("dpo.weights_uri", "an unknown place")
     if folder is None or not registered:
-        problem = f"the files of {titled(version)} are not on this machine: {place}"
+        problem = f"the files of {version_title(version)} are not on this machine: {place}"
         refuse(problem, [], "Use the machine that has them, or run again what made them.")
     with disk_errors(folder, "reading the weights"):
         digest = digest_folder(folder)
     if digest != registered:
         digests = f"has the digest {digest[:12]}, not {registered[:12]}"
-        problem = f"the weights of {titled(version)} are damaged: {place} {digests}"
+        problem = f"the weights of {version_title(version)} are damaged: {place} {digests}"
         refuse(problem, [], "Run their recipe again, which rebuilds damaged artifacts.")
 
 
@@ -274,15 +278,17 @@ def _models(tracker: Tracker) -> list[str]:
     return sorted(model.name for model in models if not model.name.endswith(SUFFIX))
 
 
-def _only(tracker: Tracker, name: str | None) -> str:
+def _model_with_champion(tracker: Tracker, name: str | None) -> str:
     names = _models(tracker)
     if name is not None:
         if name not in names:
             raise RecipeError(f"there is no registered model {name}", f"Known: {', '.join(names) or 'none'}")
         return name
-    having = [known for known in names if version_of(tracker, known, ALIAS) or Ledger(tracker, known).read()]
-    if len(having) == 1:
-        return having[0]
-    if not having:
+    promoted = [
+        model for model in names if version_of(tracker, model, ALIAS) or Ledger(tracker, model).read()
+    ]
+    if len(promoted) == 1:
+        return promoted[0]
+    if not promoted:
         refuse("no registered model has a champion", [], "Promote one with: dpo promote RUN")
-    raise RecipeError(f"{len(having)} models have a champion: {', '.join(having)}", "Name one of them.")
+    raise RecipeError(f"{len(promoted)} models have a champion: {', '.join(promoted)}", "Name one of them.")

@@ -110,7 +110,7 @@ def _sentence(text: str) -> str:
     return text if text.endswith((".", "!", "?")) else f"{text}."
 
 
-def against_promotion(raised: list[Alarm], report: RunReport) -> dict[str, str]:
+def promotion_alarms(raised: list[Alarm], report: RunReport) -> dict[str, str]:
     """Messages, by alarm name, of the alarms about the candidate, its ancestors or its data."""
     behind = ("", REFERENCE, report.candidate, *report.lineage(report.candidate))
     concern = [alarm for alarm in raised if alarm.policy in behind]

@@ -54,7 +54,7 @@ def with_models(recipe: Recipe, names: Mapping[str, str]) -> Recipe:
     return recipe.model_copy(update={"model": renamed(recipe.model, "name"), "policies": policies})
 
 
-def keep_recipe(workspace: Path, record: RunRecord, recipe: Recipe) -> RunRecord:
+def store_recipe(workspace: Path, record: RunRecord, recipe: Recipe) -> RunRecord:
     """Write the resolved recipe into the run's folder; returns the record with its digest."""
     path = recipe_path(workspace, record.run_id)
     # Absolute, so that the file finds its workspace from every folder.
@@ -100,7 +100,7 @@ def require_same_recipe(workspace: Path, record: RunRecord, recipe: Recipe) -> N
     )
 
 
-def reproducing(command: str, workspace: str | Path, run_id: str) -> str:
+def reproducing_command(command: str, workspace: str | Path, run_id: str) -> str:
     """The command that repeats a run from its stored recipe, even if the original file has changed."""
     return _run_again(command, recipe_path(workspace, run_id))
 

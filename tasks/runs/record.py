@@ -25,7 +25,7 @@ from dpo_core.errors import RecipeError
 from dpo_core.system import write_atomic
 from tasks.store.files import disk_errors, open_workspace, run_folder
 from tasks.store.locks import holder_of, locked
-from tasks.store.owner import Owner, myself
+from tasks.store.owner import Owner, this_process
 
 if TYPE_CHECKING:
     from tasks.tracking.tracker import Tracker  # listing runs must not import it
@@ -130,7 +130,7 @@ def _made(folder: Path) -> bool:
 
 
 @contextmanager
-def held(workspace: str | Path, run_id: str) -> Iterator[None]:
+def run_lock(workspace: str | Path, run_id: str) -> Iterator[None]:
     """Hold the run's lock. It is released if the process dies.
 
     Raises:
@@ -145,7 +145,7 @@ def held(workspace: str | Path, run_id: str) -> Iterator[None]:
         yield
 
 
-def is_held(workspace: str | Path, run_id: str) -> bool:
+def is_locked(workspace: str | Path, run_id: str) -> bool:
     """Whether a living process holds the run's lock."""
     lock = FileLock(_lock_path(workspace, run_id))
     if not Path(lock.lock_file).exists():
@@ -184,7 +184,7 @@ def list_runs(workspace: str | Path) -> list[RunRecord]:
 
 def own_run(workspace: str | Path) -> RunRecord | None:
     """The newest run that this process started or resumed."""
-    me = myself()
+    me = this_process()
     return next((record for record in read_records(workspace) if record.owner == me), None)
 
 
@@ -241,7 +241,7 @@ def find_run(workspace: str | Path, wanted: str, recipe_name: str) -> RunRecord:
     runs = list_runs(workspace)
     if wanted == "latest":
         begun = [r for r in runs if r.recipe == recipe_name and r.status != "done"]
-        unfinished = [r for r in begun if not is_held(workspace, r.run_id)]
+        unfinished = [r for r in begun if not is_locked(workspace, r.run_id)]
         if begun and not unfinished:
             raise _busy(begun[0].run_id, holder_of(_lock_path(workspace, begun[0].run_id)))
         if not unfinished:

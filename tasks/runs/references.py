@@ -19,7 +19,7 @@ from tasks.store.store import Store
 LIST = "stages.jsonl"
 
 
-class Needs(NamedTuple):
+class References(NamedTuple):
     """The references of one run."""
 
     run_id: str
@@ -47,7 +47,7 @@ class Needs(NamedTuple):
         return self.record.lists_stages or (self.finished and bool(self.digests))
 
 
-def note_need(store: Store, run_id: str, stage: str, key: str, inputs: Iterable[str]) -> None:
+def record_lookup(store: Store, run_id: str, stage: str, key: str, inputs: Iterable[str]) -> None:
     """Record that a run is about to look up a stage, and which artifacts that stage reads."""
     line = json.dumps({"stage": stage, "key": key, "inputs": list(inputs)}) + "\n"
     with disk_errors(store.workspace, "recording the run's references"), store.guard():
@@ -59,13 +59,13 @@ def note_need(store: Store, run_id: str, stage: str, key: str, inputs: Iterable[
             os.close(handle)
 
 
-def read_needs(workspace: Path) -> list[Needs]:
+def read_references(workspace: Path) -> list[References]:
     """The references of every run of the workspace. A folder without a record and a list is not a run."""
     folders = [folder for folder in (workspace / "runs").glob("*") if folder.is_dir()]
-    return [needs for folder in sorted(folders) if (needs := _needs(folder)) is not None]
+    return [run for folder in sorted(folders) if (run := _references(folder)) is not None]
 
 
-def _needs(folder: Path) -> Needs | None:
+def _references(folder: Path) -> References | None:
     record = None
     with suppress(OSError, ValueError):
         record = RunRecord.model_validate_json((folder / "run.json").read_bytes())
@@ -79,7 +79,7 @@ def _needs(folder: Path) -> Needs | None:
         digests.update([stage["sha256"], *stage["parents"]])
     if record is None and not (folder / "run.json").exists() and not lines:
         return None
-    return Needs(
+    return References(
         folder.name,
         record,
         frozenset(keys),

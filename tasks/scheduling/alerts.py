@@ -84,8 +84,8 @@ def _automation(kind: str, action: Any) -> Any:
             {"prefect.resource.id": f"prefect.tag.{TAG}", "prefect.resource.role": "tag"}
         ),
     )
-    told = f"Tells of runs with the tag {TAG}. {MADE_BY}"
-    return AutomationCore(name=PREFIX + kind, description=told, trigger=trigger, actions=[action])
+    description = f"Tells of runs with the tag {TAG}. {MADE_BY}"
+    return AutomationCore(name=PREFIX + kind, description=description, trigger=trigger, actions=[action])
 
 
 def plan_alerts(client: Any, url: str | None) -> tuple[list[Change], list[str]]:

@@ -16,7 +16,7 @@ from prefect.settings import get_current_settings
 
 from tasks.scheduling.deployments import MADE_BY, Change, automation_fields
 
-ZOMBIES = "dpo: crash runs that fell silent"
+HEARTBEAT_AUTOMATION = "dpo: crash runs that fell silent"
 _MISSED = 3
 """Number of heartbeats that may be missed: a request can be lost, and a machine can be busy."""
 
@@ -31,17 +31,17 @@ def is_missing(client: Any) -> bool:
     return _existing(client) is None
 
 
-def plan_zombies(client: Any) -> list[Change]:
-    """The changes that `apply_zombies` would make."""
+def plan_heartbeats(client: Any) -> list[Change]:
+    """The changes that `apply_heartbeats` would make."""
     existing = _existing(client)
     if existing is None:
-        return [Change(kind="added", place=ZOMBIES)]
+        return [Change(kind="added", place=HEARTBEAT_AUTOMATION)]
     if automation_fields(existing) != automation_fields(_automation()):
-        return [Change(kind="changed", place=ZOMBIES, old="another", new="of this version")]
+        return [Change(kind="changed", place=HEARTBEAT_AUTOMATION, old="another", new="of this version")]
     return []
 
 
-def apply_zombies(client: Any) -> None:
+def apply_heartbeats(client: Any) -> None:
     """Create the automation on the server, in place of an earlier version of it."""
     existing = _existing(client)
     client.create_automation(_automation())
@@ -51,7 +51,7 @@ def apply_zombies(client: Any) -> None:
 
 def _existing(client: Any) -> Any:
     automations = client.read_automations()
-    return next((automation for automation in automations if automation.name == ZOMBIES), None)
+    return next((automation for automation in automations if automation.name == HEARTBEAT_AUTOMATION), None)
 
 
 def _automation() -> Any:
@@ -68,7 +68,7 @@ def _automation() -> Any:
     seconds = int(silence().total_seconds())
     message = f"No heartbeat for {seconds} s: the run's process or machine is gone."
     return AutomationCore(
-        name=ZOMBIES,
+        name=HEARTBEAT_AUTOMATION,
         description=f"Marks runs of deployments as crashed when their heartbeats stop. {MADE_BY}",
         trigger=trigger,
         actions=[ChangeFlowRunState(state=StateType.CRASHED, message=message)],

@@ -24,7 +24,7 @@ from deploy.launchers.warm import JobServer
 from dpo_core.config import Config
 from dpo_core.errors import DpoError, without_secrets
 from dpo_core.jobs.files import InferenceConfig
-from tasks.runs.references import note_need
+from tasks.runs.references import record_lookup
 from tasks.signals import Stop
 from tasks.stages.prefect_artifacts import PrefectArtifacts
 from tasks.store.facts import Facts, scalar_facts
@@ -293,7 +293,7 @@ def run_stage(
     key = stage_key(stage.name, stage.version, digest, {role: m.sha256 for role, m in inputs.items()})
     if context.plan:
         return _plan_stage(store, stage, name, key, digest, inputs, planned_facts)
-    note_need(store, context.run_id, stage.name, key, [m.sha256 for m in inputs.values()])
+    record_lookup(store, context.run_id, stage.name, key, [m.sha256 for m in inputs.values()])
     manifest = store.lookup(stage.name, key)
     child: StageRun | None = None
     if manifest is None:
@@ -401,7 +401,7 @@ def _compute(
             extra=facts.as_extra(),
         )
         manifest = store.commit(stage.name, key, output.files, info)
-        child.made(manifest)
+        child.record_artifact(manifest)
         finished = True
     except DpoError:
         raise

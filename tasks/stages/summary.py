@@ -25,7 +25,7 @@ from tasks.reports.about import (
     vocabulary_size,
 )
 from tasks.reports.about import trained as trained_words
-from tasks.reports.alarms import REMOTE_CODE, against_promotion, alarms
+from tasks.reports.alarms import REMOTE_CODE, alarms, promotion_alarms
 from tasks.reports.data_notes import data_notes
 from tasks.reports.run_page import render
 from tasks.reports.run_report import (
@@ -43,7 +43,7 @@ from tasks.reports.run_report import (
 )
 from tasks.reports.run_text import markdown, note
 from tasks.reports.verdict import verdict
-from tasks.runs.recipe import recipe_path, reproducing
+from tasks.runs.recipe import recipe_path, reproducing_command
 from tasks.runs.record import Started
 from tasks.stages.assess import assess, decide_promotion
 from tasks.stages.base import Context, StageResult, run_task
@@ -115,7 +115,7 @@ def summarise(
         | data_notes(data, evaluation)
         | _remote_code(recipe, data.base),
     )
-    concern = against_promotion(alarms(report), report)
+    concern = promotion_alarms(alarms(report), report)
     title = f"{model.name} version {model.version}"
     decision = decide_promotion(recipe, evaluation, report.comparisons, gate, concern, champion, title)
     report = report.model_copy(update={"decision": decision})
@@ -149,7 +149,7 @@ def run_info(context: Context, recipe: Recipe, started: Started, command: str) -
         finished_at=started.at + timedelta(seconds=seconds),
         seconds=seconds,
         git_commit=source_tags().get("mlflow.source.git.commit"),
-        command=reproducing(command, context.workspace, context.run_id),
+        command=reproducing_command(command, context.workspace, context.run_id),
         folder=str(Path.cwd()),
         started_by=command,
         mlflow_run_id=context.tracker.run_id,

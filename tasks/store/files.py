@@ -82,16 +82,16 @@ def require_writable(workspace: Path) -> None:
             raise RecipeError(disk_read_only(workspace, "making the workspace").problem, _WRITABLE) from error
 
 
-def disk_fault(said: object, path: Path, doing: str) -> StageFailed | None:
+def disk_fault(error: object, path: Path, doing: str) -> StageFailed | None:
     """A disk-full or read-only error if that caused the failure, else None.
 
     Args:
-        said: the error, or its text.
+        error: the error, or its text.
     """
     # Libraries in other languages (safetensors, torch, SQLite) report it only as text, or not at all.
-    if says_disk_full(said) or shutil.disk_usage(path).free < _NOTHING_FREE:
+    if says_disk_full(error) or shutil.disk_usage(path).free < _NOTHING_FREE:
         return disk_full(path, doing)
-    if says_read_only(said) or _is_read_only(path):
+    if says_read_only(error) or _is_read_only(path):
         return disk_read_only(path, doing)
     return None
 
@@ -106,19 +106,19 @@ def _is_read_only(path: Path) -> bool:
     return False
 
 
-def says_disk_full(said: object) -> bool:
+def says_disk_full(error: object) -> bool:
     """Whether an error, or its text, reports a full disk."""
-    if isinstance(said, OSError) and said.errno in _FULL:
+    if isinstance(error, OSError) and error.errno in _FULL:
         return True
-    text = str(said).lower()
+    text = str(error).lower()
     return "no space left" in text or "disk is full" in text
 
 
-def says_read_only(said: object) -> bool:
+def says_read_only(error: object) -> bool:
     """Whether an error, or its text, reports a read-only disk."""
-    if isinstance(said, OSError) and said.errno == errno.EROFS:
+    if isinstance(error, OSError) and error.errno == errno.EROFS:
         return True
-    text = str(said).lower()
+    text = str(error).lower()
     return "read-only file system" in text or "readonly database" in text
 
 

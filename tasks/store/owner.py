@@ -35,6 +35,6 @@ class Owner(Config):
             return False
 
 
-def myself() -> Owner:
+def this_process() -> Owner:
     """This process."""
     return Owner(host=socket.gethostname(), pid=os.getpid(), born=birth(os.getpid()))

@@ -41,7 +41,7 @@ from tasks.store.manifest import (
     find_damage,
     list_files,
 )
-from tasks.store.owner import Owner, myself
+from tasks.store.owner import Owner, this_process
 
 log = logging.getLogger(__name__)
 
@@ -340,7 +340,7 @@ class Store:
     @contextmanager
     def _temporary(self) -> Iterator[Path]:
         """A temporary folder of this process under `store/tmp`, always removed at the end."""
-        me = myself()
+        me = this_process()
         name = f"{me.host}+{me.pid}+{me.born}+{uuid.uuid4().hex[:8]}"
         folder = self.root / "tmp" / name
         folder.mkdir(parents=True)
@@ -399,7 +399,7 @@ def _has_owner(temporary: Path) -> bool:
         owner = Owner(host=host, pid=int(pid), born=int(born))
         if not owner.is_here():
             return time.time() - temporary.stat().st_mtime < _FOREIGN_TMP_SECONDS
-        if owner == myself():  # this process could not remove it when the disk failed
+        if owner == this_process():  # this process could not remove it when the disk failed
             return _is_held(temporary)
         return not owner.is_gone()
     except (ValueError, FileNotFoundError):

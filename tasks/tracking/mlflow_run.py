@@ -242,7 +242,7 @@ class StageRun(TrackedRun):
             self._outbox.attempt(f"metrics of {path}", lambda: self.send_curve(str(path)))
         return self._streams[path][1]
 
-    def made(self, artifact: Manifest) -> None:
+    def record_artifact(self, artifact: Manifest) -> None:
         """Record the stage's artifact: its facts, digest and URI."""
         self.params({f"out.{name}": value for name, value in scalar_facts(artifact).items()})
         self.tag("dpo.artifact_sha256", artifact.sha256)

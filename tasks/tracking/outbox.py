@@ -76,7 +76,7 @@ class Outbox:
         self._lock = threading.RLock()
         self._down_since: float | None = None
         self._next_try, self._pause, self._bad_tries = 0.0, _PAUSE[0], 0
-        self._for_the_disk = False
+        self._disk_fault = False
         self.folder: Path | None = None
         """Folder for the unsent writes of this run; None until the run's id is known."""
 
@@ -86,7 +86,7 @@ class Outbox:
             self.queue.append(write)
             return self.drain()
 
-    def keep(self, own: Callable[[Any], bool]) -> bool:
+    def save(self, own: Callable[[Any], bool]) -> bool:
         """Save the queued writes of the runs selected by `own`; without any, remove earlier saved ones.
 
         Returns True if no queued write would be lost when this process ends.
@@ -110,7 +110,7 @@ class Outbox:
                 ]
                 write_atomic(self.folder / _WRITES, json.dumps({"place": self.place, "writes": facts}))
             elif self.folder.exists():
-                forget(self.folder)
+                remove_saved(self.folder)
         except OSError as error:
             log.warning("%d MLflow writes could not be saved in %s: %s", len(waiting), self.folder, error)
             return False
@@ -146,7 +146,7 @@ class Outbox:
             while self.queue:
                 if self.attempt(self.queue[0].what, self.queue[0].send, force=patience > 0):
                     self.queue.popleft()
-                elif time.monotonic() >= deadline or self._for_the_disk:  # waiting does not free disk space
+                elif time.monotonic() >= deadline or self._disk_fault:  # waiting does not free disk space
                     return False
                 else:
                     time.sleep(min(1.0, self._pause, max(0.0, deadline - time.monotonic())))
@@ -159,8 +159,8 @@ class Outbox:
                 return False
             try:
                 if self._down_since is not None:
-                    self._look()
-                with self.whole():
+                    self._probe_server()
+                with self.protected():
                     send()
             except Exception as error:
                 if self.is_outage(error):
@@ -171,7 +171,7 @@ class Outbox:
             self._came_back()
             return True
 
-    def whole(self) -> AbstractContextManager[None]:
+    def protected(self) -> AbstractContextManager[None]:
         """Context for a call that writes to MLflow's database directly: signals wait until it has finished.
 
         Calls to a server are not protected: the server completes its own transactions, and a call that hangs
@@ -186,8 +186,8 @@ class Outbox:
         from sqlalchemy.exc import OperationalError
 
         # The database still answers reads, and accepts writes again when there is space.
-        self._for_the_disk = says_disk_full(error) or says_read_only(error)
-        if self._for_the_disk:
+        self._disk_fault = says_disk_full(error) or says_read_only(error)
+        if self._disk_fault:
             return True
         if not isinstance(error, MlflowException | RequestException | OperationalError):
             return False
@@ -197,7 +197,7 @@ class Outbox:
         if "database is locked" in str(error) or "timed out" in str(error):
             return True
         try:
-            with self.whole():
+            with self.protected():
                 self._alive()
         except Exception:
             return True
@@ -205,7 +205,7 @@ class Outbox:
         self._bad_tries += 1
         return self._bad_tries < 4
 
-    def _look(self) -> None:
+    def _probe_server(self) -> None:
         """Probe a server that was down. The timeout is short: a hanging server must not block writes."""
         import requests
 
@@ -233,12 +233,12 @@ class Outbox:
             )
 
 
-def kept(workspace: Path) -> list[Path]:
+def saved_folders(workspace: Path) -> list[Path]:
     """The folders of runs that have unsent writes on disk."""
     return sorted(path.parent for path in (workspace / FOLDER).glob(f"*/{_WRITES}"))
 
 
-def read_kept(folder: Path, place: str) -> Sequence[dict[str, Any]] | None:
+def read_saved(folder: Path, place: str) -> Sequence[dict[str, Any]] | None:
     """The saved writes of a folder, in order; None if the file is damaged or `place` is not their MLflow.
 
     A damaged file is renamed and logged; the files that its writes would upload stay in the folder.
@@ -266,7 +266,7 @@ SENDERS = {
 """The methods that a saved write may call."""
 
 
-def forget(folder: Path) -> None:
+def remove_saved(folder: Path) -> None:
     """Remove a run's saved writes after they were sent."""
     shutil.rmtree(folder, ignore_errors=True)
     with suppress(OSError):  # other runs may have unsent writes

@@ -23,7 +23,16 @@ from tasks.store.manifest import Manifest
 from tasks.tracking.database import make_database
 from tasks.tracking.mlflow_calls import create_if_missing
 from tasks.tracking.mlflow_run import TAG_CHARS, StageRun, TrackedRun, clean_key, cut, flatten
-from tasks.tracking.outbox import FOLDER, PATIENCE, Outbox, Write, forget, kept, one_line, read_kept
+from tasks.tracking.outbox import (
+    FOLDER,
+    PATIENCE,
+    Outbox,
+    Write,
+    one_line,
+    read_saved,
+    remove_saved,
+    saved_folders,
+)
 
 log = logging.getLogger(__name__)
 terminal = logging.getLogger("dpo")
@@ -127,7 +136,7 @@ class Tracker:
             return info
 
         what = f"run {run_id}" if run_id else f"experiment {experiment}"
-        self._deliver_kept(run_id)
+        self._send_saved(run_id)
         info = self._must(what, open_run)
         self.run_id, self.experiment_id = info.run_id, info.experiment_id
         self.parent = TrackedRun(self._client, self._outbox, self.run_id, info.start_time)
@@ -148,7 +157,7 @@ class Tracker:
         self.parent.end(status)
         if self._outbox.drain(PATIENCE[status]) and self._outbox.delay_s >= 1:
             self.parent.tag("dpo.tracking_delay_s", round(self._outbox.delay_s))
-        safe = self._keep()
+        safe = self._save()
         if self._outbox.queue:
             waiting = sorted({write.what for write in self._outbox.queue})
             log.warning(
@@ -162,15 +171,15 @@ class Tracker:
                 else "these writes are lost: they could not be saved to disk either",
             )
 
-    def _keep(self) -> bool:
-        return self._outbox.keep(lambda run: run is self.parent or run in self._stages)
+    def _save(self) -> bool:
+        return self._outbox.save(lambda run: run is self.parent or run in self._stages)
 
-    def _deliver_kept(self, resumed: str | None) -> None:
+    def _send_saved(self, resumed: str | None) -> None:
         """Send the saved writes of this workspace's earlier runs, before anything new."""
-        for folder in kept(self.workspace):
+        for folder in saved_folders(self.workspace):
             parent = TrackedRun(self._client, self._outbox, folder.name)
             runs: dict[str, TrackedRun] = {"": parent}
-            saved = read_kept(folder, self._outbox.place)
+            saved = read_saved(folder, self._outbox.place)
             if saved is None:
                 continue
             # A resumed run repeats its parent's writes and has no end yet: skip them.
@@ -183,7 +192,7 @@ class Tracker:
                 run.run_id = run.run_id or facts["run_id"]  # None if the stage's run was never created
                 self._outbox.put(Write(facts["what"], run, facts["call"], facts["given"]))
             if self._outbox.drain():
-                forget(folder)
+                remove_saved(folder)
 
     def close_killed(self, run_id: str | None, reason: str) -> bool:
         """Set a killed run and its child runs from RUNNING to KILLED; False if MLflow does not have the run.
@@ -233,7 +242,7 @@ class Tracker:
         else:
             run.close("FINISHED")
         finally:
-            self._keep()
+            self._save()
 
     def close_stage(
         self,
@@ -253,7 +262,7 @@ class Tracker:
         with self.child(stage, total_steps=total_steps) as run:
             run.params(params or {})
             run.metrics_from_jsonl(artifact.path / "metrics.jsonl")
-            run.made(artifact)
+            run.record_artifact(artifact)
 
     def ask(self, what: str, call: Callable[[Any], T]) -> T:
         """Call `call` with MLflow's client and return its result; repeats the call during an outage.
@@ -349,7 +358,7 @@ class Tracker:
         deadline = time.monotonic() + (_RUN_PATIENCE if self.run_id else _START_PATIENCE)
         while True:
             try:
-                with self._outbox.whole():
+                with self._outbox.protected():
                     return call()
             except (RecipeError, StageFailed):
                 raise

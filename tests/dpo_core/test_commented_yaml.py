@@ -6,11 +6,11 @@ from pydantic import ValidationError
 
 from deploy.launchers.registry import TARGETS
 from dpo_core.yaml import commented, form
-from tasks.recipe.read import load_recipe, shipped
+from tasks.recipe.read import load_recipe, shipped_recipes
 from tasks.recipe.recipe import Recipe
 
 
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", shipped_recipes())
 def test_an_explained_recipe_is_the_recipe(name: str) -> None:
     recipe = load_recipe(name, [])
     assert Recipe.model_validate(yaml.safe_load(commented(recipe))) == recipe

@@ -73,12 +73,12 @@ def test_what_is_no_plain_writing_is_refused_wherever_yaml_is_read(name: str, tm
     ["/d/p😀.jsonl", "/d/𠮷.jsonl", 'a "b" \\ c', "a\u2028b\u0085c", "\x7f\ttab\nline", "ü: #x", "\udc80"],
 )
 def test_a_quoted_text_is_read_back_as_it_was(text: str) -> None:
-    from tasks.recipe.read import overridden
+    from tasks.recipe.read import with_overrides
 
     assert read_yaml(quoted(text)) == text
     if text.isprintable():
         raw: dict[str, object] = {}
-        settings = overridden(DataConfig, raw, [f"path={quoted(text)}"], "unusable", "")
+        settings = with_overrides(DataConfig, raw, [f"path={quoted(text)}"], "unusable", "")
         assert settings.path == text
 
 

@@ -13,7 +13,7 @@ from dpo_core.errors import RecipeError
 from flows.cli.run import show
 from tasks.recipe.read import load_recipe
 from tasks.recipe.recipe import Recipe
-from tasks.runs.recipe import keep_recipe, recipe_path, reproducing, require_same_recipe
+from tasks.runs.recipe import recipe_path, reproducing_command, require_same_recipe, store_recipe
 from tasks.runs.record import RunRecord, new_run, save_run
 from tests.support.runs.tiny_run import Bench
 
@@ -25,7 +25,7 @@ def begun(tmp_path: Path, bench: Bench) -> tuple[Path, RunRecord, Recipe]:
     recipe = load_recipe(str(bench.recipe), sets)
     command = shlex.join(["dpo", "run", "my recipe.yaml", *(w for s in sets for w in ("--set", s)), "--json"])
     record = new_run(tmp_path, recipe.name, command)
-    record = keep_recipe(tmp_path, record, recipe).model_copy(update={"status": "stopped"})
+    record = store_recipe(tmp_path, record, recipe).model_copy(update={"status": "stopped"})
     save_run(tmp_path, record)
     return tmp_path, record, recipe
 
@@ -56,10 +56,10 @@ def test_what_was_kept_is_a_recipe_that_does_the_run_again(begun: tuple[Path, Ru
     workspace, record, recipe = begun
     path = recipe_path(workspace, record.run_id)
     assert load_recipe(str(path)) == recipe.model_copy(update={"workspace": str(workspace)})
-    assert reproducing(record.command, workspace, record.run_id) == f"dpo run {path}"
+    assert reproducing_command(record.command, workspace, record.run_id) == f"dpo run {path}"
     launched = "dpo launch r.yaml --on slurm --set seed=1 --with=nodes=2 --settings s.yaml --resume x"
     again = f"dpo launch {path} --on slurm --with=nodes=2 --settings s.yaml"
-    assert reproducing(launched, workspace, record.run_id) == again
+    assert reproducing_command(launched, workspace, record.run_id) == again
 
 
 def test_a_kept_recipe_that_was_changed_is_not_gone_by(begun: tuple[Path, RunRecord, Recipe]) -> None:

@@ -127,7 +127,7 @@ def _late(api: Api) -> Iterator[Finding]:
 
 def _automations(api: Api) -> Iterator[Finding]:
     from tasks.scheduling.alerts import ALERTS, PREFIX
-    from tasks.scheduling.heartbeats import ZOMBIES
+    from tasks.scheduling.heartbeats import HEARTBEAT_AUTOMATION
 
     automations = api.post("/automations/filter", limit=200)
     enabled = {automation["name"]: automation.get("enabled", True) for automation in automations}
@@ -137,11 +137,15 @@ def _automations(api: Api) -> Iterator[Finding]:
         if runs and not runs & known:
             says = f"{automation['name']} runs a deployment that does not exist"
             yield warning("triggers", says, "dpo deploy removes it, or delete the automation in the UI")
-    if enabled.get(ZOMBIES):
+    if enabled.get(HEARTBEAT_AUTOMATION):
         yield ok("lost runs", "an automation ends them")
     else:
-        says = "is disabled" if ZOMBIES in enabled else "is missing"
-        remedy = "Enable it in the UI, or: dpo deploy" if ZOMBIES in enabled else "dpo deploy creates it"
+        says = "is disabled" if HEARTBEAT_AUTOMATION in enabled else "is missing"
+        remedy = (
+            "Enable it in the UI, or: dpo deploy"
+            if HEARTBEAT_AUTOMATION in enabled
+            else "dpo deploy creates it"
+        )
         yield warning("lost runs", f"the automation that ends runs of dead workers {says}", remedy)
     if not any(name.startswith(PREFIX) for name in enabled):
         says = "no notification is configured for failed or late runs"

@@ -13,7 +13,7 @@ import psutil
 from dpo_core.errors import DpoError
 from tasks.housekeeping.doctor.finding import Finding, failure, ok, skipped, warning
 from tasks.runs.record import RunRecord, list_runs, read_records
-from tasks.runs.references import read_needs
+from tasks.runs.references import read_references
 from tasks.store.files import require_writable
 from tasks.store.manifest import Manifest
 from tasks.store.store import Store
@@ -90,10 +90,10 @@ def disk(place: Path) -> Iterator[Finding]:
 
 def _newest_bytes(store: Store) -> int:
     """Bytes of the artifacts that the newest finished run made or used."""
-    finished = [needs for needs in read_needs(store.workspace) if needs.finished and needs.record]
+    finished = [run for run in read_references(store.workspace) if run.finished and run.record]
     if not finished:
         return 0
-    newest = max(finished, key=lambda needs: needs.record.started_at if needs.record else datetime.min)
+    newest = max(finished, key=lambda run: run.record.started_at if run.record else datetime.min)
     made: dict[str, Manifest] = {}
     for stage in {path.name for path in (store.root / "index").glob("*")}:
         made |= {manifest.sha256: manifest for manifest in store.history(stage)}
@@ -185,12 +185,12 @@ def champions(place: Path) -> Iterator[Finding]:
     """Aliases, ledger and weights of every registered model agree. The weights are not read."""
     from tasks.promotion.finished_run import registries_of
     from tasks.promotion.ledger import ALIAS, SUFFIX, Ledger
-    from tasks.promotion.model_source import titled, weights_of
+    from tasks.promotion.model_source import version_title, weights_of
     from tasks.tracking.mlflow_calls import all_pages
     from tasks.tracking.registry import version_of
 
     check, count = "dpo promote --check", 0
-    for tracker in registries_of(place, (needs.tracking_uri for needs in read_needs(place))):
+    for tracker in registries_of(place, (run.tracking_uri for run in read_references(place))):
         names = [m.name for m in tracker.ask("the models", lambda c: all_pages(c.search_registered_models))]
         for name in (name for name in names if not name.endswith(SUFFIX)):
             ledger, champion = Ledger(tracker, name), version_of(tracker, name, ALIAS)
@@ -204,9 +204,10 @@ def champions(place: Path) -> Iterator[Finding]:
                 says = f"the alias {ALIAS} of {name} was moved by hand: the ledger has version {recorded}"
                 yield warning("champion", says, f"{check}; then dpo promote or dpo rollback")
             elif champion is not None and weights_of(champion) is None:
-                says = f"the weights of {titled(champion)} are not at {champion.tags.get('dpo.weights_uri')}"
+                uri = champion.tags.get("dpo.weights_uri")
+                says = f"the weights of {version_title(champion)} are not at {uri}"
                 yield failure("champion", says, "dpo rollback, or train the model again")
             else:
-                yield ok("champion", titled(champion) if champion else f"{name} has no champion")
+                yield ok("champion", version_title(champion) if champion else f"{name} has no champion")
     if not count:
         yield skipped("champion", "no model is registered")

@@ -11,7 +11,7 @@ import pytest
 from dpo_core.errors import RecipeError
 from flows.cli.run import show
 from tasks.runs.record import RunRecord, new_run, save_run
-from tasks.store.owner import myself
+from tasks.store.owner import this_process
 from tests.support.reports.run_reports import decided, make_policies
 from tests.support.runs.stored import REPO
 
@@ -68,7 +68,7 @@ def test_looking_imports_nothing_heavy(workspace: Path) -> None:
 
 
 def test_a_run_that_is_not_finished_is_shown_as_such(tmp_path: Path) -> None:
-    record = new_run(tmp_path, "tiny", "dpo run tiny").model_copy(update={"owner": myself()})
+    record = new_run(tmp_path, "tiny", "dpo run tiny").model_copy(update={"owner": this_process()})
     for status, words in (("running", "Wait for its end"), ("failed", f"--resume {record.run_id}")):
         save_run(tmp_path, record.model_copy(update={"status": status}))
         with pytest.raises(RecipeError, match=f"its status is {status}") as caught:

@@ -23,7 +23,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from tasks.housekeeping.doctor import machine, mlflow, ports, prefect, workspace
 from tasks.housekeeping.doctor.finding import Finding, ok, run_checks
 from tasks.runs.record import RunRecord, read_records, save_run
-from tasks.store.owner import Owner, myself
+from tasks.store.owner import Owner, this_process
 from tests.support.runs.stored import REPO, make, python
 
 NOW = datetime.now(UTC)
@@ -167,9 +167,9 @@ def test_a_store_on_a_disk_of_its_own(tmp_path: Path) -> None:
 _BEGUN = """
 import sys, time
 from datetime import UTC, datetime
-from tasks.store.owner import myself
+from tasks.store.owner import this_process
 from tasks.runs.record import RunRecord, save_run
-record = RunRecord(run_id='cut', recipe='tiny', started_at=datetime.now(UTC), owner=myself(),
+record = RunRecord(run_id='cut', recipe='tiny', started_at=datetime.now(UTC), owner=this_process(),
                    command='dpo run tiny', lists_stages=True)
 save_run(sys.argv[1], record)
 print('begun', flush=True)
@@ -390,7 +390,7 @@ def test_the_command_tells_in_json_and_by_its_exit_code(tmp_path: Path) -> None:
         run_id="cut", recipe="tiny", started_at=NOW, owner=Owner(host=host, pid=999999999, born=1)
     )
     save_run(tmp_path, gone)
-    assert (myself().host, myself().pid) == (host, os.getpid())
+    assert (this_process().host, this_process().pid) == (host, os.getpid())
     environment = {k: v for k, v in os.environ.items() if k not in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI")}
     done = subprocess.run(
         [sys.executable, "-m", "flows.cli.main", "doctor", "--json", "--workspace", str(tmp_path)],

@@ -21,9 +21,9 @@ from dpo_core.errors import RecipeError
 from tasks.housekeeping.garbage_collection import free
 from tasks.promotion.promote import check, promote, rollback
 from tasks.runs.record import RunRecord, save_run
-from tasks.runs.references import note_need
+from tasks.runs.references import record_lookup
 from tasks.store.manifest import digest_config
-from tasks.store.owner import myself
+from tasks.store.owner import this_process
 from tasks.store.store import ArtifactInfo, Store
 from tests.support.runs.promotions import NAME, World, dpo_killed
 from tests.support.runs.stored import CONFIG, REPO
@@ -85,7 +85,9 @@ def _build(folder: Path, made: list[Made], asked: list[Asked]) -> list[str]:
     for place, run in enumerate(asked):
         record(folder, f"run-{place}", place, run.status)
         for number in sorted(run.results):
-            note_need(store, f"run-{place}", "made", _key(number), [digests[p] for p in made[number].parents])
+            record_lookup(
+                store, f"run-{place}", "made", _key(number), [digests[p] for p in made[number].parents]
+            )
         if run.status in ("done", "study"):
             rows = [{"sha256": digests[n], "parents": []} for n in sorted(run.results)]
             report = {"stages": rows} | ({"study": {}} if run.status == "study" else {})
@@ -200,7 +202,7 @@ def test_named_runs_are_kept_and_let_go(tmp_path: Path) -> None:
 
 
 def test_a_run_at_work_is_not_let_go_and_a_name_must_be_known(tmp_path: Path) -> None:
-    record(tmp_path, "busy", status="running", owner=myself())
+    record(tmp_path, "busy", status="running", owner=this_process())
     with pytest.raises(RecipeError, match="the run busy is in progress"):
         free(tmp_path, drop_runs=["busy"])
     with pytest.raises(RecipeError, match="no run named nothing"):
@@ -263,11 +265,11 @@ def test_a_stage_asked_for_while_gc_looks_is_not_lost(tmp_path: Path) -> None:
     digests = _build(tmp_path, [Made(0, (), True)], [])
     store = Store(tmp_path)
     code = (
-        "import sys; from tasks.runs.references import note_need; from tasks.store.store import Store\n"
+        "import sys; from tasks.runs.references import record_lookup; from tasks.store.store import Store\n"
         "store = Store(sys.argv[1]); print('ready', flush=True)\n"
-        "note_need(store, 'busy', 'made', sys.argv[2], []); print('noted', flush=True)"
+        "record_lookup(store, 'busy', 'made', sys.argv[2], []); print('noted', flush=True)"
     )
-    record(tmp_path, "busy", status="running", owner=myself())
+    record(tmp_path, "busy", status="running", owner=this_process())
     with store.guard():
         run = subprocess.Popen(
             [sys.executable, "-c", code, str(tmp_path), _key(0)], cwd=REPO, text=True, stdout=subprocess.PIPE

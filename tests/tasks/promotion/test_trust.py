@@ -22,7 +22,7 @@ from tasks.promotion.champion import Champion
 from tasks.recipe.read import load_recipe
 from tasks.recipe.recipe import Recipe
 from tasks.reports.about import objective_words
-from tasks.reports.alarms import against_promotion, alarms
+from tasks.reports.alarms import alarms, promotion_alarms
 from tasks.reports.run_page import render
 from tasks.reports.run_report import Measured, RunReport, StageRow, Trained
 from tasks.reports.run_text import markdown, note, terminal_table
@@ -151,7 +151,7 @@ def test_noise_raises_an_alarm() -> None:
 
 def test_alarms_count_in_the_decision() -> None:
     raised = alarms(answering(ended=0.0))
-    concern = against_promotion(raised, example(steps=2))
+    concern = promotion_alarms(raised, example(steps=2))
     evidence = Evidence(estimate(0.5, 0.1), estimate(3, 0.1), None, True, concern)
     decision = decide(PromotionConfig(), evidence, candidate="m version 2", champion="the reference")
     assert not decision.promote
@@ -164,7 +164,7 @@ def test_alarms_count_in_the_decision() -> None:
     assert "Alarms: Length drift." in reasons[0]
     assert decided(allowed).headline == "Promote"
     longer = with_policy("PPO", length=estimate(90, 2))
-    assert against_promotion(alarms(longer), longer) == {}, "of a baseline"
+    assert promotion_alarms(alarms(longer), longer) == {}, "of a baseline"
 
 
 def test_the_champions_own_weights_are_nothing_new() -> None:

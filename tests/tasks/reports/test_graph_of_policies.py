@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tasks.reports.alarms import against_promotion, alarms
+from tasks.reports.alarms import alarms, promotion_alarms
 from tasks.reports.lineage import chain
 from tasks.reports.run_page import render
 from tasks.reports.run_report import ModelRow, PolicyAbout, RunReport, StageRow
@@ -115,14 +115,14 @@ def test_alarms_count_where_their_policy_is_behind_the_candidate(policy: str, co
     (alarm,) = alarms(report)
     assert (alarm.name, alarm.policy) == ("Likelihood displacement", policy)
     assert ("below A" in alarm.message) == (policy == "B"), "B's reference"
-    assert (alarm.name in against_promotion([alarm], report)) == counts
+    assert (alarm.name in promotion_alarms([alarm], report)) == counts
 
 
 def test_unusual_parameters_are_of_their_policy() -> None:
     policies = {"A": make_policy("dpo", "A"), "B": make_policy("dpo", "B", unusual="dpo with beta 5.")}
     report = run_of(policies, "A")
     assert [(alarm.name, alarm.policy) for alarm in alarms(report)] == [("Unusual parameters", "B")]
-    assert against_promotion(alarms(report), report) == {}
+    assert promotion_alarms(alarms(report), report) == {}
 
 
 def test_metrics_of_names_that_mlflow_refuses_stay_apart() -> None:

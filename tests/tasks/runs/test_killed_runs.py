@@ -9,7 +9,7 @@ import pytest
 
 from tasks.recipe.sections import TrackingConfig
 from tasks.runs.record import RunRecord, close_abandoned, find_run, list_runs, save_run
-from tasks.store.owner import Owner, myself
+from tasks.store.owner import Owner, this_process
 from tasks.tracking.tracker import Tracker
 from tests.support.runs.tracked import RECIPE, client
 
@@ -18,7 +18,7 @@ from tests.support.runs.tracked import RECIPE, client
 def dead() -> Owner:
     """A process that has ended."""
     process = subprocess.Popen(["true"])
-    owner = myself().model_copy(update={"pid": process.pid})
+    owner = this_process().model_copy(update={"pid": process.pid})
     process.wait()
     return owner
 
@@ -33,7 +33,7 @@ def status(workspace: Path, name: str) -> str:
 
 
 def test_a_process_that_ended_or_lost_its_number_to_another_is_gone(dead: Owner) -> None:
-    me = myself()
+    me = this_process()
     assert not me.is_gone()
     assert dead.is_gone()
     assert me.model_copy(update={"born": me.born - 100}).is_gone()
@@ -44,7 +44,7 @@ def test_a_zombie_is_gone() -> None:
     process = subprocess.Popen(["true"], stdout=subprocess.PIPE)
     assert process.stdout
     process.stdout.read()  # it has ended, and nobody has asked how
-    owner = myself().model_copy(update={"pid": process.pid})
+    owner = this_process().model_copy(update={"pid": process.pid})
     try:
         for _ in range(100):
             if owner.is_gone():
@@ -56,7 +56,7 @@ def test_a_zombie_is_gone() -> None:
 
 def test_a_killed_run_is_listed_as_stopped_and_can_be_resumed(tmp_path: Path, dead: Owner) -> None:
     save_run(tmp_path, record(dead, "killed"))
-    save_run(tmp_path, record(myself(), "alive"))
+    save_run(tmp_path, record(this_process(), "alive"))
     save_run(tmp_path, record(None, "of-an-older-version"))
     save_run(tmp_path, record(dead, "done", status="done"))
     said = {one.run_id: one.status for one in list_runs(tmp_path)}
@@ -82,7 +82,7 @@ def test_the_next_run_writes_the_end_of_a_killed_one(
         return tracker, [tracker.run_id, str(at_work[-1].__enter__().run_id), str(ended.run_id)]
 
     killed, of_killed = begun("killed", dead)
-    _, of_alive = begun("alive", myself())
+    _, of_alive = begun("alive", this_process())
     save_run(tmp_path, record(dead, "tracked-elsewhere", mlflow_run_id="0" * 32))
     close_abandoned(tmp_path, killed)
 

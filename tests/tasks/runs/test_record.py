@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from dpo_core.errors import RecipeError
-from tasks.runs.record import find_run, held, list_runs, new_run, save_run
+from tasks.runs.record import find_run, list_runs, new_run, run_lock, save_run
 from tests.support.runs.stored import python
 
 HOLD = """
 import sys, time
-from tasks.runs.record import held
-with held(sys.argv[1], sys.argv[2]):
+from tasks.runs.record import run_lock
+with run_lock(sys.argv[1], sys.argv[2]):
     print("held", flush=True)
     time.sleep(600)
 """
@@ -53,11 +53,11 @@ def test_a_run_that_is_being_done_is_not_gone_on_with(tmp_path: Path, holder: su
     busy, free = [record.run_id for record in list_runs(tmp_path)]
     assert find_run(tmp_path, "latest", "tiny").run_id == free
     with pytest.raises(RecipeError, match=f"run {busy} is in progress: process {holder.pid} on"):
-        held(tmp_path, busy).__enter__()
-    with held(tmp_path, free), pytest.raises(RecipeError, match=f"{busy} is in progress"):
+        run_lock(tmp_path, busy).__enter__()
+    with run_lock(tmp_path, free), pytest.raises(RecipeError, match=f"{busy} is in progress"):
         find_run(tmp_path, "latest", "tiny")
     holder.kill()
     holder.communicate()
     assert find_run(tmp_path, "latest", "tiny").run_id == busy
-    with held(tmp_path, busy):
+    with run_lock(tmp_path, busy):
         pass

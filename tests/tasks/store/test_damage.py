@@ -15,7 +15,7 @@ from dpo_core.checked_json import read_checked, write_checked
 from dpo_core.errors import DpoError, RecipeError
 from dpo_core.training.checkpoints import Checkpoints, Made
 from tasks.preflight import _check_database
-from tasks.promotion.model_source import require_whole
+from tasks.promotion.model_source import require_intact
 from tasks.runs.record import RunRecord, find_run, list_runs, save_run
 from tasks.store.manifest import digest_folder
 from tasks.store.store import Store
@@ -215,10 +215,10 @@ def test_a_damaged_tracking_database_is_told_before_anything_runs(
 def test_a_damaged_model_is_neither_champion_nor_evaluated(tmp_path: Path, damage: str) -> None:
     folder = write(tmp_path / "model", {"model.safetensors": b"weights", "config.json": b"{}"})
     digest = digest_folder(folder)
-    require_whole(folder, digest, "the champion x version 1")
+    require_intact(folder, digest, "the champion x version 1")
     DAMAGES[damage](folder / "model.safetensors")
     with pytest.raises(DpoError, match="the champion x version 1 is damaged") as caught:
-        require_whole(folder, digest, "the champion x version 1")
+        require_intact(folder, digest, "the champion x version 1")
     assert "again" in caught.value.remedy
 
 
