@@ -113,10 +113,10 @@ class Ledger:
             create_if_missing(lambda: client.create_registered_model(self.name, description=about))
             run_id = client.get_model_version(self.model, change.version).run_id
             tags = {_CHANGE: change.model_dump_json()}
-            made = client.create_model_version(
+            entry = client.create_model_version(
                 self.name, source, run_id=run_id, tags=tags, description=sentence(change)
             )
-            return str(made.version)
+            return str(entry.version)
 
         number = self._tracker.ask(f"the {change.kind} of {self.model}", write)
         # Compare marks, not numbers: after a lost answer one change may have two entries, the first valid.

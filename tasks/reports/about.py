@@ -45,11 +45,13 @@ class RunData:
         return self.prompts if policy.entry.scored else self.rows
 
 
-def trained(recipe: Recipe, data: RunData, made: Manifest, policies: Mapping[str, PolicyAbout]) -> Trained:
+def describe_candidate(
+    recipe: Recipe, data: RunData, model: Manifest, policies: Mapping[str, PolicyAbout]
+) -> Trained:
     """The description of a run's candidate and its training.
 
     Args:
-        made: the candidate's artifact.
+        model: the candidate's artifact.
         policies: descriptions of all policies.
     """
     candidate = recipe.policies[recipe.candidate_name]
@@ -64,7 +66,7 @@ def trained(recipe: Recipe, data: RunData, made: Manifest, policies: Mapping[str
     if not candidate.entry.scored:
         counts[0] += _sampled(recipe, data)
         counts.append(f"{_count(data.prompts):,} held-out prompts")
-    behind = lineage(policies, recipe.candidate_name)
+    ancestors = lineage(policies, recipe.candidate_name)
 
     def listed(chosen: Iterable[str]) -> str:
         return "; ".join(", ".join(_named(name, recipe.policies[name])) for name in chosen)
@@ -75,21 +77,21 @@ def trained(recipe: Recipe, data: RunData, made: Manifest, policies: Mapping[str
         data="; ".join([_source(recipe), *counts]),
         rows_trained=used,
         reference=_reference(recipe),
-        objective=words_of(candidate),
-        training=f"{training_words(candidate, made)}, seed {recipe.seed}",
+        objective=policy_words(candidate),
+        training=f"{training_words(candidate, model)}, seed {recipe.seed}",
         reward=_reward(recipe),
-        before=listed(name for name in behind if name in policies),
-        baselines=listed(n for n in policies if n not in (recipe.candidate_name, *behind)),
+        before=listed(name for name in ancestors if name in policies),
+        baselines=listed(n for n in policies if n not in (recipe.candidate_name, *ancestors)),
     )
 
 
 def _named(name: str, policy: PolicyFields) -> list[str]:
     """The description of a policy, without repeating its name."""
-    words = words_of(policy)
+    words = policy_words(policy)
     return [name, *([] if words.casefold() == name.casefold() else [words]), training_words(policy)]
 
 
-def policies_about(recipe: Recipe) -> dict[str, PolicyAbout]:
+def describe_policies(recipe: Recipe) -> dict[str, PolicyAbout]:
     """The description of each policy, in the recipe's order."""
     nodes = {node.policy: node for node in recipe.nodes()}
     return {
@@ -119,7 +121,7 @@ def _unusual(policy: PolicyFields) -> str:
     return f"{'; '.join(words)}." if words else ""
 
 
-def words_of(policy: PolicyFields) -> str:
+def policy_words(policy: PolicyFields) -> str:
     """Method or objective; start and reference if they differ from the run's reference."""
     parts = [settings_words(policy)]
     if policy.start != REFERENCE:
@@ -174,15 +176,15 @@ def learned_from_reward(recipe: Recipe, data: RunData) -> list[str] | None:
     return [name for name in recipe.policies if learned(name)]
 
 
-def _model(recipe: Recipe, made: Manifest) -> str:
-    origin = facts_of(made, ImportFacts).started_from
+def _model(recipe: Recipe, base: Manifest) -> str:
+    origin = facts_of(base, ImportFacts).started_from
     parts = [recipe.model.name + (f" at {recipe.model.revision}" if recipe.model.revision else "")]
     if origin is not None:
         parts = [origin.sentence]
     if recipe.model.scratch:
         parts[0] = f"a new model with random weights, architecture and tokenizer of {parts[0]}"
-    if made.parameters:
-        parts.append(f"{made.parameters:,} parameters")
+    if base.parameters:
+        parts.append(f"{base.parameters:,} parameters")
     return ", ".join(parts)
 
 
@@ -224,14 +226,14 @@ def _reference(recipe: Recipe) -> str:
     return f"the base model after SFT on {shown}, learning rate {sft.optim.learning_rate:g}"
 
 
-def training_words(policy: PolicyFields, made: Manifest | None = None) -> str:
+def training_words(policy: PolicyFields, model: Manifest | None = None) -> str:
     """Steps, batch size, learning rate, and whether all weights or LoRA weights are trained."""
     settings = policy.settings
     if policy.entry.scored:
         size = f"{settings.iterations} rounds of {settings.episodes} episodes"
     else:
         size = f"batches of {settings.batch_size:,}"
-    steps = facts_of(made, TrainingFacts).steps if made else None
+    steps = facts_of(model, TrainingFacts).steps if model else None
     parts = [
         *([f"{steps:,} steps"] if steps is not None else []),
         size,

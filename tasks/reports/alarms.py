@@ -112,8 +112,8 @@ def _sentence(text: str) -> str:
 
 def promotion_alarms(raised: list[Alarm], report: RunReport) -> dict[str, str]:
     """Messages, by alarm name, of the alarms about the candidate, its ancestors or its data."""
-    behind = ("", REFERENCE, report.candidate, *report.lineage(report.candidate))
-    concern = [alarm for alarm in raised if alarm.policy in behind]
+    concerned = ("", REFERENCE, report.candidate, *report.lineage(report.candidate))
+    concern = [alarm for alarm in raised if alarm.policy in concerned]
     names = dict.fromkeys(alarm.name for alarm in concern)
     return {name: " ".join(alarm.message for alarm in concern if alarm.name == name) for name in names}
 
@@ -146,11 +146,11 @@ def _answer_alarms(report: RunReport) -> list[Alarm]:
 
 
 def _cut(evaluation: Evaluation, row: PolicyRow) -> str:
-    limit, whole, complete = evaluation.max_new_tokens, evaluation.chosen_tokens, evaluation.chosen_ended
-    if row.ended is None or limit is None or whole is None or complete is None:
+    limit, median, complete = evaluation.max_new_tokens, evaluation.chosen_tokens, evaluation.chosen_ended
+    if row.ended is None or limit is None or median is None or complete is None:
         return ""
     cut = 1 - row.ended
-    return cut_message(cut, limit, whole) if cut >= CUT_SHARE and complete >= COMPLETE_SHARE else ""
+    return cut_message(cut, limit, median) if cut >= CUT_SHARE and complete >= COMPLETE_SHARE else ""
 
 
 def _noise(evaluation: Evaluation, row: PolicyRow) -> str:

@@ -13,8 +13,8 @@ def data_notes(data: RunData, evaluation: Measured) -> dict[str, JsonValue]:
     notes: dict[str, JsonValue] = {}
     if loaded.remarks:
         notes["How the data were read"] = "; ".join(loaded.remarks)
-    judged = [facts_of(manifest, GateFacts) for manifest in data.gates]
-    written = dict.fromkeys(facts.written_as for facts in judged if facts.written_as)
+    gates = [facts_of(manifest, GateFacts) for manifest in data.gates]
+    written = dict.fromkeys(facts.written_as for facts in gates if facts.written_as)
     if written:
         notes["How prompts became tokens"] = "; ".join(written)
     if loaded.sources:

@@ -97,8 +97,8 @@ def _cut(count: int) -> str:
 
 def _clearest(rows: Sequence[Row]) -> list[Row]:
     """At most MAX_BARS rows, those with the smallest p, in the order of the table."""
-    kept = sorted(range(len(rows)), key=lambda i: rows[i].p)[:MAX_BARS]
-    return [rows[i] for i in sorted(kept)]
+    clearest = sorted(range(len(rows)), key=lambda i: rows[i].p)[:MAX_BARS]
+    return [rows[i] for i in sorted(clearest)]
 
 
 def _forest(key: str, title: str, bars: Sequence[Bar], nothing: float, kind: Kind, axis: str) -> Markup:

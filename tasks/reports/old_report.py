@@ -26,12 +26,12 @@ def upgraded(facts: Mapping[str, Any]) -> dict[str, Any]:
     new = dict(facts)
     objective = new.pop("objective", "dpo")
     stages = [_name(row) for row in facts.get("stages") or ()]
-    known = {stage.removeprefix("train-").removeprefix("prepare-"): stage for stage in stages}
+    by_short_name = {stage.removeprefix("train-").removeprefix("prepare-"): stage for stage in stages}
     return new | {
         "candidate": _CANDIDATE,
         "policies": dict(_policies(facts, stages, objective)),
         "reference_stage": next((stage for stage in _REFERENCES if stage in stages), ""),
-        "curves": {known.get(key, key): rows for key, rows in (facts.get("curves") or {}).items()},
+        "curves": {by_short_name.get(key, key): rows for key, rows in (facts.get("curves") or {}).items()},
     }
 
 

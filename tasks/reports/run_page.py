@@ -81,11 +81,11 @@ def _curves(report: RunReport) -> list[Curves]:
 
 def _panels(report: RunReport, stage: str) -> Sequence[Panel]:
     """The panels of a training's method; for SFT and the reward model, the panels of all methods."""
-    known = methods()
+    by_name = methods()
     policy = report.policy_of(stage)
-    if policy is not None and report.policies[policy].method in known:
-        return known[report.policies[policy].method].curves
-    chosen = [method for method in known.values() if method.stage == stage] or known.values()
+    if policy is not None and report.policies[policy].method in by_name:
+        return by_name[report.policies[policy].method].curves
+    chosen = [method for method in by_name.values() if method.stage == stage] or by_name.values()
     return list(dict.fromkeys(panel for method in chosen for panel in method.curves))
 
 

@@ -321,15 +321,15 @@ class RunReport(Config):
         if policy is None:
             return stage
         method = self.policies[policy].method
-        alone = [about.method for about in self.policies.values()].count(method) == 1
-        return stage.removesuffix(f" {policy}") if alone else stage
+        unique = [about.method for about in self.policies.values()].count(method) == 1
+        return stage.removesuffix(f" {policy}") if unique else stage
 
     @property
     def models(self) -> dict[str, StageRow]:
         """The rows of the stage table that made the reference and the policies, by name."""
         rows = {row.name: row for row in reversed(self.stages)}
-        made = {REFERENCE: self.reference_stage} | {n: about.stage for n, about in self.policies.items()}
-        return {name: rows[stage] for name, stage in made.items() if stage in rows}
+        stages = {REFERENCE: self.reference_stage} | {n: about.stage for n, about in self.policies.items()}
+        return {name: rows[stage] for name, stage in stages.items() if stage in rows}
 
     def lineage(self, policy: str) -> list[str]:
         """A policy's ancestors; see the function `lineage`."""

@@ -50,7 +50,7 @@ def policy_metrics(evaluation: Evaluation) -> list[Metric]:
 
 def reward_metrics(quality: RewardQuality) -> list[Metric]:
     """The lines of the reward model's table, one cell each."""
-    known: list[tuple[str, str, str, Estimate | float | None]] = [
+    metrics: list[tuple[str, str, str, Estimate | float | None]] = [
         ("accuracy", "Accuracy", "share of held-out pairs ranked as labelled", quality.accuracy),
         ("ece", "Calibration error", "ECE, ten equal bins; biased upwards if pairs are few", quality.ece),
         ("brier", "Brier score", "chance is 0.25", quality.brier),
@@ -62,7 +62,7 @@ def reward_metrics(quality: RewardQuality) -> list[Metric]:
     ]  # fmt: skip
     return [
         Metric(key, label, hint, [cell(value, "share" if key == "accuracy" else "number")])
-        for key, label, hint, value in known
+        for key, label, hint, value in metrics
     ]
 
 

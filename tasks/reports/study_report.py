@@ -1,4 +1,4 @@
-"""The report of a comparison study: its data, HTML page, Markdown and terminal table."""
+"""The report of a study: its data, HTML page, Markdown and terminal table."""
 
 from pathlib import Path
 from typing import Any, Literal, NamedTuple

@@ -26,7 +26,7 @@ class Table(NamedTuple):
 
 def tables(study: Study, summary: StudySummary) -> list[Table]:
     """All tables that have rows, the most important first."""
-    made = [
+    every = [
         policies_table(summary),
         _differences(study, summary),
         settings_table(study, summary),
@@ -34,7 +34,7 @@ def tables(study: Study, summary: StudySummary) -> list[Table]:
         _diversity(study, summary),
         _best_of(summary),
     ]
-    return [table for table in made if table.rows]
+    return [table for table in every if table.rows]
 
 
 def claims_rows(claims: Sequence[Claim]) -> list[list[str]]:

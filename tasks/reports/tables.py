@@ -169,8 +169,8 @@ def win_rate_lines(rates: Iterable[WinRate]) -> list[Line]:
 
 
 def _requests(rate: WinRate) -> str:
-    known = [(rate.requests, "requests"), (rate.cached, "cached")]
-    return ", ".join(f"{count:,} {word}" for count, word in known if count)
+    counts = [(rate.requests, "requests"), (rate.cached, "cached")]
+    return ", ".join(f"{count:,} {word}" for count, word in counts if count)
 
 
 # ------------------------------------------------------------------------------------------ terminal, plain

@@ -87,9 +87,11 @@ def _automations(deployment: Deployment, deployment_id: Any) -> Iterator[Any]:
     """The automations of the deployment's triggers."""
     for trigger in deployment.triggers:
         described = f"{trigger.description} {MADE_BY}".strip()
-        made = DeploymentEventTrigger.model_validate(trigger.model_dump() | {"description": described})
-        made.set_deployment_id(UUID(str(deployment_id)))
-        yield made.as_automation()
+        event_trigger = DeploymentEventTrigger.model_validate(
+            trigger.model_dump() | {"description": described}
+        )
+        event_trigger.set_deployment_id(UUID(str(deployment_id)))
+        yield event_trigger.as_automation()
 
 
 def automation_fields(automation: Any) -> Fields:
@@ -258,8 +260,10 @@ def lost_triggers(client: Any) -> list[Any]:
     named = sorted({number for numbers in runs for number in numbers})
     if not named:
         return []
-    known = client.read_deployments(deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=named)))
-    existing = {deployment.id for deployment in known}
+    deployments = client.read_deployments(
+        deployment_filter=DeploymentFilter(id=DeploymentFilterId(any_=named))
+    )
+    existing = {deployment.id for deployment in deployments}
     return [
         automation
         for automation, numbers in zip(ours, runs, strict=True)

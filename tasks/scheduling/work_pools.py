@@ -53,9 +53,9 @@ def check_job_variables(deployment: Deployment, kind: str, template: dict[str, A
     for name in variables:
         if name.partition(".")[0] not in known:  # env.NAME sets one name of env
             near = difflib.get_close_matches(name, known, n=1)
-            meant = f" (did you mean {near[0]}?)" if near else f"; known are {', '.join(known)}"
+            hint = f" (did you mean {near[0]}?)" if near else f"; known are {', '.join(known)}"
             raise RecipeError(
-                f"{where}: the pool {pool}, of type {kind}, has no {name}{meant}",
+                f"{where}: the pool {pool}, of type {kind}, has no {name}{hint}",
                 f"Correct it, or give the pool this package's template: {creation(pool, kind)} --overwrite",
             )
     defaults = {name: field["default"] for name, field in known.items() if field.get("default") is not None}

@@ -20,11 +20,11 @@ from tasks.provenance import hardware, source_tags
 from tasks.recipe.recipe import Recipe
 from tasks.reports.about import (
     RunData,
+    describe_candidate,
+    describe_policies,
     learned_from_reward,
-    policies_about,
     vocabulary_size,
 )
-from tasks.reports.about import trained as trained_words
 from tasks.reports.alarms import REMOTE_CODE, alarms, promotion_alarms
 from tasks.reports.data_notes import data_notes
 from tasks.reports.run_page import render
@@ -80,11 +80,11 @@ def summarise(
     tracker = context.tracker
     manifests = {name: result.manifest for name, result in stages.items()}
     data = _run_data(manifests)
-    policies = policies_about(recipe)
+    policies = describe_policies(recipe)
     by_name = {policy.node.policy: policy.manifest for policy in trained}
     candidate = by_name[recipe.candidate_name]
     config = recipe.policies[recipe.candidate_name]
-    about = trained_words(recipe, data, candidate, policies)
+    about = describe_candidate(recipe, data, candidate, policies)
     base = manifests.get(SFT.name, data.base)
     outside = manifests.get(f"{IMPORT.name} {config.reference}", base)
     reference = by_name.get(config.reference, outside)

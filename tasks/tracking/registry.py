@@ -103,14 +103,14 @@ def _logged_model(
                 return str(logged.model_id)
             client.delete_logged_model(logged.model_id)
     mlflow.set_tracking_uri(tracking_uri)  # create_external_model reads only the global address
-    made = mlflow.create_external_model(
+    model = mlflow.create_external_model(
         name=re.sub(r"[/:.%\"']", "-", name),
         source_run_id=run_id,
         tags=tags,
         model_type="dpo-policy",
         experiment_id=experiment,
     )
-    return str(made.model_id)
+    return str(model.model_id)
 
 
 def version_of(tracker: Tracker, name: str, alias: str) -> Any | None:

@@ -94,11 +94,14 @@ def _newest_bytes(store: Store) -> int:
     if not finished:
         return 0
     newest = max(finished, key=lambda run: run.record.started_at if run.record else datetime.min)
-    made: dict[str, Manifest] = {}
+    manifests: dict[str, Manifest] = {}
     for stage in {path.name for path in (store.root / "index").glob("*")}:
-        made |= {manifest.sha256: manifest for manifest in store.history(stage)}
+        manifests |= {manifest.sha256: manifest for manifest in store.history(stage)}
     return sum(
-        file.bytes for digest in newest.digests if digest in made for file in made[digest].files.values()
+        file.bytes
+        for digest in newest.digests
+        if digest in manifests
+        for file in manifests[digest].files.values()
     )
 
 

@@ -1,4 +1,4 @@
-"""The page, figures and tables of a comparison study."""
+"""The page, figures and tables of a study."""
 
 import io
 import re
