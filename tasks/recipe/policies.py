@@ -24,7 +24,7 @@ _NAME = re.compile(r"[\w +*&,()-]{1,40}")
 
 
 class PolicyFields(Config):
-    """The fields that every policy has beside the settings of its method."""
+    """The fields that every policy has in addition to the settings of its method."""
 
     method: str = Field(description=_METHOD)
     start: str = Field(REFERENCE, min_length=1)

@@ -79,12 +79,12 @@ def require_same_recipe(workspace: Path, record: RunRecord, recipe: Recipe) -> N
     if record.recipe_sha256 is None:
         return
     path = recipe_path(workspace, record.run_id)
-    anew = "start a new run without --resume: finished stages are not run again"
+    remedy = "start a new run without --resume: finished stages are not run again"
     if not path.is_file() or digest_file(path) != record.recipe_sha256:
         raise RecipeError(
             f"the stored recipe of the run {record.run_id}, {path}, is missing or was changed, so the "
             "present settings cannot be compared with it",
-            anew.capitalize(),
+            remedy.capitalize(),
         )
     stored, current = _settings(load_recipe(str(path))), _settings(recipe)
     names = [name for name in {**stored, **current} if stored.get(name) != current.get(name)]
@@ -96,7 +96,7 @@ def require_same_recipe(workspace: Path, record: RunRecord, recipe: Recipe) -> N
         f"the run {record.run_id} was started with {_listed(stored, shown)}{more}; this recipe has "
         f"{_listed(current, shown)}{more}",
         f"Resume with the stored recipe: {_run_again(record.command, path)} --resume {record.run_id}; "
-        f"or {anew}",
+        f"or {remedy}",
     )
 
 

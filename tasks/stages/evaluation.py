@@ -44,7 +44,7 @@ EVALUATE = Stage(
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """Everything that decides an evaluation beside the models and the data."""
+    """Everything that decides an evaluation apart from the models and the data."""
 
     config: EvaluateConfig
     tokens: TokenConfig

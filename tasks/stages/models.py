@@ -119,7 +119,7 @@ def _resolve(context: Context, config: ModelConfig) -> tuple[ModelConfig, Origin
 
 
 def _import_slice(config: ModelConfig, source: Path) -> dict[str, Any]:
-    """Everything that decides the model. Digests and contents are included beside paths, so that a model or
+    """Everything that decides the model: contents and digests as well as paths, so that a model or
     template overwritten in place does not match the cache."""
     settings = {**config.model_dump(mode="json"), "source": _source_digest(source)}
     code = code_digest(source) if config.trust_remote_code else None
@@ -209,7 +209,7 @@ def _ranks_of(engine: EngineConfig, ranks: InferenceConfig) -> InferenceConfig:
 
 
 def _logps_slice(policy: PolicyFields, seed: int) -> dict[str, Any]:
-    """Everything beside reference, rows and tokens that decides the log-probs of a policy's training.
+    """Everything apart from reference, rows and tokens that decides the log-probs of a policy's training.
 
     Token budget, processes and threads change the time and not the values.
     """

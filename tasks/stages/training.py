@@ -62,7 +62,7 @@ class Scoring:
     reward: str | None
     """The known reward, if the policy learns from it."""
     gold: str | None = None
-    """A known reward that is logged beside a learned one and never trained on."""
+    """A known reward that is logged next to a learned one and never trained on."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from tasks.store.manifest import Manifest
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """What decides a training beside its data and models."""
+    """Everything that decides a training apart from its data and models."""
 
     method: Method
     settings: Any

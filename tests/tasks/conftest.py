@@ -1,4 +1,4 @@
-"""What tests of several files of this room share."""
+"""Fixtures that several test files of this package share."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What a signal does to a run: it raises once, what follows is not disturbed, and there is an end."""
+"""Signals: the first one raises, later ones do not interrupt the end, and the process ends in time."""
 
 import os
 import signal

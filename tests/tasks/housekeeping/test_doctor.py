@@ -1,4 +1,4 @@
-"""`dpo doctor`: each fault provoked for real, found, and told with its remedy; a sound machine has none."""
+"""`dpo doctor`: detects each provoked fault and reports its remedy; a sound machine has no faults."""
 
 import json
 import os
@@ -29,14 +29,14 @@ from tests.support.runs.stored import REPO, make, python
 NOW = datetime.now(UTC)
 
 
-def only(found: Iterable[Finding], state: str) -> Finding:
+def only(findings: Iterable[Finding], state: str) -> Finding:
     """The one finding of this state."""
-    (one,) = [finding for finding in found if finding.state == state]
-    return one
+    (match,) = [finding for finding in findings if finding.state == state]
+    return match
 
 
-def all_ok(found: Iterable[Finding]) -> bool:
-    return {finding.state for finding in found} <= {"ok"}
+def all_ok(findings: Iterable[Finding]) -> bool:
+    return {finding.state for finding in findings} <= {"ok"}
 
 
 @contextmanager
@@ -108,9 +108,9 @@ def test_a_gpu_that_torch_was_not_built_for_is_told(tmp_path: Path, monkeypatch:
     smi.write_text("#!/bin/sh\necho '| Driver Version: 550.1   CUDA Version: 11.4 |'\n")
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    (found,) = machine.accelerator()
+    (finding,) = machine.accelerator()
     built = machine._torch_cuda()
-    assert found.state == ("warning" if built is None else "failure")
+    assert finding.state == ("warning" if built is None else "failure")
     smi.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed' >&2; exit 9\n")
     assert "NVIDIA-SMI has failed" in only(machine.accelerator(), "failure").says
 
@@ -184,12 +184,12 @@ def test_a_run_whose_process_was_killed_is_stuck_and_one_at_work_is_not(tmp_path
     assert all_ok(workspace.stuck_runs(tmp_path))
     run.kill()
     os.waitid(os.P_PID, run.pid, os.WEXITED | os.WNOWAIT)  # ended, and not waited for: gone, too
-    found = only(workspace.stuck_runs(tmp_path), "failure")
+    finding = only(workspace.stuck_runs(tmp_path), "failure")
     run.wait()
-    assert found == only(workspace.stuck_runs(tmp_path), "failure")
-    assert found.says == "cut is recorded as running, but its process is gone"
-    assert "dpo run tiny --resume cut" in found.remedy
-    assert "dpo gc --drop-run cut" in found.remedy
+    assert finding == only(workspace.stuck_runs(tmp_path), "failure")
+    assert finding.says == "cut is recorded as running, but its process is gone"
+    assert "dpo run tiny --resume cut" in finding.remedy
+    assert "dpo gc --drop-run cut" in finding.remedy
 
 
 def test_a_run_of_an_older_version_is_stuck_when_nothing_was_written_for_days(tmp_path: Path) -> None:
@@ -276,9 +276,9 @@ def test_a_home_of_prefect_that_cannot_be_written_is_told_at_once(tmp_path: Path
     (tmp_path / "file").touch()
     home = tmp_path / "file" / "home"
     with temporary_settings({PREFECT_HOME: home}):
-        found = only(prefect.home(), "failure")
-        assert str(home) in found.says
-        assert "PREFECT_HOME" in found.remedy
+        finding = only(prefect.home(), "failure")
+        assert str(home) in finding.says
+        assert "PREFECT_HOME" in finding.remedy
         with (
             temporary_settings(restore_defaults={PREFECT_API_URL}),
             pytest.raises(RecipeError, match="cannot write its folder"),
@@ -332,8 +332,8 @@ def test_a_server_whose_clock_is_wrong(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_port_that_somebody_else_took() -> None:
     with silent() as port:
-        found = only(ports.usual({port: ("MLflow", "/version")}), "warning")
-    assert f"{port} of MLflow is in use by process {os.getpid()}" in found.says
+        finding = only(ports.usual({port: ("MLflow", "/version")}), "warning")
+    assert f"{port} of MLflow is in use by process {os.getpid()}" in finding.says
     assert all_ok(ports.usual({port: ("MLflow", "/version")}))
 
 
@@ -354,8 +354,8 @@ def test_a_server_that_is_open_to_other_machines() -> None:
     try:
         assert exposed.stdout
         port = exposed.stdout.readline().strip()
-        told = [f for f in ports.open_to_all() if f.state == "failure" and f":{port} " in f.says]
-        assert [f.says for f in told] == [
+        exposures = [f for f in ports.open_to_all() if f.state == "failure" and f":{port} " in f.says]
+        assert [f.says for f in exposures] == [
             f"MLflow (process {exposed.pid}) listens on 0.0.0.0:{port} without a password"
         ]
     finally:
@@ -376,9 +376,9 @@ def test_a_check_that_breaks_or_hangs_holds_up_no_other() -> None:
         yield ok("last", "fine")
 
     began = time.monotonic()
-    found = run_checks([("slow", [hangs]), ("quick", [broken, fine])], patience=0.5)
+    findings = run_checks([("slow", [hangs]), ("quick", [broken, fine])], patience=0.5)
     assert time.monotonic() - began < 25
-    assert {(f.check, f.state) for f in found} == {
+    assert {(f.check, f.state) for f in findings} == {
         ("slow", "failure"), ("first", "ok"), ("quick", "failure"), ("last", "ok"),
     }  # fmt: skip
 
@@ -397,8 +397,8 @@ def test_the_command_tells_in_json_and_by_its_exit_code(tmp_path: Path) -> None:
         cwd=REPO, env=environment, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 4, done.stderr
-    told = json.loads(done.stdout)
-    assert {f["check"] for f in told} >= {
+    report = json.loads(done.stdout)
+    assert {f["check"] for f in report} >= {
         "python",
         "packages",
         "workspace",
@@ -407,7 +407,7 @@ def test_the_command_tells_in_json_and_by_its_exit_code(tmp_path: Path) -> None:
         "mlflow",
         "ports",
     }
-    assert [f["says"] for f in told if f["check"] == "runs"] == [
+    assert [f["says"] for f in report if f["check"] == "runs"] == [
         "cut is recorded as running, but its process is gone"
     ]
     assert "error: broken: " in done.stderr

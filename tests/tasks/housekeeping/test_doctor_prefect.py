@@ -1,4 +1,4 @@
-"""`dpo doctor` on a real Prefect server: nobody works for it, nothing is deployed, nobody is told."""
+"""`dpo doctor` on a real Prefect server without a worker, deployments or alerts."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -25,8 +25,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
         until(lambda: not isinstance(ask("GET", f"{site.api}/health"), str), 180)
         yield site
     finally:
-        running = [psutil.Process(one.pid) for one in site.running]
-        family = [child for one in running for child in one.children(recursive=True)]
+        running = [psutil.Process(process.pid) for process in site.running]
+        family = [child for process in running for child in process.children(recursive=True)]
         for process in (*running, *family):
             with suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -38,23 +38,23 @@ def _look(site: Site) -> dict[str, Finding]:
 
 
 def test_a_server_alone_lacks_everything(site: Site) -> None:
-    found = _look(site)
-    assert found["prefect"].state == "ok"
-    assert found["work pool"].remedy == "prefect work-pool create dpo --type process"
-    assert found["deployments"].remedy == "dpo deploy"
-    assert "is missing" in found["lost runs"].says
-    assert found["alerts"].state == "warning"
+    findings = _look(site)
+    assert findings["prefect"].state == "ok"
+    assert findings["work pool"].remedy == "prefect work-pool create dpo --type process"
+    assert findings["deployments"].remedy == "dpo deploy"
+    assert "is missing" in findings["lost runs"].says
+    assert findings["alerts"].state == "warning"
 
 
 def test_a_pool_without_a_worker_and_then_with_everything(site: Site) -> None:
     httpx.post(f"{site.api}/work_pools/", json={"name": "dpo", "type": "process"}).raise_for_status()
-    found = _look(site)
-    assert (found["worker"].state, found["worker"].remedy) == (
+    findings = _look(site)
+    assert (findings["worker"].state, findings["worker"].remedy) == (
         "failure",
         "prefect worker start --pool dpo",
     )
     site.dpo("deploy", DPO_NOTIFY_URL="http://127.0.0.1:9/hook")
     site.start("worker", "start", "--pool", "dpo")
     until(lambda: _look(site)["worker"].state == "ok", 180)
-    found = _look(site)
-    assert {name: f.state for name, f in found.items()} == dict.fromkeys(found, "ok")
+    findings = _look(site)
+    assert {name: f.state for name, f in findings.items()} == dict.fromkeys(findings, "ok")

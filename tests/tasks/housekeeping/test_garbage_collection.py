@@ -1,4 +1,4 @@
-"""`dpo gc`: what a kept run needs stays, what none needs goes, whatever else is at work or was killed."""
+"""`dpo gc`: keeps what a kept run needs and removes the rest, despite concurrent runs and kills."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, args, settings
 from hypothesis import strategies as st
 
 from dpo_core.errors import RecipeError
@@ -32,7 +32,7 @@ _MEMORY = "/dev/shm"
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
 
-class Made(NamedTuple):
+class Result(NamedTuple):
     """A result of a stage: number of its content, what it was made from, whether it has an entry."""
 
     content: int
@@ -40,7 +40,7 @@ class Made(NamedTuple):
     entry: bool
 
 
-class Asked(NamedTuple):
+class PlannedRun(NamedTuple):
     """A run: the results that it went through, and how far it came."""
 
     results: frozenset[int]
@@ -48,45 +48,45 @@ class Asked(NamedTuple):
 
 
 @st.composite
-def stores(draw: st.DrawFn) -> tuple[list[Made], list[Asked], int]:
+def stores(draw: st.DrawFn) -> tuple[list[Result], list[PlannedRun], int]:
     """A graph of results, runs over it, and how many are to be kept."""
-    made: list[Made] = []
+    results: list[Result] = []
     for number in range(draw(st.integers(1, 8))):
         # Chains rather than heaps, and now and then the content of another result.
         parents = draw(st.sets(st.sampled_from(range(max(0, number - 2), number)))) if number else set()
         content = draw(st.sampled_from([number, number, number, 0]))
-        made.append(Made(content, tuple(sorted(parents)), draw(st.integers(0, 5)) > 0))
-    some = st.frozensets(st.sampled_from(range(len(made))), max_size=3)
+        results.append(Result(content, tuple(sorted(parents)), draw(st.integers(0, 5)) > 0))
+    some = st.frozensets(st.sampled_from(range(len(results))), max_size=3)
     status = st.sampled_from(["done", "done", "failed", "running", "study"])
-    asked = draw(st.lists(st.builds(Asked, some, status), max_size=5))
-    return made, asked, draw(st.integers(0, 3))
+    runs = draw(st.lists(st.builds(PlannedRun, some, status), max_size=5))
+    return results, runs, draw(st.integers(0, 3))
 
 
 def _key(number: int) -> str:
     return digest_config(["stage", number])
 
 
-def _build(folder: Path, made: list[Made], asked: list[Asked]) -> list[str]:
+def _build(folder: Path, results: list[Result], runs: list[PlannedRun]) -> list[str]:
     """The store and the records of its runs; the digest of each result."""
     store = Store(folder)
     digests: list[str] = []
-    for number, result in enumerate(made):
+    for number, result in enumerate(results):
         scratch = store.begin("made", _key(number)) / "out"
         scratch.mkdir()
         (scratch / "data").write_bytes(bytes([result.content]) * 100)
         parents = [digests[parent] for parent in result.parents]
         about = ArtifactInfo("dataset", 1, CONFIG, parents)
         digests.append(store.commit("made", _key(number), scratch, about).sha256)
-    for number, result in enumerate(made):
+    for number, result in enumerate(results):
         if not result.entry:
             (store.root / "index" / "made" / f"{_key(number)}.json").unlink()
         (folder / "data_docs" / f"pairs-{_key(number)[:16]}").mkdir(parents=True)
         store.begin("made", _key(number))
-    for place, run in enumerate(asked):
+    for place, run in enumerate(runs):
         record(folder, f"run-{place}", place, run.status)
         for number in sorted(run.results):
             record_lookup(
-                store, f"run-{place}", "made", _key(number), [digests[p] for p in made[number].parents]
+                store, f"run-{place}", "made", _key(number), [digests[p] for p in results[number].parents]
             )
         if run.status in ("done", "study"):
             rows = [{"sha256": digests[n], "parents": []} for n in sorted(run.results)]
@@ -101,23 +101,23 @@ def record(folder: Path, run_id: str, place: int = 0, status: str = "done", **ch
     save_run(folder, RunRecord(run_id=run_id, recipe="tiny", status=status, **facts))
 
 
-def _needed(made: list[Made], asked: list[Asked], keep: int) -> set[int]:
+def _needed(results: list[Result], runs: list[PlannedRun], keep: int) -> set[int]:
     """The contents that a kept run needs, by the rule as a person would say it."""
-    finished = [place for place, run in enumerate(asked) if run.status == "done"]
+    finished = [place for place, run in enumerate(runs) if run.status == "done"]
     let_go = set(finished[: max(len(finished) - keep, 0)])
     needed: set[int] = set()
-    for place, run in enumerate(asked):
+    for place, run in enumerate(runs):
         if place in let_go:
             continue
         for number in run.results:
             # A failed run wrote down keys alone: without its entry a result is none.
-            if made[number].entry or run.status in ("done", "study"):
-                needed.add(made[number].content)
-            needed |= {made[parent].content for parent in made[number].parents}
+            if results[number].entry or run.status in ("done", "study"):
+                needed.add(results[number].content)
+            needed |= {results[parent].content for parent in results[number].parents}
     while True:
         made_from = {
-            made[parent].content
-            for result in made
+            results[parent].content
+            for result in results
             if result.content in needed and result.entry
             for parent in result.parents
         }
@@ -143,11 +143,13 @@ def _folder() -> Iterator[Path]:
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(stores())
-def test_what_a_kept_run_needs_stays_and_all_else_goes(drawn: tuple[list[Made], list[Asked], int]) -> None:
-    made, asked, keep = drawn
+@args(stores())
+def test_what_a_kept_run_needs_stays_and_all_else_goes(
+    drawn: tuple[list[Result], list[PlannedRun], int],
+) -> None:
+    results, runs, keep = drawn
     with _folder() as folder:
-        digests = _build(folder, made, asked)
+        digests = _build(folder, results, runs)
         store = Store(folder)
         before = _state(folder)
         foretold = free(folder, keep=keep, dry_run=True)
@@ -156,12 +158,14 @@ def test_what_a_kept_run_needs_stays_and_all_else_goes(drawn: tuple[list[Made], 
         done = free(folder, keep=keep)
         assert done == foretold, "and says exactly what a real one does"
         there = {path.name for path in (store.root / "objects").glob("*/*/*")}
-        wanted = {digests[n] for n, result in enumerate(made) if result.content in _needed(made, asked, keep)}
+        wanted = {
+            digests[n] for n, result in enumerate(results) if result.content in _needed(results, runs, keep)
+        }
         assert there == wanted
-        assert {one.sha256 for one in done.unused} == set(digests) - wanted
-        for number, result in enumerate(made):
-            found = store.lookup("made", _key(number))
-            assert (found is not None) is (result.entry and digests[number] in wanted)
+        assert {artifact.sha256 for artifact in done.unused} == set(digests) - wanted
+        for number, result in enumerate(results):
+            manifest = store.lookup("made", _key(number))
+            assert (manifest is not None) is (result.entry and digests[number] in wanted)
         assert not list((store.root / "tmp").glob("*"))
         assert sum(len(v) for v in before.values()) - sum(len(v) for v in _state(folder).values()) >= (
             done.freed_bytes
@@ -172,31 +176,31 @@ def test_what_a_kept_run_needs_stays_and_all_else_goes(drawn: tuple[list[Made], 
 
 
 def test_scratch_is_kept_for_the_unfinished_run_alone(tmp_path: Path) -> None:
-    made = [Made(0, (), False), Made(1, (), True), Made(2, (), False)]
-    _build(tmp_path, made, [Asked(frozenset({0, 1}), "failed")])
+    results = [Result(0, (), False), Result(1, (), True), Result(2, (), False)]
+    _build(tmp_path, results, [PlannedRun(frozenset({0, 1}), "failed")])
     free(tmp_path)
     assert [path.name for path in (tmp_path / "work" / "made").iterdir()] == [_key(0)[:16]]
 
 
 def test_an_unfinished_run_of_an_older_version_holds_everything_until_it_is_let_go(tmp_path: Path) -> None:
-    _build(tmp_path, [Made(0, (), True)], [])
+    _build(tmp_path, [Result(0, (), True)], [])
     record(tmp_path, "old", status="failed", lists_stages=False)
     held = free(tmp_path)
     assert (held.held_back, held.unused) == (["old"], [])
-    assert [one.bytes for one in free(tmp_path, drop_runs=["old"]).unused] == [100]
+    assert [artifact.bytes for artifact in free(tmp_path, drop_runs=["old"]).unused] == [100]
 
 
 def test_a_record_that_nobody_can_read_holds_everything(tmp_path: Path) -> None:
-    _build(tmp_path, [Made(0, (), True)], [])
+    _build(tmp_path, [Result(0, (), True)], [])
     record(tmp_path, "torn")
     (tmp_path / "runs" / "torn" / "run.json").write_text("{")
     assert free(tmp_path).held_back == ["torn"]
 
 
 def test_named_runs_are_kept_and_let_go(tmp_path: Path) -> None:
-    made = [Made(number, (), True) for number in range(3)]
-    asked = [Asked(frozenset({number}), "done") for number in range(3)]
-    _build(tmp_path, made, asked)
+    results = [Result(number, (), True) for number in range(3)]
+    runs = [PlannedRun(frozenset({number}), "done") for number in range(3)]
+    _build(tmp_path, results, runs)
     done = free(tmp_path, keep=1, keep_runs=["run-0"], drop_runs=["run-2"])
     assert (done.kept, done.let_go, len(done.unused)) == (["run-0"], ["run-1", "run-2"], 2)
 
@@ -262,7 +266,7 @@ def test_a_promotion_that_was_cut_off_keeps_its_model(
 
 def test_a_stage_asked_for_while_gc_looks_is_not_lost(tmp_path: Path) -> None:
     """A run that begins in the middle: it waits for gc, and then finds the store as it is."""
-    digests = _build(tmp_path, [Made(0, (), True)], [])
+    digests = _build(tmp_path, [Result(0, (), True)], [])
     store = Store(tmp_path)
     code = (
         "import sys; from tasks.runs.references import record_lookup; from tasks.store.store import Store\n"
@@ -311,12 +315,12 @@ def _killed(workspace: Path, step: int) -> int:
     left = step
 
     def counted(call: Callable[..., Any]) -> Callable[..., Any]:
-        def change(*given: Any, **more: Any) -> Any:
+        def change(*args: Any, **kwargs: Any) -> Any:
             nonlocal left
             if left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             left -= 1
-            return call(*given, **more)
+            return call(*args, **kwargs)
 
         return change
 
@@ -335,8 +339,10 @@ def test_killed_at_any_step_it_leaves_no_entry_without_its_object() -> None:
 
 
 def _kill_at_every_step(folder: Path) -> None:
-    made = [Made(0, (), True), Made(1, (0,), True), Made(2, (), True), Made(3, (2,), True)]
-    _build(folder / "whole", made, [Asked(frozenset({1}), "done"), Asked(frozenset({3}), "done")])
+    results = [Result(0, (), True), Result(1, (0,), True), Result(2, (), True), Result(3, (2,), True)]
+    _build(
+        folder / "whole", results, [PlannedRun(frozenset({1}), "done"), PlannedRun(frozenset({3}), "done")]
+    )
     for step in range(60):
         own = folder / f"killed-{step}"
         shutil.copytree(folder / "whole", own)

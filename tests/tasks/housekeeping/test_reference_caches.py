@@ -40,16 +40,16 @@ def entry(number: int, tokens: int = 3) -> dict[bytes, np.ndarray]:
 @pytest.fixture
 def caches(tmp_path: Path) -> list[ReferenceCache]:
     """Two references: one with four shards of 3 entries (one of them twice), one with a single shard."""
-    made = []
+    created = []
     for weights, shards in (
         ("a" * 64, [entry(1), entry(2, 5), entry(3), entry(2, 5)]),
         ("b" * 64, [entry(9)]),
     ):
         known = facts(weights)
-        made.append(ReferenceCache(tmp_path / CACHE_FOLDER / known.key, known))
+        created.append(ReferenceCache(tmp_path / CACHE_FOLDER / known.key, known))
         for entries in shards:
-            made[-1].add(entries)
-    return made
+            created[-1].add(entries)
+    return created
 
 
 def damage(cache: ReferenceCache, number: int) -> Path:
@@ -75,7 +75,7 @@ def call(workspace: Path, *arguments: str) -> Any:
 def test_ls_says_what_each_cache_is(tmp_path: Path, caches: list[ReferenceCache]) -> None:
     age(caches[1], 3)
     listed = json.loads(call(tmp_path, "ls", "--json").stdout)
-    assert [one["key"] for one in listed] == [caches[0].folder.name, caches[1].folder.name]
+    assert [cache["key"] for cache in listed] == [caches[0].folder.name, caches[1].folder.name]
     first = listed[0]
     assert first["reference"]["weights_sha256"] == "a" * 64
     assert (first["entries"], first["tokens"], first["shards"], first["damaged"]) == (3, 16, 4, 0)
@@ -88,20 +88,20 @@ def test_ls_says_what_each_cache_is(tmp_path: Path, caches: list[ReferenceCache]
 def test_ls_tells_a_cache_that_this_version_no_longer_reads(tmp_path: Path) -> None:
     known = facts("a" * 64)
     old = known.model_copy(update={"definition_version": DEFINITION_VERSION - 1})
-    for one in (known, old):
-        ReferenceCache(tmp_path / CACHE_FOLDER / one.key, one).add(entry(1))
-    assert {one.key: one.current for one in list_caches(tmp_path)} == {known.key: True, old.key: False}
+    for cache in (known, old):
+        ReferenceCache(tmp_path / CACHE_FOLDER / cache.key, cache).add(entry(1))
+    assert {cache.key: cache.current for cache in list_caches(tmp_path)} == {known.key: True, old.key: False}
     lines = call(tmp_path, "ls").stdout.splitlines()
-    told = [i for i, line in enumerate(lines) if "not read by this one" in line]
-    assert len(told) == 1
-    assert lines[told[0] - 2].startswith(old.key[:16])
+    lines_of_old = [i for i, line in enumerate(lines) if "not read by this one" in line]
+    assert len(lines_of_old) == 1
+    assert lines[lines_of_old[0] - 2].startswith(old.key[:16])
 
 
 def test_ls_of_an_older_cache_and_of_none(tmp_path: Path, caches: list[ReferenceCache]) -> None:
     (caches[0].folder / "reference.json").unlink()
     # Facts of another key are no facts of this folder.
     (caches[1].folder / "reference.json").write_text(facts("c" * 64).model_dump_json())
-    assert [one.reference for one in list_caches(tmp_path)] == [None, None]
+    assert [cache.reference for cache in list_caches(tmp_path)] == [None, None]
     assert "not written down" in call(tmp_path, "ls").stdout
     for command in ("ls", "verify"):
         assert "no reference log-probs in" in call(tmp_path / "nothing", command).stdout
@@ -114,22 +114,22 @@ def test_a_use_by_a_stage_is_seen_and_a_look_is_none(tmp_path: Path, caches: lis
     ReferenceCache(caches[1].folder, facts("b" * 64))
     list_caches(tmp_path)
     verify_caches(tmp_path)
-    used = {one.key: (time.time() - one.last_used.timestamp()) / DAY for one in list_caches(tmp_path)}
+    used = {cache.key: (time.time() - cache.last_used.timestamp()) / DAY for cache in list_caches(tmp_path)}
     assert used[caches[0].folder.name] == pytest.approx(10, abs=0.1)
     assert used[caches[1].folder.name] == pytest.approx(0, abs=0.1)
 
 
 def test_verify_names_the_damage_and_repairs_it(tmp_path: Path, caches: list[ReferenceCache]) -> None:
-    whole = call(tmp_path, "verify")
-    assert whole.exit_code == 0
-    assert "5 shards read, 5 whole entries" in whole.stdout
+    intact = call(tmp_path, "verify")
+    assert intact.exit_code == 0
+    assert "5 shards read, 5 whole entries" in intact.stdout
     changed, headless = damage(caches[0], 0), sorted(caches[0].folder.glob("shard-*"))[2]
     (headless / "shard.json").unlink()
-    told = call(tmp_path, "verify", "--json")
-    assert isinstance(told.exception, StageFailed)
-    assert told.exception.exit_code == 4
-    assert "2 of 5 shards" in str(told.exception)
-    report = json.loads(told.stdout)
+    result = call(tmp_path, "verify", "--json")
+    assert isinstance(result.exception, StageFailed)
+    assert result.exception.exit_code == 4
+    assert "2 of 5 shards" in str(result.exception)
+    report = json.loads(result.stdout)
     assert [(d["shard"], d["removed"]) for d in report["damaged"]] == [
         (changed.name, False),
         (headless.name, False),
@@ -163,8 +163,8 @@ def test_gc_makes_one_shard_of_many_and_keeps_every_value(
     keys = [*entry(1), *entry(2), *entry(3)]
     before = caches[0].select(keys)
     reader = ReferenceCache(caches[0].folder)
-    told = json.loads(call(tmp_path, "gc", "--dry-run", "--json").stdout)
-    assert told["merged"] == {caches[0].folder.name: 4}
+    report = json.loads(call(tmp_path, "gc", "--dry-run", "--json").stdout)
+    assert report["merged"] == {caches[0].folder.name: 4}
     assert len(list(caches[0].folder.glob("shard-*"))) == 4, "only told"
     assert collect_garbage(tmp_path).merged == {caches[0].folder.name: 4}
     after = ReferenceCache(caches[0].folder)
@@ -199,18 +199,18 @@ def test_gc_removes_what_killed_processes_left_and_nothing_of_living_ones(
         "import sys; from pathlib import Path; from dpo_core.reference.cache import temporary_beside as t;"
         "p = t(Path(sys.argv[1]) / 'shard'); p.mkdir(); (p / 'values.npy').write_bytes(bytes(1000)); print(p)"
     )
-    made = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", script, str(folder)], capture_output=True, text=True, check=True
     )
-    dead, living = Path(made.stdout.strip()), temporary_beside(folder / "shard")
+    dead, living = Path(process.stdout.strip()), temporary_beside(folder / "shard")
     living.mkdir()
     foreign = folder / "tmp-elsewhere+1+2+0123"
     foreign.mkdir()
     old = folder / "tmp-elsewhere+1+2+4567"
     old.mkdir()
     os.utime(old, (0, 0))
-    told = call(tmp_path, "gc", "--dry-run")
-    assert f"would remove  {folder.name}/{dead.name} (unfinished)" in told.stdout
+    result = call(tmp_path, "gc", "--dry-run")
+    assert f"would remove  {folder.name}/{dead.name} (unfinished)" in result.stdout
     assert dead.exists()
     done = collect_garbage(tmp_path)
     assert sorted(done.leftovers) == sorted(f"{folder.name}/{p.name}" for p in (dead, old))
@@ -226,8 +226,8 @@ def test_gc_removes_caches_that_nobody_used_for_so_long(tmp_path: Path, caches: 
     age(caches[0], 31)  # the merge was an addition
     assert collect_garbage(tmp_path, unused_for=30, dry_run=True).unused == [caches[0].folder.name]
     assert caches[0].folder.exists()
-    told = call(tmp_path, "gc", "--unused-for", "30")
-    assert f"remove  {caches[0].folder.name[:16]} (unused)" in told.stdout
+    result = call(tmp_path, "gc", "--unused-for", "30")
+    assert f"remove  {caches[0].folder.name[:16]} (unused)" in result.stdout
     left = {p.name for p in (tmp_path / CACHE_FOLDER).iterdir()}
     assert left == {caches[1].folder.name, "notes"}
 

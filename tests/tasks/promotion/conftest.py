@@ -1,4 +1,4 @@
-"""Workspaces with an MLflow database of their own."""
+"""Workspaces, each with its own MLflow database."""
 
 from pathlib import Path
 

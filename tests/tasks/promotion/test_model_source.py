@@ -54,9 +54,9 @@ def test_the_champion_is_whom_promotions_made_it(world: World) -> None:
     name = f"models:/{NAME}@champion"
 
     def champion() -> str:
-        found = find_champion(world.tracker, NAME)
-        assert found
-        assert found.title == f"{NAME} version {pinned_name(name, world.workspace, world.tracker)[-1]}"
+        registered = find_champion(world.tracker, NAME)
+        assert registered
+        assert registered.title == f"{NAME} version {pinned_name(name, world.workspace, world.tracker)[-1]}"
         return pinned_name(name, world.workspace, world.tracker)
 
     world.run("first")
@@ -123,17 +123,17 @@ def test_files_that_are_not_those_that_were_registered_are_refused(world: World)
 def test_policies_of_a_run_are_models(ran: Path) -> None:
     store = Store(ran)
 
-    def made(stage: str) -> Path:
+    def folder_of(stage: str) -> Path:
         (manifest,) = store.history(stage)
         return manifest.path
 
     own = resolve(f"runs:/{RUN}", ran)
-    assert own.path == made("train-dpo")
+    assert own.path == folder_of("train-dpo")
     assert own.origin.name == f"runs:/{RUN}/DPO"
     assert own.origin.sentence == f"DPO of the run {RUN}"
     assert resolve("runs:/latest", ran).origin == own.origin
-    assert resolve(f"runs:/{RUN}/ppo", ran).path == made("train-ppo")
-    assert resolve("runs:/latest/SFT", ran).path == made("prepare-sft")
+    assert resolve(f"runs:/{RUN}/ppo", ran).path == folder_of("train-ppo")
+    assert resolve("runs:/latest/SFT", ran).path == folder_of("prepare-sft")
     with pytest.raises(RecipeError, match=f"{RUN} has no policy GRPO. Its policies: SFT, DPO, PPO"):
         resolve(f"runs:/{RUN}/GRPO", ran)
     with pytest.raises(RecipeError, match=f"no run named {RUN[:-1]}. Did you mean {RUN}"):

@@ -143,17 +143,17 @@ def test_damaged_weights_never_become_champion(world: World, harm: str) -> None:
             (folder / "more.safetensors").write_text("")
         else:
             shutil.rmtree(folder)
-    said = "not on this machine" if harm == "gone" else "damaged"
-    with pytest.raises(PromotionRefused, match=f"version 3 are {said}"):
+    problem = "not on this machine" if harm == "gone" else "damaged"
+    with pytest.raises(PromotionRefused, match=f"version 3 are {problem}"):
         promote(world.workspace, "c", force=True)
-    with pytest.raises(PromotionRefused, match=f"version 1 are {said}"):
+    with pytest.raises(PromotionRefused, match=f"version 1 are {problem}"):
         rollback(world.workspace)
     assert world.aliases() == {"champion": "2", "previous-champion": "1", "challenger": "3"}
     shutil.rmtree(world.workspace / "weights" / "b")
     (standing,) = check(world.workspace)
     assert "version 2 are not on this machine" in standing.notes[0]
-    told = dpo("promote", "--check", "--workspace", str(world.workspace), folder=world.workspace)
-    assert (told.code, "champions without their weights: dpo-tiny version 2" in told.said) == (4, True)
+    result = dpo("promote", "--check", "--workspace", str(world.workspace), folder=world.workspace)
+    assert (result.code, "champions without their weights: dpo-tiny version 2" in result.said) == (4, True)
 
 
 def test_bad_runs_are_told_apart(world: World) -> None:
@@ -164,24 +164,24 @@ def test_bad_runs_are_told_apart(world: World) -> None:
         world.report_of(run_id).write_text(text)
         return run_id
 
-    whole = report.model_dump_json()
-    said = {
+    text = report.model_dump_json()
+    problems = {
         "nobody": "has no run named nobody. Newest runs: bare, study",
         "../runs/good": "has no run named",
-        spoilt("half", whole, "running"): "not finished: its status is running",
-        spoilt("torn", whole[:200]): "damaged or written by another version of dpo. Finish it first: dpo run",
+        spoilt("half", text, "running"): "not finished: its status is running",
+        spoilt("torn", text[:200]): "damaged or written by another version of dpo. Finish it first: dpo run",
         spoilt("list", "[]"): "missing, damaged or written by another version",
         spoilt("study", '{"study": {}}'): "is a study",
         spoilt("bare", report.model_copy(update={"model": None}).model_dump_json()): "registered no model",
     }
-    for run_id, words in said.items():
+    for run_id, words in problems.items():
         with pytest.raises(RecipeError) as error:
             promote(world.workspace, run_id, force=True)
         assert words in str(error.value)
     world.report_of("list").unlink()
     with pytest.raises(RecipeError, match="missing"):
         promote(world.workspace, "list")
-    undecided = RunReport.model_validate_json(whole).model_copy(update={"decision": None})
+    undecided = RunReport.model_validate_json(text).model_copy(update={"decision": None})
     world.report_of("good").write_text(undecided.model_dump_json())
     with pytest.raises(PromotionRefused, match="made no decision"):
         promote(world.workspace, "good")
@@ -267,7 +267,7 @@ def test_of_eight_machines_that_decided_at_once_one_wins(database: Path, tmp_pat
     )
     winner = _one_winner(ended, worlds[0])
     late = [e.said for e in ended if e.code == 5]
-    assert all(f"was rejected: version {winner} was promoted concurrently" in said for said in late)
+    assert all(f"was rejected: version {winner} was promoted concurrently" in message for message in late)
     (entry,) = Ledger(worlds[0].tracker, NAME).read()
     assert (entry.change.version, entry.state) == (winner, "done")
     for world in worlds:
@@ -292,8 +292,8 @@ def test_many_may_finish_a_killed_promotion_at_once(database: Path, tmp_path: Pa
 
 
 def _one_winner(ended: list[Any], world: World) -> str:
-    said = "\n".join(e.said for e in ended)
-    assert sorted(e.code for e in ended) == [0] + [5] * 7, said
+    messages = "\n".join(e.said for e in ended)
+    assert sorted(e.code for e in ended) == [0] + [5] * 7, messages
     winner = world.aliases()["champion"]
     (won,) = [e.said for e in ended if e.code == 0]
     assert f"{NAME} version {winner} promoted" in won

@@ -1,4 +1,4 @@
-"""What a page claims: what was trained, what measured it, and alarms that count in the decision."""
+"""Claims of the run page: what was trained, how it was measured, and alarms that affect the decision."""
 
 import json
 from datetime import UTC, datetime
@@ -217,8 +217,8 @@ def test_what_data_and_recipe_tell_before_the_run() -> None:
     few = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"prompts": 8})})
     assert "raise evaluate.prompts" in too_few_prompts(few, 500)
     limit = recipe.evaluate.sampling.max_new_tokens
-    told = answers_cut(recipe, Answers([limit + 1, limit + 5, 3], 1.0))
-    assert told.startswith(
+    warning = answers_cut(recipe, Answers([limit + 1, limit + 5, 3], 1.0))
+    assert warning.startswith(
         f"expected: 66.7% of the answers are cut at evaluate.sampling.max_new_tokens {limit}"
     )
     assert answers_cut(recipe, Answers([limit, limit, 3], 1.0)) == ""
@@ -231,12 +231,12 @@ def test_answers_of_the_data_are_measured_as_they_are_learnt(tmp_path: Path) -> 
     pairs = pd.DataFrame({"chosen": ["good", "good and warm"], "chosen_ended": [True, False]})
     answers = measure_answers(pairs, tokenise)
     assert answers is not None
-    whole = [len(tokenise.completion("good", True)), len(tokenise.completion("good and warm", False))]
-    assert (answers.tokens, answers.complete) == (whole, 0.5)
+    lengths = [len(tokenise.completion("good", True)), len(tokenise.completion("good and warm", False))]
+    assert (answers.tokens, answers.complete) == (lengths, 0.5)
     rows = pd.DataFrame({"completion": ["good", "bad"], "ended": [True, True], "label": [True, False]})
     desirable = measure_answers(rows, tokenise)
     assert desirable is not None
-    assert desirable.tokens == whole[:1]
+    assert desirable.tokens == lengths[:1]
     assert measure_answers(pd.DataFrame({"prompt": ["x"]}), tokenise) is None
     assert json.loads(example(steps=2).model_dump_json())["trained"] is None
 
@@ -279,11 +279,11 @@ def test_prompts_that_a_run_was_trained_on_are_pointed_out(
     save_run(tmp_path, record)
     report = run_folder(tmp_path, "m-1") / "report.json"
     report.write_text(example(steps=2, stages=[stage]).model_dump_json())
-    found = [trained_rows(spec, tmp_path) for spec in ("m-1", "m-1:ppo", "elsewhere", "/a/folder")]
-    assert found == [table / "data.parquet"] * 2 + [None, None]
-    training = known_texts(None, found)
+    tables = [trained_rows(spec, tmp_path) for spec in ("m-1", "m-1:ppo", "elsewhere", "/a/folder")]
+    assert tables == [table / "data.parquet"] * 2 + [None, None]
+    training = known_texts(None, tables)
     chat = json.dumps([{"role": "user", "content": "Is the soup warm?"}])
-    asked = [Asked("is the soup warm", False), Asked(chat, True), Asked("And the bread?", False)]
-    warn_of_contamination(asked, training)
+    prompts = [Asked("is the soup warm", False), Asked(chat, True), Asked("And the bread?", False)]
+    warn_of_contamination(prompts, training)
     assert "2 of 3 prompts are in the models' training data" in caplog.text
     assert known_texts(None, [None]) is None

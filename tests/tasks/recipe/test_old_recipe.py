@@ -1,4 +1,4 @@
-"""Recipes of the form before `policies`: what their refusal shows, put in place, means what they meant."""
+"""Recipes of the form before `policies`: the replacement that the error shows is equivalent."""
 
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ def put_in_place(folder: Path, **old: Any) -> Recipe:
     path.write_text(yaml.safe_dump(PLAIN | old, sort_keys=False))
     with pytest.raises(RecipeError, match="became part of `policies`") as caught:
         load_recipe(str(path))
-    kept = {k: v for k, v in PLAIN.items() if k != "reward"} | {"reward": {"source": "sentiment"}}
+    fields = {k: v for k, v in PLAIN.items() if k != "reward"} | {"reward": {"source": "sentiment"}}
     shown = caught.value.remedy.partition("\n\n")[2]
-    path.write_text(yaml.safe_dump(kept) + shown)
+    path.write_text(yaml.safe_dump(fields) + shown)
     return load_recipe(str(path))
 
 
@@ -34,11 +34,11 @@ def test_dpo_and_ppo(tmp_path: Path) -> None:
     dpo = {"objective": "simpo", "parameters": {"beta": 2.5}, "optim": {"learning_rate": 3e-5}}
     recipe = put_in_place(tmp_path, dpo=dpo, ppo={**ROUNDS, "enabled": True, "kl_coef": 0.1})
     assert recipe.candidate_name == "DPO"
-    found = settings(recipe)
-    assert list(found) == ["DPO", "PPO"]
-    assert found["DPO"]["parameters"]["beta"] == 2.5
-    assert (found["DPO"]["objective"], found["DPO"]["optim"]["learning_rate"]) == ("simpo", 3e-5)
-    assert (found["PPO"]["kl_coef"], found["PPO"]["iterations"]) == (0.1, 2)
+    policies = settings(recipe)
+    assert list(policies) == ["DPO", "PPO"]
+    assert policies["DPO"]["parameters"]["beta"] == 2.5
+    assert (policies["DPO"]["objective"], policies["DPO"]["optim"]["learning_rate"]) == ("simpo", 3e-5)
+    assert (policies["PPO"]["kl_coef"], policies["PPO"]["iterations"]) == (0.1, 2)
 
 
 def test_ppo_was_there_unless_it_was_switched_off(tmp_path: Path) -> None:
@@ -69,9 +69,9 @@ def test_objectives_on_single_answers_are_a_method(tmp_path: Path) -> None:
 )
 def test_grpo_is_called_by_its_variant(tmp_path: Path, variant: str, name: str) -> None:
     grpo = {"variant": variant, "group_size": 4, "iterations": 2, "episodes": 8, "micro_batch_size": 4}
-    found = settings(put_in_place(tmp_path, dpo={}, ppo={"enabled": False}, grpo=grpo))
-    assert list(found) == ["DPO", name]
-    assert (found[name]["variant"], found[name]["group_size"]) == (variant, 4)
+    policies = settings(put_in_place(tmp_path, dpo={}, ppo={"enabled": False}, grpo=grpo))
+    assert list(policies) == ["DPO", name]
+    assert (policies[name]["variant"], policies[name]["group_size"]) == (variant, 4)
 
 
 @pytest.mark.parametrize(("reference", "renewed"), [("each_round", True), ("fixed", False)])

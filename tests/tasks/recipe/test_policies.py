@@ -1,4 +1,4 @@
-"""The graph of policies that a recipe draws: its order, its names, and what it is refused for."""
+"""The graph of policies: training order, names, and faults that are refused."""
 
 from pathlib import Path
 from typing import Any

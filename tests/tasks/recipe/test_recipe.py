@@ -1,4 +1,4 @@
-"""What a recipe is refused for before anything runs."""
+"""Checks that refuse a recipe before anything runs."""
 
 import sys
 
@@ -10,12 +10,12 @@ from tasks.recipe.read import load_recipe
 
 @pytest.mark.parametrize("name", ["sft", "policies.DPO"])
 def test_lora_without_its_package_is_refused_when_the_recipe_is_read(name, monkeypatch):
-    asked = [f"{name}.lora.rank=8"]
-    read = load_recipe("demo", asked)
+    overrides = [f"{name}.lora.rank=8"]
+    read = load_recipe("demo", overrides)
     assert (read.sft if name == "sft" else read.policies["DPO"]).lora.rank == 8
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(RecipeError, match=f"{name}.lora needs peft") as caught:
-        load_recipe("demo", asked)
+        load_recipe("demo", overrides)
     assert ".[lora]" in str(caught.value)
     load_recipe("demo")
 

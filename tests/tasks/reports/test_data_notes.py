@@ -1,4 +1,4 @@
-"""What the page says of the sets of a mixture, and the accuracy on each."""
+"""Notes on the page about the sets of a mixture, and the accuracy on each."""
 
 from pathlib import Path
 
@@ -20,8 +20,11 @@ def test_accuracy_of_each_set() -> None:
     ours = [torch.tensor([value]) for value in (1.0, 0.0, 0.0, 1.0, 2.0, 1.0, 3.0, 1.0, 0.0, 9.0)]
     theirs = [torch.zeros(1)] * 10
     sources = {"a": "x", "b": "x", "c": "y", "d": "y"}  # e is of no set
-    found = _accuracy_by_source(pairs, ours, theirs, sources)
-    assert {name: (one["value"], one["n"]) for name, one in found.items()} == {"x": (0.5, 2), "y": (1.0, 2)}
+    accuracies = _accuracy_by_source(pairs, ours, theirs, sources)
+    assert {name: (accuracy["value"], accuracy["n"]) for name, accuracy in accuracies.items()} == {
+        "x": (0.5, 2),
+        "y": (1.0, 2),
+    }
     assert _accuracy_by_source(pairs, ours, theirs, {}) == {}
 
 

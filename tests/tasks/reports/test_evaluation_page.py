@@ -39,8 +39,8 @@ def test_an_evaluation_survives_json_and_needs_a_model() -> None:
 def test_the_headline_counts_what_was_found(findings: list[str], text: str, kind: str) -> None:
     comparison = make_comparison("champion")
     rows = [comparison.rows[0].model_copy(update={"finding": finding}) for finding in findings]
-    said = headline(make_evaluation_report(comparisons=[comparison.model_copy(update={"rows": rows})]))
-    assert (said.text, said.kind) == (text, kind)
+    summary = headline(make_evaluation_report(comparisons=[comparison.model_copy(update={"rows": rows})]))
+    assert (summary.text, summary.kind) == (text, kind)
 
 
 def test_one_model_on_suites_has_no_winner() -> None:

@@ -31,7 +31,7 @@ def run_of(policies: dict[str, PolicyAbout], candidate: str, **changes: Any) -> 
     """A run of these policies, each measured like PPO of the example."""
     sft, _, like = make_evaluation().policies
     rows = [sft, *(like.model_copy(update={"name": name}) for name in policies)]
-    kept = [row for row in make_stages() if not row.name.startswith("train-")]
+    stages = [row for row in make_stages() if not row.name.startswith("train-")]
     trained = [
         StageRow(name=about.stage, state="ran", seconds=60, kind="model", sha256=digest(about.stage))
         for about in policies.values()
@@ -39,7 +39,7 @@ def run_of(policies: dict[str, PolicyAbout], candidate: str, **changes: Any) -> 
     model = ModelRow(name="m", version="3", uri="file:///m", sha256=digest(policies[candidate].stage))
     known: dict[str, Any] = {
         "evaluation": make_evaluation().model_copy(update={"policies": rows, "samples": []}),
-        "stages": [*kept, *trained], "curves": {}, "win_rates": [], "suites": [], "comparisons": [],
+        "stages": [*stages, *trained], "curves": {}, "win_rates": [], "suites": [], "comparisons": [],
         "policies": policies, "candidate": candidate, "model": model,
     }  # fmt: skip
     return example(steps=2, **(known | changes))

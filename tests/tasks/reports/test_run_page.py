@@ -244,8 +244,8 @@ def test_the_lineage_goes_from_the_data_to_the_model() -> None:
     names = re.findall(r"<strong>(.*?)</strong>", chain)
     assert names == ["validate-pairs", "prepare-sft", "calm-otter-17", "imdb-dpo version 4"]
     digests = re.findall(r'title="(\w+)"', chain)
-    made = [digest("validate-pairs"), digest("prepare-sft"), digest("run")[:32], digest("train-dpo DPO")]
-    assert digests == made
+    expected = [digest("validate-pairs"), digest("prepare-sft"), digest("run")[:32], digest("train-dpo DPO")]
+    assert digests == expected
 
 
 def test_the_cost_adds_up_what_judges_were_paid() -> None:

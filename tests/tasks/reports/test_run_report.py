@@ -97,10 +97,10 @@ def test_values_that_are_not_finite_are_dropped_from_curves() -> None:
     ],
 )
 def test_the_interval_of_the_gain_decides(low: float, high: float, kind: str, words: str) -> None:
-    headline, found, reasons = verdict(
+    headline, of_rule, reasons = verdict(
         with_policy("DPO", gain=Estimate(value=(low + high) / 2, low=low, high=high, n=256))
     )
-    assert found == kind
+    assert of_rule == kind
     assert words in headline
     assert "256 prompts" in reasons[0]
     assert any("contains zero" in reason for reason in reasons) == (kind == "unclear")
@@ -261,14 +261,14 @@ def test_gate_warnings_are_an_alarm_and_notes_are_not() -> None:
 
 
 def test_findings_of_the_gate_fit_the_report() -> None:
-    found = Finding(
+    of_rule = Finding(
         rule="pairs/length_bias", severity="warning", passed=False, observed=0.71,
         threshold={"max_share": 0.65}, rows=[3, 9], message="chosen is longer", remedy="balance the lengths",
     )  # fmt: skip
-    finding = GateFinding.model_validate(found.model_dump())
+    finding = GateFinding.model_validate(of_rule.model_dump())
     assert (finding.measured, finding.limit) == (0.71, "max_share 0.650")
     skipped = GateFinding.model_validate(
-        found.model_copy(update={"skipped": True, "passed": True}).model_dump()
+        of_rule.model_copy(update={"skipped": True, "passed": True}).model_dump()
     )
     page = render(example(steps=2, gate=[GateRow(subject="pairs", rows=10, findings=[finding, skipped])]))
     assert "max_share 0.650" in page

@@ -85,12 +85,12 @@ def test_page_names_what_the_intervals_rest_on(page: str, report: StudyReport) -
 
 
 def test_page_escapes_everything() -> None:
-    made = hostile_report()
-    outline = Outline(render(made))
+    report = hostile_report()
+    outline = Outline(render(report))
     assert not outline.all("script")
     assert not outline.all("img")
     assert not [k for _, a in outline.tags for k in a if k.startswith("on")]
-    assert render(made).count("&lt;script&gt;") > 8
+    assert render(report).count("&lt;script&gt;") > 8
 
 
 def test_pages_of_studies_that_lack_much() -> None:
@@ -177,8 +177,8 @@ def test_figures_are_said_in_words(report: StudyReport) -> None:
 
 
 def test_figures_of_hostile_and_odd_policies() -> None:
-    made = hostile_report()
-    for figure in figures(made.study, made.summary):
+    report = hostile_report()
+    for figure in figures(report.study, report.summary):
         assert "<script" not in figure.svg
     odd = [
         point("$x$", "beta=0.1", 0, flops=0.0, kl=-0.5),
@@ -200,8 +200,8 @@ def test_figures_of_hostile_and_odd_policies() -> None:
 def test_no_figure_without_policies(drawn: list[str] | None) -> None:
     empty = make_study({}, drawn=None)
     assert figures(empty, summarise(empty)) == []
-    one = make_study(drawn=drawn)
-    assert len(figures(one, summarise(one))) == 2
+    study = make_study(drawn=drawn)
+    assert len(figures(study, summarise(study))) == 2
 
 
 @pytest.mark.parametrize(("name", "start"), [("f.png", b"\x89PNG"), ("f.svg", b"<?xml")])
@@ -256,19 +256,19 @@ def test_markdown_holds_every_number_of_a_setting(report: StudyReport) -> None:
 def test_tables_compare_the_drawn_policies_and_mark_what_a_policy_does_not_reach(
     report: StudyReport,
 ) -> None:
-    made = {table.key: table for table in tables(report.study, report.summary)}
+    by_key = {table.key: table for table in tables(report.study, report.summary)}
     for key in ("differences", "compute-ratio", "diversity"):
-        assert made[key].rows
-        assert "few" not in str(made[key].rows)
-    last = {row[0].value: row[-1].value for row in made["policies"].rows}
+        assert by_key[key].rows
+        assert "few" not in str(by_key[key].rows)
+    last = {row[0].value: row[-1].value for row in by_key["policies"].rows}
     assert last["DPO, few"].endswith("*"), "its KL is below 2"
     assert not last["DPO"].endswith("*")
 
 
 def test_terminal_fits_80_columns() -> None:
-    for made in (make_report(make_study()), hostile_report(), make_report(make_study({}))):
+    for report in (make_report(make_study()), hostile_report(), make_report(make_study({}))):
         out = io.StringIO()
-        Console(file=out, width=80, color_system=None).print(terminal_table(made))
+        Console(file=out, width=80, color_system=None).print(terminal_table(report))
         assert max(map(len, out.getvalue().splitlines())) <= 80
     out = io.StringIO()
     Console(file=out, width=80, color_system=None).print(terminal_table(make_report(make_study())))

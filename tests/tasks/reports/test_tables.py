@@ -1,4 +1,4 @@
-"""What suites, comparisons, judges and the rule of promotion come to in words."""
+"""Tables of suites, comparisons and win rates, and the decision in words."""
 
 import io
 
@@ -90,13 +90,13 @@ def test_win_rates_say_who_judged_and_what_it_cost() -> None:
 
 def test_a_decision_names_failed_rules_first_by_symbol_and_word() -> None:
     unsorted = make_decision().model_copy(update={"reasons": make_decision().reasons[::-1]})
-    said = decided(unsorted)
-    assert (said.headline, said.kind) == ("Do not promote", "bad")
-    assert said.reasons[0].endswith("imdb-dpo version 3: 1 of 4 rules fails.")
-    assert [reason.split(":")[0] for reason in said.reasons[1:]] == ["✗ failed"] + ["✓ passed"] * 3
-    said = decided(make_decision(promote=True))
-    assert (said.headline, said.kind) == ("Promote", "good")
-    assert said.reasons[0] == "imdb-dpo version 4 may replace imdb-dpo version 3: every rule holds."
+    shown = decided(unsorted)
+    assert (shown.headline, shown.kind) == ("Do not promote", "bad")
+    assert shown.reasons[0].endswith("imdb-dpo version 3: 1 of 4 rules fails.")
+    assert [reason.split(":")[0] for reason in shown.reasons[1:]] == ["✗ failed"] + ["✓ passed"] * 3
+    shown = decided(make_decision(promote=True))
+    assert (shown.headline, shown.kind) == ("Promote", "good")
+    assert shown.reasons[0] == "imdb-dpo version 4 may replace imdb-dpo version 3: every rule holds."
 
 
 def test_the_decision_leads_wherever_the_report_is_shown() -> None:

@@ -1,4 +1,4 @@
-"""Records of runs: what is said of one that was killed, and who writes its end."""
+"""Records of killed runs: their displayed status, and which process writes their end."""
 
 import json
 import subprocess
@@ -59,10 +59,15 @@ def test_a_killed_run_is_listed_as_stopped_and_can_be_resumed(tmp_path: Path, de
     save_run(tmp_path, record(this_process(), "alive"))
     save_run(tmp_path, record(None, "of-an-older-version"))
     save_run(tmp_path, record(dead, "done", status="done"))
-    said = {one.run_id: one.status for one in list_runs(tmp_path)}
-    assert said == {"killed": "stopped", "alive": "running", "of-an-older-version": "running", "done": "done"}
-    found = find_run(tmp_path, "killed", "tiny")
-    assert (found.status, found.error) == ("stopped", "its process was killed")
+    statuses = {run.run_id: run.status for run in list_runs(tmp_path)}
+    assert statuses == {
+        "killed": "stopped",
+        "alive": "running",
+        "of-an-older-version": "running",
+        "done": "done",
+    }
+    run = find_run(tmp_path, "killed", "tiny")
+    assert (run.status, run.error) == ("stopped", "its process was killed")
     assert status(tmp_path, "killed") == "running", "who lists changes nothing"
 
 
@@ -89,7 +94,7 @@ def test_the_next_run_writes_the_end_of_a_killed_one(
     api = client(killed)
 
     def states(ids: list[str]) -> list[str]:
-        return [api.get_run(one).info.status for one in ids]
+        return [api.get_run(run_id).info.status for run_id in ids]
 
     assert states(of_killed) == ["KILLED", "KILLED", "FINISHED"]
     assert states(of_alive) == ["RUNNING", "RUNNING", "FINISHED"]

@@ -1,4 +1,4 @@
-"""Records of runs: names, order and who may go on with which, also when clocks are set and processes die."""
+"""Records of runs: names, order and locks, also after clock changes and killed processes."""
 
 import subprocess
 from concurrent.futures import ThreadPoolExecutor

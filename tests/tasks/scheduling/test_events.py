@@ -1,4 +1,4 @@
-"""Which automations of a server wait for an event, by Prefect's own objects."""
+"""Automations of a server that wait for an event, with Prefect's own objects."""
 
 from typing import Any
 from uuid import uuid4

@@ -1,4 +1,4 @@
-"""A run whose worker and process are gone without a word is told as crashed, and the next one runs."""
+"""A run whose worker and process were killed is marked as crashed, and the next run starts."""
 
 import json
 import os
@@ -20,20 +20,20 @@ SECONDS = 30  # between heartbeats; the least that Prefect takes
 
 def _file(site: Site) -> dict[str, Any]:  # noqa: F811
     shipped = yaml.safe_load((REPO / "deploy" / "prefect.yaml").read_text())
-    one = shipped["deployments"][3]
-    assert one["name"] == "on-demand"
-    one["parameters"] = {"recipe": str(site.recipe)}
-    one["work_pool"]["job_variables"]["env"] |= {
+    deployment = shipped["deployments"][3]
+    assert deployment["name"] == "on-demand"
+    deployment["parameters"] = {"recipe": str(site.recipe)}
+    deployment["work_pool"]["job_variables"]["env"] |= {
         "PYTHONPATH": str(REPO),
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(SECONDS),
     }
-    return {"pull": [], "deployments": [one]}
+    return {"pull": [], "deployments": [deployment]}
 
 
 def _start(site: Site, deployment: str) -> str:  # noqa: F811
     """Ask for a run; a server on SQLite that is busy answers 503."""
 
-    def asked() -> Any:
+    def created() -> Any:
         try:
             return site.ask(f"/deployments/{deployment}/create_flow_run", {})["id"]
         except HTTPError as error:
@@ -41,31 +41,31 @@ def _start(site: Site, deployment: str) -> str:  # noqa: F811
                 raise
             return None
 
-    return str(until(asked, 60))
+    return str(until(created, 60))
 
 
 def test_a_run_that_fell_silent_is_crashed_and_holds_nobody_back(site: Site) -> None:  # noqa: F811
     path = site.folder / "zombies.yaml"
     path.write_text(yaml.safe_dump(_file(site)))
     short = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(SECONDS)}
-    told = json.loads(site.dpo("deploy", "--file", str(path), "--json", **short))
-    assert "dpo: crash runs that fell silent" in {change["place"] for change in told["changes"]}
-    (found,) = site.ask("/deployments/filter", {"deployments": {"name": {"any_": ["on-demand"]}}})
-    lost = _start(site, found["id"])
+    report = json.loads(site.dpo("deploy", "--file", str(path), "--json", **short))
+    assert "dpo: crash runs that fell silent" in {change["place"] for change in report["changes"]}
+    (deployment,) = site.ask("/deployments/filter", {"deployments": {"name": {"any_": ["on-demand"]}}})
+    lost = _start(site, deployment["id"])
 
     def running() -> list[psutil.Process]:
         family = psutil.Process(site.running[-1].pid).children(recursive=True)
-        heard = site.ask(
+        events = site.ask(
             "/events/filter",
             {"filter": {"event": {"name": ["prefect.flow-run.heartbeat"]}, "order": "DESC"}, "limit": 9},
         )["events"]
-        return family if any(lost in one["resource"]["prefect.resource.id"] for one in heard) else []
+        return family if any(lost in event["resource"]["prefect.resource.id"] for event in events) else []
 
     family = until(running, 180)
     os.kill(site.running[-1].pid, signal.SIGKILL)
     for process in family:
         process.kill()
-    waiting = _start(site, found["id"])
+    waiting = _start(site, deployment["id"])
     site.start("worker", "start", "--pool", "dpo", "--name", "two")
 
     def state(run: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""When schedules fire, across the changes of the clocks; the dates are those of the IANA tables."""
+"""Fire times of schedules across daylight-saving changes, checked against the IANA tables."""
 
 from datetime import UTC, datetime, timedelta
 from itertools import pairwise
@@ -16,8 +16,8 @@ from tasks.scheduling.schedules import comparable, next_times, prefect_schedule
 
 def times(start: str, count: int, **rule: Any) -> list[str]:
     schedule = Schedule(slug="s", active=True, **({"timezone": "Europe/Berlin"} | rule))
-    found = next_times(prefect_schedule(schedule, "x"), count, datetime.fromisoformat(start))
-    return [time.isoformat(timespec="minutes") for time in found]
+    fire_times = next_times(prefect_schedule(schedule, "x"), count, datetime.fromisoformat(start))
+    return [time.isoformat(timespec="minutes") for time in fire_times]
 
 
 SPRING = ["2027-03-27T04:30+01:00", "2027-03-28T04:30+02:00", "2027-03-29T04:30+02:00"]
@@ -49,13 +49,13 @@ def test_an_interval_of_days_is_refused_where_the_clocks_change() -> None:
 
 
 def test_in_new_york_they_change_on_other_days() -> None:
-    found = times("2027-03-13T00:00:00Z", 3, cron="0 6 * * *", timezone="America/New_York")
-    assert found == ["2027-03-13T06:00-05:00", "2027-03-14T06:00-04:00", "2027-03-15T06:00-04:00"]
+    fire_times = times("2027-03-13T00:00:00Z", 3, cron="0 6 * * *", timezone="America/New_York")
+    assert fire_times == ["2027-03-13T06:00-05:00", "2027-03-14T06:00-04:00", "2027-03-15T06:00-04:00"]
 
 
 def test_utc_has_no_such_day() -> None:
-    found = times("2027-03-27T12:00:00Z", 2, cron="30 2 * * *", timezone="UTC")
-    assert found == ["2027-03-28T02:30+00:00", "2027-03-29T02:30+00:00"]
+    fire_times = times("2027-03-27T12:00:00Z", 2, cron="30 2 * * *", timezone="UTC")
+    assert fire_times == ["2027-03-28T02:30+00:00", "2027-03-29T02:30+00:00"]
 
 
 def test_an_hour_that_is_missing_fires_once_and_one_that_comes_twice_fires_once() -> None:
@@ -66,8 +66,8 @@ def test_an_hour_that_is_missing_fires_once_and_one_that_comes_twice_fires_once(
 
 
 def test_hours_are_hours_in_an_interval_of_hours() -> None:
-    found = times("2027-03-27T22:00:00Z", 4, interval=3 * 3600, anchor_date="2026-01-01T00:00:00")
-    stamps = [datetime.fromisoformat(time).timestamp() for time in found]
+    fire_times = times("2027-03-27T22:00:00Z", 4, interval=3 * 3600, anchor_date="2026-01-01T00:00:00")
+    stamps = [datetime.fromisoformat(time).timestamp() for time in fire_times]
     assert {later - earlier for earlier, later in pairwise(stamps)} == {3 * 3600}
 
 
@@ -88,7 +88,7 @@ def test_a_rule_that_prefect_cannot_read_is_named(rule: Any, words: str) -> None
 
 def test_an_anchor_is_compared_as_an_instant() -> None:
     zones = ("2026-01-01T04:30:00+01:00", "2026-01-01T03:30:00Z", "2026-01-01T04:30:00")
-    one, other, local = (
+    first, other, local = (
         comparable(
             prefect_schedule(
                 Schedule(slug="s", active=True, timezone="Europe/Berlin", interval=60, anchor_date=anchor),
@@ -97,5 +97,5 @@ def test_an_anchor_is_compared_as_an_instant() -> None:
         )
         for anchor in zones
     )
-    assert one == other == local
-    assert datetime.fromisoformat(one["anchor_date"]).tzinfo == UTC
+    assert first == other == local
+    assert datetime.fromisoformat(first["anchor_date"]).tzinfo == UTC

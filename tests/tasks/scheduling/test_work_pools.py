@@ -1,4 +1,4 @@
-"""What `dpo deploy` says of job variables that a pool's template does not know."""
+"""Errors of `dpo deploy` for job variables that a work pool's template does not have."""
 
 from typing import Any
 

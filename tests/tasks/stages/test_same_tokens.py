@@ -1,4 +1,4 @@
-"""A model from elsewhere must read the tokens of the run's own model."""
+"""A model from outside the run must have the same tokens as the run's model."""
 
 from pathlib import Path
 

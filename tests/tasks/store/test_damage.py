@@ -1,4 +1,4 @@
-"""Every kind of file that a run leaves, damaged in every way a disk or a hand can: never used silently."""
+"""Damage to every kind of file that a run leaves is detected; a damaged file is never used silently."""
 
 import json
 import logging
@@ -77,14 +77,14 @@ def test_a_damaged_file_of_an_artifact_is_told_and_rebuilt(
     files = {name: f"content of {name}".encode() for name in ARTIFACTS[kind]}
     for name in files:
         caplog.clear()
-        made = make(store, files)
-        DAMAGES[damage](made.path / name)
+        manifest = make(store, files)
+        DAMAGES[damage](manifest.path / name)
         assert store.peek("sft", KEY) is None
         assert store.lookup("sft", KEY) is None
         (line,) = [record.getMessage() for record in caplog.records]
         assert name in line
         assert "it will be rebuilt" in line
-    assert make(store, files).sha256 == made.sha256
+    assert make(store, files).sha256 == manifest.sha256
     assert_clean(store)
 
 
@@ -92,30 +92,30 @@ def test_a_damaged_file_of_an_artifact_is_told_and_rebuilt(
 @pytest.mark.parametrize("with_index", [True, False])
 def test_a_damaged_folder_of_an_artifact_is_rebuilt(tmp_path: Path, damage: str, with_index: bool) -> None:
     store = Store(tmp_path)
-    made = make(store, {"f": b"1"})
-    shutil.rmtree(made.path)
+    manifest = make(store, {"f": b"1"})
+    shutil.rmtree(manifest.path)
     if damage == "file":
-        made.path.write_bytes(b"1")
+        manifest.path.write_bytes(b"1")
     elif damage == "link":
-        made.path.symlink_to(write(tmp_path / "elsewhere", {"f": b"2"}))
+        manifest.path.symlink_to(write(tmp_path / "elsewhere", {"f": b"2"}))
     elif damage == "dead link":
-        made.path.symlink_to("/nowhere")
+        manifest.path.symlink_to("/nowhere")
     if not with_index:
         (store.root / "index" / "sft" / f"{KEY}.json").unlink()
     assert store.lookup("sft", KEY) is None
-    assert make(store, {"f": b"1"}).sha256 == made.sha256
-    assert (made.path / "f").read_bytes() == b"1"
+    assert make(store, {"f": b"1"}).sha256 == manifest.sha256
+    assert (manifest.path / "f").read_bytes() == b"1"
     assert_clean(store)
 
 
 @every_damage
 def test_a_damaged_index_entry_runs_its_stage_again(tmp_path: Path, damage: str) -> None:
     store = Store(tmp_path)
-    made = make(store, {"f": b"1"})
+    manifest = make(store, {"f": b"1"})
     DAMAGES[damage](store.root / "index" / "sft" / f"{KEY}.json")
     assert store.peek("sft", KEY) is None
     assert store.lookup("sft", KEY) is None
-    assert make(store, {"f": b"1"}).sha256 == made.sha256
+    assert make(store, {"f": b"1"}).sha256 == manifest.sha256
     assert_clean(store)
 
 
@@ -130,8 +130,8 @@ def test_a_damaged_partial_result_is_made_again(
     assert read_checked(path, "again") == value
     DAMAGES[damage](path)
     assert read_checked(path, "DPO is measured again") is None
-    told = "DPO is measured again" in caplog.text
-    assert told == (damage not in ("delete", "dead link")), "what is not there is no damage"
+    warned = "DPO is measured again" in caplog.text
+    assert warned == (damage not in ("delete", "dead link")), "what is not there is no damage"
     write_checked(path, value)
     assert read_checked(path, "again") == value
 

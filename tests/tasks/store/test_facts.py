@@ -1,4 +1,4 @@
-"""Facts of artifacts: strict where they are written, lenient where they are read."""
+"""Facts of artifacts: strict validation when they are written, lenient when they are read."""
 
 import ast
 import math
@@ -27,7 +27,7 @@ from tasks.store.store import ArtifactInfo, Store
 STAGE = Stage("train", 1, "model", TrainingFacts)
 
 
-def made(tmp_path: Path, extra: dict[str, Any]) -> Manifest:
+def manifest_with(tmp_path: Path, extra: dict[str, Any]) -> Manifest:
     (tmp_path / "file").write_text("weights")
     store = Store(tmp_path / "workspace")
     key = "a" * 64
@@ -40,7 +40,7 @@ def made(tmp_path: Path, extra: dict[str, Any]) -> Manifest:
 def test_what_was_stated_is_kept_and_nothing_else(tmp_path: Path) -> None:
     facts = TrainingFacts(weights_sha256=None, steps=3, final={"loss": 0.5, "kl": math.nan}, flops=2.0)
     assert set(facts.as_extra()) == {"weights_sha256", "steps", "final", "flops"}
-    manifest = made(tmp_path, facts.as_extra())
+    manifest = manifest_with(tmp_path, facts.as_extra())
     again = facts_of(manifest, TrainingFacts)
     assert (again.steps, again.flops, again.final) == (3, 2.0, {"loss": 0.5, "kl": None})
     assert again.peak_memory_bytes is None
@@ -59,18 +59,18 @@ def test_a_stage_states_the_facts_that_it_declares() -> None:
 
 
 def test_manifests_of_other_versions_are_read(tmp_path: Path) -> None:
-    manifest = made(tmp_path, {"kind": "pairs", "of_an_older_version": [1], "seconds": 2.0})
+    manifest = manifest_with(tmp_path, {"kind": "pairs", "of_an_older_version": [1], "seconds": 2.0})
     assert facts_of(manifest, LoadFacts) == LoadFacts(kind="pairs", seconds=2.0)
     assert facts_of(manifest, Facts).seconds == 2.0
 
 
 def test_a_missing_fact_is_named(tmp_path: Path) -> None:
-    manifest = made(tmp_path, {"layout": "packed", "sampling": 3})
+    manifest = manifest_with(tmp_path, {"layout": "packed", "sampling": 3})
     with pytest.raises(StageFailed, match=r"stage train .* has no valid reason, sampling"):
         facts_of(manifest, ImportFacts)
     with pytest.raises(StageFailed, match="has no weights_sha256"):
         weights_sha256(manifest)
-    assert weights_sha256(made(tmp_path, ModelFacts(weights_sha256="w").as_extra())) == "w"
+    assert weights_sha256(manifest_with(tmp_path, ModelFacts(weights_sha256="w").as_extra())) == "w"
 
 
 def test_facts_are_read_in_one_place() -> None:

@@ -1,4 +1,4 @@
-"""The store: what is committed is found again, whole, and any damage is noticed."""
+"""The store: a committed artifact is found again intact, and any damage is detected."""
 
 import json
 import logging
@@ -24,28 +24,36 @@ def test_commit_then_lookup(tmp_path: Path) -> None:
     scratch = store.begin("sft", KEY)
     assert scratch == store.begin("sft", KEY) == tmp_path / "work" / "sft" / KEY[:16]
     write(scratch, {"artifact/model.bin": b"weights", "artifact/a/config.json": b"{}", "checkpoint": b"big"})
-    made = store.commit(
+    manifest = store.commit(
         "sft",
         KEY,
         scratch / "artifact",
         ArtifactInfo("model", 1, CONFIG, [CONFIG], parameters=7, extra={"loss": 0.5}),
     )
-    assert made.path == tmp_path / "store" / "objects" / "model" / made.sha256[:2] / made.sha256
-    assert digest_folder(made.path) == made.sha256
-    assert (made.parameters, made.rows, made.extra, made.parents) == (7, None, {"loss": 0.5}, (CONFIG,))
-    assert {name: entry.bytes for name, entry in made.files.items()} == {"a/config.json": 2, "model.bin": 7}
-    assert Store(tmp_path).lookup("sft", KEY) == made
+    assert manifest.path == tmp_path / "store" / "objects" / "model" / manifest.sha256[:2] / manifest.sha256
+    assert digest_folder(manifest.path) == manifest.sha256
+    assert (manifest.parameters, manifest.rows, manifest.extra, manifest.parents) == (
+        7,
+        None,
+        {"loss": 0.5},
+        (CONFIG,),
+    )
+    assert {name: entry.bytes for name, entry in manifest.files.items()} == {
+        "a/config.json": 2,
+        "model.bin": 7,
+    }
+    assert Store(tmp_path).lookup("sft", KEY) == manifest
     assert not scratch.exists(), "checkpoints of a finished stage are not kept"
     assert_clean(store)
 
 
 def test_workspace_may_be_moved(tmp_path: Path) -> None:
-    made = make(Store(tmp_path / "old"), {"f": b"1"})
+    manifest = make(Store(tmp_path / "old"), {"f": b"1"})
     (tmp_path / "old").rename(tmp_path / "new")
-    found = Store((tmp_path / "new").as_uri()).lookup("sft", KEY)
-    assert found is not None
-    assert found.sha256 == made.sha256
-    assert found.path.is_relative_to(tmp_path / "new")
+    moved = Store((tmp_path / "new").as_uri()).lookup("sft", KEY)
+    assert moved is not None
+    assert moved.sha256 == manifest.sha256
+    assert moved.path.is_relative_to(tmp_path / "new")
 
 
 def test_named_files_are_taken_from_the_scratch_and_copied_from_elsewhere(tmp_path: Path) -> None:
@@ -58,33 +66,33 @@ def test_named_files_are_taken_from_the_scratch_and_copied_from_elsewhere(tmp_pa
         "t/tokenizer.json": other / "tokenizer.json",
         "l": other / "link.json",
     }
-    made = store.commit("sft", KEY, files, INFO)
-    assert (made.path / "model.bin").read_bytes() == b"mine"
-    assert (made.path / "l").read_bytes() == b"theirs"
+    manifest = store.commit("sft", KEY, files, INFO)
+    assert (manifest.path / "model.bin").read_bytes() == b"mine"
+    assert (manifest.path / "l").read_bytes() == b"theirs"
     assert (other / "tokenizer.json").stat().st_nlink == 1, (
         "a user's file must not share its inode with the store"
     )
-    assert (made.path / "model.bin").stat().st_nlink == 1
+    assert (manifest.path / "model.bin").stat().st_nlink == 1
     assert not own.exists()
-    kept = store.commit("copy", KEY, {"a": other / "tokenizer.json"}, INFO, keep_work=True)
+    copied = store.commit("copy", KEY, {"a": other / "tokenizer.json"}, INFO, keep_work=True)
     (other / "tokenizer.json").write_bytes(b"edited")
-    assert (kept.path / "a").read_bytes() == b"theirs"
+    assert (copied.path / "a").read_bytes() == b"theirs"
     assert_clean(store)
 
 
 def test_a_users_folder_is_copied_not_moved(tmp_path: Path) -> None:
     user = write(tmp_path / "user", {"model.bin": b"1"})
-    made = Store(tmp_path / "w").commit("base", KEY, user, INFO)
+    manifest = Store(tmp_path / "w").commit("base", KEY, user, INFO)
     assert (user / "model.bin").read_bytes() == b"1"
-    assert (made.path / "model.bin").read_bytes() == b"1"
+    assert (manifest.path / "model.bin").read_bytes() == b"1"
 
 
 def test_keep_work_leaves_everything(tmp_path: Path) -> None:
     store = Store(tmp_path)
     scratch = write(store.begin("sft", KEY), {"a/f": b"1", "checkpoint": b"2"})
-    made = store.commit("sft", KEY, scratch / "a", INFO, keep_work=True)
+    manifest = store.commit("sft", KEY, scratch / "a", INFO, keep_work=True)
     (scratch / "a/f").write_bytes(b"3")
-    assert (made.path / "f").read_bytes() == b"1"
+    assert (manifest.path / "f").read_bytes() == b"1"
     assert (scratch / "checkpoint").exists()
 
 
@@ -100,10 +108,10 @@ def test_same_content_under_two_keys_is_one_object(tmp_path: Path) -> None:
 
 def test_commit_replaces_a_damaged_object(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    made = make(store, {"f": b"1"})
-    (made.path / "f").write_bytes(b"2")
-    assert make(store, {"f": b"1"}).path == made.path
-    assert (made.path / "f").read_bytes() == b"1"
+    manifest = make(store, {"f": b"1"})
+    (manifest.path / "f").write_bytes(b"2")
+    assert make(store, {"f": b"1"}).path == manifest.path
+    assert (manifest.path / "f").read_bytes() == b"1"
     assert_clean(store)
 
 
@@ -117,10 +125,10 @@ contents = st.dictionaries(
 def test_any_single_damage_is_found(files: dict[str, bytes], data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = Store(folder)
-        made = make(store, files)
-        assert store.lookup("sft", KEY) == made
+        manifest = make(store, files)
+        assert store.lookup("sft", KEY) == manifest
         name = data.draw(st.sampled_from(sorted(files)))
-        victim, content = made.path / name, files[name]
+        victim, content = manifest.path / name, files[name]
         kinds = ["delete", "extra", "append", "rename"] + (["flip", "truncate"] if content else [])
         damage = data.draw(st.sampled_from(kinds))
         if damage == "delete":
@@ -138,21 +146,21 @@ def test_any_single_damage_is_found(files: dict[str, bytes], data: st.DataObject
             victim.write_bytes(broken)
         else:
             os.truncate(victim, data.draw(st.integers(0, len(content) - 1)))
-        assert store.lookup("sft", KEY, verify=False) == made
+        assert store.lookup("sft", KEY, verify=False) == manifest
         assert store.lookup("sft", KEY) is None
-        assert not made.path.exists()
+        assert not manifest.path.exists()
         assert store.lookup("sft", KEY, verify=False) is None, "the index entry is gone too"
-        assert make(store, files).sha256 == made.sha256
+        assert make(store, files).sha256 == manifest.sha256
         assert_clean(store)
 
 
 def test_damage_is_told_in_one_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = Store(tmp_path)
-    made = make(store, {"model.bin": b"12345"})
-    (made.path / "model.bin").write_bytes(b"1234")
+    manifest = make(store, {"model.bin": b"12345"})
+    (manifest.path / "model.bin").write_bytes(b"1234")
     with caplog.at_level(logging.INFO):
         assert store.lookup("sft", KEY) is None
-    line = f"artifact {made.sha256} of stage sft is damaged (file model.bin: 4 bytes instead of 5); "
+    line = f"artifact {manifest.sha256} of stage sft is damaged (file model.bin: 4 bytes instead of 5); "
     line += "it will be rebuilt"
     assert [record.getMessage() for record in caplog.records] == [line]
 
@@ -167,7 +175,7 @@ def test_whole_object_gone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["flip", "truncate"])
 def test_damaged_index_entry_runs_the_stage_again(tmp_path: Path, position: float, damage: str) -> None:
     store = Store(tmp_path)
-    made = make(store, {"f": b"1"})
+    manifest = make(store, {"f": b"1"})
     index = store.root / "index" / "sft" / f"{KEY}.json"
     content = bytearray(index.read_bytes())
     if damage == "flip":
@@ -177,15 +185,15 @@ def test_damaged_index_entry_runs_the_stage_again(tmp_path: Path, position: floa
         index.write_bytes(content[: int(position * len(content))])
     assert store.lookup("sft", KEY) is None
     assert not index.exists()
-    assert make(store, {"f": b"1"}).sha256 == made.sha256
+    assert make(store, {"f": b"1"}).sha256 == manifest.sha256
 
 
 def test_verification_is_remembered_but_never_hides_a_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = Store(tmp_path)
-    made = make(store, {"f": b"12345"})
-    os.utime(made.path / "f", (1e9, 1e9))  # an old file: its time stamp can be trusted
+    manifest = make(store, {"f": b"12345"})
+    os.utime(manifest.path / "f", (1e9, 1e9))  # an old file: its time stamp can be trusted
     hashed: list[Path] = []
     real = tasks.store.manifest.digest_file
     monkeypatch.setattr(
@@ -194,7 +202,7 @@ def test_verification_is_remembered_but_never_hides_a_change(
     assert store.lookup("sft", KEY)
     assert store.lookup("sft", KEY)
     assert len(hashed) == 1, "a store reads a file once"
-    (made.path / "f").write_bytes(b"12344")
+    (manifest.path / "f").write_bytes(b"12344")
     assert store.lookup("sft", KEY) is None
 
 
@@ -237,7 +245,7 @@ def test_usage(tmp_path: Path) -> None:
 
 def test_index_is_readable_json_without_absolute_paths(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    made = make(store, {"f": b"1"})
+    manifest = make(store, {"f": b"1"})
     text = (store.root / "index" / "sft" / f"{KEY}.json").read_text()
-    assert json.loads(text)["manifest"]["sha256"] == made.sha256
+    assert json.loads(text)["manifest"]["sha256"] == manifest.sha256
     assert str(tmp_path) not in text

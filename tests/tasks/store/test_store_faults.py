@@ -1,4 +1,4 @@
-"""The store against kills, rivals and bad disks: real files, real processes."""
+"""The store under kills, concurrent processes and disk errors, with real files and processes."""
 
 import os
 import random
@@ -230,11 +230,11 @@ def test_full_disk_leaves_nothing_half_written(small_disk: Path, tmp_path: Path)
 
 def test_read_only_disk_can_be_read(small_disk: Path) -> None:
     store = Store(small_disk)
-    made = make(store, {"f": b"1"})
+    manifest = make(store, {"f": b"1"})
     broken = make(store, {"f": b"2"}, stage="broken")
     (broken.path / "f").write_bytes(b"3")
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    assert store.lookup("sft", KEY) == made
+    assert store.lookup("sft", KEY) == manifest
     assert store.lookup("broken", KEY) is None
     with pytest.raises(StageFailed, match="is read-only") as caught:
         make(store, {"f": b"4"}, stage="new")

@@ -1,4 +1,4 @@
-"""Tracking when processes are killed between two writes, clocks are set back and others hold the database."""
+"""Tracking when processes are killed between writes, clocks are set back, or the database is locked."""
 
 import contextlib
 import shutil
@@ -45,9 +45,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for left in (".mlflow.db.new", ".mlflow.db.new-journal"):
         (folder / left).write_bytes(b"SQLite format 3")
     makers = [python(MAKE, f"sqlite:///{folder / 'mlflow.db'}", stderr=subprocess.PIPE) for _ in range(2)]
-    said = [maker.communicate()[1] for maker in makers]
-    assert [maker.returncode for maker in makers] == [0, 0], said
-    assert "".join(said).count("Creating initial MLflow database tables") == 1
+    errors = [maker.communicate()[1] for maker in makers]
+    assert [maker.returncode for maker in makers] == [0, 0], errors
+    assert "".join(errors).count("Creating initial MLflow database tables") == 1
     return folder
 
 
@@ -127,8 +127,8 @@ def test_what_a_kill_left_of_a_registration_is_used_or_removed(
     )
 
     def logged() -> list[str]:
-        found = api.search_logged_models([tracker.experiment_id], f"source_run_id = '{tracker.run_id}'")
-        return [model.model_id for model in found]
+        models = api.search_logged_models([tracker.experiment_id], f"source_run_id = '{tracker.run_id}'")
+        return [model.model_id for model in models]
 
     def killed(*_: object) -> str:
         raise SystemExit

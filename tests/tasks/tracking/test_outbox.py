@@ -1,4 +1,4 @@
-"""What MLflow does not take is put on the disk, and the next run of the workspace sends it.
+"""Writes that MLflow does not accept are saved to disk, and the next run of the workspace sends them.
 
 A database whose disk is full answers questions and refuses every write; triggers make it do so.
 """
@@ -34,11 +34,11 @@ TABLES = (
 @contextmanager
 def full_disk(workspace: Path) -> Iterator[None]:
     """Nothing can be written to the tracking database inside."""
-    said = "SELECT RAISE(FAIL, 'database or disk is full')"
+    failure = "SELECT RAISE(FAIL, 'database or disk is full')"
     with sqlite3.connect(workspace / "mlflow.db") as database:
         for table in TABLES:
             for how in ("INSERT", "UPDATE"):
-                database.execute(f"CREATE TRIGGER {table}_{how} BEFORE {how} ON {table} BEGIN {said}; END")
+                database.execute(f"CREATE TRIGGER {table}_{how} BEFORE {how} ON {table} BEGIN {failure}; END")
     yield
     with sqlite3.connect(workspace / "mlflow.db") as database:
         for table in TABLES:

@@ -129,10 +129,10 @@ def test_register_and_resume_on_a_server(server: Server, tmp_path: Path) -> None
     tracker.start_parent("run", recipe=RECIPE)
     (tmp_path / "model").mkdir()
     version = register_model(tracker, "policy", str(tmp_path / "model"))
-    found = client(tracker).get_model_version_by_alias("policy", "challenger")
-    assert (str(found.version), found.run_id) == (version, tracker.run_id)
-    assert found.source.startswith("models:/"), "a server takes no local paths"
-    assert found.tags["dpo.weights_uri"] == (tmp_path / "model").as_uri()
+    registered = client(tracker).get_model_version_by_alias("policy", "challenger")
+    assert (str(registered.version), registered.run_id) == (version, tracker.run_id)
+    assert registered.source.startswith("models:/"), "a server takes no local paths"
+    assert registered.tags["dpo.weights_uri"] == (tmp_path / "model").as_uri()
     with tracker.child("train") as run:
         run.metrics({"loss": 1.0}, step=1)
         run.dataset("hh", "d" * 64, 3, "/data/x", "training")

@@ -230,12 +230,12 @@ def test_long_curves_are_thinned(tracker: Tracker, tmp_path: Path, total: int | 
     log.write_text(lines(range(1, steps + 1)))
     with tracker.child("train", total_steps=total) as run:
         run.metrics_from_jsonl(log)
-    found = points(tracker, run, "loss")
-    assert 1300 < len(found) <= 2000
-    assert found[0][0] == 1
-    assert found[-1] == (steps, steps / 8), "the last value is what people read"
-    assert all(value == step / 8 for step, value in found)
-    gaps = [b - a for (a, _), (b, _) in itertools.pairwise(found)]
+    curve = points(tracker, run, "loss")
+    assert 1300 < len(curve) <= 2000
+    assert curve[0][0] == 1
+    assert curve[-1] == (steps, steps / 8), "the last value is what people read"
+    assert all(value == step / 8 for step, value in curve)
+    gaps = [b - a for (a, _), (b, _) in itertools.pairwise(curve)]
     assert max(gaps) <= (steps // 1900 + 1 if total else steps * 0.011)
 
 
@@ -243,10 +243,10 @@ def test_more_metrics_than_a_batch_holds(tracker: Tracker) -> None:
     with tracker.child("evaluate") as run:
         run.metrics({f"by_prompt/{i}": i / 2 for i in range(2345)}, step=3)
         run.metrics({"odd name: 50% (α)//x/": 1.0})
-    found = client(tracker).get_run(run.run_id).data.metrics
-    assert len(found) == 2346
-    assert found["by_prompt/2344"] == 1172.0
-    assert found["odd name: 50_ ___/x"] == 1.0
+    metrics = client(tracker).get_run(run.run_id).data.metrics
+    assert len(metrics) == 2346
+    assert metrics["by_prompt/2344"] == 1172.0
+    assert metrics["odd name: 50_ ___/x"] == 1.0
 
 
 def test_repeated_metrics_are_stored_once_and_corrections_count(tracker: Tracker) -> None:
@@ -295,16 +295,16 @@ def test_datasets_are_inputs_with_their_digest(tracker: Tracker) -> None:
         run.dataset("hh", "d" * 64, 1200, "/data/hh.jsonl.gz", "training")
         run.dataset("eval", "e" * 20, None, "https://example.org/x.jsonl", "evaluation")
     inputs = client(tracker).get_run(run.run_id).inputs.dataset_inputs
-    found = {i.dataset.name: i for i in inputs}
+    datasets = {i.dataset.name: i for i in inputs}
     assert len(inputs) == 2
-    assert found["hh"].dataset.digest == "d" * 36
-    assert json.loads(found["hh"].dataset.profile) == {"num_rows": 1200}
-    assert json.loads(found["hh"].dataset.source) == {"uri": "/data/hh.jsonl.gz"}
-    assert [(t.key, t.value) for t in found["eval"].tags] == [("mlflow.data.context", "evaluation")]
+    assert datasets["hh"].dataset.digest == "d" * 36
+    assert json.loads(datasets["hh"].dataset.profile) == {"num_rows": 1200}
+    assert json.loads(datasets["hh"].dataset.source) == {"uri": "/data/hh.jsonl.gz"}
+    assert [(t.key, t.value) for t in datasets["eval"].tags] == [("mlflow.data.context", "evaluation")]
     from mlflow.data import get_source
 
-    assert get_source(found["hh"]).uri == "/data/hh.jsonl.gz"
-    assert get_source(found["eval"]).url == "https://example.org/x.jsonl"
+    assert get_source(datasets["hh"]).uri == "/data/hh.jsonl.gz"
+    assert get_source(datasets["eval"]).url == "https://example.org/x.jsonl"
 
 
 def test_artifacts(tracker: Tracker, tmp_path: Path) -> None:
@@ -323,10 +323,10 @@ def test_register_model_by_reference(tracker: Tracker, tmp_path: Path) -> None:
     weights.mkdir()
     version = register_model(tracker, "tiny.policy", str(weights), tags={"dpo.sha256": "a" * 64})
     assert register_model(tracker, "tiny.policy", str(weights)) == version, "a resume registers nothing twice"
-    found = client(tracker).get_model_version_by_alias("tiny.policy", "challenger")
-    assert (str(found.version), found.run_id) == (version, tracker.run_id)
-    assert found.source == weights.as_uri()
-    assert found.tags == {"dpo.weights_uri": weights.as_uri(), "dpo.sha256": "a" * 64}
+    registered = client(tracker).get_model_version_by_alias("tiny.policy", "challenger")
+    assert (str(registered.version), registered.run_id) == (version, tracker.run_id)
+    assert registered.source == weights.as_uri()
+    assert registered.tags == {"dpo.weights_uri": weights.as_uri(), "dpo.sha256": "a" * 64}
     second = register_model(tracker, "tiny.policy", str(tmp_path / "other"), alias="champion")
     assert int(second) == int(version) + 1
     assert client(tracker).get_model_version_by_alias("tiny.policy", "champion").version == int(second)
