@@ -1,4 +1,4 @@
-"""Signal handling: stop a run in order and within a time limit after SIGINT, SIGTERM or SIGHUP.
+"""Signal handling: stop a run in an orderly way and in time after SIGINT, SIGTERM or SIGHUP.
 
 The first signal raises in the main thread: KeyboardInterrupt, `Terminated`, or Prefect's TerminationSignal.
 While the error propagates, the running job saves its state, and the status is written to MLflow and to the
@@ -136,7 +136,7 @@ def _handlers(
 
 @contextmanager
 def stoppable() -> Iterator[Stop]:
-    """Within it SIGINT, SIGTERM and SIGHUP stop the run of a command in order."""
+    """Within it SIGINT, SIGTERM and SIGHUP stop the run of a command in an orderly way."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop

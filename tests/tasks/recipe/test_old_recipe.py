@@ -165,5 +165,5 @@ def test_an_override_of_an_old_section_names_the_new_one(override: str, write: s
 def test_old_sections_beside_policies_are_not_merged(tmp_path: Path) -> None:
     path = tmp_path / "both.yaml"
     path.write_text(yaml.safe_dump(PLAIN | {"policies": {"A": {"method": "dpo"}}, "dpo": {"epochs": 3}}))
-    with pytest.raises(RecipeError, match="Take them out and say it in policies"):
+    with pytest.raises(RecipeError, match="Remove them; the recipe already has policies"):
         load_recipe(str(path))

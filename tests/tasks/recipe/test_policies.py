@@ -76,7 +76,7 @@ def test_a_graph_that_cannot_be_trained_is_refused(tmp_path: Path, policies: Any
     ("policies", "words"),
     [
         ({"DPO": DPO, "dpo": DPO}, "'dpo' cannot name a policy: 'DPO' and 'dpo' differ only in case"),
-        ({"a,b": DPO, "a+b": DPO}, "share their metrics' names"),
+        ({"a,b": DPO, "a+b": DPO}, "would share metric names"),
         ({"sft": DPO}, "'SFT' is the name of a model that every run has"),
         ({"Champion": DPO}, "'Champion' is the name of a model that every run has"),
         *(({name: DPO}, f"'{name}' cannot name a policy: use 1 to 40 letters")
