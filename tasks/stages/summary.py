@@ -173,8 +173,8 @@ def publish(report: RunReport, folder: Path, tracker: Tracker) -> Path:
     parent.tag("dpo.verdict", verdict(report).headline)
     parent.tag("dpo.alarms", ", ".join(sorted({alarm.name for alarm in alarms(report)})) or "none")
     parent.tag("mlflow.note.content", note(report, "the artifact `page.html` of this run."))
-    for label, text in report.trained.lines if report.trained else []:
-        parent.tag(f"dpo.{label.lower().replace(' ', '_')}", text)
+    for label, value in report.trained.lines if report.trained else []:
+        parent.tag(f"dpo.{label.lower().replace(' ', '_')}", value)
     if report.model and report.model.version and not report.model.known:
         brief = note(report, "the artifact `page.html` of the source run.")
         tracker.describe_version(report.model.name, report.model.version, brief)
