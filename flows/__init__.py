@@ -1,1 +1,1 @@
-"""Composition only: the alignment flow, its recipes and the command line."""
+"""The alignment flow, its recipes, the command line, and the processes around a run."""

@@ -1,4 +1,4 @@
-"""The alignment flow: data gate, reference, pairs, the graph of policies, evaluation or study, page."""
+"""The alignment flow: runs a recipe's stages from the data gate to the run page or the study's page."""
 
 import os
 from dataclasses import replace
@@ -32,22 +32,22 @@ Report: TypeAlias = RunReport | StudyReport
 
 @flow(name="dpo-alignment", flow_run_name="{recipe.name}", log_prints=False, persist_result=False)
 def alignment(recipe: Recipe, resume: str | None = None, cluster: Cluster | None = None) -> Report:
-    """Align a model, or compare ways to, as the recipe says.
+    """Align a model, or compare methods in a study, as the recipe describes.
 
     Args:
-        recipe: decides everything about the run.
-        resume: name of an earlier run to go on with, or `latest`; its MLflow run is continued.
-        cluster: where its training jobs run; empty: on this machine.
+        recipe: describes the run completely.
+        resume: name of an earlier run to resume, or `latest`; its MLflow run is continued.
+        cluster: where its jobs run; by default this machine.
 
     Raises:
-        GateRefused: the data gate refused; nothing after it ran.
+        GateRefused: the data gate refused the data; no later stage ran.
         DpoError: a stage failed; the message says what to do.
     """
     return recorded(recipe, resume, run_stages, cluster=cluster)
 
 
 def run_stages(context: Context, recipe: Recipe, command: str) -> Report:
-    """All stages, then the page of the run or of the study."""
+    """Run all stages, then write the page of the run or study."""
     started = Started()
     stages: dict[str, StageResult] = {}
     champion, trained = compose(context, recipe, stages)
@@ -60,14 +60,15 @@ def run_stages(context: Context, recipe: Recipe, command: str) -> Report:
 def compose(
     context: Context, recipe: Recipe, stages: dict[str, StageResult]
 ) -> tuple[Champion | None, list[TrainedPolicy]]:
-    """The stages in their order; each hands a manifest to the next. What each came to goes into `stages`.
+    """Run the stages in order, each on the manifests of earlier ones, and enter their results into `stages`.
 
-    Returns the registered model that the candidate is held against, where there is one, and what was trained.
+    Returns:
+        The champion that the candidate is compared with, if there is one, and the trained policies.
     """
 
     def keep(result: StageResult) -> Manifest:
         known = stages.get(result.name)
-        if known is None or (known.cached and not result.cached):  # a thread may have waited for another's
+        if known is None or (known.cached and not result.cached):  # another thread may have run the stage
             stages[result.name] = result
         return result.manifest
 
@@ -81,42 +82,40 @@ def compose(
 def _evaluate(
     context: Context, prepared: Prepared, trained: list[TrainedPolicy], keep: Keep
 ) -> Champion | None:
-    """Measure the reference, every policy and the champion on the same held-out rows."""
+    """Evaluate the reference, every policy and the champion on the same held-out rows."""
     recipe, pairs, reference = prepared.recipe, prepared.pairs, prepared.reference
-    by_name = {one.node.policy: one.manifest for one in trained}
+    by_name = {policy.node.policy: policy.manifest for policy in trained}
     policies = {REFERENCE: reference} | {name: by_name[name] for name in recipe.policies}
     champion = None if context.plan else find_champion(context.tracker, recipe.registered_name)
     if champion and champion.manifest.sha256 != policies[recipe.candidate_name].sha256:
         policies[CHAMPION] = champion.manifest
-    # A known reward measures also where policies learned from the model: that shows over-optimisation.
+    # Evaluate by a known reward even if policies learned from a reward model: that shows over-optimisation.
     source = recipe.reward.source
-    proxy = None if source else next((one.reward_model for one in trained if one.reward_model), None)
+    proxy = None if source else next((p.reward_model for p in trained if p.reward_model), None)
     if source is None and proxy is None:
         proxy = prepared.train_reward(context, recipe.seed, "", keep)
     settings = EvaluationSettings(recipe.evaluate, recipe.tokens, recipe.seed, source)
-    measured = evaluate(context, policies, prepared.judged, pairs, proxy, settings)
-    answers = keep(measured)
+    answers = keep(evaluate(context, policies, prepared.judged, pairs, proxy, settings))
     if recipe.judge:
         keep(judge_policies(context, answers, recipe.judge, recipe.seed))
     if recipe.suites.names:
         for name, model in policies.items():
             labelled = context.labelled(f" {name}")
-            asked = evaluate_suites(labelled, name, model, reference, pairs, recipe.suites, recipe.tokens)
-            keep(asked)
+            keep(evaluate_suites(labelled, name, model, reference, pairs, recipe.suites, recipe.tokens))
     return champion
 
 
 def _compare(context: Context, prepared: Prepared, keep: Keep) -> list[TrainedPolicy]:
-    """Train every point of the study and measure it, and the reference, on the same prompts."""
+    """Train every point of the study, and evaluate all and the reference on the same prompts."""
     recipe = prepared.recipe
     study = recipe.study
     assert study is not None
     if study.parallel > 1 and context.ranks.threads is None:
-        # Threads of computations that all want all cores wait for each other: slower than one by one.
-        share = max(1, (os.cpu_count() or 1) // study.parallel)
-        context = replace(context, ranks=context.ranks.model_copy(update={"threads": share}))
+        # If each job used all cores, their threads would wait for each other, slower than one job at a time.
+        threads = max(1, (os.cpu_count() or 1) // study.parallel)
+        context = replace(context, ranks=context.ranks.model_copy(update={"threads": threads}))
 
-    def measured(label: str, model: Manifest, samples: int, keep: Keep = keep) -> Manifest:
+    def evaluate_point(label: str, model: Manifest, samples: int, keep: Keep = keep) -> Manifest:
         context.stop.check()
         config = recipe.evaluate.model_copy(update={"samples_per_prompt": samples})
         result = measure(
@@ -128,10 +127,10 @@ def _compare(context: Context, prepared: Prepared, keep: Keep) -> list[TrainedPo
         )
         return keep(result)
 
-    own = recipe.evaluate.samples_per_prompt
-    measured(f" {REFERENCE}", prepared.reference, max([*study.best_of, own]))
+    samples = recipe.evaluate.samples_per_prompt
+    evaluate_point(f" {REFERENCE}", prepared.reference, max([*study.best_of, samples]))
 
-    def then(one: TrainedPolicy, keep: Keep) -> None:
-        measured(one.node.label, one.manifest, own, keep)
+    def then(policy: TrainedPolicy, keep: Keep) -> None:
+        evaluate_point(policy.node.label, policy.manifest, samples, keep)
 
     return train_policies(context, prepared, keep, study.parallel, then)

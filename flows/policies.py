@@ -1,4 +1,4 @@
-"""Training the graph of policies: each after those that it starts from or is held to."""
+"""Trains the graph of policies: each after the policies that it starts from or refers to."""
 
 import contextvars
 import threading
@@ -24,13 +24,13 @@ def train_policies(
     prepared: Prepared,
     keep: Keep,
     parallel: int = 1,
-    then: Callable[[TrainedPolicy, Keep], Any] = lambda one, keep: None,
+    then: Callable[[TrainedPolicy, Keep], Any] = lambda policy, keep: None,
 ) -> list[TrainedPolicy]:
     """Train every node of the recipe's graph.
 
     Args:
-        parallel: how many at a time; the first error stops those that have not begun.
-        then: what follows each training, in the same thread.
+        parallel: number of nodes trained at the same time; after an error no further node starts.
+        then: called after each training, in the same thread.
     """
     nodes = prepared.recipe.nodes()
     labels = cache_labels(nodes)
@@ -42,7 +42,7 @@ def train_policies(
     }
 
     def train(node: Node, earlier: Earlier) -> tuple[TrainedPolicy, list[StageResult]]:
-        context.stop.check()  # a thread that ends its work takes the next before the rest can be called off
+        context.stop.check()  # a thread may take its next node before the pool is cancelled
         own: list[StageResult] = []
 
         def note(result: StageResult) -> Manifest:
@@ -57,20 +57,20 @@ def train_policies(
     trained = []
     for policy, own in _each(nodes, train, 1 if context.plan else parallel, context.stop):
         trained.append(policy)
-        for result in own:  # in the order of the recipe, whichever thread was faster
+        for result in own:  # in the recipe's order, whichever thread was faster
             keep(result)
     return trained
 
 
 Earlier = dict[tuple[str, int], TrainedPolicy]
-"""What is trained already, by name and seed."""
+"""The policies trained so far, by name and seed."""
 _Trained = tuple[TrainedPolicy, list[StageResult]]
 
 
 def _each(
     nodes: list[Node], train: Callable[[Node, Earlier], _Trained], parallel: int, stop: Stop
 ) -> Iterator[_Trained]:
-    """All nodes in their order, so many at a time."""
+    """Train the nodes, so many at the same time; yields the results in their order."""
     if parallel > 1:
         yield from _in_threads(nodes, train, parallel, stop)
         return
@@ -84,7 +84,7 @@ def _each(
 def _in_threads(
     nodes: list[Node], train: Callable[[Node, Earlier], _Trained], parallel: int, stop: Stop
 ) -> list[_Trained]:
-    """All nodes; a node waits for those that it needs, which were begun before it."""
+    """Train the nodes in threads; a node waits for those that it needs, which were submitted before it."""
     futures: dict[tuple[str, int], Future[_Trained]] = {}
     failed = threading.Event()
 
@@ -100,7 +100,7 @@ def _in_threads(
     with ThreadPoolExecutor(parallel) as pool:
         running = []
         for node in nodes:
-            # Prefect knows a task's flow by context variables, which a thread does not inherit.
+            # Prefect finds a task's flow through context variables, which a thread does not inherit.
             future = pool.submit(contextvars.copy_context().run, begin, node)
             futures[node.policy, node.seed] = future
             running.append(future)
@@ -110,14 +110,14 @@ def _in_threads(
                     future.result()
             return [future.result() for future in running]
         except BaseException as error:
-            stop.begin(error)  # where it is a stop, the other threads end their work too; else they finish it
+            stop.begin(error)  # if it is a stop, other threads end their work; otherwise they finish it
             pool.shutdown(wait=True, cancel_futures=True)
             raise
 
 
 @dataclass(frozen=True)
 class _Trainer:
-    """Trains one node from what is there already."""
+    """Trains one node from the prepared artifacts and the policies trained so far."""
 
     context: Context
     prepared: Prepared
@@ -168,7 +168,7 @@ class _Trainer:
         return self.prepared.models[name] if is_external(name) else self.earlier[name, seed].manifest
 
     def _needed(self, node: Node) -> dict[str, Manifest]:
-        """What the policies that this one needs took, and they themselves."""
+        """The artifacts of the policies that this node needs, and those that these needed."""
         needed: dict[str, Manifest] = {}
         for key in node.needs:
             other = self.earlier[key]

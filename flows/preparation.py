@@ -1,4 +1,4 @@
-"""From the recipe's data and model to a reference and judged pairs: the stages that every run begins with."""
+"""The first stages of every run: load and check the data, import the model, make the reference and pairs."""
 
 import datetime
 import logging
@@ -25,27 +25,27 @@ from tasks.store.manifest import Manifest
 log = logging.getLogger("dpo")
 
 Keep = Callable[[StageResult], Manifest]
-"""Enters what a stage came to under a name, and hands on its manifest."""
+"""Records the result of a stage and returns its manifest."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What training starts from."""
+    """The artifacts that training starts from."""
 
     reference: Manifest
     judged: Manifest
-    """The rows that passed the gate, whose prompts are sampled and evaluated on."""
+    """The rows that passed the gate; policies sample and are evaluated on their prompts."""
     pairs: Manifest
     """Pairs, or unpaired rows, that passed the gate."""
     recipe: Recipe
-    """With the day that the chat template writes, where it writes one."""
+    """The recipe with a fixed `tokens.date`, if the chat template writes the date."""
     sampled: Manifest | None = None
-    """Pairs as they were sampled, where the data are prompts."""
+    """The sampled pairs, if the data are prompts."""
     models: Mapping[str, Manifest] = field(default_factory=dict)
-    """Models of the registry or of earlier runs, by the name that policies give them."""
+    """Models of the registry or of earlier runs, by their names in the policies."""
 
     def train_reward(self, context: Context, seed: int, label: str, keep: Keep) -> Manifest:
-        """A reward model trained on the pairs."""
+        """Train a reward model on the pairs."""
         labelled = context.labelled(label)
         settings = self.recipe.reward.model
         result = train_reward(labelled, self.reference, self.pairs, settings, self.recipe.tokens, seed)
@@ -53,7 +53,7 @@ class Prepared:
 
 
 def prepare(context: Context, recipe: Recipe, keep: Keep) -> Prepared:
-    """Load, import, judge, fine-tune, and where the data are prompts sample pairs and judge those."""
+    """Run the first stages: load, import, data gate, SFT, and if the data are prompts, pair sampling."""
     seed = recipe.seed
     loaded = keep(load_data(context, recipe.data))
     kind = facts_of(loaded, LoadFacts).kind
@@ -69,19 +69,18 @@ def prepare(context: Context, recipe: Recipe, keep: Keep) -> Prepared:
 
     reference = base
     if recipe.sft.enabled:
-        given = None if kind == "prompts" else judged
-        reference = keep(prepare_sft(context, base, given, recipe.sft, tokens, seed))
+        demonstrations = None if kind == "prompts" else judged
+        reference = keep(prepare_sft(context, base, demonstrations, recipe.sft, tokens, seed))
     pairs, sampled = judged, None
     if kind == "prompts":
         source = str(recipe.reward.source)
-        drawn = sample_pairs(context, judged, reference, recipe.pairs, tokens, source, seed)
-        sampled = keep(drawn)
+        sampled = keep(sample_pairs(context, judged, reference, recipe.pairs, tokens, source, seed))
         pairs = keep(validate(context, "pairs", sampled, base, recipe.gate, tokens))
     return Prepared(reference, judged, pairs, recipe, sampled, models)
 
 
 def _from_elsewhere(context: Context, recipe: Recipe, base: Manifest, keep: Keep) -> dict[str, Manifest]:
-    """The models from outside the recipe that policies name, which must read the tokens of this run."""
+    """Import the registered or earlier models that policies name; they must have this run's tokenizer."""
     models = {}
     for name in dict.fromkeys(m for node in recipe.nodes() for m in node.config.models if is_external(m)):
         config = recipe.model.model_copy(update={"name": name, "revision": None, "scratch": None})
@@ -96,7 +95,7 @@ def _from_elsewhere(context: Context, recipe: Recipe, base: Manifest, keep: Keep
 
 
 def _require_comparable_champion(context: Context, recipe: Recipe, base: Manifest) -> None:
-    """Refuse a run whose candidate could not be held against the champion of its registered name."""
+    """Refuse a run whose candidate could not be compared with the champion of its registered name."""
     if context.plan or base.planned or recipe.study is not None:
         return
     champion = find_champion(context.tracker, recipe.registered_name)
@@ -108,8 +107,8 @@ def _require_comparable_champion(context: Context, recipe: Recipe, base: Manifes
 
 
 def _dated(recipe: Recipe, loaded: Manifest, base: Manifest) -> Recipe:
-    """The recipe with the day on which the data was first read, if the chat template asks for the date: the
-    tokens of a run must not change at midnight, nor those of its resume."""
+    """The recipe with the day on which the data were first read, if the chat template writes the date. Tokens
+    must not change at midnight or when a run is resumed."""
     if base.planned or loaded.planned:
         return recipe
     day = datetime.date.fromisoformat(str(facts_of(loaded, LoadFacts).read_on))
@@ -118,11 +117,11 @@ def _dated(recipe: Recipe, loaded: Manifest, base: Manifest) -> Recipe:
 
 
 def _require_answers(recipe: Recipe, judged: Manifest) -> None:
-    """What would be missed only after the training: an interval needs two answers, SFT a desirable one."""
+    """Refuse data that would fail only later: an interval needs two answers, SFT needs desirable ones."""
     facts = facts_of(judged, GateFacts)
     if facts.held_out_prompts == recipe.evaluate.samples_per_prompt == 1:
         raise RecipeError(
-            "one held-out prompt and one sample of it give no interval to compare the policies by",
+            "one held-out prompt with one sample gives no confidence interval to compare the policies",
             "Set evaluate.samples_per_prompt to 2 or more, or hold out more prompts",
         )
     held_out = facts.held_out_prompts
@@ -132,7 +131,7 @@ def _require_answers(recipe: Recipe, judged: Manifest) -> None:
         raise no_agreement()
     if facts.desirable == 0 and _sft_reads_answers(recipe):
         raise RecipeError(
-            "no training row is labelled desirable, and SFT learns from the desirable answers",
+            "no training row is labelled desirable, but SFT learns from desirable answers",
             "Set sft.demonstrations or sft.enabled=false",
         )
 
@@ -143,36 +142,35 @@ def _sft_reads_answers(recipe: Recipe) -> bool:
 
 
 def _require_labels(recipe: Recipe, kind: str) -> None:
-    """What only the data can tell: whether they are of the kind that the recipe learns from.
+    """Refuse data of a kind that the recipe cannot learn from.
 
-    Prompts alone need a reward to label samples, and demonstrations; unpaired rows need an objective of their
-    own, and a reward, because a reward model is trained on pairs.
+    Prompts need a reward to label samples, and demonstrations for SFT. Unpaired rows need an objective for
+    them, and a reward, because a reward model is trained on pairs.
     """
     if kind == "unpaired":
         for name, policy in recipe.policies.items():
             if policy.entry.data == "pairs":
                 raise RecipeError(
-                    f"the data are unpaired rows, and policy {name} learns from pairs",
-                    f"Set policies.{name}.method to kto, or give rows with a chosen and a rejected answer",
+                    f"the data are unpaired rows, but policy {name} learns from pairs",
+                    f"Set policies.{name}.method to kto, or use rows with a chosen and a rejected answer",
                 )
         if recipe.reward.source is None:
             raise RecipeError(
-                "the data are unpaired rows, and without reward.source a reward model would be trained on "
-                "pairs",
+                "the data are unpaired rows, but without reward.source a reward model is trained on pairs",
                 "Set reward.source",
             )
         if recipe.trains_reward_model:
             raise RecipeError(
-                "the data are unpaired rows, and a policy's reward is a model, which is trained on pairs",
-                "Leave the policy's reward out",
+                "the data are unpaired rows, but a policy's reward is a model, which is trained on pairs",
+                "Remove the policy's reward",
             )
     if kind != "prompts":
         return
     if recipe.reward.source is None:
         raise RecipeError(
-            "the data are prompts without pairs, and no reward labels samples", "Set reward.source"
+            "the data are prompts without pairs, but there is no reward to label samples", "Set reward.source"
         )
-    if recipe.margin_by_agreement:  # nobody votes on sampled pairs
+    if recipe.margin_by_agreement:  # sampled pairs have no votes
         raise no_agreement()
     if _sft_reads_answers(recipe):
         raise RecipeError(

@@ -1,4 +1,4 @@
-"""The frame of every run: checks ahead, its record, its MLflow run, and how both end."""
+"""Starts and ends every run: pre-flight checks, its record, and its MLflow run."""
 
 import contextlib
 import logging
@@ -33,12 +33,12 @@ def recorded(
     command: str | None = None,
     cluster: Cluster | None = None,
 ) -> Report:
-    """What `run_stages` reports, with the run on record from its start to its end.
+    """Run the stages with a record of the run from its start to its end; returns their report.
 
     Args:
-        run_stages: given the context, the recipe and the command that started the run.
-        command: what to put down as that command, where this process was not started by it.
-        cluster: where the training jobs run; None: on this machine.
+        run_stages: gets the context, the recipe and the command that started the run.
+        command: that command, if it is not the command line of this process.
+        cluster: where jobs run; None: on this machine.
     """
     hide_secrets_in_logs()
     check_before_run(recipe, resume, cluster)
@@ -55,23 +55,23 @@ def recorded(
         if record.recipe_sha256 is None:
             if resume:
                 log.warning(
-                    "run %s began with an older version, which kept no recipe: whether it began with these "
-                    "settings cannot be compared",
+                    "run %s was started by an older version, which stored no recipe: its settings cannot be "
+                    "compared with these",
                     record.run_id,
                 )
             record = store_recipe(workspace, record, recipe)
         ranks = recipe.inference.on_node(cluster.settings.gpus if cluster else 0)
         context = Context(record.run_id, Store(workspace), tracker, stop_of_process(), cluster, ranks)
-        return _held(context, recipe, record, run_stages, command, begun=bool(resume))
+        return _run_locked(context, recipe, record, run_stages, command, begun=bool(resume))
 
 
 def _moving_names(recipe: Recipe, tracker: Tracker) -> dict[str, str]:
-    """What the names of models that may move, aliases and `latest`, name now."""
+    """The current models behind aliases and `latest`, whose meaning may change."""
     pinned = {name: pinned_name(name, tracker.workspace, tracker) for name in model_names(recipe)}
-    return {name: lasting for name, lasting in pinned.items() if lasting != name}
+    return {name: fixed for name, fixed in pinned.items() if fixed != name}
 
 
-def _held(
+def _run_locked(
     context: Context,
     recipe: Recipe,
     record: RunRecord,
@@ -79,15 +79,15 @@ def _held(
     command: str,
     begun: bool,
 ) -> Report:
-    if begun and (record.status == "running" or record.error == KILLED):  # and nobody holds it
+    if begun and (record.status == "running" or record.error == KILLED):  # and no process holds its lock
         log.warning(
-            "run %s had ended without a word: it was killed, or the machine went down (if memory ran out, "
-            "lower the batch sizes of the stage it was in, in a new run); going on with it",
+            "resuming run %s, which was killed or whose machine went down (if memory ran out, start a new "
+            "run with smaller batches in the stage that was running)",
             record.run_id,
         )
     workspace, tracker = context.workspace, context.tracker
     close_abandoned(workspace, tracker)
-    # On record before MLflow hears of it: a kill in between leaves a run that can be resumed.
+    # Recorded before the MLflow run starts, so that a run killed in between can be resumed.
     record = record.model_copy(update={"status": "running", "error": None, "owner": this_process()})
     save_run(workspace, record)
 
@@ -120,15 +120,15 @@ def _held(
 
 
 def reason_of(error: BaseException) -> str:
-    """Why a run ended, in words: Prefect's own cancellation, for one, is an error without any."""
+    """The reason for the end of a run, also for errors without a message such as Prefect's cancellation."""
     if isinstance(error, DpoError):
         return str(error)
     name = type(error).__name__
     if str(error).strip():
         return f"{name}: {error}"
     if name == "CancelledError":
-        return "Prefect ended the run; its log there, and the server's, say why (CancelledError)"
-    return f"the run ended with {name}, which gives no reason; the traceback is in the log"
+        return "Prefect ended the run (CancelledError); see the run's log in Prefect, and the server's log"
+    return f"the run ended with {name}, without a message; the traceback is in the log"
 
 
 def _ended_badly(context: Context, record: RunRecord, error: BaseException) -> None:
@@ -137,9 +137,9 @@ def _ended_badly(context: Context, record: RunRecord, error: BaseException) -> N
     reason = hidden(reason_of(error))
     if stopped:
         status, reason = "stopped", stopped
-    with contextlib.suppress(DpoError):  # a full disk must not hide why the run ended
+    with contextlib.suppress(DpoError):  # a full disk must not hide the reason
         save_run(context.workspace, record.model_copy(update={"status": status, "error": reason}))
-    if not tracker.run_id:  # MLflow has not heard of it
+    if not tracker.run_id:  # MLflow has no run yet
         return
     tracker.parent.tag("dpo.error", reason)
     tracker.finish_parent("KILLED" if stopped or not isinstance(error, Exception) else "FAILED")

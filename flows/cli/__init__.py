@@ -1,1 +1,1 @@
-"""The command line: a file for each command."""
+"""The command line `dpo`: a file per command, which imports its body from `flows.commands` when called."""

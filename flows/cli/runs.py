@@ -1,67 +1,32 @@
-"""`dpo runs`: what ran in a workspace, the newest first."""
+"""`dpo runs`: list the runs of a workspace."""
 
-import json
-from pathlib import Path
+from typing import Annotated
 
 import typer
 
-from dpo_core.errors import RecipeError
-from flows.cli.format import count
-from tasks.reports.old_report import is_old, upgraded
-from tasks.runs.record import STATUSES, list_runs
-from tasks.store.files import run_folder
+from flows.cli.options import WORKSPACE, JsonOption, WorkspaceOption
+
+_DEFAULT_LIMIT = 20
 
 
-def _outcome(workspace: str, run_id: str) -> str:
-    """The decision, the gain and the registered version of a finished run, as far as its report says them."""
-    try:
-        facts = json.loads((run_folder(workspace, run_id) / "report.json").read_bytes())
-        if "study" in facts:
-            return ""
-        facts = upgraded(facts) if is_old(facts) else facts
-        candidate = facts["candidate"]
-        decision, rows = facts.get("decision"), (facts.get("evaluation") or {}).get("policies") or []
-        gain = next((row["gain"] for row in rows if row["name"] == candidate and row.get("gain")), None)
-        about, model = facts["policies"].get(candidate) or {}, facts.get("model")
-        parts = [
-            ("promote" if decision["promote"] else "do not promote") if decision else "",
-            f"gain {gain['value']:+.3f} [{gain['low']:.3f}, {gain['high']:.3f}]" if gain else "",
-            f"{model['name']} version {model['version']}" if model else "",
-            about.get("objective") or about.get("method") or "",
-        ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # gone, damaged or of another version
-        return ""
-    return ", ".join(part for part in parts if part)
-
-
-def list_them(
-    workspace: str, newest: int | None, statuses: list[str], recipe: str | None, as_json: bool
+def runs(
+    newest: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help=f"List so many; by default {_DEFAULT_LIMIT}, in JSON all."),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="List all of them.")] = False,
+    status: Annotated[
+        list[str] | None,
+        typer.Option(help="Only running, done, failed, refused or stopped ones; may be repeated."),
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(metavar="NAME", help="Only those of a recipe.")] = None,
+    workspace: WorkspaceOption = WORKSPACE,
+    as_json: JsonOption = False,
 ) -> None:
-    """Print the runs.
+    """List the runs of a workspace, newest first."""
+    from flows.commands.runs import print_runs
 
-    Args:
-        newest: so many of those that are asked for; None: all.
-
-    Raises:
-        RecipeError: there is no such status.
-    """
-    for status in statuses:
-        if status not in STATUSES:
-            raise RecipeError(f"no run has the status {status}", f"Name one of {', '.join(STATUSES)}")
-    asked = [
-        run
-        for run in list_runs(workspace)
-        if (not statuses or run.status in statuses) and recipe in (None, run.recipe)
-    ]
-    if as_json:
-        typer.echo(json.dumps([run.model_dump(mode="json") for run in asked[:newest]], indent=1))
-        return
-    if not asked:
-        such = " such" if statuses or recipe else ""
-        typer.echo(f"no{such} runs in {Path(workspace).absolute()}")
-    for run in asked[:newest]:
-        told = run.error or (_outcome(workspace, run.run_id) if run.status == "done" else "")
-        line = f"{run.run_id:40} {run.status:8} {run.started_at:%Y-%m-%d %H:%M}"
-        typer.echo(f"{line}  {told}" if told else line)
-    if newest is not None and len(asked) > newest:
-        typer.echo(f"and {count(len(asked) - newest, 'older run')}: --all lists them")
+    if every and newest is not None:
+        raise typer.BadParameter("--all and --newest exclude each other: use one of them")
+    limit = newest if newest is not None or every or as_json else _DEFAULT_LIMIT
+    print_runs(workspace, limit, status or [], recipe, as_json)

@@ -178,10 +178,11 @@ def _report_crash() -> None:
     flow_run = os.environ.get("PREFECT__FLOW_RUN_ID")
     if not flow_run:
         return
-    from prefect.client.orchestration import get_client
-    from prefect.states import Crashed
+    # Imported only after a kill, so that the supervisor starts at once and stays small.
+    from prefect.client.orchestration import get_client  # noqa: PLC0415
+    from prefect.states import Crashed  # noqa: PLC0415
 
-    from flows.process.prefect_server import server_address
+    from flows.process.prefect_server import server_address  # noqa: PLC0415
 
     if server_address() is None:  # a client would start its own server, which does not have the run
         return
@@ -195,9 +196,10 @@ def _close_records(settings: dict[str, Any], number: int) -> None:
     """Record in the workspace and in MLflow that the run was killed, if it did not record its end."""
     if not settings or not _left_running(Path(settings["workspace"]), number):
         return
-    from tasks.recipe.sections import TrackingConfig
-    from tasks.runs.record import close_abandoned
-    from tasks.tracking.tracker import Tracker
+    # Imported only after a kill; MLflow takes seconds.
+    from tasks.recipe.sections import TrackingConfig  # noqa: PLC0415
+    from tasks.runs.record import close_abandoned  # noqa: PLC0415
+    from tasks.tracking.tracker import Tracker  # noqa: PLC0415
 
     tracker = Tracker(TrackingConfig.model_validate(settings["tracking"]), settings["workspace"])
     close_abandoned(settings["workspace"], tracker)

@@ -11,6 +11,9 @@ import logging
 from typing import Any
 from uuid import UUID
 
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.context import FlowRunContext
+
 log = logging.getLogger("dpo")
 
 LEASE_SECONDS = 3600.0
@@ -20,8 +23,6 @@ _RENEWED = "_renewed_by_dpo"
 
 def outlive_leases() -> None:
     """From now on, failed renewals of this run's own lease do not end this process."""
-    from prefect.client.orchestration import SyncPrefectClient
-
     plain = SyncPrefectClient.renew_concurrency_lease
     if hasattr(plain, _RENEWED):
         return
@@ -45,8 +46,6 @@ def outlive_leases() -> None:
 
 def _lease_of_run() -> UUID | None:
     """The lease of the flow run that this thread works for."""
-    from prefect.context import FlowRunContext
-
     context = FlowRunContext.get()
     state = context.flow_run.state if context and context.flow_run else None
     return state.state_details.deployment_concurrency_lease_id if state else None

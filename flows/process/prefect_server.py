@@ -4,6 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import httpx
+from prefect.client.orchestration import get_client
+from prefect.exceptions import PrefectHTTPStatusError
+from prefect.settings import PREFECT_API_URL
+
 from dpo_core.errors import RecipeError, StageFailed
 
 _REMEDY = "Start one with: prefect server start; then: export PREFECT_API_URL=http://127.0.0.1:4200/api"
@@ -11,8 +16,6 @@ _REMEDY = "Start one with: prefect server start; then: export PREFECT_API_URL=ht
 
 def server_address() -> str | None:
     """The configured server's address; None if neither environment nor profile has one."""
-    from prefect.settings import PREFECT_API_URL
-
     address: str | None = PREFECT_API_URL.value()
     return address
 
@@ -38,10 +41,6 @@ def server() -> Iterator[Any]:
     Raises:
         RecipeError: no server is configured, it does not answer, or it refuses the request.
     """
-    import httpx
-    from prefect.client.orchestration import get_client
-    from prefect.exceptions import PrefectHTTPStatusError
-
     address = server_address()
     if address is None:
         raise RecipeError("no Prefect server is configured, and schedules need one", _REMEDY)
@@ -64,9 +63,6 @@ def prefect_away(error: Exception, begun: bool) -> Exception:
     Args:
         begun: whether the run has a record and can be resumed.
     """
-    import httpx
-    from prefect.exceptions import PrefectHTTPStatusError
-
     where = server_address()
     if isinstance(error, PrefectHTTPStatusError):
         return refused(error) if error.response.status_code == 401 else error

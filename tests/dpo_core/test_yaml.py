@@ -12,7 +12,7 @@ from dpo_core.errors import DpoError, RecipeError
 from dpo_core.models.source import read_template
 from dpo_core.system import MOST_BYTES, read_small
 from dpo_core.yaml import quoted, read_yaml
-from flows.cli.launch import read_cluster
+from flows.commands.cluster import read_cluster
 from tasks.recipe.read import load_recipe
 
 REPO = Path(__file__).resolve().parents[2]

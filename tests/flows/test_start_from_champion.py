@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dpo_core.errors import RecipeError
-from flows.cli.plan import plan_recipe
+from flows.commands.plan import plan_recipe
 from tasks.recipe.read import load_recipe
 from tasks.recipe.sections import TrackingConfig
 from tasks.store.manifest import digest_folder

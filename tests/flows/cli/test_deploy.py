@@ -40,26 +40,26 @@ def deployment(**changes: Any) -> Deployment:
     ("changes", "words"),
     [
         ({"entrypoint": "flows.nowhere.deployed"}, "cannot be imported"),
-        ({"entrypoint": "flows.deployed.keep_quiet"}, "is no flow"),
+        ({"entrypoint": "flows.deployed.keep_quiet"}, "is not a flow"),
         ({"parameters": {}}, "recipe: Field required"),
         ({"parameters": {"recipe": "demo", "recipee": 1}}, "recipee"),
         ({"parameters": {"recipe": 3}}, "recipe"),
         ({"parameters": {"recipe": "dmo"}}, "nightly: there is no recipe named dmo"),
-        ({"parameters": {"recipe": "mine.yaml"}}, "workers run elsewhere"),
+        ({"parameters": {"recipe": "mine.yaml"}}, "workers run in other folders"),
         (
             {"parameters": {"recipe": "demo", "overrides": ["policies.DPO.epoch=2"]}},
             "did you mean policies.DPO.epochs?",
         ),
         ({"parameters": {"recipe": "demo", "on": "moon"}}, "nightly: there is no launcher 'moon'"),
         ({"parameters": {"recipe": "demo", "on": "kubernetes"}}, "nightly: the settings for kubernetes"),
-        ({"parameters": {"recipe": "demo", "on": "slurm", "settings": "x.yaml"}}, "workers run elsewhere"),
+        ({"parameters": {"recipe": "demo", "on": "slurm", "settings": "x.yaml"}}, "run in other folders"),
         ({"schedules": [NIGHT | {"parameters": {"recipe": "dmo"}}]}, "nightly schedule night: there is"),
         ({"triggers": [NEW | {"parameters": {"path": "x"}}]}, "nightly trigger new: parameters:"),
-        ({"work_pool": {"name": "dpo"}}, "the workspace ./runs would be another, empty one for each run"),
+        ({"work_pool": {"name": "dpo"}}, "the workspace ./runs is a relative path, and a worker starts"),
     ],
 )  # fmt: skip
 def test_what_could_only_fail_at_night_is_refused_by_day(changes: dict[str, Any], words: str) -> None:
-    from flows.cli.deploy import check_deployment
+    from flows.commands.deploy import check_deployment
 
     check_deployment(deployment())
     with pytest.raises(RecipeError) as caught:
@@ -68,14 +68,14 @@ def test_what_could_only_fail_at_night_is_refused_by_day(changes: dict[str, Any]
 
 
 def test_a_whole_path_as_workspace_needs_no_working_folder() -> None:
-    from flows.cli.deploy import check_deployment
+    from flows.commands.deploy import check_deployment
 
     given = {"recipe": "demo", "overrides": ["workspace=/srv/dpo/runs"]}
     check_deployment(deployment(parameters=given, work_pool={"name": "dpo"}))
 
 
 def test_a_package_in_the_working_folder_that_would_replace_the_flow_is_refused(tmp_path: Path) -> None:
-    from flows.cli.deploy import check_deployment
+    from flows.commands.deploy import check_deployment
 
     (tmp_path / "flows").mkdir()
     (tmp_path / "flows" / "__init__.py").touch()
@@ -93,15 +93,15 @@ def test_a_package_in_the_working_folder_that_would_replace_the_flow_is_refused(
 
 
 def test_prefects_own_model_takes_the_shipped_file() -> None:
-    from flows.cli.deploy import _check_with_prefect, check_deployment
+    from flows.commands.deploy import check_deployment, check_with_prefect
 
     path = Path(__file__).resolve().parents[3] / "deploy" / "prefect.yaml"
     file, raw = read_prefect_file(path, {"DPO_HOME": "/srv/dpo"})
-    _check_with_prefect(path, raw)
+    check_with_prefect(path, raw)
     assert {check_deployment(one).name for one in file.deployments} == {"dpo"}
     raw["deployments"][0]["schedules"][0]["cron"] = 5
     with pytest.raises(RecipeError, match="Prefect refuses"):
-        _check_with_prefect(path, raw)
+        check_with_prefect(path, raw)
 
 
 def fields(**changes: Any) -> dict[str, Any]:
@@ -222,7 +222,7 @@ def test_a_server_that_is_away_is_named(
 
 @pytest.mark.parametrize("path", ["/data/a b.jsonl", "null", "/x/{a: 1}", "/x/ü'\".jsonl"])
 def test_a_data_set_of_any_name_takes_the_recipes_place(path: str) -> None:
-    from flows.deployed import command_of, data_overrides
+    from flows.commands.worker_run import command_of, data_overrides
     from tasks.recipe.read import load_recipe
 
     sets = data_overrides(path)

@@ -88,7 +88,7 @@ def test_triggers_go_with_their_deployment(site: Site) -> None:
     site.ask(f"/deployments/{found['id']}", method="DELETE")
     assert triggers(site) == ["dpo new data"]
     assert doubts(site) == ["dpo new data asks for a deployment that is gone"]
-    assert deploy(site, [nightly]) == ["- trigger dpo new data of a deployment that is gone"]
+    assert deploy(site, [nightly]) == ["- trigger dpo new data of a deleted deployment"]
     assert triggers(site) == []
     assert doubts(site) == []
     deploy(site, [nightly, new_data])

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from dpo_core.errors import RecipeError
-from flows.cli.launch import read_cluster, rendered
+from flows.commands.cluster import read_cluster
+from flows.commands.render import rendered
 from tasks.preflight import check_before_run
 from tasks.recipe.read import load_recipe
 from tests.support.runs.tiny_run import Bench
@@ -75,7 +76,7 @@ def test_settings_come_from_a_file_and_are_overridden(tmp_path: Path) -> None:
     ("on", "settings", "words"),
     [
         ("moon", [], "there is no launcher 'moon'.*local, kubernetes, slurm, skypilot"),
-        ("local", ["nodes=2"], "local takes no settings"),
+        ("local", ["nodes=2"], "local has no cluster settings"),
         ("kubernetes", ["image=a"], "settings for kubernetes cannot be used: claim: Field required"),
         ("slurm", ["node=2"], "there is no field node"),
         ("slurm", ["environment.HF_TOKEN=abc"], "looks like a secret"),

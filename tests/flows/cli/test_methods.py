@@ -10,7 +10,7 @@ from dpo_core import methods as package
 from dpo_core.errors import RecipeError
 from dpo_core.methods import registry
 from flows.cli.main import app
-from flows.cli.methods import markdown
+from flows.commands.methods import markdown
 from tasks.recipe.policies import CLASSES
 
 REPO = Path(__file__).resolve().parents[3]
@@ -52,7 +52,7 @@ def test_an_unknown_method_is_told_with_the_nearest() -> None:
 
 
 def test_the_page_of_the_docs_is_the_registry() -> None:
-    """Renew it: python -c "from flows.cli.methods import markdown; print(markdown(), end='')"."""
+    """Renew it: python -c "from flows.commands.methods import markdown; print(markdown(), end='')"."""
     assert (REPO / "flows" / "docs" / "methods.md").read_text() == markdown()
 
 

@@ -260,7 +260,7 @@ def test_what_does_not_fit_is_said_with_the_field_to_change(bench, tmp_path, mon
     recipe = yaml.safe_load(own.recipe.read_text())
     recipe["policies"] |= MORE
     own.recipe.write_text(json.dumps(recipe))  # every engine its own, none an alias
-    from flows.cli.plan import plan_recipe
+    from flows.commands.plan import plan_recipe
     from tasks.planning import speed as plan_speed
     from tasks.recipe.read import load_recipe
 

@@ -11,7 +11,7 @@ ODD = "a[/b]c [red]x :cat: \\[bold]"
 
 
 def test_paths_and_names_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
-    from flows.cli.terminal import terminal
+    from flows.commands.terminal import terminal
 
     terminal().print(f"page    {ODD}")
     table = Table(title=ODD)

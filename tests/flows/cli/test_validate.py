@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dpo_core.errors import DataError
-from flows.cli.validate import judge_file
+from flows.commands.validate import judge_file
 
 
 def _pairs(path: Path, name: str, count: int) -> str:

@@ -388,7 +388,7 @@ def tracking_database_below_a_file(world: World) -> list[str]:
 _held: list[socket.socket] = []  # kept, so that the port stays taken while the command looks
 
 
-@bad(2, "cannot be used (Address already in use)", "Choose --port")
+@bad(2, "cannot be used (Address already in use)", "Set another --port")
 def ui_on_a_taken_port(world: World) -> list[str]:
     taken = socket.create_server(("127.0.0.1", 0))
     _held.append(taken)

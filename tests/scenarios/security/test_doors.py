@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from dpo_core.errors import RecipeError
-from flows.cli.ui_access import access, is_loopback
+from flows.commands.ui_access import access, is_loopback
 from tests.scenarios.bad_inputs import World, good_rows, lines
 from tests.support.models.tiny import make_tiny_model
 from tests.support.runs.tracked import RECIPE, free_port

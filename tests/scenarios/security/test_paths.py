@@ -11,7 +11,7 @@ from pyarrow import csv, feather, parquet
 
 from dpo_core.data.files.read import check_source, read_rows
 from dpo_core.errors import DataError, RecipeError
-from flows.deployed import data_overrides
+from flows.commands.worker_run import data_overrides
 from tasks.reports.run_page import render
 from tasks.reports.run_report import RunReport
 from tasks.runs.record import RunRecord, list_runs
@@ -70,7 +70,7 @@ def test_an_event_names_no_file_outside_of_the_folder_of_data(
     assert data_overrides(None) == []
     assert data_overrides(str(inside))[0] == f'data.path="{inside}"'
     for other in (outside, data / ".." / "pairs.jsonl", data / "link.jsonl", "somebody/set", f"{data}-2/x"):
-        with pytest.raises(RecipeError, match="this worker takes no other"):
+        with pytest.raises(RecipeError, match="the only folder that this worker accepts"):
             data_overrides(str(other))
 
 

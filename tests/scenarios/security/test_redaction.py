@@ -11,7 +11,7 @@ import yaml
 
 from dpo_core.errors import DpoError, RecipeError, StageFailed, without_secrets
 from dpo_core.redaction import hidden, place_of_secret
-from flows.cli.validate import _own_folder
+from flows.commands.validate import _own_folder
 from flows.process.environment import hide_secrets_in_logs
 from tasks.recipe.read import load_recipe
 from tests.scenarios.bad_inputs import dpo
@@ -145,7 +145,7 @@ def test_a_folder_planted_at_the_gates_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "gate")
     (tmp_path / "file").touch()
     for planted in ("link", "file"):
-        with pytest.raises(DpoError, match="not this user's own folder"):
+        with pytest.raises(DpoError, match="belongs to another user or is a link"):
             _own_folder(tmp_path / planted)
 
 

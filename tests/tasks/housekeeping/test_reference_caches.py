@@ -102,7 +102,7 @@ def test_ls_of_an_older_cache_and_of_none(tmp_path: Path, caches: list[Reference
     # Facts of another key are no facts of this folder.
     (caches[1].folder / "reference.json").write_text(facts("c" * 64).model_dump_json())
     assert [cache.reference for cache in list_caches(tmp_path)] == [None, None]
-    assert "not written down" in call(tmp_path, "ls").stdout
+    assert "reference not recorded" in call(tmp_path, "ls").stdout
     for command in ("ls", "verify"):
         assert "no reference log-probs in" in call(tmp_path / "nothing", command).stdout
     assert not (tmp_path / "nothing").exists(), "a look changes nothing"
@@ -122,7 +122,7 @@ def test_a_use_by_a_stage_is_seen_and_a_look_is_none(tmp_path: Path, caches: lis
 def test_verify_names_the_damage_and_repairs_it(tmp_path: Path, caches: list[ReferenceCache]) -> None:
     intact = call(tmp_path, "verify")
     assert intact.exit_code == 0
-    assert "5 shards read, 5 whole entries" in intact.stdout
+    assert "5 shards read, 5 complete entries" in intact.stdout
     changed, headless = damage(caches[0], 0), sorted(caches[0].folder.glob("shard-*"))[2]
     (headless / "shard.json").unlink()
     result = call(tmp_path, "verify", "--json")

@@ -1,4 +1,4 @@
-"""`dpo methods`: the ways to train a policy, for people and for scripts."""
+"""The body of `dpo methods`: prints the methods of policies with their settings, also as the docs page."""
 
 import json
 from typing import Any
@@ -10,23 +10,23 @@ from dpo_core.methods.registry import get, methods
 
 
 def list_methods(names: list[str], as_json: bool) -> None:
-    """Print all methods, or those named with every setting.
+    """Print all methods, or the named ones with all settings.
 
     Raises:
-        RecipeError: there is no method of a name.
+        RecipeError: a method does not exist.
     """
     listed = [get(name) for name in names] or list(methods().values())
     if as_json:
         typer.echo(json.dumps([facts(method) for method in listed], indent=1, ensure_ascii=False))
         return
     for method in listed:
-        typer.echo(_text(method, whole=bool(names)))
+        typer.echo(_text(method, with_settings=bool(names)))
     if not names:
         typer.echo("\n`dpo methods NAME` prints the settings of a method.")
 
 
 def facts(method: Method) -> dict[str, Any]:
-    """What a method declares, ready for JSON."""
+    """The declarations of a method, as JSON."""
     return {
         "name": method.name,
         "title": method.title,
@@ -39,21 +39,21 @@ def facts(method: Method) -> dict[str, Any]:
 
 
 def markdown() -> str:
-    """The page of the docs: every method with its needs and settings."""
+    """The docs page `methods.md`: every method with its needs and settings."""
     lines = [
         "# Methods",
         "",
-        "What a policy of a recipe may name, as `dpo methods` lists it. Each method is one file of "
+        "The methods of a recipe's policies, as `dpo methods` lists them. Each method is one file in "
         "`dpo_core/methods/`, which declares its settings, the data that it learns from, how it reads the "
-        "reference, and the curves of the run page; its trainer is the file of the same name in "
-        "`dpo_core/trainers/`, its estimate for `dpo plan` is in `dpo_core/estimates/by_method.py`.",
+        "reference, and its curves on the run page. Its trainer is the file of the same name in "
+        "`dpo_core/trainers/`, and its estimate for `dpo plan` is in `dpo_core/estimates/by_method.py`.",
     ]
     for method in methods().values():
         needs = ", ".join(method.needs(method.settings()))
         use = (
             f"`policies: {{NAME: {{method: {method.name}}}}}`"
             if method.policy
-            else "Serves the run; no policy."
+            else "Used by the run itself, not by policies."
         )
         lines += [
             "",
@@ -70,11 +70,15 @@ def markdown() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _text(method: Method, whole: bool) -> str:
-    where = f"policies: {{NAME: {{method: {method.name}}}}}" if method.policy else "serves the run; no policy"
+def _text(method: Method, with_settings: bool) -> str:
+    use = (
+        f"set policies: {{NAME: {{method: {method.name}}}}}"
+        if method.policy
+        else "used by the run itself, not by policies"
+    )
     lines = [f"{method.name}  ({', '.join(method.needs(method.settings()))})", f"  {method.title}"]
-    lines += [f"  {method.citation}", f"  set {where}"]
-    if whole:
+    lines += [f"  {method.citation}", f"  {use}"]
+    if with_settings:
         fields = method.settings.model_fields.items()
         lines += [f"  {name} = {_default(field)}: {_first_line(field.description)}" for name, field in fields]
     return "\n".join(lines)

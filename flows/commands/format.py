@@ -1,4 +1,4 @@
-"""Numbers as the commands say them."""
+"""Formats numbers and times for the terminal."""
 
 
 def count(number: int, noun: str) -> str:
@@ -7,9 +7,14 @@ def count(number: int, noun: str) -> str:
 
 
 def size(size: float) -> str:
-    """Bytes in the unit that fits."""
+    """Bytes with a suitable unit."""
     for unit in ("B", "kB", "MB"):
         if size < 1000:
             return f"{size:.0f} {unit}"
         size /= 1000
     return f"{size:.1f} GB"
+
+
+def readable_time(time: str) -> str:
+    """An ISO time with a space before the hour and no seconds; the UTC offset tells summer from winter."""
+    return time.replace("T", " ").replace(":00+", "+", 1).replace(":00-", "-", 1)

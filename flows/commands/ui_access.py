@@ -1,4 +1,4 @@
-"""Who may look into a workspace through `dpo ui`: this machine, or whoever knows the password."""
+"""Access control of `dpo ui`: this machine only, or a password."""
 
 import importlib.util
 import ipaddress
@@ -12,8 +12,8 @@ from dpo_core.errors import RecipeError
 from dpo_core.system import write_atomic
 
 USER, PASSWORD = "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"
-"""What MLflow's own clients read too."""
-_SHORTEST = 12  # MLflow's rule
+"""The variables that MLflow's clients read."""
+_SHORTEST = 12  # MLflow's minimum length of a password
 _CONFIG = """[mlflow]
 database_uri = sqlite:///{users}
 default_permission = READ
@@ -23,7 +23,7 @@ authorization_function = mlflow.server.auth:authenticate_request_basic_auth
 
 @dataclass(frozen=True)
 class Access:
-    """What MLflow's server is started with, and what asks it for something."""
+    """Options and environment of MLflow's server, and the headers of requests to it."""
 
     options: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
@@ -31,12 +31,12 @@ class Access:
 
 
 def access(host: str, workspace: Path) -> Access:
-    """Nothing on a loopback address; on any other one MLflow asks for a name and a password.
+    """No login on a loopback address; on any other one MLflow requires a name and a password.
 
-    MLflow keeps them, hashed, in the workspace, with those of the users that this one adds.
+    MLflow stores users, with hashed passwords, in the workspace.
 
     Raises:
-        RecipeError: there is no password, or what MLflow needs to ask for one is not installed.
+        RecipeError: no password is set, or the package for logins is not installed.
     """
     if is_loopback(host):
         return Access()
@@ -44,19 +44,21 @@ def access(host: str, workspace: Path) -> Access:
     if not name or len(password) < _SHORTEST:
         raise RecipeError(
             f"--host {host} would let the network read and change the workspace without a password",
-            f"Set {USER} and {PASSWORD} ({_SHORTEST} characters or more), which MLflow then asks for; or "
-            "leave --host out, and come through: ssh -L 5000:127.0.0.1:5000 THIS_MACHINE",
+            f"Set {USER} and {PASSWORD} ({_SHORTEST} characters or more), which MLflow then requires; or "
+            "leave out --host, and connect through: ssh -L 5000:127.0.0.1:5000 THIS_MACHINE",
         )
     if importlib.util.find_spec("flask_wtf") is None:
         raise RecipeError(
-            "MLflow cannot ask for a password: Flask-WTF is not installed",
+            "MLflow cannot require a password: Flask-WTF is not installed",
             "Run: pip install 'dpo-pipeline[auth]'",
         )
     users, config = workspace / "mlflow-users.db", workspace / "mlflow-auth.ini"
     users.touch(mode=0o600)
     if "\n" in str(users):
-        raise RecipeError(f"the path of the workspace, {workspace!r}, has a line break", "Name another one")
-    # MLflow reads %(name)s in it as what stands under that name.
+        raise RecipeError(
+            f"the path of the workspace, {workspace!r}, contains a line break", "Choose another workspace"
+        )
+    # MLflow interpolates %(name)s in this file, so escape %.
     write_atomic(config, _CONFIG.format(users=str(users).replace("%", "%%")))
     return Access(
         options=["--app-name", "basic-auth"],
@@ -71,7 +73,7 @@ def access(host: str, workspace: Path) -> Access:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches an address."""
+    """Whether only this machine can reach an address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

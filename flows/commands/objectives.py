@@ -1,4 +1,4 @@
-"""`dpo objectives`: what can be trained with, for people and for scripts."""
+"""The body of `dpo objectives`: prints the objectives and their variants with definitions and parameters."""
 
 import json
 from typing import Any
@@ -16,10 +16,10 @@ Parameters of an objective are set under policies.NAME.parameters.
 
 
 def list_objectives(wanted: list[str], as_json: bool) -> None:
-    """Print all objectives and variants, or those named.
+    """Print all objectives and variants, or the named ones with their complete definitions.
 
     Raises:
-        RecipeError: there is no objective or variant of a name.
+        RecipeError: an objective or variant does not exist.
     """
     known = {f["name"]: f for f in [get(name).facts() for name in names()] + [v.facts() for v in VARIANTS]}
     for name in wanted:
@@ -31,20 +31,20 @@ def list_objectives(wanted: list[str], as_json: bool) -> None:
         return
     typer.echo(_LEGEND)
     for facts in listed:
-        typer.echo(_text(facts, whole=bool(wanted)))
+        typer.echo(_text(facts, complete=bool(wanted)))
     if not wanted:
-        typer.echo("\n`dpo objectives NAME` prints a whole definition.")
+        typer.echo("\n`dpo objectives NAME` prints the complete definition.")
 
 
-def _text(facts: dict[str, Any], whole: bool) -> str:
+def _text(facts: dict[str, Any], complete: bool) -> str:
     definition = facts["definition"].splitlines()
     first = facts.get("value_at_reference")
     lines = [
-        *([*definition, ""] if whole else definition[:1]),
+        *([*definition, ""] if complete else definition[:1]),
         facts["citation"],
         f"set {facts['setting']}",
         *(f"{name} = {_number(p)}" for name, p in facts["parameters"].items()),
-        *([f"first loss {first:.6g} where policy and reference are one"] if first is not None else []),
+        *([f"loss {first:.6g} while policy and reference are equal"] if first is not None else []),
         *([f"note: {facts['caveat']}"] if facts.get("caveat") else []),
     ]
     head = f"{facts['name']}  ({', '.join(facts['needs'])})"

@@ -1,0 +1,103 @@
+"""The body of `dpo doctor`: runs all checks and prints their findings."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import typer
+
+from deploy.prefect_file import read_prefect_file
+from dpo_core.errors import RecipeError, StageFailed
+from flows.process.orphans import find_orphans
+from tasks.housekeeping.doctor import machine, mlflow, ports, prefect, workspace
+from tasks.housekeeping.doctor.finding import Finding, ok, run_checks, skipped, warning
+from tasks.housekeeping.doctor.http import ask
+
+_SIGNS = {"ok": "✓", "warning": "!", "failure": "✗", "skipped": "–"}
+# Keeps MLflow's client from waiting for a server that does not answer.
+_IMPATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "3", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+
+
+def diagnose(folder: Path, as_json: bool) -> None:
+    """Run all checks and print their findings.
+
+    Raises:
+        StageFailed: a check found a failure.
+    """
+    os.environ.update(_IMPATIENT)
+    findings = run_all(folder)
+    if as_json:
+        typer.echo(json.dumps([finding.model_dump() for finding in findings], indent=1))
+    else:
+        for finding in findings:
+            typer.echo(f"{_SIGNS[finding.state]} {finding.check:12} {finding.says}")
+            if finding.remedy:
+                typer.echo(f"  {'':12} → {finding.remedy}")
+    if broken := sorted({finding.check for finding in findings if finding.state == "failure"}):
+        raise StageFailed(f"broken: {', '.join(broken)}", "See the remedy below each check")
+
+
+def run_all(place: Path) -> list[Finding]:
+    """The findings of all checks; a check comes after those of the things that it needs."""
+    here = [machine.python, machine.packages, machine.compiler, machine.demo_weights, machine.accelerator]
+    disk = [workspace.folder, workspace.owner, workspace.disk, workspace.clock, workspace.stuck_runs]
+    tracked = [mlflow.undelivered, workspace.garbage, workspace.champions]
+    return run_checks(
+        [
+            ("machine", [*here, machine.network, orphans]),
+            ("workspace", [partial(check, place) for check in (*disk, workspace.leftovers)]),
+            ("mlflow", [lambda: _with_mlflow(place, tracked)]),
+            ("prefect", [prefect.credentials, prefect.home, prefect.server, deploy_file]),
+            ("ports", [ports.usual, ports.open_to_all]),
+        ]
+    )
+
+
+def _with_mlflow(place: Path, checks: Sequence[Callable[[Path], Iterator[Finding]]]) -> Iterator[Finding]:
+    """The check of MLflow, and if it answers, those that need it."""
+    state = "ok"
+    for finding in mlflow.tracking(place):
+        yield finding
+        state = finding.state if finding.state == "failure" else state
+    if state == "failure":
+        yield skipped("champion", "MLflow does not answer")
+        return
+    for check in checks:
+        yield from check(place)
+
+
+def orphans() -> Iterator[Finding]:
+    """No processes of killed runs are left."""
+    left = find_orphans()
+    if left:
+        pids = " ".join(str(process.pid) for process in left)
+        says = f"{len(left)} processes of killed runs are left: {pids}"
+        yield warning("orphans", says, f"The next dpo run ends its servers; to end all: kill {pids}")
+    else:
+        yield ok("orphans", "no process of a killed run is left")
+
+
+def deploy_file() -> Iterator[Finding]:
+    """The server matches the deployment file."""
+    # A package that cannot be imported is a finding, not the end of the doctor.
+    from flows.commands.deploy import check_deployment, default_file, reconcile  # noqa: PLC0415
+    from flows.process.prefect_server import server, server_address  # noqa: PLC0415
+
+    address = server_address()
+    if address is None or isinstance(ask("GET", f"{address}/health"), str):
+        return
+    try:
+        checked, _ = read_prefect_file(default_file(), os.environ)
+        flows = {deployment.name: check_deployment(deployment) for deployment in checked.deployments}
+        with server() as client:
+            plan = reconcile(client, checked.deployments, flows, None, dry_run=True, prune=False)
+    except RecipeError as error:
+        yield skipped("deploy file", f"not compared with the server: {error}")
+        return
+    if changes := plan["changes"]:
+        says = f"{len(changes)} differences to the server, first: {changes[0]['text'][:100]}"
+        yield warning("deploy file", says, "dpo deploy --dry-run shows all, dpo deploy applies them")
+    else:
+        yield ok("deploy file", f"the server matches {default_file()}")

@@ -1,0 +1,68 @@
+"""The body of `dpo plan`: makes the plan of a recipe and prints it as a table."""
+
+from rich.table import Table
+from rich.text import Text
+
+from dpo_core.rewards import functions
+from flows.alignment import compose
+from flows.commands.terminal import terminal
+from tasks.planning.plan import Plan, make_plan
+from tasks.recipe.recipe import Recipe
+from tasks.reports.format import duration, scaled
+from tasks.signals import Stop
+from tasks.stages.base import Context, StageResult
+from tasks.store.store import Store
+from tasks.tracking.tracker import Tracker
+
+
+def check_reward(recipe: Recipe) -> None:
+    """Refuse a reward function that a run would refuse at its start; a reward server is not called.
+
+    Raises:
+        RecipeError: the function cannot be used.
+    """
+    source = recipe.reward.source
+    if source is not None and not source.startswith(("http://", "https://")):
+        functions.check_reward(source)
+
+
+def plan_recipe(recipe: Recipe) -> Plan:
+    """The plan of a recipe: the flow composes its stages, which only look up their results in the store."""
+    store = Store(recipe.workspace)
+    context = Context("plan", store, Tracker(recipe.tracking, store.workspace), Stop(), plan=True)
+    stages: dict[str, StageResult] = {}
+    compose(context, recipe, stages)
+    return make_plan(recipe, str(store.workspace), stages)
+
+
+def show(plan: Plan) -> None:
+    """Print the plan as a table."""
+
+    def amount(value: float, unit: str, base: int = 1000) -> str:
+        return scaled(value, unit, base) if value else ""
+
+    console = terminal()
+    table = Table(title=Text(f"Plan of {plan.recipe}"), title_justify="left")
+    for name in ("Stage", "State", "Tokens", "Operations", "Peak memory", "Time"):
+        table.add_column(name, justify="left" if name in {"Stage", "State"} else "right")
+    for row in plan.stages:
+        state = f"runs: {row.why}" if row.why else row.state
+        memory = amount(row.memory_bytes or 0, "B", 1024)
+        ranks = f"{row.processes} x " if memory and (row.processes or 1) > 1 else ""
+        took = f"~{duration(row.seconds)}" if row.state == "runs" else ""
+        cells = amount(row.tokens, ""), amount(row.flops, "FLOP"), ranks + memory, took
+        table.add_row(Text(row.name), state, *cells, style="dim" if row.state == "cached" else "")
+    table.add_section()
+    peak = max((row.memory_bytes or 0 for row in plan.stages), default=0)
+    totals = amount(plan.tokens, ""), amount(plan.flops, "FLOP"), amount(peak, "B", 1024)
+    runs = sum(row.state == "runs" for row in plan.stages)
+    table.add_row("total", f"{runs} of {len(plan.stages)}", *totals, f"~{duration(plan.seconds)}")
+    console.print(table)
+    for note in dict.fromkeys(row.note for row in plan.stages if row.note):
+        console.print(Text(f"estimate: {note}"))
+    console.print(Text(f"times from {plan.speed}"))
+    memory = amount(plan.memory_bytes, "B", 1024)
+    console.print(Text(f"{amount(plan.parameters, '')} parameters on {plan.device}, {memory} of memory"))
+    console.print(Text(f"model {plan.layout}"))
+    for warning in plan.warnings:
+        console.print(Text(f"! {warning}", style="yellow"))

@@ -1,0 +1,54 @@
+"""The body of `dpo run`: runs the flow of a recipe, and prints how to resume it if a stage fails."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+import typer
+from prefect.exceptions import PrefectHTTPStatusError
+
+from deploy.launchers import Cluster
+from dpo_core.errors import DpoError
+from flows.alignment import Report, alignment
+from flows.commands.results import read_report
+from flows.process.guard import guarded
+from flows.process.orphans import end_orphans
+from flows.process.prefect_server import prefect_away
+from flows.process.temporary_server import start_temporary_server
+from tasks.recipe.recipe import Recipe
+from tasks.runs.record import own_run
+from tasks.signals import stoppable
+
+
+def run_flow(recipe: Recipe, resume: str | None, cluster: Cluster | None) -> Report:
+    """Run the recipe's flow in this process and return its report."""
+    end_orphans()
+    try:
+        with guarded(recipe.workspace, recipe.tracking), stoppable():
+            start_temporary_server()
+            return alignment(recipe, resume, cluster)
+    except (RuntimeError, httpx.TransportError, PrefectHTTPStatusError) as error:
+        record = own_run(recipe.workspace)
+        away = prefect_away(error, begun=record is not None)
+        if away is error or record is None or record.status != "done":
+            raise away from error
+        # All stages are done; only the report of the run's end did not reach Prefect.
+        typer.echo(f"warning: the run is done, but Prefect does not know: {away}", err=True)
+        return read_report(recipe.workspace, record.run_id)
+
+
+@contextmanager
+def resume_line_on_failure(workspace: str, line: str) -> Iterator[None]:
+    """Print the command that resumes the run if a stage fails in the body.
+
+    Args:
+        line: that command, for a run without a record.
+    """
+    try:
+        yield
+    except BaseException as error:
+        code = error.exit_code if isinstance(error, DpoError) else 4
+        if code == 4:
+            record = own_run(workspace)
+            typer.echo(f"to resume: {record.resume_line if record else line}", err=True)
+        raise

@@ -1,0 +1,152 @@
+"""The body of `dpo validate`: checks a data set at the data gate without a run."""
+
+import contextlib
+import hashlib
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dpo_core.config import Config
+from dpo_core.data.config import DataConfig
+from dpo_core.data.load import load
+from dpo_core.data.split import by_source, split_table
+from dpo_core.data.tokens.chat_template import check_template
+from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise
+from dpo_core.errors import RecipeError
+from dpo_core.models.config import ModelConfig
+from dpo_core.models.load import load_tokenizer, templates_of
+from dpo_core.models.source import locate, read_template
+from expectations.config import GateConfig
+from expectations.drift import load_baseline
+from expectations.gate import judge
+from expectations.report import GateReport
+from expectations.token_rules import Tokenisation
+from flows.commands.shown_rows import as_data, as_text, shown
+from tasks.promotion.model_source import as_folder
+from tasks.recipe.read import with_overrides
+
+
+class _Settings(Config):
+    """The recipe sections that the gate reads."""
+
+    data: DataConfig
+    gate: GateConfig
+    tokens: TokenConfig
+    """How rows become tokens; read only with a model."""
+    model: ModelConfig
+    """The model whose tokenizer and chat template are used."""
+
+
+class Rows(NamedTuple):
+    """The first rows as a model will see them."""
+
+    texts: list[str]
+    """For people."""
+    data: dict[str, Any]
+    """For scripts: `rows`, and `row_count` for the report's number of rows; empty if no rows are shown."""
+
+
+def judge_file(
+    data: str, overrides: Sequence[str], model: str | None = None, show: int = 0
+) -> tuple[GateReport, str, Rows]:
+    """The gate's report on a data set, the remarks on how it was read, and its first rows.
+
+    Args:
+        overrides: `data.x=value` and `gate.x.y=value`, as in a recipe, and with a model `tokens.x=value` and
+            `model.x=value`.
+        model: as `model.name` in a recipe; without one, rules that need tokens are skipped.
+        show: number of rows to show as the model will see them.
+
+    Raises:
+        DataError: the data cannot be read.
+        ModelError: the tokenizer or the chat template cannot be used.
+        RecipeError: an override is not valid.
+    """
+    if model is None:
+        _refuse_without_model(overrides, show)
+    sections: dict[str, Any] = {
+        "data": {"path": data},
+        "gate": {},
+        "tokens": {},
+        "model": {"name": model} if model else {},
+    }
+    settings = with_overrides(
+        _Settings, sections, overrides, f"{data} cannot be checked", "Correct the override"
+    )
+    config, gate = settings.data, settings.gate
+    loaded = load(config)
+    frame = split_table(loaded, config)
+    tokenise = _tokenise(settings) if model else None
+    baseline = load_baseline(gate.baseline) if gate.baseline else None
+    # One folder per data set, so that the next check of it replaces this one's Data Docs.
+    name = hashlib.sha256(os.path.abspath(data).encode()).hexdigest()[:12]
+    docs = _own_folder(Path(tempfile.gettempdir()) / f"dpo-gate-{os.getuid()}") / name
+    shutil.rmtree(docs, ignore_errors=True)
+    report, _ = judge(
+        frame,
+        subject=loaded.kind,
+        config=gate,
+        docs_dir=docs,
+        baseline=baseline,
+        tokenisation=Tokenisation(**tokenise.gate_settings()) if tokenise else None,
+    )
+    remarks = [f"{loaded.format} ({loaded.recognised_by}); {_counted(loaded.notes)}", *loaded.remarks]
+    if config.eval_path is not None:
+        remarks.append(f"held out: {int((frame['split'] == 'eval').sum())} rows of {config.eval_path}")
+    for name, count in by_source(frame).items():
+        remarks.append(f"{name}: {count['train']} rows to train on, {count['eval']} held out")
+    rows = Rows([], {})
+    if tokenise is not None:
+        remarks += [note] if (note := tokenise.note_on(frame["chat"].tolist())) else []
+        sides = list(shown(frame, loaded.kind, tokenise, show))
+        listed = [as_data(side, tokenise) for side in sides]
+        data_of_rows = {"rows": listed, "row_count": report.rows} if show else {}
+        rows = Rows([as_text(side, tokenise) for side in sides], data_of_rows)
+    return report.model_copy(update={"remarks": remarks}), "\n  ".join(remarks), rows
+
+
+def _refuse_without_model(overrides: Sequence[str], show: int) -> None:
+    """Refuse options that have no effect without a tokenizer."""
+    unread = [override for override in overrides if override.startswith(("tokens.", "model."))]
+    if unread or show:
+        raise RecipeError(
+            f"{f'--set {unread[0]}' if unread else '--show'} needs a model's tokenizer", "Set --model"
+        )
+
+
+def _tokenise(settings: _Settings) -> Tokenise:
+    """The tokenizer that the stage `import-model` would use, with its template."""
+    config, _ = as_folder(settings.model, Path("runs"))
+    folder = Path(config.name).expanduser()
+    # Weights are not needed, so a folder with only a tokenizer suffices.
+    source = folder if (folder / "tokenizer_config.json").is_file() else locate(config)
+    tokenizer = load_tokenizer(source, config.trust_remote_code)
+    if config.chat_template:
+        tokenizer.chat_template = read_template(config.chat_template)
+    for template in templates_of(tokenizer):
+        check_template(template)
+    return Tokenise(tokenizer, settings.tokens)
+
+
+def _own_folder(folder: Path) -> Path:
+    """Create the folder for this user alone; it is in the temporary folder, where all users can write.
+
+    Raises:
+        RecipeError: another user has put a link or a folder there.
+    """
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    facts = folder.lstat()
+    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid():
+        raise RecipeError(f"{folder} belongs to another user or is a link", "Set TMPDIR to your own folder")
+    folder.chmod(0o700)
+    return folder
+
+
+def _counted(notes: dict[str, int]) -> str:
+    """`24 rows read, 1 ties dropped`: the counts that are not zero."""
+    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in notes.items() if count)
