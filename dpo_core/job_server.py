@@ -63,9 +63,9 @@ def _ignore(number: int, frame: FrameType | None) -> None:
 
 
 def _load() -> None:
-    from dpo_core.models.accelerator import name_accelerator
+    from dpo_core.models.accelerator import set_accelerator
 
-    name_accelerator()  # DeepSpeed asks for it when it is loaded
+    set_accelerator()  # DeepSpeed reads it when it is loaded
     for name in _LIBRARIES:
         importlib.import_module(name)
     gc.collect()

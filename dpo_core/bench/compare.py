@@ -125,10 +125,10 @@ def _require_trl() -> None:
 
 def _prepare(bench: Bench, work: Path) -> tuple[Path, list[TokenPair]]:
     """Write model and pairs with reference values; returns the model's folder and the pairs."""
-    from dpo_core.models.accelerator import name_accelerator
+    from dpo_core.models.accelerator import set_accelerator
     from dpo_core.models.load import load_model, load_tokenizer
 
-    name_accelerator()
+    set_accelerator()
 
     model = Path(bench.model) if bench.model else work / "model"
     if bench.model is None:

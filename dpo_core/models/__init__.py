@@ -1,1 +1,1 @@
-"""Models: finding, checking, loading, saving and sampling them."""
+"""Locates, checks, builds, loads and saves models and tokenizers."""

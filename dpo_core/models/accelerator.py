@@ -1,10 +1,10 @@
-"""Which kind of device DeepSpeed runs on."""
+"""Sets the type of device that DeepSpeed uses."""
 
 import os
 
 import torch
 
 
-def name_accelerator() -> None:
-    """Tell DeepSpeed what to run on; else it finds out and says so on stdout."""
+def set_accelerator() -> None:
+    """Set DS_ACCELERATOR: without it DeepSpeed detects the device and prints it to stdout."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""Builds a model of a given config, with random weights."""
+"""Builds a model from a config, with random weights."""
 
 from pathlib import Path
 from typing import Any

@@ -6,7 +6,7 @@ from dpo_core.config import Config
 
 
 class ScratchConfig(Config):
-    """Random weights in this shape, not the named model's; its context stays, and so does its tokenizer."""
+    """A model with random weights in this shape; context and tokenizer are those of the named model."""
 
     layers: int = Field(4, ge=1)
     """Decoder layers."""
@@ -17,10 +17,10 @@ class ScratchConfig(Config):
     intermediate_size: int | None = Field(None, ge=1)
     """Width of the feed-forward layers; empty: four times `hidden_size`, in whole 64s."""
     vocabulary: int | None = Field(None, ge=300)
-    """Train the named model's kind of tokenizer anew, on the self-made reviews, for so many tokens: with a
-    large vocabulary the output head is most of what a small model computes. Empty: its own tokenizer."""
+    """Size of a new tokenizer of the same kind, trained on the generated reviews: with a large vocabulary a
+    small model spends most of its compute in the output head. Empty: the named model's tokenizer."""
     seed: int = Field(0, ge=0)
-    """Draws the weights."""
+    """Seed of the weights."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "ScratchConfig":
@@ -28,8 +28,8 @@ class ScratchConfig(Config):
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of heads {self.heads}")
         if self.hidden_size // self.heads % 2:
             raise ValueError(
-                f"a head of {self.hidden_size // self.heads} numbers cannot be turned by its position: make "
-                "hidden_size / heads even"
+                f"hidden_size / heads is {self.hidden_size // self.heads}, and rotary positions need an even "
+                "number: change hidden_size or heads"
             )
         return self
 
@@ -53,5 +53,5 @@ class ModelConfig(Config):
     trust_remote_code: bool = False
     """Run Python code that ships with the model. Off; recorded in the run when on."""
     scratch: ScratchConfig | None = None
-    """Start from random weights in a shape of your own, of some million parameters, for small studies; `name`
-    gives architecture, tokenizer, vocabulary and context."""
+    """Start from random weights in a small shape, of some million parameters, for quick studies; `name` gives
+    architecture, tokenizer, vocabulary and context."""

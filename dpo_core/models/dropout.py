@@ -1,10 +1,10 @@
-"""Training without random noise: policy and reference must compute the same function.
+"""Disables dropout and other noise in training: policy and reference must compute the same function.
 
 Architectures name their dropout and layer drop in many ways, and some read the rate from the config in every
-forward pass. So the rates are set to zero where they can be seen, and all modules run in eval mode besides,
-except for layers that recompute themselves in the backward pass: transformers asks these for training mode.
-Router jitter is off in eval mode; its size stays: PhiMoE routes by it there too. `model_check` tries it
-by two passes.
+forward pass. So all rates that can be found are set to zero, and all modules run in eval mode, except layers
+that are recomputed in the backward pass, for which transformers requires training mode. Router jitter is off
+in eval mode, and its size is left alone: PhiMoE routes by it in eval mode too. `model_check` compares two
+forward passes.
 """
 
 import re
@@ -29,7 +29,7 @@ def disable_dropout(model: nn.Module) -> None:
 
 def _zero_rates(holder: Any) -> None:
     for name, value in list(vars(holder).items()):
-        # Of a module with this name (Falcon's attention_dropout) the rate is its own `p`.
+        # Where this is a module (Falcon's attention_dropout), its rate is `p`, set above.
         if isinstance(value, float) and value and _NOISE.search(name):
             setattr(holder, name, 0.0)
 

@@ -1,4 +1,4 @@
-"""What a look at a checkpoint folder tells before anything of it is loaded: whole, plain, without code."""
+"""Checks a checkpoint folder before anything is loaded: complete, safetensors only, no code from the hub."""
 
 import hashlib
 import json
@@ -17,17 +17,17 @@ _ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementati
 
 
 def check_folder(folder: Path, trust_remote_code: bool = False) -> None:
-    """Refuse a folder that is no checkpoint, or that asks for more than its own weights.
+    """Refuse a folder that is not a full checkpoint, or that loads more than its own weights.
 
     Raises:
-        ModelError: no config, no safetensors, an adapter, weights outside of the folder, or code.
+        ModelError: no config, no safetensors, an adapter, weights outside the folder, or code from the hub.
     """
     facts = _read(folder / "config.json", folder)
     if (folder / "adapter_config.json").exists():
         # transformers would load the base model that it names, wherever that is.
         raise ModelError(
-            f"{folder} holds an adapter (adapter_config.json), not a whole model",
-            "Merge it into its base model first, and name the folder of the merged one",
+            f"{folder} holds an adapter (adapter_config.json), not a full model",
+            "Merge it into its base model, and name the folder of the merged model",
         )
     require_safetensors(folder)
     if not trust_remote_code:
@@ -50,20 +50,20 @@ def _read(path: Path, folder: Path) -> dict[str, Any]:
 
 def _refuse_fetched_code(facts: dict[str, Any], folder: Path) -> None:
     for name in _ATTENTION:
-        asked = facts.get(name)
-        named = asked.values() if isinstance(asked, dict) else [asked]
-        if any(isinstance(one, str) and "/" in one for one in named):
+        setting = facts.get(name)
+        implementations = setting.values() if isinstance(setting, dict) else [setting]
+        if any(isinstance(value, str) and "/" in value for value in implementations):
             raise ModelError(
-                f"{folder / 'config.json'} asks for code of the hub: {name} is {asked}",
-                f"Take {name} out, or set model.trust_remote_code if you have read that code",
+                f"{folder / 'config.json'} loads code from the hub: {name} is {setting}",
+                f"Remove {name}, or set model.trust_remote_code if you have read and trust that code",
             )
 
 
 def require_safetensors(folder: Path) -> None:
-    """Refuse a folder without safetensors, or whose index leads elsewhere than to safetensors in it.
+    """Refuse a folder without safetensors, or whose index names other files.
 
     Raises:
-        ModelError: pickled weights alone, none, or an index that leads out of the folder.
+        ModelError: only pickled weights, no weights, or an index that names a file outside the folder.
     """
     index = folder / _INDEX
     if index.exists():
@@ -71,7 +71,7 @@ def require_safetensors(folder: Path) -> None:
         for part in sorted(set(map(str, parts.values()))) if isinstance(parts, dict) else ["nothing"]:
             if Path(part).name != part or not part.endswith(".safetensors"):
                 raise ModelError(
-                    f"{index} names {part}, which is no safetensors file of its folder", LOAD_REMEDY
+                    f"{index} names {part}, which is not a safetensors file in its folder", LOAD_REMEDY
                 )
     if any(folder.glob("*.safetensors")):
         return
@@ -95,7 +95,7 @@ def tensor_headers(folder: Path) -> Iterator[tuple[str, str, int]]:
 
 
 def code_digest(folder: Path) -> str | None:
-    """sha256 of the Python files that ship with a model; None where there are none."""
+    """sha256 of the Python files that ship with a model; None if there are none."""
     digest, files = hashlib.sha256(), sorted(folder.rglob("*.py")) if folder.is_dir() else []
     for file in files:
         digest.update(

@@ -1,4 +1,4 @@
-"""A new model: random weights in a small shape of a named model's architecture, for quick studies."""
+"""Builds a model with random weights in a small shape of a named architecture, for quick studies."""
 
 import copy
 from typing import TYPE_CHECKING, Any
@@ -12,9 +12,7 @@ if TYPE_CHECKING:
 
 _TEXTS = 4000  # reviews that a new tokenizer is trained on
 _WIDTHS = ("intermediate_size", "n_inner", "ffn_dim")
-_REMEDY = (
-    "Name a plain decoder such as Llama, Qwen, Mistral or GPT-2 in model.name, or leave model.scratch out"
-)
+_REMEDY = "Name a plain decoder such as Llama, Qwen, Mistral or GPT-2 in model.name, or remove model.scratch"
 
 
 def scratch_shape(source: Any, scratch: ScratchConfig) -> Any:
@@ -25,15 +23,15 @@ def scratch_shape(source: Any, scratch: ScratchConfig) -> Any:
     """
     config = copy.deepcopy(source)
     width = next((name for name in _WIDTHS if hasattr(config, name)), None)
-    needed = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
-    odd = [
+    required = ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size")
+    unsupported = [
         name for name in ("num_local_experts", "num_experts", "q_lora_rank") if getattr(config, name, None)
     ]
     plain = config.get_text_config() is config and not getattr(config, "is_encoder_decoder", False)
-    if not plain or odd or width is None or not all(hasattr(config, name) for name in needed):
+    if not plain or unsupported or width is None or not all(hasattr(config, name) for name in required):
         raise ModelError(
             f"a model of the architecture {config.model_type} cannot be made from scratch: it has sizes that "
-            "model.scratch does not tell",
+            "model.scratch cannot set",
             _REMEDY,
         )
     config.num_hidden_layers, config.hidden_size = scratch.layers, scratch.hidden_size
@@ -53,16 +51,16 @@ def scratch_shape(source: Any, scratch: ScratchConfig) -> Any:
 
 
 def new_tokenizer(tokenizer: Any, scratch: ScratchConfig) -> Any:
-    """The tokenizer of the new model: the given one, or one of its kind trained on the self-made reviews.
+    """The named model's tokenizer, or with `vocabulary` one of its kind trained on the generated reviews.
 
     Raises:
-        ModelError: it cannot be trained anew.
+        ModelError: this kind of tokenizer cannot be retrained.
     """
     if scratch.vocabulary is None:
         return tokenizer
     if not hasattr(tokenizer, "train_new_from_iterator"):
         raise ModelError(
-            f"{type(tokenizer).__name__} cannot be trained anew for model.scratch.vocabulary", _REMEDY
+            f"{type(tokenizer).__name__} cannot be retrained for model.scratch.vocabulary", _REMEDY
         )
     texts = [prompt + answer for prompt, answer in review_demonstrations(_TEXTS, scratch.seed)]
     return tokenizer.train_new_from_iterator(texts, scratch.vocabulary)
@@ -71,7 +69,7 @@ def new_tokenizer(tokenizer: Any, scratch: ScratchConfig) -> Any:
 def make_from_scratch(
     source: Any, scratch: ScratchConfig, tokenizer: Any, *, trust_remote_code: bool
 ) -> "PreTrainedModel":
-    """A model in fp32 and eval mode with random weights, as the architecture draws them; the same for a seed.
+    """A model in fp32 and eval mode with the random weights of its architecture, fixed by `scratch.seed`.
 
     Args:
         source: the named model's config.
@@ -85,7 +83,7 @@ def make_from_scratch(
 
     config = scratch_shape(source, scratch)
     if scratch.vocabulary is not None:
-        config.vocab_size = len(tokenizer)  # a small text may not fill the vocabulary asked for
+        config.vocab_size = len(tokenizer)  # training on little text may yield fewer tokens
         for name in ("eos_token_id", "bos_token_id", "pad_token_id"):
             setattr(config, name, getattr(tokenizer, name))
     try:

@@ -1,4 +1,4 @@
-"""What kind of model a checkpoint holds; anything but a causal language model of text is refused by name."""
+"""Checks that a checkpoint is a causal language model of text, and refuses other kinds by name."""
 
 import logging
 from typing import Any
@@ -18,10 +18,9 @@ log = logging.getLogger("dpo")
 
 
 def check_kind(config: Any, source: object) -> bool:
-    """Refuse, by the config alone, what is no causal language model of text.
+    """Refuse a config that is not one of a causal language model of text.
 
-    Returns whether the checkpoint holds such a model beside parts for images or sound, which transformers
-    leaves out.
+    Returns whether the checkpoint also holds parts for images or sound, which transformers does not load.
 
     Raises:
         ModelError: an encoder-decoder, or a model of images or sound that has no text-only class.
@@ -30,29 +29,29 @@ def check_kind(config: Any, source: object) -> bool:
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{source} is an encoder-decoder ({kind}), and DPO trains decoders", USE)
     parts = " ".join(type(config).sub_configs)
-    named = next((words for part, words in _OTHER_INPUTS.items() if part in parts), None)
-    if named is None:
+    modality = next((label for part, label in _OTHER_INPUTS.items() if part in parts), None)
+    if modality is None:
         return False
     text = config.sub_configs.get("text_config")
     if text is not None and text is _trained_config(config):
-        log.warning("%s is %s (%s): only its language model is used", source, named, kind)
+        log.warning("%s is %s (%s): only its language model is used", source, modality, kind)
         return True
     inner = getattr(getattr(config, "text_config", None), "model_type", None)
     raise ModelError(
-        f"{source} is {named} ({kind}), which cannot be trained on text alone",
-        f"Write its language model as a checkpoint of its own ({inner}), or use another" if inner else USE,
+        f"{source} is {modality} ({kind}), which cannot be trained on text alone",
+        f"Save its language model ({inner}) as a separate checkpoint, or use another" if inner else USE,
     )
 
 
 def _trained_config(config: Any) -> Any:
-    """The config class of what `AutoModelForCausalLM` makes of this one."""
+    """The config class of the model that `AutoModelForCausalLM` builds from this config."""
     from transformers import AutoModelForCausalLM
 
     mapping = AutoModelForCausalLM._model_mapping
     return getattr(mapping[type(config)], "config_class", None) if type(config) in mapping else None
 
 
-def check_sees_the_past_only(model: Any, source: object) -> None:
+def check_causal(model: Any, source: object) -> None:
     """Refuse a model in which a token's logits depend on the tokens that follow it.
 
     Raises:
@@ -66,14 +65,14 @@ def check_sees_the_past_only(model: Any, source: object) -> None:
         with torch.no_grad():
             logits_2TV = model(input_ids=ids_2T, use_cache=False).logits.float()
     except Exception as error:
-        first = (str(error).splitlines() or [""])[0][:200]
+        message = (str(error).splitlines() or [""])[0][:200]
         raise ModelError(
-            f"{name} of {source} does not run on text alone ({type(error).__name__}: {first})", USE
+            f"{name} of {source} does not run on text alone ({type(error).__name__}: {message})", USE
         ) from error
-    one, other = logits_2TV[:, :3]
-    if float((one - other).abs().max()) > 1e-2 * float(one.std()):
+    first_row, second_row = logits_2TV[:, :3]
+    if float((first_row - second_row).abs().max()) > 1e-2 * float(first_row.std()):
         raise ModelError(
             f"{name} of {source} reads the tokens after a position too (bidirectional attention), "
-            "and cannot write text from left to right",
+            "and cannot generate text from left to right",
             USE,
         )

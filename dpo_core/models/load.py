@@ -13,7 +13,7 @@ from dpo_core.errors import ModelError
 from dpo_core.models.config import ModelConfig
 from dpo_core.models.folder import LOAD_REMEDY, require_safetensors
 from dpo_core.models.from_scratch import make_from_scratch, new_tokenizer, scratch_shape
-from dpo_core.models.kind import check_kind, check_sees_the_past_only
+from dpo_core.models.kind import check_causal, check_kind
 from dpo_core.models.remote_code import trust, trusts
 from dpo_core.models.save import save_checkpoint
 from dpo_core.models.source import GGUF_REMEDY, first_line, locate, read_template
@@ -49,7 +49,7 @@ def convert(config: ModelConfig, out: Path) -> None:
             model = load_model(source, trust_remote_code=code)
         check_tokenizer_fits(model, tokenizer)
         check_finite(model, str(source))
-        check_sees_the_past_only(model, source)
+        check_causal(model, source)
         save_checkpoint(model, tokenizer, out, like=None if config.scratch else source)
         if code:
             trust(out)
@@ -62,9 +62,9 @@ def read_config(config: ModelConfig) -> Any:
         ModelError: there is no such model, or `scratch` asks for one that cannot be made.
     """
     source = locate(config)
-    found = config_in(source, config.trust_remote_code)
-    check_kind(found, source)
-    return scratch_shape(found, config.scratch) if config.scratch else found
+    model_config = config_in(source, config.trust_remote_code)
+    check_kind(model_config, source)
+    return scratch_shape(model_config, config.scratch) if config.scratch else model_config
 
 
 def config_in(source: Path, trust_remote_code: bool | None = None) -> Any:
@@ -99,7 +99,7 @@ def load_model(source: Path, *, trust_remote_code: bool | None = None) -> "PreTr
     """Load a causal language model in fp32, in eval mode, dropout as the checkpoint says.
 
     Args:
-        trust_remote_code: run Python code that ships with it. Empty: where that code is trusted already
+        trust_remote_code: run Python code that ships with it. None: only if that code is already trusted
             (`remote_code`), as that of an imported model is.
 
     Raises:
@@ -115,26 +115,26 @@ def load_model(source: Path, *, trust_remote_code: bool | None = None) -> "PreTr
     if source.suffix == ".gguf":
         # dequantize=True: without it transformers refuses to save the model.
         arguments |= {"gguf_file": source.name, "quantization_config": GgufConfig(dequantize=True)}
-        return load_weights(AutoModelForCausalLM, source, torch.float32, in_part=True, **arguments)
+        return load_weights(AutoModelForCausalLM, source, torch.float32, allow_unexpected=True, **arguments)
     require_safetensors(source)
     try:
         config = _config(source, trust_remote_code)
     except Exception as error:
         raise _cannot_load(source, error, LOAD_REMEDY) from error
-    in_part = check_kind(config, source)
-    return load_weights(AutoModelForCausalLM, source, torch.float32, in_part=in_part, **arguments)
+    arguments["allow_unexpected"] = check_kind(config, source)
+    return load_weights(AutoModelForCausalLM, source, torch.float32, **arguments)
 
 
 def load_weights(
-    model_class: Any, source: Path, dtype: "torch.dtype", *, in_part: bool = False, **arguments: Any
+    model_class: Any, source: Path, dtype: "torch.dtype", *, allow_unexpected: bool = False, **arguments: Any
 ) -> Any:
-    """`from_pretrained` of a folder or .gguf file, in eval mode; its weights and the class's are the same.
+    """`from_pretrained` of a folder or .gguf file, in eval mode; every weight must match one of the class.
 
     Args:
-        in_part: weights that the class has no place for may be left over.
+        allow_unexpected: ignore weights that the class has no place for.
 
     Raises:
-        ModelError: weights missing, left over, pickled, damaged or of another shape.
+        ModelError: weights missing, unexpected, pickled, damaged or of another shape.
     """
     gguf = "gguf_file" in arguments
     folder = source.parent if gguf else source
@@ -151,17 +151,17 @@ def load_weights(
         raise _cannot_load(source, error, GGUF_REMEDY if gguf else LOAD_REMEDY) from error
     missing = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
     if missing:
-        # transformers would fill these with random values and go on.
+        # transformers would fill these with random values without an error.
         raise ModelError(
             f"{source} lacks {len(missing)} weights of its config, first {missing[0]}", LOAD_REMEDY
         )
-    left = sorted(name for name in info["unexpected_keys"] if not _OLD_BUFFERS.search(name))
-    if left and not in_part:
-        # transformers would leave these out and go on, so that the model is another than its files say.
+    unexpected = sorted(name for name in info["unexpected_keys"] if not _OLD_BUFFERS.search(name))
+    if unexpected and not allow_unexpected:
+        # transformers would ignore these without an error, so that the model is not the one in the files.
         raise ModelError(
-            f"{source} holds {len(left)} weights that {type(model).__name__} has no place for, "
-            f"first {left[0]}",
-            "Use a checkpoint of the architecture that its config.json names, without further weights",
+            f"{source} holds {len(unexpected)} weights that {type(model).__name__} has no place for, "
+            f"first {unexpected[0]}",
+            "Use a checkpoint of the architecture that its config.json names, without other weights",
         )
     return model.eval()
 
@@ -170,7 +170,7 @@ def _cannot_load(source: Path, error: Exception, remedy: str) -> ModelError:
     return ModelError(f"the model in {source} cannot be loaded: {first_line(error)}", _remedy(error, remedy))
 
 
-# Masks and tables of positions, which checkpoints of GPT-J, GPT-Neo, CodeGen and others carry along.
+# Masks and position tables that old checkpoints (GPT-J, GPT-Neo, CodeGen and others) contain.
 _OLD_BUFFERS = re.compile(r"(masked_bias|attn\.bias|attention\.bias|inv_freq|_cached|position_ids)$")
 
 
@@ -178,7 +178,7 @@ def load_tokenizer(source: Path, trust_remote_code: bool | None = None) -> "PreT
     """Load the tokenizer of a checkpoint folder or .gguf file; see `load_model` for code.
 
     Raises:
-        ModelError: there is none, it is damaged, or it names no end-of-sequence token.
+        ModelError: it is missing or damaged, or has no end-of-sequence token.
     """
     with quiet_transformers():
         from transformers import AutoTokenizer
@@ -190,17 +190,16 @@ def load_tokenizer(source: Path, trust_remote_code: bool | None = None) -> "PreT
                 str(folder), trust_remote_code=_may_run(source, trust_remote_code), **gguf
             )
     except Exception as error:
-        beside = "Put the model's tokenizer files (tokenizer.json, tokenizer_config.json) beside its weights"
+        remedy = "Put the model's tokenizer files (tokenizer.json, tokenizer_config.json) beside its weights"
         raise ModelError(
             f"the tokenizer in {source} cannot be loaded: {first_line(error)}",
-            _remedy(error, GGUF_REMEDY if gguf else beside),
+            _remedy(error, GGUF_REMEDY if gguf else remedy),
         ) from error
-    # How it was loaded is none of its facts: saved with them, it would make another artifact of the same
-    # model where HF_HUB_OFFLINE is set.
+    # Set where HF_HUB_OFFLINE is: saved with the tokenizer, it would make another artifact of the same model.
     tokenizer.init_kwargs.pop("local_files_only", None)
     if tokenizer.eos_token_id is None:
         raise ModelError(
-            f"the tokenizer in {source} names no end-of-sequence token",
+            f"the tokenizer in {source} has no end-of-sequence token",
             "Set eos_token in its tokenizer_config.json: answers must be able to end",
         )
     return tokenizer
@@ -214,34 +213,35 @@ def check_tokenizer_fits(model: "PreTrainedModel", tokenizer: "PreTrainedTokeniz
             f"the tokenizer has {len(tokenizer)} tokens and the model embeds only {rows}",
             "Use the tokenizer that belongs to the model",
         )
-    # Templates end a turn by a token that often stands in generation_config.json alone.
+    # The token that ends a turn in a chat template is often only in generation_config.json.
     configs = (model.config.get_text_config(), getattr(model, "generation_config", None))
     ends = [getattr(config, "eos_token_id", None) for config in configs]
-    known = {i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None}
-    if known and tokenizer.eos_token_id not in known:
+    ids = {i for end in ends for i in (end if isinstance(end, list) else [end]) if i is not None}
+    if ids and tokenizer.eos_token_id not in ids:
         raise ModelError(
-            f"the tokenizer ends answers with id {tokenizer.eos_token_id}, the model with {sorted(known)}",
+            f"the tokenizer ends answers with id {tokenizer.eos_token_id}, the model with {sorted(ids)}",
             "Use the tokenizer that belongs to the model",
         )
 
 
-def check_finite(model: "PreTrainedModel", where: str) -> None:
+def check_finite(model: "PreTrainedModel", source: str) -> None:
     """Refuse weights that hold NaN or infinity."""
     import torch
 
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise ModelError(
-                f"the weights {name} of {where} hold NaN or infinity", "Use an undamaged checkpoint"
+                f"the weights {name} of {source} hold NaN or infinity", "Use an undamaged checkpoint"
             )
 
 
-def _remedy(error: Exception, other: str) -> str:
-    code = "Set model.trust_remote_code if you have read that code, or use a model that comes without any"
-    return code if "custom code" in str(error) else other
+def _remedy(error: Exception, default: str) -> str:
+    if "custom code" in str(error):
+        return "Set model.trust_remote_code if you have read and trust that code, or use a model without code"
+    return default
 
 
 def templates_of(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     """The texts of a tokenizer's chat templates: none, one, or several by name."""
-    found = tokenizer.chat_template
-    return list(found.values()) if isinstance(found, dict) else [found] if found else []
+    templates = tokenizer.chat_template
+    return list(templates.values()) if isinstance(templates, dict) else [templates] if templates else []

@@ -1,8 +1,8 @@
-"""LoRA: train low-rank additions to frozen weights, and write them back as a normal checkpoint.
+"""LoRA: adds trainable low-rank adapters to frozen weights, and merges them for a normal checkpoint.
 
-The additions start at zero, so that the policy starts as the checkpoint that the job names. They are never
-the reference's business: DPO reads cached log-probs of a named, digested checkpoint, and what a job exports
-has the additions merged in. Source: Hu et al. 2021, arXiv 2106.09685.
+The adapters start at zero, so that the policy starts as the checkpoint that the job names. The reference has
+none: DPO reads cached log-probs of a checkpoint, named by its digest, and a job exports the policy with its
+adapters merged. Source: Hu et al. 2021, arXiv 2106.09685.
 """
 
 import importlib.util
@@ -15,17 +15,17 @@ from dpo_core.models.lora_config import LORA_EXTRA, LoraConfig
 
 
 def add_lora(model: Any, config: LoraConfig, seed: int) -> None:
-    """Freeze a causal language model in place and put a trainable addition on its linear layers.
+    """Freeze a causal language model in place and add a trainable adapter to its linear layers.
 
     Args:
-        seed: draws A; B is zero.
+        seed: of A; B is zero.
 
     Raises:
-        RecipeError: peft is not installed, or the model has no layer of these names.
+        RecipeError: peft is not installed, or the model has no layers of these names.
     """
     if importlib.util.find_spec("peft") is None:
         raise RecipeError(
-            "the recipe asks for LoRA and the package peft is not installed",
+            "the recipe uses LoRA, and the package peft is not installed",
             LORA_EXTRA,
         )
     import peft
@@ -33,13 +33,15 @@ def add_lora(model: Any, config: LoraConfig, seed: int) -> None:
     targets = config.target_modules
     linear = torch.nn.Linear
     # Some routers are linear layers that return more than a product.
-    odd = [n for n, m in model.named_modules() if isinstance(m, linear) and type(m).forward != linear.forward]
+    skip = [
+        n for n, m in model.named_modules() if isinstance(m, linear) and type(m).forward != linear.forward
+    ]
     settings = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=0.0,
         target_modules=targets if isinstance(targets, str) else list(targets),
-        exclude_modules=odd or None,
+        exclude_modules=skip or None,
         task_type="CAUSAL_LM",
     )
     try:
@@ -48,7 +50,7 @@ def add_lora(model: Any, config: LoraConfig, seed: int) -> None:
             peft.inject_adapter_in_model(settings, model)
     except ValueError as error:
         raise RecipeError(
-            f"LoRA cannot be put on this model: {str(error).splitlines()[0]}", "Check lora.target_modules"
+            f"LoRA cannot be added to this model: {str(error).splitlines()[0]}", "Check lora.target_modules"
         ) from error
     _refuse_head(model)
     for name, parameter in model.named_parameters():
@@ -59,7 +61,7 @@ def add_lora(model: Any, config: LoraConfig, seed: int) -> None:
 
 
 def _refuse_head(model: Any) -> None:
-    """Refuse an addition on the output head, whose weight is read past it, and on what is tied to it."""
+    """Refuse an adapter on the output head or a tied embedding: scoring reads their weight directly."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
@@ -68,13 +70,13 @@ def _refuse_head(model: Any) -> None:
             module is head or module.weight is getattr(head, "weight", 0)
         ):
             raise RecipeError(
-                "LoRA cannot be put on the output head, nor on the embedding that shares its weight",
-                "Take it out of lora.target_modules",
+                "LoRA cannot be added to the output head, nor to the embedding that shares its weight",
+                "Remove it from lora.target_modules",
             )
 
 
 def merge_lora(model: Any) -> None:
-    """Add the additions to the weights and take them off again: the model is a plain one afterwards.
+    """Merge the adapters into the weights and remove them: the model is a plain one afterwards.
 
     Raises:
         ValueError: a merged weight is not finite.

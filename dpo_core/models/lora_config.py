@@ -1,4 +1,4 @@
-"""What a recipe says about LoRA, and how its package is installed."""
+"""Settings of LoRA, and the command that installs its package."""
 
 from typing import Literal
 
@@ -12,11 +12,11 @@ LORA_EXTRA = (
 
 
 class LoraConfig(Config):
-    """Which weights get an addition (alpha / rank) B A, and of what rank. There is no dropout."""
+    """Low-rank adapters (alpha / rank) B A on frozen weights, without dropout."""
 
     rank: int = Field(16, ge=1)
-    """Rank of each addition."""
+    """Rank of each adapter."""
     alpha: float = Field(32.0, gt=0)
-    """Scale of the additions, before it is divided by the rank."""
+    """Scale of the adapters, before it is divided by the rank."""
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """Names of linear layers, such as q_proj; all but the output head when not given."""
+    """Names of linear layers, such as q_proj; `all-linear`: all but the output head."""

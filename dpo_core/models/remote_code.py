@@ -1,8 +1,8 @@
-"""Which Python code that ships with models may run: only what the user has trusted, file by file.
+"""Decides which Python code that ships with models may run: only files that the user trusts, by digest.
 
 `model.trust_remote_code` is set for one model, and its checkpoints are read in a dozen places and processes:
-by policies, references, reward models, caches and suites. Each of them asks here, and none passes a flag on.
-A checkpoint that training writes carries the same files, and so does a job the digests of those trusted.
+by policies, references, reward models, caches and suites. All of them ask this module, so that no flag is
+passed on. A checkpoint that training writes contains the same files, and a job file the trusted digests.
 """
 
 import hashlib
@@ -14,12 +14,12 @@ _trusted: set[str] = set()
 
 
 def trust(folder: Path) -> None:
-    """Let the Python files of a checkpoint folder run in this process, wherever else they lie."""
+    """Let the Python files of a checkpoint folder, and copies of them elsewhere, run in this process."""
     _trusted.update(_digests(folder))
 
 
 def trust_digests(digests: Iterable[str]) -> None:
-    """Let files run that another process has trusted: what its `trusted` returned."""
+    """Let files run that another process trusts; `digests` is what its `trusted` returned."""
     _trusted.update(digests)
 
 
@@ -29,7 +29,7 @@ def trusted() -> list[str]:
 
 
 def trusts(folder: Path) -> bool:
-    """Whether the code of a checkpoint may run: it lies in the folder, and every file of it is trusted."""
+    """Whether a checkpoint has code, all of it in its folder and trusted."""
     digests = _digests(folder)
     return bool(digests) and _trusted.issuperset(digests) and not _names_other_repositories(folder)
 
@@ -40,11 +40,11 @@ def _digests(folder: Path) -> list[str]:
 
 
 def _names_other_repositories(folder: Path) -> bool:
-    """Whether classes that are loaded come from elsewhere: a name such as `owner/repository--file.Class`."""
+    """Whether it loads classes of other repositories, named as `owner/repository--file.Class`."""
     for name in ("config.json", "tokenizer_config.json"):
         path = folder / name
-        known = json.loads(path.read_bytes()).get("auto_map", {}) if path.is_file() else {}
+        auto_map = json.loads(path.read_bytes()).get("auto_map", {}) if path.is_file() else {}
         loaded = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")
-        if any("--" in json.dumps(known.get(kind)) for kind in loaded):
+        if any("--" in json.dumps(auto_map.get(kind)) for kind in loaded):
             return True
     return False

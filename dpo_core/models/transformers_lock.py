@@ -1,26 +1,26 @@
-"""The one gate to transformers: one thread at a time, and no word on the terminal."""
+"""Serialises calls into transformers and silences its output."""
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_ONE_THREAD = threading.RLock()
+_LOCK = threading.RLock()
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """One thread at a time, without transformers' own progress bars and advice; errors are raised anyway.
+    """Hold the lock around transformers, without its progress bars and warnings; errors are raised as usual.
 
-    transformers imports its parts when they are first asked for, in circles, so that a second thread may find
-    halves of them; and it changes how modules are made for all threads while it loads one: two at once lose
-    weights. So what may be the first import of a part stands inside, too.
+    transformers imports its modules lazily and in circles, so that a second thread can see half-imported
+    ones; and while it loads a model it patches module creation for all threads, so that two loads at once
+    lose weights. An import that may be a module's first one belongs inside, too.
     """
-    with _ONE_THREAD:
+    with _LOCK:
         from transformers.utils import logging
 
-        from dpo_core.models.accelerator import name_accelerator
+        from dpo_core.models.accelerator import set_accelerator
 
-        name_accelerator()  # transformers imports DeepSpeed
+        set_accelerator()  # before transformers imports DeepSpeed
         verbosity = logging.get_verbosity()
         bars = logging.is_progress_bar_enabled()
         logging.set_verbosity_error()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dpo_core.errors import RankLost, StageFailed
-from dpo_core.models.accelerator import name_accelerator
+from dpo_core.models.accelerator import set_accelerator
 
 if TYPE_CHECKING:
     from dpo_core.training.config import EngineConfig
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def start_distributed(config: "EngineConfig") -> None:
     """Join the process group that torchrun describes; alone when there is none."""
-    name_accelerator()
+    set_accelerator()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
 

@@ -49,7 +49,7 @@ def test_models_of_images_and_sound(kind: str, tmp_path: Path) -> None:
     for read in (read_config, lambda config: convert(config, tmp_path / "out")):
         with pytest.raises(ModelError, match=rf"is {words} model \({kind}\), which cannot be trained") as e:
             read(config)
-        assert "language model as a checkpoint of its own" in e.value.remedy
+        assert "as a separate checkpoint" in e.value.remedy
 
 
 def test_the_language_model_of_a_vision_model_where_transformers_knows_it(tmp_path: Path) -> None:

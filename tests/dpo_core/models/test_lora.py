@@ -118,7 +118,7 @@ def test_a_job_on_experts_writes_its_result(alone: None, tmp_path: Path) -> None
 def test_the_head_and_what_is_tied_to_it_are_refused(model: Any, targets: tuple[str, ...]) -> None:
     """The loss reads the weight of the head past an addition; one merged into tied weights changes both."""
     pytest.importorskip("peft")
-    with pytest.raises(RecipeError, match="LoRA cannot be put on the output head") as caught:
+    with pytest.raises(RecipeError, match="LoRA cannot be added to the output head") as caught:
         add_lora(model, LoraConfig(target_modules=targets), seed=0)
     assert "lora.target_modules" in caught.value.remedy
 
@@ -139,7 +139,7 @@ def test_the_seed_draws_it_and_leaves_other_draws_alone(tiny: Path) -> None:
 
 def test_layers_that_are_not_there_are_told(model: Any) -> None:
     pytest.importorskip("peft")
-    with pytest.raises(RecipeError, match="LoRA cannot be put on this model") as caught:
+    with pytest.raises(RecipeError, match="LoRA cannot be added to this model") as caught:
         add_lora(model, LoraConfig(target_modules=("no_such_layer",)), seed=0)
     assert "lora.target_modules" in caught.value.remedy
 

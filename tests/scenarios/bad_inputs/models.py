@@ -28,9 +28,7 @@ def model_missing(world: World) -> list[str]:
     return world.run(model={"name": str(world.new_folder() / "absent")})
 
 
-@bad(
-    2, "the hub did not give a model of that name", "nobody/nothing", "download the model and name its folder"
-)
+@bad(2, "has no accessible model of that name", "nobody/nothing", "download the model and name its folder")
 def model_on_the_hub_offline(world: World) -> list[str]:
     return world.run(model={"name": "nobody/nothing"})
 
@@ -156,7 +154,7 @@ def tokenizer_broken(world: World) -> list[str]:
     return world.run_model(lambda model: (model / "tokenizer.json").write_text('{"model": 3}'))
 
 
-@bad(2, "names no end-of-sequence token", "Set eos_token in its tokenizer_config.json")
+@bad(2, "has no end-of-sequence token", "Set eos_token in its tokenizer_config.json")
 def tokenizer_without_an_end(world: World) -> list[str]:
     return world.run_model(lambda model: _edit(model / "tokenizer_config.json", eos_token=None))
 

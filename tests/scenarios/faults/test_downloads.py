@@ -68,7 +68,7 @@ def test_a_model_whose_download_breaks(hub: Hub, tmp_path: Path, file: str) -> N
     hub.cut = {file}
     broken = ask(hub, tmp_path, MODEL)
     assert_told(broken, "me/tiny")
-    assert "broke off" in broken.stderr
+    assert "the download of me/tiny from the hub failed" in broken.stderr
     assert "run again" in broken.stderr
     assert not (tmp_path / "out").exists()
     assert f"{file} cut from 0" in hub.sent
@@ -86,7 +86,7 @@ def test_a_name_that_the_hub_does_not_know(hub: Hub, tmp_path: Path) -> None:
     unknown = ask(hub, tmp_path, MODEL.replace("me/tiny", "me/unknown"))
     assert unknown.returncode == 1
     assert "Check the name" in unknown.stderr
-    assert "broke off" not in unknown.stderr
+    assert "the download" not in unknown.stderr
 
 
 DATA = """

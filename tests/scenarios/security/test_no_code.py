@@ -128,7 +128,7 @@ def attention_of_the_hub(model: Path, trace: Path) -> None:
         (adapter, "holds an adapter"),
         (code, "contains custom code"),
         (code_of_a_tokenizer, "contains custom code"),
-        (attention_of_the_hub, "asks for code of the hub"),
+        (attention_of_the_hub, "loads code from the hub"),
     ],
 )
 def test_no_model_runs_code(
