@@ -95,9 +95,7 @@ def _primary(name: str, gain: Estimate | None, comparison: Comparison | None) ->
     rows = [row for row in comparison.rows if not row.subset] if comparison else []
     for row in rows:
         if f"{row.suite}/{row.measure}" == name and row.better != "neither":
-            return f"{row.suite} {row.label}", row.difference if row.better == "higher" else _minus(
-                row.difference
-            )
+            return f"{row.suite} {row.label}", row.difference if row.better == "higher" else -row.difference
     known = [f"{row.suite}/{row.measure}" for row in rows if row.better != "neither"]
     raise RecipeError(
         f"promotion.primary is '{name}', and that was not compared",
@@ -174,7 +172,3 @@ def _reason(rule: str, passed: bool, text: str) -> Reason:
 
 def _signed(estimate: Estimate) -> str:
     return f"{estimate.value:+.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
-
-
-def _minus(estimate: Estimate) -> Estimate:
-    return Estimate(value=-estimate.value, low=-estimate.high, high=-estimate.low, n=estimate.n)

@@ -65,8 +65,8 @@ def cluster_sums(x: Floats, clusters: Sequence[Hashable] | None) -> tuple[Floats
     return np.bincount(codes, weights=x).astype(np.float64), np.bincount(codes).astype(np.float64)
 
 
-def need_two(prompts: int) -> None:
-    """Raise StageFailed for fewer than two prompts, for which no interval exists."""
+def require_two(prompts: int) -> None:
+    """Raise StageFailed for fewer than two prompts: they have no interval."""
     if prompts < 2:
         raise StageFailed(
             f"a bootstrap interval needs at least 2 prompts, not {prompts}", "Evaluate on more prompts."
@@ -119,7 +119,7 @@ def student_quantile(confidence: float, prompts: int) -> float:
 
 
 def special() -> Any:
-    """SciPy's special functions, imported late: code that only reads estimates does not need SciPy."""
+    """SciPy's special functions, imported on use: code that only reads estimates does not need SciPy."""
     import scipy.special  # type: ignore[import-untyped]
 
     return scipy.special

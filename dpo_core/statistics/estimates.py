@@ -24,8 +24,8 @@ from dpo_core.statistics.bootstrap import (
     cluster_sums,
     expanded_interval,
     finite,
-    need_two,
     paired_difference,
+    require_two,
     resampled_means,
     student_quantile,
 )
@@ -57,12 +57,15 @@ class Estimate(BaseModel):
     n: int
     """Number of independent units (prompts)."""
 
+    def __neg__(self) -> "Estimate":
+        return Estimate(value=-self.value, low=-self.high, high=-self.low, n=self.n)
+
     def __str__(self) -> str:
         return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}] (n={self.n})"
 
 
 def wilson(successes: float, n: int, confidence: float = 0.95) -> Estimate:
-    """A share with the Wilson score interval (Wilson 1927), which is valid at 0 and at n successes too.
+    """A share with the Wilson score interval (Wilson 1927), which is also valid at 0 and at n successes.
 
     Raises:
         StageFailed: n is 0.
@@ -98,7 +101,7 @@ def bootstrap_mean(
     """
     x = finite(values)
     sums, sizes = cluster_sums(x, clusters)
-    need_two(len(sums))
+    require_two(len(sums))
     low, high = expanded_interval(resampled_means(sums, sizes, n_resamples, seed), len(sums), confidence)
     return Estimate(value=float(x.mean()), low=low, high=high, n=len(sums))
 
@@ -156,7 +159,7 @@ def bootstrap_statistic(
         raise ValueError(f"arrays of {', '.join(str(len(column)) for column in columns)} rows")
     codes = cluster_codes(clusters, len(columns[0]))
     members = np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1])
-    need_two(len(members) if len(codes) else 0)
+    require_two(len(members) if len(codes) else 0)
     value = function(*columns)
     if value is None:
         return None
@@ -213,7 +216,7 @@ def share(
     n = len(sums)
     same = n > 0 and np.ptp(sums / sizes) == 0
     if not same:
-        need_two(n)
+        require_two(n)
     p = float(x.mean()) if n else 0.0
     plain = n == len(x) and bool(np.isin(x, (0.0, 1.0)).all())
     size = n if plain or same else _effective_size(sums, sizes, confidence)
@@ -240,8 +243,8 @@ def share_difference(
     first, second = (share(values, clusters, confidence=confidence) for values in (x, y))
     r = _correlation(x, y, clusters)
 
-    def reach(one: float, other: float) -> float:
-        return math.sqrt(max(0.0, one**2 - 2 * r * one * other + other**2))
+    def reach(x: float, y: float) -> float:
+        return math.sqrt(max(0.0, x**2 - 2 * r * x * y + y**2))
 
     down = reach(first.value - first.low, second.high - second.value)
     up = reach(first.high - first.value, second.value - second.low)

@@ -9,8 +9,8 @@ from dpo_core.statistics.bootstrap import (
     cluster_sums,
     expanded_p,
     finite,
-    need_two,
     paired_difference,
+    require_two,
     resampled_means,
     special,
 )
@@ -53,7 +53,7 @@ def bootstrap_p(
     `estimates.paired_bootstrap`.
     """
     sums, sizes = cluster_sums(paired_difference(a, b), clusters)
-    need_two(len(sums))
+    require_two(len(sums))
     return expanded_p(resampled_means(sums, sizes, n_resamples, seed), len(sums))
 
 

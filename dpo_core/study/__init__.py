@@ -1,10 +1,10 @@
-"""Comparing ways to align at many settings and seeds: the reward each buys with KL and with compute.
+"""Compares policies over many settings and seeds: the reward that each reaches for its KL and its compute.
 
-    study = Study(prompts=256, points=[...], ...)     # what was measured
+    study = Study(prompts=256, points=[...], ...)     # the measurements
     summary = summarise(study)                        # estimates with their uncertainty
-    verdicts = claims(study, summary)                 # what that says of published claims
+    verdicts = claims(study, summary)                 # which published claims they support
 
-Pure numpy: nothing here needs torch.
+Needs numpy only, not torch.
 """
 
 from dpo_core.study.claims import DOMINATES, Claim, claims

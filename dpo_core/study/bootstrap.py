@@ -1,9 +1,9 @@
-"""A study's means in many resamples of its seeds and prompts, all policies resampled alike.
+"""Bootstraps a study: means in many resamples of its seeds and prompts, the same for all policies.
 
-Seeds say how runs of a method differ, prompts how questions differ. Both are drawn anew each time: prompts
-once for the whole study, so that two policies stay paired; seeds once for all settings that have the same
-ones. Of n seeds n-1 are drawn: their mean then varies as the mean of n does, where n draws of few seeds would
-vary too little (McCarthy & Snowden 1985). With one seed only the prompts speak.
+Seeds show how runs of a method differ, prompts how questions differ. Each resample draws both: prompts once
+for the whole study, so that policies stay paired; seeds once for all settings with the same seeds. Of n seeds
+n-1 are drawn: their mean then varies as much as the mean of n seeds, where n draws of few seeds would vary
+too little (McCarthy & Snowden 1985). With one seed only prompts are resampled.
 
 Legend: R resamples, the first of which is the data as measured; P prompts; S seeds of a setting.
 """
@@ -44,7 +44,7 @@ class Resampling:
         self.reference_R = self.over_prompts(study.reference_rewards_P)
 
     def over_prompts(self, values_P: Sequence[float]) -> Floats:
-        """(R,): the mean of one number a prompt."""
+        """(R,): the mean of one number per prompt."""
         mean_R: Floats = self._prompts_RP @ np.asarray(values_P, dtype=np.float64)
         return mean_R
 
@@ -53,13 +53,13 @@ class Resampling:
         return np.stack([values for (name, _), values in values_R.items() if name == policy], axis=1)
 
     def estimate(self, values_R: Floats, confidence: float = 0.95) -> Estimate:
-        """The measured value with the percentile interval of the resamples."""
+        """The measured value with the percentile interval over the resamples."""
         tail = (1 - confidence) / 2
         low, high = np.quantile(values_R[1:], [tail, 1 - tail])
         return Estimate(value=float(values_R[0]), low=float(low), high=float(high), n=self.prompts)
 
     def estimate_where(self, values_R: Floats, defined_R: np.ndarray) -> tuple[Estimate | None, float]:
-        """The estimate over the resamples where it is defined, and their share; None if not as measured."""
+        """The estimate over the resamples where it is defined, and their share; None if not in the data."""
         share = float(defined_R[1:].mean())
         if not defined_R[0] or not share:
             return None, share
@@ -73,12 +73,12 @@ class Resampling:
 
 def points_by_setting(study: Study) -> dict[Setting, list[Point]]:
     """Points in order of their seed; policies, and settings within them, in order of their first point."""
-    found: dict[Setting, list[Point]] = {}
+    groups: dict[Setting, list[Point]] = {}
     for policy in study.policies():
         for point in study.points:
             if point.policy == policy:
-                found.setdefault((policy, point.setting), []).append(point)
-    return {setting: sorted(points, key=lambda point: point.seed) for setting, points in found.items()}
+                groups.setdefault((policy, point.setting), []).append(point)
+    return {setting: sorted(points, key=lambda point: point.seed) for setting, points in groups.items()}
 
 
 def _weights(items: int, drawn: int, resamples: int, rng: np.random.Generator) -> Floats:

@@ -1,9 +1,9 @@
-"""The best that a policy's points offer: reward for a given KL, compute for a given reward.
+"""Envelopes of a policy's points: the best reward for a KL, and the least compute for a reward.
 
 The envelope in the (KL, reward) plane is the non-decreasing concave hull from the reference at (0, its
 reward). A mixture that answers each prompt with one of two policies by a biased coin has the mixed reward and
-at most the mixed KL, so that all of the hull can be had. Compute has no such mixtures: its envelope is a
-staircase.
+at most the mixed KL, so that every point of the hull can be reached. Compute has no such mixtures: its
+envelope is a staircase.
 
 Legend: R resamples, K points of one policy, the reference excepted.
 """
@@ -21,14 +21,14 @@ XY = tuple[float, float]
 def envelope(points: Sequence[XY], reference: float) -> list[XY]:
     """Corners of the envelope over (KL, reward) points, from (0, `reference`) to its highest point.
 
-    A KL below 0 is an estimate of a small one and counts as 0.
+    A negative KL is an estimate of a small KL and counts as 0.
     """
     corners = [(0.0, reference)]
     for point in sorted((max(0.0, kl), reward) for kl, reward in points):
         if point[1] <= corners[-1][1]:
             continue
         corners.append(point)
-        while len(corners) > 1 and corners[-2][0] == point[0]:  # straight above the last one
+        while len(corners) > 1 and corners[-2][0] == point[0]:  # directly above the last corner
             del corners[-2]
         while len(corners) > 2 and _below(corners[-2], corners[-3], point):
             del corners[-2]
@@ -50,14 +50,14 @@ def envelope_at(points: Sequence[XY], kl: float, reference: float) -> float:
 def area(points: Sequence[XY], kl_max: float, reference: float) -> float:
     """Mean height of the envelope above the reference's reward from 0 to `kl_max` nats.
 
-    The area divided by `kl_max`: it reads as a mean gain. A policy that stops short of `kl_max` stays flat.
+    The area divided by `kl_max`, so a mean gain. Beyond a policy's last point the envelope is flat.
     """
     kl_RK, reward_RK = np.array([[x for x, _ in points]]), np.array([[y for _, y in points]])
     return float(areas(kl_RK, reward_RK, np.array([reference]), kl_max)[0])
 
 
 def compute_to_reach(points: Sequence[XY], reward: float) -> float | None:
-    """The least FLOPs of a (FLOPs, reward) point with at least this reward; None where there is none."""
+    """The least FLOPs of a (FLOPs, reward) point with at least this reward; None if there is none."""
     return min((flops for flops, reached in points if reached >= reward), default=None)
 
 
@@ -65,9 +65,9 @@ def compute_to_reach(points: Sequence[XY], reward: float) -> float | None:
 
 
 def rewards_at(kl_RK: Floats, reward_RK: Floats, reference_R: Floats, kl: ArrayLike) -> Floats:
-    """(R,): each resample's envelope at `kl`, one number or one a resample.
+    """(R,): each resample's envelope at `kl`, which is one number or one per resample.
 
-    The highest of all points up to `kl` and of all chords across it, which is the hull's height there.
+    The hull's height: the maximum of all points up to `kl` and of all chords that cross it.
     """
     x_RK, y_RK = _with_reference(kl_RK, reward_RK, reference_R)
     return _height(x_RK, y_RK, np.broadcast_to(np.asarray(kl, dtype=np.float64), reference_R.shape))

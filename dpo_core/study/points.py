@@ -1,7 +1,7 @@
-"""What a comparison of many trained policies measured: every policy, setting and seed on the same prompts.
+"""The measurements of a study: every policy, setting and seed on the same prompts.
 
-Legend: P prompts, S samples of a prompt. A list that ends in `_P` holds one mean per prompt, over that
-prompt's samples, and all of them name the prompts in the same order.
+Legend: P prompts, S samples of a prompt. A list whose name ends in `_P` holds one mean per prompt, over that
+prompt's samples; all lists have the prompts in the same order.
 """
 
 import math
@@ -18,10 +18,10 @@ from dpo_core.errors import StageFailed
 
 
 class Cost(Config):
-    """What one policy took after the SFT reference, every stage of its pipeline counted.
+    """Cost of one policy after the SFT reference, over all stages of its pipeline.
 
     Sampling and labelling pairs, cached log-probs, the reward model, rollouts, training: a stage that several
-    policies share counts in full for each, as if it were the only one.
+    policies share counts in full for each.
     """
 
     flops: float = Field(ge=0)
@@ -35,7 +35,7 @@ class Point(Config):
     policy: str
     """Its name in the recipe: "DPO", "PPO-GT", "DPO, few", …"""
     setting: str
-    """What varies within the policy, as `name=value`: "beta=0.1"."""
+    """The values that vary within the policy, as `name=value`: "beta=0.1"."""
     seed: int
     rewards_P: list[float]
     kl_P: list[float]
@@ -50,14 +50,14 @@ class Point(Config):
     """Mean tokens of a completion."""
     cost: Cost
     shared_cost: dict[str, float] = Field(default_factory=dict)
-    """FLOPs by stage, of those that other policies use too. They are part of `cost`."""
+    """FLOPs of the stages that other policies share, by stage; part of `cost`."""
 
     def __str__(self) -> str:
         return f"{self.policy} {self.setting} seed {self.seed}"
 
 
 class BestOf(Config):
-    """The best of n samples of the reference by the known reward: what search reaches without training."""
+    """The best of n samples of the reference by the known reward: what search achieves without training."""
 
     n: int = Field(ge=1)
     rewards_P: list[float]
@@ -66,7 +66,7 @@ class BestOf(Config):
 
 
 class Study(Config):
-    """Policies trained from one reference at several settings and seeds, and what each policy answered."""
+    """Policies trained from one reference at several settings and seeds, with their measurements."""
 
     prompts: int = Field(ge=2)
     samples_per_prompt: int = Field(ge=1)
@@ -81,14 +81,14 @@ class Study(Config):
     best_of: list[BestOf] = Field(default_factory=list)
     points: list[Point] = Field(default_factory=list)
     kl_at: list[float] = Field(default_factory=lambda: [2.0, 5.0, 10.0])
-    """The KLs, in nats, at which rewards are compared. Choose them before the results are seen."""
+    """KLs in nats at which rewards are compared. Choose them before you see the results."""
     kl_max: float | None = Field(None, gt=0)
-    """Where areas end; the largest of `kl_at` when not given. The same for all policies."""
+    """Upper limit of areas, the same for all policies. Empty: the largest of `kl_at`."""
     drawn: list[str] | None = None
-    """Policies that the reward-KL figure shows; all when not given. The rest serve a claim only."""
+    """Policies in the reward-KL figure. Empty: all. The others only serve claims."""
     resamples: int = Field(2000, ge=100)
     seed: int = 0
-    """Of the resampling."""
+    """Seed of the resampling."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Study":
@@ -99,38 +99,40 @@ class Study(Config):
         )
         for name, values in lists:
             if len(values) != self.prompts:
-                raise ValueError(f"{name} has {len(values)} values, one for each of {self.prompts} prompts")
+                raise ValueError(
+                    f"{name} has {len(values)} values, not one for each of {self.prompts} prompts"
+                )
         for name, times in Counter(map(str, self.points)).items():
             if times > 1:
-                raise ValueError(f"{name} is there {times} times; measure it once")
+                raise ValueError(f"{name} is listed {times} times; list it once")
         if not self.kl_at or min(self.kl_at) <= 0:
-            raise ValueError(f"kl_at {self.kl_at} must name KLs above 0")
+            raise ValueError(f"kl_at is {self.kl_at}; set it to one or more KLs above 0")
         for policy in set(self.drawn or ()) - {p.policy for p in self.points}:
-            raise ValueError(f"drawn names the policy '{policy}', which has no point")
+            raise ValueError(f"drawn lists the policy '{policy}', which has no points")
         return self
 
     @property
     def kl_end(self) -> float:
-        """Where areas end."""
+        """Upper limit of areas, in nats."""
         return max(self.kl_at) if self.kl_max is None else self.kl_max
 
     def policies(self) -> list[str]:
-        """Those of the reward-KL figure, in their order, then the rest in the order of their first point."""
+        """The policies of the reward-KL figure in their order, then the others by their first point."""
         measured = dict.fromkeys(point.policy for point in self.points)
         return list(dict.fromkeys([*(self.drawn or ()), *measured]))
 
     def drawn_policies(self) -> list[str]:
-        """Those of the reward-KL figure, as the recipe lists them."""
+        """The policies of the reward-KL figure, as the recipe lists them."""
         return self.policies() if self.drawn is None else self.drawn
 
     @property
     def base(self) -> str:
-        """The first policy, whose compute and diversity the others are held against; empty where none is."""
+        """The first policy, the baseline for compute and diversity; empty if there is none."""
         return next(iter(self.policies()), "")
 
 
 def best_of_kl(n: int) -> float:
-    """log n - (n-1)/n: nats that best of n is from its reference at most (equality without ties)."""
+    """log n - (n-1)/n: the largest KL in nats of best of n to its reference (equality without ties)."""
     return math.log(n) - (n - 1) / n
 
 
@@ -148,15 +150,15 @@ def best_of_n(rewards_PS: ArrayLike, ns: Sequence[int]) -> list[BestOf]:
     if sorted_PS.ndim != 2:
         raise ValueError(f"expected rewards by prompt and sample, got shape {sorted_PS.shape}")
     samples = sorted_PS.shape[1]
-    found = []
+    rows = []
     for n in ns:
         if n < 1:
             raise ValueError(f"best of {n}")
         if n > samples:
             raise StageFailed(
-                f"best of {n} needs {n} samples of a prompt, and there are {samples}",
-                "Draw more samples of the reference, or leave that n out.",
+                f"best of {n} needs {n} samples per prompt, and there are {samples}",
+                "Draw more samples of the reference, or remove that n",
             )
         share_S = [math.comb(rank - 1, n - 1) / math.comb(samples, n) for rank in range(1, samples + 1)]
-        found.append(BestOf(n=n, rewards_P=(sorted_PS @ share_S).tolist(), kl_bound=best_of_kl(n)))
-    return found
+        rows.append(BestOf(n=n, rewards_P=(sorted_PS @ share_S).tolist(), kl_bound=best_of_kl(n)))
+    return rows

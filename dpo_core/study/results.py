@@ -1,4 +1,4 @@
-"""What is said of a study, as data: one model for each table. Intervals are at 95 %."""
+"""The summary of a study as data, one class for each table. Intervals are at 95 %."""
 
 from pydantic import Field
 
@@ -9,7 +9,7 @@ from dpo_core.study.points import Cost
 
 
 class SeedRange(Config):
-    """A number that each seed measured once: too few for an interval, so the range stands for it."""
+    """A number that each seed measured once: its range over the seeds, which are too few for an interval."""
 
     value: float
     """Mean over the seeds."""
@@ -47,26 +47,26 @@ class AtKl(Config):
     kl: float
     reward: Estimate
     reached: bool
-    """False: no setting came that far: the envelope is its flat end (of either policy, for a difference)."""
+    """False: no setting reached this KL, and the envelope (in a difference, of either policy) is flat."""
 
 
 class PolicySummary(Config):
-    """What one policy's settings offer together."""
+    """One policy over all its settings."""
 
     policy: str
     settings: int
     seeds: list[int]
     fewest_seeds: int
-    """Seeds of the setting that has fewest."""
+    """Number of seeds of the setting with the fewest."""
     area: Estimate
     """Mean gain of the envelope from 0 to the study's last KL."""
     reach: float
-    """Nats of the setting that went farthest."""
+    """Largest KL of a setting, in nats."""
     at_kl: list[AtKl]
     envelope: list[XY]
-    """Its corners in the (KL, reward) plane, from the reference."""
+    """Corners in the (KL, reward) plane, starting at the reference."""
     staircase: list[XY]
-    """Steps of (FLOPs, reward): each costs more than the one before and reaches more."""
+    """Steps of (FLOPs, reward), both increasing."""
 
 
 class PolicyDifference(Config):
@@ -77,22 +77,22 @@ class PolicyDifference(Config):
     area: Estimate
     """To the study's last KL, the flat ends included."""
     common_kl: float
-    """Nats that both policies reach, within the study's last KL; one may just not have been pushed beyond."""
+    """KL that both policies reach, up to the study's last one; other settings might have reached further."""
     common_area: Estimate | None
-    """To `common_kl`; None where one policy did not leave the reference."""
+    """To `common_kl`; None if one policy did not leave the reference."""
     at_kl: list[AtKl]
-    """Intervals that hold at all these KLs together (Bonferroni): any of them may be pointed at."""
+    """Intervals that hold jointly at all these KLs (Bonferroni)."""
 
 
 class ComputeRatio(Config):
-    """What a policy's compute is to another's where both reach the same reward."""
+    """The compute of two policies to reach the same reward, and its ratio."""
 
     policy: str
     other: str
     gain_share: float
-    """The reward asked for: this share of the largest gain that both reach, in each resample anew."""
+    """Share of the largest gain that both reach; it sets the target reward, in each resample separately."""
     reward: float | None
-    """As measured; None where one of the policies gains nothing."""
+    """Target reward as measured; None if one of the policies gains nothing."""
     flops: float | None
     other_flops: float | None
     ratio: Estimate | None
@@ -102,7 +102,7 @@ class ComputeRatio(Config):
 
 
 class DiversityDifference(Config):
-    """How much more varied one policy writes than another at one setting, relative, paired by seed."""
+    """Relative difference in diversity of two policies at one setting, paired by seed."""
 
     policy: str
     other: str
@@ -110,11 +110,11 @@ class DiversityDifference(Config):
     metric: str
     """"entropy", "distinct_1" or "distinct_2"."""
     relative: SeedRange
-    """0.37 says 37 % more."""
+    """0.37 means 37 % more."""
 
 
 class GainRatio(Config):
-    """One policy's gain over the reference against another's, at the settings that both have."""
+    """Gains of two policies over the reference at the settings that both have, and their ratio."""
 
     policy: str
     other: str
@@ -123,7 +123,7 @@ class GainRatio(Config):
     gain: Estimate
     other_gain: Estimate
     relative: Estimate | None
-    """0.15 says 15 % more gain. Over the resamples in which the other policy gains something."""
+    """0.15 means 15 % more gain. Over the resamples in which the other policy has a gain."""
     defined: float
     """Share of those resamples."""
 
@@ -146,18 +146,18 @@ class StudySummary(Config):
     kl_end: float
     kl_at: list[float]
     reference: Estimate
-    """Its reward."""
+    """Reward of the reference."""
     settings: list[SettingRow]
     policies: list[PolicySummary]
     differences: list[PolicyDifference]
-    """Each pair of policies once, the one that comes first in the study minus the other."""
+    """Each pair of policies once: the earlier one in the study minus the other."""
     compute: list[ComputeRatio]
     diversity: list[DiversityDifference]
     gains: list[GainRatio]
     best_of: list[BestOfRow]
 
     def policy(self, name: str) -> PolicySummary | None:
-        """The row of that policy, None where the study has none."""
+        """The row of that policy; None if there is none."""
         return next((row for row in self.policies if row.policy == name), None)
 
     def rows(self, policy: str) -> list[SettingRow]:
@@ -165,23 +165,19 @@ class StudySummary(Config):
         return [row for row in self.settings if row.policy == policy]
 
     def difference(self, policy: str, other: str) -> PolicyDifference | None:
-        """`policy` minus `other`, whichever way it is kept."""
+        """`policy` minus `other`, in whichever order the pair is stored."""
         for row in self.differences:
             if (row.policy, row.other) == (policy, other):
                 return row
             if (row.policy, row.other) == (other, policy):
-                at_kl = [at.model_copy(update={"reward": _negated(at.reward)}) for at in row.at_kl]
+                at_kl = [at.model_copy(update={"reward": -at.reward}) for at in row.at_kl]
                 return row.model_copy(
                     update={
                         "policy": policy,
                         "other": other,
-                        "area": _negated(row.area),
-                        "common_area": _negated(row.common_area) if row.common_area else None,
+                        "area": -row.area,
+                        "common_area": -row.common_area if row.common_area else None,
                         "at_kl": at_kl,
                     }
                 )
         return None
-
-
-def _negated(estimate: Estimate) -> Estimate:
-    return Estimate(value=-estimate.value, low=-estimate.high, high=-estimate.low, n=estimate.n)

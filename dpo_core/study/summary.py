@@ -1,8 +1,8 @@
-"""From a study to its numbers: settings, envelopes, compute, diversity, each with its uncertainty.
+"""Summarises a study: settings, envelopes, compute and diversity, each with its uncertainty.
 
-A policy's envelope is drawn through the means over seeds of its settings, never through single runs: the best
-of many noisy runs is too good. A policy with more settings still has more chances; compare policies that have
-about as many.
+A policy's envelope passes through the means over seeds of its settings, never through single runs: the best
+of many noisy runs is biased upwards. A policy with more settings still has an advantage; compare policies
+with about as many.
 """
 
 import re
@@ -29,7 +29,7 @@ from dpo_core.study.results import (
 )
 
 GAIN_SHARES = (0.5, 0.9)
-FEW = ("Pre-DPO, few", "DPO, few")  # what a published claim compares
+FEW = ("Pre-DPO, few", "DPO, few")  # the policies of a published claim
 DIVERSITY = ("entropy", "distinct_1", "distinct_2")
 
 
@@ -193,17 +193,17 @@ def _compute_ratio(resampling: Resampling, policy: str, other: str, share: float
 
 
 def _cheapest(flops_RK: Floats, reward_RK: Floats, target_R: Floats) -> Floats:
-    """`compute_to_reach` of each resample; the target is one that the policy reaches."""
-    found_R: Floats = np.where(reward_RK >= target_R[:, None], flops_RK, np.inf).min(axis=1)
-    return found_R
+    """`compute_to_reach` of each resample, for a target that the policy reaches."""
+    least_R: Floats = np.where(reward_RK >= target_R[:, None], flops_RK, np.inf).min(axis=1)
+    return least_R
 
 
 # ---------------------------------------------------------------------------------- policies at one setting
 
 
 def _matched(resampling: Resampling, policy: str, other: str) -> list[tuple[Setting, Setting]]:
-    """Settings of two policies that are the same, or else have the same beta and no rival for it."""
-    found = []
+    """Pairs of settings of two policies: the same setting, or else the only one with the same beta."""
+    matched = []
     theirs = [setting for setting in resampling.points if setting[0] == other]
     for ours in resampling.points:
         if ours[0] != policy:
@@ -211,8 +211,8 @@ def _matched(resampling: Resampling, policy: str, other: str) -> list[tuple[Sett
         same = [setting for setting in theirs if setting[1] == ours[1]]
         beta = _beta(ours[1])
         near = [setting for setting in theirs if beta is not None and _beta(setting[1]) == beta]
-        found += [(ours, setting) for setting in same or near if len(same or near) == 1]
-    return found
+        matched += [(ours, setting) for setting in same or near if len(same or near) == 1]
+    return matched
 
 
 def _beta(setting: str) -> float | None:

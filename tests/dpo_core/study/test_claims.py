@@ -107,7 +107,7 @@ def test_compute_that_is_seldom_defined_decides_nothing() -> None:
     assert "defined in 5" in claim.found
     nothing = judged([*policy("DPO", [0.5] * 3), *policy("PPO", [-0.1] * 3)], "compute")
     assert (nothing.verdict, nothing.found) == (
-        "undecided", "DPO and PPO have no gain in common to compare at",
+        "undecided", "DPO and PPO share no gain at which to compare",
     )  # fmt: skip
 
 
