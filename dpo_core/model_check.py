@@ -18,7 +18,7 @@ from dpo_core.models.config import ModelConfig
 from dpo_core.models.dropout import disable_dropout, set_training
 from dpo_core.models.load import load_model, read_config
 from dpo_core.models.source import check_source_context, locate, position_limit
-from dpo_core.scoring.attention import attention_on_trial, whole_blocks
+from dpo_core.scoring.attention import restore_attention_on_error, round_up_to_block
 from dpo_core.scoring.autocast import autocast, effective
 from dpo_core.scoring.branch_scores import branch_scores
 from dpo_core.scoring.document import Document
@@ -191,9 +191,9 @@ def _reduced_fault(model: nn.Module, precision: Precision) -> str | None:
         return None
     documents = trial_documents(model, _SHORT)
     tokens = sum(map(len, documents))
-    layouts = pad(documents), pack(documents, whole_blocks(tokens) if device.type == "cuda" else None)
+    layouts = pad(documents), pack(documents, round_up_to_block(tokens) if device.type == "cuda" else None)
     try:
-        with torch.no_grad(), attention_on_trial(model):
+        with torch.no_grad(), restore_attention_on_error(model):
             exact = _logps(model, documents)
             with autocast(precision, device):
                 padded, packed = (branch_scores(model, one.to(device)).logps_SL for one in layouts)

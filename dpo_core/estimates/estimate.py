@@ -89,7 +89,7 @@ def loop(config: LoopConfig, examples: Examples, inputs: Inputs) -> Work:
         squares,
         scored,
         checkpointing=config.engine.gradient_checkpointing,
-        head_again=not cost.keeps_logits(fullest.targets, inputs.shape.vocabulary),
+        recompute_head=not cost.keeps_logits(fullest.targets, inputs.shape.vocabulary),
     )
     return Work(
         tokens=seen * tokens,

@@ -29,7 +29,7 @@ from dpo_core.models.load import load_model, load_tokenizer
 from dpo_core.ranks import Ranks
 from dpo_core.rewards.model import scorer, scoring_flops_of
 from dpo_core.scoring import flops as cost
-from dpo_core.scoring.logprobs import read_flops
+from dpo_core.scoring.logprobs import logprob_flops
 from dpo_core.scoring.model_shape import shape_of
 from dpo_core.training.liveness import Watch
 
@@ -92,9 +92,9 @@ class _Evaluation:
         drawn.entropy = -float(sum(x.double().sum() for x in own)) / sum(len(x) for x in own)
         lengths = [(len(s.prompt), len(s.completion)) for s in drawn.sequences]
         flops = cost.sampling(shape_of(policy), lengths)
-        flops += read_flops(policy, drawn.sequences, config.token_budget) * (1 if same else 2)
+        flops += logprob_flops(policy, drawn.sequences, config.token_budget) * (1 if same else 2)
         if self.pairs and not same:
-            flops += read_flops(policy, self.sides, config.token_budget)
+            flops += logprob_flops(policy, self.sides, config.token_budget)
             self.own_sides[name] = sequence_logps(policy, self.sides, *self._computing, self.ranks)
         self.samples[name], self.own[name], self.flops[name] = drawn, own, flops
 
@@ -106,7 +106,7 @@ class _Evaluation:
         reference = load_model(Path(self.job.reference)).to(device())
         if self.pairs:
             self.reference_sides = sequence_logps(reference, self.sides, *self._computing, self.ranks)
-            self.reference_flops = read_flops(reference, self.sides, self.job.config.token_budget)
+            self.reference_flops = logprob_flops(reference, self.sides, self.job.config.token_budget)
         for name, drawn in self.samples.items():
             own = self.own[name]
             theirs = own

@@ -21,7 +21,7 @@ from dpo_core.reference.compute import Buffer, compute
 from dpo_core.reference.keys import reference_facts, sequence_key
 from dpo_core.reference.shard import LogpShard
 from dpo_core.scoring.autocast import effective
-from dpo_core.scoring.logprobs import read_flops
+from dpo_core.scoring.logprobs import logprob_flops
 from dpo_core.scoring.precision import Precision
 
 
@@ -137,7 +137,7 @@ def _compute(
         return bool(cache.has(keys).all())
 
     ranks.wait_until(complete)
-    return read_flops(model, missing, resources.token_budget)
+    return logprob_flops(model, missing, resources.token_budget)
 
 
 def attention_of(model: Path) -> str:

@@ -1,1 +1,1 @@
-"""From a model and token ids to log-probs: packs and padded rows, attention, the head, branches."""
+"""Computes log-probs of token ids: packs and padded rows, their attention, the output head, FLOPs."""

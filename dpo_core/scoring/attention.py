@@ -1,9 +1,9 @@
-"""Attention inside packs (see `layout`): each token sees its document's prompt and its own branch.
+"""Attention inside packs (see `layout`): each token attends to its document's prompt and its own branch.
 
-Two ways to the same numbers. On a GPU FlexAttention with a block mask that is built from the documents'
-borders (compiling a mask function over 16,384 tokens hung the compiler for over a minute). Elsewhere, and
-where heads are too small for it, the pack is cut into its documents for the attention alone
-(`cpu_attention`); everything else in the model runs on the packed tokens.
+There are two implementations with the same result. A GPU runs FlexAttention with a block mask that is built
+from the documents' borders (compiling a mask function over 16,384 tokens took the compiler over a minute). On
+a CPU, and where heads are too small for FlexAttention, the pack is cut into its documents for the attention
+alone (`cpu_attention`); everything else in the model runs on the packed tokens.
 """
 
 import inspect
@@ -23,10 +23,10 @@ from dpo_core.scoring.model_shape import head_size
 
 NAME = "dpo"
 BLOCK = 128
-# FlexAttention's kernels have no smaller heads.
-LEAST_HEAD = 16
-# Longer documents are left to SDPA, which keeps no probabilities: they grow with the square of a length.
-SHORT = 1024
+# FlexAttention's kernels support no smaller heads.
+MIN_HEAD = 16
+# Longer documents run in SDPA, which stores no probabilities: these grow with the square of the length.
+MAX_BF16_LENGTH = 1024
 
 
 def _attend(
@@ -41,8 +41,8 @@ def _attend(
 ) -> tuple[Tensor, Any]:
     """Attention as transformers calls it: query (1, heads, T, d); key and value may have fewer heads.
 
-    One function for packs and for padded rows, chosen by what is handed over: a model keeps it, so that the
-    recomputation of a checkpointed layer in the backward pass attends as its forward pass did.
+    One function serves packs and padded rows, chosen by its arguments: the model keeps it, so that a
+    checkpointed layer is recomputed in the backward pass with the attention of its forward pass.
     """
     from torch.nn.attention.flex_attention import BlockMask
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -53,7 +53,7 @@ def _attend(
     return ALL_ATTENTION_FUNCTIONS[own](module, query, key, value, attention_mask, **settings)
 
 
-@torch.compiler.disable  # lengths differ in every pack, and each would be compiled anew
+@torch.compiler.disable  # lengths differ in every pack, and each would be compiled again
 def _by_document(
     query: Tensor,
     key: Tensor,
@@ -69,16 +69,16 @@ def _by_document(
     """(1, T, heads, d) of a pack.
 
     Raises:
-        ModelError: the architecture asks for attention that packs do not offer.
+        ModelError: the architecture needs attention that packs do not support.
     """
-    unknown = [name for name in ("s_aux", "head_mask") if others.get(name) is not None]
-    if softcap or dropout or unknown:
+    unsupported = [name for name in ("s_aux", "head_mask") if others.get(name) is not None]
+    if softcap or dropout or unsupported:
         raise _no_packs()
     parts = parts.within(sliding_window)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     device = query.device.type
     reduced = query.dtype == torch.bfloat16 or torch.is_autocast_enabled(device)
-    if reduced and max(parts.lengths) <= SHORT:
+    if reduced and max(parts.lengths) <= MAX_BF16_LENGTH:
         with torch.autocast(device, enabled=False):
             rows = (states.squeeze(0).transpose(0, 1) for states in (query, key, value))
             return Bf16Attention.apply(*rows, parts, scale)[None]
@@ -95,12 +95,12 @@ def _by_document(
 def _no_packs() -> ModelError:
     return ModelError(
         "the model's attention (soft cap, sinks or dropout) cannot run on packs",
-        "Set pack_tokens to null: padded rows serve every model",
+        "Set pack_tokens to null: padded rows work for every model",
     )
 
 
-def _take_over(model: nn.Module) -> None:
-    """Let the model attend by `_attend` from now on; without a pack that is its own SDPA."""
+def _install(model: nn.Module) -> None:
+    """Install `_attend` as the model's attention; for padded rows it calls SDPA."""
     from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
@@ -109,7 +109,7 @@ def _take_over(model: nn.Module) -> None:
         return
     if config._attn_implementation != "sdpa":
         raise ModelError(
-            f"the model attends by {config._attn_implementation}, and packs need sdpa",
+            f"the model uses {config._attn_implementation} attention, and packs need sdpa",
             "Set pack_tokens to null",
         )
     AttentionInterface.register(NAME, _attend)
@@ -118,10 +118,10 @@ def _take_over(model: nn.Module) -> None:
 
 
 @contextmanager
-def attention_on_trial(model: nn.Module) -> Iterator[None]:
-    """Give a model the attention back that it came with, where the block fails or ends in an exception.
+def restore_attention_on_error(model: nn.Module) -> Iterator[None]:
+    """Restore the model's own attention if the block raises an exception.
 
-    Some models (Falcon) ask for the name of their attention, and leave their causal mask out under ours.
+    Some models (Falcon) check the name of their attention, and omit their causal mask under another one.
     """
     config: Any = model.config
     before = config._attn_implementation
@@ -140,17 +140,17 @@ def checkpoint_layers(model: nn.Module) -> None:
 
 def trunk_of(model: nn.Module) -> Any:
     """The model without its output head."""
-    whole: Any = model
-    decoder = whole.get_decoder() if hasattr(model, "get_decoder") else whole.base_model
-    # Some classes name their trunk in no way that transformers finds (Llama 4's text model), or their head
-    # as it names a trunk (ModernBERT).
-    if decoder is whole or isinstance(decoder, nn.Linear):
-        decoder = whole.base_model
-    return getattr(whole, "model", decoder) if decoder is whole else decoder
+    full: Any = model
+    decoder = full.get_decoder() if hasattr(model, "get_decoder") else full.base_model
+    # transformers does not find the trunk of some classes (Llama 4's text model), or returns their head
+    # (ModernBERT).
+    if decoder is full or isinstance(decoder, nn.Linear):
+        decoder = full.base_model
+    return getattr(full, "model", decoder) if decoder is full else decoder
 
 
-def takes(module: nn.Module, argument: str) -> bool:
-    """Whether a module's forward pass names this argument; trunks with ALiBi or a state have no positions."""
+def accepts(module: nn.Module, argument: str) -> bool:
+    """Whether a module's forward pass has this argument; trunks with ALiBi or a state take no positions."""
     return argument in inspect.signature(getattr(module, "forward", module)).parameters
 
 
@@ -158,16 +158,16 @@ def padded_hidden(model: nn.Module, ids_BT: Tensor, attention_BT: Tensor) -> Ten
     """Last hidden states (B, T, H) of right-padded rows, without the output head."""
     trunk = trunk_of(model)
     inputs = {"input_ids": ids_BT, "attention_mask": attention_BT, "use_cache": False}
-    if takes(trunk, "position_ids"):
+    if accepts(trunk, "position_ids"):
         inputs["position_ids"] = (attention_BT.cumsum(-1) - 1).clamp(min=0)
     return trunk(**inputs).last_hidden_state
 
 
 def packed_hidden(model: nn.Module, pack: Pack, parts: DocumentParts | None = None) -> Tensor:
-    """Last hidden states (T, H) of a pack, without the output head; `parts` where they are known already.
+    """Last hidden states (T, H) of a pack, without the output head; `parts` avoids computing them again.
 
     Raises:
-        ModelError: the architecture asks for attention that packs do not offer.
+        ModelError: the architecture needs attention that packs do not support.
     """
     trunk = trunk_of(model)
     inputs: dict[str, Any] = {"input_ids": pack.ids_T[None], "position_ids": pack.positions_T[None]}
@@ -175,19 +175,19 @@ def packed_hidden(model: nn.Module, pack: Pack, parts: DocumentParts | None = No
         inputs["attention_mask"] = block_mask(pack)
     else:
         inputs["parts"] = parts or DocumentParts.of(pack)
-    _take_over(model)
+    _install(model)
     return trunk(**inputs, use_cache=False).last_hidden_state[0]
 
 
 def has_flex_heads(config: Any) -> bool:
-    """Whether a GPU attends by FlexAttention, which wants heads of some size; else document by document."""
+    """Whether heads are large enough for FlexAttention on a GPU; if not, documents attend one by one."""
     size = head_size(config) or config.hidden_size // config.num_attention_heads
-    return size >= LEAST_HEAD
+    return size >= MIN_HEAD
 
 
 def _exceeds_window(config: Any, pack: Pack) -> bool:
-    """Whether a document reaches beyond a window of some layer: such packs attend document by document, where
-    every layer has its own window; one block mask serves all layers."""
+    """Whether a document is longer than some layer's window: one block mask serves all layers, so such packs
+    attend document by document, where every layer has its own window."""
     window = getattr(config, "sliding_window", None)
     return bool(window and int(pack.positions_T.max()) >= window)
 
@@ -207,32 +207,32 @@ def block_mask(pack: Pack) -> Any:
 
     def table(chosen_QK: np.ndarray) -> tuple[Tensor, Tensor]:
         counts = torch.from_numpy(chosen_QK.sum(1).astype(np.int32))
-        # The chosen blocks first, in order; what follows is not read.
+        # The chosen blocks first, in order; the rest is not read.
         indices = torch.from_numpy(np.argsort(~chosen_QK, axis=1, kind="stable").astype(np.int32))
         return counts[None, None].to(document_T.device), indices[None, None].to(document_T.device)
 
-    some, whole = table(partial_QK), table(full_QK)
-    return BlockMask.from_kv_blocks(*some, whole[0], whole[1], BLOCK_SIZE=BLOCK, mask_mod=visible)
+    partial, full = table(partial_QK), table(full_QK)
+    return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=BLOCK, mask_mod=visible)
 
 
-def whole_blocks(tokens: int) -> int:
-    """The least length for FlexAttention that holds so many tokens."""
+def round_up_to_block(tokens: int) -> int:
+    """The smallest multiple of FlexAttention's block size that holds these tokens."""
     return -(-tokens // BLOCK) * BLOCK
 
 
 def _blocks(document_T: np.ndarray, branch_T: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(Q, K) blocks that are seen in part, and those seen whole."""
+    """(Q, K) blocks that are visible in part, and those that are fully visible."""
     if len(document_T) % BLOCK:
-        raise ValueError(f"a pack for FlexAttention has a multiple of {BLOCK} tokens, not {len(document_T)}")
+        raise ValueError(f"FlexAttention needs a multiple of {BLOCK} tokens, not {len(document_T)}")
     documents, branches = document_T.reshape(-1, BLOCK), branch_T.reshape(-1, BLOCK)
     low, high = documents.min(1), documents.max(1)
     below = np.tri(len(low), dtype=bool)
     # Documents lie in order, so two blocks share one exactly when their ranges touch.
     touching = below & (low[:, None] <= high[None, :]) & (low[None, :] <= high[:, None])
-    one = low == high
-    alone = (branches == branches[:, :1]).all(1)
-    prompt = alone & (branches[:, 0] == 0)
-    same_branch = alone[:, None] & alone[None, :] & (branches[:, None, 0] == branches[None, :, 0])
-    whole = one[:, None] & one[None, :] & (low[:, None] == low[None, :]) & (prompt[None, :] | same_branch)
-    full = touching & whole & ~np.eye(len(low), dtype=bool)
+    same_document = ((low == high)[:, None] & (low == high)[None, :]) & (low[:, None] == low[None, :])
+    uniform = (branches == branches[:, :1]).all(1)  # blocks with tokens of one branch only
+    prompt = uniform & (branches[:, 0] == 0)
+    same_branch = uniform[:, None] & uniform[None, :] & (branches[:, None, 0] == branches[None, :, 0])
+    visible = same_document & (prompt[None, :] | same_branch)
+    full = touching & visible & ~np.eye(len(low), dtype=bool)
     return touching & ~full, full

@@ -1,4 +1,4 @@
-"""What objectives read of a model: token log-probs of every completion, and what some need besides.
+"""Scores of completions under a model, as objectives read them: token log-probs, KL, entropy, sharpness.
 
 One function for padded rows and for packs: only the trunk's forward differs. The output head (see `lm_head`)
 runs in chunks of tokens, over scored positions only; large batches recompute each chunk in the backward pass.
@@ -21,15 +21,15 @@ from dpo_core.scoring.lm_head import head_of, logits, softcap_of, target_logps
 
 @dataclass(frozen=True)
 class BranchScores:
-    """Of every branch; 0 after its end."""
+    """Scores of every branch, 0 after its end."""
 
     logps_SL: Tensor
-    """log π(token | prompt and everything before it), fp32."""
+    """log π(token | prompt and all tokens before it), fp32."""
     lengths_S: Tensor
     kl_SL: Tensor | None = None
     """KL(reference ‖ policy) of the next-token distributions at each position, over the whole vocabulary."""
     ref_logps_SL: Tensor | None = None
-    """With a live reference: its log-probs."""
+    """Log-probs under the live reference, if there is one."""
     sharpness_SL: Tensor | None = None
     """log π(token) - log Σ_v π(v)², detached."""
     entropy_SL: Tensor | None = None
@@ -97,31 +97,31 @@ def token_scores(
     sharpness: bool = False,
     entropy: bool = False,
 ) -> dict[str, Tensor]:
-    """`logps` of the targets and, where asked for, `ref_logps`, `kl`, `sharpness`, `entropy`: (N,) fp32."""
+    """`logps` of the targets and, if requested, `ref_logps`, `kl`, `sharpness`, `entropy`: (N,) fp32."""
     if reference is None and not sharpness and not entropy and not softcap_of(model):
         return {"logps": target_logps(model, hidden_NH, targets_N, temperature)}
 
     def chunk(hidden_CH: Tensor, targets_C: Tensor, ref_CH: Tensor | None) -> tuple[Tensor, ...]:
         logits_CV = logits(model, hidden_CH)
         logps_CV = torch.log_softmax(logits_CV / temperature if temperature != 1 else logits_CV, -1)
-        found = [logps_CV.gather(-1, targets_C[:, None])[:, 0]]
+        columns = [logps_CV.gather(-1, targets_C[:, None])[:, 0]]
         if reference is not None:
             assert ref_CH is not None
             with torch.no_grad():
                 ref_logps_CV = torch.log_softmax(logits(reference, ref_CH), -1)
-                found.append(ref_logps_CV.gather(-1, targets_C[:, None])[:, 0])
+                columns.append(ref_logps_CV.gather(-1, targets_C[:, None])[:, 0])
             if kl:
                 ref_CV = ref_logps_CV.exp()
-                # 0·log 0 is 0: a token that the reference cannot write would make it 0·∞.
-                found.append((ref_CV * (ref_logps_CV - logps_CV).masked_fill(ref_CV == 0, 0.0)).sum(-1))
+                # 0·log 0 is 0: a token of probability 0 under the reference would give 0·∞.
+                columns.append((ref_CV * (ref_logps_CV - logps_CV).masked_fill(ref_CV == 0, 0.0)).sum(-1))
         if sharpness:
             with torch.no_grad():
-                found.append(found[0].detach() - torch.logsumexp(2 * logps_CV.detach(), -1))
+                columns.append(columns[0].detach() - torch.logsumexp(2 * logps_CV.detach(), -1))
         if entropy:
             with torch.no_grad():
                 p_CV = logps_CV.detach().exp()
-                found.append(-(p_CV * logps_CV.detach().masked_fill(p_CV == 0, 0.0)).sum(-1))
-        return tuple(found)
+                columns.append(-(p_CV * logps_CV.detach().masked_fill(p_CV == 0, 0.0)).sum(-1))
+        return tuple(columns)
 
     names = ["logps"]
     names += ["ref_logps"] if reference is not None else []

@@ -1,9 +1,9 @@
-"""Attention document by document on a CPU, for packs (see `layout`), by products of bf16 matrices.
+"""Attention of packs (see `layout`) on a CPU: document by document, with bf16 matrix products.
 
 The CPU's fused kernels are slower in bf16 than plain products, and autograd of plain products spends as long
-on slicing, joining and repeating tensors as on the products. So forward and backward are written out here:
+on slicing, joining and repeating tensors as on the products. So forward and backward are written by hand:
 each document is read from and written to its place in the pack, and the queries that share a key-value head
-are rows of one product, which nothing has to be repeated for.
+are rows of one product, so that keys and values are not repeated.
 
 Numbers are rounded where FlashAttention rounds: scores and softmax are fp32, probabilities and gradients of
 scores enter their products as bf16.
@@ -23,16 +23,16 @@ from dpo_core.scoring.layout import Pack
 
 @dataclass(frozen=True)
 class DocumentParts:
-    """Where a pack is cut for the attention alone, and who sees whom in each part."""
+    """The documents of a pack, and which tokens attend to which in each."""
 
     lengths: tuple[int, ...]
-    """Tokens of each document, padding being one more."""
+    """Tokens of each document; padding is one more document."""
     biases: tuple[Tensor, ...]
-    """(L, L) of each document, added to the scores: 0 where a query may see a key, else minus infinity."""
+    """(L, L) of each document, added to the scores: 0 where a query sees a key, else minus infinity."""
     positions: tuple[Tensor, ...]
-    """(L,) of each document: the place of each token in what its branch reads."""
+    """(L,) of each document: the position of each token in its branch, prompt included."""
     windows: dict[int, "DocumentParts"] = field(default_factory=dict, compare=False)
-    """The same parts under the windows of the model's layers, made where a layer first asks for one."""
+    """The same parts under the windows of the model's layers, computed on first use."""
 
     @classmethod
     def of(cls, pack: Pack) -> "DocumentParts":
@@ -54,63 +54,63 @@ class DocumentParts:
 
     def slices(self) -> list[slice]:
         """The tokens of each document."""
-        found, end = [], 0
+        slices, end = [], 0
         for length in self.lengths:
-            found.append(slice(end, end := end + length))
-        return found
+            slices.append(slice(end, end := end + length))
+        return slices
 
 
 def _bias(branch_L: Tensor) -> Tensor:
     q, k = branch_L[:, None], branch_L[None, :]
-    seen_LL = ((k == 0) | (k == q)).tril()
-    return torch.zeros(seen_LL.shape, device=seen_LL.device).masked_fill(~seen_LL, float("-inf"))
+    visible_LL = ((k == 0) | (k == q)).tril()
+    return torch.zeros(visible_LL.shape, device=visible_LL.device).masked_fill(~visible_LL, float("-inf"))
 
 
 class Bf16Attention(torch.autograd.Function):
-    """`apply(query_THd, key_TKd, value_TKe, parts, scale)`: (T, H, e) in bf16, of inputs of any floats."""
+    """`apply(query_THd, key_TKd, value_TKe, parts, scale)`: (T, H, e) in bf16, of inputs of any type."""
 
     @staticmethod
     def forward(
         ctx: Any, query_THd: Tensor, key_TKd: Tensor, value_TKe: Tensor, parts: DocumentParts, scale: float
     ) -> Tensor:
-        query_THd, key_TKd, value_TKe = (one.bfloat16() for one in (query_THd, key_TKd, value_TKe))
+        query_THd, key_TKd, value_TKe = (tensor.bfloat16() for tensor in (query_THd, key_TKd, value_TKe))
         heads = key_TKd.shape[1]
         out_THe = query_THd.new_empty(*query_THd.shape[:2], value_TKe.shape[2])
-        kept = []
-        for here, bias_LL in zip(parts.slices(), parts.biases, strict=True):
-            query_KRd = _rows(query_THd[here], heads)
-            key_KLd, value_KLe = (one[here].transpose(0, 1) for one in (key_TKd, value_TKe))
+        probs = []
+        for document, bias_LL in zip(parts.slices(), parts.biases, strict=True):
+            query_KRd = _rows(query_THd[document], heads)
+            key_KLd, value_KLe = (tensor[document].transpose(0, 1) for tensor in (key_TKd, value_TKe))
             scores_KRL = torch.bmm(query_KRd.float() * scale, key_KLd.float().transpose(1, 2))
             scores_KRL.view(heads, -1, *bias_LL.shape).add_(bias_LL)
             probs_KRL = torch.softmax(scores_KRL, -1).bfloat16()
-            out_THe[here] = _tokens(torch.bmm(probs_KRL, value_KLe), len(bias_LL))
-            kept.append(probs_KRL)
-        ctx.save_for_backward(query_THd, key_TKd, value_TKe, out_THe, *kept)
+            out_THe[document] = _tokens(torch.bmm(probs_KRL, value_KLe), len(bias_LL))
+            probs.append(probs_KRL)
+        ctx.save_for_backward(query_THd, key_TKd, value_TKe, out_THe, *probs)
         ctx.parts, ctx.scale = parts, scale
         return out_THe
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        query_THd, key_TKd, value_TKe, out_THe, *kept = ctx.saved_tensors
+        query_THd, key_TKd, value_TKe, out_THe, *probs = ctx.saved_tensors
         d_out_THe = gradients[0].bfloat16()
         heads = key_TKd.shape[1]
         d_query_THd, d_key_TKd, d_value_TKe = (
-            torch.empty_like(one, memory_format=torch.contiguous_format)
-            for one in (query_THd, key_TKd, value_TKe)
+            torch.empty_like(tensor, memory_format=torch.contiguous_format)
+            for tensor in (query_THd, key_TKd, value_TKe)
         )
-        # Row sums of dP * P, without P: the output has mixed the values by it already.
+        # Row sums of dP * P without P: they equal the row sums of dO * O.
         sums_TH1 = (d_out_THe.float() * out_THe.float()).sum(-1, keepdim=True)
-        for here, probs_KRL in zip(ctx.parts.slices(), kept, strict=True):
-            length = here.stop - here.start
+        for document, probs_KRL in zip(ctx.parts.slices(), probs, strict=True):
+            length = document.stop - document.start
             query_KRd, d_out_KRe, sums_KR1 = (
-                _rows(one[here], heads) for one in (query_THd, d_out_THe, sums_TH1)
+                _rows(tensor[document], heads) for tensor in (query_THd, d_out_THe, sums_TH1)
             )
-            key_KLd, value_KLe = (one[here].transpose(0, 1) for one in (key_TKd, value_TKe))
-            d_value_TKe[here] = torch.bmm(probs_KRL.transpose(1, 2), d_out_KRe).transpose(0, 1)
+            key_KLd, value_KLe = (tensor[document].transpose(0, 1) for tensor in (key_TKd, value_TKe))
+            d_value_TKe[document] = torch.bmm(probs_KRL.transpose(1, 2), d_out_KRe).transpose(0, 1)
             d_scores_KRL = torch.bmm(d_out_KRe, value_KLe.transpose(1, 2)).float().sub_(sums_KR1)
             d_scores_KRL = d_scores_KRL.mul_(probs_KRL).mul_(ctx.scale).bfloat16()
-            d_query_THd[here] = _tokens(torch.bmm(d_scores_KRL, key_KLd), length)
-            d_key_TKd[here] = torch.bmm(d_scores_KRL.transpose(1, 2), query_KRd).transpose(0, 1)
+            d_query_THd[document] = _tokens(torch.bmm(d_scores_KRL, key_KLd), length)
+            d_key_TKd[document] = torch.bmm(d_scores_KRL.transpose(1, 2), query_KRd).transpose(0, 1)
         return d_query_THd, d_key_TKd, d_value_TKe, None, None
 
 

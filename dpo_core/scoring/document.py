@@ -1,4 +1,4 @@
-"""A prompt with its completions, and which of them share a forward pass: token ids without tensors."""
+"""Documents (a prompt with its completions) and micro-batches of them, as token ids without tensors."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -12,16 +12,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Document:
-    """A prompt and the completions that share it; none is empty. Its length is what the model is fed."""
+    """A prompt and the completions that share it, none empty. Its length is the tokens fed to the model."""
 
     prompt: tuple[int, ...]
     branches: tuple[tuple[int, ...], ...]
     learnt: tuple[tuple[bool, ...] | None, ...] | None = None
-    """Of each branch, which tokens are predicted, at least one; None: all. The others are read only."""
+    """Which tokens of each branch are predicted, at least one; None: all. The rest is context only."""
 
     @classmethod
     def of(cls, *sequences: "Sequence") -> "Document":
-        """Of completions of one prompt."""
+        """The document of completions of one prompt."""
         masks = tuple(s.learnt for s in sequences)
         completions = tuple(s.completion for s in sequences)
         return cls(sequences[0].prompt, completions, None if all(m is None for m in masks) else masks)

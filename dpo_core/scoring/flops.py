@@ -1,9 +1,9 @@
-"""What a computation costs in floating-point operations, from a model's configuration and token counts alone.
+"""Counts floating-point operations of training and sampling from a model's shape and token counts.
 
 A matrix weight costs 2 operations a token forward and 4 backward (Kaplan et al. 2020, "6N"); scores and
 mixing of attention cost 4 times the attention's width for each pair of positions and layer. Pairs of
-positions are counted as kernels with a mask compute them: the whole square of a row. Norms and activations
-count nothing.
+positions are counted as kernels with a mask compute them: the full square of a row. Norms and activations
+are not counted.
 
 Shapes: T tokens fed, N scored positions (where the output head runs).
 """
@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 from dpo_core.scoring.document import Document
 
-# Backward of attention: four products of the size of forward's two, with the scores kept from forward.
+# Backward of attention: four products of the size of forward's two; the scores are kept from forward.
 _ATTENTION_BACKWARD = 2
 KEEP_LOGITS_BYTES = 1 << 29
-"""Logits above this size are computed again in the backward pass; smaller ones are kept, a quarter faster."""
+"""Logits above this size are recomputed in the backward pass; smaller ones are kept, a quarter faster."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Shape:
     """The sizes of a model that decide its cost."""
 
     parameters: int
-    """All of them, tied ones once."""
+    """All parameters, tied ones counted once."""
     trunk: int
     """Weights of the layers' matrices: what every token is multiplied by."""
     head: int
@@ -37,20 +37,20 @@ class Shape:
     vocabulary: int
     """Rows of the output head; 1 for a reward model's."""
     frozen_trunk: int = 0
-    """Of the trunk's weights, those that are not trained: they need no gradient of their own."""
+    """Those of the trunk's weights that are not trained: they need no weight gradient."""
     frozen_head: int = 0
     """The same of the output head."""
 
     def as_reward_model(self) -> "Shape":
-        """The same trunk with a head of one row."""
+        """The same trunk with a scalar head."""
         return replace(self, head=self.head // self.vocabulary, vocabulary=1)
 
 
 class Sizes(NamedTuple):
-    """What decides the cost of a forward pass, or a document's part in it."""
+    """The quantities that decide the cost of a forward pass, or a document's share of them."""
 
     tokens: float
-    """Fed to the trunk; a shared prompt counts once, padding like any other."""
+    """Tokens fed to the trunk: a shared prompt counts once, padding counts too."""
     squares: float
     """Sum over the rows of attention of their length squared."""
     scored: float
@@ -58,7 +58,7 @@ class Sizes(NamedTuple):
 
 
 def sizes(document: Document, packed: bool) -> Sizes:
-    """Of a document by itself, without padding."""
+    """Sizes of a single document, without padding."""
     rows = [len(document)]
     if not packed:
         rows = [len(document.prompt) + len(b) - 1 for b in document.branches]
@@ -66,10 +66,10 @@ def sizes(document: Document, packed: bool) -> Sizes:
 
 
 def pass_sizes(documents: Seq[Document], *, packed: bool, length: int | None = None) -> Sizes:
-    """Of documents in one forward pass, as `layout.pack` and `layout.pad` lay them out.
+    """Sizes of documents in one forward pass, laid out by `layout.pack` or `layout.pad`.
 
     Args:
-        length: tokens to which a pack is padded; its padding attends to itself, like one more document.
+        length: tokens to which a pack is padded; the padding attends to itself, like one more document.
     """
     parts = [sizes(document, packed) for document in documents]
     scored = sum(part.scored for part in parts)
@@ -82,7 +82,7 @@ def pass_sizes(documents: Seq[Document], *, packed: bool, length: int | None = N
 
 
 def padded_sizes(rows: Seq[int], scored: float) -> Sizes:
-    """Of rows of these lengths in one forward pass: all are as long as the longest."""
+    """Sizes of rows in one forward pass, padded to the longest."""
     width = max(rows)
     return Sizes(len(rows) * width, len(rows) * width**2, scored)
 
@@ -105,44 +105,44 @@ def training(
     scored: float,
     *,
     checkpointing: bool = False,
-    head_again: bool = False,
+    recompute_head: bool = False,
 ) -> float:
-    """Operations of forward and backward; frozen weights pass the gradient on and get none.
+    """Operations of forward and backward; frozen weights pass gradients through and get none.
 
     Args:
-        checkpointing: the layers run forward once more in the backward pass.
-        head_again: so does the head (see `keeps_logits`).
+        checkpointing: the layers are recomputed in the backward pass.
+        recompute_head: so is the head (see `keeps_logits`).
     """
     attention = _attention(shape, squares)
     trunk, head = 6 * shape.trunk - 2 * shape.frozen_trunk, 6 * shape.head - 2 * shape.frozen_head
     total = trunk * tokens + (1 + _ATTENTION_BACKWARD) * attention + head * scored
     if checkpointing:
         total += 2 * shape.trunk * tokens + attention
-    return total + (2 * shape.head * scored if head_again else 0)
+    return total + (2 * shape.head * scored if recompute_head else 0)
 
 
 def keeps_logits(tokens: int, vocabulary: int) -> bool:
-    """Whether the forward pass keeps what the backward pass needs of so many tokens' logits."""
+    """Whether the logits of so many tokens are kept for the backward pass rather than recomputed."""
     return tokens * vocabulary * 4 <= KEEP_LOGITS_BYTES
 
 
 def generation(shape: Shape, prompts: Iterable[int], new: float) -> float:
-    """Operations of sampling `new` tokens after each prompt (lengths), with a cache of keys and values.
+    """Operations of sampling `new` tokens after each prompt (lengths), with a KV cache.
 
-    The token sampled last is not fed, and the head runs once a sampled token.
+    The last sampled token is not fed, and the head runs once per sampled token.
     """
     total = 0.0
     for prompt in prompts:
-        # The k-th of the new tokens that are fed looks at prompt + k positions.
-        seen = prompt**2 + (new - 1) * prompt + new * (new - 1) / 2
-        total += forward(shape, prompt + new - 1, seen, new)
+        # The k-th new token that is fed attends to prompt + k positions.
+        squares = prompt**2 + (new - 1) * prompt + new * (new - 1) / 2
+        total += forward(shape, prompt + new - 1, squares, new)
     return total
 
 
 def sampling(shape: Shape, drawn: Iterable[tuple[int, int]]) -> float:
-    """Operations of sampling completions of any lengths: (tokens of the prompt, tokens drawn) of each.
+    """Operations of sampling completions of any lengths: (prompt tokens, sampled tokens) of each.
 
-    Without the padding of prompts that are sampled together: neighbours in length share a batch.
+    Padding is not counted: prompts of similar length share a batch.
     """
     return sum(generation(shape, [prompt], new) for prompt, new in drawn)
 

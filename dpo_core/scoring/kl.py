@@ -20,7 +20,7 @@ def k2(logps: Tensor, ref_logps: Tensor) -> Tensor:
 def k3(logps: Tensor, ref_logps: Tensor) -> Tensor:
     """e^d - 1 - d with d = log π_ref - log π, per token: unbiased, never negative. Never apply it to sums.
 
-    Beyond d = 30 the exponential goes on as its tangent, so that a gradient that is to be clipped is finite.
+    Beyond d = 30 the exponential continues as its tangent, so that gradients are finite before clipping.
     """
     d = ref_logps - logps
     return bounded_expm1(d) - d

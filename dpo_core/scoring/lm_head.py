@@ -1,8 +1,8 @@
-"""The output head: log-probs of target tokens from last hidden states, exact in fp32 and never all logits.
+"""The output head: log-probs of target tokens from last hidden states, in fp32 and in chunks of tokens.
 
 The head's product and its softmax are fp32 whatever the trunk's autocast: bf16 logits cost about 0.2 nats
-over a thousand tokens. Gradients need no such care, so that under bf16 autocast the two products of the
-backward pass, two thirds of the head's work, are of bf16 matrices like those of every other layer.
+over a thousand tokens. Gradients need less precision, so under bf16 autocast the two products of the backward
+pass, two thirds of the head's work, use bf16 matrices as in every other layer.
 
 Shapes: N scored tokens, C tokens of a chunk, H hidden size, V vocabulary.
 """
@@ -34,7 +34,7 @@ def scale_of(model: nn.Module) -> float:
     """The factor of the head's product (Cohere, Falcon-H1), or the inverse of its divisor (Granite)."""
     divisor = _field(model, "logits_scaling")
     if divisor and str(getattr(model.config, "model_type", "")).startswith("hyperclovax"):
-        return divisor  # a multiplier under Granite's name
+        return divisor  # a multiplier with Granite's name for a divisor
     factor = _field(model, "logit_scale", "lm_head_multiplier", "output_multiplier")
     return 1 / divisor if divisor else factor or 1.0
 
@@ -67,7 +67,7 @@ def target_logps(model: nn.Module, hidden_NH: Tensor, targets_N: Tensor, tempera
 
 
 class _TargetLogps(torch.autograd.Function):
-    """Keeps of each chunk p - 1{target} (C, V), the gradient of -log π(target) in its logits."""
+    """Stores p - 1{target} (C, V) of each chunk, the gradient of -log π(target) by its logits."""
 
     @staticmethod
     def forward(
@@ -81,22 +81,22 @@ class _TargetLogps(torch.autograd.Function):
         keep: bool,
     ) -> Tensor:
         ctx.scale, ctx.products = scale, products
-        found, kept = [], []
+        logps, d_logits = [], []
         for hidden_CH, targets_C in zip(
             *(t.split(CHUNK_TOKENS) for t in (hidden_NH, targets_N)), strict=True
         ):
             logps_CV = _log_softmax(hidden_CH, weight_VH, bias_V, scale)
-            found.append(logps_CV.gather(-1, targets_C[:, None])[:, 0])
+            logps.append(logps_CV.gather(-1, targets_C[:, None])[:, 0])
             if keep:
-                kept.append(_gradient(logps_CV, targets_C, products))
-        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N, *kept)
-        return torch.cat(found)
+                d_logits.append(_gradient(logps_CV, targets_C, products))
+        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N, *d_logits)
+        return torch.cat(logps)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_NH, weight_VH, bias_V, targets_N, *kept = ctx.saved_tensors
+        hidden_NH, weight_VH, bias_V, targets_N, *d_logits = ctx.saved_tensors
         scale, products = ctx.scale, ctx.products
-        # Rows are scaled outside of the products, where (N, H) numbers are fewer than (N, V).
+        # Rows are scaled outside the products: (N, H) numbers are fewer than (N, V).
         rows_N1 = gradients[0][:, None] * -scale
         scaled_NH = (hidden_NH * rows_N1).to(products)
         multiplied_VH = weight_VH.to(products)
@@ -105,8 +105,8 @@ class _TargetLogps(torch.autograd.Function):
         d_bias_V = torch.zeros_like(bias_V) if ctx.needs_input_grad[2] else None
         for number, start in enumerate(range(0, len(targets_N), CHUNK_TOKENS)):
             part = slice(start, start + CHUNK_TOKENS)
-            if kept:
-                d_logits_CV = kept[number]
+            if d_logits:
+                d_logits_CV = d_logits[number]
             else:
                 logps_CV = _log_softmax(hidden_NH[part], weight_VH, bias_V, scale)
                 d_logits_CV = _gradient(logps_CV, targets_N[part], products)

@@ -1,6 +1,6 @@
-"""Log-probs of given completions under a frozen model: which share a forward pass, in which precision.
+"""Log-probs of completions under a frozen model, batched by length with shared prompts.
 
-`branch_scores` defines a log-prob.
+`branch_scores` computes each forward pass.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.ranks import Alone, Ranks
 from dpo_core.scoring import flops as cost
-from dpo_core.scoring.attention import whole_blocks
+from dpo_core.scoring.attention import round_up_to_block
 from dpo_core.scoring.autocast import autocast
 from dpo_core.scoring.branch_scores import branch_scores
 from dpo_core.scoring.document import Document
@@ -24,17 +24,17 @@ from dpo_core.scoring.model_shape import shape_of
 from dpo_core.scoring.packing_check import packing_fault
 from dpo_core.scoring.precision import Precision
 
-# Completions that share one prompt in a pack: attention over more of them costs what the prompt saves.
-SIBLINGS = 4
+# Most completions that share one prompt in a pack: with more, attention costs more than the prompt saves.
+MAX_SIBLINGS = 4
 
 
 class CompletionScores(NamedTuple):
-    """Of one completion of n learnt tokens, on the CPU."""
+    """Scores of one completion of n learnt tokens, on the CPU."""
 
     logps: Tensor
     """(n,) fp32."""
     entropy: Tensor | None
-    """(n,) nats of the next-token distribution at each position, where asked for."""
+    """(n,) nats of the next-token distribution at each position, if requested."""
 
 
 def completion_logps(
@@ -58,7 +58,7 @@ def completion_logps(
                 if not only(number, [index for d in group for index in plan.families[d]]):
                     continue
                 scores = _pass(model, sequences, plan, group, precision)
-                yield {index: one.logps for index, one in scores.items()}
+                yield {index: score.logps for index, score in scores.items()}
 
 
 def completion_scores(
@@ -72,12 +72,12 @@ def completion_scores(
 ) -> list[CompletionScores]:
     """Scores of completions, in order.
 
-    eval mode, no gradients, batched by length. A prompt is read once for up to four completions; a model that
-    cannot share it gets padded rows.
+    Runs in eval mode without gradients, batched by length. A prompt is read once for up to four completions,
+    or in padded rows if the model cannot be packed.
 
     Args:
-        token_budget: tokens in one forward pass; decides the time, not the values.
-        ranks: share the passes, all called with the same sequences; empty: this process computes all.
+        token_budget: tokens in one forward pass; affects the time, not the values.
+        ranks: share the passes; all are called with the same sequences. None: this process computes all.
     """
     if not sequences:
         return []
@@ -86,18 +86,18 @@ def completion_scores(
     def compute(group: list[int]) -> list[Any]:
         scores = _pass(model, sequences, plan, group, precision, entropy=entropy)
         return [
-            (index, one.logps.tolist(), None if one.entropy is None else one.entropy.tolist())
-            for index, one in scores.items()
+            (index, score.logps.tolist(), None if score.entropy is None else score.entropy.tolist())
+            for index, score in scores.items()
         ]
 
     with _weights_cast_once():
         passes = (ranks or Alone()).map("scores", plan.groups, compute)
-    found = {
+    by_index = {
         index: CompletionScores(torch.tensor(logps), None if spread is None else torch.tensor(spread))
-        for one in passes
-        for index, logps, spread in one
+        for rows in passes
+        for index, logps, spread in rows
     }
-    return [found[index] for index in range(len(sequences))]
+    return [by_index[index] for index in range(len(sequences))]
 
 
 def _pass(
@@ -118,18 +118,18 @@ def _pass(
         scores = branch_scores(model, layout, entropy=entropy)
     logps = scores.logps_SL.cpu()
     spread = None if scores.entropy_SL is None else scores.entropy_SL.cpu()
-    found = {}
-    for place, index in enumerate(index for d in group for index in plan.families[d]):
-        part = place, slice(sequences[index].targets)
-        found[index] = CompletionScores(logps[part], None if spread is None else spread[part])
-    return found
+    by_index = {}
+    for row, index in enumerate(index for d in group for index in plan.families[d]):
+        part = row, slice(sequences[index].targets)
+        by_index[index] = CompletionScores(logps[part], None if spread is None else spread[part])
+    return by_index
 
 
 @contextmanager
 def _weights_cast_once() -> Iterator[None]:
-    """Keep autocast's bf16 copies of the weights from one pass to the next: the weights do not change.
+    """Keep autocast's bf16 copies of the weights between passes: the weights do not change.
 
-    Autocast drops them where its outermost block ends; whoever consumes the passes must not run inside one.
+    Autocast drops them at the end of its outermost block; the consumer of the passes must not run in one.
     """
     torch.autocast_increment_nesting()
     try:
@@ -139,51 +139,51 @@ def _weights_cast_once() -> Iterator[None]:
             torch.clear_autocast_cache()
 
 
-def read_flops(model: nn.Module, sequences: Seq[Sequence], token_budget: int) -> float:
+def logprob_flops(model: nn.Module, sequences: Seq[Sequence], token_budget: int) -> float:
     """Operations of `completion_logps`, counted from lengths."""
     if not sequences:
         return 0.0
     shape, plan = shape_of(model), _plan(model, sequences, token_budget)
     passes = [[plan.documents[d] for d in group] for group in plan.groups]
-    sizes = [cost.pass_sizes(one, packed=plan.shared, length=plan.width) for one in passes]
-    return sum(cost.forward(shape, *one) for one in sizes)
+    sizes = [cost.pass_sizes(documents, packed=plan.shared, length=plan.width) for documents in passes]
+    return sum(cost.forward(shape, *size) for size in sizes)
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """Which completions share a prompt, and which prompts a forward pass."""
+    """Which completions share a prompt, and which prompts share a forward pass."""
 
     families: list[list[int]]
     documents: list[Document]
     groups: list[list[int]]
-    """Numbers of the documents of each pass."""
+    """Indices of the documents of each pass."""
     shared: bool
     width: int | None
 
 
 def _plan(model: nn.Module, sequences: Seq[Sequence], token_budget: int) -> _Plan:
     families = _families(sequences, token_budget)
-    # Tried only where there is something to share: it costs two passes.
+    # Checked only if prompts can be shared: it costs two passes.
     longest = max(len(_document(sequences, family)) for family in families)
     shared = len(families) < len(sequences) and packing_fault(model, longest) is None
     if not shared:
         families, shared = [[i] for i in range(len(sequences))], False
     documents = [_document(sequences, family) for family in families]
     groups = length_batches([len(d) for d in documents], token_budget)
-    # Compiled kernels want one shape; a CPU does not, and would only compute on padding.
+    # Compiled GPU kernels need one shape; on a CPU padding would only cost time.
     width = None
     if shared and next(model.parameters()).is_cuda:
-        width = whole_blocks(max(sum(len(documents[d]) for d in group) for group in groups))
+        width = round_up_to_block(max(sum(len(documents[d]) for d in group) for group in groups))
     return _Plan(families, documents, groups, shared, width)
 
 
 def _families(sequences: Seq[Sequence], token_budget: int) -> list[list[int]]:
-    """Indices of sequences with one prompt, at most `SIBLINGS` of them and a pass full together."""
+    """Indices of sequences with the same prompt, at most `MAX_SIBLINGS` and one pass's tokens together."""
     families: list[list[int]] = []
     open_by_prompt: dict[tuple[int, ...], tuple[list[int], int]] = {}
     for index, sequence in enumerate(sequences):
         family, tokens = open_by_prompt.get(sequence.prompt, ([], 0))
-        if not family or len(family) == SIBLINGS or tokens + len(sequence.completion) > token_budget:
+        if not family or len(family) == MAX_SIBLINGS or tokens + len(sequence.completion) > token_budget:
             family, tokens = [], len(sequence.prompt)
             families.append(family)
         family.append(index)
@@ -196,9 +196,9 @@ def _document(sequences: Seq[Sequence], family: Seq[int]) -> Document:
 
 
 def length_batches(lengths: Seq[int], token_budget: int) -> list[list[int]]:
-    """Indices grouped by length, each group at most `token_budget` padded tokens (always at least one row).
+    """Indices grouped by length, at most `token_budget` padded tokens per group (but at least one row).
 
-    Longest first, so that a batch that does not fit in memory fails at once and not after an hour.
+    Longest first, so that a batch that does not fit in memory fails at once rather than after an hour.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     groups: list[list[int]] = []

@@ -1,4 +1,4 @@
-"""How fast this machine multiplies matrices: the most that a training step could reach."""
+"""Measures how fast this machine multiplies matrices: the upper limit for a training step."""
 
 import time
 from typing import Any
@@ -7,13 +7,13 @@ import torch
 
 
 def matmul_rate(dtype: Any, seconds: float = 0.5) -> float:
-    """Operations a second of a square matrix product on this machine's GPU or CPU, timed for some seconds."""
+    """Operations per second of a square matrix product on this machine's GPU or CPU."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     size = 8192 if device == "cuda" else 1024
-    left = torch.randn(size, size, device=device).to(dtype)
+    matrix = torch.randn(size, size, device=device).to(dtype)
 
     def product() -> None:
-        (left @ left)[0, 0].item()  # waits for a GPU
+        (matrix @ matrix)[0, 0].item()  # waits for a GPU
 
     product()
     start, rounds = time.perf_counter(), 0

@@ -1,9 +1,9 @@
-"""Whether packs give an architecture the log-probs and gradients that padded rows give it.
+"""Checks that an architecture has the same log-probs and gradients in packs as in padded rows.
 
-Small differences count: with fresh weights all log-probs lie close together, and a state or a mask that leaks
-from one document into the next moves them by little. So differences are compared with the spread of the
-log-probs, on documents as long as those to be trained, and architectures that are known to keep a state from
-token to token are not packed at all.
+Small differences matter: with random weights all log-probs are close together, and a state or a mask that
+leaks from one document into the next changes them only a little. So differences are compared with the spread
+of the log-probs, on documents as long as those to be trained, and architectures that are known to carry a
+state from token to token are never packed.
 
 Shapes: S branches, L tokens of the longest, U different token ids, H hidden size.
 """
@@ -16,23 +16,23 @@ from torch import Tensor, nn
 
 from dpo_core.errors import ModelError
 from dpo_core.models.source import position_limit
-from dpo_core.scoring.attention import attention_on_trial, trunk_of, whole_blocks
+from dpo_core.scoring.attention import restore_attention_on_error, round_up_to_block, trunk_of
 from dpo_core.scoring.branch_scores import branch_scores
 from dpo_core.scoring.document import Document
 from dpo_core.scoring.layout import Layout, pack, pad
 from dpo_core.scoring.lm_head import head_of
 
-# What a difference may be, as a share of the spread of log-probs, and at least in nats: rounding in fp32.
-_SHARE, _LEAST = 1e-3, {"cpu": 1e-5, "cuda": 2e-3}
-_GRADIENT_SHARE = 2e-4
-# Attention that sees earlier tokens of its own document by mask and position alone.
+# Allowed difference as a share of the spread of log-probs, and at least in nats: rounding in fp32.
+_TOLERANCE, _MIN_TOLERANCE = 1e-3, {"cpu": 1e-5, "cuda": 2e-3}
+_GRADIENT_TOLERANCE = 2e-4
+# Attention that is controlled by mask and position alone.
 _MASKED_LAYERS = {"full_attention", "sliding_attention"}
-# Weights times tokens that a trial of long documents may multiply: seconds on two cores, or on a GPU.
-_BUDGET = {"cpu": 1e11, "cuda": 1e13}
+# Weights times tokens of a trial with long documents: some seconds on two cores, or on a GPU.
+_TRIAL_OPERATIONS = {"cpu": 1e11, "cuda": 1e13}
 _SHORT = 64
-# Tokens that a trial may put behind a prompt of trial documents.
-_LATER = 5
-# What an architecture can raise that does not do what is asked of it.
+# Positions that a trial may use after the longest document.
+_SPARE_POSITIONS = 5
+# Exceptions of architectures that cannot run a trial.
 RAW_ERRORS = (
     TypeError,
     AttributeError,
@@ -46,21 +46,21 @@ RAW_ERRORS = (
 
 
 def packing_fault(model: nn.Module, longest: int, *, thorough: bool = False) -> str | None:
-    """Why an architecture cannot be packed, in one sentence; None where it can.
+    """Why an architecture cannot be packed, in one sentence; None if it can.
 
     Args:
         longest: tokens of the longest document that will be packed.
-        thorough: try documents of that length, as long as some seconds allow, and compare gradients too. Else
-            a short trial tells what a thorough one of the same architecture has found.
+        thorough: try documents of that length, within some seconds, and compare gradients too. A short trial
+            is enough where a thorough one of the same architecture has passed.
     """
     state = _state_of(model)
     if state:
         return state
     short = _trial_length(model, longest)
     try:
-        with attention_on_trial(model):
+        with restore_attention_on_error(model):
             _compare(model, short, gradients=thorough)
-            if thorough and (long := min(longest, _affordable(model))) > short:
+            if thorough and (long := min(longest, _affordable_length(model))) > short:
                 _compare(model, long, gradients=False)
     except ModelError as error:
         return error.problem
@@ -70,11 +70,11 @@ def packing_fault(model: nn.Module, longest: int, *, thorough: bool = False) -> 
 
 
 def _compare(model: nn.Module, longest: int, *, gradients: bool) -> None:
-    """Raises ModelError where packs and padded rows of some documents differ."""
+    """Raise ModelError if packs and padded rows of trial documents differ."""
     documents = trial_documents(model, longest)
     device = next(model.parameters()).device
-    width = whole_blocks(sum(map(len, documents))) if device.type == "cuda" else None
-    # Each document alone: padded beside a long one, a short one would take as long.
+    width = round_up_to_block(sum(map(len, documents))) if device.type == "cuda" else None
+    # One document per call: padded to a long one, a short one would take as long.
     rows = [_scores(model, pad([document]).to(device), gradients) for document in documents]
     packed, packed_UH = _scores(model, pack(documents, width).to(device), gradients)
     gap, allowed = difference(torch.cat([logps for logps, _ in rows]), packed)
@@ -83,19 +83,19 @@ def _compare(model: nn.Module, longest: int, *, gradients: bool) -> None:
     if gradients:
         rows_UH = sum(gradient_UH for _, gradient_UH in rows)
         share = float((rows_UH - packed_UH).norm() / packed_UH.norm().clamp(min=1e-30))
-        if not share <= _GRADIENT_SHARE:
+        if not share <= _GRADIENT_TOLERANCE:
             raise ModelError(f"its gradients from packs differ by {share:.2%} from those of padded rows", "")
 
 
 def trial_documents(model: nn.Module, longest: int) -> list[Document]:
-    """Two documents of two completions each, of random tokens; the first is fed `longest` tokens, or what the
-    model has positions for."""
+    """Two documents of random tokens with two completions each; the first has `longest` tokens, or as many as
+    the model has positions for."""
     limit = position_limit(model.config)
-    longest = min(longest, limit - _LATER) if limit is not None else longest
+    longest = min(longest, limit - _SPARE_POSITIONS) if limit is not None else longest
     vocabulary = len(head_of(model)[0])
     ids = np.random.default_rng(0).permutation(np.arange(vocabulary))
     padding = getattr(model.config, "pad_token_id", None)
-    ids = ids[ids != padding]  # some architectures embed it as nothing
+    ids = ids[ids != padding]  # some architectures embed it as zeros
     ids = np.resize(ids, longest + 2 * _SHORT).tolist()
     branches = (3, 5)
     prompts = max(longest - sum(branches) + len(branches), 2), 6
@@ -110,13 +110,13 @@ def trial_documents(model: nn.Module, longest: int) -> list[Document]:
 
 
 def difference(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
-    """The largest difference of two series of log-probs, and what rounding may make of it."""
-    allowed = max(_LEAST[ours.device.type], _SHARE * float(ours.std()))
+    """The largest difference of two series of log-probs, and the largest that rounding explains."""
+    allowed = max(_MIN_TOLERANCE[ours.device.type], _TOLERANCE * float(ours.std()))
     return float((ours - theirs).abs().max()), allowed
 
 
 def _scores(model: nn.Module, layout: Layout, gradients: bool) -> tuple[Tensor, Tensor]:
-    """Log-probs of all branches (N,), and the gradient of their sum by token id (U, H), or nothing."""
+    """Log-probs of all branches (N,), and the gradient of their weighted sum by token (U, H), or nothing."""
     if not gradients:
         with torch.no_grad():
             return branch_scores(model, layout).logps_SL[layout.place_N], torch.empty(0)
@@ -134,7 +134,7 @@ def _scores(model: nn.Module, layout: Layout, gradients: bool) -> tuple[Tensor, 
     try:
         with torch.enable_grad():
             logps = branch_scores(model, layout).logps_SL[layout.place_N]
-            # By their tokens, so that exchanged positions show.
+            # Weighted by token, so that exchanged positions are detected.
             weights = 0.5 + layout.targets_N / len(head_of(model)[0])
             by_input = torch.autograd.grad((logps * weights).sum(), [leaf for _, leaf in embedded])
     finally:
@@ -154,24 +154,24 @@ def _state_of(model: nn.Module) -> str | None:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     kinds = {str(kind) for kind in getattr(text, "layer_types", None) or ()} - _MASKED_LAYERS
     if kinds:
-        return f"its {', '.join(sorted(kinds))} layers read earlier documents past the attention mask"
+        return f"its {', '.join(sorted(kinds))} layers read earlier documents in spite of the attention mask"
     if getattr(model, "_is_stateful", False):
-        return "its layers keep a state from token to token"
+        return "its layers carry a state from token to token"
     return None
 
 
 def _trial_length(model: nn.Module, longest: int) -> int:
-    """Tokens of the longest document of a short trial: beyond a window, where documents are."""
+    """Tokens of the longest document of a short trial: longer than a window if documents are."""
     window = getattr(trunk_of(model).config, "sliding_window", None) or 0
     return max(min(longest, max(_SHORT, window + _SHORT if window < longest else 0)), 12)
 
 
-def _affordable(model: nn.Module) -> int:
-    """Tokens of which a model reads three times as many in some seconds."""
+def _affordable_length(model: nn.Module) -> int:
+    """Tokens of the longest document that a trial can afford: a third of what it reads in some seconds."""
     parameters = sum(p.numel() for p in model.parameters())
-    return int(_BUDGET[next(model.parameters()).device.type] / max(parameters, 1))
+    return int(_TRIAL_OPERATIONS[next(model.parameters()).device.type] / max(parameters, 1))
 
 
 def first_line(error: Exception) -> str:
-    """The start of what an error says."""
+    """The first 120 characters of an error's first line."""
     return (str(error).splitlines() or [""])[0][:120]

@@ -25,7 +25,7 @@ from dpo_core.methods.kto import KtoConfig, imbalance
 from dpo_core.objectives import UnpairedLogps, class_means, get, unpaired_metrics, z0
 from dpo_core.reference import LogpShard, sequence_key
 from dpo_core.scoring import flops as cost
-from dpo_core.scoring.attention import whole_blocks
+from dpo_core.scoring.attention import round_up_to_block
 from dpo_core.scoring.autocast import autocast
 from dpo_core.scoring.branch_scores import branch_scores
 from dpo_core.scoring.document import Document
@@ -164,7 +164,7 @@ class UnpairedTrainer(PackedTrainer[UnpairedExample]):
     def _fixed_length(self) -> int | None:
         # Mismatched pairs are packed, too, and may be as long as the longest example.
         fixed = super()._fixed_length()
-        return None if fixed is None else max(fixed, whole_blocks(self.longest))
+        return None if fixed is None else max(fixed, round_up_to_block(self.longest))
 
     def _reduce(self, sums: dict[str, Tensor], examples: int) -> dict[str, float]:
         totals = super()._reduce(sums, 1)  # sums over the global batch

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dpo_core.errors import StageFailed
 from dpo_core.models.dropout import set_training
 from dpo_core.scoring import flops as cost
-from dpo_core.scoring.attention import checkpoint_layers, trunk_of, whole_blocks
+from dpo_core.scoring.attention import checkpoint_layers, round_up_to_block, trunk_of
 from dpo_core.scoring.document import Document
 from dpo_core.scoring.flops import keeps_logits
 from dpo_core.scoring.layout import Layout, Pack, pack, pad
@@ -90,7 +90,7 @@ class Trainer(ABC, Generic[Example]):
             self.shape,
             *sizes,
             checkpointing=self.config.engine.gradient_checkpointing,
-            head_again=not keeps_logits(round(sizes.scored), self.shape.vocabulary),
+            recompute_head=not keeps_logits(round(sizes.scored), self.shape.vocabulary),
         )
 
     def make_batches(self) -> Batches:
@@ -261,7 +261,7 @@ class PackedTrainer(Trainer[Example]):
         # Compiled kernels want one shape; a CPU does not, and would only compute on padding.
         if self.engine.device.type != "cuda" or not isinstance(self.batches, PackedBatches):
             return None
-        return whole_blocks(self.batches.length)
+        return round_up_to_block(self.batches.length)
 
 
 def compile_layers(module: nn.Module) -> None:

@@ -24,7 +24,7 @@ from dpo_core.models.reward_model import RewardModel
 from dpo_core.rewards.model import score, scoring_flops
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.document import Document
-from dpo_core.scoring.logprobs import completion_logps, read_flops
+from dpo_core.scoring.logprobs import completion_logps, logprob_flops
 from dpo_core.scoring.model_shape import shape_of
 from dpo_core.trainers.reward import RewardTrainer
 from dpo_core.trainers.sft import Demonstration, SftTrainer
@@ -143,10 +143,10 @@ def test_reading_and_scoring_without_training(wide):
     real = measured(lambda: passes.extend(completion_logps(model, sequences, "fp32", 128)))
     assert len(passes) > 1
     # Whether prompts can be shared is tried out first, on two small passes.
-    tried = measured(lambda: read_flops(model, sequences, 128))
+    tried = measured(lambda: logprob_flops(model, sequences, 128))
     assert tried > 0
-    assert read_flops(model, sequences, 128) == pytest.approx(real - tried, rel=0.02)
-    assert read_flops(model, [], 128) == 0
+    assert logprob_flops(model, sequences, 128) == pytest.approx(real - tried, rel=0.02)
+    assert logprob_flops(model, [], 128) == 0
     reward = RewardModel(load_model(wide).get_decoder())
     real = measured(lambda: score(reward, sequences, "fp32", 128))
     assert scoring_flops(shape_of(reward), sequences, 128) == pytest.approx(real, rel=0.02)
