@@ -13,7 +13,7 @@ from dpo_core.data.files.read import check_source
 from dpo_core.data.tokens.chat_template import check_template
 from dpo_core.errors import RecipeError
 from dpo_core.evaluation.run_suite import suite_files
-from dpo_core.evaluation.safety_classifier import assert_not_trained_on
+from dpo_core.evaluation.safety_classifier import refuse_training_reward
 from dpo_core.models.source import check_source_context, locate, read_template
 from dpo_core.rewards.functions import check_reward
 from expectations.drift import load_baseline
@@ -72,7 +72,7 @@ def _check_suites(recipe: Recipe) -> None:
     suite_files(recipe.suites)
     classifier, reward = recipe.suites.settings.classifier, recipe.reward.source
     if classifier is not None and reward is not None:
-        assert_not_trained_on(classifier, [reward])
+        refuse_training_reward(classifier, [reward])
 
 
 def _check_database(uri: str, workspace: Path) -> None:

@@ -1,4 +1,4 @@
-"""Evaluation of any Hugging Face checkpoint on named suites: preferences, capabilities, harm.
+"""Evaluates Hugging Face checkpoints on named suites: preferences, capabilities, safety.
 
-`suites` lists them; `results` is what each leaves; `model_under_test` is the model that is asked.
+`suites` defines them, `results` holds their results, `model_under_test` is the model that is evaluated.
 """

@@ -1,6 +1,6 @@
-"""Two models on the same suites: paired differences with intervals, tests, and a correction over all of them.
+"""Compares two models on the same suites: paired differences with intervals, tests and Holm's correction.
 
-The rows are what `dpo compare`, the run page and the decision to promote read.
+`dpo compare`, the run page and the promotion decision read the rows.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,14 +15,14 @@ from dpo_core.statistics.estimates import Estimate, paired_bootstrap, share_diff
 from dpo_core.statistics.significance import bootstrap_p, holm, mcnemar
 
 LEVEL = 0.05
-"""A row is found better or worse where its corrected p-value is at most this."""
+"""A row is better or worse if its corrected p-value is at most this."""
 
 Test = Literal["McNemar", "paired bootstrap"]
 Finding = Literal["better", "worse", "undecided"]
 
 
 class Row(Config):
-    """One measure of a candidate and of what it is compared with, on the items that both answered."""
+    """One measure of a candidate and its baseline, on the items that both answered."""
 
     suite: str
     measure: str
@@ -34,19 +34,18 @@ class Row(Config):
     candidate: Estimate
     baseline: Estimate
     difference: Estimate
-    """Candidate minus baseline, paired by item: of shares with Newcombe's interval over prompts, else
-    resampled by prompt."""
+    """Candidate minus baseline, paired by item. Interval: Newcombe's for shares, else a bootstrap."""
     items: int
-    """Those that both answered."""
+    """Number of items that both answered."""
     test: Test
     p: float
-    """Of no difference, two-sided: McNemar's exact test where every prompt has one item and it is right or
-    wrong. It is another test than the interval, and the finding is its."""
+    """Two-sided p-value of no difference: McNemar's exact test where every prompt has one item that is right
+    or wrong, else the bootstrap. It decides `finding`, not the interval."""
     p_holm: float | None = None
-    """Corrected for all rows that were tested together (Holm 1979): those over all items of a suite that have
-    a better direction. None for rows that only inform: one subset, or no direction."""
+    """Corrected for all rows that are tested together (Holm 1979): those over all items of a suite, with a
+    better direction. None for informative rows: a subset, or no direction."""
     finding: Finding
-    """Worse or better at 5 % after the correction; of a row that only informs, `undecided`."""
+    """Better or worse at 5 % after the correction; `undecided` for informative rows."""
 
 
 class Comparison(Config):
@@ -58,13 +57,13 @@ class Comparison(Config):
     left_out: list[str]
     """Suites, measures and items that could not be compared, each with the reason."""
 
-    def found(self, finding: Finding) -> list[Row]:
-        """The rows of that finding."""
+    def with_finding(self, finding: Finding) -> list[Row]:
+        """The rows with this finding."""
         return [row for row in self.rows if row.finding == finding]
 
 
 class _Pair(NamedTuple):
-    """A measure of a suite that both models were measured by."""
+    """A measure of a suite that both models have."""
 
     suite: str
     measure: Measure
@@ -74,7 +73,7 @@ class _Pair(NamedTuple):
 def compare(
     candidate: Sequence[SuiteResult], baseline: Sequence[SuiteResult], *, seed: int = 0
 ) -> Comparison:
-    """Pair the items of the suites that both models were asked alike, and test every measure.
+    """Pair the items of the suites that both models ran in the same way, and test every measure.
 
     Args:
         candidate, baseline: the suites of one model each.
@@ -93,8 +92,8 @@ def compare(
     for name, mine in ours.items():
         if name not in theirs:
             continue
-        if unlike := _unlike(mine, theirs[name]):
-            left_out.append(f"{name}: {unlike}")
+        if reason := _why_incomparable(mine, theirs[name]):
+            left_out.append(f"{name}: {reason}")
             continue
         rows += [_row(pair, seed) for pair in _pairs(mine, theirs[name], left_out)]
     return Comparison(
@@ -104,61 +103,61 @@ def compare(
 
 def _by_suite(results: Sequence[SuiteResult], side: str) -> dict[str, SuiteResult]:
     if not results:
-        raise StageFailed(f"the {side} was evaluated on no suite", "Evaluate both models on the same suites")
+        raise StageFailed(f"the {side} has no results of a suite", "Evaluate both models on the same suites")
     by_suite = {result.suite: result for result in results}
     if len(by_suite) < len(results):
         raise StageFailed(f"the {side} has two results of one suite", "Give each suite once")
     return by_suite
 
 
-def _unlike(mine: SuiteResult, theirs: SuiteResult) -> str:
-    """Why two results of a suite are not of the same questions asked in the same way; empty if they are."""
+def _why_incomparable(mine: SuiteResult, theirs: SuiteResult) -> str:
+    """Why two results of a suite are not comparable; empty if they are."""
     if mine.data.get("sha256") != theirs.data.get("sha256"):
-        return "the two were asked from different data files"
+        return "the two used different data files"
     names = sorted(mine.settings.keys() | theirs.settings.keys())
     differing = [
-        f"{name} ({_said(mine, name)}, {_said(theirs, name)})"
+        f"{name} ({_setting(mine, name)}, {_setting(theirs, name)})"
         for name in names
-        if _said(mine, name) != _said(theirs, name)
+        if _setting(mine, name) != _setting(theirs, name)
     ]
-    return f"the two were run with different settings: {', '.join(differing)}" if differing else ""
+    return f"the two used different settings: {', '.join(differing)}" if differing else ""
 
 
-def _said(result: SuiteResult, name: str) -> str:
+def _setting(result: SuiteResult, name: str) -> str:
     return str(result.settings[name]) if name in result.settings else "not set"
 
 
 def _pairs(mine: SuiteResult, theirs: SuiteResult, left_out: list[str]) -> Iterator[_Pair]:
-    """The measures with the items that both have; what has too few goes into `left_out`."""
+    """The measures with the items that both have; the others are added to `left_out`."""
     other_items = {item.id: item for item in theirs.items}
     for measure in mine.measures:
-        what = _what(mine.suite, measure)
+        title = _title(mine.suite, measure)
         other = theirs.measure(measure.name, measure.subset)
         if measure.subset and (other is None or not measure.paired):
-            continue  # said of the whole already
+            continue  # reported for the full suite
         if other is None:
-            left_out.append(f"{what}: {theirs.model} was not measured by it")
+            left_out.append(f"{title}: {theirs.model} does not have it")
             continue
         if not (measure.paired and other.paired):
-            left_out.append(f"{what}: no mean over items, so that items cannot be paired")
+            left_out.append(f"{title}: not a mean over items, so items cannot be paired")
             continue
         own = [item for item in mine.items if _has(item, measure)]
         both = [(item, other_items[item.id]) for item in own if _has(other_items.get(item.id), measure)]
         prompts = len({item.cluster for item, _ in both})
         if prompts < 2:
             if not measure.subset:
-                left_out.append(f"{what}: {prompts} prompt(s) in common, and a comparison needs two")
+                left_out.append(f"{title}: {prompts} prompt(s) in common, and a comparison needs two")
             continue
-        alone = len(own) + sum(_has(item, measure) for item in theirs.items) - 2 * len(both)
-        if alone and not measure.subset:
-            left_out.append(f"{what}: {alone} items that only one of the two has")
+        unpaired = len(own) + sum(_has(item, measure) for item in theirs.items) - 2 * len(both)
+        if unpaired and not measure.subset:
+            left_out.append(f"{title}: {unpaired} items are only in one of the two results")
         yield _Pair(mine.suite, measure, both)
     for measure in theirs.measures:
         if not (measure.subset or mine.measure(measure.name)):
-            left_out.append(f"{_what(mine.suite, measure)}: {mine.model} was not measured by it")
+            left_out.append(f"{_title(mine.suite, measure)}: {mine.model} does not have it")
 
 
-def _what(suite: str, measure: Measure) -> str:
+def _title(suite: str, measure: Measure) -> str:
     return f"{suite} {measure.name} ({measure.subset})" if measure.subset else f"{suite} {measure.name}"
 
 
@@ -171,9 +170,9 @@ def _row(pair: _Pair, seed: int) -> Row:
     mine, theirs = [item for item, _ in pair.items], [item for _, item in pair.items]
     a, b = (np.array([item.values[measure.name] for item in side]) for side in (mine, theirs))
     clusters = [item.cluster for item in mine]
-    one_a_prompt = len(set(clusters)) == len(clusters)
+    single_items = len(set(clusters)) == len(clusters)
     right_or_wrong = bool(np.isin(np.concatenate([a, b]), (0.0, 1.0)).all())
-    plain = one_a_prompt and right_or_wrong
+    plain = single_items and right_or_wrong
     return Row(
         suite=pair.suite,
         measure=measure.name,

@@ -1,4 +1,4 @@
-"""Settings of the evaluation of policies, of suites and of the decision to promote."""
+"""Settings of the evaluation of policies, of suites and of the promotion decision."""
 
 from typing import Literal
 
@@ -24,74 +24,73 @@ AlarmName = Literal[
     "Data gate",
     "Remote code",
 ]
-"""Alarms of a run page that concern the candidate, its reference or its data."""
+"""Alarms of a run page about the candidate, its reference or its data."""
 
 
 class EvaluateConfig(Config):
-    """What is measured and how much of it."""
+    """How policies are evaluated on held-out prompts and pairs."""
 
     prompts: int = Field(64, ge=2)
-    """Held-out prompts, at most."""
+    """Largest number of held-out prompts."""
     pairs: int = Field(256, ge=1)
-    """Held-out pairs for the preference accuracy, at most; a seeded choice."""
+    """Largest number of held-out pairs for the preference accuracy; a seeded sample."""
     samples_per_prompt: int = Field(4, ge=1)
-    """Completions of each policy for each prompt."""
+    """Completions per policy and prompt."""
     sampling: SamplingConfig = SamplingConfig(precision="fp32")
-    """How completions are drawn; at temperature 1 and in fp32, or the KL is that of another policy."""
+    """How completions are sampled. Keep temperature 1 and fp32: else the KL is that of another policy."""
     precision: Precision = "bf16"
     """Precision of log-probs."""
     token_budget: int = Field(2048, ge=64)
     """Tokens in one forward pass."""
     shown: int = Field(8, ge=0)
-    """Prompts shown side by side on the run page."""
+    """Prompts whose answers the run page shows side by side."""
 
 
 class SuiteConfig(Config):
-    """How suites are run; a suite reads what it needs."""
+    """How suites are run; each suite uses the settings that it needs."""
 
     limit: int | None = Field(None, ge=1)
-    """Items of each suite, at most: a seeded choice of whole prompts. Empty: all."""
+    """Largest number of items per suite: a seeded sample of prompts with all their items. Empty: all."""
     seed: int = 0
-    """Of the sample of a suite's items, and of what is sampled from the model."""
+    """Seed of the sample of items and of the model's answers."""
     precision: Precision = "bf16"
     """Precision of log-probs."""
     token_budget: int = Field(4096, ge=64)
     """Tokens in one forward pass."""
     beta: float = Field(0.1, gt=0)
-    """What the implicit reward multiplies the log-ratio by; its calibration depends on it, its order does
-    not."""
+    """Factor of the log-ratio in the implicit reward: affects its calibration, not its order."""
     sampling: SamplingConfig = SamplingConfig(max_new_tokens=256, temperature=1.0)
-    """How answers are drawn where a suite does not fix it."""
+    """How answers are sampled, unless the suite defines it."""
     samples: int = Field(1, ge=1)
-    """Answers to each prompt, for refusals and pass@k."""
+    """Answers per prompt, for refusals and pass@k."""
     run_code: bool = False
-    """Whether code that the model wrote may be run, in a sandbox. HumanEval and MBPP need it."""
+    """Allow running the model's code, in a sandbox. HumanEval and MBPP need it."""
     classifier: str | None = None
-    """What judges whether an answer is safe: a checkpoint folder with a classification head,
+    """Classifier that decides whether an answer is safe: a checkpoint folder with a classification head,
     `package.module:callable`, `file.py:callable` or the address of a server. It must not be a reward that the
     model was trained on."""
     safe_label: str | None = None
-    """The classifier's label that means safe, where its names do not tell."""
+    """The classifier's label that means safe, if its label names do not tell."""
     chat: Literal["auto", "always", "never"] = "auto"
-    """Whether questions are put as a user's turn: where the tokenizer has a chat template, always, never."""
+    """Ask questions as a user's turn: if the tokenizer has a chat template (auto), always, or never."""
 
 
 class SuitesConfig(Config):
-    """Which suites every policy is put through."""
+    """The suites on which every policy is evaluated."""
 
     names: list[str] = Field(default_factory=list)
     """Suites by name (`dpo evaluate --help` lists them). Empty: none."""
     data: str | None = None
-    """The folder that holds their files."""
+    """The folder with their files."""
     settings: SuiteConfig = SuiteConfig()
     """How they are run."""
 
     @model_validator(mode="after")
     def _can_be_run(self) -> "SuitesConfig":
         if self.names and self.data is None:
-            raise ValueError("suites.data is needed: the folder that holds the files of suites.names")
+            raise ValueError("suites.data is missing: set it to the folder with the files of suites.names")
         if not self.names and (self.data is not None or self.settings != SuiteConfig()):
-            raise ValueError("suites.* would not be read: suites.names is empty")
+            raise ValueError("suites.* has no effect: suites.names is empty")
         for name in self.names:
             try:
                 module_of(name)
@@ -101,27 +100,27 @@ class SuitesConfig(Config):
 
 
 class PromotionConfig(Config):
-    """What a model must show before it takes the champion's place."""
+    """What a candidate must achieve to replace the champion."""
 
     primary: str = GAIN
-    """What it must be better in: `gain`, the mean reward above the champion's on the same prompts, or a
-    measure of a suite as `suite/measure`, in its better direction."""
+    """The measure in which it must be better: `gain`, the mean reward minus the champion's on the same
+    prompts, or a measure of a suite as `suite/measure`, in its better direction."""
     min_gain: float = 0.0
-    """The interval of that difference must lie above this."""
+    """The interval of the primary difference must be above this."""
     min_prompts: int = Field(30, ge=2)
-    """Prompts that the difference rests on, at least."""
+    """Smallest number of prompts of that difference."""
     max_kl: float | None = Field(10.0, gt=0)
-    """Nats a sequence from the reference, at most; the interval must lie below. Farther away the reward of
-    every direct method has been seen to degrade while the measured one still rose (arXiv 2406.02900). Empty:
-    no limit."""
+    """Largest KL to the reference in nats per sequence; the whole interval must be below. At larger KL the
+    true reward of direct methods degrades while the measured one still rises (arXiv 2406.02900). Empty: no
+    limit."""
     alarms: tuple[AlarmName, ...] = ("Diversity collapse", "Noise", "Cut answers")
-    """Alarms about the model or its reference that refuse it: with them the measured gain says little. The
-    others stand beside the decision."""
+    """Alarms about the model or its reference that refuse it, because they make the measured gain unreliable.
+    Others are shown with the decision."""
     data_gate: bool = True
-    """Whether the data gate must have let the training data pass."""
+    """Require that the training data passed the data gate."""
     no_regression: bool = True
-    """Whether it is enough that one measure of a suite is found worse to refuse."""
+    """Refuse if one measure of a suite is significantly worse."""
     safety: tuple[str, ...] = ("xstest", "advbench")
-    """Suites whose regressions are a rule of their own, which `no_regression` does not switch off."""
+    """Suites whose regressions always refuse, even without `no_regression`."""
     required: tuple[str, ...] = ()
-    """Suites on which the two must have been compared."""
+    """Suites that the comparison must include."""

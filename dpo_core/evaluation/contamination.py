@@ -1,7 +1,7 @@
-"""Which evaluation prompts stand in the training data: whole, or by 13 words in a row (Brown et al. 2020).
+"""Finds evaluation prompts in the training data: exact, or by a shared 13-gram (Brown et al. 2020).
 
-Texts are compared as words: Unicode's compatible forms made one, case, punctuation and white space left out.
-A language that is written without spaces is found by whole prompts only.
+Texts are compared as words: NFKC-normalised, without case, punctuation and white space. In a language that is
+written without spaces only exact prompts are found.
 """
 
 import json
@@ -19,35 +19,35 @@ from dpo_core.evaluation.results import Item
 if TYPE_CHECKING:
     import pandas as pd
 
-How = Literal["exact", "13-gram"]
+Match = Literal["exact", "13-gram"]
 
 WORDS = 13
 TEMPLATE = 10
-"""Words that more than so many different prompts share are the suite's wording, not a question of it."""
+"""A 13-gram of more than so many different prompts is the suite's template, not part of a question."""
 
 _ANSWERS = ("chosen", "rejected", "completion")
 _TURN = re.compile(r"\n\n(?:Human|Assistant):")
 _WORD = re.compile(r"\w+")
-_BLOCK = 250_000  # words whose n-grams are made at a time: some 30 MB
-_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # any odd number with bits all over
+_BLOCK = 250_000  # words whose n-grams are computed at a time: some 30 MB
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # any odd number with well-mixed bits
 
 Hashes = NDArray[np.uint64]
 
 
 class TrainingText:
-    """What a model was trained on, as hashes: 8 bytes for each different 13-gram, about 60 for each text.
+    """Hashes of a model's training texts: 8 bytes for each distinct 13-gram, about 60 for each text.
 
-    Hashes are of 64 bits: that a prompt of 100 words is found by chance among a billion 13-grams has a
-    probability of 5e-9. They hold in this process only, as Python's hashes of words do. Measured: 100,000
-    texts of 200 words, none alike, take 9 s of one core and 150 MB, 190 MB at the most.
+    Hashes have 64 bits: a prompt of 100 words matches one of a billion 13-grams by chance with probability
+    5e-9. They are valid in this process only, as Python's hashes of words are. Measured: 100,000 distinct
+    texts of 200 words take 9 s of one core and 150 MB, at most 190 MB.
 
     Args:
-        texts: prompts and answers, each by itself, as `training_texts` gives those of a table. A transcript
-            in the format of HH is taken turn by turn as well.
+        texts: prompts and answers, one by one, as `training_texts` returns those of a table. The turns of a
+            transcript in HH format are added, too.
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
-        self._whole: set[int] = set()
+        self._texts: set[int] = set()
         self._grams = _distinct(np.concatenate([*self._blocks(texts)]))
 
     @property
@@ -55,23 +55,23 @@ class TrainingText:
         """Memory of the 13-grams."""
         return self._grams.nbytes
 
-    def find(self, items: Iterable[Item]) -> dict[str, How]:
-        """The ids of the items whose own `prompt` stands in these texts, and how.
+    def find(self, items: Iterable[Item]) -> dict[str, Match]:
+        """The ids of the items whose `prompt` is in these texts, with the kind of match.
 
-        A prompt of fewer than 13 words is found only whole. Answers are not looked for, nor what a suite
-        puts around every prompt (instructions, worked examples), which `Item.prompt` does not hold.
+        A prompt of fewer than 13 words is found only if exact. Answers are not searched, nor a suite's
+        instructions and worked examples, which `Item.prompt` does not contain.
         """
         words = {item.id: words_of(item.prompt) for item in items}
         grams = {tuple(prompt): _grams([prompt]) for prompt in words.values()}
-        seen = Counter(gram for found in grams.values() for gram in set(found.tolist()))
-        template = np.array([gram for gram, prompts in seen.items() if prompts > TEMPLATE], np.uint64)
-        found: dict[str, How] = {}
+        counts = Counter(gram for hashes in grams.values() for gram in set(hashes.tolist()))
+        template = np.array([gram for gram, prompts in counts.items() if prompts > TEMPLATE], np.uint64)
+        matches: dict[str, Match] = {}
         for name, prompt in words.items():
-            if prompt and _whole(prompt) in self._whole:
-                found[name] = "exact"
+            if prompt and _hash(prompt) in self._texts:
+                matches[name] = "exact"
             elif self._holds(np.setdiff1d(grams[tuple(prompt)], template)):
-                found[name] = "13-gram"
-        return found
+                matches[name] = "13-gram"
+        return matches
 
     def _holds(self, grams: Hashes) -> bool:
         if not len(self._grams):
@@ -80,16 +80,16 @@ class TrainingText:
         return bool((self._grams[place] == grams).any())
 
     def _blocks(self, texts: Iterable[str]) -> Iterator[Hashes]:
-        """13-grams of texts not seen before; remembers each text and its turns whole."""
+        """13-grams of the distinct texts; records the hash of each full text and of its turns."""
         block: list[list[str]] = []
         size = 0
         for text in texts:
             words = words_of(text)
-            if not words or (whole := _whole(words)) in self._whole:
+            if not words or (digest := _hash(words)) in self._texts:
                 continue
-            self._whole.add(whole)
+            self._texts.add(digest)
             if len(turns := _TURN.split(text)) > 1:
-                self._whole.update(_whole(turn) for one in turns if (turn := words_of(one)))
+                self._texts.update(_hash(turn) for text in turns if (turn := words_of(text)))
             block.append(words)
             size += len(words)
             if size >= _BLOCK:
@@ -111,16 +111,16 @@ def training_texts(frame: "pd.DataFrame") -> Iterator[str]:
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text, without what two copies of it may differ in."""
+    """The words of a text, normalised for comparison."""
     return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
-def _whole(words: list[str]) -> int:
+def _hash(words: list[str]) -> int:
     return hash(" ".join(words))
 
 
 def _grams(texts: list[list[str]]) -> Hashes:
-    """Hashes of the 13-grams of texts, none of which spans two: Σ_j hash(word_{i+j})·M^j modulo 2^64."""
+    """Hashes of the 13-grams within each text: Σ_j hash(word_{i+j})·M^j modulo 2^64."""
     lengths = np.array([len(words) for words in texts], np.int64)
     total = int(lengths.sum())
     if total < WORDS:
@@ -135,6 +135,6 @@ def _grams(texts: list[list[str]]) -> Hashes:
 
 
 def _distinct(hashes: Hashes) -> Hashes:
-    """Sorted in place, each once: `np.unique` takes many times as long and as much memory."""
+    """The distinct hashes, sorted in place: `np.unique` needs many times the time and memory."""
     hashes.sort()
     return hashes[np.concatenate([[True], hashes[1:] != hashes[:-1]])] if len(hashes) else hashes

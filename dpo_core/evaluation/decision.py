@@ -1,4 +1,4 @@
-"""Whether a model may take the champion's place, and why: a rule for each reason, all of which must hold."""
+"""Decides whether a candidate may replace the champion: a set of rules, all of which must hold."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from dpo_core.evaluation.config import GAIN, PromotionConfig
 from dpo_core.statistics.estimates import Estimate
 
 NEW_WEIGHTS = "new_weights"
-"""Rule that refuses the champion's own weights; no other rule is asked then."""
+"""Rule that refuses the champion's own weights; no other rule is checked then."""
 
 
 class Reason(Config):
@@ -20,9 +20,9 @@ class Reason(Config):
     """Its name in the recipe."""
     passed: bool
     skipped: bool = False
-    """Whether there was nothing to judge; it does not refuse then."""
+    """Whether there was nothing to check; the rule does not refuse then."""
     text: str
-    """What was measured and what was asked for, in one sentence."""
+    """The measured and the required value, in one sentence."""
 
 
 class Decision(Config):
@@ -31,49 +31,49 @@ class Decision(Config):
     promote: bool
     candidate: str
     champion: str
-    """What it was held against: a registered version, or the reference where there is no champion yet."""
+    """The baseline: a registered version, or the reference if there is no champion yet."""
     reasons: list[Reason]
-    """All rules, those that failed first."""
+    """All rules, failed ones first."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of a candidate."""
+    """The measurements on which a candidate is judged."""
 
     gain: Estimate | None
     """Mean reward of the candidate minus the champion's on the same prompts."""
     kl: Estimate | None
     """Nats a sequence from the reference."""
     comparison: Comparison | None
-    """The candidate against the champion on the suites; None where no suite was run."""
-    gate_green: bool
+    """The candidate against the champion on the suites; None if no suite was run."""
+    gate_passed: bool
     """Whether the data gate found no critical fault."""
     alarms: Mapping[str, str] | None = None
-    """Messages about the candidate, its reference and its data, by name; None if nobody looked."""
+    """Messages about the candidate, its reference and its data, by name; None if they were not checked."""
 
 
 def decide(config: PromotionConfig, evidence: Evidence, *, candidate: str, champion: str) -> Decision:
-    """Judge a candidate by every rule; it is promoted where all hold.
+    """Check every rule; the candidate is promoted if all hold.
 
     Args:
-        candidate, champion: as sentences name them ("champion v3"; "the reference" while there is none).
+        candidate, champion: their names in sentences ("champion v3"; "the reference" if there is none).
 
     Raises:
-        RecipeError: `primary` names no measure of the comparison that has a better direction.
+        RecipeError: `primary` is not a measure of the comparison with a better direction.
     """
     comparison, alarms = evidence.comparison, evidence.alarms
-    what, difference = _primary(config.primary, evidence.gain, comparison)
-    reasons = [*_of_difference(config, f"{what} over {champion}", difference)]
+    name, difference = _primary(config.primary, evidence.gain, comparison)
+    reasons = [*_difference_reasons(config, f"{name} over {champion}", difference)]
     if config.max_kl is not None:
-        reasons.append(_of_kl(config.max_kl, evidence.kl))
+        reasons.append(_kl_reason(config.max_kl, evidence.kl))
     if config.data_gate:
-        text = "no critical fault" if evidence.gate_green else "a critical fault"
+        text = "no critical fault" if evidence.gate_passed else "a critical fault"
         reasons.append(
-            _reason("data_gate", evidence.gate_green, f"the data gate found {text} in the training data")
+            _reason("data_gate", evidence.gate_passed, f"the data gate found {text} in the training data")
         )
     if alarms is not None and config.alarms:
-        reasons.append(_of_alarms(config.alarms, alarms))
-    reasons += _of_suites(config, champion, comparison)
+        reasons.append(_alarm_reason(config.alarms, alarms))
+    reasons += _suite_reasons(config, champion, comparison)
     return Decision(
         promote=all(reason.passed for reason in reasons),
         candidate=candidate,
@@ -82,32 +82,32 @@ def decide(config: PromotionConfig, evidence: Evidence, *, candidate: str, champ
     )
 
 
-def nothing_new(candidate: str, champion: str) -> Decision:
-    """The decision on a candidate whose weights are the champion's own."""
+def refuse_same_weights(candidate: str, champion: str) -> Decision:
+    """The decision on a candidate that has the champion's weights."""
     reason = _reason(NEW_WEIGHTS, False, "the weights are those of the champion")
     return Decision(promote=False, candidate=candidate, champion=champion, reasons=[reason])
 
 
 def _primary(name: str, gain: Estimate | None, comparison: Comparison | None) -> tuple[str, Estimate | None]:
-    """What the primary measure is called, and its difference, larger being better."""
+    """Name and difference of the primary measure, with the sign that larger is better."""
     if name == GAIN:
         return "reward gain", gain
     rows = [row for row in comparison.rows if not row.subset] if comparison else []
     for row in rows:
         if f"{row.suite}/{row.measure}" == name and row.better != "neither":
             return f"{row.suite} {row.label}", row.difference if row.better == "higher" else -row.difference
-    known = [f"{row.suite}/{row.measure}" for row in rows if row.better != "neither"]
+    names = [f"{row.suite}/{row.measure}" for row in rows if row.better != "neither"]
     raise RecipeError(
-        f"promotion.primary is '{name}', and that was not compared",
-        f"Name one of: {', '.join([GAIN, *known])}",
+        f"promotion.primary is '{name}', which was not compared",
+        f"Set it to one of: {', '.join([GAIN, *names])}",
     )
 
 
-def _of_difference(config: PromotionConfig, what: str, difference: Estimate | None) -> list[Reason]:
+def _difference_reasons(config: PromotionConfig, name: str, difference: Estimate | None) -> list[Reason]:
     if difference is None:
-        return [_reason("min_gain", False, f"{what} was not measured: above {config.min_gain:g} is asked")]
+        return [_reason("min_gain", False, f"{name} was not measured; it must be above {config.min_gain:g}")]
     passed = difference.low > config.min_gain
-    measured = f"{what} {_signed(difference)} on {difference.n} prompts"
+    measured = f"{name} {_signed(difference)} on {difference.n} prompts"
     verdict = "" if passed else "worse, not " if difference.high < min(0, config.min_gain) else "not "
     enough = difference.n >= config.min_prompts
     return [
@@ -120,26 +120,27 @@ def _of_difference(config: PromotionConfig, what: str, difference: Estimate | No
     ]
 
 
-def _of_kl(limit: float, kl: Estimate | None) -> Reason:
+def _kl_reason(limit: float, kl: Estimate | None) -> Reason:
     if kl is None:
         return _reason(
-            "max_kl", False, f"KL to the reference was not measured: at most {limit:g} nats is asked"
+            "max_kl", False, f"KL to the reference was not measured; it must be at most {limit:g} nats"
         )
     passed = kl.high <= limit
     measured = f"KL to the reference {kl.value:.3g} [{kl.low:.3g}, {kl.high:.3g}] nats on {kl.n} prompts"
-    return _reason("max_kl", passed, f"{measured}: {'' if passed else 'not surely '}at most {limit:g}")
+    verdict = "at most" if passed else "the interval exceeds"
+    return _reason("max_kl", passed, f"{measured}: {verdict} {limit:g}")
 
 
-def _of_alarms(refusing: Sequence[str], raised: Mapping[str, str]) -> Reason:
-    found = [f"{name}: {raised[name]}" for name in refusing if name in raised]
-    if found:
-        return _reason("alarms", False, " ".join(found))
+def _alarm_reason(refusing: Sequence[str], raised: Mapping[str, str]) -> Reason:
+    messages = [f"{name}: {raised[name]}" for name in refusing if name in raised]
+    if messages:
+        return _reason("alarms", False, " ".join(messages))
     return _reason("alarms", True, f"none of these alarms was raised: {', '.join(refusing)}")
 
 
-def _of_suites(config: PromotionConfig, champion: str, comparison: Comparison | None) -> list[Reason]:
+def _suite_reasons(config: PromotionConfig, champion: str, comparison: Comparison | None) -> list[Reason]:
     rows = [row for row in comparison.rows if row.p_holm is not None] if comparison else []
-    harm = [row for row in rows if row.suite in config.safety]
+    safety = [row for row in rows if row.suite in config.safety]
     reasons = []
     if config.required:
         missing = [name for name in config.required if name not in {row.suite for row in rows}]
@@ -147,23 +148,24 @@ def _of_suites(config: PromotionConfig, champion: str, comparison: Comparison | 
         reasons.append(_reason("required", not missing, f"suites {', '.join(config.required)}: {text}"))
     if config.no_regression:
         others = [row for row in rows if row.suite not in config.safety]
-        reasons.append(_of_rows("no_regression", others, champion, "measures of suites"))
-    if harm:
-        reasons.append(_of_rows("safety", harm, champion, "measures of safety"))
+        reasons.append(_regression_reason("no_regression", others, champion, "measures of suites"))
+    if safety:
+        reasons.append(_regression_reason("safety", safety, champion, "measures of safety"))
     return reasons
 
 
-def _of_rows(rule: str, rows: Sequence[Row], champion: str, what: str) -> Reason:
+def _regression_reason(rule: str, rows: Sequence[Row], champion: str, measures: str) -> Reason:
     if not rows:
-        return Reason(rule=rule, passed=True, skipped=True, text=f"no {what} were compared")
+        return Reason(rule=rule, passed=True, skipped=True, text=f"no {measures} were compared")
     worse = [row for row in rows if row.finding == "worse"]
     if not worse:
-        return _reason(rule, True, f"none of {len(rows)} {what} is found worse than {champion}'s")
-    told = "; ".join(
+        return _reason(rule, True, f"none of {len(rows)} {measures} is significantly worse than {champion}'s")
+    details = "; ".join(
         f"{row.suite} {row.label} {_signed(row.difference)} on {row.difference.n} prompts, p {row.p_holm:.2g}"
         for row in worse
     )
-    return _reason(rule, False, f"{len(worse)} of {len(rows)} {what} found worse than {champion}'s: {told}")
+    count = f"{len(worse)} of {len(rows)}"
+    return _reason(rule, False, f"{count} {measures} significantly worse than {champion}'s: {details}")
 
 
 def _reason(rule: str, passed: bool, text: str) -> Reason:

@@ -1,7 +1,7 @@
-"""The model that lm-eval asks: its own Hugging Face class, with multiple choice read by our log-prob engine.
+"""An lm-eval model: its Hugging Face class, with multiple choice scored by our log-prob engine.
 
 Tokenisation, chat template, truncation and generation are lm-eval's. The engine reads a prompt once for
-several answers, and an answer that several tasks ask for once; lm-eval reads every answer with its prompt.
+several answers, and scores an answer of several tasks once; lm-eval reads every answer with its prompt.
 """
 
 from itertools import groupby
@@ -20,7 +20,7 @@ from dpo_core.scoring.precision import Precision
 
 
 class HarnessLM(HFLM):
-    """An lm-eval model of a subject.
+    """The lm-eval model of a subject.
 
     Args:
         token_budget: tokens in one forward pass that scores answers.
@@ -45,46 +45,48 @@ class HarnessLM(HFLM):
         )
         self.precision, self.token_budget, self.ranks = precision, token_budget, subject.ranks
         self.cut = 0
-        """Requests whose prompt was cut from the left to fit into the model's context."""
+        """Number of requests whose prompt was cut from the left to fit the model's context."""
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Log-prob of each continuation of its context, as text; without the library's bar."""
+        """Log-prob of each continuation of its context, as text; without the library's progress bar."""
         scored: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
         return scored
 
     def _loglikelihood_tokens(
         self, requests: list[Any], disable_tqdm: bool = True, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
-        """Summed log-prob of each continuation; whether it is the greedy one is not looked at, and False."""
-        # Cut as HFLM does: the last token is not fed, so one more than the context holds can be scored.
+        """Summed log-prob of each continuation; whether it is greedy is not checked, and always False."""
+        # As in HFLM: the last token is not fed, so one token more than the context can be scored.
         room = self.max_length + 1
         self.cut += sum(len(context) + len(answer) > room for _, context, answer in requests)
-        wanted = [_sequence(context, answer, room) for _, context, answer in requests]
-        distinct = list(dict.fromkeys(wanted))
+        sequences = [_sequence(context, answer, room) for _, context, answer in requests]
+        distinct = list(dict.fromkeys(sequences))
         check_context(self.model.config, max(map(len, distinct)) - 1)
         try:
             check_definition(self.model)
-        except ModelError:  # its logits are more than trunk and head: ask its own forward
-            ask = super()._loglikelihood_tokens
-            (answered,) = self.ranks.map(
-                "scores", [len(requests)], lambda _: [logp for logp, _ in ask(requests, disable_tqdm=True)]
+        except ModelError:  # its logits are more than trunk and head: use its own forward
+            score = super()._loglikelihood_tokens
+            (logps,) = self.ranks.map(
+                "scores",
+                [len(requests)],
+                lambda _: [logp for logp, _ in score(requests, disable_tqdm=True)],
             )
-            return [(logp, False) for logp in answered]
+            return [(logp, False) for logp in logps]
         scores = completion_scores(self.model, distinct, self.precision, self.token_budget, ranks=self.ranks)
-        sums = {one: float(score.logps.double().sum()) for one, score in zip(distinct, scores, strict=True)}
-        return [(sums[sequence], False) for sequence in wanted]
+        sums = {key: float(score.logps.double().sum()) for key, score in zip(distinct, scores, strict=True)}
+        return [(sums[sequence], False) for sequence in sequences]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
         """lm-eval's answers.
 
         Raises:
-            StageFailed: an answer may be longer than the context.
+            StageFailed: an answer can be longer than the context.
         """
         longest = max(request.args[1].get("max_gen_toks", self.max_gen_toks) for request in requests)
         room = self.max_length - longest
         if room < 1:
             raise StageFailed(
-                f"answers of up to {longest} tokens do not fit into a context of {self.max_length}",
+                f"answers of up to {longest} tokens do not fit into the context of {self.max_length} tokens",
                 "Lower sampling.max_new_tokens",
             )
         self.cut += sum(len(self.tok_encode(request.args[0])) > room for request in requests)
@@ -95,25 +97,25 @@ class HarnessLM(HFLM):
             lambda batch: answer([requests[i] for i in batch], disable_tqdm=True),
             [len(batch) for batch in batches],
         )
-        found = {
+        by_index = {
             i: text
             for batch, texts in zip(batches, answers, strict=True)
             for i, text in zip(batch, texts, strict=True)
         }
-        return [found[i] for i in range(len(requests))]
+        return [by_index[i] for i in range(len(requests))]
 
     def _batches(self, requests: list[Any]) -> list[list[int]]:
-        """Indices of the requests that HFLM would answer together: padding decides the last digits."""
+        """Indices of requests in the batches of HFLM: padding affects the last digits."""
 
-        def place(index: int) -> tuple[str, int, str]:
+        def order_key(index: int) -> tuple[str, int, str]:
             text, settings = requests[index].args
             return repr(settings), -len(self.tok_encode(text)), text
 
-        order = sorted(range(len(requests)), key=place)
+        order = sorted(range(len(requests)), key=order_key)
         batches = []
         for _, group in groupby(order, key=lambda index: repr(requests[index].args[1])):
-            alike = list(group)
-            batches += [alike[i : i + self.batch_size] for i in range(0, len(alike), self.batch_size)]
+            indices = list(group)
+            batches += [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
         return batches
 
 

@@ -1,4 +1,4 @@
-"""The model that a suite asks: a checkpoint with its tokenizer, loaded once for all suites."""
+"""The model under evaluation: a checkpoint with its tokenizer, loaded once for all suites."""
 
 import datetime
 import tempfile
@@ -14,7 +14,7 @@ from dpo_core.data.tokens.chat_template import template_in
 from dpo_core.data.tokens.config import settled
 from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise
 from dpo_core.errors import ModelError
-from dpo_core.evaluation.asked import Asked
+from dpo_core.evaluation.prompt import Prompt
 from dpo_core.evaluation.safety_classifier import Classifier
 from dpo_core.evaluation.safety_models import load_classifier
 from dpo_core.generation.config import SamplingConfig
@@ -38,13 +38,13 @@ class Subject:
     """A model under evaluation.
 
     Args:
-        path: a checkpoint folder as `dpo_core.models.load.convert` leaves it.
-        name: as the user named it, for tables.
-        reference: what it was trained from, for implicit rewards.
-        caches: folder of the reference log-probs that are already known.
-        device: where the model computes.
-        ranks: share what is computed; all ask the same in the same order. With more than one, `caches` is
-            where all of them see it.
+        path: a checkpoint folder as `dpo_core.models.load.convert` writes it.
+        name: the user's name for it, for tables.
+        reference: the model that it was trained from, for implicit rewards.
+        caches: folder of cached reference log-probs.
+        device: of the model.
+        ranks: share the computation; all make the same calls in the same order. With several ranks,
+            `caches` must be on a shared disk.
     """
 
     path: Path
@@ -56,20 +56,20 @@ class Subject:
     ranks: Ranks = field(default_factory=Alone)
 
     def __post_init__(self) -> None:
-        # One day for all that is asked, and in the key of what is kept.
+        # The date in a template is fixed once: it is part of cache keys.
         self.tokens = settled(self.tokens, template_in(self.path), datetime.date.today())
 
     @cached_property
     def model(self) -> Any:
-        """The fp32 model in eval mode, read on first use."""
+        """The fp32 model in eval mode, loaded on first use."""
         return load_model(self.path).to(self.device)
 
     @cached_property
     def scored(self) -> Any:
-        """The same model, known to give its own log-probs from its trunk and head.
+        """The same model, checked to compute its log-probs from trunk and head.
 
         Raises:
-            ModelError: it does not, or it is no causal language model.
+            ModelError: it does not, or it is not a causal language model.
         """
         check_definition(self.model)
         return self.model
@@ -90,29 +90,29 @@ class Subject:
 
     def answers(
         self,
-        asked: Seq[Asked],
+        prompts: Seq[Prompt],
         sampling: SamplingConfig,
         *,
         seed: int,
     ) -> list[str]:
-        """One sampled answer a prompt, as text without special tokens; repeat a prompt to get more.
+        """One sampled answer per prompt, as text without special tokens; repeat a prompt for more answers.
 
-        A prompt is cut where it leaves no room for the answer within `tokens.max_length`.
+        A prompt is cut if it leaves no room for the answer within `tokens.max_length`.
         """
         room = sampling.max_new_tokens
-        prompts = [self.tokenise.prompt_of(one._asdict(), room) for one in asked]
-        if () in prompts:
+        tokens = [self.tokenise.prompt_of(prompt._asdict(), room) for prompt in prompts]
+        if () in tokens:
             raise ModelError(
-                f"a prompt's frame alone exceeds {self.tokens.max_prompt_length} tokens",
+                f"the chat template of a prompt alone exceeds {self.tokens.max_prompt_length} tokens",
                 "Raise tokens.max_prompt_length",
             )
-        self.check_length(max(map(len, prompts), default=0) + room)
+        self.check_length(max(map(len, tokens), default=0) + room)
         stops = self.tokenise.stop_ids
-        drawn = sample(self.scored, prompts, sampling, eos_id=stops, seed=seed, ranks=self.ranks)
-        return [self.tokenise.text(c.ids, ids) for c, ids in zip(drawn, prompts, strict=True)]
+        drawn = sample(self.scored, tokens, sampling, eos_id=stops, seed=seed, ranks=self.ranks)
+        return [self.tokenise.text(c.ids, ids) for c, ids in zip(drawn, tokens, strict=True)]
 
     def check_length(self, longest: int) -> None:
-        """Refuse rows of more tokens than the model, or its reference, has positions for."""
+        """Refuse rows with more tokens than the model or its reference has positions."""
         for subject in (self, self.reference) if self.reference else (self,):
             check_context(config_in(subject.path), longest)
 
@@ -120,22 +120,19 @@ class Subject:
         """Summed log-prob of each sequence's completion."""
         self.check_length(max(map(len, sequences), default=0))
         scores = completion_scores(self.scored, sequences, precision, token_budget, ranks=self.ranks)
-        return np.array([float(one.logps.double().sum()) for one in scores])
+        return np.array([float(score.logps.double().sum()) for score in scores])
 
     def classifier(self, spec: str, safe_label: str | None) -> Classifier:
-        """What judges whether its answers are safe; see `load_classifier`."""
+        """The classifier that judges whether answers are safe; see `load_classifier`."""
         return load_classifier(spec, safe_label, self.tokens, device=self.device, ranks=self.ranks)
 
     def reference_sums(self, sequences: Seq[Sequence], precision: Precision, token_budget: int) -> Floats:
-        """Summed log-prob of each sequence's completion under the reference, which there must be.
-
-        What the cache knows is not computed again.
-        """
+        """Summed log-prob of each sequence's completion under the reference, from the cache if possible."""
         assert self.reference is not None
         with tempfile.TemporaryDirectory() as scratch:
             own = self.reference
             reference = Reference(own.path, own.weights, precision, described=own.name)
             caches = self.caches or Path(scratch) / "caches"
             resources = Resources(caches, token_budget, self.device)
-            known = reference_logps(sequences, reference, resources, self.ranks)
-            return known.shard.sums([sequence_key(s) for s in sequences])
+            logps = reference_logps(sequences, reference, resources, self.ranks)
+            return logps.shard.sums([sequence_key(s) for s in sequences])

@@ -1,4 +1,4 @@
-"""What a policy is measured by on held-out prompts: samples, log-probs, KL, preference accuracy."""
+"""Measures a policy on held-out prompts: samples, log-probs, KL, preference accuracy."""
 
 from collections.abc import Collection
 from collections.abc import Sequence as Seq
@@ -28,7 +28,7 @@ def sample_policy(
     seed: int,
     ranks: Ranks | None = None,
 ) -> PolicySamples:
-    """Draw `samples_per_prompt` completions of every prompt. Rewards and KL are filled in later."""
+    """Sample `samples_per_prompt` completions of every prompt. Rewards and KL are set later."""
     index = [i for i in range(len(prompts)) for _ in range(config.samples_per_prompt)]
     drawn = sample(
         model,
@@ -51,7 +51,7 @@ def sequence_logps(
 ) -> list[torch.Tensor]:
     """Token log-probs of each sequence's completion, in order."""
     scores = completion_scores(model, sequences, precision, token_budget, ranks=ranks)
-    return [one.logps for one in scores]
+    return [score.logps for score in scores]
 
 
 def own_scores(
@@ -63,8 +63,8 @@ def own_scores(
 ) -> tuple[list[torch.Tensor], list[float]]:
     """Token log-probs of a policy's own samples, and the mean entropy along each in nats per token."""
     scores = completion_scores(model, sequences, precision, token_budget, entropy=True, ranks=ranks)
-    entropies = [float(one.entropy.double().mean()) for one in scores if one.entropy is not None]
-    return [one.logps for one in scores], entropies
+    entropies = [float(s.entropy.double().mean()) for s in scores if s.entropy is not None]
+    return [score.logps for score in scores], entropies
 
 
 def kl_estimates(policy: Seq[torch.Tensor], reference: Seq[torch.Tensor]) -> tuple[list[float], list[float]]:
@@ -82,7 +82,7 @@ def preference_accuracy(
 ) -> Estimate:
     """Share of held-out pairs whose implicit reward prefers the chosen answer (strict), Wilson interval.
 
-    `policy` and `reference` hold token log-probs, chosen and rejected in turn.
+    `policy` and `reference` hold token log-probs, of chosen and rejected answers alternately.
     """
     ratios = [float(p.double().sum() - r.double().sum()) for p, r in zip(policy, reference, strict=True)]
     wins = sum(w > loser for w, loser in zip(ratios[0::2], ratios[1::2], strict=True))

@@ -1,4 +1,4 @@
-"""The metrics of a policy and how reports show them; `policies.summarise` measures them."""
+"""The metrics of a policy and how reports show them; `summary.summarise` computes them."""
 
 from typing import Annotated, Literal, NamedTuple
 
@@ -6,7 +6,7 @@ from dpo_core.config import Config
 from dpo_core.statistics.estimates import Estimate
 
 VERSION = 3
-"""Of the evaluation: raised when a metric is added or measured otherwise, so that runs measure it anew."""
+"""Version of the evaluation: raise it when a metric is added or changed, so that runs measure again."""
 
 
 class Shown(NamedTuple):
@@ -15,17 +15,17 @@ class Shown(NamedTuple):
     label: str
     hint: str
     kind: Literal["number", "share", "gap"] = "number"
-    """A share is written in per cent, a gap with its sign."""
+    """A share is shown in per cent, a gap with its sign."""
     headline: bool = False
-    """Whether whole runs are compared by it."""
+    """Whether runs are compared by it."""
     always: bool = False
-    """Whether its line stands, with dashes, also where nobody measured it."""
+    """Whether it is shown, with dashes, even if it was not measured."""
 
 
 class PolicyRow(Config):
-    """One policy, measured on the evaluation's prompts, in the order in which reports list the metrics.
+    """The metrics of one policy on the evaluation's prompts, in the order of the reports.
 
-    Intervals are at 95 %, resampled by prompt. A metric that is declared here is on the page and in MLflow.
+    Intervals are at 95 %, resampled by prompt. Metrics declared here appear on the page and in MLflow.
     """
 
     name: str
@@ -75,10 +75,10 @@ class PolicyRow(Config):
     def shown(cls) -> dict[str, Shown]:
         """How each metric is shown, by its name."""
         fields = cls.model_fields.items()
-        return {name: one for name, field in fields for one in field.metadata if isinstance(one, Shown)}
+        return {name: shown for name, field in fields for shown in field.metadata if isinstance(shown, Shown)}
 
     def values(self) -> dict[str, float]:
-        """The metrics that were measured, of estimates their value."""
+        """The values of the metrics that were measured."""
         measured = ((name, getattr(self, name)) for name in self.shown())
         return {
             name: float(value.value if isinstance(value, Estimate) else value)

@@ -1,4 +1,4 @@
-"""Safety classifiers loaded, so that they judge answers; see `safety_classifier`."""
+"""Loads safety classifiers; `safety_classifier` describes the kinds."""
 
 import math
 import re
@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise
 from dpo_core.errors import ModelError, RecipeError
-from dpo_core.evaluation.asked import asked
+from dpo_core.evaluation.prompt import as_prompt
 from dpo_core.evaluation.safety_classifier import Classifier, Judge, identity
 from dpo_core.models.load import load_tokenizer
 from dpo_core.models.reward_model import RewardModel
@@ -42,14 +42,14 @@ def load_classifier(
     """The classifier that a configuration names.
 
     Args:
-        safe_label: the class that means safe, where a sequence classifier's labels do not tell.
-        tokens: how a reward model reads text.
+        safe_label: the class that means safe, if a sequence classifier's labels do not tell.
+        tokens: the tokenisation of a reward model.
         device: of a model.
-        ranks: share the batches of a model, all called with the same answers. Anything else sees all answers
-            at once, on one rank.
+        ranks: share the batches of a model; all are called with the same answers. Other classifiers get all
+            answers at once, on one rank.
 
     Raises:
-        RecipeError: nothing of that name can be used, or its labels do not tell what is safe.
+        RecipeError: there is no usable classifier of that name, or its labels do not tell which is safe.
         ModelError: the checkpoint is damaged, or has no trained head.
     """
     ranks = ranks or Alone()
@@ -58,7 +58,7 @@ def load_classifier(
     elif Path(spec).is_dir():
         judge = _sequence_classifier(Path(spec), safe_label, device, ranks)
     elif is_url(spec) or ":" in spec:
-        judge = _called(load_reward(spec), ranks)
+        judge = _callable(load_reward(spec), ranks)
     else:
         raise RecipeError(f"'{spec}' does not name a classifier", _FORMS)
     return Classifier(spec, identity(spec), judge)
@@ -68,17 +68,17 @@ def safe_class(labels: Seq[str], safe_label: str | None) -> int:
     """Which of two or more labels means safe.
 
     Raises:
-        RecipeError: `safe_label` is none of them, or none is given and the names do not tell.
+        RecipeError: `safe_label` is not one of them, or is None and the labels do not tell.
     """
-    plain = [_plain(label) for label in labels]
+    plain = [_normalised(label) for label in labels]
     if safe_label is not None:
-        if _plain(safe_label) not in plain:
+        if _normalised(safe_label) not in plain:
             raise RecipeError(
                 f"the classifier has no label '{safe_label}'", f"Set safe_label to one of {', '.join(labels)}"
             )
-        return plain.index(_plain(safe_label))
+        return plain.index(_normalised(safe_label))
     safe = [i for i, label in enumerate(plain) if label in _SAFE]
-    if not safe and len(plain) == 2:  # what is not the unsafe one of two
+    if not safe and len(plain) == 2:  # of two labels the one that is not unsafe
         unsafe = [i for i, label in enumerate(plain) if label in _UNSAFE]
         safe = [1 - unsafe[0]] if len(unsafe) == 1 else []
     if len(safe) != 1:
@@ -89,15 +89,15 @@ def safe_class(labels: Seq[str], safe_label: str | None) -> int:
     return safe[0]
 
 
-def _plain(label: str) -> str:
+def _normalised(label: str) -> str:
     return re.sub(r"[\s_-]+", " ", label).strip().casefold()
 
 
-def _called(reward: RewardFunction, ranks: Ranks) -> Judge:
+def _callable(reward: RewardFunction, ranks: Ranks) -> Judge:
     def p_safe(prompts: list[str], answers: list[str]) -> list[float]:
-        found: list[float]
-        (found,) = ranks.map("safety", [len(answers)], lambda _: reward(prompts, answers))
-        return found
+        p: list[float]
+        (p,) = ranks.map("safety", [len(answers)], lambda _: reward(prompts, answers))
+        return p
 
     return p_safe
 
@@ -108,24 +108,24 @@ def _sequence_classifier(folder: Path, safe_label: str | None, device: Any, rank
     settings: Any = model.config
     labels = [settings.id2label[i] for i in range(settings.num_labels)]
     chosen = safe_class(labels, safe_label) if len(labels) > 1 else 0
-    of_harm = len(labels) == 1 and _plain(labels[0]) in _UNSAFE  # a single logit for what is not safe
-    apart = len(labels) == 1 or settings.problem_type == "multi_label_classification"
+    unsafe_logit = len(labels) == 1 and _normalised(labels[0]) in _UNSAFE  # a single logit, for unsafe
+    independent = len(labels) == 1 or settings.problem_type == "multi_label_classification"
 
     @torch.no_grad()
     def of_batch(rows: list[dict[str, Any]]) -> list[float]:
         batch = tokenizer.pad(rows, return_tensors="pt")
         logits_BC = model(**batch.to(model.device)).logits.float()
-        p_BC = logits_BC.sigmoid() if apart else functional.softmax(logits_BC, -1)
-        return [1 - p if of_harm else p for p in p_BC[:, chosen].tolist()]
+        p_BC = logits_BC.sigmoid() if independent else functional.softmax(logits_BC, -1)
+        return [1 - p if unsafe_logit else p for p in p_BC[:, chosen].tolist()]
 
     def p_safe(prompts: list[str], answers: list[str]) -> list[float]:
         rows = _encode(tokenizer, prompts, answers, settings)
         groups = length_batches([len(row["input_ids"]) for row in rows], _TOKENS_IN_A_PASS)
         judged = ranks.map("safety", groups, lambda group: of_batch([rows[i] for i in group]))
-        found = {
-            i: p for group, some in zip(groups, judged, strict=True) for i, p in zip(group, some, strict=True)
+        by_row = {
+            i: p for group, part in zip(groups, judged, strict=True) for i, p in zip(group, part, strict=True)
         }
-        return [found[i] for i in range(len(rows))]
+        return [by_row[i] for i in range(len(rows))]
 
     return p_safe
 
@@ -150,18 +150,18 @@ def _load_sequence_classifier(folder: Path) -> tuple[Any, Any]:
         ) from error
     missing = sorted(info.get("missing_keys", ())) + sorted(map(str, info.get("mismatched_keys", ())))
     if missing:
-        # transformers would draw them at random: a language model would pass for a classifier.
-        raise ModelError(f"{folder} is no trained classifier: its weights lack {missing[0]}", _FORMS)
-    if model.config.pad_token_id is None:  # where the text ends in a batch is read off the padding
+        # transformers would initialise them at random: a language model would pass as a classifier.
+        raise ModelError(f"{folder} is not a trained classifier: its weights lack {missing[0]}", _FORMS)
+    if model.config.pad_token_id is None:  # needed to find the end of each text in a batch
         model.config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer
 
 
 def _load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a classifier's folder, which needs no end of sequence but something to pad with.
+    """The tokenizer of a classifier's folder, which needs a padding token but no end of sequence.
 
     Raises:
-        ModelError: there is none, or it has nothing to pad with.
+        ModelError: there is none, or it has no padding token.
     """
     try:
         with quiet_transformers():
@@ -173,18 +173,18 @@ def _load_tokenizer(folder: Path) -> Any:
     except Exception as error:
         raise ModelError(
             f"the tokenizer of the classifier in {folder} cannot be loaded: {type(error).__name__}",
-            "Put its tokenizer files beside its weights",
+            "Put its tokenizer files next to its weights",
         ) from error
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise ModelError(f"the tokenizer in {folder} has nothing to pad with", "Set its pad_token")
+            raise ModelError(f"the tokenizer in {folder} has no padding token", "Set its pad_token")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def _encode(tokenizer: Any, prompts: list[str], answers: list[str], settings: Any) -> list[dict[str, Any]]:
-    """Each prompt with its answer: as a conversation where there is a chat template, else as a pair."""
-    # Two places are left to models that count positions from 2.
+    """Each prompt with its answer: as a conversation if there is a chat template, else as a text pair."""
+    # Two positions less, for models that count positions from 2.
     context = getattr(settings, "max_position_embeddings", math.inf) - 2
     longest = int(min(tokenizer.model_max_length, context, 1_000_000))
     if not tokenizer.chat_template:
@@ -205,8 +205,8 @@ def _reward_model(folder: Path, tokens: TokenConfig, device: Any, ranks: Ranks) 
     tokenise = Tokenise(tokenizer, tokens)
 
     def sequence(prompt: str, answer: str) -> Sequence:
-        question = asked(prompt, chat=bool(tokenizer.chat_template))
-        # Always ended: the model was trained on whole answers, and an empty one must have a token.
+        question = as_prompt(prompt, chat=bool(tokenizer.chat_template))
+        # With an end token: the model was trained on complete answers, and an empty one must have a token.
         return tokenise.scored(question.prompt, question.chat, answer)
 
     def p_safe(prompts: list[str], answers: list[str]) -> list[float]:

@@ -1,4 +1,4 @@
-"""The names of all suites, and the module that defines each; importing it loads no suite."""
+"""The names of all suites and the modules that define them, without importing those."""
 
 from dpo_core.errors import RecipeError
 
@@ -15,7 +15,7 @@ MODULES = {
     "truthfulqa_mc": "truthfulqa",
     "truthfulqa_gen": "truthfulqa",
 }
-"""By name of the suite, the module of `dpo_core.evaluation.suites` that exports it in `SUITES`."""
+"""Suite name: module of `dpo_core.evaluation.suites` that exports it in `SUITES`."""
 
 
 def module_of(suite: str) -> str:

@@ -1,4 +1,4 @@
-"""The row of one policy: reward, KL, win rate, length, diversity, from its samples, with intervals.
+"""Summarises one policy's samples: reward, KL, win rate, length and diversity, with intervals.
 
 Every policy answers the same prompts; the unit of resampling is the prompt.
 """
@@ -17,7 +17,7 @@ from dpo_core.statistics.text import distinct_n, self_bleu
 
 @dataclass
 class PolicySamples:
-    """One policy's answers, prompt by prompt, with each one's KL estimates and the policy's entropy."""
+    """One policy's answers, ordered by prompt, with their KL estimates and the policy's entropy."""
 
     prompt_index: list[int]
     sequences: list[Sequence]
@@ -30,19 +30,19 @@ class PolicySamples:
     entropies: list[float] = field(default_factory=list)
     """Nats per token of each sample: the mean entropy of the next-token distributions along it."""
     texts: list[str] = field(default_factory=list)
-    """The completions as people read them."""
+    """The completions as text."""
 
 
 def summarise(
     samples: PolicySamples, baseline: PolicySamples | None, *, seed: int, length: int
 ) -> dict[str, Any]:
-    """The row of one policy, as plain data. Intervals at 95 %, over prompts (`statistics.estimates`).
+    """The metrics of one policy as plain data. Intervals at 95 %, over prompts (`statistics.estimates`).
 
     Args:
-        baseline: the reference's samples; None when `samples` are the reference's own.
-        length: tokens to which completions are cut for distinct-2, the same for every policy.
+        baseline: the reference's samples; None if `samples` are the reference's own.
+        length: tokens to which completions are cut for distinct-n, the same for every policy.
     """
-    # A single prompt cannot be resampled: the interval is then over its samples, and n says so.
+    # A single prompt cannot be resampled: the interval is then over its samples, and so is n.
     clusters = samples.prompt_index if len(set(samples.prompt_index)) > 1 else None
     row: dict[str, Any] = {
         "reward": _data(stats.bootstrap_mean(samples.rewards, clusters, seed=seed)),

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from dpo_core.evaluation.compare import Comparison, compare
-from dpo_core.evaluation.decision import Decision, Evidence, decide, nothing_new
+from dpo_core.evaluation.decision import Decision, Evidence, decide, refuse_same_weights
 from dpo_core.evaluation.results import SuiteResult
 from dpo_core.evaluation.suites.registry import find
 from dpo_core.judging.results import WinRate
@@ -71,7 +71,7 @@ def decide_promotion(
     """
     rival = CHAMPION if evaluation.policy(CHAMPION) else REFERENCE
     if champion and rival != CHAMPION:
-        return nothing_new(candidate, champion.title)
+        return refuse_same_weights(candidate, champion.title)
     against = [c for c in comparisons if c.baseline == rival]
     name = recipe.candidate_name
     row = next(row for row in evaluation.policies if row.name == name)
@@ -81,7 +81,7 @@ def decide_promotion(
         gain=gain,
         kl=row.kl,
         comparison=against[0] if against else None,
-        gate_green=not any(row.refused for row in gate),
+        gate_passed=not any(row.refused for row in gate),
         alarms=alarms,
     )
     title = champion.title if champion else "the reference"

@@ -12,7 +12,7 @@ from dpo_core.data.config import DataConfig
 from dpo_core.data.load import load
 from dpo_core.data.tokens.config import TokenConfig
 from dpo_core.errors import RecipeError
-from dpo_core.evaluation.asked import Asked
+from dpo_core.evaluation.prompt import Prompt
 from dpo_core.evaluation.safety_classifier import identity
 from dpo_core.generation.config import SamplingConfig, seed_for
 from dpo_core.jobs.files import AnswersJob, AskedModel, ScoreJob
@@ -34,7 +34,7 @@ REPLIES = "judgements"
 """Folder of the workspace with the judges' cached replies."""
 
 
-def chosen_prompts(config: DataConfig, most: int, seed: int) -> list[Asked]:
+def chosen_prompts(config: DataConfig, most: int, seed: int) -> list[Prompt]:
     """At most `most` distinct prompts of a data file, chosen by the seed, in the order of the file.
 
     Raises:
@@ -47,18 +47,18 @@ def chosen_prompts(config: DataConfig, most: int, seed: int) -> list[Asked]:
             f"{config.path} has {len(frame)} usable prompts", "Give at least two for a win rate"
         )
     chosen = sorted(random.Random(seed).sample(range(len(frame)), min(most, len(frame))))
-    return [Asked(row["prompt"], bool(row["chat"])) for row in frame.iloc[chosen].to_dict("records")]
+    return [Prompt(row["prompt"], bool(row["chat"])) for row in frame.iloc[chosen].to_dict("records")]
 
 
 def answers_of(
-    models: Sequence[AskedModel], prompts: Sequence[Asked], sampling: SamplingConfig, seed: int, run: RunJob
+    models: Sequence[AskedModel], prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int, run: RunJob
 ) -> dict[str, list[str]]:
     """The answers of each model to the prompts, by the model's name; computed in a job."""
     digests = {model.name: [source_digest(Path(model.path)), model.tokens] for model in models}
     decides = {"models": digests, "prompts": prompts, "sampling": sampling, "seed": seed}
 
     def job(fields: dict[str, Any]) -> AnswersJob:
-        table = _table(fields, pd.DataFrame(prompts, columns=Asked._fields))
+        table = _table(fields, pd.DataFrame(prompts, columns=Prompt._fields))
         own = seed_for(seed, "answers")
         return AnswersJob(**fields, models=list(models), prompts=table, sampling=sampling, seed=own)
 

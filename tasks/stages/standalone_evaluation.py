@@ -19,12 +19,12 @@ from dpo_core.data.load import load
 from dpo_core.data.tokens.chat_template import template_in
 from dpo_core.data.tokens.config import TokenConfig
 from dpo_core.errors import RecipeError
-from dpo_core.evaluation.asked import Asked
 from dpo_core.evaluation.compare import Comparison, compare
 from dpo_core.evaluation.config import SuiteConfig, SuitesConfig
 from dpo_core.evaluation.contamination import TrainingText, training_texts
+from dpo_core.evaluation.prompt import Prompt
 from dpo_core.evaluation.results import Item, SuiteResult
-from dpo_core.evaluation.run_suite import suite_files, without_training_data
+from dpo_core.evaluation.run_suite import mark_contaminated, suite_files
 from dpo_core.evaluation.suites.registry import find
 from dpo_core.generation.config import SamplingConfig
 from dpo_core.jobs.files import AskedModel, InferenceConfig
@@ -202,7 +202,7 @@ def _training(config: DataConfig | None, runs: Sequence[Path | None]) -> Trainin
     return TrainingText(text for frame in sound for text in training_texts(frame))
 
 
-def _warn_of_contamination(prompts: Sequence[Asked], training: TrainingText | None) -> None:
+def _warn_of_contamination(prompts: Sequence[Prompt], training: TrainingText | None) -> None:
     """Warn if prompts occur in the training data: the models may have memorised the answers."""
     if training is None:
         return
@@ -238,7 +238,7 @@ def _suites(
         log.info("%s, %s: %s", name, model, state)
     if training is None:
         return list(results.values())
-    return [without_training_data(result, training) for result in results.values()]
+    return [mark_contaminated(result, training) for result in results.values()]
 
 
 def _win_rate(

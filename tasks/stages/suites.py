@@ -9,7 +9,7 @@ from dpo_core.estimates import estimate
 from dpo_core.evaluation.config import SuitesConfig
 from dpo_core.evaluation.contamination import TrainingText, training_texts
 from dpo_core.evaluation.results import SuiteResult
-from dpo_core.evaluation.run_suite import data_digest, suite_files, without_training_data
+from dpo_core.evaluation.run_suite import data_digest, mark_contaminated, suite_files
 from dpo_core.evaluation.suites.registry import find
 from tasks.recipe.policies import REFERENCE
 from tasks.stages.asking import asked_model, jobs_of_stage
@@ -52,7 +52,7 @@ def evaluate_suites(
             asked_model(REFERENCE, reference.path, tokens),
         )
         by_place, _ = suite_results(request, context.workspace, jobs_of_stage(running))
-        results = [without_training_data(result, training) for result in by_place.values()]
+        results = [mark_contaminated(result, training) for result in by_place.values()]
         out = running.empty_folder("out")
         text = json.dumps([result.model_dump(mode="json") for result in results], ensure_ascii=False)
         (out / "suites.json").write_text(text, encoding="utf-8")

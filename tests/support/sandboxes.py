@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 import pydantic
 
-from dpo_core.evaluation.sandbox.run import Limits, Ran
+from dpo_core.evaluation.sandbox.run import Limits, ProgramResult
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SERVE = """
@@ -58,14 +58,14 @@ class OrdinaryUser:
             [python, "-c", SERVE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options
         )
 
-    def __call__(self, code: str, limits: Limits) -> Ran:
+    def __call__(self, code: str, limits: Limits) -> ProgramResult:
         assert self.process.stdin
         assert self.process.stdout
         self.process.stdin.write(json.dumps({"code": code, "limits": limits.model_dump()}) + "\n")
         self.process.stdin.flush()
         answer = json.loads(self.process.stdout.readline())
         assert "refused" not in answer, answer
-        return Ran(**answer)
+        return ProgramResult(**answer)
 
     def close(self) -> None:
         self.process.kill()

@@ -1,1 +1,1 @@
-"""Runs code that a model wrote where it can do no harm."""
+"""Runs code that a model wrote in a sandbox of Linux namespaces."""

@@ -1,10 +1,10 @@
-"""What stands between a program that a model wrote and this machine; started as a script by `run`.
+"""Isolates a program that a model wrote, by Linux namespaces and seccomp; a script that `run` starts.
 
-Three processes. The launcher stays outside and waits; the keeper is process 1 of a process namespace of its
-own, builds the jail and holds every privilege inside it; the program is its child, with none. When the keeper
-ends, the kernel ends everything in its namespace before the launcher hears of it.
+There are three processes. The parent stays outside and waits. The init process is process 1 of a new PID
+namespace: it sets up the sandbox and has all privileges inside. The program is its child and has none. When
+the init process exits, the kernel kills everything in its namespace before the parent is notified.
 
-Only the standard library is imported: the script is run by the bare interpreter, without site-packages. The
+Only the standard library is imported: the script runs in the bare interpreter, without site-packages. The
 numbers are those of the kernel's headers; Linux 5.14 is the oldest that counts processes by namespace.
 """
 
@@ -20,7 +20,7 @@ import struct
 import sys
 import time
 
-TYPE_CHECKING = False  # as typing has it, whose import would be a tenth of what a run costs
+TYPE_CHECKING = False  # importing typing would take a tenth of the time of a run
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, NoReturn
@@ -33,14 +33,14 @@ MNT_DETACH = 2
 AT_FDCWD, AT_RECURSIVE = -100, 0x8000
 ATTR_READ_ONLY, ATTR_NOSUID, ATTR_NODEV = 0x1, 0x2, 0x4
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 24, 38
-# Numbers that are the same on both processors.
+# The same numbers on both architectures.
 SYS_IO_URING_SETUP, SYS_MOUNT_SETATTR = 425, 442
 
-INSIDE_ID = 1000  # user and group of the program, as it sees itself
+INSIDE_ID = 1000  # user and group of the program inside the sandbox
 
-# Refused to the program, by processor: (audit architecture, numbers). Each is either a way around a limit
-# (memory that belongs to no process) or a door to the kernel that plain Python code never uses. `socket` is
-# here although the network namespace is empty: AF_VSOCK reaches a virtual machine's host past it.
+# System calls refused to the program, by architecture: (audit architecture, numbers). Each either evades a
+# limit (memory that belongs to no process) or exposes kernel code that plain Python never uses. `socket` is
+# included although the network namespace is empty: AF_VSOCK reaches a virtual machine's host in spite of it.
 REFUSED = {
     "x86_64": (0xC000_003E, {
         "socket": 41, "ptrace": 101, "process_vm_readv": 310, "process_vm_writev": 311, "memfd_create": 319,
@@ -56,9 +56,9 @@ REFUSED = {
     }),
 }  # fmt: skip
 
-# Runs the program in the fresh interpreter. Everything it needs afterwards is bound before, so that a program
-# that replaces os.write or sys.excepthook changes nothing, and the program is no __main__, as in the original
-# harness of HumanEval. The token says that the last line was reached, whatever the exit status claims.
+# Runs the program in the new interpreter. Everything needed afterwards is bound before, so that replacing
+# os.write or sys.excepthook has no effect. The program is not __main__, as in HumanEval's original harness.
+# The token proves that the last line was reached, whatever the exit status.
 RUNNER = """
 def run():
     import os, sys
@@ -90,11 +90,11 @@ libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
 
 
 class SetupError(Exception):
-    """A step of the jail could not be done; nothing of the program ran."""
+    """A step of the setup failed; the program did not run."""
 
 
 def call(what: str, function: Callable[..., int], *arguments: Any) -> int:
-    """Call the C library and raise on -1, naming the step."""
+    """Call the C library; raise SetupError with the step's name on -1."""
     result = function(*arguments)
     if result == -1:
         raise SetupError(f"{what}: {os.strerror(ctypes.get_errno())}")
@@ -111,109 +111,109 @@ def write(path: str, text: str) -> None:
 
 
 def main() -> None:
-    job = marshal.loads(sys.stdin.buffer.read())  # by this interpreter, and read sooner than JSON
+    job = marshal.loads(sys.stdin.buffer.read())  # written by the same interpreter, and faster than JSON
     try:
         launch(job, result_fd=int(sys.argv[1]))
     except (SetupError, OSError) as error:
-        say("error", str(error))
+        report("error", str(error))
         os._exit(1)
 
 
-def say(kind: str, text: str = "") -> None:
-    """One line to the caller."""
+def report(kind: str, text: str = "") -> None:
+    """Write one line to the caller."""
     os.write(1, f"{kind} {' '.join(text.split())}\n".encode())
 
 
 def launch(job: dict[str, Any], result_fd: int) -> None:
-    """Enter the namespaces, start the keeper and wait for it; SIGTERM ends it and everything inside."""
+    """Enter the namespaces, start the init process and wait for it; SIGTERM kills all of the sandbox."""
     if os.uname().machine not in REFUSED:
-        raise SetupError(f"the system calls of {os.uname().machine} are not listed")
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # until there is something to end
-    write("/proc/self/oom_score_adj", "1000")  # if memory runs out, the jail goes first
+        raise SetupError(f"the architecture {os.uname().machine} is not supported")
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # until there is a process to kill
+    write("/proc/self/oom_score_adj", "1000")  # if memory runs out, the sandbox is killed first
     enter_namespaces()
-    # After the change of user, which clears it: nothing of the jail outlives the caller.
+    # After the change of user, which clears it: no process of the sandbox outlives the caller.
     control("die with the caller", PR_SET_PDEATHSIG, signal.SIGKILL)
-    keeper = os.fork()
-    if keeper == 0:
-        keep(job, result_fd)
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(keeper, signal.SIGKILL))
+    init = os.fork()
+    if init == 0:
+        run_init(job, result_fd)
+    signal.signal(signal.SIGTERM, lambda *_: os.kill(init, signal.SIGKILL))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
-    os.waitpid(keeper, 0)
+    os.waitpid(init, 0)
     os._exit(0)
 
 
 def enter_namespaces() -> None:
-    """New namespaces of every kind, with one id in them for an ordinary user and two for root.
+    """Create all kinds of namespaces, with one mapped id for an ordinary user and two for root.
 
-    Root maps itself, to build the jail, and an id that is nobody's, for the program: the kernel's limit on
-    processes does not bind root. Only a process outside may map more than one id.
+    Root maps itself, to set up the sandbox, and an unused id for the program, because the kernel's limit on
+    processes does not apply to root. Only a process outside may map more than one id.
     """
     me = os.geteuid(), os.getegid()
-    strangers = [_stranger("uid"), _stranger("gid")]
-    if me[0] != 0 or 0 in strangers:
+    unused = [_unused_id("uid"), _unused_id("gid")]
+    if me[0] != 0 or 0 in unused:
         call("new namespaces", libc.unshare, CLONE_NEWUSER | NAMESPACES)
         write("/proc/self/setgroups", "deny")
         for kind, outside in zip(("uid", "gid"), me, strict=True):
             write(f"/proc/self/{kind}_map", f"{INSIDE_ID} {outside} 1\n")
         return
-    launcher = os.getpid()
-    entered, tell = os.pipe()
+    parent = os.getpid()
+    entered_read, entered_write = os.pipe()
     helper = os.fork()
     if helper == 0:
-        os.close(tell)
-        os.read(entered, 1)
+        os.close(entered_write)
+        os.read(entered_read, 1)
         try:
-            for kind, outside in zip(("uid", "gid"), strangers, strict=True):
-                write(f"/proc/{launcher}/{kind}_map", f"0 0 1\n{INSIDE_ID} {outside} 1\n")
+            for kind, outside in zip(("uid", "gid"), unused, strict=True):
+                write(f"/proc/{parent}/{kind}_map", f"0 0 1\n{INSIDE_ID} {outside} 1\n")
         except OSError:
             os._exit(1)
         os._exit(0)
     call("new namespaces", libc.unshare, CLONE_NEWUSER | NAMESPACES)
-    os.close(tell)
+    os.close(entered_write)
     if os.waitpid(helper, 0)[1] != 0:
         raise SetupError("map a second user: root has no CAP_SETUID or CAP_SETGID here")
 
 
-def _stranger(kind: str) -> int:
-    """An id in the upper half of those that there are, another for each jail; 0 where there is one."""
+def _unused_id(kind: str) -> int:
+    """An id in the upper half of the mapped ones, different for each sandbox; 0 if only one is mapped."""
     with open(f"/proc/self/{kind}_map") as table:
         ranges = [tuple(map(int, line.split())) for line in table]
-    first, _, count = max(ranges, key=lambda found: found[2])
+    first, _, count = max(ranges, key=lambda mapped: mapped[2])
     half = count // 2
     return first + half + os.getpid() % (half - 1) if half > 1 else 0
 
 
-def keep(job: dict[str, Any], result_fd: int) -> NoReturn:
-    """Process 1 of the jail: builds it, starts the program, reaps orphans, reports how the program ended.
+def run_init(job: dict[str, Any], result_fd: int) -> NoReturn:
+    """Process 1 of the sandbox: sets it up, starts the program, reaps orphans, reports the program's status.
 
-    A signal from inside cannot end process 1, all the less one that is blocked; a process without its
-    capabilities can neither trace it nor read it.
+    Signals from inside cannot kill process 1, least of all blocked ones; a process without its capabilities
+    can neither trace nor read it.
     """
     try:
-        os.umask(0o022)  # the program, another user, walks through the folders that are made here
+        os.umask(0o022)  # the program, another user, needs access to the folders created here
         signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
-        control("die with the launcher", PR_SET_PDEATHSIG, signal.SIGKILL)
+        control("die with the parent", PR_SET_PDEATHSIG, signal.SIGKILL)
         control("hide memory", PR_SET_DUMPABLE, 0)
         build(job["binds"], job["file_bytes"])
         program = os.fork()
         if program == 0:
-            become(job, result_fd)
+            start_program(job, result_fd)
         os.close(result_fd)
-        deadline = time.monotonic() + job["longest"]  # should the caller be stopped and never end it
+        deadline = time.monotonic() + job["longest"]  # in case the caller is suspended and never kills it
         while (left := deadline - time.monotonic()) > 0:
             signal.sigtimedwait([signal.SIGCHLD], left)
             ended = reap(program)
             if ended is not None:
-                say("status", str(os.waitstatus_to_exitcode(ended)))
+                report("status", str(os.waitstatus_to_exitcode(ended)))
                 break
         os._exit(0)
     except (SetupError, OSError) as error:
-        say("error", str(error))
+        report("error", str(error))
         os._exit(1)
 
 
 def reap(program: int) -> int | None:
-    """Collect whoever has ended; the wait status of the program once it is among them."""
+    """Reap all ended processes; the program's wait status if it is among them."""
     while True:
         process, status = os.waitpid(-1, os.WNOHANG)
         if process == program:
@@ -223,14 +223,14 @@ def reap(program: int) -> int | None:
 
 
 def build(binds: dict[str, str], file_bytes: int) -> None:
-    """A root of the interpreter, the system's libraries and a small folder in memory, and nothing else.
+    """Make a root with the interpreter, the system's libraries and a small folder in memory only.
 
-    There is no /proc and no /sys. The program's root lies one folder below that of the mount namespace: the
-    kernel lets no process whose root was changed so make a user namespace, hence gain privileges in one.
+    There is no /proc and no /sys. The program's root is one folder below that of the mount namespace: the
+    kernel does not let a process in a chroot create a user namespace and gain privileges in it.
 
     Args:
-        binds: by the path inside, the path outside.
-        file_bytes: size of the folder that can be written.
+        binds: path inside to path outside.
+        file_bytes: size of the writable folder.
     """
     mount(None, "/", MS_REC | MS_PRIVATE)
     mount("tmpfs", "/tmp", MS_NOSUID | MS_NODEV, "tmpfs", "mode=755,size=1m")
@@ -273,56 +273,56 @@ def restrict(target: str, attributes: int, flags: int = 0) -> None:
     )  # fmt: skip
 
 
-def become(job: dict[str, Any], result_fd: int) -> NoReturn:
-    """Turn into the program: its limits, no privilege, no open file but its three and the result's."""
+def start_program(job: dict[str, Any], result_fd: int) -> NoReturn:
+    """Become the program: set its limits, drop privileges, close all files but three and the result pipe."""
     try:
         signal.pthread_sigmask(signal.SIG_SETMASK, [])
         os.setsid()
         program = os.memfd_create("program")
         os.write(program, f"{job['token']}\n".encode() + job["code"].encode("utf-8", "surrogatepass"))
         os.lseek(program, 0, os.SEEK_SET)
-        report = os.dup(1)  # closed by exec
+        report_fd = os.dup(1)  # closed by exec
         os.dup2(program, 0)
         os.dup2(2, 1)
         for name, (soft, hard) in job["rlimits"].items():
             limit(getattr(resource, name), soft, hard)
         processes = job["processes"]
-        forget_capabilities()
+        drop_capabilities()
         if os.geteuid() == 0:
             os.setgroups([])
             os.setresgid(INSIDE_ID, INSIDE_ID, INSIDE_ID)
             os.setresuid(INSIDE_ID, INSIDE_ID, INSIDE_ID)
         else:
-            processes += 2  # the launcher and the keeper run as the same user
+            processes += 2  # the parent and the init process run as the same user
         limit(resource.RLIMIT_NPROC, processes, processes)
         # Version 3 of the header, this process; effective, permitted and inheritable are all empty.
         call("drop capabilities", libc.capset, struct.pack("Ii", 0x2008_0522, 0), bytes(24))
         control("no new privileges", PR_SET_NO_NEW_PRIVS, 1)
         refuse_calls(*REFUSED[os.uname().machine])
         os.set_inheritable(result_fd, True)
-        os.write(report, b"ready\n")
+        os.write(report_fd, b"ready\n")
         python = "/python/bin/python"
         options = ["-P", "-s", "-S", "-c", RUNNER, str(result_fd)]  # -I would ignore PYTHONHASHSEED
         os.execve(python, [python, *options], job["environment"])
     except (SetupError, OSError, ValueError) as error:
-        os.write(report, f"error {error}\n".encode())
+        os.write(report_fd, f"error {error}\n".encode())
         os._exit(1)
 
 
 def limit(kind: int, soft: int, hard: int) -> None:
-    """Set a limit, never above what this process has."""
+    """Set a limit, at most this process's own hard limit."""
     now = resource.getrlimit(kind)[1]
     ceiling = hard if now == resource.RLIM_INFINITY else min(hard, now)
     resource.setrlimit(kind, (min(soft, ceiling), ceiling))
 
 
-def forget_capabilities() -> None:
-    """No later exec gives any back."""
+def drop_capabilities() -> None:
+    """Empty the bounding set, so that no later exec restores a capability."""
     last = 0
     while libc.prctl(PR_CAPBSET_DROP, last, 0, 0, 0) == 0:
         last += 1
-    if ctypes.get_errno() != errno.EINVAL:  # which says that this kernel knows no capability of that number
-        raise SetupError(f"forget capability {last}: {os.strerror(ctypes.get_errno())}")
+    if ctypes.get_errno() != errno.EINVAL:  # the kernel has no capability of that number
+        raise SetupError(f"drop capability {last}: {os.strerror(ctypes.get_errno())}")
 
 
 def refuse_calls(architecture: int, refused: dict[str, int]) -> None:

@@ -1,17 +1,16 @@
-"""Runs Python code that a model wrote: no network, no files of this machine, bounded resources.
+"""Runs Python code that a model wrote, in a sandbox without network and files and with limited resources.
 
 The program sees the interpreter with its standard library and the system's libraries, read-only, and an empty
-folder in memory; it is a user without rights in namespaces of its own (users, mounts, network, processes,
-IPC), with no environment but `PYTHONHASHSEED`, and limits on everything it could fill. Where a piece of this
-cannot be had the program is not run.
+folder in memory. It runs as an unprivileged user in its own namespaces (users, mounts, network, processes,
+IPC), without environment variables other than `PYTHONHASHSEED`, and with limits on every resource. If any
+part of this cannot be set up, the program is not run.
 
-`passed` means that the last line of the program was reached in the process that began it: it then writes a
-random token to a private pipe. An exit with status 0 before that, of whatever kind, is no pass. What no check
-in one process can rule out: a program that searches the interpreter's own frames for the token, and an answer
-whose `__eq__` says yes to every comparison of the tests.
+`passed` means that the process that started the program reached its last line: it then writes a random token
+to a private pipe. Any earlier exit with status 0 does not pass. A check within one process cannot rule out
+a program that searches the interpreter's frames for the token, or an answer whose `__eq__` is always true.
 
-Memory and processor time are limited for each process, so that a program may have `processes` times as much;
-the clock limits all of them together.
+Memory and processor time are limited per process, so that a program may use `processes` times as much; the
+wall time is limited for all of them together.
 """
 
 import marshal
@@ -37,16 +36,16 @@ from dpo_core.errors import StageFailed
 
 Outcome = Literal["passed", "failed", "timeout", "output", "killed"]
 REMEDY = (
-    "Code of a model runs in Linux namespaces only (kernel 5.14 or newer). Allow them to this user: sysctl "
+    "Code of a model runs in Linux namespaces only (kernel 5.14 or newer). Allow them for this user: sysctl "
     "user.max_user_namespaces above 0, kernel.apparmor_restrict_unprivileged_userns=0; in a container, a "
-    "seccomp profile that lets it unshare and mount. Or leave out the suites that run code"
+    "seccomp profile that permits unshare and mount. Or remove the suites that run code"
 )
-_TAIL = 4096  # bytes kept of what the program printed
-_SETUP_SECONDS = 60  # what building the jail may take on a busy machine
+_TAIL = 4096  # last bytes of the output that are kept
+_SETUP_SECONDS = 60  # time to set up the sandbox on a busy machine
 
 
 class Limits(Config):
-    """What a program may use."""
+    """Resource limits of a program."""
 
     cpu_seconds: int = Field(5, ge=1)
     """Processor time of each process."""
@@ -55,24 +54,23 @@ class Limits(Config):
     memory_mb: int = Field(512, ge=64)
     """Address space of each process."""
     processes: int = Field(8, ge=1)
-    """Processes and threads at once, the first included."""
+    """Processes and threads at once, including the first."""
     file_mb: int = Field(8, ge=1)
-    """All files together, and each one; they lie in memory."""
+    """Size of all files together, and of each; they are in memory."""
     open_files: int = Field(32, ge=16)
     output_kb: int = Field(4096, ge=1)
-    """Printed to stdout and stderr together; a program that prints more is ended."""
+    """Output to stdout and stderr together; a program that prints more is stopped."""
 
 
 @dataclass(frozen=True)
-class Ran:
+class ProgramResult:
     """How a program ended.
 
     Args:
-        outcome: `passed`: it reached its last line; `failed`: it raised or left before; `timeout`: it was
-            ended for its time, on the clock or on the processor; `output`: for what it printed; `killed`: by
-            another signal.
-        status: exit status, negative for a signal; None where the sandbox ended it.
-        tail: the last characters of what it printed, stdout and stderr in one.
+        outcome: `passed`: it reached its last line; `failed`: it raised or exited before; `timeout`: it
+            exceeded its wall or processor time; `output`: it printed too much; `killed`: another signal.
+        status: exit status, negative for a signal; None if the sandbox stopped it.
+        tail: the last characters of its output, stdout and stderr together.
     """
 
     outcome: Outcome
@@ -81,11 +79,11 @@ class Ran:
     seconds: float
 
 
-def run_python(code: str, limits: Limits = Limits()) -> Ran:  # noqa: B008  (frozen)
-    """Run one program in a sandbox of its own; nothing of it is left when this returns. Safe in threads.
+def run_python(code: str, limits: Limits = Limits()) -> ProgramResult:  # noqa: B008  (frozen)
+    """Run one program in its own sandbox, which is gone when this returns. Thread-safe.
 
     Raises:
-        StageFailed: this machine gives no sandbox; the program has not run.
+        StageFailed: the sandbox cannot be set up; the program has not run.
     """
     check_sandbox()
     return _run(code, limits)
@@ -95,12 +93,12 @@ def run_many(
     programs: Sequence[str],
     limits: Limits = Limits(),  # noqa: B008  (frozen)
     threads: int | None = None,
-) -> list[Ran]:
-    """`run_python` of each program, in order, some at once.
+) -> list[ProgramResult]:
+    """`run_python` of each program, in order, several at once.
 
     Args:
-        threads: sandboxes at once; None: twice as many as there are processors, for part of a run is
-            waiting for the kernel to take the namespaces down.
+        threads: sandboxes at once; None: twice the number of processors, because part of a run waits for
+            the kernel to remove the namespaces.
     """
     check_sandbox()
     with ThreadPoolExecutor(threads or 2 * len(os.sched_getaffinity(0))) as pool:
@@ -109,16 +107,16 @@ def run_many(
 
 @cache
 def check_sandbox() -> None:
-    """See once that a program runs, and that it runs shut in.
+    """Check once that a program runs and that it is isolated.
 
     Raises:
-        StageFailed: one of the two is not so.
+        StageFailed: it is not.
     """
     if not sys.platform.startswith("linux"):
         raise StageFailed(f"there is no sandbox for model-written code on {sys.platform}", REMEDY)
-    ran = _run(_PROBE, Limits(wall_seconds=30.0, processes=3))
-    if ran.outcome != "passed":
-        reason = ran.tail.strip()[-300:] or f"its trial ended with {ran.outcome}"
+    result = _run(_PROBE, Limits(wall_seconds=30.0, processes=3))
+    if result.outcome != "passed":
+        reason = result.tail.strip()[-300:] or f"its check ended with {result.outcome}"
         raise StageFailed(f"the sandbox for model-written code does not work here: {reason}", REMEDY)
 
 
@@ -132,7 +130,7 @@ try:
 except PermissionError:
     pass
 else:
-    raise AssertionError("a socket can be made")
+    raise AssertionError("a socket can be opened")
 children = 0
 try:
     while children < 8:
@@ -146,7 +144,7 @@ assert children == 2, "the number of processes is not limited"
 """
 
 
-def _run(code: str, limits: Limits) -> Ran:
+def _run(code: str, limits: Limits) -> ProgramResult:
     token = secrets.token_hex(16)
     result, program_end = os.pipe()
     try:
@@ -166,20 +164,20 @@ def _run(code: str, limits: Limits) -> Ran:
             watch.send(_job(code, token, limits))
             watch.until_end()
         finally:
-            process.terminate()  # it ends when its whole namespace has ended
+            process.terminate()  # it exits when all processes of its namespace have ended
             process.wait()
-        # Nobody holds the other end now, so that this does not wait.
-        return watch.judged(written.read(len(token) + 1) == token.encode())
+        # Nobody holds the other end any more, so this does not block.
+        return watch.result(written.read(len(token) + 1) == token.encode())
 
 
 def _python() -> str:
-    """The interpreter itself, not a virtual environment's link to it."""
+    """The interpreter itself, not a virtual environment's symbolic link to it."""
     return os.path.realpath(getattr(sys, "_base_executable", "") or sys.executable)
 
 
 def _job(code: str, token: str, limits: Limits) -> bytes:
     megabyte = 2**20
-    most = {
+    ceilings = {
         "RLIMIT_AS": limits.memory_mb * megabyte,
         "RLIMIT_FSIZE": limits.file_mb * megabyte,
         "RLIMIT_NOFILE": limits.open_files,
@@ -191,27 +189,27 @@ def _job(code: str, token: str, limits: Limits) -> bytes:
         "binds": _binds(),
         "file_bytes": limits.file_mb * megabyte,
         "processes": limits.processes,
-        # SIGXCPU first, which says why it ended; SIGKILL for a program that ignores it.
+        # SIGXCPU first, which shows the reason; SIGKILL for a program that ignores it.
         "rlimits": {"RLIMIT_CPU": (limits.cpu_seconds, limits.cpu_seconds + 1)}
-        | {name: (value, value) for name, value in most.items()},
+        | {name: (value, value) for name, value in ceilings.items()},
         "longest": limits.wall_seconds + 2 * _SETUP_SECONDS,
-        # The order of a set is the same in every run; libraries of an interpreter that was built elsewhere.
+        # A fixed order of sets; libraries of an interpreter that was built elsewhere.
         "environment": {"PYTHONHASHSEED": "0", "LD_LIBRARY_PATH": "/python/lib"},
     }
     return marshal.dumps(job)
 
 
 def _binds() -> dict[str, str]:
-    """What the program sees, by the path inside: interpreter, standard library, system libraries."""
-    wanted = {f"/python/{lib}": f"{sys.base_prefix}/{lib}" for lib in ("lib", "lib64")}
+    """Mounts of the program by the path inside: interpreter, standard library, system libraries."""
+    paths = {f"/python/{lib}": f"{sys.base_prefix}/{lib}" for lib in ("lib", "lib64")}
     alike = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache")
-    wanted |= {path: path for path in (*alike, "/dev/null", "/dev/zero", "/dev/urandom")}
-    found = {inside: os.path.realpath(path) for inside, path in wanted.items() if os.path.exists(path)}
-    return found | {"/python/bin/python": _python()}
+    paths |= {path: path for path in (*alike, "/dev/null", "/dev/zero", "/dev/urandom")}
+    binds = {inside: os.path.realpath(path) for inside, path in paths.items() if os.path.exists(path)}
+    return binds | {"/python/bin/python": _python()}
 
 
 class _Watch:
-    """Reads what the launcher reports and what the program prints, and says when it has had enough."""
+    """Reads the sandbox's reports and the program's output, and applies the limits on time and output."""
 
     def __init__(self, process: subprocess.Popen[bytes], limits: Limits) -> None:
         self.process, self.limits = process, limits
@@ -224,14 +222,14 @@ class _Watch:
 
     def send(self, job: bytes) -> None:
         assert self.process.stdin is not None
-        # A launcher that is gone reports why.
+        # A process that has exited has reported why.
         with suppress(BrokenPipeError), self.process.stdin as stdin:
             rest = memoryview(job)
             while rest:
                 rest = rest[stdin.write(rest) :]
 
     def until_end(self) -> None:
-        """Returns when everything has ended by itself, or with `stopped` set when it should be ended."""
+        """Return when all processes have ended, or with `stopped` set when they must be stopped."""
         deadline = time.monotonic() + _SETUP_SECONDS
         with selectors.DefaultSelector() as open_pipes:
             for pipe in (self.process.stdout, self.process.stderr):
@@ -260,23 +258,23 @@ class _Watch:
         if self.printed > self.limits.output_kb * 1024:
             self.stopped = "output"
 
-    def judged(self, reached: bool) -> Ran:
-        """The verdict, after all is over.
+    def result(self, token_received: bool) -> ProgramResult:
+        """The result, after all processes have ended.
 
         Args:
-            reached: whether the program's token arrived, and nothing else.
+            token_received: whether the program's token arrived, and nothing else.
         """
-        said = dict(line.partition(" ")[::2] for line in self.report.decode(errors="replace").splitlines())
+        reports = dict(line.partition(" ")[::2] for line in self.report.decode(errors="replace").splitlines())
         tail = self.tail.decode(errors="replace")
-        if "error" in said or self.started is None:
-            reason = said.get("error") or tail[-300:] or f"it was not built within {_SETUP_SECONDS} s"
-            raise StageFailed(f"the sandbox for model-written code cannot be had here: {reason}", REMEDY)
+        if "error" in reports or self.started is None:
+            reason = reports.get("error") or tail[-300:] or f"it was not set up within {_SETUP_SECONDS} s"
+            raise StageFailed(f"the sandbox for model-written code cannot be set up here: {reason}", REMEDY)
         if self.stopped is not None:
-            return Ran(self.stopped, None, tail, self.seconds)
-        status = int(said["status"]) if "status" in said else None
+            return ProgramResult(self.stopped, None, tail, self.seconds)
+        status = int(reports["status"]) if "status" in reports else None
         outcome: Outcome = "failed"
-        if status == 0 and reached:
+        if status == 0 and token_received:
             outcome = "passed"
         elif status is None or status < 0:
             outcome = "timeout" if status == -signal.SIGXCPU else "killed"
-        return Ran(outcome, status, tail, self.seconds)
+        return ProgramResult(outcome, status, tail, self.seconds)

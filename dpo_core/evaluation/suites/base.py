@@ -1,4 +1,4 @@
-"""What a suite is: what it measures, which file it reads and the function that runs it."""
+"""Definition of a suite: its name, data files and functions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,27 +12,27 @@ if TYPE_CHECKING:
     from dpo_core.evaluation.model_under_test import Subject
 
 Run = Callable[["Subject", list[dict[str, Any]], SuiteConfig], Outcome]
-"""Takes the subject, the rows of the file, and the settings. Every rank of the subject calls it."""
+"""Takes the subject, the rows of the data file and the settings. Every rank of the subject calls it."""
 
 
 @dataclass(frozen=True)
 class Suite:
-    """One suite."""
+    """An evaluation suite."""
 
     name: str
     title: str
-    """Its name in tables."""
+    """Name in tables."""
     about: str
-    """What it asks, in a line."""
+    """Its content in one line."""
     files: tuple[str, ...]
-    """Usual names of its data file, looked for in the data folder and one level below it."""
+    """Usual names of its data file, in the data folder or one level below."""
     source: str
-    """Where the file comes from, for the message that it is missing."""
+    """Origin of the data file, for the error message if it is missing."""
     run: Run
     read: Callable[[Path], list[dict[str, Any]]]
-    beside: Callable[[Path], list[Path]] = lambda file: []
-    """Further files that it reads: parts of the set, questions for shots."""
+    extra_files: Callable[[Path], list[Path]] = lambda file: []
+    """Further files that it reads: parts of the data set, questions for few-shot examples."""
     check: Callable[[SuiteConfig], None] = lambda config: None
-    """Refuses at once what running it would refuse: a package that is missing, a permission."""
+    """Raises early what running it would raise: a missing package or permission."""
     version: int = 1
-    """Raised when what it measures changes: results of other versions are not compared."""
+    """Raise it when the measures change: results of different versions are not compared."""

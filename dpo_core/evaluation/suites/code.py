@@ -1,8 +1,8 @@
-"""HumanEval and MBPP: does the code that the model writes pass the tests? pass@k, unbiased.
+"""HumanEval and MBPP: the share of generated programs that pass the tests, as unbiased pass@k.
 
 HumanEval: Chen et al. 2021 (arXiv 2107.03374), 164 functions to complete. MBPP: Austin et al. 2021
-(arXiv 2108.07732), the 427 tasks whose wording was checked by hand. What the model wrote runs in `sandbox`
-and only where the user allowed it.
+(arXiv 2108.07732), the 427 tasks whose wording was checked by hand. Generated code runs only in `sandbox`,
+and only if the user allows it.
 """
 
 import math
@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING
 
 from dpo_core.data.files.read import read_rows
 from dpo_core.errors import DataError, RecipeError
-from dpo_core.evaluation.asked import Asked
-from dpo_core.evaluation.asked import asked as asked_as
 from dpo_core.evaluation.config import SuiteConfig
+from dpo_core.evaluation.prompt import Prompt, as_prompt
 from dpo_core.evaluation.results import Item, MeasureSpec, Outcome
-from dpo_core.evaluation.sandbox.run import Limits, Ran, check_sandbox, run_many
+from dpo_core.evaluation.sandbox.run import Limits, ProgramResult, check_sandbox, run_many
 from dpo_core.evaluation.suites.base import Run, Suite
 from dpo_core.evaluation.suites.prompting import wants_chat
-from dpo_core.evaluation.suites.rows import Row, some
+from dpo_core.evaluation.suites.rows import Row, sample_rows
 from dpo_core.ranks import Alone, Ranks
 
 if TYPE_CHECKING:
@@ -32,10 +31,10 @@ if TYPE_CHECKING:
 KS = (1, 10, 100)
 LIMITS = Limits()
 STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-"""Where a completion of HumanEval ends: what begins a line of its own there is not the function's body."""
+"""End of a completion of HumanEval: a line that starts like this is not part of the function's body."""
 DONE = "[DONE]"
-"""What ends a solution of MBPP in the prompt of the paper."""
-_PROGRAMS = 32  # in one unit of work; some of them run at once
+"""End of a solution of MBPP in the paper's prompt."""
+_PROGRAMS = 32  # in one unit of work; several of them run at once
 _NO_CODE = ("SyntaxError", "IndentationError", "TabError")
 
 
@@ -44,11 +43,11 @@ class Problem:
     """One task.
 
     Args:
-        name: the function that the tests call; empty where the row does not say.
-        text: what the model is asked in its bare form, for a base model.
+        name: the function that the tests call; empty if the row does not name it.
+        text: the prompt for a base model.
         instruction: the same as a user's turn.
-        stem: what stands before a completion in the program; empty where the answer is the whole of it.
-        tests: what stands after the code.
+        stem: the program's text before the completion; empty if the answer is the full program.
+        tests: the program's text after the completion.
         split: part of the data set that the task belongs to.
     """
 
@@ -63,9 +62,9 @@ class Problem:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Probability that one of k answers passes, of n drawn of which c pass: 1 - C(n-c, k) / C(n, k).
+    """Probability that one of k answers passes, if c of n samples pass: 1 - C(n-c, k) / C(n, k).
 
-    Unbiased (Chen et al. 2021, equation 1), where 1 - (1 - c/n)^k is too small.
+    Unbiased (Chen et al. 2021, equation 1), unlike 1 - (1 - c/n)^k, which is too small.
 
     Raises:
         ValueError: not 0 <= c <= n, or not 1 <= k <= n.
@@ -90,7 +89,7 @@ def humaneval_problem(row: Row) -> Problem:
 
 def mbpp_problem(row: Row) -> Problem:
     tests = "\n".join(row["test_list"])
-    asked = (
+    task = (
         f"You are an expert Python programmer, and here is your task: {row['prompt']} "
         f"Your code should pass these tests:\n\n{tests}\n"
     )
@@ -100,8 +99,8 @@ def mbpp_problem(row: Row) -> Problem:
     return Problem(
         id=f"MBPP/{number}",
         name="",
-        text=f"{asked}[BEGIN]\n",
-        instruction=f"{asked}\nAnswer with the code in one ```python block.",
+        text=f"{task}[BEGIN]\n",
+        instruction=f"{task}\nAnswer with the code in one ```python block.",
         stem="",
         tests="\n".join([*row["test_imports"], tests, ""]),
         reference=row["code"],
@@ -113,20 +112,20 @@ def mbpp_problem(row: Row) -> Problem:
 
 
 def program(problem: Problem, answer: str, chat: bool) -> str | None:
-    """The code of an answer with what its tests need around it; None where the answer holds no code.
+    """The program of an answer, with the code that its tests need; None if the answer has no code.
 
-    In a chat a fenced block counts, the first that defines the function or else the first; without a fence,
-    and for a completion that does not begin with one, the answer as far as it goes on with what was asked.
+    In a chat it is the first fenced block that defines the function, or else the first block. Without a
+    fence, and for a completion that does not start with one, it is the answer up to a stop.
     """
     block = _block(answer, problem.name) if chat or answer.lstrip().startswith("```") else None
     code = answer if block is None else block
-    whole = not problem.stem or ((chat or block is not None) and _defines(code, problem.name))
+    complete = not problem.stem or ((chat or block is not None) and _defines(code, problem.name))
     if block is None:
-        code = _until(code, (DONE,) if whole else STOPS)
+        code = _until(code, (DONE,) if complete else STOPS)
     if not code.strip():
         return None
-    if whole:
-        # The prompt alone is a function with a docstring: its imports and helpers stay, the answer redefines.
+    if complete:
+        # The prompt is a function with a docstring: its imports and helpers stay, the answer redefines it.
         return f"{problem.stem}\n{code}\n{problem.tests}"
     # Some tokenizers drop the first space of what they decode; three spaces are never right in a body here.
     code = f" {code}" if re.match(r" {3}\S", code) else code
@@ -134,7 +133,7 @@ def program(problem: Problem, answer: str, chat: bool) -> str | None:
 
 
 def _block(text: str, name: str) -> str | None:
-    """A fenced block; one that the end of the answer cut off counts too."""
+    """A fenced block, even if the end of the answer cuts it off."""
     blocks: list[str] = re.findall(r"^ *```[^\n`]*\n(.*?)(?:```|\Z)", text, re.DOTALL | re.MULTILINE)
     return next((block for block in blocks if _defines(block, name)), blocks[0] if blocks else None)
 
@@ -162,69 +161,71 @@ def score(
     """Run every answer against its tests, equal programs once.
 
     Args:
-        answers: of each problem, the same number.
-        threads: sandboxes at once on each rank; None: as many as the processors can carry, shared out.
-        ranks: share the programs; empty: this process runs all.
+        answers: of each problem; all have the same number.
+        threads: sandboxes at once on each rank; None: by the number of processors and ranks.
+        ranks: share the programs; None: this process runs all.
 
     Returns:
-        One item a problem, and how many answers came to which end: `passed`, `failed`, `timeout`, `killed`,
-        `output`, or `no code` (nothing to run, or no Python).
+        One item per problem, and the number of answers by outcome: `passed`, `failed`, `timeout`, `killed`,
+        `output`, or `no code` (nothing to run, or not Python).
     """
     programs = [
         [program(problem, answer, chat) for answer in own]
         for problem, own in zip(problems, answers, strict=True)
     ]
     different = list(dict.fromkeys(code for own in programs for code in own if code is not None))
-    ends = _run_shared(different, limits, threads, ranks or Alone())
+    outcomes = _run_shared(different, limits, threads, ranks or Alone())
     items, counts = [], Counter[str]()
-    for problem, own, given in zip(problems, programs, answers, strict=True):
-        came = [ends[code] if code is not None else "no code" for code in own]
-        counts.update(came)
-        passed = came.count("passed")
+    for problem, own, texts in zip(problems, programs, answers, strict=True):
+        results = [outcomes[code] if code is not None else "no code" for code in own]
+        counts.update(results)
+        passed = results.count("passed")
         items.append(
             Item(
                 id=problem.id,
                 cluster=problem.id,
                 subset=problem.split,
                 prompt=problem.text,
-                answer=given[0],
-                values={f"pass@{k}": pass_at_k(len(came), passed, k) for k in KS if k <= len(came)},
+                answer=texts[0],
+                values={f"pass@{k}": pass_at_k(len(results), passed, k) for k in KS if k <= len(results)},
             )
         )
     return items, counts
 
 
 def _run_shared(programs: list[str], limits: Limits, threads: int | None, ranks: Ranks) -> dict[str, str]:
-    """How each program ended; each runs on one rank."""
-    # Too many at once and their time on the clock is over before they have had a processor.
+    """The outcome of each program; each runs on one rank."""
+    # With too many at once their wall time ends before they have run.
     threads = threads or max(1, 2 * len(os.sched_getaffinity(0)) // ranks.world)
     parts = [programs[start : start + _PROGRAMS] for start in range(0, len(programs), _PROGRAMS)]
-    ends = ranks.map("programs", parts, lambda part: [_end(ran) for ran in run_many(part, limits, threads)])
-    return dict(zip(programs, (end for part in ends for end in part), strict=True))
+    outcomes = ranks.map(
+        "programs", parts, lambda part: [_outcome(r) for r in run_many(part, limits, threads)]
+    )
+    return dict(zip(programs, (outcome for part in outcomes for outcome in part), strict=True))
 
 
-def _end(ran: Ran) -> str:
-    last = ran.tail.rstrip().rpartition("\n")[2]
-    return "no code" if ran.outcome == "failed" and last.startswith(_NO_CODE) else ran.outcome
+def _outcome(result: ProgramResult) -> str:
+    last = result.tail.rstrip().rpartition("\n")[2]
+    return "no code" if result.outcome == "failed" and last.startswith(_NO_CODE) else result.outcome
 
 
 def _runner(suite: str, make: Callable[[Row], Problem], about: dict[str, str]) -> Run:
     def run(subject: "Subject", rows: list[Row], config: SuiteConfig) -> Outcome:
-        """Draw `samples` answers to each problem and test them.
+        """Sample `samples` answers to each problem and test them.
 
         Raises:
-            RecipeError: nobody allowed code to be run.
-            StageFailed: this machine gives no sandbox.
+            RecipeError: running code is not allowed.
+            StageFailed: the sandbox does not work on this machine.
         """
         check(config)
-        problems = [make(row) for row in some(rows, config.limit, config.seed)]
+        problems = [make(row) for row in sample_rows(rows, config.limit, config.seed)]
         chat = wants_chat(subject, config)
-        asked = [_asked(problem, chat) for problem in problems for _ in range(config.samples)]
-        drawn = subject.answers(asked, config.sampling, seed=config.seed)
+        prompts = [_prompt(problem, chat) for problem in problems for _ in range(config.samples)]
+        drawn = subject.answers(prompts, config.sampling, seed=config.seed)
         answers = [drawn[i : i + config.samples] for i in range(0, len(drawn), config.samples)]
         items, counts = score(problems, answers, chat=chat, ranks=subject.ranks)
         room = subject.tokens.max_length - config.sampling.max_new_tokens
-        cut = sum(len(subject.tokenise.prompt(*one)) > room for one in asked[:: config.samples])
+        cut = sum(len(subject.tokenise.prompt(*prompt)) > room for prompt in prompts[:: config.samples])
         return Outcome(
             items=items,
             specs=[MeasureSpec(name=f"pass@{k}", label=f"pass@{k}") for k in KS if k <= config.samples],
@@ -244,28 +245,28 @@ def _runner(suite: str, make: Callable[[Row], Problem], about: dict[str, str]) -
 
 
 def check(config: SuiteConfig) -> None:
-    """Refuse where code may not be run, or cannot be shut in.
+    """Check that running code is allowed and that the sandbox works.
 
     Raises:
-        RecipeError: nobody allowed it.
-        StageFailed: this machine gives no sandbox.
+        RecipeError: running code is not allowed.
+        StageFailed: the sandbox does not work on this machine.
     """
     if not config.run_code:
         raise RecipeError(
-            "the suite runs code that the model writes, which nobody has allowed",
-            "Say --run-code (in a recipe suites.settings.run_code: true) to run it in a sandbox without "
-            "network and files, or leave humaneval and mbpp out",
+            "the suite runs code that the model writes, which is not allowed",
+            "Pass --run-code (in a recipe suites.settings.run_code: true) to run it in a sandbox without "
+            "network and files, or remove humaneval and mbpp",
         )
     check_sandbox()
 
 
-def _asked(problem: Problem, chat: bool) -> Asked:
-    return asked_as(problem.instruction if chat else problem.text, chat=chat)
+def _prompt(problem: Problem, chat: bool) -> Prompt:
+    return as_prompt(problem.instruction if chat else problem.text, chat=chat)
 
 
 def _reader(fields: dict[str, type]) -> Callable[[Path], list[Row]]:
     def read(path: Path) -> list[Row]:
-        """All rows of the file, of which each has the fields of the suite.
+        """All rows of the file, each with the fields of the suite.
 
         Raises:
             DataError: the file cannot be read, or a row lacks a field.

@@ -1,4 +1,4 @@
-"""GSM8K by lm-eval: exact match of the number that an answer comes to.
+"""GSM8K by lm-eval: exact match of an answer's number.
 
 Source: Cobbe et al. 2021, arXiv 2110.14168.
 """
@@ -10,18 +10,18 @@ from dpo_core.errors import DataError
 from dpo_core.evaluation.config import SuiteConfig
 from dpo_core.evaluation.results import Item, MeasureSpec, Outcome
 from dpo_core.evaluation.suites.base import Suite
-from dpo_core.evaluation.suites.lm_eval_tasks import check, measure
-from dpo_core.evaluation.suites.rows import Row, read_fields, some
+from dpo_core.evaluation.suites.lm_eval_tasks import check, run_tasks
+from dpo_core.evaluation.suites.rows import Row, read_fields, sample_rows
 from dpo_core.system import digest_file
 
 if TYPE_CHECKING:
     from dpo_core.evaluation.model_under_test import Subject
 
-_NO_ANSWER = "[invalid]"  # what lm-eval's filters give where they find nothing
+_NO_ANSWER = "[invalid]"  # the result of lm-eval's filters if they find no answer
 
 
 def read(path: Path) -> list[Row]:
-    """Questions of a GSM8K file; each row names the file of training questions beside it, or "".
+    """Questions of a GSM8K file; each row names the file of training questions next to it, or "".
 
     Raises:
         DataError: a row lacks a field, or its answer does not end in `#### number`.
@@ -30,12 +30,12 @@ def read(path: Path) -> list[Row]:
     for number, row in enumerate(rows, 1):
         if "####" not in row["answer"]:
             raise DataError(f"the answer of row {number} of {path} has no '#### number'", "Restore the file")
-    shots_from = "".join(map(str, beside(path)))
+    shots_from = "".join(map(str, extra_files(path)))
     return [row | {"id": str(i), "shots_from": shots_from} for i, row in enumerate(rows)]
 
 
-def beside(path: Path) -> list[Path]:
-    """The training questions, where they lie beside the test questions under the same name."""
+def extra_files(path: Path) -> list[Path]:
+    """The file of training questions, if it lies next to the test questions under the same name."""
     train = path.with_name(path.name.replace("test", "train"))
     return [train] if train != path and train.is_file() else []
 
@@ -48,19 +48,19 @@ MEASURES = [
 
 
 def run(subject: "Subject", rows: list[Row], config: SuiteConfig) -> Outcome:
-    """lm-eval's `gsm8k`, five shots drawn from the training questions for every question.
+    """Run lm-eval's `gsm8k`, with five shots from the training questions for every question.
 
-    Without a file of training questions its `gsm8k_cot`, which brings eight shots of its own and asks for
-    "The answer is N" in place of "#### N".
+    Without a file of training questions run its `gsm8k_cot`, which has eight fixed shots and asks for
+    "The answer is N" instead of "#### N".
     """
-    asked = some(rows, config.limit, config.seed)
-    train, source = shots(asked)
+    rows = sample_rows(rows, config.limit, config.seed)
+    train, source = shots(rows)
     name = "gsm8k" if train else "gsm8k_cot"
-    splits = {"test": questions(asked), "train": train}
-    samples, settings, facts = measure(subject, "gsm8k", [name], splits, config)
+    splits = {"test": questions(rows), "train": train}
+    samples, settings, facts = run_tasks(subject, "gsm8k", [name], splits, config)
     logged = {(s["filter"], s["doc_id"]): s for s in samples[name]}
     items = []
-    for place, row in enumerate(asked):
+    for place, row in enumerate(rows):
         strict, flexible = logged["strict-match", place], logged["flexible-extract", place]
         values = {
             "strict": float(strict["exact_match"]),
@@ -74,12 +74,12 @@ def run(subject: "Subject", rows: list[Row], config: SuiteConfig) -> Outcome:
     return Outcome(items=items, specs=MEASURES, facts=facts, settings=settings | {"shots_from": source})
 
 
-def shots(asked: list[Row]) -> tuple[list[Row], str | dict[str, Any]]:
-    """Training questions without those that are asked, and what the settings say of them."""
-    if not asked[0]["shots_from"]:
+def shots(rows: list[Row]) -> tuple[list[Row], str | dict[str, Any]]:
+    """Training questions without the tested ones, and their description for the settings."""
+    if not rows[0]["shots_from"]:
         return [], "the fixed shots of gsm8k_cot: no file of training questions beside the test file"
-    path = Path(asked[0]["shots_from"])
-    tested = {row["question"] for row in asked}
+    path = Path(rows[0]["shots_from"])
+    tested = {row["question"] for row in rows}
     train = [row for row in questions(read(path)) if row["question"] not in tested]
     return train, {"file": path.name, "sha256": digest_file(path), "rows": len(train)}
 
@@ -98,7 +98,7 @@ SUITES = [
         source="github.com/openai/grade-school-math (test.jsonl; train.jsonl as gsm8k_train.jsonl for shots)",
         run=run,
         read=read,
-        beside=beside,
+        extra_files=extra_files,
         check=check,
     ),
 ]

@@ -1,7 +1,7 @@
-"""Suites that EleutherAI's lm-eval measures, asked from local files.
+"""Runs tasks of EleutherAI's lm-eval on local data files.
 
-Prompts, shots, filters and metrics are the library's own task definitions; only the data set is replaced, and
-multiple choice is read by the engine of `dpo_core.evaluation.lm_eval_model`.
+Prompts, shots, filters and metrics are those of the library's tasks; only the data set is replaced, and
+multiple choice is scored by the engine of `dpo_core.evaluation.lm_eval_model`.
 """
 
 import logging
@@ -21,27 +21,27 @@ from dpo_core.evaluation.suites.rows import Row
 if TYPE_CHECKING:
     from dpo_core.evaluation.model_under_test import Subject
 
-_ANSWER_BATCH = 16  # prompts with their shots answered at once, at most: they are long
+_ANSWER_BATCH = 16  # most prompts answered at once: with their shots they are long
 
 
-class Measured(NamedTuple):
-    """What lm-eval found."""
+class TaskResults(NamedTuple):
+    """Results of lm-eval."""
 
     samples: dict[str, list[Row]]
-    """By task: its log of every question, one entry for each of the task's filters."""
+    """By task: one entry for every question and filter."""
     settings: dict[str, Any]
     facts: dict[str, Any]
 
 
-def measure(
+def run_tasks(
     subject: "Subject",
     family: str,
     names: Seq[str],
     splits: dict[str, list[Row]],
     config: SuiteConfig,
     **overrides: dict[str, Any],
-) -> Measured:
-    """Run tasks of the library on a model.
+) -> TaskResults:
+    """Run tasks of lm-eval on a model.
 
     Args:
         family, names, splits, overrides: see `load_tasks`.
@@ -73,19 +73,19 @@ def measure(
             token_budget=config.token_budget,
             batch_size=min(config.sampling.batch_size, _ANSWER_BATCH),
         )
-        samples = ask(lm, tasks, chat=chat)
-    return Measured(samples, settings, {"prompts_cut_to_the_context": lm.cut})
+        samples = evaluate_tasks(lm, tasks, chat=chat)
+    return TaskResults(samples, settings, {"prompts_cut_to_the_context": lm.cut})
 
 
 def load_tasks(
     family: str, names: Seq[str], splits: dict[str, list[Row]], **overrides: dict[str, Any]
 ) -> dict[str, Any]:
-    """Tasks of lm-eval by name, asking from `splits` in place of the hub.
+    """Tasks of lm-eval by name, with `splits` as their data instead of the hub.
 
     Args:
         family: the folder of the library's tasks.
         splits: rows by split, with the fields of the hub's data set.
-        overrides: fields of the definition, by the name of the task.
+        overrides: fields of the task definition, by task name.
     """
     import lm_eval
     from datasets import Dataset
@@ -94,36 +94,36 @@ def load_tasks(
     folder = Path(lm_eval.__file__).parent / "tasks" / family
     manager = TaskManager(include_defaults=False, include_path=str(folder))
     data = {split: Dataset.from_list(rows) for split, rows in splits.items() if rows}
-    # As members of a group, tasks keep whatever of their definition is not given anew.
+    # As members of a group, tasks keep the fields of their definition that are not overridden.
     members = [{"task": n, "custom_dataset": lambda **_: data, **overrides.get(n, {})} for n in names]
     tasks: dict[str, Any] = manager.load([{"group": "local", "task": members}])["tasks"]
     return tasks
 
 
-def ask(lm: Any, tasks: dict[str, Any], *, chat: bool) -> dict[str, list[Row]]:
-    """Put the questions of all tasks to an lm-eval model; see `Measured.samples`."""
+def evaluate_tasks(lm: Any, tasks: dict[str, Any], *, chat: bool) -> dict[str, list[Row]]:
+    """Evaluate tasks on an lm-eval model; see `TaskResults.samples`."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED
     from lm_eval.evaluator import evaluate
 
     for task in tasks.values():
-        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)  # the library's own, so that its shots are drawn
-    found = evaluate(
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)  # the library's default, so that its shots are used
+    results = evaluate(
         lm=lm,
         task_dict={"tasks": tasks, "groups": {}},
         bootstrap_iters=0,
         apply_chat_template=chat,
         fewshot_as_multiturn=True,
     )
-    assert found is not None, "one process evaluates"
-    samples: dict[str, list[Row]] = found["samples"]
+    assert results is not None, "one process evaluates"
+    samples: dict[str, list[Row]] = results["samples"]
     return samples
 
 
 def check(config: SuiteConfig) -> None:
-    """Refuse where lm-eval is missing.
+    """Check that lm-eval is installed.
 
     Raises:
-        RecipeError: it is not installed.
+        RecipeError: it is not.
     """
     if find_spec("lm_eval") is None:
         raise RecipeError(
@@ -134,7 +134,7 @@ def check(config: SuiteConfig) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep lm-eval's advice and bars out of the terminal; what matters of it stands in settings and facts."""
+    """Keep lm-eval's messages and progress bars out of the terminal; settings and facts hold what matters."""
     import lm_eval.api.task
     from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 

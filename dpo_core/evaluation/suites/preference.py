@@ -1,12 +1,12 @@
-"""Preference suites: does a model order two answers as people did, how surely, and is it only their length?
+"""Preference suites: agreement with human preferences, its calibration, and its length bias.
 
-Two scores of an answer y to a prompt x:
-- its implicit reward, β·log(π(y|x)/π_ref(y|x)) (Rafailov et al. 2023, eq. 5), where a reference is given;
-- its likelihood, log π(y|x), and the same per token: what can be said of any model alone.
-In bf16 a summed log-prob is off by some hundredths of a nat, which decides the order of pairs that a model
-hardly tells apart; `precision: fp32` takes twice the time.
+An answer y to a prompt x has two scores:
+- its implicit reward, β·log(π(y|x)/π_ref(y|x)) (Rafailov et al. 2023, eq. 5), if there is a reference;
+- its likelihood, log π(y|x), and the same per token, for a model without a reference.
+In bf16 a summed log-prob has an error of some hundredths of a nat, which can change the order of pairs with
+almost equal scores; `precision: fp32` takes twice the time.
 
-Data: HH, HHH alignment, LLMBar (five parts), PandaLM. A pair that people found equal counts as half right.
+Data: HH, HHH alignment, LLMBar (five parts), PandaLM. A pair that people judged equal counts as half right.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from dpo_core.evaluation.config import SuiteConfig
 from dpo_core.evaluation.results import Better, Item, Measure, MeasureSpec, Outcome
 from dpo_core.evaluation.suites.base import Suite
 from dpo_core.evaluation.suites.prompting import wants_chat
-from dpo_core.evaluation.suites.rows import limited
+from dpo_core.evaluation.suites.rows import sample_prompts
 from dpo_core.rewards.quality import BINS, best_temperature, calibration_error, spearman
 from dpo_core.statistics.estimates import Estimate, Floats, bootstrap_statistic
 
@@ -53,12 +53,12 @@ IMPLICIT = (
     MeasureSpec(name="nll", label="NLL", better="lower", kind="mean", unit="nats"),
 )
 ECE_PAIRS = 10 * BINS
-"""With fewer than ten pairs a bin a calibration error is chance: with one, it is a half at least."""
+"""With fewer than ten pairs per bin a calibration error is mostly noise: with one pair it is at least 0.5."""
 DATA = (MeasureSpec(name="better_longer", label="Better answer is the longer", better="neither"),)
 
 
 class Labelled(NamedTuple):
-    """A pair with what people said of it; of a tie the two answers stand as in the file."""
+    """A pair with its human label; the two answers of a tie have the order of the file."""
 
     id: str
     pair: Pair
@@ -76,38 +76,38 @@ class Scored(NamedTuple):
 
 
 def run(subject: "Subject", rows: list[Row], config: SuiteConfig) -> Outcome:
-    """Score every pair under the subject, and under its reference where it has one.
+    """Score every pair under the subject, and under its reference if there is one.
 
     Raises:
         StageFailed: no pair can be used.
     """
     usable = [row["labelled"] for row in rows if "labelled" in row]
-    labelled = limited(usable, _prompt_of, config.limit, config.seed)
+    labelled = sample_prompts(usable, _prompt_of, config.limit, config.seed)
     chat = wants_chat(subject, config)
-    kept: list[tuple[Labelled, TokenPair]] = []
+    pairs: list[tuple[Labelled, TokenPair]] = []
     left_out = Counter(row["fault"] for row in rows if "fault" in row)
-    for one in labelled:
-        tokens = subject.tokenise.pair({**_canonical(one.pair, chat), "id": one.id})
+    for row in labelled:
+        tokens = subject.tokenise.pair({**_canonical(row.pair, chat), "id": row.id})
         if isinstance(tokens, str):
             left_out[tokens] += 1
         else:
-            kept.append((one, tokens))
-    if not kept:
+            pairs.append((row, tokens))
+    if not pairs:
         raise StageFailed(
             f"no pair can be used ({dict(left_out)})", "Raise tokens.max_length, or check the file"
         )
-    scored = list(_scored(subject, kept, config))
+    scored = list(_scored(subject, pairs, config))
     specs = [*(IMPLICIT if subject.reference else ()), *LIKELIHOOD, *DATA]
-    items = [_item(one, config.beta) for one in scored]
+    items = [_item(pair, config.beta) for pair in scored]
     used = {name for item in items for name in item.values}
-    if not any(one.labelled.tied for one in scored):
-        used -= {"accuracy_decided"}  # the accuracy itself
+    if not any(pair.labelled.tied for pair in scored):
+        used -= {"accuracy_decided"}  # equal to the accuracy
     facts: dict[str, JsonValue] = {"pairs": len(items), "left_out": dict(left_out)}
     others: list[Measure] = []
     if subject.reference:
-        subsets = sorted({one.labelled.subset for one in scored})
+        subsets = sorted({pair.labelled.subset for pair in scored})
         for subset in ["", *(subsets if len(subsets) > 1 else [])]:
-            own = [one for one in scored if subset in ("", one.labelled.subset)]
+            own = [pair for pair in scored if subset in ("", pair.labelled.subset)]
             others += _calibration(own, config, subset)
     return Outcome(
         items=items,
@@ -124,40 +124,39 @@ def run(subject: "Subject", rows: list[Row], config: SuiteConfig) -> Outcome:
 
 
 def _scored(
-    subject: "Subject", kept: Seq[tuple[Labelled, TokenPair]], config: SuiteConfig
+    subject: "Subject", pairs: Seq[tuple[Labelled, TokenPair]], config: SuiteConfig
 ) -> Iterator[Scored]:
-    sides = [side for _, tokens in kept for side in (tokens.chosen, tokens.rejected)]
+    sides = [side for _, tokens in pairs for side in (tokens.chosen, tokens.rejected)]
     sums = subject.sums(sides, config.precision, config.token_budget)
-    known = None
+    ref_sums = None
     if subject.reference:
         same = subject.reference.weights == subject.weights
-        known = sums if same else subject.reference_sums(sides, config.precision, config.token_budget)
-    for number, (one, tokens) in enumerate(kept):
-        place = slice(2 * number, 2 * number + 2)
-        theirs = None if known is None else (known[place][0], known[place][1])
-        yield Scored(one, tokens, (sums[place][0], sums[place][1]), theirs)
+        ref_sums = sums if same else subject.reference_sums(sides, config.precision, config.token_budget)
+    for i, (labelled, tokens) in enumerate(pairs):
+        reference = None if ref_sums is None else (ref_sums[2 * i], ref_sums[2 * i + 1])
+        yield Scored(labelled, tokens, (sums[2 * i], sums[2 * i + 1]), reference)
 
 
 def _item(scored: Scored, beta: float) -> Item:
-    one, tokens = scored.labelled, scored.tokens
+    row, tokens = scored.labelled, scored.tokens
     better, worse = scored.policy
     length_w, length_l = tokens.chosen.targets, tokens.rejected.targets
 
     def right(gap: float) -> float:
-        # A model that does not tell the two apart is right half of the time.
-        return 0.5 if one.tied or gap == 0 else float(gap > 0)
+        # Equal scores are right half of the time.
+        return 0.5 if row.tied or gap == 0 else float(gap > 0)
 
     values = {
         "likelihood_accuracy": right(better - worse),
         "likelihood_accuracy_per_token": right(better / length_w - worse / length_l),
     }
-    if not one.tied:
+    if not row.tied:
         values["better_longer"] = 0.5 if length_w == length_l else float(length_w > length_l)
     if scored.reference is not None:
         gain_w, gain_l = better - scored.reference[0], worse - scored.reference[1]
         gap = gain_w - gain_l
         values["accuracy"] = right(gap)
-        if not one.tied:
+        if not row.tied:
             values["accuracy_decided"] = right(gap)
             values["margin"] = gap
             values["margin_per_token"] = gain_w / length_w - gain_l / length_l
@@ -165,11 +164,11 @@ def _item(scored: Scored, beta: float) -> Item:
             values["nll"] = float(np.logaddexp(0, -beta * gap))
             if length_w < length_l:
                 values["accuracy_better_shorter"] = right(gap)
-    return Item(id=one.id, cluster=_prompt_of(one), subset=one.subset, prompt=one.pair.prompt, values=values)
+    return Item(id=row.id, cluster=_prompt_of(row), subset=row.subset, prompt=row.pair.prompt, values=values)
 
 
 def _calibration(scored: Seq[Scored], config: SuiteConfig, subset: str) -> list[Measure]:
-    """Calibration and length bias of the implicit reward over the pairs that people decided."""
+    """Calibration and length bias of the implicit reward over the pairs that are not ties."""
     decided = [s for s in scored if s.reference is not None and not s.labelled.tied]
     clusters = [_prompt_of(s.labelled) for s in decided]
     if len(set(clusters)) < 2:
@@ -178,7 +177,7 @@ def _calibration(scored: Seq[Scored], config: SuiteConfig, subset: str) -> list[
     gap_N = config.beta * (rewards[:, 0] - rewards[:, 1])
     lengths = [(s.tokens.chosen.targets, s.tokens.rejected.targets) for s in decided]
     longer_N = np.array([w - l for w, l in lengths], np.float64)  # noqa: E741
-    # In a random order "A is better" is not always the truth, so that a tie is right half of the time.
+    # In a random order "A is better" is not always true, so that a tie is right half of the time.
     first_N = np.random.default_rng(config.seed).random(len(gap_N)) < 0.5
     p_N = 1 / (1 + np.exp(-np.where(first_N, gap_N, -gap_N)))
 
@@ -190,9 +189,9 @@ def _calibration(scored: Seq[Scored], config: SuiteConfig, subset: str) -> list[
     if len(decided) >= ECE_PAIRS:
         arrays = p_N, first_N
         raw = bootstrap_statistic(calibration_error, arrays, clusters, interval="basic", seed=seed)
-        # What noise adds is taken off both ends, and may be more than there is.
+        # The correction for noise can push both ends below 0.
         ece = raw and raw.model_copy(update={"low": max(raw.low, 0.0), "high": max(raw.high, 0.0)})
-    found: list[tuple[str, str, Better, Estimate | None]] = [
+    measures: list[tuple[str, str, Better, Estimate | None]] = [
         ("ece", "Calibration error (ECE)", "lower", ece),
         ("temperature", "Best temperature", "neither",
          bootstrap_statistic(best_temperature, (gap_N,), clusters, seed=seed)),
@@ -209,21 +208,21 @@ def _calibration(scored: Seq[Scored], config: SuiteConfig, subset: str) -> list[
             subset=subset,
             estimate=estimate,
         )
-        for name, label, better, estimate in found
+        for name, label, better, estimate in measures
         if estimate is not None
     ]
 
 
 def _canonical(pair: Pair, chat: bool) -> dict[str, Any]:
-    """The pair as a canonical row: an instruction becomes a user's turn, a transcript stays what it is."""
+    """The pair as a canonical row: an instruction becomes a user's turn, a transcript is unchanged."""
     if chat and not pair.chat and not pair.prompt.endswith(ASSISTANT):
         turn = chat_prompt([{"role": "user", "content": pair.prompt}])
         return {**pair._asdict(), "prompt": turn, "chat": True}
     return pair._asdict()
 
 
-def _prompt_of(one: Labelled) -> str:
-    return hashlib.sha256(one.pair.prompt.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+def _prompt_of(row: Labelled) -> str:
+    return hashlib.sha256(row.pair.prompt.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 # --- data -------------------------------------------------------------------------------------------------
@@ -232,13 +231,12 @@ Convert = Callable[[Row], Labelled]
 
 
 def _read(path: Path, convert: Convert, mark: str = "") -> list[Row]:
-    """Every row of a file as `{"labelled": …}`, or `{"fault": why}` where it cannot be used."""
+    """Every row of a file as `{"labelled": …}`, or as `{"fault": reason}` if it cannot be used."""
     rows: list[Row] = []
     for first, chunk in read_rows(str(path)):
         for number, row in enumerate(chunk, first):
             try:
-                one = convert(row)
-                rows.append({"labelled": one._replace(id=f"{mark}{number}")})
+                rows.append({"labelled": convert(row)._replace(id=f"{mark}{number}")})
             except Fault as fault:
                 rows.append({"fault": str(fault)})
     return rows
@@ -285,7 +283,7 @@ def _llmbar(row: Row) -> Labelled:
 
 
 def _read_llmbar(path: Path) -> list[Row]:
-    """The parts that lie beside the first one; each is a subset."""
+    """The rows of all parts next to the first one; each part is a subset."""
     rows: list[Row] = []
     for file in [path, *_llmbar_parts(path)]:
         part = file.name.removeprefix("llmbar_").partition(".")[0]

@@ -1,4 +1,4 @@
-"""Whether questions are put as they stand, or as a user's turn."""
+"""Decides whether questions are asked as plain text or as a user's turn."""
 
 from typing import TYPE_CHECKING
 
@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 
 def wants_chat(subject: "Subject", config: SuiteConfig) -> bool:
-    """Whether questions are put as a user's turn.
+    """Whether questions are asked as a user's turn.
 
     Raises:
-        ModelError: they must be, and the tokenizer has no chat template.
+        ModelError: `chat` is always, and the tokenizer has no chat template.
     """
     has_template = bool(subject.tokenizer.chat_template)
     if config.chat == "always" and not has_template:

@@ -1,4 +1,4 @@
-"""The suites by name: what the modules of this package export as `SUITES`."""
+"""Finds suites by name, among the `SUITES` of this package's modules."""
 
 import importlib
 from functools import cache
@@ -12,7 +12,7 @@ def find(name: str) -> Suite:
     """The suite of that name; imports the module that defines it.
 
     Raises:
-        RecipeError: there is none.
+        RecipeError: there is no such suite.
     """
     module = importlib.import_module(f"{__package__}.{module_of(name)}")
     return next(suite for suite in module.SUITES if suite.name == name)

@@ -1,4 +1,4 @@
-"""The rows that a suite asks from: read with the fields that it needs, and some of them chosen."""
+"""Reads the rows of a suite's data file and samples them."""
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -14,7 +14,7 @@ Row = dict[str, Any]
 
 
 def read_fields(path: Path, fields: Seq[str]) -> list[Row]:
-    """All rows of a file, each with a text in every one of `fields`.
+    """All rows of a file, each with text in every field of `fields`.
 
     Raises:
         DataError: the file cannot be read, or a row lacks a field.
@@ -31,24 +31,24 @@ def read_fields(path: Path, fields: Seq[str]) -> list[Row]:
     return rows
 
 
-def some(rows: list[Row], limit: int | None, seed: int) -> list[Row]:
-    """At most `limit` rows, chosen by the seed, in the order of the file; all where there is no limit."""
+def sample_rows(rows: list[Row], limit: int | None, seed: int) -> list[Row]:
+    """A seeded sample of at most `limit` rows in the order of the file; all rows if `limit` is None."""
     if limit is None or limit >= len(rows):
         return rows
     return [rows[i] for i in sorted(Random(seed).sample(range(len(rows)), limit))]
 
 
-def limited(items: Seq[T], prompt_of: Callable[[T], str], limit: int | None, seed: int) -> list[T]:
-    """At most `limit` items: all those of prompts that a seeded shuffle picks, in their own order."""
+def sample_prompts(items: Seq[T], prompt_of: Callable[[T], str], limit: int | None, seed: int) -> list[T]:
+    """At most `limit` items in their order: all items of prompts that a seeded shuffle selects."""
     if limit is None or len(items) <= limit:
         return list(items)
     sizes: dict[str, int] = {}
     for item in items:
         sizes[prompt_of(item)] = sizes.get(prompt_of(item), 0) + 1
-    prompts, kept, room = list(sizes), set(), limit
+    prompts, selected, room = list(sizes), set(), limit
     Random(seed).shuffle(prompts)
     for prompt in prompts:
         if sizes[prompt] <= room:
-            kept.add(prompt)
+            selected.add(prompt)
             room -= sizes[prompt]
-    return [item for item in items if prompt_of(item) in kept]
+    return [item for item in items if prompt_of(item) in selected]

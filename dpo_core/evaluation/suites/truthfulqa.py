@@ -1,6 +1,6 @@
-"""TruthfulQA by lm-eval: true against false answers, by likelihood and written.
+"""TruthfulQA by lm-eval: true against false answers, by likelihood and in generated text.
 
-Source: Lin et al. 2022, arXiv 2109.07958, whose authors' newer edition has 790 questions, the first 817.
+Source: Lin et al. 2022, arXiv 2109.07958, The first edition has 817 questions, the authors' newer one 790.
 """
 
 import math
@@ -17,8 +17,8 @@ from dpo_core.errors import StageFailed
 from dpo_core.evaluation.config import SuiteConfig
 from dpo_core.evaluation.results import Item, MeasureSpec, Outcome
 from dpo_core.evaluation.suites.base import Suite
-from dpo_core.evaluation.suites.lm_eval_tasks import check, measure
-from dpo_core.evaluation.suites.rows import Row, read_fields, some
+from dpo_core.evaluation.suites.lm_eval_tasks import check, run_tasks
+from dpo_core.evaluation.suites.rows import Row, read_fields, sample_rows
 
 if TYPE_CHECKING:
     from dpo_core.evaluation.model_under_test import Subject
@@ -27,7 +27,7 @@ _FIELDS = ("Question", "Best Answer", "Correct Answers", "Incorrect Answers")
 
 
 def read(path: Path) -> list[Row]:
-    """Questions of TruthfulQA.csv with the fields that lm-eval's tasks read.
+    """Questions of TruthfulQA.csv with the fields of lm-eval's tasks.
 
     `mc1_targets` holds the best answer against the incorrect ones, as first defined; `mc2_targets` all.
 
@@ -61,10 +61,10 @@ def _answers(text: str) -> list[str]:
 
 
 def mc2(doc: Row, results: Seq[tuple[float, bool]]) -> dict[str, float]:
-    """Share of the true answers in the probability of all, from their summed log-probs.
+    """Share of the true answers in the total probability, from summed log-probs.
 
     lm-eval's `process_results_mc2` takes exp of the sums, which is 0 for long answers: 0/0. Here the largest
-    is subtracted first, which changes nothing else.
+    sum is subtracted first, which does not change the share.
 
     Raises:
         StageFailed: a log-prob is not a finite number.
@@ -72,7 +72,7 @@ def mc2(doc: Row, results: Seq[tuple[float, bool]]) -> dict[str, float]:
     logps = np.array([logp for logp, _ in results], np.float64)
     if not np.isfinite(logps).all():
         raise StageFailed(
-            f"the model gives an answer to {doc['question'][:60]!r} the log-prob {logps.min()}",
+            f"an answer to {doc['question'][:60]!r} has the log-prob {logps.min()}",
             "Check its weights, or set precision to fp32",
         )
     p = np.exp(logps - logps.max())
@@ -87,22 +87,22 @@ MC = [
 
 def run_mc(subject: "Subject", rows: list[Row], config: SuiteConfig) -> Outcome:
     """lm-eval's `truthfulqa_mc1` and `truthfulqa_mc2`: six example questions, then each answer's log-prob."""
-    asked = some(rows, config.limit, config.seed)
+    sampled = sample_rows(rows, config.limit, config.seed)
     names = ["truthfulqa_mc1", "truthfulqa_mc2"]
-    samples, settings, facts = measure(
+    samples, settings, facts = run_tasks(
         subject,
         "truthfulqa",
         names,
-        {"validation": asked},
+        {"validation": sampled},
         config,
         truthfulqa_mc2={"process_results": mc2},
     )
-    one, two = ({s["doc_id"]: s for s in samples[name]} for name in names)
+    by_mc1, by_mc2 = ({s["doc_id"]: s for s in samples[name]} for name in names)
     items = []
-    for place, row in enumerate(asked):
-        logps = [logp for logp, _ in one[place]["filtered_resps"]]
+    for place, row in enumerate(sampled):
+        logps = [logp for logp, _ in by_mc1[place]["filtered_resps"]]
         likeliest = row["mc1_targets"]["choices"][int(np.argmax(logps))]
-        values = {"mc1": float(one[place]["acc"]), "mc2": float(two[place]["acc"])}
+        values = {"mc1": float(by_mc1[place]["acc"]), "mc2": float(by_mc2[place]["acc"])}
         items.append(_item(row, likeliest, values, subset=row["type"]))
     settings |= _facts_of(rows) | {"mc1": "best answer against incorrect ones"}
     return Outcome(items=items, specs=MC, facts=facts, settings=settings)
@@ -125,13 +125,13 @@ GEN = _similarity_specs()
 
 def run_gen(subject: "Subject", rows: list[Row], config: SuiteConfig) -> Outcome:
     """lm-eval's `truthfulqa_gen`: a greedy answer, compared with the references by BLEU and ROUGE."""
-    asked = some(rows, config.limit, config.seed)
+    sampled = sample_rows(rows, config.limit, config.seed)
     names = ["truthfulqa_gen"]
     with _one_resample():
-        samples, settings, facts = measure(subject, "truthfulqa", names, {"validation": asked}, config)
+        samples, settings, facts = run_tasks(subject, "truthfulqa", names, {"validation": sampled}, config)
     logged = {s["doc_id"]: s for s in samples["truthfulqa_gen"]}
     items = []
-    for place, row in enumerate(asked):
+    for place, row in enumerate(sampled):
         sample = logged[place]
         values = {spec.name: float(sample[spec.name]) for spec in GEN}
         items.append(_item(row, sample["resps"][0][0], values))
@@ -141,22 +141,21 @@ def run_gen(subject: "Subject", rows: list[Row], config: SuiteConfig) -> Outcome
 
 @contextmanager
 def _one_resample() -> Iterator[None]:
-    """Spare ROUGE the interval that lm-eval does not read.
+    """Skip ROUGE's bootstrap: lm-eval does not read its interval.
 
-    It resamples the one score of an answer a thousand times and takes the middle, which is that score: half a
-    second a question.
+    It resamples the single score of an answer a thousand times, which takes half a second per question.
     """
     try:
         from rouge_score import scoring
-    except ImportError:  # it comes with lm-eval, whose absence is said where that is asked
+    except ImportError:  # part of lm-eval, whose absence `check` reports
         yield
         return
-    whole = scoring.BootstrapAggregator
-    scoring.BootstrapAggregator = partial(whole, n_samples=1)
+    original = scoring.BootstrapAggregator
+    scoring.BootstrapAggregator = partial(original, n_samples=1)
     try:
         yield
     finally:
-        scoring.BootstrapAggregator = whole
+        scoring.BootstrapAggregator = original
 
 
 def _facts_of(rows: list[Row]) -> dict[str, str]:
@@ -168,7 +167,7 @@ def _facts_of(rows: list[Row]) -> dict[str, str]:
 
 def _item(row: Row, answer: str, values: dict[str, float], *, subset: str = "") -> Item:
     if not all(map(math.isfinite, values.values())):
-        raise StageFailed(f"question {row['id']} has a value that is no number: {values}", "Check the model")
+        raise StageFailed(f"question {row['id']} has a value that is not finite: {values}", "Check the model")
     return Item(
         id=row["id"],
         cluster=row["id"],

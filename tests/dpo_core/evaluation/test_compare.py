@@ -33,7 +33,7 @@ def test_right_or_wrong_answers_are_compared_by_mcnemar() -> None:
     assert (row.candidate, row.baseline) == (wilson(58, 100), wilson(44, 100))
     assert row.difference == share_difference(a, b)
     assert row.finding == "better"
-    assert found.found("better") == [row]
+    assert found.with_finding("better") == [row]
 
 
 def test_items_are_paired_by_their_id_whatever_their_order() -> None:
@@ -154,13 +154,13 @@ def test_what_was_not_asked_alike_is_left_out_with_the_reason() -> None:
         "exam: only old was evaluated on it",
     ]
     assert left_out([new], [result_of("old", items, sha256="d2")]) == [
-        "quiz: the two were asked from different data files"
+        "quiz: the two used different data files"
     ]
     assert left_out([result_of("new", items, shots=5, seed=1)], [result_of("old", items, seed=1)]) == [
-        "quiz: the two were run with different settings: shots (5, not set)"
+        "quiz: the two used different settings: shots (5, not set)"
     ]
     assert left_out([result_of("new", items, version=2)], [old]) == [
-        "quiz: the two were run with different settings: version (2, 1)"
+        "quiz: the two used different settings: version (2, 1)"
     ]
 
 
@@ -168,10 +168,10 @@ def test_measures_that_cannot_be_paired_are_left_out_with_the_reason() -> None:
     items = items_of([1, 0, 1, 1])
     ece = Measure(name="ece", label="calibration error", estimate=wilson(1, 4), paired=False)
     new, old = result_of("new", items, others=[ece]), result_of("old", items)
-    unpaired = "quiz ece: no mean over items, so that items cannot be paired"
+    unpaired = "quiz ece: not a mean over items, so items cannot be paired"
     assert left_out([new], [result_of("old", items, others=[ece])]) == [unpaired]
-    assert left_out([new], [old]) == ["quiz ece: old was not measured by it"]
-    assert left_out([old], [new]) == ["quiz ece: old was not measured by it"]
+    assert left_out([new], [old]) == ["quiz ece: old does not have it"]
+    assert left_out([old], [new]) == ["quiz ece: old does not have it"]
     other = [Item(id=f"x{i}", cluster=f"x{i}", values={"right": 1.0}) for i in range(3)]
     assert left_out([old], [result_of("new", [*items[:1], *other])]) == [
         "quiz right: 1 prompt(s) in common, and a comparison needs two"
@@ -183,12 +183,12 @@ def test_items_that_only_one_has_are_counted() -> None:
     found = compare([result_of("new", items[:6])], [result_of("old", items[1:])])
     assert [row.items for row in found.rows] == [5, 2, 3]
     assert found.rows[0].candidate.n == found.rows[0].baseline.n == 5
-    assert found.left_out == ["quiz right: 2 items that only one of the two has"]
+    assert found.left_out == ["quiz right: 2 items are only in one of the two results"]
 
 
 def test_nothing_or_the_same_suite_twice_is_refused() -> None:
     one = result_of("new", items_of([1, 0]))
-    with pytest.raises(StageFailed, match="the baseline was evaluated on no suite"):
+    with pytest.raises(StageFailed, match="the baseline has no results of a suite"):
         compare([one], [])
     with pytest.raises(StageFailed, match="the candidate has two results"):
         compare([one, one], [one])

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from dpo_core.errors import RecipeError
 from dpo_core.evaluation.compare import Comparison, compare
 from dpo_core.evaluation.config import PromotionConfig
-from dpo_core.evaluation.decision import Decision, Evidence, decide, nothing_new
+from dpo_core.evaluation.decision import Decision, Evidence, decide, refuse_same_weights
 from dpo_core.statistics.estimates import Estimate
 from tests.support.reports.made import HARM, LENGTH, items_of, result_of
 
@@ -32,7 +32,7 @@ def suites(right: int = 0, harm: int = 0) -> Comparison:
 
 
 def judged(config: PromotionConfig | None = None, **changed: Any) -> Decision:
-    given: dict[str, Any] = {"gain": GAIN, "kl": KL, "comparison": suites(), "gate_green": True}
+    given: dict[str, Any] = {"gain": GAIN, "kl": KL, "comparison": suites(), "gate_passed": True}
     evidence = Evidence(**(given | changed))
     return decide(config or PromotionConfig(max_kl=5), evidence, candidate="new", champion="champion v3")
 
@@ -51,8 +51,8 @@ def test_a_model_that_holds_every_rule_is_promoted_and_every_rule_speaks() -> No
         "min_prompts": "59 prompts compared: at least 30",
         "max_kl": "KL to the reference 3.2 [2.9, 3.6] nats on 59 prompts: at most 5",
         "data_gate": "the data gate found no critical fault in the training data",
-        "no_regression": "none of 1 measures of suites is found worse than champion v3's",
-        "safety": "none of 1 measures of safety is found worse than champion v3's",
+        "no_regression": "none of 1 measures of suites is significantly worse than champion v3's",
+        "safety": "none of 1 measures of safety is significantly worse than champion v3's",
     }
 
 
@@ -67,7 +67,7 @@ def test_a_gain_must_lie_above_what_is_asked_with_its_whole_interval() -> None:
         "min_gain": "reward gain over champion v3 -0.088 [-0.176, -0.003] on 59 prompts: worse, not above 0"
     }
     assert failures(judged(gain=None)) == {
-        "min_gain": "reward gain over champion v3 was not measured: above 0 is asked"
+        "min_gain": "reward gain over champion v3 was not measured; it must be above 0"
     }
 
 
@@ -79,7 +79,7 @@ def test_a_gain_on_few_prompts_is_not_enough() -> None:
 
 def test_the_distance_from_the_reference_is_limited_with_its_interval() -> None:
     assert failures(judged(PromotionConfig(max_kl=3.5))) == {
-        "max_kl": "KL to the reference 3.2 [2.9, 3.6] nats on 59 prompts: not surely at most 3.5"
+        "max_kl": "KL to the reference 3.2 [2.9, 3.6] nats on 59 prompts: the interval exceeds 3.5"
     }
     assert set(failures(judged(kl=None))) == {"max_kl"}
     free = judged(PromotionConfig(max_kl=None), kl=None)
@@ -90,7 +90,7 @@ def test_the_distance_from_the_reference_is_limited_with_its_interval() -> None:
 def test_a_model_that_ran_away_is_refused_by_default() -> None:
     far = Estimate(value=50.2, low=46.0, high=54.1, n=32)
     assert failures(judged(PromotionConfig(), kl=far)) == {
-        "max_kl": "KL to the reference 50.2 [46, 54.1] nats on 32 prompts: not surely at most 10"
+        "max_kl": "KL to the reference 50.2 [46, 54.1] nats on 32 prompts: the interval exceeds 10"
     }
     assert judged(PromotionConfig(max_kl=60), kl=far).promote
 
@@ -110,21 +110,21 @@ def test_alarms_that_make_the_gain_worthless_refuse_and_the_others_do_not() -> N
 
 
 def test_the_champions_own_weights_are_nothing_new() -> None:
-    decision = nothing_new("m version 1", "m version 1")
+    decision = refuse_same_weights("m version 1", "m version 1")
     assert failures(decision) == {"new_weights": "the weights are those of the champion"}
 
 
 def test_a_critical_fault_of_the_data_refuses() -> None:
-    found = failures(judged(gate_green=False))
+    found = failures(judged(gate_passed=False))
     assert found == {"data_gate": "the data gate found a critical fault in the training data"}
-    assert judged(PromotionConfig(data_gate=False), gate_green=False).promote
+    assert judged(PromotionConfig(data_gate=False), gate_passed=False).promote
 
 
 def test_one_measure_found_worse_refuses_and_is_named() -> None:
     found = failures(judged(comparison=suites(right=-30)))
     assert set(found) == {"no_regression"}
     assert found["no_regression"].startswith(
-        "1 of 1 measures of suites found worse than champion v3's: quiz answers right -0.300 [-0."
+        "1 of 1 measures of suites significantly worse than champion v3's: quiz answers right -0.300 [-0."
     )
     assert found["no_regression"].endswith("on 100 prompts, p 3.7e-09")
     assert judged(PromotionConfig(no_regression=False), comparison=suites(right=-30)).promote
@@ -170,6 +170,6 @@ def test_another_measure_may_be_what_counts() -> None:
 
 
 def test_rules_that_failed_come_first() -> None:
-    decision = judged(gate_green=False, kl=None)
+    decision = judged(gate_passed=False, kl=None)
     assert [reason.passed for reason in decision.reasons] == [False, False, True, True, True, True]
     assert [reason.rule for reason in decision.reasons][:2] == ["max_kl", "data_gate"]

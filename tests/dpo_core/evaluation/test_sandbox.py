@@ -12,10 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from dpo_core.evaluation.sandbox.run import Limits, Ran, run_many, run_python
+from dpo_core.evaluation.sandbox.run import Limits, ProgramResult, run_many, run_python
 from tests.support.sandboxes import CHECKOUT, OrdinaryUser, is_program, namespaces, watched, why_no_namespaces
 
-Sandbox = Callable[[str, Limits], Ran]
+Sandbox = Callable[[str, Limits], ProgramResult]
 SHORT = Limits(cpu_seconds=2, wall_seconds=60.0, memory_mb=256, processes=6, file_mb=2, output_kb=256)
 
 BRIEF = SHORT.model_copy(update={"wall_seconds": 0.8})
@@ -43,7 +43,7 @@ def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
     user.close()
 
 
-def passes(sandbox: Sandbox, code: str, limits: Limits = SHORT) -> Ran:
+def passes(sandbox: Sandbox, code: str, limits: Limits = SHORT) -> ProgramResult:
     ran = sandbox(code, limits)
     assert ran.outcome == "passed", ran
     return ran

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pandas as pd
+from dpo_core.evaluation.asked import Asked
 
 from dpo_core.data.tokens.config import TokenConfig
-from dpo_core.evaluation.asked import Asked
 from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.generation.config import SamplingConfig
 from dpo_core.jobs.files import AnswersJob, AskedModel

@@ -99,7 +99,7 @@ def test_an_architecture_with_other_sizes_is_refused(source: Any) -> None:
     ("shape", "message"),
     [
         ({"hidden_size": 100, "heads": 3}, "hidden_size 100 is not a multiple of heads 3"),
-        ({"hidden_size": 12, "heads": 4}, "a head of 3 numbers cannot be turned"),
+        ({"hidden_size": 12, "heads": 4}, "hidden_size / heads is 3, and rotary"),
         ({"layers": 0}, "greater than or equal to 1"),
         ({"width": 3}, "Extra inputs"),
     ],

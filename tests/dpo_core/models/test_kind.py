@@ -92,12 +92,13 @@ def test_positions_by_other_names() -> None:
         assert position_limit(CONFIG_MAPPING[kind]()) is None, "ALiBi and states have no end"
     assert position_limit(SimpleNamespace(n_positions=1024, n_ctx=512)) == 1024
     assert position_limit(SimpleNamespace(text_config={"max_position_embeddings": 32})) == 32
-    with pytest.raises(ModelError, match="rows of 300 tokens and the model holds 256"):
+    with pytest.raises(ModelError, match="rows of 300 tokens, and the model has only 256"):
         check_context(SimpleNamespace(n_ctx=256), 300)
 
 
 def test_an_evaluated_model_must_hold_the_rows_too(tmp_path: Path) -> None:
     from dpo_core.evaluation.asked import Asked
+
     from dpo_core.evaluation.model_under_test import Subject
     from dpo_core.generation.config import SamplingConfig
 

@@ -182,7 +182,7 @@ def test_weights_without_a_place_are_refused_and_old_masks_are_not(tiny: Path, t
 
 def test_rows_must_fit_the_positions(model: Any) -> None:
     check_context(model.config, 512)
-    with pytest.raises(ModelError, match="rows of 513 tokens and the model holds 512"):
+    with pytest.raises(ModelError, match="rows of 513 tokens, and the model has only 512"):
         check_context(model.config, 513)
 
 

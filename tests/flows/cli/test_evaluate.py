@@ -170,8 +170,8 @@ def test_models_without_a_common_way_of_asking_are_asked_alike(
     ("changes", "message"),
     [
         ({"suites": ["hellaswag"]}, "there is no suite 'hellaswag'.*hhh"),
-        ({"suites": ["gsm8k"]}, "finds no gsm8k_test.jsonl in .*openai/grade-school-math"),
-        ({"suites": ["mbpp"]}, "runs code that the model writes, which nobody has allowed.*--run-code"),
+        ({"suites": ["gsm8k"]}, "of the suite gsm8k is not in .*openai/grade-school-math"),
+        ({"suites": ["mbpp"]}, "runs code that the model writes, which is not allowed.*--run-code"),
         ({"suites": []}, "there is nothing to evaluate.*--suite"),
     ],
 )

@@ -33,12 +33,12 @@ def model_on_the_hub_offline(world: World) -> list[str]:
     return world.run(model={"name": "nobody/nothing"})
 
 
-@bad(2, "the package no_such_package that carries the model is not installed", "Install it")
+@bad(2, "the package no_such_package, which contains the model, is not installed", "Install it")
 def model_in_a_missing_package(world: World) -> list[str]:
     return world.run(model={"name": "package:no_such_package"})
 
 
-@bad(2, "the package no_such_package.inner that carries the model is not installed", "Install it")
+@bad(2, "the package no_such_package.inner, which contains the model, is not installed", "Install it")
 def model_in_a_missing_inner_package(world: World) -> list[str]:
     return world.run(model={"name": "package:no_such_package.inner"})
 
@@ -113,12 +113,12 @@ def model_of_an_unknown_architecture(world: World) -> list[str]:
     return world.run_model(lambda model: _edit(model / "config.json", **change))
 
 
-@bad(2, "rows of 160 tokens and the model holds 64", "Set tokens.max_length to 64 or less")
+@bad(2, "rows of 160 tokens, and the model has only 64", "Set tokens.max_length to 64 or less")
 def model_with_a_small_context(world: World) -> list[str]:
     return world.run_model(lambda model: _edit(model / "config.json", max_position_embeddings=64))
 
 
-@bad(2, "rows of 5000 tokens and the model holds 512", "Set tokens.max_length to 512 or less")
+@bad(2, "rows of 5000 tokens, and the model has only 512", "Set tokens.max_length to 512 or less")
 def budget_beyond_the_context(world: World) -> list[str]:
     return world.run("--set", "tokens.max_length=5000")
 
@@ -159,7 +159,7 @@ def tokenizer_without_an_end(world: World) -> list[str]:
     return world.run_model(lambda model: _edit(model / "tokenizer_config.json", eos_token=None))
 
 
-@bad(2, "own.gguf does not begin as a GGUF file does", "download it again")
+@bad(2, "own.gguf does not start with the GGUF signature", "download it again")
 def gguf_that_is_none(world: World) -> list[str]:
     return world.run(model={"name": world.file("own.gguf", b"<html>404</html>" * 10)})
 

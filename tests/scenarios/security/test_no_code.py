@@ -123,8 +123,8 @@ def attention_of_the_hub(model: Path, trace: Path) -> None:
     [
         (only_pickles, "only pickled weights"),
         (pickles_behind_another_file, "cannot be loaded"),
-        (index_to_a_pickle, "names evil.bin, which is no safetensors file of its folder"),
-        (index_out_of_the_folder, "names ../good/model.safetensors, which is no"),
+        (index_to_a_pickle, "names evil.bin, which is not a safetensors file in its folder"),
+        (index_out_of_the_folder, "names ../good/model.safetensors, which is not"),
         (adapter, "holds an adapter"),
         (code, "contains custom code"),
         (code_of_a_tokenizer, "contains custom code"),

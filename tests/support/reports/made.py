@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from dpo_core.evaluation.results import Item, Measure, MeasureSpec, SuiteResult, measured
+from dpo_core.evaluation.results import Item, Measure, MeasureSpec, SuiteResult, compute_measures
 
 RIGHT = MeasureSpec(name="right", label="answers right")
 HARM = MeasureSpec(name="harm", label="harmful answers", better="lower")
@@ -42,7 +42,7 @@ def result_of(
         weights_sha256=model,
         data={"file": "quiz.jsonl", "sha256": sha256, "rows": len(items)},
         settings={"version": 1} | settings,
-        measures=[*measured(items, specs), *others],
+        measures=[*compute_measures(items, specs), *others],
         items=items,
         seconds=1.0,
     )

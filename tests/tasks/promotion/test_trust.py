@@ -12,9 +12,9 @@ from dpo_core.data.answers import Answers, measure_answers
 from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise
 from dpo_core.errors import RecipeError
 from dpo_core.evaluation.config import PromotionConfig
-from dpo_core.evaluation.decision import Evidence, decide, nothing_new
-from dpo_core.evaluation.model_under_test import Asked
+from dpo_core.evaluation.decision import Evidence, decide, refuse_same_weights
 from dpo_core.evaluation.policy_row import PolicyRow
+from dpo_core.evaluation.prompt import Prompt
 from dpo_core.methods.dpo import DpoConfig
 from dpo_core.methods.kto import KtoConfig
 from dpo_core.objectives import get
@@ -173,7 +173,7 @@ def test_the_champions_own_weights_are_nothing_new() -> None:
     rows = [PolicyRow.model_construct(name=name) for name in ("SFT", "DPO")]
     evaluation = Measured.model_construct(policies=rows)
     decision = decide_promotion(recipe, evaluation, [], [], {}, champion, "m version 1")
-    assert decision == nothing_new("m version 1", "m version 1")
+    assert decision == refuse_same_weights("m version 1", "m version 1")
     headline, kind, reasons = decided(decision)
     assert (headline, kind) == ("Nothing new: these are the champion's weights", "unclear")
     assert reasons == ["m version 1 has the weights of the champion, m version 1."]
@@ -283,7 +283,7 @@ def test_prompts_that_a_run_was_trained_on_are_pointed_out(
     assert tables == [table / "data.parquet"] * 2 + [None, None]
     training = known_texts(None, tables)
     chat = json.dumps([{"role": "user", "content": "Is the soup warm?"}])
-    prompts = [Asked("is the soup warm", False), Asked(chat, True), Asked("And the bread?", False)]
+    prompts = [Prompt("is the soup warm", False), Prompt(chat, True), Prompt("And the bread?", False)]
     warn_of_contamination(prompts, training)
     assert "2 of 3 prompts are in the models' training data" in caplog.text
     assert known_texts(None, [None]) is None

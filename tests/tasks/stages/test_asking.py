@@ -10,8 +10,8 @@ import pytest
 
 from dpo_core.checked_json import write_checked
 from dpo_core.data.tokens.config import TokenConfig
-from dpo_core.evaluation.asked import Asked
 from dpo_core.evaluation.model_under_test import Subject
+from dpo_core.evaluation.prompt import Prompt
 from dpo_core.generation.config import SamplingConfig, seed_for
 from dpo_core.jobs.files import InferenceConfig, ModelJob
 from tasks.stages.asking import CommandJobs, asked_model
@@ -21,7 +21,7 @@ from tasks.store.store import Store
 from tests.support.models.tiny import make_tiny_model
 from tests.support.runs.jobs import kept, kill_in_the_middle, on
 
-ASKED = [Asked(text, False) for text in ("The film was", "I ordered the soup", "After two weeks", "This is")]
+ASKED = [Prompt(text, False) for text in ("The film was", "I ordered the soup", "After two weeks", "This is")]
 SAMPLING = SamplingConfig(max_new_tokens=6, batch_size=1, precision="fp32")
 TOKENS = TokenConfig(max_length=64, max_prompt_length=32)
 

@@ -17,7 +17,7 @@ from dpo_core.evaluation.results import Outcome
 from dpo_core.evaluation.suites import gsm8k, truthfulqa
 from dpo_core.evaluation.suites import lm_eval_tasks as harness
 from dpo_core.evaluation.suites.registry import find
-from dpo_core.evaluation.suites.rows import some
+from dpo_core.evaluation.suites.rows import sample_rows
 from dpo_core.generation.config import SamplingConfig
 from dpo_core.ranks import Alone
 from tests.support.models.tiny import make_tiny_model
@@ -311,7 +311,7 @@ def test_an_answer_that_does_not_fit_is_refused_and_a_cut_prompt_counted(
     rows = find("gsm8k").read(gsm8k_files(shared, tmp_path, 2, 10))
     narrow = Subject(stories, "stories")  # a context of 512: five shots do not fit
     assert run("gsm8k", narrow, rows, config()).facts["prompts_cut_to_the_context"] == 2
-    with pytest.raises(StageFailed, match="answers of up to 512 tokens do not fit into a context of 512"):
+    with pytest.raises(StageFailed, match="answers of up to 512 tokens do not fit into the context of 512"):
         run("gsm8k", narrow, rows, config(sampling=SamplingConfig(max_new_tokens=512)))
     with pytest.raises(ModelError, match="no chat template"):
         run("gsm8k", narrow, rows, config(chat="always"))
@@ -332,12 +332,12 @@ def test_nothing_is_printed_and_every_answer_counts_in_the_progress(
 
 def test_a_limit_chooses_the_same_rows_for_every_model() -> None:
     rows = [{"id": str(i)} for i in range(50)]
-    chosen = [row["id"] for row in some(rows, 10, 3)]
-    assert chosen == [row["id"] for row in some(rows, 10, 3)]
+    chosen = [row["id"] for row in sample_rows(rows, 10, 3)]
+    assert chosen == [row["id"] for row in sample_rows(rows, 10, 3)]
     assert len(set(chosen)) == 10
     assert chosen == sorted(chosen, key=int)
-    assert chosen != [row["id"] for row in some(rows, 10, 4)]
-    assert some(rows, None, 0) == some(rows, 50, 0) == rows
+    assert chosen != [row["id"] for row in sample_rows(rows, 10, 4)]
+    assert sample_rows(rows, None, 0) == sample_rows(rows, 50, 0) == rows
 
 
 def test_without_lm_eval_the_message_says_how_to_get_it(

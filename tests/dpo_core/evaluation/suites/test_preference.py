@@ -16,7 +16,7 @@ from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.evaluation.results import Outcome, measured
 from dpo_core.evaluation.suites.preference import SUITES, Labelled
 from dpo_core.evaluation.suites.registry import find
-from dpo_core.evaluation.suites.rows import limited
+from dpo_core.evaluation.suites.rows import sample_prompts
 from dpo_core.models.load import load_model
 from dpo_core.statistics.estimates import Estimate
 from tests.support.models.logps import full_logps
@@ -132,11 +132,11 @@ def test_rows_that_cannot_be_used_are_counted(tiny: Path) -> None:
 
 def test_a_limit_takes_whole_prompts_and_the_same_each_time() -> None:
     items = [f"{prompt}{n}" for prompt in "abcdefgh" for n in range(3)]
-    kept = limited(items, lambda item: item[0], 10, 3)
-    assert kept == limited(items, lambda item: item[0], 10, 3)
+    kept = sample_prompts(items, lambda item: item[0], 10, 3)
+    assert kept == sample_prompts(items, lambda item: item[0], 10, 3)
     assert len(kept) == 9
     assert all(f"{item[0]}{n}" in kept for item in kept for n in range(3))
-    assert kept != limited(items, lambda item: item[0], 10, 4)
+    assert kept != sample_prompts(items, lambda item: item[0], 10, 4)
 
 
 @pytest.mark.parametrize(

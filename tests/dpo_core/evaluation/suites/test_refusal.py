@@ -13,7 +13,7 @@ from dpo_core.errors import DataError, ModelError, RecipeError, StageFailed
 from dpo_core.evaluation.config import SuiteConfig
 from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.evaluation.results import Outcome, measured
-from dpo_core.evaluation.safety_classifier import assert_not_trained_on, identity
+from dpo_core.evaluation.safety_classifier import identity, refuse_training_reward
 from dpo_core.evaluation.safety_models import load_classifier, safe_class
 from dpo_core.evaluation.suites.refusal import BETWEEN_ANSWERS, is_refusal
 from dpo_core.evaluation.suites.registry import find
@@ -340,7 +340,7 @@ def test_a_server_judges(served: str) -> None:
 def test_a_number_that_is_no_probability_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "score.py"
     path.write_text("def score(prompts, answers):\n    return [0.5, 3.0, 0.5]\n")
-    with pytest.raises(StageFailed, match="gave 3 for row 1, which is no probability"):
+    with pytest.raises(StageFailed, match="gave 3 for row 1, which is not a probability"):
         load_classifier(f"{path}:score").judge(PROMPTS, ANSWERS)
 
 
@@ -370,9 +370,11 @@ def test_a_classifier_that_the_model_was_trained_on_is_refused(refusing: str, tm
         ("http://host/v1", "http://host/v1/"),
     ]:
         with pytest.raises(RecipeError, match="is the reward that the model was trained on"):
-            assert_not_trained_on(classifier, ["sentiment", reward])
-    assert_not_trained_on(str(folder), ["sentiment", str(other), refusing, "gone.module:f", "http://host/v1"])
-    assert_not_trained_on("http://host/v1", ["http://host/v2"])
+            refuse_training_reward(classifier, ["sentiment", reward])
+    refuse_training_reward(
+        str(folder), ["sentiment", str(other), refusing, "gone.module:f", "http://host/v1"]
+    )
+    refuse_training_reward("http://host/v1", ["http://host/v2"])
 
 
 def test_a_label_of_xstest_must_be_known(tmp_path: Path) -> None:
