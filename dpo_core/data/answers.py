@@ -34,6 +34,6 @@ def measure_answers(frame: pd.DataFrame, tokenise: Any) -> Answers | None:
     rows = frame[frame["label"].astype(bool)] if "label" in frame else frame
     if rows.empty:
         return None
-    some = rows if len(rows) <= _MEASURED else rows.sample(_MEASURED, random_state=0)
-    tokens = [len(tokenise.completion(t, e)) for t, e in zip(some[text], some[ended], strict=True)]
-    return Answers(tokens, float(some[ended].mean()))
+    sample = rows if len(rows) <= _MEASURED else rows.sample(_MEASURED, random_state=0)
+    tokens = [len(tokenise.completion(t, e)) for t, e in zip(sample[text], sample[ended], strict=True)]
+    return Answers(tokens, float(sample[ended].mean()))

@@ -147,18 +147,18 @@ class Converter:
         columns = self.source.columns
         if not columns or unreadable(row):
             return row
-        named = set(columns.values())
-        renamed = {key: value for key, value in row.items() if key not in named and key not in columns}
+        used = set(columns.values())
+        renamed = {key: value for key, value in row.items() if key not in used and key not in columns}
         return renamed | {name: _at(row, column) for name, column in columns.items()}
 
     def _require_columns(self, rows: Sequence[Row]) -> None:
         """Refuse a name in `data.columns` that no row has; otherwise every row would be reported."""
         for name, column in (self.source.columns or {}).items():
             if all(_at(row, column) is None for row in rows):
-                seen = sorted({str(key) for row in rows[:SAMPLE_ROWS] for key in row})
+                names = sorted({str(key) for row in rows[:SAMPLE_ROWS] for key in row})
                 raise DataError(
                     f"data.columns: no row of {self.source.path} has a column {column} (for {name})",
-                    f"The columns are {', '.join(seen)}",
+                    f"The columns are {', '.join(names)}",
                 )
 
     def _parsed(self, row: Row) -> tuple[Row, list[str]]:

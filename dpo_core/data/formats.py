@@ -45,23 +45,23 @@ def recognise(rows: Sequence[Row]) -> tuple[str, str]:
     for row in sample:
         for key, value in row.items():
             fields.setdefault(str(key), set()).add("missing" if value is None else type_of(value))
-    seen = ", ".join(f"{key} ({' or '.join(sorted(types))})" for key, types in fields.items())
+    listed = ", ".join(f"{key} ({' or '.join(sorted(types))})" for key, types in fields.items())
     if fitting:
-        many = "; ".join(f"{name}: {ADAPTERS[name].looks}" for name in fitting)
+        candidates = "; ".join(f"{name}: {ADAPTERS[name].looks}" for name in fitting)
         raise DataError(
-            f"the rows fit several formats ({many}); the fields are {seen}",
+            f"the rows fit several formats ({candidates}); the fields are {listed}",
             f"Set data.format to one of: {', '.join(fitting)}",
         )
-    near = _nearest(sample, list(fields))
-    alone = any(isinstance(row.get(name), str | list) for row in sample for name in ("prompt", "text"))
-    every = "; ".join(
-        f"{name}: {ADAPTERS[name].looks}" for name in sorted(ADAPTERS, key=lambda n: n != near[0])
+    nearest = _nearest(sample, list(fields))
+    has_prompt = any(isinstance(row.get(name), str | list) for row in sample for name in ("prompt", "text"))
+    formats = "; ".join(
+        f"{name}: {ADAPTERS[name].looks}" for name in sorted(ADAPTERS, key=lambda n: n != nearest[0])
     )
     raise DataError(
-        f"the rows fit no known format{near[1]}; the fields are {seen}",
+        f"the rows fit no known format{nearest[1]}; the fields are {listed}",
         "Rename the fields, map them with data.columns={prompt: …, chosen: …, rejected: …}, or set "
-        f"data.format to one of these ({every})"
-        + ("; data.format=prompts reads only the prompts" if alone else ""),
+        f"data.format to one of these ({formats})"
+        + ("; data.format=prompts reads only the prompts" if has_prompt else ""),
     )
 
 

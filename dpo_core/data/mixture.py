@@ -64,11 +64,11 @@ def _weighted(parts: list[Loaded], sources: list[SourceConfig], names: list[str]
         return parts
     scale = min(len(part.frame) / weight for part, weight in zip(parts, weights, strict=True))
     # The set that decides the scale keeps all its rows, whatever the rounding.
-    wanted = [int(weight * scale + 1e-9) for weight in weights]
-    if 0 in wanted:
-        name = names[wanted.index(0)]
+    counts = [int(weight * scale + 1e-9) for weight in weights]
+    if 0 in counts:
+        name = names[counts.index(0)]
         raise DataError(
             f"data.mixture: with these weights no row of {name} would be used",
             "Raise its weight, or add rows to the other sets",
         )
-    return [limited(part, count, seed) for part, count in zip(parts, wanted, strict=True)]
+    return [limited(part, count, seed) for part, count in zip(parts, counts, strict=True)]

@@ -127,17 +127,17 @@ def to_frame(
 
 def _table(records: Sequence[Record], kind: Kind, rows: Sequence[int]) -> Any:
     schema = _SCHEMAS[kind]
-    kept, ids = [], []
+    checked, ids = [], []
     for record in records:
         try:
             ids.append(record_id(record))
-            kept.append(record)
+            checked.append(record)
         except UnicodeEncodeError:
-            kept.append(faulty(kind, "a text holds half of a surrogate pair (invalid Unicode)"))
-            ids.append(record_id(kept[-1]))
-    columns: list[Any] = list(zip(*kept, strict=True)) if kept else [()] * (len(schema.names) - 2)
-    named = dict(zip(_RECORDS[kind]._fields, columns, strict=True), id=ids, row=rows)
-    return pa.table([pa.array(named[name], schema.field(name).type) for name in schema.names], schema=schema)
+            checked.append(faulty(kind, "a text holds half of a surrogate pair (invalid Unicode)"))
+            ids.append(record_id(checked[-1]))
+    columns: list[Any] = list(zip(*checked, strict=True)) if checked else [()] * (len(schema.names) - 2)
+    values = dict(zip(_RECORDS[kind]._fields, columns, strict=True), id=ids, row=rows)
+    return pa.table([pa.array(values[name], schema.field(name).type) for name in schema.names], schema=schema)
 
 
 def _frame(tables: list[Any]) -> pd.DataFrame:

@@ -59,9 +59,9 @@ def by_source(frame: pd.DataFrame) -> dict[str, dict[str, int]]:
 def split_by_prompt(frame: pd.DataFrame, eval_fraction: float, seed: int) -> pd.DataFrame:
     """The frame with a column `split`: "train" or "eval", the same for all rows of a prompt.
 
-    A hash of the seed and the prompt decides, so that rows added later move no other prompt. (Only where
-    the hash would leave one side without any prompt, the nearest prompt is moved there.) Rows with a fault
-    have no prompt; they are called "train" and counted for nothing.
+    A hash of the seed and the prompt decides, so that rows added later move no other prompt. (Only if the
+    hash leaves one side without any prompt, the nearest prompt is moved there.) Rows with a fault have no
+    prompt; they are marked "train" and not counted.
 
     Args:
         frame: a canonical table with columns prompt, chat, fault.
@@ -76,7 +76,7 @@ def split_by_prompt(frame: pd.DataFrame, eval_fraction: float, seed: int) -> pd.
     if len(frame) and not sound.any():
         raise DataError(
             f"none of the {len(frame)} rows can be used; most often: {_most_frequent_fault(frame)}",
-            "Mend the rows, or set data.format if they were taken for the wrong format",
+            "Correct the rows, or set data.format if their format was not recognised correctly",
         )
     codes, distinct = pd.factorize(keys[sound])
     if len(distinct) < 2:
@@ -85,7 +85,7 @@ def split_by_prompt(frame: pd.DataFrame, eval_fraction: float, seed: int) -> pd.
         raise DataError(
             f"the data has {len(distinct)} distinct prompt(s) in {int(sound.sum())} usable rows{why}, "
             "and training and evaluation must not share one",
-            "Add rows with other prompts, or give evaluation data of its own with data.eval_path",
+            "Add rows with other prompts, or set data.eval_path to separate evaluation data",
         )
     places = np.array([_place(key, seed) for key in distinct])
     held_out = places < eval_fraction
@@ -103,17 +103,17 @@ def _most_frequent_fault(frame: pd.DataFrame) -> str:
 
 
 def with_eval_frame(train: pd.DataFrame, held_out: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
-    """Joins separate evaluation data as `split` "eval"; also returns the prompts that are on both sides.
+    """Join separate evaluation data as `split` "eval"; also return the prompts that are on both sides.
 
-    Nothing is removed: whether such a leak is tolerable is for the data gate to say.
+    Nothing is removed: the data gate decides whether such a leak is acceptable.
     """
     sides = [train.assign(split="train"), held_out.assign(split="eval")]
     joined = pd.concat(sides, ignore_index=True)
     joined["split"] = joined["split"].astype("string[pyarrow]")
     leaked: dict[str, str] = {}
-    seen = set(_keys(train)[(train["fault"] == "").to_numpy(dtype=bool)])
+    trained = set(_keys(train)[(train["fault"] == "").to_numpy(dtype=bool)])
     for prompt, key, fault in zip(held_out["prompt"], _keys(held_out), held_out["fault"], strict=True):
-        if not fault and key in seen:
+        if not fault and key in trained:
             leaked.setdefault(key, prompt)
     return joined, list(leaked.values())
 
@@ -124,6 +124,6 @@ def _keys(frame: pd.DataFrame) -> np.ndarray:
 
 
 def _place(key: str, seed: int) -> float:
-    """A number in [0, 1) that depends on nothing but the prompt and the seed."""
+    """A number in [0, 1) that depends only on the prompt and the seed."""
     digest = hashlib.blake2b(f"{seed}\n{key}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64

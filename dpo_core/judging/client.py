@@ -22,7 +22,7 @@ KEY = "DPO_JUDGE_KEY"
 """Default environment variable of the key."""
 _SHOWN = 240  # characters of an answer that an error quotes
 _ABOUT_THIS_QUESTION = (400, 413, 422)  # this question is too long or against the rules; others may pass
-_KEPT = "then run again: finished judgements are kept"
+_RESUME = "then run again: finished judgements are kept"
 # These loggers write the server's headers, which may repeat the key, at DEBUG level.
 _LOGGERS = (
     "openai._base_client",
@@ -156,8 +156,7 @@ class Judge:
 
         Raises:
             StageFailed: there is no answer after all attempts, the server rejects all questions, or its
-            answer
-                contains no reply.
+                answer contains no reply.
         """
         content, failure = self._send(messages)
         # Raise here, outside the except blocks: a chained error of the package might log the key.
@@ -181,13 +180,13 @@ class Judge:
         except APITimeoutError:
             return b"", self._failed(
                 f"did not answer within {endpoint.timeout:g} s, tried {attempts}",
-                f"Raise the endpoint's timeout or lower its concurrency, {_KEPT}",
+                f"Raise the endpoint's timeout or lower its concurrency, {_RESUME}",
             )
         except APIConnectionError as error:
-            why = error.__cause__ or error
+            cause = error.__cause__ or error
             return b"", self._failed(
-                f"could not be reached, tried {attempts} ({type(why).__name__}: {self._clean(str(why))})",
-                f"Check that a server runs at that address, {_KEPT}",
+                f"could not be reached, tried {attempts} ({type(cause).__name__}: {self._clean(str(cause))})",
+                f"Check that a server runs at that address, {_RESUME}",
             )
         except APIStatusError as error:
             return b"", self._refused(error.status_code, error.response.headers, error.response.text)
@@ -198,7 +197,7 @@ class Judge:
             return Reply(text="", refused=problem)
         if status in (401, 403):
             have = "a valid key" if self._filter.key else "the required key"
-            remedy = f"Put {have} into the environment variable {self.endpoint.key_env}, {_KEPT}"
+            remedy = f"Put {have} into the environment variable {self.endpoint.key_env}, {_RESUME}"
         elif status == 404:
             remedy = (
                 f"Check that it serves a model named '{self.endpoint.model}', and that base_url ends as in "
@@ -207,15 +206,15 @@ class Judge:
         elif status == 429:
             wait = self._clean(headers.get("retry-after", ""))
             problem += f", retry after {wait} s" if wait else f", tried {self.endpoint.retries + 1} times"
-            remedy = f"Lower the endpoint's concurrency, raise its retries or its quota, {_KEPT}"
+            remedy = f"Lower the endpoint's concurrency, raise its retries or its quota, {_RESUME}"
         elif 300 <= status < 400:
             target = self._clean(headers.get("location", "it does not say"))
             remedy = f"Set base_url to the redirect's target: {target}"
         elif status >= 500 or status in (408, 409):
             problem += f", tried {self.endpoint.retries + 1} times"
-            remedy = f"See the server's log, {_KEPT}"
+            remedy = f"See the server's log, {_RESUME}"
         else:
-            remedy = f"See the endpoint's documentation, {_KEPT}"
+            remedy = f"See the endpoint's documentation, {_RESUME}"
         return self._failed(problem, remedy)
 
     def _reply(self, content: bytes) -> Reply:
@@ -228,7 +227,7 @@ class Judge:
         if answer is None:
             raise self._failed(
                 f"answered without a reply{self._quoted(text)}",
-                "Check that base_url is an OpenAI-compatible endpoint for chat completions, " + _KEPT,
+                "Check that base_url is an OpenAI-compatible endpoint for chat completions, " + _RESUME,
             )
         usage = answer.usage or _Usage()
         return Reply(
@@ -237,8 +236,8 @@ class Judge:
             tokens_out=usage.completion_tokens,
         )
 
-    def _failed(self, what: str, remedy: str) -> StageFailed:
-        return StageFailed(f"the judge at {self.endpoint.base_url} {what}", remedy)
+    def _failed(self, problem: str, remedy: str) -> StageFailed:
+        return StageFailed(f"the judge at {self.endpoint.base_url} {problem}", remedy)
 
     def _clean(self, text: str) -> str:
         return self._filter.clean(text)

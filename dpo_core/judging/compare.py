@@ -1,4 +1,4 @@
-"""The win rate of one set of answers over another, whichever the judge."""
+"""Compares the answers of two models with any kind of judge."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ def compare_answers(
     """Judge answers of two models to the same prompts.
 
     Args:
-        rewards: of the first model's answers, then of the second's; needed where a reward model judges.
+        rewards: of the first model's answers, then of the second's; required if the judge is a reward model.
         cache: the folder of a language model's earlier replies.
 
     Raises:
@@ -31,8 +31,7 @@ def compare_answers(
     if config.kind == "llm":
         judgements = judge_answers(config, prompts, a, b, cache=cache, progress=progress)
     else:
-        both = rewards
-        if both is None:
-            both = load_reward(config.source)([*prompts, *prompts], [*a, *b])
-        judgements = judge_by_scores(both[: len(prompts)], both[len(prompts) :])
+        if rewards is None:
+            rewards = load_reward(config.source)([*prompts, *prompts], [*a, *b])
+        judgements = judge_by_scores(rewards[: len(prompts)], rewards[len(prompts) :])
     return win_rate(judgements, pairs, judge=config.name, seed=seed)

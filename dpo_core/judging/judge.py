@@ -1,7 +1,7 @@
-"""Two sets of answers to the same prompts before a judge, and the win rate that follows.
+"""Judges two sets of answers to the same prompts, and computes the win rate.
 
-A language model is asked twice, each answer shown first once, because judges favour a place: on GPT-4's
-verdicts of MT-bench one in eight changes with the order. Verdicts that contradict each other are a tie.
+A language model is asked twice, with each answer shown first once, because judges have a position bias: of
+GPT-4's verdicts on MT-bench one in eight changes with the order. Contradicting verdicts are a tie.
 """
 
 import hashlib
@@ -31,32 +31,32 @@ _SHOWN = 160  # characters of a reply that an error quotes
 
 
 class Judgement(Config):
-    """One comparison."""
+    """The judgement of one comparison."""
 
     score: float | None
-    """1 a wins, 0 b wins, 0.5 a tie; None where a verdict could not be used."""
+    """1 if a wins, 0 if b wins, 0.5 for a tie; None if a verdict is not usable."""
     verdicts: list[Side | None] = Field(default_factory=list)
-    """Of a language model, the side that it chose in each order asked, the one that shows `a` first leading;
-    empty where it was not asked: the answers are the same text."""
+    """The side that a language model chose in each order, the order with `a` first leading; empty if it was
+    not asked, because the answers are the same text."""
     replies: list[str] = Field(default_factory=list)
-    """What it wrote, or why the server refused."""
+    """Its replies, or the server's reasons for refusing."""
     requests: int = 0
-    """Replies that were fetched for this comparison."""
+    """Number of replies that were requested for this comparison."""
     cached: int = 0
-    """Replies that were there already."""
+    """Number of replies from the cache."""
     cost: float | None = None
-    """Of what was fetched; None without prices or token counts."""
+    """Cost of the requests; None without prices or token counts."""
 
     @property
     def consistent(self) -> bool | None:
-        """Whether both orders gave the same side; None where one was not asked or cannot be used."""
+        """Whether both orders gave the same side; None if one was not asked or is not usable."""
         if len(self.verdicts) < 2 or None in self.verdicts:
             return None
         return self.verdicts[0] == self.verdicts[1]
 
 
 def judge_by_scores(scores_a: ArrayLike, scores_b: ArrayLike) -> list[Judgement]:
-    """The comparisons by known scores, larger better, equal a tie.
+    """Judge by known scores: the larger one wins, equal ones are a tie.
 
     Raises:
         StageFailed: a score is not finite.
@@ -87,11 +87,11 @@ def judge_answers(
 
     Args:
         prompts: text, or the JSON of a conversation's messages.
-        cache: the folder of earlier replies; each new one is kept there as it comes, whatever follows.
-        progress: told how many of how many questions are answered.
+        cache: the folder of earlier replies; each new reply is stored there at once.
+        progress: called with the numbers of answered and of all questions.
 
     Raises:
-        StageFailed: the endpoint fails, or too many verdicts cannot be used.
+        StageFailed: the endpoint fails, or too many verdicts are not usable.
         RecipeError: no endpoint is configured, or its key is not set.
         ValueError: the numbers of prompts and answers differ.
     """
@@ -101,31 +101,31 @@ def judge_answers(
     comparisons: list[list[tuple[Side, str]]] = []
     questions: dict[str, list[Message]] = {}
     for prompt, a, b in zip(prompts, answers_a, answers_b, strict=True):
-        asked = []
+        orders = []
         for first in _orders(config, prompt, a, b):
             messages = template.messages(prompt, *((a, b) if first == "a" else (b, a)))
             key = _key(config.endpoint, template, messages)
             questions[key] = messages
-            asked.append((first, key))
-        comparisons.append(asked)
-    found, fetched = _ask(config, questions, sum(map(bool, comparisons)), ReplyCache(cache), progress)
-    _check(config, comparisons, found)
+            orders.append((first, key))
+        comparisons.append(orders)
+    replies, fetched = _fetch(config, questions, sum(map(bool, comparisons)), ReplyCache(cache), progress)
+    _check(config, comparisons, replies)
     judgements = []
-    for asked in comparisons:
-        judgements.append(_judgement(config.endpoint, asked, found, fetched))
-        fetched -= {key for _, key in asked}  # a question that several comparisons share was paid once
+    for orders in comparisons:
+        judgements.append(_judgement(config.endpoint, orders, replies, fetched))
+        fetched -= {key for _, key in orders}  # count the cost of a question of several comparisons once
     return judgements
 
 
 def _orders(config: JudgeConfig, prompt: str, a: str, b: str) -> list[Side]:
-    """Which answer is shown first, order by order; nothing to ask where both are one text: that is a tie."""
+    """The answer shown first, for each order; no order for equal texts, which are a tie."""
     if a.strip() == b.strip():
         return []
     if config.both_orders:
         return ["a", "b"]
-    # Neither which side it is nor where the row stands takes part: exchanged models are asked the same.
-    drawn = hashlib.sha256("\0".join([prompt, *sorted((a, b))]).encode(errors="replace")).digest()[0] % 2
-    return ["a" if (a < b) == bool(drawn) else "b"]
+    # Independent of side and row number: exchanging the models gives the same questions.
+    bit = hashlib.sha256("\0".join([prompt, *sorted((a, b))]).encode(errors="replace")).digest()[0] % 2
+    return ["a" if (a < b) == bool(bit) else "b"]
 
 
 def _key(endpoint: Endpoint, template: Template, messages: list[Message]) -> str:
@@ -140,59 +140,59 @@ def _key(endpoint: Endpoint, template: Template, messages: list[Message]) -> str
     )
 
 
-def _ask(
+def _fetch(
     config: JudgeConfig,
     questions: dict[str, list[Message]],
     comparisons: int,
     cache: ReplyCache,
     progress: Callable[[int, int], None],
 ) -> tuple[dict[str, Reply], set[str]]:
-    """The reply to every question, and which of them were fetched now."""
+    """The reply to every question, and the keys of those that were not in the cache."""
     assert config.endpoint is not None
-    found = {key: reply for key in questions if (reply := cache.get(key))}
-    missing = [key for key in questions if key not in found]
-    progress(len(found), len(questions))
+    replies = {key: reply for key in questions if (reply := cache.get(key))}
+    missing = [key for key in questions if key not in replies]
+    progress(len(replies), len(questions))
     if not missing:
-        return found, set()
+        return replies, set()
     orders = 2 if config.both_orders else 1
-    unusable = [reply for reply in found.values() if verdict(reply.text) is None]
+    unusable = [reply for reply in replies.values() if verdict(reply.text) is None]
     with Judge(config.endpoint) as judge, ThreadPoolExecutor(config.endpoint.concurrency) as pool:
 
         def fetch(key: str) -> Reply:
             reply = judge.ask(questions[key])
-            if reply.text.strip():  # silence may pass, and costs little to meet again
+            if reply.text.strip():  # an empty reply may be transient, and costs little to repeat
                 cache.put(key, reply)
             return reply
 
         futures = {pool.submit(fetch, key): key for key in missing}
         try:
             for future in as_completed(futures):
-                reply = found[futures[future]] = future.result()
-                progress(len(found), len(questions))
+                reply = replies[futures[future]] = future.result()
+                progress(len(replies), len(questions))
                 if verdict(reply.text) is None:
                     unusable.append(reply)
-                    # Each spoils half a comparison or more: what comes cannot mend it and would be paid.
+                    # Stop paying: further replies cannot make up for the unusable ones.
                     if len(unusable) > config.unusable * comparisons * orders:
                         raise _broken(config, math.ceil(len(unusable) / orders), comparisons, reply)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return found, set(missing)
+    return replies, set(missing)
 
 
 def _judgement(
-    endpoint: Endpoint, asked: list[tuple[Side, str]], found: dict[str, Reply], fetched: set[str]
+    endpoint: Endpoint, orders: list[tuple[Side, str]], replies: dict[str, Reply], fetched: set[str]
 ) -> Judgement:
-    replies = [found[key] for _, key in asked]
-    verdicts = [_side(first, reply) for (first, _), reply in zip(asked, replies, strict=True)]
-    costs = [endpoint.cost(found[key]) for _, key in asked if key in fetched]
+    own = [replies[key] for _, key in orders]
+    verdicts = [_side(first, reply) for (first, _), reply in zip(orders, own, strict=True)]
+    costs = [endpoint.cost(replies[key]) for _, key in orders if key in fetched]
     return Judgement(
-        # Nobody asked, or contradicting verdicts: 1/2. One side throughout: its win.
+        # 1/2 if not asked or if the verdicts contradict each other, else the side that won.
         score=None if None in verdicts else float(np.mean([v == "a" for v in verdicts])) if verdicts else 0.5,
         verdicts=verdicts,
-        replies=[reply.refused or reply.text for reply in replies],
+        replies=[reply.refused or reply.text for reply in own],
         requests=len(costs),
-        cached=len(asked) - len(costs),
+        cached=len(orders) - len(costs),
         cost=sum(c for c in costs if c is not None) if None not in costs and endpoint.priced else None,
     )
 
@@ -205,27 +205,27 @@ def _side(first: Side, reply: Reply) -> Side | None:
     return first if letter == "A" else second
 
 
-def _check(config: JudgeConfig, comparisons: list[list[tuple[Side, str]]], found: dict[str, Reply]) -> None:
-    asked = [[found[key] for _, key in one] for one in comparisons if one]
-    bad = [reply for one in asked if (reply := next((r for r in one if verdict(r.text) is None), None))]
-    if len(bad) > config.unusable * len(asked):
-        raise _broken(config, len(bad), len(asked), bad[0])
+def _check(config: JudgeConfig, comparisons: list[list[tuple[Side, str]]], replies: dict[str, Reply]) -> None:
+    judged = [[replies[key] for _, key in orders] for orders in comparisons if orders]
+    bad = [reply for own in judged if (reply := next((r for r in own if verdict(r.text) is None), None))]
+    if len(bad) > config.unusable * len(judged):
+        raise _broken(config, len(bad), len(judged), bad[0])
 
 
-def _broken(config: JudgeConfig, bad: int, asked: int, example: Reply) -> StageFailed:
-    said = " ".join(example.text.split())
-    shown = f"answered {said[:_SHOWN]!r}{'…' if len(said) > _SHOWN else ''}" if said else "answered nothing"
+def _broken(config: JudgeConfig, bad: int, judged: int, example: Reply) -> StageFailed:
+    text = " ".join(example.text.split())
+    shown = f"answered {text[:_SHOWN]!r}{'…' if len(text) > _SHOWN else ''}" if text else "answered nothing"
     return StageFailed(
-        f"the judge {config.name} gave no usable verdict in at least {bad} of {asked} comparisons "
+        f"the judge {config.name} gave no usable verdict in at least {bad} of {judged} comparisons "
         f"({config.unusable:.0%} are allowed); once it {example.refused or shown}",
-        "Take a judge that keeps to the form it is asked for, raise the endpoint's max_tokens where replies "
-        "end early, or allow more with the judge's `unusable`",
+        "Use a judge that follows the required form of replies, raise the endpoint's max_tokens if replies "
+        "are cut, or raise the judge's `unusable`",
     )
 
 
 @dataclass(frozen=True)
 class AnswerPairs:
-    """The answers of two models to the same prompts, side by side."""
+    """The answers of two models to the same prompts."""
 
     a: str
     """Name of the first model."""
@@ -237,41 +237,41 @@ class AnswerPairs:
     chat: Sequence[bool] | None = None
     """Which prompts are conversations; only a reward model needs it."""
     clusters: Sequence[Hashable] | None = None
-    """What is resampled together: the prompt of each comparison; None: the prompts' texts."""
+    """Units of resampling: the prompt of each comparison. None: the prompts' texts."""
 
 
 def win_rate(judgements: Sequence[Judgement], pairs: AnswerPairs, *, judge: str, seed: int = 0) -> WinRate:
-    """What the judgements come to; those without a score are counted and left out.
+    """The win rate of judgements; those without a score are counted and left out.
 
     Raises:
         StageFailed: no comparison was judged, or those of a single prompt contradict each other.
     """
     names = list(pairs.prompts if pairs.clusters is None else pairs.clusters)
-    kept = [i for i, one in enumerate(judgements) if one.score is not None]
-    if not kept:
+    scored = [i for i, j in enumerate(judgements) if j.score is not None]
+    if not scored:
         raise StageFailed(
             f"none of {len(judgements)} comparisons was judged", "Compare on at least one prompt"
         )
-    scores = np.asarray([judgements[i].score for i in kept], np.float64)
-    kept_names = [names[i] for i in kept]
+    scores = np.asarray([judgements[i].score for i in scored], np.float64)
+    clusters = [names[i] for i in scored]
     long_a = np.asarray([len(text) for text in pairs.answers_a], np.float64)
     long_b = np.asarray([len(text) for text in pairs.answers_b], np.float64)
-    orders = [one.consistent for one in judgements if one.consistent is not None]
-    costs = [one.cost for one in judgements if one.verdicts]
+    consistent = [j.consistent for j in judgements if j.consistent is not None]
+    costs = [j.cost for j in judgements if j.verdicts]
     return WinRate(
         a=pairs.a,
         b=pairs.b,
         judge=judge,
-        rate=stats.share(scores, kept_names),
+        rate=stats.share(scores, clusters),
         wins=int((scores == 1).sum()),
         ties=int((scores == 0.5).sum()),
         losses=int((scores == 0).sum()),
-        unjudged=len(judgements) - len(kept),
-        position_consistency=float(np.mean(orders)) if orders else None,
-        length_controlled=length_controlled(scores, long_a[kept], long_b[kept], kept_names, seed=seed),
+        unjudged=len(judgements) - len(scored),
+        position_consistency=float(np.mean(consistent)) if consistent else None,
+        length_controlled=length_controlled(scores, long_a[scored], long_b[scored], clusters, seed=seed),
         length_a=float(long_a.mean()),
         length_b=float(long_b.mean()),
         cost=sum(c for c in costs if c is not None) if costs and None not in costs else None,
-        requests=sum(one.requests for one in judgements),
-        cached=sum(one.cached for one in judgements),
+        requests=sum(j.requests for j in judgements),
+        cached=sum(j.cached for j in judgements),
     )

@@ -157,17 +157,17 @@ def reward_identity(spec: str | None) -> str | None:
 
 
 def check_reward(spec: str) -> None:
-    """Load a reward and ask it for two scores, one of the empty completion, before anything is trained.
+    """Load a reward and score two completions with it, one of them empty, before anything is trained.
 
     Raises:
-        RecipeError: it cannot be loaded, or its answers cannot be used.
+        RecipeError: it cannot be loaded, or its scores are not usable.
     """
-    # A server that is not there is said within seconds; in a run it has longer to come back.
+    # Report an unreachable server within seconds; in a run it has more time to recover.
     reward = CheckedReward(HttpReward(spec, attempts=2), spec) if is_url(spec) else load_reward(spec)
     try:
         reward(["The film was", "The film was"], [" long and good.", ""])
     except StageFailed as error:
-        raise RecipeError(f"a first trial of reward.source: {error.problem}", error.remedy) from error
+        raise RecipeError(f"the check of reward.source failed: {error.problem}", error.remedy) from error
 
 
 def _load_module(name: str, spec: str) -> ModuleType:
@@ -179,7 +179,7 @@ def _load_module(name: str, spec: str) -> ModuleType:
 
 def _load_file(path: Path, spec: str) -> ModuleType:
     if not path.is_file():
-        raise RecipeError(f"the reward '{spec}' is not there: no file '{path}'", _FORMS)
+        raise RecipeError(f"the reward '{spec}' does not exist: there is no file '{path}'", _FORMS)
     # A name per path: two files called reward.py must not replace each other.
     name = f"dpo_reward_{sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
     location = importlib.util.spec_from_file_location(name, path)

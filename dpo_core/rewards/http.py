@@ -69,10 +69,10 @@ class HttpReward:
         rewards: list[Any] = []
         for start in range(0, len(completions), self.batch_size):
             part = slice(start, start + self.batch_size)
-            rewards += self._ask(prompts[part], completions[part])
+            rewards += self._request(prompts[part], completions[part])
         return rewards
 
-    def _ask(self, prompts: list[str], completions: list[str]) -> list[Any]:
+    def _request(self, prompts: list[str], completions: list[str]) -> list[Any]:
         body = json.dumps({"prompts": prompts, "completions": completions}).encode()
         for attempt in range(1, self.attempts + 1):
             try:
@@ -121,7 +121,7 @@ class HttpReward:
             remedy = "Check the address in reward.source and the server's documentation"
         return StageFailed(f"the reward at {self.name} {problem}{_quoted(_read(error))}", remedy)
 
-    def _rewards(self, content: bytes, wanted: int) -> list[Any]:
+    def _rewards(self, content: bytes, expected: int) -> list[Any]:
         try:
             answer = json.loads(content)
         except ValueError:
@@ -133,9 +133,9 @@ class HttpReward:
                 'Make the server answer {"rewards": [numbers]}, one number for each completion',
             )
         # Check each request: one short and one long answer must not shift the rewards between rows.
-        if len(rewards) != wanted:
+        if len(rewards) != expected:
             raise StageFailed(
-                f"the reward at {self.name} answered {len(rewards)} rewards for {wanted} completions",
+                f"the reward at {self.name} answered {len(rewards)} rewards for {expected} completions",
                 "Make the server answer exactly one number for each completion, in order",
             )
         return rewards

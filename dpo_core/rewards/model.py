@@ -1,4 +1,4 @@
-"""Scoring with a reward model, and the reward of completions whether a model or a function gives it."""
+"""Computes rewards of completions with a reward model or a reward function."""
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -27,7 +27,7 @@ Scorer = Callable[[Seq[Sequence], Seq[str]], list[float]]
 
 
 def reward_of(model: RewardModel, sequences: Seq[Sequence], precision: str) -> Tensor:
-    """Rewards (B,) of sequences in one forward pass, read at each one's last token."""
+    """Rewards (B,) of sequences in one forward pass, read at the last token of each."""
     device = next(model.parameters()).device
     ids_BT, attention_BT = right_padded([s.prompt + s.completion for s in sequences])
     last_B = torch.tensor([len(s) - 1 for s in sequences], device=device)
@@ -46,7 +46,7 @@ def score(
     """Rewards of any number of sequences, in order, batched by length.
 
     Args:
-        ranks: share the batches, all called with the same sequences; empty: this process computes all.
+        ranks: share the batches; all are called with the same sequences. None: this process computes all.
     """
     model.eval()
     groups = length_batches([len(s) for s in sequences], token_budget)
@@ -57,12 +57,12 @@ def score(
 
     values = (ranks or Alone()).map("rewards", groups, compute)
     order = [index for group in groups for index in group]
-    rewards = dict(zip(order, (value for some in values for value in some), strict=True))
+    rewards = dict(zip(order, (value for part in values for value in part), strict=True))
     return [rewards[index] for index in range(len(sequences))]
 
 
 def read_sizes(sequences: Seq[Sequence]) -> cost.Sizes:
-    """What `reward_of` computes, from lengths alone; the head reads one position of each."""
+    """Sizes of a pass of `reward_of`; the head reads one position of each sequence."""
     return cost.padded_sizes([len(s) for s in sequences], len(sequences))
 
 
@@ -79,8 +79,8 @@ def normalise_on(
 
     Returns the accuracy on these pairs, which normalising does not change.
     """
-    some = list(pairs)[:most]
-    raw = torch.tensor(score(model, [s for p in some for s in (p.chosen, p.rejected)], precision))
+    sample = list(pairs)[:most]
+    raw = torch.tensor(score(model, [s for p in sample for s in (p.chosen, p.rejected)], precision))
     model.normalise(raw)
     return {"accuracy": float((raw[0::2] > raw[1::2]).float().mean())}
 
@@ -105,10 +105,10 @@ def scorer(
         return lambda sequences, prompts: score(model, sequences, precision, ranks=ranks)
     reward = load_reward(source)
 
-    known = tokenise if isinstance(tokenise, Tokenise) else Tokenise(tokenise, TokenConfig())
+    tokeniser = tokenise if isinstance(tokenise, Tokenise) else Tokenise(tokenise, TokenConfig())
 
     def by_text(sequences: Seq[Sequence], prompts: Seq[str]) -> list[float]:
-        texts = [known.text(s.completion, s.prompt) for s in sequences]
+        texts = [tokeniser.text(s.completion, s.prompt) for s in sequences]
         rewards: list[float]
         (rewards,) = (ranks or Alone()).map("rewards", [len(texts)], lambda _: reward(list(prompts), texts))
         return rewards
@@ -117,7 +117,7 @@ def scorer(
 
 
 def scoring_flops_of(source: str) -> Callable[[Seq[Sequence]], float]:
-    """Operations of scoring sequences; those of a reward that is no model of ours are unknown and count 0."""
+    """Operations of scoring sequences; 0 if the reward is not a reward model of this package."""
     if not is_reward_model(source):
         return lambda sequences: 0.0
     shape = shape_of_config(config_in(Path(source, "backbone"))).as_reward_model()

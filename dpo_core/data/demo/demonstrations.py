@@ -306,8 +306,8 @@ def demonstrations_with_sentiment(n: int, seed: int) -> list[tuple[str, str, str
     pool = openings_for(demonstrations=True)
     made: dict[tuple[str, str], str] = {}
     while len(made) < n:
-        wanted = min(n - len(made), len(pool))
-        for opening in drawn(pool, wanted, int(rng.integers(2**32))):
+        count = min(n - len(made), len(pool))
+        for opening in drawn(pool, count, int(rng.integers(2**32))):
             sentiment = SENTIMENTS[len(made) % 3]
             made.setdefault((opening.text, continuation(opening, sentiment, rng)), sentiment)
     listed = [(opening, text, sentiment) for (opening, text), sentiment in made.items()]

@@ -118,15 +118,15 @@ VERB_NEXT_ENDINGS = (
 @cache
 def all_openings() -> tuple[Opening, ...]:
     """Every opening that the grammar gives, without repeats, in a fixed order."""
-    found: dict[str, Opening] = {}
+    openings: dict[str, Opening] = {}
     for kind, nouns in NOUNS.items():
         singular, _, several = nouns.partition("|")
         for plural, listed in ((False, singular), (True, several)):
             for noun in filter(None, (noun.strip() for noun in listed.split(","))):
                 for text in _texts(kind, noun, plural):
                     subject_next = text.endswith((",", " and")) and not text.endswith(VERB_NEXT_ENDINGS)
-                    found.setdefault(text, Opening(text, kind, plural, subject_next))
-    return tuple(found.values())
+                    openings.setdefault(text, Opening(text, kind, plural, subject_next))
+    return tuple(openings.values())
 
 
 def _texts(kind: str, noun: str, plural: bool) -> Iterator[str]:

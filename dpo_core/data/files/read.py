@@ -79,8 +79,8 @@ def _chunks(path: str, split: str | None, evaluation: bool, remarks: list[str]) 
         files = _local_files(path)
         folder = Path(path).expanduser()
         if files and folder.is_dir():
-            files, left = files_of_split(files, folder, split, evaluation=evaluation)
-            remarks += [left] if left else []
+            files, skipped = files_of_split(files, folder, split, evaluation=evaluation)
+            remarks += [skipped] if skipped else []
         for file in files or ():
             yield from _file_chunks(file)
     if files is None:
@@ -129,7 +129,7 @@ def _files_of(folder: Path) -> list[Path]:
     has = f"it holds {', '.join(inside[:8])}{' ...' if len(inside) > 8 else ''}" if inside else "it is empty"
     raise DataError(
         f"the folder {folder} has no data file directly in it; {has}",
-        f"Point data.path at a file, or at a folder with files that end in {_known()}",
+        f"Point data.path at a file, or at a folder with files that end in {_endings()}",
     )
 
 
@@ -142,7 +142,7 @@ def _check_file(path: Path) -> Callable[[Path], "Parsed"]:
     if parse is None:
         raise DataError(
             f"{path} has an unknown ending",
-            f"Convert or rename the file to one of {_known()}, each optionally with .gz or .zst",
+            f"Convert or rename the file to one of {_endings()}, each optionally with .gz or .zst",
         )
     if not path.is_file():
         raise DataError(f"{path} is neither a file nor a folder", "Set data.path to a regular file")
@@ -189,16 +189,16 @@ def _require_hub_name(name: str) -> None:
         )
 
 
-def _hub_chunks(name: str, wanted: str | None, remarks: list[str]) -> Iterator[list[Row]]:
+def _hub_chunks(name: str, requested: str | None, remarks: list[str]) -> Iterator[list[Row]]:
     _require_hub_name(name)
-    split = wanted or "train"
+    split = requested or "train"
     try:
         import datasets
 
         try:
             data = datasets.load_dataset(name, split=split)
         except ValueError as error:
-            if wanted or "split" not in str(error):
+            if requested or "split" not in str(error):
                 raise
             splits = datasets.get_dataset_split_names(name)
             split = choose_split(splits, None)
@@ -368,7 +368,7 @@ def _parser(path: Path) -> Callable[[Path], Parsed] | None:
     return PARSERS.get(Path(name).suffix)
 
 
-def _known() -> str:
+def _endings() -> str:
     return ", ".join(PARSERS)
 
 

@@ -34,16 +34,16 @@ def choose_split(names: Sequence[str], split: str | None, *, evaluation: bool = 
     Raises:
         DataError: none or several splits match.
     """
-    wanted = [split] if split else list(_TEST if evaluation else _TRAIN)
-    for word in wanted:
+    candidates = [split] if split else list(_TEST if evaluation else _TRAIN)
+    for word in candidates:
         if word in names:
             return word
-        kin = [name for name in names if name.startswith((f"{word}_", f"{word}-", f"{word}."))]
-        kin = [name for name in kin if name.endswith(_PREFERENCES)] or kin
-        if len(kin) == 1:
-            return kin[0]
-        if kin:
-            names = kin
+        matches = [name for name in names if name.startswith((f"{word}_", f"{word}-", f"{word}."))]
+        matches = [name for name in matches if name.endswith(_PREFERENCES)] or matches
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            names = matches
             break
     which = "data.eval_split" if evaluation else "data.split"
     problem = f"there is no split {split}" if split else "no split is set"
@@ -73,8 +73,8 @@ def files_of_split(
         chosen = choose_split(named, split, evaluation=evaluation)
     except DataError as error:
         raise DataError(f"{folder}: {error.problem}", error.remedy) from error
-    kept = [file for file, label in labels.items() if label == chosen]
-    left = list(dict.fromkeys(label or file.name for file, label in labels.items() if label != chosen))
+    selected = [file for file, label in labels.items() if label == chosen]
+    skipped = list(dict.fromkeys(label or file.name for file, label in labels.items() if label != chosen))
     which = "data.eval_split" if evaluation else "data.split"
-    read = f"the split {chosen} was read ({len(kept)} files)"
-    return kept, f"{read}; not read: {', '.join(left)} (set {which} to change it)" if left else ""
+    read = f"the split {chosen} was read ({len(selected)} files)"
+    return selected, f"{read}; not read: {', '.join(skipped)} (set {which} to change it)" if skipped else ""

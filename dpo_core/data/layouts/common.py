@@ -91,25 +91,25 @@ def _margin(row: Row) -> float | None:
 
 
 def _prompt_pair(row: Row) -> Pair:
-    name, given = _given_prompt(row)
+    name, value = _prompt_column(row)
     chosen, rejected, tools = row.get("chosen"), row.get("rejected"), read_tools(row)
     if not isinstance(chosen, list | dict) and not isinstance(rejected, list | dict):
         chosen, rejected = text(row, "chosen"), text(row, "rejected")
-        if not isinstance(given, list | dict):
-            given = _with_steps(row, text({"prompt": given}, "prompt"))
-            if HUMAN in given and chosen.startswith(given) and rejected.startswith(given):
+        if not isinstance(value, list | dict):
+            value = _with_steps(row, text({"prompt": value}, "prompt"))
+            if HUMAN in value and chosen.startswith(value) and rejected.startswith(value):
                 # Transcripts that repeat their prompt: the answer follows it.
-                chosen, rejected = chosen[len(given) :], rejected[len(given) :]
-        prompt, chat = read_prompt(row, given, name, tools)
+                chosen, rejected = chosen[len(value) :], rejected[len(value) :]
+        prompt, chat = read_prompt(row, value, name, tools)
         return Pair(prompt, chat, chosen, rejected, tools=tools)
     better, worse = read_messages(row, chosen, "chosen"), read_messages(row, rejected, "rejected")
-    turns = None if given is None or isinstance(given, str) else read_messages(row, given, name)
+    turns = None if value is None or isinstance(value, str) else read_messages(row, value, name)
     at = _start_of_answers(better, worse, turns)
     before = better[:at]
-    if isinstance(given, str):
-        if before and not any(m["role"] == "user" and m["content"].strip() == given.strip() for m in before):
+    if isinstance(value, str):
+        if before and not any(m["role"] == "user" and m["content"].strip() == value.strip() for m in before):
             raise Fault("prompt is not among the turns before the answers")
-        before = before or [{"role": "user", "content": given}]
+        before = before or [{"role": "user", "content": value}]
     elif turns is not None:
         if before and before != turns:
             raise Fault("the turns before the answers are not those of prompt")
@@ -135,7 +135,7 @@ def _start_of_answers(better: list[Any], worse: list[Any], prompt: list[Any] | N
     return common_turns(better, worse)
 
 
-def _given_prompt(row: Row) -> tuple[str, Any]:
+def _prompt_column(row: Row) -> tuple[str, Any]:
     """Column name and value of the prompt: prompt, instruction (+ input), question, or input."""
     if row.get("prompt") is not None:
         return "prompt", row["prompt"]
@@ -198,7 +198,7 @@ def kto(row: Row) -> Unpaired:
             raise Fault("the prompt has no turn of a user")
         prompt: Any = before
     else:
-        name, prompt = _given_prompt(row)
+        name, prompt = _prompt_column(row)
         if not isinstance(prompt, list | dict):
             prompt = text({"prompt": prompt}, "prompt")
         value = row.get("completion")
@@ -236,15 +236,15 @@ def is_prompt_pairs(row: Row) -> bool:
         return False
     if is_hh(row):
         return False
-    return _given_prompt(row)[1] is not None or all(
+    return _prompt_column(row)[1] is not None or all(
         isinstance(row[n], list | dict) for n in ("chosen", "rejected")
     )
 
 
 def is_kto(row: Row) -> bool:
     """One answer with a truth value."""
-    whole = has(row, "messages") or (has(row, "conversations") and row.get("chosen") is None)
-    answered = whole or (has(row, "completion") and _given_prompt(row)[1] is not None)
+    conversation = has(row, "messages") or (has(row, "conversations") and row.get("chosen") is None)
+    answered = conversation or (has(row, "completion") and _prompt_column(row)[1] is not None)
     return is_flag(row.get("label")) and answered
 
 

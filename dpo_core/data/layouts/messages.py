@@ -100,8 +100,8 @@ def _role(row: Row, message: Row, name: str) -> str:
     written = message.get("from") if message.get("role") is None else message.get("role")
     role = ROLES.get(written.strip().lower()) if isinstance(written, str) else None
     if role is None:
-        known = "system, user, assistant or tool, nor one of their usual other names"
-        raise Fault(f"{name} holds a message whose role is not one of {known}: {str(written)[:30]!r}")
+        roles = "system, user, assistant or tool, nor one of their usual other names"
+        raise Fault(f"{name} holds a message whose role is not one of {roles}: {str(written)[:30]!r}")
     if role != written:
         remark(row, f"the role {written} is read as {role}")
     return role
@@ -153,8 +153,8 @@ def _tool_calls(message: Row, name: str) -> list[Row]:
             raise Fault(f"{key}: the arguments of {called} are no JSON object")
         if isinstance(function.get("arguments"), str) and arguments is None:
             raise Fault(f"{key}: the arguments of {called} are no JSON object")
-        kept = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
-        calls.append({**kept, "type": "function", "function": {"name": called, "arguments": arguments or {}}})
+        base = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+        calls.append({**base, "type": "function", "function": {"name": called, "arguments": arguments or {}}})
     return calls
 
 

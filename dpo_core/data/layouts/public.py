@@ -163,13 +163,13 @@ def arena(row: Row) -> Pair | None:
             sides = [_until_turn(turns, int(turn)) for turns in sides]
     else:
         better = next((i for i, s in enumerate("ab") if _side(row, f"winner_model_{s}")), None)
-        asked = _texts(row, "prompt")
+        questions = _texts(row, "prompt")
         for side in "ab":
             replies = _texts(row, f"response_{side}")
-            if len(replies) != len(asked):
+            if len(replies) != len(questions):
                 raise Fault(f"prompt and response_{side} differ in their number of turns")
             turns: Messages = []
-            for question, reply in zip(asked, replies, strict=True):
+            for question, reply in zip(questions, replies, strict=True):
                 turns += [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
             sides.append(turns)
     if better is None:

@@ -218,15 +218,15 @@ def by_tree(parts: list[tuple[int, list[Node]]], remarks: Counter[str]) -> Itera
 def _path(nodes: dict[str, Node], last: str) -> Messages | None:
     """The turns from the root to a message; None if one is missing or they form a cycle."""
     turns: Messages = []
-    at: str | None = last
-    seen: set[str] = set()
-    while at is not None:
-        node = nodes.get(at)
-        if node is None or at in seen:
+    current: str | None = last
+    visited: set[str] = set()
+    while current is not None:
+        node = nodes.get(current)
+        if node is None or current in visited:
             return None
-        seen.add(at)
+        visited.add(current)
         turns.insert(0, {"role": node.role, "content": node.content})
-        at = node.parent
+        current = node.parent
     return turns if turns[-1]["role"] == "user" else None
 
 

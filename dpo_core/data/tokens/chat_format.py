@@ -60,7 +60,7 @@ class ChatFormat:
         self.control = frozenset(t.content for t in added if t.special and t.content)
         self.markers = frozenset(t.content for t in added if not t.special and t.content.strip())
         self._control = _any_of(self.control)
-        self._ends = self._control if self._control.search("".join(self._ways)) else _any_of(self.markers)
+        self._ends = self._control if self._control.search("".join(self._suffixes)) else _any_of(self.markers)
         self._tails: dict[tuple[str, ...], str] = {}
         self._read: set[tuple[str, bool, bool, bool]] = set()
 
@@ -71,7 +71,7 @@ class ChatFormat:
         self._require_places(messages, tools)
         text = self.template.render(messages, tools, opened=opened)
         self._require_texts(messages, tools, opened=opened)
-        spelled = set(_found(self._control, (messages, tools)))
+        spelled = set(_matches(self._control, (messages, tools)))
         if not spelled:
             return text
         # A template that searches for a token (</think>) would not find it between marks; leave it unmarked.
@@ -156,28 +156,28 @@ class ChatFormat:
         Raises:
             TemplateError: the rendered answer does not continue the rendered prompt.
         """
-        whole = prompt + turns
-        text = self.write(whole, tools, opened=False)
+        messages = prompt + turns
+        text = self.write(messages, tools, opened=False)
         opening = self.write(prompt, tools, opened=True)
         self._require_start(text, opening, "")
-        last = len(whole) - 1
-        learnt = [k for k in range(len(prompt), last) if every_turn and whole[k]["role"] == "assistant"]
+        last = len(messages) - 1
+        learnt = [k for k in range(len(prompt), last) if every_turn and messages[k]["role"] == "assistant"]
         spans = []
         for k in learnt:
-            part = self.write(whole[: k + 1], tools, opened=False)
-            before = opening if k == len(prompt) else self.write(whole[:k], tools, opened=True)
-            part_end = len(part) - len(self._tail(whole[: k + 1], tools, part))
+            part = self.write(messages[: k + 1], tools, opened=False)
+            before = opening if k == len(prompt) else self.write(messages[:k], tools, opened=True)
+            part_end = len(part) - len(self._tail(messages[: k + 1], tools, part))
             where = f" of message {k + 1}"
             self._require_start(text, before, where)
             self._require_start(text, part[:part_end], where)
             spans.append((len(before), self._end_inside(text, part_end, part[part_end:])))
-        before = opening if last == len(prompt) else self.write(whole[:last], tools, opened=True)
+        before = opening if last == len(prompt) else self.write(messages[:last], tools, opened=True)
         self._require_start(text, before, "")
-        tail = self._tail(whole, tools, text)
+        tail = self._tail(messages, tools, text)
         end = len(text) - len(tail)
         text = text[:end]
         if ended:
-            text += self._closing(tail, whole, tools)
+            text += self._closing(tail, messages, tools)
         spans.append((len(before), len(text)))
         for (begin, _), k in zip(spans, [*learnt, last], strict=True):
             if self.opens_reasoning and text.startswith(self.header, begin):
@@ -225,7 +225,7 @@ class ChatFormat:
         return tail
 
     @cached_property
-    def _ways(self) -> tuple[str, str]:
+    def _suffixes(self) -> tuple[str, str]:
         """The text that the template writes after an answer, at the end and before a user's turn."""
         marked = {"role": "assistant", "content": f"Yes{_END}"}
         user, system = {"role": "user", "content": "Well"}, {"role": "system", "content": "Be kind"}
@@ -242,7 +242,7 @@ class ChatFormat:
     @cached_property
     def end(self) -> str:
         """The control token that ends an answer; empty if the template writes none."""
-        last, middle = self._ways
+        last, middle = self._suffixes
         both = _shared(last, middle)
         shared = [m for m in self._ends.finditer(last) if m.end() <= both]
         match = shared[-1] if shared else self._ends.search(last)
@@ -254,8 +254,8 @@ class ChatFormat:
         Args:
             header: whether it may begin with the template's header of answers.
         """
-        before, end, _ = self._ways[0].partition(self.end) if self.end else (self._ways[0], "", "")
-        if not end and (written := self._ways[0].strip()):  # a turn that ends with text
+        before, end, _ = self._suffixes[0].partition(self.end) if self.end else (self._suffixes[0], "", "")
+        if not end and (written := self._suffixes[0].strip()):  # a turn that ends with text
             return text.partition(written)[0]
         text = text.removeprefix(self.header) if header else text
         return text.removesuffix(before)
@@ -287,7 +287,7 @@ class ChatFormat:
             match = self._ends.match(after, len(before)) if after.startswith(before) else None
             if match:
                 return match.group()
-        middle = self._ways[1]
+        middle = self._suffixes[1]
         match = self._ends.match(middle, len(middle) - len(middle.lstrip()))
         return middle[: match.end()] if match else ""
 
@@ -314,10 +314,10 @@ class ChatFormat:
         user = {"role": "user", "content": "Well"}
         try:
             opened = self.template.render([user], None, opened=True)
-            whole = self.template.render([user, answer], None, opened=False)
+            text = self.template.render([user, answer], None, opened=False)
         except TemplateError:
             return ""
-        return whole[len(opened) :] if whole.startswith(opened) else ""
+        return text[len(opened) :] if text.startswith(opened) else ""
 
     @cached_property
     def stops(self) -> frozenset[str]:
@@ -353,12 +353,12 @@ def _any_of(tokens: frozenset[str] | set[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
-def _found(pattern: re.Pattern[str], data: Any) -> list[str]:
+def _matches(pattern: re.Pattern[str], data: Any) -> list[str]:
     """Matches in all strings of a JSON value."""
     if isinstance(data, str):
         return pattern.findall(data)
     parts = data.values() if isinstance(data, dict) else data if isinstance(data, list | tuple) else ()
-    return [token for part in parts for token in _found(pattern, part)]
+    return [token for part in parts for token in _matches(pattern, part)]
 
 
 def _mark(pattern: re.Pattern[str], data: Any) -> Any:
@@ -379,10 +379,10 @@ def _mark_ends(data: Any) -> Any:
     return [_mark_ends(part) for part in data] if isinstance(data, list) else data
 
 
-def _shared(one: str, other: str) -> int:
+def _shared(a: str, b: str) -> int:
     """The length of the common prefix of two texts."""
-    differ = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
-    return next(differ, min(len(one), len(other)))
+    differ = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(differ, min(len(a), len(b)))
 
 
 def _shown(text: str) -> str:
@@ -399,23 +399,23 @@ def encode_parts(
         inside: encodes text that continues a sequence.
     """
     text, start = rendered.text, rendered.start
-    prompt, whole = encode(text[:start]), encode(text)
+    prompt, full = encode(text[:start]), encode(text)
     borders = sorted({start, len(text)} | {place for span in rendered.spans for place in span})
-    counts = {start: len(prompt), len(text): len(whole)}
-    fits = whole[: len(prompt)] == prompt
+    counts = {start: len(prompt), len(text): len(full)}
+    fits = full[: len(prompt)] == prompt
     for place in borders[1:-1]:
         ids = encode(text[:place])
         counts[place] = len(ids)
-        fits &= whole[: len(ids)] == ids
+        fits &= full[: len(ids)] == ids
     if not fits:
         # A token of the full text crosses a border (such as a line break before the answer's own). The model
         # continues the tokens of its prompt, so the pieces are encoded separately.
-        whole = list(prompt)
+        full = list(prompt)
         for begin, end in pairwise(borders):
-            whole += inside(text[begin:end])
-            counts[end] = len(whole)
-    learnt = [False] * (len(whole) - len(prompt))
+            full += inside(text[begin:end])
+            counts[end] = len(full)
+    learnt = [False] * (len(full) - len(prompt))
     for begin, end in rendered.spans:
         for place in range(counts[begin], counts[end]):
             learnt[place - len(prompt)] = True
-    return prompt, whole[len(prompt) :], learnt
+    return prompt, full[len(prompt) :], learnt

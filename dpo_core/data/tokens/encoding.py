@@ -19,20 +19,19 @@ class TextCodec:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         self.tokenizer = tokenizer
-        alone, added = self.encode("a"), tokenizer.encode("a", add_special_tokens=True)
-        before = next((i for i in range(len(added)) if added[i : i + len(alone)] == alone), 0)
+        plain, added = self.encode("a"), tokenizer.encode("a", add_special_tokens=True)
+        before = next((i for i in range(len(added)) if added[i : i + len(plain)] == plain), 0)
         # The beginning-of-sequence id, if the tokenizer adds one.
         self.begin: list[int] = [i for i in added[:before][:1] if i == tokenizer.bos_token_id]
         usable = [a for a in _ANCHORS if self._after(a, "a", self.encode) is not None]
         # None: the ids of a text do not depend on its position.
-        differs = usable and self._after(usable[0], "a", self.encode) != alone
+        differs = usable and self._after(usable[0], "a", self.encode) != plain
         self._anchors = usable if differs else []
         self._anchor = usable[0] if differs else None
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text at the beginning of a sequence."""
-        # Text is data: a special token spelled out in it must not become a control token. The gate reports
-        # it.
+        # A special token spelled out in a text must not become a control token; the gate reports it.
         return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
 
     def inside(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
@@ -53,8 +52,8 @@ class TextCodec:
             return self._decoded(ids)
         anchor = self.encode(self._anchor)
         start = self._decoded(anchor)
-        whole = self._decoded(anchor + ids)
-        return whole[len(start) :] if whole.startswith(start) else self._decoded(ids)
+        text = self._decoded(anchor + ids)
+        return text[len(start) :] if text.startswith(start) else self._decoded(ids)
 
     def _decoded(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
@@ -62,5 +61,5 @@ class TextCodec:
     @staticmethod
     def _after(anchor: str, text: str, encode: Callable[[str], list[int]]) -> list[int] | None:
         """Ids of the text after an anchor; None if a token covers parts of both."""
-        start, whole = encode(anchor), encode(anchor + text)
-        return whole[len(start) :] if whole[: len(start)] == start else None
+        start, full = encode(anchor), encode(anchor + text)
+        return full[len(start) :] if full[: len(start)] == start else None

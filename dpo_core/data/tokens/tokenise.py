@@ -96,8 +96,8 @@ class Tokenise:
             return tuple(ids if budget is None else _keep_end(ids, budget, len(self.codec.begin)))
         listed = json.loads(tools) if tools else None
         if budget is not None:
-            kept = self._cut(turns, listed, budget)
-            return () if kept is None else tuple(self._opened(kept, listed))
+            cut = self._cut(turns, listed, budget)
+            return () if cut is None else tuple(self._opened(cut, listed))
         return tuple(self._opened(turns, listed))
 
     def prompt_of(self, row: dict[str, Any], room: int) -> Ids:
@@ -161,8 +161,8 @@ class Tokenise:
     def _cut(self, turns: list[Message], tools: list[Any] | None, budget: int) -> list[Message] | None:
         """The conversation cut to the budget; None if the template's text alone exceeds it."""
 
-        def fits(kept: list[Message]) -> bool:
-            return len(self._opened(kept, tools)) <= budget
+        def fits(messages: list[Message]) -> bool:
+            return len(self._opened(messages, tools)) <= budget
 
         turns = list(turns)
         while not fits(turns) and can_drop_turn(turns):
@@ -234,17 +234,17 @@ class Tokenise:
         """The sequences of a row's sides (answer -> its flag) with a common prompt, or the reason for
         none."""
         try:
-            drawn = [self._side(row, name, ended, None) for name, ended in sides.items()]
-            if any(len(p) + len(c[0]) > self.config.max_length for p, c in drawn):
+            parts = [self._side(row, name, ended, None) for name, ended in sides.items()]
+            if any(len(p) + len(c[0]) > self.config.max_length for p, c in parts):
                 budget = self.config.max_prompt_length
-                drawn = [self._side(row, name, ended, budget) for name, ended in sides.items()]
+                parts = [self._side(row, name, ended, budget) for name, ended in sides.items()]
         except TemplateError:
             return "refused_by_template"
-        if not drawn[0][0]:
+        if not parts[0][0]:
             return "empty_prompt"
-        made = [self.sequence(prompt, *completion) for prompt, completion in drawn]
-        kept = [sequence for sequence in made if sequence is not None]
-        return kept if len(kept) == len(made) else "empty_completion"
+        made = [self.sequence(prompt, *completion) for prompt, completion in parts]
+        sequences = [sequence for sequence in made if sequence is not None]
+        return sequences if len(sequences) == len(made) else "empty_completion"
 
     def refusal(self, row: dict[str, Any]) -> str | None:
         """The reason why the chat template cannot write a canonical row; None if it can."""
@@ -299,11 +299,11 @@ class Tokenise:
         no prompt, from which the first token would be predicted.
         """
         room = self.config.max_length - len(prompt)
-        kept = completion[: max(room, 0)]
-        learnt = None if learnt is None else learnt[: len(kept)]
-        if not prompt or not kept or (learnt is not None and not any(learnt)):
+        cut = completion[: max(room, 0)]
+        learnt = None if learnt is None else learnt[: len(cut)]
+        if not prompt or not cut or (learnt is not None and not any(learnt)):
             return None
-        return Sequence(prompt, kept, len(kept) < len(completion), learnt)
+        return Sequence(prompt, cut, len(cut) < len(completion), learnt)
 
     def pair(self, row: dict[str, Any]) -> TokenPair | str:
         """The pair of a canonical row, or the reason why it cannot be used."""
@@ -313,8 +313,8 @@ class Tokenise:
         if sides[0].completion == sides[1].completion:
             return "identical_after_truncation"
         agreement = row.get("agreement")
-        known = agreement is not None and not math.isnan(agreement)  # parquet gives NaN for an empty field
-        return TokenPair(row["id"], sides[0], sides[1], agreement=agreement if known else None)
+        voted = agreement is not None and not math.isnan(agreement)  # parquet gives NaN for an empty field
+        return TokenPair(row["id"], sides[0], sides[1], agreement=agreement if voted else None)
 
     def single(self, row: dict[str, Any]) -> Sequence | str:
         """The completion of a canonical unpaired row with its prompt, or the reason why it cannot be used."""
@@ -366,15 +366,15 @@ class Tokenise:
 
     def pairs(self, rows: Iterable[dict[str, Any]]) -> tuple[list[TokenPair], dict[str, int]]:
         """All usable pairs, and the number of rows left out by reason."""
-        kept: list[TokenPair] = []
+        usable: list[TokenPair] = []
         dropped: dict[str, int] = {}
         for row in rows:
             result = self.pair(row)
             if isinstance(result, str):
                 dropped[result] = dropped.get(result, 0) + 1
             else:
-                kept.append(result)
-        return kept, dropped
+                usable.append(result)
+        return usable, dropped
 
     def text(self, completion: Iterable[int], prompt: Iterable[int] | None = None) -> str:
         """The text of a sampled answer for people and rewards: up to the end of its turn, without special
@@ -411,13 +411,13 @@ class Tokenise:
         """The last one or two tokens common to all prompts with the assistant's turn opened; empty if the
         template refuses a short prompt."""
         try:
-            one, other = (
+            first, second = (
                 self._opened([{"role": "user", "content": text}], None) for text in ("Well", "Is it 5?")
             )
         except TemplateError:
             return []
-        pairs = zip(reversed(one[-2:]), reversed(other[-2:]), strict=False)
-        return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)][::-1]
+        tokens = zip(reversed(first[-2:]), reversed(second[-2:]), strict=False)
+        return [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], tokens)][::-1]
 
     @cached_property
     def _adds_blank(self) -> bool:

@@ -201,7 +201,7 @@ def test_no_server_there(monkeypatch: pytest.MonkeyPatch) -> None:
         ):
             HttpReward(url, attempts=2, first_wait=0.01)(["p"], ["c"])
         start = time.monotonic()
-        with pytest.raises(RecipeError, match=r"a first trial of reward\.source: the reward at http"):
+        with pytest.raises(RecipeError, match=r"the check of reward\.source failed: the reward at http"):
             check_reward(url)
         assert time.monotonic() - start < 40
 

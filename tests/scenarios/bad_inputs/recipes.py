@@ -280,12 +280,12 @@ def reward_that_cannot_be_imported(world: World) -> list[str]:
     return world.run_reward("import no_such_package\n\ndef own(prompts, completions): return []\n")
 
 
-@bad(2, "a first trial of reward.source", "returned 1 scores for 2 completions", "exactly one score")
+@bad(2, "the check of reward.source failed", "returned 1 scores for 2 completions", "exactly one score")
 def reward_of_the_wrong_length(world: World) -> list[str]:
     return world.run_reward("def own(prompts, completions): return [1.0]\n")
 
 
-@bad(2, "a first trial of reward.source", "ZeroDivisionError", "return a list of numbers")
+@bad(2, "the check of reward.source failed", "ZeroDivisionError", "return a list of numbers")
 def reward_that_fails_on_the_empty_completion(world: World) -> list[str]:
     return world.run_reward("def own(prompts, completions): return [1 / len(c) for c in completions]\n")
 
