@@ -159,7 +159,7 @@ def _fault(model: nn.Module) -> str | None:
 def _logps(model: nn.Module, documents: list[Document]) -> Tensor:
     """(N,) of all branches of all documents, in one pass of padded rows."""
     layout = pad(documents).to(next(model.parameters()).device)
-    return branch_scores(model, layout).logps_SL[layout.place_N]
+    return branch_scores(model, layout).logps_SL[layout.index_N]
 
 
 def _own_logps(model: Any, document: Document) -> Tensor:
@@ -197,8 +197,8 @@ def _reduced_fault(model: nn.Module, precision: Precision) -> str | None:
             exact = _logps(model, documents)
             with autocast(precision, device):
                 padded, packed = (branch_scores(model, one.to(device)).logps_SL for one in layouts)
-            place_N = layouts[0].to(device).place_N
-            noise, gap = (float((logps[place_N] - exact).abs().mean()) for logps in (padded, packed))
+            index_N = layouts[0].to(device).index_N
+            noise, gap = (float((logps[index_N] - exact).abs().mean()) for logps in (padded, packed))
             if not gap <= 4 * noise + difference(exact, exact)[1]:
                 raise ModelError(
                     f"in {precision} its packs differ by {gap:.2g} nats from fp32, its rows by {noise:.2g}",

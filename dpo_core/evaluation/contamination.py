@@ -23,7 +23,7 @@ Match = Literal["exact", "13-gram"]
 
 WORDS = 13
 TEMPLATE = 10
-"""A 13-gram of more than so many different prompts is the suite's template, not part of a question."""
+"""A 13-gram of more than this number of prompts is the suite's template, not part of a question."""
 
 _ANSWERS = ("chosen", "rejected", "completion")
 _TURN = re.compile(r"\n\n(?:Human|Assistant):")

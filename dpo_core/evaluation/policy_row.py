@@ -1,4 +1,4 @@
-"""The metrics of a policy and how reports show them; `summary.summarise` computes them."""
+"""The metrics of a policy and how reports show them; `summary.summarise_samples` computes them."""
 
 from typing import Annotated, Literal, NamedTuple
 

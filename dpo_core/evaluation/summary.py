@@ -33,7 +33,7 @@ class PolicySamples:
     """The completions as text."""
 
 
-def summarise(
+def summarise_samples(
     samples: PolicySamples, baseline: PolicySamples | None, *, seed: int, length: int
 ) -> dict[str, Any]:
     """The metrics of one policy as plain data. Intervals at 95 %, over prompts (`statistics.estimates`).

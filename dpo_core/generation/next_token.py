@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dpo_core.scoring.attention import padded_hidden, takes, trunk_of
+from dpo_core.scoring.attention import accepts, padded_hidden, trunk_of
 from dpo_core.scoring.layout import right_padded
 from dpo_core.scoring.lm_head import logits
 from dpo_core.scoring.packing_check import RAW_ERRORS, difference, trial_documents
@@ -60,12 +60,12 @@ class CachedRows:
         self.can_cut = not stateful and all(hasattr(x, "batch_select_indices") for x in self.cache.layers)
         self.live = torch.arange(len(prompts), device=self.device)
         # Mamba's cache goes by another name than the caches of keys and values.
-        cache_name = "cache_params" if takes(model, "cache_params") else "past_key_values"
+        cache_name = "cache_params" if accepts(model, "cache_params") else "past_key_values"
         self.settings: dict[str, Any] = {cache_name: self.cache, "use_cache": True}
-        if takes(model, "logits_to_keep"):
+        if accepts(model, "logits_to_keep"):
             self.settings["logits_to_keep"] = 1
         # Looked up once: a signature is slow to read, and this would be for every token.
-        self.has_positions = takes(model, "position_ids")
+        self.has_positions = accepts(model, "position_ids")
 
     def logits(self) -> Tensor:
         extra = dict(self.settings)

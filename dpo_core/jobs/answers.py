@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from dpo_core.data.files.parquet import read_rows
+from dpo_core.data.files.parquet import read_parquet
 from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.evaluation.prompt import Prompt
 from dpo_core.jobs.files import AnswersJob
@@ -16,7 +16,7 @@ FILE = AnswersJob
 def run(job: AnswersJob, watch: Watch) -> dict[str, Any] | None:
     """Every rank calls this; rank 0 returns the answers of each model, in the order of the prompts."""
     ranks = start_ranks(Path(job.work), job.ranks, watch)
-    asked = [Prompt(row["prompt"], bool(row["chat"])) for row in read_rows(job.prompts)]
+    asked = [Prompt(row["prompt"], bool(row["chat"])) for row in read_parquet(job.prompts)]
     answers = {}
     for model in job.models:
         subject = Subject(Path(model.path), model.name, model.tokens, device=device(), ranks=ranks)

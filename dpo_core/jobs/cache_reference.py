@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from dpo_core.data.files.parquet import read_rows
+from dpo_core.data.files.parquet import read_parquet
 from dpo_core.data.tokens.tokenise import Tokenise
 from dpo_core.errors import StageFailed
 from dpo_core.examples.cached import cached_sequences
@@ -27,7 +27,7 @@ def run(job: ReferenceJob, watch: Watch) -> dict[str, Any] | None:
     method, model = get(job.method), Path(job.model)
     settings = method.settings.model_validate(job.settings)
     tokenise = Tokenise(load_tokenizer(model), job.tokens)
-    sequences, dropped = cached_sequences(job.method, settings, tokenise, read_rows(job.rows))
+    sequences, dropped = cached_sequences(job.method, settings, tokenise, read_parquet(job.rows))
     if not sequences:
         raise StageFailed(f"no training row is left after tokenising ({dropped})", "Raise tokens.max_length")
     reference = Reference(model, job.weights_sha256, settings.engine.precision, job.described)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from dpo_core.data.files.parquet import read_rows
+from dpo_core.data.files.parquet import read_parquet
 from dpo_core.data.layouts.fields import Pair
 from dpo_core.data.records import to_frame
 from dpo_core.data.tokens.tokenise import Sequence, Tokenise
@@ -39,7 +39,7 @@ def run(job: PairSamplingJob, watch: Watch) -> dict[str, Any] | None:
     config, model_path = job.config, Path(job.model)
     tokenise = Tokenise(load_tokenizer(model_path), job.tokens)
     room = config.sampling.max_new_tokens
-    prompts = [(row, tokenise.prompt_of(row, room)) for row in read_rows(job.prompts)]
+    prompts = [(row, tokenise.prompt_of(row, room)) for row in read_parquet(job.prompts)]
     rows = [row for row, ids in prompts if ids]
     wanted = [(row, ids) for row, ids in prompts if ids for _ in range(config.samples_per_prompt)]
     model = load_model(model_path).to(device())

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from dpo_core.data.files.parquet import read_rows
+from dpo_core.data.files.parquet import read_parquet
 from dpo_core.data.tokens.tokenise import Tokenise
 from dpo_core.jobs.files import ScoreJob
 from dpo_core.jobs.start import device, start_ranks
@@ -19,7 +19,7 @@ FILE = ScoreJob
 def run(job: ScoreJob, watch: Watch) -> dict[str, Any] | None:
     """Every rank calls this; rank 0 returns the rewards in the order of the rows."""
     ranks = start_ranks(Path(job.work), job.ranks, watch)
-    rows = read_rows(job.answers)
+    rows = read_parquet(job.answers)
     rewards = _by_model(job, rows, ranks) if is_reward_model(job.reward) else _by_function(job, rows, ranks)
     return {"rewards": rewards} if ranks.rank == 0 else None
 

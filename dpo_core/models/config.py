@@ -13,7 +13,7 @@ class ScratchConfig(Config):
     hidden_size: int = Field(256, ge=2)
     """Width of the layers; a multiple of `heads`."""
     heads: int = Field(4, ge=1)
-    """Attention heads, each with keys and values of its own."""
+    """Attention heads, each with its own keys and values."""
     intermediate_size: int | None = Field(None, ge=1)
     """Width of the feed-forward layers; empty: four times `hidden_size`, in whole 64s."""
     vocabulary: int | None = Field(None, ge=300)

@@ -190,7 +190,7 @@ def load_tokenizer(source: Path, trust_remote_code: bool | None = None) -> "PreT
                 str(folder), trust_remote_code=_may_run(source, trust_remote_code), **gguf
             )
     except Exception as error:
-        remedy = "Put the model's tokenizer files (tokenizer.json, tokenizer_config.json) beside its weights"
+        remedy = "Put the model's tokenizer files (tokenizer.json, tokenizer_config.json) next to its weights"
         raise ModelError(
             f"the tokenizer in {source} cannot be loaded: {first_line(error)}",
             _remedy(error, GGUF_REMEDY if gguf else remedy),

@@ -107,7 +107,7 @@ class RewardModel(nn.Module):
         self.bias = ((self.bias.double() - mean) / std).float()
 
     def save(self, folder: str | Path) -> None:
-        """Write the trunk to `folder/backbone`, the head and its normalisation beside it, as safetensors."""
+        """Write the trunk to `folder/backbone`, and the head and its normalisation to `folder`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         trunk: Any = self.backbone

@@ -227,7 +227,7 @@ def _blocks(document_T: np.ndarray, branch_T: np.ndarray) -> tuple[np.ndarray, n
     documents, branches = document_T.reshape(-1, BLOCK), branch_T.reshape(-1, BLOCK)
     low, high = documents.min(1), documents.max(1)
     below = np.tri(len(low), dtype=bool)
-    # Documents lie in order, so two blocks share one exactly when their ranges touch.
+    # Documents are in order, so two blocks share one exactly if their ranges overlap.
     touching = below & (low[:, None] <= high[None, :]) & (low[None, :] <= high[:, None])
     same_document = ((low == high)[:, None] & (low == high)[None, :]) & (low[:, None] == low[None, :])
     uniform = (branches == branches[:, :1]).all(1)  # blocks with tokens of one branch only

@@ -1,4 +1,4 @@
-"""How prompts and completions lie in tensors: packs, with each prompt once, or padded rows, one a completion.
+"""Lays out prompts and completions in tensors: packs with each prompt once, or a padded row per completion.
 
 A document is a prompt followed by its branches (chosen and rejected, or one completion). In a pack:
 
@@ -29,14 +29,14 @@ _Indices = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Layout:
-    """What both layouts say of the scored tokens. Indices count the tokens of all rows end to end."""
+    """The scored tokens, in both layouts. Indices count the tokens of all rows end to end."""
 
     predicts_N: Tensor
     """Index of the token whose hidden state predicts."""
     targets_N: Tensor
-    """The token that it should predict."""
-    place_N: tuple[Tensor, Tensor]
-    """Branch, and place among the predicted ones of the branch, of each predicted token."""
+    """The token to predict."""
+    index_N: tuple[Tensor, Tensor]
+    """Branch of each predicted token, and its index among the branch's predicted tokens."""
     lengths_S: Tensor
     """Predicted tokens of each branch; documents in order, their branches in order."""
     prompt_predicts_M: Tensor
@@ -48,8 +48,8 @@ class Layout:
 
     def table(self, values_N: Tensor) -> Tensor:
         """(S, L): the values of each branch in its row, 0 after its end. Differentiable."""
-        shape = len(self.lengths_S), int(self.place_N[1].max()) + 1
-        return values_N.new_zeros(shape).index_put(self.place_N, values_N)
+        shape = len(self.lengths_S), int(self.index_N[1].max()) + 1
+        return values_N.new_zeros(shape).index_put(self.index_N, values_N)
 
     def to(self, device: torch.device | str) -> Self:
         """The same layout on another device."""
@@ -92,7 +92,7 @@ def lay_out(micro_batch: MicroBatch) -> Layout:
 
 
 def pack(documents: Seq[Document], pad_to: int | None = None) -> Pack:
-    """Lay documents end to end, padded to `pad_to` tokens where a fixed shape is wanted.
+    """Concatenate documents, padded to `pad_to` tokens if a fixed shape is needed.
 
     Raises:
         ValueError: a prompt or a branch is empty, or the documents are longer than `pad_to`.
@@ -130,7 +130,7 @@ def pack(documents: Seq[Document], pad_to: int | None = None) -> Pack:
 
 
 def pad(documents: Seq[Document]) -> PaddedRows:
-    """One row a branch, each with its prompt.
+    """One row per branch, each with its prompt.
 
     Raises:
         ValueError: a prompt or a branch is empty.
@@ -150,7 +150,7 @@ def pad(documents: Seq[Document]) -> PaddedRows:
 
 
 def right_padded(rows: Seq[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask (S,T) of token rows. The padding id is arbitrary: masks decide, ids do not."""
+    """Ids and attention mask (S,T) of token rows. The padding id is arbitrary: only the masks count."""
     ids_ST = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.long)
     attention_ST = torch.zeros_like(ids_ST)
     for row, tokens in enumerate(rows):
@@ -165,7 +165,7 @@ def _require_tokens(documents: Seq[Document]) -> None:
 
 
 def _scored(documents: Seq[Document], predicts: list[_Indices], starts: list[int]) -> dict[str, Any]:
-    """The fields that both layouts share; `starts` is where each document's (first) prompt begins."""
+    """The fields that both layouts share; `starts` is the index of each document's (first) prompt."""
     branches = [tokens for document in documents for tokens in document.branches]
     targets = [places for document in documents for places in document.targets()]
     lengths = np.array([len(places) for places in targets])
@@ -175,7 +175,7 @@ def _scored(documents: Seq[Document], predicts: list[_Indices], starts: list[int
         "targets_N": _tensor(
             [np.array(tokens)[places] for tokens, places in zip(branches, targets, strict=True)]
         ),
-        "place_N": (
+        "index_N": (
             torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)),
             _tensor([np.arange(n) for n in lengths]),
         ),

@@ -119,7 +119,7 @@ def _scores(model: nn.Module, layout: Layout, gradients: bool) -> tuple[Tensor, 
     """Log-probs of all branches (N,), and the gradient of their weighted sum by token (U, H), or nothing."""
     if not gradients:
         with torch.no_grad():
-            return branch_scores(model, layout).logps_SL[layout.place_N], torch.empty(0)
+            return branch_scores(model, layout).logps_SL[layout.index_N], torch.empty(0)
     embedded: list[tuple[Tensor, Tensor]] = []
 
     def take_over(module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ def _scores(model: nn.Module, layout: Layout, gradients: bool) -> tuple[Tensor, 
         parameter.requires_grad_(False)
     try:
         with torch.enable_grad():
-            logps = branch_scores(model, layout).logps_SL[layout.place_N]
+            logps = branch_scores(model, layout).logps_SL[layout.index_N]
             # Weighted by token, so that exchanged positions are detected.
             weights = 0.5 + layout.targets_N / len(head_of(model)[0])
             by_input = torch.autograd.grad((logps * weights).sum(), [leaf for _, leaf in embedded])

@@ -36,7 +36,7 @@ def envelope(points: Sequence[XY], reference: float) -> list[XY]:
 
 
 def _below(middle: XY, left: XY, right: XY) -> bool:
-    """Whether `middle` lies on or under the line between its neighbours."""
+    """Whether `middle` is on or below the line between its neighbours."""
     rise, run = right[1] - left[1], right[0] - left[0]
     return (middle[1] - left[1]) * run <= rise * (middle[0] - left[0])
 
@@ -94,7 +94,7 @@ def _height(x_RK: Floats, y_RK: Floats, at_R: Floats) -> Floats:
     reached_RK = x_RK <= at_R[:, None]
     best_R = np.where(reached_RK, y_RK, -np.inf).max(axis=1)
     for right in range(1, x_RK.shape[1]):
-        # Chords from each point on the left to this one; it counts where it lies beyond `at_R`.
+        # Chords from each point on the left to this one, which counts if it is beyond `at_R`.
         run_RK = x_RK[:, right, None] - x_RK
         crosses_RK = reached_RK & ~reached_RK[:, right, None]
         share_RK = np.divide(at_R[:, None] - x_RK, run_RK, out=np.zeros_like(run_RK), where=crosses_RK)

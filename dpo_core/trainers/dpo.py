@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpo_core.data.files.parquet import read_rows
+from dpo_core.data.files.parquet import read_parquet
 from dpo_core.data.tokens.tokenise import TokenPair
 from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.methods.dpo import DpoConfig
@@ -233,7 +233,7 @@ def _common(scores: BranchScores, table_SL: Tensor) -> tuple[Tensor, Tensor]:
 def build(job: Job, config: DpoConfig) -> tuple[Any, Export]:
     """See `registry.build`."""
     model, tokenizer, tokenise = start(job, config)
-    pairs, dropped = tokenise.pairs(read_rows(job.data))
+    pairs, dropped = tokenise.pairs(read_parquet(job.data))
     if not pairs:
         raise StageFailed(f"no training row is left after tokenising ({dropped})", "Raise tokens.max_length")
     trainer = DpoTrainer(

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpo_core.data.files.parquet import read_rows
+from dpo_core.data.files.parquet import read_parquet
 from dpo_core.errors import StageFailed
 from dpo_core.examples.unpaired import UnpairedExample, mismatched, unpaired_examples
 from dpo_core.methods.job import Job
@@ -197,7 +197,7 @@ class UnpairedTrainer(PackedTrainer[UnpairedExample]):
 def build(job: Job, config: KtoConfig) -> tuple[Any, Export]:
     """See `registry.build`."""
     model, tokenizer, tokenise = start(job, config)
-    examples, _ = unpaired_examples(tokenise, read_rows(job.data))
+    examples, _ = unpaired_examples(tokenise, read_parquet(job.data))
     trainer = UnpairedTrainer(
         model,
         examples,

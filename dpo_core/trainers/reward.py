@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_core.data.files.parquet import read_rows
+from dpo_core.data.files.parquet import read_parquet
 from dpo_core.data.tokens.tokenise import TokenPair
 from dpo_core.methods.job import Job
 from dpo_core.methods.reward import RewardModelConfig, no_agreement
@@ -71,7 +71,7 @@ class RewardTrainer(Trainer[TokenPair]):
 def build(job: Job, config: RewardModelConfig) -> tuple[Any, Export]:
     """See `registry.build`."""
     model, tokenizer, tokenise = start(job, config)
-    pairs, _ = tokenise.pairs(read_rows(job.data))
+    pairs, _ = tokenise.pairs(read_parquet(job.data))
     reward_model = RewardModel(trunk_of(model), torch.Generator().manual_seed(job.seed))
     trainer = RewardTrainer(reward_model, pairs, config, seed=job.seed, work=Path(job.work))
 

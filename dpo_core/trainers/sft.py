@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dpo_core.data.files.parquet import read_rows
+from dpo_core.data.files.parquet import read_parquet
 from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.methods.job import Job
 from dpo_core.methods.sft import SftConfig
@@ -48,7 +48,7 @@ def build(job: Job, config: SftConfig) -> tuple[Any, Export]:
     """See `registry.build`."""
     model, tokenizer, tokenise = start(job, config)
     examples = []
-    for row in read_rows(job.data):
+    for row in read_parquet(job.data):
         sequence = tokenise.demonstration(row)
         if isinstance(sequence, Sequence):
             examples.append(Demonstration(row["id"], sequence))

@@ -14,7 +14,7 @@ from dpo_core.data.tokens.tokenise import Sequence as Ids
 from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.evaluation.config import EvaluateConfig
 from dpo_core.evaluation.policy_row import VERSION, PolicyRow
-from dpo_core.evaluation.summary import PolicySamples, summarise
+from dpo_core.evaluation.summary import PolicySamples, summarise_samples
 from dpo_core.jobs.files import EvaluationJob
 from dpo_core.judging.results import WinRate
 from dpo_core.rewards.functions import reward_identity
@@ -141,7 +141,7 @@ def _evaluate(
     table = []
     for name, facts in by_policy.items():
         baseline = None if name == REFERENCE else samples[REFERENCE]
-        row = summarise(samples[name], baseline, seed=seed, length=config.sampling.max_new_tokens)
+        row = summarise_samples(samples[name], baseline, seed=seed, length=config.sampling.max_new_tokens)
         accuracy = None if name == REFERENCE else facts["accuracy"]
         table.append(PolicyRow(name=name, **row, accuracy=accuracy))
     reward_name = "reward model" if reward_model else str(settings.reward)

@@ -1,4 +1,4 @@
-"""Rows of parquet files."""
+"""Reads rows of Parquet files."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,6 @@ from typing import Any
 import pandas as pd
 
 
-def read_rows(path: str | Path) -> list[dict[str, Any]]:
+def read_parquet(path: str | Path) -> list[dict[str, Any]]:
     """Rows of a parquet file as dictionaries."""
     return pd.read_parquet(path).to_dict("records")

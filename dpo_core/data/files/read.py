@@ -26,7 +26,7 @@ from dpo_core.errors import DataError
 CHUNK_ROWS = 50_000
 CHUNK_BYTES = 64 * 2**20
 BLOCK_CHARS = 4 * 2**20
-# Files without rows that `datasets.save_to_disk` writes beside the data.
+# Files without rows that `datasets.save_to_disk` writes next to the data.
 SIDE_FILES = {"dataset_info.json", "state.json", "dataset_dict.json", "dataset_infos.json"}
 
 

@@ -190,7 +190,7 @@ def chat_prompt(messages: Sequence[Message]) -> str:
     """The canonical form of a chat prompt: compact JSON of its messages.
 
     Raises:
-        Fault: there is no message besides the system's, or the last one is the assistant's own.
+        Fault: there is no message besides the system's, or the last one is the assistant's.
     """
     if all(message["role"] == "system" for message in messages):
         raise Fault("the prompt has no turn of a user")
@@ -213,7 +213,7 @@ SYSTEM_NAMES = ("system", "system_prompt", "system_message")
 
 def read_prompt(row: Row, value: object, name: str = "prompt", tools: str = "") -> tuple[str, bool]:
     """The canonical prompt and whether it is a chat. Text stays text, unless a system text, earlier turns or
-    tools stand beside it, here or (system texts) in other rows of the set."""
+    tools belong to it, here or (system texts) in other rows of the set."""
     system, history = optional_text(row, *SYSTEM_NAMES)[0], _history(row)
     if isinstance(value, str):
         # An empty system field: the row is of a set of chats, and this chat has no system turn.

@@ -105,7 +105,7 @@ def _ranked_prompt(row: Row, name: str) -> tuple[str, bool, str]:
     return *read_prompt(row, value, name, tools), tools
 
 
-class Scored(NamedTuple):
+class ScoredAnswer(NamedTuple):
     """One answer to a prompt with its score, to be ranked among those of the other rows."""
 
     prompt: str
@@ -135,7 +135,7 @@ def _is_number(value: object) -> bool:
         return False
 
 
-def scored(row: Row) -> Scored:
+def scored(row: Row) -> ScoredAnswer:
     """`{prompt, answer, score}`; for HelpSteer the score is the helpfulness."""
     name = _prompt_name(row)
     if name is None:
@@ -146,10 +146,12 @@ def scored(row: Row) -> Scored:
     answer = next((n for n in _ANSWER_NAMES if row.get(n) is not None), "answer")
     prompt, chat, tools = _ranked_prompt(row, name)
     score = required_number(row, key)
-    return Scored(prompt, chat, tools, text(row, answer), -score if key == "rank" else score, key == "rank")
+    return ScoredAnswer(
+        prompt, chat, tools, text(row, answer), -score if key == "rank" else score, key == "rank"
+    )
 
 
-def by_prompt(parts: list[tuple[int, Scored]], remarks: Counter[str]) -> Iterable[Ranked]:
+def by_prompt(parts: list[tuple[int, ScoredAnswer]], remarks: Counter[str]) -> Iterable[Ranked]:
     """One ranked list for each prompt, in the order in which the prompts appear."""
     lists: dict[tuple[str, bool, str], Ranked] = {}
     for row, part in parts:

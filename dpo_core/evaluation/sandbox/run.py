@@ -202,8 +202,8 @@ def _job(code: str, token: str, limits: Limits) -> bytes:
 def _binds() -> dict[str, str]:
     """Mounts of the program by the path inside: interpreter, standard library, system libraries."""
     paths = {f"/python/{lib}": f"{sys.base_prefix}/{lib}" for lib in ("lib", "lib64")}
-    alike = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache")
-    paths |= {path: path for path in (*alike, "/dev/null", "/dev/zero", "/dev/urandom")}
+    same = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache")
+    paths |= {path: path for path in (*same, "/dev/null", "/dev/zero", "/dev/urandom")}
     binds = {inside: os.path.realpath(path) for inside, path in paths.items() if os.path.exists(path)}
     return binds | {"/python/bin/python": _python()}
 

@@ -66,7 +66,7 @@ class Labelled(NamedTuple):
     tied: bool = False
 
 
-class Scored(NamedTuple):
+class ScoredPair(NamedTuple):
     """A usable pair with the summed log-probs of both answers, chosen and rejected."""
 
     labelled: Labelled
@@ -125,7 +125,7 @@ def run(subject: "Subject", rows: list[Row], config: SuiteConfig) -> Outcome:
 
 def _scored(
     subject: "Subject", pairs: Seq[tuple[Labelled, TokenPair]], config: SuiteConfig
-) -> Iterator[Scored]:
+) -> Iterator[ScoredPair]:
     sides = [side for _, tokens in pairs for side in (tokens.chosen, tokens.rejected)]
     sums = subject.sums(sides, config.precision, config.token_budget)
     ref_sums = None
@@ -134,10 +134,10 @@ def _scored(
         ref_sums = sums if same else subject.reference_sums(sides, config.precision, config.token_budget)
     for i, (labelled, tokens) in enumerate(pairs):
         reference = None if ref_sums is None else (ref_sums[2 * i], ref_sums[2 * i + 1])
-        yield Scored(labelled, tokens, (sums[2 * i], sums[2 * i + 1]), reference)
+        yield ScoredPair(labelled, tokens, (sums[2 * i], sums[2 * i + 1]), reference)
 
 
-def _item(scored: Scored, beta: float) -> Item:
+def _item(scored: ScoredPair, beta: float) -> Item:
     row, tokens = scored.labelled, scored.tokens
     better, worse = scored.policy
     length_w, length_l = tokens.chosen.targets, tokens.rejected.targets
@@ -167,7 +167,7 @@ def _item(scored: Scored, beta: float) -> Item:
     return Item(id=row.id, cluster=_prompt_of(row), subset=row.subset, prompt=row.pair.prompt, values=values)
 
 
-def _calibration(scored: Seq[Scored], config: SuiteConfig, subset: str) -> list[Measure]:
+def _calibration(scored: Seq[ScoredPair], config: SuiteConfig, subset: str) -> list[Measure]:
     """Calibration and length bias of the implicit reward over the pairs that are not ties."""
     decided = [s for s in scored if s.reference is not None and not s.labelled.tied]
     clusters = [_prompt_of(s.labelled) for s in decided]

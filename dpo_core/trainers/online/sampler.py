@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dpo_core.data.files.parquet import read_rows
+from dpo_core.data.files.parquet import read_parquet
 from dpo_core.data.tokens.tokenise import Sequence, Tokenise
 from dpo_core.errors import StageFailed
 from dpo_core.generation.config import SamplingConfig, seed_for
@@ -66,7 +66,7 @@ def rollout_context(job: Job, tokenise: Tokenise, precision: str) -> RolloutCont
         raise StageFailed(
             f"the {job.method} job lacks its reference, sampling settings or reward", "Write them"
         )
-    rows = read_rows(job.data)
+    rows = read_parquet(job.data)
     tokens = [(tokenise.prompt_of(row, job.sampling.max_new_tokens), row["prompt"]) for row in rows]
     return RolloutContext(
         prompts=[(ids, text) for ids, text in tokens if ids],

@@ -1,4 +1,4 @@
-"""Small files in layouts that used to be read in part, wrongly or not at all: what each comes to."""
+"""Small files in layouts that were once read partly, wrongly or not at all, with their expected records."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is learnt of a conversation is what its chat template writes for the answer, whatever the family."""
+"""The learnt tokens of a conversation are those that its chat template writes for the answer."""
 
 import datetime
 import json

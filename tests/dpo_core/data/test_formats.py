@@ -1,4 +1,4 @@
-"""Every adapter on the rows that it is for, and on those that it must mark; recognition."""
+"""Every adapter on its own rows and on faulty ones; recognition of formats."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Conversations in the forms that files have: roles, parts, calls, system texts, several turns."""
+"""Conversations in the forms of data files: roles, parts, tool calls, system texts, several turns."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Several sets in one table, and folders whose files are of several splits."""
+"""Mixtures of several data sets, and folders with files of several splits."""
 
 import json
 from pathlib import Path

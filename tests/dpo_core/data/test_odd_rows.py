@@ -1,4 +1,4 @@
-"""One odd row is one fault, columns that are not read are named, and near misses say what is missing."""
+"""Odd rows: one fault each, unread columns are named, and near misses name the missing field."""
 
 import contextlib
 import json

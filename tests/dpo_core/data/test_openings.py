@@ -1,4 +1,4 @@
-"""The self-made openings and demonstrations: varied, neutral or balanced, and grammatical."""
+"""Generated openings and demonstrations: varied, neutral or balanced, and grammatical."""
 
 import re
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Rows as public preference data sets have them: which answer is chosen, the prompt, ties, margins."""
+"""Rows of public preference data sets: chosen answer, prompt, ties, margins."""
 
 import json
 from pathlib import Path

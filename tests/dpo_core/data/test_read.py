@@ -1,4 +1,4 @@
-"""Every container and compression round trip, and every bad file as an error that a person can act on."""
+"""Every file format and compression round-trips, and every damaged file gives an actionable error."""
 
 import gzip
 import json

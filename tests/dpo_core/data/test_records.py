@@ -1,4 +1,4 @@
-"""The canonical tables: real files with their known blemishes, ids, faults, limits, two lines of a user."""
+"""Canonical tables: real files with known defects, ids, faults, limits, custom columns."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""No prompt on both sides, whatever the rows; a prompt stays where it is when others come."""
+"""Splits by prompt: no prompt is on both sides, and adding rows moves no prompt."""
 
 from pathlib import Path
 

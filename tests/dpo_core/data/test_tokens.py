@@ -1,4 +1,4 @@
-"""Tokenisation: prompt + completion by construction, end tokens, truncation, templates."""
+"""Tokenisation: prompt and completion, end tokens, truncation, templates."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Two models on the same suites: what is paired, tested, corrected, found, and left out with its reason."""
+"""Comparison of two models on suites: pairing, tests, correction, findings and exclusions."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Evaluation prompts in training data: what counts, what does not, real data, and a large table."""
+"""Contamination: matches and non-matches of evaluation prompts, real data, and a large table."""
 
 import time
 from pathlib import Path

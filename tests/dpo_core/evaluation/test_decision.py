@@ -1,4 +1,4 @@
-"""Each rule of a promotion alone decides, and says with its numbers why."""
+"""Promotion rules: each one alone can refuse, and states its numbers."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Evaluation on numbers made by hand, and of a policy that is the reference."""
+"""Evaluation of policies on hand-made numbers, and of a policy that is the reference."""
 
 import math
 from pathlib import Path
@@ -11,7 +11,7 @@ from dpo_core.data.tokens.tokenise import Sequence, TokenPair
 from dpo_core.errors import StageFailed
 from dpo_core.evaluation.config import EvaluateConfig
 from dpo_core.evaluation.policies import kl_estimates, preference_accuracy, sample_policy, sequence_logps
-from dpo_core.evaluation.summary import PolicySamples, summarise
+from dpo_core.evaluation.summary import PolicySamples, summarise_samples
 from dpo_core.generation.config import SamplingConfig
 from dpo_core.models.load import load_model
 from tests.support.models.logps import full_logps, random_sequences
@@ -27,7 +27,7 @@ def made(rewards: list[float], kl: list[float] | None = None) -> PolicySamples:
 
 def test_a_row_by_hand() -> None:
     baseline = made([0.0, 0.5, 0.5, 0.0])
-    row = summarise(made([1.0, 0.5, 0.0, 0.25], [0.5, 0.1, 0.0, 0.2]), baseline, seed=0, length=2)
+    row = summarise_samples(made([1.0, 0.5, 0.0, 0.25], [0.5, 0.1, 0.0, 0.2]), baseline, seed=0, length=2)
     assert row["reward"]["value"] == pytest.approx(0.4375)
     assert row["reward"]["n"] == 2, "the prompts are what is resampled"
     assert row["length"]["value"] == 2.0
@@ -44,7 +44,7 @@ def test_a_row_by_hand() -> None:
 
 
 def test_the_reference_has_no_distance_from_itself() -> None:
-    row = summarise(made([1.0, 0.5, 0.0, 0.25]), None, seed=0, length=2)
+    row = summarise_samples(made([1.0, 0.5, 0.0, 0.25]), None, seed=0, length=2)
     assert not {"kl", "kl_k3", "gain", "win_rate"} & set(row)
 
 
@@ -52,13 +52,13 @@ def test_other_prompts_are_refused() -> None:
     other = made([0.0] * 4)
     other.prompt_index = [0, 1, 1, 1]
     with pytest.raises(StageFailed, match="different prompts"):
-        summarise(made([1.0, 0.5, 0.0, 0.25]), other, seed=0, length=2)
+        summarise_samples(made([1.0, 0.5, 0.0, 0.25]), other, seed=0, length=2)
 
 
 def test_a_single_prompt_is_resampled_by_its_samples() -> None:
     samples = made([1.0, 0.5, 0.0, 0.5])
     samples.prompt_index = [0] * 4
-    row = summarise(samples, None, seed=0, length=2)
+    row = summarise_samples(samples, None, seed=0, length=2)
     assert row["reward"]["n"] == 4
     assert row["reward"]["low"] < 0.5 < row["reward"]["high"]
 
@@ -117,7 +117,7 @@ def test_a_policy_that_is_the_reference_has_kl_and_gain_of_zero(tiny: Path) -> N
     assert len(set(policy.rewards)) > 1
     policy.kl_k1, policy.kl_k3 = kl_estimates(ours, theirs)
     assert policy.kl_k1 == policy.kl_k3 == [0.0] * 6
-    row = summarise(policy, reference, seed=0, length=6)
+    row = summarise_samples(policy, reference, seed=0, length=6)
     for name in ("kl", "kl_k3", "gain"):
         assert row[name]["value"] == row[name]["low"] == row[name]["high"] == 0.0
     assert row["win_rate"]["value"] == 0.5

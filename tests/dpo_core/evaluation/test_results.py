@@ -1,4 +1,4 @@
-"""Measures made of items: by hand, by subset, without contaminated items."""
+"""Measures computed from items: by hand, by subset, without contaminated items."""
 
 import pytest
 

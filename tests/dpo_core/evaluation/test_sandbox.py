@@ -1,4 +1,4 @@
-"""Programs that try to get out, to break things or to cheat; each really runs."""
+"""Programs that try to escape, break or cheat the sandbox; each one is really run."""
 
 import os
 import signal

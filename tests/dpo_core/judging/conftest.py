@@ -1,4 +1,4 @@
-"""The judge's server, for the tests of this room."""
+"""The judge server for these tests."""
 
 from tests.support.sites.judge_server import server
 

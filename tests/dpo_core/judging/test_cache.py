@@ -1,4 +1,4 @@
-"""Replies by content: found again, whole or absent, and safe to write from many sides."""
+"""Cache of replies by content: found again, complete or absent, safe for concurrent writers."""
 
 import json
 import multiprocessing

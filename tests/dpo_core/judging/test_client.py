@@ -1,4 +1,4 @@
-"""A judge's endpoint asked through a real server: what is tried again, what is not, and what is said then."""
+"""The judge's client against a real server: retries, refusals and error messages."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Comparisons by scores and by a judge behind a real server: both orders, ties, rubbish, and the rate."""
+"""Judgements by scores and by a judge on a real server: both orders, ties, invalid replies, win rate."""
 
 import random
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The length-controlled win rate: simulated judges whose taste is known, and an independent fit."""
+"""Length-controlled win rate: simulated judges with known bias, and an independent fit."""
 
 import gzip
 import json

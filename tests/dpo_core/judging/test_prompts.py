@@ -1,4 +1,4 @@
-"""What a judge is asked, and the letter that is read from what it answers."""
+"""Prompts for a judge, and parsing of the letter in its reply."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Models from scratch: the shape that was asked for, another model's tokenizer, the same bytes for a seed."""
+"""Models from scratch: the configured shape, another model's tokenizer, the same bytes for a seed."""
 
 from pathlib import Path
 from typing import Any

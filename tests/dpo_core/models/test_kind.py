@@ -1,4 +1,4 @@
-"""What is no causal language model of text is refused by its name when it is imported."""
+"""Models that are not causal language models of text are refused by kind when imported."""
 
 from pathlib import Path
 from typing import Any

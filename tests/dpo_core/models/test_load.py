@@ -1,4 +1,4 @@
-"""Checkpoints: finding, converting, refusing what would silently train something else."""
+"""Checkpoints: locating, converting, and refusing those that would silently train something else."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""LoRA: starts as the model, trains little, is merged into a normal checkpoint."""
+"""LoRA: starts equal to the model, trains few weights, and is merged into a normal checkpoint."""
 
 import json
 import sys

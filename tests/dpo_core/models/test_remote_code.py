@@ -1,4 +1,4 @@
-"""Code that ships with a model: trusted once, known wherever the model is read, and never asked about."""
+"""Python code of models: trusted once by digest, then accepted in every place that reads the model."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The reward model on small real architectures: where it reads, its scale, its training, its files."""
+"""The reward model on small real architectures: the scored token, its scale, training and files."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is written has the data types, the config and the files of the checkpoint that the run began with."""
+"""Saved checkpoints keep the data types, config and files of the checkpoint that the run started from."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Rewards: the built-in one, every way to name another, and every way in which one can go wrong."""
+"""Rewards: the built-in one, every way to name another, and every failure."""
 
 import math
 from pathlib import Path

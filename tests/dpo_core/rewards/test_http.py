@@ -1,4 +1,4 @@
-"""A reward behind HTTP, asked through a real server: answers, order, what is tried again and what is not."""
+"""An HTTP reward against a real server: answers, order, retries and refusals."""
 
 import json
 import logging

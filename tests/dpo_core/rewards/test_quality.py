@@ -1,4 +1,4 @@
-"""The reward model's meters on data whose answer is known."""
+"""Metrics of a reward model on data with known answers."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Compiled decoder layers: the numbers of plain ones, and the same names in a checkpoint."""
+"""Compiled decoder layers give the numbers of plain ones and the same names in a checkpoint."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""The operations that every trainer counts of a step, against torch's own counter of matrix products."""
+"""FLOPs that every trainer counts for a step, against torch's counter of matrix products."""
 
 import json
 import subprocess

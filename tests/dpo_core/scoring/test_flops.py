@@ -1,4 +1,4 @@
-"""Operations against torch's own counter, on tiny models and real passes."""
+"""FLOPs against torch's counter, on tiny models and real passes."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Packs against padded rows: the same log-probs, the same gradients, whatever lies beside."""
+"""Packs against padded rows: the same log-probs and gradients, independent of other documents."""
 
 import numpy as np
 import pytest

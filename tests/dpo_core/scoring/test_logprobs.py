@@ -1,4 +1,4 @@
-"""Log-probs: shift and mask by hand, against the full softmax, and what must not change them."""
+"""Log-probs: shift and mask by hand, against the full softmax, and invariances."""
 
 import math
 from types import SimpleNamespace

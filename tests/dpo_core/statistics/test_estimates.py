@@ -1,4 +1,4 @@
-"""Intervals: published values and hand-made data; `test_coverage` measures whether they hold the truth."""
+"""Intervals: published values and hand-made data; `test_coverage` measures their coverage."""
 
 import time
 

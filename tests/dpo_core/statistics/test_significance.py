@@ -1,4 +1,4 @@
-"""Tests of no difference against statsmodels, by hand, and against the intervals that they belong to."""
+"""Significance tests against statsmodels, by hand, and against their intervals."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Every claim in every direction, from studies made to lie on each side of it."""
+"""Verdicts on every claim, from studies constructed on each side of it."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The envelope: hand-made shapes, and the vectorised form against the plain one."""
+"""Envelopes: hand-made shapes, and the vectorised form against the plain one."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What a study may hold, and best of n against every subset."""
+"""Validation of studies, and best of n against every subset."""
 
 import math
 from itertools import combinations

@@ -1,4 +1,4 @@
-"""Summaries of made-up studies: the numbers as measured, their intervals, and what stays paired."""
+"""Summaries of constructed studies: measured values, intervals and pairing."""
 
 import time
 

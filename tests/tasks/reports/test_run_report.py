@@ -11,7 +11,7 @@ from rich.console import Console
 
 from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.evaluation.policy_row import PolicyRow
-from dpo_core.evaluation.summary import PolicySamples, summarise
+from dpo_core.evaluation.summary import PolicySamples, summarise_samples
 from dpo_core.statistics.estimates import Estimate
 from expectations.report import Finding
 from tasks.reports.alarms import alarms
@@ -52,7 +52,7 @@ def test_every_metric_of_the_evaluation_stands_in_the_table() -> None:
         [0, 0, 1, 1], [Sequence((1,), (2, 3))] * 4, [True, True, True, False], [0.0, 1.0, 0.5, 0.2],
         [0.1] * 4, [0.2] * 4, 1.25, [1.0] * 4, ["a good film", "a bad film", "it was long", "it was short"],
     )  # fmt: skip
-    row = summarise(drawn, drawn, seed=0, length=2)
+    row = summarise_samples(drawn, drawn, seed=0, length=2)
     policies = [PolicyRow(name="DPO", **row)]
     evaluation = make_evaluation().model_copy(update={"policies": policies})
     lines = {line.key: line for line in policy_metrics(evaluation)}

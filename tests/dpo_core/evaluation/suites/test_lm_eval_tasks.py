@@ -1,4 +1,4 @@
-"""The suites that lm-eval asks: their numbers are lm-eval's own, run on the same data and model."""
+"""Suites of lm-eval give the same numbers as lm-eval itself on the same data and model."""
 
 import csv
 import gzip

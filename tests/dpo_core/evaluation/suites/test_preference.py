@@ -1,4 +1,4 @@
-"""Preference suites: readers by hand, scores against the full softmax, and what they must come to."""
+"""Preference suites: readers, scores against the full softmax, and expected results."""
 
 import gzip
 import json

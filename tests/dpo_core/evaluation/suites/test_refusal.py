@@ -1,4 +1,4 @@
-"""Refusals told from answers, and both suites on a tiny model with classifiers of every form."""
+"""Detection of refusals, and both refusal suites on a tiny model with every kind of classifier."""
 
 import json
 import threading

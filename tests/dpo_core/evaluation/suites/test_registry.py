@@ -1,4 +1,4 @@
-"""The table of names against what the modules of the suites export."""
+"""The table of suite names matches the suites that the modules export."""
 
 from dpo_core.evaluation import suites as package
 from dpo_core.evaluation.suite_names import MODULES
