@@ -19,7 +19,7 @@ STATE = {
     # Code that may run becomes modules of the process; without an entry none runs.
     "dpo_core/models/remote_code.py:_trusted",
     # One thread of the process at a time: the library keeps state of its own in its modules.
-    "dpo_core/models/transformers_lock.py:_ONE_THREAD",
+    "dpo_core/models/transformers_lock.py:_LOCK",
     "expectations/gate.py:_ONE_AT_A_TIME",
     # A registry, which the modules of objectives fill while they are imported.
     "dpo_core/objectives/registry.py:_OBJECTIVES",

@@ -3,7 +3,7 @@
 import pytest
 
 from dpo_core.errors import StageFailed
-from dpo_core.evaluation.results import Item, estimate, measured
+from dpo_core.evaluation.results import Item, compute_measures, estimate
 from dpo_core.statistics.estimates import bootstrap_mean, share, wilson
 from tests.support.reports.made import LENGTH, RIGHT, SCORE, items_of, result_of
 
@@ -11,7 +11,7 @@ from tests.support.reports.made import LENGTH, RIGHT, SCORE, items_of, result_of
 def test_a_share_of_one_answer_a_prompt_is_wilsons() -> None:
     items = items_of([1] * 61 + [0] * 39)
     assert estimate(items, RIGHT) == wilson(61, 100)
-    (measure,) = measured(items, [RIGHT])
+    (measure,) = compute_measures(items, [RIGHT])
     assert (measure.name, measure.label, measure.better, measure.kind) == (
         "right",
         "answers right",
@@ -35,36 +35,41 @@ def test_several_answers_are_resampled_by_their_prompt() -> None:
 
 def test_measures_by_subset_follow_those_over_all() -> None:
     items = items_of([1, 0, 1, 1, 1, 0], subsets=["safe", "unsafe"])
-    found = measured(items, [RIGHT])
+    found = compute_measures(items, [RIGHT])
     assert [(m.subset, m.estimate.value, m.estimate.n) for m in found] == [
         ("", pytest.approx(4 / 6), 6),
         ("safe", 1.0, 3),
         ("unsafe", pytest.approx(1 / 3), 3),
     ]
-    assert [m.subset for m in measured(items_of([1, 0], subsets=["one"]), [RIGHT])] == [""], "one is all"
+    assert [m.subset for m in compute_measures(items_of([1, 0], subsets=["one"]), [RIGHT])] == [""], (
+        "one is all"
+    )
 
 
 def test_an_item_counts_only_for_the_measures_that_it_has() -> None:
     refused = [Item(id="a", cluster="a", subset="x", values={"right": 1}) for _ in range(1)]
     others = [Item(id=n, cluster=n, subset="y", values={"score": 2.0}) for n in ("b", "c")]
-    found = {(m.name, m.subset): m.estimate.n for m in measured([*refused, *others], [RIGHT, SCORE, LENGTH])}
+    found = {
+        (m.name, m.subset): m.estimate.n
+        for m in compute_measures([*refused, *others], [RIGHT, SCORE, LENGTH])
+    }
     assert found == {("right", ""): 1, ("score", ""): 2, ("right", "x"): 1, ("score", "y"): 2}
 
 
 def test_measures_are_given_again_without_contaminated_items() -> None:
     items = items_of([1, 1, 0, 0, 1, 0], subsets=["even", "odd"])
-    all_, even, odd = measured(items, [RIGHT], without=["i0", "i2", "unknown"])
+    all_, even, odd = compute_measures(items, [RIGHT], without=["i0", "i2", "unknown"])
     assert all_.clean == wilson(2, 4)
     assert all_.estimate == wilson(3, 6)
     assert even.clean == wilson(1, 1)
     assert odd.clean is None, "nothing was found there, and it is the same number"
-    (everything,) = measured(items_of([1, 0]), [RIGHT], without=["i0", "i1"])
+    (everything,) = compute_measures(items_of([1, 0]), [RIGHT], without=["i0", "i1"])
     assert everything.clean is None, "nothing is left"
 
 
 def test_clean_means_are_resampled_without_the_items() -> None:
     items = items_of([1.0, 2.0, 3.0, 10.0], "score")
-    (measure,) = measured(items, [SCORE], without=["i3"], seed=3)
+    (measure,) = compute_measures(items, [SCORE], without=["i3"], seed=3)
     assert measure.clean == bootstrap_mean([1.0, 2.0, 3.0], seed=3)
 
 

@@ -7,12 +7,13 @@ from dpo_core.evaluation.asked import Asked
 
 from dpo_core.data.tokens.config import TokenConfig
 from dpo_core.evaluation.model_under_test import Subject
+from dpo_core.evaluation.prompt import Prompt
 from dpo_core.generation.config import SamplingConfig
 from dpo_core.jobs.files import AnswersJob, AskedModel
 from tests.support.models.tiny import make_tiny_model
 from tests.support.runs.jobs import killed_and_resumed, on
 
-ASKED = [Asked("The film was", False), Asked('[{"role": "user", "content": "Say good."}]', True)] * 4
+ASKED = [Prompt("The film was", False), Prompt('[{"role": "user", "content": "Say good."}]', True)] * 4
 
 
 def test_a_killed_job_on_two_ranks_gives_the_answers_of_one_process(tmp_path: Path) -> None:

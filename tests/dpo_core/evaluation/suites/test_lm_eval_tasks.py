@@ -266,7 +266,7 @@ def marks(rows: list[dict], answers: list[str]) -> list[tuple[float, float]]:
     """Strict and flexible match of hand-written answers by the task that the suite loads."""
     tasks = harness.load_tasks("gsm8k", ["gsm8k"], {"test": rows, "train": SHOTS})
     lm = written({row["question"]: answer for row, answer in zip(rows, answers, strict=True)})
-    samples = harness.ask(lm, tasks, chat=False)
+    samples = harness.evaluate_tasks(lm, tasks, chat=False)
     found = [by_filter({"samples": samples}, "gsm8k", "exact_match", w) for w in FILTERS]
     return list(zip(*found, strict=True))
 
@@ -285,7 +285,7 @@ def test_no_question_stands_among_its_own_shots(wide: Subject, shared: Path, tmp
     assert source["rows"] == len(pool) == 20, "the three leaked questions are left out"
     tasks = harness.load_tasks("gsm8k", ["gsm8k"], {"test": gsm8k.questions(rows), "train": pool})
     lm = written({row["question"]: "#### 1" for row in rows})
-    harness.ask(lm, tasks, chat=False)
+    harness.evaluate_tasks(lm, tasks, chat=False)
     for row, prompt in zip(rows, lm.asked, strict=True):
         assert prompt.endswith(f"Question: {row['question']}\nAnswer:")
         assert prompt.count("Question: ") == 6

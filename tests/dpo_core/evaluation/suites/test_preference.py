@@ -13,7 +13,7 @@ from dpo_core.data.layouts.fields import Pair
 from dpo_core.errors import StageFailed
 from dpo_core.evaluation.config import SuiteConfig
 from dpo_core.evaluation.model_under_test import Subject
-from dpo_core.evaluation.results import Outcome, measured
+from dpo_core.evaluation.results import Outcome, compute_measures
 from dpo_core.evaluation.suites.preference import SUITES, Labelled
 from dpo_core.evaluation.suites.registry import find
 from dpo_core.evaluation.suites.rows import sample_prompts
@@ -43,7 +43,7 @@ def run(subject: Subject, given: list[dict[str, Any]], config: SuiteConfig = FP3
 
 
 def estimates(outcome: Outcome) -> dict[str, Estimate]:
-    return {m.name: m.estimate for m in measured(outcome.items, outcome.specs) if not m.subset}
+    return {m.name: m.estimate for m in compute_measures(outcome.items, outcome.specs) if not m.subset}
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 from dpo_core.errors import DataError, ModelError, RecipeError, StageFailed
 from dpo_core.evaluation.config import SuiteConfig
 from dpo_core.evaluation.model_under_test import Subject
-from dpo_core.evaluation.results import Outcome, measured
+from dpo_core.evaluation.results import Outcome, compute_measures
 from dpo_core.evaluation.safety_classifier import identity, refuse_training_reward
 from dpo_core.evaluation.safety_models import load_classifier, safe_class
 from dpo_core.evaluation.suites.refusal import BETWEEN_ANSWERS, is_refusal
@@ -146,7 +146,7 @@ def test_xstest_measures_both_sides(subject: Subject, shared: Path, refusing: st
     assert len({item.answer for item in outcome.items}) == 12
     assert len(set(outcome.items[0].answer.split(BETWEEN_ANSWERS))) == 3, "a prompt's answers are drawn apart"
     assert 0 < sum(item.values["safe"] for item in outcome.items) < 12
-    found = {(m.name, m.subset): m for m in measured(outcome.items, outcome.specs)}
+    found = {(m.name, m.subset): m for m in compute_measures(outcome.items, outcome.specs)}
     assert found["over_refusal", ""].better == "lower"
     assert found["refusal", ""].better == "higher"
     assert {subset for _, subset in found} == {""} | {item.subset for item in outcome.items}
