@@ -53,7 +53,7 @@ def test_a_package_that_carries_one_model_is_found(tmp_path: Path, monkeypatch: 
     config = ModelConfig(name="package:carries_a_model")
     assert locate(config) == folder / "data" / "m.gguf"
     (folder / "n.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ModelError, match=r"carries 2 \.gguf files"):
+    with pytest.raises(ModelError, match=r"contains 2 \.gguf files"):
         locate(config)
 
 
@@ -200,7 +200,7 @@ def test_rows_stay_within_the_short_rotary_factors() -> None:
     for config in (loaded, SimpleNamespace(max_position_embeddings=512, **as_stored)):
         check_context(config, 64)
         with pytest.raises(
-            ModelError, match="rows of 65 tokens, and beyond 64 this model takes other rotary"
+            ModelError, match="rows of 65 tokens, and beyond 64 this model uses other rotary"
         ):
             check_context(config, 65)
 

@@ -64,7 +64,7 @@ def test_areas_end_at_the_largest_fixed_kl_unless_told() -> None:
     ("points", "changes", "words"),
     [
         ([point("DPO", "beta=0.1", 3, prompts=7)], {}, "DPO beta=0.1 seed 3 has 7 values"),
-        ([point("DPO", "beta=0.1", 3)] * 2, {}, "DPO beta=0.1 seed 3 is there 2 times"),
+        ([point("DPO", "beta=0.1", 3)] * 2, {}, "DPO beta=0.1 seed 3 is listed 2 times"),
         ([], {"reference_rewards_P": [0.0]}, "the reference has 1 values"),
         ([], {"kl_at": [0.0, 1.0]}, "KLs above 0"),
         ([], {"kl_at": []}, "KLs above 0"),

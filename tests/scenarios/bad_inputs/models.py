@@ -43,7 +43,7 @@ def model_in_a_missing_inner_package(world: World) -> list[str]:
     return world.run(model={"name": "package:no_such_package.inner"})
 
 
-@bad(2, "the package json carries 0 .gguf files", "Name the file itself")
+@bad(2, "the package json contains 0 .gguf files", "Name the file itself")
 def model_in_a_package_without_one(world: World) -> list[str]:
     return world.run(model={"name": "package:json"})
 

@@ -340,16 +340,16 @@ def test_a_server_judges(served: str) -> None:
 def test_a_number_that_is_no_probability_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "score.py"
     path.write_text("def score(prompts, answers):\n    return [0.5, 3.0, 0.5]\n")
-    with pytest.raises(StageFailed, match="gave 3 for row 1, which is not a probability"):
+    with pytest.raises(StageFailed, match="returned 3 for row 1, which is not a probability"):
         load_classifier(f"{path}:score").judge(PROMPTS, ANSWERS)
 
 
 def test_what_is_no_classifier_is_refused(subject: Subject, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="'sentiment' does not name a classifier"):
         load_classifier("sentiment")
-    with pytest.raises(RecipeError, match="not there"):
+    with pytest.raises(RecipeError, match="there is no file"):
         load_classifier(f"{tmp_path}/nothing.py:judge")
-    with pytest.raises(ModelError, match=r"no trained classifier: its weights lack score\.weight"):
+    with pytest.raises(ModelError, match=r"not a trained classifier: its weights lack score\.weight"):
         load_classifier(str(subject.path))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match="cannot be loaded"):
