@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pandas as pd
-from dpo_core.evaluation.asked import Asked
 
 from dpo_core.data.tokens.config import TokenConfig
 from dpo_core.evaluation.model_under_test import Subject

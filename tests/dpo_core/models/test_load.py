@@ -199,9 +199,7 @@ def test_rows_stay_within_the_short_rotary_factors() -> None:
     loaded = Phi3Config(**sizes, rope_parameters=rope, original_max_position_embeddings=64)
     for config in (loaded, SimpleNamespace(max_position_embeddings=512, **as_stored)):
         check_context(config, 64)
-        with pytest.raises(
-            ModelError, match="rows of 65 tokens, and beyond 64 this model uses other rotary"
-        ):
+        with pytest.raises(ModelError, match="rows of 65 tokens, and beyond 64 this model uses other rotary"):
             check_context(config, 65)
 
 
