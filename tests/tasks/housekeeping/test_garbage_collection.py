@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import HealthCheck, args, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dpo_core.errors import RecipeError
@@ -143,7 +143,7 @@ def _folder() -> Iterator[Path]:
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@args(stores())
+@given(stores())
 def test_what_a_kept_run_needs_stays_and_all_else_goes(
     drawn: tuple[list[Result], list[PlannedRun], int],
 ) -> None:
