@@ -1,4 +1,4 @@
-"""The body of `dpo doctor`: runs all checks and prints their findings."""
+"""The body of `dpo doctor`: runs all checks and prints their results."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from deploy.prefect_file import read_prefect_file
 from dpo_core.errors import RecipeError, StageFailed
 from flows.process.orphans import find_orphans
 from tasks.housekeeping.doctor import machine, mlflow, ports, prefect, workspace
-from tasks.housekeeping.doctor.finding import Finding, ok, run_checks, skipped, warning
+from tasks.housekeeping.doctor.check_result import CheckResult, ok, run_checks, skipped, warning
 from tasks.housekeeping.doctor.http import ask
 
 _SIGNS = {"ok": "✓", "warning": "!", "failure": "✗", "skipped": "–"}
@@ -21,26 +21,26 @@ _IMPATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "3", "MLFLOW_HTTP_REQUEST_MAX_RETRI
 
 
 def diagnose(folder: Path, as_json: bool) -> None:
-    """Run all checks and print their findings.
+    """Run all checks and print their results.
 
     Raises:
         StageFailed: a check found a failure.
     """
     os.environ.update(_IMPATIENT)
-    findings = run_all(folder)
+    results = run_all(folder)
     if as_json:
-        typer.echo(json.dumps([finding.model_dump() for finding in findings], indent=1))
+        typer.echo(json.dumps([result.model_dump() for result in results], indent=1))
     else:
-        for finding in findings:
-            typer.echo(f"{_SIGNS[finding.state]} {finding.check:12} {finding.says}")
-            if finding.remedy:
-                typer.echo(f"  {'':12} → {finding.remedy}")
-    if broken := sorted({finding.check for finding in findings if finding.state == "failure"}):
+        for result in results:
+            typer.echo(f"{_SIGNS[result.state]} {result.check:12} {result.says}")
+            if result.remedy:
+                typer.echo(f"  {'':12} → {result.remedy}")
+    if broken := sorted({result.check for result in results if result.state == "failure"}):
         raise StageFailed(f"broken: {', '.join(broken)}", "See the remedy below each check")
 
 
-def run_all(place: Path) -> list[Finding]:
-    """The findings of all checks; a check comes after those of the things that it needs."""
+def run_all(place: Path) -> list[CheckResult]:
+    """The results of all checks; a check comes after those of the things that it needs."""
     here = [machine.python, machine.packages, machine.compiler, machine.demo_weights, machine.accelerator]
     disk = [workspace.folder, workspace.owner, workspace.disk, workspace.clock, workspace.stuck_runs]
     tracked = [mlflow.undelivered, workspace.garbage, workspace.champions]
@@ -55,12 +55,12 @@ def run_all(place: Path) -> list[Finding]:
     )
 
 
-def _with_mlflow(place: Path, checks: Sequence[Callable[[Path], Iterator[Finding]]]) -> Iterator[Finding]:
+def _with_mlflow(place: Path, checks: Sequence[Callable[[Path], Iterator[CheckResult]]]) -> Iterator[CheckResult]:
     """The check of MLflow, and if it answers, those that need it."""
     state = "ok"
-    for finding in mlflow.tracking(place):
-        yield finding
-        state = finding.state if finding.state == "failure" else state
+    for result in mlflow.tracking(place):
+        yield result
+        state = result.state if result.state == "failure" else state
     if state == "failure":
         yield skipped("champion", "MLflow does not answer")
         return
@@ -68,7 +68,7 @@ def _with_mlflow(place: Path, checks: Sequence[Callable[[Path], Iterator[Finding
         yield from check(place)
 
 
-def orphans() -> Iterator[Finding]:
+def orphans() -> Iterator[CheckResult]:
     """No processes of killed runs are left."""
     left = find_orphans()
     if left:
@@ -79,9 +79,9 @@ def orphans() -> Iterator[Finding]:
         yield ok("orphans", "no process of a killed run is left")
 
 
-def deploy_file() -> Iterator[Finding]:
+def deploy_file() -> Iterator[CheckResult]:
     """The server matches the deployment file."""
-    # A package that cannot be imported is a finding, not the end of the doctor.
+    # A package that cannot be imported is a result, not the end of the doctor.
     from flows.commands.deploy import check_deployment, default_file, reconcile  # noqa: PLC0415
     from flows.process.prefect_server import server, server_address  # noqa: PLC0415
 

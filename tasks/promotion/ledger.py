@@ -51,7 +51,7 @@ _LOCK_SECONDS = 900.0
 _ABOUT = "Changes of the champion of {name}, one a version. Written by `dpo promote` and `dpo rollback`."
 
 
-class Change(Config):
+class ChampionChange(Config):
     """One change of the champion: an entry of the ledger, and the artifact `decision.json`."""
 
     kind: Literal["promotion", "rollback"]
@@ -84,7 +84,7 @@ class Entry(NamedTuple):
     """A change with its place in the ledger."""
 
     number: int
-    change: Change
+    change: ChampionChange
     state: str
     """Empty until the change is applied; then `done`, or `abandoned` if its version was deleted."""
 
@@ -104,7 +104,7 @@ class Ledger:
         )
         return _valid([entry for version in versions if (entry := _entry(version)) is not None])
 
-    def append(self, change: Change) -> bool:
+    def append(self, change: ChampionChange) -> bool:
         """Record a change, which makes it effective. Returns False if another change was recorded first."""
         source = f"models:/{self.model}/{change.version}"
         about = _ABOUT.format(name=self.model)
@@ -125,7 +125,7 @@ class Ledger:
             self._tracker.ask("a void entry", lambda c: c.delete_model_version(self.name, number))
         return won
 
-    def settle(self) -> Change | None:
+    def settle(self) -> ChampionChange | None:
         """Apply the last change if it is not applied yet, and return it; None if there was nothing to do."""
         applied: Entry | None = None
         while True:
@@ -237,7 +237,7 @@ def champion_history(entries: list[Entry]) -> list[str]:
     return stack
 
 
-def sentence(change: Change) -> str:
+def sentence(change: ChampionChange) -> str:
     """One line that describes a change."""
     verb = "promoted" if change.kind == "promotion" else "brought back"
     forced = " by force" if change.forced else ""
@@ -251,7 +251,7 @@ def sentence(change: Change) -> str:
 def _entry(version: Any) -> Entry | None:
     """The entry that a registered version holds; None for a version that this code did not write."""
     try:
-        change = Change.model_validate_json(version.tags[_CHANGE])
+        change = ChampionChange.model_validate_json(version.tags[_CHANGE])
     except (KeyError, ValidationError):
         return None
     return Entry(int(version.version), change, version.tags.get(_STATE, ""))
@@ -265,7 +265,7 @@ def _valid(entries: list[Entry]) -> list[Entry]:
     return valid
 
 
-def _tags(change: Change) -> dict[str, str]:
+def _tags(change: ChampionChange) -> dict[str, str]:
     """Tags of the new champion. A rollback keeps the tags that its promotion wrote."""
     if change.kind == "rollback":
         tags = {"dpo.restored_at": _moment(change.at), "dpo.restored_by": change.by}
@@ -281,14 +281,14 @@ def _tags(change: Change) -> dict[str, str]:
     }
 
 
-def _tags_of_replaced(change: Change) -> dict[str, str]:
+def _tags_of_replaced(change: ChampionChange) -> dict[str, str]:
     if change.kind == "promotion":
         return {"dpo.replaced_by": change.version, "dpo.replaced_at": _moment(change.at)}
     tags = {"dpo.rolled_back_at": _moment(change.at), "dpo.rolled_back_by": change.by}
     return tags | ({"dpo.rolled_back_reason": change.reason} if change.reason else {})
 
 
-def _record(client: Any, run_id: str, change: Change) -> None:
+def _record(client: Any, run_id: str, change: ChampionChange) -> None:
     """Log the change as an artifact of the run that trained the model. A failure costs only this copy."""
     name = "decision.json" if change.kind == "promotion" else "rollback.json"
     try:

@@ -18,7 +18,15 @@ from pydantic import Field
 from dpo_core.config import Config
 from dpo_core.errors import PromotionRefused, RecipeError
 from tasks.promotion.finished_run import finished_report, registry_of
-from tasks.promotion.ledger import ALIAS, PREVIOUS, SUFFIX, Change, Ledger, champion_history, hold_champion
+from tasks.promotion.ledger import (
+    ALIAS,
+    PREVIOUS,
+    SUFFIX,
+    ChampionChange,
+    Ledger,
+    champion_history,
+    hold_champion,
+)
 from tasks.promotion.model_source import version_title, weights_of
 from tasks.reports.alarms import alarms
 from tasks.reports.run_report import ModelRow, RunReport
@@ -43,7 +51,7 @@ class Standing(Config):
     challenger: str | None
     changed: bool = False
     """Whether this call changed the champion."""
-    change: Change | None = None
+    change: ChampionChange | None = None
     """The last change in the ledger."""
     notes: list[str] = Field(default_factory=list)
     """Interrupted changes that were completed, and problems."""
@@ -92,7 +100,7 @@ def promote(workspace: str | Path, run_id: str, *, force: bool = False, reason: 
             refuse(f"{version_title(candidate)} is not promoted", against, remedy)
         _check_weights(candidate)
         replaced = None if champion is None else str(champion.version)
-        change = Change(
+        change = ChampionChange(
             kind="promotion",
             name=model.name,
             version=str(candidate.version),
@@ -130,7 +138,7 @@ def rollback(workspace: str | Path, name: str | None = None, *, reason: str = ""
         if target is None or (champion is not None and champion.version == target.version):
             refuse(f"{name} has no previous champion", [], "Promote another run's model: dpo promote RUN")
         _check_weights(target)
-        change = Change(
+        change = ChampionChange(
             kind="rollback",
             name=name,
             version=str(target.version),
@@ -200,7 +208,7 @@ def refuse(problem: str, reasons: list[str], remedy: str) -> NoReturn:
     raise PromotionRefused(message, remedy)
 
 
-def _record(tracker: Tracker, ledger: Ledger, change: Change, notes: list[str]) -> Standing:
+def _record(tracker: Tracker, ledger: Ledger, change: ChampionChange, notes: list[str]) -> Standing:
     if not ledger.append(change):
         first = ledger.read()[-1].change
         problem = f"the {change.kind} of {change.name} version {change.version} was rejected"

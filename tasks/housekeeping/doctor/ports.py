@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 
-from tasks.housekeeping.doctor.finding import Finding, failure, ok, warning
+from tasks.housekeeping.doctor.check_result import CheckResult, failure, ok, warning
 from tasks.housekeeping.doctor.http import ask
 
 _USUAL = {4200: ("Prefect", "/api/admin/version"), 5000: ("MLflow", "/version")}
@@ -24,7 +24,7 @@ _OPEN = {
 }
 
 
-def usual(ports: dict[int, tuple[str, str]] | None = None) -> Iterator[Finding]:
+def usual(ports: dict[int, tuple[str, str]] | None = None) -> Iterator[CheckResult]:
     """The default ports are free, or used by the servers that they are for."""
     for port, (what, path) in (ports or _USUAL).items():
         with socket.socket() as probe:
@@ -55,7 +55,7 @@ def _listening(port: int | None = None) -> Iterator[tuple[int, tuple[str, int], 
                     yield process.pid, (ip, number), process
 
 
-def open_to_all() -> Iterator[Finding]:
+def open_to_all() -> Iterator[CheckResult]:
     """No MLflow or Prefect server of this user accepts connections from other machines without a password."""
     checked, bad = set(), 0
     for pid, (host, port), process in _listening():

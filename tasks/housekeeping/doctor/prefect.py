@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from tasks.housekeeping.doctor.finding import Finding, failure, ok, skipped, warning
+from tasks.housekeeping.doctor.check_result import CheckResult, failure, ok, skipped, warning
 from tasks.housekeeping.doctor.http import SECONDS, ask, skew
 from tasks.scheduling.prefect_home import REMEDY, unwritable_home
 
@@ -32,7 +32,7 @@ class Api:
         return answer.raise_for_status().json()
 
 
-def server() -> Iterator[Finding]:
+def server() -> Iterator[CheckResult]:
     """All checks of the configured server; without one, runs start temporary servers."""
     from prefect.settings import get_current_settings
 
@@ -72,7 +72,7 @@ def server() -> Iterator[Finding]:
         yield warning("heartbeats", "runs send no heartbeats: a lost run stays Running for ever", remedy)
 
 
-def _workers(api: Api) -> Iterator[Finding]:
+def _workers(api: Api) -> Iterator[CheckResult]:
     deployed = api.post("/deployments/filter", limit=200)
     used = {d["work_pool_name"] for d in deployed if d.get("work_pool_name")}
     pools = {pool["name"]: pool for pool in api.post("/work_pools/filter", limit=200)}
@@ -97,7 +97,7 @@ def _workers(api: Api) -> Iterator[Finding]:
             yield failure("worker", says, f"prefect worker start --pool {name}")
 
 
-def _deployments(api: Api) -> Iterator[Finding]:
+def _deployments(api: Api) -> Iterator[CheckResult]:
     deployments = api.post("/deployments/filter", limit=200)
     if not deployments:
         yield warning("deployments", "the server has no deployments", "dpo deploy")
@@ -112,7 +112,7 @@ def _deployments(api: Api) -> Iterator[Finding]:
             yield ok("schedules", f"{name} has paused schedules: {', '.join(slugs)}")
 
 
-def _late(api: Api) -> Iterator[Finding]:
+def _late(api: Api) -> Iterator[CheckResult]:
     named = {"state": {"name": {"any_": ["Late"]}}}
     late = api.post("/flow_runs/filter", flow_runs=named, limit=200, sort="EXPECTED_START_TIME_ASC")
     if not late:
@@ -125,7 +125,7 @@ def _late(api: Api) -> Iterator[Finding]:
     yield warning("late runs", says, remedy)
 
 
-def _automations(api: Api) -> Iterator[Finding]:
+def _automations(api: Api) -> Iterator[CheckResult]:
     from tasks.scheduling.alerts import ALERTS, PREFIX
     from tasks.scheduling.heartbeats import HEARTBEAT_AUTOMATION
 
@@ -166,7 +166,7 @@ def _delay(api: Api) -> str:
     return "; some come up to 15 minutes late (for the remedy see deploy/README.md, Alerts)"
 
 
-def home() -> Iterator[Finding]:
+def home() -> Iterator[CheckResult]:
     """Prefect's folder is writable; the temporary servers of runs keep their database there."""
     if problem := unwritable_home():
         yield failure("prefect home", f"{problem[0]} is not writable ({problem[1]})", REMEDY)
@@ -174,7 +174,7 @@ def home() -> Iterator[Finding]:
         yield ok("prefect home", "is writable")
 
 
-def credentials() -> Iterator[Finding]:
+def credentials() -> Iterator[CheckResult]:
     """PREFECT_API_AUTH_STRING, if set, has the form user:password."""
     text = os.environ.get("PREFECT_API_AUTH_STRING")
     if text is not None and ":" not in text:

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from dpo_core.errors import DpoError
-from tasks.housekeeping.doctor.finding import Finding, failure, ok, skipped, warning
+from tasks.housekeeping.doctor.check_result import CheckResult, failure, ok, skipped, warning
 from tasks.runs.record import RunRecord, list_runs, read_records
 from tasks.runs.references import read_references
 from tasks.store.files import require_writable
@@ -24,7 +24,7 @@ _ENTRIES = 5000
 _QUIET = timedelta(days=1)
 
 
-def folder(place: Path) -> Iterator[Finding]:
+def folder(place: Path) -> Iterator[CheckResult]:
     """The workspace is writable, and its folders are on one file system, so that renames work."""
     above = next(path for path in (place, *place.parents) if path.exists())
     if above != place:
@@ -48,7 +48,7 @@ def folder(place: Path) -> Iterator[Finding]:
         yield ok("workspace", f"{place} is writable")
 
 
-def owner(place: Path) -> Iterator[Finding]:
+def owner(place: Path) -> Iterator[CheckResult]:
     """No file belongs to another user, which happens after a run with sudo."""
     if not place.exists():
         return
@@ -71,7 +71,7 @@ def owner(place: Path) -> Iterator[Finding]:
         yield ok("owner", "all files belong to the owner of the workspace")
 
 
-def disk(place: Path) -> Iterator[Finding]:
+def disk(place: Path) -> Iterator[CheckResult]:
     """The disk has space for another run like the newest."""
     existing = next(path for path in (place, *place.parents) if path.exists())
     free = shutil.disk_usage(existing).free
@@ -105,7 +105,7 @@ def _newest_bytes(store: Store) -> int:
     )
 
 
-def stuck_runs(place: Path) -> Iterator[Finding]:
+def stuck_runs(place: Path) -> Iterator[CheckResult]:
     """No run is recorded as running although its process is gone."""
     running = [record for record in read_records(place) if record.status == "running"]
     stuck = 0
@@ -129,7 +129,7 @@ def _stuck(place: Path, record: RunRecord) -> str | None:
     return f"nothing was written for {quiet.days} days" if quiet > _QUIET else None
 
 
-def leftovers(place: Path) -> Iterator[Finding]:
+def leftovers(place: Path) -> Iterator[CheckResult]:
     """No unfinished folders of killed processes remain; reports locks that name a dead holder."""
     store = Store(place)
     left = store.leftovers()
@@ -152,7 +152,7 @@ def _holder_gone(path: Path) -> bool:
         return False
 
 
-def clock(place: Path) -> Iterator[Finding]:
+def clock(place: Path) -> Iterator[CheckResult]:
     """No run has a start time in the future."""
     newest = max((record.started_at for record in list_runs(place)), default=None)
     ahead = (newest - datetime.now(UTC)).total_seconds() if newest else 0.0
@@ -165,7 +165,7 @@ def clock(place: Path) -> Iterator[Finding]:
         yield ok("clock", time.strftime("%Y-%m-%d %H:%M:%S %z"))
 
 
-def garbage(place: Path) -> Iterator[Finding]:
+def garbage(place: Path) -> Iterator[CheckResult]:
     """The size of the store, and how much of it garbage collection would free."""
     from tasks.housekeeping.garbage_collection import free
 
@@ -184,7 +184,7 @@ def garbage(place: Path) -> Iterator[Finding]:
         yield ok("store", says)
 
 
-def champions(place: Path) -> Iterator[Finding]:
+def champions(place: Path) -> Iterator[CheckResult]:
     """Aliases, ledger and weights of every registered model agree. The weights are not read."""
     from tasks.promotion.finished_run import registries_of
     from tasks.promotion.ledger import ALIAS, SUFFIX, Ledger

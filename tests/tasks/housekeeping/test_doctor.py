@@ -21,7 +21,7 @@ import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from tasks.housekeeping.doctor import machine, mlflow, ports, prefect, workspace
-from tasks.housekeeping.doctor.finding import Finding, ok, run_checks
+from tasks.housekeeping.doctor.check_result import CheckResult, ok, run_checks
 from tasks.runs.record import RunRecord, read_records, save_run
 from tasks.store.owner import Owner, this_process
 from tests.support.runs.stored import REPO, make, python
@@ -29,13 +29,13 @@ from tests.support.runs.stored import REPO, make, python
 NOW = datetime.now(UTC)
 
 
-def only(findings: Iterable[Finding], state: str) -> Finding:
+def only(findings: Iterable[CheckResult], state: str) -> CheckResult:
     """The one finding of this state."""
     (match,) = [finding for finding in findings if finding.state == state]
     return match
 
 
-def all_ok(findings: Iterable[Finding]) -> bool:
+def all_ok(findings: Iterable[CheckResult]) -> bool:
     return {finding.state for finding in findings} <= {"ok"}
 
 
@@ -364,15 +364,15 @@ def test_a_server_that_is_open_to_other_machines() -> None:
 
 
 def test_a_check_that_breaks_or_hangs_holds_up_no_other() -> None:
-    def broken() -> Iterator[Finding]:
+    def broken() -> Iterator[CheckResult]:
         yield ok("first", "fine")
         raise ValueError("what")
 
-    def hangs() -> Iterator[Finding]:
+    def hangs() -> Iterator[CheckResult]:
         time.sleep(30)
         yield ok("never", "")
 
-    def fine() -> Iterator[Finding]:
+    def fine() -> Iterator[CheckResult]:
         yield ok("last", "fine")
 
     began = time.monotonic()

@@ -9,7 +9,7 @@ import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from tasks.housekeeping.doctor import prefect
-from tasks.housekeeping.doctor.finding import Finding
+from tasks.housekeeping.doctor.check_result import CheckResult
 from tasks.housekeeping.doctor.http import ask
 from tests.flows.cli.test_deploy_server import Site, until
 
@@ -32,7 +32,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
                 process.kill()
 
 
-def _look(site: Site) -> dict[str, Finding]:
+def _look(site: Site) -> dict[str, CheckResult]:
     with temporary_settings({PREFECT_API_URL: site.api}):
         return {finding.check: finding for finding in prefect.server()}
 

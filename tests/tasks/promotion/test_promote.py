@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dpo_core.errors import PromotionRefused, RecipeError
-from tasks.promotion.ledger import Change, Ledger
+from tasks.promotion.ledger import ChampionChange, Ledger
 from tasks.promotion.promote import check, promote, rollback
 from tasks.reports.run_report import RunReport
 from tests.support.runs.promotions import NAME, World, dpo, dpo_at_once, dpo_killed
@@ -28,7 +28,7 @@ def test_a_promotion_is_recorded_where_people_look(world: World) -> None:
     assert second["dpo.promoted_by"] == first["dpo.promoted_by"]
     assert "@" in second["dpo.promoted_by"]
     assert (first["dpo.replaced_by"], first["dpo.replaced_at"]) == ("2", second["dpo.promoted_at"])
-    change = Change.model_validate_json(world.artifact("second", "decision.json").read_bytes())
+    change = ChampionChange.model_validate_json(world.artifact("second", "decision.json").read_bytes())
     assert (change.run, change.replaced, change.after) == ("second", "1", 1)
     assert change.decision
     assert change.decision.reasons[0].rule == "max_kl"
