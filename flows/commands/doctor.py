@@ -55,7 +55,9 @@ def run_all(place: Path) -> list[CheckResult]:
     )
 
 
-def _with_mlflow(place: Path, checks: Sequence[Callable[[Path], Iterator[CheckResult]]]) -> Iterator[CheckResult]:
+def _with_mlflow(
+    place: Path, checks: Sequence[Callable[[Path], Iterator[CheckResult]]]
+) -> Iterator[CheckResult]:
     """The check of MLflow, and if it answers, those that need it."""
     state = "ok"
     for result in mlflow.tracking(place):
