@@ -19,7 +19,7 @@ from dpo_core.models.dropout import disable_dropout, set_training
 from dpo_core.models.load import load_model, read_config
 from dpo_core.models.source import check_source_context, locate, position_limit
 from dpo_core.scoring.attention import restore_attention_on_error, round_up_to_block
-from dpo_core.scoring.autocast import autocast, effective
+from dpo_core.scoring.autocast import autocast, effective_precision
 from dpo_core.scoring.branch_scores import branch_scores
 from dpo_core.scoring.document import Document
 from dpo_core.scoring.layout import pack, pad
@@ -187,7 +187,7 @@ def _reads_ahead(model: Any, document: Document) -> str | None:
 def _reduced_fault(model: nn.Module, precision: Precision) -> str | None:
     """Packs in bf16 must be about as near to fp32 as padded rows in bf16 are."""
     device = next(model.parameters()).device
-    if effective(precision, device) == "fp32":
+    if effective_precision(precision, device) == "fp32":
         return None
     documents = trial_documents(model, _SHORT)
     tokens = sum(map(len, documents))

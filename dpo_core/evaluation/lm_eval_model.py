@@ -14,7 +14,7 @@ from dpo_core.errors import ModelError, StageFailed
 from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.model_check import check_definition
 from dpo_core.models.source import check_context
-from dpo_core.scoring.autocast import effective
+from dpo_core.scoring.autocast import effective_precision
 from dpo_core.scoring.logprobs import completion_scores
 from dpo_core.scoring.precision import Precision
 
@@ -35,7 +35,7 @@ class HarnessLM(HFLM):
         token_budget: int = 2048,
         batch_size: int = 8,
     ) -> None:
-        half = effective(precision, subject.model.device) == "bf16"
+        half = effective_precision(precision, subject.model.device) == "bf16"
         super().__init__(
             pretrained=subject.model,
             tokenizer=subject.tokenizer,

@@ -12,7 +12,7 @@ from torch import Tensor
 from dpo_core.generation.config import SamplingConfig
 from dpo_core.generation.next_token import cache_is_exact, open_rows
 from dpo_core.ranks import Alone, Ranks
-from dpo_core.scoring.autocast import effective
+from dpo_core.scoring.autocast import effective_precision
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def sample(
     """
     stops = frozenset([eos_id] if isinstance(eos_id, int) else eos_id)
     cache_is_exact(model)  # tried in full precision; a copy keeps the answer
-    precision = effective(config.precision, next(model.parameters()).device)
+    precision = effective_precision(config.precision, next(model.parameters()).device)
     sampler = copy.deepcopy(model).to(torch.bfloat16) if precision == "bf16" else model
     places = range(len(prompts)) if places is None else places
     # Neighbours in length share a batch, so that little of it is padding.

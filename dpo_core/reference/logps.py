@@ -20,7 +20,7 @@ from dpo_core.reference.cache import ReferenceCache
 from dpo_core.reference.compute import Buffer, compute
 from dpo_core.reference.keys import reference_facts, sequence_key
 from dpo_core.reference.shard import LogpShard
-from dpo_core.scoring.autocast import effective
+from dpo_core.scoring.autocast import effective_precision
 from dpo_core.scoring.logprobs import logprob_flops
 from dpo_core.scoring.precision import Precision
 
@@ -77,7 +77,7 @@ def reference_logps(
     wanted = {sequence_key(s): s for s in sequences}
     keys = list(wanted)
     attention = attention_of(reference.model)
-    precision = effective(reference.precision, resources.device)
+    precision = effective_precision(reference.precision, resources.device)
     facts = reference_facts(reference.weights_sha256, precision, attention, reference.described)
     cache = ReferenceCache(resources.caches / facts.key, facts if ranks.rank == 0 else None)
     # Decided once: ranks that start later, or after a kill, must plan the same passes.

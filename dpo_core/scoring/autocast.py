@@ -1,4 +1,4 @@
-"""The precision that is computed in: bf16 autocast over fp32 weights, or fp32."""
+"""Autocast to bf16 over fp32 weights; fp32 on processors without bf16 arithmetic."""
 
 import logging
 import platform
@@ -14,14 +14,14 @@ log = logging.getLogger("dpo")
 
 
 def autocast(precision: Precision, device: torch.device | str = "cpu") -> AbstractContextManager[Any]:
-    """bf16 autocast over fp32 weights, or nothing."""
-    if effective(precision, device) == "fp32":
+    """bf16 autocast over fp32 weights; a null context for fp32."""
+    if effective_precision(precision, device) == "fp32":
         return nullcontext()
     return torch.autocast(torch.device(device).type, torch.bfloat16)
 
 
-def effective(precision: Precision, device: torch.device | str = "cpu") -> Precision:
-    """The precision that is computed in: fp32 also where bf16 is asked for and the processor has none."""
+def effective_precision(precision: Precision, device: torch.device | str = "cpu") -> Precision:
+    """The precision of the computation: fp32 instead of bf16 if the processor has no bf16 arithmetic."""
     if precision == "bf16" and torch.device(device).type == "cpu" and not _processor_has_bf16():
         return "fp32"
     return precision
@@ -32,5 +32,5 @@ def _processor_has_bf16() -> bool:
     """False on x86 without AVX-512, where PyTorch's bf16 products are 3 to 80 times slower than fp32."""
     if platform.machine() not in ("x86_64", "AMD64") or "AVX512" in torch.backends.cpu.get_cpu_capability():
         return True
-    log.warning("this processor has no bf16 arithmetic: what asks for bf16 is computed in fp32")
+    log.warning("this processor has no bf16 arithmetic: fp32 is used instead of bf16")
     return False

@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from dpo_core.methods.registry import methods
-from dpo_core.scoring.autocast import effective
+from dpo_core.scoring.autocast import effective_precision
 from dpo_core.scoring.matmul_rate import matmul_rate
 from dpo_core.scoring.precision import Precision
 from tasks.reports.run_report import RunReport, StageRow
@@ -75,7 +75,7 @@ class Speed:
         return overhead + flops / (rate * (processes if self.on_gpu else 1))
 
     def _matmul(self, precision: Precision) -> float:
-        precision = effective(precision, "cuda" if self.on_gpu else "cpu")
+        precision = effective_precision(precision, "cuda" if self.on_gpu else "cpu")
         if precision not in self.timed:
             self.timed[precision] = matmul_rate(torch.bfloat16 if precision == "bf16" else torch.float32)
         return self.timed[precision]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dpo_core.scoring import autocast
-from dpo_core.scoring.autocast import effective
+from dpo_core.scoring.autocast import effective_precision
 
 
 @pytest.mark.parametrize(
@@ -30,8 +30,8 @@ def test_a_processor_without_bf16_computes_in_fp32_and_says_so(
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     with caplog.at_level(logging.WARNING, "dpo"):
         for _ in range(2):
-            assert effective("bf16") == used
+            assert effective_precision("bf16") == used
     monkeypatch.undo()
     autocast._processor_has_bf16.cache_clear()
     assert caplog.text.count("computed in fp32") == (used == "fp32")
-    assert [effective("fp32"), effective("bf16", "cuda")] == ["fp32", "bf16"]
+    assert [effective_precision("fp32"), effective_precision("bf16", "cuda")] == ["fp32", "bf16"]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from dpo_core import job as train
 from dpo_core.methods.ppo import PpoConfig
 from dpo_core.reference import LogpShard, sequence_key
-from dpo_core.scoring.autocast import effective
+from dpo_core.scoring.autocast import effective_precision
 from dpo_core.training.batches import Order
 from dpo_core.training.config import EngineConfig
 from dpo_core.training.distributed import lost_peer
@@ -151,7 +151,7 @@ def test_bf16_differs_by_its_rounding_only(courses: Lab) -> None:
             gaps = courses.gap(f"{name}-of-{ranks}", "bf16-zero-0-of-1")
             assert gaps["loss"] < 1e-3, (name, ranks)
     apart = courses.gap("bf16-zero-0-of-1", "zero-0-of-1")
-    used = effective("bf16") == "bf16"
+    used = effective_precision("bf16") == "bf16"
     assert (apart["logps/chosen"] > 1e-4) == used, "bf16 was really used, if the processor has it"
 
 
