@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from dpo_core.data.tokens.chat_template import template_in
-from dpo_core.data.tokens.config import settled
+from dpo_core.data.tokens.config import with_date
 from dpo_core.errors import RecipeError
 from dpo_core.methods.reward import no_agreement
 from tasks.promotion.champion import find_champion
@@ -112,7 +112,7 @@ def _dated(recipe: Recipe, loaded: Manifest, base: Manifest) -> Recipe:
     if base.planned or loaded.planned:
         return recipe
     day = datetime.date.fromisoformat(str(facts_of(loaded, LoadFacts).read_on))
-    tokens = settled(recipe.tokens, template_in(base.path), day)
+    tokens = with_date(recipe.tokens, template_in(base.path), day)
     return recipe.model_copy(update={"tokens": tokens})
 
 

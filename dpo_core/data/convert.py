@@ -45,7 +45,7 @@ _EMPTY: dict[Kind, Record] = {
 }
 
 
-def faulty(kind: Kind, why: str) -> Record:
+def faulty_record(kind: Kind, why: str) -> Record:
     """An empty record with the reason why its row cannot be used."""
     return _EMPTY[kind]._replace(fault=why)
 
@@ -172,12 +172,12 @@ class Converter:
         try:
             converted = self._read(row, number)
         except Fault as fault:
-            return [(faulty(adapter.kind, str(fault)), number)]
+            return [(faulty_record(adapter.kind, str(fault)), number)]
         except RecursionError:
-            return [(faulty(adapter.kind, "the row is nested too deeply"), number)]
+            return [(faulty_record(adapter.kind, "the row is nested too deeply"), number)]
         except Exception as error:
             why = f"the row cannot be read ({type(error).__name__}: {str(error)[:100]})"
-            return [(faulty(adapter.kind, why), number)]
+            return [(faulty_record(adapter.kind, why), number)]
         if adapter.assemble is not None:
             self._parts.append((number, converted))
             return []

@@ -4,7 +4,7 @@ from dpo_core.data.config import DataConfig, SourceConfig
 from dpo_core.data.demo.openings import review_openings
 from dpo_core.data.layouts.fields import Prompt
 from dpo_core.data.mixture import load_mixture
-from dpo_core.data.records import Loaded, limited, load_source, to_frame
+from dpo_core.data.records import Loaded, load_source, subsample, to_frame
 
 
 def load(config: DataConfig) -> Loaded:
@@ -14,13 +14,13 @@ def load(config: DataConfig) -> Loaded:
         DataError: the source cannot be read, or its format is not recognised.
     """
     if config.mixture is not None:
-        return limited(load_mixture(config), config.limit, config.seed)
+        return subsample(load_mixture(config), config.limit, config.seed)
     if config.path is None:
         texts = review_openings(config.openings or 0, config.seed)
         frame = to_frame([Prompt(text, False) for text in texts], "prompts")
         return Loaded(frame, "prompts", "prompts", "self-made review openings", {"rows_read": len(texts)})
     source = SourceConfig(path=config.path, format=config.format, split=config.split, columns=config.columns)
-    return limited(load_source(source, config), config.limit, config.seed)
+    return subsample(load_source(source, config), config.limit, config.seed)
 
 
 def load_eval(config: DataConfig) -> Loaded | None:

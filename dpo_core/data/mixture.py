@@ -5,7 +5,7 @@ from dataclasses import replace
 import pandas as pd
 
 from dpo_core.data.config import DataConfig, SourceConfig
-from dpo_core.data.records import Loaded, limited, load_source
+from dpo_core.data.records import Loaded, load_source, subsample
 from dpo_core.errors import DataError
 
 
@@ -27,7 +27,7 @@ def load_mixture(config: DataConfig) -> Loaded:
         frame["source"] = pd.array([name] * len(frame), dtype=part.frame["source"].dtype)
         remarks.append(f"rows {first + 1} to {first + read} are those of {name} ({part.format})")
         remarks += [f"{name}: {sentence}" for sentence in part.remarks]
-        parts.append(limited(replace(part, frame=frame), source.limit, config.seed))
+        parts.append(subsample(replace(part, frame=frame), source.limit, config.seed))
         first += read
     kinds = {name: part.kind for name, part in zip(names, parts, strict=True)}
     if len(set(kinds.values())) > 1:
@@ -71,4 +71,4 @@ def _weighted(parts: list[Loaded], sources: list[SourceConfig], names: list[str]
             f"data.mixture: with these weights no row of {name} would be used",
             "Raise its weight, or add rows to the other sets",
         )
-    return [limited(part, count, seed) for part, count in zip(parts, counts, strict=True)]
+    return [subsample(part, count, seed) for part, count in zip(parts, counts, strict=True)]

@@ -13,7 +13,7 @@ import pandas as pd
 import pyarrow as pa
 
 from dpo_core.data.config import DataConfig, Format, SourceConfig
-from dpo_core.data.convert import Converter, faulty
+from dpo_core.data.convert import Converter, faulty_record
 from dpo_core.data.files.read import names_splits, read_rows
 from dpo_core.data.layouts.fields import Kind, Pair, Prompt, Record, Unpaired
 
@@ -133,7 +133,7 @@ def _table(records: Sequence[Record], kind: Kind, rows: Sequence[int]) -> Any:
             ids.append(record_id(record))
             checked.append(record)
         except UnicodeEncodeError:
-            checked.append(faulty(kind, "a text holds half of a surrogate pair (invalid Unicode)"))
+            checked.append(faulty_record(kind, "a text holds half of a surrogate pair (invalid Unicode)"))
             ids.append(record_id(checked[-1]))
     columns: list[Any] = list(zip(*checked, strict=True)) if checked else [()] * (len(schema.names) - 2)
     values = dict(zip(_RECORDS[kind]._fields, columns, strict=True), id=ids, row=rows)
@@ -172,7 +172,7 @@ def load_source(source: SourceConfig, config: DataConfig, *, evaluation: bool = 
     return Loaded(frame, converter.kind, converter.format, converter.recognised_by, converter.notes, remarks)
 
 
-def limited(loaded: Loaded, limit: int | None, seed: int) -> Loaded:
+def subsample(loaded: Loaded, limit: int | None, seed: int) -> Loaded:
     """A seeded sample of `limit` rows in file order; the table itself if it has no more rows."""
     frame, notes = loaded.frame, dict(loaded.notes)
     if limit is None or limit >= len(frame):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dpo_core.data.tokens.chat_template import template_in
-from dpo_core.data.tokens.config import settled
+from dpo_core.data.tokens.config import with_date
 from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise
 from dpo_core.errors import ModelError
 from dpo_core.evaluation.prompt import Prompt
@@ -57,7 +57,7 @@ class Subject:
 
     def __post_init__(self) -> None:
         # The date in a template is fixed once: it is part of cache keys.
-        self.tokens = settled(self.tokens, template_in(self.path), datetime.date.today())
+        self.tokens = with_date(self.tokens, template_in(self.path), datetime.date.today())
 
     @cached_property
     def model(self) -> Any:

@@ -54,7 +54,7 @@ def sequence_logps(
     return [score.logps for score in scores]
 
 
-def own_scores(
+def logps_and_entropies(
     model: Any,
     sequences: Seq[Sequence],
     precision: Precision,

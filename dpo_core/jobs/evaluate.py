@@ -17,7 +17,7 @@ from dpo_core.errors import StageFailed
 from dpo_core.evaluation.config import EvaluateConfig
 from dpo_core.evaluation.policies import (
     kl_estimates,
-    own_scores,
+    logps_and_entropies,
     preference_accuracy,
     sample_policy,
     sequence_logps,
@@ -86,7 +86,7 @@ class _Evaluation:
         )
         drawn.texts = [self.tokenise.text(s.completion, s.prompt) for s in drawn.sequences]
         if job.entropies:
-            own, drawn.entropies = own_scores(policy, drawn.sequences, *self._computing, self.ranks)
+            own, drawn.entropies = logps_and_entropies(policy, drawn.sequences, *self._computing, self.ranks)
         else:
             own = sequence_logps(policy, drawn.sequences, *self._computing, self.ranks)
         drawn.entropy = -float(sum(x.double().sum() for x in own)) / sum(len(x) for x in own)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from dpo_core.models.remote_code import trusts
+from dpo_core.models.remote_code import is_trusted
 from dpo_core.models.transformers_lock import quiet_transformers
 
 
@@ -12,5 +12,5 @@ def build(config: Any, **settings: Any) -> Any:
     with quiet_transformers():
         from transformers import AutoModelForCausalLM
 
-        allowed = trusts(Path(config.name_or_path)) if config.name_or_path else False
+        allowed = is_trusted(Path(config.name_or_path)) if config.name_or_path else False
         return AutoModelForCausalLM.from_config(config, trust_remote_code=allowed, **settings)

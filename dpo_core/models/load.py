@@ -14,7 +14,7 @@ from dpo_core.models.config import ModelConfig
 from dpo_core.models.folder import LOAD_REMEDY, require_safetensors
 from dpo_core.models.from_scratch import make_from_scratch, new_tokenizer, scratch_shape
 from dpo_core.models.kind import check_causal, check_kind
-from dpo_core.models.remote_code import trust, trusts
+from dpo_core.models.remote_code import is_trusted, trust
 from dpo_core.models.save import save_checkpoint
 from dpo_core.models.source import GGUF_REMEDY, first_line, locate, read_template
 from dpo_core.models.transformers_lock import quiet_transformers
@@ -92,7 +92,7 @@ def _config(source: Path, trust_remote_code: bool | None) -> Any:
 
 
 def _may_run(source: Path, trust_remote_code: bool | None) -> bool:
-    return trusts(source) if trust_remote_code is None else trust_remote_code
+    return is_trusted(source) if trust_remote_code is None else trust_remote_code
 
 
 def load_model(source: Path, *, trust_remote_code: bool | None = None) -> "PreTrainedModel":

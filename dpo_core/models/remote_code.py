@@ -19,16 +19,16 @@ def trust(folder: Path) -> None:
 
 
 def trust_digests(digests: Iterable[str]) -> None:
-    """Let files run that another process trusts; `digests` is what its `trusted` returned."""
+    """Let files run that another process trusts; `digests` is what its `trusted_digests` returned."""
     _trusted.update(digests)
 
 
-def trusted() -> list[str]:
+def trusted_digests() -> list[str]:
     """sha256 of every file that may run."""
     return sorted(_trusted)
 
 
-def trusts(folder: Path) -> bool:
+def is_trusted(folder: Path) -> bool:
     """Whether a checkpoint has code, all of it in its folder and trusted."""
     digests = _digests(folder)
     return bool(digests) and _trusted.issuperset(digests) and not _names_other_repositories(folder)

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from dpo_core.errors import ModelError, StageFailed
 from dpo_core.models.load import load_weights
-from dpo_core.models.remote_code import trusts
+from dpo_core.models.remote_code import is_trusted
 from dpo_core.models.transformers_lock import quiet_transformers
 
 _BACKBONE = "backbone"
@@ -144,7 +144,7 @@ class RewardModel(nn.Module):
             with safe_open(folder / _HEAD, "pt") as head:
                 name = (head.metadata() or {}).get("trunk")
             trunk_class = _class_of(name, trunk)
-            arguments = {"local_files_only": True, "trust_remote_code": trusts(trunk)}
+            arguments = {"local_files_only": True, "trust_remote_code": is_trusted(trunk)}
             if "add_pooling_layer" in inspect.signature(trunk_class.__init__).parameters:
                 arguments["add_pooling_layer"] = False  # BERT-like trunks; their causal models have none
             backbone = load_weights(trunk_class, trunk, dtype, **arguments)

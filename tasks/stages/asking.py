@@ -9,9 +9,9 @@ from typing import Any
 
 from deploy.launchers import Cluster, launcher_of
 from dpo_core.data.tokens.chat_template import template_in
-from dpo_core.data.tokens.config import TokenConfig, settled
+from dpo_core.data.tokens.config import TokenConfig, with_date
 from dpo_core.jobs.files import AskedModel, InferenceConfig, ModelJob, write_job
-from dpo_core.models.remote_code import trusted
+from dpo_core.models.remote_code import trusted_digests
 from tasks.signals import stop_of_process
 from tasks.stages.base import RunningStage
 from tasks.stages.job import common_fields, finished_units, run_model_job, watch
@@ -24,7 +24,7 @@ that makes the job file from the common fields, and the total of the units that 
 
 def asked_model(name: str, path: Path, tokens: TokenConfig) -> AskedModel:
     """A checkpoint folder as a model to ask; a chat template that uses the date gets today's."""
-    dated = settled(tokens, template_in(path), datetime.date.today())
+    dated = with_date(tokens, template_in(path), datetime.date.today())
     return AskedModel(name=name, path=str(path), tokens=dated)
 
 
@@ -65,7 +65,7 @@ class CommandJobs:
             with store.lock(name, key), self.progress(title) as show:
                 # The folder depends on the key alone: a command repeated after a kill continues the job.
                 work = store.begin(name, key)
-                fields = {"work": str(work), "ranks": self.ranks, "trusted_code": tuple(trusted())}
+                fields = {"work": str(work), "ranks": self.ranks, "trusted_code": tuple(trusted_digests())}
                 path = write_job(make(fields))
                 launcher = launcher_of(self.cluster, f"{name} {work}", stop.no_time_to_save)
 

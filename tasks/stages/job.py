@@ -13,7 +13,7 @@ from deploy.launchers.base import LOG
 from dpo_core.errors import DpoError, StageFailed
 from dpo_core.jobs.files import ERROR, ModelJob, write_job
 from dpo_core.methods.job import Job
-from dpo_core.models.remote_code import trusted
+from dpo_core.models.remote_code import trusted_digests
 from dpo_core.ranks import PROGRESS
 from tasks.signals import Stop
 from tasks.stages.base import RunningStage
@@ -30,7 +30,11 @@ _LESS_MEMORY = (
 
 def common_fields(running: RunningStage) -> dict[str, Any]:
     """The fields of every job file except a training's."""
-    return {"work": str(running.scratch), "ranks": running.context.ranks, "trusted_code": tuple(trusted())}
+    return {
+        "work": str(running.scratch),
+        "ranks": running.context.ranks,
+        "trusted_code": tuple(trusted_digests()),
+    }
 
 
 def run_model_job(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dpo_core.errors import RecipeError
 from dpo_core.jobs.files import CompareTokensJob, write_job
-from dpo_core.models.remote_code import trusted
+from dpo_core.models.remote_code import trusted_digests
 from dpo_core.system import digest_file
 from tasks.stages.base import Context
 from tasks.stages.job import watch
@@ -26,7 +26,7 @@ def require_same_tokens(context: Context, base: Path, other: Path, name: str, re
         job = CompareTokensJob(
             work=folder,
             ranks=context.ranks,
-            trusted_code=tuple(trusted()),
+            trusted_code=tuple(trusted_digests()),
             model=str(base),
             other=str(other),
         )

@@ -10,7 +10,7 @@ import pandas as pd
 from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.methods.job import Job
 from dpo_core.methods.method import Method
-from dpo_core.models.remote_code import trusted
+from dpo_core.models.remote_code import trusted_digests
 from dpo_core.models.source import parameter_count, weights_digest
 from tasks.stages.base import Output, RunningStage
 from tasks.stages.job import run_job
@@ -89,7 +89,7 @@ def train(running: RunningStage, setup: TrainingSetup, job: dict[str, Any], rows
         seed=setup.seed,
         out=str(out),
         work=str(running.scratch),
-        trusted_code=tuple(trusted()),
+        trusted_code=tuple(trusted_digests()),
         **job,
     )
     result = run_job(running, file, setup.settings.engine.processes, on_poll)

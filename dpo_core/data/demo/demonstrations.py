@@ -11,7 +11,7 @@ import re
 
 import numpy as np
 
-from dpo_core.data.demo.openings import Opening, drawn, openings_for
+from dpo_core.data.demo.openings import Opening, draw, openings_for
 
 SENTIMENTS = ("positive", "negative", "mixed")
 
@@ -307,7 +307,7 @@ def demonstrations_with_sentiment(n: int, seed: int) -> list[tuple[str, str, str
     made: dict[tuple[str, str], str] = {}
     while len(made) < n:
         count = min(n - len(made), len(pool))
-        for opening in drawn(pool, count, int(rng.integers(2**32))):
+        for opening in draw(pool, count, int(rng.integers(2**32))):
             sentiment = SENTIMENTS[len(made) % 3]
             made.setdefault((opening.text, continuation(opening, sentiment, rng)), sentiment)
     listed = [(opening, text, sentiment) for (opening, text), sentiment in made.items()]

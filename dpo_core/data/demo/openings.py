@@ -160,10 +160,10 @@ def review_openings(n: int, seed: int) -> list[str]:
     Raises:
         RecipeError: more are asked for than the grammar has.
     """
-    return [opening.text for opening in drawn(openings_for(demonstrations=False), n, seed)]
+    return [opening.text for opening in draw(openings_for(demonstrations=False), n, seed)]
 
 
-def drawn(openings: list[Opening], n: int, seed: int) -> list[Opening]:
+def draw(openings: list[Opening], n: int, seed: int) -> list[Opening]:
     """n of the openings at random, one of each kind in turn as long as a kind has any left."""
     if not 0 < n <= len(openings):
         raise RecipeError(

@@ -38,7 +38,7 @@ def open_file(path: Path) -> BinaryIO:
     return file
 
 
-def again(file: BinaryIO, path: Path) -> str:
+def reopen_path(file: BinaryIO, path: Path) -> str:
     """A path that opens the same open file again; without /proc, the file's own path."""
     opened = f"/proc/self/fd/{file.fileno()}"
     return opened if os.path.exists(opened) else str(path)

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_core.data.files.confined import again, open_file
+from dpo_core.data.files.confined import open_file, reopen_path
 from dpo_core.data.files.json_window import JsonWindow
 from dpo_core.data.files.splits import choose_split, files_of_split, split_of
 from dpo_core.data.row import UNREADABLE, Row
@@ -383,7 +383,7 @@ def _open(path: Path) -> BinaryIO:
     if magic == b"\x28\xb5\x2f\xfd" or (magic[1:] == b"\x2a\x4d\x18" and magic[0] >> 4 == 5):
         # zstandard's own reader is not used: it reports no error at the end of a truncated file.
         with file:
-            return io.BufferedReader(pa.input_stream(again(file, path), compression="zstd"), 2**20)
+            return io.BufferedReader(pa.input_stream(reopen_path(file, path), compression="zstd"), 2**20)
     return file
 
 
@@ -391,7 +391,7 @@ def _seekable(path: Path) -> Any:
     """A random-access source: the file itself, or the decompressed bytes in memory."""
     with closing(_open(path)) as stream:
         if isinstance(getattr(stream, "raw", None), io.FileIO):
-            return pa.memory_map(again(stream, path))
+            return pa.memory_map(reopen_path(stream, path))
         return pa.BufferReader(stream.read())
 
 

@@ -45,7 +45,7 @@ class TokenConfig(Config):
         return self
 
 
-def settled(config: TokenConfig, template: str | None, day: datetime.date) -> TokenConfig:
+def with_date(config: TokenConfig, template: str | None, day: datetime.date) -> TokenConfig:
     """The config with `day` as its date, if the template reads the date and the config has none."""
     if config.date is not None or not template or not reads_clock(template):
         return config

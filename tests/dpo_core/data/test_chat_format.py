@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dpo_core.data.tokens.chat_template import TemplateError, check_template
-from dpo_core.data.tokens.config import settled
+from dpo_core.data.tokens.config import with_date
 from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise
 from tests.support.models.chat_families import ENDS, TEMPLATES, assistant, make_tokenizer, system, user
 
@@ -323,10 +323,10 @@ def test_a_template_reads_the_day_of_the_recipe() -> None:
     day = datetime.date(2024, 2, 29)
     made = written(tokenizer, row_of([user("Soup?")], [assistant("Good.")]), date=day)
     assert tokenizer.decode(made.prompt).startswith("2024-02-29 00:00:00<|im_start|>user")
-    assert settled(TokenConfig(), CLOCK, day).date == day
-    assert settled(TokenConfig(), TEMPLATES["trims"], day).date is None
+    assert with_date(TokenConfig(), CLOCK, day).date == day
+    assert with_date(TokenConfig(), TEMPLATES["trims"], day).date is None
     other = datetime.date(2023, 1, 1)
-    assert settled(TokenConfig(date=other), CLOCK, day).date == other
+    assert with_date(TokenConfig(date=other), CLOCK, day).date == other
 
 
 def test_a_template_without_end_is_refused_in_time() -> None:

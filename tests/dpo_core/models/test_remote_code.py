@@ -65,7 +65,7 @@ def test_a_job_is_handed_what_is_trusted_and_writes_it(alone: None, own: Path, t
     assert train.main(["--config", str(path)]) == 2, "nothing is trusted"
     assert "contains custom code" in json.loads((tmp_path / "job" / "error.json").read_text())["problem"]
     remote_code.trust(own)
-    job = json.loads(path.read_text()) | {"trusted_code": remote_code.trusted()}
+    job = json.loads(path.read_text()) | {"trusted_code": remote_code.trusted_digests()}
     remote_code._trusted.clear()
     path.write_text(json.dumps(job))
     assert train.main(["--config", str(path)]) == 0
@@ -74,16 +74,16 @@ def test_a_job_is_handed_what_is_trusted_and_writes_it(alone: None, own: Path, t
 
 def test_other_code_is_not_trusted(own: Path, tmp_path: Path) -> None:
     remote_code.trust(own)
-    assert remote_code.trusts(own)
-    assert not remote_code.trusts(make_tiny_model(tmp_path / "plain")), "there is nothing to trust"
+    assert remote_code.is_trusted(own)
+    assert not remote_code.is_trusted(make_tiny_model(tmp_path / "plain")), "there is nothing to trust"
     facts = json.loads((own / "config.json").read_text())
     facts["auto_map"]["AutoModelForCausalLM"] = "somebody/else--modeling_own.OwnForCausalLM"
     (own / "config.json").write_text(json.dumps(facts))
-    assert not remote_code.trusts(own), "the code of another repository"
+    assert not remote_code.is_trusted(own), "the code of another repository"
     del facts["auto_map"]
     (own / "config.json").write_text(json.dumps(facts))
     (own / "more.py").write_text("")
-    assert not remote_code.trusts(own)
+    assert not remote_code.is_trusted(own)
 
 
 def test_the_answer_is_no_question(own: Path) -> None:
