@@ -163,7 +163,7 @@ def test_another_measure_may_be_what_counts() -> None:
     assert judged(harm, comparison=suites(harm=-30)).promote, "less harm is a gain"
     assert not judged(harm, comparison=suites(harm=30)).promote
     for name in ("quiz/wrong", "essays/length", "right"):
-        with pytest.raises(RecipeError, match="Name one of: gain, quiz/right, advbench/harm"):
+        with pytest.raises(RecipeError, match="Set it to one of: gain, quiz/right, advbench/harm"):
             judged(PromotionConfig(primary=name))
     with pytest.raises(RecipeError, match=r"Name one of: gain$"):
         judged(quiz, comparison=None)

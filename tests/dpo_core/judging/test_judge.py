@@ -314,8 +314,11 @@ def test_a_reward_model_judges_by_the_rewards_that_it_gave() -> None:
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        ({"kind": "llm"}, "kind 'llm' and has no endpoint"),
-        ({"endpoint": Endpoint(base_url="http://h/v1", model="m")}, "kind 'reward' and has an endpoint"),
+        ({"kind": "llm"}, "kind is 'llm', and judge.endpoint is not set"),
+        (
+            {"endpoint": Endpoint(base_url="http://h/v1", model="m")},
+            "kind is 'reward', and judge.endpoint is set",
+        ),
         ({"template": "poem"}, "no judge prompt 'poem'"),
     ],
 )
