@@ -87,6 +87,7 @@ def test_a_training_job_takes_the_course_it_takes_on_a_cpu(heads: int, tmp_path:
     for device in ("gpu", "cpu"):
         if device == "cpu":
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+            monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # this process has told DeepSpeed of the GPU
         job = write_job(tmp_path / device, "dpo", model, rows, reference_logps=str(shard), settings=settings)
         launch(job)
         curves.append(curve(job.parent))
