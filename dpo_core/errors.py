@@ -8,7 +8,7 @@ removed from every message (`redaction`).
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dpo_core.redaction import hidden
+from dpo_core.redaction import redact
 
 
 class DpoError(Exception):
@@ -22,7 +22,7 @@ class DpoError(Exception):
     exit_code = 4
 
     def __init__(self, problem: str, remedy: str = "") -> None:
-        problem, remedy = hidden(problem), hidden(remedy)
+        problem, remedy = redact(problem), redact(remedy)
         # Pass both to Exception, so that the error survives pickling between processes.
         super().__init__(problem, remedy)
         self.problem = problem
@@ -84,6 +84,6 @@ def without_secrets() -> Iterator[None]:
     except DpoError:
         raise
     except Exception as error:
-        if hidden(str(error)) == str(error):
+        if redact(str(error)) == str(error):
             raise
         raise StageFailed(f"{type(error).__name__}: {error}", "Fix the cause, then resume the run") from error

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 from dpo_core import jobs
 from dpo_core.errors import DpoError, RankLost, StageFailed
 from dpo_core.jobs.files import ERROR, STOP_FILE
-from dpo_core.redaction import hidden
+from dpo_core.redaction import redact
 from dpo_core.system import write_atomic
 
 if TYPE_CHECKING:
-    from dpo_core.training.liveness import Watch
+    from dpo_core.training.liveness import LivenessMonitor
 
 STOPPED = 75  # EX_TEMPFAIL: run again and it goes on
 RESULT = "result.json"
@@ -52,17 +52,17 @@ def module_of(kind: str) -> Any:
     return importlib.import_module(f"{jobs.__name__}.{name}")
 
 
-def run(kind: Any, job: Any, watch: "Watch") -> None:
+def run(kind: Any, job: Any, monitor: "LivenessMonitor") -> None:
     """Run the job and write its result. Every rank calls this."""
     from dpo_core.models.remote_code import trust_digests
 
     work = Path(job.work)
     trust_digests(job.trusted_code)
-    result = kind.run(job, watch)
+    result = kind.run(job, monitor)
     if result is not None:
         # Its presence is the launcher's proof that the job finished.
         write_atomic(work / RESULT, json.dumps(result, indent=1))
-    watch.leave()
+    monitor.leave()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,16 +71,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="the job file (JSON)")
     config = json.loads(Path(parser.parse_args(argv).config).read_text())
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    from dpo_core.training.liveness import Watch
+    from dpo_core.training.liveness import LivenessMonitor
     from dpo_core.training.stop import Stopped
 
     work, agent = Path(config["work"]), os.getppid()
-    watch = Watch(lambda what: _end_without(what, work))
+    monitor = LivenessMonitor(lambda what: _end_without(what, work))
     try:
         kind = module_of(config.get("kind", "train"))
-        run(kind, kind.FILE.model_validate(config), watch)
+        run(kind, kind.FILE.model_validate(config), monitor)
     except Stopped as stop:
-        watch.leave()
+        monitor.leave()
         # torchrun hides the exit status of its ranks; this file tells a stop from a failure.
         (work / STOP_FILE).touch()
         if not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
@@ -90,16 +90,16 @@ def main(argv: list[str] | None = None) -> int:
         # Where torchrun replaces lost ranks it would also start again ranks that end with anything but 0.
         return 0
     except Exception as error:
-        watch.stand_down()
-        print(hidden(traceback.format_exc()), file=sys.stderr)
+        monitor.mute()
+        print(redact(traceback.format_exc()), file=sys.stderr)
         _report(work, error)
-        watch.close()  # only now: the others do not write over what is there
+        monitor.close()  # only now: the others do not write over what is there
         return error.exit_code if isinstance(error, DpoError) else 4
     return 0
 
 
 def _end_without(what: str, work: Path) -> None:
-    """End this rank although its main thread may hang in a collective; see `liveness.Watch`."""
+    """End this rank although its main thread may hang in a collective; see `liveness.LivenessMonitor`."""
     from dpo_core.training.distributed import lost_rank
 
     error = lost_rank("gone or cut off", what)

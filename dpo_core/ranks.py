@@ -55,7 +55,7 @@ class Ranks(Protocol):
         """End the work if it is to be stopped: call this between two steps that are not units of a map."""
         ...
 
-    def forget(self) -> None:
+    def discard_results(self) -> None:
         """Remove the results of all maps, so that the next start of the job computes them again."""
         ...
 
@@ -68,7 +68,7 @@ class Ranks(Protocol):
         ...
 
 
-class Alone:
+class SingleRank:
     """One process that keeps its results in memory.
 
     Args:
@@ -97,7 +97,7 @@ class Alone:
     def check(self) -> None:
         """Nothing stops it."""
 
-    def forget(self) -> None:
+    def discard_results(self) -> None:
         """Nothing is kept."""
 
     def advance(self, size: int) -> None:
@@ -171,7 +171,7 @@ class JobRanks:
     def check(self) -> None:
         self._check()
 
-    def forget(self) -> None:
+    def discard_results(self) -> None:
         shutil.rmtree(self.work / PARTS, ignore_errors=True)
 
     def advance(self, size: int) -> None:

@@ -32,7 +32,7 @@ _MARKED = re.compile(
 )
 
 
-def hidden(text: str) -> str:
+def redact(text: str) -> str:
     """The text without secrets: user parts and tokens of addresses, known token formats, secret variables."""
     for value in _values(os.environ):
         text = text.replace(value, HIDDEN)
@@ -51,9 +51,9 @@ def _values(environment: Mapping[str, str]) -> list[str]:
     return sorted((value for value in values if len(value) >= _SHORTEST), key=len, reverse=True)
 
 
-def place_of_secret(settings: Any) -> str | None:
+def find_secret(settings: Any) -> str | None:
     """The place in settings of the first text with a secret, as `data.path`; None if there is none."""
-    return next((hidden(place) for place, text in _texts(settings, "") if hidden(text) != text), None)
+    return next((redact(place) for place, text in _texts(settings, "") if redact(text) != text), None)
 
 
 def _texts(value: Any, place: str) -> Iterator[tuple[str, str]]:
@@ -74,9 +74,9 @@ class WithoutSecrets(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Pass every record, with secrets removed from its text and traceback."""
-        record.msg, record.args = hidden(record.getMessage()), None
+        record.msg, record.args = redact(record.getMessage()), None
         if record.exc_info and not record.exc_text:
             record.exc_text = logging.Formatter().formatException(record.exc_info)
         if record.exc_text:
-            record.exc_text, record.exc_info = hidden(record.exc_text), None
+            record.exc_text, record.exc_info = redact(record.exc_text), None
         return True

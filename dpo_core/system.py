@@ -12,7 +12,7 @@ from types import ModuleType
 
 import psutil
 
-MOST_BYTES = 2**20
+MAX_BYTES = 2**20
 """Size limit of `read_small`. Recipes have a few kB, the longest known chat template about 20 kB."""
 
 JOB_PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "gguf", "safetensors")
@@ -64,20 +64,20 @@ def read_small(path: Path) -> str:
     Raises:
         OSError: the file cannot be opened, is not a regular file (a device or pipe may never end), or has
         more
-            than `MOST_BYTES`.
+            than `MAX_BYTES`.
         UnicodeDecodeError: it is not UTF-8.
     """
     # Open without blocking: a pipe would wait for a writer.
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "it is not a regular file", str(path))
-        content = file.read(MOST_BYTES + 1)
-    if len(content) > MOST_BYTES:
-        raise OSError(errno.EFBIG, f"it has more than {MOST_BYTES // 2**20} MiB", str(path))
+        content = file.read(MAX_BYTES + 1)
+    if len(content) > MAX_BYTES:
+        raise OSError(errno.EFBIG, f"it has more than {MAX_BYTES // 2**20} MiB", str(path))
     return content.decode("utf-8")
 
 
-def birth(pid: int) -> int:
+def process_start(pid: int) -> int:
     """Start time of a process in clock ticks since boot, which does not change if the machine's clock is set.
 
     psutil's `create_time` is a time of day and changes with the clock.
@@ -95,7 +95,7 @@ def birth(pid: int) -> int:
     return int(fields[19])
 
 
-def modules_of(package: ModuleType, *, without: tuple[str, ...] = ()) -> list[ModuleType]:
+def import_modules(package: ModuleType, *, without: tuple[str, ...] = ()) -> list[ModuleType]:
     """The modules of a package, by name, imported: how a registry finds its entries.
 
     Args:

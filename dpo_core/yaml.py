@@ -15,8 +15,8 @@ from pydantic import BaseModel
 from yaml.constructor import ConstructorError
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-DEEPEST = 100
-MOST_VALUES = 100_000
+MAX_DEPTH = 100
+MAX_VALUES = 100_000
 """Maximum number of values in a text; an alias counts with all values that it expands to."""
 
 
@@ -26,7 +26,7 @@ def read_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError: the text is not YAML, contains a Python object or a duplicate key, expands to more
         than
-            `MOST_VALUES` values, or has a value that does not match its tag. The error has the line, if any.
+            `MAX_VALUES` values, or has a value that does not match its tag. The error has the line, if any.
     """
     loader = _Loader(text)
     try:
@@ -70,7 +70,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
         self.depth += 1
-        if self.depth > DEEPEST:
+        if self.depth > MAX_DEPTH:
             raise ConstructorError(None, None, "values are nested too deeply", self.peek_event().start_mark)
         node: Node | None = super().compose_node(parent, index)
         self.depth -= 1
@@ -92,9 +92,9 @@ def _count(node: Node, known: dict[int, int | None]) -> int:
         return size
     known[id(node)] = None
     size = 1 + sum(_count(child, known) for child in _children(node))
-    if size > MOST_VALUES:
+    if size > MAX_VALUES:
         raise ConstructorError(
-            None, None, f"aliases expand to more than {MOST_VALUES:,} values", node.start_mark
+            None, None, f"aliases expand to more than {MAX_VALUES:,} values", node.start_mark
         )
     known[id(node)] = size
     return size

@@ -11,7 +11,7 @@ from dpo_core.data.tokens.tokenise import Tokenise
 from dpo_core.errors import ModelError
 from dpo_core.jobs.start import start_ranks
 from dpo_core.models.load import load_tokenizer
-from dpo_core.training.liveness import Watch
+from dpo_core.training.liveness import LivenessMonitor
 from expectations.gate import judge
 from expectations.job_file import GateJob
 from expectations.token_rules import Tokenisation
@@ -19,13 +19,13 @@ from expectations.token_rules import Tokenisation
 FILE = GateJob
 
 
-def run(job: GateJob, watch: Watch) -> dict[str, Any] | None:
+def run(job: GateJob, monitor: LivenessMonitor) -> dict[str, Any] | None:
     """Rank 0 judges the rows, writes those that may go on, and returns the report and their counts.
 
     Raises:
         ModelError: the chat template refuses a row, where nothing may be left out.
     """
-    ranks = start_ranks(Path(job.work), job.ranks, watch)
+    ranks = start_ranks(Path(job.work), job.ranks, monitor)
     if ranks.rank != 0:
         return None
     frame = pd.read_parquet(job.rows)

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from deploy.launchers import Cluster
 from dpo_core.errors import DpoError, GateRefused, without_secrets
-from dpo_core.redaction import hidden
+from dpo_core.redaction import redact
 from flows.process.environment import hide_secrets_in_logs
 from tasks.preflight import check_before_run
 from tasks.promotion.model_source import pinned_name
@@ -134,7 +134,7 @@ def reason_of(error: BaseException) -> str:
 def _ended_badly(context: Context, record: RunRecord, error: BaseException) -> None:
     tracker, stopped = context.tracker, context.stop.reason
     status = "refused" if isinstance(error, GateRefused) else "failed"
-    reason = hidden(reason_of(error))
+    reason = redact(reason_of(error))
     if stopped:
         status, reason = "stopped", stopped
     with contextlib.suppress(DpoError):  # a full disk must not hide the reason

@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from dpo_core.redaction import hidden
+from dpo_core.redaction import redact
 
 
 def source_tags() -> dict[str, str]:
@@ -67,4 +67,4 @@ def _gpu_names() -> list[str]:
 def command_line() -> str:
     """The command that started this process, as a person would type it."""
     name = Path(sys.argv[0]).name
-    return hidden(shlex.join(["dpo" if name == "main.py" else name, *sys.argv[1:]]))
+    return redact(shlex.join(["dpo" if name == "main.py" else name, *sys.argv[1:]]))

@@ -18,7 +18,7 @@ from deploy.launchers import torchrun
 from deploy.launchers.base import LOG, State, clear, final_state, tail
 from deploy.launchers.warm import PID_FILE, JobServer, ServerGone, WarmJob
 from dpo_core.errors import StageFailed
-from dpo_core.system import INSTALL_JOB_PACKAGES, JOB_PACKAGES, birth
+from dpo_core.system import INSTALL_JOB_PACKAGES, JOB_PACKAGES, process_start
 
 MODULE = torchrun.MODULE
 
@@ -154,7 +154,7 @@ def _torchrun_and_ranks(job: Path) -> list[psutil.Process]:
     processes.sort(key=lambda process: process.info["create_time"])
     with contextlib.suppress(OSError, ValueError, psutil.NoSuchProcess):
         pid, born = map(int, (job.parent / PID_FILE).read_text().split())
-        if birth(pid) == born:
+        if process_start(pid) == born:
             processes.append(psutil.Process(pid))
     return processes
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.launchers import torchrun
-from dpo_core.system import birth, write_atomic
+from dpo_core.system import process_start, write_atomic
 
 log = logging.getLogger("dpo")
 
@@ -40,7 +40,7 @@ class JobServer:
             ServerGone: the server cannot be started, or has ended.
         """
         pid = int(self._ask({"job": str(job), "log": str(output)})["pid"])
-        write_atomic(job.parent / PID_FILE, f"{pid} {birth(pid)}")
+        write_atomic(job.parent / PID_FILE, f"{pid} {process_start(pid)}")
         return WarmJob(self, pid)
 
     def status(self, pid: int) -> int | None:

@@ -7,12 +7,12 @@ from dpo_core.data import layouts
 from dpo_core.data.layouts.adapter import Adapter
 from dpo_core.data.layouts.fields import Fault, Row, type_of
 from dpo_core.errors import DataError
-from dpo_core.system import modules_of
+from dpo_core.system import import_modules
 
 SAMPLE_ROWS = 100
 ADAPTERS: dict[str, Adapter] = {
     name: adapter
-    for module in modules_of(layouts)
+    for module in import_modules(layouts)
     for name, adapter in getattr(module, "FORMATS", {}).items()
 }
 """All formats by name, from the `FORMATS` of the modules in `layouts`."""

@@ -36,7 +36,7 @@ def _kto(config: KtoConfig, inputs: Inputs) -> Work:
 
 def _online_dpo(config: OnlineDpoConfig, inputs: Inputs) -> Work:
     """Of a prompt's samples the best and the worst are learnt from."""
-    return rounds(config, inputs, learnt=2 / config.samples_each)
+    return rounds(config, inputs, learnt=2 / config.completions_per_prompt)
 
 
 def _ppo(config: PpoConfig, inputs: Inputs) -> Work:

@@ -120,10 +120,12 @@ def _fullest(config: LoopConfig, examples: Examples, seed: int, packed: bool) ->
         steps = batches.plans[0].steps
     else:
         rows = np.array([max(len(d.prompt) + len(b) for b in d.branches) for d in documents])[of]
-        size = config.rows_at_a_time(ranks)
+        size = config.padded_micro_batch_size(ranks)
         batches = PaddedBatches(rows.tolist(), config.batch_size, size, seed=seed, rank=0, world=ranks)
         lengths, steps = rows, max(1, len(rows) // config.batch_size)
-    micros = [m for step in range(min(steps, config.steps(len(of)))) for m in batches.of_step(step).mine]
+    micros = [
+        m for step in range(min(steps, config.steps(len(of)))) for m in batches.of_step(step).micro_batches
+    ]
     fullest = max(micros, key=lambda m: (sum if packed else max)(int(lengths[i]) for i in m))
     chosen = [documents[of[i]] for i in fullest]
     return MicroBatch(chosen, packed), batches.micro_batches

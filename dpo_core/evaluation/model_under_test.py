@@ -22,7 +22,7 @@ from dpo_core.generation.generate import sample
 from dpo_core.model_check import check_definition
 from dpo_core.models.load import config_in, load_model, load_tokenizer
 from dpo_core.models.source import check_context, weights_digest
-from dpo_core.ranks import Alone, Ranks
+from dpo_core.ranks import Ranks, SingleRank
 from dpo_core.reference.keys import sequence_key
 from dpo_core.reference.logps import Reference, Resources, reference_logps
 from dpo_core.scoring.logprobs import completion_scores
@@ -53,7 +53,7 @@ class Subject:
     reference: "Subject | None" = None
     caches: Path | None = None
     device: Any = "cpu"
-    ranks: Ranks = field(default_factory=Alone)
+    ranks: Ranks = field(default_factory=SingleRank)
 
     def __post_init__(self) -> None:
         # The date in a template is fixed once: it is part of cache keys.

@@ -16,7 +16,7 @@ from dpo_core.evaluation.safety_classifier import Classifier, Judge, identity
 from dpo_core.models.load import load_tokenizer
 from dpo_core.models.reward_model import RewardModel
 from dpo_core.models.transformers_lock import quiet_transformers
-from dpo_core.ranks import Alone, Ranks
+from dpo_core.ranks import Ranks, SingleRank
 from dpo_core.rewards.functions import RewardFunction, is_reward_model, load_reward
 from dpo_core.rewards.http import is_url
 from dpo_core.rewards.model import score
@@ -52,7 +52,7 @@ def load_classifier(
         RecipeError: there is no usable classifier of that name, or its labels do not tell which is safe.
         ModelError: the checkpoint is damaged, or has no trained head.
     """
-    ranks = ranks or Alone()
+    ranks = ranks or SingleRank()
     if is_reward_model(spec):
         judge = _reward_model(Path(spec), tokens or TokenConfig(), device, ranks)
     elif Path(spec).is_dir():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dpo_core.generation.config import SamplingConfig
 from dpo_core.generation.next_token import cache_is_exact, open_rows
-from dpo_core.ranks import Alone, Ranks
+from dpo_core.ranks import Ranks, SingleRank
 from dpo_core.scoring.autocast import effective_precision
 
 
@@ -64,7 +64,7 @@ def sample(
         )
         return _generate(sampler, [prompts[i] for i in batch], config, stops, torch.from_numpy(uniforms_BT))
 
-    drawn = (ranks or Alone()).map("samples", batches, draw, [len(batch) for batch in batches])
+    drawn = (ranks or SingleRank()).map("samples", batches, draw, [len(batch) for batch in batches])
     results: dict[int, Completion] = {}
     for batch, completions in zip(batches, drawn, strict=True):
         for index, tokens in zip(batch, completions, strict=True):

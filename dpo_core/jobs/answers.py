@@ -8,14 +8,14 @@ from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.evaluation.prompt import Prompt
 from dpo_core.jobs.files import AnswersJob
 from dpo_core.jobs.start import device, start_ranks
-from dpo_core.training.liveness import Watch
+from dpo_core.training.liveness import LivenessMonitor
 
 FILE = AnswersJob
 
 
-def run(job: AnswersJob, watch: Watch) -> dict[str, Any] | None:
+def run(job: AnswersJob, monitor: LivenessMonitor) -> dict[str, Any] | None:
     """Every rank calls this; rank 0 returns the answers of each model, in the order of the prompts."""
-    ranks = start_ranks(Path(job.work), job.ranks, watch)
+    ranks = start_ranks(Path(job.work), job.ranks, monitor)
     asked = [Prompt(row["prompt"], bool(row["chat"])) for row in read_parquet(job.prompts)]
     answers = {}
     for model in job.models:

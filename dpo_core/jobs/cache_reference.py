@@ -12,18 +12,18 @@ from dpo_core.jobs.start import device, start_ranks
 from dpo_core.methods.registry import get
 from dpo_core.models.load import load_tokenizer
 from dpo_core.reference.logps import Reference, Resources, reference_logps
-from dpo_core.training.liveness import Watch
+from dpo_core.training.liveness import LivenessMonitor
 
 FILE = ReferenceJob
 
 
-def run(job: ReferenceJob, watch: Watch) -> dict[str, Any] | None:
+def run(job: ReferenceJob, monitor: LivenessMonitor) -> dict[str, Any] | None:
     """Every rank calls this; rank 0 writes the shard and returns the counts.
 
     Raises:
         StageFailed: no training row is left after tokenising.
     """
-    ranks = start_ranks(Path(job.work), job.ranks, watch)
+    ranks = start_ranks(Path(job.work), job.ranks, monitor)
     method, model = get(job.method), Path(job.model)
     settings = method.settings.model_validate(job.settings)
     tokenise = Tokenise(load_tokenizer(model), job.tokens)

@@ -7,14 +7,14 @@ from dpo_core.data.tokens.stop_tokens import stop_ids
 from dpo_core.jobs.files import CompareTokensJob
 from dpo_core.jobs.start import start_ranks
 from dpo_core.models.load import load_tokenizer
-from dpo_core.training.liveness import Watch
+from dpo_core.training.liveness import LivenessMonitor
 
 FILE = CompareTokensJob
 
 
-def run(job: CompareTokensJob, watch: Watch) -> dict[str, Any] | None:
+def run(job: CompareTokensJob, monitor: LivenessMonitor) -> dict[str, Any] | None:
     """Rank 0 returns what differs, in words."""
-    if start_ranks(Path(job.work), job.ranks, watch).rank != 0:
+    if start_ranks(Path(job.work), job.ranks, monitor).rank != 0:
         return None
     own, other = load_tokenizer(Path(job.model)), load_tokenizer(Path(job.other))
     differing = [

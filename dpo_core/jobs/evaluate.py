@@ -31,18 +31,18 @@ from dpo_core.rewards.model import scorer, scoring_flops_of
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.logprobs import logprob_flops
 from dpo_core.scoring.model_shape import shape_of
-from dpo_core.training.liveness import Watch
+from dpo_core.training.liveness import LivenessMonitor
 
 FILE = EvaluationJob
 
 
-def run(job: EvaluationJob, watch: Watch) -> dict[str, Any] | None:
+def run(job: EvaluationJob, monitor: LivenessMonitor) -> dict[str, Any] | None:
     """Every rank calls this; rank 0 returns the prompts, the measurements by policy, and the operations.
 
     Raises:
         StageFailed: no prompt or pair is held out.
     """
-    ranks = start_ranks(Path(job.work), job.ranks, watch)
+    ranks = start_ranks(Path(job.work), job.ranks, monitor)
     tokenise = Tokenise(load_tokenizer(Path(job.reference)), job.tokens)
     evaluation = _Evaluation(job, ranks, tokenise)
     for name in job.policies:

@@ -167,7 +167,7 @@ class EvaluationJob(ModelJob):
     seed: int
 
 
-class AskedModel(Config):
+class NamedModel(Config):
     """A model that suites and prompts are put to."""
 
     name: str
@@ -186,13 +186,13 @@ class SuitesJob(ModelJob):
     """Put models through evaluation suites."""
 
     kind: Literal["suites"] = "suites"
-    models: list[AskedModel]
+    models: list[NamedModel]
     asked: list[tuple[str, str]]
     """Model and suite of each result by their names, the suites of one model side by side."""
     files: dict[str, str]
     """Data file of each suite."""
     config: SuiteConfig
-    reference: AskedModel | None = None
+    reference: NamedModel | None = None
     """What implicit rewards are measured against."""
     caches: str
     """The folder that holds one cache of log-probs a reference."""
@@ -202,7 +202,7 @@ class AnswersJob(ModelJob):
     """Let models answer the same prompts."""
 
     kind: Literal["answers"] = "answers"
-    models: list[AskedModel]
+    models: list[NamedModel]
     prompts: str
     """Parquet file with the columns `prompt` and `chat`."""
     sampling: SamplingConfig

@@ -8,18 +8,18 @@ from dpo_core.jobs.start import start_ranks
 from dpo_core.model_check import check_folder
 from dpo_core.models.load import config_in, convert
 from dpo_core.models.source import check_context
-from dpo_core.training.liveness import Watch
+from dpo_core.training.liveness import LivenessMonitor
 
 FILE = ImportJob
 
 
-def run(job: ImportJob, watch: Watch) -> dict[str, Any] | None:
+def run(job: ImportJob, monitor: LivenessMonitor) -> dict[str, Any] | None:
     """Rank 0 writes the folder and returns how the model can be trained (`model_check.ModelCheck`).
 
     Raises:
         ModelError: the model cannot be read, or can be trained neither packed nor padded.
     """
-    ranks = start_ranks(Path(job.work), job.ranks, watch)
+    ranks = start_ranks(Path(job.work), job.ranks, monitor)
     if ranks.rank != 0:
         return None
     out = Path(job.out)

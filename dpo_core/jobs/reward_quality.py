@@ -12,14 +12,14 @@ from dpo_core.models.load import load_tokenizer
 from dpo_core.models.reward_model import RewardModel
 from dpo_core.rewards.model import score
 from dpo_core.rewards.quality import reward_quality
-from dpo_core.training.liveness import Watch
+from dpo_core.training.liveness import LivenessMonitor
 
 FILE = RewardQualityJob
 
 
-def run(job: RewardQualityJob, watch: Watch) -> dict[str, Any] | None:
+def run(job: RewardQualityJob, monitor: LivenessMonitor) -> dict[str, Any] | None:
     """Every rank calls this; rank 0 returns the `RewardQuality`, empty where no pair is held out."""
-    ranks = start_ranks(Path(job.work), job.ranks, watch)
+    ranks = start_ranks(Path(job.work), job.ranks, monitor)
     frame = pd.read_parquet(job.pairs)
     tokenise = Tokenise(load_tokenizer(Path(job.model)), job.tokens)
     held_out, _ = tokenise.pairs(frame[frame["split"] == "eval"].to_dict("records"))

@@ -11,14 +11,14 @@ from dpo_core.models.load import load_tokenizer
 from dpo_core.ranks import Ranks
 from dpo_core.rewards.functions import is_reward_model, load_reward
 from dpo_core.rewards.model import scorer
-from dpo_core.training.liveness import Watch
+from dpo_core.training.liveness import LivenessMonitor
 
 FILE = ScoreJob
 
 
-def run(job: ScoreJob, watch: Watch) -> dict[str, Any] | None:
+def run(job: ScoreJob, monitor: LivenessMonitor) -> dict[str, Any] | None:
     """Every rank calls this; rank 0 returns the rewards in the order of the rows."""
-    ranks = start_ranks(Path(job.work), job.ranks, watch)
+    ranks = start_ranks(Path(job.work), job.ranks, monitor)
     rows = read_parquet(job.answers)
     rewards = _by_model(job, rows, ranks) if is_reward_model(job.reward) else _by_function(job, rows, ranks)
     return {"rewards": rewards} if ranks.rank == 0 else None

@@ -10,11 +10,11 @@ import torch
 from dpo_core.jobs.files import ERROR, STOP_FILE, InferenceConfig
 from dpo_core.ranks import JobRanks
 from dpo_core.training.distributed import share_cores
-from dpo_core.training.liveness import Watch
+from dpo_core.training.liveness import LivenessMonitor
 from dpo_core.training.stop import Stopped, StopSignals
 
 
-def start_ranks(work: Path, config: InferenceConfig, watch: Watch) -> JobRanks:
+def start_ranks(work: Path, config: InferenceConfig, monitor: LivenessMonitor) -> JobRanks:
     """The ranks of this job, connected.
 
     Raises:
@@ -32,8 +32,8 @@ def start_ranks(work: Path, config: InferenceConfig, watch: Watch) -> JobRanks:
     if world > 1:
         # Only to find each other: results are exchanged as files.
         torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=config.timeout_seconds))
-        watch.start(config.lost_after_seconds, config.timeout_seconds)
-    forget_earlier_end(work)
+        monitor.start(config.lost_after_seconds, config.timeout_seconds)
+    clear_end_markers(work)
 
     def check() -> None:
         if signals.received or (world > 1 and (work / STOP_FILE).exists()):
@@ -42,7 +42,7 @@ def start_ranks(work: Path, config: InferenceConfig, watch: Watch) -> JobRanks:
     return JobRanks(work, rank, world, check=check)
 
 
-def forget_earlier_end(work: Path) -> None:
+def clear_end_markers(work: Path) -> None:
     """Remove how ranks ended that torchrun has replaced since, or those of the run before."""
     if os.environ.get("RANK", "0") == "0":
         for left in (ERROR, STOP_FILE):

@@ -14,18 +14,18 @@ from dpo_core.evaluation.suites.registry import find
 from dpo_core.jobs.files import PER_SUITE, SuitesJob
 from dpo_core.jobs.start import device, start_ranks
 from dpo_core.ranks import Ranks
-from dpo_core.training.liveness import Watch
+from dpo_core.training.liveness import LivenessMonitor
 
 FILE = SuitesJob
 
 
-def run(job: SuitesJob, watch: Watch) -> dict[str, Any] | None:
+def run(job: SuitesJob, monitor: LivenessMonitor) -> dict[str, Any] | None:
     """Every rank calls this; rank 0 returns the results in the order of `job.asked`.
 
     Raises:
         RecipeError: the reference has another vocabulary than a model.
     """
-    ranks = start_ranks(Path(job.work), job.ranks, watch)
+    ranks = start_ranks(Path(job.work), job.ranks, monitor)
     results: list[SuiteResult] = []
     for name, asked in groupby(job.asked, key=lambda one: one[0]):
         subject = _subject(job, name, ranks)
@@ -76,8 +76,8 @@ class _OfOneSuite:
     def check(self) -> None:
         self._ranks.check()
 
-    def forget(self) -> None:
-        self._ranks.forget()
+    def discard_results(self) -> None:
+        self._ranks.discard_results()
 
     def advance(self, size: int) -> None:
         """Log-probs of the reference are not counted."""

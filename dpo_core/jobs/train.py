@@ -3,21 +3,21 @@
 from pathlib import Path
 from typing import Any
 
-from dpo_core.jobs.start import forget_earlier_end
+from dpo_core.jobs.start import clear_end_markers
 from dpo_core.methods.job import Job
 from dpo_core.methods.registry import get
 from dpo_core.trainers.registry import build
 from dpo_core.training.distributed import peak_memory, start_distributed
 from dpo_core.training.engine import read_metrics
-from dpo_core.training.liveness import Watch
+from dpo_core.training.liveness import LivenessMonitor
 
 
-def run(job: Job, watch: Watch) -> dict[str, Any] | None:
+def run(job: Job, monitor: LivenessMonitor) -> dict[str, Any] | None:
     """Train and write the model. Every rank calls this; rank 0 returns what goes into the result."""
     settings = get(job.method).settings.model_validate(job.settings)
     start_distributed(settings.engine)
-    watch.start(settings.engine.lost_after_seconds, settings.engine.timeout_seconds)
-    forget_earlier_end(Path(job.work))
+    monitor.start(settings.engine.lost_after_seconds, settings.engine.timeout_seconds)
+    clear_end_markers(Path(job.work))
     trainer, export = build(job, settings)
     metrics = trainer.train()
     peak = peak_memory()

@@ -78,7 +78,7 @@ class GrpoConfig(RoundsConfig):
     """DAPO's soft punishment: over so many tokens before max_new_tokens the reward falls to one less."""
 
     @property
-    def samples_each(self) -> int:
+    def completions_per_prompt(self) -> int:
         return self.group_size
 
     @property

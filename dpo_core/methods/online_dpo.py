@@ -30,7 +30,7 @@ class OnlineDpoConfig(RoundsConfig):
     its reference, as iterative DPO does."""
 
     @property
-    def samples_each(self) -> int:
+    def completions_per_prompt(self) -> int:
         return self.samples_per_prompt
 
     @property

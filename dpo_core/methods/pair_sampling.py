@@ -25,7 +25,7 @@ class PairSamplingConfig(Config):
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredSample:
     """A sampled completion, its text and its reward."""
 
     text: str
@@ -33,14 +33,16 @@ class Scored:
     reward: float
 
 
-def pair_up(samples: Seq[Scored], config: PairSamplingConfig) -> tuple[list[tuple[Scored, Scored]], int]:
+def pair_up(
+    samples: Seq[ScoredSample], config: PairSamplingConfig
+) -> tuple[list[tuple[ScoredSample, ScoredSample]], int]:
     """(chosen, rejected) pairs of one prompt, and how many candidate pairs were ties.
 
     A tie is a reward difference of at most `min_gap`, or twice the same text. One pair of texts is used once.
     """
     ranked = sorted(samples, key=lambda s: -s.reward)
     candidates = list(combinations(ranked, 2)) if config.pairing == "all" else [(ranked[0], ranked[-1])]
-    pairs: dict[tuple[str, str], tuple[Scored, Scored]] = {}
+    pairs: dict[tuple[str, str], tuple[ScoredSample, ScoredSample]] = {}
     ties = 0
     for better, worse in candidates:
         if better.reward - worse.reward <= config.min_gap or better.text.strip() == worse.text.strip():

@@ -6,13 +6,13 @@ from functools import cache
 from dpo_core import methods as package
 from dpo_core.errors import RecipeError
 from dpo_core.methods.method import Method
-from dpo_core.system import modules_of
+from dpo_core.system import import_modules
 
 
 @cache
 def methods() -> dict[str, Method]:
     """All methods, those that a policy may name first."""
-    modules = modules_of(package, without=("registry",))
+    modules = import_modules(package, without=("registry",))
     known = [module.METHOD for module in modules if hasattr(module, "METHOD")]
     return {method.name: method for method in sorted(known, key=lambda m: (not m.policy, m.name))}
 

@@ -38,7 +38,7 @@ class RoundsConfig(Config):
     """Precision, ZeRO stage, ranks; `save_every` counts rounds."""
 
     @property
-    def samples_each(self) -> int:
+    def completions_per_prompt(self) -> int:
         """Completions of each prompt in a round."""
         return 1
 
@@ -61,8 +61,8 @@ class RoundsConfig(Config):
             * self.micro_batch_size
             * self.engine.processes
         }
-        if self.samples_each > 1:
-            shares["samples of a prompt x processes"] = self.samples_each * self.engine.processes
+        if self.completions_per_prompt > 1:
+            shares["samples of a prompt x processes"] = self.completions_per_prompt * self.engine.processes
         for what, share in shares.items():
             if self.episodes % share:
                 raise ValueError(f"episodes {self.episodes} is not a multiple of {what} = {share}")

@@ -15,9 +15,9 @@ from dpo_core.objectives.parameter import Parameter
 from dpo_core.objectives.registry import Objective, ObjectiveName, Term, combine, get, names, objective
 from dpo_core.objectives.unpaired import z0
 from dpo_core.objectives.variants import VARIANTS, Variant
-from dpo_core.system import modules_of
+from dpo_core.system import import_modules
 
-modules_of(sys.modules[__name__])  # a family registers its functions when it is imported
+import_modules(sys.modules[__name__])  # a family registers its functions when it is imported
 
 __all__ = [
     "VARIANTS",

@@ -38,7 +38,7 @@ from dpo_core.reference.shard import (
     sort_order,
     temporary_beside,
 )
-from dpo_core.system import birth
+from dpo_core.system import process_start
 
 log = logging.getLogger(__name__)
 
@@ -239,6 +239,6 @@ def _has_owner(temporary: Path) -> bool:
         host, pid, born, _ = temporary.name.removeprefix(TEMPORARY).rsplit("+", 3)
         if host != socket.gethostname():
             return time.time() - temporary.stat().st_mtime < _FOREIGN_SECONDS
-        return birth(int(pid)) == int(born)
+        return process_start(int(pid)) == int(born)
     except (FileNotFoundError, ValueError, psutil.NoSuchProcess):
         return False

@@ -15,7 +15,7 @@ from dpo_core.model_check import check_definition
 from dpo_core.models.build import build
 from dpo_core.models.dropout import disable_dropout
 from dpo_core.models.load import config_in, load_model
-from dpo_core.ranks import Alone, Ranks
+from dpo_core.ranks import Ranks, SingleRank
 from dpo_core.reference.cache import ReferenceCache
 from dpo_core.reference.compute import Buffer, compute
 from dpo_core.reference.keys import reference_facts, sequence_key
@@ -73,7 +73,7 @@ def reference_logps(
         StageFailed: a log-prob is not finite.
         ModelError: the model's log-probs cannot be computed from its trunk and head.
     """
-    ranks = ranks or Alone()
+    ranks = ranks or SingleRank()
     wanted = {sequence_key(s): s for s in sequences}
     keys = list(wanted)
     attention = attention_of(reference.model)
@@ -84,7 +84,7 @@ def reference_logps(
     (absent,) = ranks.map("missing", [len(keys)], lambda _: (~cache.has(keys)).nonzero()[0].tolist())
     missing = [wanted[keys[at]] for at in absent]
     if not cache.has(sorted(set(keys) - {keys[at] for at in absent})).all():
-        ranks.forget()
+        ranks.discard_results()
         raise StageFailed(
             f"reference log-probs that this job had found in {cache.folder} were removed since",
             "Start the run again: they are computed again",

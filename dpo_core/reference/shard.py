@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dpo_core.errors import StageFailed
-from dpo_core.system import birth, digest_file
+from dpo_core.system import digest_file, process_start
 
 TEMPORARY = "tmp-"
 _ARRAYS = ("keys", "offsets", "values")
@@ -171,7 +171,7 @@ class LogpShard:
 
 def temporary_beside(folder: Path) -> Path:
     """An unused name next to a folder for what is not finished; it says which process is at work on it."""
-    owner = f"{socket.gethostname()}+{os.getpid()}+{birth(os.getpid())}"
+    owner = f"{socket.gethostname()}+{os.getpid()}+{process_start(os.getpid())}"
     return folder.with_name(f"{TEMPORARY}{owner}+{uuid.uuid4().hex}")
 
 

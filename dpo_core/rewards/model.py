@@ -11,7 +11,7 @@ from torch import Tensor
 from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise, TokenPair
 from dpo_core.models.load import config_in
 from dpo_core.models.reward_model import RewardModel
-from dpo_core.ranks import Alone, Ranks
+from dpo_core.ranks import Ranks, SingleRank
 from dpo_core.rewards.functions import is_reward_model, load_reward
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.autocast import autocast
@@ -55,7 +55,7 @@ def score(
         values: list[float] = reward_of(model, [sequences[i] for i in group], precision).tolist()
         return values
 
-    values = (ranks or Alone()).map("rewards", groups, compute)
+    values = (ranks or SingleRank()).map("rewards", groups, compute)
     order = [index for group in groups for index in group]
     rewards = dict(zip(order, (value for part in values for value in part), strict=True))
     return [rewards[index] for index in range(len(sequences))]
@@ -110,7 +110,9 @@ def scorer(
     def by_text(sequences: Seq[Sequence], prompts: Seq[str]) -> list[float]:
         texts = [tokeniser.text(s.completion, s.prompt) for s in sequences]
         rewards: list[float]
-        (rewards,) = (ranks or Alone()).map("rewards", [len(texts)], lambda _: reward(list(prompts), texts))
+        (rewards,) = (ranks or SingleRank()).map(
+            "rewards", [len(texts)], lambda _: reward(list(prompts), texts)
+        )
         return rewards
 
     return by_text

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_core.data.tokens.tokenise import Sequence
-from dpo_core.ranks import Alone, Ranks
+from dpo_core.ranks import Ranks, SingleRank
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.attention import round_up_to_block
 from dpo_core.scoring.autocast import autocast
@@ -91,7 +91,7 @@ def completion_scores(
         ]
 
     with _weights_cast_once():
-        passes = (ranks or Alone()).map("scores", plan.groups, compute)
+        passes = (ranks or SingleRank()).map("scores", plan.groups, compute)
     by_index = {
         index: CompletionScores(torch.tensor(logps), None if spread is None else torch.tensor(spread))
         for rows in passes

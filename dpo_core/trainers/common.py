@@ -13,7 +13,7 @@ from dpo_core.models.load import load_model, load_tokenizer
 from dpo_core.models.lora import add_lora, merge_lora
 from dpo_core.models.save import export_policy
 from dpo_core.models.source import check_context
-from dpo_core.training.engine import put_state
+from dpo_core.training.engine import load_full_state
 
 Export = Callable[[dict[str, Tensor]], None]
 """Given the full trained weights, writes the result."""
@@ -35,7 +35,7 @@ def export_model(model: Any, tokenizer: Any, job: Job, *, lora: bool) -> Export:
     """Writes a policy; low-rank additions are merged into it."""
 
     def export(state: dict[str, Tensor]) -> None:
-        put_state(model, state)
+        load_full_state(model, state)
         if lora:
             merge_lora(model)
         export_policy(model, tokenizer, Path(job.model), Path(job.out))

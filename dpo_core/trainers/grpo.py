@@ -20,7 +20,7 @@ from dpo_core.trainers.common import Export, start
 from dpo_core.trainers.online import grpo_math, ppo_math
 from dpo_core.trainers.online.loop import OnlineTrainer, export_trained
 from dpo_core.trainers.online.rollouts import (
-    FromEpisode,
+    EpisodeItem,
     Rollout,
     leading_mask,
     padded,
@@ -31,25 +31,25 @@ from dpo_core.trainers.online.sampler import RolloutContext, rollout_context
 
 
 @dataclass(frozen=True)
-class Judged(FromEpisode):
+class GrpoItem(EpisodeItem):
     """An episode with its advantage."""
 
-    logps_T: Tensor
+    logps_R: Tensor
     """Of the policy that sampled."""
-    ref_logps_T: Tensor
+    ref_logps_R: Tensor
     advantage: Tensor
     learnt: bool
     """False: it was cut off, and `mask_truncated` leaves it out."""
 
 
-class GrpoTrainer(OnlineTrainer[Judged]):
+class GrpoTrainer(OnlineTrainer[GrpoItem]):
     """The loop with a group baseline; every group is whole on one rank, and its members are dealt apart."""
 
-    def __init__(self, policy: Any, reference: Any, around: RolloutContext, config: GrpoConfig) -> None:
+    def __init__(self, policy: Any, reference: Any, context: RolloutContext, config: GrpoConfig) -> None:
         self.config, self.rules = config, config.rules
-        super().__init__(policy, reference, around, config)
+        super().__init__(policy, reference, context, config)
 
-    def prepare(self, rollouts: list[Rollout]) -> list[Judged]:
+    def prepare(self, rollouts: list[Rollout]) -> list[GrpoItem]:
         """Advantages of the round, each against its whole group."""
         rewards_N = torch.cat([self._paid(r) for r in rollouts])
         groups_N = torch.cat([r.of("group") for r in rollouts])
@@ -61,7 +61,7 @@ class GrpoTrainer(OnlineTrainer[Judged]):
             )
         parts = advantages_N.split([len(r.episodes) for r in rollouts])
         return [
-            Judged(
+            GrpoItem(
                 episode,
                 rollout.logps_BR[i, : len(episode.sequence.completion)],
                 rollout.ref_logps_BR[i, : len(episode.sequence.completion)],
@@ -76,7 +76,7 @@ class GrpoTrainer(OnlineTrainer[Judged]):
         """Rewards (B,): scores, minus what is charged in the reward."""
         rewards_B = self.rewards(rollout)
         if self.config.soft_overlong:
-            longest = self.around.sampling.max_new_tokens
+            longest = self.context.sampling.max_new_tokens
             rewards_B = rewards_B + grpo_math.soft_overlong(
                 rollout.lengths_B, longest, self.config.soft_overlong
             )
@@ -92,13 +92,13 @@ class GrpoTrainer(OnlineTrainer[Judged]):
         mean = self.engine.all_sum(rewards_N.double().sum()) / count
         return (self.engine.all_sum(((rewards_N.double() - mean) ** 2).sum()) / (count - 1)).sqrt()
 
-    def optimise(self, minibatch: list[list[Judged]]) -> dict[str, float]:
+    def optimise(self, minibatch: list[list[GrpoItem]]) -> dict[str, float]:
         """One optimiser step; see `grpo_math.denominator` for what the loss is a mean over."""
-        mine = [judged for micro in minibatch for judged in micro]
-        learnt = sum(len(judged.logps_T) for judged in mine if judged.learnt)
+        mine = [item for micro in minibatch for item in micro]
+        learnt = sum(len(item.logps_R) for item in mine if item.learnt)
         counts = torch.tensor([len(mine), learnt], dtype=torch.float64)
         responses, tokens = self.engine.all_sum(counts).tolist()
-        longest = self.around.sampling.max_new_tokens
+        longest = self.context.sampling.max_new_tokens
         total = grpo_math.denominator(self.rules.aggregate, responses, tokens, longest)
         sums: dict[str, float] = {}
         norm = 0.0
@@ -109,43 +109,41 @@ class GrpoTrainer(OnlineTrainer[Judged]):
             norm = self.engine.step() or norm
             for name, value in numbers.items():
                 sums[name] = sums.get(name, 0.0) + float(value.detach())
-        reduced = self.over_ranks(sums)
+        reduced = self.sum_over_ranks(sums)
         by_tokens = {name: value / max(tokens, 1.0) for name, value in reduced.items() if name not in _SUMMED}
         return by_tokens | {name: reduced[name] / total for name in _SUMMED} | {"grad_norm": norm}
 
-    def _losses(self, micro: list[Judged]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _losses(self, micro: list[GrpoItem]) -> tuple[Tensor, dict[str, Tensor]]:
         """The sum of the loss over a micro-batch, and sums of metrics over its tokens."""
         rules = self.rules
-        rows = rows_of([judged.episode for judged in micro], self.engine.device)
+        rows = rows_of([item.episode for item in micro], self.engine.device)
         with autocast(self.config.engine.precision, self.engine.device):
-            _, logps_BT = response_logps(self.module, rows, self.temperature)
-        learnt_B = torch.tensor([judged.learnt for judged in micro], device=self.engine.device)
-        mask_BT = leading_mask(rows.lengths_S) & learnt_B[:, None]
-        advantages_B = torch.stack([judged.advantage for judged in micro])
-        ratio = grpo_math.log_ratios(
-            logps_BT, padded([judged.logps_T for judged in micro]), mask_BT, rules.level
-        )
+            _, logps_BR = response_logps(self.module, rows, self.temperature)
+        learnt_B = torch.tensor([item.learnt for item in micro], device=self.engine.device)
+        mask_BR = leading_mask(rows.lengths_S) & learnt_B[:, None]
+        advantages_B = torch.stack([item.advantage for item in micro])
+        ratio = grpo_math.log_ratios(logps_BR, padded([item.logps_R for item in micro]), mask_BR, rules.level)
         losses, clipped = grpo_math.clipped_losses(ratio, advantages_B, rules.clip_low, rules.clip_high)
-        mask = mask_BT if rules.level == "token" else mask_BT.any(1, keepdim=True)
+        mask = mask_BR if rules.level == "token" else mask_BR.any(1, keepdim=True)
         policy = grpo_math.aggregate(losses, mask, rules.aggregate)
-        kl_BT = ppo_math.kl_per_token(
-            logps_BT,
-            padded([judged.ref_logps_T for judged in micro]),
+        kl_BR = ppo_math.kl_per_token(
+            logps_BR,
+            padded([item.ref_logps_R for item in micro]),
             leading_mask(rows.lengths_S),
             rules.kl_estimator,
         )
         loss = policy
         if rules.kl_in == "loss" and rules.kl_coef:
-            loss = loss + rules.kl_coef * grpo_math.aggregate(kl_BT, mask_BT, rules.aggregate)
+            loss = loss + rules.kl_coef * grpo_math.aggregate(kl_BR, mask_BR, rules.aggregate)
         # A ratio of whole responses is that of each of their tokens.
         over_tokens: Callable[[Tensor], Tensor] = lambda x: torch.where(  # noqa: E731
-            mask_BT, x.to(torch.float32).expand_as(mask_BT), 0.0
+            mask_BR, x.to(torch.float32).expand_as(mask_BR), 0.0
         ).sum()
         up = advantages_B[:, None] > 0
         return loss, {
             "loss": loss,
             "loss/policy_avg": policy,
-            "kl": over_tokens(kl_BT),
+            "kl": over_tokens(kl_BR),
             "val/ratio": over_tokens(ratio.clamp(max=20.0).exp()),  # as `clipped_losses` bounds it
             "policy/approxkl_avg": over_tokens(0.5 * ratio**2),
             "clip_ratio/low_mean": over_tokens(clipped & ~up),
@@ -176,6 +174,6 @@ _SUMMED = ("loss", "loss/policy_avg")
 def build(job: Job, config: GrpoConfig) -> tuple[Any, Export]:
     """See `registry.build`."""
     policy, tokenizer, tokenise = start(job, config)
-    around = rollout_context(job, tokenise, config.engine.precision)
-    trainer = GrpoTrainer(policy, load_model(Path(str(job.reference))), around, config)
+    context = rollout_context(job, tokenise, config.engine.precision)
+    trainer = GrpoTrainer(policy, load_model(Path(str(job.reference))), context, config)
     return trainer, export_trained(policy, tokenizer, job)

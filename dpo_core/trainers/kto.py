@@ -102,7 +102,7 @@ class UnpairedTrainer(PackedTrainer[UnpairedExample]):
         self.baseline = torch.tensor(self.rewards / self.seen, device=self.engine.device)
 
     def flops(self, batch: Batch) -> float:
-        coupling = self._coupling_examples([self.examples[i] for i in batch.everyone])
+        coupling = self._coupling_examples([self.examples[i] for i in batch.examples])
         shares = self._shares(coupling)
         passes = [share[min(n, len(share) - 1)] for n in range(max(map(len, shares))) for share in shares]
         return super().flops(batch) + sum(cost.forward(self.shape, *self.sizes(one)) for one in passes)

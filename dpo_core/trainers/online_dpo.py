@@ -51,18 +51,18 @@ class Pair:
 class OnlineDpoTrainer(OnlineTrainer[Pair]):
     """The loop with preference steps; `micro_batch_size` counts pairs in the updates."""
 
-    def __init__(self, policy: Any, reference: Any, around: RolloutContext, config: OnlineDpoConfig) -> None:
+    def __init__(self, policy: Any, reference: Any, context: RolloutContext, config: OnlineDpoConfig) -> None:
         self.config, self.term = config, config.term
         scale = get(config.objective).reward_scale
         self.beta = self.term.parameters[scale] if scale else 1.0
-        super().__init__(policy, reference, around, config)
+        super().__init__(policy, reference, context, config)
 
     @property
     def temperature(self) -> float:
         """The policy that a preference loss is about is that at temperature 1, however samples are drawn."""
         return 1.0
 
-    def micros_of(self, episodes: int) -> int:
+    def micro_batch_count(self, episodes: int) -> int:
         return episodes // (self.config.samples_per_prompt * self.config.micro_batch_size)
 
     def read_together(self, episodes: list[Episode], iteration: int) -> list[list[Episode]]:
@@ -99,7 +99,7 @@ class OnlineDpoTrainer(OnlineTrainer[Pair]):
             norm = self.engine.step() or norm
             for name, value_P in {"loss": losses_P.detach(), **numbers}.items():
                 sums[name] = sums.get(name, 0.0) + float((value_P * weight_P).sum())
-        means = {name: value / max(pairs, 1.0) for name, value in self.over_ranks(sums).items()}
+        means = {name: value / max(pairs, 1.0) for name, value in self.sum_over_ranks(sums).items()}
         return means | {"pairs": pairs, "grad_norm": norm}
 
     def _losses(self, micro: list[Pair], totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
@@ -127,10 +127,10 @@ class OnlineDpoTrainer(OnlineTrainer[Pair]):
         groups = self.config.episodes / self.config.samples_per_prompt
         return {"frac_reward_zero_std": float(self.engine.all_sum(torch.tensor(float(flat)))) / groups}
 
-    def move_reference(self) -> None:
+    def update_reference(self) -> None:
         if self.config.renew_reference:
             move(self.reference, self.module, 1.0)
-        super().move_reference()
+        super().update_reference()
 
     def update_flops(self, rollouts: list[Rollout]) -> float:
         # Two of each prompt's samples are trained on.
@@ -160,6 +160,6 @@ def extremes(candidates: Seq[Candidate]) -> tuple[Candidate, Candidate]:
 def build(job: Job, config: OnlineDpoConfig) -> tuple[Any, Export]:
     """See `registry.build`."""
     policy, tokenizer, tokenise = start(job, config)
-    around = rollout_context(job, tokenise, config.engine.precision)
-    trainer = OnlineDpoTrainer(policy, load_model(Path(str(job.reference))), around, config)
+    context = rollout_context(job, tokenise, config.engine.precision)
+    trainer = OnlineDpoTrainer(policy, load_model(Path(str(job.reference))), context, config)
     return trainer, export_trained(policy, tokenizer, job)

@@ -34,7 +34,7 @@ from dpo_core.trainers.online import ppo_math
 from dpo_core.trainers.online.loop import OnlineTrainer, export_trained
 from dpo_core.trainers.online.rollouts import (
     Episode,
-    FromEpisode,
+    EpisodeItem,
     Rollout,
     leading_mask,
     padded,
@@ -46,7 +46,7 @@ from dpo_core.training.engine import Engine
 
 
 @dataclass(frozen=True)
-class Estimated(FromEpisode):
+class PpoItem(EpisodeItem):
     """An episode with what the critic made of it."""
 
     logps_R: Tensor
@@ -58,7 +58,7 @@ class Estimated(FromEpisode):
     """How many of the V states have a value; the last may have none."""
 
 
-class PpoTrainer(OnlineTrainer[Estimated]):
+class PpoTrainer(OnlineTrainer[PpoItem]):
     """The loop with a critic.
 
     Args:
@@ -66,12 +66,12 @@ class PpoTrainer(OnlineTrainer[Estimated]):
     """
 
     def __init__(
-        self, policy: Any, reference: Any, critic: RewardModel, around: RolloutContext, config: PpoConfig
+        self, policy: Any, reference: Any, critic: RewardModel, context: RolloutContext, config: PpoConfig
     ) -> None:
         self.config, self.critic = config, critic
         self.later = int(config.score_at == "after_last")
         self.kl = ppo_math.AdaptiveKL(config.kl_coef, config.target_kl or 1.0, config.kl_horizon)
-        super().__init__(policy, reference, around, config)
+        super().__init__(policy, reference, context, config)
 
     def companions(self) -> dict[str, Engine]:
         self.critic_engine = self.make_engine(self.critic, self.config.critic_optim)
@@ -79,7 +79,7 @@ class PpoTrainer(OnlineTrainer[Estimated]):
 
     # Estimates -------------------------------------------------------------------------------------------
 
-    def prepare(self, rollouts: list[Rollout]) -> list[Estimated]:
+    def prepare(self, rollouts: list[Rollout]) -> list[PpoItem]:
         """Values, rewards and GAE of every episode; whitening over the global batch."""
         self.critic.eval()
         masks, values = map(list, zip(*(self._values(rollout) for rollout in rollouts), strict=True))
@@ -102,7 +102,7 @@ class PpoTrainer(OnlineTrainer[Estimated]):
                 tokens = len(episode.sequence.completion)
                 advantages_R, values_V, returns_V, states_V = (table_B[i] for table_B in tables)
                 estimated.append(
-                    Estimated(
+                    PpoItem(
                         episode,
                         rollout.logps_BR[i, :tokens],
                         advantages_R[:tokens],
@@ -117,7 +117,7 @@ class PpoTrainer(OnlineTrainer[Estimated]):
     def _values(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Which states have a value (B,V), and their values."""
         rows = self._critic_rows(rollout.episodes)
-        room_B = rollout.lengths_B < self.around.sampling.max_new_tokens
+        room_B = rollout.lengths_B < self.context.sampling.max_new_tokens
         states_BV = leading_mask(rollout.lengths_B + room_B.long() * self.later, int(rows.lengths_S.max()))
         with autocast(self.config.engine.precision, self.engine.device):
             values_BV = state_values(self.critic, rows)
@@ -158,7 +158,7 @@ class PpoTrainer(OnlineTrainer[Estimated]):
 
     # Updates ---------------------------------------------------------------------------------------------
 
-    def optimise(self, minibatch: list[list[Estimated]]) -> dict[str, float]:
+    def optimise(self, minibatch: list[list[PpoItem]]) -> dict[str, float]:
         """One step of policy and critic; each loss is a mean over the global minibatch: over its response
         tokens, and over its states."""
         tokens_here = sum(len(e.logps_R) for micro in minibatch for e in micro)
@@ -188,11 +188,11 @@ class PpoTrainer(OnlineTrainer[Estimated]):
             }
             for name, number in numbers.items():
                 sums[name] = sums.get(name, 0.0) + number
-        means = self.over_ranks(sums)
+        means = self.sum_over_ranks(sums)
         means["val/ratio_var"] -= (means["val/ratio"] - 1) ** 2
         return means | {"grad_norm": norm, "critic/grad_norm": critic_norm}
 
-    def _policy_loss(self, micro: list[Estimated]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _policy_loss(self, micro: list[PpoItem]) -> tuple[Tensor, dict[str, Tensor]]:
         rows = rows_of([e.episode for e in micro], self.engine.device)
         with autocast(self.config.engine.precision, self.engine.device):
             _, logps_BR = response_logps(self.module, rows, self.temperature)
@@ -205,7 +205,7 @@ class PpoTrainer(OnlineTrainer[Estimated]):
             n_tokens=1.0,  # the sum: the mean is over the global minibatch, taken by the engine
         )
 
-    def _value_loss(self, micro: list[Estimated]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _value_loss(self, micro: list[PpoItem]) -> tuple[Tensor, dict[str, Tensor]]:
         rows = self._critic_rows([e.episode for e in micro])
         with autocast(self.config.engine.precision, self.engine.device):
             values_BV = state_values(self.critic, rows)
@@ -266,9 +266,9 @@ def state_values(critic: RewardModel, rows: PaddedRows) -> Tensor:
 def build(job: Job, config: PpoConfig) -> tuple[Any, Export]:
     """See `registry.build`. The critic starts from the reward model where one is learnt from."""
     policy, tokenizer, tokenise = start(job, config)
-    around = rollout_context(job, tokenise, config.engine.precision)
+    context = rollout_context(job, tokenise, config.engine.precision)
     reference = load_model(Path(str(job.reference)))
     source = str(job.reward_source)
     critic = RewardModel.load(source) if is_reward_model(source) else make_critic(reference)
     disable_dropout(critic)
-    return PpoTrainer(policy, reference, critic, around, config), export_trained(policy, tokenizer, job)
+    return PpoTrainer(policy, reference, critic, context, config), export_trained(policy, tokenizer, job)

@@ -17,7 +17,7 @@ from dpo_core.rewards.model import normalise_on, read_sizes, reward_of
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.attention import trunk_of
 from dpo_core.trainers.common import Export, start
-from dpo_core.training.engine import put_state
+from dpo_core.training.engine import load_full_state
 from dpo_core.training.loop import Trainer
 
 
@@ -76,7 +76,7 @@ def build(job: Job, config: RewardModelConfig) -> tuple[Any, Export]:
     trainer = RewardTrainer(reward_model, pairs, config, seed=job.seed, work=Path(job.work))
 
     def export(state: dict[str, Tensor]) -> None:
-        put_state(reward_model, state)
+        load_full_state(reward_model, state)
         facts = normalise_on(reward_model, pairs, config.engine.precision)
         reward_model.save(Path(job.out))
         tokenizer.save_pretrained(job.out)

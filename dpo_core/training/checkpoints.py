@@ -6,7 +6,7 @@ another name and renamed, so that a kill leaves a whole checkpoint or none; what
 later is found by the digest. On many nodes the folder must be shared by all of them.
 
 The files are pickles, and a digest that anybody can compute proves no origin: they are read as numbers alone
-(`numbers_alone`), so that one that would run code is refused, whoever wrote it.
+(`restricted_unpickling`), so that one that would run code is refused, whoever wrote it.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ CURVE = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
-class Made:
+class CheckpointInfo:
     """How a checkpoint was made."""
 
     step: int
@@ -69,7 +69,7 @@ class Checkpoints:
         temporary.mkdir(parents=True)
         return temporary
 
-    def seal(self, temporary: Path, made: Made) -> None:
+    def commit(self, temporary: Path, made: CheckpointInfo) -> None:
         """Add the digest to a checkpoint that all ranks have written, rename it into place, drop older ones.
 
         Raises:
@@ -104,7 +104,7 @@ class Checkpoints:
         if (checkpoint / CURVE).exists():  # older checkpoints hold none
             shutil.copyfile(checkpoint / CURVE, self.curve)
 
-    def newest(self) -> tuple[Path, Made] | None:
+    def newest(self) -> tuple[Path, CheckpointInfo] | None:
         """The newest whole checkpoint; None when none was ever written.
 
         Raises:
@@ -137,7 +137,7 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _write_digest(folder: Path, made: Made) -> None:
+def _write_digest(folder: Path, made: CheckpointInfo) -> None:
     files = {str(f.relative_to(folder)): digest_file(f) for f in sorted(folder.rglob("*")) if f.is_file()}
     facts: dict[str, Any] = {"made": asdict(made), "files": files}
     (folder / DIGEST).write_text(json.dumps(facts | {"sha256": _own_digest(facts)}, indent=1))
@@ -146,7 +146,7 @@ def _write_digest(folder: Path, made: Made) -> None:
         sync(path)
 
 
-def read_digest(folder: Path) -> Made:
+def read_digest(folder: Path) -> CheckpointInfo:
     """How a checkpoint was made, once all of it has been read and compared.
 
     Raises:
@@ -164,7 +164,7 @@ def read_digest(folder: Path) -> Made:
             raise ValueError(f"{name} is missing")
         if digest_file(folder / name) != digest:
             raise ValueError(f"{name} is not what was written")
-    return Made(**facts["made"])
+    return CheckpointInfo(**facts["made"])
 
 
 def _own_digest(facts: dict[str, Any]) -> str:
@@ -172,7 +172,7 @@ def _own_digest(facts: dict[str, Any]) -> str:
 
 
 @contextmanager
-def numbers_alone(folder: Path) -> Iterator[None]:
+def restricted_unpickling(folder: Path) -> Iterator[None]:
     """Within it torch reads tensors, plain values and the few types below; DeepSpeed asks it for any object.
 
     Raises:
@@ -238,7 +238,7 @@ def load_random_state(folder: Path, rank: int) -> None:
     file = _random_file(folder, rank)
     if not file.exists():
         return
-    with numbers_alone(folder):
+    with restricted_unpickling(folder):
         state = torch.load(file, weights_only=True)
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])

@@ -96,7 +96,7 @@ class LoopConfig(Config):
         """Whether `micro_batch_size` decides what shares a forward pass."""
         return True
 
-    def rows_at_a_time(self, world: int) -> int:
+    def padded_micro_batch_size(self, world: int) -> int:
         """Examples in a forward pass of padded rows on one of so many ranks.
 
         Where packs were asked for and cannot be, the recipe's two sizes need not divide each other.

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from dpo_core.errors import StageFailed
-from dpo_core.training.checkpoints import numbers_alone
+from dpo_core.training.checkpoints import restricted_unpickling
 
 
 def main() -> None:
@@ -12,7 +12,7 @@ def main() -> None:
     from deepspeed.checkpoint import ds_to_universal
 
     asked = ds_to_universal.parse_arguments()
-    with numbers_alone(Path(asked.input_folder)):
+    with restricted_unpickling(Path(asked.input_folder)):
         ds_to_universal.main(asked)
 
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from dpo_core.errors import StageFailed
 from dpo_core.training.checkpoints import (
+    CheckpointInfo,
     Checkpoints,
-    Made,
     load_random_state,
-    numbers_alone,
+    restricted_unpickling,
     save_random_state,
     to_universal,
 )
@@ -178,7 +178,9 @@ class Engine:
             other.engine.save_checkpoint(str(temporary), tag=name, save_latest=False)
         save_random_state(temporary, self.rank)
         self.barrier()
-        self._on_rank_0(lambda: self.checkpoints.seal(temporary, Made(step, self.world, self.stage)))
+        self._on_rank_0(
+            lambda: self.checkpoints.commit(temporary, CheckpointInfo(step, self.world, self.stage))
+        )
 
     def load_latest(self) -> dict[str, Any] | None:
         """Load the newest whole checkpoint, written by any number of ranks; None when there is none.
@@ -194,7 +196,7 @@ class Engine:
         limit_waiting(self.config.timeout_seconds)
         return client
 
-    def _load_found(self, folder: Path, made: Made) -> dict[str, Any]:
+    def _load_found(self, folder: Path, made: CheckpointInfo) -> dict[str, Any]:
         if not folder.is_dir():
             raise StageFailed(
                 f"rank {self.rank} does not see {folder}",
@@ -212,7 +214,7 @@ class Engine:
         log.info("going on from %s", folder)
         return client
 
-    def _load(self, folder: Path, made: Made) -> dict[str, Any]:
+    def _load(self, folder: Path, made: CheckpointInfo) -> dict[str, Any]:
         # Without ZeRO every rank holds everything and any number of ranks can read the one file.
         convert = made.ranks != self.world and self.stage > 0
         if convert:
@@ -221,7 +223,7 @@ class Engine:
             self._on_rank_0(lambda: to_universal(source, folder))
         # The flag also changes how DeepSpeed names files, so that it is set for this one load only.
         self.engine._config.load_universal_checkpoint = convert
-        with numbers_alone(folder):
+        with restricted_unpickling(folder):
             path, client = self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
         self.engine._config.load_universal_checkpoint = False
         if path is None:
@@ -268,7 +270,7 @@ class Engine:
     def full_state(self) -> dict[str, Tensor]:
         """All weights of the module on rank 0, at the end of training; other ranks may get none.
 
-        ZeRO 3 is taken off the module here, so that it can be used as a plain one; see `put_state`.
+        ZeRO 3 is taken off the module here, so that it can be used as a plain one; see `load_full_state`.
         """
         if self.stage < 3:
             return {k: v.detach().cpu() for k, v in self.module.state_dict().items()}
@@ -282,7 +284,7 @@ class Engine:
         return state
 
 
-def put_state(module: nn.Module, state: dict[str, Tensor]) -> None:
+def load_full_state(module: nn.Module, state: dict[str, Tensor]) -> None:
     """Set the tensors of a module to those of `full_state`, also where ZeRO 3 left empty ones."""
     live: dict[str, Tensor] = {
         **dict(module.named_parameters(remove_duplicate=False)),

@@ -26,7 +26,7 @@ _BYE, _TOKEN = b"bye", 32
 _starts = itertools.count()
 
 
-class Watch:
+class LivenessMonitor:
     """The connections of this rank and the thread that listens to them. With one rank it does nothing.
 
     Args:
@@ -134,7 +134,7 @@ class Watch:
             with contextlib.suppress(OSError):
                 peer.sendall(word)
 
-    def stand_down(self) -> None:
+    def mute(self) -> None:
         """The main thread has failed and is about to say why: from now on this thread says nothing."""
         self._over.set()
 

@@ -78,7 +78,7 @@ class Trainer(ABC, Generic[Example]):
 
     def flops(self, batch: Batch) -> float:
         """Operations of a step over all ranks, those on padding and those done again included."""
-        return sum(self.micro_flops([self.examples[i] for i in micro]) for micro in batch.passes)
+        return sum(self.micro_flops([self.examples[i] for i in micro]) for micro in batch.all_micro_batches)
 
     def micro_flops(self, micro: Seq[Example]) -> float:
         """Operations of forward and backward of a micro-batch."""
@@ -99,7 +99,7 @@ class Trainer(ABC, Generic[Example]):
         return PaddedBatches(
             [self.length(e) for e in self.examples],
             self.config.batch_size,
-            self.config.rows_at_a_time(world),
+            self.config.padded_micro_batch_size(world),
             seed=self.seed,
             rank=torch.distributed.get_rank(),
             world=world,
@@ -159,12 +159,12 @@ class Trainer(ABC, Generic[Example]):
         start = time.perf_counter()
         rate = self.engine.learning_rate
         batch = self.batches.of_step(step)
-        everyone = [self.examples[i] for i in batch.everyone]
+        everyone = [self.examples[i] for i in batch.examples]
         total = sum(self.weight(e) for e in everyone)
         self.begin_step(everyone)
         sums: dict[str, Tensor] = {}
         norm: float | None = None
-        for indices in batch.mine:
+        for indices in batch.micro_batches:
             micro = [self.examples[i] for i in indices]
             loss, numbers = self.engine.run(self._balanced, micro)
             self._require_finite(loss, step, micro)

@@ -19,7 +19,7 @@ NVLINK_BYTES_PER_SECOND = 450e9
 GPU_BYTES = 80e9
 
 
-def sent(parameters: float, ranks: int, stage: Stage, micro_batches: int = 1) -> float:
+def sent_bytes(parameters: float, ranks: int, stage: Stage, micro_batches: int = 1) -> float:
     """Bytes that one rank sends in an optimiser step, with ring collectives.
 
     A ring gather or scatter of n bytes sends n·(ranks-1)/ranks, an all-reduce twice that. Stage 0 all-reduces
@@ -30,7 +30,7 @@ def sent(parameters: float, ranks: int, stage: Stage, micro_batches: int = 1) ->
     return gathers[stage] * parameters * BYTES * (ranks - 1) / ranks
 
 
-def held(parameters: float, ranks: int, stage: Stage) -> float:
+def state_bytes(parameters: float, ranks: int, stage: Stage) -> float:
     """Bytes of weights, gradients and moments on one rank, activations aside."""
     weights, gradients, moments = (parameters * BYTES * n for n in (1, 1, 2))
     if stage >= 1:
@@ -45,17 +45,17 @@ def held(parameters: float, ranks: int, stage: Stage) -> float:
 def seconds(parameters: float, nodes: int, stage: Stage, micro_batches: int = 1) -> float:
     """Time on the wire of a step when nothing hides behind computation: an upper bound."""
     speed = LINK_BYTES_PER_SECOND if nodes > 1 else NVLINK_BYTES_PER_SECOND
-    return sent(parameters, nodes * GPUS, stage, micro_batches) / speed
+    return sent_bytes(parameters, nodes * GPUS, stage, micro_batches) / speed
 
 
-def advice(parameters: float, nodes: int) -> str:
+def recommendation(parameters: float, nodes: int) -> str:
     """The lowest stage whose state leaves a third of the card to activations, in the words of a recipe."""
     ranks = nodes * GPUS
     stages: tuple[Stage, ...] = (0, 1, 2, 3)
     for stage in stages:
-        if held(parameters, ranks, stage) <= GPU_BYTES * 2 / 3:
+        if state_bytes(parameters, ranks, stage) <= GPU_BYTES * 2 / 3:
             return f"`zero_stage: {stage}`"
-    if held(parameters, ranks, 3) - parameters * BYTES * 2 / ranks <= GPU_BYTES * 2 / 3:
+    if state_bytes(parameters, ranks, 3) - parameters * BYTES * 2 / ranks <= GPU_BYTES * 2 / 3:
         return "`zero_stage: 3, offload: optimizer`"
     return "`zero_stage: 3, offload: parameters`"
 
@@ -70,11 +70,11 @@ def table(name: str, micro_batches: int = 1) -> str:
     for nodes in NODES:
         ranks = nodes * GPUS
         stages: tuple[Stage, ...] = (0, 1, 2, 3)
-        volumes = [sent(size, ranks, stage, micro_batches) / 1e9 for stage in stages]
+        volumes = [sent_bytes(size, ranks, stage, micro_batches) / 1e9 for stage in stages]
         times = [seconds(size, nodes, stage, micro_batches) for stage in stages]
         cells = [f"{gb:.0f} GB ({s:.1f} s)" for gb, s in zip(volumes, times, strict=True)]
-        state = f"{held(size, ranks, 0) / 1e9:.0f} / {held(size, ranks, 3) / 1e9:.1f} GB"
-        lines.append(f"| {nodes} | {' | '.join(cells)} | {state} | {advice(size, nodes)} |")
+        state = f"{state_bytes(size, ranks, 0) / 1e9:.0f} / {state_bytes(size, ranks, 3) / 1e9:.1f} GB"
+        lines.append(f"| {nodes} | {' | '.join(cells)} | {state} | {recommendation(size, nodes)} |")
     return "\n".join(lines)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import typer
 
 from dpo_core.errors import DpoError
-from dpo_core.redaction import WithoutSecrets, hidden
+from dpo_core.redaction import WithoutSecrets, redact
 from dpo_core.system import INSTALL_JOB_PACKAGES, JOB_PACKAGES
 from flows.cli import cache, config
 from flows.cli.bench import bench
@@ -118,7 +118,7 @@ def main() -> None:
 
 def _one_line(error: Exception) -> str:
     """The message without line breaks and secrets, shortened: libraries include long values in theirs."""
-    text = hidden(" ".join(str(error).split()))
+    text = redact(" ".join(str(error).split()))
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"
 
 
@@ -140,7 +140,7 @@ def _save_traceback() -> Path | None:
             if facts.st_uid != os.getuid() or not stat.S_ISREG(facts.st_mode) or facts.st_nlink > 1:
                 raise PermissionError(f"{path} is not a file of this user alone")
             os.fchmod(file, 0o600)
-            handle.write(hidden(traceback.format_exc()) + "\n")
+            handle.write(redact(traceback.format_exc()) + "\n")
     except OSError:  # a full disk must not hide the error
         return None
     return path

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dpo_core.errors import RecipeError, StageFailed
-from dpo_core.redaction import hidden
+from dpo_core.redaction import redact
 from flows.commands.ui_access import Access, access
 from flows.process.prefect_server import server_address
 from tasks.recipe.sections import TrackingConfig
@@ -41,9 +41,9 @@ def serve(workspace: str, host: str, port: int, browser: bool) -> None:
     uri = resolve_uri(TrackingConfig(), place)
     api = server_address()
     start = "PREFECT_SERVER_ANALYTICS_ENABLED=false prefect server start   (then set PREFECT_API_URL)"
-    print(f"prefect  {hidden(api.removesuffix('/api')) if api else start}")
+    print(f"prefect  {redact(api.removesuffix('/api')) if api else start}")
     if uri.startswith("http"):
-        shown = hidden(uri)
+        shown = redact(uri)
         print(f"mlflow   {shown}", flush=True)
         if browser:
             webbrowser.open(shown)  # without secrets, because all users can read a command line

@@ -21,7 +21,7 @@ from urllib.parse import unquote, urlsplit
 from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.models.config import ModelConfig
 from dpo_core.models.source import weights_digest
-from dpo_core.redaction import hidden
+from dpo_core.redaction import redact
 from tasks.promotion.finished_run import database_gone, newest_report, read_report, registry_of
 from tasks.promotion.ledger import ALIAS, SUFFIX, champion_of
 from tasks.recipe.policies import is_external
@@ -225,7 +225,7 @@ def _unknown(tracker: Tracker, model: str, mark: str, chosen: str) -> RecipeErro
         )
         models = {entry.name: entry for entry in search if not entry.name.endswith(SUFFIX)}
     if model not in models:
-        problem = f"the registry at {hidden(tracker.uri)} has no model {model}"
+        problem = f"the registry at {redact(tracker.uri)} has no model {model}"
         remedy = _choices(model, list(models), "Registered models")
         if (mark, chosen) == ("@", ALIAS):
             return RecipeError(f"{problem}, so it has no champion yet", f"{first}. {remedy}")

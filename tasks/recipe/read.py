@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from yaml.constructor import ConstructorError
 
 from dpo_core.errors import RecipeError
-from dpo_core.redaction import place_of_secret
+from dpo_core.redaction import find_secret
 from dpo_core.system import read_small
 from dpo_core.yaml import read_yaml
 from tasks.recipe.old_recipe import require_new_form, require_new_override
@@ -88,7 +88,7 @@ def with_overrides(
         raise RecipeError(f"{unusable}: {_describe_faults(error, model)}", remedy) from error
     except RecipeError as error:  # raised by a validator, with its own remedy
         raise RecipeError(f"{unusable}: {error.problem}", error.remedy) from error
-    if place := place_of_secret(raw):
+    if place := find_secret(raw):
         # It would appear in MLflow, Prefect, manifests and pages.
         raise RecipeError(
             f"{unusable}: {place} holds a secret, which every record would show", _REMOVE_SECRET

@@ -10,7 +10,7 @@ from typing import Any
 from deploy.launchers import Cluster, launcher_of
 from dpo_core.data.tokens.chat_template import template_in
 from dpo_core.data.tokens.config import TokenConfig, with_date
-from dpo_core.jobs.files import AskedModel, InferenceConfig, ModelJob, write_job
+from dpo_core.jobs.files import InferenceConfig, ModelJob, NamedModel, write_job
 from dpo_core.models.remote_code import trusted_digests
 from tasks.signals import stop_of_process
 from tasks.stages.base import RunningStage
@@ -22,10 +22,10 @@ RunJob = Callable[[str, Callable[[dict[str, Any]], ModelJob], int], dict[str, An
 that makes the job file from the common fields, and the total of the units that the job counts."""
 
 
-def asked_model(name: str, path: Path, tokens: TokenConfig) -> AskedModel:
+def asked_model(name: str, path: Path, tokens: TokenConfig) -> NamedModel:
     """A checkpoint folder as a model to ask; a chat template that uses the date gets today's."""
     dated = with_date(tokens, template_in(path), datetime.date.today())
-    return AskedModel(name=name, path=str(path), tokens=dated)
+    return NamedModel(name=name, path=str(path), tokens=dated)
 
 
 def jobs_of_stage(running: RunningStage) -> RunJob:

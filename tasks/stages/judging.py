@@ -15,7 +15,7 @@ from dpo_core.errors import RecipeError
 from dpo_core.evaluation.prompt import Prompt
 from dpo_core.evaluation.safety_classifier import identity
 from dpo_core.generation.config import SamplingConfig, seed_for
-from dpo_core.jobs.files import AnswersJob, AskedModel, ScoreJob
+from dpo_core.jobs.files import AnswersJob, NamedModel, ScoreJob
 from dpo_core.judging.compare import compare_answers
 from dpo_core.judging.config import JudgeConfig
 from dpo_core.judging.judge import AnswerPairs
@@ -51,7 +51,7 @@ def chosen_prompts(config: DataConfig, most: int, seed: int) -> list[Prompt]:
 
 
 def answers_of(
-    models: Sequence[AskedModel], prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int, run: RunJob
+    models: Sequence[NamedModel], prompts: Sequence[Prompt], sampling: SamplingConfig, seed: int, run: RunJob
 ) -> dict[str, list[str]]:
     """The answers of each model to the prompts, by the model's name; computed in a job."""
     digests = {model.name: [source_digest(Path(model.path)), model.tokens] for model in models}

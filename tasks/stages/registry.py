@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from types import ModuleType
 
-from dpo_core.system import modules_of
+from dpo_core.system import import_modules
 from tasks import stages as package
 from tasks.stages.base import Stage
 
@@ -17,7 +17,7 @@ def stages() -> dict[str, Stage]:
         ValueError: two stages have one name.
     """
     by_name: dict[str, Stage] = {}
-    for module in modules_of(package):
+    for module in import_modules(package):
         for stage in _exported(module):
             if by_name.setdefault(stage.name, stage) is not stage:
                 raise ValueError(f"two stages are called {stage.name}: give one of them another name")

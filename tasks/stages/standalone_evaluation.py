@@ -27,7 +27,7 @@ from dpo_core.evaluation.results import Item, SuiteResult
 from dpo_core.evaluation.run_suite import mark_contaminated, suite_files
 from dpo_core.evaluation.suites.registry import find
 from dpo_core.generation.config import SamplingConfig
-from dpo_core.jobs.files import AskedModel, InferenceConfig
+from dpo_core.jobs.files import InferenceConfig, NamedModel
 from dpo_core.judging.compare import compare_answers
 from dpo_core.judging.config import JudgeConfig
 from dpo_core.judging.judge import AnswerPairs
@@ -156,7 +156,7 @@ def _files(request: EvaluationRequest) -> dict[str, Path]:
     return suite_files(SuitesConfig(names=request.suites, data=request.data, settings=request.settings))
 
 
-def _models(specs: Sequence[str], request: EvaluationRequest, jobs: CommandJobs) -> list[AskedModel]:
+def _models(specs: Sequence[str], request: EvaluationRequest, jobs: CommandJobs) -> list[NamedModel]:
     models = [
         asked_model(name, _checkpoint(spec, request, jobs), request.tokens)
         for spec, name in zip(specs, labels(specs), strict=True)
@@ -179,7 +179,7 @@ def labels(models: Sequence[str]) -> list[str]:
     return short if len(set(short)) == len(short) else list(models)
 
 
-def _same_chat(request: EvaluationRequest, models: Sequence[AskedModel]) -> EvaluationRequest:
+def _same_chat(request: EvaluationRequest, models: Sequence[NamedModel]) -> EvaluationRequest:
     """The request without chat if only one of two models has a chat template."""
     without = [model.name for model in models if not template_in(Path(model.path))]
     if request.settings.chat != "auto" or not 0 < len(without) < len(models):
@@ -221,7 +221,7 @@ def _warn_of_contamination(prompts: Sequence[Prompt], training: TrainingText | N
 def _suites(
     request: EvaluationRequest,
     files: dict[str, Path],
-    models: Sequence[AskedModel],
+    models: Sequence[NamedModel],
     training: TrainingText | None,
     jobs: CommandJobs,
 ) -> list[SuiteResult]:
@@ -243,7 +243,7 @@ def _suites(
 
 def _win_rate(
     request: EvaluationRequest,
-    models: Sequence[AskedModel],
+    models: Sequence[NamedModel],
     training: TrainingText | None,
     jobs: CommandJobs,
 ) -> tuple[WinRate, list[Sample]]:

@@ -19,7 +19,7 @@ from dpo_core.evaluation.results import SuiteResult
 from dpo_core.evaluation.run_suite import data_digest
 from dpo_core.evaluation.safety_classifier import identity
 from dpo_core.evaluation.suites.registry import find
-from dpo_core.jobs.files import PER_SUITE, AskedModel, ImportJob, SuitesJob
+from dpo_core.jobs.files import PER_SUITE, ImportJob, NamedModel, SuitesJob
 from dpo_core.models.config import ModelConfig
 from dpo_core.models.source import locate, source_digest
 from dpo_core.system import remove
@@ -43,11 +43,11 @@ Place = tuple[str, str]
 class SuiteRequest:
     """Models, and the suites on which each of them is evaluated."""
 
-    models: Sequence[AskedModel]
+    models: Sequence[NamedModel]
     files: dict[str, Path]
     """By suite."""
     config: SuiteConfig
-    reference: AskedModel | None = None
+    reference: NamedModel | None = None
 
     @cached_property
     def keys(self) -> dict[Place, str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import JsonValue
 
 from dpo_core.evaluation.policy_row import PolicyRow
-from dpo_core.redaction import hidden
+from dpo_core.redaction import redact
 from dpo_core.rewards.quality import RewardQuality
 from dpo_core.system import write_atomic
 from tasks.promotion.champion import Champion
@@ -153,7 +153,7 @@ def run_info(context: Context, recipe: Recipe, started: Started, command: str) -
         folder=str(Path.cwd()),
         started_by=command,
         mlflow_run_id=context.tracker.run_id,
-        tracking_uri=hidden(context.tracker.uri),
+        tracking_uri=redact(context.tracker.uri),
         python=platform.python_version(),
         platform=platform.platform(),
         hardware=hardware(),

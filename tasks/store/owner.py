@@ -6,7 +6,7 @@ import socket
 import psutil
 
 from dpo_core.config import Config
-from dpo_core.system import birth
+from dpo_core.system import process_start
 
 
 class Owner(Config):
@@ -17,7 +17,7 @@ class Owner(Config):
     pid: int
     """Its process id."""
     born: int
-    """Its start time (`dpo_core.system.birth`)."""
+    """Its start time (`dpo_core.system.process_start`)."""
 
     def is_here(self) -> bool:
         """Whether the process ran on this machine. Processes of other machines cannot be checked."""
@@ -28,7 +28,10 @@ class Owner(Config):
         if not self.is_here():
             return False
         try:
-            return birth(self.pid) != self.born or psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE
+            return (
+                process_start(self.pid) != self.born
+                or psutil.Process(self.pid).status() == psutil.STATUS_ZOMBIE
+            )
         except psutil.NoSuchProcess:
             return True
         except psutil.AccessDenied:
@@ -37,4 +40,4 @@ class Owner(Config):
 
 def this_process() -> Owner:
     """This process."""
-    return Owner(host=socket.gethostname(), pid=os.getpid(), born=birth(os.getpid()))
+    return Owner(host=socket.gethostname(), pid=os.getpid(), born=process_start(os.getpid()))

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from dpo_core.redaction import hidden
+from dpo_core.redaction import redact
 from dpo_core.system import write_atomic
 from tasks.signals import signals_deferred
 from tasks.store.files import says_disk_full, says_read_only
@@ -41,7 +41,7 @@ _REFUSALS = {
 
 def one_line(error: BaseException) -> str:
     """An error's message on one line, with secrets redacted, for logs and tags."""
-    return hidden(" ".join(str(error).split()) or type(error).__name__)
+    return redact(" ".join(str(error).split()) or type(error).__name__)
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Outbox:
     """
 
     def __init__(self, place: str, alive: Callable[[], object]) -> None:
-        self.place, self._alive = hidden(place), alive
+        self.place, self._alive = redact(place), alive
         self.queue: deque[Write] = deque()
         self.delay_s = 0.0
         self._probe = place.rstrip("/") + "/health" if place.startswith("http") else None

@@ -10,7 +10,7 @@ import yaml
 from dpo_core.data.config import DataConfig
 from dpo_core.errors import DpoError, RecipeError
 from dpo_core.models.source import read_template
-from dpo_core.system import MOST_BYTES, read_small
+from dpo_core.system import MAX_BYTES, read_small
 from dpo_core.yaml import quoted, read_yaml
 from flows.commands.cluster import read_cluster
 from tasks.recipe.read import load_recipe
@@ -84,7 +84,7 @@ def test_a_quoted_text_is_read_back_as_it_was(text: str) -> None:
 
 def test_a_file_that_does_not_end_is_not_read(tmp_path: Path) -> None:
     large, pipe = tmp_path / "large.yaml", tmp_path / "pipe.yaml"
-    large.write_text("#" * (MOST_BYTES + 1))
+    large.write_text("#" * (MAX_BYTES + 1))
     os.mkfifo(pipe)
     for path, words in [("/dev/zero", "not a regular file"), (pipe, "not a regular file"), (large, "1 MiB")]:
         with pytest.raises(OSError, match=words):

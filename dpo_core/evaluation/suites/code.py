@@ -23,7 +23,7 @@ from dpo_core.evaluation.sandbox.run import Limits, ProgramResult, check_sandbox
 from dpo_core.evaluation.suites.base import Run, Suite
 from dpo_core.evaluation.suites.prompting import wants_chat
 from dpo_core.evaluation.suites.rows import Row, sample_rows
-from dpo_core.ranks import Alone, Ranks
+from dpo_core.ranks import Ranks, SingleRank
 
 if TYPE_CHECKING:
     from dpo_core.evaluation.model_under_test import Subject
@@ -174,7 +174,7 @@ def score(
         for problem, own in zip(problems, answers, strict=True)
     ]
     different = list(dict.fromkeys(code for own in programs for code in own if code is not None))
-    outcomes = _run_shared(different, limits, threads, ranks or Alone())
+    outcomes = _run_shared(different, limits, threads, ranks or SingleRank())
     items, counts = [], Counter[str]()
     for problem, own, texts in zip(problems, programs, answers, strict=True):
         results = [outcomes[code] if code is not None else "no code" for code in own]

@@ -69,16 +69,16 @@ def soft_overlong(lengths_N: Tensor, longest: int, cache: int) -> Tensor:
     return ((longest - cache - lengths_N.double()) / cache).clamp(-1.0, 0.0)
 
 
-def log_ratios(logps_BT: Tensor, old_logps_BT: Tensor, mask_BT: Tensor, level: Level) -> Tensor:
-    """log of the probability ratio that is clipped: each token's (B,T), or the sequence's (B,1).
+def log_ratios(logps_BR: Tensor, old_logps_BR: Tensor, mask_BR: Tensor, level: Level) -> Tensor:
+    """log of the probability ratio that is clipped: each token's (B,R), or the sequence's (B,1).
 
     mean: the geometric mean over the response's tokens (GSPO); sum: the whole response (RLOO).
     """
-    difference_BT = torch.where(mask_BT, logps_BT - old_logps_BT, 0.0)
+    difference_BR = torch.where(mask_BR, logps_BR - old_logps_BR, 0.0)
     if level == "token":
-        return difference_BT
-    total_B1 = difference_BT.sum(1, keepdim=True)
-    return total_B1 / mask_BT.sum(1, keepdim=True).clamp(min=1) if level == "mean" else total_B1
+        return difference_BR
+    total_B1 = difference_BR.sum(1, keepdim=True)
+    return total_B1 / mask_BR.sum(1, keepdim=True).clamp(min=1) if level == "mean" else total_B1
 
 
 def clipped_losses(
@@ -86,7 +86,7 @@ def clipped_losses(
 ) -> tuple[Tensor, Tensor]:
     """max(-Aρ, -A·clip(ρ, 1-low, 1+high)) with A of the whole response, and where the clip decides.
 
-    Both have the shape of `log_ratio`: (B,T), or (B,1) for a ratio of whole responses.
+    Both have the shape of `log_ratio`: (B,R), or (B,1) for a ratio of whole responses.
     """
     ratio = log_ratio.clamp(-20.0, 20.0).exp()  # beyond it the clip has long decided
     advantages_B1 = advantages_B[:, None].to(ratio.dtype)
@@ -95,16 +95,16 @@ def clipped_losses(
     return torch.maximum(plain, clipped), clipped > plain
 
 
-def aggregate(losses_BT: Tensor, mask_BT: Tensor, how: Aggregate) -> Tensor:
+def aggregate(losses_BR: Tensor, mask_BR: Tensor, how: Aggregate) -> Tensor:
     """The sum that, divided by `denominator` of the global minibatch, is the loss.
 
     sequence: each response counts the mean of its tokens (GRPO). token, constant: each token counts alike
     (DAPO; Dr. GRPO). A response without a True in its mask counts 0.
     """
-    kept_BT = torch.where(mask_BT, losses_BT, 0.0)
+    kept_BR = torch.where(mask_BR, losses_BR, 0.0)
     if how == "sequence":
-        return (kept_BT.sum(1) / mask_BT.sum(1).clamp(min=1)).sum()
-    return kept_BT.sum()
+        return (kept_BR.sum(1) / mask_BR.sum(1).clamp(min=1)).sum()
+    return kept_BR.sum()
 
 
 def denominator(how: Aggregate, responses: float, tokens: float, longest: int) -> float:

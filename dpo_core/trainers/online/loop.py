@@ -43,8 +43,8 @@ class OnlineTrainer(ABC, Generic[Item]):
         reference: not trained; it moves only where `config.reference_ema` says so.
     """
 
-    def __init__(self, policy: Any, reference: Any, around: RolloutContext, config: RoundsConfig) -> None:
-        self.rounds, self.around = config, around
+    def __init__(self, policy: Any, reference: Any, context: RolloutContext, config: RoundsConfig) -> None:
+        self.rounds, self.context = config, context
         self.reference = reference.eval().requires_grad_(False)
         self.module = policy
         if router_balance(policy) is not None:
@@ -53,23 +53,23 @@ class OnlineTrainer(ABC, Generic[Item]):
         self.micro_per_step = self._micro_per_step()
         self.engine = self.make_engine(policy, config.optim, self.companions())
         self.reference.to(self.engine.device)
-        each = config.samples_each
+        each = config.completions_per_prompt
         self.sampler = Sampler(
-            policy, around, self.engine, prompts=config.episodes // each, each=each, redraws=config.redraws
+            policy, context, self.engine, prompts=config.episodes // each, each=each, redraws=config.redraws
         )
 
     def _micro_per_step(self) -> int:
         world, config = torch.distributed.get_world_size(), self.rounds
         share = config.minibatches * config.micro_batch_size * world
-        if config.episodes % share or config.episodes % (config.samples_each * world):
+        if config.episodes % share or config.episodes % (config.completions_per_prompt * world):
             raise RecipeError(
                 f"{config.episodes} episodes cannot be split over {world} ranks in these minibatches",
                 "Choose a multiple of minibatches x micro_batch_size x ranks, and of the samples of a prompt "
                 "x ranks",
             )
-        return self.micros_of(config.episodes // world) // config.minibatches
+        return self.micro_batch_count(config.episodes // world) // config.minibatches
 
-    def micros_of(self, episodes: int) -> int:
+    def micro_batch_count(self, episodes: int) -> int:
         """Micro-batches that so many episodes of a rank become."""
         return episodes // self.rounds.micro_batch_size
 
@@ -84,7 +84,7 @@ class OnlineTrainer(ABC, Generic[Item]):
             config.engine,
             total_steps=config.iterations * config.epochs * config.minibatches,
             micro_batches=self.micro_per_step,
-            work=self.around.work,
+            work=self.context.work,
             companions=companions,
         )
 
@@ -98,7 +98,7 @@ class OnlineTrainer(ABC, Generic[Item]):
     def optimise(self, minibatch: list[list[Item]]) -> dict[str, float]:
         """One optimiser step on this rank's micro-batches; returns its metrics over all ranks."""
 
-    def over_ranks(self, sums: Mapping[str, float]) -> dict[str, float]:
+    def sum_over_ranks(self, sums: Mapping[str, float]) -> dict[str, float]:
         """The same names with their sums over all ranks."""
         names = sorted(sums)
         return dict(
@@ -112,7 +112,7 @@ class OnlineTrainer(ABC, Generic[Item]):
     @property
     def temperature(self) -> float:
         """Of the log-probs that are learnt from: that of sampling."""
-        return self.around.sampling.temperature
+        return self.context.sampling.temperature
 
     def facts(self, rollouts: list[Rollout]) -> dict[str, float]:
         """Further metrics of a round, before its updates."""
@@ -150,7 +150,7 @@ class OnlineTrainer(ABC, Generic[Item]):
         if state:
             self.load_state(state["trainer"])
         rank0 = self.engine.rank == 0
-        metrics = MetricsFile(self.around.work / "metrics.jsonl", resume_after=done) if rank0 else None
+        metrics = MetricsFile(self.context.work / "metrics.jsonl", resume_after=done) if rank0 else None
         for iteration in range(done, self.rounds.iterations):
             last = self._round(iteration)
             if metrics:
@@ -179,7 +179,7 @@ class OnlineTrainer(ABC, Generic[Item]):
         if "val/ratio" in means:
             # The first step of a round has the policy that sampled: any ratio but 1 is a fault.
             means["val/ratio_first"] = steps[0]["val/ratio"]
-        self.move_reference()
+        self.update_reference()
         metrics = facts | means
         self.end_round(iteration, metrics)
         return (
@@ -192,7 +192,7 @@ class OnlineTrainer(ABC, Generic[Item]):
             }
         )
 
-    def move_reference(self) -> None:
+    def update_reference(self) -> None:
         """Where the reference moves, it does so after a round's updates."""
         rate = self.rounds.reference_ema
         if rate is not None:
@@ -234,7 +234,7 @@ class OnlineTrainer(ABC, Generic[Item]):
         dealt = deal(
             items,
             self.rounds.minibatches,
-            key=(self.around.seed, iteration, epoch),
+            key=(self.context.seed, iteration, epoch),
             rank=self.engine.rank,
             world=self.engine.world,
         )
@@ -258,7 +258,7 @@ class OnlineTrainer(ABC, Generic[Item]):
             "completions/mean_length": lengths_B,
             "val/num_eos_tokens": over(lambda r: r.of("ended")),
         }
-        if self.around.gold:
+        if self.context.gold:
             sums["objective/gold_scores"] = over(lambda r: r.of("gold"))
         tokens, gap, ratio, *totals = self.engine.all_sum(
             torch.stack([lengths_B.sum(), gaps_N.sum(), ratios_N.sum(), *(x.sum() for x in sums.values())])
@@ -285,7 +285,7 @@ class OnlineTrainer(ABC, Generic[Item]):
         sequences = [e.sequence for e in asked]
         drawing = cost.sampling(self.shape, [(len(s.prompt), len(s.completion)) for s in sequences])
         reading = 2 * self._passes(rollouts, cost.forward)
-        flops = drawing + self.around.scoring_flops(sequences) + reading + self.update_flops(rollouts)
+        flops = drawing + self.context.scoring_flops(sequences) + reading + self.update_flops(rollouts)
         tokens = sum(len(e.sequence) for r in rollouts for e in r.episodes)
         counted = torch.tensor([flops, tokens * (self.rounds.epochs + 1)], dtype=torch.float64)
         flops, tokens = self.engine.all_sum(counted).tolist()

@@ -1,6 +1,6 @@
 """The arithmetic of PPO for language models, without models and without loops over updates.
 
-Shapes: B responses, T response tokens, padded on the right. `mask_BT` is True on real tokens, EOS included.
+Shapes: B responses, T response tokens, padded on the right. `mask_BR` is True on real tokens, EOS included.
 Whatever stands in a masked position, NaN included, contributes exactly 0 to every value and gradient.
 
 Sources: Schulman et al. 2017 (arXiv 1707.06347), GAE (1506.02438), Ziegler et al. 2019 (1909.08593), and the
@@ -52,50 +52,50 @@ def masked_mean(
 
 @torch.no_grad()
 def masked_whiten(
-    values_BT: Tensor,
-    mask_BT: Tensor,
+    values_BR: Tensor,
+    mask_BR: Tensor,
     shift_mean: bool = True,
     reduce: Reduce | None = None,
     eps: float = 1e-8,
 ) -> Tensor:
-    """(x - mean)/sqrt(var + eps) over the mask, (B,T); masked positions are 0.
+    """(x - mean)/sqrt(var + eps) over the mask, (B,R); masked positions are 0.
 
     The variance is biased (divided by n), as in lm-human-preferences. `shift_mean=False` adds the mean back
     (rewards are scaled, not centred). With `reduce` mean and variance are those of all ranks together.
     """
 
-    def mean(x_BT: Tensor) -> Tensor:
-        sums = torch.stack([_zero_masked(x_BT, mask_BT).sum(), mask_BT.sum().double()])
+    def mean(x_BR: Tensor) -> Tensor:
+        sums = torch.stack([_zero_masked(x_BR, mask_BR).sum(), mask_BR.sum().double()])
         total, count = sums if reduce is None else reduce(sums)
         return total / count.clamp(min=1)
 
-    wide_BT = values_BT.double()
-    center = mean(wide_BT)
-    variance = mean((wide_BT - center) ** 2)  # two passes: a difference of large sums would cancel
-    whitened_BT = (wide_BT - center) / torch.sqrt(variance + eps)
+    wide_BR = values_BR.double()
+    center = mean(wide_BR)
+    variance = mean((wide_BR - center) ** 2)  # two passes: a difference of large sums would cancel
+    whitened_BR = (wide_BR - center) / torch.sqrt(variance + eps)
     if not shift_mean:
-        whitened_BT = whitened_BT + center
-    return _zero_masked(whitened_BT, mask_BT).to(values_BT.dtype)
+        whitened_BR = whitened_BR + center
+    return _zero_masked(whitened_BR, mask_BR).to(values_BR.dtype)
 
 
-def kl_per_token(logps_BT: Tensor, ref_logps_BT: Tensor, mask_BT: Tensor, estimator: KlEstimator) -> Tensor:
-    """The chosen estimator (Schulman, "Approximating KL divergence") per token (B,T), 0 where masked.
+def kl_per_token(logps_BR: Tensor, ref_logps_BR: Tensor, mask_BR: Tensor, estimator: KlEstimator) -> Tensor:
+    """The chosen estimator (Schulman, "Approximating KL divergence") per token (B,R), 0 where masked.
 
     It estimates KL(π‖π_ref) only for tokens sampled from π itself, at the temperature of the log-probs.
     """
-    logps_BT, ref_logps_BT = _zero_masked(logps_BT, mask_BT), _zero_masked(ref_logps_BT, mask_BT)
-    return KL_ESTIMATORS[estimator](logps_BT, ref_logps_BT)
+    logps_BR, ref_logps_BR = _zero_masked(logps_BR, mask_BR), _zero_masked(ref_logps_BR, mask_BR)
+    return KL_ESTIMATORS[estimator](logps_BR, ref_logps_BR)
 
 
-def last_token_index(mask_BT: Tensor) -> Tensor:
+def last_token_index(mask_BR: Tensor) -> Tensor:
     """Index of each response's last real token, (B,) int64.
 
     Raises:
         ValueError: a row has no real token, or real tokens after padding.
     """
-    lengths_B = mask_BT.sum(dim=1)
-    right_padded_BT = torch.arange(mask_BT.shape[1], device=mask_BT.device) < lengths_B[:, None]
-    bad_B = (lengths_B == 0) | (right_padded_BT != mask_BT).any(dim=1)
+    lengths_B = mask_BR.sum(dim=1)
+    right_padded_BR = torch.arange(mask_BR.shape[1], device=mask_BR.device) < lengths_B[:, None]
+    bad_B = (lengths_B == 0) | (right_padded_BR != mask_BR).any(dim=1)
     if bad_B.any():
         rows = bad_B.nonzero().flatten().tolist()
         raise ValueError(f"rows {rows} of the response mask are empty or not padded on the right")
@@ -104,16 +104,16 @@ def last_token_index(mask_BT: Tensor) -> Tensor:
 
 @torch.no_grad()
 def per_token_rewards(
-    logps_BT: Tensor,
-    ref_logps_BT: Tensor,
-    mask_BT: Tensor,
+    logps_BR: Tensor,
+    ref_logps_BR: Tensor,
+    mask_BR: Tensor,
     scores_B: Tensor,
     kl_coef: float,
     *,
     estimator: KlEstimator = "k1",
     states_BV: Tensor | None = None,
 ) -> Tensor:
-    """-kl_coef·KL_t, plus the score at the last real token, (B,T), without gradient.
+    """-kl_coef·KL_t, plus the score at the last real token, (B,R), without gradient.
 
     With k1 the undiscounted sum of a row is score - kl_coef·Σ(log π - log π_ref). The log-probs are those of
     the rollout.
@@ -125,40 +125,40 @@ def per_token_rewards(
     Raises:
         ValueError: see `last_token_index`.
     """
-    rewards_BT = -kl_coef * kl_per_token(logps_BT, ref_logps_BT, mask_BT, estimator)
-    states_BV = mask_BT if states_BV is None else states_BV
-    rewards_BT = torch.nn.functional.pad(rewards_BT, (0, states_BV.shape[1] - mask_BT.shape[1]))
+    rewards_BR = -kl_coef * kl_per_token(logps_BR, ref_logps_BR, mask_BR, estimator)
+    states_BV = mask_BR if states_BV is None else states_BV
+    rewards_BR = torch.nn.functional.pad(rewards_BR, (0, states_BV.shape[1] - mask_BR.shape[1]))
     last_B1 = last_token_index(states_BV)[:, None]
-    return rewards_BT.scatter_add(1, last_B1, scores_B[:, None].to(rewards_BT.dtype))
+    return rewards_BR.scatter_add(1, last_B1, scores_B[:, None].to(rewards_BR.dtype))
 
 
 @torch.no_grad()
 def gae(
-    rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, gamma: float = 1.0, lam: float = 0.95
+    rewards_BR: Tensor, values_BR: Tensor, mask_BR: Tensor, gamma: float = 1.0, lam: float = 0.95
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation: (advantages_BT, returns_BT), both 0 where masked.
+    """Generalised advantage estimation: (advantages_BR, returns_BR), both 0 where masked.
 
     δ_t = r_t + γV_{t+1} - V_t with V = 0 after the last real token; A_t = δ_t + γλA_{t+1}; return = A_t + V_t
     from the advantages before any whitening. V_t is the value of the state in which token t is chosen.
     """
-    rewards_BT, values_BT = _zero_masked(rewards_BT, mask_BT), _zero_masked(values_BT, mask_BT)
-    advantages_BT = torch.zeros_like(values_BT)
-    advantage_B = torch.zeros_like(values_BT[:, 0])
-    next_value_B = torch.zeros_like(values_BT[:, 0])
+    rewards_BR, values_BR = _zero_masked(rewards_BR, mask_BR), _zero_masked(values_BR, mask_BR)
+    advantages_BR = torch.zeros_like(values_BR)
+    advantage_B = torch.zeros_like(values_BR[:, 0])
+    next_value_B = torch.zeros_like(values_BR[:, 0])
     # Padding lies to the right with reward and value 0, so that every row starts its recursion from zero.
-    for t in range(values_BT.shape[1] - 1, -1, -1):
-        delta_B = rewards_BT[:, t] + gamma * next_value_B - values_BT[:, t]
+    for t in range(values_BR.shape[1] - 1, -1, -1):
+        delta_B = rewards_BR[:, t] + gamma * next_value_B - values_BR[:, t]
         advantage_B = delta_B + gamma * lam * advantage_B
-        advantages_BT[:, t] = advantage_B
-        next_value_B = values_BT[:, t]
-    return advantages_BT, advantages_BT + values_BT
+        advantages_BR[:, t] = advantage_B
+        next_value_B = values_BR[:, t]
+    return advantages_BR, advantages_BR + values_BR
 
 
 def policy_loss(
-    logps_BT: Tensor,
-    old_logps_BT: Tensor,
-    advantages_BT: Tensor,
-    mask_BT: Tensor,
+    logps_BR: Tensor,
+    old_logps_BR: Tensor,
+    advantages_BR: Tensor,
+    mask_BR: Tensor,
     *,
     clip: float = 0.2,
     n_tokens: float | Tensor | None = None,
@@ -173,28 +173,28 @@ def policy_loss(
         variance over tokens), `policy/clipfrac_avg` (share of tokens whose clipped term is the larger one),
         `policy/approxkl_avg` = ½ mean (logp - old logp)². TRL dilutes the last one by padding.
     """
-    log_ratio_BT = _zero_masked(logps_BT, mask_BT) - _zero_masked(old_logps_BT, mask_BT)
-    ratio_BT = log_ratio_BT.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
-    advantages_BT = _zero_masked(advantages_BT, mask_BT)
-    plain_BT = -advantages_BT * ratio_BT
-    clipped_BT = -advantages_BT * ratio_BT.clamp(1 - clip, 1 + clip)
-    loss = masked_mean(torch.maximum(plain_BT, clipped_BT), mask_BT, n_tokens)
+    log_ratio_BR = _zero_masked(logps_BR, mask_BR) - _zero_masked(old_logps_BR, mask_BR)
+    ratio_BR = log_ratio_BR.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
+    advantages_BR = _zero_masked(advantages_BR, mask_BR)
+    plain_BR = -advantages_BR * ratio_BR
+    clipped_BR = -advantages_BR * ratio_BR.clamp(1 - clip, 1 + clip)
+    loss = masked_mean(torch.maximum(plain_BR, clipped_BR), mask_BR, n_tokens)
     with torch.no_grad():
-        mean_ratio = masked_mean(ratio_BT, mask_BT)
+        mean_ratio = masked_mean(ratio_BR, mask_BR)
         stats = {
             "val/ratio": mean_ratio,
-            "val/ratio_var": masked_mean((ratio_BT - mean_ratio) ** 2, mask_BT),
-            "policy/clipfrac_avg": masked_mean((clipped_BT > plain_BT).to(ratio_BT.dtype), mask_BT),
-            "policy/approxkl_avg": 0.5 * masked_mean(log_ratio_BT**2, mask_BT),
+            "val/ratio_var": masked_mean((ratio_BR - mean_ratio) ** 2, mask_BR),
+            "policy/clipfrac_avg": masked_mean((clipped_BR > plain_BR).to(ratio_BR.dtype), mask_BR),
+            "policy/approxkl_avg": 0.5 * masked_mean(log_ratio_BR**2, mask_BR),
         }
     return loss, stats
 
 
 def value_loss(
-    values_BT: Tensor,
-    old_values_BT: Tensor,
-    returns_BT: Tensor,
-    mask_BT: Tensor,
+    values_BR: Tensor,
+    old_values_BR: Tensor,
+    returns_BR: Tensor,
+    mask_BR: Tensor,
     *,
     clip: float = 0.2,
     n_tokens: float | Tensor | None = None,
@@ -207,27 +207,27 @@ def value_loss(
     Returns:
         The loss (scalar) and `val/clipfrac_avg`, the share of tokens whose clipped error is the larger one.
     """
-    values_BT, old_values_BT = _zero_masked(values_BT, mask_BT), _zero_masked(old_values_BT, mask_BT)
-    returns_BT = _zero_masked(returns_BT, mask_BT)
-    kept_BT = values_BT.clamp(min=old_values_BT - clip, max=old_values_BT + clip)
-    plain_BT = (values_BT - returns_BT) ** 2
-    clipped_BT = (kept_BT - returns_BT) ** 2
-    loss = 0.5 * masked_mean(torch.maximum(plain_BT, clipped_BT), mask_BT, n_tokens)
+    values_BR, old_values_BR = _zero_masked(values_BR, mask_BR), _zero_masked(old_values_BR, mask_BR)
+    returns_BR = _zero_masked(returns_BR, mask_BR)
+    kept_BR = values_BR.clamp(min=old_values_BR - clip, max=old_values_BR + clip)
+    plain_BR = (values_BR - returns_BR) ** 2
+    clipped_BR = (kept_BR - returns_BR) ** 2
+    loss = 0.5 * masked_mean(torch.maximum(plain_BR, clipped_BR), mask_BR, n_tokens)
     with torch.no_grad():
-        clipfrac = masked_mean((clipped_BT > plain_BT).to(values_BT.dtype), mask_BT)
+        clipfrac = masked_mean((clipped_BR > plain_BR).to(values_BR.dtype), mask_BR)
     return loss, {"val/clipfrac_avg": clipfrac}
 
 
-def truncate_at_eos(ids_BT: Tensor, eos_ids: int | Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Where a freshly sampled response ends: (mask_BT, finished_B), both bool.
+def truncate_at_eos(ids_BR: Tensor, eos_ids: int | Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Where a freshly sampled response ends: (mask_BR, finished_B), both bool.
 
     The mask is True up to and including the first stop token, everywhere if there is none; `finished` says
     whether there is one. Reads positions, not the pad id, so that pad may equal EOS.
     """
     stops = [eos_ids] if isinstance(eos_ids, int) else list(eos_ids)
-    is_stop_BT = torch.isin(ids_BT, torch.tensor(stops, dtype=ids_BT.dtype, device=ids_BT.device))
-    stops_before_BT = is_stop_BT.cumsum(dim=1) - is_stop_BT.long()
-    return stops_before_BT == 0, is_stop_BT.any(dim=1)
+    is_stop_BR = torch.isin(ids_BR, torch.tensor(stops, dtype=ids_BR.dtype, device=ids_BR.device))
+    stops_before_BR = is_stop_BR.cumsum(dim=1) - is_stop_BR.long()
+    return stops_before_BR == 0, is_stop_BR.any(dim=1)
 
 
 def eos_penalty(scores_B: Tensor, finished_B: Tensor, penalty: float = 1.0, replace: bool = False) -> Tensor:

@@ -46,7 +46,7 @@ class Episode:
 
 
 @dataclass(frozen=True)
-class FromEpisode:
+class EpisodeItem:
     """What a method learns from one episode; a subclass adds it."""
 
     episode: Episode
@@ -59,7 +59,7 @@ class FromEpisode:
         return len(self.episode)
 
 
-class Dealt(Protocol):
+class MinibatchItem(Protocol):
     """What minibatches are made of."""
 
     @property
@@ -70,7 +70,7 @@ class Dealt(Protocol):
         """Tokens, by which neighbours are found."""
 
 
-Item = TypeVar("Item", bound=Dealt)
+Item = TypeVar("Item", bound=MinibatchItem)
 
 
 @dataclass(frozen=True)

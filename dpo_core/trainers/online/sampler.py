@@ -90,11 +90,11 @@ class Sampler:
     """
 
     def __init__(
-        self, policy: Any, around: RolloutContext, engine: Engine, *, prompts: int, each: int, redraws: int
+        self, policy: Any, context: RolloutContext, engine: Engine, *, prompts: int, each: int, redraws: int
     ) -> None:
-        self.policy, self.around, self.engine = policy, around, engine
+        self.policy, self.context, self.engine = policy, context, engine
         self.prompts, self.each, self.redraws = prompts, each, redraws
-        self.order = Order(len(around.prompts), around.seed)
+        self.order = Order(len(context.prompts), context.seed)
         self.drawn = 0
         """Prompts drawn so far, over all ranks."""
 
@@ -118,14 +118,14 @@ class Sampler:
         self.policy.eval()
         episodes = draw(
             self.policy,
-            [self.around.prompts[self.order.at(place)] for place in places],
+            [self.context.prompts[self.order.at(place)] for place in places],
             places,
             self.each,
-            self.around.sampling,
-            eos_id=self.around.eos_id,
-            seed=seed_for(self.around.seed, "online"),
+            self.context.sampling,
+            eos_id=self.context.eos_id,
+            seed=seed_for(self.context.seed, "online"),
         )
-        return scored(episodes, self.around.scorer, self.around.gold)
+        return scored(episodes, self.context.scorer, self.context.gold)
 
 
 def draw(

@@ -13,7 +13,7 @@ import torch
 from dpo_core.generation.config import SamplingConfig, seed_for
 from dpo_core.generation.generate import Completion, sample
 from dpo_core.models.load import load_model
-from dpo_core.ranks import Alone
+from dpo_core.ranks import SingleRank
 from tests.support.models.tiny import make_tiny_model
 
 VOCABULARY, EOS = 5, 4
@@ -148,7 +148,7 @@ def test_answers_come_in_the_order_of_their_prompts(small: Any) -> None:
     assert len({c.ids for c in forwards}) > 1
     assert sample(small, asked[::-1], cold, eos_id=EOS, seed=2) == forwards[::-1]
     seen: list[int] = []
-    sample(small, asked, fp32(batch_size=3), eos_id=EOS, seed=2, ranks=Alone(seen.append))
+    sample(small, asked, fp32(batch_size=3), eos_id=EOS, seed=2, ranks=SingleRank(seen.append))
     assert seen == [3, 4]
 
 

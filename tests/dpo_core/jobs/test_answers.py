@@ -8,7 +8,7 @@ from dpo_core.data.tokens.config import TokenConfig
 from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.evaluation.prompt import Prompt
 from dpo_core.generation.config import SamplingConfig
-from dpo_core.jobs.files import AnswersJob, AskedModel
+from dpo_core.jobs.files import AnswersJob, NamedModel
 from tests.support.models.tiny import make_tiny_model
 from tests.support.runs.jobs import killed_and_resumed, on
 
@@ -22,7 +22,7 @@ def test_a_killed_job_on_two_ranks_gives_the_answers_of_one_process(tmp_path: Pa
     pd.DataFrame(ASKED).to_parquet(tmp_path / "prompts.parquet")
     job = AnswersJob(
         **on(tmp_path / "work", 2),
-        models=[AskedModel(name=name, path=str(path), tokens=tokens) for name, path in folders.items()],
+        models=[NamedModel(name=name, path=str(path), tokens=tokens) for name, path in folders.items()],
         prompts=str(tmp_path / "prompts.parquet"),
         sampling=sampling,
         seed=7,

@@ -12,7 +12,7 @@ from dpo_core.evaluation.config import SuiteConfig
 from dpo_core.evaluation.results import SuiteResult
 from dpo_core.evaluation.sandbox.run import check_sandbox
 from dpo_core.generation.config import SamplingConfig
-from dpo_core.jobs.files import PER_SUITE, AskedModel, SuitesJob
+from dpo_core.jobs.files import PER_SUITE, NamedModel, SuitesJob
 from dpo_core.models.load import load_tokenizer
 from dpo_core.ranks import PROGRESS
 from tests.support.models.tiny import make_tiny_model
@@ -63,7 +63,7 @@ def _make_classifier(folder: Path, beside: Path) -> None:
 def job(folder: Path, work: Path, shared: Path, suites: list[str], processes: int = 1) -> SuitesJob:
     tokens = TokenConfig(max_length=CONTEXT, max_prompt_length=CONTEXT - 64)
     policy, reference = (
-        AskedModel(name=name, path=str(folder / name), tokens=tokens) for name in ("policy", "reference")
+        NamedModel(name=name, path=str(folder / name), tokens=tokens) for name in ("policy", "reference")
     )
     return SuitesJob(
         **on(work / "work", processes),
@@ -131,7 +131,7 @@ def test_a_reference_with_other_tokens_is_refused(folder: Path, shared: Path, tm
     assert given.reference is not None
     reference = given.reference.model_copy(update={"name": "stories", "path": str(other)})
     from dpo_core.jobs.suites import run
-    from dpo_core.training.liveness import Watch
+    from dpo_core.training.liveness import LivenessMonitor
 
     with pytest.raises(RecipeError, match="the reference stories has another vocabulary than policy"):
-        run(given.model_copy(update={"reference": reference}), Watch(print))
+        run(given.model_copy(update={"reference": reference}), LivenessMonitor(print))

@@ -5,14 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from dpo_core.methods.pair_sampling import PairSamplingConfig, Scored, pair_up
+from dpo_core.methods.pair_sampling import PairSamplingConfig, ScoredSample, pair_up
 
 
-def samples(*rewards: float) -> list[Scored]:
-    return [Scored(f"text {i}", True, reward) for i, reward in enumerate(rewards)]
+def samples(*rewards: float) -> list[ScoredSample]:
+    return [ScoredSample(f"text {i}", True, reward) for i, reward in enumerate(rewards)]
 
 
-def texts(pairs: list[tuple[Scored, Scored]]) -> set[tuple[str, str]]:
+def texts(pairs: list[tuple[ScoredSample, ScoredSample]]) -> set[tuple[str, str]]:
     return {(better.text, worse.text) for better, worse in pairs}
 
 
@@ -38,8 +38,12 @@ def test_a_gap_that_is_not_larger_than_the_least_one_is_a_tie() -> None:
 
 
 def test_one_text_is_no_pair_with_itself_and_one_pair_of_texts_is_used_once() -> None:
-    twice = [Scored("good", True, 0.9), Scored(" good ", True, 0.8), Scored("bad", True, 0.1)]
-    pairs, ties = pair_up([*twice, Scored("bad", False, 0.0)], PairSamplingConfig())
+    twice = [
+        ScoredSample("good", True, 0.9),
+        ScoredSample(" good ", True, 0.8),
+        ScoredSample("bad", True, 0.1),
+    ]
+    pairs, ties = pair_up([*twice, ScoredSample("bad", False, 0.0)], PairSamplingConfig())
     assert ties == 2
     assert len(pairs) == len(texts(pairs)) == 2
     assert texts(pairs) == {("good", "bad"), (" good ", "bad")}

@@ -162,9 +162,9 @@ def test_every_rank_counts_the_passes_of_all(alone):
         ]
 
     for first, second in zip(batches(0), batches(1), strict=True):
-        assert first.passes == second.passes
-        assert sorted(first.mine + second.mine) == sorted(first.passes)
-        assert first.mine != second.mine
+        assert first.all_micro_batches == second.all_micro_batches
+        assert sorted(first.micro_batches + second.micro_batches) == sorted(first.all_micro_batches)
+        assert first.micro_batches != second.micro_batches
 
 
 def test_padding_counts_like_any_token():

@@ -72,7 +72,7 @@ def optimum(log_ref: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(scores - np.logaddexp.reduce(scores))
 
 
-def around(work: Path, answers: Answers = ANSWERS) -> RolloutContext:
+def rollout_context(work: Path, answers: Answers = ANSWERS) -> RolloutContext:
     return RolloutContext(
         prompts=[(PROMPT, "")],
         sampling=SamplingConfig(max_new_tokens=len(answers[0]), batch_size=256, precision="fp32"),
@@ -122,9 +122,9 @@ def test_reinforcement_reaches_the_optimum(
     policy, reference = load_model(folder), load_model(folder)
     trainer: Any
     if isinstance(method, PpoConfig):
-        trainer = PpoTrainer(policy, reference, make_critic(reference), around(tmp_path), method)
+        trainer = PpoTrainer(policy, reference, make_critic(reference), rollout_context(tmp_path), method)
     else:
-        trainer = GrpoTrainer(policy, reference, around(tmp_path), method)
+        trainer = GrpoTrainer(policy, reference, rollout_context(tmp_path), method)
     trainer.train()
     found = log_policy(policy)
     assert kl(found, optimum(log_ref)) < TOLERANCE
@@ -173,7 +173,7 @@ def test_grpo_as_its_paper_has_it_reaches_another_optimum(
     policy, reference = load_model(folder), load_model(folder)
     log_start = log_policy(reference, answers)
     config = GrpoConfig(**ROUNDS, variant="dr_grpo", group_size=32, kl_coef=BETA)
-    GrpoTrainer(policy, reference, around(tmp_path, answers), config).train()
+    GrpoTrainer(policy, reference, rollout_context(tmp_path, answers), config).train()
     found = log_policy(policy, answers)
     low, high = rewards.max() + 1e-9, rewards.max() + 10.0
     for _ in range(200):  # the multiplier at which the probabilities add up to 1

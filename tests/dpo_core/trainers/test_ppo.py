@@ -189,7 +189,7 @@ def test_the_critic_starts_from_the_reward_model(alone: None, tiny: Path, tmp_pa
     )
     trainer = build_trainer(job)
     sequences = [Sequence((5, 6), tuple(range(7, 7 + length))) for length in (1, 3, 7, 8)]
-    scores = trainer.around.scorer(sequences, [""] * 4)
+    scores = trainer.context.scorer(sequences, [""] * 4)
     episodes = [
         Episode(s, "", 0, True, (0.0,) * len(s.completion), score)
         for s, score in zip(sequences, scores, strict=True)

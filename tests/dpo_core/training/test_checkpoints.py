@@ -10,7 +10,7 @@ import pytest
 
 from dpo_core import job as train
 from dpo_core.errors import StageFailed
-from dpo_core.training.checkpoints import DIGEST, Checkpoints, Made, read_digest
+from dpo_core.training.checkpoints import DIGEST, CheckpointInfo, Checkpoints, read_digest
 from tests.support.runs.training_jobs import curve, pair_rows, write_job
 
 ROWS = [
@@ -24,7 +24,7 @@ def write(store: Checkpoints, step: int, *, ranks: int = 1, stage: int = 0, shar
     (temporary / "mp_rank_00_model_states.pt").write_bytes(b"weights %d" % step)
     for rank in range(shards):
         (temporary / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").write_bytes(b"moments")
-    store.seal(temporary, Made(step, ranks, stage))
+    store.commit(temporary, CheckpointInfo(step, ranks, stage))
     return store.folder / f"step-{step:08d}"
 
 
@@ -42,7 +42,7 @@ def test_the_newest_are_kept_and_found(store: Checkpoints) -> None:
     for step in (5, 10, 15):
         write(store, step)
     assert names(store) == ["step-00000010", "step-00000015"]
-    assert store.newest() == (store.folder / "step-00000015", Made(15, 1, 0))
+    assert store.newest() == (store.folder / "step-00000015", CheckpointInfo(15, 1, 0))
 
 
 def test_half_of_one_is_never_taken_for_one(store: Checkpoints) -> None:
@@ -89,7 +89,7 @@ def test_a_damaged_newest_falls_back_and_says_so(
     write(store, 5)
     damage(write(store, 10))
     with caplog.at_level(logging.WARNING):
-        assert store.newest() == (store.folder / "step-00000005", Made(5, 1, 0))
+        assert store.newest() == (store.folder / "step-00000005", CheckpointInfo(5, 1, 0))
     first, second = [record.getMessage() for record in caplog.records]
     assert "step-00000010 is damaged (" in first
     assert second.endswith("step-00000005")
@@ -116,7 +116,7 @@ def test_a_shard_that_is_missing_is_told(store: Checkpoints) -> None:
     write(store, 5, ranks=2, stage=2, shards=2)
     with pytest.raises(StageFailed, match=r"2 ranks wrote a checkpoint and .* holds the shards of 1"):
         write(store, 10, ranks=2, stage=2, shards=1)
-    assert read_digest(store.folder / "step-00000005") == Made(5, 2, 2)
+    assert read_digest(store.folder / "step-00000005") == CheckpointInfo(5, 2, 2)
     found = store.newest()
     assert found is not None
     assert found[1].step == 5
@@ -190,7 +190,7 @@ def test_a_checkpoint_holds_the_metrics_up_to_it(store: Checkpoints) -> None:
     store.folder.mkdir(parents=True)
     lines = '{"step": 1}\n{"step": 2}\n'
     store.curve.write_text(lines)
-    store.seal(store.begin(2), Made(2, 1, 0))
+    store.commit(store.begin(2), CheckpointInfo(2, 1, 0))
     store.curve.write_text('{"step": 7}\n')
     newest = store.newest()
     assert newest is not None

@@ -17,7 +17,7 @@ from torch.distributed import TCPStore
 
 from dpo_core.errors import StageFailed
 from dpo_core.training.elastic_agent import _state
-from dpo_core.training.liveness import Watch
+from dpo_core.training.liveness import LivenessMonitor
 
 FORK = get_context("fork")
 """The children have torch already; all that they do is talk over sockets.
@@ -60,11 +60,11 @@ def _rank(ranks: Ranks, rank: int, world: int, work: Work, silence: float) -> No
 
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     store = TCPStore("127.0.0.1", ranks.store.port, is_master=False)
-    watch = Watch(lost, grace=0.2)
-    watch.connect(store, "watch", rank, world, silence, timeout=60.0)
+    monitor = LivenessMonitor(lost, grace=0.2)
+    monitor.connect(store, "watch", rank, world, silence, timeout=60.0)
     store.add("ready", 1)
     work()
-    watch.leave()
+    monitor.leave()
     os._exit(WELL)
 
 
@@ -119,20 +119,20 @@ def test_a_rank_that_fails_by_itself_may_say_so(tmp_path: Path) -> None:
     """The other end dies, and then the main thread fails of that within the time that it is given."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     told: list[str] = []
-    watch = Watch(told.append)
+    monitor = LivenessMonitor(told.append)
     other = FORK.Process(target=_joins_and_dies, args=[store.port])
     other.start()
-    watch.connect(store, "watch", 0, 2, silence=1.0, timeout=60.0)
+    monitor.connect(store, "watch", 0, 2, silence=1.0, timeout=60.0)
     other.join()
     time.sleep(0.2)
-    watch.stand_down()
-    watch.close()
+    monitor.mute()
+    monitor.close()
     assert told == []
 
 
 def _joins_and_dies(port: int) -> None:
-    watch = Watch(lambda _: None)
-    watch.connect(TCPStore("127.0.0.1", port, is_master=False), "watch", 1, 2, silence=1.0, timeout=60.0)
+    monitor = LivenessMonitor(lambda _: None)
+    monitor.connect(TCPStore("127.0.0.1", port, is_master=False), "watch", 1, 2, silence=1.0, timeout=60.0)
     os._exit(0)
 
 
@@ -141,7 +141,7 @@ def test_strangers_are_turned_away_and_missing_ranks_are_named() -> None:
     stranger = FORK.Process(target=_stranger, args=[store.port])
     stranger.start()
     with pytest.raises(StageFailed, match="1 of 1 ranks did not connect to rank 0"):
-        Watch(lambda _: None).connect(store, "watch", 0, 2, silence=1.0, timeout=1.0)
+        LivenessMonitor(lambda _: None).connect(store, "watch", 0, 2, silence=1.0, timeout=1.0)
     stranger.join()
     assert stranger.exitcode == 0
 
@@ -160,7 +160,7 @@ def test_an_unreachable_rank_0_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
     store.set("watch", f"{port} {'0' * 32}")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with pytest.raises(StageFailed, match=f"rank 1 cannot reach rank 0 at 127.0.0.1 port {port}"):
-        Watch(lambda _: None).connect(store, "watch", 1, 2, silence=1.0, timeout=1.0)
+        LivenessMonitor(lambda _: None).connect(store, "watch", 1, 2, silence=1.0, timeout=1.0)
 
 
 def test_the_agent_tells_uncollected_children_from_others() -> None:

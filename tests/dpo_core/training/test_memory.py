@@ -185,7 +185,7 @@ def _told(model: Path, kind: str, settings: dict[str, Any]) -> int:
             if config.pack_tokens
             else PaddedBatches(rows, 16, 8, **seed)
         )
-        micros = [m for step in range(3) for m in batches.of_step(step).mine]
+        micros = [m for step in range(3) for m in batches.of_step(step).micro_batches]
         fullest = max(micros, key=lambda m: sum(lengths[i] for i in m))
         layout = (pack if packed else pad)([documents[i] for i in fullest])
         micro_batches = batches.micro_batches

@@ -16,16 +16,16 @@ def test_the_page_holds_the_tables(name):
 def test_volumes_in_sizes_of_the_model():
     size = scaling.BYTES * 1e9
     many = 10**6
-    assert scaling.sent(1e9, many, 0) == pytest.approx(2 * size, rel=1e-5)
-    assert scaling.sent(1e9, many, 1, micro_batches=4) == pytest.approx(2 * size, rel=1e-5)
-    assert scaling.sent(1e9, many, 2, micro_batches=4) == pytest.approx(5 * size, rel=1e-5)
-    assert scaling.sent(1e9, many, 3, micro_batches=4) == pytest.approx(12 * size, rel=1e-5)
-    assert scaling.sent(1e9, 1, 3) == 0
-    assert scaling.held(1e9, 8, 0) == 16e9
-    assert scaling.held(1e9, 8, 3) == 2e9
+    assert scaling.sent_bytes(1e9, many, 0) == pytest.approx(2 * size, rel=1e-5)
+    assert scaling.sent_bytes(1e9, many, 1, micro_batches=4) == pytest.approx(2 * size, rel=1e-5)
+    assert scaling.sent_bytes(1e9, many, 2, micro_batches=4) == pytest.approx(5 * size, rel=1e-5)
+    assert scaling.sent_bytes(1e9, many, 3, micro_batches=4) == pytest.approx(12 * size, rel=1e-5)
+    assert scaling.sent_bytes(1e9, 1, 3) == 0
+    assert scaling.state_bytes(1e9, 8, 0) == 16e9
+    assert scaling.state_bytes(1e9, 8, 3) == 2e9
 
 
 def test_advice_takes_the_lowest_stage_that_fits():
-    assert scaling.advice(1e9, 1) == "`zero_stage: 0`"
-    assert scaling.advice(7e9, 8) == "`zero_stage: 2`"
-    assert scaling.advice(70e9, 1) == "`zero_stage: 3, offload: parameters`"
+    assert scaling.recommendation(1e9, 1) == "`zero_stage: 0`"
+    assert scaling.recommendation(7e9, 8) == "`zero_stage: 2`"
+    assert scaling.recommendation(70e9, 1) == "`zero_stage: 3, offload: parameters`"

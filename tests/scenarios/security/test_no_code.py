@@ -22,8 +22,8 @@ from dpo_core.reference.shard import LogpShard
 from dpo_core.training.checkpoints import (
     _own_digest,
     load_random_state,
-    numbers_alone,
     read_digest,
+    restricted_unpickling,
     save_random_state,
 )
 from tests.support.models.tiny import make_tiny_model
@@ -258,7 +258,7 @@ def test_a_checkpoint_with_a_fitting_digest_runs_no_code(trace: Path, tmp_path: 
     assert "posix.system" in str(caught.value), "it says what would have run"
     assert not trace.exists()
     # As DeepSpeed loads its own files.
-    with pytest.raises(StageFailed), numbers_alone(tmp_path):
+    with pytest.raises(StageFailed), restricted_unpickling(tmp_path):
         torch.load(tmp_path / "random-00000.pt", weights_only=False)
     assert not trace.exists()
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ

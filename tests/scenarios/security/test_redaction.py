@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from dpo_core.errors import DpoError, RecipeError, StageFailed, without_secrets
-from dpo_core.redaction import hidden, place_of_secret
+from dpo_core.redaction import find_secret, redact
 from flows.commands.validate import _own_folder
 from flows.process.environment import hide_secrets_in_logs
 from tasks.recipe.read import load_recipe
@@ -35,7 +35,7 @@ CANARY = "canary-5b1f"
     ],
 )
 def test_what_is_secret_in_a_text_is_hidden(text: str, shown: str) -> None:
-    assert hidden(text) == shown
+    assert redact(text) == shown
 
 
 def test_values_of_secret_variables_are_hidden_wherever_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,7 +44,7 @@ def test_values_of_secret_variables_are_hidden_wherever_they_stand(monkeypatch: 
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
     monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", "/run/secrets/identity")
     text = f"it answered {CANARY}-and-more, then {CANARY}; true of /run/secrets/identity"
-    assert hidden(text) == "it answered …, then …; true of /run/secrets/identity"
+    assert redact(text) == "it answered …, then …; true of /run/secrets/identity"
     error = StageFailed(f"the server said {CANARY}", f"ask {CANARY}")
     assert CANARY not in f"{error}{error!r}{error.problem}{error.remedy}{error.args}"
 
@@ -75,7 +75,7 @@ def test_a_recipe_with_a_secret_is_refused_by_its_place(
 
 def test_the_shipped_recipes_hold_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_TOKEN", "sentiment-not")
-    assert place_of_secret({"a": [{"b": "x sentiment-not"}]}) == "a[0].b"
+    assert find_secret({"a": [{"b": "x sentiment-not"}]}) == "a[0].b"
     assert load_recipe("demo").reward.source == "sentiment"
 
 

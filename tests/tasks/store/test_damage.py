@@ -13,7 +13,7 @@ import pytest
 
 from dpo_core.checked_json import read_checked, write_checked
 from dpo_core.errors import DpoError, RecipeError
-from dpo_core.training.checkpoints import Checkpoints, Made
+from dpo_core.training.checkpoints import CheckpointInfo, Checkpoints
 from tasks.preflight import _check_database
 from tasks.promotion.model_source import require_intact
 from tasks.runs.record import RunRecord, find_run, list_runs, save_run
@@ -144,7 +144,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: str) -> Non
         for step in (1, 2):
             folder = checkpoints.begin(step)
             write(folder, {"mp_rank_00_model_states.pt": b"weights", "random-00000.pt": b"random"})
-            checkpoints.seal(folder, Made(step, 1, 0))
+            checkpoints.commit(folder, CheckpointInfo(step, 1, 0))
         DAMAGES[damage](checkpoints.folder / "step-00000002" / name)
         newest = checkpoints.newest()
         assert newest is not None
@@ -155,7 +155,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: str) -> Non
         target.write_bytes(b"a file in its place")
         folder = checkpoints.begin(step)
         write(folder, {"mp_rank_00_model_states.pt": b"weights"})
-        checkpoints.seal(folder, Made(step, 1, 0))
+        checkpoints.commit(folder, CheckpointInfo(step, 1, 0))
     newest = checkpoints.newest()
     assert newest is not None
     assert newest[1].step == 3

@@ -19,7 +19,7 @@ from dpo_core.evaluation.suites import lm_eval_tasks as harness
 from dpo_core.evaluation.suites.registry import find
 from dpo_core.evaluation.suites.rows import sample_rows
 from dpo_core.generation.config import SamplingConfig
-from dpo_core.ranks import Alone
+from dpo_core.ranks import SingleRank
 from tests.support.models.tiny import make_tiny_model
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed")
@@ -321,7 +321,7 @@ def test_nothing_is_printed_and_every_answer_counts_in_the_progress(
     wide: Subject, shared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     told: list[int] = []
-    subject = Subject(wide.path, "wide", ranks=Alone(told.append))
+    subject = Subject(wide.path, "wide", ranks=SingleRank(told.append))
     rows = find("gsm8k").read(gsm8k_files(shared, tmp_path, 3, 10))
     run("gsm8k", subject, rows, config(limit=2, sampling=SHORT.model_copy(update={"batch_size": 1})))
     assert told == [1, 2]
