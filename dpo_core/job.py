@@ -1,8 +1,8 @@
-"""One rank of a job of any kind: `python -m dpo_core.job --config job.json`.
+"""Entry point of one rank of a job of any kind: `python -m dpo_core.job --config job.json`.
 
-The job file names the kind (`dpo_core.jobs`), the inputs, the settings, and where to write. The same file
-runs on one process, on many, and on a cluster. At the end `work/result.json` holds what rank 0 reports. Exit
-status: 0 done, 2 bad input, 4 failed, 75 stopped on purpose.
+The job file names the kind (`dpo_core.jobs`), the inputs, the settings and the output. The same file runs in
+one process, in many, and on a cluster. At the end rank 0 writes `work/result.json`. Exit status: 0 done, 2
+bad input, 4 failed, 75 stopped by a signal.
 """
 
 import argparse
@@ -27,12 +27,12 @@ from dpo_core.system import write_atomic
 if TYPE_CHECKING:
     from dpo_core.training.liveness import LivenessMonitor
 
-STOPPED = 75  # EX_TEMPFAIL: run again and it goes on
+STOPPED = 75  # EX_TEMPFAIL: started again, the job resumes
 RESULT = "result.json"
 
 
 def module_of(kind: str) -> Any:
-    """The module that runs a kind of job: `FILE`, the class of its job file, and `run`.
+    """The module of a kind of job, with `FILE`, the class of its job file, and `run`.
 
     Args:
         kind: a module of `dpo_core.jobs`, or the full name of a module elsewhere.
@@ -46,8 +46,8 @@ def module_of(kind: str) -> Any:
     known = {entry.name for entry in pkgutil.iter_modules(jobs.__path__)} - {"files", "start"}
     if name not in known:
         raise StageFailed(
-            f"there is no job of the kind '{kind}', only {', '.join(sorted(known))}",
-            "Install the same version of dpo here as where the run was started",
+            f"there is no kind of job '{kind}', only {', '.join(sorted(known))}",
+            "Install the version of dpo here that started the run",
         )
     return importlib.import_module(f"{jobs.__name__}.{name}")
 
@@ -75,66 +75,67 @@ def main(argv: list[str] | None = None) -> int:
     from dpo_core.training.stop import Stopped
 
     work, agent = Path(config["work"]), os.getppid()
-    monitor = LivenessMonitor(lambda what: _end_without(what, work))
+    monitor = LivenessMonitor(lambda detail: _exit_after_loss(detail, work))
     try:
         kind = module_of(config.get("kind", "train"))
         run(kind, kind.FILE.model_validate(config), monitor)
     except Stopped as stop:
         monitor.leave()
-        # torchrun hides the exit status of its ranks; this file tells a stop from a failure.
+        # torchrun hides the exit status of its ranks; this file marks a stop, which is no failure.
         (work / STOP_FILE).touch()
         if not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
             return STOPPED
-        if not stop.told:
-            _pass_on_the_stop(agent)
-        # Where torchrun replaces lost ranks it would also start again ranks that end with anything but 0.
+        if not stop.received:
+            _stop_torchrun(agent)
+        # With restarts, torchrun starts every rank again that exits with another status than 0.
         return 0
     except Exception as error:
         monitor.mute()
         print(redact(traceback.format_exc()), file=sys.stderr)
         _report(work, error)
-        monitor.close()  # only now: the others do not write over what is there
+        monitor.close()  # after the report: the other ranks fail now and must not overwrite it
         return error.exit_code if isinstance(error, DpoError) else 4
     return 0
 
 
-def _end_without(what: str, work: Path) -> None:
-    """End this rank although its main thread may hang in a collective; see `liveness.LivenessMonitor`."""
+def _exit_after_loss(detail: str, work: Path) -> None:
+    """Exit although the main thread may hang in a collective; see `liveness.LivenessMonitor`."""
     from dpo_core.training.distributed import lost_rank
 
-    error = lost_rank("gone or cut off", what)
-    # The disk may have been on the lost node: then writing hangs.
+    error = lost_rank("gone or cut off", detail)
+    # If the lost node served the disk, writing the report hangs.
     threading.Timer(5.0, os._exit, [error.exit_code]).start()
     _report(work, error)
     os._exit(error.exit_code)
 
 
-def _pass_on_the_stop(agent: int) -> None:
-    """Tell the torchrun of this node, which only saw its ranks end well, that the job was stopped.
+def _stop_torchrun(agent: int) -> None:
+    """Send SIGTERM to this node's torchrun, which has only seen its ranks exit with status 0.
 
-    One that has restarts left would wait five minutes for the torchruns that were told, which are gone.
+    With restarts left it would otherwise wait five minutes for the torchruns that received the signal and
+    have exited.
     """
-    # Once for each node: a second signal would break off its orderly end.
+    # Once for each node: a second signal would interrupt its orderly exit.
     if os.environ.get("LOCAL_RANK") == "0" and os.getppid() == agent:
         os.kill(agent, signal.SIGTERM)
 
 
 def _report(work: Path, error: Exception) -> None:
-    """Leave the error where the launcher's caller finds it: ranks share no exception with it."""
+    """Write the error to the work folder, where the process that launched the job reads it."""
     from dpo_core.training.distributed import lost_peer
 
     lost = lost_peer(error)
     if lost:
         error = lost
     elif not isinstance(error, DpoError):
-        error = StageFailed(f"{type(error).__name__}: {error}", "Look at the log of the job")
+        error = StageFailed(f"{type(error).__name__}: {error}", "See the traceback in the log of the job")
     print(f"error: {error}", file=sys.stderr, flush=True)
-    # The rank that fails by itself says why; those that only miss it do not write over that.
+    # The error of the rank that failed has the cause; ranks that lost that rank must not overwrite it.
     rank = os.environ.get("RANK", "0")
     first = rank == "0" and not isinstance(error, RankLost)
     if first or not (work / ERROR).exists():
         facts = {"problem": error.problem, "remedy": error.remedy, "exit_code": error.exit_code}
-        # Ranks may fail at the same moment; the file is always that of one of them.
+        # Ranks may fail at the same moment: each writes a file of its own and renames it.
         temporary = work / f"{ERROR}.{rank}.tmp"
         temporary.write_text(json.dumps(facts))
         os.replace(temporary, work / ERROR)
@@ -143,7 +144,7 @@ def _report(work: Path, error: Exception) -> None:
 if __name__ == "__main__":
     status = main()
     if status not in (0, STOPPED):
-        # An orderly exit may wait for collectives with ranks that are gone.
+        # An orderly exit may wait for collectives with lost ranks.
         sys.stdout.flush()
         os._exit(status)
     sys.exit(status)

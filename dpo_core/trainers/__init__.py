@@ -1,1 +1,1 @@
-"""What trains: for each method of `methods` a module of the same name, with its trainer and `build`."""
+"""The trainers: for each method of `methods` a module of the same name, with its trainer and `build`."""

@@ -1,4 +1,4 @@
-"""What the trainers of several methods share: the model to train, and how the result is written."""
+"""Loads the model that a job trains, and exports the trained policy; shared by several methods."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,11 +16,11 @@ from dpo_core.models.source import check_context
 from dpo_core.training.engine import load_full_state
 
 Export = Callable[[dict[str, Tensor]], None]
-"""Given the full trained weights, writes the result."""
+"""Writes the result, from the trained weights."""
 
 
 def start(job: Job, config: Any) -> tuple[Any, Any, Tokenise]:
-    """The model to train, its tokenizer, and the function from rows to tokens."""
+    """The model to train, its tokenizer, and the tokenising function."""
     tokenizer = load_tokenizer(Path(job.model))
     model = load_model(Path(job.model))
     check_context(model.config, job.tokens.max_length)
@@ -32,7 +32,7 @@ def start(job: Job, config: Any) -> tuple[Any, Any, Tokenise]:
 
 
 def export_model(model: Any, tokenizer: Any, job: Job, *, lora: bool) -> Export:
-    """Writes a policy; low-rank additions are merged into it."""
+    """The function that writes a policy, with LoRA weights merged into it."""
 
     def export(state: dict[str, Tensor]) -> None:
         load_full_state(model, state)

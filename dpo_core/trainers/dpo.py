@@ -1,4 +1,4 @@
-"""Preference optimisation on pairs, against cached reference log-probs or a live reference.
+"""Trains on pairs with the objectives on pairs, with cached reference log-probs or a live reference.
 
 Shapes: B pairs, S = 2B completions (chosen and rejected in turn), L tokens of the longest, E training pairs.
 """
@@ -41,15 +41,15 @@ log = logging.getLogger(__name__)
 
 
 class DpoTrainer(PackedTrainer[TokenPair]):
-    """Mean over the pairs of the global batch of a weighted sum of pair objectives.
+    """Trainer whose loss is the mean over the pairs of the global batch of a weighted sum of objectives.
 
     Args:
         reference: log-probs of every sequence of `examples` under the reference.
-        live_reference: the reference itself, where `config.needs_live_reference`; it is frozen.
+        live_reference: the reference model, if `config.needs_live_reference`; it is frozen.
         policy_is_reference: the policy starts as the reference, so the first loss has a known value.
 
     Raises:
-        RecipeError: an objective that couples the whole batch does not get it in one forward pass.
+        RecipeError: an objective needs the whole batch in one forward pass, and the batch is split.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class DpoTrainer(PackedTrainer[TokenPair]):
             self.live_shape = shape_of(self.live)
         elif config.needs_reference:
             if reference is None:
-                raise StageFailed("the DPO job names no reference log-probs", "Run the cache stage first")
+                raise StageFailed("the DPO job file has no reference_logps", "Run the cache stage first")
             self.reference = self._cached(reference)
         self._require_whole_batches()
 
@@ -87,13 +87,13 @@ class DpoTrainer(PackedTrainer[TokenPair]):
         parts = self.batches.micro_batches * self.engine.world
         if coupled and parts != 1:
             raise RecipeError(
-                f"objective '{coupled[0]}' compares all pairs of a batch, and a batch is in {parts} parts",
+                f"objective '{coupled[0]}' needs a batch in one forward pass, but it is split into {parts}",
                 "Train in one process, and raise pack_tokens (or micro_batch_size) until a batch is one pass",
             )
 
     def _cached(self, shard: LogpShard) -> dict[str, np.ndarray]:
-        """By id: reference log-probs of chosen and rejected, whole and up to the shorter one's length."""
-        # A stale or partial cache is refused here, before anything runs.
+        """By id: reference log-probs of chosen and rejected, complete and up to the shorter one's length."""
+        # Raises for a stale or incomplete cache before training starts.
         keys = [sequence_key(s) for e in self.examples for s in (e.chosen, e.rejected)]
         columns = [shard.sums(keys).astype(np.float32).reshape(-1, 2)]
         if "common" in self.extras:
@@ -115,11 +115,11 @@ class DpoTrainer(PackedTrainer[TokenPair]):
     def weight(self, example: TokenPair) -> float:
         return 1.0
 
-    def begin_step(self, everyone: Seq[TokenPair]) -> None:
+    def begin_step(self, batch: Seq[TokenPair]) -> None:
         self.totals = Totals(
-            pairs=len(everyone),
-            chosen_tokens=sum(e.chosen.targets for e in everyone),
-            prompt_tokens=sum(len(e.chosen.prompt) - 1 for e in everyone),
+            pairs=len(batch),
+            chosen_tokens=sum(e.chosen.targets for e in batch),
+            prompt_tokens=sum(len(e.chosen.prompt) - 1 for e in batch),
         )
 
     def micro_flops(self, micro: Seq[TokenPair]) -> float:
@@ -129,7 +129,7 @@ class DpoTrainer(PackedTrainer[TokenPair]):
             total += self.trained_flops(cost.Sizes(0, 0, sum(len(e.chosen.prompt) - 1 for e in micro)))
         if self.live is not None:
             total += cost.forward(self.live_shape, *sizes)
-            # The KL's backward pass reads the reference's distribution: computed again where the policy's is.
+            # The KL's backward pass needs the reference's distribution, recomputed if the policy's is.
             if "kl" in self.extras and not keeps_logits(round(sizes.scored), self.shape.vocabulary):
                 total += cost.forward(self.live_shape, 0, 0, sizes.scored)
         return total
@@ -143,7 +143,7 @@ class DpoTrainer(PackedTrainer[TokenPair]):
         return losses_B.sum(), {name: value_B.sum() for name, value_B in numbers.items()}
 
     def logps(self, batch: Seq[TokenPair]) -> PairLogps:
-        """Both sides of every pair in one forward pass, beside what the reference says of them."""
+        """Log-probs of both sides of every pair, in one forward pass, and those of the reference."""
         with autocast(self.config.engine.precision, self.engine.device):
             scores = branch_scores(
                 self.module,
@@ -175,11 +175,11 @@ class DpoTrainer(PackedTrainer[TokenPair]):
         )
 
     def _reference_of(self, batch: Seq[TokenPair], scores: BranchScores) -> list[Tensor]:
-        """The reference's (B,) of chosen and rejected, and both again in common where it is read."""
+        """The reference's log-probs (B,) of chosen and rejected; with the extra "common" also those sums."""
         if scores.ref_logps_SL is not None:
-            whole = _sides(scores.ref_logps_SL.sum(-1))
+            complete = _sides(scores.ref_logps_SL.sum(-1))
             common = _common(scores, scores.ref_logps_SL) if "common" in self.extras else ()
-            return [*whole, *common]
+            return [*complete, *common]
         device = scores.logps_SL.device
         if not self.dpo.needs_reference:
             return [torch.zeros(len(batch), device=device)] * (4 if "common" in self.extras else 2)
@@ -187,17 +187,17 @@ class DpoTrainer(PackedTrainer[TokenPair]):
         return list(values.T)
 
     def check_start(self) -> None:
-        """With policy = reference every log-ratio is zero and the loss is the objective's known value.
+        """Check that every log-ratio is zero if the policy is the reference.
 
-        A cache of another model, other tokens or another precision, active dropout and a wrong mask all show
-        here, before a step is spent.
+        This detects a cache of another model, other tokens or another precision, active dropout, and a wrong
+        mask, before the first step.
         """
         if not self.policy_is_reference or not self.dpo.check_rows:
             return
         chosen = np.random.default_rng(0).permutation(len(self.examples))[: self.dpo.check_rows]
-        with torch.no_grad():  # one by one: together they may be more than a pack
-            found = [self.logps([self.examples[i]]) for i in chosen]
-        gaps_2B = torch.cat([ratio_B for p in found for ratio_B in (p.chosen_ratio_B, p.rejected_ratio_B)])
+        with torch.no_grad():  # one at a time: together they may exceed a pack
+            pairs = [self.logps([self.examples[i]]) for i in chosen]
+        gaps_2B = torch.cat([ratio_B for p in pairs for ratio_B in (p.chosen_ratio_B, p.rejected_ratio_B)])
         require_reference_values(gaps_2B, self.config.engine.precision)
 
     def end_step(self, step: int) -> None:
@@ -205,8 +205,8 @@ class DpoTrainer(PackedTrainer[TokenPair]):
         if sync is None or self.live is None or (step + 1) % sync.every:
             return
         with torch.no_grad():
-            for mine, theirs in zip(self.live.parameters(), self.module.parameters(), strict=True):
-                mine.lerp_(theirs.to(mine.dtype), sync.mix)
+            for reference, policy in zip(self.live.parameters(), self.module.parameters(), strict=True):
+                reference.lerp_(policy.to(reference.dtype), sync.mix)
 
     def state(self) -> dict[str, Any]:
         if self.dpo.reference_sync is None or self.live is None:
@@ -219,7 +219,7 @@ class DpoTrainer(PackedTrainer[TokenPair]):
 
 
 def _sides(values_S: Tensor) -> tuple[Tensor, Tensor]:
-    """(B,) of the chosen and of the rejected, which take turns."""
+    """The values (B,) of the chosen and of the rejected completions, which alternate."""
     return values_S[0::2], values_S[1::2]
 
 

@@ -1,6 +1,6 @@
-"""GRPO with its corrections, and RLOO: several samples of each prompt are one another's baseline; no critic.
+"""Trains with group baselines instead of a critic (GRPO and its variants, RLOO).
 
-The arithmetic is in `grpo_math`, the loop in `loop`. Shapes: B episodes, T response tokens of the longest.
+The arithmetic is in `grpo_math`, the loop in `loop`. Shapes: B episodes, R response tokens of the longest.
 """
 
 from collections.abc import Callable
@@ -35,23 +35,23 @@ class GrpoItem(EpisodeItem):
     """An episode with its advantage."""
 
     logps_R: Tensor
-    """Of the policy that sampled."""
+    """Log-probs under the policy that sampled."""
     ref_logps_R: Tensor
     advantage: Tensor
     learnt: bool
-    """False: it was cut off, and `mask_truncated` leaves it out."""
+    """False: it is truncated, and `mask_truncated` leaves it out of the loss."""
 
 
 class GrpoTrainer(OnlineTrainer[GrpoItem]):
-    """The loop with a group baseline; every group is whole on one rank, and its members are dealt apart."""
+    """Online trainer with a group baseline. A group is on one rank, and spread over the minibatches."""
 
     def __init__(self, policy: Any, reference: Any, context: RolloutContext, config: GrpoConfig) -> None:
         self.config, self.rules = config, config.rules
         super().__init__(policy, reference, context, config)
 
     def prepare(self, rollouts: list[Rollout]) -> list[GrpoItem]:
-        """Advantages of the round, each against its whole group."""
-        rewards_N = torch.cat([self._paid(r) for r in rollouts])
+        """Advantages of the round, each relative to its group."""
+        rewards_N = torch.cat([self._rewards(r) for r in rollouts])
         groups_N = torch.cat([r.of("group") for r in rollouts])
         if self.rules.baseline == "leave_one_out":
             advantages_N = grpo_math.leave_one_out(rewards_N, groups_N)
@@ -72,9 +72,9 @@ class GrpoTrainer(OnlineTrainer[GrpoItem]):
             for i, episode in enumerate(rollout.episodes)
         ]
 
-    def _paid(self, rollout: Rollout) -> Tensor:
-        """Rewards (B,): scores, minus what is charged in the reward."""
-        rewards_B = self.rewards(rollout)
+    def _rewards(self, rollout: Rollout) -> Tensor:
+        """Rewards (B,): scores minus the penalties for length and, with `kl_in` reward, the KL."""
+        rewards_B = self.scores(rollout)
         if self.config.soft_overlong:
             longest = self.context.sampling.max_new_tokens
             rewards_B = rewards_B + grpo_math.soft_overlong(
@@ -94,9 +94,9 @@ class GrpoTrainer(OnlineTrainer[GrpoItem]):
 
     def optimise(self, minibatch: list[list[GrpoItem]]) -> dict[str, float]:
         """One optimiser step; see `grpo_math.denominator` for what the loss is a mean over."""
-        mine = [item for micro in minibatch for item in micro]
-        learnt = sum(len(item.logps_R) for item in mine if item.learnt)
-        counts = torch.tensor([len(mine), learnt], dtype=torch.float64)
+        items = [item for micro in minibatch for item in micro]
+        learnt = sum(len(item.logps_R) for item in items if item.learnt)
+        counts = torch.tensor([len(items), learnt], dtype=torch.float64)
         responses, tokens = self.engine.all_sum(counts).tolist()
         longest = self.context.sampling.max_new_tokens
         total = grpo_math.denominator(self.rules.aggregate, responses, tokens, longest)
@@ -135,7 +135,7 @@ class GrpoTrainer(OnlineTrainer[GrpoItem]):
         loss = policy
         if rules.kl_in == "loss" and rules.kl_coef:
             loss = loss + rules.kl_coef * grpo_math.aggregate(kl_BR, mask_BR, rules.aggregate)
-        # A ratio of whole responses is that of each of their tokens.
+        # The ratio of a response counts for each of its tokens.
         over_tokens: Callable[[Tensor], Tensor] = lambda x: torch.where(  # noqa: E731
             mask_BR, x.to(torch.float32).expand_as(mask_BR), 0.0
         ).sum()
@@ -151,8 +151,8 @@ class GrpoTrainer(OnlineTrainer[GrpoItem]):
             "clip_ratio/region_mean": over_tokens(clipped),
         }
 
-    def facts(self, rollouts: list[Rollout]) -> dict[str, float]:
-        rewards_N = torch.cat([self._paid(r) for r in rollouts]).double()
+    def method_metrics(self, rollouts: list[Rollout]) -> dict[str, float]:
+        rewards_N = torch.cat([self._rewards(r) for r in rollouts]).double()
         groups_N = torch.cat([r.of("group") for r in rollouts])
         stds_N = grpo_math.group_stds(rewards_N, groups_N)
         flat = grpo_math.flat_groups(torch.cat([r.of("score") for r in rollouts]), groups_N)
@@ -167,7 +167,7 @@ class GrpoTrainer(OnlineTrainer[GrpoItem]):
         }
 
 
-# Sums that are a part of the loss already; the others are means over the tokens learnt from.
+# Sums divided as the loss is; the others are means over the tokens learnt from.
 _SUMMED = ("loss", "loss/policy_avg")
 
 

@@ -1,8 +1,8 @@
-"""Preference learning from single completions, each labelled desirable or not: KTO and BCO.
+"""Trains on single completions, each labelled desirable or not (KTO and BCO).
 
-Both losses depend on one number of the whole batch: KTO's z_0 and BCO's delta. It is computed before the
-losses, in a forward pass of its own without gradient, over all ranks; so the loss does not depend on how a
-batch is split into micro-batches, packs and ranks. That pass costs about a third of a step's time.
+Both losses depend on a number of the global batch: KTO's z_0 and BCO's delta. It is computed before the
+losses, in a separate forward pass without gradient, over all ranks. The loss therefore does not depend on how
+a batch is split into micro-batches, packs and ranks. That pass takes about a third of a step's time.
 
 Shapes: B examples of a micro-batch.
 """
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 class UnpairedTrainer(PackedTrainer[UnpairedExample]):
-    """Mean over the examples of the global batch of an objective on single completions.
+    """Trainer whose loss is the mean over the examples of the global batch of an objective.
 
     Args:
         reference: log-probs under the reference of every example and, for KTO, of every mismatched pair.
@@ -62,26 +62,27 @@ class UnpairedTrainer(PackedTrainer[UnpairedExample]):
     ) -> None:
         super().__init__(module, examples, config, seed=seed, work=work)
         if reference is None:
-            raise StageFailed("the job names no reference log-probs", "Run the cache stage first")
+            raise StageFailed("the KTO job file has no reference_logps", "Run the cache stage first")
         self.dpo, self.objective = config, get(config.objective)
         self.parameters = config.terms[0].parameters
         self.beta = self.parameters["beta"]
         self.policy_is_reference = policy_is_reference
         self.longest = max(len(e.sequence) for e in examples)
-        self.strangers: dict[str, UnpairedExample] = {}
+        self.mismatched: dict[str, UnpairedExample] = {}
+        """For KTO, the mismatched pair of each example, by its id."""
         if config.reads_mismatched:
             pairs = zip(examples, mismatched(examples), strict=True)
-            self.strangers = {e.id: replace(e, sequence=other) for e, other in pairs}
-        sequences = list({e.sequence: None for e in (*examples, *self.strangers.values())})
-        # A stale or partial cache is refused here, before anything runs.
+            self.mismatched = {e.id: replace(e, sequence=other) for e, other in pairs}
+        sequences = list({e.sequence: None for e in (*examples, *self.mismatched.values())})
+        # Raises for a stale or incomplete cache before training starts.
         sums = reference.sums([sequence_key(s) for s in sequences]).astype(np.float32)
         self.reference = dict(zip(sequences, sums.tolist(), strict=True))
         self.kl: Tensor | None = None
         self.baseline: Tensor | None = None
         self.rewards, self.seen = 0.0, 0
         desirable = sum(e.desirable for e in examples)
-        if (said := imbalance(self.parameters, desirable, len(examples) - desirable)) is not None:
-            log.warning("%s", said)
+        if (warning := imbalance(self.parameters, desirable, len(examples) - desirable)) is not None:
+            log.warning("%s", warning)
 
     def document(self, example: UnpairedExample) -> Document:
         return Document.of(example.sequence)
@@ -92,20 +93,20 @@ class UnpairedTrainer(PackedTrainer[UnpairedExample]):
     def weight(self, example: UnpairedExample) -> float:
         return 1.0
 
-    def begin_step(self, everyone: Seq[UnpairedExample]) -> None:
-        total = self._ratio_sum(self._coupling_examples(everyone))
-        if self.strangers:
-            self.kl = z0(total, len(everyone))
+    def begin_step(self, batch: Seq[UnpairedExample]) -> None:
+        total = self._ratio_sum(self._coupling_examples(batch))
+        if self.mismatched:
+            self.kl = z0(total, len(batch))
             return
         self.rewards += self.beta * float(total)
-        self.seen += len(everyone)
+        self.seen += len(batch)
         self.baseline = torch.tensor(self.rewards / self.seen, device=self.engine.device)
 
     def flops(self, batch: Batch) -> float:
         coupling = self._coupling_examples([self.examples[i] for i in batch.examples])
         shares = self._shares(coupling)
         passes = [share[min(n, len(share) - 1)] for n in range(max(map(len, shares))) for share in shares]
-        return super().flops(batch) + sum(cost.forward(self.shape, *self.sizes(one)) for one in passes)
+        return super().flops(batch) + sum(cost.forward(self.shape, *self.sizes(micro)) for micro in passes)
 
     def losses(self, batch: Seq[UnpairedExample]) -> tuple[Tensor, dict[str, Tensor]]:
         policy_B, ref_B, tokens_B = self._logps(batch)
@@ -123,37 +124,37 @@ class UnpairedTrainer(PackedTrainer[UnpairedExample]):
         ref_B = torch.tensor([self.reference[e.sequence] for e in batch], device=policy_B.device)
         return policy_B, ref_B, scores.lengths_S
 
-    def _coupling_examples(self, everyone: Seq[UnpairedExample]) -> Seq[UnpairedExample]:
-        """What the number that couples a batch is computed of: KTO's mismatched pairs, else the examples."""
-        return [self.strangers[e.id] for e in everyone] if self.strangers else everyone
+    def _coupling_examples(self, batch: Seq[UnpairedExample]) -> Seq[UnpairedExample]:
+        """The examples that z_0 or delta is computed on: KTO's mismatched pairs, or the batch itself."""
+        return [self.mismatched[e.id] for e in batch] if self.mismatched else batch
 
     @torch.no_grad()
-    def _ratio_sum(self, everyone: Seq[UnpairedExample]) -> Tensor:
-        """Sum of log π/π_ref over the global batch, over all ranks; 0-dim, float64."""
-        shares = self._shares(everyone)
-        mine = shares[self.engine.rank]
+    def _ratio_sum(self, examples: Seq[UnpairedExample]) -> Tensor:
+        """Sum of log π/π_ref over the examples of all ranks; 0-dim, float64."""
+        shares = self._shares(examples)
+        own = shares[self.engine.rank]
         total = torch.zeros((), dtype=torch.float64)
         for number in range(max(map(len, shares))):
-            # With ZeRO-3 every rank takes part in every pass, so one that is done runs its last pass again.
-            policy_B, ref_B, _ = self.engine.run(self._logps, mine[min(number, len(mine) - 1)])
-            if number < len(mine):
+            # With ZeRO 3 every rank takes part in every pass; a rank without one repeats its last.
+            policy_B, ref_B, _ = self.engine.run(self._logps, own[min(number, len(own) - 1)])
+            if number < len(own):
                 total += (policy_B.double() - ref_B).sum().cpu()
         return self.engine.all_sum(total)
 
-    def _shares(self, everyone: Seq[UnpairedExample]) -> list[list[list[UnpairedExample]]]:
+    def _shares(self, examples: Seq[UnpairedExample]) -> list[list[list[UnpairedExample]]]:
         """The forward passes of each rank."""
-        order = sorted(everyone, key=self.length, reverse=True)
+        order = sorted(examples, key=self.length, reverse=True)
         world = self.engine.world
         return [self._passes(order[rank::world]) for rank in range(world)]
 
     def _passes(self, examples: Seq[UnpairedExample]) -> list[list[UnpairedExample]]:
-        """Examples in groups that fit one forward pass each."""
-        room = self._fixed_length() or self.config.pack_tokens or 0
+        """The examples in groups that each fit one forward pass."""
+        budget = self._fixed_length() or self.config.pack_tokens or 0
         groups: list[list[UnpairedExample]] = [[]]
         used = 0
         for example in examples:
             size = len(self.document(example))
-            full = used + size > room if self.packed else len(groups[-1]) == self.config.micro_batch_size
+            full = used + size > budget if self.packed else len(groups[-1]) == self.config.micro_batch_size
             if full and groups[-1]:
                 groups.append([])
                 used = 0
@@ -162,7 +163,7 @@ class UnpairedTrainer(PackedTrainer[UnpairedExample]):
         return groups
 
     def _fixed_length(self) -> int | None:
-        # Mismatched pairs are packed, too, and may be as long as the longest example.
+        # Mismatched pairs are packed too, and may be as long as the longest example.
         fixed = super()._fixed_length()
         return None if fixed is None else max(fixed, round_up_to_block(self.longest))
 
@@ -170,27 +171,27 @@ class UnpairedTrainer(PackedTrainer[UnpairedExample]):
         totals = super()._reduce(sums, 1)  # sums over the global batch
         loss = totals.pop("loss")
         counts = {name: total for name, total in totals.items() if name.startswith("count/")}
-        coupling = {"kl": self.kl, "delta": self.baseline}
-        seen = {name: float(value) for name, value in coupling.items() if value is not None}
-        return {"loss": loss, **class_means(totals), **counts, **seen}
+        values = {"kl": self.kl, "delta": self.baseline}
+        coupling = {name: float(value) for name, value in values.items() if value is not None}
+        return {"loss": loss, **class_means(totals), **counts, **coupling}
 
     @torch.no_grad()
     def check_start(self) -> None:
-        """With policy = reference every log-ratio is zero, of examples and of mismatched pairs."""
+        """Check that every log-ratio is zero if the policy is the reference, also of mismatched pairs."""
         if not self.policy_is_reference or not self.dpo.check_rows:
             return
         chosen = np.random.default_rng(0).permutation(len(self.examples))[: self.dpo.check_rows]
-        some = [self.examples[i] for i in chosen]
-        some += [self.strangers[e.id] for e in some if e.id in self.strangers]
-        found = [self._logps(group) for group in self._passes(some)]
-        gaps_B = torch.cat([policy_B - ref_B for policy_B, ref_B, _ in found])
+        examples = [self.examples[i] for i in chosen]
+        examples += [self.mismatched[e.id] for e in examples if e.id in self.mismatched]
+        logps = [self._logps(group) for group in self._passes(examples)]
+        gaps_B = torch.cat([policy_B - ref_B for policy_B, ref_B, _ in logps])
         require_reference_values(gaps_B, self.config.engine.precision)
 
     def state(self) -> dict[str, Any]:
-        return {} if self.strangers else {"rewards": self.rewards, "seen": self.seen}
+        return {} if self.mismatched else {"rewards": self.rewards, "seen": self.seen}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        if not self.strangers:
+        if not self.mismatched:
             self.rewards, self.seen = float(state["rewards"]), int(state["seen"])
 
 

@@ -1,9 +1,9 @@
-"""Online and iterative DPO: sample, label, train on the pairs, again.
+"""Trains with online and iterative DPO: each round samples completions, scores them and trains on pairs.
 
-Each round draws several completions of each prompt from the policy as it is, takes the best and the worst by
-the scorer, and makes preference steps on them. Online DPO (Guo et al. 2024, arXiv 2402.04792): many rounds,
-one step each, a fixed reference. Iterative DPO (Xu et al. 2024, 2404.10719): few rounds of many episodes and
-steps, each with the policy that the round began with as its reference.
+A round draws several completions of each prompt from the current policy and pairs the best with the worst by
+their scores. Online DPO (Guo et al. 2024, arXiv 2402.04792): many rounds, one step each, a fixed reference.
+Iterative DPO (Xu et al. 2024, 2404.10719): few rounds of many episodes and steps; the reference of a round is
+the policy that it began with.
 
 Shapes: P pairs of a micro-batch, S = 2P completions (chosen and rejected in turn).
 """
@@ -26,7 +26,7 @@ from dpo_core.scoring.autocast import autocast
 from dpo_core.scoring.branch_scores import branch_scores
 from dpo_core.trainers.common import Export, start
 from dpo_core.trainers.online.grpo_math import flat_groups
-from dpo_core.trainers.online.loop import OnlineTrainer, export_trained, move
+from dpo_core.trainers.online.loop import OnlineTrainer, export_trained, move_towards
 from dpo_core.trainers.online.rollouts import Episode, Rollout, micro_batches, rows_of
 from dpo_core.trainers.online.sampler import RolloutContext, rollout_context
 
@@ -35,10 +35,10 @@ from dpo_core.trainers.online.sampler import RolloutContext, rollout_context
 class Pair:
     """The best and the worst completion of a prompt."""
 
-    chosen: "Candidate"
-    rejected: "Candidate"
+    chosen: "ScoredEpisode"
+    rejected: "ScoredEpisode"
     weight: float
-    """1, or 0 for a tie: ties keep their place, so that every rank has as many pairs."""
+    """1, or 0 for a tie: ties are kept, so that every rank has the same number of pairs."""
 
     @property
     def place(self) -> tuple[int, int]:
@@ -49,7 +49,7 @@ class Pair:
 
 
 class OnlineDpoTrainer(OnlineTrainer[Pair]):
-    """The loop with preference steps; `micro_batch_size` counts pairs in the updates."""
+    """Online trainer with a preference objective; `micro_batch_size` counts pairs in the updates."""
 
     def __init__(self, policy: Any, reference: Any, context: RolloutContext, config: OnlineDpoConfig) -> None:
         self.config, self.term = config, config.term
@@ -59,34 +59,34 @@ class OnlineDpoTrainer(OnlineTrainer[Pair]):
 
     @property
     def temperature(self) -> float:
-        """The policy that a preference loss is about is that at temperature 1, however samples are drawn."""
+        """1: preference losses are defined on the policy itself, at whatever temperature it is sampled."""
         return 1.0
 
     def micro_batch_count(self, episodes: int) -> int:
         return episodes // (self.config.samples_per_prompt * self.config.micro_batch_size)
 
-    def read_together(self, episodes: list[Episode], iteration: int) -> list[list[Episode]]:
-        """Neighbours in length: a loss on pairs has no ratio to what was read here."""
+    def rollout_batches(self, episodes: list[Episode], iteration: int) -> list[list[Episode]]:
+        """Episodes of similar length: a loss on pairs has no ratio to the log-probs of the rollout."""
         return micro_batches(episodes, self.config.micro_batch_size)
 
     def prepare(self, rollouts: list[Rollout]) -> list[Pair]:
-        """The best against the worst of each prompt."""
-        groups: dict[int, list[Candidate]] = {}
+        """The pair of the best and the worst completion of each prompt."""
+        groups: dict[int, list[ScoredEpisode]] = {}
         for rollout in rollouts:
-            rewards, references = self.rewards(rollout).tolist(), rollout.ref_logps_BR.sum(1).tolist()
-            for episode, reward, reference in zip(rollout.episodes, rewards, references, strict=True):
-                groups.setdefault(episode.group, []).append(Candidate(episode, reward, reference))
-        extreme = [extremes(groups[group]) for group in sorted(groups)]
-        return [Pair(better, worse, float(not self._tied(better, worse))) for better, worse in extreme]
+            scores, ref_logps = self.scores(rollout).tolist(), rollout.ref_logps_BR.sum(1).tolist()
+            for episode, score, ref_logp in zip(rollout.episodes, scores, ref_logps, strict=True):
+                groups.setdefault(episode.group, []).append(ScoredEpisode(episode, score, ref_logp))
+        pairs = [best_and_worst(groups[group]) for group in sorted(groups)]
+        return [Pair(best, worst, float(not self._tied(best, worst))) for best, worst in pairs]
 
-    def _tied(self, better: "Candidate", worse: "Candidate") -> bool:
-        same = better.episode.sequence.completion == worse.episode.sequence.completion
-        return same or better.reward - worse.reward <= self.config.min_gap
+    def _tied(self, best: "ScoredEpisode", worst: "ScoredEpisode") -> bool:
+        same = best.episode.sequence.completion == worst.episode.sequence.completion
+        return same or best.score - worst.score <= self.config.min_gap
 
     def optimise(self, minibatch: list[list[Pair]]) -> dict[str, float]:
-        """One optimiser step; the loss is the mean over the global minibatch's pairs that are no ties."""
-        mine = [pair for micro in minibatch for pair in micro if pair.weight]
-        counts = [len(mine), sum(len(pair.chosen.episode.sequence.completion) for pair in mine)]
+        """One optimiser step; the loss is the mean over the global minibatch's pairs that are not ties."""
+        untied = [pair for micro in minibatch for pair in micro if pair.weight]
+        counts = [len(untied), sum(len(pair.chosen.episode.sequence.completion) for pair in untied)]
         pairs, tokens = self.engine.all_sum(torch.tensor(counts).double()).tolist()
         totals = Totals(pairs=max(pairs, 1.0), chosen_tokens=tokens, prompt_tokens=0.0)
         sums: dict[str, float] = {}
@@ -120,7 +120,7 @@ class OnlineDpoTrainer(OnlineTrainer[Pair]):
         per_token = get(self.config.objective).rewards_per_token
         return combine([self.term], logps), pair_metrics(logps, self.beta, per_token=per_token)
 
-    def facts(self, rollouts: list[Rollout]) -> dict[str, float]:
+    def method_metrics(self, rollouts: list[Rollout]) -> dict[str, float]:
         scores_N = torch.cat([r.of("score") for r in rollouts])
         groups_N = torch.cat([r.of("group") for r in rollouts])
         flat = flat_groups(scores_N, groups_N)
@@ -129,7 +129,7 @@ class OnlineDpoTrainer(OnlineTrainer[Pair]):
 
     def update_reference(self) -> None:
         if self.config.renew_reference:
-            move(self.reference, self.module, 1.0)
+            move_towards(self.reference, self.module, 1.0)
         super().update_reference()
 
     def update_flops(self, rollouts: list[Rollout]) -> float:
@@ -143,17 +143,17 @@ class OnlineDpoTrainer(OnlineTrainer[Pair]):
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A sampled completion, what it is worth, and its log-prob under the reference."""
+class ScoredEpisode:
+    """A sampled completion with its score and its log-prob under the reference."""
 
     episode: Episode
-    reward: float
+    score: float
     ref_logp: float
 
 
-def extremes(candidates: Seq[Candidate]) -> tuple[Candidate, Candidate]:
-    """The best and the worst of a prompt's candidates; of equals the one drawn first is the better."""
-    ranked = sorted(candidates, key=lambda c: (-c.reward, c.episode.sample))
+def best_and_worst(episodes: Seq[ScoredEpisode]) -> tuple[ScoredEpisode, ScoredEpisode]:
+    """The best and the worst completion of a prompt; of equal scores the one drawn first is better."""
+    ranked = sorted(episodes, key=lambda e: (-e.score, e.episode.sample))
     return ranked[0], ranked[-1]
 
 

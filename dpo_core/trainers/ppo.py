@@ -1,11 +1,11 @@
-"""PPO for RLHF: a critic beside the policy, per-token KL in the reward, GAE, clipped updates.
+"""Trains with PPO for RLHF: a critic beside the policy, per-token KL in the reward, GAE, clipped updates.
 
 The mathematics is in `ppo_math`, the loop in `loop`. Shapes: B episodes, R response tokens of the longest,
-V states of the longest: R, or R + 1 where the state after the last token has a value too.
+V states of the longest: R, or R + 1 if the state after the last token has a value too.
 
 Sources: Ziegler et al. 2019 (arXiv 1909.08593), the N+ implementation details (2403.17031), and for the three
-switches that decide how good the baseline is, Xu et al. 2024 (2404.10719): advantages whitened over the
-global batch (`whiten_advantages`), a large batch (`episodes`), a moving reference (`reference_ema`).
+settings that matter most Xu et al. 2024 (2404.10719): advantages whitened over the global batch
+(`whiten_advantages`), a large batch (`episodes`), a moving reference (`reference_ema`).
 """
 
 import copy
@@ -47,22 +47,22 @@ from dpo_core.training.engine import Engine
 
 @dataclass(frozen=True)
 class PpoItem(EpisodeItem):
-    """An episode with what the critic made of it."""
+    """An episode with its advantages, values and returns."""
 
     logps_R: Tensor
-    """Of the policy that sampled."""
+    """Log-probs under the policy that sampled."""
     advantages_R: Tensor
     values_V: Tensor
     returns_V: Tensor
     states: int
-    """How many of the V states have a value; the last may have none."""
+    """Number of states that have a value; the last may have none."""
 
 
 class PpoTrainer(OnlineTrainer[PpoItem]):
-    """The loop with a critic.
+    """Online trainer with a critic.
 
     Args:
-        critic: predicts the score from every state; see `make_critic`.
+        critic: predicts the return from every state; see `make_critic`.
     """
 
     def __init__(
@@ -96,12 +96,12 @@ class PpoTrainer(OnlineTrainer[PpoItem]):
             returns.append(returns_BV)
         if self.config.whiten_advantages:
             advantages = self._white(advantages, [r.mask_BR for r in rollouts])
-        estimated = []
+        items = []
         for rollout, *tables in zip(rollouts, advantages, values, returns, masks, strict=True):
             for i, episode in enumerate(rollout.episodes):
                 tokens = len(episode.sequence.completion)
                 advantages_R, values_V, returns_V, states_V = (table_B[i] for table_B in tables)
-                estimated.append(
+                items.append(
                     PpoItem(
                         episode,
                         rollout.logps_BR[i, :tokens],
@@ -111,7 +111,7 @@ class PpoTrainer(OnlineTrainer[PpoItem]):
                         int(states_V.sum()),
                     )
                 )
-        return estimated
+        return items
 
     @torch.no_grad()
     def _values(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
@@ -124,10 +124,10 @@ class PpoTrainer(OnlineTrainer[PpoItem]):
         return states_BV, torch.where(states_BV, values_BV, 0.0)
 
     def _critic_rows(self, episodes: Seq[Episode]) -> PaddedRows:
-        """The rows as the critic reads them."""
-        # The target after the last token is never read: the row only has to hold that token's state.
-        more = (0,) * self.later
-        documents = [Document(e.sequence.prompt, (e.sequence.completion + more,)) for e in episodes]
+        """The rows that the critic reads."""
+        # The added token is never used as a target; it adds a place for the state after the last token.
+        added = (0,) * self.later
+        documents = [Document(e.sequence.prompt, (e.sequence.completion + added,)) for e in episodes]
         return pad(documents).to(self.engine.device)
 
     def _rewards(self, rollout: Rollout, states_BV: Tensor) -> Tensor:
@@ -135,14 +135,14 @@ class PpoTrainer(OnlineTrainer[PpoItem]):
             rollout.logps_BR,
             rollout.ref_logps_BR,
             rollout.mask_BR,
-            self.rewards(rollout),
+            self.scores(rollout),
             self.kl.value,
             estimator=self.config.kl_estimator,
             states_BV=states_BV,
         )
 
     def _white(self, values: Seq[Tensor], masks: Seq[Tensor], shift_mean: bool = True) -> list[Tensor]:
-        """Whitened over the masked positions of all micro-batches of all ranks."""
+        """The values, whitened over the masked positions of all micro-batches of all ranks."""
         flat_N = torch.cat([value[mask] for value, mask in zip(values, masks, strict=True)])
         white_N = ppo_math.masked_whiten(
             flat_N[None],
@@ -159,11 +159,11 @@ class PpoTrainer(OnlineTrainer[PpoItem]):
     # Updates ---------------------------------------------------------------------------------------------
 
     def optimise(self, minibatch: list[list[PpoItem]]) -> dict[str, float]:
-        """One step of policy and critic; each loss is a mean over the global minibatch: over its response
-        tokens, and over its states."""
-        tokens_here = sum(len(e.logps_R) for micro in minibatch for e in micro)
-        states_here = sum(e.states for micro in minibatch for e in micro)
-        counts = torch.tensor([tokens_here, states_here], dtype=torch.float64)
+        """One step of policy and critic: the losses are means over the response tokens of the global
+        minibatch, and over its states."""
+        own_tokens = sum(len(e.logps_R) for micro in minibatch for e in micro)
+        own_states = sum(e.states for micro in minibatch for e in micro)
+        counts = torch.tensor([own_tokens, own_states], dtype=torch.float64)
         tokens, states = self.engine.all_sum(counts).tolist()
         sums: dict[str, float] = {}
         norm = critic_norm = 0.0
@@ -176,7 +176,7 @@ class PpoTrainer(OnlineTrainer[PpoItem]):
             value, value_stats = self._value_loss(micro)
             self.critic_engine.backward(value, states)
             critic_norm = self.critic_engine.step() or critic_norm
-            # Around 1 until all are together: a variance within each would depend on the micro-batch size.
+            # The second moment around 1 can be averaged; variances of micro-batches could not.
             stats["val/ratio_var"] += (stats["val/ratio"] - 1) ** 2
             share = sum(len(e.logps_R) for e in micro) / tokens
             value_share = sum(e.states for e in micro) / states
@@ -221,16 +221,15 @@ class PpoTrainer(OnlineTrainer[PpoItem]):
 
     # The round -------------------------------------------------------------------------------------------
 
-    def facts(self, rollouts: list[Rollout]) -> dict[str, float]:
-        score_minus = {"objective/kl_coef": self.kl.value}
+    def method_metrics(self, rollouts: list[Rollout]) -> dict[str, float]:
+        metrics = {"objective/kl_coef": self.kl.value}
         if self.config.target_kl is not None:
-            score_minus["objective/kl_target"] = self.config.target_kl
-        # What the policy is really paid: scores as learnt from, minus the chosen estimator's KL.
-        paid = sum(float(self._rewards(r, r.mask_BR).sum()) for r in rollouts)
-        worth = sum(float(self.rewards(r).sum()) for r in rollouts)
-        totals = self.engine.all_sum(torch.tensor([paid, paid - worth], dtype=torch.float64))
-        total, penalty = (totals / self.config.episodes).tolist()
-        return score_minus | {"objective/rlhf_reward": total, "objective/non_score_reward": penalty}
+            metrics["objective/kl_target"] = self.config.target_kl
+        rewards = sum(float(self._rewards(r, r.mask_BR).sum()) for r in rollouts)
+        scores = sum(float(self.scores(r).sum()) for r in rollouts)
+        totals = self.engine.all_sum(torch.tensor([rewards, rewards - scores], dtype=torch.float64))
+        reward, penalty = (totals / self.config.episodes).tolist()
+        return metrics | {"objective/rlhf_reward": reward, "objective/non_score_reward": penalty}
 
     def end_round(self, iteration: int, metrics: Mapping[str, float]) -> None:
         if self.config.target_kl is not None:
@@ -250,21 +249,21 @@ class PpoTrainer(OnlineTrainer[PpoItem]):
 
 
 def make_critic(reference: Any) -> RewardModel:
-    """A critic where no reward model was trained: a copy of the reference's trunk with a head of zeros, so
-    that it starts from the value 0 everywhere (Ziegler et al. 2019)."""
+    """The critic without a reward model: a copy of the reference's trunk with a head of zeros, so that all
+    its values start at 0 (Ziegler et al. 2019)."""
     critic = RewardModel(copy.deepcopy(trunk_of(reference)))
     torch.nn.init.zeros_(critic.head.weight)
     return critic
 
 
 def state_values(critic: RewardModel, rows: PaddedRows) -> Tensor:
-    """Values (B,V): of the state in which each response token is chosen, 0 after a row's end."""
+    """Values (B,V) of the states in which the response tokens are chosen; 0 after a row's end."""
     values_N = critic.per_token(rows.ids_ST, rows.attention_ST).flatten()[rows.predicts_N]
     return rows.table(values_N)
 
 
 def build(job: Job, config: PpoConfig) -> tuple[Any, Export]:
-    """See `registry.build`. The critic starts from the reward model where one is learnt from."""
+    """See `registry.build`. The critic starts from the reward model, if the reward is one."""
     policy, tokenizer, tokenise = start(job, config)
     context = rollout_context(job, tokenise, config.engine.precision)
     reference = load_model(Path(str(job.reference)))

@@ -1,4 +1,4 @@
-"""Training a Bradley-Terry reward model on pairs."""
+"""Trains a Bradley-Terry reward model on pairs."""
 
 import json
 from collections.abc import Sequence as Seq
@@ -22,7 +22,7 @@ from dpo_core.training.loop import Trainer
 
 
 class RewardTrainer(Trainer[TokenPair]):
-    """Mean over the pairs of the global batch of the Bradley-Terry loss."""
+    """Trainer whose loss is the mean of the Bradley-Terry loss over the pairs of the global batch."""
 
     module: RewardModel
     config: RewardModelConfig

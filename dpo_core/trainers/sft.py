@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on completions: the model that becomes the reference."""
+"""Trains by supervised fine-tuning on demonstrations; the result becomes the reference."""
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -27,7 +27,8 @@ class Demonstration:
 
 
 class SftTrainer(PackedTrainer[Demonstration]):
-    """Mean cross-entropy over the learnt tokens of the global batch; prompts carry no loss."""
+    """Trainer whose loss is the mean cross-entropy over the learnt tokens of the global batch, without
+    prompts."""
 
     def length(self, example: Demonstration) -> int:
         return len(example.sequence)

@@ -1,1 +1,1 @@
-"""What all training shares: loop, engine, batches, checkpoints, ranks."""
+"""Training, independent of the method: loop, engine, batches, checkpoints, ranks."""

@@ -1,4 +1,4 @@
-"""Which examples a step trains on, and which of them share a forward pass on each rank."""
+"""Batches: which examples a step trains on, and which of them share a forward pass on each rank."""
 
 from collections.abc import Sequence as Seq
 from typing import NamedTuple, Protocol
@@ -13,16 +13,16 @@ from dpo_core.training.pack_plan import PackPlan, plan_epoch
 class Batch(NamedTuple):
     """Indices of examples."""
 
-    everyone: list[int]
+    examples: list[int]
     """The global batch, over all ranks."""
-    mine: list[list[int]]
-    """The micro-batches of this rank, equally many on every rank and in every step."""
-    passes: list[list[int]]
-    """The micro-batches of all ranks."""
+    micro_batches: list[list[int]]
+    """Those of this rank, equally many on every rank and in every step."""
+    all_micro_batches: list[list[int]]
+    """Those of all ranks."""
 
 
 class Batches(Protocol):
-    """A series of batches. Step k is the same whatever ran before: the position is the whole state."""
+    """A series of batches. The batch of step k depends on k alone, so a resumed run needs no other state."""
 
     micro_batches: int
     """Forward passes of a step on each rank."""
@@ -33,10 +33,7 @@ class Batches(Protocol):
 
 
 class Order:
-    """An endless order of example indices: seeded epochs, each a fresh shuffle, end to end.
-
-    Step k always gets the same indices, whatever came before: the position is the whole state.
-    """
+    """An endless order of example indices: one epoch after the other, each shuffled with the seed."""
 
     def __init__(self, examples: int, seed: int) -> None:
         self.examples, self.seed = examples, seed
@@ -59,7 +56,7 @@ class Order:
 
 
 class PaddedBatches:
-    """Micro-batches of a fixed number of examples, neighbours in length."""
+    """Micro-batches of a fixed number of examples of similar length."""
 
     def __init__(
         self, lengths: Seq[int], batch_size: int, micro_batch_size: int, *, seed: int, rank: int, world: int
@@ -68,7 +65,7 @@ class PaddedBatches:
             raise RecipeError(
                 f"a batch of {batch_size} cannot be split into micro-batches of {micro_batch_size} on "
                 f"{world} ranks",
-                "Choose a multiple of their product",
+                f"Choose a multiple of {micro_batch_size * world}",
             )
         self.lengths, self.batch_size, self.micro_batch_size = lengths, batch_size, micro_batch_size
         self.rank, self.world = rank, world
@@ -76,10 +73,10 @@ class PaddedBatches:
         self.micro_batches = batch_size // (micro_batch_size * world)
 
     def of_step(self, step: int) -> Batch:
-        # Sorted before it is dealt out, so that ranks get like lengths and micro-batches little padding.
-        everyone = sorted(self.order.batch(step, self.batch_size), key=lambda i: self.lengths[i])
-        ranks = [self._micro_batches(everyone[rank :: self.world]) for rank in range(self.world)]
-        return Batch(everyone, ranks[self.rank], [micro for share in ranks for micro in share])
+        # Sorted first, so that ranks get similar lengths and micro-batches little padding.
+        examples = sorted(self.order.batch(step, self.batch_size), key=lambda i: self.lengths[i])
+        ranks = [self._micro_batches(examples[rank :: self.world]) for rank in range(self.world)]
+        return Batch(examples, ranks[self.rank], [micro for share in ranks for micro in share])
 
     def _micro_batches(self, share: list[int]) -> list[list[int]]:
         size = self.micro_batch_size
@@ -87,11 +84,11 @@ class PaddedBatches:
 
 
 class PackedBatches:
-    """Micro-batches that are packs of a fixed number of tokens (see `pack_plan`).
+    """Micro-batches that are packs with a fixed token budget (see `pack_plan`).
 
     Args:
         lengths_E: tokens that each example takes in a pack.
-        epochs: epochs that will be trained, so that all have as many packs a step.
+        epochs: epochs that will be trained; a step has the same number of packs in all of them.
     """
 
     def __init__(
@@ -117,13 +114,14 @@ class PackedBatches:
             )
 
         self.rank, self.world = rank, world
-        least = [plan(epoch) for epoch in range(epochs)]
-        most = max(one.per_step for one in least) // world
+        plans = [plan(epoch) for epoch in range(epochs)]
+        packs_per_rank = max(epoch_plan.per_step for epoch_plan in plans) // world
         self.plans = [
-            one if one.per_step == most * world else plan(epoch, most) for epoch, one in enumerate(least)
+            epoch_plan if epoch_plan.per_step == packs_per_rank * world else plan(epoch, packs_per_rank)
+            for epoch, epoch_plan in enumerate(plans)
         ]
-        self.micro_batches = most
-        self.length = max(one.length for one in self.plans)
+        self.micro_batches = packs_per_rank
+        self.length = max(epoch_plan.length for epoch_plan in self.plans)
         """Tokens of the fullest pack of all epochs."""
 
     def of_step(self, step: int) -> Batch:
@@ -131,5 +129,5 @@ class PackedBatches:
         epoch, place = divmod(step, self.plans[0].steps)
         plan = self.plans[epoch]
         packs = [pack.tolist() for pack in plan.of_step(place)]
-        mine = [pack.tolist() for pack in plan.of_step(place, self.rank, self.world)]
-        return Batch([index for pack in packs for index in pack], mine, packs)
+        own = [pack.tolist() for pack in plan.of_step(place, self.rank, self.world)]
+        return Batch([index for pack in packs for index in pack], own, packs)

@@ -1,12 +1,12 @@
-"""Checkpoints of a training job on disk: whole or not at all, proven by a digest, the newest few kept.
+"""Checkpoints of a training job: written atomically, verified by digests when loaded, the newest few kept.
 
-A checkpoint is a folder `step-00000012` with what DeepSpeed wrote (a shard a rank under ZeRO), one file of
-random states a rank, and `digest.json`: how it was made and the sha256 of each file. It is written under
-another name and renamed, so that a kill leaves a whole checkpoint or none; what a disk or a hand damages
-later is found by the digest. On many nodes the folder must be shared by all of them.
+A checkpoint is a folder `step-00000012` with DeepSpeed's files (one shard for each rank under ZeRO), one file
+of random states for each rank, and `digest.json`: how it was made and the SHA-256 of each file. It is written
+under another name and renamed, so that a kill leaves a complete checkpoint or none; later damage is detected
+by the digests. All nodes must share the folder.
 
-The files are pickles, and a digest that anybody can compute proves no origin: they are read as numbers alone
-(`restricted_unpickling`), so that one that would run code is refused, whoever wrote it.
+The files are pickles, and the digests do not prove who wrote them. They are loaded with
+`restricted_unpickling`, which refuses a file that would run code.
 """
 
 import hashlib
@@ -54,23 +54,23 @@ class Checkpoints:
     """The checkpoints of one job. Only rank 0 may call its methods.
 
     Args:
-        folder: where they lie; made when the first one is written.
-        keep: how many of the newest stay.
+        folder: their folder; created with the first one.
+        keep: number of newest checkpoints to keep.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
 
     def begin(self, step: int) -> Path:
-        """An empty folder to write the checkpoint of a step into; half-written ones are removed."""
-        for left in self.folder.glob("tmp-*"):
-            shutil.rmtree(left)
+        """An empty folder to write the checkpoint of a step into; incomplete ones are removed."""
+        for incomplete in self.folder.glob("tmp-*"):
+            shutil.rmtree(incomplete)
         temporary = self.folder / f"tmp-step-{step:08d}"
         temporary.mkdir(parents=True)
         return temporary
 
     def commit(self, temporary: Path, made: CheckpointInfo) -> None:
-        """Add the digest to a checkpoint that all ranks have written, rename it into place, drop older ones.
+        """Add the digests to a checkpoint that all ranks have written, rename it, and remove older ones.
 
         Raises:
             StageFailed: the shard of a rank is missing, so the ranks do not share the folder.
@@ -78,7 +78,7 @@ class Checkpoints:
         shards = len(list(temporary.glob("*zero_pp_rank_*_optim_states.pt")))
         if made.zero_stage and shards != made.ranks:
             raise StageFailed(
-                f"{made.ranks} ranks wrote a checkpoint and {self.folder} holds the shards of {shards}",
+                f"{made.ranks} ranks wrote a checkpoint, but {self.folder} has the shards of only {shards}",
                 "Put the workspace on storage that every node shares",
             )
         if self.curve.exists():
@@ -87,28 +87,28 @@ class Checkpoints:
         final = self.folder / f"step-{made.step:08d}"
         _remove(final)
         os.replace(temporary, final)
-        # A later step than this one was left behind when a damaged checkpoint was passed over.
+        # A damaged checkpoint of a later step may still be there; it is removed too.
         names = sorted(self.folder.glob("step-*"))
-        kept = [name for name in names if name <= final][-self.keep :]
+        newest = [name for name in names if name <= final][-self.keep :]
         for name in names:
-            if name not in kept:
+            if name not in newest:
                 _remove(name)
 
     @property
     def curve(self) -> Path:
-        """The job's metrics up to now. A checkpoint holds a copy: the file itself has no digest."""
+        """The job's metrics so far. A checkpoint has a copy, because this file has no digest."""
         return self.folder.parent / CURVE
 
     def restore_curve(self, checkpoint: Path) -> None:
-        """Put back the lines that were there when the checkpoint was written."""
-        if (checkpoint / CURVE).exists():  # older checkpoints hold none
+        """Restore the metrics as they were when the checkpoint was written."""
+        if (checkpoint / CURVE).exists():  # older checkpoints have no copy
             shutil.copyfile(checkpoint / CURVE, self.curve)
 
     def newest(self) -> tuple[Path, CheckpointInfo] | None:
-        """The newest whole checkpoint; None when none was ever written.
+        """The newest undamaged checkpoint; None if none was ever written.
 
         Raises:
-            StageFailed: there are checkpoints and all of them are damaged.
+            StageFailed: every checkpoint is damaged.
         """
         damage: list[str] = []
         for folder in sorted(self.folder.glob("step-*"), reverse=True):
@@ -119,12 +119,12 @@ class Checkpoints:
                 log.warning("the checkpoint %s is damaged (%s)", folder, error)
                 continue
             if damage:
-                log.warning("falling back to the checkpoint before: %s", folder)
+                log.warning("falling back to an earlier checkpoint: %s", folder)
             return folder, made
         if damage:
             raise StageFailed(
                 f"every checkpoint in {self.folder} is damaged ({'; '.join(damage)})",
-                "Put back a copy of that folder, or delete it to train from the first step",
+                "Restore a copy of that folder, or delete it to train from the first step",
             )
         return None
 
@@ -141,16 +141,16 @@ def _write_digest(folder: Path, made: CheckpointInfo) -> None:
     files = {str(f.relative_to(folder)): digest_file(f) for f in sorted(folder.rglob("*")) if f.is_file()}
     facts: dict[str, Any] = {"made": asdict(made), "files": files}
     (folder / DIGEST).write_text(json.dumps(facts | {"sha256": _own_digest(facts)}, indent=1))
-    # Else a disk that fails leaves empty files under a whole checkpoint's name.
+    # Without this, a failing disk could leave empty files in a renamed checkpoint.
     for path in [*(folder / name for name in [*files, DIGEST]), folder]:
         sync(path)
 
 
 def read_digest(folder: Path) -> CheckpointInfo:
-    """How a checkpoint was made, once all of it has been read and compared.
+    """How a checkpoint was made, after all its files were compared with their digests.
 
     Raises:
-        ValueError: what is damaged, in a few words.
+        ValueError: the checkpoint is damaged; the message says where.
     """
     try:
         facts = json.loads((folder / DIGEST).read_text())
@@ -158,12 +158,12 @@ def read_digest(folder: Path) -> CheckpointInfo:
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         raise ValueError(f"{DIGEST} is missing or cannot be read") from None
     if own != _own_digest(facts):
-        raise ValueError(f"{DIGEST} is not what was written")
+        raise ValueError(f"{DIGEST} has changed since it was written")
     for name, digest in facts["files"].items():
         if not (folder / name).is_file():
             raise ValueError(f"{name} is missing")
         if digest_file(folder / name) != digest:
-            raise ValueError(f"{name} is not what was written")
+            raise ValueError(f"{name} has changed since it was written")
     return CheckpointInfo(**facts["made"])
 
 
@@ -173,28 +173,28 @@ def _own_digest(facts: dict[str, Any]) -> str:
 
 @contextmanager
 def restricted_unpickling(folder: Path) -> Iterator[None]:
-    """Within it torch reads tensors, plain values and the few types below; DeepSpeed asks it for any object.
+    """Let torch load only tensors, plain values and the types below, whatever DeepSpeed requests.
 
     Raises:
-        StageFailed: a file of the checkpoint holds something else, and was not run.
+        StageFailed: a file of the checkpoint contains another object; nothing of it was run.
     """
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    ours = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
-    # Python before 3.11.4 writes a member of an enumeration as a call of getattr.
+    deepspeed_types = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+    # Python before 3.11.4 pickles a member of an enumeration as a call of getattr.
     members = [(_member, f"{module}.getattr") for module in ("__builtin__", "builtins")]
     generator = [np._core.multiarray._reconstruct, np.ndarray, np.dtype, np.dtypes.UInt32DType]  # type: ignore[attr-defined]
     before = os.environ.get(_FORCED)
     os.environ[_FORCED] = "1"
     try:
-        with torch.serialization.safe_globals([*ours, *generator, *members]):
+        with torch.serialization.safe_globals([*deepspeed_types, *generator, *members]):
             yield
     except pickle.UnpicklingError as error:
         raise StageFailed(
-            f"the checkpoint {folder} holds more than numbers, and was not read ({_first_sentence(error)})",
-            "Somebody else wrote into it: find out who, then delete it; training goes on from an earlier one",
+            f"the checkpoint {folder} contains more than numbers and is refused ({_first_sentence(error)})",
+            "Find out what changed it, then delete it; training resumes from an earlier checkpoint",
         ) from error
     finally:
         if before is None:
@@ -204,26 +204,26 @@ def restricted_unpickling(folder: Path) -> Iterator[None]:
 
 
 def _member(kind: type, name: str) -> object:
-    """What stands in for getattr while a checkpoint is read: it reaches members of enumerations alone."""
+    """Replaces getattr while a checkpoint is loaded: it returns members of enumerations only."""
     if not (isinstance(kind, type) and issubclass(kind, Enum)):
         raise pickle.UnpicklingError("GLOBAL getattr was not an allowed global.")
     return kind[name]
 
 
-# Stronger than the argument of each call: DeepSpeed says weights_only=False everywhere.
+# Overrides the argument of each call: DeepSpeed passes weights_only=False everywhere.
 _FORCED = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 def _first_sentence(error: Exception) -> str:
-    found = re.search(r"(Unsupported|Trying to|GLOBAL)[^.]*\.?[^ ]*", str(error))
-    return found[0] if found else type(error).__name__
+    sentence = re.search(r"(Unsupported|Trying to|GLOBAL)[^.]*\.?[^ ]*", str(error))
+    return sentence[0] if sentence else type(error).__name__
 
 
 # Random states ----------------------------------------------------------------------------------------------
 
 
 def save_random_state(folder: Path, rank: int) -> None:
-    """Write the states of this rank's random generators."""
+    """Save the states of this rank's random generators."""
     state = {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
@@ -234,7 +234,7 @@ def save_random_state(folder: Path, rank: int) -> None:
 
 
 def load_random_state(folder: Path, rank: int) -> None:
-    """Set this rank's random generators; a rank that did not exist at the save keeps its own."""
+    """Restore this rank's random generators; a rank that did not exist when they were saved keeps its own."""
     file = _random_file(folder, rank)
     if not file.exists():
         return
@@ -255,27 +255,27 @@ def _random_file(folder: Path, rank: int) -> Path:
 
 
 def to_universal(checkpoint: Path, out: Path) -> None:
-    """Convert ZeRO shards into DeepSpeed's universal form, which any number of ranks can load.
+    """Convert ZeRO shards into DeepSpeed's universal checkpoint, which any number of ranks can load.
 
     Raises:
-        StageFailed: DeepSpeed's converter failed; the end of what it said is in the message.
+        StageFailed: DeepSpeed's converter failed; the message has the last line of its output.
     """
     shutil.rmtree(out, ignore_errors=True)
-    # The converter looks through folders below, where the checkpoint of a critic may lie.
-    alone = out.with_name(f"alone-{out.name}")
-    shutil.rmtree(alone, ignore_errors=True)
-    alone.mkdir(parents=True)
+    # The converter also reads subfolders, and the checkpoint of a critic is one: link only the files.
+    links = out.with_name(f"links-{out.name}")
+    shutil.rmtree(links, ignore_errors=True)
+    links.mkdir(parents=True)
     for file in checkpoint.iterdir():
         if file.is_file():
-            (alone / file.name).symlink_to(file.resolve())
+            (links / file.name).symlink_to(file.resolve())
     command = [sys.executable, "-P", "-m", "dpo_core.training.convert_checkpoint", "--inject_missing_state"]
-    command += ["--input_folder", str(alone), "--output_folder", str(out)]
-    # One worker each: as many as it has cores would hold as many copies of the state.
+    command += ["--input_folder", str(links), "--output_folder", str(out)]
+    # Each worker has a copy of the state in memory; the default is one for each core.
     command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    shutil.rmtree(alone)
+    shutil.rmtree(links)
     if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no word"])[-1]
+        last = (done.stderr.strip().splitlines() or ["no error message"])[-1]
         raise StageFailed(
             f"the checkpoint {checkpoint} cannot be converted for another number of ranks: {last}",
             "Resume on the number of ranks that wrote it",

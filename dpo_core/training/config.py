@@ -1,4 +1,4 @@
-"""What a recipe says about optimiser, schedule, precision, memory, ranks, checkpoints and batches."""
+"""Settings of a training: optimiser, schedule, precision, memory, ranks, checkpoints and batches."""
 
 import math
 from typing import Literal
@@ -14,7 +14,7 @@ class OptimConfig(Config):
     learning_rate: float = Field(1e-6, gt=0, le=1)
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """What follows the warm-up: stay, or fall to zero at the last step."""
+    """After the warm-up: constant, or falling to zero at the last step."""
     warmup_fraction: float = Field(0.1, ge=0, lt=1)
     """Share of the steps over which the learning rate rises from zero."""
     weight_decay: float = Field(0.0, ge=0)
@@ -28,7 +28,7 @@ class OptimConfig(Config):
 
 
 class EngineConfig(Config):
-    """How the arithmetic is done and how often it is saved."""
+    """Precision, ZeRO, ranks and checkpoints of a training."""
 
     precision: Literal["fp32", "bf16"] = "bf16"
     """bf16: autocast over fp32 weights and an fp32 head; fp32 on processors without bf16 arithmetic (x86
@@ -36,11 +36,11 @@ class EngineConfig(Config):
     zero_stage: int = Field(0, ge=0, le=3)
     """DeepSpeed ZeRO stage. 0 replicates everything and is the fastest in one process."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
-    """What lies in the host's memory: the optimiser's state (ZeRO 1-3), the parameters too (ZeRO 3)."""
+    """What is kept in host memory: the optimiser's state (ZeRO 1-3), or the parameters too (ZeRO 3)."""
     processes: int = Field(1, ge=1)
     """Ranks on each node."""
     threads: int | None = Field(None, ge=1)
-    """CPU threads a rank; all cores shared out when empty."""
+    """CPU threads of a rank; empty: its share of the cores."""
     compile: bool = False
     """Compile the decoder layers: faster after some minutes of compiling; needs a C++ compiler or a GPU."""
     gradient_checkpointing: bool = False
@@ -48,12 +48,12 @@ class EngineConfig(Config):
     save_every: int = Field(10, ge=1)
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(2, ge=1)
-    """Newest checkpoints that stay on the disk; with one, a damaged checkpoint ends the run."""
+    """Newest checkpoints to keep; with one, a damaged checkpoint cannot be replaced by an earlier one."""
     lost_after_seconds: float = Field(12.0, ge=1)
-    """How long another rank's node may be silent on the network before the job ends: it is gone or cut off. A
-    slow rank is not silent, whatever it does; its kernel answers for it."""
+    """How long another rank's node may be silent on the network before the job ends: the node is gone or cut
+    off. A slow rank is not silent, because its kernel answers."""
     timeout_seconds: float = Field(600.0, gt=0)
-    """How long a rank waits in a step for the others, as long as they live; longer than the slowest
+    """How long a rank waits in a step for the other live ranks; must be longer than the slowest
     checkpoint."""
 
     @model_validator(mode="after")
@@ -67,12 +67,12 @@ class EngineConfig(Config):
 
 
 class LoopConfig(Config):
-    """What every loop over a fixed set of examples reads."""
+    """Settings of a training on a fixed set of examples."""
 
     epochs: float = Field(1.0, gt=0)
     """Passes over the training examples."""
     max_steps: int | None = Field(None, ge=1)
-    """Stop after so many optimiser steps, whatever `epochs` says."""
+    """Stop after this number of optimiser steps, whatever `epochs` is."""
     batch_size: int = Field(16, ge=1)
     """Examples (pairs, for preferences) in one optimiser step, over all ranks."""
     micro_batch_size: int = Field(8, ge=1)
@@ -93,30 +93,31 @@ class LoopConfig(Config):
 
     @property
     def rows_are_padded(self) -> bool:
-        """Whether `micro_batch_size` decides what shares a forward pass."""
+        """Whether the recipe asks for padded rows, `micro_batch_size` in a forward pass."""
         return True
 
     def padded_micro_batch_size(self, world: int) -> int:
-        """Examples in a forward pass of padded rows on one of so many ranks.
+        """Examples in a forward pass of padded rows on each of `world` ranks.
 
-        Where packs were asked for and cannot be, the recipe's two sizes need not divide each other.
+        For a model that cannot be packed although the recipe asks for packs, batch_size need not be a
+        multiple of micro_batch_size.
         """
         if self.rows_are_padded:
             return self.micro_batch_size
         return math.gcd(self.batch_size // world, self.micro_batch_size)
 
     def steps(self, examples: int) -> int:
-        """Optimiser steps for so many examples."""
-        wanted = max(1, round(examples * self.epochs / self.batch_size))
-        return min(wanted, self.max_steps or wanted)
+        """Optimiser steps for a number of examples."""
+        steps = max(1, round(examples * self.epochs / self.batch_size))
+        return min(steps, self.max_steps or steps)
 
 
 class PackedLoopConfig(LoopConfig):
-    """A loop whose examples are prompts with completions, which can be packed."""
+    """A training on prompts with completions, which can be packed."""
 
     pack_tokens: int | None = Field(4096, ge=64)
-    """Tokens of one forward pass on one rank: each prompt once with its completions, nothing padded. Empty:
-    padded rows, `micro_batch_size` examples at a time; so also for a model that cannot share a prompt."""
+    """Tokens in one forward pass on one rank: each prompt once with its completions, without padding. Empty:
+    padded rows of `micro_batch_size` examples, which is also used for a model that cannot be packed."""
 
     @property
     def rows_are_padded(self) -> bool:

@@ -1,4 +1,4 @@
-"""DeepSpeed's converter of checkpoints, reading numbers alone; a module to run."""
+"""Runs DeepSpeed's checkpoint converter with restricted unpickling."""
 
 import sys
 from pathlib import Path
@@ -11,9 +11,9 @@ def main() -> None:
     """Entry point; the options are those of `deepspeed.checkpoint.ds_to_universal`."""
     from deepspeed.checkpoint import ds_to_universal
 
-    asked = ds_to_universal.parse_arguments()
-    with restricted_unpickling(Path(asked.input_folder)):
-        ds_to_universal.main(asked)
+    arguments = ds_to_universal.parse_arguments()
+    with restricted_unpickling(Path(arguments.input_folder)):
+        ds_to_universal.main(arguments)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The processes of one job: how they find each other, how long they wait, and what a lost one looks like."""
+"""The process group of a job: joining it, its time limits, its peak memory, and errors of lost ranks."""
 
 import contextlib
 import logging
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def start_distributed(config: "EngineConfig") -> None:
-    """Join the process group that torchrun describes; alone when there is none."""
+    """Join the process group of torchrun's environment variables; without them, a group of one rank."""
     set_accelerator()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
@@ -28,7 +28,7 @@ def start_distributed(config: "EngineConfig") -> None:
     # torch 2.13's cuDNN attention gives NaN gradients in bf16.
     if torch.cuda.is_available():
         torch.backends.cuda.enable_cudnn_sdp(False)
-    # Only used by inference; building it needs a C++ compiler and half a minute.
+    # Only inference uses it, and building it needs a C++ compiler and half a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         os.environ.setdefault(name, value)
@@ -41,18 +41,18 @@ def start_distributed(config: "EngineConfig") -> None:
 
 
 def share_cores(processes: int) -> None:
-    """Let this process compute on its share of the cores only.
+    """Limit this process to its share of the cores.
 
-    Threads of one computation wait for each other by spinning: two that want all cores at once are slower by
-    far than one after the other.
+    Threads spin while they wait for each other: two processes with as many threads as cores are much slower
+    than one after the other.
     """
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
 
 
 def limit_waiting(seconds: float) -> None:
-    """Let no collective of any process group wait longer for its peers.
+    """Set the timeout of the collectives of every process group.
 
-    Each group has its own limit, and DeepSpeed makes groups that do not take the one of `init_distributed`.
+    Each group has its own timeout, and DeepSpeed creates groups without the one of `init_distributed`.
     """
     groups = torch.distributed.distributed_c10d
     for group in list(groups._world.pg_map):
@@ -60,11 +60,11 @@ def limit_waiting(seconds: float) -> None:
 
 
 def peak_bytes() -> int:
-    """This process's peak so far: allocated on its GPU, resident where there is none."""
+    """Peak memory of this process so far: allocated on its GPU, or resident without a GPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     with contextlib.suppress(OSError):
-        # What `getrusage` tells begins with the size of the process that started this one.
+        # The peak of `getrusage` includes the size of the parent process before exec.
         peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
         if peak:
             return int(peak[1]) * 1024
@@ -73,7 +73,8 @@ def peak_bytes() -> int:
 
 
 def peak_memory() -> int:
-    """Peak of the job so far: of all ranks together on CPUs, which they may share; of the fullest GPU."""
+    """Peak memory of the job so far: summed over ranks on CPUs, which may share a machine; else the fullest
+    GPU's."""
     on_gpu = torch.cuda.is_available()
     peak = torch.tensor(peak_bytes(), device="cuda" if on_gpu else "cpu")
     reduce = torch.distributed.ReduceOp
@@ -81,7 +82,7 @@ def peak_memory() -> int:
     return int(peak)
 
 
-# What gloo, NCCL and the rendezvous store say when the other side has died or does not answer.
+# Messages of gloo, NCCL and the rendezvous store when a peer has died or does not answer.
 _LOST = re.compile(
     r"connection closed by peer|connection reset by peer|broken pipe|timed out waiting|connectfullmesh"
     r"|socket timeout|connection refused|no route to host|network is unreachable|wait timeout after"
@@ -91,7 +92,7 @@ _LOST = re.compile(
 
 
 def lost_peer(error: BaseException) -> RankLost | None:
-    """The error as one about another rank, when it says that one is gone; None when it is of another kind."""
+    """A `RankLost` for an error of torch or of a socket that means a lost peer; None for other errors."""
     if isinstance(error, StageFailed) or not isinstance(error, RuntimeError | OSError):
         return None
     if not _LOST.search(str(error)):
@@ -100,9 +101,9 @@ def lost_peer(error: BaseException) -> RankLost | None:
 
 
 def lost_rank(how: str, detail: str) -> RankLost:
-    """The error of a rank that misses another."""
+    """The error of a rank that has lost another."""
     first = detail.strip().splitlines()[0][:200]
     return RankLost(
         f"rank {os.environ.get('RANK', '0')} lost another rank: a process or node is {how} ({first})",
-        "Look at the logs of the other nodes, then resume the run: it goes on from its last checkpoint",
+        "See the logs of the other nodes, then resume the run: it continues from its last checkpoint",
     )

@@ -1,9 +1,9 @@
-"""torchrun that also ends when it is cut off; a module to run, with torchrun's own arguments.
+"""Runs torchrun, and exits when its node has lost its connection to the rendezvous store.
 
-Between looks at its ranks torchrun asks the rendezvous store, whose client waits without limit for an
-answer that a dead link swallows: on a node that was cut off it holds on until TCP gives up, a quarter of an
-hour or more, although its ranks have ended. No option of the c10d rendezvous bounds that, SIGTERM is not
-heard in that wait, and nothing can kill a torchrun that is process 1 of its container but itself.
+Between polls of its ranks torchrun queries the rendezvous store, whose client waits for the answer without a
+timeout. On a node that is cut off it waits until TCP gives up, a quarter of an hour or more, although its
+ranks have ended. No option of the c10d rendezvous limits that wait, SIGTERM does not interrupt it, and a
+torchrun that is process 1 of its container can only be ended by itself. The arguments are torchrun's.
 """
 
 import os
@@ -16,13 +16,13 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.launcher import api
 
 STUCK = 5.0
-"""Seconds that the ended ranks may stay uncollected; torchrun looks every 0.1 s."""
+"""Seconds that ranks may have ended without torchrun noticing; it polls them every 0.1 s."""
 STUCK_WITH_RESTARTS = 600.0
-"""The same while restarts are left: the others wait so long for this node, and its link may come back."""
+"""The same while restarts are left: the other nodes wait this long for this one, whose link may come back."""
 
 
 class Agent(LocalElasticAgent):
-    """torchrun's agent, which ends its process when it does not come to look at its ranks any more."""
+    """torchrun's agent, with a thread that ends the process when the agent no longer polls its ranks."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -33,13 +33,13 @@ class Agent(LocalElasticAgent):
         while True:
             time.sleep(0.5)
             ranks = self._pcontext.pids().values() if self._pcontext else ()
-            # One that has ended may wait for others of this node, which take their time to save.
+            # Only when all have ended: a rank that is alive may still be saving.
             if {_state(pid) for pid in ranks} not in ({"uncollected"}, {"uncollected", "gone"}):
                 since = time.monotonic()
             elif time.monotonic() - since > (STUCK_WITH_RESTARTS if self._remaining_restarts else STUCK):
                 print(
-                    "error: this node is cut off from the one with the rendezvous store, and its ranks have "
-                    "ended. Look at their own errors above, then resume the run",
+                    "error: this node has lost its connection to the rendezvous store, and its ranks have "
+                    "ended. See their errors above, then resume the run",
                     file=sys.stderr,
                     flush=True,
                 )

@@ -1,6 +1,6 @@
-"""The DeepSpeed engine behind one small class: build, step, checkpoint, resume, export.
+"""`Engine`, a small wrapper of DeepSpeed: build, step, save and resume checkpoints, export weights.
 
-One process on a laptop and many nodes run the same code; torchrun starts it everywhere.
+One process on a laptop and many nodes run the same code.
 """
 
 import json
@@ -34,14 +34,14 @@ Result = TypeVar("Result")
 
 
 class Engine:
-    """A module under DeepSpeed, with its optimiser, schedule, checkpoints and stop flag.
+    """A module under DeepSpeed, with its optimiser, schedule, checkpoints and stop signals.
 
     Args:
-        module: what is trained; its parameters that require gradients are.
+        module: its parameters that require gradients are trained.
         micro_batches: backward calls before each optimiser step, on every rank.
-        work: folder of this job; checkpoints lie in `work/checkpoints`.
-        companions: engines made before this one (a critic), by name; they are saved and loaded with it, in
-            the same checkpoint, so that the two can never be of different steps.
+        work: folder of this job; checkpoints are in `work/checkpoints`.
+        companions: engines made before this one (a critic), by name. They are saved and loaded in the same
+            checkpoint, so that they are always at the same step.
     """
 
     def __init__(
@@ -81,22 +81,22 @@ class Engine:
         self.world = torch.distributed.get_world_size()
         self.rank = torch.distributed.get_rank()
         if self.world == 1 and not self.stage:
-            # DeepSpeed would copy all gradients into one tensor and back, to sum them with nobody's.
+            # With one rank the all-reduce would only copy all gradients into one tensor and back.
             self.engine.enable_backward_allreduce = False
         self.companions = dict(companions or {})
-        # The engine made last hears the signals: the one that has the companions.
+        # The engine made last, which has the companions, handles the signals.
         self.signals = StopSignals()
 
     def _deepspeed_config(self, micro_batches: int) -> dict[str, Any]:
         return {
-            "train_micro_batch_size_per_gpu": 1,  # ours are counted by us; DeepSpeed only needs their number
+            "train_micro_batch_size_per_gpu": 1,  # not used: `backward` divides by the size of the batch
             "gradient_accumulation_steps": micro_batches,
-            # Always given: DeepSpeed clips at 1.0 when the key is absent. Stage 0 is clipped in `step`,
-            # because there DeepSpeed does not tell the norm.
+            # Always set: DeepSpeed clips at 1.0 when the key is absent. Stage 0 is clipped in `step`, because
+            # DeepSpeed does not report the norm there.
             "gradient_clipping": self.optim.max_grad_norm if self.stage else 0.0,
             "zero_optimization": self._zero_config(),
             "zero_allow_untested_optimizer": True,
-            # torch's AdamW steps offloaded state too; DeepSpeed's own would have to be compiled here.
+            # torch's AdamW also works on offloaded state; DeepSpeed's would have to be compiled here.
             "zero_force_ds_cpu_optimizer": False,
             "steps_per_print": 2**31,
             "wall_clock_breakdown": False,
@@ -110,8 +110,8 @@ class Engine:
         if self.config.offload == "parameters":
             zero["offload_param"] = host
         if self.stage == 3:
-            # Small parameters stay whole: gathering them costs more than they take. Small for this model,
-            # so that little models are cut up as large ones are.
+            # Small parameters are not sharded: gathering them costs more than storing them. The limit depends
+            # on the model, so that small models are sharded as large ones are.
             largest = max(p.numel() for p in self.module.parameters())
             zero["stage3_param_persistence_threshold"] = min(100_000, largest // 16)
         return zero
@@ -121,21 +121,25 @@ class Engine:
         return self.engine.device
 
     def run(self, work: Callable[..., Result], *arguments: Any) -> Result:
-        """`work(*arguments)` as the engine's forward pass.
+        """Run `work(*arguments)` as the engine's forward pass.
 
-        All that reads the module's parameters belongs in here: outside ZeRO 3 has them cut up.
+        Code that reads the module's parameters must run in it: outside, ZeRO 3 has them sharded.
         """
         return self.engine(lambda: work(*arguments))
 
     def backward(self, loss_sum: Tensor, total: float) -> None:
-        """Accumulate the gradient of `loss_sum / total`, `total` being counted over the GLOBAL batch.
+        """Accumulate the gradient of `loss_sum / total`, with `total` counted over the GLOBAL batch.
 
-        However micro-batches and ranks split the batch, the step is that of one mean over all of it.
+        The step then has the gradient of one mean over the batch, however it is split.
         """
         self.engine.backward(loss_sum * (self.world / total), scale_wrt_gas=False)
 
     def step(self) -> float | None:
-        """After each backward. Returns the gradient norm (before clipping) when the optimiser stepped."""
+        """Call after each `backward`. Returns the gradient norm before clipping if the optimiser stepped.
+
+        Raises:
+            StageFailed: the gradient norm is not finite.
+        """
         boundary = self.engine.is_gradient_accumulation_boundary()
         norm: float | None = None
         if boundary and not self.stage:
@@ -154,7 +158,7 @@ class Engine:
         if not np.isfinite(norm):
             raise StageFailed(
                 f"the gradient norm is {norm}",
-                "Lower the learning rate, or look at the batch named in the log; the last checkpoint is kept",
+                "Lower the learning rate; the last checkpoint is kept",
             )
 
     @property
@@ -164,10 +168,10 @@ class Engine:
     # Checkpoints -------------------------------------------------------------------------------------------
 
     def save(self, step: int, state: dict[str, Any] | None = None) -> None:
-        """Write a whole checkpoint beside the others, rename it into place, then remove older ones.
+        """Write a checkpoint, then remove older ones.
 
         Args:
-            state: what the loop wants back from `load_latest`.
+            state: the trainer's own state, which `load_latest` returns.
         """
         temporary = self._on_rank_0(lambda: self.checkpoints.begin(step))
         self.engine.save_checkpoint(
@@ -183,58 +187,60 @@ class Engine:
         )
 
     def load_latest(self) -> dict[str, Any] | None:
-        """Load the newest whole checkpoint, written by any number of ranks; None when there is none.
+        """Load the newest undamaged checkpoint, written by any number of ranks; None if there is none.
 
         Raises:
-            StageFailed: all checkpoints are damaged, or of another ZeRO stage, or not seen by this node.
+            StageFailed: every checkpoint is damaged, or the newest has another ZeRO stage, or this node
+                cannot see it.
         """
-        found = self._on_rank_0(self.checkpoints.newest)
-        client = self._load_found(*found) if found else None
-        if found:
-            self._on_rank_0(lambda: self.checkpoints.restore_curve(found[0]))
-        # Only now: converting may take rank 0 longer than the others are to wait in a step.
+        newest = self._on_rank_0(self.checkpoints.newest)
+        state = self._restore(*newest) if newest else None
+        if newest:
+            self._on_rank_0(lambda: self.checkpoints.restore_curve(newest[0]))
+        # Not earlier: rank 0 may take longer to convert a checkpoint than the others may wait in a step.
         limit_waiting(self.config.timeout_seconds)
-        return client
+        return state
 
-    def _load_found(self, folder: Path, made: CheckpointInfo) -> dict[str, Any]:
+    def _restore(self, folder: Path, info: CheckpointInfo) -> dict[str, Any]:
         if not folder.is_dir():
             raise StageFailed(
-                f"rank {self.rank} does not see {folder}",
+                f"rank {self.rank} cannot see {folder}",
                 "Put the workspace on storage that every node shares",
             )
-        if made.zero_stage != self.stage:
+        if info.zero_stage != self.stage:
             raise StageFailed(
-                f"the checkpoint {folder} is of ZeRO stage {made.zero_stage} and the run of {self.stage}",
-                "Resume with the stage that wrote it",
+                f"the checkpoint {folder} was written with ZeRO stage {info.zero_stage}, but the run uses "
+                f"stage {self.stage}",
+                f"Resume with zero_stage {info.zero_stage}",
             )
-        client = self._load(folder, made)
+        state = self._load(folder, info)
         for name, other in self.companions.items():
-            other._load(folder / name, made)
+            other._load(folder / name, info)
         load_random_state(folder, self.rank)
-        log.info("going on from %s", folder)
-        return client
+        log.info("resuming from %s", folder)
+        return state
 
-    def _load(self, folder: Path, made: CheckpointInfo) -> dict[str, Any]:
-        # Without ZeRO every rank holds everything and any number of ranks can read the one file.
-        convert = made.ranks != self.world and self.stage > 0
+    def _load(self, folder: Path, info: CheckpointInfo) -> dict[str, Any]:
+        # Without ZeRO the checkpoint is one file, which any number of ranks can load.
+        convert = info.ranks != self.world and self.stage > 0
         if convert:
-            log.info("%s was written by %d ranks; converting it for %d", folder, made.ranks, self.world)
+            log.info("%s was written by %d ranks; converting it for %d", folder, info.ranks, self.world)
             source, folder = folder, folder.parent / "tmp-universal" / folder.name
             self._on_rank_0(lambda: to_universal(source, folder))
-        # The flag also changes how DeepSpeed names files, so that it is set for this one load only.
+        # Set for this load only, because the flag also changes how DeepSpeed names files.
         self.engine._config.load_universal_checkpoint = convert
         with restricted_unpickling(folder):
-            path, client = self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
+            path, state = self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
         self.engine._config.load_universal_checkpoint = False
         if path is None:
             raise StageFailed(f"DeepSpeed cannot load the checkpoint {folder}", "Delete it and run again")
         self.barrier()
         if convert:
             self._on_rank_0(lambda: shutil.rmtree(folder.parent))
-        return client
+        return state
 
     def _on_rank_0(self, work: Callable[[], Result]) -> Result:
-        """The result of `work`, which only rank 0 does, on every rank; its StageFailed too."""
+        """Run `work` on rank 0 and return its result, or raise its StageFailed, on every rank."""
         box: list[Any] = [None]
         if self.rank == 0:
             try:
@@ -247,7 +253,7 @@ class Engine:
         return box[0]
 
     def stop_requested(self) -> bool:
-        """Whether a signal to stop reached any rank; all ranks get the same answer at the same step."""
+        """Whether any rank has received a stop signal; all ranks get the same answer at the same step."""
         flag = torch.tensor([float(self.signals.received)], device=self.device)
         torch.distributed.all_reduce(flag)
         return bool(flag.item())
@@ -268,9 +274,9 @@ class Engine:
         return values
 
     def full_state(self) -> dict[str, Tensor]:
-        """All weights of the module on rank 0, at the end of training; other ranks may get none.
+        """All weights of the module on rank 0, after training; other ranks may get none.
 
-        ZeRO 3 is taken off the module here, so that it can be used as a plain one; see `load_full_state`.
+        With ZeRO 3 the module becomes a plain one again; see `load_full_state`.
         """
         if self.stage < 3:
             return {k: v.detach().cpu() for k, v in self.module.state_dict().items()}
@@ -285,7 +291,7 @@ class Engine:
 
 
 def load_full_state(module: nn.Module, state: dict[str, Tensor]) -> None:
-    """Set the tensors of a module to those of `full_state`, also where ZeRO 3 left empty ones."""
+    """Set the tensors of a module to those of `full_state`, even if ZeRO 3 has left empty ones."""
     live: dict[str, Tensor] = {
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),
@@ -295,10 +301,10 @@ def load_full_state(module: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 class _Root(nn.Module):
-    """What DeepSpeed wraps: its forward pass is any function that uses the module.
+    """The outermost module, which DeepSpeed wraps: its forward pass runs any function that uses the module.
 
-    Losses read the output head's weight directly. ZeRO 3 gathers a parameter that is read outside of its own
-    layer only within the forward pass of the outermost module.
+    Losses read the output head's weight directly, and ZeRO 3 gathers a parameter that is read outside its own
+    layer only during the forward pass of the outermost module.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -310,7 +316,7 @@ class _Root(nn.Module):
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one line a step, written whole, cut back to the checkpoint on resume."""
+    """`metrics.jsonl`: one line for each step. On resume, the lines after the checkpoint are removed."""
 
     def __init__(self, path: Path, *, resume_after: int) -> None:
         self.path = path
@@ -336,4 +342,4 @@ def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError):
-        return float("inf")  # half a line, left by a kill
+        return float("inf")  # an incomplete line, left by a kill

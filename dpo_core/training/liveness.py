@@ -1,10 +1,10 @@
-"""Notices within seconds that another rank is gone, whatever this one is doing.
+"""Liveness: detects within seconds that another rank is lost, whatever this rank is doing.
 
-A collective cannot tell a lost rank from a slow one: its limit (`engine.timeout_seconds`) must outlast the
-slowest step and checkpoint. So rank 0 and each other rank hold one idle TCP connection beside. It is the
-kernel at the far end that answers its keep-alive probes: a rank that computes, compiles, writes or holds the
-interpreter's lock for minutes is never taken for a lost one. A process that ends closes the connection at
-once; a node without power or cable lets it fall silent. Rank 0 tells the others whom it lost.
+A collective cannot distinguish a lost rank from a slow one: its timeout (`engine.timeout_seconds`) must be
+longer than the slowest step and checkpoint. Therefore rank 0 keeps an idle TCP connection to each other rank.
+The kernel of the other node answers its keep-alive probes, so a rank that computes, compiles, writes or holds
+the interpreter's lock for minutes does not count as lost. A process that ends closes the connection at once;
+a node that loses power or network stops answering. Rank 0 reports a lost rank to the others.
 """
 
 import contextlib
@@ -27,13 +27,13 @@ _starts = itertools.count()
 
 
 class LivenessMonitor:
-    """The connections of this rank and the thread that listens to them. With one rank it does nothing.
+    """The connections of this rank and the thread that listens on them. With one rank it does nothing.
 
     Args:
-        lost: called in that thread with what is known of the lost rank, and must end the process with
-            `os._exit`: the main thread may wait in C for a collective, or for an NCCL kernel that spins on
-            the GPU, where no exception reaches it, and an orderly exit would wait there too.
-        grace: seconds for the main thread to fail by itself, which says more than that a rank is gone.
+        lost: called in that thread with a description of the lost rank; must end the process with
+            `os._exit`. The main thread may wait in C for a collective, or for an NCCL kernel that spins on
+            the GPU: no exception can reach it there, and an orderly exit would wait too.
+        grace: seconds in which the main thread may fail first, with an error that says more.
     """
 
     def __init__(self, lost: Callable[[str], None], grace: float = 3.0) -> None:
@@ -43,10 +43,10 @@ class LivenessMonitor:
         self._thread = threading.Thread(target=self._listen, name="watch", daemon=True)
 
     def start(self, silence: float, timeout: float) -> None:
-        """Connect and listen; every rank calls this once all have joined the process group.
+        """Connect and listen. Every rank calls this after it has joined the process group.
 
         Args:
-            silence: seconds without a sign of life after which a rank is lost.
+            silence: seconds without an answer after which a rank is lost.
             timeout: seconds that rank 0 waits for the others to connect.
 
         Raises:
@@ -60,7 +60,7 @@ class LivenessMonitor:
         self.connect(group._get_default_store(), f"watch/{next(_starts)}", rank, world, silence, timeout)
 
     def connect(self, store: Any, key: str, rank: int, world: int, silence: float, timeout: float) -> None:
-        """As `start`, by any store of torch."""
+        """As `start`, with any store of torch."""
         if rank == 0:
             self._accept(store, key, world - 1, time.monotonic() + timeout)
         else:
@@ -80,9 +80,9 @@ class LivenessMonitor:
                 except TimeoutError:
                     raise StageFailed(
                         f"{others - len(self._peers)} of {others} ranks did not connect to rank 0",
-                        "Look at their logs",
+                        "See their logs",
                     ) from None
-                # Whoever else finds the port, a rank of a start that failed for one, does not know the token.
+                # Other connections to the port, such as a rank of an earlier start, lack the token.
                 hello = _read(peer, _TOKEN + 8).decode(errors="replace")
                 if hello[:_TOKEN] == token:
                     self._peers[peer] = f"rank {int(hello[_TOKEN:])}"
@@ -99,7 +99,7 @@ class LivenessMonitor:
         except OSError as error:
             raise StageFailed(
                 f"rank {rank} cannot reach rank 0 at {host} port {port} ({error})",
-                "Let the nodes reach each other on every TCP port",
+                "Allow connections between the nodes on every TCP port",
             ) from error
         self._peers[peer] = "rank 0"
 
@@ -110,42 +110,42 @@ class LivenessMonitor:
             while selector.get_map():
                 for key, _ in selector.select():
                     peer = cast(socket.socket, key.fileobj)
-                    word = self._hear(peer)
+                    message = self._receive(peer)
                     if self._over.is_set():
                         return
-                    if word == _BYE:
+                    if message == _BYE:
                         selector.unregister(peer)
                         continue
-                    self._tell(word)
+                    self._send(message)
                     if not self._over.wait(self._grace):
-                        self._lost(word.decode())
+                        self._lost(message.decode())
                     return
 
-    def _hear(self, peer: socket.socket) -> bytes:
-        """What another rank says: that it leaves, or whom it has lost; or why it says nothing any more."""
+    def _receive(self, peer: socket.socket) -> bytes:
+        """The message of another rank (it leaves, or it has lost a rank), or why the connection failed."""
         try:
-            word = peer.recv(200)
+            message = peer.recv(200)
         except OSError as error:
             return f"{self._peers[peer]}: {error.strerror}".encode()
-        return word or f"{self._peers[peer]} has ended".encode()
+        return message or f"{self._peers[peer]} has ended".encode()
 
-    def _tell(self, word: bytes) -> None:
+    def _send(self, message: bytes) -> None:
         for peer in self._peers:
             with contextlib.suppress(OSError):
-                peer.sendall(word)
+                peer.sendall(message)
 
     def mute(self) -> None:
-        """The main thread has failed and is about to say why: from now on this thread says nothing."""
+        """Do not report lost ranks any more: the main thread has failed and reports its own error."""
         self._over.set()
 
     def leave(self) -> None:
-        """Say good-bye and stop; the others go on without this rank."""
+        """Stop; the other ranks continue without this one."""
         self._over.set()
-        self._tell(_BYE)
+        self._send(_BYE)
         self.close()
 
     def close(self) -> None:
-        """Stop. To the others this rank is lost, unless it has left."""
+        """Stop. The other ranks count this one as lost unless `leave` was called."""
         self._over.set()
         for peer in self._peers:
             with contextlib.suppress(OSError):
@@ -174,14 +174,14 @@ def _read(peer: socket.socket, size: int) -> bytes:
 
 
 def _probe(peer: socket.socket, silence: float) -> None:
-    """Let the kernel ask for a sign of life five times within the silence that it bears."""
+    """Enable keep-alive: the kernel sends five probes within the allowed silence."""
     interval = max(1, int(silence / 5))
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in (
         ("TCP_KEEPIDLE", interval),
         ("TCP_KEEPINTVL", interval),
         ("TCP_KEEPCNT", 5),
-        ("TCP_USER_TIMEOUT", int(silence * 1000)),  # decides in place of the count, where there is one
+        ("TCP_USER_TIMEOUT", int(silence * 1000)),  # overrides the count on systems that have it
     ):
         if hasattr(socket, option):
             peer.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)

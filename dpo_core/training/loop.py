@@ -1,6 +1,6 @@
-"""The training loop that SFT, DPO and reward modelling share: steps, metrics, resume.
+"""The training loop on a fixed set of examples (SFT, DPO, KTO, reward model): steps, metrics, resume.
 
-PPO draws its own data and has its own loop; it uses the same engine.
+Methods that sample their own data use `trainers.online.loop`, with the same engine.
 """
 
 import logging
@@ -34,7 +34,7 @@ Example = TypeVar("Example")
 
 
 class Trainer(ABC, Generic[Example]):
-    """One training job. A subclass says what an example is and what its loss is."""
+    """One training job. A subclass defines an example and its loss."""
 
     def __init__(
         self, module: nn.Module, examples: Seq[Example], config: LoopConfig, *, seed: int, work: Path
@@ -45,7 +45,7 @@ class Trainer(ABC, Generic[Example]):
         self.module = module
         self.total_steps = config.steps(len(examples))
         self.batches = self.make_batches()
-        self.shape = shape_of(module)  # before ZeRO cuts the weights up
+        self.shape = shape_of(module)  # before ZeRO shards the weights
         self.balance = router_balance(module)
         if config.engine.gradient_checkpointing:
             checkpoint_layers(module)
@@ -62,11 +62,11 @@ class Trainer(ABC, Generic[Example]):
 
     @abstractmethod
     def length(self, example: Example) -> int:
-        """Tokens of an example; neighbours in length share a micro-batch."""
+        """Tokens of an example; examples of similar length share a micro-batch."""
 
     @abstractmethod
     def weight(self, example: Example) -> float:
-        """What an example counts in the mean of the loss: 1 for pairs, its tokens for SFT."""
+        """Weight of an example in the mean of the loss: 1 for pairs, its tokens for SFT."""
 
     @abstractmethod
     def losses(self, batch: Seq[Example]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -74,10 +74,10 @@ class Trainer(ABC, Generic[Example]):
 
     @abstractmethod
     def sizes(self, batch: Seq[Example]) -> cost.Sizes:
-        """What the forward pass of a micro-batch computes, from lengths alone."""
+        """Size of the forward pass of a micro-batch, computed from lengths only."""
 
     def flops(self, batch: Batch) -> float:
-        """Operations of a step over all ranks, those on padding and those done again included."""
+        """Operations of a step over all ranks, including padding and recomputation."""
         return sum(self.micro_flops([self.examples[i] for i in micro]) for micro in batch.all_micro_batches)
 
     def micro_flops(self, micro: Seq[Example]) -> float:
@@ -94,7 +94,7 @@ class Trainer(ABC, Generic[Example]):
         )
 
     def make_batches(self) -> Batches:
-        """How the examples become micro-batches."""
+        """The micro-batches of the examples."""
         world = torch.distributed.get_world_size()
         return PaddedBatches(
             [self.length(e) for e in self.examples],
@@ -106,30 +106,30 @@ class Trainer(ABC, Generic[Example]):
         )
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the engine's own state."""
+        """State that a checkpoint keeps besides the engine's."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` gave."""
+        """Restore what `state` returned."""
 
     def end_step(self, step: int) -> None:
         """Called after the optimiser stepped (0-based), before a checkpoint is written."""
 
-    def begin_step(self, everyone: Seq[Example]) -> None:
-        """Called with the global batch before its losses, for what couples its examples."""
+    def begin_step(self, batch: Seq[Example]) -> None:
+        """Called with the global batch before its losses, for values that depend on all its examples."""
 
     def tokens(self, example: Example) -> int:
-        """Tokens of an example, prompts counted once a completion."""
+        """Tokens of an example; the prompt counts once for each completion."""
         return self.length(example)
 
     def check_start(self) -> None:
         """Called once, before the first step of a fresh run."""
 
     def train(self) -> dict[str, float]:
-        """Run to the last step, from the newest checkpoint if there is one. Returns the last step's metrics.
+        """Train from the newest checkpoint, if there is one, to the end. Returns the last step's metrics.
 
         Raises:
-            Stopped: SIGTERM came; the state was saved.
+            Stopped: a stop signal was received; the state is saved.
             StageFailed: a loss or gradient was not finite; the message names the step and its examples.
         """
         state = self.engine.load_latest()
@@ -159,9 +159,9 @@ class Trainer(ABC, Generic[Example]):
         start = time.perf_counter()
         rate = self.engine.learning_rate
         batch = self.batches.of_step(step)
-        everyone = [self.examples[i] for i in batch.examples]
-        total = sum(self.weight(e) for e in everyone)
-        self.begin_step(everyone)
+        examples = [self.examples[i] for i in batch.examples]
+        total = sum(self.weight(e) for e in examples)
+        self.begin_step(examples)
         sums: dict[str, Tensor] = {}
         norm: float | None = None
         for indices in batch.micro_batches:
@@ -172,30 +172,30 @@ class Trainer(ABC, Generic[Example]):
             norm = self.engine.step()
             for name, value in {"loss": loss.detach() / total, **numbers}.items():
                 sums[name] = sums.get(name, torch.zeros(())) + value.detach().double().cpu()
-        values = self._reduce(sums, len(everyone))
+        values = self._reduce(sums, len(examples))
         seconds = time.perf_counter() - start
         return values | {
             "grad_norm": norm or 0.0,
             "learning_rate": rate,
-            "epoch": (step + 1) * len(everyone) / len(self.examples),
-            "num_tokens": float(sum(self.tokens(e) for e in everyone)),
+            "epoch": (step + 1) * len(examples) / len(self.examples),
+            "num_tokens": float(sum(self.tokens(e) for e in examples)),
             "flops": self.flops(batch),
-            "tokens_per_second": sum(self.tokens(e) for e in everyone) / seconds,
+            "tokens_per_second": sum(self.tokens(e) for e in examples) / seconds,
             "seconds_per_step": seconds,
         }
 
     def _balanced(self, micro: Seq[Example]) -> tuple[Tensor, dict[str, Tensor]]:
-        """`losses`, and the router's auxiliary loss where the model asks for it."""
+        """`losses`, with the router's auxiliary loss if the model's config has one."""
         if self.balance is None:
             return self.losses(micro)
-        with self.balance.watch():
+        with self.balance.recording():
             loss, numbers = self.losses(micro)
-            auxiliary, used = self.balance.loss()
+            auxiliary, loads = self.balance.loss()
         weight = self.balance.coefficient * sum(self.weight(e) for e in micro)
-        return loss + weight * auxiliary, numbers | {name: v * len(micro) for name, v in used.items()}
+        return loss + weight * auxiliary, numbers | {name: v * len(micro) for name, v in loads.items()}
 
     def _reduce(self, sums: dict[str, Tensor], examples: int) -> dict[str, float]:
-        """Means over the examples of the global batch; the loss is a mean already."""
+        """Means over the examples of the global batch; the loss already is a mean."""
         names = sorted(sums)
         stacked = self.engine.all_sum(torch.stack([sums[name].float() for name in names]))
         values = dict(zip(names, stacked.tolist(), strict=True))
@@ -204,11 +204,11 @@ class Trainer(ABC, Generic[Example]):
     def _require_finite(self, loss: Tensor, step: int, micro: Seq[Example]) -> None:
         if torch.isfinite(loss):
             return
-        alone: list[Example] = []
-        if self.config.engine.zero_stage < 3:  # there a forward pass needs every rank
-            with torch.no_grad():  # each alone, to name the ones to blame
-                alone = [e for e in micro if not torch.isfinite(self.losses([e])[0])]
-        ids = [str(getattr(e, "id", "?")) for e in alone or micro]
+        causes: list[Example] = []
+        if self.config.engine.zero_stage < 3:  # with ZeRO 3 a forward pass needs every rank
+            with torch.no_grad():  # one example at a time, to find those that cause it
+                causes = [e for e in micro if not torch.isfinite(self.losses([e])[0])]
+        ids = [str(getattr(e, "id", "?")) for e in causes or micro]
         raise StageFailed(
             f"the loss of step {step + 1} is {loss.item()}; its examples: {', '.join(ids[:8])}",
             "Look at these rows, or lower the learning rate; the last checkpoint is kept",
@@ -216,7 +216,7 @@ class Trainer(ABC, Generic[Example]):
 
 
 class PackedTrainer(Trainer[Example]):
-    """A trainer of prompts with completions: packs where the model can share, else padded rows."""
+    """A trainer on prompts with completions: in packs if the model can be packed, else in padded rows."""
 
     config: PackedLoopConfig
 
@@ -230,7 +230,7 @@ class PackedTrainer(Trainer[Example]):
         if self.config.pack_tokens is not None:
             fault = packing_fault(self.module, int(lengths_E.max()))
             if fault:
-                log.warning("padded rows instead of packs: %s", fault)
+                log.warning("training on padded rows instead of packs: %s", fault)
         self.packed = self.config.pack_tokens is not None and fault is None
         if not self.packed or self.config.pack_tokens is None:
             return super().make_batches()
@@ -258,13 +258,13 @@ class PackedTrainer(Trainer[Example]):
         return layout.to(self.engine.device)
 
     def _fixed_length(self) -> int | None:
-        # Compiled kernels want one shape; a CPU does not, and would only compute on padding.
+        # Compiled GPU kernels need one shape; on a CPU it would only add padding.
         if self.engine.device.type != "cuda" or not isinstance(self.batches, PackedBatches):
             return None
         return round_up_to_block(self.batches.length)
 
 
 def compile_layers(module: nn.Module) -> None:
-    """Compile each decoder layer in place; names of weights and checkpoints stay as they are."""
+    """Compile each decoder layer in place; the names of weights do not change."""
     for layer in trunk_of(getattr(module, "backbone", module)).layers:
         layer.compile()

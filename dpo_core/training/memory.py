@@ -1,9 +1,9 @@
-"""Memory of a training process before it runs: weights, gradients, optimiser, and what a step holds besides.
+"""Estimates the memory of a training process before it runs: weights, gradients, optimiser, activations.
 
-What a step holds is not guessed from a formula of one architecture. Forward and backward run on fake
-tensors (shapes and dtypes without values, hence without time or memory) of the real widths and the real
-lay-out, while a counter follows every storage from birth to death. Two shallow copies of the model are
-traced; every further layer costs what the second did.
+The activations are not estimated from a formula for one architecture. Forward and backward run on fake
+tensors (shapes and dtypes without values, so they take no time or memory) of the real widths and the real
+layout, while a counter tracks the lifetime of every storage. Two shallow copies of the model are traced;
+each further layer counts as much as the second.
 """
 
 import copy
@@ -27,13 +27,13 @@ from dpo_core.scoring.cpu_attention import DocumentParts
 from dpo_core.scoring.layout import Layout, Pack
 from dpo_core.training.engine import EngineConfig
 
-# Resident before the first weight: Python, PyTorch, transformers, DeepSpeed and their libraries (torch 2.13,
-# CPU build). On a GPU none of it counts.
+# Resident memory before the model is loaded: Python, PyTorch, transformers, DeepSpeed and their libraries
+# (torch 2.13, CPU build). On a GPU none of it counts.
 PROCESS_BYTES = 520 << 20
-# glibc serves blocks below 32 MiB from a heap that it can seldom give back: weights, moments and gradients
-# are born among the activations of a step, and the holes that those leave do not fit the next step's. In
-# packs and padded rows, with and without accumulation, the heap was measured at this much above what lives
-# in it. Larger blocks have pages of their own, and so has a GPU's allocator.
+# glibc allocates blocks below 32 MiB from a heap that it can seldom return: weights, moments and gradients
+# are allocated among the activations of a step, and the gaps that these leave do not fit the next step's.
+# The heap was measured to be larger than its live blocks by this factor, in packs and padded rows, with and
+# without accumulation. Larger blocks have pages of their own, and a GPU's allocator does not fragment so.
 HEAP_WASTE = 0.45
 _HEAP_BLOCK = 32 << 20
 _FP32 = 4
@@ -43,7 +43,7 @@ _BUCKET = 500_000_000 * _FP32
 
 @dataclass(frozen=True)
 class Bytes:
-    """An amount, and what of it lies in blocks small enough for the heap."""
+    """A number of bytes, and how many of them are in blocks small enough for the heap."""
 
     all: int
     heap: int
@@ -60,12 +60,12 @@ class Bytes:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """What a model's training holds, beside the optimiser's multiples of the weights."""
+    """Memory of forward and backward, and sizes of the weights."""
 
     peak: Bytes
     """Activations and temporaries at the peak of forward and backward."""
     layer: Bytes
-    """What each layer keeps of it."""
+    """The part of each layer in it."""
     weights: Bytes
     """All parameters in fp32."""
     layer_weights: Bytes
@@ -76,18 +76,18 @@ class StepMemory:
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes of one training process at its peak, by part."""
+    """Peak memory of one training process, in bytes, by part."""
 
     process: int
     weights: int
     reference: int
     gradients: int
-    """Those that stand at the peak: with a single micro-batch a step, not yet all."""
+    """Those that exist at the peak: with a single micro-batch in a step, not all of them."""
     optimiser: int
     step: int
     """Activations and temporaries."""
     heap: int
-    """What the allocator cannot give back."""
+    """Memory that the allocator cannot return."""
 
     @property
     def total(self) -> int:
@@ -95,37 +95,37 @@ class TrainingMemory:
         return sum(vars(self).values())
 
 
-class _Living(TorchDispatchMode):
-    """Counts the bytes of storages that were made inside and still live, and their peak."""
+class _StorageCounter(TorchDispatchMode):
+    """Counts the bytes of live storages that were created within it, and their peak."""
 
     def __init__(self, known: list[Any]) -> None:
         super().__init__()
         self.now = self.peak = Bytes(0, 0)
-        self.known = known  # held, so that no other storage gets one of their ids
+        self.known = known  # kept alive, so that no other storage gets one of their ids
         self.sizes = {id(storage): Bytes(0, 0) for storage in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
-                self.born(tensor.untyped_storage())
+                self.add(tensor.untyped_storage())
         return out
 
-    def born(self, storage: Any) -> None:
-        """Count a storage while it lives."""
+    def add(self, storage: Any) -> None:
+        """Count a storage until it is freed."""
         if id(storage) in self.sizes:
             return
         self.sizes[id(storage)] = size = _block(storage.nbytes())
         self.now = self.now + size
         if self.now.all > self.peak.all:
             self.peak = self.now
-        weakref.finalize(storage, self._died, id(storage))
+        weakref.finalize(storage, self._remove, id(storage))
 
-    def _died(self, key: int) -> None:
+    def _remove(self, key: int) -> None:
         self.now = self.now - self.sizes.pop(key)
 
-    def restart(self) -> Bytes:
-        """The peak so far; from here on it is counted anew."""
+    def reset_peak(self) -> Bytes:
+        """Return the peak so far, and start a new one."""
         before, self.peak = self.peak, self.now
         return before
 
@@ -135,20 +135,20 @@ def _block(size: int) -> Bytes:
 
 
 def step_memory(config: Any, layout: Layout, engine: EngineConfig, *, on_gpu: bool = False) -> StepMemory:
-    """What forward and backward of one micro-batch hold at their peak beside weights and their gradients.
+    """Peak memory of forward and backward of one micro-batch, without weights and their gradients.
 
     Args:
         config: of a transformers causal language model.
         layout: the fullest micro-batch.
-        on_gpu: packs attend by FlexAttention, which makes no row of each document.
+        on_gpu: packs use FlexAttention, which does not split them into documents.
     """
     shallow = [_trace(config, layout, engine, layers, on_gpu) for layers in (1, 2)]
     layers = config.get_text_config().num_hidden_layers
-    # With few layers the head's or the embedding's gradient may outweigh what the layers hold; with more it
-    # may not. The peaks before and after the gradient reaches the layers are extrapolated, each by itself.
+    # With few layers the peak may be at the head's or the embedding's gradient, with more at the layers.
+    # The peaks before and after the gradient reaches the layers are therefore extrapolated separately.
     layer = shallow[1].early - shallow[0].early
     both = [(t.early for t in shallow), (t.late for t in shallow)]
-    peaks = [one + (two - one) * (layers - 1) for one, two in both]
+    peaks = [first + (second - first) * (layers - 1) for first, second in both]
     layer_weights = shallow[1].weights - shallow[0].weights
     return StepMemory(
         peak=max(peaks, key=lambda peak: peak.all),
@@ -189,19 +189,19 @@ def _trace(config: Any, layout: Layout, engine: EngineConfig, layers: int, on_gp
         faked = type(layout)(**{name: fake(value) for name, value in vars(layout).items()})
         if parts:
             parts = DocumentParts(parts.lengths, fake(parts.biases), fake(parts.positions))
-        with _Living(known) as living:
+        with _StorageCounter(known) as counter:
             for bias in parts.biases if parts else ():
-                living.born(bias.untyped_storage())
+                counter.add(bias.untyped_storage())
             with autocast(engine.precision):
                 hidden = _hidden(model, faked, parts)
                 loss = -token_scores(model, hidden[faked.predicts_N], faked.targets_N)["logps"].sum()
             early: list[Bytes] = []
-            hidden.register_hook(lambda _: early.append(living.restart()))
+            hidden.register_hook(lambda _: early.append(counter.reset_peak()))
             del hidden  # as in the trainer, whose forward has returned
             loss.backward()
         weights = sum((_block(p.numel() * _FP32) for p in model.parameters()), Bytes(0, 0))
         head = _block(model.get_output_embeddings().weight.numel() * _FP32)
-    return _Traced(early[0], living.peak, weights, head)
+    return _Traced(early[0], counter.peak, weights, head)
 
 
 def _hidden(model: Any, layout: Layout, parts: DocumentParts | None) -> Tensor:
@@ -209,7 +209,7 @@ def _hidden(model: Any, layout: Layout, parts: DocumentParts | None) -> Tensor:
         return hidden_of(model, layout)
     if parts is not None:
         return packed_hidden(model, layout, parts)
-    # FlexAttention cannot be traced here; plain causal attention over the pack keeps as much.
+    # FlexAttention cannot be traced here; plain causal attention over the pack needs the same memory.
     return trunk_of(model)(input_ids=layout.ids_T[None], use_cache=False).last_hidden_state[0]
 
 
@@ -233,38 +233,38 @@ def training_memory(
     """One rank's peak: resident memory on a CPU, allocated memory on a GPU.
 
     Args:
-        micro_batches: of one optimiser step. With one, gradients of layers come only as activations go.
-        references: whole models kept beside the policy (a live reference, PPO's reference, a reward model).
+        micro_batches: in one optimiser step. With one, a layer's gradients replace its activations.
+        references: models in memory beside the policy (a live reference, PPO's reference, a reward model).
     """
     weights, gradients, optimiser = _states(step, engine, micro_batches)
-    living = weights + gradients + optimiser + step.peak
+    live = weights + gradients + optimiser + step.peak
     return TrainingMemory(
         process=0 if on_gpu else PROCESS_BYTES,
         weights=weights.all,
-        # Read from mapped files, and never written: no heap.
+        # Memory-mapped and never written, so not in the heap.
         reference=references * step.weights.all,
         gradients=gradients.all,
         optimiser=optimiser.all,
         step=step.peak.all,
-        heap=0 if on_gpu else round(HEAP_WASTE * living.heap),
+        heap=0 if on_gpu else round(HEAP_WASTE * live.heap),
     )
 
 
 def _states(step: StepMemory, engine: EngineConfig, micro_batches: int) -> tuple[Bytes, Bytes, Bytes]:
     """Weights, gradients and moments of one rank.
 
-    Under ZeRO, DeepSpeed keeps an fp32 copy of each rank's share of the weights (stages 1 and 2), and
-    gradients of its share beside those that backward makes. Stage 3 is counted as the plain division.
+    Under ZeRO, DeepSpeed keeps an fp32 copy of each rank's share of the weights (stages 1 and 2), and the
+    gradients of its share besides those of backward. Stage 3 is counted as the plain division.
     """
     whole, share = step.weights, step.weights * (1 / engine.processes)
     if engine.zero_stage == 0:
         if micro_batches > 1:
             return whole, whole, whole * 2
-        # The head's gradient is there when all activations are; a layer's takes the place of its activations.
+        # At the peak of activations only the head's gradient exists; a layer's replaces its activations.
         growth = step.layer_weights * step.layers if step.layer_weights.all > step.layer.all else Bytes(0, 0)
         shrink = step.layer * step.layers if growth.all else Bytes(0, 0)
-        born = step.head + growth - shrink
-        return whole, born if born.all < whole.all else whole, whole * 2
+        gradients = step.head + growth - shrink
+        return whole, gradients if gradients.all < whole.all else whole, whole * 2
     bucket = whole * min(1.0, _BUCKET / whole.all)
     weights = share * 2 if engine.zero_stage == 3 else whole + share
     return weights, share + (whole if engine.zero_stage == 1 else bucket), share * 2

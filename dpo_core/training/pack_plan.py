@@ -1,4 +1,4 @@
-"""Which examples share a pack: the plan of an epoch, made from lengths alone.
+"""Plans which examples of an epoch share a pack, from their lengths alone.
 
 Shapes: E examples of the training set.
 """
@@ -14,13 +14,13 @@ from dpo_core.errors import RecipeError
 
 @dataclass(frozen=True)
 class PackPlan:
-    """Which examples lie in which pack, for one epoch. `packs[step * per_step + k]` is pack k of a step."""
+    """The packs of one epoch, as indices of examples. `packs[step * per_step + k]` is pack k of a step."""
 
     packs: tuple[NDArray[np.int64], ...]
     steps: int
     per_step: int
     length: int
-    """Tokens of the fullest pack: the fixed shape of all."""
+    """Tokens of the fullest pack, to which all are padded."""
     tokens: int
     """Tokens of all packs together."""
 
@@ -45,17 +45,17 @@ def plan_epoch(
     epoch: int,
     packs_per_rank: int = 1,
 ) -> PackPlan:
-    """Deal the examples of an epoch into packs of at most `budget` tokens, a whole number of packs a step.
+    """Distribute the examples of an epoch over packs of at most `budget` tokens.
 
-    Every step holds exactly `batch_size` examples (what the last, incomplete batch would hold sits this epoch
-    out; another part does in the next) in the same number of packs, at least `packs_per_rank` on each rank.
-    Lengths alone decide, with a seeded shuffle, so that every rank and every resumed run makes the same plan.
+    Every step has exactly `batch_size` examples in the same number of packs, at least `packs_per_rank` on
+    each rank. Examples that do not fill a batch are left out of this epoch; other ones are in the next. The
+    plan follows from the lengths and a seeded shuffle, so every rank and every resumed run makes the same.
 
     Level packs instead of first-fit-decreasing over the epoch: first-fit fills the first packs with the
     longest examples and the last with the shortest, so that steps differ in size and in kind. Here sorted
-    examples are dealt to the steps round after round, the longest of a round to the emptiest step, and within
-    a step each goes to the emptiest pack: all packs are alike in tokens and in mix, and the fullest, which is
-    the fixed shape of all, is padded little.
+    examples are assigned to the steps round after round, the longest of a round to the emptiest step, and
+    within a step each goes to the emptiest pack: all packs are alike in tokens and in mix, and little padding
+    is needed to bring them to the length of the fullest.
 
     Raises:
         RecipeError: an example is longer than the budget, or a batch cannot be shared by the ranks.
@@ -68,25 +68,26 @@ def plan_epoch(
     longest = int(lengths_E[chosen].max())
     if longest > budget:
         raise RecipeError(
-            f"the longest example has {longest} tokens and a pack holds {budget}",
+            f"the longest example has {longest} tokens, more than a pack ({budget})",
             f"Raise pack_tokens to {longest} or more, or lower tokens.max_length",
         )
     if batch < world:
         raise RecipeError(
             f"a batch of {batch} examples cannot be shared by {world} ranks",
-            "Raise batch_size, or start fewer processes",
+            "Raise batch_size, or lower the number of ranks",
         )
     batches = _deal(lengths_E, chosen, steps, generator)
     tokens = int(lengths_E[chosen].sum())
     fewest = -(-tokens // (budget * steps * world))
     for per_rank in range(max(packs_per_rank, fewest), batch // world + 1):
-        parts = [_level(lengths_E, one, per_rank * world) for one in batches]
+        parts = [_level(lengths_E, examples, per_rank * world) for examples in batches]
         length = max(load for _, load in parts)
         if length <= budget:
             packs = tuple(pack for packs, _ in parts for pack in packs)
             return PackPlan(packs, steps, per_rank * world, length, tokens)
     raise RecipeError(
-        f"a batch of {batch} examples leaves some of {world} ranks two that together exceed {budget} tokens",
+        f"a batch of {batch} examples on {world} ranks needs packs of two examples that together exceed "
+        f"{budget} tokens",
         f"Make batch_size a multiple of {world}, or raise pack_tokens",
     )
 
@@ -94,10 +95,10 @@ def plan_epoch(
 def _deal(
     lengths_E: NDArray[np.int64], chosen: NDArray[np.int64], steps: int, generator: np.random.Generator
 ) -> NDArray[np.int64]:
-    """(steps, batch): each batch holds one example of every round of like lengths."""
-    # Lengths are blurred a little, so that the same examples do not meet again in every epoch.
-    blurred = lengths_E[chosen] * generator.uniform(0.9, 1.1, len(chosen))
-    rounds = chosen[np.argsort(-blurred, kind="stable")].reshape(-1, steps)
+    """(steps, batch): each batch has one example of every round of similar lengths."""
+    # Lengths are jittered, so that the same examples do not share a batch in every epoch.
+    jittered = lengths_E[chosen] * generator.uniform(0.9, 1.1, len(chosen))
+    rounds = chosen[np.argsort(-jittered, kind="stable")].reshape(-1, steps)
     loads = np.zeros(steps, np.int64)
     batches = np.empty((steps, len(rounds)), np.int64)
     for number, examples in enumerate(rounds):
@@ -110,11 +111,11 @@ def _deal(
 def _level(
     lengths_E: NDArray[np.int64], examples: NDArray[np.int64], packs: int
 ) -> tuple[list[NDArray[np.int64]], int]:
-    """Packs of the examples, dealt longest first to the emptiest, and the tokens of the fullest pack."""
+    """Packs of the examples, each added to the emptiest, longest first; and the tokens of the fullest."""
     emptiest = [(0, number) for number in range(packs)]
-    hands: list[list[int]] = [[] for _ in range(packs)]
+    contents: list[list[int]] = [[] for _ in range(packs)]
     for example in examples[np.argsort(-lengths_E[examples], kind="stable")].tolist():
         load, number = emptiest[0]
-        hands[number].append(example)
+        contents[number].append(example)
         heapq.heapreplace(emptiest, (load + int(lengths_E[example]), number))
-    return [np.array(hand, np.int64) for hand in hands], max(load for load, _ in emptiest)
+    return [np.array(pack, np.int64) for pack in contents], max(load for load, _ in emptiest)

@@ -1,8 +1,8 @@
-"""The router's auxiliary loss of mixtures of experts, which keeps their use even where the checkpoint asks.
+"""The auxiliary load-balancing loss of mixtures of experts, for models whose config sets it.
 
-It is computed by the architecture's own function in transformers (Fedus et al. 2021, arXiv 2101.03961,
-equations 4 to 6), on every real token of a forward pass once: padding is left out, and a prompt in a pack
-counts once. Training on own samples (PPO, GRPO, online DPO) goes without.
+The architecture's own function in transformers computes it (Fedus et al. 2021, arXiv 2101.03961, equations 4
+to 6) on every real token of a forward pass: padding is left out, and a prompt in a pack counts once. PPO,
+GRPO and online DPO train without it.
 """
 
 import logging
@@ -21,45 +21,45 @@ log = logging.getLogger("dpo")
 
 
 class RouterBalance:
-    """Watches the routers of a model while a loss is computed.
+    """Records a model's router logits while a loss is computed, and computes the auxiliary loss from them.
 
     Args:
         coefficient: the config's `router_aux_loss_coef`.
         loss_function: the architecture's `load_balancing_loss_func`.
-        top_k: experts that a token meets.
+        top_k: experts that each token uses.
     """
 
     def __init__(self, trunk: nn.Module, coefficient: float, loss_function: Any, top_k: int) -> None:
         self.coefficient, self.loss_function, self.top_k = coefficient, loss_function, top_k
         self.real_T: Tensor | None = None
-        """Of the pack that comes next, which tokens are not padding."""
+        """Which tokens of the next pack are not padding."""
         self._passes: list[tuple[tuple[Tensor, ...], Tensor]] | None = None
-        trunk.register_forward_hook(self._seen, with_kwargs=True)
+        trunk.register_forward_hook(self._record, with_kwargs=True)
 
     @contextmanager
-    def watch(self) -> Iterator[None]:
-        """Keep what the routers say in forward passes with gradient from here on."""
+    def recording(self) -> Iterator[None]:
+        """Record the router logits of forward passes with gradient."""
         self._passes = []
         try:
             yield
         finally:
             self._passes = None
 
-    def _seen(self, _module: nn.Module, _args: Any, inputs: dict[str, Any], output: Any) -> None:
+    def _record(self, _module: nn.Module, _args: Any, inputs: dict[str, Any], output: Any) -> None:
         if self._passes is None or not torch.is_grad_enabled():
             return
         layers = tuple(logits.flatten(0, -2) for logits in output.router_logits)
         mask = inputs.get("attention_mask")
-        if not isinstance(mask, Tensor):  # a pack's
+        if not isinstance(mask, Tensor):  # the forward pass is of a pack
             mask = self.real_T
         real_T = torch.ones(len(layers[0]), device=layers[0].device) if mask is None else mask.flatten()
         self._passes.append((layers, real_T))
 
     def loss(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """The auxiliary loss of the passes watched, without its coefficient, and the load of the experts.
+        """The auxiliary loss of the recorded passes, without its coefficient, and the load of the experts.
 
-        The load is the share of choices that fell on an expert, times the number of experts: 1 where all are
-        used alike. Of each layer the most and the least used, averaged over the layers.
+        The load of an expert is its share of the tokens' choices times the number of experts: 1 if all are
+        used equally. Reported are the most and the least used expert, averaged over the layers.
         """
         assert self._passes
         layers = tuple(map(torch.cat, zip(*(layers for layers, _ in self._passes), strict=True)))
@@ -81,9 +81,9 @@ class RouterBalance:
 
 
 def router_balance(module: nn.Module) -> RouterBalance | None:
-    """What adds the auxiliary loss to a model's training; None where its config does not ask for it.
+    """The auxiliary loss of a model's training; None if its config does not set it.
 
-    As in transformers: `output_router_logits` is on and `router_aux_loss_coef` above 0.
+    As in transformers it is set if `output_router_logits` is true and `router_aux_loss_coef` is above 0.
     """
     trunk: Any = module.backbone if isinstance(module, RewardModel) else trunk_of(module)
     config = trunk.config.get_text_config()
@@ -96,8 +96,8 @@ def router_balance(module: nn.Module) -> RouterBalance | None:
         return None
     if function is None or top_k is None or not _gives_logits(trunk):
         log.warning(
-            "%s asks for a router's auxiliary loss (router_aux_loss_coef %g), which transformers does not "
-            "compute for this architecture: it is trained without one",
+            "the config of %s sets router_aux_loss_coef to %g, but transformers has no auxiliary loss for "
+            "this architecture: it is trained without one",
             type(module).__name__,
             coefficient,
         )

@@ -1,4 +1,4 @@
-"""What training on many GPUs sends and holds, on paper: the numbers of SCALING.md.
+"""Calculates the traffic and memory of training on many GPUs: the tables of SCALING.md.
 
 Weights, gradients and AdamW's moments are fp32 here (bf16 is autocast), so each is 4 bytes a parameter.
 `python -m dpo_core.training.scaling` prints the tables. Volumes: Rajbhandari et al., arXiv 1910.02054, §7.
@@ -31,7 +31,7 @@ def sent_bytes(parameters: float, ranks: int, stage: Stage, micro_batches: int =
 
 
 def state_bytes(parameters: float, ranks: int, stage: Stage) -> float:
-    """Bytes of weights, gradients and moments on one rank, activations aside."""
+    """Bytes of weights, gradients and moments on one rank, without activations."""
     weights, gradients, moments = (parameters * BYTES * n for n in (1, 1, 2))
     if stage >= 1:
         moments /= ranks
@@ -43,13 +43,13 @@ def state_bytes(parameters: float, ranks: int, stage: Stage) -> float:
 
 
 def seconds(parameters: float, nodes: int, stage: Stage, micro_batches: int = 1) -> float:
-    """Time on the wire of a step when nothing hides behind computation: an upper bound."""
+    """Time that a step's traffic takes if none of it overlaps with computation: an upper bound."""
     speed = LINK_BYTES_PER_SECOND if nodes > 1 else NVLINK_BYTES_PER_SECOND
     return sent_bytes(parameters, nodes * GPUS, stage, micro_batches) / speed
 
 
 def recommendation(parameters: float, nodes: int) -> str:
-    """The lowest stage whose state leaves a third of the card to activations, in the words of a recipe."""
+    """The lowest stage whose state leaves a third of the GPU's memory to activations, as recipe settings."""
     ranks = nodes * GPUS
     stages: tuple[Stage, ...] = (0, 1, 2, 3)
     for stage in stages:
@@ -61,7 +61,7 @@ def recommendation(parameters: float, nodes: int) -> str:
 
 
 def table(name: str, micro_batches: int = 1) -> str:
-    """Markdown: GB sent by a GPU in a step at each stage (seconds on the wire), and the recipe."""
+    """A Markdown table of the GB that a GPU sends in a step at each stage (and the seconds), and settings."""
     lines = [
         "| nodes | stage 0 | stage 1 | stage 2 | stage 3 | state a GPU at stage 0 / 3 | recipe |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -1,4 +1,4 @@
-"""The learning rate over the steps of a training."""
+"""The learning-rate schedule."""
 
 import numpy as np
 

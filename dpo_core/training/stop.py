@@ -1,4 +1,4 @@
-"""A stop on purpose: the signals that ask a rank to save its state and end."""
+"""Stop signals: on SIGTERM a rank saves its state and exits."""
 
 import os
 import signal
@@ -6,23 +6,23 @@ from typing import Any
 
 
 class Stopped(Exception):
-    """A signal to stop came: the state is saved and the process may end.
+    """Raised after a stop signal, once the state is saved; the process may exit.
 
     Args:
-        told: whether it came to this very rank.
+        received: whether this rank itself received the signal.
     """
 
-    def __init__(self, told: bool) -> None:
+    def __init__(self, received: bool) -> None:
         super().__init__()
-        self.told = told
+        self.received = received
 
 
 class StopSignals:
-    """Remembers that this process was asked to stop."""
+    """Records whether this process has received a stop signal."""
 
     def __init__(self) -> None:
         self.received = False
-        # A terminal's Ctrl-C reaches the ranks with the flow, directly or through torchrun.
+        # Ctrl-C in a terminal reaches the flow and the ranks, directly or through torchrun.
         launched = "DPO_LAUNCHED" in os.environ
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if launched else (signal.SIGTERM,):
             signal.signal(number, self._receive)

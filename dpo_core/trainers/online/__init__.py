@@ -1,1 +1,1 @@
-"""What methods that train on their own samples share: rounds, sampling, rollouts, and their mathematics."""
+"""Online training (PPO, GRPO, online DPO): the loop over rounds, sampling, rollouts, and the arithmetic."""

@@ -1,6 +1,6 @@
-"""The arithmetic of methods whose baseline is the group: GRPO, its corrections, and RLOO; no models.
+"""The arithmetic of group baselines (GRPO, its variants, RLOO): advantages, ratios and losses of tensors.
 
-Shapes: N episodes, B of a micro-batch, T response tokens, right-padded. A group is all episodes of a prompt.
+Shapes: N episodes, B of a micro-batch, R response tokens, right-padded. A group is all episodes of a prompt.
 
 Sources: Shao et al. 2024 (GRPO, arXiv 2402.03300), Liu et al. 2025 (Dr. GRPO, 2503.20783), Yu et al. 2025
 (DAPO, 2503.14476), Zheng et al. 2025 (GSPO, 2507.18071), Ahmadian et al. 2024 (RLOO, 2402.14740).
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dpo_core.methods.grpo import Aggregate, Level, Scale
 
-# As TRL adds it; a group whose rewards are equal has advantage 0 and not 0/0.
+# As in TRL: a group with equal rewards has advantage 0, not 0/0.
 STD_EPSILON = 1e-4
 
 
@@ -65,7 +65,7 @@ def leave_one_out(rewards_N: Tensor, groups_N: Tensor) -> Tensor:
 
 
 def soft_overlong(lengths_N: Tensor, longest: int, cache: int) -> Tensor:
-    """DAPO's soft punishment (N,): 0 up to longest - cache tokens, then falling to -1 at `longest`."""
+    """DAPO's soft overlong penalty (N,): 0 up to longest - cache tokens, then falling to -1 at `longest`."""
     return ((longest - cache - lengths_N.double()) / cache).clamp(-1.0, 0.0)
 
 
@@ -84,11 +84,11 @@ def log_ratios(logps_BR: Tensor, old_logps_BR: Tensor, mask_BR: Tensor, level: L
 def clipped_losses(
     log_ratio: Tensor, advantages_B: Tensor, clip_low: float, clip_high: float
 ) -> tuple[Tensor, Tensor]:
-    """max(-Aρ, -A·clip(ρ, 1-low, 1+high)) with A of the whole response, and where the clip decides.
+    """max(-Aρ, -A·clip(ρ, 1-low, 1+high)), with one advantage A for each response, and where it is clipped.
 
     Both have the shape of `log_ratio`: (B,R), or (B,1) for a ratio of whole responses.
     """
-    ratio = log_ratio.clamp(-20.0, 20.0).exp()  # beyond it the clip has long decided
+    ratio = log_ratio.clamp(-20.0, 20.0).exp()  # larger ratios are clipped anyway
     advantages_B1 = advantages_B[:, None].to(ratio.dtype)
     plain = -advantages_B1 * ratio
     clipped = -advantages_B1 * ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -96,10 +96,10 @@ def clipped_losses(
 
 
 def aggregate(losses_BR: Tensor, mask_BR: Tensor, how: Aggregate) -> Tensor:
-    """The sum that, divided by `denominator` of the global minibatch, is the loss.
+    """The sum that gives the loss when divided by the `denominator` of the global minibatch.
 
-    sequence: each response counts the mean of its tokens (GRPO). token, constant: each token counts alike
-    (DAPO; Dr. GRPO). A response without a True in its mask counts 0.
+    sequence: the mean of each response's tokens (GRPO). token, constant: every token has the same weight
+    (DAPO; Dr. GRPO). A response whose mask is all False contributes 0.
     """
     kept_BR = torch.where(mask_BR, losses_BR, 0.0)
     if how == "sequence":
@@ -108,9 +108,9 @@ def aggregate(losses_BR: Tensor, mask_BR: Tensor, how: Aggregate) -> Tensor:
 
 
 def denominator(how: Aggregate, responses: float, tokens: float, longest: int) -> float:
-    """What the sums of `aggregate` over the global minibatch are divided by.
+    """The number that the sums of `aggregate` over the global minibatch are divided by.
 
-    Its responses, its tokens, or its responses times the longest length that sampling allows: a constant, so
-    that no length is favoured.
+    sequence: its responses. token: its tokens. constant: its responses times the longest length that sampling
+    allows, so that the weight of a token does not depend on lengths.
     """
     return {"sequence": responses, "token": max(tokens, 1.0), "constant": responses * longest}[how]

@@ -1,7 +1,8 @@
-"""The loop over rounds that PPO, GRPO, RLOO and online DPO share: sample, score, read, update, save.
+"""The loop over rounds of PPO, GRPO, RLOO and online DPO: sample, score, compute log-probs, update, save.
 
-Sampling and reading use one temperature and no truncation of the distribution. A round's samples follow from
-the seed, the round and the number of prompts drawn before, whatever the number of ranks.
+Samples are drawn from the untruncated distribution, and log-probs are computed at the temperature of
+sampling. A round's samples depend on the seed, the round and the number of prompts drawn before, not on the
+number of ranks.
 """
 
 import logging
@@ -25,7 +26,15 @@ from dpo_core.scoring.kl import k3
 from dpo_core.scoring.model_shape import shape_of
 from dpo_core.trainers.common import Export
 from dpo_core.trainers.online import ppo_math
-from dpo_core.trainers.online.rollouts import Episode, Item, Rollout, deal, micro_batches, read, sampler_gap
+from dpo_core.trainers.online.rollouts import (
+    Episode,
+    Item,
+    Rollout,
+    make_rollout,
+    micro_batches,
+    sampler_gap,
+    split_minibatches,
+)
 from dpo_core.trainers.online.sampler import RolloutContext, Sampler
 from dpo_core.training.config import OptimConfig
 from dpo_core.training.engine import Engine, MetricsFile
@@ -36,11 +45,11 @@ log = logging.getLogger(__name__)
 
 
 class OnlineTrainer(ABC, Generic[Item]):
-    """One training job. A subclass says what is learnt from a round's rollouts.
+    """One online training job. A subclass defines what is learnt from a round's rollouts.
 
     Args:
-        policy: what is trained; a copy of the reference, or another start.
-        reference: not trained; it moves only where `config.reference_ema` says so.
+        policy: the model that is trained; it starts as a copy of the reference or as another model.
+        reference: not trained; it moves only with `config.reference_ema`.
     """
 
     def __init__(self, policy: Any, reference: Any, context: RolloutContext, config: RoundsConfig) -> None:
@@ -48,14 +57,20 @@ class OnlineTrainer(ABC, Generic[Item]):
         self.reference = reference.eval().requires_grad_(False)
         self.module = policy
         if router_balance(policy) is not None:
-            log.warning("the router's auxiliary loss, which the model's config asks for, is left out here")
+            log.warning(
+                "training on own samples leaves out the router's auxiliary loss of the model's config"
+            )
         self.shape = shape_of(policy)
         self.micro_per_step = self._micro_per_step()
         self.engine = self.make_engine(policy, config.optim, self.companions())
         self.reference.to(self.engine.device)
-        each = config.completions_per_prompt
         self.sampler = Sampler(
-            policy, context, self.engine, prompts=config.episodes // each, each=each, redraws=config.redraws
+            policy,
+            context,
+            self.engine,
+            prompts=config.episodes // config.completions_per_prompt,
+            completions_per_prompt=config.completions_per_prompt,
+            redraws=config.redraws,
         )
 
     def _micro_per_step(self) -> int:
@@ -63,20 +78,20 @@ class OnlineTrainer(ABC, Generic[Item]):
         share = config.minibatches * config.micro_batch_size * world
         if config.episodes % share or config.episodes % (config.completions_per_prompt * world):
             raise RecipeError(
-                f"{config.episodes} episodes cannot be split over {world} ranks in these minibatches",
-                "Choose a multiple of minibatches x micro_batch_size x ranks, and of the samples of a prompt "
-                "x ranks",
+                f"{config.episodes} episodes do not fill {config.minibatches} minibatches on {world} ranks",
+                "Make episodes a multiple of minibatches x micro_batch_size x ranks, and of completions per "
+                "prompt x ranks",
             )
         return self.micro_batch_count(config.episodes // world) // config.minibatches
 
     def micro_batch_count(self, episodes: int) -> int:
-        """Micro-batches that so many episodes of a rank become."""
+        """Number of micro-batches of a number of episodes on one rank."""
         return episodes // self.rounds.micro_batch_size
 
     def make_engine(
         self, module: Any, optim: OptimConfig, companions: Mapping[str, Engine] | None = None
     ) -> Engine:
-        """A DeepSpeed engine that steps as often as the policy's."""
+        """An engine that steps as often as the policy's."""
         config = self.rounds
         return Engine(
             module,
@@ -88,18 +103,18 @@ class OnlineTrainer(ABC, Generic[Item]):
             companions=companions,
         )
 
-    # What a subclass says --------------------------------------------------------------------------------
+    # To be defined by a subclass -------------------------------------------------------------------------
 
     @abstractmethod
     def prepare(self, rollouts: list[Rollout]) -> list[Item]:
-        """What is learnt from, one by one, equally many on every rank: baselines are of the whole round."""
+        """The items to learn from, the same number on every rank; baselines are over the whole round."""
 
     @abstractmethod
     def optimise(self, minibatch: list[list[Item]]) -> dict[str, float]:
         """One optimiser step on this rank's micro-batches; returns its metrics over all ranks."""
 
     def sum_over_ranks(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """The same names with their sums over all ranks."""
+        """The sum over all ranks of each value."""
         names = sorted(sums)
         return dict(
             zip(names, self.engine.all_sum(torch.tensor([sums[n] for n in names])).tolist(), strict=True)
@@ -111,11 +126,11 @@ class OnlineTrainer(ABC, Generic[Item]):
 
     @property
     def temperature(self) -> float:
-        """Of the log-probs that are learnt from: that of sampling."""
+        """Temperature of the log-probs that are learnt from: that of sampling."""
         return self.context.sampling.temperature
 
-    def facts(self, rollouts: list[Rollout]) -> dict[str, float]:
-        """Further metrics of a round, before its updates."""
+    def method_metrics(self, rollouts: list[Rollout]) -> dict[str, float]:
+        """The method's own metrics of a round, before its updates."""
         return {}
 
     def end_round(self, iteration: int, metrics: Mapping[str, float]) -> None:
@@ -126,12 +141,12 @@ class OnlineTrainer(ABC, Generic[Item]):
         return self.rounds.epochs * self._passes(rollouts, cost.training)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps beside the engines' own state."""
+        """State that a checkpoint keeps besides the engines'."""
         moving = self.rounds.reference_ema is not None
         return {"drawn": self.sampler.drawn} | ({"reference": self.reference.state_dict()} if moving else {})
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` gave."""
+        """Restore what `state` returned."""
         self.sampler.drawn = int(state["drawn"])
         if "reference" in state:
             self.reference.load_state_dict(state["reference"])
@@ -139,10 +154,10 @@ class OnlineTrainer(ABC, Generic[Item]):
     # The loop --------------------------------------------------------------------------------------------
 
     def train(self) -> dict[str, float]:
-        """Run to the last round, from the newest checkpoint if there is one. Returns its metrics.
+        """Train from the newest checkpoint, if there is one, to the end. Returns the last round's metrics.
 
         Raises:
-            Stopped: SIGTERM came; the state was saved.
+            Stopped: a stop signal was received; the state is saved.
         """
         state = self.engine.load_latest()
         done = int(state["step"]) if state else 0
@@ -166,9 +181,9 @@ class OnlineTrainer(ABC, Generic[Item]):
     def _round(self, iteration: int) -> dict[str, float]:
         start = time.perf_counter()
         rate = self.engine.learning_rate
-        episodes, asked = self.sampler.round()
-        rollouts = self._read(self.read_together(episodes, iteration))
-        facts = self._facts(rollouts) | self.facts(rollouts)
+        episodes, drawn = self.sampler.round()
+        rollouts = self._rollouts(self.rollout_batches(episodes, iteration))
+        round_metrics = self._round_metrics(rollouts) | self.method_metrics(rollouts)
         items = self.prepare(rollouts)
         steps = [
             self.optimise(minibatch)
@@ -177,14 +192,14 @@ class OnlineTrainer(ABC, Generic[Item]):
         ]
         means = {name: float(np.mean([s[name] for s in steps])) for name in steps[0]}
         if "val/ratio" in means:
-            # The first step of a round has the policy that sampled: any ratio but 1 is a fault.
+            # In the first step of a round the policy is the one that sampled, so the ratio must be 1.
             means["val/ratio_first"] = steps[0]["val/ratio"]
         self.update_reference()
-        metrics = facts | means
+        metrics = round_metrics | means
         self.end_round(iteration, metrics)
         return (
             metrics
-            | self._costs(asked, rollouts)
+            | self._costs(drawn, rollouts)
             | {
                 "learning_rate": rate,
                 "episode": float((iteration + 1) * self.rounds.episodes),
@@ -193,20 +208,20 @@ class OnlineTrainer(ABC, Generic[Item]):
         )
 
     def update_reference(self) -> None:
-        """Where the reference moves, it does so after a round's updates."""
+        """Called after a round's updates: moves the reference if `reference_ema` is set."""
         rate = self.rounds.reference_ema
         if rate is not None:
-            move(self.reference, self.module, rate)
+            move_towards(self.reference, self.module, rate)
 
-    # Reading ---------------------------------------------------------------------------------------------
+    # Rollouts --------------------------------------------------------------------------------------------
 
-    def read_together(self, episodes: list[Episode], iteration: int) -> list[list[Episode]]:
-        """The micro-batches of the first pass: read and trained on in the same rows."""
+    def rollout_batches(self, episodes: list[Episode], iteration: int) -> list[list[Episode]]:
+        """Micro-batches for the rollouts' log-probs: those of the first pass of training, row for row."""
         return [micro for minibatch in self.minibatches(episodes, iteration, 0) for micro in minibatch]
 
-    def _read(self, micros: list[list[Episode]]) -> list[Rollout]:
+    def _rollouts(self, micros: list[list[Episode]]) -> list[Rollout]:
         return [
-            read(
+            make_rollout(
                 micro,
                 self.module,
                 self.reference,
@@ -217,8 +232,8 @@ class OnlineTrainer(ABC, Generic[Item]):
             for micro in micros
         ]
 
-    def rewards(self, rollout: Rollout) -> Tensor:
-        """Scores (B,) as they are learnt from: cut to range, unfinished completions punished."""
+    def scores(self, rollout: Rollout) -> Tensor:
+        """Scores (B,), clipped, and with the penalty for completions that did not end."""
         scores_B, config = rollout.of("score"), self.rounds
         if config.score_clip is not None:
             scores_B = scores_B.clamp(-config.score_clip, config.score_clip)
@@ -230,20 +245,20 @@ class OnlineTrainer(ABC, Generic[Item]):
         )
 
     def minibatches(self, items: Seq[Any], iteration: int, epoch: int) -> list[list[list[Any]]]:
-        """The micro-batches of every minibatch of a pass: dealt anew in each, then cut by length."""
-        dealt = deal(
+        """The micro-batches of every minibatch of a pass: assigned at random, then sorted by length."""
+        shares = split_minibatches(
             items,
             self.rounds.minibatches,
             key=(self.context.seed, iteration, epoch),
             rank=self.engine.rank,
             world=self.engine.world,
         )
-        return [micro_batches(share, self.rounds.micro_batch_size) for share in dealt]
+        return [micro_batches(share, self.rounds.micro_batch_size) for share in shares]
 
     # Metrics ---------------------------------------------------------------------------------------------
 
-    def _facts(self, rollouts: list[Rollout]) -> dict[str, float]:
-        """What the round was worth, as means over its episodes on all ranks."""
+    def _round_metrics(self, rollouts: list[Rollout]) -> dict[str, float]:
+        """Metrics of a round of any method, as means over its episodes on all ranks."""
 
         def over(value: Callable[[Rollout], Tensor]) -> Tensor:
             return torch.cat([value(r) for r in rollouts]).double()
@@ -280,12 +295,12 @@ class OnlineTrainer(ABC, Generic[Item]):
             "sampling/importance_sampling_ratio/min": -most[4],
         }
 
-    def _costs(self, asked: list[Episode], rollouts: list[Rollout]) -> dict[str, float]:
-        """Tokens and operations of a round: drawing, scoring, reading twice, updating."""
-        sequences = [e.sequence for e in asked]
-        drawing = cost.sampling(self.shape, [(len(s.prompt), len(s.completion)) for s in sequences])
-        reading = 2 * self._passes(rollouts, cost.forward)
-        flops = drawing + self.context.scoring_flops(sequences) + reading + self.update_flops(rollouts)
+    def _costs(self, drawn: list[Episode], rollouts: list[Rollout]) -> dict[str, float]:
+        """Tokens and operations of a round: sampling, scoring, log-probs of two models, updates."""
+        sequences = [e.sequence for e in drawn]
+        sampling = cost.sampling(self.shape, [(len(s.prompt), len(s.completion)) for s in sequences])
+        logps = 2 * self._passes(rollouts, cost.forward)
+        flops = sampling + self.context.scoring_flops(sequences) + logps + self.update_flops(rollouts)
         tokens = sum(len(e.sequence) for r in rollouts for e in r.episodes)
         counted = torch.tensor([flops, tokens * (self.rounds.epochs + 1)], dtype=torch.float64)
         flops, tokens = self.engine.all_sum(counted).tolist()
@@ -307,14 +322,14 @@ class OnlineTrainer(ABC, Generic[Item]):
 
 
 @torch.no_grad()
-def move(reference: Any, policy: Any, share: float) -> None:
+def move_towards(reference: Any, policy: Any, share: float) -> None:
     """reference ← share · policy + (1 - share) · reference, in place."""
-    for theirs, mine in zip(reference.parameters(), policy.parameters(), strict=True):
-        theirs.lerp_(mine.to(theirs.dtype), share)
+    for target, source in zip(reference.parameters(), policy.parameters(), strict=True):
+        target.lerp_(source.to(target.dtype), share)
 
 
 def export_trained(policy: Any, tokenizer: Any, job: Job) -> Export:
-    """Writes the policy."""
+    """The function that writes the policy."""
 
     def export(state: dict[str, Tensor]) -> None:
         policy.load_state_dict(state)

@@ -1,7 +1,7 @@
-"""The arithmetic of PPO for language models, without models and without loops over updates.
+"""The arithmetic of PPO for language models: KL, rewards, GAE, whitening and losses of tensors.
 
-Shapes: B responses, T response tokens, padded on the right. `mask_BR` is True on real tokens, EOS included.
-Whatever stands in a masked position, NaN included, contributes exactly 0 to every value and gradient.
+Shapes: B episodes, R response tokens, padded on the right. `mask_BR` is True on real tokens, EOS included.
+The value at a masked position, NaN included, contributes exactly 0 to every result and gradient.
 
 Sources: Schulman et al. 2017 (arXiv 1707.06347), GAE (1506.02438), Ziegler et al. 2019 (1909.08593), and the
 N+ implementation details (2403.17031).
@@ -21,7 +21,7 @@ from dpo_core.scoring.kl import KL_ESTIMATORS
 Reduce = Callable[[Tensor], Tensor]
 """Sums a tensor over all ranks (an all-reduce) and returns the sum."""
 
-# exp of more is meaningless as a probability ratio, and its overflow would turn a clipped gradient into NaN.
+# A larger probability ratio has no meaning, and its overflow would turn a clipped gradient into NaN.
 _MAX_LOG_RATIO = 20.0
 
 
@@ -119,8 +119,8 @@ def per_token_rewards(
     the rollout.
 
     Args:
-        states_BV: the score stands on the last of these states, and the result is (B,V). TRL lets the state
-            after the last token have the score, where the response leaves room for it.
+        states_BV: the score is added at the last of these states, and the result is (B,V). TRL adds it at the
+            state after the last token, if the response leaves room for one.
 
     Raises:
         ValueError: see `last_token_index`.
@@ -145,7 +145,7 @@ def gae(
     advantages_BR = torch.zeros_like(values_BR)
     advantage_B = torch.zeros_like(values_BR[:, 0])
     next_value_B = torch.zeros_like(values_BR[:, 0])
-    # Padding lies to the right with reward and value 0, so that every row starts its recursion from zero.
+    # Padding is on the right with reward and value 0, so the recursion of every row starts from zero.
     for t in range(values_BR.shape[1] - 1, -1, -1):
         delta_B = rewards_BR[:, t] + gamma * next_value_B - values_BR[:, t]
         advantage_B = delta_B + gamma * lam * advantage_B
@@ -209,9 +209,9 @@ def value_loss(
     """
     values_BR, old_values_BR = _zero_masked(values_BR, mask_BR), _zero_masked(old_values_BR, mask_BR)
     returns_BR = _zero_masked(returns_BR, mask_BR)
-    kept_BR = values_BR.clamp(min=old_values_BR - clip, max=old_values_BR + clip)
+    clipped_values_BR = values_BR.clamp(min=old_values_BR - clip, max=old_values_BR + clip)
     plain_BR = (values_BR - returns_BR) ** 2
-    clipped_BR = (kept_BR - returns_BR) ** 2
+    clipped_BR = (clipped_values_BR - returns_BR) ** 2
     loss = 0.5 * masked_mean(torch.maximum(plain_BR, clipped_BR), mask_BR, n_tokens)
     with torch.no_grad():
         clipfrac = masked_mean((clipped_BR > plain_BR).to(values_BR.dtype), mask_BR)
@@ -219,10 +219,10 @@ def value_loss(
 
 
 def truncate_at_eos(ids_BR: Tensor, eos_ids: int | Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Where a freshly sampled response ends: (mask_BR, finished_B), both bool.
+    """Where a sampled response ends: (mask_BR, ended_B), both bool.
 
-    The mask is True up to and including the first stop token, everywhere if there is none; `finished` says
-    whether there is one. Reads positions, not the pad id, so that pad may equal EOS.
+    The mask is True up to and including the first stop token, everywhere if there is none; `ended_B` is
+    whether there is one. The pad id is not read, so it may equal EOS.
     """
     stops = [eos_ids] if isinstance(eos_ids, int) else list(eos_ids)
     is_stop_BR = torch.isin(ids_BR, torch.tensor(stops, dtype=ids_BR.dtype, device=ids_BR.device))
@@ -230,13 +230,13 @@ def truncate_at_eos(ids_BR: Tensor, eos_ids: int | Sequence[int]) -> tuple[Tenso
     return stops_before_BR == 0, is_stop_BR.any(dim=1)
 
 
-def eos_penalty(scores_B: Tensor, finished_B: Tensor, penalty: float = 1.0, replace: bool = False) -> Tensor:
-    """Scores (B,) in which unfinished responses pay: score - penalty, or -penalty itself with `replace`.
+def eos_penalty(scores_B: Tensor, ended_B: Tensor, penalty: float = 1.0, replace: bool = False) -> Tensor:
+    """Scores (B,) with a penalty for responses that did not end: score - penalty, or -penalty with `replace`.
 
-    Subtracting is TRL's `missing_eos_penalty`; replacing is what the N+ code does.
+    TRL's `missing_eos_penalty` subtracts; the N+ code replaces.
     """
-    punished_B = torch.full_like(scores_B, -penalty) if replace else scores_B - penalty
-    return torch.where(finished_B, scores_B, punished_B)
+    penalised_B = torch.full_like(scores_B, -penalty) if replace else scores_B - penalty
+    return torch.where(ended_B, scores_B, penalised_B)
 
 
 @dataclass
@@ -253,7 +253,7 @@ class AdaptiveKL:
     """Episodes."""
 
     def update(self, kl: float, n_episodes: int) -> float:
-        """Take the mean over `n_episodes` episodes (of ALL ranks) of the summed KL; returns the new value.
+        """Update from the mean summed KL of `n_episodes` episodes (of ALL ranks); returns the new value.
 
         Raises:
             StageFailed: the KL is not finite.
@@ -261,18 +261,18 @@ class AdaptiveKL:
         if not math.isfinite(kl):
             raise StageFailed(
                 f"the KL to the reference is {kl}, so the KL coefficient cannot be adapted",
-                "Look for non-finite log-probs in the rollouts; a smaller learning rate often helps.",
+                "Look for non-finite log-probs in the rollouts, or lower the learning rate",
             )
         error = min(max(kl / self.target - 1, -0.2), 0.2)
         self.value *= 1 + error * n_episodes / self.horizon
         return self.value
 
     def state_dict(self) -> dict[str, float]:
-        """Everything that a resumed run needs."""
+        """The state that a resumed run needs."""
         return {"value": self.value, "target": self.target, "horizon": self.horizon}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Take over a saved state.
+        """Restore a saved state.
 
         Raises:
             KeyError: the state lacks an entry.

@@ -1,5 +1,4 @@
-"""What a round samples: episodes, scored, and read again by the policy, which is trained, and the reference;
-and how they are dealt to minibatches.
+"""Episodes and rollouts of a round: scored samples, their log-probs, and their assignment to minibatches.
 
 Shapes: B episodes of a micro-batch, R response tokens of the longest.
 """
@@ -28,17 +27,17 @@ class Episode:
     sequence: Sequence
     prompt: str
     group: int
-    """Number of its prompt among this rank's prompts of the round."""
+    """Index of its prompt among this rank's prompts of the round."""
     ended: bool
     sampler_logps: tuple[float, ...]
     score: float = 0.0
     gold: float | None = None
-    """What a known reward says, where the score is a learned one; nothing is trained on it."""
+    """A known reward that is logged if the score is a learned one; nothing is trained on it."""
     sample: int = 0
-    """Number among the completions of its prompt."""
+    """Index among the completions of its prompt."""
 
     @property
-    def place(self) -> tuple[int, int]:
+    def sort_key(self) -> tuple[int, int]:
         return self.sample, self.group
 
     def __len__(self) -> int:
@@ -47,27 +46,27 @@ class Episode:
 
 @dataclass(frozen=True)
 class EpisodeItem:
-    """What a method learns from one episode; a subclass adds it."""
+    """An episode to learn from; a subclass adds what its method computes for it."""
 
     episode: Episode
 
     @property
-    def place(self) -> tuple[int, int]:
-        return self.episode.place
+    def sort_key(self) -> tuple[int, int]:
+        return self.episode.sort_key
 
     def __len__(self) -> int:
         return len(self.episode)
 
 
 class MinibatchItem(Protocol):
-    """What minibatches are made of."""
+    """An item of a minibatch: what an optimiser step learns from."""
 
     @property
-    def place(self) -> tuple[int, int]:
-        """Where it stands among its rank's: the samples of all prompts in turn, prompts in their order."""
+    def sort_key(self) -> tuple[int, int]:
+        """(sample, group): the first samples of all prompts come first, in the order of the prompts."""
 
     def __len__(self) -> int:
-        """Tokens, by which neighbours are found."""
+        """Tokens; items of similar length share a micro-batch."""
 
 
 Item = TypeVar("Item", bound=MinibatchItem)
@@ -90,20 +89,20 @@ class Rollout:
         return self.rows.lengths_S
 
     def of(self, name: str) -> Tensor:
-        """A number of every episode, (B,)."""
+        """An attribute of every episode as a tensor (B,)."""
         values = [float(getattr(e, name)) for e in self.episodes]
         return torch.tensor(values, device=self.mask_BR.device)
 
 
 def response_logps(model: nn.Module, rows: PaddedRows, temperature: float) -> tuple[Tensor, Tensor]:
-    """Hidden states (N,H) that choose the response tokens, and the tokens' log-probs (B,R)."""
+    """Hidden states (N,H) that predict the response tokens, and the tokens' log-probs (B,R)."""
     hidden_NH = hidden_of(model, rows)[rows.predicts_N]
     logps_N = token_scores(model, hidden_NH, rows.targets_N, temperature=temperature)["logps"]
     return hidden_NH, rows.table(logps_N)
 
 
 @torch.no_grad()
-def read(
+def make_rollout(
     episodes: list[Episode],
     policy: nn.Module,
     reference: nn.Module,
@@ -112,9 +111,9 @@ def read(
     precision: Precision,
     device: torch.device,
 ) -> Rollout:
-    """Log-probs of one micro-batch under policy and reference.
+    """The rollout of one micro-batch: its log-probs under policy and reference.
 
-    The first pass trains on the same rows together, so that the first ratio is exactly 1.
+    The first pass of training has the same rows in a micro-batch, so that its ratio is exactly 1.
     """
     rows = rows_of(episodes, device)
     mask_BR = leading_mask(rows.lengths_S)
@@ -126,12 +125,12 @@ def read(
 
 
 def rows_of(episodes: Seq[Episode], device: torch.device) -> PaddedRows:
-    """One row an episode."""
+    """One padded row for each episode."""
     return pad([Document(e.sequence.prompt, (e.sequence.completion,)) for e in episodes]).to(device)
 
 
 def leading_mask(counts_B: Tensor, width: int | None = None) -> Tensor:
-    """Mask (B, width): as many True as the row's count, from the left; as wide as the largest by default."""
+    """Mask (B, width): the first `counts_B` places of each row are True. Default width: the largest count."""
     places = torch.arange(int(counts_B.max()) if width is None else width, device=counts_B.device)
     return places < counts_B[:, None]
 
@@ -141,19 +140,19 @@ def padded(rows: Seq[Tensor]) -> Tensor:
     return pad_sequence(list(rows), batch_first=True)
 
 
-def deal(
+def split_minibatches(
     items: Seq[Item], minibatches: int, *, key: tuple[int, ...], rank: int, world: int
 ) -> list[list[Item]]:
-    """This rank's share of every minibatch of a pass: a random deal that depends on `key` alone.
+    """This rank's share of every minibatch of a pass, assigned at random with `key` as the seed.
 
-    A minibatch holds S items over all ranks. Items whose numbers are equal modulo S lie on one rank; each
-    such set is dealt at random, one item to each minibatch. So a minibatch holds the same items whatever the
-    number of ranks, equally many on each, and the samples of a prompt are spread over the minibatches.
+    A minibatch has S items over all ranks. Items whose numbers are equal modulo S are on one rank; each such
+    set is assigned at random, one item to each minibatch. So a minibatch has the same items for any number of
+    ranks, the same number on each, and the samples of a prompt are spread over the minibatches.
 
     Args:
-        items: this rank's, a multiple of `minibatches`.
+        items: those of this rank, a multiple of `minibatches`.
     """
-    ordered = sorted(items, key=lambda item: item.place)
+    ordered = sorted(items, key=lambda item: item.sort_key)
     size = len(ordered) // minibatches
     draws = np.random.default_rng(key).random((size * world, minibatches))
     turns = draws.argsort(axis=1)[rank::world]
@@ -161,16 +160,16 @@ def deal(
 
 
 def micro_batches(items: Seq[Item], size: int) -> list[list[Item]]:
-    """Neighbours in length together, so that little is padding."""
+    """Micro-batches of items of similar length, so that there is little padding."""
     ordered = sorted(items, key=len)
     return [ordered[i : i + size] for i in range(0, len(ordered), size)]
 
 
 def sampler_gap(rollouts: Seq[Rollout]) -> tuple[Tensor, Tensor]:
-    """|trainer - sampler| and π_trainer/π_sampler of every response token, each (N,).
+    """|log π_trainer - log π_sampler| and π_trainer/π_sampler of every response token, each (N,).
 
-    Both are of the same weights. A sampler in bf16 or another kernel differs a little; a large difference
-    means that the two do not compute the same policy, and then no ratio of PPO or GRPO is what it says.
+    Both have the same weights. A sampler in bf16 or with another kernel differs a little; a large difference
+    means that the two compute different policies, and the ratios of PPO and GRPO are then wrong.
     """
     gaps_N = torch.cat([(r.logps_BR - r.sampler_logps_BR)[r.mask_BR] for r in rollouts])
     return gaps_N.abs(), gaps_N.exp()

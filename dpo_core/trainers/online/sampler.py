@@ -1,7 +1,7 @@
-"""The rollout engine: which prompts a round samples, what is drawn for them, and what it is worth.
+"""Samples the episodes of a round: chooses its prompts, draws completions and scores them.
 
-The position among the prompts is the whole state: with the seed it decides every completion, whatever the
-number of ranks and wherever a run was cut off.
+Its only state is the number of prompts drawn so far: with the seed it determines every completion, for any
+number of ranks and after any interruption.
 """
 
 from collections.abc import Callable, Collection
@@ -43,13 +43,13 @@ class RolloutContext:
     eos_id: int | Collection[int]
     """Tokens that end a completion."""
     scorer: Scorer
-    """The reward of finished completions."""
+    """The reward of completions."""
     seed: int
     work: Path
     gold: Scorer | None = None
     """A known reward that is logged beside a learned one."""
     scoring_flops: Callable[[Seq[Sequence]], float] = lambda sequences: 0.0
-    """Operations of scoring some sequences, where the scorer is a model."""
+    """Operations of scoring sequences, if the scorer is a model."""
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -60,11 +60,12 @@ def rollout_context(job: Job, tokenise: Tokenise, precision: str) -> RolloutCont
     """The context that a job file describes.
 
     Raises:
-        StageFailed: it names no reference, sampling settings or reward; or there are no prompts.
+        StageFailed: it lacks a reference, sampling settings or a reward; or there are no prompts.
     """
     if job.reference is None or job.sampling is None or job.reward_source is None:
         raise StageFailed(
-            f"the {job.method} job lacks its reference, sampling settings or reward", "Write them"
+            f"the {job.method} job file lacks a reference, sampling settings or a reward source",
+            "Add reference, sampling and reward_source",
         )
     rows = read_parquet(job.data)
     tokens = [(tokenise.prompt_of(row, job.sampling.max_new_tokens), row["prompt"]) for row in rows]
@@ -81,35 +82,41 @@ def rollout_context(job: Job, tokenise: Tokenise, precision: str) -> RolloutCont
 
 
 class Sampler:
-    """Draws the rounds of one job on this rank; every prompt's completions stay on one rank.
+    """Draws this rank's episodes of every round; the completions of a prompt are all on one rank.
 
     Args:
-        prompts: of a round, over all ranks.
-        each: completions of every prompt.
-        redraws: how often prompts whose completions all score the same are replaced by the next ones.
+        prompts: prompts of a round, over all ranks.
+        redraws: how often prompts whose completions all score the same are replaced by the next prompts.
     """
 
     def __init__(
-        self, policy: Any, context: RolloutContext, engine: Engine, *, prompts: int, each: int, redraws: int
+        self,
+        policy: Any,
+        context: RolloutContext,
+        engine: Engine,
+        *,
+        prompts: int,
+        completions_per_prompt: int,
+        redraws: int,
     ) -> None:
         self.policy, self.context, self.engine = policy, context, engine
-        self.prompts, self.each, self.redraws = prompts, each, redraws
+        self.prompts, self.completions_per_prompt, self.redraws = prompts, completions_per_prompt, redraws
         self.order = Order(len(context.prompts), context.seed)
         self.drawn = 0
         """Prompts drawn so far, over all ranks."""
 
     def round(self) -> tuple[list[Episode], list[Episode]]:
-        """This rank's episodes, and all that were drawn for them."""
-        everything = episodes = self._draw()
+        """This rank's episodes of the round, and all that were drawn, including replaced ones."""
+        drawn = episodes = self._draw()
         for _ in range(self.redraws):
             good = informative(episodes)
             missing = self.prompts // self.engine.world - len(good)
             if not float(self.engine.all_sum(torch.tensor(float(missing)))):
                 break
             more = self._draw()
-            everything = everything + more
+            drawn = drawn + more
             episodes = replaced(episodes, good, more)
-        return episodes, everything
+        return episodes, drawn
 
     def _draw(self) -> list[Episode]:
         """Scored episodes of this rank's share of the next prompts."""
@@ -120,7 +127,7 @@ class Sampler:
             self.policy,
             [self.context.prompts[self.order.at(place)] for place in places],
             places,
-            self.each,
+            self.completions_per_prompt,
             self.context.sampling,
             eos_id=self.context.eos_id,
             seed=seed_for(self.context.seed, "online"),
@@ -132,17 +139,18 @@ def draw(
     policy: nn.Module,
     prompts: Seq[Prompt],
     places: Seq[int],
-    each: int,
+    completions_per_prompt: int,
     sampling: SamplingConfig,
     *,
     eos_id: int | Collection[int],
     seed: int,
 ) -> list[Episode]:
-    """`each` completions of every prompt, not scored yet.
+    """Episodes of every prompt, not scored yet.
 
     Args:
-        places: of the prompts among those that all ranks ever draw; a place decides what is sampled.
+        places: numbers of the prompts among all that the job draws; they seed the sampling.
     """
+    each = completions_per_prompt
     drawn = sample(
         policy,
         [ids for ids, _ in prompts for _ in range(each)],
@@ -166,25 +174,25 @@ def draw(
 
 def scored(episodes: Seq[Episode], scorer: Scorer, gold: Scorer | None) -> list[Episode]:
     """The same episodes with their scores."""
-    asked = [e.sequence for e in episodes], [e.prompt for e in episodes]
-    scores = scorer(*asked)
-    golds: Seq[float | None] = gold(*asked) if gold else [None] * len(scores)
+    inputs = [e.sequence for e in episodes], [e.prompt for e in episodes]
+    scores = scorer(*inputs)
+    golds: Seq[float | None] = gold(*inputs) if gold else [None] * len(scores)
     return [replace(e, score=s, gold=g) for e, s, g in zip(episodes, scores, golds, strict=True)]
 
 
 def informative(episodes: Seq[Episode]) -> set[int]:
-    """Groups whose scores differ: only these have advantages (DAPO's dynamic sampling keeps them)."""
+    """Groups whose scores differ. The others have no advantages; DAPO's dynamic sampling replaces them."""
     scores: dict[int, list[float]] = {}
     for episode in episodes:
         scores.setdefault(episode.group, []).append(episode.score)
-    return {group for group, found in scores.items() if np.ptp(found) > 0}
+    return {group for group, values in scores.items() if np.ptp(values) > 0}
 
 
 def replaced(episodes: list[Episode], good: set[int], more: list[Episode]) -> list[Episode]:
-    """Episodes in which groups without a difference are those of `more` that have one, as far as they go."""
+    """The episodes, with as many uninformative groups as possible replaced by informative ones of `more`."""
     spare = sorted(informative(more))
-    poor = sorted({e.group for e in episodes} - good)
-    swap = dict(zip(spare, poor, strict=False))
-    gone = set(swap.values())
-    kept = [e for e in episodes if e.group not in gone]
-    return kept + [replace(e, group=swap[e.group]) for e in more if e.group in swap]
+    uninformative = sorted({e.group for e in episodes} - good)
+    swap = dict(zip(spare, uninformative, strict=False))
+    removed = set(swap.values())
+    remaining = [e for e in episodes if e.group not in removed]
+    return remaining + [replace(e, group=swap[e.group]) for e in more if e.group in swap]

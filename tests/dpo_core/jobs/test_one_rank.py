@@ -132,6 +132,6 @@ def test_a_kind_that_this_version_does_not_know_is_named(tmp_path: Path) -> None
     )
     assert done.returncode == 4
     error = json.loads((tmp_path / "error.json").read_text())
-    assert error["problem"].startswith("there is no job of the kind 'sculpt', only ")
+    assert error["problem"].startswith("there is no kind of job 'sculpt', only ")
     assert "evaluate" in error["problem"]
     assert "same version" in error["remedy"]

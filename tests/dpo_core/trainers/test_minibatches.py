@@ -9,7 +9,7 @@ from scipy import stats
 
 from dpo_core import job as train
 from dpo_core.data.tokens.tokenise import Sequence
-from dpo_core.trainers.online.rollouts import Episode, deal
+from dpo_core.trainers.online.rollouts import Episode, split_minibatches
 from tests.support.runs.online_jobs import online_job
 from tests.support.runs.training_jobs import curve
 
@@ -31,7 +31,9 @@ def names(minibatch: list[Episode]) -> set[tuple[int, int]]:
 def test_the_number_of_ranks_changes_no_minibatch(prompts: int, each: int, minibatches: int) -> None:
     def dealt(world: int) -> list[set[tuple[int, int]]]:
         shares = [
-            deal(episodes(prompts, each, rank, world), minibatches, key=(7, 3, 1), rank=rank, world=world)
+            split_minibatches(
+                episodes(prompts, each, rank, world), minibatches, key=(7, 3, 1), rank=rank, world=world
+            )
             for rank in range(world)
         ]
         assert {len(share) for ranks in shares for share in ranks} == {prompts * each // minibatches // world}
@@ -48,18 +50,23 @@ def test_every_minibatch_is_as_long_as_the_others() -> None:
     """Over many deals: no minibatch gets the short episodes, and each pass deals anew."""
     means = np.array(
         [
-            [np.mean([len(e) for e in m]) for m in deal(episodes(32), 4, key=(0, i, 0), rank=0, world=1)]
+            [
+                np.mean([len(e) for e in m])
+                for m in split_minibatches(episodes(32), 4, key=(0, i, 0), rank=0, world=1)
+            ]
             for i in range(200)
         ]
     )
     assert stats.f_oneway(*means.T).pvalue > 1e-3
     assert np.ptp(means.mean(0)) < 1, "sorted by length they would be 24 apart"
-    first, second = (deal(episodes(32), 4, key=(0, 0, epoch), rank=0, world=1) for epoch in (0, 1))
+    first, second = (
+        split_minibatches(episodes(32), 4, key=(0, 0, epoch), rank=0, world=1) for epoch in (0, 1)
+    )
     assert [names(m) for m in first] != [names(m) for m in second]
 
 
 def test_samples_of_a_prompt_are_spread_over_the_minibatches() -> None:
-    for minibatch in deal(episodes(4, each=8), 2, key=(0, 0, 0), rank=0, world=1):
+    for minibatch in split_minibatches(episodes(4, each=8), 2, key=(0, 0, 0), rank=0, world=1):
         assert np.bincount([e.sequence.prompt[0] for e in minibatch]).tolist() == [4, 4, 4, 4]
 
 

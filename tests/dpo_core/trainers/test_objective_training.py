@@ -82,7 +82,7 @@ def test_a_live_reference_equals_the_cache(name, alone, tiny, other, shard, tmp_
 @pytest.mark.parametrize("name", COUPLED)
 def test_an_objective_that_compares_the_whole_batch_refuses_a_split_one(name, alone, tiny, shard, tmp_path):
     with pytest.raises(
-        RecipeError, match="compares all pairs of a batch, and a batch is in 2 parts"
+        RecipeError, match="needs a batch in one forward pass, but it is split into 2"
     ) as caught:
         trainer_of(name, tiny, ROWS, tmp_path, shard=shard, pack_tokens=None, micro_batch_size=6)
     assert "micro_batch_size" in caught.value.remedy
@@ -208,7 +208,7 @@ def test_a_method_on_single_answers_has_no_settings_of_pairs(name):
 def test_a_missing_cache_is_named(alone, tiny, tmp_path):
     from dpo_core.errors import StageFailed
 
-    with pytest.raises(StageFailed, match="names no reference log-probs"):
+    with pytest.raises(StageFailed, match="has no reference_logps"):
         trainer_of("dpo", tiny, ROWS, tmp_path)
     trainer_of("simpo", tiny, ROWS, tmp_path / "free")
 

@@ -13,7 +13,7 @@ from dpo_core import job as train
 from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.methods.online_dpo import OnlineDpoConfig
 from dpo_core.trainers.online.rollouts import Episode
-from dpo_core.trainers.online_dpo import Candidate, extremes
+from dpo_core.trainers.online_dpo import ScoredEpisode, best_and_worst
 from tests.support.runs.online_jobs import kill_in_round, online_job, timeless
 from tests.support.runs.training_jobs import curve, launch
 
@@ -81,13 +81,13 @@ def test_two_ranks_take_the_steps_of_one(tiny: Path, tmp_path: Path) -> None:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4), name
 
 
-def candidate(reward: float, *completion: int) -> Candidate:
-    return Candidate(Episode(Sequence((1,), completion), "", 0, True, (0.0,)), reward, -1.0)
+def candidate(reward: float, *completion: int) -> ScoredEpisode:
+    return ScoredEpisode(Episode(Sequence((1,), completion), "", 0, True, (0.0,)), reward, -1.0)
 
 
 def test_the_best_is_set_against_the_worst() -> None:
     candidates = [candidate(0.5, 2), candidate(2.0, 3), candidate(-1.0, 4), candidate(2.0, 5)]
-    better, worse = extremes(candidates)
+    better, worse = best_and_worst(candidates)
     assert (better.episode.sequence.completion, worse.reward) == ((3,), -1.0)
 
 

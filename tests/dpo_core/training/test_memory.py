@@ -23,7 +23,7 @@ from dpo_core.scoring.document import Document
 from dpo_core.scoring.layout import Layout, pack, pad
 from dpo_core.training.batches import PackedBatches, PaddedBatches
 from dpo_core.training.engine import EngineConfig
-from dpo_core.training.memory import PROCESS_BYTES, _Living, step_memory, training_memory
+from dpo_core.training.memory import PROCESS_BYTES, _StorageCounter, step_memory, training_memory
 from tests.support.models.tiny import make_tiny_model
 from tests.support.runs.training_jobs import text, write_job, write_reference
 
@@ -49,7 +49,7 @@ def counted(config: Any, layout: Layout, engine: EngineConfig) -> int:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     kept = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters())]
-    with _Living([t.untyped_storage() for t in kept]) as living:
+    with _StorageCounter([t.untyped_storage() for t in kept]) as living:
         with autocast(engine.precision):
             loss = -branch_scores(model, layout).logps_SL.sum()
         loss.backward()

@@ -28,7 +28,7 @@ def test_it_is_what_transformers_computes(family: str, tmp_path: Path) -> None:
     assert balance is not None
     assert balance.coefficient == 0.5
     ids_BT, attention_BT = right_padded(ROWS)
-    with balance.watch():
+    with balance.recording():
         padded_hidden(model, ids_BT, attention_BT)
         ours, used = balance.loss()
     theirs = model(input_ids=ids_BT, attention_mask=attention_BT, output_router_logits=True).aux_loss

@@ -166,7 +166,7 @@ def test_a_killed_worker_is_replaced_and_the_run_goes_on(
     until(gang, 7)
     getattr(gang, end).worker().kill()
     gang.finish()
-    assert "going on from" in gang.a.text()
+    assert "resuming from" in gang.a.text()
     assert not (tmp_path / "error.json").exists(), "what the replaced ranks left"
     assert_identical(tmp_path, straight)
 
@@ -180,7 +180,7 @@ def test_a_killed_node_is_replaced_and_the_run_goes_on(
     time.sleep(3)
     gang.b = gang.start("b")
     gang.finish()
-    assert "going on from" in gang.a.text()
+    assert "resuming from" in gang.a.text()
     assert_identical(tmp_path, straight)
 
 
@@ -196,7 +196,7 @@ def test_a_link_that_comes_back_in_time_lets_the_run_go_on(
     time.sleep(10)
     room.mend()
     gang.finish()
-    assert "going on from" in gang.b.text()
+    assert "resuming from" in gang.b.text()
     assert_identical(tmp_path, straight)
 
 

@@ -253,7 +253,7 @@ def test_a_checkpoint_with_a_fitting_digest_runs_no_code(trace: Path, tmp_path: 
     }
     (tmp_path / "digest.json").write_text(json.dumps(facts | {"sha256": _own_digest(facts)}))
     assert read_digest(tmp_path).step == 1, "the tampered checkpoint passes for whole"
-    with pytest.raises(StageFailed, match="holds more than numbers") as caught:
+    with pytest.raises(StageFailed, match="contains more than numbers") as caught:
         load_random_state(tmp_path, 0)
     assert "posix.system" in str(caught.value), "it says what would have run"
     assert not trace.exists()
