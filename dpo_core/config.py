@@ -1,4 +1,4 @@
-"""The base of every configuration model.
+"""`Config`, the base class of every configuration model.
 
 Each configuration class lives beside the code that reads it; `tasks.recipe.recipe.Recipe` composes them.
 """
@@ -28,7 +28,7 @@ class Config(BaseModel):
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_: Any) -> None:
-        """Describe each field by the string below it.
+        """Use the string below each field as its description.
 
         Pydantic's `use_attribute_docstrings` does the same and takes seven times as long for a recipe.
         """
@@ -40,23 +40,23 @@ class Config(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _over_the_defaults_of_sections(cls, given: Any) -> Any:
-        """Lay a section that is given in part over the default of its field, not over its class's defaults.
+    def _merge_section_defaults(cls, values: Any) -> Any:
+        """Fill the missing keys of a section from its field's default, not from the defaults of its class.
 
         A method's `optim` has a learning rate of its own: `optim: {schedule: cosine}` must not change it.
         """
-        if not isinstance(given, Mapping):
-            return given
-        laid = dict(given)
+        if not isinstance(values, Mapping):
+            return values
+        merged = dict(values)
         for name, field in cls.model_fields.items():
-            if isinstance(given.get(name), Mapping) and isinstance(field.default, BaseModel):
-                laid[name] = {**field.default.model_dump(exclude_unset=True), **given[name]}
-        return laid
+            if isinstance(values.get(name), Mapping) and isinstance(field.default, BaseModel):
+                merged[name] = {**field.default.model_dump(exclude_unset=True), **values[name]}
+        return merged
 
 
 @cache
 def _texts_below_fields(file: str) -> dict[str, dict[str, str]]:
-    """By class at the top of a module, then by field: the string that follows the field's line."""
+    """The strings below the fields of a module's top-level classes, by class and field."""
     return {
         node.name: {
             field.target.id: inspect.cleandoc(text.value.value)

@@ -1,9 +1,9 @@
-"""A process that loads the libraries once, then forks one rank for each job: `python -m dpo_core.job_server`.
+"""Job server: loads the libraries once, then forks a rank for each job: `python -m dpo_core.job_server`.
 
-It serves one run on one machine, whose jobs would otherwise each take seconds to load the same libraries. One
-request a line on standard input, one answer a line on standard output, both JSON: `{"job": ..., "log": ...}`
-starts a job and answers `{"pid": ...}`; `{"pid": ...}` answers `{"status": ...}`, null while the job runs.
-At the end of its input it ends its jobs and itself.
+It serves one run on one machine, whose jobs would otherwise each take seconds to load the same libraries.
+Requests are lines of JSON on standard input, answers lines of JSON on standard output:
+`{"job": ..., "log": ...}` starts a job and answers `{"pid": ...}`; `{"pid": ...}` answers `{"status": ...}`,
+null while the job runs. At the end of its input it ends its jobs and exits.
 """
 
 import ctypes
@@ -35,10 +35,10 @@ _GRACE = 20.0
 
 def main() -> int:
     """Serve until the input ends."""
-    signal.signal(signal.SIGINT, _ignore)  # a Ctrl-C reaches the jobs by their launcher
+    signal.signal(signal.SIGINT, _ignore)  # the launcher passes Ctrl-C on to the jobs
     signal.signal(signal.SIGHUP, _ignore)
     signal.signal(signal.SIGTERM, _ignore)
-    # Whatever libraries print must not be taken for an answer.
+    # Output of libraries goes to standard error, so that standard output has only answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     _load()
@@ -59,17 +59,17 @@ def main() -> int:
 
 
 def _ignore(number: int, frame: FrameType | None) -> None:
-    """A handler and not SIG_IGN, which a program that a job starts would inherit."""
+    """Do nothing. SIG_IGN would be inherited by the programs that jobs start."""
 
 
 def _load() -> None:
     from dpo_core.models.accelerator import set_accelerator
 
-    set_accelerator()  # DeepSpeed reads it when it is loaded
+    set_accelerator()  # DeepSpeed reads it when it is imported
     for name in _LIBRARIES:
         importlib.import_module(name)
     gc.collect()
-    gc.freeze()  # so that collections in the jobs do not copy every page
+    gc.freeze()  # so that garbage collection in the jobs does not copy every page
 
 
 def _status(pid: int, jobs: dict[int, int | None]) -> int | None:
@@ -97,11 +97,11 @@ def _run(job: Path, log: Path) -> None:
     try:
         for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
-        # A server that is killed takes its jobs along: nobody else would hear of their end.
+        # If the server is killed, its jobs must end too: no other process collects their status.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        nothing = os.open(os.devnull, os.O_RDONLY)
-        for target, source in ((0, nothing), (1, output), (2, output)):
+        null = os.open(os.devnull, os.O_RDONLY)
+        for target, source in ((0, null), (1, output), (2, output)):
             os.dup2(source, target)
         from dpo_core.job import main as run_job
 

@@ -1,8 +1,8 @@
-"""Whether a model can be aligned, decided before anything is trained: packed, padded or refused.
+"""Checks before training whether a model can be trained in packs, only in padded rows, or not at all.
 
-Everything that the pipeline assumes of an architecture is tried on the model itself, in some small passes:
-its trunk and head give its own output, no token reads a later one, padding changes nothing, two passes in
-training mode agree, packs give what padded rows give, in the precision of training too.
+Every assumption about an architecture is tested on the model itself, in a few small forward passes: trunk and
+head give the model's own output, no token reads a later one, padding changes nothing, two passes in training
+mode agree, packs give the results of padded rows, also in the precision of training.
 """
 
 from dataclasses import dataclass
@@ -40,10 +40,10 @@ class ModelCheck:
     reason: str
     """One sentence."""
     sampling: Literal["cached", "whole rows", "none"] = "none"
-    """How the next token is computed; whole rows are read again where the cache is not exact."""
+    """How the next token is computed: with the cache, or from complete rows if the cache is not exact."""
 
     def require(self) -> None:
-        """Raises ModelError for a refused model."""
+        """Raise ModelError if the model is refused."""
         if self.layout == "refused":
             raise ModelError(f"the model cannot be aligned: {self.reason}", REMEDY)
 
@@ -51,24 +51,24 @@ class ModelCheck:
 def check_named(
     config: ModelConfig, *, precision: Precision = "bf16", longest: int | None = None
 ) -> ModelCheck:
-    """`check_model` of the model that a recipe names; what cannot be found or loaded is refused.
+    """`check_model` of the model of a recipe; a model that cannot be found or loaded is refused.
 
     Args:
-        longest: as of `check_model`; empty: 512, or what the model has positions for.
+        longest: as in `check_model`; by default 512, or the model's position limit if that is less.
     """
     try:
         source = locate(config)
         if longest is None:
             longest = min(512, position_limit(read_config(config)) or 512)
         check_source_context(source, longest)
-        if config.scratch is not None:  # of its architecture alone: its weights are yet to be drawn
-            return check_model(_drawn(config), precision=precision, longest=longest)
+        if config.scratch is not None:  # with random weights: the import job makes the final ones
+            return check_model(_initialised(config), precision=precision, longest=longest)
     except ModelError as error:
         return ModelCheck("refused", f"{error.problem}. {error.remedy}")
     return check_folder(source, precision=precision, longest=longest)
 
 
-def _drawn(config: ModelConfig) -> nn.Module:
+def _initialised(config: ModelConfig) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     model: nn.Module = AutoModelForCausalLM.from_config(read_config(config), dtype=torch.float32)
@@ -76,7 +76,7 @@ def _drawn(config: ModelConfig) -> nn.Module:
 
 
 def check_folder(folder: Path, *, precision: Precision = "bf16", longest: int = 512) -> ModelCheck:
-    """`check_model` of a checkpoint folder or .gguf file; what cannot be loaded is refused."""
+    """`check_model` of a checkpoint folder or .gguf file; a model that cannot be loaded is refused."""
     try:
         model = load_model(folder)
     except ModelError as error:
@@ -85,13 +85,13 @@ def check_folder(folder: Path, *, precision: Precision = "bf16", longest: int = 
 
 
 def check_model(model: nn.Module, *, precision: Precision = "bf16", longest: int = 512) -> ModelCheck:
-    """Try everything that training, sampling and evaluation assume.
+    """Test all assumptions of training, sampling and evaluation.
 
-    The model is left in eval mode with its dropout switched off.
+    The model is left in eval mode with its dropout disabled.
 
     Args:
-        precision: of training.
-        longest: tokens of the longest document that will be trained (`tokens.max_length`).
+        precision: precision of training.
+        longest: tokens of the longest document to train on (`tokens.max_length`).
     """
     disable_dropout(model)
     model.eval()
@@ -106,7 +106,8 @@ def check_model(model: nn.Module, *, precision: Precision = "bf16", longest: int
 
 
 def check_definition(model: nn.Module) -> None:
-    """Raises ModelError for a model whose log-probs are not what its trunk and head give, and the like."""
+    """Raise ModelError if a model's log-probs cannot be computed from its trunk and head; see
+    `definition_fault`."""
     fault = definition_fault(model)
     if fault:
         ModelCheck("refused", fault).require()
@@ -114,9 +115,9 @@ def check_definition(model: nn.Module) -> None:
 
 @torch.no_grad()
 def definition_fault(model: nn.Module) -> str | None:
-    """Why log-probs of a model cannot be computed or trained as this project does, or None.
+    """Why a model's log-probs cannot be computed from its trunk and head, or cannot be trained; else None.
 
-    Left in eval mode, with the attention that it came with.
+    The model is left in eval mode, with its own attention implementation.
     """
     try:
         return _fault(model)
@@ -157,35 +158,35 @@ def _fault(model: nn.Module) -> str | None:
 
 
 def _logps(model: nn.Module, documents: list[Document]) -> Tensor:
-    """(N,) of all branches of all documents, in one pass of padded rows."""
+    """Log-probs (N,) of all branches of all documents, in one pass of padded rows."""
     layout = pad(documents).to(next(model.parameters()).device)
     return branch_scores(model, layout).logps_SL[layout.index_N]
 
 
 def _own_logps(model: Any, document: Document) -> Tensor:
-    """(N,) of a document's branches by the model's own output, each row alone and without padding."""
-    found = []
+    """Log-probs (N,) of a document's branches from the model's own output, one row at a time."""
+    logps = []
     for branch in document.branches:
         ids = torch.tensor([document.prompt + branch], device=next(model.parameters()).device)
         logps_TV = torch.log_softmax(model(input_ids=ids).logits[0].float(), -1)
         at = torch.arange(len(document.prompt) - 1, ids.shape[1] - 1)
-        found.append(logps_TV[at, ids[0, at + 1]])
-    return torch.cat(found)
+        logps.append(logps_TV[at, ids[0, at + 1]])
+    return torch.cat(logps)
 
 
 def _reads_ahead(model: Any, document: Document) -> str | None:
-    """A token's hidden state must not change with the tokens that follow."""
+    """The fault of a model whose log-probs depend on later tokens, else None."""
     ids = torch.tensor([document.prompt], device=next(model.parameters()).device)
-    whole = torch.log_softmax(model(input_ids=ids).logits[0].float(), -1)
-    part = torch.log_softmax(model(input_ids=ids[:, : ids.shape[1] // 2]).logits[0].float(), -1)
-    gap, allowed = difference(whole[: len(part)], part)
+    complete = torch.log_softmax(model(input_ids=ids).logits[0].float(), -1)
+    half = torch.log_softmax(model(input_ids=ids[:, : ids.shape[1] // 2]).logits[0].float(), -1)
+    gap, allowed = difference(complete[: len(half)], half)
     if not gap <= allowed:
         return f"it is bidirectional: log-probs change by {gap:.2g} nats with the tokens that follow"
     return None
 
 
 def _reduced_fault(model: nn.Module, precision: Precision) -> str | None:
-    """Packs in bf16 must be about as near to fp32 as padded rows in bf16 are."""
+    """The fault of a model whose packs in bf16 are much further from fp32 than its padded rows; else None."""
     device = next(model.parameters()).device
     if effective_precision(precision, device) == "fp32":
         return None
@@ -196,12 +197,13 @@ def _reduced_fault(model: nn.Module, precision: Precision) -> str | None:
         with torch.no_grad(), restore_attention_on_error(model):
             exact = _logps(model, documents)
             with autocast(precision, device):
-                padded, packed = (branch_scores(model, one.to(device)).logps_SL for one in layouts)
+                padded, packed = (branch_scores(model, layout.to(device)).logps_SL for layout in layouts)
             index_N = layouts[0].to(device).index_N
             noise, gap = (float((logps[index_N] - exact).abs().mean()) for logps in (padded, packed))
             if not gap <= 4 * noise + difference(exact, exact)[1]:
                 raise ModelError(
-                    f"in {precision} its packs differ by {gap:.2g} nats from fp32, its rows by {noise:.2g}",
+                    f"in {precision} its packs differ by {gap:.2g} nats from fp32, and its padded rows by only "
+                    f"{noise:.2g}",
                     "",
                 )
     except ModelError as error:

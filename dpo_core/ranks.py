@@ -1,8 +1,8 @@
-"""Work that the ranks of one job share: each rank computes some units, and every rank gets all results.
+"""Distributes the work of one job over its ranks: each computes some units, and every rank gets all results.
 
-Results are files in the job's work folder, which every node sees, so a job that was killed, or that starts
-again with another number of ranks, computes only what is missing. Ranks exchange nothing else: a slow rank
-delays the others only at the end of a map. Which rank computes a unit never changes its result.
+Results are files in the job's work folder, which all nodes share. A job that was killed, or that starts again
+with another number of ranks, therefore computes only what is missing. Ranks exchange nothing else: a slow
+rank delays the others only at the end of a map. The result of a unit does not depend on its rank.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ Unit = TypeVar("Unit")
 
 PARTS = "parts"
 PROGRESS = "progress-{rank}"
-"""File of the work folder that holds how much a rank has done, in the sizes of `map`."""
+"""File of the work folder with the progress of a rank, in the sizes of `map`."""
 
 
 class Ranks(Protocol):
@@ -42,17 +42,17 @@ class Ranks(Protocol):
         compute: Callable[[Unit], Any],
         sizes: Seq[int] | None = None,
     ) -> list[Any]:
-        """`compute` of every unit, in order. Every rank calls this with the same units in the same order.
+        """The results of all units, in order. Every rank calls this with the same units in the same order.
 
         Args:
-            name: of this map, for the folder of its results.
-            compute: gives plain JSON data.
-            sizes: what each unit counts in the job's progress; nothing by default.
+            name: name of this map, for the folder of its results.
+            compute: the function of a unit; returns plain JSON data.
+            sizes: size of each unit in the job's progress; by default units are not counted.
         """
         ...
 
     def check(self) -> None:
-        """End the work if it is to be stopped: call this between two steps that are not units of a map."""
+        """Raise `Stopped` after a stop signal. Call this between steps that are not units of a map."""
         ...
 
     def discard_results(self) -> None:
@@ -60,19 +60,19 @@ class Ranks(Protocol):
         ...
 
     def advance(self, size: int) -> None:
-        """Count so much more as done in the job's progress."""
+        """Add to the job's progress."""
         ...
 
     def wait_until(self, complete: Callable[[], bool]) -> None:
-        """Wait for what other ranks write."""
+        """Wait for files that other ranks write."""
         ...
 
 
 class SingleRank:
-    """One process that keeps its results in memory.
+    """A single process, which keeps its results in memory.
 
     Args:
-        progress: called with the sum of the sizes that are done.
+        progress: called with the sum of the sizes of the finished units.
     """
 
     rank, world = 0, 1
@@ -95,26 +95,26 @@ class SingleRank:
         return results
 
     def check(self) -> None:
-        """Nothing stops it."""
+        """Do nothing."""
 
     def discard_results(self) -> None:
-        """Nothing is kept."""
+        """Do nothing."""
 
     def advance(self, size: int) -> None:
         self._done += size
         self._progress(self._done)
 
     def wait_until(self, complete: Callable[[], bool]) -> None:
-        """Nobody else writes anything."""
+        """Do nothing."""
 
 
 class JobRanks:
-    """The ranks of a job, which keep their results in its work folder.
+    """The ranks of a job, which save their results in its work folder.
 
     Args:
-        work: folder of the job, on a disk that all ranks see.
-        check: called between two units and while waiting for the others; raises to end the work.
-        keep_seconds: how much work a kill may cost a rank.
+        work: folder of the job, on a disk that all ranks share.
+        check: called between units and while waiting for the other ranks; may raise to end the work.
+        keep_seconds: seconds between saves: the work that a rank can lose by a kill.
     """
 
     def __init__(
@@ -142,10 +142,10 @@ class JobRanks:
         digest = hashlib.sha256(repr(units).encode()).hexdigest()[:12]
         parts = _Parts(self.work / PARTS / f"{self._maps:03d}-{name}-{digest}")
         if sizes:
-            # Of its own units alone: another rank may have added new ones already, and counts them itself.
-            mine = (index for index in parts.results if index % self.world == self.rank)
-            self.advance(sum(sizes[index] for index in mine))
-        kept_at = time.monotonic()
+            # Only its own units: another rank may have saved some already, and counts them itself.
+            own = (index for index in parts.results if index % self.world == self.rank)
+            self.advance(sum(sizes[index] for index in own))
+        saved_at = time.monotonic()
         new: dict[int, Any] = {}
         try:
             for index in range(self.rank, len(units), self.world):
@@ -155,9 +155,9 @@ class JobRanks:
                 new[index] = compute(units[index])
                 if sizes:
                     self.advance(sizes[index])
-                if time.monotonic() - kept_at >= self._keep_seconds:
+                if time.monotonic() - saved_at >= self._keep_seconds:
                     parts.add(new)
-                    new, kept_at = {}, time.monotonic()
+                    new, saved_at = {}, time.monotonic()
         finally:
             parts.add(new)
 
@@ -177,7 +177,7 @@ class JobRanks:
     def advance(self, size: int) -> None:
         self._done += size
         path = self.work / PROGRESS.format(rank=self.rank)
-        temporary = path.with_name(f"new-{path.name}")  # never read half, or the bar would fall back
+        temporary = path.with_name(f"new-{path.name}")  # a reader must not see an incomplete number
         temporary.write_text(str(self._done))
         os.replace(temporary, path)
 
@@ -190,18 +190,18 @@ class JobRanks:
 
 
 class _Parts:
-    """The results of one map that are on the disk."""
+    """The saved results of one map."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.results: dict[int, Any] = {}
         self._names: set[str] = set()
         folder.mkdir(parents=True, exist_ok=True)
-        # A part that is damaged at the start is computed again; a rank's own new part must not be.
+        # A part that is damaged at the start is computed again; one of another rank later is an error.
         self.read(strict=False)
 
     def add(self, results: dict[int, Any]) -> None:
-        """Keep new results, on the disk before this returns."""
+        """Save new results to disk."""
         if not results:
             return
         name = f"part-{min(results):08d}-{uuid.uuid4().hex[:8]}.json"
@@ -210,13 +210,13 @@ class _Parts:
         self.results |= {index: json.loads(json.dumps(result)) for index, result in results.items()}
 
     def read(self, *, strict: bool = True) -> None:
-        """Read the parts that appeared since."""
+        """Read the parts that were added since the last call."""
         for path in sorted(self.folder.glob("part-*.json")):
             if path.name in self._names:
                 continue
-            listed = read_checked(path, "its results are computed again", keep=True)
-            if listed is not None:
-                self.results |= {int(index): result for index, result in listed}
+            results = read_checked(path, "its results are computed again", keep=True)
+            if results is not None:
+                self.results |= {int(index): result for index, result in results}
             elif strict:
                 raise StageFailed(f"the results in {path} are damaged", "Check the disk, then resume the run")
             self._names.add(path.name)

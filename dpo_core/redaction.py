@@ -18,7 +18,7 @@ SECRET_NAME = re.compile(
 """Names of environment variables that contain a secret."""
 _NAMES_A_FILE = re.compile(r"(FILE|PATH|DIR|APPLICATION_CREDENTIALS)$", re.IGNORECASE)
 # Removing shorter values (true, 4096) would damage ordinary text.
-_SHORTEST = 8
+_MIN_LENGTH = 8
 _USER_PART = re.compile(r"(\b[A-Za-z][A-Za-z0-9+.-]*://)[^\s/?#'\"\\]+@")
 _QUERY = re.compile(
     r"([?&](?:[\w.-]*(?:token|secret|password|passwd|signature|credential|api_?key|access_?key)|key|sig)=)"
@@ -48,11 +48,11 @@ def _values(environment: Mapping[str, str]) -> list[str]:
         for name, value in environment.items()
         if SECRET_NAME.search(name) and not _NAMES_A_FILE.search(name)
     }
-    return sorted((value for value in values if len(value) >= _SHORTEST), key=len, reverse=True)
+    return sorted((value for value in values if len(value) >= _MIN_LENGTH), key=len, reverse=True)
 
 
 def find_secret(settings: Any) -> str | None:
-    """The place in settings of the first text with a secret, as `data.path`; None if there is none."""
+    """The path of the first text with a secret in settings, such as `data.path`; None if there is none."""
     return next((redact(place) for place, text in _texts(settings, "") if redact(text) != text), None)
 
 

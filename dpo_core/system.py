@@ -63,8 +63,7 @@ def read_small(path: Path) -> str:
 
     Raises:
         OSError: the file cannot be opened, is not a regular file (a device or pipe may never end), or has
-        more
-            than `MAX_BYTES`.
+            more than `MAX_BYTES`.
         UnicodeDecodeError: it is not UTF-8.
     """
     # Open without blocking: a pipe would wait for a writer.
@@ -96,7 +95,7 @@ def process_start(pid: int) -> int:
 
 
 def import_modules(package: ModuleType, *, without: tuple[str, ...] = ()) -> list[ModuleType]:
-    """The modules of a package, by name, imported: how a registry finds its entries.
+    """Import the modules of a package, sorted by name; registries find their entries with it.
 
     Args:
         without: names of modules to leave out, such as the registry's own.

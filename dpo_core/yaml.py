@@ -25,8 +25,8 @@ def read_yaml(text: str) -> Any:
 
     Raises:
         yaml.YAMLError: the text is not YAML, contains a Python object or a duplicate key, expands to more
-        than
-            `MAX_VALUES` values, or has a value that does not match its tag. The error has the line, if any.
+            than `MAX_VALUES` values, or has a value that does not match its tag. The error has the line, if
+            any.
     """
     loader = _Loader(text)
     try:
@@ -35,7 +35,7 @@ def read_yaml(text: str) -> Any:
             return None
         _count(node, {})
         for mapping in _mappings(node, set()):
-            _refuse_twins(mapping)
+            _refuse_duplicates(mapping)
         return loader.construct_document(node)
     finally:
         loader.dispose()
@@ -110,18 +110,18 @@ def _mappings(node: Node, seen: set[int]) -> Iterator[MappingNode]:
         yield from _mappings(child, seen)
 
 
-def _refuse_twins(mapping: MappingNode) -> None:
+def _refuse_duplicates(mapping: MappingNode) -> None:
     lines: dict[tuple[str, str], int] = {}
     for key, _ in mapping.value:
         # Merged keys (<<) are meant to be overwritten.
         if not isinstance(key, ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
             continue
         line = key.start_mark.line + 1
-        here = (key.tag, key.value)
-        if here in lines:
-            problem = f"the key {key.value} is on line {lines[here]} and again on line {line}"
+        identity = (key.tag, key.value)
+        if identity in lines:
+            problem = f"the key {key.value} is on line {lines[identity]} and again on line {line}"
             raise ConstructorError(None, None, problem, key.start_mark)
-        lines[here] = line
+        lines[identity] = line
 
 
 _WIDTH = 100

@@ -1,1 +1,1 @@
-"""Sampling from a model: rows that grow by a token, from a cache where that is exact."""
+"""Sampling from a model, with its key-value cache if that is exact."""

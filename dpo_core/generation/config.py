@@ -1,4 +1,4 @@
-"""How completions are sampled: settings and seeds, without the sampler itself."""
+"""Settings and seeds of sampling."""
 
 import hashlib
 from typing import Literal
@@ -9,20 +9,20 @@ from dpo_core.config import Config
 
 
 class SamplingConfig(Config):
-    """How completions are drawn. No top-k, no top-p: samples must come from the policy itself."""
+    """How completions are drawn. No top-k and no top-p: samples must come from the policy itself."""
 
     max_new_tokens: int = Field(24, ge=1)
-    """Most tokens of a completion; a completion cut here does not end with end-of-sequence."""
+    """Maximum tokens of a completion; one that is truncated here has no end-of-sequence token."""
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature. KL estimates need 1.0."""
     batch_size: int = Field(64, ge=1)
     """Completions drawn at once."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """Weights while sampling. bf16 samples from a rounded policy, half again as fast on a CPU; log-probs are
-    always computed anew from the fp32 weights."""
+    """Precision of the weights while sampling. bf16 samples from a rounded policy and is about 1.5 times as
+    fast on a CPU; log-probs are always recomputed with the fp32 weights."""
 
 
 def seed_for(seed: int, *parts: object) -> int:
-    """A 63-bit seed from a base seed and names, so that every batch has its own stream."""
+    """A 63-bit seed derived from a base seed and names."""
     text = "\0".join(map(str, (seed, *parts)))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

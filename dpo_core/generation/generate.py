@@ -17,13 +17,14 @@ from dpo_core.scoring.autocast import effective_precision
 
 @dataclass(frozen=True)
 class Completion:
-    """A sampled completion: ids without padding; `ended` when the model ended it itself (end included)."""
+    """A sampled completion, without padding."""
 
     ids: tuple[int, ...]
     ended: bool
+    """Whether it ends with a stop token, which is then the last of `ids`."""
     logps: tuple[float, ...] = field(default=(), compare=False)
-    """Log-prob of each token under the sampler, at the temperature of sampling. What trains computes its own;
-    the difference says how far the two are apart."""
+    """Log-prob of each token under the sampler, at the temperature of sampling. Training computes its own;
+    their difference shows how much the two models differ."""
 
 
 @torch.no_grad()
@@ -37,24 +38,24 @@ def sample(
     places: Seq[int] | None = None,
     ranks: Ranks | None = None,
 ) -> list[Completion]:
-    """One completion a prompt (repeat a prompt to get more).
+    """One completion for each prompt (repeat a prompt to get more).
 
-    Every completion has random numbers of its own, drawn from the seed and its place: neither the batch size
-    nor the number of ranks decides what is sampled, and the global random state is neither read nor moved.
+    The random numbers of a completion depend on the seed and its place, so the samples do not depend on the
+    batch size or the number of ranks. The global random state is not used.
 
     Args:
         model: a transformers causal language model in eval mode.
-        prompts: token ids, one tuple a completion wanted.
-        eos_id: the tokens that end a completion (`Tokenise.stop_ids`), or the only one.
-        places: the place of each prompt among those of all ranks; its place in `prompts` when empty.
-        ranks: share the batches, all called with the same prompts; empty: this process draws all.
+        prompts: token ids of each prompt.
+        eos_id: the token or tokens that end a completion (`Tokenise.stop_ids`).
+        places: the number of each prompt among those of all ranks; by default its index in `prompts`.
+        ranks: the ranks that share the batches, each called with the same prompts; None: this process only.
     """
     stops = frozenset([eos_id] if isinstance(eos_id, int) else eos_id)
-    cache_is_exact(model)  # tried in full precision; a copy keeps the answer
+    cache_is_exact(model)  # checked in full precision; the copy below has the result
     precision = effective_precision(config.precision, next(model.parameters()).device)
     sampler = copy.deepcopy(model).to(torch.bfloat16) if precision == "bf16" else model
     places = range(len(prompts)) if places is None else places
-    # Neighbours in length share a batch, so that little of it is padding.
+    # Prompts of similar length share a batch, so that there is little padding.
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), i))
     batches = [order[start : start + config.batch_size] for start in range(0, len(order), config.batch_size)]
 
@@ -80,7 +81,7 @@ def _generate(
     stops: frozenset[int],
     uniforms_BT: Tensor,
 ) -> list[list[tuple[int, float]]]:
-    """Ids and log-probs of each completion, its end included. Finished rows leave the batch."""
+    """Ids and log-probs of each completion, including its stop token. Ended rows leave the batch."""
     device = next(model.parameters()).device
     completions: list[list[tuple[int, float]]] = [[] for _ in prompts]
     stops_E = torch.tensor(sorted(stops), device=device)
@@ -92,23 +93,22 @@ def _generate(
         next_B, logps_B = _draw(logits_BV, config.temperature, uniforms_B)
         for row, token, logp in zip(live_B.tolist(), next_B.tolist(), logps_B.tolist(), strict=True):
             completions[row].append((token, logp))
-        going_B = ~torch.isin(next_B, stops_E).cpu()
-        if not going_B.any():
+        continues_B = ~torch.isin(next_B, stops_E).cpu()
+        if not continues_B.any():
             break
-        if not going_B.all():
-            keep = going_B.nonzero().squeeze(-1).to(logits_BV.device)
+        if not continues_B.all():
+            keep = continues_B.nonzero().squeeze(-1).to(logits_BV.device)
             rows.keep(keep)
-            next_B, live_B = next_B[keep], live_B[going_B]
+            next_B, live_B = next_B[keep], live_B[continues_B]
         rows.extend(next_B)
     return completions
 
 
 def _draw(logits_BV: Tensor, temperature: float, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
-    """One token a row, by inverting the cumulative distribution at a uniform number in [0, 1), with its
-    log-prob."""
+    """A token for each row and its log-prob, by inverting the cumulative distribution at a uniform number."""
     logps_BV = torch.log_softmax(logits_BV.float() / temperature, dim=-1)
     cdf_BV = logps_BV.exp().double().cumsum(-1)
-    # The last entry is 1 but for rounding; scaling by it keeps every draw inside the vocabulary.
+    # The last entry is 1 except for rounding; scaling by it keeps every draw inside the vocabulary.
     picked_B1 = torch.searchsorted(cdf_BV, (uniforms_B * cdf_BV[:, -1])[:, None], right=True)
     picked_B1 = picked_B1.clamp(max=logits_BV.shape[-1] - 1)
     return picked_B1.squeeze(-1), logps_BV.gather(-1, picked_B1).squeeze(-1)

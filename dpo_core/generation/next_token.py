@@ -1,8 +1,8 @@
-"""Logits of the next token of growing rows: from a cache where the architecture's cache is exact, else anew.
+"""Computes the logits of the next token, from the model's cache if it is exact, else from complete rows.
 
-Attention caches keys and values; state spaces and hybrids keep other things, each in its own way. Whether the
-cache that transformers offers gives what the trainer computes is tried once a model; where it does not, whole
-rows are read again for every token, which is slow and right.
+Attention caches keys and values; state-space and hybrid models cache other states. Whether sampling with the
+cache of transformers gives the trainer's log-probs is tested once for each model. If not, complete rows are
+computed again for every token, which is slow but correct.
 
 Shapes: B rows, T tokens so far, V vocabulary.
 """
@@ -24,28 +24,28 @@ _EXACT = "_cache_is_exact"
 
 
 class Rows(Protocol):
-    """Rows of tokens that grow together."""
+    """Rows of tokens that are extended by one token at a time."""
 
     def logits(self) -> Tensor:
         """(B, V) of the token after each row."""
         ...
 
     def extend(self, next_B: Tensor) -> None:
-        """Put a token at the end of each row."""
+        """Append a token to each row."""
         ...
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows alone."""
+        """Keep only these rows."""
         ...
 
 
 def open_rows(model: nn.Module, prompts: Seq[tuple[int, ...]]) -> Rows:
-    """Rows that begin as prompts, read by a cache where that is exact."""
+    """Rows that start as the prompts, with a cache if it is exact."""
     return CachedRows(model, prompts) if cache_is_exact(model) else WholeRows(model, prompts)
 
 
 class CachedRows:
-    """Rows of which only the new tokens are read; padded on the left, so that all end together."""
+    """Rows with a cache: only new tokens are computed. Padding is on the left, so that all end together."""
 
     def __init__(self, model: Any, prompts: Seq[tuple[int, ...]]) -> None:
         from transformers import DynamicCache
@@ -55,16 +55,16 @@ class CachedRows:
         flipped_BT, attention_BT = right_padded([tuple(reversed(prompt)) for prompt in prompts])
         self.new_BT = flipped_BT.flip(-1).to(self.device)
         self.attention_BT = attention_BT.flip(-1).to(self.device)
-        # A state cannot be cut: rows that have ended are then fed on, and not looked at.
+        # Rows cannot be removed from a recurrent state: ended rows are then computed on and ignored.
         stateful = getattr(model, "_is_stateful", False)
         self.can_cut = not stateful and all(hasattr(x, "batch_select_indices") for x in self.cache.layers)
         self.live = torch.arange(len(prompts), device=self.device)
-        # Mamba's cache goes by another name than the caches of keys and values.
+        # Mamba's cache argument has another name than that of keys and values.
         cache_name = "cache_params" if accepts(model, "cache_params") else "past_key_values"
         self.settings: dict[str, Any] = {cache_name: self.cache, "use_cache": True}
         if accepts(model, "logits_to_keep"):
             self.settings["logits_to_keep"] = 1
-        # Looked up once: a signature is slow to read, and this would be for every token.
+        # Looked up once, not for every token: inspecting a signature is slow.
         self.has_positions = accepts(model, "position_ids")
 
     def logits(self) -> Tensor:
@@ -90,7 +90,7 @@ class CachedRows:
 
 
 class WholeRows:
-    """Rows that are read from their beginning for every token, as the trainer reads them."""
+    """Rows without a cache: complete rows are computed for every token, as in the trainer."""
 
     def __init__(self, model: nn.Module, prompts: Seq[tuple[int, ...]]) -> None:
         self.model, self.rows = model, [tuple(prompt) for prompt in prompts]
@@ -110,22 +110,23 @@ class WholeRows:
 
 
 def cache_is_exact(model: nn.Module) -> bool:
-    """Whether sampling with the cache of transformers follows the trainer's log-probs; tried once a model."""
-    known = vars(model).get(_EXACT)
-    if known is None:
-        known = _try_cache(model)
-        setattr(model, _EXACT, known)
-        if not known:
+    """Whether sampling with the cache of transformers gives the trainer's log-probs; tested once a model."""
+    exact = vars(model).get(_EXACT)
+    if exact is None:
+        exact = _test_cache(model)
+        setattr(model, _EXACT, exact)
+        if not exact:
             log.warning(
-                "the cache of %s is not exact: sampling reads whole rows, slowly", type(model).__name__
+                "the cache of %s is not exact: sampling computes complete rows for each token, which is slow",
+                type(model).__name__,
             )
-    return bool(known)
+    return bool(exact)
 
 
 @torch.no_grad()
-def _try_cache(model: nn.Module) -> bool:
-    """Some tokens by both ways, from prompts of unlike lengths of which one leaves early."""
-    # A window shows where a row reaches beyond it; long ones would take minutes.
+def _test_cache(model: nn.Module) -> bool:
+    """Compare some tokens of both ways, from prompts of different lengths, one of which leaves early."""
+    # A row must be longer than a sliding window to test it; a long window would take minutes.
     window = getattr(trunk_of(model).config, "sliding_window", None) or 0
     long = trial_documents(model, 32 + (window if window <= 256 else 0))[0].prompt
     prompts = [long[:3], long, long[2:9]]

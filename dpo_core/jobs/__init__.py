@@ -1,1 +1,1 @@
-"""The kinds of jobs: what each is told (`files`), and one module a kind that every rank runs."""
+"""The kinds of jobs: their job files (`files`), and a module for each kind, which every rank runs."""

@@ -1,4 +1,4 @@
-"""Let models answer the same prompts, one model after the other."""
+"""Job that generates the answers of models to the same prompts, one model after the other."""
 
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ FILE = AnswersJob
 def run(job: AnswersJob, monitor: LivenessMonitor) -> dict[str, Any] | None:
     """Every rank calls this; rank 0 returns the answers of each model, in the order of the prompts."""
     ranks = start_ranks(Path(job.work), job.ranks, monitor)
-    asked = [Prompt(row["prompt"], bool(row["chat"])) for row in read_parquet(job.prompts)]
+    prompts = [Prompt(row["prompt"], bool(row["chat"])) for row in read_parquet(job.prompts)]
     answers = {}
     for model in job.models:
         subject = Subject(Path(model.path), model.name, model.tokens, device=device(), ranks=ranks)
-        answers[model.name] = subject.answers(asked, job.sampling, seed=job.seed)
+        answers[model.name] = subject.answers(prompts, job.sampling, seed=job.seed)
     return {"answers": answers} if ranks.rank == 0 else None

@@ -1,4 +1,4 @@
-"""Log-probs of the rows of a training under its reference, computed where the cache lacks them."""
+"""Job that computes the reference log-probs of a training's rows, if they are not in the cache."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Compare the tokenizers, chat templates and ends of answers of two checkpoint folders."""
+"""Job that compares the tokenizers, chat templates and stop tokens of two checkpoint folders."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ FILE = CompareTokensJob
 
 
 def run(job: CompareTokensJob, monitor: LivenessMonitor) -> dict[str, Any] | None:
-    """Rank 0 returns what differs, in words."""
+    """Rank 0 returns the names of what differs."""
     if start_ranks(Path(job.work), job.ranks, monitor).rank != 0:
         return None
     own, other = load_tokenizer(Path(job.model)), load_tokenizer(Path(job.other))

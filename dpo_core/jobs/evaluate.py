@@ -1,7 +1,7 @@
-"""Measure policies on the same held-out prompts and pairs: rewards, KL, entropy, preference accuracy.
+"""Job that measures policies on held-out prompts and pairs: rewards, KL, entropy, preference accuracy.
 
-One model is in memory at a time: every policy samples and reads its samples, then the reference reads those
-of all policies, then the reward scores them.
+One model is in memory at a time: each policy samples and computes the log-probs of its samples, then the
+reference computes those of all samples, then the reward scores them.
 """
 
 from collections.abc import Sequence as Seq
@@ -109,10 +109,10 @@ class _Evaluation:
             self.reference_flops = logprob_flops(reference, self.sides, self.job.config.token_budget)
         for name, drawn in self.samples.items():
             own = self.own[name]
-            theirs = own
+            reference_logps = own
             if not self._is_reference(name):
-                theirs = sequence_logps(reference, drawn.sequences, *self._computing, self.ranks)
-            drawn.kl_k1, drawn.kl_k3 = kl_estimates(own, theirs)
+                reference_logps = sequence_logps(reference, drawn.sequences, *self._computing, self.ranks)
+            drawn.kl_k1, drawn.kl_k3 = kl_estimates(own, reference_logps)
 
     def score(self) -> None:
         """The rewards of all samples."""
@@ -125,7 +125,7 @@ class _Evaluation:
             self.flops[name] += flops_of(drawn.sequences)
 
     def result(self) -> dict[str, Any]:
-        """What `EvaluationResult` reads."""
+        """The fields of `EvaluationResult`."""
         return {
             "prompts": [text for _, text in self.prompts],
             "held_out_pairs": len(self.pairs),
@@ -156,7 +156,7 @@ def held_out_prompts(
 
 
 def _held_out_pairs(job: EvaluationJob, tokenise: Tokenise) -> list[TokenPair]:
-    """The held-out pairs, or a seeded choice of them; none where the rows are not pairs."""
+    """The held-out pairs, at most `config.pairs` chosen with the seed; empty if the rows are not pairs."""
     if job.pairs is None:
         return []
     frame = pd.read_parquet(job.pairs)
@@ -169,7 +169,7 @@ def _held_out_pairs(job: EvaluationJob, tokenise: Tokenise) -> list[TokenPair]:
 
 
 def _sources(path: str) -> dict[str, str]:
-    """The set of a mixture that each held-out pair is of, by its id; empty for a single set."""
+    """The data set of a mixture that each held-out pair comes from, by its id; empty for a single set."""
     frame = pd.read_parquet(path)
     if "source" not in frame:
         return {}
@@ -180,7 +180,7 @@ def _sources(path: str) -> dict[str, str]:
 def _accuracy_by_source(
     pairs: Seq[TokenPair], own: Seq[Tensor], reference: Seq[Tensor], sources: dict[str, str]
 ) -> dict[str, Any]:
-    """The preference accuracy on the held-out pairs of each set of a mixture."""
+    """The preference accuracy on the held-out pairs of each data set of a mixture."""
     places: dict[str, list[int]] = {}
     for at, pair in enumerate(pairs):
         if source := sources.get(pair.id):

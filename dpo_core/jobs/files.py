@@ -1,4 +1,4 @@
-"""Job files: what each kind of job is told. The flow writes them, every rank of the job reads them.
+"""Job files: the inputs, settings and outputs of each kind of job. Stages write them, every rank reads them.
 
 Training has a file of its own: `dpo_core.methods.job.Job`.
 """
@@ -19,17 +19,17 @@ from dpo_core.ranks import PROGRESS
 from dpo_core.scoring.precision import Precision
 
 ERROR, STOP_FILE = "error.json", "stopped"
-"""Files of the work folder: the error of a job that failed, and the mark of one that was stopped."""
+"""Files of the work folder: the error of a failed job, and the marker of a stopped one."""
 
 
 class InferenceConfig(Config):
-    """Ranks of the jobs that compute with a model without training it. No number depends on them."""
+    """Ranks of the jobs that compute with a model without training it. No result depends on them."""
 
     processes: int | None = Field(None, ge=1)
     """Ranks on each node; they share the prompts, items or rows of a job. Empty: one for each GPU of a
     cluster's node, one on this machine."""
     threads: int | None = Field(None, ge=1)
-    """CPU threads a rank; all cores shared out when empty."""
+    """CPU threads of a rank; empty: its share of the cores."""
     lost_after_seconds: float = Field(12.0, ge=1)
     """How long another rank's node may be silent on the network before the job ends."""
     timeout_seconds: float = Field(600.0, gt=0)
@@ -41,12 +41,12 @@ class InferenceConfig(Config):
 
 
 class ModelJob(Config):
-    """What every kind of job but training is told."""
+    """Fields of every kind of job except training."""
 
     one_rank: ClassVar[bool] = False
-    """Whether a single rank does it, on one node and without a GPU."""
+    """Whether it runs as a single rank, on one node and without a GPU."""
     work: str
-    """Folder for partial results, progress and the result; survives a kill. All nodes see it."""
+    """Folder for partial results, progress and the result; survives a kill. All nodes share it."""
     ranks: InferenceConfig = InferenceConfig()
     trusted_code: tuple[str, ...] = ()
     """sha256 of the Python files that ship with models and may run; see `remote_code`."""
@@ -58,26 +58,26 @@ class ModelJob(Config):
 
 
 CHECK_VERSION = 1
-"""Raised where the check finds more or less than before: models are then checked again."""
+"""Raised when the check gives other results than before: models are then checked again."""
 
 
 class ImportJob(ModelJob):
-    """Turn a model into a checkpoint folder, and try it if it is to be trained."""
+    """Convert a model to a checkpoint folder, and check it if it is to be trained."""
 
     one_rank = True
     kind: Literal["import-model"] = "import-model"
     model: ModelConfig
-    """Where it comes from."""
+    """The source."""
     out: str
     """The folder to write."""
     longest: int | None = None
-    """Tokens of the longest rows that will be trained; empty: the model is only evaluated, and not tried."""
+    """Tokens of the longest rows to train on; empty: the model is only evaluated, and not checked."""
     precision: Precision = "bf16"
-    """Of training."""
+    """Precision of training."""
 
 
 class CompareTokensJob(ModelJob):
-    """Say whether two models read and write the same tokens."""
+    """Compare the tokens that two models read and write."""
 
     one_rank = True
     kind: Literal["compare-tokens"] = "compare-tokens"
@@ -105,14 +105,14 @@ class PairSamplingJob(ModelJob):
 
 
 class ReferenceJob(ModelJob):
-    """Log-probs of the rows of a training under its reference; only those that the cache lacks."""
+    """Compute the reference log-probs of a training's rows that the cache lacks."""
 
     kind: Literal["cache-reference"] = "cache-reference"
     model: str
     """Checkpoint folder of the reference."""
     weights_sha256: str
     described: str
-    """The reference in words, for people who look at the cache."""
+    """Description of the reference, stored with the cache for people."""
     rows: str
     """Parquet file of the training rows."""
     method: str
@@ -121,31 +121,31 @@ class ReferenceJob(ModelJob):
     """Its settings."""
     tokens: TokenConfig
     caches: str
-    """The folder that holds one cache a reference."""
+    """Folder with one cache for each reference."""
     out: str
     """Folder of the shard to write."""
     token_budget: int = Field(4096, ge=1)
-    """Tokens in one forward pass; decides the time, not the values."""
+    """Tokens in one forward pass; affects the time, not the values."""
     keep_seconds: float = Field(30.0, ge=0)
-    """How much work a kill may cost a rank."""
+    """Seconds between saves: the work that a rank can lose by a kill."""
 
 
 class RewardQualityJob(ModelJob):
-    """What held-out pairs say about a reward model."""
+    """Measure the quality of a reward model on held-out pairs."""
 
     kind: Literal["reward-quality"] = "reward-quality"
     model: str
     """Folder of the reward model."""
     pairs: str
-    """Parquet file of pairs, of which the held-out ones are scored."""
+    """Parquet file of pairs; the held-out ones are scored."""
     tokens: TokenConfig
     precision: Precision
     seed: int
-    """Of the intervals."""
+    """Seed of the bootstrap intervals."""
 
 
 class EvaluationJob(ModelJob):
-    """Samples, rewards, KL and preference accuracy of several policies on the same held-out rows."""
+    """Measure rewards, KL and preference accuracy of policies on the same held-out rows."""
 
     kind: Literal["evaluate"] = "evaluate"
     policies: dict[str, str]
@@ -153,11 +153,11 @@ class EvaluationJob(ModelJob):
     reference: str
     """Checkpoint folder of the reference."""
     reference_name: str | None = None
-    """The policy that is the reference, where it is among them: its KL is zero, its accuracy no number."""
+    """The policy that is the reference, if it is among them: its KL is zero, and it has no accuracy."""
     prompts: str
-    """Parquet file of the judged rows, whose held-out prompts are answered."""
+    """Parquet file of rows; their held-out prompts are answered."""
     pairs: str | None = None
-    """Parquet file of rows, whose held-out pairs the preference accuracy is measured on."""
+    """Parquet file of rows; the preference accuracy is measured on their held-out pairs."""
     config: EvaluateConfig
     tokens: TokenConfig
     reward: str
@@ -168,38 +168,37 @@ class EvaluationJob(ModelJob):
 
 
 class NamedModel(Config):
-    """A model that suites and prompts are put to."""
+    """A model that answers suites or prompts, with its name in tables."""
 
     name: str
-    """As tables call it."""
     path: str
     """Checkpoint folder."""
     tokens: TokenConfig
-    """How much of a text it reads, with the day that its chat template writes."""
+    """How text becomes tokens, with the date that its chat template writes."""
 
 
 PER_SUITE = 1000
-"""What one model on one suite counts in the progress of `SuitesJob`."""
+"""Size of one model on one suite in the progress of `SuitesJob`."""
 
 
 class SuitesJob(ModelJob):
-    """Put models through evaluation suites."""
+    """Run evaluation suites on models."""
 
     kind: Literal["suites"] = "suites"
     models: list[NamedModel]
     asked: list[tuple[str, str]]
-    """Model and suite of each result by their names, the suites of one model side by side."""
+    """Names of the model and suite of each result, grouped by model."""
     files: dict[str, str]
     """Data file of each suite."""
     config: SuiteConfig
     reference: NamedModel | None = None
-    """What implicit rewards are measured against."""
+    """The reference of implicit rewards."""
     caches: str
-    """The folder that holds one cache of log-probs a reference."""
+    """Folder with one cache of log-probs for each reference."""
 
 
 class AnswersJob(ModelJob):
-    """Let models answer the same prompts."""
+    """Generate the answers of models to the same prompts."""
 
     kind: Literal["answers"] = "answers"
     models: list[NamedModel]
@@ -210,7 +209,7 @@ class AnswersJob(ModelJob):
 
 
 class ScoreJob(ModelJob):
-    """Rewards of given answers."""
+    """Compute the rewards of answers."""
 
     kind: Literal["score"] = "score"
     reward: str

@@ -1,4 +1,4 @@
-"""Turn a model into a checkpoint folder that can be aligned, and try what was written."""
+"""Job that converts a model to a checkpoint folder, and checks how it can be trained."""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ def run(job: ImportJob, monitor: LivenessMonitor) -> dict[str, Any] | None:
     if job.longest is None:
         return {}
     check_context(config_in(out), job.longest)
-    # Of what was written, so that it is known to load again.
+    # Check the written folder, which also shows that it can be loaded.
     check = check_folder(out, precision=job.precision, longest=job.longest)
     check.require()
     return dict(vars(check))

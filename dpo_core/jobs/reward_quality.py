@@ -1,4 +1,4 @@
-"""Score the held-out pairs with a reward model, and say how far its rewards can be trusted."""
+"""Job that measures the quality of a reward model on held-out pairs."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def run(job: RewardQualityJob, monitor: LivenessMonitor) -> dict[str, Any] | Non
     if ranks.rank != 0:
         return None
     lengths = [s.targets for s in sequences]
-    # The gain made the rewards one standard deviation wide, whatever the loss had taught them.
+    # The gain scales the rewards to a standard deviation of one.
     scale = float(model.gain)
     quality = reward_quality(
         rewards[0::2], rewards[1::2], lengths[0::2], lengths[1::2], scale=scale, seed=job.seed

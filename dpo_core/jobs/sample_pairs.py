@@ -1,4 +1,4 @@
-"""Draw completions of training and held-out prompts, score them with a known reward, and pair them up."""
+"""Job that draws completions of prompts, scores them with a known reward, and makes pairs of them."""
 
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -25,7 +25,7 @@ from dpo_core.training.liveness import LivenessMonitor
 
 FILE = PairSamplingJob
 
-# Batches that are drawn with one seed: part of what decides the samples.
+# Batches that are drawn with one seed; the samples depend on it.
 _BATCHES_A_SEED = 8
 
 
@@ -41,12 +41,12 @@ def run(job: PairSamplingJob, monitor: LivenessMonitor) -> dict[str, Any] | None
     room = config.sampling.max_new_tokens
     prompts = [(row, tokenise.prompt_of(row, room)) for row in read_parquet(job.prompts)]
     rows = [row for row, ids in prompts if ids]
-    wanted = [(row, ids) for row, ids in prompts if ids for _ in range(config.samples_per_prompt)]
+    repeated = [(row, ids) for row, ids in prompts if ids for _ in range(config.samples_per_prompt)]
     model = load_model(model_path).to(device())
-    drawn = _draw(ranks, model, [ids for _, ids in wanted], job, tokenise.stop_ids)
-    sequences = [Sequence(ids, c.ids) for (_, ids), c in zip(wanted, drawn, strict=True)]
+    drawn = _draw(ranks, model, [ids for _, ids in repeated], job, tokenise.stop_ids)
+    sequences = [Sequence(ids, c.ids) for (_, ids), c in zip(repeated, drawn, strict=True)]
     score = scorer(job.reward, tokenise, "fp32", ranks=ranks)
-    rewards = score(sequences, [row["prompt"] for row, _ in wanted])
+    rewards = score(sequences, [row["prompt"] for row, _ in repeated])
     if ranks.rank != 0:
         return None
     texts = [tokenise.text(s.completion, s.prompt) for s in sequences]
@@ -54,8 +54,8 @@ def run(job: PairSamplingJob, monitor: LivenessMonitor) -> dict[str, Any] | None
     if frame.empty:
         raise StageFailed(
             f"no pair could be made of {counts['samples']} samples: {counts['ties']} candidate pairs are "
-            f"ties under the reward {job.reward}, the other samples are empty or no valid text",
-            "Draw more or longer samples (pairs.*), or choose a reward that tells them apart",
+            f"ties under the reward {job.reward}, the other samples are empty or not valid text",
+            "Draw more or longer samples (pairs.*), or choose a reward that distinguishes them",
         )
     frame.to_parquet(job.out, index=False)
     lengths = [(len(s.prompt), len(s.completion)) for s in sequences]
@@ -103,7 +103,7 @@ def pair_rows(
                 rewards[index * size : (index + 1) * size],
                 strict=True,
             )
-            # A completion cut inside a character cannot be written as text, an empty one teaches nothing.
+            # Leave out empty completions, and those truncated inside a character, which are not valid text.
             if text.strip() and "�" not in text
         ]
         pairs, tied = pair_up(scored, config) if len(scored) > 1 else ([], 0)

@@ -1,4 +1,4 @@
-"""Rewards of given answers, by a reward model or a reward function."""
+"""Job that computes the rewards of answers with a reward model or a reward function."""
 
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ def _by_model(job: ScoreJob, rows: list[dict[str, Any]], ranks: Ranks) -> list[f
 
 
 def _by_function(job: ScoreJob, rows: list[dict[str, Any]], ranks: Ranks) -> list[float]:
-    """The function sees all answers at once, on one rank."""
+    """Rewards by a reward function, which gets all answers in one call, on one rank."""
     prompts, answers = ([row[column] for row in rows] for column in ("prompt", "answer"))
     rewards: list[float]
     (rewards,) = ranks.map("rewards", [len(rows)], lambda _: load_reward(job.reward)(prompts, answers))

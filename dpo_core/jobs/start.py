@@ -1,5 +1,4 @@
-"""How a rank of a job without training starts: its share of the cores, its device, its connection to the
-other ranks."""
+"""Starts a rank of a job without training: share of the cores, device, connection to the other ranks."""
 
 import os
 from datetime import timedelta
@@ -30,7 +29,7 @@ def start_ranks(work: Path, config: InferenceConfig, monitor: LivenessMonitor) -
         torch.backends.cuda.enable_cudnn_sdp(False)
         torch.cuda.set_device(device())
     if world > 1:
-        # Only to find each other: results are exchanged as files.
+        # Only to connect the ranks: results are exchanged as files.
         torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=config.timeout_seconds))
         monitor.start(config.lost_after_seconds, config.timeout_seconds)
     clear_end_markers(work)
@@ -43,10 +42,10 @@ def start_ranks(work: Path, config: InferenceConfig, monitor: LivenessMonitor) -
 
 
 def clear_end_markers(work: Path) -> None:
-    """Remove how ranks ended that torchrun has replaced since, or those of the run before."""
+    """Remove the error and stop files of an earlier start of the job."""
     if os.environ.get("RANK", "0") == "0":
-        for left in (ERROR, STOP_FILE):
-            (work / left).unlink(missing_ok=True)
+        for name in (ERROR, STOP_FILE):
+            (work / name).unlink(missing_ok=True)
 
 
 def device() -> torch.device:

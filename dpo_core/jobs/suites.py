@@ -1,4 +1,4 @@
-"""Put models through evaluation suites, one model after the other."""
+"""Job that runs evaluation suites on models, one model after the other."""
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -27,20 +27,20 @@ def run(job: SuitesJob, monitor: LivenessMonitor) -> dict[str, Any] | None:
     """
     ranks = start_ranks(Path(job.work), job.ranks, monitor)
     results: list[SuiteResult] = []
-    for name, asked in groupby(job.asked, key=lambda one: one[0]):
+    for name, pairs in groupby(job.asked, key=lambda pair: pair[0]):
         subject = _subject(job, name, ranks)
-        for _, suite in asked:
-            subject.ranks = _OfOneSuite(ranks)
+        for _, suite in pairs:
+            subject.ranks = _SuiteRanks(ranks)
             results.append(run_suite(find(suite), subject, Path(job.files[suite]), job.config))
-    return {"results": [one.model_dump(mode="json") for one in results]} if ranks.rank == 0 else None
+    return {"results": [result.model_dump(mode="json") for result in results]} if ranks.rank == 0 else None
 
 
 def _subject(job: SuitesJob, name: str, ranks: Ranks) -> Subject:
-    own, reference = next(one for one in job.models if one.name == name), None
+    model, reference = next(model for model in job.models if model.name == name), None
     if job.reference is not None:
-        given = job.reference
-        reference = Subject(Path(given.path), given.name, given.tokens, ranks=ranks)
-    subject = Subject(Path(own.path), name, own.tokens, reference, Path(job.caches), device(), ranks)
+        named = job.reference
+        reference = Subject(Path(named.path), named.name, named.tokens, ranks=ranks)
+    subject = Subject(Path(model.path), name, model.tokens, reference, Path(job.caches), device(), ranks)
     if reference and reference.tokenizer.get_vocab() != subject.tokenizer.get_vocab():
         raise RecipeError(
             f"the reference {reference.name} has another vocabulary than {name}",
@@ -49,10 +49,10 @@ def _subject(job: SuitesJob, name: str, ranks: Ranks) -> Subject:
     return subject
 
 
-class _OfOneSuite:
-    """The ranks of a job while it runs one suite, which counts `PER_SUITE` in the progress of the job.
+class _SuiteRanks:
+    """The ranks of a job during one suite, which counts `PER_SUITE` in the progress of the job.
 
-    The first map is what the model is asked, and takes most of the time; only its units are counted.
+    The first map runs the model and takes most of the time; only its units are counted.
     """
 
     def __init__(self, ranks: Ranks) -> None:

@@ -1,4 +1,4 @@
-"""Train a model by a method of the registry, and write the result."""
+"""Job that trains a model with a method of the registry."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from dpo_core.training.liveness import LivenessMonitor
 
 
 def run(job: Job, monitor: LivenessMonitor) -> dict[str, Any] | None:
-    """Train and write the model. Every rank calls this; rank 0 returns what goes into the result."""
+    """Train and write the model. Every rank calls this; rank 0 returns the result."""
     settings = get(job.method).settings.model_validate(job.settings)
     start_distributed(settings.engine)
     monitor.start(settings.engine.lost_after_seconds, settings.engine.timeout_seconds)
@@ -25,7 +25,7 @@ def run(job: Job, monitor: LivenessMonitor) -> dict[str, Any] | None:
     result = None
     if trainer.engine.rank == 0:
         export(state)
-        # All lines, so that what was computed before a resume is in it.
+        # All lines of the file, so that steps before a resume are included.
         flops = sum(line.get("flops", 0.0) for line in read_metrics(Path(job.work) / "metrics.jsonl"))
         result = {"metrics": metrics, "flops": flops, "peak_memory_bytes": peak}
     trainer.engine.barrier()

@@ -1,1 +1,1 @@
-"""The ways to train: a file for each method, with its settings; `trainers` and `estimates` have the rest."""
+"""The training methods: a module for each, with its settings. The code is in `trainers` and `estimates`."""

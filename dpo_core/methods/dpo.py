@@ -1,4 +1,4 @@
-"""Preference optimisation on pairs: settings."""
+"""Settings of DPO and the other objectives on pairs."""
 
 from typing import Literal
 
@@ -20,9 +20,9 @@ class TermConfig(Config):
     objective: ObjectiveName
     """A name from `dpo objectives`."""
     weight: float = Field(1.0, gt=0)
-    """What it counts in the sum."""
+    """Its weight in the sum."""
     parameters: dict[str, float] = Field(default_factory=dict)
-    """Numbers of the objective."""
+    """Parameters of the objective."""
 
 
 class ReferenceSync(Config):
@@ -40,11 +40,11 @@ class DpoConfig(PreferenceConfig):
     objective: ObjectiveName = "dpo"
     """A name from `dpo objectives`, of those that learn from pairs."""
     weight: float = Field(1.0, gt=0)
-    """What the objective counts where `plus` adds others."""
+    """Weight of the objective in the sum, if `plus` adds others."""
     plus: list[TermConfig] = Field(default_factory=list)
     """Further objectives, summed with their weights: `sft` makes RPO, `bco_pair` and `sft` make MPO."""
     weighting: Literal["none", "wpo"] = "none"
-    """wpo: each pair counts by how likely the policy itself is to write it (WPO, arXiv 2406.11827)."""
+    """wpo: pairs are weighted by how likely the policy is to generate them (WPO, arXiv 2406.11827)."""
     reference_sync: ReferenceSync | None = None
     """TR-DPO's moving reference (arXiv 2404.09656); keeps the reference in memory beside the policy."""
 
@@ -53,17 +53,17 @@ class DpoConfig(PreferenceConfig):
         for term in self.terms:
             if get(term.name).data != "pairs":
                 raise ValueError(
-                    f"objective '{term.name}' learns from single answers: set method: kto, whose objectives "
-                    "are kto and bco"
+                    f"objective '{term.name}' learns from single answers: set method to kto, which has the "
+                    "objectives kto and bco"
                 )
         if self.weight != 1 and not self.plus:
             raise ValueError("weight is read only where plus adds other objectives")
         if self.reference_sync and not self.needs_reference:
             raise ValueError(f"objective '{self.objective}' has no reference that reference_sync could move")
         if self.reference_sync and self.lora:
-            raise ValueError("reference_sync moves whole weights, and lora trains additions: choose one")
+            raise ValueError("reference_sync mixes all weights, and lora trains only added ones: choose one")
         if self.reference_sync and self.engine.zero_stage == 3:
-            raise ValueError("reference_sync needs whole weights on each rank: choose zero_stage 0 to 2")
+            raise ValueError("reference_sync needs all weights on each rank: choose zero_stage 0 to 2")
         return self
 
     @property
@@ -80,12 +80,12 @@ class DpoConfig(PreferenceConfig):
 
     @property
     def needs_live_reference(self) -> bool:
-        """Whether the reference has to be in memory: whole distributions, or one that moves."""
+        """Whether the reference has to be in memory: its whole distributions are read, or it moves."""
         return self.reference_sync is not None or any(o.needs_full_vocabulary for o in self.objectives)
 
 
 def reference_of(config: DpoConfig) -> Reference:
-    """See `Method.reference`. Cached log-probs are not read beside a reference in memory."""
+    """See `Method.reference`. With a reference in memory, cached log-probs are not read."""
     if config.needs_live_reference:
         return "live"
     return "cached" if config.needs_reference else "none"

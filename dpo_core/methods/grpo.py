@@ -1,4 +1,4 @@
-"""GRPO, its variants and RLOO: settings."""
+"""Settings of GRPO, its variants and RLOO."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -15,7 +15,7 @@ Aggregate = Literal["sequence", "token", "constant"]
 
 @dataclass(frozen=True)
 class Rules:
-    """What tells the variants apart."""
+    """The rules in which the variants differ."""
 
     baseline: Literal["group", "leave_one_out"]
     scale: Scale
@@ -37,11 +37,11 @@ VARIANTS: dict[str, Rules] = {
     "gspo": replace(_GRPO, level="mean", clip_low=3e-4, clip_high=4e-4, kl_coef=0.0),
     "rloo": Rules("leave_one_out", "none", "sum", "sequence", 0.2, 0.2, 0.05, "reward", "k1"),
 }
-"""Each as its paper defines it; RLOO with the clip of TRL, which is idle on the first step of a round."""
+"""Each as its paper defines it; RLOO with TRL's clip, which has no effect in the first step of a round."""
 
 
 class GrpoConfig(RoundsConfig):
-    """A method with a group baseline. Fields that are empty take the variant's own value."""
+    """A method with a group baseline. Empty fields have the value of the variant."""
 
     variant: Literal["grpo", "dr_grpo", "dapo", "gspo", "rloo"] = "grpo"
     """grpo (arXiv 2402.03300), dr_grpo (2503.20783), dapo (2503.14476), gspo (2507.18071) or rloo
@@ -51,31 +51,32 @@ class GrpoConfig(RoundsConfig):
     epochs: int = Field(1, ge=1)
     """Passes over each round's episodes."""
     scale: Scale | None = None
-    """What centred rewards are divided by: their group's standard deviation, the batch's, or nothing."""
+    """What centred rewards are divided by: the standard deviation of the group or the batch, or nothing."""
     sample_std: bool = True
-    """That deviation divides by G - 1 (TRL); false: by G."""
+    """The group's standard deviation divides by G - 1 (TRL); false: by G."""
     level: Level | None = None
-    """Whose ratio is clipped: each token's, the response's geometric mean, or the whole response's."""
+    """Which ratio is clipped: each token's, the geometric mean over the response, or the response's."""
     aggregate: Aggregate | None = None
-    """How token losses become one: mean of response means, mean of tokens, sum over a constant."""
+    """How token losses are combined: mean of the responses' means, mean over tokens, sum over a constant."""
     clip_low: float | None = Field(None, gt=0, lt=1)
     """The ratio is clipped from below at 1 minus this."""
     clip_high: float | None = Field(None, gt=0)
-    """And from above at 1 plus this."""
+    """The ratio is clipped from above at 1 plus this."""
     kl_coef: float | None = Field(None, ge=0)
     """Weight of the KL to the reference."""
     kl_in: Literal["loss", "reward"] | None = None
-    """loss: per token, with gradient, as GRPO has it; on the policy's own samples the gradient of k3 is that
-    of the forward KL(reference‖policy). reward: subtracted from the score, as RLOO has it; its optimum is
-    that of the reverse KL, which DPO and PPO have too."""
+    """loss: per token, with gradient, as in GRPO; on the policy's own samples the gradient of k3 is that of
+    the forward KL(reference‖policy). reward: subtracted from the score, as in RLOO; its optimum is that of
+    the reverse KL, as in DPO and PPO."""
     kl_estimator: KlEstimator | None = None
     """Estimator of that KL."""
     dynamic_rounds: int | None = Field(None, ge=0)
-    """DAPO's dynamic sampling: how often groups that all score the same are replaced by others."""
+    """DAPO's dynamic sampling: how often groups whose scores are all equal are replaced by new ones."""
     mask_truncated: bool = False
-    """DAPO's overlong filtering: completions that were cut teach nothing."""
+    """DAPO's overlong filtering: truncated completions have no loss."""
     soft_overlong: int | None = Field(None, ge=1)
-    """DAPO's soft punishment: over so many tokens before max_new_tokens the reward falls to one less."""
+    """DAPO's soft overlong penalty: the reward falls by 1 over the last tokens before max_new_tokens, this
+    many."""
 
     @property
     def completions_per_prompt(self) -> int:
@@ -87,9 +88,9 @@ class GrpoConfig(RoundsConfig):
 
     @property
     def rules(self) -> Rules:
-        """The variant with what this config changes."""
-        given = {name: getattr(self, name) for name in Rules.__dataclass_fields__ if hasattr(self, name)}
-        return replace(VARIANTS[self.variant], **{k: v for k, v in given.items() if v is not None})
+        """The rules of the variant, with the fields that are set here."""
+        fields = {name: getattr(self, name) for name in Rules.__dataclass_fields__ if hasattr(self, name)}
+        return replace(VARIANTS[self.variant], **{k: v for k, v in fields.items() if v is not None})
 
     @model_validator(mode="after")
     def _is_read(self) -> "GrpoConfig":
@@ -99,7 +100,7 @@ class GrpoConfig(RoundsConfig):
         if not self.sample_std and self.rules.scale != "group":
             raise ValueError("sample_std is read only where scale is group")
         if self.rules.level != "token" and self.rules.aggregate != "sequence":
-            raise ValueError("one ratio for the whole response goes with aggregate sequence")
+            raise ValueError(f"level {self.rules.level} needs aggregate sequence: a response has one ratio")
         return self
 
 

@@ -1,4 +1,4 @@
-"""What a training job file says: what to train, from what, with which settings, and where to write."""
+"""The job file of a training: model, data, settings and output folders."""
 
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ class Job(Config):
     settings: dict[str, Any]
     """Settings of the method."""
     model: str
-    """Checkpoint folder that training starts from."""
+    """Checkpoint folder of the start."""
     data: str
     """Parquet file: demonstrations, pairs, unpaired rows or prompts, by method."""
     out: str
@@ -28,13 +28,13 @@ class Job(Config):
     seed: int
     """Order of examples and sampling."""
     sampling: SamplingConfig | None = None
-    """How methods that train on their own samples draw them."""
+    """Sampling settings, for methods that train on their own samples."""
     reward_source: str | None = None
     """Their reward: a name for `rewards.functions.load_reward`, or the folder of a reward model."""
     gold_source: str | None = None
     """A known reward that is logged beside a learned one and never trained on."""
     reference_logps: str | None = None
-    """Shard of reference log-probs, for methods that read such."""
+    """Shard of reference log-probs, for methods that read cached ones."""
     reference: str | None = None
     """Checkpoint folder of the reference, for methods that need it in memory."""
     policy_is_reference: bool = True

@@ -1,4 +1,4 @@
-"""What a method declares: settings, data, reference, curves."""
+"""`Method`, the declaration of a training method: settings, data, reference, curves on the run page."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,12 +9,12 @@ Reference = Literal["none", "cached", "live"]
 
 
 class Panel(NamedTuple):
-    """Metrics that share one pair of axes."""
+    """A plot of metrics on the run page."""
 
     title: str
     unit: str
     metrics: tuple[tuple[str, str], ...]
-    """(metric, label), two at most."""
+    """(metric, label), at most two."""
     baseline: float | None = None
     """A value to compare with: 0 for a margin, 0.5 for an accuracy, 1 for a ratio."""
 
@@ -44,7 +44,7 @@ ROUNDS = (
     Panel("Completion length", "tokens", (("completions/mean_length", "length"),)),
     GRADIENT,
 )
-"""Of methods that train on their own samples; a panel without metrics of the method is not drawn."""
+"""Panels of methods that train on their own samples; one whose metrics the method lacks is not drawn."""
 
 
 def _no_reference(settings: Any) -> Reference:
@@ -53,9 +53,9 @@ def _no_reference(settings: Any) -> Reference:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to train. `dpo methods` lists those that a policy may name; `trainers` has a module of its name.
+    """A training method. `dpo methods` lists those that a policy may name; its trainer is in `trainers`.
 
-    `settings` is a pydantic class with `optim` and `engine`; the functions are given a value of it.
+    `settings` is a pydantic class with `optim` and `engine`; the functions below take a value of it.
     """
 
     name: str
@@ -63,22 +63,22 @@ class Method:
     citation: str
     settings: type[Any]
     data: Data
-    """What it learns from. Pairs can also be taken apart into unpaired rows."""
+    """The data that it learns from. Pairs can also be split into unpaired rows."""
     curves: tuple[Panel, ...]
     version: int = 1
-    """Of its training stage: raised, it trains again everywhere."""
+    """Version of its training stage; when it is raised, cached results are not used."""
     retired: Mapping[str, Any] = field(default_factory=dict)
-    """Settings that it no longer has, with their one value: part of the stage's key, so that earlier results
-    are found."""
+    """Former settings with their only remaining value. They stay in the stage's key, so that earlier results
+    are still used."""
     policy: bool = True
-    """False: it serves the run (reference, reward model) and is no policy of its own."""
+    """False: it trains the reference or the reward model of a run, not a policy."""
     artifact: Literal["model", "reward-model"] = "model"
     scored: bool = False
     """Whether a reward scores what it samples."""
     reference: Callable[[Any], Reference] = _no_reference
-    """How settings read the reference: not, from cached log-probs, or as a model in memory."""
+    """How the reference is read: not at all, from cached log-probs, or as a model in memory."""
     total_steps: Callable[[Any, int], int] = field(default=lambda settings, rows: settings.steps(rows))
-    """Lines of the curve of a training on so many rows."""
+    """Number of lines that a training on a number of rows writes to its metrics file."""
 
     @property
     def stage(self) -> str:
@@ -86,6 +86,6 @@ class Method:
         return f"train-{self.name}"
 
     def needs(self, settings: Any) -> list[str]:
-        """In words: data, reference, reward."""
+        """The data, reference and reward that it needs, for display."""
         reference = {"none": [], "cached": ["cached reference log-probs"], "live": ["reference in memory"]}
         return [self.data, *reference[self.reference(settings)], *(["reward"] if self.scored else [])]

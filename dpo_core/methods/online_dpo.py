@@ -1,8 +1,8 @@
-"""Online and iterative DPO: settings.
+"""Settings of online and iterative DPO.
 
 Online DPO (Guo et al. 2024, arXiv 2402.04792): many rounds, one step each, a fixed reference. Iterative DPO
-(Xu et al. 2024, 2404.10719): few rounds of many episodes and steps, each with the policy that the round began
-with as its reference.
+(Xu et al. 2024, 2404.10719): few rounds of many episodes and steps; the reference of a round is the policy
+that it began with.
 """
 
 from pydantic import Field, model_validator
@@ -16,18 +16,18 @@ class OnlineDpoConfig(RoundsConfig):
     """Online or iterative preference optimisation."""
 
     objective: ObjectiveName = "dpo"
-    """An objective on pairs that reads log-probs of both sides alone; see `dpo objectives`."""
+    """An objective on pairs that reads only log-probs of both sides; see `dpo objectives`."""
     parameters: dict[str, float] = Field(default_factory=dict)
-    """Its numbers."""
+    """Parameters of the objective."""
     samples_per_prompt: int = Field(2, ge=2)
     """Completions of each prompt in a round; the best and the worst make the pair."""
     epochs: int = Field(1, ge=1)
     """Passes over each round's pairs."""
     min_gap: float = Field(0.0, ge=0)
-    """A pair whose scores differ by no more is a tie and teaches nothing."""
+    """A pair whose scores differ by at most this is a tie and has no loss."""
     renew_reference: bool = False
-    """false: the reference stays, as in online DPO; true: each round takes the policy that it began with as
-    its reference, as iterative DPO does."""
+    """false: the reference is fixed, as in online DPO; true: the reference of a round is the policy that it
+    began with, as in iterative DPO."""
 
     @property
     def completions_per_prompt(self) -> int:
@@ -43,8 +43,8 @@ class OnlineDpoConfig(RoundsConfig):
         objective = get(self.objective)
         if objective.data != "pairs" or objective.extras or objective.batch_coupled:
             raise ValueError(
-                f"objective '{self.objective}' reads more than the log-probs of a pair, which is all that a "
-                "round has: choose dpo, ipo_mean, hinge or another such"
+                f"objective '{self.objective}' reads more than the log-probs of a pair, which is all that "
+                "online_dpo computes: choose another, such as dpo, ipo_mean or hinge"
             )
         if self.renew_reference and self.reference_ema is not None:
             raise ValueError("reference_ema moves a reference that renew_reference replaces: choose one")

@@ -1,4 +1,4 @@
-"""Preference pairs from scored samples of a model."""
+"""Makes preference pairs from scored samples of a model."""
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ from dpo_core.generation.config import SamplingConfig
 
 
 class PairSamplingConfig(Config):
-    """How pairs are made where the recipe has prompts only."""
+    """How pairs are made for a recipe that has only prompts."""
 
     samples_per_prompt: int = Field(4, ge=2)
     """Completions drawn from the reference for each training prompt."""
     pairing: Literal["all", "extremes"] = "all"
-    """all: every two samples whose rewards differ; extremes: the best against the worst."""
+    """all: every two samples whose rewards differ; extremes: the best and the worst."""
     min_gap: float = Field(0.0, ge=0)
-    """Smallest difference in reward that makes a pair; samples at most this far apart are a tie."""
+    """Samples whose rewards differ by at most this are a tie and make no pair."""
     sampling: SamplingConfig = SamplingConfig()
     """How completions are drawn."""
 
@@ -38,7 +38,7 @@ def pair_up(
 ) -> tuple[list[tuple[ScoredSample, ScoredSample]], int]:
     """(chosen, rejected) pairs of one prompt, and how many candidate pairs were ties.
 
-    A tie is a reward difference of at most `min_gap`, or twice the same text. One pair of texts is used once.
+    A tie is a reward difference of at most `min_gap`, or two equal texts. Each pair of texts is used once.
     """
     ranked = sorted(samples, key=lambda s: -s.reward)
     candidates = list(combinations(ranked, 2)) if config.pairing == "all" else [(ranked[0], ranked[-1])]

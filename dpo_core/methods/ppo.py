@@ -1,4 +1,4 @@
-"""PPO for RLHF: settings."""
+"""Settings of PPO for RLHF."""
 
 from typing import Literal
 
@@ -17,9 +17,9 @@ class PpoConfig(RoundsConfig):
     kl_estimator: KlEstimator = "k1"
     """Estimator of that KL: k1 as in most code, k2 or k3."""
     target_kl: float | None = Field(None, gt=0)
-    """Steer kl_coef towards this KL in nats per response; empty keeps it fixed."""
+    """Adapt kl_coef so that the KL approaches this, in nats per response; empty: kl_coef is fixed."""
     kl_horizon: float = Field(10_000.0, gt=0)
-    """Episodes over which the steering acts."""
+    """Horizon of that adaptation, in episodes."""
     clip: float = Field(0.2, gt=0)
     """Clip range of the probability ratio."""
     value_clip: float = Field(0.2, gt=0)
@@ -29,16 +29,16 @@ class PpoConfig(RoundsConfig):
     lam: float = Field(0.95, ge=0, le=1)
     """GAE's lambda."""
     whiten_advantages: bool = True
-    """Advantages get mean 0 and variance 1 over the global batch."""
+    """Scale advantages to mean 0 and variance 1 over the global batch."""
     whiten_rewards: bool = False
-    """Per-token rewards are scaled to variance 1 over the global batch, their mean kept; the N+ details found
-    it harmful."""
+    """Scale per-token rewards to variance 1 over the global batch, without changing their mean; the N+
+    details found it harmful."""
     score_at: Literal["last_token", "after_last"] = "last_token"
-    """Where the score stands: on the last real token, or, as in TRL, one later where the response leaves room
-    within max_new_tokens; the state after the last token then has a value of its own."""
+    """The token that gets the score: the last real one, or, as in TRL, the one after it if the response is
+    shorter than max_new_tokens; the state after the last token then has a value too."""
     critic_optim: OptimConfig = OptimConfig(learning_rate=1e-5, epsilon=1e-5, warmup_fraction=0.0)
-    """Optimiser and schedule of the critic: an engine of its own, started from the reward model where one was
-    trained, else from the reference with a head of zeros."""
+    """Optimiser and schedule of the critic. It starts from the reward model if one was trained, else from the
+    reference with a head of zeros."""
 
 
 METHOD = Method(

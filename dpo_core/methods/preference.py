@@ -1,4 +1,4 @@
-"""Settings that preference optimisation on pairs and on single completions share."""
+"""Settings shared by preference optimisation on pairs and on single completions."""
 
 from pydantic import Field
 
@@ -8,20 +8,20 @@ from dpo_core.training.config import EngineConfig, OptimConfig, PackedLoopConfig
 
 
 class PreferenceConfig(PackedLoopConfig):
-    """Which objective, and how it is trained."""
+    """Preference optimisation with an objective."""
 
     objective: ObjectiveName
     """A name from `dpo objectives`."""
     parameters: dict[str, float] = Field(default_factory=dict)
-    """Numbers of the objective; one that it does not read is an error."""
+    """Parameters of the objective; one that it does not read is an error."""
     optim: OptimConfig = OptimConfig(learning_rate=1e-5)
     """Optimiser and schedule."""
     engine: EngineConfig = EngineConfig()
     """Precision, ZeRO stage, ranks, checkpoints."""
     lora: LoraConfig | None = None
-    """Train low-rank additions only, merged into the result; empty trains every weight."""
+    """Train only LoRA weights, which are merged into the result; empty: train all weights."""
     limit: int | None = Field(None, ge=1)
-    """Train on so many of the rows only, a seeded choice: for studies of few samples. Empty: on all."""
+    """Train on a seeded choice of this number of rows, for studies of few samples. Empty: all rows."""
     check_rows: int = Field(8, ge=0)
     """Examples whose cached reference log-probs are computed again before the first step."""
 

@@ -1,4 +1,4 @@
-"""The methods by name: what the modules of this package export as `METHOD`."""
+"""Registry of the methods: the `METHOD` of each module of this package, by name."""
 
 import difflib
 from functools import cache

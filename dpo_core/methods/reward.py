@@ -1,4 +1,4 @@
-"""The Bradley-Terry reward model: settings."""
+"""Settings of the Bradley-Terry reward model."""
 
 from typing import Literal
 
@@ -11,38 +11,38 @@ from dpo_core.training.config import EngineConfig, LoopConfig, OptimConfig
 
 
 class RewardModelConfig(LoopConfig):
-    """The learned reward, for recipes without a known one."""
+    """The reward model, for recipes without a known reward."""
 
     centring: float = Field(0.01, ge=0)
     """Weight of (r_chosen + r_rejected)^2, which keeps rewards near zero."""
     margin: Literal["none", "agreement"] = "none"
-    """agreement: the chosen answer must win by more where more of the votes were for it; a pair without votes
-    asks for no margin."""
+    """agreement: the margin grows with the share of votes for the chosen answer; a pair without votes has
+    none."""
     margin_scale: float = Field(1.0, gt=0)
-    """The margin is this times (2 * agreement - 1): nothing for a tie, all of it where everybody agreed."""
+    """The margin is this times (2 * agreement - 1): 0 for a tie, this value if all votes agree."""
     optim: OptimConfig = OptimConfig(learning_rate=2e-5)
-    """Optimiser and schedule; it ends at zero."""
+    """Optimiser and schedule."""
     engine: EngineConfig = EngineConfig()
     """Precision, ZeRO stage, ranks, checkpoints."""
 
     @model_validator(mode="after")
     def _scale_is_read(self) -> "RewardModelConfig":
         if self.margin == "none" and self.margin_scale != 1.0:
-            raise ValueError("margin_scale would not be read: margin is none")
+            raise ValueError("margin_scale is read only where margin is agreement")
         return self
 
     def margin_of(self, pair: TokenPair) -> float:
-        """By how much the chosen answer's reward must be the larger one."""
+        """The margin by which the chosen answer's reward should exceed the rejected one's."""
         if self.margin == "none" or pair.agreement is None:
             return 0.0
         return self.margin_scale * (2 * pair.agreement - 1)
 
 
 def no_agreement() -> RecipeError:
-    """What stops a margin by agreement on data of which no row knows any."""
+    """The error for a margin by agreement on data without agreement."""
     return RecipeError(
-        "reward.model.margin is agreement, and no training pair says what share of the votes its label had",
-        "Give the pairs a field agreement (0 to 1), or set reward.model.margin to none",
+        "reward.model.margin is agreement, but no training pair has a value of agreement",
+        "Add the field agreement (0 to 1) to the pairs, or set reward.model.margin to none",
     )
 
 

@@ -1,4 +1,4 @@
-"""Settings that every method shares which trains on its own samples."""
+"""Settings shared by the methods that train on their own samples (PPO, GRPO, online DPO)."""
 
 from typing import Literal
 
@@ -12,7 +12,7 @@ KlEstimator = Literal["k1", "k2", "k3"]
 
 
 class RoundsConfig(Config):
-    """What every method that trains on its own samples reads."""
+    """Settings of a method that trains on its own samples."""
 
     iterations: int = Field(8, ge=1)
     """Rounds of sampling and updating."""
@@ -21,17 +21,17 @@ class RoundsConfig(Config):
     epochs: int = Field(2, ge=1)
     """Passes over each round's episodes."""
     minibatches: int = Field(1, ge=1)
-    """Optimiser steps in each pass; the episodes are dealt to them at random, anew in every pass."""
+    """Optimiser steps in each pass; each pass assigns the episodes to them at random."""
     micro_batch_size: int = Field(16, ge=1)
-    """Episodes in one forward pass on one rank; the rest of a minibatch is accumulated."""
+    """Episodes in one forward pass on one rank; gradients are accumulated over a minibatch."""
     missing_eos_penalty: float | None = Field(None, ge=0)
-    """What a completion that does not end costs; empty: nothing."""
+    """Penalty for a completion that does not end; empty: none."""
     missing_eos: Literal["subtract", "replace"] = "subtract"
     """subtract the penalty from the score (TRL), or replace the score by minus the penalty (N+ details)."""
     score_clip: float | None = Field(None, gt=0)
-    """Scores are cut to this range around zero before anything is learnt from them; empty: not."""
+    """Clip scores to plus or minus this value before they are learnt from; empty: no clipping."""
     reference_ema: float | None = Field(None, gt=0, le=1)
-    """After each round the reference moves this share of its way to the policy (Xu et al.); empty: fixed."""
+    """After each round the reference moves this share of the way to the policy (Xu et al.); empty: fixed."""
     optim: OptimConfig = OptimConfig(learning_rate=1e-5, epsilon=1e-5, warmup_fraction=0.0)
     """Optimiser and schedule of the policy."""
     engine: EngineConfig = EngineConfig(save_every=2)
@@ -44,16 +44,16 @@ class RoundsConfig(Config):
 
     @property
     def redraws(self) -> int:
-        """How often prompts whose samples all score the same are replaced by others."""
+        """How often prompts whose samples all score the same are replaced by the next prompts."""
         return 0
 
     @model_validator(mode="after")
     def _rounds_divide(self) -> "RoundsConfig":
         if self.engine.zero_stage == 3:
-            raise ValueError("the policy is sampled from, and ZeRO 3 has cut it up: use zero_stage 0 to 2")
+            raise ValueError("a policy that ZeRO 3 shards cannot be sampled from: choose zero_stage 0 to 2")
         for name in ("gradient_checkpointing", "compile"):
             if getattr(self.engine, name):
-                raise ValueError(f"engine.{name} is not read by training on own samples: leave it out")
+                raise ValueError(f"training on own samples does not read engine.{name}: leave it out")
         if self.missing_eos == "replace" and self.missing_eos_penalty is None:
             raise ValueError("missing_eos is read only where missing_eos_penalty is set")
         shares = {
@@ -62,7 +62,7 @@ class RoundsConfig(Config):
             * self.engine.processes
         }
         if self.completions_per_prompt > 1:
-            shares["samples of a prompt x processes"] = self.completions_per_prompt * self.engine.processes
+            shares["completions per prompt x processes"] = self.completions_per_prompt * self.engine.processes
         for what, share in shares.items():
             if self.episodes % share:
                 raise ValueError(f"episodes {self.episodes} is not a multiple of {what} = {share}")

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on completions: settings."""
+"""Settings of supervised fine-tuning."""
 
 from pydantic import Field, model_validator
 
@@ -8,10 +8,10 @@ from dpo_core.training.config import EngineConfig, OptimConfig, PackedLoopConfig
 
 
 class SftConfig(PackedLoopConfig):
-    """How the reference is prepared."""
+    """Supervised fine-tuning, which makes the reference."""
 
     enabled: bool = True
-    """False: the base model as it is becomes the reference."""
+    """False: the base model is the reference."""
     demonstrations: str | None = Field(None, min_length=1)
     """File of demonstrations, rows of {prompt, completion}. Empty: the chosen or desirable answers."""
     made_demonstrations: int | None = Field(None, ge=1)
@@ -23,7 +23,7 @@ class SftConfig(PackedLoopConfig):
     engine: EngineConfig = EngineConfig()
     """Precision, ZeRO stage, ranks, checkpoints."""
     lora: LoraConfig | None = None
-    """Train low-rank additions only, merged into the result; empty trains every weight."""
+    """Train only LoRA weights, which are merged into the result; empty: train all weights."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "SftConfig":

@@ -185,7 +185,7 @@ def test_a_guiding_reference_weighs_pairs_from_the_first_step(alone, tiny, other
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"objective": "kto"}, "objective 'kto' learns from single answers: set method: kto"),
+        ({"objective": "kto"}, "objective 'kto' learns from single answers: set method to kto"),
         ({"plus": [{"objective": "bco"}]}, "objective 'bco' learns from single answers"),
         ({"weight": 2.0}, "weight is read only where plus adds"),
         ({"objective": "simpo", "reference_sync": {}}, "has no reference that reference_sync could move"),
@@ -201,7 +201,7 @@ def test_settings_that_cannot_be_meant_are_refused(settings, words):
 def test_a_method_on_single_answers_has_no_settings_of_pairs(name):
     with pytest.raises(ValueError, match="Extra inputs are not permitted"):
         KtoConfig(**{name: None})
-    with pytest.raises(ValueError, match="objective 'dpo' learns from pairs: set method: dpo"):
+    with pytest.raises(ValueError, match="objective 'dpo' learns from pairs: set method to dpo"):
         KtoConfig(objective="dpo")
 
 

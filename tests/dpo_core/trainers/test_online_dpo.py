@@ -88,7 +88,7 @@ def candidate(reward: float, *completion: int) -> ScoredEpisode:
 def test_the_best_is_set_against_the_worst() -> None:
     candidates = [candidate(0.5, 2), candidate(2.0, 3), candidate(-1.0, 4), candidate(2.0, 5)]
     better, worse = best_and_worst(candidates)
-    assert (better.episode.sequence.completion, worse.reward) == ((3,), -1.0)
+    assert (better.episode.sequence.completion, worse.score) == ((3,), -1.0)
 
 
 def test_ties_teach_nothing(alone: None, tiny: Path, tmp_path: Path) -> None:

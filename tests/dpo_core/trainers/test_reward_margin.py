@@ -84,7 +84,7 @@ def test_a_margin_widens_the_gap_that_training_makes(alone: None, tiny: Path, tm
 
 
 def test_a_margin_without_votes_is_refused(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="no training pair says what share") as caught:
+    with pytest.raises(RecipeError, match="no training pair has a value of agreement") as caught:
         trainer_of(tiny, tmp_path, rows_of(None, None), margin="agreement")
     assert "reward.model.margin to none" in caught.value.remedy
     with pytest.raises(ValueError, match="margin_scale would not be read"):
