@@ -1,1 +1,1 @@
-"""What a training computes, estimated before it runs."""
+"""Estimates of the tokens, operations and memory of a training before it runs."""

@@ -14,7 +14,7 @@ from dpo_core.scoring.document import Document
 
 
 def estimate_training(method: str, settings: Any, inputs: Inputs) -> Work:
-    """What a training by a method of the registry computes.
+    """The estimated work of a training with a method of the registry.
 
     Args:
         settings: a value of the method's settings class.
@@ -23,29 +23,29 @@ def estimate_training(method: str, settings: Any, inputs: Inputs) -> Work:
 
 
 def _dpo(config: DpoConfig, inputs: Inputs) -> Work:
-    """A reference in memory reads every example too."""
+    """With a live reference, one more forward pass over every example."""
     work = loop(config, inputs.examples("pairs", config.limit), inputs)
     return with_forward_pass(work, inputs.shape, references=1) if config.needs_live_reference else work
 
 
 def _kto(config: KtoConfig, inputs: Inputs) -> Work:
-    """KTO's z_0 and BCO's delta take a forward pass of the policy."""
+    """With the forward pass of the policy for KTO's z_0 or BCO's delta."""
     work = loop(config, inputs.examples("unpaired", config.limit), inputs)
     return with_forward_pass(work, inputs.shape, references=0)
 
 
 def _online_dpo(config: OnlineDpoConfig, inputs: Inputs) -> Work:
-    """Of a prompt's samples the best and the worst are learnt from."""
+    """Two of each prompt's samples are learnt from, the best and the worst."""
     return rounds(config, inputs, learnt=2 / config.completions_per_prompt)
 
 
 def _ppo(config: PpoConfig, inputs: Inputs) -> Work:
-    """The critic reads and learns too."""
+    """With the forward passes and updates of the critic."""
     return rounds(config, inputs, critic=True)
 
 
 def _reward(config: RewardModelConfig, inputs: Inputs) -> Work:
-    """The whole answer is read and only its end is scored."""
+    """The head runs only on the last token of an answer."""
     pairs = inputs.examples("pairs")
     ends = [Document(d.prompt + d.branches[0], tuple(b[-1:] for b in d.branches)) for d in pairs.documents]
     return loop(config, Examples(ends, pairs.count, pairs.note), inputs)

@@ -1,4 +1,4 @@
-"""What a training would compute: tokens, operations, and its fullest micro-batch, from lengths alone."""
+"""Estimates a training from lengths alone: tokens, operations, and its largest micro-batch."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ CAPPED = "every completion of the most tokens"
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage computes."""
+    """The estimated work of a stage."""
 
     tokens: float = 0.0
     flops: float = 0.0
@@ -24,48 +24,48 @@ class Work:
     processes: int | None = None
     """Ranks on each node; empty: those of the recipe's `inference`."""
     engine: EngineConfig | None = None
-    """Of a training stage; the fields below are its own too."""
+    """Only for a training stage, as are the fields below."""
     fullest: MicroBatch | None = None
     """The micro-batch of the most tokens."""
     micro_batches: int = 1
     references: int = 0
     """Models in memory beside the trained one."""
     note: str = ""
-    """What was assumed."""
+    """The assumption that was made."""
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Prompts with completions; `documents` stand for `count` of them."""
+    """Prompts with completions; `documents` are a sample of `count`."""
 
     documents: list[Document]
     count: int
     note: str = ""
 
     def limited(self, limit: int | None) -> "Examples":
-        """At most so many."""
+        """The same with `count` at most `limit`."""
         return self if limit is None else replace(self, count=min(self.count, limit))
 
 
 class ExamplesOf(Protocol):
-    """Gives the training examples of a kind of data, at most `limit` rows of them."""
+    """Returns the training examples of a kind of data, at most `limit` rows."""
 
     def __call__(self, data: str, limit: int | None = None) -> Examples: ...
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What an estimate reads of the run."""
+    """The inputs of an estimate."""
 
     shape: cost.Shape
-    """Of the trained model."""
+    """Shape of the trained model."""
     examples: ExamplesOf
-    """Prompts come with a completion of the most tokens."""
+    """Prompts have a completion of `new_tokens`."""
     packed: bool
-    """Whether this model's documents may share a row."""
+    """Whether the model can be packed."""
     seed: int
     new_tokens: int
-    """The most that a sample may have."""
+    """Maximum tokens of a sample."""
     learned_reward: bool
 
 
@@ -77,9 +77,9 @@ def read(shape: cost.Shape, examples: Examples) -> tuple[float, float]:
 
 
 def loop(config: LoopConfig, examples: Examples, inputs: Inputs) -> Work:
-    """A training over fixed examples."""
+    """The work of a training on fixed examples."""
     packed = inputs.packed and isinstance(config, PackedLoopConfig) and config.pack_tokens is not None
-    seen = config.steps(examples.count) * min(config.batch_size, examples.count)
+    trained = config.steps(examples.count) * min(config.batch_size, examples.count)
     sizes = [cost.sizes(d, packed) for d in examples.documents]
     tokens, squares, scored = (float(np.mean(column)) for column in zip(*sizes, strict=True))
     fullest, micro_batches = _fullest(config, examples, inputs.seed, packed)
@@ -92,8 +92,8 @@ def loop(config: LoopConfig, examples: Examples, inputs: Inputs) -> Work:
         recompute_head=not cost.keeps_logits(fullest.targets, inputs.shape.vocabulary),
     )
     return Work(
-        tokens=seen * tokens,
-        flops=seen * flops,
+        tokens=trained * tokens,
+        flops=trained * flops,
         precision=config.engine.precision,
         engine=config.engine,
         fullest=fullest,
@@ -103,13 +103,13 @@ def loop(config: LoopConfig, examples: Examples, inputs: Inputs) -> Work:
 
 
 def with_forward_pass(work: Work, shape: cost.Shape, references: int) -> Work:
-    """The work with one more forward pass over what it trains on, and models beside the trained one."""
+    """The work with one more forward pass over its examples, and with models besides the trained one."""
     again = work.flops * cost.forward(shape, 1, 0, 0) / cost.training(shape, 1, 0, 0)
     return replace(work, flops=work.flops + again, references=references)
 
 
 def _fullest(config: LoopConfig, examples: Examples, seed: int, packed: bool) -> tuple[MicroBatch, int]:
-    """The largest micro-batch of the first epoch on the first rank, and how many a step has."""
+    """The largest micro-batch of the first epoch on rank 0, and the number of micro-batches in a step."""
     ranks, documents = config.engine.processes, examples.documents
     of = np.resize(np.arange(len(documents)), max(examples.count, 1))
     if packed and isinstance(config, PackedLoopConfig) and config.pack_tokens is not None:
@@ -132,12 +132,12 @@ def _fullest(config: LoopConfig, examples: Examples, seed: int, packed: bool) ->
 
 
 def rounds(config: Any, inputs: Inputs, *, learnt: float = 1.0, critic: bool = False) -> Work:
-    """Rounds of sampling, reading twice, scoring and updating.
+    """The work of online training: sampling, log-probs of policy and reference, scoring, updates.
 
     Args:
         config: a `RoundsConfig`.
-        learnt: share of the samples that the updates read.
-        critic: whether a second model reads and learns too.
+        learnt: share of the samples that are learnt from.
+        critic: whether a critic is trained too.
     """
     prompts = inputs.examples("prompts")
     documents = prompts.documents
@@ -159,12 +159,12 @@ def rounds(config: Any, inputs: Inputs, *, learnt: float = 1.0, critic: bool = F
         engine=config.engine,
         fullest=MicroBatch(sorted(documents, key=len)[-config.micro_batch_size :], packed=False),
         micro_batches=max(1, round(learnt * episodes.count * config.epochs / (updates * shared))),
-        # A critic is in memory with its gradients and the two moments of its optimiser.
+        # A critic counts four times: weights, gradients and the two moments of its optimiser.
         references=1 + inputs.learned_reward + 4 * critic,
         note=CAPPED,
     )
 
 
 def unknown(tokens: int) -> tuple[int, ...]:
-    """A completion of which only the length counts."""
+    """A completion of which only the length is used."""
     return (0,) * tokens

@@ -1,1 +1,1 @@
-"""The examples that methods make of rows."""
+"""Training examples that methods make from rows."""

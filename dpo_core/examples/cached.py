@@ -1,4 +1,4 @@
-"""Lists the sequences whose reference log-probs the training of a method reads from the cache."""
+"""Lists the sequences whose reference log-probs a method's training reads from the cache."""
 
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
@@ -8,14 +8,15 @@ from dpo_core.data.tokens.tokenise import Sequence, Tokenise
 from dpo_core.examples.unpaired import mismatched, unpaired_examples
 from dpo_core.methods.kto import KtoConfig
 
-Found = tuple[list[Sequence], dict[str, int]]
+Sequences = tuple[list[Sequence], dict[str, int]]
+"""Sequences, and the number of rows that were left out, by reason."""
 
 
-def cached_sequences(method: str, settings: Any, tokenise: Tokenise, rows: Seq[dict[str, Any]]) -> Found:
+def cached_sequences(method: str, settings: Any, tokenise: Tokenise, rows: Seq[dict[str, Any]]) -> Sequences:
     """The sequences of canonical rows, and how many rows were left out for each reason.
 
     Args:
-        method: one whose settings can read cached log-probs.
+        method: a method that can read cached log-probs.
         settings: a value of the method's settings class.
 
     Raises:
@@ -24,19 +25,19 @@ def cached_sequences(method: str, settings: Any, tokenise: Tokenise, rows: Seq[d
     return CACHED[method](settings, tokenise, rows)
 
 
-def _of_pairs(settings: Any, tokenise: Tokenise, rows: Seq[dict[str, Any]]) -> Found:
+def _of_pairs(settings: Any, tokenise: Tokenise, rows: Seq[dict[str, Any]]) -> Sequences:
     pairs, dropped = tokenise.pairs(rows)
     return [s for p in pairs for s in (p.chosen, p.rejected)], dropped
 
 
-def _of_unpaired(settings: KtoConfig, tokenise: Tokenise, rows: Seq[dict[str, Any]]) -> Found:
+def _of_unpaired(settings: KtoConfig, tokenise: Tokenise, rows: Seq[dict[str, Any]]) -> Sequences:
     """Every example, and for KTO every mismatched pair."""
     examples, dropped = unpaired_examples(tokenise, rows)
-    others = mismatched(examples) if examples and settings.reads_mismatched else []
-    return [e.sequence for e in examples] + others, dropped
+    pairs = mismatched(examples) if examples and settings.reads_mismatched else []
+    return [e.sequence for e in examples] + pairs, dropped
 
 
-CACHED: dict[str, Callable[[Any, Tokenise, Seq[dict[str, Any]]], Found]] = {
+CACHED: dict[str, Callable[[Any, Tokenise, Seq[dict[str, Any]]], Sequences]] = {
     "dpo": _of_pairs,
     "kto": _of_unpaired,
 }

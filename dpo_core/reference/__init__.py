@@ -1,7 +1,7 @@
-"""Reference log-probs, computed once and kept: one entry per (prompt, completion), addressed by content.
+"""The cache of reference log-probs: one entry per (prompt, completion), addressed by its content.
 
-`keys` names entries and caches, `shard` is one file of entries, `cache` all of them for one reference; none
-of the three needs torch. `compute` fills a cache in one process, `logps` on all ranks of a job.
+`keys` names entries and caches, `shard` stores some entries, `cache` has all shards of one reference; none of
+the three needs torch. `compute` fills a cache in one process, `logps` on all ranks of a job.
 """
 
 from dpo_core.reference.cache import ReferenceCache

@@ -1,10 +1,10 @@
-"""All reference log-probs that a workspace knows: one folder a reference, shards that are only ever added.
+"""The cache of reference log-probs of a workspace: a folder for each reference, to which shards are added.
 
-    reference_cache/<reference key>/reference.json   what the key stands for; touched at each use
+    reference_cache/<reference key>/reference.json   the parts of the key; touched at each use
     reference_cache/<reference key>/shard-*/         see `shard`
-    reference_cache/<reference key>/tmp-*            unfinished, or out of sight before it is removed
+    reference_cache/<reference key>/tmp-*            being written, or being removed
 
-Several processes may read and add at once: a shard appears whole, under a name of its own, by one rename.
+Several processes may read and add at once: a shard has a unique name and is added by one rename.
 """
 
 import hashlib
@@ -43,12 +43,12 @@ from dpo_core.system import process_start
 log = logging.getLogger(__name__)
 
 FACTS = "reference.json"
-# What another machine left unfinished cannot be asked for its process; past this age nobody waits for it.
+# The process of a temporary file of another machine cannot be checked; it counts as dead after this time.
 _FOREIGN_SECONDS = 24 * 3600.0
 
 
 class ReferenceFacts(Config):
-    """What a cache folder stands for."""
+    """The reference and settings of a cache folder."""
 
     weights_sha256: str
     """Digest of the reference's weight files and architecture."""
@@ -59,23 +59,23 @@ class ReferenceFacts(Config):
     definition_version: int
     """Version of the log-prob definition."""
     model: str = ""
-    """The reference in words; for people, and no part of the key."""
+    """Description of the reference for people; not part of the key."""
     created_at: AwareDatetime = Field(default_factory=lambda: datetime.now(UTC))
-    """When the folder was begun; no part of the key either."""
+    """When the folder was created; not part of the key."""
 
     @property
     def key(self) -> str:
-        """Names everything but the text that decides a reference log-prob; the name of the folder."""
+        """The name of the folder: a digest of everything that determines a log-prob, except the text."""
         text = f"{self.weights_sha256}\0{self.precision}\0{self.attention}\0{self.definition_version}"
         return hashlib.sha256(text.encode()).hexdigest()
 
 
 class ReferenceCache:
-    """All shards computed so far for one reference. Damaged ones are removed, with a line in the log.
+    """All shards of one reference. Damaged ones are removed, with a warning in the log.
 
     Args:
-        folder: the folder of the reference; made with the first entries or facts.
-        facts: written where they are missing; that they are given counts as a use of the cache.
+        folder: the folder of the reference; created with the first entries or facts.
+        facts: written if they are missing; otherwise passing them marks the cache as used.
     """
 
     def __init__(self, folder: Path, facts: ReferenceFacts | None = None) -> None:
@@ -99,38 +99,38 @@ class ReferenceCache:
             try:
                 self._shards[path.name] = LogpShard.open(path)
             except StageFailed as error:
-                if path.exists():  # else another process merged or removed it under our hands
+                if path.exists():  # otherwise another process has merged or removed it meanwhile
                     log.warning("%s; its entries are computed again", error.problem)
                     discard(path)
         self._index = None
 
     def add(self, entries: dict[bytes, NDArray[np.float32]]) -> None:
-        """Keep new entries, on the disk before this returns."""
+        """Save new entries to disk."""
         self._add(LogpShard.build(entries))
 
     def _add(self, shard: LogpShard) -> str:
         name = f"shard-{len(shard_folders(self.folder)):06d}-{uuid.uuid4().hex}"
         shard.save(self.folder / name)
-        # From the file: what is known does not stay in memory.
+        # Opened from its files, so that the entries do not stay in memory.
         self._shards[name] = LogpShard.open(self.folder / name, verify=False)
         self._index = None
         return name
 
     def has(self, keys: Seq[bytes]) -> NDArray[np.bool_]:
-        """Whether each key is known: (K,)."""
+        """Whether the cache has each key: (K,)."""
         return search(self._indexed()[0], key_array(keys)) >= 0
 
     def select(self, keys: Seq[bytes]) -> LogpShard:
-        """One shard in memory of just these entries, each once.
+        """A shard in memory with these entries only, each once.
 
         Raises:
-            StageFailed: a key is not known.
+            StageFailed: the cache lacks a key.
         """
         keys_K2 = key_array(keys)
         keys_K2 = keys_K2.take(sort_order(keys_K2), axis=0)
-        first_of_its_kind = np.ones(len(keys_K2), bool)
-        first_of_its_kind[1:] = (keys_K2[1:] != keys_K2[:-1]).any(axis=1)
-        keys_K2 = keys_K2[first_of_its_kind]
+        first_occurrence = np.ones(len(keys_K2), bool)
+        first_occurrence[1:] = (keys_K2[1:] != keys_K2[:-1]).any(axis=1)
+        keys_K2 = keys_K2[first_occurrence]
         index_N2, shard_N, row_N = self._indexed()
         at_K = find(index_N2, keys_K2)
         if (at_K < 0).any():
@@ -145,18 +145,18 @@ class ReferenceCache:
         starts_K = np.zeros(len(keys_K2), np.int64)
         by_shard = np.argsort(shard_K, kind="stable")
         cuts = np.searchsorted(shard_K[by_shard], np.arange(1, len(self._shards)))
-        held = list(zip(self.shards, np.split(by_shard, cuts), strict=False))  # no shards: one empty part
-        for shard, mine in held:
-            starts_K[mine] = shard.offsets[row_K[mine]]
-            counts_K[mine] = shard.offsets[row_K[mine] + 1] - starts_K[mine]
+        parts = list(zip(self.shards, np.split(by_shard, cuts), strict=False))  # no shards: one empty part
+        for shard, part in parts:
+            starts_K[part] = shard.offsets[row_K[part]]
+            counts_K[part] = shard.offsets[row_K[part] + 1] - starts_K[part]
         offsets = ends(counts_K)
         values = np.empty(int(offsets[-1]), np.float32)
-        for shard, mine in held:
-            copy_rows(shard.values, starts_K[mine], counts_K[mine], values, offsets[:-1][mine])
+        for shard, part in parts:
+            copy_rows(shard.values, starts_K[part], counts_K[part], values, offsets[:-1][part])
         return LogpShard(keys_K2, offsets, values)
 
     def merge(self) -> int:
-        """Rewrite all shards as one; returns how many there were. The copies go once the whole is safe."""
+        """Rewrite all shards as one; the old ones are removed once it is saved. Returns their number."""
         before = list(self._shards)
         if len(before) > 1:
             self._add(self.select([row.tobytes() for row in self._indexed()[0]]))
@@ -167,7 +167,7 @@ class ReferenceCache:
         return len(before)
 
     def _indexed(self) -> tuple[NDArray[np.uint64], Ints, Ints]:
-        """Keys of all shards, sorted, with the shard's number and the row of each: one search for all."""
+        """Sorted keys of all shards, with the shard and row of each, so that one search covers them all."""
         if self._index is None:
             shards = self.shards
             sizes = [len(shard) for shard in shards]
@@ -185,7 +185,7 @@ def shard_folders(folder: Path) -> list[Path]:
 
 
 def read_facts(folder: Path) -> ReferenceFacts | None:
-    """What a cache folder stands for; None where that is not written, or is of another folder."""
+    """The facts of a cache folder; None if they are missing, damaged or of another folder."""
     try:
         facts = ReferenceFacts.model_validate_json((folder / FACTS).read_bytes())
     except (OSError, ValueError, ValidationError):
@@ -194,7 +194,7 @@ def read_facts(folder: Path) -> ReferenceFacts | None:
 
 
 def last_used(folder: Path) -> datetime:
-    """When the cache was last opened by a stage, or added to."""
+    """When a stage last opened the cache, or added to it."""
     times = [folder.stat().st_mtime]
     with suppress(OSError):
         times.append((folder / FACTS).stat().st_mtime)
@@ -208,13 +208,13 @@ def _write_facts(folder: Path, facts: ReferenceFacts) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(folder / FACTS)
     temporary.write_text(facts.model_dump_json(indent=1))
-    if (folder / FACTS).is_dir():  # a file does not take a folder's place
+    if (folder / FACTS).is_dir():  # os.replace cannot replace a folder by a file
         discard(folder / FACTS)
     os.replace(temporary, folder / FACTS)
 
 
 def discard(path: Path) -> None:
-    """Remove a file or folder: out of sight in one step first, so that nobody opens half of it."""
+    """Remove a file or folder. It is renamed first, so that no process opens an incomplete one."""
     hidden = temporary_beside(path)
     with suppress(FileNotFoundError):
         os.rename(path, hidden)
@@ -230,7 +230,7 @@ def remove(path: Path) -> None:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """What killed processes left unfinished; what a living one is at work on is not named."""
+    """Temporary files of killed processes, without those of live ones."""
     return [path for path in sorted(folder.glob(f"{TEMPORARY}*")) if not _has_owner(path)]
 
 

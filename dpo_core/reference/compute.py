@@ -1,4 +1,4 @@
-"""Reference log-probs of many sequences in one process: a plain inference pass, batched by length."""
+"""Computes reference log-probs of sequences in one process: inference only, batched by length."""
 
 import time
 from collections.abc import Callable
@@ -14,33 +14,33 @@ from dpo_core.reference.keys import sequence_key
 from dpo_core.scoring.logprobs import completion_logps
 from dpo_core.scoring.precision import Precision
 
-Keep = Callable[[dict[bytes, NDArray[np.float32]]], None]
+Save = Callable[[dict[bytes, NDArray[np.float32]]], None]
 
 
 class Buffer:
-    """Hands entries on from time to time, so that a cache gets few shards and a kill costs little.
+    """Collects entries and saves them at intervals, so that a cache gets few shards and a kill loses little.
 
     Args:
-        add: keeps entries.
-        seconds: how much work a kill may cost; 0 hands every pass on.
+        save: saves entries.
+        seconds: seconds between saves; 0 saves after every pass.
     """
 
-    def __init__(self, add: Keep, seconds: float = 30.0) -> None:
-        self._add, self._seconds = add, seconds
+    def __init__(self, save: Save, seconds: float = 30.0) -> None:
+        self._save, self._seconds = save, seconds
         self._entries: dict[bytes, NDArray[np.float32]] = {}
-        self._handed_on = time.monotonic()
+        self._saved_at = time.monotonic()
 
     def add(self, entries: dict[bytes, NDArray[np.float32]]) -> None:
-        """Take the entries of a pass."""
+        """Add the entries of a pass."""
         self._entries |= entries
-        if time.monotonic() - self._handed_on >= self._seconds:
+        if time.monotonic() - self._saved_at >= self._seconds:
             self.flush()
 
     def flush(self) -> None:
-        """Hand on what is left."""
+        """Save the entries that are not saved yet."""
         if self._entries:
-            self._add(self._entries)
-        self._entries, self._handed_on = {}, time.monotonic()
+            self._save(self._entries)
+        self._entries, self._saved_at = {}, time.monotonic()
 
 
 def compute(
@@ -49,16 +49,16 @@ def compute(
     *,
     precision: Precision,
     token_budget: int,
-    keep: Keep,
+    save: Save,
     progress: Callable[[int], None] = lambda more: None,
     only: Callable[[int, list[int]], bool] = lambda number, indices: True,
 ) -> None:
-    """Token log-probs of sequences under a frozen model, handed to `keep` pass by pass.
+    """Compute token log-probs of sequences under a frozen model, and pass them to `save` after each pass.
 
     Args:
-        token_budget: tokens in one forward pass; decides the time, not the values.
+        token_budget: tokens in one forward pass; affects the time, not the values.
         progress: called with the number of sequences of each pass.
-        only: whether to compute a pass, given its number and the indices of its sequences.
+        only: whether to compute a pass, from its number and the indices of its sequences.
 
     Raises:
         StageFailed: a log-prob is not finite.
@@ -70,5 +70,5 @@ def compute(
             if not np.isfinite(values).all():
                 raise StageFailed("a reference log-prob is not finite", "Check the reference model's weights")
             entries[sequence_key(sequences[index])] = values
-        keep(entries)
+        save(entries)
         progress(len(logps))

@@ -1,9 +1,9 @@
-"""What names a reference log-prob, and the cache that holds it.
+"""Keys of reference log-probs and of their cache folders.
 
-Key of an entry: the exact ids of prompt and completion, and the mask where not all of them are learnt. Key of
-a cache folder: the reference's weight files, the precision, the attention implementation and the definition
-version. The run's configuration is in neither, so a changed learning rate recomputes nothing, and a changed
-weight, template or token what it touches.
+Key of an entry: the exact ids of prompt and completion, and the mask if not all of them are learnt. Key of a
+cache folder: the reference's weight files, the precision, the attention implementation and the definition
+version. The recipe is in neither: a changed learning rate recomputes nothing, a changed weight, template or
+token recomputes what it affects.
 """
 
 import hashlib
@@ -16,14 +16,14 @@ from dpo_core.reference.cache import ReferenceFacts
 if TYPE_CHECKING:
     from dpo_core.scoring.precision import Precision
 
-# Part of every key of a cache: raise it whenever the numbers of `compute` could change.
+# Part of the key of every cache folder: raise it when the values of `compute` may change.
 DEFINITION_VERSION = 2
 
 
 def sequence_key(sequence: Sequence) -> bytes:
-    """16 bytes that name one (prompt, completion) by its ids, where the prompt ends, and what is learnt."""
+    """16 bytes that identify a (prompt, completion): its ids, the end of the prompt, and the learnt mask."""
     prompt, completion = sequence.prompt, sequence.completion
-    # Two thirds of the time that an array of the ids would take.
+    # Takes two thirds of the time of an array of the ids.
     content = struct.pack(f"<{1 + len(prompt) + len(completion)}q", len(prompt), *prompt, *completion)
     if sequence.learnt is not None:
         content += bytes(sequence.learnt)
@@ -33,7 +33,7 @@ def sequence_key(sequence: Sequence) -> bytes:
 def reference_facts(
     weights_sha256: str, precision: "Precision", attention: str, model: str = ""
 ) -> ReferenceFacts:
-    """Everything but the text that decides a reference log-prob, and the model in words."""
+    """Everything that determines a reference log-prob, except the text; and a description of the model."""
     return ReferenceFacts(
         weights_sha256=weights_sha256,
         precision=precision,

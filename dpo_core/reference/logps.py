@@ -1,6 +1,6 @@
-"""Reference log-probs of sequences: from the cache, and those that it lacks computed by all ranks of a job.
+"""Reads reference log-probs from the cache, and computes those that it lacks on all ranks of a job.
 
-Each rank adds shards of its own to the cache, so a killed rank costs only what it had not kept yet.
+Each rank adds its own shards to the cache, so a killed rank loses only what it had not saved.
 """
 
 from collections.abc import Sequence as Seq
@@ -27,45 +27,45 @@ from dpo_core.scoring.precision import Precision
 
 @dataclass(frozen=True)
 class ReferenceLogps:
-    """The log-probs of some sequences, and what it took to get them."""
+    """The log-probs of sequences, and the cost of computing them."""
 
     shard: LogpShard
     attention: str
     sequences: int
     computed: int
     flops: float
-    """Operations of what was computed, by all ranks."""
+    """Operations of the computed ones, on all ranks."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The model whose log-probs are kept, and how they are computed: a cache's key."""
+    """The reference and how its log-probs are computed: the key of its cache."""
 
     model: Path
     """Checkpoint folder."""
     weights_sha256: str
     precision: Precision
     described: str
-    """In words, for people who look at the cache; no part of the key."""
+    """Description for people; not part of the key."""
 
 
 @dataclass(frozen=True)
 class Resources:
-    """Where log-probs are computed and kept: what decides the time and not the values."""
+    """Cache folder, device and batch size: they affect the time, not the values."""
 
     caches: Path
-    """The folder that holds one cache a reference."""
+    """Folder with one cache for each reference."""
     token_budget: int
     """Tokens in one forward pass."""
     device: torch.device | str = "cpu"
     keep_seconds: float = 30.0
-    """How much work a kill may cost a rank."""
+    """Seconds between saves: the work that a rank can lose by a kill."""
 
 
 def reference_logps(
     sequences: Seq[Sequence], reference: Reference, resources: Resources, ranks: Ranks | None = None
 ) -> ReferenceLogps:
-    """Log-probs of sequences, of which only those that no cache knows are computed.
+    """Log-probs of sequences; only those that the cache lacks are computed.
 
     Every rank calls this with the same sequences; the values do not depend on the number of ranks.
 
@@ -74,20 +74,20 @@ def reference_logps(
         ModelError: the model's log-probs cannot be computed from its trunk and head.
     """
     ranks = ranks or SingleRank()
-    wanted = {sequence_key(s): s for s in sequences}
-    keys = list(wanted)
+    by_key = {sequence_key(s): s for s in sequences}
+    keys = list(by_key)
     attention = attention_of(reference.model)
     precision = effective_precision(reference.precision, resources.device)
     facts = reference_facts(reference.weights_sha256, precision, attention, reference.described)
     cache = ReferenceCache(resources.caches / facts.key, facts if ranks.rank == 0 else None)
-    # Decided once: ranks that start later, or after a kill, must plan the same passes.
+    # Determined once: ranks that start later, or after a kill, must plan the same passes.
     (absent,) = ranks.map("missing", [len(keys)], lambda _: (~cache.has(keys)).nonzero()[0].tolist())
-    missing = [wanted[keys[at]] for at in absent]
+    missing = [by_key[keys[at]] for at in absent]
     if not cache.has(sorted(set(keys) - {keys[at] for at in absent})).all():
         ranks.discard_results()
         raise StageFailed(
-            f"reference log-probs that this job had found in {cache.folder} were removed since",
-            "Start the run again: they are computed again",
+            f"reference log-probs of this job were removed from {cache.folder} while it ran",
+            "Resume the run; it computes them again",
         )
     flops = _compute(cache, missing, reference, resources, ranks) if missing else 0.0
     cache.reload()
@@ -109,14 +109,15 @@ def _compute(
     keys = [sequence_key(s) for s in missing]
     cache.reload()
 
-    def is_mine(number: int, indices: list[int]) -> bool:
+    def is_due(number: int, indices: list[int]) -> bool:
+        """Whether this rank has to compute a pass."""
         ranks.check()
         if number % ranks.world != ranks.rank:
             return False
-        known = bool(cache.has([keys[i] for i in indices]).all())
-        if known:
+        cached = bool(cache.has([keys[i] for i in indices]).all())
+        if cached:
             ranks.advance(len(indices))
-        return not known
+        return not cached
 
     buffer = Buffer(cache.add, resources.keep_seconds)
     try:
@@ -125,9 +126,9 @@ def _compute(
             missing,
             precision=reference.precision,
             token_budget=resources.token_budget,
-            keep=buffer.add,
+            save=buffer.add,
             progress=ranks.advance,
-            only=is_mine,
+            only=is_due,
         )
     finally:
         buffer.flush()
@@ -141,10 +142,10 @@ def _compute(
 
 
 def attention_of(model: Path) -> str:
-    """The attention implementation that `load_model` will use, without reading a weight.
+    """The attention implementation that `load_model` will use, without loading weights.
 
     Raises:
-        ModelError: not a checkpoint that transformers knows.
+        ModelError: transformers cannot build the model.
     """
     try:
         with torch.device("meta"):

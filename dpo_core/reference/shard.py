@@ -1,10 +1,10 @@
-"""A shard: token log-probs of many sequences in one folder of memory-mapped arrays, looked up by key.
+"""A shard of the cache: token log-probs of sequences in a folder of memory-mapped arrays, looked up by key.
 
-`keys` (N,2) uint64, sorted; `offsets` (N+1,) int64; `values` fp32, the log-prob of each completion token, end
-to end; `shard.json` their digests. Shapes: N entries, K keys that are asked for.
+`keys` (N,2) uint64, sorted; `offsets` (N+1,) int64; `values` fp32, the log-probs of the completion tokens of
+all entries; `shard.json` their digests. Shapes: N entries, K requested keys.
 
-Every look-up is vectorised and costs what is asked for, not what is stored. Keys are sorted once; all that
-follows runs in their order, which is that of the file, so that it is read front to back.
+Look-ups are vectorised, and their cost depends on the number of requested keys, not of entries. Requested
+keys are sorted first, so that the files are read from front to back.
 """
 
 import json
@@ -25,7 +25,7 @@ from dpo_core.system import digest_file, process_start
 
 TEMPORARY = "tmp-"
 _ARRAYS = ("keys", "offsets", "values")
-# Tokens handled at a time: what is made of them on the way stays in the processor's cache.
+# Tokens processed at a time, so that intermediate arrays fit the processor's cache.
 _BLOCK_TOKENS = 1 << 18
 
 Ints = NDArray[np.int64]
@@ -57,16 +57,18 @@ class LogpShard:
         """Open a shard.
 
         Args:
-            verify: read all of it and compare it with its digests; otherwise only the shapes are looked at.
+            verify: read the files and compare them with their digests; otherwise check only the shapes.
 
         Raises:
-            StageFailed: a file is missing, not what was written, or does not fit the others.
+            StageFailed: a file is missing, has changed, or does not fit the others.
         """
         try:
             facts = json.loads((folder / "shard.json").read_text())
             for name in _ARRAYS if verify else ():
                 if digest_file(folder / f"{name}.npy") != facts["sha256"][name]:
-                    raise StageFailed(f"{folder / name}.npy is not what was written", "Delete the folder")
+                    raise StageFailed(
+                        f"{folder / name}.npy has changed since it was written", "Delete the folder"
+                    )
             shard = cls(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS))
             fault = shard._fault(int(facts["entries"]), verify)
         except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
@@ -76,7 +78,7 @@ class LogpShard:
         return shard
 
     def _fault(self, entries: int, thorough: bool) -> str | None:
-        """Why the arrays cannot belong together; digests do not see what was written wrong at the start."""
+        """Why the arrays are inconsistent, else None; digests do not detect what was written wrongly."""
         kinds = (self.keys_N2.dtype, self.offsets.dtype, self.values.dtype)
         if kinds != (np.uint64, np.int64, np.float32) or self.values.ndim != 1:
             return "its arrays are of other types"
@@ -93,11 +95,11 @@ class LogpShard:
         return None if rises.all() else "its keys are not sorted"
 
     def save(self, folder: Path) -> None:
-        """Write beside and rename, so that a kill leaves no half shard."""
+        """Write to a temporary folder and rename it, so that a kill leaves no incomplete shard."""
         temporary = temporary_beside(folder)
         temporary.mkdir(parents=True)
         arrays: dict[str, NDArray[Any]] = {
-            # By column: a search reads the first halves of the keys, end to end, without a copy of them.
+            # In column order: a search reads the first halves of the keys, which are then contiguous.
             "keys": np.asfortranarray(self.keys_N2),
             "offsets": self.offsets,
             "values": self.values,
@@ -120,13 +122,13 @@ class LogpShard:
     def tokens_many(
         self, keys: Seq[bytes], first: ArrayLike | None = None
     ) -> tuple[NDArray[np.float32], Ints]:
-        """Token log-probs of each key, end to end, and where each begins: (total,) and (K+1,).
+        """Token log-probs of all keys, concatenated, and the offset of each: (total,) and (K+1,).
 
         Args:
-            first: only so many tokens of each entry from its start; one number or (K,). None: all.
+            first: number of tokens from the start of each entry; one number or (K,). None: all.
 
         Raises:
-            StageFailed: a key is absent: the cache is of other data, another tokenizer or other settings.
+            StageFailed: a key is absent: the cache has other data, another tokenizer or other settings.
         """
         order_K, starts_K, counts_K = self._spans(keys, first)
         offsets = ends(_scattered(order_K, counts_K))
@@ -138,39 +140,39 @@ class LogpShard:
         """Summed log-prob of each key, in nats: (K,). Arguments and errors as `tokens_many`."""
         order_K, starts_K, counts_K = self._spans(keys, first)
         sums_K = np.zeros(len(order_K))
-        # Without the empty spans, to which reduceat would give the value that follows them.
-        held_K = counts_K > 0
-        rows, starts, counts = order_K[held_K], starts_K[held_K], counts_K[held_K]
+        # Without empty spans, for which reduceat would return the value that follows them.
+        filled_K = counts_K > 0
+        rows, starts, counts = order_K[filled_K], starts_K[filled_K], counts_K[filled_K]
         for part in blocks(counts):
             sums_K[rows[part]] = _sum_spans(self.values, starts[part], counts[part])
         return sums_K
 
     def _spans(self, keys: Seq[bytes], first: ArrayLike | None) -> tuple[Ints, Ints, Ints]:
-        """The keys in the order of the file, where the wanted tokens of each begin, and how many they are."""
-        wanted_K2 = key_array(keys)
-        order_K = np.argsort(wanted_K2[:, 0])
-        at_K = find(self.keys_N2, wanted_K2.take(order_K, axis=0))
+        """The order of the keys in the file, and the start and number of the requested tokens of each."""
+        keys_K2 = key_array(keys)
+        order_K = np.argsort(keys_K2[:, 0])
+        at_K = find(self.keys_N2, keys_K2.take(order_K, axis=0))
         absent = int((at_K < 0).sum())
         if absent:
             raise StageFailed(
                 f"{absent} of {len(keys)} sequences have no reference log-prob",
-                "The cache belongs to other data or another tokenizer: run the cache stage again",
+                "The cache has other data or another tokenizer: run the cache stage again",
             )
         starts_K = self.offsets[at_K]
         counts_K = self.offsets[at_K + 1] - starts_K
         if first is not None:
-            wanted = np.asarray(first)
-            whole = np.issubdtype(wanted.dtype, np.integer) or not wanted.size
-            if not whole or (wanted < 0).any():
+            limit = np.asarray(first)
+            integers = np.issubdtype(limit.dtype, np.integer) or not limit.size
+            if not integers or (limit < 0).any():
                 raise ValueError("`first` counts tokens: whole numbers from 0 on")
-            if wanted.ndim and wanted.shape != counts_K.shape:
-                raise ValueError(f"`first` holds {wanted.shape} counts for {len(keys)} keys")
-            counts_K = np.minimum(counts_K, wanted[order_K] if wanted.ndim else wanted).astype(np.int64)
+            if limit.ndim and limit.shape != counts_K.shape:
+                raise ValueError(f"`first` holds {limit.shape} counts for {len(keys)} keys")
+            counts_K = np.minimum(counts_K, limit[order_K] if limit.ndim else limit).astype(np.int64)
         return order_K, starts_K, counts_K
 
 
 def temporary_beside(folder: Path) -> Path:
-    """An unused name next to a folder for what is not finished; it says which process is at work on it."""
+    """An unused temporary name next to a folder; it names the process that uses it."""
     owner = f"{socket.gethostname()}+{os.getpid()}+{process_start(os.getpid())}"
     return folder.with_name(f"{TEMPORARY}{owner}+{uuid.uuid4().hex}")
 
@@ -181,7 +183,7 @@ def key_array(keys: Seq[bytes]) -> NDArray[np.uint64]:
 
 
 def sort_order(keys_N2: NDArray[np.uint64]) -> Ints:
-    """The order that sorts keys by their first half, then their second; equal keys stay as they come."""
+    """The order that sorts keys by their first half, then their second; equal keys keep their order."""
     first_N = np.ascontiguousarray(keys_N2[:, 0])
     order_N = np.argsort(first_N)
     sorted_N = first_N[order_N]
@@ -190,29 +192,29 @@ def sort_order(keys_N2: NDArray[np.uint64]) -> Ints:
     return order_N
 
 
-def search(keys_N2: NDArray[np.uint64], wanted_K2: NDArray[np.uint64]) -> Ints:
-    """Index of each wanted key among sorted keys (of equal ones the first), -1 where it is absent: (K,)."""
-    # Asked in order, neighbours in the question are neighbours in the file.
-    order_K = np.argsort(wanted_K2[:, 0])
-    return _scattered(order_K, find(keys_N2, wanted_K2.take(order_K, axis=0)))
+def search(keys_N2: NDArray[np.uint64], keys_K2: NDArray[np.uint64]) -> Ints:
+    """Index of each requested key among sorted keys (of equal ones the first), -1 if it is absent: (K,)."""
+    # In sorted order, so that the file is read from front to back.
+    order_K = np.argsort(keys_K2[:, 0])
+    return _scattered(order_K, find(keys_N2, keys_K2.take(order_K, axis=0)))
 
 
-def find(keys_N2: NDArray[np.uint64], wanted_K2: NDArray[np.uint64]) -> Ints:
-    """What `search` gives, quickly where the wanted keys are sorted by their first half."""
+def find(keys_N2: NDArray[np.uint64], keys_K2: NDArray[np.uint64]) -> Ints:
+    """The result of `search`, fast if the requested keys are sorted by their first half."""
     first_N, second_N = keys_N2[:, 0], keys_N2[:, 1]
-    found_K = np.full(len(wanted_K2), -1, np.int64)
-    asked = np.arange(len(wanted_K2))
-    at = np.searchsorted(first_N, wanted_K2[:, 0])
-    while len(asked):
-        # Keys that agree in their first half are neighbours; step on until the second half agrees too.
+    index_K = np.full(len(keys_K2), -1, np.int64)
+    pending = np.arange(len(keys_K2))
+    at = np.searchsorted(first_N, keys_K2[:, 0])
+    while len(pending):
+        # Keys with the same first half are adjacent; advance until the second half is equal too.
         near = at < len(keys_N2)
-        at, asked = at[near], asked[near]
-        near = first_N[at] == wanted_K2[asked, 0]
-        at, asked = at[near], asked[near]
-        hit = second_N[at] == wanted_K2[asked, 1]
-        found_K[asked[hit]] = at[hit]
-        at, asked = at[~hit] + 1, asked[~hit]
-    return found_K
+        at, pending = at[near], pending[near]
+        near = first_N[at] == keys_K2[pending, 0]
+        at, pending = at[near], pending[near]
+        hit = second_N[at] == keys_K2[pending, 1]
+        index_K[pending[hit]] = at[hit]
+        at, pending = at[~hit] + 1, pending[~hit]
+    return index_K
 
 
 def _scattered(order_K: Ints, values_K: Ints) -> Ints:
@@ -223,18 +225,18 @@ def _scattered(order_K: Ints, values_K: Ints) -> Ints:
 
 
 def ends(counts: Ints) -> Ints:
-    """Offsets of rows laid end to end: (K,) counts to (K+1,), from 0 to their total."""
+    """Offsets of concatenated rows: (K,) counts to (K+1,), from 0 to their total."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(counts, dtype=np.int64)])
 
 
 def spread(starts: Ints, counts: Ints) -> Ints:
-    """Index of every element of the spans [start, start + count), one span after the other."""
+    """Index of every element of the spans [start, start + count), in order."""
     offsets = ends(counts)
     return np.repeat(starts - offsets[:-1], counts) + np.arange(offsets[-1])
 
 
 def blocks(counts: Ints) -> Iterator[slice]:
-    """Rows laid end to end, in pieces of about `_BLOCK_TOKENS` elements, at least one row each."""
+    """Slices of rows with about `_BLOCK_TOKENS` elements each, at least one row."""
     stops = np.cumsum(counts)
     start = 0
     while start < len(counts):
@@ -247,13 +249,13 @@ def blocks(counts: Ints) -> Iterator[slice]:
 def copy_rows(
     source: NDArray[np.float32], starts: Ints, counts: Ints, out: NDArray[np.float32], out_starts: Ints
 ) -> None:
-    """Copy spans of `source` to spans of `out`; quickest where the starts rise."""
+    """Copy spans of `source` to spans of `out`; fastest with rising starts."""
     for part in blocks(counts):
         out[_elements(out_starts[part], counts[part])] = source[_elements(starts[part], counts[part])]
 
 
 def _elements(starts: Ints, counts: Ints) -> Ints | slice:
-    """The elements of spans: one slice where they adjoin."""
+    """The elements of spans; a slice if the spans are adjacent."""
     if (starts[1:] == starts[:-1] + counts[:-1]).all():
         return slice(int(starts[0]), int(starts[-1] + counts[-1]))
     return spread(starts, counts)
@@ -263,7 +265,7 @@ def _sum_spans(values: NDArray[np.float32], starts: Ints, counts: Ints) -> NDArr
     """Sum of each span, none of which is empty."""
     stops = starts + counts
     if (starts[1:] >= stops[:-1]).all() and stops[-1] - starts[0] <= 2 * counts.sum():
-        # Little lies between them: read it along, and leave its sums (every second) out.
+        # There is little between the spans: sum it too, and leave those sums (every second) out.
         marks = np.column_stack([starts, stops]).ravel()[:-1] - starts[0]
         between = values[starts[0] : stops[-1]]
         return np.add.reduceat(between, marks, dtype=np.float64)[::2]

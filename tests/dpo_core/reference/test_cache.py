@@ -43,7 +43,7 @@ def test_values_are_those_of_each_sequence_alone(model: Any, sequences: list[Seq
         sequences,
         precision="fp32",
         token_budget=64,
-        keep=entries.update,
+        save=entries.update,
         progress=seen.append,
     )
     assert torch.get_rng_state().equal(before)
@@ -137,7 +137,7 @@ def test_going_on_after_a_kill_gives_the_same_bits(
 ) -> None:
     settings: dict[str, Any] = {"precision": "fp32", "token_budget": 64}
     straight: Entries = {}
-    compute(model, sequences, keep=straight.update, **settings)
+    compute(model, sequences, save=straight.update, **settings)
     cache = ReferenceCache(tmp_path)
 
     def keep_once(entries: Entries) -> None:
@@ -146,13 +146,13 @@ def test_going_on_after_a_kill_gives_the_same_bits(
         cache.add(entries)
 
     with pytest.raises(Killed):
-        compute(model, sequences, keep=keep_once, **settings)
+        compute(model, sequences, save=keep_once, **settings)
     cache = ReferenceCache(tmp_path)
     known = held(cache, straight)
     assert 0 < len(known) < len(straight)
     missing = [s for s in sequences if sequence_key(s) not in known]
     counted: list[int] = []
-    compute(model, missing, keep=cache.add, progress=counted.append, **settings)
+    compute(model, missing, save=cache.add, progress=counted.append, **settings)
     assert sum(counted) == len(missing) < len(sequences)
     found = held(ReferenceCache(tmp_path), straight)
     assert set(found) == set(straight)
@@ -174,7 +174,7 @@ def test_values_that_are_not_finite_are_refused(tiny: Path) -> None:
     with torch.no_grad():
         broken.get_input_embeddings().weight[7] = float("nan")
     with pytest.raises(StageFailed, match="not finite"):
-        compute(broken, [Sequence((7,), (5,))], precision="fp32", token_budget=64, keep=lambda entries: None)
+        compute(broken, [Sequence((7,), (5,))], precision="fp32", token_budget=64, save=lambda entries: None)
 
 
 def test_many_keys_are_looked_up_quickly(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_verify_names_the_damage_and_repairs_it(tmp_path: Path, caches: list[Ref
         (changed.name, False),
         (headless.name, False),
     ]
-    assert "values.npy is not what was written" in report["damaged"][0]["problem"]
+    assert "values.npy has changed since it was written" in report["damaged"][0]["problem"]
     assert changed.exists(), "only told"
     assert call(tmp_path, "verify", "--repair").exit_code == 0
     assert not changed.exists()
