@@ -162,7 +162,7 @@ def _reference_sums(model: Any, pairs: list[TokenPair]) -> NDArray[np.float64]:
     values: dict[bytes, Any] = {}
     sequences = [s for p in pairs for s in (p.chosen, p.rejected)]
     model.to("cuda" if on_gpu else "cpu")
-    compute(model, sequences, precision="fp32", token_budget=4096, keep=values.update)
+    compute(model, sequences, precision="fp32", token_budget=4096, save=values.update)
     if on_gpu:
         model.to("cpu")
         torch.cuda.empty_cache()

@@ -41,7 +41,7 @@ class Pair:
     """1, or 0 for a tie: ties are kept, so that every rank has the same number of pairs."""
 
     @property
-    def place(self) -> tuple[int, int]:
+    def sort_key(self) -> tuple[int, int]:
         return 0, self.chosen.episode.group
 
     def __len__(self) -> int:
