@@ -50,7 +50,7 @@ class RoundsConfig(Config):
     @model_validator(mode="after")
     def _rounds_divide(self) -> "RoundsConfig":
         if self.engine.zero_stage == 3:
-            raise ValueError("a policy that ZeRO 3 shards cannot be sampled from: choose zero_stage 0 to 2")
+            raise ValueError("a policy that ZeRO 3 shards cannot be sampled from: use zero_stage 0 to 2")
         for name in ("gradient_checkpointing", "compile"):
             if getattr(self.engine, name):
                 raise ValueError(f"training on own samples does not read engine.{name}: leave it out")

@@ -99,7 +99,7 @@ def test_a_changed_byte_is_found(tmp_path: Path, array: str, place: int) -> None
     content = bytearray(file.read_bytes())
     content[place] ^= 1
     file.write_bytes(content)
-    with pytest.raises(StageFailed, match=r"not what was written"):
+    with pytest.raises(StageFailed, match=r"has changed since it was written"):
         LogpShard.open(tmp_path / "shard")
 
 

@@ -177,7 +177,7 @@ def test_a_field_changes_its_variant_and_nothing_else() -> None:
         ({"variant": "gspo", "aggregate": "token"}, "needs aggregate sequence"),
         (
             {"episodes": 60, "group_size": 8, "micro_batch_size": 4},
-            "60 is not a multiple of samples",
+            "60 is not a multiple of completions",
         ),
     ],
 )

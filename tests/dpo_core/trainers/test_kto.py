@@ -264,7 +264,7 @@ def test_a_cache_without_the_mismatched_pairs_is_refused(alone: None, tiny: Path
 
     entries: dict[bytes, Any] = {}
     own = [e.sequence for e in token_examples(tiny, ROWS)]
-    compute(load_model(tiny), own, precision="fp32", token_budget=256, keep=entries.update)
+    compute(load_model(tiny), own, precision="fp32", token_budget=256, save=entries.update)
     LogpShard.build(entries).save(tmp_path / "shard")
     with pytest.raises(StageFailed, match="12 of 24 sequences have no reference log-prob"):
         trainer_of("kto", tiny, ROWS, tmp_path / "kto", shard=tmp_path / "shard")

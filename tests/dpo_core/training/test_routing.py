@@ -48,7 +48,7 @@ def test_it_is_left_out_where_nobody_asks(tmp_path: Path, caplog: pytest.LogCapt
     model.config.output_router_logits, model.config.router_aux_loss_coef = True, 0.1
     with caplog.at_level(logging.WARNING):
         assert router_balance(model) is None
-    assert "transformers does not compute for this architecture" in caplog.text
+    assert "transformers has no auxiliary loss for this architecture" in caplog.text
 
 
 def trained(folder: Path, source: Path, pack_tokens: int | None, **asked: Any) -> list[dict[str, float]]:

@@ -148,12 +148,12 @@ def two_rewards(world: World) -> list[str]:
     return world.run(reward={"model": {"centring": 0.5}})
 
 
-@bad(2, "reward.model.margin is agreement, and no training pair says", "Give the pairs a field agreement")
+@bad(2, "reward.model.margin is agreement, but no training pair has a value", "Add the field agreement")
 def a_margin_by_votes_that_nobody_counted(world: World) -> list[str]:
     return world.run(reward={"source": None, "model": {"margin": "agreement"}})
 
 
-@bad(2, "reward.model.margin is agreement, and no training pair says", adds="load-data")
+@bad(2, "reward.model.margin is agreement, but no training pair has a value", adds="load-data")
 def a_margin_by_votes_on_sampled_pairs(world: World) -> list[str]:
     prompts = lines([{"prompt": row["prompt"]} for row in good_rows()])
     ppo = {"method": "ppo", "reward": "model"}

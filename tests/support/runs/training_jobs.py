@@ -89,7 +89,7 @@ def write_unpaired_reference(model: Path, rows: list[dict[str, Any]], folder: Pa
 
 def _write(model: Path, sequences: list[Sequence], folder: Path) -> Path:
     entries: dict[bytes, Any] = {}
-    compute(load_model(model), sequences, precision="fp32", token_budget=256, keep=entries.update)
+    compute(load_model(model), sequences, precision="fp32", token_budget=256, save=entries.update)
     LogpShard.build(entries).save(folder)
     return folder
 
