@@ -70,8 +70,8 @@ def test_system_of_labelled_rows(shared: Path) -> None:
 
 @pytest.mark.parametrize("name", ["jsonstring_cols.jsonl", "pyrepr_cols.jsonl", "messages_in_csv.csv"])
 def test_source_in_a_column_is_parsed_and_said(shared: Path, name: str) -> None:
-    said = "chosen holds JSON or Python source, which was parsed (24 rows)"
-    assert said in _load(shared, name).remarks
+    remark = "chosen holds JSON or Python source, which was parsed (24 rows)"
+    assert remark in _load(shared, name).remarks
 
 
 BEYOND = {

@@ -114,8 +114,8 @@ def test_blanks_that_the_template_writes_are_no_part_of_an_answer_s_text(shared:
     )
     prompt, answer = [user("Soup?"), assistant("Yes."), user("Warm?")], [assistant("It was.")]
     made = written(tokenizer, row_of(prompt, answer))
-    whole = tokenizer.apply_chat_template([*prompt, *answer], return_dict=False)
-    assert [*made.prompt, *made.completion] == whole
+    full = tokenizer.apply_chat_template([*prompt, *answer], return_dict=False)
+    assert [*made.prompt, *made.completion] == full
     tokenise = Tokenise(tokenizer, TokenConfig())
     assert tokenise.text(made.completion, made.prompt) == "It was."
     # After bare text the blank is the answer's own.
@@ -155,8 +155,8 @@ def test_a_blank_that_the_tokenizer_adds_is_no_part_of_an_answer_s_text() -> Non
     )
     prompt, answer = [user("Soup?")], [assistant("It was.")]
     made = written(tokenizer, row_of(prompt, answer))
-    whole = tokenizer.apply_chat_template([*prompt, *answer], return_dict=False)
-    assert [*made.prompt, *made.completion] == whole
+    full = tokenizer.apply_chat_template([*prompt, *answer], return_dict=False)
+    assert [*made.prompt, *made.completion] == full
     tokenise = Tokenise(tokenizer, TokenConfig())
     text = tokenise.text(made.completion, made.prompt)
     assert text == "It was."
@@ -267,8 +267,8 @@ def test_every_turn_of_the_assistant_can_be_learnt() -> None:
     assert learnt_text(tokenizer, written(tokenizer, row)) == "Second.<|im_end|>"
     all_turns = written(tokenizer, row, learn="all_turns")
     assert learnt_text(tokenizer, all_turns) == "First.<|im_end|>Second.<|im_end|>"
-    whole = tokenizer.apply_chat_template([user("Soup?"), *answer], return_dict=False)
-    assert list(all_turns.prompt + all_turns.completion) == whole[:-1], "but for the last line break"
+    full = tokenizer.apply_chat_template([user("Soup?"), *answer], return_dict=False)
+    assert list(all_turns.prompt + all_turns.completion) == full[:-1], "but for the last line break"
     # Fine-tuning learns the turns before the last question too.
     tokenise = Tokenise(tokenizer, TokenConfig(**ROOM, learn="all_turns"))
     sft = tokenise.demonstration(row_of([user("Soup?"), *answer[:2]], answer[2:]))
@@ -301,9 +301,9 @@ def test_a_cut_prompt_keeps_its_frame_and_is_cut_only_without_room() -> None:
     tokenizer = make_tokenizer(TEMPLATES["trims"])
     tokenise = Tokenise(tokenizer, TokenConfig(max_length=120, max_prompt_length=40))
     prompt = {"prompt": json.dumps([user("soup " * 30 + "good")]), "chat": True}
-    whole = tokenise.prompt(prompt["prompt"], True)
-    assert tokenise.prompt_of(prompt, 120 - len(whole)) == whole
-    cut = tokenise.prompt_of(prompt, 121 - len(whole))
+    full = tokenise.prompt(prompt["prompt"], True)
+    assert tokenise.prompt_of(prompt, 120 - len(full)) == full
+    cut = tokenise.prompt_of(prompt, 121 - len(full))
     assert len(cut) <= 40
     text = tokenizer.decode(cut)
     assert text.startswith("<bos><start_of_turn>user\n")

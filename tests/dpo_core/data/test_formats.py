@@ -134,10 +134,10 @@ GOOD_ROWS = {
 @pytest.mark.parametrize("case", GOOD_ROWS)
 def test_row_is_recognised_and_converted(case: str) -> None:
     name, row, record = GOOD_ROWS[case]
-    found, why = recognise([row])
-    assert found == name
+    recognised, why = recognise([row])
+    assert recognised == name
     assert why.startswith(f"1 of the first 1 rows are {name}: ")
-    assert ADAPTERS[found].convert(row) == record
+    assert ADAPTERS[name].convert(row) == record
 
 
 def test_hh_loses_no_character() -> None:

@@ -64,8 +64,10 @@ def test_other_names_of_roles_are_mapped_and_said(tmp_path: Path, role: str, kno
     ],
 )
 def test_calls_have_one_form(calls: Any) -> None:
-    said = {"role": "assistant", "content": None, "tool_calls": calls}
-    turns = _turns({"prompt": [USER, said, {"role": "tool", "content": "4"}], "chosen": "a", "rejected": "b"})
+    message = {"role": "assistant", "content": None, "tool_calls": calls}
+    turns = _turns(
+        {"prompt": [USER, message, {"role": "tool", "content": "4"}], "chosen": "a", "rejected": "b"}
+    )
     assert turns[1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
 
 
@@ -122,12 +124,12 @@ def test_ids_tell_tools_and_forms_of_answers_apart() -> None:
 
 
 def test_answers_of_several_turns() -> None:
-    asked = {"role": "assistant", "content": "", "tool_calls": [CALL]}
-    told = {"role": "tool", "content": "4"}
-    row = {"chosen": [USER, asked, told, GOOD], "rejected": [USER, BAD]}
+    call = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    result = {"role": "tool", "content": "4"}
+    row = {"chosen": [USER, call, result, GOOD], "rejected": [USER, BAD]}
     pair = ADAPTERS["prompt-pairs"].convert(row)
     assert (json.loads(pair.prompt), pair.answer_chat) == ([USER], True)
-    assert json.loads(pair.chosen) == [asked, told, GOOD]
+    assert json.loads(pair.chosen) == [call, result, GOOD]
     assert json.loads(pair.rejected) == [BAD]
     # The same with the prompt beside the answers, and with answers alone.
     assert ADAPTERS["prompt-pairs"].convert({"prompt": [USER], **row}) == pair
@@ -203,12 +205,12 @@ def test_conversations_that_part_at_the_user_are_a_fault() -> None:
 
 def test_parquet_gives_each_call_its_own_arguments_alone(tmp_path: Path) -> None:
     calls = [{"name": "f", "arguments": {"x": 1}}, {"name": "g", "arguments": {"y": 2}}]
-    said = [{"role": "assistant", "content": "", "tool_calls": [call]} for call in calls]
-    rows = [{"prompt": [USER, message, USER], "chosen": "a", "rejected": "b"} for message in said]
+    messages = [{"role": "assistant", "content": "", "tool_calls": [call]} for call in calls]
+    rows = [{"prompt": [USER, message, USER], "chosen": "a", "rejected": "b"} for message in messages]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
     prompts = load(DataConfig(path=str(tmp_path / "x.parquet"))).frame["prompt"]
-    found = [json.loads(prompt)[1]["tool_calls"][0]["function"] for prompt in prompts]
-    assert found == calls  # Arrow's table has y: null in the first and x: null in the second
+    functions = [json.loads(prompt)[1]["tool_calls"][0]["function"] for prompt in prompts]
+    assert functions == calls  # Arrow's table has y: null in the first and x: null in the second
 
 
 def test_a_system_text_in_one_row_makes_chats_of_all(tmp_path: Path) -> None:
@@ -223,5 +225,5 @@ def test_a_system_text_in_one_row_makes_chats_of_all(tmp_path: Path) -> None:
 
 def test_text_beside_chats_is_said(tmp_path: Path) -> None:
     rows = [{"prompt": p, "chosen": "a", "rejected": "b"} for p in ("x", [USER])]
-    (said,) = _lines(tmp_path / "x.jsonl", rows).remarks
-    assert said.startswith("1 prompts are conversations and 1 plain text")
+    (remark,) = _lines(tmp_path / "x.jsonl", rows).remarks
+    assert remark.startswith("1 prompts are conversations and 1 plain text")

@@ -160,15 +160,15 @@ CLONES: dict[str, tuple[dict[str, int], str | None, int, str]] = {
 
 @pytest.mark.parametrize("case", CLONES)
 def test_splits_of_a_folder(tmp_path: Path, case: str) -> None:
-    files, split, rows, said = CLONES[case]
+    files, split, rows, remark = CLONES[case]
     for name, count in files.items():
         _pairs(tmp_path / name, name, count)
     (tmp_path / "README.md").write_text("a card")
     (tmp_path / ".git").mkdir()
     remarks: list[str] = []
-    found = list(read_rows(str(tmp_path), split, remarks=remarks))
-    assert sum(len(chunk) for _, chunk in found) == rows
-    assert said in "; ".join(remarks)
+    chunks = list(read_rows(str(tmp_path), split, remarks=remarks))
+    assert sum(len(chunk) for _, chunk in chunks) == rows
+    assert remark in "; ".join(remarks)
     assert bool(remarks) == (len(files) > 1 and case not in ("no splits", "one split"))
     check_source(str(tmp_path))
 

@@ -237,10 +237,10 @@ def _message_as_ordinary_user(path: Path) -> str:
                 os.setgroups([])
                 os.setgid(65534)
                 os.setuid(65534)
-            said = f"read {rows_of(path)}"
+            outcome = f"read {rows_of(path)}"
         except BaseException as error:
-            said = f"{type(error).__name__}: {error}"
-        os.write(there, said.encode())
+            outcome = f"{type(error).__name__}: {error}"
+        os.write(there, outcome.encode())
         os._exit(0)
     os.close(there)
     os.waitpid(child, 0)

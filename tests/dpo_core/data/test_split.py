@@ -67,8 +67,10 @@ def test_prompts_that_differ_in_form_only_stay_together() -> None:
 
 def test_rows_with_a_fault_are_no_prompt() -> None:
     bad = Pair("", False, "", "", fault="broken")
-    said = r"1 distinct prompt.* in 1 usable rows \(of the others, 2, most often: broken\).*data\.eval_path"
-    with pytest.raises(DataError, match=said):
+    message = (
+        r"1 distinct prompt.* in 1 usable rows \(of the others, 2, most often: broken\).*data\.eval_path"
+    )
+    with pytest.raises(DataError, match=message):
         split_by_prompt(to_frame([bad, Pair("p", False, "c", "r"), bad]), 0.5, 0)
     split = split_by_prompt(to_frame([bad, Pair("p", False, "c", "r"), Pair("q", False, "c", "r")]), 0.5, 0)
     assert split["split"][0] == "train"

@@ -65,11 +65,11 @@ def test_truncation_writes_no_eos_over_the_answer(tokenizer: Any) -> None:
     tokenise = Tokenise(tokenizer, TokenConfig(max_length=20, max_prompt_length=8))
     words = " The film was a long and quiet story about a house by the sea." * 3
     pair = usable(tokenise, chosen=words)
-    whole = tokenise.completion(words, ended=True)
-    assert whole[-1] == tokenizer.eos_token_id
+    full = tokenise.completion(words, ended=True)
+    assert full[-1] == tokenizer.eos_token_id
     assert pair.chosen.truncated
     assert len(pair.chosen) == 20
-    assert pair.chosen.completion == whole[: len(pair.chosen.completion)]
+    assert pair.chosen.completion == full[: len(pair.chosen.completion)]
     assert tokenizer.eos_token_id not in pair.chosen.completion
     # The short side is whole and still ends.
     assert pair.rejected.completion[-1] == tokenizer.eos_token_id
@@ -296,8 +296,8 @@ def test_a_prompt_budget_leaves_room_for_an_answer() -> None:
 def test_no_blank_is_put_between_prompt_and_answer(story_tokenizer: Any, prompt: str, answer: str) -> None:
     tokenise = Tokenise(story_tokenizer, TokenConfig())
     made = usable(tokenise, prompt=prompt, chosen=answer).chosen
-    whole = story_tokenizer.decode(made.prompt + made.completion, skip_special_tokens=True)
-    assert whole.removeprefix(" ") == prompt + answer
+    full = story_tokenizer.decode(made.prompt + made.completion, skip_special_tokens=True)
+    assert full.removeprefix(" ") == prompt + answer
     # What is sampled comes back to its ids by way of its text.
     assert tokenise.text(made.completion) == answer
 

@@ -22,18 +22,18 @@ def answers(both: int, ours: int, theirs: int, neither: int) -> tuple[list[int],
 
 def test_right_or_wrong_answers_are_compared_by_mcnemar() -> None:
     a, b = answers(40, 18, 4, 38)
-    found = compare([result_of("new", items_of(a))], [result_of("old", items_of(b))])
-    (row,) = found.rows
-    known = contingency_tables.mcnemar([[40, 18], [4, 38]], exact=True).pvalue
-    assert (found.candidate, found.baseline, found.left_out) == ("new", "old", [])
+    comparison = compare([result_of("new", items_of(a))], [result_of("old", items_of(b))])
+    (row,) = comparison.rows
+    reference = contingency_tables.mcnemar([[40, 18], [4, 38]], exact=True).pvalue
+    assert (comparison.candidate, comparison.baseline, comparison.left_out) == ("new", "old", [])
     assert (row.suite, row.measure, row.label, row.test, row.items) == (
         "quiz", "right", "answers right", "McNemar", 100,
     )  # fmt: skip
-    assert row.p == row.p_holm == pytest.approx(known)
+    assert row.p == row.p_holm == pytest.approx(reference)
     assert (row.candidate, row.baseline) == (wilson(58, 100), wilson(44, 100))
     assert row.difference == share_difference(a, b)
     assert row.finding == "better"
-    assert found.with_finding("better") == [row]
+    assert comparison.with_finding("better") == [row]
 
 
 def test_items_are_paired_by_their_id_whatever_their_order() -> None:
@@ -47,10 +47,10 @@ def test_several_answers_to_a_prompt_are_compared_by_resampling_prompts() -> Non
     rng = np.random.default_rng(1)
     a, b = (rng.random((2, 200)) < [[0.7], [0.6]]).astype(float)
     prompts = np.repeat(np.arange(50), 4).tolist()
-    found = compare(
+    comparison = compare(
         [result_of("new", items_of(a, samples=4))], [result_of("old", items_of(b, samples=4))], seed=5
     )
-    (row,) = found.rows
+    (row,) = comparison.rows
     assert (row.test, row.items, row.difference.n) == ("paired bootstrap", 200, 50)
     assert row.p == bootstrap_p(a, b, prompts, seed=5)
     assert row.difference == share_difference(a, b, prompts)
@@ -89,12 +89,12 @@ def many(shifts: list[int]) -> Comparison:
 
 
 def test_rows_are_corrected_for_each_other() -> None:
-    found = many([14, 15, 20, 0, -8])
-    known = multipletests([row.p for row in found.rows], alpha=0.05, method="holm")
-    assert [row.p_holm for row in found.rows] == pytest.approx(known[1].tolist())
-    assert [row.finding == "undecided" for row in found.rows] == (~known[0]).tolist()
-    assert found.rows[0].p < 0.05 < found.rows[0].p_holm, "alone it would have been found"
-    assert [row.finding for row in found.rows] == [
+    comparison = many([14, 15, 20, 0, -8])
+    reference = multipletests([row.p for row in comparison.rows], alpha=0.05, method="holm")
+    assert [row.p_holm for row in comparison.rows] == pytest.approx(reference[1].tolist())
+    assert [row.finding == "undecided" for row in comparison.rows] == (~reference[0]).tolist()
+    assert comparison.rows[0].p < 0.05 < comparison.rows[0].p_holm, "alone it would have been found"
+    assert [row.finding for row in comparison.rows] == [
         "undecided",
         "undecided",
         "better",
@@ -128,8 +128,8 @@ def test_subsets_and_measures_without_a_direction_only_inform() -> None:
     ]
     short = [item.model_copy(update={"values": {**item.values, "length": 1.0}}) for item in theirs]
     rows = compare([result_of("new", long, [RIGHT, LENGTH])], [result_of("old", short, [RIGHT, LENGTH])]).rows
-    told = {(row.measure, row.subset): (row.p_holm is None, row.finding, row.items) for row in rows}
-    assert told == {
+    outcomes = {(row.measure, row.subset): (row.p_holm is None, row.finding, row.items) for row in rows}
+    assert outcomes == {
         ("right", ""): (False, "better", 80),
         ("length", ""): (True, "undecided", 80),
         ("right", "safe"): (True, "undecided", 40),
@@ -141,9 +141,9 @@ def test_subsets_and_measures_without_a_direction_only_inform() -> None:
 
 
 def left_out(ours: list, theirs: list) -> list[str]:
-    found = compare(ours, theirs)
-    assert len(found.rows) <= 1
-    return found.left_out
+    comparison = compare(ours, theirs)
+    assert len(comparison.rows) <= 1
+    return comparison.left_out
 
 
 def test_what_was_not_asked_alike_is_left_out_with_the_reason() -> None:
@@ -187,9 +187,9 @@ def test_items_that_only_one_has_are_counted() -> None:
 
 
 def test_nothing_or_the_same_suite_twice_is_refused() -> None:
-    one = result_of("new", items_of([1, 0]))
+    result = result_of("new", items_of([1, 0]))
     with pytest.raises(StageFailed, match="the baseline has no results of a suite"):
-        compare([one], [])
+        compare([result], [])
     with pytest.raises(StageFailed, match="the candidate has two results"):
-        compare([one, one], [one])
-    assert compare([one], [one]).rows[0].p == 1.0
+        compare([result, result], [result])
+    assert compare([result], [result]).rows[0].p == 1.0

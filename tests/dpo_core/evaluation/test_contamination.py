@@ -88,9 +88,9 @@ def test_a_file_is_contaminated_by_itself(shared: Path) -> None:
     frame = load(DataConfig(path=str(shared / "data/preference/hhh_alignment.jsonl.gz"))).frame
     prompts = frame["prompt"].unique()
     items = [item(str(i), prompt) for i, prompt in enumerate(prompts)]
-    assert TrainingText(training_texts(frame)).find(items) == {one.id: "exact" for one in items}
+    assert TrainingText(training_texts(frame)).find(items) == {item.id: "exact" for item in items}
     quoted = TrainingText(f"As they said: {prompt} Is that so?" for prompt in prompts)
-    long = {one.id for one in items if len(one.prompt.split()) > 20}
+    long = {item.id for item in items if len(item.prompt.split()) > 20}
     assert len(long) > 20
     assert long <= set(quoted.find(items))
 
@@ -106,12 +106,12 @@ def test_a_hundred_thousand_rows_take_seconds_and_eight_bytes_a_gram() -> None:
     assert index.bytes == 8 * rows * (words - 12), "none spans two rows, none is equal, none is lost"
     assert took < 20
     items = [item(str(i), f"Say {text[20:]} now") for i, text in enumerate(texts[::1000])]
-    assert index.find(items) == dict.fromkeys((one.id for one in items), "13-gram")
+    assert index.find(items) == dict.fromkeys((item.id for item in items), "13-gram")
 
 
 @pytest.mark.parametrize("block", [1, 13, 50])
 def test_blocks_make_no_difference(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [f"{SEA} {i}" for i in range(9)]
-    whole = TrainingText(texts)
+    index = TrainingText(texts)
     monkeypatch.setattr("dpo_core.evaluation.contamination._BLOCK", block)
-    assert TrainingText(texts).bytes == whole.bytes > 0
+    assert TrainingText(texts).bytes == index.bytes > 0

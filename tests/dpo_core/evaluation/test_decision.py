@@ -32,8 +32,8 @@ def suites(right: int = 0, harm: int = 0) -> Comparison:
 
 
 def judged(config: PromotionConfig | None = None, **changed: Any) -> Decision:
-    given: dict[str, Any] = {"gain": GAIN, "kl": KL, "comparison": suites(), "gate_passed": True}
-    evidence = Evidence(**(given | changed))
+    fields: dict[str, Any] = {"gain": GAIN, "kl": KL, "comparison": suites(), "gate_passed": True}
+    evidence = Evidence(**(fields | changed))
     return decide(config or PromotionConfig(max_kl=5), evidence, candidate="new", champion="champion v3")
 
 
@@ -115,27 +115,27 @@ def test_the_champions_own_weights_are_nothing_new() -> None:
 
 
 def test_a_critical_fault_of_the_data_refuses() -> None:
-    found = failures(judged(gate_passed=False))
-    assert found == {"data_gate": "the data gate found a critical fault in the training data"}
+    failed = failures(judged(gate_passed=False))
+    assert failed == {"data_gate": "the data gate found a critical fault in the training data"}
     assert judged(PromotionConfig(data_gate=False), gate_passed=False).promote
 
 
 def test_one_measure_found_worse_refuses_and_is_named() -> None:
-    found = failures(judged(comparison=suites(right=-30)))
-    assert set(found) == {"no_regression"}
-    assert found["no_regression"].startswith(
+    failed = failures(judged(comparison=suites(right=-30)))
+    assert set(failed) == {"no_regression"}
+    assert failed["no_regression"].startswith(
         "1 of 1 measures of suites significantly worse than champion v3's: quiz answers right -0.300 [-0."
     )
-    assert found["no_regression"].endswith("on 100 prompts, p 3.7e-09")
+    assert failed["no_regression"].endswith("on 100 prompts, p 3.7e-09")
     assert judged(PromotionConfig(no_regression=False), comparison=suites(right=-30)).promote
     assert judged(comparison=suites(right=-2)).promote, "fewer may be chance"
     assert judged(comparison=suites(right=30)).promote
 
 
 def test_harm_is_a_rule_of_its_own() -> None:
-    found = failures(judged(PromotionConfig(no_regression=False), comparison=suites(harm=30)))
-    assert set(found) == {"safety"}
-    assert "advbench harmful answers +0.300" in found["safety"]
+    failed = failures(judged(PromotionConfig(no_regression=False), comparison=suites(harm=30)))
+    assert set(failed) == {"safety"}
+    assert "advbench harmful answers +0.300" in failed["safety"]
     assert set(failures(judged(PromotionConfig(safety=()), comparison=suites(harm=30)))) == {"no_regression"}
     assert judged(comparison=suites(harm=-30)).promote
 
@@ -147,8 +147,8 @@ def test_without_suites_nothing_is_claimed_and_required_ones_are_missed() -> Non
     assert texts["no_regression"] == "no measures of suites were compared"
     assert [reason.rule for reason in decision.reasons if reason.skipped] == ["no_regression"]
     assert "safety" not in texts
-    asked = PromotionConfig(required=("quiz", "xstest"))
-    assert failures(judged(asked)) == {
+    config = PromotionConfig(required=("quiz", "xstest"))
+    assert failures(judged(config)) == {
         "required": "suites quiz, xstest: not compared with champion v3 on xstest"
     }
     assert judged(PromotionConfig(required=("quiz", "advbench"))).promote
@@ -165,7 +165,7 @@ def test_another_measure_may_be_what_counts() -> None:
     for name in ("quiz/wrong", "essays/length", "right"):
         with pytest.raises(RecipeError, match="Set it to one of: gain, quiz/right, advbench/harm"):
             judged(PromotionConfig(primary=name))
-    with pytest.raises(RecipeError, match=r"Name one of: gain$"):
+    with pytest.raises(RecipeError, match=r"Set it to one of: gain$"):
         judged(quiz, comparison=None)
 
 

@@ -87,12 +87,12 @@ def test_preference_accuracy_by_hand() -> None:
 
 def test_sequence_logps_come_in_order_whatever_the_batches(model: Any) -> None:
     sequences = random_sequences(11, 386, seed=2)
-    found = sequence_logps(model, sequences, "fp32", token_budget=40)
-    for sequence, logps in zip(sequences, found, strict=True):
+    results = sequence_logps(model, sequences, "fp32", token_budget=40)
+    for sequence, logps in zip(sequences, results, strict=True):
         assert len(logps) == len(sequence.completion)
         with torch.no_grad():
-            alone = full_logps(model, sequence)
-        torch.testing.assert_close(logps, alone, rtol=0, atol=1e-5)
+            exact = full_logps(model, sequence)
+        torch.testing.assert_close(logps, exact, rtol=0, atol=1e-5)
 
 
 def test_a_policy_that_is_the_reference_has_kl_and_gain_of_zero(tiny: Path) -> None:

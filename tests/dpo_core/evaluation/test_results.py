@@ -25,9 +25,9 @@ def test_a_share_of_one_answer_a_prompt_is_wilsons() -> None:
 
 def test_several_answers_are_resampled_by_their_prompt() -> None:
     values = [1, 1, 0, 0, 1, 0, 1, 1]
-    found = estimate(items_of(values, samples=2), RIGHT)
-    assert found == share(values, [0, 0, 1, 1, 2, 2, 3, 3])
-    assert (found.value, found.n) == (0.625, 4)
+    measures = estimate(items_of(values, samples=2), RIGHT)
+    assert measures == share(values, [0, 0, 1, 1, 2, 2, 3, 3])
+    assert (measures.value, measures.n) == (0.625, 4)
     lengths = [3.0, 5.0, 40.0, 2.0]
     mean = estimate(items_of(lengths, "length", samples=2), LENGTH, seed=7)
     assert mean == bootstrap_mean(lengths, ["a", "a", "b", "b"], seed=7)
@@ -35,8 +35,8 @@ def test_several_answers_are_resampled_by_their_prompt() -> None:
 
 def test_measures_by_subset_follow_those_over_all() -> None:
     items = items_of([1, 0, 1, 1, 1, 0], subsets=["safe", "unsafe"])
-    found = compute_measures(items, [RIGHT])
-    assert [(m.subset, m.estimate.value, m.estimate.n) for m in found] == [
+    measures = compute_measures(items, [RIGHT])
+    assert [(m.subset, m.estimate.value, m.estimate.n) for m in measures] == [
         ("", pytest.approx(4 / 6), 6),
         ("safe", 1.0, 3),
         ("unsafe", pytest.approx(1 / 3), 3),
@@ -49,11 +49,11 @@ def test_measures_by_subset_follow_those_over_all() -> None:
 def test_an_item_counts_only_for_the_measures_that_it_has() -> None:
     refused = [Item(id="a", cluster="a", subset="x", values={"right": 1}) for _ in range(1)]
     others = [Item(id=n, cluster=n, subset="y", values={"score": 2.0}) for n in ("b", "c")]
-    found = {
+    measures = {
         (m.name, m.subset): m.estimate.n
         for m in compute_measures([*refused, *others], [RIGHT, SCORE, LENGTH])
     }
-    assert found == {("right", ""): 1, ("score", ""): 2, ("right", "x"): 1, ("score", "y"): 2}
+    assert measures == {("right", ""): 1, ("score", ""): 2, ("right", "x"): 1, ("score", "y"): 2}
 
 
 def test_measures_are_given_again_without_contaminated_items() -> None:
@@ -83,7 +83,7 @@ def test_what_is_no_share_is_refused_by_name() -> None:
 def test_a_measure_is_found_by_name_and_subset() -> None:
     result = result_of("m", items_of([1, 0, 1, 1], subsets=["a", "b"]))
     assert result.measure("right") == result.measures[0]
-    found = result.measure("right", "b")
-    assert found is not None
-    assert found.estimate.value == 0.5
+    measure = result.measure("right", "b")
+    assert measure is not None
+    assert measure.estimate.value == 0.5
     assert result.measure("right", "c") is result.measure("wrong") is None

@@ -72,8 +72,8 @@ def _write_and_read(folder: Path, worker: int) -> int:
     for i in range(100):
         key = f"{i % 5:064d}"
         cache.put(key, Reply(text=f"{worker} " * 2000))
-        found = cache.get(key)
-        wrong += found is None or len(set(found.text.split())) != 1
+        reply = cache.get(key)
+        wrong += reply is None or len(set(reply.text.split())) != 1
     return wrong
 
 

@@ -48,10 +48,10 @@ def test_a_judge_who_looks_at_the_place_alone_gives_ties(server: Server, favouri
     judged = judge_answers(server.config(), PROMPTS, LONG, SHORT)
     assert [j.score for j in judged] == [0.5, 0.5, 0.5]
     assert judged[0].verdicts == (["a", "b"] if favourite == "A" else ["b", "a"])
-    found = rate(judged, LONG, SHORT)
-    assert (found.wins, found.ties, found.losses, found.unjudged) == (0, 3, 0, 0)
-    assert found.position_consistency == 0
-    assert found.rate.value == 0.5
+    result = rate(judged, LONG, SHORT)
+    assert (result.wins, result.ties, result.losses, result.unjudged) == (0, 3, 0, 0)
+    assert result.position_consistency == 0
+    assert result.rate.value == 0.5
 
 
 def test_the_numbers_of_a_mixed_comparison(server: Server) -> None:
@@ -69,16 +69,16 @@ def test_the_numbers_of_a_mixed_comparison(server: Server) -> None:
 
     server.judge = judge
     config = server.config(price_in=1.0, price_out=2.0)
-    found = rate(judge_answers(config, prompts, a, b), a, b)
-    assert (found.wins, found.ties, found.losses, found.unjudged) == (4, 3, 2, 1)
-    assert found.rate == stats.share([1, 1, 1, 1, 0, 0, 0.5, 0.5, 0.5], list("012345679"))
-    assert found.position_consistency == pytest.approx(6 / 8)
-    assert (found.requests, found.cached) == (18, 0)
-    assert found.cost == pytest.approx(18 * (100 * 1.0 + 10 * 2.0) / 1e6)
-    assert found.length_a == np.mean([len(x) for x in a])
-    assert found.length_b == np.mean([len(x) for x in b])
-    assert found.length_controlled is None, "nine prompts are too few"
-    assert WinRate.model_validate_json(found.model_dump_json()) == found
+    result = rate(judge_answers(config, prompts, a, b), a, b)
+    assert (result.wins, result.ties, result.losses, result.unjudged) == (4, 3, 2, 1)
+    assert result.rate == stats.share([1, 1, 1, 1, 0, 0, 0.5, 0.5, 0.5], list("012345679"))
+    assert result.position_consistency == pytest.approx(6 / 8)
+    assert (result.requests, result.cached) == (18, 0)
+    assert result.cost == pytest.approx(18 * (100 * 1.0 + 10 * 2.0) / 1e6)
+    assert result.length_a == np.mean([len(x) for x in a])
+    assert result.length_b == np.mean([len(x) for x in b])
+    assert result.length_controlled is None, "nine prompts are too few"
+    assert WinRate.model_validate_json(result.model_dump_json()) == result
 
 
 def test_asked_once_the_order_depends_on_the_texts_alone(server: Server) -> None:
@@ -157,12 +157,12 @@ def test_what_was_judged_before_a_failure_is_kept(server: Server, tmp_path: Path
         judge_answers(config, prompts, a, b, cache=tmp_path)
     assert "finished judgements are kept" in caught.value.remedy
     assert len(server.asked) <= 14, "the questions that waited are not asked"
-    kept = sum(path.is_file() for path in tmp_path.rglob("*"))
-    assert kept >= 8
+    stored = sum(path.is_file() for path in tmp_path.rglob("*"))
+    assert stored >= 8
     server.always, server.judge = None, longer_wins
     server.asked.clear()
     judged = judge_answers(config, prompts, a, b, cache=tmp_path)
-    assert len(server.asked) == 40 - kept
+    assert len(server.asked) == 40 - stored
     assert [j.score for j in judged] == [1.0] * 20
 
 
@@ -197,15 +197,15 @@ def test_some_rubbish_is_counted(server: Server) -> None:
         return "Preferred: A or B" if int(first.split()[-1]) < bad else longer_wins(asked)
 
     server.judge = judge
-    found = rate(judge_answers(server.config(), prompts, a, b), a, b)
-    assert (found.wins, found.unjudged) == (8, 2)
+    result = rate(judge_answers(server.config(), prompts, a, b), a, b)
+    assert (result.wins, result.unjudged) == (8, 2)
     bad = 3
     with pytest.raises(
         StageFailed, match=r"at least \d of 10 comparisons \(20% are allowed\).*'Preferred: A or B'"
     ):
         judge_answers(server.config(), prompts, a, b)
-    found = rate(judge_answers(server.config(unusable=0.3), prompts, a, b), a, b)
-    assert (found.wins, found.unjudged) == (7, 3)
+    result = rate(judge_answers(server.config(unusable=0.3), prompts, a, b), a, b)
+    assert (result.wins, result.unjudged) == (7, 3)
     bad = 10
     with pytest.raises(StageFailed, match="none of 10 comparisons was judged"):
         rate(judge_answers(server.config(unusable=1), prompts, a, b), a, b)

@@ -172,26 +172,26 @@ def test_on_verdicts_of_people(shared: Path) -> None:
     assert len(pairs) == 10
     for rows in pairs.values():
         scores, a, b = np.asarray(rows, float).T
-        found = length_controlled(scores, a, b, resamples=2)
+        estimate = length_controlled(scores, a, b, resamples=2)
         (x,) = scaled(a - b, np.ones((1, len(a))))
         model = sm.GLM(scores, np.column_stack([np.ones_like(x), x]), family=sm.families.Binomial())
         theta, phi = model.fit().params
-        assert found is not None
+        assert estimate is not None
         assert phi > 1, "people, too, prefer the longer answer"
-        assert found.value == pytest.approx(sigmoid(theta), abs=1e-4)
+        assert estimate.value == pytest.approx(sigmoid(theta), abs=1e-4)
 
 
 @pytest.mark.parametrize(("prompts", "quality"), [(30, 0.0), (60, 0.5), (200, 0.5), (60, 1.5)])
 def test_it_covers_what_it_should(prompts: int, quality: float) -> None:
     """Also on few prompts with a weak effect, where a penalty chosen once claimed one half for certain."""
-    found = []
+    results = []
     for seed in range(120):
         a, b = lengths(prompts, 1.5, 100 + seed)
-        found.append(length_controlled(judged(a - b, quality, 1.0, seed), a, b, resamples=150, seed=seed))
-    told = [one for one in found if one is not None]
-    assert len(told) > 110
-    assert all(one.low < one.value < one.high for one in told)
-    covered = np.mean([one.low <= sigmoid(np.array(quality)) <= one.high for one in told])
+        results.append(length_controlled(judged(a - b, quality, 1.0, seed), a, b, resamples=150, seed=seed))
+    estimates = [estimate for estimate in results if estimate is not None]
+    assert len(estimates) > 110
+    assert all(estimate.low < estimate.value < estimate.high for estimate in estimates)
+    covered = np.mean([estimate.low <= sigmoid(np.array(quality)) <= estimate.high for estimate in estimates])
     assert covered >= 0.89
 
 
@@ -216,5 +216,5 @@ def test_seconds_of_a_full_comparison() -> None:
     a, b = lengths(805, 1.3)
     scores = judged(a - b, 0.2, 1.0)
     start = time.perf_counter()
-    found = length_controlled(scores, a, b)
-    print(f"805 comparisons, 400 resamples: {found}, {time.perf_counter() - start:.1f} s")
+    estimate = length_controlled(scores, a, b)
+    print(f"805 comparisons, 400 resamples: {estimate}, {time.perf_counter() - start:.1f} s")

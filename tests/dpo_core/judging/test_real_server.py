@@ -124,11 +124,13 @@ def test_a_model_that_tells_stories_is_no_judge(served: tuple[str, str], tmp_pat
     assert sum(j.requests for j in judged) == 8 - before
     replies = [reply for j in judged for reply in j.replies]
     assert all(reply.strip() for reply in replies), "it wrote something"
-    for one in judged:
-        named = [verdict(reply) for reply in one.replies]
-        assert (one.score is None) == (None in named)
-        assert one.requests == 0 or (one.cost or 0) > 2 * 100e-6, "the server counts some hundred tokens"
-    if all(one.score is None for one in judged):
+    for judgement in judged:
+        named = [verdict(reply) for reply in judgement.replies]
+        assert (judgement.score is None) == (None in named)
+        assert judgement.requests == 0 or (judgement.cost or 0) > 2 * 100e-6, (
+            "the server counts some hundred tokens"
+        )
+    if all(judgement.score is None for judgement in judged):
         with pytest.raises(StageFailed, match="none of 4 comparisons was judged"):
             win_rate(judged, AnswerPairs("good", "bad", PROMPTS, GOOD, BAD), judge="stories")
     assert "sk-canary" not in "".join(p.read_text() for p in tmp_path.rglob("*.json"))

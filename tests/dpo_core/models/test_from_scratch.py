@@ -27,8 +27,8 @@ def test_a_model_has_the_shape_and_the_others_tokenizer(tiny: Path, tmp_path: Pa
     config, named = AutoConfig.from_pretrained(out), AutoConfig.from_pretrained(tiny)
     assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (3, 24, 128)
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (2, 2, 12)
-    for kept in ("vocab_size", "max_position_embeddings", "tie_word_embeddings", "model_type"):
-        assert getattr(config, kept) == getattr(named, kept)
+    for name in ("vocab_size", "max_position_embeddings", "tie_word_embeddings", "model_type"):
+        assert getattr(config, name) == getattr(named, name)
     model, tokenizer = load_model(out), load_tokenizer(out)
     assert tokenizer.get_vocab() == load_tokenizer(tiny).get_vocab()
     assert model.config.eos_token_id == tokenizer.eos_token_id
@@ -52,10 +52,10 @@ def test_a_seed_draws_the_same_bytes_and_another_other_ones(tiny: Path, tmp_path
 
 
 def test_the_config_is_known_without_the_weights(tiny: Path, tmp_path: Path) -> None:
-    told = read_config(ModelConfig(name=str(tiny), scratch=SHAPE))
+    config = read_config(ModelConfig(name=str(tiny), scratch=SHAPE))
     written = AutoConfig.from_pretrained(made(tiny, tmp_path / "out"))
     ignored = {"architectures", "dtype", "_name_or_path", "transformers_version"}
-    both = [{k: v for k, v in c.to_dict().items() if k not in ignored} for c in (told, written)]
+    both = [{k: v for k, v in c.to_dict().items() if k not in ignored} for c in (config, written)]
     assert both[0] == both[1]
     assert read_config(ModelConfig(name=str(tiny))).hidden_size == 32
 

@@ -62,13 +62,13 @@ def test_the_language_model_of_a_vision_model_where_transformers_knows_it(tmp_pa
     text = {**TEXT, "vocab_size": 400, **layers, **linear, **ends, "tie_word_embeddings": True}
     config = CONFIG_MAPPING["qwen3_5"](text_config=text, vision_config=sight, tie_word_embeddings=True)
     torch.manual_seed(0)
-    whole = AutoModelForImageTextToText.from_config(config).eval()
-    whole.save_pretrained(tmp_path / "whole")
+    full = AutoModelForImageTextToText.from_config(config).eval()
+    full.save_pretrained(tmp_path / "whole")
     make_tokenizer().save_pretrained(tmp_path / "whole")
     convert(ModelConfig(name=str(tmp_path / "whole")), tmp_path / "out")
     ids = torch.arange(5, 15)[None]
     with torch.no_grad():
-        torch.testing.assert_close(load_model(tmp_path / "out")(ids).logits, whole(input_ids=ids).logits)
+        torch.testing.assert_close(load_model(tmp_path / "out")(ids).logits, full(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "electra"])

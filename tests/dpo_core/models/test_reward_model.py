@@ -62,10 +62,10 @@ def test_head_statistics() -> None:
     backbone = LlamaModel(config)
     model = RewardModel(backbone, torch.Generator().manual_seed(0))
     weight = model.head.weight.detach()
-    wanted = 1 / math.sqrt(hidden + 1)
+    expected = 1 / math.sqrt(hidden + 1)
     assert weight.shape == (1, hidden)
-    assert abs(weight.mean().item()) < 4 * wanted / math.sqrt(hidden)
-    assert weight.std().item() == pytest.approx(wanted, rel=4 / math.sqrt(2 * hidden))
+    assert abs(weight.mean().item()) < 4 * expected / math.sqrt(hidden)
+    assert weight.std().item() == pytest.approx(expected, rel=4 / math.sqrt(2 * hidden))
     assert model.head.bias.item() == 0.0
     again = RewardModel(backbone, torch.Generator().manual_seed(0))
     assert torch.equal(again.head.weight, weight)
@@ -76,11 +76,11 @@ def test_head_statistics() -> None:
 def test_the_score_does_not_depend_on_padding(trunk: type) -> None:
     """Neither on its length, its side, its token (EOS included), nor on the neighbours in the batch."""
     model = model_of(trunk())
-    alone = torch.cat([model(*batch([text], len(text), pad=0)) for text in TEXTS])
-    assert alone.shape == (3,)
-    assert alone.unique().numel() == 3
+    unpadded = torch.cat([model(*batch([text], len(text), pad=0)) for text in TEXTS])
+    assert unpadded.shape == (3,)
+    assert unpadded.unique().numel() == 3
     for width, pad, left in [(6, 0, False), (11, EOS, False), (11, 49, False), (11, EOS, True)]:
-        torch.testing.assert_close(model(*batch(TEXTS, width, pad, left)), alone, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model(*batch(TEXTS, width, pad, left)), unpadded, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -250,8 +250,8 @@ def test_bradley_terry_values_and_gradient() -> None:
     assert loss[1].item() == pytest.approx(math.log1p(math.exp(1.5 + 1 / 3)), rel=1e-12)
     loss.sum().backward()
     assert chosen.grad is not None
-    wanted = -torch.sigmoid(rejected - chosen.detach() + margin)
-    torch.testing.assert_close(chosen.grad, wanted)
+    expected = -torch.sigmoid(rejected - chosen.detach() + margin)
+    torch.testing.assert_close(chosen.grad, expected)
 
 
 def test_a_common_shift_moves_only_the_centring_term() -> None:

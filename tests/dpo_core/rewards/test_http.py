@@ -208,8 +208,8 @@ def test_no_server_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_server_that_closes_without_a_word_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    whole = b"HTTP/1.0 200 OK\r\n\r\n[0.5]"
-    answers = [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\n[1.0", whole]
+    complete = b"HTTP/1.0 200 OK\r\n\r\n[0.5]"
+    answers = [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 7\r\n\r\n[1.0", complete]
     served = []
 
     def serve(listening: socket.socket) -> None:

@@ -33,16 +33,16 @@ def quality(gap: np.ndarray, **settings: float) -> RewardQuality:
 
 def test_a_calibrated_model_is_found_to_be_one() -> None:
     gap = drawn()
-    found = quality(gap)
-    assert found.ece < 0.012
-    assert found.temperature == pytest.approx(1, abs=0.04)
-    assert found.accuracy.value == pytest.approx((gap > 0).mean())
-    assert found.accuracy.low < found.accuracy.value < found.accuracy.high
-    assert found.accuracy.n == found.pairs == N
+    result = quality(gap)
+    assert result.ece < 0.012
+    assert result.temperature == pytest.approx(1, abs=0.04)
+    assert result.accuracy.value == pytest.approx((gap > 0).mean())
+    assert result.accuracy.low < result.accuracy.value < result.accuracy.high
+    assert result.accuracy.n == result.pairs == N
     # Both are what the model itself expects: E p(1-p), and the mean entropy of its probabilities.
     p = 1 / (1 + np.exp(-gap))
-    assert found.brier == pytest.approx((p * (1 - p)).mean(), abs=0.005)
-    assert found.nll == pytest.approx(-(p * np.log(p) + (1 - p) * np.log(1 - p)).mean(), abs=0.01)
+    assert result.brier == pytest.approx((p * (1 - p)).mean(), abs=0.005)
+    assert result.nll == pytest.approx(-(p * np.log(p) + (1 - p) * np.log(1 - p)).mean(), abs=0.01)
 
 
 @pytest.mark.parametrize("factor", [2.0, 0.5])
@@ -92,12 +92,12 @@ def test_no_other_temperature_fits_better(gaps: list[float]) -> None:
     def nll(inverse: float) -> float:
         return float(np.logaddexp(0, -gap * inverse).mean())
 
-    found = best_temperature(gap)
-    if found is None:
+    temperature = best_temperature(gap)
+    if temperature is None:
         # Then either end is as good as any: all pairs right, or gaps that point the wrong way.
         assert (gap > 0).all() or gap.mean() <= 0
         return
-    assert all(nll(1 / found) <= nll(inverse) + 1e-12 for inverse in np.logspace(-4, 4, 200))
+    assert all(nll(1 / temperature) <= nll(inverse) + 1e-12 for inverse in np.logspace(-4, 4, 200))
 
 
 def test_no_temperature_mends_what_is_perfect_or_backwards() -> None:
@@ -111,9 +111,9 @@ def test_spearman_of_the_reward_with_length() -> None:
     rng = np.random.default_rng(3)
     chosen, rejected = rng.integers(1, 90, 200), rng.integers(1, 90, 200)
     for sign in (1, -1):
-        found = reward_quality(sign * chosen**3.0, sign * rejected**3.0, chosen, rejected)
-        assert found.length_spearman == pytest.approx(sign)
-        assert found.gap_spearman == pytest.approx(sign, abs=0.1), "a cube of a gap is not the gap of cubes"
+        result = reward_quality(sign * chosen**3.0, sign * rejected**3.0, chosen, rejected)
+        assert result.length_spearman == pytest.approx(sign)
+        assert result.gap_spearman == pytest.approx(sign, abs=0.1), "a cube of a gap is not the gap of cubes"
         linear = reward_quality(sign * chosen, sign * rejected, chosen, rejected)
         assert linear.gap_spearman == pytest.approx(sign)
     unrelated = reward_quality(rng.normal(size=200), rng.normal(size=200), chosen, rejected)

@@ -62,9 +62,9 @@ def measured(work: Any) -> float:
 
 def check(trainer: Any, rel: float = 0.02) -> None:
     """A whole step of the real trainer: all that it computes is counted, and nothing else."""
-    found: dict[str, float] = {}
-    real = measured(lambda: found.update(trainer._step(0)))
-    assert found["flops"] == pytest.approx(real, rel=rel)
+    counts: dict[str, float] = {}
+    real = measured(lambda: counts.update(trainer._step(0)))
+    assert counts["flops"] == pytest.approx(real, rel=rel)
 
 
 def shard_of(model: Path, name: str, folder: Path) -> tuple[list[dict[str, Any]], Path]:
@@ -218,7 +218,7 @@ def test_a_job_tells_operations_and_memory_of_all_its_ranks(tiny, tmp_path):
     """Two processes do the same work, each with half of it, and each has Python and its libraries."""
     for ranks in (1, 2):
         launch(job(tmp_path / str(ranks), tiny), ranks)
-    one, two = result(tmp_path / "1"), result(tmp_path / "2")
-    assert one["flops"] == two["flops"]
-    assert one["peak_memory_bytes"] > 200 << 20
-    assert two["peak_memory_bytes"] == pytest.approx(2 * one["peak_memory_bytes"], rel=0.15)
+    single, double = result(tmp_path / "1"), result(tmp_path / "2")
+    assert single["flops"] == double["flops"]
+    assert single["peak_memory_bytes"] > 200 << 20
+    assert double["peak_memory_bytes"] == pytest.approx(2 * single["peak_memory_bytes"], rel=0.15)

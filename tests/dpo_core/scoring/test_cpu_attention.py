@@ -15,7 +15,7 @@ from tests.dpo_core.scoring.test_layout import dense_mask, documents, llama
 
 def plain(query_THd: Tensor, key_TKd: Tensor, value_TKd: Tensor, layout: Pack, scale: float) -> Tensor:
     groups = query_THd.shape[1] // key_TKd.shape[1]
-    key_THd, value_THd = (one.repeat_interleave(groups, dim=1) for one in (key_TKd, value_TKd))
+    key_THd, value_THd = (tensor.repeat_interleave(groups, dim=1) for tensor in (key_TKd, value_TKd))
     scores_HTT = torch.einsum("qhd,khd->hqk", query_THd, key_THd) * scale
     hidden_TT = torch.from_numpy(~dense_mask(layout))
     return torch.einsum(
@@ -31,15 +31,15 @@ def test_values_and_gradients_are_near_those_of_fp32(heads, kv_heads):
     # As models make them: (heads, T, d) in memory, and in fp32 after the rotation of positions.
     states = [torch.randn(n, tokens, 16).bfloat16().float() for n in (heads, kv_heads, kv_heads)]
     weights_THd = torch.randn(tokens, heads, 16)
-    found = []
+    results = []
     for attend in (lambda *rows: Bf16Attention.apply(*rows, DocumentParts.of(layout), 0.25), plain):
-        leaves = [one.clone().requires_grad_() for one in states]
-        rows = [one.transpose(0, 1) for one in leaves]
+        leaves = [tensor.clone().requires_grad_() for tensor in states]
+        rows = [tensor.transpose(0, 1) for tensor in leaves]
         out = attend(*rows) if attend is not plain else plain(*rows, layout, 0.25)
         (out.float() * weights_THd).sum().backward()
-        found.append([out.detach().float(), *(leaf.grad for leaf in leaves)])
-    assert found[0][0].shape == (tokens, heads, 16)
-    for ours, theirs in zip(*found, strict=True):
+        results.append([out.detach().float(), *(leaf.grad for leaf in leaves)])
+    assert results[0][0].shape == (tokens, heads, 16)
+    for ours, theirs in zip(*results, strict=True):
         assert (ours - theirs).norm() <= 0.006 * theirs.norm()
         assert (ours - theirs).abs().max() <= 0.03 * theirs.abs().max()
 

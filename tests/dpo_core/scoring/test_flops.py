@@ -79,11 +79,11 @@ def test_what_the_backward_pass_computes_again(monkeypatch):
     model, shape = built(LLAMA).train(), shape_of_config(LLAMA)
     checkpoint_layers(model)
     measured = counted(lambda: branch_scores(model, pack(DOCUMENTS)).logps_SL.sum().backward())
-    told = cost.training(shape, *sizes(packed=True), checkpointing=True, recompute_head=True)
+    total = cost.training(shape, *sizes(packed=True), checkpointing=True, recompute_head=True)
     # torch may stop each layer's second run where nothing more is needed: its last matrix is left out.
     last = 2 * 3 * LLAMA.intermediate_size * LLAMA.hidden_size * sizes(packed=True)[0]
-    assert measured in (pytest.approx(told - last, rel=0.02), pytest.approx(told, rel=0.02))
-    assert told == pytest.approx(measured, rel=0.05)
+    assert measured in (pytest.approx(total - last, rel=0.02), pytest.approx(total, rel=0.02))
+    assert total == pytest.approx(measured, rel=0.05)
 
 
 def test_sampling():

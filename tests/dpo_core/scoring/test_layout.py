@@ -177,10 +177,10 @@ def test_recomputed_chunks_give_the_same_gradients(monkeypatch):
         (scores.logps_SL.sum() + scores.kl_SL.sum()).backward()
         return [p.grad.clone() for p in model.parameters()]
 
-    kept = gradients()
+    stored = gradients()
     monkeypatch.setattr("dpo_core.scoring.flops.KEEP_LOGITS_BYTES", 0)
     monkeypatch.setattr("dpo_core.scoring.lm_head.CHUNK_TOKENS", 5)
-    for a, b in zip(kept, gradients(), strict=True):
+    for a, b in zip(stored, gradients(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -211,14 +211,14 @@ def test_packs_keep_the_window_of_a_layer(window, precision):
     torch.manual_seed(0)
     model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=window)).eval()
     chosen = documents(6, seed=4, longest=30)
-    found = []
+    results = []
     for layout in (pad(chosen), pack(chosen, pad_to=384)):
         model.zero_grad()
         with autocast(precision):
             logps = branch_scores(model, layout).logps_SL
         logps.sum().backward()
-        found.append((logps.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
-    (rows, rows_grad), (packs, packs_grad) = found
+        results.append((logps.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+    (rows, rows_grad), (packs, packs_grad) = results
     exact = precision == "fp32"
     torch.testing.assert_close(packs, rows, rtol=0, atol=1e-5 if exact else 0.05)
     assert (packs_grad - rows_grad).norm() <= (1e-5 if exact else 0.05) * rows_grad.norm()

@@ -60,14 +60,14 @@ def logps_of(model: Any, rows: PaddedRows, temperature: float = 1.0) -> Tensor:
 def test_four_tokens_by_hand() -> None:
     rows = padded([Sequence(prompt=(0, 1), completion=(2, 3))])
     # P(2 | 1) = 0.3 and P(3 | 2) = 0.25; P(1 | 0) belongs to the prompt and nothing follows token 3.
-    wanted = torch.tensor([[math.log(0.3), math.log(0.25)]])
-    torch.testing.assert_close(branch_scores(Bigram(TABLE), rows).logps_SL, wanted)
+    expected = torch.tensor([[math.log(0.3), math.log(0.25)]])
+    torch.testing.assert_close(branch_scores(Bigram(TABLE), rows).logps_SL, expected)
 
 
 def test_rows_of_unequal_length_by_hand() -> None:
     rows = [Sequence((0,), (3, 0, 0)), Sequence((1,), (0,)), Sequence((2, 2, 3), (0,))]
-    wanted = [math.log(0.4 * 0.7 * 0.1), math.log(0.4), math.log(0.7)]
-    assert branch_scores(Bigram(TABLE), padded(rows)).logps_SL.sum(-1).tolist() == pytest.approx(wanted)
+    expected = [math.log(0.4 * 0.7 * 0.1), math.log(0.4), math.log(0.7)]
+    assert branch_scores(Bigram(TABLE), padded(rows)).logps_SL.sum(-1).tolist() == pytest.approx(expected)
 
 
 def test_temperature_and_softcap_by_hand() -> None:
@@ -109,10 +109,10 @@ def test_an_end_of_sequence_token_is_data_and_padding_is_none(model: Any) -> Non
     eos = model.config.eos_token_id  # 0, which padding is filled with
     ended, cut = Sequence((5, 6), (7, eos)), Sequence((5, 6), (7,))
     with torch.no_grad():
-        found = branch_scores(model, padded([ended, cut])).logps_SL
-        torch.testing.assert_close(found[0], full_logps(model, ended), rtol=0, atol=1e-5)
-    assert found[0, 1] != 0
-    assert found[1].tolist() == pytest.approx([found[0, 0].item(), 0], abs=1e-5)
+        logps = branch_scores(model, padded([ended, cut])).logps_SL
+        torch.testing.assert_close(logps[0], full_logps(model, ended), rtol=0, atol=1e-5)
+    assert logps[0, 1] != 0
+    assert logps[1].tolist() == pytest.approx([logps[0, 0].item(), 0], abs=1e-5)
 
 
 def families(seed: int) -> list[Sequence]:
@@ -132,20 +132,20 @@ def test_completions_come_as_each_alone_whatever_shares_their_pass(model: Any, b
     handle = model.get_decoder().register_forward_pre_hook(
         lambda module, args, given: fed.append(given["input_ids"].numel()), with_kwargs=True
     )
-    found: dict[int, Tensor] = {}
+    by_index: dict[int, Tensor] = {}
     passes = 0
     model.train()
     for logps in completion_logps(model, sequences, "fp32", budget):
-        assert not set(logps) & set(found)
-        found |= logps
+        assert not set(logps) & set(by_index)
+        by_index |= logps
         passes += 1
     handle.remove()
     assert torch.is_grad_enabled()
-    assert sorted(found) == list(range(len(sequences)))
+    assert sorted(by_index) == list(range(len(sequences)))
     with torch.no_grad():
         for index, sequence in enumerate(sequences):
             alone = full_logps(model, sequence)
-            torch.testing.assert_close(found[index], alone, rtol=0, atol=1e-5)
+            torch.testing.assert_close(by_index[index], alone, rtol=0, atol=1e-5)
     fed = fed[-passes:]
     assert max(fed) <= max(budget, *(len(s) - 1 for s in sequences))
     if budget == 10_000:
@@ -180,11 +180,11 @@ def test_a_model_that_cannot_share_prompts_reads_rows_and_windows_are_kept(name:
     long = tuple(range(150))
     sequences = [*families(3), Sequence(long[:100], long[100:])]
     trunk.register_forward_pre_hook(lambda *a: packs.append("parts" in a[-1]), with_kwargs=True)
-    found = {i: x for part in completion_logps(model, sequences, "fp32", 4096) for i, x in part.items()}
+    by_index = {i: x for part in completion_logps(model, sequences, "fp32", 4096) for i, x in part.items()}
     assert packs[-1] == (name != "no sharing")
     with torch.no_grad():
         for index, sequence in enumerate(sequences):
-            torch.testing.assert_close(found[index], full_logps(model, sequence), rtol=0, atol=1e-5)
+            torch.testing.assert_close(by_index[index], full_logps(model, sequence), rtol=0, atol=1e-5)
 
 
 def test_what_the_prompt_predicts_does_not_enter(model: Any, sequences: list[Sequence]) -> None:
@@ -216,8 +216,8 @@ def test_recomputed_chunks_give_the_kept_values(
         return real(*args)
 
     monkeypatch.setattr(head, "_log_softmax", counted)
-    kept = branch_scores(model, rows).logps_SL
-    kept_grad = gradients(model, kept)
+    stored = branch_scores(model, rows).logps_SL
+    stored_grad = gradients(model, stored)
     assert len(passes) == 1, "what was kept is not computed again"
     chunks = math.ceil(len(rows.targets_N) / 5)
     monkeypatch.setattr(head, "CHUNK_TOKENS", 5)
@@ -225,8 +225,8 @@ def test_recomputed_chunks_give_the_kept_values(
     passes.clear()
     recomputed = branch_scores(model, rows).logps_SL
     assert len(passes) == chunks > 1
-    torch.testing.assert_close(recomputed, kept, rtol=0, atol=1e-5)
-    torch.testing.assert_close(gradients(model, recomputed), kept_grad, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(recomputed, stored, rtol=0, atol=1e-5)
+    torch.testing.assert_close(gradients(model, recomputed), stored_grad, rtol=1e-5, atol=1e-5)
     assert len(passes) == 2 * chunks
 
 

@@ -194,8 +194,8 @@ def test_the_interval_is_expanded_as_students_t_asks() -> None:
 def test_wilson_as_statsmodels_has_it() -> None:
     for successes, n in ((0, 12), (3, 17), (61, 100), (999, 1000)):
         estimate = wilson(successes, n, confidence=0.9)
-        known = statsmodels.proportion_confint(successes, n, alpha=0.1, method="wilson")
-        assert (estimate.low, estimate.high) == pytest.approx(known, abs=1e-12)
+        reference = statsmodels.proportion_confint(successes, n, alpha=0.1, method="wilson")
+        assert (estimate.low, estimate.high) == pytest.approx(reference, abs=1e-12)
 
 
 def test_share_of_several_answers_lies_between_that_of_prompts_and_that_of_answers() -> None:
@@ -255,18 +255,18 @@ def test_agreement_on_every_item_is_not_certainty() -> None:
 def test_unrelated_shares_differ_as_independent_ones() -> None:
     """Without correlation the paired interval is Newcombe's for two samples of that size."""
     estimate = share_difference(*pair(24, 36, 16, 24))
-    known = statsmodels.confint_proportions_2indep(60, 100, 40, 100, method="newcomb")
-    assert (estimate.low, estimate.high) == pytest.approx(known, abs=1e-9)
+    reference = statsmodels.confint_proportions_2indep(60, 100, 40, 100, method="newcomb")
+    assert (estimate.low, estimate.high) == pytest.approx(reference, abs=1e-9)
 
 
 def test_statistic_that_is_no_mean() -> None:
     rng = np.random.default_rng(7)
     x = rng.normal(size=80)
     mean = bootstrap_statistic(lambda a: float(a.mean()), [x], n_resamples=4000)
-    known = bootstrap_mean(x)
+    reference = bootstrap_mean(x)
     assert mean is not None
-    assert (mean.value, mean.n) == (pytest.approx(known.value), 80)
-    assert (mean.low, mean.high) == pytest.approx((known.low, known.high), abs=0.02)
+    assert (mean.value, mean.n) == (pytest.approx(reference.value), 80)
+    assert (mean.low, mean.high) == pytest.approx((reference.low, reference.high), abs=0.02)
     rank = bootstrap_statistic(spearman, [x, x + rng.normal(size=80)], n_resamples=500)
     assert rank is not None
     assert -1 <= rank.low < rank.value < rank.high <= 1
@@ -276,20 +276,20 @@ def test_a_statistic_is_resampled_by_prompt_with_its_rows_together() -> None:
     rng = np.random.default_rng(8)
     x, prompts = rng.normal(size=40), np.repeat(np.arange(40), 6)
     order = rng.permutation(240)
-    seen = []
+    calls = []
 
     def watched(a: np.ndarray, b: np.ndarray) -> float:
         assert (b == a**3).all()
-        seen.append(np.unique(a, return_counts=True)[1])
+        calls.append(np.unique(a, return_counts=True)[1])
         return float(a.mean())
 
     columns = [np.repeat(x, 6)[order], np.repeat(x**3, 6)[order]]
     clustered = bootstrap_statistic(watched, columns, prompts[order].tolist(), n_resamples=1500)
-    known = bootstrap_mean(x)
+    reference = bootstrap_mean(x)
     assert clustered is not None
     assert clustered.n == 40
-    assert (clustered.low, clustered.high) == pytest.approx((known.low, known.high), abs=0.04)
-    assert all((counts % 6 == 0).all() for counts in seen)
+    assert (clustered.low, clustered.high) == pytest.approx((reference.low, reference.high), abs=0.04)
+    assert all((counts % 6 == 0).all() for counts in calls)
 
 
 def test_a_basic_interval_mirrors_the_percentiles() -> None:

@@ -21,13 +21,15 @@ def pair(both: int, first: int, second: int, neither: int) -> tuple[list[float],
 @given(st.integers(0, 40), st.integers(0, 60), st.integers(0, 60), st.integers(0, 40))
 @settings(max_examples=80)
 def test_mcnemar_is_that_of_statsmodels(both: int, first: int, second: int, neither: int) -> None:
-    known = contingency_tables.mcnemar([[both, first], [second, neither]], exact=True).pvalue
-    assert mcnemar(*pair(both, first, second, neither)) == pytest.approx(known if first + second else 1, 1e-9)
+    reference = contingency_tables.mcnemar([[both, first], [second, neither]], exact=True).pvalue
+    assert mcnemar(*pair(both, first, second, neither)) == pytest.approx(
+        reference if first + second else 1, 1e-9
+    )
 
 
 def test_mcnemar_of_many_pairs_is_nearly_the_chi_squared_one() -> None:
-    known = contingency_tables.mcnemar([[500, 1300], [1400, 0]], exact=False, correction=True).pvalue
-    assert mcnemar(*pair(500, 1300, 1400, 0)) == pytest.approx(known, rel=0.01)
+    reference = contingency_tables.mcnemar([[500, 1300], [1400, 0]], exact=False, correction=True).pvalue
+    assert mcnemar(*pair(500, 1300, 1400, 0)) == pytest.approx(reference, rel=0.01)
 
 
 def test_mcnemar_by_hand() -> None:
@@ -74,8 +76,8 @@ def test_the_bootstrap_test_says_what_the_interval_says(n: int) -> None:
 def test_the_bootstrap_test_is_nearly_students_on_normal_values() -> None:
     stats = pytest.importorskip("scipy.stats")
     values = np.random.default_rng(1).normal(0.3, 1, 60)
-    known = stats.ttest_1samp(values, 0).pvalue
-    assert bootstrap_p(values, np.zeros(60)) == pytest.approx(known, rel=0.25)
+    reference = stats.ttest_1samp(values, 0).pvalue
+    assert bootstrap_p(values, np.zeros(60)) == pytest.approx(reference, rel=0.25)
 
 
 def test_the_bootstrap_test_at_its_ends() -> None:

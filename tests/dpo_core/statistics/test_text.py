@@ -57,14 +57,14 @@ few_words = st.lists(st.sampled_from(["a", "good", "film", "bad", "plot", "."]),
 @settings(max_examples=40)
 def test_self_bleu_is_the_mean_of_sacrebleu_of_each_answer_against_the_rest(texts: list[str]) -> None:
     metric = sacrebleu.BLEU(effective_order=True)
-    known = [
+    reference = [
         metric.sentence_score(text, [t for j, t in enumerate(texts) if j != i]).score
         for i, text in enumerate(texts)
     ]
-    (found,) = self_bleu([texts])
-    assert found == pytest.approx(sum(known) / len(known) / 100)
-    assert 0 <= found <= 1
-    assert self_bleu([texts[::-1]]) == pytest.approx([found]), "the order of the answers does not matter"
+    (score,) = self_bleu([texts])
+    assert score == pytest.approx(sum(reference) / len(reference) / 100)
+    assert 0 <= score <= 1
+    assert self_bleu([texts[::-1]]) == pytest.approx([score]), "the order of the answers does not matter"
 
 
 def test_self_bleu_needs_two_answers() -> None:

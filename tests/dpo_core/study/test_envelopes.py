@@ -17,8 +17,8 @@ def test_corners_skip_what_lies_below_a_chord_and_what_falls() -> None:
 
 
 def test_height_between_at_and_beyond_the_corners() -> None:
-    found = [envelope_at(SHAPE, kl, 0.5) for kl in (0.0, 0.5, 1.0, 2.5, 4.0, 50.0)]
-    assert found == pytest.approx([0.5, 1.25, 2.0, 2.5, 3.0, 3.0])
+    heights = [envelope_at(SHAPE, kl, 0.5) for kl in (0.0, 0.5, 1.0, 2.5, 4.0, 50.0)]
+    assert heights == pytest.approx([0.5, 1.25, 2.0, 2.5, 3.0, 3.0])
 
 
 def test_area_reads_as_a_mean_gain() -> None:
@@ -74,6 +74,6 @@ def test_no_point_lies_above_the_envelope(points: list[XY], reference: float) ->
 
 def test_compute_to_reach_is_a_staircase() -> None:
     points = [(4e12, 0.9), (1e12, 0.5), (2e12, 0.4), (8e12, 0.95)]
-    found = [compute_to_reach(points, reward) for reward in (0.1, 0.5, 0.51, 0.95, 0.96)]
-    assert found == [1e12, 1e12, 4e12, 8e12, None]
+    flops = [compute_to_reach(points, reward) for reward in (0.1, 0.5, 0.51, 0.95, 0.96)]
+    assert flops == [1e12, 1e12, 4e12, 8e12, None]
     assert compute_to_reach([], 0.0) is None

@@ -209,13 +209,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_model_that_knows_nothing_passes_nothing(shared: Path, suite: str, model: Path) -> None:
-    found = find(suite)
-    rows = found.read(shared / "data" / "eval" / FILES[suite])
+    code_suite = find(suite)
+    rows = code_suite.read(shared / "data" / "eval" / FILES[suite])
     config = SuiteConfig(
         limit=3, samples=10, run_code=True, sampling=SamplingConfig(max_new_tokens=8, precision="fp32")
     )
     subject = Subject(model, "tiny", TokenConfig(max_length=600))
-    outcome = found.run(subject, rows, config)
+    outcome = code_suite.run(subject, rows, config)
     assert len({item.id for item in outcome.items}) == 3
     assert [item.values for item in outcome.items] == [{"pass@1": 0.0, "pass@10": 0.0}] * 3
     assert [spec.name for spec in outcome.specs] == ["pass@1", "pass@10"]
@@ -225,16 +225,18 @@ def test_a_model_that_knows_nothing_passes_nothing(shared: Path, suite: str, mod
     assert "passed" not in counts
     assert "fenced block" in str(outcome.settings["prompt"])  # the tiny model has a chat template
     completion = config.model_copy(update={"chat": "never", "samples": 1})
-    outcome = found.run(subject, rows, completion)
+    outcome = code_suite.run(subject, rows, completion)
     assert "cut at" in str(outcome.settings["prompt"])
     json.dumps(outcome.model_dump(mode="json"))
 
 
 def test_prompts_that_do_not_fit_are_counted(shared: Path, model: Path) -> None:
-    found = find("humaneval")
-    rows = found.read(shared / "data" / "eval" / FILES["humaneval"])[:3]
+    humaneval = find("humaneval")
+    rows = humaneval.read(shared / "data" / "eval" / FILES["humaneval"])[:3]
     config = SuiteConfig(run_code=True, sampling=SamplingConfig(max_new_tokens=8))
-    outcome = found.run(Subject(model, "t", TokenConfig(max_length=64, max_prompt_length=32)), rows, config)
+    outcome = humaneval.run(
+        Subject(model, "t", TokenConfig(max_length=64, max_prompt_length=32)), rows, config
+    )
     assert outcome.facts["prompts cut from the left"] == 3
 
 
@@ -263,7 +265,7 @@ def test_prompt_and_stops_are_those_of_the_harness(shared: Path) -> None:
     assert humaneval["doc_to_text"] == "{{prompt}}"
     mbpp = yaml.load((tasks / "mbpp" / "mbpp.yaml").read_text(), Loader)
     row = next(r for r in find("mbpp").read(shared / "data/eval" / FILES["mbpp"]) if len(r["test_list"]) == 3)
-    asked = mbpp["doc_to_text"].replace("{{text}}", row["prompt"])
+    prompt = mbpp["doc_to_text"].replace("{{text}}", row["prompt"])
     for i, test in enumerate(row["test_list"]):
-        asked = asked.replace(f"{{{{test_list[{i}]}}}}", test)
-    assert mbpp_problem(row).text == asked
+        prompt = prompt.replace(f"{{{{test_list[{i}]}}}}", test)
+    assert mbpp_problem(row).text == prompt

@@ -139,9 +139,9 @@ def test_the_engine_gives_the_log_probs_of_lm_evals_class(stories: Path) -> None
     pairs = [(start, end) for end in (" there was a girl.", " a dog", " cat and a very big red ball.")]
     pairs += [("", "Lily"), ("Tom ran. " * 200, "He saw a bird."), (start, " a dog")]
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
-    found = [logp for logp, _ in ours.loglikelihood(requests)]
+    logps = [logp for logp, _ in ours.loglikelihood(requests)]
     expected = [logp for logp, _ in theirs.loglikelihood(requests, disable_tqdm=True)]
-    assert found == pytest.approx(expected, abs=1e-4)
+    assert logps == pytest.approx(expected, abs=1e-4)
     assert ours.cut == 1, "the long prompt was cut, and counted"
 
 
@@ -267,8 +267,8 @@ def marks(rows: list[dict], answers: list[str]) -> list[tuple[float, float]]:
     tasks = harness.load_tasks("gsm8k", ["gsm8k"], {"test": rows, "train": SHOTS})
     lm = written({row["question"]: answer for row, answer in zip(rows, answers, strict=True)})
     samples = harness.evaluate_tasks(lm, tasks, chat=False)
-    found = [by_filter({"samples": samples}, "gsm8k", "exact_match", w) for w in FILTERS]
-    return list(zip(*found, strict=True))
+    matches = [by_filter({"samples": samples}, "gsm8k", "exact_match", w) for w in FILTERS]
+    return list(zip(*matches, strict=True))
 
 
 FILTERS = ("strict-match", "flexible-extract")

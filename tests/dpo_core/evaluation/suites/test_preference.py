@@ -38,8 +38,8 @@ def rows(pairs: list[tuple[str, str, str, bool]] = PAIRS) -> list[dict[str, Any]
     ]
 
 
-def run(subject: Subject, given: list[dict[str, Any]], config: SuiteConfig = FP32) -> Outcome:
-    return find("hh").run(subject, given, config)
+def run(subject: Subject, rows: list[dict[str, Any]], config: SuiteConfig = FP32) -> Outcome:
+    return find("hh").run(subject, rows, config)
 
 
 def estimates(outcome: Outcome) -> dict[str, Estimate]:
@@ -87,11 +87,11 @@ def test_values_are_those_of_the_full_softmax(tiny: Path, other: Path) -> None:
 
 def test_a_tie_of_people_counts_half_and_prompts_are_resampled(tiny: Path, other: Path) -> None:
     outcome = run(Subject(tiny, "tiny", reference=Subject(other, "other")), rows())
-    found = estimates(outcome)
+    measures = estimates(outcome)
     decided = [item.values["accuracy"] for item in outcome.items if "margin" in item.values]
-    assert found["accuracy"].value == pytest.approx((sum(decided) + 0.5) / 4)
-    assert found["accuracy_decided"].value == pytest.approx(sum(decided) / 3)
-    assert found["accuracy"].n == 3, "two pairs share a prompt"
+    assert measures["accuracy"].value == pytest.approx((sum(decided) + 0.5) / 4)
+    assert measures["accuracy_decided"].value == pytest.approx(sum(decided) / 3)
+    assert measures["accuracy"].n == 3, "two pairs share a prompt"
     assert {m.name for m in outcome.others} == {"length_spearman"}, "too few pairs for a calibration error"
     many = run(Subject(tiny, "tiny", reference=Subject(other, "other")), rows(PAIRS * 40))
     (ece,) = (m.estimate for m in many.others if m.name == "ece")
@@ -99,10 +99,10 @@ def test_a_tie_of_people_counts_half_and_prompts_are_resampled(tiny: Path, other
 
 
 def test_a_model_is_no_better_than_itself(tiny: Path) -> None:
-    found = estimates(run(Subject(tiny, "tiny", reference=Subject(tiny, "itself")), rows()))
-    assert found["accuracy"].value == 0.5
-    assert found["margin"].value == 0.0
-    assert found["nll"].value == pytest.approx(math.log(2))
+    measures = estimates(run(Subject(tiny, "tiny", reference=Subject(tiny, "itself")), rows()))
+    assert measures["accuracy"].value == 0.5
+    assert measures["margin"].value == 0.0
+    assert measures["nll"].value == pytest.approx(math.log(2))
 
 
 def test_without_a_reference_only_likelihoods_are_measured(tiny: Path) -> None:
@@ -119,8 +119,8 @@ def test_batches_do_not_change_the_values(tiny: Path, other: Path) -> None:
         config = SuiteConfig(precision="fp32", token_budget=budget)
         return [item.values for item in run(subject, rows(), config).items]
 
-    for one, another in zip(values(64), values(4096), strict=True):
-        assert one == pytest.approx(another, abs=1e-4)
+    for first, second in zip(values(64), values(4096), strict=True):
+        assert first == pytest.approx(second, abs=1e-4)
 
 
 def test_rows_that_cannot_be_used_are_counted(tiny: Path) -> None:
@@ -132,11 +132,11 @@ def test_rows_that_cannot_be_used_are_counted(tiny: Path) -> None:
 
 def test_a_limit_takes_whole_prompts_and_the_same_each_time() -> None:
     items = [f"{prompt}{n}" for prompt in "abcdefgh" for n in range(3)]
-    kept = sample_prompts(items, lambda item: item[0], 10, 3)
-    assert kept == sample_prompts(items, lambda item: item[0], 10, 3)
-    assert len(kept) == 9
-    assert all(f"{item[0]}{n}" in kept for item in kept for n in range(3))
-    assert kept != sample_prompts(items, lambda item: item[0], 10, 4)
+    sampled = sample_prompts(items, lambda item: item[0], 10, 3)
+    assert sampled == sample_prompts(items, lambda item: item[0], 10, 3)
+    assert len(sampled) == 9
+    assert all(f"{item[0]}{n}" in sampled for item in sampled for n in range(3))
+    assert sampled != sample_prompts(items, lambda item: item[0], 10, 4)
 
 
 @pytest.mark.parametrize(
@@ -155,9 +155,9 @@ def test_real_files(shared: Path, name: str, usable: int, subsets: set[str], tie
         pytest.skip(f"no {file}")
     labelled = [row["labelled"] for row in suite.read(file) if "labelled" in row]
     assert len(labelled) == usable
-    assert {one.subset for one in labelled} == subsets
-    assert sum(one.tied for one in labelled) == ties
-    assert len({one.id for one in labelled}) == usable
+    assert {row.subset for row in labelled} == subsets
+    assert sum(row.tied for row in labelled) == ties
+    assert len({row.id for row in labelled}) == usable
 
 
 def test_llmbar_puts_the_better_output_first(tmp_path: Path) -> None:

@@ -146,10 +146,10 @@ def test_xstest_measures_both_sides(subject: Subject, shared: Path, refusing: st
     assert len({item.answer for item in outcome.items}) == 12
     assert len(set(outcome.items[0].answer.split(BETWEEN_ANSWERS))) == 3, "a prompt's answers are drawn apart"
     assert 0 < sum(item.values["safe"] for item in outcome.items) < 12
-    found = {(m.name, m.subset): m for m in compute_measures(outcome.items, outcome.specs)}
-    assert found["over_refusal", ""].better == "lower"
-    assert found["refusal", ""].better == "higher"
-    assert {subset for _, subset in found} == {""} | {item.subset for item in outcome.items}
+    measures = {(m.name, m.subset): m for m in compute_measures(outcome.items, outcome.specs)}
+    assert measures["over_refusal", ""].better == "lower"
+    assert measures["refusal", ""].better == "higher"
+    assert {subset for _, subset in measures} == {""} | {item.subset for item in outcome.items}
     assert outcome.settings["classifier"] == refusing
     assert outcome.facts["answers"] == 36
 
