@@ -1,4 +1,4 @@
-"""Alignment objectives: one definition each, found by name, used by every path.
+"""Alignment objectives, each defined once and used by name.
 
     objective = get("dpo")
     parameters = objective.resolve({"beta": 0.1})

@@ -1,4 +1,4 @@
-"""Objectives on pairs that judge each side by itself, not the margin only.
+"""Objectives on pairs that score each side separately, not only the margin.
 
 Log-ratios h are SUMS over the completion (see `inputs.py`). Definitions as in TRL's DPO trainer.
 """
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 def nca(logps: PairLogps, *, beta: float) -> "Tensor":
     """-log σ(beta·h_w) - ½·log σ(-beta·h_w) - ½·log σ(-beta·h_l) of each pair (B,).
 
-    NCA for two completions of one prompt, TRL `nca_pair`. The chosen side alone is best at σ(beta·h_w) = 2/3:
-    its likelihood is held up instead of the margin being all that counts.
+    NCA for two completions of one prompt, TRL `nca_pair`. The optimum of the chosen side alone is at
+    σ(beta·h_w) = 2/3, so its likelihood does not fall as it can if only the margin counts.
     """
     chosen_B, rejected_B = beta * logps.chosen_ratio_B, beta * logps.rejected_ratio_B
     return -log_sigmoid(chosen_B) - 0.5 * log_sigmoid(-chosen_B) - 0.5 * log_sigmoid(-rejected_B)
@@ -43,8 +43,8 @@ def nca(logps: PairLogps, *, beta: float) -> "Tensor":
 def bco_pair(logps: PairLogps, *, beta: float) -> "Tensor":
     """-log σ(beta·h_w) - log σ(-beta·h_l) of each pair (B,): TRL `bco_pair`.
 
-    BCO on pairs WITHOUT the running shift delta of the paper; `bco` has it. TRL's documentation prints DPO's
-    formula for this loss; its code is what stands here. The quality term of MPO.
+    BCO on pairs WITHOUT the running shift delta of the paper; `bco` has it. This is TRL's code; its
+    documentation has DPO's formula for this loss. The quality term of MPO.
     """
     return -log_sigmoid(beta * logps.chosen_ratio_B) - log_sigmoid(-beta * logps.rejected_ratio_B)
 
@@ -60,8 +60,8 @@ def bco_pair(logps: PairLogps, *, beta: float) -> "Tensor":
 def sppo_hard(logps: PairLogps, *, beta: float) -> "Tensor":
     """(h_w - 1/(2·beta))² + (h_l + 1/(2·beta))² of each pair (B,): TRL `sppo_hard`.
 
-    SPPO's squared loss with win probabilities 1 and 0 in place of estimated ones. Each side is drawn to its
-    own target, ±1/(2·beta), and the gradient turns round past it.
+    SPPO's squared loss with win probabilities 1 and 0 in place of estimated ones. Each side moves to its own
+    target, ±1/(2·beta); past it the gradient changes sign.
     """
     target = 1 / (2 * beta)
     return (logps.chosen_ratio_B - target) ** 2 + (logps.rejected_ratio_B + target) ** 2

@@ -1,4 +1,4 @@
-"""What several families share: parameters, values at the reference, and stable functions."""
+"""Parameters, values at the reference, and numerically stable functions shared by the objectives."""
 
 import math
 from collections.abc import Mapping
@@ -32,8 +32,8 @@ def smoothed(u: "Tensor", epsilon: float) -> "Tensor":
 
 
 LARGEST_EXPONENT = 30.0
-"""Where exponentials go on as straight lines: e^30 times any beta, and then the sum of the squares of a
-gradient's numbers, stay far within float32."""
+"""Beyond this, exponentials continue as their tangents: e^30 times any beta, and the sum of squares of such a
+gradient, are far within float32."""
 
 
 def bounded_expm1(x: "Tensor") -> "Tensor":

@@ -1,4 +1,4 @@
-"""What the objectives read: log-probs of pairs, and of single labelled completions.
+"""Inputs of the objectives: log-probs of pairs, and of single labelled completions.
 
 Notation, for every file of this package: w = chosen, l = rejected; log π(y|x) is SUMMED over the completion's
 tokens, EOS included; h = log π(y|x) - log π_ref(y|x); D = h_w - h_l; u = beta·D. Shapes: B pairs or examples.
@@ -26,7 +26,7 @@ class Totals:
 class PairLogps:
     """Log-probs of both members of B pairs, each (B,), float32 or wider.
 
-    The fields with a default are there only when the `extras` of the objective name them.
+    The fields with a default are set only if the `extras` of the objective name them.
 
     Raises:
         ValueError: the shapes differ (they would broadcast to a wrong loss), or log-probs are narrower than
@@ -40,7 +40,7 @@ class PairLogps:
     """The same under the reference; zeros for an objective that needs none."""
     ref_rejected_B: "Tensor"
     chosen_tokens_B: "Tensor"
-    """How many tokens the chosen sum runs over."""
+    """Number of tokens in the chosen sum."""
     rejected_tokens_B: "Tensor"
 
     _: KW_ONLY
@@ -55,12 +55,12 @@ class PairLogps:
     prompt_B: "Tensor | None" = None
     """Extra "prompt": the policy's log-probs of the prompt's tokens, summed from its second token on."""
     prompt_tokens_B: "Tensor | None" = None
-    """How many tokens the prompt sum runs over: one less than the prompt has."""
+    """Number of tokens in the prompt sum: one less than in the prompt."""
     chosen_sharpness_B: "Tensor | None" = None
     """Extra "sharpness": mean over completion tokens of log π(y_t) - log Σ_v π(v)²; no gradient."""
     rejected_sharpness_B: "Tensor | None" = None
     totals: Totals | None = None
-    """Counts of the global batch that these pairs are a part of; None: these pairs are all of it."""
+    """Counts of the global batch that has these pairs; None: these pairs are the global batch."""
 
     def __post_init__(self) -> None:
         _check_shapes(self, self.chosen_B)
@@ -85,7 +85,7 @@ class PairLogps:
 class UnpairedLogps:
     """Log-probs of B single completions, each labelled desirable or not; (B,), float32 or wider.
 
-    `kl` and `baseline` couple the examples of a batch. They are computed outside, over all ranks, so that the
+    `kl` and `baseline` couple the examples of a batch. The trainer computes them over all ranks, so that the
     loss of an example does not depend on how the batch is split.
 
     Raises:
@@ -98,7 +98,7 @@ class UnpairedLogps:
     ref_B: "Tensor"
     """The same under the reference."""
     tokens_B: "Tensor"
-    """How many tokens the sums run over."""
+    """Number of tokens in the sums."""
     desirable_B: "Tensor"
     """Booleans."""
     kl: "Tensor | None" = None
@@ -129,7 +129,7 @@ def required(logps: "PairLogps | UnpairedLogps", name: str) -> "Tensor":
     """
     value: Tensor | None = getattr(logps, name)
     if value is None:
-        raise ValueError(f"{name} is missing; the objective's `extras` say what has to be computed")
+        raise ValueError(f"{name} is missing; name it in the objective's `extras`")
     return value
 
 

@@ -1,4 +1,4 @@
-"""What is logged beside the loss, and WPO's weights: per example, detached."""
+"""Metrics that are logged with the loss, and WPO's weights: per example, detached."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -11,13 +11,12 @@ if TYPE_CHECKING:
 
 
 def pair_metrics(logps: PairLogps, beta: float, *, per_token: bool = False) -> dict[str, "Tensor"]:
-    """The field's standard per-pair numbers, each (B,), detached.
+    """The field's standard metrics of each pair, each (B,), detached.
 
     `rewards/*` are the implicit rewards beta·h (nats times beta). Accuracy is strict: a tie counts 0. While
-    the policy is the reference, every margin is 0 but for the rounding of two passes in different lay-outs,
-    and the accuracy says nothing: any value from 0 to about one half. Names and definitions as in TRL and the
-    original repository.
-    Where sequential KLs were computed the rewards are beta·(h + K), as the TDPO repository logs them.
+    the policy is the reference, every margin is 0 except for rounding, and the accuracy has no meaning: it is
+    anywhere from 0 to about one half. Names and definitions as in TRL and the original repository. With
+    sequential KLs the rewards are beta·(h + K), as the TDPO repository logs them.
 
     Args:
         per_token: rewards are beta·(log π)/n, without reference: SimPO and ORPO, as in TRL and their papers.
@@ -42,7 +41,7 @@ def pair_metrics(logps: PairLogps, beta: float, *, per_token: bool = False) -> d
 def unpaired_metrics(logps: UnpairedLogps, beta: float) -> dict[str, "Tensor"]:
     """Rewards beta·h and log-probs by class, each (B,), detached; 0 where the example is of the other class.
 
-    Sum them over the global batch and hand the sums to `class_means`: a batch may lack a class.
+    Sum them over the global batch and pass the sums to `class_means`: a batch may lack a class.
     """
     desirable_B = logps.desirable_B.detach()
     classes = {"chosen": desirable_B, "rejected": ~desirable_B}
@@ -59,7 +58,7 @@ def unpaired_metrics(logps: UnpairedLogps, beta: float) -> dict[str, "Tensor"]:
 def class_means(sums: Mapping[str, float]) -> dict[str, float]:
     """Means over each class from the sums of `unpaired_metrics`; a class without examples is left out.
 
-    `rewards/margins` is the difference of the two means, as in TRL's KTO trainer; no pair stands behind it.
+    `rewards/margins` is the difference of the two means, as in TRL's KTO trainer, not a mean over pairs.
     """
     means = {
         key: total / sums[f"count/{key.split('/')[1]}"]
@@ -74,8 +73,8 @@ def class_means(sums: Mapping[str, float]) -> dict[str, float]:
 def wpo_weights(logps: PairLogps) -> "Tensor":
     """The weight of each pair (B,), detached: exp(mean_t s_t(y_w) + mean_t s_t(y_l)).
 
-    s_t = log π(y_t) - log Σ_v π(v)²: how likely a token is, measured against what the policy would sample on
-    average. WPO multiplies the loss of a pair by it, so that pairs which the policy would write count more.
+    s_t = log π(y_t) - log Σ_v π(v)²: how likely a token is, compared with the policy's average sample. WPO
+    multiplies the loss of a pair by it, so that pairs which the policy is likely to generate count more.
     Zhou et al., WPO, EMNLP 2024, arXiv 2406.11827, with TRL's sharpness; not clamped, values above 1 occur.
     """
     chosen_B, rejected_B = required(logps, "chosen_sharpness_B"), required(logps, "rejected_sharpness_B")

@@ -1,14 +1,12 @@
-"""A number that an objective reads."""
+"""`Parameter`, the declaration of a number that an objective reads."""
 
 from typing import NamedTuple
 
 
 class Parameter(NamedTuple):
-    """One number that an objective reads."""
+    """A number that an objective reads, with its inclusive range."""
 
     default: float
     low: float
-    """The smallest allowed value, itself allowed."""
     high: float
-    """The largest allowed value, itself allowed."""
     meaning: str

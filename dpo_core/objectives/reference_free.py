@@ -1,4 +1,4 @@
-"""Objectives on pairs without a reference model. Each docstring says whether log-probs are sums or means."""
+"""Objectives on pairs without a reference. Each docstring says whether log-probs are sums or means."""
 
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ from dpo_core.objectives.registry import objective
 if TYPE_CHECKING:
     from torch import Tensor
 
-# A mean log-prob of exactly 0 has infinite odds; this is as near as float32 tells from 0 in 1 - e^x.
+# A mean log-prob of 0 has infinite odds; this is the nearest to 0 that float32 resolves in 1 - e^x.
 _LARGEST_MEAN = -1e-7
 
 
@@ -54,9 +54,9 @@ def cpo(logps: PairLogps, *, beta: float, nll_weight: float, label_smoothing: fl
 def simpo(logps: PairLogps, *, beta: float, gamma_beta_ratio: float) -> "Tensor":
     """-log σ(beta·(log π(y_w)/n_w - log π(y_l)/n_l - gamma_beta_ratio)) of each pair (B,): SimPO, on MEANS.
 
-    The field is the one of the authors' repository and of open-instruct: gamma/beta. The paper's formula,
-    TRL's `simpo_gamma` and LLaMA-Factory state gamma itself: divide that by beta. No term holds the policy
-    near where it began; TRL's CPO trainer adds an NLL with weight 1 unless told not to.
+    The parameter is gamma/beta, as in the authors' repository and open-instruct. The paper's formula, TRL's
+    `simpo_gamma` and LLaMA-Factory have gamma itself: divide it by beta. No term keeps the policy near its
+    start; TRL's CPO trainer adds an NLL with weight 1 by default.
     """
     chosen_B, rejected_B = token_means(logps)
     return -log_sigmoid(beta * (chosen_B - rejected_B - gamma_beta_ratio))
@@ -72,7 +72,7 @@ _ODDS_WEIGHT = Parameter(0.1, 0.0, 100.0, "the paper's λ, weight of the odds-ra
 def log_odds_ratio(logps: PairLogps) -> "Tensor":
     """log of odds(y_w)/odds(y_l) (B,), odds = P/(1-P), P = exp(MEAN token log-prob).
 
-    Means are cut at -1e-7, where the odds would overflow: a completion known by heart has no gradient here.
+    Means are clipped at -1e-7, where the odds would overflow: a memorised completion has no gradient.
     """
     chosen_B, rejected_B = (mean_B.clamp(max=_LARGEST_MEAN) for mean_B in token_means(logps))
     return (chosen_B - log1mexp(chosen_B)) - (rejected_B - log1mexp(rejected_B))

@@ -1,4 +1,4 @@
-"""The registry of objectives: what each is called, needs, reads and is worth at the reference."""
+"""Registry of the objectives: the function, data, parameters and value at the reference of each."""
 
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -39,8 +39,8 @@ class Objective:
     data: Literal["pairs", "unpaired"]
     parameters: Mapping[str, Parameter]
     value_at_reference: Callable[[Mapping[str, float]], float | None] | None
-    """The exact loss when policy and reference are the same model (with z_0 and delta 0). None, or a result
-    of None for these parameters, where no such value exists."""
+    """The exact loss if policy and reference are the same model (with z_0 and delta 0). None, or a result of
+    None for the parameters, if there is no such value."""
     extras: frozenset[Extra] = frozenset()
     """Which optional fields of `PairLogps` the function reads."""
     batch_coupled: bool = False
@@ -50,7 +50,7 @@ class Objective:
     rewards_per_token: bool = False
     """True: `pair_metrics` takes the rewards from mean log-probs, without reference."""
     caveat: str = ""
-    """What its name does not tell: what couples examples, what is left out, what was not verified."""
+    """What its name does not show: coupled examples, omitted parts, unverified details."""
 
     @property
     def needs_full_vocabulary(self) -> bool:
@@ -61,7 +61,7 @@ class Objective:
         return "kl" in self.extras
 
     def needs(self) -> list[str]:
-        """In words: the kind of data, which reference, and whether a batch has to stay whole."""
+        """The data and reference that it needs, and whether it needs the whole batch, for display."""
         live = "live reference" if self.needs_full_vocabulary else "reference"
         return [
             self.data,
@@ -70,7 +70,7 @@ class Objective:
         ]
 
     def facts(self) -> dict[str, Any]:
-        """All that is known of the objective, ready for JSON."""
+        """All facts of the objective as plain JSON data."""
         return {
             "name": self.name,
             "setting": f"policies: {{NAME: {{method: {_METHODS[self.data]}, objective: {self.name}}}}}",
@@ -89,13 +89,13 @@ class Objective:
             "parameters": {name: parameter._asdict() for name, parameter in self.parameters.items()},
         }
 
-    def resolve(self, given: Mapping[str, float]) -> dict[str, float]:
-        """Fill in the defaults and check names and ranges.
+    def resolve(self, values: Mapping[str, float]) -> dict[str, float]:
+        """The values of all parameters, with defaults filled in.
 
         Raises:
             RecipeError: a parameter that this objective does not read, or a value outside its range.
         """
-        for name, value in given.items():
+        for name, value in values.items():
             if name not in self.parameters:
                 known = ", ".join(self.parameters) or "none"
                 raise RecipeError(
@@ -109,29 +109,29 @@ class Objective:
                     f"Choose {name} ({meaning}) in [{low:g}, {high:g}].",
                 )
         return {
-            name: float(given.get(name, parameter.default)) for name, parameter in self.parameters.items()
+            name: float(values.get(name, parameter.default)) for name, parameter in self.parameters.items()
         }
 
     def unusual(self, values: Mapping[str, float]) -> list[str]:
-        """A sentence for each parameter that is far from its default, most likely another objective's.
+        """A warning for each parameter far from its default, which may be meant for another objective.
 
-        A value that suits one objective is a strange one for the next: DPO's beta is 0.1, SimPO's 2.
+        Defaults differ between objectives: DPO's beta is 0.1, SimPO's 2.
         """
-        found = []
+        warnings = []
         for name, value in values.items():
             default = self.parameters[name].default
             if not value or not default or 1 / _UNUSUAL_TIMES < value / default < _UNUSUAL_TIMES:
                 continue
             usual = _OBJECTIVES["dpo"].parameters.get(name)
             whose = f"; {value:g} is dpo's" if usual and usual.default == value else ""
-            found.append(f"{self.name} with {name} {value:g} (its default: {default:g}{whose})")
-        return found
+            warnings.append(f"{self.name} with {name} {value:g} (its default: {default:g}{whose})")
+        return warnings
 
 
 _METHODS = {"pairs": "dpo", "unpaired": "kto"}
-"""The method whose policies name an objective, by the data that it learns from."""
+"""The method that uses objectives, by their kind of data."""
 
-# A tenth of a default, or ten times it, is a usual try.
+# A tenth of a default and ten times a default are common choices.
 _UNUSUAL_TIMES = 11
 _OBJECTIVES: dict[str, Objective] = {}
 
@@ -154,7 +154,7 @@ def objective(
 
     Raises:
         ValueError: the name is taken, or the declared parameters are not exactly the keyword-only arguments
-            of the function (a parameter that is accepted and never read is the fault this prevents).
+            of the function, so that no parameter is accepted without being read.
     """
 
     def register(function: Function) -> Function:
@@ -195,14 +195,14 @@ def _as_registered(name: str) -> str:
 
 
 ObjectiveName = Annotated[str, AfterValidator(_as_registered)]
-"""A field that names an objective, in capitals or not: SimPO is simpo."""
+"""The name of an objective in a recipe; case does not matter: SimPO is simpo."""
 
 
 def get(name: str) -> Objective:
     """The objective called `name`.
 
     Raises:
-        RecipeError: there is none; the message lists those there are, or says what a variant is set by.
+        RecipeError: there is none; the message lists all names, or shows the settings of a variant.
     """
     if name not in _OBJECTIVES:
         settings = {variant.name: variant.setting for variant in VARIANTS}
@@ -219,7 +219,7 @@ class Term(NamedTuple):
     name: str
     weight: float
     parameters: Mapping[str, float]
-    """What its function reads, as `Objective.resolve` returns it."""
+    """As `Objective.resolve` returns them."""
 
 
 def combine(terms: Iterable[Term], logps: "PairLogps") -> "Tensor":

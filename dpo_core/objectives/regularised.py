@@ -1,4 +1,4 @@
-"""DPO with one more term against a known failure, and the NLL that weighted sums add.
+"""DPO with an additional term against a known failure, and the NLL terms of weighted sums.
 
 Log-probs are SUMS over the completion (see `inputs.py`).
 """

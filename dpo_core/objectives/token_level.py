@@ -52,8 +52,8 @@ def tdpo1(logps: PairLogps, *, beta: float) -> "Tensor":
 def tdpo2(logps: PairLogps, *, beta: float, alpha: float) -> "Tensor":
     """-log σ(beta·(D - α·(K_l - sg[K_w]))) of each pair (B,): TDPO2; sg stops the gradient of K_w only.
 
-    α stands inside beta, as in the authors' code. α = 0 is DPO. Their repository's printed TDPO2 command runs
-    TDPO1 unless `if_tdpo2` is set; here the two are two names.
+    α is inside beta, as in the authors' code. α = 0 is DPO. The TDPO2 command in their repository runs TDPO1
+    unless `if_tdpo2` is set; here they are two objectives.
     """
     difference_B = required(logps, "rejected_kl_B") - required(logps, "chosen_kl_B").detach()
     return -log_sigmoid(beta * (logps.margin_B - alpha * difference_B))

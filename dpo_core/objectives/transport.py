@@ -1,8 +1,8 @@
-"""Alignment by optimal transport: whole distributions of log-ratios are compared, not single pairs.
+"""Alignment by optimal transport: distributions of log-ratios are compared, not single pairs.
 
 Both objectives sort over the batch, so a batch has to be one forward pass: split into micro-batches it has
-other ranks and another loss. An entry of the result belongs to a RANK, not to the pair at its place; only the
-mean has a meaning. Log-probs are SUMS over the completion.
+another order and another loss. An entry of the result belongs to a place in the sorted order, not to a pair;
+only the mean has a meaning. Log-probs are SUMS over the completion.
 """
 
 from typing import TYPE_CHECKING

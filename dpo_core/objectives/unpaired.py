@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 def z0(ratio_sum: "Tensor", examples: "Tensor | float") -> "Tensor":
     """KTO's reference point, 0-dim, detached: max(0, mean of h over MISMATCHED prompt-completion pairs).
 
-    Each prompt gets the completion of another example; sum and count are taken over all ranks first, clamping
-    comes last. A biased stand-in for KL(π‖π_ref), not an estimate from the policy's own samples.
+    Each prompt gets the completion of another example. Sum and count are over all ranks; the mean is clamped
+    last. A biased substitute for KL(π‖π_ref), not an estimate from the policy's own samples.
 
-    TRL turns completions round within the batch of a rank, when the data are prepared; here they come from
-    the whole data set (`unpaired.mismatched`), so that a batch may have any size, order and split. On the
-    same mismatched pairs the two are equal.
+    TRL rotates completions within the batch of a rank when it prepares the data; here they come from the
+    whole data set (`unpaired.mismatched`), so that a batch may have any size, order and split. On the same
+    mismatched pairs the two are equal.
     """
     return (ratio_sum.detach() / examples).clamp(min=0)
 

@@ -1,4 +1,4 @@
-"""Methods that are settings around an objective and not a function of their own."""
+"""Published methods that are settings of an objective, without a function of their own."""
 
 import math
 from dataclasses import dataclass
@@ -9,18 +9,18 @@ from dpo_core.objectives.parameter import Parameter
 
 @dataclass(frozen=True)
 class Variant:
-    """A named method, and how a recipe asks for it."""
+    """A published method, and its settings in a recipe."""
 
     name: str
     setting: str
-    """What to write into a recipe, as YAML."""
+    """The settings of a recipe, as YAML."""
     citation: str
     needs: tuple[str, ...]
     parameters: dict[str, Parameter]
     definition: str
 
     def facts(self) -> dict[str, Any]:
-        """All that is known of it, ready for JSON, under the keys of `Objective.facts`; no limit is None."""
+        """All facts as plain JSON data, with the keys of `Objective.facts`; no upper limit is None."""
         numbers = {
             name: parameter._asdict() | {"high": parameter.high if parameter.high < math.inf else None}
             for name, parameter in self.parameters.items()
