@@ -33,8 +33,8 @@ def fdpo_forward_kl(logps: PairLogps, *, beta: float) -> "Tensor":
     """-log σ(beta·(s_w - s_l)) of each pair (B,), s = -exp(-h): f-DPO with the forward KL.
 
     As TRL `forward_kl`, whose 1 in 1 - exp(-h) cancels. The slope at the reference is DPO's. Gradients grow
-    as exp(-h); of a completion that lost more than 30 nats the exponential goes on as its tangent (in TRL it
-    overflows), so that the norm of a gradient that is to be clipped is a number.
+    as exp(-h); of a completion that lost more than 30 nats the exponential continues as its tangent (in TRL
+    it overflows), so that the norm of the gradient is finite and can be clipped.
     """
     chosen_B, rejected_B = -bounded_exp(-logps.chosen_ratio_B), -bounded_exp(-logps.rejected_ratio_B)
     return -log_sigmoid(beta * (chosen_B - rejected_B))
@@ -72,7 +72,7 @@ def fdpo_alpha(logps: PairLogps, *, beta: float, alpha: float) -> "Tensor":
     """-log σ(beta·(s_w - s_l)) of each pair (B,), s = (exp((α-1)·h) - 1)/(α-1): f-DPO's α-divergence.
 
     As TRL `alpha_divergence`. The -1 cancels in the difference, but keeps precision as α nears 1, where
-    s = h. Exponentials go on as tangents beyond 30, as in `fdpo_forward_kl`; TRL cuts them at 80.
+    s = h. Exponentials continue as tangents beyond 30, as in `fdpo_forward_kl`; TRL clips them at 80.
     """
 
     def score(ratio_B: "Tensor") -> "Tensor":

@@ -28,7 +28,7 @@ class Variant:
         return vars(self) | {"needs": list(self.needs), "parameters": numbers}
 
 
-_WEIGHT = Parameter(1.0, 0.0, math.inf, "what the term counts in the sum; above 0")
+_WEIGHT = Parameter(1.0, 0.0, math.inf, "weight of the term in the sum; above 0")
 
 VARIANTS = (
     Variant(

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from dpo_core.errors import StageFailed
-from dpo_core.system import digest_file, sync
+from dpo_core.system import digest_file, remove, sync
 
 log = logging.getLogger(__name__)
 
@@ -85,14 +85,14 @@ class Checkpoints:
             shutil.copyfile(self.curve, temporary / CURVE)
         _write_digest(temporary, made)
         final = self.folder / f"step-{made.step:08d}"
-        _remove(final)
+        remove(final)
         os.replace(temporary, final)
         # A damaged checkpoint of a later step may still be there; it is removed too.
         names = sorted(self.folder.glob("step-*"))
         newest = [name for name in names if name <= final][-self.keep :]
         for name in names:
             if name not in newest:
-                _remove(name)
+                remove(name)
 
     @property
     def curve(self) -> Path:
@@ -127,14 +127,6 @@ class Checkpoints:
                 "Restore a copy of that folder, or delete it to train from the first step",
             )
         return None
-
-
-def _remove(path: Path) -> None:
-    """Remove a checkpoint, or what stands in its place."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _write_digest(folder: Path, made: CheckpointInfo) -> None:

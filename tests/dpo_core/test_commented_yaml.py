@@ -1,4 +1,4 @@
-"""Explained YAML: read back, it is the configuration that it was written from."""
+"""Commented YAML gives the configuration that it was written from when it is read back."""
 
 import pytest
 import yaml

@@ -1,4 +1,4 @@
-"""Sections of settings that are given in part, and the descriptions of fields."""
+"""Defaults of partly given sections of settings, and the descriptions of fields."""
 
 import pytest
 from pydantic import Field

@@ -1,4 +1,4 @@
-"""Every causal architecture through every part of a run, in one process: none may be wrong without a word.
+"""Every causal architecture in every part of a run, in one process: none may give wrong results silently.
 
 The oracle is transformers itself: plain passes of one row at a time over the checkpoints that the jobs wrote.
 """

@@ -1,4 +1,4 @@
-"""YAML of strangers: plain values alone, each key once, of a size that a person would write."""
+"""Untrusted YAML: only plain values, each key once, and of limited size are accepted."""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""Every method has its estimate, and every one that may read cached log-probs its sequences."""
+"""Every method has an estimate, and every one that can read cached log-probs lists its sequences."""
 
 from dpo_core.estimates.by_method import ESTIMATES
 from dpo_core.examples.cached import CACHED

@@ -1,4 +1,4 @@
-"""The mismatched pairs of KTO's z_0: which example gives its completion to which prompt."""
+"""The mismatched pairs of KTO's z_0: which prompt gets the completion of which example."""
 
 import time
 

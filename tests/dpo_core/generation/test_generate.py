@@ -1,4 +1,4 @@
-"""Sampling: the model's own distribution, reproducible, whatever the batch."""
+"""Sampling: the model's own distribution, reproducible with any batch size."""
 
 import random
 from collections import Counter

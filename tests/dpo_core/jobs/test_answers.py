@@ -1,4 +1,4 @@
-"""The job that lets models answer: two ranks and a killed job give the answers of one process."""
+"""The answers job: two ranks and a killed job give the answers of one process."""
 
 from pathlib import Path
 

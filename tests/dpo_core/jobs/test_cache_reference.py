@@ -1,4 +1,4 @@
-"""The cache job: two ranks give the log-probs of one, and a killed rank costs only what it had not kept."""
+"""The cache job: two ranks give the log-probs of one, and a killed rank loses only what it had not saved."""
 
 import time
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Jobs that one rank does: with more ranks, and started again after a kill, they write the same."""
+"""Jobs of one rank: with more ranks, and restarted after a kill, they write the same."""
 
 import json
 import os

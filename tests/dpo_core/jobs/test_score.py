@@ -1,4 +1,4 @@
-"""The job that scores answers: rewards of a model and of a function, on one rank and on two."""
+"""The score job: rewards of a model and of a function, on one rank and on two."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Pairs from scored samples."""
+"""Tests how pairs are made from scored samples."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""The registry is read by processes that never compute with a model."""
+"""The registry of methods can be read without importing torch."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What must hold for every registered objective; a new one without an entry in the tables fails here."""
+"""Properties of every registered objective; a new one without an entry in the tables fails here."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Closed forms of DPO and its nearest relatives, in float64; what all share is in `test_every_objective`."""
+"""Closed forms of DPO and its nearest relatives, in float64; see also `test_every_objective`."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Objectives that judge each side by itself, that have no reference, and weighted sums of objectives."""
+"""Objectives that score each side separately, that have no reference, and weighted sums of objectives."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""KTO and BCO: closed forms, the scalars that couple a batch, and the metrics by class."""
+"""KTO and BCO: closed forms, z_0 and delta, and the metrics by class."""
 
 import math
 from dataclasses import replace

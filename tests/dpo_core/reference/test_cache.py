@@ -1,4 +1,4 @@
-"""The reference cache: what it computes, what it refuses, what it computes again."""
+"""The reference cache: its values, and how it handles damaged and missing entries."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""What the keys of the reference cache see."""
+"""The keys of the reference cache change with everything that affects a log-prob."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The cache as a product: what makes it compute, what does not, and all ranks with one of them killed."""
+"""Reading and computing reference log-probs: what is computed again, and ranks of which one is killed."""
 
 import json
 import shutil

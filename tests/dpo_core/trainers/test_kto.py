@@ -1,4 +1,4 @@
-"""KTO and BCO in the real trainer: closed-form first losses, the same step however a batch is cut, resume."""
+"""KTO and BCO in the real trainer: closed-form first losses, the same step for any split, resume."""
 
 import json
 import logging

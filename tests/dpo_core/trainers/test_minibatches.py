@@ -1,4 +1,4 @@
-"""Which episodes a minibatch holds: a random deal that no length, number of ranks or micro-batch decides."""
+"""The assignment of episodes to minibatches is random and depends on no length, rank or micro-batch."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Every pair objective in the real trainer: however a batch is laid out, the same loss and gradient.
+"""Every objective on pairs in the real trainer: the same loss and gradient in every layout of a batch.
 
 `golden/objectives.json` holds ten steps of each on a tiny model; `python -m tests.support.golden_objectives`
 writes it anew after a deliberate change of a definition.

@@ -1,4 +1,4 @@
-"""PPO arithmetic against closed forms; "(a)" to "(i)" are the golden tests of the method sheet."""
+"""PPO arithmetic against closed forms."""
 
 import math
 import threading
@@ -72,7 +72,7 @@ def test_micro_batches_add_up_with_the_global_count() -> None:
     torch.testing.assert_close(parts, masked_mean(values, MASK))
 
 
-def test_whitening_gives_mean_0_and_variance_1_over_the_mask() -> None:  # (h)
+def test_whitening_gives_mean_0_and_variance_1_over_the_mask() -> None:
     white = masked_whiten(poison(5 + 3 * noise(1), MASK), MASK)
     assert white[MASK].mean().item() == pytest.approx(0, abs=1e-12)
     assert white[MASK].var(correction=0).item() == pytest.approx(1, rel=1e-7)
@@ -170,7 +170,7 @@ def test_kl_per_token_is_zero_at_the_reference_and_where_masked(estimator: KlEst
 # --- rewards ---
 
 
-def test_zero_scores_at_the_reference_give_zero_rewards() -> None:  # (f)
+def test_zero_scores_at_the_reference_give_zero_rewards() -> None:
     logps = noise(7)
     rewards = per_token_rewards(logps, logps, MASK, torch.zeros(B), kl_coef=0.05)
     assert rewards.abs().sum().item() == 0.0
@@ -223,7 +223,7 @@ def test_masks_that_hide_the_last_token_are_refused(mask: list[list[bool]]) -> N
 # --- advantages ---
 
 
-def test_gae_with_lambda_1_is_monte_carlo_minus_value() -> None:  # (b)
+def test_gae_with_lambda_1_is_monte_carlo_minus_value() -> None:
     gamma = 0.9
     rewards, values = noise(11), noise(12)
     advantages, _ = gae(rewards, values, MASK, gamma, lam=1.0)
@@ -234,7 +234,7 @@ def test_gae_with_lambda_1_is_monte_carlo_minus_value() -> None:  # (b)
             assert advantages[b, t].item() == pytest.approx(rest - values[b, t].item(), rel=1e-10)
 
 
-def test_gae_with_lambda_0_is_the_temporal_difference() -> None:  # (c)
+def test_gae_with_lambda_0_is_the_temporal_difference() -> None:
     gamma = 0.9
     rewards, values = noise(11), noise(12)
     advantages, _ = gae(rewards, values, MASK, gamma, lam=0.0)
@@ -244,7 +244,7 @@ def test_gae_with_lambda_0_is_the_temporal_difference() -> None:  # (c)
     torch.testing.assert_close(advantages[MASK], delta[MASK])
 
 
-def test_gae_of_a_terminal_reward() -> None:  # (d), (e)
+def test_gae_of_a_terminal_reward() -> None:
     rewards = torch.zeros(B, T, dtype=torch.float64)
     last = last_token_index(MASK)
     rewards[torch.arange(B), last] = 2.0
@@ -270,7 +270,7 @@ def test_gae_ignores_everything_behind_the_mask() -> None:
 # --- losses ---
 
 
-def test_first_minibatch() -> None:  # (a)
+def test_first_minibatch() -> None:
     logps = noise(16)
     advantages = masked_whiten(noise(17), MASK)
 
@@ -328,7 +328,7 @@ def test_value_loss_by_hand() -> None:
     assert stats["val/clipfrac_avg"].item() == pytest.approx(2 / 3)
 
 
-def test_value_loss_is_zero_at_the_returns_and_clipping_never_lowers_it() -> None:  # (g)
+def test_value_loss_is_zero_at_the_returns_and_clipping_never_lowers_it() -> None:
     values, old, returns = noise(18), noise(19), noise(20)
     assert value_loss(returns, returns, returns, MASK)[0].item() == 0.0
     plain = 0.5 * masked_mean((values - returns) ** 2, MASK)
@@ -395,7 +395,7 @@ def test_properties_of_random_batches(lengths: list[int], seed: int, gamma: floa
 # --- the KL controller ---
 
 
-def test_adaptive_kl() -> None:  # (i)
+def test_adaptive_kl() -> None:
     controller = AdaptiveKL(0.15, target=6.0, horizon=1e4)
     assert controller.update(6.0, 64) == 0.15
     assert controller.update(12.0, 64) == pytest.approx(

@@ -1,4 +1,4 @@
-"""Margins by agreement: from the votes in a file to the gap that the trainer asks for."""
+"""Margins by agreement: from the votes in a file to the margin in the loss."""
 
 import math
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Checkpoints: kept, proven, passed over when damaged; no process group is needed but for the last tests."""
+"""Checkpoints: how many are kept, verification by digests, and skipping damaged ones."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""One process, two processes and every ZeRO stage take the same course; a run goes on with other ranks."""
+"""One process, two processes and every ZeRO stage train alike; a run resumes on another number of ranks."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""A rank that is gone is noticed at once, and a slow one never, by real processes with real connections."""
+"""A lost rank is detected at once and a slow one never, with real processes and connections."""
 
 import ctypes
 import os

@@ -1,4 +1,4 @@
-"""The memory that a training will take, against real passes and the peaks of real training processes."""
+"""The estimated memory of a training, compared with real passes and the peaks of real training processes."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The plan of an epoch: whole steps, level packs, little padding, the same for all."""
+"""The pack plan of an epoch: full steps, level packs, little padding, the same on every rank."""
 
 import numpy as np
 import pytest

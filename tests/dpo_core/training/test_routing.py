@@ -1,4 +1,4 @@
-"""The router's auxiliary loss: transformers' own value, where the checkpoint's config asks for it."""
+"""The router's auxiliary loss: transformers' own value, if the checkpoint's config sets it."""
 
 import json
 import logging

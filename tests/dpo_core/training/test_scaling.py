@@ -1,4 +1,4 @@
-"""The page on many nodes says what the formulas say, and the formulas what the paper counts."""
+"""SCALING.md has the numbers of the formulas, and the formulas agree with the paper."""
 
 from pathlib import Path
 
