@@ -25,7 +25,7 @@ def test_every_field_is_explained_above_it() -> None:
 
 
 @pytest.mark.parametrize("on", TARGETS)
-def test_a_form_names_what_has_to_be_filled_in(on: str) -> None:
+def test_a_form_marks_required_fields(on: str) -> None:
     kind, _ = TARGETS[on]
     blank = yaml.safe_load(form(kind))
     required = {name for name, field in kind.model_fields.items() if field.is_required()}

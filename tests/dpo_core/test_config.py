@@ -12,7 +12,7 @@ GIVEN = {"optim": {"schedule": "cosine"}, "engine": {"precision": "fp32"}}
 
 
 @pytest.mark.parametrize("name", methods())
-def test_a_part_of_a_section_leaves_the_method_its_other_defaults(name: str) -> None:
+def test_a_partly_given_section_keeps_the_other_defaults_of_the_method(name: str) -> None:
     kind = methods()[name].settings
     plain, given = kind(), kind(**GIVEN)
     assert given.optim == plain.optim.model_copy(update=GIVEN["optim"])

@@ -45,7 +45,7 @@ def test_ordinary_files_read_as_the_safe_loader_reads_them() -> None:
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_is_no_plain_writing_is_refused_wherever_yaml_is_read(name: str, tmp_path: Path) -> None:
+def test_unsafe_yaml_is_refused_wherever_it_is_read(name: str, tmp_path: Path) -> None:
     from deploy.prefect_file import read_prefect_file
 
     text, words = BAD[name]

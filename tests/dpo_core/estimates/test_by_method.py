@@ -9,6 +9,6 @@ def test_every_method_has_an_estimate() -> None:
     assert ESTIMATES.keys() == methods().keys()
 
 
-def test_every_method_that_reads_cached_log_probs_says_of_which_sequences() -> None:
+def test_every_method_that_reads_cached_log_probs_lists_its_sequences() -> None:
     reads = {name for name, method in methods().items() if method.reference(method.settings()) == "cached"}
     assert CACHED.keys() == reads

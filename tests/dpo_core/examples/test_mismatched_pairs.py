@@ -28,7 +28,7 @@ def test_every_prompt_gets_another_examples_answer() -> None:
     assert max(np.unique([s.completion[0] for s in found], return_counts=True)[1]) <= 2
 
 
-def test_partners_stay_whatever_the_order_the_label_and_one_more_row() -> None:
+def test_partners_do_not_depend_on_order_or_label_and_little_on_one_more_row() -> None:
     examples = [example(i, 100 + i) for i in range(40)]
     found = dict(zip([e.sequence for e in examples], mismatched(examples), strict=True))
     turned = [example(i, 100 + i, desirable=i % 2 > 0) for i in reversed(range(40))]
@@ -72,7 +72,7 @@ def test_partners_are_those_of_a_plain_search(pairs: list[tuple[int, int]]) -> N
     assert _next_other(prompts, completions).tolist() == [next_place(i) for i in range(len(pairs))]
 
 
-def test_the_search_leaps_over_equal_examples() -> None:
+def test_the_search_skips_equal_examples() -> None:
     """A walk step by step would take the square of their number: minutes here."""
     codes = np.zeros(200_000, np.int64)
     codes[777] = 1

@@ -110,7 +110,7 @@ def test_the_seed_decides_everything(small: Any, prompts: list[tuple[int, ...]])
     assert len(set(twice)) > 5
 
 
-def test_global_random_states_stay_where_they_were(small: Any, prompts: list[tuple[int, ...]]) -> None:
+def test_global_random_states_do_not_change(small: Any, prompts: list[tuple[int, ...]]) -> None:
     before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     sample(small, prompts, fp32(), eos_id=EOS, seed=2)
     assert torch.get_rng_state().equal(before[0])

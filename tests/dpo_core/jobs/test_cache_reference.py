@@ -79,7 +79,7 @@ def test_two_ranks_give_the_log_probs_of_one(model: Path, tmp_path: Path) -> Non
     assert_same(alone, again)
 
 
-def test_a_killed_rank_costs_only_what_it_had_not_kept(model: Path, tmp_path: Path) -> None:
+def test_a_killed_rank_loses_only_what_it_had_not_saved(model: Path, tmp_path: Path) -> None:
     alone = job(tmp_path / "alone", model, 1, rows=200, budget=32)
     result = run_job_file(alone)
     killed = job(tmp_path / "killed", model, 2, rows=200, budget=32)

@@ -74,7 +74,7 @@ def test_two_ranks_give_the_numbers_of_one(
     assert run_job_file(job(tmp_path, models, rows, 2)) == alone
 
 
-def test_a_killed_evaluation_goes_on_where_it_was(
+def test_a_killed_evaluation_resumes(
     alone: dict[str, Any], models: dict[str, str], rows: str, tmp_path: Path
 ) -> None:
     assert killed_and_resumed(job(tmp_path, models, rows, 2), units=4) == alone

@@ -121,7 +121,7 @@ def test_tokens_are_compared_once_whatever_the_number_of_ranks(model: Path, tmp_
     assert run_job_file(job) == {"differing": []}
 
 
-def test_a_kind_that_this_version_does_not_know_is_named(tmp_path: Path) -> None:
+def test_an_unknown_kind_of_job_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "job.json"
     path.write_text(json.dumps({"kind": "sculpt", "work": str(tmp_path)}))
     done = subprocess.run(

@@ -71,7 +71,7 @@ def test_two_ranks_make_the_pairs_of_one(
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "pairs.parquet"), pairs)
 
 
-def test_killed_sampling_goes_on_where_it_was(
+def test_killed_sampling_resumes(
     sampled: tuple[Any, pd.DataFrame], taught: Path, rows: str, tmp_path: Path
 ) -> None:
     counts, pairs = sampled

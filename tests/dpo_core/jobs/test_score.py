@@ -47,7 +47,7 @@ def test_rewards_are_those_of_the_model_whatever_the_ranks(reward: str, tiny: Pa
     assert len(set(found)) == 6, "six different rows"
 
 
-def test_what_does_not_fit_is_cut_and_a_killed_job_goes_on(reward: str, tmp_path: Path) -> None:
+def test_long_prompts_are_truncated_and_a_killed_job_resumes(reward: str, tmp_path: Path) -> None:
     long = [answer * 300 for answer in ANSWERS] * 4  # several batches for each rank
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     for folder in (alone, killed):

@@ -22,7 +22,7 @@ def test_all_pairs_by_hand() -> None:
     assert ties == 0
 
 
-def test_extremes_by_hand() -> None:
+def test_the_extreme_pairs_by_hand() -> None:
     pairs, ties = pair_up(samples(0.1, 0.9, 0.5), PairSamplingConfig(pairing="extremes"))
     assert texts(pairs) == {("text 1", "text 0")}
     assert ties == 0

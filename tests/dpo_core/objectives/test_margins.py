@@ -191,7 +191,7 @@ def test_infinite_data_recovers_the_reward_up_to_a_constant(
     torch.testing.assert_close(constant, constant[:1].expand(4), rtol=0, atol=1e-5)
 
 
-def test_dpo_does_not_mind_mass_on_answers_outside_the_data() -> None:
+def test_dpo_is_indifferent_to_mass_outside_the_data() -> None:
     """Three answers, π_ref = (½, ½, 0), one pair 1 > 2: the loss is log(1 + (b/a)^beta), whatever π(3) is."""
     for a, b in [(0.1, 1e-9), (0.9, 1e-9)]:
         logs = [torch.tensor([math.log(p)], dtype=torch.float64) for p in (a, b, 0.5, 0.5)]
@@ -219,7 +219,7 @@ def test_a_gradient_to_be_clipped_has_a_norm(name: str, parameters: dict[str, fl
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("fdpo_forward_kl", {}), ("fdpo_alpha", {"alpha": 0.5})])
-def test_exponentials_go_on_as_tangents(name: str, parameters: dict[str, float]) -> None:
+def test_exponentials_continue_as_tangents(name: str, parameters: dict[str, float]) -> None:
     """A completion that lost very much is still drawn back, and harder than one that lost less."""
     logps = margins(-10.0, -29.0, -100.0, -300.0)
     (chosen,) = gradients(get(name), logps, "chosen_B", beta=BETA, **parameters)
@@ -287,7 +287,7 @@ class TestTransport:
         found = get("aot").function(logps, beta=1.0, label_smoothing=0.0)
         assert found.tolist() == pytest.approx([math.log1p(math.exp(-1)), math.log1p(math.exp(-2.5))])
 
-    def test_unpaired_aot_forgets_which_answers_belong_together(self) -> None:
+    def test_unpaired_aot_does_not_depend_on_the_pairing(self) -> None:
         logps = pairs_at(16)
         order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
         shuffled = replace(

@@ -203,7 +203,7 @@ class TestTokenLevel:
         function = get("tdpo2").function
         assert (function(more, beta=BETA, alpha=0.5) < function(logps, beta=BETA, alpha=0.5)).all()
 
-    def test_a_live_reference_is_asked_for(self) -> None:
+    def test_a_live_reference_is_required(self) -> None:
         assert get("tdpo1").needs_full_vocabulary
         assert get("tdpo2").needs() == ["pairs", "live reference"]
         assert not get("dpo").needs_full_vocabulary

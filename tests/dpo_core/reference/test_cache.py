@@ -77,14 +77,14 @@ def test_a_missing_key_is_refused_with_the_count() -> None:
         LogpShard.build({}).sums([known])
 
 
-def test_a_value_that_is_spoilt_spoils_its_own_sum_only() -> None:
+def test_a_bad_value_affects_only_its_own_sum() -> None:
     keys = [bytes([i]) + bytes(15) for i in range(3)]
     values = np.float32([-1.0, -2.0]), np.float32([-3.0, np.nan]), np.float32([-4.0])
     sums = LogpShard.build(dict(zip(keys, values, strict=True))).sums(keys)
     np.testing.assert_array_equal(sums, [-3.0, np.nan, -4.0])
 
 
-def test_keys_that_share_their_first_half_are_never_taken_for_each_other() -> None:
+def test_keys_with_the_same_first_half_are_distinguished() -> None:
     first = bytes(8) + b"\1" + bytes(7)
     second = bytes(8) + b"\2" + bytes(7)
     shard = LogpShard.build({first: np.float32([-1.0])})
@@ -93,7 +93,7 @@ def test_keys_that_share_their_first_half_are_never_taken_for_each_other() -> No
 
 @pytest.mark.parametrize("array", ["keys", "offsets", "values"])
 @pytest.mark.parametrize("place", [0, -1])
-def test_a_changed_byte_is_found(tmp_path: Path, array: str, place: int) -> None:
+def test_a_changed_byte_is_detected(tmp_path: Path, array: str, place: int) -> None:
     LogpShard.build({bytes(16): np.float32([-1.0, -2.0])}).save(tmp_path / "shard")
     file = tmp_path / "shard" / f"{array}.npy"
     content = bytearray(file.read_bytes())
@@ -104,14 +104,14 @@ def test_a_changed_byte_is_found(tmp_path: Path, array: str, place: int) -> None
 
 
 @pytest.mark.parametrize("lost", ["shard.json", "values.npy"])
-def test_a_lost_file_is_found(tmp_path: Path, lost: str) -> None:
+def test_a_missing_file_is_detected(tmp_path: Path, lost: str) -> None:
     LogpShard.build({bytes(16): np.float32([-1.0])}).save(tmp_path / "shard")
     (tmp_path / "shard" / lost).unlink()
     with pytest.raises(StageFailed, match="is damaged"):
         LogpShard.open(tmp_path / "shard")
 
 
-def test_a_cache_passes_over_half_written_and_damaged_shards(tmp_path: Path) -> None:
+def test_a_cache_skips_incomplete_and_damaged_shards(tmp_path: Path) -> None:
     good, bad = bytes(15) + b"\1", bytes(15) + b"\2"
     cache = ReferenceCache(tmp_path)
     cache.add({good: np.float32([-1.0])})
@@ -132,7 +132,7 @@ class Killed(Exception):
     pass
 
 
-def test_going_on_after_a_kill_gives_the_same_bits(
+def test_resuming_after_a_kill_gives_the_same_bits(
     model: Any, sequences: list[Sequence], tmp_path: Path
 ) -> None:
     settings: dict[str, Any] = {"precision": "fp32", "token_budget": 64}
@@ -198,7 +198,7 @@ def test_the_shard_says_how_many_entries_it_holds(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["empty", "folder"])
-def test_facts_that_are_damaged_are_written_again(tmp_path: Path, damage: str) -> None:
+def test_damaged_facts_are_written_again(tmp_path: Path, damage: str) -> None:
     facts = ReferenceFacts(weights_sha256="a" * 64, precision="fp32", attention="eager", definition_version=1)
     path = tmp_path / facts.key / FACTS
     ReferenceCache(path.parent, facts)

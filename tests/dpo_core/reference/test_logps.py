@@ -121,7 +121,7 @@ CHANGES: dict[str, tuple[Any, int]] = {
 
 @pytest.mark.usefixtures("real_bf16")
 @pytest.mark.parametrize("what", CHANGES)
-def test_what_decides_a_log_prob_is_computed_anew(
+def test_a_changed_part_of_the_key_is_computed_again(
     tiny: Path, tmp_path: Path, what: str, forwards: list[str]
 ) -> None:
     change, touched = CHANGES[what]
@@ -146,7 +146,7 @@ def test_what_decides_a_log_prob_is_computed_anew(
         np.testing.assert_allclose(now.shard.sums(keys), fresh.shard.sums(keys), rtol=0, atol=1e-4)
 
 
-def test_damage_is_found_named_and_computed_again(
+def test_damaged_shards_are_reported_and_computed_again(
     tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pairs = token_pairs(tiny, ROWS)

@@ -61,7 +61,7 @@ def test_a_shard_is_a_dictionary(entries: Entries, data: st.DataObject) -> None:
     assert_same(shard, entries, known, first)
 
 
-def test_work_done_in_pieces_is_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_work_in_pieces_is_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = np.random.default_rng(1)
     entries = {bytes(draw.bytes(16)): draw.normal(size=n).astype(np.float32) for n in range(60)}
     shard = LogpShard.build(entries)
@@ -97,7 +97,7 @@ def test_a_saved_shard_is_the_same_and_searches_without_a_copy(tmp_path: Path) -
 
 @pytest.mark.parametrize("verify", [True, False])
 @pytest.mark.parametrize("array", ["keys", "offsets", "values"])
-def test_a_truncated_array_is_found(tmp_path: Path, array: str, verify: bool) -> None:
+def test_a_truncated_array_is_detected(tmp_path: Path, array: str, verify: bool) -> None:
     LogpShard.build({bytes([i]) * 16: np.float32([-1.0, -2.0]) for i in range(9)}).save(tmp_path / "shard")
     file = tmp_path / "shard" / f"{array}.npy"
     file.write_bytes(file.read_bytes()[:-8])
@@ -116,7 +116,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_arrays_that_do_not_belong_together_are_found_under_right_digests(tmp_path: Path, name: str) -> None:
+def test_inconsistent_arrays_are_detected_with_right_digests(tmp_path: Path, name: str) -> None:
     """A writer's fault: every file is what was written, and was written wrong."""
     array, content, seen_at_once = WRONG[name]
     entries = {np.array([i, 0], np.uint64).tobytes(): np.float32([-1.0, -2.0]) for i in (1, 2)}

@@ -46,7 +46,7 @@ def test_a_reward_that_can_be_learnt_is_learnt(alone: None, tiny: Path, tmp_path
     assert np.mean(scores[-3:]) > np.mean(scores[:2]) + 0.5
 
 
-def test_a_killed_run_goes_on_bit_for_bit(tiny: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_bit_for_bit(tiny: Path, tmp_path: Path) -> None:
     """With a moving reference and dynamic sampling, whose position is no function of the round."""
     changes = {"variant": "dapo", "iterations": 6, "reference_ema": 0.3, "epochs": 2, "minibatches": 2}
     straight = group_job(tmp_path / "straight", tiny, **changes)
@@ -110,7 +110,7 @@ def test_dynamic_sampling_replaces_groups_without_a_difference() -> None:
     assert sorted((e.group, e.score) for e in found) == [(0, 4), (0, 5), (1, 0), (1, 1), (2, 3), (2, 3)]
 
 
-def test_dynamic_sampling_asks_again(alone: None, tiny: Path, tmp_path: Path) -> None:
+def test_dynamic_sampling_draws_again(alone: None, tiny: Path, tmp_path: Path) -> None:
     """The letters are rare: many groups score 0 throughout, and with redraws fewer stay so."""
     shares = []
     for rounds in (0, 3):

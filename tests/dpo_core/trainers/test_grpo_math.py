@@ -78,7 +78,7 @@ def test_leave_one_out_is_the_centred_reward_times_g_over_g_minus_1() -> None:
     assert pair.tolist() == [2.0, -2.0]
 
 
-def test_soft_overlong_punishment() -> None:
+def test_soft_overlong_penalty() -> None:
     lengths = torch.tensor([10, 80, 90, 100, 120])
     assert soft_overlong(lengths, 100, 20).tolist() == [0.0, 0.0, -0.5, -1.0, -1.0]
 

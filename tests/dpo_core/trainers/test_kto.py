@@ -58,7 +58,7 @@ def lines(work: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("name", FIRST)
-def test_ten_steps_go_where_they_always_went(name: str, alone: None, tiny: Path, shard: Path, tmp_path: Path):
+def test_ten_steps_give_the_recorded_values(name: str, alone: None, tiny: Path, shard: Path, tmp_path: Path):
     trainer_of(name, tiny, ROWS, tmp_path, shard=shard, reference_is_start=True).train()
     found = lines(tmp_path)
     assert len(found) == STEPS
@@ -284,7 +284,7 @@ def test_a_start_off_the_reference_is_refused(
 # Rows, weights -------------------------------------------------------------------------------------------
 
 
-def test_pairs_are_taken_apart(tiny: Path) -> None:
+def test_pairs_are_split_into_single_answers(tiny: Path) -> None:
     tokenise = Tokenise(load_tokenizer(tiny), TokenConfig(max_length=64, max_prompt_length=32))
     rows = pair_rows(4)
     found, dropped = unpaired_examples(tokenise, rows)

@@ -89,7 +89,7 @@ def test_an_objective_that_compares_the_whole_batch_refuses_a_split_one(name, al
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_ten_steps_go_where_they_always_went(name, alone, tmp_path, tiny, shard):
+def test_ten_steps_give_the_recorded_values(name, alone, tmp_path, tiny, shard):
     golden = json.loads(GOLDEN.read_text())[name]
     guided = name in GUIDED
     values = shard if guided else write_reference(tiny, ROWS, tmp_path / "shard")

@@ -58,7 +58,7 @@ def test_a_reward_that_can_be_learnt_is_learnt(alone: None, tiny: Path, tmp_path
 
 
 @pytest.mark.parametrize("renew", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_killed_run_goes_on_bit_for_bit(tiny: Path, tmp_path: Path, renew: bool) -> None:
+def test_a_killed_run_resumes_bit_for_bit(tiny: Path, tmp_path: Path, renew: bool) -> None:
     changes = {"renew_reference": renew, "iterations": 4, "epochs": 2, "minibatches": 2}
     straight = online(tmp_path / "straight", tiny, **changes)
     assert launch(straight) is State.DONE
@@ -85,7 +85,7 @@ def candidate(reward: float, *completion: int) -> ScoredEpisode:
     return ScoredEpisode(Episode(Sequence((1,), completion), "", 0, True, (0.0,)), reward, -1.0)
 
 
-def test_the_best_is_set_against_the_worst() -> None:
+def test_the_best_is_paired_with_the_worst() -> None:
     candidates = [candidate(0.5, 2), candidate(2.0, 3), candidate(-1.0, 4), candidate(2.0, 5)]
     better, worse = best_and_worst(candidates)
     assert (better.episode.sequence.completion, worse.score) == ((3,), -1.0)

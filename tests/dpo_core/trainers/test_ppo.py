@@ -87,7 +87,7 @@ def test_a_reward_that_can_be_learnt_is_learnt(straight: Path) -> None:
         )
 
 
-def test_the_kl_weight_is_steered(straight: Path) -> None:
+def test_the_kl_coefficient_adapts(straight: Path) -> None:
     lines = curve(straight)
     for now, following in pairwise(lines):
         error = float(np.clip(now["objective/kl"] / 3.0 - 1, -0.2, 0.2))
@@ -95,7 +95,7 @@ def test_the_kl_weight_is_steered(straight: Path) -> None:
         assert following["objective/kl_coef"] == pytest.approx(wanted)
 
 
-def test_a_killed_run_goes_on_bit_for_bit(straight: Path, tiny: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_bit_for_bit(straight: Path, tiny: Path, tmp_path: Path) -> None:
     """Policy, critic, KL controller, the prompts' position: all as in the run that nobody killed."""
     job = ppo_job(tmp_path, tiny)
     kill_in_round(job, 4)
@@ -130,7 +130,7 @@ def test_two_ranks_take_the_steps_of_one(straight: Path, tiny: Path, tmp_path: P
         assert lines[1][name] == pytest.approx(wanted[1][name], abs=1e-3), name
 
 
-def test_shards_of_two_ranks_go_on_in_one(tiny: Path, tmp_path: Path) -> None:
+def test_shards_of_two_ranks_resume_on_one(tiny: Path, tmp_path: Path) -> None:
     """Policy and critic under ZeRO 2, saved by two ranks, both converted for one."""
     optim = {"learning_rate": 1e-2, "schedule": "constant", "warmup_fraction": 0.0, "epsilon": 1e-5}
     both = {"optim": optim, "critic_optim": optim, "minibatches": 1}
@@ -157,7 +157,7 @@ def test_sampler_and_trainer_are_the_same_policy(straight: Path) -> None:
 
 
 @pytest.mark.usefixtures("real_bf16")
-def test_a_bf16_sampler_shows_in_the_difference(alone: None, tiny: Path, tmp_path: Path) -> None:
+def test_a_bf16_sampler_is_visible_in_the_logp_difference(alone: None, tiny: Path, tmp_path: Path) -> None:
     sampling = {"max_new_tokens": 8, "batch_size": 16, "precision": "bf16"}
     job = online_job(
         tmp_path,
@@ -271,7 +271,7 @@ def test_log_probs_are_of_the_responses_at_the_temperature(model: Any, temperatu
             assert not logps_R[len(wanted) :].any()
 
 
-def test_a_reward_that_fails_stops_the_run_with_its_words(alone: None, tiny: Path, tmp_path: Path) -> None:
+def test_a_failing_reward_stops_the_run_with_its_message(alone: None, tiny: Path, tmp_path: Path) -> None:
     job = ppo_job(tmp_path, tiny)
     (tmp_path / "reward.py").write_text(
         "def count_o(prompts, completions):\n    return [float('nan')] * 32\n"
@@ -281,7 +281,7 @@ def test_a_reward_that_fails_stops_the_run_with_its_words(alone: None, tiny: Pat
     assert "the reward 'count_o' returned nan for row 0" in error["problem"]
 
 
-def test_no_prompts_are_told(tmp_path: Path) -> None:
+def test_no_prompts_are_an_error(tmp_path: Path) -> None:
     from dpo_core.errors import StageFailed
     from dpo_core.generation.config import SamplingConfig
 

@@ -176,7 +176,7 @@ def test_zero_scores_at_the_reference_give_zero_rewards() -> None:
     assert rewards.abs().sum().item() == 0.0
 
 
-def test_the_score_lies_on_the_last_real_token() -> None:
+def test_the_score_is_on_the_last_real_token() -> None:
     logps = noise(7)
     scores = torch.tensor([1.0, -2.0, 3.0, 4.0, 5.0])
     rewards = per_token_rewards(logps, logps, MASK, scores, kl_coef=0.05)
@@ -424,7 +424,7 @@ def test_adaptive_kl_refuses_a_non_finite_kl() -> None:
     assert controller.value == 0.15
 
 
-def test_the_score_may_stand_one_state_later() -> None:
+def test_the_score_may_be_one_state_later() -> None:
     """TRL's position: on the state after the last token, where the response leaves room for it."""
     mask = mask_of([2, 3], 3)
     states = mask_of([3, 3], 4)  # the second response is as long as may be

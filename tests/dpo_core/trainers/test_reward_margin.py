@@ -70,7 +70,7 @@ def test_the_trainer_asks_for_the_margin_of_each_pair(
     torch.testing.assert_close(trainer.module.head.bias.grad, wanted_bias[None], rtol=1e-4, atol=1e-5)
 
 
-def test_a_margin_widens_the_gap_that_training_makes(alone: None, tiny: Path, tmp_path: Path) -> None:
+def test_a_margin_widens_the_trained_gap(alone: None, tiny: Path, tmp_path: Path) -> None:
     """Through the job: the sure pairs, all else equal, end farther apart than without a margin."""
     rows = rows_of(*([1.0] * 8))
     loop = {"batch_size": 8, "micro_batch_size": 8, "epochs": 30, "engine": ENGINE}

@@ -37,7 +37,7 @@ def store(tmp_path: Path) -> Checkpoints:
     return Checkpoints(tmp_path / "checkpoints", keep=2)
 
 
-def test_the_newest_are_kept_and_found(store: Checkpoints) -> None:
+def test_the_newest_checkpoints_are_kept(store: Checkpoints) -> None:
     assert store.newest() is None
     for step in (5, 10, 15):
         write(store, step)
@@ -45,7 +45,7 @@ def test_the_newest_are_kept_and_found(store: Checkpoints) -> None:
     assert store.newest() == (store.folder / "step-00000015", CheckpointInfo(15, 1, 0))
 
 
-def test_half_of_one_is_never_taken_for_one(store: Checkpoints) -> None:
+def test_an_incomplete_checkpoint_is_never_loaded(store: Checkpoints) -> None:
     write(store, 5)
     half = store.begin(10)
     (half / "mp_rank_00_model_states.pt").write_bytes(b"wei")
@@ -106,14 +106,14 @@ def test_all_damaged_names_the_folder(store: Checkpoints) -> None:
     assert "step-00000010: mp_rank_00_model_states.pt is missing" in caught.value.problem
 
 
-def test_a_damaged_later_one_is_gone_once_the_run_has_gone_on(store: Checkpoints) -> None:
+def test_a_damaged_later_checkpoint_is_removed_by_the_next_save(store: Checkpoints) -> None:
     write(store, 5)
     flip(write(store, 10))
     write(store, 7)
     assert names(store) == ["step-00000005", "step-00000007"]
 
 
-def test_a_shard_that_is_missing_is_told(store: Checkpoints) -> None:
+def test_a_missing_shard_of_a_rank_is_an_error(store: Checkpoints) -> None:
     write(store, 5, ranks=2, stage=2, shards=2)
     with pytest.raises(StageFailed, match=r"2 ranks wrote a checkpoint, but .* has the shards of only 1"):
         write(store, 10, ranks=2, stage=2, shards=1)
@@ -147,7 +147,7 @@ def numbers(work: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in line.items() if k not in times} for line in curve(work)]
 
 
-def test_a_run_passes_over_a_damaged_checkpoint_and_ends_the_same(
+def test_a_run_skips_a_damaged_checkpoint_and_gives_the_same_result(
     alone: None, tiny: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = job(tmp_path, tiny)
@@ -165,7 +165,7 @@ def test_a_run_passes_over_a_damaged_checkpoint_and_ends_the_same(
     assert read_digest(tmp_path / "checkpoints" / "step-00000006").step == 6
 
 
-def test_a_run_with_damaged_checkpoints_only_does_not_start_anew(
+def test_a_run_with_only_damaged_checkpoints_does_not_start_over(
     alone: None, tiny: Path, tmp_path: Path
 ) -> None:
     path = job(tmp_path, tiny)

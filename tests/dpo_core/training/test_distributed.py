@@ -118,7 +118,7 @@ def test_stages_change_nothing(alone_at_each_stage: Lab, name: str) -> None:
     assert losses[-1] < losses[0] - 0.01, "there was something to differ in"
 
 
-def test_two_ranks_with_all_cut_up_change_nothing(alone_at_each_stage: Lab) -> None:
+def test_two_ranks_with_zero_3_change_nothing(alone_at_each_stage: Lab) -> None:
     lab = alone_at_each_stage
     lab.run(2, [lab.job("cut-up", processes=2, **STAGES["zero-3"])])
     lab.assert_same("cut-up", "zero-0-of-1", tolerance=1e-5)
@@ -177,7 +177,7 @@ def test_the_reward_model_is_the_same_at_every_stage(lab: Lab) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tdpo2", "orpo_full"])
-def test_more_readers_of_the_output_head_are_the_same_with_all_cut_up(lab: Lab, name: str) -> None:
+def test_losses_that_read_the_output_head_are_the_same_with_zero_3(lab: Lab, name: str) -> None:
     """Beside a whole live reference, and over the prompts."""
 
     def job(work: str, **engine: Any) -> Path:
@@ -207,17 +207,17 @@ def moved(lab: Lab, stages: dict[str, dict[str, Any]]) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_of_one_replicated_file_goes_on_with_other_ranks(courses: Lab) -> None:
+def test_a_checkpoint_without_zero_resumes_on_another_number_of_ranks(courses: Lab) -> None:
     moved(courses, {"zero-0": STAGES["zero-0"]})
 
 
 @pytest.mark.slow
-def test_sharded_runs_go_on_with_other_ranks(courses: Lab) -> None:
+def test_sharded_runs_resume_on_another_number_of_ranks(courses: Lab) -> None:
     moved(courses, {name: how for name, how in STAGES.items() if how["zero_stage"]})
 
 
 @pytest.mark.slow
-def test_offloaded_runs_go_on_with_other_ranks(courses: Lab) -> None:
+def test_offloaded_runs_resume_on_another_number_of_ranks(courses: Lab) -> None:
     offloaded = {n: how for n, how in MORE.items() if "offload" in how}
     courses.run(1, [courses.job(f"{name}-of-1", **how) for name, how in offloaded.items()])
     courses.run(2, [courses.job(f"{name}-of-2", processes=2, **how) for name, how in offloaded.items()])
@@ -225,7 +225,7 @@ def test_offloaded_runs_go_on_with_other_ranks(courses: Lab) -> None:
 
 
 @pytest.mark.slow
-def test_the_rank_that_fails_by_itself_says_why(lab: Lab) -> None:
+def test_the_rank_that_fails_reports_the_cause(lab: Lab) -> None:
     """A reference value spoilt on disk, in a pair that only rank 1 is dealt; rank 0 merely misses rank 1."""
     job = lab.job("one-fails", processes=2)
     pairs = training_jobs.token_pairs(lab.tiny, ROWS)
@@ -271,7 +271,7 @@ def test_ppo_refuses_to_sample_from_shards() -> None:
         (ValueError("Connection closed by peer"), False),
     ],
 )
-def test_a_lost_peer_is_told_from_other_errors(error: Exception, lost: bool) -> None:
+def test_a_lost_peer_is_distinguished_from_other_errors(error: Exception, lost: bool) -> None:
     told = lost_peer(error)
     assert (told is not None) == lost
     if told:

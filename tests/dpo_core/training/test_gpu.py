@@ -73,7 +73,7 @@ def test_bf16_is_near_fp32_and_its_gradients_are_finite(lay_out):
 
 
 @pytest.mark.parametrize("heads", [2, 4])
-def test_a_training_job_takes_the_course_it_takes_on_a_cpu(heads: int, tmp_path: Path, monkeypatch):
+def test_a_training_job_trains_as_on_a_cpu(heads: int, tmp_path: Path, monkeypatch):
     rows, model = pair_rows(16), make_tiny_model(tmp_path / "model", num_attention_heads=heads)
     shard = write_reference(model, rows, tmp_path / "reference")
     settings = {

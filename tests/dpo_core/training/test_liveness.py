@@ -103,7 +103,7 @@ def test_slow_ranks_are_not_lost_and_leave_one_by_one(ranks: Ranks) -> None:
 
 
 @pytest.mark.parametrize("victim", [0, 2])
-def test_a_rank_that_dies_ends_the_others_although_they_hang(ranks: Ranks, victim: int) -> None:
+def test_a_dead_rank_ends_the_others_although_they_hang(ranks: Ranks, victim: int) -> None:
     work: list[Work] = [nap(60)] * 3
     work[victim] = die
     start = time.monotonic()
@@ -115,7 +115,7 @@ def test_a_rank_that_dies_ends_the_others_although_they_hang(ranks: Ranks, victi
         assert ranks.said(rank) == f"rank {victim} has ended"
 
 
-def test_a_rank_that_fails_by_itself_may_say_so(tmp_path: Path) -> None:
+def test_a_failing_rank_may_report_its_own_error(tmp_path: Path) -> None:
     """The other end dies, and then the main thread fails of that within the time that it is given."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     told: list[str] = []
@@ -136,7 +136,7 @@ def _joins_and_dies(port: int) -> None:
     os._exit(0)
 
 
-def test_strangers_are_turned_away_and_missing_ranks_are_named() -> None:
+def test_foreign_connections_are_refused_and_missing_ranks_are_counted() -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     stranger = FORK.Process(target=_stranger, args=[store.port])
     stranger.start()
@@ -163,7 +163,7 @@ def test_an_unreachable_rank_0_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
         LivenessMonitor(lambda _: None).connect(store, "watch", 1, 2, silence=1.0, timeout=1.0)
 
 
-def test_the_agent_tells_uncollected_children_from_others() -> None:
+def test_the_agent_distinguishes_uncollected_children() -> None:
     child = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE)
     assert _state(child.pid) == "alive"
     assert child.stdin

@@ -153,7 +153,7 @@ def test_accumulation_changes_nothing(
 
 
 @pytest.mark.parametrize(("pack_tokens", "processes"), [(4096, 1), (128, 1), (128, 2)])
-def test_packs_on_any_number_of_ranks_take_one_course(
+def test_packs_on_any_number_of_ranks_train_alike(
     alone: None, tiny: Path, shard: Path, tmp_path: Path, pack_tokens: int, processes: int
 ) -> None:
     """The batch is the whole set, so that padded rows meet the same pairs in every step."""
@@ -183,7 +183,7 @@ def test_two_ranks_change_nothing(straight: Path, tiny: Path, shard: Path, tmp_p
     assert_same_course(tmp_path, straight, steps=8)
 
 
-def test_a_batch_that_cannot_be_dealt_out_is_refused() -> None:
+def test_a_batch_that_does_not_divide_into_micro_batches_is_refused() -> None:
     with pytest.raises(ValidationError, match=r"batch_size 8 is not a multiple of .* = 6"):
         LoopConfig(batch_size=8, micro_batch_size=3, engine={"processes": 2})
 
@@ -272,7 +272,7 @@ def _newest(work: Path) -> int:
     return max((int(p.name.removeprefix("step-")) for p in work.glob("checkpoints/step-*")), default=0)
 
 
-def test_a_kill_fails_a_stop_is_told_and_a_resumed_job_is_done(
+def test_a_kill_fails_a_stop_is_reported_and_a_resumed_job_is_done(
     resumed: tuple[Path, list[int], list[State]],
 ) -> None:
     _, lengths, states = resumed
@@ -293,7 +293,7 @@ def test_a_resumed_run_is_the_straight_run_bit_for_bit(
         assert ours[name].equal(tensor), name
 
 
-def test_half_a_checkpoint_is_not_resumed_from(
+def test_an_incomplete_checkpoint_is_not_resumed_from(
     alone: None, straight: Path, tiny: Path, shard: Path, tmp_path: Path
 ) -> None:
     half = tmp_path / "checkpoints" / "tmp-step-00000005"
@@ -304,7 +304,7 @@ def test_half_a_checkpoint_is_not_resumed_from(
     assert not half.exists()
 
 
-def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
+def test_metrics_after_the_checkpoint_are_removed_on_resume(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": i, "loss": 1.0}) for i in (1, 2, 3)]
     path.write_text("\n".join(lines) + '\n{"step": 4, "lo')
@@ -373,7 +373,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
     assert not curve(tmp_path)
 
 
-def test_a_method_that_there_is_not_is_told(alone: None, tiny: Path, tmp_path: Path) -> None:
+def test_an_unknown_method_is_an_error(alone: None, tiny: Path, tmp_path: Path) -> None:
     assert run_here(write_job(tmp_path, "dppo", tiny, ROWS)) == 2
     assert "no method 'dppo' (did you mean" in error_of(tmp_path)["problem"]
 
@@ -384,7 +384,7 @@ def test_a_parameter_that_the_objective_does_not_read_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_saves_the_step_at_hand(
+def test_a_signal_saves_the_current_step(
     alone: None, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
     """The test process sends itself in the middle of its own run what torchrun hands on to its ranks."""

@@ -59,7 +59,7 @@ def counted(config: Any, layout: Layout, engine: EngineConfig) -> int:
 @pytest.mark.parametrize("lay_out", [pack, pad])
 @pytest.mark.parametrize("changes", [{}, {"precision": "fp32"}, {"gradient_checkpointing": True}])
 @pytest.mark.parametrize(("config", "documents"), [(LLAMA, 6), (WORDY, 1)])
-def test_two_fake_layers_tell_of_all_real_ones(config, documents, lay_out, changes):
+def test_two_fake_layers_predict_all_real_ones(config, documents, lay_out, changes):
     layout, engine = lay_out(DOCUMENTS[:documents]), EngineConfig(**changes)
     told = step_memory(config, layout, engine)
     assert told.peak.all == pytest.approx(counted(config, layout, engine), rel=0.03)

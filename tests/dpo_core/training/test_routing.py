@@ -39,7 +39,7 @@ def test_it_is_what_transformers_computes(family: str, tmp_path: Path) -> None:
     assert any(p.grad is not None and float(p.grad.abs().max()) > 0 for p in model.parameters())
 
 
-def test_it_is_left_out_where_nobody_asks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_it_is_left_out_unless_the_config_sets_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for number, asked in enumerate(({"output_router_logits": True, "router_aux_loss_coef": 0.0}, {})):
         assert router_balance(load_model(make_family(tmp_path / str(number), "mixtral", **asked))) is None
     assert router_balance(load_model(make_family(tmp_path / "dense", "llama"))) is None

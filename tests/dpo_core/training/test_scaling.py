@@ -8,7 +8,7 @@ from dpo_core.training import scaling
 
 
 @pytest.mark.parametrize("name", scaling.MODELS)
-def test_the_page_holds_the_tables(name):
+def test_the_page_has_the_tables(name):
     page = (Path(__file__).parents[3] / "flows" / "docs" / "SCALING.md").read_text()
     assert scaling.table(name) in page
 
@@ -25,7 +25,7 @@ def test_volumes_in_sizes_of_the_model():
     assert scaling.state_bytes(1e9, 8, 3) == 2e9
 
 
-def test_advice_takes_the_lowest_stage_that_fits():
+def test_the_recommendation_is_the_lowest_stage_that_fits():
     assert scaling.recommendation(1e9, 1) == "`zero_stage: 0`"
     assert scaling.recommendation(7e9, 8) == "`zero_stage: 2`"
     assert scaling.recommendation(70e9, 1) == "`zero_stage: 3, offload: parameters`"
