@@ -18,10 +18,10 @@ def test_an_explained_recipe_is_the_recipe(name: str) -> None:
 
 def test_every_field_is_explained_above_it() -> None:
     lines = commented(load_recipe("demo", ["description='a: b # c'"])).splitlines()
-    told = [line.lstrip().startswith("#") for line in lines]
-    assert not [line for place, line in enumerate(lines) if not (told[place] or told[place - 1])]
+    is_comment = [line.lstrip().startswith("#") for line in lines]
+    assert not [line for place, line in enumerate(lines) if not (is_comment[place] or is_comment[place - 1])]
     assert "description: 'a: b # c'" in lines
-    assert max(len(line) for line, is_told in zip(lines, told, strict=True) if is_told) <= 102
+    assert max(len(line) for line, comment in zip(lines, is_comment, strict=True) if comment) <= 102
 
 
 @pytest.mark.parametrize("on", TARGETS)

@@ -14,9 +14,9 @@ GIVEN = {"optim": {"schedule": "cosine"}, "engine": {"precision": "fp32"}}
 @pytest.mark.parametrize("name", methods())
 def test_a_partly_given_section_keeps_the_other_defaults_of_the_method(name: str) -> None:
     kind = methods()[name].settings
-    plain, given = kind(), kind(**GIVEN)
-    assert given.optim == plain.optim.model_copy(update=GIVEN["optim"])
-    assert given.engine == plain.engine.model_copy(update=GIVEN["engine"])
+    plain, changed = kind(), kind(**GIVEN)
+    assert changed.optim == plain.optim.model_copy(update=GIVEN["optim"])
+    assert changed.engine == plain.engine.model_copy(update=GIVEN["engine"])
 
 
 def test_so_it_is_in_a_policy_and_in_the_sections_of_a_recipe() -> None:

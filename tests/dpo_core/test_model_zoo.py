@@ -81,11 +81,13 @@ def require_plain_logps(folder: Path) -> None:
     model = load_model(folder)
     disable_dropout(model)
     sequences = random_sequences(6, 300, seed=2, longest=40)
-    found = {i: x for part in completion_logps(model, sequences, "fp32", 4096) for i, x in part.items()}
+    packed_logps = {
+        i: x for part in completion_logps(model, sequences, "fp32", 4096) for i, x in part.items()
+    }
     with torch.no_grad():
         wanted = [full_logps(model, sequence) for sequence in sequences]
     for index, logps in enumerate(wanted):
-        torch.testing.assert_close(found[index], logps, rtol=1e-4, atol=2e-4)
+        torch.testing.assert_close(packed_logps[index], logps, rtol=1e-4, atol=2e-4)
 
 
 def require_plain_samples(folder: Path) -> None:

@@ -20,22 +20,22 @@ def example(prompt: int, completion: int, desirable: bool = True) -> UnpairedExa
 def test_every_prompt_gets_another_examples_answer() -> None:
     examples = [example(i // 3, 100 + i) for i in range(60)]
     known = {e.sequence for e in examples}
-    found = mismatched(examples)
-    assert [s.prompt for s in found] == [e.sequence.prompt for e in examples]
-    assert not known & set(found)
-    assert all(s.completion != e.sequence.completion for s, e in zip(found, examples, strict=True))
+    mismatches = mismatched(examples)
+    assert [s.prompt for s in mismatches] == [e.sequence.prompt for e in examples]
+    assert not known & set(mismatches)
+    assert all(s.completion != e.sequence.completion for s, e in zip(mismatches, examples, strict=True))
     # A rotation: nearly every answer is given once, so that the mean is over the data's own answers.
-    assert max(np.unique([s.completion[0] for s in found], return_counts=True)[1]) <= 2
+    assert max(np.unique([s.completion[0] for s in mismatches], return_counts=True)[1]) <= 2
 
 
 def test_partners_do_not_depend_on_order_or_label_and_little_on_one_more_row() -> None:
     examples = [example(i, 100 + i) for i in range(40)]
-    found = dict(zip([e.sequence for e in examples], mismatched(examples), strict=True))
+    mismatches = dict(zip([e.sequence for e in examples], mismatched(examples), strict=True))
     turned = [example(i, 100 + i, desirable=i % 2 > 0) for i in reversed(range(40))]
-    assert dict(zip([e.sequence for e in turned], mismatched(turned), strict=True)) == found
+    assert dict(zip([e.sequence for e in turned], mismatched(turned), strict=True)) == mismatches
     more = [*examples, example(77, 177)]
     again = dict(zip([e.sequence for e in more], mismatched(more), strict=True))
-    assert sum(again[key] != found[key] for key in found) == 1
+    assert sum(again[key] != mismatches[key] for key in mismatches) == 1
 
 
 @pytest.mark.parametrize(
@@ -49,11 +49,11 @@ def test_partners_do_not_depend_on_order_or_label_and_little_on_one_more_row() -
 )
 def test_where_prompts_or_answers_repeat_the_most_different_partner_is_taken(pairs, wanted) -> None:
     examples = [example(*pair) for pair in pairs]
-    own, found = examples[0].sequence, mismatched(examples)[0]
-    assert found.prompt == own.prompt
-    assert (found.completion != own.completion) is (wanted != "another prompt")
+    own, mismatches = examples[0].sequence, mismatched(examples)[0]
+    assert mismatches.prompt == own.prompt
+    assert (mismatches.completion != own.completion) is (wanted != "another prompt")
     if wanted == "both":
-        assert found.completion == (6, 6, 6)
+        assert mismatches.completion == (6, 6, 6)
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=24))
@@ -83,10 +83,10 @@ def test_the_search_skips_equal_examples() -> None:
 
 def test_mismatched_pairs_are_no_longer_than_the_longest_example() -> None:
     short, long = Sequence(tuple(range(9)), (1, 2)), Sequence((1,), tuple(range(10)))
-    found = mismatched([UnpairedExample("a", short, True), UnpairedExample("b", long, False)])
-    assert [len(s) for s in found] == [11, 3]
-    assert found[0].completion == (0, 1)
-    assert found[0].truncated
+    mismatches = mismatched([UnpairedExample("a", short, True), UnpairedExample("b", long, False)])
+    assert [len(s) for s in mismatches] == [11, 3]
+    assert mismatches[0].completion == (0, 1)
+    assert mismatches[0].truncated
 
 
 @pytest.mark.parametrize("examples", [[], [example(1, 2)], [example(1, 2), example(1, 2, False)]])

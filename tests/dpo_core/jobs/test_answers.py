@@ -27,8 +27,8 @@ def test_a_killed_job_on_two_ranks_gives_the_answers_of_one_process(tmp_path: Pa
         sampling=sampling,
         seed=7,
     )
-    found = killed_and_resumed(job, units=3)["answers"]
+    answers = killed_and_resumed(job, units=3)["answers"]
     for name, path in folders.items():
-        assert found[name] == Subject(path, name, tokens).answers(ASKED, sampling, seed=7)
-    assert found["one"] != found["two"]
-    assert len(set(found["one"])) == len(ASKED), "the same prompt is answered anew each time"
+        assert answers[name] == Subject(path, name, tokens).answers(ASKED, sampling, seed=7)
+    assert answers["one"] != answers["two"]
+    assert len(set(answers["one"])) == len(ASKED), "the same prompt is answered anew each time"

@@ -127,11 +127,11 @@ def test_a_reference_with_other_tokens_is_refused(folder: Path, shared: Path, tm
     other = shared / "models" / "stories260K"
     if not (other / "model.safetensors").is_file():
         pytest.skip(f"the model stories260K is not at {other}")
-    given = job(folder, tmp_path, shared, ["hhh"])
-    assert given.reference is not None
-    reference = given.reference.model_copy(update={"name": "stories", "path": str(other)})
+    suites_job = job(folder, tmp_path, shared, ["hhh"])
+    assert suites_job.reference is not None
+    reference = suites_job.reference.model_copy(update={"name": "stories", "path": str(other)})
     from dpo_core.jobs.suites import run
     from dpo_core.training.liveness import LivenessMonitor
 
     with pytest.raises(RecipeError, match="the reference stories has another vocabulary than policy"):
-        run(given.model_copy(update={"reference": reference}), LivenessMonitor(print))
+        run(suites_job.model_copy(update={"reference": reference}), LivenessMonitor(print))

@@ -187,9 +187,9 @@ def test_the_formula_written_a_second_time(name: str, seed: int, spread: float, 
     }
     alone = [rows(batch, slice(i, i + 1)) for i in range(4)]  # a pair that is its own rank
     parts = alone if objective.batch_coupled else [batch]
-    found = [value for part in parts for value in objective.function(part, **parameters).tolist()]
+    split_losses = [value for part in parts for value in objective.function(part, **parameters).tolist()]
     wanted = [FORMULAS[name](plain(batch, i), Numbers(**parameters)) for i in range(4)]
-    assert found == pytest.approx(wanted, rel=1e-9, abs=1e-9)
+    assert split_losses == pytest.approx(wanted, rel=1e-9, abs=1e-9)
 
 
 @every_objective

@@ -107,8 +107,8 @@ def test_reductions_to_dpo(
     """For every policy, not at the reference only."""
     logps = change(pairs_at(seed=seed))
     objective = get(name)
-    found = objective.function(logps, **objective.resolve({"beta": BETA, **parameters}))
-    torch.testing.assert_close(found, get("dpo").function(logps, beta=BETA), rtol=1e-9, atol=1e-12)
+    losses_B = objective.function(logps, **objective.resolve({"beta": BETA, **parameters}))
+    torch.testing.assert_close(losses_B, get("dpo").function(logps, beta=BETA), rtol=1e-9, atol=1e-12)
 
 
 def test_alpha_divergence_between_its_ends() -> None:
@@ -254,8 +254,8 @@ def test_discopop_is_exponential_for_right_and_logistic_for_wrong_pairs() -> Non
 
 def test_dpop_asks_only_for_what_was_lost() -> None:
     logps = margins(2.0, -2.0)
-    found = get("dpop").function(logps, beta=0.1, penalty=5.0)
-    assert found.tolist() == pytest.approx([math.log1p(math.exp(-0.2)), math.log1p(math.exp(1.2))])
+    losses_B = get("dpop").function(logps, beta=0.1, penalty=5.0)
+    assert losses_B.tolist() == pytest.approx([math.log1p(math.exp(-0.2)), math.log1p(math.exp(1.2))])
     (chosen,) = gradients(get("dpop"), margins(-2.0), "chosen_B", beta=0.1, penalty=5.0)
     assert chosen.item() == pytest.approx(-0.1 * 6 / (1 + math.exp(-1.2)))
 
@@ -284,8 +284,8 @@ class TestTransport:
             torch.ones(2),
         )
         # Policy margins 3, 1 and reference margins 0, ½: ranks 1 - 0 and 3 - ½.
-        found = get("aot").function(logps, beta=1.0, label_smoothing=0.0)
-        assert found.tolist() == pytest.approx([math.log1p(math.exp(-1)), math.log1p(math.exp(-2.5))])
+        losses_B = get("aot").function(logps, beta=1.0, label_smoothing=0.0)
+        assert losses_B.tolist() == pytest.approx([math.log1p(math.exp(-1)), math.log1p(math.exp(-2.5))])
 
     def test_unpaired_aot_does_not_depend_on_the_pairing(self) -> None:
         logps = pairs_at(16)
@@ -309,7 +309,7 @@ class TestTransport:
     def test_the_mean_is_that_of_sorted_numbers_in_any_order(self, name: str, seed: int) -> None:
         logps = pairs_at(6, seed)
         order = torch.randperm(6, generator=torch.Generator().manual_seed(seed))
-        found = get(name).function(rows(logps, order), beta=BETA, label_smoothing=0.1).mean().item()
+        mean = get(name).function(rows(logps, order), beta=BETA, label_smoothing=0.1).mean().item()
         v = {key: getattr(logps, f"{key}_B").tolist() for key in ("chosen", "rejected")}
         r = {key: getattr(logps, f"ref_{key}_B").tolist() for key in ("chosen", "rejected")}
         if name == "aot":
@@ -319,7 +319,7 @@ class TestTransport:
             left, right = (sorted(a - b for a, b in zip(v[k], r[k], strict=True)) for k in v)
         us = [BETA * (a - b) for a, b in zip(left, right, strict=True)]
         losses = [0.9 * math.log1p(math.exp(-u)) + 0.1 * math.log1p(math.exp(u)) for u in us]
-        assert found == pytest.approx(sum(losses) / 6, rel=1e-9)
+        assert mean == pytest.approx(sum(losses) / 6, rel=1e-9)
 
     @pytest.mark.parametrize("name", ["aot", "aot_unpaired"])
     def test_order_does_not_matter_and_splitting_does(self, name: str) -> None:

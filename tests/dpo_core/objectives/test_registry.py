@@ -14,11 +14,11 @@ from dpo_core.objectives.registry import _OBJECTIVES
 def test_every_objective_is_complete() -> None:
     assert {"dpo", "cdpo", "robust", "ipo_sum", "ipo_mean", "hinge"} <= set(names())
     for name in names():
-        found = get(name)
-        assert found.name == name
-        assert found.citation
-        assert found.function.__doc__
-        for parameter in found.parameters.values():
+        entry = get(name)
+        assert entry.name == name
+        assert entry.citation
+        assert entry.function.__doc__
+        for parameter in entry.parameters.values():
             assert parameter.low <= parameter.default <= parameter.high
             assert parameter.meaning
 
@@ -36,7 +36,7 @@ def test_resolve_fills_defaults() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "given", "fragment"),
+    ("name", "values", "fragment"),
     [
         ("dpo", {"tau": 0.1}, "does not read the parameter 'tau'"),
         ("dpo", {"beta": 0.0}, "beta=0.0 is outside"),
@@ -44,9 +44,9 @@ def test_resolve_fills_defaults() -> None:
         ("robust", {"label_smoothing": 0.5}, "label_smoothing=0.5 is outside"),
     ],
 )
-def test_resolve_refuses(name: str, given: dict[str, float], fragment: str) -> None:
+def test_resolve_refuses(name: str, values: dict[str, float], fragment: str) -> None:
     with pytest.raises(RecipeError, match=fragment):
-        get(name).resolve(given)
+        get(name).resolve(values)
 
 
 def _register(name: str, function: Any, reward_scale: str | None = "beta", **parameters: Parameter) -> None:
@@ -69,11 +69,11 @@ def test_a_new_family_registers_without_touching_the_registry(monkeypatch: pytes
 
     _register("new", new, reward_scale=None, gamma=Parameter(1.0, 0.0, 2.0, "a test"))
     try:
-        found = get("new")
-        assert found.function is new
-        assert found.data == "unpaired"
-        assert not found.needs_reference
-        assert found.value_at_reference is None
+        entry = get("new")
+        assert entry.function is new
+        assert entry.data == "unpaired"
+        assert not entry.needs_reference
+        assert entry.value_at_reference is None
     finally:
         del _OBJECTIVES["new"]
 

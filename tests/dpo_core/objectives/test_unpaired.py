@@ -78,13 +78,13 @@ def test_a_batch_of_one_class_is_fine(label: bool) -> None:
 @given(st.lists(st.floats(-30, 30), min_size=2, max_size=12), st.integers(1, 11))
 def test_z0_is_clamped_once_over_all_ranks(ratios: list[float], cut: int) -> None:
     h = torch.tensor(ratios, dtype=torch.float64, requires_grad=True)
-    found = z0(h.sum(), len(ratios))
-    assert found.item() == pytest.approx(max(0.0, sum(ratios) / len(ratios)), abs=1e-12)
-    assert found.ndim == 0
-    assert not found.requires_grad
+    point = z0(h.sum(), len(ratios))
+    assert point.item() == pytest.approx(max(0.0, sum(ratios) / len(ratios)), abs=1e-12)
+    assert point.ndim == 0
+    assert not point.requires_grad
     # Sums of two ranks give the same; a mean of clamped parts would not.
     parts = h[:cut].sum() + h[cut:].sum()
-    assert z0(parts, torch.tensor(len(ratios))).item() == pytest.approx(found.item(), abs=1e-9)
+    assert z0(parts, torch.tensor(len(ratios))).item() == pytest.approx(point.item(), abs=1e-9)
 
 
 def test_bco_at_the_reference_is_ln_2() -> None:

@@ -128,15 +128,15 @@ def test_ascent_on_the_regularised_reward_takes_it_away_from_every_start(name):
     left = []
     for unseen in (1e-2, 1e-4, 1e-6):
         ref_3 = reference(unseen)
-        found = descend(
+        log_pi = descend(
             STARTS[name],
             lambda logps_3, ref_3=ref_3: -regularised_gain(logps_3, rewards_3, beta, ref_3),
             steps=1000,
         )
         best = optimum(rewards_3, beta, ref_3)
-        gains = [float(regularised_gain(one, rewards_3, beta, ref_3)) for one in (found, best)]
+        gains = [float(regularised_gain(one, rewards_3, beta, ref_3)) for one in (log_pi, best)]
         assert gains[0] == pytest.approx(gains[1], abs=3e-3)
-        assert float(found[0] - found[1]) == pytest.approx(1 / beta, abs=0.05)
-        left.append(float(found[2].exp()))
+        assert float(log_pi[0] - log_pi[1]) == pytest.approx(1 / beta, abs=0.05)
+        left.append(float(log_pi[2].exp()))
     assert left[0] > left[1] > left[2]
     assert left[2] < min(1e-3, max(before, 2 * UNSEEN))

@@ -154,10 +154,10 @@ def test_resuming_after_a_kill_gives_the_same_bits(
     counted: list[int] = []
     compute(model, missing, save=cache.add, progress=counted.append, **settings)
     assert sum(counted) == len(missing) < len(sequences)
-    found = held(ReferenceCache(tmp_path), straight)
-    assert set(found) == set(straight)
+    cached = held(ReferenceCache(tmp_path), straight)
+    assert set(cached) == set(straight)
     for key, values in straight.items():
-        np.testing.assert_array_equal(found[key], values)
+        np.testing.assert_array_equal(cached[key], values)
 
 
 def test_only_changed_sequences_are_missing(tmp_path: Path, sequences: list[Sequence]) -> None:
@@ -165,8 +165,8 @@ def test_only_changed_sequences_are_missing(tmp_path: Path, sequences: list[Sequ
     cache.add({sequence_key(s): np.zeros(len(s.completion), np.float32) for s in sequences})
     first = sequences[0]
     changed = [Sequence(first.prompt, (*first.completion[:-1], first.completion[-1] ^ 1)), *sequences[1:]]
-    found = held(ReferenceCache(tmp_path), [sequence_key(s) for s in reversed(changed)])
-    assert [s for s in changed if sequence_key(s) not in found] == changed[:1]
+    cached = held(ReferenceCache(tmp_path), [sequence_key(s) for s in reversed(changed)])
+    assert [s for s in changed if sequence_key(s) not in cached] == changed[:1]
 
 
 def test_values_that_are_not_finite_are_refused(tiny: Path) -> None:

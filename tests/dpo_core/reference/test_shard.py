@@ -28,14 +28,14 @@ logps = st.integers(0, 9999).map(lambda n: -np.random.default_rng(n).random(n % 
 stored = st.dictionaries(key, logps, max_size=16)
 
 
-def assert_same(shard: LogpShard, entries: Entries, asked: list[bytes], first: list[int] | None) -> None:
-    cut = [None] * len(asked) if first is None else first
-    wanted = [entries[k][:n] for k, n in zip(asked, cut, strict=True)]
-    values, offsets = shard.tokens_many(asked, first)
+def assert_same(shard: LogpShard, entries: Entries, requested: list[bytes], first: list[int] | None) -> None:
+    cut = [None] * len(requested) if first is None else first
+    wanted = [entries[k][:n] for k, n in zip(requested, cut, strict=True)]
+    values, offsets = shard.tokens_many(requested, first)
     assert values.dtype == np.float32
     assert offsets.tolist() == np.cumsum([0, *map(len, wanted)]).tolist()
     np.testing.assert_array_equal(values, np.concatenate([np.zeros(0, np.float32), *wanted]))
-    sums = shard.sums(asked, first)
+    sums = shard.sums(requested, first)
     assert sums.dtype == np.float64
     np.testing.assert_allclose(sums, [float(w.astype(float).sum()) for w in wanted], rtol=1e-12)
 
@@ -44,19 +44,19 @@ def assert_same(shard: LogpShard, entries: Entries, asked: list[bytes], first: l
 @settings(max_examples=100, deadline=None)
 def test_a_shard_is_a_dictionary(entries: Entries, data: st.DataObject) -> None:
     shard = LogpShard.build(entries)
-    asked = data.draw(st.lists(key, max_size=20))
-    positions = shard.positions(asked)
-    for one, position in zip(asked, positions.tolist(), strict=True):
+    requested = data.draw(st.lists(key, max_size=20))
+    positions = shard.positions(requested)
+    for one, position in zip(requested, positions.tolist(), strict=True):
         assert (position >= 0) == (one in entries)
         if position >= 0:
             np.testing.assert_array_equal(shard.tokens(position), entries[one])
-    absent = sum(one not in entries for one in asked)
+    absent = sum(one not in entries for one in requested)
     if absent:
-        with pytest.raises(StageFailed, match=f"{absent} of {len(asked)} sequences"):
-            shard.sums(asked)
-        with pytest.raises(StageFailed, match=f"{absent} of {len(asked)} sequences"):
-            shard.tokens_many(asked)
-    known = [one for one in asked if one in entries]
+        with pytest.raises(StageFailed, match=f"{absent} of {len(requested)} sequences"):
+            shard.sums(requested)
+        with pytest.raises(StageFailed, match=f"{absent} of {len(requested)} sequences"):
+            shard.tokens_many(requested)
+    known = [one for one in requested if one in entries]
     first = data.draw(st.none() | st.lists(st.integers(0, 12), min_size=len(known), max_size=len(known)))
     assert_same(shard, entries, known, first)
 
@@ -65,11 +65,11 @@ def test_work_in_pieces_is_the_same_work(monkeypatch: pytest.MonkeyPatch) -> Non
     draw = np.random.default_rng(1)
     entries = {bytes(draw.bytes(16)): draw.normal(size=n).astype(np.float32) for n in range(60)}
     shard = LogpShard.build(entries)
-    asked = [list(entries)[i] for i in draw.integers(0, 60, 300)]
+    requested = [list(entries)[i] for i in draw.integers(0, 60, 300)]
     first = draw.integers(0, 70, 300).tolist()
     for tokens in (1, 7, 100):
         monkeypatch.setattr(shard_module, "_BLOCK_TOKENS", tokens)
-        assert_same(shard, entries, asked, first)
+        assert_same(shard, entries, requested, first)
 
 
 def test_one_count_may_stand_for_all_and_a_wrong_one_is_refused() -> None:
@@ -135,14 +135,14 @@ def test_inconsistent_arrays_are_detected_with_right_digests(tmp_path: Path, nam
 
 
 def test_a_few_keys_of_many_cost_what_a_few_cost(tmp_path: Path) -> None:
-    """What is asked for is read, not what is stored: 32 MB of values, of which a batch needs 4 kB."""
+    """What is requested is read, not what is stored: 32 MB of values, of which a batch needs 4 kB."""
     synthetic(200_000, 40).save(tmp_path / "shard")
     shard = LogpShard.open(tmp_path / "shard", verify=False)
-    asked = [row.tobytes() for row in np.asarray(shard.keys_N2[::8000])]
-    shard.sums(asked)
+    requested = [row.tobytes() for row in np.asarray(shard.keys_N2[::8000])]
+    shard.sums(requested)
     start = time.perf_counter()
     for _ in range(20):
-        shard.sums(asked)
+        shard.sums(requested)
     few = (time.perf_counter() - start) / 20
     start = time.perf_counter()
     shard.sums([row.tobytes() for row in np.asarray(shard.keys_N2)])
@@ -167,7 +167,7 @@ def resident(kind: str) -> float:
 
 @pytest.mark.bench
 def test_an_epoch_of_a_million_pairs_is_looked_up_in_two_seconds(tmp_path: Path) -> None:
-    """2 million sequences, 120 million log-probs, asked for in random order."""
+    """2 million sequences, 120 million log-probs, requested in random order."""
     synthetic(2_000_000, 60).save(tmp_path / "shard")
     before = resident("Anon"), resident("File")
     times: dict[str, float] = {}

@@ -126,8 +126,8 @@ def test_reinforcement_reaches_the_optimum(
     else:
         trainer = GrpoTrainer(policy, reference, rollout_context(tmp_path), method)
     trainer.train()
-    found = log_policy(policy)
-    assert kl(found, optimum(log_ref)) < TOLERANCE
+    log_pi = log_policy(policy)
+    assert kl(log_pi, optimum(log_ref)) < TOLERANCE
 
 
 def test_dpo_reaches_the_optimum(folder: Path, log_ref: NDArray[np.float64]) -> None:
@@ -152,10 +152,10 @@ def test_dpo_reaches_the_optimum(folder: Path, log_ref: NDArray[np.float64]) -> 
         (combine([term], pairs) * share_B).mean().backward()
         optimizer.step()
         schedule.step()
-    found = log_policy(policy)
-    assert kl(found, optimum(log_ref)) < TOLERANCE
-    # (i): what β·log π/π_ref learnt is the reward up to one constant.
-    learnt = BETA * (found - log_ref) - REWARDS
+    log_pi = log_policy(policy)
+    assert kl(log_pi, optimum(log_ref)) < TOLERANCE
+    # What β·log π/π_ref learnt is the reward up to one constant.
+    learnt = BETA * (log_pi - log_ref) - REWARDS
     assert np.std(learnt) < 0.15
 
 
@@ -174,7 +174,7 @@ def test_grpo_as_its_paper_has_it_reaches_another_optimum(
     log_start = log_policy(reference, answers)
     config = GrpoConfig(**ROUNDS, variant="dr_grpo", group_size=32, kl_coef=BETA)
     GrpoTrainer(policy, reference, rollout_context(tmp_path, answers), config).train()
-    found = log_policy(policy, answers)
+    log_pi = log_policy(policy, answers)
     low, high = rewards.max() + 1e-9, rewards.max() + 10.0
     for _ in range(200):  # the multiplier at which the probabilities add up to 1
         middle = (low + high) / 2
@@ -183,5 +183,5 @@ def test_grpo_as_its_paper_has_it_reaches_another_optimum(
     forward = np.log(BETA * np.exp(log_start) / (high - rewards))
     scores = log_start + rewards / BETA
     reverse = scores - np.logaddexp.reduce(scores)
-    assert kl(found, forward) < TOLERANCE / 4
-    assert kl(found, reverse) > 3 * kl(found, forward), "the two optima can be told apart"
+    assert kl(log_pi, forward) < TOLERANCE / 4
+    assert kl(log_pi, reverse) > 3 * kl(log_pi, forward), "the two optima can be told apart"

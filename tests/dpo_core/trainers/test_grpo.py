@@ -106,8 +106,15 @@ def test_dynamic_sampling_replaces_groups_without_a_difference() -> None:
 
     episodes = group(0, 1, 1) + group(1, 1, 0) + group(2, 3, 3)
     more = group(0, 2, 2) + group(1, 5, 4) + group(2, 0, 0)
-    found = replaced(episodes, {1}, more)
-    assert sorted((e.group, e.score) for e in found) == [(0, 4), (0, 5), (1, 0), (1, 1), (2, 3), (2, 3)]
+    after = replaced(episodes, {1}, more)
+    assert sorted((e.group, e.score) for e in after) == [
+        (0, 4),
+        (0, 5),
+        (1, 0),
+        (1, 1),
+        (2, 3),
+        (2, 3),
+    ]
 
 
 def test_dynamic_sampling_draws_again(alone: None, tiny: Path, tmp_path: Path) -> None:

@@ -60,15 +60,17 @@ def lines(work: Path) -> list[dict[str, float]]:
 @pytest.mark.parametrize("name", FIRST)
 def test_ten_steps_give_the_recorded_values(name: str, alone: None, tiny: Path, shard: Path, tmp_path: Path):
     trainer_of(name, tiny, ROWS, tmp_path, shard=shard, reference_is_start=True).train()
-    found = lines(tmp_path)
-    assert len(found) == STEPS
-    assert found[0]["loss"] == pytest.approx(FIRST[name], abs=1e-5)
-    assert found[0][COUPLING[name]] == pytest.approx(0, abs=1e-5)
-    assert found[-1]["loss"] < found[0]["loss"]
-    assert found[-1]["rewards/margins"] > 0.05
-    assert (found[0]["count/chosen"], found[0]["count/rejected"]) == (8, 4)
+    metrics = lines(tmp_path)
+    assert len(metrics) == STEPS
+    assert metrics[0]["loss"] == pytest.approx(FIRST[name], abs=1e-5)
+    assert metrics[0][COUPLING[name]] == pytest.approx(0, abs=1e-5)
+    assert metrics[-1]["loss"] < metrics[0]["loss"]
+    assert metrics[-1]["rewards/margins"] > 0.05
+    assert (metrics[0]["count/chosen"], metrics[0]["count/rejected"]) == (8, 4)
     for kept, wanted in json.loads(GOLDEN.read_text())[name].items():
-        np.testing.assert_allclose([line[kept] for line in found], wanted, rtol=2e-4, atol=2e-5, err_msg=kept)
+        np.testing.assert_allclose(
+            [line[kept] for line in metrics], wanted, rtol=2e-4, atol=2e-5, err_msg=kept
+        )
 
 
 def ratios(model: Path, reference: Path, sequences: list[Sequence]) -> np.ndarray:
@@ -217,9 +219,9 @@ def test_a_resumed_run_is_the_straight_one(name: str, alone: None, other: Path, 
 
     straight, wanted = run("straight", 6)
     run("parts", 3)
-    resumed, found = run("parts", 6)
+    resumed, metrics = run("parts", 6)
     for key in ("loss", COUPLING[name], "grad_norm"):
-        assert [line[key] for line in found] == [line[key] for line in wanted], key
+        assert [line[key] for line in metrics] == [line[key] for line in wanted], key
     if name == "bco":
         assert resumed.state() == straight.state()
         assert resumed.seen == 24
@@ -236,10 +238,10 @@ def test_a_batch_of_one_class_is_no_nan(name: str, alone: None, tiny: Path, tmp_
     rows = [row | {"label": True} for row in ROWS]
     shard = write_unpaired_reference(tiny, rows, tmp_path / "shard")
     trainer_of(name, tiny, rows, tmp_path, shard=shard, steps=3, batch_size=1).train()
-    found = lines(tmp_path)
-    assert all(math.isfinite(value) for line in found for value in line.values())
-    assert all("rewards/rejected" not in line and "rewards/margins" not in line for line in found)
-    assert found[0]["count/rejected"] == 0
+    metrics = lines(tmp_path)
+    assert all(math.isfinite(value) for line in metrics for value in line.values())
+    assert all("rewards/rejected" not in line and "rewards/margins" not in line for line in metrics)
+    assert metrics[0]["count/rejected"] == 0
 
 
 # Its cache ----------------------------------------------------------------------------------------------
@@ -287,12 +289,12 @@ def test_a_start_off_the_reference_is_refused(
 def test_pairs_are_split_into_single_answers(tiny: Path) -> None:
     tokenise = Tokenise(load_tokenizer(tiny), TokenConfig(max_length=64, max_prompt_length=32))
     rows = pair_rows(4)
-    found, dropped = unpaired_examples(tokenise, rows)
+    examples, dropped = unpaired_examples(tokenise, rows)
     pairs, _ = tokenise.pairs(rows)
     assert not dropped
-    assert [e.sequence for e in found] == [s for p in pairs for s in (p.chosen, p.rejected)]
-    assert [e.desirable for e in found] == [True, False] * 4
-    assert len({e.id for e in found}) == 8
+    assert [e.sequence for e in examples] == [s for p in pairs for s in (p.chosen, p.rejected)]
+    assert [e.desirable for e in examples] == [True, False] * 4
+    assert len({e.id for e in examples}) == 8
 
 
 def test_rows_that_leave_nothing_are_counted(tiny: Path) -> None:
@@ -300,9 +302,9 @@ def test_rows_that_leave_nothing_are_counted(tiny: Path) -> None:
     long = "word " * 60
     rows = [ROWS[0] | {"prompt": ""}, ROWS[1] | {"completion": "", "ended": False}]
     rows.append(ROWS[2] | {"prompt": long, "completion": long})
-    found, dropped = unpaired_examples(tokenise, rows)
+    examples, dropped = unpaired_examples(tokenise, rows)
     assert dropped == {"empty_prompt": 1, "empty_completion": 1}
-    (cut,) = found
+    (cut,) = examples
     assert (len(cut.sequence.prompt), len(cut.sequence)) == (6, 12)
     assert cut.sequence.truncated
     assert cut.sequence.completion[-1] != tokenise.eos
@@ -316,12 +318,12 @@ def test_real_kto_rows(shared: Path, tiny: Path) -> None:
         DataConfig(path=str(shared / "data" / "preference" / "llamafactory_kto_en_demo.json.gz"))
     ).frame
     tokenise = Tokenise(load_tokenizer(tiny), TokenConfig(max_length=512, max_prompt_length=256))
-    found, dropped = unpaired_examples(tokenise, frame.head(60).to_dict("records"))
+    examples, dropped = unpaired_examples(tokenise, frame.head(60).to_dict("records"))
     assert not dropped
-    assert sum(e.desirable for e in found) == int(frame.head(60)["label"].sum())
-    pairs = mismatched(found)
-    assert not {e.sequence for e in found} & set(pairs)
-    assert max(map(len, pairs)) <= max(len(e.sequence) for e in found) <= 512
+    assert sum(e.desirable for e in examples) == int(frame.head(60)["label"].sum())
+    pairs = mismatched(examples)
+    assert not {e.sequence for e in examples} & set(pairs)
+    assert max(map(len, pairs)) <= max(len(e.sequence) for e in examples) <= 512
 
 
 @pytest.mark.parametrize(
@@ -339,8 +341,8 @@ def test_real_kto_rows(shared: Path, tiny: Path) -> None:
 )
 def test_weights_outside_the_papers_band_are_named(weights, counts, says) -> None:
     named = dict(zip(("desirable_weight", "undesirable_weight"), weights, strict=True))
-    found = imbalance(named, *counts)
-    assert found is None if says is None else says in f"{found}."
+    warning = imbalance(named, *counts)
+    assert warning is None if says is None else says in f"{warning}."
     assert imbalance({"beta": 0.1}, *counts) is None, "BCO has no class weights"
 
 

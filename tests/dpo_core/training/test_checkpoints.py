@@ -49,9 +49,9 @@ def test_an_incomplete_checkpoint_is_never_loaded(store: Checkpoints) -> None:
     write(store, 5)
     half = store.begin(10)
     (half / "mp_rank_00_model_states.pt").write_bytes(b"wei")
-    found = store.newest()
-    assert found is not None
-    assert found[1].step == 5
+    newest = store.newest()
+    assert newest is not None
+    assert newest[1].step == 5
     store.begin(15)
     assert names(store) == ["step-00000005", "tmp-step-00000015"]
 
@@ -118,9 +118,9 @@ def test_a_missing_shard_of_a_rank_is_an_error(store: Checkpoints) -> None:
     with pytest.raises(StageFailed, match=r"2 ranks wrote a checkpoint, but .* has the shards of only 1"):
         write(store, 10, ranks=2, stage=2, shards=1)
     assert read_digest(store.folder / "step-00000005") == CheckpointInfo(5, 2, 2)
-    found = store.newest()
-    assert found is not None
-    assert found[1].step == 5
+    newest = store.newest()
+    assert newest is not None
+    assert newest[1].step == 5
 
 
 # In a real run ----------------------------------------------------------------------------------------------
@@ -157,9 +157,9 @@ def test_a_run_skips_a_damaged_checkpoint_and_gives_the_same_result(
     shutil.rmtree(tmp_path / "out")
     with caplog.at_level(logging.INFO):
         assert run(path) == 0
-    said = [record.getMessage() for record in caplog.records if record.name.startswith("dpo_core")]
-    assert any("step-00000006 is damaged" in line for line in said)
-    assert any("resuming from" in line and "step-00000004" in line for line in said)
+    messages = [record.getMessage() for record in caplog.records if record.name.startswith("dpo_core")]
+    assert any("step-00000006 is damaged" in line for line in messages)
+    assert any("resuming from" in line and "step-00000004" in line for line in messages)
     assert numbers(tmp_path) == straight
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
     assert read_digest(tmp_path / "checkpoints" / "step-00000006").step == 6

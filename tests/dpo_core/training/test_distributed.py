@@ -272,8 +272,8 @@ def test_ppo_refuses_to_sample_from_shards() -> None:
     ],
 )
 def test_a_lost_peer_is_distinguished_from_other_errors(error: Exception, lost: bool) -> None:
-    told = lost_peer(error)
-    assert (told is not None) == lost
-    if told:
-        assert "a process or node is gone, cut off" in told.problem
-        assert "resume" in told.remedy
+    rank_lost = lost_peer(error)
+    assert (rank_lost is not None) == lost
+    if rank_lost:
+        assert "a process or node is gone, cut off" in rank_lost.problem
+        assert "resume" in rank_lost.remedy

@@ -93,12 +93,12 @@ def tensors(value: Any, path: str = "") -> dict[str, Any]:
 def last_optimiser(work: Path) -> dict[str, Any]:
     """The optimiser's state and the schedule's in the last checkpoint."""
     folder = work / "checkpoints" / "step-00000006"
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for file in [*folder.glob("*model_states.pt"), *folder.glob("*optim_states.pt")]:
         saved = torch.load(file, weights_only=False)
         for name in ("optimizer", "optimizer_state_dict", "lr_scheduler"):
-            found |= tensors(saved.get(name), f"{file.name}/{name}")
-    return {name: value for name, value in found.items() if isinstance(value, torch.Tensor | float | int)}
+            values |= tensors(saved.get(name), f"{file.name}/{name}")
+    return {name: value for name, value in values.items() if isinstance(value, torch.Tensor | float | int)}
 
 
 @pytest.mark.parametrize("case", CASES)

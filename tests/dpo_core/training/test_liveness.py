@@ -48,7 +48,7 @@ class Ranks:
             process.join(timeout)
         return [process.exitcode for process in self.all]
 
-    def said(self, rank: int) -> str:
+    def message(self, rank: int) -> str:
         path = self.folder / f"lost-{rank}"
         return path.read_text() if path.exists() else ""
 
@@ -99,7 +99,7 @@ def be_stopped() -> None:
 def test_slow_ranks_are_not_lost_and_leave_one_by_one(ranks: Ranks) -> None:
     ranks.start(nap(1.5), hold_the_interpreter, be_stopped, nap(3.5))
     assert ranks.codes() == [WELL] * 4
-    assert [ranks.said(rank) for rank in range(4)] == [""] * 4
+    assert [ranks.message(rank) for rank in range(4)] == [""] * 4
 
 
 @pytest.mark.parametrize("victim", [0, 2])
@@ -112,14 +112,14 @@ def test_a_dead_rank_ends_the_others_although_they_hang(ranks: Ranks, victim: in
     assert time.monotonic() - start < 45, "they would have slept for a minute"
     assert codes == [9 if rank == victim else LOST for rank in range(3)]
     for rank in {0, 1, 2} - {victim}:
-        assert ranks.said(rank) == f"rank {victim} has ended"
+        assert ranks.message(rank) == f"rank {victim} has ended"
 
 
 def test_a_failing_rank_may_report_its_own_error(tmp_path: Path) -> None:
     """The other end dies, and then the main thread fails of that within the time that it is given."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    told: list[str] = []
-    monitor = LivenessMonitor(told.append)
+    messages: list[str] = []
+    monitor = LivenessMonitor(messages.append)
     other = FORK.Process(target=_joins_and_dies, args=[store.port])
     other.start()
     monitor.connect(store, "watch", 0, 2, silence=1.0, timeout=60.0)
@@ -127,7 +127,7 @@ def test_a_failing_rank_may_report_its_own_error(tmp_path: Path) -> None:
     time.sleep(0.2)
     monitor.mute()
     monitor.close()
-    assert told == []
+    assert messages == []
 
 
 def _joins_and_dies(port: int) -> None:

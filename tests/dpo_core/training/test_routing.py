@@ -40,8 +40,8 @@ def test_it_is_what_transformers_computes(family: str, tmp_path: Path) -> None:
 
 
 def test_it_is_left_out_unless_the_config_sets_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for number, asked in enumerate(({"output_router_logits": True, "router_aux_loss_coef": 0.0}, {})):
-        assert router_balance(load_model(make_family(tmp_path / str(number), "mixtral", **asked))) is None
+    for number, settings in enumerate(({"output_router_logits": True, "router_aux_loss_coef": 0.0}, {})):
+        assert router_balance(load_model(make_family(tmp_path / str(number), "mixtral", **settings))) is None
     assert router_balance(load_model(make_family(tmp_path / "dense", "llama"))) is None
     assert not caplog.records
     model = load_model(make_family(tmp_path / "deepseek", "deepseek_v3"))
@@ -51,10 +51,10 @@ def test_it_is_left_out_unless_the_config_sets_it(tmp_path: Path, caplog: pytest
     assert "transformers has no auxiliary loss for this architecture" in caplog.text
 
 
-def trained(folder: Path, source: Path, pack_tokens: int | None, **asked: Any) -> list[dict[str, float]]:
+def trained(folder: Path, source: Path, pack_tokens: int | None, **settings: Any) -> list[dict[str, float]]:
     """The curve of one step, with all examples in one pass, from the checkpoint with its config changed."""
     config = source / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | asked))
+    config.write_text(json.dumps(json.loads(config.read_text()) | settings))
     path = sft_job(folder, source)
     job = json.loads(path.read_text())
     job["settings"] |= {"pack_tokens": pack_tokens, "batch_size": 16, "micro_batch_size": 16}
