@@ -21,8 +21,12 @@ from typing import TYPE_CHECKING, Any
 from dpo_core import jobs
 from dpo_core.errors import DpoError, RankLost, StageFailed
 from dpo_core.jobs.files import ERROR, STOP_FILE
+from dpo_core.models.remote_code import trust_digests
 from dpo_core.redaction import redact
 from dpo_core.system import write_atomic
+from dpo_core.training.distributed import lost_peer, lost_rank
+from dpo_core.training.liveness import LivenessMonitor
+from dpo_core.training.stop import Stopped
 
 if TYPE_CHECKING:
     from dpo_core.training.liveness import LivenessMonitor
@@ -54,8 +58,6 @@ def module_of(kind: str) -> Any:
 
 def run(kind: Any, job: Any, monitor: "LivenessMonitor") -> None:
     """Run the job and write its result. Every rank calls this."""
-    from dpo_core.models.remote_code import trust_digests
-
     work = Path(job.work)
     trust_digests(job.trusted_code)
     result = kind.run(job, monitor)
@@ -71,9 +73,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="the job file (JSON)")
     config = json.loads(Path(parser.parse_args(argv).config).read_text())
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    from dpo_core.training.liveness import LivenessMonitor
-    from dpo_core.training.stop import Stopped
-
     work, agent = Path(config["work"]), os.getppid()
     monitor = LivenessMonitor(lambda detail: _exit_after_loss(detail, work))
     try:
@@ -100,8 +99,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def _exit_after_loss(detail: str, work: Path) -> None:
     """Exit although the main thread may hang in a collective; see `liveness.LivenessMonitor`."""
-    from dpo_core.training.distributed import lost_rank
-
     error = lost_rank("gone or cut off", detail)
     # If the lost node served the disk, writing the report hangs.
     threading.Timer(5.0, os._exit, [error.exit_code]).start()
@@ -122,8 +119,6 @@ def _stop_torchrun(agent: int) -> None:
 
 def _report(work: Path, error: Exception) -> None:
     """Write the error to the work folder, where the process that launched the job reads it."""
-    from dpo_core.training.distributed import lost_peer
-
     lost = lost_peer(error)
     if lost:
         error = lost

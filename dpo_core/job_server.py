@@ -63,7 +63,7 @@ def _ignore(number: int, frame: FrameType | None) -> None:
 
 
 def _load() -> None:
-    from dpo_core.models.accelerator import set_accelerator
+    from dpo_core.models.accelerator import set_accelerator  # noqa: PLC0415 - loads torch
 
     set_accelerator()  # DeepSpeed reads it when it is imported
     for name in _LIBRARIES:
@@ -103,7 +103,7 @@ def _run(job: Path, log: Path) -> None:
         null = os.open(os.devnull, os.O_RDONLY)
         for target, source in ((0, null), (1, output), (2, output)):
             os.dup2(source, target)
-        from dpo_core.job import main as run_job
+        from dpo_core.job import main as run_job  # noqa: PLC0415 - in the fork
 
         status = run_job(["--config", str(job)])
     finally:

@@ -69,7 +69,7 @@ def check_named(
 
 
 def _initialised(config: ModelConfig) -> nn.Module:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415 - see transformers_lock
 
     model: nn.Module = AutoModelForCausalLM.from_config(read_config(config), dtype=torch.float32)
     return model

@@ -4,14 +4,15 @@ Every finding's result, count and rows are read from a Great Expectations valida
 written as Data Docs (static HTML).
 """
 
-import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import great_expectations as gx
 import numpy as np
 import pandas as pd
+from great_expectations.checkpoint import UpdateDataDocsAction
 
 from expectations.config import GateConfig
 from expectations.drift import Profile, distance, profile, read_profile
@@ -32,9 +33,6 @@ class _Expectations:
     """One file-based Great Expectations project under `folder`."""
 
     def __init__(self, folder: Path) -> None:
-        os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")  # read when the package is imported
-        import great_expectations as gx
-
         folder.mkdir(parents=True, exist_ok=True)
         self.context: Any = gx.get_context(mode="file", project_root_dir=folder)
         self.context.variables.analytics_enabled = False
@@ -44,9 +42,6 @@ class _Expectations:
 
     def run(self, suite: Any, frame: pd.DataFrame) -> list[dict[str, Any]]:
         """Validate `frame` against `suite`, build the Data Docs, and return the results as plain dicts."""
-        import great_expectations as gx
-        from great_expectations.checkpoint import UpdateDataDocsAction
-
         name = suite.name
         context = self.context
         asset = context.data_sources.add_or_update_pandas(name).add_dataframe_asset(name)

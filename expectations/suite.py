@@ -4,17 +4,15 @@ Each expectation is a built-in one on a feature column, with its rule's name in 
 Great Expectations writes is output; this code is the source.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import great_expectations as gx
 import pandas as pd
 from pandas.api import types as kinds
 
 from expectations.config import GateConfig
 from expectations.rules import RULES, Subject, rules_of, words_of
 from expectations.thresholds import BandRule, CountRule, DistanceRule, RateRule
-
-if TYPE_CHECKING:
-    import great_expectations as gx
 
 SCHEMA: dict[Subject, dict[str, str]] = {
     "prompts": {
@@ -50,10 +48,8 @@ def schema_frame(frame: pd.DataFrame, subject: Subject) -> pd.DataFrame:
     return pd.DataFrame(columns, index=pd.RangeIndex(1))
 
 
-def schema_suite(subject: Subject, columns: list[str]) -> "gx.ExpectationSuite":
+def schema_suite(subject: Subject, columns: list[str]) -> gx.ExpectationSuite:
     """All columns exist (more are allowed) and have the right kind. Always critical."""
-    import great_expectations as gx
-
     text = f"{subject}/schema"
     meta = {"rule": "schema"}
     suite: Any = gx.ExpectationSuite(name=f"{subject}-schema")
@@ -81,8 +77,6 @@ def schema_suite(subject: Subject, columns: list[str]) -> "gx.ExpectationSuite":
 
 
 def _expectation(name: str, rule: Any, subject: Subject, boolean: bool) -> Any:
-    import great_expectations as gx
-
     E = gx.expectations
     what = words_of(name, subject)[0]
     common = {"severity": rule.severity, "meta": {"rule": name}}
@@ -121,10 +115,8 @@ def _expectation(name: str, rule: Any, subject: Subject, boolean: bool) -> Any:
 
 def content_suite(
     subject: Subject, config: GateConfig, flags: pd.DataFrame, name: str
-) -> "gx.ExpectationSuite":
+) -> gx.ExpectationSuite:
     """One expectation for each enabled rule whose feature column is in `flags`."""
-    import great_expectations as gx
-
     suite: Any = gx.ExpectationSuite(name=name)
     for rule_name in (*rules_of(subject), "dropped"):
         if rule_name == "dropped":

@@ -32,7 +32,7 @@ ENVIRONMENT = {
     "dpo_core/models/accelerator.py": "read by DeepSpeed",
     "dpo_core/training/checkpoints.py": "read by torch.load",
     "dpo_core/training/distributed.py": "read by torch.distributed",
-    "expectations/gate.py": "read by Great Expectations",
+    "expectations/__init__.py": "read by Great Expectations",
     "flows/commands/doctor.py": "read by MLflow's client",
     "flows/process/environment.py": "read by libraries and by child processes",
     "flows/process/orphans.py": "marks child processes, which another process looks for",

@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from urllib3.exceptions import HTTPError
+
 from deploy.launchers.kubernetes_manifests import Manifest, resource_of
 from dpo_core.errors import RecipeError, StageFailed
 
@@ -28,7 +30,7 @@ def connect() -> Any:
         RecipeError: the package or the credentials are missing.
     """
     try:
-        from kubernetes import client, config
+        from kubernetes import client, config  # noqa: PLC0415 - optional
     except ImportError as error:
         raise RecipeError(
             "launching on Kubernetes needs the package kubernetes", "pip install 'dpo-pipeline[kubernetes]'"
@@ -57,7 +59,7 @@ class KubeApi:
 
     def __init__(self, namespace: str, api: Any = None, away_seconds: float = 600.0) -> None:
         api = api or connect()
-        from kubernetes import client  # only now: connecting says what to do where it is missing
+        from kubernetes import client  # noqa: PLC0415 - optional
 
         # The package's retries would multiply with ours.
         api.rest_client.pool_manager.connection_pool_kw["retries"] = False
@@ -132,8 +134,7 @@ class KubeApi:
     def _call(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """Call until the server answers. Values passed as `missing` (404), `taken` (409), `unready` (400) and
         `forbidden` (403) are returned instead of an error."""
-        from kubernetes.client import ApiException
-        from urllib3.exceptions import HTTPError
+        from kubernetes.client import ApiException  # noqa: PLC0415 - optional
 
         names = {400: "unready", 403: "forbidden", 404: "missing", 409: "taken"}
         instead = {code: options.pop(name) for code, name in names.items() if name in options}

@@ -1,5 +1,6 @@
 """Both contenders in turn, each in a process of its own, after their losses were seen to agree."""
 
+import importlib.util
 import json
 import os
 import platform
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
@@ -19,7 +21,10 @@ from dpo_core.bench.workloads import Size, Workload, human_pairs, made_pairs, ma
 from dpo_core.config import Config
 from dpo_core.data.tokens.tokenise import TokenPair
 from dpo_core.errors import RecipeError, StageFailed
-from dpo_core.models.load import config_in
+from dpo_core.models.accelerator import set_accelerator
+from dpo_core.models.load import config_in, load_model, load_tokenizer
+from dpo_core.reference import sequence_key
+from dpo_core.reference.compute import compute
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.document import Document
 from dpo_core.scoring.matmul_rate import matmul_rate
@@ -117,17 +122,12 @@ def compare(bench: Bench, work: Path, say: Callable[[str], None] = lambda line: 
 
 
 def _require_trl() -> None:
-    import importlib.util
-
     if importlib.util.find_spec("trl") is None:
         raise RecipeError("TRL is not installed", "pip install 'dpo-pipeline[bench]', or --set trl=null")
 
 
 def _prepare(bench: Bench, work: Path) -> tuple[Path, list[TokenPair]]:
     """Write model and pairs with reference values; returns the model's folder and the pairs."""
-    from dpo_core.models.accelerator import set_accelerator
-    from dpo_core.models.load import load_model, load_tokenizer
-
     set_accelerator()
 
     model = Path(bench.model) if bench.model else work / "model"
@@ -153,11 +153,6 @@ def _prepare(bench: Bench, work: Path) -> tuple[Path, list[TokenPair]]:
 
 def _reference_sums(model: Any, pairs: list[TokenPair]) -> NDArray[np.float64]:
     """(pairs, 2): summed log-probs of both sides. Its GPU is left empty for the contenders."""
-    import torch
-
-    from dpo_core.reference import sequence_key
-    from dpo_core.reference.compute import compute
-
     on_gpu = torch.cuda.is_available()
     values: dict[bytes, Any] = {}
     sequences = [s for p in pairs for s in (p.chosen, p.rejected)]
@@ -245,15 +240,11 @@ def _summary(rounds: list[dict[str, Any]], pairs: list[TokenPair], needed: float
 
 def matmul_tflops() -> dict[str, float]:
     """What square matrix products reach here, by precision."""
-    import torch
-
     return {name: matmul_rate(getattr(torch, dtype)) / 1e12 for name, dtype in _DTYPES.items()}
 
 
 def hardware() -> dict[str, Any]:
     """What the numbers were measured on."""
-    import torch
-
     if torch.cuda.is_available():
         return {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     model = platform.processor() or platform.machine()

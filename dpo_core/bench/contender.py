@@ -78,13 +78,13 @@ def run(race: Race) -> dict[str, Any]:
 
 
 def _ours(race: Race, rows: list[dict[str, Any]], work: Path) -> dict[str, Any]:
-    import numpy as np
+    import numpy as np  # noqa: PLC0415 - each contender loads its own libraries
 
-    from dpo_core.methods.dpo import DpoConfig
-    from dpo_core.models.load import load_model
-    from dpo_core.reference import LogpShard, sequence_key
-    from dpo_core.trainers.dpo import DpoTrainer
-    from dpo_core.training.distributed import start_distributed
+    from dpo_core.methods.dpo import DpoConfig  # noqa: PLC0415 - each contender loads its own libraries
+    from dpo_core.models.load import load_model  # noqa: PLC0415 - each contender loads its own libraries
+    from dpo_core.reference import LogpShard, sequence_key  # noqa: PLC0415 - each contender loads its own libraries
+    from dpo_core.trainers.dpo import DpoTrainer  # noqa: PLC0415 - each contender loads its own libraries
+    from dpo_core.training.distributed import start_distributed  # noqa: PLC0415 - each contender loads its own libraries
 
     pairs = [
         TokenPair(
@@ -132,13 +132,13 @@ def _ours(race: Race, rows: list[dict[str, Any]], work: Path) -> dict[str, Any]:
 
 
 def _trl(race: Race, rows: list[dict[str, Any]], work: Path) -> dict[str, Any]:
-    from datasets import Dataset
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from transformers import PreTrainedTokenizerFast, TrainerCallback
-    from trl import DPOConfig, DPOTrainer
+    from datasets import Dataset  # noqa: PLC0415 - each contender loads its own libraries
+    from tokenizers import Tokenizer  # noqa: PLC0415 - each contender loads its own libraries
+    from tokenizers.models import WordLevel  # noqa: PLC0415 - each contender loads its own libraries
+    from transformers import PreTrainedTokenizerFast, TrainerCallback  # noqa: PLC0415 - each contender loads its own libraries
+    from trl import DPOConfig, DPOTrainer  # noqa: PLC0415 - each contender loads its own libraries
 
-    from dpo_core.models.load import load_model
+    from dpo_core.models.load import load_model  # noqa: PLC0415 - each contender loads its own libraries
 
     torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients in bf16 with torch 2.13
     config = DPOConfig(

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from dpo_core.data.config import DataConfig
 from dpo_core.data.load import load
@@ -33,8 +34,7 @@ VOCABULARY = 49_152
 
 def make_model(size: Size, out: Path, seed: int = 0) -> None:
     """Write a Llama of a size with random weights; speed does not depend on what they are."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415 - see transformers_lock
 
     layers, width, inner, heads, kv_heads = _SHAPES[size]
     torch.manual_seed(seed)

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from dpo_core.data.config import DataConfig
+from dpo_core.data.load import load_eval
 from dpo_core.errors import DataError
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ def split_table(loaded: "Loaded", config: DataConfig) -> pd.DataFrame:
     Raises:
         DataError: there are too few prompts to split, or `data.eval_path` cannot be read or has another kind.
     """
-    from dpo_core.data.load import load_eval
-
     held_out = load_eval(config)
     if held_out is None:
         return split_by_prompt(loaded.frame, config.eval_fraction, config.seed)

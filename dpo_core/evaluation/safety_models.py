@@ -134,7 +134,7 @@ def _load_sequence_classifier(folder: Path) -> tuple[Any, Any]:
     tokenizer: Any = _load_tokenizer(folder)
     try:
         with quiet_transformers():
-            from transformers import AutoModelForSequenceClassification
+            from transformers import AutoModelForSequenceClassification  # noqa: PLC0415 - see transformers_lock
 
             model, info = AutoModelForSequenceClassification.from_pretrained(
                 str(folder),
@@ -165,7 +165,7 @@ def _load_tokenizer(folder: Path) -> Any:
     """
     try:
         with quiet_transformers():
-            from transformers import AutoTokenizer
+            from transformers import AutoTokenizer  # noqa: PLC0415 - see transformers_lock
 
             tokenizer: Any = AutoTokenizer.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False

@@ -48,7 +48,7 @@ class CachedRows:
     """Rows with a cache: only new tokens are computed. Padding is on the left, so that all end together."""
 
     def __init__(self, model: Any, prompts: Seq[tuple[int, ...]]) -> None:
-        from transformers import DynamicCache
+        from transformers import DynamicCache  # noqa: PLC0415 - see transformers_lock
 
         self.model, self.cache = model, DynamicCache(config=model.config)
         self.device = next(model.parameters()).device

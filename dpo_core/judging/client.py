@@ -120,7 +120,7 @@ class Judge:
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
-        from openai import DefaultHttpxClient, Omit, OpenAI
+        from openai import DefaultHttpxClient, Omit, OpenAI  # noqa: PLC0415 - takes a second
 
         self.endpoint = endpoint
         key = _key(endpoint.key_env)
@@ -165,7 +165,7 @@ class Judge:
         return failure or self._reply(content)
 
     def _send(self, messages: list[Message]) -> tuple[bytes, DpoError | Reply | None]:
-        from openai import APIConnectionError, APIStatusError, APITimeoutError
+        from openai import APIConnectionError, APIStatusError, APITimeoutError  # noqa: PLC0415 - takes a second
 
         endpoint = self.endpoint
         attempts = f"{endpoint.retries + 1} times" if endpoint.retries else "once"

@@ -78,8 +78,8 @@ def make_from_scratch(
     Raises:
         ModelError: the architecture cannot be built in this shape.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
+    import torch  # noqa: PLC0415 - read without torch too
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415 - see transformers_lock
 
     config = scratch_shape(source, scratch)
     if scratch.vocabulary is not None:

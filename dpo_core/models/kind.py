@@ -45,7 +45,7 @@ def check_kind(config: Any, source: object) -> bool:
 
 def _trained_config(config: Any) -> Any:
     """The config class of the model that `AutoModelForCausalLM` builds from this config."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415 - see transformers_lock
 
     mapping = AutoModelForCausalLM._model_mapping
     return getattr(mapping[type(config)], "config_class", None) if type(config) in mapping else None
@@ -57,7 +57,7 @@ def check_causal(model: Any, source: object) -> None:
     Raises:
         ModelError: it attends in both directions, or does not run on text alone.
     """
-    import torch
+    import torch  # noqa: PLC0415 - read without torch too
 
     name, rows = type(model).__name__, model.get_input_embeddings().weight.shape[0]
     ids_2T = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 7]]) % rows

@@ -84,7 +84,7 @@ def config_in(source: Path, trust_remote_code: bool | None = None) -> Any:
 
 def _config(source: Path, trust_remote_code: bool | None) -> Any:
     with quiet_transformers():
-        from transformers import AutoConfig
+        from transformers import AutoConfig  # noqa: PLC0415 - see transformers_lock
 
         folder, name = (source.parent, source.name) if source.is_file() else (source, None)
         code = _may_run(source, trust_remote_code)
@@ -105,11 +105,11 @@ def load_model(source: Path, *, trust_remote_code: bool | None = None) -> "PreTr
     Raises:
         ModelError: not a causal language model, weights missing, pickled, damaged or not of the config.
     """
-    import torch
+    import torch  # noqa: PLC0415 - read without torch too
 
     with quiet_transformers():
-        from transformers import AutoModelForCausalLM
-        from transformers.utils.quantization_config import GgufConfig
+        from transformers import AutoModelForCausalLM  # noqa: PLC0415 - see transformers_lock
+        from transformers.utils.quantization_config import GgufConfig  # noqa: PLC0415 - see transformers_lock
 
     arguments: dict[str, Any] = {"trust_remote_code": _may_run(source, trust_remote_code)}
     if source.suffix == ".gguf":
@@ -181,7 +181,7 @@ def load_tokenizer(source: Path, trust_remote_code: bool | None = None) -> "PreT
         ModelError: it is missing or damaged, or has no end-of-sequence token.
     """
     with quiet_transformers():
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer  # noqa: PLC0415 - see transformers_lock
 
     folder, gguf = (source.parent, {"gguf_file": source.name}) if source.suffix == ".gguf" else (source, {})
     try:
@@ -226,7 +226,7 @@ def check_tokenizer_fits(model: "PreTrainedModel", tokenizer: "PreTrainedTokeniz
 
 def check_finite(model: "PreTrainedModel", source: str) -> None:
     """Refuse weights that hold NaN or infinity."""
-    import torch
+    import torch  # noqa: PLC0415 - read without torch too
 
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():

@@ -28,7 +28,7 @@ def add_lora(model: Any, config: LoraConfig, seed: int) -> None:
             "the recipe uses LoRA, and the package peft is not installed",
             LORA_EXTRA,
         )
-    import peft
+    import peft  # noqa: PLC0415 - optional
 
     targets = config.target_modules
     linear = torch.nn.Linear
@@ -62,7 +62,7 @@ def add_lora(model: Any, config: LoraConfig, seed: int) -> None:
 
 def _refuse_head(model: Any) -> None:
     """Refuse an adapter on the output head or a tied embedding: scoring reads their weight directly."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: PLC0415 - optional
 
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     for module in (head, embeddings):
@@ -81,7 +81,7 @@ def merge_lora(model: Any) -> None:
     Raises:
         ValueError: a merged weight is not finite.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer  # noqa: PLC0415 - optional
 
     # Innermost first: fused experts carry a wrapper for each of their weights, one inside the other.
     for name, module in reversed(list(model.named_modules())):

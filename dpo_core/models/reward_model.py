@@ -186,7 +186,7 @@ def _class_of(name: str | None, folder: Path) -> Any:
             recorded name.
     """
     if name is None or not name.startswith(_TRANSFORMERS):
-        from transformers import AutoModel
+        from transformers import AutoModel  # noqa: PLC0415 - see transformers_lock
 
         return AutoModel
     module, _, last = name.rpartition(".")

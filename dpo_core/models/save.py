@@ -50,7 +50,7 @@ def export_policy(model: Any, tokenizer: "PreTrainedTokenizerBase", start: Path,
 
 def _stored_dtypes(folder: Path) -> dict[str, tuple["torch.dtype", int]]:
     """Data type and number of elements of every floating-point tensor, by its name in the files."""
-    import torch
+    import torch  # noqa: PLC0415 - read without torch too
 
     dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     return {
@@ -60,7 +60,7 @@ def _stored_dtypes(folder: Path) -> dict[str, tuple["torch.dtype", int]]:
 
 def _most_frequent(stored: dict[str, tuple["torch.dtype", int]]) -> "torch.dtype | None":
     """The data type of most weights; None if all are fp32 and nothing has to be cast."""
-    import torch
+    import torch  # noqa: PLC0415 - read without torch too
 
     sizes: Counter[torch.dtype] = Counter()
     for dtype, elements in stored.values():

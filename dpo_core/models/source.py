@@ -79,7 +79,7 @@ def check_source_context(source: Path, needed: int) -> None:
 
 
 def _download(name: str, revision: str | None, code: bool) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 - takes a second
 
     try:
         # Pickled weights are never fetched.
@@ -100,7 +100,7 @@ def _download(name: str, revision: str | None, code: bool) -> Path:
 
 def _connection_failed(error: Exception) -> bool:
     """Whether the connection failed, rather than the hub refusing or offline mode preventing the request."""
-    from huggingface_hub.errors import (
+    from huggingface_hub.errors import (  # noqa: PLC0415 - takes a second
         HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,

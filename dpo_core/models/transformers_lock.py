@@ -16,9 +16,9 @@ def quiet_transformers() -> Iterator[None]:
     lose weights. An import that may be a module's first one belongs inside, too.
     """
     with _LOCK:
-        from transformers.utils import logging
+        from transformers.utils import logging  # noqa: PLC0415 - see transformers_lock
 
-        from dpo_core.models.accelerator import set_accelerator
+        from dpo_core.models.accelerator import set_accelerator  # noqa: PLC0415 - loads torch
 
         set_accelerator()  # before transformers imports DeepSpeed
         verbosity = logging.get_verbosity()

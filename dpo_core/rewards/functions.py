@@ -14,6 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
 from dpo_core.errors import DpoError, RecipeError, StageFailed
 from dpo_core.rewards.http import HttpReward, is_url
 
@@ -42,8 +44,6 @@ class SentimentReward:
     name = "sentiment"
 
     def __init__(self) -> None:
-        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-
         self._analyzer = SentimentIntensityAnalyzer()
 
     def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:

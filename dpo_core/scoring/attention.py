@@ -44,8 +44,8 @@ def _attend(
     One function serves packs and padded rows, chosen by its arguments: the model keeps it, so that a
     checkpointed layer is recomputed in the backward pass with the attention of its forward pass.
     """
-    from torch.nn.attention.flex_attention import BlockMask
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from torch.nn.attention.flex_attention import BlockMask  # noqa: PLC0415 - takes seconds
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # noqa: PLC0415 - see transformers_lock
 
     if parts is not None:
         return _by_document(query, key, value, parts, **settings), None
@@ -101,8 +101,8 @@ def _no_packs() -> ModelError:
 
 def _install(model: nn.Module) -> None:
     """Install `_attend` as the model's attention; for padded rows it calls SDPA."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+    from transformers import AttentionInterface  # noqa: PLC0415 - see transformers_lock
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface  # noqa: PLC0415 - see transformers_lock
 
     config: Any = model.config
     if config._attn_implementation == NAME:
@@ -194,7 +194,7 @@ def _exceeds_window(config: Any, pack: Pack) -> bool:
 
 def block_mask(pack: Pack) -> Any:
     """FlexAttention's mask of a pack whose length is a multiple of 128, from the borders of its documents."""
-    from torch.nn.attention.flex_attention import BlockMask
+    from torch.nn.attention.flex_attention import BlockMask  # noqa: PLC0415 - takes seconds
 
     document_T, branch_T = pack.document_T, pack.branch_T
     documents = document_T.cpu().numpy()

@@ -12,6 +12,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
+import scipy.special  # type: ignore[import-untyped]
 from numpy.typing import ArrayLike, NDArray
 
 from dpo_core.errors import StageFailed
@@ -120,6 +121,4 @@ def student_quantile(confidence: float, prompts: int) -> float:
 
 def special() -> Any:
     """SciPy's special functions, imported on use: code that only reads estimates does not need SciPy."""
-    import scipy.special  # type: ignore[import-untyped]
-
     return scipy.special

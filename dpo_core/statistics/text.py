@@ -3,6 +3,8 @@
 from collections.abc import Hashable, Sequence
 from itertools import chain
 
+from sacrebleu import sentence_bleu
+
 from dpo_core.errors import StageFailed
 
 
@@ -39,8 +41,6 @@ def self_bleu(answers: Sequence[Sequence[str]]) -> list[float]:
     Raises:
         StageFailed: a prompt has fewer than two answers.
     """
-    from sacrebleu import sentence_bleu
-
     values = []
     for place, texts in enumerate(answers):
         if len(texts) < 2:

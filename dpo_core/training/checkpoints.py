@@ -170,9 +170,9 @@ def restricted_unpickling(folder: Path) -> Iterator[None]:
     Raises:
         StageFailed: a file of the checkpoint contains another object; nothing of it was run.
     """
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler  # noqa: PLC0415 - after set_accelerator
+    from deepspeed.runtime.zero.config import ZeroStageEnum  # noqa: PLC0415 - after set_accelerator
+    from deepspeed.utils.tensor_fragment import fragment_address  # noqa: PLC0415 - after set_accelerator
 
     deepspeed_types = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
     # Python before 3.11.4 pickles a member of an enumeration as a call of getattr.

@@ -9,7 +9,7 @@ from dpo_core.training.checkpoints import restricted_unpickling
 
 def main() -> None:
     """Entry point; the options are those of `deepspeed.checkpoint.ds_to_universal`."""
-    from deepspeed.checkpoint import ds_to_universal
+    from deepspeed.checkpoint import ds_to_universal  # noqa: PLC0415 - after set_accelerator
 
     arguments = ds_to_universal.parse_arguments()
     with restricted_unpickling(Path(arguments.input_folder)):

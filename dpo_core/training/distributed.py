@@ -23,7 +23,7 @@ def start_distributed(config: "EngineConfig") -> None:
     """Join the process group of torchrun's environment variables; without them, a group of one rank."""
     set_accelerator()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    import deepspeed
+    import deepspeed  # noqa: PLC0415 - after set_accelerator
 
     # torch 2.13's cuDNN attention gives NaN gradients in bf16.
     if torch.cuda.is_available():

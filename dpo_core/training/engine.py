@@ -55,7 +55,7 @@ class Engine:
         work: Path,
         companions: Mapping[str, "Engine"] | None = None,
     ) -> None:
-        import deepspeed
+        import deepspeed  # noqa: PLC0415 - after set_accelerator
 
         self.config, self.optim = config, optim
         self.checkpoints = Checkpoints(work / "checkpoints", config.keep_checkpoints)
@@ -280,7 +280,7 @@ class Engine:
         """
         if self.stage < 3:
             return {k: v.detach().cpu() for k, v in self.module.state_dict().items()}
-        import deepspeed
+        import deepspeed  # noqa: PLC0415 - after set_accelerator
 
         state: dict[str, Tensor] = {}
         with deepspeed.zero.GatheredParameters(list(self.module.parameters()), modifier_rank=None):

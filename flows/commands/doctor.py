@@ -10,7 +10,9 @@ import typer
 
 from deploy.prefect_file import read_prefect_file
 from dpo_core.errors import RecipeError, StageFailed
+from flows.commands.deploy import check_deployment, default_file, reconcile
 from flows.process.orphans import find_orphans
+from flows.process.prefect_server import server, server_address
 from tasks.housekeeping.doctor import machine, mlflow, ports, prefect, workspace
 from tasks.housekeeping.doctor.check_result import CheckResult, ok, run_checks, skipped, warning
 from tasks.housekeeping.doctor.http import ask
@@ -83,10 +85,6 @@ def orphans() -> Iterator[CheckResult]:
 
 def deploy_file() -> Iterator[CheckResult]:
     """The server matches the deployment file."""
-    # A package that cannot be imported is a result, not the end of the doctor.
-    from flows.commands.deploy import check_deployment, default_file, reconcile  # noqa: PLC0415
-    from flows.process.prefect_server import server, server_address  # noqa: PLC0415
-
     address = server_address()
     if address is None or isinstance(ask("GET", f"{address}/health"), str):
         return

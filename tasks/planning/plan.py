@@ -12,6 +12,8 @@ from dpo_core.config import Config
 from dpo_core.data.answers import measure_answers
 from dpo_core.errors import DpoError
 from dpo_core.estimates.estimate import Work
+from dpo_core.scoring.layout import lay_out
+from dpo_core.training.memory import step_memory, training_memory
 from tasks.planning.speed import Speed
 from tasks.planning.workload import workload_of
 from tasks.recipe.policies import PolicyFields
@@ -163,9 +165,6 @@ def _stage(name: str, result: StageResult, workload: Workload, speed: Speed) -> 
 
 
 def _memory(work: Work, workload: Workload, speed: Speed) -> dict[str, int]:
-    from dpo_core.scoring.layout import lay_out
-    from dpo_core.training.memory import step_memory, training_memory
-
     if work.engine is None or work.fullest is None:
         return {}
     step = step_memory(workload.config, lay_out(work.fullest), work.engine, on_gpu=speed.on_gpu)

@@ -8,6 +8,7 @@ import pandas as pd
 from dpo_core.data.load import load
 from dpo_core.data.split import split_table
 from dpo_core.data.tokens.tokenise import Tokenise
+from dpo_core.model_check import check_named
 from dpo_core.models.config import ModelConfig
 from dpo_core.models.load import load_tokenizer, read_config
 from dpo_core.models.source import locate
@@ -72,8 +73,6 @@ def _layout(recipe: Recipe, base: Manifest, model: ModelConfig) -> str:
     if not base.planned:
         facts = facts_of(base, ImportFacts)
         return f"{facts.layout}: {facts.reason}"
-    from dpo_core.model_check import check_named
-
     longest, precision = recipe.tokens.max_length, recipe.precision
     check = check_named(model, precision=precision, longest=longest)
     check.require()

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 from urllib.parse import quote
 
+from mlflow.exceptions import MlflowException
 from pydantic import AwareDatetime, Field, ValidationError
 
 from dpo_core.config import Config
@@ -194,7 +195,6 @@ class Ledger:
         MLflow checks whether the row exists and then inserts it. Of two processes that do so at once, one
         violates the primary key; it has to try again.
         """
-        from mlflow.exceptions import MlflowException
 
         def again(client: Any) -> None:
             for _ in range(_UPSERTS):

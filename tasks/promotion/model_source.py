@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
+from mlflow.exceptions import MlflowException
+
 from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.models.config import ModelConfig
 from dpo_core.models.source import weights_digest
@@ -198,7 +200,6 @@ def require_intact(folder: Path, sha256: str | None, what: str) -> None:
 
 def _trained_by(tracker: Tracker, run_id: str) -> str | None:
     """The name of a run in MLflow; None if it was deleted."""
-    from mlflow.exceptions import MlflowException
 
     def read(client: Any) -> str | None:
         try:

@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from itertools import cycle
 from typing import TYPE_CHECKING, NamedTuple
 
+from matplotlib.ticker import MaxNLocator
+
 from dpo_core.methods.method import Panel
 from tasks.recipe.policies import CHAMPION, REFERENCE
 from tasks.reports.curves import series, start_and_end
@@ -65,8 +67,6 @@ def _thin(steps: list[float], values: list[float]) -> tuple[list[float], list[fl
 
 
 def _curve(key: str, stage: str, panel: Panel, lines: list[_Line]) -> Figure:
-    from matplotlib.ticker import MaxNLocator
-
     def draw(axes: "Axes") -> None:
         if panel.baseline is not None:
             axes.axhline(panel.baseline, color=MUTED, linewidth=1, linestyle=":")

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from markupsafe import Markup
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from dpo_core.evaluation.compare import Comparison, Row
 from dpo_core.evaluation.results import Kind
@@ -102,8 +103,6 @@ def _clearest(rows: Sequence[Row]) -> list[Row]:
 
 
 def _forest(key: str, title: str, bars: Sequence[Bar], nothing: float, kind: Kind, axis: str) -> Markup:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
     def tick(value: float, _: object) -> str:
         text = f"{100 * value:.3g}{'%' if nothing else ''}" if kind == "share" else f"{value:.3g}"
         return text.replace("-", "−")

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from dpo_core.evaluation.compare import Comparison
 from dpo_core.judging.results import WinRate
 from dpo_core.methods.method import Panel
@@ -91,8 +93,6 @@ def _panels(report: RunReport, stage: str) -> Sequence[Panel]:
 
 def fill(template: str, context: dict[str, Any]) -> str:
     """Render a page template. All values are escaped; an undefined one is an error."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     environment = Environment(
         loader=PackageLoader("tasks.reports", "templates"),
         autoescape=True,

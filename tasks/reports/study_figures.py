@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
 from dpo_core.study import PolicySummary, Study, StudySummary
 from tasks.recipe.policies import REFERENCE
 from tasks.reports.format import number, scaled
@@ -150,8 +152,6 @@ def _stairs(row: PolicySummary, reference: float, dearest: float) -> list[tuple[
 
 def _log_axis(axes: "Axes", low: float, high: float) -> None:
     """Set a logarithmic axis from just below `low` to just above `high`, with two to five labels."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
     margin = max(1.3, (6 / (high / low)) ** 0.5)
     low, high = low / margin, high * margin
     axes.set_xscale("log")

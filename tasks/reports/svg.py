@@ -12,7 +12,10 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import matplotlib
 from markupsafe import Markup, escape
+from matplotlib import style
+from matplotlib.figure import Figure as Canvas
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -116,10 +119,6 @@ def _draw(
     settings: dict[str, object],
     form: str = "svg",
 ) -> bytes:
-    import matplotlib
-    from matplotlib import style
-    from matplotlib.figure import Figure as Canvas
-
     buffer = io.BytesIO()
     # Start from "default", so that a matplotlibrc on the machine does not change the page.
     with style.context("default"), matplotlib.rc_context(settings):

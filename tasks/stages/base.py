@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
 from prefect import task
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress as Bar
 
 from deploy.launchers import Cluster, Launcher, launcher_of
 from deploy.launchers.warm import JobServer
@@ -163,10 +166,6 @@ class Progress:
             lambda: create_progress_artifact(progress=0.0, key=key, description=stage)
         )
         if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.markup import escape
-            from rich.progress import Progress as Bar
-
             self._bar = Bar(console=Console(stderr=True), transient=True)
             self._bar.start()
             self._task = self._bar.add_task(escape(stage), total=self.total)

@@ -16,9 +16,10 @@ from dpo_core.evaluation.config import EvaluateConfig
 from dpo_core.evaluation.policy_row import VERSION, PolicyRow
 from dpo_core.evaluation.summary import PolicySamples, summarise_samples
 from dpo_core.jobs.files import EvaluationJob
+from dpo_core.judging.judge import AnswerPairs, judge_by_scores, win_rate
 from dpo_core.judging.results import WinRate
 from dpo_core.rewards.functions import reward_identity
-from dpo_core.statistics.estimates import Estimate
+from dpo_core.statistics.estimates import Estimate, paired_bootstrap
 from tasks.recipe.policies import CHAMPION, REFERENCE
 from tasks.reports.run_report import Measured, Sample
 from tasks.stages.base import Context, Output, RunningStage, Stage, StageResult, run_stage, stage_task
@@ -200,8 +201,6 @@ def read_samples(facts: dict[str, Any]) -> PolicySamples:
 
 def _win_rates(samples: dict[str, Any], prompts: Sequence[str], judge: str, seed: int) -> list[WinRate]:
     """Win rates by the reward: every policy against the reference, and against the champion if any."""
-    from dpo_core.judging.judge import AnswerPairs, judge_by_scores, win_rate
-
     rates = []
     for name, rival in rivals(list(samples)):
         drawn, other = samples[name], samples[rival]
@@ -225,8 +224,6 @@ def rivals(policies: Sequence[str]) -> list[tuple[str, str]]:
 
 def _gain_over_champion(samples: dict[str, Any], seed: int) -> dict[str, Estimate]:
     """The gain of each policy over the champion on the same prompts; empty without a champion."""
-    from dpo_core.statistics.estimates import paired_bootstrap
-
     champion = samples.get(CHAMPION)
     if champion is None:
         return {}

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pandas as pd
 from pydantic import Field, model_validator
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
 
 from deploy.launchers import Cluster
 from dpo_core.config import Config
@@ -292,10 +295,6 @@ def terminal_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     if not sys.stderr.isatty():
         yield lambda done, total: None
         return
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.progress import Progress
-
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(escape(title), total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

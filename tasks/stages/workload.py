@@ -44,7 +44,7 @@ class Workload:
     @cached_property
     def shape(self) -> cost.Shape:
         """The model's shape."""
-        from dpo_core.scoring.model_shape import shape_of_config
+        from dpo_core.scoring.model_shape import shape_of_config  # noqa: PLC0415 - dpo plan only: loads torch
 
         return shape_of_config(self.config)
 

@@ -9,6 +9,7 @@ import sqlite3
 from pathlib import Path
 
 from filelock import FileLock
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 
 def make_database(uri: str) -> None:
@@ -47,6 +48,4 @@ def begin_writing(database: sqlite3.Connection) -> None:
 
 
 def _make_tables(path: Path, artifacts: Path) -> None:
-    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
-
     SqlAlchemyStore(f"sqlite:///{path}", artifacts.as_uri()).engine.dispose()

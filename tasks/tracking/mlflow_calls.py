@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
+from mlflow.exceptions import MlflowException
+
 
 def create_if_missing(create: Callable[[], object]) -> None:
     """Call `create`; ignore MLflow's error if the object exists already."""
-    from mlflow.exceptions import MlflowException
-
     try:
         create()
     except MlflowException as error:

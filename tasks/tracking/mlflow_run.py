@@ -15,6 +15,8 @@ from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param
+
 from tasks.store.facts import scalar_facts
 from tasks.store.manifest import Manifest
 from tasks.tracking.outbox import PATIENCE, STAGE_PATIENCE, Outbox, Write, one_line
@@ -84,8 +86,6 @@ class TrackedRun:
         self._put("parameters", "send_params", flat)
 
     def send_params(self, flat: dict[str, str]) -> None:
-        from mlflow.entities import Param
-
         recorded = self._client.get_run(self.run_id).data.params
         changed = [key for key, value in flat.items() if recorded.get(key, value) != value]
         if changed:
@@ -138,8 +138,6 @@ class TrackedRun:
         self._put(f"data set {name}", "send_dataset", facts, context)
 
     def send_dataset(self, facts: dict[str, str], context: str) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
         dataset = DatasetInput(Dataset(**facts), [InputTag("mlflow.data.context", context)])
         self._client.log_inputs(self.run_id, [dataset])
 
@@ -178,8 +176,6 @@ class TrackedRun:
         return self._sent
 
     def _log(self, points: list[Point]) -> None:
-        from mlflow.entities import Metric
-
         for start in range(0, len(points), _METRICS_A_BATCH):
             batch = points[start : start + _METRICS_A_BATCH]
             self._client.log_batch(self.run_id, metrics=[Metric(*point) for point in batch])

@@ -20,6 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import requests
+from mlflow.exceptions import MlflowException
+from requests import RequestException
+from sqlalchemy.exc import OperationalError
+
 from dpo_core.redaction import redact
 from dpo_core.system import write_atomic
 from tasks.signals import signals_deferred
@@ -181,10 +186,6 @@ class Outbox:
 
     def is_outage(self, error: Exception) -> bool:
         """Whether an error means that MLflow is unreachable, rather than that the write itself is invalid."""
-        from mlflow.exceptions import MlflowException
-        from requests import RequestException
-        from sqlalchemy.exc import OperationalError
-
         # The database still answers reads, and accepts writes again when there is space.
         self._disk_fault = says_disk_full(error) or says_read_only(error)
         if self._disk_fault:
@@ -207,8 +208,6 @@ class Outbox:
 
     def _probe_server(self) -> None:
         """Probe a server that was down. The timeout is short: a hanging server must not block writes."""
-        import requests
-
         if self._probe:
             requests.get(self._probe, timeout=_PROBE_SECONDS)
 

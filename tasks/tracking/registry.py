@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import mlflow
+from mlflow.entities import LoggedModelStatus
+from mlflow.exceptions import MlflowException
+
 from tasks.tracking.mlflow_calls import all_pages, create_if_missing
 from tasks.tracking.mlflow_run import TAG_CHARS, cut
 from tasks.tracking.tracker import Tracker
@@ -78,8 +82,6 @@ def _exists(version: Any) -> bool:
 
 
 def _new_version(client: Any, name: str, uri: str, run_id: str, tags: dict[str, str], model_id: str) -> str:
-    from mlflow.exceptions import MlflowException
-
     facts = {"run_id": run_id, "tags": tags, "model_id": model_id}
     try:
         return str(client.create_model_version(name, uri, **facts).version)
@@ -93,9 +95,6 @@ def _logged_model(
     client: Any, tracking_uri: str, name: str, uri: str, run_id: str, tags: dict[str, str]
 ) -> str:
     """Id of the run's logged model for these weights. One that a killed process left unready is replaced."""
-    import mlflow
-    from mlflow.entities import LoggedModelStatus
-
     experiment = client.get_run(run_id).info.experiment_id
     for logged in client.search_logged_models([experiment], f"source_run_id = '{run_id}'"):
         if logged.tags.get("dpo.weights_uri") == uri:
@@ -138,8 +137,6 @@ def numbered(tracker: Tracker, name: str, number: str) -> Any | None:
 
 
 def _if_exists(tracker: Tracker, what: str, read: Callable[[Any], Any]) -> Any | None:
-    from mlflow.exceptions import MlflowException
-
     def find(client: Any) -> Any | None:
         try:
             return read(client)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from mlflow import MlflowClient
 
 from dpo_core.errors import RecipeError, StageFailed
 from tasks.provenance import environment, source_tags
@@ -305,8 +306,6 @@ class Tracker:
         logging.getLogger("alembic").setLevel(logging.WARNING)
         # It logs the traceback of each error that it raises; the retry queue logs one line.
         logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-        from mlflow import MlflowClient
-
         try:
             make_database(self.uri)
         except OSError as error:

@@ -193,7 +193,7 @@ def _hub_chunks(name: str, requested: str | None, remarks: list[str]) -> Iterato
     _require_hub_name(name)
     split = requested or "train"
     try:
-        import datasets
+        import datasets  # noqa: PLC0415 - takes seconds
 
         try:
             data = datasets.load_dataset(name, split=split)

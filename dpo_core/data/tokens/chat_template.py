@@ -15,6 +15,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import jinja2.ext
+from jinja2 import nodes
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
 from dpo_core.errors import ModelError
 
 Message = dict[str, Any]
@@ -116,10 +120,6 @@ def _with_reasoning(message: Message) -> Message:
 
 @lru_cache(maxsize=1)
 def _environment() -> Any:
-    import jinja2.ext
-    from jinja2 import nodes
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
     class Generation(jinja2.ext.Extension):
         """`{% generation %}`, which marks the assistant's text; the text is written unchanged."""
 

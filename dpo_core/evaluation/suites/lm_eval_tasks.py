@@ -51,7 +51,7 @@ def run_tasks(
     """
     check(config)
     with _quiet():
-        from dpo_core.evaluation.lm_eval_model import HarnessLM
+        from dpo_core.evaluation.lm_eval_model import HarnessLM  # noqa: PLC0415 - optional
 
         tasks = load_tasks(family, names, splits, **overrides)
         chat = wants_chat(subject, config)
@@ -87,9 +87,9 @@ def load_tasks(
         splits: rows by split, with the fields of the hub's data set.
         overrides: fields of the task definition, by task name.
     """
-    import lm_eval
-    from datasets import Dataset
-    from lm_eval.tasks import TaskManager
+    import lm_eval  # noqa: PLC0415 - optional
+    from datasets import Dataset  # noqa: PLC0415 - takes seconds
+    from lm_eval.tasks import TaskManager  # noqa: PLC0415 - optional
 
     folder = Path(lm_eval.__file__).parent / "tasks" / family
     manager = TaskManager(include_defaults=False, include_path=str(folder))
@@ -102,8 +102,8 @@ def load_tasks(
 
 def evaluate_tasks(lm: Any, tasks: dict[str, Any], *, chat: bool) -> dict[str, list[Row]]:
     """Evaluate tasks on an lm-eval model; see `TaskResults.samples`."""
-    from lm_eval.defaults import DEFAULT_OTHER_SEED
-    from lm_eval.evaluator import evaluate
+    from lm_eval.defaults import DEFAULT_OTHER_SEED  # noqa: PLC0415 - optional
+    from lm_eval.evaluator import evaluate  # noqa: PLC0415 - optional
 
     for task in tasks.values():
         task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)  # the library's default, so that its shots are used
@@ -135,8 +135,8 @@ def check(config: SuiteConfig) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep lm-eval's messages and progress bars out of the terminal; settings and facts hold what matters."""
-    import lm_eval.api.task
-    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    import lm_eval.api.task  # noqa: PLC0415 - optional
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars  # noqa: PLC0415 - takes seconds
 
     task, logger = lm_eval.api.task, logging.getLogger("lm_eval")
     bar, level, shown = task.tqdm, logger.level, not are_progress_bars_disabled()

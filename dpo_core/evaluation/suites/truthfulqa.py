@@ -146,7 +146,7 @@ def _one_resample() -> Iterator[None]:
     It resamples the single score of an answer a thousand times, which takes half a second per question.
     """
     try:
-        from rouge_score import scoring
+        from rouge_score import scoring  # noqa: PLC0415 - optional
     except ImportError:  # part of lm-eval, whose absence `check` reports
         yield
         return

@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 from tasks.housekeeping.doctor.check_result import CheckResult, failure, ok, skipped, warning
 
 _PACKAGE = "dpo-pipeline"
@@ -35,8 +37,6 @@ def python() -> Iterator[CheckResult]:
 
 def packages(package: str = _PACKAGE) -> Iterator[CheckResult]:
     """Every required package is installed in a compatible version."""
-    from packaging.requirements import Requirement
-
     try:
         lines = requires(package) or []
     except PackageNotFoundError:

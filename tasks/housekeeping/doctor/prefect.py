@@ -8,9 +8,12 @@ from importlib.metadata import version
 from typing import Any
 
 import httpx
+from prefect.settings import get_current_settings
 
 from tasks.housekeeping.doctor.check_result import CheckResult, failure, ok, skipped, warning
 from tasks.housekeeping.doctor.http import SECONDS, ask, skew
+from tasks.scheduling.alerts import ALERTS, PREFIX
+from tasks.scheduling.heartbeats import HEARTBEAT_AUTOMATION
 from tasks.scheduling.prefect_home import REMEDY, unwritable_home
 
 _FLOW = "dpo"
@@ -34,8 +37,6 @@ class Api:
 
 def server() -> Iterator[CheckResult]:
     """All checks of the configured server; without one, runs start temporary servers."""
-    from prefect.settings import get_current_settings
-
     settings = get_current_settings()
     address = settings.api.url
     if address is None:
@@ -126,9 +127,6 @@ def _late(api: Api) -> Iterator[CheckResult]:
 
 
 def _automations(api: Api) -> Iterator[CheckResult]:
-    from tasks.scheduling.alerts import ALERTS, PREFIX
-    from tasks.scheduling.heartbeats import HEARTBEAT_AUTOMATION
-
     automations = api.post("/automations/filter", limit=200)
     enabled = {automation["name"]: automation.get("enabled", True) for automation in automations}
     known = {deployment["id"] for deployment in api.post("/deployments/filter", limit=200)}

@@ -12,11 +12,17 @@ import psutil
 
 from dpo_core.errors import DpoError
 from tasks.housekeeping.doctor.check_result import CheckResult, failure, ok, skipped, warning
+from tasks.housekeeping.garbage_collection import free
+from tasks.promotion.finished_run import registries_of
+from tasks.promotion.ledger import ALIAS, SUFFIX, Ledger
+from tasks.promotion.model_source import version_title, weights_of
 from tasks.runs.record import RunRecord, list_runs, read_records
 from tasks.runs.references import read_references
 from tasks.store.files import require_writable
 from tasks.store.manifest import Manifest
 from tasks.store.store import Store
+from tasks.tracking.mlflow_calls import all_pages
+from tasks.tracking.registry import version_of
 
 _LITTLE = 5 * 10**9  # a run of the demo stores 2 GB and needs as much again while it runs
 _NOTHING = 10**9
@@ -167,8 +173,6 @@ def clock(place: Path) -> Iterator[CheckResult]:
 
 def garbage(place: Path) -> Iterator[CheckResult]:
     """The size of the store, and how much of it garbage collection would free."""
-    from tasks.housekeeping.garbage_collection import free
-
     if not (place / "store").exists():
         yield skipped("store", "the store is empty")
         return
@@ -186,12 +190,6 @@ def garbage(place: Path) -> Iterator[CheckResult]:
 
 def champions(place: Path) -> Iterator[CheckResult]:
     """Aliases, ledger and weights of every registered model agree. The weights are not read."""
-    from tasks.promotion.finished_run import registries_of
-    from tasks.promotion.ledger import ALIAS, SUFFIX, Ledger
-    from tasks.promotion.model_source import version_title, weights_of
-    from tasks.tracking.mlflow_calls import all_pages
-    from tasks.tracking.registry import version_of
-
     check, count = "dpo promote --check", 0
     for tracker in registries_of(place, (run.tracking_uri for run in read_references(place))):
         names = [m.name for m in tracker.ask("the models", lambda c: all_pages(c.search_registered_models))]
