@@ -32,5 +32,5 @@ def _processor_has_bf16() -> bool:
     """False on x86 without AVX-512, where PyTorch's bf16 products are 3 to 80 times slower than fp32."""
     if platform.machine() not in ("x86_64", "AMD64") or "AVX512" in torch.backends.cpu.get_cpu_capability():
         return True
-    log.warning("this processor has no bf16 arithmetic: fp32 is used instead of bf16")
+    log.warning("this processor has no bf16 arithmetic: bf16 settings are computed in fp32")
     return False

@@ -1,4 +1,4 @@
-"""Which precision is computed in: what the device is fast at."""
+"""The precision of a computation depends on what the device is fast at."""
 
 import logging
 
