@@ -211,7 +211,7 @@ def fewer_rows_than_asked_for(world: World) -> list[str]:
     return world.run_on(rows, gate={"too_few": {"severity": "critical", "min_rows": 1000}})
 
 
-@bad(2, "one held-out prompt and one sample of it give no interval", "evaluate.samples_per_prompt to 2",
+@bad(2, "one held-out prompt with one sample gives no confidence", "evaluate.samples_per_prompt to 2",
      adds="load-data validate-pairs")  # fmt: skip
 def one_answer_to_evaluate(world: World) -> list[str]:
     return world.run_on(good_rows(2))
@@ -258,7 +258,7 @@ def validate_nothing(world: World) -> list[str]:
     return ["validate", str(world.new_folder() / "absent.csv")]
 
 
-@bad(2, "there is no field data.formt (did you mean format?)", "Mend the override")
+@bad(2, "there is no field data.formt (did you mean format?)", "Correct the override")
 def validate_with_an_unknown_override(world: World) -> list[str]:
     return ["validate", str(world.folder / "good.jsonl"), "--set", "data.formt=hh"]
 

@@ -306,7 +306,7 @@ def reward_that_is_constant(world: World) -> list[str]:
     return world.run_reward("def own(prompts, completions): return [1.0] * len(prompts)\n")
 
 
-@bad(2, "prompts without pairs, and no reward labels samples", "Set reward.source", adds="load-data")
+@bad(2, "prompts without pairs, but there is no reward", "Set reward.source", adds="load-data")
 def prompts_without_a_reward(world: World) -> list[str]:
     prompts = lines([{"prompt": f"And now {row['prompt']}"} for row in good_rows()])
     return world.run_with("prompts.jsonl", prompts, reward=None)

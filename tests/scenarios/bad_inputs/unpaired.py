@@ -30,7 +30,7 @@ def unpaired_for_a_guide_on_pairs(world: World) -> list[str]:
 
 
 @bad(
-    2, "the data are unpaired rows, and without reward.source", "trained on pairs", "Set reward.source",
+    2, "the data are unpaired rows, but without reward.source", "trained on pairs", "Set reward.source",
     adds="load-data",
 )  # fmt: skip
 def unpaired_without_a_reward(world: World) -> list[str]:
@@ -38,7 +38,7 @@ def unpaired_without_a_reward(world: World) -> list[str]:
 
 
 @bad(
-    2, "the data are unpaired rows", "reward is a model, which is trained", "Leave the policy's reward out",
+    2, "the data are unpaired rows", "reward is a model, which is trained", "Remove the policy's reward",
     adds="load-data",
 )  # fmt: skip
 def unpaired_for_a_learned_reward(world: World) -> list[str]:
@@ -46,7 +46,7 @@ def unpaired_for_a_learned_reward(world: World) -> list[str]:
 
 
 @bad(
-    2, "no training row is labelled desirable, and SFT learns from", "Set sft.demonstrations",
+    2, "no training row is labelled desirable, but SFT learns from", "Set sft.demonstrations",
     adds="load-data validate-unpaired",
 )  # fmt: skip
 def unpaired_of_which_none_is_desirable(world: World) -> list[str]:

@@ -81,8 +81,8 @@ def test_a_flow_that_the_kernel_killed_for_memory(finished, small):
     assert flow.returncode == -9, said
     done = own.dpo("run", str(own.recipe), "--resume")
     assert done.returncode == 0, done.stderr
-    assert "had ended without a word" in done.stderr
-    assert "if memory ran out, lower the batch sizes" in done.stderr
+    assert "which was killed or whose machine went down" in done.stderr
+    assert "if memory ran out, start a new run with smaller batches" in done.stderr
     assert own.index() == reference.index()
     assert_store_clean(own.workspace)
     assert not left_running([flow.pid], own.workspace)
