@@ -23,6 +23,8 @@ STATE = {
     "expectations/gate.py:_ONE_AT_A_TIME",
     # A registry, which the modules of objectives fill while they are imported.
     "dpo_core/objectives/registry.py:_OBJECTIVES",
+    # One server for each process; it ends with the process.
+    "flows/process/temporary_server.py:_server",
     # Numbers the jobs of a process, so that each has a key of its own in torch's store, which outlives them.
     "dpo_core/training/liveness.py:_starts",
 }
@@ -36,6 +38,7 @@ ENVIRONMENT = {
     "flows/commands/doctor.py": "read by MLflow's client",
     "flows/process/environment.py": "read by libraries and by child processes",
     "flows/process/orphans.py": "marks child processes, which another process looks for",
+    "flows/process/temporary_server.py": "read by Prefect's clients, also in the threads of tasks",
     "tasks/tracking/tracker.py": "read by MLflow's client",
 }
 """Modules that set variables of the environment, and who reads them."""

@@ -42,10 +42,12 @@ def run_recipe(
     resolved = load_recipe(recipe, overrides)
     workspace = Path(resolved.workspace).absolute()
     typer.echo(f"recipe {resolved.name}, workspace {workspace}", err=as_json)
-    # Before Prefect is imported and its server starts, which takes seconds; the flow checks again.
+    from flows.process.temporary_server import start_temporary_server
+
+    start_temporary_server()  # takes as long as loading the rest
     from tasks.preflight import check_before_run
 
-    check_before_run(resolved, resume, cluster)
+    check_before_run(resolved, resume, cluster)  # before the run has a record; the flow checks again
     from flows.commands.results import print_report
     from flows.commands.run import resume_line_on_failure, run_flow
 

@@ -12,9 +12,8 @@ from dpo_core.errors import DpoError
 from flows.alignment import Report, alignment
 from flows.commands.results import read_report
 from flows.process.guard import guarded
-from flows.process.orphans import end_orphans
 from flows.process.prefect_server import prefect_away
-from flows.process.temporary_server import start_temporary_server
+from flows.process.temporary_server import wait_for_temporary_server
 from tasks.recipe.recipe import Recipe
 from tasks.runs.record import own_run
 from tasks.signals import stoppable
@@ -22,10 +21,9 @@ from tasks.signals import stoppable
 
 def run_flow(recipe: Recipe, resume: str | None, cluster: Cluster | None) -> Report:
     """Run the recipe's flow in this process and return its report."""
-    end_orphans()
     try:
         with guarded(recipe.workspace, recipe.tracking), stoppable():
-            start_temporary_server()
+            wait_for_temporary_server()
             return alignment(recipe, resume, cluster)
     except (RuntimeError, httpx.TransportError, PrefectHTTPStatusError) as error:
         record = own_run(recipe.workspace)

@@ -1,7 +1,7 @@
-"""Finds and ends orphaned processes of killed runs: temporary Prefect servers and trainers.
+"""Finds and ends processes that a killed run left behind.
 
 Usually the run's supervisor (`flows.process.guard`) ends them. If it was killed too, the next run ends the
-server, which would idle for ever, and the trainers of a job that it restarts (`deploy.launchers.local`).
+ranks of a job that it restarts (`deploy.launchers.local`).
 """
 
 import contextlib
@@ -11,7 +11,6 @@ from collections.abc import Iterable
 import psutil
 
 _MARK = "DPO_FLOW_PID"
-_SERVER = "prefect.server.api.server"
 
 
 def mark_own() -> None:
@@ -19,22 +18,8 @@ def mark_own() -> None:
     os.environ[_MARK] = str(os.getpid())
 
 
-def end_orphans() -> int:
-    """End this user's temporary servers whose run is gone; returns their number."""
-    ended = 0
-    for process in psutil.process_iter(["cmdline", "uids"]):
-        if process.info["uids"].real != os.getuid() or not _is_server(process.info["cmdline"]):
-            continue
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            owner = process.environ().get(_MARK)
-            if owner and not psutil.pid_exists(int(owner)):
-                process.kill()
-                ended += 1
-    return ended
-
-
 def find_orphans() -> list[psutil.Process]:
-    """The processes of runs that are gone: temporary servers and trainers."""
+    """The processes of runs that are gone."""
     orphans = []
     for process in psutil.process_iter(["uids"]):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, ValueError):
@@ -64,7 +49,3 @@ def _family(owner: int, but: Iterable[int]) -> list[psutil.Process]:
             if process.environ().get(_MARK) == str(owner) and process.pid not in but:
                 family.append(process)
     return family
-
-
-def _is_server(cmdline: list[str] | None) -> bool:
-    return any(part.startswith(_SERVER) for part in cmdline or ())

@@ -10,6 +10,7 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL
 
 from dpo_core.errors import RecipeError, StageFailed
+from flows.process.temporary_server import is_temporary
 
 _REMEDY = "Start one with: prefect server start; then: export PREFECT_API_URL=http://127.0.0.1:4200/api"
 
@@ -17,7 +18,7 @@ _REMEDY = "Start one with: prefect server start; then: export PREFECT_API_URL=ht
 def server_address() -> str | None:
     """The configured server's address; None if neither environment nor profile has one."""
     address: str | None = PREFECT_API_URL.value()
-    return address
+    return None if is_temporary(address) else address
 
 
 def refused(error: Any) -> RecipeError:

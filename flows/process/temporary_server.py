@@ -1,40 +1,123 @@
-"""Starts Prefect's temporary server of a local run in its own session, so that Ctrl-C does not end it."""
+"""The temporary Prefect server of a local run. It starts while the run's modules load, which takes as long.
 
-import functools
+`python -m flows.process.temporary_server FD` is that server, on an open socket that it inherits.
+"""
+
+import atexit
+import os
+import socket
 import subprocess
-from typing import Any
+import sys
+import tempfile
+import threading
 
-from prefect.server.api.server import SubprocessASGIServer
-from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE
+import httpx
+from prefect.settings import (
+    PREFECT_API_URL,
+    PREFECT_SERVER_ALLOW_EPHEMERAL_MODE,
+    PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS,
+)
 
 from dpo_core.errors import RecipeError
+from flows.process.orphans import mark_own
 from tasks.scheduling.prefect_home import REMEDY, unwritable_home
 
+_ADDRESS = "http://127.0.0.1:{port}/api"
 
-class _Apart(SubprocessASGIServer):
-    """A server in its own session.
 
-    Ctrl-C reaches all processes of the terminal's group. If the server ended with the run, Prefect would
-    retry again and again to report the run's end to it.
-    """
+class TemporaryServer:
+    """A Prefect server for this process and what it starts; ends with this process."""
 
-    def _run_uvicorn_command(self) -> "subprocess.Popen[Any]":
-        plain = subprocess.Popen
-        subprocess.Popen = functools.partial(plain, start_new_session=True)  # type: ignore[misc,assignment]
+    def __init__(self) -> None:
+        # Its own session, so that Ctrl-C does not end it: Prefect would retry to report the run's end to it.
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            # Requests wait in the socket's queue until the server is up.
+            self.address = _ADDRESS.format(port=listening.getsockname()[1])
+            self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as this process
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", __name__, str(listening.fileno())],
+                pass_fds=[listening.fileno()],
+                stdin=subprocess.PIPE,
+                stdout=self._errors,
+                stderr=self._errors,
+                start_new_session=True,
+            )
+        # Registered before Prefect's own exit handlers, which send the last logs and events: runs after them.
+        atexit.register(self._stop)
+
+    def wait(self) -> None:
+        """Wait until it answers.
+
+        Raises:
+            RecipeError: it ended, or does not answer.
+        """
         try:
-            return super()._run_uvicorn_command()
-        finally:
-            subprocess.Popen = plain  # type: ignore[misc]
+            httpx.get(
+                f"{self.address}/health", timeout=PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS.value()
+            ).raise_for_status()
+        except httpx.HTTPError as error:
+            self._errors.seek(0)
+            printed = self._errors.read().decode(errors="replace").strip().splitlines()
+            reason = printed[-1] if printed else f"{type(error).__name__}: {error}"
+            raise RecipeError(
+                f"Prefect's temporary server did not start ({reason})", "Run again, or set PREFECT_API_URL"
+            ) from error
+
+    def _stop(self) -> None:
+        self._process.terminate()  # where this process is killed, the end of stdin ends the server
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+
+_server: TemporaryServer | None = None
 
 
 def start_temporary_server() -> None:
-    """Start the temporary server if no server is configured; Prefect uses it and stops it at the end.
+    """Start a temporary server if no server is configured, and make it that of this process.
 
     Raises:
         RecipeError: Prefect's folder is not writable; the server would retry for two minutes.
-        RuntimeError: the server did not start.
     """
+    global _server
     if PREFECT_API_URL.value() is None and PREFECT_SERVER_ALLOW_EPHEMERAL_MODE.value():
         if problem := unwritable_home():
             raise RecipeError(f"Prefect cannot write its folder {problem[0]} ({problem[1]})", REMEDY)
-        _Apart().start()
+        mark_own()
+        _server = TemporaryServer()
+        os.environ["PREFECT_API_URL"] = _server.address
+        # Loads most of Prefect, now while the server starts.
+        from prefect.context import refresh_global_settings_context  # noqa: PLC0415
+
+        refresh_global_settings_context()
+
+
+def wait_for_temporary_server() -> None:
+    """Wait until the temporary server answers, if one was started."""
+    if _server is not None:
+        _server.wait()
+
+
+def is_temporary(address: str | None) -> bool:
+    """Whether an address is that of this process's temporary server."""
+    return _server is not None and address == _server.address
+
+
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()
+    os._exit(0)
+
+
+def _main() -> None:
+    import uvicorn  # noqa: PLC0415 - a run needs no server packages
+    from prefect.server.api.server import create_app  # noqa: PLC0415
+
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    app = create_app(ephemeral=True, final=True)
+    config = uvicorn.Config(app, log_level="error", lifespan="on")
+    uvicorn.Server(config).run(sockets=[socket.socket(fileno=int(sys.argv[1]))])
+
+
+if __name__ == "__main__":
+    _main()

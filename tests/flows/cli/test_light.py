@@ -43,11 +43,13 @@ def test_a_command_that_needs_torch_names_the_extra_where_it_is_missing(tmp_path
 
 
 def test_a_run_prints_its_first_line_before_it_loads_anything_heavy(tmp_path: Path) -> None:
-    ends_there = "import sys; sys.modules['tasks.preflight'] = None\n"  # the next import after the line
+    ends_there = (
+        "import sys; sys.modules['flows.process.temporary_server'] = None\n"  # the next import after the line
+    )
     called = [sys.executable, "-c", ends_there + REPORT, "run", "demo"]
     done = subprocess.run(called, cwd=tmp_path, check=False, capture_output=True, text=True)
     assert done.stdout == f"recipe demo, workspace {tmp_path / 'runs'}\n"
-    assert "tasks.preflight" in done.stderr
+    assert "flows.process.temporary_server" in done.stderr
     assert not HEAVY & set(json.loads(done.stderr.splitlines()[-1]))
 
 
