@@ -51,7 +51,7 @@ def module_of(kind: str) -> Any:
     if name not in known:
         raise StageFailed(
             f"there is no kind of job '{kind}', only {', '.join(sorted(known))}",
-            "Install the version of dpo here that started the run",
+            "Install the same version of dpo here as where the run was started",
         )
     return importlib.import_module(f"{jobs.__name__}.{name}")
 

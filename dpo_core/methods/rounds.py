@@ -53,7 +53,7 @@ class RoundsConfig(Config):
             raise ValueError("a policy that ZeRO 3 shards cannot be sampled from: use zero_stage 0 to 2")
         for name in ("gradient_checkpointing", "compile"):
             if getattr(self.engine, name):
-                raise ValueError(f"training on own samples does not read engine.{name}: leave it out")
+                raise ValueError(f"engine.{name} is not read by training on own samples: leave it out")
         if self.missing_eos == "replace" and self.missing_eos_penalty is None:
             raise ValueError("missing_eos is read only where missing_eos_penalty is set")
         shares = {
