@@ -1,12 +1,15 @@
 """A tiny real run: a two-layer model, the self-made openings, every stage, the real command line."""
 
+import functools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import yaml
 
@@ -57,6 +60,17 @@ def tiny_recipe(model: Path, workspace: Path) -> dict:
     }
 
 
+@functools.cache
+def prefect_address() -> str:
+    """A Prefect server that the runs of this process share: starting one takes longer than a tiny stage."""
+    from flows.process.temporary_server import TemporaryServer
+
+    with patch.dict(os.environ, PREFECT_HOME=tempfile.mkdtemp(prefix="prefect-")):
+        server = TemporaryServer()
+    server.wait()
+    return server.address
+
+
 @dataclass
 class Bench:
     """A workspace with a recipe, and the command line on it."""
@@ -88,7 +102,7 @@ class Bench:
     def dpo(self, *arguments: str, timeout: float = 1200) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             self.command(*arguments),
-            env=self.environment(),
+            env=self.environment() | {"PREFECT_API_URL": prefect_address()},
             cwd=self.folder,
             capture_output=True,
             text=True,
