@@ -4,8 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_core.data.files.parquet import read_parquet
-from dpo_core.data.tokens.tokenise import Tokenise
-from dpo_core.errors import StageFailed
+from dpo_core.data.tokens.tokenise import Tokenise, no_rows_left
 from dpo_core.examples.cached import cached_sequences
 from dpo_core.jobs.files import ReferenceJob
 from dpo_core.jobs.start import device, start_ranks
@@ -29,7 +28,7 @@ def run(job: ReferenceJob, monitor: LivenessMonitor) -> dict[str, Any] | None:
     tokenise = Tokenise(load_tokenizer(model), job.tokens)
     sequences, dropped = cached_sequences(job.method, settings, tokenise, read_parquet(job.rows))
     if not sequences:
-        raise StageFailed(f"no training row is left after tokenising ({dropped})", "Raise tokens.max_length")
+        raise no_rows_left(dropped)
     reference = Reference(model, job.weights_sha256, settings.engine.precision, job.described)
     resources = Resources(Path(job.caches), job.token_budget, device(), job.keep_seconds)
     logps = reference_logps(sequences, reference, resources, ranks)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_core.data.files.parquet import read_parquet
-from dpo_core.data.tokens.tokenise import TokenPair
+from dpo_core.data.tokens.tokenise import TokenPair, no_rows_left
 from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.methods.dpo import DpoConfig
 from dpo_core.methods.job import Job
@@ -235,7 +235,7 @@ def build(job: Job, config: DpoConfig) -> tuple[Any, Export]:
     model, tokenizer, tokenise = start(job, config)
     pairs, dropped = tokenise.pairs(read_parquet(job.data))
     if not pairs:
-        raise StageFailed(f"no training row is left after tokenising ({dropped})", "Raise tokens.max_length")
+        raise no_rows_left(dropped)
     trainer = DpoTrainer(
         model,
         pairs,

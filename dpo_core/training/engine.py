@@ -134,8 +134,11 @@ class Engine:
         """
         self.engine.backward(loss_sum * (self.world / total), scale_wrt_gas=False)
 
-    def step(self) -> float | None:
+    def step(self, batch: str = "the batch") -> float | None:
         """Call after each `backward`. Returns the gradient norm before clipping if the optimiser stepped.
+
+        Args:
+            batch: what the error calls it.
 
         Raises:
             StageFailed: the gradient norm is not finite.
@@ -146,19 +149,19 @@ class Engine:
             parameters = [p for p in self.module.parameters() if p.requires_grad]
             limit = self.optim.max_grad_norm or float("inf")
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
-            self._require_finite(norm)
+            self._require_finite(norm, batch)
         self.engine.step()
         if boundary and self.stage:
             norm = float(self.engine.get_global_grad_norm())
-            self._require_finite(norm)
+            self._require_finite(norm, batch)
         return norm
 
     @staticmethod
-    def _require_finite(norm: float) -> None:
+    def _require_finite(norm: float, batch: str) -> None:
         if not np.isfinite(norm):
             raise StageFailed(
-                f"the gradient norm is {norm}",
-                "Lower the learning rate; the last checkpoint is kept",
+                f"the gradient norm of {batch} is {norm}",
+                "Look at its rows, or lower the learning rate; the last checkpoint is kept",
             )
 
     @property

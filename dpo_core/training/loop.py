@@ -169,7 +169,7 @@ class Trainer(ABC, Generic[Example]):
             loss, numbers = self.engine.run(self._balanced, micro)
             self._require_finite(loss, step, micro)
             self.engine.backward(loss, total)
-            norm = self.engine.step()
+            norm = self.engine.step(f"step {step + 1} (its examples: {_ids(examples)})")
             for name, value in {"loss": loss.detach() / total, **numbers}.items():
                 sums[name] = sums.get(name, torch.zeros(())) + value.detach().double().cpu()
         values = self._reduce(sums, len(examples))
@@ -208,11 +208,15 @@ class Trainer(ABC, Generic[Example]):
         if self.config.engine.zero_stage < 3:  # with ZeRO 3 a forward pass needs every rank
             with torch.no_grad():  # one example at a time, to find those that cause it
                 causes = [e for e in micro if not torch.isfinite(self.losses([e])[0])]
-        ids = [str(getattr(e, "id", "?")) for e in causes or micro]
         raise StageFailed(
-            f"the loss of step {step + 1} is {loss.item()}; its examples: {', '.join(ids[:8])}",
+            f"the loss of step {step + 1} is {loss.item()}; its examples: {_ids(causes or micro)}",
             "Look at these rows, or lower the learning rate; the last checkpoint is kept",
         )
+
+
+def _ids(examples: Seq[Any]) -> str:
+    """The first ids, for an error."""
+    return ", ".join(str(getattr(example, "id", "?")) for example in examples[:8])
 
 
 class PackedTrainer(Trainer[Example]):

@@ -152,8 +152,8 @@ def test_a_job_whose_rank_was_killed_says_so(
     ranks(tmp_path)[0].kill()
     wait_until(lambda: launcher.poll(handle) is not State.RUNNING, "the end")
     assert "was killed (SIGKILL); the kernel reports no kill" in launcher.why(handle)
-    kills = local._kills_for_memory()
-    monkeypatch.setattr(local, "_kills_for_memory", lambda: kills + 1)
+    kills = local._out_of_memory_kills()
+    monkeypatch.setattr(local, "_out_of_memory_kills", lambda: kills + 1)
     assert launcher.why(handle).startswith("out of memory: ")
 
 
