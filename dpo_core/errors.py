@@ -62,6 +62,15 @@ class StageFailed(DpoError):
     exit_code = 4
 
 
+class NeedsNewSettings(StageFailed):
+    """A stage failed and would fail again with these settings; a new run reuses what is finished."""
+
+    HOW = ", and start the run again without --resume: finished stages are not run again"
+
+    def __init__(self, problem: str, remedy: str = "") -> None:
+        super().__init__(problem, remedy.removesuffix(self.HOW) + self.HOW)
+
+
 class RankLost(StageFailed):
     """Another rank of the job is lost; this one is intact."""
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_core import jobs
-from dpo_core.errors import DpoError, RankLost, StageFailed
+from dpo_core.errors import DpoError, NeedsNewSettings, RankLost, StageFailed
 from dpo_core.jobs.files import ERROR, STOP_FILE
 from dpo_core.models.remote_code import trust_digests
 from dpo_core.redaction import redact
@@ -129,7 +129,12 @@ def _report(work: Path, error: Exception) -> None:
     rank = os.environ.get("RANK", "0")
     first = rank == "0" and not isinstance(error, RankLost)
     if first or not (work / ERROR).exists():
-        facts = {"problem": error.problem, "remedy": error.remedy, "exit_code": error.exit_code}
+        facts = {
+            "problem": error.problem,
+            "remedy": error.remedy,
+            "exit_code": error.exit_code,
+            "resumable": not isinstance(error, NeedsNewSettings),
+        }
         # Ranks may fail at the same moment: each writes a file of its own and renames it.
         temporary = work / f"{ERROR}.{rank}.tmp"
         temporary.write_text(json.dumps(facts))

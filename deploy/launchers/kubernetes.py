@@ -217,6 +217,6 @@ def _check_same(existing: Manifest | None, ours: Manifest) -> None:
     expected = ours["metadata"]["annotations"]
     if existing is None or any(marks.get(key) != expected[key] for key in (RUN, ATTEMPT, DIGEST)):
         raise StageFailed(
-            f"a job named {ours['metadata']['name']} exists with other settings",
-            "Delete that job, or use another attempt number",
+            f"a job named {ours['metadata']['name']} exists and belongs to another run",
+            "Delete that job, then resume the run",
         )

@@ -13,7 +13,7 @@ import pandas as pd
 from torch import Tensor
 
 from dpo_core.data.tokens.tokenise import Tokenise, TokenPair
-from dpo_core.errors import StageFailed
+from dpo_core.errors import NeedsNewSettings
 from dpo_core.evaluation.config import EvaluateConfig
 from dpo_core.evaluation.policies import (
     kl_estimates,
@@ -149,7 +149,7 @@ def held_out_prompts(
     frame = pd.read_parquet(path)
     frame = frame[frame["split"] == "eval"].drop_duplicates(["prompt", "chat"]).head(config.prompts)
     if frame.empty:
-        raise StageFailed("no held-out prompt is left to evaluate on", "Raise data.eval_fraction")
+        raise NeedsNewSettings("no held-out prompt is left to evaluate on", "Raise data.eval_fraction")
     room = config.sampling.max_new_tokens
     prompts = [(tokenise.prompt_of(row, room), row["prompt"]) for row in frame.to_dict("records")]
     return [(ids, text) for ids, text in prompts if ids]

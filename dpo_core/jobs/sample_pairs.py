@@ -10,7 +10,7 @@ from dpo_core.data.files.parquet import read_parquet
 from dpo_core.data.layouts.fields import Pair
 from dpo_core.data.records import to_frame
 from dpo_core.data.tokens.tokenise import Sequence, Tokenise
-from dpo_core.errors import StageFailed
+from dpo_core.errors import NeedsNewSettings
 from dpo_core.generation.config import seed_for
 from dpo_core.generation.generate import Completion, sample
 from dpo_core.jobs.files import PairSamplingJob
@@ -52,7 +52,7 @@ def run(job: PairSamplingJob, monitor: LivenessMonitor) -> dict[str, Any] | None
     texts = [tokenise.text(s.completion, s.prompt) for s in sequences]
     frame, counts = pair_rows(rows, texts, [c.ended for c in drawn], rewards, config)
     if frame.empty:
-        raise StageFailed(
+        raise NeedsNewSettings(
             f"no pair could be made of {counts['samples']} samples: {counts['ties']} candidate pairs are "
             f"ties under the reward {job.reward}, the other samples are empty or not valid text",
             "Draw more or longer samples (pairs.*), or choose a reward that distinguishes them",

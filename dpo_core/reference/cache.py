@@ -136,7 +136,7 @@ class ReferenceCache:
         if (at_K < 0).any():
             raise StageFailed(
                 f"{int((at_K < 0).sum())} reference log-probs are not in {self.folder}",
-                "Run the cache stage again",
+                "Resume the run: what is missing is computed",
             )
         return self._gather(keys_K2, shard_N[at_K], row_N[at_K])
 

@@ -151,5 +151,8 @@ def attention_of(model: Path) -> str:
         with torch.device("meta"):
             built = build(config_in(model))
     except Exception as error:
-        raise ModelError(f"the model in {model} cannot be built: {error}", "Run the import again") from error
+        raise ModelError(
+            f"the model in {model} cannot be built: {error}",
+            "Remove the folder import-model in store/index of the workspace, then resume the run",
+        ) from error
     return str(built.config._attn_implementation)

@@ -156,7 +156,8 @@ class LogpShard:
         if absent:
             raise StageFailed(
                 f"{absent} of {len(keys)} sequences have no reference log-prob",
-                "The cache has other data or another tokenizer: run the cache stage again",
+                "It is of other data or another tokenizer. Remove the folder cache-reference in store/index "
+                "of the workspace, then resume the run",
             )
         starts_K = self.offsets[at_K]
         counts_K = self.offsets[at_K + 1] - starts_K

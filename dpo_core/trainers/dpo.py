@@ -78,7 +78,10 @@ class DpoTrainer(PackedTrainer[TokenPair]):
             self.live_shape = shape_of(self.live)
         elif config.needs_reference:
             if reference is None:
-                raise StageFailed("the DPO job file has no reference_logps", "Run the cache stage first")
+                raise StageFailed(
+                    "the DPO job file has no reference_logps",
+                    "Set it to the output folder of a cache-reference job",
+                )
             self.reference = self._cached(reference)
         self._require_whole_batches()
 

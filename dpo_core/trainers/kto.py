@@ -62,7 +62,10 @@ class UnpairedTrainer(PackedTrainer[UnpairedExample]):
     ) -> None:
         super().__init__(module, examples, config, seed=seed, work=work)
         if reference is None:
-            raise StageFailed("the KTO job file has no reference_logps", "Run the cache stage first")
+            raise StageFailed(
+                "the KTO job file has no reference_logps",
+                "Set it to the output folder of a cache-reference job",
+            )
         self.dpo, self.objective = config, get(config.objective)
         self.parameters = config.terms[0].parameters
         self.beta = self.parameters["beta"]

@@ -19,5 +19,6 @@ def require_reference_values(gaps_B: Tensor, precision: str) -> None:
         raise StageFailed(
             f"before the first step policy and reference differ by {gap:.3g} nats "
             f"(allowed {allowed}), so the reference log-probs are not those of this model",
-            "Run the cache stage again; if the error repeats, their attention or precision differs",
+            "Remove the folder cache-reference in store/index of the workspace, then resume the run; if the "
+            "error repeats, the attention or the precision of policy and reference differs",
         )

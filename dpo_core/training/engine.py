@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpo_core.errors import StageFailed
+from dpo_core.errors import NeedsNewSettings, StageFailed
 from dpo_core.training.checkpoints import (
     CheckpointInfo,
     Checkpoints,
@@ -159,9 +159,9 @@ class Engine:
     @staticmethod
     def _require_finite(norm: float, batch: str) -> None:
         if not np.isfinite(norm):
-            raise StageFailed(
+            raise NeedsNewSettings(
                 f"the gradient norm of {batch} is {norm}",
-                "Look at its rows, or lower the learning rate; the last checkpoint is kept",
+                "Look at its rows, or lower the learning rate",
             )
 
     @property

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpo_core.errors import StageFailed
+from dpo_core.errors import NeedsNewSettings, StageFailed
 from dpo_core.models.dropout import set_training
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.attention import checkpoint_layers, round_up_to_block, trunk_of
@@ -208,9 +208,9 @@ class Trainer(ABC, Generic[Example]):
         if self.config.engine.zero_stage < 3:  # with ZeRO 3 a forward pass needs every rank
             with torch.no_grad():  # one example at a time, to find those that cause it
                 causes = [e for e in micro if not torch.isfinite(self.losses([e])[0])]
-        raise StageFailed(
+        raise NeedsNewSettings(
             f"the loss of step {step + 1} is {loss.item()}; its examples: {_ids(causes or micro)}",
-            "Look at these rows, or lower the learning rate; the last checkpoint is kept",
+            "Look at these rows, or lower the learning rate",
         )
 
 

@@ -8,7 +8,7 @@ import typer
 from prefect.exceptions import PrefectHTTPStatusError
 
 from deploy.launchers import Cluster
-from dpo_core.errors import DpoError
+from dpo_core.errors import DpoError, NeedsNewSettings
 from flows.alignment import Report, alignment
 from flows.commands.results import read_report
 from flows.process.guard import guarded
@@ -46,7 +46,7 @@ def resume_line_on_failure(workspace: str, line: str) -> Iterator[None]:
         yield
     except BaseException as error:
         code = error.exit_code if isinstance(error, DpoError) else 4
-        if code == 4:
+        if code == 4 and not isinstance(error, NeedsNewSettings):
             record = own_run(workspace)
             typer.echo(f"to resume: {record.resume_line if record else line}", err=True)
         raise

@@ -165,8 +165,9 @@ def _require_sides(sides: dict[str, int], dropped: int, *, sampled: bool) -> Non
     for side, use in {"train": "training", "eval": "evaluation"}.items():
         if not sides.get(side) and not (sampled and side == "eval"):
             raise GateRefused(
-                f"no row is left for {use}: the gate dropped {dropped} rows and kept {sum(sides.values())}",
-                "Correct the rows that the gate names, or add data",
+                f"no row is left for {use}: the gate dropped {dropped} rows and kept {sum(sides.values())}, "
+                "none of them on that side of the split",
+                "Correct the rows that the gate names, add data, or change data.eval_fraction",
             )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from deploy.launchers import Launcher, State
 from deploy.launchers.base import LOG
-from dpo_core.errors import DpoError, StageFailed
+from dpo_core.errors import DpoError, NeedsNewSettings, StageFailed
 from dpo_core.jobs.files import ERROR, ModelJob, write_job
 from dpo_core.methods.job import Job
 from dpo_core.models.remote_code import trusted_digests
@@ -129,7 +129,8 @@ def _job_error(name: str, work: Path, tail: str, state: State, why: str) -> DpoE
     if fault := disk_fault(written["problem"], work, f"stage {name}"):
         return fault
     remedy = _LESS_MEMORY if _short_of_memory(written["problem"]) else written["remedy"]
-    error = StageFailed(f"{name}: {written['problem']}", remedy)
+    error_class = StageFailed if written.get("resumable", True) else NeedsNewSettings
+    error = error_class(f"{name}: {written['problem']}", remedy)
     error.exit_code = int(written["exit_code"])
     return error
 

@@ -165,7 +165,8 @@ def train_policy(context: Context, training: Training) -> StageResult:
 def _require_reference(reference: Manifest, logps: Manifest) -> None:
     if not logps.planned and facts_of(logps, LogpsFacts).reference_weights != weights_sha256(reference):
         raise StageFailed(
-            "the cached log-probs belong to another reference", "Run the cache stage on this reference"
+            "the cached log-probs belong to another reference",
+            "Remove the folder cache-reference in store/index of the workspace, then resume the run",
         )
 
 

@@ -149,7 +149,7 @@ def test_another_attempt_is_another_job_and_other_settings_are_no_rejoining(
 ) -> None:
     job = stand_in.job(tmp_path / "work", "wait")
     first = make().submit(job, 1, job.parent)
-    with pytest.raises(StageFailed, match="exists with other settings"):
+    with pytest.raises(StageFailed, match="exists and belongs to another run"):
         make(image="dpo:2").submit(job, 1, job.parent)
     second = make(attempt=2).submit(job, 1, job.parent)
     assert second != first

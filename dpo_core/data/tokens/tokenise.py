@@ -20,7 +20,7 @@ from dpo_core.data.tokens.config import TokenConfig
 from dpo_core.data.tokens.encoding import TextCodec
 from dpo_core.data.tokens.stop_tokens import stop_ids
 from dpo_core.data.tokens.turns import SPEAKERS, can_drop_turn, drop_turn, shortened
-from dpo_core.errors import ModelError, StageFailed
+from dpo_core.errors import ModelError, NeedsNewSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -443,11 +443,13 @@ def _keep_end(ids: list[int], budget: int, keep_first: int) -> list[int]:
     return ids[:keep_first] + ids[len(ids) - (budget - keep_first) :]
 
 
-def no_rows_left(dropped: dict[str, int]) -> StageFailed:
+def no_rows_left(dropped: dict[str, int]) -> NeedsNewSettings:
     """The error for data of which tokenising left no row.
 
     Args:
         dropped: number of rows by the reason why they are left out.
     """
     reasons = "; ".join(f"{count} rows: {reason}" for reason, count in dropped.items())
-    return StageFailed(f"no training row is left after tokenising ({reasons})", "Raise tokens.max_length")
+    return NeedsNewSettings(
+        f"no training row is left after tokenising ({reasons})", "Raise tokens.max_length"
+    )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpo_core.errors import StageFailed
+from dpo_core.errors import NeedsNewSettings
 from dpo_core.methods.rounds import KlEstimator
 from dpo_core.scoring.kl import KL_ESTIMATORS
 
@@ -259,7 +259,7 @@ class AdaptiveKL:
             StageFailed: the KL is not finite.
         """
         if not math.isfinite(kl):
-            raise StageFailed(
+            raise NeedsNewSettings(
                 f"the KL to the reference is {kl}, so the KL coefficient cannot be adapted",
                 "Look for non-finite log-probs in the rollouts, or lower the learning rate",
             )

@@ -16,7 +16,7 @@ from torch import nn
 
 from dpo_core.data.files.parquet import read_parquet
 from dpo_core.data.tokens.tokenise import Sequence, Tokenise
-from dpo_core.errors import StageFailed
+from dpo_core.errors import NeedsNewSettings, StageFailed
 from dpo_core.generation.config import SamplingConfig, seed_for
 from dpo_core.generation.generate import sample
 from dpo_core.methods.job import Job
@@ -51,26 +51,28 @@ class RolloutContext:
     scoring_flops: Callable[[Seq[Sequence]], float] = lambda sequences: 0.0
     """Operations of scoring sequences, if the scorer is a model."""
 
-    def __post_init__(self) -> None:
-        if not self.prompts:
-            raise StageFailed("there are no prompts to sample from", "Look at what the data gate dropped")
-
 
 def rollout_context(job: Job, tokenise: Tokenise, precision: str) -> RolloutContext:
     """The context that a job file describes.
 
     Raises:
-        StageFailed: it lacks a reference, sampling settings or a reward; or there are no prompts.
+        StageFailed: it lacks a reference, sampling settings or a reward; or no prompt is short enough.
     """
     if job.reference is None or job.sampling is None or job.reward_source is None:
         raise StageFailed(
             f"the {job.method} job file lacks a reference, sampling settings or a reward source",
             "Add reference, sampling and reward_source",
         )
-    rows = read_parquet(job.data)
-    tokens = [(tokenise.prompt_of(row, job.sampling.max_new_tokens), row["prompt"]) for row in rows]
+    rows, room = read_parquet(job.data), job.sampling.max_new_tokens
+    tokens = [(tokenise.prompt_of(row, room), row["prompt"]) for row in rows]
+    prompts = [(ids, text) for ids, text in tokens if ids]
+    if not prompts:
+        raise NeedsNewSettings(
+            f"none of the {len(rows)} training prompts leaves room for a completion of {room} tokens",
+            "Raise tokens.max_length or tokens.max_prompt_length, or lower sampling.max_new_tokens",
+        )
     return RolloutContext(
-        prompts=[(ids, text) for ids, text in tokens if ids],
+        prompts=prompts,
         sampling=job.sampling,
         eos_id=tokenise.stop_ids,
         scorer=scorer(job.reward_source, tokenise, precision),
