@@ -370,6 +370,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
     monkeypatch.setattr("dpo_core.objectives.registry.get", lambda name: spoilt)
     assert run_here(dpo_job(tmp_path, tiny, shard, check_rows=0)) == 4
     assert "the gradient norm of step 1 (its examples: pair-" in error_of(tmp_path)["problem"]
+    assert not error_of(tmp_path)["resumable"]
     assert not curve(tmp_path)
 
 
