@@ -1,4 +1,4 @@
-"""Detects drift: the script and language profile of a data set, and its distance to an earlier profile.
+"""Computes the script and language profile of a data set, and its distance to an earlier profile.
 
 Both are deliberately coarse: they answer "is this still the same mix of languages?", not "which language is
 this row in?". Letters are counted by Unicode block; a language is guessed from its most common words.

@@ -1,4 +1,4 @@
-"""The gate's rule `template`: finds rows whose answer the chat template does not write after the prompt.
+"""The gate's rule `template`: flags rows of a kind (roles, tools, calls) that the chat template cannot write.
 
 Whether a template can write a row depends on the roles of its turns and their parts beyond text (calls,
 tools, reasoning), so one row of each kind is tried. A template may still refuse a text; such rows are left

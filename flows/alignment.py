@@ -7,9 +7,9 @@ from typing import TypeAlias
 from prefect import flow
 
 from deploy.launchers import Cluster
-from flows.policies import train_policies
 from flows.preparation import Keep, Prepared, prepare
 from flows.run_lifecycle import recorded
+from flows.train_policies import train_policies
 from tasks.promotion.champion import Champion, find_champion
 from tasks.recipe.policies import CHAMPION, REFERENCE
 from tasks.recipe.recipe import Recipe

@@ -1,4 +1,4 @@
-"""Shared by the launchers of all clusters: job size, checks, job names and handles."""
+"""`ClusterConfig`, the settings of every cluster, and the checks, job names and handles of its launchers."""
 
 import hashlib
 import logging

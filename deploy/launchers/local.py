@@ -16,7 +16,7 @@ import psutil
 
 from deploy.launchers import torchrun
 from deploy.launchers.base import LOG, State, clear, final_state, tail
-from deploy.launchers.warm import PID_FILE, JobServer, ServerGone, WarmJob
+from deploy.launchers.job_server_client import PID_FILE, JobServer, ServerGone, WarmJob
 from dpo_core.errors import StageFailed
 from dpo_core.system import INSTALL_JOB_PACKAGES, JOB_PACKAGES, process_start
 

@@ -9,12 +9,12 @@ from pydantic import SerializeAsAny, model_validator
 
 from deploy.launchers.base import Launcher, State
 from deploy.launchers.cluster import ClusterConfig
+from deploy.launchers.job_server_client import JobServer
 from deploy.launchers.kubernetes import KubernetesLauncher
 from deploy.launchers.kubernetes_manifests import KubernetesConfig
 from deploy.launchers.local import LocalLauncher
 from deploy.launchers.skypilot import SkyPilotConfig, SkyPilotLauncher
 from deploy.launchers.slurm import SlurmConfig, SlurmLauncher
-from deploy.launchers.warm import JobServer
 from dpo_core.config import Config
 
 Target = tuple[type[ClusterConfig], Callable[..., Any]]

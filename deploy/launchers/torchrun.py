@@ -70,7 +70,7 @@ def command(
         return [sys.executable, "-u", "-m", module, "--config", str(job)]
     # A single node cannot be cut off from its store, so plain torchrun suffices. The address is explicit,
     # because a container may not resolve its host name, and torchrun would retry for ever.
-    starter = "dpo_core.training.elastic_agent" if rendezvous else "torch.distributed.run"
+    starter = "dpo_core.training.run_torchrun" if rendezvous else "torch.distributed.run"
     meeting = rendezvous.arguments() if rendezvous else ["--standalone", "--local-addr=127.0.0.1"]
     start = [sys.executable, "-m", starter, *meeting, f"--nproc-per-node={processes}"]
     return [*start, "-m", module, "--config", str(job)]
@@ -86,7 +86,7 @@ def node_command(job: Path, arguments: Sequence[str] = (), python: str = "python
         arguments: torchrun's options, except those that it reads from `PET_*` variables.
         python: the interpreter on the node.
     """
-    return [python, "-m", "dpo_core.training.elastic_agent", *arguments, "-m", MODULE, "--config", str(job)]
+    return [python, "-m", "dpo_core.training.run_torchrun", *arguments, "-m", MODULE, "--config", str(job)]
 
 
 NODE_ENVIRONMENT = {

@@ -1,4 +1,4 @@
-"""Loads the recipe's data into one canonical table: from files, a mixture, or generated prompts."""
+"""Loads the recipe's data and its evaluation set into canonical tables: files, a mixture, or openings."""
 
 from dpo_core.data.config import DataConfig, SourceConfig
 from dpo_core.data.demo.openings import review_openings

@@ -15,7 +15,7 @@ from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.model_check import check_definition
 from dpo_core.models.source import check_context
 from dpo_core.scoring.autocast import effective_precision
-from dpo_core.scoring.logprobs import completion_scores
+from dpo_core.scoring.completion_scores import completion_scores
 from dpo_core.scoring.precision import Precision
 
 

@@ -25,7 +25,7 @@ from dpo_core.models.source import check_context, weights_digest
 from dpo_core.ranks import Ranks, SingleRank
 from dpo_core.reference.keys import sequence_key
 from dpo_core.reference.logps import Reference, Resources, reference_logps
-from dpo_core.scoring.logprobs import completion_scores
+from dpo_core.scoring.completion_scores import completion_scores
 from dpo_core.scoring.precision import Precision
 from dpo_core.statistics.estimates import Floats
 

@@ -12,8 +12,8 @@ from dpo_core.evaluation.summary import PolicySamples
 from dpo_core.generation.config import seed_for
 from dpo_core.generation.generate import sample
 from dpo_core.ranks import Ranks
+from dpo_core.scoring.completion_scores import completion_scores
 from dpo_core.scoring.kl import k1, k3
-from dpo_core.scoring.logprobs import completion_scores
 from dpo_core.scoring.precision import Precision
 from dpo_core.statistics import estimates as stats
 from dpo_core.statistics.estimates import Estimate

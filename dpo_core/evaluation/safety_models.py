@@ -20,7 +20,7 @@ from dpo_core.ranks import Ranks, SingleRank
 from dpo_core.rewards.functions import RewardFunction, is_reward_model, load_reward
 from dpo_core.rewards.http import is_url
 from dpo_core.rewards.model import score
-from dpo_core.scoring.logprobs import length_batches
+from dpo_core.scoring.completion_scores import length_batches
 
 _TOKENS_IN_A_PASS = 4096
 _SAFE = {"safe", "harmless", "benign", "non toxic", "nontoxic", "not toxic", "acceptable", "not harmful"}

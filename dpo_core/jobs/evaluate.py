@@ -29,7 +29,7 @@ from dpo_core.models.load import load_model, load_tokenizer
 from dpo_core.ranks import Ranks
 from dpo_core.rewards.model import scorer, scoring_flops_of
 from dpo_core.scoring import flops as cost
-from dpo_core.scoring.logprobs import logprob_flops
+from dpo_core.scoring.completion_scores import logprob_flops
 from dpo_core.scoring.model_shape import shape_of
 from dpo_core.training.liveness import LivenessMonitor
 

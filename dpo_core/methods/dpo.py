@@ -1,4 +1,4 @@
-"""Settings of DPO and the other objectives on pairs."""
+"""The method `dpo`: DPO and the other objectives on pairs; settings and declaration."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""Settings of GRPO, its variants and RLOO."""
+"""The method `grpo`: GRPO, its variants and RLOO; settings and declaration."""
 
 from dataclasses import dataclass, replace
 from typing import Literal

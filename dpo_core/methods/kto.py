@@ -1,4 +1,4 @@
-"""Settings of KTO and BCO: preference optimisation on single completions, each labelled desirable or not."""
+"""The method `kto`: KTO and BCO, on completions labelled desirable or not; settings and declaration."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""Settings of PPO for RLHF."""
+"""The method `ppo`: PPO for RLHF; settings and declaration."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""Settings of the Bradley-Terry reward model."""
+"""The Bradley-Terry reward model: settings and declaration."""
 
 from typing import Literal
 

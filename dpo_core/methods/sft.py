@@ -1,4 +1,4 @@
-"""Settings of supervised fine-tuning."""
+"""Supervised fine-tuning: settings and declaration."""
 
 from pydantic import Field, model_validator
 

@@ -1,4 +1,4 @@
-"""Locates the files of a model and reads their facts, without loading weights.
+"""Finds a model (folder, .gguf, package) or downloads it from the hub; its digests, size and position limit.
 
 A model is a checkpoint folder, a .gguf file, an installed package that contains one, or a name on the hub.
 """

@@ -1,4 +1,4 @@
-"""Token-level DPO: the sequential forward KL of both completions enters the margin.
+"""Token-level DPO (TDPO1, TDPO2): the sequential forward KL of both completions enters the margin.
 
 K = Σ_t KL(π_ref(·|x, y_<t) ‖ π(·|x, y_<t)) over the completion's positions and the WHOLE vocabulary. Cached
 log-probs of the sampled tokens do not give it: the reference has to be live. Sums over tokens, never means.

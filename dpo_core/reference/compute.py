@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.errors import StageFailed
 from dpo_core.reference.keys import sequence_key
-from dpo_core.scoring.logprobs import completion_logps
+from dpo_core.scoring.completion_scores import completion_logps
 from dpo_core.scoring.precision import Precision
 
 Save = Callable[[dict[bytes, NDArray[np.float32]]], None]

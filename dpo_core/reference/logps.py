@@ -21,7 +21,7 @@ from dpo_core.reference.compute import Buffer, compute
 from dpo_core.reference.keys import reference_facts, sequence_key
 from dpo_core.reference.shard import LogpShard
 from dpo_core.scoring.autocast import effective_precision
-from dpo_core.scoring.logprobs import logprob_flops
+from dpo_core.scoring.completion_scores import logprob_flops
 from dpo_core.scoring.precision import Precision
 
 

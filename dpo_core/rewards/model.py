@@ -15,8 +15,8 @@ from dpo_core.ranks import Ranks, SingleRank
 from dpo_core.rewards.functions import is_reward_model, load_reward
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.autocast import autocast
+from dpo_core.scoring.completion_scores import length_batches
 from dpo_core.scoring.layout import right_padded
-from dpo_core.scoring.logprobs import length_batches
 from dpo_core.scoring.model_shape import shape_of_config
 
 if TYPE_CHECKING:

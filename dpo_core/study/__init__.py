@@ -9,7 +9,6 @@ Needs numpy only, not torch.
 
 from dpo_core.study.claims import DOMINATES, Claim, claims
 from dpo_core.study.envelopes import area, compute_to_reach, envelope, envelope_at
-from dpo_core.study.points import BestOf, Cost, Point, Study, best_of_kl, best_of_n
 from dpo_core.study.results import (
     AtKl,
     BestOfRow,
@@ -22,6 +21,7 @@ from dpo_core.study.results import (
     SettingRow,
     StudySummary,
 )
+from dpo_core.study.study_data import BestOf, Cost, Point, Study, best_of_kl, best_of_n
 from dpo_core.study.summary import reward_at_kl, summarise
 
 __all__ = [

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from dpo_core.statistics.estimates import Estimate, Floats
-from dpo_core.study.points import Point, Study
+from dpo_core.study.study_data import Point, Study
 
 Setting = tuple[str, str]  # a policy and its setting
 

@@ -13,8 +13,8 @@ from typing import Literal
 
 from dpo_core.config import Config
 from dpo_core.statistics.estimates import Estimate
-from dpo_core.study.points import Study
 from dpo_core.study.results import StudySummary
+from dpo_core.study.study_data import Study
 from dpo_core.study.summary import FEW
 
 SEEDS = 3  # at every setting; three seeds fall on one side of their median by chance in a quarter of cases

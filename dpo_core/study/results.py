@@ -5,7 +5,7 @@ from pydantic import Field
 from dpo_core.config import Config
 from dpo_core.statistics.estimates import Estimate
 from dpo_core.study.envelopes import XY
-from dpo_core.study.points import Cost
+from dpo_core.study.study_data import Cost
 
 
 class SeedRange(Config):

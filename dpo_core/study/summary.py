@@ -14,7 +14,6 @@ import numpy as np
 from dpo_core.statistics.estimates import Estimate, Floats
 from dpo_core.study.bootstrap import Resampling, Setting, points_by_setting
 from dpo_core.study.envelopes import XY, areas, envelope, envelope_at, rewards_at
-from dpo_core.study.points import BestOf, Cost, Point, Study
 from dpo_core.study.results import (
     AtKl,
     BestOfRow,
@@ -27,6 +26,7 @@ from dpo_core.study.results import (
     SettingRow,
     StudySummary,
 )
+from dpo_core.study.study_data import BestOf, Cost, Point, Study
 
 GAIN_SHARES = (0.5, 0.9)
 FEW = ("Pre-DPO, few", "DPO, few")  # the policies of a published claim

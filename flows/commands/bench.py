@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from dpo_core.bench.compare import Bench, compare
+from dpo_core.bench.speed_comparison import Bench, compare
 from dpo_core.models.config import ModelConfig
 from dpo_core.models.load import convert
 from flows.commands.terminal import terminal

@@ -11,8 +11,8 @@ import typer
 from deploy.prefect_file import read_prefect_file
 from dpo_core.errors import RecipeError, StageFailed
 from flows.commands.deploy import check_deployment, default_file, reconcile
-from flows.process.orphans import find_orphans
 from flows.process.prefect_server import server, server_address
+from flows.process.run_processes import find_orphans
 from tasks.housekeeping.doctor import machine, mlflow, ports, prefect, workspace
 from tasks.housekeeping.doctor.check_result import CheckResult, ok, run_checks, skipped, warning
 from tasks.housekeeping.doctor.http import ask

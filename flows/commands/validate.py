@@ -25,7 +25,7 @@ from expectations.drift import load_baseline
 from expectations.gate import judge
 from expectations.report import GateReport
 from expectations.token_rules import Tokenisation
-from flows.commands.shown_rows import as_data, as_text, shown
+from flows.commands.row_preview import as_data, as_text, shown
 from tasks.promotion.model_source import as_folder
 from tasks.recipe.read import with_overrides
 

@@ -23,7 +23,7 @@ from uuid import UUID
 import psutil
 
 from dpo_core.errors import StageFailed
-from flows.process.orphans import end_family, mark_own
+from flows.process.run_processes import end_family, mark_own
 
 _LOOK = 0.5
 _GRACE = 20.0

@@ -19,7 +19,7 @@ from prefect.settings import (
 )
 
 from dpo_core.errors import RecipeError
-from flows.process.orphans import mark_own
+from flows.process.run_processes import mark_own
 from tasks.scheduling.prefect_home import REMEDY, unwritable_home
 
 _ADDRESS = "http://127.0.0.1:{port}/api"

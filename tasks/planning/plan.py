@@ -14,15 +14,15 @@ from dpo_core.errors import DpoError
 from dpo_core.estimates.estimate import Work
 from dpo_core.scoring.layout import lay_out
 from dpo_core.training.memory import step_memory, training_memory
+from tasks.planning.read_planned_run import read_planned_run
 from tasks.planning.speed import Speed
-from tasks.planning.workload import workload_of
 from tasks.recipe.policies import PolicyFields
 from tasks.recipe.recipe import Recipe
 from tasks.reports.format import duration
 from tasks.reports.run_warnings import answers_cut, too_few_prompts
 from tasks.stages.base import StageResult, Why
+from tasks.stages.planned_run import PlannedRun
 from tasks.stages.registry import label_of, stage_of
-from tasks.stages.workload import Workload
 
 
 class StagePlan(Config):
@@ -81,7 +81,7 @@ def make_plan(recipe: Recipe, workspace: str, stages: Mapping[str, StageResult])
     Args:
         stages: results of the stages in a plan, in the order of the run.
     """
-    work = workload_of(recipe, stages)
+    work = read_planned_run(recipe, stages)
     speed = Speed.of(workspace)
     rows = [_stage(name, result, work, speed) for name, result in stages.items()]
     running = [row for row in rows if row.state == "runs"]
@@ -105,7 +105,7 @@ def make_plan(recipe: Recipe, workspace: str, stages: Mapping[str, StageResult])
     )
 
 
-def _early_warnings(recipe: Recipe, work: Workload) -> list[str]:
+def _early_warnings(recipe: Recipe, work: PlannedRun) -> list[str]:
     """Warnings about the evaluation that are known before the run."""
     held_out = work.gated[work.gated["split"] == "eval"].drop_duplicates(["prompt", "chat"])
     warnings = [
@@ -115,7 +115,7 @@ def _early_warnings(recipe: Recipe, work: Workload) -> list[str]:
     return [*recipe.unusual_parameters, *(line for line in warnings if line)]
 
 
-def _baselines(rows: list[StagePlan], work: Workload) -> list[str]:
+def _baselines(rows: list[StagePlan], work: PlannedRun) -> list[str]:
     """Warnings about policies that only serve for comparison and take most of the time."""
     total = sum(row.seconds for row in rows)
     needed = _needed(work.recipe.policies, work.recipe.candidate_name)
@@ -137,17 +137,17 @@ def _needed(policies: Mapping[str, PolicyFields], name: str) -> set[str]:
     return {name}.union(*(_needed(policies, model) for model in own))
 
 
-def _stage(name: str, result: StageResult, workload: Workload, speed: Speed) -> StagePlan:
+def _stage(name: str, result: StageResult, run: PlannedRun, speed: Speed) -> StagePlan:
     stage = stage_of(name)
     trains = stage.settings is not None
     job = "training" if trains else stage.job
     if result.cached:
         return StagePlan(name=name, state="cached", trains=trains, job=job)
-    work = stage.estimate(workload, label_of(name)) if stage.estimate else Work()
-    parts = _memory(work, workload, speed)
+    work = stage.estimate(run, label_of(name)) if stage.estimate else Work()
+    parts = _memory(work, run, speed)
     processes = work.engine.processes if work.engine else work.processes
     if processes is None:
-        processes = workload.recipe.inference.processes if stage.job == "shared" else 1
+        processes = run.recipe.inference.processes if stage.job == "shared" else 1
     return StagePlan(
         name=name,
         state="runs",
@@ -164,10 +164,10 @@ def _stage(name: str, result: StageResult, workload: Workload, speed: Speed) -> 
     )
 
 
-def _memory(work: Work, workload: Workload, speed: Speed) -> dict[str, int]:
+def _memory(work: Work, run: PlannedRun, speed: Speed) -> dict[str, int]:
     if work.engine is None or work.fullest is None:
         return {}
-    step = step_memory(workload.config, lay_out(work.fullest), work.engine, on_gpu=speed.on_gpu)
+    step = step_memory(run.config, lay_out(work.fullest), work.engine, on_gpu=speed.on_gpu)
     peak = training_memory(
         step,
         work.engine,
@@ -178,7 +178,7 @@ def _memory(work: Work, workload: Workload, speed: Speed) -> dict[str, int]:
     return dict(vars(peak))
 
 
-def _too_large(row: StagePlan, work: Workload, speed: Speed) -> str:
+def _too_large(row: StagePlan, work: PlannedRun, speed: Speed) -> str:
     """A warning with remedies if a stage needs more memory than the device has; else empty."""
     # CPU ranks share the machine's memory; every GPU rank has its own.
     needed = (row.memory_bytes or 0) * (1 if speed.on_gpu else row.processes or 1)

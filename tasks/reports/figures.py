@@ -9,9 +9,9 @@ from matplotlib.ticker import MaxNLocator
 from dpo_core.methods.method import Panel
 from tasks.recipe.policies import CHAMPION, REFERENCE
 from tasks.reports.curves import series, start_and_end
+from tasks.reports.drawing import BLUE, INK, MUTED, ORANGE, TEAL, WIDE, Figure, Look, looks, reach, svg
 from tasks.reports.format import number
 from tasks.reports.run_report import Evaluation
-from tasks.reports.svg import BLUE, INK, MUTED, ORANGE, TEAL, WIDE, Figure, Look, looks, reach, svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,9 +10,9 @@ from dpo_core.evaluation.compare import Comparison, Row
 from dpo_core.evaluation.results import Kind
 from dpo_core.judging.results import WinRate
 from dpo_core.statistics.estimates import Estimate
+from tasks.reports.drawing import GREEN, INK, MUTED, RED, WIDE, Figure, reach, slug, svg
 from tasks.reports.format import measured, percent
 from tasks.reports.run_report import SuiteRow
-from tasks.reports.svg import GREEN, INK, MUTED, RED, WIDE, Figure, reach, slug, svg
 from tasks.reports.tables import FINDINGS, row_name
 
 if TYPE_CHECKING:

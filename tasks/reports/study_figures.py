@@ -11,8 +11,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from dpo_core.study import PolicySummary, Study, StudySummary
 from tasks.recipe.policies import REFERENCE
-from tasks.reports.format import number, scaled
-from tasks.reports.svg import (
+from tasks.reports.drawing import (
     LIGHT,
     MUTED,
     THEMED,
@@ -24,6 +23,7 @@ from tasks.reports.svg import (
     reach,
     svg,
 )
+from tasks.reports.format import number, scaled
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist

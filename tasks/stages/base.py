@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.progress import Progress as Bar
 
 from deploy.launchers import Cluster, Launcher, launcher_of
-from deploy.launchers.warm import JobServer
+from deploy.launchers.job_server_client import JobServer
 from dpo_core.config import Config
 from dpo_core.errors import DpoError, without_secrets
 from dpo_core.jobs.files import InferenceConfig
@@ -39,10 +39,10 @@ from tasks.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
     from dpo_core.estimates import estimate
-    from tasks.stages.workload import Workload
+    from tasks.stages.planned_run import PlannedRun
 
-    Estimate = Callable[[Workload, str], estimate.Work]
-    Settings = Callable[[Workload, str], tuple[str, Any]]
+    Estimate = Callable[[PlannedRun, str], estimate.Work]
+    Settings = Callable[[PlannedRun, str], tuple[str, Any]]
 
 log = logging.getLogger("dpo")
 

@@ -25,7 +25,7 @@ from expectations.job_file import GateJob
 from expectations.report import GateReport
 from tasks.stages.base import Context, Output, RunningStage, Stage, StageResult, run_stage, stage_task
 from tasks.stages.job import common_fields, run_model_job
-from tasks.stages.workload import Workload
+from tasks.stages.planned_run import PlannedRun
 from tasks.store.facts import GateFacts, LoadFacts, SamplingFacts
 from tasks.store.manifest import Manifest
 
@@ -43,9 +43,9 @@ def kind_of(rows: Manifest) -> Literal["pairs", "unpaired"]:
     return "unpaired" if rows.stage == GATES["unpaired"].name else "pairs"
 
 
-def _estimate(workload: Workload, label: str) -> estimate.Work:
-    config = workload.recipe.pairs
-    return workload.sampling_work(None, config.sampling.max_new_tokens, config.samples_per_prompt)
+def _estimate(run: PlannedRun, label: str) -> estimate.Work:
+    config = run.recipe.pairs
+    return run.sampling_work(None, config.sampling.max_new_tokens, config.samples_per_prompt)
 
 
 SAMPLE = Stage("sample-pairs", 3, "dataset", SamplingFacts, _estimate, overhead=4.0, job="shared")

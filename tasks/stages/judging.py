@@ -22,14 +22,14 @@ from dpo_core.judging.judge import AnswerPairs
 from dpo_core.judging.results import WinRate
 from dpo_core.models.source import source_digest
 from dpo_core.rewards.functions import is_reward_model
-from tasks.stages.asking import RunJob
 from tasks.stages.base import Context, Output, RunningStage, Stage, StageResult, run_stage, stage_task
 from tasks.stages.evaluation import load_answers, rivals
+from tasks.stages.model_jobs import RunJob
 from tasks.stages.suites import NOT_ESTIMATED
 from tasks.store.facts import Facts
 from tasks.store.manifest import Manifest, digest_config
 
-JUDGE = Stage("judge", 1, "win-rates", Facts, lambda workload, label: NOT_ESTIMATED)
+JUDGE = Stage("judge", 1, "win-rates", Facts, lambda run, label: NOT_ESTIMATED)
 REPLIES = "judgements"
 """Folder of the workspace with the judges' cached replies."""
 

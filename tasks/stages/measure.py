@@ -15,9 +15,7 @@ from tasks.store.facts import Facts, facts_of
 from tasks.store.manifest import Manifest
 
 FILE, POLICY = "measurement.json", "policy"
-MEASURE = Stage(
-    "measure", 2, "measurement", Facts, lambda workload, label: workload.evaluation_work(1), job="shared"
-)
+MEASURE = Stage("measure", 2, "measurement", Facts, lambda run, label: run.evaluation_work(1), job="shared")
 
 
 class Measurement(Config):

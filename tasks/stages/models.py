@@ -30,8 +30,8 @@ from tasks.runs.record import read_run
 from tasks.stages.base import Context, Output, RunningStage, Stage, StageResult, run_stage, stage_task
 from tasks.stages.data import kind_of
 from tasks.stages.job import common_fields, run_model_job
+from tasks.stages.planned_run import PlannedRun
 from tasks.stages.training_job import write_split
-from tasks.stages.workload import Workload
 from tasks.store.facts import ImportFacts, LogpsFacts, Origin, OriginFacts, weights_sha256, with_facts
 from tasks.store.files import CACHE_FOLDER
 from tasks.store.manifest import Manifest
@@ -40,12 +40,12 @@ log = logging.getLogger(__name__)
 IMPORT = Stage("import-model", 2, "model", ImportFacts, overhead=5.0, job="one rank")
 
 
-def _estimate(workload: Workload, label: str) -> estimate.Work:
+def _estimate(run: PlannedRun, label: str) -> estimate.Work:
     """Reading the training examples of the first policy that uses this cache."""
-    labels = cache_labels(list(workload.nodes.values()))
-    policy = next(workload.nodes[node].config for node, cache in labels.items() if cache == label)
-    examples = workload.examples(policy.entry.data)
-    tokens, flops = estimate.read(workload.shape, examples)
+    labels = cache_labels(list(run.nodes.values()))
+    policy = next(run.nodes[node].config for node, cache in labels.items() if cache == label)
+    examples = run.examples(policy.entry.data)
+    tokens, flops = estimate.read(run.shape, examples)
     times = 1 + bool(getattr(policy.settings, "reads_mismatched", False))
     precision = policy.settings.engine.precision
     return estimate.Work(

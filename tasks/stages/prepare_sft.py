@@ -17,22 +17,22 @@ from dpo_core.scoring.document import Document
 from dpo_core.system import digest_file
 from tasks.stages.base import Context, Output, RunningStage, Stage, StageResult, run_stage, stage_task
 from tasks.stages.data import kind_of
+from tasks.stages.planned_run import SAMPLED_ROWS, PlannedRun
 from tasks.stages.training_job import TrainingSetup, train, training_slice
-from tasks.stages.workload import SAMPLED_ROWS, Workload
 from tasks.store.facts import TrainingFacts
 from tasks.store.manifest import Manifest
 
 
-def _estimate(workload: Workload, label: str) -> estimate.Work:
-    config, recipe = workload.recipe.sft, workload.recipe
+def _estimate(run: PlannedRun, label: str) -> estimate.Work:
+    config, recipe = run.recipe.sft, run.recipe
     if config.made_demonstrations is None and config.demonstrations is None:
-        rows = chosen_answers(workload.gated, workload.kind)
+        rows = chosen_answers(run.gated, run.kind)
     else:
         rows = demonstrations(config, None, recipe.seed)[0]()
-    sequences = [workload.tokenise.demonstration(row) for row in rows[:SAMPLED_ROWS]]
+    sequences = [run.tokenise.demonstration(row) for row in rows[:SAMPLED_ROWS]]
     documents = [Document.of(s) for s in sequences if not isinstance(s, str)]
     examples = estimate.Examples(documents, len(rows))
-    inputs = replace(workload.inputs(), examples=lambda data, limit=None: examples)
+    inputs = replace(run.inputs(), examples=lambda data, limit=None: examples)
     return estimate_training(METHOD.name, config, inputs)
 
 
@@ -43,7 +43,7 @@ SFT = Stage(
     TrainingFacts,
     _estimate,
     overhead=20.0,
-    settings=lambda workload, label: ("sft", workload.recipe.sft),
+    settings=lambda run, label: ("sft", run.recipe.sft),
 )
 
 

@@ -44,10 +44,10 @@ from tasks.recipe.policies import is_external
 from tasks.reports.evaluation_page import render_evaluation
 from tasks.reports.evaluation_report import EvaluatedModel, EvaluationReport
 from tasks.reports.run_report import Sample
-from tasks.stages.asking import CommandJobs, asked_model
 from tasks.stages.assess import suite_row
 from tasks.stages.evaluation import readable
 from tasks.stages.judging import REPLIES, answers_of, chosen_prompts, rewards_of
+from tasks.stages.model_jobs import CommandJobs, asked_model
 from tasks.stages.suite_results import FOLDER, SuiteRequest, checkpoint_of, suite_results, trained_rows
 from tasks.store.files import disk_errors
 

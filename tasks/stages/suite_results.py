@@ -25,8 +25,8 @@ from dpo_core.models.source import locate, source_digest
 from dpo_core.system import remove
 from tasks.promotion.model_source import RUNS, report_of, resolve
 from tasks.recipe.policies import is_external
-from tasks.stages.asking import RunJob
 from tasks.stages.data import GATES
+from tasks.stages.model_jobs import RunJob
 from tasks.store.files import CACHE_FOLDER, disk_errors
 from tasks.store.manifest import digest_config, digest_folder
 

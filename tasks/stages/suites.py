@@ -12,15 +12,15 @@ from dpo_core.evaluation.results import SuiteResult
 from dpo_core.evaluation.run_suite import data_digest, mark_contaminated, suite_files
 from dpo_core.evaluation.suites.registry import find
 from tasks.recipe.policies import REFERENCE
-from tasks.stages.asking import asked_model, jobs_of_stage
 from tasks.stages.base import Context, Output, RunningStage, Stage, StageResult, run_stage, stage_task
 from tasks.stages.data import kind_of
+from tasks.stages.model_jobs import asked_model, jobs_of_stage
 from tasks.stages.suite_results import SuiteRequest, suite_results
 from tasks.store.facts import Facts
 from tasks.store.manifest import Manifest
 
 NOT_ESTIMATED = estimate.Work(note="suites and judge are not estimated")
-SUITES = Stage("suites", 1, "suite-results", Facts, lambda workload, label: NOT_ESTIMATED, job="shared")
+SUITES = Stage("suites", 1, "suite-results", Facts, lambda run, label: NOT_ESTIMATED, job="shared")
 
 
 @stage_task(SUITES.name, f"{SUITES.name}{{context.label}}")

@@ -17,9 +17,9 @@ REWARD = Stage(
     METHOD.version,
     METHOD.artifact,
     RewardFacts,
-    lambda workload, label: estimate_training(METHOD.name, workload.recipe.reward.model, workload.inputs()),
+    lambda run, label: estimate_training(METHOD.name, run.recipe.reward.model, run.inputs()),
     overhead=20.0,
-    settings=lambda workload, label: ("reward.model", workload.recipe.reward.model),
+    settings=lambda run, label: ("reward.model", run.recipe.reward.model),
 )
 
 

@@ -18,21 +18,21 @@ from tasks.recipe.policies import PolicyFields
 from tasks.recipe.study import Node
 from tasks.stages.base import Context, Output, RunningStage, Stage, StageResult, run_stage, stage_task
 from tasks.stages.data import kind_of
+from tasks.stages.planned_run import PlannedRun
 from tasks.stages.training_job import TrainingSetup, train, training_slice, write_split
-from tasks.stages.workload import Workload
 from tasks.store.facts import GateFacts, LogpsFacts, TrainingFacts, facts_of, weights_sha256
 from tasks.store.manifest import Manifest
 
 log = logging.getLogger("dpo")
 
 
-def _estimate(workload: Workload, label: str) -> estimate.Work:
-    policy = workload.nodes[label].config
-    return estimate_training(policy.method, policy.settings, workload.inputs(policy))
+def _estimate(run: PlannedRun, label: str) -> estimate.Work:
+    policy = run.nodes[label].config
+    return estimate_training(policy.method, policy.settings, run.inputs(policy))
 
 
-def _place_and_settings(workload: Workload, label: str) -> tuple[str, Any]:
-    node = workload.nodes[label]
+def _place_and_settings(run: PlannedRun, label: str) -> tuple[str, Any]:
+    node = run.nodes[label]
     return f"policies.{node.policy}", node.config.settings
 
 

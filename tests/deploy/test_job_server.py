@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from deploy.launchers import LocalLauncher, State
-from deploy.launchers.warm import PID_FILE, JobServer
+from deploy.launchers.job_server_client import PID_FILE, JobServer
 from dpo_core.jobs.files import CompareTokensJob, write_job
 from tests.support.models.tiny import make_tiny_model
 from tests.support.runs.training_jobs import wait_until

@@ -81,7 +81,7 @@ def test_a_job_ends_as_its_files_say(make: Make, tmp_path: Path, kind: str, what
         wait_until(lambda: "the last words of a rank" in launcher.logs(handle), "the log of rank 0")
     # The log outlives the pods.
     launcher.cancel(handle, grace=1)
-    assert "node 0 -m dpo_core.training.elastic_agent" in launcher.logs(handle)
+    assert "node 0 -m dpo_core.training.run_torchrun" in launcher.logs(handle)
     assert launcher.logs(handle) == make(kind=kind, nodes=2).logs(handle)
 
 

@@ -64,7 +64,7 @@ def test_a_trainjob_says_what_runs_where() -> None:
     assert job["spec"]["activeDeadlineSeconds"] == 12 * 3600
     trainer = job["spec"]["trainer"]
     assert trainer["command"] == [
-        *("python", "-m", "dpo_core.training.elastic_agent", "-m", "dpo_core.job", "--config", str(JOB)),
+        *("python", "-m", "dpo_core.training.run_torchrun", "-m", "dpo_core.job", "--config", str(JOB)),
     ]
     assert (trainer["numNodes"], trainer["numProcPerNode"]) == (4, 8)
     assert trainer["resourcesPerNode"]["limits"] == {"nvidia.com/gpu": "8", "cpu": "96", "memory": "800Gi"}

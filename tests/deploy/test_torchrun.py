@@ -13,7 +13,7 @@ MEETING = Rendezvous(
 
 def test_a_node_of_many_is_told_where_the_others_are() -> None:
     assert torchrun.command(Path("job.json"), 4, MEETING) == [
-        *(sys.executable, "-m", "dpo_core.training.elastic_agent"),
+        *(sys.executable, "-m", "dpo_core.training.run_torchrun"),
         *("--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=10.0.0.1:29500", "--rdzv-id=a"),
         *("--rdzv-conf=is_host=0", "--local-addr=10.0.0.2", "--max-restarts=2", "--nproc-per-node=4"),
         *("-m", "dpo_core.job", "--config", "job.json"),

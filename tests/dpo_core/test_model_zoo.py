@@ -17,7 +17,7 @@ from dpo_core.generation.generate import sample
 from dpo_core.model_check import check_folder
 from dpo_core.models.dropout import disable_dropout
 from dpo_core.models.load import load_model
-from dpo_core.scoring.logprobs import completion_logps
+from dpo_core.scoring.completion_scores import completion_logps
 from tests.support.models.logps import full_logps, random_sequences
 from tests.support.models.tiny import make_tokenizer
 from tests.support.models.zoo import build, model_types

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from flows.policies import _each
+from flows.train_policies import _each
 from tasks.recipe.read import load_recipe
 from tasks.recipe.study import Node
 from tasks.signals import Stop

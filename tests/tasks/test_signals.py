@@ -62,7 +62,7 @@ def test_a_second_signal_does_not_disturb_the_end(number: signal.Signals, kind: 
 
 
 def test_work_in_threads_ends_with_the_run(soon: threading.Timer) -> None:
-    from flows.policies import _in_threads
+    from flows.train_policies import _in_threads
 
     begun, ended = [], []
     nodes: Any = [SimpleNamespace(policy=str(seed), seed=seed, needs=[]) for seed in (1, 2, 3, 4)]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpo_core.errors import RecipeError
 from dpo_core.evaluation.config import SuiteConfig
-from dpo_core.evaluation.suites.prompting import wants_chat
+from dpo_core.evaluation.suites.chat_or_text import wants_chat
 from dpo_core.evaluation.suites.rows import Row
 
 if TYPE_CHECKING:

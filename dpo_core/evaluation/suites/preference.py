@@ -29,7 +29,7 @@ from dpo_core.errors import StageFailed
 from dpo_core.evaluation.config import SuiteConfig
 from dpo_core.evaluation.results import Better, Item, Measure, MeasureSpec, Outcome
 from dpo_core.evaluation.suites.base import Suite
-from dpo_core.evaluation.suites.prompting import wants_chat
+from dpo_core.evaluation.suites.chat_or_text import wants_chat
 from dpo_core.evaluation.suites.rows import sample_prompts
 from dpo_core.rewards.quality import BINS, best_temperature, calibration_error, spearman
 from dpo_core.statistics.estimates import Estimate, Floats, bootstrap_statistic

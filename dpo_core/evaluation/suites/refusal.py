@@ -17,7 +17,7 @@ from dpo_core.evaluation.prompt import as_prompt
 from dpo_core.evaluation.results import Item, MeasureSpec, Outcome
 from dpo_core.evaluation.safety_classifier import Classifier
 from dpo_core.evaluation.suites.base import Suite
-from dpo_core.evaluation.suites.prompting import wants_chat
+from dpo_core.evaluation.suites.chat_or_text import wants_chat
 from dpo_core.evaluation.suites.rows import Row, read_fields, sample_rows
 
 if TYPE_CHECKING:

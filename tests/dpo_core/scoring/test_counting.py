@@ -23,8 +23,8 @@ from dpo_core.models.lora_config import LoraConfig
 from dpo_core.models.reward_model import RewardModel
 from dpo_core.rewards.model import score, scoring_flops
 from dpo_core.scoring import flops as cost
+from dpo_core.scoring.completion_scores import completion_logps, logprob_flops
 from dpo_core.scoring.document import Document
-from dpo_core.scoring.logprobs import completion_logps, logprob_flops
 from dpo_core.scoring.model_shape import shape_of
 from dpo_core.trainers.reward import RewardTrainer
 from dpo_core.trainers.sft import Demonstration, SftTrainer

@@ -16,8 +16,8 @@ import pytest
 from torch.distributed import TCPStore
 
 from dpo_core.errors import StageFailed
-from dpo_core.training.elastic_agent import _state
 from dpo_core.training.liveness import LivenessMonitor
+from dpo_core.training.run_torchrun import _state
 
 FORK = get_context("fork")
 """The children have torch already; all that they do is talk over sockets.

@@ -26,7 +26,7 @@ _IMPORTED = [
     "flows.cli.main",
     "flows.alignment",
     "flows.study",
-    "flows.process.orphans",
+    "flows.process.run_processes",
     "tasks.preflight",
     "mlflow",
     "mlflow.store.tracking.sqlalchemy_store",

@@ -1,4 +1,4 @@
-"""Run model jobs with one interface, for a stage of a run and for a command outside a run."""
+"""`RunJob`, a function that runs one model job: for a stage of a run, or for a command outside a run."""
 
 import datetime
 import shutil

@@ -20,9 +20,9 @@ from dpo_core.scoring import flops as cost
 from dpo_core.scoring import lm_head as head
 from dpo_core.scoring.autocast import autocast
 from dpo_core.scoring.branch_scores import branch_scores, hidden_of, token_scores
+from dpo_core.scoring.completion_scores import completion_logps, length_batches
 from dpo_core.scoring.document import Document
 from dpo_core.scoring.layout import PaddedRows, pad
-from dpo_core.scoring.logprobs import completion_logps, length_batches
 from tests.support.models.logps import full_logps, random_sequences
 
 

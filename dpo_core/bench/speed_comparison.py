@@ -1,4 +1,4 @@
-"""Both contenders in turn, each in a process of its own, after their losses were seen to agree."""
+"""Measures training speed and memory of this project's trainer and TRL's, and whether their losses agree."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""Prints rows as a model will see them: their tokens, which are learnt, and where they are cut."""
+"""Formats rows as a model will see them: their tokens, which are learnt, and where they are cut."""
 
 from collections.abc import Iterator
 from itertools import groupby
@@ -13,7 +13,7 @@ _SIDES = {"pairs": ("chosen", "rejected"), "unpaired": ("completion",), "prompts
 _OPEN, _CLOSE, _CUT = "⟦", "⟧", "✂"
 
 
-class Shown(NamedTuple):
+class RowPreview(NamedTuple):
     """One side of a row."""
 
     row: int
@@ -28,7 +28,7 @@ class Shown(NamedTuple):
     """Why the row has no tokens; else empty."""
 
 
-def shown(frame: pd.DataFrame, kind: str, tokenise: Tokenise, rows: int) -> Iterator[Shown]:
+def shown(frame: pd.DataFrame, kind: str, tokenise: Tokenise, rows: int) -> Iterator[RowPreview]:
     """The sides of the first rows, as training reads them."""
     for row in frame.sort_values("row", kind="stable").head(rows).to_dict("records"):
         fault = str(row["fault"] or "") or tokenise.refusal(row) or ""
@@ -37,15 +37,15 @@ def shown(frame: pd.DataFrame, kind: str, tokenise: Tokenise, rows: int) -> Iter
             tokens = fault or sides.get(side) or "it has no tokens"
             if isinstance(tokens, str):
                 reason = fault or f"left out of training: {tokens.replace('_', ' ')}"
-                yield Shown(int(row["row"]), side, [], [], 0, False, False, reason)
+                yield RowPreview(int(row["row"]), side, [], [], 0, False, False, reason)
             else:
                 yield _shown(row, side, tokens, tokenise)
 
 
-def _shown(row: dict[str, Any], side: str, sequence: Sequence, tokenise: Tokenise) -> Shown:
+def _shown(row: dict[str, Any], side: str, sequence: Sequence, tokenise: Tokenise) -> RowPreview:
     learnt = sequence.learnt or (True,) * len(sequence.completion)
     uncut = tokenise.prompt(row["prompt"], bool(row["chat"]), tools=row.get("tools") or "")
-    return Shown(
+    return RowPreview(
         int(row["row"]),
         side,
         [*sequence.prompt, *sequence.completion],
@@ -57,14 +57,14 @@ def _shown(row: dict[str, Any], side: str, sequence: Sequence, tokenise: Tokenis
     )
 
 
-def as_data(side: Shown, tokenise: Tokenise) -> dict[str, Any]:
+def as_data(side: RowPreview, tokenise: Tokenise) -> dict[str, Any]:
     """For scripts: `row`, `side`, `ids`, `learnt` (as long as `ids`), `text`, and `fault` if any."""
     text = tokenise.tokenizer.decode(side.ids)
     data = {"row": side.row, "side": side.side, "ids": side.ids, "learnt": side.learnt, "text": text}
     return data | ({"fault": side.fault} if side.fault else {})
 
 
-def as_text(side: Shown, tokenise: Tokenise) -> str:
+def as_text(side: RowPreview, tokenise: Tokenise) -> str:
     """For people: learnt tokens between ⟦ and ⟧ and in colour, ✂ where something is cut."""
     if side.fault:
         return f"row {side.row} {side.side}: {typer.style(side.fault, fg='red')}"

@@ -1,4 +1,4 @@
-"""The measurements of a study: every policy, setting and seed on the same prompts.
+"""`Study`, `Point`, `Cost`: the measurements of a study, every policy, setting and seed on the same prompts.
 
 Legend: P prompts, S samples of a prompt. A list whose name ends in `_P` holds one mean per prompt, over that
 prompt's samples; all lists have the prompts in the same order.

@@ -1,4 +1,4 @@
-"""Trains the graph of policies: each after the policies that it starts from or refers to."""
+"""Trains policies, each after its start and its reference, with their reward models and cached log-probs."""
 
 import contextvars
 import threading

@@ -1,4 +1,4 @@
-"""The workload of a planned run, for the estimates of its stages: model shape, tokenizer and rows.
+"""`PlannedRun`: model shape, tokenizer and rows of a run to come, for the estimates of its stages.
 
 Lengths come from the actual rows and tokenizer. Completions that are not sampled yet count with the maximum
 number of tokens, and the plan says so.
@@ -25,7 +25,7 @@ SAMPLED_ROWS = 2000
 
 
 @dataclass(frozen=True)
-class Workload:
+class PlannedRun:
     """The model, tokenizer and rows of a planned run."""
 
     recipe: Recipe

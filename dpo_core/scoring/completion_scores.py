@@ -1,4 +1,4 @@
-"""Log-probs of completions under a frozen model, batched by length with shared prompts.
+"""Scores completions under a frozen model: plans the forward passes, then log-probs and entropies of each.
 
 `branch_scores` computes each forward pass.
 """

@@ -1,4 +1,4 @@
-"""Health check of a server, because the image has no curl: `python -m deploy.docker.answers URL`."""
+"""Health check of a server, because the image has no curl: `python -m deploy.docker.healthcheck URL`."""
 
 import sys
 import urllib.request

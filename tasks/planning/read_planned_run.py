@@ -1,4 +1,4 @@
-"""Build the workload of a planned run from its recipe and the artifacts that exist already."""
+"""Reads a `PlannedRun` from a recipe and the artifacts that exist already."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,14 +17,14 @@ from tasks.recipe.recipe import Recipe
 from tasks.stages.base import StageResult
 from tasks.stages.data import GATES, LOAD
 from tasks.stages.models import IMPORT
-from tasks.stages.workload import Workload
+from tasks.stages.planned_run import PlannedRun
 from tasks.store.facts import ImportFacts, LoadFacts, facts_of
 from tasks.store.manifest import Manifest
 from tasks.tracking.tracker import Tracker
 
 
-def workload_of(recipe: Recipe, stages: Mapping[str, StageResult]) -> Workload:
-    """The workload of a recipe.
+def read_planned_run(recipe: Recipe, stages: Mapping[str, StageResult]) -> PlannedRun:
+    """The planned run of a recipe.
 
     Args:
         stages: results of the stages in a plan; existing artifacts are read.
@@ -41,7 +41,7 @@ def workload_of(recipe: Recipe, stages: Mapping[str, StageResult]) -> Workload:
     gated = _rows(stages, GATES[kind].name, LOAD.name)
     if gated is None:
         gated = _sound(split_table(load(recipe.data), recipe.data))
-    return Workload(
+    return PlannedRun(
         recipe=recipe,
         config=read_config(model),
         layout=_layout(recipe, base, model),

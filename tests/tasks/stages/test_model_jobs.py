@@ -14,8 +14,8 @@ from dpo_core.evaluation.model_under_test import Subject
 from dpo_core.evaluation.prompt import Prompt
 from dpo_core.generation.config import SamplingConfig, seed_for
 from dpo_core.jobs.files import InferenceConfig, ModelJob
-from tasks.stages.asking import CommandJobs, asked_model
 from tasks.stages.judging import answers_of
+from tasks.stages.model_jobs import CommandJobs, asked_model
 from tasks.stages.suite_results import checkpoint_of
 from tasks.store.store import Store
 from tests.support.models.tiny import make_tiny_model

@@ -1,4 +1,4 @@
-"""Draws figures with matplotlib: as inline SVG that follows the page's light or dark theme, or as a file.
+"""Draws figures with matplotlib: inline SVG that follows the page's light or dark theme, or a file.
 
 matplotlib draws with placeholder colours, which are then replaced by CSS variables of the page (with fallback
 colours for use outside the page). Each panel is one small figure that is readable on a phone; wide pages show

@@ -1,4 +1,4 @@
-"""Finds and ends processes that a killed run left behind.
+"""Marks the processes of a run, finds those of runs that are gone, and ends those of one run.
 
 Usually the run's supervisor (`flows.process.guard`) ends them. If it was killed too, the next run ends the
 ranks of a job that it restarts (`deploy.launchers.local`).
