@@ -8,7 +8,7 @@ from prefect import flow
 
 from deploy.launchers import Cluster
 from flows.preparation import Keep, Prepared, prepare
-from flows.run_lifecycle import recorded
+from flows.run_lifecycle import run_with_record
 from flows.train_policies import train_policies
 from tasks.promotion.champion import Champion, find_champion
 from tasks.recipe.policies import CHAMPION, REFERENCE
@@ -43,21 +43,21 @@ def alignment(recipe: Recipe, resume: str | None = None, cluster: Cluster | None
         GateRefused: the data gate refused the data; no later stage ran.
         DpoError: a stage failed; the message says what to do.
     """
-    return recorded(recipe, resume, run_stages, cluster=cluster)
+    return run_with_record(recipe, resume, run_stages, cluster=cluster)
 
 
 def run_stages(context: Context, recipe: Recipe, command: str) -> Report:
     """Run all stages, then write the page of the run or study."""
     started = Started()
     stages: dict[str, StageResult] = {}
-    champion, trained = compose(context, recipe, stages)
+    champion, trained = prepare_train_evaluate(context, recipe, stages)
     with disk_errors(context.workspace, "writing the run's page"):
         if recipe.study is not None:
             return summarise_study(context, recipe, stages, trained, started, command)
         return summarise(context, recipe, stages, trained, champion, started, command)
 
 
-def compose(
+def prepare_train_evaluate(
     context: Context, recipe: Recipe, stages: dict[str, StageResult]
 ) -> tuple[Champion | None, list[TrainedPolicy]]:
     """Run the stages in order, each on the manifests of earlier ones, and enter their results into `stages`.
@@ -74,7 +74,7 @@ def compose(
 
     prepared = prepare(context, recipe, keep)
     if prepared.recipe.study is not None:
-        return None, _compare(context, prepared, keep)
+        return None, _train_and_measure_study(context, prepared, keep)
     trained = train_policies(context, prepared, keep)
     return _evaluate(context, prepared, trained, keep), trained
 
@@ -105,7 +105,7 @@ def _evaluate(
     return champion
 
 
-def _compare(context: Context, prepared: Prepared, keep: Keep) -> list[TrainedPolicy]:
+def _train_and_measure_study(context: Context, prepared: Prepared, keep: Keep) -> list[TrainedPolicy]:
     """Train every point of the study, and evaluate all and the reference on the same prompts."""
     recipe = prepared.recipe
     study = recipe.study

@@ -26,7 +26,7 @@ log = logging.getLogger("dpo")
 Report = TypeVar("Report")
 
 
-def recorded(
+def run_with_record(
     recipe: Recipe,
     resume: str | None,
     run_stages: Callable[[Context, Recipe, str], Report],
@@ -110,7 +110,7 @@ def _run_locked(
         report = run_stages(context, recipe, command)
     except BaseException as error:
         context.stop.begin(error)
-        _ended_badly(context, record, error)
+        _record_failure(context, record, error)
         raise
     finally:
         context.server.close()
@@ -131,7 +131,7 @@ def reason_of(error: BaseException) -> str:
     return f"the run ended with {name}, without a message; the traceback is in the log"
 
 
-def _ended_badly(context: Context, record: RunRecord, error: BaseException) -> None:
+def _record_failure(context: Context, record: RunRecord, error: BaseException) -> None:
     tracker, stopped = context.tracker, context.stop.reason
     status = "refused" if isinstance(error, GateRefused) else "failed"
     reason = redact(reason_of(error))

@@ -4,7 +4,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_core.rewards import functions
-from flows.alignment import compose
+from flows.alignment import prepare_train_evaluate
 from flows.commands.terminal import terminal
 from tasks.planning.plan import Plan, make_plan
 from tasks.recipe.recipe import Recipe
@@ -31,7 +31,7 @@ def plan_recipe(recipe: Recipe) -> Plan:
     store = Store(recipe.workspace)
     context = Context("plan", store, Tracker(recipe.tracking, store.workspace), Stop(), plan=True)
     stages: dict[str, StageResult] = {}
-    compose(context, recipe, stages)
+    prepare_train_evaluate(context, recipe, stages)
     return make_plan(recipe, str(store.workspace), stages)
 
 

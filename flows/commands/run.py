@@ -11,8 +11,8 @@ from deploy.launchers import Cluster
 from dpo_core.errors import DpoError, NeedsNewSettings
 from flows.alignment import Report, alignment
 from flows.commands.results import read_report
-from flows.process.guard import guarded
-from flows.process.prefect_server import prefect_away
+from flows.process.guard import supervised
+from flows.process.prefect_server import unreachable_error
 from flows.process.temporary_server import wait_for_temporary_server
 from tasks.recipe.recipe import Recipe
 from tasks.runs.record import own_run
@@ -22,16 +22,16 @@ from tasks.signals import stoppable
 def run_flow(recipe: Recipe, resume: str | None, cluster: Cluster | None) -> Report:
     """Run the recipe's flow in this process and return its report."""
     try:
-        with guarded(recipe.workspace, recipe.tracking), stoppable():
+        with supervised(recipe.workspace, recipe.tracking), stoppable():
             wait_for_temporary_server()
             return alignment(recipe, resume, cluster)
     except (RuntimeError, httpx.TransportError, PrefectHTTPStatusError) as error:
         record = own_run(recipe.workspace)
-        away = prefect_away(error, begun=record is not None)
-        if away is error or record is None or record.status != "done":
-            raise away from error
+        unreachable = unreachable_error(error, begun=record is not None)
+        if unreachable is error or record is None or record.status != "done":
+            raise unreachable from error
         # All stages are done; only the report of the run's end did not reach Prefect.
-        typer.echo(f"warning: the run is done, but Prefect does not know: {away}", err=True)
+        typer.echo(f"warning: the run is done, but Prefect does not know: {unreachable}", err=True)
         return read_report(recipe.workspace, record.run_id)
 
 

@@ -14,8 +14,8 @@ from dpo_core.errors import DpoError, RecipeError
 from dpo_core.yaml import quoted
 from flows import alignment
 from flows.commands.cluster import read_cluster
-from flows.process.guard import guarded
-from flows.run_lifecycle import recorded
+from flows.process.guard import supervised
+from flows.run_lifecycle import run_with_record
 from tasks.recipe.read import load_recipe
 
 # State names by exit code (dpo_core.errors). Each becomes an event such as prefect.flow-run.GateRefused.
@@ -37,9 +37,9 @@ def run_on_worker(
         sets = [*overrides, *data_overrides(data)]
         cluster = read_cluster(on, settings, [])
         resolved = load_recipe(recipe, sets)
-        with guarded(resolved.workspace, resolved.tracking):
+        with supervised(resolved.workspace, resolved.tracking):
             command = command_of(recipe, sets, on, settings)
-            report = recorded(resolved, resume, alignment.run_stages, command, cluster)
+            report = run_with_record(resolved, resume, alignment.run_stages, command, cluster)
     except DpoError as error:
         log.error("%s", error)
         return Failed(name=_STATES.get(error.exit_code, "Failed"), message=str(error))

@@ -23,7 +23,7 @@ from uuid import UUID
 import psutil
 
 from dpo_core.errors import StageFailed
-from flows.process.run_processes import end_family, mark_own
+from flows.process.run_processes import end_processes_of, mark_own
 
 _LOOK = 0.5
 _GRACE = 20.0
@@ -38,7 +38,7 @@ log = logging.getLogger("dpo")
 
 
 @contextmanager
-def guarded(workspace: str | Path, tracking: Any) -> Iterator[None]:
+def supervised(workspace: str | Path, tracking: Any) -> Iterator[None]:
     """Run the body in this process under a supervisor.
 
     Args:
@@ -108,7 +108,7 @@ def main() -> None:
     # Close the records while the trainers save: importing MLflow takes seconds.
     closing = threading.Thread(target=_close, args=[settings, number])
     closing.start()
-    end_family(number, but=[os.getpid()])
+    end_processes_of(number, but=[os.getpid()])
     closing.join()
 
 

@@ -56,7 +56,7 @@ def server() -> Iterator[Any]:
         raise RecipeError(f"the Prefect server at {address} does not answer", _REMEDY) from error
 
 
-def prefect_away(error: Exception, begun: bool) -> Exception:
+def unreachable_error(error: Exception, begun: bool) -> Exception:
     """The user error if Prefect's API cannot be reached; other errors are returned unchanged.
 
     At the start Prefect raises a plain RuntimeError; later, after its retries, the connection error.

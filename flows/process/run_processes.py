@@ -29,23 +29,23 @@ def find_orphans() -> list[psutil.Process]:
     return orphans
 
 
-def end_family(owner: int, but: Iterable[int] = (), grace: float = 15.0) -> None:
+def end_processes_of(owner: int, but: Iterable[int] = (), grace: float = 15.0) -> None:
     """End all processes started by the run with this process id; trainers get `grace` seconds to save."""
-    alive = _family(owner, but)
+    alive = _processes_of(owner, but)
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
     psutil.wait_procs(alive, timeout=grace)
-    for process in _family(owner, but):  # search again: new ones may have started
+    for process in _processes_of(owner, but):  # search again: new ones may have started
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
 
 
-def _family(owner: int, but: Iterable[int]) -> list[psutil.Process]:
-    family = []
+def _processes_of(owner: int, but: Iterable[int]) -> list[psutil.Process]:
+    processes = []
     for process in psutil.process_iter():
         # Skip other users' processes, which are not readable.
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             if process.environ().get(_MARK) == str(owner) and process.pid not in but:
-                family.append(process)
-    return family
+                processes.append(process)
+    return processes

@@ -18,10 +18,10 @@ REPO = Path(__file__).resolve().parents[3]
 RUN = """
 import subprocess, sys, time
 from pathlib import Path
-from flows.process.guard import guarded
+from flows.process.guard import supervised
 from tasks.recipe.sections import (TrackingConfig)
 place = Path(sys.argv[1])
-with guarded(place / "runs", TrackingConfig()):
+with supervised(place / "runs", TrackingConfig()):
     # In a session of its own, as torchrun starts its ranks.
     sleeper = [sys.executable, "-c", "import time; time.sleep(300)"]
     subprocess.Popen(sleeper, start_new_session=True)
@@ -100,7 +100,7 @@ def test_every_start_by_the_name_of_a_module_has_a_safe_path(monkeypatch: pytest
 
 def test_a_guard_that_does_not_start_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dpo_core.errors import StageFailed
-    from flows.process.guard import guarded
+    from flows.process.guard import supervised
     from tasks.recipe.sections import TrackingConfig
 
     (tmp_path / "flows").mkdir()
@@ -109,7 +109,7 @@ def test_a_guard_that_does_not_start_is_an_error(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("DPO_FLOW_PID", "")
     with (
         pytest.raises(StageFailed, match=r"did not start: .*No module named 'flows.process'"),
-        guarded(tmp_path / "runs", TrackingConfig()),
+        supervised(tmp_path / "runs", TrackingConfig()),
     ):
         raise AssertionError("the run has begun without its guard")
 
