@@ -125,7 +125,7 @@ def test_what_a_cluster_would_not_see_or_use_is_told_with_the_manifest(
     cluster = read_cluster("kubernetes", None, ["image=i", "claim=c", "mount=/ws", "gpus=8"])
     rendered(str(bench.recipe), [f"workspace={tmp_path / 'runs'}"], cluster)
     assert "warning: " in capsys.readouterr().err
-    assert "each node has gpus=8, and engine.processes=1 uses no more of them" in caplog.text
+    assert "each node has gpus=8, but engine.processes=1 uses only some of them" in caplog.text
 
 
 def _on_slurm(bench: Bench, site: Path) -> dict[str, str]:
