@@ -23,8 +23,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.envi
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take minutes, so that no worker is left alone with one at the end."""
-    longest = ("flows", "test_bad_input.py")
-    items.sort(key=lambda item: item.path.parent.name not in longest and item.path.name not in longest)
+    longest = ("test_bad_inputs.py", "flows", "jobs", "cli")
+    items.sort(key=lambda item: item.path.name not in longest and item.path.parent.name not in longest)
 
 
 @pytest.fixture(scope="session")
