@@ -247,7 +247,7 @@ def trl_kto(trainer: Any, policy: Path, reference: Path, work: Path, **settings:
         {
             "prompt_ids": list(e.sequence.prompt),
             "completion_ids": list(e.sequence.completion),
-            "KL_completion_ids": list(trainer.strangers[e.id].sequence.completion),
+            "KL_completion_ids": list(trainer.mismatched[e.id].sequence.completion),
             "label": e.desirable,
         }
         for e in trainer.examples

@@ -174,7 +174,7 @@ def test_two_ranks_at_every_zero_stage_are_one_process(
     shard = write_unpaired_reference(tiny, rows, tmp_path / "shard")
     sizes = {"pack_tokens": 80, "batch_size": 14}
     trainer = trainer_of(name, other, rows, tmp_path / "sizes", shard=shard, **sizes)
-    order = sorted(trainer.strangers.values() or trainer.examples, key=trainer.length, reverse=True)
+    order = sorted(trainer.mismatched.values() or trainer.examples, key=trainer.length, reverse=True)
     passes = [len(trainer._passes(order[rank::2])) for rank in (0, 1)]
     assert passes == [2, 1], "one rank has to wait for the other in the pass before the losses"
 

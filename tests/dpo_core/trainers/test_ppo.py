@@ -194,7 +194,7 @@ def test_the_critic_starts_from_the_reward_model(alone: None, tiny: Path, tmp_pa
         Episode(s, "", 0, True, (0.0,) * len(s.completion), score)
         for s, score in zip(sequences, scores, strict=True)
     ]
-    [rollout] = trainer._read([episodes])
+    [rollout] = trainer._rollouts([episodes])
     states_BV, values_BV = trainer._values(rollout)
     assert states_BV.sum(1).tolist() == [2, 4, 8, 8], "no room after the last of eight tokens"
     found_B = values_BV.gather(1, states_BV.sum(1, keepdim=True) - 1).squeeze(1)

@@ -77,7 +77,7 @@ def test_settings_come_from_a_file_and_are_overridden(tmp_path: Path) -> None:
     [
         ("moon", [], "there is no launcher 'moon'.*local, kubernetes, slurm, skypilot"),
         ("local", ["nodes=2"], "local has no cluster settings"),
-        ("kubernetes", ["image=a"], "settings for kubernetes cannot be used: claim: Field required"),
+        ("kubernetes", ["image=a"], "the settings for kubernetes are not valid: claim: Field required"),
         ("slurm", ["node=2"], "there is no field node"),
         ("slurm", ["environment.HF_TOKEN=abc"], "looks like a secret"),
     ],

@@ -62,7 +62,7 @@ def test_in_an_empty_workspace_all_is_new_and_nothing_is_made(bench, tmp_path):
     for name in ("prepare-sft", "train-dpo DPO", "train-ppo PPO"):
         parts = stages[name]["memory_parts"]
         assert stages[name]["memory_bytes"] == sum(parts.values()) > parts["process"] > 0
-    assert "at most 6 a prompt" in stages["train-dpo DPO"]["note"]
+    assert "at most 6 per prompt" in stages["train-dpo DPO"]["note"]
     # The run has at most six pairs of 24 prompts, 70 % of them in training; 3 steps of 8 pairs are trained.
     assert 0 < stages["train-dpo DPO"]["tokens"] <= 3 * 8 * 96
     assert plan["flops"] == sum(stage["flops"] for stage in plan["stages"]) > 0
@@ -291,7 +291,7 @@ def test_the_table_and_a_mistake(bench, tmp_path):
     own = empty(bench, tmp_path)
     done = own.dpo("plan", str(own.recipe))
     assert done.returncode == 0, done.stderr
-    for part in ("Plan of tiny", "train-dpo DPO", "runs: new", "Peak memory", "estimate: pairs still to be"):
+    for part in ("Plan of tiny", "train-dpo DPO", "runs: new", "Peak memory", "estimate: pairs are not"):
         assert part in done.stdout
     assert not own.workspace.exists()
     databases = [path for path in tmp_path.rglob("*") if path.suffix in {".db", ".sqlite"}]
