@@ -102,11 +102,18 @@ class DataConfig(Config):
                 if self.openings is not None
                 else "each set of data.mixture has its own"
             )
-            raise ValueError(f"{names} would not be read: {why}")
+            have, them = ("has", "it") if len(changed) == 1 else ("have", "them")
+            raise ValueError(f"{names} {have} no effect, because {why}. Remove {them}")
         if self.eval_path is not None and self._changed("eval_fraction"):
-            raise ValueError("data.eval_fraction would not be read: data.eval_path gives the evaluation set")
+            raise ValueError(
+                "data.eval_fraction has no effect, because data.eval_path gives the evaluation set. Remove "
+                "one of the two"
+            )
         if self.eval_split is not None and self.eval_path is None:
-            raise ValueError("data.eval_split would not be read: there is no data.eval_path")
+            raise ValueError(
+                "data.eval_split has no effect, because there is no data.eval_path. Set that, or remove "
+                "data.eval_split"
+            )
         weighted = [source.weight is not None for source in self.mixture or ()]
         if any(weighted) and not all(weighted):
             raise ValueError("data.mixture: set a weight for all sets, or for none")

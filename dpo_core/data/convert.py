@@ -130,7 +130,7 @@ class Converter:
         adapter = ADAPTERS[self.name]
         if self.pairing != "best_worst" and not adapter.ranked:
             raise DataError(
-                f"data.pairs would not be read: {self.source.path} ({self.name}) has no rankings",
+                f"data.pairs has no effect, because {self.source.path} ({self.name}) has no rankings",
                 "Remove data.pairs",
             )
         if adapter.note:

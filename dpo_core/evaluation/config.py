@@ -90,7 +90,10 @@ class SuitesConfig(Config):
         if self.names and self.data is None:
             raise ValueError("suites.data is missing: set it to the folder with the files of suites.names")
         if not self.names and (self.data is not None or self.settings != SuiteConfig()):
-            raise ValueError("suites.* has no effect: suites.names is empty")
+            raise ValueError(
+                "suites.data and suites.settings have no effect, because suites.names is empty. Name a "
+                "suite, or remove them"
+            )
         for name in self.names:
             try:
                 module_of(name)

@@ -57,7 +57,7 @@ class DpoConfig(PreferenceConfig):
                     "objectives kto and bco"
                 )
         if self.weight != 1 and not self.plus:
-            raise ValueError("weight is read only where plus adds other objectives")
+            raise ValueError("weight has no effect, because plus adds no other objective. Remove it")
         if self.reference_sync and not self.needs_reference:
             raise ValueError(f"objective '{self.objective}' has no reference that reference_sync could move")
         if self.reference_sync and self.lora:

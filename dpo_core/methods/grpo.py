@@ -96,9 +96,11 @@ class GrpoConfig(RoundsConfig):
     def _is_read(self) -> "GrpoConfig":
         leave_one_out = VARIANTS[self.variant].baseline == "leave_one_out"
         if leave_one_out and self.scale not in (None, "none"):
-            raise ValueError("rloo's advantages are not scaled: leave scale out")
+            raise ValueError("scale has no effect, because rloo's advantages are not scaled. Remove it")
         if not self.sample_std and self.rules.scale != "group":
-            raise ValueError("sample_std is read only where scale is group")
+            raise ValueError(
+                f"sample_std has no effect, because scale is {self.rules.scale}, not group. Remove it"
+            )
         if self.rules.level != "token" and self.rules.aggregate != "sequence":
             raise ValueError(f"level {self.rules.level} needs aggregate sequence: a response has one ratio")
         return self

@@ -28,7 +28,10 @@ class RewardModelConfig(LoopConfig):
     @model_validator(mode="after")
     def _scale_is_read(self) -> "RewardModelConfig":
         if self.margin == "none" and self.margin_scale != 1.0:
-            raise ValueError("margin_scale is read only where margin is agreement")
+            raise ValueError(
+                "margin_scale has no effect, because margin is none. Set margin to agreement, or remove "
+                "margin_scale"
+            )
         return self
 
     def margin_of(self, pair: TokenPair) -> float:

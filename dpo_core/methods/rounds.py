@@ -53,9 +53,14 @@ class RoundsConfig(Config):
             raise ValueError("a policy that ZeRO 3 shards cannot be sampled from: use zero_stage 0 to 2")
         for name in ("gradient_checkpointing", "compile"):
             if getattr(self.engine, name):
-                raise ValueError(f"engine.{name} is not read by training on own samples: leave it out")
+                raise ValueError(
+                    f"engine.{name} has no effect, because training on own samples does not use it. Remove it"
+                )
         if self.missing_eos == "replace" and self.missing_eos_penalty is None:
-            raise ValueError("missing_eos is read only where missing_eos_penalty is set")
+            raise ValueError(
+                "missing_eos has no effect, because missing_eos_penalty is not set. Set that, or remove "
+                "missing_eos"
+            )
         shares = {
             "minibatches x micro_batch_size x processes": self.minibatches
             * self.micro_batch_size

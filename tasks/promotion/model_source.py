@@ -100,7 +100,7 @@ def as_folder(
         return config, None
     if config.revision is not None:
         raise RecipeError(
-            f"model.revision would not be read: {config.name} is not a model of the hub",
+            f"model.revision has no effect, because {config.name} is not a model of the hub",
             "Remove model.revision; models:/NAME/VERSION names a version",
         )
     model = resolve(config.name, workspace, tracker, verify=verify)

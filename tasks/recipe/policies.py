@@ -186,11 +186,13 @@ def require_fields_used(policies: Mapping[str, PolicyFields], known_reward: bool
         settings = policy.settings
         if policy.entry.reference(settings) == "none" and policy.reference != REFERENCE:
             raise ValueError(
-                f"policies.{name}.reference would not be read: '{settings.objective}' has no reference"
+                f"policies.{name}.reference has no effect, because the objective '{settings.objective}' "
+                "has no reference. Remove it"
             )
         if not policy.entry.scored and policy.reward is not None:
             raise ValueError(
-                f"policies.{name}.reward would not be read: method {policy.method} learns from labelled data"
+                f"policies.{name}.reward has no effect, because method {policy.method} learns from labelled "
+                "data. Remove it"
             )
         if policy.reward == "source" and not known_reward:
             raise ValueError(f"policies.{name}.reward is source, but reward.source is not set")

@@ -33,10 +33,6 @@ from tasks.recipe.policies import (
 from tasks.recipe.sections import CacheConfig, RegistryConfig, RewardConfig, TrackingConfig
 from tasks.recipe.study import Node, StudyConfig, check_study, nodes
 
-_DISABLE_ONLY = (
-    "Delete the other fields under {0}, or override the whole section: --set '{0}={{enabled: false}}'"
-)
-
 
 class Recipe(Config):
     """Everything that decides an alignment run."""
@@ -108,8 +104,8 @@ class Recipe(Config):
     def _check_sections(self) -> "Recipe":
         if not self.trains_reward_model and self.reward.model != RewardModelConfig():
             raise ValueError(
-                "reward.model would not be read: reward.source gives a known reward, and no policy has "
-                "reward: model"
+                "reward.model has no effect, because reward.source gives a known reward and no policy has "
+                "reward: model. Remove it"
             )
         if self.data.openings is not None:
             if self.reward.source is None:
@@ -122,7 +118,10 @@ class Recipe(Config):
                     "(a number), or sft.enabled to false"
                 )
         if not self.sft.enabled and self.sft != SftConfig(enabled=False):
-            raise ValueError(f"sft.* would not be read: sft.enabled is false. {_DISABLE_ONLY.format('sft')}")
+            raise ValueError(
+                "sft.* has no effect, because sft.enabled is false. Delete the other fields under sft, or "
+                "override the whole section: --set 'sft={enabled: false}'"
+            )
         if self.sft.lora and importlib.util.find_spec("peft") is None:
             raise ValueError(f"sft.lora needs peft, which is not installed: {LORA_EXTRA}")
         for name in ("pairs", "evaluate"):
@@ -137,9 +136,10 @@ class Recipe(Config):
             if self.reward.source is None:
                 raise ValueError("a study compares true rewards: set reward.source")
             if self.suites.names or self.judge:
-                raise ValueError("suites and judge would not be read: a study uses neither")
+                field = "suites" if self.suites.names else "judge"
+                raise ValueError(f"{field} has no effect, because a study does not use it. Remove it")
             if self.candidate is not None:
-                raise ValueError("candidate would not be read: a study registers no model")
+                raise ValueError("candidate has no effect, because a study registers no model. Remove it")
             if self.evaluate.prompts < 2:
                 raise ValueError("a study needs intervals over prompts: set evaluate.prompts to 2 or more")
         if self.judge and self.judge.kind != "llm":

@@ -90,7 +90,10 @@ class EvaluationRequest(Config):
     @model_validator(mode="after")
     def _what_is_set_is_read(self) -> "EvaluationRequest":
         if self.prompts is None and (self.judge != JudgeConfig() or self.answers != _ANSWERS):
-            raise ValueError("judge.* and answers.* would not be read: no prompts are given (--prompts)")
+            raise ValueError(
+                "judge.* and answers.* have no effect, because no prompts are given. Add --prompts, or "
+                "remove them"
+            )
         return self
 
 

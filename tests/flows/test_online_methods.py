@@ -90,7 +90,10 @@ def test_the_help_names_the_policies() -> None:
     [
         ("policies.A={method: grpo, variant: rloo, scale: group}", "not scaled"),
         ("policies.A={method: online_dpo, objective: kto}", "reads more than the log-probs of a pair"),
-        ("policies.PPO.missing_eos=replace", "missing_eos is read only where missing_eos_penalty is set"),
+        (
+            "policies.PPO.missing_eos=replace",
+            "missing_eos has no effect, because missing_eos_penalty is not set",
+        ),
         ("policies.A={method: grpo, engine: {zero_stage: 3}}", "use zero_stage 0 to 2"),
     ],
 )

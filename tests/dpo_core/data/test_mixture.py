@@ -112,15 +112,15 @@ def test_every_file_of_a_mixture_is_in_the_stages_key(tmp_path: Path) -> None:
     [
         ({"path": "x", "mixture": [{"path": "y"}]}, "two are set"),
         ({"mixture": []}, "at least 1 item"),
-        ({"mixture": [{"path": "x"}], "format": "hh"}, "data.format would not be read: each set"),
-        ({"mixture": [{"path": "x"}], "split": "test"}, "data.split would not be read"),
+        ({"mixture": [{"path": "x"}], "format": "hh"}, "data.format has no effect, because each set"),
+        ({"mixture": [{"path": "x"}], "split": "test"}, "data.split has no effect"),
         ({"mixture": [{"path": "x", "weight": 1}, {"path": "y"}]}, "set a weight for all sets"),
         ({"mixture": [{"path": "x", "weight": 0}]}, "greater than 0"),
         ({"mixture": [{"path": "x", "wight": 1}]}, "Extra inputs are not permitted"),
         ({"path": "x", "columns": {"promt": "ask"}}, "'prompt'"),
-        ({"path": "x", "eval_split": "test"}, "data.eval_split would not be read"),
-        ({"openings": 4, "columns": {"prompt": "ask"}}, "data.columns would not be read"),
-        ({"openings": 4, "pairs": "all"}, "data.pairs would not be read"),
+        ({"path": "x", "eval_split": "test"}, "data.eval_split has no effect"),
+        ({"openings": 4, "columns": {"prompt": "ask"}}, "data.columns has no effect"),
+        ({"openings": 4, "pairs": "all"}, "data.pairs has no effect"),
     ],
 )
 def test_settings_that_would_not_be_read(settings: dict, why: str) -> None:

@@ -277,7 +277,7 @@ def test_a_tree_with_a_cycle_or_without_its_root(tmp_path: Path) -> None:
 
 
 def test_pairs_of_rankings_are_asked_of_rankings_alone(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"data\.pairs would not be read"):
+    with pytest.raises(DataError, match=r"data\.pairs has no effect"):
         _lines(tmp_path / "x.jsonl", [PKU], pairs="all")
 
 

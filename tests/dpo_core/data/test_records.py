@@ -250,9 +250,9 @@ def test_no_records_make_an_empty_table() -> None:
     [
         ({}, "none is set"),
         ({"path": "x", "openings": 5}, "two are set"),
-        ({"openings": 5, "limit": 3}, "data.limit would not be read"),
-        ({"openings": 5, "format": "hh"}, "data.format would not be read"),
-        ({"path": "x", "eval_path": "y", "eval_fraction": 0.2}, "data.eval_fraction would not be read"),
+        ({"openings": 5, "limit": 3}, "data.limit has no effect"),
+        ({"openings": 5, "format": "hh"}, "data.format has no effect"),
+        ({"path": "x", "eval_path": "y", "eval_fraction": 0.2}, "data.eval_fraction has no effect"),
         ({"path": "x", "eval_fraction": 0.0}, "greater than 0"),
         ({"path": "x", "eval_fraction": 1.0}, "less than 1"),
         ({"path": "x", "limit": 1}, "greater than or equal to 2"),

@@ -173,7 +173,7 @@ def test_a_field_changes_its_variant_and_nothing_else() -> None:
     ("fields", "message"),
     [
         ({"variant": "rloo", "scale": "group"}, "not scaled"),
-        ({"variant": "dr_grpo", "sample_std": False}, "sample_std is read only"),
+        ({"variant": "dr_grpo", "sample_std": False}, "sample_std has no effect"),
         ({"variant": "gspo", "aggregate": "token"}, "needs aggregate sequence"),
         (
             {"episodes": 60, "group_size": 8, "micro_batch_size": 4},

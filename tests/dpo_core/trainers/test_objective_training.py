@@ -187,7 +187,7 @@ def test_a_guiding_reference_weighs_pairs_from_the_first_step(alone, tiny, other
     [
         ({"objective": "kto"}, "objective 'kto' learns from single answers: set method to kto"),
         ({"plus": [{"objective": "bco"}]}, "objective 'bco' learns from single answers"),
-        ({"weight": 2.0}, "weight is read only where plus adds"),
+        ({"weight": 2.0}, "weight has no effect, because plus adds"),
         ({"objective": "simpo", "reference_sync": {}}, "has no reference that reference_sync could move"),
         ({"reference_sync": {}, "engine": {"zero_stage": 3}}, "choose zero_stage 0 to 2"),
     ],

@@ -54,7 +54,7 @@ def straight(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", ["gradient_checkpointing", "compile"])
 def test_a_setting_that_ppo_does_not_read_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"engine.{name} is not read"):
+    with pytest.raises(ValueError, match=f"engine.{name} has no effect"):
         PpoConfig(engine={name: True})
 
 

@@ -87,5 +87,5 @@ def test_a_margin_without_votes_is_refused(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="no training pair has a value of agreement") as caught:
         trainer_of(tiny, tmp_path, rows_of(None, None), margin="agreement")
     assert "reward.model.margin to none" in caught.value.remedy
-    with pytest.raises(ValueError, match="margin_scale is read only where margin is agreement"):
+    with pytest.raises(ValueError, match="margin_scale has no effect, because margin is none"):
         RewardModelConfig(margin_scale=2.0)

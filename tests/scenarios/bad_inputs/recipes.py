@@ -143,7 +143,7 @@ def openings_without_a_reward(world: World) -> list[str]:
     return world.run(data={"path": None, "openings": 24}, reward=None)
 
 
-@bad(2, "reward.model would not be read: reward.source gives a known reward")
+@bad(2, "reward.model has no effect, because reward.source gives a known reward")
 def two_rewards(world: World) -> list[str]:
     return world.run(reward={"model": {"centring": 0.5}})
 
@@ -161,12 +161,12 @@ def a_margin_by_votes_on_sampled_pairs(world: World) -> list[str]:
     return world.run_with("votes.jsonl", prompts, reward=learned, policies={"PPO": ppo})
 
 
-@bad(2, "policies.DPO.reward would not be read: method dpo learns from labelled data")
+@bad(2, "policies.DPO.reward has no effect, because method dpo learns from labelled data")
 def a_learned_reward_that_nobody_learns_from(world: World) -> list[str]:
     return world.run(policies={"DPO": {"reward": "model"}})
 
 
-@bad(2, "sft.* would not be read: sft.enabled is false")
+@bad(2, "sft.* has no effect, because sft.enabled is false")
 def sft_set_and_disabled(world: World) -> list[str]:
     return world.run(sft={"epochs": 3})
 
@@ -196,7 +196,7 @@ def two_kinds_of_demonstrations(world: World) -> list[str]:
     return world.run(sft={"enabled": True, "demonstrations": "a.jsonl", "made_demonstrations": 4})
 
 
-@bad(2, "data.eval_fraction would not be read: data.eval_path gives the evaluation set")
+@bad(2, "data.eval_fraction has no effect, because data.eval_path gives the evaluation set")
 def evaluation_set_twice(world: World) -> list[str]:
     return world.run(data={"eval_path": "held_out.jsonl"})
 

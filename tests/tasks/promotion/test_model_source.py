@@ -94,7 +94,7 @@ def test_what_is_not_there_is_said_with_what_is(world: World) -> None:
     assert refused(f"models:/{NAME}/7") == f"{NAME} has no version 7. Its versions: 1"
     for name in ("models:/", f"models:/{NAME}", f"models:/{NAME}@", f"models:/{NAME}/", "models:/@x"):
         assert "is not the name of a registered version. Write models:/NAME@ALIAS" in refused(name)
-    with pytest.raises(RecipeError, match=r"model\.revision would not be read"):
+    with pytest.raises(RecipeError, match=r"model\.revision has no effect"):
         as_folder(ModelConfig(name=f"models:/{NAME}/1", revision="main"), world.workspace, world.tracker)
 
 

@@ -131,17 +131,17 @@ def test_what_a_policy_says_wrongly_is_named_with_its_field(
     ("sections", "words"),
     [
         ({"policies": {"A": DPO, "B": DPO | {"objective": "simpo", "reference": "A"}}},
-         "policies.B.reference would not be read: 'simpo' has no reference"),
+         "policies.B.reference has no effect, because the objective 'simpo' has no reference"),
         ({"policies": {"A": DPO | {"reward": "model"}}},
-         "policies.A.reward would not be read: method dpo learns from labelled data"),
+         "policies.A.reward has no effect, because method dpo learns from labelled data"),
         ({"policies": {"A": PPO | {"reward": "source"}}, "reward": {}},
          "policies.A.reward is source, but reward.source is not set"),
-        ({"policies": {"A": DPO}, "study": {}, "candidate": "A"}, "candidate would not be read"),
+        ({"policies": {"A": DPO}, "study": {}, "candidate": "A"}, "candidate has no effect"),
         ({"policies": {"A": PPO}, "reward": {"source": "sentiment", "model": {"epochs": 3}}},
-         "reward.model would not be read"),
+         "reward.model has no effect"),
     ],
 )  # fmt: skip
-def test_a_field_that_would_not_be_read_is_refused(tmp_path: Path, sections: Any, words: str) -> None:
+def test_a_field_without_effect_is_refused(tmp_path: Path, sections: Any, words: str) -> None:
     assert words in refusal(tmp_path, **sections)
 
 
