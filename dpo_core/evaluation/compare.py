@@ -3,6 +3,7 @@
 `dpo compare`, the run page and the promotion decision read the rows.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -103,10 +104,17 @@ def compare(
 
 def _by_suite(results: Sequence[SuiteResult], side: str) -> dict[str, SuiteResult]:
     if not results:
-        raise StageFailed(f"the {side} has no results of a suite", "Evaluate both models on the same suites")
+        raise StageFailed(
+            f"the {side} has no results of any suite",
+            "Evaluate both models on at least one suite of the same name",
+        )
     by_suite = {result.suite: result for result in results}
     if len(by_suite) < len(results):
-        raise StageFailed(f"the {side} has two results of one suite", "Give each suite once")
+        twice = Counter(result.suite for result in results).most_common(1)[0][0]
+        raise StageFailed(
+            f"the {side} ({results[0].model}) has several results of the suite {twice}",
+            "Name each suite once",
+        )
     return by_suite
 
 

@@ -146,8 +146,8 @@ def estimate(items: Sequence[Item], spec: MeasureSpec, seed: int = 0) -> Estimat
         wrong = [item for item, value in zip(items, values, strict=True) if not 0 <= value <= 1]
         if wrong:
             raise StageFailed(
-                f"item {wrong[0].id} has {spec.name} {wrong[0].values[spec.name]}, which is not a share",
-                "Return values between 0 and 1",
+                f"{spec.name} of item {wrong[0].id} is {wrong[0].values[spec.name]}, but must be from 0 to 1",
+                "If it is nan, check the weights of the model; any other value is a mistake in the suite",
             )
         return stats.share(values, clusters)
-    return stats.bootstrap_mean(values, clusters, seed=seed)
+    return stats.bootstrap_mean(values, clusters, seed=seed, name=spec.name)

@@ -3,6 +3,7 @@
 Every policy answers the same prompts; the unit of resampling is the prompt.
 """
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,21 +35,32 @@ class PolicySamples:
 
 
 def summarise_samples(
-    samples: PolicySamples, baseline: PolicySamples | None, *, seed: int, length: int
+    samples: PolicySamples,
+    baseline: PolicySamples | None,
+    *,
+    seed: int,
+    length: int,
+    name: str = "the policy",
 ) -> dict[str, Any]:
     """The metrics of one policy as plain data. Intervals at 95 %, over prompts (`statistics.estimates`).
 
     Args:
         baseline: the reference's samples; None if `samples` are the reference's own.
         length: tokens to which completions are cut for distinct-n, the same for every policy.
+        name: of the policy, for errors.
+
+    Raises:
+        StageFailed: a value is not finite, or the two answered different prompts.
     """
     # A single prompt cannot be resampled: the interval is then over its samples, and so is n.
     clusters = samples.prompt_index if len(set(samples.prompt_index)) > 1 else None
+
+    def mean(values: Seq[float], what: str) -> dict[str, Any]:
+        return _data(stats.bootstrap_mean(values, clusters, seed=seed, name=f"{name}'s {what}"))
+
     row: dict[str, Any] = {
-        "reward": _data(stats.bootstrap_mean(samples.rewards, clusters, seed=seed)),
-        "length": _data(
-            stats.bootstrap_mean([len(s.completion) for s in samples.sequences], clusters, seed=seed)
-        ),
+        "reward": mean(samples.rewards, "reward"),
+        "length": mean([len(s.completion) for s in samples.sequences], "length"),
         "distinct_1": distinct_n([s.completion for s in samples.sequences], 1, length=length),
         "distinct_2": distinct_n([s.completion for s in samples.sequences], 2, length=length),
         "entropy": samples.entropy,
@@ -60,12 +72,15 @@ def summarise_samples(
     if len(by_prompt) > 1 and min(map(len, by_prompt.values())) > 1:
         row["self_bleu"] = _data(stats.share(self_bleu(list(by_prompt.values()))))
     if samples.entropies:
-        row["predictive_entropy"] = _data(stats.bootstrap_mean(samples.entropies, clusters, seed=seed))
+        row["predictive_entropy"] = mean(samples.entropies, "entropy")
     if baseline is not None:
-        row["kl"] = _data(stats.bootstrap_mean(samples.kl_k1, clusters, seed=seed))
-        row["kl_k3"] = _data(stats.bootstrap_mean(samples.kl_k3, clusters, seed=seed))
+        row["kl"] = mean(samples.kl_k1, "KL")
+        row["kl_k3"] = mean(samples.kl_k3, "KL (k3)")
         if baseline.prompt_index != samples.prompt_index:
-            raise StageFailed("two policies answered different prompts", "Run the evaluation again")
+            raise StageFailed(
+                f"{name} and the reference answered different prompts",
+                "Remove the folder work/evaluate of the workspace, then resume the run",
+            )
         row["gain"] = _data(stats.paired_bootstrap(samples.rewards, baseline.rewards, clusters, seed=seed))
         row["win_rate"] = _data(stats.win_rate(samples.rewards, baseline.rewards, clusters))
     return row

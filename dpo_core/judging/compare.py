@@ -33,5 +33,5 @@ def compare_answers(
     else:
         if rewards is None:
             rewards = load_reward(config.source)([*prompts, *prompts], [*a, *b])
-        judgements = judge_by_scores(rewards[: len(prompts)], rewards[len(prompts) :])
+        judgements = judge_by_scores(rewards[: len(prompts)], rewards[len(prompts) :], config.name)
     return win_rate(judgements, pairs, judge=config.name, seed=seed)

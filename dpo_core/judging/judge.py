@@ -55,8 +55,11 @@ class Judgement(Config):
         return self.verdicts[0] == self.verdicts[1]
 
 
-def judge_by_scores(scores_a: ArrayLike, scores_b: ArrayLike) -> list[Judgement]:
+def judge_by_scores(scores_a: ArrayLike, scores_b: ArrayLike, judge: str = "a reward") -> list[Judgement]:
     """Judge by known scores: the larger one wins, equal ones are a tie.
+
+    Args:
+        judge: what the error calls the source of the scores.
 
     Raises:
         StageFailed: a score is not finite.
@@ -64,12 +67,15 @@ def judge_by_scores(scores_a: ArrayLike, scores_b: ArrayLike) -> list[Judgement]
     """
     a, b = np.asarray(scores_a, np.float64), np.asarray(scores_b, np.float64)
     if a.shape != b.shape or a.ndim != 1:
-        raise ValueError(f"scores of shapes {a.shape} and {b.shape}")
+        raise ValueError(
+            f"both sides need one score for each answer, but have the shapes {a.shape} and {b.shape}"
+        )
     bad = np.flatnonzero(~(np.isfinite(a) & np.isfinite(b)))
     if len(bad):
         raise StageFailed(
-            f"comparison {bad[0]} has the scores {a[bad[0]]} and {b[bad[0]]}",
-            "A judge's scores must be finite numbers",
+            f"{judge} gave the two answers of comparison {bad[0]} the scores {a[bad[0]]} and {b[bad[0]]}, "
+            "but scores must be finite numbers",
+            "Check the weights of the reward model, or the reward function, that is the judge",
         )
     return [Judgement(score=float(s)) for s in (np.sign(a - b) + 1) / 2]
 
@@ -96,7 +102,10 @@ def judge_answers(
         ValueError: the numbers of prompts and answers differ.
     """
     if config.endpoint is None:
-        raise RecipeError("no language model is configured as a judge", "Set the judge's endpoint")
+        raise RecipeError(
+            "no language model is configured as a judge",
+            "Set judge.endpoint.base_url and judge.endpoint.model",
+        )
     template = find_template(config.template)
     comparisons: list[list[tuple[Side, str]]] = []
     questions: dict[str, list[Message]] = {}

@@ -23,8 +23,11 @@ _DRAWS_PER_BLOCK = 2_000_000
 Floats = NDArray[np.float64]
 
 
-def finite(values: ArrayLike) -> Floats:
+def finite(values: ArrayLike, name: str = "value") -> Floats:
     """The values as (N,) float64.
+
+    Args:
+        name: what the error calls one of them.
 
     Raises:
         StageFailed: a value is not finite.
@@ -36,8 +39,9 @@ def finite(values: ArrayLike) -> Floats:
     bad = np.flatnonzero(~np.isfinite(x))
     if len(bad):
         raise StageFailed(
-            f"value {bad[0]} of {len(x)} is {x[bad[0]]} ({len(bad)} values are not finite)",
-            "Find out why the evaluation produced it; leaving it out would bias the result.",
+            f"{name} {bad[0]} of {len(x)} is {x[bad[0]]} ({len(bad)} in total are not finite)",
+            "Check the weights of the measured model, and the reward, then evaluate again; leaving values "
+            "out would bias the result",
         )
     return x
 

@@ -74,7 +74,7 @@ def wilson(successes: float, n: int, confidence: float = 0.95) -> Estimate:
     if n < 1:
         raise StageFailed("a share of 0 prompts has no value", "Evaluate on at least one prompt.")
     if not 0 <= successes <= n:
-        raise ValueError(f"{successes} successes of {n}")
+        raise ValueError(f"successes must be from 0 to n = {n}, not {successes}")
     low, high = _score_interval(successes / n, n, confidence)
     return Estimate(value=successes / n, low=low, high=high, n=n)
 
@@ -86,6 +86,7 @@ def bootstrap_mean(
     n_resamples: int = 10_000,
     seed: int = 0,
     confidence: float = 0.95,
+    name: str = "value",
 ) -> Estimate:
     """Mean of all values with an expanded percentile bootstrap interval (Hesterberg 2015; `bootstrap`).
 
@@ -94,12 +95,13 @@ def bootstrap_mean(
         clusters: the prompt of each value; prompts are resampled with all their values. None: each value is a
             prompt of its own. A prompt with more values has more weight, as in the plain mean.
         seed: equal seed and data give equal intervals.
+        name: what an error calls a value.
 
     Raises:
         StageFailed: there are fewer than two clusters, or a value is not finite.
         ValueError: `clusters` has another length.
     """
-    x = finite(values)
+    x = finite(values, name)
     sums, sizes = cluster_sums(x, clusters)
     require_two(len(sums))
     low, high = expanded_interval(resampled_means(sums, sizes, n_resamples, seed), len(sums), confidence)
@@ -156,7 +158,8 @@ def bootstrap_statistic(
     """
     columns = [np.asarray(array) for array in arrays]
     if len({len(column) for column in columns}) != 1:
-        raise ValueError(f"arrays of {', '.join(str(len(column)) for column in columns)} rows")
+        counts = ", ".join(str(len(column)) for column in columns)
+        raise ValueError(f"the arrays must have equally many rows, but have {counts}")
     codes = cluster_codes(clusters, len(columns[0]))
     members = np.split(np.argsort(codes, kind="stable"), np.cumsum(np.bincount(codes))[:-1])
     require_two(len(members) if len(codes) else 0)
@@ -211,7 +214,7 @@ def share(
     """
     x = finite(values)
     if len(x) and not 0 <= x.min() <= x.max() <= 1:
-        raise ValueError(f"shares from {x.min()} to {x.max()}")
+        raise ValueError(f"shares must be from 0 to 1, but these are from {x.min()} to {x.max()}")
     sums, sizes = cluster_sums(x, clusters)
     n = len(sums)
     same = n > 0 and np.ptp(sums / sizes) == 0

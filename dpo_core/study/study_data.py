@@ -153,7 +153,7 @@ def best_of_n(rewards_PS: ArrayLike, ns: Sequence[int]) -> list[BestOf]:
     rows = []
     for n in ns:
         if n < 1:
-            raise ValueError(f"best of {n}")
+            raise ValueError(f"the n of best of n must be 1 or more, not {n}")
         if n > samples:
             raise StageFailed(
                 f"best of {n} needs {n} samples per prompt, and there are {samples}",

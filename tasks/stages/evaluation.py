@@ -142,7 +142,9 @@ def _evaluate(
     table = []
     for name, facts in by_policy.items():
         baseline = None if name == REFERENCE else samples[REFERENCE]
-        row = summarise_samples(samples[name], baseline, seed=seed, length=config.sampling.max_new_tokens)
+        row = summarise_samples(
+            samples[name], baseline, seed=seed, length=config.sampling.max_new_tokens, name=name
+        )
         accuracy = None if name == REFERENCE else facts["accuracy"]
         table.append(PolicyRow(name=name, **row, accuracy=accuracy))
     reward_name = "reward model" if reward_model else str(settings.reward)
@@ -207,7 +209,7 @@ def _win_rates(samples: dict[str, Any], prompts: Sequence[str], judge: str, seed
         index = drawn.prompt_index
         texts = [prompts[i] for i in index]
         pairs = AnswerPairs(name, rival, texts, drawn.texts, other.texts, clusters=index)
-        judgements = judge_by_scores(drawn.rewards, other.rewards)
+        judgements = judge_by_scores(drawn.rewards, other.rewards, judge)
         rates.append(win_rate(judgements, pairs, judge=judge, seed=seed))
     return rates
 

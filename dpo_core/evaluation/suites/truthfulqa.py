@@ -23,6 +23,9 @@ from dpo_core.evaluation.suites.rows import Row, read_fields, sample_rows
 if TYPE_CHECKING:
     from dpo_core.evaluation.model_under_test import Subject
 
+_CHECK_MODEL = (
+    "Check that the model's files are complete and unchanged; if they are, set settings.precision to fp32"
+)
 _FIELDS = ("Question", "Best Answer", "Correct Answers", "Incorrect Answers")
 
 
@@ -60,11 +63,14 @@ def _answers(text: str) -> list[str]:
     return list(dict.fromkeys(part.strip() for part in text.split("; ") if part.strip()))
 
 
-def mc2(doc: Row, results: Seq[tuple[float, bool]]) -> dict[str, float]:
+def mc2(doc: Row, results: Seq[tuple[float, bool]], model: str = "the model") -> dict[str, float]:
     """Share of the true answers in the total probability, from summed log-probs.
 
     lm-eval's `process_results_mc2` takes exp of the sums, which is 0 for long answers: 0/0. Here the largest
     sum is subtracted first, which does not change the share.
+
+    Args:
+        model: its name in errors.
 
     Raises:
         StageFailed: a log-prob is not a finite number.
@@ -72,8 +78,8 @@ def mc2(doc: Row, results: Seq[tuple[float, bool]]) -> dict[str, float]:
     logps = np.array([logp for logp, _ in results], np.float64)
     if not np.isfinite(logps).all():
         raise StageFailed(
-            f"an answer to {doc['question'][:60]!r} has the log-prob {logps.min()}",
-            "Check its weights, or set precision to fp32",
+            f"{model} gives an answer to the question {doc['question'][:60]!r} the log-prob {logps.min()}",
+            _CHECK_MODEL,
         )
     p = np.exp(logps - logps.max())
     return {"acc": float(p[np.array(doc["mc2_targets"]["labels"]) == 1].sum() / p.sum())}
@@ -89,13 +95,17 @@ def run_mc(subject: "Subject", rows: list[Row], config: SuiteConfig) -> Outcome:
     """lm-eval's `truthfulqa_mc1` and `truthfulqa_mc2`: six example questions, then each answer's log-prob."""
     sampled = sample_rows(rows, config.limit, config.seed)
     names = ["truthfulqa_mc1", "truthfulqa_mc2"]
+
+    def process_results(doc: Row, results: Seq[tuple[float, bool]]) -> dict[str, float]:
+        return mc2(doc, results, subject.name)
+
     samples, settings, facts = run_tasks(
         subject,
         "truthfulqa",
         names,
         {"validation": sampled},
         config,
-        truthfulqa_mc2={"process_results": mc2},
+        truthfulqa_mc2={"process_results": process_results},
     )
     by_mc1, by_mc2 = ({s["doc_id"]: s for s in samples[name]} for name in names)
     items = []
@@ -103,7 +113,7 @@ def run_mc(subject: "Subject", rows: list[Row], config: SuiteConfig) -> Outcome:
         logps = [logp for logp, _ in by_mc1[place]["filtered_resps"]]
         likeliest = row["mc1_targets"]["choices"][int(np.argmax(logps))]
         values = {"mc1": float(by_mc1[place]["acc"]), "mc2": float(by_mc2[place]["acc"])}
-        items.append(_item(row, likeliest, values, subset=row["type"]))
+        items.append(_item(subject, row, likeliest, values, subset=row["type"]))
     settings |= _facts_of(rows) | {"mc1": "best answer against incorrect ones"}
     return Outcome(items=items, specs=MC, facts=facts, settings=settings)
 
@@ -134,7 +144,7 @@ def run_gen(subject: "Subject", rows: list[Row], config: SuiteConfig) -> Outcome
     for place, row in enumerate(sampled):
         sample = logged[place]
         values = {spec.name: float(sample[spec.name]) for spec in GEN}
-        items.append(_item(row, sample["resps"][0][0], values))
+        items.append(_item(subject, row, sample["resps"][0][0], values))
     settings |= _facts_of(rows)
     return Outcome(items=items, specs=GEN, facts=facts, settings=settings)
 
@@ -165,9 +175,12 @@ def _facts_of(rows: list[Row]) -> dict[str, str]:
     }
 
 
-def _item(row: Row, answer: str, values: dict[str, float], *, subset: str = "") -> Item:
-    if not all(map(math.isfinite, values.values())):
-        raise StageFailed(f"question {row['id']} has a value that is not finite: {values}", "Check the model")
+def _item(subject: "Subject", row: Row, answer: str, values: dict[str, float], *, subset: str = "") -> Item:
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise StageFailed(
+                f"{name} of {subject.name} is {value} for the question {row['question'][:60]!r}", _CHECK_MODEL
+            )
     return Item(
         id=row["id"],
         cluster=row["id"],

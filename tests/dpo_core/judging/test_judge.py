@@ -292,7 +292,7 @@ def test_the_length_controlled_rate_sees_through_a_judge_of_length(server: Serve
 def test_scores_of_a_known_reward() -> None:
     judged = judge_by_scores([1.0, 2.0, 0.5], [0.5, 2.0, 1.0])
     assert [j.score for j in judged] == [1, 0.5, 0]
-    with pytest.raises(StageFailed, match=r"comparison 1 has the scores 1\.0 and nan"):
+    with pytest.raises(StageFailed, match=r"a reward gave .* comparison 1 the scores 1\.0 and nan"):
         judge_by_scores([1, 1], [0, float("nan")])
     with pytest.raises(ValueError, match="shapes"):
         judge_by_scores([1, 2], [1])

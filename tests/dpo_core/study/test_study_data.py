@@ -35,7 +35,7 @@ def test_the_bound_on_the_kl_of_best_of_n() -> None:
 def test_best_of_more_than_there_are() -> None:
     with pytest.raises(StageFailed, match="best of 5 needs 5 samples per prompt, and there are 2"):
         best_of_n([[1.0, 2.0]], [1, 5])
-    with pytest.raises(ValueError, match="best of 0"):
+    with pytest.raises(ValueError, match="must be 1 or more, not 0"):
         best_of_n([[1.0, 2.0]], [0])
     with pytest.raises(ValueError, match="shape"):
         best_of_n([1.0, 2.0], [1])
