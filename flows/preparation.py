@@ -159,10 +159,12 @@ def _require_labels(recipe: Recipe, kind: str) -> None:
                 "the data are unpaired rows, but without reward.source a reward model is trained on pairs",
                 "Set reward.source",
             )
-        if recipe.trains_reward_model:
+        learns = [name for name, policy in recipe.policies.items() if recipe.learns_from_model(policy)]
+        if learns:
             raise RecipeError(
-                "the data are unpaired rows, but a policy's reward is a model, which is trained on pairs",
-                "Remove the policy's reward",
+                f"the data are unpaired rows, but policies.{learns[0]}.reward is a model, which is trained "
+                "on pairs",
+                f"Remove policies.{learns[0]}.reward, so that the policy learns from reward.source",
             )
     if kind != "prompts":
         return

@@ -97,10 +97,14 @@ class RewardModel(nn.Module):
         scores_N = scores_N.to(self.gain.device, torch.float64)
         mean, std = scores_N.mean(), scores_N.std(correction=0)
         if not (torch.isfinite(std) and std > 0):
+            what = (
+                f"all {scores_N.numel()} training answers the same score ({mean:g}): it has learnt nothing"
+                if torch.isfinite(std)
+                else f"some of {scores_N.numel()} training answers a score that is not finite"
+            )
             raise StageFailed(
-                f"the reward model's scores on {scores_N.numel()} reference samples have "
-                f"mean {mean.item():g} and standard deviation {std.item():g}",
-                "Give it varied reference samples, or train it again with a smaller learning rate.",
+                f"the reward model gives {what}",
+                "Check that chosen and rejected answers differ, and lower reward.model.optim.learning_rate",
             )
         # Composed with the present gain and bias; float32 also in a bfloat16 model.
         self.gain = (self.gain.double() / std).float()

@@ -52,6 +52,7 @@ def compute(
     save: Save,
     progress: Callable[[int], None] = lambda more: None,
     only: Callable[[int, list[int]], bool] = lambda number, indices: True,
+    name: str = "the reference model",
 ) -> None:
     """Compute token log-probs of sequences under a frozen model, and pass them to `save` after each pass.
 
@@ -59,16 +60,22 @@ def compute(
         token_budget: tokens in one forward pass; affects the time, not the values.
         progress: called with the number of sequences of each pass.
         only: whether to compute a pass, from its number and the indices of its sequences.
+        name: of the model, for errors.
 
     Raises:
         StageFailed: a log-prob is not finite.
     """
+    overflow = "" if precision == "fp32" else f"; if they are, it may overflow in {precision}: use fp32"
     for logps in completion_logps(model, sequences, precision, token_budget, only):
         entries: dict[bytes, NDArray[np.float32]] = {}
         for index, logps_L in logps.items():
             values = logps_L.numpy().copy()
             if not np.isfinite(values).all():
-                raise StageFailed("a reference log-prob is not finite", "Check the reference model's weights")
+                raise StageFailed(
+                    f"{name} gives a log-prob that is not finite for sequence {index} of {len(sequences)} "
+                    f"(an answer of {len(values)} tokens)",
+                    f"Check that its weights and config are complete and unchanged{overflow}",
+                )
             entries[sequence_key(sequences[index])] = values
         save(entries)
         progress(len(logps))

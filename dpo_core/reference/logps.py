@@ -129,6 +129,7 @@ def _compute(
             save=buffer.add,
             progress=ranks.advance,
             only=is_due,
+            name=f"the reference model in {reference.model}",
         )
     finally:
         buffer.flush()

@@ -78,9 +78,12 @@ class LivenessMonitor:
                 try:
                     peer, _ = server.accept()
                 except TimeoutError:
+                    connected = set(self._peers.values())
+                    absent = [n for n in range(1, others + 1) if f"rank {n}" not in connected]
                     raise StageFailed(
-                        f"{others - len(self._peers)} of {others} ranks did not connect to rank 0",
-                        "See their logs",
+                        f"{len(absent)} of {others} ranks did not connect to rank 0: "
+                        f"{', '.join(map(str, absent[:8]))}{' …' if len(absent) > 8 else ''}",
+                        "See job.log in the job's folder for their errors",
                     ) from None
                 # Other connections to the port, such as a rank of an earlier start, lack the token.
                 hello = _read(peer, _TOKEN + 8).decode(errors="replace")

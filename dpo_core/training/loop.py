@@ -40,7 +40,11 @@ class Trainer(ABC, Generic[Example]):
         self, module: nn.Module, examples: Seq[Example], config: LoopConfig, *, seed: int, work: Path
     ) -> None:
         if not examples:
-            raise StageFailed("there is nothing to train on", "Look at what the data gate dropped and why")
+            raise StageFailed(
+                "no training example is left: the data gate or tokenising dropped every row",
+                "Look at what the gate drops with: dpo validate FILE; if rows are too long, raise "
+                "tokens.max_length",
+            )
         self.config, self.examples, self.work, self.seed = config, examples, work, seed
         self.module = module
         self.total_steps = config.steps(len(examples))

@@ -85,7 +85,10 @@ class Manifest(Config):
         """
         parts = urlsplit(self.uri)
         if parts.scheme != "file" or parts.netloc:
-            raise StageFailed(f"the {self.kind} at {self.uri} is not a folder on this machine")
+            raise StageFailed(
+                f"the {self.kind} at {self.uri} is not a folder on this machine",
+                "Start the run in a workspace on this machine",
+            )
         return Path(unquote(parts.path))
 
 

@@ -156,7 +156,10 @@ class Store:
             folder = None if isinstance(source, Mapping) else Path(source).absolute()
             files = list_files(folder) if folder else _named_files(source)  # type: ignore[arg-type]
             if not files:
-                raise StageFailed(f"stage {stage} produced no files in {folder or scratch}")
+                raise StageFailed(
+                    f"stage {stage} produced no files in {folder or scratch}",
+                    "Resume the run; if it happens again, report it as a bug",
+                )
             entries = digest_files(files)
             sha256 = digest_entries(entries)
             target = self.object(about.kind, sha256)

@@ -140,7 +140,7 @@ def test_foreign_connections_are_refused_and_missing_ranks_are_counted() -> None
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     stranger = FORK.Process(target=_stranger, args=[store.port])
     stranger.start()
-    with pytest.raises(StageFailed, match="1 of 1 ranks did not connect to rank 0"):
+    with pytest.raises(StageFailed, match="1 of 1 ranks did not connect to rank 0: 1"):
         LivenessMonitor(lambda _: None).connect(store, "watch", 0, 2, silence=1.0, timeout=1.0)
     stranger.join()
     assert stranger.exitcode == 0

@@ -38,8 +38,8 @@ def unpaired_without_a_reward(world: World) -> list[str]:
 
 
 @bad(
-    2, "the data are unpaired rows", "reward is a model, which is trained", "Remove the policy's reward",
-    adds="load-data",
+    2, "the data are unpaired rows", "policies.PPO.reward is a model, which is trained on pairs",
+    "Remove policies.PPO.reward", adds="load-data",
 )  # fmt: skip
 def unpaired_for_a_learned_reward(world: World) -> list[str]:
     return world.run_on(labelled(), policies=KTO | {"PPO": {"method": "ppo", "reward": "model"}})
