@@ -136,7 +136,8 @@ def _prepare(bench: Bench, work: Path) -> tuple[Path, list[TokenPair]]:
     if bench.workload == "hh":
         if bench.data is None or bench.model is None:
             raise RecipeError(
-                "workload hh needs a preference file and a model with its tokenizer", "Name both"
+                "workload hh needs a preference file and a model with its tokenizer",
+                "Add --set data=FILE and --set model=FOLDER",
             )
         pairs = human_pairs(bench.data, load_tokenizer(model), bench.pairs, bench.seed)
     else:

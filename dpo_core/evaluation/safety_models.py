@@ -74,7 +74,8 @@ def safe_class(labels: Seq[str], safe_label: str | None) -> int:
     if safe_label is not None:
         if _normalised(safe_label) not in plain:
             raise RecipeError(
-                f"the classifier has no label '{safe_label}'", f"Set safe_label to one of {', '.join(labels)}"
+                f"the classifier has no label '{safe_label}'",
+                f"Set settings.safe_label to one of {', '.join(labels)}",
             )
         return plain.index(_normalised(safe_label))
     safe = [i for i, label in enumerate(plain) if label in _SAFE]
@@ -84,7 +85,7 @@ def safe_class(labels: Seq[str], safe_label: str | None) -> int:
     if len(safe) != 1:
         raise RecipeError(
             f"the classifier's labels do not tell which one means safe: {', '.join(labels)}",
-            "Set safe_label to it",
+            "Set settings.safe_label to that label",
         )
     return safe[0]
 

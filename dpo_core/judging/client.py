@@ -295,5 +295,5 @@ def _key(name: str) -> str:
     # The error of the HTTP library would quote the key.
     if not (key.isascii() and key.isprintable()):
         problem = f"the key in {name} contains characters that are invalid in an HTTP header"
-        raise RecipeError(problem, "Set it again")
+        raise RecipeError(problem, f"Set {name} again, to letters, digits and punctuation of ASCII only")
     return key

@@ -183,7 +183,7 @@ def _headers() -> dict[str, str]:
     # The error of http.client would quote the token.
     if not (token.isascii() and token.isprintable()):
         problem = f"the token in {TOKEN} contains characters that are invalid in an HTTP header"
-        raise RecipeError(problem, "Set it again")
+        raise RecipeError(problem, f"Set {TOKEN} again, to letters, digits and punctuation of ASCII only")
     headers = {"Content-Type": "application/json", "Accept": "application/json"}
     return headers | ({"Authorization": f"Bearer {token}"} if token else {})
 

@@ -80,7 +80,9 @@ def check_with_prefect(path: Path, raw: dict[str, Any]) -> None:
     except ValidationError as error:
         fault = error.errors()[0]
         where = ".".join(map(str, fault["loc"]))
-        raise RecipeError(f"{path}: Prefect refuses {where}: {fault['msg']}", "Correct it") from error
+        raise RecipeError(
+            f"{path}: Prefect refuses {where}: {fault['msg']}", f"Correct {where} in this file"
+        ) from error
 
 
 def check_deployment(deployment: Any) -> Any:
@@ -115,7 +117,10 @@ def _check_parameters(flow: Any, deployment: Any, where: str, parameters: dict[s
     try:
         flow.validate_parameters(parameters)
     except (ParameterTypeError, SignatureMismatchError) as error:
-        raise RecipeError(f"{where}: parameters: {' '.join(str(error).split())}", "Correct them") from error
+        raise RecipeError(
+            f"{where}: parameters: {' '.join(str(error).split())}",
+            f"Correct the parameters of {where} in the deployment file",
+        ) from error
     if not isinstance(parameters.get("recipe"), str):
         return
     name = parameters["recipe"]

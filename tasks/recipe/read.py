@@ -1,6 +1,7 @@
 """Read a recipe from a shipped or own YAML file, apply overrides, and report every fault with its field."""
 
 import difflib
+import itertools
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
@@ -118,14 +119,18 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         value = read_yaml(text) if text else None
     except yaml.YAMLError as error:
         problem = f"--set {_short(override)}: the value is not valid YAML{_why(error)}"
-        raise RecipeError(problem, "Quote it") from error
+        raise RecipeError(
+            problem, "Correct the value, or put it in quotes within the argument to make it a text"
+        ) from error
     if isinstance(value, str):
         value = _number(value)
     place = raw
-    for part in parts[:-1]:
+    for part, field in itertools.pairwise(parts):
         inner = place.setdefault(part, {})
         if not isinstance(inner, dict):
-            raise RecipeError(f"--set {override}: {part} holds a value, not fields", _KNOWN_FIELDS)
+            raise RecipeError(
+                f"--set {override}: {part} is a single value and has no field {field}", _KNOWN_FIELDS
+            )
         place[part] = inner = dict(inner)  # a copy, because YAML aliases may share it
         place = inner
     if value is None and parts[:-1] == ["policies"]:

@@ -129,7 +129,10 @@ def with_changes(policy: PolicyFields, changes: Mapping[str, Any]) -> PolicyFiel
                 place[part] = {}
             place = place[part]
             if not isinstance(place, dict):
-                raise RecipeError(f"{part} holds a value, not fields", "Name a field of the policy")
+                raise RecipeError(
+                    f"{key}: {part} is a single value and has no fields",
+                    "Name a field of the policy, such as beta or optim.learning_rate",
+                )
         place[last] = copy.deepcopy(value)
     return CLASSES[policy.method].model_validate(fields)
 

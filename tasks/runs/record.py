@@ -253,7 +253,10 @@ def find_run(workspace: str | Path, wanted: str, recipe_name: str) -> RunRecord:
     for record in runs:
         if record.run_id == wanted:
             if record.recipe != recipe_name:
-                raise RecipeError(f"run {wanted} is of recipe {record.recipe}", "Give that recipe")
+                raise RecipeError(
+                    f"run {wanted} is of the recipe {record.recipe}, not {recipe_name}",
+                    f"Name the file of the recipe {record.recipe}, or another run",
+                )
             return record
     names = ", ".join(r.run_id for r in runs[:5]) or "none"
     known = re.sub(r"\s+", " ", names)

@@ -232,12 +232,12 @@ def override_of_an_unknown_field(world: World) -> list[str]:
     return world.run("--set", "policies.DPO.epoch=2")
 
 
-@bad(2, "--set name.first=x: name holds a value, not fields", "dpo config schema")
+@bad(2, "--set name.first=x: name is a single value and has no field first", "dpo config schema")
 def override_below_a_value(world: World) -> list[str]:
     return world.run("--set", "name.first=x")
 
 
-@bad(2, "--set policies.DPO.epochs=[1: the value is not valid YAML", "Quote it")
+@bad(2, "--set policies.DPO.epochs=[1: the value is not valid YAML", "Correct the value")
 def override_that_is_not_yaml(world: World) -> list[str]:
     return world.run("--set", "policies.DPO.epochs=[1")
 
@@ -345,7 +345,7 @@ def resume_of_an_unknown_run(world: World) -> list[str]:
     return world.run("--resume", "tiny-19990101-000000")
 
 
-@bad(2, "is of recipe tiny", "Give that recipe")
+@bad(2, "is of the recipe tiny, not fresh", "Name the file of the recipe tiny")
 def resume_of_another_recipes_run(world: World) -> list[str]:
     some = next((world.workspace / "runs").iterdir()).name
     return world.run("--resume", some, name="fresh")

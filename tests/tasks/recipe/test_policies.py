@@ -152,7 +152,7 @@ def test_a_field_without_effect_is_refused(tmp_path: Path, sections: Any, words:
         ({"hidden": ["C"]}, "study.hidden: there is no policy 'C'"),
         ({"grid": {"A": {"epoch": [1]}}}, "study.grid.A, point epoch=1: epoch: Extra inputs"),
         ({"grid": {"A": {"parameters.betta": [1.0]}}}, "does not read the parameter 'betta'"),
-        ({"grid": {"A": {"epochs.few": [1]}}}, "epochs holds a value, not fields"),
+        ({"grid": {"A": {"epochs.few": [1]}}}, "epochs.few: epochs is a single value and has no fields"),
         ({"grid": {"A": {"epochs": []}}}, "grid.A has no point"),
         ({"grid": {"A": []}}, "grid.A has no point"),
         ({"grid": {"A": {"epochs": [1, 1]}}}, "grid.A has a point twice"),
