@@ -202,8 +202,8 @@ def _reduced_fault(model: nn.Module, precision: Precision) -> str | None:
             noise, gap = (float((logps[index_N] - exact).abs().mean()) for logps in (padded, packed))
             if not gap <= 4 * noise + difference(exact, exact)[1]:
                 raise ModelError(
-                    f"in {precision} its packs differ by {gap:.2g} nats from fp32, but its padded rows by "
-                    f"{noise:.2g}",
+                    f"in {precision} its log-probs in packs are {gap:.2g} nats from those in fp32, and in "
+                    f"padded rows only {noise:.2g}",
                     "",
                 )
     except ModelError as error:

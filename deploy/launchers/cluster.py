@@ -41,7 +41,10 @@ class ClusterConfig(Config):
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
                 raise ValueError(f"{name!r} is not a valid variable name: use letters, digits and _ only")
             if SECRET_NAME.search(name):
-                raise ValueError(f"{name} looks like a secret, and manifests show these variables")
+                raise ValueError(
+                    f"{name} looks like a secret, and manifests show these variables: remove it, and use the "
+                    "field secrets if the cluster has one"
+                )
         return variables
 
     def check(self, processes: int) -> None:
@@ -70,7 +73,7 @@ def require_seen(folder: Path, mount: str, where: str) -> None:
     if not folder.absolute().is_relative_to(mount):
         raise RecipeError(
             f"{folder.absolute()} is not {where} at {mount}",
-            "Mount it at the same path on this machine, and put the workspace there",
+            f"Mount it at {mount} on this machine too, and set workspace to a folder below {mount}",
         )
 
 

@@ -29,6 +29,7 @@ _ARRAYS = ("keys", "offsets", "values")
 _BLOCK_TOKENS = 1 << 18
 
 Ints = NDArray[np.int64]
+_REPAIR = "Run dpo cache verify --repair, then resume the run: what is missing is computed again"
 
 
 @dataclass(frozen=True)
@@ -66,15 +67,15 @@ class LogpShard:
             facts = json.loads((folder / "shard.json").read_text())
             for name in _ARRAYS if verify else ():
                 if digest_file(folder / f"{name}.npy") != facts["sha256"][name]:
-                    raise StageFailed(
-                        f"{folder / name}.npy has changed since it was written", "Delete the folder"
-                    )
+                    raise StageFailed(f"{folder / name}.npy has changed since it was written", _REPAIR)
             shard = cls(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in _ARRAYS))
             fault = shard._fault(int(facts["entries"]), verify)
         except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
-            raise StageFailed(f"the reference cache {folder} is damaged ({error})", "Delete it") from error
+            raise StageFailed(
+                f"the shard {folder} of reference log-probs is damaged ({error})", _REPAIR
+            ) from error
         if fault:
-            raise StageFailed(f"the reference cache {folder} is damaged ({fault})", "Delete it")
+            raise StageFailed(f"the shard {folder} of reference log-probs is damaged ({fault})", _REPAIR)
         return shard
 
     def _fault(self, entries: int, thorough: bool) -> str | None:

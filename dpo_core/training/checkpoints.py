@@ -185,8 +185,10 @@ def restricted_unpickling(folder: Path) -> Iterator[None]:
             yield
     except pickle.UnpicklingError as error:
         raise StageFailed(
-            f"the checkpoint {folder} contains more than numbers and is refused ({_first_sentence(error)})",
-            "Find out what changed it, then delete it; training resumes from an earlier checkpoint",
+            f"the checkpoint {folder} contains more than numbers, could run code and was not loaded "
+            f"({_first_sentence(error)})",
+            "Find out who changed it, delete it, then resume the run: training continues from an earlier "
+            "checkpoint",
         ) from error
     finally:
         if before is None:

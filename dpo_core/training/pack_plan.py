@@ -85,10 +85,11 @@ def plan_epoch(
         if length <= budget:
             packs = tuple(pack for packs, _ in parts for pack in packs)
             return PackPlan(packs, steps, per_rank * world, length, tokens)
+    needed = max(_level(lengths_E, examples, batch // world * world)[1] for examples in batches)
     raise RecipeError(
-        f"a batch of {batch} examples on {world} ranks needs packs of two examples that together exceed "
-        f"{budget} tokens",
-        f"Make batch_size a multiple of {world}, or raise pack_tokens",
+        f"a batch of {batch} examples does not fit on {world} ranks: some packs hold two examples that "
+        f"together exceed {budget} tokens (pack_tokens)",
+        f"Make batch_size a multiple of {world}, or raise pack_tokens to {needed} or more",
     )
 
 

@@ -34,8 +34,8 @@ def require_same_tokens(context: Context, base: Path, other: Path, name: str, re
         result = watch("compare-tokens", launcher, write_job(job), 1, context.stop)
     if result["differing"]:
         raise RecipeError(
-            f"{name} has another {result['differing'][0]} than the run's model, so that its tokens mean "
-            "other texts",
+            f"{name} has another {result['differing'][0]} than the run's model, so the same token ids stand "
+            "for other texts in the two",
             remedy,
         )
 

@@ -178,8 +178,8 @@ def facts_of(manifest: Manifest, model: type[F]) -> F:
     except ValidationError as error:
         names = ", ".join(".".join(map(str, e["loc"])) for e in error.errors())
         raise StageFailed(
-            f"the manifest of stage {manifest.stage} ({manifest.sha256[:12]}) has no valid {names}",
-            "Run the recipe again in another workspace, or remove the stage's entries from store/index",
+            f"the result of stage {manifest.stage} ({manifest.sha256[:12]}) lacks valid facts ({names})",
+            f"Remove the folder {manifest.stage} in store/index of the workspace, then run the recipe again",
         ) from error
 
 

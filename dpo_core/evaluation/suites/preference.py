@@ -93,8 +93,10 @@ def run(subject: "Subject", rows: list[Row], config: SuiteConfig) -> Outcome:
         else:
             pairs.append((row, tokens))
     if not pairs:
+        reasons = "; ".join(f"{count} rows: {reason}" for reason, count in left_out.items())
         raise StageFailed(
-            f"no pair can be used ({dict(left_out)})", "Raise tokens.max_length, or check the file"
+            f"no pair can be used ({reasons or 'the file has none'})",
+            "Raise tokens.max_length, or check the file",
         )
     scored = list(_scored(subject, pairs, config))
     specs = [*(IMPLICIT if subject.reference else ()), *LIKELIHOOD, *DATA]

@@ -6,6 +6,7 @@ number of ranks.
 """
 
 import logging
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -76,11 +77,13 @@ class OnlineTrainer(ABC, Generic[Item]):
     def _micro_per_step(self) -> int:
         world, config = torch.distributed.get_world_size(), self.rounds
         share = config.minibatches * config.micro_batch_size * world
-        if config.episodes % share or config.episodes % (config.completions_per_prompt * world):
+        least = math.lcm(share, config.completions_per_prompt * world)
+        if config.episodes % least:
             raise RecipeError(
-                f"{config.episodes} episodes do not fill {config.minibatches} minibatches on {world} ranks",
-                "Make episodes a multiple of minibatches x micro_batch_size x ranks, and of completions per "
-                "prompt x ranks",
+                f"episodes is {config.episodes}, but must be a multiple of {config.minibatches} minibatches "
+                f"x {config.micro_batch_size} micro_batch_size x {world} ranks, and of "
+                f"{config.completions_per_prompt} completions per prompt x {world} ranks",
+                f"Make episodes a multiple of {least}",
             )
         return self.micro_batch_count(config.episodes // world) // config.minibatches
 

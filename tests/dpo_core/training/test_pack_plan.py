@@ -75,7 +75,7 @@ def test_a_pair_longer_than_a_pack_is_named_with_the_remedy():
 def test_a_batch_whose_packs_exceed_the_budget_is_refused():
     with pytest.raises(RecipeError, match="together exceed 512") as caught:
         plan_epoch(np.array([400, 400, 400]), 3, 512, world=2, seed=0, epoch=0)
-    assert "a multiple of 2" in caught.value.remedy
+    assert caught.value.remedy == "Make batch_size a multiple of 2, or raise pack_tokens to 800 or more"
 
 
 def test_a_million_examples_are_planned_in_seconds():

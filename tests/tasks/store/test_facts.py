@@ -66,7 +66,7 @@ def test_manifests_of_other_versions_are_read(tmp_path: Path) -> None:
 
 def test_a_missing_fact_is_named(tmp_path: Path) -> None:
     manifest = manifest_with(tmp_path, {"layout": "packed", "sampling": 3})
-    with pytest.raises(StageFailed, match=r"stage train .* has no valid reason, sampling"):
+    with pytest.raises(StageFailed, match=r"stage train .* lacks valid facts \(reason, sampling\)"):
         facts_of(manifest, ImportFacts)
     with pytest.raises(StageFailed, match="has no weights_sha256"):
         weights_sha256(manifest)
