@@ -158,7 +158,7 @@ def test_a_field_without_effect_is_refused(tmp_path: Path, sections: Any, words:
         ({"grid": {"A": {"epochs": [1, 1]}}}, "grid.A has a point twice"),
         *(({"grid": {"A": {field: ["SFT"]}}}, f"{field} cannot vary; define a policy for each value")
           for field in ("method", "start", "reference", "reward")),
-        ({"grid": {"A": {"objective": ["dpo", "simpo"]}}}, "=simpo: policies.A.reference would"),
+        ({"grid": {"A": {"objective": ["dpo", "simpo"]}}}, "=simpo: policies.A.reference has no effect"),
         ({"grid": {"Guide": {"epochs": [1, 2]}}}, "policy A needs Guide, which study.grid gives 2 points"),
         ({"seeds": [1, 1]}, "a seed is listed twice"),
         ({"seeds": [-1]}, "study.seeds.0: Input should be greater than or equal to 0"),
