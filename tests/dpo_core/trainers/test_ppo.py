@@ -20,7 +20,6 @@ from dpo_core.models.reward_model import RewardModel
 from dpo_core.scoring.document import Document
 from dpo_core.scoring.layout import pad
 from dpo_core.trainers.online.rollouts import Episode, response_logps
-from dpo_core.trainers.online.sampler import RolloutContext
 from dpo_core.trainers.ppo import make_critic, state_values
 from tests.support.models.logps import full_logps, random_sequences
 from tests.support.runs.online_jobs import kill_in_round, online_job, timeless
@@ -279,16 +278,6 @@ def test_a_failing_reward_stops_the_run_with_its_message(alone: None, tiny: Path
     assert train.main(["--config", str(job)]) == 4
     error = json.loads((tmp_path / "error.json").read_text())
     assert "the reward 'count_o' returned nan for row 0" in error["problem"]
-
-
-def test_no_prompts_are_an_error(tmp_path: Path) -> None:
-    from dpo_core.errors import StageFailed
-    from dpo_core.generation.config import SamplingConfig
-
-    with pytest.raises(StageFailed, match="no prompts"):
-        RolloutContext(
-            prompts=[], sampling=SamplingConfig(), eos_id=0, scorer=lambda s, p: [], seed=0, work=tmp_path
-        )
 
 
 def test_episodes_must_divide() -> None:
