@@ -23,8 +23,7 @@ log = logging.getLogger("dpo")
 
 _LESS_MEMORY = (
     "Give it more memory, or lower its micro_batch_size (pack_tokens where it packs) or engine.processes, or "
-    "set engine.gradient_checkpointing=true (dpo plan shows the memory it needs), and start the run again "
-    "without --resume: finished stages are not run again"
+    "set engine.gradient_checkpointing=true (dpo plan shows the memory it needs)" + NeedsNewSettings.HOW
 )
 
 
