@@ -50,7 +50,6 @@ def compute(
     precision: Precision,
     token_budget: int,
     save: Save,
-    progress: Callable[[int], None] = lambda more: None,
     only: Callable[[int, list[int]], bool] = lambda number, indices: True,
     name: str = "the reference model",
 ) -> None:
@@ -58,7 +57,6 @@ def compute(
 
     Args:
         token_budget: tokens in one forward pass; affects the time, not the values.
-        progress: called with the number of sequences of each pass.
         only: whether to compute a pass, from its number and the indices of its sequences.
         name: of the model, for errors.
 
@@ -78,4 +76,3 @@ def compute(
                 )
             entries[sequence_key(sequences[index])] = values
         save(entries)
-        progress(len(logps))

@@ -7,7 +7,9 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dpo_core.data.tokens.tokenise import Sequence
 from dpo_core.errors import ModelError, StageFailed
@@ -120,14 +122,18 @@ def _compute(
         return not cached
 
     buffer = Buffer(cache.add, resources.keep_seconds)
+
+    def save(entries: dict[bytes, NDArray[np.float32]]) -> None:
+        buffer.add(entries)
+        ranks.advance(len(entries))
+
     try:
         compute(
             model,
             missing,
             precision=reference.precision,
             token_budget=resources.token_budget,
-            save=buffer.add,
-            progress=ranks.advance,
+            save=save,
             only=is_due,
             name=f"the reference model in {reference.model}",
         )

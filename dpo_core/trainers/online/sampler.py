@@ -31,11 +31,7 @@ Prompt = tuple[tuple[int, ...], str]
 
 @dataclass(frozen=True)
 class RolloutContext:
-    """Prompts, sampling settings, reward and output folder of a job that trains on its own samples.
-
-    Raises:
-        StageFailed: there are no prompts.
-    """
+    """Prompts, sampling settings, reward and output folder of a job that trains on its own samples."""
 
     prompts: Seq[Prompt]
     """Training prompts."""

@@ -13,13 +13,16 @@ from safetensors.torch import load_file
 
 from deploy.launchers import State
 from dpo_core import job as train
-from dpo_core.data.tokens.tokenise import Sequence
+from dpo_core.data.tokens.tokenise import Sequence, Tokenise
+from dpo_core.errors import NeedsNewSettings
+from dpo_core.methods.job import Job
 from dpo_core.methods.ppo import PpoConfig
 from dpo_core.models.load import load_model, load_tokenizer
 from dpo_core.models.reward_model import RewardModel
 from dpo_core.scoring.document import Document
 from dpo_core.scoring.layout import pad
 from dpo_core.trainers.online.rollouts import Episode, response_logps
+from dpo_core.trainers.online.sampler import rollout_context
 from dpo_core.trainers.ppo import make_critic, state_values
 from tests.support.models.logps import full_logps, random_sequences
 from tests.support.runs.online_jobs import kill_in_round, online_job, timeless
@@ -283,3 +286,12 @@ def test_a_failing_reward_stops_the_run_with_its_message(alone: None, tiny: Path
 def test_episodes_must_divide() -> None:
     with pytest.raises(ValidationError, match=r"episodes 10 is not a multiple of .* = 8"):
         PpoConfig(episodes=10, minibatches=2, micro_batch_size=4)
+
+
+def test_prompts_that_leave_no_room_are_refused(tmp_path: Path, tiny: Path) -> None:
+    job = Job.model_validate(json.loads(ppo_job(tmp_path, tiny).read_text()))
+    assert job.sampling
+    no_room = {"max_length": job.sampling.max_new_tokens, "template": "chat"}
+    tokens = job.tokens.model_copy(update=no_room)
+    with pytest.raises(NeedsNewSettings, match="none of the 12 training prompts leaves room"):
+        rollout_context(job, Tokenise(load_tokenizer(tiny), tokens), "fp32")
