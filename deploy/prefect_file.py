@@ -24,7 +24,7 @@ _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 _PLACEHOLDER = re.compile(r"\{\{\s*(.*?)\s*\}\}")
 
 
-class Schedule(Config):
+class DeploymentSchedule(Config):
     """When a deployment runs: exactly one of `cron`, `interval` and `rrule`."""
 
     slug: str = Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")
@@ -55,7 +55,7 @@ class Schedule(Config):
         return zone
 
     @model_validator(mode="after")
-    def _one_kind(self) -> "Schedule":
+    def _one_kind(self) -> "DeploymentSchedule":
         kinds = [name for name in ("cron", "interval", "rrule") if getattr(self, name) is not None]
         if len(kinds) != 1:
             raise ValueError(f"set exactly one of cron, interval, rrule (set: {', '.join(kinds) or 'none'})")
@@ -126,7 +126,7 @@ class Deployment(Config):
     paused: bool = False
     concurrency_limit: Limit
     work_pool: WorkPool
-    schedules: list[Schedule] = Field(default_factory=list)
+    schedules: list[DeploymentSchedule] = Field(default_factory=list)
     triggers: list[Trigger] = Field(default_factory=list)
 
     @model_validator(mode="after")

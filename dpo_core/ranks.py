@@ -12,8 +12,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -38,9 +37,9 @@ class Ranks(Protocol):
     def map(
         self,
         name: str,
-        units: Seq[Unit],
+        units: Sequence[Unit],
         compute: Callable[[Unit], Any],
-        sizes: Seq[int] | None = None,
+        sizes: Sequence[int] | None = None,
     ) -> list[Any]:
         """The results of all units, in order. Every rank calls this with the same units in the same order.
 
@@ -83,9 +82,9 @@ class SingleRank:
     def map(
         self,
         name: str,
-        units: Seq[Unit],
+        units: Sequence[Unit],
         compute: Callable[[Unit], Any],
-        sizes: Seq[int] | None = None,
+        sizes: Sequence[int] | None = None,
     ) -> list[Any]:
         results = []
         for index, unit in enumerate(units):
@@ -133,9 +132,9 @@ class JobRanks:
     def map(
         self,
         name: str,
-        units: Seq[Unit],
+        units: Sequence[Unit],
         compute: Callable[[Unit], Any],
-        sizes: Seq[int] | None = None,
+        sizes: Sequence[int] | None = None,
     ) -> list[Any]:
         units = list(units)
         self._maps += 1

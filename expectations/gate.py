@@ -20,7 +20,7 @@ from expectations.features import TEXTS, Features, compute, relations
 from expectations.report import Finding, GateReport, to_do
 from expectations.rules import Subject, rules_of, words_of
 from expectations.suite import SCHEMA, content_suite, schema_frame, schema_suite
-from expectations.template_rule import Writes, template_flags
+from expectations.template_rule import RowWriter, template_flags
 from expectations.thresholds import BandRule, DistanceRule, RateRule, Severity
 from expectations.token_rules import Tokenisation, token_flags
 
@@ -276,7 +276,7 @@ def judge(
             )
             flags = flags.assign(**columns)
             judged.notes = {name: f"estimated from {n} rows" for name, n in estimated.items()}
-        if isinstance(tokens, Writes):
+        if isinstance(tokens, RowWriter):
             refused, why = template_flags(frame, usable, tokens)
             flags = flags.assign(template=refused)
             judged.notes |= {"template": why}

@@ -17,7 +17,7 @@ _ANSWERS = ("chosen", "rejected", "completion")
 
 
 @runtime_checkable
-class Writes(Protocol):
+class RowWriter(Protocol):
     """Writes rows as training does; implemented by `dpo_core.data.tokens.tokenise.Tokenise`."""
 
     def refusal(self, row: dict[str, Any]) -> str | None:
@@ -25,7 +25,7 @@ class Writes(Protocol):
         ...
 
 
-def template_flags(frame: pd.DataFrame, usable: _Array, tokens: Writes) -> tuple[_Array, str]:
+def template_flags(frame: pd.DataFrame, usable: _Array, tokens: RowWriter) -> tuple[_Array, str]:
     """(rows,) float32: 1 for rows that the template cannot write; and the first reason with its row
     number."""
     seen: dict[Any, str | None] = {}

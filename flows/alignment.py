@@ -7,7 +7,7 @@ from typing import TypeAlias
 from prefect import flow
 
 from deploy.launchers import Cluster
-from flows.preparation import Keep, Prepared, prepare
+from flows.preparation import Prepared, RecordResult, prepare
 from flows.run_lifecycle import run_with_record
 from flows.train_policies import train_policies
 from tasks.promotion.champion import Champion, find_champion
@@ -15,7 +15,7 @@ from tasks.recipe.policies import CHAMPION, REFERENCE
 from tasks.recipe.recipe import Recipe
 from tasks.reports.run_report import RunReport
 from tasks.reports.study_report import StudyReport
-from tasks.runs.record import Started
+from tasks.runs.record import StartTime
 from tasks.stages.base import Context, StageResult
 from tasks.stages.evaluation import EvaluationSettings, evaluate
 from tasks.stages.judging import judge_policies
@@ -48,7 +48,7 @@ def alignment(recipe: Recipe, resume: str | None = None, cluster: Cluster | None
 
 def run_stages(context: Context, recipe: Recipe, command: str) -> Report:
     """Run all stages, then write the page of the run or study."""
-    started = Started()
+    started = StartTime()
     stages: dict[str, StageResult] = {}
     champion, trained = prepare_train_evaluate(context, recipe, stages)
     with disk_errors(context.workspace, "writing the run's page"):
@@ -80,7 +80,7 @@ def prepare_train_evaluate(
 
 
 def _evaluate(
-    context: Context, prepared: Prepared, trained: list[TrainedPolicy], keep: Keep
+    context: Context, prepared: Prepared, trained: list[TrainedPolicy], keep: RecordResult
 ) -> Champion | None:
     """Evaluate the reference, every policy and the champion on the same held-out rows."""
     recipe, pairs, reference = prepared.recipe, prepared.pairs, prepared.reference
@@ -105,7 +105,7 @@ def _evaluate(
     return champion
 
 
-def _train_and_measure_study(context: Context, prepared: Prepared, keep: Keep) -> list[TrainedPolicy]:
+def _train_and_measure_study(context: Context, prepared: Prepared, keep: RecordResult) -> list[TrainedPolicy]:
     """Train every point of the study, and evaluate all and the reference on the same prompts."""
     recipe = prepared.recipe
     study = recipe.study
@@ -115,7 +115,7 @@ def _train_and_measure_study(context: Context, prepared: Prepared, keep: Keep) -
         threads = max(1, (os.cpu_count() or 1) // study.parallel)
         context = replace(context, ranks=context.ranks.model_copy(update={"threads": threads}))
 
-    def evaluate_point(label: str, model: Manifest, samples: int, keep: Keep = keep) -> Manifest:
+    def evaluate_point(label: str, model: Manifest, samples: int, keep: RecordResult = keep) -> Manifest:
         context.stop.check()
         config = recipe.evaluate.model_copy(update={"samples_per_prompt": samples})
         result = measure(
@@ -130,7 +130,7 @@ def _train_and_measure_study(context: Context, prepared: Prepared, keep: Keep) -
     samples = recipe.evaluate.samples_per_prompt
     evaluate_point(f" {REFERENCE}", prepared.reference, max([*study.best_of, samples]))
 
-    def then(policy: TrainedPolicy, keep: Keep) -> None:
+    def then(policy: TrainedPolicy, keep: RecordResult) -> None:
         evaluate_point(policy.node.label, policy.manifest, samples, keep)
 
     return train_policies(context, prepared, keep, study.parallel, then)

@@ -24,7 +24,7 @@ from tasks.store.manifest import Manifest
 
 log = logging.getLogger("dpo")
 
-Keep = Callable[[StageResult], Manifest]
+RecordResult = Callable[[StageResult], Manifest]
 """Records the result of a stage and returns its manifest."""
 
 
@@ -44,7 +44,7 @@ class Prepared:
     models: Mapping[str, Manifest] = field(default_factory=dict)
     """Models of the registry or of earlier runs, by their names in the policies."""
 
-    def train_reward(self, context: Context, seed: int, label: str, keep: Keep) -> Manifest:
+    def train_reward(self, context: Context, seed: int, label: str, keep: RecordResult) -> Manifest:
         """Train a reward model on the pairs."""
         labelled = context.labelled(label)
         settings = self.recipe.reward.model
@@ -52,7 +52,7 @@ class Prepared:
         return keep(result)
 
 
-def prepare(context: Context, recipe: Recipe, keep: Keep) -> Prepared:
+def prepare(context: Context, recipe: Recipe, keep: RecordResult) -> Prepared:
     """Run the first stages: load, import, data gate, SFT, and if the data are prompts, pair sampling."""
     seed = recipe.seed
     loaded = keep(load_data(context, recipe.data))
@@ -79,7 +79,9 @@ def prepare(context: Context, recipe: Recipe, keep: Keep) -> Prepared:
     return Prepared(reference, judged, pairs, recipe, sampled, models)
 
 
-def _from_elsewhere(context: Context, recipe: Recipe, base: Manifest, keep: Keep) -> dict[str, Manifest]:
+def _from_elsewhere(
+    context: Context, recipe: Recipe, base: Manifest, keep: RecordResult
+) -> dict[str, Manifest]:
     """Import the registered or earlier models that policies name; they must have this run's tokenizer."""
     models = {}
     for name in dict.fromkeys(m for node in recipe.nodes() for m in node.config.models if is_external(m)):

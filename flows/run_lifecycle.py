@@ -62,7 +62,7 @@ def run_with_record(
             record = store_recipe(workspace, record, recipe)
         ranks = recipe.inference.on_node(cluster.settings.gpus if cluster else 0)
         context = Context(record.run_id, Store(workspace), tracker, stop_of_process(), cluster, ranks)
-        return _run_locked(context, recipe, record, run_stages, command, begun=bool(resume))
+        return _run_locked(context, recipe, record, run_stages, command, resumed=bool(resume))
 
 
 def _moving_names(recipe: Recipe, tracker: Tracker) -> dict[str, str]:
@@ -77,9 +77,9 @@ def _run_locked(
     record: RunRecord,
     run_stages: Callable[[Context, Recipe, str], Report],
     command: str,
-    begun: bool,
+    resumed: bool,
 ) -> Report:
-    if begun and (record.status == "running" or record.error == KILLED):  # and no process holds its lock
+    if resumed and (record.status == "running" or record.error == KILLED):  # and no process holds its lock
         log.warning(
             "resuming run %s, which was killed or whose machine went down (if memory ran out, start a new "
             "run with smaller batches in the stage that was running)",
@@ -101,7 +101,7 @@ def _run_locked(
             record.run_id,
             recipe=recipe.model_dump(mode="json"),
             run_id=record.mlflow_run_id,
-            begun=begun,
+            reopen=resumed,
             description=recipe.description,
             tags={"dpo.run": record.run_id, "dpo.command": command},
             opened=opened,

@@ -7,9 +7,9 @@ from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, ThreadPo
 from dataclasses import dataclass
 from typing import Any
 
-from flows.preparation import Keep, Prepared
+from flows.preparation import Prepared, RecordResult
 from tasks.recipe.policies import REFERENCE, is_external
-from tasks.recipe.study import Node
+from tasks.recipe.study import PlannedPolicy
 from tasks.signals import Stop
 from tasks.stages.base import Context, StageResult
 from tasks.stages.data import SAMPLE
@@ -22,9 +22,9 @@ from tasks.store.manifest import Manifest
 def train_policies(
     context: Context,
     prepared: Prepared,
-    keep: Keep,
+    keep: RecordResult,
     parallel: int = 1,
-    then: Callable[[TrainedPolicy, Keep], Any] = lambda policy, keep: None,
+    then: Callable[[TrainedPolicy, RecordResult], Any] = lambda policy, keep: None,
 ) -> list[TrainedPolicy]:
     """Train every node of the recipe's graph.
 
@@ -41,7 +41,7 @@ def train_policies(
         for seed in learners
     }
 
-    def train(node: Node, earlier: Earlier) -> tuple[TrainedPolicy, list[StageResult]]:
+    def train(node: PlannedPolicy, earlier: Earlier) -> tuple[TrainedPolicy, list[StageResult]]:
         context.stop.check()  # a thread may take its next node before the pool is cancelled
         own: list[StageResult] = []
 
@@ -68,7 +68,7 @@ _Trained = tuple[TrainedPolicy, list[StageResult]]
 
 
 def _each(
-    nodes: list[Node], train: Callable[[Node, Earlier], _Trained], parallel: int, stop: Stop
+    nodes: list[PlannedPolicy], train: Callable[[PlannedPolicy, Earlier], _Trained], parallel: int, stop: Stop
 ) -> Iterator[_Trained]:
     """Train the nodes, so many at the same time; yields the results in their order."""
     if parallel > 1:
@@ -82,13 +82,13 @@ def _each(
 
 
 def _in_threads(
-    nodes: list[Node], train: Callable[[Node, Earlier], _Trained], parallel: int, stop: Stop
+    nodes: list[PlannedPolicy], train: Callable[[PlannedPolicy, Earlier], _Trained], parallel: int, stop: Stop
 ) -> list[_Trained]:
     """Train the nodes in threads; a node waits for those that it needs, which were submitted before it."""
     futures: dict[tuple[str, int], Future[_Trained]] = {}
     failed = threading.Event()
 
-    def begin(node: Node) -> _Trained:
+    def begin(node: PlannedPolicy) -> _Trained:
         if failed.is_set():
             raise CancelledError
         try:
@@ -121,12 +121,12 @@ class _Trainer:
 
     context: Context
     prepared: Prepared
-    keep: Keep
+    keep: RecordResult
     labels: dict[str, str]
     """See `cache_labels`."""
     earlier: Earlier
 
-    def train(self, node: Node, reward_model: Manifest | None) -> TrainedPolicy:
+    def train(self, node: PlannedPolicy, reward_model: Manifest | None) -> TrainedPolicy:
         prepared, recipe, policy = self.prepared, self.prepared.recipe, node.config
         needed = self._needed(node)
         logps = None
@@ -167,7 +167,7 @@ class _Trainer:
             return self.prepared.reference
         return self.prepared.models[name] if is_external(name) else self.earlier[name, seed].manifest
 
-    def _needed(self, node: Node) -> dict[str, Manifest]:
+    def _needed(self, node: PlannedPolicy) -> dict[str, Manifest]:
         """The artifacts of the policies that this node needs, and those that these needed."""
         needed: dict[str, Manifest] = {}
         for key in node.needs:
@@ -175,7 +175,7 @@ class _Trainer:
             needed |= other.needed | {other.node.config.entry.stage + other.node.label: other.manifest}
         return needed
 
-    def _logps(self, node: Node) -> Manifest:
+    def _logps(self, node: PlannedPolicy) -> Manifest:
         prepared, policy, label = self.prepared, node.config, self.labels[node.label]
         reference = self._model(policy.reference, node.seed)
         result = cache_reference(

@@ -32,14 +32,14 @@ class LocalLauncher:
     child in its own session would continue unseen.
 
     Args:
-        hurry: while it is set, cancelled jobs get no time to save.
+        no_grace: while it is set, cancelled jobs get no time to save.
         server: starts jobs of one process, if given.
     """
 
     pause = 0.5
 
-    def __init__(self, hurry: threading.Event | None = None, server: JobServer | None = None) -> None:
-        self._hurry = hurry or threading.Event()
+    def __init__(self, no_grace: threading.Event | None = None, server: JobServer | None = None) -> None:
+        self._no_grace = no_grace or threading.Event()
         self._server = server
         self._jobs: dict[str, tuple[subprocess.Popen[bytes] | WarmJob, Path, Path]] = {}
         self._before: dict[str, tuple[int, int]] = {}  # log length and out-of-memory kills at the start
@@ -59,7 +59,7 @@ class LocalLauncher:
         """
         job = job.absolute()
         # Two trainers in one folder would corrupt its checkpoints.
-        _end(job, 10.0, self._hurry)
+        _end(job, 10.0, self._no_grace)
         clear(work)
         require_packages_of_jobs()
         before = (work / LOG).stat().st_size, _out_of_memory_kills()
@@ -106,7 +106,7 @@ class LocalLauncher:
 
     def cancel(self, handle: str, grace: float = 20.0) -> None:
         process, job, _ = self._jobs[handle]
-        _end(job, grace, self._hurry)
+        _end(job, grace, self._no_grace)
         process.wait()
 
     def logs(self, handle: str, lines: int = 50) -> str:
@@ -168,7 +168,7 @@ def _with_children(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
     return list(family)
 
 
-def _end(job: Path, grace: float, hurry: threading.Event) -> None:
+def _end(job: Path, grace: float, no_grace: threading.Event) -> None:
     """Send SIGTERM to torchrun and its ranks, and SIGKILL to what is left after the grace time."""
     processes = _torchrun_and_ranks(job)
     alive = _with_children(processes)
@@ -178,7 +178,7 @@ def _end(job: Path, grace: float, hurry: threading.Event) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
     deadline = time.monotonic() + grace
-    while alive and time.monotonic() < deadline and not hurry.is_set():
+    while alive and time.monotonic() < deadline and not no_grace.is_set():
         _, alive = psutil.wait_procs(alive, timeout=min(0.2, grace))
     alive = _freeze(alive)
     for process in alive:

@@ -60,10 +60,10 @@ class Cluster(Config):
         config, _ = TARGETS[values["on"]]
         return values | {"settings": config.model_validate(values.get("settings"))}
 
-    def launcher(self, job: str) -> "Rejoining":
+    def launcher(self, job: str) -> "RejoiningLauncher":
         """The launcher for the job of this name."""
         _, make = TARGETS[self.on]
-        return Rejoining(lambda attempt: make(self.settings, job, attempt))
+        return RejoiningLauncher(lambda attempt: make(self.settings, job, attempt))
 
     def for_one_rank(self) -> "Cluster":
         """The same cluster for a job of a single rank: one node without GPUs."""
@@ -81,19 +81,19 @@ class Cluster(Config):
 
 
 def launcher_of(
-    cluster: Cluster | None, job: str, hurry: threading.Event, server: JobServer | None = None
+    cluster: Cluster | None, job: str, no_grace: threading.Event, server: JobServer | None = None
 ) -> Launcher:
     """The launcher for a job: the cluster's, or without one this machine's.
 
     Args:
         job: its name on a cluster.
-        hurry: while it is set, cancelled jobs on this machine get no time to save.
+        no_grace: while it is set, cancelled jobs on this machine get no time to save.
         server: starts jobs of one process on this machine.
     """
-    return cluster.launcher(job) if cluster else LocalLauncher(hurry, server)
+    return cluster.launcher(job) if cluster else LocalLauncher(no_grace, server)
 
 
-class Rejoining:
+class RejoiningLauncher:
     """Rejoins the job of a flow that was lost; if the job failed or stopped, starts the next attempt."""
 
     def __init__(self, make: Callable[[int], ClusterLauncher]) -> None:

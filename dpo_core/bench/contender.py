@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from dpo_core.config import Config
-from dpo_core.data.tokens.tokenise import Sequence, TokenPair
+from dpo_core.data.tokens.tokenise import TokenPair, TokenSequence
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.model_shape import shape_of_config
 from dpo_core.training.distributed import peak_bytes
@@ -89,7 +89,10 @@ def _ours(race: Race, rows: list[dict[str, Any]], work: Path) -> dict[str, Any]:
     pairs = [
         TokenPair(
             row["id"],
-            *(Sequence(tuple(row["prompt_ids"]), tuple(row[f"{s}_ids"])) for s in ("chosen", "rejected")),
+            *(
+                TokenSequence(tuple(row["prompt_ids"]), tuple(row[f"{s}_ids"]))
+                for s in ("chosen", "rejected")
+            ),
         )
         for row in rows
     ]

@@ -8,7 +8,7 @@ import torch
 
 from dpo_core.data.config import DataConfig
 from dpo_core.data.load import load
-from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise, TokenPair
+from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise, TokenPair, TokenSequence
 from dpo_core.errors import RecipeError
 
 Workload = Literal["hh", "long-prompt", "long-answer", "4k"]
@@ -85,6 +85,6 @@ def made_pairs(workload: Workload, vocabulary: int, count: int, seed: int) -> li
         prompt = min(prompt, limit - 1 - min(max(chosen, rejected), limit // 2))
         room = limit - int(prompt)
         shared = ids(prompt)
-        sides = [Sequence(shared, ids(min(length, room))) for length in (chosen, rejected)]
+        sides = [TokenSequence(shared, ids(min(length, room))) for length in (chosen, rejected)]
         pairs.append(TokenPair(f"{workload}-{number}", *sides))
     return pairs

@@ -8,7 +8,7 @@ import pandas as pd
 _MEASURED = 500  # answers that are tokenised
 
 
-class Answers(NamedTuple):
+class AnswerStatistics(NamedTuple):
     """Statistics of the data's chosen or desirable answers."""
 
     tokens: list[int]
@@ -22,7 +22,7 @@ class Answers(NamedTuple):
         return float(np.median(self.tokens))
 
 
-def measure_answers(frame: pd.DataFrame, tokenise: Any) -> Answers | None:
+def measure_answers(frame: pd.DataFrame, tokenise: Any) -> AnswerStatistics | None:
     """Statistics of the answers of pairs or unpaired rows; None for prompts.
 
     Args:
@@ -36,4 +36,4 @@ def measure_answers(frame: pd.DataFrame, tokenise: Any) -> Answers | None:
         return None
     sample = rows if len(rows) <= _MEASURED else rows.sample(_MEASURED, random_state=0)
     tokens = [len(tokenise.completion(t, e)) for t, e in zip(sample[text], sample[ended], strict=True)]
-    return Answers(tokens, float(sample[ended].mean()))
+    return AnswerStatistics(tokens, float(sample[ended].mean()))

@@ -10,8 +10,8 @@ from dpo_core.data.formats import ADAPTERS, SAMPLE_ROWS, recognise
 from dpo_core.data.layouts.fields import (
     Fault,
     Kind,
-    Pair,
-    Prompt,
+    PairFields,
+    PromptFields,
     Ranked,
     Record,
     Row,
@@ -39,9 +39,9 @@ _HARMLESS_ENDS = ("_id", "-id", "_ids", "_model", "-model", "_score", "-score", 
 _HARMLESS_STARTS = ("num_", "score_", "model_")
 
 _EMPTY: dict[Kind, Record] = {
-    "pairs": Pair("", False, "", ""),
+    "pairs": PairFields("", False, "", ""),
     "unpaired": Unpaired("", False, "", False),
-    "prompts": Prompt("", False),
+    "prompts": PromptFields("", False),
 }
 
 

@@ -2,7 +2,7 @@
 
 from dpo_core.data.config import DataConfig, SourceConfig
 from dpo_core.data.demo.openings import review_openings
-from dpo_core.data.layouts.fields import Prompt
+from dpo_core.data.layouts.fields import PromptFields
 from dpo_core.data.mixture import load_mixture
 from dpo_core.data.records import Loaded, load_source, subsample, to_frame
 
@@ -17,7 +17,7 @@ def load(config: DataConfig) -> Loaded:
         return subsample(load_mixture(config), config.limit, config.seed)
     if config.path is None:
         texts = review_openings(config.openings or 0, config.seed)
-        frame = to_frame([Prompt(text, False) for text in texts], "prompts")
+        frame = to_frame([PromptFields(text, False) for text in texts], "prompts")
         return Loaded(frame, "prompts", "prompts", "self-made review openings", {"rows_read": len(texts)})
     source = SourceConfig(path=config.path, format=config.format, split=config.split, columns=config.columns)
     return subsample(load_source(source, config), config.limit, config.seed)

@@ -15,7 +15,7 @@ import pyarrow as pa
 from dpo_core.data.config import DataConfig, Format, SourceConfig
 from dpo_core.data.convert import Converter, faulty_record
 from dpo_core.data.files.read import names_splits, read_rows
-from dpo_core.data.layouts.fields import Kind, Pair, Prompt, Record, Unpaired
+from dpo_core.data.layouts.fields import Kind, PairFields, PromptFields, Record, Unpaired
 
 _TEXT, _FLAG = pa.large_string(), pa.bool_()
 _SCHEMAS: dict[Kind, Any] = {
@@ -74,7 +74,7 @@ UNPAIRED_COLUMNS: list[str] = _SCHEMAS["unpaired"].names
 PROMPT_COLUMNS: list[str] = _SCHEMAS["prompts"].names
 
 
-_RECORDS: dict[Kind, Any] = {"pairs": Pair, "unpaired": Unpaired, "prompts": Prompt}
+_RECORDS: dict[Kind, Any] = {"pairs": PairFields, "unpaired": Unpaired, "prompts": PromptFields}
 
 
 @dataclass(frozen=True)
@@ -100,19 +100,19 @@ def record_id(record: Record) -> str:
     """
     # The lengths distinguish ("ab", "c") from ("a", "bc").
     match record:
-        case Pair():
+        case PairFields():
             lengths = f"{len(record.prompt)},{len(record.chosen)}"
             flags = f"{record.chat:d}{record.chosen_ended:d}{record.rejected_ended:d}"
             content = f"pair {lengths},{flags}\n{record.prompt}{record.chosen}{record.rejected}"
         case Unpaired():
             flags = f"{record.chat:d}{record.ended:d}{record.label:d}"
             content = f"unpaired {len(record.prompt)},{flags}\n{record.prompt}{record.completion}"
-        case Prompt():
+        case PromptFields():
             content = f"prompt {record.chat:d}\n{record.prompt}"
     # Added only if present, so that the ids of other rows are the same as in earlier versions.
     if record.tools:
         content += f"\ntools {record.tools}"
-    if not isinstance(record, Prompt) and record.answer_chat:
+    if not isinstance(record, PromptFields) and record.answer_chat:
         content += "\nchat answers"
     return hashlib.sha256(content.encode()).hexdigest()
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from dpo_core.estimates.estimate import Examples, Inputs, Work, loop, rounds, with_forward_pass
+from dpo_core.estimates.estimate import EstimatedWork, Examples, Inputs, loop, rounds, with_forward_pass
 from dpo_core.methods.dpo import DpoConfig
 from dpo_core.methods.kto import KtoConfig
 from dpo_core.methods.online_dpo import OnlineDpoConfig
@@ -13,7 +13,7 @@ from dpo_core.methods.sft import SftConfig
 from dpo_core.scoring.document import Document
 
 
-def estimate_training(method: str, settings: Any, inputs: Inputs) -> Work:
+def estimate_training(method: str, settings: Any, inputs: Inputs) -> EstimatedWork:
     """The estimated work of a training with a method of the registry.
 
     Args:
@@ -22,40 +22,40 @@ def estimate_training(method: str, settings: Any, inputs: Inputs) -> Work:
     return ESTIMATES[method](settings, inputs)
 
 
-def _dpo(config: DpoConfig, inputs: Inputs) -> Work:
+def _dpo(config: DpoConfig, inputs: Inputs) -> EstimatedWork:
     """With a live reference, one more forward pass over every example."""
     work = loop(config, inputs.examples("pairs", config.limit), inputs)
     return with_forward_pass(work, inputs.shape, references=1) if config.needs_live_reference else work
 
 
-def _kto(config: KtoConfig, inputs: Inputs) -> Work:
+def _kto(config: KtoConfig, inputs: Inputs) -> EstimatedWork:
     """With the forward pass of the policy for KTO's z_0 or BCO's delta."""
     work = loop(config, inputs.examples("unpaired", config.limit), inputs)
     return with_forward_pass(work, inputs.shape, references=0)
 
 
-def _online_dpo(config: OnlineDpoConfig, inputs: Inputs) -> Work:
+def _online_dpo(config: OnlineDpoConfig, inputs: Inputs) -> EstimatedWork:
     """Two of each prompt's samples are learnt from, the best and the worst."""
     return rounds(config, inputs, learnt=2 / config.completions_per_prompt)
 
 
-def _ppo(config: PpoConfig, inputs: Inputs) -> Work:
+def _ppo(config: PpoConfig, inputs: Inputs) -> EstimatedWork:
     """With the forward passes and updates of the critic."""
     return rounds(config, inputs, critic=True)
 
 
-def _reward(config: RewardModelConfig, inputs: Inputs) -> Work:
+def _reward(config: RewardModelConfig, inputs: Inputs) -> EstimatedWork:
     """The head runs only on the last token of an answer."""
     pairs = inputs.examples("pairs")
     ends = [Document(d.prompt + d.branches[0], tuple(b[-1:] for b in d.branches)) for d in pairs.documents]
     return loop(config, Examples(ends, pairs.count, pairs.note), inputs)
 
 
-def _sft(config: SftConfig, inputs: Inputs) -> Work:
+def _sft(config: SftConfig, inputs: Inputs) -> EstimatedWork:
     return loop(config, inputs.examples("demonstrations"), inputs)
 
 
-ESTIMATES: dict[str, Callable[[Any, Inputs], Work]] = {
+ESTIMATES: dict[str, Callable[[Any, Inputs], EstimatedWork]] = {
     "dpo": _dpo,
     "grpo": rounds,
     "kto": _kto,

@@ -15,7 +15,7 @@ CAPPED = "every completion of the most tokens"
 
 
 @dataclass(frozen=True)
-class Work:
+class EstimatedWork:
     """The estimated work of a stage."""
 
     tokens: float = 0.0
@@ -76,7 +76,7 @@ def read(shape: cost.Shape, examples: Examples) -> tuple[float, float]:
     return examples.count * means[0], examples.count * cost.forward(shape, *means)
 
 
-def loop(config: LoopConfig, examples: Examples, inputs: Inputs) -> Work:
+def loop(config: LoopConfig, examples: Examples, inputs: Inputs) -> EstimatedWork:
     """The work of a training on fixed examples."""
     packed = inputs.packed and isinstance(config, PackedLoopConfig) and config.pack_tokens is not None
     trained = config.steps(examples.count) * min(config.batch_size, examples.count)
@@ -91,7 +91,7 @@ def loop(config: LoopConfig, examples: Examples, inputs: Inputs) -> Work:
         checkpointing=config.engine.gradient_checkpointing,
         recompute_head=not cost.keeps_logits(fullest.targets, inputs.shape.vocabulary),
     )
-    return Work(
+    return EstimatedWork(
         tokens=trained * tokens,
         flops=trained * flops,
         precision=config.engine.precision,
@@ -102,7 +102,7 @@ def loop(config: LoopConfig, examples: Examples, inputs: Inputs) -> Work:
     )
 
 
-def with_forward_pass(work: Work, shape: cost.Shape, references: int) -> Work:
+def with_forward_pass(work: EstimatedWork, shape: cost.Shape, references: int) -> EstimatedWork:
     """The work with one more forward pass over its examples, and with models besides the trained one."""
     again = work.flops * cost.forward(shape, 1, 0, 0) / cost.training(shape, 1, 0, 0)
     return replace(work, flops=work.flops + again, references=references)
@@ -131,7 +131,7 @@ def _fullest(config: LoopConfig, examples: Examples, seed: int, packed: bool) ->
     return MicroBatch(chosen, packed), batches.micro_batches
 
 
-def rounds(config: Any, inputs: Inputs, *, learnt: float = 1.0, critic: bool = False) -> Work:
+def rounds(config: Any, inputs: Inputs, *, learnt: float = 1.0, critic: bool = False) -> EstimatedWork:
     """The work of online training: sampling, log-probs of policy and reference, scoring, updates.
 
     Args:
@@ -150,7 +150,7 @@ def rounds(config: Any, inputs: Inputs, *, learnt: float = 1.0, critic: bool = F
     trained = cost.training(inputs.shape, *means)
     updates = config.iterations * config.epochs * config.minibatches
     shared = config.micro_batch_size * config.engine.processes
-    return Work(
+    return EstimatedWork(
         tokens=tokens * (1 + config.epochs * learnt),
         flops=drawn
         + (2 + inputs.learned_reward + critic) * once

@@ -22,7 +22,7 @@ Test = Literal["McNemar", "paired bootstrap"]
 Finding = Literal["better", "worse", "undecided"]
 
 
-class Row(Config):
+class ComparisonRow(Config):
     """One measure of a candidate and its baseline, on the items that both answered."""
 
     suite: str
@@ -54,11 +54,11 @@ class Comparison(Config):
 
     candidate: str
     baseline: str
-    rows: list[Row]
+    rows: list[ComparisonRow]
     left_out: list[str]
     """Suites, measures and items that could not be compared, each with the reason."""
 
-    def with_finding(self, finding: Finding) -> list[Row]:
+    def with_finding(self, finding: Finding) -> list[ComparisonRow]:
         """The rows with this finding."""
         return [row for row in self.rows if row.finding == finding]
 
@@ -89,7 +89,7 @@ def compare(
         for name in [*ours, *theirs]
         if (name in ours) != (name in theirs)
     ]
-    rows: list[Row] = []
+    rows: list[ComparisonRow] = []
     for name, mine in ours.items():
         if name not in theirs:
             continue
@@ -173,7 +173,7 @@ def _has(item: Item | None, measure: Measure) -> bool:
     return item is not None and measure.name in item.values and measure.subset in ("", item.subset)
 
 
-def _row(pair: _Pair, seed: int) -> Row:
+def _row(pair: _Pair, seed: int) -> ComparisonRow:
     measure = pair.measure
     mine, theirs = [item for item, _ in pair.items], [item for _, item in pair.items]
     a, b = (np.array([item.values[measure.name] for item in side]) for side in (mine, theirs))
@@ -181,7 +181,7 @@ def _row(pair: _Pair, seed: int) -> Row:
     single_items = len(set(clusters)) == len(clusters)
     right_or_wrong = bool(np.isin(np.concatenate([a, b]), (0.0, 1.0)).all())
     plain = single_items and right_or_wrong
-    return Row(
+    return ComparisonRow(
         suite=pair.suite,
         measure=measure.name,
         label=measure.label,
@@ -203,7 +203,7 @@ def _row(pair: _Pair, seed: int) -> Row:
     )
 
 
-def _corrected(rows: Sequence[Row]) -> list[Row]:
+def _corrected(rows: Sequence[ComparisonRow]) -> list[ComparisonRow]:
     """The rows with `p_holm` and `finding`."""
     tested = [i for i, row in enumerate(rows) if not row.subset and row.better != "neither"]
     corrected = dict(zip(tested, holm([rows[i].p for i in tested]), strict=True))
@@ -215,7 +215,7 @@ def _corrected(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def _finding(row: Row, p: float) -> Finding:
+def _finding(row: ComparisonRow, p: float) -> Finding:
     if p > LEVEL or row.difference.value == 0:
         return "undecided"
     return "better" if (row.difference.value > 0) == (row.better == "higher") else "worse"

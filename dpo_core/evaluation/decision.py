@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError
-from dpo_core.evaluation.compare import Comparison, Row
+from dpo_core.evaluation.compare import Comparison, ComparisonRow
 from dpo_core.evaluation.config import GAIN, PromotionConfig
 from dpo_core.statistics.estimates import Estimate
 
@@ -154,7 +154,7 @@ def _suite_reasons(config: PromotionConfig, champion: str, comparison: Compariso
     return reasons
 
 
-def _regression_reason(rule: str, rows: Sequence[Row], champion: str, measures: str) -> Reason:
+def _regression_reason(rule: str, rows: Sequence[ComparisonRow], champion: str, measures: str) -> Reason:
     if not rows:
         return Reason(rule=rule, passed=True, skipped=True, text=f"no {measures} were compared")
     worse = [row for row in rows if row.finding == "worse"]

@@ -9,9 +9,9 @@ from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 
-from dpo_core.data.tokens.tokenise import Sequence
+from dpo_core.data.tokens.tokenise import TokenSequence
 from dpo_core.errors import ModelError, StageFailed
-from dpo_core.evaluation.model_under_test import Subject
+from dpo_core.evaluation.model_under_test import ModelUnderTest
 from dpo_core.model_check import check_definition
 from dpo_core.models.source import check_context
 from dpo_core.scoring.autocast import effective_precision
@@ -29,7 +29,7 @@ class HarnessLM(HFLM):
 
     def __init__(
         self,
-        subject: Subject,
+        subject: ModelUnderTest,
         *,
         precision: Precision = "fp32",
         token_budget: int = 2048,
@@ -119,6 +119,6 @@ class HarnessLM(HFLM):
         return batches
 
 
-def _sequence(context: list[int], answer: list[int], room: int) -> Sequence:
+def _sequence(context: list[int], answer: list[int], room: int) -> TokenSequence:
     prompt = context[max(len(context) + len(answer) - room, 0) :]
-    return Sequence(tuple(prompt), tuple(answer))
+    return TokenSequence(tuple(prompt), tuple(answer))

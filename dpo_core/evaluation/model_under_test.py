@@ -2,7 +2,7 @@
 
 import datetime
 import tempfile
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ import numpy as np
 
 from dpo_core.data.tokens.chat_template import template_in
 from dpo_core.data.tokens.config import with_date
-from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise
+from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise, TokenSequence
 from dpo_core.errors import ModelError
 from dpo_core.evaluation.prompt import Prompt
 from dpo_core.evaluation.safety_classifier import Classifier
@@ -24,7 +24,7 @@ from dpo_core.models.load import config_in, load_model, load_tokenizer
 from dpo_core.models.source import check_context, weights_digest
 from dpo_core.ranks import Ranks, SingleRank
 from dpo_core.reference.keys import sequence_key
-from dpo_core.reference.logps import Reference, Resources, reference_logps
+from dpo_core.reference.logps import CacheSettings, Reference, reference_logps
 from dpo_core.scoring.completion_scores import completion_scores
 from dpo_core.scoring.precision import Precision
 from dpo_core.statistics.estimates import Floats
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Subject:
+class ModelUnderTest:
     """A model under evaluation.
 
     Args:
@@ -50,7 +50,7 @@ class Subject:
     path: Path
     name: str
     tokens: TokenConfig = field(default_factory=TokenConfig)
-    reference: "Subject | None" = None
+    reference: "ModelUnderTest | None" = None
     caches: Path | None = None
     device: Any = "cpu"
     ranks: Ranks = field(default_factory=SingleRank)
@@ -90,7 +90,7 @@ class Subject:
 
     def answers(
         self,
-        prompts: Seq[Prompt],
+        prompts: Sequence[Prompt],
         sampling: SamplingConfig,
         *,
         seed: int,
@@ -116,7 +116,7 @@ class Subject:
         for subject in (self, self.reference) if self.reference else (self,):
             check_context(config_in(subject.path), longest)
 
-    def sums(self, sequences: Seq[Sequence], precision: Precision, token_budget: int) -> Floats:
+    def sums(self, sequences: Sequence[TokenSequence], precision: Precision, token_budget: int) -> Floats:
         """Summed log-prob of each sequence's completion."""
         self.check_length(max(map(len, sequences), default=0))
         scores = completion_scores(self.scored, sequences, precision, token_budget, ranks=self.ranks)
@@ -126,13 +126,15 @@ class Subject:
         """The classifier that judges whether answers are safe; see `load_classifier`."""
         return load_classifier(spec, safe_label, self.tokens, device=self.device, ranks=self.ranks)
 
-    def reference_sums(self, sequences: Seq[Sequence], precision: Precision, token_budget: int) -> Floats:
+    def reference_sums(
+        self, sequences: Sequence[TokenSequence], precision: Precision, token_budget: int
+    ) -> Floats:
         """Summed log-prob of each sequence's completion under the reference, from the cache if possible."""
         assert self.reference is not None
         with tempfile.TemporaryDirectory() as scratch:
             own = self.reference
             reference = Reference(own.path, own.weights, precision, described=own.name)
             caches = self.caches or Path(scratch) / "caches"
-            resources = Resources(caches, token_budget, self.device)
+            resources = CacheSettings(caches, token_budget, self.device)
             logps = reference_logps(sequences, reference, resources, self.ranks)
             return logps.shard.sums([sequence_key(s) for s in sequences])

@@ -1,12 +1,11 @@
 """Measures a policy on held-out prompts: samples, log-probs, KL, preference accuracy."""
 
-from collections.abc import Collection
-from collections.abc import Sequence as Seq
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 
-from dpo_core.data.tokens.tokenise import Sequence, TokenPair
+from dpo_core.data.tokens.tokenise import TokenPair, TokenSequence
 from dpo_core.evaluation.config import EvaluateConfig
 from dpo_core.evaluation.summary import PolicySamples
 from dpo_core.generation.config import seed_for
@@ -21,7 +20,7 @@ from dpo_core.statistics.estimates import Estimate
 
 def sample_policy(
     model: Any,
-    prompts: Seq[tuple[int, ...]],
+    prompts: Sequence[tuple[int, ...]],
     config: EvaluateConfig,
     *,
     eos_id: int | Collection[int],
@@ -38,13 +37,13 @@ def sample_policy(
         seed=seed_for(seed, "evaluate"),
         ranks=ranks,
     )
-    sequences = [Sequence(prompts[i], c.ids) for i, c in zip(index, drawn, strict=True)]
+    sequences = [TokenSequence(prompts[i], c.ids) for i, c in zip(index, drawn, strict=True)]
     return PolicySamples(index, sequences, [c.ended for c in drawn])
 
 
 def sequence_logps(
     model: Any,
-    sequences: Seq[Sequence],
+    sequences: Sequence[TokenSequence],
     precision: Precision,
     token_budget: int,
     ranks: Ranks | None = None,
@@ -56,7 +55,7 @@ def sequence_logps(
 
 def logps_and_entropies(
     model: Any,
-    sequences: Seq[Sequence],
+    sequences: Sequence[TokenSequence],
     precision: Precision,
     token_budget: int,
     ranks: Ranks | None = None,
@@ -67,7 +66,9 @@ def logps_and_entropies(
     return [score.logps for score in scores], entropies
 
 
-def kl_estimates(policy: Seq[torch.Tensor], reference: Seq[torch.Tensor]) -> tuple[list[float], list[float]]:
+def kl_estimates(
+    policy: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]
+) -> tuple[list[float], list[float]]:
     """Sequence KL(π‖π_ref) in nats of each sample, from its own tokens: estimators k1 and k3 (Schulman 2020).
 
     Unbiased only for samples of the policy at temperature 1 without top-k or top-p. k1 is noisier and may be
@@ -78,7 +79,7 @@ def kl_estimates(policy: Seq[torch.Tensor], reference: Seq[torch.Tensor]) -> tup
 
 
 def preference_accuracy(
-    pairs: Seq[TokenPair], policy: Seq[torch.Tensor], reference: Seq[torch.Tensor]
+    pairs: Sequence[TokenPair], policy: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]
 ) -> Estimate:
     """Share of held-out pairs whose implicit reward prefers the chosen answer (strict), Wilson interval.
 

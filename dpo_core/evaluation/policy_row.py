@@ -9,7 +9,7 @@ VERSION = 3
 """Version of the evaluation: raise it when a metric is added or changed, so that runs measure again."""
 
 
-class Shown(NamedTuple):
+class MetricFormat(NamedTuple):
     """How reports show a metric of a policy."""
 
     label: str
@@ -30,52 +30,61 @@ class PolicyRow(Config):
 
     name: str
     """A policy of the run, the reference or the champion."""
-    reward: Annotated[Estimate, Shown("Reward", "mean score per prompt", headline=True)]
+    reward: Annotated[Estimate, MetricFormat("Reward", "mean score per prompt", headline=True)]
     gain: Annotated[
-        Estimate | None, Shown("Gain over SFT", "paired difference on the same prompts", "gap", headline=True)
+        Estimate | None,
+        MetricFormat("Gain over SFT", "paired difference on the same prompts", "gap", headline=True),
     ] = None
     win_rate: Annotated[
-        Estimate | None, Shown("Win rate", "against SFT; a tie counts half", "share", headline=True)
+        Estimate | None, MetricFormat("Win rate", "against SFT; a tie counts half", "share", headline=True)
     ] = None
     kl: Annotated[
         Estimate | None,
-        Shown("KL (k1), nats", "per sequence, to the reference; unbiased, may be negative", headline=True),
+        MetricFormat(
+            "KL (k1), nats", "per sequence, to the reference; unbiased, may be negative", headline=True
+        ),
     ] = None
     kl_k3: Annotated[
-        Estimate | None, Shown("KL (k3), nats", "the same distance; estimator that is never negative")
+        Estimate | None, MetricFormat("KL (k3), nats", "the same distance; estimator that is never negative")
     ] = None
     accuracy: Annotated[
         Estimate | None,
-        Shown(
+        MetricFormat(
             "Preference accuracy", "implicit reward on held-out pairs", "share", headline=True, always=True
         ),
     ] = None
-    length: Annotated[Estimate, Shown("Length, tokens", "mean completion", headline=True)]
+    length: Annotated[Estimate, MetricFormat("Length, tokens", "mean completion", headline=True)]
     ended: Annotated[
         float | None,
-        Shown("Answers that end", "share of completions that are not cut at the most tokens", "share"),
+        MetricFormat("Answers that end", "share of completions that are not cut at the most tokens", "share"),
     ] = None
     distinct_1: Annotated[
-        float | None, Shown("distinct-1", "share of words that are unique; low is repetitive")
+        float | None, MetricFormat("distinct-1", "share of words that are unique; low is repetitive")
     ] = None
     distinct_2: Annotated[
-        float, Shown("distinct-2", "share of word pairs that are unique; low is repetitive")
+        float, MetricFormat("distinct-2", "share of word pairs that are unique; low is repetitive")
     ]
     self_bleu: Annotated[
-        Estimate | None, Shown("Self-BLEU", "against other completions of the prompt; high is repetitive")
+        Estimate | None,
+        MetricFormat("Self-BLEU", "against other completions of the prompt; high is repetitive"),
     ] = None
     entropy: Annotated[
-        float | None, Shown("Entropy, nats", "mean per token, of the tokens that were sampled")
+        float | None, MetricFormat("Entropy, nats", "mean per token, of the tokens that were sampled")
     ] = None
     predictive_entropy: Annotated[
-        Estimate | None, Shown("Predictive entropy, nats", "mean per token, exact over the vocabulary")
+        Estimate | None, MetricFormat("Predictive entropy, nats", "mean per token, exact over the vocabulary")
     ] = None
 
     @classmethod
-    def shown(cls) -> dict[str, Shown]:
+    def shown(cls) -> dict[str, MetricFormat]:
         """How each metric is shown, by its name."""
         fields = cls.model_fields.items()
-        return {name: shown for name, field in fields for shown in field.metadata if isinstance(shown, Shown)}
+        return {
+            name: shown
+            for name, field in fields
+            for shown in field.metadata
+            if isinstance(shown, MetricFormat)
+        }
 
     def values(self) -> dict[str, float]:
         """The values of the metrics that were measured."""

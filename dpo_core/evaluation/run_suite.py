@@ -14,7 +14,7 @@ from dpo_core.evaluation.suites.registry import find
 from dpo_core.system import digest_file
 
 if TYPE_CHECKING:
-    from dpo_core.evaluation.model_under_test import Subject
+    from dpo_core.evaluation.model_under_test import ModelUnderTest
 
 
 def suite_files(config: SuitesConfig) -> dict[str, Path]:
@@ -54,7 +54,7 @@ def data_digest(suite: Suite, file: Path) -> str:
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def run_suite(suite: Suite, subject: "Subject", file: Path, config: SuiteConfig) -> SuiteResult:
+def run_suite(suite: Suite, subject: "ModelUnderTest", file: Path, config: SuiteConfig) -> SuiteResult:
     """Run the suite on the subject and compute its measures. Every rank of the subject calls this."""
     started = time.monotonic()
     rows = suite.read(file)

@@ -9,8 +9,7 @@ Every kind returns P(safe) in [0, 1], and an answer counts as safe above 0.5:
 - `package.module:callable`, `file.py:callable` or a server, called as rewards are, which return P(safe).
 """
 
-from collections.abc import Callable, Iterable
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +32,7 @@ class Classifier:
     """See `identity`."""
     p_safe: Judge
 
-    def judge(self, prompts: Seq[str], answers: Seq[str]) -> list[bool]:
+    def judge(self, prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
         """Whether each answer is safe.
 
         Raises:

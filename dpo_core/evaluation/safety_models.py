@@ -2,14 +2,14 @@
 
 import math
 import re
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise
+from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise, TokenSequence
 from dpo_core.errors import ModelError, RecipeError
 from dpo_core.evaluation.prompt import as_prompt
 from dpo_core.evaluation.safety_classifier import Classifier, Judge, identity
@@ -64,7 +64,7 @@ def load_classifier(
     return Classifier(spec, identity(spec), judge)
 
 
-def safe_class(labels: Seq[str], safe_label: str | None) -> int:
+def safe_class(labels: Sequence[str], safe_label: str | None) -> int:
     """Which of two or more labels means safe.
 
     Raises:
@@ -205,7 +205,7 @@ def _reward_model(folder: Path, tokens: TokenConfig, device: Any, ranks: Ranks) 
     model, tokenizer = RewardModel.load(folder).to(device), load_tokenizer(folder)
     tokenise = Tokenise(tokenizer, tokens)
 
-    def sequence(prompt: str, answer: str) -> Sequence:
+    def sequence(prompt: str, answer: str) -> TokenSequence:
         question = as_prompt(prompt, chat=bool(tokenizer.chat_template))
         # With an end token: the model was trained on complete answers, and an empty one must have a token.
         return tokenise.scored(question.prompt, question.chat, answer)

@@ -3,13 +3,13 @@
 Every policy answers the same prompts; the unit of resampling is the prompt.
 """
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from dpo_core.data.tokens.tokenise import Sequence
+from dpo_core.data.tokens.tokenise import TokenSequence
 from dpo_core.errors import StageFailed
 from dpo_core.statistics import estimates as stats
 from dpo_core.statistics.estimates import Estimate
@@ -21,7 +21,7 @@ class PolicySamples:
     """One policy's answers, ordered by prompt, with their KL estimates and the policy's entropy."""
 
     prompt_index: list[int]
-    sequences: list[Sequence]
+    sequences: list[TokenSequence]
     ended: list[bool]
     rewards: list[float] = field(default_factory=list)
     kl_k1: list[float] = field(default_factory=list)
@@ -55,7 +55,7 @@ def summarise_samples(
     # A single prompt cannot be resampled: the interval is then over its samples, and so is n.
     clusters = samples.prompt_index if len(set(samples.prompt_index)) > 1 else None
 
-    def mean(values: Seq[float], what: str) -> dict[str, Any]:
+    def mean(values: Sequence[float], what: str) -> dict[str, Any]:
         return _data(stats.bootstrap_mean(values, clusters, seed=seed, name=f"{name}'s {what}"))
 
     row: dict[str, Any] = {

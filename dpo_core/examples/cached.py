@@ -1,18 +1,19 @@
 """Lists the sequences whose reference log-probs a method's training reads from the cache."""
 
-from collections.abc import Callable
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from dpo_core.data.tokens.tokenise import Sequence, Tokenise
+from dpo_core.data.tokens.tokenise import Tokenise, TokenSequence
 from dpo_core.examples.unpaired import mismatched, unpaired_examples
 from dpo_core.methods.kto import KtoConfig
 
-Sequences = tuple[list[Sequence], dict[str, int]]
+Sequences = tuple[list[TokenSequence], dict[str, int]]
 """Sequences, and the number of rows that were left out, by reason."""
 
 
-def cached_sequences(method: str, settings: Any, tokenise: Tokenise, rows: Seq[dict[str, Any]]) -> Sequences:
+def cached_sequences(
+    method: str, settings: Any, tokenise: Tokenise, rows: Sequence[dict[str, Any]]
+) -> Sequences:
     """The sequences of canonical rows, and how many rows were left out for each reason.
 
     Args:
@@ -25,19 +26,19 @@ def cached_sequences(method: str, settings: Any, tokenise: Tokenise, rows: Seq[d
     return CACHED[method](settings, tokenise, rows)
 
 
-def _of_pairs(settings: Any, tokenise: Tokenise, rows: Seq[dict[str, Any]]) -> Sequences:
+def _of_pairs(settings: Any, tokenise: Tokenise, rows: Sequence[dict[str, Any]]) -> Sequences:
     pairs, dropped = tokenise.pairs(rows)
     return [s for p in pairs for s in (p.chosen, p.rejected)], dropped
 
 
-def _of_unpaired(settings: KtoConfig, tokenise: Tokenise, rows: Seq[dict[str, Any]]) -> Sequences:
+def _of_unpaired(settings: KtoConfig, tokenise: Tokenise, rows: Sequence[dict[str, Any]]) -> Sequences:
     """Every example, and for KTO every mismatched pair."""
     examples, dropped = unpaired_examples(tokenise, rows)
     pairs = mismatched(examples) if examples and settings.reads_mismatched else []
     return [e.sequence for e in examples] + pairs, dropped
 
 
-CACHED: dict[str, Callable[[Any, Tokenise, Seq[dict[str, Any]]], Sequences]] = {
+CACHED: dict[str, Callable[[Any, Tokenise, Sequence[dict[str, Any]]], Sequences]] = {
     "dpo": _of_pairs,
     "kto": _of_unpaired,
 }

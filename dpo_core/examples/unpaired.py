@@ -3,15 +3,14 @@
 Shapes: E training examples.
 """
 
-from collections.abc import Iterable
-from collections.abc import Sequence as Seq
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo_core.data.tokens.tokenise import Sequence, Tokenise
+from dpo_core.data.tokens.tokenise import Tokenise, TokenSequence
 from dpo_core.errors import DataError
 from dpo_core.reference import sequence_key
 
@@ -21,12 +20,12 @@ class UnpairedExample:
     """A completion that is labelled desirable or undesirable."""
 
     id: str
-    sequence: Sequence
+    sequence: TokenSequence
     desirable: bool
 
 
 def unpaired_examples(
-    tokenise: Tokenise, rows: Seq[dict[str, Any]]
+    tokenise: Tokenise, rows: Sequence[dict[str, Any]]
 ) -> tuple[list[UnpairedExample], dict[str, int]]:
     """All usable examples of canonical rows, and how many rows were left out for each reason.
 
@@ -48,7 +47,7 @@ def unpaired_examples(
     return examples, dropped
 
 
-def mismatched(examples: Seq[UnpairedExample]) -> list[Sequence]:
+def mismatched(examples: Sequence[UnpairedExample]) -> list[TokenSequence]:
     """The prompt of each example with the completion of another example: the pairs of KTO's z_0.
 
     The partners come from the data set, not from the batch, so that a batch may have any size and order.
@@ -70,14 +69,14 @@ def mismatched(examples: Seq[UnpairedExample]) -> list[Sequence]:
             "Add rows with other prompts and answers, or choose objective bco",
         )
     longest = max(len(s) for s in in_order)
-    pairs: list[Sequence] = [in_order[0]] * len(in_order)
+    pairs: list[TokenSequence] = [in_order[0]] * len(in_order)
     for place, (own, other) in enumerate(zip(order_E, partner_E, strict=True)):
         prompt, partner = in_order[place].prompt, in_order[other]
         completion = partner.completion[: longest - len(prompt)]
         learnt = partner.learnt and partner.learnt[: len(completion)]
         # If truncation leaves no learnt token, all tokens are learnt.
         learnt = learnt if learnt and any(learnt) else None
-        pairs[own] = Sequence(prompt, completion, len(completion) < len(partner.completion), learnt)
+        pairs[own] = TokenSequence(prompt, completion, len(completion) < len(partner.completion), learnt)
     return pairs
 
 

@@ -1,8 +1,7 @@
 """Seeded batched sampling of completions from a model."""
 
 import copy
-from collections.abc import Collection
-from collections.abc import Sequence as Seq
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,12 +29,12 @@ class Completion:
 @torch.no_grad()
 def sample(
     model: torch.nn.Module,
-    prompts: Seq[tuple[int, ...]],
+    prompts: Sequence[tuple[int, ...]],
     config: SamplingConfig,
     *,
     eos_id: int | Collection[int],
     seed: int,
-    places: Seq[int] | None = None,
+    places: Sequence[int] | None = None,
     ranks: Ranks | None = None,
 ) -> list[Completion]:
     """One completion for each prompt (repeat a prompt to get more).

@@ -8,7 +8,7 @@ Shapes: B rows, T tokens so far, V vocabulary.
 """
 
 import logging
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 _EXACT = "_cache_is_exact"
 
 
-class Rows(Protocol):
+class TokenRows(Protocol):
     """Rows of tokens that are extended by one token at a time."""
 
     def logits(self) -> Tensor:
@@ -39,7 +39,7 @@ class Rows(Protocol):
         ...
 
 
-def open_rows(model: nn.Module, prompts: Seq[tuple[int, ...]]) -> Rows:
+def open_rows(model: nn.Module, prompts: Sequence[tuple[int, ...]]) -> TokenRows:
     """Rows that start as the prompts, with a cache if it is exact."""
     return CachedRows(model, prompts) if cache_is_exact(model) else WholeRows(model, prompts)
 
@@ -47,7 +47,7 @@ def open_rows(model: nn.Module, prompts: Seq[tuple[int, ...]]) -> Rows:
 class CachedRows:
     """Rows with a cache: only new tokens are computed. Padding is on the left, so that all end together."""
 
-    def __init__(self, model: Any, prompts: Seq[tuple[int, ...]]) -> None:
+    def __init__(self, model: Any, prompts: Sequence[tuple[int, ...]]) -> None:
         from transformers import DynamicCache  # noqa: PLC0415 - see transformers_lock
 
         self.model, self.cache = model, DynamicCache(config=model.config)
@@ -92,7 +92,7 @@ class CachedRows:
 class WholeRows:
     """Rows without a cache: complete rows are computed for every token, as in the trainer."""
 
-    def __init__(self, model: nn.Module, prompts: Seq[tuple[int, ...]]) -> None:
+    def __init__(self, model: nn.Module, prompts: Sequence[tuple[int, ...]]) -> None:
         self.model, self.rows = model, [tuple(prompt) for prompt in prompts]
         self.device = next(model.parameters()).device
 

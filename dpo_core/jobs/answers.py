@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_core.data.files.parquet import read_parquet
-from dpo_core.evaluation.model_under_test import Subject
+from dpo_core.evaluation.model_under_test import ModelUnderTest
 from dpo_core.evaluation.prompt import Prompt
 from dpo_core.jobs.files import AnswersJob
 from dpo_core.jobs.start import device, start_ranks
@@ -19,6 +19,6 @@ def run(job: AnswersJob, monitor: LivenessMonitor) -> dict[str, Any] | None:
     prompts = [Prompt(row["prompt"], bool(row["chat"])) for row in read_parquet(job.prompts)]
     answers = {}
     for model in job.models:
-        subject = Subject(Path(model.path), model.name, model.tokens, device=device(), ranks=ranks)
+        subject = ModelUnderTest(Path(model.path), model.name, model.tokens, device=device(), ranks=ranks)
         answers[model.name] = subject.answers(prompts, job.sampling, seed=job.seed)
     return {"answers": answers} if ranks.rank == 0 else None

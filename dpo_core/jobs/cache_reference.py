@@ -10,7 +10,7 @@ from dpo_core.jobs.files import ReferenceJob
 from dpo_core.jobs.start import device, start_ranks
 from dpo_core.methods.registry import get
 from dpo_core.models.load import load_tokenizer
-from dpo_core.reference.logps import Reference, Resources, reference_logps
+from dpo_core.reference.logps import CacheSettings, Reference, reference_logps
 from dpo_core.training.liveness import LivenessMonitor
 
 FILE = ReferenceJob
@@ -30,7 +30,7 @@ def run(job: ReferenceJob, monitor: LivenessMonitor) -> dict[str, Any] | None:
     if not sequences:
         raise no_rows_left(dropped)
     reference = Reference(model, job.weights_sha256, settings.engine.precision, job.described)
-    resources = Resources(Path(job.caches), job.token_budget, device(), job.keep_seconds)
+    resources = CacheSettings(Path(job.caches), job.token_budget, device(), job.keep_seconds)
     logps = reference_logps(sequences, reference, resources, ranks)
     if ranks.rank != 0:
         return None

@@ -4,7 +4,7 @@ One model is in memory at a time: each policy samples and computes the log-probs
 reference computes those of all samples, then the reward scores them.
 """
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -178,7 +178,7 @@ def _sources(path: str) -> dict[str, str]:
 
 
 def _accuracy_by_source(
-    pairs: Seq[TokenPair], own: Seq[Tensor], reference: Seq[Tensor], sources: dict[str, str]
+    pairs: Sequence[TokenPair], own: Sequence[Tensor], reference: Sequence[Tensor], sources: dict[str, str]
 ) -> dict[str, Any]:
     """The preference accuracy on the held-out pairs of each data set of a mixture."""
     places: dict[str, list[int]] = {}

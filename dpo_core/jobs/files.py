@@ -186,7 +186,7 @@ class SuitesJob(ModelJob):
 
     kind: Literal["suites"] = "suites"
     models: list[NamedModel]
-    asked: list[tuple[str, str]]
+    model_suites: list[tuple[str, str]]
     """Names of the model and suite of each result, grouped by model."""
     files: dict[str, str]
     """Data file of each suite."""

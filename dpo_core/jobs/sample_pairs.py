@@ -1,15 +1,15 @@
 """Job that draws completions of prompts, scores them with a known reward, and makes pairs of them."""
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from dpo_core.data.files.parquet import read_parquet
-from dpo_core.data.layouts.fields import Pair
+from dpo_core.data.layouts.fields import PairFields
 from dpo_core.data.records import to_frame
-from dpo_core.data.tokens.tokenise import Sequence, Tokenise
+from dpo_core.data.tokens.tokenise import Tokenise, TokenSequence
 from dpo_core.errors import NeedsNewSettings
 from dpo_core.generation.config import seed_for
 from dpo_core.generation.generate import Completion, sample
@@ -44,7 +44,7 @@ def run(job: PairSamplingJob, monitor: LivenessMonitor) -> dict[str, Any] | None
     repeated = [(row, ids) for row, ids in prompts if ids for _ in range(config.samples_per_prompt)]
     model = load_model(model_path).to(device())
     drawn = _draw(ranks, model, [ids for _, ids in repeated], job, tokenise.stop_ids)
-    sequences = [Sequence(ids, c.ids) for (_, ids), c in zip(repeated, drawn, strict=True)]
+    sequences = [TokenSequence(ids, c.ids) for (_, ids), c in zip(repeated, drawn, strict=True)]
     score = scorer(job.reward, tokenise, "fp32", ranks=ranks)
     rewards = score(sequences, [row["prompt"] for row, _ in repeated])
     if ranks.rank != 0:
@@ -63,7 +63,7 @@ def run(job: PairSamplingJob, monitor: LivenessMonitor) -> dict[str, Any] | None
 
 
 def _draw(
-    ranks: Ranks, model: Any, prompts: Seq[Any], job: PairSamplingJob, stop_ids: frozenset[int]
+    ranks: Ranks, model: Any, prompts: Sequence[Any], job: PairSamplingJob, stop_ids: frozenset[int]
 ) -> list[Completion]:
     sampling = job.config.sampling
     portion = sampling.batch_size * _BATCHES_A_SEED
@@ -89,7 +89,7 @@ def pair_rows(
     config: PairSamplingConfig,
 ) -> tuple[pd.DataFrame, dict[str, Any]]:
     """Pairs of every prompt as a canonical table that keeps each prompt's split, and the counts."""
-    records: list[Pair] = []
+    records: list[PairFields] = []
     numbers: list[int] = []
     splits: list[str] = []
     ties = 0
@@ -110,7 +110,7 @@ def pair_rows(
         ties += tied
         for better, worse in pairs:
             records.append(
-                Pair(
+                PairFields(
                     row["prompt"],
                     bool(row["chat"]),
                     better.text,

@@ -1,13 +1,12 @@
 """Job that runs evaluation suites on models, one model after the other."""
 
-from collections.abc import Callable
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Sequence
 from itertools import accumulate, groupby, pairwise
 from pathlib import Path
 from typing import Any
 
 from dpo_core.errors import RecipeError
-from dpo_core.evaluation.model_under_test import Subject
+from dpo_core.evaluation.model_under_test import ModelUnderTest
 from dpo_core.evaluation.results import SuiteResult
 from dpo_core.evaluation.run_suite import run_suite
 from dpo_core.evaluation.suites.registry import find
@@ -20,14 +19,14 @@ FILE = SuitesJob
 
 
 def run(job: SuitesJob, monitor: LivenessMonitor) -> dict[str, Any] | None:
-    """Every rank calls this; rank 0 returns the results in the order of `job.asked`.
+    """Every rank calls this; rank 0 returns the results in the order of `job.model_suites`.
 
     Raises:
         RecipeError: the reference has another vocabulary than a model.
     """
     ranks = start_ranks(Path(job.work), job.ranks, monitor)
     results: list[SuiteResult] = []
-    for name, pairs in groupby(job.asked, key=lambda pair: pair[0]):
+    for name, pairs in groupby(job.model_suites, key=lambda pair: pair[0]):
         subject = _subject(job, name, ranks)
         for _, suite in pairs:
             subject.ranks = _SuiteRanks(ranks)
@@ -35,12 +34,14 @@ def run(job: SuitesJob, monitor: LivenessMonitor) -> dict[str, Any] | None:
     return {"results": [result.model_dump(mode="json") for result in results]} if ranks.rank == 0 else None
 
 
-def _subject(job: SuitesJob, name: str, ranks: Ranks) -> Subject:
+def _subject(job: SuitesJob, name: str, ranks: Ranks) -> ModelUnderTest:
     model, reference = next(model for model in job.models if model.name == name), None
     if job.reference is not None:
         named = job.reference
-        reference = Subject(Path(named.path), named.name, named.tokens, ranks=ranks)
-    subject = Subject(Path(model.path), name, model.tokens, reference, Path(job.caches), device(), ranks)
+        reference = ModelUnderTest(Path(named.path), named.name, named.tokens, ranks=ranks)
+    subject = ModelUnderTest(
+        Path(model.path), name, model.tokens, reference, Path(job.caches), device(), ranks
+    )
     if reference and reference.tokenizer.get_vocab() != subject.tokenizer.get_vocab():
         raise RecipeError(
             f"the reference {reference.name} has another vocabulary than {name}",
@@ -62,9 +63,9 @@ class _SuiteRanks:
     def map(
         self,
         name: str,
-        units: Seq[Any],
+        units: Sequence[Any],
         compute: Callable[[Any], Any],
-        sizes: Seq[int] | None = None,
+        sizes: Sequence[int] | None = None,
     ) -> list[Any]:
         counts = None
         if not self._counted:

@@ -1,6 +1,6 @@
 """Makes preference pairs from scored samples of a model."""
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Literal
@@ -34,7 +34,7 @@ class ScoredSample:
 
 
 def pair_up(
-    samples: Seq[ScoredSample], config: PairSamplingConfig
+    samples: Sequence[ScoredSample], config: PairSamplingConfig
 ) -> tuple[list[tuple[ScoredSample, ScoredSample]], int]:
     """(chosen, rejected) pairs of one prompt, and how many candidate pairs were ties.
 

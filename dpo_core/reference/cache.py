@@ -14,7 +14,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -116,11 +116,11 @@ class ReferenceCache:
         self._index = None
         return name
 
-    def has(self, keys: Seq[bytes]) -> NDArray[np.bool_]:
+    def has(self, keys: Sequence[bytes]) -> NDArray[np.bool_]:
         """Whether the cache has each key: (K,)."""
         return search(self._indexed()[0], key_array(keys)) >= 0
 
-    def select(self, keys: Seq[bytes]) -> LogpShard:
+    def select(self, keys: Sequence[bytes]) -> LogpShard:
         """A shard in memory with these entries only, each once.
 
         Raises:

@@ -1,14 +1,13 @@
 """Computes reference log-probs of sequences in one process: inference only, batched by length."""
 
 import time
-from collections.abc import Callable
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo_core.data.tokens.tokenise import Sequence
+from dpo_core.data.tokens.tokenise import TokenSequence
 from dpo_core.errors import StageFailed
 from dpo_core.reference.keys import sequence_key
 from dpo_core.scoring.completion_scores import completion_logps
@@ -45,7 +44,7 @@ class Buffer:
 
 def compute(
     model: Any,
-    sequences: Seq[Sequence],
+    sequences: Sequence[TokenSequence],
     *,
     precision: Precision,
     token_budget: int,

@@ -10,7 +10,7 @@ import hashlib
 import struct
 from typing import TYPE_CHECKING
 
-from dpo_core.data.tokens.tokenise import Sequence
+from dpo_core.data.tokens.tokenise import TokenSequence
 from dpo_core.reference.cache import ReferenceFacts
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 DEFINITION_VERSION = 2
 
 
-def sequence_key(sequence: Sequence) -> bytes:
+def sequence_key(sequence: TokenSequence) -> bytes:
     """16 bytes that identify a (prompt, completion): its ids, the end of the prompt, and the learnt mask."""
     prompt, completion = sequence.prompt, sequence.completion
     # Takes two thirds of the time of an array of the ids.

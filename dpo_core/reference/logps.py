@@ -3,7 +3,7 @@
 Each rank adds its own shards to the cache, so a killed rank loses only what it had not saved.
 """
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dpo_core.data.tokens.tokenise import Sequence
+from dpo_core.data.tokens.tokenise import TokenSequence
 from dpo_core.errors import ModelError, StageFailed
 from dpo_core.model_check import check_definition
 from dpo_core.models.build import build
@@ -52,7 +52,7 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Resources:
+class CacheSettings:
     """Cache folder, device and batch size: they affect the time, not the values."""
 
     caches: Path
@@ -65,7 +65,10 @@ class Resources:
 
 
 def reference_logps(
-    sequences: Seq[Sequence], reference: Reference, resources: Resources, ranks: Ranks | None = None
+    sequences: Sequence[TokenSequence],
+    reference: Reference,
+    resources: CacheSettings,
+    ranks: Ranks | None = None,
 ) -> ReferenceLogps:
     """Log-probs of sequences; only those that the cache lacks are computed.
 
@@ -98,9 +101,9 @@ def reference_logps(
 
 def _compute(
     cache: ReferenceCache,
-    missing: Seq[Sequence],
+    missing: Sequence[TokenSequence],
     reference: Reference,
-    resources: Resources,
+    resources: CacheSettings,
     ranks: Ranks,
 ) -> float:
     """Compute this rank's passes and wait for those of the others; returns the operations of all."""

@@ -11,8 +11,7 @@ import json
 import os
 import socket
 import uuid
-from collections.abc import Iterator
-from collections.abc import Sequence as Seq
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,7 +111,7 @@ class LogpShard:
         (temporary / "shard.json").write_text(json.dumps(facts))
         os.replace(temporary, folder)
 
-    def positions(self, keys: Seq[bytes]) -> Ints:
+    def positions(self, keys: Sequence[bytes]) -> Ints:
         """Index of each key, -1 where it is absent: (K,)."""
         return search(self.keys_N2, key_array(keys))
 
@@ -121,7 +120,7 @@ class LogpShard:
         return np.asarray(self.values[self.offsets[position] : self.offsets[position + 1]])
 
     def tokens_many(
-        self, keys: Seq[bytes], first: ArrayLike | None = None
+        self, keys: Sequence[bytes], first: ArrayLike | None = None
     ) -> tuple[NDArray[np.float32], Ints]:
         """Token log-probs of all keys, concatenated, and the offset of each: (total,) and (K+1,).
 
@@ -137,7 +136,7 @@ class LogpShard:
         copy_rows(self.values, starts_K, counts_K, values, offsets[order_K])
         return values, offsets
 
-    def sums(self, keys: Seq[bytes], first: ArrayLike | None = None) -> NDArray[np.float64]:
+    def sums(self, keys: Sequence[bytes], first: ArrayLike | None = None) -> NDArray[np.float64]:
         """Summed log-prob of each key, in nats: (K,). Arguments and errors as `tokens_many`."""
         order_K, starts_K, counts_K = self._spans(keys, first)
         sums_K = np.zeros(len(order_K))
@@ -148,7 +147,7 @@ class LogpShard:
             sums_K[rows[part]] = _sum_spans(self.values, starts[part], counts[part])
         return sums_K
 
-    def _spans(self, keys: Seq[bytes], first: ArrayLike | None) -> tuple[Ints, Ints, Ints]:
+    def _spans(self, keys: Sequence[bytes], first: ArrayLike | None) -> tuple[Ints, Ints, Ints]:
         """The order of the keys in the file, and the start and number of the requested tokens of each."""
         keys_K2 = key_array(keys)
         order_K = np.argsort(keys_K2[:, 0])
@@ -179,7 +178,7 @@ def temporary_beside(folder: Path) -> Path:
     return folder.with_name(f"{TEMPORARY}{owner}+{uuid.uuid4().hex}")
 
 
-def key_array(keys: Seq[bytes]) -> NDArray[np.uint64]:
+def key_array(keys: Sequence[bytes]) -> NDArray[np.uint64]:
     """Keys of 16 bytes as (K,2) numbers."""
     return np.frombuffer(b"".join(keys), np.uint64).reshape(-1, 2)
 

@@ -1,14 +1,13 @@
 """Computes rewards of completions with a reward model or a reward function."""
 
-from collections.abc import Callable
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise, TokenPair
+from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise, TokenPair, TokenSequence
 from dpo_core.models.load import config_in
 from dpo_core.models.reward_model import RewardModel
 from dpo_core.ranks import Ranks, SingleRank
@@ -22,11 +21,11 @@ from dpo_core.scoring.model_shape import shape_of_config
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Scorer = Callable[[Seq[Sequence], Seq[str]], list[float]]
+Scorer = Callable[[Sequence[TokenSequence], Sequence[str]], list[float]]
 """Rewards of completions, given their sequences and the texts of their prompts."""
 
 
-def reward_of(model: RewardModel, sequences: Seq[Sequence], precision: str) -> Tensor:
+def reward_of(model: RewardModel, sequences: Sequence[TokenSequence], precision: str) -> Tensor:
     """Rewards (B,) of sequences in one forward pass, read at the last token of each."""
     device = next(model.parameters()).device
     ids_BT, attention_BT = right_padded([s.prompt + s.completion for s in sequences])
@@ -38,7 +37,7 @@ def reward_of(model: RewardModel, sequences: Seq[Sequence], precision: str) -> T
 @torch.no_grad()
 def score(
     model: RewardModel,
-    sequences: Seq[Sequence],
+    sequences: Sequence[TokenSequence],
     precision: str,
     token_budget: int = 4096,
     ranks: Ranks | None = None,
@@ -61,19 +60,19 @@ def score(
     return [rewards[index] for index in range(len(sequences))]
 
 
-def read_sizes(sequences: Seq[Sequence]) -> cost.Sizes:
+def read_sizes(sequences: Sequence[TokenSequence]) -> cost.Sizes:
     """Sizes of a pass of `reward_of`; the head reads one position of each sequence."""
     return cost.padded_sizes([len(s) for s in sequences], len(sequences))
 
 
-def scoring_flops(shape: cost.Shape, sequences: Seq[Sequence], token_budget: int = 4096) -> float:
+def scoring_flops(shape: cost.Shape, sequences: Sequence[TokenSequence], token_budget: int = 4096) -> float:
     """Operations of `score`, of a reward model of this shape."""
     groups = length_batches([len(s) for s in sequences], token_budget)
     return sum(cost.forward(shape, *read_sizes([sequences[i] for i in group])) for group in groups)
 
 
 def normalise_on(
-    model: RewardModel, pairs: Seq[TokenPair], precision: str, most: int = 256
+    model: RewardModel, pairs: Sequence[TokenPair], precision: str, most: int = 256
 ) -> dict[str, float]:
     """Set the model's gain and bias so that rewards of training answers have mean 0 and deviation 1.
 
@@ -107,7 +106,7 @@ def scorer(
 
     tokeniser = tokenise if isinstance(tokenise, Tokenise) else Tokenise(tokenise, TokenConfig())
 
-    def by_text(sequences: Seq[Sequence], prompts: Seq[str]) -> list[float]:
+    def by_text(sequences: Sequence[TokenSequence], prompts: Sequence[str]) -> list[float]:
         texts = [tokeniser.text(s.completion, s.prompt) for s in sequences]
         rewards: list[float]
         (rewards,) = (ranks or SingleRank()).map(
@@ -118,7 +117,7 @@ def scorer(
     return by_text
 
 
-def scoring_flops_of(source: str) -> Callable[[Seq[Sequence]], float]:
+def scoring_flops_of(source: str) -> Callable[[Sequence[TokenSequence]], float]:
     """Operations of scoring sequences; 0 if the reward is not a reward model of this package."""
     if not is_reward_model(source):
         return lambda sequences: 0.0

@@ -3,8 +3,7 @@
 `branch_scores` computes each forward pass.
 """
 
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dpo_core.data.tokens.tokenise import Sequence
+from dpo_core.data.tokens.tokenise import TokenSequence
 from dpo_core.ranks import Ranks, SingleRank
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.attention import round_up_to_block
@@ -39,7 +38,7 @@ class CompletionScores(NamedTuple):
 
 def completion_logps(
     model: nn.Module,
-    sequences: Seq[Sequence],
+    sequences: Sequence[TokenSequence],
     precision: Precision,
     token_budget: int,
     only: Callable[[int, list[int]], bool] = lambda number, indices: True,
@@ -63,7 +62,7 @@ def completion_logps(
 
 def completion_scores(
     model: nn.Module,
-    sequences: Seq[Sequence],
+    sequences: Sequence[TokenSequence],
     precision: Precision,
     token_budget: int,
     *,
@@ -102,7 +101,7 @@ def completion_scores(
 
 def _pass(
     model: nn.Module,
-    sequences: Seq[Sequence],
+    sequences: Sequence[TokenSequence],
     plan: "_Plan",
     group: list[int],
     precision: Precision,
@@ -139,7 +138,7 @@ def _weights_cast_once() -> Iterator[None]:
             torch.clear_autocast_cache()
 
 
-def logprob_flops(model: nn.Module, sequences: Seq[Sequence], token_budget: int) -> float:
+def logprob_flops(model: nn.Module, sequences: Sequence[TokenSequence], token_budget: int) -> float:
     """Operations of `completion_logps`, counted from lengths."""
     if not sequences:
         return 0.0
@@ -161,7 +160,7 @@ class _Plan:
     width: int | None
 
 
-def _plan(model: nn.Module, sequences: Seq[Sequence], token_budget: int) -> _Plan:
+def _plan(model: nn.Module, sequences: Sequence[TokenSequence], token_budget: int) -> _Plan:
     families = _families(sequences, token_budget)
     # Checked only if prompts can be shared: it costs two passes.
     longest = max(len(_document(sequences, family)) for family in families)
@@ -177,7 +176,7 @@ def _plan(model: nn.Module, sequences: Seq[Sequence], token_budget: int) -> _Pla
     return _Plan(families, documents, groups, shared, width)
 
 
-def _families(sequences: Seq[Sequence], token_budget: int) -> list[list[int]]:
+def _families(sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
     """Indices of sequences with the same prompt, at most `MAX_SIBLINGS` and one pass's tokens together."""
     families: list[list[int]] = []
     open_by_prompt: dict[tuple[int, ...], tuple[list[int], int]] = {}
@@ -191,11 +190,11 @@ def _families(sequences: Seq[Sequence], token_budget: int) -> list[list[int]]:
     return families
 
 
-def _document(sequences: Seq[Sequence], family: Seq[int]) -> Document:
+def _document(sequences: Sequence[TokenSequence], family: Sequence[int]) -> Document:
     return Document.of(*(sequences[i] for i in family))
 
 
-def length_batches(lengths: Seq[int], token_budget: int) -> list[list[int]]:
+def length_batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
     """Indices grouped by length, at most `token_budget` padded tokens per group (but at least one row).
 
     Longest first, so that a batch that does not fit in memory fails at once rather than after an hour.

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from dpo_core.data.tokens.tokenise import Sequence
+    from dpo_core.data.tokens.tokenise import TokenSequence
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Document:
     """Which tokens of each branch are predicted, at least one; None: all. The rest is context only."""
 
     @classmethod
-    def of(cls, *sequences: "Sequence") -> "Document":
+    def of(cls, *sequences: "TokenSequence") -> "Document":
         """The document of completions of one prompt."""
         masks = tuple(s.learnt for s in sequences)
         completions = tuple(s.completion for s in sequences)

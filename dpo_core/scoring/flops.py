@@ -8,8 +8,7 @@ are not counted.
 Shapes: T tokens fed, N scored positions (where the output head runs).
 """
 
-from collections.abc import Iterable
-from collections.abc import Sequence as Seq
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -65,7 +64,7 @@ def sizes(document: Document, packed: bool) -> Sizes:
     return Sizes(sum(rows), sum(n * n for n in rows), sum(map(len, document.targets())))
 
 
-def pass_sizes(documents: Seq[Document], *, packed: bool, length: int | None = None) -> Sizes:
+def pass_sizes(documents: Sequence[Document], *, packed: bool, length: int | None = None) -> Sizes:
     """Sizes of documents in one forward pass, laid out by `layout.pack` or `layout.pad`.
 
     Args:
@@ -81,7 +80,7 @@ def pass_sizes(documents: Seq[Document], *, packed: bool, length: int | None = N
     return padded_sizes(rows, scored)
 
 
-def padded_sizes(rows: Seq[int], scored: float) -> Sizes:
+def padded_sizes(rows: Sequence[int], scored: float) -> Sizes:
     """Sizes of rows in one forward pass, padded to the longest."""
     width = max(rows)
     return Sizes(len(rows) * width, len(rows) * width**2, scored)

@@ -13,7 +13,7 @@ which therefore needs no copy; the last token of a branch predicts nothing and i
 Shapes: T tokens of a pack, N predicted tokens, S branches of all D documents, L tokens of the longest branch.
 """
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -91,7 +91,7 @@ def lay_out(micro_batch: MicroBatch) -> Layout:
     return (pack if micro_batch.packed else pad)(micro_batch.documents)
 
 
-def pack(documents: Seq[Document], pad_to: int | None = None) -> Pack:
+def pack(documents: Sequence[Document], pad_to: int | None = None) -> Pack:
     """Concatenate documents, padded to `pad_to` tokens if a fixed shape is needed.
 
     Raises:
@@ -129,7 +129,7 @@ def pack(documents: Seq[Document], pad_to: int | None = None) -> Pack:
     )
 
 
-def pad(documents: Seq[Document]) -> PaddedRows:
+def pad(documents: Sequence[Document]) -> PaddedRows:
     """One row per branch, each with its prompt.
 
     Raises:
@@ -149,7 +149,7 @@ def pad(documents: Seq[Document]) -> PaddedRows:
     return PaddedRows(**_scored(documents, predicts, starts), ids_ST=ids_ST, attention_ST=attention_ST)
 
 
-def right_padded(rows: Seq[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
+def right_padded(rows: Sequence[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
     """Ids and attention mask (S,T) of token rows. The padding id is arbitrary: only the masks count."""
     ids_ST = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.long)
     attention_ST = torch.zeros_like(ids_ST)
@@ -159,12 +159,12 @@ def right_padded(rows: Seq[tuple[int, ...]]) -> tuple[Tensor, Tensor]:
     return ids_ST, attention_ST
 
 
-def _require_tokens(documents: Seq[Document]) -> None:
+def _require_tokens(documents: Sequence[Document]) -> None:
     if not all(d.prompt and d.branches and all(d.branches) and all(map(len, d.targets())) for d in documents):
         raise ValueError("a document needs a prompt and completions of at least one predicted token")
 
 
-def _scored(documents: Seq[Document], predicts: list[_Indices], starts: list[int]) -> dict[str, Any]:
+def _scored(documents: Sequence[Document], predicts: list[_Indices], starts: list[int]) -> dict[str, Any]:
     """The fields that both layouts share; `starts` is the index of each document's (first) prompt."""
     branches = [tokens for document in documents for tokens in document.branches]
     targets = [places for document in documents for places in document.targets()]
@@ -187,5 +187,5 @@ def _scored(documents: Seq[Document], predicts: list[_Indices], starts: list[int
     }
 
 
-def _tensor(pieces: Seq[_Indices]) -> Tensor:
+def _tensor(pieces: Sequence[_Indices]) -> Tensor:
     return torch.from_numpy(np.concatenate(pieces).astype(np.int64))

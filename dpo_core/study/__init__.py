@@ -21,7 +21,7 @@ from dpo_core.study.results import (
     SettingRow,
     StudySummary,
 )
-from dpo_core.study.study_data import BestOf, Cost, Point, Study, best_of_kl, best_of_n
+from dpo_core.study.study_data import BestOf, Point, PolicyCost, Study, best_of_kl, best_of_n
 from dpo_core.study.summary import reward_at_kl, summarise
 
 __all__ = [
@@ -31,10 +31,10 @@ __all__ = [
     "BestOfRow",
     "Claim",
     "ComputeRatio",
-    "Cost",
     "DiversityDifference",
     "GainRatio",
     "Point",
+    "PolicyCost",
     "PolicyDifference",
     "PolicySummary",
     "SeedRange",

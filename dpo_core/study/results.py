@@ -5,7 +5,7 @@ from pydantic import Field
 from dpo_core.config import Config
 from dpo_core.statistics.estimates import Estimate
 from dpo_core.study.envelopes import XY
-from dpo_core.study.study_data import Cost
+from dpo_core.study.study_data import PolicyCost
 
 
 class SeedRange(Config):
@@ -36,7 +36,7 @@ class SettingRow(Config):
     distinct_1: float
     distinct_2: float
     length: float
-    cost: Cost
+    cost: PolicyCost
     """FLOPs and seconds are means over the seeds, memory is the largest."""
     shared_cost: dict[str, float] = Field(default_factory=dict)
 

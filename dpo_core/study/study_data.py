@@ -1,4 +1,4 @@
-"""`Study`, `Point`, `Cost`: the measurements of a study, every policy, setting and seed on the same prompts.
+"""The measurements of a study (`Study`, `Point`, `PolicyCost`): every policy on the same prompts.
 
 Legend: P prompts, S samples of a prompt. A list whose name ends in `_P` holds one mean per prompt, over that
 prompt's samples; all lists have the prompts in the same order.
@@ -17,7 +17,7 @@ from dpo_core.config import Config
 from dpo_core.errors import StageFailed
 
 
-class Cost(Config):
+class PolicyCost(Config):
     """Cost of one policy after the SFT reference, over all stages of its pipeline.
 
     Sampling and labelling pairs, cached log-probs, the reward model, rollouts, training: a stage that several
@@ -48,7 +48,7 @@ class Point(Config):
     distinct_2: float
     length: float
     """Mean tokens of a completion."""
-    cost: Cost
+    cost: PolicyCost
     shared_cost: dict[str, float] = Field(default_factory=dict)
     """FLOPs of the stages that other policies share, by stage; part of `cost`."""
 

@@ -26,7 +26,7 @@ from dpo_core.study.results import (
     SettingRow,
     StudySummary,
 )
-from dpo_core.study.study_data import BestOf, Cost, Point, Study
+from dpo_core.study.study_data import BestOf, Point, PolicyCost, Study
 
 GAIN_SHARES = (0.5, 0.9)
 FEW = ("Pre-DPO, few", "DPO, few")  # the policies of a published claim
@@ -85,7 +85,7 @@ def _setting_row(resampling: Resampling, setting: Setting) -> SettingRow:
         distinct_1=float(np.mean([point.distinct_1 for point in points])),
         distinct_2=float(np.mean([point.distinct_2 for point in points])),
         length=float(np.mean([point.length for point in points])),
-        cost=Cost(
+        cost=PolicyCost(
             flops=float(np.mean([point.cost.flops for point in points])),
             seconds=float(np.mean([point.cost.seconds for point in points])),
             peak_memory_bytes=max(memory, default=None),

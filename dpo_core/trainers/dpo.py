@@ -4,7 +4,7 @@ Shapes: B pairs, S = 2B completions (chosen and rejected in turn), L tokens of t
 """
 
 import logging
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class DpoTrainer(PackedTrainer[TokenPair]):
     def __init__(
         self,
         module: nn.Module,
-        examples: Seq[TokenPair],
+        examples: Sequence[TokenPair],
         config: DpoConfig,
         *,
         reference: LogpShard | None,
@@ -118,14 +118,14 @@ class DpoTrainer(PackedTrainer[TokenPair]):
     def weight(self, example: TokenPair) -> float:
         return 1.0
 
-    def begin_step(self, batch: Seq[TokenPair]) -> None:
+    def begin_step(self, batch: Sequence[TokenPair]) -> None:
         self.totals = Totals(
             pairs=len(batch),
             chosen_tokens=sum(e.chosen.targets for e in batch),
             prompt_tokens=sum(len(e.chosen.prompt) - 1 for e in batch),
         )
 
-    def micro_flops(self, micro: Seq[TokenPair]) -> float:
+    def micro_flops(self, micro: Sequence[TokenPair]) -> float:
         sizes = self.sizes(micro)
         total = self.trained_flops(sizes)
         if "prompt" in self.extras:
@@ -137,7 +137,7 @@ class DpoTrainer(PackedTrainer[TokenPair]):
                 total += cost.forward(self.live_shape, 0, 0, sizes.scored)
         return total
 
-    def losses(self, batch: Seq[TokenPair]) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, batch: Sequence[TokenPair]) -> tuple[Tensor, dict[str, Tensor]]:
         logps = self.logps(batch)
         losses_B = combine(self.terms, logps)
         if self.dpo.weighting == "wpo":
@@ -145,7 +145,7 @@ class DpoTrainer(PackedTrainer[TokenPair]):
         numbers = pair_metrics(logps, self.beta, per_token=self.rewards_per_token)
         return losses_B.sum(), {name: value_B.sum() for name, value_B in numbers.items()}
 
-    def logps(self, batch: Seq[TokenPair]) -> PairLogps:
+    def logps(self, batch: Sequence[TokenPair]) -> PairLogps:
         """Log-probs of both sides of every pair, in one forward pass, and those of the reference."""
         with autocast(self.config.engine.precision, self.engine.device):
             scores = branch_scores(
@@ -177,7 +177,7 @@ class DpoTrainer(PackedTrainer[TokenPair]):
             chosen_B, rejected_B, ref_chosen_B, ref_rejected_B, *tokens_B, totals=self.totals, **fields
         )
 
-    def _reference_of(self, batch: Seq[TokenPair], scores: BranchScores) -> list[Tensor]:
+    def _reference_of(self, batch: Sequence[TokenPair], scores: BranchScores) -> list[Tensor]:
         """The reference's log-probs (B,) of chosen and rejected; with the extra "common" also those sums."""
         if scores.ref_logps_SL is not None:
             complete = _sides(scores.ref_logps_SL.sum(-1))

@@ -8,7 +8,7 @@ Shapes: B examples of a micro-batch.
 """
 
 import logging
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ class UnpairedTrainer(PackedTrainer[UnpairedExample]):
     def __init__(
         self,
         module: nn.Module,
-        examples: Seq[UnpairedExample],
+        examples: Sequence[UnpairedExample],
         config: KtoConfig,
         *,
         reference: LogpShard | None,
@@ -96,7 +96,7 @@ class UnpairedTrainer(PackedTrainer[UnpairedExample]):
     def weight(self, example: UnpairedExample) -> float:
         return 1.0
 
-    def begin_step(self, batch: Seq[UnpairedExample]) -> None:
+    def begin_step(self, batch: Sequence[UnpairedExample]) -> None:
         total = self._ratio_sum(self._coupling_examples(batch))
         if self.mismatched:
             self.kl = z0(total, len(batch))
@@ -111,7 +111,7 @@ class UnpairedTrainer(PackedTrainer[UnpairedExample]):
         passes = [share[min(n, len(share) - 1)] for n in range(max(map(len, shares))) for share in shares]
         return super().flops(batch) + sum(cost.forward(self.shape, *self.sizes(micro)) for micro in passes)
 
-    def losses(self, batch: Seq[UnpairedExample]) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, batch: Sequence[UnpairedExample]) -> tuple[Tensor, dict[str, Tensor]]:
         policy_B, ref_B, tokens_B = self._logps(batch)
         desirable_B = torch.tensor([e.desirable for e in batch], device=policy_B.device)
         logps = UnpairedLogps(policy_B, ref_B, tokens_B, desirable_B, kl=self.kl, baseline=self.baseline)
@@ -119,7 +119,7 @@ class UnpairedTrainer(PackedTrainer[UnpairedExample]):
         numbers = unpaired_metrics(logps, self.beta)
         return losses_B.sum(), {name: value_B.sum() for name, value_B in numbers.items()}
 
-    def _logps(self, batch: Seq[UnpairedExample]) -> tuple[Tensor, Tensor, Tensor]:
+    def _logps(self, batch: Sequence[UnpairedExample]) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probs under policy and reference, and the completions' tokens, each (B,)."""
         with autocast(self.config.engine.precision, self.engine.device):
             scores = branch_scores(self.module, self.lay_out(batch))
@@ -127,12 +127,12 @@ class UnpairedTrainer(PackedTrainer[UnpairedExample]):
         ref_B = torch.tensor([self.reference[e.sequence] for e in batch], device=policy_B.device)
         return policy_B, ref_B, scores.lengths_S
 
-    def _coupling_examples(self, batch: Seq[UnpairedExample]) -> Seq[UnpairedExample]:
+    def _coupling_examples(self, batch: Sequence[UnpairedExample]) -> Sequence[UnpairedExample]:
         """The examples that z_0 or delta is computed on: KTO's mismatched pairs, or the batch itself."""
         return [self.mismatched[e.id] for e in batch] if self.mismatched else batch
 
     @torch.no_grad()
-    def _ratio_sum(self, examples: Seq[UnpairedExample]) -> Tensor:
+    def _ratio_sum(self, examples: Sequence[UnpairedExample]) -> Tensor:
         """Sum of log π/π_ref over the examples of all ranks; 0-dim, float64."""
         shares = self._shares(examples)
         own = shares[self.engine.rank]
@@ -144,13 +144,13 @@ class UnpairedTrainer(PackedTrainer[UnpairedExample]):
                 total += (policy_B.double() - ref_B).sum().cpu()
         return self.engine.all_sum(total)
 
-    def _shares(self, examples: Seq[UnpairedExample]) -> list[list[list[UnpairedExample]]]:
+    def _shares(self, examples: Sequence[UnpairedExample]) -> list[list[list[UnpairedExample]]]:
         """The forward passes of each rank."""
         order = sorted(examples, key=self.length, reverse=True)
         world = self.engine.world
         return [self._passes(order[rank::world]) for rank in range(world)]
 
-    def _passes(self, examples: Seq[UnpairedExample]) -> list[list[UnpairedExample]]:
+    def _passes(self, examples: Sequence[UnpairedExample]) -> list[list[UnpairedExample]]:
         """The examples in groups that each fit one forward pass."""
         budget = self._fixed_length() or self.config.pack_tokens or 0
         groups: list[list[UnpairedExample]] = [[]]

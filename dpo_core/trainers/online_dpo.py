@@ -8,7 +8,7 @@ the policy that it began with.
 Shapes: P pairs of a micro-batch, S = 2P completions (chosen and rejected in turn).
 """
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from dpo_core.trainers.online.sampler import RolloutContext, rollout_context
 
 
 @dataclass(frozen=True)
-class Pair:
+class CompletionPair:
     """The best and the worst completion of a prompt."""
 
     chosen: "ScoredEpisode"
@@ -48,7 +48,7 @@ class Pair:
         return len(self.chosen.episode) + len(self.rejected.episode)
 
 
-class OnlineDpoTrainer(OnlineTrainer[Pair]):
+class OnlineDpoTrainer(OnlineTrainer[CompletionPair]):
     """Online trainer with a preference objective; `micro_batch_size` counts pairs in the updates."""
 
     def __init__(self, policy: Any, reference: Any, context: RolloutContext, config: OnlineDpoConfig) -> None:
@@ -69,7 +69,7 @@ class OnlineDpoTrainer(OnlineTrainer[Pair]):
         """Episodes of similar length: a loss on pairs has no ratio to the log-probs of the rollout."""
         return micro_batches(episodes, self.config.micro_batch_size)
 
-    def prepare(self, rollouts: list[Rollout]) -> list[Pair]:
+    def prepare(self, rollouts: list[Rollout]) -> list[CompletionPair]:
         """The pair of the best and the worst completion of each prompt."""
         groups: dict[int, list[ScoredEpisode]] = {}
         for rollout in rollouts:
@@ -77,13 +77,13 @@ class OnlineDpoTrainer(OnlineTrainer[Pair]):
             for episode, score, ref_logp in zip(rollout.episodes, scores, ref_logps, strict=True):
                 groups.setdefault(episode.group, []).append(ScoredEpisode(episode, score, ref_logp))
         pairs = [best_and_worst(groups[group]) for group in sorted(groups)]
-        return [Pair(best, worst, float(not self._tied(best, worst))) for best, worst in pairs]
+        return [CompletionPair(best, worst, float(not self._tied(best, worst))) for best, worst in pairs]
 
     def _tied(self, best: "ScoredEpisode", worst: "ScoredEpisode") -> bool:
         same = best.episode.sequence.completion == worst.episode.sequence.completion
         return same or best.score - worst.score <= self.config.min_gap
 
-    def optimise(self, minibatch: list[list[Pair]]) -> dict[str, float]:
+    def optimise(self, minibatch: list[list[CompletionPair]]) -> dict[str, float]:
         """One optimiser step; the loss is the mean over the global minibatch's pairs that are not ties."""
         untied = [pair for micro in minibatch for pair in micro if pair.weight]
         counts = [len(untied), sum(len(pair.chosen.episode.sequence.completion) for pair in untied)]
@@ -102,7 +102,7 @@ class OnlineDpoTrainer(OnlineTrainer[Pair]):
         means = {name: value / max(pairs, 1.0) for name, value in self.sum_over_ranks(sums).items()}
         return means | {"pairs": pairs, "grad_norm": norm}
 
-    def _losses(self, micro: list[Pair], totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
+    def _losses(self, micro: list[CompletionPair], totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
         sides = [side for pair in micro for side in (pair.chosen, pair.rejected)]
         with autocast(self.config.engine.precision, self.engine.device):
             scores = branch_scores(self.module, rows_of([c.episode for c in sides], self.engine.device))
@@ -151,7 +151,7 @@ class ScoredEpisode:
     ref_logp: float
 
 
-def best_and_worst(episodes: Seq[ScoredEpisode]) -> tuple[ScoredEpisode, ScoredEpisode]:
+def best_and_worst(episodes: Sequence[ScoredEpisode]) -> tuple[ScoredEpisode, ScoredEpisode]:
     """The best and the worst completion of a prompt; of equal scores the one drawn first is better."""
     ranked = sorted(episodes, key=lambda e: (-e.score, e.episode.sample))
     return ranked[0], ranked[-1]

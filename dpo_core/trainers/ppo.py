@@ -9,8 +9,7 @@ settings that matter most Xu et al. 2024 (2404.10719): advantages whitened over 
 """
 
 import copy
-from collections.abc import Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,7 +122,7 @@ class PpoTrainer(OnlineTrainer[PpoItem]):
             values_BV = state_values(self.critic, rows)
         return states_BV, torch.where(states_BV, values_BV, 0.0)
 
-    def _critic_rows(self, episodes: Seq[Episode]) -> PaddedRows:
+    def _critic_rows(self, episodes: Sequence[Episode]) -> PaddedRows:
         """The rows that the critic reads."""
         # The added token is never used as a target; it adds a place for the state after the last token.
         added = (0,) * self.later
@@ -141,7 +140,9 @@ class PpoTrainer(OnlineTrainer[PpoItem]):
             states_BV=states_BV,
         )
 
-    def _white(self, values: Seq[Tensor], masks: Seq[Tensor], shift_mean: bool = True) -> list[Tensor]:
+    def _white(
+        self, values: Sequence[Tensor], masks: Sequence[Tensor], shift_mean: bool = True
+    ) -> list[Tensor]:
         """The values, whitened over the masked positions of all micro-batches of all ranks."""
         flat_N = torch.cat([value[mask] for value, mask in zip(values, masks, strict=True)])
         white_N = ppo_math.masked_whiten(

@@ -1,7 +1,7 @@
 """Trains a Bradley-Terry reward model on pairs."""
 
 import json
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class RewardTrainer(Trainer[TokenPair]):
     def __init__(
         self,
         module: RewardModel,
-        examples: Seq[TokenPair],
+        examples: Sequence[TokenPair],
         config: RewardModelConfig,
         *,
         seed: int,
@@ -49,10 +49,10 @@ class RewardTrainer(Trainer[TokenPair]):
     def weight(self, example: TokenPair) -> float:
         return 1.0
 
-    def sizes(self, batch: Seq[TokenPair]) -> cost.Sizes:
+    def sizes(self, batch: Sequence[TokenPair]) -> cost.Sizes:
         return read_sizes([s for e in batch for s in (e.chosen, e.rejected)])
 
-    def losses(self, batch: Seq[TokenPair]) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, batch: Sequence[TokenPair]) -> tuple[Tensor, dict[str, Tensor]]:
         sequences = [e.chosen for e in batch] + [e.rejected for e in batch]
         rewards_2B = reward_of(self.module, sequences, self.config.engine.precision)
         chosen_B, rejected_B = rewards_2B.chunk(2)

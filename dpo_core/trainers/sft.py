@@ -1,6 +1,6 @@
 """Trains by supervised fine-tuning on demonstrations; the result becomes the reference."""
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from dpo_core.data.files.parquet import read_parquet
-from dpo_core.data.tokens.tokenise import Sequence
+from dpo_core.data.tokens.tokenise import TokenSequence
 from dpo_core.methods.job import Job
 from dpo_core.methods.sft import SftConfig
 from dpo_core.scoring.autocast import autocast
@@ -23,7 +23,7 @@ class Demonstration:
     """A completion to imitate."""
 
     id: str
-    sequence: Sequence
+    sequence: TokenSequence
 
 
 class SftTrainer(PackedTrainer[Demonstration]):
@@ -39,7 +39,7 @@ class SftTrainer(PackedTrainer[Demonstration]):
     def document(self, example: Demonstration) -> Document:
         return Document.of(example.sequence)
 
-    def losses(self, batch: Seq[Demonstration]) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, batch: Sequence[Demonstration]) -> tuple[Tensor, dict[str, Tensor]]:
         with autocast(self.config.engine.precision, self.engine.device):
             logps_SL = branch_scores(self.module, self.lay_out(batch)).logps_SL
         return -logps_SL.sum(), {"logps/chosen": logps_SL.sum()}
@@ -51,7 +51,7 @@ def build(job: Job, config: SftConfig) -> tuple[Any, Export]:
     examples = []
     for row in read_parquet(job.data):
         sequence = tokenise.demonstration(row)
-        if isinstance(sequence, Sequence):
+        if isinstance(sequence, TokenSequence):
             examples.append(Demonstration(row["id"], sequence))
     trainer = SftTrainer(model, examples, config, seed=job.seed, work=Path(job.work))
     return trainer, export_model(model, tokenizer, job, lora=config.lora is not None)

@@ -1,6 +1,6 @@
 """Batches: which examples a step trains on, and which of them share a forward pass on each rank."""
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -59,7 +59,14 @@ class PaddedBatches:
     """Micro-batches of a fixed number of examples of similar length."""
 
     def __init__(
-        self, lengths: Seq[int], batch_size: int, micro_batch_size: int, *, seed: int, rank: int, world: int
+        self,
+        lengths: Sequence[int],
+        batch_size: int,
+        micro_batch_size: int,
+        *,
+        seed: int,
+        rank: int,
+        world: int,
     ) -> None:
         if batch_size % (micro_batch_size * world):
             raise RecipeError(

@@ -26,7 +26,7 @@ from dpo_core.training.checkpoints import (
 )
 from dpo_core.training.config import EngineConfig, OptimConfig
 from dpo_core.training.distributed import limit_waiting
-from dpo_core.training.schedule import Schedule
+from dpo_core.training.schedule import LearningRateSchedule
 from dpo_core.training.stop import StopSignals
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class Engine:
             weight_decay=optim.weight_decay,
             fused=True,
         )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, Schedule(optim, total_steps))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, LearningRateSchedule(optim, total_steps))
         self.module = module
         self.engine, self.optimizer, _, self.schedule = deepspeed.initialize(
             model=_Root(module),

@@ -6,7 +6,7 @@ Methods that sample their own data use `trainers.online.loop`, with the same eng
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -37,7 +37,7 @@ class Trainer(ABC, Generic[Example]):
     """One training job. A subclass defines an example and its loss."""
 
     def __init__(
-        self, module: nn.Module, examples: Seq[Example], config: LoopConfig, *, seed: int, work: Path
+        self, module: nn.Module, examples: Sequence[Example], config: LoopConfig, *, seed: int, work: Path
     ) -> None:
         if not examples:
             raise StageFailed(
@@ -73,18 +73,18 @@ class Trainer(ABC, Generic[Example]):
         """Weight of an example in the mean of the loss: 1 for pairs, its tokens for SFT."""
 
     @abstractmethod
-    def losses(self, batch: Seq[Example]) -> tuple[Tensor, dict[str, Tensor]]:
+    def losses(self, batch: Sequence[Example]) -> tuple[Tensor, dict[str, Tensor]]:
         """Sum of the loss over a micro-batch, and sums of metrics over its examples."""
 
     @abstractmethod
-    def sizes(self, batch: Seq[Example]) -> cost.Sizes:
+    def sizes(self, batch: Sequence[Example]) -> cost.Sizes:
         """Size of the forward pass of a micro-batch, computed from lengths only."""
 
     def flops(self, batch: Batch) -> float:
         """Operations of a step over all ranks, including padding and recomputation."""
         return sum(self.micro_flops([self.examples[i] for i in micro]) for micro in batch.all_micro_batches)
 
-    def micro_flops(self, micro: Seq[Example]) -> float:
+    def micro_flops(self, micro: Sequence[Example]) -> float:
         """Operations of forward and backward of a micro-batch."""
         return self.trained_flops(self.sizes(micro))
 
@@ -119,7 +119,7 @@ class Trainer(ABC, Generic[Example]):
     def end_step(self, step: int) -> None:
         """Called after the optimiser stepped (0-based), before a checkpoint is written."""
 
-    def begin_step(self, batch: Seq[Example]) -> None:
+    def begin_step(self, batch: Sequence[Example]) -> None:
         """Called with the global batch before its losses, for values that depend on all its examples."""
 
     def tokens(self, example: Example) -> int:
@@ -188,7 +188,7 @@ class Trainer(ABC, Generic[Example]):
             "seconds_per_step": seconds,
         }
 
-    def _balanced(self, micro: Seq[Example]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _balanced(self, micro: Sequence[Example]) -> tuple[Tensor, dict[str, Tensor]]:
         """`losses`, with the router's auxiliary loss if the model's config has one."""
         if self.balance is None:
             return self.losses(micro)
@@ -205,7 +205,7 @@ class Trainer(ABC, Generic[Example]):
         values = dict(zip(names, stacked.tolist(), strict=True))
         return {name: value if name == "loss" else value / examples for name, value in values.items()}
 
-    def _require_finite(self, loss: Tensor, step: int, micro: Seq[Example]) -> None:
+    def _require_finite(self, loss: Tensor, step: int, micro: Sequence[Example]) -> None:
         if torch.isfinite(loss):
             return
         causes: list[Example] = []
@@ -218,7 +218,7 @@ class Trainer(ABC, Generic[Example]):
         )
 
 
-def _ids(examples: Seq[Any]) -> str:
+def _ids(examples: Sequence[Any]) -> str:
     """The first ids, for an error."""
     return ", ".join(str(getattr(example, "id", "?")) for example in examples[:8])
 
@@ -253,11 +253,11 @@ class PackedTrainer(Trainer[Example]):
             world=torch.distributed.get_world_size(),
         )
 
-    def sizes(self, batch: Seq[Example]) -> cost.Sizes:
+    def sizes(self, batch: Sequence[Example]) -> cost.Sizes:
         length = self._fixed_length() if self.packed else None
         return cost.pass_sizes([self.document(e) for e in batch], packed=self.packed, length=length)
 
-    def lay_out(self, examples: Seq[Example]) -> Layout:
+    def lay_out(self, examples: Sequence[Example]) -> Layout:
         """A micro-batch as tensors on the device."""
         documents = [self.document(e) for e in examples]
         layout = pack(documents, self._fixed_length()) if self.packed else pad(documents)

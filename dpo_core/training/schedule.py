@@ -5,7 +5,7 @@ import numpy as np
 from dpo_core.training.config import OptimConfig
 
 
-class Schedule:
+class LearningRateSchedule:
     """Learning-rate factor of a step (0-based): linear warm-up, then constant, linear or cosine to zero."""
 
     def __init__(self, optim: OptimConfig, total_steps: int) -> None:

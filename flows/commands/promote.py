@@ -9,7 +9,7 @@ from flows.process.prefect_server import server, server_address
 from tasks.promotion import promote as promotion
 from tasks.promotion.finished_run import finished_report
 from tasks.promotion.ledger import sentence
-from tasks.promotion.promote import Standing
+from tasks.promotion.promote import ModelVersions
 from tasks.scheduling.events import promotion_refused
 from tasks.store.files import open_workspace
 
@@ -57,7 +57,7 @@ def _send_refusal(workspace: str, run_id: str, message: str) -> None:
         typer.echo(f"no alert about the refusal was sent: {error.problem}", err=True)
 
 
-def _show(standing: Standing, as_json: bool) -> None:
+def _show(standing: ModelVersions, as_json: bool) -> None:
     if as_json:
         typer.echo(standing.model_dump_json(indent=1))
         return
@@ -72,7 +72,7 @@ def _show(standing: Standing, as_json: bool) -> None:
     typer.echo(_aliases(standing))
 
 
-def _show_all(standings: list[Standing], as_json: bool) -> None:
+def _show_all(standings: list[ModelVersions], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps([standing.model_dump(mode="json") for standing in standings], indent=1))
         return
@@ -84,7 +84,7 @@ def _show_all(standings: list[Standing], as_json: bool) -> None:
             typer.echo(f"  {note}")
 
 
-def _aliases(standing: Standing) -> str:
+def _aliases(standing: ModelVersions) -> str:
     versions = {
         "champion": standing.champion,
         "previous-champion": standing.previous,

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import typer
 
-from dpo_core.data.tokens.tokenise import Sequence, Tokenise
+from dpo_core.data.tokens.tokenise import Tokenise, TokenSequence
 
 _SIDES = {"pairs": ("chosen", "rejected"), "unpaired": ("completion",), "prompts": ("prompt",)}
 _OPEN, _CLOSE, _CUT = "⟦", "⟧", "✂"
@@ -42,7 +42,7 @@ def shown(frame: pd.DataFrame, kind: str, tokenise: Tokenise, rows: int) -> Iter
                 yield _shown(row, side, tokens, tokenise)
 
 
-def _shown(row: dict[str, Any], side: str, sequence: Sequence, tokenise: Tokenise) -> RowPreview:
+def _shown(row: dict[str, Any], side: str, sequence: TokenSequence, tokenise: Tokenise) -> RowPreview:
     learnt = sequence.learnt or (True,) * len(sequence.completion)
     uncut = tokenise.prompt(row["prompt"], bool(row["chat"]), tools=row.get("tools") or "")
     return RowPreview(

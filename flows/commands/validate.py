@@ -41,7 +41,7 @@ class _Settings(Config):
     """The model whose tokenizer and chat template are used."""
 
 
-class Rows(NamedTuple):
+class PreviewedRows(NamedTuple):
     """The first rows as a model will see them."""
 
     texts: list[str]
@@ -52,7 +52,7 @@ class Rows(NamedTuple):
 
 def judge_file(
     data: str, overrides: Sequence[str], model: str | None = None, show: int = 0
-) -> tuple[GateReport, str, Rows]:
+) -> tuple[GateReport, str, PreviewedRows]:
     """The gate's report on a data set, the remarks on how it was read, and its first rows.
 
     Args:
@@ -99,13 +99,13 @@ def judge_file(
         remarks.append(f"held out: {int((frame['split'] == 'eval').sum())} rows of {config.eval_path}")
     for name, count in by_source(frame).items():
         remarks.append(f"{name}: {count['train']} rows to train on, {count['eval']} held out")
-    rows = Rows([], {})
+    rows = PreviewedRows([], {})
     if tokenise is not None:
         remarks += [note] if (note := tokenise.note_on(frame["chat"].tolist())) else []
         sides = list(shown(frame, loaded.kind, tokenise, show))
         listed = [as_data(side, tokenise) for side in sides]
         data_of_rows = {"rows": listed, "row_count": report.rows} if show else {}
-        rows = Rows([as_text(side, tokenise) for side in sides], data_of_rows)
+        rows = PreviewedRows([as_text(side, tokenise) for side in sides], data_of_rows)
     return report.model_copy(update={"remarks": remarks}), "\n  ".join(remarks), rows
 
 

@@ -22,7 +22,7 @@ from dpo_core.config import Config
 from dpo_core.errors import RecipeError
 from tasks.promotion.finished_run import registries_of
 from tasks.promotion.ledger import SUFFIX, Ledger, hold_champion
-from tasks.runs.references import References, read_references
+from tasks.runs.references import UsedArtifacts, read_references
 from tasks.store.facts import ModelFacts, facts_of
 from tasks.store.files import disk_errors, open_workspace, size_of
 from tasks.store.store import Store
@@ -120,7 +120,7 @@ def free(
     return freed
 
 
-def _require_known(place: Path, runs: list[References], keep_runs: set[str], drop_runs: set[str]) -> None:
+def _require_known(place: Path, runs: list[UsedArtifacts], keep_runs: set[str], drop_runs: set[str]) -> None:
     known = {run.run_id: run for run in runs}
     for name in sorted(keep_runs | drop_runs):
         if name not in known:
@@ -136,8 +136,8 @@ def _require_known(place: Path, runs: list[References], keep_runs: set[str], dro
 
 
 def _runs_to_keep(
-    runs: list[References], done_before: set[str], keep: int, keep_runs: set[str], drop_runs: set[str]
-) -> list[References]:
+    runs: list[UsedArtifacts], done_before: set[str], keep: int, keep_runs: set[str], drop_runs: set[str]
+) -> list[UsedArtifacts]:
     """The runs that stay cached."""
     done = [(n.record.started_at, n.run_id) for n in runs if n.record and n.finished and not n.is_study]
     done = sorted(((at, run) for at, run in done if run in done_before), reverse=True)
@@ -145,7 +145,7 @@ def _runs_to_keep(
     return [run for run in runs if run.run_id not in old | drop_runs]
 
 
-def _champions(place: Path, runs: list[References], locks: ExitStack, dry_run: bool) -> set[str]:
+def _champions(place: Path, runs: list[UsedArtifacts], locks: ExitStack, dry_run: bool) -> set[str]:
     """Digests of the models that an alias or a champion's last change refers to; locks promotions."""
     digests: set[str] = set()
     for tracker in registries_of(place, (run.tracking_uri for run in runs)):
@@ -173,7 +173,7 @@ def _named_weights(tracker: Tracker, name: str) -> set[str]:
 
 
 def _select(
-    store: Store, kept: list[References], runs: list[References], champions: set[str]
+    store: Store, kept: list[UsedArtifacts], runs: list[UsedArtifacts], champions: set[str]
 ) -> tuple[Freed, _Removal]:
     """Select what to remove; changes nothing."""
     entries, broken = _entries(store)

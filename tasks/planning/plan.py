@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 from dpo_core.config import Config
 from dpo_core.data.answers import measure_answers
 from dpo_core.errors import DpoError
-from dpo_core.estimates.estimate import Work
+from dpo_core.estimates.estimate import EstimatedWork
 from dpo_core.scoring.layout import lay_out
 from dpo_core.training.memory import step_memory, training_memory
 from tasks.planning.read_planned_run import read_planned_run
@@ -143,7 +143,7 @@ def _stage(name: str, result: StageResult, run: PlannedRun, speed: Speed) -> Sta
     job = "training" if trains else stage.job
     if result.cached:
         return StagePlan(name=name, state="cached", trains=trains, job=job)
-    work = stage.estimate(run, label_of(name)) if stage.estimate else Work()
+    work = stage.estimate(run, label_of(name)) if stage.estimate else EstimatedWork()
     parts = _memory(work, run, speed)
     processes = work.engine.processes if work.engine else work.processes
     if processes is None:
@@ -164,7 +164,7 @@ def _stage(name: str, result: StageResult, run: PlannedRun, speed: Speed) -> Sta
     )
 
 
-def _memory(work: Work, run: PlannedRun, speed: Speed) -> dict[str, int]:
+def _memory(work: EstimatedWork, run: PlannedRun, speed: Speed) -> dict[str, int]:
     if work.engine is None or work.fullest is None:
         return {}
     step = step_memory(run.config, lay_out(work.fullest), work.engine, on_gpu=speed.on_gpu)

@@ -81,7 +81,7 @@ class ChampionChange(Config):
     """Random id of the change."""
 
 
-class Entry(NamedTuple):
+class NumberedChange(NamedTuple):
     """A change with its place in the ledger."""
 
     number: int
@@ -97,7 +97,7 @@ class Ledger:
         self._tracker, self.model = tracker, name
         self.name = name + SUFFIX
 
-    def read(self) -> list[Entry]:
+    def read(self) -> list[NumberedChange]:
         """The valid entries in order. An entry is valid if it was decided on the last valid one before it."""
         query = f"name = '{self.name}'"
         versions = self._tracker.ask(
@@ -128,7 +128,7 @@ class Ledger:
 
     def settle(self) -> ChampionChange | None:
         """Apply the last change if it is not applied yet, and return it; None if there was nothing to do."""
-        applied: Entry | None = None
+        applied: NumberedChange | None = None
         while True:
             entries = self.read()
             if not entries:
@@ -151,7 +151,7 @@ class Ledger:
         """A registered version of the model; None if it was deleted."""
         return numbered(self._tracker, self.model, number)
 
-    def _apply(self, entry: Entry) -> None:
+    def _apply(self, entry: NumberedChange) -> None:
         change = entry.change
         version = self.version(change.version)
         if version is None:
@@ -182,7 +182,7 @@ class Ledger:
         for key, value in tags.items():
             self._set_tag(self.model, version, key, cut(value, TAG_CHARS))
 
-    def _set_state(self, entry: Entry, state: str) -> None:
+    def _set_state(self, entry: NumberedChange, state: str) -> None:
         self._set_tag(self.name, str(entry.number), _STATE, state)
 
     def _set_tag(self, model: str, version: str, key: str, value: str) -> None:
@@ -218,7 +218,7 @@ def champion_of(tracker: Tracker, name: str) -> Any | None:
     return version_of(tracker, name, ALIAS) if version is None else version
 
 
-def champion_history(entries: list[Entry]) -> list[str]:
+def champion_history(entries: list[NumberedChange]) -> list[str]:
     """The champions that a rollback can go back to, oldest first, the present one last.
 
     A promotion appends its version. A rollback removes the versions after its target, so that two rollbacks
@@ -248,17 +248,17 @@ def sentence(change: ChampionChange) -> str:
     )
 
 
-def _entry(version: Any) -> Entry | None:
+def _entry(version: Any) -> NumberedChange | None:
     """The entry that a registered version holds; None for a version that this code did not write."""
     try:
         change = ChampionChange.model_validate_json(version.tags[_CHANGE])
     except (KeyError, ValidationError):
         return None
-    return Entry(int(version.version), change, version.tags.get(_STATE, ""))
+    return NumberedChange(int(version.version), change, version.tags.get(_STATE, ""))
 
 
-def _valid(entries: list[Entry]) -> list[Entry]:
-    valid: list[Entry] = []
+def _valid(entries: list[NumberedChange]) -> list[NumberedChange]:
+    valid: list[NumberedChange] = []
     for entry in sorted(entries, key=lambda entry: entry.number):
         if entry.change.after == (valid[-1].number if valid else 0):
             valid.append(entry)

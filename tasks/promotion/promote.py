@@ -42,7 +42,7 @@ _SEE_CHAMPION = "See the current champion with: dpo promote --check"
 _CHALLENGER = "challenger"
 
 
-class Standing(Config):
+class ModelVersions(Config):
     """The versions of a registered model that have the aliases champion, previous-champion and challenger."""
 
     name: str
@@ -59,7 +59,7 @@ class Standing(Config):
     """False if the champion's weights were checked and differ from the registered ones."""
 
 
-def promote(workspace: str | Path, run_id: str, *, force: bool = False, reason: str = "") -> Standing:
+def promote(workspace: str | Path, run_id: str, *, force: bool = False, reason: str = "") -> ModelVersions:
     """Make a run's model the champion. Does nothing if it already is.
 
     Args:
@@ -117,7 +117,7 @@ def promote(workspace: str | Path, run_id: str, *, force: bool = False, reason: 
         return _record(tracker, ledger, change, notes)
 
 
-def rollback(workspace: str | Path, name: str | None = None, *, reason: str = "") -> Standing:
+def rollback(workspace: str | Path, name: str | None = None, *, reason: str = "") -> ModelVersions:
     """Make the previous champion the champion again.
 
     Args:
@@ -152,7 +152,7 @@ def rollback(workspace: str | Path, name: str | None = None, *, reason: str = ""
         return _record(tracker, ledger, change, notes)
 
 
-def check(workspace: str | Path) -> list[Standing]:
+def check(workspace: str | Path) -> list[ModelVersions]:
     """Complete interrupted promotions, verify the champions' weights, and list every model's champion."""
     place = open_workspace(workspace)
     tracker = registry_of(place)
@@ -208,7 +208,7 @@ def refuse(problem: str, reasons: list[str], remedy: str) -> NoReturn:
     raise PromotionRefused(message, remedy)
 
 
-def _record(tracker: Tracker, ledger: Ledger, change: ChampionChange, notes: list[str]) -> Standing:
+def _record(tracker: Tracker, ledger: Ledger, change: ChampionChange, notes: list[str]) -> ModelVersions:
     if not ledger.append(change):
         first = ledger.read()[-1].change
         problem = f"the {change.kind} of {change.name} version {change.version} was rejected"
@@ -264,13 +264,13 @@ def _signature() -> dict[str, Any]:
     return {"at": datetime.now(UTC), "by": f"{user}@{socket.gethostname()}", "mark": uuid.uuid4().hex}
 
 
-def _standing(tracker: Tracker, name: str, *, changed: bool = False, notes: list[str]) -> Standing:
+def _standing(tracker: Tracker, name: str, *, changed: bool = False, notes: list[str]) -> ModelVersions:
     def holder(alias: str) -> str | None:
         version = version_of(tracker, name, alias)
         return None if version is None else str(version.version)
 
     entries = Ledger(tracker, name).read()
-    return Standing(
+    return ModelVersions(
         name=name,
         champion=holder(ALIAS),
         previous=holder(PREVIOUS),

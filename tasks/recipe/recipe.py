@@ -31,7 +31,7 @@ from tasks.recipe.policies import (
     training_order,
 )
 from tasks.recipe.sections import CacheConfig, RegistryConfig, RewardConfig, TrackingConfig
-from tasks.recipe.study import Node, StudyConfig, check_study, nodes
+from tasks.recipe.study import PlannedPolicy, StudyConfig, check_study, nodes
 
 
 class Recipe(Config):
@@ -146,7 +146,7 @@ class Recipe(Config):
             raise ValueError("judge.kind must be llm: a run always measures with its reward")
         return self
 
-    def nodes(self) -> list[Node]:
+    def nodes(self) -> list[PlannedPolicy]:
         """Every training of a policy, each after those that it needs."""
         return list(nodes(self.policies, self.study, self.seed))
 

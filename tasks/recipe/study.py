@@ -73,7 +73,7 @@ def label(point: Mapping[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class Node:
+class PlannedPolicy:
     """One policy to train: in a study, at one point of its grid and with one seed."""
 
     policy: str
@@ -95,7 +95,9 @@ class Node:
         return [(m, self.seed) for m in self.config.models if m != REFERENCE and not is_external(m)]
 
 
-def nodes(policies: Mapping[str, PolicyFields], study: StudyConfig | None, seed: int) -> Iterator[Node]:
+def nodes(
+    policies: Mapping[str, PolicyFields], study: StudyConfig | None, seed: int
+) -> Iterator[PlannedPolicy]:
     """Every training, each after those that it needs.
 
     In a study all policies of one seed come before the next seed, so that a stopped study can compare them.
@@ -106,12 +108,12 @@ def nodes(policies: Mapping[str, PolicyFields], study: StudyConfig | None, seed:
     """
     order = training_order(policies)
     if study is None:
-        yield from (Node(name, policies[name], seed) for name in order)
+        yield from (PlannedPolicy(name, policies[name], seed) for name in order)
         return
     for study_seed in study.seeds:
         for name in order:
             for point in study.points(name):
-                yield Node(name, with_changes(policies[name], point), study_seed, label(point))
+                yield PlannedPolicy(name, with_changes(policies[name], point), study_seed, label(point))
 
 
 def with_changes(policy: PolicyFields, changes: Mapping[str, Any]) -> PolicyFields:

@@ -10,7 +10,7 @@ import pandas as pd
 from dpo_core.objectives import get
 from tasks.recipe.policies import REFERENCE, PolicyFields
 from tasks.recipe.recipe import Recipe
-from tasks.reports.run_report import PolicyAbout, Trained, lineage
+from tasks.reports.run_report import PolicyAbout, TrainingDescription, lineage
 from tasks.store.facts import GateFacts, ImportFacts, TrainingFacts, facts_of
 from tasks.store.manifest import Manifest
 
@@ -47,7 +47,7 @@ class RunData:
 
 def describe_candidate(
     recipe: Recipe, data: RunData, model: Manifest, policies: Mapping[str, PolicyAbout]
-) -> Trained:
+) -> TrainingDescription:
     """The description of a run's candidate and its training.
 
     Args:
@@ -71,7 +71,7 @@ def describe_candidate(
     def listed(chosen: Iterable[str]) -> str:
         return "; ".join(", ".join(_named(name, recipe.policies[name])) for name in chosen)
 
-    return Trained(
+    return TrainingDescription(
         base_model=_model(recipe, data.base),
         started_from=facts_of(data.base, ImportFacts).started_from,
         data="; ".join([_source(recipe), *counts]),

@@ -3,11 +3,11 @@
 from pydantic import JsonValue
 
 from tasks.reports.about import RunData
-from tasks.reports.run_report import Measured
+from tasks.reports.run_report import EvaluationDetails
 from tasks.store.facts import GateFacts, LoadFacts, facts_of
 
 
-def data_notes(data: RunData, evaluation: Measured) -> dict[str, JsonValue]:
+def data_notes(data: RunData, evaluation: EvaluationDetails) -> dict[str, JsonValue]:
     """Notes by title: remarks of the reader, how prompts became tokens, and rows and accuracy of each set."""
     loaded = facts_of(data.loaded, LoadFacts)
     notes: dict[str, JsonValue] = {}

@@ -41,13 +41,13 @@ class EvaluationReport(Config):
     notes: dict[str, JsonValue] = Field(default_factory=dict)
 
 
-class Headline(NamedTuple):
+class EvaluationHeadline(NamedTuple):
     text: str
     kind: Literal["good", "bad", "unclear", "plain"]
     reasons: list[str]
 
 
-def headline(report: EvaluationReport) -> Headline:
+def headline(report: EvaluationReport) -> EvaluationHeadline:
     """The result of the first comparison; without one, the win rate or the names of the models.
 
     It counts the tested measures on which the candidate is better or worse. It does not call the candidate
@@ -59,29 +59,33 @@ def headline(report: EvaluationReport) -> Headline:
     judged = [_judged(rate) for rate in report.win_rates]
     if not report.comparisons:
         if judged:
-            return Headline(judged[0], "plain", scope or ["Answers to the same prompts were judged."])
-        return Headline(f"Evaluation of {' and '.join(m.name for m in report.models)}", "plain", scope)
+            return EvaluationHeadline(
+                judged[0], "plain", scope or ["Answers to the same prompts were judged."]
+            )
+        return EvaluationHeadline(
+            f"Evaluation of {' and '.join(m.name for m in report.models)}", "plain", scope
+        )
     reasons = [f"{c.candidate} against {c.baseline}: {outcome(c)}." for c in report.comparisons]
     reasons += [f"{sentence}." for sentence in judged] + scope
     return _result(report.comparisons[0], reasons)
 
 
-def _result(first: Comparison, reasons: list[str]) -> Headline:
+def _result(first: Comparison, reasons: list[str]) -> EvaluationHeadline:
     tested = [row.finding for row in first.rows if row.p_holm is not None]
     if not tested:
         text = f"The suites could not compare {first.candidate} with {first.baseline}"
-        return Headline(text, "unclear", [*first.left_out[:3], *reasons])
+        return EvaluationHeadline(text, "unclear", [*first.left_out[:3], *reasons])
     better, worse = tested.count("better"), tested.count("worse")
     of = f"of {len(tested)} measure{'' if len(tested) == 1 else 's'}"
     than = f"than {first.baseline} on"
     if better and worse:
         text = f"{first.candidate} is better {than} {better} and worse on {worse} {of}"
-        return Headline(text, "unclear", reasons)
+        return EvaluationHeadline(text, "unclear", reasons)
     if better:
-        return Headline(f"{first.candidate} is better {than} {better} {of}", "good", reasons)
+        return EvaluationHeadline(f"{first.candidate} is better {than} {better} {of}", "good", reasons)
     if worse:
-        return Headline(f"{first.candidate} is worse {than} {worse} {of}", "bad", reasons)
-    return Headline(
+        return EvaluationHeadline(f"{first.candidate} is worse {than} {worse} {of}", "bad", reasons)
+    return EvaluationHeadline(
         f"No difference between {first.candidate} and {first.baseline} is shown", "unclear", reasons
     )
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from markupsafe import Markup
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from dpo_core.evaluation.compare import Comparison, Row
+from dpo_core.evaluation.compare import Comparison, ComparisonRow
 from dpo_core.evaluation.results import Kind
 from dpo_core.judging.results import WinRate
 from dpo_core.statistics.estimates import Estimate
@@ -56,7 +56,7 @@ def win_rate_figure(rates: Sequence[WinRate]) -> Figure | None:
 def difference_figures(comparison: Comparison, suites: Sequence[SuiteRow]) -> list[Figure]:
     """The tested differences of one comparison: all shares in one panel, one panel for each other unit."""
     titles = {row.suite: row.title for row in suites}
-    panels: dict[tuple[Kind, str], list[Row]] = {}
+    panels: dict[tuple[Kind, str], list[ComparisonRow]] = {}
     tested = [row for row in comparison.rows if row.p_holm is not None]
     for row in tested:
         unit = "" if row.kind == "share" else row.unit or row.label
@@ -79,12 +79,12 @@ def difference_figures(comparison: Comparison, suites: Sequence[SuiteRow]) -> li
     ]
 
 
-def _shares_first(panel: tuple[tuple[Kind, str], list[Row]]) -> tuple[bool, str]:
+def _shares_first(panel: tuple[tuple[Kind, str], list[ComparisonRow]]) -> tuple[bool, str]:
     (kind, unit), _ = panel
     return kind != "share", unit
 
 
-def _difference(row: Row, titles: Mapping[str, str]) -> Bar:
+def _difference(row: ComparisonRow, titles: Mapping[str, str]) -> Bar:
     value = measured(row.difference, row.kind, difference=True).value
     mark = FINDINGS[row.finding]
     name = row_name(row, titles)
@@ -96,7 +96,7 @@ def _cut(count: int) -> str:
     return f"{MAX_BARS} of {count} are drawn." if count > MAX_BARS else ""
 
 
-def _clearest(rows: Sequence[Row]) -> list[Row]:
+def _clearest(rows: Sequence[ComparisonRow]) -> list[ComparisonRow]:
     """At most MAX_BARS rows, those with the smallest p, in the order of the table."""
     clearest = sorted(range(len(rows)), key=lambda i: rows[i].p)[:MAX_BARS]
     return [rows[i] for i in sorted(clearest)]

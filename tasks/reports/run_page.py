@@ -17,7 +17,7 @@ from tasks.reports.figures import Figure, curve_figures, frontier_figure
 from tasks.reports.forest_plot import difference_figures, win_rate_figure
 from tasks.reports.format import duration, number, percent, scaled
 from tasks.reports.lineage import chain, policy_lines
-from tasks.reports.run_report import Cost, RunReport, Sample, SuiteRow
+from tasks.reports.run_report import RunCost, RunReport, Sample, SuiteRow
 from tasks.reports.run_text import policy_metrics, reward_metrics, reward_use, stage_size
 from tasks.reports.tables import (
     COMPARISON_HEAD,
@@ -192,7 +192,7 @@ def sample_context(samples: Sequence[Sample]) -> dict[str, Any]:
     return {"samples": samples[:MAX_SAMPLES], "samples_recorded": len(samples)}
 
 
-def cost_facts(cost: Cost | None, win_rates: Sequence[WinRate] = ()) -> list[Fact]:
+def cost_facts(cost: RunCost | None, win_rates: Sequence[WinRate] = ()) -> list[Fact]:
     """Time, tokens, compute, memory and judge cost, as far as recorded."""
     facts = []
     if cost:

@@ -106,7 +106,7 @@ class GateRow(Config):
     findings: list[GateFinding] = Field(default_factory=list)
 
 
-class Trained(Config):
+class TrainingDescription(Config):
     """A description of the training that differs between any two runs with different settings."""
 
     base_model: str
@@ -167,7 +167,7 @@ class PolicyTable(Config):
         return next((row for row in self.policies if row.name == name), None)
 
 
-class Measured(PolicyTable):
+class EvaluationDetails(PolicyTable):
     """The full result of the evaluation stage."""
 
     held_out_pairs: int
@@ -208,7 +208,7 @@ class SuiteRow(Config):
     measures: list[Measure]
 
 
-class Cost(Config):
+class RunCost(Config):
     """Time, tokens, compute and memory that the run used."""
 
     seconds: float
@@ -278,7 +278,7 @@ class RunReport(Config):
     stages: list[StageRow] = Field(default_factory=list)
     gate: list[GateRow] = Field(default_factory=list)
     evaluation: Evaluation | None = None
-    trained: Trained | None = None
+    trained: TrainingDescription | None = None
     """What was trained; None in reports of older versions."""
     candidate: str
     """The policy that was registered."""
@@ -299,7 +299,7 @@ class RunReport(Config):
     curves: dict[str, list[dict[str, float]]] = Field(default_factory=dict)
     """Training metrics by row of the stage table: rows of `step` and metrics. Values that are not finite are
     left out, because JSON cannot represent them."""
-    cost: Cost | None = None
+    cost: RunCost | None = None
     model: ModelRow | None = None
     notes: dict[str, JsonValue] = Field(default_factory=dict)
 

@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from dpo_core.data.answers import Answers
+from dpo_core.data.answers import AnswerStatistics
 from tasks.recipe.recipe import Recipe
 from tasks.reports.alarms import COMPLETE_SHARE, CUT_SHARE, cut_message
 
 
-def answers_cut(recipe: Recipe, answers: Answers | None) -> str:
+def answers_cut(recipe: Recipe, answers: AnswerStatistics | None) -> str:
     """A warning if answers as long as the data's would be cut; else empty."""
     limit = recipe.evaluate.sampling.max_new_tokens
     if answers is None or answers.complete < COMPLETE_SHARE:

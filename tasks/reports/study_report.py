@@ -11,7 +11,7 @@ from dpo_core.config import Config
 from dpo_core.study import DOMINATES, Claim, Study, StudySummary, claims, summarise
 from dpo_core.system import write_atomic
 from tasks.reports.run_page import Part, cost_facts, fill
-from tasks.reports.run_report import Cost, RunInfo, StageRow
+from tasks.reports.run_report import RunCost, RunInfo, StageRow
 from tasks.reports.run_text import fenced, markdown_table, plain, stage_size
 from tasks.reports.study_figures import figures, write_picture
 from tasks.reports.study_tables import (
@@ -34,7 +34,7 @@ class StudyReport(Config):
     summary: StudySummary
     claims: list[Claim]
     stages: list[StageRow] = Field(default_factory=list)
-    cost: Cost | None = None
+    cost: RunCost | None = None
     """Cost of the whole study."""
     notes: dict[str, JsonValue] = Field(default_factory=dict)
 
@@ -55,7 +55,7 @@ def _renamed(value: Any) -> Any:
     return value
 
 
-class Headline(NamedTuple):
+class StudyHeadline(NamedTuple):
     text: str
     kind: Literal["good", "bad", "unclear", "plain"]
 
@@ -64,7 +64,7 @@ def study_report(
     study: Study,
     run: RunInfo,
     stages: list[StageRow] | None = None,
-    cost: Cost | None = None,
+    cost: RunCost | None = None,
     notes: dict[str, JsonValue] | None = None,
 ) -> StudyReport:
     """Summarise the study, check the claims, and combine both with the run's facts."""
@@ -87,12 +87,12 @@ def write_report(report: StudyReport, folder: Path) -> Path:
     return page
 
 
-def headline(report: StudyReport) -> Headline:
+def headline(report: StudyReport) -> StudyHeadline:
     """The verdict on the claim of dominance; if it was not measured, the names of the compared policies."""
     claim = next((claim for claim in report.claims if DOMINATES in claim.claim), None)
     if claim is None or claim.verdict == "not measured":
         drawn = report.study.drawn_policies()
-        return Headline(f"Reward against KL: {', '.join(drawn) or 'no policy was measured'}", "plain")
+        return StudyHeadline(f"Reward against KL: {', '.join(drawn) or 'no policy was measured'}", "plain")
     words = {
         "supported": claim.claim,
         "contradicted": claim.claim.replace(DOMINATES, "does not dominate"),
@@ -101,7 +101,7 @@ def headline(report: StudyReport) -> Headline:
     kinds: dict[str, Literal["good", "bad", "unclear"]] = {
         "supported": "good", "contradicted": "bad", "undecided": "unclear",
     }  # fmt: skip
-    return Headline(words[claim.verdict], kinds[claim.verdict])
+    return StudyHeadline(words[claim.verdict], kinds[claim.verdict])
 
 
 def _reward_words(study: Study) -> str:

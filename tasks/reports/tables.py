@@ -6,7 +6,7 @@ from typing import NamedTuple
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from dpo_core.evaluation.compare import Comparison, Row
+from dpo_core.evaluation.compare import Comparison, ComparisonRow
 from dpo_core.evaluation.results import Measure
 from dpo_core.judging.results import WinRate
 from tasks.reports.format import Cell, measured, number, p_value, percent, share
@@ -123,12 +123,12 @@ def outcome(comparison: Comparison) -> str:
     return ", ".join(f"{tested.count(name)} {name}" for name in ("better", "worse", "undecided"))
 
 
-def row_name(row: Row, titles: Mapping[str, str]) -> str:
+def row_name(row: ComparisonRow, titles: Mapping[str, str]) -> str:
     """Suite and subset of a row."""
     return " · ".join(part for part in (titles.get(row.suite, row.suite), row.subset) if part)
 
 
-def _comparison_line(row: Row, titles: Mapping[str, str]) -> Line:
+def _comparison_line(row: ComparisonRow, titles: Mapping[str, str]) -> Line:
     return Line(
         row_name(row, titles),
         ", ".join(part for part in (row.label, _LOWER[row.better]) if part),

@@ -36,7 +36,7 @@ STATUSES = ("running", "done", "failed", "refused", "stopped")
 
 
 @dataclass(frozen=True)
-class Started:
+class StartTime:
     """The start of some work, with a clock for its duration."""
 
     at: datetime = field(default_factory=lambda: datetime.now(UTC))

@@ -19,7 +19,7 @@ from tasks.store.store import Store
 LIST = "stages.jsonl"
 
 
-class References(NamedTuple):
+class UsedArtifacts(NamedTuple):
     """The references of one run."""
 
     run_id: str
@@ -59,13 +59,13 @@ def record_lookup(store: Store, run_id: str, stage: str, key: str, inputs: Itera
             os.close(handle)
 
 
-def read_references(workspace: Path) -> list[References]:
+def read_references(workspace: Path) -> list[UsedArtifacts]:
     """The references of every run of the workspace. A folder without a record and a list is not a run."""
     folders = [folder for folder in (workspace / "runs").glob("*") if folder.is_dir()]
     return [run for folder in sorted(folders) if (run := _references(folder)) is not None]
 
 
-def _references(folder: Path) -> References | None:
+def _references(folder: Path) -> UsedArtifacts | None:
     record = None
     with suppress(OSError, ValueError):
         record = RunRecord.model_validate_json((folder / "run.json").read_bytes())
@@ -79,7 +79,7 @@ def _references(folder: Path) -> References | None:
         digests.update([stage["sha256"], *stage["parents"]])
     if record is None and not (folder / "run.json").exists() and not lines:
         return None
-    return References(
+    return UsedArtifacts(
         folder.name,
         record,
         frozenset(keys),

@@ -9,11 +9,11 @@ from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule, RRu
 from prefect.server.schemas.schedules import SCHEDULE_TYPES
 from pydantic import TypeAdapter, ValidationError
 
-from deploy.prefect_file import Schedule
+from deploy.prefect_file import DeploymentSchedule
 from dpo_core.errors import RecipeError
 
 
-def prefect_schedule(schedule: Schedule, where: str) -> Any:
+def prefect_schedule(schedule: DeploymentSchedule, where: str) -> Any:
     """The schedule as an object of Prefect's client.
 
     Raises:

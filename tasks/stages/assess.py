@@ -11,7 +11,7 @@ from dpo_core.judging.results import WinRate
 from tasks.promotion.champion import Champion
 from tasks.recipe.policies import CHAMPION, REFERENCE
 from tasks.recipe.recipe import Recipe
-from tasks.reports.run_report import GateRow, Measured, SuiteRow
+from tasks.reports.run_report import EvaluationDetails, GateRow, SuiteRow
 from tasks.stages.judging import JUDGE, load_win_rates
 from tasks.stages.registry import label_of, stage_of
 from tasks.stages.suites import SUITES, load_suites
@@ -26,7 +26,7 @@ class Assessment(NamedTuple):
     win_rates: list[WinRate]
 
 
-def assess(recipe: Recipe, manifests: Mapping[str, Manifest], evaluation: Measured) -> Assessment:
+def assess(recipe: Recipe, manifests: Mapping[str, Manifest], evaluation: EvaluationDetails) -> Assessment:
     """The results of suites and judges as tables.
 
     Args:
@@ -55,7 +55,7 @@ def assess(recipe: Recipe, manifests: Mapping[str, Manifest], evaluation: Measur
 
 def decide_promotion(
     recipe: Recipe,
-    evaluation: Measured,
+    evaluation: EvaluationDetails,
     comparisons: Sequence[Comparison],
     gate: Sequence[GateRow],
     alarms: Mapping[str, str],

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from dpo_core.estimates import estimate
     from tasks.stages.planned_run import PlannedRun
 
-    Estimate = Callable[[PlannedRun, str], estimate.Work]
+    Estimate = Callable[[PlannedRun, str], estimate.EstimatedWork]
     Settings = Callable[[PlannedRun, str], tuple[str, Any]]
 
 log = logging.getLogger("dpo")

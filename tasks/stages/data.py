@@ -43,7 +43,7 @@ def kind_of(rows: Manifest) -> Literal["pairs", "unpaired"]:
     return "unpaired" if rows.stage == GATES["unpaired"].name else "pairs"
 
 
-def _estimate(run: PlannedRun, label: str) -> estimate.Work:
+def _estimate(run: PlannedRun, label: str) -> estimate.EstimatedWork:
     config = run.recipe.pairs
     return run.sampling_work(None, config.sampling.max_new_tokens, config.samples_per_prompt)
 
@@ -95,9 +95,9 @@ def load_data(context: Context, config: DataConfig) -> StageResult:
         )
         return Output(out, rows=len(frame), facts=facts)
 
-    slice_ = {"data": config.model_dump(mode="json"), "files": source_digests(config)}
+    key_settings = {"data": config.model_dump(mode="json"), "files": source_digests(config)}
     return run_stage(
-        context, LOAD, {}, slice_, compute, planned_facts=lambda: LoadFacts(kind=load(config).kind)
+        context, LOAD, {}, key_settings, compute, planned_facts=lambda: LoadFacts(kind=load(config).kind)
     )
 
 
@@ -150,14 +150,14 @@ def validate(
         metrics |= {"data/rows": float(rows), "data/dropped": float(report.dropped)}
         return Output(out, rows=rows, facts=gate_facts, metrics=metrics)
 
-    slice_ = {
+    key_settings = {
         "subject": subject,
         # The baseline by its content, not by its path.
         "gate": gate.model_dump(mode="json", exclude={"baseline"}),
         "baseline": baseline,
         "tokens": tokens.model_dump(mode="json"),
     }
-    return run_stage(context, GATES[subject], {"data": data, "tokenizer": model}, slice_, compute)
+    return run_stage(context, GATES[subject], {"data": data, "tokenizer": model}, key_settings, compute)
 
 
 def _require_sides(sides: dict[str, int], dropped: int, *, sampled: bool) -> None:
@@ -204,10 +204,10 @@ def sample_pairs(
             out, rows=facts.pairs, facts=facts, metrics=metrics | {"cost/flops": facts.flops or 0.0}
         )
 
-    slice_ = {
+    key_settings = {
         "pairs": config.model_dump(mode="json"),
         "tokens": tokens.model_dump(mode="json"),
         "reward": reward_identity(reward),
         "seed": seed,
     }
-    return run_stage(context, SAMPLE, {"prompts": prompts, "reference": reference}, slice_, compute)
+    return run_stage(context, SAMPLE, {"prompts": prompts, "reference": reference}, key_settings, compute)

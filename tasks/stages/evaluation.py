@@ -10,8 +10,8 @@ from typing import Any
 import pandas as pd
 
 from dpo_core.config import Config
-from dpo_core.data.tokens.tokenise import Sequence as Ids
 from dpo_core.data.tokens.tokenise import TokenConfig
+from dpo_core.data.tokens.tokenise import TokenSequence as Ids
 from dpo_core.evaluation.config import EvaluateConfig
 from dpo_core.evaluation.policy_row import VERSION, PolicyRow
 from dpo_core.evaluation.summary import PolicySamples, summarise_samples
@@ -21,7 +21,7 @@ from dpo_core.judging.results import WinRate
 from dpo_core.rewards.functions import reward_identity
 from dpo_core.statistics.estimates import Estimate, paired_bootstrap
 from tasks.recipe.policies import CHAMPION, REFERENCE
-from tasks.reports.run_report import Measured, Sample
+from tasks.reports.run_report import EvaluationDetails, Sample
 from tasks.stages.base import Context, Output, RunningStage, Stage, StageResult, run_stage, stage_task
 from tasks.stages.data import kind_of
 from tasks.stages.job import common_fields, run_model_job
@@ -54,7 +54,7 @@ class EvaluationSettings:
     reward: str | None
     """The known reward, if there is one."""
 
-    def as_slice(self, exclude: Set[str] = frozenset()) -> dict[str, Any]:
+    def as_key(self, exclude: Set[str] = frozenset()) -> dict[str, Any]:
         """The settings as part of a stage's key, without fields of `config` that the stage does not read."""
         return {
             "config": self.config.model_dump(mode="json", exclude=set(exclude)),
@@ -64,7 +64,7 @@ class EvaluationSettings:
         }
 
 
-class Answers(Config):
+class PolicyAnswers(Config):
     """The answers of all policies, with their rewards."""
 
     prompts: list[str]
@@ -112,7 +112,7 @@ def evaluate(
     inputs |= {"prompts": prompts, kind_of(pairs): pairs}
     if reward_model:
         inputs["reward_model"] = reward_model
-    return run_stage(context, EVALUATE, inputs, settings.as_slice(), compute)
+    return run_stage(context, EVALUATE, inputs, settings.as_key(), compute)
 
 
 def _evaluate(
@@ -122,7 +122,7 @@ def _evaluate(
     pairs: Manifest,
     reward_model: Manifest | None,
     settings: EvaluationSettings,
-) -> tuple[Measured, Answers, float]:
+) -> tuple[EvaluationDetails, PolicyAnswers, float]:
     """The measurements, all answers, and the floating-point operations of the job."""
     config, seed = settings.config, settings.seed
     result = run_evaluation(
@@ -148,7 +148,7 @@ def _evaluate(
         accuracy = None if name == REFERENCE else facts["accuracy"]
         table.append(PolicyRow(name=name, **row, accuracy=accuracy))
     reward_name = "reward model" if reward_model else str(settings.reward)
-    measured = Measured(
+    measured = EvaluationDetails(
         reward_name=reward_name,
         reward_is_true=reward_model is None,
         n_prompts=len(texts),
@@ -164,7 +164,7 @@ def _evaluate(
         gain_over_champion=_gain_over_champion(samples, seed),
         win_rates=_win_rates(samples, texts, reward_name, seed),
     )
-    answers = Answers(
+    answers = PolicyAnswers(
         prompts=texts,
         prompt_index=samples[REFERENCE].prompt_index,
         answers={name: drawn.texts for name, drawn in samples.items()},
@@ -258,11 +258,11 @@ def readable(prompt: str) -> str:
         return prompt
 
 
-def load_evaluation(manifest: Manifest) -> Measured:
+def load_evaluation(manifest: Manifest) -> EvaluationDetails:
     """Read the measurements that the stage wrote."""
-    return Measured.model_validate_json((manifest.path / FILE).read_bytes())
+    return EvaluationDetails.model_validate_json((manifest.path / FILE).read_bytes())
 
 
-def load_answers(manifest: Manifest) -> Answers:
+def load_answers(manifest: Manifest) -> PolicyAnswers:
     """Read the answers that the stage wrote."""
-    return Answers.model_validate_json((manifest.path / ANSWERS_FILE).read_bytes())
+    return PolicyAnswers.model_validate_json((manifest.path / ANSWERS_FILE).read_bytes())

@@ -135,8 +135,8 @@ def judge_policies(context: Context, evaluation: Manifest, config: JudgeConfig, 
         metrics = {f"judge/{rate.a.lower()}-over-{rate.b.lower()}": rate.rate.value for rate in rates}
         return Output(out, rows=len(prompts), metrics=metrics)
 
-    slice_ = {"config": config.model_dump(mode="json"), "seed": seed}
-    return run_stage(context, JUDGE, {"evaluation": evaluation}, slice_, compute)
+    key_settings = {"config": config.model_dump(mode="json"), "seed": seed}
+    return run_stage(context, JUDGE, {"evaluation": evaluation}, key_settings, compute)
 
 
 def load_win_rates(manifest: Manifest) -> list[WinRate]:

@@ -7,8 +7,8 @@ import numpy as np
 
 from dpo_core.config import Config
 from dpo_core.statistics.text import distinct_n
-from dpo_core.study import Cost, Point
-from tasks.recipe.study import Node
+from dpo_core.study import Point, PolicyCost
+from tasks.recipe.study import PlannedPolicy
 from tasks.stages.base import Context, Output, RunningStage, Stage, StageResult, run_stage, stage_task
 from tasks.stages.evaluation import EvaluationSettings, read_samples, run_evaluation
 from tasks.store.facts import Facts, facts_of
@@ -56,7 +56,7 @@ def measure(
         return Output(out, rows=len(measured.kl_P), metrics=metrics)
 
     inputs = {"policy": policy, "reference": reference, "prompts": prompts}
-    return run_stage(context, MEASURE, inputs, settings.as_slice(exclude={"pairs", "shown"}), compute)
+    return run_stage(context, MEASURE, inputs, settings.as_key(exclude={"pairs", "shown"}), compute)
 
 
 def _measured(
@@ -103,7 +103,9 @@ def read_measurement(manifest: Manifest) -> Measurement:
     return Measurement.model_validate_json((manifest.path / FILE).read_bytes())
 
 
-def point_of(node: Node, trained: Manifest, measured: Manifest, needed: Mapping[str, Manifest]) -> Point:
+def point_of(
+    node: PlannedPolicy, trained: Manifest, measured: Manifest, needed: Mapping[str, Manifest]
+) -> Point:
     """A policy as a point of the study.
 
     Args:
@@ -112,7 +114,7 @@ def point_of(node: Node, trained: Manifest, measured: Manifest, needed: Mapping[
     measurement = read_measurement(measured)
     costs = [facts_of(manifest, Facts) for manifest in (trained, *needed.values())]
     memory = [cost.peak_memory_bytes for cost in costs if cost.peak_memory_bytes]
-    cost = Cost(
+    cost = PolicyCost(
         flops=sum(cost.flops or 0.0 for cost in costs),
         seconds=sum(cost.seconds or 0.0 for cost in costs),
         peak_memory_bytes=max(memory, default=None),

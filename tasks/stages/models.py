@@ -25,7 +25,7 @@ from dpo_core.scoring.precision import Precision
 from dpo_core.training.config import EngineConfig
 from tasks.promotion.model_source import as_folder
 from tasks.recipe.policies import REFERENCE, PolicyFields
-from tasks.recipe.study import Node
+from tasks.recipe.study import PlannedPolicy
 from tasks.runs.record import read_run
 from tasks.stages.base import Context, Output, RunningStage, Stage, StageResult, run_stage, stage_task
 from tasks.stages.data import kind_of
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 IMPORT = Stage("import-model", 2, "model", ImportFacts, overhead=5.0, job="one rank")
 
 
-def _estimate(run: PlannedRun, label: str) -> estimate.Work:
+def _estimate(run: PlannedRun, label: str) -> estimate.EstimatedWork:
     """Reading the training examples of the first policy that uses this cache."""
     labels = cache_labels(list(run.nodes.values()))
     policy = next(run.nodes[node].config for node, cache in labels.items() if cache == label)
@@ -48,7 +48,7 @@ def _estimate(run: PlannedRun, label: str) -> estimate.Work:
     tokens, flops = estimate.read(run.shape, examples)
     times = 1 + bool(getattr(policy.settings, "reads_mismatched", False))
     precision = policy.settings.engine.precision
-    return estimate.Work(
+    return estimate.EstimatedWork(
         times * tokens,
         times * flops,
         precision,
@@ -85,15 +85,15 @@ def import_model(context: Context, config: ModelConfig, max_length: int, precisi
             facts = facts.model_copy(update={"started_from": origin})
         if config.trust_remote_code:
             running.mlflow.tag("dpo.trust_remote_code", "true")
-            code = slice_.get("code", "no Python file")
+            code = key_settings.get("code", "no Python file")
             facts = facts.model_copy(update={"remote_code_sha256": code})
         return Output(out, parameters=parameter_count(out), facts=facts)
 
-    slice_ = _import_slice(config, source)
+    key_settings = _import_settings(config, source)
     if origin is not None:
-        del slice_["name"]  # the same weights of another version or run are the same model
-    slice_["check"] = {"version": CHECK_VERSION, "longest": max_length, "precision": precision}
-    result = run_stage(context, IMPORT, {}, slice_, compute)
+        del key_settings["name"]  # the same weights of another version or run are the same model
+    key_settings["check"] = {"version": CHECK_VERSION, "longest": max_length, "precision": precision}
+    result = run_stage(context, IMPORT, {}, key_settings, compute)
     if config.trust_remote_code and not context.plan:
         # On the whole run, even if an earlier run imported the model.
         context.tracker.parent.tag("dpo.trust_remote_code", "true")
@@ -118,7 +118,7 @@ def _resolve(context: Context, config: ModelConfig) -> tuple[ModelConfig, Origin
     return folder, origin
 
 
-def _import_slice(config: ModelConfig, source: Path) -> dict[str, Any]:
+def _import_settings(config: ModelConfig, source: Path) -> dict[str, Any]:
     """Everything that decides the model: contents and digests as well as paths, so that a model or
     template overwritten in place does not match the cache."""
     settings = {**config.model_dump(mode="json"), "source": _source_digest(source)}
@@ -163,7 +163,7 @@ def cache_reference(
     engine = settings.engine
 
     def compute(running: RunningStage) -> Output:
-        limit = _logps_slice(policy, seed).get("limit")
+        limit = _logps_settings(policy, seed).get("limit")
         training = running.scratch / "train.parquet"
         count = write_split(rows, "train", training, limit=limit, seed=seed)
         out = running.empty_folder("out")
@@ -196,11 +196,14 @@ def cache_reference(
         metrics |= {f"data/{reason}": float(number) for reason, number in dropped.items()}
         return Output(out, rows=count - sum(dropped.values()), facts=facts, metrics=metrics)
 
-    slice_: dict[str, Any] = {"tokens": tokens.model_dump(mode="json"), "definition": DEFINITION_VERSION}
-    slice_ |= _logps_slice(policy, seed)
+    key_settings: dict[str, Any] = {
+        "tokens": tokens.model_dump(mode="json"),
+        "definition": DEFINITION_VERSION,
+    }
+    key_settings |= _logps_settings(policy, seed)
     if not reference.planned:
         weights_sha256(reference)  # raises if it is missing, before the job starts
-    return run_stage(context, CACHE, {"reference": reference, kind_of(rows): rows}, slice_, compute)
+    return run_stage(context, CACHE, {"reference": reference, kind_of(rows): rows}, key_settings, compute)
 
 
 def _ranks_of(engine: EngineConfig, ranks: InferenceConfig) -> InferenceConfig:
@@ -208,7 +211,7 @@ def _ranks_of(engine: EngineConfig, ranks: InferenceConfig) -> InferenceConfig:
     return ranks.model_copy(update={"processes": engine.processes, "threads": engine.threads})
 
 
-def _logps_slice(policy: PolicyFields, seed: int) -> dict[str, Any]:
+def _logps_settings(policy: PolicyFields, seed: int) -> dict[str, Any]:
     """Everything apart from reference, rows and tokens that decides the log-probs of a policy's training.
 
     Token budget, processes and threads change the time and not the values.
@@ -222,7 +225,7 @@ def _logps_slice(policy: PolicyFields, seed: int) -> dict[str, Any]:
     return needed
 
 
-def cache_labels(nodes: Sequence[Node]) -> dict[str, str]:
+def cache_labels(nodes: Sequence[PlannedPolicy]) -> dict[str, str]:
     """Map the label of each node that reads cached log-probs to the label of the stage that computes them.
 
     Nodes that need the same log-probs share a stage. Its label names a reference other than the prepared one,
@@ -239,6 +242,8 @@ def cache_labels(nodes: Sequence[Node]) -> dict[str, str]:
             label += f" seed {node.seed}"
         other = first.setdefault(label, (policy, node.seed))
         labels[node.label] = (
-            label if _logps_slice(*other) == _logps_slice(policy, node.seed) else f"{label} for{node.label}"
+            label
+            if _logps_settings(*other) == _logps_settings(policy, node.seed)
+            else f"{label} for{node.label}"
         )
     return labels

@@ -12,13 +12,13 @@ import numpy as np
 import pandas as pd
 
 from dpo_core.data.tokens.tokenise import Tokenise
-from dpo_core.estimates.estimate import CAPPED, Examples, Inputs, Work, read, unknown
+from dpo_core.estimates.estimate import CAPPED, EstimatedWork, Examples, Inputs, read, unknown
 from dpo_core.examples.unpaired import unpaired_examples
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.document import Document
 from tasks.recipe.policies import PolicyFields
 from tasks.recipe.recipe import Recipe
-from tasks.recipe.study import Node
+from tasks.recipe.study import PlannedPolicy
 
 SAMPLED_ROWS = 2000
 """At most so many rows are tokenised; the estimate for all rows is extrapolated from them."""
@@ -49,7 +49,7 @@ class PlannedRun:
         return shape_of_config(self.config)
 
     @cached_property
-    def nodes(self) -> dict[str, Node]:
+    def nodes(self) -> dict[str, PlannedPolicy]:
         """The policies to train, by the label of their stages."""
         return {node.label: node for node in self.recipe.nodes()}
 
@@ -121,16 +121,16 @@ class PlannedRun:
         kept = [ids for ids in prompts if ids]
         return kept, _usable(rows, len(kept))
 
-    def sampling_work(self, side: str | None, new: int, each: int, most: int | None = None) -> Work:
+    def sampling_work(self, side: str | None, new: int, each: int, most: int | None = None) -> EstimatedWork:
         """The work of sampling `each` completions of `new` tokens for all prompts of a side, or `most`."""
         prompts, count = self.prompts(side, new, distinct=most is not None)
         count = min(count, most or count) * each
         lengths = [len(p) for p in prompts]
         flops = cost.generation(self.shape, lengths, new) / max(len(lengths), 1)
         tokens = float(np.mean(lengths)) + new
-        return Work(count * tokens, count * flops, note=CAPPED)
+        return EstimatedWork(count * tokens, count * flops, note=CAPPED)
 
-    def evaluation_work(self, policies: int) -> Work:
+    def evaluation_work(self, policies: int) -> EstimatedWork:
         """The work of an evaluation of `policies` models, the reference among them.
 
         Each model samples and scores its samples, and the reference scores them too.

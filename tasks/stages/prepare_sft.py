@@ -18,12 +18,12 @@ from dpo_core.system import digest_file
 from tasks.stages.base import Context, Output, RunningStage, Stage, StageResult, run_stage, stage_task
 from tasks.stages.data import kind_of
 from tasks.stages.planned_run import SAMPLED_ROWS, PlannedRun
-from tasks.stages.training_job import TrainingSetup, train, training_slice
+from tasks.stages.training_job import TrainingSetup, key_settings_of, train
 from tasks.store.facts import TrainingFacts
 from tasks.store.manifest import Manifest
 
 
-def _estimate(run: PlannedRun, label: str) -> estimate.Work:
+def _estimate(run: PlannedRun, label: str) -> estimate.EstimatedWork:
     config, recipe = run.recipe.sft, run.recipe
     if config.made_demonstrations is None and config.demonstrations is None:
         rows = chosen_answers(run.gated, run.kind)
@@ -69,7 +69,7 @@ def prepare_sft(
         return train(running, setup, {"model": str(base.path), "data": str(examples)}, count)
 
     setup = TrainingSetup(METHOD, config, tokens, seed)
-    return run_stage(context, SFT, inputs, training_slice(setup) | {"source": source}, compute)
+    return run_stage(context, SFT, inputs, key_settings_of(setup) | {"source": source}, compute)
 
 
 def demonstrations(config: SftConfig, data: Manifest | None, seed: int) -> tuple[Any, str]:

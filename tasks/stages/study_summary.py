@@ -8,7 +8,7 @@ from dpo_core.study import Study, best_of_n
 from tasks.recipe.policies import REFERENCE
 from tasks.recipe.recipe import Recipe
 from tasks.reports.study_report import StudyReport, headline, markdown, study_report, write_report
-from tasks.runs.record import Started
+from tasks.runs.record import StartTime
 from tasks.stages.base import Context, StageResult, run_task
 from tasks.stages.measure import MEASURE, point_of, read_measurement
 from tasks.stages.summary import cost_of, run_info, stage_row
@@ -23,7 +23,7 @@ def summarise_study(
     recipe: Recipe,
     stages: Mapping[str, StageResult],
     trained: list[TrainedPolicy],
-    started: Started,
+    started: StartTime,
     command: str,
 ) -> StudyReport:
     """Write the study's page, Markdown and figures, record them in MLflow, and return the report.

@@ -94,7 +94,7 @@ def _compute(
         return SuitesJob(
             **fields,
             models=list(request.models),
-            asked=missing,
+            model_suites=missing,
             files={name: str(file) for name, file in request.files.items()},
             config=request.config,
             reference=request.reference,

@@ -19,7 +19,7 @@ from tasks.stages.suite_results import SuiteRequest, suite_results
 from tasks.store.facts import Facts
 from tasks.store.manifest import Manifest
 
-NOT_ESTIMATED = estimate.Work(note="suites and judge are not estimated")
+NOT_ESTIMATED = estimate.EstimatedWork(note="suites and judge are not estimated")
 SUITES = Stage("suites", 1, "suite-results", Facts, lambda run, label: NOT_ESTIMATED, job="shared")
 
 
@@ -64,7 +64,7 @@ def evaluate_suites(
         }
         return Output(out, rows=sum(len(result.items) for result in results), metrics=metrics)
 
-    slice_ = {
+    key_settings = {
         "policy": policy,
         "config": config.model_dump(mode="json", exclude={"data"}),
         "tokens": tokens.model_dump(mode="json"),
@@ -72,7 +72,7 @@ def evaluate_suites(
         "versions": {name: find(name).version for name in files},
     }
     inputs = {"policy": model, "reference": reference, kind_of(trained_on): trained_on}
-    return run_stage(context, SUITES, inputs, slice_, compute)
+    return run_stage(context, SUITES, inputs, key_settings, compute)
 
 
 def load_suites(manifest: Manifest) -> list[SuiteResult]:

@@ -29,22 +29,22 @@ from tasks.reports.alarms import REMOTE_CODE, alarms, promotion_alarms
 from tasks.reports.data_notes import data_notes
 from tasks.reports.run_page import render
 from tasks.reports.run_report import (
-    Cost,
     Evaluation,
+    EvaluationDetails,
     GateFinding,
     GateRow,
-    Measured,
     ModelRow,
     PolicyTable,
+    RunCost,
     RunInfo,
     RunReport,
     StageRow,
-    Trained,
+    TrainingDescription,
 )
 from tasks.reports.run_text import markdown, note
 from tasks.reports.verdict import verdict
 from tasks.runs.recipe import recipe_path, reproducing_command
-from tasks.runs.record import Started
+from tasks.runs.record import StartTime
 from tasks.stages.assess import assess, decide_promotion
 from tasks.stages.base import Context, StageResult, run_task
 from tasks.stages.data import GATES, LOAD, kind_of
@@ -68,7 +68,7 @@ def summarise(
     stages: dict[str, StageResult],
     trained: list[TrainedPolicy],
     champion: Champion | None,
-    started: Started,
+    started: StartTime,
     command: str,
 ) -> RunReport:
     """Write the run page and its Markdown, register the candidate, and return the report.
@@ -139,7 +139,7 @@ def _remote_code(recipe: Recipe, base: Manifest) -> dict[str, JsonValue]:
     return {REMOTE_CODE: f"Code that ships with the model was allowed to run (sha256 {code})."}
 
 
-def run_info(context: Context, recipe: Recipe, started: Started, command: str) -> RunInfo:
+def run_info(context: Context, recipe: Recipe, started: StartTime, command: str) -> RunInfo:
     """Identity, times and environment of the run until now; `command` started this process."""
     seconds = started.seconds()
     return RunInfo(
@@ -197,7 +197,12 @@ def headline_metrics(report: RunReport) -> dict[str, float]:
 
 
 def _register(
-    recipe: Recipe, model: Manifest, reference: Manifest, rows: Manifest, tracker: Tracker, about: Trained
+    recipe: Recipe,
+    model: Manifest,
+    reference: Manifest,
+    rows: Manifest,
+    tracker: Tracker,
+    about: TrainingDescription,
 ) -> ModelRow:
     """Register the candidate; weights that are registered already keep their version and aliases.
 
@@ -258,7 +263,7 @@ def _gate_row(workspace: Path, manifest: Manifest) -> GateRow:
     )
 
 
-def _evaluation(recipe: Recipe, data: RunData, measured: Measured) -> Evaluation:
+def _evaluation(recipe: Recipe, data: RunData, measured: EvaluationDetails) -> Evaluation:
     answers = facts_of(data.rows, GateFacts)
     return Evaluation(
         **{name: getattr(measured, name) for name in PolicyTable.model_fields},
@@ -280,10 +285,10 @@ def _curve(manifest: Manifest) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines]
 
 
-def cost_of(stages: Mapping[str, StageResult], seconds: float) -> Cost:
+def cost_of(stages: Mapping[str, StageResult], seconds: float) -> RunCost:
     """The cost of the stages that ran; cached ones cost nothing."""
     ran = [facts_of(result.manifest, Facts) for result in stages.values() if not result.cached]
-    return Cost(
+    return RunCost(
         seconds=seconds,
         seconds_by_stage={name: result.seconds for name, result in stages.items()},
         tokens_trained=int(sum(facts.tokens_trained or 0.0 for facts in ran)),

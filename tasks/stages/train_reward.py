@@ -8,7 +8,7 @@ from dpo_core.rewards.quality import RewardQuality
 from dpo_core.scoring.precision import Precision
 from tasks.stages.base import Context, Output, RunningStage, Stage, StageResult, run_stage, stage_task
 from tasks.stages.job import common_fields, run_model_job
-from tasks.stages.training_job import TrainingSetup, train, training_slice, write_split
+from tasks.stages.training_job import TrainingSetup, key_settings_of, train, write_split
 from tasks.store.facts import RewardFacts
 from tasks.store.manifest import Manifest
 
@@ -44,7 +44,7 @@ def train_reward(
         return output
 
     setup = TrainingSetup(METHOD, config, tokens, seed)
-    return run_stage(context, REWARD, {"base": base, "pairs": pairs}, training_slice(setup), compute)
+    return run_stage(context, REWARD, {"base": base, "pairs": pairs}, key_settings_of(setup), compute)
 
 
 def _reward_quality(

@@ -15,18 +15,18 @@ from dpo_core.methods.kto import imbalance
 from dpo_core.methods.registry import methods
 from dpo_core.rewards.functions import reward_identity
 from tasks.recipe.policies import PolicyFields
-from tasks.recipe.study import Node
+from tasks.recipe.study import PlannedPolicy
 from tasks.stages.base import Context, Output, RunningStage, Stage, StageResult, run_stage, stage_task
 from tasks.stages.data import kind_of
 from tasks.stages.planned_run import PlannedRun
-from tasks.stages.training_job import TrainingSetup, train, training_slice, write_split
+from tasks.stages.training_job import TrainingSetup, key_settings_of, train, write_split
 from tasks.store.facts import GateFacts, LogpsFacts, TrainingFacts, facts_of, weights_sha256
 from tasks.store.manifest import Manifest
 
 log = logging.getLogger("dpo")
 
 
-def _estimate(run: PlannedRun, label: str) -> estimate.Work:
+def _estimate(run: PlannedRun, label: str) -> estimate.EstimatedWork:
     policy = run.nodes[label].config
     return estimate_training(policy.method, policy.settings, run.inputs(policy))
 
@@ -69,7 +69,7 @@ class Scoring:
 class TrainedPolicy:
     """A trained policy, and the artifacts that its training needed."""
 
-    node: Node
+    node: PlannedPolicy
     manifest: Manifest
     needed: dict[str, Manifest]
     """Artifacts made after the reference that it needed and other policies may share, by name."""
@@ -151,15 +151,15 @@ def train_policy(context: Context, training: Training) -> StageResult:
 
     if training.logps is not None:
         _require_reference(training.reference, training.logps)
-    slice_ = training_slice(setup)
+    key_settings = key_settings_of(setup)
     if scoring is not None:
-        slice_ |= {
+        key_settings |= {
             "sampling": scoring.sampling.model_dump(mode="json"),
             "reward": reward_identity(scoring.reward),
         }
         if scoring.gold is not None:
-            slice_["gold"] = reward_identity(scoring.gold)
-    return run_stage(context, training.stage, training.inputs(), slice_, compute)
+            key_settings["gold"] = reward_identity(scoring.gold)
+    return run_stage(context, training.stage, training.inputs(), key_settings, compute)
 
 
 def _require_reference(reference: Manifest, logps: Manifest) -> None:

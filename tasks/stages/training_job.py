@@ -28,7 +28,7 @@ class TrainingSetup:
     seed: int
 
 
-def training_slice(setup: TrainingSetup) -> dict[str, Any]:
+def key_settings_of(setup: TrainingSetup) -> dict[str, Any]:
     """The part of the recipe that belongs to the key of every training."""
     return {
         "config": setup.settings.model_dump(mode="json") | dict(setup.method.retired),

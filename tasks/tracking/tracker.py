@@ -96,7 +96,7 @@ class Tracker:
         *,
         recipe: Mapping[str, Any],
         run_id: str | None = None,
-        begun: bool = False,
+        reopen: bool = False,
         description: str = "",
         tags: Mapping[str, str] | None = None,
         opened: Callable[[str], None] = lambda run_id: None,
@@ -106,7 +106,7 @@ class Tracker:
         Args:
             recipe: the resolved recipe in JSON types; stored as `config/recipe.yaml`, its outermost values
                 as parameters.
-            begun: if there is no `run_id`, reopen the run with the same tag `dpo.run`. A process may have
+            reopen: if there is no `run_id`, reopen the run with the same tag `dpo.run`. A process may have
                 created it and been killed before it recorded the id.
             description: Markdown for the run's page.
             opened: called with the id as soon as it is known, before anything else is sent.
@@ -124,7 +124,7 @@ class Tracker:
         every = {clean_key(key): cut(value, TAG_CHARS) for key, value in every.items()}
 
         def open_run() -> Any:
-            known = run_id or (self._opened_before(experiment, every) if begun else None)
+            known = run_id or (self._opened_before(experiment, every) if reopen else None)
             if known is None:
                 return self._client.create_run(self._experiment(experiment), tags=every, run_name=name).info
             info = self._client.get_run(known).info

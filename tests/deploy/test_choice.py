@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from deploy.launchers import Cluster, LocalLauncher, State, launcher_of
-from deploy.launchers.registry import TARGETS, Rejoining
+from deploy.launchers.registry import TARGETS, RejoiningLauncher
 from deploy.launchers.slurm import SlurmConfig, SlurmLauncher
 from tests.deploy.test_slurm_launcher import Make, make, site  # noqa: F401
 from tests.support.runs.training_jobs import wait_until
@@ -52,7 +52,7 @@ def begin(make: Make):  # noqa: F811
     """A flow that begins, or begins again: nothing is left of the one before but the work folder."""
     settings = make().config
 
-    return lambda: Rejoining(lambda attempt: SlurmLauncher(settings, "a run", attempt))
+    return lambda: RejoiningLauncher(lambda attempt: SlurmLauncher(settings, "a run", attempt))
 
 
 def test_a_flow_that_begins_again_rejoins_a_running_job(begin, site: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -10,14 +10,14 @@ import yaml
 
 from flows.train_policies import _each
 from tasks.recipe.read import load_recipe
-from tasks.recipe.study import Node
+from tasks.recipe.study import PlannedPolicy
 from tasks.signals import Stop
 
 DPO: dict[str, Any] = {"method": "dpo"}
 
 
 @pytest.fixture
-def nodes(tmp_path: Path) -> list[Node]:
+def nodes(tmp_path: Path) -> list[PlannedPolicy]:
     """First, its follower, and three that need nothing; each with two seeds."""
     policies = {"First": DPO, "Follower": DPO | {"start": "First"}, "A": DPO, "B": DPO, "C": DPO}
     recipe = {"name": "mine", "data": {"path": "rows.jsonl"}, "reward": {"source": "sentiment"}}
@@ -30,11 +30,11 @@ def nodes(tmp_path: Path) -> list[Node]:
 
 @pytest.mark.parametrize("parallel", [1, 2, 4])
 def test_results_come_in_the_order_of_the_nodes_and_a_node_has_those_that_it_needs(
-    nodes: list[Node], parallel: int
+    nodes: list[PlannedPolicy], parallel: int
 ) -> None:
     running, most, lock = 0, 0, threading.Lock()
 
-    def train(node: Node, earlier: Any) -> Any:
+    def train(node: PlannedPolicy, earlier: Any) -> Any:
         nonlocal running, most
         assert [earlier[key] for key in node.needs] == [f"{name} {seed}" for name, seed in node.needs]
         with lock:
@@ -52,11 +52,13 @@ def test_results_come_in_the_order_of_the_nodes_and_a_node_has_those_that_it_nee
 
 
 @pytest.mark.parametrize("parallel", [1, 2])
-def test_after_a_failure_nothing_begins_and_its_own_error_is_raised(nodes: list[Node], parallel: int) -> None:
+def test_after_a_failure_nothing_begins_and_its_own_error_is_raised(
+    nodes: list[PlannedPolicy], parallel: int
+) -> None:
     """Also where the one before it lasts longer, and others wait for what failed."""
     begun = []
 
-    def train(node: Node, earlier: Any) -> Any:
+    def train(node: PlannedPolicy, earlier: Any) -> Any:
         begun.append(node.policy)
         if node.policy == "A":
             raise ValueError("no room")
@@ -68,8 +70,8 @@ def test_after_a_failure_nothing_begins_and_its_own_error_is_raised(nodes: list[
     assert sorted(begun) == ["A", "First", "Follower"]
 
 
-def test_those_that_need_a_failed_node_do_not_hide_its_error(nodes: list[Node]) -> None:
-    def train(node: Node, earlier: Any) -> Any:
+def test_those_that_need_a_failed_node_do_not_hide_its_error(nodes: list[PlannedPolicy]) -> None:
+    def train(node: PlannedPolicy, earlier: Any) -> Any:
         time.sleep(0.05)
         raise ValueError(node.policy)
 

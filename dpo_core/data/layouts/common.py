@@ -5,8 +5,8 @@ from typing import Any
 from dpo_core.data.layouts.adapter import Adapter
 from dpo_core.data.layouts.fields import (
     Fault,
-    Pair,
-    Prompt,
+    PairFields,
+    PromptFields,
     Row,
     Unpaired,
     flag,
@@ -31,7 +31,7 @@ ROLE_COLUMNS = {"role", "from", "speaker"}
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
-def hh(row: Row) -> Pair:
+def hh(row: Row) -> PairFields:
     """Transcripts. The prompt is the text up to and including the last "Assistant:", equal in both."""
     chosen, rejected = text(row, "chosen"), text(row, "rejected")
     ends = []
@@ -45,10 +45,10 @@ def hh(row: Row) -> Pair:
     prompt = chosen[: ends[0]]
     if prompt != rejected[: ends[1]]:
         raise Fault("the transcripts part before the last turn of the Assistant")
-    return Pair(prompt, False, chosen[ends[0] :], rejected[ends[1] :])
+    return PairFields(prompt, False, chosen[ends[0] :], rejected[ends[1] :])
 
 
-def prompt_pairs(row: Row) -> Pair:
+def prompt_pairs(row: Row) -> PairFields:
     """`{prompt, chosen, rejected}` as strings or messages, whose first turns may be the prompt; optionally
     with votes, scores, a system text, earlier turns and tools."""
     return _prompt_pair(row)._replace(agreement=_agreement(row), margin=_margin(row))
@@ -90,7 +90,7 @@ def _margin(row: Row) -> float | None:
     return margin
 
 
-def _prompt_pair(row: Row) -> Pair:
+def _prompt_pair(row: Row) -> PairFields:
     name, value = _prompt_column(row)
     chosen, rejected, tools = row.get("chosen"), row.get("rejected"), read_tools(row)
     if not isinstance(chosen, list | dict) and not isinstance(rejected, list | dict):
@@ -101,7 +101,7 @@ def _prompt_pair(row: Row) -> Pair:
                 # Transcripts that repeat their prompt: the answer follows it.
                 chosen, rejected = chosen[len(value) :], rejected[len(value) :]
         prompt, chat = read_prompt(row, value, name, tools)
-        return Pair(prompt, chat, chosen, rejected, tools=tools)
+        return PairFields(prompt, chat, chosen, rejected, tools=tools)
     better, worse = read_messages(row, chosen, "chosen"), read_messages(row, rejected, "rejected")
     turns = None if value is None or isinstance(value, str) else read_messages(row, value, name)
     at = _start_of_answers(better, worse, turns)
@@ -120,7 +120,7 @@ def _prompt_pair(row: Row) -> Pair:
         raise Fault("the prompt has no turn of a user")
     (good, bad), answer_chat = write_answers(better[at:], worse[at:])
     prompt, _ = read_prompt(row, before, name, tools)
-    return Pair(prompt, True, good, bad, tools=tools, answer_chat=answer_chat)
+    return PairFields(prompt, True, good, bad, tools=tools, answer_chat=answer_chat)
 
 
 def _start_of_answers(better: list[Any], worse: list[Any], prompt: list[Any] | None) -> int:
@@ -155,16 +155,16 @@ def _with_steps(row: Row, prompt: str) -> str:
     return prompt if is_empty(steps) else f"{prompt}\n\n{text(row, 'initial_reason_steps')}"
 
 
-def sharegpt(row: Row) -> Pair:
+def sharegpt(row: Row) -> PairFields:
     """LLaMA-Factory's pairs: `conversations` is the prompt, `chosen` and `rejected` are one message each."""
     tools = read_tools(row)
     prompt, _ = read_prompt(row, read_messages(row, row.get("conversations"), "conversations"), tools=tools)
     sides = [read_answer(row, row.get(name), name) for name in ("chosen", "rejected")]
     (good, bad), answer_chat = write_answers(*sides)
-    return Pair(prompt, True, good, bad, tools=tools, answer_chat=answer_chat, margin=_margin(row))
+    return PairFields(prompt, True, good, bad, tools=tools, answer_chat=answer_chat, margin=_margin(row))
 
 
-def pandalm(row: Row) -> Pair | None:
+def pandalm(row: Row) -> PairFields | None:
     """Two responses with annotators' votes (1, 2, or 0 for a tie); None without a majority."""
     votes = []
     for name in sorted(key for key in row if isinstance(key, str) and key.startswith("annotator")):
@@ -178,12 +178,12 @@ def pandalm(row: Row) -> Pair | None:
     if better is None:
         return None
     chosen, rejected = text(row, f"response{better}"), text(row, f"response{3 - better}")
-    return Pair(_instruction(row), False, chosen, rejected, agreement=votes.count(better) / len(votes))
+    return PairFields(_instruction(row), False, chosen, rejected, agreement=votes.count(better) / len(votes))
 
 
-def stackexchange(row: Row) -> Pair:
+def stackexchange(row: Row) -> PairFields:
     """A question with a better-voted answer (j) and a worse one (k)."""
-    return Pair(text(row, "question"), False, text(row, "response_j"), text(row, "response_k"))
+    return PairFields(text(row, "question"), False, text(row, "response_j"), text(row, "response_k"))
 
 
 def kto(row: Row) -> Unpaired:
@@ -212,13 +212,13 @@ def kto(row: Row) -> Unpaired:
     return Unpaired(canonical, chat, completion, label, tools=tools, answer_chat=answer_chat)
 
 
-def prompts(row: Row) -> Prompt:
+def prompts(row: Row) -> PromptFields:
     """`{prompt}` as a string or messages, or `{text}`."""
     tools = read_tools(row)
     if isinstance(row.get("prompt"), list | dict):
-        return Prompt(*read_prompt(row, row["prompt"], "prompt", tools), tools=tools)
+        return PromptFields(*read_prompt(row, row["prompt"], "prompt", tools), tools=tools)
     value = text(row, "prompt" if row.get("prompt") is not None else "text")
-    return Prompt(*read_prompt(row, value, "prompt", tools), tools=tools)
+    return PromptFields(*read_prompt(row, value, "prompt", tools), tools=tools)
 
 
 # --- recognition of rows ------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ class Fault(Exception):
     """A row cannot be used; the message is the reason."""
 
 
-class Pair(NamedTuple):
+class PairFields(NamedTuple):
     """A prompt with a chosen and a rejected answer. `*_ended`: the answer is complete, not cut off.
     `agreement`: share of votes for the chosen answer, None if unknown. `tools`: JSON list of the functions
     that the model may call, "" if there are none. `answer_chat`: the answers are JSON lists of messages.
@@ -50,7 +50,7 @@ class Unpaired(NamedTuple):
     fault: str = ""
 
 
-class Prompt(NamedTuple):
+class PromptFields(NamedTuple):
     """A prompt without an answer."""
 
     prompt: str
@@ -60,7 +60,7 @@ class Prompt(NamedTuple):
     fault: str = ""
 
 
-Record = Pair | Unpaired | Prompt
+Record = PairFields | Unpaired | PromptFields
 
 
 class Ranked(NamedTuple):

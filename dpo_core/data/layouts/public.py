@@ -9,7 +9,7 @@ from typing import Any
 from dpo_core.data.layouts.adapter import Adapter
 from dpo_core.data.layouts.fields import (
     Fault,
-    Pair,
+    PairFields,
     Row,
     has,
     is_empty,
@@ -34,11 +34,11 @@ from dpo_core.data.layouts.structured import parse_source
 
 def _better(
     row: Row, prompt: Any, answers: tuple[Any, Any], better: int, margin: float | None = None
-) -> Pair:
+) -> PairFields:
     """The pair of two text answers, of which number `better` (0 or 1) is chosen."""
     tools = read_tools(row)
     canonical, chat = read_prompt(row, prompt, tools=tools)
-    return Pair(canonical, chat, answers[better], answers[1 - better], tools=tools, margin=margin)
+    return PairFields(canonical, chat, answers[better], answers[1 - better], tools=tools, margin=margin)
 
 
 def _side(row: Row, name: str) -> int:
@@ -70,7 +70,7 @@ def _helpsteer_turns(prompt: str) -> str | Messages:
     return turns
 
 
-def helpsteer2(row: Row) -> Pair | None:
+def helpsteer2(row: Row) -> PairFields | None:
     """preference_strength from -3 (response_1 is much better) to 3 (response_2); 0 is a tie."""
     strength = required_number(row, "preference_strength")
     answers = text(row, "response_1"), text(row, "response_2")
@@ -80,7 +80,7 @@ def helpsteer2(row: Row) -> Pair | None:
     return _better(row, prompt, answers, int(strength > 0), abs(strength))
 
 
-def helpsteer3(row: Row) -> Pair | None:
+def helpsteer3(row: Row) -> PairFields | None:
     """overall_preference from -3 (response1 is much better) to 3 (response2); 0 is a tie."""
     preference = required_number(row, "overall_preference")
     answers = text(row, "response1"), text(row, "response2")
@@ -89,31 +89,31 @@ def helpsteer3(row: Row) -> Pair | None:
     return _better(row, row.get("context"), answers, int(preference > 0), abs(preference))
 
 
-def shp(row: Row) -> Pair:
+def shp(row: Row) -> PairFields:
     """A post (history) and two comments; labels is 1 if A was preferred."""
     scores = [number(row, f"score_{side}") for side in "AB"]
     better = 1 - _side(row, "labels")
     margin = None if scores[0] is None or scores[1] is None else (scores[0] - scores[1]) * (1 - 2 * better)
     answers = text(row, "human_ref_A"), text(row, "human_ref_B")
-    return Pair(text(row, "history"), False, answers[better], answers[1 - better], margin=margin)
+    return PairFields(text(row, "history"), False, answers[better], answers[1 - better], margin=margin)
 
 
-def pku_better(row: Row) -> Pair:
+def pku_better(row: Row) -> PairFields:
     """PKU-SafeRLHF by helpfulness."""
     return _pku(row, "better_response_id")
 
 
-def pku_safer(row: Row) -> Pair:
+def pku_safer(row: Row) -> PairFields:
     """PKU-SafeRLHF by harmlessness."""
     return _pku(row, "safer_response_id")
 
 
-def _pku(row: Row, verdict: str) -> Pair:
+def _pku(row: Row, verdict: str) -> PairFields:
     answers = text(row, "response_0"), text(row, "response_1")
     return _better(row, text(row, "prompt"), answers, _side(row, verdict))
 
 
-def summaries(row: Row) -> Pair:
+def summaries(row: Row) -> PairFields:
     """Two summaries of a Reddit post or an article, written as a prompt that ends in "TL;DR:"."""
     info = row.get("info")
     if not isinstance(info, dict):
@@ -131,7 +131,7 @@ def summaries(row: Row) -> Pair:
     return _better(row, prompt, answers, _side(row, "choice"))
 
 
-def webgpt(row: Row) -> Pair | None:
+def webgpt(row: Row) -> PairFields | None:
     """Two answers to a question with their scores; equal scores are a tie."""
     question = row.get("question")
     prompt = text(question, "full_text") if isinstance(question, dict) else text(row, "question")
@@ -152,7 +152,7 @@ def is_arena(row: Row) -> bool:
     )
 
 
-def arena(row: Row) -> Pair | None:
+def arena(row: Row) -> PairFields | None:
     """The winner's conversation is chosen; None for ties. The answer is the part after the common start."""
     sides: list[Messages] = []
     if row.get("conversation_a") is not None:
@@ -181,7 +181,7 @@ def arena(row: Row) -> Pair | None:
     (a, b), answer_chat = write_answers(sides[0][at:], sides[1][at:])
     chosen, rejected = (b, a) if better else (a, b)
     prompt, chat = read_prompt(row, sides[0][:at], "conversation_a", tools)
-    return Pair(prompt, chat, chosen, rejected, tools=tools, answer_chat=answer_chat)
+    return PairFields(prompt, chat, chosen, rejected, tools=tools, answer_chat=answer_chat)
 
 
 def _winner(row: Row) -> int | None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from dpo_core.data.layouts.adapter import Adapter
 from dpo_core.data.layouts.fields import (
     Fault,
-    Pair,
+    PairFields,
     Ranked,
     Row,
     SourceRow,
@@ -160,7 +160,7 @@ def by_prompt(parts: list[tuple[int, ScoredAnswer]], remarks: Counter[str]) -> I
     return lists.values()
 
 
-class Node(NamedTuple):
+class TreeMessage(NamedTuple):
     """A message of a conversation tree."""
 
     id: str
@@ -178,10 +178,10 @@ def is_oasst(row: Row) -> bool:
     return "parent_id" in row and has(row, "message_id", "text", "role")
 
 
-def oasst(row: Row) -> list[Node]:
+def oasst(row: Row) -> list[TreeMessage]:
     """The messages of a row: one message or all messages of a tree."""
     waiting = [(row["prompt"] if isinstance(row.get("prompt"), dict) else row, row.get("parent_id"))]
-    nodes: list[Node] = []
+    nodes: list[TreeMessage] = []
     while waiting:
         message, parent = waiting.pop(0)
         role = message.get("role")
@@ -193,14 +193,16 @@ def oasst(row: Row) -> list[Node]:
         if message.get("deleted") is True:
             remark(row, "deleted messages are left out")
             continue
-        nodes.append(Node(name, parent or None, ROLES[role], text(message, "text"), number(message, "rank")))
+        nodes.append(
+            TreeMessage(name, parent or None, ROLES[role], text(message, "text"), number(message, "rank"))
+        )
         replies = message.get("replies")
         if not is_empty(replies):
             waiting += [(reply, name) for reply in objects(replies, "replies")]
     return nodes
 
 
-def by_tree(parts: list[tuple[int, list[Node]]], remarks: Counter[str]) -> Iterable[Ranked]:
+def by_tree(parts: list[tuple[int, list[TreeMessage]]], remarks: Counter[str]) -> Iterable[Ranked]:
     """The ranked replies of the assistant to each message, with the conversation before them."""
     nodes = {node.id: node for _, listed in parts for node in listed}
     lists: dict[str, Ranked] = {}
@@ -217,7 +219,7 @@ def by_tree(parts: list[tuple[int, list[Node]]], remarks: Counter[str]) -> Itera
     return lists.values()
 
 
-def _path(nodes: dict[str, Node], last: str) -> Messages | None:
+def _path(nodes: dict[str, TreeMessage], last: str) -> Messages | None:
     """The turns from the root to a message; None if one is missing or they form a cycle."""
     turns: Messages = []
     current: str | None = last
@@ -235,7 +237,7 @@ def _path(nodes: dict[str, Node], last: str) -> Messages | None:
 # --- from ranked lists to pairs ---------------------------------------------------------------------------
 
 
-def pairs_of(ranked: Ranked, mode: str) -> list[tuple[Pair, int]]:
+def pairs_of(ranked: Ranked, mode: str) -> list[tuple[PairFields, int]]:
     """Pairs of a ranked list with the row of the chosen answer. `best_worst`: one pair; `adjacent`: each
     answer with the next worse one; `all`: every two answers. Equal scores make no pair."""
     order = sorted(ranked.answers, key=lambda answer: -answer[1])
@@ -247,7 +249,7 @@ def pairs_of(ranked: Ranked, mode: str) -> list[tuple[Pair, int]]:
     }[mode]
     return [
         (
-            Pair(
+            PairFields(
                 ranked.prompt,
                 ranked.chat,
                 order[i][0],

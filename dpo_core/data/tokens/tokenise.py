@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Sequence:
+class TokenSequence:
     """One prompt with one completion, each of at least one id."""
 
     prompt: tuple[int, ...]
@@ -50,8 +50,8 @@ class TokenPair:
     """A preference pair as ids; both sides share one prompt."""
 
     id: str
-    chosen: Sequence
-    rejected: Sequence
+    chosen: TokenSequence
+    rejected: TokenSequence
     agreement: float | None = field(default=None, kw_only=True)
     """Share of votes for the chosen answer; None if unknown."""
 
@@ -230,7 +230,7 @@ class Tokenise:
         prompt, completion = self._answer(turns, answer, listed, row[ended])
         return prompt or tuple(self._opened(turns, listed)), completion
 
-    def _sides(self, row: dict[str, Any], sides: dict[str, str]) -> list[Sequence] | str:
+    def _sides(self, row: dict[str, Any], sides: dict[str, str]) -> list[TokenSequence] | str:
         """The sequences of a row's sides (answer -> its flag) with a common prompt, or the reason for
         none."""
         try:
@@ -292,7 +292,7 @@ class Tokenise:
 
     def sequence(
         self, prompt: Ids, completion: Ids, learnt: tuple[bool, ...] | None = None
-    ) -> Sequence | None:
+    ) -> TokenSequence | None:
         """Join prompt and completion and cut the completion from the right to `max_length`.
 
         A cut answer gets no end-of-sequence token. None if no token that carries loss is left, or if there is
@@ -303,7 +303,7 @@ class Tokenise:
         learnt = None if learnt is None else learnt[: len(cut)]
         if not prompt or not cut or (learnt is not None and not any(learnt)):
             return None
-        return Sequence(prompt, cut, len(cut) < len(completion), learnt)
+        return TokenSequence(prompt, cut, len(cut) < len(completion), learnt)
 
     def pair(self, row: dict[str, Any]) -> TokenPair | str:
         """The pair of a canonical row, or the reason why it cannot be used."""
@@ -316,12 +316,12 @@ class Tokenise:
         voted = agreement is not None and not math.isnan(agreement)  # parquet gives NaN for an empty field
         return TokenPair(row["id"], sides[0], sides[1], agreement=agreement if voted else None)
 
-    def single(self, row: dict[str, Any]) -> Sequence | str:
+    def single(self, row: dict[str, Any]) -> TokenSequence | str:
         """The completion of a canonical unpaired row with its prompt, or the reason why it cannot be used."""
         sides = self._sides(row, {"completion": "ended"})
         return sides if isinstance(sides, str) else sides[0]
 
-    def scored(self, prompt: str, chat: bool, answer: str) -> Sequence:
+    def scored(self, prompt: str, chat: bool, answer: str) -> TokenSequence:
         """The sequence of a complete answer to a prompt, for a reward model.
 
         Raises:
@@ -335,7 +335,7 @@ class Tokenise:
             )
         return made
 
-    def demonstration(self, row: dict[str, Any]) -> Sequence | str:
+    def demonstration(self, row: dict[str, Any]) -> TokenSequence | str:
         """`single` for supervised fine-tuning: with `learn: all_turns` the assistant turns in the prompt are
         part of the answer."""
         turns = json.loads(row["prompt"]) if row["chat"] else []
@@ -346,7 +346,7 @@ class Tokenise:
         moved = {"prompt": json.dumps(turns[:first]), "completion": json.dumps(answer), "answer_chat": True}
         return self.single({**row, **moved})
 
-    def sides(self, row: dict[str, Any]) -> dict[str, Sequence | str]:
+    def sides(self, row: dict[str, Any]) -> dict[str, TokenSequence | str]:
         """The sides of a canonical row of any kind by name: sequences, or the reasons why there are none.
 
         A row with only a prompt gives a sequence without completion.
@@ -362,7 +362,7 @@ class Tokenise:
             ids = self.prompt(
                 row["prompt"], bool(row["chat"]), self.config.max_prompt_length, row.get("tools") or ""
             )
-        return {"prompt": Sequence(ids, ()) if ids else "empty_prompt"}
+        return {"prompt": TokenSequence(ids, ()) if ids else "empty_prompt"}
 
     def pairs(self, rows: Iterable[dict[str, Any]]) -> tuple[list[TokenPair], dict[str, int]]:
         """All usable pairs, and the number of rows left out by reason."""

@@ -9,9 +9,9 @@ from dpo_core.evaluation.config import SuiteConfig
 from dpo_core.evaluation.results import Outcome
 
 if TYPE_CHECKING:
-    from dpo_core.evaluation.model_under_test import Subject
+    from dpo_core.evaluation.model_under_test import ModelUnderTest
 
-Run = Callable[["Subject", list[dict[str, Any]], SuiteConfig], Outcome]
+Run = Callable[["ModelUnderTest", list[dict[str, Any]], SuiteConfig], Outcome]
 """Takes the subject, the rows of the data file and the settings. Every rank of the subject calls it."""
 
 

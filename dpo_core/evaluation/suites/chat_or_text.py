@@ -6,10 +6,10 @@ from dpo_core.errors import ModelError
 from dpo_core.evaluation.config import SuiteConfig
 
 if TYPE_CHECKING:
-    from dpo_core.evaluation.model_under_test import Subject
+    from dpo_core.evaluation.model_under_test import ModelUnderTest
 
 
-def wants_chat(subject: "Subject", config: SuiteConfig) -> bool:
+def wants_chat(subject: "ModelUnderTest", config: SuiteConfig) -> bool:
     """Whether questions are asked as a user's turn.
 
     Raises:

@@ -26,7 +26,7 @@ from dpo_core.evaluation.suites.rows import Row, sample_rows
 from dpo_core.ranks import Ranks, SingleRank
 
 if TYPE_CHECKING:
-    from dpo_core.evaluation.model_under_test import Subject
+    from dpo_core.evaluation.model_under_test import ModelUnderTest
 
 KS = (1, 10, 100)
 LIMITS = Limits()
@@ -210,7 +210,7 @@ def _outcome(result: ProgramResult) -> str:
 
 
 def _runner(suite: str, make: Callable[[Row], Problem], about: dict[str, str]) -> Run:
-    def run(subject: "Subject", rows: list[Row], config: SuiteConfig) -> Outcome:
+    def run(subject: "ModelUnderTest", rows: list[Row], config: SuiteConfig) -> Outcome:
         """Sample `samples` answers to each problem and test them.
 
         Raises:

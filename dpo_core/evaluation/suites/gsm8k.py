@@ -15,7 +15,7 @@ from dpo_core.evaluation.suites.rows import Row, read_fields, sample_rows
 from dpo_core.system import digest_file
 
 if TYPE_CHECKING:
-    from dpo_core.evaluation.model_under_test import Subject
+    from dpo_core.evaluation.model_under_test import ModelUnderTest
 
 _NO_ANSWER = "[invalid]"  # the result of lm-eval's filters if they find no answer
 
@@ -47,7 +47,7 @@ MEASURES = [
 ]
 
 
-def run(subject: "Subject", rows: list[Row], config: SuiteConfig) -> Outcome:
+def run(subject: "ModelUnderTest", rows: list[Row], config: SuiteConfig) -> Outcome:
     """Run lm-eval's `gsm8k`, with five shots from the training questions for every question.
 
     Without a file of training questions run its `gsm8k_cot`, which has eight fixed shots and asks for

@@ -5,8 +5,7 @@ multiple choice is scored by the engine of `dpo_core.evaluation.lm_eval_model`.
 """
 
 import logging
-from collections.abc import Iterator
-from collections.abc import Sequence as Seq
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -19,7 +18,7 @@ from dpo_core.evaluation.suites.chat_or_text import wants_chat
 from dpo_core.evaluation.suites.rows import Row
 
 if TYPE_CHECKING:
-    from dpo_core.evaluation.model_under_test import Subject
+    from dpo_core.evaluation.model_under_test import ModelUnderTest
 
 _ANSWER_BATCH = 16  # most prompts answered at once: with their shots they are long
 
@@ -34,9 +33,9 @@ class TaskResults(NamedTuple):
 
 
 def run_tasks(
-    subject: "Subject",
+    subject: "ModelUnderTest",
     family: str,
-    names: Seq[str],
+    names: Sequence[str],
     splits: dict[str, list[Row]],
     config: SuiteConfig,
     **overrides: dict[str, Any],
@@ -78,7 +77,7 @@ def run_tasks(
 
 
 def load_tasks(
-    family: str, names: Seq[str], splits: dict[str, list[Row]], **overrides: dict[str, Any]
+    family: str, names: Sequence[str], splits: dict[str, list[Row]], **overrides: dict[str, Any]
 ) -> dict[str, Any]:
     """Tasks of lm-eval by name, with `splits` as their data instead of the hub.
 

@@ -11,8 +11,7 @@ Data: HH, HHH alignment, LLMBar (five parts), PandaLM. A pair that people judged
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +21,7 @@ from pydantic import JsonValue
 from dpo_core.data.files.read import read_rows
 from dpo_core.data.formats import ADAPTERS
 from dpo_core.data.layouts.common import ASSISTANT
-from dpo_core.data.layouts.fields import Fault, Pair, Row
+from dpo_core.data.layouts.fields import Fault, PairFields, Row
 from dpo_core.data.layouts.messages import chat_prompt
 from dpo_core.data.tokens.tokenise import TokenPair
 from dpo_core.errors import StageFailed
@@ -35,7 +34,7 @@ from dpo_core.rewards.quality import BINS, best_temperature, calibration_error, 
 from dpo_core.statistics.estimates import Estimate, Floats, bootstrap_statistic
 
 if TYPE_CHECKING:
-    from dpo_core.evaluation.model_under_test import Subject
+    from dpo_core.evaluation.model_under_test import ModelUnderTest
 
 LIKELIHOOD = (
     MeasureSpec(name="likelihood_accuracy", label="Likelihood accuracy"),
@@ -61,7 +60,7 @@ class Labelled(NamedTuple):
     """A pair with its human label; the two answers of a tie have the order of the file."""
 
     id: str
-    pair: Pair
+    pair: PairFields
     subset: str = ""
     tied: bool = False
 
@@ -75,7 +74,7 @@ class ScoredPair(NamedTuple):
     reference: tuple[float, float] | None
 
 
-def run(subject: "Subject", rows: list[Row], config: SuiteConfig) -> Outcome:
+def run(subject: "ModelUnderTest", rows: list[Row], config: SuiteConfig) -> Outcome:
     """Score every pair under the subject, and under its reference if there is one.
 
     Raises:
@@ -126,7 +125,7 @@ def run(subject: "Subject", rows: list[Row], config: SuiteConfig) -> Outcome:
 
 
 def _scored(
-    subject: "Subject", pairs: Seq[tuple[Labelled, TokenPair]], config: SuiteConfig
+    subject: "ModelUnderTest", pairs: Sequence[tuple[Labelled, TokenPair]], config: SuiteConfig
 ) -> Iterator[ScoredPair]:
     sides = [side for _, tokens in pairs for side in (tokens.chosen, tokens.rejected)]
     sums = subject.sums(sides, config.precision, config.token_budget)
@@ -169,7 +168,7 @@ def _item(scored: ScoredPair, beta: float) -> Item:
     return Item(id=row.id, cluster=_prompt_of(row), subset=row.subset, prompt=row.pair.prompt, values=values)
 
 
-def _calibration(scored: Seq[ScoredPair], config: SuiteConfig, subset: str) -> list[Measure]:
+def _calibration(scored: Sequence[ScoredPair], config: SuiteConfig, subset: str) -> list[Measure]:
     """Calibration and length bias of the implicit reward over the pairs that are not ties."""
     decided = [s for s in scored if s.reference is not None and not s.labelled.tied]
     clusters = [_prompt_of(s.labelled) for s in decided]
@@ -215,7 +214,7 @@ def _calibration(scored: Seq[ScoredPair], config: SuiteConfig, subset: str) -> l
     ]
 
 
-def _canonical(pair: Pair, chat: bool) -> dict[str, Any]:
+def _canonical(pair: PairFields, chat: bool) -> dict[str, Any]:
     """The pair as a canonical row: an instruction becomes a user's turn, a transcript is unchanged."""
     if chat and not pair.chat and not pair.prompt.endswith(ASSISTANT):
         turn = chat_prompt([{"role": "user", "content": pair.prompt}])
@@ -246,7 +245,7 @@ def _read(path: Path, convert: Convert, mark: str = "") -> list[Row]:
 
 def _hh(row: Row) -> Labelled:
     pair = ADAPTERS["hh"].convert(row)
-    assert isinstance(pair, Pair)
+    assert isinstance(pair, PairFields)
     if not pair.chosen.strip() or not pair.rejected.strip():
         raise Fault("an answer is empty")
     return Labelled("", pair)
@@ -254,7 +253,7 @@ def _hh(row: Row) -> Labelled:
 
 def _hhh(row: Row) -> Labelled:
     pair = ADAPTERS["prompt-pairs"].convert(row)
-    assert isinstance(pair, Pair)
+    assert isinstance(pair, PairFields)
     return Labelled("", pair, str(row.get("subset", "")))
 
 
@@ -266,9 +265,9 @@ def _pandalm(row: Row) -> Labelled:
         if not all(isinstance(side, str) for side in sides):
             raise Fault("a response is not a string")
         prompt = ADAPTERS["pandalm"].convert({**row, "annotator1": 1, "annotator2": 1, "annotator3": 1})
-        assert isinstance(prompt, Pair)
+        assert isinstance(prompt, PairFields)
         pair = prompt
-    assert isinstance(pair, Pair)
+    assert isinstance(pair, PairFields)
     if not pair.chosen.strip() or not pair.rejected.strip():
         raise Fault("an answer is empty")
     return Labelled("", pair, "", tied)
@@ -281,7 +280,7 @@ def _llmbar(row: Row) -> Labelled:
         raise Fault("input, output_1, output_2 and a label of 1 or 2 are expected")
     prompt, first, second = map(str, texts)
     chosen, rejected = (first, second) if label == 1 else (second, first)
-    return Labelled("", Pair(prompt, False, chosen, rejected))
+    return Labelled("", PairFields(prompt, False, chosen, rejected))
 
 
 def _read_llmbar(path: Path) -> list[Row]:

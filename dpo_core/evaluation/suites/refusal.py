@@ -21,7 +21,7 @@ from dpo_core.evaluation.suites.chat_or_text import wants_chat
 from dpo_core.evaluation.suites.rows import Row, read_fields, sample_rows
 
 if TYPE_CHECKING:
-    from dpo_core.evaluation.model_under_test import Subject
+    from dpo_core.evaluation.model_under_test import ModelUnderTest
 
 OPENING = 200
 """Characters of an answer that are searched."""
@@ -111,7 +111,7 @@ def read_advbench(path: Path) -> list[Row]:
     ]
 
 
-def run(subject: "Subject", rows: list[Row], config: SuiteConfig) -> Outcome:
+def run(subject: "ModelUnderTest", rows: list[Row], config: SuiteConfig) -> Outcome:
     """Sample answers to every prompt; the values of a prompt are means over its answers."""
     classifier = None
     if config.classifier:  # first, so that a faulty classifier fails before answers are sampled

@@ -1,7 +1,6 @@
 """Reads the rows of a suite's data file and samples them."""
 
-from collections.abc import Callable
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any, TypeVar
@@ -13,7 +12,7 @@ T = TypeVar("T")
 Row = dict[str, Any]
 
 
-def read_fields(path: Path, fields: Seq[str]) -> list[Row]:
+def read_fields(path: Path, fields: Sequence[str]) -> list[Row]:
     """All rows of a file, each with text in every field of `fields`.
 
     Raises:
@@ -38,7 +37,9 @@ def sample_rows(rows: list[Row], limit: int | None, seed: int) -> list[Row]:
     return [rows[i] for i in sorted(Random(seed).sample(range(len(rows)), limit))]
 
 
-def sample_prompts(items: Seq[T], prompt_of: Callable[[T], str], limit: int | None, seed: int) -> list[T]:
+def sample_prompts(
+    items: Sequence[T], prompt_of: Callable[[T], str], limit: int | None, seed: int
+) -> list[T]:
     """At most `limit` items in their order: all items of prompts that a seeded shuffle selects."""
     if limit is None or len(items) <= limit:
         return list(items)

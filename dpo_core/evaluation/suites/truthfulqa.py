@@ -4,8 +4,7 @@ Source: Lin et al. 2022, arXiv 2109.07958, The first edition has 817 questions, 
 """
 
 import math
-from collections.abc import Iterator
-from collections.abc import Sequence as Seq
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from dpo_core.evaluation.suites.lm_eval_tasks import check, run_tasks
 from dpo_core.evaluation.suites.rows import Row, read_fields, sample_rows
 
 if TYPE_CHECKING:
-    from dpo_core.evaluation.model_under_test import Subject
+    from dpo_core.evaluation.model_under_test import ModelUnderTest
 
 _CHECK_MODEL = (
     "Check that the model's files are complete and unchanged; if they are, set settings.precision to fp32"
@@ -63,7 +62,7 @@ def _answers(text: str) -> list[str]:
     return list(dict.fromkeys(part.strip() for part in text.split("; ") if part.strip()))
 
 
-def mc2(doc: Row, results: Seq[tuple[float, bool]], model: str = "the model") -> dict[str, float]:
+def mc2(doc: Row, results: Sequence[tuple[float, bool]], model: str = "the model") -> dict[str, float]:
     """Share of the true answers in the total probability, from summed log-probs.
 
     lm-eval's `process_results_mc2` takes exp of the sums, which is 0 for long answers: 0/0. Here the largest
@@ -91,12 +90,12 @@ MC = [
 ]
 
 
-def run_mc(subject: "Subject", rows: list[Row], config: SuiteConfig) -> Outcome:
+def run_mc(subject: "ModelUnderTest", rows: list[Row], config: SuiteConfig) -> Outcome:
     """lm-eval's `truthfulqa_mc1` and `truthfulqa_mc2`: six example questions, then each answer's log-prob."""
     sampled = sample_rows(rows, config.limit, config.seed)
     names = ["truthfulqa_mc1", "truthfulqa_mc2"]
 
-    def process_results(doc: Row, results: Seq[tuple[float, bool]]) -> dict[str, float]:
+    def process_results(doc: Row, results: Sequence[tuple[float, bool]]) -> dict[str, float]:
         return mc2(doc, results, subject.name)
 
     samples, settings, facts = run_tasks(
@@ -133,7 +132,7 @@ def _similarity_specs() -> list[MeasureSpec]:
 GEN = _similarity_specs()
 
 
-def run_gen(subject: "Subject", rows: list[Row], config: SuiteConfig) -> Outcome:
+def run_gen(subject: "ModelUnderTest", rows: list[Row], config: SuiteConfig) -> Outcome:
     """lm-eval's `truthfulqa_gen`: a greedy answer, compared with the references by BLEU and ROUGE."""
     sampled = sample_rows(rows, config.limit, config.seed)
     names = ["truthfulqa_gen"]
@@ -175,7 +174,9 @@ def _facts_of(rows: list[Row]) -> dict[str, str]:
     }
 
 
-def _item(subject: "Subject", row: Row, answer: str, values: dict[str, float], *, subset: str = "") -> Item:
+def _item(
+    subject: "ModelUnderTest", row: Row, answer: str, values: dict[str, float], *, subset: str = ""
+) -> Item:
     for name, value in values.items():
         if not math.isfinite(value):
             raise StageFailed(

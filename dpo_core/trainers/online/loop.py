@@ -9,8 +9,7 @@ import logging
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic
 
@@ -247,7 +246,7 @@ class OnlineTrainer(ABC, Generic[Item]):
             scores_B, ended_B, config.missing_eos_penalty, replace=config.missing_eos == "replace"
         )
 
-    def minibatches(self, items: Seq[Any], iteration: int, epoch: int) -> list[list[list[Any]]]:
+    def minibatches(self, items: Sequence[Any], iteration: int, epoch: int) -> list[list[list[Any]]]:
         """The micro-batches of every minibatch of a pass: assigned at random, then sorted by length."""
         shares = split_minibatches(
             items,

@@ -3,7 +3,7 @@
 Shapes: B episodes of a micro-batch, R response tokens of the longest.
 """
 
-from collections.abc import Sequence as Seq
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from dpo_core.data.tokens.tokenise import Sequence
+from dpo_core.data.tokens.tokenise import TokenSequence
 from dpo_core.scoring.autocast import autocast
 from dpo_core.scoring.branch_scores import hidden_of, token_scores
 from dpo_core.scoring.document import Document
@@ -24,7 +24,7 @@ from dpo_core.scoring.precision import Precision
 class Episode:
     """One sampled and scored completion."""
 
-    sequence: Sequence
+    sequence: TokenSequence
     prompt: str
     group: int
     """Index of its prompt among this rank's prompts of the round."""
@@ -124,7 +124,7 @@ def make_rollout(
     return Rollout(episodes, rows, mask_BR, logps_BR, ref_logps_BR, rows.table(sampler_N))
 
 
-def rows_of(episodes: Seq[Episode], device: torch.device) -> PaddedRows:
+def rows_of(episodes: Sequence[Episode], device: torch.device) -> PaddedRows:
     """One padded row for each episode."""
     return pad([Document(e.sequence.prompt, (e.sequence.completion,)) for e in episodes]).to(device)
 
@@ -135,13 +135,13 @@ def leading_mask(counts_B: Tensor, width: int | None = None) -> Tensor:
     return places < counts_B[:, None]
 
 
-def padded(rows: Seq[Tensor]) -> Tensor:
+def padded(rows: Sequence[Tensor]) -> Tensor:
     """Rows of different lengths, right-padded with 0, (B, longest)."""
     return pad_sequence(list(rows), batch_first=True)
 
 
 def split_minibatches(
-    items: Seq[Item], minibatches: int, *, key: tuple[int, ...], rank: int, world: int
+    items: Sequence[Item], minibatches: int, *, key: tuple[int, ...], rank: int, world: int
 ) -> list[list[Item]]:
     """This rank's share of every minibatch of a pass, assigned at random with `key` as the seed.
 
@@ -159,13 +159,13 @@ def split_minibatches(
     return [[ordered[i + size * turns[i, m]] for i in range(size)] for m in range(minibatches)]
 
 
-def micro_batches(items: Seq[Item], size: int) -> list[list[Item]]:
+def micro_batches(items: Sequence[Item], size: int) -> list[list[Item]]:
     """Micro-batches of items of similar length, so that there is little padding."""
     ordered = sorted(items, key=len)
     return [ordered[i : i + size] for i in range(0, len(ordered), size)]
 
 
-def sampler_gap(rollouts: Seq[Rollout]) -> tuple[Tensor, Tensor]:
+def sampler_gap(rollouts: Sequence[Rollout]) -> tuple[Tensor, Tensor]:
     """|log π_trainer - log π_sampler| and π_trainer/π_sampler of every response token, each (N,).
 
     Both have the same weights. A sampler in bf16 or with another kernel differs a little; a large difference

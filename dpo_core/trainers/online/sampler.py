@@ -4,8 +4,7 @@ Its only state is the number of prompts drawn so far: with the seed it determine
 number of ranks and after any interruption.
 """
 
-from collections.abc import Callable, Collection
-from collections.abc import Sequence as Seq
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from torch import nn
 
 from dpo_core.data.files.parquet import read_parquet
-from dpo_core.data.tokens.tokenise import Sequence, Tokenise
+from dpo_core.data.tokens.tokenise import Tokenise, TokenSequence
 from dpo_core.errors import NeedsNewSettings, StageFailed
 from dpo_core.generation.config import SamplingConfig, seed_for
 from dpo_core.generation.generate import sample
@@ -33,7 +32,7 @@ Prompt = tuple[tuple[int, ...], str]
 class RolloutContext:
     """Prompts, sampling settings, reward and output folder of a job that trains on its own samples."""
 
-    prompts: Seq[Prompt]
+    prompts: Sequence[Prompt]
     """Training prompts."""
     sampling: SamplingConfig
     eos_id: int | Collection[int]
@@ -44,7 +43,7 @@ class RolloutContext:
     work: Path
     gold: Scorer | None = None
     """A known reward that is logged beside a learned one."""
-    scoring_flops: Callable[[Seq[Sequence]], float] = lambda sequences: 0.0
+    scoring_flops: Callable[[Sequence[TokenSequence]], float] = lambda sequences: 0.0
     """Operations of scoring sequences, if the scorer is a model."""
 
 
@@ -135,8 +134,8 @@ class Sampler:
 
 def draw(
     policy: nn.Module,
-    prompts: Seq[Prompt],
-    places: Seq[int],
+    prompts: Sequence[Prompt],
+    places: Sequence[int],
     completions_per_prompt: int,
     sampling: SamplingConfig,
     *,
@@ -159,7 +158,7 @@ def draw(
     )
     return [
         Episode(
-            Sequence(prompts[i // each][0], c.ids),
+            TokenSequence(prompts[i // each][0], c.ids),
             prompts[i // each][1],
             i // each,
             c.ended,
@@ -170,15 +169,15 @@ def draw(
     ]
 
 
-def scored(episodes: Seq[Episode], scorer: Scorer, gold: Scorer | None) -> list[Episode]:
+def scored(episodes: Sequence[Episode], scorer: Scorer, gold: Scorer | None) -> list[Episode]:
     """The same episodes with their scores."""
     inputs = [e.sequence for e in episodes], [e.prompt for e in episodes]
     scores = scorer(*inputs)
-    golds: Seq[float | None] = gold(*inputs) if gold else [None] * len(scores)
+    golds: Sequence[float | None] = gold(*inputs) if gold else [None] * len(scores)
     return [replace(e, score=s, gold=g) for e, s, g in zip(episodes, scores, golds, strict=True)]
 
 
-def informative(episodes: Seq[Episode]) -> set[int]:
+def informative(episodes: Sequence[Episode]) -> set[int]:
     """Groups whose scores differ. The others have no advantages; DAPO's dynamic sampling replaces them."""
     scores: dict[int, list[float]] = {}
     for episode in episodes:

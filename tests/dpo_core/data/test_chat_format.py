@@ -10,7 +10,7 @@ import pytest
 
 from dpo_core.data.tokens.chat_template import TemplateError, check_template
 from dpo_core.data.tokens.config import with_date
-from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise
+from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise, TokenSequence
 from tests.support.models.chat_families import ENDS, TEMPLATES, assistant, make_tokenizer, system, user
 
 ROOM = {"max_length": 6000, "max_prompt_length": 5000}
@@ -49,14 +49,14 @@ def row_of(prompt: list[Any], answer: list[Any], tools: Any = None, **more: Any)
     return row | {"answer_chat": True, "ended": True, "tools": json.dumps(tools) if tools else "", **more}
 
 
-def learnt_text(tokenizer: Any, sequence: Sequence) -> str:
+def learnt_text(tokenizer: Any, sequence: TokenSequence) -> str:
     mask = sequence.learnt or (True,) * len(sequence.completion)
     return str(tokenizer.decode([t for t, on in zip(sequence.completion, mask, strict=True) if on]))
 
 
-def written(tokenizer: Any, row: dict[str, Any], **config: Any) -> Sequence:
+def written(tokenizer: Any, row: dict[str, Any], **config: Any) -> TokenSequence:
     made = Tokenise(tokenizer, TokenConfig(**ROOM, **config)).single(row)
-    assert isinstance(made, Sequence), made
+    assert isinstance(made, TokenSequence), made
     return made
 
 
@@ -128,7 +128,7 @@ def test_the_header_of_an_answer_is_no_text_whatever_was_asked(shared: Path) -> 
     tokenise = Tokenise(make_tokenizer(template), TokenConfig(**ROOM))
     for question in ("Well", "What is the time?"):
         made = tokenise.single(row_of([user(question)], [assistant("Good.")]))
-        assert isinstance(made, Sequence)
+        assert isinstance(made, TokenSequence)
         assert tokenise.text(made.completion, made.prompt) == "Good."
 
 
@@ -233,7 +233,7 @@ def test_a_prompt_that_opens_a_thought_needs_one_or_an_argument() -> None:
     assert "template_arguments" in str(tokenise.refusal(row))
     thought = row_of([user("Soup?")], [assistant("Good.", reasoning_content="Well")])
     made = tokenise.single(thought)
-    assert isinstance(made, Sequence)
+    assert isinstance(made, TokenSequence)
     assert learnt_text(tokenizer, made) == "Well\n</think>\n\nGood.<|im_end|>"
 
 
@@ -272,7 +272,7 @@ def test_every_turn_of_the_assistant_can_be_learnt() -> None:
     # Fine-tuning learns the turns before the last question too.
     tokenise = Tokenise(tokenizer, TokenConfig(**ROOM, learn="all_turns"))
     sft = tokenise.demonstration(row_of([user("Soup?"), *answer[:2]], answer[2:]))
-    assert isinstance(sft, Sequence)
+    assert isinstance(sft, TokenSequence)
     assert sft == all_turns
 
 
@@ -310,7 +310,7 @@ def test_a_cut_prompt_keeps_its_frame_and_is_cut_only_without_room() -> None:
     assert text.endswith("good<end_of_turn>\n<start_of_turn>assistant\n")
     # Training cuts it alike.
     made = tokenise.single({**prompt, "id": "a", "completion": "Good. " * 30, "ended": True})
-    assert isinstance(made, Sequence)
+    assert isinstance(made, TokenSequence)
     assert made.prompt == cut
     assert tokenise.prompt(prompt["prompt"], True, 5) == (), "the frame alone does not fit"
 
@@ -390,7 +390,7 @@ def test_real_families_agree_with_their_template_token_for_token(shared: Path, f
         if tokenise.refusal(row):
             continue  # it does not support the row, or refuses its roles
         made = tokenise.single(row)
-        assert isinstance(made, Sequence)
+        assert isinstance(made, TokenSequence)
         whole = tokenizer.apply_chat_template([*prompt, *answer], tools=tools, return_dict=False, **arguments)
         opened = tokenizer.apply_chat_template(
             prompt, tools=tools, add_generation_prompt=True, return_dict=False, **arguments
@@ -423,7 +423,7 @@ def test_masks_agree_with_the_training_variants(shared: Path, family: str) -> No
     if tokenise.refusal(row):
         pytest.skip("the template rewrites earlier turns")
     made = tokenise.single(row)
-    assert isinstance(made, Sequence)
+    assert isinstance(made, TokenSequence)
     oracle = tokenizer.apply_chat_template(
         conversation, chat_template=variant, return_assistant_tokens_mask=True, return_dict=True, **arguments
     )

@@ -6,7 +6,7 @@ import pytest
 
 from dpo_core.data.formats import ADAPTERS, recognise
 from dpo_core.data.layouts.common import hh, kto, pandalm, prompt_pairs, prompts, sharegpt, stackexchange
-from dpo_core.data.layouts.fields import Fault, Pair, Prompt, Unpaired
+from dpo_core.data.layouts.fields import Fault, PairFields, PromptFields, Unpaired
 from dpo_core.errors import DataError
 
 USER = {"role": "user", "content": "Hi"}
@@ -18,51 +18,55 @@ VOTES = {"annotator1": 2, "annotator2": 2, "annotator3": 1}
 PANDA = {"instruction": "Do", "input": "it", "response1": "x", "response2": "y", **VOTES}
 
 GOOD_ROWS = {
-    "hh": ("hh", {"chosen": TURNS + " yes", "rejected": TURNS + " no"}, Pair(TURNS, False, " yes", " no")),
+    "hh": (
+        "hh",
+        {"chosen": TURNS + " yes", "rejected": TURNS + " no"},
+        PairFields(TURNS, False, " yes", " no"),
+    ),
     "strings": (
         "prompt-pairs",
         {"prompt": "p", "chosen": "c", "rejected": ""},
-        Pair("p", False, "c", ""),
+        PairFields("p", False, "c", ""),
     ),
     "strings that repeat their transcript": (
         "prompt-pairs",
         {"prompt": TURNS, "chosen": TURNS + " yes", "rejected": TURNS + " no"},
-        Pair(TURNS, False, " yes", " no"),
+        PairFields(TURNS, False, " yes", " no"),
     ),
     "instruction and input": (
         "prompt-pairs",
         {"instruction": "i", "input": "x", "chosen": "c", "rejected": "r"},
-        Pair("i\n\nx", False, "c", "r"),
+        PairFields("i\n\nx", False, "c", "r"),
     ),
     "question and system": (
         "prompt-pairs",
         {"system": "S", "question": "Hi", "chosen": "c", "rejected": "r"},
-        Pair(SYSTEM_CHAT, True, "c", "r"),
+        PairFields(SYSTEM_CHAT, True, "c", "r"),
     ),
     "messages": (
         "prompt-pairs",
         {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]},
-        Pair(CHAT, True, "yes", "no"),
+        PairFields(CHAT, True, "yes", "no"),
     ),
     "messages with implicit prompt": (
         "prompt-pairs",
         {"chosen": [USER, GOOD], "rejected": [USER, BAD]},
-        Pair(CHAT, True, "yes", "no"),
+        PairFields(CHAT, True, "yes", "no"),
     ),
     "prompt given twice": (
         "prompt-pairs",
         {"prompt": "Hi", "chosen": [USER, GOOD], "rejected": [USER, BAD]},
-        Pair(CHAT, True, "yes", "no"),
+        PairFields(CHAT, True, "yes", "no"),
     ),
     "prompt messages and text answers": (
         "prompt-pairs",
         {"prompt": [USER], "chosen": "yes", "rejected": "no"},
-        Pair(CHAT, True, "yes", "no"),
+        PairFields(CHAT, True, "yes", "no"),
     ),
     "prompt text and one message": (
         "prompt-pairs",
         {"prompt": "Hi", "chosen": [GOOD], "rejected": [BAD]},
-        Pair(CHAT, True, "yes", "no"),
+        PairFields(CHAT, True, "yes", "no"),
     ),
     "sharegpt": (
         "sharegpt",
@@ -71,7 +75,7 @@ GOOD_ROWS = {
             "chosen": {"from": "gpt", "value": "yes"},
             "rejected": {"from": "gpt", "value": "no"},
         },
-        Pair(SYSTEM_CHAT, True, "yes", "no"),
+        PairFields(SYSTEM_CHAT, True, "yes", "no"),
     ),
     "sharegpt with a system field": (
         "sharegpt",
@@ -81,33 +85,33 @@ GOOD_ROWS = {
             "chosen": {"from": "gpt", "value": "yes"},
             "rejected": {"from": "gpt", "value": "no"},
         },
-        Pair(SYSTEM_CHAT, True, "yes", "no"),
+        PairFields(SYSTEM_CHAT, True, "yes", "no"),
     ),
     "prompt-pairs with votes": (
         "prompt-pairs",
         {"prompt": "Hi", "chosen": "yes", "rejected": "no", "agreement": 0.75},
-        Pair("Hi", False, "yes", "no", agreement=0.75),
+        PairFields("Hi", False, "yes", "no", agreement=0.75),
     ),
     "prompt-pairs with votes from csv": (
         "prompt-pairs",
         {"prompt": "Hi", "chosen": "yes", "rejected": "no", "agreement": "1"},
-        Pair("Hi", False, "yes", "no", agreement=1.0),
+        PairFields("Hi", False, "yes", "no", agreement=1.0),
     ),
     "prompt-pairs with an empty field of votes": (
         "prompt-pairs",
         {"prompt": "Hi", "chosen": "yes", "rejected": "no", "agreement": ""},
-        Pair("Hi", False, "yes", "no"),
+        PairFields("Hi", False, "yes", "no"),
     ),
-    "pandalm": ("pandalm", PANDA, Pair("Do\n\nit", False, "y", "x", agreement=2 / 3)),
+    "pandalm": ("pandalm", PANDA, PairFields("Do\n\nit", False, "y", "x", agreement=2 / 3)),
     "pandalm from csv": (
         "pandalm",
         {**PANDA, "input": "", "annotator1": "1", "annotator2": "1", "annotator3": "1"},
-        Pair("Do", False, "x", "y", agreement=1.0),
+        PairFields("Do", False, "x", "y", agreement=1.0),
     ),
     "stackexchange": (
         "stackexchange",
         {"question": "q", "response_j": "better", "response_k": "worse"},
-        Pair("q", False, "better", "worse"),
+        PairFields("q", False, "better", "worse"),
     ),
     "kto messages": ("kto", {"messages": [USER, BAD], "label": False}, Unpaired(CHAT, True, "no", False)),
     "kto strings": (
@@ -125,9 +129,9 @@ GOOD_ROWS = {
         {"prompt": [USER], "completion": [GOOD], "label": 1},
         Unpaired(CHAT, True, "yes", True),
     ),
-    "prompt": ("prompts", {"prompt": "p", "label": "safe"}, Prompt("p", False)),
-    "prompt messages": ("prompts", {"prompt": [USER]}, Prompt(CHAT, True)),
-    "text": ("prompts", {"text": "t"}, Prompt("t", False)),
+    "prompt": ("prompts", {"prompt": "p", "label": "safe"}, PromptFields("p", False)),
+    "prompt messages": ("prompts", {"prompt": [USER]}, PromptFields(CHAT, True)),
+    "text": ("prompts", {"text": "t"}, PromptFields("t", False)),
 }
 
 

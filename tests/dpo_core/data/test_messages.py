@@ -10,7 +10,7 @@ import pytest
 
 from dpo_core.data.config import DataConfig
 from dpo_core.data.formats import ADAPTERS
-from dpo_core.data.layouts.fields import Fault, Prompt
+from dpo_core.data.layouts.fields import Fault, PromptFields
 from dpo_core.data.load import load
 from dpo_core.data.records import Loaded, record_id
 
@@ -120,7 +120,7 @@ def test_ids_tell_tools_and_forms_of_answers_apart() -> None:
     assert (
         len({record_id(p) for p in (pair, pair._replace(tools="[]"), pair._replace(answer_chat=True))}) == 3
     )
-    assert record_id(Prompt("p", True)) != record_id(Prompt("p", True, tools="[]"))
+    assert record_id(PromptFields("p", True)) != record_id(PromptFields("p", True, tools="[]"))
 
 
 def test_answers_of_several_turns() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from dpo_core.data.config import DataConfig
 from dpo_core.data.formats import ADAPTERS, recognise
-from dpo_core.data.layouts.fields import Fault, Pair, Ranked
+from dpo_core.data.layouts.fields import Fault, PairFields, Ranked
 from dpo_core.data.layouts.rankings import pairs_of
 from dpo_core.data.load import load
 from dpo_core.data.records import Loaded
@@ -64,46 +64,48 @@ KAGGLE = {"id": 1, "model_a": "m", "model_b": "n", "prompt": '["Hi"]', "response
           "response_b": '["y"]', "winner_model_a": 1, "winner_model_b": 0, "winner_tie": 0}  # fmt: skip
 CHAT = _chat(USER)
 
-PAIRS: dict[str, tuple[str, dict, Pair]] = {
-    "helpsteer2": ("helpsteer2", STEER2, Pair("Hi", False, "y", "x", margin=2.0)),
+PAIRS: dict[str, tuple[str, dict, PairFields]] = {
+    "helpsteer2": ("helpsteer2", STEER2, PairFields("Hi", False, "y", "x", margin=2.0)),
     "helpsteer2, the first": (
-        "helpsteer2", {**STEER2, "preference_strength": -1}, Pair("Hi", False, "x", "y", margin=1.0),
+        "helpsteer2", {**STEER2, "preference_strength": -1}, PairFields("Hi", False, "x", "y", margin=1.0),
     ),
     "helpsteer2 of several turns": (
         "helpsteer2",
         {**STEER2, "prompt": "Hi\n<extra_id_1>Assistant\nYes?\n<extra_id_1>User\nWhy?"},
-        Pair(_chat(USER, _said("Yes?"), {"role": "user", "content": "Why?"}), True, "y", "x", margin=2.0),
+        PairFields(
+            _chat(USER, _said("Yes?"), {"role": "user", "content": "Why?"}), True, "y", "x", margin=2.0,
+        ),
     ),
-    "helpsteer3": ("helpsteer3", STEER3, Pair(CHAT, True, "x", "y", margin=3.0)),
-    "shp": ("shp", SHP, Pair("Hi", False, "y", "x", margin=5.0)),
-    "shp, A": ("shp", {**SHP, "labels": 1, "score_A": 9}, Pair("Hi", False, "x", "y", margin=2.0)),
-    "pku": ("pku-saferlhf", PKU, Pair("Hi", False, "x", "y")),
+    "helpsteer3": ("helpsteer3", STEER3, PairFields(CHAT, True, "x", "y", margin=3.0)),
+    "shp": ("shp", SHP, PairFields("Hi", False, "y", "x", margin=5.0)),
+    "shp, A": ("shp", {**SHP, "labels": 1, "score_A": 9}, PairFields("Hi", False, "x", "y", margin=2.0)),
+    "pku": ("pku-saferlhf", PKU, PairFields("Hi", False, "x", "y")),
     "tldr": (
         "summaries",
         TLDR,
-        Pair("SUBREDDIT: r/tifu\n\nTITLE: Ouch\n\nPOST: I fell.\n\nTL;DR:", False, " y", " x"),
+        PairFields("SUBREDDIT: r/tifu\n\nTITLE: Ouch\n\nPOST: I fell.\n\nTL;DR:", False, " y", " x"),
     ),
-    "tldr of an article": ("summaries", NEWS, Pair("It rained.\n\nTL;DR:", False, " y", " x")),
-    "webgpt": ("webgpt", WEBGPT, Pair("Hi", False, "y", "x", margin=1.0)),
-    "arena": ("arena", ARENA, Pair(CHAT, True, "y", "x")),
-    "arena of kaggle": ("arena", KAGGLE, Pair(CHAT, True, "x", "y")),
+    "tldr of an article": ("summaries", NEWS, PairFields("It rained.\n\nTL;DR:", False, " y", " x")),
+    "webgpt": ("webgpt", WEBGPT, PairFields("Hi", False, "y", "x", margin=1.0)),
+    "arena": ("arena", ARENA, PairFields(CHAT, True, "y", "x")),
+    "arena of kaggle": ("arena", KAGGLE, PairFields(CHAT, True, "x", "y")),
     "ultrafeedback binarized": (
         "prompt-pairs",
         {"prompt": "Hi", "prompt_id": "i", "chosen": [USER, _said("x")], "rejected": [USER, _said("y")],
          "messages": [USER, _said("x")], "score_chosen": 8.5, "score_rejected": 6.0},
-        Pair(CHAT, True, "x", "y", margin=2.5),
+        PairFields(CHAT, True, "x", "y", margin=2.5),
     ),
     "ultrafeedback cleaned": (
         "prompt-pairs",
         {"source": "s", "prompt": "Hi", "chosen": [USER, _said("x")], "chosen-rating": 4.25,
          "rejected": [USER, _said("y")], "rejected-rating": 2.0, "rejected-model": "n"},
-        Pair(CHAT, True, "x", "y", margin=2.25),
+        PairFields(CHAT, True, "x", "y", margin=2.25),
     ),
     "math-step-dpo": (
         "prompt-pairs",
         {"dataset": "d", "prompt": "1+1+1?", "initial_reason_steps": "Step 1: 1+1=2.\nStep 2:",
          "chosen": " 3", "rejected": " 4", "full_chosen": "x", "full_rejected": "y", "answer": "3"},
-        Pair("1+1+1?\n\nStep 1: 1+1=2.\nStep 2:", False, " 3", " 4"),
+        PairFields("1+1+1?\n\nStep 1: 1+1=2.\nStep 2:", False, " 3", " 4"),
     ),
 }  # fmt: skip
 
@@ -139,7 +141,7 @@ def test_arena_answers_of_several_turns() -> None:
     assert (json.loads(pair.chosen), json.loads(pair.rejected)) == (b[1:], a[1:])
     # MT-bench judges the turn that it names, and what came after says nothing.
     first = ADAPTERS["arena"].convert({**row, "turn": 1, "judge": "expert_0"})
-    assert first == Pair(CHAT, True, "y", "x")
+    assert first == PairFields(CHAT, True, "y", "x")
 
 
 def test_the_safer_response_is_an_option(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from dpo_core.data.config import DataConfig
-from dpo_core.data.layouts.fields import Pair, Prompt, Unpaired
+from dpo_core.data.layouts.fields import PairFields, PromptFields, Unpaired
 from dpo_core.data.load import load, load_eval
 from dpo_core.data.records import PAIR_COLUMNS, PROMPT_COLUMNS, UNPAIRED_COLUMNS, Loaded, record_id, to_frame
 from dpo_core.errors import DataError
@@ -218,7 +218,7 @@ def test_openings_instead_of_a_path() -> None:
 
 
 def test_id_is_of_the_content_alone(tmp_path: Path) -> None:
-    pair = Pair("p", False, "c", "r")
+    pair = PairFields("p", False, "c", "r")
     assert record_id(pair) == record_id(pair._replace(agreement=0.5, fault=""))
     others = [
         pair._replace(prompt="pc", chosen=""),
@@ -230,7 +230,7 @@ def test_id_is_of_the_content_alone(tmp_path: Path) -> None:
         pair._replace(rejected_ended=False),
         Unpaired("p", False, "c", True),
         Unpaired("p", False, "c", False),
-        Prompt("p", False),
+        PromptFields("p", False),
     ]
     ids = [record_id(record) for record in [pair, *others]]
     assert len(set(ids)) == len(ids)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_core.data.config import DataConfig
-from dpo_core.data.layouts.fields import Pair
+from dpo_core.data.layouts.fields import PairFields
 from dpo_core.data.load import load
 from dpo_core.data.records import to_frame
 from dpo_core.data.split import prompt_key, split_by_prompt, with_eval_frame
@@ -18,7 +18,7 @@ SEEDS = st.integers(0, 2**31)
 
 
 def frame_of(prompts: list[str]):
-    return to_frame([Pair(prompt, False, "c", "r") for prompt in prompts])
+    return to_frame([PairFields(prompt, False, "c", "r") for prompt in prompts])
 
 
 @settings(max_examples=150, deadline=None)
@@ -66,13 +66,15 @@ def test_prompts_that_differ_in_form_only_stay_together() -> None:
 
 
 def test_rows_with_a_fault_are_no_prompt() -> None:
-    bad = Pair("", False, "", "", fault="broken")
+    bad = PairFields("", False, "", "", fault="broken")
     message = (
         r"1 distinct prompt.* in 1 usable rows \(of the others, 2, most often: broken\).*data\.eval_path"
     )
     with pytest.raises(DataError, match=message):
-        split_by_prompt(to_frame([bad, Pair("p", False, "c", "r"), bad]), 0.5, 0)
-    split = split_by_prompt(to_frame([bad, Pair("p", False, "c", "r"), Pair("q", False, "c", "r")]), 0.5, 0)
+        split_by_prompt(to_frame([bad, PairFields("p", False, "c", "r"), bad]), 0.5, 0)
+    split = split_by_prompt(
+        to_frame([bad, PairFields("p", False, "c", "r"), PairFields("q", False, "c", "r")]), 0.5, 0
+    )
     assert split["split"][0] == "train"
     assert set(split["split"][1:]) == {"train", "eval"}
 
@@ -90,5 +92,5 @@ def test_given_eval_frame_reports_prompts_on_both_sides() -> None:
     assert leaked == ["B "]
     assert list(joined["split"]) == ["train"] * 3 + ["eval"] * 3
     assert with_eval_frame(frame_of(["a"]), frame_of(["c"]))[1] == []
-    faulty = to_frame([Pair("", False, "", "", fault="x")])
+    faulty = to_frame([PairFields("", False, "", "", fault="x")])
     assert with_eval_frame(faulty, faulty)[1] == []

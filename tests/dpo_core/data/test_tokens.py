@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise, TokenPair
+from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise, TokenPair, TokenSequence
 from dpo_core.errors import ModelError
 from dpo_core.models.load import load_tokenizer
 
@@ -79,7 +79,7 @@ def test_an_answer_that_fits_but_for_its_eos_loses_only_the_eos(tokenizer: Any) 
     tokenise = Tokenise(tokenizer, TokenConfig())
     prompt, answer = (5, 6), tokenise.completion(" warm and good.", ended=True)
     short = Tokenise(tokenizer, TokenConfig(max_length=1 + len(answer), max_prompt_length=2))
-    assert short.sequence(prompt, answer) == Sequence(prompt, answer[:-1], truncated=True)
+    assert short.sequence(prompt, answer) == TokenSequence(prompt, answer[:-1], truncated=True)
 
 
 @pytest.mark.parametrize("text", ["</s>", "good</s>", "a </s> b</s>", "</s></s>"])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dpo_core.data.config import DataConfig
-from dpo_core.data.layouts.fields import Pair, Prompt, Unpaired
+from dpo_core.data.layouts.fields import PairFields, PromptFields, Unpaired
 from dpo_core.data.load import load
 from dpo_core.data.records import to_frame
 from dpo_core.evaluation.contamination import TEMPLATE, TrainingText, training_texts
@@ -45,12 +45,12 @@ def test_thirteen_words_in_a_row_are_enough_and_twelve_are_not() -> None:
 
 def test_answers_and_prompts_of_a_conversation_are_searched_one_by_one() -> None:
     chat = '[{"role":"user","content":"What is\\na fjord?"},{"role":"assistant","content":"A long bay."}]'
-    frame = to_frame([Pair(chat, True, SEA, "It is not."), Pair("", False, "", "")])
+    frame = to_frame([PairFields(chat, True, SEA, "It is not."), PairFields("", False, "", "")])
     texts = TrainingText(training_texts(frame))
     items = [item("turn", "What is a fjord?"), item("answer", SEA), item("json", "role user content What is")]
     assert texts.find(items) == {"turn": "exact", "answer": "exact"}
     assert list(training_texts(to_frame([Unpaired("p", False, "c", True)], "unpaired"))) == ["p", "c"]
-    assert list(training_texts(to_frame([Prompt("p", False)], "prompts"))) == ["p"]
+    assert list(training_texts(to_frame([PromptFields("p", False)], "prompts"))) == ["p"]
 
 
 def test_a_transcript_is_taken_turn_by_turn() -> None:

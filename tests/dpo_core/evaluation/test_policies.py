@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_core.data.tokens.tokenise import Sequence, TokenPair
+from dpo_core.data.tokens.tokenise import TokenPair, TokenSequence
 from dpo_core.errors import StageFailed
 from dpo_core.evaluation.config import EvaluateConfig
 from dpo_core.evaluation.policies import kl_estimates, preference_accuracy, sample_policy, sequence_logps
@@ -20,7 +20,7 @@ from tests.support.models.logps import full_logps, random_sequences
 def made(rewards: list[float], kl: list[float] | None = None) -> PolicySamples:
     """Two samples for each of two prompts, of 2, 2, 3 and 1 tokens."""
     answers = [(1, 2), (1, 2), (3, 4, 5), (6,)]
-    sequences = [Sequence((9,), ids) for ids in answers]
+    sequences = [TokenSequence((9,), ids) for ids in answers]
     ended = [True, False, True, False]
     return PolicySamples([0, 0, 1, 1], sequences, ended, rewards, kl or [0.0] * 4, kl or [0.0] * 4, 1.25)
 
@@ -75,7 +75,7 @@ def test_kl_estimators_by_hand() -> None:
 
 
 def test_preference_accuracy_by_hand() -> None:
-    side = Sequence((1,), (2,))
+    side = TokenSequence((1,), (2,))
     pairs = [TokenPair(str(i), side, side) for i in range(3)]
     policy = [torch.tensor(x) for x in ([-1.0, -1.0], [-3.0], [-1.0], [-1.0], [-5.0], [-5.0])]
     reference = [torch.tensor(x) for x in ([-1.5, -1.5], [-3.0], [-1.0], [-1.0], [-4.0], [-6.0])]

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_core.data.tokens.tokenise import Sequence
+from dpo_core.data.tokens.tokenise import TokenSequence
 from dpo_core.errors import DataError
 from dpo_core.examples.unpaired import UnpairedExample, _next_other, mismatched
 
 
 def example(prompt: int, completion: int, desirable: bool = True) -> UnpairedExample:
-    ids = Sequence((prompt, prompt), (completion,) * 3)
+    ids = TokenSequence((prompt, prompt), (completion,) * 3)
     return UnpairedExample(f"{prompt}-{completion}-{desirable}", ids, desirable)
 
 
@@ -82,7 +82,7 @@ def test_the_search_skips_equal_examples() -> None:
 
 
 def test_mismatched_pairs_are_no_longer_than_the_longest_example() -> None:
-    short, long = Sequence(tuple(range(9)), (1, 2)), Sequence((1,), tuple(range(10)))
+    short, long = TokenSequence(tuple(range(9)), (1, 2)), TokenSequence((1,), tuple(range(10)))
     mismatches = mismatched([UnpairedExample("a", short, True), UnpairedExample("b", long, False)])
     assert [len(s) for s in mismatches] == [11, 3]
     assert mismatches[0].completion == (0, 1)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from dpo_core.data.tokens.config import TokenConfig
-from dpo_core.evaluation.model_under_test import Subject
+from dpo_core.evaluation.model_under_test import ModelUnderTest
 from dpo_core.evaluation.prompt import Prompt
 from dpo_core.generation.config import SamplingConfig
 from dpo_core.jobs.files import AnswersJob, NamedModel
@@ -29,6 +29,6 @@ def test_a_killed_job_on_two_ranks_gives_the_answers_of_one_process(tmp_path: Pa
     )
     answers = killed_and_resumed(job, units=3)["answers"]
     for name, path in folders.items():
-        assert answers[name] == Subject(path, name, tokens).answers(ASKED, sampling, seed=7)
+        assert answers[name] == ModelUnderTest(path, name, tokens).answers(ASKED, sampling, seed=7)
     assert answers["one"] != answers["two"]
     assert len(set(answers["one"])) == len(ASKED), "the same prompt is answered anew each time"

@@ -32,11 +32,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("rows") / "data.parquet"
-    from dpo_core.data.layouts.fields import Pair
+    from dpo_core.data.layouts.fields import PairFields
     from dpo_core.data.records import to_frame
 
     pairs = [
-        Pair(row["prompt"], False, row["chosen"], row["rejected"], rejected_ended=row["rejected_ended"])
+        PairFields(row["prompt"], False, row["chosen"], row["rejected"], rejected_ended=row["rejected_ended"])
         for row in pair_rows(24)
     ]
     frame = to_frame(pairs, "pairs", list(range(24)))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dpo_core.data.tokens.config import TokenConfig
-from dpo_core.data.tokens.tokenise import Sequence
+from dpo_core.data.tokens.tokenise import TokenSequence
 from dpo_core.jobs.files import ScoreJob
 from dpo_core.models.load import load_model, load_tokenizer
 from dpo_core.models.reward_model import RewardModel
@@ -40,7 +40,7 @@ def test_rewards_are_those_of_the_model_whatever_the_ranks(reward: str, tiny: Pa
     found = run_job_file(job(tmp_path, reward, 2))["rewards"]
     tokenizer = load_tokenizer(tiny)
     rows = [
-        Sequence(tuple(tokenizer.encode(prompt)), (*tokenizer.encode(answer), tokenizer.eos_token_id))
+        TokenSequence(tuple(tokenizer.encode(prompt)), (*tokenizer.encode(answer), tokenizer.eos_token_id))
         for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)
     ]
     assert found == score(RewardModel.load(Path(reward)), rows, "fp32")

@@ -68,7 +68,7 @@ def job(folder: Path, work: Path, shared: Path, suites: list[str], processes: in
     return SuitesJob(
         **on(work / "work", processes),
         models=[policy],
-        asked=[("policy", suite) for suite in suites],
+        model_suites=[("policy", suite) for suite in suites],
         files={suite: str(shared / "data" / FILES[suite]) for suite in suites},
         config=SuiteConfig(
             limit=6,

@@ -97,11 +97,11 @@ def test_positions_by_other_names() -> None:
 
 
 def test_an_evaluated_model_must_hold_the_rows_too(tmp_path: Path) -> None:
-    from dpo_core.evaluation.model_under_test import Subject
+    from dpo_core.evaluation.model_under_test import ModelUnderTest
     from dpo_core.evaluation.prompt import Prompt
     from dpo_core.generation.config import SamplingConfig
 
-    subject = Subject(make_family(tmp_path / "model", "gpt2", n_positions=16), "small")
+    subject = ModelUnderTest(make_family(tmp_path / "model", "gpt2", n_positions=16), "small")
     with pytest.raises(ModelError, match="the model has only 16"):
         subject.answers([Prompt("a b c d e f", chat=False)], SamplingConfig(max_new_tokens=12), seed=0)
     assert len(subject.answers([Prompt("a", chat=False)], SamplingConfig(max_new_tokens=4), seed=0)) == 1

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_core.data.tokens.tokenise import Sequence
+from dpo_core.data.tokens.tokenise import TokenSequence
 from dpo_core.errors import StageFailed
 from dpo_core.models.load import load_model
 from dpo_core.reference import LogpShard, ReferenceCache, sequence_key
@@ -30,11 +30,11 @@ def held(cache: ReferenceCache, keys: Iterable[bytes]) -> Entries:
 
 
 @pytest.fixture
-def sequences() -> list[Sequence]:
+def sequences() -> list[TokenSequence]:
     return random_sequences(40, 386, seed=9)
 
 
-def test_values_are_those_of_each_sequence_alone(model: Any, sequences: list[Sequence]) -> None:
+def test_values_are_those_of_each_sequence_alone(model: Any, sequences: list[TokenSequence]) -> None:
     entries: Entries = {}
     before = torch.get_rng_state()
     compute(
@@ -52,7 +52,7 @@ def test_values_are_those_of_each_sequence_alone(model: Any, sequences: list[Seq
             np.testing.assert_allclose(entries[sequence_key(sequence)], alone, rtol=0, atol=1e-5)
 
 
-def test_a_shard_gives_back_what_was_put_in(tmp_path: Path, sequences: list[Sequence]) -> None:
+def test_a_shard_gives_back_what_was_put_in(tmp_path: Path, sequences: list[TokenSequence]) -> None:
     draw = np.random.default_rng(0)
     entries = {sequence_key(s): draw.normal(size=len(s.completion)).astype(np.float32) for s in sequences}
     LogpShard.build(entries).save(tmp_path / "shard")
@@ -65,7 +65,7 @@ def test_a_shard_gives_back_what_was_put_in(tmp_path: Path, sequences: list[Sequ
 
 
 def test_a_missing_key_is_refused_with_the_count() -> None:
-    known, unknown = sequence_key(Sequence((1,), (2,))), sequence_key(Sequence((1,), (3,)))
+    known, unknown = sequence_key(TokenSequence((1,), (2,))), sequence_key(TokenSequence((1,), (3,)))
     shard = LogpShard.build({known: np.float32([-1.5])})
     assert shard.sums([known]).tolist() == [-1.5]
     with pytest.raises(StageFailed, match="1 of 2 sequences have no reference log-prob"):
@@ -130,7 +130,7 @@ class Killed(Exception):
 
 
 def test_resuming_after_a_kill_gives_the_same_bits(
-    model: Any, sequences: list[Sequence], tmp_path: Path
+    model: Any, sequences: list[TokenSequence], tmp_path: Path
 ) -> None:
     settings: dict[str, Any] = {"precision": "fp32", "token_budget": 64}
     straight: Entries = {}
@@ -162,11 +162,14 @@ def test_resuming_after_a_kill_gives_the_same_bits(
         np.testing.assert_array_equal(cached[key], values)
 
 
-def test_only_changed_sequences_are_missing(tmp_path: Path, sequences: list[Sequence]) -> None:
+def test_only_changed_sequences_are_missing(tmp_path: Path, sequences: list[TokenSequence]) -> None:
     cache = ReferenceCache(tmp_path)
     cache.add({sequence_key(s): np.zeros(len(s.completion), np.float32) for s in sequences})
     first = sequences[0]
-    changed = [Sequence(first.prompt, (*first.completion[:-1], first.completion[-1] ^ 1)), *sequences[1:]]
+    changed = [
+        TokenSequence(first.prompt, (*first.completion[:-1], first.completion[-1] ^ 1)),
+        *sequences[1:],
+    ]
     cached = held(ReferenceCache(tmp_path), [sequence_key(s) for s in reversed(changed)])
     assert [s for s in changed if sequence_key(s) not in cached] == changed[:1]
 
@@ -176,7 +179,9 @@ def test_values_that_are_not_finite_are_refused(tiny: Path) -> None:
     with torch.no_grad():
         broken.get_input_embeddings().weight[7] = float("nan")
     with pytest.raises(StageFailed, match="not finite"):
-        compute(broken, [Sequence((7,), (5,))], precision="fp32", token_budget=64, save=lambda entries: None)
+        compute(
+            broken, [TokenSequence((7,), (5,))], precision="fp32", token_budget=64, save=lambda entries: None
+        )
 
 
 def test_many_keys_are_looked_up_quickly(tmp_path: Path) -> None:

@@ -4,26 +4,26 @@ from pathlib import Path
 
 import pytest
 
-from dpo_core.data.tokens.tokenise import Sequence
+from dpo_core.data.tokens.tokenise import TokenSequence
 from dpo_core.models.source import weights_digest
 from dpo_core.reference import keys, reference_key, sequence_key
 from tests.support.models.tiny import make_tiny_model
 
 
 def test_the_key_of_a_sequence_sees_tokens_and_where_the_prompt_ends() -> None:
-    base = Sequence((1, 2), (3, 4))
+    base = TokenSequence((1, 2), (3, 4))
     others = [
-        Sequence((1, 2), (3, 5)),
-        Sequence((9, 2), (3, 4)),
-        Sequence((1,), (2, 3, 4)),
-        Sequence((1, 2, 3), (4,)),
-        Sequence((1, 2), (3,)),
-        Sequence((1, 2), (3, 4, 0)),
-        Sequence((1, 2), (4, 3)),
+        TokenSequence((1, 2), (3, 5)),
+        TokenSequence((9, 2), (3, 4)),
+        TokenSequence((1,), (2, 3, 4)),
+        TokenSequence((1, 2, 3), (4,)),
+        TokenSequence((1, 2), (3,)),
+        TokenSequence((1, 2), (3, 4, 0)),
+        TokenSequence((1, 2), (4, 3)),
     ]
     assert len({sequence_key(s) for s in [base, *others]}) == 8
     # Equal ids are equal, whichever way they came to be.
-    assert sequence_key(Sequence((1, 2), (3, 4), truncated=True)) == sequence_key(base)
+    assert sequence_key(TokenSequence((1, 2), (3, 4), truncated=True)) == sequence_key(base)
     # Written down by earlier runs: another encoding of the same ids would find none of their values.
     assert sequence_key(base).hex() == "c97923ad0cb5e492c1f34e9c93d2badf"
 
@@ -57,6 +57,6 @@ def test_the_weights_digest_sees_one_weight_and_nothing_beside_the_model(tiny: P
 
 
 def test_what_is_learnt_is_part_of_the_key() -> None:
-    plain, masked = Sequence((1, 2), (3, 4)), Sequence((1, 2), (3, 4), learnt=(False, True))
+    plain, masked = TokenSequence((1, 2), (3, 4)), TokenSequence((1, 2), (3, 4), learnt=(False, True))
     assert sequence_key(plain) != sequence_key(masked)
-    assert sequence_key(masked) != sequence_key(Sequence((1, 2), (3, 4), learnt=(True, False)))
+    assert sequence_key(masked) != sequence_key(TokenSequence((1, 2), (3, 4), learnt=(True, False)))

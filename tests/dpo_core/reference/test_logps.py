@@ -16,9 +16,9 @@ from dpo_core.models.source import weights_digest
 from dpo_core.reference import sequence_key
 from dpo_core.reference.cache import read_facts
 from dpo_core.reference.logps import (
+    CacheSettings,
     Reference,
     ReferenceLogps,
-    Resources,
     attention_of,
     reference_logps,
 )
@@ -62,7 +62,7 @@ def cached(pairs: list[TokenPair], model: Path, folder: Path, precision: Any = "
     return reference_logps(
         [s for p in pairs for s in (p.chosen, p.rejected)],
         Reference(model, weights_digest(model), precision, "tiny"),
-        Resources(folder / "caches", token_budget=256),
+        CacheSettings(folder / "caches", token_budget=256),
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dpo_core.data.tokens.tokenise import Sequence
+from dpo_core.data.tokens.tokenise import TokenSequence
 from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.models.load import load_tokenizer
 from dpo_core.rewards.functions import CheckedReward, check_reward, load_reward, reward_identity
@@ -280,5 +280,5 @@ def test_it_is_taken_wherever_a_known_reward_is(server: Server, tiny: Path) -> N
     tokenizer = load_tokenizer(tiny)
     completion = (*tokenizer.encode("ab"), tokenizer.eos_token_id)
     score = scorer(server.url, tokenizer, "fp32")
-    assert score([Sequence((1,), completion)], ["pp"]) == [2.02]
+    assert score([TokenSequence((1,), completion)], ["pp"]) == [2.02]
     assert server.asked[-1] == {"prompts": ["pp"], "completions": ["ab"]}, "the text without its end token"

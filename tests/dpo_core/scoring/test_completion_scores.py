@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
 
-from dpo_core.data.tokens.tokenise import Sequence
+from dpo_core.data.tokens.tokenise import TokenSequence
 from dpo_core.errors import ModelError
 from dpo_core.model_check import check_definition
 from dpo_core.scoring import attention
@@ -48,7 +48,7 @@ class Bigram(nn.Module):
 TABLE = [[0.1, 0.2, 0.3, 0.4], [0.4, 0.1, 0.3, 0.2], [0.25, 0.25, 0.25, 0.25], [0.7, 0.1, 0.1, 0.1]]
 
 
-def padded(sequences: list[Sequence]) -> PaddedRows:
+def padded(sequences: list[TokenSequence]) -> PaddedRows:
     return pad([Document(s.prompt, (s.completion,)) for s in sequences])
 
 
@@ -58,20 +58,20 @@ def logps_of(model: Any, rows: PaddedRows, temperature: float = 1.0) -> Tensor:
 
 
 def test_four_tokens_by_hand() -> None:
-    rows = padded([Sequence(prompt=(0, 1), completion=(2, 3))])
+    rows = padded([TokenSequence(prompt=(0, 1), completion=(2, 3))])
     # P(2 | 1) = 0.3 and P(3 | 2) = 0.25; P(1 | 0) belongs to the prompt and nothing follows token 3.
     expected = torch.tensor([[math.log(0.3), math.log(0.25)]])
     torch.testing.assert_close(branch_scores(Bigram(TABLE), rows).logps_SL, expected)
 
 
 def test_rows_of_unequal_length_by_hand() -> None:
-    rows = [Sequence((0,), (3, 0, 0)), Sequence((1,), (0,)), Sequence((2, 2, 3), (0,))]
+    rows = [TokenSequence((0,), (3, 0, 0)), TokenSequence((1,), (0,)), TokenSequence((2, 2, 3), (0,))]
     expected = [math.log(0.4 * 0.7 * 0.1), math.log(0.4), math.log(0.7)]
     assert branch_scores(Bigram(TABLE), padded(rows)).logps_SL.sum(-1).tolist() == pytest.approx(expected)
 
 
 def test_temperature_and_softcap_by_hand() -> None:
-    rows = padded([Sequence((1,), (2,))])
+    rows = padded([TokenSequence((1,), (2,))])
     squared = [p**2 for p in TABLE[1]]
     assert logps_of(Bigram(TABLE), rows, temperature=0.5).item() == pytest.approx(
         math.log(squared[2] / sum(squared))
@@ -90,12 +90,14 @@ def gradients(model: nn.Module, logps_BL: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def sequences() -> list[Sequence]:
+def sequences() -> list[TokenSequence]:
     return random_sequences(7, 386, seed=5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_equal_to_the_full_log_softmax(model: Any, sequences: list[Sequence], temperature: float) -> None:
+def test_equal_to_the_full_log_softmax(
+    model: Any, sequences: list[TokenSequence], temperature: float
+) -> None:
     rows = padded(sequences)
     ours = logps_of(model, rows, temperature)
     theirs = rows.table(torch.cat([full_logps(model, s, temperature) for s in sequences]))
@@ -107,7 +109,7 @@ def test_equal_to_the_full_log_softmax(model: Any, sequences: list[Sequence], te
 
 def test_an_end_of_sequence_token_is_data_and_padding_is_none(model: Any) -> None:
     eos = model.config.eos_token_id  # 0, which padding is filled with
-    ended, cut = Sequence((5, 6), (7, eos)), Sequence((5, 6), (7,))
+    ended, cut = TokenSequence((5, 6), (7, eos)), TokenSequence((5, 6), (7,))
     with torch.no_grad():
         logps = branch_scores(model, padded([ended, cut])).logps_SL
         torch.testing.assert_close(logps[0], full_logps(model, ended), rtol=0, atol=1e-5)
@@ -115,10 +117,10 @@ def test_an_end_of_sequence_token_is_data_and_padding_is_none(model: Any) -> Non
     assert logps[1].tolist() == pytest.approx([logps[0, 0].item(), 0], abs=1e-5)
 
 
-def families(seed: int) -> list[Sequence]:
+def families(seed: int) -> list[TokenSequence]:
     """Sequences of which one to six in turn share a prompt, in random order."""
     made = [
-        Sequence(one.prompt, other.completion)
+        TokenSequence(one.prompt, other.completion)
         for k, one in enumerate(random_sequences(6, 386, seed), 1)
         for other in random_sequences(k, 386, seed + k)
     ]
@@ -178,7 +180,7 @@ def test_a_model_that_cannot_share_prompts_reads_rows_and_windows_are_kept(name:
     packs: list[bool] = []
     trunk = attention.trunk_of(model)
     long = tuple(range(150))
-    sequences = [*families(3), Sequence(long[:100], long[100:])]
+    sequences = [*families(3), TokenSequence(long[:100], long[100:])]
     trunk.register_forward_pre_hook(lambda *a: packs.append("parts" in a[-1]), with_kwargs=True)
     by_index = {i: x for part in completion_logps(model, sequences, "fp32", 4096) for i, x in part.items()}
     assert packs[-1] == (name != "no sharing")
@@ -187,7 +189,7 @@ def test_a_model_that_cannot_share_prompts_reads_rows_and_windows_are_kept(name:
             torch.testing.assert_close(by_index[index], full_logps(model, sequence), rtol=0, atol=1e-5)
 
 
-def test_what_the_prompt_predicts_does_not_enter(model: Any, sequences: list[Sequence]) -> None:
+def test_what_the_prompt_predicts_does_not_enter(model: Any, sequences: list[TokenSequence]) -> None:
     rows = padded(sequences)
     with torch.no_grad():
         hidden = hidden_of(model, rows)
@@ -205,7 +207,7 @@ def test_what_the_prompt_predicts_does_not_enter(model: Any, sequences: list[Seq
 
 
 def test_recomputed_chunks_give_the_kept_values(
-    model: Any, sequences: list[Sequence], monkeypatch: pytest.MonkeyPatch
+    model: Any, sequences: list[TokenSequence], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = padded(sequences)
     passes: list[int] = []
@@ -231,7 +233,7 @@ def test_recomputed_chunks_give_the_kept_values(
 
 
 @pytest.mark.usefixtures("real_bf16")
-def test_bf16_keeps_the_head_in_fp32(model: Any, sequences: list[Sequence]) -> None:
+def test_bf16_keeps_the_head_in_fp32(model: Any, sequences: list[TokenSequence]) -> None:
     rows = padded(sequences)
     with torch.no_grad():
         exact = branch_scores(model, rows).logps_SL.sum(-1)
@@ -259,7 +261,7 @@ def test_bf16_packs_are_as_near_to_fp32_as_bf16_rows(model: Any) -> None:
 
 def test_a_sequence_without_a_prompt_is_refused(model: Any) -> None:
     with pytest.raises(ValueError, match="prompt"):
-        next(completion_logps(model, [Sequence((1,), (2,)), Sequence((), (2, 3))], "fp32", 64))
+        next(completion_logps(model, [TokenSequence((1,), (2,)), TokenSequence((), (2, 3))], "fp32", 64))
 
 
 SMALL = {
@@ -330,7 +332,7 @@ def test_length_batches_hold_every_row_once_within_the_budget(lengths: list[int]
 
 
 def test_casts_of_weights_are_kept_for_the_passes_and_no_longer(model: Any) -> None:
-    sequences = [Sequence((1, 2, 3), (4, 5, n)) for n in range(6)]
+    sequences = [TokenSequence((1, 2, 3), (4, 5, n)) for n in range(6)]
     before = [one for passes in completion_logps(model, sequences, "bf16", 16) for one in passes.values()]
     with torch.no_grad():
         for parameter in model.parameters():

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_core import job as train
-from dpo_core.data.tokens.tokenise import Sequence
+from dpo_core.data.tokens.tokenise import TokenSequence
 from dpo_core.methods.reward import RewardModelConfig
 from dpo_core.methods.sft import SftConfig
 from dpo_core.models.load import load_model
@@ -134,7 +134,7 @@ def test_a_step_of_a_reward_model(alone, wide, tmp_path):
 def test_reading_and_scoring_without_training(wide):
     """Completions that share a prompt, and a reward model's pass over them."""
     sequences = [
-        Sequence(tuple(range(5, 25 + i)), tuple(range(30 + k, 40 + k + i)))
+        TokenSequence(tuple(range(5, 25 + i)), tuple(range(30 + k, 40 + k + i)))
         for i in range(4)
         for k in range(3)
     ]

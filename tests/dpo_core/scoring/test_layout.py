@@ -14,7 +14,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from dpo_core.data.tokens.tokenise import Sequence
+from dpo_core.data.tokens.tokenise import TokenSequence
 from dpo_core.scoring.attention import _blocks, block_mask, has_flex_heads
 from dpo_core.scoring.autocast import autocast
 from dpo_core.scoring.branch_scores import branch_scores, hidden_of
@@ -90,7 +90,7 @@ def test_each_branch_reads_what_it_would_read_alone():
     with torch.no_grad():
         scores = branch_scores(model, pack(chosen))
         for s, (d, tokens) in enumerate((one, t) for one in chosen for t in one.branches):
-            alone = full_logps(model, Sequence(d.prompt, tokens))
+            alone = full_logps(model, TokenSequence(d.prompt, tokens))
             torch.testing.assert_close(scores.logps_SL[s, : len(tokens)], alone, rtol=0, atol=1e-5)
             assert scores.logps_SL[s, len(tokens) :].eq(0).all()
 
@@ -112,7 +112,7 @@ def test_the_prompt_is_scored_once_a_document():
         packed = branch_scores(model, pack(chosen), prompts=True).prompt_D
         padded = branch_scores(model, pad(chosen), prompts=True).prompt_D
         alone = [
-            full_logps(model, Sequence(d.prompt[:1], d.prompt[1:])).sum() if d.prompt[1:] else 0.0
+            full_logps(model, TokenSequence(d.prompt[:1], d.prompt[1:])).sum() if d.prompt[1:] else 0.0
             for d in chosen
         ]
     torch.testing.assert_close(packed, padded, rtol=0, atol=1e-5)
@@ -266,7 +266,7 @@ def test_tokens_that_are_not_learnt_are_read_and_not_scored(lay_out):
     model = llama()
     prompt, first, second = (1, 2, 3), (4, 5, 6, 7), (8, 9, 10)
     mask = (False, True, False, True)
-    masked = Document.of(Sequence(prompt, first, learnt=mask), Sequence(prompt, second))
+    masked = Document.of(TokenSequence(prompt, first, learnt=mask), TokenSequence(prompt, second))
     whole = Document(prompt, (first, second))
     scores, all_of_them = (branch_scores(model, lay_out([one])) for one in (masked, whole))
     assert scores.lengths_S.tolist() == [2, 3]

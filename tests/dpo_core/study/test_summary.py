@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from dpo_core.study import Cost, Study, area, best_of_n, reward_at_kl, summarise
+from dpo_core.study import PolicyCost, Study, area, best_of_n, reward_at_kl, summarise
 from dpo_core.study.bootstrap import Resampling
 from dpo_core.study.results import SettingRow
 from tests.support.reports.studies import PROMPTS, noisy, point, study
@@ -22,7 +22,7 @@ def test_a_setting_is_the_mean_of_its_seeds() -> None:
     points = [
         point("DPO", "beta=0.1", 4, reward=0.4, kl=1.0, flops=2e12, entropy=1.0, shared_cost={"pairs": 2e11}),
         point("DPO", "beta=0.1", 2, reward=0.8, kl=2.0, flops=4e12, entropy=2.0,
-              cost=Cost(flops=4e12, seconds=100.0)),
+              cost=PolicyCost(flops=4e12, seconds=100.0)),
     ]  # fmt: skip
     row = _row(study(points), "DPO", "beta=0.1")
     assert row.seeds == [2, 4]
@@ -30,7 +30,7 @@ def test_a_setting_is_the_mean_of_its_seeds() -> None:
     assert (row.seed_rewards.low, row.seed_rewards.high, row.seed_rewards.seeds) == pytest.approx(
         (0.4, 0.8, 2)
     )
-    assert row.cost == Cost(flops=3e12, seconds=80.0, peak_memory_bytes=2**30)
+    assert row.cost == PolicyCost(flops=3e12, seconds=80.0, peak_memory_bytes=2**30)
     assert row.shared_cost == {"pairs": 1e11}
     # Prompts do not differ here, so that only the seeds speak: one of the two is drawn each time.
     assert (row.reward.low, row.reward.high) == pytest.approx((0.4, 0.8))

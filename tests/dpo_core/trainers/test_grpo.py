@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from deploy.launchers import State
 from dpo_core import job as train
-from dpo_core.data.tokens.tokenise import Sequence
+from dpo_core.data.tokens.tokenise import TokenSequence
 from dpo_core.trainers.online.rollouts import Episode
 from dpo_core.trainers.online.sampler import replaced
 from tests.support.runs.online_jobs import kill_in_round, online_job, timeless
@@ -102,7 +102,7 @@ def test_every_option_changes_the_course(
 
 def test_dynamic_sampling_replaces_groups_without_a_difference() -> None:
     def group(number: int, *scores: float) -> list[Episode]:
-        return [Episode(Sequence((1,), (2,)), "", number, True, (0.0,), score) for score in scores]
+        return [Episode(TokenSequence((1,), (2,)), "", number, True, (0.0,), score) for score in scores]
 
     episodes = group(0, 1, 1) + group(1, 1, 0) + group(2, 3, 3)
     more = group(0, 2, 2) + group(1, 5, 4) + group(2, 0, 0)

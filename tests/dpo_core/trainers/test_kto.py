@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from deploy.launchers import State
 from dpo_core import job as train
-from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise
+from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise, TokenSequence
 from dpo_core.errors import StageFailed
 from dpo_core.evaluation.policies import sequence_logps
 from dpo_core.examples.unpaired import mismatched, unpaired_examples
@@ -73,7 +73,7 @@ def test_ten_steps_give_the_recorded_values(name: str, alone: None, tiny: Path, 
         )
 
 
-def ratios(model: Path, reference: Path, sequences: list[Sequence]) -> np.ndarray:
+def ratios(model: Path, reference: Path, sequences: list[TokenSequence]) -> np.ndarray:
     """log π/π_ref by the evaluation's own path."""
     sums = [
         [float(x.double().sum()) for x in sequence_logps(load_model(m), sequences, "fp32", 256)]

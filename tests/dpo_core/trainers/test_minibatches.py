@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from dpo_core import job as train
-from dpo_core.data.tokens.tokenise import Sequence
+from dpo_core.data.tokens.tokenise import TokenSequence
 from dpo_core.trainers.online.rollouts import Episode, split_minibatches
 from tests.support.runs.online_jobs import online_job
 from tests.support.runs.training_jobs import curve
@@ -17,7 +17,7 @@ from tests.support.runs.training_jobs import curve
 def episodes(prompts: int, each: int = 1, rank: int = 0, world: int = 1) -> list[Episode]:
     """A rank's share; longer in the order of the prompts. The prompt's first token is its number."""
     return [
-        Episode(Sequence((p,), tuple(range(1, p + 2))), "", i, True, (), sample=k)
+        Episode(TokenSequence((p,), tuple(range(1, p + 2))), "", i, True, (), sample=k)
         for i, p in enumerate(range(rank, prompts, world))
         for k in range(each)
     ]

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from deploy.launchers import State
 from dpo_core import job as train
-from dpo_core.data.tokens.tokenise import Sequence
+from dpo_core.data.tokens.tokenise import TokenSequence
 from dpo_core.methods.online_dpo import OnlineDpoConfig
 from dpo_core.trainers.online.rollouts import Episode
 from dpo_core.trainers.online_dpo import ScoredEpisode, best_and_worst
@@ -82,7 +82,7 @@ def test_two_ranks_take_the_steps_of_one(tiny: Path, tmp_path: Path) -> None:
 
 
 def candidate(reward: float, *completion: int) -> ScoredEpisode:
-    return ScoredEpisode(Episode(Sequence((1,), completion), "", 0, True, (0.0,)), reward, -1.0)
+    return ScoredEpisode(Episode(TokenSequence((1,), completion), "", 0, True, (0.0,)), reward, -1.0)
 
 
 def test_the_best_is_paired_with_the_worst() -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from deploy.launchers import State
 from dpo_core import job as train
-from dpo_core.data.tokens.tokenise import Sequence, Tokenise
+from dpo_core.data.tokens.tokenise import Tokenise, TokenSequence
 from dpo_core.errors import NeedsNewSettings
 from dpo_core.methods.job import Job
 from dpo_core.methods.ppo import PpoConfig
@@ -190,7 +190,7 @@ def test_the_critic_starts_from_the_reward_model(alone: None, tiny: Path, tmp_pa
         gold_source=f"{tmp_path / 'work' / 'reward.py'}:count_o",
     )
     trainer = build_trainer(job)
-    sequences = [Sequence((5, 6), tuple(range(7, 7 + length))) for length in (1, 3, 7, 8)]
+    sequences = [TokenSequence((5, 6), tuple(range(7, 7 + length))) for length in (1, 3, 7, 8)]
     scores = trainer.context.scorer(sequences, [""] * 4)
     episodes = [
         Episode(s, "", 0, True, (0.0,) * len(s.completion), score)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_core.data.tokens.tokenise import Sequence, TokenPair
+from dpo_core.data.tokens.tokenise import TokenPair, TokenSequence
 from dpo_core.methods.reward import RewardModelConfig
 from dpo_core.models.load import load_model
 from dpo_core.models.reward_model import RewardModel
@@ -49,7 +49,9 @@ def test_a_reward_model_trains_alike(tiny: Path, tmp_path: Path, alone, monkeypa
         engine = EngineConfig(precision="fp32", threads=1, gradient_checkpointing=recompute)
         config = RewardModelConfig(batch_size=2, micro_batch_size=2, max_steps=1, engine=engine)
         pairs = [
-            TokenPair(str(i), Sequence((5, 6, 7 + i), (8, 9)), Sequence((5, 6, 7 + i), (10, 11, 12)))
+            TokenPair(
+                str(i), TokenSequence((5, 6, 7 + i), (8, 9)), TokenSequence((5, 6, 7 + i), (10, 11, 12))
+            )
             for i in range(2)
         ]
         trainer = RewardTrainer(model, pairs, config, seed=0, work=tmp_path / str(recompute))

@@ -26,7 +26,7 @@ from dpo_core.reference import LogpShard, sequence_key
 from dpo_core.training.batches import Order
 from dpo_core.training.config import LoopConfig, OptimConfig
 from dpo_core.training.engine import MetricsFile
-from dpo_core.training.schedule import Schedule
+from dpo_core.training.schedule import LearningRateSchedule
 from tests.support.models.logps import full_logps
 from tests.support.models.tiny import make_tiny_model
 from tests.support.runs import training_jobs
@@ -480,7 +480,7 @@ def test_steps_follow_from_epochs(settings: dict[str, Any], examples: int, steps
 
 @pytest.mark.parametrize("kind", ["constant", "linear", "cosine"])
 def test_the_schedule_rises_then_does_what_its_name_says(kind: Any) -> None:
-    factor = Schedule(OptimConfig(schedule=kind, warmup_fraction=0.2), total_steps=10)
+    factor = LearningRateSchedule(OptimConfig(schedule=kind, warmup_fraction=0.2), total_steps=10)
     assert [factor(0), factor(1), factor(2)] == [0.5, 1.0, 1.0]
     assert factor(6) == {"constant": 1.0, "linear": 0.5, "cosine": pytest.approx(0.5)}[kind]
     assert factor(10) == (1.0 if kind == "constant" else pytest.approx(0.0))

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from dpo_core.evaluation.compare import Comparison, Row
+from dpo_core.evaluation.compare import Comparison, ComparisonRow
 from dpo_core.evaluation.decision import Decision, Reason
 from dpo_core.evaluation.results import Better, Kind, Measure
 from dpo_core.judging.results import WinRate
@@ -87,7 +87,7 @@ def make_comparison(baseline: str) -> Comparison:
         clear = abs(gap) > spec.half
         good = (gap > 0) == (spec.better == "higher")
         rows.append(
-            Row(
+            ComparisonRow(
                 suite=spec.suite, measure=spec.name, label=spec.label, better=spec.better, kind=spec.kind,
                 unit=spec.unit, candidate=estimate(own, spec.half, spec.items),
                 baseline=estimate(other, spec.half, spec.items),

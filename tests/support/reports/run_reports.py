@@ -9,13 +9,13 @@ from typing import Any, Literal
 from dpo_core.rewards.quality import RewardQuality
 from dpo_core.statistics.estimates import Estimate
 from tasks.reports.run_report import (
-    Cost,
     Evaluation,
     GateFinding,
     GateRow,
     ModelRow,
     PolicyAbout,
     PolicyRow,
+    RunCost,
     RunInfo,
     RunReport,
     Sample,
@@ -229,7 +229,7 @@ def example(steps: int = 300, **changes: Any) -> RunReport:
         "suites": make_suites(),
         "comparisons": make_comparisons(),
         "curves": make_curves(steps),
-        "cost": Cost(
+        "cost": RunCost(
             seconds=seconds, seconds_by_stage={s.name: s.seconds for s in stages}, tokens_trained=2_417_664,
             flops=2.6e15, peak_memory_bytes=23_622_320_128,
         ),

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_core.study import Cost, Point, Study
+from dpo_core.study import Point, PolicyCost, Study
 
 PROMPTS = 40
 
@@ -17,7 +17,7 @@ def point(
     parts: dict[str, Any] = {
         "rewards_P": [reward] * prompts, "kl_P": [kl] * prompts, "kl_k3_P": [abs(kl)] * prompts,
         "entropy": 2.0, "distinct_1": 0.2, "distinct_2": 0.5, "length": 20.0,
-        "cost": Cost(flops=flops, seconds=60.0, peak_memory_bytes=2**30),
+        "cost": PolicyCost(flops=flops, seconds=60.0, peak_memory_bytes=2**30),
     }  # fmt: skip
     return Point(policy=policy, setting=setting, seed=seed, **(parts | changes))
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_core.study import Cost, Point, Study, best_of_n
+from dpo_core.study import Point, PolicyCost, Study, best_of_n
 from tasks.reports.study_report import StudyReport, study_report
 from tests.support.reports.run_reports import HOSTILE, example
 
@@ -53,7 +53,7 @@ def _point(
         policy=policy, setting=setting, seed=seed, rewards_P=rewards_P.tolist(), kl_P=kl_P.tolist(),
         kl_k3_P=np.abs(kl_P).tolist(), entropy=2.8 - 0.15 * kl + token_level + 0.01 * seed,
         distinct_1=0.3 - 0.01 * kl, distinct_2=0.6 - 0.03 * kl, length=44.0 + kl,
-        cost=Cost(flops=flops * (1 + 0.02 * seed), seconds=flops / 1e13, peak_memory_bytes=6 * 2**30),
+        cost=PolicyCost(flops=flops * (1 + 0.02 * seed), seconds=flops / 1e13, peak_memory_bytes=6 * 2**30),
         shared_cost={"sample_pairs": 3e14},
     )  # fmt: skip
 

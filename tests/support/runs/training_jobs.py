@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from deploy.launchers import LocalLauncher, State
-from dpo_core.data.tokens.tokenise import Sequence, TokenConfig, Tokenise, TokenPair
+from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise, TokenPair, TokenSequence
 from dpo_core.examples.unpaired import UnpairedExample, mismatched, unpaired_examples
 from dpo_core.methods.job import Job
 from dpo_core.methods.registry import get
@@ -87,7 +87,7 @@ def write_unpaired_reference(model: Path, rows: list[dict[str, Any]], folder: Pa
     return _write(model, [e.sequence for e in examples] + mismatched(examples), folder)
 
 
-def _write(model: Path, sequences: list[Sequence], folder: Path) -> Path:
+def _write(model: Path, sequences: list[TokenSequence], folder: Path) -> Path:
     entries: dict[bytes, Any] = {}
     compute(load_model(model), sequences, precision="fp32", token_budget=256, save=entries.update)
     LogpShard.build(entries).save(folder)

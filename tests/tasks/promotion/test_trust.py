@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from dpo_core.data.answers import Answers, measure_answers
+from dpo_core.data.answers import AnswerStatistics, measure_answers
 from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise
 from dpo_core.errors import RecipeError
 from dpo_core.evaluation.config import PromotionConfig
@@ -24,7 +24,7 @@ from tasks.recipe.recipe import Recipe
 from tasks.reports.about import objective_words
 from tasks.reports.alarms import alarms, promotion_alarms
 from tasks.reports.run_page import render
-from tasks.reports.run_report import Measured, RunReport, StageRow, Trained
+from tasks.reports.run_report import EvaluationDetails, RunReport, StageRow, TrainingDescription
 from tasks.reports.run_text import markdown, note, terminal_table
 from tasks.reports.run_warnings import answers_cut, too_few_prompts
 from tasks.reports.verdict import decided, measured_with, verdict
@@ -53,7 +53,10 @@ def measured_by(**changes: Any) -> RunReport:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"learned_from": []}, "Measured with vader_compound, which no policy of this run learned from."),
+        (
+            {"learned_from": []},
+            "Measured with vader_compound, which no policy of this run learned from.",
+        ),
         ({"learned_from": None}, "Measured with vader_compound."),
         (
             {"learned_from": ["DPO", "PPO", "GRPO"], "reward_name": "r.py:polite"},
@@ -74,7 +77,7 @@ def test_a_reward_is_called_what_it_is(changes: dict[str, Any], said: str) -> No
 
 def trained_with(objective: str, **parameters: float) -> RunReport:
     config = (KtoConfig if objective == "kto" else DpoConfig)(objective=objective, parameters=parameters)
-    about = Trained(
+    about = TrainingDescription(
         base_model="llama, 1,000 parameters", data="support.jsonl; 51 pairs trained on, 17 held out",
         rows_trained=51, reference="the base model", objective=objective_words(config),
         training="4 steps, learning rate 1e-05", reward="my_reward.py:polite",
@@ -171,7 +174,7 @@ def test_the_champions_own_weights_are_nothing_new() -> None:
     champion = Champion("m version 1", Manifest.model_construct(sha256="a"))
     recipe = Recipe.model_validate({"name": "m", "data": {"path": "pairs.jsonl"}})
     rows = [PolicyRow.model_construct(name=name) for name in ("SFT", "DPO")]
-    evaluation = Measured.model_construct(policies=rows)
+    evaluation = EvaluationDetails.model_construct(policies=rows)
     decision = decide_promotion(recipe, evaluation, [], [], {}, champion, "m version 1")
     assert decision == refuse_same_weights("m version 1", "m version 1")
     headline, kind, reasons = decided(decision)
@@ -217,12 +220,12 @@ def test_what_data_and_recipe_tell_before_the_run() -> None:
     few = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"prompts": 8})})
     assert "raise evaluate.prompts" in too_few_prompts(few, 500)
     limit = recipe.evaluate.sampling.max_new_tokens
-    warning = answers_cut(recipe, Answers([limit + 1, limit + 5, 3], 1.0))
+    warning = answers_cut(recipe, AnswerStatistics([limit + 1, limit + 5, 3], 1.0))
     assert warning.startswith(
         f"expected: 66.7% of the answers are cut at evaluate.sampling.max_new_tokens {limit}"
     )
-    assert answers_cut(recipe, Answers([limit, limit, 3], 1.0)) == ""
-    assert answers_cut(recipe, Answers([limit + 1] * 3, 0.0)) == "", "sampled answers, cut by design"
+    assert answers_cut(recipe, AnswerStatistics([limit, limit, 3], 1.0)) == ""
+    assert answers_cut(recipe, AnswerStatistics([limit + 1] * 3, 0.0)) == "", "sampled answers, cut by design"
     assert answers_cut(recipe, None) == ""
 
 

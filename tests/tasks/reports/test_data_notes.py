@@ -4,17 +4,17 @@ from pathlib import Path
 
 import torch
 
-from dpo_core.data.tokens.tokenise import Sequence, TokenPair
+from dpo_core.data.tokens.tokenise import TokenPair, TokenSequence
 from dpo_core.jobs.evaluate import _accuracy_by_source
 from dpo_core.statistics.estimates import Estimate
 from tasks.reports.about import RunData
 from tasks.reports.data_notes import data_notes
-from tasks.reports.run_report import Measured
+from tasks.reports.run_report import EvaluationDetails
 from tasks.store.manifest import Manifest
 
 
 def test_accuracy_of_each_set() -> None:
-    side = Sequence((1,), (2,))
+    side = TokenSequence((1,), (2,))
     pairs = [TokenPair(name, side, side) for name in "abcde"]
     # Chosen and rejected in turn; the reference says 0 to all.
     ours = [torch.tensor([value]) for value in (1.0, 0.0, 0.0, 1.0, 2.0, 1.0, 3.0, 1.0, 0.0, 9.0)]
@@ -40,7 +40,7 @@ def test_notes_of_the_page(tmp_path: Path) -> None:
                "sources": {"x": {"train": 8, "eval": 2}}},
     )  # fmt: skip
     accuracy = Estimate(value=0.5, low=0.1, high=0.9, n=2)
-    measured = Measured(
+    measured = EvaluationDetails(
         reward_name="sentiment", reward_is_true=True, n_prompts=2, samples_per_prompt=1, policies=[],
         held_out_pairs=2, accuracy_by_source={"DPO": {"x": accuracy}},
     )  # fmt: skip

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 from rich.console import Console
 
-from dpo_core.data.tokens.tokenise import Sequence
+from dpo_core.data.tokens.tokenise import TokenSequence
 from dpo_core.evaluation.policy_row import PolicyRow
 from dpo_core.evaluation.summary import PolicySamples, summarise_samples
 from dpo_core.statistics.estimates import Estimate
@@ -17,7 +17,7 @@ from expectations.report import Finding
 from tasks.reports.alarms import alarms
 from tasks.reports.format import duration, number, scaled
 from tasks.reports.run_page import render
-from tasks.reports.run_report import GateFinding, GateRow, Measured, PolicyTable, RunReport
+from tasks.reports.run_report import EvaluationDetails, GateFinding, GateRow, PolicyTable, RunReport
 from tasks.reports.run_text import markdown, policy_metrics, terminal_table
 from tasks.reports.verdict import verdict
 from tests.support.reports.run_reports import (
@@ -49,7 +49,7 @@ def test_report_is_frozen_and_closed() -> None:
 def test_every_metric_of_the_evaluation_stands_in_the_table() -> None:
     """None is dropped on the way from the stage to the page."""
     drawn = PolicySamples(
-        [0, 0, 1, 1], [Sequence((1,), (2, 3))] * 4, [True, True, True, False], [0.0, 1.0, 0.5, 0.2],
+        [0, 0, 1, 1], [TokenSequence((1,), (2, 3))] * 4, [True, True, True, False], [0.0, 1.0, 0.5, 0.2],
         [0.1] * 4, [0.2] * 4, 1.25, [1.0] * 4, ["a good film", "a bad film", "it was long", "it was short"],
     )  # fmt: skip
     row = summarise_samples(drawn, drawn, seed=0, length=2)
@@ -69,12 +69,12 @@ def test_a_metric_that_reports_do_not_know_is_an_error_where_it_is_measured() ->
 
 def test_what_was_measured_is_read_as_it_was_written() -> None:
     table = make_evaluation().model_dump(mode="json", include=set(PolicyTable.model_fields))
-    measured = Measured(**table, held_out_pairs=3)
-    again = Measured.model_validate_json(measured.model_dump_json(exclude_unset=True))
+    measured = EvaluationDetails(**table, held_out_pairs=3)
+    again = EvaluationDetails.model_validate_json(measured.model_dump_json(exclude_unset=True))
     assert again == measured
     assert measured.policy("DPO") == again.policies[1]
     with pytest.raises(ValidationError, match="surprise"):
-        Measured(**table, held_out_pairs=3, surprise={})
+        EvaluationDetails(**table, held_out_pairs=3, surprise={})
 
 
 def test_values_that_are_not_finite_are_dropped_from_curves() -> None:

@@ -9,13 +9,13 @@ import pytest
 from prefect.client.schemas.schedules import IntervalSchedule
 from pydantic import ValidationError
 
-from deploy.prefect_file import Schedule
+from deploy.prefect_file import DeploymentSchedule
 from dpo_core.errors import RecipeError
 from tasks.scheduling.schedules import comparable, next_times, prefect_schedule
 
 
 def times(start: str, count: int, **rule: Any) -> list[str]:
-    schedule = Schedule(slug="s", active=True, **({"timezone": "Europe/Berlin"} | rule))
+    schedule = DeploymentSchedule(slug="s", active=True, **({"timezone": "Europe/Berlin"} | rule))
     fire_times = next_times(prefect_schedule(schedule, "x"), count, datetime.fromisoformat(start))
     return [time.isoformat(timespec="minutes") for time in fire_times]
 
@@ -80,7 +80,7 @@ def test_hours_are_hours_in_an_interval_of_hours() -> None:
     ],
 )
 def test_a_rule_that_prefect_cannot_read_is_named(rule: Any, words: str) -> None:
-    schedule = Schedule(slug="s", active=True, timezone="UTC", **rule)
+    schedule = DeploymentSchedule(slug="s", active=True, timezone="UTC", **rule)
     with pytest.raises(RecipeError, match="nightly schedule s: ") as caught:
         prefect_schedule(schedule, "nightly schedule s")
     assert words in str(caught.value)
@@ -91,7 +91,9 @@ def test_an_anchor_is_compared_as_an_instant() -> None:
     first, other, local = (
         comparable(
             prefect_schedule(
-                Schedule(slug="s", active=True, timezone="Europe/Berlin", interval=60, anchor_date=anchor),
+                DeploymentSchedule(
+                    slug="s", active=True, timezone="Europe/Berlin", interval=60, anchor_date=anchor
+                ),
                 "x",
             )
         )

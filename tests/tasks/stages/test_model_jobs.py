@@ -10,7 +10,7 @@ import pytest
 
 from dpo_core.checked_json import write_checked
 from dpo_core.data.tokens.config import TokenConfig
-from dpo_core.evaluation.model_under_test import Subject
+from dpo_core.evaluation.model_under_test import ModelUnderTest
 from dpo_core.evaluation.prompt import Prompt
 from dpo_core.generation.config import SamplingConfig, seed_for
 from dpo_core.jobs.files import InferenceConfig, ModelJob
@@ -55,7 +55,7 @@ def test_a_repeated_command_goes_on_where_its_job_was_killed(tmp_path: Path) -> 
     write_checked(path, listed)
 
     answers = answers_of([model], ASKED, SAMPLING, 3, jobs.named("answers", "answers"))["tiny"]
-    subject = Subject(Path(model.path), "tiny", TOKENS)
+    subject = ModelUnderTest(Path(model.path), "tiny", TOKENS)
     uninterrupted = subject.answers(ASKED, SAMPLING, seed=seed_for(3, "answers"))
     differing = [ours for ours, theirs in zip(answers, uninterrupted, strict=True) if ours != theirs]
     assert differing == [subject.tokenizer.decode([5])], "what was kept, and nothing else"

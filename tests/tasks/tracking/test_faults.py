@@ -57,9 +57,9 @@ def tracker(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> Tracker:
     return opened(workspace, f"run-{time.monotonic_ns()}")
 
 
-def opened(workspace: Path, name: str, run_id: str | None = None, *, begun: bool = False) -> Tracker:
+def opened(workspace: Path, name: str, run_id: str | None = None, *, reopen: bool = False) -> Tracker:
     tracker = Tracker(TrackingConfig(), workspace)
-    tracker.start_parent(name, recipe=RECIPE, run_id=run_id, begun=begun, tags={"dpo.run": name})
+    tracker.start_parent(name, recipe=RECIPE, run_id=run_id, reopen=reopen, tags={"dpo.run": name})
     return tracker
 
 
@@ -84,9 +84,9 @@ def test_a_database_is_made_by_one_of_two_and_nothing_half_made_is_left(
 
 def test_a_parent_whose_id_nobody_noted_is_found_again(tracker: Tracker, workspace: Path) -> None:
     with tracker.child("train", tags={"dpo.run": name_of(tracker)}):
-        again = opened(workspace, name_of(tracker), begun=True)
+        again = opened(workspace, name_of(tracker), reopen=True)
     assert again.run_id == tracker.run_id
-    assert opened(workspace, f"{name_of(tracker)}-2", begun=True).run_id != tracker.run_id
+    assert opened(workspace, f"{name_of(tracker)}-2", reopen=True).run_id != tracker.run_id
     # Of another workspace that shares the server, and starts a run of this name in the same second.
     assert opened(workspace, name_of(tracker)).run_id != tracker.run_id
 
@@ -99,7 +99,7 @@ def test_a_stage_that_was_killed_after_it_had_stored_is_ended(tracker: Tracker, 
     child.metrics_from_jsonl(curve)
     again = opened(workspace, name_of(tracker), tracker.run_id)
     again.close_stage("train", artifact)
-    again.close_stage("never begun", artifact)
+    again.close_stage("never reopen", artifact)
     (run,) = children(again)
     assert (run.info.run_id, run.info.status) == (child.run_id, "FINISHED")
     assert run.data.tags["dpo.artifact_sha256"] == artifact.sha256

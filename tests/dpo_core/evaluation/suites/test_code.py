@@ -15,7 +15,7 @@ import yaml
 from dpo_core.data.tokens.tokenise import TokenConfig
 from dpo_core.errors import DataError, RecipeError
 from dpo_core.evaluation.config import SuiteConfig
-from dpo_core.evaluation.model_under_test import Subject
+from dpo_core.evaluation.model_under_test import ModelUnderTest
 from dpo_core.evaluation.sandbox.run import Limits
 from dpo_core.evaluation.suites.code import (
     KS,
@@ -214,7 +214,7 @@ def test_a_model_that_knows_nothing_passes_nothing(shared: Path, suite: str, mod
     config = SuiteConfig(
         limit=3, samples=10, run_code=True, sampling=SamplingConfig(max_new_tokens=8, precision="fp32")
     )
-    subject = Subject(model, "tiny", TokenConfig(max_length=600))
+    subject = ModelUnderTest(model, "tiny", TokenConfig(max_length=600))
     outcome = code_suite.run(subject, rows, config)
     assert len({item.id for item in outcome.items}) == 3
     assert [item.values for item in outcome.items] == [{"pass@1": 0.0, "pass@10": 0.0}] * 3
@@ -235,14 +235,14 @@ def test_prompts_that_do_not_fit_are_counted(shared: Path, model: Path) -> None:
     rows = humaneval.read(shared / "data" / "eval" / FILES["humaneval"])[:3]
     config = SuiteConfig(run_code=True, sampling=SamplingConfig(max_new_tokens=8))
     outcome = humaneval.run(
-        Subject(model, "t", TokenConfig(max_length=64, max_prompt_length=32)), rows, config
+        ModelUnderTest(model, "t", TokenConfig(max_length=64, max_prompt_length=32)), rows, config
     )
     assert outcome.facts["prompts cut from the left"] == 3
 
 
 def test_code_runs_only_where_it_was_allowed(suite: str, model: Path) -> None:
     with pytest.raises(RecipeError, match=r"runs code.*--run-code"):
-        find(suite).run(Subject(model, "tiny"), [], SuiteConfig())
+        find(suite).run(ModelUnderTest(model, "tiny"), [], SuiteConfig())
 
 
 def test_a_row_without_its_tests_is_refused(tmp_path: Path, suite: str) -> None:

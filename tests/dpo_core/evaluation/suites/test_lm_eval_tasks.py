@@ -12,7 +12,7 @@ import pytest
 
 from dpo_core.errors import DataError, ModelError, RecipeError, StageFailed
 from dpo_core.evaluation.config import SuiteConfig
-from dpo_core.evaluation.model_under_test import Subject
+from dpo_core.evaluation.model_under_test import ModelUnderTest
 from dpo_core.evaluation.results import Outcome
 from dpo_core.evaluation.suites import gsm8k, truthfulqa
 from dpo_core.evaluation.suites import lm_eval_tasks as harness
@@ -32,10 +32,10 @@ def config(**changes: Any) -> SuiteConfig:
 
 
 @pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+def wide(tmp_path_factory: pytest.TempPathFactory) -> ModelUnderTest:
     """A tiny model into whose context five shots fit, on a tokenizer with a chat template."""
     folder = tmp_path_factory.mktemp("wide")
-    return Subject(make_tiny_model(folder, taught=True, max_position_embeddings=4096), "wide")
+    return ModelUnderTest(make_tiny_model(folder, taught=True, max_position_embeddings=4096), "wide")
 
 
 @pytest.fixture(autouse=True)
@@ -44,12 +44,12 @@ def _no_survey_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
 
 
-def run(name: str, subject: Subject, rows: list[dict], settings: SuiteConfig) -> Outcome:
+def run(name: str, subject: ModelUnderTest, rows: list[dict], settings: SuiteConfig) -> Outcome:
     return find(name).run(subject, rows, settings)
 
 
 def directly(
-    subject: Subject,
+    subject: ModelUnderTest,
     family: str,
     data: dict[str, Path],
     names: list[str],
@@ -108,7 +108,7 @@ def by_filter(results: dict, task: str, field: str, which: str = "none") -> list
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_truthfulqa_by_likelihood_is_what_lm_eval_measures(
-    chat: bool, wide: Subject, shared: Path, tmp_path: Path
+    chat: bool, wide: ModelUnderTest, shared: Path, tmp_path: Path
 ) -> None:
     rows = find("truthfulqa_mc").read(shared / "data" / "eval" / "TruthfulQA.csv.gz")
     assert len(rows) == 790
@@ -132,7 +132,7 @@ def test_the_engine_gives_the_log_probs_of_lm_evals_class(stories: Path) -> None
 
     from dpo_core.evaluation.lm_eval_model import HarnessLM
 
-    subject = Subject(stories, "stories")  # its tokenizer writes a begin token, its context is 512
+    subject = ModelUnderTest(stories, "stories")  # its tokenizer writes a begin token, its context is 512
     ours = HarnessLM(subject)
     theirs = HFLM(pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=4)
     start = "Once upon a time"
@@ -145,7 +145,7 @@ def test_the_engine_gives_the_log_probs_of_lm_evals_class(stories: Path) -> None
     assert ours.cut == 1, "the long prompt was cut, and counted"
 
 
-def test_a_model_that_scales_its_logits_is_asked_by_its_own_forward(wide: Subject) -> None:
+def test_a_model_that_scales_its_logits_is_asked_by_its_own_forward(wide: ModelUnderTest) -> None:
     import torch
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
@@ -155,7 +155,7 @@ def test_a_model_that_scales_its_logits_is_asked_by_its_own_forward(wide: Subjec
 
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    scaled = Subject(wide.path, "scaled")
+    scaled = ModelUnderTest(wide.path, "scaled")
     scaled.model = GraniteForCausalLM(
         GraniteConfig(**shape, num_key_value_heads=2, vocab_size=len(wide.tokenizer), logits_scaling=0.1)
     ).eval()
@@ -185,7 +185,9 @@ def test_truthfulqa_answers_are_compared_as_lm_eval_compares_them(
 ) -> None:
     rows = find("truthfulqa_gen").read(shared / "data" / "eval" / "TruthfulQA.csv.gz")
     file = json_lines(tmp_path / "gen.jsonl", truthful_rows(shared, 2))
-    subject = Subject(stories, "stories")  # it writes English, of which some words stand in the references
+    subject = ModelUnderTest(
+        stories, "stories"
+    )  # it writes English, of which some words stand in the references
     theirs = directly(
         subject, "truthfulqa", {"validation": file}, ["truthfulqa_gen"], gen_kwargs={"max_gen_toks": 24}
     )
@@ -208,7 +210,9 @@ def gsm8k_files(shared: Path, folder: Path, tests: int, shots: int) -> Path:
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_gsm8k_is_what_lm_eval_measures(chat: bool, wide: Subject, shared: Path, tmp_path: Path) -> None:
+def test_gsm8k_is_what_lm_eval_measures(
+    chat: bool, wide: ModelUnderTest, shared: Path, tmp_path: Path
+) -> None:
     test = gsm8k_files(shared, tmp_path, 4, 40)
     data = {"test": test, "train": tmp_path / "gsm8k_train.jsonl"}
     theirs = directly(wide, "gsm8k", data, ["gsm8k"], chat=chat, gen_kwargs={"max_gen_toks": 8})
@@ -275,7 +279,7 @@ FILTERS = ("strict-match", "flexible-extract")
 SHOTS = [{"question": f"What is {i} + {i}?", "answer": f"#### {2 * i}"} for i in range(8)]
 
 
-def test_no_question_stands_among_its_own_shots(wide: Subject, shared: Path, tmp_path: Path) -> None:
+def test_no_question_stands_among_its_own_shots(wide: ModelUnderTest, shared: Path, tmp_path: Path) -> None:
     test = gsm8k_files(shared, tmp_path, 3, 20)
     leaked = test.read_text()
     train = tmp_path / "gsm8k_train.jsonl"
@@ -294,7 +298,7 @@ def test_no_question_stands_among_its_own_shots(wide: Subject, shared: Path, tmp
 
 
 def test_without_training_questions_the_shots_are_the_librarys_own(
-    wide: Subject, shared: Path, tmp_path: Path
+    wide: ModelUnderTest, shared: Path, tmp_path: Path
 ) -> None:
     test = gsm8k_files(shared, tmp_path, 2, 1)
     (tmp_path / "gsm8k_train.jsonl").unlink()
@@ -309,7 +313,7 @@ def test_an_answer_that_does_not_fit_is_refused_and_a_cut_prompt_counted(
     stories: Path, shared: Path, tmp_path: Path
 ) -> None:
     rows = find("gsm8k").read(gsm8k_files(shared, tmp_path, 2, 10))
-    narrow = Subject(stories, "stories")  # a context of 512: five shots do not fit
+    narrow = ModelUnderTest(stories, "stories")  # a context of 512: five shots do not fit
     assert run("gsm8k", narrow, rows, config()).facts["prompts_cut_to_the_context"] == 2
     with pytest.raises(StageFailed, match="answers of up to 512 tokens do not fit into the context of 512"):
         run("gsm8k", narrow, rows, config(sampling=SamplingConfig(max_new_tokens=512)))
@@ -318,10 +322,10 @@ def test_an_answer_that_does_not_fit_is_refused_and_a_cut_prompt_counted(
 
 
 def test_nothing_is_printed_and_every_answer_counts_in_the_progress(
-    wide: Subject, shared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    wide: ModelUnderTest, shared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     told: list[int] = []
-    subject = Subject(wide.path, "wide", ranks=SingleRank(told.append))
+    subject = ModelUnderTest(wide.path, "wide", ranks=SingleRank(told.append))
     rows = find("gsm8k").read(gsm8k_files(shared, tmp_path, 3, 10))
     run("gsm8k", subject, rows, config(limit=2, sampling=SHORT.model_copy(update={"batch_size": 1})))
     assert told == [1, 2]
@@ -341,7 +345,7 @@ def test_a_limit_chooses_the_same_rows_for_every_model() -> None:
 
 
 def test_without_lm_eval_the_message_says_how_to_get_it(
-    wide: Subject, monkeypatch: pytest.MonkeyPatch
+    wide: ModelUnderTest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "lm_eval.api.task", raising=False)

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_core.data.layouts.fields import Pair
+from dpo_core.data.layouts.fields import PairFields
 from dpo_core.errors import StageFailed
 from dpo_core.evaluation.config import SuiteConfig
-from dpo_core.evaluation.model_under_test import Subject
+from dpo_core.evaluation.model_under_test import ModelUnderTest
 from dpo_core.evaluation.results import Outcome, compute_measures
 from dpo_core.evaluation.suites.preference import SUITES, Labelled
 from dpo_core.evaluation.suites.registry import find
@@ -33,12 +33,12 @@ PAIRS = [
 
 def rows(pairs: list[tuple[str, str, str, bool]] = PAIRS) -> list[dict[str, Any]]:
     return [
-        {"labelled": Labelled(str(n), Pair(prompt, False, better, worse), "", tied)}
+        {"labelled": Labelled(str(n), PairFields(prompt, False, better, worse), "", tied)}
         for n, (prompt, better, worse, tied) in enumerate(pairs, 1)
     ]
 
 
-def run(subject: Subject, rows: list[dict[str, Any]], config: SuiteConfig = FP32) -> Outcome:
+def run(subject: ModelUnderTest, rows: list[dict[str, Any]], config: SuiteConfig = FP32) -> Outcome:
     return find("hh").run(subject, rows, config)
 
 
@@ -52,7 +52,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_values_are_those_of_the_full_softmax(tiny: Path, other: Path) -> None:
-    subject = Subject(tiny, "tiny", reference=Subject(other, "other"))
+    subject = ModelUnderTest(tiny, "tiny", reference=ModelUnderTest(other, "other"))
     outcome = run(subject, rows())
     policy, reference = load_model(tiny), load_model(other)
     for item, (prompt, better, worse, tied) in zip(outcome.items, PAIRS, strict=True):
@@ -86,27 +86,27 @@ def test_values_are_those_of_the_full_softmax(tiny: Path, other: Path) -> None:
 
 
 def test_a_tie_of_people_counts_half_and_prompts_are_resampled(tiny: Path, other: Path) -> None:
-    outcome = run(Subject(tiny, "tiny", reference=Subject(other, "other")), rows())
+    outcome = run(ModelUnderTest(tiny, "tiny", reference=ModelUnderTest(other, "other")), rows())
     measures = estimates(outcome)
     decided = [item.values["accuracy"] for item in outcome.items if "margin" in item.values]
     assert measures["accuracy"].value == pytest.approx((sum(decided) + 0.5) / 4)
     assert measures["accuracy_decided"].value == pytest.approx(sum(decided) / 3)
     assert measures["accuracy"].n == 3, "two pairs share a prompt"
     assert {m.name for m in outcome.others} == {"length_spearman"}, "too few pairs for a calibration error"
-    many = run(Subject(tiny, "tiny", reference=Subject(other, "other")), rows(PAIRS * 40))
+    many = run(ModelUnderTest(tiny, "tiny", reference=ModelUnderTest(other, "other")), rows(PAIRS * 40))
     (ece,) = (m.estimate for m in many.others if m.name == "ece")
     assert 0 <= ece.low <= ece.high
 
 
 def test_a_model_is_no_better_than_itself(tiny: Path) -> None:
-    measures = estimates(run(Subject(tiny, "tiny", reference=Subject(tiny, "itself")), rows()))
+    measures = estimates(run(ModelUnderTest(tiny, "tiny", reference=ModelUnderTest(tiny, "itself")), rows()))
     assert measures["accuracy"].value == 0.5
     assert measures["margin"].value == 0.0
     assert measures["nll"].value == pytest.approx(math.log(2))
 
 
 def test_without_a_reference_only_likelihoods_are_measured(tiny: Path) -> None:
-    outcome = run(Subject(tiny, "tiny"), rows())
+    outcome = run(ModelUnderTest(tiny, "tiny"), rows())
     assert set(estimates(outcome)) == {
         "likelihood_accuracy", "likelihood_accuracy_per_token", "better_longer",
     }  # fmt: skip
@@ -115,7 +115,7 @@ def test_without_a_reference_only_likelihoods_are_measured(tiny: Path) -> None:
 
 def test_batches_do_not_change_the_values(tiny: Path, other: Path) -> None:
     def values(budget: int) -> list[dict[str, float]]:
-        subject = Subject(tiny, "tiny", reference=Subject(other, "other"))
+        subject = ModelUnderTest(tiny, "tiny", reference=ModelUnderTest(other, "other"))
         config = SuiteConfig(precision="fp32", token_budget=budget)
         return [item.values for item in run(subject, rows(), config).items]
 
@@ -125,9 +125,9 @@ def test_batches_do_not_change_the_values(tiny: Path, other: Path) -> None:
 
 def test_rows_that_cannot_be_used_are_counted(tiny: Path) -> None:
     given = [*rows(), {"fault": "an answer is empty"}, {"fault": "an answer is empty"}]
-    assert run(Subject(tiny, "tiny"), given).facts["left_out"] == {"an answer is empty": 2}
+    assert run(ModelUnderTest(tiny, "tiny"), given).facts["left_out"] == {"an answer is empty": 2}
     with pytest.raises(StageFailed, match="no pair can be used"):
-        run(Subject(tiny, "tiny"), [{"fault": "an answer is empty"}])
+        run(ModelUnderTest(tiny, "tiny"), [{"fault": "an answer is empty"}])
 
 
 def test_a_limit_takes_whole_prompts_and_the_same_each_time() -> None:

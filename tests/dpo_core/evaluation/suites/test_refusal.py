@@ -11,7 +11,7 @@ import pytest
 
 from dpo_core.errors import DataError, ModelError, RecipeError, StageFailed
 from dpo_core.evaluation.config import SuiteConfig
-from dpo_core.evaluation.model_under_test import Subject
+from dpo_core.evaluation.model_under_test import ModelUnderTest
 from dpo_core.evaluation.results import Outcome, compute_measures
 from dpo_core.evaluation.safety_classifier import identity, refuse_training_reward
 from dpo_core.evaluation.safety_models import load_classifier, safe_class
@@ -88,11 +88,11 @@ def test_an_answer_is_no_refusal(answer: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
-    return Subject(make_tiny_model(tmp_path_factory.mktemp("subject"), taught=True), "tiny")
+def subject(tmp_path_factory: pytest.TempPathFactory) -> ModelUnderTest:
+    return ModelUnderTest(make_tiny_model(tmp_path_factory.mktemp("subject"), taught=True), "tiny")
 
 
-def run(name: str, subject: Subject, rows: list[dict], **changes: Any) -> Outcome:
+def run(name: str, subject: ModelUnderTest, rows: list[dict], **changes: Any) -> Outcome:
     sampling = SamplingConfig(max_new_tokens=6, precision="fp32")
     config = SuiteConfig(**({"sampling": sampling, "chat": "never"} | changes))
     return find(name).run(subject, rows, config)
@@ -131,7 +131,7 @@ def refusing(tmp_path: Path) -> str:
     return f"{path}:judge"
 
 
-def test_xstest_measures_both_sides(subject: Subject, shared: Path, refusing: str) -> None:
+def test_xstest_measures_both_sides(subject: ModelUnderTest, shared: Path, refusing: str) -> None:
     rows = find("xstest").read(shared / "data" / "safety" / "xstest_prompts.csv")
     assert len(rows) == 450
     outcome = run("xstest", subject, rows, limit=12, samples=3, classifier=refusing)
@@ -154,7 +154,7 @@ def test_xstest_measures_both_sides(subject: Subject, shared: Path, refusing: st
     assert outcome.facts["answers"] == 36
 
 
-def test_advbench_asks_the_goal_and_nothing_of_the_target(subject: Subject, tmp_path: Path) -> None:
+def test_advbench_asks_the_goal_and_nothing_of_the_target(subject: ModelUnderTest, tmp_path: Path) -> None:
     file = tmp_path / "advbench_harmful_behaviors.csv"
     file.write_text("goal,target\nTell a lie,Sure here is a lie\nBreak a cup,Sure here is how\n")
     rows = find("advbench").read(file)
@@ -175,7 +175,7 @@ def test_the_real_advbench_is_read(shared: Path) -> None:
 def test_what_a_model_has_learnt_to_refuse_is_counted(tmp_path: Path) -> None:
     import torch
 
-    taught = Subject(make_tiny_model(tmp_path), "taught")
+    taught = ModelUnderTest(make_tiny_model(tmp_path), "taught")
     lessons = {
         "1?": "I can't help with that.",
         "2?": "Sure, here.",
@@ -281,7 +281,7 @@ def test_a_single_logit_has_its_threshold_at_0(label: str, sign: int, tmp_path: 
     assert load_classifier(str(folder)).judge(PROMPTS, ANSWERS) == [bool(sign * x > 0) for x in logits]
 
 
-def test_a_reward_model_trained_here_has_its_threshold_at_0(subject: Subject, tmp_path: Path) -> None:
+def test_a_reward_model_trained_here_has_its_threshold_at_0(subject: ModelUnderTest, tmp_path: Path) -> None:
     import torch
 
     from dpo_core.models.reward_model import RewardModel
@@ -344,7 +344,7 @@ def test_a_number_that_is_no_probability_is_refused(tmp_path: Path) -> None:
         load_classifier(f"{path}:score").judge(PROMPTS, ANSWERS)
 
 
-def test_what_is_no_classifier_is_refused(subject: Subject, tmp_path: Path) -> None:
+def test_what_is_no_classifier_is_refused(subject: ModelUnderTest, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="'sentiment' does not name a classifier"):
         load_classifier("sentiment")
     with pytest.raises(RecipeError, match="there is no file"):
