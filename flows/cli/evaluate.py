@@ -36,8 +36,8 @@ SetOption = Annotated[
 ]
 ModelHelp = (
     "A checkpoint folder, .gguf file, package:NAME, hub name, models:/NAME@ALIAS, models:/NAME/VERSION, "
-    "or RUN or RUN:POLICY of the workspace. Policies: SFT, DPO, PPO, GRPO, Dr. GRPO, DAPO, GSPO, RLOO, "
-    "Online DPO, if the run has them; by default the registered one."
+    "or RUN or RUN:POLICY of the workspace. POLICY: SFT or a policy of the run's recipe; by default the "
+    "run's candidate."
 )
 
 

@@ -1,0 +1,66 @@
+"""Writes the docs page `commands.md` from the help of the command line."""
+
+from typing import Any
+
+_INTRODUCTION = """\
+# Commands
+
+Every command with its arguments and options, as `dpo COMMAND --help` prints them.
+The program is `.venv/bin/dpo`; `. .venv/bin/activate` puts it on the path.
+
+| exit code | meaning |
+| --- | --- |
+| 0 | done |
+| 2 | usage or recipe error |
+| 3 | the data gate refused the data |
+| 4 | a stage failed (`dpo run` prints the line that resumes the run), or a check found damage |
+| 5 | promotion or rollback refused |
+| 130, 143, 129 | stopped by Ctrl-C, SIGTERM, SIGHUP |
+
+An expected error is one line on stderr. Tracebacks go to `dpo-<uid>.log` in the temporary folder.
+"""
+
+
+def markdown(program: Any) -> str:
+    """The page: every command of the group `program` (Typer's), the subcommands of groups included."""
+    return _INTRODUCTION + "".join(_section(name, command) for name, command in _commands(program, "dpo"))
+
+
+def _commands(group: Any, prefix: str) -> list[tuple[str, Any]]:
+    listed: list[tuple[str, Any]] = []
+    for name, command in group.commands.items():
+        full = f"{prefix} {name}"
+        listed += _commands(command, full) if hasattr(command, "commands") else [(full, command)]
+    return listed
+
+
+def _section(name: str, command: Any) -> str:
+    arguments = [p for p in command.params if p.param_type_name == "argument"]
+    usage = [name, *(_argument(p) if p.required else f"[{_argument(p)}]" for p in arguments)]
+    paragraphs = [" ".join(paragraph.split()) for paragraph in (command.help or "").split("\n\n")]
+    lines = [f"## {name}", f"`{' '.join(usage)}`", *paragraphs]
+    rows = [f"| `{_argument(p)}` | {_meaning(p)} |" for p in arguments]
+    rows += [f"| `{_option(p)}` | {_meaning(p)} |" for p in command.params if p not in arguments]
+    if rows:
+        lines.append("\n".join(["| | |", "| --- | --- |", *rows]))
+    return "\n" + "\n\n".join(lines) + "\n"
+
+
+def _argument(parameter: Any) -> str:
+    return (parameter.metavar or parameter.name.upper()) + ("…" if parameter.nargs == -1 else "")
+
+
+def _option(parameter: Any) -> str:
+    value = "" if parameter.is_flag else f" {parameter.metavar or parameter.name.upper()}"
+    return "`, `".join([parameter.opts[0] + value, *parameter.secondary_opts])
+
+
+def _meaning(parameter: Any) -> str:
+    """The help of a parameter, with its default where that is a value."""
+    text = " ".join((parameter.help or "").split()).replace("|", "\\|")
+    if parameter.envvar:
+        text += f" Environment variable: `{parameter.envvar}`."
+    if parameter.default in (None, "", False):
+        return text
+    default = parameter.opts[0] if parameter.default is True else parameter.default
+    return f"{text} Default: `{default}`."
