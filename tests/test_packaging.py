@@ -30,7 +30,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
     assert (wheel / "deploy" / "prefect.yaml").is_file()
     assert (wheel / "deploy" / "work_pools" / "kubernetes.json").is_file()
     assert list((wheel / "tasks" / "reports" / "templates").iterdir())
-    assert not (wheel / "flows" / "docs").exists(), "pictures of the README stay out"
+    assert not (wheel / "flows" / "docs").exists(), "the docs and their pictures stay out"
 
 
 def test_the_command_line_runs_from_the_wheel(wheel: Path, tmp_path: Path) -> None:

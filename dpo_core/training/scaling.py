@@ -1,4 +1,4 @@
-"""Calculates the traffic and memory of training on many GPUs: the tables of SCALING.md.
+"""Calculates the traffic and memory of training on many GPUs: the tables of flows/docs/scaling.md.
 
 Weights, gradients and AdamW's moments are fp32 here (bf16 is autocast), so each is 4 bytes a parameter.
 `python -m dpo_core.training.scaling` prints the tables. Volumes: Rajbhandari et al., arXiv 1910.02054, §7.

@@ -22,7 +22,9 @@ def run_bench(overrides: Sequence[str], as_json: bool) -> None:
         RecipeError: a setting is not valid, or TRL is not installed.
         StageFailed: a contender failed, or their losses differ.
     """
-    bench = with_overrides(Bench, {}, overrides, "the comparison cannot be run", "See README.md")
+    bench = with_overrides(
+        Bench, {}, overrides, "the comparison cannot be run", "See the fields in dpo bench --help"
+    )
     console = terminal(stderr=True)
     with tempfile.TemporaryDirectory(prefix="dpo-bench-") as folder:
         work = Path(folder)

@@ -1,4 +1,4 @@
-"""SCALING.md has the numbers of the formulas, and the formulas agree with the paper."""
+"""The docs page scaling.md has the numbers of the formulas, and the formulas agree with the paper."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from dpo_core.training import scaling
 
 @pytest.mark.parametrize("name", scaling.MODELS)
 def test_the_page_has_the_tables(name):
-    page = (Path(__file__).parents[3] / "flows" / "docs" / "SCALING.md").read_text()
+    page = (Path(__file__).parents[3] / "flows" / "docs" / "scaling.md").read_text()
     assert scaling.table(name) in page
 
 
