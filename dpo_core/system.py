@@ -19,6 +19,9 @@ JOB_PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "gguf", "saf
 """The packages that only jobs need, and commands that compute with a model in their own process."""
 INSTALL_JOB_PACKAGES = "pip install 'dpo-pipeline[train]'"
 
+RUN_MARK = "DPO_FLOW_PID"
+"""Variable that marks the processes of a run on this machine; they are ended if the run is killed."""
+
 
 def sync(path: Path) -> None:
     """Flush a file, or a folder's entries, to disk."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 import re
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from pydantic import Field, field_validator
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.redaction import SECRET_NAME
+from dpo_core.system import RUN_MARK
 
 log = logging.getLogger("dpo")
 
@@ -85,6 +87,15 @@ def require_command(name: str, remedy: str) -> None:
     """
     if shutil.which(name) is None:
         raise RecipeError(f"the command {name} is not installed on this machine", remedy)
+
+
+def command_environment() -> dict[str, str]:
+    """The environment of a cluster's commands: this process's, without the mark of the run.
+
+    What they start continues if the run is killed: jobs, which inherit the variables of sbatch, and
+    SkyPilot's server, which the first command starts on this machine.
+    """
+    return {name: value for name, value in os.environ.items() if name != RUN_MARK}
 
 
 class Handle(NamedTuple):

@@ -18,7 +18,14 @@ from pydantic import Field, field_validator
 
 from deploy.launchers import torchrun
 from deploy.launchers.base import LOG, State, clear, final_state, tail
-from deploy.launchers.cluster import ClusterConfig, Handle, job_name, require_command, require_seen
+from deploy.launchers.cluster import (
+    ClusterConfig,
+    Handle,
+    command_environment,
+    job_name,
+    require_command,
+    require_seen,
+)
 from dpo_core.errors import RecipeError, StageFailed
 
 log = logging.getLogger("dpo")
@@ -219,7 +226,12 @@ def _sky(*arguments: str) -> str:
     """
     try:
         done = subprocess.run(
-            ["sky", *arguments], capture_output=True, text=True, timeout=TIMEOUT, check=False
+            ["sky", *arguments],
+            env=command_environment(),
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+            check=False,
         )
     except FileNotFoundError as error:
         raise RecipeError("the command sky is not installed on this machine", INSTALL) from error

@@ -15,7 +15,13 @@ from pydantic import Field, field_validator
 
 from deploy.launchers import torchrun
 from deploy.launchers.base import LOG, State, clear, final_state, tail
-from deploy.launchers.cluster import ClusterConfig, Handle, job_name, require_command
+from deploy.launchers.cluster import (
+    ClusterConfig,
+    Handle,
+    command_environment,
+    job_name,
+    require_command,
+)
 from dpo_core.errors import RecipeError, StageFailed
 
 log = logging.getLogger("dpo")
@@ -257,7 +263,13 @@ def _run(*command: str, text: str | None = None, check: bool = True) -> subproce
     """
     try:
         done = subprocess.run(
-            command, input=text, capture_output=True, text=True, timeout=TIMEOUT, check=False
+            command,
+            input=text,
+            env=command_environment(),
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+            check=False,
         )
     except FileNotFoundError as error:
         raise RecipeError(f"the command {command[0]} is not installed on this machine", LOGIN) from error

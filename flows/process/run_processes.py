@@ -10,12 +10,12 @@ from collections.abc import Iterable
 
 import psutil
 
-_MARK = "DPO_FLOW_PID"
+from dpo_core.system import RUN_MARK
 
 
 def mark_own() -> None:
     """Mark processes started from now on with this process's id."""
-    os.environ[_MARK] = str(os.getpid())
+    os.environ[RUN_MARK] = str(os.getpid())
 
 
 def find_orphans() -> list[psutil.Process]:
@@ -23,7 +23,7 @@ def find_orphans() -> list[psutil.Process]:
     orphans = []
     for process in psutil.process_iter(["uids"]):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, ValueError):
-            owner = process.environ().get(_MARK) if process.info["uids"].real == os.getuid() else None
+            owner = process.environ().get(RUN_MARK) if process.info["uids"].real == os.getuid() else None
             if owner and not psutil.pid_exists(int(owner)):
                 orphans.append(process)
     return orphans
@@ -46,6 +46,6 @@ def _processes_of(owner: int, but: Iterable[int]) -> list[psutil.Process]:
     for process in psutil.process_iter():
         # Skip other users' processes, which are not readable.
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            if process.environ().get(_MARK) == str(owner) and process.pid not in but:
+            if process.environ().get(RUN_MARK) == str(owner) and process.pid not in but:
                 processes.append(process)
     return processes
