@@ -1,5 +1,7 @@
 """The interface of all launchers: submit, poll and cancel a job, and read its log."""
 
+import signal
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import Protocol
@@ -59,6 +61,14 @@ def final_state(work: Path) -> State:
         return State.DONE
     stopped = (work / STOPPED).exists() and not (work / ERROR).exists()
     return State.STOPPED if stopped else State.FAILED
+
+
+def command_end(status: str) -> str:
+    """How a job's command ended; names the signal that shells and kubelets report as 128 plus its number."""
+    name = ""
+    with suppress(ValueError):
+        name = f" ({signal.Signals(int(status) - 128).name})"
+    return f"its command ended with status {status}{name}"
 
 
 def clear(work: Path) -> None:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from deploy.launchers.base import command_end
+
 Json = dict[str, Any]
 
 DISRUPTIONS = {
@@ -48,7 +50,7 @@ def _container(status: Json) -> str:
         if end.get("reason") == "OOMKilled":
             return "out of memory: the container exceeded its memory limit"
         if end.get("exitCode"):
-            return f"its command ended with status {end['exitCode']}"
+            return command_end(str(end["exitCode"]))
     return ""
 
 

@@ -14,7 +14,7 @@ from filelock import FileLock
 from pydantic import Field, field_validator
 
 from deploy.launchers import torchrun
-from deploy.launchers.base import LOG, State, clear, final_state, tail
+from deploy.launchers.base import LOG, State, clear, command_end, final_state, tail
 from deploy.launchers.cluster import (
     ClusterConfig,
     Handle,
@@ -42,7 +42,6 @@ _ENDS = {
     "BOOT_FAIL": "a node did not boot",
     "CANCELLED": "cancelled",
     "DEADLINE": "its deadline could not be met",
-    "FAILED": "its command ended with status {exit}",
     "LAUNCH_FAILED": "a node could not start it",
     "NODE_FAIL": "a node was lost",
     "OUT_OF_MEMORY": "out of memory: a node exceeded its memory limit",
@@ -175,7 +174,7 @@ class SlurmLauncher:
             return f"{quota}waiting in the queue: {reason}" if reason else "waiting in the queue"
         if not state:
             return "SLURM does not know the job any more"
-        return _ENDS[state].format(exit=exit_code) if state in _ENDS else ""
+        return command_end(exit_code) if state == "FAILED" else _ENDS.get(state, "")
 
     def cancel(self, handle: str, grace: float = 25.0) -> None:
         """Have the batch script stop the ranks, which save; SLURM kills them after the grace time."""

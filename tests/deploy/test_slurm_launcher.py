@@ -1,6 +1,7 @@
 """The SLURM launcher with commands that keep real SLURM's manners and really run the script."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -8,12 +9,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from pydantic import ValidationError
 
 from deploy.launchers import Launcher, State, slurm
 from deploy.launchers.slurm import SlurmConfig, SlurmLauncher
 from dpo_core.errors import RecipeError, StageFailed
+from dpo_core.system import RUN_MARK
 from tests.support.models.tiny import make_tiny_model
 from tests.support.runs.training_jobs import curve, sft_job, wait_until
 from tests.support.sites import slurm_site, stand_in
@@ -152,6 +155,20 @@ def test_cancelled_jobs_save_and_leave_nothing(make: Make, site: Path, tmp_path:
     assert "saved" in launcher.logs(handle)
 
 
+def test_a_job_does_not_bear_the_mark_of_its_run(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What bears it on the flow's machine is ended if the flow is killed."""
+    monkeypatch.setenv(RUN_MARK, str(os.getpid()))
+    job = stand_in.job(tmp_path / "work", "wait")
+    launcher = make()
+    handle = launcher.submit(job, 1, job.parent)
+    wait_until((job.parent / "ready").exists, "a node")
+    (node,) = stand_in.starts(job.parent)
+    assert RUN_MARK not in psutil.Process(node).environ()
+    launcher.cancel(handle, grace=10)
+
+
 def test_stubborn_jobs_are_killed_after_the_grace_time(make: Make, tmp_path: Path) -> None:
     job = stand_in.job(tmp_path / "work", "stubborn")
     launcher = make()
@@ -174,6 +191,16 @@ def test_waiting_jobs_say_what_for_and_are_cancelled_at_once(make: Make, site: P
     launcher.cancel(handle)
     assert launcher.poll(handle) is State.FAILED
     assert not stand_in.starts(job.parent)
+
+
+def test_a_job_that_was_killed_names_the_signal(make: Make, tmp_path: Path) -> None:
+    job = stand_in.job(tmp_path / "work", "wait")
+    launcher = make()
+    handle = launcher.submit(job, 1, job.parent)
+    wait_until((job.parent / "ready").exists, "a node")
+    os.kill(stand_in.starts(job.parent)[0], signal.SIGKILL)
+    assert until_over(launcher, handle) is State.FAILED
+    assert launcher.why(handle) == "its command ended with status 137 (SIGKILL)"
 
 
 def test_before_the_time_limit_the_job_saves_and_is_queued_again(

@@ -217,6 +217,7 @@ class Cluster:
                     del self.pods[name], self.processes[name]
                 elif pod["status"]["phase"] == "Running":
                     code = process.returncode
+                    code = 128 - code if code < 0 else code  # as a kubelet reports a signal
                     ended = {"terminated": {"exitCode": code, "reason": "Error" if code else "Completed"}}
                     phase = "Failed" if code else "Succeeded"
                     pod["status"] |= {"phase": phase, "containerStatuses": [{"name": "node", "state": ended}]}

@@ -163,7 +163,8 @@ def srun(arguments: list[str]) -> str:
     signal.signal(signal.SIGTERM, lambda *_: [task.terminate() for task in tasks])
     worst = 0
     for task in tasks:
-        worst = max(worst, abs(task.wait()))
+        code = task.wait()
+        worst = max(worst, 128 - code if code < 0 else code)
     sys.exit(worst)
 
 
