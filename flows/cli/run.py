@@ -1,6 +1,5 @@
 """`dpo run` and `dpo show`: run a recipe in this process, and print the results of a finished run."""
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -50,10 +49,10 @@ def run_recipe(
     check_before_run(resolved, resume, cluster)  # before the run has a record; the flow checks again
     from flows.commands.results import print_report
     from flows.commands.run import resume_line_on_failure, run_flow
+    from tasks.provenance import command_line
+    from tasks.runs.record import resume_line
 
-    sets = " ".join(f"--set {shlex.quote(override)}" for override in overrides)
-    line = f"dpo run {shlex.quote(recipe)} {sets} --resume".replace("  ", " ")
-    with resume_line_on_failure(resolved.workspace, line):
+    with resume_line_on_failure(resolved.workspace, resume_line(command_line())):
         report = run_flow(resolved, resume, cluster)
     print_report(report, resolved.workspace, as_json)
 

@@ -84,16 +84,21 @@ class RunRecord(Config):
     @property
     def resume_line(self) -> str:
         """The command that resumes the run."""
-        words = shlex.split(self.command) or ["dpo", "run", self.recipe]
-        for place in [i for i, word in enumerate(words) if word == "--resume"]:  # and the run that it names
-            if not "".join(words[place + 1 : place + 2]).startswith("-"):
-                words[place + 1 : place + 2] = []
-        kept = [word for word in words if word not in ("--json", "--resume")]
-        return shlex.join([*kept, "--resume", self.run_id])
+        return resume_line(self.command or shlex.join(["dpo", "run", self.recipe]), self.run_id)
 
     def as_stopped(self) -> "RunRecord":
         """The record with status `stopped` and the reason."""
         return self.model_copy(update={"status": "stopped", "error": KILLED})
+
+
+def resume_line(command: str, *run_id: str) -> str:
+    """The command that resumes what a command began: the run of that name, by default the latest."""
+    words = shlex.split(command)
+    for place in [i for i, word in enumerate(words) if word == "--resume"]:  # and the run that it names
+        if not "".join(words[place + 1 : place + 2]).startswith("-"):
+            words[place + 1 : place + 2] = []
+    kept = [word for word in words if word not in ("--json", "--resume")]
+    return shlex.join([*kept, "--resume", *run_id])
 
 
 KILLED = "its process was killed"

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dpo_core.errors import RecipeError
+from dpo_core.errors import RecipeError, StageFailed
 from flows.commands.cluster import read_cluster
 from flows.commands.render import rendered
 from tasks.preflight import check_before_run
 from tasks.recipe.read import load_recipe
+from tests.scenarios.bad_inputs import dpo
 from tests.support.runs.tiny_run import Bench
 from tests.support.sites import slurm_site
 
@@ -126,6 +127,20 @@ def test_what_a_cluster_would_not_see_or_use_is_told_with_the_manifest(
     rendered(str(bench.recipe), [f"workspace={tmp_path / 'runs'}"], cluster)
     assert "warning: " in capsys.readouterr().err
     assert "each node has gpus=8, but engine.processes=1 uses only some of them" in caplog.text
+
+
+def test_a_launch_that_fails_before_it_has_a_record_is_not_resumed_on_this_machine(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise StageFailed("the supervisor of the run did not start", "Run again")
+
+    monkeypatch.setattr("flows.commands.run.run_flow", fail)
+    monkeypatch.setattr("tasks.preflight.check_before_run", lambda *_: None)
+    monkeypatch.setattr("flows.process.temporary_server.start_temporary_server", lambda: None)
+    line = ["launch", str(bench.recipe), "--on", "slurm", "--with", "gpus=0"]
+    done = dpo(*line, "--resume", "earlier")
+    assert (done.code, done.err.splitlines()[0]) == (4, f"to resume: dpo {' '.join(line)} --resume")
 
 
 def _on_slurm(bench: Bench, site: Path) -> dict[str, str]:
