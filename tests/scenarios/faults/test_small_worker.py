@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tests.scenarios.faults.memory import Room, room
+from tests.support.models.tiny import make_tiny_model
 from tests.support.runs.tiny_run import tiny_recipe
 from tests.support.sites import slurm_site
 from tests.support.sites.prefect_site import REPO, Site
@@ -48,7 +49,8 @@ def test_a_worker_without_torch_runs_a_deployed_alignment(
 ) -> None:
     site = Site(tmp_path)
     recipe = site.home / "aligned.yaml"
-    recipe.write_text(yaml.safe_dump(tiny_recipe(tmp_path / "model", site.home / "runs")))
+    model = make_tiny_model(tmp_path / "taught", taught=True)
+    recipe.write_text(yaml.safe_dump(tiny_recipe(model, site.home / "runs")))
     cluster = site.home / "cluster.yaml"
     cluster.write_text(yaml.safe_dump({"gpus": 0, "python": sys.executable}))
     shipped = yaml.safe_load((REPO / "deploy" / "prefect.yaml").read_text())
@@ -71,9 +73,9 @@ def test_a_worker_without_torch_runs_a_deployed_alignment(
         site.dpo("deploy", "--file", str(file))
         site.python = str(plain)
         gigabyte.takes(site.worker(**environment).pid)
-        deployment = site.ask("/deployments/name/dpo-alignment/nightly")
+        deployment = site.ask("/deployments/name/dpo/nightly")
         site.ask(f"/deployments/{deployment['id']}/create_flow_run", {})
-        run = site.ended("nightly")
+        run = site.ended("nightly", patience=1500)
     finally:
         site.close()
     assert run["state_name"] == "Completed", run["state"]["message"]

@@ -122,7 +122,7 @@ class Site:
         query = {"deployments": {"name": {"any_": [deployment]}}, "sort": "EXPECTED_START_TIME_ASC"}
         return self.ask("/flow_runs/filter", query)
 
-    def ended(self, deployment: str, number: int = 1) -> dict[str, Any]:
+    def ended(self, deployment: str, number: int = 1, patience: float = 240) -> dict[str, Any]:
         """The deployment's run of that number (1: the first), once it has ended."""
 
         def found() -> Any:
@@ -133,7 +133,7 @@ class Site:
             ]
             return finished[number - 1] if len(finished) >= number else None
 
-        return until(found, 240)
+        return until(found, patience)
 
 
 def until(found: Callable[[], Any], patience: float, pause: float = 0.5) -> Any:
