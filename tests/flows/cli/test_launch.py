@@ -153,7 +153,7 @@ def _trained_on(site: Path) -> None:
     jobs = slurm_site.jobs(site)
     assert [job["state"] for job in jobs] == ["COMPLETED"] * len(STAGES)
     for stage, job in zip(STAGES, jobs, strict=True):
-        assert job["options"]["job-name"].startswith(f"dpo-{stage}-")
+        assert job["options"]["job-name"].startswith(f"dpo-{stage.lower().replace(' ', '-')}-")
 
 
 @pytest.mark.slow
