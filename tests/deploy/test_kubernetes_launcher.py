@@ -43,13 +43,7 @@ def cluster(server: Server) -> Cluster:
 @pytest.fixture
 def make(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
     """Makes launchers, each as a new process would: with a kubeconfig and nothing else."""
-    config = tmp_path / "kubeconfig"
-    config.write_text(
-        "{apiVersion: v1, kind: Config, current-context: a, users: [{name: u, user: {}}],\n"
-        f"clusters: [{{name: c, cluster: {{server: '{server.url}'}}}}],\n"
-        "contexts: [{name: a, context: {cluster: c, user: u}}]}\n"
-    )
-    monkeypatch.setenv("KUBECONFIG", str(config))
+    monkeypatch.setenv("KUBECONFIG", str(server.write_config(tmp_path / "kubeconfig")))
     monkeypatch.setattr(kube_api, "TIMEOUT", 0.5)
     monkeypatch.setattr(launcher_module, "_AFTER_GRACE", 1.0)
     python = stand_in.write(tmp_path)

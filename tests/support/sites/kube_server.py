@@ -7,6 +7,7 @@ import subprocess
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlparse
 
@@ -282,6 +283,15 @@ class Server:
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self._http.server_port}"
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
+
+    def write_config(self, path: Path) -> Path:
+        """Write a kubeconfig that leads here; returns its path."""
+        path.write_text(
+            "{apiVersion: v1, kind: Config, current-context: a, users: [{name: u, user: {}}],\n"
+            f"clusters: [{{name: c, cluster: {{server: '{self.url}'}}}}],\n"
+            "contexts: [{name: a, context: {cluster: c, user: u}}]}\n"
+        )
+        return path
 
     def close(self) -> None:
         self._http.shutdown()
