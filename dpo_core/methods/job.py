@@ -3,7 +3,7 @@
 from typing import Any, Literal
 
 from dpo_core.config import Config
-from dpo_core.data.tokens.tokenise import TokenConfig
+from dpo_core.data.tokens.config import TokenConfig
 from dpo_core.generation.config import SamplingConfig
 
 

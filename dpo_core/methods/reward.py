@@ -4,7 +4,6 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from dpo_core.data.tokens.tokenise import TokenPair
 from dpo_core.errors import RecipeError
 from dpo_core.methods.method import GRADIENT, LOSS, Method, Panel
 from dpo_core.training.config import EngineConfig, LoopConfig, OptimConfig
@@ -34,11 +33,11 @@ class RewardModelConfig(LoopConfig):
             )
         return self
 
-    def margin_of(self, pair: TokenPair) -> float:
-        """The margin by which the chosen answer's reward should exceed the rejected one's."""
-        if self.margin == "none" or pair.agreement is None:
+    def margin_of(self, agreement: float | None) -> float:
+        """The margin by which the reward of a pair's chosen answer should exceed the rejected one's."""
+        if self.margin == "none" or agreement is None:
             return 0.0
-        return self.margin_scale * (2 * pair.agreement - 1)
+        return self.margin_scale * (2 * agreement - 1)
 
 
 def no_agreement() -> RecipeError:

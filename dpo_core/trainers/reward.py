@@ -56,7 +56,7 @@ class RewardTrainer(Trainer[TokenPair]):
         sequences = [e.chosen for e in batch] + [e.rejected for e in batch]
         rewards_2B = reward_of(self.module, sequences, self.config.engine.precision)
         chosen_B, rejected_B = rewards_2B.chunk(2)
-        margins_B = chosen_B.new_tensor([self.config.margin_of(e) for e in batch])
+        margins_B = chosen_B.new_tensor([self.config.margin_of(e.agreement) for e in batch])
         losses_B = bradley_terry_loss(chosen_B, rejected_B, margins_B, self.config.centring)
         with torch.no_grad():
             metrics = {

@@ -6,7 +6,7 @@ from pathlib import Path
 import typer
 
 from dpo_core.config import Config
-from dpo_core.data.tokens.tokenise import TokenConfig
+from dpo_core.data.tokens.config import TokenConfig
 from dpo_core.model_check import REMEDY, check_named
 from dpo_core.models.config import ModelConfig
 from dpo_core.scoring.precision import Precision

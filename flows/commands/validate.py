@@ -15,7 +15,8 @@ from dpo_core.data.config import DataConfig
 from dpo_core.data.load import load
 from dpo_core.data.split import by_source, split_table
 from dpo_core.data.tokens.chat_template import check_template
-from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise
+from dpo_core.data.tokens.config import TokenConfig
+from dpo_core.data.tokens.tokenise import Tokenise
 from dpo_core.errors import RecipeError
 from dpo_core.models.config import ModelConfig
 from dpo_core.models.load import load_tokenizer, templates_of

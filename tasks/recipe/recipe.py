@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from dpo_core.config import Config
 from dpo_core.data.config import DataConfig
-from dpo_core.data.tokens.tokenise import TokenConfig
+from dpo_core.data.tokens.config import TokenConfig
 from dpo_core.evaluation.config import EvaluateConfig, PromotionConfig, SuitesConfig
 from dpo_core.jobs.files import InferenceConfig
 from dpo_core.judging.config import JudgeConfig

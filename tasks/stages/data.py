@@ -12,7 +12,7 @@ from dpo_core.data.config import DataConfig
 from dpo_core.data.files.read import check_source
 from dpo_core.data.load import load
 from dpo_core.data.split import by_source, split_table
-from dpo_core.data.tokens.tokenise import TokenConfig
+from dpo_core.data.tokens.config import TokenConfig
 from dpo_core.errors import DataError, GateRefused
 from dpo_core.estimates import estimate
 from dpo_core.jobs.files import PairSamplingJob

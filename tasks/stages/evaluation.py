@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from dpo_core.config import Config
-from dpo_core.data.tokens.tokenise import TokenConfig
+from dpo_core.data.tokens.config import TokenConfig
 from dpo_core.data.tokens.tokenise import TokenSequence as Ids
 from dpo_core.evaluation.config import EvaluateConfig
 from dpo_core.evaluation.policy_row import VERSION, PolicyRow

@@ -8,7 +8,7 @@ import pandas as pd
 
 from dpo_core.data.demo.demonstrations import review_demonstrations
 from dpo_core.data.files.read import check_source, read_rows
-from dpo_core.data.tokens.tokenise import TokenConfig
+from dpo_core.data.tokens.config import TokenConfig
 from dpo_core.errors import DataError, StageFailed
 from dpo_core.estimates import estimate
 from dpo_core.estimates.by_method import estimate_training

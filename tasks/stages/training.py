@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from dpo_core.data.tokens.tokenise import TokenConfig
+from dpo_core.data.tokens.config import TokenConfig
 from dpo_core.errors import StageFailed
 from dpo_core.estimates import estimate
 from dpo_core.estimates.by_method import estimate_training

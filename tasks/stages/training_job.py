@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from dpo_core.data.tokens.tokenise import TokenConfig
+from dpo_core.data.tokens.config import TokenConfig
 from dpo_core.methods.job import Job
 from dpo_core.methods.method import Method
 from dpo_core.models.remote_code import trusted_digests

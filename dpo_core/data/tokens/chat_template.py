@@ -23,8 +23,6 @@ from dpo_core.errors import ModelError
 
 Message = dict[str, Any]
 
-# Names by which templates read the time; transformers provides `strftime_now`.
-_CLOCK = re.compile(r"\b(?:strftime_now|datetime|now)\b")
 # Names of a message's reasoning in different templates; a message is rendered with all of them.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 SECONDS = 20.0
@@ -32,11 +30,6 @@ SECONDS = 20.0
 
 class TemplateError(ModelError):
     """The chat template cannot write a conversation, or not in a form that can be trained on."""
-
-
-def reads_clock(source: str) -> bool:
-    """Whether a template reads the time."""
-    return bool(_CLOCK.search(source))
 
 
 def source_of(tokenizer: Any, tools: bool = False) -> str | None:

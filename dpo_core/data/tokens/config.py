@@ -1,12 +1,15 @@
 """The recipe's `tokens` section: chat template, the turns that carry loss, and length limits."""
 
 import datetime
+import re
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from dpo_core.config import Config
-from dpo_core.data.tokens.chat_template import reads_clock
+
+# Names by which templates read the time; transformers provides `strftime_now`.
+_CLOCK = re.compile(r"\b(?:strftime_now|datetime|now)\b")
 
 
 class TokenConfig(Config):
@@ -47,6 +50,6 @@ class TokenConfig(Config):
 
 def with_date(config: TokenConfig, template: str | None, day: datetime.date) -> TokenConfig:
     """The config with `day` as its date, if the template reads the date and the config has none."""
-    if config.date is not None or not template or not reads_clock(template):
+    if config.date is not None or not template or not _CLOCK.search(template):
         return config
     return config.model_copy(update={"date": day})

@@ -37,8 +37,8 @@ def test_the_margin_grows_with_the_votes(tiny: Path, agreement: float | None, ma
     config = RewardModelConfig(margin="agreement", margin_scale=2.0)
     (pair,) = token_pairs(tiny, rows_of(agreement))
     assert pair.agreement == agreement
-    assert config.margin_of(pair) == pytest.approx(margin)
-    assert RewardModelConfig().margin_of(pair) == 0.0
+    assert config.margin_of(pair.agreement) == pytest.approx(margin)
+    assert RewardModelConfig().margin_of(pair.agreement) == 0.0
 
 
 def test_an_empty_field_of_a_table_is_no_vote(tiny: Path) -> None:
