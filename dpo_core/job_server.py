@@ -27,6 +27,7 @@ _LIBRARIES = (
     "dpo_core.jobs.cache_reference",
     "dpo_core.jobs.sample_pairs",
     "dpo_core.trainers.dpo",
+    "expectations.job",
     "deepspeed",
 )
 _PR_SET_PDEATHSIG = 1

@@ -90,6 +90,7 @@ def watch(
     """Submit a job and wait for it. An error or a signal in the meantime cancels the job."""
     work = path.parent
     handle = launcher.submit(path, processes, work)
+    pause = launcher.pause / 16  # many jobs are short
     try:
         while True:
             stop.check()
@@ -97,7 +98,8 @@ def watch(
             on_poll()
             if state is not State.RUNNING:
                 break
-            time.sleep(launcher.pause)
+            time.sleep(pause)
+            pause = min(2 * pause, launcher.pause)
         why = launcher.why(handle) if state is State.FAILED else ""
     except BaseException as error:
         stop.begin(error)

@@ -8,7 +8,8 @@ from typing import TypeVar
 
 import httpx
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
-from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prefect.context import SettingsContext, get_settings_context
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, Settings
 
 log = logging.getLogger("dpo")
 T = TypeVar("T")
@@ -21,6 +22,7 @@ class PrefectArtifacts:
 
     def __init__(self) -> None:
         self._paused_until = 0.0
+        self._settings: Settings | None = None
 
     def send_report(self, name: str, text: str, page: Path, link_text: str) -> None:
         """Send a run's report as Markdown, and a link to its page."""
@@ -36,7 +38,7 @@ class PrefectArtifacts:
         if time.monotonic() < self._paused_until:
             return None
         try:
-            with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+            with self._without_retries():
                 return call()
         except (httpx.HTTPError, RuntimeError) as error:
             # The client raises a RuntimeError if it finds no server.
@@ -48,3 +50,10 @@ class PrefectArtifacts:
                 type(error).__name__,
             )
             return None
+
+    def _without_retries(self) -> SettingsContext:
+        """The current settings without retries, made once: making them takes Prefect a tenth of a second."""
+        current = get_settings_context()
+        if self._settings is None:
+            self._settings = current.settings.copy_with_update({PREFECT_CLIENT_MAX_RETRIES: 0})
+        return SettingsContext(profile=current.profile, settings=self._settings)
