@@ -21,6 +21,18 @@ class ServerGone(Exception):
     """The server cannot be started, or has ended."""
 
 
+def start_process() -> "subprocess.Popen[str]":
+    """Start a job server that reads requests from its standard input."""
+    return subprocess.Popen(
+        [sys.executable, "-P", "-u", "-m", "dpo_core.job_server"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=torchrun.environment(),
+        text=True,
+    )
+
+
 class JobServer:
     """A process with loaded libraries that forks a run's jobs; it starts with the first job."""
 
@@ -76,14 +88,7 @@ class JobServer:
             if self._process is None or self._process.poll() is not None:
                 if "job" not in request:
                     raise ServerGone
-                self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-u", "-m", "dpo_core.job_server"],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
-                    env=torchrun.environment(),
-                    text=True,
-                )
+                self._process = start_process()
             process = self._process
             assert process.stdin is not None
             assert process.stdout is not None

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from dpo_core.data.config import DataConfig
 from dpo_core.data.load import load
 from dpo_core.data.split import split_by_prompt
-from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise
+from dpo_core.data.tokens.config import TokenConfig
+from dpo_core.data.tokens.tokenise import Tokenise
 from expectations.config import GateConfig
 from expectations.features import Budget, compute
 from expectations.report import GateReport

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise
+from dpo_core.data.tokens.config import TokenConfig
+from dpo_core.data.tokens.tokenise import Tokenise
 from tests.support.frames import clean_pairs, failed, row_number
 from tests.support.models.chat_families import TEMPLATES, assistant, make_tokenizer, user
 

@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 from mlflow import MlflowClient
 
-from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise
+from dpo_core.data.tokens.config import TokenConfig
+from dpo_core.data.tokens.tokenise import Tokenise
 from dpo_core.models.load import load_tokenizer
 from dpo_core.models.reward_model import RewardModel
 from dpo_core.rewards.model import score

@@ -43,7 +43,7 @@ def studied(finished: tuple[Bench, dict[str, Any]]) -> tuple[Bench, Path, dict[s
     """A workspace in which a study has run, two policies at a time, after an alignment of the same data."""
     bench = finished[0].copy("study")
     recipe = study_recipe(bench, parallel=2)
-    done = bench.dpo("run", str(recipe), "--json", timeout=1500)
+    done = bench.dpo("run", str(recipe), "--json")
     assert done.returncode == 0, done.stderr
     return bench, recipe, json.loads(done.stdout)
 
@@ -98,7 +98,7 @@ def test_the_page_the_picture_and_mlflow_have_it(studied) -> None:
 
 def test_a_second_study_runs_nothing_and_says_the_same(studied) -> None:
     bench, recipe, report = studied
-    again = json.loads(bench.dpo("run", str(recipe), "--json", timeout=1500).stdout)
+    again = json.loads(bench.dpo("run", str(recipe), "--json").stdout)
     assert {s["state"] for s in again["stages"]} == {"cached"}
     assert again["study"] == report["study"]
     assert again["claims"] == report["claims"]

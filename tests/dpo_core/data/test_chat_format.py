@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from dpo_core.data.tokens.chat_template import TemplateError, check_template
-from dpo_core.data.tokens.config import with_date
-from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise, TokenSequence
+from dpo_core.data.tokens.config import TokenConfig, with_date
+from dpo_core.data.tokens.tokenise import Tokenise, TokenSequence
 from tests.support.models.chat_families import ENDS, TEMPLATES, assistant, make_tokenizer, system, user
 
 ROOM = {"max_length": 6000, "max_prompt_length": 5000}

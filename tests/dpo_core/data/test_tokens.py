@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise, TokenPair, TokenSequence
+from dpo_core.data.tokens.config import TokenConfig
+from dpo_core.data.tokens.tokenise import Tokenise, TokenPair, TokenSequence
 from dpo_core.errors import ModelError
 from dpo_core.models.load import load_tokenizer
 

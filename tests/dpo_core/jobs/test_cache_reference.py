@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from deploy.launchers import LocalLauncher, State
-from dpo_core.data.tokens.tokenise import TokenConfig
+from dpo_core.data.tokens.config import TokenConfig
 from dpo_core.jobs.files import ReferenceJob, write_job
 from dpo_core.models.source import weights_digest
 from dpo_core.reference.shard import LogpShard

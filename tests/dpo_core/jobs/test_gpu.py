@@ -25,7 +25,7 @@ from dpo_core.models.reward_model import RewardModel
 from dpo_core.models.source import weights_digest
 from dpo_core.reference import LogpShard
 from tests.support.models.tiny import make_tiny_model
-from tests.support.runs.jobs import on, run_job_file
+from tests.support.runs.jobs import on, run_rendered
 from tests.support.runs.training_jobs import TOKENS, pair_rows
 
 pytestmark = [
@@ -63,7 +63,7 @@ def both(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
         for device, visible in (("cpu", ""), ("gpu", "0")):
             monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
             job: ModelJob = make(tmp_path / device)
-            results.append((tmp_path / device, run_job_file(job)))
+            results.append((tmp_path / device, run_rendered(job)))
         return results
 
     return run
@@ -96,8 +96,8 @@ def test_evaluation(both: Any, made: Path) -> None:
 
 
 def test_evaluation_in_bf16_is_near(both: Any, made: Path, tmp_path: Path) -> None:
-    exact = run_job_file(evaluation(tmp_path / "fp32", made))["policies"]["DPO"]["samples"]["entropies"]
-    half = run_job_file(evaluation(tmp_path / "bf16", made, "bf16"))["policies"]["DPO"]["samples"][
+    exact = run_rendered(evaluation(tmp_path / "fp32", made))["policies"]["DPO"]["samples"]["entropies"]
+    half = run_rendered(evaluation(tmp_path / "bf16", made, "bf16"))["policies"]["DPO"]["samples"][
         "entropies"
     ]
     assert sum(half) / len(half) == pytest.approx(sum(exact) / len(exact), rel=0.05)

@@ -13,7 +13,7 @@ from dpo_core.methods.pair_sampling import PairSamplingConfig
 from dpo_core.models.load import load_model, load_tokenizer
 from dpo_core.models.reward_model import RewardModel
 from tests.support.models.tiny import make_tiny_model
-from tests.support.runs.jobs import killed_and_resumed, on, run_job_file
+from tests.support.runs.jobs import killed_and_resumed, on, run_job_file, run_rendered
 from tests.support.runs.training_jobs import TOKENS, pair_rows
 
 
@@ -100,4 +100,4 @@ def test_the_quality_of_a_reward_model_does_not_depend_on_ranks_or_kills(
 ) -> None:
     alone = run_job_file(quality_job(tmp_path / "alone", reward_model, rows, 1))
     assert alone["accuracy"]["n"] == 8
-    assert run_job_file(quality_job(tmp_path / "two", reward_model, rows, 2)) == alone
+    assert run_rendered(quality_job(tmp_path / "two", reward_model, rows, 2)) == alone

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise, TokenPair
+from dpo_core.data.tokens.config import TokenConfig
+from dpo_core.data.tokens.tokenise import Tokenise, TokenPair
 from dpo_core.models.load import load_model, load_tokenizer
 from dpo_core.models.source import weights_digest
 from dpo_core.reference import sequence_key

@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
-from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise
+from dpo_core.data.tokens.config import TokenConfig
+from dpo_core.data.tokens.tokenise import Tokenise
 from dpo_core.methods.dpo import DpoConfig
 from dpo_core.methods.ppo import PpoConfig
 from dpo_core.models.load import load_tokenizer

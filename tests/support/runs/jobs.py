@@ -1,22 +1,19 @@
-"""Jobs that compute with a model without training it: on several ranks, killed in the middle, and resumed.
-
-`python -m tests.support.runs.jobs --config JOB` is the real entry point of a rank that kills itself.
-"""
+"""Jobs that compute with a model without training it: on several ranks, killed in the middle, and resumed."""
 
 import json
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from deploy.launchers import LocalLauncher, torchrun
+from deploy.launchers.base import tail
 from dpo_core import ranks
 from dpo_core.job import main
 from dpo_core.jobs.files import InferenceConfig, ModelJob, write_job
+from tests.support.runs import forked
 
-_REPO = Path(__file__).resolve().parents[3]
 _UNITS = "UNITS_BEFORE_THE_KILL"
 
 
@@ -26,6 +23,15 @@ def on(work: Path, processes: int) -> dict[str, Any]:
 
 
 def run_job_file(job: ModelJob) -> dict[str, Any]:
+    """Run the ranks of a job; what rank 0 reports."""
+    path = write_job(job)
+    statuses = forked.ranks(path, job.ranks.processes)
+    assert not any(statuses), tail(path.parent)
+    result: dict[str, Any] = json.loads((path.parent / "result.json").read_text())
+    return result
+
+
+def run_rendered(job: ModelJob) -> dict[str, Any]:
     """Run the command that the launcher of this machine renders for a job; what its rank 0 reports."""
     command = LocalLauncher().render(write_job(job), job.ranks.processes)
     ended = subprocess.run(
@@ -38,15 +44,9 @@ def run_job_file(job: ModelJob) -> dict[str, Any]:
 
 def kill_in_the_middle(job: ModelJob, units: int) -> None:
     """Run a job whose last rank dies of SIGKILL once it has kept the results of so many units of its maps."""
-    processes = job.ranks.processes
-    died = subprocess.run(
-        torchrun.command(write_job(job), processes, module=__name__),
-        env=torchrun.environment() | {_UNITS: str(units), "PYTHONPATH": str(_REPO)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert "exitcode  : -9" in died.stderr, died.stdout + died.stderr
+    path = write_job(job)
+    statuses = forked.ranks(path, job.ranks.processes, _die_in_the_middle, **{_UNITS: str(units)})
+    assert statuses[-1] == -signal.SIGKILL, tail(path.parent)
     assert not (Path(job.work) / "result.json").exists()
 
 
@@ -64,7 +64,7 @@ def killed_and_resumed(job: ModelJob, units: int) -> dict[str, Any]:
     work = Path(job.work)
     before = kept(work)
     assert sum(map(len, before.values())) >= units
-    result = run_job_file(job)
+    result = run_rendered(job)
     after = kept(work)
     assert before.items() < after.items(), "what was kept is still there, and something was left to do"
     for folder in {path.parent for path in after}:
@@ -73,8 +73,8 @@ def killed_and_resumed(job: ModelJob, units: int) -> dict[str, Any]:
     return result
 
 
-def _main() -> int:
-    world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+def _die_in_the_middle(arguments: list[str]) -> int:
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     left = int(os.environ[_UNITS])
     add = ranks._Parts.add
 
@@ -89,8 +89,4 @@ def _main() -> int:
         ranks._Parts.add = add_and_die  # type: ignore[method-assign]
     # Keep every unit at once: the kill falls between two units, not between two maps.
     ranks.JobRanks.__init__.__kwdefaults__["keep_seconds"] = 0.0
-    return main()
-
-
-if __name__ == "__main__":
-    sys.exit(_main())
+    return main(arguments)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from deploy.launchers import LocalLauncher
+from tests.support.runs import forked
 from tests.support.runs.training_jobs import curve, text, wait_until, write_job
 
 PROMPTS = [{"prompt": text(i, 3), "chat": False} for i in range(12)]
@@ -51,8 +51,8 @@ def kill_in_round(job: Path, call: int) -> None:
     """Start a job and kill it while it waits for its rewards of that call."""
     hold = job.parent / f"wait-{call}"
     hold.touch()
-    launcher = LocalLauncher()
-    handle = launcher.submit(job, 1, job.parent)
+    [process] = forked.start_ranks(job, 1)
     wait_until((job.parent / "waiting").exists, f"reward call {call}")
-    launcher.cancel(handle, grace=0)
+    process.kill()
+    process.join()
     hold.unlink()

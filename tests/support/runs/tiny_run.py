@@ -13,6 +13,8 @@ from unittest.mock import patch
 
 import yaml
 
+from tests.support.runs import forked
+
 ENGINE = {"precision": "fp32", "threads": 1, "save_every": 1}
 
 
@@ -99,16 +101,9 @@ class Bench:
     def command(self, *arguments: str) -> list[str]:
         return [sys.executable, "-P", "-m", "flows.cli.main", *arguments]
 
-    def dpo(self, *arguments: str, timeout: float = 1200) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            self.command(*arguments),
-            env=self.environment() | {"PREFECT_API_URL": prefect_address()},
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+    def dpo(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        env = self.environment() | {"PREFECT_API_URL": prefect_address()}
+        return forked.dpo(arguments, env=env, cwd=self.folder)
 
     def run(self, *arguments: str) -> dict:
         """`dpo run` on the recipe; its report."""

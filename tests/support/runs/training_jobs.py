@@ -8,8 +8,9 @@ from typing import Any
 
 import pandas as pd
 
-from deploy.launchers import LocalLauncher, State
-from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise, TokenPair, TokenSequence
+from deploy.launchers.base import State, clear, final_state, tail
+from dpo_core.data.tokens.config import TokenConfig
+from dpo_core.data.tokens.tokenise import Tokenise, TokenPair, TokenSequence
 from dpo_core.examples.unpaired import UnpairedExample, mismatched, unpaired_examples
 from dpo_core.methods.job import Job
 from dpo_core.methods.registry import get
@@ -17,6 +18,7 @@ from dpo_core.models.load import load_model, load_tokenizer
 from dpo_core.reference import LogpShard
 from dpo_core.reference.compute import compute
 from dpo_core.trainers.registry import build
+from tests.support.runs import forked
 
 PATIENCE = 600.0
 """Seconds that anything may take on a shared machine; what is over sooner costs nothing."""
@@ -150,13 +152,9 @@ def wait_until(ready: Callable[[], bool], what: str, seconds: float = PATIENCE) 
 
 
 def launch(job: Path, processes: int = 1) -> State:
-    """Run a job under torchrun to its end, as the pipeline does."""
-    launcher = LocalLauncher()
-    handle = launcher.submit(job, processes, job.parent)
-    try:
-        wait_until(lambda: launcher.poll(handle) is not State.RUNNING, "the end of the job")
-        state = launcher.poll(handle)
-        assert state is not State.FAILED, launcher.logs(handle)
-        return state
-    finally:
-        launcher.cancel(handle, grace=1.0)
+    """Run a job to its end, as the launcher of this machine does."""
+    clear(job.parent)
+    forked.ranks(job, processes)
+    state = final_state(job.parent)
+    assert state is not State.FAILED, tail(job.parent)
+    return state

@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 
 from dpo_core.data.answers import AnswerStatistics, measure_answers
-from dpo_core.data.tokens.tokenise import TokenConfig, Tokenise
+from dpo_core.data.tokens.config import TokenConfig
+from dpo_core.data.tokens.tokenise import Tokenise
 from dpo_core.errors import RecipeError
 from dpo_core.evaluation.config import PromotionConfig
 from dpo_core.evaluation.decision import Evidence, decide, refuse_same_weights

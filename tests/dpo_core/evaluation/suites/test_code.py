@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from dpo_core.data.tokens.tokenise import TokenConfig
+from dpo_core.data.tokens.config import TokenConfig
 from dpo_core.errors import DataError, RecipeError
 from dpo_core.evaluation.config import SuiteConfig
 from dpo_core.evaluation.model_under_test import ModelUnderTest
