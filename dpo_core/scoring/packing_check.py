@@ -30,6 +30,8 @@ _MASKED_LAYERS = {"full_attention", "sliding_attention"}
 # Weights times tokens of a trial with long documents: some seconds on two cores, or on a GPU.
 _TRIAL_OPERATIONS = {"cpu": 1e11, "cuda": 1e13}
 _SHORT = 64
+# Attribute of a model with the faults that its trials found, by what they depend on.
+_TRIED = "_dpo_packing_trials"
 # Positions that a trial may use after the longest document.
 _SPARE_POSITIONS = 5
 # Exceptions of architectures that cannot run a trial.
@@ -46,7 +48,7 @@ RAW_ERRORS = (
 
 
 def packing_fault(model: nn.Module, longest: int, *, thorough: bool = False) -> str | None:
-    """Why an architecture cannot be packed, in one sentence; None if it can.
+    """Why an architecture cannot be packed, in one sentence; None if it can. Tried once for each model.
 
     Args:
         longest: tokens of the longest document that will be packed.
@@ -57,10 +59,20 @@ def packing_fault(model: nn.Module, longest: int, *, thorough: bool = False) -> 
     if state:
         return state
     short = _trial_length(model, longest)
+    tried = vars(model).setdefault(_TRIED, {})
+    key = short, thorough and longest, next(model.parameters()).device
+    if key not in tried:
+        tried[key] = _trial_fault(model, short, longest if thorough else None)
+    fault: str | None = tried[key]
+    return fault
+
+
+def _trial_fault(model: nn.Module, short: int, thorough: int | None) -> str | None:
+    """What trial documents of `short` tokens show; a thorough trial has the length of its longest ones."""
     try:
         with restore_attention_on_error(model):
-            _compare(model, short, gradients=thorough)
-            if thorough and (long := min(longest, _affordable_length(model))) > short:
+            _compare(model, short, gradients=thorough is not None)
+            if thorough and (long := min(thorough, _affordable_length(model))) > short:
                 _compare(model, long, gradients=False)
     except ModelError as error:
         return error.problem

@@ -261,6 +261,17 @@ def test_an_architecture_that_cannot_share_is_found_out():
     assert "packs" in packing_fault(bloom, 60), "ALiBi reads places, not positions"
 
 
+def test_a_model_is_tried_once_for_each_length():
+    model, passes = llama(), []
+    model.get_decoder().register_forward_hook(lambda *_: passes.append(1))
+    assert packing_fault(model, 60) is None
+    tried = len(passes)
+    assert packing_fault(model, 60) is None
+    assert len(passes) == tried > 0
+    assert packing_fault(model, 61) is None
+    assert len(passes) > tried
+
+
 @pytest.mark.parametrize("lay_out", [pack, pad])
 def test_tokens_that_are_not_learnt_are_read_and_not_scored(lay_out):
     model = llama()
