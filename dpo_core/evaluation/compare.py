@@ -58,10 +58,6 @@ class Comparison(Config):
     left_out: list[str]
     """Suites, measures and items that could not be compared, each with the reason."""
 
-    def with_finding(self, finding: Finding) -> list[ComparisonRow]:
-        """The rows with this finding."""
-        return [row for row in self.rows if row.finding == finding]
-
 
 class _Pair(NamedTuple):
     """A measure of a suite that both models have."""

@@ -74,7 +74,7 @@ def unreachable_error(error: Exception, begun: bool) -> Exception:
             f"run ({type(error).__name__}); finished stages are kept",
             "Start it again, or unset PREFECT_API_URL, then resume the run",
         )
-    if not away and not any(text in str(error) for text in ("Failed to reach API", "ephemeral Prefect API")):
+    if not away and "Failed to reach API" not in str(error):
         return error
     if where is None:
         return RecipeError(

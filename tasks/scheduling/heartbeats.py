@@ -26,11 +26,6 @@ def silence() -> timedelta:
     return timedelta(seconds=_MISSED * (get_current_settings().flows.heartbeat_frequency or 180))
 
 
-def is_missing(client: Any) -> bool:
-    """Whether the server lacks the automation."""
-    return _existing(client) is None
-
-
 def plan_heartbeats(client: Any) -> list[Change]:
     """The changes that `apply_heartbeats` would make."""
     existing = _existing(client)

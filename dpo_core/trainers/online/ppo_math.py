@@ -8,7 +8,7 @@ N+ implementation details (2403.17031).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -216,18 +216,6 @@ def value_loss(
     with torch.no_grad():
         clipfrac = masked_mean((clipped_BR > plain_BR).to(values_BR.dtype), mask_BR)
     return loss, {"val/clipfrac_avg": clipfrac}
-
-
-def truncate_at_eos(ids_BR: Tensor, eos_ids: int | Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Where a sampled response ends: (mask_BR, ended_B), both bool.
-
-    The mask is True up to and including the first stop token, everywhere if there is none; `ended_B` is
-    whether there is one. The pad id is not read, so it may equal EOS.
-    """
-    stops = [eos_ids] if isinstance(eos_ids, int) else list(eos_ids)
-    is_stop_BR = torch.isin(ids_BR, torch.tensor(stops, dtype=ids_BR.dtype, device=ids_BR.device))
-    stops_before_BR = is_stop_BR.cumsum(dim=1) - is_stop_BR.long()
-    return stops_before_BR == 0, is_stop_BR.any(dim=1)
 
 
 def eos_penalty(scores_B: Tensor, ended_B: Tensor, penalty: float = 1.0, replace: bool = False) -> Tensor:

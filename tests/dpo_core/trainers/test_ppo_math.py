@@ -24,7 +24,6 @@ from dpo_core.trainers.online.ppo_math import (
     masked_whiten,
     per_token_rewards,
     policy_loss,
-    truncate_at_eos,
     value_loss,
 )
 
@@ -192,20 +191,10 @@ def test_rewards_sum_to_score_minus_kl() -> None:
     assert rewards[~MASK].abs().sum().item() == 0.0
 
 
-def test_score_lands_on_the_eos_of_sampled_text_even_when_pad_is_eos() -> None:
-    eos = 2
-    ids = torch.tensor([[5, 6, eos, eos, eos], [5, 6, 7, 8, 9], [eos, eos, eos, eos, eos]])
-    mask, finished = truncate_at_eos(ids, eos)
-    assert mask.sum(dim=1).tolist() == [3, 5, 1]
-    assert finished.tolist() == [True, False, True]
+def test_the_score_lands_on_the_last_token_of_a_response() -> None:
+    mask = torch.arange(5) < torch.tensor([[3], [5], [1]])
     rewards = per_token_rewards(torch.zeros(3, 5), torch.zeros(3, 5), mask, torch.ones(3), kl_coef=1.0)
     assert rewards.nonzero().tolist() == [[0, 2], [1, 4], [2, 0]]
-
-
-def test_truncation_at_any_of_several_stop_tokens() -> None:
-    mask, finished = truncate_at_eos(torch.tensor([[4, 8, 3, 9], [4, 3, 8, 9]]), [8, 9])
-    assert mask.tolist() == [[True, True, False, False], [True, True, True, False]]
-    assert finished.tolist() == [True, True]
 
 
 def test_eos_penalty() -> None:
