@@ -116,10 +116,12 @@ def test_two_rows_of_ones_own_run_to_the_end(world: World) -> None:
 
 
 def _process(arguments: list[str], *before: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    from prefect.settings import PREFECT_API_URL
+
     command = [*before, sys.executable, "-m", "flows.cli.main", *arguments]
     return subprocess.run(
         command,
-        env=os.environ | environment,
+        env=os.environ | {"PREFECT_API_URL": PREFECT_API_URL.value()} | environment,
         cwd=REPO,
         capture_output=True,
         text=True,
