@@ -1,12 +1,14 @@
 """Fixtures that all tests share."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.support.models.tiny import make_tiny_model
+from tests.support.runs.forked import job_servers
 from tests.support.runs.tiny_run import Bench, tiny_recipe
 
 # Set before any test imports the packages that read them.
@@ -25,6 +27,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take minutes, so that no worker is left alone with one at the end."""
     longest = ("test_bad_inputs.py", "flows", "jobs", "cli")
     items.sort(key=lambda item: item.path.name not in longest and item.path.parent.name not in longest)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_job_servers() -> Iterator[None]:
+    """Runs in the tests' own process have job servers that need not load the libraries."""
+    with job_servers():
+        yield
 
 
 @pytest.fixture(scope="session")

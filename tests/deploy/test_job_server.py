@@ -11,13 +11,22 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deploy.launchers import LocalLauncher, State
+from deploy.launchers import LocalLauncher, State, job_server_client
 from deploy.launchers.job_server_client import PID_FILE, JobServer
 from dpo_core.jobs.files import CompareTokensJob, write_job
 from tests.support.models.tiny import make_tiny_model
+from tests.support.runs import forked
 from tests.support.runs.training_jobs import wait_until
 
 pytestmark = pytest.mark.skipif(not JobServer.serves(1), reason="a process that has seen a GPU is not forked")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cold() -> Iterator[None]:
+    """Job servers start as those of a user's run do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job_server_client, "start_process", forked.start_cold)
+        yield
 
 
 @pytest.fixture(scope="module")

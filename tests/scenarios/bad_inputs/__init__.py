@@ -20,8 +20,6 @@ from unittest.mock import patch
 
 import yaml
 
-from tests.support.runs.forked import job_servers
-
 ENGINE = {"precision": "fp32", "threads": 1, "save_every": 1}
 SIZES = {"max_steps": 1, "batch_size": 4, "micro_batch_size": 4, "engine": ENGINE}
 SAMPLING = {"max_new_tokens": 4, "batch_size": 8, "precision": "fp32"}
@@ -91,13 +89,7 @@ def dpo(*arguments: str) -> Result:
     out, err = io.StringIO(), io.StringIO()
     code = 0
     streams = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
-    with (
-        job_servers(),
-        _loggers_as_before(),
-        streams[0],
-        streams[1],
-        patch.object(sys, "argv", ["dpo", *arguments]),
-    ):
+    with _loggers_as_before(), streams[0], streams[1], patch.object(sys, "argv", ["dpo", *arguments]):
         try:
             main()
         except SystemExit as end:

@@ -28,6 +28,8 @@ from deploy.launchers import job_server_client, torchrun
 from deploy.launchers.base import LOG
 from tests.support.runs.tracked import free_port
 
+start_cold = job_server_client.start_process
+"""Starts a job server as a user's run does."""
 Main = Callable[[list[str]], int]
 
 _context = multiprocessing.get_context("forkserver")
