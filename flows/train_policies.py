@@ -1,4 +1,4 @@
-"""Trains policies, each after its start and its reference, with their reward models and cached log-probs."""
+"""Trains the policies of a run in order of dependency, with their reward models and cached log-probs."""
 
 import contextvars
 import threading

@@ -124,7 +124,7 @@ def require_packages_of_jobs() -> None:
     if missing:
         raise StageFailed(
             f"the job cannot start on this machine: {', '.join(missing)} not installed",
-            f"Run: {INSTALL_JOB_PACKAGES}; or start jobs on a cluster: dpo launch --on",
+            f"Run: {INSTALL_JOB_PACKAGES}; or start jobs on a cluster with dpo launch",
         )
 
 

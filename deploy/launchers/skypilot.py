@@ -236,7 +236,10 @@ def _sky(*arguments: str) -> str:
     except FileNotFoundError as error:
         raise RecipeError("the command sky is not installed on this machine", INSTALL) from error
     except subprocess.TimeoutExpired as error:
-        raise StageFailed(f"sky has not answered for {TIMEOUT:g} s", "Try again later") from error
+        raise StageFailed(
+            f"SkyPilot has not answered a command for {TIMEOUT:g} s",
+            "Look at its machines with: sky status; then resume the run, which finds its job again",
+        ) from error
     if done.returncode:
         output = " ".join((done.stderr or done.stdout).split())[-600:]
         raise StageFailed(f"sky {' '.join(arguments[:2])}: {output}", "Try again later")

@@ -273,7 +273,10 @@ def _run(*command: str, text: str | None = None, check: bool = True) -> subproce
     except FileNotFoundError as error:
         raise RecipeError(f"the command {command[0]} is not installed on this machine", LOGIN) from error
     except subprocess.TimeoutExpired as error:
-        raise StageFailed(f"{command[0]} has not answered for {TIMEOUT:g} s", "Try again later") from error
+        raise StageFailed(
+            f"SLURM's {command[0]} has not answered for {TIMEOUT:g} s",
+            "Look at the controller with: scontrol ping; then resume the run, which finds its job again",
+        ) from error
     if check and done.returncode:
         output = " ".join(done.stderr.split()) or f"it ended with status {done.returncode}"
         raise StageFailed(f"{command[0]}: {output.removeprefix(f'{command[0]}: error: ')}", "Try again later")

@@ -61,7 +61,7 @@ def load_classifier(
     elif is_url(spec) or ":" in spec:
         judge = _callable(load_reward(spec), ranks)
     else:
-        raise RecipeError(f"'{spec}' does not name a classifier", _FORMS)
+        raise RecipeError(f"the classifier '{spec}' has none of the known forms", _FORMS)
     return Classifier(spec, identity(spec), judge)
 
 

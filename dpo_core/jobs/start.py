@@ -1,4 +1,4 @@
-"""Starts a rank of a job without training: share of the cores, device, connection to the other ranks."""
+"""Prepares one rank of a job that does not train: CPU threads, device, connection to the other ranks."""
 
 import os
 from datetime import timedelta

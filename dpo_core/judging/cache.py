@@ -1,4 +1,4 @@
-"""Cache of judges' replies by question, so that no request is paid for twice.
+"""Cache of judges' replies by request, so that none is paid for twice.
 
     <folder>/<first two digits>/<sha256 of the question>.json
 

@@ -1,4 +1,4 @@
-"""The method `dpo`: DPO and the other objectives on pairs; settings and declaration."""
+"""The method `dpo`: DPO and the other objectives on pairs; its settings, data and trainer."""
 
 from typing import Literal
 

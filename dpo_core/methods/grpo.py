@@ -1,4 +1,4 @@
-"""The method `grpo`: GRPO, its variants and RLOO; settings and declaration."""
+"""The method `grpo`: GRPO, its variants and RLOO; its settings, data and trainer."""
 
 from dataclasses import dataclass, replace
 from typing import Literal

@@ -1,4 +1,4 @@
-"""The method `kto`: KTO and BCO, on completions labelled desirable or not; settings and declaration."""
+"""The method `kto`: KTO and BCO, on completions labelled desirable or not; its settings, data and trainer."""
 
 from collections.abc import Mapping
 

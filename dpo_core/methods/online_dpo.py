@@ -1,4 +1,4 @@
-"""The method `online_dpo`: online and iterative DPO; settings and declaration.
+"""The method `online_dpo`: online and iterative DPO; its settings, data and trainer.
 
 Online DPO (Guo et al. 2024, arXiv 2402.04792): many rounds, one step each, a fixed reference. Iterative DPO
 (Xu et al. 2024, 2404.10719): few rounds of many episodes and steps; the reference of a round is the policy

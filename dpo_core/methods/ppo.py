@@ -1,4 +1,4 @@
-"""The method `ppo`: PPO for RLHF; settings and declaration."""
+"""The method `ppo`: PPO for RLHF; its settings, data and trainer."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""The Bradley-Terry reward model: settings and declaration."""
+"""The Bradley-Terry reward model: its settings, data and trainer."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: settings and declaration."""
+"""Supervised fine-tuning: its settings, data and trainer."""
 
 from pydantic import Field, model_validator
 

@@ -153,7 +153,7 @@ def load_weights(
     if missing:
         # transformers would fill these with random values without an error.
         raise ModelError(
-            f"{source} lacks {len(missing)} weights of its config, first {missing[0]}", LOAD_REMEDY
+            f"{source} lacks {len(missing)} weights that its config asks for, first {missing[0]}", LOAD_REMEDY
         )
     unexpected = sorted(name for name in info["unexpected_keys"] if not _OLD_BUFFERS.search(name))
     if unexpected and not allow_unexpected:

@@ -91,8 +91,8 @@ def reference_logps(
     if not cache.has(sorted(set(keys) - {keys[at] for at in absent})).all():
         ranks.discard_results()
         raise StageFailed(
-            f"reference log-probs of this job were removed from {cache.folder} while it ran",
-            "Resume the run; it computes them again",
+            f"reference log-probs were removed from {cache.folder} while the job that needs them ran",
+            "Resume the run, which computes them again, and empty caches only when no run is active",
         )
     flops = _compute(cache, missing, reference, resources, ranks) if missing else 0.0
     cache.reload()

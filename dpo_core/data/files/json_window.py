@@ -53,7 +53,7 @@ class JsonWindow:
                     continue
                 raise DataError(
                     f"{self.path} is not valid JSON at row {number + 1} ({getattr(error, 'msg', error)})",
-                    "Correct that row, or the text after the last row; the file may be cut off",
+                    "Correct that row. If it is the last one, the file may be cut off: copy it again",
                 ) from error
             size, self.at, self.block = end - self.at, end, self.first
             return value, size

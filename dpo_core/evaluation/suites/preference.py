@@ -94,8 +94,8 @@ def run(subject: "ModelUnderTest", rows: list[Row], config: SuiteConfig) -> Outc
     if not pairs:
         reasons = "; ".join(f"{count} rows: {reason}" for reason, count in left_out.items())
         raise StageFailed(
-            f"no pair can be used ({reasons or 'the file has none'})",
-            "Raise tokens.max_length, or check the file",
+            f"none of the pairs can be scored ({reasons or 'the file has none'})",
+            "Raise tokens.max_length if they are too long; else correct the rows of the suite's file",
         )
     scored = list(_scored(subject, pairs, config))
     specs = [*(IMPLICIT if subject.reference else ()), *LIKELIHOOD, *DATA]

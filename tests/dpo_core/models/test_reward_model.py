@@ -194,7 +194,9 @@ def test_a_trunk_that_lacks_weights_or_has_others_is_refused(tmp_path: Path) -> 
         RewardModel.load(tmp_path)
     tensors.pop("layers.1.mlp.up_proj.weight")
     save_file(tensors, file)
-    with pytest.raises(ModelError, match=r"lacks 1 weights of its config, first layers\.1\.mlp\.up_proj"):
+    with pytest.raises(
+        ModelError, match=r"lacks 1 weights that its config asks for, first layers\.1\.mlp\.up_proj"
+    ):
         RewardModel.load(tmp_path)
 
 

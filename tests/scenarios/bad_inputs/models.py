@@ -93,7 +93,7 @@ def model_cut_off(world: World) -> list[str]:
     return world.run_model(change)
 
 
-@bad(2, "lacks 1 weights of its config", "model.layers.1.mlp.up_proj.weight")
+@bad(2, "lacks 1 weights that its config asks for", "model.layers.1.mlp.up_proj.weight")
 def model_without_one_tensor(world: World) -> list[str]:
     name = "model.layers.1.mlp.up_proj.weight"
     return world.run_model(lambda model: _tensors(model, lambda tensors: tensors.pop(name)))

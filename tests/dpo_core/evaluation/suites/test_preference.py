@@ -126,7 +126,7 @@ def test_batches_do_not_change_the_values(tiny: Path, other: Path) -> None:
 def test_rows_that_cannot_be_used_are_counted(tiny: Path) -> None:
     given = [*rows(), {"fault": "an answer is empty"}, {"fault": "an answer is empty"}]
     assert run(ModelUnderTest(tiny, "tiny"), given).facts["left_out"] == {"an answer is empty": 2}
-    with pytest.raises(StageFailed, match="no pair can be used"):
+    with pytest.raises(StageFailed, match="none of the pairs can be scored"):
         run(ModelUnderTest(tiny, "tiny"), [{"fault": "an answer is empty"}])
 
 

@@ -345,7 +345,7 @@ def test_a_number_that_is_no_probability_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_no_classifier_is_refused(subject: ModelUnderTest, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="'sentiment' does not name a classifier"):
+    with pytest.raises(RecipeError, match="the classifier 'sentiment' has none of the known forms"):
         load_classifier("sentiment")
     with pytest.raises(RecipeError, match="there is no file"):
         load_classifier(f"{tmp_path}/nothing.py:judge")
