@@ -240,9 +240,9 @@ def test_the_key_is_sent_and_never_written(
 
 def test_the_filter_leaves_with_the_judge(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(KEY, CANARY)
-    before = list(logging.getLogger("httpcore2.http11").filters)
+    before = list(logging.getLogger("httpcore.http11").filters)
     ask(server)
-    assert logging.getLogger("httpcore2.http11").filters == before
+    assert logging.getLogger("httpcore.http11").filters == before
 
 
 class Recipe(BaseModel):

@@ -243,7 +243,7 @@ def test_the_token_is_sent_and_never_said(server: Server, monkeypatch, caplog) -
     quick(server)(["p"], ["c"])
     assert "authorization" not in server.headers[0]
     monkeypatch.setenv(TOKEN, "s3cret-t0ken")
-    server.script = [(503, {}, b"s3cret-t0ken")]
+    server.script = [(503, {"X-Echo": "s3cret-t0ken"}, b"s3cret-t0ken")]
     with caplog.at_level(logging.DEBUG):
         quick(server)(["p"], ["c"])
         assert [h["authorization"] for h in server.headers[1:]] == ["Bearer s3cret-t0ken"] * 2

@@ -63,7 +63,7 @@ def planted(folder: Path) -> dict[str, str]:
             "DPO_NOTIFY_URL": notify,
             "PREFECT_HOME": str(folder / "prefect"),
             "PREFECT_LOGGING_LEVEL": "DEBUG",
-            "PREFECT_LOGGING_EXTRA_LOGGERS": "dpo,tasks,dpo_core,mlflow,httpx,openai",
+            "PREFECT_LOGGING_EXTRA_LOGGERS": "dpo,tasks,dpo_core,mlflow,httpx",
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "DPO_HOME": str(folder),
