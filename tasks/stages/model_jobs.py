@@ -3,11 +3,12 @@
 import datetime
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from deploy.launchers import Cluster, launcher_of
+from deploy.launchers.job_server_client import JobServer
 from dpo_core.data.tokens.chat_template import template_in
 from dpo_core.data.tokens.config import TokenConfig, with_date
 from dpo_core.jobs.files import InferenceConfig, ModelJob, NamedModel, write_job
@@ -51,6 +52,8 @@ class CommandJobs:
     ranks: InferenceConfig
     progress: Callable[[str], Any]
     cluster: Cluster | None = None
+    server: JobServer = field(default_factory=JobServer)
+    """Starts jobs of one process on this machine."""
 
     def named(self, name: str, title: str) -> RunJob:
         """Runs jobs of one kind.
@@ -67,7 +70,7 @@ class CommandJobs:
                 work = store.begin(name, key)
                 fields = {"work": str(work), "ranks": self.ranks, "trusted_code": tuple(trusted_digests())}
                 path = write_job(make(fields))
-                launcher = launcher_of(self.cluster, f"{name} {work}", stop.no_time_to_save)
+                launcher = launcher_of(self.cluster, f"{name} {work}", stop.no_time_to_save, self.server)
 
                 def on_poll() -> None:
                     show(min(finished_units(work), total), total)

@@ -5,7 +5,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -124,20 +124,21 @@ def evaluate_models(
     if cluster is not None:
         cluster.check(workspace)
     jobs = CommandJobs(workspace, request.ranks, terminal_bar, cluster)
-    asked_models = _models(models, request, jobs)
-    request = _same_chat(request, asked_models)
-    training = _training(request.train, [trained_rows(spec, workspace) for spec in models])
-    results = _suites(request, files, asked_models, training, jobs) if files else []
-    comparisons: list[Comparison] = []
-    win_rates: list[WinRate] = []
-    samples: list[Sample] = []
-    if len(asked_models) == 2:
-        if files:
-            ours, theirs = (results[: len(files)], results[len(files) :])
-            comparisons = [compare(ours, theirs, seed=request.seed)]
-        if request.prompts is not None:
-            rate, samples = _win_rate(request, asked_models, training, jobs)
-            win_rates = [rate]
+    with closing(jobs.server):
+        asked_models = _models(models, request, jobs)
+        request = _same_chat(request, asked_models)
+        training = _training(request.train, [trained_rows(spec, workspace) for spec in models])
+        results = _suites(request, files, asked_models, training, jobs) if files else []
+        comparisons: list[Comparison] = []
+        win_rates: list[WinRate] = []
+        samples: list[Sample] = []
+        if len(asked_models) == 2:
+            if files:
+                ours, theirs = (results[: len(files)], results[len(files) :])
+                comparisons = [compare(ours, theirs, seed=request.seed)]
+            if request.prompts is not None:
+                rate, samples = _win_rate(request, asked_models, training, jobs)
+                win_rates = [rate]
     report = EvaluationReport(
         models=[
             EvaluatedModel(name=model.name, sha256=weights_digest(Path(model.path))) for model in asked_models

@@ -5,7 +5,6 @@ command line as it is. A cold start is the command itself, with the imports and 
 """
 
 import contextlib
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -17,28 +16,9 @@ from urllib.request import urlopen
 
 import psutil
 
+from tests.support.runs import forked
 from tests.support.runs.tracked import free_port
 from tests.support.runs.training_jobs import wait_until
-
-# What a run imports before its first stage; the forked process finds it done.
-_IMPORTED = [
-    "flows.process.environment",
-    "flows.cli.main",
-    "flows.alignment",
-    "flows.study",
-    "flows.process.run_processes",
-    "tasks.preflight",
-    "mlflow",
-    "mlflow.store.tracking.sqlalchemy_store",
-    "great_expectations",
-    "pandas",
-    "transformers",
-    "dpo_core.models.load",
-    "dpo_core.generation.generate",
-    "dpo_core.trainers.dpo",
-    "tasks.stages.summary",
-    "tasks.promotion.champion",
-]
 
 
 class Started:
@@ -92,23 +72,26 @@ def start_cold(command: list[str], environment: dict[str, str], folder: Path, lo
 
 
 def start_warm(arguments: list[str], folder: Path, log: Path) -> Started:
-    """The environment is that of the first warm start."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_IMPORTED)
-    process = context.Process(target=_command_line, args=(arguments, str(folder), str(log)))
+    place = dict(os.environ), str(folder), str(log)
+    process = forked.PROCESSES.Process(target=_command_line, args=(arguments, *place))
     process.start()
     return Started(process, log)
 
 
-def _command_line(arguments: list[str], folder: str, log: str) -> None:
+def _command_line(arguments: list[str], env: dict[str, str], folder: str, log: str) -> None:
     os.setsid()
+    os.environ.clear()
+    os.environ.update(env)
     os.chdir(folder)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.argv = ["dpo", *arguments]
+    from prefect.context import refresh_global_settings_context
+
     from flows.cli.main import main
 
+    refresh_global_settings_context()
     main()
 
 

@@ -32,8 +32,9 @@ start_cold = job_server_client.start_process
 """Starts a job server as a user's run does."""
 Main = Callable[[list[str]], int]
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.support.runs.preload"])
+PROCESSES = multiprocessing.get_context("forkserver")
+"""Starts processes that have loaded the libraries; all tests share one server and its list of modules."""
+PROCESSES.set_forkserver_preload(["tests.support.runs.preload"])
 
 
 def dpo(
@@ -101,7 +102,7 @@ def job_servers(start: Callable[[], "_JobServer"] | None = None) -> Iterator[Non
 
 
 def _start(target: Any, *arguments: Any, env: dict[str, str], cwd: Path, outputs: list[Path]) -> BaseProcess:
-    process = _context.Process(target=_become, args=(target, arguments, env, str(cwd), outputs))
+    process = PROCESSES.Process(target=_become, args=(target, arguments, env, str(cwd), outputs))
     process.start()
     return process
 
@@ -175,8 +176,8 @@ class _JobServer:
 
 
 def _job_server(env: dict[str, str]) -> _JobServer:
-    ours, theirs = _context.Pipe()
-    process = _context.Process(target=_serve, args=(theirs, env))
+    ours, theirs = PROCESSES.Pipe()
+    process = PROCESSES.Process(target=_serve, args=(theirs, env))
     process.start()
     theirs.close()
     assert process.pid

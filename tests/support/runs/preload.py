@@ -8,7 +8,15 @@ from flows.process.environment import keep_quiet
 
 keep_quiet()
 job_server._load()
-for _name in ("flows.commands.run", "tasks.stages.registry"):
+_LIBRARIES = (
+    "flows.commands.run",
+    "mlflow.store.model_registry.sqlalchemy_store",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "mlflow.tracking.fluent",
+    "tasks.promotion.promote",
+    "tasks.stages.registry",
+)
+for _name in _LIBRARIES:
     importlib.import_module(_name)
 gc.collect()
 gc.freeze()

@@ -1,6 +1,5 @@
 """Workspaces with finished runs to promote, in a real MLflow, and promotions in processes of their own."""
 
-import multiprocessing
 import os
 import shutil
 import signal
@@ -19,6 +18,7 @@ from tasks.store.manifest import digest_folder
 from tasks.tracking.registry import register_model
 from tasks.tracking.tracker import Tracker
 from tests.support.reports.run_reports import example
+from tests.support.runs import forked
 
 NAME = "dpo-tiny"
 REFERENCE = "the reference"
@@ -112,18 +112,6 @@ class Ended(NamedTuple):
     said: str
 
 
-# A clean server that has imported everything once; each command is a fork of it.
-_PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(
-    [
-        "flows.cli.main",
-        "mlflow.store.model_registry.sqlalchemy_store",
-        "mlflow.store.tracking.sqlalchemy_store",
-        "mlflow.tracking.fluent",
-        "tasks.promotion.promote",
-        "tests.support.runs.promotions",
-    ]
-)
 _WRITES = (
     "create_registered_model", "create_model_version", "delete_model_version", "set_model_version_tag",
     "set_registered_model_alias", "delete_registered_model_alias", "log_text",
@@ -136,7 +124,7 @@ def dpo_at_once(commands: Sequence[Sequence[str]], folder: Path, *, decided: boo
     Args:
         decided: ready means that each has found nothing against its promotion and is about to write it.
     """
-    return _all(commands, folder, _Together(_PROCESSES.Barrier(len(commands)), decided))
+    return _all(commands, folder, _Together(forked.PROCESSES.Barrier(len(commands)), decided))
 
 
 def dpo(*arguments: str, folder: Path) -> Ended:
@@ -193,7 +181,7 @@ class _Killed(NamedTuple):
 def _all(commands: Sequence[Sequence[str]], folder: Path, prepare: Any) -> list[Ended]:
     logs = [folder / f"said-{number}.txt" for number in range(len(commands))]
     started = [
-        _PROCESSES.Process(target=_main, args=(list(command), log, prepare))
+        forked.PROCESSES.Process(target=_main, args=(list(command), log, prepare, dict(os.environ)))
         for command, log in zip(commands, logs, strict=True)
     ]
     for process in started:
@@ -207,9 +195,11 @@ def _all(commands: Sequence[Sequence[str]], folder: Path, prepare: Any) -> list[
     ]
 
 
-def _main(arguments: list[str], log: Path, prepare: Any) -> None:
+def _main(arguments: list[str], log: Path, prepare: Any, env: dict[str, str]) -> None:
     from flows.cli.main import main
 
+    os.environ.clear()
+    os.environ.update(env)
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     with log.open("w", buffering=1) as out, redirect_stdout(out), redirect_stderr(out):
         if prepare is not None:
