@@ -27,7 +27,7 @@ _LIBRARIES = (
     "dpo_core.jobs.cache_reference",
     "dpo_core.jobs.sample_pairs",
     "dpo_core.trainers.dpo",
-    "expectations.job",
+    "expectations.job",  # the data gate's kind of job; Great Expectations takes seconds to load
     "deepspeed",
 )
 _PR_SET_PDEATHSIG = 1

@@ -7,14 +7,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 
 from deploy.launchers import Launcher, State, skypilot
 from deploy.launchers.skypilot import SkyPilotConfig, SkyPilotLauncher
 from dpo_core.errors import RecipeError, StageFailed
-from dpo_core.system import RUN_MARK
 from tests.support.models.tiny import make_tiny_model
 from tests.support.runs.training_jobs import curve, sft_job, wait_until
 from tests.support.sites import sky_site, stand_in
@@ -127,15 +125,7 @@ def test_cancelled_jobs_save_and_leave_nothing(make: Make, tmp_path: Path) -> No
 def test_a_job_does_not_bear_the_mark_of_its_run(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What bears it on the flow's machine is ended if the flow is killed."""
-    monkeypatch.setenv(RUN_MARK, str(os.getpid()))
-    job = stand_in.job(tmp_path / "work", "wait")
-    launcher = make()
-    handle = launcher.submit(job, 1, job.parent)
-    wait_until((job.parent / "ready").exists, "a node")
-    (node,) = stand_in.starts(job.parent)
-    assert RUN_MARK not in psutil.Process(node).environ()
-    launcher.cancel(handle, grace=10)
+    stand_in.assert_jobs_lack_the_mark(make(), tmp_path / "work", monkeypatch)
 
 
 def test_a_preempted_machine_is_replaced(make: Make, site: Path, tmp_path: Path) -> None:

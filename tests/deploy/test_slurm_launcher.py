@@ -9,14 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from pydantic import ValidationError
 
 from deploy.launchers import Launcher, State, slurm
 from deploy.launchers.slurm import SlurmConfig, SlurmLauncher
 from dpo_core.errors import RecipeError, StageFailed
-from dpo_core.system import RUN_MARK
 from tests.support.models.tiny import make_tiny_model
 from tests.support.runs.training_jobs import curve, sft_job, wait_until
 from tests.support.sites import slurm_site, stand_in
@@ -158,15 +156,7 @@ def test_cancelled_jobs_save_and_leave_nothing(make: Make, site: Path, tmp_path:
 def test_a_job_does_not_bear_the_mark_of_its_run(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What bears it on the flow's machine is ended if the flow is killed."""
-    monkeypatch.setenv(RUN_MARK, str(os.getpid()))
-    job = stand_in.job(tmp_path / "work", "wait")
-    launcher = make()
-    handle = launcher.submit(job, 1, job.parent)
-    wait_until((job.parent / "ready").exists, "a node")
-    (node,) = stand_in.starts(job.parent)
-    assert RUN_MARK not in psutil.Process(node).environ()
-    launcher.cancel(handle, grace=10)
+    stand_in.assert_jobs_lack_the_mark(make(), tmp_path / "work", monkeypatch)
 
 
 def test_stubborn_jobs_are_killed_after_the_grace_time(make: Make, tmp_path: Path) -> None:

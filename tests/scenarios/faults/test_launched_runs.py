@@ -22,7 +22,7 @@ pytest.importorskip("kubeflow_trainer_api", reason="kubeflow-trainer-api is not 
 
 from tests.scenarios.faults.disks import SmallDisk, why_not
 from tests.scenarios.faults.whole import forget_from
-from tests.support.runs.jobs import kept
+from tests.support.runs.jobs import assert_continued, kept
 from tests.support.runs.tiny_run import Bench, prefect_address
 from tests.support.runs.tracked import free_port
 from tests.support.runs.training_jobs import wait_until
@@ -172,14 +172,6 @@ def processes_with(path: Path) -> list[psutil.Process]:
             if str(path) in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
-
-
-def assert_continued(before: dict[Path, list[int]], after: dict[Path, list[int]]) -> None:
-    """What was kept is still there, something was left to do, and nothing was computed twice."""
-    assert before.items() < after.items()
-    for folder in {path.parent for path in after}:
-        computed = [unit for path, units in after.items() if path.parent == folder for unit in units]
-        assert len(computed) == len(set(computed)), f"a unit of {folder.name} was computed twice"
 
 
 @on("slurm", "kubernetes", "skypilot")

@@ -80,18 +80,14 @@ def start_warm(arguments: list[str], folder: Path, log: Path) -> Started:
 
 def _command_line(arguments: list[str], env: dict[str, str], folder: str, log: str) -> None:
     os.setsid()
-    os.environ.clear()
-    os.environ.update(env)
+    forked.set_environment(env)
     os.chdir(folder)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.argv = ["dpo", *arguments]
-    from prefect.context import refresh_global_settings_context
-
     from flows.cli.main import main
 
-    refresh_global_settings_context()
     main()
 
 

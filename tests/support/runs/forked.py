@@ -101,6 +101,15 @@ def job_servers(start: Callable[[], "_JobServer"] | None = None) -> Iterator[Non
         job_server_client.start_process = before
 
 
+def set_environment(env: dict[str, str]) -> None:
+    """Replace the variables of a forked process, and what Prefect read of them when it was loaded."""
+    from prefect.context import refresh_global_settings_context
+
+    os.environ.clear()
+    os.environ.update(env)
+    refresh_global_settings_context()
+
+
 def _start(target: Any, *arguments: Any, env: dict[str, str], cwd: Path, outputs: list[Path]) -> BaseProcess:
     process = PROCESSES.Process(target=_become, args=(target, arguments, env, str(cwd), outputs))
     process.start()
@@ -110,8 +119,7 @@ def _start(target: Any, *arguments: Any, env: dict[str, str], cwd: Path, outputs
 def _become(
     target: Any, arguments: tuple[Any, ...], env: dict[str, str], cwd: str, outputs: list[Path]
 ) -> None:
-    os.environ.clear()
-    os.environ.update(env)
+    set_environment(env)
     os.chdir(cwd)
     for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), number)
@@ -131,11 +139,8 @@ def _become(
 
 
 def _command(words: list[str], server: "_JobServer") -> int:
-    from prefect.context import refresh_global_settings_context
-
     from flows.cli.main import main
 
-    refresh_global_settings_context()  # it was read when the libraries were loaded
     sys.argv = words
     with job_servers(lambda: server):
         main()
@@ -187,8 +192,7 @@ def _job_server(env: dict[str, str]) -> _JobServer:
 def _serve(connection: Connection, env: dict[str, str]) -> None:
     from dpo_core import job_server
 
-    os.environ.clear()
-    os.environ.update(env)
+    set_environment(env)
     for number in (0, 1):
         os.dup2(connection.fileno(), number)
     connection.close()

@@ -65,12 +65,16 @@ def killed_and_resumed(job: ModelJob, units: int) -> dict[str, Any]:
     before = kept(work)
     assert sum(map(len, before.values())) >= units
     result = run_rendered(job)
-    after = kept(work)
+    assert_continued(before, kept(work))
+    return result
+
+
+def assert_continued(before: dict[Path, list[int]], after: dict[Path, list[int]]) -> None:
+    """Of two results of `kept`: no unit was computed again."""
     assert before.items() < after.items(), "what was kept is still there, and something was left to do"
     for folder in {path.parent for path in after}:
-        computed = [index for path, held in after.items() if path.parent == folder for index in held]
+        computed = [unit for path, units in after.items() if path.parent == folder for unit in units]
         assert len(computed) == len(set(computed)), f"a unit of {folder.name} was computed twice"
-    return result
 
 
 def _die_in_the_middle(arguments: list[str]) -> int:

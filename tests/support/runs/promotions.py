@@ -198,8 +198,7 @@ def _all(commands: Sequence[Sequence[str]], folder: Path, prepare: Any) -> list[
 def _main(arguments: list[str], log: Path, prepare: Any, env: dict[str, str]) -> None:
     from flows.cli.main import main
 
-    os.environ.clear()
-    os.environ.update(env)
+    forked.set_environment(env)
     os.environ.pop("MLFLOW_TRACKING_URI", None)
     with log.open("w", buffering=1) as out, redirect_stdout(out), redirect_stderr(out):
         if prepare is not None:
