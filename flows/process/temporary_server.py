@@ -4,12 +4,15 @@
 """
 
 import atexit
+import gc
 import os
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
+from typing import TYPE_CHECKING
 
 import httpx
 from prefect.settings import (
@@ -22,7 +25,12 @@ from dpo_core.errors import RecipeError
 from flows.process.run_processes import mark_own
 from tasks.scheduling.prefect_home import REMEDY, unwritable_home
 
+if TYPE_CHECKING:
+    import uvicorn
+
 _ADDRESS = "http://127.0.0.1:{port}/api"
+_LAST_STATES = 10.0
+"""Maximum seconds that the server outlives its run, to save what the run reported last."""
 
 
 class TemporaryServer:
@@ -64,11 +72,10 @@ class TemporaryServer:
             ) from error
 
     def _stop(self) -> None:
-        self._process.terminate()  # where this process is killed, the end of stdin ends the server
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
+        # The end of stdin ends the server, also where this process is killed. It saves its last states in the
+        # background, which takes seconds that nobody needs to wait for.
+        assert self._process.stdin
+        self._process.stdin.close()
 
 
 _server: TemporaryServer | None = None
@@ -104,19 +111,22 @@ def is_temporary(address: str | None) -> bool:
     return _server is not None and address == _server.address
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(server: "uvicorn.Server") -> None:
     sys.stdin.buffer.read()
+    server.should_exit = True
+    time.sleep(_LAST_STATES)
     os._exit(0)
 
 
 def _main() -> None:
+    gc.set_threshold(50_000)  # as in `flows.cli.main`
     import uvicorn  # noqa: PLC0415 - a run needs no server packages
     from prefect.server.api.server import create_app  # noqa: PLC0415
 
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     app = create_app(ephemeral=True, final=True)
-    config = uvicorn.Config(app, log_level="error", lifespan="on")
-    uvicorn.Server(config).run(sockets=[socket.socket(fileno=int(sys.argv[1]))])
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on"))
+    threading.Thread(target=_end_with_parent, args=[server], daemon=True).start()
+    server.run(sockets=[socket.socket(fileno=int(sys.argv[1]))])
 
 
 if __name__ == "__main__":
