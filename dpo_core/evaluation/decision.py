@@ -21,6 +21,8 @@ class Reason(Config):
     passed: bool
     skipped: bool = False
     """Whether there was nothing to check; the rule does not refuse then."""
+    worse: bool = False
+    """Whether the candidate is clearly worse than the champion."""
     text: str
     """The measured and the required value, in one sentence."""
 
@@ -108,14 +110,18 @@ def _difference_reasons(config: PromotionConfig, name: str, difference: Estimate
         return [_reason("min_gain", False, f"{name} was not measured; it must be above {config.min_gain:g}")]
     passed = difference.low > config.min_gain
     measured = f"{name} {_signed(difference)} on {difference.n} prompts"
-    verdict = "" if passed else "worse, not " if difference.high < min(0, config.min_gain) else "not "
+    worse = difference.high < min(0, config.min_gain)
+    verdict = "" if passed else "worse, not " if worse else "not "
     enough = difference.n >= config.min_prompts
     return [
-        _reason("min_gain", passed, f"{measured}: {verdict}above {config.min_gain:g}"),
+        _reason("min_gain", passed, f"{measured}: {verdict}above {config.min_gain:g}", worse=worse),
         _reason(
             "min_prompts",
             enough,
-            f"{difference.n} prompts compared: {'at least' if enough else 'fewer than'} {config.min_prompts}",
+            f"{difference.n} prompts compared: at least {config.min_prompts}"
+            if enough
+            else f"{difference.n} prompts compared: fewer than {config.min_prompts}. Add data, or raise "
+            "data.eval_fraction or evaluate.prompts",
         ),
     ]
 
@@ -126,7 +132,9 @@ def _kl_reason(limit: float, kl: Estimate | None) -> Reason:
             "max_kl", False, f"KL to the reference was not measured; it must be at most {limit:g} nats"
         )
     passed = kl.high <= limit
-    measured = f"KL to the reference {kl.value:.3g} [{kl.low:.3g}, {kl.high:.3g}] nats on {kl.n} prompts"
+    measured = (
+        f"KL (k1) to the reference {kl.value:.3g} [{kl.low:.3g} to {kl.high:.3g}] nats on {kl.n} prompts"
+    )
     verdict = "at most" if passed else "the interval exceeds"
     return _reason("max_kl", passed, f"{measured}: {verdict} {limit:g}")
 
@@ -168,9 +176,9 @@ def _regression_reason(rule: str, rows: Sequence[ComparisonRow], champion: str, 
     return _reason(rule, False, f"{count} {measures} significantly worse than {champion}'s: {details}")
 
 
-def _reason(rule: str, passed: bool, text: str) -> Reason:
-    return Reason(rule=rule, passed=passed, text=text)
+def _reason(rule: str, passed: bool, text: str, worse: bool = False) -> Reason:
+    return Reason(rule=rule, passed=passed, worse=worse, text=text)
 
 
 def _signed(estimate: Estimate) -> str:
-    return f"{estimate.value:+.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+    return f"{estimate.value:+.3f} [{estimate.low:+.3f} to {estimate.high:+.3f}]"

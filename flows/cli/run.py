@@ -40,7 +40,7 @@ def run_recipe(
 
     resolved = load_recipe(recipe, overrides)
     workspace = Path(resolved.workspace).absolute()
-    typer.echo(f"recipe {resolved.name}, workspace {workspace}", err=as_json)
+    typer.echo(f"recipe {resolved.name}, workspace {workspace}; starting takes about 10 s", err=as_json)
     from flows.process.temporary_server import start_temporary_server
 
     start_temporary_server()  # takes as long as loading the rest

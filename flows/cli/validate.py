@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from dpo_core.errors import GateRefused
 from flows.cli.options import JsonOption, SetOption
 
 
@@ -36,4 +37,8 @@ def validate(
         typer.echo(f"{report.rows} rows, {report.dropped} dropped; Data Docs: {report.docs_index}")
         for text in rows.texts:
             typer.echo(f"\n{text}")
+    if report.refused and not as_json:
+        failed = sum(f.severity == "critical" and not f.passed for f in report.findings)
+        rules = "1 critical rule fails" if failed == 1 else f"{failed} critical rules fail"
+        raise GateRefused(f"the data gate refuses {data}: {rules}, see above", "Correct the rows named there")
     report.raise_if_refused()

@@ -20,7 +20,7 @@ def free_space(
         return
     would = "would " if dry_run else ""
     for name in done.leftovers:
-        typer.echo(f"{would}remove  {name} (unfinished)")
+        typer.echo(f"{would}remove  {name} (left over)")
     for artifact in done.unused:
         typer.echo(f"{would}remove  {artifact.kind} {artifact.sha256[:16]} (unused), {size(artifact.bytes)}")
     if done.held_back:

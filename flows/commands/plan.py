@@ -10,9 +10,16 @@ from tasks.planning.plan import Plan, make_plan
 from tasks.recipe.recipe import Recipe
 from tasks.reports.format import duration, scaled
 from tasks.signals import Stop
-from tasks.stages.base import Context, StageResult
+from tasks.stages.base import Context, StageResult, Why
 from tasks.store.store import Store
 from tasks.tracking.tracker import Tracker
+
+_WHY: dict[Why, str] = {
+    "new": "never ran here",
+    "changed": "settings or code changed",
+    "data": "its inputs change",
+    "damaged": "damaged artifact",
+}
 
 
 def check_reward(recipe: Recipe) -> None:
@@ -46,7 +53,7 @@ def show(plan: Plan) -> None:
     for name in ("Stage", "State", "Tokens", "Operations", "Peak memory", "Time"):
         table.add_column(name, justify="left" if name in {"Stage", "State"} else "right")
     for row in plan.stages:
-        state = f"runs: {row.why}" if row.why else row.state
+        state = f"runs: {_WHY[row.why]}" if row.why else row.state
         memory = amount(row.memory_bytes or 0, "B", 1024)
         ranks = f"{row.processes} x " if memory and (row.processes or 1) > 1 else ""
         took = f"~{duration(row.seconds)}" if row.state == "runs" else ""

@@ -116,13 +116,13 @@ def _early_warnings(recipe: Recipe, work: PlannedRun) -> list[str]:
 
 
 def _baselines(rows: list[StagePlan], work: PlannedRun) -> list[str]:
-    """Warnings about policies that only serve for comparison and take most of the time."""
+    """Warnings about policies that only serve for comparison and take a third of the time or more."""
     total = sum(row.seconds for row in rows)
     needed = _needed(work.recipe.policies, work.recipe.candidate_name)
     lines = []
     for row in rows:
         node = work.nodes.get(label_of(row.name))
-        if not row.trains or node is None or node.policy in needed or row.seconds < total / 2:
+        if not row.trains or node is None or node.policy in needed or row.seconds < total / 3:
             continue
         lines.append(
             f"policy {node.policy} alone takes ~{duration(row.seconds)} of ~{duration(total)}, and is there "

@@ -63,7 +63,7 @@ def alarms(report: RunReport) -> list[Alarm]:
     for gate in report.gate:
         failed = [f for f in gate.findings if not f.passed and f.severity in ("critical", "warning")]
         if failed:
-            lines = [f"{f.rule} ({f.severity}{_rows(f.count)}): {_sentence(f.message)}" for f in failed]
+            lines = [f"{_sentence(f.message)} ({f.rule}, {f.severity}{_rows(f.count)})" for f in failed]
             raised.append(Alarm("Data gate", f"{gate.subject}: {' '.join(lines)}"))
     return raised
 

@@ -96,7 +96,8 @@ def _contaminated(row: SuiteRow) -> str:
 
 def _judged(rate: WinRate) -> str:
     interval = f"{percent(rate.rate.low)} to {percent(rate.rate.high)}"
-    return f"{rate.a} wins {percent(rate.rate.value)} ({interval}) against {rate.b}, judged by {rate.judge}"
+    won = f"{rate.a} wins {percent(rate.rate.value)} ({interval}) against {rate.b}"
+    return f"{won} on {rate.rate.n:,} prompts, judged by {rate.judge}"
 
 
 def markdown(report: EvaluationReport) -> str:

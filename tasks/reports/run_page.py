@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -102,7 +102,14 @@ def fill(template: str, context: dict[str, Any]) -> str:
         keep_trailing_newline=True,
     )
     environment.filters.update(
-        number=number, percent=percent, duration=duration, minus=_minus, clip=_clip, link=_link, scaled=scaled
+        number=number,
+        percent=percent,
+        duration=duration,
+        minus=_minus,
+        clip=_clip,
+        link=_link,
+        scaled=scaled,
+        file_path=_file_path,
     )
     return environment.get_template(template).render(**context)
 
@@ -115,15 +122,15 @@ def _context(report: RunReport) -> dict[str, Any]:
     # An artifact is attributed to the first stage that produced it; later stages may have the same digest.
     digests = {stage.sha256: stage.name for stage in reversed(report.stages) if stage.sha256}
     parts = [
+        Part(
+            "samples", "Samples", "" if evaluation and evaluation.samples else "no completions were recorded"
+        ),
         Part("frontier", "Reward against KL", "" if frontier else _no_frontier(report)),
         Part("policies", "Policies", "" if evaluation else "the run has no evaluation"),
         *measured_parts(report.win_rates, report.suites, report.comparisons),
         Part("reward", "Reward model", "" if report.reward_model else _no_reward_model(report)),
         Part("training", "Training", "" if curves else "no training metrics were recorded"),
         Part("gate", "Data gate", "" if report.gate else "no data gate result was recorded"),
-        Part(
-            "samples", "Samples", "" if evaluation and evaluation.samples else "no completions were recorded"
-        ),
         Part("cost", "Cost", "" if report.cost or report.stages else "no cost was recorded"),
         Part("lineage", "Lineage", "" if digests or report.model else "no artifact digests were recorded"),
         Part("reproduce", "Reproduce"),
@@ -235,6 +242,10 @@ def _clip(text: str) -> str:
     if len(text) <= MAX_TEXT:
         return text
     return f"{text[:MAX_TEXT]}… ({len(text) - MAX_TEXT:,} more characters)"
+
+
+def _file_path(uri: str) -> str:
+    return unquote(urlsplit(uri).path)
 
 
 def _link(uri: str | None) -> str | None:

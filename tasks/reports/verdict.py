@@ -42,7 +42,9 @@ def decided(decision: Decision, raised: Sequence[Alarm] = ()) -> Verdict:
         outcome = f"{decision.candidate} does not replace {decision.champion}: {held}."
     marked = [f"{mark(reason)}: {reason.text}" for reason in rules]
     if not decision.promote:
-        return Verdict("Do not promote", "bad", [outcome, *marked])
+        worse = any(reason.worse for reason in rules)
+        headline = f"Do not promote: worse than {decision.champion}" if worse else "Do not promote"
+        return Verdict(headline, "bad", [outcome, *marked])
     if raised:
         first = "an alarm" if len(raised) == 1 else f"{len(raised)} alarms"
         names = ", ".join(dict.fromkeys(alarm.name for alarm in raised))
@@ -95,8 +97,10 @@ def finding(report: RunReport) -> Verdict:
     for other in evaluation.policies:
         if other.name not in (REFERENCE, name) and other.gain:
             # Prefer k3, which is never negative: a negative distance looks like an error.
-            theirs, ours = other.kl_k3 or other.kl, policy.kl_k3 or policy.kl
-            at_kl = f" at KL {number(theirs.value)} nats" if theirs else ""
+            both = other.kl_k3 is not None and policy.kl_k3 is not None
+            theirs, ours = (other.kl_k3, policy.kl_k3) if both else (other.kl, policy.kl)
+            estimator = "k3" if both else "k1"
+            at_kl = f" at KL ({estimator}) {number(theirs.value)} nats" if theirs else ""
             beside = f" ({own}: KL {number(ours.value)} nats)" if ours else ""
             reasons.append(f"{report.label(other.name)}: gain {cell(other.gain, 'gap')}{at_kl}{beside}.")
     return Verdict(*outcome, [*reasons, measured_with(report)])

@@ -47,9 +47,9 @@ def test_a_model_that_holds_every_rule_is_promoted_and_every_rule_speaks() -> No
     assert decision.promote
     assert (decision.candidate, decision.champion) == ("new", "champion v3")
     assert {reason.rule: reason.text for reason in decision.reasons} == {
-        "min_gain": "reward gain over champion v3 +0.167 [0.067, 0.269] on 59 prompts: above 0",
+        "min_gain": "reward gain over champion v3 +0.167 [+0.067 to +0.269] on 59 prompts: above 0",
         "min_prompts": "59 prompts compared: at least 30",
-        "max_kl": "KL to the reference 3.2 [2.9, 3.6] nats on 59 prompts: at most 5",
+        "max_kl": "KL (k1) to the reference 3.2 [2.9 to 3.6] nats on 59 prompts: at most 5",
         "data_gate": "the data gate found no critical fault in the training data",
         "no_regression": "none of 1 measures of suites is significantly worse than champion v3's",
         "safety": "none of 1 measures of safety is significantly worse than champion v3's",
@@ -58,14 +58,16 @@ def test_a_model_that_holds_every_rule_is_promoted_and_every_rule_speaks() -> No
 
 def test_a_gain_must_lie_above_what_is_asked_with_its_whole_interval() -> None:
     assert failures(judged(PromotionConfig(min_gain=0.1))) == {
-        "min_gain": "reward gain over champion v3 +0.167 [0.067, 0.269] on 59 prompts: not above 0.1"
+        "min_gain": "reward gain over champion v3 +0.167 [+0.067 to +0.269] on 59 prompts: not above 0.1"
     }
     at = Estimate(value=0.1, low=0.0, high=0.2, n=59)
     assert set(failures(judged(gain=at))) == {"min_gain"}
     below = Estimate(value=-0.088, low=-0.176, high=-0.003, n=59)
     assert failures(judged(gain=below)) == {
-        "min_gain": "reward gain over champion v3 -0.088 [-0.176, -0.003] on 59 prompts: worse, not above 0"
+        "min_gain": "reward gain over champion v3 -0.088 [-0.176 to -0.003] on 59 prompts: worse, not above 0"
     }
+    assert [reason.rule for reason in judged(gain=below).reasons if reason.worse] == ["min_gain"]
+    assert not any(reason.worse for reason in judged(gain=at).reasons)
     assert failures(judged(gain=None)) == {
         "min_gain": "reward gain over champion v3 was not measured; it must be above 0"
     }
@@ -73,13 +75,16 @@ def test_a_gain_must_lie_above_what_is_asked_with_its_whole_interval() -> None:
 
 def test_a_gain_on_few_prompts_is_not_enough() -> None:
     few = Estimate(value=0.5, low=0.2, high=0.8, n=12)
-    assert failures(judged(gain=few)) == {"min_prompts": "12 prompts compared: fewer than 30"}
+    assert failures(judged(gain=few)) == {
+        "min_prompts": "12 prompts compared: fewer than 30. Add data, or raise data.eval_fraction or "
+        "evaluate.prompts"
+    }
     assert judged(PromotionConfig(min_prompts=12), gain=few).promote
 
 
 def test_the_distance_from_the_reference_is_limited_with_its_interval() -> None:
     assert failures(judged(PromotionConfig(max_kl=3.5))) == {
-        "max_kl": "KL to the reference 3.2 [2.9, 3.6] nats on 59 prompts: the interval exceeds 3.5"
+        "max_kl": "KL (k1) to the reference 3.2 [2.9 to 3.6] nats on 59 prompts: the interval exceeds 3.5"
     }
     assert set(failures(judged(kl=None))) == {"max_kl"}
     free = judged(PromotionConfig(max_kl=None), kl=None)
@@ -90,7 +95,7 @@ def test_the_distance_from_the_reference_is_limited_with_its_interval() -> None:
 def test_a_model_that_ran_away_is_refused_by_default() -> None:
     far = Estimate(value=50.2, low=46.0, high=54.1, n=32)
     assert failures(judged(PromotionConfig(), kl=far)) == {
-        "max_kl": "KL to the reference 50.2 [46, 54.1] nats on 32 prompts: the interval exceeds 10"
+        "max_kl": "KL (k1) to the reference 50.2 [46 to 54.1] nats on 32 prompts: the interval exceeds 10"
     }
     assert judged(PromotionConfig(max_kl=60), kl=far).promote
 

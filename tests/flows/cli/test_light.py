@@ -48,7 +48,7 @@ def test_a_run_prints_its_first_line_before_it_loads_anything_heavy(tmp_path: Pa
     )
     called = [sys.executable, "-c", ends_there + REPORT, "run", "demo"]
     done = subprocess.run(called, cwd=tmp_path, check=False, capture_output=True, text=True)
-    assert done.stdout == f"recipe demo, workspace {tmp_path / 'runs'}\n"
+    assert done.stdout == f"recipe demo, workspace {tmp_path / 'runs'}; starting takes about 10 s\n"
     assert "flows.process.temporary_server" in done.stderr
     assert not HEAVY & set(json.loads(done.stderr.splitlines()[-1]))
 

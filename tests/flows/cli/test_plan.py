@@ -291,7 +291,13 @@ def test_the_table_and_a_mistake(bench, tmp_path):
     own = empty(bench, tmp_path)
     done = own.dpo("plan", str(own.recipe))
     assert done.returncode == 0, done.stderr
-    for part in ("Plan of tiny", "train-dpo DPO", "runs: new", "Peak memory", "estimate: pairs are not"):
+    for part in (
+        "Plan of tiny",
+        "train-dpo DPO",
+        "runs: never ran here",
+        "Peak memory",
+        "estimate: pairs are not",
+    ):
         assert part in done.stdout
     assert not own.workspace.exists()
     databases = [path for path in tmp_path.rglob("*") if path.suffix in {".db", ".sqlite"}]

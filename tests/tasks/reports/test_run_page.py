@@ -34,8 +34,8 @@ def test_page_order(page: str) -> None:
     headings = Outline(page).headings
     assert headings[0] == (1, "DPO scores higher than SFT")
     assert [text for level, text in headings if level == 2] == [
-        "Reward against KL", "Policies", "Win rates", "Tasks", "Comparisons", "Training", "Data gate",
-        "Samples", "Cost", "Lineage", "Reproduce",
+        "Samples", "Reward against KL", "Policies", "Win rates", "Tasks", "Comparisons", "Training",
+        "Data gate", "Cost", "Lineage", "Reproduce",
     ]  # fmt: skip
     levels = [level for level, _ in headings]
     assert all(after <= before + 1 for before, after in pairwise(levels))
@@ -45,7 +45,7 @@ def test_page_is_accessible_in_structure(page: str) -> None:
     outline = Outline(page)
     assert outline.all("html")[0]["lang"] == "en"
     assert any(meta.get("name") == "viewport" for meta in outline.all("meta"))
-    assert len(outline.all("table")) == len(outline.all("caption")) == 13
+    assert len(outline.all("table")) == len(outline.all("caption")) == 14
     assert all(cell.get("scope") in ("col", "row") for cell in outline.all("th"))
     ids = [a["id"] for _, a in outline.tags if "id" in a]
     assert len(ids) == len(set(ids))
@@ -258,7 +258,7 @@ def test_the_cost_adds_up_what_judges_were_paid() -> None:
 def test_the_learned_reward_has_a_part_of_its_own() -> None:
     page = render(example(steps=2, reward_model=make_quality(), policies=make_policies(ppo_reward="model")))
     headings = [text for level, text in Outline(page).headings if level == 2]
-    assert headings[5:7] == ["Reward model", "Training"]
+    assert headings[6:8] == ["Reward model", "Training"]
     part = page[page.index('<section id="reward"') : page.index('<section id="training"')]
     for word in ("512 held-out pairs", "68.4%", "64.4% to 72.4%", "0.0413", "1.37", "0.312", "−0.0840",
                  "PPO learned from it.", "evaluated with vader_compound, not with it"):  # fmt: skip

@@ -256,7 +256,7 @@ def test_noise_raises_no_alarm_of_on_policy_training(steps: int) -> None:
 def test_gate_warnings_are_an_alarm_and_notes_are_not() -> None:
     findings = [f.model_copy(update={"passed": False}) for f in make_gate()[0].findings]
     (alarm,) = alarms(example(steps=2, gate=[make_gate()[0].model_copy(update={"findings": findings})]))
-    assert "length_bias (warning, 2,611 rows)" in alarm.message
+    assert "(length_bias, warning, 2,611 rows)" in alarm.message
     assert "prompt_leakage" not in alarm.message  # severity info
 
 

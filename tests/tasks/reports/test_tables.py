@@ -92,6 +92,9 @@ def test_a_decision_names_failed_rules_first_by_symbol_and_word() -> None:
     unsorted = make_decision().model_copy(update={"reasons": make_decision().reasons[::-1]})
     shown = decided(unsorted)
     assert (shown.headline, shown.kind) == ("Do not promote", "bad")
+    worse = [reason.model_copy(update={"worse": not reason.passed}) for reason in unsorted.reasons]
+    headline = decided(unsorted.model_copy(update={"reasons": worse})).headline
+    assert headline == f"Do not promote: worse than {unsorted.champion}"
     assert shown.reasons[0].endswith("imdb-dpo version 3: 1 of 4 rules fails.")
     assert [reason.split(":")[0] for reason in shown.reasons[1:]] == ["✗ failed"] + ["✓ passed"] * 3
     shown = decided(make_decision(promote=True))
