@@ -99,7 +99,7 @@ class Limit(Config):
 
     limit: int = Field(ge=1)
     collision_strategy: Literal["ENQUEUE", "CANCEL_NEW"] = "ENQUEUE"
-    grace_period_seconds: int = Field(600, ge=60, le=86400)
+    grace_period_seconds: int = Field(default=600, ge=60, le=86400)
     """Seconds after which the slot of a run that never started is free again."""
 
 
@@ -124,7 +124,7 @@ class Deployment(Config):
     parameters: dict[str, Any] = Field(default_factory=dict)
     enforce_parameter_schema: bool = True
     paused: bool = False
-    concurrency_limit: Limit
+    concurrency_limit: Limit = Limit(limit=1)
     work_pool: WorkPool
     schedules: list[DeploymentSchedule] = Field(default_factory=list)
     triggers: list[Trigger] = Field(default_factory=list)

@@ -82,7 +82,6 @@ def test_the_shipped_file_has_the_four_deployments() -> None:
         ("deployments.0.schedules.0.anchor_date", "2026-01-01", "anchor_date must be set together"),
         ("deployments.0.concurrency_limit.limit", 0, "greater than or equal to 1 (the value is 0)"),
         ("deployments.0.concurrency_limit.collision_strategy", "QUEUE", "'ENQUEUE' or 'CANCEL_NEW'"),
-        ("deployments.0.concurrency_limit", ..., "concurrency_limit: Field required"),
         ("deployments.0.entrypoint", "flows/deployed.py:deployed", "should match pattern"),
         ("deployments.0.triggers.0.expect", [], "at least 1 item"),
         ("deployments.0.tags", ["{{ prefect.variables.x }}"], "is not of the form {{ $NAME }}"),
@@ -100,6 +99,11 @@ def test_a_fault_is_named_with_its_place_and_line(tmp_path: Path, place: str, va
     for name, line in re.findall(r"([\w-]+)(?:\[\d+\])? \(line (\d+)\): there is no", told):
         assert name in (tmp_path / "prefect.yaml").read_text().splitlines()[int(line) - 1]
     assert re.search(r"\(line \d+\): ", told), "every fault has its line"
+
+
+def test_a_deployment_without_a_limit_runs_one_at_a_time(tmp_path: Path) -> None:
+    limit = read(tmp_path, changed("deployments.0.concurrency_limit", ...)).deployments[0].concurrency_limit
+    assert (limit.limit, limit.collision_strategy) == (1, "ENQUEUE")
 
 
 @pytest.mark.parametrize(
