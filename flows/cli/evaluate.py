@@ -96,7 +96,7 @@ def compare(
     over_cluster: WithOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare two models item by item on suites, and by a judge on prompts."""
+    """Compare two models item by item on suites, by a judge on prompts, and runs by their settings."""
     from flows.commands import evaluate as body
     from flows.commands.cluster import read_cluster
 

@@ -6,9 +6,11 @@ from typing import Any
 import typer
 
 from deploy.launchers import Cluster
+from dpo_core.errors import RecipeError
 from flows.commands.terminal import terminal
 from tasks.recipe.read import with_overrides
 from tasks.reports.evaluation_report import EvaluationReport, terminal_table
+from tasks.runs.recipe import differing_settings
 from tasks.signals import stoppable
 from tasks.stages.standalone_evaluation import EvaluationRequest, evaluate_models
 from tasks.store.files import open_workspace, require_writable
@@ -28,13 +30,18 @@ def evaluate(
     cluster: Cluster | None,
     as_json: bool,
 ) -> None:
-    """Evaluate one model, or compare two, and print the results.
+    """Evaluate one model, or compare two, and print the results; of two runs, the settings that differ first.
 
     Args:
         request: the fields of the `EvaluationRequest` that options set.
     """
     settings = with_overrides(EvaluationRequest, request, overrides, "it cannot be evaluated", _FIELDS)
     folder = open_workspace(workspace)
+    if len(models) == 2 and not as_json:
+        of_runs = _show_differing_settings(models, folder)
+        if of_runs and not settings.suites and settings.prompts is None:
+            typer.echo("to compare what the models do, add --suite or --prompts")
+            return
     require_writable(folder)
     with stoppable():
         report, page = evaluate_models(models, settings, folder, cluster)
@@ -42,6 +49,20 @@ def evaluate(
         typer.echo(report.model_dump_json())
     else:
         _show(report, page)
+
+
+def _show_differing_settings(models: list[str], workspace: Path) -> bool:
+    """Print the settings in which the runs of two models differ; False if they cannot be compared."""
+    try:
+        differing = differing_settings(workspace, *models)
+    except RecipeError as error:  # the models can still be compared
+        typer.echo(f"the settings of the runs are not compared: {error.problem}")
+        return False
+    if differing is None:
+        return False
+    for line in differing or ["none differs"]:
+        typer.echo(f"setting {line}")
+    return True
 
 
 def _show(report: EvaluationReport, page: Path) -> None:

@@ -25,7 +25,7 @@ def _result(workspace: str, run_id: str) -> str:
         about, model = facts["policies"].get(candidate) or {}, facts.get("model")
         parts = [
             ("promote" if decision["promote"] else "do not promote") if decision else "",
-            f"gain {gain['value']:+.3f} [{gain['low']:.3f}, {gain['high']:.3f}]" if gain else "",
+            f"gain {gain['value']:+.3f} [{gain['low']:+.3f} to {gain['high']:+.3f}]" if gain else "",
             f"{model['name']} version {model['version']}" if model else "",
             about.get("objective") or about.get("method") or "",
         ]

@@ -4,6 +4,7 @@ Without the check, a resume with other settings would be recorded under the sett
 """
 
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -87,7 +88,7 @@ def require_same_recipe(workspace: Path, record: RunRecord, recipe: Recipe) -> N
             remedy.capitalize(),
         )
     stored, current = _settings(load_recipe(str(path))), _settings(recipe)
-    names = [name for name in {**stored, **current} if stored.get(name) != current.get(name)]
+    names = _differing(stored, current)
     if not names:
         return
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
@@ -98,6 +99,29 @@ def require_same_recipe(workspace: Path, record: RunRecord, recipe: Recipe) -> N
         f"Resume with the stored recipe: {_run_again(record.command, path)} --resume {record.run_id}; "
         f"or {remedy}",
     )
+
+
+def differing_settings(workspace: Path, a: str, b: str) -> list[str] | None:
+    """The settings of two runs that differ, each as `seed: 0 -> 1`.
+
+    Args:
+        a, b: models as in `dpo compare`, each of a run: RUN, RUN:POLICY, runs:/RUN or runs:/RUN/POLICY.
+
+    Returns:
+        None if one of them is not of a run of this workspace that stored its recipe.
+
+    Raises:
+        RecipeError: a stored recipe is damaged.
+    """
+    names = [re.split("[:/]", model.removeprefix("runs:/"))[0] for model in (a, b)]
+    paths = [workspace / "runs" / name / FILE for name in names]
+    if not all(name and path.is_file() for name, path in zip(names, paths, strict=True)):
+        return None
+    first, second = (_settings(load_recipe(str(path))) for path in paths)
+    return [
+        f"{name}: {first.get(name, 'not set')} -> {second.get(name, 'not set')}"
+        for name in _differing(first, second)
+    ]
 
 
 def reproducing_command(command: str, workspace: str | Path, run_id: str) -> str:
@@ -120,6 +144,10 @@ def _settings(recipe: Recipe) -> dict[str, str]:
     """Every setting that affects results: dotted name to its JSON text."""
     facts: dict[str, Any] = recipe.model_dump(mode="json", exclude=set(_MAY_DIFFER))
     return {name: json.dumps(value, ensure_ascii=False) for name, value in flatten(facts).items()}
+
+
+def _differing(a: dict[str, str], b: dict[str, str]) -> list[str]:
+    return [name for name in {**a, **b} if a.get(name) != b.get(name)]
 
 
 def _listed(settings: dict[str, str], names: list[str]) -> str:

@@ -11,9 +11,16 @@ from mlflow import MlflowClient
 
 from dpo_core.errors import RecipeError
 from flows.cli.run import show
+from flows.commands.evaluate import evaluate
 from tasks.recipe.read import load_recipe
 from tasks.recipe.recipe import Recipe
-from tasks.runs.recipe import recipe_path, reproducing_command, require_same_recipe, store_recipe
+from tasks.runs.recipe import (
+    differing_settings,
+    recipe_path,
+    reproducing_command,
+    require_same_recipe,
+    store_recipe,
+)
 from tasks.runs.record import RunRecord, new_run, save_run
 from tests.support.runs.tiny_run import Bench
 
@@ -50,6 +57,30 @@ def test_other_settings_are_refused_field_by_field(
     many = load_recipe(str(bench.recipe), ["policies.GRPO={method: grpo}"])
     with pytest.raises(RecipeError, match=r"this recipe has .*policies.GRPO\..* and \d+ more"):
         require_same_recipe(workspace, record, many)
+
+
+def test_two_runs_are_compared_by_their_settings(
+    begun: tuple[Path, RunRecord, Recipe], bench: Bench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workspace, record, recipe = begun
+    other = new_run(workspace, recipe.name, record.command)
+    store_recipe(workspace, other, load_recipe(str(bench.recipe), ["seed=1"]))
+    assert differing_settings(workspace, record.run_id, f"runs:/{other.run_id}/DPO") == [
+        'policies.DPO.objective: "simpo" -> "dpo"',
+        "policies.DPO.parameters.beta: 2.5 -> not set",
+    ]
+    assert differing_settings(workspace, f"{record.run_id}:DPO", record.run_id) == []
+    for unknown in ("models:/dpo-tiny@champion", "/models/gpt2", "some/model", "nobody"):
+        assert differing_settings(workspace, record.run_id, unknown) is None
+    assert {path.name for path in (workspace / "runs").iterdir()} == {record.run_id, other.run_id}
+    evaluate([record.run_id, other.run_id], {}, [], str(workspace), None, as_json=False)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == 'setting policies.DPO.objective: "simpo" -> "dpo"'
+    assert printed[-1] == "to compare what the models do, add --suite or --prompts"
+    recipe_path(workspace, other.run_id).write_text("seed: [")
+    with pytest.raises(RecipeError, match="nothing to evaluate"):
+        evaluate([record.run_id, other.run_id], {}, [], str(workspace), None, as_json=False)
+    assert "the settings of the runs are not compared" in capsys.readouterr().out
 
 
 def test_what_was_kept_is_a_recipe_that_does_the_run_again(begun: tuple[Path, RunRecord, Recipe]) -> None:

@@ -83,7 +83,7 @@ def test_a_finished_run_says_what_came_of_it(tmp_path: Path) -> None:
     for text, told in (
         (
             decided(promote=True, policies=make_policies("simpo")).model_dump_json(),
-            "promote, gain +0.523 [0.465, 0.581], ",
+            "promote, gain +0.523 [+0.465 to +0.581], ",
         ),
         (decided(promote=False).model_dump_json(), "do not promote, gain"),
         ('{"decision": 7, "evaluation": []}', ""),
