@@ -54,14 +54,15 @@ def recognise(rows: Sequence[Row]) -> tuple[str, str]:
         )
     nearest = _nearest(sample, list(fields))
     has_prompt = any(isinstance(row.get(name), str | list) for row in sample for name in ("prompt", "text"))
-    formats = "; ".join(
+    formats = "\n".join(
         f"{name}: {ADAPTERS[name].looks}" for name in sorted(ADAPTERS, key=lambda n: n != nearest[0])
     )
     raise DataError(
         f"the rows fit no known format{nearest[1]}; the fields are {listed}",
         "Rename the fields, map them with data.columns={prompt: …, chosen: …, rejected: …}, or set "
-        f"data.format to one of these ({formats})"
-        + ("; data.format=prompts reads only the prompts" if has_prompt else ""),
+        "data.format to one of the formats below"
+        + ("; data.format=prompts reads only the prompts" if has_prompt else "")
+        + f"\n\n{formats}",
     )
 
 
