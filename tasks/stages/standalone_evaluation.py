@@ -21,7 +21,7 @@ from dpo_core.data.config import DataConfig
 from dpo_core.data.load import load
 from dpo_core.data.tokens.chat_template import template_in
 from dpo_core.data.tokens.config import TokenConfig
-from dpo_core.errors import RecipeError
+from dpo_core.errors import ModelError, RecipeError
 from dpo_core.evaluation.compare import Comparison, compare
 from dpo_core.evaluation.config import SuiteConfig, SuitesConfig
 from dpo_core.evaluation.contamination import TrainingText, training_texts
@@ -127,6 +127,7 @@ def evaluate_models(
     with closing(jobs.server):
         asked_models = _models(models, request, jobs)
         request = _same_chat(request, asked_models)
+        prompts = _prompts(request, asked_models)  # before the suites, which may take hours
         training = _training(request.train, [trained_rows(spec, workspace) for spec in models])
         results = _suites(request, files, asked_models, training, jobs) if files else []
         comparisons: list[Comparison] = []
@@ -136,8 +137,8 @@ def evaluate_models(
             if files:
                 ours, theirs = (results[: len(files)], results[len(files) :])
                 comparisons = [compare(ours, theirs, seed=request.seed)]
-            if request.prompts is not None:
-                rate, samples = _win_rate(request, asked_models, training, jobs)
+            if prompts:
+                rate, samples = _win_rate(request, prompts, asked_models, training, jobs)
                 win_rates = [rate]
     report = EvaluationReport(
         models=[
@@ -248,16 +249,36 @@ def _suites(
     return [mark_contaminated(result, training) for result in results.values()]
 
 
+def _prompts(request: EvaluationRequest, models: Sequence[NamedModel]) -> list[Prompt]:
+    """The prompts that both models answer; empty if none are given or there is only one model.
+
+    Raises:
+        ModelError: a prompt is a conversation, and a model has no chat template to write it with.
+        RecipeError: the file has fewer than two usable prompts.
+    """
+    if request.prompts is None or len(models) < 2:
+        return []
+    prompts = chosen_prompts(request.prompts, request.most_prompts, request.seed)
+    form = request.tokens.template
+    if form == "chat" or (form == "auto" and any(prompt.chat for prompt in prompts)):
+        for model in models:
+            if not template_in(Path(model.path)):
+                raise ModelError(
+                    f"{request.prompts.path} has conversations, but {model.name} has no chat template",
+                    "Set tokens.template to transcript, or give prompts as text",
+                )
+    return prompts
+
+
 def _win_rate(
     request: EvaluationRequest,
+    prompts: Sequence[Prompt],
     models: Sequence[NamedModel],
     training: TrainingText | None,
     jobs: CommandJobs,
 ) -> tuple[WinRate, list[Sample]]:
     """The win rate of the first model over the second, and the answers of both to every prompt."""
-    assert request.prompts is not None
     judge, seed = request.judge, request.seed
-    prompts = chosen_prompts(request.prompts, request.most_prompts, seed)
     _warn_of_contamination(prompts, training)
     answers = answers_of(models, prompts, request.answers, seed, jobs.named("answers", "answers"))
     a, b = (model.name for model in models)

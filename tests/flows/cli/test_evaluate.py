@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dpo_core.errors import RecipeError, StageFailed
+from dpo_core.errors import ModelError, RecipeError, StageFailed
 from tasks.stages.standalone_evaluation import EvaluationRequest, evaluate_models
 from tasks.stages.suite_results import find_model
 from tests.support.models.tiny import make_tiny_model
@@ -164,6 +164,17 @@ def test_models_without_a_common_way_of_asking_are_asked_alike(
     with pytest.raises(StageFailed, match="stories260K has another vocabulary than one") as refused:
         evaluate_models(models[:1], request(data, reference=str(stories)), tmp_path)
     assert refused.value.exit_code == RecipeError.exit_code
+
+
+def test_a_conversation_is_refused_before_the_suites_run_if_a_model_has_no_template(
+    data: Path, models: list[str], stories: Path, tmp_path: Path
+) -> None:
+    chat = [{"prompt": [{"role": "user", "content": text}]} for text in PROMPTS]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chat))
+    asked = request(data, prompts={"path": str(tmp_path / "chat.jsonl")})
+    with pytest.raises(ModelError, match=r"stories260K has no chat template.*tokens\.template"):
+        evaluate_models([models[0], str(stories)], asked, tmp_path / "runs")
+    assert not (tmp_path / "runs" / "evaluations").exists(), "no suite was computed"
 
 
 @pytest.mark.parametrize(
