@@ -1,15 +1,11 @@
 """`dpo deploy`, `dpo schedule` and `dpo event`: deployments, schedules and events on the Prefect server."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from flows.cli.options import DryRunOption, JsonOption
+from flows.cli.options import DryRunOption, FileOption, JsonOption
 
-FileOption = Annotated[
-    Path | None, typer.Option("--file", help="By default deploy/prefect.yaml here, or the package's own.")
-]
 NotifyOption = Annotated[
     str | None,
     typer.Option(

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from flows.cli.options import WORKSPACE, JsonOption, SetOption, WorkspaceOption
+from flows.cli.options import WORKSPACE, FileOption, JsonOption, SetOption, WorkspaceOption
 
 
 def doctor(
@@ -13,6 +13,7 @@ def doctor(
         str | None, typer.Option(help="Check only whether this model can be aligned; as model.name.")
     ] = None,
     overrides: SetOption = None,
+    file: FileOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check packages, workspace, MLflow, Prefect, ports and promotions for common faults. Changes nothing.
@@ -33,4 +34,4 @@ def doctor(
         raise RecipeError("--set has no effect without --model", "Add --model, or remove --set")
     from flows.commands.doctor import diagnose
 
-    diagnose(folder, as_json)
+    diagnose(folder, file, as_json)

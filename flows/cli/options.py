@@ -1,5 +1,6 @@
 """Arguments and options that several commands share."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -31,3 +32,9 @@ WithOption = Annotated[
 ]
 
 WORKSPACE = "./runs"
+FileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--file", help="The deployment file; by default deploy/prefect.yaml here, or the package's own."
+    ),
+]

@@ -22,14 +22,17 @@ _SIGNS = {"ok": "✓", "warning": "!", "failure": "✗", "skipped": "–"}
 _IMPATIENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "3", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
 
 
-def diagnose(folder: Path, as_json: bool) -> None:
+def diagnose(folder: Path, file: Path | None, as_json: bool) -> None:
     """Run all checks and print their results.
+
+    Args:
+        file: the deployment file to compare with the server; None: the default one.
 
     Raises:
         StageFailed: a check found a failure.
     """
     os.environ.update(_IMPATIENT)
-    results = run_all(folder)
+    results = run_all(folder, file)
     if as_json:
         typer.echo(json.dumps([result.model_dump() for result in results], indent=1))
     else:
@@ -41,7 +44,7 @@ def diagnose(folder: Path, as_json: bool) -> None:
         raise StageFailed(f"broken: {', '.join(broken)}", "See the remedy below each check")
 
 
-def run_all(place: Path) -> list[CheckResult]:
+def run_all(place: Path, file: Path | None = None) -> list[CheckResult]:
     """The results of all checks; a check comes after those of the things that it needs."""
     here = [machine.python, machine.packages, machine.compiler, machine.demo_weights, machine.accelerator]
     disk = [workspace.folder, workspace.owner, workspace.disk, workspace.clock, workspace.stuck_runs]
@@ -51,7 +54,7 @@ def run_all(place: Path) -> list[CheckResult]:
             ("machine", [*here, machine.network, orphans]),
             ("workspace", [partial(check, place) for check in (*disk, workspace.leftovers)]),
             ("mlflow", [lambda: _with_mlflow(place, tracked)]),
-            ("prefect", [prefect.credentials, prefect.home, prefect.server, deploy_file]),
+            ("prefect", [prefect.credentials, prefect.home, prefect.server, partial(deploy_file, file)]),
             ("ports", [ports.usual, ports.open_to_all]),
         ]
     )
@@ -83,13 +86,14 @@ def orphans() -> Iterator[CheckResult]:
         yield ok("orphans", "no process of a killed run is left")
 
 
-def deploy_file() -> Iterator[CheckResult]:
+def deploy_file(file: Path | None) -> Iterator[CheckResult]:
     """The server matches the deployment file."""
+    file = file or default_file()
     address = server_address()
     if address is None or isinstance(ask("GET", f"{address}/health"), str):
         return
     try:
-        checked, _ = read_prefect_file(default_file(), os.environ)
+        checked, _ = read_prefect_file(file, os.environ)
         flows = {deployment.name: check_deployment(deployment) for deployment in checked.deployments}
         with server() as client:
             plan = reconcile(client, checked.deployments, flows, None, dry_run=True, prune=False)
@@ -98,6 +102,10 @@ def deploy_file() -> Iterator[CheckResult]:
         return
     if changes := plan["changes"]:
         says = f"{len(changes)} differences to the server, first: {changes[0]['text'][:100]}"
-        yield warning("deploy file", says, "dpo deploy --dry-run shows all, dpo deploy applies them")
+        yield warning(
+            "deploy file",
+            says,
+            f"dpo deploy --file {file} --dry-run shows all, without --dry-run it applies them",
+        )
     else:
-        yield ok("deploy file", f"the server matches {default_file()}")
+        yield ok("deploy file", f"the server matches {file}")

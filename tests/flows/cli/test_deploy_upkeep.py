@@ -1,17 +1,20 @@
 """What a server keeps of deployments that are gone, and how soon it tells of runs that nobody takes."""
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import yaml
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from flows.commands.doctor import deploy_file
 from tasks.housekeeping.doctor import prefect
 from tests.support.sites.prefect_site import REPO, Site, until
 
@@ -76,10 +79,19 @@ def doubts(site: Site) -> list[str]:
         return [one.says for one in prefect.server() if one.check == "triggers"]
 
 
+def compared(site: Site) -> str:
+    """What `dpo doctor --file` says of the file that was deployed last."""
+    environment = patch.dict(os.environ, DPO_HOME=str(site.home))
+    with temporary_settings({PREFECT_API_URL: site.api}), environment:
+        (result,) = deploy_file(site.folder / "prefect.yaml")
+    return result.says
+
+
 def test_triggers_go_with_their_deployment(site: Site) -> None:
     nightly, new_data = shipped(site)
     deploy(site, [nightly, new_data])
     assert triggers(site) == ["dpo new data"]
+    assert compared(site) == f"the server matches {site.folder / 'prefect.yaml'}"
     assert "- new-data" in deploy(site, [nightly], "--prune")
     assert triggers(site) == []
     deploy(site, [nightly, new_data])
@@ -87,7 +99,8 @@ def test_triggers_go_with_their_deployment(site: Site) -> None:
     (found,) = site.ask("/deployments/filter", {"deployments": {"name": {"any_": ["new-data"]}}})
     site.ask(f"/deployments/{found['id']}", method="DELETE")
     assert triggers(site) == ["dpo new data"]
-    assert doubts(site) == ["dpo new data asks for a deployment that is gone"]
+    assert doubts(site) == ["dpo new data runs a deployment that does not exist"]
+    assert "differences to the server, first: " in compared(site)
     assert deploy(site, [nightly]) == ["- trigger dpo new data of a deleted deployment"]
     assert triggers(site) == []
     assert doubts(site) == []
