@@ -38,7 +38,8 @@ def validate(
         for text in rows.texts:
             typer.echo(f"\n{text}")
     if report.refused and not as_json:
-        failed = sum(f.severity == "critical" and not f.passed for f in report.findings)
-        rules = "1 critical rule fails" if failed == 1 else f"{failed} critical rules fail"
-        raise GateRefused(f"the data gate refuses {data}: {rules}, see above", "Correct the rows named there")
+        failed = [f.rule for f in report.findings if f.severity == "critical" and not f.passed]
+        raise GateRefused(
+            f"the data gate refuses {data}, see above: {', '.join(failed)}", "Correct the rows named there"
+        )
     report.raise_if_refused()

@@ -7,6 +7,7 @@ import pytest
 
 from dpo_core.errors import DataError
 from flows.commands.validate import judge_file
+from tests.scenarios.bad_inputs import dpo, good_rows, lines
 
 
 def _pairs(path: Path, name: str, count: int) -> str:
@@ -38,3 +39,13 @@ def test_a_mixture_in_place_of_the_path(tmp_path: Path) -> None:
     assert report.rows == 16
     assert "rows 9 to 16 are those of" in said
     assert said.count("held out") == 2
+
+
+def test_a_refusal_lists_each_rule_and_its_rows_once(tmp_path: Path) -> None:
+    path = tmp_path / "same.jsonl"
+    path.write_text(lines([row | {"rejected": row["chosen"]} for row in good_rows()]))
+    done = dpo("validate", str(path))
+    assert done.code == 3
+    for part in ("pairs/identical: 24 of 24 rows", "source rows 1, 2, 3"):
+        assert part in done.out
+        assert part not in done.err

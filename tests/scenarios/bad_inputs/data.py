@@ -263,7 +263,7 @@ def validate_with_an_unknown_override(world: World) -> list[str]:
     return ["validate", str(world.folder / "good.jsonl"), "--set", "data.formt=hh"]
 
 
-@bad(3, "pairs/identical: 24 of 24 rows", "source rows 1, 2, 3")
+@bad(3, "the data gate refuses", "same.jsonl, see above: ", "pairs/identical")
 def validate_refuses(world: World) -> list[str]:
     rows = [row | {"rejected": row["chosen"]} for row in good_rows()]
     return ["validate", world.file("same.jsonl", lines(rows))]
