@@ -118,10 +118,8 @@ def _difference_reasons(config: PromotionConfig, name: str, difference: Estimate
         _reason(
             "min_prompts",
             enough,
-            f"{difference.n} prompts compared: at least {config.min_prompts}"
-            if enough
-            else f"{difference.n} prompts compared: fewer than {config.min_prompts}. Add data, or raise "
-            "data.eval_fraction or evaluate.prompts",
+            f"{difference.n} prompts compared: {'at least' if enough else 'fewer than'} {config.min_prompts}"
+            + ("" if enough else ". Add data, or raise data.eval_fraction or evaluate.prompts"),
         ),
     ]
 

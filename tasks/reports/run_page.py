@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -28,6 +28,7 @@ from tasks.reports.tables import (
     win_rate_lines,
 )
 from tasks.reports.verdict import finding, mark, verdict
+from tasks.store.files import path_of
 
 MAX_SAMPLES = 12
 MAX_TEXT = 1500  # characters of a prompt or completion that are shown
@@ -109,7 +110,7 @@ def fill(template: str, context: dict[str, Any]) -> str:
         clip=_clip,
         link=_link,
         scaled=scaled,
-        file_path=_file_path,
+        file_path=path_of,
     )
     return environment.get_template(template).render(**context)
 
@@ -242,10 +243,6 @@ def _clip(text: str) -> str:
     if len(text) <= MAX_TEXT:
         return text
     return f"{text[:MAX_TEXT]}… ({len(text) - MAX_TEXT:,} more characters)"
-
-
-def _file_path(uri: str) -> str:
-    return unquote(urlsplit(uri).path)
 
 
 def _link(uri: str | None) -> str | None:

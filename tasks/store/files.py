@@ -20,6 +20,11 @@ _NOTHING_FREE = 2**20  # bytes
 _WRITABLE = "Mount it writable again, after checking its device for faults."
 
 
+def path_of(uri: str) -> Path:
+    """The path of a `file://` URI."""
+    return Path(unquote(urlsplit(uri).path))
+
+
 def open_workspace(workspace: str | Path) -> Path:
     """The workspace as an absolute path.
 
@@ -28,7 +33,7 @@ def open_workspace(workspace: str | Path) -> Path:
     """
     text = os.fspath(workspace)
     if text.startswith("file://"):
-        text = unquote(urlsplit(text).path)
+        text = str(path_of(text))
     if re.match(r"^[A-Za-z][A-Za-z0-9+.-]+://", text):
         raise RecipeError(
             f"workspace {text} is a remote URL, but a workspace must be a mounted folder",
