@@ -1,22 +1,21 @@
 """The cache job: two ranks give the log-probs of one, and a killed rank loses only what it had not saved."""
 
+import signal
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import psutil
 import pytest
 
-from deploy.launchers import LocalLauncher, State
 from dpo_core.data.tokens.config import TokenConfig
 from dpo_core.jobs.files import ReferenceJob, write_job
 from dpo_core.models.source import weights_digest
 from dpo_core.reference.shard import LogpShard
 from tests.support.models.tiny import make_tiny_model
+from tests.support.runs import forked
 from tests.support.runs.jobs import on, run_job_file
-from tests.support.runs.processes import jobs_among
 from tests.support.runs.training_jobs import wait_until
 
 
@@ -80,23 +79,23 @@ def test_two_ranks_give_the_log_probs_of_one(model: Path, tmp_path: Path) -> Non
 
 
 def test_a_killed_rank_loses_only_what_it_had_not_saved(model: Path, tmp_path: Path) -> None:
-    alone = job(tmp_path / "alone", model, 1, rows=200, budget=32)
+    alone = job(tmp_path / "alone", model, 1, budget=32)
     result = run_job_file(alone)
-    killed = job(tmp_path / "killed", model, 2, rows=200, budget=32)
+    killed = job(tmp_path / "killed", model, 2, budget=32)
     caches = Path(killed.caches)
-    launcher, path = LocalLauncher(), write_job(killed)
-    handle = launcher.submit(path, 2, path.parent)
-    wait_until(lambda: len(list(caches.glob("*/shard-*"))) >= 8, "some shards")
-    jobs_among(psutil.Process(int(handle)).children(recursive=True))[1].kill()
-    wait_until(lambda: launcher.poll(handle) is not State.RUNNING, "the end")
-    assert launcher.poll(handle) is State.FAILED
-    assert "SIGKILL" in launcher.why(handle)
-    launcher.cancel(handle)
+    started = forked.start_ranks(write_job(killed), 2)
+    wait_until(lambda: len(list(caches.glob("*/shard-*"))) >= 4, "some shards")
+    started[1].kill()
+    started[0].terminate()  # as torchrun does when another rank dies
+    for process in started:
+        process.join()
+    assert started[1].exitcode == -signal.SIGKILL
+    assert started[0].exitcode != 0
     kept = {shard.name: (shard / "keys.npy").stat().st_mtime_ns for shard in caches.glob("*/shard-*")}
-    assert len(kept) >= 8
+    assert len(kept) >= 4
     began = time.time_ns()
     assert run_job_file(killed) == result
     assert_same(alone, killed)
     shards = [LogpShard.open(shard) for shard in caches.glob("*/shard-*")]
-    assert sum(len(shard) for shard in shards) == 400, "no log-prob was computed twice"
+    assert sum(len(shard) for shard in shards) == 120, "no log-prob was computed twice"
     assert all(born < began for born in kept.values())

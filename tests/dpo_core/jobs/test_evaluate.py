@@ -68,13 +68,7 @@ def test_one_rank_measures_every_policy(alone: dict[str, Any]) -> None:
     assert len(set(policy["samples"]["entropies"])) == 16
 
 
-def test_two_ranks_give_the_numbers_of_one(
-    alone: dict[str, Any], models: dict[str, str], rows: str, tmp_path: Path
-) -> None:
-    assert run_job_file(job(tmp_path, models, rows, 2)) == alone
-
-
-def test_a_killed_evaluation_resumes(
+def test_two_ranks_that_were_killed_and_resumed_give_the_numbers_of_one(
     alone: dict[str, Any], models: dict[str, str], rows: str, tmp_path: Path
 ) -> None:
     assert killed_and_resumed(job(tmp_path, models, rows, 2), units=4) == alone

@@ -1,10 +1,7 @@
 """Jobs of one rank: with more ranks, and restarted after a kill, they write the same."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +9,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from deploy.launchers import torchrun
+from deploy.launchers.base import tail
 from dpo_core.data.tokens.config import TokenConfig
 from dpo_core.jobs.files import CompareTokensJob, ImportJob, ModelJob, write_job
 from dpo_core.models.config import ModelConfig
@@ -20,6 +17,7 @@ from expectations.config import GateConfig
 from expectations.job_file import GateJob
 from tasks.store.manifest import digest_folder
 from tests.support.models.tiny import make_tiny_model
+from tests.support.runs import forked
 from tests.support.runs.jobs import on, run_job_file, run_rendered
 from tests.support.runs.training_jobs import pair_rows
 
@@ -71,18 +69,13 @@ def gate_job(place: Path, model: Path, rows: str, processes: int) -> GateJob:
 def killed_at_its_start(job: ModelJob, sign: str) -> None:
     """Run a job and kill it as soon as its log or its folders show that it works."""
     path = write_job(job)
-    log = path.parent / "killed.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            torchrun.command(path, 1), env=torchrun.environment(), stdout=output, stderr=output
-        )
-    deadline = time.monotonic() + 120
+    (process,) = forked.start_ranks(path, 1)
     while not list(path.parents[1].glob(sign)):
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+        assert process.exitcode is None, tail(path.parent, 40)
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 def test_a_model_is_imported_once_whatever_the_number_of_ranks(model: Path, tmp_path: Path) -> None:
@@ -124,13 +117,7 @@ def test_tokens_are_compared_once_whatever_the_number_of_ranks(model: Path, tmp_
 def test_an_unknown_kind_of_job_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "job.json"
     path.write_text(json.dumps({"kind": "sculpt", "work": str(tmp_path)}))
-    done = subprocess.run(
-        [sys.executable, "-m", "dpo_core.job", "--config", str(path)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 4
+    assert forked.ranks(path, 1) == [4]
     error = json.loads((tmp_path / "error.json").read_text())
     assert error["problem"].startswith("there is no kind of job 'sculpt', only ")
     assert "evaluate" in error["problem"]

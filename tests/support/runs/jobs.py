@@ -26,7 +26,7 @@ def run_job_file(job: ModelJob) -> dict[str, Any]:
     """Run the ranks of a job; what rank 0 reports."""
     path = write_job(job)
     statuses = forked.ranks(path, job.ranks.processes)
-    assert not any(statuses), tail(path.parent)
+    assert not any(statuses), tail(path.parent, 40)
     result: dict[str, Any] = json.loads((path.parent / "result.json").read_text())
     return result
 
@@ -46,7 +46,7 @@ def kill_in_the_middle(job: ModelJob, units: int) -> None:
     """Run a job whose last rank dies of SIGKILL once it has kept the results of so many units of its maps."""
     path = write_job(job)
     statuses = forked.ranks(path, job.ranks.processes, _die_in_the_middle, **{_UNITS: str(units)})
-    assert statuses[-1] == -signal.SIGKILL, tail(path.parent)
+    assert statuses[-1] == -signal.SIGKILL, tail(path.parent, 40)
     assert not (Path(job.work) / "result.json").exists()
 
 
@@ -64,7 +64,7 @@ def killed_and_resumed(job: ModelJob, units: int) -> dict[str, Any]:
     work = Path(job.work)
     before = kept(work)
     assert sum(map(len, before.values())) >= units
-    result = run_rendered(job)
+    result = run_job_file(job)
     assert_continued(before, kept(work))
     return result
 
