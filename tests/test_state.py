@@ -5,6 +5,7 @@ its `Context` or in an object that the context leads to.
 """
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,10 +64,10 @@ _CHANGES = {
 _SETTERS = {"setdefault", "update", "pop", "clear", "popitem"}
 
 
-def modules() -> Iterator[tuple[str, ast.Module]]:
-    for package in PACKAGES:
-        for path in sorted((REPO / package).rglob("*.py")):
-            yield path.relative_to(REPO).as_posix(), ast.parse(path.read_text())
+@functools.cache
+def modules() -> list[tuple[str, ast.Module]]:
+    paths = [path for package in PACKAGES for path in sorted((REPO / package).rglob("*.py"))]
+    return [(path.relative_to(REPO).as_posix(), ast.parse(path.read_text())) for path in paths]
 
 
 def _name_of(call: ast.expr) -> str:

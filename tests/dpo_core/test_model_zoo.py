@@ -37,6 +37,8 @@ REPRESENTATIVE = (
     "llama", "mistral", "gemma2", "gemma3_text", "granite", "cohere2", "qwen3_moe", "deepseek_v3", "gpt2",
     "opt", "falcon", "phi3", "mamba", "lfm2", "qwen3_next",
 )  # fmt: skip
+QUICK = ("gemma2", "deepseek_v3", "gpt2", "lfm2")
+"""Those of the default run, none of them like the tiny Llama of most other tests."""
 # Types that a small config builds and that are refused, with a word of the reason.
 REFUSED = {
     **dict.fromkeys(("bert", "bert-generation", "big_bird", "camembert", "cpmant"), "bidirectional"),
@@ -167,7 +169,9 @@ def require_reward_reloads(folder: Path, reference: Path, rows: list[dict[str, A
     assert torch.tensor(first).mean().item() == pytest.approx(0, abs=0.05)
 
 
-@pytest.mark.parametrize("model_type", REPRESENTATIVE)
+@pytest.mark.parametrize(
+    "model_type", [pytest.param(t, marks=() if t in QUICK else pytest.mark.slow) for t in REPRESENTATIVE]
+)
 def test_an_architecture_goes_through_every_part(
     alone: None, checkpoint: Callable[[str], Path], tmp_path: Path, model_type: str
 ) -> None:
