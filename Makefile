@@ -17,7 +17,7 @@ export DO_NOT_TRACK := 1
 # Threads that wait sleep: tests run side by side, and spinning ones take each other's cores.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: run test check lint types fast slow audit sbom lock clean
+.PHONY: run test check lint types fast nightly audit sbom lock clean
 
 run: $(VENV)/.run
 	$(BIN)/dpo run demo
@@ -35,10 +35,11 @@ types: $(VENV)/.test
 	$(BIN)/mypy
 
 fast: $(VENV)/.test
-	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
-slow: $(VENV)/.test
-	$(BIN)/pytest -m slow
+# What takes hours: real servers, whole runs, kills and full disks; ends with one table of files and times.
+nightly: $(VENV)/.test
+	$(BIN)/pytest -m 'slow or faults or security' -p tests.support.time_table
 
 # Known vulnerabilities of the locked packages. The tools have an environment of their own: they are no part
 # of the product, and would pull its packages about.

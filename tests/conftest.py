@@ -3,13 +3,14 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from tests.support.models.tiny import make_tiny_model
 from tests.support.runs.forked import job_servers
-from tests.support.runs.tiny_run import Bench, tiny_recipe
+from tests.support.runs.tiny_run import SERVER, Bench, prefect_address, tiny_recipe
 
 # Set before any test imports the packages that read them.
 os.environ.setdefault("DO_NOT_TRACK", "1")
@@ -23,10 +24,36 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files that take minutes, so that no worker is left alone with one at the end."""
+    """Set an order, and what runs in one worker of pytest-xdist: a file, and all that read the finished run.
+
+    What takes minutes begins, so that no worker is left alone with it at the end.
+    """
     longest = ("test_bad_inputs.py", "flows", "jobs", "cli")
-    items.sort(key=lambda item: item.path.name not in longest and item.path.parent.name not in longest)
+
+    def urgency(item: pytest.Item) -> int:
+        if "finished" in item.fixturenames:  # type: ignore[attr-defined]
+            return 0
+        return 1 if item.path.name in longest or item.path.parent.name in longest else 2
+
+    for item in items:
+        group = "finished" if urgency(item) == 0 else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
+        if item.path.parent.name == "security":
+            item.add_marker(pytest.mark.security)
+    items.sort(key=urgency)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Workers of pytest-xdist share one Prefect server, which their controller starts."""
+    node.workerinput[SERVER] = prefect_address()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if address := getattr(config, "workerinput", {}).get(SERVER):
+        os.environ[SERVER] = address
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,7 +5,6 @@ Wall-clock seconds, the median of three, each against its limit; processor secon
 
 import json
 import os
-import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -35,11 +34,9 @@ def _measured(work: Callable[[], object]) -> tuple[float, float]:
 
 @pytest.fixture(scope="module")
 def benches(finished: tuple[Bench, dict], tmp_path_factory: pytest.TempPathFactory) -> tuple[Bench, Bench]:
-    """A workspace with one run and one with a thousand more, each with a Prefect of its own."""
+    """A workspace with one run and one with a thousand more."""
     few, report = finished
-    folder = tmp_path_factory.mktemp("thousand")
-    shutil.copytree(few.folder.parent / "prefect", folder / "prefect")
-    many = few.copy(str(folder / "base"))
+    many = few.copy(str(tmp_path_factory.mktemp("thousand") / "base"))
     multiply(many, report, RUNS)
     return few, many
 

@@ -9,34 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from mlflow import MlflowClient
 
 from tests.flows.cli.test_plan import planned, reasons
-from tests.support.runs.tiny_run import ENGINE, Bench
+from tests.support.runs.tiny_run import SIZES, Bench
 
-SIZES = {"epochs": 50, "max_steps": 2, "batch_size": 8, "micro_batch_size": 8, "engine": ENGINE}
-ROUNDS = {"iterations": 2, "episodes": 8, "micro_batch_size": 8, "epochs": 1, "engine": ENGINE}
-# Listed so that each stands before what it needs.
-MORE: dict[str, Any] = {
-    "Last": {"method": "dpo", "start": "GRPO", "reference": "DPO", **SIZES},
-    "Pre-DPO": {"method": "dpo", "reference": "DPO", **SIZES},
-    "GRPO": {"method": "grpo", "start": "DPO", "group_size": 4, **ROUNDS},
-}
 CHAIN = ("train-dpo DPO", "train-grpo GRPO", "train-dpo Last")
-Finished = tuple[Bench, dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def graph(finished: Finished) -> tuple[Bench, dict[str, Any], dict[str, str]]:
-    """A finished run's workspace after a run with three more policies, its report, and what was planned."""
-    bench = finished[0].copy("graph")
-    recipe = yaml.safe_load(bench.recipe.read_text())
-    recipe["policies"] = MORE | recipe["policies"]
-    recipe["candidate"] = "GRPO"
-    bench.recipe.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    foretold = reasons(planned(bench))
-    return bench, bench.run(), foretold
 
 
 def curve(report: dict[str, Any], stage: str) -> list[dict[str, float]]:
@@ -48,16 +26,22 @@ def curve(report: dict[str, Any], stage: str) -> list[dict[str, float]]:
 def test_policies_added_to_a_finished_run_are_all_that_is_trained(graph) -> None:
     bench, report, foretold = graph
     ran = [name for name, state in bench.states(report).items() if state == "ran"]
-    new = ["train-grpo GRPO", "cache-reference DPO", "train-dpo Last", "train-dpo Pre-DPO", "evaluate"]
-    assert ran == new == list(foretold)
-    assert [row["name"] for row in report["evaluation"]["policies"]] == [
-        "SFT", "Last", "Pre-DPO", "GRPO", "DPO", "PPO",
+    assert ran == list(foretold) == [
+        "train-reward", "train-grpo GRPO", "cache-reference DPO", "train-dpo Last", "train-dpo Pre-DPO",
+        "train-online_dpo Online DPO", "train-ppo PPO", "evaluate",
     ]  # fmt: skip
+    assert (foretold["train-reward"], foretold["train-ppo PPO"]) == ("new", "changed")
+    names = [row["name"] for row in report["evaluation"]["policies"]]
+    assert names == ["SFT", "Last", "Pre-DPO", "GRPO", "Online DPO", "DPO", "PPO"]
+    page = (bench.workspace / "runs" / report["run"]["name"] / "page.html").read_text()
+    assert "Online DPO" in page
+    assert {"train-grpo GRPO", "train-online_dpo Online DPO"} <= set(report["curves"])
 
 
 def test_each_reads_its_start_and_its_reference(graph) -> None:
     bench, report, _ = graph
     client = MlflowClient(f"sqlite:///{bench.workspace / 'mlflow.db'}")
+    inputs_of = ("train-grpo GRPO", "train-dpo Last", "train-dpo Pre-DPO")
     digests = {stage["sha256"][:36]: stage["name"] for stage in report["stages"]}
     inputs = {
         stage["name"]: {
@@ -65,7 +49,7 @@ def test_each_reads_its_start_and_its_reference(graph) -> None:
             for one in client.get_run(stage["mlflow_run_id"]).inputs.dataset_inputs
         }
         for stage in report["stages"]
-        if stage["name"].startswith("train-") and stage["state"] == "ran"
+        if stage["name"] in inputs_of
     }
     pairs = {"pairs": "validate-pairs"}
     assert inputs == {

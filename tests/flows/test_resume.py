@@ -1,13 +1,10 @@
 """`--resume` keeps to the settings that a run began with, and a run can be done again."""
 
-import json
 import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from mlflow import MlflowClient
 
 from dpo_core.errors import RecipeError
 from flows.cli.run import show
@@ -130,25 +127,3 @@ def test_a_finished_run_is_resumed_under_its_own_settings_only(
     assert refused.returncode == 2
     assert f"the run {name} was started with seed=0; this recipe has seed=1" in refused.stderr
     assert before == ((folder / "run.json").read_bytes(), (folder / "report.json").read_bytes())
-
-
-def test_the_page_says_how_to_do_the_run_again(finished: tuple[Bench, dict[str, Any]]) -> None:
-    bench, report = finished
-    folder = bench.workspace / "runs" / report["run"]["name"]
-    kept = folder / "recipe.yaml"
-    assert report["run"]["command"] == f"dpo run {kept}"
-    assert report["run"]["started_by"].startswith(f"dpo run {bench.recipe}")
-    facts = yaml.safe_load(kept.read_text())
-    assert (facts["seed"], facts["policies"]["DPO"]["max_steps"]) == (0, 3)
-    done = bench.dpo("run", str(kept), "--json")
-    assert done.returncode == 0, done.stderr
-    again = json.loads(done.stdout)
-    assert set(bench.states(again).values()) == {"cached"}
-    # The same weights are not registered again.
-    model, first = again["model"], report["model"]
-    assert (model["version"], model["known"], model["alias"]) == (first["version"], True, None)
-    client = MlflowClient(f"sqlite:///{bench.workspace / 'mlflow.db'}")
-    version = client.get_model_version(first["name"], first["version"])
-    assert version.run_id == report["run"]["mlflow_run_id"]
-    assert report["run"]["name"] not in again["run"]["command"]
-    assert again["evaluation"] == report["evaluation"]

@@ -68,16 +68,3 @@ def test_resume_after_a_kill_ends_as_if_nothing_had_happened(finished, stage):
     states = own.states(report)
     assert all(states[s] == "cached" for s in STAGES[: STAGES.index(stage)])
     assert not _started_by(flow)
-
-
-def test_a_trainer_killed_between_checkpoints_goes_on_exactly(finished):
-    """The same for one stage, in the default run: the orphaned trainer is ended and training goes on."""
-    reference, whole = finished
-    own = reference.copy("killed-default")
-    forget_from(own, "train-dpo DPO")
-    flow = _kill_in(own, "train-dpo DPO")
-    assert _started_by(flow), "the trainer and the Prefect server outlive the flow"
-    report = own.run("--resume")
-    assert not _started_by(flow)
-    assert own.index() == reference.index()
-    assert report["evaluation"] == whole["evaluation"]

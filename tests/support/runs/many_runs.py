@@ -1,4 +1,4 @@
-"""A workspace, its MLflow and its Prefect after a thousand runs, without a thousand runs' wait.
+"""A workspace and its MLflow after a thousand runs, without a thousand runs' wait.
 
 Rows and files of one real run are written again under other names, straight into the databases' own tables.
 """
@@ -24,7 +24,6 @@ Row = dict[str, Any]
 def multiply(bench: Bench, report: dict[str, Any], count: int) -> None:
     """Put so many runs beside the one that was made, each an hour older than the one before it."""
     parents = _in_mlflow(bench.workspace / "mlflow.db", report["run"]["mlflow_run_id"], count)
-    _in_prefect(bench.folder.parent / "prefect" / "prefect.db", count)
     for number, parent in enumerate(parents):
         _on_disk(bench.workspace, report, number, parent)
 
@@ -101,15 +100,6 @@ def _in_mlflow(database: Path, parent: str, count: int) -> list[str]:
 
         named = _repeat(connection, mine, {*family, *models}, count, number)
         return [names[parent] for names in named]
-
-
-def _in_prefect(database: Path, count: int) -> None:
-    tables = ("flow_run", "flow_run_state", "task_run", "task_run_state", "artifact", "log", "events",
-              "event_resources")  # fmt: skip
-    with closing(sqlite3.connect(database)) as connection:
-        runs = connection.execute("select count(*) from flow_run").fetchone()[0]
-        known = {row["id"] for name in tables for row in _rows(connection, name, lambda _: True)}
-        _repeat(connection, {name: lambda _: True for name in tables}, known, max(count // runs, 1))
 
 
 def _rows(connection: sqlite3.Connection, table: str, wanted: Callable[[Row], bool]) -> Iterator[Row]:

@@ -15,7 +15,10 @@ import yaml
 
 from tests.support.runs import forked
 
+SERVER = "DPO_TEST_PREFECT"
+"""Variable with the address of the Prefect server that the workers of a test run share."""
 ENGINE = {"precision": "fp32", "threads": 1, "save_every": 1}
+SIZES = {"epochs": 50, "max_steps": 2, "batch_size": 8, "micro_batch_size": 8, "engine": ENGINE}
 
 
 def tiny_recipe(model: Path, workspace: Path) -> dict:
@@ -64,7 +67,9 @@ def tiny_recipe(model: Path, workspace: Path) -> dict:
 
 @functools.cache
 def prefect_address() -> str:
-    """A Prefect server that the runs of this process share: starting one takes longer than a tiny stage."""
+    """A Prefect server that all runs share: starting one takes longer than a tiny stage."""
+    if SERVER in os.environ:
+        return os.environ[SERVER]
     from flows.process.temporary_server import TemporaryServer
 
     with patch.dict(os.environ, PREFECT_HOME=tempfile.mkdtemp(prefix="prefect-")):
@@ -120,7 +125,8 @@ class Bench:
         """`run`, with its footprint."""
         done = subprocess.run(
             [sys.executable, "-P", Path(__file__).with_name("footprint.py"), "run", self.recipe, "--json"],
-            env=self.environment() | {"DPO_FOOTPRINT": str(self.footprint)},
+            env=self.environment()
+            | {"DPO_FOOTPRINT": str(self.footprint), "PREFECT_API_URL": prefect_address()},
             cwd=self.folder,
             capture_output=True,
             text=True,
