@@ -1,8 +1,6 @@
 """FLOPs that every trainer counts for a step, against torch's counter of matrix products."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from dpo_core.trainers.sft import Demonstration, SftTrainer
 from dpo_core.training.batches import PackedBatches, PaddedBatches
 from tests.support.golden_objectives import trainer_of
 from tests.support.models.tiny import make_tiny_model
+from tests.support.runs.killed_job import kill_after
 from tests.support.runs.training_jobs import (
     curve,
     launch,
@@ -202,10 +201,7 @@ def test_a_job_that_was_killed_tells_the_operations_of_both_parts(alone, tiny, t
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     assert train.main(["--config", str(job(straight, tiny))]) == 0
     path = job(killed, tiny)
-    died = subprocess.run(
-        [sys.executable, "-m", "tests.support.runs.killed_job", "4", str(path)], check=False
-    )
-    assert died.returncode == -9
+    kill_after(4, path)
     assert len(curve(killed)) == 4, "the last of them is done again"
     assert train.main(["--config", str(path)]) == 0
     assert result(killed)["flops"] == result(straight)["flops"] > 0

@@ -22,7 +22,7 @@ from dpo_core.statistics.estimates import (
 from dpo_core.statistics.significance import bootstrap_p
 
 EVALUATIONS, RESAMPLES, SAMPLES = 1000, 1000, 4
-PROMPTS = (30, 60, 200)
+PROMPTS = (30, pytest.param(60, marks=pytest.mark.slow), 200)
 
 Evaluate = Callable[[np.random.Generator, int], Estimate]
 
@@ -108,8 +108,15 @@ def test_share_of_one_answer_a_prompt(n: int) -> None:
 
 
 @pytest.mark.parametrize("n", PROMPTS)
-@pytest.mark.parametrize("p", [0.5, 0.9])
-@pytest.mark.parametrize("alike", [0.1, 0.5])
+@pytest.mark.parametrize(
+    ("p", "alike"),
+    [
+        (0.5, 0.1),
+        (0.9, 0.5),
+        pytest.param(0.5, 0.5, marks=pytest.mark.slow),
+        pytest.param(0.9, 0.1, marks=pytest.mark.slow),
+    ],
+)
 def test_share_of_four_answers_a_prompt(n: int, p: float, alike: float) -> None:
     names = clusters(n)
 

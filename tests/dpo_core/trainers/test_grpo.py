@@ -77,6 +77,14 @@ def test_two_ranks_take_the_steps_of_one(tiny: Path, tmp_path: Path) -> None:
             assert ours[name] == pytest.approx(theirs[name], rel=0.1 if name == "flops" else 1e-3), name
 
 
+@pytest.fixture(scope="module")
+def plain(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The work folder of a run without any of the options."""
+    work = tmp_path_factory.mktemp("plain")
+    assert launch(group_job(work, tiny)) is State.DONE
+    return work
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -89,13 +97,10 @@ def test_two_ranks_take_the_steps_of_one(tiny: Path, tmp_path: Path) -> None:
     ids=str,
 )
 def test_every_option_changes_the_course(
-    alone: None, tiny: Path, tmp_path: Path, changes: dict[str, Any]
+    alone: None, plain: Path, tiny: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    plain = group_job(tmp_path / "plain", tiny)
-    other = group_job(tmp_path / "other", tiny, **changes)
-    for job in (plain, other):
-        assert train.main(["--config", str(job)]) == 0
-    ours, theirs = curve(other.parent), curve(plain.parent)
+    assert train.main(["--config", str(group_job(tmp_path, tiny, **changes))]) == 0
+    ours, theirs = curve(tmp_path), curve(plain)
     assert ours[1]["grad_norm"] != theirs[1]["grad_norm"]
     assert ours[0]["objective/scores"] == theirs[0]["objective/scores"]
 

@@ -208,6 +208,23 @@ def test_the_critic_starts_from_the_reward_model(alone: None, tiny: Path, tmp_pa
     assert line["objective/gold_scores"] != line["objective/scores"]
 
 
+SHORT: dict[str, Any] = {
+    "iterations": 2,
+    "episodes": 16,
+    "micro_batch_size": 8,
+    "epochs": 1,
+    "kl_coef": 0.5,
+}
+
+
+@pytest.fixture(scope="module")
+def plain(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The work folder of a run without any of the switches."""
+    work = tmp_path_factory.mktemp("plain")
+    assert launch(online_job(work, tiny, "ppo", dict(SHORT))) is State.DONE
+    return work
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -221,15 +238,11 @@ def test_the_critic_starts_from_the_reward_model(alone: None, tiny: Path, tmp_pa
     ids=str,
 )
 def test_every_switch_changes_the_course(
-    alone: None, tiny: Path, tmp_path: Path, changes: dict[str, Any]
+    alone: None, plain: Path, tiny: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     """And none of them the first ratio."""
-    settings = {"iterations": 2, "episodes": 16, "micro_batch_size": 8, "epochs": 1, "kl_coef": 0.5}
-    plain = online_job(tmp_path / "plain", tiny, "ppo", dict(settings))
-    other = online_job(tmp_path / "other", tiny, "ppo", settings | changes)
-    for job in (plain, other):
-        assert train.main(["--config", str(job)]) == 0
-    ours, theirs = curve(other.parent), curve(plain.parent)
+    assert train.main(["--config", str(online_job(tmp_path, tiny, "ppo", SHORT | changes))]) == 0
+    ours, theirs = curve(tmp_path), curve(plain)
     assert [line["val/ratio_first"] for line in ours] == pytest.approx([1.0, 1.0], abs=1e-12)
     assert ours[0]["objective/scores"] == theirs[0]["objective/scores"], "the first samples are the same"
     assert ours[1]["grad_norm"] != theirs[1]["grad_norm"]

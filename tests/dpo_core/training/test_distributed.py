@@ -3,8 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
+from deploy.launchers import State
 from dpo_core import job as train
 from dpo_core.methods.ppo import PpoConfig
 from dpo_core.reference import LogpShard, sequence_key
@@ -20,7 +19,7 @@ from dpo_core.training.batches import Order
 from dpo_core.training.config import EngineConfig
 from dpo_core.training.distributed import lost_peer
 from tests.support.runs import training_jobs
-from tests.support.runs.training_jobs import curve, pair_rows, write_job
+from tests.support.runs.training_jobs import curve, launch, pair_rows, write_job
 
 ROWS = pair_rows(16)
 STEPS = 6
@@ -69,10 +68,8 @@ class Lab:
         return path
 
     def run(self, ranks: int, jobs: list[Path]) -> None:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc-per-node={ranks}", "-m", "tests.support.runs.many_jobs", *map(str, jobs)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+        for job in jobs:
+            assert launch(job, ranks) is State.DONE
 
     def gap(self, name: str, other: str) -> dict[str, float]:
         """Largest difference of two courses: of each metric, and of the weights that were written."""

@@ -4,8 +4,6 @@ The killed part is a process of its own, and leaves what a kill may leave: a lin
 checkpoint. Ranks and nodes that are lost: tests/scenarios/faults/test_two_nodes.py.
 """
 
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_core import job as train
+from tests.support.runs.killed_job import kill_after
 from tests.support.runs.training_jobs import curve, pair_rows, write_job, write_reference
 
 TIMES = {"time", "seconds_per_step", "tokens_per_second"}
@@ -108,13 +107,7 @@ def test_three_steps_a_kill_and_three_are_six(alone: None, tiny: Path, tmp_path:
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     assert train.main(["--config", str(write(straight, tiny, case))]) == 0
     job = write(killed, tiny, case)
-    died = subprocess.run(
-        [sys.executable, "-m", "tests.support.runs.killed_job", "4", str(job)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert died.returncode == -9, died.stdout + died.stderr
+    kill_after(4, job)
     assert [line["step"] for line in curve(killed)] == [1, 2, 3, 4], "the fourth step was not saved"
     assert [p.name for p in (killed / "checkpoints").glob("step-*")] == ["step-00000003"]
     assert train.main(["--config", str(job)]) == 0

@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from deploy.launchers import LocalLauncher, State
+from deploy.launchers.job_server_client import JobServer
 from dpo_core import job as train
 from dpo_core.data.tokens.tokenise import Tokenise
 from dpo_core.errors import RecipeError
@@ -247,7 +248,8 @@ def resumed(
     """The same run, killed with SIGKILL, resumed, stopped with SIGTERM, resumed to its end."""
     work = tmp_path_factory.mktemp("resumed")
     job = dpo_job(work, tiny, shard)
-    launcher = LocalLauncher()
+    server = JobServer()
+    launcher = LocalLauncher(server=server)
     lengths, states = [], []
 
     handle = launcher.submit(job, 1, work)
@@ -262,6 +264,8 @@ def resumed(
     launcher.cancel(handle)
     lengths.append(len(curve(work)))
     states.append(launcher.poll(handle))
+
+    server.close()
 
     states.append(launch(job))
     lengths.append(len(curve(work)))

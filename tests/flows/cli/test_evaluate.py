@@ -107,6 +107,7 @@ def test_a_suite_is_not_asked_twice(data: Path, models: list[str], tmp_path: Pat
     assert len(list((tmp_path / "evaluations").glob("hhh-*.json"))) == 3, "other settings, another model"
 
 
+@pytest.mark.slow
 def test_a_cluster_puts_the_model_through_the_suites(data: Path, models: list[str], tmp_path: Path) -> None:
     commands = slurm_site.install(tmp_path / "site")
     path = os.pathsep.join([str(commands), str(Path(sys.executable).parent), os.environ["PATH"]])

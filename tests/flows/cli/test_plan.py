@@ -187,13 +187,9 @@ def test_given_pairs_and_the_objectives_around_them(bench, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "cached"),
     [
-        ({"objective": "simpo"}, False),
-        ({"objective": "orpo_full"}, False),
         ({"objective": "sft", "plus": [{"objective": "cpo"}]}, False),
         ({"objective": "cpo", "plus": [{"objective": "dpo"}]}, True),
-        ({"objective": "tdpo2"}, False),
         ({"reference_sync": {}}, False),
-        ({"plus": [{"objective": "sft"}]}, True),
     ],
     ids=str,
 )

@@ -1,19 +1,25 @@
-"""A training job that dies of SIGKILL in the middle: `python -m tests.support.runs.killed_job STEP JOB`.
-
-It is the real entry point of a rank. It kills itself once the metrics of STEP are written and before that
-step can be saved.
-"""
+"""A training job that dies of SIGKILL in the middle."""
 
 import os
 import signal
-import sys
+from pathlib import Path
 
+from deploy.launchers.base import tail
 from dpo_core.job import main
 from dpo_core.training.engine import MetricsFile
+from tests.support.runs import forked
 
-if __name__ == "__main__":
-    last, job = int(sys.argv[1]), sys.argv[2]
-    write = MetricsFile.write
+_STEP = "STEP_OF_THE_KILL"
+
+
+def kill_after(step: int, job: Path) -> None:
+    """Run a job that kills itself once the metrics of the step are written and before it can be saved."""
+    statuses = forked.ranks(job, 1, _die_after_a_step, **{_STEP: str(step)})
+    assert statuses == [-signal.SIGKILL], tail(job.parent, 40)
+
+
+def _die_after_a_step(arguments: list[str]) -> int:
+    last, write = int(os.environ[_STEP]), MetricsFile.write
 
     def write_and_die(self: MetricsFile, step: int, values: dict[str, float]) -> None:
         write(self, step, values)
@@ -21,4 +27,4 @@ if __name__ == "__main__":
             os.kill(os.getpid(), signal.SIGKILL)
 
     MetricsFile.write = write_and_die  # type: ignore[method-assign]
-    sys.exit(main(["--config", job]))
+    return main(arguments)

@@ -156,5 +156,5 @@ def launch(job: Path, processes: int = 1) -> State:
     clear(job.parent)
     forked.ranks(job, processes)
     state = final_state(job.parent)
-    assert state is not State.FAILED, tail(job.parent)
+    assert state is not State.FAILED, tail(job.parent, 40)
     return state
