@@ -12,6 +12,7 @@ from dpo_core.errors import RecipeError
 from flows.cli.run import show
 from tasks.runs.record import RunRecord, new_run, save_run
 from tasks.store.owner import this_process
+from tests.scenarios.bad_inputs import dpo
 from tests.support.reports.run_reports import decided, make_policies
 from tests.support.runs.stored import REPO
 
@@ -29,28 +30,23 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def dpo(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "flows.cli.main", *arguments]
-    return subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=600, check=False)
-
-
 def test_the_newest_are_listed_and_the_rest_is_counted(workspace: Path) -> None:
-    lines = dpo("runs", "--workspace", str(workspace)).stdout.splitlines()
+    lines = dpo("runs", "--workspace", str(workspace)).out.splitlines()
     assert [line.split()[0] for line in lines[:-1]] == [f"run-{n:02d}" for n in range(29, 9, -1)]
     assert lines[-1] == "and 10 older runs: --all lists them"
-    everything = dpo("runs", "--all", "--workspace", str(workspace)).stdout.splitlines()
+    everything = dpo("runs", "--all", "--workspace", str(workspace)).out.splitlines()
     assert len(everything) == 30
 
 
 def test_by_status_and_recipe_and_in_json_without_a_limit_of_its_own(workspace: Path) -> None:
     asked = ("--status", "failed", "--recipe", "nightly", "--workspace", str(workspace), "--json")
-    told = json.loads(dpo("runs", *asked).stdout)
+    told = json.loads(dpo("runs", *asked).out)
     assert [run["run_id"] for run in told] == ["run-20", "run-10", "run-00"]
-    (newest,) = json.loads(dpo("runs", *asked, "--newest", "1").stdout)
+    (newest,) = json.loads(dpo("runs", *asked, "--newest", "1").out)
     assert newest["run_id"] == "run-20"
-    assert len(json.loads(dpo("runs", "--workspace", str(workspace), "--json").stdout)) == 30
+    assert len(json.loads(dpo("runs", "--workspace", str(workspace), "--json").out)) == 30
     refused = dpo("runs", "--status", "finished", "--workspace", str(workspace))
-    assert (refused.returncode, "Name one of running, done" in refused.stderr) == (2, True)
+    assert (refused.code, "Name one of running, done" in refused.err) == (2, True)
 
 
 def test_looking_imports_nothing_heavy(workspace: Path) -> None:
@@ -90,7 +86,7 @@ def test_a_finished_run_says_what_came_of_it(tmp_path: Path) -> None:
         ("{", ""),
     ):
         report.write_text(text)
-        (line,) = dpo("runs", "--workspace", str(tmp_path)).stdout.splitlines()
+        (line,) = dpo("runs", "--workspace", str(tmp_path)).out.splitlines()
         assert line.startswith(record.run_id)
         assert told in line
         assert line.endswith(", simpo") == ("simpo" in text)
