@@ -1,7 +1,7 @@
 """Loads the recipe's data and its evaluation set into canonical tables: files, a mixture, or openings."""
 
 from dpo_core.data.config import DataConfig, SourceConfig
-from dpo_core.data.demo.openings import review_openings
+from dpo_core.data.demo.reviews import review_openings
 from dpo_core.data.layouts.fields import PromptFields
 from dpo_core.data.mixture import load_mixture
 from dpo_core.data.records import Loaded, load_source, subsample, to_frame

@@ -3,7 +3,7 @@
 import copy
 from typing import TYPE_CHECKING, Any
 
-from dpo_core.data.demo.demonstrations import review_demonstrations
+from dpo_core.data.demo.reviews import review_demonstrations
 from dpo_core.errors import ModelError
 from dpo_core.models.config import ScratchConfig
 

@@ -15,7 +15,6 @@ from dpo_core.errors import RecipeError
 from dpo_core.redaction import find_secret
 from dpo_core.system import read_small
 from dpo_core.yaml import read_yaml
-from tasks.recipe.old_recipe import require_new_form, require_new_override
 from tasks.recipe.policies import CLASSES
 from tasks.recipe.recipe import Recipe
 
@@ -78,11 +77,7 @@ def with_overrides(
         RecipeError: an override of another form, an unknown field, a value out of range.
     """
     for override in overrides:
-        if model is Recipe:
-            require_new_override(raw, override)
         _apply_override(raw, override)
-    if model is Recipe:
-        require_new_form(raw, unusable)
     try:
         settings = model.model_validate(raw)
     except ValidationError as error:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from dpo_core.data.demo.demonstrations import review_demonstrations
+from dpo_core.data.demo.reviews import review_demonstrations
 from dpo_core.data.files.read import check_source, read_rows
 from dpo_core.data.tokens.config import TokenConfig
 from dpo_core.errors import DataError, StageFailed

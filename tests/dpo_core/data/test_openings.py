@@ -6,8 +6,15 @@ from collections import Counter
 import pytest
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from dpo_core.data.demo.demonstrations import SENTIMENTS, demonstrations_with_sentiment, review_demonstrations
-from dpo_core.data.demo.openings import NOUNS, all_openings, openings_for, review_openings
+from dpo_core.data.demo.reviews import (
+    SENTIMENTS,
+    all_openings,
+    demonstrations_with_sentiment,
+    grammar,
+    openings_for,
+    review_demonstrations,
+    review_openings,
+)
 from dpo_core.errors import RecipeError
 
 PROMPTS = len(openings_for(demonstrations=False))
@@ -37,7 +44,7 @@ def test_openings_say_nothing_good_or_bad(compound) -> None:
 
 def test_a_few_openings_are_of_every_kind() -> None:
     kinds = {opening.text: opening.kind for opening in all_openings()}
-    assert Counter(kinds[text] for text in review_openings(24, 5)) == dict.fromkeys(NOUNS, 3)
+    assert Counter(kinds[text] for text in review_openings(24, 5)) == dict.fromkeys(grammar()["nouns"], 3)
 
 
 def test_openings_depend_on_the_seed_alone() -> None:

@@ -15,8 +15,8 @@ from tasks.store.facts import Facts
 ROOT = Path(tasks.__file__).parent.parent
 PRODUCT = ("tasks", "flows", "deploy", "expectations")
 
-EARLIER = {"tasks/recipe/old_recipe.py", "tasks/reports/old_report.py"}
-"""Files that say what recipes and reports of earlier versions meant, by the names of that time."""
+EARLIER = {"tasks/reports/old_report.py"}
+"""Files that say what reports of earlier versions meant, by the names of that time."""
 
 
 def literals(tree: ast.AST) -> Iterator[tuple[int, str, ast.AST]]:
