@@ -17,11 +17,12 @@ import sys
 import threading
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dpo_core import jobs
 from dpo_core.errors import DpoError, NeedsNewSettings, RankLost, StageFailed
-from dpo_core.jobs.files import ERROR, STOP_FILE
+from dpo_core.jobs.files import ERROR, STOP_FILE, ModelJob
+from dpo_core.jobs.start import start_ranks
 from dpo_core.models.remote_code import trust_digests
 from dpo_core.redaction import redact
 from dpo_core.system import write_atomic
@@ -29,15 +30,12 @@ from dpo_core.training.distributed import lost_peer, lost_rank
 from dpo_core.training.liveness import LivenessMonitor
 from dpo_core.training.stop import Stopped
 
-if TYPE_CHECKING:
-    from dpo_core.training.liveness import LivenessMonitor
-
 STOPPED = 75  # EX_TEMPFAIL: started again, the job resumes
 RESULT = "result.json"
 
 
 def module_of(kind: str) -> Any:
-    """The module of a kind of job, with `FILE`, the class of its job file, and `run`.
+    """The module of a kind of job: `FILE`, the class of its job file, and `run`, which every rank calls.
 
     Args:
         kind: a module of `dpo_core.jobs`, or the full name of a module elsewhere.
@@ -57,12 +55,17 @@ def module_of(kind: str) -> Any:
     return importlib.import_module(f"{jobs.__name__}.{name}")
 
 
-def run(kind: Any, job: Any, monitor: "LivenessMonitor") -> None:
+def run(kind: Any, job: Any, monitor: LivenessMonitor) -> None:
     """Run the job and write its result. Every rank calls this."""
     work = Path(job.work)
     trust_digests(job.trusted_code)
-    result = kind.run(job, monitor)
-    if result is not None:
+    if isinstance(job, ModelJob):
+        ranks = start_ranks(work, job.ranks, monitor)
+        result = kind.run(job, ranks)
+        rank = ranks.rank
+    else:
+        result, rank = kind.run(job, monitor), int(os.environ.get("RANK", "0"))
+    if rank == 0:
         # Its presence is the launcher's proof that the job finished.
         write_atomic(work / RESULT, json.dumps(result, indent=1))
     monitor.leave()

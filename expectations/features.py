@@ -8,8 +8,8 @@ import json
 import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -18,6 +18,9 @@ import pyarrow.compute as pc
 
 from dpo_core.data.split import prompt_key
 from expectations.rules import Subject
+
+if TYPE_CHECKING:
+    from dpo_core.data.tokens.tokenise import Tokenise
 
 TEXTS: dict[Subject, list[str]] = {
     "pairs": ["prompt", "chosen", "rejected"],
@@ -50,13 +53,47 @@ _Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True)
-class Budget:
-    """The token budget: `max_length` for prompt and completion, `max_prompt_length` when both do not fit."""
+class Tokenisation:
+    """The tokenizer, its chat template and the token budget, as far as the gate knows them."""
 
+    tokens: "Tokenise | None" = None
+    """With `max_length` it enables the two token rules."""
     max_length: int | None = None
+    """Maximum tokens of prompt and answer together."""
     max_prompt_length: int | None = None
+    """Maximum tokens of the prompt if both do not fit; for prompts, the budget itself."""
+    special_tokens: Sequence[str] = ()
+    """The tokenizer's own special tokens, which no text may contain."""
+    template_tokens: Sequence[str] = ()
+    """Other tokens that its chat template writes; a text that contains one causes a warning."""
+    turn_markers: Sequence[str] = ()
+    """Words that the template writes around turns, which no conversation may contain."""
+    wraps: bool = False
+    """Whether text prompts become user turns."""
     frame: int = _TEMPLATE_SLACK
-    """Maximum number of tokens that the chat template adds to the messages."""
+    """Maximum number of tokens that the template adds to the messages."""
+
+    @classmethod
+    def of(cls, tokenise: "Tokenise") -> "Tokenisation":
+        """With everything that the tokenizer and its template say."""
+        config, added = tokenise.config, tokenise.tokenizer.added_tokens_decoder.values()
+        plain = cls(
+            tokenise,
+            config.max_length,
+            config.max_prompt_length,
+            special_tokens=sorted(t.content for t in added if t.special),
+        )
+        if not tokenise.writes_template:
+            return plain
+        form = tokenise.chat_format()
+        frame = len(form.write([{"role": "user", "content": "a"}], None, opened=True))
+        return replace(
+            plain,
+            template_tokens=sorted(t for t in form.markers if t in form.template.source),
+            turn_markers=sorted(form.role_markers),
+            wraps=config.template == "chat",
+            frame=frame + _TEMPLATE_SLACK,
+        )
 
     def limit(self, subject: Subject) -> int | None:
         """Number of tokens above which a row of `subject` is cut; None = no limit."""
@@ -160,42 +197,6 @@ def _equal_start(chosen: str, rejected: str, kept: int) -> bool:
     )
 
 
-@dataclass(frozen=True)
-class Control:
-    """Regular expressions for texts that could be read as control tokens; None: nothing."""
-
-    known: str | None = None
-    """Tokens of well-known templates, and non-special tokens that the template in use writes."""
-    own: str | None = None
-    """Special tokens of the tokenizer in use."""
-    turns: str | None = None
-    """Words that the template in use writes around turns."""
-    wraps: bool = False
-    """Whether text prompts become turns too."""
-
-
-def control_of(
-    special_tokens: Sequence[str] = (),
-    template_tokens: Sequence[str] = (),
-    turn_markers: Sequence[str] = (),
-    wraps: bool = False,
-) -> Control:
-    """The texts that could be read as control tokens by a tokenizer and its chat template.
-
-    Args:
-        special_tokens: the tokenizer's own special tokens.
-        template_tokens: other tokens that its chat template writes.
-        turn_markers: words that the template writes around turns.
-        wraps: whether text prompts become turns too.
-    """
-    return Control(
-        known=tokens_pattern([*TEMPLATE_TOKENS, *template_tokens]),
-        own=tokens_pattern(special_tokens),
-        turns=tokens_pattern(turn_markers),
-        wraps=wraps,
-    )
-
-
 def _tools_bound(arrays: dict[str, Any]) -> Any:
     """Upper bound of the tokens of tools, which templates rewrite and precede by instructions."""
     if "tools" not in arrays:
@@ -205,7 +206,7 @@ def _tools_bound(arrays: dict[str, Any]) -> Any:
 
 
 def _slice_features(
-    part: pd.DataFrame, subject: Subject, *, control: "Control", budget: Budget, least: int
+    part: pd.DataFrame, subject: Subject, tokenisation: Tokenisation, least: int
 ) -> dict[str, _Array]:
     """The features of one slice that do not depend on other rows. Names with a leading "_" are internal."""
     texts: dict[str, list[str]] = {}
@@ -232,6 +233,7 @@ def _slice_features(
             hits |= _matches(array, pattern or "")
         return hits & usable
 
+    in_turns = chat | tokenisation.wraps
     split = part["split"].astype(str).to_numpy()
     unprintable = anywhere(_CONTROL)
     if chat.any():
@@ -242,15 +244,16 @@ def _slice_features(
         "split": ~np.isin(split, ["train", "eval"]),
         "empty_prompt": usable & ~full["prompt"],
         "control_characters": unprintable,
-        "template_tokens": anywhere(control.known),
-        "special_tokens": anywhere(control.own) | (anywhere(control.turns) & (chat | control.wraps)),
+        "template_tokens": anywhere(tokens_pattern([*TEMPLATE_TOKENS, *tokenisation.template_tokens])),
+        "special_tokens": anywhere(tokens_pattern(tokenisation.special_tokens))
+        | (anywhere(tokens_pattern(tokenisation.turn_markers)) & in_turns),
         "_usable": usable,
         "_eval": split == "eval",
         "_prompt": _hash(bare["prompt"]),
         "_normal": _hash(map(_normal, texts["prompt"], chats, usable.tolist())),
     }
-    prompt_bound = size["prompt"] + np.where(chat | control.wraps, budget.frame, 2) + _tools_bound(arrays)
-    limit = budget.limit(subject)
+    prompt_bound = size["prompt"] + np.where(in_turns, tokenisation.frame, 2) + _tools_bound(arrays)
+    limit = tokenisation.limit(subject)
     if subject == "prompts":
         out["_maybe_over"] = usable & (prompt_bound > limit if limit else np.zeros(len(part), dtype=bool))
         out["_maybe_equal"] = np.zeros(len(part), dtype=bool)
@@ -284,7 +287,7 @@ def _slice_features(
     over = usable & (prompt_bound + answers > limit if limit else np.zeros(len(part), dtype=bool))
     equal = over & both & ~same
     if limit:
-        most = prompt_bound if budget.max_prompt_length is None else budget.max_prompt_length
+        most = prompt_bound if tokenisation.max_prompt_length is None else tokenisation.max_prompt_length
         kept = np.maximum(limit - np.minimum(prompt_bound, most) - 2, 0)
         for at in np.flatnonzero(equal).tolist():
             equal[at] = _equal_start(texts["chosen"][at], texts["rejected"][at], int(kept[at]))
@@ -323,8 +326,7 @@ def compute(
     frame: pd.DataFrame,
     subject: Subject,
     *,
-    control: Control | None = None,
-    budget: Budget | None = None,
+    tokenisation: Tokenisation | None = None,
     echo_min_chars: int = 20,
     tick: Callable[[int], None] | None = None,
 ) -> Features:
@@ -332,18 +334,15 @@ def compute(
 
     Args:
         frame: the canonical columns; its index is ignored, source rows are in `row`.
-        control: texts that no row may contain; default: the tokens of well-known templates.
-        budget: token budget; without one, no row is a candidate for the token rules.
+        tokenisation: without a token budget, no row is a candidate for the token rules.
         echo_min_chars: shortest prompt (or message) that is searched for at the start of an answer.
         tick: called after each slice with the number of rows done.
     """
-    control = control or control_of()
+    tokenisation = tokenisation or Tokenisation()
     parts: dict[str, list[_Array]] = {}
     for start in range(0, max(len(frame), 1), SLICE):
         part = frame.iloc[start : start + SLICE]
-        done = _slice_features(
-            part, subject, control=control, budget=budget or Budget(), least=echo_min_chars
-        )
+        done = _slice_features(part, subject, tokenisation, echo_min_chars)
         for name, values in done.items():
             parts.setdefault(name, []).append(values)
         if tick:

@@ -16,13 +16,12 @@ from great_expectations.checkpoint import UpdateDataDocsAction
 
 from expectations.config import GateConfig
 from expectations.drift import Profile, distance, profile, read_profile
-from expectations.features import TEXTS, Features, compute, relations
+from expectations.features import TEXTS, Features, Tokenisation, compute, relations
 from expectations.report import Finding, GateReport, to_do
 from expectations.rules import Subject, rules_of, words_of
 from expectations.suite import SCHEMA, content_suite, schema_frame, schema_suite
-from expectations.template_rule import RowWriter, template_flags
 from expectations.thresholds import BandRule, DistanceRule, RateRule, Severity
-from expectations.token_rules import Tokenisation, token_flags
+from expectations.token_rules import template_flags, token_flags
 
 _ROWS_SHOWN = 10
 # Great Expectations keeps its current project in a global variable, so gates in threads must take turns.
@@ -243,7 +242,7 @@ def judge(
     """
     earlier = None if baseline is None else read_profile(baseline)
     tokenisation = tokenisation or Tokenisation()
-    tokens, budget = tokenisation.tokens, tokenisation.budget
+    tokens = tokenisation.tokens
     with _ONE_AT_A_TIME:
         docs = _Expectations(Path(docs_dir))
         kinds = schema_frame(frame, subject)
@@ -255,28 +254,26 @@ def judge(
         features = compute(
             frame,
             subject,
-            control=tokenisation.control,
-            budget=budget,
+            tokenisation=tokenisation,
             echo_min_chars=config.echo_min_chars,
             tick=tick,
         )
         flags, usable = features.flags, features.keys["usable"].to_numpy()
-        if tokens is None or budget.limit(subject) is None:
+        if tokens is None or tokenisation.limit(subject) is None:
             without = "no tokenizer or token budget was given"
             judged.reasons = dict.fromkeys(("over_long", "identical_after_truncation"), without)
         else:
             columns, estimated = token_flags(
                 frame,
                 features,
-                tokens,
-                budget,
+                tokenisation,
                 subject,
                 max_candidates=config.max_candidates,
                 seed=config.seed,
             )
             flags = flags.assign(**columns)
             judged.notes = {name: f"estimated from {n} rows" for name, n in estimated.items()}
-        if isinstance(tokens, RowWriter):
+        if tokens is not None:
             refused, why = template_flags(frame, usable, tokens)
             flags = flags.assign(template=refused)
             judged.notes |= {"template": why}

@@ -1,6 +1,5 @@
 """The data gate as a job: judge rows with the model's tokenizer, and write those that may go on."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,30 +7,19 @@ import pandas as pd
 
 from dpo_core.data.answers import measure_answers
 from dpo_core.data.tokens.tokenise import Tokenise
-from dpo_core.errors import ModelError
-from dpo_core.jobs.start import start_ranks
 from dpo_core.models.load import load_tokenizer
-from dpo_core.training.liveness import LivenessMonitor
+from dpo_core.ranks import JobRanks
+from expectations.features import Tokenisation
 from expectations.gate import judge
 from expectations.job_file import GateJob
-from expectations.token_rules import Tokenisation
 
 FILE = GateJob
 
 
-def run(job: GateJob, monitor: LivenessMonitor) -> dict[str, Any] | None:
-    """Rank 0 judges the rows, writes those that may go on, and returns the report and their counts.
-
-    Raises:
-        ModelError: the chat template refuses a row, where nothing may be left out.
-    """
-    ranks = start_ranks(Path(job.work), job.ranks, monitor)
-    if ranks.rank != 0:
-        return None
+def run(job: GateJob, ranks: JobRanks) -> dict[str, Any]:
+    """Judge the rows, write those that may go on, and return the report and their counts."""
     frame = pd.read_parquet(job.rows)
     tokenise = Tokenise(load_tokenizer(Path(job.model)), job.tokens)
-    if job.config.quarantine == "refuse":
-        _check_template(frame, tokenise)
     done = 0
 
     def tick(rows: int) -> None:
@@ -45,7 +33,7 @@ def run(job: GateJob, monitor: LivenessMonitor) -> dict[str, Any] | None:
         subject=job.subject,
         config=job.config,
         docs_dir=Path(job.docs),
-        tokenisation=Tokenisation(**tokenise.gate_settings()),
+        tokenisation=Tokenisation.of(tokenise),
         baseline=job.baseline,
         tick=tick,
     )
@@ -75,19 +63,3 @@ def _labels(kept: pd.DataFrame, subject: str) -> dict[str, int]:
         return {}
     label = train["label"]
     return {"desirable": int(label.sum()), "undesirable": int((~label).sum())}
-
-
-def _check_template(frame: pd.DataFrame, tokenise: Tokenise) -> None:
-    """Write one conversation of each order of roles, so that no template fails later, in the training."""
-    seen: set[Any] = set()
-    sound = frame[frame["chat"] & (frame["fault"] == "")]
-    for row in sound.to_dict("records"):
-        number, prompt, tools = row["row"], row["prompt"], row.get("tools") or ""
-        roles = (bool(tools), *((turn["role"], *sorted(turn)) for turn in json.loads(prompt)))
-        if roles in seen:
-            continue
-        seen.add(roles)
-        try:
-            tokenise.prompt(prompt, True, tools=tools)
-        except ModelError as error:
-            raise ModelError(f"row {number} of the data: {error.problem}", error.remedy) from error

@@ -1,101 +1,34 @@
-"""The two token rules: rows over the token budget, and answers that become equal by truncation.
+"""The rules that need the tokenizer: the token budget, answers equal by truncation, and the chat template.
 
 Tokenising a million rows takes minutes, but bytes decide nearly all rows. A token has at least one byte, so a
 row whose bytes fit the budget fits it in tokens, and two answers can keep equal tokens only if they begin
 with at least that many equal bytes. The other rows are tokenised exactly as in training, or if there are too
 many, a seeded sample of them. The bounds hold for lossless tokenizers (byte-level or byte-fallback BPE); a
 tokenizer that maps different texts to one unknown token can hide a pair from the second rule.
+
+Whether a template can write a row depends on the roles of its turns and their parts beyond text (calls,
+tools, reasoning), so one row of each kind is tried. A template may still refuse a text; such rows are left
+out and counted during tokenisation.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+import json
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from dpo_core.data.tokens.chat_template import TemplateError
-from expectations.features import Budget, Control, Features, _Array, control_of
+from dpo_core.data.tokens.tokenise import Tokenise
+from expectations.features import Features, Tokenisation, _Array
 from expectations.rules import Subject
 
-
-class Tokens(Protocol):
-    """Tokenises text as training does; implemented by `dpo_core.data.tokens.tokenise.Tokenise`."""
-
-    def prompt(self, text: str, chat: bool, budget: int | None = None, tools: str = "") -> Sequence[int]:
-        """Ids of a prompt, at most `budget` of them."""
-        ...
-
-    def completion(
-        self,
-        text: str,
-        ended: bool,
-        prompt: str | None = None,
-        chat: bool = False,
-        tools: str = "",
-        answer_chat: bool = False,
-    ) -> Sequence[int]:
-        """Ids of an answer to a prompt, with the end token if it ended."""
-        ...
+_ANSWERS = ("chosen", "rejected", "completion")
 
 
-@dataclass(frozen=True)
-class Tokenisation:
-    """The tokenizer, its chat template and the token budget, as far as the gate knows them."""
-
-    tokens: Tokens | None = None
-    """The tokeniser (`Tokenise`, or `PlainTokens` around a function); with `max_length` it enables the two
-    token rules."""
-    max_length: int | None = None
-    """Maximum tokens of prompt and answer together."""
-    max_prompt_length: int | None = None
-    """Maximum tokens of the prompt if both do not fit; for prompts, the budget itself."""
-    special_tokens: Sequence[str] = ()
-    """The tokenizer's own special tokens, which no text may contain."""
-    template_tokens: Sequence[str] = ()
-    """Other tokens that its chat template writes; a text that contains one causes a warning."""
-    turn_markers: Sequence[str] = ()
-    """Words that the template writes around turns, which no conversation may contain."""
-    wraps: bool = False
-    """Whether text prompts become user turns."""
-    template_frame: int | None = None
-    """Maximum number of tokens that the template adds to the messages."""
-
-    @property
-    def budget(self) -> Budget:
-        """The token budget."""
-        budget = Budget(self.max_length, self.max_prompt_length)
-        return budget if self.template_frame is None else replace(budget, frame=self.template_frame)
-
-    @property
-    def control(self) -> Control:
-        """Regular expressions for texts that no row may contain."""
-        return control_of(self.special_tokens, self.template_tokens, self.turn_markers, self.wraps)
-
-
-class PlainTokens:
-    """`Tokens` from a function text -> ids. A chat is tokenised as its JSON; prompts are cut from the
-    left."""
-
-    def __init__(self, encode: Callable[[str], Sequence[int]], eos: int = -1) -> None:
-        self.encode = encode
-        self.eos = eos
-
-    def refusal(self, row: dict[str, Any]) -> str | None:
-        """None: there is no template."""
-        return None
-
-    def prompt(self, text: str, chat: bool, budget: int | None = None, tools: str = "") -> Sequence[int]:
-        ids = self.encode(text)
-        return ids if budget is None else ids[max(len(ids) - budget, 0) :]
-
-    def completion(self, text: str, ended: bool, *_: object) -> Sequence[int]:
-        return [*self.encode(text), *([self.eos] if ended else [])]
-
-
-def _judge_row(tokens: Tokens, row: dict[str, object], budget: Budget, subject: Subject) -> tuple[bool, bool]:
+def _judge_row(row: dict[str, object], tokenisation: Tokenisation, subject: Subject) -> tuple[bool, bool]:
     """(over the budget, answers equal after truncation) of one row."""
-    limit = budget.limit(subject)
+    tokens, limit = tokenisation.tokens, tokenisation.limit(subject)
+    assert tokens is not None
     assert limit is not None
     text, chat, tools = str(row["prompt"]), bool(row["chat"]), str(row.get("tools") or "")
     about = text, chat, tools, bool(row.get("answer_chat"))
@@ -111,8 +44,8 @@ def _judge_row(tokens: Tokens, row: dict[str, object], budget: Budget, subject: 
     )
     if len(prompt) + max(len(chosen), len(rejected)) <= limit:
         return False, False
-    if budget.max_prompt_length is not None:
-        prompt = tokens.prompt(text, chat, budget.max_prompt_length, tools)
+    if tokenisation.max_prompt_length is not None:
+        prompt = tokens.prompt(text, chat, tokenisation.max_prompt_length, tools)
     kept = max(limit - len(prompt), 0)
     return True, list(chosen[:kept]) == list(rejected[:kept])
 
@@ -120,8 +53,7 @@ def _judge_row(tokens: Tokens, row: dict[str, object], budget: Budget, subject: 
 def token_flags(
     frame: pd.DataFrame,
     features: Features,
-    tokens: Tokens,
-    budget: Budget,
+    tokenisation: Tokenisation,
     subject: Subject,
     *,
     max_candidates: int,
@@ -153,10 +85,39 @@ def token_flags(
     positions = np.flatnonzero(look)
     for at, row in zip(positions.tolist(), frame.iloc[positions].to_dict("records"), strict=True):
         try:
-            hits = _judge_row(tokens, row, budget, subject)
+            hits = _judge_row(row, tokenisation, subject)
         except TemplateError:  # counted by the rule `template`, or during tokenisation
             continue
         for name, hit in zip(wanted, hits, strict=False):
             if hit and wanted[name][at] and not np.isnan(columns[name][at]):
                 columns[name][at] = 1.0
     return columns, estimated
+
+
+def template_flags(frame: pd.DataFrame, usable: _Array, tokens: Tokenise) -> tuple[_Array, str]:
+    """(rows,) float32: 1 for rows that the template cannot write; and the first reason with its row
+    number."""
+    seen: dict[Any, str | None] = {}
+    flags = np.zeros(len(frame), dtype=np.float32)
+    note = ""
+    for at, row in enumerate(frame.to_dict("records")):
+        if not usable[at]:
+            continue
+        kind = _kind(row)
+        if kind not in seen:
+            seen[kind] = why = tokens.refusal(row)
+            if why and not note:
+                note = f"row {row['row']}: {why}"
+        flags[at] = bool(seen[kind])
+    return flags, note
+
+
+def _kind(row: dict[str, Any]) -> Any:
+    if not row["chat"]:
+        return bool(row["prompt"])
+    answers = [row[name] for name in _ANSWERS if name in row] if row.get("answer_chat") else []
+    return bool(row.get("tools")), tuple(_shape(text) for text in [row["prompt"], *answers])
+
+
+def _shape(turns: str) -> Any:
+    return tuple((turn.get("role"), *sorted(k for k, v in turn.items() if v)) for turn in json.loads(turns))

@@ -7,18 +7,17 @@ from dpo_core.data.files.parquet import read_parquet
 from dpo_core.evaluation.model_under_test import ModelUnderTest
 from dpo_core.evaluation.prompt import Prompt
 from dpo_core.jobs.files import AnswersJob
-from dpo_core.jobs.start import device, start_ranks
-from dpo_core.training.liveness import LivenessMonitor
+from dpo_core.jobs.start import device
+from dpo_core.ranks import JobRanks
 
 FILE = AnswersJob
 
 
-def run(job: AnswersJob, monitor: LivenessMonitor) -> dict[str, Any] | None:
-    """Every rank calls this; rank 0 returns the answers of each model, in the order of the prompts."""
-    ranks = start_ranks(Path(job.work), job.ranks, monitor)
+def run(job: AnswersJob, ranks: JobRanks) -> dict[str, Any]:
+    """The answers of each model, in the order of the prompts."""
     prompts = [Prompt(row["prompt"], bool(row["chat"])) for row in read_parquet(job.prompts)]
     answers = {}
     for model in job.models:
         subject = ModelUnderTest(Path(model.path), model.name, model.tokens, device=device(), ranks=ranks)
         answers[model.name] = subject.answers(prompts, job.sampling, seed=job.seed)
-    return {"answers": answers} if ranks.rank == 0 else None
+    return {"answers": answers}

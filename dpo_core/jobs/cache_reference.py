@@ -7,22 +7,21 @@ from dpo_core.data.files.parquet import read_parquet
 from dpo_core.data.tokens.tokenise import Tokenise, no_rows_left
 from dpo_core.examples.cached import cached_sequences
 from dpo_core.jobs.files import ReferenceJob
-from dpo_core.jobs.start import device, start_ranks
+from dpo_core.jobs.start import device
 from dpo_core.methods.registry import get
 from dpo_core.models.load import load_tokenizer
+from dpo_core.ranks import JobRanks
 from dpo_core.reference.logps import CacheSettings, Reference, reference_logps
-from dpo_core.training.liveness import LivenessMonitor
 
 FILE = ReferenceJob
 
 
-def run(job: ReferenceJob, monitor: LivenessMonitor) -> dict[str, Any] | None:
-    """Every rank calls this; rank 0 writes the shard and returns the counts.
+def run(job: ReferenceJob, ranks: JobRanks) -> dict[str, Any] | None:
+    """Rank 0 writes the shard and returns the counts.
 
     Raises:
         StageFailed: no training row is left after tokenising.
     """
-    ranks = start_ranks(Path(job.work), job.ranks, monitor)
     method, model = get(job.method), Path(job.model)
     settings = method.settings.model_validate(job.settings)
     tokenise = Tokenise(load_tokenizer(model), job.tokens)

@@ -5,17 +5,14 @@ from typing import Any
 
 from dpo_core.data.tokens.stop_tokens import stop_ids
 from dpo_core.jobs.files import CompareTokensJob
-from dpo_core.jobs.start import start_ranks
 from dpo_core.models.load import load_tokenizer
-from dpo_core.training.liveness import LivenessMonitor
+from dpo_core.ranks import JobRanks
 
 FILE = CompareTokensJob
 
 
-def run(job: CompareTokensJob, monitor: LivenessMonitor) -> dict[str, Any] | None:
-    """Rank 0 returns the names of what differs."""
-    if start_ranks(Path(job.work), job.ranks, monitor).rank != 0:
-        return None
+def run(job: CompareTokensJob, ranks: JobRanks) -> dict[str, Any]:
+    """The names of what differs."""
     own, other = load_tokenizer(Path(job.model)), load_tokenizer(Path(job.other))
     differing = [
         what

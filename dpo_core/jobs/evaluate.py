@@ -24,32 +24,30 @@ from dpo_core.evaluation.policies import (
 )
 from dpo_core.evaluation.summary import PolicySamples
 from dpo_core.jobs.files import EvaluationJob
-from dpo_core.jobs.start import device, start_ranks
+from dpo_core.jobs.start import device
 from dpo_core.models.load import load_model, load_tokenizer
-from dpo_core.ranks import Ranks
+from dpo_core.ranks import JobRanks, Ranks
 from dpo_core.rewards.model import scorer, scoring_flops_of
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.completion_scores import logprob_flops
 from dpo_core.scoring.model_shape import shape_of
-from dpo_core.training.liveness import LivenessMonitor
 
 FILE = EvaluationJob
 
 
-def run(job: EvaluationJob, monitor: LivenessMonitor) -> dict[str, Any] | None:
-    """Every rank calls this; rank 0 returns the prompts, the measurements by policy, and the operations.
+def run(job: EvaluationJob, ranks: JobRanks) -> dict[str, Any]:
+    """The prompts, the measurements by policy, and the operations.
 
     Raises:
         StageFailed: no prompt or pair is held out.
     """
-    ranks = start_ranks(Path(job.work), job.ranks, monitor)
     tokenise = Tokenise(load_tokenizer(Path(job.reference)), job.tokens)
     evaluation = _Evaluation(job, ranks, tokenise)
     for name in job.policies:
         evaluation.sample(name)
     evaluation.read_with_reference()
     evaluation.score()
-    return evaluation.result() if ranks.rank == 0 else None
+    return evaluation.result()
 
 
 class _Evaluation:

@@ -14,14 +14,13 @@ from dpo_core.errors import NeedsNewSettings
 from dpo_core.generation.config import seed_for
 from dpo_core.generation.generate import Completion, sample
 from dpo_core.jobs.files import PairSamplingJob
-from dpo_core.jobs.start import device, start_ranks
+from dpo_core.jobs.start import device
 from dpo_core.methods.pair_sampling import PairSamplingConfig, ScoredSample, pair_up
 from dpo_core.models.load import load_model, load_tokenizer
-from dpo_core.ranks import Ranks
+from dpo_core.ranks import JobRanks, Ranks
 from dpo_core.rewards.model import scorer
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.model_shape import shape_of
-from dpo_core.training.liveness import LivenessMonitor
 
 FILE = PairSamplingJob
 
@@ -29,13 +28,12 @@ FILE = PairSamplingJob
 _BATCHES_A_SEED = 8
 
 
-def run(job: PairSamplingJob, monitor: LivenessMonitor) -> dict[str, Any] | None:
-    """Every rank calls this; rank 0 writes the pairs and returns their counts.
+def run(job: PairSamplingJob, ranks: JobRanks) -> dict[str, Any] | None:
+    """Rank 0 writes the pairs and returns their counts.
 
     Raises:
         StageFailed: no two samples of a prompt make a pair.
     """
-    ranks = start_ranks(Path(job.work), job.ranks, monitor)
     config, model_path = job.config, Path(job.model)
     tokenise = Tokenise(load_tokenizer(model_path), job.tokens)
     room = config.sampling.max_new_tokens

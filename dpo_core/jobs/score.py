@@ -6,22 +6,20 @@ from typing import Any
 from dpo_core.data.files.parquet import read_parquet
 from dpo_core.data.tokens.tokenise import Tokenise
 from dpo_core.jobs.files import ScoreJob
-from dpo_core.jobs.start import device, start_ranks
+from dpo_core.jobs.start import device
 from dpo_core.models.load import load_tokenizer
-from dpo_core.ranks import Ranks
+from dpo_core.ranks import JobRanks, Ranks
 from dpo_core.rewards.functions import is_reward_model, load_reward
 from dpo_core.rewards.model import scorer
-from dpo_core.training.liveness import LivenessMonitor
 
 FILE = ScoreJob
 
 
-def run(job: ScoreJob, monitor: LivenessMonitor) -> dict[str, Any] | None:
-    """Every rank calls this; rank 0 returns the rewards in the order of the rows."""
-    ranks = start_ranks(Path(job.work), job.ranks, monitor)
+def run(job: ScoreJob, ranks: JobRanks) -> dict[str, Any]:
+    """The rewards in the order of the rows."""
     rows = read_parquet(job.answers)
     rewards = _by_model(job, rows, ranks) if is_reward_model(job.reward) else _by_function(job, rows, ranks)
-    return {"rewards": rewards} if ranks.rank == 0 else None
+    return {"rewards": rewards}
 
 
 def _by_model(job: ScoreJob, rows: list[dict[str, Any]], ranks: Ranks) -> list[float]:

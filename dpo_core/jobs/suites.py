@@ -11,27 +11,25 @@ from dpo_core.evaluation.results import SuiteResult
 from dpo_core.evaluation.run_suite import run_suite
 from dpo_core.evaluation.suites.registry import find
 from dpo_core.jobs.files import PER_SUITE, SuitesJob
-from dpo_core.jobs.start import device, start_ranks
-from dpo_core.ranks import Ranks
-from dpo_core.training.liveness import LivenessMonitor
+from dpo_core.jobs.start import device
+from dpo_core.ranks import JobRanks, Ranks
 
 FILE = SuitesJob
 
 
-def run(job: SuitesJob, monitor: LivenessMonitor) -> dict[str, Any] | None:
-    """Every rank calls this; rank 0 returns the results in the order of `job.model_suites`.
+def run(job: SuitesJob, ranks: JobRanks) -> dict[str, Any]:
+    """The results in the order of `job.model_suites`.
 
     Raises:
         RecipeError: the reference has another vocabulary than a model.
     """
-    ranks = start_ranks(Path(job.work), job.ranks, monitor)
     results: list[SuiteResult] = []
     for name, pairs in groupby(job.model_suites, key=lambda pair: pair[0]):
         subject = _subject(job, name, ranks)
         for _, suite in pairs:
             subject.ranks = _SuiteRanks(ranks)
             results.append(run_suite(find(suite), subject, Path(job.files[suite]), job.config))
-    return {"results": [result.model_dump(mode="json") for result in results]} if ranks.rank == 0 else None
+    return {"results": [result.model_dump(mode="json") for result in results]}
 
 
 def _subject(job: SuitesJob, name: str, ranks: Ranks) -> ModelUnderTest:

@@ -1,12 +1,13 @@
 """Job that trains a model with a method of the registry."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from dpo_core import trainers
 from dpo_core.jobs.start import clear_end_markers
 from dpo_core.methods.job import Job
 from dpo_core.methods.registry import get
-from dpo_core.trainers.registry import build
 from dpo_core.training.distributed import peak_memory, start_distributed
 from dpo_core.training.engine import read_metrics
 from dpo_core.training.liveness import LivenessMonitor
@@ -18,7 +19,7 @@ def run(job: Job, monitor: LivenessMonitor) -> dict[str, Any] | None:
     start_distributed(settings.engine)
     monitor.start(settings.engine.lost_after_seconds, settings.engine.timeout_seconds)
     clear_end_markers(Path(job.work))
-    trainer, export = build(job, settings)
+    trainer, export = import_module(f"{trainers.__name__}.{job.method}").build(job, settings)
     metrics = trainer.train()
     peak = peak_memory()
     state = trainer.engine.full_state()

@@ -15,10 +15,8 @@ if TYPE_CHECKING:
 
 
 @objective(
-    "nca",
     citation="Chen, He, Yuan, Cui, Su, Zhu, Noise Contrastive Alignment of Language Models with Explicit "
     "Rewards, NeurIPS 2024, arXiv 2402.05369",
-    data="pairs",
     parameters={"beta": BETA},
     value_at_reference=lambda _: 2 * math.log(2),
 )
@@ -33,9 +31,7 @@ def nca(logps: PairLogps, *, beta: float) -> "Tensor":
 
 
 @objective(
-    "bco_pair",
     citation="Jung, Han, Nam, On, Binary Classifier Optimization for LLM Alignment, 2024, arXiv 2404.04656",
-    data="pairs",
     parameters={"beta": BETA},
     value_at_reference=lambda _: 2 * math.log(2),
     caveat="Without the paper's running shift delta, which `bco` has.",
@@ -50,10 +46,8 @@ def bco_pair(logps: PairLogps, *, beta: float) -> "Tensor":
 
 
 @objective(
-    "sppo_hard",
     citation="Wu, Sun, Yuan, Ji, Yang, Gu, Self-Play Preference Optimization for Language Model Alignment, "
     "2024, arXiv 2405.00675",
-    data="pairs",
     parameters={"beta": BETA},
     value_at_reference=lambda parameters: 1 / (2 * parameters["beta"] ** 2),
 )
@@ -72,9 +66,7 @@ _APO = (
 )
 
 
-@objective(
-    "apo_zero", citation=_APO, data="pairs", parameters={"beta": BETA}, value_at_reference=lambda _: 1.0
-)
+@objective(citation=_APO, parameters={"beta": BETA}, value_at_reference=lambda _: 1.0)
 def apo_zero(logps: PairLogps, *, beta: float) -> "Tensor":
     """(1 - σ(beta·h_w)) + σ(beta·h_l) of each pair (B,), in [0, 2]: APO-zero, TRL `apo_zero`.
 
@@ -83,9 +75,7 @@ def apo_zero(logps: PairLogps, *, beta: float) -> "Tensor":
     return (-beta * logps.chosen_ratio_B).sigmoid() + (beta * logps.rejected_ratio_B).sigmoid()
 
 
-@objective(
-    "apo_down", citation=_APO, data="pairs", parameters={"beta": BETA}, value_at_reference=lambda _: 1.0
-)
+@objective(citation=_APO, parameters={"beta": BETA}, value_at_reference=lambda _: 1.0)
 def apo_down(logps: PairLogps, *, beta: float) -> "Tensor":
     """σ(beta·h_w) + (1 - σ(beta·D)) of each pair (B,), in [0, 2]: APO-down, TRL `apo_down`.
 

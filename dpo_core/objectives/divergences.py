@@ -5,7 +5,7 @@ Log-ratios are SUMS over the completion (see `inputs.py`). `rewards/*` stay beta
 
 from typing import TYPE_CHECKING
 
-from dpo_core.objectives.common import BETA, bounded_exp, bounded_expm1, ln_2, log_sigmoid
+from dpo_core.objectives.common import BETA, bounded_exp, bounded_expm1, log_sigmoid
 from dpo_core.objectives.inputs import PairLogps
 from dpo_core.objectives.parameter import Parameter
 from dpo_core.objectives.registry import objective
@@ -23,11 +23,8 @@ _F_DPO = (
 
 
 @objective(
-    "fdpo_forward_kl",
     citation=_F_DPO,
-    data="pairs",
     parameters={"beta": BETA},
-    value_at_reference=ln_2,
 )
 def fdpo_forward_kl(logps: PairLogps, *, beta: float) -> "Tensor":
     """-log σ(beta·(s_w - s_l)) of each pair (B,), s = -exp(-h): f-DPO with the forward KL.
@@ -41,11 +38,8 @@ def fdpo_forward_kl(logps: PairLogps, *, beta: float) -> "Tensor":
 
 
 @objective(
-    "fdpo_js",
     citation=_F_DPO,
-    data="pairs",
     parameters={"beta": BETA},
-    value_at_reference=ln_2,
 )
 def fdpo_js(logps: PairLogps, *, beta: float) -> "Tensor":
     """-log σ(beta·(s_w - s_l)) of each pair (B,), s = log σ(h): f-DPO with the Jensen-Shannon divergence.
@@ -58,15 +52,12 @@ def fdpo_js(logps: PairLogps, *, beta: float) -> "Tensor":
 
 
 @objective(
-    "fdpo_alpha",
     citation=_F_DPO,
-    data="pairs",
     parameters={
         "beta": BETA,
         # Beyond 1 the derivative f' is finite at 0 and the paper's derivation no longer holds.
         "alpha": Parameter(0.5, 0.0, 1.0, "0 is the forward KL, 1 the reverse KL (DPO)"),
     },
-    value_at_reference=ln_2,
 )
 def fdpo_alpha(logps: PairLogps, *, beta: float, alpha: float) -> "Tensor":
     """-log σ(beta·(s_w - s_l)) of each pair (B,), s = (exp((α-1)·h) - 1)/(α-1): f-DPO's α-divergence.
@@ -84,16 +75,13 @@ def fdpo_alpha(logps: PairLogps, *, beta: float, alpha: float) -> "Tensor":
 
 
 @objective(
-    "chi_po",
     citation="Huang, Zhan, Xie, Lee, Sun, Krishnamurthy, Foster, Correcting the Mythos of KL-Regularization: "
     "Direct Alignment without Overoptimization via Chi-Squared Preference Optimization, ICLR 2025, "
     "arXiv 2407.13399",
-    data="pairs",
     parameters={
         "beta": BETA,
         "r_max": Parameter(10.0, 0.1, 1000.0, "largest reward of a completion; the margin stops at twice it"),
     },
-    value_at_reference=ln_2,
     caveat="The clip at ±2·r_max was not checked against the paper's text.",
 )
 def chi_po(logps: PairLogps, *, beta: float, r_max: float) -> "Tensor":

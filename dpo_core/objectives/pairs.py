@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from dpo_core.objectives.common import BETA, SMOOTHING, ln_2, log_sigmoid, ratio_means, smoothed
+from dpo_core.objectives.common import BETA, SMOOTHING, log_sigmoid, ratio_means, smoothed
 from dpo_core.objectives.inputs import PairLogps
 from dpo_core.objectives.parameter import Parameter
 from dpo_core.objectives.registry import objective
@@ -23,11 +23,8 @@ def _ipo_at_reference(parameters: Mapping[str, float]) -> float:
 
 
 @objective(
-    "dpo",
     citation="Rafailov et al., Direct Preference Optimization, NeurIPS 2023, arXiv 2305.18290",
-    data="pairs",
     parameters={"beta": BETA},
-    value_at_reference=ln_2,
 )
 def dpo(logps: PairLogps, *, beta: float) -> "Tensor":
     """-log σ(beta·D) of each pair (B,): Eq. 7 of the paper, its original form.
@@ -38,11 +35,8 @@ def dpo(logps: PairLogps, *, beta: float) -> "Tensor":
 
 
 @objective(
-    "cdpo",
     citation="Mitchell, A note on DPO with noisy preferences and relationship to IPO, 2023",
-    data="pairs",
     parameters={"beta": BETA, "label_smoothing": SMOOTHING._replace(default=0.1)},
-    value_at_reference=ln_2,
 )
 def cdpo(logps: PairLogps, *, beta: float, label_smoothing: float) -> "Tensor":
     """-(1-ε)·log σ(u) - ε·log σ(-u) of each pair (B,), ε = label_smoothing.
@@ -54,15 +48,12 @@ def cdpo(logps: PairLogps, *, beta: float, label_smoothing: float) -> "Tensor":
 
 
 @objective(
-    "robust",
     citation="Chowdhury, Kini, Natarajan, Provably Robust DPO, ICML 2024, arXiv 2403.00409",
-    data="pairs",
     parameters={
         "beta": BETA,
         # The loss divides by 1 - 2ε: one half carries no information and has no loss.
         "label_smoothing": Parameter(0.1, 0.0, 0.49, "known share of pairs with flipped labels"),
     },
-    value_at_reference=ln_2,
 )
 def robust(logps: PairLogps, *, beta: float, label_smoothing: float) -> "Tensor":
     """[-(1-ε)·log σ(u) + ε·log σ(-u)] / (1-2ε) of each pair (B,), ε = label_smoothing.
@@ -81,9 +72,7 @@ _IPO = (
 
 
 @objective(
-    "ipo_sum",
     citation=f"{_IPO}, arXiv 2310.12036",
-    data="pairs",
     parameters={"tau": TAU},
     value_at_reference=_ipo_at_reference,
     reward_scale="tau",
@@ -97,9 +86,7 @@ def ipo_sum(logps: PairLogps, *, tau: float) -> "Tensor":
 
 
 @objective(
-    "ipo_mean",
     citation=f"{_IPO}, arXiv 2310.12036",
-    data="pairs",
     parameters={"tau": TAU},
     value_at_reference=_ipo_at_reference,
     reward_scale="tau",
@@ -114,9 +101,7 @@ def ipo_mean(logps: PairLogps, *, tau: float) -> "Tensor":
 
 
 @objective(
-    "hinge",
     citation="Zhao et al., SLiC-HF, 2023, arXiv 2305.10425; Liu et al., RSO, ICLR 2024, arXiv 2309.06657",
-    data="pairs",
     parameters={"beta": BETA},
     value_at_reference=lambda _: 1.0,
 )
@@ -129,12 +114,9 @@ def hinge(logps: PairLogps, *, beta: float) -> "Tensor":
 
 
 @objective(
-    "dpo_norm",
     citation="Lambert et al., Tülu 3: Pushing Frontiers in Open Language Model Post-Training, 2024, "
     "arXiv 2411.15124",
-    data="pairs",
     parameters={"beta": Parameter(5.0, 0.001, 100.0, "strength of the pull to the reference, per token")},
-    value_at_reference=ln_2,
 )
 def dpo_norm(logps: PairLogps, *, beta: float) -> "Tensor":
     """-log σ(beta·(h_w/n_w - h_l/n_l)) of each pair (B,): length-normalised DPO, on MEANS over tokens.
@@ -151,10 +133,8 @@ def _exo_at_reference(parameters: Mapping[str, float]) -> float:
 
 
 @objective(
-    "exo",
     citation="Ji et al., Towards Efficient Exact Optimization of Language Model Alignment, ICML 2024, "
     "arXiv 2402.00856",
-    data="pairs",
     parameters={
         "beta": BETA,
         # The target must leave both sides some probability: its logarithm is taken.
@@ -174,10 +154,8 @@ def exo(logps: PairLogps, *, beta: float, label_smoothing: float) -> "Tensor":
 
 
 @objective(
-    "discopop",
     citation="Lu et al., Discovering Preference Optimization Algorithms with and for Large Language Models, "
     "NeurIPS 2024, arXiv 2406.08414",
-    data="pairs",
     parameters={
         "beta": BETA,
         "temperature": Parameter(0.05, 0.001, 0.99, "the paper's τ: how sharply the two losses are blended"),

@@ -15,10 +15,8 @@ _LARGEST_MEAN = -1e-7
 
 
 @objective(
-    "cpo",
     citation="Xu et al., Contrastive Preference Optimization: Pushing the Boundaries of LLM Performance in "
     "Machine Translation, ICML 2024, arXiv 2401.08417",
-    data="pairs",
     parameters={
         "beta": Parameter(0.1, 0.001, 10.0, "scale of the difference of log-probs"),
         "nll_weight": Parameter(1.0, 0.0, 100.0, "weight of the chosen NLL; TRL's cpo_alpha"),
@@ -39,10 +37,8 @@ def cpo(logps: PairLogps, *, beta: float, nll_weight: float, label_smoothing: fl
 
 
 @objective(
-    "simpo",
     citation="Meng, Xia, Chen, SimPO: Simple Preference Optimization with a Reference-Free Reward, "
     "NeurIPS 2024, arXiv 2405.14734",
-    data="pairs",
     parameters={
         "beta": Parameter(2.0, 0.1, 100.0, "scale of the difference of mean log-probs"),
         "gamma_beta_ratio": Parameter(0.5, 0.0, 5.0, "target margin as a share of beta: gamma / beta"),
@@ -79,9 +75,7 @@ def log_odds_ratio(logps: PairLogps) -> "Tensor":
 
 
 @objective(
-    "orpo",
     citation=_ORPO,
-    data="pairs",
     parameters={"odds_weight": _ODDS_WEIGHT},
     value_at_reference=None,
     needs_reference=False,
@@ -99,9 +93,7 @@ def orpo(logps: PairLogps, *, odds_weight: float) -> "Tensor":
 
 
 @objective(
-    "orpo_full",
     citation=_ORPO,
-    data="pairs",
     parameters={"odds_weight": _ODDS_WEIGHT},
     value_at_reference=None,
     needs_reference=False,

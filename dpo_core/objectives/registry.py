@@ -3,12 +3,12 @@
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import AfterValidator
 
 from dpo_core.errors import RecipeError
+from dpo_core.objectives.common import ln_2
 from dpo_core.objectives.parameter import Parameter
 from dpo_core.objectives.variants import VARIANTS
 
@@ -31,17 +31,18 @@ class Objective:
     """
 
     name: str
+    """The name of its function."""
     function: Callable[..., Any]
     citation: str
     """Authors, title, venue and identifier of the paper."""
-    needs_reference: bool
-    """False: the reference log-probs are not read and may be zeros."""
-    data: Literal["pairs", "unpaired"]
     parameters: Mapping[str, Parameter]
-    value_at_reference: Callable[[Mapping[str, float]], float | None] | None
+    data: Literal["pairs", "unpaired"] = "pairs"
+    needs_reference: bool = True
+    """False: the reference log-probs are not read and may be zeros."""
+    value_at_reference: Callable[[Mapping[str, float]], float | None] | None = ln_2
     """The exact loss if policy and reference are the same model (with z_0 and delta 0). None, or a result of
     None for the parameters, if there is no such value."""
-    extras: frozenset[Extra] = frozenset()
+    extras: Collection[Extra] = ()
     """Which optional fields of `PairLogps` the function reads."""
     batch_coupled: bool = False
     """True: the function sorts over its batch, so the global batch has to be one forward pass."""
@@ -51,6 +52,17 @@ class Objective:
     """True: `pair_metrics` takes the rewards from mean log-probs, without reference."""
     caveat: str = ""
     """What its name does not show: coupled examples, omitted parts, unverified details."""
+
+    def __post_init__(self) -> None:
+        arguments = inspect.signature(self.function).parameters.values()
+        read = {argument.name for argument in arguments if argument.kind is argument.KEYWORD_ONLY}
+        if read != set(self.parameters):
+            declared = sorted(self.parameters)
+            raise ValueError(f"'{self.name}' declares {declared} but its function reads {sorted(read)}")
+        if self.reward_scale is not None and self.reward_scale not in self.parameters:
+            raise ValueError(
+                f"the reward scale '{self.reward_scale}' of '{self.name}' is not among its parameters"
+            )
 
     @property
     def needs_full_vocabulary(self) -> bool:
@@ -137,20 +149,12 @@ _OBJECTIVES: dict[str, Objective] = {}
 
 
 def objective(
-    name: str,
-    *,
-    citation: str,
-    data: Literal["pairs", "unpaired"],
-    parameters: Mapping[str, Parameter],
-    value_at_reference: Callable[[Mapping[str, float]], float | None] | None,
-    needs_reference: bool = True,
-    extras: Collection[Extra] = (),
-    batch_coupled: bool = False,
-    reward_scale: str | None = "beta",
-    rewards_per_token: bool = False,
-    caveat: str = "",
+    *, citation: str, parameters: Mapping[str, Parameter], **facts: Any
 ) -> Callable[[Function], Function]:
-    """Register the decorated function under `name`; the function itself is returned unchanged.
+    """Register the decorated function under its name; the function itself is returned unchanged.
+
+    Args:
+        facts: further fields of `Objective`.
 
     Raises:
         ValueError: the name is taken, or the declared parameters are not exactly the keyword-only arguments
@@ -158,28 +162,10 @@ def objective(
     """
 
     def register(function: Function) -> Function:
+        name = function.__name__
         if name in _OBJECTIVES:
             raise ValueError(f"an objective named '{name}' is already registered")
-        arguments = inspect.signature(function).parameters.values()
-        read = {argument.name for argument in arguments if argument.kind is argument.KEYWORD_ONLY}
-        if read != set(parameters):
-            raise ValueError(f"'{name}' declares {sorted(parameters)} but its function reads {sorted(read)}")
-        if reward_scale is not None and reward_scale not in parameters:
-            raise ValueError(f"the reward scale '{reward_scale}' of '{name}' is not among its parameters")
-        _OBJECTIVES[name] = Objective(
-            name=name,
-            function=function,
-            citation=citation,
-            needs_reference=needs_reference,
-            data=data,
-            parameters=MappingProxyType(dict(parameters)),
-            value_at_reference=value_at_reference,
-            extras=frozenset(extras),
-            batch_coupled=batch_coupled,
-            reward_scale=reward_scale,
-            rewards_per_token=rewards_per_token,
-            caveat=caveat,
-        )
+        _OBJECTIVES[name] = Objective(name, function, citation, parameters, **facts)
         return function
 
     return register

@@ -5,7 +5,7 @@ Log-probs are SUMS over the completion (see `inputs.py`).
 
 from typing import TYPE_CHECKING
 
-from dpo_core.objectives.common import BETA, chosen_nll, ln_2, log_sigmoid, token_means
+from dpo_core.objectives.common import BETA, chosen_nll, log_sigmoid, token_means
 from dpo_core.objectives.inputs import PairLogps, required
 from dpo_core.objectives.parameter import Parameter
 from dpo_core.objectives.registry import objective
@@ -15,15 +15,12 @@ if TYPE_CHECKING:
 
 
 @objective(
-    "dpop",
     citation="Pal, Karkhanis, Dooley, Roberts, Naidu, White, Smaug: Fixing Failure Modes of Preference "
     "Optimisation with DPO-Positive, 2024, arXiv 2402.13228",
-    data="pairs",
     parameters={
         "beta": BETA,
         "penalty": Parameter(50.0, 0.0, 1000.0, "the paper's λ: cost of making a chosen answer less likely"),
     },
-    value_at_reference=ln_2,
     caveat="The formula and the default of penalty were not checked against the paper's text.",
 )
 def dpop(logps: PairLogps, *, beta: float, penalty: float) -> "Tensor":
@@ -37,10 +34,8 @@ def dpop(logps: PairLogps, *, beta: float, penalty: float) -> "Tensor":
 
 
 @objective(
-    "r_dpo",
     citation="Park, Rafailov, Ermon, Finn, Disentangling Length from Quality in Direct Preference "
     "Optimization, Findings of ACL 2024, arXiv 2403.19159",
-    data="pairs",
     parameters={
         "beta": BETA,
         "alpha": Parameter(0.01, 0.0, 1.0, "reward taken off for each token of a completion"),
@@ -60,14 +55,11 @@ def r_dpo(logps: PairLogps, *, beta: float, alpha: float) -> "Tensor":
 
 
 @objective(
-    "ld_dpo",
     citation="Liu et al., Length Desensitization in Direct Preference Optimization, 2024, arXiv 2409.06411",
-    data="pairs",
     parameters={
         "beta": BETA,
         "alpha": Parameter(0.5, 0.0, 1.0, "weight of the tokens beyond the shorter answer's length"),
     },
-    value_at_reference=ln_2,
     extras={"common"},
 )
 def ld_dpo(logps: PairLogps, *, beta: float, alpha: float) -> "Tensor":
@@ -89,9 +81,7 @@ _NLL = (
 
 
 @objective(
-    "sft",
     citation=_NLL,
-    data="pairs",
     parameters={},
     value_at_reference=None,
     needs_reference=False,
@@ -107,9 +97,7 @@ def sft(logps: PairLogps) -> "Tensor":
 
 
 @objective(
-    "sft_mean",
     citation=_NLL,
-    data="pairs",
     parameters={},
     value_at_reference=None,
     needs_reference=False,

@@ -6,7 +6,7 @@ log-probs of the sampled tokens do not give it: the reference has to be live. Su
 
 from typing import TYPE_CHECKING
 
-from dpo_core.objectives.common import BETA, ln_2, log_sigmoid
+from dpo_core.objectives.common import BETA, log_sigmoid
 from dpo_core.objectives.inputs import PairLogps, required
 from dpo_core.objectives.parameter import Parameter
 from dpo_core.objectives.registry import objective
@@ -22,11 +22,8 @@ _TDPO = "Zeng et al., Token-level Direct Preference Optimization, ICML 2024, arX
 
 
 @objective(
-    "tdpo1",
     citation=_TDPO,
-    data="pairs",
     parameters={"beta": BETA},
-    value_at_reference=ln_2,
     extras={"kl"},
     caveat=_LIVE,
 )
@@ -41,11 +38,8 @@ def tdpo1(logps: PairLogps, *, beta: float) -> "Tensor":
 
 
 @objective(
-    "tdpo2",
     citation=_TDPO,
-    data="pairs",
     parameters={"beta": BETA, "alpha": Parameter(0.5, 0.0, 10.0, "weight of the difference of the KLs")},
-    value_at_reference=ln_2,
     extras={"kl"},
     caveat=_LIVE,
 )

@@ -7,7 +7,7 @@ only the mean has a meaning. Log-probs are SUMS over the completion.
 
 from typing import TYPE_CHECKING
 
-from dpo_core.objectives.common import BETA, SMOOTHING, ln_2, smoothed
+from dpo_core.objectives.common import BETA, SMOOTHING, smoothed
 from dpo_core.objectives.inputs import PairLogps
 from dpo_core.objectives.registry import objective
 
@@ -25,11 +25,8 @@ _AOT = (
 
 
 @objective(
-    "aot",
     citation=_AOT,
-    data="pairs",
     parameters={"beta": BETA, "label_smoothing": SMOOTHING},
-    value_at_reference=ln_2,
     batch_coupled=True,
     caveat=_SORTS,
 )
@@ -44,11 +41,8 @@ def aot(logps: PairLogps, *, beta: float, label_smoothing: float) -> "Tensor":
 
 
 @objective(
-    "aot_unpaired",
     citation=_AOT,
-    data="pairs",
     parameters={"beta": BETA, "label_smoothing": SMOOTHING},
-    value_at_reference=ln_2,
     batch_coupled=True,
     caveat=_SORTS,
 )

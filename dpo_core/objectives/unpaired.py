@@ -4,7 +4,6 @@ Log-ratios h are SUMS over the completion (see `inputs.py`). The loss of a batch
 EXAMPLES of the global batch, whatever the classes weigh.
 """
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -37,7 +36,6 @@ def _kto_at_reference(parameters: Mapping[str, float]) -> float | None:
 
 
 @objective(
-    "kto",
     citation="Ethayarajh, Xu, Muennighoff, Jurafsky, Kiela, KTO: Model Alignment as Prospect Theoretic "
     "Optimization, ICML 2024, arXiv 2402.01306",
     data="unpaired",
@@ -63,11 +61,9 @@ def kto(logps: UnpairedLogps, *, beta: float, desirable_weight: float, undesirab
 
 
 @objective(
-    "bco",
     citation="Jung, Han, Nam, On, Binary Classifier Optimization for LLM Alignment, 2024, arXiv 2404.04656",
     data="unpaired",
     parameters={"beta": BETA},
-    value_at_reference=lambda _: math.log(2),
     caveat="δ is a running mean over the batches so far: the loss depends on their order, not on how they "
     "are split. Without the paper's density-ratio weights of undesirable examples.",
 )

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from dpo_core.data.files.parquet import read_parquet
 from dpo_core.data.tokens.tokenise import TokenPair, no_rows_left
-from dpo_core.errors import RecipeError, StageFailed
-from dpo_core.methods.dpo import DpoConfig
+from dpo_core.errors import RecipeError
+from dpo_core.methods.dpo import DpoConfig, reference_of
 from dpo_core.methods.job import Job
 from dpo_core.models.load import load_model
 from dpo_core.objectives import (
@@ -33,8 +33,15 @@ from dpo_core.scoring.branch_scores import BranchScores, branch_scores
 from dpo_core.scoring.document import Document
 from dpo_core.scoring.flops import keeps_logits
 from dpo_core.scoring.model_shape import shape_of
-from dpo_core.trainers.common import Export, export_model, start
-from dpo_core.trainers.start_check import require_reference_values
+from dpo_core.trainers.common import (
+    Export,
+    cached_reference,
+    checked_at_start,
+    export_model,
+    move_towards,
+    require_reference_values,
+    start,
+)
 from dpo_core.training.loop import PackedTrainer
 
 log = logging.getLogger(__name__)
@@ -44,7 +51,7 @@ class DpoTrainer(PackedTrainer[TokenPair]):
     """Trainer whose loss is the mean over the pairs of the global batch of a weighted sum of objectives.
 
     Args:
-        reference: log-probs of every sequence of `examples` under the reference.
+        reference: log-probs of every sequence of `examples` under the reference; None if none are read.
         live_reference: the reference model, if `config.needs_live_reference`; it is frozen.
         policy_is_reference: the policy starts as the reference, so the first loss has a known value.
 
@@ -76,12 +83,7 @@ class DpoTrainer(PackedTrainer[TokenPair]):
         if self.live is not None:
             self.live.to(self.engine.device).eval().requires_grad_(False)
             self.live_shape = shape_of(self.live)
-        elif config.needs_reference:
-            if reference is None:
-                raise StageFailed(
-                    "the DPO job file has no reference_logps",
-                    "Set it to the output folder of a cache-reference job",
-                )
+        elif reference is not None:
             self.reference = self._cached(reference)
         self._require_whole_batches()
 
@@ -197,9 +199,8 @@ class DpoTrainer(PackedTrainer[TokenPair]):
         """
         if not self.policy_is_reference or not self.dpo.check_rows:
             return
-        chosen = np.random.default_rng(0).permutation(len(self.examples))[: self.dpo.check_rows]
         with torch.no_grad():  # one at a time: together they may exceed a pack
-            pairs = [self.logps([self.examples[i]]) for i in chosen]
+            pairs = [self.logps([e]) for e in checked_at_start(self.examples, self.dpo.check_rows)]
         gaps_2B = torch.cat([ratio_B for p in pairs for ratio_B in (p.chosen_ratio_B, p.rejected_ratio_B)])
         require_reference_values(gaps_2B, self.config.engine.precision)
 
@@ -207,9 +208,7 @@ class DpoTrainer(PackedTrainer[TokenPair]):
         sync = self.dpo.reference_sync
         if sync is None or self.live is None or (step + 1) % sync.every:
             return
-        with torch.no_grad():
-            for reference, policy in zip(self.live.parameters(), self.module.parameters(), strict=True):
-                reference.lerp_(policy.to(reference.dtype), sync.mix)
+        move_towards(self.live, self.module, sync.mix)
 
     def state(self) -> dict[str, Any]:
         if self.dpo.reference_sync is None or self.live is None:
@@ -234,7 +233,6 @@ def _common(scores: BranchScores, table_SL: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def build(job: Job, config: DpoConfig) -> tuple[Any, Export]:
-    """See `registry.build`."""
     model, tokenizer, tokenise = start(job, config)
     pairs, dropped = tokenise.pairs(read_parquet(job.data))
     if not pairs:
@@ -243,10 +241,10 @@ def build(job: Job, config: DpoConfig) -> tuple[Any, Export]:
         model,
         pairs,
         config,
-        reference=LogpShard.open(Path(job.reference_logps)) if job.reference_logps else None,
+        reference=cached_reference(job) if reference_of(config) == "cached" else None,
         live_reference=load_model(Path(job.reference)) if job.reference else None,
         policy_is_reference=job.policy_is_reference,
         seed=job.seed,
         work=Path(job.work),
     )
-    return trainer, export_model(model, tokenizer, job, lora=config.lora is not None)
+    return trainer, export_model(model, tokenizer, job, config)

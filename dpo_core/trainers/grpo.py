@@ -13,12 +13,11 @@ from torch import Tensor
 
 from dpo_core.methods.grpo import GrpoConfig
 from dpo_core.methods.job import Job
-from dpo_core.models.dropout import set_training
 from dpo_core.models.load import load_model
 from dpo_core.scoring.autocast import autocast
-from dpo_core.trainers.common import Export, start
+from dpo_core.trainers.common import Export, export_model, start
 from dpo_core.trainers.online import grpo_math, ppo_math
-from dpo_core.trainers.online.loop import OnlineTrainer, export_trained
+from dpo_core.trainers.online.loop import OnlineTrainer
 from dpo_core.trainers.online.rollouts import (
     EpisodeItem,
     Rollout,
@@ -100,16 +99,7 @@ class GrpoTrainer(OnlineTrainer[GrpoItem]):
         responses, tokens = self.engine.all_sum(counts).tolist()
         longest = self.context.sampling.max_new_tokens
         total = grpo_math.denominator(self.rules.aggregate, responses, tokens, longest)
-        sums: dict[str, float] = {}
-        norm = 0.0
-        set_training(self.module)
-        for micro in minibatch:
-            loss, numbers = self._losses(micro)
-            self.engine.backward(loss, total)
-            norm = self.engine.step() or norm
-            for name, value in numbers.items():
-                sums[name] = sums.get(name, 0.0) + float(value.detach())
-        reduced = self.sum_over_ranks(sums)
+        reduced, norm = self.update(minibatch, self._losses, total)
         by_tokens = {name: value / max(tokens, 1.0) for name, value in reduced.items() if name not in _SUMMED}
         return by_tokens | {name: reduced[name] / total for name in _SUMMED} | {"grad_norm": norm}
 
@@ -172,8 +162,7 @@ _SUMMED = ("loss", "loss/policy_avg")
 
 
 def build(job: Job, config: GrpoConfig) -> tuple[Any, Export]:
-    """See `registry.build`."""
     policy, tokenizer, tokenise = start(job, config)
     context = rollout_context(job, tokenise, config.engine.precision)
     trainer = GrpoTrainer(policy, load_model(Path(str(job.reference))), context, config)
-    return trainer, export_trained(policy, tokenizer, job)
+    return trainer, export_model(policy, tokenizer, job, config)

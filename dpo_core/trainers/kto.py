@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from dpo_core.data.files.parquet import read_parquet
-from dpo_core.errors import StageFailed
 from dpo_core.examples.unpaired import UnpairedExample, mismatched, unpaired_examples
 from dpo_core.methods.job import Job
 from dpo_core.methods.kto import KtoConfig, imbalance
@@ -29,8 +28,14 @@ from dpo_core.scoring.attention import round_up_to_block
 from dpo_core.scoring.autocast import autocast
 from dpo_core.scoring.branch_scores import branch_scores
 from dpo_core.scoring.document import Document
-from dpo_core.trainers.common import Export, export_model, start
-from dpo_core.trainers.start_check import require_reference_values
+from dpo_core.trainers.common import (
+    Export,
+    cached_reference,
+    checked_at_start,
+    export_model,
+    require_reference_values,
+    start,
+)
 from dpo_core.training.batches import Batch
 from dpo_core.training.loop import PackedTrainer
 
@@ -55,17 +60,12 @@ class UnpairedTrainer(PackedTrainer[UnpairedExample]):
         examples: Sequence[UnpairedExample],
         config: KtoConfig,
         *,
-        reference: LogpShard | None,
+        reference: LogpShard,
         policy_is_reference: bool,
         seed: int,
         work: Path,
     ) -> None:
         super().__init__(module, examples, config, seed=seed, work=work)
-        if reference is None:
-            raise StageFailed(
-                "the KTO job file has no reference_logps",
-                "Set it to the output folder of a cache-reference job",
-            )
         self.dpo, self.objective = config, get(config.objective)
         self.parameters = config.terms[0].parameters
         self.beta = self.parameters["beta"]
@@ -183,8 +183,7 @@ class UnpairedTrainer(PackedTrainer[UnpairedExample]):
         """Check that every log-ratio is zero if the policy is the reference, also of mismatched pairs."""
         if not self.policy_is_reference or not self.dpo.check_rows:
             return
-        chosen = np.random.default_rng(0).permutation(len(self.examples))[: self.dpo.check_rows]
-        examples = [self.examples[i] for i in chosen]
+        examples = checked_at_start(self.examples, self.dpo.check_rows)
         examples += [self.mismatched[e.id] for e in examples if e.id in self.mismatched]
         logps = [self._logps(group) for group in self._passes(examples)]
         gaps_B = torch.cat([policy_B - ref_B for policy_B, ref_B, _ in logps])
@@ -199,16 +198,15 @@ class UnpairedTrainer(PackedTrainer[UnpairedExample]):
 
 
 def build(job: Job, config: KtoConfig) -> tuple[Any, Export]:
-    """See `registry.build`."""
     model, tokenizer, tokenise = start(job, config)
     examples, _ = unpaired_examples(tokenise, read_parquet(job.data))
     trainer = UnpairedTrainer(
         model,
         examples,
         config,
-        reference=LogpShard.open(Path(job.reference_logps)) if job.reference_logps else None,
+        reference=cached_reference(job),
         policy_is_reference=job.policy_is_reference,
         seed=job.seed,
         work=Path(job.work),
     )
-    return trainer, export_model(model, tokenizer, job, lora=config.lora is not None)
+    return trainer, export_model(model, tokenizer, job, config)

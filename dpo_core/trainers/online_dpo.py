@@ -18,15 +18,14 @@ from torch import Tensor
 
 from dpo_core.methods.job import Job
 from dpo_core.methods.online_dpo import OnlineDpoConfig
-from dpo_core.models.dropout import set_training
 from dpo_core.models.load import load_model
 from dpo_core.objectives import PairLogps, Totals, combine, get, pair_metrics
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.autocast import autocast
 from dpo_core.scoring.branch_scores import branch_scores
-from dpo_core.trainers.common import Export, start
+from dpo_core.trainers.common import Export, export_model, move_towards, start
 from dpo_core.trainers.online.grpo_math import flat_groups
-from dpo_core.trainers.online.loop import OnlineTrainer, export_trained, move_towards
+from dpo_core.trainers.online.loop import OnlineTrainer
 from dpo_core.trainers.online.rollouts import Episode, Rollout, micro_batches, rows_of
 from dpo_core.trainers.online.sampler import RolloutContext, rollout_context
 
@@ -89,17 +88,16 @@ class OnlineDpoTrainer(OnlineTrainer[CompletionPair]):
         counts = [len(untied), sum(len(pair.chosen.episode.sequence.completion) for pair in untied)]
         pairs, tokens = self.engine.all_sum(torch.tensor(counts).double()).tolist()
         totals = Totals(pairs=max(pairs, 1.0), chosen_tokens=tokens, prompt_tokens=0.0)
-        sums: dict[str, float] = {}
-        norm = 0.0
-        set_training(self.module)
-        for micro in minibatch:
+
+        def losses(micro: list[CompletionPair]) -> tuple[Tensor, dict[str, Tensor]]:
             weight_P = torch.tensor([pair.weight for pair in micro], device=self.engine.device)
             losses_P, numbers = self._losses(micro, totals)
-            self.engine.backward((losses_P * weight_P).sum(), max(pairs, 1.0))
-            norm = self.engine.step() or norm
-            for name, value_P in {"loss": losses_P.detach(), **numbers}.items():
-                sums[name] = sums.get(name, 0.0) + float((value_P * weight_P).sum())
-        means = {name: value / max(pairs, 1.0) for name, value in self.sum_over_ranks(sums).items()}
+            values = {"loss": losses_P.detach(), **numbers}
+            sums = {name: (value_P * weight_P).sum() for name, value_P in values.items()}
+            return (losses_P * weight_P).sum(), sums
+
+        sums, norm = self.update(minibatch, losses, max(pairs, 1.0))
+        means = {name: value / max(pairs, 1.0) for name, value in sums.items()}
         return means | {"pairs": pairs, "grad_norm": norm}
 
     def _losses(self, micro: list[CompletionPair], totals: Totals) -> tuple[Tensor, dict[str, Tensor]]:
@@ -158,8 +156,7 @@ def best_and_worst(episodes: Sequence[ScoredEpisode]) -> tuple[ScoredEpisode, Sc
 
 
 def build(job: Job, config: OnlineDpoConfig) -> tuple[Any, Export]:
-    """See `registry.build`."""
     policy, tokenizer, tokenise = start(job, config)
     context = rollout_context(job, tokenise, config.engine.precision)
     trainer = OnlineDpoTrainer(policy, load_model(Path(str(job.reference))), context, config)
-    return trainer, export_trained(policy, tokenizer, job)
+    return trainer, export_model(policy, tokenizer, job, config)

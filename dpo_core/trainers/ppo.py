@@ -28,9 +28,9 @@ from dpo_core.scoring.attention import trunk_of
 from dpo_core.scoring.autocast import autocast
 from dpo_core.scoring.document import Document
 from dpo_core.scoring.layout import PaddedRows, pad
-from dpo_core.trainers.common import Export, start
+from dpo_core.trainers.common import Export, export_model, start
 from dpo_core.trainers.online import ppo_math
-from dpo_core.trainers.online.loop import OnlineTrainer, export_trained
+from dpo_core.trainers.online.loop import OnlineTrainer
 from dpo_core.trainers.online.rollouts import (
     Episode,
     EpisodeItem,
@@ -264,11 +264,12 @@ def state_values(critic: RewardModel, rows: PaddedRows) -> Tensor:
 
 
 def build(job: Job, config: PpoConfig) -> tuple[Any, Export]:
-    """See `registry.build`. The critic starts from the reward model, if the reward is one."""
+    """The critic starts from the reward model, if the reward is one."""
     policy, tokenizer, tokenise = start(job, config)
     context = rollout_context(job, tokenise, config.engine.precision)
     reference = load_model(Path(str(job.reference)))
     source = str(job.reward_source)
     critic = RewardModel.load(source) if is_reward_model(source) else make_critic(reference)
     disable_dropout(critic)
-    return PpoTrainer(policy, reference, critic, context, config), export_trained(policy, tokenizer, job)
+    trainer = PpoTrainer(policy, reference, critic, context, config)
+    return trainer, export_model(policy, tokenizer, job, config)

@@ -69,7 +69,6 @@ class RewardTrainer(Trainer[TokenPair]):
 
 
 def build(job: Job, config: RewardModelConfig) -> tuple[Any, Export]:
-    """See `registry.build`."""
     model, tokenizer, tokenise = start(job, config)
     pairs, _ = tokenise.pairs(read_parquet(job.data))
     reward_model = RewardModel(trunk_of(model), torch.Generator().manual_seed(job.seed))

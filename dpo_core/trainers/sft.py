@@ -46,7 +46,6 @@ class SftTrainer(PackedTrainer[Demonstration]):
 
 
 def build(job: Job, config: SftConfig) -> tuple[Any, Export]:
-    """See `registry.build`."""
     model, tokenizer, tokenise = start(job, config)
     examples = []
     for row in read_parquet(job.data):
@@ -54,4 +53,4 @@ def build(job: Job, config: SftConfig) -> tuple[Any, Export]:
         if isinstance(sequence, TokenSequence):
             examples.append(Demonstration(row["id"], sequence))
     trainer = SftTrainer(model, examples, config, seed=job.seed, work=Path(job.work))
-    return trainer, export_model(model, tokenizer, job, lora=config.lora is not None)
+    return trainer, export_model(model, tokenizer, job, config)

@@ -33,7 +33,54 @@ log = logging.getLogger(__name__)
 Example = TypeVar("Example")
 
 
-class Trainer(ABC, Generic[Example]):
+class StepTrainer(ABC):
+    """Steps with one engine, from the newest checkpoint to the end. A subclass defines a step."""
+
+    engine: Engine
+    total_steps: int
+
+    @abstractmethod
+    def step(self, step: int) -> dict[str, float]:
+        """Do a step (0-based); returns its metrics."""
+
+    def begin(self, resumed: bool) -> None:  # noqa: B027 - most steps need none
+        """Called once, before the first step."""
+
+    def state(self) -> dict[str, Any]:
+        """State that a checkpoint keeps besides the engine's."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027 - most trainers have none
+        """Restore what `state` returned."""
+
+    def train(self) -> dict[str, float]:
+        """Do all steps that are left. Returns the last step's metrics.
+
+        Raises:
+            Stopped: a stop signal was received; the state is saved.
+            StageFailed: a loss or gradient was not finite; the message names the step and its examples.
+        """
+        engine, state = self.engine, self.engine.load_latest()
+        done = int(state["step"]) if state else 0
+        last: dict[str, float] = dict(state["metrics"]) if state else {}
+        if state:
+            self.load_state(state["trainer"])
+        self.begin(resumed=state is not None)
+        metrics = MetricsFile(engine.checkpoints.curve, resume_after=done) if engine.rank == 0 else None
+        for step in range(done, self.total_steps):
+            last = self.step(step)
+            if metrics:
+                metrics.write(step + 1, last)
+            stop = engine.stop_requested()
+            final = step + 1 == self.total_steps
+            if stop or final or (step + 1) % engine.config.save_every == 0:
+                engine.save(step + 1, {"metrics": last, "trainer": self.state()})
+            if stop and not final:
+                raise Stopped(engine.signals.received)
+        return last
+
+
+class Trainer(StepTrainer, Generic[Example]):
     """One training job. A subclass defines an example and its loss."""
 
     def __init__(
@@ -109,13 +156,6 @@ class Trainer(ABC, Generic[Example]):
             world=world,
         )
 
-    def state(self) -> dict[str, Any]:
-        """State that a checkpoint keeps besides the engine's."""
-        return {}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Restore what `state` returned."""
-
     def end_step(self, step: int) -> None:
         """Called after the optimiser stepped (0-based), before a checkpoint is written."""
 
@@ -129,35 +169,15 @@ class Trainer(ABC, Generic[Example]):
     def check_start(self) -> None:
         """Called once, before the first step of a fresh run."""
 
-    def train(self) -> dict[str, float]:
-        """Train from the newest checkpoint, if there is one, to the end. Returns the last step's metrics.
-
-        Raises:
-            Stopped: a stop signal was received; the state is saved.
-            StageFailed: a loss or gradient was not finite; the message names the step and its examples.
-        """
-        state = self.engine.load_latest()
-        done = int(state["step"]) if state else 0
-        if state:
-            self.load_state(state["trainer"])
-        else:
+    def begin(self, resumed: bool) -> None:
+        if not resumed:
             self.engine.run(self.check_start)
         set_training(self.module)
-        rank0 = self.engine.rank == 0
-        metrics = MetricsFile(self.work / "metrics.jsonl", resume_after=done) if rank0 else None
-        last: dict[str, float] = dict(state["metrics"]) if state else {}
-        for step in range(done, self.total_steps):
-            last = self._step(step)
-            self.end_step(step)
-            if metrics:
-                metrics.write(step + 1, last)
-            stop = self.engine.stop_requested()
-            final = step + 1 == self.total_steps
-            if stop or final or (step + 1) % self.config.engine.save_every == 0:
-                self.engine.save(step + 1, {"metrics": last, "trainer": self.state()})
-            if stop and not final:
-                raise Stopped(self.engine.signals.received)
-        return last
+
+    def step(self, step: int) -> dict[str, float]:
+        values = self._step(step)
+        self.end_step(step)
+        return values
 
     def _step(self, step: int) -> dict[str, float]:
         start = time.perf_counter()

@@ -23,9 +23,9 @@ from dpo_core.models.load import load_tokenizer, templates_of
 from dpo_core.models.source import locate, read_template
 from expectations.config import GateConfig
 from expectations.drift import load_baseline
+from expectations.features import Tokenisation
 from expectations.gate import judge
 from expectations.report import GateReport
-from expectations.token_rules import Tokenisation
 from flows.commands.row_preview import as_data, as_text, shown
 from tasks.promotion.model_source import as_folder
 from tasks.recipe.read import with_overrides
@@ -93,7 +93,7 @@ def judge_file(
         config=gate,
         docs_dir=docs,
         baseline=baseline,
-        tokenisation=Tokenisation(**tokenise.gate_settings()) if tokenise else None,
+        tokenisation=Tokenisation.of(tokenise) if tokenise else None,
     )
     remarks = [f"{loaded.format} ({loaded.recognised_by}); {_counted(loaded.notes)}", *loaded.remarks]
     if config.eval_path is not None:

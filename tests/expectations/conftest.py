@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 
 from expectations.config import GateConfig
+from expectations.features import Tokenisation
 from expectations.gate import judge
 from expectations.report import GateReport
-from expectations.token_rules import Tokenisation
 
 NAMES = [field.name for field in dataclasses.fields(Tokenisation)]
 
@@ -21,6 +21,6 @@ def gate(tmp_path: Path) -> Callable[..., tuple[GateReport, pd.DataFrame]]:
     def run(frame: pd.DataFrame, **options: Any) -> tuple[GateReport, pd.DataFrame]:
         settings: dict[str, Any] = {"subject": "pairs", "config": GateConfig(), "docs_dir": tmp_path / "docs"}
         known = {name: options.pop(name) for name in NAMES if name in options}
-        return judge(frame, tokenisation=Tokenisation(**known), **(settings | options))
+        return judge(frame, **({"tokenisation": Tokenisation(**known)} | settings | options))
 
     return run

@@ -56,8 +56,9 @@ def measure(rows: int, folder: Path) -> dict[str, Any]:
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     from expectations.config import GateConfig
+    from expectations.features import Tokenisation
     from expectations.gate import judge
-    from expectations.token_rules import PlainTokens, Tokenisation
+    from tests.support.frames import PlainTokens
 
     frame = big_frame(rows)
     bpe = Tokenizer(models.BPE())

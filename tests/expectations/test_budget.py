@@ -16,10 +16,10 @@ from dpo_core.data.split import split_by_prompt
 from dpo_core.data.tokens.config import TokenConfig
 from dpo_core.data.tokens.tokenise import Tokenise
 from expectations.config import GateConfig
-from expectations.features import Budget, compute
+from expectations.features import Tokenisation, compute
 from expectations.report import GateReport
-from expectations.token_rules import PlainTokens, _judge_row, token_flags
-from tests.support.frames import clean_pairs, failed
+from expectations.token_rules import _judge_row, token_flags
+from tests.support.frames import PlainTokens, clean_pairs, failed
 
 Gate = Callable[..., tuple[GateReport, pd.DataFrame]]
 
@@ -56,20 +56,20 @@ def random_pairs(rows: int, seed: int) -> pd.DataFrame:
     return frame
 
 
-@pytest.mark.parametrize("budget", [Budget(64, 32), Budget(64, None), Budget(160, 20), Budget(24, 23)])
-def test_bytes_decide_as_tokens_would(bpe: Tokenizer, budget: Budget) -> None:
+@pytest.mark.parametrize("budget", [(64, 32), (64, None), (160, 20), (24, 23)])
+def test_bytes_decide_as_tokens_would(bpe: Tokenizer, budget: tuple[int, int | None]) -> None:
     frame = random_pairs(600, seed=1)
-    tokens = PlainTokens(lambda text: bpe.encode(text).ids)
-    features = compute(frame, "pairs", budget=budget)
-    columns, estimated = token_flags(frame, features, tokens, budget, "pairs", max_candidates=10**6, seed=0)
+    known = Tokenisation(PlainTokens(lambda text: bpe.encode(text).ids), *budget)
+    features = compute(frame, "pairs", tokenisation=known)
+    columns, estimated = token_flags(frame, features, known, "pairs", max_candidates=10**6, seed=0)
     assert not estimated
     rows = frame.to_dict("records")
-    expected = np.array([_judge_row(tokens, row, budget, "pairs") for row in rows])
+    expected = np.array([_judge_row(row, known, "pairs") for row in rows])
     # Pairs that are equal or empty before any truncation have rules of their own.
     expected[:, 1] &= ~features.flags[["identical", "empty_chosen", "empty_rejected"]].any(axis=1).to_numpy()
     assert (columns["over_long"] == expected[:, 0]).all()
     assert (columns["identical_after_truncation"] == expected[:, 1]).all()
-    assert 0 < expected[:, 0].sum() < 600 or budget.max_length == 24
+    assert 0 < expected[:, 0].sum() < 600 or budget == (24, 23)
     assert expected[:, 1].sum() > 0
     assert features.maybe_equal.sum() < 600
 

@@ -8,11 +8,14 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from dpo_core.data.config import DataConfig
+from dpo_core.data.load import load
+from dpo_core.data.split import split_by_prompt
+from dpo_core.errors import GateRefused
 from expectations.config import GateConfig
 from expectations.drift import Profile
 from expectations.rules import rules_of
-from expectations.token_rules import PlainTokens
-from tests.support.frames import clean_pairs, clean_prompts, failed, row_number
+from tests.support.frames import PlainTokens, clean_pairs, clean_prompts, failed, row_number
 
 BAD = 7  # the broken row, in the train split
 Gate = Callable[..., Any]
@@ -101,29 +104,66 @@ PAIR_BREAKS: dict[str, tuple[str, Callable[[pd.DataFrame], pd.DataFrame], list[i
 }
 
 
-def test_a_clean_frame_passes(gate: Gate) -> None:
-    options: dict[str, Any] = {"tokens": PlainTokens(words), "max_length": 160, "max_prompt_length": 60}
-    options["special_tokens"] = ["<|mine|>"]
-    first, kept = gate(clean_pairs(), **options)
-    report, _ = gate(clean_pairs(), baseline=first.profile.model_dump(), **options)
+def clean_unpaired(rows: int = 40, chat: bool = False) -> pd.DataFrame:
+    """Distinct completions; every other one is desirable."""
+    said = "There is a lot to say about that, and it is well worth the time: number {}."
+    return clean_prompts(rows, chat).assign(
+        completion=[said.format(i) for i in range(rows)], label=[i % 2 == 0 for i in range(rows)], ended=True
+    )
+
+
+def other_label(frame: pd.DataFrame) -> pd.DataFrame:
+    """Row 7 becomes row 8 with the other label; both stay in the train split."""
+    return copy_of(frame, 8, label=not frame.loc[8, "label"])
+
+
+UNPAIRED_BREAKS: dict[str, tuple[str, Callable[[pd.DataFrame], pd.DataFrame], list[int]]] = {
+    "no label, as the reader leaves it": (
+        "fault",
+        put(fault="label is missing", prompt="", completion=""),
+        [BAD],
+    ),
+    "a bool for text": ("type", put(completion=True), [BAD]),
+    "null for text": ("type", put(completion=None), [BAD]),
+    "empty completion": ("empty_completion", put(completion=""), [BAD]),
+    "both labels": ("contradiction", other_label, [BAD, 8]),
+    "own special token": ("special_tokens", put(completion="Then <|mine|> is not text, is it?"), [BAD]),
+    "prompt in the answer": (
+        "prompt_repeated",
+        put(completion="What do you know about the clocks of town number 7? Not a lot."),
+        [BAD],
+    ),
+    "over long": ("over_long", put(completion="It is far. " * 30), [BAD]),
+}
+
+
+TOKENS: dict[str, Any] = {
+    "tokens": PlainTokens(words),
+    "max_length": 160,
+    "max_prompt_length": 60,
+    "special_tokens": ["<|mine|>", "!"],
+}
+
+
+@pytest.mark.parametrize(("subject", "clean"), [("pairs", clean_pairs), ("unpaired", clean_unpaired)])
+def test_a_clean_frame_passes(gate: Gate, subject: str, clean: Any) -> None:
+    first, kept = gate(clean(), subject=subject, **TOKENS)
+    report, _ = gate(clean(), subject=subject, baseline=first.profile.model_dump(), **TOKENS)
     assert not report.refused
     assert not failed(report)
-    assert kept.equals(clean_pairs())
+    assert kept.equals(clean())
     judged = {f.rule for f in report.findings if not f.skipped}
-    assert judged == {"pairs/schema", *(f"pairs/{name}" for name in rules_of("pairs"))}
+    assert judged == {f"{subject}/schema", *(f"{subject}/{name}" for name in rules_of(subject))}
 
 
-@pytest.mark.parametrize("case", PAIR_BREAKS)
-def test_a_broken_pair_is_found(gate: Gate, case: str) -> None:
-    rules, break_it, rows = PAIR_BREAKS[case]
-    report, _ = gate(
-        break_it(clean_pairs()),
-        config=STRICT,
-        special_tokens=["<|mine|>", "!"],
-        tokens=PlainTokens(words),
-        max_length=160,
-        max_prompt_length=60,
-    )
+CASES = [("pairs", case) for case in PAIR_BREAKS] + [("unpaired", case) for case in UNPAIRED_BREAKS]
+
+
+@pytest.mark.parametrize(("subject", "case"), CASES)
+def test_a_broken_row_is_found(gate: Gate, subject: str, case: str) -> None:
+    breaks, clean = (PAIR_BREAKS, clean_pairs) if subject == "pairs" else (UNPAIRED_BREAKS, clean_unpaired)
+    rules, break_it, rows = breaks[case]
+    report, _ = gate(break_it(clean()), subject=subject, config=STRICT, **TOKENS)
     assert report.refused
     assert set(failed(report)) == set(rules.split())
     for finding in failed(report).values():
@@ -272,3 +312,49 @@ def test_nothing_is_written_beside_the_docs(
     gate(clean_pairs())
     assert not list(home.iterdir())
     assert {p.name for p in tmp_path.iterdir()} == {"home", "docs"}
+
+
+# --- unpaired rows ----------------------------------------------------------------------------------------
+
+
+def test_the_refusal_speaks_of_labels(gate: Gate) -> None:
+    report, _ = gate(other_label(clean_unpaired()), subject="unpaired")
+    with pytest.raises(
+        GateRefused, match="refused the unpaired rows: unpaired/contradiction: 2 of 40"
+    ) as caught:
+        report.raise_if_refused()
+    assert "the same answer and the other label" in caught.value.problem
+    assert "two answers" not in str(caught.value)
+
+
+def test_the_quarantine_drops_both_sides_of_a_contradiction(gate: Gate) -> None:
+    config = GateConfig(quarantine="drop")
+    report, kept = gate(other_label(clean_unpaired()), subject="unpaired", config=config)
+    assert not report.refused
+    assert report.dropped_by == {"unpaired/contradiction": 2}
+    assert set(kept["row"]) == {row_number(i) for i in range(40)} - {row_number(BAD), row_number(8)}
+
+
+def test_the_same_answer_to_another_prompt_is_no_contradiction(gate: Gate) -> None:
+    frame = clean_unpaired()
+    frame["completion"] = "There is a lot to say about that."
+    assert not failed(gate(frame, subject="unpaired", config=STRICT)[0])
+
+
+@pytest.mark.parametrize(("label", "share"), [(True, 1.0), (False, 0.0)])
+def test_a_single_class_is_a_warning(gate: Gate, label: bool, share: float) -> None:
+    report, _ = gate(clean_unpaired().assign(label=label), subject="unpaired")
+    (finding,) = failed(report).values()
+    assert (finding.rule, finding.severity) == ("unpaired/label_balance", "warning")
+    assert finding.observed == share
+    assert not report.refused
+
+
+def test_real_kto_rows_pass(gate: Gate, shared: Any) -> None:
+    path = shared / "data" / "preference" / "llamafactory_kto_en_demo.json.gz"
+    frame = split_by_prompt(load(DataConfig(path=str(path))).frame, 0.1, 0)
+    report, kept = gate(frame, subject="unpaired")
+    assert not report.refused, failed(report)
+    assert len(kept) == 300
+    balance = next(f for f in report.findings if f.rule == "unpaired/label_balance")
+    assert balance.observed == 0.5

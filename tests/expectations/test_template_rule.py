@@ -7,12 +7,13 @@ import pytest
 
 from dpo_core.data.tokens.config import TokenConfig
 from dpo_core.data.tokens.tokenise import Tokenise
+from expectations.features import Tokenisation
 from tests.support.frames import clean_pairs, failed, row_number
 from tests.support.models.chat_families import TEMPLATES, assistant, make_tokenizer, user
 
 
-def settings(kind: str, **config: Any) -> dict[str, Any]:
-    return Tokenise(make_tokenizer(TEMPLATES[kind]), TokenConfig(**config)).gate_settings()
+def tokenisation(kind: str) -> Tokenisation:
+    return Tokenisation.of(Tokenise(make_tokenizer(TEMPLATES[kind]), TokenConfig()))
 
 
 def test_rows_that_the_template_cannot_write_are_named_with_the_reason(gate: Any) -> None:
@@ -23,7 +24,7 @@ def test_rows_that_the_template_cannot_write_are_named_with_the_reason(gate: Any
         user("And?"),
     ]
     frame.loc[4, "prompt"] = json.dumps(turns, separators=(",", ":"))
-    report, _ = gate(frame, **settings("trims"))
+    report, _ = gate(frame, tokenisation=tokenisation("trims"))
     finding = failed(report)["template"]
     assert (finding.severity, finding.count, finding.rows) == ("critical", 1, [row_number(4)])
     assert f"row {row_number(4)}: the chat template does not support tool_calls" in finding.message
@@ -34,19 +35,19 @@ def test_rows_that_the_template_cannot_write_are_named_with_the_reason(gate: Any
 def test_control_tokens_of_the_tokenizer_are_critical_wherever_they_stand(
     gate: Any, kind: str, place: str
 ) -> None:
-    options = settings(kind)
-    token = next(t for t in options["special_tokens"] if "<|" in t and t in TEMPLATES[kind])
+    known = tokenisation(kind)
+    token = next(t for t in known.special_tokens if "<|" in t and t in TEMPLATES[kind])
     frame = clean_pairs(chat=True).assign(tools="", answer_chat=False)
     frame.loc[3, place] = (
         frame.loc[3, place].replace("that", f"that {token}").replace("know", f"know {token}")
     )
-    report, _ = gate(frame, **options)
+    report, _ = gate(frame, tokenisation=known)
     assert failed(report)["special_tokens"].rows == [row_number(3)]
 
 
 def test_tokens_that_a_template_writes_but_that_are_not_special_are_a_warning(gate: Any) -> None:
     frame = clean_pairs(chat=True).assign(tools="", answer_chat=False)
     frame.loc[3, "chosen"] = "<think>Well</think> I know."
-    report, _ = gate(frame, **settings("empty thought"))
+    report, _ = gate(frame, tokenisation=tokenisation("empty thought"))
     assert failed(report)["template_tokens"].rows == [row_number(3)]
     assert not report.refused

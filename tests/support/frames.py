@@ -1,6 +1,8 @@
 """Clean canonical frames, to be broken on purpose."""
 
 import json
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -46,3 +48,20 @@ def clean_pairs(rows: int = 40, chat: bool = False) -> pd.DataFrame:
 def failed(report: GateReport) -> dict[str, Finding]:
     """Failed findings by rule name without the subject."""
     return {f.rule.split("/")[1]: f for f in report.findings if not f.passed}
+
+
+class PlainTokens:
+    """A `Tokenise` without template from a function text -> ids; a chat is tokenised as its JSON."""
+
+    def __init__(self, encode: Callable[[str], Sequence[int]]) -> None:
+        self.encode = encode
+
+    def refusal(self, row: dict[str, Any]) -> None:
+        return None
+
+    def prompt(self, text: str, chat: bool, budget: int | None = None, tools: str = "") -> Sequence[int]:
+        ids = self.encode(text)
+        return ids if budget is None else ids[max(len(ids) - budget, 0) :]
+
+    def completion(self, text: str, ended: bool, *_: object) -> Sequence[int]:
+        return [*self.encode(text), *([-1] if ended else [])]

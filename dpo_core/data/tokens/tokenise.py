@@ -269,27 +269,6 @@ class Tokenise:
             "Set tokens.template to chat to make each a user turn, or to plain to confirm this"
         )
 
-    def gate_settings(self) -> dict[str, Any]:
-        """The arguments of `expectations.token_rules.Tokenisation` for this tokenizer and template."""
-        added = self.tokenizer.added_tokens_decoder.values()
-        settings: dict[str, Any] = {
-            "tokens": self,
-            "max_length": self.config.max_length,
-            "max_prompt_length": self.config.max_prompt_length,
-            "special_tokens": sorted(t.content for t in added if t.special),
-        }
-        if self.writes_template:
-            form = self.chat_format()
-            frame = len(form.write([{"role": "user", "content": "a"}], None, opened=True))
-            written = {t for t in form.markers if t in form.template.source}
-            settings |= {
-                "template_tokens": sorted(written),
-                "turn_markers": sorted(form.role_markers),
-                "wraps": self.config.template == "chat",
-                "template_frame": frame + 128,
-            }
-        return settings
-
     def sequence(
         self, prompt: Ids, completion: Ids, learnt: tuple[bool, ...] | None = None
     ) -> TokenSequence | None:

@@ -8,9 +8,8 @@ number of ranks.
 import logging
 import math
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Generic
 
 import numpy as np
@@ -18,13 +17,12 @@ import torch
 from torch import Tensor
 
 from dpo_core.errors import RecipeError
-from dpo_core.methods.job import Job
 from dpo_core.methods.rounds import RoundsConfig
-from dpo_core.models.save import export_policy
+from dpo_core.models.dropout import set_training
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.kl import k3
 from dpo_core.scoring.model_shape import shape_of
-from dpo_core.trainers.common import Export
+from dpo_core.trainers.common import move_towards
 from dpo_core.trainers.online import ppo_math
 from dpo_core.trainers.online.rollouts import (
     Episode,
@@ -37,14 +35,14 @@ from dpo_core.trainers.online.rollouts import (
 )
 from dpo_core.trainers.online.sampler import RolloutContext, Sampler
 from dpo_core.training.config import OptimConfig
-from dpo_core.training.engine import Engine, MetricsFile
+from dpo_core.training.engine import Engine
+from dpo_core.training.loop import StepTrainer
 from dpo_core.training.routing import router_balance
-from dpo_core.training.stop import Stopped
 
 log = logging.getLogger(__name__)
 
 
-class OnlineTrainer(ABC, Generic[Item]):
+class OnlineTrainer(StepTrainer, Generic[Item]):
     """One online training job. A subclass defines what is learnt from a round's rollouts.
 
     Args:
@@ -53,7 +51,7 @@ class OnlineTrainer(ABC, Generic[Item]):
     """
 
     def __init__(self, policy: Any, reference: Any, context: RolloutContext, config: RoundsConfig) -> None:
-        self.rounds, self.context = config, context
+        self.rounds, self.context, self.total_steps = config, context, config.iterations
         self.reference = reference.eval().requires_grad_(False)
         self.module = policy
         if router_balance(policy) is not None:
@@ -115,6 +113,29 @@ class OnlineTrainer(ABC, Generic[Item]):
     def optimise(self, minibatch: list[list[Item]]) -> dict[str, float]:
         """One optimiser step on this rank's micro-batches; returns its metrics over all ranks."""
 
+    def update(
+        self,
+        minibatch: list[list[Item]],
+        losses: Callable[[list[Item]], tuple[Tensor, dict[str, Tensor]]],
+        total: float,
+    ) -> tuple[dict[str, float], float]:
+        """One step of the policy; returns the sums of the metrics over all ranks, and the gradient norm.
+
+        Args:
+            losses: the sum of the loss over a micro-batch, and sums of metrics.
+            total: what the loss of the global minibatch is divided by.
+        """
+        sums: dict[str, float] = {}
+        norm = 0.0
+        set_training(self.module)
+        for micro in minibatch:
+            loss, numbers = losses(micro)
+            self.engine.backward(loss, total)
+            norm = self.engine.step() or norm
+            for name, value in numbers.items():
+                sums[name] = sums.get(name, 0.0) + float(value.detach())
+        return self.sum_over_ranks(sums), norm
+
     def sum_over_ranks(self, sums: Mapping[str, float]) -> dict[str, float]:
         """The sum over all ranks of each value."""
         names = sorted(sums)
@@ -143,44 +164,17 @@ class OnlineTrainer(ABC, Generic[Item]):
         return self.rounds.epochs * self._passes(rollouts, cost.training)
 
     def state(self) -> dict[str, Any]:
-        """State that a checkpoint keeps besides the engines'."""
         moving = self.rounds.reference_ema is not None
         return {"drawn": self.sampler.drawn} | ({"reference": self.reference.state_dict()} if moving else {})
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Restore what `state` returned."""
         self.sampler.drawn = int(state["drawn"])
         if "reference" in state:
             self.reference.load_state_dict(state["reference"])
 
     # The loop --------------------------------------------------------------------------------------------
 
-    def train(self) -> dict[str, float]:
-        """Train from the newest checkpoint, if there is one, to the end. Returns the last round's metrics.
-
-        Raises:
-            Stopped: a stop signal was received; the state is saved.
-        """
-        state = self.engine.load_latest()
-        done = int(state["step"]) if state else 0
-        last: dict[str, float] = dict(state["metrics"]) if state else {}
-        if state:
-            self.load_state(state["trainer"])
-        rank0 = self.engine.rank == 0
-        metrics = MetricsFile(self.context.work / "metrics.jsonl", resume_after=done) if rank0 else None
-        for iteration in range(done, self.rounds.iterations):
-            last = self._round(iteration)
-            if metrics:
-                metrics.write(iteration + 1, last)
-            stop = self.engine.stop_requested()
-            final = iteration + 1 == self.rounds.iterations
-            if stop or final or (iteration + 1) % self.rounds.engine.save_every == 0:
-                self.engine.save(iteration + 1, {"metrics": last, "trainer": self.state()})
-            if stop and not final:
-                raise Stopped(self.engine.signals.received)
-        return last
-
-    def _round(self, iteration: int) -> dict[str, float]:
+    def step(self, iteration: int) -> dict[str, float]:
         start = time.perf_counter()
         rate = self.engine.learning_rate
         episodes, drawn = self.sampler.round()
@@ -321,20 +315,3 @@ class OnlineTrainer(ABC, Generic[Item]):
             scored_tokens = len(rollout.rows.targets_N) if head else 0
             total += count(self.shape, rows * width, rows * width**2, scored_tokens)
         return total
-
-
-@torch.no_grad()
-def move_towards(reference: Any, policy: Any, share: float) -> None:
-    """reference ← share · policy + (1 - share) · reference, in place."""
-    for target, source in zip(reference.parameters(), policy.parameters(), strict=True):
-        target.lerp_(source.to(target.dtype), share)
-
-
-def export_trained(policy: Any, tokenizer: Any, job: Job) -> Export:
-    """The function that writes the policy."""
-
-    def export(state: dict[str, Tensor]) -> None:
-        policy.load_state_dict(state)
-        export_policy(policy, tokenizer, Path(job.model), Path(job.out))
-
-    return export

@@ -30,9 +30,7 @@ def _zero_masked(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device))
 
 
-def masked_mean(
-    values: Tensor, mask: Tensor, n_tokens: float | Tensor | None = None, reduce: Reduce | None = None
-) -> Tensor:
+def masked_mean(values: Tensor, mask: Tensor, n_tokens: float | Tensor | None = None) -> Tensor:
     """Mean over the True positions of `mask`, a scalar; 0 for an empty mask.
 
     Args:
@@ -40,14 +38,9 @@ def masked_mean(
         mask: bool, the same shape.
         n_tokens: divide by this count instead of the mask's own; with the count of the whole minibatch the
             means of its micro-batches add up to the mean of the minibatch.
-        reduce: mean over the positions of all ranks; carries no gradient.
     """
     total = _zero_masked(values, mask).sum()
-    count = mask.sum()
-    if reduce is not None:
-        total, count = reduce(torch.stack([total.detach().double(), count.double()]))
-        total = total.to(values.dtype)
-    return total / (count.clamp(min=1) if n_tokens is None else n_tokens)
+    return total / (mask.sum().clamp(min=1) if n_tokens is None else n_tokens)
 
 
 @torch.no_grad()

@@ -131,7 +131,7 @@ def test_a_reference_with_other_tokens_is_refused(folder: Path, shared: Path, tm
     assert suites_job.reference is not None
     reference = suites_job.reference.model_copy(update={"name": "stories", "path": str(other)})
     from dpo_core.jobs.suites import run
-    from dpo_core.training.liveness import LivenessMonitor
+    from dpo_core.ranks import JobRanks
 
     with pytest.raises(RecipeError, match="the reference stories has another vocabulary than policy"):
-        run(suites_job.model_copy(update={"reference": reference}), LivenessMonitor(print))
+        run(suites_job.model_copy(update={"reference": reference}), JobRanks(Path(suites_job.work)))

@@ -49,46 +49,33 @@ def test_resolve_refuses(name: str, values: dict[str, float], fragment: str) -> 
         get(name).resolve(values)
 
 
-def _register(name: str, function: Any, reward_scale: str | None = "beta", **parameters: Parameter) -> None:
-    objective(
-        name,
-        citation="test",
-        data="unpaired",
-        parameters=parameters,
-        value_at_reference=None,
-        needs_reference=False,
-        reward_scale=reward_scale,
-    )(function)
+def test_a_new_family_registers_without_touching_the_registry() -> None:
+    gamma = Parameter(1.0, 0.0, 2.0, "a test")
 
-
-def test_a_new_family_registers_without_touching_the_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(_OBJECTIVES, "new", raising=False)
-
+    @objective(citation="test", parameters={"gamma": gamma}, data="unpaired", reward_scale=None)
     def new(inputs: Any, *, gamma: float) -> Any:
         return inputs * gamma
 
-    _register("new", new, reward_scale=None, gamma=Parameter(1.0, 0.0, 2.0, "a test"))
     try:
         entry = get("new")
         assert entry.function is new
         assert entry.data == "unpaired"
-        assert not entry.needs_reference
-        assert entry.value_at_reference is None
     finally:
         del _OBJECTIVES["new"]
 
 
 def test_declarations_must_match_what_the_function_reads() -> None:
-    def reads_beta(inputs: Any, *, beta: float) -> Any:
+    def dpo(inputs: Any, *, beta: float) -> Any:
         return inputs * beta
 
     beta = Parameter(1.0, 0.0, 2.0, "a test")
-    with pytest.raises(ValueError, match="reads \\['beta'\\]"):
-        _register("unread", reads_beta, beta=beta, gamma=beta)
     with pytest.raises(ValueError, match="already registered"):
-        _register("dpo", reads_beta, beta=beta)
+        objective(citation="test", parameters={"beta": beta})(dpo)
+    dpo.__name__ = "other"
+    with pytest.raises(ValueError, match="reads \\['beta'\\]"):
+        objective(citation="test", parameters={"beta": beta, "gamma": beta})(dpo)
     with pytest.raises(ValueError, match="reward scale 'tau'"):
-        _register("scale", reads_beta, reward_scale="tau", beta=beta)
+        objective(citation="test", parameters={"beta": beta}, reward_scale="tau")(dpo)
 
 
 def test_reading_names_and_ranges_does_not_import_torch() -> None:

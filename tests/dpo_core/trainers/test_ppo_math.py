@@ -125,16 +125,6 @@ def test_two_ranks_whiten_as_one(shift_mean: bool) -> None:
     assert (alone - split[0]).abs().max().item() > 0.05  # the ranks truly differ
 
 
-def test_two_ranks_average_as_one() -> None:
-    values = noise(4)
-    rows = [slice(0, 2), slice(2, B)]
-    split = on_two_ranks(
-        lambda rank, reduce: masked_mean(values[rows[rank]], MASK[rows[rank]], reduce=reduce)
-    )
-    for mean in split:
-        torch.testing.assert_close(mean, masked_mean(values, MASK))
-
-
 # --- KL estimators ---
 
 

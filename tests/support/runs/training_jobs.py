@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from dpo_core.methods.registry import get
 from dpo_core.models.load import load_model, load_tokenizer
 from dpo_core.reference import LogpShard
 from dpo_core.reference.compute import compute
-from dpo_core.trainers.registry import build
 from tests.support.runs import forked
 
 PATIENCE = 600.0
@@ -120,6 +120,7 @@ def build_trainer(job: Path) -> Any:
     """The trainer of a job file, in this process."""
     parsed = Job.model_validate(json.loads(job.read_text()))
     method = get(parsed.method)
+    build = import_module(f"dpo_core.trainers.{parsed.method}").build
     trainer, _ = build(parsed, method.settings.model_validate(parsed.settings))
     return trainer
 
