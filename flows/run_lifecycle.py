@@ -53,12 +53,6 @@ def run_with_record(
     recipe = with_models(recipe, record.models)
     with run_lock(workspace, record.run_id), without_secrets():
         if record.recipe_sha256 is None:
-            if resume:
-                log.warning(
-                    "run %s was started by an older version, which stored no recipe: its settings cannot be "
-                    "compared with these",
-                    record.run_id,
-                )
             record = store_recipe(workspace, record, recipe)
         ranks = recipe.inference.on_node(cluster.settings.gpus if cluster else 0)
         context = Context(record.run_id, Store(workspace), tracker, stop_of_process(), cluster, ranks)

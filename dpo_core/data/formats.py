@@ -18,14 +18,6 @@ ADAPTERS: dict[str, Adapter] = {
 """All formats by name, from the `FORMATS` of the modules in `layouts`."""
 
 
-def fits(adapter: Adapter, row: Row) -> bool:
-    """Whether a row fits a format; False if the test itself fails on an odd row."""
-    try:
-        return adapter.fits(row)
-    except Exception:
-        return False
-
-
 def recognise(rows: Sequence[Row]) -> tuple[str, str]:
     """The only format that at least half of the first rows fit, and a sentence with the reason.
 
@@ -36,7 +28,7 @@ def recognise(rows: Sequence[Row]) -> tuple[str, str]:
     fitting = {
         name: count
         for name, adapter in ADAPTERS.items()
-        if 2 * (count := sum(fits(adapter, row) for row in sample)) >= len(sample) > 0
+        if 2 * (count := sum(map(adapter.recognises, sample))) >= len(sample) > 0
     }
     if len(fitting) == 1:
         ((name, count),) = fitting.items()

@@ -6,7 +6,7 @@ Bad rows are kept with a reason in `fault` and empty texts; the data gate counts
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pandas as pd
@@ -17,52 +17,14 @@ from dpo_core.data.convert import Converter, faulty_record
 from dpo_core.data.files.read import names_splits, read_rows
 from dpo_core.data.layouts.fields import Kind, PairFields, PromptFields, Record, Unpaired
 
-_TEXT, _FLAG = pa.large_string(), pa.bool_()
+_TEXT = pa.large_string()
+_TYPES: dict[Any, Any] = {str: _TEXT, bool: pa.bool_(), float | None: pa.float64()}
+_RECORDS: dict[Kind, Any] = {"pairs": PairFields, "unpaired": Unpaired, "prompts": PromptFields}
 _SCHEMAS: dict[Kind, Any] = {
-    "pairs": pa.schema(
-        {
-            "id": _TEXT,
-            "row": pa.int64(),
-            "prompt": _TEXT,
-            "chat": _FLAG,
-            "chosen": _TEXT,
-            "rejected": _TEXT,
-            "chosen_ended": _FLAG,
-            "rejected_ended": _FLAG,
-            "agreement": pa.float64(),
-            "tools": _TEXT,
-            "answer_chat": _FLAG,
-            "margin": pa.float64(),
-            "source": _TEXT,
-            "fault": _TEXT,
-        }
-    ),
-    "unpaired": pa.schema(
-        {
-            "id": _TEXT,
-            "row": pa.int64(),
-            "prompt": _TEXT,
-            "chat": _FLAG,
-            "completion": _TEXT,
-            "label": _FLAG,
-            "ended": _FLAG,
-            "tools": _TEXT,
-            "answer_chat": _FLAG,
-            "source": _TEXT,
-            "fault": _TEXT,
-        }
-    ),
-    "prompts": pa.schema(
-        {
-            "id": _TEXT,
-            "row": pa.int64(),
-            "prompt": _TEXT,
-            "chat": _FLAG,
-            "tools": _TEXT,
-            "source": _TEXT,
-            "fault": _TEXT,
-        }
-    ),
+    kind: pa.schema(
+        {"id": _TEXT, "row": pa.int64()} | {name: _TYPES[t] for name, t in get_type_hints(record).items()}
+    )
+    for kind, record in _RECORDS.items()
 }
 PAIR_COLUMNS: list[str] = _SCHEMAS["pairs"].names
 """id (sha256 of the content), row (source row, from 1), prompt (text, or compact JSON messages if chat),
@@ -72,9 +34,6 @@ compact JSON messages: tool calls, reasoning or several turns), margin (differen
 unknown), source (the set of a mixture, else ""), fault ("" = none)."""
 UNPAIRED_COLUMNS: list[str] = _SCHEMAS["unpaired"].names
 PROMPT_COLUMNS: list[str] = _SCHEMAS["prompts"].names
-
-
-_RECORDS: dict[Kind, Any] = {"pairs": PairFields, "unpaired": Unpaired, "prompts": PromptFields}
 
 
 @dataclass(frozen=True)

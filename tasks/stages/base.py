@@ -5,9 +5,7 @@ A stage is a function from manifests and its part of the recipe to files. It use
 """
 
 import logging
-import re
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,11 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
 
 from prefect import task
-from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import Progress as Bar
 
 from deploy.launchers import Cluster, Launcher, launcher_of
 from deploy.launchers.job_server_client import JobServer
@@ -29,7 +24,8 @@ from dpo_core.errors import DpoError, without_secrets
 from dpo_core.jobs.files import InferenceConfig
 from tasks.runs.references import record_lookup
 from tasks.signals import Stop
-from tasks.stages.prefect_artifacts import PrefectArtifacts
+from tasks.stages.prefect_artifacts import PrefectArtifacts, artifact_key
+from tasks.stages.progress import Progress
 from tasks.store.facts import Facts, scalar_facts
 from tasks.store.files import disk_fault
 from tasks.store.manifest import PLANNED, Manifest, digest_config, stage_key
@@ -149,52 +145,6 @@ class Context:
         return replace(self, label=label)
 
 
-_LINE_SECONDS = 60.0
-
-
-class Progress:
-    """Progress of a stage: a bar on the terminal, else a log line a minute, and a bar in Prefect."""
-
-    def __init__(self, stage: str, total: int, context: Context) -> None:
-        self.stage, self.total = stage, max(total, 1)
-        self._stop, self._prefect = context.stop, context.prefect_artifacts
-        self._last_line = time.monotonic()
-        self._bar: Any = None
-        self._last_sent = time.monotonic()
-        key = f"progress-{artifact_key(stage)}"
-        self._artifact: Any = self._prefect.send(
-            lambda: create_progress_artifact(progress=0.0, key=key, description=stage)
-        )
-        if sys.stderr.isatty():
-            self._bar = Bar(console=Console(stderr=True), transient=True)
-            self._bar.start()
-            self._task = self._bar.add_task(escape(stage), total=self.total)
-
-    def update(self, done: int) -> None:
-        """Report that `done` units of the total are done."""
-        self._stop.check()
-        if self._bar:
-            self._bar.update(self._task, completed=done)
-        elif time.monotonic() - self._last_line > _LINE_SECONDS:
-            self._last_line = time.monotonic()
-            log.info("%s: %d of %d", self.stage, done, self.total)
-        if time.monotonic() - self._last_sent > 3.0:
-            self._send(done)
-
-    def _send(self, done: int) -> None:
-        self._last_sent = time.monotonic()
-        share = min(100.0, 100.0 * done / self.total)
-        if self._artifact is not None:
-            self._prefect.send(lambda: update_progress_artifact(artifact_id=self._artifact, progress=share))
-
-    def close(self, finished: bool) -> None:
-        """Remove the bar; a finished stage ends at 100 %."""
-        if self._bar:
-            self._bar.stop()
-        if finished:
-            self._send(self.total)
-
-
 @dataclass
 class RunningStage:
     """A stage while it computes: its folders, its MLflow run and its progress bars."""
@@ -213,7 +163,7 @@ class RunningStage:
 
     def progress(self, total: int) -> Progress:
         """Start a progress bar over `total` units."""
-        bar = Progress(self.name, total, self.context)
+        bar = Progress(self.name, total, self.context.stop, self.context.prefect_artifacts)
         self._bars.append(bar)
         return bar
 
@@ -262,11 +212,6 @@ def stage_task(name: str, task_run_name: str | None = None) -> Callable[[StageFu
     return wrap
 
 
-def artifact_key(name: str) -> str:
-    """A name as the key of a Prefect artifact: lower-case letters, digits, single dashes."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
 def run_stage(
     context: Context,
     stage: Stage,
@@ -291,7 +236,7 @@ def run_stage(
     digest = digest_config(config)
     key = stage_key(stage.name, stage.version, digest, {role: m.sha256 for role, m in inputs.items()})
     if context.plan:
-        return _plan_stage(store, stage, name, key, digest, inputs, planned_facts)
+        return _plan_stage(context, stage, key, digest, inputs, planned_facts)
     record_lookup(store, context.run_id, stage.name, key, [m.sha256 for m in inputs.values()])
     manifest = store.lookup(stage.name, key)
     child: StageRun | None = None
@@ -321,21 +266,21 @@ def run_stage(
 
 
 def _plan_stage(
-    store: Store,
+    context: Context,
     stage: Stage,
-    name: str,
     key: str,
     digest: str,
     inputs: Mapping[str, Manifest],
     planned_facts: Callable[[], Facts] | None,
 ) -> StageResult:
     """What `run_stage` would return, without writing to the disk."""
-    inputs_exist = not any(manifest.planned for manifest in inputs.values())
-    cached = store.peek(stage.name, key) if inputs_exist else None
+    name, store = stage.name + context.label, context.store
+    planned = any(manifest.planned for manifest in inputs.values())
+    cached = None if planned else store.peek(stage.name, key)
     if cached is not None:
         return StageResult(name=name, manifest=cached, cached=True, seconds=0.0)
     why = _why(store.history(stage.name), stage, digest, tuple(m.sha256 for m in inputs.values()))
-    planned = Manifest(
+    manifest = Manifest(
         kind=stage.kind,
         uri=Path("/planned", stage.name).as_uri(),
         sha256=PLANNED,
@@ -345,7 +290,7 @@ def _plan_stage(
         config_digest=digest,
         extra=planned_facts().as_extra() if planned_facts else {},
     )
-    return StageResult(name=name, manifest=planned, cached=False, seconds=0.0, why=why)
+    return StageResult(name=name, manifest=manifest, cached=False, seconds=0.0, why=why)
 
 
 def _why(earlier: list[Manifest], stage: Stage, digest: str, parents: tuple[str, ...]) -> Why:
@@ -419,11 +364,7 @@ def _compute(
 
 
 def _checked_facts(stage: Stage, facts: Facts, seconds: float) -> Facts:
-    """The facts with the stage's time.
-
-    Raises:
-        TypeError: they are not of the class that the stage declares.
-    """
+    """The facts with the stage's time; a TypeError if they are not of the class that the stage declares."""
     if type(facts) is not stage.facts:
         actual, declared = type(facts).__name__, stage.facts.__name__
         raise TypeError(f"stage {stage.name} returned {actual}, but declares {declared}")

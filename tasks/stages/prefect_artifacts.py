@@ -1,6 +1,7 @@
 """Best-effort Prefect artifacts: an outage is logged and ignored; it never fails a stage."""
 
 import logging
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,11 @@ log = logging.getLogger("dpo")
 T = TypeVar("T")
 
 _PAUSE = 30.0  # seconds without calls after the server did not answer
+
+
+def artifact_key(name: str) -> str:
+    """A name as the key of a Prefect artifact: lower-case letters, digits, single dashes."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 class PrefectArtifacts:

@@ -1,12 +1,17 @@
-"""Confines untrusted data paths to a folder: refuses files that are links to places outside of it.
+"""Opens data files, plain or compressed; refuses those of a confined path that lie outside of its folder.
 
 A path is checked when it is configured, but a file may be replaced before it is opened. So the real path of
 each opened file is checked as well.
 """
 
+import gzip
+import io
 import os
+from contextlib import closing
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+import pyarrow as pa
 
 from dpo_core.errors import DataError
 
@@ -46,3 +51,26 @@ def reopen_path(file: BinaryIO, path: Path) -> str:
 
 def _lies_in(file: BinaryIO, folder: Path) -> bool:
     return Path(os.path.realpath(f"/proc/self/fd/{file.fileno()}")).is_relative_to(folder)
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """The decompressed bytes. The file's first bytes decide, because its ending may be wrong."""
+    file = open_file(path)
+    magic = file.read(4)
+    file.seek(0)
+    if magic[:2] == b"\x1f\x8b":
+        return io.BufferedReader(gzip.GzipFile(fileobj=file), 2**20)
+    # A skippable frame (pzstd writes one in front) counts too: 0x184D2A50 to 0x184D2A5F.
+    if magic == b"\x28\xb5\x2f\xfd" or (magic[1:] == b"\x2a\x4d\x18" and magic[0] >> 4 == 5):
+        # zstandard's own reader is not used: it reports no error at the end of a truncated file.
+        with file:
+            return io.BufferedReader(pa.input_stream(reopen_path(file, path), compression="zstd"), 2**20)
+    return file
+
+
+def open_table(path: Path) -> Any:
+    """A random-access source: the file itself, or the decompressed bytes in memory."""
+    with closing(open_plain(path)) as stream:
+        if isinstance(getattr(stream, "raw", None), io.FileIO):
+            return pa.memory_map(reopen_path(stream, path))
+        return pa.BufferReader(stream.read())

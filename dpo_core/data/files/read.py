@@ -10,14 +10,14 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dpo_core.data.files.confined import open_file, reopen_path
+from dpo_core.data.files.confined import open_file, open_plain, open_table
 from dpo_core.data.files.json_window import JsonWindow
 from dpo_core.data.files.splits import choose_split, files_of_split, split_of
 from dpo_core.data.row import UNREADABLE, Row
@@ -229,7 +229,7 @@ Parsed = Iterator[tuple[Row, int]]
 
 
 def _json_lines(path: Path) -> Parsed:
-    with _open(path) as stream:
+    with open_plain(path) as stream:
         for number, line in enumerate(stream, 1):
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -253,7 +253,7 @@ def _json(path: Path) -> Parsed:
     Several lists in one file are read too, because files may have been concatenated.
     """
     number = 0
-    with _open(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
+    with open_plain(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
         try:
             source = JsonWindow(text, str(path), BLOCK_CHARS)
             while not source.at_end():
@@ -278,7 +278,7 @@ def _json(path: Path) -> Parsed:
 def _csv(path: Path) -> Parsed:
     csv.field_size_limit(2**31 - 1)  # an answer may be longer than the module's 128 KiB
     number = 0
-    with _open(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
+    with open_plain(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
         # strict: otherwise an unclosed quote would make the rest of the file one field.
         reader = csv.DictReader(text, strict=True)
         try:
@@ -298,13 +298,13 @@ def _csv(path: Path) -> Parsed:
 
 
 def _parquet(path: Path) -> Parsed:
-    with pq.ParquetFile(_seekable(path)) as file:
+    with pq.ParquetFile(open_table(path)) as file:
         for batch in file.iter_batches(batch_size=4096):
             yield from _table_rows(batch)
 
 
 def _arrow(path: Path) -> Parsed:
-    source = _seekable(path)
+    source = open_table(path)
     is_file = source.read(6) == b"ARROW1"  # else the stream form, which `datasets` writes
     source.seek(0)
     if is_file:
@@ -370,29 +370,6 @@ def _parser(path: Path) -> Callable[[Path], Parsed] | None:
 
 def _endings() -> str:
     return ", ".join(PARSERS)
-
-
-def _open(path: Path) -> BinaryIO:
-    """The decompressed bytes. The file's first bytes decide, because its ending may be wrong."""
-    file = open_file(path)
-    magic = file.read(4)
-    file.seek(0)
-    if magic[:2] == b"\x1f\x8b":
-        return io.BufferedReader(gzip.GzipFile(fileobj=file), 2**20)
-    # A skippable frame (pzstd writes one in front) counts too: 0x184D2A50 to 0x184D2A5F.
-    if magic == b"\x28\xb5\x2f\xfd" or (magic[1:] == b"\x2a\x4d\x18" and magic[0] >> 4 == 5):
-        # zstandard's own reader is not used: it reports no error at the end of a truncated file.
-        with file:
-            return io.BufferedReader(pa.input_stream(reopen_path(file, path), compression="zstd"), 2**20)
-    return file
-
-
-def _seekable(path: Path) -> Any:
-    """A random-access source: the file itself, or the decompressed bytes in memory."""
-    with closing(_open(path)) as stream:
-        if isinstance(getattr(stream, "raw", None), io.FileIO):
-            return pa.memory_map(reopen_path(stream, path))
-        return pa.BufferReader(stream.read())
 
 
 def _checked(row: object, path: Path, where: str) -> Row:

@@ -272,41 +272,30 @@ def is_prompts(row: Row) -> bool:
 
 
 FORMATS = {
-    "hh": Adapter("pairs", "chosen and rejected are Human/Assistant transcripts", is_hh, hh),
+    "hh": Adapter("chosen and rejected are Human/Assistant transcripts", hh, fits=is_hh),
     "prompt-pairs": Adapter(
-        "pairs",
         "a prompt (or the turns inside the answers) with chosen and rejected",
-        is_prompt_pairs,
         prompt_pairs,
         ("prompt", "chosen", "rejected"),
+        is_prompt_pairs,
     ),
     "sharegpt": Adapter(
-        "pairs",
         "conversations with a chosen and a rejected message",
-        lambda row: has(row, "conversations", "chosen", "rejected"),
         sharegpt,
         ("conversations", "chosen", "rejected"),
     ),
     "pandalm": Adapter(
-        "pairs",
         "an instruction, response1 and response2, and annotators' votes",
-        lambda row: has(row, "instruction", "response1", "response2", "annotator1"),
         pandalm,
         ("instruction", "response1", "response2", "annotator1"),
     ),
     "stackexchange": Adapter(
-        "pairs",
         "a question with response_j preferred to response_k",
-        lambda row: has(row, "question", "response_j", "response_k"),
         stackexchange,
         ("question", "response_j", "response_k"),
     ),
     "kto": Adapter(
-        "unpaired",
-        "one answer a row with a true/false label",
-        is_kto,
-        kto,
-        ("prompt", "completion", "label"),
+        "one answer a row with a true/false label", kto, ("prompt", "completion", "label"), is_kto, "unpaired"
     ),
-    "prompts": Adapter("prompts", "a prompt or text and no answer", is_prompts, prompts),
+    "prompts": Adapter("a prompt or text and no answer", prompts, fits=is_prompts, kind="prompts"),
 }

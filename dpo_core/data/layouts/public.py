@@ -98,17 +98,8 @@ def shp(row: Row) -> PairFields:
     return PairFields(text(row, "history"), False, answers[better], answers[1 - better], margin=margin)
 
 
-def pku_better(row: Row) -> PairFields:
-    """PKU-SafeRLHF by helpfulness."""
-    return _pku(row, "better_response_id")
-
-
-def pku_safer(row: Row) -> PairFields:
-    """PKU-SafeRLHF by harmlessness."""
-    return _pku(row, "safer_response_id")
-
-
 def _pku(row: Row, verdict: str) -> PairFields:
+    """PKU-SafeRLHF by helpfulness or by harmlessness."""
     answers = text(row, "response_0"), text(row, "response_1")
     return _better(row, text(row, "prompt"), answers, _side(row, verdict))
 
@@ -209,63 +200,49 @@ def _texts(row: Row, name: str) -> list[str]:
 
 FORMATS = {
     "helpsteer2": Adapter(
-        "pairs",
         "a prompt, response_1, response_2 and preference_strength (HelpSteer2)",
-        lambda row: has(row, "prompt", "response_1", "response_2", "preference_strength"),
         helpsteer2,
         ("prompt", "response_1", "response_2", "preference_strength"),
     ),
     "helpsteer3": Adapter(
-        "pairs",
         "a context, response1, response2 and overall_preference (HelpSteer3)",
-        lambda row: has(row, "context", "response1", "response2", "overall_preference"),
         helpsteer3,
         ("context", "response1", "response2", "overall_preference"),
     ),
     "shp": Adapter(
-        "pairs",
         "a history, human_ref_A, human_ref_B and labels (SHP)",
-        lambda row: has(row, "history", "human_ref_A", "human_ref_B", "labels"),
         shp,
         ("history", "human_ref_A", "human_ref_B", "labels"),
     ),
     "pku-saferlhf": Adapter(
-        "pairs",
         "a prompt, response_0, response_1 and better_response_id (PKU-SafeRLHF)",
-        lambda row: has(row, "prompt", "response_0", "response_1", "better_response_id"),
-        pku_better,
+        lambda row: _pku(row, "better_response_id"),
         ("prompt", "response_0", "response_1", "better_response_id"),
         note="the more helpful response was chosen; data.format=pku-saferlhf-safer chooses the safer one",
     ),
     "pku-saferlhf-safer": Adapter(
-        "pairs",
         "the same rows, with safer_response_id as the preference",
+        lambda row: _pku(row, "safer_response_id"),
+        ("prompt", "response_0", "response_1", "safer_response_id"),
         lambda row: (
             has(row, "prompt", "response_0", "response_1", "safer_response_id")
             and row.get("better_response_id") is None
         ),
-        pku_safer,
-        ("prompt", "response_0", "response_1", "safer_response_id"),
     ),
     "summaries": Adapter(
-        "pairs",
         "info with a post or article, two summaries and a choice (TL;DR comparisons)",
-        lambda row: has(row, "info", "summaries", "choice"),
         summaries,
         ("info", "summaries", "choice"),
     ),
     "webgpt": Adapter(
-        "pairs",
         "a question, answer_0, answer_1, score_0 and score_1 (WebGPT comparisons)",
-        lambda row: has(row, "question", "answer_0", "answer_1", "score_0", "score_1"),
         webgpt,
         ("question", "answer_0", "answer_1", "score_0", "score_1"),
     ),
     "arena": Adapter(
-        "pairs",
         "conversations or responses of two models and the winner (Chatbot Arena)",
-        is_arena,
         arena,
         ("conversation_a", "conversation_b", "winner"),
+        is_arena,
     ),
 }

@@ -266,28 +266,25 @@ def pairs_of(ranked: Ranked, mode: str) -> list[tuple[PairFields, int]]:
 
 FORMATS = {
     "ranked": Adapter(
-        "pairs",
         "a prompt with a list of answers, each with a score or a rank",
-        is_ranked,
         ranked,
         ("prompt", "answers"),
+        is_ranked,
         ranked=True,
     ),
     "scored": Adapter(
-        "pairs",
         "a prompt, one answer and its score, several rows a prompt",
-        is_scored,
         scored,
         ("prompt", "response", "score"),
+        is_scored,
         assemble=by_prompt,
         ranked=True,
     ),
     "oasst": Adapter(
-        "pairs",
         "messages of conversation trees with ranked replies (OpenAssistant)",
-        is_oasst,
         oasst,
         ("message_id", "parent_id", "text", "role"),
+        is_oasst,
         assemble=by_tree,
         ranked=True,
     ),

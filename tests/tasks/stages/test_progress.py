@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.stages import base as stage
+from tasks.stages import progress as stage
 from tests.support.runs.contexts import make_context
 
 
@@ -18,7 +18,7 @@ def test_a_long_stage_tells_its_progress_in_the_log(
     monkeypatch.setattr(logging.getLogger("dpo"), "propagate", True)
     clock = [0.0]
     monkeypatch.setattr(stage.time, "monotonic", lambda: clock[0])
-    bar = stage.Progress("train-ppo", 12, context)
+    bar = stage.Progress("train-ppo", 12, context.stop, context.prefect_artifacts)
     with caplog.at_level(logging.INFO, "dpo"):
         for done, clock[0] in ((1, 30.0), (2, 61.0), (3, 90.0), (4, 130.0)):
             bar.update(done)
