@@ -1,4 +1,4 @@
-"""Every rule broken on purpose in one row of a clean frame: it and nothing else must fail, naming the row."""
+"""Every rule broken on purpose in a row of a clean frame: it and nothing else must fail, naming the row."""
 
 import json
 from collections.abc import Callable
@@ -17,14 +17,21 @@ from expectations.drift import Profile
 from expectations.rules import rules_of
 from tests.support.frames import PlainTokens, clean_pairs, clean_prompts, failed, row_number
 
-BAD = 7  # the broken row, in the train split
 Gate = Callable[..., Any]
+Change = Callable[[pd.DataFrame, int], None]
 
 
 def words(text: str) -> list[int]:
     """A lossless toy tokenizer: one token a character."""
     return [ord(c) for c in text]
 
+
+TOKENS: dict[str, Any] = {
+    "tokens": PlainTokens(words),
+    "max_length": 160,
+    "max_prompt_length": 60,
+    "special_tokens": ["<|mine|>", "!"],
+}
 
 # Without tolerance each broken row must show, and the rules that are warnings by default must refuse.
 STRICT = GateConfig.model_validate(
@@ -35,75 +42,6 @@ STRICT = GateConfig.model_validate(
 )
 
 
-def put(**values: Any) -> Callable[[pd.DataFrame], pd.DataFrame]:
-    def change(frame: pd.DataFrame) -> pd.DataFrame:
-        frame = frame.copy()
-        for name, value in values.items():
-            if not isinstance(value, str) or not value.isprintable():  # str columns take no surrogates
-                frame[name] = frame[name].astype(object)
-            frame.loc[BAD, name] = value
-        return frame
-
-    return change
-
-
-def copy_of(frame: pd.DataFrame, source: int, **changes: Any) -> pd.DataFrame:
-    """Row BAD becomes row `source` with changes; id, row and split stay its own."""
-    frame = frame.copy()
-    for name in frame.columns.difference(["id", "row", "split"]):
-        frame.loc[BAD, name] = changes.get(name, frame.loc[source, name])
-    return frame
-
-
-def turned(frame: pd.DataFrame) -> pd.DataFrame:
-    return copy_of(frame, 8, chosen=frame.loc[8, "rejected"], rejected=frame.loc[8, "chosen"])
-
-
-def turned_as_chat(frame: pd.DataFrame) -> pd.DataFrame:
-    """The same pair turned round, its prompt a conversation of one turn in place of text."""
-    turns = [{"role": "user", "content": frame.loc[8, "prompt"]}]
-    changed = turned(frame)
-    changed.loc[BAD, "prompt"] = json.dumps(turns, ensure_ascii=False, separators=(",", ":"))
-    changed.loc[BAD, "chat"] = True
-    return changed
-
-
-PAIR_BREAKS: dict[str, tuple[str, Callable[[pd.DataFrame], pd.DataFrame], list[int]]] = {
-    "fault": ("fault", put(fault="field rejected is missing", prompt="", chosen="", rejected=""), [BAD]),
-    "a bool for text": ("type", put(chosen=True), [BAD]),
-    "null for text": ("type", put(rejected=None), [BAD]),
-    "unknown split": ("split", put(split="test"), [BAD]),
-    "empty prompt": ("empty_prompt", put(prompt=" \n"), [BAD]),
-    "empty chosen": ("empty_chosen", put(chosen=""), [BAD]),
-    "whitespace chosen": ("empty_chosen", put(chosen="\u00a0\t"), [BAD]),
-    "empty rejected": ("empty_rejected", put(rejected="  "), [BAD]),
-    "identical": ("identical", put(chosen="The same here.", rejected=" The same here.\n"), [BAD]),
-    "contradiction": ("contradiction", turned, [BAD, 8]),
-    "contradiction as text and as chat": ("contradiction", turned_as_chat, [BAD, 8]),
-    "duplicate": ("duplicate", lambda f: copy_of(f, 3), [BAD]),
-    "leakage": ("leakage", put(prompt="  what DO you know about\nthe rivers of town number 0?"), [BAD]),
-    "own special token": ("special_tokens", put(rejected="Then <|mine|> is not text, is it?"), [BAD]),
-    "template token": ("template_tokens", put(chosen="It is all well.<|eot_id|> Is it not so?"), [BAD]),
-    "non-ascii template token": ("template_tokens", put(prompt="Is <｜end▁of▁sentence｜> a word?"), [BAD]),
-    "NUL": ("control_characters", put(chosen="It is \x00 and that is all there is to it."), [BAD]),
-    "C1": ("control_characters", put(rejected="It is \x85 and that is all there is to it."), [BAD]),
-    "NUL in prompt": ("control_characters", put(prompt="What is \x00 to you?"), [BAD]),
-    "replacement character": ("control_characters", put(prompt="What is caf\ufffd to you?"), [BAD]),
-    "lone surrogate": ("control_characters", put(prompt="What is \ud83d to you?"), [BAD]),
-    "prompt in the answer": (
-        "prompt_repeated",
-        put(chosen="What do you know about the clocks of town number 7? Not a lot."),
-        [BAD],
-    ),
-    "over long": ("over_long", put(rejected="It is far. " * 30), [BAD]),
-    "equal when cut": (
-        "identical_after_truncation over_long",
-        put(chosen="It is far. " * 30 + "A", rejected="It is far. " * 30 + "B"),
-        [BAD],
-    ),
-}
-
-
 def clean_unpaired(rows: int = 40, chat: bool = False) -> pd.DataFrame:
     """Distinct completions; every other one is desirable."""
     said = "There is a lot to say about that, and it is well worth the time: number {}."
@@ -112,41 +50,100 @@ def clean_unpaired(rows: int = 40, chat: bool = False) -> pd.DataFrame:
     )
 
 
-def other_label(frame: pd.DataFrame) -> pd.DataFrame:
-    """Row 7 becomes row 8 with the other label; both stay in the train split."""
-    return copy_of(frame, 8, label=not frame.loc[8, "label"])
+CLEAN = {"pairs": clean_pairs, "unpaired": clean_unpaired, "prompts": clean_prompts}
 
 
-UNPAIRED_BREAKS: dict[str, tuple[str, Callable[[pd.DataFrame], pd.DataFrame], list[int]]] = {
-    "no label, as the reader leaves it": (
-        "fault",
-        put(fault="label is missing", prompt="", completion=""),
-        [BAD],
-    ),
-    "a bool for text": ("type", put(completion=True), [BAD]),
-    "null for text": ("type", put(completion=None), [BAD]),
-    "empty completion": ("empty_completion", put(completion=""), [BAD]),
-    "both labels": ("contradiction", other_label, [BAD, 8]),
-    "own special token": ("special_tokens", put(completion="Then <|mine|> is not text, is it?"), [BAD]),
-    "prompt in the answer": (
-        "prompt_repeated",
-        put(completion="What do you know about the clocks of town number 7? Not a lot."),
-        [BAD],
-    ),
-    "over long": ("over_long", put(completion="It is far. " * 30), [BAD]),
+def put(**values: Any) -> Change:
+    """Set values of the row."""
+
+    def change(frame: pd.DataFrame, at: int) -> None:
+        for name, value in values.items():
+            frame[name] = frame[name].astype(object)  # str columns take no other values, and no surrogates
+            frame.at[at, name] = value
+
+    return change
+
+
+def copy(**changes: Callable[[pd.Series], Any]) -> Change:
+    """The next row becomes a copy of the row with changes; id, row and split stay its own."""
+
+    def change(frame: pd.DataFrame, at: int) -> None:
+        for name in frame.columns.difference(["id", "row", "split"]):
+            frame[name] = frame[name].astype(object) if name == "prompt" else frame[name]
+            frame.at[at + 1, name] = changes.get(name, lambda row, name=name: row[name])(frame.loc[at])
+
+    return change
+
+
+def as_turns(row: pd.Series) -> str:
+    """The row's prompt as a conversation of one turn."""
+    return json.dumps([{"role": "user", "content": row["prompt"]}], separators=(",", ":"))
+
+
+TURNED = {"chosen": lambda row: row["rejected"], "rejected": lambda row: row["chosen"]}
+LEAK = put(prompt="  what DO you know about\nthe rivers of town number 0?")  # that row is in the eval split
+
+
+def begin_with_prompt(column: str) -> Change:
+    def change(frame: pd.DataFrame, at: int) -> None:
+        frame.at[at, column] = f"{frame.at[at, 'prompt']} Not a lot."
+
+    return change
+
+
+# The rules that are broken, how, and the places of the rows that break them: 0 is the row, 1 the next.
+COMMON: list[tuple[str, Change, tuple[int, ...]]] = [
+    ("split", put(split="test"), (0,)),
+    ("empty_prompt", put(prompt=" \n"), (0,)),
+    ("duplicate", copy(), (1,)),
+    ("leakage", LEAK, (0,)),
+    ("template_tokens", put(prompt="Is <｜end▁of▁sentence｜> a word?"), (0,)),
+    ("control_characters", put(prompt="What is \x00 to you?"), (0,)),
+    ("control_characters", put(prompt="What is caf\ufffd to you?"), (0,)),
+    ("control_characters", put(prompt="What is \ud83d to you?"), (0,)),
+]
+BREAKS: dict[str, list[tuple[str, Change, tuple[int, ...]]]] = {
+    "prompts": [*COMMON, ("over_long", put(prompt="What is it? " * 20), (0,))],
+    "pairs": [
+        *COMMON,
+        ("fault", put(fault="field rejected is missing", prompt="", chosen="", rejected=""), (0,)),
+        ("type", put(chosen=True), (0,)),
+        ("type", put(rejected=None), (0,)),
+        ("empty_chosen", put(chosen=""), (0,)),
+        ("empty_chosen", put(chosen="\u00a0\t"), (0,)),
+        ("empty_rejected", put(rejected="  "), (0,)),
+        ("identical", put(chosen="The same here.", rejected=" The same here.\n"), (0,)),
+        ("contradiction", copy(**TURNED), (0, 1)),
+        ("contradiction", copy(**TURNED, prompt=as_turns, chat=lambda _: True), (0, 1)),
+        ("special_tokens", put(rejected="Then <|mine|> is not text, is it?"), (0,)),
+        ("template_tokens", put(chosen="It is all well.<|eot_id|> Is it not so?"), (0,)),
+        ("control_characters", put(chosen="It is \x00 and that is all there is to it."), (0,)),
+        ("control_characters", put(rejected="It is \x85 and that is all there is to it."), (0,)),
+        ("prompt_repeated", begin_with_prompt("chosen"), (0,)),
+        ("over_long", put(rejected="It is far. " * 30), (0,)),
+        (
+            "identical_after_truncation over_long",
+            put(chosen="It is far. " * 30 + "A", rejected="It is far. " * 30 + "B"),
+            (0,),
+        ),
+    ],
+    "unpaired": [
+        *COMMON,
+        ("fault", put(fault="label is missing", prompt="", completion=""), (0,)),
+        ("type", put(completion=True), (0,)),
+        ("type", put(completion=None), (0,)),
+        ("empty_completion", put(completion="\u00a0\t"), (0,)),
+        ("contradiction", copy(label=lambda row: not row["label"]), (0, 1)),
+        ("special_tokens", put(completion="Then <|mine|> is not text, is it?"), (0,)),
+        ("prompt_repeated", begin_with_prompt("completion"), (0,)),
+        ("over_long", put(completion="It is far. " * 30), (0,)),
+    ],
 }
 
 
-TOKENS: dict[str, Any] = {
-    "tokens": PlainTokens(words),
-    "max_length": 160,
-    "max_prompt_length": 60,
-    "special_tokens": ["<|mine|>", "!"],
-}
-
-
-@pytest.mark.parametrize(("subject", "clean"), [("pairs", clean_pairs), ("unpaired", clean_unpaired)])
-def test_a_clean_frame_passes(gate: Gate, subject: str, clean: Any) -> None:
+@pytest.mark.parametrize("subject", ["pairs", "unpaired"])
+def test_a_clean_frame_passes(gate: Gate, subject: str) -> None:
+    clean = CLEAN[subject]
     first, kept = gate(clean(), subject=subject, **TOKENS)
     report, _ = gate(clean(), subject=subject, baseline=first.profile.model_dump(), **TOKENS)
     assert not report.refused
@@ -156,31 +153,34 @@ def test_a_clean_frame_passes(gate: Gate, subject: str, clean: Any) -> None:
     assert judged == {f"{subject}/schema", *(f"{subject}/{name}" for name in rules_of(subject))}
 
 
-CASES = [("pairs", case) for case in PAIR_BREAKS] + [("unpaired", case) for case in UNPAIRED_BREAKS]
-
-
-@pytest.mark.parametrize(("subject", "case"), CASES)
-def test_a_broken_row_is_found(gate: Gate, subject: str, case: str) -> None:
-    breaks, clean = (PAIR_BREAKS, clean_pairs) if subject == "pairs" else (UNPAIRED_BREAKS, clean_unpaired)
-    rules, break_it, rows = breaks[case]
-    report, _ = gate(break_it(clean()), subject=subject, config=STRICT, **TOKENS)
+@pytest.mark.parametrize("subject", BREAKS)
+def test_every_broken_row_is_found(gate: Gate, subject: str) -> None:
+    rows = 5 * len(BREAKS[subject]) + 5
+    frame = CLEAN[subject](rows)
+    broken: dict[str, list[int]] = {}
+    for case, (rules, change, places) in enumerate(BREAKS[subject], 1):
+        at = 5 * case + 1  # in the train split, as the next one
+        change(frame, at)
+        for rule in rules.split():
+            broken.setdefault(rule, []).extend(row_number(at + place) for place in places)
+    report, _ = gate(frame, subject=subject, config=STRICT, **TOKENS)
     assert report.refused
-    assert set(failed(report)) == set(rules.split())
-    for finding in failed(report).values():
-        assert finding.rows == [row_number(i) for i in rows]
-        assert finding.count == len(rows)
-        assert finding.rate == pytest.approx(len(rows) / 40)
+    found = failed(report)
+    assert {name: f.rows for name, f in found.items()} == broken
+    for finding in found.values():
+        assert finding.count == len(finding.rows)
+        assert finding.rate == pytest.approx(finding.count / rows)
         assert finding.severity == "critical"
         assert finding.remedy
         assert finding.remedy in finding.message
 
 
-CHAT_BREAKS = {
-    "no message": ("empty_prompt", []),
-    "blank message": ("empty_prompt", [{"role": "user", "content": " \n\t "}]),
-    "escaped NUL": ("control_characters", [{"role": "user", "content": "What is \x00 to you?"}]),
-    "escaped replacement": ("control_characters", [{"role": "user", "content": "Is it \ufffd to you?"}]),
-    "last message repeated": (
+CHAT_BREAKS: list[tuple[str | None, list[dict[str, str]]]] = [
+    ("empty_prompt", []),
+    ("empty_prompt", [{"role": "user", "content": " \n\t "}]),
+    ("control_characters", [{"role": "user", "content": "What is \x00 to you?"}]),
+    ("control_characters", [{"role": "user", "content": "Is it \ufffd to you?"}]),
+    (
         "prompt_repeated",
         [
             {"role": "user", "content": "Hello there, you."},
@@ -188,52 +188,24 @@ CHAT_BREAKS = {
             {"role": "user", "content": "I do not know what to say"},
         ],
     ),
-    "leakage": (
-        "leakage",
-        [{"role": "user", "content": "What do you  know about the\nRIVERS of town number 0?"}],
-    ),
-}
+    ("leakage", [{"role": "user", "content": "What do you  know about the\nRIVERS of town number 0?"}]),
+    # A text about control characters holds none.
+    (None, [{"role": "user", "content": 'Why is "\\u0000" or C:\\bin in a file, and "content":" too?'}]),
+]
 
 
 @pytest.mark.parametrize("ascii_only", [False, True])
-@pytest.mark.parametrize("case", CHAT_BREAKS)
-def test_a_broken_chat_prompt_is_found(gate: Gate, case: str, ascii_only: bool) -> None:
-    rule, turns = CHAT_BREAKS[case]
+def test_every_broken_chat_prompt_is_found(gate: Gate, ascii_only: bool) -> None:
     frame = clean_pairs(chat=True)
-    frame.loc[BAD, "prompt"] = json.dumps(turns, ensure_ascii=ascii_only, separators=(",", ":"))
-    frame.loc[BAD, "chosen"] = "I do not know what to say about that, but it may be so."
+    broken: dict[str, list[int]] = {}
+    for case, (rule, turns) in enumerate(CHAT_BREAKS):
+        at = 5 * case + 1
+        frame.at[at, "prompt"] = json.dumps(turns, ensure_ascii=ascii_only, separators=(",", ":"))
+        frame.at[at, "chosen"] = "I do not know what to say about that, but it may be so."
+        if rule:
+            broken.setdefault(rule, []).append(row_number(at))
     report, _ = gate(frame, config=STRICT)
-    assert {name: f.rows for name, f in failed(report).items()} == {rule: [row_number(BAD)]}
-
-
-def test_text_about_control_characters_is_not_one(gate: Gate) -> None:
-    frame = clean_pairs(chat=True)
-    turns = [{"role": "user", "content": 'Why is "\\u0000" or C:\\bin in a file, and "content":" too?'}]
-    frame.loc[BAD, "prompt"] = json.dumps(turns, separators=(",", ":"))
-    assert not failed(gate(frame, config=STRICT)[0])
-
-
-@pytest.mark.parametrize(
-    "case", ["unknown split", "empty prompt", "leakage", "duplicate", "replacement character"]
-)
-def test_a_broken_prompt_is_found(gate: Gate, case: str) -> None:
-    rule, break_it, rows = PAIR_BREAKS[case]
-    report, _ = gate(break_it(clean_prompts()), subject="prompts", config=STRICT)
-    assert {name: f.rows for name, f in failed(report).items()} == {rule: [row_number(i) for i in rows]}
-    assert report.refused
-
-
-def test_an_over_long_prompt_is_found(gate: Gate) -> None:
-    frame = put(prompt="What is it? " * 20)(clean_prompts())
-    report, _ = gate(
-        frame,
-        subject="prompts",
-        config=STRICT,
-        tokens=PlainTokens(words),
-        max_length=400,
-        max_prompt_length=90,
-    )
-    assert {name: f.rows for name, f in failed(report).items()} == {"over_long": [row_number(BAD)]}
+    assert {name: f.rows for name, f in failed(report).items()} == broken
 
 
 @pytest.mark.parametrize(
@@ -246,9 +218,8 @@ def test_an_over_long_prompt_is_found(gate: Gate) -> None:
         (lambda f: f.assign(chosen=1), "column chosen is integer, not text"),
     ],
 )
-@pytest.mark.parametrize("quarantine", ["refuse", "drop"])
-def test_a_wrong_schema_is_refused(gate: Gate, change: Any, says: str, quarantine: str) -> None:
-    report, _ = gate(change(clean_pairs()), config=GateConfig(quarantine=quarantine))
+def test_a_wrong_schema_is_refused(gate: Gate, change: Any, says: str) -> None:
+    report, _ = gate(change(clean_pairs()), config=GateConfig(quarantine="drop"))
     assert report.refused
     assert says in failed(report)["schema"].message
 
@@ -317,8 +288,15 @@ def test_nothing_is_written_beside_the_docs(
 # --- unpaired rows ----------------------------------------------------------------------------------------
 
 
+def with_other_label() -> pd.DataFrame:
+    """Row 7 is row 6 with the other label."""
+    frame = clean_unpaired()
+    copy(label=lambda row: not row["label"])(frame, 6)
+    return frame
+
+
 def test_the_refusal_speaks_of_labels(gate: Gate) -> None:
-    report, _ = gate(other_label(clean_unpaired()), subject="unpaired")
+    report, _ = gate(with_other_label(), subject="unpaired")
     with pytest.raises(
         GateRefused, match="refused the unpaired rows: unpaired/contradiction: 2 of 40"
     ) as caught:
@@ -329,10 +307,10 @@ def test_the_refusal_speaks_of_labels(gate: Gate) -> None:
 
 def test_the_quarantine_drops_both_sides_of_a_contradiction(gate: Gate) -> None:
     config = GateConfig(quarantine="drop")
-    report, kept = gate(other_label(clean_unpaired()), subject="unpaired", config=config)
+    report, kept = gate(with_other_label(), subject="unpaired", config=config)
     assert not report.refused
     assert report.dropped_by == {"unpaired/contradiction": 2}
-    assert set(kept["row"]) == {row_number(i) for i in range(40)} - {row_number(BAD), row_number(8)}
+    assert set(kept["row"]) == {row_number(i) for i in range(40)} - {row_number(6), row_number(7)}
 
 
 def test_the_same_answer_to_another_prompt_is_no_contradiction(gate: Gate) -> None:
