@@ -242,11 +242,11 @@ def test_autograd_against_finite_differences(name: str, seed: int) -> None:
 def test_every_row_is_judged_by_itself(name: str) -> None:
     """Order and split of the batch change no row's loss, totals given.
 
-    Not for objectives that sort over the batch: their docstring says so, and `test_transport` that it shows.
+    Not for objectives that sort over the batch: their docstring says so, and `TestTransport` that it shows.
     """
     objective = get(name)
     if objective.batch_coupled:
-        pytest.skip("sorts over the batch; see test_transport")
+        pytest.skip("sorts over the batch; see TestTransport")
     batch = inputs_for(objective, n=12)
     whole_B = loss_of(objective, batch)
     assert whole_B.shape == (12,)

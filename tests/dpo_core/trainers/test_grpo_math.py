@@ -42,27 +42,6 @@ def test_equal_rewards_have_no_advantage() -> None:
     assert flat_groups(torch.tensor([1.0, 1.0, 2.0, 3.0]), torch.tensor([0, 0, 1, 1])) == 1
 
 
-@pytest.mark.parametrize(("sample", "wanted"), [(True, 1 / math.sqrt(2)), (False, 1.0)])
-def test_two_distinct_rewards(sample: bool, wanted: float) -> None:
-    advantages = group_advantages(torch.tensor([900.0, 100.0]), torch.zeros(2), "group", sample=sample)
-    assert advantages.tolist() == pytest.approx([wanted, -wanted], rel=1e-6)
-
-
-def test_binary_rewards_with_a_success_rate() -> None:
-    """Population deviation: A₊ = √((1-p)/p), A₋ = -√(p/(1-p))."""
-    rewards = 1e3 * torch.tensor([1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
-    advantages = group_advantages(rewards, torch.zeros(8), "group", sample=False)
-    assert advantages[0].item() == pytest.approx(math.sqrt(3), rel=1e-6)
-    assert advantages[-1].item() == pytest.approx(-1 / math.sqrt(3), rel=1e-6)
-
-
-def test_scaled_advantages_ignore_the_unit_of_the_reward() -> None:
-    one = group_advantages(1e3 * REWARDS, GROUPS, "group")
-    torch.testing.assert_close(
-        group_advantages(5e3 * REWARDS + 9, GROUPS, "group"), one, rtol=1e-6, atol=1e-6
-    )
-
-
 def test_scale_by_the_batch() -> None:
     std = REWARDS.std()
     wanted = (REWARDS - group_means(REWARDS, GROUPS)) / (std + 1e-4)

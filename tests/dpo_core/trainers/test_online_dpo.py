@@ -14,8 +14,8 @@ from dpo_core.data.tokens.tokenise import TokenSequence
 from dpo_core.methods.online_dpo import OnlineDpoConfig
 from dpo_core.trainers.online.rollouts import Episode
 from dpo_core.trainers.online_dpo import ScoredEpisode, best_and_worst
-from tests.support.runs.online_jobs import kill_in_round, online_job, timeless
-from tests.support.runs.training_jobs import curve, launch
+from tests.support.runs.online_jobs import online_job, timeless, train_in_parts
+from tests.support.runs.training_jobs import build_trainer, curve, launch
 
 SETTINGS: dict[str, Any] = {
     "iterations": 3,
@@ -57,19 +57,18 @@ def test_a_reward_that_can_be_learnt_is_learnt(alone: None, tiny: Path, tmp_path
     assert np.mean(scores[-3:]) > np.mean(scores[:2]) + 0.5
 
 
-@pytest.mark.parametrize("renew", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_killed_run_resumes_bit_for_bit(tiny: Path, tmp_path: Path, renew: bool) -> None:
+@pytest.mark.parametrize("renew", [False, True])
+def test_a_resumed_run_is_the_straight_one(alone: None, tiny: Path, tmp_path: Path, renew: bool) -> None:
     changes = {"renew_reference": renew, "iterations": 4, "epochs": 2, "minibatches": 2}
-    straight = online(tmp_path / "straight", tiny, **changes)
-    assert launch(straight) is State.DONE
-    job = online(tmp_path / "killed", tiny, **changes)
-    kill_in_round(job, 4)
-    assert launch(job) is State.DONE
-    assert timeless(job.parent) == timeless(straight.parent)
-    ours, theirs = (load_file(w.parent / "out" / "model.safetensors") for w in (job, straight))
+    straight = build_trainer(online(tmp_path / "straight", tiny, **changes))
+    straight.train()
+    resumed = train_in_parts(online(tmp_path / "parts", tiny, **changes), first=2)
+    assert timeless(tmp_path / "parts") == timeless(tmp_path / "straight")
+    ours, theirs = resumed.module.state_dict(), straight.module.state_dict()
     assert all(ours[name].equal(tensor) for name, tensor in theirs.items())
 
 
+@pytest.mark.slow
 def test_two_ranks_take_the_steps_of_one(tiny: Path, tmp_path: Path) -> None:
     steps = {"micro_batch_size": 2, "epochs": 2, "minibatches": 2}
     two = online(tmp_path / "two", tiny, engine={"processes": 2}, **steps)

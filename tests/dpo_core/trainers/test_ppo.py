@@ -132,6 +132,7 @@ def test_two_ranks_take_the_steps_of_one(straight: Path, tiny: Path, tmp_path: P
         assert lines[1][name] == pytest.approx(wanted[1][name], abs=1e-3), name
 
 
+@pytest.mark.slow
 def test_shards_of_two_ranks_resume_on_one(tiny: Path, tmp_path: Path) -> None:
     """Policy and critic under ZeRO 2, saved by two ranks, both converted for one."""
     optim = {"learning_rate": 1e-2, "schedule": "constant", "warmup_fraction": 0.0, "epsilon": 1e-5}

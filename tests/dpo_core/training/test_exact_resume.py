@@ -38,7 +38,7 @@ LORA = {"lora": {"rank": 4}}
 # With 10 rows and batches of 4, the third batch and the fifth hold the end of an epoch and its successor.
 CASES = [
     pytest.param(Case("dpo", rows=10, batch=4, micro=1), id="dpo-accumulation-epochs"),
-    pytest.param(Case("sft", rows=10, batch=4, micro=2), id="sft-accumulation-epochs"),
+    slow("sft-accumulation-epochs", Case("sft", rows=10, batch=4, micro=2)),
     slow("dpo-one-epoch", Case("dpo", rows=48)),
     slow("dpo-bf16", Case("dpo", micro=2, engine={"precision": "bf16"})),
     slow("dpo-recompute", Case("dpo", micro=2, engine={"gradient_checkpointing": True})),

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.runs import forked
-from tests.support.runs.training_jobs import curve, text, wait_until, write_job
+from tests.support.runs.training_jobs import build_trainer, curve, text, wait_until, write_job
 
 PROMPTS = [{"prompt": text(i, 3), "chat": False} for i in range(12)]
 # Counts two letters; a file beside it makes the reward call of that number wait to be killed.
@@ -45,6 +45,15 @@ def online_job(work: Path, tiny: Path, method: str, settings: dict[str, Any], **
 def timeless(work: Path) -> list[dict[str, float]]:
     """The curve without clock times."""
     return [{k: v for k, v in line.items() if k not in TIMES} for line in curve(work)]
+
+
+def train_in_parts(job: Path, first: int) -> Any:
+    """Train the first rounds, then the others as a job does that is started again; returns the trainer."""
+    for rounds in (first, None):
+        trainer = build_trainer(job)
+        trainer.total_steps = rounds or trainer.total_steps
+        trainer.train()
+    return trainer
 
 
 def kill_in_round(job: Path, call: int) -> None:
