@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from dpo_core.config import Config
-from dpo_core.data.tokens.tokenise import TokenPair, TokenSequence
+from dpo_core.data.tokens.sequences import TokenPair, TokenSequence
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.model_shape import shape_of_config
 from dpo_core.training.distributed import peak_bytes

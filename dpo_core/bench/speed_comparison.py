@@ -19,7 +19,7 @@ from pydantic import Field
 from dpo_core.bench.contender import Race, write_pairs
 from dpo_core.bench.workloads import Size, Workload, human_pairs, made_pairs, make_model
 from dpo_core.config import Config
-from dpo_core.data.tokens.tokenise import TokenPair
+from dpo_core.data.tokens.sequences import TokenPair
 from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.models.accelerator import set_accelerator
 from dpo_core.models.load import config_in, load_model, load_tokenizer

@@ -9,7 +9,8 @@ import torch
 from dpo_core.data.config import DataConfig
 from dpo_core.data.load import load
 from dpo_core.data.tokens.config import TokenConfig
-from dpo_core.data.tokens.tokenise import Tokenise, TokenPair, TokenSequence
+from dpo_core.data.tokens.sequences import TokenPair, TokenSequence
+from dpo_core.data.tokens.tokenise import Tokenise
 from dpo_core.errors import RecipeError
 
 Workload = Literal["hh", "long-prompt", "long-answer", "4k"]

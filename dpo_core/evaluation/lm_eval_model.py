@@ -9,7 +9,7 @@ from typing import Any
 
 from lm_eval.models.huggingface import HFLM
 
-from dpo_core.data.tokens.tokenise import TokenSequence
+from dpo_core.data.tokens.sequences import TokenSequence
 from dpo_core.errors import ModelError, StageFailed
 from dpo_core.evaluation.model_under_test import ModelUnderTest
 from dpo_core.model_check import check_definition

@@ -12,7 +12,8 @@ import numpy as np
 
 from dpo_core.data.tokens.chat_template import template_in
 from dpo_core.data.tokens.config import TokenConfig, with_date
-from dpo_core.data.tokens.tokenise import Tokenise, TokenSequence
+from dpo_core.data.tokens.sequences import TokenSequence
+from dpo_core.data.tokens.tokenise import Tokenise
 from dpo_core.errors import ModelError
 from dpo_core.evaluation.prompt import Prompt
 from dpo_core.evaluation.safety_classifier import Classifier

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from dpo_core.data.tokens.tokenise import TokenPair, TokenSequence
+from dpo_core.data.tokens.sequences import TokenPair, TokenSequence
 from dpo_core.evaluation.config import EvaluateConfig
 from dpo_core.evaluation.summary import PolicySamples
 from dpo_core.generation.config import seed_for

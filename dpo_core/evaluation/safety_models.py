@@ -10,7 +10,8 @@ import torch
 from torch.nn import functional
 
 from dpo_core.data.tokens.config import TokenConfig
-from dpo_core.data.tokens.tokenise import Tokenise, TokenSequence
+from dpo_core.data.tokens.sequences import TokenSequence
+from dpo_core.data.tokens.tokenise import Tokenise
 from dpo_core.errors import ModelError, RecipeError
 from dpo_core.evaluation.prompt import as_prompt
 from dpo_core.evaluation.safety_classifier import Classifier, Judge, identity

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_core.data.tokens.tokenise import TokenSequence
+from dpo_core.data.tokens.sequences import TokenSequence
 from dpo_core.errors import StageFailed
 from dpo_core.statistics import estimates as stats
 from dpo_core.statistics.estimates import Estimate

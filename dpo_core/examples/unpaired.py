@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo_core.data.tokens.tokenise import Tokenise, TokenSequence
+from dpo_core.data.tokens.sequences import TokenSequence
+from dpo_core.data.tokens.tokenise import Tokenise
 from dpo_core.errors import DataError
 from dpo_core.reference import sequence_key
 

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from dpo_core.data.files.parquet import read_parquet
-from dpo_core.data.tokens.tokenise import Tokenise, no_rows_left
+from dpo_core.data.tokens.sequences import no_rows_left
+from dpo_core.data.tokens.tokenise import Tokenise
 from dpo_core.examples.cached import cached_sequences
 from dpo_core.jobs.files import ReferenceJob
 from dpo_core.jobs.start import device

@@ -12,7 +12,8 @@ from typing import Any
 import pandas as pd
 from torch import Tensor
 
-from dpo_core.data.tokens.tokenise import Tokenise, TokenPair
+from dpo_core.data.tokens.sequences import TokenPair
+from dpo_core.data.tokens.tokenise import Tokenise
 from dpo_core.errors import NeedsNewSettings
 from dpo_core.evaluation.config import EvaluateConfig
 from dpo_core.evaluation.policies import (

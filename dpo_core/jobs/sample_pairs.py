@@ -9,7 +9,8 @@ import pandas as pd
 from dpo_core.data.files.parquet import read_parquet
 from dpo_core.data.layouts.fields import PairFields
 from dpo_core.data.records import to_frame
-from dpo_core.data.tokens.tokenise import Tokenise, TokenSequence
+from dpo_core.data.tokens.sequences import TokenSequence
+from dpo_core.data.tokens.tokenise import Tokenise
 from dpo_core.errors import NeedsNewSettings
 from dpo_core.generation.config import seed_for
 from dpo_core.generation.generate import Completion, sample

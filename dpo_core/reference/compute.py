@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo_core.data.tokens.tokenise import TokenSequence
+from dpo_core.data.tokens.sequences import TokenSequence
 from dpo_core.errors import StageFailed
 from dpo_core.reference.keys import sequence_key
 from dpo_core.scoring.completion_scores import completion_logps

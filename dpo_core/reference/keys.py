@@ -10,7 +10,7 @@ import hashlib
 import struct
 from typing import TYPE_CHECKING
 
-from dpo_core.data.tokens.tokenise import TokenSequence
+from dpo_core.data.tokens.sequences import TokenSequence
 from dpo_core.reference.cache import ReferenceFacts
 
 if TYPE_CHECKING:

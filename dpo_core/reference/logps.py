@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dpo_core.data.tokens.tokenise import TokenSequence
+from dpo_core.data.tokens.sequences import TokenSequence
 from dpo_core.errors import ModelError, StageFailed
 from dpo_core.model_check import check_definition
 from dpo_core.models.build import build

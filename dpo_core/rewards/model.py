@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from dpo_core.data.tokens.config import TokenConfig
-from dpo_core.data.tokens.tokenise import Tokenise, TokenPair, TokenSequence
+from dpo_core.data.tokens.sequences import TokenPair, TokenSequence
+from dpo_core.data.tokens.tokenise import Tokenise
 from dpo_core.models.load import config_in
 from dpo_core.models.reward_model import RewardModel
 from dpo_core.ranks import Ranks, SingleRank

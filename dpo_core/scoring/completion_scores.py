@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dpo_core.data.tokens.tokenise import TokenSequence
+from dpo_core.data.tokens.sequences import TokenSequence
 from dpo_core.ranks import Ranks, SingleRank
 from dpo_core.scoring import flops as cost
 from dpo_core.scoring.attention import round_up_to_block

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from dpo_core.data.tokens.tokenise import TokenSequence
+    from dpo_core.data.tokens.sequences import TokenSequence
 
 
 @dataclass(frozen=True)

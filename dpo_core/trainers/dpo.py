@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_core.data.files.parquet import read_parquet
-from dpo_core.data.tokens.tokenise import TokenPair, no_rows_left
+from dpo_core.data.tokens.sequences import TokenPair, no_rows_left
 from dpo_core.errors import RecipeError
 from dpo_core.methods.dpo import DpoConfig, reference_of
 from dpo_core.methods.job import Job

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dpo_core.data.files.parquet import read_parquet
-from dpo_core.data.tokens.tokenise import TokenPair
+from dpo_core.data.tokens.sequences import TokenPair
 from dpo_core.methods.job import Job
 from dpo_core.methods.reward import RewardModelConfig, no_agreement
 from dpo_core.models.reward_model import RewardModel, bradley_terry_loss

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from dpo_core.data.files.parquet import read_parquet
-from dpo_core.data.tokens.tokenise import TokenSequence
+from dpo_core.data.tokens.sequences import TokenSequence
 from dpo_core.methods.job import Job
 from dpo_core.methods.sft import SftConfig
 from dpo_core.scoring.autocast import autocast

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import pandas as pd
 import typer
 
-from dpo_core.data.tokens.tokenise import Tokenise, TokenSequence
+from dpo_core.data.tokens.sequences import TokenSequence
+from dpo_core.data.tokens.tokenise import Tokenise
 
 _SIDES = {"pairs": ("chosen", "rejected"), "unpaired": ("completion",), "prompts": ("prompt",)}
 _OPEN, _CLOSE, _CUT = "⟦", "⟧", "✂"

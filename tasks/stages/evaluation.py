@@ -11,7 +11,7 @@ import pandas as pd
 
 from dpo_core.config import Config
 from dpo_core.data.tokens.config import TokenConfig
-from dpo_core.data.tokens.tokenise import TokenSequence as Ids
+from dpo_core.data.tokens.sequences import TokenSequence as Ids
 from dpo_core.evaluation.config import EvaluateConfig
 from dpo_core.evaluation.policy_row import VERSION, PolicyRow
 from dpo_core.evaluation.summary import PolicySamples, summarise_samples

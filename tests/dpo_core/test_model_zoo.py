@@ -98,7 +98,7 @@ def require_plain_samples(folder: Path) -> None:
     disable_dropout(model)
     prompts = [(5, 6, 7), (8, 9, 10, 11, 12, 13, 14), (15,)]
     config = SamplingConfig(max_new_tokens=30, precision="fp32")
-    from dpo_core.data.tokens.tokenise import TokenSequence
+    from dpo_core.data.tokens.sequences import TokenSequence
 
     for prompt, drawn in zip(prompts, sample(model, prompts, config, eos_id=3, seed=1), strict=True):
         with torch.no_grad():

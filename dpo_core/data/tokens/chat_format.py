@@ -14,10 +14,8 @@ encoded as text, while the control tokens of the template are encoded as control
 """
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 from dpo_core.data.tokens.chat_template import REASONING, ChatTemplate, Message, TemplateError
@@ -27,7 +25,6 @@ _OPEN, _CLOSE, _END = "\U000f5a01", "\U000f5a02", "\U000f5a03"
 _WORD = "Xq7Zword"  # stands for a message's text
 _MARKS = re.compile(f"[{_OPEN}{_CLOSE}]")
 
-Encode = Callable[[str], list[int]]
 Span = tuple[int, int]
 
 
@@ -387,35 +384,3 @@ def _shared(a: str, b: str) -> int:
 
 def _shown(text: str) -> str:
     return repr(_MARKS.sub("", text))
-
-
-def encode_parts(
-    rendered: Rendered, encode: Encode, inside: Encode
-) -> tuple[list[int], list[int], list[bool]]:
-    """Ids of the prompt, ids of the rest, and which of the latter carry loss.
-
-    Args:
-        encode: encodes text at the beginning of a sequence.
-        inside: encodes text that continues a sequence.
-    """
-    text, start = rendered.text, rendered.start
-    prompt, full = encode(text[:start]), encode(text)
-    borders = sorted({start, len(text)} | {place for span in rendered.spans for place in span})
-    counts = {start: len(prompt), len(text): len(full)}
-    fits = full[: len(prompt)] == prompt
-    for place in borders[1:-1]:
-        ids = encode(text[:place])
-        counts[place] = len(ids)
-        fits &= full[: len(ids)] == ids
-    if not fits:
-        # A token of the full text crosses a border (such as a line break before the answer's own). The model
-        # continues the tokens of its prompt, so the pieces are encoded separately.
-        full = list(prompt)
-        for begin, end in pairwise(borders):
-            full += inside(text[begin:end])
-            counts[end] = len(full)
-    learnt = [False] * (len(full) - len(prompt))
-    for begin, end in rendered.spans:
-        for place in range(counts[begin], counts[end]):
-            learnt[place - len(prompt)] = True
-    return prompt, full[len(prompt) :], learnt

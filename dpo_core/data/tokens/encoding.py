@@ -5,10 +5,15 @@ beginning of a sequence, but wrong for an answer that follows its prompt.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import TYPE_CHECKING
+
+from dpo_core.data.tokens.chat_format import Rendered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Encode = Callable[[str], list[int]]
 
 # Texts that tokenizers do not merge with a letter, tried in order.
 _ANCHORS = ("\n", "\n\n", ".", "0")
@@ -34,7 +39,7 @@ class TextCodec:
         # A special token spelled out in a text must not become a control token; the gate reports it.
         return list(self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
 
-    def inside(self, text: str, encode: Callable[[str], list[int]]) -> list[int]:
+    def inside(self, text: str, encode: Encode) -> list[int]:
         """Ids of a text that continues another, without a space added in front.
 
         Args:
@@ -59,7 +64,39 @@ class TextCodec:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     @staticmethod
-    def _after(anchor: str, text: str, encode: Callable[[str], list[int]]) -> list[int] | None:
+    def _after(anchor: str, text: str, encode: Encode) -> list[int] | None:
         """Ids of the text after an anchor; None if a token covers parts of both."""
         start, full = encode(anchor), encode(anchor + text)
         return full[len(start) :] if full[: len(start)] == start else None
+
+
+def encode_parts(
+    rendered: Rendered, encode: Encode, inside: Encode
+) -> tuple[list[int], list[int], list[bool]]:
+    """Ids of the prompt, ids of the rest, and which of the latter carry loss.
+
+    Args:
+        encode: encodes text at the beginning of a sequence.
+        inside: encodes text that continues a sequence.
+    """
+    text, start = rendered.text, rendered.start
+    prompt, full = encode(text[:start]), encode(text)
+    borders = sorted({start, len(text)} | {place for span in rendered.spans for place in span})
+    counts = {start: len(prompt), len(text): len(full)}
+    fits = full[: len(prompt)] == prompt
+    for place in borders[1:-1]:
+        ids = encode(text[:place])
+        counts[place] = len(ids)
+        fits &= full[: len(ids)] == ids
+    if not fits:
+        # A token of the full text crosses a border (such as a line break before the answer's own). The model
+        # continues the tokens of its prompt, so the pieces are encoded separately.
+        full = list(prompt)
+        for begin, end in pairwise(borders):
+            full += inside(text[begin:end])
+            counts[end] = len(full)
+    learnt = [False] * (len(full) - len(prompt))
+    for begin, end in rendered.spans:
+        for place in range(counts[begin], counts[end]):
+            learnt[place - len(prompt)] = True
+    return prompt, full[len(prompt) :], learnt

@@ -9,51 +9,21 @@ import datetime
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
-from dpo_core.data.tokens.chat_format import ChatFormat, encode_parts
+from dpo_core.data.tokens.chat_format import ChatFormat
 from dpo_core.data.tokens.chat_template import ChatTemplate, Message, TemplateError, source_of
 from dpo_core.data.tokens.config import TokenConfig
-from dpo_core.data.tokens.encoding import TextCodec
+from dpo_core.data.tokens.encoding import TextCodec, encode_parts
+from dpo_core.data.tokens.sequences import TokenPair, TokenSequence
 from dpo_core.data.tokens.stop_tokens import stop_ids
 from dpo_core.data.tokens.turns import SPEAKERS, can_drop_turn, drop_turn, shortened
-from dpo_core.errors import ModelError, NeedsNewSettings
+from dpo_core.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class TokenSequence:
-    """One prompt with one completion, each of at least one id."""
-
-    prompt: tuple[int, ...]
-    completion: tuple[int, ...]
-    truncated: bool = False
-    learnt: tuple[bool, ...] | None = None
-    """Which tokens of the completion carry loss, at least one; None: all of them."""
-
-    def __len__(self) -> int:
-        return len(self.prompt) + len(self.completion)
-
-    @property
-    def targets(self) -> int:
-        """Number of tokens that carry loss."""
-        return len(self.completion) if self.learnt is None else sum(self.learnt)
-
-
-@dataclass(frozen=True)
-class TokenPair:
-    """A preference pair as ids; both sides share one prompt."""
-
-    id: str
-    chosen: TokenSequence
-    rejected: TokenSequence
-    agreement: float | None = field(default=None, kw_only=True)
-    """Share of votes for the chosen answer; None if unknown."""
 
 
 Ids = tuple[int, ...]
@@ -420,15 +390,3 @@ def _keep_end(ids: list[int], budget: int, keep_first: int) -> list[int]:
     if len(ids) <= budget:
         return ids
     return ids[:keep_first] + ids[len(ids) - (budget - keep_first) :]
-
-
-def no_rows_left(dropped: dict[str, int]) -> NeedsNewSettings:
-    """The error for data of which tokenising left no row.
-
-    Args:
-        dropped: number of rows by the reason why they are left out.
-    """
-    reasons = "; ".join(f"{count} rows: {reason}" for reason, count in dropped.items())
-    return NeedsNewSettings(
-        f"no training row is left after tokenising ({reasons})", "Raise tokens.max_length"
-    )

@@ -23,7 +23,7 @@ from dpo_core.data.formats import ADAPTERS
 from dpo_core.data.layouts.common import ASSISTANT
 from dpo_core.data.layouts.fields import Fault, PairFields, Row
 from dpo_core.data.layouts.messages import chat_prompt
-from dpo_core.data.tokens.tokenise import TokenPair
+from dpo_core.data.tokens.sequences import TokenPair
 from dpo_core.errors import StageFailed
 from dpo_core.evaluation.config import SuiteConfig
 from dpo_core.evaluation.results import Better, Item, Measure, MeasureSpec, Outcome

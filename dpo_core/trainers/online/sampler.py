@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from dpo_core.data.files.parquet import read_parquet
-from dpo_core.data.tokens.tokenise import Tokenise, TokenSequence
+from dpo_core.data.tokens.sequences import TokenSequence
+from dpo_core.data.tokens.tokenise import Tokenise
 from dpo_core.errors import NeedsNewSettings, StageFailed
 from dpo_core.generation.config import SamplingConfig, seed_for
 from dpo_core.generation.generate import sample

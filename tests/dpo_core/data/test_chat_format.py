@@ -10,7 +10,8 @@ import pytest
 
 from dpo_core.data.tokens.chat_template import TemplateError, check_template
 from dpo_core.data.tokens.config import TokenConfig, with_date
-from dpo_core.data.tokens.tokenise import Tokenise, TokenSequence
+from dpo_core.data.tokens.sequences import TokenSequence
+from dpo_core.data.tokens.tokenise import Tokenise
 from tests.support.models.chat_families import ENDS, TEMPLATES, assistant, make_tokenizer, system, user
 
 ROOM = {"max_length": 6000, "max_prompt_length": 5000}

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dpo_core.data.tokens.config import TokenConfig
-from dpo_core.data.tokens.tokenise import Tokenise, TokenPair, TokenSequence
+from dpo_core.data.tokens.sequences import TokenPair, TokenSequence
+from dpo_core.data.tokens.tokenise import Tokenise
 from dpo_core.errors import ModelError
 from dpo_core.models.load import load_tokenizer
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_core.data.tokens.tokenise import TokenPair, TokenSequence
+from dpo_core.data.tokens.sequences import TokenPair, TokenSequence
 from dpo_core.errors import StageFailed
 from dpo_core.evaluation.config import EvaluateConfig
 from dpo_core.evaluation.policies import kl_estimates, preference_accuracy, sample_policy, sequence_logps

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dpo_core.data.tokens.config import TokenConfig
-from dpo_core.data.tokens.tokenise import TokenSequence
+from dpo_core.data.tokens.sequences import TokenSequence
 from dpo_core.jobs.files import ScoreJob
 from dpo_core.models.load import load_model, load_tokenizer
 from dpo_core.models.reward_model import RewardModel

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_core.data.tokens.tokenise import TokenSequence
+from dpo_core.data.tokens.sequences import TokenSequence
 from dpo_core.errors import StageFailed
 from dpo_core.models.load import load_model
 from dpo_core.reference import LogpShard, ReferenceCache, sequence_key

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_core.data.tokens.tokenise import TokenSequence
+from dpo_core.data.tokens.sequences import TokenSequence
 from dpo_core.models.source import weights_digest
 from dpo_core.reference import keys, reference_key, sequence_key
 from tests.support.models.tiny import make_tiny_model

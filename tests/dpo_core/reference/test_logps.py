@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from dpo_core.data.tokens.config import TokenConfig
-from dpo_core.data.tokens.tokenise import Tokenise, TokenPair
+from dpo_core.data.tokens.sequences import TokenPair
+from dpo_core.data.tokens.tokenise import Tokenise
 from dpo_core.models.load import load_model, load_tokenizer
 from dpo_core.models.source import weights_digest
 from dpo_core.reference import sequence_key

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dpo_core.data.tokens.tokenise import TokenSequence
+from dpo_core.data.tokens.sequences import TokenSequence
 from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.models.load import load_tokenizer
 from dpo_core.rewards.functions import CheckedReward, check_reward, load_reward, reward_identity

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import BloomConfig, BloomForCausalLM, MistralConfig, MistralForCausalLM
 
-from dpo_core.data.tokens.tokenise import TokenSequence
+from dpo_core.data.tokens.sequences import TokenSequence
 from dpo_core.errors import ModelError
 from dpo_core.model_check import check_definition
 from dpo_core.scoring import attention

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpo_core import job as train
-from dpo_core.data.tokens.tokenise import TokenSequence
+from dpo_core.data.tokens.sequences import TokenSequence
 from dpo_core.methods.reward import RewardModelConfig
 from dpo_core.methods.sft import SftConfig
 from dpo_core.models.load import load_model

@@ -14,7 +14,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from dpo_core.data.tokens.tokenise import TokenSequence
+from dpo_core.data.tokens.sequences import TokenSequence
 from dpo_core.scoring.attention import _blocks, block_mask, has_flex_heads
 from dpo_core.scoring.autocast import autocast
 from dpo_core.scoring.branch_scores import branch_scores, hidden_of

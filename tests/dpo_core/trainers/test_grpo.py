@@ -8,7 +8,7 @@ import pytest
 
 from deploy.launchers import State
 from dpo_core import job as train
-from dpo_core.data.tokens.tokenise import TokenSequence
+from dpo_core.data.tokens.sequences import TokenSequence
 from dpo_core.trainers.online.rollouts import Episode
 from dpo_core.trainers.online.sampler import replaced
 from tests.support.runs.online_jobs import online_job, timeless, train_in_parts

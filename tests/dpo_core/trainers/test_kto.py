@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from deploy.launchers import State
 from dpo_core import job as train
 from dpo_core.data.tokens.config import TokenConfig
-from dpo_core.data.tokens.tokenise import Tokenise, TokenSequence
+from dpo_core.data.tokens.sequences import TokenSequence
+from dpo_core.data.tokens.tokenise import Tokenise
 from dpo_core.errors import StageFailed
 from dpo_core.evaluation.policies import sequence_logps
 from dpo_core.examples.unpaired import mismatched, unpaired_examples

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from dpo_core import job as train
-from dpo_core.data.tokens.tokenise import TokenSequence
+from dpo_core.data.tokens.sequences import TokenSequence
 from dpo_core.trainers.online.rollouts import Episode, split_minibatches
 from tests.support.runs.online_jobs import online_job
 from tests.support.runs.training_jobs import curve

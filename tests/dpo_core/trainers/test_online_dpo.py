@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from deploy.launchers import State
 from dpo_core import job as train
-from dpo_core.data.tokens.tokenise import TokenSequence
+from dpo_core.data.tokens.sequences import TokenSequence
 from dpo_core.methods.online_dpo import OnlineDpoConfig
 from dpo_core.trainers.online.rollouts import Episode
 from dpo_core.trainers.online_dpo import ScoredEpisode, best_and_worst

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from deploy.launchers import State
 from dpo_core import job as train
-from dpo_core.data.tokens.tokenise import Tokenise, TokenSequence
+from dpo_core.data.tokens.sequences import TokenSequence
+from dpo_core.data.tokens.tokenise import Tokenise
 from dpo_core.errors import NeedsNewSettings
 from dpo_core.methods.job import Job
 from dpo_core.methods.ppo import PpoConfig

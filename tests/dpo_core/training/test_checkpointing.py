@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_core.data.tokens.tokenise import TokenPair, TokenSequence
+from dpo_core.data.tokens.sequences import TokenPair, TokenSequence
 from dpo_core.methods.reward import RewardModelConfig
 from dpo_core.models.load import load_model
 from dpo_core.models.reward_model import RewardModel

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_core.data.tokens.tokenise import TokenSequence
+from dpo_core.data.tokens.sequences import TokenSequence
 
 
 def full_logps(model: Any, sequence: TokenSequence, temperature: float = 1.0) -> Tensor:

@@ -11,7 +11,8 @@ import pandas as pd
 
 from deploy.launchers.base import State, clear, final_state, tail
 from dpo_core.data.tokens.config import TokenConfig
-from dpo_core.data.tokens.tokenise import Tokenise, TokenPair, TokenSequence
+from dpo_core.data.tokens.sequences import TokenPair, TokenSequence
+from dpo_core.data.tokens.tokenise import Tokenise
 from dpo_core.examples.unpaired import UnpairedExample, mismatched, unpaired_examples
 from dpo_core.methods.job import Job
 from dpo_core.methods.registry import get

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from dpo_core.data.tokens.tokenise import TokenPair, TokenSequence
+from dpo_core.data.tokens.sequences import TokenPair, TokenSequence
 from dpo_core.jobs.evaluate import _accuracy_by_source
 from dpo_core.statistics.estimates import Estimate
 from tasks.reports.about import RunData

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 from rich.console import Console
 
-from dpo_core.data.tokens.tokenise import TokenSequence
+from dpo_core.data.tokens.sequences import TokenSequence
 from dpo_core.evaluation.policy_row import PolicyRow
 from dpo_core.evaluation.summary import PolicySamples, summarise_samples
 from dpo_core.statistics.estimates import Estimate
