@@ -205,103 +205,133 @@ def _tools_bound(arrays: dict[str, Any]) -> Any:
     return np.where(length > 0, 2 * length + 2000, 0)
 
 
+@dataclass(frozen=True)
+class _Texts:
+    """The texts of a slice, and what all features read of them."""
+
+    texts: dict[str, list[str]]
+    bare: dict[str, list[str]]
+    """Without white space around them."""
+    full: dict[str, _Array]
+    """Which are not empty."""
+    size: dict[str, _Array]
+    """Their bytes."""
+    arrays: dict[str, Any]
+    chat: _Array
+    fault: _Array
+    foreign: _Array
+    """Which rows without a fault have something that is not a string in a text column."""
+
+    @property
+    def usable(self) -> _Array:
+        return ~self.fault & ~self.foreign
+
+    @classmethod
+    def of(cls, part: pd.DataFrame, subject: Subject) -> "_Texts":
+        texts: dict[str, list[str]] = {}
+        foreign = np.zeros(len(part), dtype=bool)
+        for column in TEXTS[subject]:
+            texts[column], bad = _as_text(part[column])
+            foreign |= bad
+        chat = part["chat"].to_numpy(dtype=bool)
+        arrays = {column: _arrow(values) for column, values in texts.items()}
+        bare = {column: [t.strip() for t in values] for column, values in texts.items()}
+        full = {column: np.fromiter(map(bool, values), bool, len(part)) for column, values in bare.items()}
+        full["prompt"] &= ~chat | _matches(arrays["prompt"], _CHAT_CONTENT)
+        size = {
+            c: pc.binary_length(a).to_numpy(zero_copy_only=False).astype(np.int64) for c, a in arrays.items()
+        }
+        if "tools" in part:
+            arrays["tools"] = _arrow(_as_text(part["tools"])[0])
+        fault = part["fault"].fillna("").astype(str).to_numpy() != ""
+        return cls(texts, bare, full, size, arrays, chat, fault, foreign & ~fault)
+
+    def anywhere(self, pattern: str | None) -> _Array:
+        """Which usable rows have a text that the pattern matches."""
+        hits = np.zeros(len(self.fault), dtype=bool)
+        for array in self.arrays.values() if pattern else ():
+            hits |= _matches(array, pattern or "")
+        return hits & self.usable
+
+    def repeats(self, answers: Iterable[tuple[str, ...]], least: int) -> _Array:
+        """Which rows have an answer that begins with the prompt."""
+        rows = zip(self.texts["prompt"], self.chat.tolist(), answers, strict=True)
+        return np.fromiter((_repeats(*row, least) for row in rows), bool, len(self.fault))
+
+
 def _slice_features(
     part: pd.DataFrame, subject: Subject, tokenisation: Tokenisation, least: int
 ) -> dict[str, _Array]:
     """The features of one slice that do not depend on other rows. Names with a leading "_" are internal."""
-    texts: dict[str, list[str]] = {}
-    foreign = np.zeros(len(part), dtype=bool)
-    for column in TEXTS[subject]:
-        texts[column], bad = _as_text(part[column])
-        foreign |= bad
-    fault = part["fault"].fillna("").astype(str).to_numpy() != ""
-    chat = part["chat"].to_numpy(dtype=bool)
-    chats = chat.tolist()
-    usable = ~fault & ~foreign
-    arrays = {column: _arrow(values) for column, values in texts.items()}
-    bare = {column: [t.strip() for t in values] for column, values in texts.items()}
-    full = {column: np.fromiter(map(bool, values), bool, len(part)) for column, values in bare.items()}
-    full["prompt"] &= ~chat | _matches(arrays["prompt"], _CHAT_CONTENT)
-    size = {c: pc.binary_length(a).to_numpy(zero_copy_only=False).astype(np.int64) for c, a in arrays.items()}
-
-    if "tools" in part:
-        arrays["tools"] = _arrow(_as_text(part["tools"])[0])
-
-    def anywhere(pattern: str | None) -> _Array:
-        hits = np.zeros(len(part), dtype=bool)
-        for array in arrays.values() if pattern else ():
-            hits |= _matches(array, pattern or "")
-        return hits & usable
-
-    in_turns = chat | tokenisation.wraps
+    t = _Texts.of(part, subject)
+    in_turns = t.chat | tokenisation.wraps
     split = part["split"].astype(str).to_numpy()
-    unprintable = anywhere(_CONTROL)
-    if chat.any():
-        unprintable |= chat & usable & _matches(arrays["prompt"], _CONTROL_JSON)
+    unprintable = t.anywhere(_CONTROL)
+    if t.chat.any():
+        unprintable |= t.chat & t.usable & _matches(t.arrays["prompt"], _CONTROL_JSON)
+    normal = map(_normal, t.texts["prompt"], t.chat.tolist(), t.usable.tolist())
     out = {
-        "fault": fault,
-        "type": foreign & ~fault,
+        "fault": t.fault,
+        "type": t.foreign,
         "split": ~np.isin(split, ["train", "eval"]),
-        "empty_prompt": usable & ~full["prompt"],
+        "empty_prompt": t.usable & ~t.full["prompt"],
         "control_characters": unprintable,
-        "template_tokens": anywhere(tokens_pattern([*TEMPLATE_TOKENS, *tokenisation.template_tokens])),
-        "special_tokens": anywhere(tokens_pattern(tokenisation.special_tokens))
-        | (anywhere(tokens_pattern(tokenisation.turn_markers)) & in_turns),
-        "_usable": usable,
+        "template_tokens": t.anywhere(tokens_pattern([*TEMPLATE_TOKENS, *tokenisation.template_tokens])),
+        "special_tokens": t.anywhere(tokens_pattern(tokenisation.special_tokens))
+        | (t.anywhere(tokens_pattern(tokenisation.turn_markers)) & in_turns),
+        "_usable": t.usable,
         "_eval": split == "eval",
-        "_prompt": _hash(bare["prompt"]),
-        "_normal": _hash(map(_normal, texts["prompt"], chats, usable.tolist())),
+        "_prompt": _hash(t.bare["prompt"]),
+        "_normal": _hash(normal),
+        "_maybe_equal": np.zeros(len(part), dtype=bool),
     }
-    prompt_bound = size["prompt"] + np.where(in_turns, tokenisation.frame, 2) + _tools_bound(arrays)
+    # Tokens <= bytes (plus a begin or end token and a leading-space piece), so the other rows certainly fit.
+    prompt_bound = t.size["prompt"] + np.where(in_turns, tokenisation.frame, 2) + _tools_bound(t.arrays)
+    answers = [t.size[name] for name in TEXTS[subject] if name != "prompt"]
+    longest = prompt_bound + (np.maximum.reduce(answers) + 2 if answers else 0)
     limit = tokenisation.limit(subject)
-    if subject == "prompts":
-        out["_maybe_over"] = usable & (prompt_bound > limit if limit else np.zeros(len(part), dtype=bool))
-        out["_maybe_equal"] = np.zeros(len(part), dtype=bool)
-        return out
+    out["_maybe_over"] = over = t.usable & (longest > limit if limit else np.zeros(len(part), dtype=bool))
     if subject == "unpaired":
-        completion, filled = bare["completion"], usable & full["completion"]
-        repeats = map(lambda p, c, a: _repeats(p, c, (a,), least), texts["prompt"], chats, completion)
-        over = usable & (
-            prompt_bound + size["completion"] + 2 > limit if limit else np.zeros(len(part), bool)
-        )
-        label = part["label"].to_numpy(dtype=bool)
-        return out | {
-            "empty_completion": usable & ~full["completion"],
-            "prompt_repeated": filled & np.fromiter(repeats, bool, len(part)),
-            "label_balance": np.where(usable, label.astype(np.float64), np.nan),
-            "_completion": _hash(completion),
-            "_label": label.astype(np.uint64),
-            "_maybe_over": over,
-            "_maybe_equal": np.zeros(len(part), dtype=bool),
-        }
+        out |= _of_unpaired(t, part["label"].to_numpy(dtype=bool), least)
+    if subject == "pairs":
+        out |= _of_pairs(t, least)
+        equal = over & t.full["chosen"] & t.full["rejected"] & ~out["identical"]
+        if limit:
+            most = tokenisation.max_prompt_length
+            kept = np.maximum(limit - np.minimum(prompt_bound, prompt_bound if most is None else most) - 2, 0)
+            for at in np.flatnonzero(equal).tolist():
+                equal[at] = _equal_start(t.texts["chosen"][at], t.texts["rejected"][at], int(kept[at]))
+        out["_maybe_equal"] = equal
+    return out
 
-    chosen, rejected = bare["chosen"], bare["rejected"]
-    both = usable & full["chosen"] & full["rejected"]
-    same = np.fromiter(map(operator.eq, chosen, rejected), bool, len(part))
-    lengths = [np.fromiter(map(len, texts[c]), np.float64, len(part)) for c in ("chosen", "rejected")]
+
+def _of_unpaired(t: _Texts, label: _Array, least: int) -> dict[str, _Array]:
+    completion = t.bare["completion"]
+    return {
+        "empty_completion": t.usable & ~t.full["completion"],
+        "prompt_repeated": t.usable & t.full["completion"] & t.repeats(((a,) for a in completion), least),
+        "label_balance": np.where(t.usable, label.astype(np.float64), np.nan),
+        "_completion": _hash(completion),
+        "_label": label.astype(np.uint64),
+    }
+
+
+def _of_pairs(t: _Texts, least: int) -> dict[str, _Array]:
+    chosen, rejected = t.bare["chosen"], t.bare["rejected"]
+    both = t.usable & t.full["chosen"] & t.full["rejected"]
+    same = np.fromiter(map(operator.eq, chosen, rejected), bool, len(both))
+    lengths = [np.fromiter(map(len, t.texts[c]), np.float64, len(both)) for c in ("chosen", "rejected")]
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = np.log(lengths[0]) - np.log(lengths[1])
-    repeats = map(lambda p, c, a, b: _repeats(p, c, (a, b), least), texts["prompt"], chats, chosen, rejected)
-    # Tokens <= bytes (plus a begin or end token and a leading-space piece), so the other rows certainly fit.
-    answers = np.maximum(size["chosen"], size["rejected"]) + 2
-    over = usable & (prompt_bound + answers > limit if limit else np.zeros(len(part), dtype=bool))
-    equal = over & both & ~same
-    if limit:
-        most = prompt_bound if tokenisation.max_prompt_length is None else tokenisation.max_prompt_length
-        kept = np.maximum(limit - np.minimum(prompt_bound, most) - 2, 0)
-        for at in np.flatnonzero(equal).tolist():
-            equal[at] = _equal_start(texts["chosen"][at], texts["rejected"][at], int(kept[at]))
-    return out | {
-        "empty_chosen": usable & ~full["chosen"],
-        "empty_rejected": usable & ~full["rejected"],
+    return {
+        "empty_chosen": t.usable & ~t.full["chosen"],
+        "empty_rejected": t.usable & ~t.full["rejected"],
         "identical": both & same,
-        "prompt_repeated": both & np.fromiter(repeats, bool, len(part)),
+        "prompt_repeated": both & t.repeats(zip(chosen, rejected, strict=True), least),
         "length_skew": np.where(both, (np.sign(ratio) + 1) / 2, np.nan),
         "length_ratio": np.where(both, ratio, np.nan),
         "_chosen": _hash(chosen),
         "_rejected": _hash(rejected),
-        "_maybe_over": over,
-        "_maybe_equal": equal,
     }
 
 

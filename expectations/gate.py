@@ -242,7 +242,6 @@ def judge(
     """
     earlier = None if baseline is None else read_profile(baseline)
     tokenisation = tokenisation or Tokenisation()
-    tokens = tokenisation.tokens
     with _ONE_AT_A_TIME:
         docs = _Expectations(Path(docs_dir))
         kinds = schema_frame(frame, subject)
@@ -258,32 +257,41 @@ def judge(
             echo_min_chars=config.echo_min_chars,
             tick=tick,
         )
-        flags, usable = features.flags, features.keys["usable"].to_numpy()
-        if tokens is None or tokenisation.limit(subject) is None:
-            without = "no tokenizer or token budget was given"
-            judged.reasons = dict.fromkeys(("over_long", "identical_after_truncation"), without)
-        else:
-            columns, estimated = token_flags(
-                frame,
-                features,
-                tokenisation,
-                subject,
-                max_candidates=config.max_candidates,
-                seed=config.seed,
-            )
-            flags = flags.assign(**columns)
-            judged.notes = {name: f"estimated from {n} rows" for name, n in estimated.items()}
-        if tokens is not None:
-            refused, why = template_flags(frame, usable, tokens)
-            flags = flags.assign(template=refused)
-            judged.notes |= {"template": why}
-        if not tokenisation.special_tokens:
-            flags = flags.drop(columns="special_tokens")
-            judged.reasons["special_tokens"] = "no tokenizer was given"
+        usable = features.keys["usable"].to_numpy()
+        flags = _with_token_columns(frame, features, tokenisation, judged)
         if config.quarantine == "refuse":
             findings, seen = judged.run(frame, flags, usable, subject)
             return _report(subject, len(frame), docs, [schema, *findings], seen), frame
         return _quarantine(frame, flags, features, judged, schema)
+
+
+def _with_token_columns(
+    frame: pd.DataFrame, features: Features, tokenisation: Tokenisation, judged: _Judge
+) -> pd.DataFrame:
+    """The features with those that need the tokenizer, as far as it is known."""
+    flags, config, subject = features.flags, judged.config, judged.subject
+    if tokenisation.tokens is None or tokenisation.limit(subject) is None:
+        without = "no tokenizer or token budget was given"
+        judged.reasons = dict.fromkeys(("over_long", "identical_after_truncation"), without)
+    else:
+        columns, estimated = token_flags(
+            frame,
+            features,
+            tokenisation,
+            subject,
+            max_candidates=config.max_candidates,
+            seed=config.seed,
+        )
+        flags = flags.assign(**columns)
+        judged.notes = {name: f"estimated from {n} rows" for name, n in estimated.items()}
+    if tokenisation.tokens is not None:
+        refused, why = template_flags(frame, features.keys["usable"].to_numpy(), tokenisation.tokens)
+        flags = flags.assign(template=refused)
+        judged.notes |= {"template": why}
+    if not tokenisation.special_tokens:
+        flags = flags.drop(columns="special_tokens")
+        judged.reasons["special_tokens"] = "no tokenizer was given"
+    return flags
 
 
 def _quarantine(
