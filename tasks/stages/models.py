@@ -169,7 +169,7 @@ def cache_reference(
         out = running.empty_folder("out")
         weights = weights_sha256(reference)
         job = ReferenceJob(
-            **common_fields(running),
+            **common_fields(running) | {"ranks": _ranks_of(engine, context.ranks)},
             model=str(reference.path),
             weights_sha256=weights,
             described=f"{reference.stage} of {context.run_id}, {reference.parameters or 0:,} parameters",
@@ -181,7 +181,6 @@ def cache_reference(
             out=str(out / "shard"),
             token_budget=token_budget,
         )
-        job = job.model_copy(update={"ranks": _ranks_of(engine, job.ranks)})
         result = run_model_job(running, job, total=2 * count)
         dropped = result.pop("dropped")
         facts = LogpsFacts(
