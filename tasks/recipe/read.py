@@ -186,6 +186,8 @@ def _hint(root: type[BaseModel], place: tuple[int | str, ...], above: str = "") 
     Args:
         above: path of `root` in the recipe, with a dot at its end.
     """
+    if root is Recipe and place[0] in CLASSES:
+        return f" (did you mean policies: {{NAME: {{method: {place[0]}}}}}?)"
     model, wanted = root, _ALIASES.get(str(place[-1]), str(place[-1]))
     for part in place[:-1]:
         known = model.model_fields.get(str(part))

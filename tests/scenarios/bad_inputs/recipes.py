@@ -171,8 +171,8 @@ def sft_set_and_disabled(world: World) -> list[str]:
     return world.run(sft={"epochs": 3})
 
 
-@bad(2, "the recipe", "dpo, ppo became part of `policies`", "Put in their place:")
-def recipe_of_the_old_form(world: World) -> list[str]:
+@bad(2, "there is no field dpo (did you mean policies: {NAME: {method: dpo}}?)")
+def recipe_with_a_method_as_a_section(world: World) -> list[str]:
     return world.run(policies=None, dpo={"epochs": 2}, ppo={"kl_coef": 0.5})
 
 
