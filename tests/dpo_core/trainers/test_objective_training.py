@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_core.errors import RecipeError
+from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.methods.dpo import DpoConfig
 from dpo_core.methods.kto import KtoConfig
 from dpo_core.models.load import load_model
@@ -21,7 +21,14 @@ from dpo_core.reference import LogpShard
 from dpo_core.trainers.dpo import DpoTrainer
 from tests.support.golden_objectives import GOLDEN, GUIDED, STEPS, VARIANTS, step_of, trainer_of
 from tests.support.models.tiny import make_tiny_model
-from tests.support.runs.training_jobs import pair_rows, token_pairs, write_reference
+from tests.support.runs.training_jobs import (
+    build_trainer,
+    pair_rows,
+    token_pairs,
+    unpaired_rows,
+    write_job,
+    write_reference,
+)
 
 ROWS = pair_rows(12)
 PAIRWISE = [name for name in names() if get(name).data == "pairs"]
@@ -205,17 +212,17 @@ def test_a_method_on_single_answers_has_no_settings_of_pairs(name):
         KtoConfig(objective="dpo")
 
 
-def test_a_missing_cache_is_named(alone, tiny, tmp_path):
-    from dpo_core.errors import StageFailed
+@pytest.mark.parametrize(("method", "rows"), [("dpo", ROWS), ("kto", unpaired_rows(4))])
+def test_a_missing_cache_is_named(method, rows, tiny, tmp_path):
+    with pytest.raises(StageFailed, match=f"the {method} job file has no reference_logps"):
+        build_trainer(write_job(tmp_path, method, tiny, rows))
 
-    with pytest.raises(StageFailed, match="has no reference_logps"):
-        trainer_of("dpo", tiny, ROWS, tmp_path)
-    trainer_of("simpo", tiny, ROWS, tmp_path / "free")
+
+def test_an_objective_without_a_reference_needs_no_cache(alone, tiny, tmp_path):
+    trainer_of("simpo", tiny, ROWS, tmp_path)
 
 
 def test_a_cache_of_other_pairs_is_refused(alone, tiny, other, tmp_path):
-    from dpo_core.errors import StageFailed
-
     short = write_reference(other, ROWS[:11], tmp_path / "short")
     with pytest.raises(StageFailed, match="2 of 24 sequences have no reference log-prob"):
         trainer_of("ld_dpo", tiny, ROWS, tmp_path / "work", shard=short)
