@@ -96,19 +96,25 @@ def test_the_reference_is_far_from_the_optimum(log_ref: NDArray[np.float64]) -> 
     assert worth == pytest.approx(BETA * np.logaddexp.reduce(log_ref + REWARDS / BETA), abs=1e-9)
 
 
+def nightly(name: str, method: Any) -> Any:
+    """A variant: its advantages are also compared with closed forms, in test_ppo_math and test_grpo_math."""
+    return pytest.param(method, id=name, marks=pytest.mark.slow)
+
+
+PPO: dict[str, Any] = {**ROUNDS, "epochs": 2, "kl_coef": BETA}
+GRPO: dict[str, Any] = {**ROUNDS, "group_size": 8, "kl_coef": BETA}
+
+
 @pytest.mark.parametrize(
     "method",
     [
-        PpoConfig(**ROUNDS, epochs=2, kl_coef=BETA),
-        PpoConfig(**ROUNDS, epochs=2, kl_coef=BETA, lam=1.0, whiten_advantages=False),
-        PpoConfig(**ROUNDS, epochs=2, kl_coef=BETA, score_at="after_last"),
-        GrpoConfig(**ROUNDS, variant="rloo", group_size=8, kl_coef=BETA),
-        GrpoConfig(**ROUNDS, variant="grpo", group_size=8, kl_coef=BETA, kl_in="reward", kl_estimator="k1"),
-        GrpoConfig(
-            **ROUNDS, variant="dr_grpo", group_size=8, kl_coef=BETA, kl_in="reward", kl_estimator="k1"
-        ),
+        pytest.param(PpoConfig(**PPO), id="ppo"),
+        nightly("ppo-plain", PpoConfig(**PPO, lam=1.0, whiten_advantages=False)),
+        nightly("ppo-after-last", PpoConfig(**PPO, score_at="after_last")),
+        pytest.param(GrpoConfig(**GRPO, variant="rloo"), id="rloo"),
+        nightly("grpo", GrpoConfig(**GRPO, variant="grpo", kl_in="reward", kl_estimator="k1")),
+        nightly("dr_grpo", GrpoConfig(**GRPO, variant="dr_grpo", kl_in="reward", kl_estimator="k1")),
     ],
-    ids=["ppo", "ppo-plain", "ppo-after-last", "rloo", "grpo", "dr_grpo"],
 )
 def test_reinforcement_reaches_the_optimum(
     alone: None,
@@ -159,6 +165,7 @@ def test_dpo_reaches_the_optimum(folder: Path, log_ref: NDArray[np.float64]) -> 
     assert np.std(learnt) < 0.15
 
 
+@pytest.mark.slow
 def test_grpo_as_its_paper_has_it_reaches_another_optimum(
     alone: None, monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path
 ) -> None:

@@ -84,7 +84,13 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 SIZE_DECIDES = {"flops", "seconds_per_step", "time", "tokens_per_second", "rewards/accuracies"}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(m, marks=pytest.mark.slow if m in ("ppo_after_last", "grpo", "rloo") else ())
+        for m in METHODS
+    ],
+)
 def test_micro_batches_change_nothing(alone: None, tiny: Path, tmp_path: Path, method: str) -> None:
     """With several passes and several minibatches too."""
     kind, own = METHODS[method]
