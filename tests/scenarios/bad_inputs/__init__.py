@@ -154,6 +154,10 @@ class World:
         data = {"path": self.file(file, content), **changes.pop("data", {})}
         return self.run(*arguments, data=data, **changes)
 
+    def validate(self, file: str, content: str | bytes, *arguments: str) -> list[str]:
+        """`dpo validate` on a data file, which reads it as a run does and starts no run."""
+        return ["validate", self.file(file, content), *arguments]
+
     def run_model(self, change: Callable[[Path], object], **changes: Any) -> list[str]:
         """`dpo run` on a copy of the model with something done to it."""
         copied = self.new_folder() / "model"

@@ -27,7 +27,7 @@ def data_empty(world: World) -> list[str]:
 
 @bad(2, "blank.jsonl has no rows")
 def data_of_blank_lines(world: World) -> list[str]:
-    return world.run_with("blank.jsonl", "\n\n  \n")
+    return world.validate("blank.jsonl", "\n\n  \n")
 
 
 @bad(2, "has no data file directly in it; it is empty", "Point data.path at")
@@ -44,32 +44,32 @@ def data_of_an_unknown_ending(world: World) -> list[str]:
 def data_with_a_broken_line(world: World) -> list[str]:
     text = lines(good_rows()).splitlines(keepends=True)
     text[2] = '{"prompt": "half\n'
-    return world.run_with("broken.jsonl", "".join(text))
+    return world.validate("broken.jsonl", "".join(text))
 
 
 @bad(2, "line 2 of", "is a JSON list, not an object with named fields")
 def data_with_a_list_for_a_row(world: World) -> list[str]:
-    return world.run_with("rows.jsonl", lines(good_rows(1)) + '["a", "b", "c"]\n')
+    return world.validate("rows.jsonl", lines(good_rows(1)) + '["a", "b", "c"]\n')
 
 
 @bad(2, "line 1 of", "is not UTF-8 text (byte 0xff", "iconv")
 def data_in_another_encoding(world: World) -> list[str]:
-    return world.run_with("rows.jsonl", lines(good_rows()).encode("utf-16"))
+    return world.validate("rows.jsonl", lines(good_rows()).encode("utf-16"))
 
 
 @bad(2, "rows.jsonl.gz is cut off or damaged after row", "Copy or download the file again")
 def data_cut_off(world: World) -> list[str]:
-    return world.run_with("rows.jsonl.gz", gzip.compress(lines(good_rows()).encode())[:-20])
+    return world.validate("rows.jsonl.gz", gzip.compress(lines(good_rows()).encode())[:-20])
 
 
 @bad(2, "rows.parquet is cut off or damaged after row 0", "Copy or download")
 def data_that_is_no_parquet(world: World) -> list[str]:
-    return world.run_with("rows.parquet", b"PAR1 but not really")
+    return world.validate("rows.parquet", b"PAR1 but not really")
 
 
 @bad(2, "is not valid CSV", "rows.csv", "Put quotes around fields")
 def data_with_an_open_quote(world: World) -> list[str]:
-    return world.run_with("rows.csv", 'prompt,chosen,rejected\na,"b,c\n')
+    return world.validate("rows.csv", 'prompt,chosen,rejected\na,"b,c\n')
 
 
 @bad(2, "the hub data set nobody/nothing (split train) could not be loaded", "HF_HUB_OFFLINE")
@@ -88,13 +88,13 @@ def data_path_too_long(world: World) -> list[str]:
 @bad(2, "the rows fit no known format; the fields are ask (string), yes (string), no (string)", "data.format")
 def data_with_other_columns(world: World) -> list[str]:
     rows = [{"ask": r["prompt"], "yes": r["chosen"], "no": r["rejected"]} for r in good_rows()]
-    return world.run_on(rows)
+    return world.validate("rows.jsonl", lines(rows))
 
 
 @bad(2, "the rows fit several formats (prompt-pairs", "stackexchange", "Set data.format to one of")
 def data_of_two_formats(world: World) -> list[str]:
     rows = [r | {"question": r["prompt"], "response_j": "a", "response_k": "b"} for r in good_rows()]
-    return world.run_on(rows)
+    return world.validate("rows.jsonl", lines(rows))
 
 
 @bad(2, "data.format", "Input should be 'hh', 'prompt-pairs'", "'alpaca'")
@@ -104,7 +104,7 @@ def data_of_an_unknown_format(world: World) -> list[str]:
 
 @bad(2, "none of the 24 rows can be used", "has no turn of the Assistant", "data.format")
 def data_of_another_format_than_said(world: World) -> list[str]:
-    return world.run_on(good_rows(), data={"format": "hh"})
+    return world.validate("rows.jsonl", lines(good_rows()), "--set", "data.format=hh")
 
 
 @bad(2, "the data has 1 distinct prompt(s) in 24 usable rows", "data.eval_path")
@@ -125,7 +125,7 @@ def data_of_ties_only(world: World) -> list[str]:
         }
         for r in good_rows()
     ]
-    return world.run_on(rows)
+    return world.validate("rows.jsonl", lines(rows))
 
 
 @bad(2, "data.path has pairs, but data.eval_path has prompts", "Use data of the same kind")
@@ -135,11 +135,6 @@ def evaluation_data_of_another_kind(world: World) -> list[str]:
 
 
 # --- the gate ---------------------------------------------------------------------------------------------
-
-
-@bad(3, "pairs/fault: 1 of 24 rows (4.17%)", "chosen is a JSON boolean", "source rows 4", adds="load-data")
-def chosen_is_true(world: World) -> list[str]:
-    return world.run_on(_with(3, chosen=True))
 
 
 @bad(
@@ -154,41 +149,6 @@ def rejected_is_null(world: World) -> list[str]:
     return world.run_on(_with(1, rejected=None))
 
 
-@bad(3, "pairs/empty_chosen: 1 of 24 rows", "source rows 6", "gate.quarantine=drop", adds="load-data")
-def chosen_is_empty(world: World) -> list[str]:
-    return world.run_on(_with(5, chosen="  "))
-
-
-@bad(3, "pairs/empty_prompt: 1 of 24 rows", "source rows 8", adds="load-data")
-def prompt_is_empty(world: World) -> list[str]:
-    return world.run_on(_with(7, prompt=""))
-
-
-@bad(3, "pairs/identical: 24 of 24 rows (100.00%)", "source rows 1, 2, 3", adds="load-data")
-def answers_all_identical(world: World) -> list[str]:
-    return world.run_on([row | {"rejected": row["chosen"]} for row in good_rows()])
-
-
-@bad(3, "pairs/contradiction: 2 of 25 rows", "source rows 4, 25", "Decide which order", adds="load-data")
-def rows_that_contradict(world: World) -> list[str]:
-    row = good_rows()[3]
-    turned = row | {"chosen": row["rejected"], "rejected": row["chosen"]}
-    return world.run_on([*good_rows(), turned])
-
-
-@bad(3, "pairs/leakage: 1 of 25 rows", "eval split", "Split by prompt", adds="load-data")
-def evaluation_prompts_in_training(world: World) -> list[str]:
-    row = good_rows()[0]
-    leaked = row | {"prompt": row["prompt"].upper()}
-    held_out = world.file("held_out.jsonl", lines([leaked]))
-    return world.run(data={"eval_path": held_out, "eval_fraction": None})
-
-
-@bad(3, "pairs/special_tokens: 1 of 24 rows", "special token of the tokenizer", adds="load-data")
-def text_with_a_control_token(world: World) -> list[str]:
-    return world.run_on(_with(2, chosen=" All was well.</s> Then not."))
-
-
 @bad(3, "pairs/dropped: 12 of 24 rows (50.00%)", "tolerated 20.00%", "max_dropped_rate", adds="load-data")
 def too_much_to_drop(world: World) -> list[str]:
     rows = [row | ({"chosen": ""} if i % 2 else {}) for i, row in enumerate(good_rows())]
@@ -201,14 +161,6 @@ def nothing_left_to_evaluate(world: World) -> list[str]:
         "held_out.jsonl", lines([{"prompt": "And the bread?", "chosen": "", "rejected": "b"}])
     )
     return world.run(data={"eval_path": held_out, "eval_fraction": None}, gate={"quarantine": "drop"})
-
-
-@bad(
-    3, "pairs/too_few", "number of rows is 24, at least 1000 are needed", "too_few.min_rows", adds="load-data"
-)
-def fewer_rows_than_asked_for(world: World) -> list[str]:
-    rows = [row | {"prompt": f"Tell me: {row['prompt']}"} for row in good_rows()]
-    return world.run_on(rows, gate={"too_few": {"severity": "critical", "min_rows": 1000}})
 
 
 @bad(2, "one held-out prompt with one sample gives no confidence", "evaluate.samples_per_prompt to 2",

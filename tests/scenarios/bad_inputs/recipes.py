@@ -290,17 +290,6 @@ def reward_that_fails_on_the_empty_completion(world: World) -> list[str]:
     return world.run_reward("def own(prompts, completions): return [1 / len(c) for c in completions]\n")
 
 
-@bad(4, "the reward 'own' returned nan for row 5", "finite number", adds="load-data validate-prompts")
-def reward_that_becomes_nan(world: World) -> list[str]:
-    nan_at_5 = "[float('nan') if i == 5 else 1.0 for i in range(len(completions))]"
-    return world.run_reward(f"def own(prompts, completions): return {nan_at_5}\n")
-
-
-@bad(4, "returned 3 scores for 48 completions", "exactly one score", adds="load-data validate-prompts")
-def reward_that_loses_scores(world: World) -> list[str]:
-    return world.run_reward("def own(prompts, completions): return [1.0] * min(3, len(prompts))\n")
-
-
 @bad(4, "no pair could be made of 48 samples", "are ties", "pairs.*", adds="load-data validate-prompts")
 def reward_that_is_constant(world: World) -> list[str]:
     return world.run_reward("def own(prompts, completions): return [1.0] * len(prompts)\n")

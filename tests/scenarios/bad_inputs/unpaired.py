@@ -22,14 +22,6 @@ def unpaired_for_an_objective_on_pairs(world: World) -> list[str]:
 
 
 @bad(
-    2, "the data are unpaired rows", "policy Guide learns from pairs", "Set policies.Guide.method to kto",
-    adds="load-data",
-)  # fmt: skip
-def unpaired_for_a_guide_on_pairs(world: World) -> list[str]:
-    return world.run_on(labelled(), policies=KTO | {"Guide": {"method": "dpo"}})
-
-
-@bad(
     2, "the data are unpaired rows, but without reward.source", "trained on pairs", "Set reward.source",
     adds="load-data",
 )  # fmt: skip
@@ -61,13 +53,6 @@ def unpaired_of_which_none_is_desirable(world: World) -> list[str]:
 def unpaired_with_both_labels(world: World) -> list[str]:
     rows = labelled()
     return world.run_on([*rows, rows[3] | {"label": False}], policies=KTO)
-
-
-@bad(3, "refused the unpaired rows", "unpaired/fault: 1 of 24 rows", "label is missing", adds="load-data")
-def unpaired_without_a_label(world: World) -> list[str]:
-    rows = labelled()
-    del rows[3]["label"]
-    return world.run_on(rows, policies=KTO)
 
 
 @bad(
