@@ -13,14 +13,14 @@ from typing import Any
 import psutil
 import pydantic
 
-from dpo_core.evaluation.sandbox.run import Limits, ProgramResult
+from dpo_core.evaluation.sandbox import Limits, ProgramResult
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SERVE = """
 import json, sys
 from dataclasses import asdict
 from dpo_core.errors import StageFailed
-from dpo_core.evaluation.sandbox.run import Limits, run_python
+from dpo_core.evaluation.sandbox import Limits, run_python
 for line in sys.stdin:
     job = json.loads(line)
     try:
@@ -45,7 +45,7 @@ class OrdinaryUser:
             }  # fmt: skip
             try:
                 subprocess.run(
-                    [python, "-c", "import dpo_core.evaluation.sandbox.run"],
+                    [python, "-c", "import dpo_core.evaluation.sandbox"],
                     check=True, capture_output=True, **options,
                 )  # fmt: skip
             except (OSError, subprocess.CalledProcessError):
@@ -127,18 +127,18 @@ def namespaces(pid: int | str) -> dict[str, str]:
 def is_program(process: psutil.Process) -> bool:
     """Whether a process is one of a program, and not of the sandbox around it."""
     try:
-        return process.cmdline()[:1] == ["/python/bin/python"]
+        # Process 1 of the sandbox is the same interpreter, and a child of bwrap.
+        own, above = process.cmdline()[:1], process.parent()
+        return own == ["/python/bin/python"] and above is not None and above.name() != "bwrap"
     except psutil.Error:  # it has just ended
         return False
 
 
-def why_no_namespaces() -> str:
-    """Why this machine gives this user none; empty where it does, and the sandbox must work then."""
-    command = ["unshare", "--user", "--map-root-user", "--mount", "--net", "--pid", "--ipc", "--fork"]
+def why_no_sandbox() -> str:
+    """Why there is none on this machine; empty where bubblewrap works, and the sandbox must work then."""
     try:
-        done = subprocess.run(
-            [*command, "mount", "-t", "tmpfs", "tmpfs", "/tmp"], check=False, capture_output=True, text=True
-        )
+        command = ["bwrap", "--unshare-all", "--ro-bind", "/", "/", "true"]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
     except FileNotFoundError:
-        return "there is no unshare"
-    return f"no namespaces: {done.stderr.strip()}" if done.returncode else ""
+        return "bubblewrap is not installed (apt-get install bubblewrap libseccomp2)"
+    return done.stderr.strip() if done.returncode else ""

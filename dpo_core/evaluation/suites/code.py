@@ -19,7 +19,7 @@ from dpo_core.errors import DataError, RecipeError
 from dpo_core.evaluation.config import SuiteConfig
 from dpo_core.evaluation.prompt import Prompt, as_prompt
 from dpo_core.evaluation.results import Item, MeasureSpec, Outcome
-from dpo_core.evaluation.sandbox.run import Limits, ProgramResult, check_sandbox, run_many
+from dpo_core.evaluation.sandbox import Limits, ProgramResult, check_sandbox, run_many
 from dpo_core.evaluation.suites.base import Run, Suite
 from dpo_core.evaluation.suites.chat_or_text import wants_chat
 from dpo_core.evaluation.suites.rows import Row, sample_rows

@@ -10,7 +10,7 @@ from dpo_core.data.tokens.config import TokenConfig
 from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.evaluation.config import SuiteConfig
 from dpo_core.evaluation.results import SuiteResult
-from dpo_core.evaluation.sandbox.run import check_sandbox
+from dpo_core.evaluation.sandbox import check_sandbox
 from dpo_core.generation.config import SamplingConfig
 from dpo_core.jobs.files import PER_SUITE, NamedModel, SuitesJob
 from dpo_core.models.load import load_tokenizer

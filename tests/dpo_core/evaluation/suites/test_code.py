@@ -16,7 +16,7 @@ from dpo_core.data.tokens.config import TokenConfig
 from dpo_core.errors import DataError, RecipeError
 from dpo_core.evaluation.config import SuiteConfig
 from dpo_core.evaluation.model_under_test import ModelUnderTest
-from dpo_core.evaluation.sandbox.run import Limits
+from dpo_core.evaluation.sandbox import Limits
 from dpo_core.evaluation.suites.code import (
     KS,
     STOPS,
@@ -30,7 +30,7 @@ from dpo_core.evaluation.suites.code import (
 from dpo_core.evaluation.suites.registry import find
 from dpo_core.generation.config import SamplingConfig
 from tests.support.models.tiny import make_tiny_model
-from tests.support.sandboxes import why_no_namespaces
+from tests.support.sandboxes import why_no_sandbox
 
 MAKE: dict[str, Callable[[dict[str, Any]], Problem]] = {"humaneval": humaneval_problem, "mbpp": mbpp_problem}
 FILES = {"humaneval": "HumanEval.jsonl.gz", "mbpp": "mbpp_sanitized.json.gz"}
@@ -39,7 +39,7 @@ BRIEF = Limits(cpu_seconds=1, wall_seconds=20)
 
 @pytest.fixture(scope="module", autouse=True)
 def _needs_sandbox() -> None:
-    if reason := why_no_namespaces():
+    if reason := why_no_sandbox():
         pytest.skip(reason)
 
 

@@ -1,1 +1,0 @@
-"""Runs code that a model wrote in a sandbox of Linux namespaces."""
