@@ -1,21 +1,42 @@
-"""`ClusterConfig`, the settings of every cluster, and the checks, job names and handles of its launchers."""
+"""`ClusterConfig`, the settings of every cluster, and what the launchers of clusters share."""
 
 import hashlib
 import logging
 import os
 import re
 import shutil
-from pathlib import Path
-from typing import NamedTuple
+import subprocess
+import time
+from abc import abstractmethod
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Annotated, NamedTuple, TypeVar
 
-from pydantic import Field, field_validator
+from filelock import FileLock
+from pydantic import AfterValidator, Field, field_validator
 
+from deploy.launchers.base import Launcher, State, clear
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.redaction import SECRET_NAME
 from dpo_core.system import RUN_MARK
 
+T = TypeVar("T")
+
 log = logging.getLogger("dpo")
+
+AWAY = 600.0
+"""Maximum seconds that a cluster may be unreachable."""
+
+
+def _absolute(path: str) -> str:
+    if not PurePosixPath(path).is_absolute() or path == "/":
+        raise ValueError("the mount must be an absolute path other than /")
+    return path
+
+
+MountPath = Annotated[str, AfterValidator(_absolute)]
+"""Where the workspace's storage is mounted, on the nodes and on the flow's machine."""
 
 
 class ClusterConfig(Config):
@@ -89,13 +110,64 @@ def require_command(name: str, remedy: str) -> None:
         raise RecipeError(f"the command {name} is not installed on this machine", remedy)
 
 
-def command_environment() -> dict[str, str]:
-    """The environment of a cluster's commands: this process's, without the mark of the run.
+def run_command(
+    *command: str, remedy: str, timeout: float, text: str | None = None, check: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Run a command of a cluster.
 
-    What they start continues if the run is killed: jobs, which inherit the variables of sbatch, and
-    SkyPilot's server, which the first command starts on this machine.
+    It gets this process's environment without the mark of the run: what it starts continues if the run is
+    killed, such as jobs, which inherit the variables of sbatch, and SkyPilot's server.
+
+    Args:
+        remedy: what to do if the command is not installed.
+        timeout: seconds to wait for its answer.
+
+    Raises:
+        RecipeError: the command is not installed.
+        StageFailed: it fails or does not answer.
     """
-    return {name: value for name, value in os.environ.items() if name != RUN_MARK}
+    environment = {name: value for name, value in os.environ.items() if name != RUN_MARK}
+    try:
+        done = subprocess.run(
+            command, input=text, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        )
+    except FileNotFoundError as error:
+        raise RecipeError(f"the command {command[0]} is not installed on this machine", remedy) from error
+    except subprocess.TimeoutExpired as error:
+        raise StageFailed(
+            f"{command[0]} has not answered for {timeout:g} s",
+            "Look at the state of the cluster; then resume the run, which finds its job again",
+        ) from error
+    if check and done.returncode:
+        output = " ".join((done.stderr or done.stdout).split())[-600:] or f"status {done.returncode}"
+        raise StageFailed(
+            f"{command[0]}: {output.removeprefix(f'{command[0]}: error: ')}",
+            "Change the setting that it names, or try again later",
+        )
+    return done
+
+
+def patiently(name: str, ask: Callable[[], T]) -> T:
+    """Ask until the cluster answers. While it is unreachable, its jobs continue.
+
+    Args:
+        ask: raises StageFailed while there is no answer.
+
+    Raises:
+        StageFailed: it is unreachable for too long.
+    """
+    limit, pause = time.monotonic() + AWAY, 0.25
+    while True:
+        try:
+            return ask()
+        except StageFailed as error:
+            if time.monotonic() + pause > limit:
+                raise StageFailed(
+                    f"{name} has not answered for {AWAY:g} s ({error.problem})",
+                    f"The job may continue; resume the run when {name} is back",
+                ) from error
+        time.sleep(pause)
+        pause = min(2 * pause, 15.0)
 
 
 class Handle(NamedTuple):
@@ -131,3 +203,75 @@ def job_name(run: str, attempt: int) -> str:
     digest = hashlib.sha256(run.encode()).hexdigest()[:8]
     readable = re.sub(r"[^a-z0-9]+", "-", run.lower())[:28].strip("-")
     return f"dpo-{readable}-{digest}-{attempt}" if readable else f"dpo-{digest}-{attempt}"
+
+
+class ClusterLauncher(Launcher):
+    """Launches a job that continues if the flow ends. Any process of the same user can rejoin it.
+
+    A job that failed or stopped is followed by the next attempt, under another name.
+
+    Args:
+        run: the job's name to users.
+    """
+
+    pause: float
+
+    def __init__(self, run: str) -> None:
+        self.run, self.attempt = run, 1
+
+    @property
+    def name(self) -> str:
+        """The name of the attempt on the cluster."""
+        return job_name(self.run, self.attempt)
+
+    def require_seen(self, folder: Path) -> None:
+        """Refuse a folder that the nodes cannot see, if this machine can know."""
+
+    @abstractmethod
+    def require_client(self) -> None:
+        """Refuse to continue without the commands or credentials of the cluster."""
+
+    @abstractmethod
+    def find(self, work: Path) -> str | None:
+        """The handle of this attempt's job; None if it does not exist."""
+
+    def submit(self, job: Path, processes: int, work: Path) -> str:
+        """Start the job, or rejoin the one that an earlier call started.
+
+        Raises:
+            RecipeError: the nodes cannot see the job, or a setting is wrong.
+            StageFailed: the cluster refuses the job.
+        """
+        job, work = job.absolute(), work.absolute()
+        for path in (job, work):
+            self.require_seen(path)
+        self.render(job, processes)
+        # Clusters accept two jobs of one name.
+        with FileLock(work / "submit.lock"):
+            count = work / "attempt"
+            self.attempt = int(count.read_text()) if count.exists() else 1
+            existing = self.find(work)
+            if existing and self.poll(existing) in {State.FAILED, State.STOPPED}:
+                self.cancel(existing)
+                self.attempt += 1
+                existing = self.find(work)
+            count.write_text(str(self.attempt))
+            return existing or self._start_once(job, processes, work)
+
+    def _start_once(self, job: Path, processes: int, work: Path) -> str:
+        clear(work)
+        try:
+            handle = self.start(job, processes, work)
+        except StageFailed:
+            # A cluster that is too slow to answer has often accepted the job.
+            handle = self.find(work)
+            if handle is None:
+                raise
+        handle = handle or self.find(work)
+        if handle is None:
+            raise StageFailed(f"the job {self.name} was accepted but is not listed", "Look at the cluster")
+        return handle
+
+    @abstractmethod
+    def start(self, job: Path, processes: int, work: Path) -> str | None:
+        """Start a job that does not exist; returns its handle, or None if only `find` knows it."""

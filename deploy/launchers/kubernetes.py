@@ -1,4 +1,4 @@
-"""The launcher for Kubernetes: creates a TrainJob or a JobSet and watches it through the API."""
+"""The launcher for Kubernetes: creates a JobSet and watches it through the API."""
 
 import logging
 import time
@@ -8,19 +8,10 @@ from typing import Any
 import yaml
 
 from deploy.launchers import kubernetes_reasons as reasons
-from deploy.launchers.base import LOG, State, clear, final_state, tail
-from deploy.launchers.cluster import Handle, job_name, require_seen
+from deploy.launchers.base import LOG, State, final_state, tail
+from deploy.launchers.cluster import ClusterLauncher, Handle, require_seen
 from deploy.launchers.kubernetes_api import KubeApi
-from deploy.launchers.kubernetes_manifests import (
-    ATTEMPT,
-    DIGEST,
-    JOBSET,
-    RUN,
-    TRAINER,
-    KubernetesConfig,
-    Manifest,
-    manifests,
-)
+from deploy.launchers.kubernetes_manifests import KubernetesConfig, Manifest, jobset
 from dpo_core.errors import StageFailed
 
 log = logging.getLogger("dpo")
@@ -30,17 +21,14 @@ _AFTER_GRACE = 20.0
 """Seconds, beyond the pods' grace time, until the API must report them gone."""
 
 
-class KubernetesLauncher:
-    """Launches one attempt at a job. Any process with the same settings, job and attempt can rejoin it."""
+class KubernetesLauncher(ClusterLauncher):
+    """Launches a job as a JobSet."""
 
     pause = 3.0
 
-    def __init__(
-        self, config: KubernetesConfig, run: str, attempt: int = 1, api: KubeApi | None = None
-    ) -> None:
-        self.config, self.run, self.attempt = config, run, attempt
-        self.name = job_name(run, attempt)
-        self.resource = (*JOBSET, "jobsets") if config.kind == "jobset" else (*TRAINER, "trainjobs")
+    def __init__(self, config: KubernetesConfig, run: str, api: KubeApi | None = None) -> None:
+        super().__init__(run)
+        self.config = config
         self._api = api
         self._not_started: dict[str, float] = {}
         self._reasons: dict[str, str] = {}
@@ -53,50 +41,40 @@ class KubernetesLauncher:
         return self._api
 
     def render(self, job: Path, processes: int) -> str:
-        return "---\n".join(yaml.safe_dump(m, sort_keys=False) for m in self._manifests(job, processes))
+        return yaml.safe_dump(self._manifest(job, processes), sort_keys=False)
 
     def require_seen(self, folder: Path) -> None:
-        """Refuse a folder that is not on the volume."""
         require_seen(folder, self.config.mount, "on the volume that the pods mount")
 
     def require_client(self) -> None:
-        """Refuse to continue without credentials."""
         _ = self.api
 
     def find(self, work: Path) -> str | None:
-        """The handle of this attempt's job; None if it does not exist."""
-        exists = self.api.get(self.resource, self.name)
-        return str(Handle(self.name, work)) if exists else None
+        return str(Handle(self.name, work)) if self.api.get(self.name) else None
 
     def submit(self, job: Path, processes: int, work: Path) -> str:
-        """Create the job, or rejoin the one that an earlier call created.
+        handle = super().submit(job, processes, work)
+        marks = (self.api.get(self.name) or {}).get("metadata", {}).get("annotations", {})
+        expected = self._manifest(job.absolute(), processes)["metadata"]["annotations"]
+        if marks and any(marks.get(key) != value for key, value in expected.items()):
+            raise StageFailed(
+                f"a job named {self.name} exists and belongs to another run or has other settings",
+                "Delete that job, then resume the run",
+            )
+        return handle
 
-        Raises:
-            RecipeError: the job is not on the volume.
-            StageFailed: the API refuses, or a different job has the name.
-        """
-        job, work = job.absolute(), work.absolute()
-        for path in (job, work):
-            self.require_seen(path)
-        ours = self._manifests(job, processes)
-        existing = self.api.get(self.resource, self.name)
-        if existing is None:
-            clear(work)
-            for manifest in ours:
-                created = self.api.create(manifest)
-            if not created:  # another process was faster, or an earlier request did arrive
-                existing = self.api.get(self.resource, self.name)
-        if existing is not None:
-            _check_same(existing, ours[-1])
+    def start(self, job: Path, processes: int, work: Path) -> str:
+        # False if another machine was faster, or an earlier request did arrive.
+        self.api.create(self._manifest(job, processes))
         return str(Handle(self.name, work))
 
     def poll(self, handle: str) -> State:
         name, work = Handle.parse(handle)
-        existing = self.api.get(self.resource, name)
+        existing = self.api.get(name)
         if existing is None:
             self._reasons.setdefault(handle, "its object was deleted from the cluster")
             return final_state(work)
-        if reasons.condition(existing, "Complete", "Completed", "Failed"):
+        if reasons.condition(existing, "Completed", "Failed"):
             self._keep_reason(handle, existing)
             return final_state(work)
         pods = self.api.pods(name)
@@ -109,24 +87,24 @@ class KubernetesLauncher:
         if handle in self._reasons:
             return self._reasons[handle]
         name, _ = Handle.parse(handle)
-        existing = self.api.get(self.resource, name)
+        existing = self.api.get(name)
         return self._reason(existing) if existing else "its object was deleted from the cluster"
 
     def cancel(self, handle: str, grace: float = 25.0) -> None:
         """Delete the job's object; the pods get SIGTERM and save."""
         name, _ = Handle.parse(handle)
-        existing = self.api.get(self.resource, name)
+        existing = self.api.get(name)
         if existing is None and not self.api.pods(name):
             return
         if existing is not None:
             self._keep_reason(handle, existing)
         # The owner first, because it would recreate pods.
-        self.api.delete(self.resource, name)
+        self.api.delete(name)
         self.api.end_pods(name, grace)
         limit = time.monotonic() + grace + _AFTER_GRACE
         while time.monotonic() < limit:
             left = self.api.pods(name)
-            if not left and self.api.get(self.resource, name) is None:
+            if not left and self.api.get(name) is None:
                 return
             time.sleep(0.2)
         # The kubelet of a lost node confirms nothing, so remove the pods from the API without it.
@@ -140,9 +118,9 @@ class KubernetesLauncher:
         text = self.api.log(first, lines) if first else ""
         return text.rstrip("\n") or tail(work, lines)
 
-    def _manifests(self, job: Path, processes: int) -> list[Manifest]:
+    def _manifest(self, job: Path, processes: int) -> Manifest:
         self.config.check(processes)
-        return manifests(self.config, job, processes, self.run, self.attempt, self.name)
+        return jobset(self.config, job, processes, run=self.run, attempt=self.attempt, name=self.name)
 
     def _may_start(self, handle: str, existing: Manifest, pods: list[Manifest]) -> bool:
         """Whether the pods run or can still start in time. Time in the queue does not count."""
@@ -175,7 +153,7 @@ class KubernetesLauncher:
     def _queue_reason(self, existing: Manifest) -> str:
         if not reasons.condition(existing, "Suspended"):
             return ""
-        workload = self.api.workload(existing["metadata"]["name"]) or {}
+        workload = self.api.workload(existing["metadata"]["name"])
         for condition in workload.get("status", {}).get("conditions", []):
             if condition["type"] == "QuotaReserved" and condition["status"] == "False":
                 return f"waiting in queue {self.config.queue}: {condition.get('message')}"
@@ -209,14 +187,3 @@ def _phase(pod: Manifest) -> str:
 def _index(pod: Manifest) -> Any:
     metadata = pod["metadata"]
     return metadata.get("labels", {}).get(_INDEX) or metadata.get("annotations", {}).get(_INDEX)
-
-
-def _check_same(existing: Manifest | None, ours: Manifest) -> None:
-    """Refuse to rejoin a different job of the same name."""
-    marks = (existing or {}).get("metadata", {}).get("annotations", {})
-    expected = ours["metadata"]["annotations"]
-    if existing is None or any(marks.get(key) != expected[key] for key in (RUN, ATTEMPT, DIGEST)):
-        raise StageFailed(
-            f"a job named {ours['metadata']['name']} exists and belongs to another run",
-            "Delete that job, then resume the run",
-        )

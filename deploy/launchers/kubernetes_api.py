@@ -1,29 +1,32 @@
-"""A small client of the Kubernetes API that retries while the server is slow or unreachable.
+"""The requests to the Kubernetes API that a launcher makes, and the user errors of refused ones.
 
-Objects are plain JSON. The `kubernetes` package finds the credentials: a kubeconfig with its login, or the
-service account of the pod.
+The official package finds the credentials, a kubeconfig with its login or the service account of the pod, and
+retries while the server is slow or unreachable. Kubeflow's own SDK (0.5) was tried and does not do: it turns
+every refusal into one RuntimeError, so that a taken name, a quota and an outage look alike, and it has
+neither the reasons of pods and queues, nor variables from Secrets, nor a grace time for a deletion.
 """
 
 import json
-import logging
 import os
-import time
 from collections.abc import Callable
 from typing import Any
 
+from urllib3 import Retry
 from urllib3.exceptions import HTTPError
 
-from deploy.launchers.kubernetes_manifests import Manifest, resource_of
 from dpo_core.errors import RecipeError, StageFailed
 
-log = logging.getLogger("dpo")
+Json = dict[str, Any]
 
 TIMEOUT = 15.0
 """Maximum seconds of one request."""
-_LATER = {429, 500, 502, 503, 504}
+RETRIES = 45
+"""How often a request is repeated, up to 15 s apart, ten minutes in all; the job continues meanwhile."""
+JOBSETS = ("jobset.x-k8s.io", "v1alpha2", "jobsets")
+WORKLOADS = ("kueue.x-k8s.io", "v1beta2", "workloads")
 
 
-def connect() -> Any:
+def connect(retries: int = RETRIES) -> Any:
     """An API client with the credentials of this machine.
 
     Raises:
@@ -47,117 +50,104 @@ def connect() -> Any:
             f"there are no credentials for a Kubernetes cluster ({error})",
             "Set KUBECONFIG, or log in to your cluster",
         ) from error
+    settings.retries = Retry(
+        total=retries,
+        backoff_factor=0.25,
+        backoff_max=15,
+        status_forcelist=[429, 500, 502, 503, 504],
+        allowed_methods=None,
+    )
     return client.ApiClient(settings)
 
 
 class KubeApi:
-    """Reads and changes the objects of one namespace.
+    """Reads and changes the JobSets of one namespace and their pods, as plain JSON."""
 
-    Args:
-        away_seconds: how long the server may be unreachable before a call fails; the job continues meanwhile.
-    """
-
-    def __init__(self, namespace: str, api: Any = None, away_seconds: float = 600.0) -> None:
+    def __init__(self, namespace: str, api: Any = None) -> None:
         api = api or connect()
         from kubernetes import client  # noqa: PLC0415 - optional
 
-        # The package's retries would multiply with ours.
-        api.rest_client.pool_manager.connection_pool_kw["retries"] = False
-        self.namespace, self.away_seconds = namespace, away_seconds
-        self.objects, self.core = client.CustomObjectsApi(api), client.CoreV1Api(api)
+        self.namespace = namespace
+        self._objects, self._core = client.CustomObjectsApi(api), client.CoreV1Api(api)
 
-    def get(self, resource: tuple[str, str, str], name: str) -> Manifest | None:
-        """One object; None if it does not exist."""
-        group, version, plural = resource
-        call = self.objects.get_namespaced_custom_object
-        return self._call(call, group, version, self.namespace, plural, name, missing=None)
+    def get(self, name: str) -> Json | None:
+        """A JobSet; None if it does not exist."""
+        call = self._objects.get_namespaced_custom_object
+        return self._call(call, *self._place(JOBSETS), name, missing=(404,))
 
-    def create(self, manifest: Manifest) -> bool:
-        """Create an object; False if its name is taken.
+    def create(self, manifest: Json) -> bool:
+        """Create a JobSet; False if its name is taken.
 
         Raises:
             StageFailed: the server refuses it, for quota, permissions or a field.
         """
-        group, version, plural = resource_of(manifest)
-        call = self.objects.create_namespaced_custom_object
-        made = self._call(call, group, version, self.namespace, plural, manifest, taken=False)
-        return made is not False
+        call = self._objects.create_namespaced_custom_object
+        return self._call(call, *self._place(JOBSETS), manifest, missing=(409,)) is not None
 
-    def delete(self, resource: tuple[str, str, str], name: str) -> None:
-        """Delete an object after all objects that it owns."""
-        group, version, plural = resource
-        call = self.objects.delete_namespaced_custom_object
-        options = {"propagation_policy": "Foreground"}
-        self._call(call, group, version, self.namespace, plural, name, missing=None, **options)
+    def delete(self, name: str) -> None:
+        """Delete a JobSet after all objects that it owns."""
+        call = self._objects.delete_namespaced_custom_object
+        self._call(call, *self._place(JOBSETS), name, missing=(404,), propagation_policy="Foreground")
 
-    def pods(self, jobset: str) -> list[Manifest]:
+    def pods(self, name: str) -> list[Json]:
         """The pods of a JobSet."""
-        call = self.core.list_namespaced_pod
-        selector = f"jobset.sigs.k8s.io/jobset-name={jobset}"
-        return self._list(call, self.namespace, label_selector=selector)
+        return self._list(self._core.list_namespaced_pod, label_selector=_pods_of(name))
 
-    def end_pods(self, jobset: str, grace: float) -> None:
+    def end_pods(self, name: str, grace: float) -> None:
         """Delete the pods of a JobSet with so many seconds of grace; with 0 the kubelets need not confirm."""
-        call = self.core.delete_collection_namespaced_pod
-        selector = f"jobset.sigs.k8s.io/jobset-name={jobset}"
-        self._call(call, self.namespace, label_selector=selector, grace_period_seconds=int(grace))
+        call = self._core.delete_collection_namespaced_pod
+        self._call(call, self.namespace, label_selector=_pods_of(name), grace_period_seconds=int(grace))
 
     def log(self, pod: str, lines: int | None = None) -> str:
         """The output of a pod; empty if it is gone or never started."""
-        call = self.core.read_namespaced_pod_log
-        options = {"tail_lines": lines} if lines else {}
-        answer = self._call(
-            call, pod, self.namespace, missing=None, unready=None, _preload_content=False, **options
-        )
+        options: Json = {"tail_lines": lines} if lines else {}
+        call = self._core.read_namespaced_pod_log
+        answer = self._call(call, pod, self.namespace, missing=(400, 404), _preload_content=False, **options)
         return answer.data.decode(errors="replace") if answer is not None else ""
 
-    def warnings(self, part: str) -> list[Manifest]:
+    def warnings(self, part: str) -> list[Json]:
         """Warnings about objects whose name contains this text, oldest first."""
-        events = self._list(self.core.list_namespaced_event, self.namespace, field_selector="type=Warning")
+        events = self._list(self._core.list_namespaced_event, field_selector="type=Warning")
         matching = [event for event in events if part in event["involvedObject"]["name"]]
         return sorted(matching, key=lambda e: e.get("lastTimestamp") or e.get("eventTime") or "")
 
-    def workload(self, owner: str) -> Manifest | None:
-        """Kueue's Workload of an object; None without Kueue or without permission to read it."""
-        call = self.objects.list_namespaced_custom_object
-        place = ("kueue.x-k8s.io", "v1beta2", self.namespace, "workloads")
-        listed = self._call(call, *place, missing=None, forbidden=None) or {}
+    def workload(self, owner: str) -> Json:
+        """Kueue's Workload of a JobSet; empty without Kueue or without permission to read it."""
+        call = self._objects.list_namespaced_custom_object
+        listed = self._call(call, *self._place(WORKLOADS), missing=(403, 404)) or {}
         for workload in listed.get("items", []):
             if owner in {o["name"] for o in workload["metadata"].get("ownerReferences", [])}:
                 return workload
-        return None
+        return {}
 
-    def _list(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> list[Manifest]:
-        answer = self._call(call, *arguments, _preload_content=False, **options)
-        return json.loads(answer.data)["items"]
+    def _place(self, kind: tuple[str, str, str]) -> tuple[str, str, str, str]:
+        group, version, plural = kind
+        return group, version, self.namespace, plural
 
-    def _call(self, call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """Call until the server answers. Values passed as `missing` (404), `taken` (409), `unready` (400) and
-        `forbidden` (403) are returned instead of an error."""
+    def _list(self, call: Callable[..., Any], **options: Any) -> list[Json]:
+        return json.loads(self._call(call, self.namespace, _preload_content=False, **options).data)["items"]
+
+    def _call(
+        self, call: Callable[..., Any], *arguments: Any, missing: tuple[int, ...] = (), **options: Any
+    ) -> Any:
+        """The answer; None if its status is in `missing`."""
         from kubernetes.client import ApiException  # noqa: PLC0415 - optional
 
-        names = {400: "unready", 403: "forbidden", 404: "missing", 409: "taken"}
-        instead = {code: options.pop(name) for code, name in names.items() if name in options}
-        limit, pause = time.monotonic() + self.away_seconds, 0.25
-        while True:
-            try:
-                return call(*arguments, _request_timeout=TIMEOUT, **options)
-            except ApiException as error:
-                if error.status in instead:
-                    return instead[error.status]
-                if error.status not in _LATER:
-                    raise _refused(error) from error
-                problem = f"{error.status} {error.reason}"
-            except HTTPError as error:
-                problem = str(error)
-            if time.monotonic() + pause > limit:
-                raise StageFailed(
-                    f"the Kubernetes API has not answered for {self.away_seconds:g} s ({problem})",
-                    "The job may continue; resume the run when the API is back",
-                )
-            log.debug("the Kubernetes API: %s; retrying in %g s", problem, pause)
-            time.sleep(pause)
-            pause = min(2 * pause, 15.0)
+        try:
+            return call(*arguments, _request_timeout=TIMEOUT, **options)
+        except ApiException as error:
+            if error.status in missing:
+                return None
+            raise _refused(error) from error
+        except HTTPError as error:
+            raise StageFailed(
+                f"the Kubernetes API has not answered ({error})",
+                "The job may continue; resume the run when the API is back",
+            ) from error
+
+
+def _pods_of(name: str) -> str:
+    return f"jobset.sigs.k8s.io/jobset-name={name}"
 
 
 def _refused(error: Any) -> StageFailed:
@@ -173,7 +163,7 @@ def _refused(error: Any) -> StageFailed:
     remedies = {
         401: "Log in to the cluster again",
         403: "Ask the namespace's administrator for permission",
-        404: "Install this kind of object on the cluster, or choose kind=jobset",
+        404: "Install JobSet on the cluster (Kubeflow Trainer contains it)",
         422: "Change the setting that the message names",
     }
     remedy = remedies.get(error.status, "Check the settings of the cluster")

@@ -1,28 +1,24 @@
-"""Builds the Kubernetes objects of a job: a TrainJob and its runtime, or a JobSet.
+"""Builds the Kubernetes object of a job: a JobSet, which Kueue admits and Kubeflow Trainer makes too.
 
-Fields as in kubeflow trainer 2.3 (`trainer.kubeflow.org/v1alpha1`) and JobSet 0.12
-(`jobset.x-k8s.io/v1alpha2`). torchrun is process 1 of every pod, so that the kubelet's SIGTERM reaches it. It
-reads its node rank from `PET_*` variables, which the Trainer sets itself and refuses in a TrainJob.
+Fields as in JobSet 0.12 (`jobset.x-k8s.io/v1alpha2`). torchrun is process 1 of every pod, so that the
+kubelet's SIGTERM reaches it; it reads its place from `PET_*` variables.
 """
 
 import hashlib
 import json
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 from pydantic import Field, field_validator
 
 from deploy.launchers import torchrun
-from deploy.launchers.cluster import ClusterConfig
+from deploy.launchers.cluster import ClusterConfig, MountPath
 
 Manifest = dict[str, Any]
 
-TRAINER = ("trainer.kubeflow.org", "v1alpha1")
-JOBSET = ("jobset.x-k8s.io", "v1alpha2")
 RUN, ATTEMPT, DIGEST = "dpo.io/run", "dpo.io/attempt", "dpo.io/digest"
-PORT = 29500
 NODE = "node"
-"""Name of the replicated job and of its container; the Trainer requires this name."""
+"""Name of the replicated job and of its container."""
 
 
 class KubernetesConfig(ClusterConfig):
@@ -32,14 +28,10 @@ class KubernetesConfig(ClusterConfig):
     """Image with this package; it runs as a user other than root."""
     claim: str
     """PersistentVolumeClaim (ReadWriteMany) that holds the workspace."""
-    mount: str
+    mount: MountPath
     """Path at which the claim is mounted, in the pods and on the flow's machine."""
     namespace: str = "default"
     """Namespace of all objects."""
-    kind: Literal["trainjob", "jobset"] = "trainjob"
-    """Kind of object: a TrainJob, or a JobSet if Kubeflow Trainer is not installed."""
-    runtime: str | None = None
-    """An installed ClusterTrainingRuntime for torch; empty: create a TrainingRuntime that restarts a job."""
     restarts: int = Field(3, ge=0)
     """How often all pods restart after one failed. Evictions and lost nodes do not count."""
     queue: str | None = None
@@ -63,13 +55,6 @@ class KubernetesConfig(ClusterConfig):
     secrets: dict[str, str] = Field({})
     """Environment variables from Secrets of the namespace: NAME: SECRET/KEY."""
 
-    @field_validator("mount")
-    @classmethod
-    def _absolute(cls, path: str) -> str:
-        if not PurePosixPath(path).is_absolute() or path == "/":
-            raise ValueError("the mount must be an absolute path other than /")
-        return path
-
     @field_validator("secrets")
     @classmethod
     def _secret_and_key(cls, secrets: dict[str, str]) -> dict[str, str]:
@@ -79,152 +64,78 @@ class KubernetesConfig(ClusterConfig):
         return secrets
 
 
-def manifests(config: KubernetesConfig, job: Path, processes: int, run: str, attempt: int, name: str) -> Any:
-    """The objects of a job in the order of their creation; the last is the job itself."""
-    if config.kind == "jobset":
-        objects = [_jobset(config, job, processes, name)]
-    elif config.runtime:
-        objects = [_trainjob(config, job, processes, name)]
-    else:
-        objects = [_runtime(config), _trainjob(config, job, processes, name)]
-    # A digest to compare with an existing object of the name, because servers fill in defaults.
-    written = json.dumps(objects, sort_keys=True).encode()
-    marks = {RUN: run, ATTEMPT: str(attempt), DIGEST: hashlib.sha256(written).hexdigest()[:16]}
-    objects[-1]["metadata"]["annotations"] = marks
-    return objects
+def jobset(
+    config: KubernetesConfig, job: Path, processes: int, *, run: str, attempt: int, name: str
+) -> Manifest:
+    """The JobSet of one attempt at a job.
 
-
-def resource_of(manifest: Manifest) -> tuple[str, str, str]:
-    """Group, version and plural name of an object's kind, as in its URL."""
-    group, version = manifest["apiVersion"].split("/")
-    return group, version, manifest["kind"].lower() + "s"
-
-
-def _trainjob(config: KubernetesConfig, job: Path, processes: int, name: str) -> Manifest:
-    kind = "ClusterTrainingRuntime" if config.runtime else "TrainingRuntime"
-    runtime = config.runtime or _runtime(config)["metadata"]["name"]
-    pod = _pod(config)
-    # The Trainer takes variables, image and resources of its container from `trainer` only.
-    pod["containers"] = [{"name": NODE, "securityContext": _UNPRIVILEGED, "volumeMounts": _mounts(config)}]
-    patched = {"name": NODE, "template": {"spec": {"template": {"spec": pod}}}}
-    spec: Manifest = {
-        "runtimeRef": {"apiGroup": TRAINER[0], "kind": kind, "name": runtime},
-        "trainer": {
-            "image": config.image,
-            "command": torchrun.node_command(job, python=config.python),
-            "numNodes": config.nodes,
-            "numProcPerNode": processes,
-            "resourcesPerNode": _resources(config),
-            "env": _environment(config),
-        },
-        "runtimePatches": [
-            {
-                "manager": "dpo.io/launcher",
-                "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [patched]}}},
-            }
-        ],
-    }
-    if config.hours:
-        spec["activeDeadlineSeconds"] = int(config.hours * 3600)
-    return _object(TRAINER, "TrainJob", config, name, spec)
-
-
-def _runtime(config: KubernetesConfig) -> Manifest:
-    """The TrainingRuntime with the failure policy, which a TrainJob itself cannot have.
-
-    All jobs with the same number of restarts share one; it is not deleted with them.
+    Args:
+        processes: ranks on each node.
+        run: the job's name to users; `name` is its name on the cluster.
     """
-    pod = {"restartPolicy": "Never", "containers": [{"name": NODE, "image": "set-by-the-trainjob"}]}
-    template = {
-        "metadata": {"labels": {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}},
-        "spec": _failing_once() | {"template": {"spec": pod}},
-    }
-    spec = {
-        "mlPolicy": {"numNodes": 1, "torch": {}},
-        "template": {
-            "spec": {
-                "failurePolicy": _failure_policy(config),
-                "replicatedJobs": [{"name": NODE, "template": template}],
-            }
-        },
-    }
-    made = _object(TRAINER, "TrainingRuntime", config, f"dpo-torch-r{config.restarts}", spec)
-    made["metadata"]["labels"] = _OURS | {"trainer.kubeflow.org/framework": "torch"}
-    return made
-
-
-def _jobset(config: KubernetesConfig, job: Path, processes: int, name: str) -> Manifest:
-    rank = {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}
-    meeting = [
-        {"name": "PET_NNODES", "value": str(config.nodes)},
-        {"name": "PET_NPROC_PER_NODE", "value": str(processes)},
-        {"name": "PET_NODE_RANK", "valueFrom": {"fieldRef": rank}},
-        {"name": "PET_MASTER_ADDR", "value": f"{name}-{NODE}-0-0.{name}"},
-        {"name": "PET_MASTER_PORT", "value": str(PORT)},
-    ]
-    container = {
-        "name": NODE,
-        "image": config.image,
-        "command": torchrun.node_command(job, python=config.python),
-        "env": _environment(config) + meeting,
-        "resources": _resources(config),
-        "securityContext": _UNPRIVILEGED,
-        "volumeMounts": _mounts(config),
-    }
-    pod = _pod(config) | {"restartPolicy": "Never", "containers": [container]}
-    limit = {"activeDeadlineSeconds": int(config.hours * 3600)} if config.hours else {}
-    template = {
-        "spec": {"parallelism": config.nodes, "completions": config.nodes, "completionMode": "Indexed"}
-        | _failing_once()
-        | limit
-        | {"template": {"spec": pod}},
-    }
     spec = {
         "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
-        "failurePolicy": _failure_policy(config),
-        "replicatedJobs": [{"name": NODE, "replicas": 1, "template": template}],
+        "failurePolicy": {
+            "maxRestarts": config.restarts,
+            "restartStrategy": "Recreate",
+            "rules": [
+                {
+                    "name": "disrupted",
+                    "action": "RestartJobSetAndIgnoreMaxRestarts",
+                    "onJobFailureReasons": ["PodFailurePolicy"],
+                }
+            ],
+        },
+        "replicatedJobs": [
+            {"name": NODE, "replicas": 1, "template": {"spec": _job(config, job, processes, name)}}
+        ],
     }
-    return _object(JOBSET, "JobSet", config, name, spec)
-
-
-_OURS = {"app.kubernetes.io/managed-by": "dpo"}
-_UNPRIVILEGED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
-
-
-def _object(api: tuple[str, str], kind: str, config: KubernetesConfig, name: str, spec: Manifest) -> Manifest:
-    labels = dict(_OURS)
+    labels = {"app.kubernetes.io/managed-by": "dpo"}
     if config.queue:
         labels["kueue.x-k8s.io/queue-name"] = config.queue
     if config.priority:
         labels["kueue.x-k8s.io/priority-class"] = config.priority
-    metadata = {"name": name, "namespace": config.namespace, "labels": labels}
-    return {"apiVersion": "/".join(api), "kind": kind, "metadata": metadata, "spec": spec}
+    # A digest to compare with an existing object of the name, because servers fill in defaults.
+    digest = hashlib.sha256(json.dumps([labels, spec], sort_keys=True).encode()).hexdigest()[:16]
+    marks = {RUN: run, ATTEMPT: str(attempt), DIGEST: digest}
+    metadata = {"name": name, "namespace": config.namespace, "labels": labels, "annotations": marks}
+    return {"apiVersion": "jobset.x-k8s.io/v1alpha2", "kind": "JobSet", "metadata": metadata, "spec": spec}
 
 
-def _failing_once() -> Manifest:
-    """A pod that fails ends its Job at once, because the others cannot continue without it."""
+def _job(config: KubernetesConfig, job: Path, processes: int, name: str) -> Manifest:
+    """The Job of the nodes: a pod that fails ends it, because the others cannot continue without it."""
     disrupted = {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
-    return {"backoffLimit": 0, "podFailurePolicy": {"rules": [disrupted]}}
+    spec: Manifest = {
+        "parallelism": config.nodes,
+        "completions": config.nodes,
+        "completionMode": "Indexed",
+        "backoffLimit": 0,
+        "podFailurePolicy": {"rules": [disrupted]},
+        "template": {"spec": _pod(config, job, processes, name)},
+    }
+    if config.hours:
+        spec["activeDeadlineSeconds"] = int(config.hours * 3600)
+    return spec
 
 
-def _failure_policy(config: KubernetesConfig) -> Manifest:
-    return {
-        "maxRestarts": config.restarts,
-        "restartStrategy": "Recreate",
-        "rules": [
-            {
-                "name": "disrupted",
-                "action": "RestartJobSetAndIgnoreMaxRestarts",
-                "onJobFailureReasons": ["PodFailurePolicy"],
-            }
+def _pod(config: KubernetesConfig, job: Path, processes: int, name: str) -> Manifest:
+    container = {
+        "name": NODE,
+        "image": config.image,
+        "command": torchrun.node_command(job, python=config.python),
+        "env": _environment(config, processes, name),
+        "resources": _resources(config),
+        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+        "volumeMounts": [
+            {"name": "workspace", "mountPath": config.mount},
+            {"name": "shm", "mountPath": "/dev/shm"},
         ],
     }
-
-
-def _pod(config: KubernetesConfig) -> Manifest:
     pod: Manifest = {
+        "restartPolicy": "Never",
         "terminationGracePeriodSeconds": config.grace_seconds,
         "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
+        "containers": [container],
         "volumes": [
             {"name": "workspace", "persistentVolumeClaim": {"claimName": config.claim}},
             {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": f"{config.shared_memory_gib}Gi"}},
@@ -239,10 +150,6 @@ def _pod(config: KubernetesConfig) -> Manifest:
     return pod
 
 
-def _mounts(config: KubernetesConfig) -> list[Manifest]:
-    return [{"name": "workspace", "mountPath": config.mount}, {"name": "shm", "mountPath": "/dev/shm"}]
-
-
 def _resources(config: KubernetesConfig) -> Manifest:
     amounts: dict[str, str] = {}
     if config.gpus:
@@ -255,10 +162,18 @@ def _resources(config: KubernetesConfig) -> Manifest:
     return {"limits": amounts, "requests": dict(amounts)} if amounts else {}
 
 
-def _environment(config: KubernetesConfig) -> list[Manifest]:
+def _environment(config: KubernetesConfig, processes: int, name: str) -> list[Manifest]:
     variables = torchrun.NODE_ENVIRONMENT | config.environment
-    entries: list[Manifest] = [{"name": name, "value": value} for name, value in variables.items()]
-    for name, place in config.secrets.items():
+    variables |= {
+        "PET_NNODES": str(config.nodes),
+        "PET_NPROC_PER_NODE": str(processes),
+        "PET_MASTER_ADDR": f"{name}-{NODE}-0-0.{name}",
+        "PET_MASTER_PORT": "29500",
+    }
+    entries: list[Manifest] = [{"name": key, "value": value} for key, value in variables.items()]
+    rank = {"fieldPath": "metadata.annotations['batch.kubernetes.io/job-completion-index']"}
+    entries.append({"name": "PET_NODE_RANK", "valueFrom": {"fieldRef": rank}})
+    for variable, place in config.secrets.items():
         secret, key = place.split("/")
-        entries.append({"name": name, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}})
+        entries.append({"name": variable, "valueFrom": {"secretKeyRef": {"name": secret, "key": key}}})
     return entries

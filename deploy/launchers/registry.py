@@ -3,12 +3,12 @@
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from pydantic import SerializeAsAny, model_validator
 
-from deploy.launchers.base import Launcher, State
-from deploy.launchers.cluster import ClusterConfig
+from deploy.launchers.base import Launcher
+from deploy.launchers.cluster import ClusterConfig, ClusterLauncher
 from deploy.launchers.job_server_client import JobServer
 from deploy.launchers.kubernetes import KubernetesLauncher
 from deploy.launchers.kubernetes_manifests import KubernetesConfig
@@ -17,28 +17,12 @@ from deploy.launchers.skypilot import SkyPilotConfig, SkyPilotLauncher
 from deploy.launchers.slurm import SlurmConfig, SlurmLauncher
 from dpo_core.config import Config
 
-Target = tuple[type[ClusterConfig], Callable[..., Any]]
+Target = tuple[type[ClusterConfig], Callable[..., ClusterLauncher]]
 TARGETS: dict[str, Target] = {
     "kubernetes": (KubernetesConfig, KubernetesLauncher),
     "slurm": (SlurmConfig, SlurmLauncher),
     "skypilot": (SkyPilotConfig, SkyPilotLauncher),
 }
-
-
-class ClusterLauncher(Launcher, Protocol):
-    """A launcher whose jobs continue if the flow ends."""
-
-    def require_seen(self, folder: Path) -> None:
-        """Refuse a folder that the nodes cannot see."""
-        ...
-
-    def require_client(self) -> None:
-        """Refuse to continue without the commands or credentials of the cluster."""
-        ...
-
-    def find(self, work: Path) -> str | None:
-        """The handle of this attempt's job; None if it does not exist."""
-        ...
 
 
 class Cluster(Config):
@@ -60,10 +44,10 @@ class Cluster(Config):
         config, _ = TARGETS[values["on"]]
         return values | {"settings": config.model_validate(values.get("settings"))}
 
-    def launcher(self, job: str) -> "RejoiningLauncher":
+    def launcher(self, job: str) -> ClusterLauncher:
         """The launcher for the job of this name."""
         _, make = TARGETS[self.on]
-        return RejoiningLauncher(lambda attempt: make(self.settings, job, attempt))
+        return make(self.settings, job)
 
     def for_one_rank(self) -> "Cluster":
         """The same cluster for a job of a single rank: one node without GPUs."""
@@ -91,46 +75,3 @@ def launcher_of(
         server: starts jobs of one process on this machine.
     """
     return cluster.launcher(job) if cluster else LocalLauncher(no_grace, server)
-
-
-class RejoiningLauncher:
-    """Rejoins the job of a flow that was lost; if the job failed or stopped, starts the next attempt."""
-
-    def __init__(self, make: Callable[[int], ClusterLauncher]) -> None:
-        self._make = make
-        self._launcher = make(1)
-        self.pause = self._launcher.pause
-
-    def require_seen(self, folder: Path) -> None:
-        self._launcher.require_seen(folder)
-
-    def require_client(self) -> None:
-        self._launcher.require_client()
-
-    def render(self, job: Path, processes: int) -> str:
-        return self._launcher.render(job, processes)
-
-    def submit(self, job: Path, processes: int, work: Path) -> str:
-        # The stage that runs the job holds the lock of the work folder.
-        count = work / "attempt"
-        attempt = int(count.read_text()) if count.exists() else 1
-        self._launcher = self._make(attempt)
-        previous = self._launcher.find(work)
-        if previous and self._launcher.poll(previous) in {State.FAILED, State.STOPPED}:
-            self._launcher.cancel(previous)
-            attempt += 1
-            self._launcher = self._make(attempt)
-        count.write_text(str(attempt))
-        return self._launcher.submit(job, processes, work)
-
-    def poll(self, handle: str) -> State:
-        return self._launcher.poll(handle)
-
-    def why(self, handle: str) -> str:
-        return self._launcher.why(handle)
-
-    def cancel(self, handle: str, grace: float = 25.0) -> None:
-        self._launcher.cancel(handle, grace)
-
-    def logs(self, handle: str, lines: int = 50) -> str:
-        return self._launcher.logs(handle, lines)

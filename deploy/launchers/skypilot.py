@@ -7,34 +7,30 @@ SkyPilot pins packages that this project needs in other versions, so install it 
 import json
 import logging
 import shlex
-import subprocess
 import time
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from deploy.launchers import torchrun
-from deploy.launchers.base import LOG, State, clear, final_state, tail
+from deploy.launchers import cluster, torchrun
+from deploy.launchers.base import LOG, State, final_state, tail
 from deploy.launchers.cluster import (
     ClusterConfig,
+    ClusterLauncher,
     Handle,
-    command_environment,
-    job_name,
+    MountPath,
     require_command,
     require_seen,
 )
-from dpo_core.errors import RecipeError, StageFailed
+from dpo_core.errors import StageFailed
 
 log = logging.getLogger("dpo")
 
 TIMEOUT = 300.0
 """Maximum seconds of one command; the first one starts SkyPilot's server."""
 INSTALL = "Install SkyPilot in its own environment (uv tool install skypilot) and put sky on PATH"
-AWAY = 600.0
-"""Maximum seconds that its server or controller may be unreachable."""
 _PORT = 8008
 _ENDS = {
     "CANCELLED": "cancelled",
@@ -57,7 +53,7 @@ class SkyPilotConfig(ClusterConfig):
 
     bucket: str
     """Bucket that holds the workspace, such as s3://NAME or gs://NAME."""
-    mount: str
+    mount: MountPath
     """Path at which the bucket is mounted, on the nodes and on the flow's machine."""
     accelerator: str = "H100"
     """Kind of GPU; `gpus` is their number per node."""
@@ -76,69 +72,35 @@ class SkyPilotConfig(ClusterConfig):
     secrets: list[str] = Field([])
     """Names of environment variables of this machine to pass on; SkyPilot hides their values."""
 
-    @field_validator("mount")
-    @classmethod
-    def _absolute(cls, path: str) -> str:
-        if not PurePosixPath(path).is_absolute() or path == "/":
-            raise ValueError("the mount must be an absolute path other than /")
-        return path
 
-
-class SkyPilotLauncher:
-    """Launches one attempt at a job. Any process of the same user can rejoin it by job and attempt."""
+class SkyPilotLauncher(ClusterLauncher):
+    """Launches a job by `sky jobs launch`."""
 
     pause = 30.0
 
-    def __init__(self, config: SkyPilotConfig, run: str, attempt: int = 1) -> None:
-        self.config, self.name = config, job_name(run, attempt)
+    def __init__(self, config: SkyPilotConfig, run: str) -> None:
+        super().__init__(run)
+        self.config = config
 
     def render(self, job: Path, processes: int) -> str:
-        """The task file."""
         self.config.check(processes)
         return yaml.safe_dump(_task(self.config, self.name, job.absolute(), processes), sort_keys=False)
 
     def require_seen(self, folder: Path) -> None:
-        """Refuse a folder that is not in the bucket."""
         require_seen(folder, self.config.mount, "in the bucket that the nodes mount")
 
     def require_client(self) -> None:
-        """Refuse to continue if `sky` is not installed."""
         require_command("sky", INSTALL)
 
     def find(self, work: Path) -> str | None:
-        """The handle of this attempt's job; None if it does not exist."""
         ids = [row["job_id"] for row in _queue() if row["job_name"] == self.name]
         return str(Handle(str(max(ids)), work)) if ids else None
 
-    def submit(self, job: Path, processes: int, work: Path) -> str:
-        """Submit the job, or rejoin the one that an earlier call submitted.
-
-        Raises:
-            RecipeError: the job is not in the bucket, or `sky` is missing.
-            StageFailed: SkyPilot refuses the job.
-        """
-        work = work.absolute()
-        self.require_seen(job)
+    def start(self, job: Path, processes: int, work: Path) -> None:
         task = work / f"{self.name}.yaml"
-        # SkyPilot accepts two jobs of the same name.
-        with FileLock(work / f"{self.name}.lock"):
-            handle = self.find(work)
-            if handle:
-                return handle
-            clear(work)
-            task.write_text(self.render(job, processes))
-            secrets = [part for name in self.config.secrets for part in ("--secret", name)]
-            options = ("--name", self.name, "--detach-run", "--yes", *secrets)
-            try:
-                _sky("jobs", "launch", *options, str(task))
-            except StageFailed as error:
-                # The answer may be lost although the job was accepted.
-                handle = self.find(work)
-                if handle is None:
-                    raise StageFailed(
-                        error.problem, "Change the setting that it names, or try again later"
-                    ) from error
-            return handle or self.find(work) or _vanished(self.name)
+        task.write_text(self.render(job, processes))
+        secrets = [part for name in self.config.secrets for part in ("--secret", name)]
+        _sky("jobs", "launch", "--name", self.name, "--detach-run", "--yes", *secrets, str(task))
 
     def poll(self, handle: str) -> State:
         number, work = Handle.parse(handle)
@@ -218,55 +180,20 @@ def _task(config: SkyPilotConfig, name: str, job: Path, processes: int) -> dict[
 
 
 def _sky(*arguments: str) -> str:
-    """Run `sky`.
-
-    Raises:
-        RecipeError: it is not installed.
-        StageFailed: it fails or does not answer.
-    """
-    try:
-        done = subprocess.run(
-            ["sky", *arguments],
-            env=command_environment(),
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT,
-            check=False,
-        )
-    except FileNotFoundError as error:
-        raise RecipeError("the command sky is not installed on this machine", INSTALL) from error
-    except subprocess.TimeoutExpired as error:
-        raise StageFailed(
-            f"SkyPilot has not answered a command for {TIMEOUT:g} s",
-            "Look at its machines with: sky status; then resume the run, which finds its job again",
-        ) from error
-    if done.returncode:
-        output = " ".join((done.stderr or done.stdout).split())[-600:]
-        raise StageFailed(f"sky {' '.join(arguments[:2])}: {output}", "Try again later")
-    return done.stdout
+    """The output of `sky`."""
+    return cluster.run_command("sky", *arguments, remedy=INSTALL, timeout=TIMEOUT).stdout
 
 
 def _queue() -> list[dict[str, Any]]:
-    """All managed jobs of this user. While SkyPilot is unreachable, the jobs continue and this call retries.
+    """All managed jobs of this user."""
 
-    Raises:
-        StageFailed: SkyPilot is unreachable for too long.
-    """
-    limit, pause = time.monotonic() + AWAY, 0.5
-    while True:
+    def ask() -> list[dict[str, Any]]:
         try:
             return json.loads(_sky("jobs", "queue", "--all", "--output", "json"))
-        except StageFailed as error:
-            problem = error.problem
         except ValueError as error:
-            problem = f"its answer is not JSON ({error})"
-        if time.monotonic() + pause > limit:
-            raise StageFailed(
-                f"SkyPilot has not answered for {AWAY:g} s ({problem})",
-                "The job may continue; resume the run when SkyPilot is back",
-            )
-        time.sleep(pause)
-        pause = min(2 * pause, 15.0)
+            raise StageFailed(f"its answer is not JSON ({error})", "Try again later") from error
+
+    return cluster.patiently("SkyPilot", ask)
 
 
 def _row(number: str) -> dict[str, Any] | None:
@@ -278,7 +205,3 @@ def _log(number: str) -> str:
         return _sky("jobs", "logs", "--no-follow", number)
     except StageFailed as error:
         return f"{error.problem}\n"
-
-
-def _vanished(name: str) -> str:
-    raise StageFailed(f"SkyPilot accepted the job {name} but does not list it", "Check: sky jobs queue --all")

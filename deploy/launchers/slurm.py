@@ -1,27 +1,22 @@
 """The launcher for SLURM: runs a job as one batch job with one torchrun per node, by sbatch and squeue.
 
+submitit (1.5) was tried and does not do: its jobs ignore SIGTERM, so that a cancelled one would not save, it
+asks sacct alone, which many clusters do not have, and it does not find a job again by its name.
+
 The workspace must be on a file system that this machine and the nodes share.
 """
 
 import logging
 import re
 import shlex
-import subprocess
 import time
 from pathlib import Path
 
-from filelock import FileLock
 from pydantic import Field, field_validator
 
-from deploy.launchers import torchrun
-from deploy.launchers.base import LOG, State, clear, command_end, final_state, tail
-from deploy.launchers.cluster import (
-    ClusterConfig,
-    Handle,
-    command_environment,
-    job_name,
-    require_command,
-)
+from deploy.launchers import cluster, torchrun
+from deploy.launchers.base import LOG, State, command_end, final_state, tail
+from deploy.launchers.cluster import ClusterConfig, ClusterLauncher, Handle, require_command
 from dpo_core.errors import RecipeError, StageFailed
 
 log = logging.getLogger("dpo")
@@ -29,8 +24,6 @@ log = logging.getLogger("dpo")
 TIMEOUT = 60.0
 """Maximum seconds of one command; the controller of a busy cluster is slow."""
 LOGIN = "Run on a login node of the SLURM cluster"
-AWAY = 600.0
-"""Maximum seconds that the controller may be unreachable."""
 _KILL_WAIT = 60.0
 """Seconds beyond the grace time: SLURM kills after its KillWait (30), then runs its epilogs."""
 
@@ -90,13 +83,14 @@ class SlurmConfig(ClusterConfig):
         return options
 
 
-class SlurmLauncher:
-    """Launches one attempt at a job. Any process of the same user can rejoin it by job and attempt."""
+class SlurmLauncher(ClusterLauncher):
+    """Launches a job by sbatch."""
 
     pause = 10.0
 
-    def __init__(self, config: SlurmConfig, run: str, attempt: int = 1) -> None:
-        self.config, self.name = config, job_name(run, attempt)
+    def __init__(self, config: SlurmConfig, run: str) -> None:
+        super().__init__(run)
+        self.config = config
 
     def render(self, job: Path, processes: int) -> str:
         """The batch script.
@@ -112,50 +106,32 @@ class SlurmLauncher:
             )
         return _script(self.config, self.name, job.absolute(), processes)
 
-    def require_seen(self, folder: Path) -> None:
-        """Checks nothing: this machine cannot know which folders the nodes share."""
-
     def require_client(self) -> None:
-        """Refuse to continue if SLURM is not installed."""
         require_command("sbatch", LOGIN)
 
     def find(self, work: Path) -> str | None:
-        """The handle of this attempt's job; None if it does not exist."""
         record = self._record(work)
         if record.exists():
             return record.read_text()
         queued = _run("squeue", "--me", "--noheader", "--format=%i", f"--name={self.name}")
         # Jobs of the last month; without a start time sacct lists only today's.
-        past = ("--noheader", "--allocations", "--parsable2", "--format=JobIDRaw", "--starttime=now-30days")
-        ids = queued.stdout.split() or _accounting(*past, f"--name={self.name}").split()
+        past = ("--format=JobIDRaw", "--starttime=now-30days", f"--name={self.name}")
+        ids = queued.split() or _accounting(*past).split()
         return str(Handle(ids[-1], work)) if ids else None
 
-    def submit(self, job: Path, processes: int, work: Path) -> str:
-        """Queue the job, or rejoin the one that an earlier call queued.
-
-        Raises:
-            StageFailed: sbatch refuses the job.
-        """
-        work = work.absolute()
+    def start(self, job: Path, processes: int, work: Path) -> str:
         script = self.render(job, processes)
-        # SLURM accepts two jobs of the same name.
-        with FileLock(work / f"{self.name}.lock"):
-            existing = self.find(work)
-            if existing:
-                return existing
-            clear(work)
-            (work / f"{self.name}.sbatch").write_text(script)
-            try:
-                answer = _run("sbatch", "--parsable", text=script)
-            except StageFailed as error:
-                # A controller that is too slow to answer has often accepted the job.
-                existing = self.find(work)
-                if existing:
-                    return existing
-                raise _refused(error) from error
-            handle = str(Handle(answer.stdout.strip().split(";")[0], work))
-            self._record(work).write_text(handle)
-            return handle
+        (work / f"{self.name}.sbatch").write_text(script)
+        try:
+            number = _run("sbatch", "--parsable", text=script).strip().split(";")[0]
+        except StageFailed as error:
+            if not _QUOTAS.search(error.problem):
+                raise
+            remedy = "Request less, wait for other jobs, or choose another account or QOS"
+            raise StageFailed(f"quota exceeded: {error.problem}", remedy) from error
+        handle = str(Handle(number, work))
+        self._record(work).write_text(handle)
+        return handle
 
     def _record(self, work: Path) -> Path:
         """The file of the handle, because not every cluster keeps accounts of ended jobs."""
@@ -253,48 +229,24 @@ exit $status
 """
 
 
-def _run(*command: str, text: str | None = None, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run a command of SLURM.
-
-    Raises:
-        RecipeError: SLURM is not installed.
-        StageFailed: the command fails or does not answer.
-    """
-    try:
-        done = subprocess.run(
-            command,
-            input=text,
-            env=command_environment(),
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT,
-            check=False,
-        )
-    except FileNotFoundError as error:
-        raise RecipeError(f"the command {command[0]} is not installed on this machine", LOGIN) from error
-    except subprocess.TimeoutExpired as error:
-        raise StageFailed(
-            f"SLURM's {command[0]} has not answered for {TIMEOUT:g} s",
-            "Look at the controller with: scontrol ping; then resume the run, which finds its job again",
-        ) from error
-    if check and done.returncode:
-        output = " ".join(done.stderr.split()) or f"it ended with status {done.returncode}"
-        raise StageFailed(f"{command[0]}: {output.removeprefix(f'{command[0]}: error: ')}", "Try again later")
-    return done
-
-
-def _refused(error: StageFailed) -> StageFailed:
-    """sbatch's error with its remedy."""
-    if _QUOTAS.search(error.problem):
-        remedy = "Request less, wait for other jobs, or choose another account or QOS"
-        return StageFailed(f"quota exceeded: {error.problem}", remedy)
-    return StageFailed(error.problem, "Change the setting that it names, or try again later")
+def _run(*command: str, text: str | None = None, check: bool = True) -> str:
+    """The output of a command of SLURM."""
+    return cluster.run_command(*command, remedy=LOGIN, timeout=TIMEOUT, text=text, check=check).stdout
 
 
 def _accounting(*options: str) -> str:
     """sacct's output; empty if the cluster keeps no accounts."""
-    done = _run("sacct", *options, check=False)
-    return done.stdout if done.returncode == 0 else ""
+    return _run("sacct", "--noheader", "--allocations", "--parsable2", *options, check=False)
+
+
+def _queued(number: str) -> str:
+    """squeue's state of a job and reason for waiting, `STATE|REASON`; empty if it does not know the job."""
+    try:
+        return _run("squeue", "--noheader", "--states=all", f"--jobs={number}", "--format=%T|%r").strip()
+    except StageFailed as error:
+        if "Invalid job id" in error.problem:
+            return ""
+        raise
 
 
 def _status(number: str) -> tuple[str, str, str]:
@@ -303,41 +255,15 @@ def _status(number: str) -> tuple[str, str, str]:
     squeue knows a job until some minutes after its end. sacct knows it for months, but only if accounts are
     kept, and some seconds late.
     """
-    queued = _patiently("squeue", "--noheader", "--states=all", f"--jobs={number}", "--format=%T|%r")
-    now = queued.stdout.strip().partition("|") if queued.returncode == 0 else ("", "", "")
-    if now[0] in _WAITS:
-        return now[0], "", "" if now[2] == "None" else now[2]
-    options = ("--noheader", "--allocations", "--parsable2", "--format=State,ExitCode", f"--jobs={number}")
-    state, _, exit_code = _accounting(*options).strip().partition("|")
+    now, _, reason = cluster.patiently("SLURM", lambda: _queued(number)).partition("|")
+    if now in _WAITS:
+        return now, "", "" if reason == "None" else reason
+    state, _, exit_code = _accounting("--format=State,ExitCode", f"--jobs={number}").strip().partition("|")
     state = state.partition(" ")[0]  # CANCELLED by 1000
     # Accounts lag behind, and a job whose end was never recorded stays RUNNING there for ever.
     if not state or state in _WAITS:
-        state = now[0]
+        state = now
     return state, exit_code.partition(":")[0] or "unknown", ""
-
-
-def _patiently(*command: str) -> subprocess.CompletedProcess[str]:
-    """squeue's output. While the controller is unreachable, the job continues and this call retries.
-
-    Raises:
-        StageFailed: the controller is unreachable for too long.
-    """
-    limit, pause = time.monotonic() + AWAY, 0.25
-    while True:
-        try:
-            done = _run(*command, check=False)
-            if done.returncode == 0 or "Invalid job id" in done.stderr:
-                return done
-            problem = " ".join(done.stderr.split())
-        except StageFailed as error:
-            problem = error.problem
-        if time.monotonic() + pause > limit:
-            raise StageFailed(
-                f"SLURM has not answered for {AWAY:g} s ({problem})",
-                "The job may continue; resume the run when SLURM is back",
-            )
-        time.sleep(pause)
-        pause = min(2 * pause, 15.0)
 
 
 def _ends_within(number: str, seconds: float) -> bool:

@@ -1,4 +1,4 @@
-"""The Kubernetes objects: valid by the models of their projects, safe, and named for good."""
+"""The JobSet of a job on Kubernetes: valid by its project's model, safe, and named for good."""
 
 import re
 from pathlib import Path
@@ -33,59 +33,35 @@ FULL: dict[str, Any] = SMALL | {
 }
 
 
-def documents(settings: dict[str, Any], processes: int = 8) -> list[Any]:
-    launcher = KubernetesLauncher(KubernetesConfig(**settings), "my run", 2)
-    return list(yaml.safe_load_all(launcher.render(JOB, processes)))
+def jobset(settings: dict[str, Any], processes: int = 8) -> Any:
+    return yaml.safe_load(KubernetesLauncher(KubernetesConfig(**settings), "my run").render(JOB, processes))
 
 
 @pytest.mark.parametrize("settings", [SMALL, FULL])
-@pytest.mark.parametrize("kind", ["trainjob", "jobset"])
-@pytest.mark.parametrize("runtime", [None, "torch-distributed"])
-def test_the_models_of_trainer_and_jobset_take_every_field(
-    settings: dict[str, Any], kind: str, runtime: str | None
-) -> None:
-    known = {
-        "TrainJob": models.TrainerV1alpha1TrainJob,
-        "TrainingRuntime": models.TrainerV1alpha1TrainingRuntime,
-        "JobSet": models.JobsetV1alpha2JobSet,
-    }
-    made = documents(settings | {"kind": kind, "runtime": runtime})
-    assert len(made) == (2 if kind == "trainjob" and not runtime else 1)
-    for document in made:
-        # They drop fields that they do not know, so only equality shows a slip of the pen.
-        assert known[document["kind"]].from_dict(document).to_dict() == document
+def test_the_model_of_jobset_takes_every_field(settings: dict[str, Any]) -> None:
+    # It drops fields that it does not know, so only equality shows a slip of the pen.
+    made = jobset(settings)
+    assert models.JobsetV1alpha2JobSet.from_dict(made).to_dict() == made
 
 
-def test_a_trainjob_says_what_runs_where() -> None:
-    runtime, job = documents(FULL)
-    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpu-queue"
-    assert job["metadata"]["annotations"]["dpo.io/run"] == "my run"
-    assert job["spec"]["runtimeRef"]["name"] == runtime["metadata"]["name"]
-    assert job["spec"]["activeDeadlineSeconds"] == 12 * 3600
-    trainer = job["spec"]["trainer"]
-    assert trainer["command"] == [
+def test_a_jobset_says_what_runs_where() -> None:
+    made = jobset(FULL)
+    name = made["metadata"]["name"]
+    assert made["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpu-queue"
+    assert made["metadata"]["annotations"]["dpo.io/run"] == "my run"
+    job = made["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert (job["parallelism"], job["completions"], job["backoffLimit"]) == (4, 4, 0)
+    assert job["activeDeadlineSeconds"] == 12 * 3600
+    (container,) = job["template"]["spec"]["containers"]
+    assert container["command"] == [
         *("python", "-m", "dpo_core.training.run_torchrun", "-m", "dpo_core.job", "--config", str(JOB)),
     ]
-    assert (trainer["numNodes"], trainer["numProcPerNode"]) == (4, 8)
-    assert trainer["resourcesPerNode"]["limits"] == {"nvidia.com/gpu": "8", "cpu": "96", "memory": "800Gi"}
-    variables = {e["name"]: e for e in trainer["env"]}
-    assert variables["NCCL_SOCKET_IFNAME"]["value"] == "eth0"
-    assert variables["HF_TOKEN"]["valueFrom"] == {"secretKeyRef": {"name": "hub", "key": "token"}}
-    # The Trainer's webhook refuses a job that sets the variables that it sets itself.
-    assert not [name for name in variables if name.startswith("PET_")]
-    # One ML policy only: the models do not check the rule of the CRD.
-    assert set(runtime["spec"]["mlPolicy"]) == {"numNodes", "torch"}
-
-
-def test_a_jobset_tells_the_nodes_where_they_meet() -> None:
-    (jobset,) = documents(FULL | {"kind": "jobset"})
-    name = jobset["metadata"]["name"]
-    job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
-    assert (job["parallelism"], job["completions"], job["backoffLimit"]) == (4, 4, 0)
-    variables = {e["name"]: e.get("value") for e in job["template"]["spec"]["containers"][0]["env"]}
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": "8", "cpu": "96", "memory": "800Gi"}
+    variables = {e["name"]: e.get("value", e.get("valueFrom")) for e in container["env"]}
+    assert variables["NCCL_SOCKET_IFNAME"] == "eth0"
+    assert variables["HF_TOKEN"] == {"secretKeyRef": {"name": "hub", "key": "token"}}
     assert variables["PET_MASTER_ADDR"] == f"{name}-node-0-0.{name}"
     assert (variables["PET_NNODES"], variables["PET_NPROC_PER_NODE"]) == ("4", "8")
-    assert job["activeDeadlineSeconds"] == 12 * 3600
 
 
 @pytest.mark.parametrize("run", ["my run", "train-dpo/ab_CD/" + "x" * 200, "Ünïcode", "日本", "9", "a.b"])
@@ -120,4 +96,4 @@ def test_bad_settings_are_refused(setting: dict[str, Any], words: str) -> None:
 
 def test_more_ranks_than_gpus_are_refused() -> None:
     with pytest.raises(RecipeError, match="processes is 8, but the nodes have gpus=4"):
-        documents(SMALL | {"gpus": 4})
+        jobset(SMALL | {"gpus": 4})

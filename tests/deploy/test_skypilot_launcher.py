@@ -2,22 +2,19 @@
 
 import os
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from deploy.launchers import Launcher, State, skypilot
+from deploy.launchers import State
 from deploy.launchers.skypilot import SkyPilotConfig, SkyPilotLauncher
-from dpo_core.errors import RecipeError, StageFailed
-from tests.support.models.tiny import make_tiny_model
-from tests.support.runs.training_jobs import curve, sft_job, wait_until
+from tests.support.runs.training_jobs import wait_until
 from tests.support.sites import sky_site, stand_in
+from tests.support.sites.cluster_sites import Sky, until_over
 
-Make = Callable[..., SkyPilotLauncher]
 FULL: dict[str, Any] = {
     "bucket": "s3://team-dpo", "mount": "/ws", "nodes": 2, "gpus": 8, "cpus": 96, "memory_gib": 900,
     "hours": 12, "infra": "aws/us-east-1", "image": "registry/dpo:1", "spot": True, "max_hourly_cost": 90.5,
@@ -26,33 +23,10 @@ FULL: dict[str, Any] = {
 
 
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    folder = tmp_path / "site"
-    commands = sky_site.install(folder)
-    monkeypatch.setenv("SKY_SITE", str(folder))
-    monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
-    yield folder
-    for job in sky_site.jobs(folder):
-        (folder / f"cancel-{job['job_id']}").touch()
-    over = lambda: all(job["status"] in sky_site.OVER for job in sky_site.jobs(folder))  # noqa: E731
-    wait_until(over, "the end of all jobs")
-
-
-@pytest.fixture
-def make(site: Path, tmp_path: Path) -> Make:
-    """Makes launchers, each as a new process would."""
-    python = stand_in.write(tmp_path)
-
-    def make(attempt: int = 1, **settings: Any) -> SkyPilotLauncher:
-        given = {"python": python, "gpus": 0, "bucket": "s3://b", "mount": str(tmp_path), "restarts": 0}
-        return SkyPilotLauncher(SkyPilotConfig.model_validate(given | settings), "my-run", attempt)
-
-    return make
-
-
-def until_over(launcher: Launcher, handle: str) -> State:
-    wait_until(lambda: launcher.poll(handle) is not State.RUNNING, "the end")
-    return launcher.poll(handle)
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sky]:
+    site = Sky(tmp_path, monkeypatch)
+    yield site
+    site.close()
 
 
 def test_the_task_says_what_is_asked_for_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,44 +70,12 @@ def test_skypilots_own_schema_takes_the_task() -> None:
         assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("what", ["done", "fail"])
-def test_a_job_ends_as_its_files_say(make: Make, site: Path, tmp_path: Path, what: str) -> None:
-    sky_site.site(site, reason="node 0 exited with 1")
-    job = stand_in.job(tmp_path / "a folder", what)
-    launcher = make(nodes=2)
-    handle = launcher.submit(job, 1, job.parent)
-    assert until_over(launcher, handle) is (State.DONE if what == "done" else State.FAILED)
-    assert "--nnodes=2 --nproc-per-node=1 --node-rank=" in launcher.logs(handle)
-    assert launcher.why(handle) == ("" if what == "done" else "its command failed: node 0 exited with 1")
-    launcher.cancel(handle)  # after the end: nothing to do
-    log = (job.parent / "job.log").read_text()
-    launcher.poll(handle)
-    assert (job.parent / "job.log").read_text() == log, "the log is kept once"
-    assert make(nodes=2).submit(job, 1, job.parent) == handle
-
-
-def test_cancelled_jobs_save_and_leave_nothing(make: Make, tmp_path: Path) -> None:
+def test_a_preempted_machine_is_replaced(site: Sky, tmp_path: Path) -> None:
     job = stand_in.job(tmp_path / "work", "wait")
-    launcher = make()
+    launcher = site.make(spot=True)
     handle = launcher.submit(job, 1, job.parent)
     wait_until((job.parent / "ready").exists, "a node")
-    launcher.cancel(handle, grace=10)
-    assert launcher.poll(handle) is State.STOPPED
-    assert not stand_in.alive(job.parent)
-
-
-def test_a_job_does_not_bear_the_mark_of_its_run(
-    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stand_in.assert_jobs_lack_the_mark(make(), tmp_path / "work", monkeypatch)
-
-
-def test_a_preempted_machine_is_replaced(make: Make, site: Path, tmp_path: Path) -> None:
-    job = stand_in.job(tmp_path / "work", "wait")
-    launcher = make(spot=True)
-    handle = launcher.submit(job, 1, job.parent)
-    wait_until((job.parent / "ready").exists, "a node")
-    sky_site.site(site, fate="RECOVERING")
+    sky_site.site(site.folder, fate="RECOVERING")
     wait_until(lambda: "preempted or lost" in launcher.why(handle), "the loss")
     assert launcher.poll(handle) is State.RUNNING
     wait_until(lambda: len(stand_in.starts(job.parent)) == 2, "the second start")
@@ -147,64 +89,26 @@ def test_a_preempted_machine_is_replaced(make: Make, site: Path, tmp_path: Path)
     ],
 )
 def test_a_job_that_skypilot_ends_says_why(
-    make: Make, site: Path, tmp_path: Path, fate: str, reason: str, words: str
+    site: Sky, tmp_path: Path, fate: str, reason: str, words: str
 ) -> None:
     job = stand_in.job(tmp_path / "work", "wait")
-    launcher = make()
+    launcher = site.make()
     handle = launcher.submit(job, 1, job.parent)
     wait_until((job.parent / "ready").exists, "a node")
-    sky_site.site(site, fate=fate, reason=reason)
+    sky_site.site(site.folder, fate=fate, reason=reason)
     assert until_over(launcher, handle) is State.FAILED
     assert words in launcher.why(handle)
 
 
-def test_submission_is_idempotent_even_when_its_answer_is_lost(
-    make: Make, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_log_is_kept_once_and_secrets_are_passed_by_name(
+    site: Sky, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "canary-7f3a")
-    sky_site.site(site, lost=True)
-    job = stand_in.job(tmp_path / "work", "wait")
-    first = make(secrets=["HF_TOKEN"]).submit(job, 1, job.parent)
-    assert make().submit(job, 1, job.parent) == make().find(job.parent) == first
-    assert len(sky_site.jobs(site)) == 1
-    assert not [p for p in tmp_path.rglob("*") if p.is_file() and "canary" in p.read_text(errors="replace")]
-    assert make(attempt=2).find(job.parent) is None
-
-
-def test_a_refused_job_says_why(make: Make, site: Path, tmp_path: Path) -> None:
-    sky_site.site(site, refuse="ResourcesUnavailableError: Catalog does not contain any H100:9")
     job = stand_in.job(tmp_path / "work", "done")
-    with pytest.raises(StageFailed, match="does not contain any H100:9"):
-        make().submit(job, 1, job.parent)
-    with pytest.raises(RecipeError, match="not in the bucket"):
-        make(mount="/elsewhere").submit(job, 1, job.parent)
-
-
-def test_a_server_that_is_away_for_a_while_changes_nothing(
-    make: Make, site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = stand_in.job(tmp_path / "work", "wait")
-    launcher = make()
+    launcher = site.make(secrets=["HF_TOKEN"])
     handle = launcher.submit(job, 1, job.parent)
-    sky_site.site(site, away=1)
-    assert launcher.poll(handle) is State.RUNNING
-    monkeypatch.setattr(skypilot, "AWAY", 0.5)
-    sky_site.site(site, away=9)
-    with pytest.raises(StageFailed, match="has not answered"):
-        launcher.poll(handle)
-    sky_site.site(site, away=0)
-
-
-@pytest.mark.slow
-def test_the_rendered_task_trains_on_two_nodes(
-    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The real agent, ranks and trainer, one process a node."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    job = sft_job(tmp_path / "work", make_tiny_model(tmp_path / "model"))
-    launcher = make(nodes=2, python=sys.executable)
-    handle = launcher.submit(job, 1, job.parent)
-    wait_until(lambda: launcher.poll(handle) is not State.RUNNING, "the end")
-    assert launcher.poll(handle) is State.DONE, launcher.logs(handle)
-    assert len(curve(job.parent)) == 4
+    assert until_over(launcher, handle) is State.DONE
+    log = (job.parent / "job.log").read_text()
+    launcher.poll(handle)
+    assert (job.parent / "job.log").read_text() == log
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and "canary" in p.read_text(errors="replace")]

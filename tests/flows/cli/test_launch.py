@@ -46,7 +46,7 @@ def test_render_prints_every_training_and_starts_nothing(bench: Bench, on: str, 
         assert str(workspace / "work" / stage.partition(" ")[0] / "ID" / "job.json") in text
     if on == "kubernetes":
         kinds = [document["kind"] for document in yaml.safe_load_all(text)]
-        assert kinds == ["TrainingRuntime", "TrainJob"] * len(STAGES)
+        assert kinds == ["JobSet"] * len(STAGES)
     if on == "skypilot":
         assert [task["num_nodes"] for task in yaml.safe_load_all(text)] == [
             1 if stage in ONE_RANK else 2 for stage in STAGES

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,6 @@ from typing import Any
 import psutil
 
 from deploy.launchers import torchrun
-from deploy.launchers.torchrun import Rendezvous
 
 _ports = itertools.count(29500)
 
@@ -97,29 +97,32 @@ class TwoNodes:
         """Plug the cable in again."""
         self.ip("-n", self.name + "b", "link", "set", f"w{self.name}b", "up")
 
-    def start(self, end: str, command: list[str], meeting: Rendezvous, log: Path, python_path: Path) -> Node:
-        """A command on node a or b."""
-        prefix = ["ip", "netns", "exec", self.name + end]
-        prefix += ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
-        variables = torchrun.environment(meeting)
-        variables |= {"PYTHONPATH": str(python_path), "OMP_NUM_THREADS": "1"}
+    def start(self, end: str, job: Path, port: int, restarts: int) -> Node:
+        """The job's rank on node a or b; node a hosts the store of the rendezvous."""
+        address, interface = f"10.78.0.{1 if end == 'a' else 2}", f"w{self.name}{end}"
+        command = [
+            *("ip", "netns", "exec", self.name + end),
+            *("unshare", "--pid", "--fork", "--mount-proc", "--kill-child"),
+            *(sys.executable, "-m", "dpo_core.training.run_torchrun"),
+            *("--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=10.78.0.1:{port}"),
+            *(f"--rdzv-id={job.parent.name}", f"--rdzv-conf=is_host={int(end == 'a')}"),
+            *(f"--local-addr={address}", f"--max-restarts={restarts}", "--nproc-per-node=1"),
+            *("-m", "dpo_core.job", "--config", str(job)),
+        ]
+        variables = torchrun.environment() | {
+            "PYTHONPATH": str(_REPOSITORY),
+            "OMP_NUM_THREADS": "1",
+            # If the store were shared, agents would remember its first address, and a new node never join.
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            "GLOO_SOCKET_IFNAME": interface,
+            "NCCL_SOCKET_IFNAME": interface,
+        }
+        log = job.parent / f"node-{end}.log"
         with log.open("ab") as output:
-            process = subprocess.Popen([*prefix, *command], stdout=output, stderr=output, env=variables)
+            process = subprocess.Popen(command, stdout=output, stderr=output, env=variables)
         node = Node(process, log)
         self.running.append(node)
         return node
-
-    def meeting(self, end: str, job: str, port: int, restarts: int) -> Rendezvous:
-        """What torchrun of a node must know; node a hosts the store."""
-        return Rendezvous(
-            nodes=2,
-            endpoint=f"10.78.0.1:{port}",
-            job=job,
-            host=end == "a",
-            address=f"10.78.0.{1 if end == 'a' else 2}",
-            interface=f"w{self.name}{end}",
-            restarts=restarts,
-        )
 
     @staticmethod
     def port() -> int:
@@ -142,9 +145,7 @@ class Gang:
         self.a, self.b = self.start("a"), self.start("b")
 
     def start(self, end: str) -> Node:
-        meeting = self.room.meeting(end, self.job.parent.name, self.port, self.restarts)
-        command = torchrun.command(self.job, 1, meeting)
-        return self.room.start(end, command, meeting, self.work / f"node-{end}.log", _REPOSITORY)
+        return self.room.start(end, self.job, self.port, self.restarts)
 
     def finish(self) -> None:
         for node in (self.a, self.b):

@@ -65,7 +65,7 @@ class Site:
         """The number of jobs that were submitted until now."""
         if self.server:
             requests = self.server.cluster.requests
-            return sum(r.startswith("POST") and r.endswith("/trainjobs") for r in requests)
+            return sum(r.startswith("POST") and r.endswith("/jobsets") for r in requests)
         return len(list(self.folder.glob("job-*.json")))
 
 

@@ -1,5 +1,5 @@
-"""A small Kubernetes: its API over HTTP, admission, the Trainer, JobSet and Kueue controllers, and a kubelet
-that really runs the containers' commands. Only what a launcher can notice behaves as the real one."""
+"""A small Kubernetes: its API over HTTP, the JobSet and Kueue controllers, and a kubelet that really runs the
+containers' commands. Only what a launcher can notice behaves as the real one."""
 
 import json
 import os
@@ -11,15 +11,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlparse
 
-from kubeflow_trainer_api import models
+from kubeflow_trainer_api.models import JobsetV1alpha2JobSet
 
 Json = dict[str, Any]
-MODELS = {
-    "trainjobs": models.TrainerV1alpha1TrainJob,
-    "trainingruntimes": models.TrainerV1alpha1TrainingRuntime,
-    "jobsets": models.JobsetV1alpha2JobSet,
-}
-MISSING = "the server could not find the requested resource"
 
 
 class Refused(Exception):
@@ -35,8 +29,8 @@ class Cluster:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.kinds = set(MODELS)
-        self.objects: dict[tuple[str, str], Json] = {}
+        self.installed = True
+        self.objects: dict[str, Json] = {}
         self.pods: dict[str, Json] = {}
         self.events: list[Json] = []
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -56,49 +50,33 @@ class Cluster:
 
     # The API
 
-    def create(self, plural: str, made: Json) -> Json:
+    def create(self, made: Json) -> Json:
         name = made["metadata"]["name"]
-        if plural not in self.kinds:
-            raise Refused(404, MISSING)
-        if (plural, name) in self.objects:
-            raise Refused(409, f'{plural} "{name}" already exists')
-        try:
-            if MODELS[plural].from_dict(made).to_dict() != made:
-                raise ValueError("unknown field")
-        except ValueError as error:
-            raise Refused(422, f"{made['kind']} is invalid: {error}") from error
-        if self.quota and self.quota.startswith("object:") and plural != "trainingruntimes":
-            raise Refused(403, f'{plural} "{name}" is forbidden: {self.quota.removeprefix("object:")}')
-        if plural == "trainjobs":
-            self._admit(made)
+        if name in self.objects:
+            raise Refused(409, f'jobsets "{name}" already exists')
+        # The models drop fields that they do not know.
+        if JobsetV1alpha2JobSet.from_dict(made).to_dict() != made:
+            raise Refused(422, "JobSet is invalid: unknown field")
+        if self.quota and self.quota.startswith("object:"):
+            raise Refused(403, f'jobsets "{name}" is forbidden: {self.quota.removeprefix("object:")}')
         kept = json.loads(json.dumps(made))
         kept["metadata"] |= {"uid": f"uid-{name}", "creationTimestamp": "2026-01-01T00:00:00Z"}
         kept["status"] = {"conditions": []}
         if "kueue.x-k8s.io/queue-name" in kept["metadata"]["labels"]:
             kept["spec"]["suspend"] = True
-        self.objects[plural, name] = kept
+        self.objects[name] = kept
         return kept
 
-    def _admit(self, made: Json) -> None:
-        """The Trainer's webhook."""
-        reserved = [e["name"] for e in made["spec"]["trainer"].get("env", []) if e["name"].startswith("PET_")]
-        reference = made["spec"]["runtimeRef"]
-        known = reference["name"] == "torch-distributed"
-        if reference["kind"] == "TrainingRuntime":
-            known = ("trainingruntimes", reference["name"]) in self.objects
-        if reserved or not known:
-            raise Refused(403, f"admission webhook denied the request: {reserved or reference}")
-
-    def delete(self, plural: str, name: str) -> Json:
-        found = self.get(plural, name)
+    def delete(self, name: str) -> Json:
+        found = self.get(name)
         found["metadata"]["deletionTimestamp"] = "now"
         self.end_pods(name, None)
         return found
 
-    def get(self, plural: str, name: str) -> Json:
-        if (plural, name) not in self.objects:
-            raise Refused(404, f'{plural} "{name}" not found')
-        return self.objects[plural, name]
+    def get(self, name: str) -> Json:
+        if name not in self.objects:
+            raise Refused(404, f'jobsets "{name}" not found')
+        return self.objects[name]
 
     def end_pods(self, owner: str, grace: float | None) -> None:
         for name, pod in list(self.pods.items()):
@@ -118,20 +96,19 @@ class Cluster:
     def _control(self) -> None:
         while not self._stop.wait(0.02):
             with self.lock:
-                for (plural, name), found in list(self.objects.items()):
-                    if plural != "trainingruntimes":
-                        self._job(plural, name, found)
+                for name, found in list(self.objects.items()):
+                    self._job(name, found)
                 self._kubelet()
 
-    def _job(self, plural: str, name: str, found: Json) -> None:
+    def _job(self, name: str, found: Json) -> None:
         pods = self.pods_of(name)
         if "deletionTimestamp" in found["metadata"]:
             if not pods:
-                del self.objects[plural, name]
-        elif not self._holds(found, "Complete", "Completed", "Failed"):
-            self._go_on(plural, name, found, pods)
+                del self.objects[name]
+        elif not self._holds(found, "Completed", "Failed"):
+            self._go_on(name, found, pods)
 
-    def _go_on(self, plural: str, name: str, found: Json, pods: list[Json]) -> None:
+    def _go_on(self, name: str, found: Json, pods: list[Json]) -> None:
         if found["spec"].get("suspend") is not None:
             found["spec"]["suspend"] = not self.admits
             self.set(found, "Suspended", not self.admits, "Suspended")
@@ -142,49 +119,34 @@ class Cluster:
         if "Failed" in phases:
             self._restart(found, name)
         elif pods and set(phases) == {"Succeeded"}:
-            self.set(found, "Complete" if plural == "trainjobs" else "Completed", True, "AllJobsCompleted")
+            self.set(found, "Completed", True, "AllJobsCompleted")
         elif not pods:
-            self._make_pods(plural, name, found)
+            self._make_pods(name, found)
 
     def _restart(self, found: Json, name: str) -> None:
         restarts = found["status"].setdefault("restarts", 0)
-        if restarts >= self._failure_policy(found)["maxRestarts"]:
+        if restarts >= found["spec"]["failurePolicy"]["maxRestarts"]:
             message = "jobset failed due to one or more job failures"
             self.set(found, "Failed", True, "FailedJobs", message)
             return
         found["status"]["restarts"] += 1
         self.end_pods(name, 0.5)
 
-    def _failure_policy(self, found: Json) -> Json:
-        if found["kind"] == "JobSet":
-            return found["spec"]["failurePolicy"]
-        runtime = self.objects.get(("trainingruntimes", found["spec"]["runtimeRef"]["name"]), {})
-        template = runtime.get("spec", {}).get("template", {}).get("spec", {})
-        return template.get("failurePolicy", {"maxRestarts": 0})
-
-    def _make_pods(self, plural: str, name: str, found: Json) -> None:
+    def _make_pods(self, name: str, found: Json) -> None:
         if self.quota:
             message = f'Error creating: pods "{name}-node-0-0-x" is forbidden: {self.quota}'
             self.warn(f"{name}-node-0", "FailedCreate", message)
             return
-        if plural == "trainjobs":
-            trainer = found["spec"]["trainer"]
-            patch = found["spec"]["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]
-            pod = patch["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
-            nodes, container = trainer["numNodes"], trainer
-            injected = {"PET_NNODES": str(nodes), "PET_NPROC_PER_NODE": str(trainer["numProcPerNode"])}
-            injected |= {"PET_MASTER_ADDR": f"{name}-node-0-0.{name}", "PET_MASTER_PORT": "29500"}
-        else:
-            job = found["spec"]["replicatedJobs"][0]["template"]["spec"]
-            nodes, pod, injected = job["completions"], job["template"]["spec"], {}
-            container = pod["containers"][0]
+        job = found["spec"]["replicatedJobs"][0]["template"]["spec"]
+        nodes, pod = job["completions"], job["template"]["spec"]
+        container = pod["containers"][0]
         restart = found["status"].get("restarts", 0)
         for rank in range(nodes):
             labels = {
                 "jobset.sigs.k8s.io/jobset-name": name,
                 "batch.kubernetes.io/job-completion-index": str(rank),
             }
-            environment = {e["name"]: e["value"] for e in container["env"] if "value" in e} | injected
+            environment = {e["name"]: e["value"] for e in container["env"] if "value" in e}
             environment |= {"PET_NODE_RANK": str(rank)}
             pod_name = f"{name}-node-0-{rank}-{restart}"
             self.pods[pod_name] = {
@@ -261,7 +223,7 @@ class Cluster:
         reserved = {"type": "QuotaReserved", "status": str(self.admits), "message": message}
         return [
             {"metadata": {"ownerReferences": [{"name": name}]}, "status": {"conditions": [reserved]}}
-            for (_, name), found in self.objects.items()
+            for name, found in self.objects.items()
             if "suspend" in found["spec"]
         ]
 
@@ -364,7 +326,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _custom(self, plural: str, name: str, body: Json) -> Json:
         if plural == "workloads":
             return {"items": self.cluster.workloads()}
+        if not self.cluster.installed:
+            raise Refused(404, "the server could not find the requested resource")
         if self.command == "POST":
-            return self.cluster.create(plural, body)
-        get = self.cluster.delete if self.command == "DELETE" else self.cluster.get
-        return get(plural, name)
+            return self.cluster.create(body)
+        return (self.cluster.delete if self.command == "DELETE" else self.cluster.get)(name)

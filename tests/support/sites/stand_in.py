@@ -4,17 +4,11 @@ It takes the command line of a node, whatever comes before `--config JOB`, and s
 """
 
 import contextlib
-import os
 import stat
 import sys
 from pathlib import Path
-from typing import Any
 
 import psutil
-import pytest
-
-from dpo_core.system import RUN_MARK
-from tests.support.runs.training_jobs import wait_until
 
 SOURCE = """#!{python}
 import os, pathlib, signal, sys, time
@@ -71,14 +65,3 @@ def alive(work: Path) -> list[int]:
             if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
                 found.append(pid)
     return found
-
-
-def assert_jobs_lack_the_mark(launcher: Any, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Start a job as a run does. What bears the mark on the flow's machine is ended if the flow is killed."""
-    monkeypatch.setenv(RUN_MARK, str(os.getpid()))
-    path = job(work, "wait")
-    handle = launcher.submit(path, 1, path.parent)
-    wait_until((path.parent / "ready").exists, "a node")
-    (node,) = starts(path.parent)
-    assert RUN_MARK not in psutil.Process(node).environ()
-    launcher.cancel(handle, grace=10)
