@@ -4,6 +4,10 @@ import contextlib
 import logging
 from collections.abc import Callable
 from typing import TypeVar
+from uuid import UUID
+
+from prefect import get_client
+from prefect.runtime import flow_run
 
 from deploy.launchers import Cluster
 from dpo_core.errors import DpoError, GateRefused, without_secrets
@@ -56,7 +60,15 @@ def run_with_record(
             record = store_recipe(workspace, record, recipe)
         ranks = recipe.inference.on_node(cluster.settings.gpus if cluster else 0)
         context = Context(record.run_id, Store(workspace), tracker, stop_of_process(), cluster, ranks)
+        context.prefect_artifacts.send(lambda: _name_flow_run(record.run_id))
         return _run_locked(context, recipe, record, run_stages, command, resumed=bool(resume))
+
+
+def _name_flow_run(name: str) -> None:
+    """Give the run in Prefect the name that it has in MLflow and in the workspace."""
+    if flow_run.id:
+        with get_client(sync_client=True) as client:
+            client.update_flow_run(UUID(flow_run.id), name=name)
 
 
 def _moving_names(recipe: Recipe, tracker: Tracker) -> dict[str, str]:

@@ -4,14 +4,20 @@ import json
 import re
 import shlex
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
 import typer.main
+from typer.testing import CliRunner
 
 from dpo_core.data.formats import recognise
+from dpo_core.data.layouts.messages import chat_prompt
+from dpo_core.rewards.functions import check_reward, load_reward
 from flows.cli.main import app
+from tasks.recipe.read import load_recipe, shipped_recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -116,3 +122,40 @@ def test_each_row_of_the_readme_is_recognised_as_its_format() -> None:
     assert len(rows) == 7
     for name, row in rows:
         assert recognise([json.loads(row)])[0] == name
+
+
+@each_page
+def test_recipes_and_overrides_in_fenced_blocks_are_valid(page: Path, tmp_path: Path) -> None:
+    text = page.read_text()
+    for number, block in enumerate(re.findall(r"^```yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)):
+        if block.startswith("name: "):
+            path = tmp_path / f"{number}.yaml"
+            path.write_text(block)
+            load_recipe(str(path))
+    for line in _commands(text):
+        words = shlex.split(line, comments=True)
+        sets = [value for option, value in pairwise(words) if option == "--set"]
+        if words[1] in ("run", "plan") and words[2:] and words[2] in shipped_recipes() and "…" not in line:
+            load_recipe(words[2], sets)
+
+
+@each_page
+def test_commands_that_only_print_work(page: Path) -> None:
+    for line in _commands(page.read_text()):
+        command = line.partition(">")[0].partition("#")[0]  # without redirection and comment
+        words = shlex.split(command)[1:]
+        if re.match(r"dpo (config|objectives|methods|evaluate$)", command) and not re.search(
+            "[A-Z]", command
+        ):
+            done = CliRunner().invoke(app, words)
+            assert done.exit_code == 0, (line, done.exception)
+
+
+def test_the_example_of_a_reward_scores_text_and_conversations(tmp_path: Path) -> None:
+    text = (ROOT / "flows" / "docs" / "data.md").read_text()
+    (example,) = re.findall(r"^  ```python\n(.*?)^  ```$", text, re.MULTILINE | re.DOTALL)
+    (tmp_path / "mine.py").write_text(dedent(example))
+    source = f"{tmp_path / 'mine.py'}:score"
+    check_reward(source)
+    chat = chat_prompt([{"role": "user", "content": "My order?"}])
+    assert load_reward(source)(["My order?", chat, "Hi"], ["sorry", "sorry", "sorry"]) == [1, 1, 0]

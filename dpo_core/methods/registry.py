@@ -25,7 +25,7 @@ def get(name: str) -> Method:
     """
     known = methods()
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
+        near = difflib.get_close_matches(name.lower(), known, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         names = ", ".join(method.name for method in known.values() if method.policy)
         raise RecipeError(f"there is no method '{name}'{hint}", f"Methods: {names}; see dpo methods")

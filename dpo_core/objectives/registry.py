@@ -1,5 +1,6 @@
 """Registry of the objectives: the function, data, parameters and value at the reference of each."""
 
+import difflib
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -195,7 +196,9 @@ def get(name: str) -> Objective:
         remedy = f"Choose one of: {', '.join(names())}."
         if name in settings:
             remedy = f"It is made of settings; write {settings[name]}"
-        raise RecipeError(f"there is no objective '{name}'", remedy)
+        near = difflib.get_close_matches(name, _OBJECTIVES, n=1)
+        hint = f" (did you mean {near[0]}?)" if near and name not in settings else ""
+        raise RecipeError(f"there is no objective '{name}'{hint}", remedy)
     return _OBJECTIVES[name]
 
 

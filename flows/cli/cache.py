@@ -6,7 +6,9 @@ import typer
 
 from flows.cli.options import WORKSPACE, DryRunOption, JsonOption, WorkspaceOption
 
-app = typer.Typer(help="List, check and clean up the cached reference log-probs.", no_args_is_help=True)
+app = typer.Typer(
+    name="cache", help="List, check and clean up the cached reference log-probs.", no_args_is_help=True
+)
 
 
 @app.command("ls")

@@ -6,7 +6,7 @@ import typer
 
 from flows.cli.options import RecipeArgument, SetOption
 
-app = typer.Typer(help="Print recipes and settings.", no_args_is_help=True)
+app = typer.Typer(name="config", help="Print recipes and settings.", no_args_is_help=True)
 
 
 @app.command("show")

@@ -20,8 +20,10 @@ ScheduleArgument = Annotated[
     str, typer.Argument(metavar="SCHEDULE", help="Its slug, or deployment/slug if the slug is not unique.")
 ]
 
-schedule_app = typer.Typer(help="List, pause and resume the schedules on the server.", no_args_is_help=True)
-event_app = typer.Typer(help="Send events to the server.", no_args_is_help=True)
+schedule_app = typer.Typer(
+    name="schedule", help="List, pause and resume the schedules on the server.", no_args_is_help=True
+)
+event_app = typer.Typer(name="event", help="Send events to the server.", no_args_is_help=True)
 
 
 def deploy(

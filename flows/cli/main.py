@@ -1,12 +1,11 @@
 """The entry point of the command line `dpo`.
 
-Exit codes: 0 done, 2 usage or recipe error, 3 the data gate refused, 4 a stage failed (resumable), 5
-promotion refused; 130 stopped by Ctrl-C (SIGINT), 143 by SIGTERM, 129 by SIGHUP. An expected error is one
-line on stderr; its traceback goes to a log.
+Exit codes are those of `dpo_core.errors`; 130 stopped by Ctrl-C (SIGINT), 143 by SIGTERM, 129 by SIGHUP. An
+expected error is one line on stderr; its traceback goes to a log.
 """
 
 import atexit
-import gc
+import gc as garbage_collector
 import logging
 import os
 import stat
@@ -14,6 +13,7 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -21,12 +21,11 @@ from dpo_core.errors import DpoError
 from dpo_core.redaction import WithoutSecrets, redact
 from dpo_core.system import INSTALL_JOB_PACKAGES, JOB_PACKAGES
 from flows.cli import cache, config
-from flows.cli.bench import bench
 from flows.cli.catalog import methods, objectives
 from flows.cli.deploy import deploy, event_app, schedule_app
 from flows.cli.doctor import doctor
 from flows.cli.evaluate import compare, evaluate
-from flows.cli.gc import gc as collect_garbage
+from flows.cli.gc import gc
 from flows.cli.launch import launch
 from flows.cli.plan import plan
 from flows.cli.promote import promote, rollback
@@ -43,29 +42,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_RUN, _LOOK, _DECIDE = "Run", "Look", "Evaluate and decide"
-_OPERATE, _KEEP = "Schedule and deploy", "Look after a workspace"
-app.command(rich_help_panel=_RUN)(run)
-app.command(rich_help_panel=_RUN)(plan)
-app.command(rich_help_panel=_RUN)(validate)
-app.command(rich_help_panel=_RUN)(launch)
-app.add_typer(config.app, name="config", rich_help_panel=_RUN)
-app.command(rich_help_panel=_RUN)(objectives)
-app.command(rich_help_panel=_RUN)(methods)
-app.command(rich_help_panel=_LOOK)(runs)
-app.command(rich_help_panel=_LOOK)(show)
-app.command(rich_help_panel=_LOOK)(ui)
-app.command(rich_help_panel=_DECIDE)(evaluate)
-app.command(rich_help_panel=_DECIDE)(compare)
-app.command(rich_help_panel=_DECIDE)(promote)
-app.command(rich_help_panel=_DECIDE)(rollback)
-app.command(rich_help_panel=_OPERATE)(deploy)
-app.add_typer(schedule_app, name="schedule", rich_help_panel=_OPERATE)
-app.add_typer(event_app, name="event", rich_help_panel=_OPERATE)
-app.command(rich_help_panel=_KEEP)(doctor)
-app.command("gc", rich_help_panel=_KEEP)(collect_garbage)
-app.add_typer(cache.app, name="cache", rich_help_panel=_KEEP)
-app.command(rich_help_panel=_KEEP)(bench)
+_PANELS: dict[str, list[Any]] = {
+    "Run": [run, plan, validate, launch, config.app, objectives, methods],
+    "Look": [runs, show, ui],
+    "Evaluate and decide": [evaluate, compare, promote, rollback],
+    "Schedule and deploy": [deploy, schedule_app, event_app],
+    "Look after a workspace": [doctor, gc, cache.app],
+}
+for _panel, _commands in _PANELS.items():
+    for _command in _commands:
+        if isinstance(_command, typer.Typer):
+            app.add_typer(_command, rich_help_panel=_panel)
+        else:
+            _paragraphs = (_command.__doc__ or "").split("\n\n")
+            _help = "\n\n".join(" ".join(text.split()) for text in _paragraphs)  # Typer would keep the lines
+            app.command(rich_help_panel=_panel, help=_help)(_command)
 
 
 def _log_to_terminal() -> None:
@@ -94,8 +85,10 @@ def _with_resume_value(arguments: list[str]) -> list[str]:
 def main() -> None:
     """Entry point of the command `dpo`."""
     # Imports create tens of thousands of permanent objects; scanning them again and again takes 0.1 s.
-    gc.set_threshold(50_000)
-    atexit.register(gc.freeze)  # else Python scans a million of them once more when it exits: two seconds
+    garbage_collector.set_threshold(50_000)
+    atexit.register(
+        garbage_collector.freeze
+    )  # else Python scans a million of them once more when it exits: two seconds
     keep_quiet()  # before Prefect, MLflow and Great Expectations are imported
     _log_to_terminal()
     try:

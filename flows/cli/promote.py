@@ -14,7 +14,8 @@ def promote(
         str | None, typer.Argument(metavar="RUN", help="A finished run; see `dpo runs`.")
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Promote although rules fail; the failed rules are recorded.")
+        bool,
+        typer.Option("--force", help="Promote although rules fail; they are recorded. Needs a --reason."),
     ] = False,
     reason: ReasonOption = "",
     check: Annotated[
@@ -31,6 +32,8 @@ def promote(
 
     if check == (run_id is not None):
         raise RecipeError("dpo promote takes a run, or --check alone", "List the runs with: dpo runs")
+    if force and not reason:
+        raise RecipeError("--force needs a reason, which is recorded", "Add --reason TEXT")
     from flows.commands import promote
 
     if run_id is None:

@@ -15,6 +15,10 @@ def validate(
         str | None,
         typer.Option(metavar="NAME", help="Use the tokenizer and chat template of this model (model.name)."),
     ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(metavar="RECIPE", help="Use the model and the settings of this recipe."),
+    ] = None,
     show: Annotated[
         int, typer.Option(metavar="N", min=0, help="Print the first rows as the model will see them.")
     ] = 0,
@@ -24,7 +28,7 @@ def validate(
     """Recognise the format of a data set and check it at the data gate; trains nothing."""
     from flows.commands.validate import judge_file
 
-    report, recognised, rows = judge_file(data, overrides or [], model, show)
+    report, recognised, rows = judge_file(data, overrides or [], model, recipe, show)
     if as_json:
         typer.echo(json.dumps(report.model_dump(mode="json") | rows.data, indent=1, ensure_ascii=False))
     else:
@@ -32,8 +36,11 @@ def validate(
         for finding in report.findings:
             if not finding.passed:
                 typer.echo(f"{finding.severity:8} {finding.rule}: {finding.message}")
-            elif finding.skipped:
-                typer.echo(f"{'skipped':8} {finding.rule}: {finding.message}")
+        skipped = [finding for finding in report.findings if finding.skipped]
+        for message in dict.fromkeys(finding.message for finding in skipped):
+            rules = ", ".join(finding.rule for finding in skipped if finding.message == message)
+            remedy = "" if model or recipe or "tokenizer" not in message else " (set --model or --recipe)"
+            typer.echo(f"{'skipped':8} {rules}: {message}{remedy}")
         typer.echo(f"{report.rows} rows, {report.dropped} dropped; Data Docs: {report.docs_index}")
         for text in rows.texts:
             typer.echo(f"\n{text}")

@@ -1,5 +1,6 @@
 """The body of `dpo objectives`: prints the objectives and their variants with definitions and parameters."""
 
+import difflib
 import json
 from typing import Any
 
@@ -22,9 +23,12 @@ def list_objectives(wanted: list[str], as_json: bool) -> None:
         RecipeError: an objective or variant does not exist.
     """
     known = {f["name"]: f for f in [get(name).facts() for name in names()] + [v.facts() for v in VARIANTS]}
+    wanted = [name.lower() for name in wanted]
     for name in wanted:
         if name not in known:
-            raise RecipeError(f"there is no objective '{name}'", f"Choose one of: {', '.join(known)}.")
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            raise RecipeError(f"there is no objective '{name}'{hint}", f"Choose one of: {', '.join(known)}")
     listed = [known[name] for name in wanted or known]
     if as_json:
         typer.echo(json.dumps(listed, indent=1, ensure_ascii=False))

@@ -6,7 +6,7 @@ from rich.text import Text
 from dpo_core.rewards import functions
 from flows.alignment import prepare_train_evaluate
 from flows.commands.terminal import terminal
-from tasks.planning.plan import Plan, make_plan
+from tasks.planning.plan import Plan, StagePlan, make_plan
 from tasks.recipe.recipe import Recipe
 from tasks.reports.format import duration, scaled
 from tasks.signals import Stop
@@ -20,6 +20,17 @@ _WHY: dict[Why, str] = {
     "data": "its inputs change",
     "damaged": "damaged artifact",
 }
+_SHOWN = 2
+"""Changed settings in the row of a stage; all are listed below the table."""
+
+
+def _why(row: StagePlan, changes: list[str]) -> str:
+    """Why a stage runs; of a training whose own settings changed, which."""
+    assert row.why is not None
+    own = [change.partition(": ")[0] for change in changes if change.startswith(f"{row.section}.")]
+    if row.why != "changed" or not own:
+        return "new policy" if f"{row.section}: new" in changes else _WHY[row.why]
+    return f"{', '.join(own[:_SHOWN])}{' …' if len(own) > _SHOWN else ''} changed"
 
 
 def check_reward(recipe: Recipe) -> None:
@@ -53,7 +64,7 @@ def show(plan: Plan) -> None:
     for name in ("Stage", "State", "Tokens", "Operations", "Peak memory", "Time"):
         table.add_column(name, justify="left" if name in {"Stage", "State"} else "right")
     for row in plan.stages:
-        state = f"runs: {_WHY[row.why]}" if row.why else row.state
+        state = f"runs: {_why(row, plan.changes)}" if row.why else row.state
         memory = amount(row.memory_bytes or 0, "B", 1024)
         ranks = f"{row.processes} x " if memory and (row.processes or 1) > 1 else ""
         took = f"~{duration(row.seconds)}" if row.state == "runs" else ""
@@ -65,6 +76,9 @@ def show(plan: Plan) -> None:
     runs = sum(row.state == "runs" for row in plan.stages)
     table.add_row("total", f"{runs} of {len(plan.stages)}", *totals, f"~{duration(plan.seconds)}")
     console.print(table)
+    if plan.compared_with:
+        changes = "; ".join(plan.changes) or "no setting differs"
+        console.print(Text(f"compared with {plan.compared_with}: {changes}"))
     for note in dict.fromkeys(row.note for row in plan.stages if row.note):
         console.print(Text(f"estimate: {note}"))
     console.print(Text(f"times from {plan.speed}"))

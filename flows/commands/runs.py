@@ -1,6 +1,8 @@
 """The body of `dpo runs`: prints the runs of a workspace with their status and result, newest first."""
 
 import json
+import shlex
+from itertools import pairwise
 from pathlib import Path
 
 import typer
@@ -34,6 +36,14 @@ def _result(workspace: str, run_id: str) -> str:
     return ", ".join(part for part in parts if part)
 
 
+def _overrides(command: str) -> str:
+    """The `--set` options of a command: `--set seed=1 --set data.limit=null`."""
+    words = shlex.split(command)
+    sets = [after for word, after in pairwise(words) if word == "--set"]
+    sets += [word.removeprefix("--set=") for word in words if word.startswith("--set=")]
+    return " ".join(f"--set {shlex.quote(one)}" for one in sets)
+
+
 def print_runs(
     workspace: str, newest: int | None, statuses: list[str], recipe: str | None, as_json: bool
 ) -> None:
@@ -62,6 +72,6 @@ def print_runs(
     for run in runs[:newest]:
         result = run.error or (_result(workspace, run.run_id) if run.status == "done" else "")
         line = f"{run.run_id:40} {run.status:8} {run.started_at:%Y-%m-%d %H:%M}"
-        typer.echo(f"{line}  {result}" if result else line)
+        typer.echo("  ".join([line, *filter(None, [result, _overrides(run.command)])]))
     if newest is not None and len(runs) > newest:
         typer.echo(f"and {count(len(runs) - newest, 'older run')}: --all lists them")

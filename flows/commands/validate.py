@@ -27,8 +27,8 @@ from expectations.features import Tokenisation
 from expectations.gate import judge
 from expectations.report import GateReport
 from flows.commands.row_preview import as_data, as_text, shown
-from tasks.promotion.model_source import as_folder
-from tasks.recipe.read import with_overrides
+from tasks.recipe.policies import is_external
+from tasks.recipe.read import load_recipe, with_overrides
 
 
 class _Settings(Config):
@@ -52,36 +52,45 @@ class PreviewedRows(NamedTuple):
 
 
 def judge_file(
-    data: str, overrides: Sequence[str], model: str | None = None, show: int = 0
+    data: str,
+    overrides: Sequence[str],
+    model: str | None = None,
+    recipe: str | None = None,
+    show: int = 0,
 ) -> tuple[GateReport, str, PreviewedRows]:
     """The gate's report on a data set, the remarks on how it was read, and its first rows.
 
     Args:
         overrides: `data.x=value` and `gate.x.y=value`, as in a recipe, and with a model `tokens.x=value` and
             `model.x=value`.
-        model: as `model.name` in a recipe; without one, rules that need tokens are skipped.
+        model: as `model.name` in a recipe; without model and recipe, rules that need tokens are skipped.
+        recipe: a recipe whose model and settings are used.
         show: number of rows to show as the model will see them.
 
     Raises:
         DataError: the data cannot be read.
         ModelError: the tokenizer or the chat template cannot be used.
-        RecipeError: an override is not valid.
+        RecipeError: the recipe or an override is not valid.
     """
-    if model is None:
-        _refuse_without_model(overrides, show)
-    sections: dict[str, Any] = {
-        "data": {"path": data},
-        "gate": {},
-        "tokens": {},
-        "model": {"name": model} if model else {},
-    }
+    has_model = bool(model or recipe)
+    unread = [override for override in overrides if override.startswith(("tokens.", "model."))]
+    if not has_model and (unread or show):
+        raise RecipeError(
+            f"{f'--set {unread[0]}' if unread else '--show'} needs a model's tokenizer",
+            "Set --model or --recipe",
+        )
+    sections: dict[str, Any] = {"data": {}, "gate": {}, "tokens": {}, "model": {}}
+    if recipe:
+        sections = load_recipe(recipe).model_dump(mode="json", include=set(sections))
+    sections["data"] |= {"path": data, "openings": None, "mixture": None}
+    sections["model"] |= {"name": model} if model else {}
     settings = with_overrides(
         _Settings, sections, overrides, f"{data} cannot be checked", "Correct the override"
     )
     config, gate = settings.data, settings.gate
     loaded = load(config)
     frame = split_table(loaded, config)
-    tokenise = _tokenise(settings) if model else None
+    tokenise = _tokenise(settings) if has_model else None
     baseline = load_baseline(gate.baseline) if gate.baseline else None
     # One folder per data set, so that the next check of it replaces this one's Data Docs.
     name = hashlib.sha256(os.path.abspath(data).encode()).hexdigest()[:12]
@@ -110,18 +119,13 @@ def judge_file(
     return report.model_copy(update={"remarks": remarks}), "\n  ".join(remarks), rows
 
 
-def _refuse_without_model(overrides: Sequence[str], show: int) -> None:
-    """Refuse options that have no effect without a tokenizer."""
-    unread = [override for override in overrides if override.startswith(("tokens.", "model."))]
-    if unread or show:
-        raise RecipeError(
-            f"{f'--set {unread[0]}' if unread else '--show'} needs a model's tokenizer", "Set --model"
-        )
-
-
 def _tokenise(settings: _Settings) -> Tokenise:
     """The tokenizer that the stage `import-model` would use, with its template."""
-    config, _ = as_folder(settings.model, Path("runs"))
+    config = settings.model
+    if is_external(config.name):
+        from tasks.promotion.model_source import as_folder  # noqa: PLC0415 - imports MLflow, which takes seconds
+
+        config, _ = as_folder(config, Path("runs"))
     folder = Path(config.name).expanduser()
     # Weights are not needed, so a folder with only a tokenizer suffices.
     source = folder if (folder / "tokenizer_config.json").is_file() else locate(config)

@@ -20,6 +20,7 @@ from tasks.recipe.policies import PolicyFields
 from tasks.recipe.recipe import Recipe
 from tasks.reports.format import duration
 from tasks.reports.run_warnings import answers_cut, too_few_prompts
+from tasks.runs.recipe import changed_since
 from tasks.stages.base import StageResult, Why
 from tasks.stages.planned_run import PlannedRun
 from tasks.stages.registry import label_of, stage_of
@@ -44,6 +45,8 @@ class StagePlan(Config):
     """The same by part: process, weights, reference, gradients, optimiser, step."""
     trains: bool = False
     """Whether it is a training job."""
+    section: str = ""
+    """Where the recipe has a training's settings: `sft`, `policies.DPO`."""
     job: Literal["none", "one rank", "shared", "training"] = "none"
     """Where it computes: in the flow's process; in a job of one rank without a GPU; on the ranks of the
     recipe's `inference`; or on those of the training's engine."""
@@ -72,6 +75,10 @@ class Plan(Config):
     tokens: int
     flops: float
     seconds: float
+    compared_with: str | None = None
+    """The newest finished run of the recipe's name, if there is one."""
+    changes: list[str] = Field(default_factory=list)
+    """The settings that differ from that run's: `seed: 0 -> 1`, `policies.PPO: new`."""
     warnings: list[str] = Field(default_factory=list)
 
 
@@ -85,6 +92,7 @@ def make_plan(recipe: Recipe, workspace: str, stages: Mapping[str, StageResult])
     speed = Speed.of(workspace)
     rows = [_stage(name, result, work, speed) for name, result in stages.items()]
     running = [row for row in rows if row.state == "runs"]
+    compared_with, changes = changed_since(workspace, recipe) or (None, [])
     return Plan(
         recipe=recipe.name,
         workspace=workspace,
@@ -97,6 +105,8 @@ def make_plan(recipe: Recipe, workspace: str, stages: Mapping[str, StageResult])
         tokens=sum(row.tokens for row in running),
         flops=sum(row.flops for row in running),
         seconds=sum(row.seconds for row in running),
+        compared_with=compared_with,
+        changes=changes,
         warnings=[
             *(line for row in running if (line := _too_large(row, work, speed))),
             *_early_warnings(recipe, work),
@@ -153,6 +163,7 @@ def _stage(name: str, result: StageResult, run: PlannedRun, speed: Speed) -> Sta
         state="runs",
         why=result.why,
         trains=trains,
+        section=stage.settings(run, label_of(name))[0] if stage.settings else "",
         job=job,
         tokens=round(work.tokens),
         flops=work.flops,

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from yaml.constructor import ConstructorError
 
 from dpo_core.errors import RecipeError
+from dpo_core.objectives import get, names
 from dpo_core.redaction import find_secret
 from dpo_core.system import read_small
 from dpo_core.yaml import read_yaml
@@ -57,8 +58,10 @@ def _find(name: str) -> Path:
     if path.is_dir():
         raise RecipeError(f"{path} is a folder, not a recipe", "Name the YAML file")
     if not path.exists():
+        near = difflib.get_close_matches(name, recipes, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
         raise RecipeError(
-            f"there is no recipe named {name} and no such file",
+            f"there is no recipe named {name}{hint} and no such file",
             f"Shipped recipes: {', '.join(recipes)}; or name a YAML file",
         )
     return path
@@ -199,7 +202,8 @@ def _hint(root: type[BaseModel], place: tuple[int | str, ...], above: str = "") 
     same_name = [path for path in _paths(root) if path.rpartition(".")[2] == wanted]
     same_name.sort(key=lambda path: (path.count("."), path))
     if root is Recipe and len(place) == 1:  # most likely a setting of a policy's training
-        own = (path for kind in CLASSES.values() for path in _paths(kind))
+        own = [path for kind in CLASSES.values() for path in _paths(kind)]
+        own += [f"parameters.{parameter}" for name in names() for parameter in get(name).parameters]
         same_name = [f"policies.NAME.{p}" for p in own if p.rpartition(".")[2] == wanted] + same_name
     if above and near and (wanted in near or not same_name):
         return f" (did you mean {above}{'.'.join(map(str, (*place[:-1], near[0])))}?)"

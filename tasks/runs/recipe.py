@@ -18,7 +18,7 @@ from dpo_core.system import digest_file, write_atomic
 from tasks.recipe.policies import is_external
 from tasks.recipe.read import load_recipe
 from tasks.recipe.recipe import Recipe
-from tasks.runs.record import RunRecord
+from tasks.runs.record import RunRecord, list_runs
 from tasks.store.files import disk_errors, run_folder
 from tasks.tracking.mlflow_run import flatten
 
@@ -118,10 +118,38 @@ def differing_settings(workspace: Path, a: str, b: str) -> list[str] | None:
     if not all(name and path.is_file() for name, path in zip(names, paths, strict=True)):
         return None
     first, second = (_settings(load_recipe(str(path))) for path in paths)
-    return [
-        f"{name}: {first.get(name, 'not set')} -> {second.get(name, 'not set')}"
-        for name in _differing(first, second)
-    ]
+    return _changes(first, second)
+
+
+def changed_since(workspace: str | Path, recipe: Recipe) -> tuple[str, list[str]] | None:
+    """The newest finished run of a recipe's name, and the settings that differ from it.
+
+    Returns:
+        The run's name, and each setting as `seed: 0 -> 1`, a policy that one of them lacks as
+        `policies.PPO: new` or `removed`; None if there is no such run.
+    """
+    for record in list_runs(workspace):
+        path = Path(workspace) / "runs" / record.run_id / FILE
+        if record.status != "done" or record.recipe != recipe.name or not path.is_file():
+            continue
+        try:
+            earlier = load_recipe(str(path))
+        except RecipeError:  # damaged, or of an older version
+            continue
+        now = with_models(recipe, record.models)
+        added = [f"policies.{name}: new" for name in now.policies if name not in earlier.policies]
+        removed = [f"policies.{name}: removed" for name in earlier.policies if name not in now.policies]
+        both = now.policies.keys() & earlier.policies.keys()
+        first, second = (
+            _settings(r.model_copy(update={"policies": {n: p for n, p in r.policies.items() if n in both}}))
+            for r in (earlier, now)
+        )
+        return record.run_id, [*added, *removed, *_changes(first, second)]
+    return None
+
+
+def _changes(a: dict[str, str], b: dict[str, str]) -> list[str]:
+    return [f"{name}: {a.get(name, 'not set')} -> {b.get(name, 'not set')}" for name in _differing(a, b)]
 
 
 def reproducing_command(command: str, workspace: str | Path, run_id: str) -> str:

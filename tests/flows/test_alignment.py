@@ -4,11 +4,13 @@ import json
 import math
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
 from mlflow import MlflowClient
 
 from flows.commands.validate import judge_file
+from tests.support.runs.tiny_run import prefect_address
 
 STAGES = [
     "load-data",
@@ -57,6 +59,12 @@ def test_a_run_is_shown_whatever_its_folder_is_called(finished):
     shown = dpo("show", name, "--workspace", str(place))
     assert shown.code == 0, shown.err
     assert f"page    {kept / 'page.html'}" in shown.out
+
+
+def test_prefect_has_the_run_under_its_name(finished):
+    wanted = {"flow_runs": {"name": {"any_": [finished[1]["run"]["name"]]}}}
+    (flow_run,) = httpx.post(f"{prefect_address()}/flow_runs/filter", json=wanted).json()
+    assert flow_run["state_type"] == "COMPLETED"
 
 
 def test_tracking_has_one_parent_and_one_child_a_stage(finished):

@@ -81,7 +81,7 @@ def test_the_candidate_is_registered_and_can_be_promoted(graph) -> None:
     own = bench.copy("promoted")
     refused = own.dpo("promote", report["run"]["name"], "--json")
     assert refused.returncode in (0, 5), refused.stderr
-    done = own.dpo("promote", report["run"]["name"], "--force", "--json")
+    done = own.dpo("promote", report["run"]["name"], "--force", "--reason", "a test", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["champion"] == report["model"]["version"]
 

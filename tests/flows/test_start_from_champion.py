@@ -42,7 +42,7 @@ def made_by(report: dict, policy: str) -> Path:
 def nightly(finished: tuple[Bench, dict]) -> tuple[Bench, dict, dict]:
     """A promoted run, and one that started from its model."""
     bench, first = finished[0].copy("nightly"), finished[1]
-    done = bench.dpo("promote", first["run"]["name"], "--force")
+    done = bench.dpo("promote", first["run"]["name"], "--force", "--reason", "a test")
     assert done.returncode == 0, done.stderr
     return bench, first, bench.run(*sets(CHAMPION))
 

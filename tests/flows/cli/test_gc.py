@@ -26,10 +26,10 @@ def test_after_gc_the_kept_run_is_cached_and_a_rollback_finds_its_weights(
     finished: tuple[Bench, dict],
 ) -> None:
     bench, first = finished[0].copy("gc"), finished[1]
-    assert bench.dpo("promote", first["run"]["name"], "--force").returncode == 0
+    assert bench.dpo("promote", first["run"]["name"], "--force", "--reason", "a test").returncode == 0
     changes = ("--set", "policies.DPO.optim.learning_rate=3e-5")
     second = bench.run(*changes)
-    assert bench.dpo("promote", second["run"]["name"], "--force").returncode == 0
+    assert bench.dpo("promote", second["run"]["name"], "--force", "--reason", "a test").returncode == 0
     assert bench.run(*changes)["stages"], "held against itself"
     before = bench.index()
 

@@ -10,14 +10,15 @@ import yaml
 from typer.testing import CliRunner
 
 from dpo_core.errors import ModelError
+from flows.cli.main import app
+from tasks.planning.plan import Plan
+from tasks.recipe.read import load_recipe
 from tests.support.models.tiny import make_tokenizer
 from tests.support.runs.tiny_run import Bench
 
 
 def planned(bench: Bench, *arguments: str) -> dict:
     """The command line, in this process: importing the libraries again would take most of the time."""
-    from flows.cli.main import app
-
     arguments = ("plan", str(bench.recipe), "--json", *arguments)
     done = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert done.exit_code == 0, done.output
@@ -80,9 +81,31 @@ def test_after_a_run_all_is_cached_and_not_a_byte_is_changed(finished):
     assert (plan["tokens"], plan["flops"], plan["seconds"]) == (0, 0, 0)
 
 
-def test_another_learning_rate_runs_training_and_evaluation(finished):
-    plan = planned(finished[0], "--set", "policies.DPO.optim.learning_rate=6e-5")
-    assert reasons(plan) == {"train-dpo DPO": "changed", "evaluate": "data"}
+def test_another_learning_rate_runs_training_and_evaluation(finished, monkeypatch):
+    bench, report = finished
+    rate = "policies.DPO.optim.learning_rate"
+    changes = (
+        "--set",
+        f"{rate}=6e-5",
+        "--set",
+        "policies.GRPO={method: grpo, group_size: 2, episodes: 32}",
+        "--set",
+        "policies.PPO=null",
+    )
+    plan = planned(bench, *changes)
+    assert reasons(plan) == {"train-dpo DPO": "changed", "train-grpo GRPO": "new", "evaluate": "data"}
+    assert plan["compared_with"] == report["run"]["name"]
+    learning_rate = load_recipe(str(bench.recipe)).policies["DPO"].optim.learning_rate
+    assert plan["changes"] == [
+        "policies.GRPO: new",
+        "policies.PPO: removed",
+        f"{rate}: {learning_rate} -> 6e-05",
+    ]
+    monkeypatch.setattr("flows.commands.plan.plan_recipe", lambda _: Plan.model_validate(plan))
+    printed = CliRunner().invoke(app, ["plan", str(bench.recipe)]).stdout
+    assert rate in printed.partition("total")[0]
+    assert "runs: new policy" in printed
+    assert f"compared with {report['run']['name']}: policies.GRPO: new; " in printed
 
 
 def test_another_definition_of_log_probs_computes_them_anew(finished, monkeypatch):
@@ -258,7 +281,6 @@ def test_what_does_not_fit_is_said_with_the_field_to_change(bench, tmp_path, mon
     own.recipe.write_text(json.dumps(recipe))  # every engine its own, none an alias
     from flows.commands.plan import plan_recipe
     from tasks.planning import speed as plan_speed
-    from tasks.recipe.read import load_recipe
 
     small = replace(plan_speed.Speed.of(str(own.workspace)), memory_bytes=2**20, on_gpu=on_gpu)
     monkeypatch.setattr("tasks.planning.plan.Speed.of", lambda _: small)

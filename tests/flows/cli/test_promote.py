@@ -17,7 +17,7 @@ def test_the_next_run_is_held_against_the_champion(finished: tuple[Bench, dict])
     assert refused.stderr.startswith(f"error: dpo-tiny version {first['model']['version']} is not promoted: ")
     for reason in first["decision"]["reasons"]:
         assert (reason["text"] in refused.stderr) is not reason["passed"]
-    done = bench.dpo("promote", name, "--force", "--json")
+    done = bench.dpo("promote", name, "--force", "--reason", "a test", "--json")
     assert done.returncode == 0, done.stderr
     champion = json.loads(done.stdout)
     assert champion["changed"]

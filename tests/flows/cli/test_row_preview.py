@@ -62,7 +62,18 @@ def test_learnt_tokens_and_cuts_are_marked_for_people(model: Path, data: Path) -
     assert "⟧✂" in said
 
 
+def test_a_recipe_gives_model_and_settings(model: Path, data: Path, tmp_path: Path) -> None:
+    tokens = {"max_length": 60, "max_prompt_length": 30}
+    recipe = {"name": "r", "model": {"name": str(model)}, "data": {"openings": 9}, "tokens": tokens}
+    sections = {"reward": {"source": "sentiment"}, "sft": {"enabled": False}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe | sections))
+    done = CliRunner().invoke(app, ["validate", str(data), "--recipe", str(tmp_path / "recipe.yaml")])
+    assert "pairs/over_long: " in done.stdout
+    assert "set --model or --recipe" not in done.stdout
+
+
 def test_what_needs_a_model_is_not_left_unread(data: Path) -> None:
     done = CliRunner().invoke(app, ["validate", str(data), "--set", "tokens.max_length=60"])
-    assert done.exit_code != 0
-    assert "--model" in str(done.exception)
+    assert "Set --model or --recipe" in str(done.exception)
+    done = CliRunner().invoke(app, ["validate", str(data)])
+    assert "pairs/over_long: not judged: no tokenizer or token budget was given (set --model" in done.stdout

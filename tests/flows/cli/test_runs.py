@@ -73,7 +73,8 @@ def test_a_run_that_is_not_finished_is_shown_as_such(tmp_path: Path) -> None:
 
 
 def test_a_finished_run_says_what_came_of_it(tmp_path: Path) -> None:
-    record = new_run(tmp_path, "tiny", "dpo run tiny").model_copy(update={"status": "done"})
+    command = "dpo run tiny --set seed=1 --set 'data={openings: 9}' --json"
+    record = new_run(tmp_path, "tiny", command).model_copy(update={"status": "done"})
     save_run(tmp_path, record)
     report = tmp_path / "runs" / record.run_id / "report.json"
     for text, told in (
@@ -89,4 +90,5 @@ def test_a_finished_run_says_what_came_of_it(tmp_path: Path) -> None:
         (line,) = dpo("runs", "--workspace", str(tmp_path)).out.splitlines()
         assert line.startswith(record.run_id)
         assert told in line
-        assert line.endswith(", simpo") == ("simpo" in text)
+        assert line.endswith("  --set seed=1 --set 'data={openings: 9}'")
+        assert (", simpo  --set" in line) == ("simpo" in text)

@@ -250,6 +250,7 @@ def test_answers_of_the_data_are_measured_as_they_are_learnt(tmp_path: Path) -> 
     [
         ("policies.DPO.optim.lr=1e-5", "learning_rate?"),
         ("learning_rate=1e-5", "did you mean policies.NAME.optim.learning_rate?"),
+        ("beta=1", "did you mean policies.NAME.parameters.beta?"),
         ("max_new_tokens=9", "did you mean evaluate.sampling.max_new_tokens?"),
         ("policies.DPO={method: grpo, varient: rloo}", "did you mean policies.DPO.variant?"),
         ("sft={enabled: false, epochs: 3}", "override the whole section: --set 'sft={enabled: false}'"),

@@ -1,5 +1,12 @@
-"""Measures training speed and memory of this project's trainer and TRL's, and whether their losses agree."""
+"""Measures training speed and memory of this project's trainer and TRL's, and whether their losses agree.
 
+    python -m tests.benchmarks.speed --set workload=long-answer --set size=135m
+
+Both train on the same pairs, tokens, optimiser and cached reference values, in turns and in processes of
+their own. The result is printed as JSON; see `Bench` for the settings and `compare` for the numbers.
+"""
+
+import argparse
 import importlib.util
 import json
 import os
@@ -7,7 +14,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +23,12 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from dpo_core.bench.contender import Race, write_pairs
-from dpo_core.bench.workloads import Size, Workload, human_pairs, made_pairs, make_model
 from dpo_core.config import Config
 from dpo_core.data.tokens.sequences import TokenPair
-from dpo_core.errors import RecipeError, StageFailed
+from dpo_core.errors import DpoError, RecipeError, StageFailed
 from dpo_core.models.accelerator import set_accelerator
-from dpo_core.models.load import config_in, load_model, load_tokenizer
+from dpo_core.models.config import ModelConfig
+from dpo_core.models.load import config_in, convert, load_model, load_tokenizer
 from dpo_core.reference import sequence_key
 from dpo_core.reference.compute import compute
 from dpo_core.scoring import flops as cost
@@ -30,10 +36,14 @@ from dpo_core.scoring.document import Document
 from dpo_core.scoring.matmul_rate import matmul_rate
 from dpo_core.scoring.model_shape import shape_of_config
 from dpo_core.scoring.precision import Precision
+from tasks.recipe.read import with_overrides
+from tests.benchmarks.speed.contender import Race, write_pairs
+from tests.benchmarks.speed.workloads import Size, Workload, human_pairs, made_pairs, make_model
 
 # How far the losses of single pairs may lie apart: bf16 rounds differently in other batch shapes.
 AGREEMENT = {"fp32": 1e-4, "bf16": 0.1}
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+ROOT = Path(__file__).resolve().parents[3]
 
 
 class OurSettings(Config):
@@ -64,7 +74,7 @@ class Bench(Config):
     data: str | None = None
     """Preference file of workload hh."""
     model: str | None = None
-    """Checkpoint folder; its own tokenizer reads the data. Empty: random weights of `size`."""
+    """As `model.name` of a recipe; its own tokenizer reads the data. Empty: random weights of `size`."""
     size: Size = "135m"
     """Shape of the random model."""
     pairs: int = Field(32, ge=2)
@@ -83,7 +93,7 @@ class Bench(Config):
     """Which pairs."""
 
 
-def compare(bench: Bench, work: Path, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+def compare(bench: Bench, work: Path) -> dict[str, Any]:
     """Run the comparison in the folder `work`; see `Bench`.
 
     Returns:
@@ -96,8 +106,8 @@ def compare(bench: Bench, work: Path, say: Callable[[str], None] = lambda line: 
         RecipeError: TRL is not installed, or the workload lacks its data.
         StageFailed: a contender failed, or the two do not compute the same losses.
     """
-    if bench.trl is not None:
-        _require_trl()
+    if bench.trl is not None and importlib.util.find_spec("trl") is None:
+        raise RecipeError("TRL is not installed", "pip install 'dpo-pipeline[bench]', or --set trl=null")
     model, pairs = _prepare(bench, work)
     sides: dict[str, Config] = {"ours": bench.ours}
     if bench.trl is not None:
@@ -107,7 +117,7 @@ def compare(bench: Bench, work: Path, say: Callable[[str], None] = lambda line: 
         for name, settings in sides.items():
             found[name].append(_race(name, settings, bench, model, work))
             rate = _rate(found[name][-1])
-            say(f"round {number + 1} of {bench.rounds}, {name}: {rate:.3f} pairs/s")
+            print(f"round {number + 1} of {bench.rounds}, {name}: {rate:.3f} pairs/s", file=sys.stderr)
         if number == 0 and len(sides) == 2:
             _require_agreement(bench, found)
     needed = _needed(model, pairs)
@@ -117,22 +127,21 @@ def compare(bench: Bench, work: Path, say: Callable[[str], None] = lambda line: 
             "pairs_per_second": results["ours"]["pairs_per_second"] / results["trl"]["pairs_per_second"],
             "peak_bytes": results["ours"]["peak_bytes"] / results["trl"]["peak_bytes"],
         }
-    facts = hardware() | {"matmul_tflops": matmul_tflops()}
+    rates = {name: matmul_rate(getattr(torch, dtype)) / 1e12 for name, dtype in _DTYPES.items()}
+    facts = hardware() | {"matmul_tflops": rates}
     return {"bench": bench.model_dump(mode="json"), "hardware": facts, "results": results}
-
-
-def _require_trl() -> None:
-    if importlib.util.find_spec("trl") is None:
-        raise RecipeError("TRL is not installed", "pip install 'dpo-pipeline[bench]', or --set trl=null")
 
 
 def _prepare(bench: Bench, work: Path) -> tuple[Path, list[TokenPair]]:
     """Write model and pairs with reference values; returns the model's folder and the pairs."""
     set_accelerator()
-
-    model = Path(bench.model) if bench.model else work / "model"
+    model = work / "model"
     if bench.model is None:
         make_model(bench.size, model, bench.seed)
+    elif Path(bench.model, "config.json").exists():
+        model = Path(bench.model)
+    else:
+        convert(ModelConfig(name=bench.model), model)
     if bench.workload == "hh":
         if bench.data is None or bench.model is None:
             raise RecipeError(
@@ -192,10 +201,11 @@ def _race(name: str, settings: Config, bench: Bench, model: Path, work: Path) ->
     )
     path.write_text(race.model_dump_json())
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "dpo_core.bench.contender", str(path)],
+        [sys.executable, "-m", "tests.benchmarks.speed.contender", str(path)],
         check=False,
         capture_output=True,
         text=True,
+        cwd=ROOT,
     )
     if done.returncode or not out.exists():
         why = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -239,11 +249,6 @@ def _summary(rounds: list[dict[str, Any]], pairs: list[TokenPair], needed: float
     }
 
 
-def matmul_tflops() -> dict[str, float]:
-    """What square matrix products reach here, by precision."""
-    return {name: matmul_rate(getattr(torch, dtype)) / 1e12 for name, dtype in _DTYPES.items()}
-
-
 def hardware() -> dict[str, Any]:
     """What the numbers were measured on."""
     if torch.cuda.is_available():
@@ -256,3 +261,22 @@ def hardware() -> dict[str, Any]:
         ]
         model = names[0] if names else model
     return {"device": f"{os.cpu_count()} cores, {model}", "torch": torch.__version__}
+
+
+def main() -> int:
+    """Measure and print; 2 and one line on stderr where that is not possible."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.speed")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=VALUE", help="a field of Bench")
+    sets = parser.parse_args().set
+    try:
+        bench = with_overrides(Bench, {}, sets, "the comparison cannot be run", "See the class Bench")
+        with tempfile.TemporaryDirectory(prefix="dpo-bench-") as work:
+            print(json.dumps(compare(bench, Path(work)), indent=1))
+    except DpoError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -36,7 +36,7 @@ VOCABULARY = 49_152
 
 def make_model(size: Size, out: Path, seed: int = 0) -> None:
     """Write a Llama of a size with random weights; speed does not depend on what they are."""
-    from transformers import LlamaConfig, LlamaForCausalLM  # noqa: PLC0415 - see transformers_lock
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     layers, width, inner, heads, kv_heads = _SHAPES[size]
     torch.manual_seed(seed)

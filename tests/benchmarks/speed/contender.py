@@ -1,4 +1,4 @@
-"""One side of a comparison, in a process of its own: `python -m dpo_core.bench.contender race.json`.
+"""One side of a comparison, in a process of its own: `python -m tests.benchmarks.speed.contender race.json`.
 
 Both sides train on the same pairs in batches of the same size, each pair once, against the same reference
 values, with the same AdamW. Written as JSON: seconds of every step, losses of the first pairs, peak memory,
@@ -77,14 +77,17 @@ def run(race: Race) -> dict[str, Any]:
     return result | {"peak_bytes": peak_bytes()}
 
 
-def _ours(race: Race, rows: list[dict[str, Any]], work: Path) -> dict[str, Any]:
-    import numpy as np  # noqa: PLC0415 - each contender loads its own libraries
+# Each contender loads its own libraries.
 
-    from dpo_core.methods.dpo import DpoConfig  # noqa: PLC0415 - each contender loads its own libraries
-    from dpo_core.models.load import load_model  # noqa: PLC0415 - each contender loads its own libraries
-    from dpo_core.reference import LogpShard, sequence_key  # noqa: PLC0415 - each contender loads its own libraries
-    from dpo_core.trainers.dpo import DpoTrainer  # noqa: PLC0415 - each contender loads its own libraries
-    from dpo_core.training.distributed import start_distributed  # noqa: PLC0415 - each contender loads its own libraries
+
+def _ours(race: Race, rows: list[dict[str, Any]], work: Path) -> dict[str, Any]:
+    import numpy as np
+
+    from dpo_core.methods.dpo import DpoConfig
+    from dpo_core.models.load import load_model
+    from dpo_core.reference import LogpShard, sequence_key
+    from dpo_core.trainers.dpo import DpoTrainer
+    from dpo_core.training.distributed import start_distributed
 
     pairs = [
         TokenPair(
@@ -135,13 +138,13 @@ def _ours(race: Race, rows: list[dict[str, Any]], work: Path) -> dict[str, Any]:
 
 
 def _trl(race: Race, rows: list[dict[str, Any]], work: Path) -> dict[str, Any]:
-    from datasets import Dataset  # noqa: PLC0415 - each contender loads its own libraries
-    from tokenizers import Tokenizer  # noqa: PLC0415 - each contender loads its own libraries
-    from tokenizers.models import WordLevel  # noqa: PLC0415 - each contender loads its own libraries
-    from transformers import PreTrainedTokenizerFast, TrainerCallback  # noqa: PLC0415 - each contender loads its own libraries
-    from trl import DPOConfig, DPOTrainer  # noqa: PLC0415 - each contender loads its own libraries
+    from datasets import Dataset
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
 
-    from dpo_core.models.load import load_model  # noqa: PLC0415 - each contender loads its own libraries
+    from dpo_core.models.load import load_model
 
     torch.backends.cuda.enable_cudnn_sdp(False)  # NaN gradients in bf16 with torch 2.13
     config = DPOConfig(
