@@ -8,6 +8,7 @@ from dpo_core.errors import RecipeError
 from dpo_core.evaluation.compare import Comparison, ComparisonRow
 from dpo_core.evaluation.config import GAIN, PromotionConfig
 from dpo_core.statistics.estimates import Estimate
+from dpo_core.statistics.format import interval
 
 NEW_WEIGHTS = "new_weights"
 """Rule that refuses the champion's own weights; no other rule is checked then."""
@@ -109,7 +110,7 @@ def _difference_reasons(config: PromotionConfig, name: str, difference: Estimate
     if difference is None:
         return [_reason("min_gain", False, f"{name} was not measured; it must be above {config.min_gain:g}")]
     passed = difference.low > config.min_gain
-    measured = f"{name} {_signed(difference)} on {difference.n} prompts"
+    measured = f"{name} {interval(difference, 'gap')} on {difference.n} prompts"
     worse = difference.high < min(0, config.min_gain)
     verdict = "" if passed else "worse, not " if worse else "not "
     enough = difference.n >= config.min_prompts
@@ -130,9 +131,7 @@ def _kl_reason(limit: float, kl: Estimate | None) -> Reason:
             "max_kl", False, f"KL to the reference was not measured; it must be at most {limit:g} nats"
         )
     passed = kl.high <= limit
-    measured = (
-        f"KL (k1) to the reference {kl.value:.3g} [{kl.low:.3g} to {kl.high:.3g}] nats on {kl.n} prompts"
-    )
+    measured = f"KL (k1) to the reference {interval(kl)} nats on {kl.n} prompts"
     verdict = "at most" if passed else "the interval exceeds"
     return _reason("max_kl", passed, f"{measured}: {verdict} {limit:g}")
 
@@ -166,17 +165,15 @@ def _regression_reason(rule: str, rows: Sequence[ComparisonRow], champion: str, 
     worse = [row for row in rows if row.finding == "worse"]
     if not worse:
         return _reason(rule, True, f"none of {len(rows)} {measures} is significantly worse than {champion}'s")
-    details = "; ".join(
-        f"{row.suite} {row.label} {_signed(row.difference)} on {row.difference.n} prompts, p {row.p_holm:.2g}"
-        for row in worse
-    )
+    details = "; ".join(map(_regression, worse))
     count = f"{len(worse)} of {len(rows)}"
     return _reason(rule, False, f"{count} {measures} significantly worse than {champion}'s: {details}")
 
 
+def _regression(row: ComparisonRow) -> str:
+    difference = interval(row.difference, "points" if row.kind == "share" else "gap")
+    return f"{row.suite} {row.label} {difference} on {row.difference.n} prompts, p {row.p_holm:.2g}"
+
+
 def _reason(rule: str, passed: bool, text: str, worse: bool = False) -> Reason:
     return Reason(rule=rule, passed=passed, worse=worse, text=text)
-
-
-def _signed(estimate: Estimate) -> str:
-    return f"{estimate.value:+.3f} [{estimate.low:+.3f} to {estimate.high:+.3f}]"

@@ -13,6 +13,7 @@ from typing import Literal
 
 from dpo_core.config import Config
 from dpo_core.statistics.estimates import Estimate
+from dpo_core.statistics.format import interval
 from dpo_core.study.results import StudySummary
 from dpo_core.study.study_data import Study
 from dpo_core.study.summary import FEW
@@ -91,7 +92,7 @@ def _compute(summary: StudySummary) -> Claim:
         result = "DPO and PPO share no gain at which to compare"
         return Claim(claim=claim, claimed=claimed, found=result, verdict="undecided")
     result = (
-        f"{row.ratio.value:.3g} of PPO's FLOPs ({row.ratio.low:.3g} to {row.ratio.high:.3g}) at "
+        f"{interval(row.ratio)} of PPO's FLOPs at "
         f"{row.gain_share:.0%} of the gain that both reach, defined in {row.defined:.0%} of resamples"
     )
     sure = row.defined >= DEFINED and not _too_few(summary, DIRECT, RLHF[0])
@@ -178,4 +179,4 @@ def _fewest_seeds(summary: StudySummary, policies: Sequence[str]) -> int:
 
 
 def _words(estimate: Estimate) -> str:
-    return f"{estimate.value:+.3g} ({estimate.low:+.3g} to {estimate.high:+.3g})"
+    return str(interval(estimate, "gap"))

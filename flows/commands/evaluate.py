@@ -9,7 +9,8 @@ from deploy.launchers import Cluster
 from dpo_core.errors import RecipeError
 from flows.commands.terminal import terminal
 from tasks.recipe.read import with_overrides
-from tasks.reports.evaluation_report import EvaluationReport, terminal_table
+from tasks.reports.evaluation_report import EvaluationReport, evaluation_document
+from tasks.reports.terminal import terminal as as_table
 from tasks.runs.recipe import differing_settings
 from tasks.signals import stoppable
 from tasks.stages.standalone_evaluation import EvaluationRequest, evaluate_models
@@ -67,6 +68,6 @@ def _show_differing_settings(models: list[str], workspace: Path) -> bool:
 
 def _show(report: EvaluationReport, page: Path) -> None:
     console = terminal()
-    console.print(terminal_table(report))
+    console.print(as_table(evaluation_document(report)))
     console.print(f"page    {page}", soft_wrap=True)
     console.print(f"items   {page.with_name('results.json')}", soft_wrap=True)

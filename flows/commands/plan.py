@@ -4,11 +4,11 @@ from rich.table import Table
 from rich.text import Text
 
 from dpo_core.rewards import functions
+from dpo_core.statistics.format import duration, scaled
 from flows.alignment import prepare_train_evaluate
 from flows.commands.terminal import terminal
 from tasks.planning.plan import Plan, StagePlan, make_plan
 from tasks.recipe.recipe import Recipe
-from tasks.reports.format import duration, scaled
 from tasks.signals import Stop
 from tasks.stages.base import Context, StageResult, Why
 from tasks.store.store import Store

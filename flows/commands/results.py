@@ -8,9 +8,10 @@ from rich.text import Text
 
 from dpo_core.errors import RecipeError
 from flows.commands.terminal import terminal
-from tasks.reports import run_text, study_report
+from tasks.reports.run_document import run_document
 from tasks.reports.run_report import RunReport
-from tasks.reports.study_report import StudyReport
+from tasks.reports.study_report import StudyReport, study_document
+from tasks.reports.terminal import terminal as as_table
 from tasks.reports.verdict import verdict
 from tasks.runs.record import list_runs
 from tasks.store.files import plain_name, run_folder
@@ -50,13 +51,13 @@ def print_report(report: RunReport | StudyReport, workspace: str, as_json: bool)
     console = terminal()
     folder = run_folder(Path(workspace).absolute(), report.run.name)
     if isinstance(report, RunReport):
-        console.print(run_text.terminal_table(report))
+        console.print(as_table(run_document(report)))
         console.print(Text(verdict(report).headline, style="bold"))
         if model := report.model:
             state = "known from an earlier run" if model.known else f"alias {model.alias}"
             console.print(f"model   {model.name} version {model.version}, {state}")
             console.print(f"weights {model.uri.removeprefix('file://')}", soft_wrap=True)
     else:
-        console.print(study_report.terminal_table(report))
+        console.print(as_table(study_document(report)))
     console.print(f"page    {folder / 'page.html'}", soft_wrap=True)
     console.print("look    dpo ui", soft_wrap=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 import typer
 
 from dpo_core.errors import RecipeError
+from dpo_core.statistics.format import bounded
 from flows.commands.format import count
-from tasks.reports.old_report import is_old, upgraded
 from tasks.runs.record import STATUSES, list_runs
 from tasks.store.files import run_folder
 
@@ -20,14 +20,13 @@ def _result(workspace: str, run_id: str) -> str:
         facts = json.loads((run_folder(workspace, run_id) / "report.json").read_bytes())
         if "study" in facts:
             return ""
-        facts = upgraded(facts) if is_old(facts) else facts
         candidate = facts["candidate"]
         decision, rows = facts.get("decision"), (facts.get("evaluation") or {}).get("policies") or []
         gain = next((row["gain"] for row in rows if row["name"] == candidate and row.get("gain")), None)
         about, model = facts["policies"].get(candidate) or {}, facts.get("model")
         parts = [
             ("promote" if decision["promote"] else "do not promote") if decision else "",
-            f"gain {gain['value']:+.3f} [{gain['low']:+.3f} to {gain['high']:+.3f}]" if gain else "",
+            f"gain {bounded(gain['value'], gain['low'], gain['high'], 'gap')}" if gain else "",
             f"{model['name']} version {model['version']}" if model else "",
             about.get("objective") or about.get("method") or "",
         ]

@@ -13,12 +13,12 @@ from dpo_core.data.answers import measure_answers
 from dpo_core.errors import DpoError
 from dpo_core.estimates.estimate import EstimatedWork
 from dpo_core.scoring.layout import lay_out
+from dpo_core.statistics.format import duration
 from dpo_core.training.memory import step_memory, training_memory
 from tasks.planning.read_planned_run import read_planned_run
 from tasks.planning.speed import Speed
 from tasks.recipe.policies import PolicyFields
 from tasks.recipe.recipe import Recipe
-from tasks.reports.format import duration
 from tasks.reports.run_warnings import answers_cut, too_few_prompts
 from tasks.runs.recipe import changed_since
 from tasks.stages.base import StageResult, Why

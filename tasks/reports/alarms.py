@@ -5,13 +5,14 @@ reward, cut answers and noise.
 """
 
 import math
+from collections.abc import Iterable
 from statistics import fmean, stdev
 from typing import NamedTuple
 
 from dpo_core.evaluation.policy_row import PolicyRow
+from dpo_core.statistics.format import interval, number, percent
 from tasks.recipe.policies import REFERENCE
 from tasks.reports.curves import clear_change, quarters, series, start_and_end
-from tasks.reports.format import cell, number, percent
 from tasks.reports.run_report import Evaluation, RunReport
 
 KL_LIMIT_NATS = (
@@ -46,29 +47,32 @@ class Alarm(NamedTuple):
 
 def alarms(report: RunReport) -> list[Alarm]:
     """All alarms of a run, each with the numbers that raised it."""
-    raised = _training_alarms(report) + _answer_alarms(report)
+    raised = _training_alarms(report)
     evaluation = report.evaluation
-    sft = evaluation.policy(REFERENCE) if evaluation else None
-    trained = [row for row in evaluation.policies if row.name != REFERENCE] if evaluation else []
-    raised += [alarm for row in trained for alarm in _policy_alarms(report, row, sft)]
+    for row in evaluation.policies if evaluation else []:
+        assert evaluation is not None
+        found = {CUT: _cut(evaluation, row), NOISE: _noise(evaluation, row)}
+        raised += _of_policy(report, row.name, found.items())
+    for row in evaluation.policies if evaluation else []:
+        raised += _drifts(report, row) if row.name != REFERENCE else []
     for name, about in report.policies.items():
-        if about.unusual:
-            raised.append(Alarm(UNUSUAL, f"{name}: {about.unusual}", name))
-    # Reports of older versions contain unusual parameters as a note of the run.
-    raised += [
-        Alarm(name, str(report.notes[name]))
-        for name in (UNUSUAL, CLASS_WEIGHTS, REMOTE_CODE)
-        if name in report.notes
-    ]
+        raised += [Alarm(UNUSUAL, f"{name}: {about.unusual}", name)] if about.unusual else []
+    noted = (CLASS_WEIGHTS, REMOTE_CODE)
+    raised += [Alarm(name, str(report.notes[name])) for name in noted if name in report.notes]
     for gate in report.gate:
         failed = [f for f in gate.findings if not f.passed and f.severity in ("critical", "warning")]
-        if failed:
-            lines = [f"{_sentence(f.message)} ({f.rule}, {f.severity}{_rows(f.count)})" for f in failed]
-            raised.append(Alarm("Data gate", f"{gate.subject}: {' '.join(lines)}"))
+        lines = [f"{_sentence(f.message)} ({f.rule}, {f.severity}{_rows(f.count)})" for f in failed]
+        raised += [Alarm("Data gate", f"{gate.subject}: {' '.join(lines)}")] if lines else []
     return raised
 
 
-def _policy_alarms(report: RunReport, row: PolicyRow, sft: PolicyRow | None) -> list[Alarm]:
+def _of_policy(report: RunReport, policy: str, found: Iterable[tuple[str, str]]) -> list[Alarm]:
+    """Alarms of a policy by name, where a message was found."""
+    name = report.label(policy)
+    return [Alarm(alarm, f"{name}: {message}", policy) for alarm, message in found if message]
+
+
+def _drifts(report: RunReport, row: PolicyRow) -> list[Alarm]:
     """Alarms from a policy's evaluation: its KL, diversity and length against the reference."""
     raised = []
     name, kl = report.label(row.name), row.kl.value if row.kl else 0.0
@@ -79,6 +83,7 @@ def _policy_alarms(report: RunReport, row: PolicyRow, sft: PolicyRow | None) -> 
     elif direct and sampler and kl > max(KL_TIMES_SAMPLER * sampled_kl, KL_FLOOR_NATS):
         distance = f"{number(kl)} nats from the reference, {report.label(sampler)} {number(sampled_kl)}."
         raised.append(Alarm("KL run-away", f"{name} is {distance}", row.name))
+    sft = report.evaluation.policy(REFERENCE) if report.evaluation else None
     if sft is None:
         return raised
     for measure, own, base in (
@@ -133,18 +138,6 @@ def cut_message(cut: float, limit: int, median: float) -> str:
     )
 
 
-def _answer_alarms(report: RunReport) -> list[Alarm]:
-    """Alarms about answers that cannot be compared: they are cut, or noise."""
-    raised: list[Alarm] = []
-    evaluation = report.evaluation
-    for row in evaluation.policies if evaluation else []:
-        assert evaluation is not None
-        messages = {CUT: _cut(evaluation, row), NOISE: _noise(evaluation, row)}
-        who = report.label(row.name)
-        raised += [Alarm(name, f"{who}: {text}", row.name) for name, text in messages.items() if text]
-    return raised
-
-
 def _cut(evaluation: Evaluation, row: PolicyRow) -> str:
     limit, median, complete = evaluation.max_new_tokens, evaluation.chosen_tokens, evaluation.chosen_ended
     if row.ended is None or limit is None or median is None or complete is None:
@@ -172,28 +165,29 @@ def _clearly_below_zero(values: list[float]) -> bool:
 
 def _training_alarms(report: RunReport) -> list[Alarm]:
     raised: list[Alarm] = []
+    rows_of = {row.name: row for row in report.evaluation.policies} if report.evaluation else {}
     for stage, rows in report.curves.items():
         policy = report.policy_of(stage)
-        if policy is None:  # SFT and the reward model
-            continue
-        name, row = report.label(policy), report.evaluation.policy(policy) if report.evaluation else None
-        raised += [
-            Alarm(alarm, f"{name}: {message}", policy)
-            for alarm, message in (
+        if policy is not None:  # else SFT or the reward model
+            found = [
                 ("Likelihood displacement", _displaced(report.policies[policy].reference, rows)),
-                ("Reward without accuracy", _without_accuracy(rows, row)),
+                ("Reward without accuracy", _without_accuracy(rows, rows_of.get(policy))),
                 *_on_policy_alarms(rows),
-            )
-            if message
-        ]
+            ]
+            raised += _of_policy(report, policy, found)
     for policy in report.policies:
-        row = report.evaluation.policy(policy) if report.evaluation else None
-        if policy in report.samplers or row is None or row.accuracy is None or not _gained(row):
-            continue
-        if row.accuracy.high < 0.5:
-            accuracy = cell(row.accuracy, "share")
-            message = f"the reward rose, but held-out preference accuracy is {accuracy}."
-            raised.append(Alarm("Reward without accuracy", f"{report.label(policy)}: {message}", policy))
+        row = rows_of.get(policy)
+        if (
+            policy not in report.samplers
+            and row
+            and row.accuracy
+            and _gained(row)
+            and row.accuracy.high < 0.5
+        ):
+            message = (
+                f"the reward rose, but held-out preference accuracy is {interval(row.accuracy, 'share')}."
+            )
+            raised += _of_policy(report, policy, [("Reward without accuracy", message)])
     return raised
 
 

@@ -2,6 +2,7 @@
 
 from pydantic import JsonValue
 
+from dpo_core.statistics.format import interval
 from tasks.reports.about import RunData
 from tasks.reports.run_report import EvaluationDetails
 from tasks.store.facts import GateFacts, LoadFacts, facts_of
@@ -24,7 +25,7 @@ def data_notes(data: RunData, evaluation: EvaluationDetails) -> dict[str, JsonVa
         )
     for policy, accuracies in evaluation.accuracy_by_source.items():
         notes[f"Preference accuracy of {policy} by set"] = "; ".join(
-            f"{name}: {accuracy.value:.1%} [{accuracy.low:.1%}, {accuracy.high:.1%}] of {accuracy.n} pairs"
+            f"{name}: {interval(accuracy, 'share')} of {accuracy.n} pairs"
             for name, accuracy in accuracies.items()
         )
     return notes

@@ -1,44 +1,44 @@
 """Draws figures with matplotlib: inline SVG that follows the page's light or dark theme, or a file.
 
-matplotlib draws with placeholder colours, which are then replaced by CSS variables of the page (with fallback
-colours for use outside the page). Each panel is one small figure that is readable on a phone; wide pages show
-panels in columns.
+matplotlib draws in the light theme's colours; the page's style sheet replaces each of them in the dark theme.
+Each panel is one small figure that is readable on a phone; wide pages show panels in columns.
 """
 
 import io
-import re
 from collections.abc import Callable, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+from xml.etree import ElementTree
 
 import matplotlib
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from matplotlib import style
 from matplotlib.figure import Figure as Canvas
 
+from dpo_core.statistics.estimates import Estimate
+from tasks.reports.document import Figure
+
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
-PANEL, WIDE = (4.6, 3.0), (5.1, 3.4)  # inches of 72 units: close to CSS pixels where the page shows them
+WIDE = (5.1, 3.4)
 
-# Placeholder colour for matplotlib -> (CSS variable, fallback)
-_THEME = {
-    "#010201": ("--ink", "#1c2127"),
-    "#010202": ("--muted", "#59636e"),
-    "#010203": ("--rule", "#d5dae0"),
-    "#010204": ("--blue", "#0a5cab"),
-    "#010205": ("--orange", "#a9480a"),
-    "#010206": ("--green", "#1d7440"),
-    "#010207": ("--purple", "#7b3fb0"),
-    "#010208": ("--pink", "#b0246e"),
-    "#010209": ("--teal", "#0b6b73"),
-    "#010210": ("--red", "#b3261e"),
+COLOURS = {
+    "ink": ("#1c2127", "#e6e9ed"),
+    "muted": ("#59636e", "#a3adb8"),
+    "rule": ("#d5dae0", "#39414b"),
+    "blue": ("#0a5cab", "#77b5f5"),
+    "orange": ("#a9480a", "#f2a365"),
+    "green": ("#1d7440", "#74c58f"),
+    "purple": ("#7b3fb0", "#c7a2f5"),
+    "pink": ("#b0246e", "#f58fc0"),
+    "teal": ("#0b6b73", "#5fcfd8"),
+    "red": ("#b3261e", "#ff8f85"),
 }
-INK, MUTED, RULE, BLUE, ORANGE, GREEN, PURPLE, PINK, TEAL, RED = _THEME
-Palette = dict[str, str]  # placeholder colour -> drawn colour
-THEMED: Palette = {colour: colour for colour in _THEME}
-LIGHT: Palette = {colour: fallback for colour, (_, fallback) in _THEME.items()}
+"""Colours of page and figures, in the light and in the dark theme."""
+INK, MUTED, RULE, BLUE, ORANGE, GREEN, PURPLE, PINK, TEAL, RED = (light for light, _ in COLOURS.values())
 
 _STYLE: dict[str, object] = {
     "svg.fonttype": "none",  # real text: small, searchable, in the page's own font
@@ -64,6 +64,8 @@ _STYLE: dict[str, object] = {
     "legend.fontsize": 12,
     "lines.linewidth": 1.6,
 }
+_LONGEST_NAME = 16  # characters in a legend; three columns of these fit
+_SVG = "{http://www.w3.org/2000/svg}"
 
 
 class Look(NamedTuple):
@@ -85,32 +87,28 @@ def looks(policies: Sequence[str]) -> dict[str, Look]:
     return dict(zip(policies, cycle(_LOOKS), strict=False))
 
 
-class Figure(NamedTuple):
-    """One panel: its title, the SVG, and a line of text below it."""
-
-    title: str
-    svg: Markup
-    note: str
-
-
-def svg(
-    key: str, title: str, description: str, draw: Callable[["Axes"], None], size: tuple[float, float] = PANEL
-) -> Markup:
-    """Draw one panel as SVG. Equal input gives equal bytes; `key` makes its ids unique on a page."""
-    text = _draw([draw], size, {**_STYLE, "svg.hashsalt": key})
-    return Markup(_inline(text.decode(), key, title, description))
+def svg(figure: Figure) -> Markup:
+    """Draw one panel as SVG. Equal input gives equal bytes."""
+    # The salt makes the ids of clip paths and markers unique on a page.
+    settings = {**_STYLE, "svg.hashsalt": figure.key}
+    root = ElementTree.fromstring(_draw([figure.draw], figure.size, settings))
+    for group in root.iter(f"{_SVG}g"):  # matplotlib numbers groups alike in every figure
+        group.attrib.pop("id", None)
+    for size_attribute in ("width", "height"):
+        del root.attrib[size_attribute]
+    root.attrib.update({"class": "chart", "role": "img", "aria-label": figure.description})
+    ElementTree.register_namespace("", _SVG[1:-1])
+    ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")
+    return Markup(ElementTree.tostring(root, encoding="unicode"))
 
 
 def picture(file: Path, draws: Sequence[Callable[["Axes"], None]], size: tuple[float, float]) -> None:
     """Write panels side by side into one file (PNG or SVG by its name) on a light background.
 
-    The panels use the colours of `LIGHT`. Text is drawn as outlines, because the file has no page's font.
+    Text is drawn as outlines, because the file has no page's font.
     """
-    light = {
-        key: LIGHT.get(value, value) if isinstance(value, str) else value for key, value in _STYLE.items()
-    }
-    style = {**light, "svg.fonttype": "path", "svg.hashsalt": file.name, "figure.facecolor": "#ffffff"}
-    file.write_bytes(_draw(draws, size, style, form=file.suffix[1:]))
+    settings = {"svg.fonttype": "path", "svg.hashsalt": file.name, "figure.facecolor": "#ffffff"}
+    file.write_bytes(_draw(draws, size, _STYLE | settings, form=file.suffix[1:]))
 
 
 def _draw(
@@ -131,34 +129,18 @@ def _draw(
     return buffer.getvalue()
 
 
-def reach(value: float, low: float, high: float) -> list[list[float]]:
-    # A percentile interval may narrowly exclude its own estimate; matplotlib rejects negative lengths.
-    return [[max(0.0, value - low)], [max(0.0, high - value)]]
+def reach(estimate: Estimate) -> list[list[float]]:
+    """Lengths of an error bar below and above; never negative, although a percentile interval may narrowly
+    exclude its own estimate."""
+    return [[max(0.0, estimate.value - estimate.low)], [max(0.0, estimate.high - estimate.value)]]
 
 
-def slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "stage"
-
-
-def _inline(document: str, key: str, title: str, description: str) -> str:
-    """A matplotlib SVG document as an element of a page: themed, named, without what leaks into the page."""
-    view_box = re.search(r'viewBox="[^"]+"', document)
-    assert view_box, "matplotlib always writes a viewBox"
-    body = document[document.index(">", view_box.end()) + 1 : document.rindex("</svg>")]
-    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.S)
-    body = re.sub(r"<style.*?</style>", "", body, flags=re.S)  # its `*` selector would reach the whole page
-    body = re.sub(r" font-family: [^;\"]+;?", "", body)
-    used = set(re.findall(r'xlink:href="#([^"]+)"|url\(#([^)]+)\)', body))
-    kept = {name for pair in used for name in pair if name}
-    body = re.sub(r' id="([^"]+)"', lambda m: f' id="{key}-{m[1]}"' if m[1] in kept else "", body)
-    body = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{key}-", body).replace("xlink:href", "href")
-    # A tenth of a unit is below one device pixel. Inside tags only: tick labels are text and stay.
-    body = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\d+\.\d)\d+", r"\1", tag[0]), body)
-    for stand_in, (variable, fallback) in _THEME.items():
-        body = body.replace(stand_in, f"var({variable}, {fallback})")
-    body = re.sub(r"\s*\n\s*", " ", body).replace("> <", "><")
-    return (
-        f'<svg class="chart" {view_box[0]} xmlns="http://www.w3.org/2000/svg" role="img" '
-        f'aria-labelledby="{key}-title {key}-desc"><title id="{key}-title">{escape(title)}</title>'
-        f'<desc id="{key}-desc">{escape(description)}</desc>{body}</svg>'
-    )
+def legend(axes: "Axes", handles: Sequence[tuple[str, "Artist"]]) -> None:
+    """A legend above the axes, in three columns; names in it never lie on marks or on each other."""
+    names = [name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…" for name, _ in handles]
+    shown = axes.legend(
+        [handle for _, handle in handles], names, loc="lower left", bbox_to_anchor=(0, 1), ncols=3,
+        borderaxespad=0, handlelength=1.8, columnspacing=1.1, handletextpad=0.5,
+    )  # fmt: skip
+    for text in shown.get_texts():
+        text.set_parse_math(False)  # policy names may contain dollar signs

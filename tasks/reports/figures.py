@@ -1,58 +1,48 @@
-"""Draws the run page's figures (training curves, reward against KL), each with a description in words."""
+"""The run page's figures: training curves, and reward against KL, each with a description in words."""
 
 from collections.abc import Callable, Sequence
-from itertools import cycle
 from typing import TYPE_CHECKING, NamedTuple
 
 from matplotlib.ticker import MaxNLocator
 
 from dpo_core.methods.method import Panel
+from dpo_core.statistics.format import interval, number
 from tasks.recipe.policies import CHAMPION, REFERENCE
 from tasks.reports.curves import series, start_and_end
-from tasks.reports.drawing import BLUE, INK, MUTED, ORANGE, TEAL, WIDE, Figure, Look, looks, reach, svg
-from tasks.reports.format import number
+from tasks.reports.document import Figure
+from tasks.reports.drawing import BLUE, MUTED, ORANGE, TEAL, WIDE, Look, legend, looks, reach
 from tasks.reports.run_report import Evaluation
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
 MAX_POINTS = 200  # longer curves are averaged over neighbours; more points are not distinguishable
 
-_REFERENCE, _CHAMPION = Look(MUTED, "s"), Look(TEAL, "P")
 
+class Curve(NamedTuple):
+    """One logged metric of a panel."""
 
-def curve_figures(
-    key: str, name: str, panels: Sequence[Panel], rows: Sequence[dict[str, float]]
-) -> list[Figure]:
-    """One figure for each panel whose metrics were logged. `eval_` metrics are drawn in the same panel.
-
-    Args:
-        key: prefix of the figures' ids, unique for each training on a page.
-        name: the trained policy or stage.
-    """
-    figures = []
-    for index, panel in enumerate(panels):
-        lines = _lines(panel, rows)
-        if lines:
-            figures.append(_curve(f"{key}-{index}", name, panel, lines))
-    return figures
-
-
-class _Line(NamedTuple):
     label: str
     steps: list[float]
     values: list[float]
     colour: str
     held_out: bool
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Means of the first and the last tenth."""
+        return start_and_end(self.values) or (self.values[0], self.values[-1])
 
-def _lines(panel: Panel, rows: Sequence[dict[str, float]]) -> list[_Line]:
+
+def curves_of(panel: Panel, rows: Sequence[dict[str, float]]) -> list[Curve]:
+    """The panel's metrics that were logged; `eval_` metrics are drawn in the same panel."""
     lines = []
     for (metric, label), colour in zip(panel.metrics, (BLUE, ORANGE), strict=False):
         for prefix, suffix in (("", ""), ("eval_", ", held out")):
             steps, values = series(rows, prefix + metric)
             if values:
-                lines.append(_Line(label + suffix, *_thin(steps, values), colour, bool(prefix)))
+                lines.append(Curve(label + suffix, *_thin(steps, values), colour, bool(prefix)))
     return lines
 
 
@@ -66,17 +56,39 @@ def _thin(steps: list[float], values: list[float]) -> tuple[list[float], list[fl
     return [x for x, _ in means], [y for _, y in means]
 
 
-def _curve(key: str, stage: str, panel: Panel, lines: list[_Line]) -> Figure:
+def curve_figures(
+    key: str, name: str, panels: Sequence[Panel], rows: Sequence[dict[str, float]]
+) -> list[Figure]:
+    """One figure for each panel whose metrics were logged.
+
+    Args:
+        key: prefix of the figures' ids, unique for each training on a page.
+        name: the trained policy or stage.
+    """
+    logged = [(panel, curves_of(panel, rows)) for panel in panels]
+    return [
+        _curve(f"{key}-{index}", name, panel, lines) for index, (panel, lines) in enumerate(logged) if lines
+    ]
+
+
+def ends_in_words(lines: Sequence[Curve]) -> str:
+    """`0.693 → 0.455`, with the labels if there are several curves."""
+    return "; ".join(
+        f"{line.label + ': ' if len(lines) > 1 else ''}{number(line.ends[0])} → {number(line.ends[1])}"
+        for line in lines
+    )
+
+
+def _curve(key: str, name: str, panel: Panel, lines: list[Curve]) -> Figure:
     def draw(axes: "Axes") -> None:
         if panel.baseline is not None:
             axes.axhline(panel.baseline, color=MUTED, linewidth=1, linestyle=":")
         covered = {line.colour for line in lines if line.held_out}  # drawn pale, so that held-out points show
         for index, line in enumerate(lines):
             # Lines differ in shape as well as in colour: dashes for the second, dots for held out.
-            style = "--" if line.colour != BLUE else "-"
-            marker = "o" if line.held_out or len(line.values) == 1 else None
             axes.plot(
-                line.steps, line.values, style, color=line.colour, marker=marker, markersize=4,
+                line.steps, line.values, "--" if line.colour != BLUE else "-", color=line.colour,
+                marker="o" if line.held_out or len(line.values) == 1 else None, markersize=4,
                 alpha=0.4 if line.colour in covered and not line.held_out else 1,
                 label=line.label, zorder=2 + index,
             )  # fmt: skip
@@ -90,68 +102,56 @@ def _curve(key: str, stage: str, panel: Panel, lines: list[_Line]) -> Figure:
                 columnspacing=1.2,
             )  # fmt: skip
 
-    ends = [(line.label, start_and_end(line.values) or (line.values[0], line.values[-1])) for line in lines]
-    note = "; ".join(
-        f"{label + ': ' if len(lines) > 1 else ''}{number(a)} → {number(b)}" for label, (a, b) in ends
-    )
     words = "; ".join(
-        f"{line.label} from {number(a)} to {number(b)}, between {number(min(line.values))} and "
-        f"{number(max(line.values))}, steps {line.steps[0]:g} to {line.steps[-1]:g}"
-        for line, (_, (a, b)) in zip(lines, ends, strict=True)
+        f"{line.label} from {number(line.ends[0])} to {number(line.ends[1])}, between "
+        f"{number(min(line.values))} and {number(max(line.values))}, steps {line.steps[0]:g} to "
+        f"{line.steps[-1]:g}"
+        for line in lines
     )
-    return Figure(panel.title, svg(key, f"{panel.title}, {stage}", words, draw), note)
+    return Figure(key, panel.title, ends_in_words(lines), f"{panel.title}, {name}: {words}", draw)
 
 
-def frontier_figure(evaluation: Evaluation, label: Callable[[str], str] = str) -> Figure | None:
+def frontier_figure(evaluation: Evaluation, label: Callable[[str], str]) -> Figure | None:
     """The figure of reward gain over SFT against KL, with 95 % intervals; SFT is the origin.
 
     The paired gain is drawn instead of the reward, because its interval shows whether a policy differs from
     SFT. None if no policy has both numbers. `label` gives the displayed name of a policy.
     """
-    points = [row for row in evaluation.policies if row.gain is not None and row.kl is not None]
-    points = sorted(
-        (row for row in points if row.name != REFERENCE), key=lambda row: row.kl.value if row.kl else 0
-    )
+    points = [
+        (row.name, row.kl, row.gain)
+        for row in evaluation.policies
+        if row.gain is not None and row.kl is not None and row.name != REFERENCE
+    ]
     if not points:
         return None
     trained = [row.name for row in evaluation.policies if row.name not in (REFERENCE, CHAMPION)]
-    styles = looks(trained) | {CHAMPION: _CHAMPION}
+    styles = looks(trained) | {CHAMPION: Look(TEAL, "P")}
 
     def draw(axes: "Axes") -> None:
         axes.axhline(0, color=MUTED, linewidth=1, linestyle=":")
-        axes.plot([0], [0], _REFERENCE.marker, color=_REFERENCE.colour, markersize=7)
-        axes.annotate(REFERENCE, (0, 0), (7, -14), textcoords="offset points", color=INK, fontweight="bold")
-        # From left to right, labels on alternating sides, so that coinciding policies stay readable.
-        sides = [((-7, 6), "right"), ((7, 6), "left"), ((-7, -14), "right"), ((7, -14), "left")]
-        for row, (offset, side) in zip(points, cycle(sides), strict=False):
-            assert row.gain is not None
-            assert row.kl is not None
-            colour, marker = styles[row.name]
-            axes.errorbar(
-                row.kl.value, row.gain.value, fmt=marker, color=colour, markersize=7, elinewidth=1.4,
-                capsize=3,
-                xerr=reach(row.kl.value, row.kl.low, row.kl.high),
-                yerr=reach(row.gain.value, row.gain.low, row.gain.high),
+        handles: list[tuple[str, Artist]] = [
+            (REFERENCE, axes.plot([0], [0], "s", color=MUTED, markersize=7)[0])
+        ]
+        for name, kl, gain in points:
+            colour, marker = styles[name]
+            bar = axes.errorbar(
+                kl.value, gain.value, fmt=marker, color=colour, markersize=7, elinewidth=1.4, capsize=3,
+                xerr=reach(kl), yerr=reach(gain),
             )  # fmt: skip
-            axes.annotate(
-                label(row.name), (row.kl.value, row.gain.value), offset, textcoords="offset points", ha=side,
-                color=INK, fontweight="bold",
-            )  # fmt: skip
+            handles.append((label(name), bar[0]))
         axes.set_xlabel("KL to the reference, nats per sequence (k1)")
         axes.set_ylabel(f"reward gain over {REFERENCE}")
-        axes.margins(0.12)
-        left, right = axes.get_xlim()
-        right = max(1.0, right)  # differences far below one nat are noise
-        axes.set_xlim(min(left, -0.16 * right), right)  # room for a label left of the origin
+        axes.margins(0.05)
+        legend(axes, handles)
 
     words = "; ".join(
-        f"{label(row.name)} gains {number(row.gain.value, signed=True)} "
-        f"({number(row.gain.low)} to {number(row.gain.high)}) "
-        f"at KL {number(row.kl.value)} ({number(row.kl.low)} to {number(row.kl.high)})"
-        for row in points
-        if row.gain and row.kl
+        f"{label(name)} gains {interval(gain, 'gap')} at KL {interval(kl)}" for name, kl, gain in points
     )
-    drawn = svg("frontier", f"Reward gain over {REFERENCE} against KL to the reference", words, draw, WIDE)
     return Figure(
-        "Reward against KL", drawn, "Up is better, left is closer to the reference. Bars: 95% intervals."
+        "frontier",
+        "",
+        "Up is better, left is closer to the reference. Bars: 95% intervals.",
+        f"Reward gain over {REFERENCE} against KL to the reference: {words}",
+        draw,
+        WIDE,
     )

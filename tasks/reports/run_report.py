@@ -3,9 +3,9 @@
 import math
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
-from pydantic import Field, JsonValue, field_validator, model_validator
+from pydantic import Field, JsonValue, field_validator
 
 from dpo_core.config import Config
 from dpo_core.evaluation.compare import Comparison
@@ -15,12 +15,9 @@ from dpo_core.evaluation.results import Measure
 from dpo_core.judging.results import WinRate
 from dpo_core.rewards.quality import RewardQuality
 from dpo_core.statistics.estimates import Estimate
+from expectations.report import Finding
 from tasks.recipe.policies import REFERENCE
-from tasks.reports.format import number
-from tasks.reports.old_report import is_old, upgraded
 from tasks.store.facts import Origin
-
-_Part = TypeVar("_Part", bound=Config)
 
 
 class RunInfo(Config):
@@ -62,39 +59,6 @@ class StageRow(Config):
     mlflow_run_id: str | None = None
 
 
-class GateFinding(Config):
-    """The result of one rule of the data gate, with the fields of `expectations.report.Finding`."""
-
-    rule: str
-    severity: Literal["critical", "warning", "info", "off"]
-    passed: bool
-    skipped: bool = False
-    """Whether the rule could not be checked; the message gives the reason."""
-    count: int = 0
-    rate: float | None = None
-    """Share of the rows that break the rule, 0 to 1."""
-    observed: float | None = None
-    """The measured value, for rules on the whole data set."""
-    threshold: float | dict[str, float] | None = None
-    """The limit, or several limits by their names in the recipe."""
-    rows: list[int | str] = Field(default_factory=list)
-    """Numbers or ids of the first rows that break the rule."""
-    message: str = ""
-    remedy: str = ""
-
-    @property
-    def measured(self) -> float | None:
-        """The value that is compared with the limit."""
-        return self.rate if self.observed is None else self.observed
-
-    @property
-    def limit(self) -> str:
-        """The limit as text."""
-        if isinstance(self.threshold, dict):
-            return ", ".join(f"{name} {number(value)}" for name, value in self.threshold.items()) or "–"
-        return "–" if self.threshold is None else number(self.threshold)
-
-
 class GateRow(Config):
     """One data set at the gate."""
 
@@ -103,7 +67,7 @@ class GateRow(Config):
     dropped: int = 0
     refused: bool = False
     docs_uri: str | None = None
-    findings: list[GateFinding] = Field(default_factory=list)
+    findings: list[Finding] = Field(default_factory=list)
 
 
 class TrainingDescription(Config):
@@ -143,12 +107,23 @@ class TrainingDescription(Config):
         return [(label, text) for label, text in listed if text]
 
 
+class Turn(Config):
+    """One message of a conversation."""
+
+    role: str
+    content: str
+
+
 class Sample(Config):
     """One prompt with each policy's answer."""
 
     prompt: str
     completions: dict[str, str]
     rewards: dict[str, float] = Field(default_factory=dict)
+    turns: list[Turn] = Field(default_factory=list)
+    """The prompt's messages; empty if it is plain text."""
+    chosen: str = ""
+    """The data's own chosen or desirable answer; empty if the data have none."""
 
 
 class PolicyTable(Config):
@@ -183,8 +158,7 @@ class Evaluation(PolicyTable):
     """The evaluation of the policies, with the facts needed to interpret it."""
 
     learned_from: list[str] | None = None
-    """Policies that learned from the reward that is used for evaluation; None for a learned reward, and in
-    reports of older runs."""
+    """Policies that learned from the reward that is used for evaluation; None for a learned reward."""
     max_new_tokens: int | None = None
     """Length limit of sampled answers, in tokens."""
     chosen_tokens: float | None = None
@@ -279,7 +253,6 @@ class RunReport(Config):
     gate: list[GateRow] = Field(default_factory=list)
     evaluation: Evaluation | None = None
     trained: TrainingDescription | None = None
-    """What was trained; None in reports of older versions."""
     candidate: str
     """The policy that was registered."""
     policies: dict[str, PolicyAbout] = Field(default_factory=dict)
@@ -339,47 +312,6 @@ class RunReport(Config):
     def samplers(self) -> list[str]:
         """The policies that learned from a reward on their own samples."""
         return [name for name, about in self.policies.items() if about.reward is not None]
-
-    def named(self) -> "RunReport":
-        """The report with displayed names of stages, and of policies in win rates, suites, comparisons and
-        samples.
-
-        `evaluation.policies` and `policies` keep the original names, which are their keys.
-        """
-
-        def renamed(part: _Part, *fields: str) -> _Part:
-            return part.model_copy(update={field: self.label(getattr(part, field)) for field in fields})
-
-        changed: dict[str, Any] = {
-            "win_rates": [renamed(rate, "a", "b") for rate in self.win_rates],
-            "suites": [renamed(row, "policy") for row in self.suites],
-            "comparisons": [renamed(row, "candidate", "baseline") for row in self.comparisons],
-            "stages": [row.model_copy(update={"name": self.stage_label(row.name)}) for row in self.stages],
-            "policies": {
-                name: about.model_copy(update={"stage": self.stage_label(about.stage)})
-                for name, about in self.policies.items()
-            },
-            "curves": {self.stage_label(stage): rows for stage, rows in self.curves.items()},
-        }
-        if self.cost:
-            seconds = {self.stage_label(stage): s for stage, s in self.cost.seconds_by_stage.items()}
-            changed["cost"] = self.cost.model_copy(update={"seconds_by_stage": seconds})
-        if self.evaluation:
-            samples = [
-                Sample(
-                    prompt=sample.prompt,
-                    completions={self.label(name): text for name, text in sample.completions.items()},
-                    rewards={self.label(name): value for name, value in sample.rewards.items()},
-                )
-                for sample in self.evaluation.samples
-            ]
-            changed["evaluation"] = self.evaluation.model_copy(update={"samples": samples})
-        return self.model_copy(update=changed)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_earlier_version(cls, facts: Any) -> Any:
-        return upgraded(facts) if isinstance(facts, Mapping) and is_old(facts) else facts
 
     @field_validator("curves", mode="before")
     @classmethod

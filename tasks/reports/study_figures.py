@@ -3,68 +3,58 @@
 Each policy has the same colour and shape in both figures. Each mark is one setting, the mean of its seeds.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from dpo_core.statistics.format import interval, number, scaled
 from dpo_core.study import PolicySummary, Study, StudySummary
 from tasks.recipe.policies import REFERENCE
-from tasks.reports.drawing import (
-    LIGHT,
-    MUTED,
-    THEMED,
-    WIDE,
-    Figure,
-    Palette,
-    looks,
-    picture,
-    reach,
-    svg,
-)
-from tasks.reports.format import number, scaled
+from tasks.reports.document import Figure
+from tasks.reports.drawing import MUTED, WIDE, legend, looks, picture, reach
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
 
-_LONGEST_NAME = 16  # characters in a legend; three columns of these fit
-
 
 def figures(study: Study, summary: StudySummary) -> list[Figure]:
     """The figures of reward against KL and against compute; empty if there is no policy to draw."""
-    policies = study.drawn_policies()
-    if not policies:
+    if not study.drawn_policies():
         return []
-    kl_words, flops_words = _kl_words(study, summary), _flops_words(study, summary)
     return [
         Figure(
+            "reward-kl",
             "Reward against KL",
-            svg(
-                "reward-kl", "Reward against KL to the reference", kl_words, _kl(study, summary, THEMED), WIDE
-            ),
             "Up is better, left is closer to the reference. Bars: 95% intervals. Lines: the reward that "
             "mixtures of a policy's points reach, dotted beyond its largest KL.",
+            f"Reward against KL to the reference: {_kl_words(study, summary)}",
+            _kl(study, summary),
+            WIDE,
         ),
         Figure(
+            "reward-flops",
             "Reward against compute",
-            svg("reward-flops", "Reward against compute", flops_words, _flops(study, summary, THEMED), WIDE),
             "Up is better, left is cheaper. Bars: 95% intervals. Lines: the highest reward for at most that "
             "many FLOPs.",
+            f"Reward against compute: {_flops_words(study, summary)}",
+            _flops(study, summary),
+            WIDE,
         ),
     ]
 
 
 def write_picture(study: Study, summary: StudySummary, file: Path) -> None:
     """Write both figures side by side into one file (PNG or SVG by its name) on a light background."""
-    picture(file, [_kl(study, summary, LIGHT), _flops(study, summary, LIGHT)], (2 * WIDE[0], WIDE[1] + 0.3))
+    picture(file, [_kl(study, summary), _flops(study, summary)], (2 * WIDE[0], WIDE[1] + 0.3))
 
 
 # ------------------------------------------------------------------------------------------------ drawing
 
 
-def _kl(study: Study, summary: StudySummary, palette: Palette) -> Callable[["Axes"], None]:
+def _kl(study: Study, summary: StudySummary) -> Callable[["Axes"], None]:
     rows = _drawn(study, summary)
     end = max([summary.kl_end, *(row.reach for row in rows)])
 
@@ -72,31 +62,27 @@ def _kl(study: Study, summary: StudySummary, palette: Palette) -> Callable[["Axe
         look = looks(study.policies())
         handles: list[tuple[str, Artist]] = []
         for row in rows:
-            colour, marker = palette[look[row.policy].colour], look[row.policy].marker
+            colour, marker = look[row.policy]
             for x, y, style in _envelope_lines(row, end):
                 axes.plot(x, y, style, color=colour, linewidth=1.4, zorder=2)
             for setting in summary.rows(row.policy):
                 axes.errorbar(
                     setting.kl.value, setting.reward.value, fmt=marker, color=colour, markersize=6,
-                    elinewidth=1, zorder=3, xerr=reach(setting.kl.value, setting.kl.low, setting.kl.high),
-                    yerr=reach(setting.reward.value, setting.reward.low, setting.reward.high),
+                    elinewidth=1, zorder=3, xerr=reach(setting.kl), yerr=reach(setting.reward),
                 )  # fmt: skip
             handles.append((row.policy, axes.plot([], [], f"-{marker}", color=colour, markersize=6)[0]))
         if summary.best_of:
             best = sorted((best.kl_bound, best.reward.value) for best in summary.best_of)
             line = axes.plot(
-                [kl for kl, _ in best], [reward for _, reward in best], "--.", color=palette[MUTED],
-                linewidth=1.4, markersize=5, zorder=1,
+                [kl for kl, _ in best], [reward for _, reward in best], "--.", color=MUTED, linewidth=1.4,
+                markersize=5, zorder=1,
             )[0]  # fmt: skip
             handles.append((f"best of {max(best.n for best in summary.best_of)}", line))
-        reference = summary.reference.value
-        handles.append(
-            (REFERENCE, axes.plot([0], [reference], "s", color=palette[MUTED], markersize=7, zorder=4)[0])
-        )
+        reference = axes.plot([0], [summary.reference.value], "s", color=MUTED, markersize=7, zorder=4)[0]
         axes.set_xlabel("KL to the reference, nats per sequence (k1)")
         axes.set_ylabel("reward")
         axes.margins(0.04, 0.08)
-        _legend(axes, handles)
+        legend(axes, [*handles, (REFERENCE, reference)])
 
     return draw
 
@@ -110,7 +96,7 @@ def _envelope_lines(row: PolicySummary, end: float) -> list[tuple[list[float], l
     return [*lines, ([far, end], [top, top], ":")] if far < end else lines
 
 
-def _flops(study: Study, summary: StudySummary, palette: Palette) -> Callable[["Axes"], None]:
+def _flops(study: Study, summary: StudySummary) -> Callable[["Axes"], None]:
     rows = _drawn(study, summary)
     # A logarithmic axis cannot show a cost of 0.
     costs = [s.cost.flops for row in rows for s in summary.rows(row.policy) if s.cost.flops > 0] or [1.0]
@@ -119,7 +105,7 @@ def _flops(study: Study, summary: StudySummary, palette: Palette) -> Callable[["
         look = looks(study.policies())
         handles: list[tuple[str, Artist]] = []
         for row in rows:
-            colour, marker = palette[look[row.policy].colour], look[row.policy].marker
+            colour, marker = look[row.policy]
             stairs = _stairs(row, summary.reference.value, max(costs))
             axes.plot(
                 [x for x, _ in stairs], [y for _, y in stairs], color=colour, linewidth=1, alpha=0.5,
@@ -129,17 +115,15 @@ def _flops(study: Study, summary: StudySummary, palette: Palette) -> Callable[["
                 if setting.cost.flops > 0:
                     axes.errorbar(
                         setting.cost.flops, setting.reward.value, fmt=marker, color=colour, markersize=6,
-                        elinewidth=1, zorder=3,
-                        yerr=reach(setting.reward.value, setting.reward.low, setting.reward.high),
+                        elinewidth=1, zorder=3, yerr=reach(setting.reward),
                     )  # fmt: skip
             handles.append((row.policy, axes.plot([], [], f"-{marker}", color=colour, markersize=6)[0]))
-        reference = axes.axhline(summary.reference.value, color=palette[MUTED], linewidth=1.2, linestyle=":")
-        handles.append((REFERENCE, reference))
+        reference = axes.axhline(summary.reference.value, color=MUTED, linewidth=1.2, linestyle=":")
         axes.set_xlabel("compute after SFT, FLOPs (T: 10¹², P: 10¹⁵, E: 10¹⁸)")
         axes.set_ylabel("reward")
         axes.margins(y=0.08)
         _log_axis(axes, min(costs), max(costs))
-        _legend(axes, handles)
+        legend(axes, [*handles, (REFERENCE, reference)])
 
     return draw
 
@@ -162,16 +146,6 @@ def _log_axis(axes: "Axes", low: float, high: float) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _legend(axes: "Axes", handles: Sequence[tuple[str, "Artist"]]) -> None:
-    names = [name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…" for name, _ in handles]
-    legend = axes.legend(
-        [handle for _, handle in handles], names, loc="lower left", bbox_to_anchor=(0, 1), ncols=3,
-        borderaxespad=0, handlelength=1.8, columnspacing=1.1, handletextpad=0.5,
-    )  # fmt: skip
-    for text in legend.get_texts():
-        text.set_parse_math(False)  # policy names may contain dollar signs
-
-
 def _drawn(study: Study, summary: StudySummary) -> list[PolicySummary]:
     drawn = study.drawn_policies()
     return [row for row in summary.policies if row.policy in drawn]
@@ -184,8 +158,7 @@ def _kl_words(study: Study, summary: StudySummary) -> str:
     parts = [f"SFT has reward {number(summary.reference.value)} at KL 0"]
     for row in _drawn(study, summary):
         heights = ", ".join(
-            f"{number(at.reward.value)} ({number(at.reward.low)} to {number(at.reward.high)}) at KL {at.kl:g}"
-            + ("" if at.reached else ", beyond its largest KL")
+            f"{interval(at.reward)} at KL {at.kl:g}{'' if at.reached else ', beyond its largest KL'}"
             for at in row.at_kl
         )
         parts.append(f"{row.policy}, {_settings(row)} to KL {number(row.reach)}: {heights}")

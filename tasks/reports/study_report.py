@@ -1,29 +1,35 @@
-"""The report of a study: its data, HTML page, Markdown and terminal table."""
+"""The report of a study: its data, its headline, and its document."""
 
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
 
-from pydantic import Field, JsonValue, model_validator
-from rich.table import Table as RichTable
-from rich.text import Text
+from pydantic import Field, JsonValue
 
 from dpo_core.config import Config
 from dpo_core.study import DOMINATES, Claim, Study, StudySummary, claims, summarise
 from dpo_core.system import write_atomic
-from tasks.reports.run_page import Part, cost_facts, fill
-from tasks.reports.run_report import RunCost, RunInfo, StageRow
-from tasks.reports.run_text import fenced, markdown_table, plain, stage_size
-from tasks.reports.study_figures import figures, write_picture
-from tasks.reports.study_tables import (
-    CLAIMS_HEAD,
-    VERDICT_KIND,
+from tasks.reports.document import (
+    Block,
+    Bullets,
+    Cell,
+    Column,
+    Document,
+    Figures,
+    Item,
+    Line,
+    Section,
     Table,
-    claims_rows,
-    measured_on,
-    policies_table,
-    settings_table,
-    tables,
+    Tone,
 )
+from tasks.reports.html import html
+from tasks.reports.markdown import markdown
+from tasks.reports.measured import cost_terms, glossary_section, reproduce_section, stage_table
+from tasks.reports.run_report import RunCost, RunInfo, StageRow
+from tasks.reports.study_figures import figures, write_picture
+from tasks.reports.study_tables import measured_on, study_tables
+
+_KINDS: dict[str, Tone] = {
+    "supported": "good", "contradicted": "bad", "undecided": "unclear", "not measured": "plain",
+}  # fmt: skip
 
 
 class StudyReport(Config):
@@ -37,27 +43,6 @@ class StudyReport(Config):
     cost: RunCost | None = None
     """Cost of the whole study."""
     notes: dict[str, JsonValue] = Field(default_factory=dict)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_earlier_version(cls, facts: Any) -> Any:
-        """Rename `arm` in reports of earlier versions to `policy`."""
-        if not isinstance(facts, dict) or not isinstance(facts.get("summary"), dict):
-            return facts
-        return facts | {part: _renamed(facts.get(part)) for part in ("study", "summary")}
-
-
-def _renamed(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_renamed(inner) for inner in value]
-    if isinstance(value, dict):
-        return {{"arm": "policy", "arms": "policies"}.get(key, key): _renamed(v) for key, v in value.items()}
-    return value
-
-
-class StudyHeadline(NamedTuple):
-    text: str
-    kind: Literal["good", "bad", "unclear", "plain"]
 
 
 def study_report(
@@ -79,29 +64,27 @@ def write_report(report: StudyReport, folder: Path) -> Path:
     """Write `page.html`, `summary.md`, `report.json` and, if there are policies to draw, `frontier.png`."""
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / "page.html"
-    write_atomic(page, render(report))
-    write_atomic(folder / "summary.md", markdown(report))
+    document = study_document(report)
+    write_atomic(page, html(document))
+    write_atomic(folder / "summary.md", markdown(document))
     write_atomic(folder / "report.json", report.model_dump_json(indent=1))
     if report.study.drawn_policies():
         write_picture(report.study, report.summary, folder / "frontier.png")
     return page
 
 
-def headline(report: StudyReport) -> StudyHeadline:
+def headline(report: StudyReport) -> tuple[str, Tone]:
     """The verdict on the claim of dominance; if it was not measured, the names of the compared policies."""
     claim = next((claim for claim in report.claims if DOMINATES in claim.claim), None)
     if claim is None or claim.verdict == "not measured":
         drawn = report.study.drawn_policies()
-        return StudyHeadline(f"Reward against KL: {', '.join(drawn) or 'no policy was measured'}", "plain")
+        return f"Reward against KL: {', '.join(drawn) or 'no policy was measured'}", "plain"
     words = {
         "supported": claim.claim,
         "contradicted": claim.claim.replace(DOMINATES, "does not dominate"),
         "undecided": f"Whether {claim.claim} is undecided",
     }
-    kinds: dict[str, Literal["good", "bad", "unclear"]] = {
-        "supported": "good", "contradicted": "bad", "undecided": "unclear",
-    }  # fmt: skip
-    return StudyHeadline(words[claim.verdict], kinds[claim.verdict])
+    return words[claim.verdict], _KINDS[claim.verdict]
 
 
 def _reward_words(study: Study) -> str:
@@ -111,85 +94,51 @@ def _reward_words(study: Study) -> str:
     return f"Reward: {study.reward_name}, {nature}."
 
 
-# ---------------------------------------------------------------------------------------------------- page
-
-
-def render(report: StudyReport) -> str:
-    """The whole page as HTML: self-contained, without script, every text escaped."""
-    shown = tables(report.study, report.summary)
-    parts = [
-        Part(
-            "frontier",
-            "Reward against KL and compute",
-            "" if report.study.drawn_policies() else "no policy was measured",
-        ),
-        Part("claims", "Claims", "" if report.claims else "the study has none of the policies in the claims"),
-        *(Part(table.key, table.title) for table in shown),
-        Part("stages", "Stages and cost", "" if report.stages else "no stages were recorded"),
-        Part("reproduce", "Reproduce"),
+def study_document(report: StudyReport) -> Document:
+    """The document of a study."""
+    text, tone = headline(report)
+    scope = measured_on(report.study, report.summary)
+    drawn = figures(report.study, report.summary)
+    stages: list[Block] = [
+        cost_terms(report.cost),
+        stage_table(report.stages, report.cost, report.run.seconds),
     ]
-    return fill(
-        "study.html.j2",
-        {
-            "report": report,
-            "headline": headline(report),
-            "measured_on": measured_on(report.study, report.summary),
-            "reward": _reward_words(report.study),
-            "kinds": VERDICT_KIND,
-            "figures": figures(report.study, report.summary),
-            "tables": shown,
-            "parts": {part.key: part for part in parts if not part.absent},
-            "left_out": [part for part in parts if part.absent],
-            "cost": cost_facts(report.cost),
-            "stage_size": stage_size,
-            "seconds_by_stage": report.cost.seconds_by_stage if report.cost else {},
-            "total_seconds": report.cost.seconds if report.cost else report.run.seconds,
-        },
+    claims = [_claims_table(report.claims)] if report.claims else []
+    return Document(
+        title=f"{report.run.name}: {text}",
+        eyebrow=f"{report.run.name} · recipe {report.run.recipe}",
+        time=report.run.finished_at,
+        headline=text,
+        tone=tone,
+        reasons=[Bullets([Item(scope), Item(_reward_words(report.study)), Item(report.run.hardware)])],
+        sections=[
+            Section(
+                "frontier",
+                "Reward against KL and compute",
+                [Figures(drawn, wide=True)] if drawn else [],
+                "page",
+                "no policy was measured",
+            ),
+            Section("claims", "Claims", claims, "brief", "the study has none of the policies in the claims"),
+            *study_tables(report.study, report.summary),
+            Section(
+                "stages", "Stages and cost", stages if report.stages else [], absent="no stages were recorded"
+            ),
+            reproduce_section(report.run, dict(report.notes)),
+            glossary_section(),
+        ],
+        footer=scope + (" No correction for the number of claims was made." if claims else ""),
     )
 
 
-# -------------------------------------------------------------------------------------- Markdown, terminal
-
-
-def markdown(report: StudyReport) -> str:
-    """The report as GitHub Markdown: all tables, without figures."""
-    parts = [
-        f"# {plain(headline(report).text)}",
-        plain(f"{measured_on(report.study, report.summary)} {_reward_words(report.study)}"),
+def _claims_table(listed: list[Claim]) -> Table:
+    caption = (
+        "Published claims, compared with this study's model, data and settings. A claim is undecided if its "
+        "interval contains both sides, or with fewer than three seeds."
+    )
+    columns = [Column("Claimed", "text"), Column("Verdict", "text"), Column("Found", "long")]
+    lines = [
+        Line(c.claim, [Cell(c.claimed), Cell(c.verdict, tone=_KINDS[c.verdict]), Cell(c.found)])
+        for c in listed
     ]
-    if report.claims:
-        parts += ["## Claims", markdown_table(CLAIMS_HEAD, claims_rows(report.claims))]
-    for table in tables(report.study, report.summary):
-        rows = [[str(cell) for cell in row] for row in table.rows]
-        parts += [f"## {plain(table.title)}", plain(table.caption), markdown_table(table.head, rows)]
-    return "\n\n".join([*parts, "## Reproduce", fenced(report.run.command)]) + "\n"
-
-
-def terminal_table(report: StudyReport) -> RichTable:
-    """The terminal's summary of a study in 80 columns: headline, claims, policies, settings."""
-    page = RichTable.grid(padding=(0, 0))
-    colours = {"good": "green", "bad": "red", "unclear": "yellow", "plain": "default"}
-    text, kind = headline(report)
-    page.add_row(Text(text, style=f"bold {colours[kind]}"))
-    page.add_row(Text(measured_on(report.study, report.summary)))
-    judged = RichTable(title="Claims", title_justify="left")
-    for name in ("Claim", "Verdict", "Found"):
-        judged.add_column(name, ratio={"Claim": 2, "Found": 3}.get(name), no_wrap=name == "Verdict")
-    for claim in report.claims:
-        verdict = Text(claim.verdict, style=colours[VERDICT_KIND[claim.verdict]])
-        judged.add_row(Text(f"{claim.claim} ({claim.claimed})"), verdict, Text(claim.found), end_section=True)
-    if report.claims:
-        page.add_row(judged)
-    for table in (policies_table(report.summary), settings_table(report.study, report.summary, brief=True)):
-        if table.rows:
-            page.add_row(_rich(table))
-    return page
-
-
-def _rich(table: Table) -> RichTable:
-    shown = RichTable(title=Text(table.title), title_justify="left")
-    for index, name in enumerate(table.head):
-        shown.add_column(Text(name), justify="left" if index < table.labels else "right")
-    for row in table.rows:
-        shown.add_row(*(Text(f"{cell.value}\n{cell.interval}".strip()) for cell in row), end_section=True)
-    return shown
+    return Table("Claims table", caption, "Claim", columns, lines)

@@ -21,7 +21,7 @@ from dpo_core.judging.results import WinRate
 from dpo_core.rewards.functions import reward_identity
 from dpo_core.statistics.estimates import Estimate, paired_bootstrap
 from tasks.recipe.policies import CHAMPION, REFERENCE
-from tasks.reports.run_report import EvaluationDetails, Sample
+from tasks.reports.run_report import EvaluationDetails, Sample, Turn
 from tasks.stages.base import Context, Output, RunningStage, Stage, StageResult, run_stage, stage_task
 from tasks.stages.data import kind_of
 from tasks.stages.job import common_fields, run_model_job
@@ -251,11 +251,31 @@ def _side_by_side(samples: dict[str, PolicySamples], prompts: Sequence[str], sho
 
 def readable(prompt: str) -> str:
     """A prompt as text for people; each turn of a conversation begins a line."""
+    return "\n".join(f"{turn.role}: {turn.content}" for turn in turns_of(prompt)) or prompt
+
+
+def turns_of(prompt: str) -> list[Turn]:
+    """The messages of a conversation; empty for plain text."""
     try:
-        turns = json.loads(prompt)
-        return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+        return [Turn(role=turn["role"], content=str(turn["content"])) for turn in json.loads(prompt)]
     except (ValueError, TypeError, KeyError):
-        return prompt
+        return []
+
+
+def with_data(samples: Sequence[Sample], prompts: Sequence[str], rows: pd.DataFrame) -> list[Sample]:
+    """The samples with their prompts as messages and the data's own answers.
+
+    Args:
+        prompts: the evaluation's prompts, of which the samples show the first.
+        rows: the data; pairs have a chosen answer, unpaired rows a desirable one, prompts none.
+    """
+    if "label" in rows:
+        rows = rows[rows["label"]].rename(columns={"completion": "chosen"})
+    chosen = rows.drop_duplicates("prompt").set_index("prompt")["chosen"] if "chosen" in rows else {}
+    return [
+        sample.model_copy(update={"turns": turns_of(prompt), "chosen": readable(chosen.get(prompt, ""))})
+        for sample, prompt in zip(samples, prompts, strict=False)
+    ]
 
 
 def load_evaluation(manifest: Manifest) -> EvaluationDetails:

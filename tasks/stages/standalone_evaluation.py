@@ -41,14 +41,21 @@ from dpo_core.rewards.functions import check_reward
 from dpo_core.system import write_atomic
 from tasks.provenance import command_line, hardware
 from tasks.recipe.policies import is_external
-from tasks.reports.evaluation_page import render_evaluation
-from tasks.reports.evaluation_report import EvaluatedModel, EvaluationReport
+from tasks.reports.evaluation_report import EvaluatedModel, EvaluationReport, evaluation_document
+from tasks.reports.html import html
 from tasks.reports.run_report import Sample
 from tasks.stages.assess import suite_row
-from tasks.stages.evaluation import readable
+from tasks.stages.evaluation import readable, turns_of
 from tasks.stages.judging import REPLIES, answers_of, chosen_prompts, rewards_of
 from tasks.stages.model_jobs import CommandJobs, asked_model
-from tasks.stages.suite_results import FOLDER, SuiteRequest, checkpoint_of, suite_results, trained_rows
+from tasks.stages.suite_results import (
+    FOLDER,
+    SuiteRequest,
+    checkpoint_of,
+    suite_results,
+    trained_rows,
+    trained_with,
+)
 from tasks.store.files import disk_errors
 
 log = logging.getLogger("dpo")
@@ -142,7 +149,12 @@ def evaluate_models(
                 win_rates = [rate]
     report = EvaluationReport(
         models=[
-            EvaluatedModel(name=model.name, sha256=weights_digest(Path(model.path))) for model in asked_models
+            EvaluatedModel(
+                name=model.name,
+                sha256=weights_digest(Path(model.path)),
+                objective=trained_with(spec, workspace),
+            )
+            for spec, model in zip(models, asked_models, strict=True)
         ],
         suites=[suite_row(result) for result in results],
         comparisons=comparisons,
@@ -291,7 +303,11 @@ def _win_rate(
         cache = jobs.workspace / REPLIES
         rate = compare_answers(judge, pairs, rewards=rewards, cache=cache, seed=seed, progress=show)
     samples = [
-        Sample(prompt=readable(prompt.prompt), completions={a: ours, b: theirs})
+        Sample(
+            prompt=readable(prompt.prompt),
+            turns=turns_of(prompt.prompt),
+            completions={a: ours, b: theirs},
+        )
         for prompt, ours, theirs in zip(prompts, answers[a], answers[b], strict=True)
     ]
     return rate, samples
@@ -310,7 +326,7 @@ def _write(
             answers = [sample.model_dump(mode="json") for sample in samples]
             write_atomic(folder / "answers.json", json.dumps(answers, indent=1, ensure_ascii=False))
         write_atomic(folder / "report.json", report.model_dump_json(indent=1))
-        write_atomic(folder / "page.html", render_evaluation(report))
+        write_atomic(folder / "page.html", html(evaluation_document(report)))
     return folder / "page.html"
 
 

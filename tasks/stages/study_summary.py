@@ -7,7 +7,8 @@ import numpy as np
 from dpo_core.study import Study, best_of_n
 from tasks.recipe.policies import REFERENCE
 from tasks.recipe.recipe import Recipe
-from tasks.reports.study_report import StudyReport, headline, markdown, study_report, write_report
+from tasks.reports.markdown import markdown
+from tasks.reports.study_report import StudyReport, headline, study_document, study_report, write_report
 from tasks.runs.record import StartTime
 from tasks.stages.base import Context, StageResult, run_task
 from tasks.stages.measure import MEASURE, point_of, read_measurement
@@ -48,8 +49,10 @@ def summarise_study(
     rows = report.summary.policies
     keys = metric_keys(row.policy for row in rows)
     parent.metrics({f"area/{keys[row.policy]}": row.area.value for row in rows})
-    parent.tag("dpo.verdict", headline(report).text)
-    context.prefect_artifacts.send_report(report.run.name, markdown(report), page, "Study page")
+    parent.tag("dpo.verdict", headline(report)[0])
+    context.prefect_artifacts.send_report(
+        report.run.name, markdown(study_document(report)), page, "Study page"
+    )
     return report
 
 

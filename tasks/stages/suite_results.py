@@ -175,6 +175,18 @@ def trained_rows(spec: str, workspace: Path) -> Path | None:
     return table if table and table.is_file() else None
 
 
+def trained_with(spec: str, workspace: Path) -> str:
+    """The objective, or else the method, of a run's policy; empty for other models."""
+    name = trained_name(spec, workspace)
+    if not name.startswith(RUNS):
+        return ""
+    report = report_of(name, workspace)
+    policy = name.removeprefix(RUNS).partition("/")[2] or report.candidate
+    policies = {name.casefold(): about for name, about in report.policies.items()}
+    about = policies.get(policy.casefold())
+    return about.objective or about.method if about else ""
+
+
 def _converted(spec: str, source: Path, workspace: Path, run: RunJob) -> Path:
     """Convert a model to a checkpoint folder, or return the folder of an earlier conversion."""
     folder = workspace / MODELS / source_digest(source)[:24]

@@ -5,16 +5,18 @@ It always runs, so that a fully cached run also gets its page.
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
+import pandas as pd
 from pydantic import JsonValue
 
 from dpo_core.evaluation.policy_row import PolicyRow
 from dpo_core.redaction import redact
 from dpo_core.rewards.quality import RewardQuality
 from dpo_core.system import write_atomic
+from expectations.report import GateReport
 from tasks.promotion.champion import Champion
 from tasks.provenance import hardware, source_tags
 from tasks.recipe.recipe import Recipe
@@ -27,11 +29,13 @@ from tasks.reports.about import (
 )
 from tasks.reports.alarms import REMOTE_CODE, alarms, promotion_alarms
 from tasks.reports.data_notes import data_notes
-from tasks.reports.run_page import render
+from tasks.reports.document import Document
+from tasks.reports.html import html
+from tasks.reports.markdown import escaped, markdown
+from tasks.reports.run_document import run_document
 from tasks.reports.run_report import (
     Evaluation,
     EvaluationDetails,
-    GateFinding,
     GateRow,
     ModelRow,
     PolicyTable,
@@ -41,14 +45,13 @@ from tasks.reports.run_report import (
     StageRow,
     TrainingDescription,
 )
-from tasks.reports.run_text import markdown, note
 from tasks.reports.verdict import verdict
 from tasks.runs.recipe import recipe_path, reproducing_command
 from tasks.runs.record import StartTime
 from tasks.stages.assess import assess, decide_promotion
 from tasks.stages.base import Context, StageResult, run_task
 from tasks.stages.data import GATES, LOAD, kind_of
-from tasks.stages.evaluation import EVALUATE, load_evaluation
+from tasks.stages.evaluation import EVALUATE, load_answers, load_evaluation, with_data
 from tasks.stages.models import IMPORT
 from tasks.stages.prepare_sft import SFT
 from tasks.stages.train_reward import REWARD
@@ -97,7 +100,7 @@ def summarise(
         run=info,
         stages=[stage_row(name, result) for name, result in stages.items()],
         gate=gate,
-        evaluation=_evaluation(recipe, data, evaluation),
+        evaluation=_evaluation(recipe, data, evaluation, load_answers(manifests[EVALUATE.name]).prompts),
         trained=about,
         candidate=recipe.candidate_name,
         policies=policies,
@@ -120,7 +123,7 @@ def summarise(
     decision = decide_promotion(recipe, evaluation, report.comparisons, gate, concern, champion, title)
     report = report.model_copy(update={"decision": decision})
     page = publish(report, run_folder(context.workspace, context.run_id), tracker)
-    context.prefect_artifacts.send_report(report.run.name, markdown(report), page, "Run page")
+    context.prefect_artifacts.send_report(report.run.name, markdown(run_document(report)), page, "Run page")
     return report
 
 
@@ -163,8 +166,9 @@ def run_info(context: Context, recipe: Recipe, started: StartTime, command: str)
 def publish(report: RunReport, folder: Path, tracker: Tracker) -> Path:
     """Write the report's files into the run's folder and record them in MLflow; returns the page's path."""
     page, text = folder / "page.html", folder / "summary.md"
-    write_atomic(page, render(report))
-    write_atomic(text, markdown(report))
+    document = run_document(report)
+    write_atomic(page, html(document))
+    write_atomic(text, markdown(document))
     write_atomic(folder / "report.json", report.model_dump_json(indent=1))
     parent = tracker.parent
     for path in (page, text, folder / "report.json"):
@@ -172,13 +176,20 @@ def publish(report: RunReport, folder: Path, tracker: Tracker) -> Path:
     parent.metrics(headline_metrics(report))
     parent.tag("dpo.verdict", verdict(report).headline)
     parent.tag("dpo.alarms", ", ".join(sorted({alarm.name for alarm in alarms(report)})) or "none")
-    parent.tag("mlflow.note.content", note(report, "the artifact `page.html` of this run."))
+    parent.tag("mlflow.note.content", _note(document, report, "the artifact `page.html` of this run."))
     for label, value in report.trained.lines if report.trained else []:
         parent.tag(f"dpo.{label.lower().replace(' ', '_')}", value)
     if report.model and report.model.version and not report.model.known:
-        brief = note(report, "the artifact `page.html` of the source run.")
+        brief = _note(document, report, "the artifact `page.html` of the source run.")
         tracker.describe_version(report.model.name, report.model.version, brief)
     return page
+
+
+def _note(document: Document, report: RunReport, page: str) -> str:
+    """A short report for the description in MLflow. `page` is the address of the run page."""
+    about = str(report.notes.get("description", ""))
+    parts = [markdown(document, brief=True), *([escaped(about)] if about else [])]
+    return "\n".join([*parts, f"Curves, samples and lineage: {page}\n"])
 
 
 def headline_metrics(report: RunReport) -> dict[str, float]:
@@ -251,22 +262,26 @@ def stage_row(name: str, result: StageResult) -> StageRow:
 
 
 def _gate_row(workspace: Path, manifest: Manifest) -> GateRow:
-    facts = json.loads((manifest.path / "gate.json").read_text())
-    findings = [GateFinding.model_validate(f) for f in facts["findings"]]
+    report = GateReport.model_validate_json((manifest.path / "gate.json").read_bytes())
     return GateRow(
-        subject=facts["subject"],
-        rows=facts["rows"],
-        dropped=facts["dropped"],
-        refused=facts["refused"],
-        docs_uri=(Path(workspace) / facts["docs_index"]).as_uri(),
-        findings=findings,
+        subject=report.subject,
+        rows=report.rows,
+        dropped=report.dropped,
+        refused=report.refused,
+        docs_uri=(Path(workspace) / report.docs_index).as_uri(),
+        findings=report.findings,
     )
 
 
-def _evaluation(recipe: Recipe, data: RunData, measured: EvaluationDetails) -> Evaluation:
+def _evaluation(
+    recipe: Recipe, data: RunData, measured: EvaluationDetails, prompts: Sequence[str]
+) -> Evaluation:
     answers = facts_of(data.rows, GateFacts)
+    table = {name: getattr(measured, name) for name in PolicyTable.model_fields}
+    rows = pd.read_parquet(data.prompts.path / "data.parquet")
+    table["samples"] = with_data(measured.samples, prompts, rows)
     return Evaluation(
-        **{name: getattr(measured, name) for name in PolicyTable.model_fields},
+        **table,
         learned_from=learned_from_reward(recipe, data),
         max_new_tokens=recipe.evaluate.sampling.max_new_tokens,
         chosen_tokens=answers.answer_tokens,

@@ -129,7 +129,7 @@ def test_one_measure_found_worse_refuses_and_is_named() -> None:
     failed = failures(judged(comparison=suites(right=-30)))
     assert set(failed) == {"no_regression"}
     assert failed["no_regression"].startswith(
-        "1 of 1 measures of suites significantly worse than champion v3's: quiz answers right -0.300 [-0."
+        "1 of 1 measures of suites significantly worse than champion v3's: quiz answers right -30.0 pp [-"
     )
     assert failed["no_regression"].endswith("on 100 prompts, p 3.7e-09")
     assert judged(PromotionConfig(no_regression=False), comparison=suites(right=-30)).promote

@@ -12,11 +12,11 @@ from pyarrow import csv, feather, parquet
 from dpo_core.data.files.read import check_source, read_rows
 from dpo_core.errors import DataError, RecipeError
 from flows.commands.worker_run import data_overrides
-from tasks.reports.run_page import render
 from tasks.reports.run_report import RunReport
 from tasks.runs.record import RunRecord, list_runs
 from tasks.store.files import plain_name, run_folder
 from tests.scenarios.bad_inputs import dpo
+from tests.support.reports.rendered import page
 from tests.support.reports.run_reports import example
 
 OUTSIDE = ("../../x", "..", ".", "", "a/b", "/etc", "a\\b/..", "x\n", "-rf", "~root")
@@ -130,6 +130,6 @@ def test_hostile_names_and_paths_are_text_on_the_page() -> None:
     for stage in facts["stages"]:
         stage["uri"] = f"file:///{hostile}"
     facts["notes"] = {"description": hostile, "Remote code": hostile}
-    page = render(RunReport.model_validate(facts))
-    assert "alert(1)" in page
-    assert "<script" not in page
+    html = page(RunReport.model_validate(facts))
+    assert "alert(1)" in html
+    assert "<script" not in html

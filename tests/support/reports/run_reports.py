@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from dpo_core.rewards.quality import RewardQuality
 from dpo_core.statistics.estimates import Estimate
+from expectations.report import Finding
 from tasks.reports.run_report import (
     Evaluation,
-    GateFinding,
     GateRow,
     ModelRow,
     PolicyAbout,
@@ -188,20 +188,22 @@ def make_quality(**changes: Any) -> RewardQuality:
 
 
 def make_gate() -> list[GateRow]:
-    finding = GateFinding
-    return [
-        GateRow(
-            subject="train pairs", rows=4860, dropped=48, docs_uri="file:///srv/dpo/runs/data_docs/index.html",
-            findings=[
-                finding(rule="chosen_differs_from_rejected", severity="critical", passed=True, count=0,
-                        rate=0.0, threshold=0.0, message="they differ in every row, also after truncation"),
-                finding(rule="length_bias", severity="warning", passed=True, count=2611, rate=0.537,
-                        threshold=0.65, message="chosen is longer in 53.7% of the pairs", rows=[3, 17, 40]),
-                finding(rule="prompt_leakage", severity="info", passed=False, count=2, rate=0.0004,
-                        threshold=0.0, message="prompts that also occur in the test set", rows=[112, "b7e1"]),
-            ],
-        )
+    findings = [
+        Finding(
+            rule="chosen_differs_from_rejected", severity="critical", passed=True,
+            threshold={"max_rate": 0.0}, message="they differ in every row, also after truncation",
+        ),
+        Finding(
+            rule="length_bias", severity="warning", passed=True, count=2611, rate=0.537, rows=[3, 17, 40],
+            threshold={"max_share": 0.65}, message="chosen is longer in 53.7% of the pairs",
+        ),
+        Finding(
+            rule="prompt_leakage", severity="off", passed=False, count=2, rate=0.0004, rows=[112],
+            threshold={"max_rate": 0.0}, message="prompts that also occur in the test set",
+        ),
     ]  # fmt: skip
+    docs = "file:///srv/dpo/runs/data_docs/index.html"
+    return [GateRow(subject="train pairs", rows=4860, dropped=48, docs_uri=docs, findings=findings)]
 
 
 def example(steps: int = 300, **changes: Any) -> RunReport:

@@ -24,9 +24,7 @@ from tasks.recipe.read import load_recipe
 from tasks.recipe.recipe import Recipe
 from tasks.reports.about import objective_words
 from tasks.reports.alarms import alarms, promotion_alarms
-from tasks.reports.run_page import render
 from tasks.reports.run_report import EvaluationDetails, RunReport, StageRow, TrainingDescription
-from tasks.reports.run_text import markdown, note, terminal_table
 from tasks.reports.run_warnings import answers_cut, too_few_prompts
 from tasks.reports.verdict import decided, measured_with, verdict
 from tasks.runs.record import RunRecord, save_run
@@ -38,6 +36,7 @@ from tasks.store.files import run_folder
 from tasks.store.manifest import Manifest
 from tests.support.models.tiny import make_tokenizer
 from tests.support.reports.outline import Outline
+from tests.support.reports.rendered import note, page, shown, text
 from tests.support.reports.run_reports import (
     estimate,
     example,
@@ -73,7 +72,6 @@ def measured_by(**changes: Any) -> RunReport:
 def test_a_reward_is_called_what_it_is(changes: dict[str, Any], said: str) -> None:
     report = measured_by(**changes)
     assert measured_with(report) == verdict(report).reasons[-1] == said
-    assert "true objective" not in render(report)
 
 
 def trained_with(objective: str, **parameters: float) -> RunReport:
@@ -87,34 +85,27 @@ def trained_with(objective: str, **parameters: float) -> RunReport:
 
 
 def in_words(report: RunReport) -> dict[str, str]:
-    from rich.console import Console
-
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(terminal_table(report))
     return {
-        "page": render(report),
-        "markdown": markdown(report),
-        "description": note(report, "the page"),
-        "terminal": console.export_text(),
-    }
+        "page": page(report), "markdown": text(report), "description": note(report), "terminal": shown(report)
+    }  # fmt: skip
 
 
 def test_two_objectives_look_different_wherever_a_run_is_described() -> None:
     simpo, kto = in_words(trained_with("simpo", beta=2.5)), in_words(trained_with("kto"))
-    for place, text in simpo.items():
-        flat = " ".join(text.replace("\\", "").split())
+    for place, words in simpo.items():
+        flat = " ".join(words.replace("\\", "").split())
         assert "DPO (simpo) scores higher than SFT" in flat, place
         assert "simpo, beta 2.5, gamma" in flat, place
         for told in ("llama, 1,000 parameters", "51 pairs trained on, 17 held out", "4 steps"):
             assert told in flat, (place, told)
-        assert "kto" not in text, place
+        assert "kto" not in words, place
         assert "DPO (kto) scores higher" in " ".join(kto[place].replace("\\", "").split())
     assert "DPO (simpo) vs SFT" in simpo["page"], "win rates too"
     assert "DPO (" not in in_words(trained_with("dpo"))["page"]
 
 
 def test_what_was_trained_stands_directly_under_the_verdict() -> None:
-    headings = [text for _, text in Outline(render(trained_with("simpo"))).headings]
+    headings = [text for _, text in Outline(page(trained_with("simpo"))).headings]
     assert headings[:2] == ["DPO (simpo) scores higher than SFT", "What was trained"]
 
 

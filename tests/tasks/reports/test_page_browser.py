@@ -10,11 +10,9 @@ from typing import Any
 
 import pytest
 
-from tasks.reports.evaluation_page import render_evaluation
-from tasks.reports.run_page import render
 from tasks.reports.run_report import RunReport
-from tasks.reports.study_report import render as render_frontier
 from tests.support.reports.evaluations import make_evaluation_report
+from tests.support.reports.rendered import Report, page
 from tests.support.reports.run_reports import (
     alarming,
     coinciding,
@@ -31,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 WIDTHS = {"phone": 390, "desktop": 1280}
 FIGURES = {
-    "usual": 18, "promoted": 18, "alarming": 18, "coinciding": 18, "crowded": 15, "hostile": 10, "bare": 0,
+    "usual": 18, "promoted": 18, "alarming": 18, "coinciding": 6, "crowded": 3, "hostile": 10, "bare": 0,
     "evaluation": 3,
     "study": 2, "hostile study": 2, "bare study": 0,
 }  # fmt: skip
@@ -88,11 +86,11 @@ for (const chart of document.querySelectorAll("svg.chart")) {
   const frame = chart.getBoundingClientRect();
   const shapes = [...chart.querySelectorAll("path, use")].filter(s => !s.closest("defs, clipPath"));
   const boxes = shapes.map(s => s.getBoundingClientRect()).filter(b => b.width + b.height > 0);
-  if (boxes.length < 4) bad.push(`${chart.querySelector("title").textContent}: ${boxes.length} shapes`);
+  if (boxes.length < 4) bad.push(`${chart.getAttribute("aria-label").split(":")[0]}: ${boxes.length} shapes`);
   for (const b of boxes)
     if (b.left < frame.left - 2 || b.right > frame.right + 2 || b.top < frame.top - 2
         || b.bottom > frame.bottom + 2)
-      bad.push(`${chart.querySelector("title").textContent}: leaves its figure`);
+      bad.push(`${chart.getAttribute("aria-label").split(":")[0]}: leaves its figure`);
 }
 return bad;
 """
@@ -120,26 +118,24 @@ def _screenshot(driver: Any, file: Path) -> None:
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("run_page")
-    reports = {
+    reports: dict[str, Report] = {
         "usual": example(),
         "hostile": hostile(),
         "alarming": alarming(),
         "promoted": decided(promote=True, reward_model=make_quality()),
         "coinciding": coinciding(),
         "crowded": crowded(),
-        "bare": RunReport(run=example(steps=2).run),
+        "bare": RunReport(run=example(steps=2).run, candidate="DPO"),
     }
-    studies = {
+    reports |= {
         "study": make_report(make_study()),
         "hostile study": hostile_report(),
         "bare study": make_report(make_study({})),
+        "evaluation": make_evaluation_report(),
     }
-    pages = {name: render(report) for name, report in reports.items()}
-    pages |= {name: render_frontier(report) for name, report in studies.items()}
-    pages["evaluation"] = render_evaluation(make_evaluation_report())
-    for name, page in pages.items():
-        (folder / f"{name}.html").write_text(page, encoding="utf-8")
-    return {name: folder / f"{name}.html" for name in pages}
+    for name, report in reports.items():
+        (folder / f"{name}.html").write_text(page(report), encoding="utf-8")
+    return {name: folder / f"{name}.html" for name in reports}
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

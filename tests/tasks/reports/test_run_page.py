@@ -6,12 +6,14 @@ from itertools import pairwise
 import pytest
 
 from dpo_core.methods.registry import get
+from tasks.reports.drawing import COLOURS, svg
 from tasks.reports.figures import MAX_POINTS, curve_figures
 from tasks.reports.forest_plot import MAX_BARS, difference_figures
-from tasks.reports.run_page import MAX_SAMPLES, render
-from tasks.reports.run_report import RunReport, Sample
+from tasks.reports.measured import MAX_SAMPLES
+from tasks.reports.run_report import RunReport, Sample, Turn
 from tests.support.reports.measured import make_comparison, make_suites
 from tests.support.reports.outline import Outline
+from tests.support.reports.rendered import page as render
 from tests.support.reports.run_reports import (
     decided,
     digest,
@@ -20,7 +22,6 @@ from tests.support.reports.run_reports import (
     make_curves,
     make_evaluation,
     make_policies,
-    make_quality,
     make_stages,
 )
 
@@ -35,7 +36,7 @@ def test_page_order(page: str) -> None:
     assert headings[0] == (1, "DPO scores higher than SFT")
     assert [text for level, text in headings if level == 2] == [
         "Samples", "Reward against KL", "Policies", "Win rates", "Tasks", "Comparisons", "Training",
-        "Data gate", "Cost", "Lineage", "Reproduce",
+        "Data gate", "Cost", "Lineage", "Reproduce", "Words",
     ]  # fmt: skip
     levels = [level for level, _ in headings]
     assert all(after <= before + 1 for before, after in pairwise(levels))
@@ -55,7 +56,8 @@ def test_page_is_accessible_in_structure(page: str) -> None:
     assert local
     assert set(local) <= set(ids)
     figures = [a for a in outline.all("svg") if a.get("role") == "img"]
-    assert len(figures) == len(outline.all("title")) - 1 == 18
+    assert len(figures) == 18
+    assert all(figure["aria-label"] for figure in figures)
     assert all(a.get("tabindex") == "0" for a in outline.all("div") if a.get("class") == "scroll")
 
 
@@ -67,7 +69,7 @@ def test_page_fetches_nothing_and_is_small() -> None:
     assert [a["href"] for a in outline.all("link")] == ["data:,"]
     assert "@import" not in page
     assert set(re.findall(r"url\((.)", page)) <= {"#"}
-    assert len(page.encode()) < 400_000
+    assert len(page.encode()) < 500_000
 
 
 def test_page_says_the_numbers(page: str) -> None:
@@ -112,6 +114,7 @@ def test_page_says_what_is_missing() -> None:
     no_ppo = [row for row in evaluation.policies if row.name != "PPO"]
     page = render(
         example(
+            steps=2,
             evaluation=evaluation.model_copy(update={"policies": no_ppo, "samples": []}),
             curves={},
             policies={"DPO": make_policies()["DPO"]},
@@ -128,7 +131,7 @@ def test_page_says_what_is_missing() -> None:
 def test_page_of_a_run_that_only_has_a_name() -> None:
     page = render(RunReport(run=example(steps=2).run, candidate="DPO"))
     assert [text for level, text in Outline(page).headings if level < 3] == [
-        "DPO was not evaluated", "Reproduce",
+        "DPO was not evaluated", "Reproduce", "Words",
     ]  # fmt: skip
     assert page.count("the run has no evaluation") == 2
     assert "No alarms" not in page  # nothing was measured that could have raised one
@@ -143,38 +146,46 @@ def test_page_cuts_long_texts_and_says_so() -> None:
     assert len(re.findall('class="sample"', page)) == MAX_SAMPLES
 
 
+def test_samples_show_the_conversation_and_the_datas_own_answer() -> None:
+    turns = [Turn(role="system", content="Be brief."), Turn(role="user", content="Name a prime.")]
+    sample = Sample(prompt="system: Be brief.", completions={"SFT": "9"}, turns=turns, chosen="Seven.")
+    page = render(example(steps=2, evaluation=make_evaluation().model_copy(update={"samples": [sample]})))
+    assert re.findall(r'<span class="hint">(\w+)</span><p class="text" dir="auto">(.*?)</p>', page) == [
+        ("system", "Be brief."), ("user", "Name a prime."),
+    ]  # fmt: skip
+    assert "beside the data's own answer" in page.replace("&#39;", "'")
+    assert '<p class="text" dir="auto">Seven.</p>' in page
+
+
+def test_few_steps_are_told_in_numbers() -> None:
+    page = render(example(steps=3))
+    part = page[page.index('<section id="training"') : page.index('<section id="gate"')]
+    assert "<svg" not in part
+    assert part.count("3 optimiser steps, from the first to the last. Loss: ") == 2
+    assert "3 rounds, from the first to the last. Score: score: " in part
+
+
 def test_long_curves_are_averaged_not_cut() -> None:
     rows = [{"step": float(i), "loss": float(i % 2)} for i in range(1000)]
     (figure,) = curve_figures("sft", "SFT", get("sft").curves, rows)
-    path = max(re.findall(r'<path d="([^"]+)"', figure.svg), key=len)
+    path = max(re.findall(r'<path d="([^"]+)"', svg(figure)), key=len)
     assert MAX_POINTS / 2 <= len(re.findall("[ML]", path)) <= MAX_POINTS + 1  # matplotlib repeats the last
-    assert "between 0.400 and 0.600, steps 2 to 997" in figure.svg  # means of five neighbours
+    assert "between 0.400 and 0.600, steps 2 to 997" in figure.description  # means of five neighbours
     assert figure.note == "0.500 → 0.500"
 
 
-def test_figures_keep_the_digits_of_their_labels() -> None:
-    rows = [{"step": float(i), "loss": 0.5 + 0.002 * i} for i in range(20)]
-    (figure,) = curve_figures("sft", "SFT", get("sft").curves, rows)
-    ticks = [float(t) for t in re.findall(r"<text[^>]*>(0\.\d+)</text>", figure.svg)]
-    steps = [round(b - a, 4) for a, b in pairwise(ticks)]
-    assert len(ticks) > 2
-    assert len(set(steps)) == 1  # rounding inside the labels would make the ticks uneven
-
-
-def test_figures_colour_by_theme_and_follow_it() -> None:
-    panels = {"prepare-sft": "sft", "train-dpo DPO": "dpo", "train-ppo PPO": "ppo"}
-    figures = [
-        figure
-        for stage, rows in make_curves(30).items()
-        for figure in curve_figures(panels[stage], stage, get(panels[stage]).curves, rows)
-    ]
-    assert [f.title for f in figures if "train-dpo DPO" in f.svg] == [
+def test_figures_follow_the_theme(page: str) -> None:
+    rows = make_curves(30)["train-dpo DPO"]
+    figures = curve_figures("dpo", "train-dpo DPO", get("dpo").curves, rows)
+    assert [figure.title for figure in figures] == [
         "Loss", "Implicit rewards", "Reward margin", "Preference accuracy", "Log-probability of chosen",
         "Gradient norm",
     ]  # fmt: skip
+    light = {light for light, _ in COLOURS.values()}
     for figure in figures:
-        bare = re.sub(r"var\(--\w+, #[0-9a-f]{6}\)", "", figure.svg)
-        assert re.findall(r"#[0-9a-f]{6}\b(?!-)", bare) == []
+        assert set(re.findall(r"#[0-9a-f]{6}\b", svg(figure))) <= light
+    for light_colour, dark in COLOURS.values():
+        assert f'[style*="stroke: {light_colour}"] {{ stroke: {dark} !important; }}' in page
 
 
 def _luminance(colour: str) -> float:
@@ -218,23 +229,22 @@ def test_an_early_decision_stands_alone_where_nothing_was_measured() -> None:
     ]  # fmt: skip
 
 
-def test_the_forest_leaves_no_label_outside_and_says_everything_in_words(page: str) -> None:
-    (rates,) = re.findall(r'<desc id="win-rates-desc">(.*?)</desc>', page)
-    assert "DPO vs champion · qwen3-8b: 52.1% [46.6% to 57.6%]" in rates
-    (shares,) = re.findall(r'<desc id="difference-dpo-minus-champion-0-desc">(.*?)</desc>', page)
-    assert "XSTest · Refused, being unsafe: +7.5 pp [+1.3 to +13.7]" in shares
-    assert "Perplexity" not in shares, "a number that is no share has a scale of its own"
-    (others,) = re.findall(r'<desc id="difference-dpo-minus-champion-1-desc">(.*?)</desc>', page)
-    assert "WikiText-2 · Perplexity: +0.40 [-0.59 to +1.39]" in others
+def test_forest_plots_say_everything_in_words() -> None:
+    titles = {row.suite: row.title for row in make_suites()}
+    shares, others = difference_figures("d", make_comparison("champion"), titles, str)
+    assert "XSTest · Refused, being unsafe: +7.5 pp [+1.3 to +13.7]" in shares.description
+    assert "Perplexity" not in shares.description, "a number that is no share has a scale of its own"
+    assert "WikiText-2 · Perplexity: +0.40 [-0.59 to +1.39]" in others.description
 
 
 def test_too_many_differences_are_cut_to_the_clearest_and_the_figure_says_so() -> None:
     comparison = make_comparison("champion")
     row = comparison.rows[0]
     rows = [row.model_copy(update={"subset": f"part {i}", "p": i / 100}) for i in range(40, 0, -1)]
-    (figure,) = difference_figures(comparison.model_copy(update={"rows": rows}), make_suites())
+    comparison = comparison.model_copy(update={"rows": rows})
+    (figure,) = difference_figures("d", comparison, {"rewardbench": "RewardBench"}, str)
     assert figure.note == f"{MAX_BARS} of 40 are drawn."
-    drawn = [int(n) for n in re.findall(r">RewardBench · part (\d+)<", figure.svg)]
+    drawn = [int(n) for n in re.findall(r">RewardBench · part (\d+)<", svg(figure))]
     assert drawn == list(range(MAX_BARS, 0, -1)), "the smallest p, in the order of the table"
 
 
@@ -253,16 +263,6 @@ def test_the_cost_adds_up_what_judges_were_paid() -> None:
     for word in ("1 h 16 min", "2.6 PFLOP", "22 GiB", "2.42 M", "0.84", "1,024 requests, 204 cached"):
         assert word in part, word
     assert "Judge" not in render(example(curves={}, win_rates=[])).split('<section id="cost"')[1]
-
-
-def test_the_learned_reward_has_a_part_of_its_own() -> None:
-    page = render(example(steps=2, reward_model=make_quality(), policies=make_policies(ppo_reward="model")))
-    headings = [text for level, text in Outline(page).headings if level == 2]
-    assert headings[6:8] == ["Reward model", "Training"]
-    part = page[page.index('<section id="reward"') : page.index('<section id="training"')]
-    for word in ("512 held-out pairs", "68.4%", "64.4% to 72.4%", "0.0413", "1.37", "0.312", "−0.0840",
-                 "PPO learned from it.", "evaluated with vader_compound, not with it"):  # fmt: skip
-        assert word in part, word
 
 
 def test_the_page_says_why_it_shows_no_learned_reward() -> None:

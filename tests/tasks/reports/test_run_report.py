@@ -1,25 +1,23 @@
 """The run report: its verdict and alarms, its numbers in words, the terminal and Markdown."""
 
-import io
 import math
 import random
 import re
 
 import pytest
 from pydantic import ValidationError
-from rich.console import Console
 
 from dpo_core.data.tokens.sequences import TokenSequence
 from dpo_core.evaluation.policy_row import PolicyRow
 from dpo_core.evaluation.summary import PolicySamples, summarise_samples
 from dpo_core.statistics.estimates import Estimate
+from dpo_core.statistics.format import duration, interval, number, p_value, scaled
 from expectations.report import Finding
 from tasks.reports.alarms import alarms
-from tasks.reports.format import duration, number, scaled
-from tasks.reports.run_page import render
-from tasks.reports.run_report import EvaluationDetails, GateFinding, GateRow, PolicyTable, RunReport
-from tasks.reports.run_text import markdown, policy_metrics, terminal_table
+from tasks.reports.run_document import policy_table
+from tasks.reports.run_report import EvaluationDetails, GateRow, PolicyTable, RunReport
 from tasks.reports.verdict import verdict
+from tests.support.reports.rendered import page, shown, text
 from tests.support.reports.run_reports import (
     estimate,
     example,
@@ -55,9 +53,9 @@ def test_every_metric_of_the_evaluation_stands_in_the_table() -> None:
     row = summarise_samples(drawn, drawn, seed=0, length=2)
     policies = [PolicyRow(name="DPO", **row)]
     evaluation = make_evaluation().model_copy(update={"policies": policies})
-    lines = {line.key: line for line in policy_metrics(evaluation)}
-    assert lines.keys() == row.keys() | {"accuracy"}
-    assert lines["ended"].cells[0].value == "75.0%"
+    lines = {line.label: line for line in policy_table(evaluation, example(steps=2)).lines}
+    assert lines.keys() == {PolicyRow.shown()[name].label for name in row.keys() | {"accuracy"}}
+    assert lines["Answers that end"].cells[0].value == "75.0%"
     assert policies[0].values().keys() == row.keys(), "MLflow is sent all of them"
 
 
@@ -97,7 +95,7 @@ def test_values_that_are_not_finite_are_dropped_from_curves() -> None:
     ],
 )
 def test_the_interval_of_the_gain_decides(low: float, high: float, kind: str, words: str) -> None:
-    headline, of_rule, reasons = verdict(
+    headline, of_rule, reasons, _ = verdict(
         with_policy("DPO", gain=Estimate(value=(low + high) / 2, low=low, high=high, n=256))
     )
     assert of_rule == kind
@@ -110,7 +108,7 @@ def test_verdict_without_a_comparison() -> None:
     assert verdict(example(steps=2, evaluation=None)).kind == "unclear"
     assert verdict(with_policy("DPO", gain=None)).kind == "unclear"
     refused = make_gate()[0].model_copy(update={"refused": True})
-    headline, kind, _ = verdict(example(steps=2, gate=[refused], evaluation=None))
+    headline, kind, *_ = verdict(example(steps=2, gate=[refused], evaluation=None))
     assert (headline, kind) == ("The data gate refused train pairs", "bad")
 
 
@@ -127,10 +125,10 @@ def test_a_healthy_run_raises_no_alarm() -> None:
 def test_the_accuracy_stands_with_dashes_where_there_were_no_pairs() -> None:
     evaluation = make_evaluation()
     rows = [row.model_copy(update={"accuracy": None, "entropy": None}) for row in evaluation.policies]
-    text = markdown(example(steps=2, evaluation=evaluation.model_copy(update={"policies": rows})))
-    (line,) = (line for line in text.splitlines() if "Preference accuracy" in line)
-    assert line == "| Preference accuracy |" + " – |" * len(rows)
-    assert "Entropy" not in text, "other lines that nobody measured stay out"
+    markdown = text(example(steps=2, evaluation=evaluation.model_copy(update={"policies": rows})))
+    (line,) = (line for line in markdown.splitlines() if "Preference accuracy" in line)
+    assert line.endswith("|" + " – |" * len(rows))
+    assert "Entropy" not in markdown, "other lines that nobody measured stay out"
 
 
 def _curve(**metrics: list[float]) -> dict[str, list[dict[str, float]]]:
@@ -218,7 +216,7 @@ def test_each_failure_of_on_policy_training_raises_its_own_alarm(report, name, w
     assert alarm.name == name
     for word in words:
         assert word in alarm.message
-    assert alarm.message in " ".join(markdown(report).split())
+    assert alarm.message in " ".join(text(report).split())
 
 
 @pytest.mark.parametrize(
@@ -257,22 +255,21 @@ def test_gate_warnings_are_an_alarm_and_notes_are_not() -> None:
     findings = [f.model_copy(update={"passed": False}) for f in make_gate()[0].findings]
     (alarm,) = alarms(example(steps=2, gate=[make_gate()[0].model_copy(update={"findings": findings})]))
     assert "(length_bias, warning, 2,611 rows)" in alarm.message
-    assert "prompt_leakage" not in alarm.message  # severity info
+    assert "prompt_leakage" not in alarm.message  # its severity is off
 
 
-def test_findings_of_the_gate_fit_the_report() -> None:
-    of_rule = Finding(
+def test_the_gate_shows_failed_rules_first_and_folds_the_others() -> None:
+    failed = Finding(
         rule="pairs/length_bias", severity="warning", passed=False, observed=0.71,
         threshold={"max_share": 0.65}, rows=[3, 9], message="chosen is longer", remedy="balance the lengths",
     )  # fmt: skip
-    finding = GateFinding.model_validate(of_rule.model_dump())
-    assert (finding.measured, finding.limit) == (0.71, "max_share 0.650")
-    skipped = GateFinding.model_validate(
-        of_rule.model_copy(update={"skipped": True, "passed": True}).model_dump()
-    )
-    page = render(example(steps=2, gate=[GateRow(subject="pairs", rows=10, findings=[finding, skipped])]))
-    assert "max_share 0.650" in page
-    assert '<span class="mark">skipped</span>' in page
+    skipped = failed.model_copy(update={"skipped": True, "passed": True})
+    html = page(example(steps=2, gate=[GateRow(subject="pairs", rows=10, findings=[skipped, failed])]))
+    part = html[html.index('<section id="gate"') : html.index('<section id="cost"')]
+    shown, folded = part.split("<details>")
+    for words in ("0.710", "max_share 0.650", "rows 3, 9", '<span class="mark">warning</span>'):
+        assert words in shown, words
+    assert '<span class="mark">skipped</span>' in folded
 
 
 def test_formats() -> None:
@@ -293,47 +290,54 @@ def test_formats() -> None:
     )  # fmt: skip
 
 
+def test_intervals_have_one_notation() -> None:
+    value = Estimate(value=0.0312, low=-0.0049, high=0.067, n=9)
+    shown = {kind: str(interval(value, kind)) for kind in ("number", "gap", "share", "points")}
+    assert shown == {
+        "number": "0.0312 [-0.0049 to 0.0670]", "gap": "+0.0312 [-0.0049 to +0.0670]",
+        "share": "3.1% [-0.5% to 6.7%]", "points": "+3.1 pp [-0.5 to +6.7]",
+    }  # fmt: skip
+    assert (p_value(0.0004), p_value(0.0316), p_value(1.0)) == ("< 0.001", "0.032", "1.000")
+
+
+def test_accuracy_without_a_gain_is_explained() -> None:
+    report = with_policy("DPO", gain=estimate(0.0, 0.1), accuracy=estimate(0.99, 0.01))
+    assert any(
+        reason.startswith("Preference accuracy is 99.0% without a gain") for reason in verdict(report).reasons
+    )
+    assert not any("without a gain" in reason for reason in verdict(example(steps=2)).reasons)
+
+
 # -------------------------------------------------------------------------------------- terminal, Markdown
 
 
-def _terminal(report: RunReport) -> str:
-    out = io.StringIO()
-    Console(file=out, width=80, color_system=None).print(terminal_table(report))
-    return out.getvalue()
-
-
 def test_terminal_table_fits_80_columns() -> None:
-    text = _terminal(example(steps=20))
-    assert max(map(len, text.splitlines())) <= 80
-    assert "…" not in text
+    words = shown(example(steps=20))
+    assert max(map(len, words.splitlines())) <= 80
+    assert "…" not in words
     for stage in make_stages():
-        assert stage.name.removesuffix(" DPO").removesuffix(" PPO") in text
-    assert "train-dpo DPO" not in text, "one policy has that method"
+        assert stage.name.removesuffix(" DPO").removesuffix(" PPO") in words
+    assert "train-dpo DPO" not in words, "one policy has that method"
     for word in (
-        "DPO scores higher than SFT",
-        "+0.523",
-        "+0.465 to +0.581",
-        "22 min 05 s",
-        "cached",
-        "74.2%",
+        *("DPO scores higher than SFT", "+0.523", "+0.465 to +0.581", "22 min 05 s", "cached", "74.2%"),
+        *("Win rates", "Tasks", "DPO against champion: 1 better", "▲ better", "+7.5 pp"),
     ):
-        assert word in text
+        assert word in words, word
+    assert "○ undecided" not in words, "the end of a run is brief: the title counts them"
 
 
 def test_terminal_shows_alarms_and_does_not_read_markup() -> None:
-    report = with_policy("DPO", kl=estimate(14.0, 1))
-    named = report.run.model_copy(update={"name": "[red]x[/nope]"})
-    text = _terminal(report.model_copy(update={"run": named}))
-    assert "! KL run-away: DPO is 14.0 nats from the reference." in text
-    assert "[red]x[/nope]" in text
+    report = with_policy("DPO", kl=estimate(14.0, 1), name="[red]x[/nope]")
+    report = report.model_copy(update={"candidate": "[red]x[/nope]"})
+    words = shown(report)
+    assert "! KL run-away: [red]x[/nope] is 14.0 nats from the reference." in words
 
 
 def test_markdown_tables_keep_their_columns_and_escape_markup() -> None:
-    text = markdown(hostile())
-    outside, command = text.split("## Reproduce")
+    outside, command = text(hostile()).split("## Reproduce")
     assert "<script" not in outside.replace("\\<", "")
     tables = re.findall(r"(?:^\|.*\n)+", outside, flags=re.M)
-    assert len(tables) == 6  # policies, win rates, tasks, a comparison, stages, gate
+    assert len(tables) == 6  # policies, win rates, tasks, a comparison, gate, stages
     for table in tables:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
     fence = re.search(r"^(`+)sh$", command, flags=re.M)
@@ -342,24 +346,19 @@ def test_markdown_tables_keep_their_columns_and_escape_markup() -> None:
 
 
 def test_markdown_of_the_example() -> None:
-    text = markdown(example(steps=20))
-    assert text.startswith("# DPO scores higher than SFT\n")
-    assert "| Gain over SFT | – | +0.523 \\[+0.465 to +0.581\\] | +0.584 \\[+0.529 to +0.639\\] |" in text
-    assert "dpo run imdb_sentiment --set dpo.beta=0.1 --set seed=7" in text
+    markdown = text(example(steps=20, reward_model=make_quality(temperature=None)))
+    assert markdown.startswith("# DPO scores higher than SFT\n")
+    assert "| – | +0.523 \\[+0.465 to +0.581\\] | +0.584 \\[+0.529 to +0.639\\] |" in markdown
+    assert "dpo run imdb_sentiment --set dpo.beta=0.1 --set seed=7" in markdown
+    assert "| 68.4% \\[64.4% to 72.4%\\] |" in markdown
 
 
-def test_markdown_shows_the_reward_model_and_what_it_was_for() -> None:
-    report = example(
-        steps=2, reward_model=make_quality(temperature=None), policies=make_policies(ppo_reward="model")
+def test_the_page_and_markdown_say_what_the_reward_model_was_for() -> None:
+    learned = make_policies(ppo_reward="model")
+    report = example(steps=2, reward_model=make_quality(), policies=learned)
+    assert "PPO learned from it. The policies were evaluated with vader\\_compound, not with it." in text(
+        report
     )
-    text = markdown(report)
-    about = "512 held-out pairs. PPO learned from it. The policies were evaluated with "
-    about += "vader\\_compound, not with it."
-    assert f"## Reward model\n\n{about}\n" in text
-    assert "| Accuracy | 68.4% \\[64.4% to 72.4%\\] |" in text
-    assert "| Calibration error | 0.0413 |" in text
-    assert "| Best temperature | – |" in text
-    assert "| Spearman of the gaps | -0.0840 |" in text
     proxy = make_evaluation().model_copy(update={"reward_is_true": False})
-    assert "The policies were evaluated with it." in markdown(report.model_copy(update={"evaluation": proxy}))
-    assert "Reward model" not in markdown(example(steps=2))
+    assert "The policies were evaluated with it." in text(report.model_copy(update={"evaluation": proxy}))
+    assert "## Reward model" not in text(example(steps=2))

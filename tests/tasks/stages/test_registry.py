@@ -15,9 +15,6 @@ from tasks.store.facts import Facts
 ROOT = Path(tasks.__file__).parent.parent
 PRODUCT = ("tasks", "flows", "deploy", "expectations")
 
-EARLIER = {"tasks/reports/old_report.py"}
-"""Files that say what reports of earlier versions meant, by the names of that time."""
-
 
 def literals(tree: ast.AST) -> Iterator[tuple[int, str, ast.AST]]:
     """Line, text and parent of every string literal; of an f-string its constant parts.
@@ -82,7 +79,7 @@ def test_what_counts_as_a_name() -> None:
 def test_a_stage_is_named_where_it_is_declared_and_nowhere_else() -> None:
     names = set(stages())
     mentions = {path: lines for path, source in product() if (lines := written(source, names))}
-    assert {path: lines for path, lines in mentions.items() if path not in EARLIER} == {}
+    assert mentions == {}
 
 
 def test_a_method_is_named_by_its_registry_alone() -> None:
@@ -94,7 +91,7 @@ def test_a_method_is_named_by_its_registry_alone() -> None:
         for line, text, parent in literals(ast.parse(source))
         if text in names and (text != "dpo" or is_key(parent) or getattr(parent, "arg", None) == "method")
     }
-    assert {path: line for path, line in mentions.items() if path not in EARLIER} == {}
+    assert mentions == {}
 
 
 def test_a_row_of_a_run_is_of_a_stage() -> None:
