@@ -45,6 +45,8 @@ class Cell(NamedTuple):
     more: str = ""
     tone: Tone | Literal[""] = ""
     """Colour on the page; the text gives the same information."""
+    bar: Sequence[float] = ()
+    """Where the page draws no difference, low end, value and high end below: 0 (left) to 100 (right)."""
 
     def __str__(self) -> str:
         shown = f"{text_of(self.value)} [{self.interval}]" if self.interval else text_of(self.value)

@@ -1,10 +1,11 @@
 """Sections that the reports of runs and evaluations share: win rates, suites, comparisons, samples, cost."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from dpo_core.evaluation.compare import Comparison, ComparisonRow
 from dpo_core.evaluation.results import Measure
 from dpo_core.judging.results import WinRate
+from dpo_core.statistics.estimates import Estimate
 from dpo_core.statistics.format import Kind, duration, interval, number, p_value, percent, scaled
 from tasks.reports.document import (
     DASH,
@@ -12,7 +13,6 @@ from tasks.reports.document import (
     Cell,
     Code,
     Column,
-    Figures,
     Fold,
     Line,
     Paragraph,
@@ -23,15 +23,16 @@ from tasks.reports.document import (
     Subheading,
     Table,
     Terms,
+    Tone,
     cell,
 )
-from tasks.reports.forest_plot import difference_figures, row_name, win_rate_figure
 from tasks.reports.run_report import RunCost, RunInfo, StageRow, SuiteRow
 
 MAX_SAMPLES = 12
 Label = Callable[[str], str]
 """The displayed name of a policy or model."""
 
+_TOO_FEW = Cell("–", more="too few to tell")
 _DIRECTION = {"higher": "", "lower": "lower is better", "neither": "neither direction is better"}
 _FINDINGS = {
     "better": Cell("▲ better", tone="good"),
@@ -62,9 +63,7 @@ def measured_sections(
     Args:
         undecided_brief: whether the terminal lists undecided differences; they are always counted.
     """
-    rates: list[Block] = []
-    if win_rates:
-        rates = [Figures([win_rate_figure(win_rates, label)], wide=True), win_rate_table(win_rates, label)]
+    rates = [win_rate_table(win_rates, label)] if win_rates else []
     tables = suite_tables(suites, label) if suites else []
     folded = [Fold(table.name, [table]) for table in tables[1:]]
     compared = _comparison_blocks(comparisons, suites, label, undecided_brief) if comparisons else []
@@ -165,26 +164,21 @@ def _comparison_blocks(
         Paragraph(
             "Candidate minus baseline on the items that both answered, resampled by prompt. ▲ better and "
             "▼ worse: at 5% after Holm's correction over all differences that were tested together; "
-            "○ undecided; pp: percentage points. Bars: 95% intervals."
+            "○ undecided; pp: percentage points. Bars: 95% intervals around a line of no difference."
         )
     ]
-    for index, comparison in enumerate(comparisons):
+    for comparison in comparisons:
         names = f"{label(comparison.candidate)} against {label(comparison.baseline)}"
-        figures = difference_figures(f"difference-{index}", comparison, titles, label)
-        tested = [row for row in comparison.rows if row.p_holm is not None]
-        untested = [row for row in comparison.rows if row.p_holm is None]
+        tested, untested = [], []
+        for row in comparison.rows:
+            line = _comparison_line(row, comparison, titles)
+            brief = undecided_brief or row.finding != "undecided"
+            (untested if row.p_holm is None else tested).append(line._replace(brief=brief))
         blocks.append(Subheading(f"{names}: {outcome(comparison)}"))
         if tested:
-            lines = [
-                _comparison_line(row, row_name(row, titles))._replace(
-                    brief=undecided_brief or row.finding != "undecided"
-                )
-                for row in tested
-            ]
-            blocks += [Figures(figures, wide=True), _comparison_table(f"{names}: tested", lines)]
+            blocks.append(_comparison_table(f"{names}: tested", tested))
         if untested:
-            lines = [_comparison_line(row, row_name(row, titles)) for row in untested]
-            table = _comparison_table(f"{names}: untested differences", lines)
+            table = _comparison_table(f"{names}: untested differences", untested)
             blocks.append(Fold(f"{len(untested)} untested differences", [table]))
         if comparison.left_out:
             blocks.append(Paragraph(f"Not compared: {'; '.join(comparison.left_out)}."))
@@ -199,18 +193,34 @@ def _comparison_table(name: str, lines: list[Line]) -> Table:
     return Table(name, "", "Task", columns, lines, wide=True)
 
 
-def _comparison_line(row: ComparisonRow, name: str) -> Line:
+def _comparison_line(row: ComparisonRow, comparison: Comparison, titles: Mapping[str, str]) -> Line:
+    name = " · ".join(part for part in (titles.get(row.suite, row.suite), row.subset) if part)
+    alike = [other.difference for other in comparison.rows if _unit(other) == _unit(row)]
     kind = _kind(row)
-    tested = row.p_holm is not None
+    finding = Cell("– not tested", tone="plain") if row.p_holm is None else _FINDINGS[row.finding]
+    difference = cell(row.difference, "points" if kind == "share" else "gap")
     cells = [
-        _FINDINGS[row.finding] if tested else Cell("– not tested", tone="plain"),
-        cell(row.difference, "points" if kind == "share" else "gap"),
+        finding,
+        difference._replace(tone=finding.tone, bar=_bar(row.difference, 0, alike)),
         cell(row.candidate, kind),
         cell(row.baseline, kind),
         Cell(p_value(row.p), more=row.test),
         DASH if row.p_holm is None else Cell(p_value(row.p_holm)),
     ]
     return Line(name, cells, _joined(row.label, row.unit, _DIRECTION[row.better]))
+
+
+def _unit(row: ComparisonRow) -> str:
+    """Differences of the same unit are drawn on the same scale."""
+    return "share" if row.kind == "share" else row.unit or row.label
+
+
+def _bar(estimate: Estimate, nothing: float, alike: Sequence[Estimate]) -> list[float]:
+    """`Cell.bar` on a scale from the least to the greatest end of all alike, `nothing` included."""
+    ends = [nothing, *(end for one in alike for end in (one.low, one.value, one.high))]
+    least, width = min(ends), max(ends) - min(ends) or 1.0
+    shown = (nothing, estimate.low, estimate.value, estimate.high)
+    return [round(100 * (end - least) / width, 1) for end in shown]
 
 
 # ------------------------------------------------------------------------------------------------ win rates
@@ -221,24 +231,27 @@ def win_rate_table(rates: Sequence[WinRate], label: Label) -> Table:
     caption = (
         "A tie counts half. At equal length: the length-controlled win rate (Dubois et al. 2024); none if "
         "length and quality cannot be separated. Consistency: the share of verdicts that do not change when "
-        "the answers are swapped. Mean length in characters, first / second."
+        "the answers are swapped. Mean length in characters, first / second. Bars: 95% intervals around 50%."
     )
     columns = [
         Column("Win rate"), Column("At equal length"), Column("Win / tie / loss"),
         Column("Consistency", brief=False), Column("Mean length", brief=False),
         Column("Judge's cost", brief=False),
     ]  # fmt: skip
-    lines = [Line(f"{label(r.a)} vs {label(r.b)}", _win_rate_cells(r), f"judge: {r.judge}") for r in rates]
+    alike = [e for rate in rates for e in (rate.rate, rate.length_controlled) if e]
+    lines = [
+        Line(f"{label(r.a)} vs {label(r.b)}", _win_rate_cells(r, alike), f"judge: {r.judge}") for r in rates
+    ]
     return Table("Win rate table", caption, "Compared", columns, lines, wide=True)
 
 
-def _win_rate_cells(rate: WinRate) -> list[Cell]:
+def _win_rate_cells(rate: WinRate, alike: Sequence[Estimate]) -> list[Cell]:
+    adjusted = rate.length_controlled
+    tone: Tone = "good" if rate.rate.low > 0.5 else "bad" if rate.rate.high < 0.5 else "plain"
     asked = [(rate.requests, "requests"), (rate.cached, "cached")]
     return [
-        cell(rate.rate, "share"),
-        cell(rate.length_controlled, "share")
-        if rate.length_controlled
-        else Cell("–", more="too few to tell"),
+        cell(rate.rate, "share")._replace(tone=tone, bar=_bar(rate.rate, 0.5, alike)),
+        cell(adjusted, "share")._replace(bar=_bar(adjusted, 0.5, alike)) if adjusted else _TOO_FEW,
         Cell(
             f"{rate.wins:,} / {rate.ties:,} / {rate.losses:,}",
             more=f"{rate.unjudged:,} unjudged" if rate.unjudged else "",

@@ -8,10 +8,8 @@ import pytest
 from dpo_core.methods.registry import get
 from tasks.reports.drawing import COLOURS, svg
 from tasks.reports.figures import MAX_POINTS, curve_figures
-from tasks.reports.forest_plot import MAX_BARS, difference_figures
 from tasks.reports.measured import MAX_SAMPLES
 from tasks.reports.run_report import RunReport, Sample, Turn
-from tests.support.reports.measured import make_comparison, make_suites
 from tests.support.reports.outline import Outline
 from tests.support.reports.rendered import page as render
 from tests.support.reports.run_reports import (
@@ -56,7 +54,7 @@ def test_page_is_accessible_in_structure(page: str) -> None:
     assert local
     assert set(local) <= set(ids)
     figures = [a for a in outline.all("svg") if a.get("role") == "img"]
-    assert len(figures) == 18
+    assert len(figures) == 13
     assert all(figure["aria-label"] for figure in figures)
     assert all(a.get("tabindex") == "0" for a in outline.all("div") if a.get("class") == "scroll")
 
@@ -227,25 +225,6 @@ def test_an_early_decision_stands_alone_where_nothing_was_measured() -> None:
     assert [text for level, text in Outline(page).headings if level < 3][:2] == [
         "Do not promote", "Win rates",
     ]  # fmt: skip
-
-
-def test_forest_plots_say_everything_in_words() -> None:
-    titles = {row.suite: row.title for row in make_suites()}
-    shares, others = difference_figures("d", make_comparison("champion"), titles, str)
-    assert "XSTest · Refused, being unsafe: +7.5 pp [+1.3 to +13.7]" in shares.description
-    assert "Perplexity" not in shares.description, "a number that is no share has a scale of its own"
-    assert "WikiText-2 · Perplexity: +0.40 [-0.59 to +1.39]" in others.description
-
-
-def test_too_many_differences_are_cut_to_the_clearest_and_the_figure_says_so() -> None:
-    comparison = make_comparison("champion")
-    row = comparison.rows[0]
-    rows = [row.model_copy(update={"subset": f"part {i}", "p": i / 100}) for i in range(40, 0, -1)]
-    comparison = comparison.model_copy(update={"rows": rows})
-    (figure,) = difference_figures("d", comparison, {"rewardbench": "RewardBench"}, str)
-    assert figure.note == f"{MAX_BARS} of 40 are drawn."
-    drawn = [int(n) for n in re.findall(r">RewardBench · part (\d+)<", svg(figure))]
-    assert drawn == list(range(MAX_BARS, 0, -1)), "the smallest p, in the order of the table"
 
 
 def test_the_lineage_goes_from_the_data_to_the_model() -> None:

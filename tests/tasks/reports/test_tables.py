@@ -49,6 +49,9 @@ def test_a_comparison_tells_what_was_tested_from_what_only_informs() -> None:
     assert (findings["MMLU", "Accuracy"].value, findings["MMLU", "Accuracy"].tone) == ("○ undecided", "plain")
     worse = findings["WikiText-2", "Perplexity, lower is better"]
     assert (worse.value, worse.tone) == ("▼ worse", "bad")
+    bars = {line.hint: line.cells[1].bar for line in table.lines}
+    assert bars["Perplexity, lower is better"] == [0.0, 9.6, 54.8, 100.0], "a scale of its own"
+    assert bars["Refused, being unsafe"][3] == 100.0, "the widest of the shares"
     (untested,) = fold.blocks
     assert [line.label for line in untested.lines] == ["RewardBench · Chat Hard", "RewardBench · Safety"]
     assert {(line.cells[0].value, line.cells[5].value) for line in untested.lines} == {("– not tested", "–")}
