@@ -96,9 +96,10 @@ def suite_tables(suites: Sequence[SuiteRow], label: Label) -> list[Table]:
             if subset:
                 subsets.setdefault(title, []).append(Line(subset, cells, _joined(measure.label, hint)))
             else:
-                prompts = Cell(_range({m.estimate.n for m in own.values()}), more=_contaminated(rows))
+                prompts = Cell(_range({m.estimate.n for m in own.values()}))
                 main = not any(line.group == title for line in lines)
-                lines.append(Line(measure.label, [*cells, prompts], hint, title, main))
+                known = _contaminated(rows) if main else ""
+                lines.append(Line(measure.label, [*cells, prompts], _joined(hint, known), title, main))
     caption = (
         "The main measure of each suite is bold; higher is better unless stated otherwise. Clean: without "
         "items that are also in the training data. Intervals are at 95%."
@@ -169,7 +170,8 @@ def _comparison_blocks(
     ]
     for comparison in comparisons:
         names = f"{label(comparison.candidate)} against {label(comparison.baseline)}"
-        tested, untested = [], []
+        tested: list[Line] = []
+        untested: list[Line] = []
         for row in comparison.rows:
             line = _comparison_line(row, comparison, titles)
             brief = undecided_brief or row.finding != "undecided"

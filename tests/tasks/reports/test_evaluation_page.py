@@ -95,7 +95,9 @@ def test_an_evaluation_escapes_everything() -> None:
 def test_markdown_and_terminal_of_an_evaluation() -> None:
     report = make_evaluation_report()
     assert text(report).startswith(f"# {A} is better than {B} on 1 of 8 measures")
-    assert "| MMLU: Accuracy | 33.1% \\[30.7% to 35.5%\\], 32.9% clean |" in text(report)
+    assert "| MMLU: Accuracy (12 items in training) | 33.1% \\[30.7% to 35.5%\\], 32.9% clean |" in text(
+        report
+    )
     assert report.models[1].sha256 in text(report)
     words = shown(report)
     assert max(map(len, words.splitlines())) <= 80

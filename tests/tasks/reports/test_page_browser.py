@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 WIDTHS = {"phone": 390, "desktop": 1280}
 FIGURES = {
-    "usual": 13, "promoted": 13, "alarming": 13, "coinciding": 1, "crowded": 1, "hostile": 7, "bare": 0,
+    "usual": 13, "promoted": 13, "alarming": 13, "coinciding": 1, "crowded": 1, "hostile": 9, "bare": 0,
     "evaluation": 0,
     "study": 2, "hostile study": 2, "bare study": 0,
 }  # fmt: skip
