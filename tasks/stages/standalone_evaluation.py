@@ -52,9 +52,9 @@ from tasks.stages.suite_results import (
     FOLDER,
     SuiteRequest,
     checkpoint_of,
+    objective_of,
     suite_results,
     trained_rows,
-    trained_with,
 )
 from tasks.store.files import disk_errors
 
@@ -152,7 +152,7 @@ def evaluate_models(
             EvaluatedModel(
                 name=model.name,
                 sha256=weights_digest(Path(model.path)),
-                objective=trained_with(spec, workspace),
+                objective=objective_of(spec, workspace),
             )
             for spec, model in zip(models, asked_models, strict=True)
         ],

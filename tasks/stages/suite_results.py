@@ -175,7 +175,7 @@ def trained_rows(spec: str, workspace: Path) -> Path | None:
     return table if table and table.is_file() else None
 
 
-def trained_with(spec: str, workspace: Path) -> str:
+def objective_of(spec: str, workspace: Path) -> str:
     """The objective, or else the method, of a run's policy; empty for other models."""
     name = trained_name(spec, workspace)
     if not name.startswith(RUNS):

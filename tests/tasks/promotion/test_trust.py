@@ -31,7 +31,7 @@ from tasks.runs.record import RunRecord, save_run
 from tasks.stages.assess import decide_promotion
 from tasks.stages.standalone_evaluation import _training as known_texts
 from tasks.stages.standalone_evaluation import _warn_of_contamination as warn_of_contamination
-from tasks.stages.suite_results import trained_rows
+from tasks.stages.suite_results import objective_of, trained_rows
 from tasks.store.files import run_folder
 from tasks.store.manifest import Manifest
 from tests.support.models.tiny import make_tokenizer
@@ -277,6 +277,8 @@ def test_prompts_that_a_run_was_trained_on_are_pointed_out(
     report.write_text(example(steps=2, stages=[stage]).model_dump_json())
     tables = [trained_rows(spec, tmp_path) for spec in ("m-1", "m-1:ppo", "elsewhere", "/a/folder")]
     assert tables == [table / "data.parquet"] * 2 + [None, None]
+    objectives = [objective_of(spec, tmp_path) for spec in ("m-1", "m-1:ppo", "m-1:sft", "/a/folder")]
+    assert objectives == ["dpo", "ppo", "", ""]
     training = known_texts(None, tables)
     chat = json.dumps([{"role": "user", "content": "Is the soup warm?"}])
     prompts = [Prompt("is the soup warm", False), Prompt(chat, True), Prompt("And the bread?", False)]

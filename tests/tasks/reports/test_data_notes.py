@@ -1,7 +1,11 @@
 """Notes on the page about the sets of a mixture, and the accuracy on each."""
 
+import json
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
+import pytest
 import torch
 
 from dpo_core.data.tokens.sequences import TokenPair, TokenSequence
@@ -9,7 +13,8 @@ from dpo_core.jobs.evaluate import _accuracy_by_source
 from dpo_core.statistics.estimates import Estimate
 from tasks.reports.about import RunData
 from tasks.reports.data_notes import data_notes
-from tasks.reports.run_report import EvaluationDetails
+from tasks.reports.run_report import EvaluationDetails, Sample, Turn
+from tasks.stages.evaluation import with_data
 from tasks.store.manifest import Manifest
 
 
@@ -47,7 +52,32 @@ def test_notes_of_the_page(tmp_path: Path) -> None:
     assert data_notes(data(loaded), measured) == {
         "How the data were read": "columns not read: hint",
         "Rows by set": "x: 8 to train on, 2 held out",
-        "Preference accuracy of DPO by set": "x: 50.0% [10.0%, 90.0%] of 2 pairs",
+        "Preference accuracy of DPO by set": "x: 50.0% [10.0% to 90.0%] of 2 pairs",
     }
     plain = loaded.model_copy(update={"extra": {"kind": "pairs"}})
     assert data_notes(data(plain), measured.model_copy(update={"accuracy_by_source": {}})) == {}
+
+
+@pytest.mark.parametrize(
+    ("columns", "answers"),
+    [
+        ({"chosen": ["Seven.", "Blue."]}, ["Seven.", "Blue."]),
+        ({"completion": ["Nine.", "Blue."], "label": [False, True]}, ["", "Blue."]),
+        ({}, ["", ""]),
+    ],
+)
+def test_samples_get_their_conversation_and_the_datas_answer(
+    columns: dict[str, list[Any]], answers: list[str]
+) -> None:
+    chat = json.dumps([{"role": "user", "content": "Name a colour."}])
+    rows = pd.DataFrame({"prompt": ["Name a prime.", chat]} | columns)
+    plain, asked = with_data(
+        [
+            Sample(prompt="Name a prime.", completions={}),
+            Sample(prompt="user: Name a colour.", completions={}),
+        ],
+        ["Name a prime.", chat],
+        rows,
+    )
+    assert (plain.turns, asked.turns) == ([], [Turn(role="user", content="Name a colour.")])
+    assert [plain.chosen, asked.chosen] == answers
