@@ -165,7 +165,8 @@ def _comparison_blocks(
         Paragraph(
             "Candidate minus baseline on the items that both answered, resampled by prompt. ▲ better and "
             "▼ worse: at 5% after Holm's correction over all differences that were tested together; "
-            "○ undecided; pp: percentage points. Bars: 95% intervals around a line of no difference."
+            "○ undecided; pp: percentage points. Intervals are at 95%; the page draws them around no "
+            "difference."
         )
     ]
     for comparison in comparisons:
@@ -233,7 +234,8 @@ def win_rate_table(rates: Sequence[WinRate], label: Label) -> Table:
     caption = (
         "A tie counts half. At equal length: the length-controlled win rate (Dubois et al. 2024); none if "
         "length and quality cannot be separated. Consistency: the share of verdicts that do not change when "
-        "the answers are swapped. Mean length in characters, first / second. Bars: 95% intervals around 50%."
+        "the answers are swapped. Mean length in characters, first / second. Intervals are at 95%; the page "
+        "draws them around 50%."
     )
     columns = [
         Column("Win rate"), Column("At equal length"), Column("Win / tie / loss"),

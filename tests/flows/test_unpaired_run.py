@@ -126,7 +126,7 @@ def test_the_page_and_the_table_say_what_was_learnt_from(unpaired) -> None:
     page, text = (folder / "page.html").read_text(), (folder / "summary.md").read_text()
     assert "**Class weights**" in text
     assert "Class weights" in page
-    assert "| Preference accuracy | – | – | – |" in text
+    assert "| Preference accuracy (implicit reward on held-out pairs) | – | – | – |" in text
 
 
 @pytest.mark.slow
