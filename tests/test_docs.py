@@ -18,6 +18,7 @@ from dpo_core.data.layouts.messages import chat_prompt
 from dpo_core.rewards.functions import check_reward, load_reward
 from flows.cli.main import app
 from tasks.recipe.read import load_recipe, shipped_recipes
+from tests.support import docs_pages
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -72,6 +73,12 @@ def _unknown(line: str) -> str | None:
                 return word
             command = command.commands.get(word, command)
     return None
+
+
+@pytest.mark.parametrize("name", docs_pages.PAGES)
+def test_a_generated_page_is_up_to_date(name: str) -> None:
+    """Renew it: python -m tests.support.docs_pages."""
+    assert (docs_pages.DOCS / name).read_text() == docs_pages.PAGES[name]()
 
 
 @each_page

@@ -1,4 +1,4 @@
-"""The body of `dpo methods`: prints the methods of policies with their settings, also as the docs page."""
+"""The body of `dpo methods`: prints the methods of policies with their settings."""
 
 import json
 from typing import Any
@@ -38,38 +38,6 @@ def facts(method: Method) -> dict[str, Any]:
     }
 
 
-def markdown() -> str:
-    """The docs page `methods.md`: every method with its needs and settings."""
-    lines = [
-        "# Methods",
-        "",
-        "The methods of a recipe's policies, as `dpo methods` lists them. Each method is one file in "
-        "`dpo_core/methods/`, which declares its settings, the data that it learns from, how it reads the "
-        "reference, and its curves on the run page. Its trainer is the file of the same name in "
-        "`dpo_core/trainers/`, and its estimate for `dpo plan` is in `dpo_core/estimates/by_method.py`.",
-    ]
-    for method in methods().values():
-        needs = ", ".join(method.needs(method.settings()))
-        use = (
-            f"`policies: {{NAME: {{method: {method.name}}}}}`"
-            if method.policy
-            else "Used by the run itself, not by policies."
-        )
-        lines += [
-            "",
-            f"## {method.name}",
-            "",
-            f"{method.title}. {method.citation}.",
-            "",
-            f"Needs: {needs}. {use}",
-        ]
-        lines += ["", "| setting | default | |", "| --- | --- | --- |"]
-        for name, field in method.settings.model_fields.items():
-            text = " ".join((field.description or "").split()).replace("|", "\\|")
-            lines.append(f"| `{name}` | `{_default(field)}` | {text} |")
-    return "\n".join(lines) + "\n"
-
-
 def _text(method: Method, with_settings: bool) -> str:
     use = (
         f"set policies: {{NAME: {{method: {method.name}}}}}"
@@ -80,14 +48,14 @@ def _text(method: Method, with_settings: bool) -> str:
     lines += [f"  {method.citation}", f"  {use}"]
     if with_settings:
         fields = method.settings.model_fields.items()
-        lines += [f"  {name} = {_default(field)}: {_first_line(field.description)}" for name, field in fields]
+        lines += [
+            f"  {name} = {default(field)}: {' '.join((field.description or '').split())}"
+            for name, field in fields
+        ]
     return "\n".join(lines)
 
 
-def _default(field: Any) -> str:
+def default(field: Any) -> str:
+    """The default of a setting, as JSON."""
     value = field.get_default(call_default_factory=True)
     return json.dumps(value.model_dump(mode="json") if hasattr(value, "model_dump") else value)
-
-
-def _first_line(text: str | None) -> str:
-    return " ".join((text or "").split())

@@ -1,4 +1,4 @@
-"""`dpo methods` and its page of the docs: what the registry holds."""
+"""`dpo methods`: what the registry holds."""
 
 import json
 from pathlib import Path
@@ -10,10 +10,8 @@ from dpo_core import methods as package
 from dpo_core.errors import RecipeError
 from dpo_core.methods import registry
 from flows.cli.main import app
-from flows.commands.methods import markdown
 from tasks.recipe.policies import CLASSES
 
-REPO = Path(__file__).resolve().parents[3]
 NEW = '''
 """A method in a file of its own."""
 
@@ -49,11 +47,6 @@ def test_a_method_shows_its_settings() -> None:
 def test_an_unknown_method_is_told_with_the_nearest() -> None:
     with pytest.raises(RecipeError, match=r"no method 'gpro' \(did you mean grpo\?\)"):
         registry.get("gpro")
-
-
-def test_the_page_of_the_docs_is_the_registry() -> None:
-    """Renew it: python -c "from flows.commands.methods import markdown; print(markdown(), end='')"."""
-    assert (REPO / "flows" / "docs" / "methods.md").read_text() == markdown()
 
 
 def test_a_new_file_declares_a_new_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

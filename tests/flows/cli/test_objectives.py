@@ -35,21 +35,6 @@ def test_the_list_says_what_each_is_and_needs() -> None:
     assert lines[place + 5].startswith("  gamma_beta_ratio = 0.5 in [0, 5]: ")
 
 
-@pytest.mark.parametrize(
-    ("name", "says"),
-    [
-        ("aot", "has to be one forward pass in one process"),
-        ("kto", "depends on which share one, not on how it is split"),
-        ("bco", "Without the paper's density-ratio weights"),
-        ("tdpo1", "the reference stays in memory beside the policy"),
-        ("tdpo2", "which the cache of log-probs does not hold"),
-    ],
-)
-def test_what_a_name_does_not_tell_is_in_the_list(name: str, says: str) -> None:
-    entry = shown().split(f"\n{name}  (")[1].split("\n  note: ")[1].splitlines()[0]
-    assert says in entry
-
-
 def test_one_is_shown_with_its_whole_definition() -> None:
     text = shown("ld_dpo", "wpo")
     assert "LLaMA-Factory and ms-swift weigh the policy only" in text

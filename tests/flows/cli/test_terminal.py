@@ -1,12 +1,8 @@
 """What commands print is shown as it is."""
 
-import re
-from pathlib import Path
-
 import pytest
 from rich.table import Table
 
-REPO = Path(__file__).resolve().parents[3]
 ODD = "a[/b]c [red]x :cat: \\[bold]"
 
 
@@ -22,12 +18,3 @@ def test_paths_and_names_are_no_markup(capsys: pytest.CaptureFixture[str]) -> No
     out, err = capsys.readouterr()
     assert out.count(ODD) == 4
     assert ODD in err
-
-
-def test_no_command_prints_by_another_console() -> None:
-    others = [
-        path.name
-        for path in (REPO / "flows").rglob("*.py")
-        if path.name != "terminal.py" and re.search(r"\bConsole\(", path.read_text())
-    ]
-    assert others == []

@@ -1,6 +1,15 @@
-"""Writes the docs page `commands.md` from the help of the command line."""
+"""The docs pages that are generated: `python -m tests.support.docs_pages` writes them anew."""
 
+from pathlib import Path
 from typing import Any
+
+import typer.main
+
+from dpo_core.methods.registry import methods
+from flows.cli.main import app
+from flows.commands.methods import default
+
+DOCS = Path(__file__).resolve().parents[2] / "flows" / "docs"
 
 _INTRODUCTION = """\
 # Commands
@@ -21,9 +30,10 @@ An expected error is one line on stderr. Tracebacks go to `dpo-<uid>.log` in the
 """
 
 
-def markdown(program: Any) -> str:
-    """The page: every command of the group `program` (Typer's), the subcommands of groups included."""
-    return _INTRODUCTION + "".join(_section(name, command) for name, command in _commands(program, "dpo"))
+def commands_page() -> str:
+    """`commands.md`: every command, the subcommands of groups included."""
+    listed = _commands(typer.main.get_command(app), "dpo")
+    return _INTRODUCTION + "".join(_section(name, command) for name, command in listed)
 
 
 def _commands(group: Any, prefix: str) -> list[tuple[str, Any]]:
@@ -64,3 +74,42 @@ def _meaning(parameter: Any) -> str:
         return text
     default = parameter.opts[0] if parameter.default is True else parameter.default
     return f"{text} Default: `{default}`."
+
+
+def methods_page() -> str:
+    """`methods.md`: every method with its needs and settings."""
+    lines = [
+        "# Methods",
+        "",
+        "The methods of a recipe's policies, as `dpo methods` lists them. Each method is one file in "
+        "`dpo_core/methods/`, which declares its settings, the data that it learns from, how it reads the "
+        "reference, and its curves on the run page. Its trainer is the file of the same name in "
+        "`dpo_core/trainers/`, and its estimate for `dpo plan` is in `dpo_core/estimates/by_method.py`.",
+    ]
+    for method in methods().values():
+        needs = ", ".join(method.needs(method.settings()))
+        use = (
+            f"`policies: {{NAME: {{method: {method.name}}}}}`"
+            if method.policy
+            else "Used by the run itself, not by policies."
+        )
+        lines += [
+            "",
+            f"## {method.name}",
+            "",
+            f"{method.title}. {method.citation}.",
+            "",
+            f"Needs: {needs}. {use}",
+        ]
+        lines += ["", "| setting | default | |", "| --- | --- | --- |"]
+        for name, field in method.settings.model_fields.items():
+            text = " ".join((field.description or "").split()).replace("|", "\\|")
+            lines.append(f"| `{name}` | `{default(field)}` | {text} |")
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {"commands.md": commands_page, "methods.md": methods_page}
+
+if __name__ == "__main__":
+    for name, page in PAGES.items():
+        (DOCS / name).write_text(page())
