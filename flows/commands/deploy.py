@@ -14,12 +14,14 @@ from prefect.utilities.importtools import import_object
 from pydantic import ValidationError
 
 from deploy.prefect_file import read_prefect_file
-from dpo_core.errors import RecipeError
+from dpo_core.data.files.read import check_source
+from dpo_core.errors import DataError, RecipeError
 from flows.commands.cluster import read_cluster
 from flows.commands.format import readable_time
 from flows.process.prefect_server import server, server_address
 from flows.process.trial_import import check_import
 from tasks.recipe.read import load_recipe
+from tasks.recipe.recipe import Recipe
 from tasks.scheduling.alerts import apply_alerts, plan_alerts
 from tasks.scheduling.deployments import (
     Change,
@@ -134,6 +136,9 @@ def _check_parameters(flow: Any, deployment: Any, where: str, parameters: dict[s
     except RecipeError as error:
         raise RecipeError(f"{where}: {error.problem}", error.remedy) from error
     _check_cluster(where, parameters)
+    started_by = [*deployment.schedules, *deployment.triggers]
+    data_later = where == deployment.name and any("data" in one.parameters for one in started_by)
+    _check_files(where, recipe, data=not data_later and "data" not in parameters)
     absolute = Path(recipe.workspace).expanduser().is_absolute()
     if not absolute and "working_dir" not in deployment.work_pool.job_variables:
         raise RecipeError(
@@ -154,6 +159,33 @@ def _check_cluster(where: str, parameters: dict[str, Any]) -> None:
         read_cluster(parameters.get("on", "local"), settings, [])
     except RecipeError as error:
         raise RecipeError(f"{where}: {error.problem}", error.remedy) from error
+
+
+def _check_files(where: str, recipe: Recipe, *, data: bool) -> None:
+    """Refuse relative paths of the recipe's files, of its data only if the run reads them (`data`)."""
+    reward = (recipe.reward.source or "").partition(":")[0]
+    files = [
+        *(("data", path) for path in recipe.data.paths if data and _is_file(path)),
+        ("reward.source", reward if reward.endswith(".py") else None),
+        ("sft.demonstrations", recipe.sft.demonstrations),
+        ("gate.baseline", recipe.gate.baseline),
+        ("model.chat_template", recipe.model.chat_template),
+    ]
+    for field, path in files:
+        if path and not Path(path).expanduser().is_absolute():
+            raise RecipeError(
+                f"{where}: {field}: {path} is a relative path, and workers run in other folders",
+                "Use an absolute path",
+            )
+
+
+def _is_file(path: str) -> bool:
+    """False for the name of a data set on the hub."""
+    try:
+        check_source(path)
+    except DataError:
+        return True
+    return Path(path).expanduser().exists()
 
 
 def fire_times(deployments: Any) -> dict[str, list[str]]:

@@ -92,6 +92,25 @@ def test_a_package_in_the_working_folder_that_would_replace_the_flow_is_refused(
     check_deployment(deployment(work_pool=pool))
 
 
+def test_files_of_a_recipe_are_named_by_absolute_paths() -> None:
+    from flows.commands.deploy import check_deployment
+
+    def check(sets: list[str], **changes: Any) -> None:
+        check_deployment(deployment(parameters={"recipe": "hh-harmless", "overrides": sets}, **changes))
+
+    check(["data.path=/data/pairs.jsonl"])
+    check(["data.path=Anthropic/hh-rlhf"])  # of the hub
+    check([], schedules=[])  # the trigger names the data
+    for sets, file in (
+        ([], "data: hh_harmless_base_test.jsonl.gz"),
+        (["data.path=./pairs"], "data: ./pairs"),
+        (["data.path=/data/pairs.jsonl", "reward.source=mine.py:score"], "reward.source: mine.py"),
+        (["data.path=/data/pairs.jsonl", "gate.baseline=gate.json"], "gate.baseline: gate.json"),
+    ):
+        with pytest.raises(RecipeError, match=f"nightly.*: {file} is a relative path"):
+            check(sets)
+
+
 def test_prefects_own_model_takes_the_shipped_file() -> None:
     from flows.commands.deploy import check_deployment, check_with_prefect
 
