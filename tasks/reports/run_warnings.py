@@ -4,7 +4,7 @@ import numpy as np
 
 from dpo_core.data.answers import AnswerStatistics
 from tasks.recipe.recipe import Recipe
-from tasks.reports.alarms import COMPLETE_SHARE, CUT_SHARE, cut_message
+from tasks.reports.alarms import COMPLETE_SHARE, CUT, CUT_SHARE, cut_message
 
 
 def answers_cut(recipe: Recipe, answers: AnswerStatistics | None) -> str:
@@ -13,7 +13,10 @@ def answers_cut(recipe: Recipe, answers: AnswerStatistics | None) -> str:
     if answers is None or answers.complete < COMPLETE_SHARE:
         return ""
     cut = float(np.mean([tokens > limit for tokens in answers.tokens]))
-    return f"expected: {cut_message(cut, limit, answers.median)}" if cut >= CUT_SHARE else ""
+    if cut < CUT_SHARE:
+        return ""
+    refused = " Otherwise the model will not be promoted." if CUT in recipe.promotion.alarms else ""
+    return f"expected: {cut_message(cut, limit, answers.median)}{refused}"
 
 
 def too_few_prompts(recipe: Recipe, held_out: int) -> str:

@@ -216,6 +216,7 @@ def test_what_data_and_recipe_tell_before_the_run() -> None:
     assert warning.startswith(
         f"expected: 66.7% of the answers are cut at evaluate.sampling.max_new_tokens {limit}"
     )
+    assert warning.endswith("Otherwise the model will not be promoted.")
     assert answers_cut(recipe, AnswerStatistics([limit, limit, 3], 1.0)) == ""
     assert answers_cut(recipe, AnswerStatistics([limit + 1] * 3, 0.0)) == "", "sampled answers, cut by design"
     assert answers_cut(recipe, None) == ""
