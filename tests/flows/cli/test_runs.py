@@ -1,8 +1,6 @@
-"""`dpo runs` with many runs, and what the commands that only look may import."""
+"""`dpo runs` with many runs, and `dpo show` of runs in every state."""
 
 import json
-import subprocess
-import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -14,7 +12,6 @@ from tasks.runs.record import RunRecord, new_run, save_run
 from tasks.store.owner import this_process
 from tests.scenarios.bad_inputs import dpo
 from tests.support.reports.run_reports import decided, make_policies
-from tests.support.runs.stored import REPO
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -47,20 +44,6 @@ def test_by_status_and_recipe_and_in_json_without_a_limit_of_its_own(workspace: 
     assert len(json.loads(dpo("runs", "--workspace", str(workspace), "--json").out)) == 30
     refused = dpo("runs", "--status", "finished", "--workspace", str(workspace))
     assert (refused.code, "Name one of running, done" in refused.err) == (2, True)
-
-
-def test_looking_imports_nothing_heavy(workspace: Path) -> None:
-    code = (
-        "import sys; from flows.cli.main import main; sys.argv = ['dpo', *sys.argv[1:]]\n"
-        "try: main()\n"
-        "except SystemExit: pass\n"
-        "heavy = {'torch', 'transformers', 'mlflow', 'prefect', 'pandas', 'great_expectations'}\n"
-        "print('heavy', sorted(heavy & set(sys.modules)))"
-    )
-    for arguments in (["--help"], ["runs", "--workspace", str(workspace)]):
-        command = [sys.executable, "-c", code, *arguments]
-        said = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True).stdout
-        assert said.splitlines()[-1] == "heavy []"
 
 
 def test_a_run_that_is_not_finished_is_shown_as_such(tmp_path: Path) -> None:
