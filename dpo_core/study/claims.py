@@ -119,7 +119,7 @@ def _diversity(summary: StudySummary, policy: str) -> list[Claim]:
         sides = {_at_least(part.low, part.high, limit) for part in ranges}
         fewest = min(part.seeds for part in ranges)
         words = "; ".join(
-            f"{row.setting} {row.relative.value:+.1%} ({row.relative.low:+.1%} to {row.relative.high:+.1%})"
+            f"{row.setting} {row.relative.value:+.1%} [{row.relative.low:+.1%} to {row.relative.high:+.1%}]"
             for row in rows
         )
         words += f"; ranges over {fewest} seeds" if fewest > 1 else "; one seed"
@@ -141,7 +141,7 @@ def _few_samples(summary: StudySummary) -> Claim:
         return Claim(claim=claim, claimed=claimed, found=result, verdict="undecided")
     relative = row.relative
     result = (
-        f"{relative.value:+.1%} gain over the reference ({relative.low:+.1%} to {relative.high:+.1%}), "
+        f"{relative.value:+.1%} gain over the reference [{relative.low:+.1%} to {relative.high:+.1%}], "
         f"defined in {row.defined:.0%} of resamples"
     )
     sure = row.defined >= DEFINED and row.fewest_seeds >= SEEDS

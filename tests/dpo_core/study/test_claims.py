@@ -162,7 +162,7 @@ def test_diversity_must_agree_at_every_beta() -> None:
     claim = judged([*dpo, *ours], "TDPO1 has more entropy")
     assert claim.verdict == "undecided"
     assert claim.found == (
-        "beta=0.1 +50.0% (+50.0% to +50.0%); beta=1 +10.0% (+10.0% to +10.0%); ranges over 3 seeds"
+        "beta=0.1 +50.0% [+50.0% to +50.0%]; beta=1 +10.0% [+10.0% to +10.0%]; ranges over 3 seeds"
     )
 
 
