@@ -9,8 +9,6 @@ import functools
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 REPO = Path(__file__).resolve().parents[1]
 PACKAGES = ("dpo_core", "expectations", "tasks", "flows", "deploy")
 
@@ -158,34 +156,3 @@ def test_no_module_keeps_state() -> None:
 def test_no_setting_travels_through_the_environment() -> None:
     setting = {path for path, module in modules() if sets_environment(module)}
     assert setting == ENVIRONMENT.keys(), "pass it as an argument, or name its reader in ENVIRONMENT"
-
-
-@pytest.mark.parametrize(
-    ("source", "names"),
-    [
-        ("x = 1\ndef f():\n    global x\n    x = 2", {"x"}),
-        ("known: dict[str, int] = {}", {"known"}),
-        ("import threading\nhurry = threading.Event()", {"hurry"}),
-        ("class Stop:\n    def __init__(self): self.begun = False\nstop = Stop()", {"stop"}),
-        ("TABLE = {'a': 1}\ndef f(): TABLE['b'] = 2", {"TABLE"}),
-        ("NAMES = ['a']\ndef f(): NAMES.append('b')", {"NAMES"}),
-        (
-            "TABLE = {'a': 1}\nNAMES = ('a',)\ndef f(NAMES): NAMES.append(1)\ndef g(): return TABLE['a']",
-            set(),
-        ),
-    ],
-)
-def test_state_is_recognised(source: str, names: set[str]) -> None:
-    assert module_state(ast.parse(source)) == names
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "os.environ['A'] = 'b'", "del os.environ['A']", "os.environ.setdefault('A', 'b')", "os.environ |= {}",
-        "os.putenv('A', 'b')",
-    ],
-)  # fmt: skip
-def test_setting_the_environment_is_recognised(source: str) -> None:
-    assert sets_environment(ast.parse(source))
-    assert not sets_environment(ast.parse("a = os.environ['A'] + os.environ.get('B', '')"))

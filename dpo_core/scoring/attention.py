@@ -54,7 +54,7 @@ def _attend(
 
 
 @torch.compiler.disable  # lengths differ in every pack, and each would be compiled again
-def _by_document(
+def _by_document(  # noqa: PLR0913 - tensors and keywords, as transformers hands them
     query: Tensor,
     key: Tensor,
     value: Tensor,

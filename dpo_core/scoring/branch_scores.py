@@ -85,7 +85,7 @@ def branch_scores(
     return BranchScores(**tables, lengths_S=layout.lengths_S, prompt_D=prompt_D)
 
 
-def token_scores(
+def token_scores(  # noqa: PLR0913 - tensors
     model: nn.Module,
     hidden_NH: Tensor,
     targets_N: Tensor,

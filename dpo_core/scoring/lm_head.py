@@ -70,7 +70,7 @@ class _TargetLogps(torch.autograd.Function):
     """Stores p - 1{target} (C, V) of each chunk, the gradient of -log π(target) by its logits."""
 
     @staticmethod
-    def forward(
+    def forward(  # noqa: PLR0913 - tensors, as torch.autograd.Function hands them
         ctx: Any,
         hidden_NH: Tensor,
         weight_VH: Tensor,

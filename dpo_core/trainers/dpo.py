@@ -59,7 +59,7 @@ class DpoTrainer(PackedTrainer[TokenPair]):
         RecipeError: an objective needs the whole batch in one forward pass, and the batch is split.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - a reference in one of three forms
         self,
         module: nn.Module,
         examples: Sequence[TokenPair],

@@ -41,7 +41,7 @@ ModelHelp = (
 )
 
 
-def evaluate(
+def evaluate(  # noqa: PLR0913 - options of a command
     model: Annotated[str | None, typer.Argument(help=ModelHelp)] = None,
     suite: SuiteOption = None,
     data: DataOption = ".",
@@ -72,7 +72,7 @@ def evaluate(
     body.evaluate([model], request, overrides or [], workspace, place, as_json)
 
 
-def compare(
+def compare(  # noqa: PLR0913 - options of a command
     a: Annotated[str, typer.Argument(help=ModelHelp)],
     b: Annotated[str, typer.Argument(help="The model to compare A with, in the same forms.")],
     suite: SuiteOption = None,
