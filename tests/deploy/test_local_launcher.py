@@ -112,10 +112,9 @@ def test_render_is_the_command_and_starts_nothing(tmp_path: Path) -> None:
     assert protocol
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_job_that_ends_well_is_done(launcher: LocalLauncher, tmp_path: Path, processes: int) -> None:
+def test_a_job_that_ends_well_is_done(launcher: LocalLauncher, tmp_path: Path) -> None:
     job = make_job(tmp_path, "done")
-    handle = launcher.submit(job, processes, job.parent)
+    handle = launcher.submit(job, 1, job.parent)
     assert launcher.poll(handle) is State.RUNNING
     wait_until(lambda: launcher.poll(handle) is not State.RUNNING, "the end")
     assert launcher.poll(handle) is State.DONE
@@ -123,15 +122,12 @@ def test_a_job_that_ends_well_is_done(launcher: LocalLauncher, tmp_path: Path, p
     assert launcher.poll(handle) is State.DONE
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_job_that_fails_shows_the_end_of_its_log(
-    launcher: LocalLauncher, tmp_path: Path, processes: int
-) -> None:
+def test_a_job_that_fails_shows_the_end_of_its_log(launcher: LocalLauncher, tmp_path: Path) -> None:
     job = make_job(tmp_path, "fail")
     # What an earlier job left on this folder says nothing about this one.
     for name in ("result.json", "stopped", "error.json"):
         (job.parent / name).write_text("{}")
-    handle = launcher.submit(job, processes, job.parent)
+    handle = launcher.submit(job, 2, job.parent)
     wait_until(lambda: launcher.poll(handle) is not State.RUNNING, "the end")
     assert launcher.poll(handle) is State.FAILED
     log = launcher.logs(handle, lines=1000)
@@ -212,20 +208,8 @@ def test_children_born_while_a_job_is_ended_are_ended_too(launcher: LocalLaunche
     assert not left_over(tmp_path)
 
 
-def test_ranks_that_outlive_torchrun_are_ended_too(launcher: LocalLauncher, tmp_path: Path) -> None:
-    job = make_job(tmp_path, "stubborn")
-    handle = launcher.submit(job, 2, job.parent)
-    wait_until(lambda: started(job), "a rank")
-    psutil.Process(int(handle)).kill()
-    wait_until(lambda: launcher.poll(handle) is not State.RUNNING, "the end of torchrun")
-    assert ranks(tmp_path), "torchrun gives its ranks a session of their own"
-    launcher.cancel(handle, grace=0.5)
-    assert not left_over(tmp_path)
-
-
-@pytest.mark.parametrize("torchrun_too", [False, True])
-def test_the_orphans_of_a_killed_flow_are_reaped_by_the_next_submit(
-    launcher: LocalLauncher, tmp_path: Path, torchrun_too: bool
+def test_the_orphans_of_a_killed_flow_and_torchrun_are_reaped_by_the_next_submit(
+    launcher: LocalLauncher, tmp_path: Path
 ) -> None:
     job = make_job(tmp_path, "wait")
     bystander = make_job(tmp_path, "wait", name="other")
@@ -247,11 +231,10 @@ def test_the_orphans_of_a_killed_flow_are_reaped_by_the_next_submit(
     wait_until(lambda: started(job) and started(bystander) and len(ranks(tmp_path)) == 4, "both jobs")
     flow.kill()
     flow.wait()
-    if torchrun_too:
-        torchrun.kill()
+    torchrun.kill()
     orphans = {p.pid for p in left_over(tmp_path) if str(job.parent) in " ".join(p.cmdline())}
     others = {p.pid for p in left_over(tmp_path) if str(bystander) in p.cmdline()}
-    assert len(orphans) == (2 if torchrun_too else 3)
+    assert len(orphans) == 2, "torchrun gives its ranks a session of their own"
 
     (job.parent / "ready").unlink()
     make_job(tmp_path, "done")
