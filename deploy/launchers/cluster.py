@@ -214,10 +214,8 @@ class ClusterLauncher(Launcher):
         run: the job's name to users.
     """
 
-    pause: float
-
-    def __init__(self, run: str) -> None:
-        self.run, self.attempt = run, 1
+    def __init__(self, config: ClusterConfig, run: str) -> None:
+        self.config, self.run, self.attempt = config, run, 1
 
     @property
     def name(self) -> str:
@@ -245,7 +243,7 @@ class ClusterLauncher(Launcher):
         job, work = job.absolute(), work.absolute()
         for path in (job, work):
             self.require_seen(path)
-        self.render(job, processes)
+        self.config.check(processes)
         # Clusters accept two jobs of one name.
         with FileLock(work / "submit.lock"):
             count = work / "attempt"

@@ -25,10 +25,10 @@ class KubernetesLauncher(ClusterLauncher):
     """Launches a job as a JobSet."""
 
     pause = 3.0
+    config: KubernetesConfig
 
     def __init__(self, config: KubernetesConfig, run: str, api: KubeApi | None = None) -> None:
-        super().__init__(run)
-        self.config = config
+        super().__init__(config, run)
         self._api = api
         self._not_started: dict[str, float] = {}
         self._reasons: dict[str, str] = {}
@@ -41,6 +41,7 @@ class KubernetesLauncher(ClusterLauncher):
         return self._api
 
     def render(self, job: Path, processes: int) -> str:
+        self.config.check(processes)
         return yaml.safe_dump(self._manifest(job, processes), sort_keys=False)
 
     def require_seen(self, folder: Path) -> None:
@@ -119,7 +120,6 @@ class KubernetesLauncher(ClusterLauncher):
         return text.rstrip("\n") or tail(work, lines)
 
     def _manifest(self, job: Path, processes: int) -> Manifest:
-        self.config.check(processes)
         return jobset(self.config, job, processes, run=self.run, attempt=self.attempt, name=self.name)
 
     def _may_start(self, handle: str, existing: Manifest, pods: list[Manifest]) -> bool:

@@ -77,14 +77,14 @@ class SkyPilotLauncher(ClusterLauncher):
     """Launches a job by `sky jobs launch`."""
 
     pause = 30.0
-
-    def __init__(self, config: SkyPilotConfig, run: str) -> None:
-        super().__init__(run)
-        self.config = config
+    config: SkyPilotConfig
 
     def render(self, job: Path, processes: int) -> str:
         self.config.check(processes)
-        return yaml.safe_dump(_task(self.config, self.name, job.absolute(), processes), sort_keys=False)
+        return self._task(job.absolute(), processes)
+
+    def _task(self, job: Path, processes: int) -> str:
+        return yaml.safe_dump(_task(self.config, self.name, job, processes), sort_keys=False)
 
     def require_seen(self, folder: Path) -> None:
         require_seen(folder, self.config.mount, "in the bucket that the nodes mount")
@@ -98,7 +98,7 @@ class SkyPilotLauncher(ClusterLauncher):
 
     def start(self, job: Path, processes: int, work: Path) -> None:
         task = work / f"{self.name}.yaml"
-        task.write_text(self.render(job, processes))
+        task.write_text(self._task(job, processes))
         secrets = [part for name in self.config.secrets for part in ("--secret", name)]
         _sky("jobs", "launch", "--name", self.name, "--detach-run", "--yes", *secrets, str(task))
 

@@ -87,10 +87,7 @@ class SlurmLauncher(ClusterLauncher):
     """Launches a job by sbatch."""
 
     pause = 10.0
-
-    def __init__(self, config: SlurmConfig, run: str) -> None:
-        super().__init__(run)
-        self.config = config
+    config: SlurmConfig
 
     def render(self, job: Path, processes: int) -> str:
         """The batch script.
@@ -99,12 +96,15 @@ class SlurmLauncher(ClusterLauncher):
             RecipeError: the job has more ranks than GPUs, or its path contains a line break.
         """
         self.config.check(processes)
-        if not str(job.absolute()).isprintable():
+        return self._script(job.absolute(), processes)
+
+    def _script(self, job: Path, processes: int) -> str:
+        if not str(job).isprintable():
             raise RecipeError(
                 f"the job's folder {str(job.parent)!r} contains a character that cannot be printed",
                 "Choose another workspace",
             )
-        return _script(self.config, self.name, job.absolute(), processes)
+        return _script(self.config, self.name, job, processes)
 
     def require_client(self) -> None:
         require_command("sbatch", LOGIN)
@@ -120,7 +120,7 @@ class SlurmLauncher(ClusterLauncher):
         return str(Handle(ids[-1], work)) if ids else None
 
     def start(self, job: Path, processes: int, work: Path) -> str:
-        script = self.render(job, processes)
+        script = self._script(job, processes)
         (work / f"{self.name}.sbatch").write_text(script)
         try:
             number = _run("sbatch", "--parsable", text=script).strip().split(";")[0]

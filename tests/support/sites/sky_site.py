@@ -15,8 +15,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 SITE = Path(os.environ.get("SKY_SITE", "/nonexistent"))
 OVER = ("SUCCEEDED", "FAILED", "CANCELLED", "FAILED_NO_RESOURCE", "FAILED_SETUP")
 
@@ -26,7 +24,7 @@ def install(folder: Path) -> Path:
     commands = folder / "bin"
     commands.mkdir(parents=True)
     source = shlex.quote(str(Path(__file__).resolve()))
-    (commands / "sky").write_text(f'#!/bin/bash\nexec {shlex.quote(sys.executable)} {source} "$@"\n')
+    (commands / "sky").write_text(f'#!/bin/bash\nexec {shlex.quote(sys.executable)} -S {source} "$@"\n')
     (commands / "sky").chmod(0o755)
     return commands
 
@@ -59,6 +57,12 @@ def launch(arguments: list[str]) -> str:
         assert name in os.environ, "a secret is given by name and found in the environment"
     if site().get("refuse"):
         fail(site()["refuse"])
+    # Commands start without installed packages (-S), which would take most of their time.
+    import site as packages
+
+    packages.main()
+    import yaml
+
     task = yaml.safe_load(Path(arguments[-1]).read_text())
     number = 1 + len(jobs())
     row = {"job_id": number, "job_name": arguments[1], "status": "PENDING", "failure_reason": None}
