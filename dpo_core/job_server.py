@@ -6,7 +6,6 @@ Requests are lines of JSON on standard input, answers lines of JSON on standard 
 null while the job runs. At the end of its input it ends its jobs and exits.
 """
 
-import ctypes
 import gc
 import importlib
 import json
@@ -17,6 +16,8 @@ import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from dpo_core.system import end_with_parent
 
 _LIBRARIES = (
     "dpo_core.training.engine",
@@ -30,7 +31,6 @@ _LIBRARIES = (
     "expectations.job",  # the data gate's kind of job; Great Expectations takes seconds to load
     "deepspeed",
 )
-_PR_SET_PDEATHSIG = 1
 _GRACE = 20.0
 
 
@@ -99,7 +99,7 @@ def _run(job: Path, log: Path) -> None:
         for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         # If the server is killed, its jobs must end too: no other process collects their status.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        end_with_parent()
         output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         null = os.open(os.devnull, os.O_RDONLY)
         for target, source in ((0, null), (1, output), (2, output)):

@@ -1,11 +1,13 @@
-"""Operating system helpers: atomic writes, file digests, process start times, modules of a package."""
+"""Operating system helpers: atomic writes, file digests, processes, modules of a package."""
 
+import ctypes
 import errno
 import hashlib
 import importlib
 import os
 import pkgutil
 import shutil
+import signal
 import stat
 from pathlib import Path
 from types import ModuleType
@@ -19,8 +21,7 @@ JOB_PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "gguf", "saf
 """The packages that only jobs need, and commands that compute with a model in their own process."""
 INSTALL_JOB_PACKAGES = "pip install 'dpo-pipeline[train]'"
 
-RUN_MARK = "DPO_FLOW_PID"
-"""Variable that marks the processes of a run on this machine; they are ended if the run is killed."""
+_PR_SET_PDEATHSIG = 1
 
 
 def sync(path: Path) -> None:
@@ -95,6 +96,26 @@ def process_start(pid: int) -> int:
     except OSError:  # the process or /proc does not exist
         return int(psutil.Process(pid).create_time())
     return int(fields[19])
+
+
+def end_with_parent() -> None:
+    """Let the kernel send SIGTERM to this process when its parent ends, also if the parent is killed (Linux).
+
+    More exactly: when the thread that started this process ends.
+    """
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it ended in between
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def ending_with_parent(command: list[str]) -> list[str]:
+    """A command whose process gets SIGTERM when the thread that starts it ends, as `end_with_parent`.
+
+    Where util-linux is missing, the command is returned unchanged.
+    """
+    setpriv = shutil.which("setpriv")
+    return [setpriv, "--pdeathsig", "TERM", *command] if setpriv else command
 
 
 def import_modules(package: ModuleType, *, without: tuple[str, ...] = ()) -> list[ModuleType]:

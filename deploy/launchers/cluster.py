@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import os
 import re
 import shutil
 import subprocess
@@ -19,7 +18,6 @@ from deploy.launchers.base import Launcher, State, clear
 from dpo_core.config import Config
 from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.redaction import SECRET_NAME
-from dpo_core.system import RUN_MARK
 
 T = TypeVar("T")
 
@@ -115,9 +113,6 @@ def run_command(
 ) -> subprocess.CompletedProcess[str]:
     """Run a command of a cluster.
 
-    It gets this process's environment without the mark of the run: what it starts continues if the run is
-    killed, such as jobs, which inherit the variables of sbatch, and SkyPilot's server.
-
     Args:
         remedy: what to do if the command is not installed.
         timeout: seconds to wait for its answer.
@@ -126,10 +121,9 @@ def run_command(
         RecipeError: the command is not installed.
         StageFailed: it fails or does not answer.
     """
-    environment = {name: value for name, value in os.environ.items() if name != RUN_MARK}
     try:
         done = subprocess.run(
-            command, input=text, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+            command, input=text, capture_output=True, text=True, timeout=timeout, check=False
         )
     except FileNotFoundError as error:
         raise RecipeError(f"the command {command[0]} is not installed on this machine", remedy) from error

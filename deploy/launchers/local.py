@@ -18,7 +18,7 @@ from deploy.launchers import torchrun
 from deploy.launchers.base import LOG, State, clear, final_state, tail
 from deploy.launchers.job_server_client import PID_FILE, JobServer, ServerGone, WarmJob
 from dpo_core.errors import StageFailed
-from dpo_core.system import INSTALL_JOB_PACKAGES, JOB_PACKAGES, process_start
+from dpo_core.system import INSTALL_JOB_PACKAGES, JOB_PACKAGES, ending_with_parent, process_start
 
 MODULE = torchrun.MODULE
 
@@ -29,7 +29,7 @@ class LocalLauncher:
     """Starts jobs on this machine.
 
     The child stays in the flow's process group: a Prefect worker that cancels a run kills that group, and a
-    child in its own session would continue unseen.
+    child in its own session would continue unseen. If the flow is killed, the child gets SIGTERM and saves.
 
     Args:
         no_grace: while it is set, cancelled jobs get no time to save.
@@ -77,7 +77,7 @@ class LocalLauncher:
                 log.warning("the warm process ended unexpectedly; the job starts in a new one")
         with log_file.open("ab") as output:
             return subprocess.Popen(
-                self.command(job, processes),
+                ending_with_parent(self.command(job, processes)),
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=torchrun.environment(),

@@ -1,45 +1,41 @@
 """The body of `dpo deploy`: checks the deployment file, compares it with the server, and applies it."""
 
 import json
-import os
-from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import typer
+import yaml
 from prefect import Flow
 from prefect.exceptions import ParameterTypeError, SignatureMismatchError
 from prefect.utilities.importtools import import_object
-from pydantic import ValidationError
 
-from deploy.prefect_file import read_prefect_file
 from dpo_core.data.files.read import check_source
 from dpo_core.errors import DataError, RecipeError
+from dpo_core.system import read_small
+from dpo_core.yaml import read_yaml
 from flows.commands.cluster import read_cluster
 from flows.commands.format import readable_time
 from flows.process.prefect_server import server, server_address
-from flows.process.trial_import import check_import
-from tasks.recipe.read import load_recipe
+from tasks.recipe.read import load_recipe, with_overrides
 from tasks.recipe.recipe import Recipe
-from tasks.scheduling.alerts import apply_alerts, plan_alerts
+from tasks.scheduling.alerts import plan_alerts
+from tasks.scheduling.automations import Step, read_automations
+from tasks.scheduling.deployment_file import Deployment, PrefectFile, fill_in
 from tasks.scheduling.deployments import (
-    Change,
-    apply,
-    difference,
-    lost_triggers,
-    present,
-    remove,
-    unmanaged_deployments,
-    wanted,
+    deployments_on_server,
+    next_times,
+    plan_deployment,
+    plan_lost_triggers,
+    plan_removal,
 )
-from tasks.scheduling.heartbeats import apply_heartbeats, plan_heartbeats
-from tasks.scheduling.schedules import next_times, prefect_schedule
+from tasks.scheduling.heartbeats import plan_heartbeats
 from tasks.scheduling.work_pools import require_work_pool
 
-PrefectYamlModel: Any = None
-with suppress(ImportError):  # it is private, and other versions of Prefect may not have it
-    from prefect.cli.deploy._models import PrefectYamlModel
+Checked = list[tuple[Deployment, Any]]
+"""The deployments of a file, each with its flow."""
+_PACKAGES = ("flows", "tasks", "deploy", "expectations", "dpo_core")
 
 
 def deploy_file(file: Path | None, notify: str | None, *, dry_run: bool, prune: bool, as_json: bool) -> None:
@@ -49,16 +45,14 @@ def deploy_file(file: Path | None, notify: str | None, *, dry_run: bool, prune: 
         RecipeError: the file is not valid, or the server cannot be used.
     """
     path = file or default_file()
-    checked, raw = read_prefect_file(path, os.environ)
-    check_with_prefect(path, raw)
-    flows = {deployment.name: check_deployment(deployment) for deployment in checked.deployments}
+    deployments = check_file(path)
     result: dict[str, Any] = {"file": str(path), "server": server_address(), "changes": [], "notes": []}
-    result["next"] = fire_times(checked.deployments)
+    result["next"] = fire_times(deployments)
     if server_address() is None and dry_run:
         result["notes"] = ["no Prefect server is configured, so nothing was compared (set PREFECT_API_URL)"]
     else:
         with server() as client:
-            result |= reconcile(client, checked.deployments, flows, notify, dry_run=dry_run, prune=prune)
+            result |= reconcile(client, deployments, notify, dry_run=dry_run, prune=prune)
     result["applied"] = bool(result["changes"]) and not dry_run
     typer.echo(json.dumps(result, indent=1) if as_json else _as_text(result, dry_run))
 
@@ -69,22 +63,39 @@ def default_file() -> Path:
     return here if here.is_file() else Path(str(resources.files("deploy"))) / "prefect.yaml"
 
 
-def check_with_prefect(path: Path, raw: dict[str, Any]) -> None:
-    """Validate the file with Prefect's own model of it.
+def check_file(path: Path) -> Checked:
+    """The deployments of a file with their flows, after all checks that need no server.
 
     Raises:
-        RecipeError: Prefect would refuse the file.
+        RecipeError: the file is not valid, or a run of it could only fail.
     """
-    if PrefectYamlModel is None:
-        return
+    deployments = read_deployment_file(path).deployments
+    return [(deployment, check_deployment(deployment)) for deployment in deployments]
+
+
+def read_deployment_file(path: Path) -> PrefectFile:
+    """The contents of a file; `{{ $NAME }}` is replaced from the environment.
+
+    Raises:
+        RecipeError: the file is not valid. The message lists all unknown and wrong fields.
+    """
     try:
-        PrefectYamlModel.model_validate(raw)
-    except ValidationError as error:
-        fault = error.errors()[0]
-        where = ".".join(map(str, fault["loc"]))
-        raise RecipeError(
-            f"{path}: Prefect refuses {where}: {fault['msg']}", f"Correct {where} in this file"
-        ) from error
+        raw = read_yaml(read_small(path))
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read ({error.strerror})", "Set its path with --file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = " ".join(str(error).split())
+        raise RecipeError(f"{path} is not valid YAML: {where}", "Correct that line") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path} is not a mapping", "Start from the deploy/prefect.yaml of the package")
+    raw.pop("definitions", None)  # YAML anchors for the rest of the file
+    return with_overrides(
+        PrefectFile,
+        fill_in(raw),
+        [],
+        f"{path} cannot be deployed",
+        "Correct the file; nothing was sent to the server",
+    )
 
 
 def check_deployment(deployment: Any) -> Any:
@@ -111,8 +122,26 @@ def check_deployment(deployment: Any) -> Any:
     for trigger in deployment.triggers:
         # Values from the event are not known yet; their placeholders are strings.
         _check_parameters(flow, deployment, f"{where} trigger {trigger.name}", common | trigger.parameters)
-    check_import(deployment)
+    _check_working_folder(deployment)
     return flow
+
+
+def _check_working_folder(deployment: Any) -> None:
+    """Refuse a folder whose packages would replace this one: Prefect imports from `working_dir` first.
+
+    Raises:
+        RecipeError: the folder is on this machine and has a package of that name.
+    """
+    folder = deployment.work_pool.job_variables.get("working_dir")
+    for name in _PACKAGES if isinstance(folder, str) else ():
+        installed = Path(str(resources.files(name)))
+        for path in (Path(folder) / name / "__init__.py", Path(folder) / f"{name}.py"):
+            if path.exists() and path.resolve().parent != installed.resolve():
+                raise RecipeError(
+                    f"{deployment.name}: in working_dir {folder}, where its runs start, Python imports "
+                    f"{path} in place of the installed package",
+                    "Rename it, or set another working_dir",
+                )
 
 
 def _check_parameters(flow: Any, deployment: Any, where: str, parameters: dict[str, Any]) -> None:
@@ -188,69 +217,53 @@ def _is_file(path: str) -> bool:
     return Path(path).expanduser().exists()
 
 
-def fire_times(deployments: Any) -> dict[str, list[str]]:
+def fire_times(deployments: Checked) -> dict[str, list[str]]:
     """The next five times of each active schedule, in its own time zone."""
     times = {}
-    for deployment in deployments:
+    for deployment, _ in deployments:
         for schedule in deployment.schedules:
             if schedule.active and not deployment.paused:
-                name = f"{deployment.name} {schedule.slug}"
-                times[name] = [time.isoformat() for time in next_times(prefect_schedule(schedule, name))]
+                coming = next_times(schedule.for_prefect().schedule)
+                times[f"{deployment.name} {schedule.slug}"] = [time.isoformat() for time in coming]
     return times
 
 
 def reconcile(
-    client: Any,
-    deployments: Any,
-    flows: dict[str, Any],
-    notify: str | None,
-    *,
-    dry_run: bool,
-    prune: bool,
+    client: Any, deployments: Checked, notify: str | None, *, dry_run: bool, prune: bool
 ) -> dict[str, list[Any]]:
     """Make the server match the file, after comparing everything.
 
     Returns:
         `changes`, each with its text, and `notes`.
     """
-    planned = []
-    for deployment in deployments:
+    for deployment, _ in deployments:
         require_work_pool(client, deployment)
-        flow = flows[deployment.name]
-        on_server = present(client, flow.name, deployment.name)
-        planned.append((deployment, flow, difference(deployment.name, wanted(deployment, flow), on_server)))
-    changes = [change for _, _, differences in planned for change in differences]
-    extra = [
-        deployment
-        for name in {flow.name for flow in flows.values()}
-        for deployment in unmanaged_deployments(client, name, set(flows))
+    automations = read_automations(client)
+    steps = [plan_deployment(client, automations, *checked) for checked in deployments]
+    names = {deployment.name for deployment, _ in deployments}
+    on_server = [
+        deployed
+        for flow_name in {flow.name for _, flow in deployments}
+        for deployed in deployments_on_server(client, flow_name)
     ]
+    extra = [deployed for deployed in on_server if deployed.name not in names]
     notes = []
     if prune:
-        changes += [Change(kind="removed", place=deployment.name) for deployment in extra]
+        steps += [plan_removal(client, deployed) for deployed in extra]
     else:
         notes += [f"{one.name} is on the server but not in the file; --prune deletes it" for one in extra]
-    alerts, alert_notes = plan_alerts(client, notify)
-    heartbeats = plan_heartbeats(client)
-    lost = lost_triggers(client)
-    changes += [
-        Change(kind="removed", place=f"trigger {automation.name} of a deleted deployment")
-        for automation in lost
-    ]
-    if not dry_run:
-        for deployment, flow, differences in planned:
-            if differences:
-                apply(client, deployment, flow)
-        for deployment in extra if prune else []:
-            remove(client, deployment.id)
-        for automation in lost:
-            client.delete_automation(automation.id)
-        if alerts:
-            apply_alerts(client, notify)
-        if heartbeats:
-            apply_heartbeats(client)
-    listed = [{**change.model_dump(), "text": str(change)} for change in [*changes, *alerts, *heartbeats]]
-    return {"changes": listed, "notes": notes + alert_notes}
+    steps += plan_lost_triggers(client, automations, {deployed.id for deployed in on_server})
+    alerts, alert_notes = plan_alerts(client, automations, notify)
+    steps += [*alerts, plan_heartbeats(client, automations)]
+    return {"changes": _make(steps, dry_run), "notes": notes + alert_notes}
+
+
+def _make(steps: list[Step], dry_run: bool) -> list[dict[str, Any]]:
+    """Apply the steps that change anything; returns their changes."""
+    for step in steps:
+        if step.changes and not dry_run:
+            step.apply()
+    return [{**change.model_dump(), "text": str(change)} for step in steps for change in step.changes]
 
 
 def _as_text(result: dict[str, Any], dry_run: bool) -> str:

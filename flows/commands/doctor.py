@@ -8,11 +8,9 @@ from pathlib import Path
 
 import typer
 
-from deploy.prefect_file import read_prefect_file
 from dpo_core.errors import RecipeError, StageFailed
-from flows.commands.deploy import check_deployment, default_file, reconcile
+from flows.commands.deploy import check_file, default_file, reconcile
 from flows.process.prefect_server import server, server_address
-from flows.process.run_processes import find_orphans
 from tasks.housekeeping.doctor import machine, mlflow, ports, prefect, workspace
 from tasks.housekeeping.doctor.check_result import CheckResult, ok, run_checks, skipped, warning
 from tasks.housekeeping.doctor.http import ask
@@ -51,7 +49,7 @@ def run_all(place: Path, file: Path | None = None) -> list[CheckResult]:
     tracked = [mlflow.undelivered, workspace.garbage, workspace.champions]
     return run_checks(
         [
-            ("machine", [*here, machine.network, orphans]),
+            ("machine", [*here, machine.network]),
             ("workspace", [partial(check, place) for check in (*disk, workspace.leftovers)]),
             ("mlflow", [lambda: _with_mlflow(place, tracked)]),
             ("prefect", [prefect.credentials, prefect.home, prefect.server, partial(deploy_file, file)]),
@@ -75,17 +73,6 @@ def _with_mlflow(
         yield from check(place)
 
 
-def orphans() -> Iterator[CheckResult]:
-    """No processes of killed runs are left."""
-    left = find_orphans()
-    if left:
-        pids = " ".join(str(process.pid) for process in left)
-        says = f"{len(left)} processes of killed runs are left: {pids}"
-        yield warning("orphans", says, f"The next dpo run ends its servers; to end all: kill {pids}")
-    else:
-        yield ok("orphans", "no process of a killed run is left")
-
-
 def deploy_file(file: Path | None) -> Iterator[CheckResult]:
     """The server matches the deployment file."""
     file = file or default_file()
@@ -93,10 +80,9 @@ def deploy_file(file: Path | None) -> Iterator[CheckResult]:
     if address is None or isinstance(ask("GET", f"{address}/health"), str):
         return
     try:
-        checked, _ = read_prefect_file(file, os.environ)
-        flows = {deployment.name: check_deployment(deployment) for deployment in checked.deployments}
+        deployments = check_file(file)
         with server() as client:
-            plan = reconcile(client, checked.deployments, flows, None, dry_run=True, prune=False)
+            plan = reconcile(client, deployments, None, dry_run=True, prune=False)
     except RecipeError as error:
         yield skipped("deploy file", f"not compared with the server: {error}")
         return

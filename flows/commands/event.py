@@ -6,7 +6,7 @@ import typer
 
 from dpo_core.errors import DataError, RecipeError
 from flows.process.prefect_server import server
-from tasks.scheduling.events import deployments_waiting, send
+from tasks.scheduling.events import deployments_waiting, make_event, send
 
 NEW_DATA = "dpo.dataset.new"
 
@@ -23,12 +23,13 @@ def announce_data(path: str, name: str | None) -> None:
         raise DataError(f"there is no data at {data}", "Name a file or a folder")
     name = name or data.name.partition(".")[0]
     resource = f"dpo.dataset.{name}"
+    event = make_event(NEW_DATA, resource, name, {"path": str(data)})
     with server() as client:
-        waiting = deployments_waiting(client, NEW_DATA, resource)
+        waiting = deployments_waiting(client, event)
         if not waiting:
             raise RecipeError(
                 f"no deployment of this server waits for {NEW_DATA} about {resource}, so nothing would run",
                 "Give one a trigger that expects it, as in deploy/prefect.yaml; then: dpo deploy",
             )
-        event = send(client, NEW_DATA, resource, name, {"path": str(data)})
-    typer.echo(f"{NEW_DATA} {name} {data} (event {event}), for {', '.join(waiting)}")
+        send(client, event)
+    typer.echo(f"{NEW_DATA} {name} {data} (event {event.id}), for {', '.join(waiting)}")

@@ -11,7 +11,6 @@ from deploy.launchers import Cluster
 from dpo_core.errors import DpoError, NeedsNewSettings
 from flows.alignment import Report, alignment
 from flows.commands.results import read_report
-from flows.process.guard import supervised
 from flows.process.prefect_server import unreachable_error
 from flows.process.temporary_server import wait_for_temporary_server
 from tasks.recipe.recipe import Recipe
@@ -22,7 +21,7 @@ from tasks.signals import stoppable
 def run_flow(recipe: Recipe, resume: str | None, cluster: Cluster | None) -> Report:
     """Run the recipe's flow in this process and return its report."""
     try:
-        with supervised(recipe.workspace, recipe.tracking), stoppable():
+        with stoppable():
             wait_for_temporary_server()
             return alignment(recipe, resume, cluster)
     except (RuntimeError, httpx.TransportError, PrefectHTTPStatusError) as error:

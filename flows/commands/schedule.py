@@ -8,8 +8,7 @@ import typer
 from dpo_core.errors import RecipeError
 from flows.commands.format import readable_time
 from flows.process.prefect_server import server
-from tasks.scheduling.deployments import unmanaged_deployments
-from tasks.scheduling.schedules import next_times
+from tasks.scheduling.deployments import deployments_on_server, next_times
 
 
 def print_schedules(as_json: bool) -> None:
@@ -50,7 +49,7 @@ def set_active(name: str, *, active: bool) -> None:
 
 def _schedules(client: Any) -> list[tuple[Any, Any]]:
     """Each schedule with its deployment."""
-    deployments = sorted(unmanaged_deployments(client, "dpo", set()), key=lambda deployment: deployment.name)
+    deployments = sorted(deployments_on_server(client, "dpo"), key=lambda deployment: deployment.name)
     return [(deployment, schedule) for deployment in deployments for schedule in deployment.schedules]
 
 

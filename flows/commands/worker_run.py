@@ -11,10 +11,10 @@ from prefect.states import Completed, Failed
 
 from dpo_core.data.files.confined import confine
 from dpo_core.errors import DpoError, RecipeError
+from dpo_core.system import end_with_parent
 from dpo_core.yaml import quoted
 from flows import alignment
 from flows.commands.cluster import read_cluster
-from flows.process.guard import supervised
 from flows.run_lifecycle import run_with_record
 from tasks.recipe.read import load_recipe
 
@@ -33,13 +33,14 @@ def run_on_worker(
     """Run the recipe and return the final state of its flow run."""
     log = logging.getLogger("dpo")
     log.setLevel(logging.INFO)
+    if "PREFECT__FLOW_RUN_ID" in os.environ:
+        end_with_parent()  # without its worker, the run would continue unseen, and no button would stop it
     try:
         sets = [*overrides, *data_overrides(data)]
         cluster = read_cluster(on, settings, [])
         resolved = load_recipe(recipe, sets)
-        with supervised(resolved.workspace, resolved.tracking):
-            command = command_of(recipe, sets, on, settings)
-            report = run_with_record(resolved, resume, alignment.run_stages, command, cluster)
+        command = command_of(recipe, sets, on, settings)
+        report = run_with_record(resolved, resume, alignment.run_stages, command, cluster)
     except DpoError as error:
         log.error("%s", error)
         return Failed(name=_STATES.get(error.exit_code, "Failed"), message=str(error))

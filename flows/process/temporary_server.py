@@ -22,7 +22,6 @@ from prefect.settings import (
 )
 
 from dpo_core.errors import RecipeError
-from flows.process.run_processes import mark_own
 from tasks.scheduling.prefect_home import REMEDY, unwritable_home
 
 if TYPE_CHECKING:
@@ -91,7 +90,6 @@ def start_temporary_server() -> None:
     if PREFECT_API_URL.value() is None and PREFECT_SERVER_ALLOW_EPHEMERAL_MODE.value():
         if problem := unwritable_home():
             raise RecipeError(f"Prefect cannot write its folder {problem[0]} ({problem[1]})", REMEDY)
-        mark_own()
         _server = TemporaryServer()
         os.environ["PREFECT_API_URL"] = _server.address
         # Loads most of Prefect, now while the server starts.

@@ -193,6 +193,8 @@ def _hint(root: type[BaseModel], place: tuple[int | str, ...], above: str = "") 
         return f" (did you mean policies: {{NAME: {{method: {place[0]}}}}}?)"
     model, wanted = root, _ALIASES.get(str(place[-1]), str(place[-1]))
     for part in place[:-1]:
+        if isinstance(part, int):  # of a list
+            continue
         known = model.model_fields.get(str(part))
         inner = _model_of(known.annotation) if known else None
         if inner is None:

@@ -1,8 +1,7 @@
 """The record of each run (`run.json`): recipe, status, owner process and the command that resumes it.
 
 A killed run cannot record its end: its record says `running` although its process is gone. Such records are
-read as `stopped`. The next run of the workspace, or the killed run's supervisor, writes that status to disk;
-see `close_abandoned`.
+read as `stopped`. The next run of the workspace writes that status to disk; see `close_abandoned`.
 """
 
 import json

@@ -16,7 +16,8 @@ from prefect.exceptions import ObjectNotFound
 from pydantic import SecretStr
 
 from dpo_core.errors import RecipeError
-from tasks.scheduling.deployments import MADE_BY, Change, automation_fields
+from tasks.scheduling.automations import Change, Step, automation_fields, automation_step, removal
+from tasks.scheduling.deployment_file import MADE_BY
 
 TAG = "dpo"
 """Tag of the runs that alerts report; every deployment in the shipped file has it."""
@@ -70,8 +71,8 @@ _JSON = (
 )
 
 
-def _action(block_id: Any, kind: str, url: str) -> Any:
-    if _is_webhook(url):
+def _action(block_id: Any, kind: str, slug: str) -> Any:
+    if slug == "webhook":
         return CallWebhook(block_document_id=block_id, payload=_JSON.replace("KIND", kind))
     return SendNotification(block_document_id=block_id, subject=f"dpo: {kind}", body=_TEXT)
 
@@ -88,80 +89,47 @@ def _automation(kind: str, action: Any) -> Any:
     return AutomationCore(name=PREFIX + kind, description=description, trigger=trigger, actions=[action])
 
 
-def plan_alerts(client: Any, url: str | None) -> tuple[list[Change], list[str]]:
-    """The changes that `apply_alerts` would make, without the address itself, and notes for the user.
+def plan_alerts(client: Any, automations: list[Any], url: str | None) -> tuple[list[Step], list[str]]:
+    """The steps that make the server send alerts to an address, without the address itself, and notes.
 
     Args:
+        automations: all automations of the server.
         url: the address; `none` removes all alerts; None or "" leaves them unchanged.
     """
-    existing = _existing(client)
-    if url == NONE:
-        return [Change(kind="removed", place=name) for name in existing], []
+    existing = {one.name: one for one in automations if one.name.startswith(PREFIX)}
     if not url:
         return [], [] if existing else ["no alert is sent when a run fails: set DPO_NOTIFY_URL"]
-    document = _document(client, url)
-    changes = []
-    if document is None:
-        changes.append(Change(kind="added", place="alert address"))
-    elif document.data.get("url") != url:
-        changes.append(Change(kind="changed", place="alert address", old="another", new="the given one"))
-    for kind in ALERTS:
-        automation = existing.pop(PREFIX + kind, None)
-        place = PREFIX + kind
-        if automation is None:
-            changes.append(Change(kind="added", place=place))
-        elif not (document and _is_current(automation, kind, document.id, url)):
-            changes.append(Change(kind="changed", place=place, old="another", new="of this version"))
-    return changes + [Change(kind="removed", place=name) for name in existing], []
-
-
-def apply_alerts(client: Any, url: str | None) -> None:
-    """Store the address in its block and create each automation once; with `none`, remove them."""
-    existing = _existing(client)
-    if url and url != NONE:
-        document = _document(client, url)
+    block = None if url == NONE else _block(url)
+    slug = block.get_block_type_slug() if block else ""
+    steps = [_block_removal(client, other) for other in _SLUGS - {slug}]
+    if block:
+        document = _read(client, slug)
         if document is None or document.data.get("url") != url:
-            document = _save(client, url, document)
-        for kind in ALERTS:
-            automation = existing.get(PREFIX + kind)
-            if automation is not None and _is_current(automation, kind, document.id, url):
-                del existing[PREFIX + kind]
-            else:
-                client.create_automation(_automation(kind, _action(document.id, kind, url)))
-    for stale in existing.values():
-        client.delete_automation(stale.id)
-    for slug in _SLUGS - ({_block(url).get_block_type_slug()} if url and url != NONE else set()):
-        if document := _read(client, slug):
-            client.delete_block_document(document.id)
+            kind: Any = "changed" if document else "added"
+            change = Change(kind=kind, place="alert address", old="another", new="the given one")
+            steps.append(Step([change], lambda: asyncio.run(block.asave(BLOCK, overwrite=bool(document)))))
+        for name in ALERTS:
 
+            def make(name: str = name) -> Any:
+                return _automation(name, _action(_read(client, slug).id, name, slug))
 
-def _existing(client: Any) -> dict[str, Any]:
-    automations = client.read_automations()
-    return {automation.name: automation for automation in automations if automation.name.startswith(PREFIX)}
-
-
-def _is_current(automation: Any, kind: str, block_id: Any, url: str) -> bool:
-    wanted = _automation(kind, _action(block_id, kind, url))
-    return automation_fields(automation) == automation_fields(wanted)
-
-
-def _is_webhook(url: str) -> bool:
-    return bool(_block(url).get_block_type_slug() == "webhook")
-
-
-def _document(client: Any, url: str) -> Any:
-    """The stored block for this kind of address, or None."""
-    return _read(client, _block(url).get_block_type_slug())
+            old = existing.pop(PREFIX + name, None)
+            fresh = bool(old and document and automation_fields(old) == automation_fields(make()))
+            steps.append(automation_step(client, old, make, PREFIX + name, fresh))
+    return steps + [removal(client, one, name) for name, one in existing.items()], []
 
 
 def _read(client: Any, slug: str) -> Any:
+    """The stored block of this kind, or None."""
     try:
         return client.read_block_document_by_name(BLOCK, slug, include_secrets=True)
     except ObjectNotFound:
         return None
 
 
-def _save(client: Any, url: str, document: Any) -> Any:
-    block = _block(url)
-    asyncio.run(block.asave(BLOCK, overwrite=document is not None))
-    return _read(client, block.get_block_type_slug())
+def _block_removal(client: Any, slug: str) -> Step:
+    document = _read(client, slug)
+    if document is None:
+        return Step([], lambda: None)
+    change = Change(kind="removed", place="alert address")
+    return Step([change], lambda: client.delete_block_document(document.id))

@@ -14,7 +14,8 @@ from prefect.events.schemas.automations import AutomationCore, EventTrigger, Pos
 from prefect.events.schemas.events import ResourceSpecification
 from prefect.settings import get_current_settings
 
-from tasks.scheduling.deployments import MADE_BY, Change, automation_fields
+from tasks.scheduling.automations import Step, automation_fields, automation_step
+from tasks.scheduling.deployment_file import MADE_BY
 
 HEARTBEAT_AUTOMATION = "dpo: crash runs that fell silent"
 _MISSED = 3
@@ -26,27 +27,11 @@ def silence() -> timedelta:
     return timedelta(seconds=_MISSED * (get_current_settings().flows.heartbeat_frequency or 180))
 
 
-def plan_heartbeats(client: Any) -> list[Change]:
-    """The changes that `apply_heartbeats` would make."""
-    existing = _existing(client)
-    if existing is None:
-        return [Change(kind="added", place=HEARTBEAT_AUTOMATION)]
-    if automation_fields(existing) != automation_fields(_automation()):
-        return [Change(kind="changed", place=HEARTBEAT_AUTOMATION, old="another", new="of this version")]
-    return []
-
-
-def apply_heartbeats(client: Any) -> None:
-    """Create the automation on the server, in place of an earlier version of it."""
-    existing = _existing(client)
-    client.create_automation(_automation())
-    if existing is not None:
-        client.delete_automation(existing.id)
-
-
-def _existing(client: Any) -> Any:
-    automations = client.read_automations()
-    return next((automation for automation in automations if automation.name == HEARTBEAT_AUTOMATION), None)
+def plan_heartbeats(client: Any, automations: list[Any]) -> Step:
+    """The step that gives the server this automation."""
+    old = next((automation for automation in automations if automation.name == HEARTBEAT_AUTOMATION), None)
+    fresh = bool(old and automation_fields(old) == automation_fields(_automation()))
+    return automation_step(client, old, _automation, HEARTBEAT_AUTOMATION, fresh)
 
 
 def _automation() -> Any:

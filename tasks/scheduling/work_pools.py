@@ -7,8 +7,8 @@ from typing import Any
 from prefect.exceptions import ObjectNotFound
 from prefect.utilities.schema_tools import ValidationError, validate
 
-from deploy.prefect_file import Deployment
 from dpo_core.errors import RecipeError
+from tasks.scheduling.deployment_file import Deployment
 
 
 def require_work_pool(client: Any, deployment: Deployment) -> None:

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 pytest.importorskip("kubernetes", reason="the extra kubernetes is not installed")
@@ -17,7 +16,6 @@ from deploy.launchers import Cluster, LocalLauncher, State, cluster, launcher_of
 from deploy.launchers.registry import TARGETS
 from deploy.launchers.slurm import SlurmConfig
 from dpo_core.errors import RecipeError, StageFailed
-from dpo_core.system import RUN_MARK
 from tests.support.models.tiny import make_tiny_model
 from tests.support.runs.training_jobs import curve, sft_job, wait_until
 from tests.support.sites import stand_in
@@ -153,19 +151,6 @@ def test_a_folder_that_the_nodes_do_not_see_is_refused(site: Site, tmp_path: Pat
     job = stand_in.job(tmp_path / "work", "done")
     with pytest.raises(RecipeError, match=r"is not (on the volume|in the bucket) that the"):
         site.make(mount="/elsewhere").submit(job, 1, job.parent)
-
-
-@pytest.mark.parametrize("site", ["slurm", "skypilot"], indirect=True)
-def test_a_job_does_not_bear_the_mark_of_its_run(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What bears the mark on the flow's machine is ended if the flow is killed."""
-    monkeypatch.setenv(RUN_MARK, str(os.getpid()))
-    job = stand_in.job(tmp_path / "work", "wait")
-    site.make().submit(job, 1, job.parent)
-    wait_until((job.parent / "ready").exists, "a node")
-    (node,) = stand_in.starts(job.parent)
-    assert RUN_MARK not in psutil.Process(node).environ()
 
 
 @pytest.mark.parametrize(

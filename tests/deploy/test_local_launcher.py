@@ -208,29 +208,42 @@ def test_children_born_while_a_job_is_ended_are_ended_too(launcher: LocalLaunche
     assert not left_over(tmp_path)
 
 
-def test_the_orphans_of_a_killed_flow_and_torchrun_are_reaped_by_the_next_submit(
-    launcher: LocalLauncher, tmp_path: Path
-) -> None:
-    job = make_job(tmp_path, "wait")
-    bystander = make_job(tmp_path, "wait", name="other")
+def killed_flow(tmp_path: Path, *jobs: Path, **variables: str) -> psutil.Process:
+    """Start jobs of two ranks from a flow that is killed when they run; the first job's torchrun."""
     flow = subprocess.Popen(
         [
             sys.executable,
             "-c",
             "import sys, time; from pathlib import Path; from deploy.launchers import local\n"
             f"local.MODULE = {MODULE!r}\n"
-            f"for job in (Path({str(job)!r}), Path({str(bystander)!r})):\n"
+            f"for job in map(Path, {[str(job) for job in jobs]!r}):\n"
             "    print(local.LocalLauncher().submit(job, 2, job.parent), flush=True)\n"
             "time.sleep(600)",
         ],
         stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).resolve().parents[2]}"},
+        env=os.environ
+        | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(__file__).resolve().parents[2]}"}
+        | variables,
     )
     assert flow.stdout is not None
     torchrun = psutil.Process(int(flow.stdout.readline()))
-    wait_until(lambda: started(job) and started(bystander) and len(ranks(tmp_path)) == 4, "both jobs")
+    wait_until(lambda: all(map(started, jobs)) and len(ranks(tmp_path)) == 2 * len(jobs), "the jobs")
     flow.kill()
     flow.wait()
+    return torchrun
+
+
+def test_the_job_of_a_killed_flow_ends(launcher: LocalLauncher, tmp_path: Path) -> None:
+    killed_flow(tmp_path, make_job(tmp_path, "wait"))
+    wait_until(lambda: not left_over(tmp_path), "the end of torchrun and its ranks")
+
+
+def test_the_orphans_of_a_killed_flow_are_reaped_by_the_next_submit(
+    launcher: LocalLauncher, tmp_path: Path
+) -> None:
+    job = make_job(tmp_path, "wait")
+    bystander = make_job(tmp_path, "wait", name="other")
+    torchrun = killed_flow(tmp_path, job, bystander, PATH="")  # no setpriv there
     torchrun.kill()
     orphans = {p.pid for p in left_over(tmp_path) if str(job.parent) in " ".join(p.cmdline())}
     others = {p.pid for p in left_over(tmp_path) if str(bystander) in p.cmdline()}

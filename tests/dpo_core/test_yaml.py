@@ -46,7 +46,7 @@ def test_ordinary_files_read_as_the_safe_loader_reads_them() -> None:
 
 @pytest.mark.parametrize("name", BAD)
 def test_unsafe_yaml_is_refused_wherever_it_is_read(name: str, tmp_path: Path) -> None:
-    from deploy.prefect_file import read_prefect_file
+    from flows.commands.deploy import read_deployment_file
 
     text, words = BAD[name]
     trace = tmp_path / "executed"
@@ -56,7 +56,7 @@ def test_unsafe_yaml_is_refused_wherever_it_is_read(name: str, tmp_path: Path) -
     readers = [
         lambda: load_recipe(str(path)),
         lambda: read_cluster("slurm", str(path), []),
-        lambda: read_prefect_file(path, {}),
+        lambda: read_deployment_file(path),
     ]
     for read in readers:
         with pytest.raises(RecipeError, match=words):
@@ -95,9 +95,9 @@ def test_a_file_that_does_not_end_is_not_read(tmp_path: Path) -> None:
 
 
 def _deploy_file(path: str) -> object:
-    from deploy.prefect_file import read_prefect_file
+    from flows.commands.deploy import read_deployment_file
 
-    return read_prefect_file(Path(path), {})
+    return read_deployment_file(Path(path))
 
 
 def _cluster_settings(path: str) -> object:

@@ -1,18 +1,20 @@
-"""`dpo deploy` before it sends anything: parameters, recipes, workspaces; and what counts as a difference."""
+"""`dpo deploy` before it sends anything: the file, parameters, recipes, and what is a difference."""
 
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import yaml
 
-from deploy.prefect_file import Deployment, read_prefect_file
 from dpo_core.errors import RecipeError
 from tests.scenarios.bad_inputs import dpo
 from tests.support.runs.tracked import free_port
 
+REPO = Path(__file__).resolve().parents[3]
 GOOD: dict[str, Any] = {
     "name": "nightly",
     "entrypoint": "flows.deployed.deployed",
@@ -30,10 +32,76 @@ GOOD: dict[str, Any] = {
     ],
 }
 NIGHT, NEW = GOOD["schedules"][0], GOOD["triggers"][0]
+ZONE = {"slug": "night", "timezone": "UTC", "active": True}
 
 
-def deployment(**changes: Any) -> Deployment:
+def deployment(**changes: Any) -> Any:
+    from tasks.scheduling.deployment_file import Deployment
+
     return Deployment.model_validate(copy.deepcopy(GOOD) | changes)
+
+
+def read(folder: Path, body: Any) -> Any:
+    from flows.commands.deploy import read_deployment_file
+
+    path = folder / "prefect.yaml"
+    path.write_text(body if isinstance(body, str) else yaml.safe_dump(body, sort_keys=False))
+    return read_deployment_file(path).deployments
+
+
+def changed(place: str, value: Any) -> dict[str, Any]:
+    """The good file with one value set (or, for `...`, taken away)."""
+    made = copy.deepcopy({"pull": [], "deployments": [GOOD]})
+    inner: Any = made
+    *path, last = (int(part) if part.isdigit() else part for part in place.split("."))
+    for part in path:
+        inner = inner[part]
+    if value is ...:
+        del inner[last]
+    else:
+        inner[last] = value
+    return made
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "words"),
+    [
+        ("deployments.0.entrypont", "x.y", "deployments.0.entrypont (did you mean entrypoint?)"),
+        ("deployments.0.schedules.0.timezon", "UTC", "(did you mean timezone?)"),
+        ("deployments.0.work_pool.job_variabels", {}, "(did you mean job_variables?)"),
+        ("deployments.0.concurrency_limit.grace_period", 60, "did you mean grace_period_seconds?"),
+        ("deployments.0.triggers.0.expected", ["x"], "did you mean expect?"),
+        ("deploymets", [], "there is no field deploymets (did you mean deployments?)"),
+        ("deployments.0.schedules.0.timezone", "Europe/Berlim", "schedules.0: "),
+        ("deployments.0.schedules.0.timezone", ..., "schedules.0.timezone: Field required"),
+        ("deployments.0.schedules.0.slug", ..., "slug: Field required"),
+        ("deployments.0.schedules.0.slug", "Every Night", "should match pattern"),
+        ("deployments.0.schedules.0.interval", 60, "must be set together"),
+        ("deployments.0.schedules.0.rrule", "DTSTART:20260101T040000", "one schedule type"),
+        ("deployments.0.schedules.0.cron", ..., "schedules.0: "),
+        ("deployments.0.schedules.0.cron", "61 1 * * *", "61 1"),
+        ("deployments.0.concurrency_limit.limit", 0, "greater than or equal to 1 (given 0)"),
+        ("deployments.0.concurrency_limit.collision_strategy", "QUEUE", "'ENQUEUE' or 'CANCEL_NEW'"),
+        ("deployments.0.entrypoint", "flows/deployed.py:deployed", "should match pattern"),
+        ("deployments.0.triggers.0.expect", [], "at least 1 item"),
+        ("deployments.0.tags", ["{{ prefect.x }}"], "tags.0: {{ prefect.x }} is not of the form {{ $NAME }}"),
+        ("deployments.0.tags", ["{{ $NOT_SET }}"], "tags.0: {{ $NOT_SET }} is not set in"),
+        ("pull", [{"prefect.deployments.steps.git_clone": {}}], "at most 0 items"),
+        ("deployments", [], "at least 1 item"),
+        ("deployments.0.schedules", [NIGHT, NIGHT], "the slug night appears twice"),
+        ("deployments.0.triggers", [NEW, NEW], "the trigger new appears twice"),
+        ("deployments", [GOOD, GOOD], "the deployment nightly appears twice"),
+        ("deployments.0.schedules.0", {**ZONE, "rrule": "FREQ=DAILY"}, "DTSTART"),
+        ("deployments.0.schedules.0", {**ZONE, "interval": 3600}, "anchor_date"),
+    ],
+)  # fmt: skip
+def test_a_fault_of_the_file_is_named_with_its_place(
+    tmp_path: Path, place: str, value: Any, words: str
+) -> None:
+    assert read(tmp_path, changed("name", "x"))[0].concurrency_limit.limit == 1
+    with pytest.raises(RecipeError) as caught:
+        read(tmp_path, changed(place, value))
+    assert words in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -77,19 +145,15 @@ def test_a_whole_path_as_workspace_needs_no_working_folder() -> None:
 def test_a_package_in_the_working_folder_that_would_replace_the_flow_is_refused(tmp_path: Path) -> None:
     from flows.commands.deploy import check_deployment
 
-    (tmp_path / "flows").mkdir()
-    (tmp_path / "flows" / "__init__.py").touch()
-    pool: dict[str, Any] = {"name": "dpo", "job_variables": {"working_dir": str(tmp_path)}}
-    for pool["job_variables"]["env"] in ({}, {"PYTHONSAFEPATH": "1"}):  # Prefect looks there all the same
-        with pytest.raises(RecipeError, match=r"in working_dir .* cannot be imported .*flows.deployed"):
-            check_deployment(deployment(work_pool=pool))
-    (tmp_path / "flows").rename(tmp_path / "tasks")
-    pool["job_variables"]["env"] = {"OTHER": "1"}
+    def check(folder: Path) -> None:
+        check_deployment(deployment(work_pool={"name": "dpo", "job_variables": {"working_dir": str(folder)}}))
+
+    check(REPO)
+    (tmp_path / "tasks").mkdir()
+    check(tmp_path)
+    (tmp_path / "tasks" / "__init__.py").touch()
     with pytest.raises(RecipeError, match=f"imports {tmp_path}/tasks/__init__.py in place of the installed"):
-        check_deployment(deployment(work_pool=pool))
-    (tmp_path / "tasks").rename(tmp_path / "mine")
-    pool["job_variables"]["env"] = {"OTHER": "2"}
-    check_deployment(deployment(work_pool=pool))
+        check(tmp_path)
 
 
 def test_files_of_a_recipe_are_named_by_absolute_paths() -> None:
@@ -111,59 +175,78 @@ def test_files_of_a_recipe_are_named_by_absolute_paths() -> None:
             check(sets)
 
 
-def test_prefects_own_model_takes_the_shipped_file() -> None:
-    from flows.commands.deploy import check_deployment, check_with_prefect
+class Server:
+    """The client of a server that has one deployment, as it was applied, or none."""
 
-    path = Path(__file__).resolve().parents[3] / "deploy" / "prefect.yaml"
-    file, raw = read_prefect_file(path, {"DPO_HOME": "/srv/dpo"})
-    check_with_prefect(path, raw)
-    assert {check_deployment(one).name for one in file.deployments} == {"dpo"}
-    raw["deployments"][0]["schedules"][0]["cron"] = 5
-    with pytest.raises(RecipeError, match="Prefect refuses"):
-        check_with_prefect(path, raw)
+    def __init__(self, deployed: Any = None) -> None:
+        from tasks.scheduling.deployments import for_prefect
+
+        self.automations: list[Any] = []
+        self.deployed = None
+        if deployed is not None:
+            made, number = for_prefect(deployed, _flow()), uuid4()
+            for trigger in made.triggers:
+                trigger.set_deployment_id(number)
+                self.automations.append(trigger.as_automation())
+            fields = json.loads(made.model_dump_json())
+            form = made._parameter_openapi_schema.model_dump(exclude_unset=True)
+            self.deployed = SimpleNamespace(
+                id=number,
+                model_dump=lambda include, **_: {name: fields[name] for name in include},
+                tags=made.tags,
+                schedules=made.schedules,
+                parameter_openapi_schema=json.loads(json.dumps(form)),
+                global_concurrency_limit=SimpleNamespace(limit=made.concurrency_limit),
+            )
+
+    def read_deployment_by_name(self, _: str) -> Any:
+        from prefect.exceptions import ObjectNotFound
+
+        if self.deployed is None:
+            raise ObjectNotFound(ValueError())
+        return self.deployed
 
 
-def fields(**changes: Any) -> dict[str, Any]:
+def _flow() -> Any:
     from flows.deployed import deployed
-    from tasks.scheduling.deployments import wanted
 
-    return wanted(deployment(**changes), deployed)
+    return deployed
 
 
-def told(new: dict[str, Any], old: dict[str, Any] | None) -> list[str]:
-    from tasks.scheduling.deployments import difference
+def differences(new: Any, old: Any) -> list[str]:
+    from tasks.scheduling.deployments import plan_deployment
 
-    return [str(change) for change in difference("nightly", new, old)]
+    server = Server(old)
+    return [str(change) for change in plan_deployment(server, server.automations, new, _flow()).changes]
 
 
 def test_the_same_is_no_difference_whatever_its_order() -> None:
-    other = fields(tags=[], triggers=[NEW | {"expect": ["a", "b"]}], parameters={"recipe": "demo"})
-    assert told(other, json.loads(json.dumps(fields()))) == []
+    other = deployment(tags=[], triggers=[NEW | {"expect": ["a", "b"]}], parameters={"recipe": "demo"})
+    assert differences(other, deployment()) == []
 
 
 def test_differences_are_told_by_schedule_trigger_and_field() -> None:
     day = {"slug": "day", "cron": "0 13 * * *", "timezone": "Europe/Berlin", "active": False}
-    new = fields(
+    new = deployment(
         schedules=[NIGHT | {"cron": "0 3 * * *"}, day],
         triggers=[],
         parameters={"recipe": "frontier"},
-        concurrency_limit={"limit": 2, "collision_strategy": "CANCEL_NEW"},
+        concurrency_limit={"limit": 2, "collision_strategy": "ENQUEUE"},
     )
-    old = fields(schedules=[NIGHT, NIGHT | {"slug": "gone"}])
-    assert [line.partition(": {")[0] for line in told(new, old)] == [
-        "+ nightly schedule day: cron 0 13 * * *, Europe/Berlin, paused",
-        "- nightly schedule gone: cron 0 1 * * *, UTC",
-        "~ nightly schedule night cron: 0 1 * * * -> 0 3 * * *",
-        "- nightly trigger new: on event a or b for resource any",
-        "~ nightly collision_strategy: ENQUEUE -> CANCEL_NEW",
+    old = deployment(schedules=[NIGHT, NIGHT | {"slug": "gone"}])
+    assert differences(new, old) == [
+        "+ nightly schedule day",
+        "- nightly schedule gone",
+        "- nightly trigger new",
         "~ nightly concurrency_limit: 1 -> 2",
-        "~ nightly parameters",
+        "~ nightly parameters: {'recipe': 'demo'} -> {'recipe': 'frontier'}",
+        "~ nightly schedule night cron: 0 1 * * * -> 0 3 * * *",
     ]
-
-
-def test_all_of_a_new_deployment_is_added() -> None:
-    kinds = [line.partition(": ")[0] for line in told(fields(), None)]
-    assert kinds == ["+ nightly", "+ nightly schedule night", "+ nightly trigger new"]
+    assert differences(deployment(), None) == [
+        "+ nightly",
+        "+ nightly schedule night",
+        "+ nightly trigger new",
+    ]
 
 
 @pytest.mark.parametrize(

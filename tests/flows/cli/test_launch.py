@@ -133,7 +133,7 @@ def test_a_launch_that_fails_before_it_has_a_record_is_not_resumed_on_this_machi
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
-        raise StageFailed("the supervisor of the run did not start", "Run again")
+        raise StageFailed("the disk is gone", "Run again")
 
     monkeypatch.setattr("flows.commands.run.run_flow", fail)
     monkeypatch.setattr("tasks.preflight.check_before_run", lambda *_: None)

@@ -130,8 +130,8 @@ def stop(flow: Process, family: Family, way: str, log: Path) -> tuple[float, int
 def assert_recorded(workspace: Path, stopped: str, *, killed: bool = False) -> tuple[str, str]:
     """MLflow and the run's record say that it was stopped, as does the child of the stage at work.
 
-    A killed run's guard has 28 s to write that down. On a crowded machine it may not get there: then the
-    record's readers know all the same, and the resumed run, which is looked at later, finds it to do.
+    A killed run cannot write that down: the record's readers know all the same, and the resumed run, which is
+    looked at later, finds it to do.
     """
     record = runs.newest_record(workspace)
     (seen, *_) = list_runs(workspace)

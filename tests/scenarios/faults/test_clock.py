@@ -89,7 +89,8 @@ def test_a_run_that_is_killed_goes_on_in_an_earlier_year(finished, library):
     reference, whole = finished
     own = reference.copy("clock-resumed")
     forget_from(own, "train-dpo DPO")
-    flows = [_killed_in_training(own, {}), _killed_in_training(own, set_back(library, YEAR))]
+    for clock in ({}, set_back(library, YEAR)):
+        _killed_in_training(own, clock)
     last, first = names(own)[:2]
     assert last < first
     work = own.workspace / "work" / "train-dpo"
@@ -101,7 +102,7 @@ def test_a_run_that_is_killed_goes_on_in_an_earlier_year(finished, library):
     assert report["evaluation"] == whole["evaluation"]
     assert own.index() == reference.index()
     assert_store_clean(own.workspace)
-    assert not left_running(flows, own.workspace)
+    assert not left_running(own.workspace)
     client = MlflowClient(f"sqlite:///{own.workspace / 'mlflow.db'}")
     tracked = Tracked(own.workspace)
     parent = client.get_run(report["run"]["mlflow_run_id"])

@@ -66,7 +66,7 @@ def test_a_trainer_that_the_kernel_killed_for_memory(finished, small):
     for remedy in ("micro_batch_size", "pack_tokens", "engine.gradient_checkpointing=true", "dpo plan"):
         assert remedy in said
     assert "to resume: dpo run" in said
-    assert not left_running([flow.pid], own.workspace)
+    assert not left_running(own.workspace)
     report = own.run("--resume")
     assert own.index() == reference.index()
     assert report["evaluation"] == whole["evaluation"]
@@ -85,4 +85,4 @@ def test_a_flow_that_the_kernel_killed_for_memory(finished, small):
     assert "if memory ran out, start a new run with smaller batches" in done.stderr
     assert own.index() == reference.index()
     assert_store_clean(own.workspace)
-    assert not left_running([flow.pid], own.workspace)
+    assert not left_running(own.workspace)

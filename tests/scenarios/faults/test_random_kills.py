@@ -208,7 +208,7 @@ def test_a_hundred_kills_change_nothing(room, capsys):
         flows = killed_again_and_again(bench, moments, tally)
         try:
             assert_as_undisturbed(bench, peace)
-            assert not left_running(flows, bench.workspace)
+            assert not left_running(bench.workspace)
             tally.tell(f"run {chains} is as the undisturbed one after {len(flows)} starts")
         except AssertionError as fault:
             faults.append(f"chain {chains} ({len(flows)} starts): {fault}")

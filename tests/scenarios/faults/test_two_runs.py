@@ -94,7 +94,7 @@ def test_the_same_recipe_twice_at_the_same_moment(empty, finished):
     assert {report["model"]["version"] for report in reports} == {"1", "2"}
     alias = tracked.client.get_model_version_by_alias("dpo-tiny", "challenger")
     assert alias.version in (1, 2, "1", "2")
-    assert not left_running([rival.process.pid for rival in rivals], empty.workspace)
+    assert not left_running(empty.workspace)
 
 
 def test_two_recipes_share_what_they_have_in_common(finished):
@@ -138,7 +138,7 @@ def test_one_is_killed_while_the_other_waits_for_its_stage(finished):
     curves = [tracked.curves(run)["loss"] for run in trained]
     assert [[step for step, _ in curve] for curve in curves] == [[1, 2, 3]] * 3
     assert curves[0] == curves[1] == curves[2]
-    assert not left_running([rival.process.pid for rival in (first, second, resumed)], own.workspace)
+    assert not left_running(own.workspace)
 
 
 def test_a_database_that_is_locked_for_a_minute_costs_nothing_but_time(finished):

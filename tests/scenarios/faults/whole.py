@@ -3,8 +3,8 @@
 import contextlib
 import json
 import sqlite3
+import time
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -136,12 +136,22 @@ def forget_from(bench: Bench, stage: str) -> None:
             path.unlink()
 
 
-def left_running(flows: Iterable[int], workspace: Path) -> list[str]:
-    """Command lines of what still runs of these flows."""
-    marks, found = {str(pid) for pid in flows}, []
+def left_running(workspace: Path, seconds: float = 30) -> list[str]:
+    """Command lines of what still runs in the workspace after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while found := _running_in(workspace):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.2)
+    return found
+
+
+def _running_in(workspace: Path) -> list[str]:
+    found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             line = " ".join(process.cmdline())
-            if process.environ().get("DPO_FLOW_PID") in marks or f"{workspace}/" in line:
+            # A job that was forked from a warm process has no path in its command line.
+            if f"{workspace}/" in line or Path(process.cwd()) == workspace.parent:
                 found.append(f"{process.pid} {line}")
     return found

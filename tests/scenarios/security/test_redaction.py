@@ -82,7 +82,7 @@ def test_the_shipped_recipes_hold_none(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_deploy_file_sends_no_secret_to_the_server(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from deploy.prefect_file import read_prefect_file
+    from flows.commands.deploy import read_deployment_file
 
     def file_of(value: str) -> Path:
         pool = {"name": "dpo", "job_variables": {"working_dir": "/srv", "env": {"A": value}}}
@@ -92,16 +92,18 @@ def test_the_deploy_file_sends_no_secret_to_the_server(
         path.write_text(yaml.safe_dump({"name": "dpo", "pull": [], "deployments": [deployment]}))
         return path
 
-    given = {"HF_TOKEN": CANARY, "PLACE": "here"}
+    monkeypatch.setenv("HF_TOKEN", CANARY)
+    monkeypatch.setenv("PLACE", "here")
     with pytest.raises(RecipeError, match=r"prefect\.blocks\.secret") as caught:
-        read_prefect_file(file_of("{{ $HF_TOKEN }}"), given)
+        read_deployment_file(file_of("{{ $HF_TOKEN }}"))
     assert CANARY not in str(caught.value)
     for value, filled in (
         ("{{ $PLACE }}", "here"),
         ("{{ prefect.blocks.secret.hf-token }}", "{{ prefect.blocks.secret.hf-token }}"),
     ):
-        checked, _ = read_prefect_file(file_of(value), given)
-        assert checked.deployments[0].work_pool.job_variables["env"]["A"] == filled
+        assert (
+            read_deployment_file(file_of(value)).deployments[0].work_pool.job_variables["env"]["A"] == filled
+        )
 
 
 # --- the log of tracebacks --------------------------------------------------------------------------------

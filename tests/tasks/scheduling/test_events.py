@@ -7,9 +7,10 @@ import pytest
 from prefect.events.actions import DoNothing, RunDeployment
 from prefect.events.schemas.automations import Automation, CompoundTrigger, EventTrigger, Posture
 
-from tasks.scheduling.events import deployments_waiting
+from tasks.scheduling.events import deployments_waiting, make_event
 
-NEW, ABOUT = "dpo.dataset.new", "dpo.dataset.support"
+NEW = "dpo.dataset.new"
+EVENT = make_event(NEW, "dpo.dataset.support", "support", {})
 RUNS = RunDeployment(source="selected", deployment_id=uuid4())
 
 
@@ -48,10 +49,10 @@ def automation(name: str = "waits", **changes: Any) -> Automation:
     ],
 )
 def test_only_what_would_run_waits(held: Automation, waiting: list[str]) -> None:
-    assert deployments_waiting(Server(held), NEW, ABOUT) == waiting
+    assert deployments_waiting(Server(held), EVENT) == waiting
 
 
 def test_a_server_without_automations_and_one_with_many() -> None:
-    assert deployments_waiting(Server(), NEW, ABOUT) == []
+    assert deployments_waiting(Server(), EVENT) == []
     many = [automation(f"no-{n}", enabled=False) for n in range(400)]
-    assert deployments_waiting(Server(*many, automation("last")), NEW, ABOUT) == ["last"]
+    assert deployments_waiting(Server(*many, automation("last")), EVENT) == ["last"]

@@ -9,14 +9,13 @@ import pytest
 from prefect.client.schemas.schedules import IntervalSchedule
 from pydantic import ValidationError
 
-from deploy.prefect_file import DeploymentSchedule
-from dpo_core.errors import RecipeError
-from tasks.scheduling.schedules import comparable, next_times, prefect_schedule
+from tasks.scheduling.deployment_file import DeploymentSchedule
+from tasks.scheduling.deployments import next_times
 
 
 def times(start: str, count: int, **rule: Any) -> list[str]:
     schedule = DeploymentSchedule(slug="s", active=True, **({"timezone": "Europe/Berlin"} | rule))
-    fire_times = next_times(prefect_schedule(schedule, "x"), count, datetime.fromisoformat(start))
+    fire_times = next_times(schedule.for_prefect().schedule, count, datetime.fromisoformat(start))
     return [time.isoformat(timespec="minutes") for time in fire_times]
 
 
@@ -69,35 +68,3 @@ def test_hours_are_hours_in_an_interval_of_hours() -> None:
     fire_times = times("2027-03-27T22:00:00Z", 4, interval=3 * 3600, anchor_date="2026-01-01T00:00:00")
     stamps = [datetime.fromisoformat(time).timestamp() for time in fire_times]
     assert {later - earlier for earlier, later in pairwise(stamps)} == {3 * 3600}
-
-
-@pytest.mark.parametrize(
-    ("rule", "words"),
-    [
-        ({"cron": "61 1 * * *"}, "61 1"),
-        ({"cron": "nightly"}, "nightly"),
-        ({"rrule": "DTSTART;FREQ"}, "DTSTART;FREQ"),
-    ],
-)
-def test_a_rule_that_prefect_cannot_read_is_named(rule: Any, words: str) -> None:
-    schedule = DeploymentSchedule(slug="s", active=True, timezone="UTC", **rule)
-    with pytest.raises(RecipeError, match="nightly schedule s: ") as caught:
-        prefect_schedule(schedule, "nightly schedule s")
-    assert words in str(caught.value)
-
-
-def test_an_anchor_is_compared_as_an_instant() -> None:
-    zones = ("2026-01-01T04:30:00+01:00", "2026-01-01T03:30:00Z", "2026-01-01T04:30:00")
-    first, other, local = (
-        comparable(
-            prefect_schedule(
-                DeploymentSchedule(
-                    slug="s", active=True, timezone="Europe/Berlin", interval=60, anchor_date=anchor
-                ),
-                "x",
-            )
-        )
-        for anchor in zones
-    )
-    assert first == other == local
-    assert datetime.fromisoformat(first["anchor_date"]).tzinfo == UTC

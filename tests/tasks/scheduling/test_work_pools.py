@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from deploy.prefect_file import Deployment
 from dpo_core.errors import RecipeError
+from tasks.scheduling.deployment_file import Deployment
 from tasks.scheduling.work_pools import check_job_variables, creation
 from tests.support.sites.pool_templates import GIVEN, template
 
