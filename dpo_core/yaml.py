@@ -7,7 +7,6 @@ the meaning of each field above it, as a starting point for the user's own file.
 
 import json
 import textwrap
-from collections.abc import Iterator
 from typing import Any
 
 import yaml
@@ -34,8 +33,6 @@ def read_yaml(text: str) -> Any:
         if node is None:
             return None
         _count(node, {})
-        for mapping in _mappings(node, set()):
-            _refuse_duplicates(mapping)
         return loader.construct_document(node)
     finally:
         loader.dispose()
@@ -54,7 +51,7 @@ def _escaped(character: str) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses deeply nested values, on which PyYAML would take minutes and then fail."""
+    """Refuses duplicate keys, and deeply nested values, on which PyYAML would take minutes and then fail."""
 
     depth = 0
 
@@ -67,6 +64,11 @@ class _Loader(yaml.SafeLoader):
             shown = str(node.value)[:40] if isinstance(node, ScalarNode) else "this"
             problem = f"{shown} cannot be read as {kind} (put it in quotes to make it a text)"
             raise ConstructorError(None, None, problem, node.start_mark) from error
+
+    def compose_mapping_node(self, anchor: Any) -> MappingNode:
+        mapping: MappingNode = super().compose_mapping_node(anchor)
+        _refuse_duplicates(mapping)
+        return mapping
 
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
         self.depth += 1
@@ -98,16 +100,6 @@ def _count(node: Node, known: dict[int, int | None]) -> int:
         )
     known[id(node)] = size
     return size
-
-
-def _mappings(node: Node, seen: set[int]) -> Iterator[MappingNode]:
-    if id(node) in seen:
-        return
-    seen.add(id(node))
-    if isinstance(node, MappingNode):
-        yield node
-    for child in _children(node):
-        yield from _mappings(child, seen)
 
 
 def _refuse_duplicates(mapping: MappingNode) -> None:

@@ -1,5 +1,6 @@
 """The temporary Prefect server of a local run. It starts while the run's modules load, which takes as long.
 
+Prefect's own ends with Ctrl-C, before the run can report its end to it, and outlives a run that is killed.
 `python -m flows.process.temporary_server FD` is that server, on an open socket that it inherits.
 """
 

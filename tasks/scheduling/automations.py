@@ -1,5 +1,6 @@
 """Changes to a Prefect server, and the comparison of its automations with those that are wanted."""
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -64,7 +65,7 @@ def differences(place: str, new: dict[str, Any], old: dict[str, Any]) -> Iterato
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
     return text if len(text) <= 120 else f"{text[:120]} …"
 
 

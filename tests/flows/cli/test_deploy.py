@@ -239,7 +239,7 @@ def test_differences_are_told_by_schedule_trigger_and_field() -> None:
         "- nightly schedule gone",
         "- nightly trigger new",
         "~ nightly concurrency_limit: 1 -> 2",
-        "~ nightly parameters: {'recipe': 'demo'} -> {'recipe': 'frontier'}",
+        '~ nightly parameters: {"recipe": "demo"} -> {"recipe": "frontier"}',
         "~ nightly schedule night cron: 0 1 * * * -> 0 3 * * *",
     ]
     assert differences(deployment(), None) == [

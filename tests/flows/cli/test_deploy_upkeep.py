@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -107,6 +109,19 @@ def test_triggers_go_with_their_deployment(site: Site) -> None:
     deploy(site, [nightly, new_data])
     assert triggers(site) == ["dpo new data"]
     assert deploy(site, [nightly, new_data]) == []
+
+
+def test_prefect_deploys_the_same_file(site: Site) -> None:
+    deployments = shipped(site)
+    deploy(site, deployments)
+    file = ["--prefect-file", str(site.folder / "prefect.yaml")]
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", *file]
+    subprocess.run(command, env=site.environment(), cwd=REPO, check=True, timeout=600)
+    # The mark in its description is missing.
+    assert deploy(site, deployments, "--dry-run") == ["+ new-data trigger dpo new data"]
+    assert deploy(site, deployments) == ["+ new-data trigger dpo new data"]
+    assert triggers(site) == ["dpo new data"]
+    assert deploy(site, deployments) == []
 
 
 def test_a_late_run_of_a_schedule_is_told_within_two_minutes(site: Site) -> None:
