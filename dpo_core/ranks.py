@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from dpo_core.checked_json import read_checked, write_checked
 from dpo_core.errors import StageFailed
@@ -28,11 +28,16 @@ PROGRESS = "progress-{rank}"
 """File of the work folder with the progress of a rank, in the sizes of `map`."""
 
 
-class Ranks(Protocol):
-    """The ranks that share a computation."""
+class SingleRank:
+    """A single process, which keeps its results in memory.
 
-    rank: int
-    world: int
+    Args:
+        progress: called with the sum of the sizes of the finished units.
+    """
+
+    def __init__(self, progress: Callable[[int], None] = lambda done: None) -> None:
+        self.rank, self.world = 0, 1
+        self._progress, self._done = progress, 0
 
     def map(
         self,
@@ -48,44 +53,6 @@ class Ranks(Protocol):
             compute: the function of a unit; returns plain JSON data.
             sizes: size of each unit in the job's progress; by default units are not counted.
         """
-        ...
-
-    def check(self) -> None:
-        """Raise `Stopped` after a stop signal. Call this between steps that are not units of a map."""
-        ...
-
-    def discard_results(self) -> None:
-        """Remove the results of all maps, so that the next start of the job computes them again."""
-        ...
-
-    def advance(self, size: int) -> None:
-        """Add to the job's progress."""
-        ...
-
-    def wait_until(self, complete: Callable[[], bool]) -> None:
-        """Wait for files that other ranks write."""
-        ...
-
-
-class SingleRank:
-    """A single process, which keeps its results in memory.
-
-    Args:
-        progress: called with the sum of the sizes of the finished units.
-    """
-
-    rank, world = 0, 1
-
-    def __init__(self, progress: Callable[[int], None] = lambda done: None) -> None:
-        self._progress, self._done = progress, 0
-
-    def map(
-        self,
-        name: str,
-        units: Sequence[Unit],
-        compute: Callable[[Unit], Any],
-        sizes: Sequence[int] | None = None,
-    ) -> list[Any]:
         results = []
         for index, unit in enumerate(units):
             results.append(compute(unit))
@@ -94,20 +61,25 @@ class SingleRank:
         return results
 
     def check(self) -> None:
-        """Do nothing."""
+        """Raise `Stopped` after a stop signal. Call this between steps that are not units of a map."""
 
     def discard_results(self) -> None:
-        """Do nothing."""
+        """Remove the results of all maps, so that the next start of the job computes them again."""
 
     def advance(self, size: int) -> None:
+        """Add to the job's progress."""
         self._done += size
         self._progress(self._done)
 
     def wait_until(self, complete: Callable[[], bool]) -> None:
-        """Do nothing."""
+        """Wait for files that other ranks write."""
 
 
-class JobRanks:
+Ranks = SingleRank
+"""The ranks that share a computation: one process, or those of a job."""
+
+
+class JobRanks(SingleRank):
     """The ranks of a job, which save their results in its work folder.
 
     Args:
@@ -125,9 +97,10 @@ class JobRanks:
         check: Callable[[], None] = lambda: None,
         keep_seconds: float = 5.0,
     ) -> None:
+        super().__init__(self._write_progress)
         self.work, self.rank, self.world = work, rank, world
         self._check, self._keep_seconds = check, keep_seconds
-        self._maps = self._done = 0
+        self._maps = 0
 
     def map(
         self,
@@ -173,11 +146,10 @@ class JobRanks:
     def discard_results(self) -> None:
         shutil.rmtree(self.work / PARTS, ignore_errors=True)
 
-    def advance(self, size: int) -> None:
-        self._done += size
+    def _write_progress(self, done: int) -> None:
         path = self.work / PROGRESS.format(rank=self.rank)
         temporary = path.with_name(f"new-{path.name}")  # a reader must not see an incomplete number
-        temporary.write_text(str(self._done))
+        temporary.write_text(str(done))
         os.replace(temporary, path)
 
     def wait_until(self, complete: Callable[[], bool]) -> None:

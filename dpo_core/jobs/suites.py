@@ -48,7 +48,7 @@ def _subject(job: SuitesJob, name: str, ranks: Ranks) -> ModelUnderTest:
     return subject
 
 
-class _SuiteRanks:
+class _SuiteRanks(Ranks):
     """The ranks of a job during one suite, which counts `PER_SUITE` in the progress of the job.
 
     The first map runs the model and takes most of the time; only its units are counted.
