@@ -36,7 +36,6 @@ ENVIRONMENT = {
     "expectations/__init__.py": "read by Great Expectations",
     "flows/commands/doctor.py": "read by MLflow's client",
     "flows/process/environment.py": "read by libraries and by child processes",
-    "flows/process/run_processes.py": "marks child processes, which another process looks for",
     "flows/process/temporary_server.py": "read by Prefect's clients, also in the threads of tasks",
     "tasks/tracking/tracker.py": "read by MLflow's client",
 }

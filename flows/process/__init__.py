@@ -1,1 +1,1 @@
-"""Processes around a run: supervision, the Prefect server, the environment."""
+"""Around a run: the Prefect server, its leases, the environment."""
