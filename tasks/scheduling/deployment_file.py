@@ -44,6 +44,8 @@ class DeploymentSchedule(Config):
 
     @model_validator(mode="after")
     def _check(self) -> "DeploymentSchedule":
+        if not (self.cron or self.interval or self.rrule):
+            raise ValueError("set one of cron, interval and rrule")
         if (self.interval is None) != (self.anchor_date is None):
             raise ValueError("interval and anchor_date must be set together")
         if self.rrule is not None and "DTSTART" not in self.rrule:

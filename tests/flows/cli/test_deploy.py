@@ -78,7 +78,7 @@ def changed(place: str, value: Any) -> dict[str, Any]:
         ("deployments.0.schedules.0.slug", "Every Night", "should match pattern"),
         ("deployments.0.schedules.0.interval", 60, "must be set together"),
         ("deployments.0.schedules.0.rrule", "DTSTART:20260101T040000", "one schedule type"),
-        ("deployments.0.schedules.0.cron", ..., "schedules.0: "),
+        ("deployments.0.schedules.0.cron", ..., "schedules.0: set one of cron"),
         ("deployments.0.schedules.0.cron", "61 1 * * *", "61 1"),
         ("deployments.0.concurrency_limit.limit", 0, "greater than or equal to 1 (given 0)"),
         ("deployments.0.concurrency_limit.collision_strategy", "QUEUE", "'ENQUEUE' or 'CANCEL_NEW'"),
