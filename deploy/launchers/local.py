@@ -178,13 +178,25 @@ def _end(job: Path, grace: float, no_grace: threading.Event) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
     deadline = time.monotonic() + grace
-    while alive and time.monotonic() < deadline and not no_grace.is_set():
-        _, alive = psutil.wait_procs(alive, timeout=min(0.2, grace))
+    while (alive := _living(alive)) and time.monotonic() < deadline and not no_grace.is_set():
+        time.sleep(0.05)
     alive = _freeze(alive)
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    psutil.wait_procs(alive, timeout=5)
+    deadline = time.monotonic() + 5.0
+    while _living(alive) and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def _living(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that have not ended. psutil's `wait_procs` waits until a forked job's server collects it."""
+    living = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                living.append(process)
+    return living
 
 
 def _freeze(processes: list[psutil.Process]) -> list[psutil.Process]:

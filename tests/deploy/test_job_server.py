@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,6 +85,17 @@ def test_a_killed_job_is_told_from_a_failed_one(server: JobServer, model: Path, 
     assert launcher.poll(handle) is State.FAILED
     assert "SIGKILL" in launcher.why(handle)
     assert end_of(launcher, job_file(tmp_path / "next", model)) is State.DONE
+
+
+def test_a_cancelled_job_is_gone_as_soon_as_it_ends(server: JobServer, model: Path, tmp_path: Path) -> None:
+    """Its server, not this process, collects its status: until then it is a zombie."""
+    launcher = LocalLauncher(server=server)
+    job = waiting_job(tmp_path, model)
+    handle = launcher.submit(job, 1, job.parent)
+    began = time.monotonic()
+    launcher.cancel(handle)
+    assert launcher.poll(handle) is not State.RUNNING
+    assert time.monotonic() - began < 10, "the time that it has to save is twice that"
 
 
 def test_a_cancelled_job_and_one_that_a_killed_flow_left_are_ended(
