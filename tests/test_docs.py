@@ -81,6 +81,11 @@ def test_a_generated_page_is_up_to_date(name: str) -> None:
     assert (docs_pages.DOCS / name).read_text() == docs_pages.PAGES[name]()
 
 
+def test_no_help_text_is_broken_inside_a_paragraph() -> None:
+    for name, command in docs_pages.listed_commands():
+        assert [text for text in command.help.strip().split("\n\n") if "\n" in text.strip()] == [], name
+
+
 @each_page
 def test_links_and_anchors_exist(page: Path) -> None:
     assert _broken_links(page.read_text(), page.parent) == []

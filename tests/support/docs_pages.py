@@ -32,8 +32,12 @@ An expected error is one line on stderr. Tracebacks go to `dpo-<uid>.log` in the
 
 def commands_page() -> str:
     """`commands.md`: every command, the subcommands of groups included."""
-    listed = _commands(typer.main.get_command(app), "dpo")
-    return _INTRODUCTION + "".join(_section(name, command) for name, command in listed)
+    return _INTRODUCTION + "".join(_section(name, command) for name, command in listed_commands())
+
+
+def listed_commands() -> list[tuple[str, Any]]:
+    """All commands with their names."""
+    return _commands(typer.main.get_command(app), "dpo")
 
 
 def _commands(group: Any, prefix: str) -> list[tuple[str, Any]]:
