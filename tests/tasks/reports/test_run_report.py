@@ -327,10 +327,11 @@ def test_terminal_table_fits_80_columns() -> None:
 
 
 def test_terminal_shows_alarms_and_does_not_read_markup() -> None:
-    report = with_policy("DPO", kl=estimate(14.0, 1), name="[red]x[/nope]")
-    report = report.model_copy(update={"candidate": "[red]x[/nope]"})
-    words = shown(report)
-    assert "! KL run-away: [red]x[/nope] is 14.0 nats from the reference." in words
+    report = with_policy("DPO", kl=estimate(14.0, 1))
+    rates = [report.win_rates[0].model_copy(update={"judge": "[red]x[/nope]"})]
+    words = shown(report.model_copy(update={"win_rates": rates}))
+    assert "! KL run-away: DPO is 14.0 nats from the reference." in words
+    assert "judge: [red]x[/nope]" in " ".join(words.split())
 
 
 def test_markdown_tables_keep_their_columns_and_escape_markup() -> None:
