@@ -112,12 +112,12 @@ def suite_tables(suites: Sequence[SuiteRow], label: Label) -> list[Table]:
 
 
 def main_measures(suites: Sequence[SuiteRow]) -> list[str]:
-    """The first measure of each suite in words: `MMLU Accuracy 33.1% [30.7% to 35.5%]`."""
+    """The first measure of each suite in words: `MMLU (Accuracy) 33.1% [30.7% to 35.5%]`."""
     shown = []
     for row in suites:
         measure = next((m for m in row.measures if not m.subset), None)
         if measure:
-            shown.append(f"{row.title} {measure.label.lower()} {interval(measure.estimate, _kind(measure))}")
+            shown.append(f"{row.title} ({measure.label}) {interval(measure.estimate, _kind(measure))}")
     return shown
 
 

@@ -55,12 +55,12 @@ def test_one_model_on_suites_has_no_winner() -> None:
     one = {"models": make_evaluation_report().models[:1], "comparisons": [], "win_rates": []}
     report = make_evaluation_report(suites=make_suites(("DPO",)), **one)
     assert headline(report).text == "Evaluation of DPO"
-    assert "MMLU accuracy 33.1% [30.7% to 35.5%]." in headline(report).reasons
+    assert "MMLU (Accuracy) 33.1% [30.7% to 35.5%]." in headline(report).reasons
     html = page(report)
     assert "Win rates (no judge compared answers); Comparisons (no two models were compared" in html
     assert "6 suites: RewardBench, MMLU, GSM8K, TruthfulQA, XSTest, WikiText-2." in html
     single = make_evaluation_report(suites=make_suites(("DPO",))[:1], **one)
-    assert headline(single).text == "DPO: RewardBench accuracy 70.1% [68.4% to 71.8%]"
+    assert headline(single).text == "DPO: RewardBench (Accuracy) 70.1% [68.4% to 71.8%]"
 
 
 def test_the_page_of_an_evaluation() -> None:
