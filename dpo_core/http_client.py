@@ -1,53 +1,64 @@
-"""HTTP client of servers that may be busy or down: posts JSON, and asks again as its caller decides.
+"""HTTP client of servers that may be busy or down: posts JSON, and asks again what may succeed later.
 
-Redirects are not followed: they would repeat the request as a GET, perhaps to another server. The secret of a
-client, sent as its bearer token, appears in no error and no log, even if the server repeats it.
+A request is repeated after no connection, a time-out, 408, 409, 429 and 5xx: after a Retry-After of up to two
+minutes, otherwise after waits that double from half a second to sixteen. (The retries of httpx itself repeat
+a failed connection only.) Redirects are not followed: they would repeat the request as a GET, perhaps to
+another server. The secret of a client, sent as its bearer token, appears in no error and no log, even if the
+server repeats it.
 """
 
 import json
 import logging
 import os
+import random
 import ssl
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
-from typing import Any, Self
+from typing import Any
 from urllib.parse import SplitResult, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.redaction import HIDDEN
 
+log = logging.getLogger("dpo")
+
 _SHOWN = 240  # characters of an answer that an error quotes
-# These loggers write the server's reason and headers, which may repeat the secret.
-_LOGGERS = ("httpx", *(f"httpcore.{part}" for part in ("connection", "http11", "http2", "proxy", "socks")))
+_LONGEST_WAIT = 120.0  # seconds of a Retry-After beyond which nobody waits
+
+
+class RequestFailed(StageFailed):
+    """A server gave no usable answer to a request; `status` is 0 if it gave none at all."""
+
+    def __init__(self, problem: str, remedy: str = "", status: int = 0) -> None:
+        super().__init__(problem, remedy)
+        self.status = status
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A server's answer to a request, or the reason why there is none."""
+    """A server's answer to one request, or the reason why there is none."""
 
     problem: str
     """`answered 503`, `did not answer within 60 s` or `could not be reached`."""
-    detail: str = ""
-    """What may be appended to it: ` Service Unavailable`, ` ([Errno 111] Connection refused)`."""
     status: int = 0
     """0 if there is no answer."""
     headers: Mapping[str, str] = field(default_factory=dict)
     content: bytes = b""
 
     @property
-    def succeeded(self) -> bool:
-        return 200 <= self.status < 300
+    def transient(self) -> bool:
+        """Whether the same request may succeed later."""
+        untrusted = "CERTIFICATE_VERIFY_FAILED" in self.problem
+        return (self.status in (0, 408, 409, 429) or self.status >= 500) and not untrusted
 
     @property
     def retry_after(self) -> float:
         """Seconds that the server asks to wait; 0 if it does not say."""
         said = self.headers.get("retry-after", "")
-        with suppress(ValueError):
-            return max(0.0, float(self.headers.get("retry-after-ms", "")) / 1000)
         with suppress(ValueError):
             return max(0.0, float(said))
         with suppress(ValueError):
@@ -56,118 +67,143 @@ class Answer:
 
 
 class JsonServer:
-    """A connection to a server, to be used in a `with`. Threads may share it.
+    """A connection to a server, kept open between requests. Threads may share it.
 
     Args:
         name: what errors call the server.
+        address_field: the field of the recipe with the address, for errors.
+        token: the environment variable of the bearer token.
         timeout: seconds without received data after which a request counts as failed.
-        secret: the bearer token; empty if there is none.
+        retries: maximum number of repetitions of a request.
+
+    Raises:
+        RecipeError: the token cannot be sent.
     """
 
-    def __init__(self, name: str, url: str, *, timeout: float, secret: str) -> None:
+    def __init__(
+        self, name: str, url: str, *, address_field: str, token: str, timeout: float, retries: int
+    ) -> None:
         import httpx  # noqa: PLC0415 - takes 0.3 s, and every command imports this module with the recipe
 
-        self.name, self.secret = name, secret
-        self._url, self._timeout = url, timeout
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        self.name, self.secret = name, os.environ.get(token, "").strip()
+        if not (self.secret.isascii() and self.secret.isprintable()):
+            # The error of httpx would quote it.
+            raise RecipeError(
+                f"the variable {token} contains characters that are invalid in an HTTP header",
+                f"Set {token} again, to letters, digits and punctuation of ASCII only",
+            )
+        self._url, self._timeout, self._retries = url, timeout, retries
+        self._address_field, self._token = address_field, token
+        # Their lines repeat headers and the server's reasons, which may contain the secret.
+        for logger in ("httpx", "httpcore"):
+            logging.getLogger(logger).setLevel(logging.WARNING)
         self._client = httpx.Client(
-            headers=headers | ({"Authorization": f"Bearer {secret}"} if secret else {}),
+            headers={"Content-Type": "application/json", "Accept": "application/json"}
+            | ({"Authorization": f"Bearer {self.secret}"} if self.secret else {}),
             timeout=timeout,
             # No limit: waiting for another thread's connection would count as a time-out.
             limits=httpx.Limits(),
-            # The system's certificates, which may contain a site's own; they take 0.1 s to read.
+            # The system's certificates, which may contain a site's own; reading them takes 0.1 s.
             verify=ssl.create_default_context() if url.lower().startswith("https") else False,
             proxy=_proxy(url),
             trust_env=False,
         )
-        for logger in _LOGGERS:
-            logging.getLogger(logger).addFilter(self._cleaned)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._client.close()
-        for logger in _LOGGERS:
-            logging.getLogger(logger).removeFilter(self._cleaned)
-
-    def post(self, body: Any, wait: Callable[[Answer, int], float | None]) -> Answer:
-        """The server's answer to a body, which is sent as JSON; the last one if it is asked again.
-
-        Args:
-            wait: seconds until the request is repeated after a failure and so many attempts; None: it is not.
+    def post(self, body: Any) -> bytes:
+        """The content of the server's answer to a body, which is sent as JSON.
 
         Raises:
-            StageFailed: the server's certificate is not trusted.
+            RequestFailed: there is no answer after all attempts, or the server rejects the request.
         """
-        # As ASCII: a text cut inside a character is no UTF-8.
-        content, attempt = json.dumps(body).encode(), 1
-        while not (answer := self._once(content)).succeeded and (pause := wait(answer, attempt)) is not None:
-            time.sleep(pause)
+        content = json.dumps(body).encode()  # as ASCII: a text cut inside a character is no UTF-8
+        attempt = 1
+        while not 200 <= (answer := self._once(content)).status < 300:
+            if not answer.transient or attempt > self._retries or answer.retry_after > _LONGEST_WAIT:
+                raise self._failure(answer, attempt)
+            # Random, so that threads do not all ask again at the same moment.
+            wait = answer.retry_after or 0.25 * 2 ** min(attempt, 6) * random.uniform(0.75, 1)
+            log.info("%s %s; trying again in %.1f s", self.name, answer.problem, wait)
+            time.sleep(wait)
             attempt += 1
-        return answer
+        return answer.content
 
     def _once(self, content: bytes) -> Answer:
         import httpx  # noqa: PLC0415
 
         try:
             with self._client.stream("POST", self._url, content=content) as answer:
-                status, received = answer.status_code, b""
+                received = b""
                 # A refusal whose text is cut off is still a refusal.
                 with suppress(*([] if answer.is_success else [httpx.HTTPError])):
                     received = answer.read()
-                phrase = self.clean(f" {answer.reason_phrase}").rstrip()
-                return Answer(f"answered {status}", phrase, status, answer.headers, received)
+                status = answer.status_code
+                return Answer(f"answered {status}", status, answer.headers, received)
         except httpx.TimeoutException:
             return Answer(f"did not answer within {self._timeout:g} s")
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             # As text alone: a chained error of the package might log the secret.
             why = self.clean(str(error)).rstrip(".") or type(error).__name__
-        if "CERTIFICATE_VERIFY_FAILED" in why:
-            raise StageFailed(
-                f"the certificate of {self.name} is not trusted ({why})",
-                "Set SSL_CERT_FILE to its certificate authority, or use another address of the server",
-            )
-        return Answer("could not be reached", f" ({why})")
+        return Answer(f"could not be reached ({why})")
+
+    def _failure(self, answer: Answer, attempts: int) -> RequestFailed:
+        problem = f"{self.name} {answer.problem}{self._quoted(answer.content)}"
+        if attempts > 1:
+            problem += f", tried {attempts} times"
+        if answer.retry_after:
+            problem += f", retry after {self.clean(answer.headers['retry-after'])} s"
+        return RequestFailed(problem, self._remedy(answer), answer.status)
+
+    def _remedy(self, answer: Answer) -> str:
+        if "CERTIFICATE_VERIFY_FAILED" in answer.problem:
+            return "Set SSL_CERT_FILE to its certificate authority, or use another address of the server"
+        if answer.status in (401, 403):
+            return f"Put a valid token into the environment variable {self._token}, then run again"
+        if 300 <= answer.status < 400:
+            target = self.clean(answer.headers.get("location", "it does not say"))
+            return f"Set {self._address_field} to the redirect's target: {target}"
+        if answer.transient:
+            return "Check that the server runs and is fast enough, then run again"
+        return f"Check {self._address_field} and the server's documentation, then run again"
+
+    def unusable(self, content: bytes, missing: str, remedy: str) -> StageFailed:
+        """The error for an answer without what was asked for."""
+        return StageFailed(f"{self.name} answered without {missing}{self._quoted(content)}", remedy)
 
     def clean(self, text: str) -> str:
         """The text without the secret. `redaction` only removes long ones."""
         return text.replace(self.secret, HIDDEN) if self.secret else text
 
-    def _cleaned(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = self.clean(record.getMessage()), None
-        return True
-
-    def quoted(self, content: bytes) -> str:
+    def _quoted(self, content: bytes) -> str:
         """The beginning of an answer, to be appended to an error's problem."""
         # Redact before cutting: half a secret would not be recognised.
         shown = " ".join(self.clean(content.decode(errors="replace")).split())
         return f": {shown[:_SHOWN]!r}{'…' if len(shown) > _SHOWN else ''}" if shown else ""
 
 
-def address(url: str) -> SplitResult | None:
-    """The parts of a server's address; None if it is not usable."""
+def usable_address(url: str, field: str, token: str) -> SplitResult:
+    """The parts of a server's address.
+
+    Args:
+        field: the field of the recipe with the address. The address is not quoted: a user may have written a
+            secret into the wrong field.
+        token: the environment variable of the server's bearer token.
+
+    Raises:
+        RecipeError: it is not an address, or contains credentials.
+    """
     try:
         parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:
-        return None
-    return parts if usable and url.isascii() and all(c > " " for c in url) else None
-
-
-def secret_of(variable: str) -> str:
-    """The secret in an environment variable; empty if it is not set.
-
-    Raises:
-        RecipeError: it cannot be sent; the error of the HTTP library would quote it.
-    """
-    secret = os.environ.get(variable, "").strip()
-    if not (secret.isascii() and secret.isprintable()):
+        usable = None
+    if not usable or not url.isascii() or any(c <= " " for c in url):
+        raise RecipeError(f"{field} is not a server address", "Write http://host:port/path")
+    if "@" in parts.netloc:
         raise RecipeError(
-            f"the variable {variable} contains characters that are invalid in an HTTP header",
-            f"Set {variable} again, to letters, digits and punctuation of ASCII only",
+            f"{field} contains credentials, which reports and logs would show",
+            f"Remove them, and put a token into the environment variable {token}",
         )
-    return secret
+    return parts
 
 
 def _proxy(url: str) -> str | None:

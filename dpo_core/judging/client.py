@@ -1,27 +1,24 @@
 """Client of a judge behind an OpenAI-compatible endpoint: sends one question, returns one reply.
 
-It is asked again after no connection, a time-out, 408, 409, 429 and 5xx: after a Retry-After of up to two
-minutes, otherwise after waits that double from half a second to eight. The key is read from the environment
-and appears in no setting, error, log or cached reply, even if the server repeats it.
+The key is read from the environment and appears in no setting, error, log or cached reply, even if the server
+repeats it.
 """
 
-import random
+import os
 import re
 from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from dpo_core.config import Config
-from dpo_core.errors import RecipeError, StageFailed
-from dpo_core.http_client import Answer, JsonServer, address, secret_of
+from dpo_core.errors import RecipeError
+from dpo_core.http_client import JsonServer, RequestFailed, usable_address
 from dpo_core.judging.cache import Reply
 from dpo_core.judging.prompts import Message
 
 KEY = "DPO_JUDGE_KEY"
 """Default environment variable of the key."""
 _ABOUT_THIS_QUESTION = (400, 413, 422)  # this question is too long or against the rules; others may pass
-_RESUME = "then run again: finished judgements are kept"
-_LONGEST_WAIT = 120.0  # seconds of a Retry-After beyond which nobody waits
 
 
 class Endpoint(Config):
@@ -50,17 +47,14 @@ class Endpoint(Config):
     price_out: float | None = Field(None, ge=0)
     """Price per million tokens of replies."""
 
-    # The value is not quoted: a user may have written the key into the wrong field.
     @field_validator("base_url")
     @classmethod
     def _is_address(cls, url: str) -> str:
-        parts = address(url)
-        if parts is None:
-            raise RecipeError("the judge's base_url is not a server address", "Write http://host:port/v1")
-        if "@" in parts.netloc or parts.query or parts.fragment:
+        parts = usable_address(url, "the judge's base_url", KEY)
+        if parts.query or parts.fragment:
             raise RecipeError(
-                "the judge's base_url contains credentials or a query, which reports and logs would show",
-                f"Remove them, and put the key into the environment variable {KEY}",
+                "the judge's base_url contains a query, which reports and logs would show",
+                f"Remove it, and put the key into the environment variable {KEY}",
             )
         return url.rstrip("/")
 
@@ -97,17 +91,29 @@ class Endpoint(Config):
         return (reply.tokens_in * price_in + reply.tokens_out * price_out) / 1e6
 
 
-class Judge(JsonServer):
-    """A connection to a judge, to be used in a `with`. Threads may share it.
+class Judge:
+    """A connection to a judge. Threads may share it.
 
     Raises:
         RecipeError: the environment variable `key_env` is not set, or cannot be a key.
     """
 
     def __init__(self, endpoint: Endpoint) -> None:
+        if endpoint.key_env != KEY and not os.environ.get(endpoint.key_env, "").strip():
+            # Do not show the name: it might be a key that the user wrote in place of a name.
+            raise RecipeError(
+                "the environment variable named in the judge's key_env is not set",
+                f"Set it, or remove key_env if {KEY} contains the key or no key is needed",
+            )
         self.endpoint = endpoint
-        name, url = f"the judge at {endpoint.base_url}", f"{endpoint.base_url}/chat/completions"
-        super().__init__(name, url, timeout=endpoint.timeout, secret=_key(endpoint.key_env))
+        self._server = JsonServer(
+            f"the judge at {endpoint.base_url}",
+            f"{endpoint.base_url}/chat/completions",
+            address_field="judge.endpoint.base_url",
+            token=endpoint.key_env,
+            timeout=endpoint.timeout,
+            retries=endpoint.retries,
+        )
 
     def ask(self, messages: list[Message]) -> Reply:
         """The judge's reply to one question.
@@ -117,65 +123,26 @@ class Judge(JsonServer):
                 answer contains no reply.
         """
         question = {"model": self.endpoint.model, "messages": messages} | self.endpoint.sampling
-        answer = self.post(question, self._wait)
-        if answer.succeeded:
-            return self._reply(answer.content)
-        problem = answer.problem + self.quoted(answer.content)
-        if answer.status in _ABOUT_THIS_QUESTION:
-            return Reply(text="", refused=problem)
-        wait = self.clean(answer.headers.get("retry-after", ""))
-        if answer.status == 429 and wait:
-            problem += f", retry after {wait} s"
-        elif _transient(answer.status):
-            attempts = self.endpoint.retries + 1
-            problem += f", tried {attempts} times" if attempts > 1 else ", tried once"
-        problem += "" if answer.status else answer.detail
-        raise StageFailed(f"{self.name} {problem}", self._remedy(answer))
-
-    def _wait(self, failed: Answer, attempts: int) -> float | None:
-        # OpenAI's servers say whether a retry can help, whatever the status is.
-        said = failed.headers.get("x-should-retry")
-        again = said == "true" or (said != "false" and _transient(failed.status))
-        if not again or attempts > self.endpoint.retries or failed.retry_after > _LONGEST_WAIT:
-            return None
-        # Random, so that the threads do not all ask again at the same moment.
-        return failed.retry_after or 0.25 * 2 ** min(attempts, 5) * random.uniform(0.75, 1)
-
-    def _remedy(self, failed: Answer) -> str:
-        have = "a valid key" if self.secret else "the required key"
-        target = self.clean(failed.headers.get("location", "it does not say"))
-        match failed.status:
-            case 0 if failed.detail:
-                remedy = "Check that a server runs at that address"
-            case 0:
-                remedy = "Raise the endpoint's timeout or lower its concurrency"
-            case 401 | 403:
-                remedy = f"Put {have} into the environment variable {self.endpoint.key_env}"
-            case 404:
-                model = f"Check that it serves a model named '{self.endpoint.model}'"
-                return f"{model}, and that base_url ends as in its documentation, usually in /v1"
-            case 429:
-                remedy = "Lower the endpoint's concurrency, raise its retries or its quota"
-            case status if 300 <= status < 400:
-                return f"Set base_url to the redirect's target: {target}"
-            case status:
-                remedy = "See the server's log" if _transient(status) else "See the endpoint's documentation"
-        return f"{remedy}, {_RESUME}"
-
-    def _reply(self, content: bytes) -> Reply:
+        try:
+            content = self._server.post(question)
+        except RequestFailed as error:
+            if error.status in _ABOUT_THIS_QUESTION:
+                return Reply(text="", refused=error.problem.removeprefix(f"{self._server.name} "))
+            raise
         try:
             answer = _Answer.model_validate_json(content)
             message = answer.choices[0].message
         except (ValidationError, IndexError):
             answer = None
         if answer is None:
-            raise StageFailed(
-                f"{self.name} answered without a reply{self.quoted(content)}",
-                "Check that base_url is an OpenAI-compatible endpoint for chat completions, " + _RESUME,
+            raise self._server.unusable(
+                content,
+                "a reply",
+                "Check that base_url is an OpenAI-compatible endpoint for chat completions, then run again",
             )
         usage = answer.usage or _Usage()
         return Reply(
-            text=self.clean(message.content or ""),
+            text=self._server.clean(message.content or ""),
             tokens_in=usage.prompt_tokens,
             tokens_out=usage.completion_tokens,
         )
@@ -199,18 +166,3 @@ class _Answer(BaseModel):
 
     choices: list[_Choice]
     usage: _Usage | None = None
-
-
-def _transient(status: int) -> bool:
-    return status in (0, 408, 409, 429) or status >= 500
-
-
-def _key(name: str) -> str:
-    key = secret_of(name)
-    if not key and name != KEY:
-        # Do not show the name: it might be a key that the user wrote in place of a name.
-        raise RecipeError(
-            "the environment variable named in the judge's key_env is not set",
-            f"Set it, or remove key_env if {KEY} contains the key or no key is needed",
-        )
-    return key

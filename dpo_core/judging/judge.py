@@ -17,13 +17,14 @@ from numpy.typing import ArrayLike
 from pydantic import Field
 
 from dpo_core.config import Config
-from dpo_core.errors import RecipeError, StageFailed
+from dpo_core.errors import StageFailed
 from dpo_core.judging.cache import Reply, ReplyCache, question_key
 from dpo_core.judging.client import Endpoint, Judge
 from dpo_core.judging.config import JudgeConfig
 from dpo_core.judging.length_control import length_controlled
 from dpo_core.judging.prompts import Message, Template, find_template, verdict
 from dpo_core.judging.results import WinRate
+from dpo_core.rewards.functions import load_reward
 from dpo_core.statistics import estimates as stats
 
 Side = Literal["a", "b"]
@@ -67,9 +68,7 @@ def judge_by_scores(scores_a: ArrayLike, scores_b: ArrayLike, judge: str = "a re
     """
     a, b = np.asarray(scores_a, np.float64), np.asarray(scores_b, np.float64)
     if a.shape != b.shape or a.ndim != 1:
-        raise ValueError(
-            f"both sides need one score for each answer, but have the shapes {a.shape} and {b.shape}"
-        )
+        raise ValueError(f"expected one score for each answer, got the shapes {a.shape} and {b.shape}")
     bad = np.flatnonzero(~(np.isfinite(a) & np.isfinite(b)))
     if len(bad):
         raise StageFailed(
@@ -98,14 +97,9 @@ def judge_answers(
 
     Raises:
         StageFailed: the endpoint fails, or too many verdicts are not usable.
-        RecipeError: no endpoint is configured, or its key is not set.
-        ValueError: the numbers of prompts and answers differ.
+        RecipeError: the endpoint's key is not set.
     """
-    if config.endpoint is None:
-        raise RecipeError(
-            "no language model is configured as a judge",
-            "Set judge.endpoint.base_url and judge.endpoint.model",
-        )
+    assert config.endpoint is not None, "a judge of kind llm has an endpoint"
     template = find_template(config.template)
     comparisons: list[list[tuple[Side, str]]] = []
     questions: dict[str, list[Message]] = {}
@@ -165,7 +159,8 @@ def _fetch(
         return replies, set()
     orders = 2 if config.both_orders else 1
     unusable = [reply for reply in replies.values() if verdict(reply.text) is None]
-    with Judge(config.endpoint) as judge, ThreadPoolExecutor(config.endpoint.concurrency) as pool:
+    judge = Judge(config.endpoint)
+    with ThreadPoolExecutor(config.endpoint.concurrency) as pool:
 
         def fetch(key: str) -> Reply:
             reply = judge.ask(questions[key])
@@ -284,3 +279,31 @@ def win_rate(judgements: Sequence[Judgement], pairs: AnswerPairs, *, judge: str,
         requests=sum(j.requests for j in judgements),
         cached=sum(j.cached for j in judgements),
     )
+
+
+def compare_answers(
+    config: JudgeConfig,
+    pairs: AnswerPairs,
+    *,
+    rewards: Sequence[float] | None = None,
+    cache: Path | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> WinRate:
+    """Judge answers of two models to the same prompts.
+
+    Args:
+        rewards: of the first model's answers, then of the second's; required if the judge is a reward model.
+        cache: the folder of a language model's earlier replies.
+
+    Raises:
+        StageFailed, RecipeError: the judge cannot be used, or fails.
+    """
+    prompts, a, b = pairs.prompts, pairs.answers_a, pairs.answers_b
+    if config.kind == "llm":
+        judgements = judge_answers(config, prompts, a, b, cache=cache, progress=progress)
+    else:
+        if rewards is None:
+            rewards = load_reward(config.source)([*prompts, *prompts], [*a, *b])
+        judgements = judge_by_scores(rewards[: len(prompts)], rewards[len(prompts) :], config.name)
+    return win_rate(judgements, pairs, judge=config.name, seed=seed)

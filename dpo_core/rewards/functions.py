@@ -163,7 +163,7 @@ def check_reward(spec: str) -> None:
         RecipeError: it cannot be loaded, or its scores are not usable.
     """
     # Report an unreachable server within seconds; in a run it has more time to recover.
-    reward = CheckedReward(HttpReward(spec, attempts=2), spec) if is_url(spec) else load_reward(spec)
+    reward = CheckedReward(HttpReward(spec, retries=1), spec) if is_url(spec) else load_reward(spec)
     try:
         reward(["The film was", "The film was"], [" long and good.", ""])
     except StageFailed as error:

@@ -16,9 +16,8 @@ from dpo_core.evaluation.prompt import Prompt
 from dpo_core.evaluation.safety_classifier import identity
 from dpo_core.generation.config import SamplingConfig, seed_for
 from dpo_core.jobs.files import AnswersJob, NamedModel, ScoreJob
-from dpo_core.judging.compare import compare_answers
 from dpo_core.judging.config import JudgeConfig
-from dpo_core.judging.judge import AnswerPairs
+from dpo_core.judging.judge import AnswerPairs, compare_answers
 from dpo_core.judging.results import WinRate
 from dpo_core.models.source import source_digest
 from dpo_core.rewards.functions import is_reward_model

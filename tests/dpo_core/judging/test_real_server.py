@@ -21,9 +21,8 @@ import pytest
 
 from dpo_core.errors import StageFailed
 from dpo_core.judging.client import KEY, Endpoint
-from dpo_core.judging.compare import compare_answers
 from dpo_core.judging.config import JudgeConfig
-from dpo_core.judging.judge import AnswerPairs, judge_answers, win_rate
+from dpo_core.judging.judge import AnswerPairs, compare_answers, judge_answers, win_rate
 from dpo_core.judging.prompts import verdict
 from dpo_core.models.config import ModelConfig
 from dpo_core.models.load import convert
@@ -158,7 +157,7 @@ def test_a_server_that_dies_between_two_questions(stories: Path, tmp_path: Path)
         process.wait(15)
         with pytest.raises(StageFailed, match="could not be reached, tried 2 times") as caught:
             judge_answers(settings, PROMPTS, GOOD, BAD, cache=cache)
-        assert "finished judgements are kept" in caught.value.remedy
+        assert "run again" in caught.value.remedy
         assert judge_answers(settings, PROMPTS[:1], GOOD[:1], BAD[:1], cache=cache)[0].cached == 2
 
 

@@ -1,4 +1,4 @@
-"""A local server that speaks as much of OpenAI's chat completions as a judge needs, or misbehaves."""
+"""A local HTTP server that answers as a judge (OpenAI's chat completions), or as a test says."""
 
 import json
 import re
@@ -32,10 +32,12 @@ def longer_wins(asked: dict[str, Any]) -> str:
 
 @dataclass
 class Server:
-    """`judge` writes the reply; the first requests get what stands in `script`, or all get `always`."""
+    """`judge` writes a judge's reply, or `content` the whole answer; the first requests get what stands in
+    `script`, or all get `always`."""
 
     url: str = ""
     judge: Callable[[dict[str, Any]], str] = longer_wins
+    content: Callable[[dict[str, Any]], Any] | None = None
     script: list[Answer | str] = field(default_factory=list)
     always: Answer | str | None = None
     usage: dict[str, Any] | None = field(
@@ -92,7 +94,12 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
                 scripted = state.script.pop(0) if state.script else state.always
             time.sleep(state.delay)
             if scripted is None:
-                answer: Answer = (200, {}, completion(state.judge(asked), state.usage))
+                body = (
+                    completion(state.judge(asked), state.usage)
+                    if state.content is None
+                    else json.dumps(state.content(asked)).encode()
+                )
+                answer: Answer = (200, {}, body)
             elif isinstance(scripted, str):
                 with lock:
                     state._now -= 1
