@@ -1,7 +1,7 @@
 """The requests to the Kubernetes API that a launcher makes, and the user errors of refused ones.
 
 The official package finds the credentials, a kubeconfig with its login or the service account of the pod, and
-retries while the server is slow or unreachable. Kubeflow's own SDK (0.5) was tried and does not do: it turns
+retries while the server is slow or unreachable. Kubeflow's own SDK (0.5) does not do, by its source: it turns
 every refusal into one RuntimeError, so that a taken name, a quota and an outage look alike, and it has
 neither the reasons of pods and queues, nor variables from Secrets, nor a grace time for a deletion.
 """

@@ -1,6 +1,6 @@
 """The launcher for SLURM: runs a job as one batch job with one torchrun per node, by sbatch and squeue.
 
-submitit (1.5) was tried and does not do: its jobs ignore SIGTERM, so that a cancelled one would not save, it
+submitit (1.5) does not do, by its source: its jobs ignore SIGTERM, so that a cancelled one would not save, it
 asks sacct alone, which many clusters do not have, and it does not find a job again by its name.
 
 The workspace must be on a file system that this machine and the nodes share.
