@@ -154,7 +154,7 @@ def test_alarms_count_in_the_decision() -> None:
     assert failed.rule == "alarms"
     other = alarms(with_policy("DPO", length=estimate(66, 2)))
     allowed = decision.model_copy(update={"promote": True})
-    headline, kind, reasons = decided(allowed, other)
+    headline, kind, reasons, _ = decided(allowed, other)
     assert (headline, kind) == ("Promote? Look at an alarm first", "unclear"), "no green above an alarm"
     assert "Alarms: Length drift." in reasons[0]
     assert decided(allowed).headline == "Promote"
@@ -169,7 +169,7 @@ def test_the_champions_own_weights_are_nothing_new() -> None:
     evaluation = EvaluationDetails.model_construct(policies=rows)
     decision = decide_promotion(recipe, evaluation, [], [], {}, champion, "m version 1")
     assert decision == refuse_same_weights("m version 1", "m version 1")
-    headline, kind, reasons = decided(decision)
+    headline, kind, reasons, _ = decided(decision)
     assert (headline, kind) == ("Nothing new: these are the champion's weights", "unclear")
     assert reasons == ["m version 1 has the weights of the champion, m version 1."]
 

@@ -57,7 +57,7 @@ def chained(**changes: Any) -> RunReport:
 def test_a_candidate_that_samples_has_the_verdict() -> None:
     policies = {"Base": make_policy("dpo", "Base"), "Better": make_policy("grpo", "Better", start="Base")}
     report = run_of(policies, "Better")
-    headline, kind, reasons = finding(report)
+    headline, kind, reasons, _ = finding(report)
     assert (headline, kind) == ("Better scores higher than SFT", "good")
     assert any(reason.startswith("Base (dpo): gain +0.584") for reason in reasons)
     assert headline_metrics(report)["gain/better"] == headline_metrics(report)["gain/base"] == 0.584
