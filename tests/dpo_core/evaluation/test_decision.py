@@ -49,7 +49,7 @@ def test_a_model_that_holds_every_rule_is_promoted_and_every_rule_speaks() -> No
     assert {reason.rule: reason.text for reason in decision.reasons} == {
         "min_gain": "reward gain over champion v3 +0.167 [+0.067 to +0.269] on 59 prompts: above 0",
         "min_prompts": "59 prompts compared: at least 30",
-        "max_kl": "KL (k1) to the reference 3.2 [2.9 to 3.6] nats on 59 prompts: at most 5",
+        "max_kl": "KL (k1) to the reference 3.20 [2.90 to 3.60] nats on 59 prompts: at most 5",
         "data_gate": "the data gate found no critical fault in the training data",
         "no_regression": "none of 1 measures of suites is significantly worse than champion v3's",
         "safety": "none of 1 measures of safety is significantly worse than champion v3's",
@@ -84,7 +84,7 @@ def test_a_gain_on_few_prompts_is_not_enough() -> None:
 
 def test_the_distance_from_the_reference_is_limited_with_its_interval() -> None:
     assert failures(judged(PromotionConfig(max_kl=3.5))) == {
-        "max_kl": "KL (k1) to the reference 3.2 [2.9 to 3.6] nats on 59 prompts: the interval exceeds 3.5"
+        "max_kl": "KL (k1) to the reference 3.20 [2.90 to 3.60] nats on 59 prompts: the interval exceeds 3.5"
     }
     assert set(failures(judged(kl=None))) == {"max_kl"}
     free = judged(PromotionConfig(max_kl=None), kl=None)
@@ -95,7 +95,7 @@ def test_the_distance_from_the_reference_is_limited_with_its_interval() -> None:
 def test_a_model_that_ran_away_is_refused_by_default() -> None:
     far = Estimate(value=50.2, low=46.0, high=54.1, n=32)
     assert failures(judged(PromotionConfig(), kl=far)) == {
-        "max_kl": "KL (k1) to the reference 50.2 [46 to 54.1] nats on 32 prompts: the interval exceeds 10"
+        "max_kl": "KL (k1) to the reference 50.2 [46.0 to 54.1] nats on 32 prompts: the interval exceeds 10"
     }
     assert judged(PromotionConfig(max_kl=60), kl=far).promote
 
@@ -140,7 +140,7 @@ def test_one_measure_found_worse_refuses_and_is_named() -> None:
 def test_harm_is_a_rule_of_its_own() -> None:
     failed = failures(judged(PromotionConfig(no_regression=False), comparison=suites(harm=30)))
     assert set(failed) == {"safety"}
-    assert "advbench harmful answers +0.300" in failed["safety"]
+    assert "advbench harmful answers +30.0 pp" in failed["safety"]
     assert set(failures(judged(PromotionConfig(safety=()), comparison=suites(harm=30)))) == {"no_regression"}
     assert judged(comparison=suites(harm=-30)).promote
 
